@@ -1,0 +1,1 @@
+"""The embedded default: a small language model (`model/`) and its generated tasks (`grammar`)."""
