@@ -1,0 +1,83 @@
+"""A model's parameters as named tensors, and as blocks that share one perturbation scale."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from metazo.errors import UserError
+
+
+@dataclass(frozen=True)
+class NamedTensor:
+    """A trainable tensor. Its noise hangs on the name alone, so freezing other tensors leaves it as it was."""
+
+    name: str
+    param: torch.nn.Parameter
+    id: int  # 64 bits of the hash of the name
+    group: int = 0  # index of its parameter group
+
+
+@dataclass(frozen=True)
+class Block:
+    """Tensors that share one scale. Published: one tensor a block."""
+
+    name: str
+    tensors: tuple[NamedTensor, ...]
+
+    @property
+    def numel(self) -> int:
+        return sum(tensor.param.numel() for tensor in self.tensors)
+
+
+def tensor_id(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+
+
+def named_tensors(named: torch.nn.Module | Iterable[tuple[str, Tensor]], group: int = 0) -> list[NamedTensor]:
+    """The trainable tensors in order; a tied tensor once, under its first name.
+
+    Raises UserError where nothing is trainable or two tensors share a name.
+    """
+    pairs = named.named_parameters() if isinstance(named, torch.nn.Module) else named
+    seen: set[int] = set()
+    tensors: list[NamedTensor] = []
+    for name, param in pairs:
+        if param.requires_grad and id(param) not in seen:
+            seen.add(id(param))
+            tensors.append(NamedTensor(name, param, tensor_id(name), group))  # type: ignore[arg-type]
+    check_names(tensors)
+    return tensors
+
+
+def check_names(tensors: Sequence[NamedTensor]) -> None:
+    if not tensors:
+        raise UserError("No tensor is trainable: every parameter is frozen; pass at least one with requires_grad=True.")
+    names = [tensor.name for tensor in tensors]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"Two tensors are named {twice!r}: noise hangs on the name, so give each its own.")
+
+
+# The first number between dots is the layer in transformers' names: model.layers.3.mlp..., bert.encoder.layer.3....
+_LAYER = re.compile(r"^(.*?\.\d+)\.")
+
+
+def partition(tensors: Sequence[NamedTensor], by: str = "tensor") -> list[Block]:
+    """Cut into blocks: "tensor", one each (ZO Fine-tuner); "layer", the tensors of a numbered layer share one, the
+    rest (embeddings, head, last norm) have one each (the ablation of arXiv 2510.00419).
+    """
+    if by == "tensor":
+        return [Block(tensor.name, (tensor,)) for tensor in tensors]
+    if by != "layer":
+        raise UserError(f"Blocks by {by!r} are unknown: choose tensor or layer.")
+    blocks: dict[str, list[NamedTensor]] = {}
+    for tensor in tensors:
+        match = _LAYER.match(tensor.name)
+        blocks.setdefault(match.group(1) if match else tensor.name, []).append(tensor)
+    return [Block(name, tuple(members)) for name, members in blocks.items()]
