@@ -38,6 +38,7 @@ def test_gradients_equal_a_loop_of_sequentials() -> None:
     for index, (net, row, weight) in enumerate(zip(networks, inputs, weights, strict=True)):
         (net(row) * weight).sum().backward()
         for name, parameter in zip(("w1", "b1", "w2", "b2"), net.parameters(), strict=True):
+            assert parameter.grad is not None
             found = getattr(pertnn, name).grad[index]
             torch.testing.assert_close(found, parameter.grad.reshape(found.shape), rtol=1e-12, atol=1e-12)
 

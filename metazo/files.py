@@ -1,0 +1,74 @@
+"""Writing files whole or not at all, and the names that a stranger's file may choose."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from metazo.errors import UserError
+
+_SAFE_PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,95}")
+_DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{digit}" for port in ("com", "lpt") for digit in range(10))}
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that appears at `path` complete, when the block ends, or not at all.
+
+    It is written under a temporary name in the same folder (made if missing), flushed to the disk, renamed.
+    When the block raises, the temporary file is removed. UserError when the folder cannot be written or is full.
+    """
+    temporary = path.with_name(f".{path.name[:60]}.{secrets.token_hex(6)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        problem = error.strerror or error
+        raise UserError(f"{path} cannot be written ({problem}); nothing was left there") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write `data` to `path` whole or not at all; raises UserError as `whole_file` does."""
+    with whole_file(path) as file:
+        file.write(data)
+
+
+def read_capped(path: Path, limit: int, what: str) -> bytes:
+    """The bytes of a regular file of at most `limit` bytes; UserError when it is missing or larger."""
+    try:
+        if not path.is_file():
+            raise UserError(f"{what} {path} is not a file; check the path")
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{what} {path} cannot be read ({error})") from error
+    if len(data) > limit:
+        raise UserError(f"{what} {path} is larger than the {limit:,} bytes allowed; is it the right file?")
+    return data
+
+
+def safe_name(name: str, what: str) -> str:
+    """`name` itself if each of its parts between slashes is a harmless file name anywhere, else UserError.
+
+    Refused: empty parts, `..`, absolute paths, backslashes, drive letters, hidden names, device names (`NUL`,
+    `COM1`), anything but ASCII letters, digits and `._+-`, and more than four parts.
+    """
+    parts = name.split("/")
+    for part in parts:
+        if not _SAFE_PART.fullmatch(part) or part.endswith(".") or part.split(".")[0].lower() in _DEVICES:
+            raise UserError(f"{what} {name[:200]!r} is refused: {part[:100]!r} is not a harmless file name")
+    if len(parts) > 4:
+        raise UserError(f"{what} {name[:200]!r} is refused: it has more than four parts")
+    return name
