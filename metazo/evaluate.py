@@ -1,0 +1,122 @@
+"""Evaluate a model on a prepared split: the loss, the task's metrics, and what always saying one class would score."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from metazo.errors import UserError
+from metazo.tasks.encode import Encoded
+from metazo.tasks.metrics import METRICS
+from metazo.tasks.prepared import Prepared
+
+
+def evaluate(
+    model: nn.Module,
+    prepared: Prepared,
+    split: Literal["train", "dev", "test"] = "dev",
+    *,
+    batch_size: int = 32,
+    limit: int | None = None,
+) -> dict[str, float]:
+    """Loss and metrics of ``model`` on a split, or on its first ``limit`` examples.
+
+    Returns "loss", the task's metrics (0 to 1; mcc -1 to 1), "examples", and for classification and choice "majority":
+    the accuracy of always giving the commonest answer of these very examples. Generated answers are greedy. Batches
+    hold inputs of like length, at most ``batch_size`` rows where one example is not more, and their order does not
+    matter. Runs in eval and inference mode; the model's mode is put back. Raises UserError for an empty split.
+    """
+    examples = getattr(prepared, split)[:limit]
+    if not examples:
+        raise UserError(f"the {split} split of task {prepared.task.name!r} holds no examples to evaluate on")
+    device = next(model.parameters()).device
+    training = model.training
+    losses = [0.0] * len(examples)
+    predictions: list[Any] = [None] * len(examples)
+    model.eval()
+    try:
+        with torch.inference_mode():
+            for places in _batches(examples, batch_size, prepared):
+                chosen = [examples[place] for place in places]
+                loss, predicted = _batch(model, prepared, chosen, device)
+                for place, value, prediction in zip(places, loss.tolist(), predicted, strict=True):
+                    losses[place], predictions[place] = value, prediction
+    finally:
+        model.train(training)
+    result = {"loss": sum(losses) / len(losses)}
+    generation = prepared.task.kind == "generation"
+    accepted = [example.references if generation else example.targets for example in examples]
+    for metric in prepared.task.metric:
+        result[metric] = METRICS[metric](predictions, accepted)
+    if not generation:
+        common = Counter(target for example in examples for target in example.targets)
+        result["majority"] = common.most_common(1)[0][1] / len(examples)
+    return result | {"examples": float(len(examples))}
+
+
+def _batches(examples: list[Encoded], batch_size: int, prepared: Prepared) -> Iterator[list[int]]:
+    """Places of examples, longest first (so that memory runs out at once or never), at most ``batch_size`` rows each."""
+    by_option = not prepared.at_position and prepared.task.kind != "generation"
+    places: list[int] = []
+    rows = 0
+    for place in sorted(range(len(examples)), key=lambda place: -len(examples[place])):
+        own = len(examples[place].options) if by_option else 1
+        if places and rows + own > batch_size:
+            yield places
+            places, rows = [], 0
+        places.append(place)
+        rows += own
+    yield places
+
+
+def _batch(
+    model: nn.Module, prepared: Prepared, examples: list[Encoded], device: torch.device
+) -> tuple[Tensor, list[Any]]:
+    """Loss (B,) and prediction of each example: a class, a choice, or a text."""
+    batch = prepared.collate(examples, every_option=True).to(device)
+    scores = prepared.scores(model, batch)
+    if prepared.task.kind == "generation":
+        return -scores[:, 0], generate(model, prepared, examples, device)
+    if prepared.task.kind == "choice":
+        losses = -scores.gather(1, batch["targets"][:, None])[:, 0]
+    else:
+        losses = cross_entropy(scores, batch["targets"], reduction="none")
+    return losses, scores.argmax(-1).tolist()
+
+
+def generate(
+    model: nn.Module, prepared: Prepared, examples: list[Encoded], device: torch.device | str = "cpu"
+) -> list[str]:
+    """Greedy answers to the examples' prompts, up to the task's stop text, the end of text or the length limit."""
+    task, tokenizer = prepared.task, prepared.tokenizer
+    batch = prepared.prompts(examples).to(device)
+    start = batch["input_ids"].shape[1]
+    stopping = StoppingCriteriaList([_StopText(tokenizer, task.stop)] if task.stop else [])
+    tokens = model.generate(  # type: ignore[operator]
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        max_new_tokens=max(1, min(task.max_new_tokens, prepared.max_length - start)),
+        do_sample=False,
+        num_beams=1,
+        pad_token_id=tokenizer.pad_token_id,
+        stopping_criteria=stopping,
+    )
+    texts = tokenizer.batch_decode(tokens[:, start:], skip_special_tokens=True)
+    return [(text.partition(task.stop)[0] if task.stop else text).strip() for text in texts]
+
+
+class _StopText(StoppingCriteria):
+    """Ends a row as soon as its newest token holds the stop text."""
+
+    def __init__(self, tokenizer: Any, stop: str):
+        self.tokenizer, self.stop = tokenizer, stop
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        newest = self.tokenizer.batch_decode(input_ids[:, -1:])
+        return torch.tensor([self.stop in text for text in newest], device=input_ids.device)

@@ -1,0 +1,158 @@
+"""Load a transformers model and its tokenizer, from a folder or the Hub, with the dtype always said.
+
+The dtype is never left to the checkpoint: since transformers 5 OPT would load as float16, in which perturbed weights
+lose the perturbation (huggingface/peft#3053, princeton-nlp/MeZO#42).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from metazo.errors import UserError
+
+Kind = Literal["causal", "masked", "classifier"]
+KINDS = {
+    "causal": AutoModelForCausalLM,
+    "masked": AutoModelForMaskedLM,
+    "classifier": AutoModelForSequenceClassification,
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+PICO = Path(__file__).parent / "pico" / "model"
+
+
+@dataclass
+class LoadedModel:
+    """A model in eval mode with the tokenizer that fits it."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    kind: Kind
+    name: str
+    """Path, Hub id or alias as given."""
+    dtype: torch.dtype
+    context_length: int
+    """Most tokens of one input, special tokens included."""
+
+
+def load_model(
+    name_or_path: str | Path,
+    *,
+    kind: str = "auto",
+    dtype: str | torch.dtype = "float32",
+    device: str | torch.device = "cpu",
+    num_labels: int | None = None,
+    seed: int = 0,
+) -> LoadedModel:
+    """Load a model for fine-tuning.
+
+    kind: "causal", "masked", "classifier", or "auto": what the checkpoint was saved as; a checkpoint without a language
+    model head becomes a classifier. A classifier whose checkpoint has no head of ``num_labels`` classes gets a new one,
+    drawn from ``seed`` without touching torch's global generator. ``pico`` is the small model that metazo carries.
+    Code from the Hub is never run. Raises UserError for a model, kind, dtype or device that is not there.
+    """
+    name = str(name_or_path)
+    torch_dtype = _dtype(dtype)
+    source = str(PICO) if name == "pico" else name
+    if kind not in (*KINDS, "auto"):
+        raise UserError(f"unknown model kind {kind!r}; choose auto, {', '.join(KINDS)}")
+    _check_folder(source, name)
+    try:
+        config = AutoConfig.from_pretrained(source)
+        chosen = _kind_of(config) if kind == "auto" else kind
+        if chosen == "classifier" and num_labels is not None and config.num_labels != num_labels:
+            config.num_labels = num_labels
+        with _quiet(), torch.random.fork_rng(devices=[]):  # a new head follows the seed, not the global generator
+            torch.default_generator.manual_seed(seed)
+            model = KINDS[chosen].from_pretrained(
+                source, config=config, dtype=torch_dtype, ignore_mismatched_sizes=chosen == "classifier"
+            )
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(f"model {name!r} cannot be loaded: {_first_sentence(error)}") from error
+    try:
+        model = model.to(torch.device(device))
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {str(device)!r} cannot be used: {_first_sentence(error)}") from error
+    _set_pad(tokenizer, model)
+    return LoadedModel(model.eval(), tokenizer, chosen, name, torch_dtype, _context_length(model, tokenizer))  # type: ignore[arg-type]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar and no report of a missing head, which is expected here."""
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise UserError(f"unknown dtype {dtype!r}; choose {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def _check_folder(source: str, name: str) -> None:
+    """A path is told from a Hub id ("name" or "owner/name") before anything asks the network for it."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"model folder {name!r} has no config.json; name a folder written by save_pretrained")
+    elif folder.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
+        raise UserError(f"model folder {name!r} does not exist; check the path")
+
+
+def _kind_of(config: PreTrainedConfig) -> str:
+    for architecture in config.architectures or ():
+        if architecture.endswith(("ForCausalLM", "LMHeadModel")):
+            return "causal"
+        if architecture.endswith("ForMaskedLM"):
+            return "masked"
+    return "classifier"
+
+
+def _first_sentence(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text.split(". ")[0].rstrip(".")[:300]
+
+
+def _set_pad(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """Padding is masked out, so any token will do: the tokenizer's own, else end of text, else unknown, else token 0."""
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
+    if model.config.get_text_config().pad_token_id is None:
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+
+
+def _context_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    config = model.config.get_text_config()
+    limits = [tokenizer.model_max_length]
+    for field in ("max_position_embeddings", "n_positions"):
+        limits.append(getattr(config, field, None) or limits[0])
+    if config.model_type in ("roberta", "xlm-roberta", "camembert", "longformer", "roberta-prelayernorm"):
+        limits[1] -= (config.pad_token_id or 0) + 1  # their positions start after the padding index
+    return int(min(limits))

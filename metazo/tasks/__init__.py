@@ -1,0 +1,47 @@
+"""Tasks by name or from a YAML file, and their rows made ready for a model.
+
+    task = resolve("sst2")                      # or resolve("mine.yaml")
+    prepared = prepare(task, load_model("pico"), data=Path("data"), train=64)
+    loss = prepared.loss(model, prepared.collate(prepared.train[:16]))
+
+A task of your own is one YAML file; README.md beside this file has a commented example.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from metazo.errors import UserError
+from metazo.tasks import answers, generated, glue, superglue
+from metazo.tasks.base import Task
+from metazo.tasks.custom import from_yaml
+from metazo.tasks.prepared import Batch, Prepared, prepare
+
+__all__ = ["TASKS", "Batch", "Prepared", "Task", "from_yaml", "get", "names", "prepare", "resolve"]
+
+TASKS: dict[str, Task] = {
+    task.name: task for task in (*glue.TASKS, *superglue.TASKS, *answers.TASKS, *generated.TASKS)
+}
+
+
+def names() -> list[str]:
+    """Names of the tasks that metazo knows."""
+    return list(TASKS)
+
+
+def get(name: str) -> Task:
+    """The task of that name ("SST-2" is "sst2"). Raises UserError with the nearest names for an unknown one."""
+    known = TASKS.get(name) or TASKS.get(name.lower().replace("-", ""))
+    if known is not None:
+        return known
+    near = difflib.get_close_matches(name.lower(), TASKS, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"the tasks are {', '.join(TASKS)}"
+    raise UserError(f"unknown task {name!r}; {hint}")
+
+
+def resolve(name_or_yaml: str | Path) -> Task:
+    """A known task by name, or a task read from a path that ends in .yaml or .yml."""
+    if Path(name_or_yaml).suffix in (".yaml", ".yml"):
+        return from_yaml(name_or_yaml)
+    return get(str(name_or_yaml))

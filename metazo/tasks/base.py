@@ -1,0 +1,151 @@
+"""What a task is: one description of fields, prompt, label words, metric and where its rows come from.
+
+A task is data, not a class of its own: the same encoder, scorer and loader serve all of them. Prompts are Python format
+strings over the row's columns; ``{}`` marks where the model's answer goes (at the end when it is left out):
+
+    "{sentence} It was {}."          labels {0: terrible, 1: great}
+
+A causal model reads the text before ``{}`` and continues it; a masked model gets its mask token there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from string import Formatter
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from metazo.errors import UserError
+
+Row = dict[str, Any]
+Metric = Literal["accuracy", "macro_f1", "mcc", "f1", "exact_match", "exact_number"]
+METRICS_OF: dict[str, tuple[Metric, ...]] = {
+    "classification": ("accuracy", "macro_f1", "mcc"),
+    "choice": ("accuracy",),
+    "generation": ("f1", "exact_match", "exact_number"),
+}
+
+
+class Task(BaseModel):
+    """One task. Immutable; unknown fields are errors. The same fields, except the last two, are the keys of a YAML task."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    """Name on the command line, and of the folder under ``--data``."""
+    kind: Literal["classification", "choice", "generation"]
+    """classification: one of ``labels``; choice: the likeliest of the row's own texts; generation: free text."""
+    prompt: str
+    """Text with {column} places, and ``{}`` where the answer goes."""
+    masked: str | None = None
+    """Another prompt for masked models; ``prompt`` when absent."""
+    classifier: tuple[str, ...] = ()
+    """One or two templates given to a sequence classifier; the prompt's first and second column when absent."""
+    labels: dict[bool | int | str, str] = {}
+    """Value in the label column -> label word. A list of words stands for the labels 0, 1, 2, ..."""
+    label: str = "label"
+    """Column with the label (classification) or the number of the right choice, from 0 (choice)."""
+    choices: tuple[str, ...] = ()
+    """Columns that hold the choices; one column alone holds a list of them."""
+    answer: str = "answer"
+    """Column with the answer or a list of accepted answers (generation); "answers.text" reaches inside a column."""
+    context: str | None = None
+    """Column that is shortened when the input is too long; the first one of the prompt when absent."""
+    metric: tuple[Metric, ...] = ()
+    """Metrics, the one that counts first; accuracy or F1 when absent."""
+    stop: str | None = None
+    """Text that ends a generated answer; the model's end-of-text token when absent."""
+    max_new_tokens: int = Field(50, ge=1)
+    """Upper limit on a generated answer, in tokens."""
+    hub: str | None = None
+    """Data set id on the Hugging Face Hub."""
+    config: str | None = None
+    """Configuration of that data set."""
+    revision: str | None = None
+    """Branch, tag or commit of that data set."""
+    train_split: str = "train"
+    """Split that train and dev rows are drawn from."""
+    test_split: str = "validation"
+    """Split that test rows are drawn from; if it is the train split, they are taken after train and dev."""
+    files: dict[Literal["train", "validation"], str] = {}
+    """JSONL files of the task itself, relative to the YAML file; without "validation", test comes from train too."""
+    dev_rows: int | None = Field(None, ge=1)
+    """The papers' own dev size, where it is smaller than the usual one (CB, COPA: 100)."""
+    unlabelled: tuple[int, ...] = ()
+    """Label values that mean "no label"; such rows are left out (SNLI: -1)."""
+    adapt: Callable[[Row], Row] | None = Field(None, exclude=True)
+    """Python only: turns a row into one with the columns named above."""
+    generate: Callable[[str, int, int], list[Row]] | None = Field(None, exclude=True)
+    """Python only: (split, number, seed) -> rows, for tasks made by a grammar."""
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _number_labels(cls, value: Any) -> Any:
+        return dict(enumerate(value)) if isinstance(value, list | tuple) else value
+
+    @field_validator("metric", "classifier", "choices", mode="before")
+    @classmethod
+    def _one_or_more(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Task:
+        for template in (self.prompt, self.masked or "", *self.classifier):
+            if columns(template).count("") > 1:
+                raise ValueError(f"the prompt {template!r} has more than one {{}}")
+        if self.kind == "classification" and len(self.labels) < 2:
+            raise ValueError("a classification task needs labels: at least two values with their label words")
+        if self.kind == "classification" and not len(set(self.labels.values())) == len(self.labels):
+            raise ValueError("two labels share one label word")
+        if self.kind == "choice" and not self.choices:
+            raise ValueError("a choice task needs choices: the columns that hold them")
+        if not self.metric:
+            object.__setattr__(self, "metric", METRICS_OF[self.kind][:1])
+        for metric in self.metric:
+            if metric not in METRICS_OF[self.kind]:
+                raise ValueError(f"metric {metric} is not one of {', '.join(METRICS_OF[self.kind])} ({self.kind})")
+        if not self.classifier:
+            object.__setattr__(self, "classifier", tuple(f"{{{name}}}" for name in self.columns[:2]))
+        if len(self.classifier) > 2:
+            raise ValueError("classifier takes one or two templates")
+        if self.context is None and self.columns:
+            object.__setattr__(self, "context", self.columns[0])
+        return self
+
+    @property
+    def columns(self) -> list[str]:
+        """Columns that the prompt reads, in order, each once."""
+        return [name for name in dict.fromkeys(columns(self.prompt)) if name]
+
+    @property
+    def num_labels(self) -> int | None:
+        """Classes of a classification task; None for the other kinds."""
+        return len(self.labels) or None
+
+    def required(self) -> set[str]:
+        """Every column that a row must have (after ``adapt``), whatever the model's kind."""
+        templates = (self.prompt, self.masked or "", *self.classifier)
+        needed = {name for template in templates for name in columns(template) if name}
+        own = {"classification": (self.label,), "choice": (self.label, *self.choices)}
+        return needed | set(own.get(self.kind, (self.answer.partition(".")[0],)))
+
+    def label_index(self, value: Any, where: str) -> int:
+        """Class number of a label value. Raises UserError naming ``where`` for a value outside the set."""
+        for index, known in enumerate(self.labels):
+            if value == known and isinstance(value, str) == isinstance(known, str):
+                return index
+        known = ", ".join(repr(label) for label in self.labels)
+        raise UserError(f"{where}: {self.label!r} is {value!r}, which is none of the labels of task {self.name!r} ({known})")
+
+
+def columns(template: str) -> list[str]:
+    """Names of the {places} of a format string, in order; "" for ``{}``. Raises ValueError for anything fancier."""
+    names = []
+    for _, name, form, conversion in Formatter().parse(template):
+        if name is None:
+            continue
+        if form or conversion or (name and not name.isidentifier()):
+            raise ValueError(f"the prompt {template!r} has the place {{{name}}}; write only {{column}} or {{}}")
+        names.append(name)
+    return names

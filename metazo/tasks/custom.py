@@ -1,0 +1,59 @@
+"""A user's own task from one YAML file; README.md beside this file has a commented example."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from metazo.errors import UserError
+from metazo.tasks.base import Task
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which Yes, No, On and Off are words, as in YAML 1.2: label words are written without quotes."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool" or first in "tTfF"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def from_yaml(path: str | Path) -> Task:
+    """Read a task. Raises UserError, naming file and key, for a missing file, bad YAML, or an unknown or wrong key."""
+    path = Path(path)
+    try:
+        content: Any = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"task file {path} cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"task file {path} is not valid YAML: {' '.join(str(error).split())[:200]}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"task file {path} must hold keys such as name, kind and prompt; found {content!r:.60}")
+    for key in {"adapt", "generate"} & content.keys():
+        raise UserError(f"task file {path}: unknown key {key!r}")
+    content.setdefault("name", path.stem)
+    try:
+        task = Task(**content)
+    except (ValidationError, TypeError) as error:
+        raise UserError(f"task file {path}: {_first(error)}") from error
+    if task.files:
+        if "train" not in task.files:
+            raise UserError(f"task file {path}: files must name the train file")
+        return task.model_copy(update={"files": {k: str(path.parent / name) for k, name in task.files.items()}})
+    return task
+
+
+def _first(error: Exception) -> str:
+    if not isinstance(error, ValidationError):
+        return f"every key must be a text ({error})"
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = ", ".join(name for name in Task.model_fields if name not in ("adapt", "generate"))
+        return f"unknown key {key!r}; the keys are {known}"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{key!r}: {message}" if key else message

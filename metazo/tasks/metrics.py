@@ -1,0 +1,79 @@
+"""Metrics: accuracy, macro F1, Matthews correlation; token F1 and exact match of SQuAD; the exact number of GSM8K.
+
+Classes come as numbers with the list of accepted ones; answers as text with the list of accepted ones.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from sklearn.metrics import f1_score, matthews_corrcoef
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
+
+
+def accuracy(predicted: Sequence[int], accepted: Sequence[Sequence[int]]) -> float:
+    """Share of predictions among the accepted classes."""
+    return sum(p in a for p, a in zip(predicted, accepted, strict=True)) / len(predicted)
+
+
+def macro_f1(predicted: Sequence[int], accepted: Sequence[Sequence[int]]) -> float:
+    """Unweighted mean over classes of F1; over the classes that occur or are predicted, as scikit-learn takes it."""
+    return float(f1_score([a[0] for a in accepted], list(predicted), average="macro", zero_division=0))
+
+
+def mcc(predicted: Sequence[int], accepted: Sequence[Sequence[int]]) -> float:
+    """Matthews correlation coefficient: 1 perfect, 0 no better than a constant."""
+    return float(matthews_corrcoef([a[0] for a in accepted], list(predicted)))
+
+
+def normalise(text: str) -> str:
+    """SQuAD's normalisation: lower case, no punctuation, no articles, single spaces."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
+
+
+def token_f1(predicted: str, answer: str) -> float:
+    """F1 of the bags of normalised words; two empty ones agree."""
+    words, right = normalise(predicted).split(), normalise(answer).split()
+    if not words or not right:
+        return float(words == right)
+    common = sum((Counter(words) & Counter(right)).values())
+    return 2 * common / (len(words) + len(right))
+
+
+def number(text: str) -> str:
+    """The number a worked answer ends with: the first after "####" or "answer is", else the last one; else the text."""
+    marked = re.split(r"####|answer is:?", text)
+    found = _NUMBER.findall(marked[-1])
+    if found:
+        return repr(float(found[0 if len(marked) > 1 else -1].replace(",", "")))
+    return normalise(marked[-1])
+
+
+def _best(score: Callable[[str, str], float]) -> Callable[[Sequence[str], Sequence[Sequence[str]]], float]:
+    """Mean over examples of the best score over the accepted answers."""
+
+    def metric(predicted: Sequence[str], accepted: Sequence[Sequence[str]]) -> float:
+        best = [max(score(p, answer) for answer in a) for p, a in zip(predicted, accepted, strict=True)]
+        return sum(best) / len(best)
+
+    return metric
+
+
+f1 = _best(token_f1)
+exact_match = _best(lambda predicted, answer: float(normalise(predicted) == normalise(answer)))
+exact_number = _best(lambda predicted, answer: float(number(predicted) == number(answer)))
+
+METRICS: dict[str, Callable[..., float]] = {
+    "accuracy": accuracy,
+    "macro_f1": macro_f1,
+    "mcc": mcc,
+    "f1": f1,
+    "exact_match": exact_match,
+    "exact_number": exact_number,
+}

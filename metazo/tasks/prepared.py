@@ -1,0 +1,209 @@
+"""A task's rows made ready for one model: encoded, padded into batches, scored and turned into a loss.
+
+Only the logits that are needed are computed: the base model runs, and the (large) output layer is applied to the label
+position alone, or to the answer's positions. Batches of causal models are padded on the left, so that these are the last
+positions and ``logits_to_keep`` (transformers) selects them; position ids follow the attention mask, so padding changes
+no result.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from metazo.errors import UserError
+from metazo.models import LoadedModel
+from metazo.tasks.base import Task
+from metazo.tasks.data import SPLITS, draw
+from metazo.tasks.encode import Encoded, Encoder
+
+_MASKED_HEADS = ("lm_head", "cls")  # RoBERTa and its kin, BERT and its kin
+
+
+class Batch(dict[str, Tensor]):
+    """Named tensors of one batch."""
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on ``device``."""
+        return Batch({name: tensor.to(device) for name, tensor in self.items()})
+
+
+@dataclass
+class Prepared:
+    """Encoded splits of a task for one model, and how to score them."""
+
+    task: Task
+    kind: str
+    """The model's kind: causal, masked or classifier."""
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    """Most tokens of an input, a generated answer included."""
+    words: list[list[int]]
+    """Tokens of each label word, by class (classification with a prompt)."""
+    at_position: bool
+    """Classes are scored at one position; otherwise by the likelihood of every option's tokens."""
+    train: list[Encoded] = field(default_factory=list)
+    dev: list[Encoded] = field(default_factory=list)
+    test: list[Encoded] = field(default_factory=list)
+    shortened: dict[str, int] = field(default_factory=dict)
+    """Examples by split whose context was cut to fit."""
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Rows by split left out because question and answer alone do not fit."""
+    notes: list[str] = field(default_factory=list)
+    """What a user should be told: smaller splits, shortened or dropped examples."""
+
+    def collate(self, examples: Sequence[Encoded], *, every_option: bool = False) -> Batch:
+        """Pad ``examples`` to the longest. Tensors, for B examples in R rows of L tokens:
+
+        input_ids, attention_mask (R, L); targets (B,); and token_type_ids (R, L), position_ids (R, L), mask_at (B,),
+        answer (R, A): tokens to score at the row's end, padded with -100 on the left; rows (B,): rows per example.
+        R is B, but one row per option where options are scored by likelihood: every option for a classification or with
+        ``every_option``, else the right one only.
+        """
+        if not examples:
+            raise ValueError("an empty batch")
+        targets = torch.tensor([example.targets[0] for example in examples])
+        if self.kind != "causal":
+            return self._right_padded(examples, targets)
+        if self.task.kind == "classification" and self.at_position:
+            return Batch(targets=targets, **self._left_padded([example.ids for example in examples]))
+        every = every_option or self.task.kind == "classification"
+        chosen = [e.options if every else [e.options[e.targets[0]]] for e in examples]
+        rows = [e.ids + option for e, options in zip(examples, chosen, strict=True) for option in options]
+        answers = [torch.tensor(option) for options in chosen for option in options]
+        return Batch(
+            targets=targets,
+            rows=torch.tensor([len(options) for options in chosen]),
+            answer=pad_sequence(answers, batch_first=True, padding_value=-100, padding_side="left"),
+            **self._left_padded(rows),
+        )
+
+    def prompts(self, examples: Sequence[Encoded]) -> Batch:
+        """The prompts alone, padded on the left, to be continued (causal models)."""
+        return Batch(**self._left_padded([example.ids for example in examples]))
+
+    def scores(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Float32 scores (B, C) of classes or choices: logits, or log-likelihoods (-inf where there is no such choice).
+
+        The log-likelihood of a label word is summed over its tokens; that of a choice is the mean per token, as in MeZO.
+        """
+        if self.kind == "classifier":
+            return _forward(model, _inputs(batch)).logits.float()
+        if self.at_position:
+            words = torch.tensor([word[0] for word in self.words], device=batch["input_ids"].device)
+            logits = _mask_logits(model, batch) if self.kind == "masked" else _last_logits(model, batch, 1)[:, -1]
+            return logits[:, words].float()
+        rows = self._likelihoods(model, batch).split(batch["rows"].tolist())
+        return pad_sequence(list(rows), batch_first=True, padding_value=-torch.inf)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Mean loss over the batch's examples, a float32 scalar, differentiable while grad is on.
+
+        Classification: cross entropy over the label words (or the head's classes). Choice and generation: minus the
+        log-likelihood per token of the right choice or the answer. Differences from MeZO's code: there the mean is over
+        all tokens of a batch, so a long answer weighs more; here every example weighs the same, whatever its batch.
+        """
+        if self.task.kind == "classification":
+            return cross_entropy(self.scores(model, batch), batch["targets"])
+        return -self._likelihoods(model, batch).mean()
+
+    def _likelihoods(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Log-likelihood (R,) of each row's answer tokens: summed for label words, the mean for everything else."""
+        answer = batch["answer"]
+        logits = _last_logits(model, batch, answer.shape[1] + 1)[:, :-1].float()
+        losses = cross_entropy(logits.transpose(1, 2), answer, reduction="none", ignore_index=-100)
+        total = -losses.sum(-1)
+        return total if self.task.kind == "classification" else total / (answer != -100).sum(-1)
+
+    def _left_padded(self, rows: list[list[int]]) -> dict[str, Tensor]:
+        ids, mask = self._pad([torch.tensor(row) for row in rows], "left")
+        return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+
+    def _right_padded(self, examples: Sequence[Encoded], targets: Tensor) -> Batch:
+        ids, mask = self._pad([torch.tensor(example.ids) for example in examples], "right")
+        batch = Batch(input_ids=ids, attention_mask=mask, targets=targets)
+        if examples[0].types is not None:
+            types = [torch.tensor(example.types) for example in examples]
+            batch["token_type_ids"] = pad_sequence(types, batch_first=True)
+        if self.kind == "masked":
+            batch["mask_at"] = torch.tensor([example.mask_at for example in examples])
+        return batch
+
+    def _pad(self, rows: list[Tensor], side: str) -> tuple[Tensor, Tensor]:
+        ids = pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id, padding_side=side)  # type: ignore[arg-type]
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
+        return ids, mask
+
+
+def _inputs(batch: Batch) -> dict[str, Tensor]:
+    return {n: batch[n] for n in ("input_ids", "attention_mask", "token_type_ids", "position_ids") if n in batch}
+
+
+def _forward(model: nn.Module, inputs: dict[str, Any]) -> Any:
+    """Call the model with those of ``inputs`` that it takes (BLOOM has no position_ids, MPT no logits_to_keep)."""
+    inner = getattr(model, "get_base_model", lambda: model)()  # the model inside a peft wrapper
+    accepted = inspect.signature(inner.forward).parameters
+    if not any(parameter.kind is parameter.VAR_POSITIONAL for parameter in accepted.values()):
+        inputs = {name: value for name, value in inputs.items() if name in accepted}
+    return model(**inputs)
+
+
+def _last_logits(model: nn.Module, batch: Batch, keep: int) -> Tensor:
+    """Logits (R, keep, V) of the last positions; a model that cannot skip the others computes them all."""
+    return _forward(model, _inputs(batch) | {"logits_to_keep": keep, "use_cache": False}).logits[:, -keep:]
+
+
+def _mask_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """Logits (B, V) at each row's mask; the head runs there only, in models whose head has a usual name."""
+    rows = torch.arange(len(batch["mask_at"]), device=batch["mask_at"].device)
+    head = next((getattr(model, name) for name in _MASKED_HEADS if hasattr(model, name)), None)
+    if isinstance(model, PreTrainedModel) and head is not None and model.base_model is not model:
+        hidden = _forward(model.base_model, _inputs(batch)).last_hidden_state
+        return head(hidden[rows, batch["mask_at"]][:, None])[:, 0]
+    return _forward(model, _inputs(batch)).logits[rows, batch["mask_at"]]
+
+
+def prepare(
+    task: Task,
+    loaded: LoadedModel,
+    *,
+    data: Path | None = None,
+    train: int = 1000,
+    dev: int = 500,
+    test: int = 1000,
+    seed: int = 0,
+    max_length: int | None = None,
+) -> Prepared:
+    """Draw and encode the splits of ``task`` for ``loaded``.
+
+    ``data`` is a folder with <task>/<split>.jsonl; without it rows come from the Hub (or the task's own files, or the
+    grammar). Sizes default to the papers' 1,000 / 500 / 1,000; fewer rows are shared out in proportion, which
+    ``notes`` says. ``max_length`` limits an input, in tokens; the model's context is the default.
+    Raises UserError for data that is missing, malformed or does not fit, and for a task the model cannot do.
+    """
+    encoder = Encoder(task, loaded, max_length)
+    splits, notes = draw(task, data, train=train, dev=dev, test=test, seed=seed)
+    limit = encoder.limit
+    out = Prepared(task, loaded.kind, loaded.tokenizer, limit, encoder.words, encoder.at_position, notes=notes)
+    for split in SPLITS:
+        encoded = [encoder(row, where) for where, row in splits[split]]
+        kept = [example for example in encoded if example is not None]
+        setattr(out, split, kept)
+        out.shortened[split] = sum(example.shortened for example in kept)
+        out.dropped[split] = len(encoded) - len(kept)
+        if out.shortened[split]:
+            notes.append(f"{task.name}: {out.shortened[split]} of {len(kept)} {split} inputs shortened to {limit} tokens")
+        if out.dropped[split]:
+            notes.append(f"{task.name}: {out.dropped[split]} of {len(encoded)} {split} rows left out, too long for {limit} tokens")
+        if encoded and not kept:
+            raise UserError(f"no {split} row of task {task.name!r} fits into {limit} tokens even without its context")
+    return out
