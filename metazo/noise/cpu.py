@@ -4,6 +4,9 @@ The same numbers as philox.py, bit for bit (tests/noise). About 1.5e9 normals a 
 Tensors are cut into pieces for a small pool of threads; the kernels release the interpreter lock.
 """
 
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+# (pyright reads numba intrinsics as what they are before compilation)
+
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor

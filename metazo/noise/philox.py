@@ -48,7 +48,9 @@ def philox(counter: tuple, key: tuple) -> tuple[torch.Tensor, ...]:
     return c0, c1, c2, c3
 
 
-def words(seed: int, tensor_id: int, purpose: int, start: int, count: int, device="cpu") -> torch.Tensor:
+def words(
+    seed: int, tensor_id: int, purpose: int, start: int, count: int, device: torch.device | str = "cpu"
+) -> torch.Tensor:
     """Random 32-bit words of blocks start .. start + count - 1. Returns: (count, 4), int64."""
     block = torch.arange(start, start + count, dtype=torch.int64, device=device)
     if start + count > 2**32:
@@ -75,7 +77,7 @@ def _log(u: torch.Tensor) -> torch.Tensor:
 def normal_pair(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Two standard normals, float32, from two tensors of 32-bit words (Box-Muller).
 
-    The radius uses 31 bits of x (so |z| <= 6.66); the angle is 30 bits of y within a quadrant, its top bits the quadrant.
+    The radius takes 31 bits of x (so |z| <= 6.66), the angle 30 bits of y; the top two bits of y are its quadrant.
     """
     # torch's float32 square root is not correctly rounded everywhere (MKL); through float64 it is.
     radius = torch.sqrt((-2.0 * _log(((x >> 1).float() + 0.5) * 2.0**-31)).double()).float()
@@ -88,7 +90,9 @@ def normal_pair(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.T
     return radius * (torch.where(swap, -sine, cosine) * sign), radius * (torch.where(swap, cosine, sine) * sign)
 
 
-def gaussian(seed: int, tensor_id: int, purpose: int, start: int, stop: int, device="cpu") -> torch.Tensor:
+def gaussian(
+    seed: int, tensor_id: int, purpose: int, start: int, stop: int, device: torch.device | str = "cpu"
+) -> torch.Tensor:
     """Normals of elements start .. stop - 1 of a tensor. Returns: (stop - start,), float32."""
     first = start // 4
     w = words(seed, tensor_id, purpose, first, -(-stop // 4) - first, device)
@@ -96,7 +100,9 @@ def gaussian(seed: int, tensor_id: int, purpose: int, start: int, stop: int, dev
     return z[start - 4 * first : stop - 4 * first]
 
 
-def rademacher(seed: int, tensor_id: int, purpose: int, start: int, stop: int, device="cpu") -> torch.Tensor:
+def rademacher(
+    seed: int, tensor_id: int, purpose: int, start: int, stop: int, device: torch.device | str = "cpu"
+) -> torch.Tensor:
     """Signs of elements start .. stop - 1: bit e % 32 of word (e // 32) % 4 of block e // 128; a set bit is -1."""
     first = start // 128
     w = words(seed, tensor_id, purpose, first, -(-stop // 128) - first, device)

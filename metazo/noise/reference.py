@@ -21,9 +21,7 @@ class TorchOrderStream:
     def __init__(self, seed: int, device: torch.device | str = "cpu"):
         self.generator = torch.Generator(device).manual_seed(seed)
 
-    def draw(
-        self, tensor: NamedTensor, shape: tuple[int, ...] | None = None, purpose: int = 0, dtype=None
-    ) -> Tensor:
+    def draw(self, tensor: NamedTensor, shape: tuple[int, ...] | None = None, purpose: int = 0, dtype=None) -> Tensor:
         """The next numbers, in the tensor's dtype. The purpose is ignored: order alone tells draws apart."""
         shape = tuple(tensor.param.shape) if shape is None else shape
         return torch.randn(

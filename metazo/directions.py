@@ -1,0 +1,132 @@
+"""Directions: what a step moves along.
+
+A direction turns the noise of one seed into a vector d over all tensors, tensor by tensor and in order (noise in the
+published order depends on it). Directions wrap each other: `Scaled(LowRank(...))` is LOZO under a learned block scale.
+Each has two verbs: `add_`, fused and without temporaries where the direction allows, and `draw`, its plain twin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from torch import Tensor
+
+from metazo.blocks import NamedTensor
+from metazo.noise import LEFT, Stream
+
+
+class Direction(Protocol):
+    def touches(self, tensor: NamedTensor) -> bool:
+        """False where d is zero on the tensor and draws no noise for it."""
+        ...
+
+    def add_(self, stream: Stream, tensor: NamedTensor, out: Tensor, alpha: float, beta: float = 1.0) -> None:
+        """out = beta * out + alpha * d, in place; out has the tensor's shape."""
+        ...
+
+    def draw(self, stream: Stream, tensor: NamedTensor, dtype=None) -> Tensor:
+        """d on this tensor, in its shape and in dtype (default: the tensor's, at least float32)."""
+        ...
+
+
+class Isotropic:
+    """d = z, the noise itself."""
+
+    def touches(self, tensor: NamedTensor) -> bool:
+        return True
+
+    def add_(self, stream: Stream, tensor: NamedTensor, out: Tensor, alpha: float, beta: float = 1.0) -> None:
+        stream.add_(tensor, out, alpha, beta)
+
+    def draw(self, stream: Stream, tensor: NamedTensor, dtype=None) -> Tensor:
+        return stream.draw(tensor, dtype=dtype)
+
+
+class Scaled:
+    """d = s_b d', one positive number a tensor: block scales, at no cost beyond the scalar."""
+
+    def __init__(self, inner: Direction, scales: Mapping[str, float]):
+        self.inner, self.scales = inner, scales
+
+    def touches(self, tensor: NamedTensor) -> bool:
+        return self.inner.touches(tensor)
+
+    def add_(self, stream: Stream, tensor: NamedTensor, out: Tensor, alpha: float, beta: float = 1.0) -> None:
+        self.inner.add_(stream, tensor, out, alpha * self.scales[tensor.name], beta)
+
+    def draw(self, stream: Stream, tensor: NamedTensor, dtype=None) -> Tensor:
+        return self.inner.draw(stream, tensor, dtype).mul_(self.scales[tensor.name])
+
+
+class Diagonal:
+    """d = D * d', elementwise; `factor(tensor)` gives D in the tensor's shape (HiZOO: H^-1/2)."""
+
+    def __init__(self, inner: Direction, factor):
+        self.inner, self.factor = inner, factor
+
+    def touches(self, tensor: NamedTensor) -> bool:
+        return self.inner.touches(tensor)
+
+    def add_(self, stream: Stream, tensor: NamedTensor, out: Tensor, alpha: float, beta: float = 1.0) -> None:
+        out.mul_(beta).add_(self.draw(stream, tensor, dtype=out.dtype), alpha=alpha)
+
+    def draw(self, stream: Stream, tensor: NamedTensor, dtype=None) -> Tensor:
+        return self.inner.draw(stream, tensor, dtype).mul_(self.factor(tensor))
+
+
+class LowRank:
+    """d = U V^T on matrices, U drawn fresh, V given; the inner direction on everything else.
+
+    Args: inner; right: V by tensor name, (n, r), for the tensors to treat so; before: called with (stream, tensor)
+        ahead of U, for noise in the published order, where V's numbers come first on the same stream.
+    """
+
+    def __init__(self, inner: Direction, right: Mapping[str, Tensor], before=None):
+        self.inner, self.right, self.before = inner, right, before
+
+    def touches(self, tensor: NamedTensor) -> bool:
+        return tensor.name in self.right or self.inner.touches(tensor)
+
+    def left(self, stream: Stream, tensor: NamedTensor, dtype=None) -> Tensor:
+        """U of the tensor. Returns: (m, r)."""
+        if self.before is not None:
+            self.before(stream, tensor)
+        shape = (tensor.param.shape[0], self.right[tensor.name].shape[1])
+        return stream.draw(tensor, shape, purpose=LEFT, dtype=dtype)
+
+    def add_(self, stream: Stream, tensor: NamedTensor, out: Tensor, alpha: float, beta: float = 1.0) -> None:
+        right = self.right.get(tensor.name)
+        if right is None:
+            self.inner.add_(stream, tensor, out, alpha, beta)
+        else:
+            left = self.left(stream, tensor, out.dtype)
+            out.addmm_(left, right.to(out.dtype).t(), beta=beta, alpha=alpha)
+
+    def draw(self, stream: Stream, tensor: NamedTensor, dtype=None) -> Tensor:
+        right = self.right.get(tensor.name)
+        if right is None:
+            return self.inner.draw(stream, tensor, dtype)
+        left = self.left(stream, tensor, dtype)
+        return left @ right.to(left.dtype).t()
+
+
+class Sparse:
+    """d = d' on the selected tensors, zero elsewhere, where no noise is drawn either."""
+
+    def __init__(self, inner: Direction, selected):
+        self.inner, self.selected = inner, frozenset(selected)
+
+    def touches(self, tensor: NamedTensor) -> bool:
+        return tensor.name in self.selected and self.inner.touches(tensor)
+
+    def add_(self, stream: Stream, tensor: NamedTensor, out: Tensor, alpha: float, beta: float = 1.0) -> None:
+        if self.touches(tensor):
+            self.inner.add_(stream, tensor, out, alpha, beta)
+        elif beta != 1.0:
+            out.mul_(beta)
+
+    def draw(self, stream: Stream, tensor: NamedTensor, dtype=None) -> Tensor:
+        if self.touches(tensor):
+            return self.inner.draw(stream, tensor, dtype)
+        return tensor.param.new_zeros(tensor.param.shape, dtype=dtype)

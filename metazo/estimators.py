@@ -1,0 +1,110 @@
+"""Estimators: where a step evaluates the loss, and how losses become coefficients of its directions.
+
+With d_k the direction of seed k, the gradient estimate is g = sum_k c_k d_k. An estimator lists probes (query, multiple
+of eps) and turns their losses, in that order, into c. Losses arrive typed by the estimator that asked for them, so a
+method cannot use what it did not pay for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from metazo.errors import UserError
+
+
+class Query(NamedTuple):
+    """One evaluation: at theta + multiple * eps * d(seed of this query); query is None at theta itself."""
+
+    query: int | None
+    multiple: float
+
+
+class Estimator(Protocol):
+    @property
+    def queries(self) -> int: ...
+
+    def probes(self) -> list[Query]: ...
+    def coefficients(self, losses: Sequence[float], eps: float) -> list[float]: ...
+    def plus_minus(self, losses: Sequence[float]) -> tuple[float, float]:
+        """Means of the losses on the two sides (both the mean of all where an estimator has one side)."""
+        ...
+
+    def loss(self, losses: Sequence[float]) -> float:
+        """The step's loss, for people: at theta where it was evaluated, else the mean of the probes."""
+        ...
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+@dataclass(frozen=True)
+class TwoPoint:
+    """c_k = (L(theta + eps d_k) - L(theta - eps d_k)) / (2 eps n): SPSA, averaged over n = queries directions."""
+
+    queries: int = 1
+
+    def __post_init__(self):
+        if self.queries < 1:
+            raise UserError(f"queries must be at least 1, not {self.queries}.")
+
+    def probes(self) -> list[Query]:
+        return [Query(k, sign) for k in range(self.queries) for sign in (1.0, -1.0)]
+
+    def coefficients(self, losses: Sequence[float], eps: float) -> list[float]:
+        pairs = zip(losses[::2], losses[1::2])
+        return [(plus - minus) / (2 * eps) / self.queries for plus, minus in pairs]
+
+    def plus_minus(self, losses: Sequence[float]) -> tuple[float, float]:
+        return mean(losses[::2]), mean(losses[1::2])
+
+    def loss(self, losses: Sequence[float]) -> float:
+        return mean(losses)
+
+
+@dataclass(frozen=True)
+class ThreeLosses:
+    """L(theta), then the pair: c as TwoPoint, and the second difference L+ + L- - 2 L0 for curvature (HiZOO)."""
+
+    queries: int = 1
+
+    def probes(self) -> list[Query]:
+        return [Query(None, 0.0), Query(0, 1.0), Query(0, -1.0)]
+
+    def coefficients(self, losses: Sequence[float], eps: float) -> list[float]:
+        return [(losses[1] - losses[2]) / (2 * eps)]
+
+    def second_difference(self, losses: Sequence[float]) -> float:
+        return losses[1] + losses[2] - 2 * losses[0]
+
+    def plus_minus(self, losses: Sequence[float]) -> tuple[float, float]:
+        return losses[1], losses[2]
+
+    def loss(self, losses: Sequence[float]) -> float:
+        return losses[0]
+
+
+@dataclass(frozen=True)
+class LeaveOneOut:
+    """One side, each against the mean of the others (RLOO): c_k = (f_k - mean f) / (eps (K - 1)), K = queries >= 2."""
+
+    queries: int = 6
+
+    def __post_init__(self):
+        if self.queries < 2:
+            raise UserError(f"queries must be at least 2 to leave one out, not {self.queries}.")
+
+    def probes(self) -> list[Query]:
+        return [Query(k, 1.0) for k in range(self.queries)]
+
+    def coefficients(self, losses: Sequence[float], eps: float) -> list[float]:
+        centre = mean(losses)
+        return [(f - centre) / (eps * (self.queries - 1)) for f in losses]
+
+    def plus_minus(self, losses: Sequence[float]) -> tuple[float, float]:
+        return mean(losses), mean(losses)
+
+    def loss(self, losses: Sequence[float]) -> float:
+        return mean(losses)

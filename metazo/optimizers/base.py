@@ -1,0 +1,316 @@
+"""The one contract: a zeroth-order method as a torch optimizer over named parameters.
+
+    optimizer = metazo.optimizers.MeZO(model.named_parameters(), lr=1e-6, eps=1e-3)
+    loss = optimizer.step(lambda: model(**batch).loss)          # runs forward only
+
+The base owns seeds, probing, the update in place, block scales, the reduction of losses over processes, the step record
+and saving. A method file holds the paper's mathematics in three verbs:
+
+    init(tensors) -> State                  explicit tensors by name, saved as they are, nothing hidden elsewhere
+    propose(state, step) -> Direction       what to move along; the estimator says at which multiples of eps
+    update(state, step, seeds, losses) -> coefficients, and the direction of the update where it differs
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from metazo.blocks import NamedTensor, check_names, named_tensors
+from metazo.directions import Direction, Isotropic, Scaled
+from metazo.errors import UserError
+from metazo.estimators import Estimator, TwoPoint
+from metazo.noise import Noise, PhiloxNoise
+from metazo.probe import Term, Weights
+from metazo.rules import SGD, Rule
+from metazo.scales import BlockScale, RMSScale
+
+State = dict[str, Tensor]
+Closure = Callable[[], Tensor | float]
+
+# MeZO's name rule: these are exempt from weight decay. RoBERTa's LayerNorm.weight and Llama's norm.weight are decayed
+# under it, as they are in the published code.
+DECAY_EXEMPT = ("bias", "layer_norm", "layernorm")
+
+
+@dataclass(frozen=True)
+class Step:
+    """The record of one step: enough to take it again without a forward pass.
+
+    seeds, coefficients: one a query (coefficients empty where the step was skipped: a loss was not finite); losses: in
+    the order of the estimator's probes; lr: of each parameter group; scales: sigma by block where there is a block
+    scale, to be read, not needed: they follow from the weights and the losses before.
+    """
+
+    step: int
+    seeds: tuple[int, ...]
+    losses: tuple[float, ...]
+    coefficients: tuple[float, ...]
+    lr: tuple[float, ...]
+    scales: tuple[float, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a method makes of the losses: c by query, and the direction to update along (None: the probed one)."""
+
+    coefficients: Sequence[float]
+    direction: Direction | None = None
+
+
+def _numbers(**values: float) -> None:
+    for name, value in values.items():
+        if not math.isfinite(value) or value < 0:
+            raise UserError(f"{name} must be a finite number of at least 0, not {value}.")
+
+
+class ZOOptimizer(Optimizer):
+    """Base of every method.
+
+    Args:
+        params: `model.named_parameters()`, or parameter groups as dicts with "params" (named) and their own "lr" and
+            "weight_decay". Unnamed tensors are named by position. Tied weights count once, frozen ones are left out.
+        lr: learning rate. With D trainable weights the estimate is about sqrt(D) longer than the gradient, so it is two
+            to four orders smaller than first-order training's.
+        eps: length of the probe in units of the direction.
+        weight_decay: theta <- (1 - lr weight_decay) theta - ..., for names without bias, layer_norm, layernorm.
+        seed: of the run; every step's noise follows from it.
+        noise: "gaussian", "rademacher", or a noise source.
+        scale: block scales: None, "rms", or a BlockScale (a tuner's).
+        rule: what is done with the estimate; None takes the method's own.
+        precision: where theta lives while it is probed; see metazo.probe.
+
+    Attributes: last_step, the Step record of the step just taken; forwards, closure evaluations so far.
+
+    Raises UserError for hyperparameters out of range. Do not use it with dropout on, or with a loss that is random in
+    any other way: the two evaluations must differ by the probe alone.
+    """
+
+    name = "base"
+    estimator: Estimator = TwoPoint()
+    default_rule: Rule = SGD()
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 1e-6,
+        eps: float = 1e-3,
+        *,
+        weight_decay: float = 0.0,
+        seed: int = 0,
+        noise: str | Noise = "gaussian",
+        scale: str | BlockScale | None = None,
+        rule: Rule | None = None,
+        precision: str = "auto",
+    ):
+        _numbers(lr=lr, eps=eps, weight_decay=weight_decay)
+        if eps == 0:
+            raise UserError("eps must be above 0: the losses of the two probes would not differ.")
+        if scale is not None and not isinstance(scale, BlockScale) and scale != "rms":
+            raise UserError(f"scale {scale!r} is unknown: choose rms, or pass a tuner.")
+        self.eps, self.precision = eps, precision
+        self.noise: Noise = PhiloxNoise(seed, noise) if isinstance(noise, str) else noise
+        self.scale = RMSScale() if scale == "rms" else scale
+        self.rule = rule or self.default_rule
+        self.steps = self.forwards = 0
+        self.last_step: Step | None = None
+        self._ready = False
+        self.zo_state: State = {}
+        super().__init__(_named_groups(params), {"lr": lr, "weight_decay": weight_decay})
+
+    # -- the three verbs; plain two-point descent unless a method says otherwise ---------------------------------
+
+    def init(self, tensors: Sequence[NamedTensor]) -> State:
+        return {}
+
+    def propose(self, state: State, step: int) -> Direction:
+        return Isotropic()
+
+    def update(self, state: State, step: int, seeds: Sequence[int], losses: Sequence[float]) -> Update:
+        return Update(self.estimator.coefficients(losses, self.eps))
+
+    # -- the step -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self, closure: Closure | Sequence[Closure] | None = None, *, replay: Step | None = None
+    ) -> float:
+        """Take one step.
+
+        Args:
+            closure: evaluates the loss at the present weights; called once a probe, under inference mode. A sequence of
+                closures is averaged under one seed: gradient accumulation, without accumulating anything.
+            replay: a recorded step to take again with its losses instead of evaluating.
+
+        Returns: the loss at theta where the method evaluates it, else the mean over its probes. Where a loss is not
+        finite, the weights are put back as they were, the step is recorded without coefficients, and the loss returned
+        is not finite either. An exception in the closure leaves the weights as they were.
+        """
+        self._prepare()
+        state, step = self.zo_state, self.steps
+        seeds = list(replay.seeds) if replay else [self.noise.seed(step, k) for k in range(self.estimator.queries)]
+        direction, scales = self._scaled(self.propose(state, step), state, step)
+        losses = self._probe(direction, seeds, closure, replay)
+        groups = self.param_groups
+        learning_rates = replay.lr if replay else tuple(float(group["lr"]) for group in groups)
+        coefficients: Sequence[float] = ()
+        if all(map(math.isfinite, losses)):
+            update = self.update(state, step, seeds, losses)
+            coefficients = update.coefficients
+            along = direction if update.direction is None else self._rescaled(update.direction, scales)
+            self._apply([Term(along, s, c) for s, c in zip(seeds, coefficients)], learning_rates, step)
+            if self.scale is not None:
+                self.scale.observe(state, *self.estimator.plus_minus(losses))
+        else:
+            self.weights.leave()
+        sigma = tuple(state["scale/sigma"].tolist()) if self.scale is not None else ()
+        self.last_step = Step(step, tuple(seeds), tuple(losses), tuple(coefficients), learning_rates, sigma)
+        self.steps += 1
+        return self.estimator.loss(losses)
+
+    def _scaled(self, direction: Direction, state: State, step: int) -> tuple[Direction, dict[str, float] | None]:
+        if self.scale is None:
+            return direction, None
+        scales = self.scale.scales(state, step, self.weights.theta)
+        return Scaled(direction, scales), scales
+
+    @staticmethod
+    def _rescaled(direction: Direction, scales: dict[str, float] | None) -> Direction:
+        return direction if scales is None else Scaled(direction, scales)
+
+    def _probe(self, direction, seeds, closure, replay: Step | None) -> list[float]:
+        probes = self.estimator.probes()
+        losses: list[float] = []
+        try:
+            for index, (query, multiple) in enumerate(probes):
+                if query is None:
+                    self.weights.leave()
+                else:
+                    self.weights.visit(direction, seeds[query], multiple * self.eps)
+                losses.append(replay.losses[index] if replay else self._evaluate(closure))
+        except BaseException:
+            self.weights.leave()
+            raise
+        return losses
+
+    def _evaluate(self, closure: Closure | Sequence[Closure] | None) -> float:
+        closures = [closure] if callable(closure) else list(closure or ())
+        if not closures:
+            raise UserError("step() needs a closure that returns the loss: step(lambda: model(**batch).loss).")
+        self.forwards += len(closures)
+        with torch.inference_mode():
+            loss = sum(float(evaluate()) for evaluate in closures) / len(closures)
+        return _mean_over_processes(loss)
+
+    def _apply(self, terms: list[Term], learning_rates: Sequence[float], step: int) -> None:
+        decays = {
+            tensor.name: learning_rates[tensor.group] * float(self.param_groups[tensor.group]["weight_decay"])
+            for tensor in self.tensors
+            if not any(part in tensor.name for part in DECAY_EXEMPT)
+        }
+        if self.rule.fused:
+            factors = {name: 1 - decay for name, decay in decays.items() if decay}
+            self.weights.apply(terms, lambda tensor: learning_rates[tensor.group], factors)
+            return
+        self.weights.leave()
+        if "adam_steps" in self.zo_state:
+            self.zo_state["adam_steps"] += 1
+        gradient = self.weights.gradient(terms)
+        for tensor in self.tensors:
+            lr, decay = learning_rates[tensor.group], decays.get(tensor.name, 0.0)
+            self.rule.apply(tensor, self.weights.theta(tensor), gradient(tensor), lr, decay, self.zo_state)
+            self.weights.settle(tensor)
+
+    # -- preparation, saving --------------------------------------------------------------------------------------
+
+    def _prepare(self) -> None:
+        """At the first step: by then the model is on its device and in its dtype."""
+        if self._ready:
+            return
+        self.tensors = [
+            tensor
+            for index, group in enumerate(self.param_groups)
+            for tensor in _trainable(zip(group["param_names"], group["params"]), index)
+        ]
+        check_names(self.tensors)
+        self.weights = Weights(self.tensors, self.noise, self.precision)
+        if self.scale is not None:
+            self.scale.bind(self.tensors)
+        self.zo_state = self.init(self.tensors) | self.rule.init(self.tensors)
+        if self.scale is not None:
+            self.zo_state |= self.scale.init()
+        self._ready = True
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if getattr(self, "_ready", False):
+            raise UserError("Parameter groups must be added before the first step.")
+        super().add_param_group(param_group)
+
+    def tensors_state(self) -> State:
+        """All state as tensors by name, float32 masters among it: what a snapshot holds, ready for safetensors."""
+        self._prepare()
+        counters = torch.tensor([self.steps, self.forwards], dtype=torch.int64)
+        masters = {f"master/{name}": master for name, master in self.weights.master.items()}
+        return self.zo_state | masters | {"counters": counters}
+
+    def load_tensors_state(self, state: State) -> None:
+        """Take up a `tensors_state`. Raises UserError where names or shapes are not those of this optimizer."""
+        self._prepare()
+        present = self.tensors_state()
+        if {k: v.shape for k, v in present.items()} != {k: v.shape for k, v in state.items()}:
+            odd = sorted(set(present) ^ set(state)) or ["a shape"]
+            raise UserError(f"The saved state is not of this optimizer ({self.name}): {odd[0]} differs.")
+        for name, value in present.items():
+            value.copy_(state[name])
+        self.steps, self.forwards = (int(n) for n in state["counters"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's form; the method's tensors stand under "zo", where torch does not cast them to the weights' dtype."""
+        return super().state_dict() | {"zo": {k: v.clone() for k, v in self.tensors_state().items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict({k: v for k, v in state_dict.items() if k != "zo"})
+        self.load_tensors_state(state_dict["zo"])
+
+
+def _trainable(named: Iterable[tuple[str, Tensor]], group: int) -> list[NamedTensor]:
+    named = list(named)
+    return named_tensors(named, group) if any(param.requires_grad for _, param in named) else []
+
+
+def _named_groups(params: Iterable) -> list[dict[str, Any]]:
+    """Parameter groups of (name, parameter) pairs in which no tensor stands twice."""
+    entries = list(params)
+    groups = [dict(entry) for entry in entries] if entries and isinstance(entries[0], dict) else [{"params": entries}]
+    seen: set[int] = set()
+    position = 0
+    for group in groups:
+        members = group["params"]
+        named = []
+        for member in [members] if isinstance(members, Tensor) else list(members):
+            name, param = member if isinstance(member, tuple) else (f"param.{position}", member)
+            position += 1
+            if id(param) not in seen:
+                seen.add(id(param))
+                named.append((name, param))
+        group["params"] = named
+    return groups
+
+
+def _mean_over_processes(loss: float) -> float:
+    """The loss averaged over processes where torch.distributed runs: one scalar is all that ever travels."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return loss
+    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+    total = torch.tensor(loss, dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(total)
+    return float(total) / torch.distributed.get_world_size()

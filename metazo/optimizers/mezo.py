@@ -1,0 +1,62 @@
+"""MeZO (Malladi et al. 2023, arXiv 2305.17333): descent along the noise that was probed.
+
+    c = (L(theta + eps z) - L(theta - eps z)) / (2 eps)          z ~ N(0, I), drawn again from its seed
+    theta <- theta - lr (c z + weight_decay theta)
+
+With n queries, c_k and z_k are averaged (n-SPSA). Momentum and Adam take the same estimate as a gradient.
+
+Differences from the published code (princeton-nlp/MeZO): three passes over the weights instead of four (taking the
+probe off is folded into the update); weights narrower than float32 are not perturbed in place, so they do not drift;
+`momentum`, which its README names, exists; weight decay follows the name rule of large_models and the scheduler's
+learning rate everywhere. Adam is torch's AdamW, as in medium_models, without keeping the gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from metazo.estimators import TwoPoint
+from metazo.optimizers.base import ZOOptimizer
+from metazo.rules import Adam, Momentum
+
+
+class MeZO(ZOOptimizer):
+    """MeZO-SGD. Forwards a step: 2 queries. Extra memory: none.
+
+    Args: as ZOOptimizer; queries: directions averaged a step (n-SPSA). At equal forwards one is usually best.
+    """
+
+    name = "mezo"
+
+    def __init__(self, params: Iterable, lr: float = 1e-6, eps: float = 1e-3, *, queries: int = 1, **common):
+        self.estimator = TwoPoint(queries)
+        super().__init__(params, lr, eps, **common)
+
+
+class MeZOMomentum(MeZO):
+    """MeZO with heavy-ball momentum in torch's form. Extra memory: one copy of the weights, float32."""
+
+    name = "mezo-momentum"
+
+    def __init__(self, params: Iterable, lr: float = 1e-6, eps: float = 1e-3, *, momentum: float = 0.9, **common):
+        common.setdefault("rule", Momentum(momentum))
+        super().__init__(params, lr, eps, **common)
+
+
+class MeZOAdam(MeZO):
+    """MeZO with AdamW. Extra memory: two copies of the weights, float32. lr is of Adam's size (1e-5 .. 1e-3)."""
+
+    name = "mezo-adam"
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 1e-4,
+        eps: float = 1e-3,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        stability: float = 1e-8,
+        **common,
+    ):
+        common.setdefault("rule", Adam(betas, stability))
+        super().__init__(params, lr, eps, **common)

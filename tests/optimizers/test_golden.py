@@ -1,0 +1,101 @@
+"""Trajectories recorded from the published code, replayed to a relative 1e-9 in float64.
+
+The folder is METAZO_GOLDEN_DIR, by default shared/golden beside the checkout; other recordings of the same form, with
+other sizes, seeds and hyperparameters, must hold as well.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from metazo.noise import TorchOrderNoise
+from metazo.optimizers import MeZO, MeZOAdam, MeZOMomentum, ZOFinetuner, ZOOptimizer
+from metazo.optimizers.zo_finetuner import PUBLISHED_EMBEDDING_ROWS
+from metazo.pertnn import PertNN
+from metazo.scales import TunerScale
+from tests.problem import ORDER, Problem, Recording, read
+
+FOLDER = Path(os.environ.get("METAZO_GOLDEN_DIR", Path(__file__).parents[3] / "shared" / "golden"))
+
+
+def recording(name: str) -> Recording:
+    path = FOLDER / f"{name}.safetensors"
+    if not path.is_file():
+        pytest.skip(f"no recording {name} in METAZO_GOLDEN_DIR or shared/golden")
+    return read(path)
+
+
+def published_noise(golden: Recording) -> TorchOrderNoise:
+    return TorchOrderNoise(0, seeds=golden.metadata.get("seeds"))
+
+
+def follow(golden: Recording, optimizer: ZOOptimizer, problem: Problem, rtol: float = 1e-9) -> list:
+    """Take the recorded steps and compare every snapshot; returns the step records."""
+    snapshots, steps = golden.snapshots(), []
+    for step in range(int(golden.metadata["steps"])):
+        idx, y = golden.batch(step)
+        optimizer.step(lambda: problem(idx, y))
+        steps.append(optimizer.last_step)
+        for name, parameter in problem.named():
+            if step + 1 in snapshots:
+                expected = snapshots[step + 1][name]
+                scale = float(expected.abs().max())
+                torch.testing.assert_close(parameter.data, expected, rtol=rtol, atol=rtol * scale, msg=f"{name} {step}")
+    assert snapshots, "a recording without snapshots proves nothing"
+    projected = golden.metadata.get("projected_grad")
+    if projected:
+        torch.testing.assert_close([s.coefficients[0] for s in steps], projected, rtol=1e-7, atol=1e-9)
+    return steps
+
+
+def common(golden: Recording) -> dict:
+    h = golden.hyperparameters
+    decay = h.get("weight_decay", 0.0)
+    return {"lr": h["lr"], "eps": h["eps"], "weight_decay": decay, "noise": published_noise(golden)}
+
+
+def test_mezo():
+    golden = recording("mezo")
+    problem = Problem(golden.folder("init"))
+    follow(golden, MeZO(problem.named(), **common(golden)), problem)
+
+
+def test_mezo_momentum():
+    golden = recording("mezo_momentum")
+    problem = Problem(golden.folder("init"))
+    optimizer = MeZOMomentum(problem.named(), momentum=golden.hyperparameters["momentum"], **common(golden))
+    follow(golden, optimizer, problem)
+
+
+def test_mezo_adam():
+    golden = recording("mezo_adam")
+    problem = Problem(golden.folder("init"))
+    h = golden.hyperparameters
+    optimizer = MeZOAdam(problem.named(), betas=tuple(h["betas"]), stability=h["adam_eps"], **common(golden))
+    follow(golden, optimizer, problem)
+
+
+def pertnns(weights: dict[str, torch.Tensor]) -> PertNN:
+    """Stack `<tensor>/<layer>.weight` and `.bias` as recorded."""
+    return PertNN.from_sequentials(
+        [tuple(weights[f"{name}/{part}"] for part in ("0.weight", "0.bias", "2.weight", "2.bias")) for name in ORDER]
+    )
+
+
+def test_zo_finetuner_deploy():
+    golden = recording("zo_finetuner_deploy")
+    problem = Problem(golden.folder("init"))
+    h = golden.hyperparameters
+    scale = TunerScale(
+        pertnn=pertnns(golden.folder("pertnn")),
+        normalise=h["normalize"],
+        every=1,
+        embedding_rows=PUBLISHED_EMBEDDING_ROWS * h["batch_size"],
+    )
+    steps = follow(golden, ZOFinetuner(problem.named(), scale=scale, **common(golden)), problem)
+    for step, sigma in zip(steps, golden.metadata["sigma"]):
+        torch.testing.assert_close(list(step.scales), [sigma[name] for name in ORDER], rtol=1e-7, atol=0)
