@@ -1,4 +1,4 @@
-"""The one noise source, z = f(seed, tensor, element): defined in philox.py, fast in cpu.py, as published in reference.py."""
+"""The one noise source, z = f(seed, tensor, element): philox.py defines it, cpu.py is its fast form."""
 
 from __future__ import annotations
 

@@ -89,7 +89,8 @@ class ZOOptimizer(Optimizer):
         rule: what is done with the estimate; None takes the method's own.
         precision: where theta lives while it is probed; see metazo.probe.
 
-    Attributes: last_step, the Step record of the step just taken; forwards, closure evaluations so far.
+    Attributes: last_step, the Step record of the step just taken; forwards, closure evaluations so far; recorder, called
+    with each Step before the weights change.
 
     Raises UserError for hyperparameters out of range. Do not use it with dropout on, or with a loss that is random in
     any other way: the two evaluations must differ by the probe alone.
@@ -123,6 +124,7 @@ class ZOOptimizer(Optimizer):
         self.rule = rule or self.default_rule
         self.steps = self.forwards = 0
         self.last_step: Step | None = None
+        self.recorder: Callable[[Step], None] | None = None
         self._ready = False
         self.zo_state: State = {}
         super().__init__(_named_groups(params), {"lr": lr, "weight_decay": weight_decay})
@@ -162,18 +164,18 @@ class ZOOptimizer(Optimizer):
         losses = self._probe(direction, seeds, closure, replay)
         groups = self.param_groups
         learning_rates = replay.lr if replay else tuple(float(group["lr"]) for group in groups)
-        coefficients: Sequence[float] = ()
-        if all(map(math.isfinite, losses)):
-            update = self.update(state, step, seeds, losses)
-            coefficients = update.coefficients
+        finite = all(map(math.isfinite, losses))
+        update = self.update(state, step, seeds, losses) if finite else Update(())
+        sigma = tuple(state["scale/sigma"].tolist()) if self.scale is not None else ()
+        self.last_step = Step(step, tuple(seeds), tuple(losses), tuple(update.coefficients), learning_rates, sigma)
+        self._record(self.last_step, replay)
+        if finite:
             along = direction if update.direction is None else self._rescaled(update.direction, scales)
-            self._apply([Term(along, s, c) for s, c in zip(seeds, coefficients)], learning_rates, step)
+            self._apply([Term(along, s, c) for s, c in zip(seeds, update.coefficients)], learning_rates, step)
             if self.scale is not None:
                 self.scale.observe(state, *self.estimator.plus_minus(losses))
         else:
             self.weights.leave()
-        sigma = tuple(state["scale/sigma"].tolist()) if self.scale is not None else ()
-        self.last_step = Step(step, tuple(seeds), tuple(losses), tuple(coefficients), learning_rates, sigma)
         self.steps += 1
         return self.estimator.loss(losses)
 
@@ -201,6 +203,16 @@ class ZOOptimizer(Optimizer):
             self.weights.leave()
             raise
         return losses
+
+    def _record(self, record: Step, replay: Step | None) -> None:
+        """Write the record down before the weights change; where that fails (a full disk), they do not change."""
+        if self.recorder is None or replay is not None:
+            return
+        try:
+            self.recorder(record)
+        except BaseException:
+            self.weights.leave()
+            raise
 
     def _evaluate(self, closure: Closure | Sequence[Closure] | None) -> float:
         closures = [closure] if callable(closure) else list(closure or ())
