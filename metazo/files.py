@@ -21,7 +21,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     """A binary file that appears at `path` complete, when the block ends, or not at all.
 
     It is written under a temporary name in the same folder (made if missing), flushed to the disk, renamed.
-    When the block raises, the temporary file is removed. UserError when the folder cannot be written or is full.
+    When the block raises, the temporary file is removed. UserError if the folder is full or cannot be written.
     """
     temporary = path.with_name(f".{path.name[:60]}.{secrets.token_hex(6)}.tmp")
     try:

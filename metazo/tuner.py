@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ class TunerInfo:
     """How it was trained."""
     scores: dict[str, Any] = field(default_factory=dict)
     """What was measured with it."""
-    metazo_version: str = ""
+    metazo_version: str = field(default_factory=lambda: version("metazo"))
     """Version that wrote the file."""
     licence: str | None = None
     """Licence of the tuner; None when none was stated, and then nobody may republish it."""
@@ -67,9 +68,7 @@ class TunerInfo:
     """Of tensor names and shapes; filled in from the blocks, None while a shape is unknown."""
 
     def __post_init__(self) -> None:
-        self.fingerprint = fingerprint(
-            (name, shape) for block in self.blocks for name, shape in block.tensors
-        )
+        self.fingerprint = fingerprint((name, shape) for block in self.blocks for name, shape in block.tensors)
 
 
 @dataclass
@@ -82,9 +81,7 @@ class Tuner:
     def to_bytes(self) -> bytes:
         """The file's content, the same for the same tuner. Figures that are NaN or infinite become null."""
         content = {"format_version": FORMAT_VERSION, **asdict(self.info)}
-        tensors = {
-            name: tensor.detach().cpu().contiguous() for name, tensor in self.pertnn.state_dict().items()
-        }
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.pertnn.state_dict().items()}
         return safetensors.torch.save(tensors, {"metazo": json.dumps(_finite(content), allow_nan=False)})
 
     def save(self, path: str | Path) -> None:
@@ -147,9 +144,9 @@ def _checked(data: bytes) -> TunerInfo:
     if not isinstance(metadata, dict) or not isinstance(metadata.get("metazo"), str):
         raise _BadFile("it has no `metazo` metadata, so it is some other safetensors file")
     content = _json(metadata["metazo"], "metadata")
-    version = content.pop("format_version", None)
-    if version != FORMAT_VERSION or isinstance(version, bool):
-        raise _BadFile(f"its format_version is {_short(version)} and this metazo reads {FORMAT_VERSION} only")
+    stated = content.pop("format_version", None)
+    if stated != FORMAT_VERSION or isinstance(stated, bool):
+        raise _BadFile(f"its format_version is {_short(stated)} and this metazo reads {FORMAT_VERSION} only")
     info = _info(content)
     _check_tensors(header, info, len(data) - 8 - size)
     return info
@@ -201,7 +198,9 @@ def _info(content: dict[str, Any]) -> TunerInfo:
         if not isinstance(content[name], dict) or not _is_plain(content[name]):
             raise _BadFile(f"{name} is not a plain table of text and numbers")
     stated = content.pop("fingerprint")
-    content["blocks"] = _blocks(content["blocks"])
+    blocks = content["blocks"] = _blocks(content["blocks"])
+    if content["by"] == "tensor" and any([name for name, _ in block.tensors] != [block.name] for block in blocks):
+        raise _BadFile("its blocks are by tensor and not each named after its one tensor")
     info = TunerInfo(**content)
     if stated != info.fingerprint:
         raise _BadFile("its fingerprint is not that of the names and shapes it lists")
@@ -225,8 +224,8 @@ def _blocks(entries: Any) -> list[BlockSpec]:
         if not tensors:
             raise _BadFile(f"block {_short(entry['name'])} has no tensors")
         blocks.append(BlockSpec(entry["name"], tuple(tensors)))
-    if not blocks:
-        raise _BadFile("it lists no blocks")
+    if not blocks or len({block.name for block in blocks}) < len(blocks):
+        raise _BadFile("it lists no blocks, or two of one name")
     return blocks
 
 
@@ -256,9 +255,7 @@ def _finite(value: Any) -> Any:
 
 
 def _is_shape(value: Any) -> bool:
-    return (
-        isinstance(value, list) and len(value) <= 8 and all(type(n) is int and 0 <= n < 2**40 for n in value)
-    )
+    return isinstance(value, list) and len(value) <= 8 and all(type(n) is int and 0 <= n < 2**40 for n in value)
 
 
 def _is_name(value: Any) -> bool:

@@ -1,0 +1,152 @@
+"""`metazo zoo`: list, show, pull, push, verify and import tuners."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from metazo import zoo as library
+from metazo.errors import UserError
+from metazo.tuner import Tuner
+from metazo.zoo.index import own_folder
+
+app = typer.Typer(help="Find, check, publish and import tuners.", no_args_is_help=True)
+
+ZooOption = Annotated[Path | None, typer.Option("--zoo", help="A zoo folder to search first.", envvar=None)]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+SourceArgument = Annotated[
+    str, typer.Argument(help="A file, a folder, a name in a zoo, an https address, or a Hub id org/name@revision.")
+]
+
+
+@app.command("list")
+def list_(zoo: ZooOption = None, as_json: JsonOption = False) -> None:
+    """List the tuners of the zoo folders: yours, the bundled one, and what was pulled."""
+    found = library.tuners(zoo)
+    if as_json:
+        _print_json([{**asdict(tuner.entry), "where": tuner.where, "path": str(tuner.path)} for tuner in found])
+        return
+    rows = [
+        (
+            tuner.entry.name,
+            tuner.entry.base_model,
+            str(tuner.entry.blocks),
+            f"{tuner.entry.size / 1e6:.2f} MB",
+            (tuner.entry.fingerprint or "by names")[:12],
+            tuner.entry.licence or "none stated",
+            tuner.where,
+        )
+        for tuner in found
+    ]
+    _print_table(("name", "base model", "blocks", "size", "fingerprint", "licence", "where"), rows)
+    if not found:
+        typer.echo("No tuners yet: make one with `metazo meta-train` and publish it with `metazo zoo push`.")
+
+
+@app.command()
+def show(source: SourceArgument, zoo: ZooOption = None, as_json: JsonOption = False) -> None:
+    """Show what a tuner is for, how it was made and what was measured."""
+    tuner = library.load(source, zoo, _report)
+    about = _about(tuner)
+    if as_json:
+        _print_json({**about, "blocks": [asdict(block) for block in tuner.info.blocks]})
+        return
+    rows = [(key, json.dumps(value) if isinstance(value, dict) else str(value)) for key, value in about.items()]
+    _print_table(("", source), rows)
+
+
+@app.command()
+def pull(source: SourceArgument, zoo: ZooOption = None, as_json: JsonOption = False) -> None:
+    """Get a tuner, check it, and keep it in the cache ($HF_HOME/metazo/cache)."""
+    found = library.pull(source, zoo, _report)
+    if as_json:
+        _print_json({**asdict(found.entry), "path": str(found.path)})
+    else:
+        typer.echo(f"{found.entry.name} for {found.entry.base_model}, {found.entry.blocks} blocks: {found.path}")
+
+
+@app.command()
+def push(
+    tuner: Annotated[Path, typer.Argument(help="A tuner file, or the folder of a meta-training run.")],
+    to: Annotated[str | None, typer.Option(help="A zoo folder (default: METAZO_ZOO), or hub:org/name.")] = None,
+    name: Annotated[str | None, typer.Option(help="What the base model is called in the zoo.")] = None,
+    version: Annotated[str | None, typer.Option(help="Version (default: the next of v1, v2, ...).")] = None,
+    licence: Annotated[str | None, typer.Option(help="Licence of the tuner, such as Apache-2.0.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Publish a tuner into a zoo folder, with its card and index entry, or to the Hub."""
+    published = library.push(tuner, to, base=name, version=version, licence=licence)
+    target = to or str(own_folder())
+    if as_json:
+        _print_json({"published": published, "to": target})
+    else:
+        typer.echo(f"published {published} to {target}")
+
+
+@app.command()
+def verify(zoo: ZooOption = None, as_json: JsonOption = False) -> None:
+    """Hash and check every tuner of the zoo folders again; exit code 1 if one is not in order."""
+    checks = library.verify(zoo)
+    bad = [check for check in checks if check.problem]
+    if as_json:
+        _print_json([{**asdict(check), "folder": str(check.folder)} for check in checks])
+    else:
+        _print_table(("name", "where", "state"), [(c.name, c.where, c.problem or "in order") for c in checks])
+        typer.echo(f"{len(checks) - len(bad)} of {len(checks)} tuners in order")
+    if bad:
+        raise typer.Exit(1)
+
+
+@app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(help="A published pickled tuner, .pth.")],
+    base_model: Annotated[str, typer.Option(help="Name of the base model it was made for.")],
+    model: Annotated[
+        Path | None, typer.Option(help="Folder with the base model's config.json, for the shapes.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write (default: the name with .safetensors, here).")] = None,
+    licence: Annotated[str | None, typer.Option(help="Licence of the tuner, if its authors state one.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Turn a published pickled tuner into safetensors, without executing anything that the pickle asks for."""
+    target = out or Path(file.with_suffix(".safetensors").name)
+    if target.exists():
+        raise UserError(f"--out {target} exists already; choose another name")
+    tuner = library.import_pth(file, base_model, model, licence)
+    tuner.save(target)
+    if as_json:
+        _print_json({**_about(tuner), "path": str(target)})
+        return
+    by = "names and shapes" if tuner.info.fingerprint else "names alone (give --model for the shapes)"
+    typer.echo(f"{target}: {len(tuner.info.blocks)} blocks for {base_model}, will be matched by {by}")
+
+
+def _about(tuner: Tuner) -> dict[str, Any]:
+    """What is known of a tuner, without the list of its blocks."""
+    networks = {"blocks": tuner.pertnn.blocks, "hidden": tuner.pertnn.hidden, "inputs": tuner.pertnn.features}
+    return {**asdict(tuner.info), **networks}
+
+
+def _report(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=1))
+
+
+def _print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    """A table; what comes from files is shown as it is, never as markup."""
+    table = Table()
+    for column in columns:
+        table.add_column(escape(column), overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row))
+    Console().print(table)

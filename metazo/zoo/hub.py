@@ -1,0 +1,69 @@
+"""Tuners on the Hugging Face Hub, through huggingface_hub, which keeps the token to itself.
+
+Errors are put in words of our own: neither a token nor what a server wrote can reach a message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import huggingface_hub
+from huggingface_hub import errors
+
+from metazo.errors import UserError
+from metazo.tuner import MAX_BYTES
+
+_FILE = "tuner.safetensors"
+
+
+def hub_file(repository: str, revision: str | None, report: Callable[[str], None] = print) -> Path:
+    """Path in the Hub's cache of a repository's tuner.safetensors, its size announced and capped before it is read."""
+    name = f"{repository}@{revision or 'main'}"
+    try:
+        cached = huggingface_hub.try_to_load_from_cache(repository, _FILE, revision=revision)
+        if isinstance(cached, str) and (huggingface_hub.constants.is_offline_mode() or _is_commit(revision)):
+            return Path(cached)
+        about = huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(repository, _FILE, revision=revision))
+        if about.size is None or about.size > MAX_BYTES:
+            raise UserError(f"{name} has a tuner of {about.size or 'unknown'} bytes, more than {MAX_BYTES:,}; refused")
+        report(f"pulling {name} ({about.size:,} bytes)")
+        return Path(huggingface_hub.hf_hub_download(repository, _FILE, revision=about.commit_hash or revision))
+    except UserError:
+        raise
+    except Exception as error:  # the client's network library has types of its own, other ones in each version
+        _refuse(name, "pulled", error)
+
+
+def hub_push(repository: str, data: bytes, text: str, front_matter: str) -> str:
+    """Upload a tuner and its card to a Hub repository, made if missing; returns the address of the commit."""
+    operations = [
+        huggingface_hub.CommitOperationAdd(_FILE, data),
+        huggingface_hub.CommitOperationAdd("README.md", (front_matter + text).encode()),
+    ]
+    try:
+        hub = huggingface_hub.HfApi()
+        hub.create_repo(repository, exist_ok=True)
+        return str(hub.create_commit(repository, operations, commit_message="Publish tuner").commit_url)
+    except Exception as error:  # as above
+        _refuse(repository, "pushed to", error)
+
+
+def _is_commit(revision: str | None) -> bool:
+    return revision is not None and len(revision) == 40 and set(revision) <= set("0123456789abcdef")
+
+
+def _refuse(name: str, done: str, error: Exception) -> NoReturn:
+    reasons: list[tuple[type[Exception], str]] = [
+        (errors.OfflineModeIsEnabled, "HF_HUB_OFFLINE is set and it is not in the cache"),
+        (errors.GatedRepoError, "the repository is gated; accept its terms on the Hub and log in with `hf auth login`"),
+        (errors.RepositoryNotFoundError, "there is no such repository, or it is private: log in with `hf auth login`"),
+        (errors.RevisionNotFoundError, "the repository has no such revision"),
+        (errors.EntryNotFoundError, f"the repository holds no {_FILE}"),
+        (errors.HFValidationError, "this is not a valid repository name"),
+    ]
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    fallback = f"the Hub answers {status}" if status else "the Hub cannot be reached"
+    reason = next((words for kind, words in reasons if isinstance(error, kind)), fallback)
+    raise UserError(f"{name} cannot be {done}: {reason}") from None

@@ -1,0 +1,61 @@
+"""Published pickled tuners (`.pth`) as metazo tuners, without executing what the pickle asks for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from metazo.errors import UserError
+from metazo.fit import BlockSpec
+from metazo.pertnn import PertNN
+from metazo.tuner import Tuner, TunerInfo
+from metazo.zoo.torchfile import read_networks
+
+
+def import_pth(path: str | Path, base_model: str, model: str | Path | None = None, licence: str | None = None) -> Tuner:
+    """The tuner in a `.pth` of the published code (arXiv 2510.00419): a dict of tensor name to Linear-Tanh-Linear.
+
+    Such a file names tensors and not their shapes. Without `model` the tuner has no fingerprint and fits a model by
+    names alone; with `model`, a folder holding the base model's config.json, the shapes come from there, and a name
+    that differs is a UserError. Weights are kept in float32 (float16 is exact in it; the published code evaluates
+    such networks in float16). Features, absolute value, normalisation and embedding count are the published ones.
+    """
+    path = Path(path)
+    networks, stored = read_networks(path)
+    shapes = dict(model_shapes(model)) if model is not None else {}
+    tuner = Tuner(
+        PertNN.from_sequentials(list(networks.values())),
+        TunerInfo(
+            base_model=base_model,
+            blocks=[BlockSpec(name, [(name, shapes.get(name))]) for name in networks],
+            embedding_count="published",
+            recipe={"imported from": path.name, "stored type": stored},
+            licence=licence,
+        ),
+    )
+    if model is not None:
+        match = tuner.fits(shapes.items())
+        if not match.ok:
+            raise UserError(f"{path} is not a tuner for the model in {model}: {match.sentence()}")
+    return Tuner.from_bytes(tuner.to_bytes(), str(path))
+
+
+def model_shapes(folder: str | Path) -> list[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of a model's parameters, tied ones once, from its config.json; no weights are read or made."""
+    import transformers
+
+    if not (Path(folder) / "config.json").is_file():
+        raise UserError(f"--model {folder} holds no config.json; give the folder of the base model")
+    try:
+        config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
+        name = (getattr(config, "architectures", None) or [""])[0]
+        known = getattr(transformers, str(name), None)
+        with torch.device("meta"):
+            if isinstance(known, type) and issubclass(known, transformers.PreTrainedModel):
+                network = known._from_config(config)
+            else:
+                network = transformers.AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise UserError(f"--model {folder}: its config.json does not describe a model that can be built") from error
+    return [(name, tuple(parameter.shape)) for name, parameter in network.named_parameters()]

@@ -1,0 +1,171 @@
+"""Zoo folders: an index.json and, for each tuner, `<base model>/<version>/{tuner.safetensors,card.md}`.
+
+The cache, a user's own zoo and the zoo that ships with metazo all have this layout.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from huggingface_hub import constants
+
+import pertnn_zoo
+from metazo.errors import UserError
+from metazo.files import read_capped, safe_name, write_whole
+from metazo.tuner import MAX_BYTES, Tuner
+from metazo.zoo.card import card
+
+FORMAT_VERSION = 1
+MAX_INDEX_BYTES = 4 * 2**20
+TUNER_FILE = "tuner.safetensors"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of an index."""
+
+    name: str
+    """Folder inside the zoo, `<base model>/<version>`."""
+    base_model: str
+    sha256: str
+    """Of the tuner file, in hexadecimal."""
+    size: int
+    """Of the tuner file, in bytes."""
+    fingerprint: str | None
+    """Of the base model's tensor names and shapes; None if the tuner does not know the shapes."""
+    blocks: int
+    licence: str | None
+    url: str | None = None
+    """Where the tuner file is, if it is not in the folder."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A tuner in a zoo folder."""
+
+    entry: Entry
+    folder: Path
+    where: str
+    """"zoo", "own", "cache" or "bundled"."""
+    why: str = ""
+    """What it was found by: "fingerprint", "names" or "base model"."""
+
+    @property
+    def path(self) -> Path:
+        """The tuner file."""
+        return self.folder / self.entry.name / TUNER_FILE
+
+
+def home() -> Path:
+    """Folder of metazo beside the Hub's cache: `$HF_HOME/metazo`."""
+    return Path(os.environ.get("HF_HOME") or constants.HF_HOME).expanduser() / "metazo"
+
+
+def cache_folder() -> Path:
+    """The zoo folder that pulled tuners are kept in."""
+    return home() / "cache"
+
+
+def own_folder() -> Path:
+    """The zoo folder that `push` publishes into by default: $METAZO_ZOO, or one beside the cache."""
+    return Path(os.environ.get("METAZO_ZOO") or home() / "zoo")
+
+
+def folders(zoo: str | Path | None = None) -> list[tuple[str, Path]]:
+    """The zoo folders in the order they are searched: the one given, the user's own, the bundled one, the cache."""
+    bundled = Path(next(iter(pertnn_zoo.__path__)))
+    found = [("own", own_folder()), ("bundled", bundled), ("cache", cache_folder())]
+    if zoo is not None:
+        if not Path(zoo).is_dir():
+            raise UserError(f"--zoo {zoo} is not a folder; give the folder that holds index.json")
+        found.insert(0, ("zoo", Path(zoo)))
+    return found
+
+
+def read_index(folder: Path) -> list[Entry]:
+    """The entries of a folder's index.json, each field checked; none if there is no index."""
+    path = folder / "index.json"
+    if not path.exists():
+        return []
+    try:
+        content = json.loads(read_capped(path, MAX_INDEX_BYTES, "zoo index"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"zoo index {path} is not valid JSON; restore it or push its tuners again") from error
+    tuners = content.get("tuners") if isinstance(content, dict) else None
+    if not isinstance(tuners, list) or content.get("format_version") != FORMAT_VERSION:
+        raise UserError(f"zoo index {path} is not of format_version {FORMAT_VERSION} with a list of tuners")
+    return [_entry(item, f"zoo index {path}, entry {number}") for number, item in enumerate(tuners)]
+
+
+def _entry(item: Any, origin: str) -> Entry:
+    names = [entry.name for entry in fields(Entry)]
+    if not isinstance(item, dict) or not set(names[:-1]) <= set(item) <= set(names):
+        raise UserError(f"{origin}: its fields are not {', '.join(names)}")
+    for name in ("name", "base_model", "sha256", "fingerprint", "licence", "url"):
+        value = item.get(name)
+        if value is None and name in ("fingerprint", "licence", "url"):
+            continue
+        if not isinstance(value, str) or not value.isprintable() or not 0 < len(value) <= 2048:
+            raise UserError(f"{origin}: {name} is not a line of text")
+    for name in ("size", "blocks"):
+        if type(item[name]) is not int or not 0 < item[name] <= MAX_BYTES:
+            raise UserError(f"{origin}: {name} is not a number between 1 and {MAX_BYTES:,}")
+    safe_name(item["name"], f"{origin}: name")
+    if not re.fullmatch("[0-9a-f]{64}", item["sha256"]):
+        raise UserError(f"{origin}: sha256 is not 64 hexadecimal digits")
+    return Entry(**item)
+
+
+def add(data: bytes, tuner: Tuner, folder: Path, base: str, version: str | None = None) -> Found:
+    """Write a tuner's bytes, its card and its index entry into a zoo folder; the entry last.
+
+    `version` None takes the next of v1, v2, ... Several processes may add at once. Adding the same bytes under the
+    same name again changes nothing; other bytes under a name that is taken are a UserError.
+    """
+    safe_name(base, "zoo name")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".index.lock.tmp", timeout=60):
+            entries = read_index(folder)
+            name = safe_name(f"{base}/{version or _next_version(base, entries)}", "zoo name")
+            target = folder / name
+            if not target.resolve().is_relative_to(folder.resolve()):
+                raise UserError(f"{target} leads out of the zoo through a link; remove the link")
+            entry = Entry(
+                name=name,
+                base_model=tuner.info.base_model,
+                sha256=sha256(data).hexdigest(),
+                size=len(data),
+                fingerprint=tuner.info.fingerprint,
+                blocks=len(tuner.info.blocks),
+                licence=tuner.info.licence,
+            )
+            if any(other.name == name and other.sha256 != entry.sha256 for other in entries):
+                raise UserError(f"{name} is already in the zoo {folder}; publish under another --version")
+            write_whole(target / TUNER_FILE, data)
+            write_whole(target / "card.md", card(tuner.info, name, entry.sha256).encode())
+            write_index(folder, [*(other for other in entries if other.name != name), entry])
+    except Timeout as error:
+        raise UserError(f"the zoo {folder} has been locked by another process for a minute") from error
+    except OSError as error:
+        raise UserError(f"the zoo {folder} cannot be written ({error.strerror or error})") from error
+    return Found(entry, folder, "own")
+
+
+def write_index(folder: Path, entries: Sequence[Entry]) -> None:
+    """Write a folder's index.json."""
+    content = {"format_version": FORMAT_VERSION, "tuners": [asdict(entry) for entry in entries]}
+    write_whole(folder / "index.json", (json.dumps(content, indent=1) + "\n").encode())
+
+
+def _next_version(base: str, entries: Sequence[Entry]) -> str:
+    taken = (re.fullmatch(re.escape(base) + r"/v(\d{1,9})", entry.name) for entry in entries)
+    return f"v{max((int(match[1]) for match in taken if match), default=0) + 1}"

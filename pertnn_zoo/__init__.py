@@ -1,0 +1,1 @@
+"""Published tuners that ship with metazo: index.json and `<base model>/<version>/{tuner.safetensors,card.md}`."""
