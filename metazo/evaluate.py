@@ -61,7 +61,7 @@ def evaluate(
 
 
 def _batches(examples: list[Encoded], batch_size: int, prepared: Prepared) -> Iterator[list[int]]:
-    """Places of examples, longest first (so that memory runs out at once or never), at most ``batch_size`` rows each."""
+    """Places of examples, longest first (memory runs out at once or never), ``batch_size`` rows or fewer."""
     by_option = not prepared.at_position and prepared.task.kind != "generation"
     places: list[int] = []
     rows = 0
@@ -117,6 +117,6 @@ class _StopText(StoppingCriteria):
     def __init__(self, tokenizer: Any, stop: str):
         self.tokenizer, self.stop = tokenizer, stop
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
         newest = self.tokenizer.batch_decode(input_ids[:, -1:])
         return torch.tensor([self.stop in text for text in newest], device=input_ids.device)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -33,7 +34,12 @@ KINDS = {
     "masked": AutoModelForMaskedLM,
     "classifier": AutoModelForSequenceClassification,
 }
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
 PICO = Path(__file__).parent / "pico" / "model"
 
 
@@ -78,13 +84,16 @@ def load_model(
         chosen = _kind_of(config) if kind == "auto" else kind
         if chosen == "classifier" and num_labels is not None and config.num_labels != num_labels:
             config.num_labels = num_labels
-        with _quiet(), torch.random.fork_rng(devices=[]):  # a new head follows the seed, not the global generator
+        with (
+            _quiet(),
+            torch.random.fork_rng(devices=[]),
+        ):  # a new head follows the seed, not the global generator
             torch.default_generator.manual_seed(seed)
             model = KINDS[chosen].from_pretrained(
                 source, config=config, dtype=torch_dtype, ignore_mismatched_sizes=chosen == "classifier"
             )
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise UserError(f"model {name!r} cannot be loaded: {_first_sentence(error)}") from error
     try:
         model = model.to(torch.device(device))
@@ -141,7 +150,7 @@ def _first_sentence(error: BaseException) -> str:
 
 
 def _set_pad(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-    """Padding is masked out, so any token will do: the tokenizer's own, else end of text, else unknown, else token 0."""
+    """Padding is masked out, so any token will do: the tokenizer's own, end of text, unknown, or token 0."""
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
     if model.config.get_text_config().pad_token_id is None:

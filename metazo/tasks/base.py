@@ -28,7 +28,7 @@ METRICS_OF: dict[str, tuple[Metric, ...]] = {
 
 
 class Task(BaseModel):
-    """One task. Immutable; unknown fields are errors. The same fields, except the last two, are the keys of a YAML task."""
+    """One task, immutable. Its fields, except the last two, are the keys of a task in YAML."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -42,7 +42,7 @@ class Task(BaseModel):
     """Another prompt for masked models; ``prompt`` when absent."""
     classifier: tuple[str, ...] = ()
     """One or two templates given to a sequence classifier; the prompt's first and second column when absent."""
-    labels: dict[bool | int | str, str] = {}
+    labels: dict[Any, str] = {}
     """Value in the label column -> label word. A list of words stands for the labels 0, 1, 2, ..."""
     label: str = "label"
     """Column with the label (classification) or the number of the right choice, from 0 (choice)."""
@@ -56,7 +56,7 @@ class Task(BaseModel):
     """Metrics, the one that counts first; accuracy or F1 when absent."""
     stop: str | None = None
     """Text that ends a generated answer; the model's end-of-text token when absent."""
-    max_new_tokens: int = Field(50, ge=1)
+    max_new_tokens: int = Field(default=50, ge=1)
     """Upper limit on a generated answer, in tokens."""
     hub: str | None = None
     """Data set id on the Hugging Face Hub."""
@@ -70,13 +70,13 @@ class Task(BaseModel):
     """Split that test rows are drawn from; if it is the train split, they are taken after train and dev."""
     files: dict[Literal["train", "validation"], str] = {}
     """JSONL files of the task itself, relative to the YAML file; without "validation", test comes from train too."""
-    dev_rows: int | None = Field(None, ge=1)
+    dev_rows: int | None = Field(default=None, ge=1)
     """The papers' own dev size, where it is smaller than the usual one (CB, COPA: 100)."""
     unlabelled: tuple[int, ...] = ()
     """Label values that mean "no label"; such rows are left out (SNLI: -1)."""
-    adapt: Callable[[Row], Row] | None = Field(None, exclude=True)
+    adapt: Callable[[Row], Row] | None = Field(default=None, exclude=True)
     """Python only: turns a row into one with the columns named above."""
-    generate: Callable[[str, int, int], list[Row]] | None = Field(None, exclude=True)
+    generate: Callable[[str, int, int], list[Row]] | None = Field(default=None, exclude=True)
     """Python only: (split, number, seed) -> rows, for tasks made by a grammar."""
 
     @field_validator("labels", mode="before")
@@ -136,7 +136,9 @@ class Task(BaseModel):
             if value == known and isinstance(value, str) == isinstance(known, str):
                 return index
         known = ", ".join(repr(label) for label in self.labels)
-        raise UserError(f"{where}: {self.label!r} is {value!r}, which is none of the labels of task {self.name!r} ({known})")
+        raise UserError(
+            f"{where}: {self.label!r} is {value!r}, which is none of the labels of task {self.name!r} ({known})"
+        )
 
 
 def columns(template: str) -> list[str]:

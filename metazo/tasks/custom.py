@@ -26,7 +26,7 @@ def from_yaml(path: str | Path) -> Task:
     """Read a task. Raises UserError, naming file and key, for a missing file, bad YAML, or an unknown or wrong key."""
     path = Path(path)
     try:
-        content: Any = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 (a SafeLoader)
+        content: Any = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"task file {path} cannot be read ({getattr(error, 'strerror', None) or error})") from error
     except yaml.YAMLError as error:

@@ -33,13 +33,6 @@ class Source:
         return f"{self.name}, row {index + 1}"
 
 
-@dataclass
-class Split:
-    """Rows drawn for train, dev or test, each with its place for error messages."""
-
-    rows: list[tuple[str, Row]]
-
-
 def draw(
     task: Task, data: Path | None, *, train: int, dev: int, test: int, seed: int
 ) -> tuple[dict[str, list[tuple[str, Row]]], list[str]]:
@@ -66,7 +59,9 @@ def draw(
     else:
         parts["test"] = _order(len(held_out.usable), seed, "test")[:test]
         if len(parts["test"]) < test:
-            notes.append(f"{task.name}: test has {len(parts['test'])} rows instead of {test}, all that {held_out.name} holds")
+            notes.append(
+                f"{task.name}: test has {len(parts['test'])} rows instead of {test}, all that {held_out.name} holds"
+            )
     chosen = {}
     for split in SPLITS:
         origin = held_out if split == "test" else source
@@ -91,14 +86,16 @@ def _shares(available: int, train: int, dev: int, test: int, task: Task, notes: 
         small = [max(1, size * available // wanted) if size else 0 for size in (dev, test)]
         sizes = (available - sum(small) if train else 0, small[0], small[1])
     if min(sizes) < 0 or (train and sizes[0] < 1):
-        raise UserError(f"task {task.name!r} has {available} labelled train rows, too few for train and dev; give more rows")
+        raise UserError(
+            f"task {task.name!r} has {available} labelled train rows, too few for train and dev; give more rows"
+        )
     said = f"{sizes[0]} train and {sizes[1]} dev" + (f" and {sizes[2]} test" if test else "")
     asked = f"{train} and {dev}" + (f" and {test}" if test else "")
     notes.append(f"{task.name}: {available} rows give {said} rows instead of {asked}")
     return sizes
 
 
-# -- reading --------------------------------------------------------------------------------------------------------------
+# -- reading ----------------------------------------------------------------------------------------------------------
 
 
 def _load(task: Task, split: str, data: Path | None) -> Source:

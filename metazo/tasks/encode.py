@@ -1,8 +1,8 @@
 """From a row to token ids: the prompt, the label words, the choices or the answer, shortened to fit.
 
-What is too long is cut on the context side: from the front of the task's context column for prompts (what stands next to
-the question stays), from its end for a classifier. Prompt wording, question, choices and answer are never cut; a row
-whose other parts already fill the context is left out, and counted.
+What is too long is cut on the context side: from the front of the task's context column for prompts (what stands next
+to the question stays), from its end for a classifier. Prompt wording, question, choices and answer are never cut; a
+row whose other parts already fill the context is left out, and counted.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Encoded:
     targets: list[int]
     """Right class or right choices, the one to train on first; [0] for generation."""
     options: list[list[int]] = field(default_factory=list)
-    """Tokens that may follow ``ids``: label words, choices, or the one answer; empty where a head scores the classes."""
+    """Tokens that may follow ``ids``: label words, choices, or the answer; empty where a head scores the classes."""
     types: list[int] | None = None
     """Segment ids of a text pair, where the model has them."""
     mask_at: int = 0
@@ -43,7 +43,8 @@ class Encoder:
     """Encodes rows of one task for one loaded model. Raises UserError where task and model do not go together."""
 
     def __init__(self, task: Task, loaded: LoadedModel, max_length: int | None = None):
-        self.task, self.tokenizer, self.kind = task, loaded.tokenizer, loaded.kind
+        self.task, self.kind = task, loaded.kind
+        self.tokenizer: Any = loaded.tokenizer
         self.limit = max_length or loaded.context_length
         if self.limit > loaded.context_length:
             raise UserError(
@@ -109,7 +110,9 @@ class Encoder:
         whole = self._prompt(row)
         options = [self._continuation(whole, text) for text in texts]
         longest = max(len(option) for option in options)
-        if self.task.kind == "generation":  # room to generate, but not at the price of more than a quarter of the context
+        if (
+            self.task.kind == "generation"
+        ):  # room to generate, but not at the price of more than a quarter of the context
             longest = max(longest, min(self.task.max_new_tokens, self.limit // 4))
         fitted = self._fit(row, lambda r: {"input_ids": self._ids(self._prompt(r))}, self.limit - longest)
         return fitted and Encoded(fitted[0]["input_ids"], targets, options, shortened=fitted[1])
@@ -121,8 +124,8 @@ class Encoder:
         encoded = encode(row)
         if len(encoded["input_ids"]) <= limit:
             return encoded, False
-        name = self.task.context
-        text = str(row[name]) if name else ""
+        name = self.task.context or ""
+        text = str(row.get(name, ""))
         while text:
             excess = len(encoded["input_ids"]) - limit
             share = excess / max(len(self._plain(text)), 1)
@@ -155,7 +158,7 @@ class Encoder:
             raise UserError(f"{where}: {names[0]!r} must hold a list of two or more choices, found {texts!r:.80}")
         if not targets or not all(isinstance(i, int) and 0 <= i < len(texts) for i in targets):
             raise UserError(
-                f"{where}: {self.task.label!r} is {right!r}, but the right choice is a number from 0 to {len(texts) - 1}"
+                f"{where}: {self.task.label!r} is {right!r}, not the number of a choice from 0 to {len(texts) - 1}"
             )
         return [str(text) for text in texts], [int(i) for i in targets]
 
@@ -165,7 +168,7 @@ class Encoder:
         if inner:
             value = value.get(inner) if isinstance(value, dict) else None
         answers = [value] if isinstance(value, str | int | float) else value
-        if not answers or not all(isinstance(answer, str | int | float) for answer in answers):
+        if not isinstance(answers, list) or not answers or not all(isinstance(a, str | int | float) for a in answers):
             raise UserError(f"{where}: {self.task.answer!r} must hold an answer or a list of them, found {value!r:.80}")
         return [str(answer) for answer in answers]
 
@@ -174,12 +177,12 @@ class Encoder:
     def _ids(self, text: str) -> list[int]:
         """Token ids with special tokens; without the end-of-text token that some causal tokenizers append."""
         ids = self.tokenizer(text, verbose=False)["input_ids"]
-        if self.kind == "causal" and len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:  # type: ignore[arg-type]
-            ids = ids[:-1]  # type: ignore[index]
-        return list(ids)  # type: ignore[arg-type]
+        if self.kind == "causal" and len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
+            ids = ids[:-1]
+        return list(ids)
 
     def _plain(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])  # type: ignore[arg-type]
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _continuation(self, prompt: str, text: str) -> list[int]:
         """Tokens of ``text`` after ``prompt``, tokenised together, so that they are those the model saw in training."""

@@ -22,7 +22,13 @@ def _task(name: str) -> Task:
         own["choices"] = ("choice1", "choice2")
     else:
         own |= {"stop": ".", "metric": ("f1", "exact_match"), "max_new_tokens": 12}
-    return Task(name=name, kind=prompt.kind, prompt=prompt.template, generate=partial(_rows, name), **own)
+    return Task(
+        name=name,
+        kind=prompt.kind,  # type: ignore[arg-type]
+        prompt=prompt.template,
+        generate=partial(_rows, name),
+        **own,
+    )
 
 
 TASKS = tuple(_task(name) for name in grammar.TASKS)

@@ -24,7 +24,7 @@ def accuracy(predicted: Sequence[int], accepted: Sequence[Sequence[int]]) -> flo
 
 def macro_f1(predicted: Sequence[int], accepted: Sequence[Sequence[int]]) -> float:
     """Unweighted mean over classes of F1; over the classes that occur or are predicted, as scikit-learn takes it."""
-    return float(f1_score([a[0] for a in accepted], list(predicted), average="macro", zero_division=0))
+    return float(f1_score([a[0] for a in accepted], list(predicted), average="macro"))
 
 
 def mcc(predicted: Sequence[int], accepted: Sequence[Sequence[int]]) -> float:

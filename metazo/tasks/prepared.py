@@ -1,9 +1,9 @@
 """A task's rows made ready for one model: encoded, padded into batches, scored and turned into a loss.
 
 Only the logits that are needed are computed: the base model runs, and the (large) output layer is applied to the label
-position alone, or to the answer's positions. Batches of causal models are padded on the left, so that these are the last
-positions and ``logits_to_keep`` (transformers) selects them; position ids follow the attention mask, so padding changes
-no result.
+position alone, or to the answer's positions. Batches of causal models are padded on the left, so that these are the
+last positions and ``logits_to_keep`` (transformers) selects them; position ids follow the attention mask, so padding
+changes no result.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Prepared:
     def scores(self, model: nn.Module, batch: Batch) -> Tensor:
         """Float32 scores (B, C) of classes or choices: logits, or log-likelihoods (-inf where there is no such choice).
 
-        The log-likelihood of a label word is summed over its tokens; that of a choice is the mean per token, as in MeZO.
+        The log-likelihood of a label word is summed over its tokens; that of a choice is the mean, as in MeZO.
         """
         if self.kind == "classifier":
             return _forward(model, _inputs(batch)).logits.float()
@@ -201,9 +201,13 @@ def prepare(
         out.shortened[split] = sum(example.shortened for example in kept)
         out.dropped[split] = len(encoded) - len(kept)
         if out.shortened[split]:
-            notes.append(f"{task.name}: {out.shortened[split]} of {len(kept)} {split} inputs shortened to {limit} tokens")
+            notes.append(
+                f"{task.name}: {out.shortened[split]} of {len(kept)} {split} inputs shortened to {limit} tokens"
+            )
         if out.dropped[split]:
-            notes.append(f"{task.name}: {out.dropped[split]} of {len(encoded)} {split} rows left out, too long for {limit} tokens")
+            notes.append(
+                f"{task.name}: {out.dropped[split]} of {len(encoded)} {split} rows left out, over {limit} tokens"
+            )
         if encoded and not kept:
             raise UserError(f"no {split} row of task {task.name!r} fits into {limit} tokens even without its context")
     return out

@@ -1,0 +1,91 @@
+"""A task from YAML: the documented example works, words stay words, and every mistake is named."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import metazo.tasks
+from metazo.errors import UserError
+from metazo.models import load_model
+from metazo.tasks import data, from_yaml, prepare, resolve
+
+MINIMAL = 'name: mine\nkind: classification\nprompt: "{text}?"\nlabels: {0: No, 1: Yes}\n'
+
+
+def save(tmp_path, text):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_the_examples_of_the_readme_load_and_run(tmp_path, tiny):
+    readme = (Path(metazo.tasks.__file__).parent / "README.md").read_text()
+    own, hub = re.findall(r"```yaml\n(.*?)```", readme, flags=re.DOTALL)
+    (tmp_path / "reviews").mkdir()
+    for name in ("train", "dev"):
+        rows = [{"text": f"{name} {i}", "sentiment": ("negative", "positive")[i % 2]} for i in range(12)]
+        (tmp_path / "reviews" / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "reviews.yaml").write_text(own)
+    task = resolve(str(tmp_path / "reviews.yaml"))
+    for model in ("gpt2", "roberta", "bert"):
+        loaded = load_model(tiny(model))
+        ready = prepare(task, loaded, train=8, dev=4, test=6)
+        assert [len(ready.train), len(ready.dev), len(ready.test)] == [8, 4, 6]
+        assert ready.loss(loaded.model, ready.collate(ready.train)).isfinite()
+    assert from_yaml(save(tmp_path, hub)).num_labels == 4
+
+
+def test_yes_and_no_are_words_and_true_is_a_label(tmp_path):
+    assert from_yaml(save(tmp_path, MINIMAL)).labels == {0: "No", 1: "Yes"}
+    flags = from_yaml(save(tmp_path, MINIMAL.replace("{0: No, 1: Yes}", "{false: No, true: Yes}")))
+    assert [flags.label_index(value, "") for value in (False, True)] == [0, 1]
+
+
+def test_files_without_validation_give_test_rows_of_the_train_file(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": f"t{i}", "label": i % 2}) for i in range(20)))
+    task = from_yaml(save(tmp_path, MINIMAL + "files: {train: rows.jsonl}\n"))
+    splits, _ = data.draw(task, None, train=8, dev=4, test=4, seed=0)
+    assert len({row["text"] for rows in splits.values() for _, row in rows}) == 16
+
+
+def test_the_name_defaults_to_the_file_name(tmp_path):
+    assert from_yaml(save(tmp_path, MINIMAL.replace("name: mine\n", ""))).name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (MINIMAL + "lables: [a]\n", "unknown key 'lables'; the keys are name, kind, prompt"),
+        (MINIMAL + "adapt: os.system\n", "unknown key 'adapt'"),
+        (
+            MINIMAL.replace("classification", "regression"),
+            "'kind': Input should be 'classification', 'choice' or 'generation'",
+        ),
+        (MINIMAL.replace("labels: {0: No, 1: Yes}", "labels: {0: No}"), "at least two values"),
+        (MINIMAL.replace("labels: {0: No, 1: Yes}", "labels: {0: No, 1: No}"), "two labels share one label word"),
+        (MINIMAL.replace("{text}?", "{text[0]}"), r"write only \{column\} or \{\}"),
+        (MINIMAL.replace("{text}?", "{text} {} {}"), r"more than one \{\}"),
+        (MINIMAL.replace("{text}?", "{text"), "'}'"),
+        (MINIMAL + "metric: f1\n", "metric f1 is not one of accuracy, macro_f1, mcc"),
+        (MINIMAL + "files: {validation: x.jsonl}\n", "files must name the train file"),
+        (MINIMAL + "files: {dev: x.jsonl}\n", "files.dev"),
+        ("kind: choice\nprompt: x\n", "a choice task needs choices"),
+        ("- a\n", "must hold keys"),
+        ("", "must hold keys"),
+        ("a: [\n", "is not valid YAML"),
+        ("1: a\n", "every key must be a text"),
+    ],
+)
+def test_mistakes_are_one_clear_sentence(tmp_path, text, words):
+    with pytest.raises(UserError, match=words) as raised:
+        from_yaml(save(tmp_path, text))
+    assert "mine.yaml" in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(UserError, match="cannot be read"):
+        resolve(tmp_path / "absent.yaml")

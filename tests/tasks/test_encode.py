@@ -1,0 +1,171 @@
+"""Encoding: what a prompt becomes, what is cut when it is too long, and which models can do which tasks."""
+
+from __future__ import annotations
+
+import pytest
+
+from metazo.errors import UserError
+from metazo.models import load_model
+from metazo.tasks import get
+from metazo.tasks.base import Task
+from metazo.tasks.encode import Encoder
+
+NLI = Task(
+    name="nli",
+    kind="classification",
+    prompt='{premise}\nDoes this mean that "{hypothesis}"? Yes or No?\n{}',
+    labels={0: "Yes", 1: "No"},
+)
+QA = Task(name="qa", kind="generation", prompt="Context: {context} Question: {question} Answer:", max_new_tokens=4)
+LONG = " ".join(f"word{i}" for i in range(300))
+
+
+@pytest.fixture(scope="module")
+def gpt2(tiny):
+    return load_model(tiny("gpt2"))
+
+
+def text(loaded, ids):
+    return loaded.tokenizer.decode(ids)
+
+
+def test_prompt_and_label_words_are_the_ones_written(gpt2):
+    encoder = Encoder(get("sst2"), gpt2)
+    example = encoder({"sentence": "a warm film", "label": 1}, "row 1")
+    assert text(gpt2, example.ids) == "<s>a warm film It was"
+    assert [text(gpt2, word) for word in encoder.words] == [" terrible", " great"]
+    assert encoder.at_position and example.targets == [1] and not example.shortened
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"), [("{text} So:", " great"), ("{text} So:\n", "great"), ("{text} ({})", "great")]
+)
+def test_the_answer_is_joined_as_the_prompt_says(gpt2, prompt, said):
+    task = Task(name="t", kind="classification", prompt=prompt, labels=["terrible", "great"])  # type: ignore[arg-type]
+    assert text(gpt2, Encoder(task, gpt2).words[1]) == said
+
+
+@pytest.mark.parametrize("length", [256, 60])
+def test_too_long_a_context_loses_its_front_and_nothing_else(gpt2, length):
+    encoder = Encoder(NLI, gpt2, length)
+    row = {"premise": LONG, "hypothesis": "the cat sat", "label": 0}
+    example = encoder(row, "row 1")
+    shown = text(gpt2, example.ids)
+    assert example.shortened
+    assert length - 12 < len(example) <= length  # no more is cut than a few words
+    assert shown.endswith('word299\nDoes this mean that "the cat sat"? Yes or No?\n')
+    assert "word0 " not in shown
+
+
+def test_a_row_that_fits_exactly_is_not_touched(gpt2):
+    row = {"premise": "the cat sat on the mat", "hypothesis": "the cat sat", "label": 0}
+    whole = Encoder(NLI, gpt2)(row, "row 1")
+    assert Encoder(NLI, gpt2, len(whole))(row, "row 1").ids == whole.ids
+    assert Encoder(NLI, gpt2, len(whole) - 1)(row, "row 1").shortened
+
+
+def test_a_question_that_fills_the_context_leaves_the_row_out(gpt2):
+    assert Encoder(NLI, gpt2, 60)({"premise": "short", "hypothesis": LONG, "label": 0}, "row 1") is None
+
+
+def test_the_answer_is_never_cut(gpt2):
+    example = Encoder(QA, gpt2, 80)({"context": LONG, "question": "who?", "answer": "the cat sat on the mat"}, "row 1")
+    assert text(gpt2, example.options[0]) == " the cat sat on the mat</s>"
+    assert text(gpt2, example.ids).endswith("Question: who? Answer:")
+    assert len(example) <= 80 and example.shortened
+
+
+def test_a_prompt_leaves_room_to_generate(gpt2):
+    example = Encoder(QA.model_copy(update={"max_new_tokens": 16}), gpt2, 80)(
+        {"context": LONG, "question": "who?", "answer": "me"}, "row 1"
+    )
+    assert len(example.ids) <= 64
+
+
+def test_a_classifier_keeps_the_front_and_the_pair(tiny):
+    loaded = load_model(tiny("bert"), num_labels=2)
+    example = Encoder(NLI, loaded, 50)({"premise": LONG, "hypothesis": "the cat sat", "label": 1}, "row 1")
+    shown = text(loaded, example.ids)
+    assert shown.startswith("<s>word0 word1") and shown.endswith("</s>the cat sat</s>")
+    assert len(example.ids) <= 50 and example.shortened and set(example.types) == {0, 1}
+
+
+def test_a_masked_model_gets_its_mask_where_the_answer_goes(tiny):
+    loaded = load_model(tiny("roberta"))
+    example = Encoder(get("sst2"), loaded)({"sentence": "a <mask> film", "label": 0}, "row 1")
+    assert text(loaded, example.ids) == "<s>a  film It was <mask>.</s>"
+    assert example.ids[example.mask_at] == loaded.tokenizer.mask_token_id
+
+
+def test_choices_follow_the_prompt(gpt2):
+    row = get("copa").adapt(  # type: ignore[misc]
+        {
+            "premise": "The cat sat.",
+            "choice1": "It was great.",
+            "choice2": "The dog ran.",
+            "question": "effect",
+            "label": 1,
+        }
+    )
+    example = Encoder(get("copa"), gpt2)(row, "row 1")
+    assert text(gpt2, example.ids) == "<s>The cat sat so"
+    assert [text(gpt2, option) for option in example.options] == [" it was great.", " the dog ran."]
+
+
+def test_record_accepts_every_entity_that_is_an_answer(gpt2):
+    row = {
+        "passage": "A cat and a dog.\n@highlight\nThe cat sat.",
+        "query": "So @placeholder ran.",
+        "entities": ["cat", "dog", "cat"],
+        "answers": ["dog", "Dog"],
+    }
+    example = Encoder(get("record"), gpt2)(get("record").adapt(row), "row 1")  # type: ignore[misc]
+    assert example.targets == [1]
+    assert [text(gpt2, option) for option in example.options] == [" So cat ran.", " So dog ran."]
+    assert text(gpt2, example.ids) == "<s>A cat and a dog.\n- The cat sat.\n-"
+
+
+@pytest.mark.parametrize(
+    ("model", "task", "words"),
+    [
+        ("roberta", get("squad"), "is a generation task and needs a causal language model"),
+        ("bert", get("squad"), "is a generation task and needs a causal language model"),
+        ("bert", get("copa"), "is a choice task and needs a causal language model"),
+        ("bert", get("cb"), "has 2 classes, but task 'cb' has 3; load the model with num_labels=3"),
+        ("roberta", get("trec"), "label word 'Expression' of task 'trec' is not one token"),
+    ],
+)
+def test_a_task_that_the_model_cannot_do(tiny, model, task, words):
+    with pytest.raises(UserError, match=words):
+        Encoder(task, load_model(tiny(model)))
+
+
+def test_a_masked_model_without_a_mask_token(tiny):
+    loaded = load_model(tiny("roberta"))
+    loaded.tokenizer.mask_token = None
+    with pytest.raises(UserError, match="has no mask token"):
+        Encoder(get("sst2"), loaded)
+
+
+def test_a_longer_input_than_the_model_can_take(gpt2):
+    with pytest.raises(UserError, match=r"max_length 257 is more than the context .* \(256 tokens\)"):
+        Encoder(get("sst2"), gpt2, 257)
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"context": "c", "question": "q", "answer": []}, "row 7: 'answer' must hold an answer"),
+        ({"context": "c", "question": "q", "answer": {"text": "x"}}, "row 7: 'answer' must hold an answer"),
+    ],
+)
+def test_a_row_without_an_answer(gpt2, row, words):
+    with pytest.raises(UserError, match=words):
+        Encoder(QA, gpt2)(row, "row 7")
+
+
+@pytest.mark.parametrize("right", [2, -1, "1", []])
+def test_a_choice_that_is_not_there(gpt2, right):
+    task = Task(name="c", kind="choice", prompt="{text}", choices=("a", "b"))
+    with pytest.raises(UserError, match="row 3: 'label' is"):
+        Encoder(task, gpt2)({"text": "t", "a": "x", "b": "y", "label": right}, "row 3")

@@ -1,0 +1,64 @@
+"""Metrics against examples worked by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from metazo.tasks import metrics
+
+
+@pytest.mark.parametrize(
+    ("predicted", "accepted", "f1", "exact"),
+    [
+        ("the Cat.", ["cat"], 1.0, 1.0),
+        ("a black cat", ["black cat sat"], 4 / 5, 0.0),  # 2 common of 2 and 3
+        ("cat cat", ["cat"], 2 / 3, 0.0),  # a word counts as often as it stands
+        ("dog", ["cat"], 0.0, 0.0),
+        ("", ["cat"], 0.0, 0.0),
+        ("the", ["an"], 1.0, 1.0),  # both empty after normalisation
+        ("in 1999", ["1999", "in the year 1999"], 2 * 2 / 5, 0.0),  # the best of the accepted ones
+        ("Saxon-Garden", ["saxongarden"], 1.0, 1.0),
+    ],
+)
+def test_squad_f1_and_exact_match(predicted, accepted, f1, exact):
+    assert metrics.f1([predicted], [accepted]) == pytest.approx(f1)
+    assert metrics.exact_match([predicted], [accepted]) == exact
+
+
+def test_squad_scores_are_means_over_examples():
+    assert metrics.f1(["cat", "dog", "black cat"], [["cat"], ["cat"], ["cat"]]) == pytest.approx((1 + 0 + 2 / 3) / 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("She makes 9 * 2 = $<<9*2=18>>18.\n#### 18", "18.0"),
+        ("#### 1,234.50", "1234.5"),
+        ("#### -5", "-5.0"),
+        ("5 plus 3 is 8.", "8.0"),
+        ("The answer is: 42", "42.0"),
+        ("#### 7\nQuestion: 9", "7.0"),
+        ("no idea", "no idea"),
+    ],
+)
+def test_the_number_of_a_worked_answer(text, number):
+    assert metrics.number(text) == number
+
+
+def test_exact_number_compares_values_not_digits():
+    assert metrics.exact_number(["#### 18.0", "17", ""], [["so\n#### 18"], ["#### 18"], ["#### 18"]]) == pytest.approx(
+        1 / 3
+    )
+
+
+def test_class_metrics_by_hand():
+    predicted, right = [0, 0, 1, 1, 2, 2], [[0], [0], [1], [0], [2], [1]]
+    assert metrics.accuracy(predicted, right) == pytest.approx(4 / 6)
+    # class 0: precision 1, recall 2/3 -> .8; class 1: 1/2, 1/2 -> .5; class 2: 1/2, 1 -> 2/3
+    assert metrics.macro_f1(predicted, right) == pytest.approx((0.8 + 0.5 + 2 / 3) / 3)
+    assert metrics.mcc([0, 0, 1, 1], [[0], [0], [1], [0]]) == pytest.approx((1 * 2 - 1 * 0) / (2 * 1 * 2 * 3) ** 0.5)
+    assert metrics.mcc([1, 1], [[0], [1]]) == 0
+
+
+def test_a_prediction_is_right_if_any_accepted_class_is_it():
+    assert metrics.accuracy([2, 0], [[1, 2], [1, 2]]) == 0.5
