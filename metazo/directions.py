@@ -7,7 +7,8 @@ Each has two verbs: `add_`, fused and without temporaries where the direction al
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from torch import Tensor
@@ -109,6 +110,37 @@ class LowRank:
             return self.inner.draw(stream, tensor, dtype)
         left = self.left(stream, tensor, dtype)
         return left @ right.to(left.dtype).t()
+
+
+class Reflected:
+    """d = B d', with B the reflected root of rho (rho I + a a^T)^-1 on every run of len(a) entries of a tensor (LOREN).
+
+        B u = u - (1 + sqrt(rho / (rho + s))) a (a.u) / s,    s = |a|^2        so that B B^T = rho (rho I + a a^T)^-1
+
+    B leaves what is orthogonal to a as it is, and turns a into -sqrt(rho / (rho + s)) a.
+
+    Args: inner; vector: gives a of a tensor, its length a divisor of the tensor's entries (a row's length: one B a row);
+        damping: rho > 0.
+    """
+
+    def __init__(self, inner: Direction, vector: Callable[[NamedTensor], Tensor], damping: float):
+        self.inner, self.vector, self.damping = inner, vector, damping
+
+    def touches(self, tensor: NamedTensor) -> bool:
+        return self.inner.touches(tensor)
+
+    def add_(self, stream: Stream, tensor: NamedTensor, out: Tensor, alpha: float, beta: float = 1.0) -> None:
+        out.mul_(beta).add_(self.draw(stream, tensor, dtype=out.dtype), alpha=alpha)
+
+    def draw(self, stream: Stream, tensor: NamedTensor, dtype=None) -> Tensor:
+        noise = self.inner.draw(stream, tensor, dtype)
+        a = self.vector(tensor).to(noise.dtype)
+        square = float(a @ a)
+        if square > 0:
+            rows = noise.view(-1, len(a))
+            factor = (1 + math.sqrt(self.damping / (self.damping + square))) / square
+            rows.addr_(rows @ a, a, alpha=-factor)
+        return noise
 
 
 class Sparse:

@@ -46,6 +46,7 @@ class Noise(Protocol):
 
     name: str
     ordered: bool
+    run_seed: int
 
     def seed(self, step: int, query: int = 0) -> int: ...
     def uniform(self, step: int, count: int) -> np.ndarray: ...

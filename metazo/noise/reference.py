@@ -44,6 +44,7 @@ class TorchOrderNoise:
     ordered = True  # a tensor's numbers depend on those drawn before it
 
     def __init__(self, run_seed: int = 0, *, seeds: list[int] | None = None, device: torch.device | str = "cpu"):
+        self.run_seed = run_seed
         self.state = np.random.RandomState(run_seed)
         self.seeds = list(seeds) if seeds is not None else None
         self.device = device

@@ -140,6 +140,10 @@ class ZOOptimizer(Optimizer):
     def update(self, state: State, step: int, seeds: Sequence[int], losses: Sequence[float]) -> Update:
         return Update(self.estimator.coefficients(losses, self.eps))
 
+    def decays(self, tensor: NamedTensor) -> bool:
+        """Whether weight decay acts on a tensor: MeZO's name rule, unless a method has its own."""
+        return not any(part in tensor.name for part in DECAY_EXEMPT)
+
     # -- the step -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -159,8 +163,8 @@ class ZOOptimizer(Optimizer):
         """
         self._prepare()
         state, step = self.zo_state, self.steps
-        seeds = list(replay.seeds) if replay else [self.noise.seed(step, k) for k in range(self.estimator.queries)]
         direction, scales = self._scaled(self.propose(state, step), state, step)
+        seeds = list(replay.seeds) if replay else [self.noise.seed(step, k) for k in range(self.estimator.queries)]
         losses = self._probe(direction, seeds, closure, replay)
         groups = self.param_groups
         learning_rates = replay.lr if replay else tuple(float(group["lr"]) for group in groups)
@@ -227,7 +231,7 @@ class ZOOptimizer(Optimizer):
         decays = {
             tensor.name: learning_rates[tensor.group] * float(self.param_groups[tensor.group]["weight_decay"])
             for tensor in self.tensors
-            if not any(part in tensor.name for part in DECAY_EXEMPT)
+            if self.decays(tensor)
         }
         if self.rule.fused:
             factors = {name: 1 - decay for name, decay in decays.items() if decay}
