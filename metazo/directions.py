@@ -76,6 +76,14 @@ class Diagonal:
         return self.inner.draw(stream, tensor, dtype).mul_(self.factor(tensor))
 
 
+def add_product_(out: Tensor, left: Tensor, right: Tensor, alpha: float, beta: float) -> None:
+    """out = beta * out + alpha * left right^T, in place; out of more than two dimensions is a matrix of its rows."""
+    rows = out.flatten(1)
+    rows.addmm_(left.to(out.dtype), right.to(out.dtype).t(), beta=beta, alpha=alpha)
+    if rows.data_ptr() != out.data_ptr():  # not contiguous: the rows are a copy
+        out.copy_(rows.view(out.shape))
+
+
 class LowRank:
     """d = U V^T on matrices, U drawn fresh, V given; the inner direction on everything else.
 
@@ -101,15 +109,37 @@ class LowRank:
         if right is None:
             self.inner.add_(stream, tensor, out, alpha, beta)
         else:
-            left = self.left(stream, tensor, out.dtype)
-            out.addmm_(left, right.to(out.dtype).t(), beta=beta, alpha=alpha)
+            add_product_(out, self.left(stream, tensor, out.dtype), right, alpha, beta)
 
     def draw(self, stream: Stream, tensor: NamedTensor, dtype=None) -> Tensor:
         right = self.right.get(tensor.name)
         if right is None:
             return self.inner.draw(stream, tensor, dtype)
         left = self.left(stream, tensor, dtype)
-        return left @ right.to(left.dtype).t()
+        return (left @ right.to(left.dtype).t()).view(tensor.param.shape)
+
+
+class Held:
+    """d is given, not drawn: left right^T where a tensor has such a pair, a whole tensor elsewhere (LOZO-M)."""
+
+    def __init__(self, left: Mapping[str, Tensor], right: Mapping[str, Tensor], whole: Mapping[str, Tensor]):
+        self.left, self.right, self.whole = left, right, whole
+
+    def touches(self, tensor: NamedTensor) -> bool:
+        return True
+
+    def add_(self, stream: Stream, tensor: NamedTensor, out: Tensor, alpha: float, beta: float = 1.0) -> None:
+        left = self.left.get(tensor.name)
+        if left is None:
+            out.mul_(beta).add_(self.whole[tensor.name], alpha=alpha)
+        else:
+            add_product_(out, left, self.right[tensor.name], alpha, beta)
+
+    def draw(self, stream: Stream, tensor: NamedTensor, dtype=None) -> Tensor:
+        like = self.whole.get(tensor.name, self.left.get(tensor.name))
+        out = tensor.param.new_zeros(tensor.param.shape, dtype=dtype or like.dtype)  # type: ignore[union-attr]
+        self.add_(stream, tensor, out, 1.0)
+        return out
 
 
 class Reflected:

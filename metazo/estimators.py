@@ -15,10 +15,14 @@ from metazo.errors import UserError
 
 
 class Query(NamedTuple):
-    """One evaluation: at theta + multiple * eps * d(seed of this query); query is None at theta itself."""
+    """One evaluation: at theta + multiple * eps * d(seed of this query); query is None at theta itself.
+
+    snapshot: from the method's snapshot of the weights instead of theta.
+    """
 
     query: int | None
     multiple: float
+    snapshot: bool = False
 
 
 class Estimator(Protocol):
@@ -84,6 +88,25 @@ class ThreeLosses:
 
     def loss(self, losses: Sequence[float]) -> float:
         return losses[0]
+
+
+@dataclass(frozen=True)
+class ControlVariate:
+    """c = c(theta) - c(snapshot), two points each along one d: what the two have in common cancels (SVRG)."""
+
+    queries: int = 1
+
+    def probes(self) -> list[Query]:
+        return [Query(0, 1.0, True), Query(0, -1.0, True), Query(0, 1.0), Query(0, -1.0)]
+
+    def coefficients(self, losses: Sequence[float], eps: float) -> list[float]:
+        return [((losses[2] - losses[3]) - (losses[0] - losses[1])) / (2 * eps)]
+
+    def plus_minus(self, losses: Sequence[float]) -> tuple[float, float]:
+        return losses[2], losses[3]
+
+    def loss(self, losses: Sequence[float]) -> float:
+        return mean(losses[2:])
 
 
 @dataclass(frozen=True)

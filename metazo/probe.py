@@ -52,18 +52,40 @@ class Weights:
             if precision == "master" or (precision == "auto" and tensor.param.dtype.itemsize < 4)
         }
         self.on: Term | None = None
+        self.snapshot: dict[str, Tensor] = {}  # other values by name, given by a method that visits them
+        self.away = False  # theta and the snapshot have changed places
 
-    def visit(self, direction: Direction, seed: int, amount: float) -> None:
-        """Move the weights to theta + amount * d(seed), from wherever they are."""
-        if self.on is not None and (self.on.seed, self.on.direction) == (seed, direction):
+    def visit(self, direction: Direction, seed: int, amount: float, snapshot: bool = False) -> None:
+        """Move the weights to theta (or the snapshot) + amount * d(seed), from wherever they are."""
+        if self.on is not None and (self.on.seed, self.on.direction, self.away) == (seed, direction, snapshot):
             self._place(direction, seed, amount, self.on.amount)
         else:
             self.leave()
+            if snapshot:
+                self._exchange()
             self._place(direction, seed, amount, 0.0)
         self.on = Term(direction, seed, amount)
 
     def leave(self) -> None:
         """Back to theta."""
+        self._take_off()
+        if self.away:
+            self._exchange()
+
+    def _exchange(self) -> None:
+        """Theta and the snapshot change places, bit for bit: masters by reference, weights by value."""
+        for tensor in self.tensors:
+            name, param = tensor.name, tensor.param.data
+            if name in self.master:
+                self.master[name], self.snapshot[name] = self.snapshot[name], self.master[name]
+                param.copy_(self.master[name])
+            else:
+                kept = param.clone()
+                param.copy_(self.snapshot[name])
+                self.snapshot[name].copy_(kept)
+        self.away = not self.away
+
+    def _take_off(self) -> None:
         if self.on is None:
             return
         term, self.on = self.on, None
@@ -122,7 +144,8 @@ class Weights:
             self.settle(tensor)
 
     def _lies(self, term: Term) -> bool:
-        return self.on is not None and (self.on.seed, self.on.direction) == (term.seed, term.direction)
+        on = self.on
+        return on is not None and not self.away and (on.seed, on.direction) == (term.seed, term.direction)
 
     def gradient(self, terms: Sequence[Term]) -> Callable[[NamedTensor], Tensor]:
         """A function that gives the estimate sum of terms on each tensor; call it for every tensor, in order."""

@@ -61,10 +61,14 @@ class Step:
 
 @dataclass(frozen=True)
 class Update:
-    """What a method makes of the losses: c by query, and the direction to update along (None: the probed one)."""
+    """What a method makes of the losses: c by query, and the direction to update along (None: the probed one).
+
+    terms: (seed, multiple) pairs, the estimate being the sum of multiple * d(seed); None: the step's seeds with c.
+    """
 
     coefficients: Sequence[float]
     direction: Direction | None = None
+    terms: Sequence[tuple[int, float]] | None = None
 
 
 def _numbers(**values: float) -> None:
@@ -144,6 +148,10 @@ class ZOOptimizer(Optimizer):
         """Whether weight decay acts on a tensor: MeZO's name rule, unless a method has its own."""
         return not any(part in tensor.name for part in DECAY_EXEMPT)
 
+    def learning_rates(self, step: int) -> tuple[float, ...]:
+        """Of each parameter group at this step."""
+        return tuple(float(group["lr"]) for group in self.param_groups)
+
     # -- the step -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -166,8 +174,7 @@ class ZOOptimizer(Optimizer):
         direction, scales = self._scaled(self.propose(state, step), state, step)
         seeds = list(replay.seeds) if replay else [self.noise.seed(step, k) for k in range(self.estimator.queries)]
         losses = self._probe(direction, seeds, closure, replay)
-        groups = self.param_groups
-        learning_rates = replay.lr if replay else tuple(float(group["lr"]) for group in groups)
+        learning_rates = replay.lr if replay else self.learning_rates(step)
         finite = all(map(math.isfinite, losses))
         update = self.update(state, step, seeds, losses) if finite else Update(())
         sigma = tuple(state["scale/sigma"].tolist()) if self.scale is not None else ()
@@ -175,7 +182,8 @@ class ZOOptimizer(Optimizer):
         self._record(self.last_step, replay)
         if finite:
             along = direction if update.direction is None else self._rescaled(update.direction, scales)
-            self._apply([Term(along, s, c) for s, c in zip(seeds, update.coefficients)], learning_rates, step)
+            terms = zip(seeds, update.coefficients) if update.terms is None else update.terms
+            self._apply([Term(along, s, c) for s, c in terms], learning_rates, step)
             if self.scale is not None:
                 self.scale.observe(state, *self.estimator.plus_minus(losses))
         else:
@@ -197,11 +205,11 @@ class ZOOptimizer(Optimizer):
         probes = self.estimator.probes()
         losses: list[float] = []
         try:
-            for index, (query, multiple) in enumerate(probes):
+            for index, (query, multiple, snapshot) in enumerate(probes):
                 if query is None:
                     self.weights.leave()
                 else:
-                    self.weights.visit(direction, seeds[query], multiple * self.eps)
+                    self.weights.visit(direction, seeds[query], multiple * self.eps, snapshot)
                 losses.append(replay.losses[index] if replay else self._evaluate(closure))
         except BaseException:
             self.weights.leave()
@@ -222,7 +230,7 @@ class ZOOptimizer(Optimizer):
         closures = [closure] if callable(closure) else list(closure or ())
         if not closures:
             raise UserError("step() needs a closure that returns the loss: step(lambda: model(**batch).loss).")
-        self.forwards += len(closures)
+        self.forwards += sum(getattr(evaluate, "batches", 1) for evaluate in closures)
         with torch.inference_mode():
             loss = sum(float(evaluate()) for evaluate in closures) / len(closures)
         return _mean_over_processes(loss)
