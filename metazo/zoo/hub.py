@@ -64,6 +64,6 @@ def _refuse(name: str, done: str, error: Exception) -> NoReturn:
         (errors.HFValidationError, "this is not a valid repository name"),
     ]
     status = getattr(getattr(error, "response", None), "status_code", None)
-    fallback = f"the Hub answers {status}" if status else "the Hub cannot be reached"
+    fallback = f"the Hub answers {status}" if status else f"the Hub cannot be used ({type(error).__name__})"
     reason = next((words for kind, words in reasons if isinstance(error, kind)), fallback)
     raise UserError(f"{name} cannot be {done}: {reason}") from None

@@ -1,6 +1,6 @@
 """Read the pickle of a published `.pth` as plain data, without executing anything that it asks for.
 
-A pickle is a program. This is an interpreter of the 35 opcodes that a dictionary of `nn.Sequential` needs; the calls
+A pickle is a program. This is an interpreter of the 38 opcodes that a dictionary of `nn.Sequential` needs; the calls
 such a file makes (rebuild a tensor, make a Linear) are recognised by name and answered with the records below. No
 name is ever imported, no callable ever called, no attribute ever set, and every other opcode and name is refused.
 """
@@ -8,6 +8,8 @@ name is ever imported, no callable ever called, no attribute ever set, and every
 from __future__ import annotations
 
 import pickletools
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,7 +76,7 @@ _CALLS = {
 _LITERALS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"}
 _LITERALS |= {"BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"}
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-_EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
+_EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple, "EMPTY_SET": list}
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
@@ -83,7 +85,7 @@ def read(data: bytes) -> Any:
     machine = _Machine()
     where = "at its start"
     try:
-        for count, (opcode, argument, position) in enumerate(pickletools.genops(data)):
+        for count, (opcode, argument, position) in enumerate(_opcodes(data)):
             where = f"opcode {opcode.name} at byte {position}"
             if count >= MAX_OPCODES:
                 raise Refused(f"has more than {MAX_OPCODES:,} opcodes")
@@ -92,9 +94,16 @@ def read(data: bytes) -> Any:
             machine.run(opcode.name, argument)
     except Refused as error:
         raise Refused(f"{error} ({where})") from error
-    except (ValueError, Warning) as error:  # a string with odd escapes warns
+    except ValueError as error:
         raise Refused(f"is damaged after {where}") from error
     raise Refused("ends without STOP")
+
+
+def _opcodes(data: bytes) -> Iterator[tuple[Any, Any, int | None]]:
+    """pickletools.genops, silent where it decodes text with odd escapes; those opcodes are refused anyway."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield from pickletools.genops(data)
 
 
 class _Machine:

@@ -1,0 +1,25 @@
+"""A zoo, a cache and a tuner of this test's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from metazo.pertnn import PertNN
+from metazo.tuner import BlockSpec, Tuner, TunerInfo
+
+SHAPES = [("embed.weight", (10, 4)), ("norm.weight", (4,))]
+
+
+def make_tuner(base_model: str = "tiny", seed: int = 0, **info: object) -> Tuner:
+    blocks = [BlockSpec(name, [(name, shape)]) for name, shape in SHAPES]
+    return Tuner(PertNN(len(blocks), seed=seed), TunerInfo(base_model, blocks, **info))  # type: ignore[arg-type]
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """HF_HOME of the test; the user's own zoo is the default one in it."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.delenv("METAZO_ZOO", raising=False)
+    return tmp_path / "hf" / "metazo"

@@ -1,0 +1,194 @@
+"""Zoo folders: publish, find, verify, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from metazo import zoo
+from metazo.errors import UserError
+from metazo.files import safe_name
+from metazo.tuner import Tuner
+from metazo.zoo.index import add, read_index
+from tests.zoo.conftest import SHAPES, make_tuner
+
+
+def test_push_then_find_load_verify(tmp_path: Path, home: Path) -> None:
+    file = tmp_path / "run" / "tuner.safetensors"
+    make_tuner(scores={"cb": {"loss": 0.5}}, recipe={"steps": 10}).save(file)
+    assert zoo.push(file.parent) == "tiny/v1"
+    assert zoo.push(make_tuner(seed=1), licence="Apache-2.0") == "tiny/v2"
+    folder = home / "zoo" / "tiny" / "v1"
+    assert {path.name for path in folder.iterdir()} == {"tuner.safetensors", "card.md"}
+    card = (folder / "card.md").read_text()
+    assert "| cb.loss | 0.5 |" in card and "| steps | 10 |" in card and "none stated" in card
+    assert [found.entry.name for found in zoo.tuners()] == ["tiny/v1", "tiny/v2"]
+    assert torch.equal(zoo.load("tiny/v1").pertnn.w1, make_tuner().pertnn.w1)
+    assert torch.equal(zoo.load("tiny").pertnn.w1, make_tuner(seed=1).pertnn.w1)  # the last published
+    assert zoo.load("tiny").info.licence == "Apache-2.0"
+    assert [check.problem for check in zoo.verify()] == [None, None]
+
+
+def test_find_by_fingerprint_comes_before_the_name(tmp_path: Path) -> None:
+    from metazo.pertnn import PertNN
+    from metazo.tuner import BlockSpec, TunerInfo
+
+    unknown = [BlockSpec(name, [(name, None)]) for name, _ in SHAPES]
+    other = [BlockSpec("w", [("w", (3,))])]
+    zoo.push(Tuner(PertNN(1), TunerInfo("derivative", other)))
+    zoo.push(Tuner(PertNN(2), TunerInfo("published", unknown)))
+    zoo.push(make_tuner("org/base"), tmp_path / "z")
+    found = zoo.find(SHAPES, "derivative", tmp_path / "z")
+    assert [(one.entry.name, one.why) for one in found] == [
+        ("org/base/v1", "fingerprint"),
+        ("published/v1", "names"),
+        ("derivative/v1", "base model"),
+    ]
+    assert zoo.find([("x", (1,))]) == []
+
+
+def test_path_of_a_base_model_is_not_published(tmp_path: Path) -> None:
+    assert zoo.push(make_tuner(str(tmp_path / "My model!"))) == "My-model/v1"
+    assert str(tmp_path) not in (zoo.named("My-model/v1").path.parent / "card.md").read_text()  # type: ignore[union-attr]
+    assert zoo.load("My-model").info.base_model == "My-model"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["..", "../x", "a/../b", "/etc/x", "a//b", "", ".hidden", "a\\b", "C:x", "nul", "COM1.txt", "a/con", "a ", "a.",
+     "a\nb", "é", "x" * 97, "a/b/c/d/e", "~x", "a\0b"],
+)  # fmt: skip
+def test_names_that_lead_elsewhere_are_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="refused"):
+        safe_name(name, "name")
+    if name:
+        with pytest.raises(UserError, match="refused"):
+            zoo.push(make_tuner(), tmp_path / "z", base=name)
+        with pytest.raises(UserError, match="refused"):
+            zoo.push(make_tuner(), tmp_path / "z", version=name)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_taken_name_and_a_link_out_of_the_zoo_are_refused(tmp_path: Path) -> None:
+    zoo.push(make_tuner(), tmp_path / "z", version="1.0")
+    zoo.push(make_tuner(), tmp_path / "z", version="1.0")  # the same bytes: nothing to object to
+    with pytest.raises(UserError, match="already in the zoo"):
+        zoo.push(make_tuner(seed=1), tmp_path / "z", version="1.0")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "z" / "linked").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="through a link"):
+        zoo.push(make_tuner(), tmp_path / "z", base="linked")
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_unfit_tuner_leaves_the_zoo_alone(tmp_path: Path) -> None:
+    broken = make_tuner()
+    torch.nn.init.constant_(broken.pertnn.b2, float("nan"))
+    with pytest.raises(UserError, match="NaN"):
+        zoo.push(broken, tmp_path / "z")
+    (tmp_path / "t.safetensors").write_bytes(make_tuner().to_bytes()[:-9])
+    with pytest.raises(UserError, match="cut short"):
+        zoo.push(tmp_path / "t.safetensors", tmp_path / "z")
+    assert not (tmp_path / "z").exists()
+
+
+def test_verify_names_each_kind_of_damage(tmp_path: Path) -> None:
+    folder = tmp_path / "z"
+    for number in range(4):
+        zoo.push(make_tuner(seed=number), folder)
+    (folder / "tiny/v1/tuner.safetensors").unlink()
+    (folder / "tiny/v2/tuner.safetensors").write_bytes(make_tuner(seed=9).to_bytes())
+    with (folder / "tiny/v3/tuner.safetensors").open("ab") as file:
+        file.write(b"x")
+    make_tuner().save(folder / "stray/tuner.safetensors")
+    problems = {check.name: check.problem or "" for check in zoo.verify(folder)}
+    assert "is not a file" in problems["tiny/v1"]
+    assert "has sha256" in problems["tiny/v2"]
+    assert "bytes and the zoo index says" in problems["tiny/v3"]
+    assert problems["tiny/v4"] == ""
+    assert "not in index.json" in problems["stray"]
+    with pytest.raises(UserError, match="has sha256"):
+        zoo.load("tiny/v2", folder)
+
+
+def test_pull_of_a_folder_keeps_a_copy_that_the_fingerprint_finds(tmp_path: Path, home: Path) -> None:
+    zoo.push(make_tuner(), tmp_path / "z")
+    found = zoo.pull(tmp_path / "z")
+    assert found.path.is_relative_to(home / "cache")
+    assert zoo.pull(tmp_path / "z/tiny/v1").path == found.path
+    assert [(one.where, one.why) for one in zoo.find(SHAPES)] == [("cache", "fingerprint")]
+    zoo.push(make_tuner(seed=1), tmp_path / "z")
+    with pytest.raises(UserError, match="zoo of tiny/v1, tiny/v2"):
+        zoo.pull(tmp_path / "z")
+    with pytest.raises(UserError, match="no name in the zoos"):
+        zoo.pull("nowhere")
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
+        zoo.pull("org/nowhere@v1")
+
+
+def test_two_processes_pull_and_push_at_once(tmp_path: Path) -> None:
+    for number in range(2):
+        make_tuner("other", seed=number).save(tmp_path / f"{number}.safetensors")
+    program = (
+        "import sys; from metazo import zoo; zoo.pull(sys.argv[1]); zoo.pull(sys.argv[2]);"
+        "[zoo.push(sys.argv[2], sys.argv[3]) for _ in range(5)]"
+    )
+    paths = [str(tmp_path / "0.safetensors"), str(tmp_path / "1.safetensors")]
+    running = [subprocess.Popen([sys.executable, "-c", program, paths[0], path, str(tmp_path / "z")]) for path in paths]
+    assert [process.wait(120) for process in running] == [0, 0]
+    names = sorted(entry.name for entry in read_index(tmp_path / "z"))
+    assert names == sorted(f"other/v{number}" for number in range(1, 11))
+    assert {check.problem for check in zoo.verify(tmp_path / "z")} == {None}
+    assert len([found for found in zoo.tuners() if found.where == "cache"]) == 2
+    assert not [path for path in tmp_path.rglob("*.tmp") if "lock" not in path.name]
+
+
+INDEXES: dict[str, tuple[Any, str]] = {
+    "a list": ([], "format_version"),
+    "version": ({"format_version": 9, "tuners": []}, "format_version"),
+    "entry": ({"format_version": 1, "tuners": ["x"]}, "entry 0: its fields"),
+    "climbing name": ("../../x", "refused"),
+    "absolute name": ("/etc/x", "refused"),
+    "number": (7, "not a line of text"),
+}
+
+
+@pytest.mark.parametrize("case", INDEXES)
+def test_broken_index_is_refused(case: str, tmp_path: Path) -> None:
+    content, words = INDEXES[case]
+    zoo.push(make_tuner(), tmp_path / "z")
+    path = tmp_path / "z" / "index.json"
+    if not isinstance(content, dict | list):
+        name, content = content, json.loads(path.read_text())
+        content["tuners"][0]["name"] = name
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=words):
+        zoo.tuners(tmp_path / "z")
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_mutated_index_raises_user_errors_only(data: st.DataObject, tmp_path: Path) -> None:
+    folder = tmp_path / "fuzzed"
+    tuner = make_tuner()
+    if not folder.exists():
+        add(tuner.to_bytes(), tuner, folder, "tiny")
+        (tmp_path / "index.json").write_bytes((folder / "index.json").read_bytes())
+    content = bytearray((tmp_path / "index.json").read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    (folder / "index.json").write_bytes(content)
+    try:
+        for entry in read_index(folder):
+            assert (folder / entry.name).resolve().is_relative_to(folder.resolve())
+            zoo.load(entry.name, folder)
+    except UserError:
+        pass
