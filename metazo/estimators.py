@@ -131,3 +131,26 @@ class LeaveOneOut:
 
     def loss(self, losses: Sequence[float]) -> float:
         return mean(losses)
+
+
+@dataclass(frozen=True)
+class OneSided:
+    """Against the loss at theta: c_k = (L(theta + eps d_k) - L(theta)) / (eps K), K = queries."""
+
+    queries: int = 8
+
+    def __post_init__(self):
+        if self.queries < 1:
+            raise UserError(f"queries must be at least 1, not {self.queries}.")
+
+    def probes(self) -> list[Query]:
+        return [Query(None, 0.0), *(Query(k, 1.0) for k in range(self.queries))]
+
+    def coefficients(self, losses: Sequence[float], eps: float) -> list[float]:
+        return [(f - losses[0]) / (eps * self.queries) for f in losses[1:]]
+
+    def plus_minus(self, losses: Sequence[float]) -> tuple[float, float]:
+        return mean(losses), mean(losses)
+
+    def loss(self, losses: Sequence[float]) -> float:
+        return losses[0]

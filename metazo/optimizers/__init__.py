@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 from metazo.optimizers.base import Step, Update, ZOOptimizer
+from metazo.optimizers.hizoo import HiZOO
+from metazo.optimizers.hizoo_l import HiZOOL
+from metazo.optimizers.lozo import LOZO, LOZOM
 from metazo.optimizers.mezo import MeZO, MeZOAdam, MeZOMomentum
+from metazo.optimizers.svrg import MeZOSVRG
 from metazo.optimizers.zo_finetuner import ZOFinetuner, tuner_scale
 
 OPTIMIZERS: dict[str, type[ZOOptimizer]] = {
     "mezo": MeZO,
     "mezo-momentum": MeZOMomentum,
     "mezo-adam": MeZOAdam,
+    "mezo-svrg": MeZOSVRG,
+    "lozo": LOZO,
+    "lozo-m": LOZOM,
+    "hizoo": HiZOO,
+    "hizoo-l": HiZOOL,
     "zo-finetuner": ZOFinetuner,
 }
 
 __all__ = [
+    "LOZO",
+    "LOZOM",
     "OPTIMIZERS",
+    "HiZOO",
+    "HiZOOL",
     "MeZO",
     "MeZOAdam",
     "MeZOMomentum",
+    "MeZOSVRG",
     "Step",
     "Update",
     "ZOFinetuner",

@@ -1,0 +1,109 @@
+"""Dominant-layer control (arXiv 2606.05516): MeZO on the tensors of one layer, all others at rest.
+
+    theta_l <- theta_l - lr c z_l,    c = (L(theta + eps z_l) - L(theta - eps z_l)) / (2 eps),    l one layer
+
+The paper finds that one decoder layer carries zeroth-order fine-tuning, and that it is the first layer with activation
+outliers. `first_outlier_layer` looks for it in one forward pass. The paper's threshold was not at hand: an outlier is
+taken to be a value of at least 100 and 1,000 times the median magnitude of the layer's output (the massive activations of
+Sun et al. 2024, arXiv 2402.17762); where no layer has one, the layer that raises the ratio most is taken.
+
+A control for methods that learn or choose what to move: they should do at least as well. No code is published.
+Where not to use: on models without numbered layers, unless a tensor is named.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from metazo.blocks import named_tensors, partition
+from metazo.errors import UserError
+from metazo.optimizers.base import _named_groups
+from metazo.optimizers.mezo import MeZO
+
+OUTLIER, OUTLIER_RATIO = 100.0, 1000.0
+_LAYER_NAME = re.compile(r"^(?:.*\.)?[A-Za-z_]\w*\.\d+$")
+
+
+def first_outlier_layer(model: nn.Module, forward: Callable[[], object]) -> str:
+    """Name of the first numbered layer whose output holds an activation outlier.
+
+    Args: forward: runs the model once on a batch, as a closure does. Raises UserError where nothing is numbered.
+    """
+    ratios: dict[str, tuple[float, float]] = {}
+
+    def watch(name: str):
+        def hook(module: nn.Module, inputs: object, output: object) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            if isinstance(hidden, Tensor) and hidden.is_floating_point():
+                size = hidden.detach().abs().float()
+                ratios[name] = (float(size.max()), float(size.max() / size.median().clamp(min=1e-12)))
+
+        return hook
+
+    # the outermost numbered modules: model.layers.3, not what is numbered inside it
+    named = [name for name, _ in model.named_modules() if _LAYER_NAME.match(name)]
+    layers = [name for name in named if not any(name.startswith(other + ".") for other in named)]
+    hooks = [model.get_submodule(name).register_forward_hook(watch(name)) for name in layers]
+    try:
+        with torch.inference_mode():
+            forward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not ratios:
+        raise UserError(f"{type(model).__name__} has no numbered layers that ran: name the layer to train instead.")
+    for name, (largest, ratio) in ratios.items():
+        if largest >= OUTLIER and ratio >= OUTLIER_RATIO:
+            return name
+    values = [ratio for _, ratio in ratios.values()]
+    rises = [value / before for before, value in zip([values[0], *values], values)]
+    return list(ratios)[rises.index(max(rises))]
+
+
+def choose_layer(names: list[str], layer: str | int) -> str:
+    """One of the block names: by position among those of numbered layers, by name, or by a part of it between dots."""
+    numbered = [name for name in names if _LAYER_NAME.match(name)] or names
+    if isinstance(layer, int) or re.fullmatch(r"-?\d+", layer):
+        if not -len(numbered) <= int(layer) < len(numbered):
+            raise UserError(f"layer {layer} does not exist: the trainable layers are 0 to {len(numbered) - 1}.")
+        return numbered[int(layer)]
+    found = [name for name in names if name == layer] or [name for name in names if f".{layer}." in f".{name}."]
+    if len(found) != 1:
+        what = "no trainable layer" if not found else f"{len(found)} trainable layers"
+        raise UserError(f"layer {layer!r} names {what}: choose one of {', '.join(names[:3])}, ... or a number.")
+    return found[0]
+
+
+class DominantLayer(MeZO):
+    """MeZO restricted to one layer. Forwards a step: 2 queries. Extra memory: none (masters of that layer alone).
+
+    Args:
+        layer: number among the trainable layers, or a name such as model.layers.3; `first_outlier_layer` finds the
+            paper's. Everything outside it is left untouched.
+        queries: directions averaged a step.
+    """
+
+    name = "dominant-layer"
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 1e-6,
+        eps: float = 1e-3,
+        *,
+        layer: str | int = 0,
+        queries: int = 1,
+        **common,
+    ):
+        groups = _named_groups(params)
+        pairs = [pair for group in groups for pair in group["params"]]
+        blocks = {block.name: block for block in partition(named_tensors(pairs), "layer")}
+        self.layer = choose_layer(list(blocks), layer)
+        kept = {tensor.name for tensor in blocks[self.layer].tensors}
+        for group in groups:
+            group["params"] = [pair for pair in group["params"] if pair[0] in kept]
+        super().__init__([group for group in groups if group["params"]], lr, eps, queries=queries, **common)
