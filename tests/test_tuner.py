@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -193,3 +194,28 @@ def test_mutated_bytes_raise_user_errors_only(data: st.DataObject) -> None:
     except UserError:
         return
     assert tuner.pertnn(torch.zeros(tuner.pertnn.blocks, 5, dtype=tuner.pertnn.w1.dtype)).isfinite().all()
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(st.data())
+def test_odd_values_in_the_header_raise_user_errors_only(data: st.DataObject) -> None:
+    def swap(content: Any) -> None:
+        """Replace one value somewhere in the tree."""
+        while True:
+            key = data.draw(st.sampled_from(sorted(content) if isinstance(content, dict) else range(len(content))))
+            inner = content[key]
+            if not isinstance(inner, dict | list) or not inner or data.draw(st.booleans()):
+                content[key] = data.draw(JSON)
+                return
+            content = inner
+
+    where = data.draw(st.sampled_from(["header", "metadata"]))
+    with suppress(UserError):
+        Tuner.from_bytes(edited(swap, where), "fuzzed").fits(SHAPES)
