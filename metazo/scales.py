@@ -50,9 +50,20 @@ def floored_rms(rms: Tensor, counts: Tensor) -> Tensor:
     return rms.clamp(min=RMS_FLOOR * float(whole))
 
 
-def normalisation(sigma: Tensor, counts: Tensor) -> Tensor:
-    """kappa = sqrt(sum D_b) / sqrt(sum D_b sigma_b^2), a scalar; differentiable in sigma."""
-    return torch.sqrt(counts.sum()) / torch.sqrt((counts * sigma**2).sum())
+def normalisation(sigma: Tensor, counts: Tensor, root: Tensor | None = None) -> Tensor:
+    """kappa = sqrt(sum D_b) / sqrt(sum D_b sigma_b^2), a scalar; differentiable in sigma.
+
+    root: the numerator, where it is rounded as the published code does (`published_root`).
+    """
+    return (torch.sqrt(counts.sum()) if root is None else root) / torch.sqrt((counts * sigma**2).sum())
+
+
+def published_root(counts: Tensor) -> Tensor:
+    """sqrt(sum D_b) as the published meta-training has it: D_b in millions, summed and rooted in float32."""
+    total = torch.zeros((), dtype=torch.float32)
+    for count in counts.tolist():
+        total += count / 1e6
+    return total.sqrt().double() * 1e3
 
 
 def entry_counts(blocks: Sequence[Block], embedding_rows: int | None = None) -> Tensor:

@@ -1,0 +1,148 @@
+"""Settings of a meta-training run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from metazo.errors import UserError
+
+
+@dataclass
+class MetaConfig:
+    """Everything that decides a meta-training run. As published: `MetaConfig.published(...)`."""
+
+    model: str
+    """Folder or Hub id of the base model; pico is the small one that metazo carries"""
+    task: list[str]
+    """Task to train on, by name or a YAML file; several are shuffled"""
+    out: Path
+    """Folder for the tuner, settings, metrics and plot"""
+    data: Path | None = None
+    """Folder with <task>/<split>.jsonl; by default the Hub"""
+    steps: int | None = None
+    """Meta-steps; by default --epochs"""
+    epochs: float = 3
+    """Passes over the training examples, where --steps is not given"""
+    batch_size: int = 16
+    """Examples a batch"""
+    train_examples: int = 1000
+    """Training examples of each task"""
+    max_length: int | None = None
+    """Longest input in tokens; by default the model's context"""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Type of the weights; narrower ones cannot hold the teacher's steps"""
+    device: str = "cpu"
+    """cpu, cuda, cuda:1, ..."""
+    seed: int = 0
+    """Seed of networks, noise, data order and split"""
+
+    objective: Literal["published", "ratio"] = "published"
+    """published: the loss behind one zeroth-order step; ratio: agreeing gradient over curvature"""
+    features: Literal["published", "log"] = "published"
+    """Inputs of the networks"""
+    parametrisation: Literal["abs", "rms_exp"] = "abs"
+    """Of sigma: |output|, or the block's RMS times a bounded exponential of it, which starts at the RMS rule"""
+    bound: float = math.log(3)
+    """Bound on that exponent, natural logarithm"""
+    blocks: Literal["tensor", "layer"] = "tensor"
+    """What shares one scale"""
+    normalise: bool = True
+    """Keep the mean square of sigma over all entries at 1"""
+    embedding_count: Literal["numel", "published"] = "numel"
+    """What an embedding counts for there: its entries, or 15 * batch size * width"""
+    hidden: int = 64
+    """Width of the networks"""
+    statistics_every: int | None = None
+    """Meta-steps between readings of block mean and variance; by default 1 for published features, else 10"""
+
+    eps: float = 1e-3
+    """Length of the probe (published objective)"""
+    lr_update: float = 1e-6
+    """Step size of the inner step (published objective); the meta-gradient is proportional to it"""
+    queries: int = 1
+    """Directions averaged in a meta-step (published objective)"""
+    unroll: int = 1
+    """Inner steps; more than 1 unrolls them on `higher`, for small models (published objective)"""
+    detach_kappa: bool = True
+    """Treat the normalisation as constant in the meta-gradient, as published"""
+    separate_batch: bool = False
+    """Measure the meta-loss on another batch than the inner step's (published objective)"""
+    entropy: float = 0.1
+    """Weight of the entropy of curvature shares (ratio objective)"""
+    floor: float = 0.1
+    """Least curvature of a block, as a part of its type's mean per entry (ratio objective)"""
+    average: float = 0.9
+    """Factor of the running averages of agreement and curvature (ratio objective)"""
+    meta_optimizer: Literal["sgd", "adam"] = "sgd"
+    """Optimizer of the networks"""
+    lr_meta: float = 0.1
+    """Its learning rate"""
+
+    teacher: Literal["sgd", "adamw"] = "sgd"
+    """First-order optimizer whose path the networks are trained along"""
+    teacher_lr: float = 0.01
+    """Its first learning rate, linear to 0 between restarts"""
+    momentum: float = 0.8
+    """Of the sgd teacher"""
+    clip: float = 1.0
+    """Largest gradient norm of the teacher"""
+    restart_every: float = 0
+    """Epochs between restarts; 0: never"""
+    restart_model: bool = True
+    """A restart puts weights and teacher back to the start"""
+    restart_sigma: bool = False
+    """A restart sets the networks' input sigma back to 1"""
+    restart_losses: bool = False
+    """A restart forgets the losses that the networks take as inputs"""
+
+    record: Path | None = None
+    """Record the teacher's path in this folder first, then train along it"""
+    record_every: int = 10
+    """Teacher steps between recorded weights"""
+    trajectory: Path | None = None
+    """Train along a path recorded before"""
+    save_every: int = 100
+    """Meta-steps between checkpoints for --resume"""
+    resume: bool = False
+    """Go on with the run in --out"""
+
+    @classmethod
+    def published(cls, model: str, task: list[str], out: Path, **changes: Any) -> MetaConfig:
+        """The paper's single-task recipe (algorithms: trainer_l2l.py on COPA), embeddings counted as published."""
+        values: dict[str, Any] = {"epochs": 15, "restart_every": 5, "batch_size": 8, "embedding_count": "published"}
+        return cls(model, task, out, **values | changes)
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "train_examples", "hidden", "queries", "unroll", "record_every", "save_every"):
+            _check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        for name in ("bound", "eps", "lr_update", "lr_meta", "teacher_lr", "clip"):
+            value = getattr(self, name)
+            _check(name, value, math.isfinite(value) and value > 0, "a finite number above 0")
+        for name in ("steps", "statistics_every", "max_length"):
+            _check(name, getattr(self, name), getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
+        _check("epochs", self.epochs, self.epochs > 0 and math.isfinite(self.epochs), "above 0")
+        _check("restart_every", self.restart_every, self.restart_every >= 0, "0 (never) or a number of epochs")
+        if not self.task:
+            raise UserError("--task is missing: name at least one task to train on (metazo tasks lists them).")
+        if self.record is not None and self.trajectory is not None:
+            raise UserError("--record and --trajectory both name the teacher's path; give one of them.")
+        if self.unroll > 1 and self.objective != "published":
+            raise UserError("--unroll goes with --objective published; the ratio objective takes no inner step.")
+
+    @property
+    def reading(self) -> int:
+        """Meta-steps between readings of the block statistics."""
+        return self.statistics_every or (1 if self.features == "published" else 10)
+
+    def recipe(self) -> dict[str, Any]:
+        """What made the tuner, without paths of this machine, as a plain table."""
+        hidden = {"out", "data", "record", "trajectory", "resume", "save_every", "device", "model", "task"}
+        return {key: value for key, value in asdict(self).items() if key not in hidden and value is not None}
+
+
+def _check(name: str, value: object, good: bool, what: str) -> None:
+    if not good:
+        raise UserError(f"--{name.replace('_', '-')} must be {what}, not {value}.")

@@ -1,0 +1,75 @@
+"""Where the weights are at a meta-step, and on which batch: along a teacher that runs beside, keeping nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from metazo.blocks import NamedTensor
+from metazo.meta.data import Order
+from metazo.meta.gradient import Loss
+from metazo.meta.reset import Start, due
+from metazo.meta.teacher import Teacher
+
+
+class Path(Protocol):
+    """The weights along a teacher's path."""
+
+    def begin(self, step: int) -> bool:
+        """Put the weights where they belong at this step. Returns: whether the path starts anew here."""
+        ...
+
+    def batch(self, step: int) -> tuple[int, list[int]]:
+        """Task and examples."""
+        ...
+
+    def advance(self, loss: Loss) -> float | None:
+        """Go on to the next step. Returns the teacher's loss, where a teacher runs."""
+        ...
+
+    def state(self) -> dict[str, Tensor]: ...
+    def load(self, state: dict[str, Tensor]) -> None: ...
+
+
+class Online:
+    """A teacher that steps after every meta-step.
+
+    Args: every: meta-steps between restarts (0: never); restart_model: whether they put weights and teacher back.
+    """
+
+    def __init__(self, start: Start, teacher: Teacher, order: Order, every: int, restart_model: bool = True):
+        self.start, self.teacher, self.order, self.every = start, teacher, order, every
+        self.restart_model = restart_model
+
+    def begin(self, step: int) -> bool:
+        if not due(step, self.every):
+            return False
+        if self.restart_model:
+            self.start.restore()
+            self.teacher.restart()
+        return True
+
+    def batch(self, step: int) -> tuple[int, list[int]]:
+        return self.order.batch(step)
+
+    def advance(self, loss: Loss) -> float | None:
+        return self.teacher.step(loss)
+
+    def state(self) -> dict[str, Tensor]:
+        return weights_of(self.teacher.tensors) | {f"teacher/{k}": v for k, v in self.teacher.state().items()}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        load_weights(self.teacher.tensors, state)
+        self.teacher.load({k.removeprefix("teacher/"): v for k, v in state.items() if k.startswith("teacher/")})
+
+
+def weights_of(tensors: Sequence[NamedTensor]) -> dict[str, Tensor]:
+    """The weights as `theta/<name>`, not copied."""
+    return {f"theta/{tensor.name}": tensor.param.detach() for tensor in tensors}
+
+
+def load_weights(tensors: Sequence[NamedTensor], state: dict[str, Tensor]) -> None:
+    for tensor in tensors:
+        tensor.param.data.copy_(state[f"theta/{tensor.name}"])

@@ -1,0 +1,50 @@
+"""The start of a run, to which the weights are put back at every restart, and when that is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from metazo.blocks import NamedTensor
+from metazo.meta.tensorfile import write_tensors
+
+
+class Start:
+    """The weights at the start: in a file (one tensor in memory at a time), or in memory where no path is given."""
+
+    def __init__(self, tensors: Sequence[NamedTensor], path: Path | None = None):
+        self.tensors, self.path = tensors, path
+        self.copies: dict[str, Tensor] = {}
+        if path is None:
+            self.copies = {tensor.name: tensor.param.detach().clone() for tensor in tensors}
+        elif not path.exists():
+            write_tensors(path, {tensor.name: tensor.param.detach() for tensor in tensors})
+
+    def restore(self) -> None:
+        """Put the weights back."""
+        if self.path is not None:
+            put(self.tensors, self.path)
+        for name, copy in self.copies.items():
+            next(tensor for tensor in self.tensors if tensor.name == name).param.data.copy_(copy)
+
+
+@torch.no_grad()
+def put(tensors: Sequence[NamedTensor], path: Path, prefix: str = "") -> None:
+    """Set the weights to those of a file of the same names, tensor by tensor."""
+    with safe_open(path, "pt") as file:
+        for tensor in tensors:
+            tensor.param.data.copy_(file.get_tensor(prefix + tensor.name))
+
+
+def restart_steps(epochs: float, steps_per_epoch: int) -> int:
+    """Meta-steps between restarts; 0: never."""
+    return round(epochs * steps_per_epoch) if epochs else 0
+
+
+def due(step: int, every: int) -> bool:
+    """Whether a restart comes ahead of this step. The first step starts by itself."""
+    return every > 0 and step > 0 and step % every == 0
