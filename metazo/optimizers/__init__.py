@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from metazo.optimizers.base import Step, Update, ZOOptimizer
+from metazo.optimizers.curvzo import CurvZO
+from metazo.optimizers.dominant_layer import DominantLayer, first_outlier_layer
+from metazo.optimizers.fzoo import FZOO
 from metazo.optimizers.hizoo import HiZOO
 from metazo.optimizers.hizoo_l import HiZOOL
+from metazo.optimizers.loren import LOREN
 from metazo.optimizers.lozo import LOZO, LOZOM
 from metazo.optimizers.mezo import MeZO, MeZOAdam, MeZOMomentum
 from metazo.optimizers.svrg import MeZOSVRG
@@ -19,13 +23,21 @@ OPTIMIZERS: dict[str, type[ZOOptimizer]] = {
     "lozo-m": LOZOM,
     "hizoo": HiZOO,
     "hizoo-l": HiZOOL,
+    "loren": LOREN,
+    "curvzo": CurvZO,
+    "fzoo": FZOO,
+    "dominant-layer": DominantLayer,
     "zo-finetuner": ZOFinetuner,
 }
 
 __all__ = [
+    "FZOO",
+    "LOREN",
     "LOZO",
     "LOZOM",
     "OPTIMIZERS",
+    "CurvZO",
+    "DominantLayer",
     "HiZOO",
     "HiZOOL",
     "MeZO",
@@ -36,5 +48,6 @@ __all__ = [
     "Update",
     "ZOFinetuner",
     "ZOOptimizer",
+    "first_outlier_layer",
     "tuner_scale",
 ]

@@ -1,0 +1,123 @@
+"""HiZOO (Zhao et al., "Second-order fine-tuning without pain for LLMs", arXiv 2402.15173): noise scaled by curvature.
+
+H, one positive number a weight, 1 at first, is a moving estimate of the Hessian's diagonal:
+
+    d  = H^-1/2 z,  z ~ N(0, I)
+    c  = (L(theta + eps d) - L(theta - eps d)) / (2 eps)
+    k  = |L(theta + eps d) + L(theta - eps d) - 2 L(theta)| / (2 eps^2)
+    H <- (1 - a) H + a k H z^2
+    theta <- theta - lr (c H^-1/2 z + weight_decay theta)             along the new H, with the same z
+
+What H does (Gaussian z, any positive semidefinite Hessian A; tests/optimizers/test_hizoo.py): given H, the mean of
+k z_i^2 is (tr M + 2 M_ii) / 2 with M = H^-1/2 A H^-1/2. So H is at rest in the mean exactly where
+H_i = (d + 2) / 2 A_ii, d the number of weights: it does converge to the diagonal, up to a factor. But all H_i move
+together at the rate a, and against each other at 2 a / (d + 2) only, with noise of variance a (d + 2) / 2 in ln H_i: on
+a model of millions of weights HiZOO normalises the step by the curvature, and learns next to nothing of its diagonal.
+
+Differences from the published code (Yanjun-Zhao/HiZOO); `compat="official"` brings back the numbered ones:
+ 1. H in the weights' dtype. In float16 and bfloat16, at the published a = 1e-8, H stays exactly 1: plain MeZO. Here H
+    is float32 at least.
+ 2. Weight decay on every tensor. Here biases and layer norms are exempt, as in MeZO.
+a (`hessian_smooth_type`) is 0 by default in its run.py and script, which is plain MeZO as well; 1e-6 here, the first
+value of its one schedule that runs (1e-6, then 1e-8). The fourth forward, only logged, is left out. An unbiased
+estimate of the Hessian has H (z^2 - 1) for H z^2 and no modulus (the paper's derivation); the published algorithm drops
+the -1 and takes the modulus, which keeps H above 0, and so does this file.
+
+Where not to use: where one copy of the weights in float32 is too much (see HiZOO-L), or with Rademacher noise: z^2 = 1,
+so that H stays a multiple of the identity. As H grows with the curvature, the learning rate has to grow with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from metazo.blocks import NamedTensor
+from metazo.directions import Diagonal, Direction, Isotropic
+from metazo.errors import UserError
+from metazo.estimators import ThreeLosses
+from metazo.optimizers.base import State, Update, ZOOptimizer
+
+
+class CurvatureScaled(ZOOptimizer):
+    """What HiZOO and HiZOO-L share. Subclasses keep H: `inverse_root` gives H^-1/2, `absorb` takes a step's share.
+
+    Args:
+        smoothing: a in [0, 1), weight of a step in H; 1e-8 in the published README, 1e-6 to 1e-2 to see an effect; 0 is
+            MeZO.
+    """
+
+    def __init__(self, params: Iterable, lr: float = 1e-6, eps: float = 1e-3, *, smoothing: float = 1e-6, **common):
+        if not 0 <= smoothing < 1:
+            raise UserError(f"smoothing must lie in [0, 1), not {smoothing}.")
+        self.smoothing = smoothing
+        self.estimator = ThreeLosses()
+        super().__init__(params, lr, eps, **common)
+
+    def inverse_root(self, tensor: NamedTensor) -> Tensor:
+        """H^-1/2 in the tensor's shape."""
+        raise NotImplementedError
+
+    def absorb(self, tensor: NamedTensor, z: Tensor, second: float) -> None:
+        """H <- (1 - a) H + a k H z^2 with k = |second| / (2 eps^2). z may be overwritten."""
+        raise NotImplementedError
+
+    def propose(self, state: State, step: int) -> Direction:
+        return Diagonal(Isotropic(), self.inverse_root)
+
+    def update(self, state: State, step: int, seeds: Sequence[int], losses: Sequence[float]) -> Update:
+        self.weights.leave()  # the probe comes off along the old H
+        stream = self.noise.stream(seeds[0])
+        for tensor in self.tensors:
+            self.absorb(tensor, stream.draw(tensor), ThreeLosses().second_difference(losses))
+        return Update(self.estimator.coefficients(losses, self.eps))
+
+
+class HiZOO(CurvatureScaled):
+    """Descent along noise scaled by a diagonal curvature estimate.
+
+    Forwards a step: 3. Extra memory: one copy of the weights, float32. State: H/<tensor>, as the tensor.
+
+    Args:
+        compat: "paper", or "official" for the published code with its faults.
+    """
+
+    name = "hizoo"
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 1e-6,
+        eps: float = 1e-3,
+        *,
+        compat: Literal["paper", "official"] = "paper",
+        **common,
+    ):
+        if compat not in ("paper", "official"):
+            raise UserError(f"compat {compat!r} is unknown: choose paper or official.")
+        self.official = compat == "official"
+        super().__init__(params, lr, eps, **common)
+
+    def init(self, tensors: Sequence[NamedTensor]) -> State:
+        return {f"H/{tensor.name}": torch.ones_like(tensor.param, dtype=self._dtype(tensor)) for tensor in tensors}
+
+    def _dtype(self, tensor: NamedTensor) -> torch.dtype:
+        dtype = tensor.param.dtype
+        return dtype if self.official else torch.promote_types(dtype, torch.float32)
+
+    def inverse_root(self, tensor: NamedTensor) -> Tensor:
+        return self.zo_state[f"H/{tensor.name}"].rsqrt()
+
+    def absorb(self, tensor: NamedTensor, z: Tensor, second: float) -> None:
+        curvature, a, eps = self.zo_state[f"H/{tensor.name}"], self.smoothing, self.eps
+        z = z.to(curvature.dtype)
+        if self.official:  # in this order: where it underflows, it must underflow here
+            curvature.copy_((1 - a) * curvature + abs(second) * (curvature * z * z) * a / (2 * eps * eps))
+        else:
+            curvature.mul_(z.square_().mul_(a * abs(second) / (2 * eps**2)).add_(1 - a))
+
+    def decays(self, tensor: NamedTensor) -> bool:
+        return self.official or super().decays(tensor)

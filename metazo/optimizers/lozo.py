@@ -1,0 +1,185 @@
+"""LOZO and LOZO-M (Chen et al., "Enhancing zeroth-order fine-tuning with low-rank structures", arXiv 2410.07698).
+
+The gradient of a matrix W (m x n) is close to low rank, so the probe is low rank as well: U new at each step, V kept
+for `interval` steps, in which the iterates move in one subspace.
+
+    U ~ N(0, I), m x r;   V ~ N(0, I), n x r, drawn again where step % interval == 0
+    c = (L(W + eps U V^T) - L(W - eps U V^T)) / (2 eps)
+    W <- W - lr (c U V^T + weight_decay W)                    tensors of one dimension: c z, as MeZO
+
+LOZO-M adds momentum kept as a factor, N in R^(m x r), and projected onto the new V where V changes:
+
+    N <- beta N + (1 - beta) c U            (N = c U at the first step)
+    N <- N (V_old^T V) / n  ahead of that, where V is drawn again: the least-squares fit of N' V^T to N V_old^T, with
+                            V^T V replaced by its mean n I
+    W <- W - lr (N V^T + weight_decay W)                      tensors of one dimension: m <- beta m + (1 - beta) c z
+
+Scale: E[c U V^T] = r grad (to O(eps^2)), and |U V^T|^2 is r times |z|^2 in the mean. The paper divides the estimate by
+r; its code and this file leave that to the learning rate, so lr here is as r lr in MeZO: divide it by r when r grows.
+
+Differences from the published code (optsuite/LOZO); `compat="official"` brings back the numbered ones:
+ 1. Where V is drawn again, the update starts the step's stream over without drawing V, so it goes along U and z that
+    were never probed: every `interval`-th step, the first included, is noise; with interval=1 nothing is learned.
+ 2. LOZO-M with interval=1 never keeps V_old: the momentum of matrices starts anew each step.
+ 3. No check of the rank, and every tensor of two dimensions is a matrix. Here a rank above the smaller side of a matrix
+    is refused, and a matrix of one row or column takes dense noise: it is a vector.
+With noise that has no order (Philox), 1 is an update along noise of another seed. Otherwise: V and N are float32 at
+least, whatever the weights; a tensor of more than two dimensions (convolution) is the matrix (size(0), rest), and does
+not crash; weights narrower than float32 are not perturbed in place.
+
+Where not to use: on tensors whose gradient is not low rank, such as an embedding of which a batch touches many rows, or
+prefixes and LoRA factors, whose small side is near the rank already. Rademacher noise works as well: the same means.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from metazo.blocks import NamedTensor
+from metazo.directions import Held, Isotropic, LowRank
+from metazo.errors import UserError
+from metazo.noise import RIGHT, Stream
+from metazo.optimizers.base import State, Update, ZOOptimizer
+
+
+class LOZO(ZOOptimizer):
+    """Descent along low-rank noise.
+
+    Forwards a step: 2. Extra memory: rank numbers a column of each matrix. State: V/<tensor>, (n, rank).
+
+    Args:
+        rank: r, columns of U and V; 2 in the published code, 1 to 4 in its tables; at most a matrix's smaller side.
+        interval: steps between draws of V; 50 in the published code, 50 or 100 in its tables.
+        compat: "paper", or "official" for the published code with its faults.
+    """
+
+    name = "lozo"
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 1e-6,
+        eps: float = 1e-3,
+        *,
+        rank: int = 2,
+        interval: int = 50,
+        compat: Literal["paper", "official"] = "paper",
+        **common,
+    ):
+        for key, value in (("rank", rank), ("interval", interval)):
+            if not isinstance(value, int) or value < 1:
+                raise UserError(f"{key} must be a whole number of at least 1, not {value}.")
+        if compat not in ("paper", "official"):
+            raise UserError(f"compat {compat!r} is unknown: choose paper or official.")
+        self.rank, self.interval, self.official = rank, interval, compat == "official"
+        super().__init__(params, lr, eps, **common)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for name, param in zip(group["param_names"], group["params"]):
+            if param.requires_grad and self._is_matrix(param) and not self.official:
+                side = min(_sides(param))
+                if self.rank > side:
+                    raise UserError(
+                        f"rank {self.rank} is above the smaller side of {name} ({side}): choose at most that."
+                    )
+
+    def _is_matrix(self, param: Tensor) -> bool:
+        return param.ndim > 1 and (self.official or min(_sides(param)) > 1)
+
+    def init(self, tensors: Sequence[NamedTensor]) -> State:
+        matrices = [tensor for tensor in tensors if self._is_matrix(tensor.param)]
+        return {f"V/{tensor.name}": _zeros(tensor, (_sides(tensor.param)[1], self.rank)) for tensor in matrices}
+
+    def propose(self, state: State, step: int) -> LowRank:
+        return LowRank(Isotropic(), folder(state, "V"), self._renew if step % self.interval == 0 else None)
+
+    def _renew(self, stream: Stream, tensor: NamedTensor) -> None:
+        """Draw V, ahead of U: the same numbers each time that the step's direction is drawn."""
+        right = self.zo_state[f"V/{tensor.name}"]
+        right.copy_(stream.draw(tensor, tuple(right.shape), RIGHT, right.dtype))
+
+    def _along(self, state: State, step: int, seed: int) -> tuple[LowRank, int]:
+        """Direction and seed of the estimate: those of the probe, unless official where V is new (fault 1)."""
+        if not self.official or step % self.interval:
+            return self.propose(state, step), seed
+        return LowRank(Isotropic(), folder(state, "V")), seed if self.noise.ordered else self.noise.seed(step, 1)
+
+    def update(self, state: State, step: int, seeds: Sequence[int], losses: Sequence[float]) -> Update:
+        (c,) = self.estimator.coefficients(losses, self.eps)
+        if not self.official:
+            return Update([c])
+        direction, seed = self._along(state, step, seeds[0])
+        return Update([c], direction, [(seed, c)])
+
+
+class LOZOM(LOZO):
+    """LOZO with momentum in the factored form.
+
+    Forwards a step: 2. Extra memory: rank numbers a row and a column of each matrix, one a weight of other tensors.
+    State: V/<tensor>, (n, rank); N/<tensor>, (m, rank); m/<tensor> as the tensor; updates, a count.
+
+    Args:
+        momentum: beta in [0, 1); 0.9 in the published scripts.
+    """
+
+    name = "lozo-m"
+
+    def __init__(self, params: Iterable, lr: float = 1e-6, eps: float = 1e-3, *, momentum: float = 0.9, **common):
+        if not 0 <= momentum < 1:
+            raise UserError(f"momentum must lie in [0, 1), not {momentum}.")
+        self.momentum = momentum
+        super().__init__(params, lr, eps, **common)
+
+    def init(self, tensors: Sequence[NamedTensor]) -> State:
+        state = super().init(tensors)
+        for tensor in tensors:
+            if f"V/{tensor.name}" in state:
+                state[f"N/{tensor.name}"] = _zeros(tensor, (tensor.param.shape[0], self.rank))
+            else:
+                state[f"m/{tensor.name}"] = _zeros(tensor, tuple(tensor.param.shape))
+        return state | {"updates": torch.zeros((), dtype=torch.int64)}
+
+    def _renew(self, stream: Stream, tensor: NamedTensor) -> None:
+        """Draw V; where it is not yet the present one, project the momentum onto it."""
+        right, momentum = self.zo_state[f"V/{tensor.name}"], self.zo_state[f"N/{tensor.name}"]
+        fresh = stream.draw(tensor, tuple(right.shape), RIGHT, right.dtype)
+        if not torch.equal(right, fresh):
+            momentum.copy_(momentum @ (right.t() @ fresh) / len(right))
+            right.copy_(fresh)
+
+    def update(self, state: State, step: int, seeds: Sequence[int], losses: Sequence[float]) -> Update:
+        (c,) = self.estimator.coefficients(losses, self.eps)
+        direction, seed = self._along(state, step, seeds[0])
+        stream = self.noise.stream(seed)
+        first = not state["updates"]
+        for tensor in self.tensors:
+            matrix = f"V/{tensor.name}" in state
+            anew = first or (matrix and self.official and self.interval == 1)  # fault 2
+            kept, added = (0.0, c) if anew else (self.momentum, (1 - self.momentum) * c)
+            if matrix:
+                factor = state[f"N/{tensor.name}"]
+                factor.mul_(kept).add_(direction.left(stream, tensor, factor.dtype), alpha=added)
+            else:
+                direction.inner.add_(stream, tensor, state[f"m/{tensor.name}"], added, kept)
+        state["updates"] += 1
+        return Update([c], Held(folder(state, "N"), direction.right, folder(state, "m")), [(seed, 1.0)])
+
+
+def folder(state: State, name: str) -> State:
+    """The state tensors `name/<tensor>`, by tensor."""
+    return {key[len(name) + 1 :]: value for key, value in state.items() if key.startswith(f"{name}/")}
+
+
+def _sides(param: Tensor) -> tuple[int, int]:
+    return param.shape[0], math.prod(param.shape[1:])
+
+
+def _zeros(tensor: NamedTensor, shape: tuple[int, ...]) -> Tensor:
+    return torch.zeros(shape, dtype=torch.promote_types(tensor.param.dtype, torch.float32), device=tensor.param.device)
