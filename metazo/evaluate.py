@@ -101,7 +101,7 @@ def generate(
     tokens = model.generate(  # type: ignore[operator]
         input_ids=batch["input_ids"],
         attention_mask=batch["attention_mask"],
-        max_new_tokens=max(1, min(task.max_new_tokens, prepared.max_length - start)),
+        max_new_tokens=prepared.room,
         do_sample=False,
         num_beams=1,
         pad_token_id=tokenizer.pad_token_id,

@@ -105,12 +105,17 @@ class Task(BaseModel):
         for metric in self.metric:
             if metric not in METRICS_OF[self.kind]:
                 raise ValueError(f"metric {metric} is not one of {', '.join(METRICS_OF[self.kind])} ({self.kind})")
-        if not self.classifier:
+        if not self.classifier and self.kind == "classification":
             object.__setattr__(self, "classifier", tuple(f"{{{name}}}" for name in self.columns[:2]))
         if len(self.classifier) > 2:
             raise ValueError("classifier takes one or two templates")
-        if self.context is None and self.columns:
+        if not self.columns:
+            raise ValueError(f"the prompt {self.prompt!r} names no {{column}}")
+        if self.context is None:
             object.__setattr__(self, "context", self.columns[0])
+        for texts in filter(None, ((self.prompt,), (self.masked,) if self.masked else (), self.classifier)):
+            if self.context not in [name for text in texts for name in columns(text)]:
+                raise ValueError(f"context is {self.context!r}, which is not a column of {' '.join(texts)!r}")
         return self
 
     @property

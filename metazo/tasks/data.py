@@ -186,7 +186,7 @@ def _checked(task: Task, row: Row, where: str) -> Row:
         raise _missing(task, {str(error.args[0])}, row, where) from error
     except (TypeError, AttributeError) as error:
         raise UserError(f"{where}: a column of task {task.name!r} has the wrong type ({error})") from error
-    absent = task.required() - adapted.keys()
+    absent = {name for name in task.required() if adapted.get(name) is None}
     if absent:
         raise _missing(task, absent, row, where)
     if task.kind == "classification":

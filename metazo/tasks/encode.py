@@ -55,6 +55,8 @@ class Encoder:
                 f"task {task.name!r} is a {task.kind} task and needs a causal language model; "
                 f"{loaded.name} was loaded as {loaded.kind}"
             )
+        self.room = min(task.max_new_tokens, self.limit // 2)
+        """Tokens that a generated answer may have; prompts leave them free."""
         template = task.masked if task.masked is not None and self.kind == "masked" else task.prompt
         before, mark, after = template.partition("{}") if "" in columns(template) else (template, "", "")
         self.joint = before[len(before.rstrip(" ")) :] if mark else "" if before[-1:].isspace() else " "
@@ -110,10 +112,8 @@ class Encoder:
         whole = self._prompt(row)
         options = [self._continuation(whole, text) for text in texts]
         longest = max(len(option) for option in options)
-        if (
-            self.task.kind == "generation"
-        ):  # room to generate, but not at the price of more than a quarter of the context
-            longest = max(longest, min(self.task.max_new_tokens, self.limit // 4))
+        if self.task.kind == "generation":
+            longest = max(longest, self.room)
         fitted = self._fit(row, lambda r: {"input_ids": self._ids(self._prompt(r))}, self.limit - longest)
         return fitted and Encoded(fitted[0]["input_ids"], targets, options, shortened=fitted[1])
 

@@ -45,8 +45,8 @@ class Prepared:
     kind: str
     """The model's kind: causal, masked or classifier."""
     tokenizer: PreTrainedTokenizerBase
-    max_length: int
-    """Most tokens of an input, a generated answer included."""
+    room: int
+    """Most tokens of a generated answer; with its prompt it fits into the context."""
     words: list[list[int]]
     """Tokens of each label word, by class (classification with a prompt)."""
     at_position: bool
@@ -151,7 +151,7 @@ def _inputs(batch: Batch) -> dict[str, Tensor]:
 def _forward(model: nn.Module, inputs: dict[str, Any]) -> Any:
     """Call the model with those of ``inputs`` that it takes (BLOOM has no position_ids, MPT no logits_to_keep)."""
     inner = getattr(model, "get_base_model", lambda: model)()  # the model inside a peft wrapper
-    accepted = inspect.signature(inner.forward).parameters
+    accepted = inspect.signature(getattr(inner, "forward", inner)).parameters
     if not any(parameter.kind is parameter.VAR_POSITIONAL for parameter in accepted.values()):
         inputs = {name: value for name, value in inputs.items() if name in accepted}
     return model(**inputs)
@@ -193,7 +193,7 @@ def prepare(
     encoder = Encoder(task, loaded, max_length)
     splits, notes = draw(task, data, train=train, dev=dev, test=test, seed=seed)
     limit = encoder.limit
-    out = Prepared(task, loaded.kind, loaded.tokenizer, limit, encoder.words, encoder.at_position, notes=notes)
+    out = Prepared(task, loaded.kind, loaded.tokenizer, encoder.room, encoder.words, encoder.at_position, notes=notes)
     for split in SPLITS:
         encoded = [encoder(row, where) for where, row in splits[split]]
         kept = [example for example in encoded if example is not None]

@@ -70,6 +70,8 @@ def test_the_name_defaults_to_the_file_name(tmp_path):
         (MINIMAL.replace("{text}?", "{text[0]}"), r"write only \{column\} or \{\}"),
         (MINIMAL.replace("{text}?", "{text} {} {}"), r"more than one \{\}"),
         (MINIMAL.replace("{text}?", "{text"), "'}'"),
+        (MINIMAL + "context: title\n", "context is 'title', which is not a column of"),
+        (MINIMAL.replace("{text}?", "text?"), r"names no \{column\}"),
         (MINIMAL + "metric: f1\n", "metric f1 is not one of accuracy, macro_f1, mcc"),
         (MINIMAL + "files: {validation: x.jsonl}\n", "files must name the train file"),
         (MINIMAL + "files: {dev: x.jsonl}\n", "files.dev"),

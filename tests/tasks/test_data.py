@@ -129,6 +129,7 @@ GOOD = [{"text": "a", "label": 0}] * 20
             [*GOOD, {"text": "a", "label": 2}],
             r"train.jsonl, row 21: 'label' is 2, which is none of the labels .*\(0, 1\)",
         ),
+        ([*GOOD, {"text": None, "label": 1}], "row 21: task 'toy' needs the column 'text'"),
         ([*GOOD, {"text": "a", "label": "1"}], "row 21: 'label' is '1'"),
         (
             [*GOOD, {"sentence": "a", "label": 1}],

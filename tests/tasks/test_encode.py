@@ -79,7 +79,7 @@ def test_a_prompt_leaves_room_to_generate(gpt2):
     example = Encoder(QA.model_copy(update={"max_new_tokens": 16}), gpt2, 80)(
         {"context": LONG, "question": "who?", "answer": "me"}, "row 1"
     )
-    assert len(example.ids) <= 64
+    assert len(example.ids) <= 64 and example.shortened
 
 
 def test_a_classifier_keeps_the_front_and_the_pair(tiny):

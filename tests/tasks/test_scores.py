@@ -27,7 +27,7 @@ def task(kind: str, **more) -> Task:
 def prepared(loaded, description: Task) -> Prepared:
     encoder = Encoder(description, loaded)
     examples = [encoder(row, f"row {i}") for i, row in enumerate(ROWS)]
-    out = Prepared(description, loaded.kind, loaded.tokenizer, 256, encoder.words, encoder.at_position)
+    out = Prepared(description, loaded.kind, loaded.tokenizer, encoder.room, encoder.words, encoder.at_position)
     out.train = examples
     return out
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -11,30 +13,10 @@ from metazo.models import load_model
 from metazo.tasks import TASKS, get, names, prepare, resolve
 
 WANTED = [
-    "sst2",
-    "rte",
-    "cb",
-    "boolq",
-    "boolq_closed",
-    "wsc",
-    "wic",
-    "multirc",
-    "copa",
-    "record",
-    "squad",
-    "drop",
-    "mnli",
-    "qnli",
-    "cola",
-    "snli",
-    "trec",
-    "gsm8k",
-    "metamathqa",
-    "pico_sentiment",
-    "pico_topic",
-    "pico_entail",
-    "pico_cause",
-    "pico_span",
+    *("sst2", "cola", "mnli", "qnli", "snli", "trec"),
+    *("rte", "cb", "boolq", "boolq_closed", "wsc", "wic", "multirc", "copa", "record"),
+    *("squad", "drop", "gsm8k", "metamathqa"),
+    *("pico_sentiment", "pico_topic", "pico_entail", "pico_cause", "pico_span"),
 ]
 REAL = ["sst2", "rte", "cb", "copa", "wsc", "boolq", "boolq_closed", "squad", "drop", "mnli", "qnli", "cola", "gsm8k"]
 SPLIT_SIZES = {"cb": (150, 100, 56), "copa": (300, 100, 100), "rte": (1000, 500, 277), "wsc": (370, 184, 104)}
@@ -43,7 +25,7 @@ SPLIT_SIZES = {"cb": (150, 100, 56), "copa": (300, 100, 100), "rte": (1000, 500,
 def test_every_task_of_the_papers_is_there():
     assert set(names()) == set(WANTED)
     assert all(task.hub or task.generate for task in TASKS.values())
-    assert all(task.prompt and task.metric and task.classifier for task in TASKS.values())
+    assert all(task.metric and (task.classifier or task.kind != "classification") for task in TASKS.values())
 
 
 @pytest.mark.parametrize("written", ["sst2", "SST-2", "SST2"])
@@ -103,8 +85,6 @@ def test_default_splits_are_the_papers(shared, name):
     ],
 )
 def test_tasks_without_shared_rows_take_rows_of_the_hubs_form(tiny, tmp_path, name, row):
-    import json
-
     (tmp_path / name).mkdir()
     for split in ("train", "validation"):
         (tmp_path / name / f"{split}.jsonl").write_text((json.dumps(row) + "\n") * 12)
