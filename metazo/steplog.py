@@ -83,7 +83,7 @@ class StepLog:
         else:
             self.steps = []
             line, self.chain = _line(header, 0)
-            self.file = path.open("xb")
+            self.file = path.open("x+b")
             self.file.write(line)
             self.file.flush()
 
@@ -91,6 +91,17 @@ class StepLog:
         line, self.chain = _line(encode(step), self.chain)
         self.file.write(line)
         self.file.flush()
+
+    def cut(self, count: int) -> None:
+        """Keep the first `count` steps and drop the rest."""
+        self.file.seek(0)
+        line = self.file.readline()
+        _, self.chain = _checked(line, 0)
+        for _ in self.steps[:count]:
+            line = self.file.readline()
+            _, self.chain = _checked(line, self.chain)
+        self.file.truncate(self.file.tell())
+        self.steps = self.steps[:count]
 
     def close(self) -> None:
         self.file.close()

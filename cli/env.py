@@ -1,0 +1,43 @@
+"""metazo env"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+PACKAGES = ("metazo", "torch", "transformers", "datasets", "numba", "numpy", "safetensors", "huggingface_hub", "higher",
+            "peft", "triton")  # fmt: skip
+
+
+def facts() -> dict[str, str]:
+    """What a bug report needs: machine and versions; no names, paths or tokens."""
+    import torch
+
+    found = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
+    found["cores"], found["torch threads"] = str(os.cpu_count()), str(torch.get_num_threads())
+    found["cuda"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def env(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False) -> None:
+    """Show machine and versions, for bug reports."""
+    found = facts()
+    if as_json:
+        print(json.dumps(found))
+        return
+    table = Table("", "")
+    for name, value in found.items():
+        table.add_row(name, value)
+    Console().print(table)

@@ -1,0 +1,118 @@
+"""metazo finetune"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from metazo.build import hyperparameters
+from metazo.config import FinetuneConfig
+from metazo.optimizers import OPTIMIZERS
+from metazo_cli import options
+
+
+def _method_flags() -> list[inspect.Parameter]:
+    """A flag for every hyperparameter of every method; its help says whose it is and what they publish."""
+    owners: dict[str, list[tuple[str, inspect.Parameter]]] = {}
+    for name in OPTIMIZERS:
+        for key, parameter in hyperparameters(name).items():
+            if key != "scale":
+                owners.setdefault(key, []).append((name, parameter))
+    made = []
+    for key, methods in owners.items():
+        defaults = {name: parameter.default for name, parameter in methods}
+        shown = "; ".join(f"{name}: {_shown(default)}" for name, default in defaults.items())
+        text = _argument_help(OPTIMIZERS[methods[0][0]], key)
+        hint = _hint(methods[0][1], methods[0][0])
+        made.append(options.parameter(key, hint, f"{text} [{shown}]", panel="Hyperparameters of methods"))
+    return made
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _hint(parameter: inspect.Parameter, method: str) -> Any:
+    import typing
+
+    for cls in OPTIMIZERS[method].__mro__:
+        hints = typing.get_type_hints(cls.__init__) if "__init__" in vars(cls) else {}
+        if parameter.name in hints:
+            return hints[parameter.name]
+    return str
+
+
+def _argument_help(cls: type, key: str) -> str:
+    """What a class docstring's Args say of a hyperparameter: `key: text` up to the next one."""
+    for owner in cls.__mro__:
+        found = re.search(rf"\b{key}:\s+(.+?)(?=[.;]\s+\w+:\s|\n\s*\n|\n\s+\w+:\s|$)", owner.__doc__ or "", re.DOTALL)
+        if found:
+            text = " ".join(found[1].split()).rstrip(".;")
+            return text[0].upper() + text[1:]
+    return ""
+
+
+def finetune(
+    config: Annotated[Path | None, typer.Option("--config", help="YAML recipe; flags win over it.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, memory and disk, and stop.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    **values: Any,
+) -> None:
+    """Fine-tune a model on a task with forward passes only (or first-order, to compare).
+
+    metazo finetune --model pico --task pico_sentiment --out runs/a --optimizer mezo --scale rms --lr 3e-4
+    """
+    from metazo.finetune import finetune as run
+    from metazo.finetune import set_up
+
+    names = {item.name for item in options.fields(FinetuneConfig)}
+    own = {key: values.pop(key) for key in list(values) if key not in names}
+    own = {key: tuple(value) if isinstance(value, list) else value for key, value in own.items() if value}
+    settings = options.settings(FinetuneConfig, config, {**values, "method": own or None})
+    console = Console(stderr=as_json)
+    if dry_run:
+        plan = set_up(settings).plan(settings)
+        _show_plan(plan, as_json)
+        return
+    console.print(f"[bold]metazo finetune[/] {settings.model} on {settings.task} with {settings.optimizer}")
+    summary = run(settings, console)
+    if as_json:
+        print(json.dumps(summary))
+        return
+    _show_result(console, summary, settings.out)
+
+
+def _show_plan(plan: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(plan))
+        return
+    table = Table("plan", "", title="Nothing is run or written")
+    for name, value in plan.items():
+        if name != "bytes on disk":
+            table.add_row(name, str(value))
+    Console().print(table)
+
+
+def _show_result(console: Console, summary: dict[str, Any], out: Path) -> None:
+    table = Table(title=f"{summary['task']}, {summary['optimizer']}, {summary['forwards']:,} forward passes")
+    parts = {"before (dev)": summary["before"], f"step {summary['kept_step']} (dev)": summary["dev"]}
+    parts["test"] = summary["test"]
+    names = list(dict.fromkeys(name for part in parts.values() for name in part))
+    for heading in ("", *names):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for label, part in parts.items():
+        table.add_row(label, *(f"{part[name]:.4g}" if name in part else "" for name in names))
+    console.print(table)
+    for note in summary["notes"]:
+        console.print(f"note: {note}")
+    console.print(f"{summary['seconds']:.0f} s; config, step log, metrics, plot and model are in {out}")
+
+
+command = options.with_flags(finetune, options.flags(FinetuneConfig, skip=("method",)) + _method_flags())

@@ -1,0 +1,82 @@
+"""Flags made from a settings dataclass: one flag a field, help from the string under it, a YAML recipe beneath them."""
+
+from __future__ import annotations
+
+import inspect
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import typer
+
+from metazo.config import build, help_of, read_recipe
+from metazo.recipes import locate
+
+Config = TypeVar("Config")
+
+
+def flags(config: type, skip: tuple[str, ...] = (), argument: str | None = None) -> list[inspect.Parameter]:
+    """A keyword parameter with a typer option for each field; unset is None, so that a recipe shows through."""
+    hints, helps = typing.get_type_hints(config), help_of(config)
+    made = []
+    for item in fields(config):
+        if item.name not in skip:
+            text = helps.get(item.name, "") + _default(item)
+            made.append(parameter(item.name, hints[item.name], text))
+    return made
+
+
+def parameter(name: str, hint: Any, text: str, panel: str | None = None) -> inspect.Parameter:
+    kind, repeated = _plain(hint)
+    flag = "--" + name.replace("_", "-")
+    names = (f"{flag}/--no-{name.replace('_', '-')}",) if kind is bool else (flag,)
+    option = typer.Option(*names, help=text, show_default=False, rich_help_panel=panel)
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[(list[kind] if repeated else kind) | None, option],  # type: ignore[valid-type]
+    )
+
+
+def _default(item: Field) -> str:
+    if item.default is MISSING and item.default_factory is MISSING:
+        return " [required]"
+    if item.default is MISSING or item.default is None or item.default is False:
+        return ""
+    return f" [default: {item.default}]"
+
+
+def _plain(hint: Any) -> tuple[Any, bool]:
+    """The type typer is to parse, and whether the flag may be repeated. Choices arrive as text and are checked later."""
+    if typing.get_origin(hint) is Annotated:
+        hint = typing.get_args(hint)[0]
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        hint = next(kind for kind in typing.get_args(hint) if kind is not type(None))
+    if typing.get_origin(hint) in (list, tuple):
+        return _plain(typing.get_args(hint)[0])[0], True
+    if typing.get_origin(hint) is Literal:
+        return str, False
+    return (hint, False) if hint in (int, float, bool, Path) else (str, False)
+
+
+def with_flags(function: Callable[..., None], made: list[inspect.Parameter]) -> Callable[..., None]:
+    """`function(**values)` as typer sees it: with these parameters and its own fixed ones."""
+    own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
+
+    def command(**values: Any) -> None:
+        function(**values)
+
+    command.__signature__ = inspect.Signature([*made, *own])  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in [*made, *own]}
+    command.__doc__, command.__name__ = function.__doc__, function.__name__
+    return command
+
+
+def settings(config: type[Config], recipe: Path | None, values: Mapping[str, Any]) -> Config:
+    """The config from a recipe and flags; a flag wins over the recipe, "None" on the command line unsets."""
+    flagged = {key: value for key, value in values.items() if value is not None and value != []}
+    return build(config, read_recipe(locate(str(recipe))) if recipe else {}, flagged)

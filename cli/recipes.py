@@ -1,0 +1,25 @@
+"""metazo recipes"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.syntax import Syntax
+from rich.table import Table
+
+
+def recipes(name: Annotated[str | None, typer.Argument(help="Print this one, to copy and change.")] = None) -> None:
+    """List the recipes that come with metazo, or print one (metazo recipes NAME > mine.yaml)."""
+    from metazo import recipes as library
+
+    console = Console()
+    if name:
+        text = library.text(name)
+        console.print(Syntax(text, "yaml", background_color="default") if console.is_terminal else text, soft_wrap=True)
+        return
+    table = Table("recipe", "what it is")
+    for known in library.names():
+        table.add_row(known, library.text(known).splitlines()[0].lstrip("# "))
+    console.print(table)

@@ -1,0 +1,33 @@
+"""metazo tasks"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+
+def tasks(
+    name: Annotated[str | None, typer.Argument(help="Show one task whole.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """List the tasks, or show one: prompt, label words, metric."""
+    from metazo.tasks import TASKS, resolve
+
+    chosen = {name: resolve(name)} if name else TASKS
+    if as_json:
+        print(json.dumps({key: task.model_dump(mode="json") for key, task in chosen.items()}))
+        return
+    if name:
+        table = Table("", name, show_lines=True)
+        for key, value in chosen[name].model_dump(mode="json").items():
+            if value not in (None, "", [], {}):
+                table.add_row(key, str(value))
+    else:
+        table = Table("task", "kind", "metric", "prompt")
+        for key, task in TASKS.items():
+            table.add_row(key, task.kind, ", ".join(task.metric), " ".join(task.prompt.split())[:90])
+    Console().print(table)

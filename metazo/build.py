@@ -1,0 +1,151 @@
+"""From settings to an optimizer: which tensors, which method with which hyperparameters, which block scale."""
+
+from __future__ import annotations
+
+import inspect
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+
+from metazo import zoo
+from metazo.blocks import NamedTensor, partition, tensor_id
+from metazo.config import FinetuneConfig
+from metazo.errors import UserError
+from metazo.optimizers import OPTIMIZERS, ZOFinetuner, ZOOptimizer, tuner_scale
+from metazo.optimizers.first_order import FORWARDS_PER_STEP, FirstOrder
+from metazo.optimizers.first_order import RULES as FIRST_ORDER
+from metazo.pertnn import PertNN
+from metazo.rules import RULES
+from metazo.scales import BlockScale, RMSScale, TunerScale
+from metazo.tuner import Tuner
+
+COMMON = set(inspect.signature(ZOOptimizer.__init__).parameters)
+
+
+def methods() -> list[str]:
+    return [*OPTIMIZERS, *FIRST_ORDER]
+
+
+def hyperparameters(name: str) -> dict[str, inspect.Parameter]:
+    """A method's own hyperparameters: what its class takes beyond what all take."""
+    if name not in OPTIMIZERS:
+        return {}
+    found: dict[str, inspect.Parameter] = {}
+    for cls in reversed(OPTIMIZERS[name].__mro__):
+        if issubclass(cls, ZOOptimizer):
+            found |= inspect.signature(cls.__init__).parameters
+    return {
+        key: parameter
+        for key, parameter in found.items()
+        if key not in COMMON and parameter.kind is not parameter.VAR_KEYWORD
+    }
+
+
+def select_trainable(model: nn.Module, train: list[str], freeze: list[str]) -> int:
+    """Set requires_grad by name patterns (`*` and `?`): trained is what a `train` pattern names (everything where there
+    is none) and no `freeze` pattern. Returns the number of trained weights. Raises UserError for an idle pattern.
+    """
+    named = list(model.named_parameters())
+    for flag, patterns in (("--train", train), ("--freeze", freeze)):
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name, _ in named):
+                examples = ", ".join(name for name, _ in named[:3])
+                raise UserError(f"{flag} {pattern!r} names no tensor of the model; its tensors are {examples}, ...")
+    for name, parameter in named:
+        wanted = not train or any(fnmatchcase(name, pattern) for pattern in train)
+        parameter.requires_grad_(wanted and not any(fnmatchcase(name, pattern) for pattern in freeze))
+    count = sum(parameter.numel() for _, parameter in named if parameter.requires_grad)
+    if not count:
+        raise UserError("--train and --freeze leave no tensor to train.")
+    return count
+
+
+def block_scale(config: FinetuneConfig, model: nn.Module) -> BlockScale | None:
+    """The block scale that the settings ask for."""
+    if config.scale == "rms":
+        return RMSScale()
+    if config.tuner is None:
+        return None
+    if config.tuner.startswith("random:"):
+        blocks = partition(_every_tensor(model))
+        return TunerScale(pertnn=PertNN(len(blocks), seed=_seed(config.tuner)), networks=[b.name for b in blocks])
+    tuner = _tuner(config, model)
+    batch = config.batch_size * config.accumulate
+    return tuner_scale(tuner, model.named_parameters(), allow_partial=config.allow_partial, batch_size=batch)
+
+
+def _tuner(config: FinetuneConfig, model: nn.Module) -> Tuner:
+    """The tuner that --tuner names; "auto" takes the first in the zoo that was made for a model of these shapes."""
+    if config.tuner != "auto":
+        return zoo.load(str(config.tuner), config.zoo, report=lambda text: None)
+    shapes = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
+    found = [tuner for tuner in zoo.find(shapes, zoo=config.zoo) if tuner.why != "base model"]
+    if not found:
+        raise UserError("--tuner auto found none for this model's tensors; metazo zoo list shows what there is.")
+    return Tuner.load(found[0].path)
+
+
+def _every_tensor(model: nn.Module) -> list[NamedTensor]:
+    return [NamedTensor(name, parameter, tensor_id(name)) for name, parameter in model.named_parameters()]
+
+
+def _seed(spec: str) -> int:
+    try:
+        return int(spec.removeprefix("random:"))
+    except ValueError:
+        raise UserError(f"--tuner {spec!r}: random: is followed by a whole number, its seed.") from None
+
+
+def build_optimizer(config: FinetuneConfig, model: nn.Module) -> ZOOptimizer | FirstOrder:
+    """The optimizer of a run. Raises UserError for a method or hyperparameter that is not there."""
+    name = config.optimizer
+    if name not in methods():
+        raise UserError(f"--optimizer {name!r} is unknown; choose one of {', '.join(methods())}.")
+    own = hyperparameters(name)
+    for key in config.method:
+        if key not in own:
+            homes = [other for other in OPTIMIZERS if key in hyperparameters(other)]
+            where = f"it belongs to {', '.join(homes)}" if homes else f"{name} has {', '.join(own) or 'none'}"
+            raise UserError(f"--{key.replace('_', '-')} is not a hyperparameter of {name}; {where}.")
+    settings: dict[str, Any] = {"weight_decay": config.weight_decay}
+    if config.lr is not None:
+        settings["lr"] = config.lr
+    if name in FIRST_ORDER:
+        if config.tuner or config.scale != "none":
+            raise UserError(f"--optimizer {name} has no perturbation that --tuner or --scale could shape.")
+        return FirstOrder(name, model.named_parameters(), **settings)
+    scale = block_scale(config, model)
+    if scale is None and OPTIMIZERS[name] is ZOFinetuner:
+        raise UserError("--optimizer zo-finetuner needs --tuner (or use mezo with --scale rms).")
+    rule = {} if config.rule == "method" else {"rule": RULES[config.rule]()}
+    return OPTIMIZERS[name](
+        model.named_parameters(),
+        eps=config.eps,
+        seed=config.seed,
+        noise=config.noise,
+        scale=scale,
+        precision=config.precision,
+        **settings,
+        **rule,
+        **config.method,
+    )
+
+
+def forwards_per_step(optimizer: ZOOptimizer | FirstOrder) -> int:
+    if isinstance(optimizer, FirstOrder):
+        return FORWARDS_PER_STEP
+    return len(optimizer.estimator.probes())
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of a --device flag. Raises UserError where it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
