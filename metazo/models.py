@@ -89,12 +89,22 @@ def load_model(
             torch.random.fork_rng(devices=[]),
         ):  # a new head follows the seed, not the global generator
             torch.default_generator.manual_seed(seed)
-            model = KINDS[chosen].from_pretrained(
-                source, config=config, dtype=torch_dtype, ignore_mismatched_sizes=chosen == "classifier"
+            model, info = KINDS[chosen].from_pretrained(
+                source,
+                config=config,
+                dtype=torch_dtype,
+                ignore_mismatched_sizes=chosen == "classifier",
+                output_loading_info=True,
             )
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise UserError(f"model {name!r} cannot be loaded: {_first_sentence(error)}") from error
+    if chosen != "classifier" and info["missing_keys"]:
+        first = sorted(info["missing_keys"])[0]
+        raise UserError(
+            f"model {name!r} has no weights for {first!r}, so it is no trained {chosen} language model; "
+            "load it as a classifier, or name a complete checkpoint"
+        )
     try:
         model = model.to(torch.device(device))
     except (RuntimeError, AssertionError) as error:

@@ -95,6 +95,12 @@ def test_a_truncated_file_is_a_user_error(tiny, tmp_path, broken):
         load_model(folder)
 
 
+@pytest.mark.parametrize("kind", ["causal", "masked"])
+def test_a_model_without_a_language_model_head_is_not_given_a_random_one(tiny, kind):
+    with pytest.raises(UserError, match=f"no trained {kind} language model"):
+        load_model(tiny("bert"), kind=kind)
+
+
 @pytest.mark.parametrize("missing", ["model.safetensors", "tokenizer.json"])
 def test_a_missing_file_is_a_user_error(tiny, tmp_path, missing):
     folder = shutil.copytree(tiny("gpt2"), tmp_path / "model")
