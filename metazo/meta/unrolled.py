@@ -46,14 +46,14 @@ class Flat(nn.Module):
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        object.__setattr__(self, "_inner", _LossOf(model))  # not a submodule: its parameters are not to be patched
+        self.inner = [_LossOf(model)]  # in a list, or it would be a submodule and be patched
         self.names = [tensor.name for tensor in named_tensors(model)]
         for index, tensor in enumerate(named_tensors(model)):
             self.register_parameter(f"p{index}", nn.Parameter(tensor.param.detach().clone()))
 
     def forward(self, loss: ModelLoss) -> Tensor:
         values = {f"model.{name}": getattr(self, f"p{index}") for index, name in enumerate(self.names)}
-        return functional_call(self._inner, values, (loss,))  # type: ignore[arg-type]
+        return functional_call(self.inner[0], values, (loss,))
 
 
 def unrolled_steps(
