@@ -13,6 +13,7 @@ import huggingface_hub
 from huggingface_hub import errors
 
 from metazo.errors import UserError
+from metazo.files import safe_name, write_whole
 from metazo.tuner import MAX_BYTES
 
 _FILE = "tuner.safetensors"
@@ -20,16 +21,19 @@ _FILE = "tuner.safetensors"
 
 def hub_file(repository: str, revision: str | None, report: Callable[[str], None] = print) -> Path:
     """Path in the Hub's cache of a repository's tuner.safetensors, its size announced and capped before it is read."""
-    name = f"{repository}@{revision or 'main'}"
+    name = f"{repository}@{safe_name(revision or 'main', 'revision')}"
     try:
         cached = huggingface_hub.try_to_load_from_cache(repository, _FILE, revision=revision)
-        if isinstance(cached, str) and (huggingface_hub.constants.is_offline_mode() or _is_commit(revision)):
+        if isinstance(cached, str) and (huggingface_hub.is_offline_mode() or _is_commit(revision)):
             return Path(cached)
         about = huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(repository, _FILE, revision=revision))
         if about.size is None or about.size > MAX_BYTES:
             raise UserError(f"{name} has a tuner of {about.size or 'unknown'} bytes, more than {MAX_BYTES:,}; refused")
         report(f"pulling {name} ({about.size:,} bytes)")
-        return Path(huggingface_hub.hf_hub_download(repository, _FILE, revision=about.commit_hash or revision))
+        path = Path(huggingface_hub.hf_hub_download(repository, _FILE, revision=about.commit_hash or revision))
+        if about.commit_hash:  # pinned, so that it is the file announced; note the name, so that it is found offline
+            write_whole(path.parents[2] / "refs" / safe_name(revision or "main", "revision"), path.parent.name.encode())
+        return path
     except UserError:
         raise
     except Exception as error:  # the client's network library has types of its own, other ones in each version

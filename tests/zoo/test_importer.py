@@ -53,6 +53,16 @@ def archive(pickled: bytes, **entries: bytes) -> bytes:
     return rezipped(saved({}), {"data.pkl": pickled, **entries})
 
 
+def good_archive() -> tuple[bytes, bytes]:
+    """A sound file with one network, and the pickle in it."""
+    data = saved(networks(1))
+    with zipfile.ZipFile(io.BytesIO(data)) as file:
+        return data, next(file.read(name) for name in file.namelist() if name.endswith("data.pkl"))
+
+
+GOOD = good_archive()
+
+
 def refusal(data: bytes, path: Path) -> str:
     path.write_bytes(data)
     with pytest.raises(UserError) as error:
@@ -193,9 +203,7 @@ def test_hostile_pickle_is_refused(name: str, tmp_path: Path) -> None:
 
 def test_shapes_and_storages_are_checked_against_the_bytes(tmp_path: Path) -> None:
     path = tmp_path / "t.pth"
-    good = saved(networks(1))
-    with zipfile.ZipFile(io.BytesIO(good)) as file:
-        pickled = next(file.read(name) for name in file.namelist() if name.endswith("data.pkl"))
+    good, pickled = GOOD
     size, stride = b"K@K\x05\x86", b"K\x05K\x01\x86"  # (64, 5) and (5, 1)
     assert pickled.count(size) == 1
     huge = b"J\xff\xff\xff\x7fK\x05\x86"
@@ -249,9 +257,7 @@ def test_other_networks_and_files_are_refused(tmp_path: Path) -> None:
 @given(data=st.data())
 def test_mutations_raise_user_errors_only(data: st.DataObject, tmp_path: Path) -> None:
     """Bytes of the archive, and bytes of the pickle in an archive whose check sums are right."""
-    archive_bytes = saved(networks(1))
-    with zipfile.ZipFile(io.BytesIO(archive_bytes)) as file:
-        pickled = next(file.read(name) for name in file.namelist() if name.endswith("data.pkl"))
+    archive_bytes, pickled = GOOD
     inner = data.draw(st.booleans())
     content = bytearray(pickled if inner else archive_bytes)
     for _ in range(data.draw(st.integers(1, 4))):
