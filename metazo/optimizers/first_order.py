@@ -61,7 +61,7 @@ class FirstOrder:
             for evaluate in closures:
                 loss = evaluate() / len(closures)
                 loss.backward()
-                total += float(loss)
+                total += float(loss.detach())
         self.forwards += FORWARDS_PER_STEP * len(closures)
         finite = bool(torch.isfinite(torch.tensor(total)))
         if finite:
