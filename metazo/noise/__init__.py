@@ -23,7 +23,7 @@ __all__ = ["Noise", "PhiloxNoise", "Stream", "TorchOrderNoise"]
 
 # What a number is for, so that two draws for one tensor and seed never meet.
 DENSE, LEFT, RIGHT, INITIAL = 0, 1, 2, 3
-_SEEDS, _UNIFORM = 0xFFFF0001, 0xFFFF0002
+_SEEDS, _UNIFORM, _LOW = 0xFFFF0001, 0xFFFF0002, 0xFFFFFFFF
 _CHUNK = 1 << 20  # elements drawn at once by the plain backend, a multiple of 128
 
 
@@ -102,7 +102,8 @@ class PhiloxNoise:
 
     def seed(self, step: int, query: int = 0) -> int:
         """Seed of one query of one step: 63 bits, a hash of (run seed, step, query)."""
-        low, high, *_ = philox.words(self.run_seed, step << 32 | query, _SEEDS, 0, 1)[0].tolist()
+        counter, key = (0, _SEEDS, query & _LOW, step & _LOW), (self.run_seed & _LOW, self.run_seed >> 32 & _LOW)
+        low, high, *_ = philox.philox(counter, key)  # in Python's integers: a tensor of one costs 100 times as much
         return (high << 32 | low) & 0x7FFFFFFFFFFFFFFF
 
     def uniform(self, step: int, count: int) -> np.ndarray:

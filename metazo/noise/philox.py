@@ -33,11 +33,11 @@ ANGLE = math.pi / 2**33  # a quadrant, pi / 2, in units of a 32-bit integer that
 SQRT_HALF_BITS = 0x3F3504F3
 
 
-def philox(counter: tuple, key: tuple) -> tuple[torch.Tensor, ...]:
+def philox(counter: tuple, key: tuple) -> tuple:
     """Ten rounds of Philox-4x32.
 
     Args: counter, four; key, two: int64 tensors or ints that hold unsigned 32-bit values (broadcast together).
-    Returns: four int64 tensors of unsigned 32-bit words.
+    Returns: four int64 tensors of unsigned 32-bit words, or ints where all arguments are.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key

@@ -5,9 +5,9 @@ Every tensor b is a block that takes part with probability pi_b; what takes part
 
     m_b ~ Bernoulli(pi_b),   v_b = m_b z_b,   z_b ~ N(0, I)
     c   = (L(theta + eps v) - L(theta - eps v)) / (2 eps)
-    g_b = c v_b / pi_b,      theta <- theta - lr g                                             (Prop. 3.2: E g = gradient)
-    s_b = c^2 mean(z_b^2) / EMA(c^2),   S_b <- (1 - beta) S_b + beta s_b   where m_b = 1       (online score)
-    pi_b = clip(kappa sqrt(S_b), floor, 1),   kappa such that sum_b pi_b = budget M            (Prop. 3.4, water-filling)
+    g_b = c v_b / pi_b,      theta <- theta - lr g                                          (Prop. 3.2: E g = gradient)
+    s_b = c^2 mean(z_b^2) / EMA(c^2),   S_b <- (1 - beta) S_b + beta s_b   where m_b = 1    (online score)
+    pi_b = clip(kappa sqrt(S_b), floor, 1),   kappa such that sum_b pi_b = budget M         (Prop. 3.4, water-filling)
     every 20 steps the budget moves by a tenth towards M (.1 + .7 (.7 d_eff / M + .3 (1 - entropy)))
 
 Taken as given that some tensor takes part, pi_b is pi_b / (1 - prod (1 - pi)) in the weight; an empty step would cost
@@ -16,7 +16,8 @@ two forwards for nothing. Linearised, with d_b entries and gradient g_b,
     E |c v_b / pi_b|^2 = ((d_b + 2) |g_b|^2 + d_b sum_{a != b} pi_a |g_a|^2) / pi_b,
 
 so no choice of pi lowers the variance of one update below MeZO's: a small pi is paid for by every other tensor. The
-floor bounds the price. What is saved is the work of probing, a share of 1 - budget.
+floor bounds the price. What is saved is the work of probing, a share of 1 - budget. The scores of tensors that do not
+matter stand on the same pedestal sum pi_a |g_a|^2, so probabilities differ less than gradients do.
 
 The paper's text was not at hand: rule, score and propositions follow its summaries, and `score="release"` a port of the
 authors' anonymous release, step for step. Differences of the release from the rule above: pi ~ S, not sqrt(S), with an
@@ -49,8 +50,8 @@ RELEASE_SCORE = 0.01  # S_b at the start
 def water_fill(weights: np.ndarray, total: float, floor: float) -> np.ndarray:
     """clip(kappa weights, floor, 1) with kappa such that it sums to total.
 
-    It minimises sum weights^2 / pi over floor <= pi <= 1, sum pi = total. Args: weights: (M,), at least 0; total: within
-    M floor .. M (else the nearer end). Returns: (M,), float64.
+    It minimises sum weights^2 / pi over floor <= pi <= 1, sum pi = total. Args: weights: (M,), at least 0; total:
+    within M floor .. M (else the nearer end). Returns: (M,), float64.
     """
     if total >= len(weights) or not weights.any():
         return np.full(len(weights), np.clip(total / len(weights), floor, 1))

@@ -4,8 +4,8 @@
 
 The paper finds that one decoder layer carries zeroth-order fine-tuning, and that it is the first layer with activation
 outliers. `first_outlier_layer` looks for it in one forward pass. The paper's threshold was not at hand: an outlier is
-taken to be a value of at least 100 and 1,000 times the median magnitude of the layer's output (the massive activations of
-Sun et al. 2024, arXiv 2402.17762); where no layer has one, the layer that raises the ratio most is taken.
+taken to be a value of at least 100 and 1,000 times the median magnitude of the layer's output (the massive activations
+of Sun et al. 2024, arXiv 2402.17762); where no layer has one, the layer that raises the ratio most is taken.
 
 A control for methods that learn or choose what to move: they should do at least as well. No code is published.
 Where not to use: on models without numbered layers, unless a tensor is named.

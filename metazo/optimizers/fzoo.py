@@ -16,7 +16,7 @@ eps, sigma divides by K, and weight decay is left out; `compat="official"` does 
 1e-3. The forwards of a step run one after another here: the published speed comes from running them as one batch, which
 needs a model rewritten for it.
 
-Where not to use: near a minimum with a constant learning rate, where steps of a set length never settle; use a schedule.
+Where not to use: with a constant learning rate near a minimum, where steps of a set length never settle.
 """
 
 from __future__ import annotations

@@ -12,11 +12,13 @@ covariance rho H^-1 under a curvature model of one learned vector a a tensor, H 
 
 The score is that of the Gaussian density, without the factor eps^2 of the published code; division by m is the natural
 gradient's (m rows inform about one a) and leaves lr_cov one size for all tensors. What a follows is
--d/da E L(theta + eps B u), a second-order effect: eps^2 times curvature against a noise of eps times slope. At the
-published eps and rates a moves little (see tests/optimizers/test_loren.py for where it does learn).
+-d/da E L(theta + eps B u), a second-order effect: eps^2 times curvature under a noise of eps times slope. So a learns
+where eps is large or the slope small, at a lr_cov of order 1 / (eps^2 curvature): in 300 steps of K = 12 at eps .1,
+lr_cov .2 and rho 1, at a minimum, its cosine with the one stiff direction of 8 went from .16 and .36 to above .95. At
+the published 1e-3 it hardly moves.
 
 Differences from the published code; `compat="official"` brings back the numbered ones:
- 1. It has one global dot product a tensor (a tiled over the rows): a single direction of m n is reflected, not one a row.
+ 1. It has one global dot product a tensor (a tiled over the rows): one direction of m n is reflected, not one a row.
  2. Its score carries eps^2 sqrt(rho), so that in float32 a never changes.
  3. Momentum decays, and the whole buffer is applied, once a query: K times a batch; not for tensors of one dimension.
  4. Queries are applied in turn, a changing between them, so B u_k is not quite the direction probed.

@@ -60,4 +60,5 @@ def test_curvzo_release():
     assert [s["selected"].nonzero().flatten().tolist() for s in seen] == golden.metadata["selected"]
     for name, recorded, rtol in (("pi", "pi", 1e-6), ("score", "scores", 1e-6), ("fraction", "fraction", 1e-9)):
         found = torch.stack([s[name] for s in seen])
-        torch.testing.assert_close(found, torch.tensor(golden.metadata[recorded], dtype=torch.float64), rtol=rtol, atol=0)
+        expected = torch.tensor(golden.metadata[recorded], dtype=torch.float64)
+        torch.testing.assert_close(found, expected, rtol=rtol, atol=0)

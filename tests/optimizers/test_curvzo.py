@@ -1,0 +1,144 @@
+"""CurvZO's mathematics: water-filling against a solver, sampling, unbiasedness, and the exact variance."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import LinearConstraint, minimize
+
+from metazo.errors import UserError
+from metazo.optimizers.curvzo import CurvZO, next_fraction, sample, water_fill
+
+SIZES = (1, 2, 3, 5)
+
+
+def problem(sizes=SIZES):
+    generator = torch.Generator().manual_seed(3)
+    named = [(f"w{i}", torch.nn.Parameter(torch.zeros(n, dtype=torch.float64))) for i, n in enumerate(sizes)]
+    gradients = [torch.randn(n, generator=generator, dtype=torch.float64) * (i + 1) for i, n in enumerate(sizes)]
+    return named, gradients, lambda: sum(p @ g for (_, p), g in zip(named, gradients))
+
+
+@pytest.mark.parametrize("total", [0.5, 1.0, 2.5, 4.0, 5.9])
+@pytest.mark.parametrize("floor", [0.02, 0.08])
+def test_water_filling(total, floor):
+    weights = np.array([5.0, 1.0, 0.3, 2.0, 0.0, 1.0])
+    pi = water_fill(weights, total, floor)
+    assert abs(pi.sum() - total) < 1e-9 and pi.max() <= 1 and pi.min() >= floor
+    solved = minimize(
+        lambda x: (weights**2 / x).sum(),
+        np.full(6, total / 6),
+        jac=lambda x: -(weights**2) / x**2,
+        bounds=[(floor, 1)] * 6,
+        constraints=LinearConstraint(np.ones(6), total, total),
+        method="SLSQP",
+        options={"maxiter": 500, "ftol": 1e-14},
+    )
+    assert (weights**2 / pi).sum() <= solved.fun * (1 + 1e-6)
+    np.testing.assert_allclose(pi[weights > 0], solved.x[weights > 0], atol=2e-3)
+
+
+def test_water_filling_at_the_ends():
+    assert (water_fill(np.array([1.0, 2.0]), 2.0, 0.05) == 1).all()
+    np.testing.assert_allclose(water_fill(np.array([1.0, 2.0]), 0.01, 0.05), 0.05)
+    np.testing.assert_allclose(water_fill(np.zeros(4), 2.0, 0.05), 0.5)
+
+
+def test_sampling_is_independent_given_that_something_is_taken():
+    pi = np.array([0.1, 0.3, 0.05])
+    draws = np.stack([sample(pi, u) for u in np.random.RandomState(0).rand(20000, 3)])
+    assert draws.any(axis=1).all()
+    none = np.prod(1 - pi)
+    for expected, found in [
+        *zip(pi / (1 - none), draws.mean(axis=0)),
+        (pi[0] * pi[1] / (1 - none), (draws[:, 0] & draws[:, 1]).mean()),
+        (pi[0] * pi[2] / (1 - none), (draws[:, 0] & draws[:, 2]).mean()),
+    ]:
+        assert abs(found - expected) < 5 * math.sqrt(expected * (1 - expected) / 20000)
+
+
+def estimates(steps: int, scores: list[float], budget: float = 0.5) -> tuple[list, list, np.ndarray]:
+    """Estimates by block from the optimizer itself (updates at lr 1 on a linear loss) with the scores held."""
+    named, gradients, loss = problem()
+    optimizer = CurvZO(named, lr=1.0, eps=1e-2, budget=budget, floor=0.1, adapt_every=0, seed=4)
+    optimizer.load_tensors_state(optimizer.tensors_state())
+    held, seen = torch.tensor(scores, dtype=torch.float64), []
+    for _ in range(steps):
+        optimizer.zo_state["score"].copy_(held)
+        for _, p in named:
+            p.data.zero_()
+        optimizer.step(loss)
+        seen.append([-p.data.clone() for _, p in named])
+    return [torch.stack(block) for block in zip(*seen)], gradients, optimizer.zo_state["pi"].numpy()
+
+
+def test_block_estimator_is_unbiased_and_its_variance_exact():
+    """Prop. 3.2 and the second moment of the module's docstring, within five standard errors, over 1,500 steps."""
+    found, gradients, pi = estimates(1500, [4.0, 0.2, 1.0, 0.05])
+    inclusion = pi / (1 - np.prod(1 - pi))
+    energy = [float(g @ g) for g in gradients]
+    assert len(set(np.round(pi, 6))) > 2, "the probabilities must differ for this to test anything"
+    for b, (samples, gradient) in enumerate(zip(found, gradients)):
+        error = samples.std(0) / math.sqrt(len(samples))
+        assert ((samples.mean(0) - gradient).abs() < 5 * error).all(), b
+        squares = samples.square().sum(1)
+        d, others = len(gradient), sum(pi[a] * energy[a] for a in range(len(pi)) if a != b)
+        expected = ((d + 2) * energy[b] + d * others) / inclusion[b]
+        spread = float(squares.std()) / math.sqrt(len(squares))
+        assert abs(float(squares.mean()) - expected) < 5 * spread and spread < 0.25 * expected, b
+    share = sum(float((samples.abs().sum(1) > 0).float().mean()) for samples in found) / len(found)
+    assert abs(share - inclusion.mean()) < 0.02
+
+
+def test_entry_wise_variance():
+    """Def. 3.1 as printed, one mask an entry: E g_i^2 = (3 g_i^2 + sum_{j != i} pi_j g_j^2) / pi_i."""
+    generator = torch.Generator().manual_seed(1)
+    gradient = torch.tensor([2.0, -1.0, 0.3, 0.7], dtype=torch.float64)
+    pi = torch.tensor([0.9, 0.4, 0.2, 0.5], dtype=torch.float64)
+    n = 400_000
+    v = torch.randn(n, 4, generator=generator, dtype=torch.float64)
+    v *= torch.rand(n, 4, generator=generator, dtype=torch.float64) < pi
+    samples = (v @ gradient)[:, None] * v / pi
+    assert ((samples.mean(0) - gradient).abs() < 5 * samples.std(0) / math.sqrt(n)).all()
+    energy = pi * gradient**2
+    expected = (3 * gradient**2 + energy.sum() - energy) / pi
+    squares = samples**2
+    assert ((squares.mean(0) - expected).abs() < 5 * squares.std(0) / math.sqrt(n)).all()
+    # the caveat: total variance is never below that of the dense estimator, (d + 1) |g|^2
+    assert expected.sum() - gradient @ gradient > 5 * gradient @ gradient
+
+
+def test_scores_find_the_blocks_that_matter():
+    """Two of six blocks carry the gradient. The others' scores stand on a pedestal, so that the contrast is low."""
+    sizes = (4,) * 6
+    named, gradients, _ = problem(sizes)
+    slopes = [5.0 if i in (1, 4) else 0.05 for i in range(6)]
+    optimizer = CurvZO(named, lr=0.0, eps=1e-3, budget=0.3, beta=0.05, adapt_every=0, seed=0)
+    seen = []
+    for _ in range(600):
+        optimizer.step(lambda: sum(s * (p @ g) / g.norm() for s, (_, p), g in zip(slopes, named, gradients)))
+        seen.append(optimizer.zo_state["pi"].clone())
+    pi = torch.stack(seen[100:]).mean(0)
+    matter, rest = pi[[1, 4]].mean(), pi[[0, 2, 3, 5]].mean()
+    assert 1.3 * rest < matter < 2 * rest, (matter, rest)
+
+
+def test_budget_moves_towards_what_is_wanted():
+    even, sharp = np.ones(10), np.array([1.0] + [1e-6] * 9)
+    assert next_fraction(even, 0.4, 0.05) == pytest.approx(0.9 * 0.4 + 0.1 * (0.1 + 0.49))
+    assert next_fraction(sharp, 0.4, 0.05) < 0.4 and next_fraction(even, 0.9, 0.05) == 0.8
+    assert next_fraction(np.ones(1), 0.1, 0.05) >= 0.1
+
+
+@pytest.mark.parametrize(
+    "bad, word",
+    [({"budget": 0}, "budget"), ({"budget": 1.5}, "budget"), ({"budget": math.nan}, "budget"),
+     ({"floor": 0}, "floor"), ({"floor": 0.5}, "floor"), ({"beta": 0}, "beta"), ({"magnitude_beta": 2}, "magnitude"),
+     ({"adapt_every": -1}, "adapt_every"), ({"score": "x"}, "score"), ({"eps": 0}, "eps")],
+)  # fmt: skip
+def test_bad_hyperparameters(bad, word):
+    with pytest.raises(UserError, match=word):
+        CurvZO(problem()[0], **bad)

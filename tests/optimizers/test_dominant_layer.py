@@ -1,0 +1,56 @@
+"""The dominant-layer control: what it moves, which layer it takes, and the search for the outlier layer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from metazo.errors import UserError
+from metazo.optimizers import DominantLayer, first_outlier_layer
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32,
+        num_key_value_heads=2, max_position_embeddings=32,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+IDS = torch.arange(20).view(2, 10)
+
+
+@pytest.mark.parametrize("layer, prefix", [(0, "model.layers.0."), ("2", "model.layers.2."), (-1, "model.layers.3."),
+                                           ("model.layers.1", "model.layers.1."), ("lm_head", "lm_head.")])  # fmt: skip
+def test_only_that_layer_moves(model, layer, prefix):
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = DominantLayer(model.named_parameters(), lr=1e-3, layer=layer)
+    optimizer.step(lambda: model(input_ids=IDS, labels=IDS).loss)
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) != name.startswith(prefix), name
+
+
+def test_bad_layers(model):
+    for layer in (4, "99", "layers", "mlp"):
+        with pytest.raises(UserError, match="layer"):
+            DominantLayer(model.named_parameters(), layer=layer)
+
+
+def test_outlier_layer_is_found(model):
+    weight = model.model.layers[2].mlp.down_proj.weight
+    kept = weight.detach().clone()
+    assert first_outlier_layer(model, lambda: model(input_ids=IDS)).startswith("model.layers.")
+    with torch.no_grad():
+        weight[3] *= 1e7  # one channel of the residual stream
+    try:
+        assert first_outlier_layer(model, lambda: model(input_ids=IDS)) == "model.layers.2"
+        assert not model.model.layers[2]._forward_hooks
+    finally:
+        with torch.no_grad():
+            weight.copy_(kept)
+    with pytest.raises(UserError, match="numbered"):
+        linear = torch.nn.Linear(2, 2)
+        first_outlier_layer(linear, lambda: linear(torch.ones(1, 2)))
