@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -42,7 +43,6 @@ from metazo.directions import Direction, Isotropic, Scaled, Sparse
 from metazo.errors import UserError
 from metazo.optimizers.base import State, Update, ZOOptimizer
 
-SCORES = ("paper", "release")
 BUDGET_RANGE = (0.1, 0.8)  # of the adaptive budget
 RELEASE_SCORE = 0.01  # S_b at the start
 
@@ -123,7 +123,7 @@ class CurvZO(ZOOptimizer):
         beta: float = 0.1,
         magnitude_beta: float = 0.1,
         adapt_every: int = 20,
-        score: str = "paper",
+        score: Literal["paper", "release"] = "paper",
         **common,
     ):
         if not 0 < budget <= 1:
@@ -135,8 +135,8 @@ class CurvZO(ZOOptimizer):
                 raise UserError(f"{name} must lie in (0, 1], not {value}.")
         if adapt_every < 0:
             raise UserError(f"adapt_every must be at least 0, not {adapt_every}.")
-        if score not in SCORES:
-            raise UserError(f"score {score!r} is unknown: choose {' or '.join(SCORES)}.")
+        if score not in ("paper", "release"):
+            raise UserError(f"score {score!r} is unknown: choose paper or release.")
         self.budget, self.floor, self.adapt_every = budget, floor, adapt_every
         self.beta, self.magnitude_beta = beta, magnitude_beta
         self.release = score == "release"

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 from metazo.blocks import NamedTensor
 from metazo.errors import UserError
@@ -52,7 +53,7 @@ class FZOO(ZOOptimizer):
         *,
         queries: int = 8,
         noise: str | Noise = "rademacher",
-        compat: str = "paper",
+        compat: Literal["paper", "official"] = "paper",
         **common,
     ):
         if queries < 2:

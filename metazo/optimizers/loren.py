@@ -36,6 +36,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -97,7 +98,7 @@ class LOREN(ZOOptimizer):
         damping: float = 0.1,
         lr_cov: float = 1e-3,
         momentum: float = 0.9,
-        compat: str = "paper",
+        compat: Literal["paper", "official"] = "paper",
         **common,
     ):
         if not (math.isfinite(damping) and damping > 0):
