@@ -77,7 +77,11 @@ def test_a_model_that_has_learned_the_answers_generates_them(tiny, model):
             break
     result = evaluate(network, prepared, "train")
     assert (result["f1"], result["exact_match"]) == (1, 1)
+    steps = []
+    hook = network.register_forward_hook(lambda *_: steps.append(1))
     assert generate(network, prepared, prepared.train) == [example.references[0] for example in prepared.train]
+    hook.remove()
+    assert len(steps) == max(len(example.options[0]) for example in prepared.train) < prepared.room  # then all stopped
 
 
 def test_generation_without_stop_text_ends_at_the_end_token(tiny):
