@@ -12,10 +12,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from metazo.build import hyperparameters
+from metazo.build import hyperparameters, methods
 from metazo.config import FinetuneConfig
 from metazo.optimizers import OPTIMIZERS
-from metazo_cli import options
+
+from . import options
 
 
 def _method_flags() -> list[inspect.Parameter]:
@@ -26,12 +27,12 @@ def _method_flags() -> list[inspect.Parameter]:
             if key != "scale":
                 owners.setdefault(key, []).append((name, parameter))
     made = []
-    for key, methods in owners.items():
-        defaults = {name: parameter.default for name, parameter in methods}
+    for key, owning in owners.items():
+        defaults = {name: parameter.default for name, parameter in owning}
         shown = "; ".join(f"{name}: {_shown(default)}" for name, default in defaults.items())
-        text = _argument_help(OPTIMIZERS[methods[0][0]], key)
-        hint = _hint(methods[0][1], methods[0][0])
-        made.append(options.parameter(key, hint, f"{text} [{shown}]", panel="Hyperparameters of methods"))
+        text = _argument_help(OPTIMIZERS[owning[0][0]], key)
+        hint = _hint(owning[0][1], owning[0][0])
+        made.append(options.parameter(key, hint, f"{text} ({shown})", panel="Hyperparameters of methods"))
     return made
 
 
@@ -70,7 +71,7 @@ def finetune(
     metazo finetune --model pico --task pico_sentiment --out runs/a --optimizer mezo --scale rms --lr 3e-4
     """
     from metazo.finetune import finetune as run
-    from metazo.finetune import set_up
+    from metazo.plan import set_up
 
     names = {item.name for item in options.fields(FinetuneConfig)}
     own = {key: values.pop(key) for key in list(values) if key not in names}
@@ -110,9 +111,8 @@ def _show_result(console: Console, summary: dict[str, Any], out: Path) -> None:
     for label, part in parts.items():
         table.add_row(label, *(f"{part[name]:.4g}" if name in part else "" for name in names))
     console.print(table)
-    for note in summary["notes"]:
-        console.print(f"note: {note}")
     console.print(f"{summary['seconds']:.0f} s; config, step log, metrics, plot and model are in {out}")
 
 
-command = options.with_flags(finetune, options.flags(FinetuneConfig, skip=("method",)) + _method_flags())
+_flags = options.flags(FinetuneConfig, skip=("method",), extra={"optimizer": ": " + ", ".join(methods())})
+command = options.with_flags(finetune, _flags + _method_flags())

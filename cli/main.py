@@ -35,7 +35,7 @@ def _main(
 
 
 def _mount() -> None:
-    from metazo_cli import demo, env, evaluate, finetune, meta_train, recipes, tasks, zoo
+    from . import demo, env, evaluate, finetune, meta_train, recipes, tasks, zoo
 
     app.command("demo")(demo.demo)
     app.command("finetune")(finetune.command)

@@ -18,14 +18,18 @@ from metazo.recipes import locate
 Config = TypeVar("Config")
 
 
-def flags(config: type, skip: tuple[str, ...] = (), argument: str | None = None) -> list[inspect.Parameter]:
-    """A keyword parameter with a typer option for each field; unset is None, so that a recipe shows through."""
+def flags(config: type, skip: tuple[str, ...] = (), extra: Mapping[str, str] | None = None) -> list[inspect.Parameter]:
+    """A keyword parameter with a typer option for each field; unset is None, so that a recipe shows through.
+
+    extra: more help by field name. Square brackets are markup to rich, so help has none.
+    """
     hints, helps = typing.get_type_hints(config), help_of(config)
     made = []
     for item in fields(config):
         if item.name not in skip:
-            text = helps.get(item.name, "") + _default(item)
-            made.append(parameter(item.name, hints[item.name], text))
+            name, hint = item.name, hints[item.name]
+            text = helps.get(name, "") + (extra or {}).get(name, "") + _choices(hint) + _default(item)
+            made.append(parameter(name, hint, text))
     return made
 
 
@@ -44,14 +48,18 @@ def parameter(name: str, hint: Any, text: str, panel: str | None = None) -> insp
 
 def _default(item: Field) -> str:
     if item.default is MISSING and item.default_factory is MISSING:
-        return " [required]"
+        return " (required)"
     if item.default is MISSING or item.default is None or item.default is False:
         return ""
-    return f" [default: {item.default}]"
+    return f" (default {item.default})"
+
+
+def _choices(hint: Any) -> str:
+    return f": {', '.join(typing.get_args(hint))}" if typing.get_origin(hint) is Literal else ""
 
 
 def _plain(hint: Any) -> tuple[Any, bool]:
-    """The type typer is to parse, and whether the flag may be repeated. Choices arrive as text and are checked later."""
+    """The type typer is to parse, and whether the flag may be repeated. Choices come as text, checked later."""
     if typing.get_origin(hint) is Annotated:
         hint = typing.get_args(hint)[0]
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
@@ -65,7 +73,8 @@ def _plain(hint: Any) -> tuple[Any, bool]:
 
 def with_flags(function: Callable[..., None], made: list[inspect.Parameter]) -> Callable[..., None]:
     """`function(**values)` as typer sees it: with these parameters and its own fixed ones."""
-    own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    signature = inspect.signature(function, eval_str=True)
+    own = [p.replace(kind=p.KEYWORD_ONLY) for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
 
     def command(**values: Any) -> None:
         function(**values)

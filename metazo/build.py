@@ -14,8 +14,8 @@ from metazo.blocks import NamedTensor, partition, tensor_id
 from metazo.config import FinetuneConfig
 from metazo.errors import UserError
 from metazo.optimizers import OPTIMIZERS, ZOFinetuner, ZOOptimizer, tuner_scale
-from metazo.optimizers.first_order import FORWARDS_PER_STEP, FirstOrder
 from metazo.optimizers.first_order import RULES as FIRST_ORDER
+from metazo.optimizers.first_order import FirstOrder
 from metazo.pertnn import PertNN
 from metazo.rules import RULES
 from metazo.scales import BlockScale, RMSScale, TunerScale
@@ -131,12 +131,6 @@ def build_optimizer(config: FinetuneConfig, model: nn.Module) -> ZOOptimizer | F
         **rule,
         **config.method,
     )
-
-
-def forwards_per_step(optimizer: ZOOptimizer | FirstOrder) -> int:
-    if isinstance(optimizer, FirstOrder):
-        return FORWARDS_PER_STEP
-    return len(optimizer.estimator.probes())
 
 
 def resolve_device(name: str) -> torch.device:

@@ -82,7 +82,7 @@ class FinetuneConfig:
     out: Path
     """Folder for config, log, metrics, plot and the tuned model"""
     optimizer: str = "mezo"
-    """Method; metazo finetune --help lists them"""
+    """Method"""
     lr: float | None = None
     """Learning rate; by default the method's published one, made for models of billions of weights"""
     eps: float = 1e-3
@@ -102,7 +102,7 @@ class FinetuneConfig:
     noise: Literal["gaussian", "rademacher"] = "gaussian"
     """Distribution of the noise"""
     scale: Literal["none", "rms"] = "none"
-    """Block scale: rms moves each tensor in proportion to its size"""
+    """Block scale; rms moves each tensor in proportion to its size"""
     rule: Literal["method", "sgd", "momentum", "adam"] = "method"
     """What is done with the estimate; method takes the method's own"""
     tuner: str | None = None
@@ -132,7 +132,7 @@ class FinetuneConfig:
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
     """Type of the weights in the forward pass"""
     precision: Literal["auto", "in-place", "master"] = "auto"
-    """Where the weights live while probed: auto keeps a float32 master for narrower ones"""
+    """Where the weights live while probed; auto keeps a float32 master for narrower ones"""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU where there is one"""
     eval_every: int | None = None

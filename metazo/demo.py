@@ -13,8 +13,8 @@ from rich.console import Console
 from metazo import zoo
 from metazo.config import FinetuneConfig
 from metazo.errors import UserError
-from metazo.finetune import finetune
 from metazo.files import write_whole
+from metazo.finetune import finetune
 from metazo.meta.config import MetaConfig
 from metazo.meta.train import meta_train
 from metazo.report import plot_curves

@@ -149,7 +149,7 @@ class Reflected:
 
     B leaves what is orthogonal to a as it is, and turns a into -sqrt(rho / (rho + s)) a.
 
-    Args: inner; vector: gives a of a tensor, its length a divisor of the tensor's entries (a row's length: one B a row);
+    Args: inner; vector: gives a of a tensor, its length a divisor of the tensor's entries (a row's: one B a row);
         damping: rho > 0.
     """
 

@@ -7,28 +7,26 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from transformers.utils import logging as transformers_logging
 
 import metazo
-from metazo.build import build_optimizer, forwards_per_step, resolve_device, select_trainable
 from metazo.config import FinetuneConfig
 from metazo.errors import UserError
 from metazo.evaluate import evaluate
-from metazo.models import LoadedModel, load_model
+from metazo.losses import BatchLoss
 from metazo.optimizers import ZOOptimizer
 from metazo.optimizers.first_order import FirstOrder
+from metazo.plan import Setup, set_up
 from metazo.report import plot_run
-from metazo.run import Interrupted, RunFolder, batch_indices, interruptible, peak_memory, require_space, size
+from metazo.run import Interrupted, RunFolder, batch_indices, interruptible, peak_memory, require_space
 from metazo.steplog import StepLog
-from metazo.tasks import Prepared, prepare, resolve
 
 # Settings that say where and how often, not what: a run may be resumed with others.
 INCIDENTAL = ("out", "resume", "snapshot_every", "eval_batch_size", "device", "zoo", "data")
@@ -39,75 +37,6 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
 }
 LOSSES_IN_A_ROW = 10  # steps in a row whose loss is not finite, before the run gives up
-
-
-@dataclass
-class Setup:
-    """A run made ready: model, data, optimizer, and its length."""
-
-    loaded: LoadedModel
-    prepared: Prepared
-    optimizer: ZOOptimizer | FirstOrder
-    trained: int
-    steps: int
-    forwards: int
-    device: torch.device
-    limit: int
-
-    def plan(self, config: FinetuneConfig) -> dict[str, Any]:
-        """What the run will do and take, without having done it."""
-        model = self.loaded.model
-        weights = sum(p.numel() * p.element_size() for p in model.parameters())
-        state = sum(tensor.numel() * tensor.element_size() for tensor in self.optimizer.tensors_state().values())
-        trainable = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-        snapshots = 2 * (trainable + state) if config.snapshot_every else 0
-        group = self.optimizer.param_groups[0]
-        return {
-            "model": f"{self.loaded.name} ({self.loaded.kind}, {config.dtype}, {self.device})",
-            "task": f"{config.task}: {len(self.prepared.train)} train, {len(self.prepared.dev)} dev, "
-            f"{len(self.prepared.test)} test; inputs of at most {self.limit} tokens",
-            "trained weights": f"{self.trained:,} of {sum(p.numel() for p in model.parameters()):,}",
-            "optimizer": config.optimizer + (f", tuner {config.tuner}" if config.tuner else ""),
-            "learning rate": f"{group['lr']:g} {config.schedule}",
-            "effective learning rate": f"{group['lr'] * getattr(self.optimizer, 'energy', 1.0):g} "
-            "(times the mean square of a direction's entries)",
-            "steps": f"{self.steps:,}, {self.forwards:,} forward passes over {config.batch_size} examples",
-            "memory": f"weights {size(weights)}, optimizer {size(state)}, one batch's activations beside them",
-            "disk": f"tuned model {size(weights)}, snapshots {size(snapshots)}, log {size(160 * self.steps)}",
-            "bytes on disk": weights + snapshots + 160 * self.steps,
-        }
-
-
-def set_up(config: FinetuneConfig) -> Setup:
-    """Load and check everything a run needs; writes nothing."""
-    transformers_logging.disable_progress_bar()
-    task, device = resolve(config.task), resolve_device(config.device)
-    loaded = load_model(
-        config.model,
-        kind=config.kind,
-        dtype=config.dtype,
-        device=device,
-        num_labels=len(task.labels) if task.kind == "classification" else None,
-        seed=config.seed,
-    )
-    prepared = prepare(
-        task,
-        loaded,
-        data=config.data,
-        train=config.train_examples,
-        dev=config.dev_examples,
-        test=config.test_examples,
-        seed=config.seed,
-        max_length=config.max_length,
-    )
-    trained = select_trainable(loaded.model, config.train, config.freeze)
-    optimizer = build_optimizer(config, loaded.model)
-    a_step = forwards_per_step(optimizer) * config.accumulate
-    steps = config.forwards // a_step if config.forwards else config.steps or 1000
-    if steps == 0:
-        raise UserError(f"--forwards {config.forwards} does not pay for one step of {config.optimizer} ({a_step}).")
-    limit = min(config.max_length or loaded.context_length, loaded.context_length)
-    return Setup(loaded, prepared, optimizer, trained, steps, steps * a_step, device, limit)
 
 
 def finetune(config: FinetuneConfig, console: Console | None = None) -> dict[str, Any]:
@@ -124,6 +53,10 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> dict[str
     if not config.resume:
         _first_loss(setup, config)
     folder = RunFolder(config.out, settings, config.resume)
+    for name in ("trained weights", "effective learning rate", "steps", "memory", "disk"):
+        console.print(f"[dim]{name}:[/] {plan[name]}", highlight=False)
+    for note in setup.prepared.notes:
+        console.print(f"[dim]note:[/] {note}", highlight=False)
     run = _Run(config, setup, folder, console)
     try:
         with interruptible() as caught:
@@ -185,8 +118,7 @@ class _Run:
             self._evaluate(0)
         for record in steps[done:]:
             assert isinstance(self.optimizer, ZOOptimizer)
-            self.losses.append(self.optimizer.step(replay=record))
-            self.optimizer.forwards += len(record.losses) * self.config.accumulate
+            self.losses.append(self.optimizer.step(self._closures(record.step), replay=record))
             if (record.step + 1) % self.eval_every == 0:
                 if record.step + 1 in known:
                     self.losses = []
@@ -216,7 +148,7 @@ class _Run:
             for step in range(optimizer.steps, total):
                 for group, rate in zip(optimizer.param_groups, self.rates):
                     group["lr"] = rate * SCHEDULES[self.config.schedule](step / total)
-                loss = optimizer.step([self._closure(step, part) for part in range(self.config.accumulate)])
+                loss = optimizer.step(self._closures(step))
                 if isinstance(optimizer, FirstOrder) and optimizer.last_step is not None:
                     self.log.append(optimizer.last_step)
                 self._watch(step, loss)
@@ -228,15 +160,16 @@ class _Run:
                 if caught and step + 1 < total:
                     self._snapshot(step + 1)
                     raise Interrupted(
-                        f"Stopped by {caught[0]} after step {step + 1} of {total}; go on with the same command and --resume."
+                        f"Stopped by {caught[0]} after step {step + 1} of {total}; go on with the same command "
+                        "and --resume."
                     )
 
-    def _closure(self, step: int, part: int):
-        places = batch_indices(
-            step * self.config.accumulate + part, self.config.batch_size, len(self.prepared.train), self.config.seed
-        )
-        batch = self.prepared.collate([self.prepared.train[place] for place in places]).to(self.setup.device)
-        return lambda: self.prepared.loss(self.model, batch)
+    def _closures(self, step: int) -> list[BatchLoss]:
+        """The losses of the step's batches."""
+        config, train = self.config, self.prepared.train
+        parts = range(step * config.accumulate, (step + 1) * config.accumulate)
+        places = [batch_indices(part, config.batch_size, len(train), config.seed) for part in parts]
+        return [BatchLoss(self.model, self.prepared, [train[i] for i in batch], self.setup.device) for batch in places]
 
     def _watch(self, step: int, loss: float) -> None:
         """Keep the loss; give up where it has not been finite for LOSSES_IN_A_ROW steps."""
@@ -247,14 +180,14 @@ class _Run:
         self.failures += 1
         if self.failures == LOSSES_IN_A_ROW:
             raise UserError(
-                f"The loss has not been finite for {LOSSES_IN_A_ROW} steps up to step {step + 1}; the weights are those "
-                "before them. Try a smaller --lr or --eps, or --dtype float32."
+                f"The loss has not been finite for {LOSSES_IN_A_ROW} steps up to step {step + 1}; the weights are "
+                "those before them. Try a smaller --lr or --eps, or --dtype float32."
             )
 
     def _evaluate(self, step: int) -> None:
         """Record the mean training loss since the last evaluation and the metrics on dev; keep the model if best."""
         config = self.config
-        dev = evaluate(self.model, self.prepared, "dev", batch_size=config.eval_batch_size) if config.dev_examples else {}
+        dev = self._scores("dev") if config.dev_examples else {}
         record = {
             "step": step,
             "forwards": self.optimizer.forwards,
@@ -276,7 +209,11 @@ class _Run:
 
     def _latest(self) -> str:
         dev = self.records[-1]["dev"] if self.records else {}
-        return "dev " + "  ".join(f"{name} {dev[name]:.3f}" for name in ("loss", *self.prepared.task.metric) if name in dev)
+        names = ("loss", *self.prepared.task.metric)
+        return "dev " + "  ".join(f"{name} {dev[name]:.3f}" for name in names if name in dev)
+
+    def _scores(self, split: Literal["dev", "test"]) -> dict[str, float]:
+        return evaluate(self.model, self.prepared, split, batch_size=self.config.eval_batch_size)
 
     def _save_model(self) -> None:
         target = self.folder.path / "model"
@@ -291,7 +228,7 @@ class _Run:
             self._save_model()
         else:
             self._load_best(path / "model")
-        test = evaluate(self.model, self.prepared, "test", batch_size=config.eval_batch_size) if config.test_examples else {}
+        test = self._scores("test") if config.test_examples else {}
         best = max(self.records, key=self._merit)
         summary = {
             "task": config.task,
@@ -309,7 +246,8 @@ class _Run:
             "notes": self.prepared.notes,
         }
         (path / "summary.json").write_text(json.dumps(summary, indent=2))
-        plot_run(self.folder.records(), path / "curve.png", f"{config.task}, {config.optimizer}", self.prepared.task.metric)
+        title = f"{config.task}, {config.optimizer}"
+        plot_run(self.folder.records(), path / "curve.png", title, self.prepared.task.metric)
         return summary
 
     def _load_best(self, folder: Path) -> None:

@@ -38,7 +38,7 @@ def batch_indices(step: int, batch_size: int, examples: int, seed: int) -> list[
 
 @contextmanager
 def interruptible() -> Iterator[list[str]]:
-    """Within, SIGINT and SIGTERM are put into the list that is given instead of ending the process; a second one ends it.
+    """Within, SIGINT and SIGTERM are put into the list that is given; a second one ends the process as usual.
 
     Look at the list after each step, save and go. Outside the main thread signals are left alone.
     """
@@ -66,7 +66,9 @@ def require_space(folder: Path, needed: int, what: str) -> None:
         place = place.parent
     free = shutil.disk_usage(place).free
     if free < needed:
-        raise UserError(f"{what} needs {size(needed)} of disk in {folder} and {size(free)} are free; choose another --out.")
+        raise UserError(
+            f"{what} needs {size(needed)} on the disk of {folder} and {size(free)} are free; choose another place."
+        )
 
 
 def size(count: float) -> str:

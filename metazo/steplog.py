@@ -43,7 +43,7 @@ def decode(record: dict[str, Any]) -> Step:
 def _line(record: dict[str, Any], chain: int) -> tuple[bytes, int]:
     body = json.dumps(record, separators=(",", ":"))
     chain = zlib.crc32(body.encode(), chain)
-    return f"{body[:-1]},\"crc\":{chain}}}\n".encode(), chain
+    return f'{body[:-1]},"crc":{chain}}}\n'.encode(), chain
 
 
 def _checked(line: bytes, chain: int) -> tuple[dict[str, Any] | None, int]:

@@ -44,7 +44,9 @@ def test_what_is_required():
         build(FinetuneConfig, {"model": "pico", "out": "x"})
 
 
-@pytest.mark.parametrize(("text", "words"), [("a: [", "is not YAML"), ("- 1", "must be a mapping"), (None, "cannot be read")])
+@pytest.mark.parametrize(
+    ("text", "words"), [("a: [", "is not YAML"), ("- 1", "must be a mapping"), (None, "cannot be read")]
+)
 def test_bad_recipes(tmp_path, text, words):
     path = tmp_path / "r.yaml"
     if text is not None:

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from metazo.config import FinetuneConfig, build
 from metazo.errors import UserError
-from metazo.finetune import finetune, set_up
+from metazo.finetune import finetune
+from metazo.plan import set_up
 from metazo.run import batch_indices
 
 SMALL = {

@@ -93,14 +93,15 @@ class ZOOptimizer(Optimizer):
         rule: what is done with the estimate; None takes the method's own.
         precision: where theta lives while it is probed; see metazo.probe.
 
-    Attributes: last_step, the Step record of the step just taken; forwards, closure evaluations so far; recorder, called
-    with each Step before the weights change.
+    Attributes: last_step, the Step record of the step just taken; forwards, closure evaluations so far; recorder,
+    called with each Step before the weights change.
 
     Raises UserError for hyperparameters out of range. Do not use it with dropout on, or with a loss that is random in
     any other way: the two evaluations must differ by the probe alone.
     """
 
     name = "base"
+    energy: float = 1.0  # mean square of a direction's entries: times lr, the learning rate that methods compare by
     estimator: Estimator = TwoPoint()
     default_rule: Rule = SGD()
 
@@ -148,6 +149,10 @@ class ZOOptimizer(Optimizer):
         """Whether weight decay acts on a tensor: MeZO's name rule, unless a method has its own."""
         return not any(part in tensor.name for part in DECAY_EXEMPT)
 
+    def forwards_per_step(self, closures: int = 1) -> float:
+        """Closure evaluations of a step in the mean, where each probe evaluates that many."""
+        return len(self.estimator.probes()) * closures
+
     def learning_rates(self, step: int) -> tuple[float, ...]:
         """Of each parameter group at this step."""
         return tuple(float(group["lr"]) for group in self.param_groups)
@@ -163,7 +168,8 @@ class ZOOptimizer(Optimizer):
         Args:
             closure: evaluates the loss at the present weights; called once a probe, under inference mode. A sequence of
                 closures is averaged under one seed: gradient accumulation, without accumulating anything.
-            replay: a recorded step to take again with its losses instead of evaluating.
+            replay: a recorded step to take again with its losses instead of evaluating; a closure given as well is
+                counted, not called.
 
         Returns: the loss at theta where the method evaluates it, else the mean over its probes. Where a loss is not
         finite, the weights are put back as they were, the step is recorded without coefficients, and the loss returned
@@ -210,7 +216,9 @@ class ZOOptimizer(Optimizer):
                     self.weights.leave()
                 else:
                     self.weights.visit(direction, seeds[query], multiple * self.eps, snapshot)
-                losses.append(replay.losses[index] if replay else self._evaluate(closure))
+                closures = listed(closure)
+                losses.append(replay.losses[index] if replay else self._evaluate(closures))
+                self.forwards += sum(getattr(evaluate, "batches", 1) for evaluate in closures)
         except BaseException:
             self.weights.leave()
             raise
@@ -226,11 +234,9 @@ class ZOOptimizer(Optimizer):
             self.weights.leave()
             raise
 
-    def _evaluate(self, closure: Closure | Sequence[Closure] | None) -> float:
-        closures = [closure] if callable(closure) else list(closure or ())
+    def _evaluate(self, closures: Sequence[Closure]) -> float:
         if not closures:
             raise UserError("step() needs a closure that returns the loss: step(lambda: model(**batch).loss).")
-        self.forwards += sum(getattr(evaluate, "batches", 1) for evaluate in closures)
         with torch.inference_mode():
             loss = sum(float(evaluate()) for evaluate in closures) / len(closures)
         return _mean_over_processes(loss)
@@ -304,6 +310,10 @@ class ZOOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "zo"})
         self.load_tensors_state(state_dict["zo"])
+
+
+def listed(closure: Closure | Sequence[Closure] | None) -> Sequence[Closure]:
+    return [closure] if callable(closure) else list(closure or ())
 
 
 def _trainable(named: Iterable[tuple[str, Tensor]], group: int) -> list[NamedTensor]:

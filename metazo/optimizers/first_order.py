@@ -47,7 +47,11 @@ class FirstOrder:
         self.name, self.named, self.clip = name, named, clip
         self.inner = RULES[name]([group for group in groups if group["params"]], lr=lr)
         self.steps = self.forwards = 0
+        self.energy = 1.0
         self.last_step: Step | None = None
+
+    def forwards_per_step(self, closures: int = 1) -> float:
+        return FORWARDS_PER_STEP * closures
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

@@ -77,6 +77,7 @@ class LOZO(ZOOptimizer):
         if compat not in ("paper", "official"):
             raise UserError(f"compat {compat!r} is unknown: choose paper or official.")
         self.rank, self.interval, self.official = rank, interval, compat == "official"
+        self.energy = float(rank)
         super().__init__(params, lr, eps, **common)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -23,7 +23,8 @@ from metazo.rules import Adam, Momentum
 class MeZO(ZOOptimizer):
     """MeZO-SGD. Forwards a step: 2 queries. Extra memory: none.
 
-    Args: as ZOOptimizer; queries: directions averaged a step (n-SPSA). At equal forwards one is usually best.
+    Args:
+        queries: directions averaged in a step (n-SPSA); at equal forwards one is usually best.
     """
 
     name = "mezo"
@@ -34,7 +35,11 @@ class MeZO(ZOOptimizer):
 
 
 class MeZOMomentum(MeZO):
-    """MeZO with heavy-ball momentum in torch's form. Extra memory: one copy of the weights, float32."""
+    """MeZO with heavy-ball momentum in torch's form. Extra memory: one copy of the weights, float32.
+
+    Args:
+        momentum: mu in [0, 1), the weight of the buffer before; .9 in the field's experiments.
+    """
 
     name = "mezo-momentum"
 
@@ -44,7 +49,12 @@ class MeZOMomentum(MeZO):
 
 
 class MeZOAdam(MeZO):
-    """MeZO with AdamW. Extra memory: two copies of the weights, float32. lr is of Adam's size (1e-5 .. 1e-3)."""
+    """MeZO with AdamW. Extra memory: two copies of the weights, float32. lr is of Adam's size (1e-5 .. 1e-3).
+
+    Args:
+        betas: weights of the first and second moment before; .9 .999 as in torch.
+        stability: Adam's epsilon, added to the root of the second moment; 1e-8 as in torch.
+    """
 
     name = "mezo-adam"
 

@@ -41,7 +41,7 @@ import torch
 from metazo.blocks import NamedTensor
 from metazo.errors import UserError
 from metazo.estimators import ControlVariate, TwoPoint
-from metazo.optimizers.base import Closure, State, Step, Update, ZOOptimizer
+from metazo.optimizers.base import Closure, State, Step, Update, ZOOptimizer, listed
 
 RISE, FLOOR, MINI_FLOOR = 1.05, 1e-5, 1e-6  # of annealing, as published
 
@@ -125,6 +125,10 @@ class MeZOSVRG(ZOOptimizer):
             )
         self.estimator = TwoPoint() if full else ControlVariate()
         return super().step(self.full_closure if full else closure, replay=replay)
+
+    def forwards_per_step(self, closures: int = 1) -> float:
+        full = 2 * sum(getattr(part, "batches", 1) for part in listed(self.full_closure))
+        return (full + 4 * closures * (self.interval - 1)) / self.interval
 
     def learning_rates(self, step: int) -> tuple[float, ...]:
         rates, first = super().learning_rates(step), self.defaults["lr"]

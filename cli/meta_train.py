@@ -1,0 +1,43 @@
+"""metazo meta-train"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from metazo.meta.config import MetaConfig
+
+from . import options
+
+
+def meta_train(
+    config: Annotated[Path | None, typer.Option("--config", help="YAML recipe; flags win over it.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, memory and disk, and stop.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    **values: Any,
+) -> None:
+    """Train a tuner for a base model: block scales for zeroth-order fine-tuning, to be published with metazo zoo push.
+
+    metazo meta-train --model pico --task pico_topic --out runs/tuner
+    """
+    from metazo.meta.train import TUNER, dry, meta_train
+
+    settings = options.settings(MetaConfig, config, values)
+    if dry_run:
+        plan = dry(settings)
+        print(json.dumps(plan.to_dict()) if as_json else plan.sentence())
+        return
+    console = Console(stderr=as_json)
+    tuner = meta_train(settings, console=console)
+    path = str(settings.out / TUNER)
+    if as_json:
+        print(json.dumps({"tuner": path, "base_model": tuner.info.base_model, "recipe": tuner.info.recipe}))
+        return
+    console.print(f"Publish it: metazo zoo push {path}", highlight=False, markup=False, soft_wrap=True)
+
+
+command = options.with_flags(meta_train, options.flags(MetaConfig))

@@ -1,0 +1,91 @@
+"""A run made ready: model, data, optimizer, length, and what it will take in memory and on disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from metazo.build import build_optimizer, resolve_device, select_trainable
+from metazo.config import FinetuneConfig
+from metazo.errors import UserError
+from metazo.losses import FullLoss
+from metazo.models import LoadedModel, load_model
+from metazo.optimizers import ZOOptimizer
+from metazo.optimizers.first_order import FirstOrder
+from metazo.optimizers.svrg import MeZOSVRG
+from metazo.run import size
+from metazo.tasks import Prepared, prepare, resolve
+
+
+@dataclass
+class Setup:
+    """A run made ready: model, data, optimizer, and its length."""
+
+    loaded: LoadedModel
+    prepared: Prepared
+    optimizer: ZOOptimizer | FirstOrder
+    trained: int
+    steps: int
+    forwards: int
+    device: torch.device
+    limit: int
+
+    def plan(self, config: FinetuneConfig) -> dict[str, Any]:
+        """What the run will do and take, without having done it."""
+        model = self.loaded.model
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        state = sum(tensor.numel() * tensor.element_size() for tensor in self.optimizer.tensors_state().values())
+        trainable = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+        snapshots = 2 * (trainable + state) if config.snapshot_every else 0
+        group = self.optimizer.param_groups[0]
+        return {
+            "model": f"{self.loaded.name} ({self.loaded.kind}, {config.dtype}, {self.device})",
+            "task": f"{config.task}: {len(self.prepared.train)} train, {len(self.prepared.dev)} dev, "
+            f"{len(self.prepared.test)} test; inputs of at most {self.limit} tokens",
+            "trained weights": f"{self.trained:,} of {sum(p.numel() for p in model.parameters()):,}",
+            "optimizer": config.optimizer + (f", tuner {config.tuner}" if config.tuner else ""),
+            "learning rate": f"{group['lr']:g} {config.schedule}",
+            "effective learning rate": f"{group['lr'] * self.optimizer.energy:g} "
+            "(times the mean square of a direction's entries)",
+            "steps": f"{self.steps:,}, {self.forwards:,} forward passes over {config.batch_size} examples",
+            "memory": f"weights {size(weights)}, optimizer {size(state)}, one batch's activations beside them",
+            "disk": f"tuned model {size(weights)}, snapshots {size(snapshots)}, log {size(160 * self.steps)}",
+            "bytes on disk": weights + snapshots + 160 * self.steps,
+        }
+
+
+def set_up(config: FinetuneConfig) -> Setup:
+    """Load and check everything a run needs; writes nothing."""
+    transformers_logging.disable_progress_bar()
+    task, device = resolve(config.task), resolve_device(config.device)
+    loaded = load_model(
+        config.model,
+        kind=config.kind,
+        dtype=config.dtype,
+        device=device,
+        num_labels=len(task.labels) if task.kind == "classification" else None,
+        seed=config.seed,
+    )
+    prepared = prepare(
+        task,
+        loaded,
+        data=config.data,
+        train=config.train_examples,
+        dev=config.dev_examples,
+        test=config.test_examples,
+        seed=config.seed,
+        max_length=config.max_length,
+    )
+    trained = select_trainable(loaded.model, config.train, config.freeze)
+    optimizer = build_optimizer(config, loaded.model)
+    if isinstance(optimizer, MeZOSVRG):
+        optimizer.full_closure = FullLoss(loaded.model, prepared, config.eval_batch_size, device)
+    a_step = optimizer.forwards_per_step(config.accumulate)
+    steps = int(config.forwards / a_step) if config.forwards else config.steps or 1000
+    if steps == 0:
+        raise UserError(f"--forwards {config.forwards} does not pay for one step of {config.optimizer} ({a_step:g}).")
+    limit = min(config.max_length or loaded.context_length, loaded.context_length)
+    return Setup(loaded, prepared, optimizer, trained, steps, round(steps * a_step), device, limit)
