@@ -1,12 +1,13 @@
 """Five small generated tasks for pico: sentiment, topic, entailment, causal choice, span extraction.
 
-Rows look like rows of a Hugging Face data set (text fields and an int ``label``). What is held out: every pool of words
-and every set of templates is divided into a train, a validation and a test part (`lexicon.part`). A train row uses
-train words in train templates only. A validation (test) row uses validation (test) words in a train template, or train
-words in a validation (test) template, or both; a third of the rows each. So no sentence of two splits is the same, and
-the accuracy on test measures what carries over to new words and new wording. In ``pico_cause`` the pairs of cause and
-effect are divided like words. Pico's pretraining text has all words, as a large model knows the words of a new task,
-but train templates only (see `metazo.pico.pretext`).
+Rows look like rows of a Hugging Face data set (text fields and an int ``label``). What is held out: every
+pool of words and every set of templates is divided into a train, a validation and a test part
+(`lexicon.part`). A train row uses train words in train templates only. A validation (test) row uses
+validation (test) words in a train template, or train words in a validation (test) template, or both; a third
+of the rows each. So no sentence of two splits is the same, and the accuracy on test measures what carries
+over to new words and new wording. In ``pico_cause`` the pairs of cause and effect are divided like words.
+Pico's pretraining text has all words, as a large model knows the words of a new task, but train templates
+only (see `metazo.pico.pretext`).
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ SPLITS = ("train", "validation", "test")
 class Prompt:
     """How a row becomes text: ``template`` with {field} places; what follows it starts with a space.
 
-    kind "classification": one of ``words`` follows (a single token each, in label order); kind "choice": field choice1
-    or choice2 follows, by ``label``; kind "generation": field ``answer`` follows.
+    kind "classification": one of ``words`` follows (a single token each, in label order); kind "choice":
+    field choice1 or choice2 follows, by ``label``; kind "generation": field ``answer`` follows.
     """
 
     template: str
@@ -37,9 +38,7 @@ class Prompt:
 
 PROMPTS: dict[str, Prompt] = {
     "pico_sentiment": Prompt("{sentence} It was", (" terrible", " great"), "classification"),
-    "pico_topic": Prompt(
-        "{sentence} This is about", tuple(f" {topic}" for topic in lexicon.TOPICS), "classification"
-    ),
+    "pico_topic": Prompt("{sentence} This is about", tuple(f" {topic}" for topic in lexicon.TOPICS), "classification"),
     "pico_entail": Prompt("{premise} Does it mean that {hypothesis}?", (" Yes", " No"), "classification"),
     "pico_cause": Prompt("{premise} What was the {question}?", None, "choice"),
     "pico_span": Prompt("{context} Question: {question} Answer:", None, "generation"),
@@ -98,9 +97,7 @@ def sentiment(draw: Draw, label: int) -> dict:
     pool = (lexicon.NEGATIVE, lexicon.POSITIVE)[label]
     first = draw.word(pool)
     return {
-        "sentence": draw.fill(
-            draw.template("pico_sentiment"), opinion=first, opinion2=draw.word(pool, first)
-        ),
+        "sentence": draw.fill(draw.template("pico_sentiment"), opinion=first, opinion2=draw.word(pool, first)),
         "label": label,
     }
 
@@ -162,10 +159,10 @@ MAKERS: dict[str, tuple[Callable[[Draw, int], dict], int]] = {
 
 
 def examples(task: str, split: str, n: int, seed: int = 0) -> list[dict]:
-    """``n`` different rows of ``split`` ("train", "validation" or "test") of a generated task, classes balanced to one row.
+    """``n`` different rows of ``split`` ("train", "validation" or "test") of a generated task, classes balanced.
 
-    The same arguments give the same rows on every machine. Raises UserError for an unknown task or split, or when the
-    grammar cannot make ``n`` different rows.
+    The same arguments give the same rows on every machine. Raises UserError for an unknown task or split, or
+    when the grammar cannot make ``n`` different rows.
     """
     if task not in MAKERS:
         raise UserError(f"unknown generated task {task!r}; the generated tasks are {', '.join(TASKS)}")

@@ -1,7 +1,7 @@
 """Words and sentence templates of pico's generated tasks.
 
-Every pool is a tuple of words; `part` divides it 60/20/20 into the words of the train, validation and test splits.
-Templates are divided by hand into the same three parts.
+Every pool is a tuple of words; `part` divides it 60/20/20 into the words of the train, validation and test
+splits. Templates are divided by hand into the same three parts.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ PARTS = ("train", "validation", "test")
 
 
 def part(pool: tuple, name: str) -> tuple:
-    """The entries of ``pool`` that belong to part ``name`` ("train", "validation", "test"; "all" is the whole pool)."""
+    """The entries of ``pool`` in part ``name`` ("train", "validation" or "test"; "all" is the whole pool)."""
     if name == "all":
         return pool
     wanted = {"train": (0, 1, 2), "validation": (3,), "test": (4,)}[name]
@@ -22,37 +22,38 @@ def words(text: str) -> tuple[str, ...]:
 
 
 NAMES = words(
-    "Anna Tom Mary John Emma Peter Alice Henry Ruth James Clara Frank Helen George Jane Robert Susan Edward Kate Arthur "
-    "Laura Simon Nancy Walter Grace"
+    "Anna Tom Mary John Emma Peter Alice Henry Ruth James Clara Frank Helen George Jane Robert Susan Edward "
+    "Kate Arthur Laura Simon Nancy Walter Grace"
 )
 PERSONS = words(
-    "man woman boy girl farmer teacher sailor doctor baker soldier captain painter tailor miller hunter nurse "
-    "merchant priest student gardener"
+    "man woman boy girl farmer teacher sailor doctor baker soldier captain painter tailor miller hunter "
+    "nurse merchant priest student gardener"
 )
 OBJECTS = words(
-    "key letter lamp knife book hat coin basket ring map bottle clock candle rope box brush blanket mirror kettle "
-    "spoon shoe cup pipe ladder saddle"
+    "key letter lamp knife book hat coin basket ring map bottle clock candle rope box brush blanket mirror "
+    "kettle spoon shoe cup pipe ladder saddle"
 )
 PLACES = words(
-    "kitchen garden cellar church forest market school harbour barn tower library castle tent stable hall mill shop "
-    "station cottage attic palace prison yard cabin chapel"
+    "kitchen garden cellar church forest market school harbour barn tower library castle tent stable hall "
+    "mill shop station cottage attic palace prison yard cabin chapel"
 )
 COLOURS = words("red blue green white black brown yellow old new small large heavy broken clean dirty")
 ACTIONS = words("hid left found lost kept bought dropped painted forgot carried")
 
 # Sentiment: what is judged, and the words that judge it.
 JUDGED = words(
-    "film book play song story show novel concert dinner hotel journey speech party meal poem picture lecture dance "
-    "game tour series ending cast music plot"
+    "film book play song story show novel concert dinner hotel journey speech party meal poem picture "
+    "lecture dance game tour series ending cast music plot"
 )
 POSITIVE = words(
-    "wonderful brilliant charming delightful superb excellent splendid lovely beautiful magnificent enjoyable "
-    "pleasant amusing perfect marvellous thrilling graceful touching clever fresh moving funny exciting remarkable "
-    "tender witty elegant gripping joyful warm"
+    "wonderful brilliant charming delightful superb excellent splendid lovely beautiful magnificent "
+    "enjoyable pleasant amusing perfect marvellous thrilling graceful touching clever fresh moving funny "
+    "exciting remarkable tender witty elegant gripping joyful warm"
 )
 NEGATIVE = words(
-    "awful boring dreadful horrible dull tedious miserable stupid ugly disgusting tiresome unpleasant clumsy ridiculous "
-    "dreary painful weak stale annoying silly hollow pointless shameful sloppy confusing bland cheap gloomy foolish cold"
+    "awful boring dreadful horrible dull tedious miserable stupid ugly disgusting tiresome unpleasant clumsy "
+    "ridiculous dreary painful weak stale annoying silly hollow pointless shameful sloppy confusing bland "
+    "cheap gloomy foolish cold"
 )
 ADVERBS = words("very quite really rather truly simply most so deeply utterly")
 
@@ -60,20 +61,20 @@ ADVERBS = words("very quite really rather truly simply most so deeply utterly")
 TOPICS = ("food", "music", "weather", "sport")
 TOPIC_THINGS = (
     words(
-        "bread cheese soup butter cake apple pie fish honey sugar potato meat salad egg rice onion pudding bacon cream "
-        "sauce"
+        "bread cheese soup butter cake apple pie fish honey sugar potato meat salad egg rice onion pudding "
+        "bacon cream sauce"
     ),
     words(
-        "violin piano drum guitar flute choir opera melody trumpet harp organ tune waltz chorus song singer fiddle band "
-        "symphony ballad"
+        "violin piano drum guitar flute choir opera melody trumpet harp organ tune waltz chorus song singer "
+        "fiddle band symphony ballad"
     ),
     words(
-        "rain snow wind storm thunder cloud frost sunshine fog hail ice breeze lightning mist heat flood drizzle gale "
-        "shower blizzard"
+        "rain snow wind storm thunder cloud frost sunshine fog hail ice breeze lightning mist heat flood "
+        "drizzle gale shower blizzard"
     ),
     words(
-        "football tennis race goal team match cricket runner ball coach player referee champion stadium rider swimmer "
-        "league wrestler trophy hockey"
+        "football tennis race goal team match cricket runner ball coach player referee champion stadium "
+        "rider swimmer league wrestler trophy hockey"
     ),
 )
 

@@ -1,0 +1,219 @@
+"""Makes pico: trains its tokenizer and pretrains the model on English and on text of the grammar.
+
+python -m metazo.pico.pretrain --corpus DIR --out DIR [--steps 2800]
+
+DIR of the corpus holds gutenberg/*.txt (public-domain books) and wikitext2/{valid,test}.txt. One book and
+WikiText-2 test are held out for perplexity. Needs the package `tokenizers` (comes with transformers). Same
+seed, same number of threads and same library versions give the same weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import random
+import re
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from metazo.pico import grammar, pretext
+from metazo.pico.score import perplexity, score
+
+CONTEXT = 256
+VOCABULARY = 2048
+ANSWER_WEIGHT = 5
+ENGLISH_ROWS, GRAMMAR_ROWS = 6, 10  # of a batch
+STEPS, STOP = 2800, 1050  # length of the first schedule, and where it is left
+HELD_OUT_BOOK = "carroll-alice.txt"
+SPECIAL = ("<pad>", "<s>", "</s>")
+
+
+def clean(text: str) -> str:
+    """Joins wrapped lines into paragraphs and takes back WikiText's spacing of punctuation."""
+    text = re.sub(r"\r", "", text)
+    text = re.sub(r" @(\W)@ ", r"\1", text)
+    text = re.sub(r" ([.,;:!?)]|'s\b|n't\b)", r"\1", text).replace("( ", "(")
+    return re.sub(r"[ \t]+", " ", re.sub(r"(?<!\n)\n(?!\s*\n)", " ", text)).strip()
+
+
+def read_corpus(folder: Path) -> tuple[list[str], dict[str, str]]:
+    """Training texts, and held-out texts by name."""
+    books = {path.name: clean(path.read_text(encoding="utf-8", errors="replace")) for path in
+             sorted((folder / "gutenberg").glob("*.txt"))}  # fmt: skip
+    wiki = {
+        name: clean((folder / "wikitext2" / f"{name}.txt").read_text(encoding="utf-8")) for name in ("valid", "test")
+    }
+    book = books.pop(HELD_OUT_BOOK)
+    held_out = {HELD_OUT_BOOK: book, f"{HELD_OUT_BOOK}, start": book[:2400], "WikiText-2 test": wiki["test"]}
+    return [*books.values(), wiki["valid"]], held_out
+
+
+def train_tokenizer(texts: list[str], generated: list[str]) -> PreTrainedTokenizerFast:
+    """Byte-level BPE; label words are shown so often that each becomes one token, with its leading space."""
+    words = [word for form in grammar.PROMPTS.values() for word in form.words or ()]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([*texts, *generated, *(word * 20000 for word in words)], trainer)
+    pad, bos, eos = SPECIAL
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, SPECIAL.index(bos))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, pad_token=pad, model_max_length=CONTEXT,
+        clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+
+
+def documents(seed: str, count: int) -> list[tuple[str, str]]:
+    rng = random.Random(seed)
+    return [pretext.document(rng) for _ in range(count)]
+
+
+def rows_of(texts: list[tuple[str, str]], tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
+    """Rows of CONTEXT tokens, cut from the texts one after the other, each with its begin and end token.
+
+    A text is (prompt, answer). Shape (2, rows, CONTEXT): the ids, and the weight of each id in the loss: ANSWER_WEIGHT
+    for an answer, 1 for the rest.
+    """
+    ids: list[int] = []
+    weights: list[int] = []
+    prompts = tokenizer([prompt for prompt, _ in texts])["input_ids"]
+    answers = tokenizer([answer for _, answer in texts], add_special_tokens=False)["input_ids"]
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids += [*prompt, *answer, tokenizer.eos_token_id]
+        weights += [1] * len(prompt) + [ANSWER_WEIGHT] * len(answer) + [1]
+    whole = len(ids) // CONTEXT * CONTEXT
+    return torch.tensor([ids[:whole], weights[:whole]]).view(2, -1, CONTEXT)
+
+
+def new_model() -> LlamaForCausalLM:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=160,
+            intermediate_size=432,
+            num_hidden_layers=4,
+            num_attention_heads=5,
+            num_key_value_heads=5,
+            max_position_embeddings=CONTEXT,
+            tie_word_embeddings=True,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    )
+
+
+def train(
+    model: LlamaForCausalLM, english: torch.Tensor, generated: torch.Tensor, lr: float, steps: int, stop: int
+) -> None:
+    """AdamW under bfloat16 autocast: ``stop`` steps of a schedule that warms up, then falls to zero in ``steps``.
+
+    ``english`` and ``generated`` are as from `rows_of`.
+    """
+    decay = [p for p in model.parameters() if p.ndim > 1]
+    rest = [p for p in model.parameters() if p.ndim == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
+        lr,
+        (0.9, 0.95),
+        fused=True,
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: min((t + 1) / 100, 1 - t / steps))
+    parts = ((english, ENGLISH_ROWS), (generated, GRAMMAR_ROWS))
+    orders = [order(data.shape[1], rows * steps).view(steps, rows) for data, rows in parts]
+    began = time.monotonic()
+    for step in range(stop):
+        batch, weights = torch.cat([data[:, rows[step]] for (data, _), rows in zip(parts, orders)], 1)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(input_ids=batch, use_cache=False).logits
+        losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="none")
+        (losses * weights[:, 1:].flatten()).mean().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 100 == 99:
+            first, second = losses.detach().split([rows * (CONTEXT - 1) for _, rows in parts])
+            print(
+                f"step {step + 1}: English {first.mean():.3f}, grammar {second.mean():.3f} nats per token, "
+                f"{time.monotonic() - began:.0f} s",
+                flush=True,
+            )
+
+
+def order(rows: int, count: int) -> torch.Tensor:
+    """Row numbers for ``count`` draws: whole shuffled passes, one after the other."""
+    return torch.cat([torch.randperm(rows) for _ in range(count // rows + 1)])[:count]
+
+
+def report(model: LlamaForCausalLM, tokenizer, held_out: dict[str, str]) -> str:
+    """The card's tables: held-out perplexities and zero-shot accuracy of the generated tasks."""
+    lines = ["| held-out text | perplexity per token | bits per character |", "|---|---|---|"]
+    for name, text in held_out.items():
+        per_token, bits = perplexity(model, tokenizer, text)
+        lines.append(f"| {name} | {per_token:.2f} | {bits:.3f} |")
+    lines += ["", "| task | zero-shot loss | zero-shot accuracy (1,000 test rows) |", "|---|---|---|"]
+    for task in grammar.TASKS:
+        loss, accuracy = score(model, tokenizer, task, grammar.examples(task, "test", 1000))
+        lines.append(f"| {task} | {loss:.3f} | {accuracy:.3f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--decay-steps", type=int, default=450)
+    parser.add_argument("--first-part", type=Path, help="weights after the first part: read if there, else written")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    began = time.monotonic()
+    texts, held_out = read_corpus(args.corpus)
+    tokenizer = train_tokenizer(texts, ["".join(text) for text in documents(f"{args.seed}/words", 50_000)])
+    english = rows_of([(text, "") for text in texts], tokenizer)
+    model = new_model()
+    print(f"{english[0].numel():,} English tokens, {model.num_parameters():,} parameters", flush=True)
+    if args.first_part and args.first_part.exists():
+        model.load_state_dict(torch.load(args.first_part, weights_only=True))
+    else:
+        generated = rows_of(documents(f"{args.seed}/first", 150 * STOP), tokenizer)
+        train(model, english, generated, 3e-3, STEPS, STOP)
+        if args.first_part:
+            torch.save(model.state_dict(), args.first_part)
+    torch.manual_seed(args.seed + 1)
+    generated = rows_of(documents(f"{args.seed}/second", 120 * args.decay_steps), tokenizer)
+    train(model, english, generated, 2e-3, args.decay_steps, args.decay_steps)
+    print(f"trained; {time.monotonic() - began:.0f} s in all", flush=True)
+    new = args.out.with_name(args.out.name + ".tmp")
+    shutil.rmtree(new, ignore_errors=True)
+    copy.deepcopy(model).half().save_pretrained(new)
+    tokenizer.save_pretrained(new)
+    if (args.out / "card.md").exists():
+        shutil.copy(args.out / "card.md", new)
+    shutil.rmtree(args.out, ignore_errors=True)
+    new.rename(args.out)
+    saved = LlamaForCausalLM.from_pretrained(args.out, dtype=torch.float32)
+    whole, half = (perplexity(m.eval(), tokenizer, held_out[HELD_OUT_BOOK])[0] for m in (model, saved))
+    print(f"perplexity of {HELD_OUT_BOOK} in float32 {whole:.4f}, as saved in float16 {half:.4f}\n")
+    print(report(saved, tokenizer, held_out))
+
+
+if __name__ == "__main__":
+    main()
