@@ -2,9 +2,9 @@
 
     theta'_b = theta_b - lr_update c s_b z_b,      s_b = kappa sigma_b,      c = (L+ - L-) / (2 eps)
 
-With z and c held fixed, dL(theta') / d s_b = -lr_update c <grad_b L(theta'), z_b>. As each parameter's gradient arrives,
-z_b is drawn again, the dot product is taken and the gradient freed. Memory: the weights, the activations, and the
-gradient and noise of one tensor; the published code keeps two models and their gradients.
+With z and c held fixed, dL(theta') / d s_b = -lr_update c <grad_b L(theta'), z_b>. As each parameter's gradient
+arrives, z_b is drawn again, the dot product is taken and the gradient freed. Memory: the weights, the activations, and
+the gradient and noise of one tensor; the published code keeps two models and their gradients.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ Loss = Callable[[], Tensor]
 def stream_gradients(tensors: Sequence[NamedTensor], loss: Loss, visit: Callable[[NamedTensor, Tensor], None]) -> float:
     """Backward through `loss`; `visit(tensor, gradient)` sees each gradient once, when it is whole, and it is freed.
 
-    A tied weight is visited once, with the sum over its uses. Gradients arrive in no fixed order. Nothing is run backward
-    where the loss is not finite. Returns: the loss.
+    A tied weight is visited once, with the sum over its uses. Gradients arrive in no fixed order. Nothing is run
+    backward where the loss is not finite. Returns: the loss.
     """
 
     def hook_of(tensor: NamedTensor):

@@ -18,7 +18,11 @@ class Path(Protocol):
     """The weights along a teacher's path."""
 
     def begin(self, step: int) -> bool:
-        """Put the weights where they belong at this step. Returns: whether the path starts anew here."""
+        """Put the weights where they belong at this step. Returns: whether they jumped."""
+        ...
+
+    def restarts(self, step: int) -> bool:
+        """Whether the path starts anew at this step."""
         ...
 
     def batch(self, step: int) -> tuple[int, list[int]]:
@@ -44,12 +48,14 @@ class Online:
         self.restart_model = restart_model
 
     def begin(self, step: int) -> bool:
-        if not due(step, self.every):
+        if not (self.restarts(step) and self.restart_model):
             return False
-        if self.restart_model:
-            self.start.restore()
-            self.teacher.restart()
+        self.start.restore()
+        self.teacher.restart()
         return True
+
+    def restarts(self, step: int) -> bool:
+        return due(step, self.every)
 
     def batch(self, step: int) -> tuple[int, list[int]]:
         return self.order.batch(step)

@@ -33,7 +33,7 @@ _SIGNAL_FLOOR = 0.05  # of sum p |G|: the measured agreement may come out negati
 
 
 def block_type(name: str) -> str:
-    """A block's name without layer numbers: `model.layers.3.mlp.up_proj.weight` -> `model.layers.mlp.up_proj.weight`."""
+    """A block's name without layer numbers: `layers.3.mlp.up_proj.weight` -> `layers.mlp.up_proj.weight`."""
     return re.sub(r"\.\d+(?=\.|$)", "", name)
 
 
@@ -52,8 +52,8 @@ def pooled(values: Tensor, counts: Tensor, types: Sequence[str], floor: float) -
 
 @dataclass(frozen=True)
 class RatioObjective:
-    """Args: entropy: weight of the entropy of shares; floor: see `pooled`; average: G and T are exponential averages over
-    meta-steps with this factor, because one batch pair alone gives G with the wrong sign in many blocks.
+    """Args: entropy: weight of the entropy of shares; floor: see `pooled`; average: G and T are exponential averages
+    over meta-steps with this factor, because one batch pair alone gives G with the wrong sign in many blocks.
     """
 
     entropy: float = 0.1

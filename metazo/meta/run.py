@@ -143,12 +143,12 @@ class MetaRun:
         Raises UserError where the loss is not finite at the first step, or for MOST_SKIPPED steps in a row.
         """
         step, config = self.steps, self.config
-        anew = self.path.begin(step)
+        moved = self.path.begin(step)
         number, indices = self.path.batch(step)
-        if anew:
+        if self.path.restarts(step):
             self._restart()
         task, state = self.tasks[number], self.states[number]
-        if step % config.reading == 0 or anew:
+        if step % config.reading == 0 or moved:
             statistics = block_statistics(self.scale.blocks, self.weights.theta)
             for each in self.states:
                 each["scale/statistics"].copy_(statistics)
@@ -200,8 +200,8 @@ class MetaRun:
     def _skip(self, step: int, task: str) -> None:
         if step == 0:
             raise UserError(
-                f"The loss on task {task!r} is not finite at the first step: try --dtype float64 or a smaller --eps and "
-                "--lr-update, and check the model with metazo evaluate."
+                f"The loss on task {task!r} is not finite at the first step: check the model with metazo evaluate, "
+                "or try --dtype float64 or a smaller --eps and --lr-update."
             )
         self.skipped += 1
         self.in_a_row += 1
@@ -237,4 +237,3 @@ class MetaRun:
                 value.copy_(tensors[f"task{number}/{name}"])
         self.path.load(tensors)
         self.steps, self.skipped, self.in_a_row = tensors["counters"].tolist()
-

@@ -39,7 +39,7 @@ class _LossOf(nn.Module):
 
 
 class Flat(nn.Module):
-    """Owns a model's trainable parameters under flat names, tied ones once; forward(loss) is the model's loss with them.
+    """Owns a model's trainable parameters under flat names, tied ones once; forward(loss): the model's loss with them.
 
     The parameters are copies, so the model itself is never touched.
     """
@@ -68,7 +68,7 @@ def unrolled_steps(
     eps: float,
     lr_update: float,
 ) -> OneStep:
-    """K = len(seeds) zeroth-order steps with fixed z and c from the model's weights, and the gradient of the loss behind.
+    """K = len(seeds) zeroth-order steps with fixed z and c from the model's weights, and the gradient of what follows.
 
     Args: scales: s_b, (blocks,), the same in every step. losses: of each inner step's batch. outer: behind the last.
     Returns: the outer loss, the mean L+ and L-, and d outer / d s_b, (blocks,), float64.

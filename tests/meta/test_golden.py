@@ -63,9 +63,7 @@ def test_zo_finetuner_metatrain():
         restart_every=h["epochs_per_restart"],
     )
     networks = pertnns(golden.folder("pertnn_init"))
-    run = MetaRun(
-        problem, tensors, [Rows(golden)], config, order=order, noise=published_noise(golden), pertnn=networks
-    )
+    run = MetaRun(problem, tensors, [Rows(golden)], config, order=order, noise=published_noise(golden), pertnn=networks)
     snapshots = golden.snapshots()
     meta_losses, plus = [], []
     for step in range(int(golden.metadata["steps"])):

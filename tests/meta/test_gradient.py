@@ -54,16 +54,12 @@ def test_streamed_equals_higher_and_functional_autograd(tied: bool, by: str):
     blocks, noise = partition(tensors, by), PhiloxNoise(3)
     scales, seed = sigmas(blocks), noise.seed(0)
     before = {tensor.name: tensor.param.detach().clone() for tensor in tensors}
-    step = one_step(
-        Weights(tensors, noise), blocks, scales, seed, lambda: lm_loss(model), eps=EPS, lr_update=LR_UPDATE
-    )
+    step = one_step(Weights(tensors, noise), blocks, scales, seed, lambda: lm_loss(model), eps=EPS, lr_update=LR_UPDATE)
     for tensor in tensors:
         torch.testing.assert_close(tensor.param.detach(), before[tensor.name], rtol=0, atol=1e-14)
         assert tensor.param.grad is None
 
-    reference = unrolled_steps(
-        model, blocks, scales, noise, [seed], [lm_loss], lm_loss, eps=EPS, lr_update=LR_UPDATE
-    )
+    reference = unrolled_steps(model, blocks, scales, noise, [seed], [lm_loss], lm_loss, eps=EPS, lr_update=LR_UPDATE)
     assert step.gradient.abs().min() > 0
     torch.testing.assert_close(step.gradient, reference.gradient, rtol=1e-6, atol=1e-12)
     assert abs(step.loss - reference.loss) < 1e-12
@@ -144,7 +140,13 @@ def test_a_loss_that_is_not_finite_leaves_the_weights():
     before = [tensor.param.detach().clone() for tensor in tensors]
     blocks, noise = partition(tensors), PhiloxNoise(0)
     step = one_step(
-        Weights(tensors, noise), blocks, sigmas(blocks), 1, lambda: lm_loss(model) * float("nan"), eps=EPS, lr_update=1.0
+        Weights(tensors, noise),
+        blocks,
+        sigmas(blocks),
+        1,
+        lambda: lm_loss(model) * float("nan"),
+        eps=EPS,
+        lr_update=1.0,
     )
     assert torch.isnan(step.gradient).all()
     for tensor, value in zip(tensors, before):

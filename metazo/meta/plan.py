@@ -1,0 +1,94 @@
+"""What a meta-training run will do, and the memory and disk it will take, ahead of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from metazo.blocks import named_tensors, partition
+from metazo.meta.config import MetaConfig
+from metazo.meta.data import Order, PreparedTask
+from metazo.meta.run import length, restarts
+from metazo.meta.trajectory import disk_use
+from metazo.run import size
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Figures in bytes where the name says so."""
+
+    model: str
+    tasks: list[str]
+    steps: int
+    steps_per_epoch: int
+    restart_steps: int
+    blocks: int
+    weights: int
+    forwards: int
+    """Forward passes of the meta-steps, over all."""
+    backwards: int
+    memory_bytes: int
+    """Weights, the teacher's gradients and state, activations (estimated)."""
+    disk_bytes: int
+    """Most that the output folder and a recording hold at once."""
+
+    def sentence(self) -> str:
+        restart = f", restart every {self.restart_steps}" if self.restart_steps else ""
+        return (
+            f"{self.steps} meta-steps on {', '.join(self.tasks)} ({self.steps_per_epoch} an epoch{restart}), "
+            f"{self.blocks} blocks of {self.weights:,} weights, {self.forwards:,} forward and {self.backwards:,} "
+            f"backward passes; about {size(self.memory_bytes)} of memory, {size(self.disk_bytes)} of disk."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def make_plan(config: MetaConfig, model: nn.Module, tasks: Sequence[PreparedTask], order: Order) -> Plan:
+    """The plan of a run. Activations: estimated for a transformer that keeps about 20 numbers a channel and layer."""
+    tensors = named_tensors(model)
+    weights = sum(tensor.param.numel() for tensor in tensors)
+    item = tensors[0].param.itemsize
+    held = weights * item
+    total, restart = length(config, order), restarts(config, order)
+    recorded = config.record is not None or config.trajectory is not None
+    moments = {"sgd": 1, "adamw": 2}[config.teacher]
+    if config.objective == "ratio":
+        forwards, backwards, extra = 1, 3, 1
+    else:
+        unrolled = config.unroll + 1 if config.unroll > 1 else 0
+        forwards, backwards, extra = 2 * config.unroll * config.queries, config.queries, unrolled
+    teacher = 0 if config.trajectory is not None else 1
+    longest = max((len(example) for task in tasks for example in task.prepared.train), default=1)
+    memory = held * (1 + max((1 + moments) * teacher, extra)) + _activations(model, config.batch_size, longest) * item
+    state = held * (1 + (0 if recorded else moments))
+    disk = 2 * state + (0 if recorded else held)
+    if config.record is not None:
+        disk += disk_use(tensors, config.teacher, restart or total, config.record_every)
+    return Plan(
+        model=config.model,
+        tasks=[task.name for task in tasks],
+        steps=total,
+        steps_per_epoch=order.steps_per_epoch,
+        restart_steps=restart,
+        blocks=len(partition(tensors, config.blocks)),
+        weights=weights,
+        forwards=total * (forwards + backwards + (0 if recorded else 1)),
+        backwards=total * (backwards + (0 if recorded else 1)),
+        memory_bytes=memory,
+        disk_bytes=disk,
+    )
+
+
+def _activations(model: nn.Module, batch: int, longest: int) -> int:
+    """Numbers kept for a backward pass, roughly."""
+    config = getattr(model, "config", None)
+    if config is None:
+        return 0
+    text = config.get_text_config()
+    width, layers = getattr(text, "hidden_size", 0), getattr(text, "num_hidden_layers", 0)
+    heads, vocabulary = getattr(text, "num_attention_heads", 0), getattr(text, "vocab_size", 0)
+    return batch * (longest * width * 20 * layers + longest * longest * heads * layers + vocabulary)

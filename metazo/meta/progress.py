@@ -1,0 +1,147 @@
+"""What is shown and kept of a meta-training run: progress, metrics as JSONL, the plot of sigma."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from metazo.blocks import Block
+from metazo.files import whole_file
+from metazo.meta.ratio import block_type
+from metazo.meta.run import MetaStep
+
+METRICS, PLOT = "metrics.jsonl", "sigma.png"
+COLLAPSED = 0.5  # of the perturbation in one block
+_PLAIN_EVERY = 10.0  # seconds between lines where the output is no terminal
+
+
+def short_type(name: str) -> str:
+    """A block type as it is shown: its last module and what of it, `q_proj.weight`."""
+    return ".".join(block_type(name).split(".")[-2:])
+
+
+def by_type(blocks: Sequence[Block], scales: Sequence[float]) -> dict[str, float]:
+    """Geometric mean of the scales of each type of block; types in the order of the model."""
+    logs: dict[str, list[float]] = {}
+    for block, scale in zip(blocks, scales, strict=True):
+        logs.setdefault(block_type(block.name), []).append(math.log(max(scale, 1e-30)))
+    return {name: math.exp(sum(values) / len(values)) for name, values in logs.items()}
+
+
+def row_of(step: MetaStep, blocks: Sequence[Block]) -> dict[str, Any]:
+    """A line of the metrics; numbers that are not finite are null."""
+    top = int(step.shares.argmax())
+    return {
+        "step": step.step,
+        "task": step.task,
+        "meta_loss": _finite(step.meta_loss),
+        "loss": _finite(step.loss),
+        "teacher_loss": _finite(step.teacher_loss),
+        "largest_share": float(step.shares[top]),
+        "largest_block": blocks[top].name,
+        "sigma": {name: round(value, 6) for name, value in by_type(blocks, step.scales.tolist()).items()},
+        "skipped": step.skipped,
+    }
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+class Progress:
+    """A live panel on a terminal, a line every ten seconds elsewhere; nothing without a console."""
+
+    def __init__(self, console: Console | None, total: int, first: int = 0):
+        self.console, self.total, self.first = console, total, first
+        self.smooth: float | None = None
+        self.began = self.told = time.monotonic()
+        self.warned = False
+        self.live = Live(console=console, refresh_per_second=4) if console and console.is_terminal else None
+
+    def __enter__(self) -> Progress:
+        if self.live is not None:
+            self.live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.live is not None:
+            self.live.stop()
+
+    def show(self, row: dict[str, Any], skipped: int) -> None:
+        """One metrics row."""
+        if row["meta_loss"] is not None:
+            old = row["meta_loss"] if self.smooth is None else self.smooth
+            self.smooth = 0.9 * old + 0.1 * row["meta_loss"]
+        if self.console is None:
+            return
+        if self.live is not None:
+            self.live.update(self._panel(row, skipped))
+        elif time.monotonic() - self.told > _PLAIN_EVERY or row["step"] + 1 == self.total:
+            self.told = time.monotonic()
+            self.console.print(self._headline(row, skipped), highlight=False, markup=False)
+        if row["largest_share"] > COLLAPSED and not self.warned:
+            self.warned = True
+            self.console.print(warning(row), style="yellow", markup=False, highlight=False)
+
+    def _headline(self, row: dict[str, Any], skipped: int) -> str:
+        done = row["step"] + 1
+        left = (time.monotonic() - self.began) / max(done - self.first, 1) * (self.total - done)
+        smooth = "-" if self.smooth is None else f"{self.smooth:.4f}"
+        parts = [f"meta-step {done}/{self.total}", f"meta-loss {smooth}", f"largest share {row['largest_share']:.0%}"]
+        if skipped:
+            parts.append(f"{skipped} skipped")
+        return ", ".join([*parts, f"{left:.0f} s left"])
+
+    def _panel(self, row: dict[str, Any], skipped: int) -> Group:
+        table = Table("block type", "sigma", title=None, box=None, padding=(0, 2))
+        for name, value in list(row["sigma"].items())[:16]:
+            bar = "#" * max(1, min(30, round(10 + 8 * math.log10(max(value, 1e-6)))))
+            table.add_row(short_type(name), f"{value:8.3f}  {bar}")
+        done = row["step"] + 1
+        width = round(40 * done / self.total)
+        lines = [Text(f"[{'=' * width}{' ' * (40 - width)}] {self._headline(row, skipped)}")]
+        if row["largest_share"] > COLLAPSED:
+            lines.append(Text(warning(row), style="yellow"))
+        return Group(*lines, table)
+
+
+def warning(row: dict[str, Any]) -> str:
+    """The collapse warning."""
+    return (
+        f"Collapse: {row['largest_block']} holds {row['largest_share']:.0%} of the perturbation at meta-step "
+        f"{row['step'] + 1}. Lower --lr-meta, average more --queries, or use --parametrisation rms_exp."
+    )
+
+
+def plot(folder: Path) -> Path:
+    """Sigma by block type over meta-steps, from the metrics, as PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    steps = [row["step"] for row in rows]
+    names = list(rows[0]["sigma"])
+    for index, name in enumerate(names):
+        style = ("-", "--", ":", "-.")[index // 10 % 4]
+        axes.plot(steps, [row["sigma"][name] for row in rows], style, label=short_type(name), linewidth=1.3)
+    axes.set(xlabel="meta-step", ylabel="normalised sigma (geometric mean by block type)", yscale="log")
+    axes.axhline(1, color="0.7", linewidth=0.8, zorder=0)
+    axes.grid(alpha=0.2)
+    if len(names) <= 40:
+        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    path = folder / PLOT
+    with whole_file(path) as file:
+        figure.savefig(file, format="png", dpi=120)
+    return path

@@ -1,0 +1,221 @@
+"""Meta-train a tuner: `meta_train(config)`, and what stands in its output folder.
+
+tuner.safetensors  config.json  metrics.jsonl  sigma.png       and, until the run is complete, a checkpoint
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+
+import metazo
+from metazo.blocks import Block, named_tensors
+from metazo.errors import UserError
+from metazo.fit import BlockSpec
+from metazo.meta import checkpoint
+from metazo.meta.config import MetaConfig
+from metazo.meta.data import Order, PreparedTask
+from metazo.meta.path import Online
+from metazo.meta.plan import Plan, make_plan
+from metazo.meta.progress import METRICS, Progress, plot, row_of
+from metazo.meta.reset import Start
+from metazo.meta.run import MetaRun, make_teacher, restarts
+from metazo.meta.trajectory import Recorded, Trajectory, belongs_to, record
+from metazo.models import LoadedModel, load_model
+from metazo.pertnn import PertNN
+from metazo.run import Interrupted, RunFolder, interruptible, require_space
+from metazo.tasks import prepare, resolve
+from metazo.tuner import Tuner, TunerInfo
+
+TUNER, CONFIG, _START = "tuner.safetensors", "config.json", "start.safetensors"
+
+
+def meta_train(config: MetaConfig, *, console: Console | None = None) -> Tuner:
+    """Meta-train a tuner and leave it in `config.out`.
+
+    Args: console: where progress is shown; None: nowhere.
+    Returns: the tuner, as written to tuner.safetensors.
+    Raises UserError for bad settings, a folder that holds another run, a loss that is not finite at the first step, or
+    a full disk; Interrupted after SIGINT or SIGTERM, when the state is saved.
+    """
+    if config.resume and (config.out / TUNER).exists():
+        raise UserError(f"--out {config.out} holds a run that is complete ({TUNER} is there); choose another folder.")
+    loaded, tasks, order = load(config)
+    plan = make_plan(config, loaded.model, tasks, order)
+    require_space(config.out, plan.disk_bytes, "This run")
+    settings = {key: value for key, value in asdict(config).items() if key not in ("out", "resume", "device")}
+    folder = RunFolder(config.out, settings, config.resume)
+    say(console, plan.sentence())
+    for task in tasks:
+        for note in task.prepared.notes:
+            say(console, note)
+    with interruptible() as caught:
+        run = None
+        try:
+            run = build(config, loaded, tasks, order, caught, console)
+            if config.resume and checkpoint.load(run, config.out):
+                say(console, f"Resumed at meta-step {run.steps} of {plan.steps}.")
+            train(run, folder, plan.steps, caught, console)
+        except UserError:
+            if not config.resume and (run is None or run.steps == 0):
+                _clear(config.out)
+            raise
+    return finish(run, folder, loaded, console)
+
+
+def dry(config: MetaConfig) -> Plan:
+    """The plan of a run; nothing is run or written. Raises UserError as `meta_train` does before its first step."""
+    if config.out.exists() and not config.resume and (not config.out.is_dir() or any(config.out.iterdir())):
+        raise UserError(f"--out {config.out} is not an empty folder; choose another, or go on with --resume.")
+    loaded, tasks, order = load(config)
+    return make_plan(config, loaded.model, tasks, order)
+
+
+def _clear(out: Path) -> None:
+    """Take away what a run left that never took a step."""
+    for name in (CONFIG, METRICS, _START):
+        (out / name).unlink(missing_ok=True)
+    with suppress(OSError):  # not empty
+        out.rmdir()
+
+
+def load(config: MetaConfig) -> tuple[LoadedModel, list[PreparedTask], Order]:
+    """Model, training sets and order of batches. Raises UserError."""
+    resolved = [resolve(name) for name in config.task]
+    heads = {task.num_labels for task in resolved if task.kind == "classification"}
+    loaded = load_model(
+        config.model,
+        dtype=config.dtype,
+        device=config.device,
+        seed=config.seed,
+        num_labels=heads.pop() if len(heads) == 1 else None,
+    )
+    tasks = [
+        PreparedTask(
+            prepare(
+                task,
+                loaded,
+                data=config.data,
+                train=config.train_examples,
+                dev=1,
+                test=1,
+                seed=config.seed,
+                max_length=config.max_length,
+            ),
+            config.device,
+        )
+        for task in resolved
+    ]
+    for task in tasks:
+        if len(task) < config.batch_size:
+            raise UserError(
+                f"--batch-size {config.batch_size} is more than the {len(task)} training examples of {task.name!r}."
+            )
+    return loaded, tasks, Order([len(task) for task in tasks], config.batch_size, config.seed)
+
+
+def build(
+    config: MetaConfig,
+    loaded: LoadedModel,
+    tasks: list[PreparedTask],
+    order: Order,
+    caught: list[str] | None = None,
+    console: Console | None = None,
+) -> MetaRun:
+    """The run from its settings; records the teacher's path first where that is asked for."""
+    tensors = named_tensors(loaded.model)
+    if config.record is None and config.trajectory is None:
+        start = Start(tensors, config.out / _START)
+        path = Online(start, make_teacher(config, tensors, order), order, restarts(config, order), config.restart_model)
+        return MetaRun(loaded.model, tensors, tasks, config, order=order, path=path)
+    shared = ("seed", "batch_size", "train_examples", "max_length", "dtype")
+    settings = {name: getattr(config, name) for name in shared}
+    settings |= {name: getattr(config, name) for name in ("teacher", "teacher_lr", "momentum", "clip")}
+    identity = belongs_to(config.model, tasks, tensors, settings)
+    folder = config.trajectory
+    if config.record is not None:
+        folder = config.record
+        teacher = make_teacher(config, tensors, order)
+
+        def report(step: int, loss: float) -> None:
+            if console is not None and (step + 1) % 100 == 0:
+                say(console, f"Teacher's step {step + 1} of {teacher.steps}, loss {loss:.4f}.")
+            if caught:
+                raise Interrupted(
+                    f"stopped after the teacher's step {step + 1}; go on with the same command and --resume."
+                )
+
+        steps, every = teacher.steps, config.record_every
+        record(folder, loaded.model, tensors, tasks, teacher, order, identity, steps=steps, every=every, report=report)
+    assert folder is not None
+    path = Recorded(Trajectory.open(folder, identity), tensors, tasks)
+    return MetaRun(loaded.model, tensors, tasks, config, order=order, path=path)
+
+
+def train(run: MetaRun, folder: RunFolder, steps: int, caught: list[str], console: Console | None) -> None:
+    """The loop, with metrics, progress and checkpoints."""
+    folder.keep_records(folder.records()[: run.steps])
+    with Progress(console, steps, run.steps) as progress:
+        while run.steps < steps:
+            row = row_of(run.step(), run.scale.blocks)
+            folder.record(**row)
+            progress.show(row, run.skipped)
+            if caught:
+                checkpoint.save(run, folder.path)
+                raise Interrupted(
+                    f"{caught[0]} after meta-step {run.steps} of {steps}; the state is saved, "
+                    "go on with the same command and --resume."
+                )
+            if run.steps % run.config.save_every == 0 and run.steps < steps:
+                checkpoint.save(run, folder.path)
+
+
+def finish(run: MetaRun, folder: RunFolder, loaded: LoadedModel, console: Console | None) -> Tuner:
+    """Write tuner and plot; what only a resumed run needs goes."""
+    picture = plot(folder.path)
+    tuner = make_tuner(run, loaded)
+    tuner.save(folder.path / TUNER)
+    for name in (checkpoint.NAME, _START):
+        (folder.path / name).unlink(missing_ok=True)
+    if run.skipped:
+        say(console, f"{run.skipped} meta-steps were skipped because a loss was not finite.")
+    say(console, f"Wrote {folder.path / TUNER}, {folder.metrics} and {picture}.")
+    return tuner
+
+
+def make_tuner(run: MetaRun, loaded: LoadedModel) -> Tuner:
+    """The tuner of a run as it stands, its networks in float32."""
+    config = run.config
+    assert run.pertnn is not None
+    weights = {name: value.detach().float().cpu() for name, value in run.pertnn.named_parameters()}
+    recipe = config.recipe() | {
+        "tasks": [task.name for task in run.tasks],
+        "steps": run.steps,
+        "skipped": run.skipped,
+        "teacher_path": "online" if isinstance(run.path, Online) else "recorded",
+    }
+    info = TunerInfo(
+        base_model=loaded.name,
+        blocks=[spec(block) for block in run.scale.blocks],
+        by=config.blocks,
+        features=config.features,
+        parametrisation=config.parametrisation,
+        bound=config.bound,
+        normalise=config.normalise,
+        embedding_count=config.embedding_count,
+        recipe=recipe,
+        metazo_version=metazo.__version__,
+    )
+    return Tuner(PertNN.from_stacked(**weights), info)
+
+
+def spec(block: Block) -> BlockSpec:
+    return BlockSpec(block.name, [(tensor.name, tuple(tensor.param.shape)) for tensor in block.tensors])
+
+
+def say(console: Console | None, text: str) -> None:
+    if console is not None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)

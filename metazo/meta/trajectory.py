@@ -1,0 +1,198 @@
+"""A teacher's path on disk: the weights at chosen steps, the batches, the losses and the optimizer's settings.
+
+manifest.json            what the path belongs to, its length, and the steps whose weights are there
+log.jsonl                a line a step: task, examples, loss, learning rate
+step00000000.safetensors the weights ahead of that step
+teacher.safetensors      momentum or moments at the last of them, so that recording can be resumed
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metazo.blocks import NamedTensor
+from metazo.errors import UserError
+from metazo.files import write_whole
+from metazo.fit import fingerprint
+from metazo.meta.data import MetaTask, Order
+from metazo.meta.gradient import Loss
+from metazo.meta.path import load_weights, weights_of
+from metazo.meta.reset import put
+from metazo.meta.teacher import Teacher
+from metazo.meta.tensorfile import read_tensors, write_tensors
+from metazo.run import require_space
+
+FORMAT_VERSION = 1
+_MANIFEST, _LOG, _TEACHER = "manifest.json", "log.jsonl", "teacher.safetensors"
+
+
+def snapshot_name(step: int) -> str:
+    return f"step{step:08d}.safetensors"
+
+
+def disk_use(tensors: Sequence[NamedTensor], teacher: str, steps: int, every: int) -> int:
+    """Bytes of a recording: a snapshot each `every` steps, and twice the teacher's state while it is replaced."""
+    weights = sum(tensor.param.numel() * tensor.param.itemsize for tensor in tensors)
+    moments = {"sgd": 1, "adamw": 2}[teacher]
+    return weights * (-(-steps // every) + 2 * moments) + 400 * steps
+
+
+def belongs_to(
+    model: str, tasks: Sequence[MetaTask], tensors: Sequence[NamedTensor], settings: dict[str, Any]
+) -> dict[str, Any]:
+    """What a path and a run must have in common."""
+    shapes = fingerprint((tensor.name, tuple(tensor.param.shape)) for tensor in tensors)
+    sizes = {task.name: len(task) for task in tasks}
+    return {"format_version": FORMAT_VERSION, "model": model, "fingerprint": shapes, "tasks": sizes, **settings}
+
+
+def record(
+    folder: Path,
+    model: nn.Module,
+    tensors: Sequence[NamedTensor],
+    tasks: Sequence[MetaTask],
+    teacher: Teacher,
+    order: Order,
+    identity: dict[str, Any],
+    *,
+    steps: int,
+    every: int,
+    report=None,
+) -> None:
+    """Run the teacher for `steps` steps from the model's weights, and record; or go on with such a recording.
+
+    report: called with (step, loss) after each step. The weights are left at the end of the path. Raises UserError
+    where the folder holds something else, or the disk is too small: before the first step.
+    """
+    manifest_path = folder / _MANIFEST
+    manifest: dict[str, Any] = {**identity, "steps": steps, "every": every, "snapshots": [], "complete": False}
+    if manifest_path.exists():
+        present = _read_manifest(folder)
+        _compare(present, manifest | {"snapshots": present["snapshots"], "complete": present["complete"]}, folder)
+        manifest = present
+    elif folder.exists() and any(folder.iterdir()):
+        raise UserError(f"--record {folder} holds something else than a recording; choose an empty folder.")
+    if manifest["complete"]:
+        return
+    left = steps - (manifest["snapshots"][-1] if manifest["snapshots"] else 0)
+    require_space(folder, disk_use(tensors, teacher.kind, left, every), "Recording the teacher")
+    folder.mkdir(parents=True, exist_ok=True)
+    first = 0
+    lines: list[str] = []
+    if manifest["snapshots"]:
+        first = manifest["snapshots"][-1]
+        put(tensors, folder / snapshot_name(first), "theta/")
+        teacher.load(read_tensors(folder / _TEACHER)[0])
+        lines = (folder / _LOG).read_text().splitlines()[:first]
+    write_whole(folder / _LOG, "".join(line + "\n" for line in lines).encode())
+    with (folder / _LOG).open("a") as log:
+        for step in range(first, steps):
+            if step % every == 0 and step not in manifest["snapshots"]:
+                log.flush()
+                write_tensors(folder / snapshot_name(step), weights_of(tensors))
+                write_tensors(folder / _TEACHER, teacher.state())
+                manifest["snapshots"].append(step)
+                write_whole(manifest_path, json.dumps(manifest, indent=1).encode())
+            number, indices = order.batch(step)
+            rate = teacher.rate()
+            loss = teacher.step(lambda task=tasks[number], chosen=indices: task.loss(model, chosen))
+            if step == 0 and loss != loss:
+                raise UserError("The teacher's loss is not finite at the first step: lower --teacher-lr.")
+            row = {"step": step, "task": tasks[number].name, "examples": indices, "loss": _plain(loss), "lr": rate}
+            log.write(json.dumps(row) + "\n")
+            if report is not None:
+                report(step, loss)
+    manifest["complete"] = True
+    write_whole(manifest_path, json.dumps(manifest, indent=1).encode())
+
+
+@dataclass
+class Trajectory:
+    """A complete recording."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    log: list[dict[str, Any]]
+
+    @classmethod
+    def open(cls, folder: Path, identity: dict[str, Any] | None = None) -> Trajectory:
+        """Raises UserError where it is missing, incomplete, damaged, or not of that identity."""
+        manifest = _read_manifest(folder)
+        if identity is not None:
+            _compare({key: manifest.get(key) for key in identity}, identity, folder)
+        if not manifest.get("complete"):
+            raise UserError(f"The recording in {folder} is not complete; go on with --record {folder}.")
+        try:
+            log = [json.loads(line) for line in (folder / _LOG).read_text().splitlines()]
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder / _LOG} cannot be read ({error}); record again.") from error
+        missing = [step for step in manifest["snapshots"] if not (folder / snapshot_name(step)).is_file()]
+        if missing or len(log) != manifest["steps"]:
+            odd = snapshot_name(missing[0]) if missing else _LOG
+            raise UserError(f"The recording in {folder} is damaged: {odd} is missing or cut short; record again.")
+        return cls(folder, manifest, log)
+
+
+class Recorded:
+    """The weights along a recording, over and over: at each step the latest snapshot, and the step's own batch."""
+
+    def __init__(self, trajectory: Trajectory, tensors: Sequence[NamedTensor], tasks: Sequence[MetaTask]):
+        self.trajectory, self.tensors = trajectory, tensors
+        self.number = {task.name: number for number, task in enumerate(tasks)}
+        self.lies: int | None = None
+
+    def begin(self, step: int) -> bool:
+        place = step % len(self.trajectory.log)
+        snapshot = max(s for s in self.trajectory.manifest["snapshots"] if s <= place)
+        if snapshot != self.lies:
+            put(self.tensors, self.trajectory.folder / snapshot_name(snapshot), "theta/")
+            self.lies = snapshot
+            return True
+        return False
+
+    def restarts(self, step: int) -> bool:
+        return step > 0 and step % len(self.trajectory.log) == 0
+
+    def batch(self, step: int) -> tuple[int, list[int]]:
+        row = self.trajectory.log[step % len(self.trajectory.log)]
+        return self.number[row["task"]], row["examples"]
+
+    def advance(self, loss: Loss) -> float | None:
+        return None
+
+    def state(self) -> dict[str, Tensor]:
+        lies = -1 if self.lies is None else self.lies
+        return weights_of(self.tensors) | {"snapshot": torch.tensor(lies)}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        load_weights(self.tensors, state)
+        self.lies = int(state["snapshot"])
+
+
+def _plain(loss: float) -> float | None:
+    return loss if loss == loss and abs(loss) != float("inf") else None
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} holds no recording of a teacher ({_MANIFEST}: {error}).") from error
+    if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
+        raise UserError(f"{folder / _MANIFEST} is not a recording that this version reads.")
+    return manifest
+
+
+def _compare(present: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
+    for key, value in wanted.items():
+        if present.get(key) != value:
+            raise UserError(
+                f"The recording in {folder} is of another run: {key} is {present.get(key)!r} there and {value!r} here."
+            )

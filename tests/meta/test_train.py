@@ -1,0 +1,252 @@
+"""Meta-training as a user runs it: folder, interrupt and resume, recorded paths, bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from metazo.errors import UserError
+from metazo.meta.config import MetaConfig
+from metazo.meta.progress import row_of, warning
+from metazo.meta.run import MetaRun
+from metazo.meta.train import build, dry, load, meta_train
+from metazo.meta.trajectory import Trajectory
+from metazo.run import Interrupted
+from metazo.tuner import Tuner
+
+
+@pytest.fixture
+def settings(tiny, tmp_path: Path):
+    """Settings of a short run on a tiny model; keyword arguments change them."""
+
+    def make(out: str = "out", **changes) -> MetaConfig:
+        values = {"task": ["pico_topic"], "steps": 6, "batch_size": 4, "train_examples": 16, "max_length": 128}
+        values |= {"lr_update": 1e-3, "hidden": 8, "save_every": 2, "restart_every": 0.75}
+        return MetaConfig(model=str(tiny("llama")), out=tmp_path / out, **(values | changes))
+
+    return make
+
+
+def weights(tuner: Tuner) -> list[torch.Tensor]:
+    return [parameter.detach() for parameter in tuner.pertnn.parameters()]
+
+
+@pytest.mark.parametrize("how", ["published", "ratio"])
+def test_the_folder_holds_the_tuner_and_what_happened(settings, how: str):
+    changes = {
+        "ratio": {"objective": "ratio", "features": "log", "parametrisation": "rms_exp", "meta_optimizer": "adam"},
+        "published": {
+            "task": ["pico_topic", "pico_sentiment"],
+            "queries": 2,
+            "blocks": "layer",
+            "separate_batch": True,
+        },
+    }[how]
+    config = settings(**changes)
+    tuner = meta_train(config)
+    out = config.out
+    assert sorted(path.name for path in out.iterdir()) == [
+        "config.json",
+        "metrics.jsonl",
+        "sigma.png",
+        "tuner.safetensors",
+    ]
+    loaded, _, _ = load(config)
+    kept = Tuner.load(out)
+    assert kept.fits((name, tuple(p.shape)) for name, p in loaded.model.named_parameters()).ok
+    for a, b in zip(weights(tuner), weights(kept)):
+        assert torch.equal(a, b)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(6))
+    assert {row["task"] for row in rows} == set(config.task)
+    assert kept.info.recipe["objective"] == config.objective and "out" not in kept.info.recipe
+    assert rows[0]["sigma"] != rows[-1]["sigma"], "the networks never moved"
+    assert (out / "sigma.png").read_bytes().startswith(b"\x89PNG")
+
+
+class StopsAt:
+    """Presses Ctrl-C after a number of meta-steps."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, steps: int):
+        step = MetaRun.step
+
+        def counted(run: MetaRun):
+            result = step(run)
+            if run.steps == steps:
+                os.kill(os.getpid(), signal.SIGINT)
+            return result
+
+        monkeypatch.setattr(MetaRun, "step", counted)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"objective": "ratio", "meta_optimizer": "adam", "teacher": "adamw"}, {"record": True}]
+)
+def test_interrupted_and_resumed_is_bit_identical(settings, monkeypatch, tmp_path: Path, changes: dict):
+    def with_record(name: str) -> dict:
+        return changes | ({"record": tmp_path / f"path-{name}", "record_every": 2} if "record" in changes else {})
+
+    whole = meta_train(settings("whole", **with_record("a")))
+    with monkeypatch.context() as patched:
+        StopsAt(patched, 3)
+        with pytest.raises(Interrupted, match="--resume"):
+            meta_train(settings("parts", **with_record("b")))
+    assert not (tmp_path / "parts" / "tuner.safetensors").exists()
+    resumed = meta_train(settings("parts", resume=True, **with_record("b")))
+    for a, b in zip(weights(whole), weights(resumed)):
+        assert torch.equal(a, b)
+    first, second = (tmp_path / name / "metrics.jsonl" for name in ("whole", "parts"))
+    assert first.read_text() == second.read_text()
+
+
+def test_killed_between_checkpoints_is_bit_identical_too(settings, tmp_path: Path, monkeypatch):
+    whole = meta_train(settings("whole"))
+    step = MetaRun.step
+
+    def dies(run: MetaRun):
+        if run.steps == 5:  # the last checkpoint holds 4
+            raise MemoryError
+        return step(run)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MetaRun, "step", dies)
+        with pytest.raises(MemoryError):
+            meta_train(settings("parts"))
+    resumed = meta_train(settings("parts", resume=True))
+    for a, b in zip(weights(whole), weights(resumed)):
+        assert torch.equal(a, b)
+    assert (tmp_path / "whole" / "metrics.jsonl").read_text() == (tmp_path / "parts" / "metrics.jsonl").read_text()
+
+
+def test_a_recorded_path_with_every_step_equals_the_teacher_beside(settings, tmp_path: Path):
+    """With weights recorded at every step, training along the recording is training online."""
+    common = {"restart_every": 0, "dtype": "float64"}
+    online = meta_train(settings("online", **common))
+    path = tmp_path / "path"
+    recorded = meta_train(settings("recorded", record=path, record_every=1, **common))
+    again = meta_train(settings("again", trajectory=path, **common))
+    trajectory = Trajectory.open(path)
+    assert trajectory.manifest["snapshots"] == list(range(6)) and len(trajectory.log) == 6
+    for a, b, c in zip(weights(online), weights(recorded), weights(again)):
+        assert torch.equal(b, c)
+        # online, theta has come back from a perturbation by the inverse move: equal up to rounding
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_recording_that_was_cut_is_gone_on_with(settings, tmp_path: Path, monkeypatch):
+    whole = settings("a", record=tmp_path / "whole", record_every=2)
+    meta_train(whole)
+    cut = settings("b", record=tmp_path / "cut", record_every=2)
+    loaded, tasks, order = load(cut)
+    caught: list[str] = []
+    loss = type(tasks[0]).loss
+
+    def counted(self, model, indices):
+        counted.calls += 1
+        if counted.calls == 2:
+            caught.append("SIGTERM")
+        return loss(self, model, indices)
+
+    counted.calls = 0
+    with monkeypatch.context() as patched:
+        patched.setattr(type(tasks[0]), "loss", counted)
+        with pytest.raises(Interrupted):
+            build(cut, loaded, tasks, order, caught)
+    with pytest.raises(UserError, match="not complete"):
+        Trajectory.open(tmp_path / "cut")
+    meta_train(cut)
+    for path in sorted((tmp_path / "whole").iterdir()):
+        assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes(), path.name
+    with pytest.raises(UserError, match="seed is 0 there and 1 here"):
+        meta_train(settings("c", trajectory=tmp_path / "whole", seed=1))
+    assert not (tmp_path / "c").exists()
+
+
+def test_nan_at_the_first_step_leaves_nothing(settings, monkeypatch):
+    from metazo.meta.data import PreparedTask
+
+    monkeypatch.setattr(
+        PreparedTask, "loss", lambda self, model, indices: next(model.parameters()).sum() * float("nan")
+    )
+    config = settings()
+    with pytest.raises(UserError, match="not finite at the first step"):
+        meta_train(config)
+    assert not config.out.exists()
+
+
+def test_nan_later_is_skipped_and_counted(settings, monkeypatch):
+    from metazo.meta.data import PreparedTask
+
+    loss, calls = PreparedTask.loss, []
+
+    def sometimes(self, model, indices):
+        calls.append(1)
+        return loss(self, model, indices) * (float("nan") if len(calls) == 6 else 1.0)  # L- or so of the second step
+
+    monkeypatch.setattr(PreparedTask, "loss", sometimes)
+    config = settings()
+    tuner = meta_train(config)
+    assert tuner.info.recipe["skipped"] == 1
+    rows = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["skipped"] for row in rows].count(True) == 1
+    assert all(torch.isfinite(value).all() for value in weights(tuner))
+
+
+def test_bad_input_is_refused_in_one_sentence(settings, tmp_path: Path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="already holds a run"):
+        meta_train(settings())
+    with pytest.raises(UserError, match="--batch-size 99 is more than"):
+        meta_train(settings("fresh", batch_size=99))
+    with pytest.raises(UserError, match="nowhere"):
+        meta_train(settings("fresh", trajectory=tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="--lr-meta"):
+        settings(lr_meta=-1.0)
+    with pytest.raises(UserError, match="give one of them"):
+        settings(record=tmp_path, trajectory=tmp_path)
+    assert not (tmp_path / "fresh").exists()
+
+
+def test_resume_with_other_settings_is_refused(settings, monkeypatch):
+    with monkeypatch.context() as patched:
+        StopsAt(patched, 2)
+        with pytest.raises(Interrupted):
+            meta_train(settings())
+    with pytest.raises(UserError, match="lr-meta"):
+        meta_train(settings(resume=True, lr_meta=0.3))
+    meta_train(settings(resume=True))
+    with pytest.raises(UserError, match="complete"):
+        meta_train(settings(resume=True))
+
+
+def test_collapse_is_said(settings, monkeypatch):
+    """A sigma of one block a hundred times the others': more than half of the perturbation is its."""
+    config = settings(blocks="layer")
+    loaded, tasks, order = load(config)
+    run = build(config, loaded, tasks, order)
+    with torch.no_grad():
+        run.pertnn.b2[0] += 100
+    row = row_of(run.step(), run.scale.blocks)
+    assert row["largest_share"] > 0.9 and row["largest_block"] == run.scale.blocks[0].name
+    assert row["largest_block"] in warning(row)
+
+
+def test_the_plan_counts_forward_passes(settings, monkeypatch):
+    from metazo.meta.data import PreparedTask
+
+    config = settings(queries=3, restart_every=0)
+    plan = dry(config)
+    assert not config.out.exists()
+    calls = []
+    loss = PreparedTask.loss
+    monkeypatch.setattr(PreparedTask, "loss", lambda *args: calls.append(1) or loss(*args))
+    meta_train(config, console=Console(quiet=True))
+    assert plan.forwards == len(calls)
+    assert plan.steps == 6 and plan.steps_per_epoch == 4
