@@ -195,7 +195,7 @@ class ZOOptimizer(Optimizer):
         else:
             self.weights.leave()
         self.steps += 1
-        return self.estimator.loss(losses)
+        return self.estimator.loss(losses) if finite else sum(losses)
 
     def _scaled(self, direction: Direction, state: State, step: int) -> tuple[Direction, dict[str, float] | None]:
         if self.scale is None:
