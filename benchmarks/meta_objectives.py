@@ -59,8 +59,7 @@ def meta_train(loaded, task: str, recipe: str, seed: int, steps: int) -> MetaRun
         **RECIPES[recipe],
     )
     run = MetaRun(model, named_tensors(model), [PreparedTask(prepared)], config)
-    for _ in range(steps):
-        step = run.step()
+    step = [run.step() for _ in range(steps)][-1]
     top = int(step.shares.argmax())
     print(f"  {recipe} {seed}: meta-loss {step.meta_loss:.3f}, largest share {float(step.shares[top]):.2f} "
           f"({run.scale.blocks[top].name}), sigma {float(step.scales.min()):.3f} to {float(step.scales.max()):.3f}",

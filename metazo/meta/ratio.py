@@ -110,5 +110,5 @@ def measure(s: Situation) -> tuple[float, Tensor, Tensor]:
     loss = stream_gradients(s.weights.tensors, s.loss, keep)
     other = stream_gradients(s.weights.tensors, s.other, agree)
     own = stream_gradients(s.weights.tensors, s.sampled(), square)
-    as_tensor = {"dtype": torch.float64}
-    return loss + 0.0 * (other + own), torch.tensor(agreement, **as_tensor), torch.tensor(curvature, **as_tensor)
+    both = torch.tensor([agreement, curvature], dtype=torch.float64)
+    return loss + 0.0 * (other + own), both[0], both[1]  # not finite where any of the three is not

@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +85,7 @@ def unrolled_steps(
     s = scales.detach().clone().requires_grad_()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        patched = higher.monkeypatch(flat, copy_initial_weights=False, track_higher_grads=True)
+        patched: Any = higher.monkeypatch(flat, copy_initial_weights=False, track_higher_grads=True)
     plus, minus = [], []
     for seed, loss in zip(seeds, losses, strict=True):
         present = list(patched.parameters())
