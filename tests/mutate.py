@@ -1,0 +1,151 @@
+"""Break the library on purpose, one line at a time, and count what the contract suite notices.
+
+    python tests/mutate.py [words of mutants to run]
+
+Each mutant is a line of metazo replaced in a copy of the checkout, on which the contract suite runs for the methods that
+use the line; what survives is tried against all tests of the optimizers. Prints a table; about fifteen minutes.
+"""
+
+# ruff: noqa: E501 (one mutant, one line)
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+CONTRACT = ["tests/optimizers/test_contract.py", "tests/optimizers/test_contract_state.py"]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    what: str
+    file: str
+    old: str
+    new: str
+    methods: str = "mezo"
+
+
+MUTANTS = [
+    Mutant("sign of the update", "probe.py", "amount = -rate(tensor) * term.amount", "amount = rate(tensor) * term.amount"),
+    Mutant("sign of one probe", "estimators.py", "for sign in (1.0, -1.0)", "for sign in (1.0, 1.0)"),
+    Mutant("probes in the other order", "estimators.py", "for sign in (1.0, -1.0)", "for sign in (-1.0, 1.0)"),
+    Mutant("another seed in the update", "optimizers/base.py", "Term(along, s, c)", "Term(along, s + 1, c)",
+           "mezo,lozo,hizoo,curvzo,fzoo,loren"),
+    Mutant("another seed in one probe", "optimizers/base.py", "seeds[query], multiple", "seeds[query] + (multiple < 0), multiple"),
+    Mutant("no division by the queries", "estimators.py", "(2 * eps) / self.queries", "(2 * eps)"),
+    Mutant("no division by 2 eps", "estimators.py", "(plus - minus) / (2 * eps)", "(plus - minus)"),
+    Mutant("probe not taken off by the update", "probe.py", "amount -= factor * on.amount", "pass"),
+    Mutant("probe not taken off without an update", "probe.py", "tensor.param.data, -term.amount)", "tensor.param.data, 0.0)"),
+    Mutant("probe left on after an exception", "optimizers/base.py",
+           "        except BaseException:\n            self.weights.leave()\n            raise\n        return losses",
+           "        except BaseException:\n            raise\n        return losses"),
+    Mutant("decay of a probe forgotten", "probe.py", "factor * on.amount", "on.amount"),
+    Mutant("masters not read", "probe.py", "return self.master.get(tensor.name, tensor.param.data)", "return tensor.param.data"),
+    Mutant("no masters for narrow weights", "probe.py", "tensor.param.dtype.itemsize < 4", "False"),
+    Mutant("masters not saved", "optimizers/base.py", "return self.zo_state | masters |", "return self.zo_state |"),
+    Mutant("weights not settled on masters", "probe.py", "        for tensor in self.tensors:\n            self.settle(tensor)",
+           "        return"),
+    Mutant("not finite is not noticed", "optimizers/base.py", "finite = all(map(math.isfinite, losses))", "finite = True"),
+    Mutant("step not counted", "optimizers/base.py", "self.steps += 1", "self.steps += 0"),
+    Mutant("step not restored", "optimizers/base.py", 'self.steps, self.forwards = (int(n) for n in state["counters"])', "pass"),
+    Mutant("state not restored", "optimizers/base.py", "value.copy_(state[name])", "pass", "mezo-momentum"),
+    Mutant("record's learning rate ignored", "optimizers/base.py", "replay.lr if replay else ", ""),
+    Mutant("losses not shared", "optimizers/base.py", "return _mean_over_processes(loss)", "return loss"),
+    Mutant("losses summed over processes", "optimizers/base.py", "/ torch.distributed.get_world_size()", "/ 1"),
+    Mutant("closures summed", "optimizers/base.py", "for evaluate in closures) / len(closures)", "for evaluate in closures)"),
+    Mutant("frozen trained", "blocks.py", "if param.requires_grad and id(param) not in seen", "if id(param) not in seen"),
+    Mutant("tied counted twice", "optimizers/base.py", "            if id(param) not in seen:\n", "            if True:\n"),
+    Mutant("one learning rate for all groups", "optimizers/base.py", "lambda tensor: learning_rates[tensor.group]",
+           "lambda tensor: learning_rates[0]"),
+    Mutant("decay of biases", "optimizers/base.py", "return not any(part in tensor.name", "return True or not any(part in tensor.name"),
+    Mutant("no decay", "optimizers/base.py", "factors = {name: 1 - decay for", "factors = {name: 1.0 for"),
+    Mutant("momentum: sign", "rules.py", "sub_(buffer, alpha=lr)", "add_(buffer, alpha=lr)", "mezo-momentum"),
+    Mutant("momentum: no memory", "rules.py", ".mul_(self.momentum).add_(gradient)", ".mul_(0).add_(gradient)", "mezo-momentum"),
+    Mutant("adam: sign", "rules.py", "value=-lr / (1", "value=lr / (1", "mezo-adam"),
+    Mutant("adam: no bias correction", "rules.py", "v / (1 - second**count)", "v / 1.0", "mezo-adam"),
+    Mutant("rms: probe unscaled", "directions.py", "out, alpha * self.scales[tensor.name], beta)", "out, alpha, beta)",
+           "mezo,zo-finetuner"),
+    Mutant("scale: update unscaled", "optimizers/base.py", "return direction if scales is None else", "return direction if True else",
+           "curvzo,lozo-m"),
+    Mutant("scale: losses not observed", "optimizers/base.py", "self.scale.observe(state,", "(lambda *a: None)(state,",
+           "zo-finetuner"),
+    Mutant("loren: other root", "directions.py", "alpha=-factor)", "alpha=factor)", "loren"),
+    Mutant("loren: no baseline", "estimators.py", "(f - centre) / (eps * (self", "f / (eps * (self", "loren"),
+    Mutant("loren: sign of f", "estimators.py", "(f - centre) / (eps * (self", "(centre - f) / (eps * (self", "loren"),
+    Mutant("loren: sign of a's step", "optimizers/loren.py", "a.sub_(total, alpha=self.lr_cov)", "a.add_(total, alpha=self.lr_cov)",
+           "loren"),
+    Mutant("loren: probe with a, update with the new a", "optimizers/loren.py", '"].clone() for tensor', '"] for tensor', "loren"),
+    Mutant("loren: a of the wrong score", "optimizers/loren.py", "(d.t() @ (d @ a)) / damping", "(d.t() @ (d @ a))", "loren"),
+    Mutant("curvzo: weights pi, not 1 / pi", "optimizers/curvzo.py", "tensor.name: 1 / p for", "tensor.name: p for", "curvzo"),
+    Mutant("curvzo: update everywhere", "optimizers/curvzo.py", "Scaled(self.sparse(state), weights)", "Scaled(Isotropic(), weights)",
+           "curvzo"),
+    Mutant("curvzo: mask drawn again", "optimizers/curvzo.py", "self.noise.uniform(step, count)",
+           "__import__('numpy').random.rand(count)", "curvzo"),
+    Mutant("curvzo: scores not learned", "optimizers/curvzo.py", "self.learn(state, seeds[0], c)", "pass", "curvzo"),
+    Mutant("curvzo: weight forgets that none is excluded", "optimizers/curvzo.py", "pi / (1 - np.prod(1 - pi))", "pi", "curvzo"),
+    Mutant("fzoo: sign", "estimators.py", "(f - losses[0]) / (eps", "(losses[0] - f) / (eps", "fzoo"),
+    Mutant("fzoo: no spread", "optimizers/fzoo.py", "c * unit / spread", "c * unit", "fzoo"),
+    Mutant("dominant-layer: all layers", "optimizers/dominant_layer.py", "if pair[0] in kept", "if True", "dominant-layer"),
+    Mutant("lozo: V new at each draw", "optimizers/lozo.py", "if step % self.interval == 0 else None", "if True else None", "lozo"),
+    Mutant("lozo-m: no momentum kept", "optimizers/lozo.py", "(self.momentum, (1 - self.momentum) * c)", "(0.0, c)", "lozo-m"),
+    Mutant("hizoo: probe left on along the new H", "optimizers/hizoo.py",
+           "        self.weights.leave()  # the probe", "        # the probe", "hizoo"),
+    Mutant("hizoo: H not learned", "optimizers/hizoo.py", "            self.absorb(", "            (lambda *a: 0)(", "hizoo"),
+    Mutant("svrg: gbar added with the other sign", "optimizers/svrg.py", 'float(state["svrg/full"]))])', '-float(state["svrg/full"]))])',
+           "mezo-svrg"),
+    Mutant("svrg: control variate added", "estimators.py", "- (losses[0] - losses[1])) / (2 * eps)",
+           "+ (losses[0] - losses[1])) / (2 * eps)", "mezo-svrg"),
+]  # fmt: skip
+
+
+def run(folder: Path, tests: list[str], methods: str | None) -> str | None:
+    """First failing test, or None."""
+    environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    if methods:
+        environment["METAZO_CONTRACT_METHODS"] = methods
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--durations=0", *tests]
+    try:
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=400)
+    except subprocess.TimeoutExpired:
+        return "time limit"
+    if done.returncode == 0:
+        return None
+    found = re.search(r"^(?:FAILED|ERROR) \S*?(?:::(\S+)|(\S+))", done.stdout, re.M)
+    return (found.group(1) or found.group(2)) if found else f"exit {done.returncode}"
+
+
+def main(words: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for part in ("metazo", "tests"):
+            shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("model"))
+        shutil.copy(ROOT / "pyproject.toml", folder)
+        os.environ.setdefault("METAZO_GOLDEN_DIR", str(ROOT.parent / "shared" / "golden"))
+        whole = [*CONTRACT, "tests/optimizers"]
+        counts = {"contract": 0, "other tests": 0, "survived": 0}
+        for mutant in MUTANTS:
+            if words and not any(word in mutant.what for word in words):
+                continue
+            path = folder / "metazo" / mutant.file
+            text = path.read_text()
+            if text.count(mutant.old) < 1:
+                print(f"| {mutant.what} | STALE: its line is gone | |", flush=True)
+                continue
+            path.write_text(text.replace(mutant.old, mutant.new))
+            killer, by = run(folder, CONTRACT, mutant.methods), "contract"
+            if killer is None:
+                killer, by = run(folder, whole, None), "other tests"
+            path.write_text(text)
+            counts[by if killer else "survived"] += 1
+            print(f"| {mutant.what} | {by if killer else 'SURVIVED'} | {killer or ''} |", flush=True)
+        print(counts)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

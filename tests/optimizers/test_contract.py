@@ -1,0 +1,296 @@
+"""The contract, method by method: what every entry of OPTIMIZERS must do. An entry added to the table is tested too.
+
+This file: descent, direction of the update, what may and may not change. test_contract_state.py: saving, replay,
+determinism, processes. tests/mutate.py breaks the library on purpose and counts what these two files notice.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from metazo.optimizers.base import DECAY_EXEMPT
+from tests.optimizers.contract import IDS, NAMES, MonkeySaddle, case, llama, make, quadratic, stiff, take
+
+every_method = pytest.mark.parametrize("name", NAMES)
+
+
+def descend(name: str, problem, lr: float, steps: int, **options) -> float:
+    """Loss at the end as a fraction of that at the start."""
+    start = float(problem().detach())
+    optimizer = make(name, problem.named(), lr, **options)
+    for _ in range(steps):
+        take(optimizer, problem)
+    return float(problem().detach()) / start
+
+
+@every_method
+def test_quadratic(name):
+    assert descend(name, quadratic(), case(name).quadratic, 200) < 0.2
+
+
+@every_method
+def test_ill_conditioned_quadratic(name):
+    """Curvatures 1 to 100."""
+    assert descend(name, stiff(), case(name).stiff, 200) < 0.3
+
+
+@every_method
+def test_rademacher(name):
+    assert descend(name, quadratic(), case(name).quadratic, 200, noise="rademacher") < 0.3
+
+
+@every_method
+def test_block_scale(name):
+    if not case(name).scaled:
+        pytest.skip("brings its own block scale")
+    assert descend(name, quadratic(), case(name).quadratic, 200, scale="rms") < 0.3
+
+
+@every_method
+def test_monkey_saddle(name):
+    """Left (loss below -.1) within 700 steps at eps .1, from two of three seeds."""
+    left = 0
+    for seed in range(3):
+        problem = MonkeySaddle()
+        optimizer = make(name, list(problem.named_parameters()), case(name).saddle, eps=0.1, seed=seed)
+        for _ in range(700):
+            take(optimizer, problem)
+            if float(problem().detach()) < -0.1:
+                left += 1
+                break
+        if left == 2:
+            break
+    assert left == 2
+
+
+@every_method
+def test_tiny_llama(name):
+    model = llama()
+
+    def loss():
+        return model(input_ids=IDS, labels=IDS).loss
+
+    with torch.no_grad():
+        start = float(loss())
+        optimizer = make(name, list(model.named_parameters()), case(name).llama)
+        for _ in range(40):
+            take(optimizer, loss)
+        assert float(loss()) < 0.97 * start
+
+
+@every_method
+def test_one_step_descends(name):
+    """<update, gradient> is negative for 36 of 40 seeds or more (28 where entries are rescaled): catches a sign anywhere.
+
+    On a linear loss it would be for all: sum c_k <d_k, g> is a sum of squares for every estimator.
+    """
+    problem = quadratic()
+    start = problem.copies()
+    gradient = torch.autograd.grad(problem(), list(problem.parameters()))
+    descents = 0
+    for seed in range(40):
+        for p, value in zip(problem.parameters(), start):
+            p.data.copy_(value)
+        take(make(name, problem.named(), 1e-6, seed=seed), problem)
+        moves = zip(problem.parameters(), start, gradient)
+        descents += sum(float(((p.detach() - s) * g).sum()) for p, s, g in moves) < 0
+    assert descents >= (28 if case(name).along == "sign" else 36)
+
+
+@every_method
+def test_update_lies_along_the_probes(name):
+    """The weights the closure sees span the update, tensor by tensor: catches a seed, an offset or a mask that differs."""
+    problem = quadratic()
+    optimizer = make(name, problem.named(), 1e-3)
+    seen: list[list[torch.Tensor]] = []
+
+    def closure():
+        seen.append(problem.copies())
+        return problem()
+
+    start = problem.copies()
+    take(optimizer, closure)
+    moved = 0
+    for index, (p, before) in enumerate(zip(problem.parameters(), start)):
+        update = (p.detach() - before).flatten()
+        probes = torch.stack([(point[index] - before).flatten() for point in seen], dim=1)
+        if probes.abs().max() < 1e-9:
+            assert not update.abs().max() > 1e-9, "moved without being probed"
+            continue
+        moved += 1
+        if case(name).along == "sign":
+            signs = torch.sign(update) * torch.sign(probes[:, -1])
+            assert (signs == signs[0]).all() and signs[0] != 0
+        else:
+            fit = torch.linalg.lstsq(probes, update[:, None], driver="gelsd").solution
+            assert float((probes @ fit - update[:, None]).norm()) < 1e-4 * float(update.norm())
+    assert moved
+
+
+@every_method
+def test_tied_weights_count_once(name):
+    model = llama(tied=True)
+    named = [(key, p) for key, p in model.named_parameters(remove_duplicate=False)]
+    assert len({id(p) for _, p in named}) < len(named)
+    options = {"layer": "model.embed_tokens.weight"} if name == "dominant-layer" else {}
+    optimizer = make(name, named, 1e-3, **options)
+    take(optimizer, lambda: model(input_ids=IDS, labels=IDS).loss)
+    assert len({id(t.param) for t in optimizer.tensors}) == len(optimizer.tensors)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+
+
+@every_method
+def test_frozen_parameters_are_untouched(name):
+    problem = quadratic(torch.float32)
+    bias = problem.layers[0].b
+    bias.requires_grad_(False)
+    kept, weight = bias.detach().clone(), problem.layers[0].w.detach().clone()
+    optimizer = make(name, problem.named(), 1e-3)
+
+    def closure():
+        assert torch.equal(bias, kept)
+        return problem()
+
+    for _ in range(8):
+        take(optimizer, closure)
+    assert not torch.equal(problem.layers[0].w, weight)
+
+
+@every_method
+def test_parameter_groups(name):
+    problem = quadratic()
+    (first, w), (second, b) = problem.named()
+    start = problem.copies()
+    groups = [{"params": [(first, w)]}, {"params": [(second, b)], "lr": 0.0, "weight_decay": 0.5}]
+    optimizer = make(name, groups, 1e-3)
+    for _ in range(8):
+        take(optimizer, problem)
+    assert float((b.detach() - start[1]).abs().max()) < 1e-12 < float((w.detach() - start[0]).abs().max())
+
+
+@every_method
+def test_weight_decay(name):
+    """On a flat loss, theta <- (1 - lr decay)^n theta, for names that are not exempt."""
+    problem = quadratic()
+    (_, w), (_, b) = problem.named()
+    named = [("layers.0.w", w), ("layers.0.bias", b)]
+    assert "bias" in DECAY_EXEMPT
+    start = problem.copies()
+    optimizer = make(name, named, 0.1, weight_decay=0.5)
+    for _ in range(3):
+        take(optimizer, lambda: 1.0)
+    torch.testing.assert_close(w.detach(), start[0] * 0.95**3, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(b.detach(), start[1], rtol=1e-9, atol=1e-12)
+
+
+@every_method
+def test_bfloat16_does_not_drift(name):
+    problem = quadratic(torch.bfloat16)
+    start = problem.copies()
+    optimizer, seen = make(name, problem.named(), 0.0), []
+
+    def closure():
+        seen.append(any(not torch.equal(p, s) for p, s in zip(problem.parameters(), start)))
+        return problem()
+
+    for _ in range(50):
+        take(optimizer, closure)
+    assert all(torch.equal(p, s) for p, s in zip(problem.parameters(), start)) and any(seen)
+
+
+@every_method
+def test_float32_hardly_drifts(name):
+    problem = quadratic(torch.float32)
+    start = problem.copies()
+    optimizer = make(name, problem.named(), 0.0)
+    for _ in range(50):
+        take(optimizer, problem)
+    assert max(float((p - s).abs().max().detach()) for p, s in zip(problem.parameters(), start)) < 1e-6
+
+
+@every_method
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_exception_leaves_the_weights(name, dtype):
+    problem = quadratic(dtype)
+    optimizer = make(name, problem.named(), case(name).quadratic)
+    for _ in range(3):
+        take(optimizer, problem)
+    start, count = problem.copies(), optimizer.forwards
+    take(optimizer, problem)
+    probes = optimizer.forwards - count
+    assert probes >= 2
+    for failing in range(probes):
+        start, calls, steps = problem.copies(), 0, optimizer.steps
+
+        def closure():
+            nonlocal calls
+            calls += 1
+            if calls > failing:
+                raise RuntimeError("out of memory")
+            return problem()
+
+        with pytest.raises(RuntimeError, match="out of memory"):
+            take(optimizer, closure)
+        assert optimizer.steps == steps
+        for p, s in zip(problem.parameters(), start):
+            assert torch.equal(p, s) if dtype == torch.bfloat16 else float((p - s).abs().max().detach()) < 1e-6
+
+
+@every_method
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_skips_the_step(name, bad):
+    problem = quadratic(torch.bfloat16)
+    optimizer = make(name, problem.named(), case(name).quadratic)
+    for _ in range(3):
+        take(optimizer, problem)
+    start = problem.copies()
+    calls = 0
+
+    def closure():
+        nonlocal calls
+        calls += 1
+        return bad if calls == 2 else problem()
+
+    loss = take(optimizer, closure)
+    assert optimizer.last_step is not None and optimizer.last_step.coefficients == ()
+    assert optimizer.steps == 4 and not math.isfinite(loss)
+    assert all(torch.equal(p, s) for p, s in zip(problem.parameters(), start))
+    for _ in range(4):
+        take(optimizer, problem)
+    assert any(not torch.equal(p, s) for p, s in zip(problem.parameters(), start))
+    assert all(bool(torch.isfinite(p).all()) for p in problem.parameters())
+
+
+@every_method
+def test_a_scheduler_drives_the_learning_rate(name):
+    problem = quadratic(torch.bfloat16)
+    optimizer = make(name, problem.named(), rate := case(name).quadratic)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 if step < 3 else 0.0)
+    points = [problem.copies()]
+    for _ in range(6):
+        take(optimizer, problem)
+        points.append(problem.copies())
+        scheduler.step()
+        if len(points) == 2:
+            assert optimizer.last_step is not None and optimizer.last_step.lr == (rate,)
+    still = [all(torch.equal(x, y) for x, y in zip(a, b)) for a, b in zip(points, points[1:])]
+    assert not still[0] and still[3:] == [True, True, True]
+
+
+@every_method
+def test_closures_are_averaged(name):
+    """Gradient accumulation: two closures on halves give the step of one closure on the mean."""
+    points = []
+    for halves in (False, True):
+        problem = quadratic()
+        parts = [lambda: 1.5 * problem(), lambda: 0.5 * problem()]
+        optimizer = make(name, problem.named(), 1e-3)
+        for _ in range(4):
+            take(optimizer, parts if halves else problem)
+        points.append(problem.flat().detach())
+    torch.testing.assert_close(points[0], points[1], rtol=1e-6, atol=1e-8)
+    assert not torch.equal(points[0], quadratic().flat())

@@ -1,0 +1,142 @@
+"""The contract, method by method: state, saving, replay, determinism, and processes that agree. See test_contract.py."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load, save
+from torch import multiprocessing
+
+from metazo.optimizers.base import Step
+from tests.optimizers.contract import NAMES, Toy, case, make, quadratic, take
+
+every_method = pytest.mark.parametrize("name", NAMES)
+both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+STEPS, MIDDLE = 9, 4
+
+
+def start(name: str, dtype: torch.dtype, seed: int = 3):
+    problem = quadratic(dtype)
+    return problem, make(name, problem.named(), case(name).quadratic, seed=seed)
+
+
+def same(a: Toy, b: Toy) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
+
+
+def run(name: str, dtype: torch.dtype, seed: int = 3) -> tuple[Toy, list[Step]]:
+    problem, optimizer = start(name, dtype, seed)
+    records = []
+    for _ in range(STEPS):
+        take(optimizer, problem)
+        records.append(optimizer.last_step)
+    return problem, records
+
+
+@every_method
+def test_two_runs_are_equal_and_seeds_differ(name):
+    first, records = run(name, torch.float32)
+    second, others = run(name, torch.float32)
+    assert same(first, second) and records == others
+    assert not same(first, run(name, torch.float32, seed=4)[0])
+
+
+@every_method
+@both_dtypes
+def test_save_and_load_in_mid_run(name, dtype):
+    """Through torch.save of state_dict: the rest of the run is the same bit for bit."""
+    expected, records = run(name, dtype)
+    problem, optimizer = start(name, dtype)
+    for _ in range(MIDDLE):
+        take(optimizer, problem)
+    saved = io.BytesIO()
+    torch.save({"model": problem.state_dict(), "optimizer": optimizer.state_dict()}, saved)
+    saved.seek(0)
+    loaded = torch.load(saved)
+    fresh, other = start(name, dtype)
+    fresh.load_state_dict(loaded["model"])
+    other.load_state_dict(loaded["optimizer"])
+    assert (other.steps, other.forwards) == (optimizer.steps, optimizer.forwards)
+    for step in range(MIDDLE, STEPS):
+        take(other, fresh)
+        assert other.last_step == records[step]
+    assert same(fresh, expected)
+
+
+@every_method
+@both_dtypes
+def test_state_as_safetensors(name, dtype):
+    """`tensors_state` is the whole state, in a form without pickles; and saving it does not change the run."""
+    expected, records = run(name, dtype)
+    problem, optimizer = start(name, dtype)
+    for _ in range(MIDDLE):
+        take(optimizer, problem)
+    held = save({key: value.contiguous() for key, value in optimizer.tensors_state().items()})
+    fresh, other = start(name, dtype)
+    fresh.load_state_dict(problem.state_dict())
+    other.load_tensors_state(load(held))
+    for step in range(MIDDLE, STEPS):
+        take(other, fresh)
+        assert other.last_step == records[step]
+    assert same(fresh, expected)
+
+
+@every_method
+@both_dtypes
+def test_replay_without_a_closure(name, dtype):
+    expected, records = run(name, dtype)
+    problem, optimizer = start(name, dtype)
+    for group in optimizer.param_groups:
+        group["lr"] *= 0.5  # the record's counts
+    for record in records:
+        take(optimizer, None, replay=record)
+        assert optimizer.last_step == record
+    assert same(problem, expected)
+
+
+@every_method
+def test_a_skipped_step_is_replayed_as_one(name):
+    problem, optimizer = start(name, torch.bfloat16)
+    records = []
+    for step in range(6):
+        take(optimizer, (lambda: float("nan")) if step == 2 else problem)
+        records.append(optimizer.last_step)
+    again, other = start(name, torch.bfloat16)
+    for record in records:
+        take(other, None, replay=record)
+    assert same(problem, again)
+
+
+def _process(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    ends = {}
+    for name in NAMES:
+        problem, optimizer = start(name, torch.float64)
+        share = 1.5 if rank == 0 else 0.5  # what differs between processes; the mean is the problem itself
+        for _ in range(STEPS):
+            take(optimizer, lambda: share * problem())
+        ends[name] = problem.state_dict()
+    torch.save(ends, Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ends(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("processes")
+    multiprocessing.spawn(_process, (str(folder),), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+
+
+@every_method
+def test_two_processes_agree(name, ends):
+    """Each with half of the data: bit for bit the same weights, and those of one process with all of it."""
+    one, two = (half[name] for half in ends)
+    alone, _ = run(name, torch.float64)
+    for key, value in alone.state_dict().items():
+        assert torch.equal(one[key], two[key])
+        torch.testing.assert_close(one[key], value, rtol=1e-6, atol=1e-8)
