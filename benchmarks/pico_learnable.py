@@ -34,6 +34,11 @@ def first_order(model, batches, lr: float, steps: int) -> None:
             group["lr"] = lr * (1 - (step + 1) / steps)
 
 
+def add(parameters: list, noise: list, alpha: float) -> None:
+    for parameter, z in zip(parameters, noise, strict=True):
+        parameter.add_(z, alpha=alpha)
+
+
 @torch.no_grad()
 def mezo(model, batches, lr: float, steps: int, eps: float = 1e-3) -> None:
     parameters = list(model.parameters())
@@ -42,11 +47,11 @@ def mezo(model, batches, lr: float, steps: int, eps: float = 1e-3) -> None:
         noise = [torch.randn(p.shape, generator=generator) for p in parameters]
         batch, losses = batches(step), []
         for sign in (1, -1):
-            torch._foreach_add_(parameters, noise, alpha=sign * eps)
+            add(parameters, noise, sign * eps)
             losses.append(float(loss_and_hits(model, batch)[0]))
-            torch._foreach_add_(parameters, noise, alpha=-sign * eps)
+            add(parameters, noise, -sign * eps)
         slope = (losses[0] - losses[1]) / (2 * eps)
-        torch._foreach_add_(parameters, noise, alpha=-lr * slope)
+        add(parameters, noise, -lr * slope)
 
 
 def batches_of(task: str, tokenizer, rows: list[dict], size: int = 16, seed: int = 0):

@@ -60,7 +60,7 @@ def loss_and_hits(model, batch: Encoded) -> tuple[Tensor, Tensor]:
     would give the answer.
     """
     logits = model(input_ids=batch.ids, use_cache=False).logits
-    if batch.words is not None:
+    if batch.words is not None and batch.labels is not None:
         last = torch.tensor([start - 1 for start, _ in batch.spans])
         scores = logits[torch.arange(len(last)), last][:, batch.words].float()
         return F.cross_entropy(scores, batch.labels), scores.argmax(1) == batch.labels
