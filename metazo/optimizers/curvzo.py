@@ -105,7 +105,7 @@ class CurvZO(ZOOptimizer):
         budget: expected share of the tensors that take part, in (0, 1]; the start where it adapts.
         floor: smallest probability, in (0, budget]; not in the paper (score="release" has none).
         beta: weight of a new score in its moving average, in (0, 1].
-        magnitude_beta: the same for the moving average that scores are measured by.
+        magnitude_beta: weight of a new c^2 in the moving average that scores are measured by, in (0, 1].
         adapt_every: steps between moves of the budget; 0 keeps it fixed.
         score: "paper", or "release" for the published code with its faults.
     """

@@ -79,9 +79,9 @@ class LOREN(ZOOptimizer):
     tensor. State: a/<tensor>, (row,); momentum/<tensor>.
 
     Args:
-        queries: losses a step, at least 2; the paper's 6.
+        queries: losses a step, at least 2; 6 in the paper, 10 in its command line.
         damping: rho > 0, the curvature assumed before anything is learned; .1 in the paper, 1.0 in its command line.
-        lr_cov: learning rate of a.
+        lr_cov: learning rate of a, the learned vector of each tensor; 0 keeps it as drawn and saves a pass a query.
         momentum: heavy-ball factor, 0 for none.
         compat: "paper", or "official" for the published code with its faults.
     """

@@ -7,10 +7,13 @@ determinism, processes. tests/mutate.py breaks the library on purpose and counts
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
 
+from metazo.build import hyperparameters
+from metazo.optimizers import OPTIMIZERS
 from metazo.optimizers.base import DECAY_EXEMPT
 from tests.optimizers.contract import IDS, NAMES, MonkeySaddle, case, llama, make, quadratic, stiff, take
 
@@ -24,6 +27,14 @@ def descend(name: str, problem, lr: float, steps: int, **options) -> float:
     for _ in range(steps):
         take(optimizer, problem)
     return float(problem().detach()) / start
+
+
+@every_method
+def test_hyperparameters_have_defaults_types_and_help(name):
+    for key, parameter in hyperparameters(name).items():
+        assert parameter.default is not parameter.empty and parameter.annotation is not parameter.empty, key
+        docs = "\n".join(cls.__doc__ or "" for cls in OPTIMIZERS[name].__mro__)
+        assert re.search(rf"^ +{key}: \S", docs, re.M), key
 
 
 @every_method
