@@ -1,4 +1,5 @@
-"""LOZO and LOZO-M (Chen et al., "Enhancing zeroth-order fine-tuning with low-rank structures", arXiv 2410.07698).
+"""LOZO and LOZO-M (Chen et al., "Enhancing zeroth-order fine-tuning for language models with low-rank structures", arXiv
+2410.07698).
 
 The gradient of a matrix W (m x n) is close to low rank, so the probe is low rank as well: U new at each step, V kept
 for `interval` steps, in which the iterates move in one subspace.
@@ -15,7 +16,8 @@ LOZO-M adds momentum kept as a factor, N in R^(m x r), and projected onto the ne
     W <- W - lr (N V^T + weight_decay W)                      tensors of one dimension: m <- beta m + (1 - beta) c z
 
 Scale: E[c U V^T] = r grad (to O(eps^2)), and |U V^T|^2 is r times |z|^2 in the mean. The paper divides the estimate by
-r; its code and this file leave that to the learning rate, so lr here is as r lr in MeZO: divide it by r when r grows.
+r; its code and this file leave that to the learning rate: for matrices lr here is as r lr in MeZO (E[c z] = grad holds
+for the rest), so divide it by r when r grows.
 
 Differences from the published code (optsuite/LOZO); `compat="official"` brings back the numbered ones:
  1. Where V is drawn again, the update starts the step's stream over without drawing V, so it goes along U and z that

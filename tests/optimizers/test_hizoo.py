@@ -65,6 +65,18 @@ def test_h_converges_to_the_true_diagonal_times_half_of_d_plus_two():
     assert (total - REST.log()).abs().max() < 0.25
 
 
+@pytest.mark.parametrize("cls", [HiZOO, HiZOOL])
+def test_curvature_enters_by_its_modulus(cls):
+    ends = []
+    for sign in (1, -1):
+        model = Quadratic(sign * HESSIAN[:2, :2], 2, 1)
+        optimizer = cls(model.named_parameters(), lr=0.0, smoothing=0.5, noise=PhiloxNoise(0))
+        for _ in range(5):
+            optimizer.step(model)
+        ends.append(optimizer.inverse_root(optimizer.tensors[0]))
+    torch.testing.assert_close(*ends)
+
+
 def test_mean_of_the_estimate_is_the_gradient_over_h():
     model = Linear()
     optimizer = HiZOO(model.named_parameters(), lr=1.0, eps=1e-2, smoothing=0.0)

@@ -246,7 +246,7 @@ def test_memory_is_a_few_numbers_a_side():
     ("settings", "words"),
     [
         ({"rank": 0}, "rank"),
-        ({"rank": 4}, "weight"),
+        ({"rank": 3}, "weight"),
         ({"rank": float("nan")}, "rank"),
         ({"interval": 0}, "interval"),
         ({"compat": "both"}, "compat"),
