@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from functools import cache
 
 import typer
 from rich.console import Console
@@ -34,7 +35,9 @@ def _main(
     pass
 
 
+@cache
 def _mount() -> None:
+    """Add the commands; here and not above, so that importing this module is cheap."""
     from . import demo, env, evaluate, finetune, meta_train, recipes, tasks, zoo
 
     app.command("demo")(demo.demo)

@@ -1,0 +1,184 @@
+"""The command line as a user meets it: real processes, exit codes, one sentence for what is wrong, nothing half-written."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from metazo_cli.main import main
+
+START = "import sys; from metazo_cli.main import main; sys.argv[0] = 'metazo'; main()"
+TINY = ("--train-examples=32", "--dev-examples=16", "--test-examples=16", "--steps=2", "--lr=1e-4")
+
+
+def metazo(*arguments: str, ok: bool = True) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([sys.executable, "-c", START, *arguments], capture_output=True, text=True, timeout=240)
+    assert "Traceback" not in done.stderr, done.stderr
+    assert not ok or done.returncode == 0, done.stderr
+    return done
+
+
+def refused(*arguments: str) -> str:
+    """The one sentence, of a call that must end with 2; within this process, for time's sake."""
+    errors, before = io.StringIO(), sys.argv
+    sys.argv = ["metazo", *arguments]
+    try:
+        with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
+            main()
+    except SystemExit as end:
+        assert end.code == 2, errors.getvalue()
+    else:
+        raise AssertionError("it was not refused")
+    finally:
+        sys.argv = before
+    message = " ".join(errors.getvalue().split())
+    assert "Traceback" not in message
+    return message
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory) -> Path:
+    """A zoo with a tuner for pico, made by the commands themselves."""
+    folder = tmp_path_factory.mktemp("meta")
+    metazo(
+        *("meta-train", "--model=pico", "--task=pico_topic", "--steps=6", "--batch-size=4", "--train-examples=32"),
+        f"--out={folder / 'run'}",
+    )
+    metazo("zoo", "push", str(folder / "run" / "tuner.safetensors"), "--to", str(folder / "zoo"), "--name", "pico")
+    return folder / "zoo"
+
+
+def finetune(out: Path, *extra: str) -> tuple[str, ...]:
+    return ("finetune", "--model=pico", "--task=pico_sentiment", f"--out={out}", *TINY, *extra)
+
+
+def test_meta_train_push_finetune_evaluate(published, tmp_path):
+    done = metazo(*finetune(tmp_path / "run", "--tuner=auto", f"--zoo={published}", "--json"))
+    summary = json.loads(done.stdout)
+    assert summary["forwards"] == 4 and summary["tuner"] == "auto"
+    shown = metazo("evaluate", f"--model={tmp_path / 'run' / 'model'}", "--task=pico_sentiment", "--examples=16", "--json")
+    assert json.loads(shown.stdout)["pico_sentiment"]["examples"] == 16
+    listed = json.loads(metazo("zoo", "list", "--zoo", str(published), "--json").stdout)
+    assert any(entry["base_model"] == "pico" for entry in listed)
+    assert metazo("zoo", "verify", "--zoo", str(published)).returncode == 0
+
+
+def test_dry_run_writes_nothing(tmp_path):
+    plan = json.loads(metazo(*finetune(tmp_path / "run", "--dry-run", "--json")).stdout)
+    assert plan["bytes on disk"] > 6e6 and not (tmp_path / "run").exists()
+
+
+def test_a_flag_wins_over_the_recipe(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("model: pico\ntask: pico_topic\nlr: 1.0e-3\noptimizer: lozo\nmethod: {rank: 1}\n")
+    arguments = finetune(tmp_path / "run", "--config", str(recipe), "--rank=3")
+    metazo(*arguments)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["task"], config["lr"], config["method"]) == ("pico_sentiment", 1e-4, {"rank": 3})
+
+
+def test_help_names_every_method_and_its_hyperparameters():
+    from metazo.optimizers import OPTIMIZERS
+
+    text = " ".join(metazo("finetune", "--help").stdout.replace("│", " ").split())
+    assert all(name in text for name in OPTIMIZERS) and "--rank" in text
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        (("--task=pico_sentimant",), "did you mean pico_sentiment"),
+        (("--model=no/such-model",), "no/such-model"),
+        (("--optimizer=adamw",), "--optimizer 'adamw' is unknown"),
+        (("--rank=2",), "--rank is not a hyperparameter of mezo; it belongs to lozo"),
+        (("--optimizer=lozo", "--rank=0"), "rank must be"),
+        (("--eps=0",), "eps must be above 0"),
+        (("--lr=nan",), "lr must be a finite number"),
+        (("--batch-size=0",), "--batch-size must be at least 1"),
+        (("--train=*nothing*",), "names no tensor"),
+        (("--freeze=*",), "leave no tensor"),
+        (("--device=cuda:9",), "--device 'cuda:9' cannot be used"),
+        (("--optimizer=zo-finetuner",), "needs --tuner"),
+        (("--tuner=random:x",), "followed by a whole number"),
+        (("--config=/no/such.yaml",), "cannot be read"),
+        (("--schedule=step",), "--schedule is 'step'"),
+        (("--data=/no/such/folder", "--task=sst2"), "/no/such/folder"),
+    ],
+)
+def test_bad_flags(tmp_path, extra, words):
+    assert words in refused(*finetune(tmp_path / "run"), *extra)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tuner_for_another_model(published, shared, tmp_path):
+    model = shared / "models" / "stories260k"
+    if not model.is_dir():
+        pytest.skip("no shared models")
+    arguments = (f"--model={model}", "--task=pico_sentiment", f"--out={tmp_path / 'run'}", *TINY, f"--zoo={published}")
+    message = refused("finetune", *arguments, "--tuner=pico")
+    assert message.count("in the model and") == 3 or "is not in the model" in message
+    assert "--allow-partial" in message or "take a tuner made for this model" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_truncated_tuner(published, tmp_path):
+    whole = next(published.rglob("tuner.safetensors")).read_bytes()
+    (tmp_path / "tuner.safetensors").write_bytes(whole[:-100])
+    assert "is not a tuner" in refused(*finetune(tmp_path / "run", f"--tuner={tmp_path / 'tuner.safetensors'}"))
+
+
+class Hostile:
+    def __reduce__(self):
+        import os
+
+        return os.system, ("touch hostile-was-here",)
+
+
+def test_a_hostile_pth_is_refused_and_runs_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model.w": Hostile()}, tmp_path / "tuner.pth")
+    message = refused("zoo", "import", str(tmp_path / "tuner.pth"), "--base-model=x", f"--out={tmp_path / 'o'}")
+    assert "system" in message and not (tmp_path / "hostile-was-here").exists() and not (tmp_path / "o").exists()
+
+
+def test_bad_data(tmp_path):
+    """An empty file, a missing column, and a label outside the set are named with file and row."""
+    folder = tmp_path / "data" / "sst2"
+    folder.mkdir(parents=True)
+    rows = [{"sentence": f"a film number {i}", "label": i % 2} for i in range(40)]
+
+    def with_train(lines: list) -> str:
+        (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (folder / "validation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rows))
+        return refused(*finetune(tmp_path / "run", "--task=sst2", f"--data={tmp_path / 'data'}"))
+
+    assert "empty" in with_train([]) or "no rows" in with_train([])
+    assert "sentence" in with_train([{"text": "x", "label": 0}] * 40)
+    assert "7" in with_train([*rows, {"sentence": "x", "label": 7}])
+    assert not (tmp_path / "run").exists()
+
+
+def test_demo(tmp_path):
+    done = metazo("demo", "--out", str(tmp_path / "demo"), "--forwards=20", "--meta-steps=4", "--json")
+    runs = json.loads(done.stdout)
+    assert len(runs) == 2 and all({"mezo", "tuner"} <= set(methods) for methods in runs.values())
+    assert {run["forwards"] for methods in runs.values() for run in methods.values()} == {20}
+    assert (tmp_path / "demo" / "demo.png").is_file() and (tmp_path / "demo" / "zoo" / "index.json").is_file()
+    assert "not empty" in refused("demo", "--out", str(tmp_path / "demo"))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "x").write_text("x")
+    assert "left alone" in refused("demo", "--out", str(tmp_path / "mine"), "--overwrite")
+
+
+def test_env_tasks_recipes_version():
+    assert json.loads(metazo("env", "--json").stdout)["torch"].startswith("2.")
+    assert {"sst2", "squad", "pico_cause"} <= set(json.loads(metazo("tasks", "--json").stdout))
+    assert "pico-mezo-rms" in metazo("recipes").stdout and "lr:" in metazo("recipes", "pico-mezo-rms").stdout
+    assert metazo("--version").stdout.startswith("metazo ")
