@@ -1,0 +1,177 @@
+"""The README's table of methods, by probing and never by hand.
+
+    python benchmarks/capabilities.py            # probe, write docs/capabilities.json and the table in README.md
+    python benchmarks/capabilities.py --render   # the table again from the JSON, without probing
+
+Each cell is what happened to a Llama of 0.4 M random weights (float32): closure calls counted, memory from torch's own
+allocation records, combinations tried, a run saved in the middle and taken up again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from metazo.blocks import named_tensors, partition
+from metazo.errors import UserError
+from metazo.optimizers import OPTIMIZERS, ZOOptimizer
+from metazo.pertnn import PertNN
+from metazo.rules import RULES
+from metazo.scales import TunerScale
+
+ROOT = Path(__file__).parents[1]
+RESULT, README = ROOT / "docs" / "capabilities.json", ROOT / "README.md"
+BEGIN, END = "<!-- capabilities: made by benchmarks/capabilities.py -->", "<!-- end of capabilities -->"
+STEPS = 12
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+def tiny(dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 512}
+    return LlamaForCausalLM(LlamaConfig(num_attention_heads=4, tie_word_embeddings=True, **sizes)).eval().to(dtype)
+
+
+def loss_of(model: nn.Module) -> Callable[[], torch.Tensor]:
+    tokens = torch.randint(0, 512, (4, 16), generator=torch.Generator().manual_seed(1))
+    return lambda: model(input_ids=tokens, labels=tokens).loss.float()
+
+
+def tuner_scale(model: nn.Module) -> TunerScale:
+    return TunerScale(pertnn=PertNN(len(partition(named_tensors(model)))))
+
+
+def make(name: str, model: nn.Module, **extra: Any) -> ZOOptimizer:
+    if name == "zo-finetuner":
+        extra.setdefault("scale", tuner_scale(model))
+    optimizer = OPTIMIZERS[name](model.named_parameters(), **extra)
+    if hasattr(optimizer, "full_closure"):
+        optimizer.full_closure = loss_of(model)  # type: ignore[attr-defined]
+    return optimizer
+
+
+def runs(name: str, model: nn.Module, **extra: Any) -> bool:
+    """Whether three steps can be taken with finite weights at the end."""
+    try:
+        optimizer = make(name, model, **extra)
+        for _ in range(3):
+            optimizer.step(loss_of(model))
+    except UserError:
+        return False
+    return all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())
+
+
+def forwards_per_step(name: str) -> float:
+    model = tiny()
+    optimizer, loss, calls = make(name, model), loss_of(model), itertools.count()
+    for _ in range(STEPS):
+        optimizer.step(lambda: (next(calls), loss())[1])
+    if hasattr(optimizer, "full_closure"):  # its closure was called as well
+        return optimizer.forwards / STEPS
+    return next(calls) / STEPS
+
+
+def extra_memory(name: str) -> tuple[float, float]:
+    """State, and the most that was allocated at once during a step, in multiples of the weights' bytes."""
+    model = tiny()
+    optimizer = make(name, model)
+    losses = itertools.cycle((1.0, 0.5, 0.75))
+    if hasattr(optimizer, "full_closure"):
+        optimizer.full_closure = lambda: next(losses)  # type: ignore[attr-defined]
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    state = sum(tensor.numel() * tensor.element_size() for tensor in optimizer.tensors_state().values())
+    peak = 0
+    for _ in range(3):
+        with torch.profiler.profile(profile_memory=True) as profile:
+            optimizer.step(lambda: next(losses))
+        events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+        moves = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+        peak = max(peak, *itertools.accumulate((size for _, size in moves), initial=0))
+    return state / weights, peak / weights
+
+
+def resumes_exactly(name: str) -> bool:
+    """A run saved after 5 of 12 steps and taken up by a fresh optimizer ends on the same bits."""
+    whole, cut = tiny(), tiny()
+    one, first = make(name, whole), make(name, cut)
+    for _ in range(STEPS):
+        one.step(loss_of(whole))
+    for _ in range(5):
+        first.step(loss_of(cut))
+    saved = {key: value.clone() for key, value in first.tensors_state().items()}
+    second = make(name, cut)
+    second.load_tensors_state(saved)
+    for _ in range(STEPS - 5):
+        second.step(loss_of(cut))
+    return all(torch.equal(a, b) for a, b in zip(whole.parameters(), cut.parameters()))
+
+
+def source(name: str) -> str:
+    """The first line of the method's file, without the formalities."""
+    import inspect
+
+    text = inspect.getdoc(inspect.getmodule(OPTIMIZERS[name])) or ""
+    found = re.search(r"arXiv[:\s]+(\d{4}\.\d{4,5})", text)
+    return f"arXiv {found[1]}" if found else "ours"
+
+
+def probe(name: str) -> dict[str, Any]:
+    model = tiny()
+    state, temporary = extra_memory(name)
+    return {
+        "forwards": forwards_per_step(name),
+        "state": round(state, 4),
+        "temporary": round(temporary, 4),
+        "rms": runs(name, tiny(), scale="rms") if name != "zo-finetuner" else False,
+        "tuner": runs(name, model, scale=tuner_scale(model)),
+        "rademacher": runs(name, tiny(), noise="rademacher"),
+        "rules": [rule for rule in RULES if runs(name, tiny(), rule=RULES[rule]())],
+        "dtypes": [dtype for dtype in DTYPES if runs(name, tiny(DTYPES[dtype]))],
+        "resume": resumes_exactly(name),
+        "source": source(name),
+    }
+
+
+def table(found: dict[str, dict[str, Any]]) -> str:
+    heads = ("method", "forwards a step", "state", "temporary", "rides with", "rules", "dtypes", "exact resume", "source")
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for name, cells in found.items():
+        rides = [what for what in ("rms", "tuner", "rademacher") if cells[what]]
+        dtypes = ", ".join(cells["dtypes"]) if len(cells["dtypes"]) < len(DTYPES) else "all four"
+        row = (
+            f"`{name}`", f"{cells['forwards']:g}", f"{cells['state']:.3g} W", f"{cells['temporary']:.3g} W", ", ".join(rides),
+            ", ".join(cells["rules"]), dtypes, "yes" if cells["resume"] else "no", cells["source"],
+        )  # fmt: skip
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def rendered(readme: str, found: dict[str, dict[str, Any]]) -> str:
+    head, rest = readme.split(BEGIN)
+    return f"{head}{BEGIN}\n{table(found)}\n{END}{rest.split(END)[1]}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--render", action="store_true")
+    if not parser.parse_args().render:
+        found = {}
+        for name in OPTIMIZERS:
+            found[name] = probe(name)
+            print(name, found[name], flush=True)
+        RESULT.parent.mkdir(exist_ok=True)
+        RESULT.write_text(json.dumps(found, indent=1) + "\n")
+    README.write_text(rendered(README.read_text(), json.loads(RESULT.read_text())))
+
+
+if __name__ == "__main__":
+    main()
