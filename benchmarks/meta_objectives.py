@@ -33,15 +33,11 @@ from metazo.scales import TunerScale
 from metazo.tasks import prepare, resolve
 
 TUNE_SEED = 1000
+_RMS: dict[str, Any] = {"features": "log", "parametrisation": "rms_exp", "meta_optimizer": "adam", "lr_meta": 3e-3}
 RECIPES: dict[str, dict[str, Any]] = {
     "published": {"objective": "published", "lr_update": 3e-4, "lr_meta": 0.1},
-    "ratio": {
-        "objective": "ratio",
-        "features": "log",
-        "parametrisation": "rms_exp",
-        "meta_optimizer": "adam",
-        "lr_meta": 3e-3,
-    },
+    "one-step rms": {"objective": "published", "lr_update": 3e-4, "detach_kappa": False} | _RMS,
+    "ratio": {"objective": "ratio"} | _RMS,
 }
 
 
@@ -55,7 +51,7 @@ def meta_train(loaded, task: str, recipe: str, seed: int, steps: int) -> MetaRun
         steps=steps,
         seed=seed,
         teacher_lr=0.01,
-        restart_every=2,
+        restart_every=0.5,  # the teacher is done with a pico task within two epochs
         **RECIPES[recipe],
     )
     run = MetaRun(model, named_tensors(model), [PreparedTask(prepared)], config)
@@ -97,11 +93,11 @@ def main() -> None:
     parser.add_argument("--model", default="pico")
     parser.add_argument("--meta-task", default="pico_topic")
     parser.add_argument("--tasks", nargs="+", default=["pico_sentiment", "pico_entail"])
-    parser.add_argument("--arms", nargs="+", default=["mezo", "rms", "random", "published", "ratio"])
-    parser.add_argument("--lr", nargs="+", type=float, default=[1e-4, 3e-4, 1e-3, 3e-3])
+    parser.add_argument("--arms", nargs="+", default=["mezo", "rms", "random", *RECIPES])
+    parser.add_argument("--lr", nargs="+", type=float, default=[1.5e-4, 3e-4, 6e-4])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--meta-steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--meta-steps", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()

@@ -37,7 +37,7 @@ def weights(tuner: Tuner) -> list[torch.Tensor]:
     return [parameter.detach() for parameter in tuner.pertnn.parameters()]
 
 
-@pytest.mark.parametrize("how", ["published", "ratio"])
+@pytest.mark.parametrize("how", ["published", "ratio", "unrolled"])
 def test_the_folder_holds_the_tuner_and_what_happened(settings, how: str):
     changes = {
         "ratio": {"objective": "ratio", "features": "log", "parametrisation": "rms_exp", "meta_optimizer": "adam"},
@@ -47,6 +47,7 @@ def test_the_folder_holds_the_tuner_and_what_happened(settings, how: str):
             "blocks": "layer",
             "separate_batch": True,
         },
+        "unrolled": {"unroll": 2, "detach_kappa": False, "task": ["pico_span"], "teacher": "adamw"},
     }[how]
     config = settings(**changes)
     tuner = meta_train(config)
