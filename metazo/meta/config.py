@@ -12,7 +12,7 @@ from metazo.errors import UserError
 
 @dataclass
 class MetaConfig:
-    """Everything that decides a meta-training run. As published: `MetaConfig.published(...)`."""
+    """Everything that decides a meta-training run. The paper's own settings: recipe meta-published-copa."""
 
     model: str
     """Folder or Hub id of the base model; pico is the small one that metazo carries"""
@@ -108,12 +108,6 @@ class MetaConfig:
     """Meta-steps between checkpoints for --resume"""
     resume: bool = False
     """Go on with the run in --out"""
-
-    @classmethod
-    def published(cls, model: str, task: list[str], out: Path, **changes: Any) -> MetaConfig:
-        """The paper's single-task recipe (algorithms: trainer_l2l.py on COPA), embeddings counted as published."""
-        values: dict[str, Any] = {"epochs": 15, "restart_every": 5, "batch_size": 8, "embedding_count": "published"}
-        return cls(model, task, out, **values | changes)
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "train_examples", "hidden", "queries", "unroll", "record_every", "save_every"):

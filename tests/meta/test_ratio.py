@@ -98,12 +98,12 @@ def test_curvature_is_the_trace_of_the_fisher_information():
             state={},
         )
 
-    draws = [measure(situation()) for _ in range(4000)]
+    draws = [measure(situation()) for _ in range(1500)]
     trace = torch.stack([curvature for _, _, curvature in draws]).mean(0)
     p = model(task.x).softmax(-1).detach()
     spread = (p * (1 - p)).sum(-1)  # trace of the covariance of the logit gradient
     exact = torch.stack([(spread * task.x.square().sum(-1)).mean(), spread.mean()])
-    torch.testing.assert_close(trace, exact, rtol=0.05, atol=0)
+    torch.testing.assert_close(trace, exact, rtol=0.08, atol=0)
     gradient = torch.autograd.grad(task.loss(model, everything), list(model.parameters()))
     agreement = draws[0][1]
     torch.testing.assert_close(agreement, torch.stack([g.square().sum() for g in gradient]))

@@ -11,12 +11,15 @@ import pytest
 import torch
 from rich.console import Console
 
+from metazo.config import build as build_config
+from metazo.config import read_recipe
 from metazo.errors import UserError
 from metazo.meta.config import MetaConfig
 from metazo.meta.progress import row_of, warning
 from metazo.meta.run import MetaRun
 from metazo.meta.train import build, dry, load, meta_train
 from metazo.meta.trajectory import Trajectory
+from metazo.recipes import locate
 from metazo.run import Interrupted
 from metazo.tuner import Tuner
 
@@ -251,3 +254,8 @@ def test_the_plan_counts_forward_passes(settings, monkeypatch):
     meta_train(config, console=Console(quiet=True))
     assert plan.forwards == len(calls)
     assert plan.steps == 6 and plan.steps_per_epoch == 4
+
+
+def test_the_published_recipe_is_a_config():
+    config = build_config(MetaConfig, read_recipe(locate("meta-published-copa")), {"out": "somewhere"})
+    assert (config.objective, config.embedding_count, config.restart_every) == ("published", "published", 5)
