@@ -9,17 +9,25 @@ use the line; what survives is tried against all tests of the optimizers. Prints
 # ruff: noqa: E501 (one mutant, one line)
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import numba  # noqa: F401 (imported once, here, for every forked run)
+import pytest
+import torch
+from safetensors import torch as _  # noqa: F401
+from transformers import LlamaForCausalLM  # noqa: F401
+
 ROOT = Path(__file__).parents[1]
-CONTRACT = ["tests/optimizers/test_contract.py", "tests/optimizers/test_contract_state.py"]
+CONTRACT = [f"tests/optimizers/test_contract{part}.py" for part in ("_descent", "", "_state")]
+LIMIT = 400  # seconds a run
 
 
 @dataclass(frozen=True)
@@ -104,23 +112,34 @@ MUTANTS = [
 ]  # fmt: skip
 
 
+def _pytest(folder: Path, tests: list[str], methods: str | None) -> None:
+    """In a forked process: the tests on the copy, output to a file."""
+    os.chdir(folder)
+    sys.path.insert(0, str(folder))
+    os.environ["PYTHONPATH"] = str(folder)  # for the processes that the tests start
+    if methods:
+        os.environ["METAZO_CONTRACT_METHODS"] = methods
+    with open(folder / "out", "w") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--rootdir", str(folder), *tests])
+    os._exit(int(code))
+
+
 def run(folder: Path, tests: list[str], methods: str | None) -> str | None:
     """First failing test, or None."""
-    environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
-    if methods:
-        environment["METAZO_CONTRACT_METHODS"] = methods
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--durations=0", *tests]
-    try:
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=400)
-    except subprocess.TimeoutExpired:
+    process = multiprocessing.get_context("fork").Process(target=_pytest, args=(folder, tests, methods))
+    process.start()
+    process.join(LIMIT)
+    if process.is_alive():
+        process.kill()
         return "time limit"
-    if done.returncode == 0:
+    if process.exitcode == 0:
         return None
-    found = re.search(r"^(?:FAILED|ERROR) \S*?(?:::(\S+)|(\S+))", done.stdout, re.M)
-    return (found.group(1) or found.group(2)) if found else f"exit {done.returncode}"
+    found = re.search(r"^(?:FAILED|ERROR) \S*?(?:::(\S+)|(\S+))", (folder / "out").read_text(), re.M)
+    return (found.group(1) or found.group(2)) if found else f"exit {process.exitcode}"
 
 
 def main(words: list[str]) -> None:
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for part in ("metazo", "tests"):

@@ -1,0 +1,93 @@
+"""The contract, method by method: every entry of OPTIMIZERS descends, on problems where it must. See test_contract.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.optimizers.contract import IDS, NAMES, MonkeySaddle, case, llama, make, quadratic, stiff, take
+
+every_method = pytest.mark.parametrize("name", NAMES)
+
+
+def descend(name: str, problem, lr: float, steps: int, **options) -> float:
+    """Loss at the end as a fraction of that at the start."""
+    start = float(problem().detach())
+    optimizer = make(name, problem.named(), lr, **options)
+    for _ in range(steps):
+        take(optimizer, problem)
+    return float(problem().detach()) / start
+
+
+@every_method
+def test_quadratic(name):
+    assert descend(name, quadratic(), case(name).quadratic, 200) < 0.2
+
+
+@every_method
+def test_ill_conditioned_quadratic(name):
+    """Curvatures 1 to 100."""
+    assert descend(name, stiff(), case(name).stiff, 200) < 0.3
+
+
+@every_method
+def test_rademacher(name):
+    assert descend(name, quadratic(), case(name).quadratic, 200, noise="rademacher") < 0.3
+
+
+@every_method
+def test_block_scale(name):
+    if not case(name).scaled:
+        pytest.skip("brings its own block scale")
+    assert descend(name, quadratic(), case(name).quadratic, 200, scale="rms") < 0.3
+
+
+@every_method
+def test_monkey_saddle(name):
+    """Left (loss below -.1) within 700 steps at eps .1, from two of three seeds."""
+    left = 0
+    for seed in range(3):
+        problem = MonkeySaddle()
+        optimizer = make(name, list(problem.named_parameters()), case(name).saddle, eps=0.1, seed=seed)
+        for _ in range(700):
+            take(optimizer, problem)
+            if float(problem().detach()) < -0.1:
+                left += 1
+                break
+        if left == 2:
+            break
+    assert left == 2
+
+
+@every_method
+def test_tiny_llama(name):
+    model = llama()
+
+    def loss():
+        return model(input_ids=IDS, labels=IDS).loss
+
+    with torch.no_grad():
+        start = float(loss())
+        optimizer = make(name, list(model.named_parameters()), case(name).llama)
+        for _ in range(40):
+            take(optimizer, loss)
+        assert float(loss()) < 0.97 * start
+
+
+@every_method
+def test_one_step_descends(name):
+    """<update, gradient> is negative for 36 of 40 seeds or more (28 where entries are rescaled): catches a sign anywhere.
+
+    On a linear loss it would be for all: sum c_k <d_k, g> is a sum of squares for every estimator.
+    """
+    problem = quadratic()
+    start = problem.copies()
+    gradient = torch.autograd.grad(problem(), list(problem.parameters()))
+    descents = 0
+    for seed in range(40):
+        for p, value in zip(problem.parameters(), start):
+            p.data.copy_(value)
+        take(make(name, problem.named(), 1e-6, seed=seed), problem)
+        moves = zip(problem.parameters(), start, gradient)
+        descents += sum(float(((p.detach() - s) * g).sum()) for p, s, g in moves) < 0
+    assert descents >= (28 if case(name).along == "sign" else 36)
