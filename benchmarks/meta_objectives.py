@@ -35,7 +35,14 @@ from metazo.tasks import prepare, resolve
 TUNE_SEED = 1000
 _RMS: dict[str, Any] = {"features": "log", "parametrisation": "rms_exp", "meta_optimizer": "adam", "lr_meta": 3e-3}
 RECIPES: dict[str, dict[str, Any]] = {
-    "published": {"objective": "published", "lr_update": 3e-4, "lr_meta": 0.1},
+    "published": {
+        "objective": "published",
+        "features": "published",
+        "parametrisation": "abs",
+        "lr_update": 3e-4,
+        "meta_optimizer": "sgd",
+        "lr_meta": 0.1,
+    },
     "one-step rms": {"objective": "published", "lr_update": 3e-4, "detach_kappa": False} | _RMS,
     "ratio": {"objective": "ratio"} | _RMS,
 }

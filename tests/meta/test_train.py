@@ -31,6 +31,8 @@ def settings(tiny, tmp_path: Path):
     def make(out: str = "out", **changes) -> MetaConfig:
         values = {"task": ["pico_topic"], "steps": 6, "batch_size": 4, "train_examples": 16, "max_length": 128}
         values |= {"lr_update": 1e-3, "hidden": 8, "save_every": 2, "restart_every": 0.75}
+        values |= {"objective": "published", "features": "published", "parametrisation": "abs"}
+        values |= {"meta_optimizer": "sgd", "lr_meta": 0.1}
         return MetaConfig(model=str(tiny("llama")), out=tmp_path / out, **(values | changes))
 
     return make
@@ -43,7 +45,13 @@ def weights(tuner: Tuner) -> list[torch.Tensor]:
 @pytest.mark.parametrize("how", ["published", "ratio", "unrolled"])
 def test_the_folder_holds_the_tuner_and_what_happened(settings, how: str):
     changes = {
-        "ratio": {"objective": "ratio", "features": "log", "parametrisation": "rms_exp", "meta_optimizer": "adam"},
+        "ratio": {
+            "objective": "ratio",
+            "features": "log",
+            "parametrisation": "rms_exp",
+            "meta_optimizer": "adam",
+            "lr_meta": 3e-3,
+        },
         "published": {
             "task": ["pico_topic", "pico_sentiment"],
             "queries": 2,
@@ -90,7 +98,8 @@ class StopsAt:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"objective": "ratio", "meta_optimizer": "adam", "teacher": "adamw"}, {"record": True}]
+    "changes",
+    [{}, {"objective": "ratio", "meta_optimizer": "adam", "lr_meta": 3e-3, "teacher": "adamw"}, {"record": True}],
 )
 def test_interrupted_and_resumed_is_bit_identical(settings, monkeypatch, tmp_path: Path, changes: dict):
     def with_record(name: str) -> dict:
