@@ -61,22 +61,30 @@ def test_update_lies_along_the_probes(name):
 
 
 @every_method
-def test_a_block_scale_multiplies_the_probe(name):
-    """By kappa sigma_b, the direction being the same otherwise."""
+def test_a_block_scale_multiplies_probe_and_update(name):
+    """By kappa sigma_b, the direction being the same otherwise; the update by one number more, the ratio of the c."""
     if not case(name).scaled:
         pytest.skip("brings its own block scale")
-    probes, sigma = [], torch.ones(2)
-    for scale in (None, "rms"):
-        problem, seen = quadratic(), []
-        optimizer, start = make(name, problem.named(), 1e-3, scale=scale), problem.copies()
-        take(optimizer, lambda: [seen.append(problem.copies()), problem()][1])
-        points = [[value - before for value, before in zip(point, start)] for point in seen]
-        probes.append(next(point for point in points if any(value.abs().max() > 1e-9 for value in point)))
-        sigma = torch.tensor(optimizer.last_step.scales if optimizer.last_step else (), dtype=torch.float64)
-    counts = torch.tensor([12.0, 3.0], dtype=torch.float64)
-    assert sigma.min() < 0.9 * sigma.max()
-    for plain, scaled, factor in zip(*probes, (sigma * normalisation(sigma, counts)).tolist()):
-        torch.testing.assert_close(scaled, plain * factor, rtol=1e-6, atol=1e-12)
+    counts, compared = torch.tensor([12.0, 3.0], dtype=torch.float64), 0
+    for seed in range(4):
+        probes, updates, sigma = [], [], torch.ones(2)
+        for scale in (None, "rms"):
+            problem, seen = quadratic(), []
+            optimizer, start = make(name, problem.named(), 1e-3, scale=scale, seed=seed), problem.copies()
+            take(optimizer, lambda: [seen.append(problem.copies()), problem()][1])
+            points = [[value - before for value, before in zip(point, start)] for point in [*seen, problem.copies()]]
+            probes.append(next(point for point in points if any(value.abs().max() > 1e-9 for value in point)))
+            updates.append(points[-1])
+            sigma = torch.tensor(optimizer.last_step.scales if optimizer.last_step else (), dtype=torch.float64)
+        factors = (sigma * normalisation(sigma, counts)).tolist()
+        assert min(factors) < 0.9 * max(factors)
+        for plain, scaled, factor in zip(*probes, factors):
+            torch.testing.assert_close(scaled, plain * factor, rtol=1e-6, atol=1e-12)
+        ratios = [(b / a).flatten() / f for a, b, f in zip(*updates, factors) if a.abs().max() > 1e-12]
+        if case(name).along == "span" and optimizer.estimator.queries == 1 and len(ratios) == 2:
+            compared += 1
+            torch.testing.assert_close(torch.cat(ratios), ratios[0][0].expand(15), rtol=1e-5, atol=0)
+    assert compared or case(name).along == "sign" or optimizer.estimator.queries > 1
 
 
 @every_method
