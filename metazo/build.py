@@ -119,16 +119,17 @@ def build_optimizer(config: FinetuneConfig, model: nn.Module) -> ZOOptimizer | F
     scale = block_scale(config, model)
     if scale is None and OPTIMIZERS[name] is ZOFinetuner:
         raise UserError("--optimizer zo-finetuner needs --tuner (or use mezo with --scale rms).")
-    rule = {} if config.rule == "method" else {"rule": RULES[config.rule]()}
+    parts: dict[str, Any] = {} if config.rule == "method" else {"rule": RULES[config.rule]()}
+    if config.noise != "method":
+        parts["noise"] = config.noise
     return OPTIMIZERS[name](
         model.named_parameters(),
         eps=config.eps,
         seed=config.seed,
-        noise=config.noise,
         scale=scale,
         precision=config.precision,
         **settings,
-        **rule,
+        **parts,
         **config.method,
     )
 

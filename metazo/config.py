@@ -99,8 +99,8 @@ class FinetuneConfig:
     """Learning rate over the run"""
     weight_decay: float = 0.0
     """Decoupled decay; biases and layer norms are exempt by name"""
-    noise: Literal["gaussian", "rademacher"] = "gaussian"
-    """Distribution of the noise"""
+    noise: Literal["method", "gaussian", "rademacher"] = "method"
+    """Distribution of the noise; method takes the method's own (Gaussian but for fzoo)"""
     scale: Literal["none", "rms"] = "none"
     """Block scale; rms moves each tensor in proportion to its size"""
     rule: Literal["method", "sgd", "momentum", "adam"] = "method"

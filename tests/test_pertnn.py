@@ -11,9 +11,7 @@ from metazo.pertnn import PertNN
 
 def sequentials(blocks: int, features: int = 5, hidden: int = 64) -> list[nn.Sequential]:
     torch.manual_seed(3)
-    layers = [
-        nn.Sequential(nn.Linear(features, hidden), nn.Tanh(), nn.Linear(hidden, 1)) for _ in range(blocks)
-    ]
+    layers = [nn.Sequential(nn.Linear(features, hidden), nn.Tanh(), nn.Linear(hidden, 1)) for _ in range(blocks)]
     return [layer.double() for layer in layers]
 
 

@@ -30,7 +30,9 @@ def recording(name: str) -> Recording:
 
 
 def published_noise(golden: Recording) -> TorchOrderNoise:
-    return TorchOrderNoise(0, seeds=golden.metadata.get("seeds"))
+    """The experiment's numbers: recorded seeds, else those of the run's seed (0 where the recording names none)."""
+    seed = golden.metadata.get("seed", golden.hyperparameters.get("seed", 0))
+    return TorchOrderNoise(int(seed), seeds=golden.metadata.get("seeds"))
 
 
 def follow(golden: Recording, optimizer: ZOOptimizer, problem: Problem, rtol: float = 1e-9) -> list:
