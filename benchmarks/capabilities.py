@@ -37,8 +37,16 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def tiny(dtype: torch.dtype = torch.float32) -> nn.Module:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 512}
-    return LlamaForCausalLM(LlamaConfig(num_attention_heads=4, tie_word_embeddings=True, **sizes)).eval().to(dtype)
+    config = LlamaConfig(
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=512,
+        tie_word_embeddings=True,
+    )
+    model: nn.Module = LlamaForCausalLM(config)
+    return model.eval().to(dtype)
 
 
 def loss_of(model: nn.Module) -> Callable[[], torch.Tensor]:
@@ -94,7 +102,8 @@ def extra_memory(name: str) -> tuple[float, float]:
         with torch.profiler.profile(profile_memory=True) as profile:
             optimizer.step(lambda: next(losses))
         events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
-        moves = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+        memory = [event for event in events if event.name() == "[memory]"]
+        moves = sorted((event.start_ns(), event.nbytes()) for event in memory)  # type: ignore[attr-defined]
         peak = max(peak, *itertools.accumulate((size for _, size in moves), initial=0))
     return state / weights, peak / weights
 
@@ -142,7 +151,17 @@ def probe(name: str) -> dict[str, Any]:
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:
-    heads = ("method", "forwards a step", "state", "temporary", "rides with", "rules", "dtypes", "exact resume", "source")
+    heads = (
+        "method",
+        "forwards a step",
+        "state",
+        "temporary",
+        "rides with",
+        "rules",
+        "dtypes",
+        "exact resume",
+        "source",
+    )
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for name, cells in found.items():
         rides = [what for what in ("rms", "tuner", "rademacher") if cells[what]]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from metazo.errors import UserError
-from metazo.optimizers.base import Step
+from metazo.optimizers.step import Step
 
 VERSION = 1
 

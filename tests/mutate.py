@@ -68,7 +68,7 @@ MUTANTS = [
     Mutant("losses summed over processes", "optimizers/base.py", "/ torch.distributed.get_world_size()", "/ 1"),
     Mutant("closures summed", "optimizers/base.py", "for evaluate in closures) / len(closures)", "for evaluate in closures)"),
     Mutant("frozen trained", "blocks.py", "if param.requires_grad and id(param) not in seen", "if id(param) not in seen"),
-    Mutant("tied counted twice", "optimizers/base.py", "            if id(param) not in seen:\n", "            if True:\n"),
+    Mutant("tied counted twice", "optimizers/groups.py", "            if id(param) not in seen:\n", "            if True:\n"),
     Mutant("one learning rate for all groups", "optimizers/base.py", "lambda tensor: learning_rates[tensor.group]",
            "lambda tensor: learning_rates[0]"),
     Mutant("decay of biases", "optimizers/base.py", "return not any(part in tensor.name", "return True or not any(part in tensor.name"),

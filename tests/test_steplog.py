@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metazo.errors import UserError
-from metazo.optimizers.base import Step
+from metazo.optimizers.step import Step
 from metazo.steplog import StepLog, scan
 
 HEADER = {"method": "mezo", "seed": 3}

@@ -15,60 +15,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from metazo.blocks import NamedTensor, check_names, named_tensors
+from metazo.blocks import NamedTensor, check_names
 from metazo.directions import Direction, Isotropic, Scaled
 from metazo.errors import UserError
 from metazo.estimators import Estimator, TwoPoint
 from metazo.noise import Noise, PhiloxNoise
+from metazo.optimizers.groups import Closure, listed, named_groups, trainable
+from metazo.optimizers.step import Step, Update
 from metazo.probe import Term, Weights
 from metazo.rules import SGD, Rule
 from metazo.scales import BlockScale, RMSScale
 
 State = dict[str, Tensor]
-Closure = Callable[[], Tensor | float]
 
 # MeZO's name rule: these are exempt from weight decay. RoBERTa's LayerNorm.weight and Llama's norm.weight are decayed
 # under it, as they are in the published code.
 DECAY_EXEMPT = ("bias", "layer_norm", "layernorm")
-
-
-@dataclass(frozen=True)
-class Step:
-    """The record of one step: enough to take it again without a forward pass.
-
-    seeds, coefficients: one a query (coefficients empty where the step was skipped: a loss was not finite); losses: in
-    the order of the estimator's probes; lr: of each parameter group; scales: sigma by block where there is a block
-    scale, to be read, not needed: they follow from the weights and the losses before.
-    """
-
-    step: int
-    seeds: tuple[int, ...]
-    losses: tuple[float, ...]
-    coefficients: tuple[float, ...]
-    lr: tuple[float, ...]
-    scales: tuple[float, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class Update:
-    """What a method makes of the losses: c by query, and the direction to update along (None: the probed one).
-
-    terms: (seed, multiple) pairs, the estimate being the sum of multiple * d(seed); None: the step's seeds with c.
-    """
-
-    coefficients: Sequence[float]
-    direction: Direction | None = None
-    terms: Sequence[tuple[int, float]] | None = None
 
 
 def _numbers(**values: float) -> None:
@@ -132,7 +100,7 @@ class ZOOptimizer(Optimizer):
         self.recorder: Callable[[Step], None] | None = None
         self._ready = False
         self.zo_state: State = {}
-        super().__init__(_named_groups(params), {"lr": lr, "weight_decay": weight_decay})
+        super().__init__(named_groups(params), {"lr": lr, "weight_decay": weight_decay})
 
     # -- the three verbs; plain two-point descent unless a method says otherwise ---------------------------------
 
@@ -269,7 +237,7 @@ class ZOOptimizer(Optimizer):
         self.tensors = [
             tensor
             for index, group in enumerate(self.param_groups)
-            for tensor in _trainable(zip(group["param_names"], group["params"]), index)
+            for tensor in trainable(zip(group["param_names"], group["params"]), index)
         ]
         check_names(self.tensors)
         self.weights = Weights(self.tensors, self.noise, self.precision)
@@ -310,34 +278,6 @@ class ZOOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "zo"})
         self.load_tensors_state(state_dict["zo"])
-
-
-def listed(closure: Closure | Sequence[Closure] | None) -> Sequence[Closure]:
-    return [closure] if callable(closure) else list(closure or ())
-
-
-def _trainable(named: Iterable[tuple[str, Tensor]], group: int) -> list[NamedTensor]:
-    named = list(named)
-    return named_tensors(named, group) if any(param.requires_grad for _, param in named) else []
-
-
-def _named_groups(params: Iterable) -> list[dict[str, Any]]:
-    """Parameter groups of (name, parameter) pairs in which no tensor stands twice."""
-    entries = list(params)
-    groups = [dict(entry) for entry in entries] if entries and isinstance(entries[0], dict) else [{"params": entries}]
-    seen: set[int] = set()
-    position = 0
-    for group in groups:
-        members = group["params"]
-        named = []
-        for member in [members] if isinstance(members, Tensor) else list(members):
-            name, param = member if isinstance(member, tuple) else (f"param.{position}", member)
-            position += 1
-            if id(param) not in seen:
-                seen.add(id(param))
-                named.append((name, param))
-        group["params"] = named
-    return groups
 
 
 def _mean_over_processes(loss: float) -> float:

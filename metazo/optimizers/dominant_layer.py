@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from metazo.blocks import named_tensors, partition
 from metazo.errors import UserError
-from metazo.optimizers.base import _named_groups
+from metazo.optimizers.groups import named_groups
 from metazo.optimizers.mezo import MeZO
 
 OUTLIER, OUTLIER_RATIO = 100.0, 1000.0
@@ -99,7 +99,7 @@ class DominantLayer(MeZO):
         queries: int = 1,
         **common,
     ):
-        groups = _named_groups(params)
+        groups = named_groups(params)
         pairs = [pair for group in groups for pair in group["params"]]
         blocks = {block.name: block for block in partition(named_tensors(pairs), "layer")}
         self.layer = choose_layer(list(blocks), layer)

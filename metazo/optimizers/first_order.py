@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from metazo.errors import UserError
-from metazo.optimizers.base import DECAY_EXEMPT, Step
+from metazo.optimizers.base import DECAY_EXEMPT
+from metazo.optimizers.step import Step
 
 FORWARDS_PER_STEP = 3
 RULES: dict[str, Callable[..., torch.optim.Optimizer]] = {

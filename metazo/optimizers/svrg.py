@@ -41,7 +41,9 @@ import torch
 from metazo.blocks import NamedTensor
 from metazo.errors import UserError
 from metazo.estimators import ControlVariate, TwoPoint
-from metazo.optimizers.base import Closure, State, Step, Update, ZOOptimizer, listed
+from metazo.optimizers.base import State, ZOOptimizer
+from metazo.optimizers.groups import Closure, listed
+from metazo.optimizers.step import Step, Update
 
 RISE, FLOOR, MINI_FLOOR = 1.05, 1e-5, 1e-6  # of annealing, as published
 

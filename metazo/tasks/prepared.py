@@ -100,7 +100,7 @@ class Prepared:
             return _forward(model, _inputs(batch)).logits.float()
         if self.at_position:
             words = torch.tensor([word[0] for word in self.words], device=batch["input_ids"].device)
-            logits = _mask_logits(model, batch) if self.kind == "masked" else _last_logits(model, batch, 1)[:, -1]
+            logits = _mask_logits(model, batch) if self.kind == "masked" else last_logits(model, batch, 1)[:, -1]
             return logits[:, words].float()
         rows = self._likelihoods(model, batch).split(batch["rows"].tolist())
         return pad_sequence(list(rows), batch_first=True, padding_value=-torch.inf)
@@ -119,7 +119,7 @@ class Prepared:
     def _likelihoods(self, model: nn.Module, batch: Batch) -> Tensor:
         """Log-likelihood (R,) of each row's answer tokens: summed for label words, the mean for everything else."""
         answer = batch["answer"]
-        logits = _last_logits(model, batch, answer.shape[1] + 1)[:, :-1].float()
+        logits = last_logits(model, batch, answer.shape[1] + 1)[:, :-1].float()
         losses = cross_entropy(logits.transpose(1, 2), answer, reduction="none", ignore_index=-100)
         total = -losses.sum(-1)
         return total if self.task.kind == "classification" else total / (answer != -100).sum(-1)
@@ -157,7 +157,7 @@ def _forward(model: nn.Module, inputs: dict[str, Any]) -> Any:
     return model(**inputs)
 
 
-def _last_logits(model: nn.Module, batch: Batch, keep: int) -> Tensor:
+def last_logits(model: nn.Module, batch: Batch, keep: int) -> Tensor:
     """Logits (R, keep, V) of the last positions; a model that cannot skip the others computes them all."""
     return _forward(model, _inputs(batch) | {"logits_to_keep": keep, "use_cache": False}).logits[:, -keep:]
 

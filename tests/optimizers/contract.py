@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from metazo.optimizers import OPTIMIZERS, ZOOptimizer
-from metazo.optimizers.base import Step
+from metazo.optimizers.step import Step
 from metazo.pertnn import PertNN
 from metazo.scales import TunerScale
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from metazo_cli.zoo import app
 from torch import nn
 from typer.testing import CliRunner
 
 from metazo import zoo
 from metazo.errors import UserError
+from metazo_cli.zoo import app
 from tests.zoo.conftest import make_tuner
 
 
