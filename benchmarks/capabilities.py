@@ -45,8 +45,7 @@ def tiny(dtype: torch.dtype = torch.float32) -> nn.Module:
         vocab_size=512,
         tie_word_embeddings=True,
     )
-    model: nn.Module = LlamaForCausalLM(config)
-    return model.eval().to(dtype)
+    return nn.Module.to(LlamaForCausalLM(config).eval(), dtype)
 
 
 def loss_of(model: nn.Module) -> Callable[[], torch.Tensor]:
@@ -55,7 +54,8 @@ def loss_of(model: nn.Module) -> Callable[[], torch.Tensor]:
 
 
 def tuner_scale(model: nn.Module) -> TunerScale:
-    return TunerScale(pertnn=PertNN(len(partition(named_tensors(model)))))
+    names = [block.name for block in partition(named_tensors(model))]
+    return TunerScale(pertnn=PertNN(len(names)), networks=names)
 
 
 def make(name: str, model: nn.Module, **extra: Any) -> ZOOptimizer:

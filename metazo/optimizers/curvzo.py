@@ -196,11 +196,13 @@ class CurvZO(ZOOptimizer):
         magnitude, stream = state["magnitude"], self.noise.stream(seed)
         new = abs(c) if self.release else c**2
         magnitude.lerp_(torch.as_tensor(new).to(magnitude), self.magnitude_beta if magnitude > 0 else 1.0)
-        drawn = [stream.draw(tensor).double() for tensor in self.selected(state)]
+        chosen = self.selected(state)
+        squares = torch.stack([stream.draw(tensor).square_().sum(dtype=torch.float64).cpu() for tensor in chosen])
         taken = state["selected"]
         if self.release:
-            energy = torch.stack([z.square().sum().cpu() for z in drawn]) / state["pi"][taken] ** 2
+            energy = squares / state["pi"][taken] ** 2
             observed = abs(c) / (float(magnitude) + 1e-12) * energy / energy.sum()
         else:
-            observed = torch.stack([z.square().mean().cpu() for z in drawn]) * (c**2 / max(float(magnitude), 1e-300))
+            sizes = torch.tensor([tensor.param.numel() for tensor in chosen])
+            observed = squares / sizes * (c**2 / max(float(magnitude), 1e-300))
         state["score"][taken] = (1 - self.beta) * state["score"][taken] + self.beta * observed
