@@ -31,19 +31,19 @@ def demo(
     if as_json:
         print(json.dumps(result.runs))
         return
-    table = Table(title="Fine-tuning pico: equal forward passes, test set with words and templates never trained on")
-    for heading in ("task", "method", "lr", "loss before", "loss after", "accuracy", "majority", "forwards", "seconds"):
-        table.add_column(heading, justify="left" if heading in ("task", "method") else "right")
+    table = Table(title=f"Fine-tuning pico: {forwards:,} forward passes each")
+    for heading in ("task", "method", "loss before", "after", "accuracy", "majority", "s"):
+        table.add_column(heading, justify="left" if heading in ("task", "method") else "right", no_wrap=True)
     for task, methods in result.runs.items():
         for method, run in methods.items():
-            table.add_row(
-                task, method, f"{run['lr']:g}", f"{run['before']['loss']:.3f}", f"{run['dev']['loss']:.3f}",
-                f"{run['test']['accuracy']:.3f}", f"{run['test']['majority']:.3f}", f"{run['forwards']:,}",
-                f"{run['seconds']:.0f}",
-            )  # fmt: skip
+            figures = (run["before"]["loss"], run["dev"]["loss"], run["test"]["accuracy"], run["test"]["majority"])
+            table.add_row(task, method, *(f"{figure:.3f}" for figure in figures), f"{run['seconds']:.0f}")
         table.add_section()
     console.print(table)
-    console.print("Losses are on dev, accuracies on test. One seed: a single run shows the workings, not a winner.")
+    console.print(
+        "Losses on dev; accuracy and majority class on test, whose words and templates were never trained on. One seed: a "
+        "single run shows the workings, not a winner."
+    )
     for what, path in result.written.items():
         console.print(f"{what}: {path}", highlight=False)
     console.print(f"{time.monotonic() - started:.0f} s in all")

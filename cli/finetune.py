@@ -75,7 +75,9 @@ def finetune(
 
     names = {item.name for item in options.fields(FinetuneConfig)}
     own = {key: values.pop(key) for key in list(values) if key not in names}
-    own = {key: tuple(value) if isinstance(value, list) else value for key, value in own.items() if value not in (None, [])}
+    own = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in own.items() if value not in (None, [])
+    }
     settings = options.settings(FinetuneConfig, config, {**values, "method": own or None})
     console = Console(stderr=as_json)
     if dry_run:

@@ -197,7 +197,7 @@ class CurvZO(ZOOptimizer):
         new = abs(c) if self.release else c**2
         magnitude.lerp_(torch.as_tensor(new).to(magnitude), self.magnitude_beta if magnitude > 0 else 1.0)
         chosen = self.selected(state)
-        squares = torch.stack([stream.draw(tensor).square_().sum(dtype=torch.float64).cpu() for tensor in chosen])
+        squares = torch.tensor([_square(stream.draw(tensor)) for tensor in chosen], dtype=torch.float64)
         taken = state["selected"]
         if self.release:
             energy = squares / state["pi"][taken] ** 2
@@ -206,3 +206,8 @@ class CurvZO(ZOOptimizer):
             sizes = torch.tensor([tensor.param.numel() for tensor in chosen])
             observed = squares / sizes * (c**2 / max(float(magnitude), 1e-300))
         state["score"][taken] = (1 - self.beta) * state["score"][taken] + self.beta * observed
+
+
+def _square(z: torch.Tensor) -> float:
+    """Sum of squares, without a copy."""
+    return float(torch.dot(z.flatten(), z.flatten()))
