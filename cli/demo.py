@@ -32,16 +32,16 @@ def demo(
         print(json.dumps(result.runs))
         return
     table = Table(title=f"Fine-tuning pico: {forwards:,} forward passes each")
-    for heading in ("task", "method", "loss before", "after", "accuracy", "majority", "s"):
+    for heading in ("task", "method", "before", "after", "accuracy", "majority"):
         table.add_column(heading, justify="left" if heading in ("task", "method") else "right", no_wrap=True)
     for task, methods in result.runs.items():
         for method, run in methods.items():
             figures = (run["before"]["loss"], run["dev"]["loss"], run["test"]["accuracy"], run["test"]["majority"])
-            table.add_row(task, method, *(f"{figure:.3f}" for figure in figures), f"{run['seconds']:.0f}")
+            table.add_row(task, method, *(f"{figure:.3f}" for figure in figures))
         table.add_section()
     console.print(table)
     console.print(
-        "Losses on dev; accuracy and majority class on test, whose words and templates were never trained on. One seed: a "
+        "Before and after: loss on dev; accuracy and majority class on test, whose words and templates were never trained on. One seed: a "
         "single run shows the workings, not a winner."
     )
     for what, path in result.written.items():

@@ -116,8 +116,9 @@ def wait_for_steps(path: Path, count: int, process: subprocess.Popen) -> None:
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("extra", [("--scale=rms",), ("--optimizer=mezo-adam", "--schedule=cosine")])
-@pytest.mark.parametrize("count", [4, 17])
+@pytest.mark.parametrize(
+    ("extra", "count"), [(("--scale=rms",), 4), (("--optimizer=mezo-adam", "--schedule=cosine"), 17)]
+)
 def test_killed_and_resumed_is_bit_identical(tmp_path, extra, count):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert start(whole, *extra).wait() == 0
