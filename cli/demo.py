@@ -41,8 +41,8 @@ def demo(
         table.add_section()
     console.print(table)
     console.print(
-        "Before and after: loss on dev; accuracy and majority class on test, whose words and templates were never trained on. One seed: a "
-        "single run shows the workings, not a winner."
+        "Before and after: loss on dev. Accuracy and majority class: on test, whose words and templates were never trained "
+        "on. One seed: a single run shows the workings, not a winner."
     )
     for what, path in result.written.items():
         console.print(f"{what}: {path}", highlight=False)

@@ -63,7 +63,9 @@ def test_meta_train_push_finetune_evaluate(published, tmp_path):
     done = metazo(*finetune(tmp_path / "run", "--tuner=auto", f"--zoo={published}", "--json"))
     summary = json.loads(done.stdout)
     assert summary["forwards"] == 4 and summary["tuner"] == "auto"
-    shown = metazo("evaluate", f"--model={tmp_path / 'run' / 'model'}", "--task=pico_sentiment", "--examples=16", "--json")
+    shown = metazo(
+        "evaluate", f"--model={tmp_path / 'run' / 'model'}", "--task=pico_sentiment", "--examples=16", "--json"
+    )
     assert json.loads(shown.stdout)["pico_sentiment"]["examples"] == 16
     listed = json.loads(metazo("zoo", "list", "--zoo", str(published), "--json").stdout)
     assert any(entry["base_model"] == "pico" for entry in listed)
