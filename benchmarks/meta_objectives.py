@@ -139,7 +139,7 @@ def main() -> None:
             print(f"{task} {arm}: lr {lr:g}, loss {statistics.mean(losses):.4f} +- "
                   f"{results[task][arm]['spread']:.4f}, accuracy {accuracy:.3f}; grid "
                   + ", ".join(f"{lr:g}: {loss:.3f}" for lr, loss in grid.items()), flush=True)  # fmt: skip
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    settings = {key: value for key, value in vars(args).items() if key != "out"}
     content = {"settings": settings | {"recipes": RECIPES}, "seconds": time.monotonic() - began, "results": results}
     content["torch"] = torch.__version__
     if args.out:

@@ -29,6 +29,7 @@ so that H stays a multiple of the identity. As H grows with the curvature, the l
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
@@ -57,13 +58,13 @@ class CurvatureScaled(ZOOptimizer):
         self.estimator = ThreeLosses()
         super().__init__(params, lr, eps, **common)
 
+    @abstractmethod
     def inverse_root(self, tensor: NamedTensor) -> Tensor:
         """H^-1/2 in the tensor's shape."""
-        raise NotImplementedError
 
+    @abstractmethod
     def absorb(self, tensor: NamedTensor, z: Tensor, second: float) -> None:
         """H <- (1 - a) H + a k H z^2 with k = |second| / (2 eps^2). z may be overwritten."""
-        raise NotImplementedError
 
     def propose(self, state: State, step: int) -> Direction:
         return Diagonal(Isotropic(), self.inverse_root)

@@ -56,7 +56,7 @@ def test_save_and_load_in_mid_run(name, dtype):
     saved = io.BytesIO()
     torch.save({"model": problem.state_dict(), "optimizer": optimizer.state_dict()}, saved)
     saved.seek(0)
-    loaded = torch.load(saved)
+    loaded = torch.load(saved, weights_only=True)
     fresh, other = start(name, dtype)
     fresh.load_state_dict(loaded["model"])
     other.load_state_dict(loaded["optimizer"])
@@ -129,7 +129,7 @@ def _process(rank: int, folder: str) -> None:
 def ends(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     folder = tmp_path_factory.mktemp("processes")
     multiprocessing.spawn(_process, (str(folder),), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
 @every_method
