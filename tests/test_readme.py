@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -21,3 +23,18 @@ def test_the_example_learns():
 def test_links_and_pictures_exist():
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
         assert (Path(__file__).parents[1] / target).exists(), target
+
+
+def test_the_table_of_methods_is_that_of_the_probes():
+    """Rendered from docs/capabilities.json (benchmarks/capabilities.py), and it has every method."""
+    from metazo.optimizers import OPTIMIZERS
+
+    root = Path(__file__).parents[1]
+    spec = importlib.util.spec_from_file_location("capabilities", root / "benchmarks" / "capabilities.py")
+    assert spec is not None and spec.loader is not None
+    capabilities = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(capabilities)
+    found = json.loads((root / "docs" / "capabilities.json").read_text())
+    assert capabilities.rendered(README, found) == README and set(found) == set(OPTIMIZERS)
+    probed = capabilities.probe("lozo")
+    assert probed == found["lozo"]
