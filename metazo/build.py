@@ -22,6 +22,12 @@ from metazo.scales import BlockScale, RMSScale, TunerScale
 from metazo.tuner import Tuner
 
 COMMON = set(inspect.signature(ZOOptimizer.__init__).parameters)
+# Methods that are a rule themselves: another on top would replace or double it.
+OWN_RULE = {
+    "mezo-momentum": "is MeZO with a rule already; use mezo with --rule",
+    "mezo-adam": "is MeZO with a rule already; use mezo with --rule",
+    "lozo-m": "keeps its momentum as a factor; use lozo with --rule",
+}
 
 
 def methods() -> list[str]:
@@ -119,6 +125,8 @@ def build_optimizer(config: FinetuneConfig, model: nn.Module) -> ZOOptimizer | F
     scale = block_scale(config, model)
     if scale is None and OPTIMIZERS[name] is ZOFinetuner:
         raise UserError("--optimizer zo-finetuner needs --tuner (or use mezo with --scale rms).")
+    if config.rule != "method" and name in OWN_RULE:
+        raise UserError(f"--rule {config.rule} under --optimizer {name}, which {OWN_RULE[name]}.")
     parts: dict[str, Any] = {} if config.rule == "method" else {"rule": RULES[config.rule]()}
     if config.noise != "method":
         parts["noise"] = config.noise
