@@ -6,9 +6,9 @@
     theta_b <- theta_b - lr c kappa sigma_b z_b
 
 Differences from the published code (trainer_zo_fine_tuner.py): kappa counts an embedding by its entries and not as
-15 * batch * width (`published_counts` brings that back, and with it a dependence on the batch size); the factors 20
-and 10 that cancel are gone; weight decay and learning-rate schedules work; the networks run as one batched product; the
-statistics of the blocks are read every `every` steps (1: as published). It runs on any device.
+15 * batch * width (a tuner whose embedding_count is "published" brings that back, and a dependence on the batch size);
+the factors 20 and 10 that cancel are gone; weight decay and learning-rate schedules work; the networks run as one
+batched product; the statistics of the blocks are read every `every` steps (1: as published). It runs on any device.
 """
 
 from __future__ import annotations
