@@ -1,0 +1,135 @@
+"""The results of a comparison: one JSON file a run, in a folder that anyone can read without metazo.
+
+    RESULTS/grid.yaml                                   the grid as it was resolved, all defaults written out
+    RESULTS/search.json                                 what the learning-rate searches found: {task: {column: Search}}
+    RESULTS/cells/<task>/<column>/search-<lr>-<seed>.json    a run of the search
+    RESULTS/cells/<task>/<column>/seed-<seed>.json           a run that is reported, at the budget of forward passes
+    RESULTS/cells/<task>/<column>/time-<seed>.json           the same run gone on to the time budget (methods that are
+                                                             faster than the reference; others are read off seed-*)
+
+Each run's file holds exactly three objects, `run_info`, `train_info` and `metrics`; see `Result`. It is written whole or
+not at all. Numbers that are not finite are null.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from metazo.errors import UserError
+from metazo.files import write_whole
+
+PARTS = ("run_info", "train_info", "metrics")
+KINDS = ("search", "seed", "time")
+
+
+@dataclass
+class Result:
+    """One run of a comparison.
+
+    run_info: task, column, kind ("search", "seed", "time"), seed, lr, model, optimizer, label (the column in words),
+        metric (name of the task's first metric, None for a pure language-model loss), budget (forward passes asked for),
+        configuration (the FinetuneConfig of the run), hashes {model, data, tuner} (sha256, or what the Hub calls the
+        version), key (hash of configuration and hashes: the run is not repeated while it is the same), versions,
+        machine {cores, threads, system, cpu, gpu}, workers, started (UTC), status ("finished" or "failed"),
+        reason (a sentence where it failed, else None).
+    train_info: curve, a list of {step, forwards, seconds, train_loss, lr, dev {loss, metric..., majority, examples}}
+        from step 0 (before training) on; `seconds` is the time of training without evaluation; steps, forwards, seconds
+        (of the whole run, without evaluation), evaluation_seconds, trained_weights, peak_memory_bytes (most that was
+        resident above what the worker held before it loaded the model; on a GPU the peak of its allocator),
+        sigma: None, or {"blocks": [name...], "steps": [...], "values": [[sigma of each block] for each step]}.
+        A failed run keeps what it has; values it has not reached are None and the curve ends early.
+    metrics: before, dev, test: {loss, metric..., examples}; before is dev before training; majority {dev, test}:
+        accuracy of the commonest answer. All None for a failed run.
+    """
+
+    run_info: dict[str, Any]
+    train_info: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def finished(self) -> bool:
+        return self.run_info["status"] == "finished"
+
+    def save(self, path: Path) -> None:
+        text = json.dumps(_plain(asdict(self)), indent=1, allow_nan=False)
+        write_whole(path, (text + "\n").encode())
+
+    @classmethod
+    def load(cls, path: Path) -> Result:
+        """Raises UserError for a file that is no result."""
+        content = _read(path)
+        if not isinstance(content, dict) or tuple(sorted(content)) != tuple(sorted(PARTS)):
+            raise UserError(f"{path} is no result of a comparison: it must hold exactly {', '.join(PARTS)}.")
+        if "status" not in content["run_info"]:
+            raise UserError(f"{path} is no result of a comparison: its run_info has no status.")
+        return cls(**content)
+
+
+@dataclass
+class Search:
+    """What the search of a column's learning rate on a task found.
+
+    lr: chosen, None where every rate failed; losses: mean dev loss by learning rate ("%g"), None where a run failed;
+    at_boundary: the chosen rate is the smallest or largest tried, so that a better one may lie outside; seeds: of the
+    search; runs, forwards: what it cost; budget: forward passes of each of its runs.
+    """
+
+    lr: float | None
+    losses: dict[str, float | None]
+    at_boundary: bool
+    seeds: list[int]
+    runs: int
+    forwards: int
+    budget: int
+
+
+def cell_path(results: Path, task: str, column: str, kind: str, seed: int, lr: float | None = None) -> Path:
+    """Where a run's file is."""
+    name = f"search-{lr:g}-{seed}" if kind == "search" else f"{kind}-{seed}"
+    return results / "cells" / task / column / f"{name}.json"
+
+
+def read_results(results: Path, *kinds: str) -> Iterator[Result]:
+    """All runs of a comparison (of some kinds), by task, column and file name. Raises UserError where there are none."""
+    files = sorted((results / "cells").glob("*/*/*.json"))
+    if not files:
+        raise UserError(f"{results} holds no results of metazo compare (no cells/<task>/<column>/*.json).")
+    for file in files:
+        if not kinds or file.name.split("-")[0] in kinds:
+            yield Result.load(file)
+
+
+def write_search(results: Path, found: dict[str, dict[str, Search]]) -> None:
+    plain = {task: {column: asdict(search) for column, search in columns.items()} for task, columns in found.items()}
+    write_whole(results / "search.json", (json.dumps(_plain(plain), indent=1) + "\n").encode())
+
+
+def read_search(results: Path) -> dict[str, dict[str, Search]]:
+    """search.json; empty where there is none yet."""
+    path = results / "search.json"
+    if not path.exists():
+        return {}
+    return {task: {name: Search(**s) for name, s in columns.items()} for task, columns in _read(path).items()}
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}.") from error
+
+
+def _plain(value: Any) -> Any:
+    """JSON values: paths as text, numbers that are not finite as None."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
