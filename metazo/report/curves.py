@@ -1,0 +1,68 @@
+"""Pictures of runs: loss and metric against forward passes, on paper and for colour-blind eyes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from .style import look, save, styled
+
+UNITS = {
+    "loss": "mean loss of an example (nats)",
+    "accuracy": "share of examples right (0 to 1)",
+    "macro_f1": "F1, mean over classes (0 to 1)",
+    "mcc": "Matthews correlation (-1 to 1)",
+    "f1": "F1 of the words (0 to 1)",
+    "exact_match": "share of exact answers (0 to 1)",
+    "exact_number": "share of right numbers (0 to 1)",
+}
+
+
+def plot_curves(
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]],
+    path: Path,
+    *,
+    x: str,
+    y: str | Mapping[str, str],
+    title: str = "",
+    levels: Mapping[str, tuple[str, float]] | None = None,
+) -> None:
+    """One panel a key, one line a label: (x, y) points. Written as PNG or SVG, by the ending of `path`.
+
+    y: the vertical axis with its unit, for all panels or by panel; levels: a named horizontal line by panel.
+    """
+    with styled():
+        figure = Figure(figsize=(5.2 * len(panels), 3.8), layout="constrained")
+        for axis, (name, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+            for index, (label, points) in enumerate(lines.items()):
+                axis.plot(*zip(*points), label=label, **look(index))
+            if levels and name in levels:
+                label, height = levels[name]
+                axis.axhline(height, color="#666666", linewidth=1, label=label)
+            axis.set(title=name, xlabel=x, ylabel=y if isinstance(y, str) else y[name])
+            axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+            axis.legend()
+        if title:
+            figure.suptitle(title, fontsize=11)
+    save(figure, path)
+
+
+def plot_run(records: Sequence[dict[str, Any]], path: Path, title: str, metrics: Sequence[str] = ()) -> None:
+    """The curves of one run from its metrics.jsonl: loss on train and dev, and the dev metric beside it."""
+    losses = {
+        "train (mean since the point before)": [(r["forwards"], r["train_loss"]) for r in records if r["train_loss"]],
+        "dev": [(r["forwards"], r["dev"]["loss"]) for r in records if "loss" in r["dev"]],
+    }
+    panels = {"loss": {label: points for label, points in losses.items() if points}}
+    levels = {}
+    for metric in metrics[:1]:
+        points = [(r["forwards"], r["dev"][metric]) for r in records if metric in r["dev"]]
+        if points:
+            panels[metric] = {"dev": points}
+        if records and metric == "accuracy" and "majority" in records[0]["dev"]:
+            levels[metric] = ("majority class", records[0]["dev"]["majority"])
+    plot_curves(panels, path, x="forward passes over a batch", y=UNITS, title=title, levels=levels)

@@ -1,0 +1,99 @@
+"""How pictures look: colours for all eyes, and a marker and a line style each, so that grey print tells lines apart too."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+# Okabe and Ito (2008), without the yellow that vanishes on white; with each a marker and a line style of its own.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "h")
+STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+# Text is laid out in the font that matplotlib carries, the widest of these, and shown in the first that the reader has.
+FONT, SHOWN_FONTS = "DejaVu Sans", "'Helvetica Neue', Helvetica, Arial, 'Liberation Sans', 'DejaVu Sans', sans-serif"
+SETTINGS: dict[str, Any] = {
+    "font.family": FONT,
+    "font.size": 9.5,
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#666666",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.7,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 5,
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "metazo",  # the same picture is the same bytes
+    "text.parse_math": False,  # a dollar in a name is a dollar
+}
+
+
+@contextmanager
+def styled() -> Iterator[None]:
+    """Within, figures look as above. No window system is touched: figures are made without pyplot."""
+    with matplotlib.rc_context(SETTINGS):
+        yield
+
+
+def look(index: int) -> dict[str, Any]:
+    """Colour, marker and line style of the index-th line; no two of the first 35 share all three."""
+    return {
+        "color": COLOURS[index % len(COLOURS)],
+        "marker": MARKERS[index % len(MARKERS)],
+        "linestyle": STYLES[index % len(STYLES)],
+    }
+
+
+def log_axis(axes: Axes, which: str, show: Callable[[float], str] = "{:g}".format) -> None:
+    """A logarithmic axis with its numbers written out: 0.0003, not a power in mathematical type."""
+    getattr(axes, f"set_{which}scale")("log")
+    axis = getattr(axes, f"{which}axis")
+    low, high = getattr(axes, f"get_{which}lim")()
+    decades = high / low if low > 0 else 1e9
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 50 else (1, 3) if decades < 500 else (1,)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: show(value)))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def short(value: float) -> str:
+    """A number in at most five characters: 850, 1.2k, 3M, 2e-05."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+def svg(figure: Figure) -> str:
+    """The figure as SVG; the same figure gives the same text."""
+    buffer = io.StringIO()
+    with styled():
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return buffer.getvalue().replace(f"'{FONT}'", SHOWN_FONTS)
+
+
+def data_uri(figure: Figure) -> str:
+    """The figure as the src of an <img>: self-contained, and what its text says can never act on the page."""
+    return "data:image/svg+xml;base64," + base64.b64encode(svg(figure).encode()).decode()
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write PNG or SVG, by the path's ending, without dates."""
+    if path.suffix == ".svg":
+        path.write_text(svg(figure))
+    else:
+        with styled():
+            figure.savefig(path, dpi=130, metadata={"Software": None})
