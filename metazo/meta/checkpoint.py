@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 
 from metazo.errors import UserError
 from metazo.meta.run import MetaRun
-from metazo.meta.tensorfile import read_tensors, write_tensors
+from metazo.tensorfile import read_tensors, write_tensors
 
 NAME = "checkpoint.safetensors"
 

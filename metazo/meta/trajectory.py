@@ -26,7 +26,7 @@ from metazo.meta.gradient import Loss
 from metazo.meta.path import load_weights, weights_of
 from metazo.meta.reset import put
 from metazo.meta.teacher import Teacher
-from metazo.meta.tensorfile import read_tensors, write_tensors
+from metazo.tensorfile import read_tensors, write_tensors
 from metazo.run import require_space
 
 FORMAT_VERSION = 1
