@@ -125,10 +125,15 @@ class FinetuneConfig:
     """Longest input in tokens; by default the model's context"""
     kind: Literal["auto", "causal", "masked", "classifier"] = "auto"
     """How the model is used; auto follows its architecture"""
+    head: Literal["auto", "checkpoint", "linear", "prototype"] = "auto"
+    """Of a classifier: transformers' own class (checkpoint), or a linear layer or fixed label prototypes on pooled hidden
+    states; auto takes linear for sentence-transformers checkpoints"""
     train: list[str] = field(default_factory=list)
     """Patterns of tensor names to train (all others rest), such as '*attn*'"""
     freeze: list[str] = field(default_factory=list)
     """Patterns of tensor names to leave as they are"""
+    lora: int = 0
+    """Rank of LoRA adapters that are trained instead of the weights (needs the extra peft); 0: none"""
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
     """Type of the weights in the forward pass"""
     precision: Literal["auto", "in-place", "master"] = "auto"
@@ -139,8 +144,8 @@ class FinetuneConfig:
     """Steps between evaluations on dev; by default a tenth of the run"""
     eval_batch_size: int = 32
     """Examples a batch in evaluation"""
-    keep: Literal["best", "last"] = "best"
-    """Which weights to save and test: best on dev, as in the papers, or the last"""
+    keep: Literal["best", "last", "none"] = "best"
+    """Which weights to save and test: best on dev, as in the papers, the last, or none (the last are tested)"""
     snapshot_every: int = 500
     """Steps between snapshots for --resume (0: none, resuming replays the log from the base model)"""
     seed: int = 0
@@ -151,7 +156,7 @@ class FinetuneConfig:
     def __post_init__(self):
         for name in ("batch_size", "accumulate", "train_examples", "eval_batch_size"):
             _at_least(name, getattr(self, name), 1)
-        for name in ("dev_examples", "test_examples", "snapshot_every"):
+        for name in ("dev_examples", "test_examples", "snapshot_every", "lora"):
             _at_least(name, getattr(self, name), 0)
         for name in ("steps", "forwards", "eval_every", "max_length"):
             if getattr(self, name) is not None:

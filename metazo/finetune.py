@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 import metazo
+from metazo.adapters import load_adapters
 from metazo.config import FinetuneConfig
 from metazo.errors import UserError
 from metazo.evaluate import evaluate
@@ -94,6 +95,7 @@ class _Run:
         self.log = StepLog(folder.path / "steps.jsonl", header)
         self.records = folder.records()
         self.started = time.monotonic() - (self.records[-1]["seconds"] if self.records else 0.0)
+        self.evaluating = 0.0  # seconds of evaluation in this process
         self.losses: list[float] = []
         self.failures = 0
 
@@ -186,21 +188,31 @@ class _Run:
 
     def _evaluate(self, step: int) -> None:
         """Record the mean training loss since the last evaluation and the metrics on dev; keep the model if best."""
-        config = self.config
+        config, paused = self.config, time.monotonic()
         dev = self._scores("dev") if config.dev_examples else {}
         record = {
             "step": step,
             "forwards": self.optimizer.forwards,
-            "seconds": round(time.monotonic() - self.started, 3),
+            "seconds": round(paused - self.started - self.evaluating, 3),  # of training alone
             "train_loss": _mean(self.losses) if self.losses else None,
             "lr": self.optimizer.param_groups[0]["lr"],
             "dev": dev,
+            **self._sigma(),
         }
         self.losses = []
         if config.keep == "best" and self._merit(record) > max(map(self._merit, self.records), default=(-math.inf,)):
             self._save_model()
         self.records.append(record)
         self.folder.record(**record)
+        self.evaluating += time.monotonic() - paused
+
+    def _sigma(self) -> dict[str, Any]:
+        """The block scales of the step before, by block, where there are any."""
+        optimizer = self.optimizer
+        if not isinstance(optimizer, ZOOptimizer) or optimizer.scale is None or not optimizer.steps:
+            return {}
+        names = (block.name for block in optimizer.scale.blocks)
+        return {"sigma": dict(zip(names, optimizer.zo_state["scale/sigma"].tolist()))}
 
     def _merit(self, record: dict[str, Any]) -> tuple[float, ...]:
         metric = self.prepared.task.metric[0] if self.prepared.task.metric else None
@@ -226,7 +238,7 @@ class _Run:
         config, path = self.config, self.folder.path
         if config.keep == "last":
             self._save_model()
-        else:
+        elif config.keep == "best":
             self._load_best(path / "model")
         test = self._scores("test") if config.test_examples else {}
         best = max(self.records, key=self._merit)
@@ -251,6 +263,9 @@ class _Run:
         return summary
 
     def _load_best(self, folder: Path) -> None:
+        if self.config.lora:
+            load_adapters(self.model, folder)
+            return
         kept = type(self.model).from_pretrained(folder, dtype=self.setup.loaded.dtype)  # type: ignore[attr-defined]
         self.model.load_state_dict(kept.state_dict())
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
+from metazo.adapters import add_adapters
 from metazo.build import build_optimizer, resolve_device, select_trainable
 from metazo.config import FinetuneConfig
 from metazo.errors import UserError
@@ -17,6 +18,7 @@ from metazo.optimizers import ZOOptimizer
 from metazo.optimizers.first_order import FirstOrder
 from metazo.optimizers.svrg import MeZOSVRG
 from metazo.run import size
+from metazo.sentence import SentenceClassifier
 from metazo.tasks import Prepared, prepare, resolve
 
 
@@ -40,6 +42,7 @@ class Setup:
         state = sum(tensor.numel() * tensor.element_size() for tensor in self.optimizer.tensors_state().values())
         trainable = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
         snapshots = 2 * (trainable + state) if config.snapshot_every else 0
+        saved = 0 if config.keep == "none" else trainable if config.lora else weights
         group = self.optimizer.param_groups[0]
         return {
             "model": f"{self.loaded.name} ({self.loaded.kind}, {config.dtype}, {self.device})",
@@ -52,8 +55,8 @@ class Setup:
             "(times the mean square of a direction's entries)",
             "steps": f"{self.steps:,}, {self.forwards:,} forward passes over {config.batch_size} examples",
             "memory": f"weights {size(weights)}, optimizer {size(state)}, one batch's activations beside them",
-            "disk": f"tuned model {size(weights)}, snapshots {size(snapshots)}, log {size(160 * self.steps)}",
-            "bytes on disk": weights + snapshots + 160 * self.steps,
+            "disk": f"tuned model {size(saved)}, snapshots {size(snapshots)}, log {size(160 * self.steps)}",
+            "bytes on disk": saved + snapshots + 160 * self.steps,
         }
 
 
@@ -67,6 +70,7 @@ def set_up(config: FinetuneConfig) -> Setup:
         dtype=config.dtype,
         device=device,
         num_labels=len(task.labels) if task.kind == "classification" else None,
+        head=config.head,
         seed=config.seed,
     )
     prepared = prepare(
@@ -79,7 +83,11 @@ def set_up(config: FinetuneConfig) -> Setup:
         seed=config.seed,
         max_length=config.max_length,
     )
-    trained = select_trainable(loaded.model, config.train, config.freeze)
+    adapters = add_adapters(loaded, config.lora, config.seed) if config.lora else []
+    trained = select_trainable(loaded.model, config.train or adapters, config.freeze)
+    if isinstance(loaded.model, SentenceClassifier):
+        loaded.model.cache_frozen()
+        loaded.model.fit_prototypes(prepared, config.eval_batch_size)
     optimizer = build_optimizer(config, loaded.model)
     if isinstance(optimizer, MeZOSVRG):
         optimizer.full_closure = FullLoss(loaded.model, prepared, config.eval_batch_size, device)
