@@ -148,15 +148,21 @@ class FinetuneConfig:
     """Which weights to save and test: best on dev, as in the papers, the last, or none (the last are tested)"""
     snapshot_every: int = 500
     """Steps between snapshots for --resume (0: none, resuming replays the log from the base model)"""
+    flush_every: int = 1
+    """Steps between hand-overs of the step log to the operating system; a killed process computes the rest again"""
+    fsync_every: int = 100
+    """Steps between syncs of the step log to the disk (0: at evaluations and snapshots alone), for power loss"""
+    max_bad_steps: int = 10
+    """Steps in a row whose loss is not finite, after which the run stops"""
     seed: int = 0
     """Seed of noise, data order, split and a new head"""
     resume: bool = False
-    """Go on with the run in --out"""
+    """Go on with the run in --out; its settings are read from there"""
 
     def __post_init__(self):
-        for name in ("batch_size", "accumulate", "train_examples", "eval_batch_size"):
+        for name in ("batch_size", "accumulate", "train_examples", "eval_batch_size", "flush_every", "max_bad_steps"):
             _at_least(name, getattr(self, name), 1)
-        for name in ("dev_examples", "test_examples", "snapshot_every", "lora"):
+        for name in ("dev_examples", "test_examples", "snapshot_every", "fsync_every", "lora"):
             _at_least(name, getattr(self, name), 0)
         for name in ("steps", "forwards", "eval_every", "max_length"):
             if getattr(self, name) is not None:
