@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint wheel clean
+.PHONY: demo bench test lint wheel clean
 
 # torch first: what depends on it would pull the newest build, with gigabytes of CUDA packages.
 .venv/.installed: pyproject.toml constraints.txt
@@ -14,6 +14,9 @@ BIN := .venv/bin
 
 demo: .venv/.installed  ## meta-train, publish, fine-tune and compare on the embedded model
 	$(BIN)/metazo demo --out runs/demo --overwrite
+
+bench: .venv/.installed  ## what a step costs beside its forward passes, on this machine: about half an hour
+	$(BIN)/metazo bench --out runs/bench
 
 test: .venv/.installed  ## lint and the whole suite, offline
 	$(BIN)/ruff check .

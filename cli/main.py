@@ -38,7 +38,7 @@ def _main(
 @cache
 def _mount() -> None:
     """Add the commands; here and not above, so that importing this module is cheap."""
-    from . import demo, env, evaluate, finetune, meta_train, recipes, tasks, zoo
+    from . import bench, demo, env, evaluate, finetune, meta_train, recipes, tasks, zoo
 
     app.command("demo")(demo.demo)
     app.command("finetune")(finetune.command)
@@ -47,6 +47,7 @@ def _mount() -> None:
     app.add_typer(zoo.app, name="zoo")
     app.command("tasks")(tasks.tasks)
     app.command("recipes")(recipes.recipes)
+    app.command("bench")(bench.bench)
     app.command("env")(env.env)
 
 

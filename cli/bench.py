@@ -1,0 +1,95 @@
+"""metazo bench"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+
+def bench(
+    suite: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="steps, kernels, memory, meta, scaling, threads, or one part as SUITE/PART; may be repeated."
+        ),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Small models, one shape: to see that it works.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, or cuda for bfloat16 models of 134M, 1.3B and 8B.")] = "cpu",
+    rounds: Annotated[int, typer.Option(help="Rounds behind each median, at least.", min=5)] = 5,
+    out: Annotated[Path, typer.Option(help="Folder for speed.json, speed.md and speed.png.")] = Path("runs/bench"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Measure what a step costs beside its forward passes: time, memory, kernels, scaling, on this machine.
+
+    The whole takes about half an hour on 2 cores. Each part is written when it is done; figures of parts measured before
+    stay in --out.
+    """
+    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.table import Table
+
+    from metazo.bench import render, suites
+    from metazo.errors import UserError
+    from metazo.files import write_whole
+    from metazo.run import Interrupted
+
+    _check(device)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; name a folder.")
+    settings = suites.Settings(quick, device, rounds)
+    chosen = suites.selected(suites.parts(settings), suite or [])
+    console = Console(stderr=as_json)
+    columns = (
+        TextColumn("{task.description}"),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[case]}"),
+    )
+    done: list[suites.Part] = []
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("bench", total=len(chosen), case="")
+        measured = 0
+
+        def start(part: suites.Part) -> None:
+            nonlocal measured
+            measured = 0
+            progress.update(task, description=f"{part.suite}/{part.name}", completed=len(done), case="")
+            done.append(part)
+
+        def tick() -> None:
+            nonlocal measured
+            measured += 1
+            progress.update(task, case=f"{measured} timings")
+
+        try:
+            result = suites.run(chosen, out, settings, start=start, tick=tick)
+        except KeyboardInterrupt:
+            raise Interrupted(
+                f"{len(done) - 1} of {len(chosen)} parts are in {out}; name the rest with --suite."
+            ) from None
+    write_whole(out / "speed.md", (render.markdown(result) + "\n").encode())
+    render.plot(result, out / "speed.png")
+    if as_json:
+        print(json.dumps(result))
+        return
+    for each in render.tables(result):
+        table = Table(*each.heads, title=each.title)
+        for row in each.rows:
+            table.add_row(*row)
+        console.print(table)
+    console.print(render.sentence(result), highlight=False)
+    console.print(f"speed.json, speed.md and speed.png are in {out}", highlight=False)
+
+
+def _check(device: str) -> None:
+    import torch
+
+    from metazo.errors import UserError
+
+    if device != "cpu" and not device.startswith("cuda"):
+        raise UserError(f"--device {device!r} is not measured: choose cpu or cuda.")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {device}: torch sees no CUDA device here; leave the flag out to measure the CPU.")

@@ -1,0 +1,52 @@
+"""Parameters a second of each kernel, beside what memory allows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metazo.bench.timing import interleaved, spread
+from metazo.blocks import NamedTensor, tensor_id
+from metazo.noise import PhiloxNoise
+
+DTYPES = ("float32", "bfloat16")
+
+
+def measure(
+    threads: int, count: int, *, rounds: int = 5, device: str = "cpu", tick: Callable[[], None] = lambda: None
+) -> list[dict[str, Any]]:
+    """Rows of {case, dtype, rate}, rate in millions of parameters a second, on one tensor of `count` entries."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        rows = []
+        for dtype in DTYPES:
+            cases = _cases(torch.zeros(count, dtype=getattr(torch, dtype), device=device))
+            samples = interleaved(cases, rounds, seconds=3.0, device=device, tick=tick)
+            for name, values in samples.items():
+                rows.append({"case": name, "dtype": dtype, "rate": spread([count / 1e6 / value for value in values])})
+        return rows
+    finally:
+        torch.set_num_threads(before)
+
+
+def _cases(weights: Tensor) -> dict[str, Callable[[], object]]:
+    """All of them in place on the same weights, so that none is helped or hurt by where its memory lies."""
+    tensor = NamedTensor("bench", torch.nn.Parameter(weights), tensor_id("bench"))
+    out = tensor.param.data
+    gaussian, rademacher = (PhiloxNoise(0, kind).stream(1) for kind in ("gaussian", "rademacher"))
+    return {
+        "plain add: out += a": lambda: out.add_(1e-9),
+        "Gaussian: out += a z": lambda: gaussian.add_(tensor, out, 1e-9),
+        "Gaussian: out = b out + a z": lambda: gaussian.add_(tensor, out, 1e-9, 0.999),
+        "Rademacher: out += a z": lambda: rademacher.add_(tensor, out, 1e-9),
+        "torch normal_": lambda: torch.empty_like(out).normal_(),
+        "published pass": lambda: _published(out),
+    }
+
+
+def _published(out: Tensor) -> Tensor:
+    return out + 1 * torch.normal(mean=0.0, std=1.0, size=out.shape, dtype=out.dtype, device=out.device) * 1e-9

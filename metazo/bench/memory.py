@@ -1,0 +1,100 @@
+"""Peak memory above inference, each method in a process of its own.
+
+    python -m metazo.bench.memory METHOD SIZE BATCH LENGTH DTYPE DEVICE      prints one line of JSON
+
+The child loads the kernels on a tiny model, runs forward passes on the real one, notes the peak, takes three steps and
+notes the peak again. On Linux the peak is the kernel's high-water mark of resident memory, set back in between; on CUDA
+it is the allocator's. Elsewhere it is getrusage's, which cannot be set back.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from metazo.bench.models import Shape, build, lm_loss, weight_bytes
+from metazo.bench.steps import METHODS
+
+FIRST_ORDER = "AdamW, first-order"
+MEASURED = [name for name in METHODS if "forwards" not in name] + [FIRST_ORDER]
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def measure(method: str, size: str, shape: Shape, dtype: str = "float32", device: str = "cpu") -> dict[str, Any]:
+    """A row of {case, weights, inference, above, fixed}, in bytes; above is at the peak of three steps, fixed is what
+    loading the method's kernels costs once, whatever the model. Raises RuntimeError where the child fails.
+    """
+    command = [sys.executable, "-m", __spec__.name, method, size, *map(str, shape), dtype, device]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the measurement of {method} ended with {done.returncode}: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _make(method: str, model: Any) -> Any:
+    if method != FIRST_ORDER:
+        return METHODS[method](model)
+    from metazo.optimizers.first_order import FirstOrder
+
+    return FirstOrder("first-order-adamw", model.named_parameters(), lr=1e-9)
+
+
+def _reset(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(OSError, AttributeError):  # give freed memory back, or steps could hide in it (glibc)
+        ctypes.CDLL(None).malloc_trim(0)
+    with suppress(OSError):
+        _CLEAR.write_text("5")
+
+
+def _peak(device: str) -> int:
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    if _STATUS.exists():
+        line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def child(method: str, size: str, shape: Shape, dtype: str, device: str) -> dict[str, Any]:
+    """What `measure` asks of its process."""
+
+    def steps(of: Any, count: int) -> int:
+        _reset(device)
+        optimizer, loss = _make(method, of), lm_loss(of, shape)
+        for _ in range(count):
+            optimizer.step(loss)
+        return _peak(device)
+
+    def forwards(of: Any) -> int:
+        _reset(device)
+        loss = lm_loss(of, shape)
+        for _ in range(2):
+            with torch.inference_mode():
+                loss()
+        return _peak(device)
+
+    tiny = build("1M", dtype, device)
+    fixed = -forwards(tiny) + steps(tiny, 2)
+    del tiny
+    model = build(size, dtype, device)
+    inference = forwards(model)
+    above = steps(model, 3) - inference
+    row = {"weights": weight_bytes(model), "inference": inference, "above": above, "fixed": fixed}
+    return {"case": method, **row}
+
+
+if __name__ == "__main__":
+    _method, _size, _batch, _length, _dtype, _device = sys.argv[1:]
+    print(json.dumps(child(_method, _size, (int(_batch), int(_length)), _dtype, _device)))

@@ -1,0 +1,221 @@
+"""Tables and plot from speed.json, for the terminal and for documents.
+
+    python -m metazo.bench.render benchmarks/speed.json docs/speed.md README.md
+
+puts the tables between the markers of each document and draws speed.png beside the first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from metazo.bench import results
+from metazo.bench.meta import META
+from metazo.bench.steps import FORWARDS, PASSES, PUBLISHED
+
+# Step / (2 x forward), at most; for the published loop over our step, at least. 134M Llama, float32, 2 cores.
+TARGETS = {
+    "MeZO": {"1x32": 2.0, "8x64": 1.20, "16x128": 1.07},
+    "MeZO, Rademacher": {"1x32": 1.35, "8x64": 1.07, "16x128": 1.03},
+    "LOZO": {"1x32": 1.0, "8x64": 1.15, "16x128": 1.10},
+    f"{PUBLISHED} / MeZO": {"1x32": 8, "8x64": 2.7, "16x128": 1.5},
+}
+META_TARGET, MEMORY_TARGET = 1.05, 5.0
+MEMORY_BOUND = ("MeZO", "MeZO, Rademacher", "LOZO", "CurvZO", "ZO Fine-tuner")
+
+
+@dataclass
+class Table:
+    title: str
+    heads: list[str]
+    rows: list[list[str]]
+
+    def markdown(self) -> str:
+        lines = ["| " + " | ".join(cells) + " |" for cells in (self.heads, *self.rows)]
+        lines.insert(1, "|---" + "|---:" * (len(self.heads) - 1) + "|")
+        return f"**{self.title}**\n\n" + "\n".join(lines)
+
+
+def figure(value: dict[str, float], digits: int = 2) -> str:
+    """Median and quartiles."""
+    return f"{value['median']:.{digits}f} ({value['low']:.{digits}f}–{value['high']:.{digits}f})"
+
+
+def judged(text: str, value: float, target: float | None, least: bool = False) -> str:
+    if target is None:
+        return text
+    met = value >= target if least else value <= target
+    return f"{text}; {'≥' if least else '≤'} {target:g} {'met' if met else 'not met'}"
+
+
+def tables(result: dict[str, Any]) -> list[Table]:
+    """One for each suite that was measured."""
+    suites, made = result["suites"], []
+    for suite, maker in {
+        "steps": _steps, "threads": _steps, "scaling": _steps, "kernels": _kernels, "memory": _memory, "meta": _meta,
+    }.items():  # fmt: skip
+        if suite in suites:
+            made.append(maker(suite, suites[suite], result["environment"]))
+    return made
+
+
+def _pivot(parts: dict[str, Any], cell: Any, key: Any = lambda row: row["case"]) -> list[list[str]]:
+    """Cases down, parts across."""
+    names = list(dict.fromkeys(key(row) for part in parts.values() for row in part["rows"]))
+    body = []
+    for name in names:
+        cells = []
+        for part, content in parts.items():
+            row = next((row for row in content["rows"] if key(row) == name), None)
+            cells.append("" if row is None else cell(part, row))
+        body.append([name, *cells])
+    return body
+
+
+_TITLES = {
+    "steps": "Step / (2 × forward) by model and batch × length",
+    "threads": "Step / (2 × forward) by threads and batch × length",
+    "scaling": "Step / (2 × forward) by model size",
+}
+
+
+def _steps(suite: str, parts: dict[str, Any], environment: dict[str, Any]) -> Table:
+    def cell(part: str, row: dict[str, Any]) -> str:
+        if row["case"] == FORWARDS:
+            return f"{row['seconds']['median']:.3g} s"
+        size, _, shape = part.partition("-")
+        bound = suite == "steps" and size == "134M" and environment["device"] == "cpu"
+        target = TARGETS.get(row["case"], {}).get(shape) if bound else None
+        ratio = row["ratio"]
+        return judged(figure(ratio), ratio["median"], target, least=row["case"].startswith(f"{PUBLISHED} /"))
+
+    return Table(_TITLES[suite], ["", *(part.replace("-", " ") for part in parts)], _pivot(parts, cell))
+
+
+def _kernels(suite: str, parts: dict[str, Any], environment: dict[str, Any]) -> Table:
+    def cell(part: str, row: dict[str, Any]) -> str:
+        return figure(row["rate"], 0)
+
+    body = _pivot(parts, cell, lambda row: f"{row['case']}, {row['dtype']}")
+    return Table("Million parameters a second, by threads", ["", *(part.replace("-", " ") for part in parts)], body)
+
+
+def _memory(suite: str, parts: dict[str, Any], environment: dict[str, Any]) -> Table:
+    shapes = list(dict.fromkeys(part.split("-")[0] for part in parts))
+    merged = {
+        shape: {
+            "rows": [row for part, content in parts.items() if part.split("-")[0] == shape for row in content["rows"]]
+        }
+        for shape in shapes
+    }
+
+    def cell(part: str, row: dict[str, Any]) -> str:
+        share = 100 * row["above"] / row["weights"]
+        bound = MEMORY_TARGET if row["case"] in MEMORY_BOUND and row["weights"] > 5e8 else None
+        return judged(f"{share:.1f} %", share, bound)
+
+    return Table("Peak memory above inference, % of the weights", ["", *shapes], _pivot(merged, cell))
+
+
+def _meta(suite: str, parts: dict[str, Any], environment: dict[str, Any]) -> Table:
+    def cell(part: str, row: dict[str, Any]) -> str:
+        if row["case"] != META:
+            return f"{row['seconds']['median']:.3g} s"
+        target = META_TARGET if part.endswith("8x64") and part.startswith("134M") else None
+        return judged(figure(row["ratio"]), row["ratio"]["median"], target)
+
+    return Table("Meta-step / its bare passes", ["", *(part.replace("-", " ") for part in parts)], _pivot(parts, cell))
+
+
+def sentence(result: dict[str, Any]) -> str:
+    """Machine, versions, dates and load, for the foot of the tables."""
+    e = result["environment"]
+    every = [part for suite in result["suites"].values() for part in suite.values()]
+    dates = sorted(part["date"] for part in every)
+    loads = [load for part in every for load in part["load"] if load is not None]
+    return (
+        f"{e.get('gpu', e['cpu'])}, {e['cores']} cores, {e['dtype']}; torch {e['torch']}, numba {e['numba']}, transformers "
+        f"{e['transformers']}, Python {e['python']}; {dates[0]} to {dates[-1]}; load average {min(loads, default=0)} to "
+        f"{max(loads, default=0)}. Medians with quartiles, of at least {_rounds(every)} interleaved rounds."
+    )
+
+
+def _rounds(every: Iterable[dict[str, Any]]) -> int:
+    values = [value for part in every for row in part["rows"] for value in row.values() if isinstance(value, dict)]
+    return min((int(value["rounds"]) for value in values), default=0)
+
+
+def markdown(result: dict[str, Any]) -> str:
+    return "\n\n".join([*(table.markdown() for table in tables(result)), sentence(result)])
+
+
+def placed(document: str, name: str, text: str) -> str:
+    """The document with the text between `<!-- name -->` and `<!-- end of name -->`."""
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    return re.sub(f"{begin}.*?{end}", lambda _: f"{begin}\n{text}\n{end}", document, flags=re.DOTALL)
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Steps by shape as bars, with the targets; kernels as bars beside them. Panels of what was measured."""
+    from matplotlib import pyplot as plt
+
+    suites = result["suites"]
+    panels = [(name, draw) for name, draw in (("steps", _bars), ("scaling", _lines)) if name in suites]
+    if not panels:
+        return
+    drawing, axes = plt.subplots(1, len(panels), figsize=(6.4 * len(panels), 4.2), squeeze=False, layout="constrained")
+    for axis, (name, draw) in zip(axes[0], panels):
+        draw(axis, suites[name])
+        axis.set(title=_TITLES[name], yscale="log", ylabel="step / (2 × forward)")
+        axis.grid(axis="y", alpha=0.25, which="both")
+        axis.legend(frameon=False, fontsize=8)
+    drawing.savefig(path, dpi=130, metadata={"Software": None})
+    plt.close(drawing)
+
+
+_DRAWN = (PUBLISHED, "MeZO", "MeZO, Rademacher", "LOZO", "LOZO, activations", PASSES)
+_COLOURS = ("#000000", "#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#999999")  # Okabe and Ito (2008)
+
+
+def _ratios(parts: dict[str, Any], case: str) -> list[tuple[int, float]]:
+    found = [(i, r) for i, part in enumerate(parts.values()) for r in part["rows"] if r["case"] == case]
+    return [(i, row["ratio"]["median"]) for i, row in found]
+
+
+def _bars(axis: Any, parts: dict[str, Any]) -> None:
+    width = 0.8 / len(_DRAWN)
+    for place, (case, colour) in enumerate(zip(_DRAWN, _COLOURS)):
+        found = _ratios(parts, case)
+        at = [i + (place - len(_DRAWN) / 2 + 0.5) * width for i, _ in found]
+        bars = axis.bar(at, [ratio for _, ratio in found], width, color=colour, label=case)
+        axis.bar_label(bars, fmt="%.2f", fontsize=6)
+    axis.axhline(1, color="0.3", linewidth=0.8)
+    axis.set_xticks(range(len(parts)), [part.replace("-", ", ") for part in parts])
+
+
+def _lines(axis: Any, parts: dict[str, Any]) -> None:
+    for case, colour in zip(_DRAWN, _COLOURS):
+        found = _ratios(parts, case)
+        if found:
+            axis.plot(*zip(*found), color=colour, marker="o", markersize=4, label=case)
+    axis.set_xticks(range(len(parts)), [part.replace("-", ", ") for part in parts])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("figures", type=Path, help="speed.json")
+    parser.add_argument("documents", type=Path, nargs="+", help="Markdown files with the markers")
+    given = parser.parse_args()
+    result = results.read(given.figures)
+    for document in given.documents:
+        document.write_text(placed(document.read_text(), "speed", markdown(result)))
+    plot(result, given.documents[0].with_name("speed.png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""speed.json: the machine and versions, and by suite and part the rows that were measured. No names, no paths."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from metazo.errors import UserError
+from metazo.files import write_whole
+
+FORMAT = 1
+NAME = "speed.json"
+
+
+def environment(device: str, dtype: str, quick: bool) -> dict[str, Any]:
+    """What the figures depend on, and what two runs must share to lie in one file."""
+    found: dict[str, Any] = {"quick": quick, "device": device, "dtype": dtype, "cpu": _cpu(), "cores": os.cpu_count()}
+    if device.startswith("cuda"):
+        found["gpu"] = torch.cuda.get_device_name(device)
+    found |= {"system": f"{platform.system()} {platform.machine()}", "python": platform.python_version()}
+    for package in ("torch", "transformers", "numba", "numpy", "metazo"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def load_average() -> float | None:
+    """Over one minute; None where the system does not tell."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def opened(path: Path, environment: dict[str, Any]) -> dict[str, Any]:
+    """What the file holds, to be added to, or an empty result. Raises UserError where the figures do not go together."""
+    if not path.exists():
+        return {"format": FORMAT, "environment": environment, "suites": {}}
+    result = read(path)
+    theirs = result["environment"]
+    for key in environment:
+        if theirs.get(key) != environment[key]:
+            raise UserError(
+                f"{path} holds figures with {key} {theirs.get(key)!r}, these would be with {environment[key]!r}: "
+                "choose another --out."
+            )
+    return result
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Raises UserError where it is not a file of this kind."""
+    try:
+        result = json.loads(path.read_text())
+        if (
+            result["format"] == FORMAT
+            and isinstance(result["suites"], dict)
+            and isinstance(result["environment"], dict)
+        ):
+            return result
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read as figures of metazo bench: {error}.") from error
+    raise UserError(f"{path} is not of format {FORMAT} of metazo bench; choose another --out.")
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    write_whole(path, (json.dumps(result, indent=1) + "\n").encode())

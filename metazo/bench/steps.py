@@ -1,0 +1,112 @@
+"""A step of each method against two forward passes of the same closure, in one process and interleaved."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metazo.bench.models import SIZES, Shape, build, lm_loss
+from metazo.bench.published import PublishedLoop
+from metazo.bench.timing import interleaved, ratios, spread
+from metazo.blocks import named_tensors, partition
+from metazo.optimizers import OPTIMIZERS
+from metazo.pertnn import PertNN
+from metazo.scales import TunerScale
+
+LR = 1e-7
+FORWARDS, PASSES, PUBLISHED = "two forwards", "three plain passes", "published loop"
+
+
+def _ours(name: str, **extra: Any) -> Callable[[nn.Module], Any]:
+    return lambda model: OPTIMIZERS[name](model.named_parameters(), lr=LR, **extra)
+
+
+def _zo_finetuner(model: nn.Module):
+    """Under a tuner of untrained networks: what they say costs the same."""
+    names = [block.name for block in partition(named_tensors(model))]
+    scale = TunerScale(pertnn=PertNN(len(names)), networks=names)
+    return OPTIMIZERS["zo-finetuner"](model.named_parameters(), lr=LR, scale=scale)
+
+
+METHODS: dict[str, Callable[[nn.Module], Any]] = {
+    PUBLISHED: lambda model: PublishedLoop(model.named_parameters(), lr=LR),
+    "MeZO": _ours("mezo"),
+    "MeZO, Rademacher": _ours("mezo", noise="rademacher"),
+    "LOZO": _ours("lozo"),
+    "ZO Fine-tuner": _zo_finetuner,
+    "CurvZO": _ours("curvzo"),
+    "MeZO-Adam": _ours("mezo-adam"),
+    "LOZO-M": _ours("lozo-m"),
+    "HiZOO, 3 forwards": _ours("hizoo"),
+    "HiZOO-L, 3 forwards": _ours("hizoo-l"),
+    "LOREN, 6 forwards": _ours("loren"),
+    "FZOO, 9 forwards": _ours("fzoo"),
+}
+if "form" in inspect.signature(OPTIMIZERS["lozo"].__init__).parameters:
+    METHODS["LOZO, activations"] = _ours("lozo", form="activations")
+CORE = [
+    name for name in METHODS if name.startswith((PUBLISHED, "MeZO", "LOZO")) and name not in ("MeZO-Adam", "LOZO-M")
+]
+
+
+def measure(
+    size: str,
+    shape: Shape,
+    methods: Sequence[str] = CORE,
+    *,
+    rounds: int = 5,
+    seconds: float = 10.0,
+    threads: int | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+    tick: Callable[[], None] = lambda: None,
+) -> list[dict[str, Any]]:
+    """Rows of {case, seconds, ratio}: ratio is that to two forwards, round by round."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        model = build(size, dtype, device)
+        loss = lm_loss(model, shape)
+        cases: dict[str, Callable[[], object]] = {FORWARDS: lambda: _forwards(loss), PASSES: lambda: _passes(model)}
+        for name in methods:
+            cases[name] = _stepping(METHODS[name](model), loss)
+        samples = interleaved(cases, rounds, seconds=seconds, device=device, tick=tick)
+    finally:
+        torch.set_num_threads(before)
+    rows = [
+        {"case": name, "seconds": spread(samples[name]), "ratio": spread(ratios(samples, name, FORWARDS))}
+        for name in cases
+    ]
+    if {PUBLISHED, "MeZO"} <= set(methods):
+        rows.append({"case": f"{PUBLISHED} / MeZO", "ratio": spread(ratios(samples, PUBLISHED, "MeZO"))})
+    return rows
+
+
+def _stepping(optimizer: Any, loss: Callable[[], Tensor]) -> Callable[[], object]:
+    return lambda: optimizer.step(loss)
+
+
+@torch.inference_mode()
+def _forwards(loss: Callable[[], Tensor]) -> float:
+    return float(loss()) + float(loss())
+
+
+@torch.no_grad()
+def _passes(model: nn.Module) -> None:
+    """Read and write every weight three times and do nothing else: the limit that memory sets to a step's own work."""
+    for _ in range(3):
+        for parameter in model.parameters():
+            parameter.data.mul_(1.0)
+
+
+def parameters(size: str) -> int:
+    """Weights of a model of that size, without making it."""
+    c = SIZES[size]
+    hidden, head = c["hidden_size"], c["hidden_size"] // c["num_attention_heads"]
+    attention = 2 * hidden * hidden + 2 * hidden * head * c["num_key_value_heads"]
+    layer = attention + 3 * hidden * c["intermediate_size"] + 2 * hidden
+    return 2 * c["vocab_size"] * hidden + c["num_hidden_layers"] * layer + hidden

@@ -1,0 +1,64 @@
+"""Interleaved timing: every round runs each case once, in a new order, so that drift of the machine hits all alike."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+
+Samples = dict[str, list[float]]
+"""Seconds by case, one figure a round."""
+
+
+def interleaved(
+    cases: Mapping[str, Callable[[], object]],
+    rounds: int,
+    *,
+    seconds: float = 0.0,
+    device: str = "cpu",
+    tick: Callable[[], None] = lambda: None,
+) -> Samples:
+    """Run the cases in turn, after one round that is not counted (compilation, first touch of memory).
+
+    Args: rounds: at least so many; seconds: go on, up to 100 rounds, until so much time is measured; tick: called
+    after each case.
+    """
+    samples: Samples = {name: [] for name in cases}
+    order = list(cases)
+    for count in range(101):
+        random.Random(count).shuffle(order)
+        for name in order:
+            taken = _seconds(cases[name], device)
+            if count:
+                samples[name].append(taken)
+            tick()
+        if count >= rounds and sum(map(sum, samples.values())) >= seconds:
+            break
+    return samples
+
+
+def _seconds(case: Callable[[], object], device: str) -> float:
+    _wait(device)
+    start = time.perf_counter()
+    case()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _wait(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, quartiles and number of the values, to four digits."""
+    low, median, high = (float(f"{value:.4g}") for value in np.percentile(values, (25, 50, 75)))
+    return {"median": median, "low": low, "high": high, "rounds": len(values)}
+
+
+def ratios(samples: Samples, over: str, under: str) -> list[float]:
+    """Of two cases, round by round."""
+    return [a / b for a, b in zip(samples[over], samples[under], strict=True)]
