@@ -88,12 +88,20 @@ def set_up(config: FinetuneConfig) -> Setup:
     if isinstance(loaded.model, SentenceClassifier):
         loaded.model.cache_frozen()
         loaded.model.fit_prototypes(prepared, config.eval_batch_size)
-    optimizer = build_optimizer(config, loaded.model)
-    if isinstance(optimizer, MeZOSVRG):
-        optimizer.full_closure = FullLoss(loaded.model, prepared, config.eval_batch_size, device)
+    optimizer = make_optimizer(config, loaded, prepared, device)
     a_step = optimizer.forwards_per_step(config.accumulate)
     steps = int(config.forwards / a_step) if config.forwards else config.steps or 1000
     if steps == 0:
         raise UserError(f"--forwards {config.forwards} does not pay for one step of {config.optimizer} ({a_step:g}).")
     limit = min(config.max_length or loaded.context_length, loaded.context_length)
     return Setup(loaded, prepared, optimizer, trained, steps, round(steps * a_step), device, limit)
+
+
+def make_optimizer(
+    config: FinetuneConfig, loaded: LoadedModel, prepared: Prepared, device: torch.device
+) -> ZOOptimizer | FirstOrder:
+    """The optimizer of a run, with the closure over all examples where it takes one."""
+    optimizer = build_optimizer(config, loaded.model)
+    if isinstance(optimizer, MeZOSVRG):
+        optimizer.full_closure = FullLoss(loaded.model, prepared, config.eval_batch_size, device)
+    return optimizer
