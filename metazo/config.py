@@ -11,10 +11,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
 from metazo.errors import UserError
+from metazo.plain import read_yaml, shown
 
 Config = TypeVar("Config")
 
@@ -33,15 +33,7 @@ def help_of(config: type) -> dict[str, str]:
 
 def read_recipe(path: Path) -> dict[str, Any]:
     """A YAML recipe: a mapping of field names to values. Raises UserError that names the file."""
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"The recipe {path} cannot be read: {error}.") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"The recipe {path} is not YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"The recipe {path} must be a mapping of settings, not {type(content).__name__}.")
-    return {str(key).replace("-", "_"): value for key, value in content.items()}
+    return {key.replace("-", "_"): value for key, value in read_yaml(path, "recipe").items()}
 
 
 def build(config: type[Config], *layers: Mapping[str, Any]) -> Config:
@@ -59,7 +51,7 @@ def build(config: type[Config], *layers: Mapping[str, Any]) -> Config:
     known = [item.name for item in fields(config)]  # type: ignore[arg-type]
     for key in values:
         if key not in known:
-            raise UserError(f"{key!r} is not a setting; the settings are {', '.join(known)}.")
+            raise UserError(f"{shown(key)} is not a setting; the settings are {', '.join(known)}.")
     try:
         strict = with_config(ConfigDict(arbitrary_types_allowed=True))(config)
         return TypeAdapter(strict).validate_python(values)
@@ -68,7 +60,9 @@ def build(config: type[Config], *layers: Mapping[str, Any]) -> Config:
         name = ".".join(str(part) for part in first["loc"]).replace("_", "-") or "settings"
         if first["type"] in ("missing", "missing_argument"):
             raise UserError(f"--{name} is required.") from error
-        raise UserError(f"--{name} is {first['input']!r}: {first['msg'].removeprefix('Value error, ')}.") from error
+        raise UserError(
+            f"--{name} is {shown(first['input'])}: {first['msg'].removeprefix('Value error, ')}."
+        ) from error
 
 
 @dataclass
@@ -152,8 +146,10 @@ class FinetuneConfig:
     """Steps between hand-overs of the step log to the operating system; a killed process computes the rest again"""
     fsync_every: int = 100
     """Steps between syncs of the step log to the disk (0: at evaluations and snapshots alone), for power loss"""
+    max_loss: float = 1e4
+    """Loss above which a step is skipped, as where it is not finite"""
     max_bad_steps: int = 10
-    """Steps in a row whose loss is not finite, after which the run stops"""
+    """Skipped steps in a row after which the run stops"""
     seed: int = 0
     """Seed of noise, data order, split and a new head"""
     resume: bool = False
@@ -171,6 +167,7 @@ class FinetuneConfig:
             raise UserError("--steps and --forwards both set the length of the run; give one of them.")
         if self.keep == "best" and self.dev_examples == 0:
             raise UserError("--keep best chooses on dev examples and --dev-examples is 0; use --keep last.")
+        self.method = {key: tuple(value) if isinstance(value, list) else value for key, value in self.method.items()}
         if self.tuner is not None and self.scale != "none":
             raise UserError("--tuner and --scale both set the block scales; give one of them.")
 

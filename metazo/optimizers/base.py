@@ -14,6 +14,7 @@ and saving. A method file holds the paper's mathematics in three verbs:
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -62,7 +63,7 @@ class ZOOptimizer(Optimizer):
         precision: where theta lives while it is probed; see metazo.probe.
 
     Attributes: last_step, the Step record of the step just taken; forwards, closure evaluations so far; recorder,
-    called with each Step before the weights change.
+    called with each Step before the weights change; max_loss, above which a loss counts as not finite.
 
     Raises UserError for hyperparameters out of range. Do not use it with dropout on, or with a loss that is random in
     any other way: the two evaluations must differ by the probe alone.
@@ -98,6 +99,7 @@ class ZOOptimizer(Optimizer):
         self.steps = self.forwards = 0
         self.last_step: Step | None = None
         self.recorder: Callable[[Step], None] | None = None
+        self.max_loss = sys.float_info.max
         self._ready = False
         self.zo_state: State = {}
         super().__init__(named_groups(params), {"lr": lr, "weight_decay": weight_decay})
@@ -149,7 +151,7 @@ class ZOOptimizer(Optimizer):
         seeds = list(replay.seeds) if replay else [self.noise.seed(step, k) for k in range(self.estimator.queries)]
         losses = self._probe(direction, seeds, closure, replay)
         learning_rates = replay.lr if replay else self.learning_rates(step)
-        finite = all(map(math.isfinite, losses))
+        finite = all(abs(loss) <= self.max_loss for loss in losses)  # false for nan
         update = self.update(state, step, seeds, losses) if finite else Update(())
         sigma = tuple(state["scale/sigma"].tolist()) if self.scale is not None else ()
         self.last_step = Step(step, tuple(seeds), tuple(losses), tuple(update.coefficients), learning_rates, sigma)
