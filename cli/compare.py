@@ -1,0 +1,80 @@
+"""metazo compare"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from metazo.compare.columns import names
+from metazo.compare.grid import Grid
+
+from . import options
+
+
+def _listed(text: str | None) -> list[str] | None:
+    return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
+
+
+def compare(
+    grid: Annotated[Path | None, typer.Argument(help="Grid as YAML, or a grid of metazo recipes; flags win.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks, names or YAML files, with commas between. (required)")
+    ] = None,
+    optimizers: Annotated[
+        str | None, typer.Option(help=f"Columns, with commas between: {', '.join(names())}. (required)")
+    ] = None,
+    lrs: Annotated[
+        str | None, typer.Option(help="Learning rates that every search starts from, with commas between.")
+    ] = None,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run again what failed before.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show runs, time and disk, and stop.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    **values: Any,
+) -> None:
+    """Compare methods fairly: a learning-rate search for each, then seeds, at equal forward passes and equal time.
+
+    metazo compare --model pico --tasks pico_sentiment --optimizers mezo,mezo-rms,lozo --budget 1000 --out runs/compare
+
+    Call it again to go on after a stop, or with more seeds, tasks or columns: what is finished is not run again.
+    """
+    from metazo.compare.examine import examine, plan
+    from metazo.compare.run import compare as run
+
+    flags = {**values, "tasks": _listed(tasks), "columns": _listed(optimizers), "lrs": _listed(lrs)}
+    settings = options.settings(Grid, grid, flags)
+    if dry_run:
+        _show_plan(plan(settings, examine(settings)), as_json)
+        return
+    console = Console(stderr=as_json)
+    count = run(settings, console, retry_failed=retry_failed)
+    if as_json:
+        print(json.dumps(count))
+        return
+    kept = f", {count['kept']} of them finished before" if count["kept"] else ""
+    failed = (
+        f"; {count['failed']} failed (their files say why; --retry-failed runs them again)" if count["failed"] else ""
+    )
+    console.print(f"{count['runs']} runs{kept}{failed}. Now: metazo report {settings.out}", highlight=False)
+
+
+def _show_plan(found: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(found))
+        return
+    table = Table("plan", "", title="Nothing is run or written")
+    for name, value in found.items():
+        if name == "learning rates":
+            value = "\n".join(f"{cell}: {' '.join(f'{lr:g}' for lr in rates)}" for cell, rates in value.items())
+        if name not in ("seconds", "bytes on disk"):
+            table.add_row(name, str(value))
+    table.add_row("disk", f"about {found['bytes on disk'] / 1e6:.1f} MB")
+    Console().print(table)
+
+
+_flags = options.flags(Grid, skip=("tasks", "columns", "lrs", "config"))
+command = options.with_flags(compare, _flags)

@@ -1,0 +1,181 @@
+"""One run of a comparison, in a worker: fine-tune, read what it wrote, keep the figures, remove the folder."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import shutil
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from metazo.compare.identity import machine
+from metazo.compare.results import Result
+from metazo.config import FinetuneConfig
+from metazo.errors import UserError
+from metazo.evaluate import evaluate
+from metazo.finetune import finetune
+from metazo.folder import RunFolder
+from metazo.identity import environment
+from metazo.plan import set_up
+from metazo.run import Interrupted, peak_memory
+
+STATUS = Path("/proc/self/status")
+
+
+@dataclass
+class Job:
+    """What a worker is to do: a run's settings, what is known of it, and whether it trains at all."""
+
+    config: FinetuneConfig
+    info: dict[str, Any]
+    trains: bool
+    keep: Path | None = None
+    """Where its tuned model goes"""
+
+
+def run(job: Job) -> Result:
+    """Do it. A run that fails is a result too; Interrupted alone is passed on."""
+    out = job.config.out
+    shutil.rmtree(out, ignore_errors=True)
+    started, meter, reason, parts = time.monotonic(), _Memory(), None, None
+    try:
+        parts = _train(job) if job.trains else _look(job)
+    except Interrupted:
+        raise
+    except UserError as error:
+        reason = str(error)
+    except Exception as error:  # whatever a method, a driver or a full disk may raise: the other runs go on
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    taken = meter.peak()
+    result = failed(job, reason) if parts is None else Result(job.info | _of_worker(), *parts)
+    result.run_info |= _of_worker()
+    result.train_info |= {"peak_memory_bytes": taken, "wall_seconds": round(time.monotonic() - started, 3)}
+    if parts is not None and not math.isfinite(result.metrics["dev"].get("loss", 0.0)):
+        result = failed(job, f"Diverged: the loss on dev is {result.metrics['dev']['loss']} at the end.", result)
+    if job.keep is not None and result.finished:
+        shutil.rmtree(job.keep, ignore_errors=True)
+        job.keep.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(out / "model", job.keep)
+    shutil.rmtree(out, ignore_errors=True)
+    gc.collect()
+    return result
+
+
+def warm_up(job: Job) -> None:
+    """Two steps that nobody times: imports, compiled kernels, the allocator."""
+    config = replace(job.config, forwards=None, steps=2, dev_examples=0, test_examples=0, keep="none", eval_every=2)
+    try:
+        finetune(config)
+    except (UserError, RuntimeError, OSError):
+        pass  # the run itself will say it
+    finally:
+        shutil.rmtree(config.out, ignore_errors=True)
+
+
+def failed(job: Job, reason: str | None, so_far: Result | None = None) -> Result:
+    """The result of a run that did not end well: what it had recorded, and why."""
+    curve = so_far.train_info["curve"] if so_far else _curve(RunFolder.read_records(job.config.out))
+    last = curve[-1] if curve else {}
+    train: dict[str, Any] = {name: last.get(name) for name in ("step", "forwards", "seconds")}
+    train = {"curve": curve, "steps": train.pop("step"), **train}
+    train |= {"trained_weights": job.info["trained_weights"], "peak_memory_bytes": None, "sigma": None}
+    train |= {"evaluation_seconds": None} | (so_far.train_info if so_far else {})
+    info = job.info | (so_far.run_info if so_far else {}) | {"status": "failed", "reason": reason}
+    return Result(info, train, {"before": None, "dev": None, "test": None, "majority": None})
+
+
+def _train(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
+    began = time.monotonic()
+    summary = finetune(job.config)
+    wall = time.monotonic() - began
+    records = RunFolder.read_records(job.config.out)
+    last = records[-1]
+    train = {
+        "curve": _curve(records),
+        "steps": summary["steps"],
+        "forwards": summary["forwards"],
+        "seconds": last["seconds"],
+        "evaluation_seconds": round(wall - last["seconds"], 3),
+        "trained_weights": job.info["trained_weights"],
+        "sigma": _sigma(records),
+    }
+    metrics = {name: summary[name] for name in ("before", "dev", "test")}
+    return train, metrics | {"majority": _majority(metrics)}
+
+
+def _look(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The model as it is, on dev and test."""
+    began = time.monotonic()
+    setup = set_up(replace(job.config, steps=1, forwards=None))
+    model, size = setup.loaded.model, job.config.eval_batch_size
+    dev = evaluate(model, setup.prepared, "dev", batch_size=size) if setup.prepared.dev else {}
+    test = evaluate(model, setup.prepared, "test", batch_size=size) if setup.prepared.test else {}
+    point = {"step": 0, "forwards": 0, "seconds": 0.0, "train_loss": None, "lr": None, "dev": dev}
+    train: dict[str, Any] = {"curve": [point], "steps": 0, "forwards": 0, "seconds": 0.0}
+    train |= {"evaluation_seconds": round(time.monotonic() - began, 3), "trained_weights": 0, "sigma": None}
+    metrics = {"before": dev, "dev": dev, "test": test}
+    return train, metrics | {"majority": _majority(metrics)}
+
+
+def _majority(metrics: dict[str, dict[str, float]]) -> dict[str, float | None]:
+    return {split: metrics[split].get("majority") for split in ("dev", "test")}
+
+
+def _curve(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in record.items() if key != "sigma"} for record in records]
+
+
+def _sigma(records: list[dict[str, Any]]) -> dict[str, Any] | None:
+    with_sigma = [record for record in records if "sigma" in record]
+    if not with_sigma:
+        return None
+    blocks = list(with_sigma[0]["sigma"])
+    values = [[record["sigma"][block] for block in blocks] for record in with_sigma]
+    return {"blocks": blocks, "steps": [record["step"] for record in with_sigma], "values": values}
+
+
+def _of_worker() -> dict[str, Any]:
+    versions = environment(torch.device("cpu"))
+    threads = versions.pop("threads")
+    versions.pop("device")
+    return {"versions": versions, "machine": machine() | {"threads": threads}}
+
+
+class _Memory:
+    """Most memory of this process above what it holds now; on a GPU the peak of its allocator.
+
+    Linux forgets a process's peak on request (proc(5), clear_refs); elsewhere only a new high is seen.
+    """
+
+    def __init__(self):
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+            self.before = self._status("VmRSS")
+        except OSError:
+            self.before = peak_memory()
+
+    @staticmethod
+    def _status(name: str) -> int:
+        line = next(line for line in STATUS.read_text().splitlines() if line.startswith(name))
+        return int(line.split()[1]) * 1024
+
+    def peak(self) -> int:
+        if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+            return torch.cuda.max_memory_allocated()
+        high = self._status("VmHWM") if STATUS.exists() else peak_memory()
+        return max(0, high - self.before)
+
+
+def configuration(config: FinetuneConfig) -> dict[str, Any]:
+    """The settings of a run as JSON, without the folders of this machine."""
+    plain = json.loads(json.dumps(asdict(config), default=str))
+    return {name: value for name, value in plain.items() if name not in ("out", "resume", "data", "zoo")}

@@ -1,0 +1,144 @@
+"""The columns of a comparison: a method with its settings, by name or as a variant of one's own."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from metazo.build import hyperparameters, methods
+from metazo.config import FinetuneConfig
+from metazo.errors import UserError
+from metazo.files import safe_name
+
+ZERO_SHOT = "zero-shot"
+RANDOM_TUNERS = 3  # so many random starts: one is luck (the published tuners hardly left theirs)
+# What the grid itself sets, for every column alike.
+RESERVED = ("task", "out", "lr", "steps", "forwards", "seed", "resume", "optimizer", "data", "keep", "snapshot_every")
+
+
+@dataclass(frozen=True)
+class Column:
+    """A method with its settings, which is searched, run and shown as one."""
+
+    name: str
+    """Its name in folders and tables"""
+    optimizer: str = "mezo"
+    """Method, or zero-shot: the model as it is"""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Settings of a run (as for metazo finetune), and hyperparameters of the method"""
+    lrs: list[float] | None = None
+    """Learning rates that its search starts from; a single one is taken without a search"""
+
+    @property
+    def trains(self) -> bool:
+        return self.optimizer != ZERO_SHOT
+
+    @property
+    def label(self) -> str:
+        """The column in words: its method and what it sets."""
+        words = [f"{key.replace('_', ' ')} {value}" for key, value in self.options.items() if key != "method"]
+        words += [f"{key} {value}" for key, value in self.options.get("method", {}).items()]
+        return ", ".join([self.optimizer, *words])
+
+    def settings(self) -> dict[str, Any]:
+        """The options as settings of a run, hyperparameters of the method apart. Raises UserError for others."""
+        own = hyperparameters(self.optimizer)
+        plain = {key.replace("-", "_"): value for key, value in self.options.items()}
+        method = {**plain.pop("method", {}), **{key: plain.pop(key) for key in list(plain) if key in own}}
+        known = [name for name in FinetuneConfig.__dataclass_fields__ if name not in RESERVED]
+        for key in plain:
+            if key in RESERVED:
+                raise UserError(f"Column {self.name!r}: {key!r} is set by the grid for all columns, not in options.")
+            if key not in known:
+                raise UserError(
+                    f"Column {self.name!r}: {key!r} is neither a setting of a run nor a hyperparameter of "
+                    f"{self.optimizer}{_nearest(key, [*known, *own])}."
+                )
+        return plain | ({"method": method} if method else {})
+
+
+CONTROLS = {
+    "mezo-rms": Column("mezo-rms", "mezo", {"scale": "rms"}),
+    "tuner": Column("tuner", "zo-finetuner"),
+    "random-tuner": Column("random-tuner", "zo-finetuner"),
+    "lora-adamw": Column("lora-adamw", "first-order-adamw", {"lora": 8}),
+    "lora-mezo": Column("lora-mezo", "mezo", {"lora": 8}),
+    ZERO_SHOT: Column(ZERO_SHOT, ZERO_SHOT),
+}
+
+
+def names() -> list[str]:
+    """Every name that --optimizers takes."""
+    return list(dict.fromkeys([*methods(), *CONTROLS, "all"]))
+
+
+def resolve(entries: Iterable[str | dict[str, Any]], tuner: str | None = None) -> list[Column]:
+    """Columns from names and mappings (name, optimizer, options, lrs).
+
+    random-tuner stands for RANDOM_TUNERS columns, all for everything there is. tuner: of the columns that need one and
+    name none; by default the zoo is asked for one that fits. Raises UserError for what is not there or there twice.
+    """
+    found: list[Column] = []
+    for entry in entries:
+        for column in _named(entry) if isinstance(entry, str) else [_variant(entry)]:
+            if column.optimizer == "zo-finetuner" and "tuner" not in column.options:
+                options = {"tuner": tuner or "auto", **column.options}
+                column = Column(column.name, column.optimizer, options, column.lrs)
+            found.append(column)
+    for column in found:
+        safe_name(column.name, "column")
+        if "/" in column.name or sum(other.name == column.name for other in found) > 1:
+            raise UserError(f"Column {column.name!r} stands twice, or has a slash in its name; give each its own.")
+        column.settings()
+    if not found:
+        raise UserError(f"A comparison needs columns (--optimizers); there are {', '.join(names())}.")
+    return found
+
+
+def _named(name: str) -> list[Column]:
+    if name == "all":
+        return [column for each in names() if each not in ("all", "zo-finetuner") for column in _named(each)]
+    if name == "random-tuner":
+        return [Column(f"{name}-{n}", "zo-finetuner", {"tuner": f"random:{n}"}) for n in range(RANDOM_TUNERS)]
+    if name in CONTROLS:
+        return [CONTROLS[name]]
+    if name in methods():
+        return [Column(name, name)]
+    raise UserError(f"--optimizers: {name!r} is unknown{_nearest(name, names())}; there are {', '.join(names())}.")
+
+
+def _variant(entry: Any) -> Column:
+    known = tuple(Column.__dataclass_fields__)
+    if not isinstance(entry, dict) or "name" not in entry:
+        raise UserError(f"A column is a name or a mapping with a name ({', '.join(known)}), not {entry!r}.")
+    for key in entry:
+        if key not in known:
+            raise UserError(f"Column {entry['name']!r}: {key!r} is not one of {', '.join(known)}.")
+    base = (
+        _named(entry["name"])[0]
+        if entry["name"] in (*methods(), *CONTROLS) and "optimizer" not in entry
+        else Column("")
+    )
+    optimizer = entry.get("optimizer", base.optimizer)
+    if optimizer not in (*methods(), ZERO_SHOT):
+        raise UserError(
+            f"Column {entry['name']!r}: optimizer {optimizer!r} is unknown{_nearest(optimizer, methods())}."
+        )
+    options = entry.get("options") or {}
+    if not isinstance(options, dict):
+        raise UserError(f"Column {entry['name']!r}: options is a mapping of settings, not {options!r}.")
+    lrs = entry.get("lrs")
+    if lrs is not None and not (isinstance(lrs, list) and lrs and all(_is_rate(lr) for lr in lrs)):
+        raise UserError(f"Column {entry['name']!r}: lrs is a list of numbers above 0, not {lrs!r}.")
+    return Column(str(entry["name"]), optimizer, {**base.options, **options}, sorted(map(float, lrs)) if lrs else None)
+
+
+def _is_rate(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
+
+
+def _nearest(name: Any, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(str(name), list(known), n=2, cutoff=0.6)
+    return f" (did you mean {' or '.join(near)}?)" if near else ""

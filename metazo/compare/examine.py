@@ -1,0 +1,147 @@
+"""A look at a grid before it runs: every task prepared and every method built once, so that bad input ends here."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from metazo.compare.columns import Column
+from metazo.compare.grid import Grid, Run
+from metazo.compare.search import start
+from metazo.config import FinetuneConfig
+from metazo.errors import UserError
+from metazo.identity import data_hash, tuner_hash
+from metazo.losses import BatchLoss
+from metazo.optimizers.base import ZOOptimizer
+from metazo.plan import Setup, make_optimizer, set_up
+from metazo.run import batch_indices
+from metazo.tasks import resolve
+from metazo.tensorfile import weights_hash
+
+# Settings that make an optimizer; a change in any other means that model and data are loaded anew.
+OPTIMIZING = ("optimizer", "lr", "eps", "schedule", "weight_decay", "noise", "scale", "rule", "tuner", "allow_partial",
+              "zoo", "method", "precision", "eval_every", "keep", "snapshot_every", "forwards")  # fmt: skip
+
+
+@dataclass
+class Facts:
+    """What is known of a column on a task before it runs.
+
+    lrs: that its search starts from (empty for zero-shot); forwards a step; trained weights; hashes of model, data and
+    tuner; metric of the task; seconds of one forward pass over a training batch.
+    """
+
+    lrs: list[float]
+    a_step: float
+    trained: int
+    hashes: dict[str, str | None]
+    metric: str | None
+    forward_seconds: float
+    bytes_on_disk: int
+
+
+def examine(grid: Grid) -> dict[tuple[str, str], Facts]:
+    """Facts by task and column. Raises UserError for what cannot run, with the name of its column."""
+    found: dict[tuple[str, str], Facts] = {}
+    names = [resolve(task).name for task in grid.tasks]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"The task {name!r} stands twice in --tasks; give each its own name.")
+    for task in grid.tasks:
+        loaded: dict[str, _Loaded] = {}
+        for column in grid.resolved:
+            config = Run(task, column, "seed", 0, None, grid.budget).config(grid, grid.out / "running")
+            config = replace(config, steps=1, forwards=None)  # the length is looked at below
+            try:
+                found[task, column.name] = _facts(grid, column, config, loaded)
+            except UserError as error:
+                raise UserError(f"Column {column.name!r} on {task}: {error}") from error
+    return found
+
+
+@dataclass
+class _Loaded:
+    setup: Setup
+    model: str
+    data: str
+    seconds: float
+
+
+def _facts(grid: Grid, column: Column, config: FinetuneConfig, loaded: dict[str, _Loaded]) -> Facts:
+    loading = {name: value for name, value in asdict(config).items() if name not in OPTIMIZING}
+    mark = json.dumps(loading, default=str)
+    if mark not in loaded:
+        loaded[mark] = _load(config)
+    base = loaded[mark]
+    setup = base.setup
+    optimizer = make_optimizer(config, setup.loaded, setup.prepared, setup.device)
+    a_step = optimizer.forwards_per_step(config.accumulate)
+    shortest = round(grid.budget * grid.search_budget)
+    if column.trains and shortest < a_step:
+        raise UserError(f"{shortest} forward passes do not pay for one step ({a_step:g}); raise the budget.")
+    if not setup.prepared.dev:
+        raise UserError("there are no dev examples, on which learning rates are chosen; raise dev_examples.")
+    tuner = tuner_hash(optimizer) if isinstance(optimizer, ZOOptimizer) else None
+    lrs: list[float] = []
+    if column.trains:
+        lrs = column.lrs or grid.lrs or start(config.optimizer, setup.trained, optimizer.energy)
+    metric = setup.prepared.task.metric
+    return Facts(
+        lrs=lrs,
+        a_step=a_step,
+        trained=setup.trained if column.trains else 0,
+        hashes={"model": base.model, "data": base.data, "tuner": tuner},
+        metric=metric[0] if metric else None,
+        forward_seconds=base.seconds,
+        bytes_on_disk=setup.plan(config)["bytes on disk"],
+    )
+
+
+def _load(config: FinetuneConfig) -> _Loaded:
+    setup = set_up(config)
+    prepared, model = setup.prepared, setup.loaded.model
+    places = batch_indices(0, config.batch_size, len(prepared.train), config.seed)
+    loss = BatchLoss(model, prepared, [prepared.train[place] for place in places], setup.device)
+    with torch.inference_mode():
+        loss()
+        started = time.perf_counter()
+        for _ in range(3):
+            float(loss())
+    seconds = (time.perf_counter() - started) / 3
+    return _Loaded(setup, weights_hash(model.named_parameters()), data_hash(prepared), seconds)
+
+
+def plan(grid: Grid, facts: dict[tuple[str, str], Facts]) -> dict[str, Any]:
+    """What the grid will do and take where nothing of it has been done: runs, forward passes, time, disk.
+
+    The searches are counted without their extensions. The time is that of the forward passes, a tenth more for the
+    steps, evaluation (ten times on dev, once on test) included, and shared out among the workers.
+    """
+    runs = {"search": 0, "seed": 0}
+    forwards = seconds = 0.0
+    for (_, name), fact in facts.items():
+        config = Run(grid.tasks[0], grid.column(name), "seed", 0, None, grid.budget).config(grid, Path())
+        searches = 0 if len(fact.lrs) < 2 else len(fact.lrs) * grid.search_seeds
+        runs["search"] += searches
+        runs["seed"] += grid.seeds
+        trained = (searches * grid.search_budget + grid.seeds) * grid.budget if fact.lrs else 0
+        looks = (10 * (searches + grid.seeds) if fact.lrs else grid.seeds) * config.dev_examples
+        looks += grid.seeds * config.test_examples
+        forwards += trained
+        seconds += (1.1 * trained + looks / config.batch_size) * fact.forward_seconds
+    return {
+        "columns": ", ".join(column.name for column in grid.resolved),
+        "tasks": ", ".join(grid.tasks),
+        "runs": f"{runs['search']} of the searches (and up to {grid.extensions} more for each), {runs['seed']} reported",
+        "forward passes": f"{forwards:,.0f} over a batch",
+        "time": f"about {seconds / grid.workers / 60:.0f} min with --workers {grid.workers}, from a forward pass measured here",
+        "learning rates": {f"{task}, {name}": fact.lrs for (task, name), fact in facts.items() if fact.lrs},
+        "seconds": seconds / grid.workers,
+        "bytes on disk": 12_000 * sum(runs.values())
+        + grid.workers * max(fact.bytes_on_disk for fact in facts.values()),
+    }

@@ -1,0 +1,139 @@
+"""The grid of a comparison: its settings, from YAML and flags, and the settings of each of its runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from metazo.compare.columns import ZERO_SHOT, Column, resolve
+from metazo.config import FinetuneConfig, build
+from metazo.errors import UserError
+from metazo.files import write_whole
+
+SEARCH_SEED = 1000  # searches count from here, reported runs from 0
+# The budgets are those of the grid; what a run leaves behind is its result alone.
+OF_A_RUN: dict[str, Any] = {"keep": "none", "snapshot_every": 0}
+
+
+@dataclass
+class Grid:
+    """Everything that decides a comparison."""
+
+    model: str
+    """Folder or Hub id of the model; pico is the small one that metazo carries"""
+    tasks: list[str]
+    """Tasks by name, or YAML files of your own"""
+    columns: list[Any]
+    """Methods: names, or mappings with name, optimizer, options and lrs; all for everything"""
+    budget: int
+    """Forward passes of a run"""
+    out: Path = Path("runs/compare")
+    """Folder of the results"""
+    data: Path | None = None
+    """Folder with <task>/<split>.jsonl; by default the Hub"""
+    seeds: int = 5
+    """Runs of each method on each task, with the seeds 0, 1, ..."""
+    lrs: list[float] | None = None
+    """Learning rates that every search starts from; by default three around each method's own"""
+    search_seeds: int = 1
+    """Seeds of a search: 1000, 1001, ...; none of them is reported on"""
+    search_budget: float = 1.0
+    """Forward passes of a run of the search, as a share of the budget"""
+    extensions: int = 5
+    """Most further rates where the best of a search lies at its edge"""
+    time_budget: float | Literal["reference"] | None = None
+    """Seconds of training that fast methods go on to, or reference: what the reference takes for the budget"""
+    reference: str = "mezo"
+    """Column that the others are compared with"""
+    tuner: str | None = None
+    """Tuner of the columns that need one; by default the zoo is asked"""
+    workers: int = 1
+    """Processes at once; the cores are shared out among them"""
+    keep_models: bool = False
+    """Keep the tuned model of each reported run, under RESULTS/models"""
+    config: dict[str, Any] = field(default_factory=dict)
+    """Settings of every run, as for metazo finetune"""
+
+    def __post_init__(self):
+        for name in ("budget", "seeds", "search_seeds", "workers"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}.")
+        if self.extensions < 0:
+            raise UserError(f"--extensions must be at least 0, not {self.extensions}.")
+        if not 0 < self.search_budget <= 1:
+            raise UserError(f"--search-budget is a share of the budget above 0 and up to 1, not {self.search_budget}.")
+        if self.seeds > SEARCH_SEED:
+            raise UserError(f"--seeds is at most {SEARCH_SEED}: the seeds from there on are those of the searches.")
+        if isinstance(self.time_budget, float) and not 0 < self.time_budget < float("inf"):
+            raise UserError(f"--time-budget is a number of seconds above 0, or reference, not {self.time_budget}.")
+        if not self.tasks:
+            raise UserError("A comparison needs tasks (--tasks); metazo tasks lists them.")
+        if self.lrs is not None and (not self.lrs or min(self.lrs) <= 0):
+            raise UserError(f"--lrs is a list of numbers above 0, not {self.lrs}.")
+        Column("config", ZERO_SHOT, self.config).settings()
+        self.resolved = resolve(self.columns, self.tuner)
+
+    def column(self, name: str) -> Column:
+        return next(column for column in self.resolved if column.name == name)
+
+    def write(self) -> None:
+        """grid.yaml: the grid with every column written out; a comparison can be run from it again."""
+        plain = asdict(self) | {"columns": [asdict(column) for column in self.resolved]}
+        plain |= {name: str(plain[name]) for name in ("out", "data") if plain[name] is not None}
+        text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=110)
+        write_whole(self.out / "grid.yaml", text.encode())
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a comparison: what of the grid it is."""
+
+    task: str
+    column: Column
+    kind: Literal["search", "seed", "time"]
+    seed: int
+    lr: float | None
+    forwards: int
+
+    def config(self, grid: Grid, out: Path) -> FinetuneConfig:
+        """Its settings. Raises UserError for settings that do not go together."""
+        own: dict[str, Any] = {
+            "lr": self.lr,
+            "seed": self.seed,
+            "forwards": self.forwards,
+            "task": self.task,
+            "out": out,
+        }
+        if self.column.trains:
+            own["optimizer"] = self.column.optimizer
+        if self.kind == "search":
+            own["test_examples"] = 0
+        elif grid.keep_models:
+            own["keep"] = "last"
+        layers: list[Mapping[str, Any]] = [{"model": grid.model, "data": grid.data}, OF_A_RUN, grid.config]
+        try:
+            return build(FinetuneConfig, *layers, self.column.settings(), own)
+        except UserError as error:
+            raise UserError(f"Column {self.column.name!r}: {error}") from error
+
+    def __str__(self) -> str:
+        rate = "" if self.lr is None else f", lr {self.lr:g}"
+        return f"{self.task}, {self.column.name}{rate}, {self.kind} {self.seed}"
+
+
+def runs_of(grid: Grid, task: str, column: Column, lr: float | None) -> list[Run]:
+    """The reported runs of a column on a task at the learning rate that was chosen."""
+    return [Run(task, column, "seed", seed, lr, grid.budget) for seed in range(grid.seeds)]
+
+
+def search_run(grid: Grid, task: str, column: Column, lr: float, seed: int) -> Run:
+    return Run(task, column, "search", seed, lr, max(1, round(grid.budget * grid.search_budget)))
+
+
+def longer(run: Run, forwards: int) -> Run:
+    """The same run gone on to more forward passes."""
+    return replace(run, kind="time", forwards=forwards)

@@ -1,0 +1,139 @@
+"""Processes that do runs, one after the other each: torch is imported once, and a process that dies is replaced."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+import time
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+
+from metazo.compare.cell import Job, failed, run, warm_up
+from metazo.compare.results import Result
+from metazo.run import Interrupted
+
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
+GRACE = 5.0  # seconds for a worker that is asked to stop
+
+
+def _work(connection: Connection, threads: int) -> None:
+    """A worker's life: jobs come in, results go out, until the other end closes or its process is gone."""
+    import torch
+
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    torch.set_num_threads(threads)
+    warm = False
+    while True:
+        try:
+            job = connection.recv()
+        except EOFError:
+            return
+        if not warm and job.trains:
+            warm_up(job)
+            warm = True
+        try:
+            connection.send(run(job))
+        except Interrupted:
+            return
+
+
+@dataclass
+class _Worker:
+    process: BaseProcess
+    connection: Connection
+    job: Job | None = None
+    since: float = field(default_factory=time.monotonic)
+
+
+class Pool:
+    """`workers` processes with `threads` each, started when there is work; use as a context manager.
+
+    A process that dies takes no other with it: its job becomes a failed result, and the next job gets a new process.
+    """
+
+    def __init__(self, workers: int, threads: int):
+        self.size, self.threads = workers, threads
+        self.context = multiprocessing.get_context("spawn")
+        self.workers: list[_Worker] = []
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Ask all to stop, and end those that do not."""
+        for worker in self.workers:
+            worker.connection.close()
+            if worker.job is not None:
+                worker.process.terminate()
+        until = time.monotonic() + GRACE
+        for worker in self.workers:
+            worker.process.join(max(0.0, until - time.monotonic()))
+            if worker.process.is_alive():
+                worker.process.kill()
+                worker.process.join()
+
+    @property
+    def idle(self) -> bool:
+        return sum(worker.job is not None for worker in self.workers) < self.size
+
+    @property
+    def running(self) -> list[tuple[Job, float]]:
+        """What runs, and for how many seconds."""
+        now = time.monotonic()
+        return [(worker.job, now - worker.since) for worker in self.workers if worker.job is not None]
+
+    def submit(self, job: Job) -> None:
+        self.workers = [worker for worker in self.workers if worker.job is not None or worker.process.is_alive()]
+        free = next((worker for worker in self.workers if worker.job is None), None) or self._start()
+        free.connection.send(job)
+        free.job, free.since = job, time.monotonic()
+
+    def _start(self) -> _Worker:
+        ours, theirs = self.context.Pipe()
+        process = self.context.Process(target=_work, args=(theirs, self.threads), daemon=True)
+        before = {name: os.environ.get(name) for name in THREADS}
+        os.environ.update(dict.fromkeys(THREADS, str(self.threads)))  # read by the libraries when they are loaded
+        try:
+            process.start()
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name) if value is None else os.environ.update({name: value})
+        theirs.close()
+        self.workers.append(_Worker(process, ours))
+        return self.workers[-1]
+
+    def collect(self, timeout: float) -> list[tuple[Job, Result]]:
+        """Results that have come within `timeout` seconds; a job whose process died has failed."""
+        busy = [worker for worker in self.workers if worker.job is not None]
+        done: list[tuple[Job, Result]] = []
+        ready = set(wait([w.connection for w in busy] + [w.process.sentinel for w in busy], timeout))
+        for worker in busy:
+            if not ready & {worker.connection, worker.process.sentinel}:
+                continue
+            job = worker.job
+            assert job is not None
+            try:
+                result = worker.connection.recv()
+                worker.job = None
+            except (EOFError, OSError):
+                worker.process.join()
+                self.workers.remove(worker)
+                result = failed(job, _how(worker.process.exitcode))
+                shutil.rmtree(job.config.out, ignore_errors=True)
+            done.append((job, result))
+        return done
+
+
+def _how(code: int | None) -> str:
+    if code is not None and code < 0:
+        name = signal.Signals(-code).name
+        why = " (the system does that where memory has run out)" if name == "SIGKILL" else ""
+        return f"The worker process was ended by {name}{why}."
+    return f"The worker process ended with exit code {code}."

@@ -1,0 +1,84 @@
+"""What a running comparison shows: how much is done, what runs, how long it will still take."""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from metazo.compare.cell import Job
+from metazo.compare.results import Result
+
+
+class Progress:
+    """A live table on a terminal; a line for every finished run elsewhere. Use as a context manager.
+
+    Work is counted in forward passes, so that the time left does not depend on which runs come first.
+    """
+
+    def __init__(self, console: Console, runs: int, forwards: float):
+        self.console = console
+        self.runs, self.forwards = runs, forwards  # in all, as far as is known
+        self.done = self.kept = self.failed = 0
+        self.done_forwards = self.ran_forwards = 0.0
+        self.started = time.monotonic()
+        self.live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
+
+    def __enter__(self) -> Progress:
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.live:
+            self.live.stop()
+
+    def extend(self, runs: int, forwards: float) -> None:
+        """More has been found to do."""
+        self.runs += runs
+        self.forwards += forwards
+
+    def add(self, result: Result, ran: bool) -> None:
+        """A run is done, now or (ran=False) at an earlier call."""
+        info = result.run_info
+        self.done += 1
+        self.done_forwards += info["budget"]
+        self.failed += not result.finished
+        if not ran:
+            self.kept += 1
+            return
+        self.ran_forwards += info["budget"]
+        if not result.finished:
+            self.console.print(f"[yellow]failed[/] {self._name(info)}: {info['reason']}", highlight=False)
+        elif not self.live:
+            metric, dev = info["metric"], result.metrics["dev"]
+            score = f", {metric} {dev[metric]:.3f}" if metric in dev else ""
+            loss = f"dev loss {dev['loss']:.4f}{score}" if "loss" in dev else "done"
+            seconds = result.train_info["wall_seconds"]
+            self.console.print(f"{self._counts()}  {self._name(info)}: {loss}  ({seconds:.0f} s)", highlight=False)
+
+    def show(self, running: list[tuple[Job, float]]) -> None:
+        if self.live:
+            table = Table.grid(padding=(0, 2))
+            table.add_row(f"[bold]{self._counts()}[/]", self._left())
+            for job, seconds in running:
+                table.add_row(self._name(job.info), f"{seconds:.0f} s")
+            self.live.update(table)
+
+    def _counts(self) -> str:
+        failed = f", {self.failed} failed" if self.failed else ""
+        return f"{self.done}/{self.runs} runs{failed}"
+
+    def _left(self) -> str:
+        elapsed = time.monotonic() - self.started
+        if not self.ran_forwards:
+            return f"{elapsed:.0f} s"
+        left = max(0.0, self.forwards - self.done_forwards) * elapsed / self.ran_forwards
+        return f"{elapsed / 60:.1f} min, about {left / 60:.1f} min left"
+
+    @staticmethod
+    def _name(info: dict) -> str:
+        rate = "" if info["lr"] is None else f", lr {info['lr']:g}"
+        return f"{info['task']}, {info['column']}{rate}, {info['kind']} {info['seed']}"

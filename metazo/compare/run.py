@@ -1,0 +1,216 @@
+"""Run a grid: for every task and column a search, then the reported runs; what is finished already is not run again."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import deque
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean, median
+
+from filelock import FileLock, Timeout
+from rich.console import Console
+
+from metazo.compare.columns import Column
+from metazo.compare.examine import Facts, examine
+from metazo.compare.grid import SEARCH_SEED, Grid, Run, longer, runs_of, search_run
+from metazo.compare.identity import cores
+from metazo.compare.pool import Pool
+from metazo.compare.progress import Progress
+from metazo.compare.results import Result, Search, write_search
+from metazo.compare.search import walk
+from metazo.compare.store import Store
+from metazo.errors import UserError
+from metazo.run import Interrupted, interruptible
+
+FASTER = 0.95  # a run that takes less than this share of the time budget is gone on with
+
+Flow = Generator[list[Run], list[Result], None]
+
+
+@dataclass
+class _Batch:
+    """Runs that a flow waits for, and their results."""
+
+    flow: Flow
+    runs: list[Run]
+    results: dict[Path, Result] = field(default_factory=dict)
+
+
+def compare(grid: Grid, console: Console | None = None, *, retry_failed: bool = False) -> dict[str, int]:
+    """Run what of the grid has not been run. Returns the numbers of runs: done, of them kept and failed.
+
+    kept: those that an earlier call had finished. Raises UserError for bad input, before anything is written, and where
+    a result cannot be written; Interrupted where it was asked to stop. In both cases what is finished stays, and the
+    same call goes on.
+    """
+    console = console or Console(quiet=True)
+    facts = examine(grid)
+    try:
+        grid.out.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(grid.out / ".lock")
+        with lock.acquire(timeout=0):
+            return _Comparison(grid, facts, console, retry_failed).run()
+    except Timeout:
+        raise UserError(
+            f"--out {grid.out}: another metazo compare is at work there; wait for it, or stop it."
+        ) from None
+    except OSError as error:
+        raise UserError(f"--out {grid.out} cannot be used: {error.strerror or error}.") from error
+
+
+class _Comparison:
+    """The state of a comparison that runs."""
+
+    def __init__(self, grid: Grid, facts: dict[tuple[str, str], Facts], console: Console, retry_failed: bool):
+        self.grid, self.facts, self.console = grid, facts, console
+        self.store = Store(grid, facts, retry_failed)
+        self.names = self.store.names
+        self.searches: dict[str, dict[str, Search]] = {name: {} for name in self.names.values()}
+        self.results: dict[Path, Result] = {}
+
+    def run(self) -> dict[str, int]:
+        grid = self.grid
+        grid.write()
+        self.store.clear()
+        self.store.supersede()
+        threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, cores() // grid.workers))
+        with (
+            Pool(grid.workers, threads) as pool,
+            interruptible() as caught,
+            Progress(self.console, *self._size()) as shown,
+        ):
+            columns = [(task, column) for task in grid.tasks for column in grid.resolved]
+            self._drive((self._flow(task, column) for task, column in columns), pool, caught, shown)
+            if grid.time_budget is not None:
+                extra = [runs for task in grid.tasks for runs in self._extra(task)]
+                shown.extend(sum(map(len, extra)), sum(run.forwards for runs in extra for run in runs))
+                self._drive((_only(runs) for runs in extra), pool, caught, shown)
+        self.store.clear()
+        return {"runs": shown.done, "kept": shown.kept, "failed": shown.failed}
+
+    def _size(self) -> tuple[int, float]:
+        """Runs and forward passes, without extensions of the searches."""
+        runs, forwards = 0, 0.0
+        for fact in self.facts.values():
+            searches = len(fact.lrs) * self.grid.search_seeds if len(fact.lrs) > 1 else 0
+            runs += searches + self.grid.seeds
+            forwards += (searches * self.grid.search_budget + self.grid.seeds) * self.grid.budget
+        return runs, forwards
+
+    # -- what is to be done, column by column ----------------------------------------------------------------------
+
+    def _flow(self, task: str, column: Column) -> Flow:
+        """The runs of a column on a task: batches of them, each made from the results of those before."""
+        lr = (yield from self._search(task, column)) if column.trains else None
+        yield runs_of(self.grid, task, column, lr)
+
+    def _search(self, task: str, column: Column) -> Generator[list[Run], list[Result], float | None]:
+        grid, start = self.grid, self.facts[task, column.name].lrs
+        seeds = [SEARCH_SEED + number for number in range(grid.search_seeds)]
+        search = Search(start[0], {}, False, [], 0, 0, 0)
+        if len(start) > 1:
+            search = Search(None, {}, False, seeds, 0, 0, search_run(grid, task, column, start[0], 0).forwards)
+            walker = walk(start, grid.extensions)
+            wanted = next(walker)
+            while True:
+                results = yield [search_run(grid, task, column, lr, seed) for lr in wanted for seed in seeds]
+                losses = {lr: _mean_loss([r for r in results if r.run_info["lr"] == lr]) for lr in wanted}
+                search.losses |= {f"{lr:g}": loss if math.isfinite(loss) else None for lr, loss in losses.items()}
+                search.runs += len(results)
+                search.forwards += sum(result.train_info.get("forwards") or 0 for result in results)
+                try:
+                    wanted = walker.send(losses)
+                except StopIteration as stop:
+                    search.lr, search.at_boundary = stop.value
+                    break
+        self.searches[self.names[task]][column.name] = search
+        write_search(self.grid.out, self.searches)
+        return search.lr
+
+    def _extra(self, task: str) -> list[list[Run]]:
+        """The longer runs of methods that are done before the time budget of a task is."""
+        grid = self.grid
+        times = {column.name: self._seconds(task, column) for column in grid.resolved if column.trains}
+        limit = times.get(grid.reference) if grid.time_budget == "reference" else grid.time_budget
+        if limit is None:
+            self.console.print(f"note: no {grid.reference} finished on {task}, so there is no time budget", style="dim")
+            return []
+        assert isinstance(limit, float)
+        extra = []
+        for column in grid.resolved:
+            taken = times.get(column.name)
+            if taken and taken < FASTER * limit:
+                lr = self.searches[self.names[task]][column.name].lr
+                forwards = int(grid.budget * limit / taken)
+                extra.append([longer(run, forwards) for run in runs_of(grid, task, column, lr)])
+        return extra
+
+    def _seconds(self, task: str, column: Column) -> float | None:
+        """Median training time of a column's reported runs."""
+        paths = [self.store.path(run) for run in runs_of(self.grid, task, column, None)]
+        done = [self.results[path] for path in paths if path in self.results and self.results[path].finished]
+        return median(result.train_info["seconds"] for result in done) if done else None
+
+    # -- getting it done -------------------------------------------------------------------------------------------
+
+    def _drive(self, flows, pool: Pool, caught: list[str], shown: Progress) -> None:
+        """Keep the workers busy with the runs of the flows, in their order, until there are no more."""
+        queue: deque[tuple[Run, _Batch]] = deque()
+        out: dict[Path, tuple[Run, _Batch]] = {}
+        while True:
+            while pool.idle and not caught:
+                if queue:
+                    run, batch = queue.popleft()
+                    job = self.store.job(run)
+                    known = self.store.known(run, job)
+                    if known is not None:
+                        self._done(run, batch, known, False, queue, shown)
+                    else:
+                        out[job.config.out] = run, batch
+                        pool.submit(job)
+                elif (flow := next(flows, None)) is not None:
+                    self._go_on(flow, None, queue, shown)
+                else:
+                    break
+            shown.show(pool.running)
+            if caught:
+                raise Interrupted(
+                    f"Stopped by {caught[0]} after {shown.done} of {shown.runs} runs; the same command goes on with the rest."
+                )
+            if not pool.running:
+                return
+            for job, result in pool.collect(0.25):
+                run, batch = out.pop(job.config.out)
+                self.store.save(run, result)
+                self._done(run, batch, result, True, queue, shown)
+
+    def _go_on(self, flow: Flow, results: list[Result] | None, queue: deque, shown: Progress) -> None:
+        """Let a flow say what comes next: before what other flows want, so that columns are finished one by one."""
+        try:
+            runs = flow.send(results) if results is not None else next(flow)
+        except StopIteration:
+            return
+        if results is not None and runs[0].kind == "search":
+            shown.extend(len(runs), sum(run.forwards for run in runs))
+        batch = _Batch(flow, runs)
+        queue.extendleft((run, batch) for run in reversed(runs))
+
+    def _done(self, run: Run, batch: _Batch, result: Result, ran: bool, queue: deque, shown: Progress) -> None:
+        path = self.store.path(run)
+        self.results[path] = batch.results[path] = result
+        shown.add(result, ran)
+        if len(batch.results) == len(batch.runs):
+            self._go_on(batch.flow, [batch.results[self.store.path(each)] for each in batch.runs], queue, shown)
+
+
+def _only(runs: list[Run]) -> Flow:
+    yield runs
+
+
+def _mean_loss(results: list[Result]) -> float:
+    """Mean final loss on dev; inf where a run failed."""
+    losses = [result.metrics["dev"]["loss"] if result.finished else math.inf for result in results]
+    return fmean(losses)

@@ -1,0 +1,114 @@
+"""Where the results of a grid are: which are there already, which are of another grid, and how one is written."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from metazo.compare.cell import Job, configuration, failed
+from metazo.compare.columns import Column
+from metazo.compare.examine import Facts
+from metazo.compare.grid import SEARCH_SEED, Grid, Run, search_run
+from metazo.compare.identity import key
+from metazo.compare.results import Result, cell_path
+from metazo.tasks import resolve
+
+
+class Store:
+    """The results folder of a grid."""
+
+    def __init__(self, grid: Grid, facts: dict[tuple[str, str], Facts], retry_failed: bool):
+        self.grid, self.facts, self.retry_failed = grid, facts, retry_failed
+        self.names = {task: resolve(task).name for task in grid.tasks}
+        self.running = grid.out / "running"
+
+    def clear(self) -> None:
+        """Remove what runs that were stopped have left."""
+        shutil.rmtree(self.running, ignore_errors=True)
+
+    def path(self, run: Run) -> Path:
+        return cell_path(self.grid.out, self.names[run.task], run.column.name, run.kind, run.seed, run.lr)
+
+    def job(self, run: Run) -> Job:
+        path = self.path(run)
+        name = "-".join(path.relative_to(self.grid.out / "cells").with_suffix("").parts)
+        config = run.config(self.grid, self.running / name)
+        fact = self.facts[run.task, run.column.name]
+        info: dict[str, Any] = {
+            "task": self.names[run.task],
+            "column": run.column.name,
+            "label": run.column.label,
+            "kind": run.kind,
+            "seed": run.seed,
+            "lr": run.lr,
+            "model": _last_part(self.grid.model),
+            "optimizer": run.column.optimizer,
+            "metric": fact.metric,
+            "budget": run.forwards if run.column.trains else 0,
+            "trained_weights": fact.trained,
+            "configuration": configuration(config) | {"model": _last_part(config.model), "task": self.names[run.task]},
+            "hashes": fact.hashes,
+            "key": key(config, fact.hashes),
+            "workers": self.grid.workers,
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "status": "finished",
+            "reason": None,
+        }
+        keep = self.grid.out / "models" / self.names[run.task] / run.column.name / path.stem
+        kept = keep if self.grid.keep_models and run.kind != "search" and run.column.trains else None
+        return Job(config, info, run.column.trains, kept)
+
+    def known(self, run: Run, job: Job) -> Result | None:
+        """The result of an earlier call, or one that needs no run because no learning rate is left to run it with."""
+        path = self.path(run)
+        if path.exists():
+            found = Result.load(path)
+            if found.run_info.get("key") == job.info["key"] and (found.finished or not self.retry_failed):
+                return found
+        if run.column.trains and run.lr is None:
+            result = failed(job, "No learning rate of the search gave a finite loss on dev.")
+            self.save(run, result)
+            return result
+        return None
+
+    def save(self, run: Run, result: Result) -> None:
+        path = self.path(run)
+        if path.exists() and Result.load(path).run_info.get("key") != result.run_info["key"]:
+            self._put_aside(path)
+        result.save(path)
+
+    # -- results of a grid that was another ------------------------------------------------------------------------
+
+    def supersede(self) -> None:
+        """Move what the grid does not ask for to RESULTS/superseded, so that no report mixes two grids."""
+        wanted = {
+            (name, column.name): (task, column) for task, name in self.names.items() for column in self.grid.resolved
+        }
+        for path in sorted((self.grid.out / "cells").glob("*/*/*.json")):
+            place = path.parts[-3], path.parts[-2]
+            if place not in wanted or not self._belongs(Result.load(path).run_info, *wanted[place]):
+                self._put_aside(path)
+
+    def _belongs(self, info: dict[str, Any], task: str, column: Column) -> bool:
+        search = info["kind"] == "search"
+        first, count = (SEARCH_SEED, self.grid.search_seeds) if search else (0, self.grid.seeds)
+        asked = search_run(self.grid, task, column, 1.0, 0).forwards if search else self.grid.budget
+        if not 0 <= info["seed"] - first < count or (info["kind"] == "time" and self.grid.time_budget is None):
+            return False
+        if info["kind"] != "time" and column.trains and info["budget"] != asked:
+            return False
+        forwards = info["budget"] if column.trains else self.grid.budget
+        return self.job(Run(task, column, info["kind"], info["seed"], info["lr"], forwards)).info["key"] == info["key"]
+
+    def _put_aside(self, path: Path) -> None:
+        target = self.grid.out / "superseded" / path.relative_to(self.grid.out / "cells")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, target)
+
+
+def _last_part(name: str) -> str:
+    """A model's name without the folders of this machine."""
+    return Path(name).expanduser().resolve().name if Path(name).expanduser().is_dir() else name
