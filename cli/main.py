@@ -1,4 +1,4 @@
-"""metazo on the command line. Bad input ends with one sentence and exit code 2; a stop on request with 130."""
+"""metazo on the command line. Bad input ends with one sentence and exit code 2; a stop on request with 130 or 143."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _main(
 @cache
 def _mount() -> None:
     """Add the commands; here and not above, so that importing this module is cheap."""
-    from . import bench, demo, env, evaluate, finetune, meta_train, recipes, tasks, zoo
+    from . import bench, compare, demo, env, evaluate, finetune, meta_train, recipes, report, tasks, zoo
 
     app.command("demo")(demo.demo)
     app.command("finetune")(finetune.command)
@@ -48,6 +48,8 @@ def _mount() -> None:
     app.command("tasks")(tasks.tasks)
     app.command("recipes")(recipes.recipes)
     app.command("bench")(bench.bench)
+    app.command("compare")(compare.command)
+    app.command("report")(report.report)
     app.command("env")(env.env)
 
 
@@ -63,7 +65,7 @@ def main() -> None:
         sys.exit(2)
     except Interrupted as error:
         errors.print("[bold yellow]stopped:[/]", _text(error))
-        sys.exit(130)
+        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         errors.print("stopped.")
         sys.exit(130)

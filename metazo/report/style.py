@@ -45,7 +45,7 @@ SETTINGS: dict[str, Any] = {
 @contextmanager
 def styled() -> Iterator[None]:
     """Within, figures look as above. No window system is touched: figures are made without pyplot."""
-    with matplotlib.rc_context(SETTINGS):
+    with matplotlib.rc_context(SETTINGS):  # type: ignore[arg-type]
         yield
 
 
@@ -85,9 +85,9 @@ def svg(figure: Figure) -> str:
     return buffer.getvalue().replace(f"'{FONT}'", SHOWN_FONTS)
 
 
-def data_uri(figure: Figure) -> str:
-    """The figure as the src of an <img>: self-contained, and what its text says can never act on the page."""
-    return "data:image/svg+xml;base64," + base64.b64encode(svg(figure).encode()).decode()
+def data_uri(svg: str) -> str:
+    """A picture as the src of an <img>: self-contained, and what its text says can never act on the page."""
+    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -1,0 +1,203 @@
+"""The questions of a comparison: which tasks count, who is better, how many forward passes and seconds it takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from statistics import fmean, median
+
+import numpy as np
+
+from .data import FIRST, UNTRAINED, Comparison, Run
+from .statistics import Average, Paired, average, holm, paired
+
+RULE = (
+    "A task counts in averages and tests when two columns learn it: the best one trained with gradients, and the reference. "
+    "Learning means that the mean loss on dev at the end is below that before training and, where the task has classes, "
+    "that the accuracy on test is above the share of the commonest class by more than two standard errors of that many "
+    "test examples, sqrt(p (1 - p) / n)."
+)
+
+
+@dataclass(frozen=True)
+class TaskVerdict:
+    """Whether a task counts in averages, and why not."""
+
+    task: str
+    counts: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Reached:
+    """Forward passes until a loss was reached: median over runs (inf: not reached by most), runs that did, all runs."""
+
+    forwards: float
+    reached: int
+    runs: int
+
+
+@dataclass(frozen=True)
+class AtTime:
+    """Losses at a time budget. kind: `exact`, `read off` a slower run's curve, `ended` before the time was up."""
+
+    losses: tuple[float, ...]
+    kind: str
+
+
+class Analysis:
+    """Answers for one measure, `loss` or `metric`; both tables are made from an analysis of each."""
+
+    def __init__(self, data: Comparison, measure: str):
+        self.data, self.measure = data, measure
+        self.sign = -1.0 if measure == "loss" else 1.0
+
+    # -- which tasks count -------------------------------------------------------------------------------------------
+
+    @cached_property
+    def verdicts(self) -> list[TaskVerdict]:
+        return [self._verdict(task) for task in self.data.tasks]
+
+    @cached_property
+    def tasks(self) -> list[str]:
+        """The tasks that count for this measure."""
+        return [v.task for v in self.verdicts if v.counts and (self.measure == "loss" or self.data.metric_of(v.task))]
+
+    def _verdict(self, task: str) -> TaskVerdict:
+        data = self.data
+        gradients = [c for c in data.columns if data.family(c) == FIRST and data.of(task, c)]
+        if gradients and not any(learns(data, task, column) for column in gradients):
+            named = "None of the columns trained" if len(gradients) > 1 else f"{gradients[0]}, trained"
+            text = f"{named} with gradients learns it (see the rule), so nothing can be expected of the others."
+            return TaskVerdict(task, False, text)
+        reference = data.reference
+        if reference is None:
+            return TaskVerdict(task, True, "")
+        if not data.of(task, reference):
+            return TaskVerdict(task, False, f"{reference}, the reference, has no finished run on it.")
+        if not learns(data, task, reference):
+            text = f"{reference}, the reference, does not move it beyond where it began or beyond the commonest class."
+            return TaskVerdict(task, False, text)
+        note = "" if gradients else "No column trained with gradients: not checked that the model can learn it."
+        return TaskVerdict(task, True, note)
+
+    # -- who is better -----------------------------------------------------------------------------------------------
+
+    def average(self, column: str) -> Average | None:
+        """Over the tasks that count; None where the column has no finished run on one of them."""
+        groups = [self.data.values(task, column, self.measure) for task in self.tasks]
+        return average(groups) if groups and all(groups) else None
+
+    @cached_property
+    def ranking(self) -> list[tuple[str, Average]]:
+        """Columns with an average, best first."""
+        known = [(column, value) for column in self.data.columns if (value := self.average(column)) is not None]
+        return sorted(known, key=lambda pair: -self.sign * pair[1].mean)
+
+    def gains(self, column: str) -> dict[str, list[float]]:
+        """By task, how much better each run of a column is than the reference's of the same seed.
+
+        A run that failed where the other finished is worth -inf or +inf; pairs with a run missing, or both failed, are
+        left out.
+        """
+        data, reference = self.data, self.data.reference
+        found: dict[str, list[float]] = {}
+        for task in self.tasks if reference else ():
+            assert reference is not None
+            sides = []
+            for name in (column, reference):
+                mine: dict[int, float | None] = {run.seed: run.value(self.measure) for run in data.of(task, name)}
+                sides.append(mine | dict.fromkeys(data.failed(task, name), None))
+            ours, theirs = sides
+            gains = [self._gain(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
+            known = [gain for gain in gains if gain is not None]
+            if known:
+                found[task] = known
+        return found
+
+    def _gain(self, ours: float | None, theirs: float | None) -> float | None:
+        if ours is None or theirs is None:
+            return None if ours is theirs else math.inf if theirs is None else -math.inf
+        return self.sign * (ours - theirs)
+
+    @cached_property
+    def tests(self) -> dict[str, Paired]:
+        """Each column that trains against the reference, p corrected by Holm over all of them."""
+        data = self.data
+        others = [c for c in data.columns if c != data.reference and data.family(c) != UNTRAINED]
+        found = {column: paired(gains) for column in others if (gains := self.gains(column))}
+        corrected = holm([test.p for test in found.values() if test.p is not None])
+        return {column: replace(test, holm=p) for (column, test), p in zip(found.items(), corrected)}
+
+    # -- how much it takes -------------------------------------------------------------------------------------------
+
+    def target(self, task: str) -> float | None:
+        """The reference's loss on dev at the end, mean over seeds."""
+        ends = [run.curve[-1].loss for run in self.data.of(task, self.data.reference or "") if run.curve]
+        return fmean(ends) if ends else None
+
+    def reached(self, task: str, column: str) -> Reached | None:
+        """When a column's runs were first evaluated at or below the reference's final loss."""
+        target = self.target(task)
+        curves = [run.curve for run in self.data.of(task, column) if run.curve]
+        if target is None or not curves:
+            return None
+        firsts = [next((p.forwards for p in curve if p.loss <= target), math.inf) for curve in curves]
+        return Reached(median(firsts), sum(map(math.isfinite, firsts)), len(firsts))
+
+    def time_budget(self, task: str) -> float | None:
+        """The grid's time budget, else the median time of the reference's runs."""
+        given = self.data.grid.get("time_budget")
+        if isinstance(given, int | float) and given > 0:
+            return float(given)
+        seconds = [run.seconds for run in self.data.of(task, self.data.reference or "")]
+        return median(seconds) if seconds else None
+
+    def at_time(self, task: str, column: str) -> AtTime | None:
+        """Loss on dev of a column's runs at the time budget: the last evaluation within it."""
+        budget = self.time_budget(task)
+        timed = self.data.timed.get((task, column), {})
+        curves = [run.curve for run in (timed.values() if timed else self.data.of(task, column)) if run.curve]
+        if budget is None or not curves:
+            return None
+        losses = tuple([p for p in curve if p.seconds <= budget][-1].loss for curve in curves if starts(curve, budget))
+        if not losses:
+            return None
+        last = median(curve[-1].seconds for curve in curves)
+        kind = "exact" if timed else "read off" if last > budget else "ended" if last < 0.9 * budget else "exact"
+        return AtTime(losses, kind)
+
+
+def starts(curve: Sequence, budget: float) -> bool:
+    return curve[0].seconds <= budget
+
+
+def learns(data: Comparison, task: str, column: str) -> bool:
+    """Whether a column's runs on a task end below the loss before training and above the commonest class; see RULE."""
+    runs = data.of(task, column)
+    ends = [(run.curve[-1].loss, run.before) for run in runs if run.curve and run.before is not None]
+    if ends and fmean(end for end, _ in ends) >= fmean(before for _, before in ends):
+        return False
+    known = [run for run in runs if accuracy(run) is not None and run.majority is not None and run.examples]
+    if not known:
+        return bool(runs)
+    share = fmean(run.majority for run in known if run.majority is not None)
+    error = math.sqrt(share * (1 - share) / known[0].examples)
+    return fmean(value for run in known if (value := accuracy(run)) is not None) > share + 2 * error
+
+
+def accuracy(run: Run) -> float | None:
+    return run.metric if run.info.get("metric") == "accuracy" else None
+
+
+def band(runs: Sequence[Run], axis: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Median and middle half over runs of the loss on dev, on the points of `axis` (forwards, seconds) all runs cover."""
+    lines = [([getattr(p, axis) for p in run.curve], [p.loss for p in run.curve]) for run in runs if run.curve]
+    start, end = max(x[0] for x, _ in lines), min(x[-1] for x, _ in lines)
+    points = np.unique(np.concatenate([x for x, _ in lines]))
+    points = points[(points >= start) & (points <= end)]
+    losses = np.array([np.interp(points, x, y) for x, y in lines])
+    low, middle, high = np.quantile(losses, (0.25, 0.5, 0.75), axis=0)
+    return points, middle, low, high

@@ -1,0 +1,204 @@
+"""The report of a comparison, put together: a story, then sections of tables and pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from matplotlib.figure import Figure
+
+from . import costs, figures, sigma, tables
+from .analysis import Analysis
+from .data import CONTROL, Comparison
+from .story import Story, story
+from .style import svg
+from .table import Table
+
+SIGMA_PICTURES = 6
+
+
+@dataclass
+class Picture:
+    """svg: the picture itself; alt: what it shows, for those who cannot see it."""
+
+    name: str
+    title: str
+    caption: str
+    alt: str
+    svg: str
+
+
+@dataclass
+class Section:
+    name: str
+    title: str
+    text: str
+    parts: list[Table | Picture] = field(default_factory=list)
+
+    def add(self, *parts: Table | Picture) -> Section:
+        self.parts += [part for part in parts if not (isinstance(part, Table) and not part.rows)]
+        return self
+
+
+@dataclass
+class Report:
+    """headline: the picture of the first screen, None where no task counts."""
+
+    data: Comparison
+    story: Story
+    headline: Picture | None
+    sections: list[Section]
+
+    @property
+    def tables(self) -> list[Table]:
+        return [part for section in self.sections for part in section.parts if isinstance(part, Table)]
+
+    @property
+    def pictures(self) -> list[Picture]:
+        parts = [part for section in self.sections for part in section.parts if isinstance(part, Picture)]
+        return [*([self.headline] if self.headline else []), *parts]
+
+
+def build(data: Comparison, metric: Literal["loss", "accuracy"] | None = None) -> Report:
+    """metric: what ranks; by default accuracy where every task that counts has it, else loss."""
+    by_loss, by_metric = Analysis(data, "loss"), Analysis(data, "metric")
+    names = {data.metric_of(task) for task in by_loss.tasks}
+    if metric is None:
+        metric = "accuracy" if names == {"accuracy"} else "loss"
+    main, other = (by_loss, by_metric) if metric == "loss" else (by_metric, by_loss)
+    sections = [_results(main, other), _tests(main, other), _way(by_loss), _memory(main), _rates(data)]
+    sections += [_blocks(data), _holes(by_loss), _setting(data)]
+    return Report(data, story(main), _headline(main), [section for section in sections if section.parts])
+
+
+def _headline(main: Analysis) -> Picture | None:
+    if not main.ranking:
+        return None
+    best = ", ".join(f"{column} {found.mean:.3g}" for column, found in main.ranking[:5])
+    what = "loss" if main.measure == "loss" else tables.metric_name(main.data, main.tasks)
+    return Picture(
+        "headline",
+        f"Average {what} on test of every column",
+        "Dot: average over the tasks that count. Bar: where it would probably lie (95 %) with other seeds; no bar, one seed. "
+        + (f"Dashed line: {main.data.reference}." if main.data.reference else ""),
+        f"Columns by average {what}, best first: {best}.",
+        svg(figures.headline(main)),
+    )
+
+
+def _results(main: Analysis, other: Analysis) -> Section:
+    section = Section("results", "Results", "").add(tables.summary(main, other))
+    for analysis in (main, other):
+        if analysis.measure == "loss" or any(map(analysis.data.metric_of, analysis.data.tasks)):
+            section.add(tables.scores(analysis))
+    return section
+
+
+def _tests(main: Analysis, other: Analysis) -> Section:
+    text = (
+        "Runs with the same task and seed are compared in pairs, so that what both have in common cancels out; n is tasks × "
+        "seeds, of the tasks that count. Gain: mean over tasks of how much better than the reference (positive is better), "
+        "with its 95 % interval over seeds. p: two-sided, Wilcoxon’s signed-rank test over all pairs, or with fewer than 6 "
+        "pairs all sign flips; n pairs cannot give less than “least p” (5 seeds of one task .0625, whatever happens). Holm: "
+        "corrected for all rows. A failed run loses its pair against a finished one and is not in the gain. The "
+        "pairs say what other seeds on these tasks would give; of other tasks only “tasks won” speaks."
+    )
+    return Section("tests", "How sure it is", text).add(*(tables.tests(a) for a in (main, other) if a.data.reference))
+
+
+def _way(by_loss: Analysis) -> Section:
+    data = by_loss.data
+    section = Section("way", "On the way: forward passes and time", "")
+    named = ", ".join(figures.highlighted(by_loss))
+    for axis, what in (("forwards", "forward passes"), ("seconds", "seconds of training")):
+        if any(len(run.curve) > 1 for runs in data.runs.values() for run in runs.values()):
+            section.add(
+                Picture(
+                    f"curves-{axis}",
+                    f"Loss against {what}",
+                    "Line: median over seeds; shade: the middle half of them. Named: the reference, the best with gradients, "
+                    "the best tuner and the best others; grey: the rest. Lower and further left is better.",
+                    f"Loss on dev against {what}, one panel a task, for {named}.",
+                    svg(figures.curves(by_loss, axis)),
+                )
+            )
+    if data.reference:
+        section.add(costs.reach(by_loss))
+    if any(by_loss.time_budget(task) for task in data.tasks):
+        section.add(costs.equal_time(by_loss))
+    return section
+
+
+def _memory(main: Analysis) -> Section:
+    section = Section("memory", "Memory", "")
+    if any(r.memory for column, _ in main.ranking for task in main.tasks for r in main.data.of(task, column)):
+        section.add(
+            Picture(
+                "pareto",
+                "Result against memory",
+                "Line: columns that no other beats in both. Medians over runs; the scale of memory is logarithmic.",
+                "Average result of every column against its peak memory; the numbers are in the table below.",
+                svg(figures.pareto(main)),
+            )
+        )
+    return section.add(costs.cost(main.data))
+
+
+def _rates(data: Comparison) -> Section:
+    text = "Every column got a learning rate of its own for each task, from runs on seeds that are not reported above."
+    section = Section("rates", "Learning rates", text)
+    if not data.searches:
+        return section
+    return section.add(
+        Picture(
+            "sensitivity",
+            "Loss against learning rate",
+            "Ring: the rate that was chosen; square: chosen at the edge of what was tried. Cross: a run at this rate failed. "
+            "The top is cut at three times the best loss.",
+            "Loss on dev at the end of the search's runs against learning rate, one panel a column, one line a task.",
+            svg(figures.sensitivity(data)),
+        ),
+        costs.search(data),
+    )
+
+
+def _blocks(data: Comparison) -> Section:
+    text = (
+        "A tuner, or a rule, gives each block of weights a scale σ: how far it is moved. Light blocks are moved most. "
+        "Each row is a kind of block, each column of squares a layer of the model, each picture a step of one run."
+    )
+    section = Section("blocks", "Which blocks are moved", text)
+    for column in data.columns:
+        for task in data.tasks if data.family(column) != CONTROL else ():
+            run = next((run for run in data.of(task, column) if run.sigma), None)
+            if (
+                run
+                and run.sigma
+                and len(section.parts) < SIGMA_PICTURES
+                and (made := _attempt(sigma.picture, run.sigma))
+            ):
+                title = f"{column} on {task}, seed {run.seed}"
+                caption = (
+                    "σ as a multiple of its geometric mean over all blocks at that step. Grey: there is no such block."
+                )
+                alt = f"Scale by block of {title}, at several steps."
+                section.add(Picture(f"sigma-{len(section.parts) + 1}", title, caption, alt, svg(made)))
+    return section
+
+
+def _attempt(make: Callable[[dict[str, Any]], Figure], sigma: dict[str, Any]) -> Figure | None:
+    try:
+        return make(sigma)
+    except ValueError:
+        return None
+
+
+def _holes(by_loss: Analysis) -> Section:
+    data = by_loss.data
+    section = Section("holes", "What counts, what failed, what is missing", "")
+    return section.add(tables.tasks(by_loss), costs.failures(data), costs.missing(data))
+
+
+def _setting(data: Comparison) -> Section:
+    return Section("setting", "Settings, and how to do it again", "").add(costs.configuration(data))

@@ -1,0 +1,181 @@
+"""The tables of what results cost: forward passes, time, memory, search; and what is missing."""
+
+from __future__ import annotations
+
+import json
+import math
+from statistics import fmean, median
+from typing import Any
+
+from .analysis import Analysis
+from .data import UNTRAINED, Comparison, part
+from .table import NONE, Cell, Table, count, loss, megabytes, seconds
+from .tables import best_of, by_family
+
+
+def reach(analysis: Analysis) -> Table:
+    data = analysis.data
+    trained = [column for column in by_family(data) if data.family(column) != UNTRAINED]
+    table = Table(
+        "reach",
+        f"Forward passes until {data.reference}’s final loss",
+        f"Median over seeds of the first evaluation whose loss on dev was at or below {data.reference}’s mean at the end "
+        "(second row). In brackets the runs that got there, where not all did; “not reached”: more than half did not. "
+        "The evaluations are the resolution.",
+        ["column", *data.tasks],
+    )
+    targets = {task: analysis.target(task) for task in data.tasks}
+    table.add("that loss (nats)", *(NONE if value is None else loss(value) for value in targets.values()))
+    found = {task: {c: analysis.reached(task, c) for c in trained} for task in data.tasks}
+    best = {
+        t: best_of(data, lambda c, t=t: r.forwards if (r := found[t].get(c)) and r.reached else None, lower=True)
+        for t in data.tasks
+    }
+    for column in trained:
+        cells = []
+        for task in data.tasks:
+            reached = found[task][column]
+            if reached is None:
+                cells.append(Cell(NONE))
+                continue
+            text = count(reached.forwards) if math.isfinite(reached.forwards) else "not reached"
+            if reached.reached < reached.runs:
+                text += f" ({reached.reached} of {reached.runs})"
+            cells.append(Cell(text, best[task] == column and math.isfinite(reached.forwards)))
+        table.add(column, *cells)
+    return table
+
+
+def equal_time(analysis: Analysis) -> Table:
+    data = analysis.data
+    marks = {"exact": "", "read off": "", "ended": " †"}
+    table = Table(
+        "time",
+        "Loss at equal time (nats, lower is better)",
+        "Mean over seeds of the last loss on dev within the time of the second row, which counts training alone, not "
+        "evaluation. Slower columns are read off their curves, faster ones went on until the time was up. † The runs "
+        "ended before nine tenths of the time were used: more time might have helped.",
+        ["column", *data.tasks],
+    )
+    budgets = {task: analysis.time_budget(task) for task in data.tasks}
+    table.add("time (s)", *(NONE if value is None else seconds(value) for value in budgets.values()))
+    columns = [column for column in by_family(data) if data.family(column) != UNTRAINED]
+    found = {task: {c: analysis.at_time(task, c) for c in columns} for task in data.tasks}
+    best = {
+        t: best_of(data, lambda c, t=t: fmean(f.losses) if (f := found[t].get(c)) else None, lower=True)
+        for t in data.tasks
+    }
+    for column in columns:
+        cells = []
+        for task in data.tasks:
+            at = found[task][column]
+            text = NONE if at is None else loss(fmean(at.losses)) + marks[at.kind]
+            cells.append(Cell(text, best[task] == column))
+        table.add(column, *cells)
+    return table
+
+
+def cost(data: Comparison) -> Table:
+    table = Table(
+        "cost",
+        "Time and memory of a run",
+        "Medians over all tasks and seeds. Time is training alone. Memory is the most that was resident above the idle "
+        "process: model, data, optimizer, activations (on a GPU: the peak of its allocator).",
+        ["column", "runs", "forward passes", "time (s)", "time per 1,000 forward passes (s)", "trained weights",
+         "peak memory (MB)"],
+    )  # fmt: skip
+    for column in by_family(data):
+        runs = [run for task in data.tasks for run in data.of(task, column)]
+        if not runs:
+            table.add(column, "0", *[NONE] * 5)
+            continue
+        memory = [run.memory for run in runs if run.memory is not None]
+        rates = [1000 * run.seconds / run.forwards for run in runs if run.forwards]
+        weights = [run.trained for run in runs if run.trained is not None]
+        table.add(
+            column,
+            str(len(runs)),
+            count(median(run.forwards for run in runs)),
+            seconds(median(run.seconds for run in runs)),
+            seconds(median(rates)) if rates else NONE,
+            count(median(weights)) if weights else NONE,
+            megabytes(median(memory)) if memory else NONE,
+        )
+    return table
+
+
+def search(data: Comparison) -> Table:
+    table = Table(
+        "search",
+        "Learning rates: what the search chose, and what it cost",
+        "Chosen by the mean loss on dev over the search’s own seeds. ⚠ edge: the best rate is the smallest or largest "
+        "that was tried, so a better one may lie outside, and the column may be underrated.",
+        ["column", *data.tasks, "runs of the search", "forward passes of the search"],
+    )
+    for column in by_family(data):
+        found = [data.searches.get(task, {}).get(column) for task in data.tasks]
+        if not any(found):
+            continue
+        cells = []
+        for item in found:
+            rate = NONE if item is None else "all failed" if item.lr is None else f"{item.lr:g}"
+            cells.append(rate + (" ⚠ edge" if item and item.at_boundary else ""))
+        runs, forwards = (sum(getattr(item, name) for item in found if item) for name in ("runs", "forwards"))
+        table.add(column, *cells, count(runs), count(forwards))
+    return table
+
+
+def failures(data: Comparison) -> Table:
+    table = Table(
+        "failures",
+        "Runs that failed, and files that cannot be read",
+        "They are in no mean. A failed run loses its pair in the tests; an unreadable file is left out of them.",
+        ["task", "column", "run", "seed", "reason"],
+        heads=2,
+    )
+    for failure in data.failures:
+        table.add(failure.task, failure.column, failure.kind, failure.seed, failure.reason)
+    return table
+
+
+def missing(data: Comparison) -> Table:
+    table = Table(
+        "missing",
+        "Runs that the grid asks for and that are not there",
+        "The same command of metazo compare goes on where it stopped and runs these.",
+        ["task", "column", "seeds"],
+        heads=2,
+    )
+    cells: dict[tuple[str, str], list[int]] = {}
+    for task, column, seed in data.missing:
+        cells.setdefault((task, column), []).append(seed)
+    for (task, column), seeds in cells.items():
+        table.add(task, column, ", ".join(map(str, seeds)))
+    return table
+
+
+def configuration(data: Comparison) -> Table:
+    """What all runs share: settings, versions, machine, hashes; several values where they do not."""
+    table = Table(
+        "configuration",
+        "Settings, versions and machines",
+        "Settings are those that all runs share; every run’s own are in its file and in runs.csv.",
+        ["what", "value"],
+    )
+    for name, key in (("model", "model"), ("budget (forward passes)", "budget"), ("workers", "workers")):
+        table.add(name, "; ".join(dict.fromkeys(_text(info.get(key)) for info in data.infos)) or NONE)
+    for block in ("versions", "machine", "hashes", "configuration"):
+        names = dict.fromkeys(name for info in data.infos for name in part(info, block))
+        for name in names:
+            values = {_text(part(info, block).get(name)) for info in data.infos if name in part(info, block)}
+            if block != "configuration" or (len(values) == 1 and values not in ({"null"}, {"[]"}, {"{}"})):
+                shown = sorted(values)[:4]
+                table.add(f"{block}: {name}", "; ".join(shown) + (" …" if len(values) > 4 else ""))
+    for name in ("search_seeds", "search_budget", "extensions", "time_budget", "reference"):
+        if name in data.grid:
+            table.add(f"grid: {name}", _text(data.grid[name]))
+    return table
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)

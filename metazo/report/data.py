@@ -1,0 +1,264 @@
+"""What a comparison found, by task and column: read once, checked value by value, asked many times."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import yaml
+
+from metazo.compare.results import KINDS, Result, Search, read_search
+from metazo.errors import UserError
+
+CONTROL, ZEROTH, FIRST, UNTRAINED = "control", "forward passes only", "gradients", "no training"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One evaluation on dev; seconds without evaluations; metric: the task's first, None where it has none."""
+
+    forwards: float
+    seconds: float
+    loss: float
+    metric: float | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run. scores: of the kept weights on test (on dev where nothing was tested); majority: same split."""
+
+    seed: int
+    loss: float
+    metric: float | None
+    before: float | None
+    majority: float | None
+    examples: int
+    split: str
+    curve: tuple[Point, ...]
+    forwards: float
+    seconds: float
+    memory: float | None
+    trained: float | None
+    info: dict[str, Any] = field(repr=False)
+    sigma: dict[str, Any] | None = field(default=None, repr=False)
+
+    def value(self, measure: str) -> float | None:
+        return self.loss if measure == "loss" else self.metric
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A cell that failed, is not there, or cannot be read."""
+
+    task: str
+    column: str
+    kind: str
+    seed: str
+    reason: str
+    readable: bool = True
+
+
+def number(value: Any) -> float | None:
+    """The finite number that `value` is, else None."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def part(content: Any, *keys: str) -> dict[str, Any]:
+    """A mapping within mappings; empty where it is not there."""
+    for key in keys:
+        content = content.get(key) if isinstance(content, Mapping) else None
+    return dict(content) if isinstance(content, Mapping) else {}
+
+
+def _points(curve: Any, metric: str | None) -> Iterator[Point]:
+    """The points of a curve up to the first whose numbers are not finite."""
+    for entry in curve if isinstance(curve, list) else ():
+        dev = part(entry, "dev")
+        forwards, seconds, loss = number(entry.get("forwards")), number(entry.get("seconds")), number(dev.get("loss"))
+        if forwards is None or seconds is None or loss is None:
+            return
+        yield Point(forwards, seconds, loss, number(dev.get(metric)) if metric else None)
+
+
+def run_of(result: Result) -> Run:
+    """Raises ValueError, with the reason in words, where the run has no final loss."""
+    info, train, metrics = result.run_info, result.train_info, result.metrics
+    if info.get("status") != "finished":
+        raise ValueError(str(info.get("reason") or "failed, and says no reason"))
+    split = "test" if part(metrics, "test") else "dev"
+    scores, metric = part(metrics, split), info.get("metric")
+    loss, seed = number(scores.get("loss")), number(info.get("seed"))
+    if loss is None or seed is None:
+        raise ValueError(f"finished, but its {'loss on ' + split if seed is not None else 'seed'} is not a number")
+    value = number(scores.get(metric)) if metric else None
+    if metric and value is None:
+        raise ValueError(f"finished, but its {metric} on {split} is not a number")
+    curve = tuple(_points(train.get("curve"), metric))
+    return Run(
+        seed=int(seed),
+        loss=loss,
+        metric=value,
+        before=number(part(metrics, "before").get("loss")),
+        majority=number(part(metrics, "majority").get(split)),
+        examples=int(number(scores.get("examples")) or 0),
+        split=split,
+        curve=curve,
+        forwards=number(train.get("forwards")) or 0.0,
+        seconds=number(train.get("seconds")) or 0.0,
+        memory=number(train.get("peak_memory_bytes")),
+        trained=number(train.get("trained_weights", info.get("trained_weights"))),
+        info=info,
+        sigma=part(train, "sigma") or None,
+    )
+
+
+class Comparison:
+    """All of a results folder that can be read, and a list of what cannot.
+
+    runs, timed: task, column -> seed -> Run, at the budget of forward passes and gone on to the time budget; failures:
+    failed and unreadable files; missing: cells of the grid that have no file; searches: task -> column -> Search.
+    Raises UserError where the folder holds no results at all.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        files = sorted((folder / "cells").glob("*/*/*.json"))
+        if not files:
+            raise UserError(f"{folder} holds no results of metazo compare (no cells/<task>/<column>/*.json).")
+        self.runs: dict[tuple[str, str], dict[int, Run]] = {}
+        self.timed: dict[tuple[str, str], dict[int, Run]] = {}
+        self.failures: list[Failure] = []
+        self.infos: list[dict[str, Any]] = []
+        self._seen: set[tuple[str, str, str, str]] = set()
+        for file in files:
+            self._read(file)
+        self.grid = self._grid()
+        self.searches = self._searches()
+        self.tasks = self._order([_task_name(str(task)) for task in _items(self.grid.get("tasks"))], 0)
+        columns = [c.get("name") if isinstance(c, Mapping) else c for c in _items(self.grid.get("columns"))]
+        self.columns = self._order([str(name) for name in columns if name], 1)
+        wanted = str(self.grid.get("reference") or "mezo")
+        self.reference = wanted if any(column == wanted for _, column in self.runs) else None
+        self.missing = list(self._missing(wanted))
+
+    def _read(self, file: Path) -> None:
+        task, column, (kind, _, rest) = file.parts[-3], file.parts[-2], file.stem.partition("-")
+        if kind not in KINDS:
+            return
+        seed, readable = rest.rpartition("-")[2], False
+        try:
+            result = Result.load(file)
+            info = result.run_info
+            task, column = str(info.get("task") or task), str(info.get("column") or column)
+            seed = str(info.get("seed", seed))
+            self.infos.append(info)
+            readable = True
+            run = run_of(result)
+        except (UserError, ValueError, TypeError, AttributeError) as error:
+            text = str(error).replace(f"{file} ", "The file ") if isinstance(error, UserError) else str(error)
+            rate = f" (learning rate {rest.rpartition('-')[0]})" if kind == "search" else ""
+            self.failures.append(Failure(task, column, kind + rate, seed, text, readable))
+        else:
+            if kind != "search":
+                (self.runs if kind == "seed" else self.timed).setdefault((task, column), {})[run.seed] = run
+        self._seen.add((task, column, kind, seed))
+
+    def _grid(self) -> dict[str, Any]:
+        try:
+            content = yaml.safe_load((self.folder / "grid.yaml").read_text())
+        except (OSError, ValueError, yaml.YAMLError):
+            return {}
+        return content if isinstance(content, dict) else {}
+
+    def _searches(self) -> dict[str, dict[str, Search]]:
+        try:
+            return read_search(self.folder)
+        except (UserError, TypeError, AttributeError) as error:
+            text = " ".join(str(error).split()).replace(f"{self.folder}/", "")
+            self.failures.append(Failure("all", "all", "search.json", "", f"it cannot be read: {text}"))
+            return {}
+
+    def _order(self, first: list[str], place: int) -> list[str]:
+        """The grid's order, then what the folder holds beside it."""
+        held = {key[place] for key in self._seen}
+        return [name for name in dict.fromkeys([*first, *sorted(held)]) if name in held or name in first]
+
+    @property
+    def seeds(self) -> list[int]:
+        given = self.grid.get("seeds")
+        if isinstance(given, int):
+            return list(range(given))
+        named = [seed for seed in _items(given) if isinstance(seed, int)]
+        return named or sorted({seed for runs in self.runs.values() for seed in runs})
+
+    def _missing(self, reference: str) -> Iterator[tuple[str, str, int]]:
+        for task in self.tasks:
+            for column in self.columns:
+                for seed in self.seeds:
+                    if (task, column, "seed", str(seed)) not in self._seen:
+                        yield task, column, seed
+
+    # -- questions ---------------------------------------------------------------------------------------------------
+
+    def of(self, task: str, column: str) -> list[Run]:
+        """The finished runs of a cell, by seed."""
+        return [run for _, run in sorted(self.runs.get((task, column), {}).items())]
+
+    def values(self, task: str, column: str, measure: str) -> list[float]:
+        """`loss` or `metric` of each finished run of a cell."""
+        found = (run.value(measure) for run in self.of(task, column))
+        return [value for value in found if value is not None]
+
+    def failed(self, task: str, column: str) -> dict[int, str]:
+        """Reasons by seed of the runs of a cell that failed; not of files that cannot be read."""
+        mine = [f for f in self.failures if (f.task, f.column, f.kind) == (task, column, "seed") and f.readable]
+        return {int(failure.seed): failure.reason for failure in mine if failure.seed.isdigit()}
+
+    @cached_property
+    def first_info(self) -> dict[str, dict[str, Any]]:
+        """run_info of one run by column."""
+        return {str(info.get("column")): info for info in reversed(self.infos)}
+
+    def label(self, column: str) -> str:
+        return str(self.first_info.get(column, {}).get("label") or column)
+
+    def family(self, column: str) -> str:
+        """How a column trains: by forward passes only, as a control of these, by gradients, or not at all."""
+        info = self.first_info.get(column, {})
+        optimizer = str(info.get("optimizer") or column)
+        tuner = str(part(info, "configuration").get("tuner") or "")
+        if column == "zero-shot" or optimizer == "zero-shot":
+            return UNTRAINED
+        if optimizer.startswith("first-order") or column.startswith(("first-order", "lora-adam", "lora-first")):
+            return FIRST
+        return CONTROL if tuner.startswith("random") or column.startswith("random") else ZEROTH
+
+    def metric_of(self, task: str) -> str | None:
+        """The task's main metric."""
+        named = [info.get("metric") for info in self.infos if info.get("task") == task]
+        return next((str(name) for name in named if name), None)
+
+    def majority(self, task: str) -> float | None:
+        known = [r.majority for column in self.columns for r in self.of(task, column) if r.majority is not None]
+        return fmean(known) if known else None
+
+
+def _task_name(entry: str) -> str:
+    """The name of a grid's entry, which may be the YAML file of a task."""
+    if not entry.endswith((".yaml", ".yml")):
+        return entry
+    try:
+        return str(yaml.safe_load(Path(entry).read_text())["name"])
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+        return Path(entry).stem
+
+
+def _items(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []

@@ -1,0 +1,232 @@
+"""The pictures of a comparison. Each says in its axes what it shows and in which unit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from .analysis import Analysis, band
+from .data import CONTROL, FIRST, UNTRAINED, ZEROTH, Comparison
+from .style import COLOURS, log_axis, look, short, styled
+from .tables import by_family, metric_name
+
+# By what a column trains with: colour, marker, and how the legend calls it.
+FAMILIES = {
+    ZEROTH: (COLOURS[0], "o", "forward passes only"),
+    CONTROL: ("#666666", "D", "control: random tuner"),
+    FIRST: (COLOURS[1], "s", "gradients"),
+    UNTRAINED: ("#000000", "X", "no training"),
+}
+HIGHLIGHTED = 6
+GREY = "#bbbbbb"
+LAST = (*(label for *_, label in FAMILIES.values()), "others", "chosen", "chosen, at the edge", "failed")
+
+
+def headline(analysis: Analysis) -> Figure:
+    """Average of each column with its interval, best at the top; a line at the reference."""
+    data, percent = analysis.data, analysis.measure != "loss"
+    rows = analysis.ranking[::-1]
+    factor = 100 if percent else 1
+    with styled():
+        figure = Figure(figsize=(7.6, 1.1 + 0.29 * max(4, len(rows))), layout="constrained")
+        axes = figure.subplots()
+        for place, (column, found) in enumerate(rows):
+            colour, marker, label = FAMILIES[data.family(column)]
+            if found.low is not None and found.high is not None:
+                axes.plot([factor * found.low, factor * found.high], [place] * 2, color=colour, linewidth=2.2)
+            axes.plot(
+                factor * found.mean, place, marker=marker, color=colour, markersize=7.5, linestyle="", label=label
+            )
+            if column == data.reference:
+                axes.axvline(factor * found.mean, color="#444444", linewidth=1, linestyle="--", zorder=0)
+        axes.set_yticks(range(len(rows)), [clipped(column) for column, _ in rows])
+        for text, (column, _) in zip(axes.get_yticklabels(), rows):
+            text.set_fontweight("bold" if column == data.reference else "normal")
+        axes.set_ylim(-0.6, len(rows) - 0.4)
+        axes.grid(axis="y", visible=False)
+        better = "→ better" if percent else "← better"
+        axes.set_xlabel(
+            f"{metric_name(data, analysis.tasks) if percent else 'loss (nats)'} on test, average   {better}"
+        )
+        handles = dict(zip(*reversed(axes.get_legend_handles_labels())))
+        legend = [label for *_, label in FAMILIES.values() if label in handles]
+        figure.legend(
+            [handles[label] for label in legend], legend, loc="outside upper left", ncols=len(legend), fontsize=9
+        )
+    return figure
+
+
+def clipped(name: str, most: int = 28) -> str:
+    return name if len(name) <= most else name[: most - 1] + "…"
+
+
+def highlighted(analysis: Analysis) -> list[str]:
+    """Columns to tell apart in plots of curves: the reference, the best others, the best with gradients, tuners."""
+    data = analysis.data
+    ranked = [column for column, _ in analysis.ranking] or by_family(data)
+    chosen = [data.reference] if data.reference else []
+    chosen += [column for column in ranked if data.family(column) == FIRST][:1]
+    chosen += [c for c in ranked if data.family(c) == ZEROTH and "tuner" in c and "random" not in c][:1]
+    chosen += [column for column in ranked if data.family(column) == ZEROTH]
+    chosen += [column for column in ranked if data.family(column) != UNTRAINED]
+    return list(dict.fromkeys(chosen))[:HIGHLIGHTED]
+
+
+def curves(analysis: Analysis, axis: str) -> Figure:
+    """Loss on dev against `forwards` or `seconds`, a panel a task: median and middle half over seeds."""
+    data, chosen = analysis.data, highlighted(analysis)
+    tasks = [task for task in data.tasks if any(data.of(task, column) for column in data.columns)]
+    with styled():
+        figure, panels = grid(tasks, 3.6, 2.8)
+        for axes, task in zip(panels, tasks):
+            highest = 0.0
+            for column in [c for c in by_family(data) if c not in chosen] + chosen:
+                runs = [run for run in data.of(task, column) if len(run.curve) > 1]
+                if not runs:
+                    continue
+                points, middle, low, high = band(runs, axis)
+                if column not in chosen:
+                    axes.plot(points, middle, color=GREY, linewidth=0.9, label="others", zorder=1)
+                    continue
+                style = look(chosen.index(column))
+                every = max(1, len(points) // 6)
+                axes.plot(points, middle, label=clipped(column), markevery=every, zorder=3, **style)
+                axes.fill_between(points, low, high, color=style["color"], alpha=0.15, linewidth=0, zorder=2)
+                highest = max(highest, middle[0] * 1.15)
+            if highest and axes.get_ylim()[1] > 2 * highest:
+                axes.set_ylim(top=2 * highest)
+            axes.set(title=clipped(task), ylabel="loss on dev (nats)")
+            axes.set_xlabel("forward passes over a batch" if axis == "forwards" else "seconds of training")
+            axes.xaxis.set_major_locator(MaxNLocator(5))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+        shared_legend(figure, panels)
+    return figure
+
+
+def pareto(analysis: Analysis) -> Figure:
+    """Average score, or loss, against peak memory, a point a column; a line through those that none beats in both."""
+    data, percent = analysis.data, analysis.measure != "loss"
+    points = []
+    for column, found in analysis.ranking:
+        memory = [r.memory for task in analysis.tasks for r in data.of(task, column) if r.memory]
+        if memory:
+            points.append((median(memory) / 1e6, found.mean * (100 if percent else 1), column))
+    with styled():
+        figure = Figure(figsize=(8.2, 4.4), layout="constrained")
+        axes = figure.subplots()
+        for memory, value, column in points:
+            colour, marker, label = FAMILIES[data.family(column)]
+            axes.plot(memory, value, marker=marker, color=colour, markersize=8, linestyle="", label=label, zorder=3)
+        axes.set_xlabel("peak memory of a run (MB, logarithmic)   ← better")
+        what = f"{metric_name(data, analysis.tasks)} on test, average" if percent else "loss on test, average (nats)"
+        axes.set_ylabel(f"{what}   {'→' if percent else '←'} better")
+        axes.set_xscale("log")
+        axes.margins(x=0.08, y=0.08)
+        if points:
+            log_axis(axes, "x")
+            front = frontier(points, higher=percent)
+            axes.plot(
+                *zip(*[(m, v) for m, v, _ in front]), color="#999999", linewidth=1.1, drawstyle="steps-post", zorder=1
+            )
+            spread_labels(axes, points)
+        shared_legend(figure, [axes])
+    return figure
+
+
+def frontier(points: Sequence[tuple[float, float, str]], higher: bool) -> list[tuple[float, float, str]]:
+    """The points that no other beats in both, by memory."""
+    kept: list[tuple[float, float, str]] = []
+    for point in sorted(points, key=lambda p: (p[0], -p[1] if higher else p[1])):
+        if not kept or (point[1] > kept[-1][1] if higher else point[1] < kept[-1][1]):
+            kept.append(point)
+    return kept
+
+
+def spread_labels(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
+    """Names in a column at the right, in the order of height and apart from each other, a thin line to each point."""
+    low, high = axes.get_ylim()
+    ordered = sorted(points, key=lambda point: point[1])
+    gap = 1 / max(16, len(ordered))
+    heights = [(value - low) / (high - low) for _, value, _ in ordered]
+    for place in range(1, len(heights)):
+        heights[place] = max(heights[place], heights[place - 1] + gap)
+    over = heights[-1] - 1
+    if over > 0:
+        heights[-1] = 1.0
+        for place in range(len(heights) - 2, -1, -1):
+            heights[place] = min(heights[place], heights[place + 1] - gap)
+    for (memory, value, column), height in zip(ordered, heights):
+        axes.annotate(
+            clipped(column), (memory, value), (1.04, height), textcoords="axes fraction", fontsize=8.5, va="center",
+            arrowprops={"arrowstyle": "-", "color": "#bbbbbb", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4},
+            annotation_clip=False,
+        )  # fmt: skip
+
+
+def sensitivity(data: Comparison) -> Figure:
+    """Loss of the search against learning rate, a panel a column and a line a task; the chosen rate ringed."""
+    columns = [c for c in by_family(data) if any(data.searches.get(t, {}).get(c) for t in data.tasks)]
+    with styled():
+        figure, panels = grid(columns, 2.7, 2.1, across=4)
+        for axes, column in zip(panels, columns):
+            highest = 0.0
+            for index, task in enumerate(data.tasks):
+                found = data.searches.get(task, {}).get(column)
+                if found is None:
+                    continue
+                style, known = look(index), {float(r): v for r, v in found.losses.items() if v is not None}
+                axes.plot(*zip(*sorted(known.items())) if known else ([], []), label=clipped(task), **style)
+                if found.lr in known:
+                    ring = {"markersize": 11, "markerfacecolor": "none", "linestyle": ""}
+                    shape = "s" if found.at_boundary else "o"
+                    label = "chosen, at the edge" if found.at_boundary else "chosen"
+                    axes.plot(found.lr, known[found.lr], marker=shape, color="#000000", label=label, **ring)
+                    highest = max(highest, min(known.values()) * 3)
+                failed = [float(rate) for rate, value in found.losses.items() if value is None]
+                transform = axes.get_xaxis_transform()
+                axes.plot(
+                    failed,
+                    [0.97] * len(failed),
+                    "x",
+                    color="#000000",
+                    transform=transform,
+                    label="failed",
+                    markersize=6,
+                )
+            if highest and axes.get_ylim()[1] > highest:
+                axes.set_ylim(top=highest)
+            axes.set(title=clipped(column), ylabel="loss on dev (nats)", xlabel="learning rate")
+            log_axis(axes, "x")
+            axes.tick_params(labelsize=8)
+        shared_legend(figure, panels)
+    return figure
+
+
+def grid(items: Sequence[object], width: float, height: float, across: int = 3) -> tuple[Figure, list[Axes]]:
+    """A figure with a panel an item, in rows; panels of the last row that are not needed are left out."""
+    columns = max(1, min(across, len(items)))
+    rows = max(1, math.ceil(len(items) / columns))
+    figure = Figure(figsize=(width * columns, height * rows + 0.4), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in panels[len(items) :]:
+        axes.remove()
+    return figure, panels[: len(items)]
+
+
+def shared_legend(figure: Figure, panels: Sequence[Axes]) -> None:
+    """One legend above all panels, each label once; those of LAST at its end."""
+    handles: dict[str, Any] = {}
+    for axes in panels:
+        handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels()) if label not in handles}
+    order = sorted(handles, key=lambda label: LAST.index(label) if label in LAST else -1)
+    if order:
+        figure.legend(
+            [handles[label] for label in order], order, loc="outside upper left", ncols=min(8, len(order)), fontsize=8.5,
+            handlelength=2, handletextpad=0.5, columnspacing=1.2, borderaxespad=0.2,
+        )  # fmt: skip

@@ -1,0 +1,80 @@
+"""What a tuner does: the scale of each block, by depth and kind of block, over the run."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+
+from .figures import clipped
+from .style import log_axis, short, styled
+
+TIMES = 4
+OUTSIDE = -1  # the depth of a block that is in no numbered layer
+
+
+def place_of(block: str) -> tuple[int, str]:
+    """Depth and kind of a block: `model.layers.3.mlp.up_proj.weight` is at 3 and of kind `mlp.up_proj`.
+
+    The first number between dots is the depth; what stands before it is left out. Without one the depth is OUTSIDE.
+    """
+    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", block)
+    kind = (block[found.end() :] if found else block).removesuffix(".weight")
+    return (int(found[1]) if found else OUTSIDE), kind or "layer"
+
+
+def tables(sigma: dict[str, Any]) -> tuple[list[str], list[int], list[int], np.ndarray]:
+    """Kinds, depths, steps, and sigma by step, kind and depth, NaN where there is no such block. Raises ValueError."""
+    try:
+        values = np.array(sigma["values"], dtype=float)
+        steps = [int(step) for step in sigma["steps"]]
+        places = [place_of(str(block)) for block in sigma["blocks"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"sigma cannot be read: {error}") from error
+    if values.ndim != 2 or values.shape != (len(steps), len(places)) or not len(steps):
+        raise ValueError(f"sigma has the shape {values.shape}, not {len(steps)} steps by {len(places)} blocks")
+    depths = sorted({depth for depth, _ in places})
+    kinds = sorted(dict.fromkeys(kind for _, kind in places), key=[kind for _, kind in places].index)
+    inside = {kind for depth, kind in places if depth != OUTSIDE}
+    kinds = [kind for kind in kinds if kind in inside] + [kind for kind in kinds if kind not in inside]
+    cube = np.full((len(steps), len(kinds), len(depths)), np.nan)
+    for block, (depth, kind) in enumerate(places):
+        cube[:, kinds.index(kind), depths.index(depth)] = values[:, block]
+    return kinds, depths, steps, cube
+
+
+def picture(sigma: dict[str, Any]) -> Figure:
+    """TIMES heat maps on one scale: sigma as a multiple of its geometric mean over the blocks at that step.
+
+    Raises ValueError where sigma is damaged.
+    """
+    kinds, depths, steps, cube = tables(sigma)
+    cube = np.where(np.isfinite(cube) & (cube > 0), cube, np.nan)
+    if np.isnan(cube).all(axis=(1, 2)).any():
+        raise ValueError("sigma has a step without a positive value")
+    cube = cube / np.exp(np.nanmean(np.log(cube), axis=(1, 2), keepdims=True))
+    times = sorted(set(np.linspace(0, len(steps) - 1, min(TIMES, len(steps))).round().astype(int).tolist()))
+    low, high = np.nanmin(cube[times]), np.nanmax(cube[times])
+    low, high = (low / 1.05, high * 1.05) if not low < high else (low, high)
+    norm = LogNorm(low, high)
+    with styled():
+        width = 1.6 + 0.11 * max(map(len, kinds)) + max(1.3, 0.16 * len(depths)) * len(times)
+        figure = Figure(figsize=(min(width, 11), 1.3 + 0.2 * len(kinds)), layout="constrained")
+        panels = figure.subplots(1, len(times), squeeze=False, sharey=True)[0]
+        images = []
+        for axes, time in zip(panels, times):
+            axes.grid(visible=False)
+            axes.set_facecolor("#f2f2f2")
+            images.append(axes.imshow(cube[time], norm=norm, cmap="cividis", aspect="auto", interpolation="nearest"))
+            every = max(1, len(depths) // 6)
+            shown = [i for i, depth in enumerate(depths) if depth == OUTSIDE or depth % every == 0]
+            axes.set_xticks(shown, ["–" if depths[i] == OUTSIDE else str(depths[i]) for i in shown])
+            axes.set_yticks(range(len(kinds)), [clipped(kind) for kind in kinds], fontsize=8)
+            axes.set(title=f"step {steps[time]:,}", xlabel="layer (–: none)")
+        bar = figure.colorbar(images[0], ax=list(panels), label="σ / mean σ", pad=0.02)
+        if high / low < 1e4:
+            log_axis(bar.ax, "y", short)
+    return figure

@@ -1,0 +1,126 @@
+"""Means, intervals and paired tests, with what they may and may not say of few seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, variance
+
+import numpy as np
+from scipy import stats
+
+ENOUGH = 6  # pairs from which a two-sided Wilcoxon test can fall below .05: its least p is 2 ** (1 - pairs)
+
+
+@dataclass(frozen=True)
+class Average:
+    """The mean over tasks of means over seeds, with its 95 % interval over seeds; None where a task has one seed."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    spread: float | None
+    """Standard deviation over seeds, root mean square over tasks"""
+
+
+def average(groups: Sequence[Sequence[float]]) -> Average:
+    """Of one group of values a task: each task counts the same, seeds are drawn anew, tasks are as they are.
+
+    The interval is Student's, its degrees of freedom by Welch and Satterthwaite.
+    """
+    mean = fmean(fmean(group) for group in groups)
+    if any(len(group) < 2 for group in groups):
+        return Average(mean, None, None, None)
+    spread = math.sqrt(fmean(variance(group) for group in groups))
+    parts = [variance(group) / len(group) / len(groups) ** 2 for group in groups]
+    squared = sum(parts)
+    if squared == 0:
+        return Average(mean, mean, mean, spread)
+    freedom = squared**2 / sum(part**2 / (len(group) - 1) for part, group in zip(parts, groups))
+    reach = float(stats.t.ppf(0.975, freedom)) * math.sqrt(squared)
+    return Average(mean, mean - reach, mean + reach, spread)
+
+
+@dataclass(frozen=True)
+class Paired:
+    """A method against the reference over pairs of runs with the same task and seed.
+
+    gain: mean over tasks of how much better the method is (positive: better), of the pairs that both finished, with
+    its 95 % interval over seeds; p: two-sided; holm: p corrected for all methods tested; least: the smallest p that
+    so many pairs can give.
+    """
+
+    pairs: int
+    wins: int
+    losses: int
+    ties: int
+    gain: float | None
+    low: float | None
+    high: float | None
+    test: str
+    p: float | None
+    least: float | None
+    holm: float | None = None
+    tasks: int = 0
+    tasks_won: int = 0
+
+
+def paired(gains: Mapping[str, Sequence[float]]) -> Paired:
+    """Test gains by task; inf: the reference failed where the method finished, -inf: the other way round.
+
+    Wilcoxon's signed-rank test over all pairs of task and seed from ENOUGH pairs on (a failure ranks as the largest
+    difference, pairs without difference are left out), with fewer the exact sign-flip permutation test of the mean.
+    """
+    everything = np.array([gain for group in gains.values() for gain in group], dtype=float)
+    finite = [[gain for gain in group if math.isfinite(gain)] for group in gains.values()]
+    finite = [group for group in finite if group]
+    mean = average(finite) if finite else Average(math.nan, None, None, None)
+    moved = everything[everything != 0]
+    p, test = None, "no pairs"
+    if len(everything):
+        p, test = signed_rank(moved) if len(moved) >= ENOUGH else sign_flips(moved)
+    means = [fmean(group) for group in finite]
+    return Paired(
+        pairs=len(everything),
+        wins=int((everything > 0).sum()),
+        losses=int((everything < 0).sum()),
+        ties=int((everything == 0).sum()),
+        gain=mean.mean if finite else None,
+        low=mean.low,
+        high=mean.high,
+        test=test,
+        p=p,
+        least=2.0 ** (1 - len(moved)) if len(moved) else None,
+        tasks=len(means),
+        tasks_won=sum(value > 0 for value in means),
+    )
+
+
+def signed_rank(differences: np.ndarray) -> tuple[float, str]:
+    """Two-sided p of Wilcoxon's signed-rank test; exact up to 50 pairs without ties."""
+    with np.errstate(invalid="ignore"):
+        return float(stats.wilcoxon(differences).pvalue), "Wilcoxon"  # type: ignore[union-attr]
+
+
+def sign_flips(differences: np.ndarray) -> tuple[float, str]:
+    """Two-sided p of the exact permutation test (all sign flips of few pairs); a failure counts as the largest."""
+    if len(differences) == 0:
+        return 1.0, "no difference"
+    known = np.abs(differences[np.isfinite(differences)])
+    largest = float(known.max()) if len(known) else 1.0
+    bounded = np.clip(differences, -largest, largest)
+    if len(bounded) == 1:
+        return 1.0, "sign flips"
+    result = stats.permutation_test((bounded,), np.mean, permutation_type="samples", n_resamples=9999)
+    return float(result.pvalue), "sign flips"
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """Holm's (1979) step-down correction: what each p must be held against .05 as, for the whole family."""
+    order = sorted(range(len(values)), key=values.__getitem__)
+    corrected, so_far = [0.0] * len(values), 0.0
+    for rank, place in enumerate(order):
+        so_far = max(so_far, min(1.0, (len(values) - rank) * values[place]))
+        corrected[place] = so_far
+    return corrected

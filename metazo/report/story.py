@@ -1,0 +1,195 @@
+"""The first screen in plain words: what was compared, who won and by how much, how sure that is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, median
+
+from .analysis import Analysis
+from .data import CONTROL, FIRST, UNTRAINED
+from .statistics import Average, Paired
+from .table import count, loss, p_value, share
+from .tables import FORWARD_ONLY, metric_name
+
+SURE = 0.05
+
+
+@dataclass
+class Story:
+    """won: who, and by how much; compared: what with what; facts, terms: short headings with a sentence or two."""
+
+    title: str
+    won: str
+    compared: str
+    facts: list[tuple[str, str]]
+    terms: list[tuple[str, str]]
+
+
+def story(analysis: Analysis) -> Story:
+    models = sorted({str(info["model"]) for info in analysis.data.infos if info.get("model")})
+    model = listed([name.rstrip("/").rpartition("/")[2] for name in models]) if models else "a model"
+    facts = [("How sure is that?", _sure(analysis)), *_gradients(analysis), *_cautions(analysis)]
+    title = f"Fine-tuning {model}: which method is best?"
+    return Story(title, _won(analysis), _compared(analysis, model), facts, _terms(analysis))
+
+
+def listed(names: Sequence[str], most: int = 6) -> str:
+    """a, b and c."""
+    names = [*names[: most - 1], f"{len(names) - most + 1} more"] if len(names) > most else list(names)
+    return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]
+
+
+def some(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+def _compared(analysis: Analysis, model: str) -> str:
+    data = analysis.data
+    budgets = {i.get("budget") for i in data.infos if i.get("kind") == "seed"} - {0, None}
+    budget = next(iter(budgets)) if len(budgets) == 1 else None
+    work = f", {count(budget)} forward passes a run" if isinstance(budget, int) else " in forward passes"
+    ways = sum(data.family(column) != UNTRAINED for column in data.columns)
+    seeds = len(data.seeds)
+    repeated = (
+        f"every run was done {seeds} times with different random seeds" if seeds > 1 else "there is one random seed"
+    )
+    return (
+        f"{some(ways, 'way')} of fine-tuning the language model {model} on {some(len(data.tasks), 'task')} "
+        f"({listed(data.tasks)}). All had the same work{work}, and {repeated}."
+    )
+
+
+def forward_only(analysis: Analysis) -> list[tuple[str, Average]]:
+    """The ranking of those that train with forward passes only."""
+    return [(column, found) for column, found in analysis.ranking if analysis.data.family(column) in FORWARD_ONLY]
+
+
+def amount(analysis: Analysis, value: float) -> str:
+    """An average in words."""
+    if analysis.measure == "loss":
+        return f"an average loss of {loss(value)}"
+    named = metric_name(analysis.data, analysis.tasks)
+    return f"{share(value)} of 100 test questions right" if named.startswith("accuracy") else f"{named} {share(value)}"
+
+
+def _won(analysis: Analysis) -> str:
+    data, ranked = analysis.data, forward_only(analysis)
+    if not analysis.tasks:
+        return "No task counts in the averages (see “Which tasks count”), so nothing won; the tables show each task."
+    if not ranked:
+        return "No method that learns from forward passes alone finished on every task that counts, so nothing won."
+    (best, found), others = ranked[0], ranked[1:]
+    if not others:
+        return (
+            f"Only {best} learns from forward passes alone and finished on every task: {amount(analysis, found.mean)}."
+        )
+    among = "Of the methods that learn from forward passes alone, " if _has_gradients(analysis) else ""
+    plain = ", the plain method that the others are measured against," if best == data.reference else ""
+    random = ", whose scales are random numbers," if data.family(best) == CONTROL else ""
+    text = f"{among}{best}{plain}{random} came first: {amount(analysis, found.mean)}, against "
+    shown = loss if analysis.measure == "loss" else share
+    base = next((value for column, value in others if column == data.reference), None)
+    if base is None:
+        text += f"{shown(others[0][1].mean)} for {others[0][0]}, the second."
+    else:
+        text += f"{shown(base.mean)} for {data.reference}, the plain method that all are measured against"
+        if analysis.measure == "loss" and base.mean > 0:
+            text += f" ({100 * (1 - found.mean / base.mean):.0f} % less)"
+        text += "."
+        test = analysis.tests.get(best)
+        if test is None or test.holm is None or test.holm >= SURE:
+            text += " But the difference may be luck."
+    return text
+
+
+def _sure(analysis: Analysis) -> str:
+    data, ranked = analysis.data, forward_only(analysis)
+    if not analysis.tasks or len(ranked) < 2:
+        return "There are no two methods to compare, so nothing can be said about which is better."
+    if data.reference is None:
+        wanted = data.grid.get("reference") or "mezo"
+        return f"There is no finished column {wanted} to test against, so luck was not ruled out."
+    column = next(column for column, _ in ranked if column != data.reference)
+    test = analysis.tests.get(column)
+    return _tested(analysis, column, test) if test else "There are no pairs of runs to test."
+
+
+def _tested(analysis: Analysis, column: str, test: Paired) -> str:
+    """A paired test in words."""
+    text = f"In {some(test.pairs, 'pair')} of runs with the same task and seed, {column} was better than "
+    text += f"{analysis.data.reference} in {test.wins} and worse in {test.losses}. "
+    if test.p is None or test.holm is None or test.least is None or test.least > SURE:
+        least = f": {some(test.pairs, 'pair')} cannot give a chance below {p_value(test.least)}" if test.least else ""
+        return f"{text}That is too few to rule out luck, whatever the result{least}."
+    others = f", corrected for {len(analysis.tests)} comparisons" if len(analysis.tests) > 1 else ""
+    chance = p_value(test.holm).replace("< ", "below ")
+    text += f"If the two were equally good, a difference this clear would turn up with a chance of {chance}{others}. "
+    if test.holm < SURE:
+        return text + "So it is hardly luck on these tasks and this model; others were not tried."
+    return text + f"So luck cannot be ruled out (the usual limit is {SURE:g})."
+
+
+def _has_gradients(analysis: Analysis) -> bool:
+    return any(analysis.data.family(column) == FIRST for column, _ in analysis.ranking)
+
+
+def _gradients(analysis: Analysis) -> list[tuple[str, str]]:
+    """What training with gradients would give, and its price in memory."""
+    data, ours = analysis.data, forward_only(analysis)
+    ranked = [(column, value) for column, value in analysis.ranking if data.family(column) == FIRST]
+    if not ranked:
+        return []
+    column, found = ranked[0]
+    text = (
+        f"Ordinary training, which also works backward through the model, has {amount(analysis, found.mean)} ({column})"
+    )
+    known = {
+        name: [r.memory for t in data.tasks for r in data.of(t, name) if r.memory] for name in (column, *dict(ours[:1]))
+    }
+    if len(known) == 2 and all(known.values()):
+        theirs, mine = (median(values) / 1e6 for values in known.values())
+        text += (
+            f" and takes {theirs / mine:.2g} times the memory: {theirs:.3g} MB against {mine:.3g} MB for {ours[0][0]}"
+        )
+    return [("And with gradients?", f"{text}.")]
+
+
+def _cautions(analysis: Analysis) -> list[tuple[str, str]]:
+    """Tasks that are left out, learning rates at the edge, runs that failed or are missing."""
+    data, parts = analysis.data, []
+    out = [verdict.task for verdict in analysis.verdicts if not verdict.counts]
+    if out:
+        parts.append(f"{listed(out)}: not in the averages, nothing can be seen there (“Which tasks count” says why).")
+    edges = {c for found in data.searches.values() for c, search in found.items() if search.at_boundary}
+    if edges:
+        parts.append(
+            f"{listed(sorted(edges))}: the learning rate is at the edge of what was tried, a better one may exist."
+        )
+    failed = sum(not failure.kind.startswith("search") for failure in data.failures)
+    if failed or data.missing:
+        parts.append(
+            f"{some(failed, 'run')} failed or cannot be read, {some(len(data.missing), 'run')} missing: listed below."
+        )
+    return [("What to know before trusting it", " ".join(parts))] if parts else []
+
+
+def _terms(analysis: Analysis) -> list[tuple[str, str]]:
+    data = analysis.data
+    shares = [value for task in analysis.tasks if (value := data.majority(task)) is not None]
+    guess = f" Always giving the commonest answer would score {share(fmean(shares))}." if shares else ""
+    reference = data.reference or "mezo"
+    mezo = "MeZO (Malladi et al., 2023), which moves all weights alike." if reference == "mezo" else "the reference."
+    return [
+        ("Forward pass", "Showing the model one batch of examples and seeing how wrong it is. It takes the memory of merely "
+         "using the model. The methods compared here learn from nothing else: they nudge the model’s weights at random, see "
+         "whether it gets better or worse, and move accordingly. Ordinary training also works backward through the "
+         "model, which takes several times the memory; one such step is counted as three forward passes."),
+        ("Accuracy", f"How many of 100 questions the model answers correctly that it was not trained on.{guess}"),
+        ("Loss", "How surprised the model is by the right answers, in nats: 0 is certain and right, and lower is better. It is "
+         "what training pushes down, and it moves before the accuracy does."),
+        ("Seed", "Fine-tuning involves chance, and the seed fixes it. Repeating a run with other seeds shows how much of a "
+         "difference is luck. The bars in the picture show where an average would probably lie (95 %) if "
+         "everything was done again with other seeds."),
+        (reference, f"What the others are measured against: {mezo}"),
+    ]  # fmt: skip

@@ -1,0 +1,111 @@
+"""A table with a caption, as Markdown, CSV and (in page.html) HTML; and numbers as text."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import fmean, stdev
+
+NONE = "–"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Text, and whether it is the best of its column."""
+
+    text: str
+    best: bool = False
+
+
+@dataclass
+class Table:
+    """name: of the CSV and of blocks to fill; note: what must be known to read it; heads: leading columns of names."""
+
+    name: str
+    title: str
+    note: str
+    headings: Sequence[str]
+    rows: list[list[Cell]] = field(default_factory=list)
+    heads: int = 1
+
+    def add(self, *cells: Cell | str) -> None:
+        self.rows.append([cell if isinstance(cell, Cell) else Cell(cell) for cell in cells])
+
+    def markdown(self) -> str:
+        lines = ["| " + " | ".join(map(escape_markdown, self.headings)) + " |"]
+        lines.append("|" + "---|" * self.heads + "---:|" * (len(self.headings) - self.heads))
+        for row in self.rows:
+            texts = [f"**{escape_markdown(c.text)}**" if c.best else escape_markdown(c.text) for c in row]
+            lines.append("| " + " | ".join(texts) + " |")
+        return "\n".join(lines)
+
+    def csv(self) -> str:
+        return write_csv([list(self.headings), *([cell.text for cell in row] for row in self.rows)])
+
+
+def write_csv(rows: Sequence[Sequence[object]]) -> str:
+    """Rows as CSV; text that a spreadsheet would take for a formula is marked as text."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerows([["" if cell is None else _harmless(cell) for cell in row] for row in rows])
+    return buffer.getvalue()
+
+
+def _harmless(value: object) -> object:
+    return f"'{value}" if isinstance(value, str) and re.match(r"[=@+\-\t](?![\d.])", value) else value
+
+
+def escape_markdown(text: str) -> str:
+    """Text as it is: no markup, no HTML, on one line, no end of a table's cell."""
+    text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_\[\]|~#$])", r"\\\1", text)
+
+
+def loss(value: float, beside: float | None = None) -> str:
+    """Nats: three decimals, or three significant digits where that is less than a hundredth.
+
+    beside: write as many decimals as this one has.
+    """
+    size = abs(value if beside is None else beside)
+    decimals = 3 if size >= 0.01 or size < 1e-9 else 2 - math.floor(math.log10(size))
+    return f"{value:.{decimals}f}"
+
+
+def share(value: float) -> str:
+    """A share or another score of at most 1, in hundredths."""
+    return f"{100 * value:.1f}"
+
+
+def score(value: float, measure: str, spread: float | None = None) -> str:
+    """A mean, and its standard deviation to as many decimals."""
+    if measure == "loss":
+        return loss(value) + (f" ± {loss(spread, value)}" if spread is not None else "")
+    return share(value) + (f" ± {share(spread)}" if spread is not None else "")
+
+
+def p_value(value: float | None) -> str:
+    return NONE if value is None else "< 0.0001" if value < 1e-4 else f"{value:.2g}" if value < 0.1 else f"{value:.2f}"
+
+
+def count(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def seconds(value: float) -> str:
+    return f"{value:.3g}" if value < 100 else count(value)
+
+
+def megabytes(value: float) -> str:
+    return f"{value / 1e6:.3g}" if value < 1e9 else count(value / 1e6)
+
+
+def over_seeds(values: Sequence[float], measure: str, seeds: int) -> str:
+    """Mean ± standard deviation, and how many where these are fewer than the seeds asked for."""
+    if not values:
+        return NONE
+    text = score(fmean(values), measure, stdev(values) if len(values) > 1 else None)
+    return text if len(values) == seeds else f"{text} ({len(values)} of {seeds})"

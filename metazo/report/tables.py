@@ -1,0 +1,171 @@
+"""The tables of results: who scores what, how sure that is, and which tasks count."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from statistics import fmean, median
+
+from .analysis import RULE, Analysis
+from .data import CONTROL, FIRST, UNTRAINED, ZEROTH, Comparison
+from .table import NONE, Cell, Table, loss, megabytes, over_seeds, p_value, score, seconds, share
+
+FORWARD_ONLY = (ZEROTH, CONTROL)
+METRICS = {
+    "accuracy": "accuracy (%)",
+    "macro_f1": "macro F1 (× 100)",
+    "mcc": "Matthews correlation (× 100)",
+    "f1": "F1 (× 100)",
+    "exact_match": "exact answers (%)",
+    "exact_number": "right numbers (%)",
+}
+
+
+def metric_name(data: Comparison, tasks: Iterable[str]) -> str:
+    """The main metric of tasks, in words and with its unit; `score` where they differ."""
+    names = {name for task in tasks if (name := data.metric_of(task))}
+    return METRICS.get(next(iter(names)), next(iter(names))) if len(names) == 1 else "score (× 100)"
+
+
+def by_family(data: Comparison) -> list[str]:
+    """The columns, those that train with forward passes only first, otherwise in the grid's order."""
+    order = (ZEROTH, CONTROL, FIRST, UNTRAINED)
+    return sorted(data.columns, key=lambda column: order.index(data.family(column)))
+
+
+def best_of(data: Comparison, value: Callable[[str], float | None], lower: bool) -> str | None:
+    """The column of those with forward passes only whose value is best."""
+    known = {c: v for c in data.columns if data.family(c) in FORWARD_ONLY and (v := value(c)) is not None}
+    return (min if lower else max)(known, key=known.__getitem__) if known else None
+
+
+def summary(main: Analysis, other: Analysis) -> Table:
+    """One row a column, best first. main: of the measure that ranks; other: of the other one."""
+    data = main.data
+    analyses = {analysis.measure: analysis for analysis in (main, other)}
+    named = metric_name(data, main.tasks)
+    table = Table(
+        "summary",
+        "All columns, best first",
+        f"Averages over the tasks that count ({len(main.tasks)} of {len(data.tasks)}), on test, ± the standard deviation "
+        f"over seeds; ordered by {'loss' if main.measure == 'loss' else named}. Bold: the best with forward passes only. "
+        + (
+            f"“Better than {data.reference}”: pairs of runs with the same task and seed. p: that a difference as large "
+            "comes by chance, corrected for all columns tested. " if data.reference else ""
+        )
+        + "Time without evaluations and memory above the idle process: medians over runs.",
+        ["column", "what it is", "trains with", f"{named}", "loss (nats)",
+         *([f"better than {data.reference}", "p (Holm)"] if data.reference else []), "time of a run (s)",
+         "peak memory (MB)"],
+        heads=3,
+    )  # fmt: skip
+    ranked = [column for column, _ in main.ranking]
+    best = {
+        m: best_of(data, lambda c, a=a: v.mean if (v := a.average(c)) else None, m == "loss")
+        for m, a in analyses.items()
+    }
+    for column in [*ranked, *(column for column in by_family(data) if column not in ranked)]:
+        cells: list[Cell | str] = [column, data.label(column), data.family(column)]
+        for measure in ("metric", "loss"):
+            cells.append(_average(analyses[measure], column, best[measure]))
+        if data.reference:
+            test = main.tests.get(column)
+            cells += [f"{test.wins} of {test.pairs}", p_value(test.holm)] if test else [NONE, NONE]
+        runs = [run for task in data.tasks for run in data.of(task, column)]
+        memory = [run.memory for run in runs if run.memory is not None]
+        cells.append(seconds(median(run.seconds for run in runs)) if runs else NONE)
+        cells.append(megabytes(median(memory)) if memory else NONE)
+        table.add(*cells)
+    return table
+
+
+def _average(analysis: Analysis, column: str, best: str | None) -> Cell:
+    found = analysis.average(column)
+    if found is None:
+        return Cell(NONE)
+    return Cell(score(found.mean, analysis.measure, found.spread), column == best)
+
+
+def scores(analysis: Analysis) -> Table:
+    """Mean and standard deviation over seeds, by column and task."""
+    data, measure = analysis.data, analysis.measure
+    tasks = [task for task in data.tasks if measure == "loss" or data.metric_of(task)]
+    what = "Loss" if measure == "loss" else "Score"
+    unit = "nats, lower is better" if measure == "loss" else "higher is better"
+    left_out = [task for task in tasks if task not in analysis.tasks]
+    table = Table(
+        "loss" if measure == "loss" else "metric",
+        f"{what} on test by task ({unit})",
+        f"Mean ± standard deviation over {len(data.seeds)} seeds; (n of m): so many runs finished. Bold: the best "
+        "with forward passes only. " + (f"Not in the average: {', '.join(left_out)}." if left_out else ""),
+        ["column", *(f"{t}, {metric_name(data, [t])}" if measure != "loss" else t for t in tasks), "average"],
+    )
+    values = {task: {c: data.values(task, c, measure) for c in data.columns} for task in tasks}
+    best = {
+        t: best_of(data, lambda c, t=t: fmean(values[t][c]) if values[t][c] else None, measure == "loss") for t in tasks
+    }
+    overall = best_of(data, lambda c: v.mean if (v := analysis.average(c)) else None, measure == "loss")
+    for column in by_family(data):
+        wanted = 1 if data.family(column) == UNTRAINED else len(data.seeds)
+        cells = [
+            Cell(over_seeds(values[t][column], measure, max(wanted, len(values[t][column]))), best[t] == column)
+            for t in tasks
+        ]
+        table.add(column, *cells, _average(analysis, column, overall))
+    if measure == "metric":
+        shares = {task: data.majority(task) for task in tasks}
+        known = [shares[task] for task in analysis.tasks]
+        mean = share(fmean(s for s in known if s is not None)) if known and None not in known else NONE
+        table.add("commonest class", *(NONE if s is None else share(s) for s in shares.values()), mean)
+    return table
+
+
+def tests(analysis: Analysis) -> Table:
+    """Every column that trains, paired with the reference."""
+    data = analysis.data
+    measure = "loss" if analysis.measure == "loss" else metric_name(data, analysis.tasks)
+    table = Table(
+        f"tests-{analysis.measure}",
+        f"Paired with {data.reference}, by {measure}",
+        "",
+        ["column", "pairs n", "won, lost, tied", "gain", "95 % interval", "test", "p", "least p", "p (Holm)", "tasks won"],
+    )  # fmt: skip
+    for column, test in analysis.tests.items():
+        interval = NONE
+        if test.low is not None and test.high is not None:
+            interval = f"{score(test.low, analysis.measure)} to {score(test.high, analysis.measure)}"
+        table.add(
+            column,
+            str(test.pairs),
+            f"{test.wins}, {test.losses}, {test.ties}",
+            NONE if test.gain is None else score(test.gain, analysis.measure),
+            interval,
+            test.test,
+            p_value(test.p),
+            p_value(test.least),
+            p_value(test.holm),
+            f"{test.tasks_won} of {test.tasks}",
+        )
+    return table
+
+
+def tasks(analysis: Analysis) -> Table:
+    """Which tasks count in the averages, and why not."""
+    data = analysis.data
+    table = Table(
+        "tasks",
+        "Which tasks count",
+        RULE + " Before: loss on dev of the untrained model.",
+        ["task", "metric", "commonest class (%)", "loss before (nats)", "counts", "why not, or what was not checked"],
+    )
+    for verdict in analysis.verdicts:
+        known = [run.before for c in data.columns for run in data.of(verdict.task, c) if run.before is not None]
+        majority = data.majority(verdict.task)
+        table.add(
+            verdict.task,
+            data.metric_of(verdict.task) or "loss only",
+            NONE if majority is None else share(majority),
+            loss(fmean(known)) if known else NONE,
+            "yes" if verdict.counts else "no",
+            verdict.reason,
+        )
+    return table

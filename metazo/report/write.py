@@ -1,0 +1,139 @@
+"""A report on disk: one HTML page, Markdown, CSV, pictures; and blocks of another file filled with its tables."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader
+
+from metazo.errors import UserError
+from metazo.files import write_whole
+
+from .build import Report
+from .data import Comparison
+from .style import data_uri
+from .table import Table, escape_markdown, write_csv
+
+PROSE = ("tasks", "failures", "missing", "configuration")  # tables whose cells are text, set from the left
+BLOCK = re.compile(r"(<!-- results:(?P<name>[\w./-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
+
+
+def write(report: Report, out: Path) -> list[Path]:
+    """report.html, report.md, figures/*.svg, tables/*.csv, runs.csv, curves.csv. Returns what was written."""
+    content = {"report.html": html(report), "report.md": markdown(report)}
+    content |= {f"figures/{picture.name}.svg": picture.svg for picture in report.pictures}
+    content |= {f"tables/{table.name}.csv": table.csv() for table in report.tables}
+    content |= {"runs.csv": runs_csv(report.data), "curves.csv": curves_csv(report.data)}
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; name a folder.")
+    for name, text in content.items():
+        write_whole(out / name, text.encode(errors="replace"))
+    return [out / name for name in content]
+
+
+def command(report: Report) -> str:
+    """What makes the same results and this report again."""
+    folder = shlex.quote(report.data.folder.name)
+    return f"metazo compare {folder}/grid.yaml --out {folder}-again\nmetazo report {folder}-again"
+
+
+def html(report: Report) -> str:
+    """One page that needs nothing but itself. All text of the results is escaped."""
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    uris = {picture.name: data_uri(picture.svg) for picture in report.pictures}
+    return environment.get_template("page.html").render(
+        story=report.story, headline=report.headline, sections=report.sections, uris=uris, prose=PROSE,
+        command=command(report),
+    )  # fmt: skip
+
+
+def markdown(report: Report) -> str:
+    """The same as Markdown, with the pictures beside it."""
+    told = report.story
+    lines = [
+        f"# {escape_markdown(told.title)}",
+        f"**{escape_markdown(told.won)}**",
+        f"Compared: {escape_markdown(told.compared)}",
+    ]
+    lines += [_image(report.headline)] if report.headline else []
+    lines += [f"**{heading}** {escape_markdown(text)}" for heading, text in told.facts]
+    lines += [f"- *{escape_markdown(term)}*: {escape_markdown(text)}" for term, text in told.terms]
+    for section in report.sections:
+        lines += [f"## {section.title}", *([section.text] if section.text else [])]
+        for part in section.parts:
+            if isinstance(part, Table):
+                lines += [f"### {escape_markdown(part.title)}", escape_markdown(part.note), part.markdown()]
+            else:
+                lines += [_image(part)]
+    lines += ["### To do it again", f"```bash\n{command(report)}\n```"]
+    return "\n\n".join(lines) + "\n"
+
+
+def _image(picture: Any) -> str:
+    caption = f"*{escape_markdown(picture.title)}.* {escape_markdown(picture.caption)}"
+    return f"![{escape_markdown(picture.alt)}](figures/{picture.name}.svg)\n\n{caption}"
+
+
+def runs_csv(data: Comparison) -> str:
+    """A row a run, with full precision."""
+    heads = ["task", "column", "kind", "seed", "status", "lr", "split", "loss", "metric", "metric_name", "majority",
+             "loss_before", "forwards", "seconds", "peak_memory_bytes", "trained_weights", "reason"]  # fmt: skip
+    rows: list[list[Any]] = []
+    for kind, runs in (("seed", data.runs), ("time", data.timed)):
+        for (task, column), seeds in sorted(runs.items()):
+            for run in (seeds[seed] for seed in sorted(seeds)):
+                info = run.info
+                rows.append([task, column, kind, run.seed, "finished", info.get("lr"), run.split, run.loss, run.metric,
+                             info.get("metric"), run.majority, run.before, run.forwards, run.seconds, run.memory,
+                             run.trained, ""])  # fmt: skip
+    for f in data.failures:
+        rows.append(
+            [f.task, f.column, f.kind, f.seed, "failed" if f.readable else "unreadable", *[None] * 11, f.reason]
+        )
+    return write_csv([heads, *rows])
+
+
+def curves_csv(data: Comparison) -> str:
+    """A row an evaluation on dev."""
+    rows: list[list[Any]] = [["task", "column", "kind", "seed", "forwards", "seconds", "loss", "metric"]]
+    for kind, runs in (("seed", data.runs), ("time", data.timed)):
+        for (task, column), seeds in sorted(runs.items()):
+            for run in (seeds[seed] for seed in sorted(seeds)):
+                rows += [[task, column, kind, run.seed, p.forwards, p.seconds, p.loss, p.metric] for p in run.curve]
+    return write_csv(rows)
+
+
+def fill(text: str, tables: Mapping[str, str], folder: str) -> str:
+    """`text` with the blocks <!-- results:FOLDER/NAME --> ... <!-- /results --> replaced by tables[NAME].
+
+    Blocks of other folders stay as they are. Raises UserError for a name that is not in `tables`.
+    """
+
+    def replaced(found: re.Match[str]) -> str:
+        owner, _, name = found["name"].rpartition("/")
+        if owner not in ("", folder):
+            return found[0]
+        if name not in tables:
+            raise UserError(f"There is no table {name!r} to fill a block with; there are {', '.join(sorted(tables))}.")
+        return f"{found[1]}{tables[name]}\n{found[3]}"
+
+    return BLOCK.sub(replaced, text)
+
+
+def render(report: Report, path: Path) -> bool:
+    """Fill the blocks of a Markdown file. Returns whether it changed. UserError where it has no block to fill."""
+    try:
+        before = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--render {path} cannot be read: {error}.") from error
+    if not BLOCK.search(before):
+        raise UserError(f"--render {path} has no block <!-- results:NAME --> ... <!-- /results --> to fill.")
+    after = fill(before, {table.name: table.markdown() for table in report.tables}, report.data.folder.resolve().name)
+    if after != before:
+        write_whole(path, after.encode())
+    return after != before
