@@ -162,16 +162,12 @@ class Analysis:
         curves = [run.curve for run in (timed.values() if timed else self.data.of(task, column)) if run.curve]
         if budget is None or not curves:
             return None
-        losses = tuple([p for p in curve if p.seconds <= budget][-1].loss for curve in curves if starts(curve, budget))
+        within = [[point.loss for point in curve if point.seconds <= budget] for curve in curves]
+        losses = tuple(points[-1] for points in within if points)
         if not losses:
             return None
         last = median(curve[-1].seconds for curve in curves)
-        kind = "exact" if timed else "read off" if last > budget else "ended" if last < 0.9 * budget else "exact"
-        return AtTime(losses, kind)
-
-
-def starts(curve: Sequence, budget: float) -> bool:
-    return curve[0].seconds <= budget
+        return AtTime(losses, "read off" if last > budget else "ended" if last < 0.9 * budget else "exact")
 
 
 def learns(data: Comparison, task: str, column: str) -> bool:

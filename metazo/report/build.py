@@ -81,6 +81,11 @@ def _headline(main: Analysis) -> Picture | None:
         "headline",
         f"Average {what} on test of every column",
         "Dot: average over the tasks that count. Bar: where it would probably lie (95 %) with other seeds; no bar, one seed. "
+        + (
+            ""
+            if all(main.data.steady(c, main.tasks) for c in main.data.columns)
+            else "Hollow: some of its runs failed. "
+        )
         + (f"Dashed line: {main.data.reference}." if main.data.reference else ""),
         f"Columns by average {what}, best first: {best}.",
         svg(figures.headline(main)),

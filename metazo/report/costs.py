@@ -28,7 +28,7 @@ def reach(analysis: Analysis) -> Table:
     table.add("that loss (nats)", *(NONE if value is None else loss(value) for value in targets.values()))
     found = {task: {c: analysis.reached(task, c) for c in trained} for task in data.tasks}
     best = {
-        t: best_of(data, lambda c, t=t: r.forwards if (r := found[t].get(c)) and r.reached else None, lower=True)
+        t: best_of(data, [t], lambda c, t=t: r.forwards if (r := found[t].get(c)) and r.reached else None, lower=True)
         for t in data.tasks
     }
     for column in trained:
@@ -62,7 +62,7 @@ def equal_time(analysis: Analysis) -> Table:
     columns = [column for column in by_family(data) if data.family(column) != UNTRAINED]
     found = {task: {c: analysis.at_time(task, c) for c in columns} for task in data.tasks}
     best = {
-        t: best_of(data, lambda c, t=t: fmean(f.losses) if (f := found[t].get(c)) else None, lower=True)
+        t: best_of(data, [t], lambda c, t=t: fmean(f.losses) if (f := found[t].get(c)) else None, lower=True)
         for t in data.tasks
     }
     for column in columns:
@@ -131,7 +131,7 @@ def failures(data: Comparison) -> Table:
         "Runs that failed, and files that cannot be read",
         "They are in no mean. A failed run loses its pair in the tests; an unreadable file is left out of them.",
         ["task", "column", "run", "seed", "reason"],
-        heads=2,
+        heads=5,
     )
     for failure in data.failures:
         table.add(failure.task, failure.column, failure.kind, failure.seed, failure.reason)
@@ -144,7 +144,7 @@ def missing(data: Comparison) -> Table:
         "Runs that the grid asks for and that are not there",
         "The same command of metazo compare goes on where it stopped and runs these.",
         ["task", "column", "seeds"],
-        heads=2,
+        heads=3,
     )
     cells: dict[tuple[str, str], list[int]] = {}
     for task, column, seed in data.missing:
@@ -161,6 +161,7 @@ def configuration(data: Comparison) -> Table:
         "Settings, versions and machines",
         "Settings are those that all runs share; every run’s own are in its file and in runs.csv.",
         ["what", "value"],
+        heads=2,
     )
     for name, key in (("model", "model"), ("budget (forward passes)", "budget"), ("workers", "workers")):
         table.add(name, "; ".join(dict.fromkeys(_text(info.get(key)) for info in data.infos)) or NONE)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -162,7 +162,9 @@ class Comparison:
             readable = True
             run = run_of(result)
         except (UserError, ValueError, TypeError, AttributeError) as error:
-            text = str(error).replace(f"{file} ", "The file ") if isinstance(error, UserError) else str(error)
+            text = str(error).replace(f"{file} ", "The file ").replace(str(file), file.name)
+            if isinstance(error, TypeError | AttributeError):
+                text = "The file is no result of a comparison: its parts are not what they should be."
             rate = f" (learning rate {rest.rpartition('-')[0]})" if kind == "search" else ""
             self.failures.append(Failure(task, column, kind + rate, seed, text, readable))
         else:
@@ -220,6 +222,10 @@ class Comparison:
         """Reasons by seed of the runs of a cell that failed; not of files that cannot be read."""
         mine = [f for f in self.failures if (f.task, f.column, f.kind) == (task, column, "seed") and f.readable]
         return {int(failure.seed): failure.reason for failure in mine if failure.seed.isdigit()}
+
+    def steady(self, column: str, tasks: Iterable[str]) -> bool:
+        """Whether none of a column's runs on these tasks failed. A mean over the lucky ones is no result."""
+        return not any(self.failed(task, column) for task in tasks)
 
     @cached_property
     def first_info(self) -> dict[str, dict[str, Any]]:

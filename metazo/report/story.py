@@ -61,8 +61,9 @@ def _compared(analysis: Analysis, model: str) -> str:
 
 
 def forward_only(analysis: Analysis) -> list[tuple[str, Average]]:
-    """The ranking of those that train with forward passes only."""
-    return [(column, found) for column, found in analysis.ranking if analysis.data.family(column) in FORWARD_ONLY]
+    """The ranking of those that train with forward passes only and of which no run failed."""
+    data, tasks = analysis.data, analysis.tasks
+    return [(c, found) for c, found in analysis.ranking if data.family(c) in FORWARD_ONLY and data.steady(c, tasks)]
 
 
 def amount(analysis: Analysis, value: float) -> str:
@@ -78,7 +79,7 @@ def _won(analysis: Analysis) -> str:
     if not analysis.tasks:
         return "No task counts in the averages (see “Which tasks count”), so nothing won; the tables show each task."
     if not ranked:
-        return "No method that learns from forward passes alone finished on every task that counts, so nothing won."
+        return "No method that learns from forward passes alone finished all its runs, so nothing won."
     (best, found), others = ranked[0], ranked[1:]
     if not others:
         return (
@@ -161,6 +162,9 @@ def _cautions(analysis: Analysis) -> list[tuple[str, str]]:
     out = [verdict.task for verdict in analysis.verdicts if not verdict.counts]
     if out:
         parts.append(f"{listed(out)}: not in the averages, nothing can be seen there (“Which tasks count” says why).")
+    shaky = [column for column in data.columns if not data.steady(column, analysis.tasks)]
+    if shaky:
+        parts.append(f"{listed(shaky)}: some runs failed, so the average is of the lucky ones and cannot win.")
     edges = {c for found in data.searches.values() for c, search in found.items() if search.at_boundary}
     if edges:
         parts.append(
@@ -179,6 +183,7 @@ def _terms(analysis: Analysis) -> list[tuple[str, str]]:
     shares = [value for task in analysis.tasks if (value := data.majority(task)) is not None]
     guess = f" Always giving the commonest answer would score {share(fmean(shares))}." if shares else ""
     reference = data.reference or "mezo"
+    first = [column for column, _ in forward_only(analysis)[:1] if column not in (reference, data.label(column))]
     mezo = "MeZO (Malladi et al., 2023), which moves all weights alike." if reference == "mezo" else "the reference."
     return [
         ("Forward pass", "Showing the model one batch of examples and seeing how wrong it is. It takes the memory of merely "
@@ -192,4 +197,5 @@ def _terms(analysis: Analysis) -> list[tuple[str, str]]:
          "difference is luck. The bars in the picture show where an average would probably lie (95 %) if "
          "everything was done again with other seeds."),
         (reference, f"What the others are measured against: {mezo}"),
+        *((column, f"The column that came first: {data.label(column)}.") for column in first),
     ]  # fmt: skip

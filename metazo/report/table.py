@@ -23,7 +23,7 @@ class Cell:
 
 @dataclass
 class Table:
-    """name: of the CSV and of blocks to fill; note: what must be known to read it; heads: leading columns of names."""
+    """name: of the CSV and of blocks to fill; note: what must be known to read it; heads: leading columns of text."""
 
     name: str
     title: str
@@ -88,7 +88,7 @@ def score(value: float, measure: str, spread: float | None = None) -> str:
 
 
 def p_value(value: float | None) -> str:
-    return NONE if value is None else "< 0.0001" if value < 1e-4 else f"{value:.2g}" if value < 0.1 else f"{value:.2f}"
+    return NONE if value is None else "< 0.0001" if value < 1e-4 else f"{value:.3g}"
 
 
 def count(value: float) -> str:

@@ -10,6 +10,7 @@ from .data import CONTROL, FIRST, UNTRAINED, ZEROTH, Comparison
 from .table import NONE, Cell, Table, loss, megabytes, over_seeds, p_value, score, seconds, share
 
 FORWARD_ONLY = (ZEROTH, CONTROL)
+BOLD = "Bold: the best with forward passes only, of those without a failed run."
 METRICS = {
     "accuracy": "accuracy (%)",
     "macro_f1": "macro F1 (× 100)",
@@ -32,9 +33,10 @@ def by_family(data: Comparison) -> list[str]:
     return sorted(data.columns, key=lambda column: order.index(data.family(column)))
 
 
-def best_of(data: Comparison, value: Callable[[str], float | None], lower: bool) -> str | None:
-    """The column of those with forward passes only whose value is best."""
-    known = {c: v for c in data.columns if data.family(c) in FORWARD_ONLY and (v := value(c)) is not None}
+def best_of(data: Comparison, tasks: Iterable[str], value: Callable[[str], float | None], lower: bool) -> str | None:
+    """The column whose value is best, of those with forward passes only of which no run on `tasks` failed."""
+    fit = [c for c in data.columns if data.family(c) in FORWARD_ONLY and data.steady(c, tasks)]
+    known = {c: v for c in fit if (v := value(c)) is not None}
     return (min if lower else max)(known, key=known.__getitem__) if known else None
 
 
@@ -43,16 +45,18 @@ def summary(main: Analysis, other: Analysis) -> Table:
     data = main.data
     analyses = {analysis.measure: analysis for analysis in (main, other)}
     named = metric_name(data, main.tasks)
+    paired_note = (
+        f"“Better than {data.reference}”: pairs of runs with the same task and seed. p: that a difference as large comes by "
+        "chance, corrected for all columns tested. "
+        if data.reference
+        else ""
+    )
     table = Table(
         "summary",
         "All columns, best first",
         f"Averages over the tasks that count ({len(main.tasks)} of {len(data.tasks)}), on test, ± the standard deviation "
-        f"over seeds; ordered by {'loss' if main.measure == 'loss' else named}. Bold: the best with forward passes only. "
-        + (
-            f"“Better than {data.reference}”: pairs of runs with the same task and seed. p: that a difference as large "
-            "comes by chance, corrected for all columns tested. " if data.reference else ""
-        )
-        + "Time without evaluations and memory above the idle process: medians over runs.",
+        f"over seeds; ordered by {'loss' if main.measure == 'loss' else named}. {BOLD} {paired_note}"
+        "Time without evaluations and memory above the idle process: medians over runs.",
         ["column", "what it is", "trains with", f"{named}", "loss (nats)",
          *([f"better than {data.reference}", "p (Holm)"] if data.reference else []), "time of a run (s)",
          "peak memory (MB)"],
@@ -60,7 +64,7 @@ def summary(main: Analysis, other: Analysis) -> Table:
     )  # fmt: skip
     ranked = [column for column, _ in main.ranking]
     best = {
-        m: best_of(data, lambda c, a=a: v.mean if (v := a.average(c)) else None, m == "loss")
+        m: best_of(data, a.tasks, lambda c, a=a: v.mean if (v := a.average(c)) else None, m == "loss")
         for m, a in analyses.items()
     }
     for column in [*ranked, *(column for column in by_family(data) if column not in ranked)]:
@@ -95,15 +99,16 @@ def scores(analysis: Analysis) -> Table:
     table = Table(
         "loss" if measure == "loss" else "metric",
         f"{what} on test by task ({unit})",
-        f"Mean ± standard deviation over {len(data.seeds)} seeds; (n of m): so many runs finished. Bold: the best "
-        "with forward passes only. " + (f"Not in the average: {', '.join(left_out)}." if left_out else ""),
+        f"Mean ± standard deviation over {len(data.seeds)} seeds; (n of m): so many runs finished. {BOLD}"
+        + (f" Not in the average: {', '.join(left_out)}." if left_out else ""),
         ["column", *(f"{t}, {metric_name(data, [t])}" if measure != "loss" else t for t in tasks), "average"],
     )
     values = {task: {c: data.values(task, c, measure) for c in data.columns} for task in tasks}
     best = {
-        t: best_of(data, lambda c, t=t: fmean(values[t][c]) if values[t][c] else None, measure == "loss") for t in tasks
+        t: best_of(data, [t], lambda c, t=t: fmean(values[t][c]) if values[t][c] else None, measure == "loss")
+        for t in tasks
     }
-    overall = best_of(data, lambda c: v.mean if (v := analysis.average(c)) else None, measure == "loss")
+    overall = best_of(data, analysis.tasks, lambda c: v.mean if (v := analysis.average(c)) else None, measure == "loss")
     for column in by_family(data):
         wanted = 1 if data.family(column) == UNTRAINED else len(data.seeds)
         cells = [
@@ -156,7 +161,8 @@ def tasks(analysis: Analysis) -> Table:
         "Which tasks count",
         RULE + " Before: loss on dev of the untrained model.",
         ["task", "metric", "commonest class (%)", "loss before (nats)", "counts", "why not, or what was not checked"],
-    )
+        heads=6,
+    )  # fmt: skip
     for verdict in analysis.verdicts:
         known = [run.before for c in data.columns for run in data.of(verdict.task, c) if run.before is not None]
         majority = data.majority(verdict.task)

@@ -18,7 +18,6 @@ from .data import Comparison
 from .style import data_uri
 from .table import Table, escape_markdown, write_csv
 
-PROSE = ("tasks", "failures", "missing", "configuration")  # tables whose cells are text, set from the left
 BLOCK = re.compile(r"(<!-- results:(?P<name>[\w./-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 
 
@@ -47,8 +46,7 @@ def html(report: Report) -> str:
     environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     uris = {picture.name: data_uri(picture.svg) for picture in report.pictures}
     return environment.get_template("page.html").render(
-        story=report.story, headline=report.headline, sections=report.sections, uris=uris, prose=PROSE,
-        command=command(report),
+        story=report.story, headline=report.headline, sections=report.sections, uris=uris, command=command(report),
     )  # fmt: skip
 
 

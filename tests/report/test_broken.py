@@ -1,0 +1,116 @@
+"""A damaged or partial folder gives a correct report of what is left, and says what is not."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from metazo.compare.results import cell_path
+from metazo.errors import UserError
+from metazo.report.analysis import Analysis
+from metazo.report.build import Report, build
+from metazo.report.data import Comparison
+from metazo.report.write import html, markdown, write
+from tests.report import synthetic
+
+COLUMN = {column.name: column for column in synthetic.COLUMNS}
+
+
+def made(folder: Path) -> Report:
+    """The report, with every form of it written once."""
+    report = build(Comparison(folder))
+    assert html(report) and markdown(report)
+    return report
+
+
+def test_failed_missing_not_a_number_and_torn(tmp_path: Path):
+    columns = [COLUMN[name] for name in ("mezo", "tuner", "lozo", "first-order-adamw")]
+    folder = synthetic.write(tmp_path, columns, ["sst2", "rte"])
+    torn = cell_path(folder, "sst2", "tuner", "seed", 0)
+    torn.write_text(torn.read_text()[:500])
+    cell_path(folder, "sst2", "tuner", "seed", 1).unlink()
+    failed = synthetic.result(COLUMN["tuner"], "sst2", 2, status="failed", reason="The worker was killed.")
+    failed.save(cell_path(folder, "sst2", "tuner", "seed", 2))
+    synthetic.result(COLUMN["tuner"], "sst2", 3, loss=float("nan")).save(cell_path(folder, "sst2", "tuner", "seed", 3))
+    for seed, content in enumerate(
+        (b"[]", b'{"run_info": 3, "train_info": [], "metrics": null}', b"\xff\xfe", b"{}", b"")
+    ):
+        cell_path(folder, "rte", "lozo", "seed", seed).write_bytes(content)
+    (folder / "search.json").write_text('{"sst2": [')
+    report = made(folder)
+    data = report.data
+    assert [run.seed for run in data.of("sst2", "tuner")] == [4]
+    assert data.missing == [("sst2", "tuner", 1)]
+    reasons = {(f.task, f.column, f.seed): f.reason for f in data.failures}
+    assert reasons["sst2", "tuner", "2"] == "The worker was killed."
+    assert reasons["sst2", "tuner", "3"] == "finished, but its loss on test is not a number"
+    assert "JSON" in reasons["sst2", "tuner", "0"] and str(tmp_path) not in str(reasons)
+    assert len([key for key in reasons if key[:2] == ("rte", "lozo")]) == 5
+    test = Analysis(data, "loss").tests["tuner"]
+    assert (test.pairs, test.losses) == (8, 2)  # torn and missing are left out, what failed has lost
+    assert report.story.won.startswith("Only mezo")  # neither lozo, which is missing, nor tuner, which fails
+    assert "tuner: some runs failed" in report.story.facts[-1][1]
+    assert Analysis(data, "loss").average("lozo") is None
+
+
+@pytest.mark.parametrize(
+    ("columns", "seeds", "says"),
+    [
+        (["mezo"], 1, "no two methods"),
+        (["lozo", "fzoo"], 5, "no finished column mezo"),
+        (["mezo", "tuner"], 1, "too few to rule out luck"),
+        (["mezo", "tuner"], 5, "cannot give a chance below 0.0625"),
+        (["first-order-adamw"], 2, "no two methods"),
+        (["zero-shot"], 1, "no two methods"),
+    ],
+)
+def test_small_comparisons_do_not_claim_too_much(tmp_path: Path, columns: list[str], seeds: int, says: str):
+    folder = synthetic.write(tmp_path, [COLUMN[name] for name in columns], ["sst2"], seeds)
+    assert says in made(folder).story.facts[0][1]
+
+
+def test_without_grid_and_search(tmp_path: Path):
+    folder = synthetic.write(tmp_path, [COLUMN["mezo"], COLUMN["tuner"]], ["sst2"], 2, search=False, grid=False)
+    assert made(folder).data.columns == ["mezo", "tuner"]
+
+
+def test_everything_failed(tmp_path: Path):
+    for seed in range(2):
+        failed = synthetic.result(COLUMN["mezo"], "sst2", seed, status="failed", reason="No room on the disk.")
+        failed.save(cell_path(tmp_path, "sst2", "mezo", "seed", seed))
+    report = made(tmp_path)
+    assert report.headline is None and "nothing won" in report.story.won
+    assert "No room on the disk." in html(report)
+
+
+def test_damaged_sigma_and_curve_leave_the_rest(tmp_path: Path):
+    folder = synthetic.write(tmp_path, [COLUMN["mezo"], COLUMN["tuner"]], ["sst2"], 1)
+    path = cell_path(folder, "sst2", "tuner", "seed", 0)
+    content = json.loads(path.read_text())
+    content["train_info"]["sigma"]["values"] = [[1.0, 2.0]]
+    content["train_info"]["curve"] = [{"forwards": 0}, 3]
+    path.write_text(json.dumps(content))
+    report = made(folder)
+    assert not any(picture.name.startswith("sigma") for picture in report.pictures)
+    assert report.story.won.startswith("tuner came first")
+
+
+def test_empty_folder_is_one_sentence_and_exit_code_2(tmp_path: Path):
+    with pytest.raises(UserError, match="holds no results"):
+        Comparison(tmp_path)
+    command = [sys.executable, "-m", "metazo_cli.main", "report", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"})
+    assert done.returncode == 2 and "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert "holds no results of metazo compare" in done.stderr
+
+
+def test_out_that_is_a_file(tmp_path: Path):
+    folder = synthetic.write(tmp_path / "results", [COLUMN["mezo"]], ["sst2"], 1)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        write(build(Comparison(folder)), tmp_path / "file")

@@ -1,0 +1,55 @@
+"""Blocks of a Markdown file are filled with tables; those of the project's own pages are up to date."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from metazo.errors import UserError
+from metazo.report.build import build
+from metazo.report.data import Comparison
+from metazo.report.write import BLOCK, fill, render
+from tests.report import synthetic
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def test_blocks_are_filled_and_the_rest_is_left(tmp_path: Path):
+    folder = synthetic.write(tmp_path / "mine", synthetic.COLUMNS[:3], ["sst2"], 2)
+    report = build(Comparison(folder))
+    page = tmp_path / "page.md"
+    mine, other = "<!-- results:mine/loss -->\nstale", "<!-- results:other/loss -->\nkept"
+    page.write_text(f"# A\n{mine}\n<!-- /results -->\nB\n{other}\n<!-- /results -->\n")
+    assert render(report, page) is True
+    after = page.read_text()
+    loss = next(table for table in report.tables if table.name == "loss")
+    assert f"<!-- results:mine/loss -->\n{loss.markdown()}\n<!-- /results -->\nB\n" in after
+    assert "stale" not in after and "kept" in after and after.startswith("# A\n")
+    assert render(report, page) is False  # nothing is stale any more
+
+
+def test_what_cannot_be_filled_is_said(tmp_path: Path):
+    report = build(Comparison(synthetic.write(tmp_path / "mine", synthetic.COLUMNS[:1], ["sst2"], 1)))
+    page = tmp_path / "page.md"
+    with pytest.raises(UserError, match="cannot be read"):
+        render(report, page)
+    page.write_text("no blocks")
+    with pytest.raises(UserError, match="no block"):
+        render(report, page)
+    page.write_text("<!-- results:mine/los -->\n<!-- /results -->")
+    with pytest.raises(UserError, match="no table 'los'"):
+        render(report, page)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tables_of_the_pages_are_not_stale(page: Path):
+    """metazo report results/NAME --render PAGE brings them up to date."""
+    text = page.read_text()
+    folders = {found["name"].rpartition("/")[0] for found in BLOCK.finditer(text)}
+    if not folders:
+        pytest.skip(f"{page.name} has no blocks of results")
+    for name in sorted(folders):
+        report = build(Comparison(ROOT / "results" / name))
+        assert fill(text, {table.name: table.markdown() for table in report.tables}, name) == text, name

@@ -1,0 +1,63 @@
+"""Means, intervals and tests against numbers worked out by hand, and against all sign flips."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from metazo.report.statistics import average, holm, paired, sign_flips, signed_rank
+
+
+def test_average_counts_each_task_once_and_has_students_interval():
+    found = average([[1.0, 2.0, 3.0]])
+    assert (found.mean, found.spread) == (2.0, 1.0)
+    reach = 4.302652730 / math.sqrt(3)  # t(.975, 2 degrees of freedom) times the standard error
+    assert (found.low, found.high) == pytest.approx((2 - reach, 2 + reach))
+    assert average([[1.0, 2.0, 3.0], [10.0]]).mean == 6.0
+    assert average([[1.0, 2.0, 3.0], [10.0]]).low is None  # one seed says nothing of the spread
+    same = average([[1.0, 2.0], [5.0, 6.0]])  # two tasks of variance .5: squared error .125, 2 degrees of freedom
+    assert same.high == pytest.approx(3.5 + 4.302652730 * math.sqrt(0.125))
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def flips(differences: np.ndarray, statistic) -> float:
+    """Two-sided p over all 2^n assignments of signs."""
+    centre = statistic(differences)
+    values = [statistic(np.abs(differences) * signs) for signs in itertools.product((-1, 1), repeat=len(differences))]
+    return 2 * min(np.mean([v >= centre - 1e-12 for v in values]), np.mean([v <= centre + 1e-12 for v in values]))
+
+
+def test_signed_rank_is_the_sum_of_ranks_over_all_sign_flips():
+    differences = np.array([0.3, -0.1, 0.5, 0.7, 0.2, 0.9, -0.05, 1.1])
+    ranks = np.abs(differences).argsort().argsort() + 1
+
+    def positive(values):
+        return float(ranks[values > 0].sum())
+
+    assert signed_rank(differences) == (pytest.approx(flips(differences, positive)), "Wilcoxon")
+    assert signed_rank(np.array([1.0, 2, 3, 4, 5, math.inf]))[0] == 2 / 64
+
+
+def test_few_pairs_are_tested_by_sign_flips_and_cannot_be_significant():
+    differences = np.array([0.3, -0.1, 0.5, 0.7])
+    assert sign_flips(differences)[0] == pytest.approx(min(1.0, flips(differences, np.mean)))
+    found = paired({"task": [1.0, 2.0, 3.0, 4.0, 5.0]})
+    assert (found.p, found.least, found.test) == (0.0625, 0.0625, "sign flips")
+
+
+def test_a_failure_is_a_lost_pair_and_is_not_in_the_gain():
+    found = paired({"a": [0.5, -math.inf, 0.0], "b": [math.inf, 0.1, 0.3]})
+    assert (found.pairs, found.wins, found.losses, found.ties) == (6, 4, 1, 1)
+    assert found.gain == pytest.approx((0.25 + 0.2) / 2)
+    assert found.least == 1 / 16  # the tie says nothing
+    assert (found.tasks, found.tasks_won) == (2, 2)
+    assert paired({"a": [-math.inf, -math.inf]}).gain is None
+    assert paired({"a": [0.0]}).p == 1.0

@@ -1,0 +1,143 @@
+"""The tables' numbers against ones worked out by hand from a small comparison."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from metazo.compare.results import Result, Search, cell_path, write_search
+from metazo.report import costs, tables
+from metazo.report.analysis import Analysis, band
+from metazo.report.build import build
+from metazo.report.data import Comparison
+from metazo.report.table import Table, loss
+from tests.report import synthetic
+from tests.report.synthetic import Column
+
+LOSSES = {"mezo": (0.5, 0.6, 0.7), "lozo": (0.4, 0.5, 0.9), "first-order-adamw": (0.1, 0.1, 0.1)}
+
+
+def set_curve(result: Result, losses: tuple[float, ...], step_forwards: int = 100, step_seconds: float = 2.0) -> None:
+    points = result.train_info["curve"][: len(losses)]
+    for place, (point, value) in enumerate(zip(points, losses)):
+        point |= {"forwards": place * step_forwards, "seconds": place * step_seconds}
+        point["dev"] |= {"loss": value}
+    result.train_info |= {"curve": points, "seconds": points[-1]["seconds"], "forwards": points[-1]["forwards"]}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """mezo, lozo and first-order on one task with three seeds; dev falls by a third each 100 forward passes."""
+    for name, finals in LOSSES.items():
+        column = Column(name, 0.5, optimizer=name)
+        for seed, final in enumerate(finals):
+            result = synthetic.result(column, "sst2", seed, loss=final)
+            set_curve(result, (0.69, 0.6, 0.5, final), step_seconds=3.0 if name == "lozo" else 2.0)
+            result.save(cell_path(tmp_path, "sst2", name, "seed", seed))
+    return tmp_path
+
+
+def row(table: Table, name: str) -> list[str]:
+    return next([cell.text for cell in row] for row in table.rows if row[0].text == name)
+
+
+def test_scores_are_means_and_standard_deviations(folder: Path):
+    data = Comparison(folder)
+    table = tables.scores(Analysis(data, "loss"))
+    assert row(table, "mezo") == ["mezo", "0.600 ± 0.100", "0.600 ± 0.100"]
+    assert row(table, "lozo") == ["lozo", "0.600 ± 0.265", "0.600 ± 0.265"]  # variance (.04 + .01 + .09) / 2
+    assert row(table, "first-order-adamw")[1] == "0.100 ± 0.000"
+    score = tables.scores(Analysis(data, "metric"))
+    assert row(score, "mezo")[1] == "64.0 ± 6.0"  # accuracy is 1 - .6 loss
+    assert row(score, "commonest class") == ["commonest class", "50.5", "50.5"]
+
+
+def test_pairs_are_counted_by_seed(folder: Path):
+    test = Analysis(Comparison(folder), "loss").tests["lozo"]
+    assert (test.pairs, test.wins, test.losses, test.p) == (3, 2, 1, 1.0)
+    assert test.gain == pytest.approx(0.0, abs=1e-12)  # .1 + .1 - .2
+    assert set(Analysis(Comparison(folder), "loss").tests) == {"lozo", "first-order-adamw"}
+
+
+def test_forward_passes_until_the_final_loss_of_the_reference(folder: Path):
+    table = costs.reach(Analysis(Comparison(folder), "loss"))
+    assert row(table, "that loss (nats)")[1] == "0.600"
+    assert row(table, "first-order-adamw")[1] == "100"  # .6 is reached at the first evaluation
+    data = Comparison(folder)
+    data.runs["sst2", "mezo"] = {
+        seed: replace(run, curve=(*run.curve[:-1], replace(run.curve[-1], loss=0.2)))
+        for seed, run in data.runs["sst2", "mezo"].items()
+    }
+    table = costs.reach(Analysis(data, "loss"))
+    assert row(table, "lozo")[1] == "not reached (0 of 3)"
+    assert row(table, "first-order-adamw")[1] == "300"
+
+
+def test_equal_time_reads_slow_runs_off_their_curves(folder: Path):
+    analysis = Analysis(Comparison(folder), "loss")
+    assert analysis.time_budget("sst2") == 6.0
+    at = analysis.at_time("sst2", "lozo")  # an evaluation every 3 s: the last one in time is at 6 s
+    assert at is not None and at.losses == (0.5, 0.5, 0.5) and at.kind == "read off"
+    assert row(costs.equal_time(analysis), "mezo")[1] == "0.600"
+    mezo = Column("lozo", 0.5, optimizer="lozo")
+    longer = synthetic.result(mezo, "sst2", 0, "time")
+    set_curve(longer, (0.69, 0.3), step_seconds=4.0)
+    longer.save(cell_path(folder, "sst2", "lozo", "time", 0))
+    at = Analysis(Comparison(folder), "loss").at_time("sst2", "lozo")
+    assert at is not None and at.losses == (0.3,) and at.kind == "ended"
+
+
+def test_band_is_the_median_and_the_middle_half(folder: Path):
+    points, middle, low, high = band(Comparison(folder).of("sst2", "mezo"), "forwards")
+    assert points.tolist() == [0, 100, 200, 300]
+    assert (low[-1], middle[-1], high[-1]) == pytest.approx((0.55, 0.6, 0.65))
+
+
+def test_a_learning_rate_at_the_edge_is_said_so(folder: Path):
+    found = Search(1e-3, {"0.0001": 0.5, "0.001": 0.4}, True, [1000], 2, 800, 400)
+    write_search(folder, {"sst2": {"mezo": found, "lozo": replace(found, lr=None, at_boundary=False)}})
+    report = build(Comparison(folder))
+    table = next(table for table in report.tables if table.name == "search")
+    assert row(table, "mezo") == ["mezo", "0.001 ⚠ edge", "2", "800"]
+    assert row(table, "lozo")[1] == "all failed"
+    assert "mezo: the learning rate is at the edge" in report.story.facts[-1][1]
+
+
+def test_tasks_that_show_nothing_do_not_count(tmp_path: Path):
+    """First-order that does not beat the commonest class; and a reference whose loss rises."""
+    for task, first_order, mezo in (("good", 0.2, 0.5), ("hopeless", 0.75, 0.5), ("stuck", 0.2, 0.75)):
+        for column, final in ((synthetic.COLUMNS[0], mezo), (synthetic.COLUMNS[7], first_order)):
+            result = synthetic.result(column, task, 0, loss=final)
+            set_curve(result, (0.69, final))
+            result.save(cell_path(tmp_path, task, column.name, "seed", 0))
+    analysis = Analysis(Comparison(tmp_path), "loss")
+    assert analysis.tasks == ["good"]
+    assert [verdict.counts for verdict in analysis.verdicts] == [True, False, False]
+    assert "gradients" in analysis.verdicts[1].reason and "mezo" in analysis.verdicts[2].reason
+    assert dict(analysis.ranking)["mezo"].mean == 0.5
+    assert row(tables.tasks(analysis), "hopeless")[4] == "no"
+
+
+def test_accuracy_must_beat_the_commonest_class_by_two_standard_errors(tmp_path: Path):
+    """.505 + 2 sqrt(.505 .495 / 400) = .555."""
+    for accuracy, learnt in ((0.55, False), (0.56, True)):
+        result = synthetic.result(synthetic.COLUMNS[0], "sst2", 0, loss=0.5)
+        result.metrics["test"]["accuracy"] = accuracy
+        result.save(cell_path(tmp_path, "sst2", "mezo", "seed", 0))
+        assert Analysis(Comparison(tmp_path), "loss").verdicts[0].counts is learnt
+
+
+@pytest.mark.parametrize(
+    ("value", "beside", "text"),
+    [
+        (0.5, None, "0.500"),
+        (0.0123, None, "0.012"),
+        (0.00123, None, "0.00123"),
+        (0.5, 0.00123, "0.50000"),
+        (0.0, None, "0.000"),
+    ],
+)
+def test_losses_as_text(value: float, beside: float | None, text: str):
+    assert loss(value, beside) == text
