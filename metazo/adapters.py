@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,9 @@ def add_adapters(loaded: LoadedModel, rank: int, seed: int) -> list[str]:
     config = peft.LoraConfig(r=rank, lora_alpha=ALPHA, target_modules=target, task_type=TASK_TYPES[loaded.kind])
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        loaded.model = peft.get_peft_model(loaded.model, config).eval()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for a name that is to go
+            loaded.model = peft.get_peft_model(loaded.model, config).eval()
     return [name for name, parameter in loaded.model.named_parameters() if parameter.requires_grad]
 
 

@@ -21,10 +21,9 @@ from metazo.evaluate import evaluate
 from metazo.finetune import finetune
 from metazo.folder import RunFolder
 from metazo.identity import environment
+from metazo.memory import PeakMemory
 from metazo.plan import set_up
-from metazo.run import Interrupted, peak_memory
-
-STATUS = Path("/proc/self/status")
+from metazo.run import Interrupted
 
 
 @dataclass
@@ -42,7 +41,7 @@ def run(job: Job) -> Result:
     """Do it. A run that fails is a result too; Interrupted alone is passed on."""
     out = job.config.out
     shutil.rmtree(out, ignore_errors=True)
-    started, meter, reason, parts = time.monotonic(), _Memory(), None, None
+    started, meter, reason, parts = time.monotonic(), PeakMemory(), None, None
     try:
         parts = _train(job) if job.trains else _look(job)
     except Interrupted:
@@ -51,7 +50,7 @@ def run(job: Job) -> Result:
         reason = str(error)
     except Exception as error:  # whatever a method, a driver or a full disk may raise: the other runs go on
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    taken = meter.peak()
+    taken = meter.bytes()
     result = failed(job, reason) if parts is None else Result(job.info | _of_worker(), *parts)
     result.run_info |= _of_worker()
     result.train_info |= {"peak_memory_bytes": taken, "wall_seconds": round(time.monotonic() - started, 3)}
@@ -144,35 +143,6 @@ def _of_worker() -> dict[str, Any]:
     threads = versions.pop("threads")
     versions.pop("device")
     return {"versions": versions, "machine": machine() | {"threads": threads}}
-
-
-class _Memory:
-    """Most memory of this process above what it holds now; on a GPU the peak of its allocator.
-
-    Linux forgets a process's peak on request (proc(5), clear_refs); elsewhere only a new high is seen.
-    """
-
-    def __init__(self):
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-            self.before = self._status("VmRSS")
-        except OSError:
-            self.before = peak_memory()
-
-    @staticmethod
-    def _status(name: str) -> int:
-        line = next(line for line in STATUS.read_text().splitlines() if line.startswith(name))
-        return int(line.split()[1]) * 1024
-
-    def peak(self) -> int:
-        if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-            return torch.cuda.max_memory_allocated()
-        high = self._status("VmHWM") if STATUS.exists() else peak_memory()
-        return max(0, high - self.before)
 
 
 def configuration(config: FinetuneConfig) -> dict[str, Any]:

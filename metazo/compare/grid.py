@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -45,7 +47,7 @@ class Grid:
     """Forward passes of a run of the search, as a share of the budget"""
     extensions: int = 5
     """Most further rates where the best of a search lies at its edge"""
-    time_budget: float | Literal["reference"] | None = None
+    time_budget: float | str | None = None
     """Seconds of training that fast methods go on to, or reference: what the reference takes for the budget"""
     reference: str = "mezo"
     """Column that the others are compared with"""
@@ -68,8 +70,8 @@ class Grid:
             raise UserError(f"--search-budget is a share of the budget above 0 and up to 1, not {self.search_budget}.")
         if self.seeds > SEARCH_SEED:
             raise UserError(f"--seeds is at most {SEARCH_SEED}: the seeds from there on are those of the searches.")
-        if isinstance(self.time_budget, float) and not 0 < self.time_budget < float("inf"):
-            raise UserError(f"--time-budget is a number of seconds above 0, or reference, not {self.time_budget}.")
+        if self.time_budget not in (None, "reference"):
+            self.time_budget = _seconds(self.time_budget)
         if not self.tasks:
             raise UserError("A comparison needs tasks (--tasks); metazo tasks lists them.")
         if self.lrs is not None and (not self.lrs or min(self.lrs) <= 0):
@@ -86,6 +88,13 @@ class Grid:
         plain |= {name: str(plain[name]) for name in ("out", "data") if plain[name] is not None}
         text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=110)
         write_whole(self.out / "grid.yaml", text.encode())
+
+
+def _seconds(text: Any) -> float:
+    with suppress(ValueError, TypeError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise UserError(f"--time-budget is a number of seconds above 0, or the word reference, not {text!r}.")
 
 
 @dataclass(frozen=True)

@@ -51,13 +51,17 @@ class Progress:
             return
         self.ran_forwards += info["budget"]
         if not result.finished:
-            self.console.print(f"[yellow]failed[/] {self._name(info)}: {info['reason']}", highlight=False)
+            self.console.print(
+                f"[yellow]failed[/] {self._name(info)}: {info['reason']}", highlight=False, soft_wrap=True
+            )
         elif not self.live:
             metric, dev = info["metric"], result.metrics["dev"]
             score = f", {metric} {dev[metric]:.3f}" if metric in dev else ""
             loss = f"dev loss {dev['loss']:.4f}{score}" if "loss" in dev else "done"
             seconds = result.train_info["wall_seconds"]
-            self.console.print(f"{self._counts()}  {self._name(info)}: {loss}  ({seconds:.0f} s)", highlight=False)
+            self.console.print(
+                f"{self._counts()}  {self._name(info)}: {loss}  ({seconds:.0f} s)", highlight=False, soft_wrap=True
+            )
 
     def show(self, running: list[tuple[Job, float]]) -> None:
         if self.live:

@@ -19,7 +19,7 @@ from metazo.compare.grid import SEARCH_SEED, Grid, Run, longer, runs_of, search_
 from metazo.compare.identity import cores
 from metazo.compare.pool import Pool
 from metazo.compare.progress import Progress
-from metazo.compare.results import Result, Search, write_search
+from metazo.compare.results import Result, Search, read_search, write_search
 from metazo.compare.search import walk
 from metazo.compare.store import Store
 from metazo.errors import UserError
@@ -50,9 +50,12 @@ def compare(grid: Grid, console: Console | None = None, *, retry_failed: bool = 
     facts = examine(grid)
     try:
         grid.out.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(grid.out / ".lock")
-        with lock.acquire(timeout=0):
-            return _Comparison(grid, facts, console, retry_failed).run()
+        lock = grid.out / ".lock"
+        with FileLock(lock).acquire(timeout=0):
+            try:
+                return _Comparison(grid, facts, console, retry_failed).run()
+            finally:
+                lock.unlink(missing_ok=True)
     except Timeout:
         raise UserError(
             f"--out {grid.out}: another metazo compare is at work there; wait for it, or stop it."
@@ -75,7 +78,7 @@ class _Comparison:
         grid = self.grid
         grid.write()
         self.store.clear()
-        self.store.supersede()
+        self._remember(self.store.supersede())
         threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, cores() // grid.workers))
         with (
             Pool(grid.workers, threads) as pool,
@@ -90,6 +93,14 @@ class _Comparison:
                 self._drive((_only(runs) for runs in extra), pool, caught, shown)
         self.store.clear()
         return {"runs": shown.done, "kept": shown.kept, "failed": shown.failed}
+
+    def _remember(self, superseded: set[tuple[str, str]]) -> None:
+        """Searches of an earlier call that still hold, so that a stop leaves search.json whole."""
+        known = {column.name for column in self.grid.resolved}
+        for task, columns in read_search(self.grid.out).items():
+            for name in known & set(columns):
+                if task in self.searches and (task, name) not in superseded:
+                    self.searches[task][name] = columns[name]
 
     def _size(self) -> tuple[int, float]:
         """Runs and forward passes, without extensions of the searches."""
@@ -178,7 +189,8 @@ class _Comparison:
             shown.show(pool.running)
             if caught:
                 raise Interrupted(
-                    f"Stopped by {caught[0]} after {shown.done} of {shown.runs} runs; the same command goes on with the rest."
+                    f"{caught[0]} after {shown.done} of {shown.runs} runs; the same command goes on with the rest.",
+                    caught[0],
                 )
             if not pool.running:
                 return

@@ -82,8 +82,12 @@ class Store:
 
     # -- results of a grid that was another ------------------------------------------------------------------------
 
-    def supersede(self) -> None:
-        """Move what the grid does not ask for to RESULTS/superseded, so that no report mixes two grids."""
+    def supersede(self) -> set[tuple[str, str]]:
+        """Move what the grid does not ask for to RESULTS/superseded, so that no report mixes two grids.
+
+        Returns task and column of what was moved.
+        """
+        moved = set()
         wanted = {
             (name, column.name): (task, column) for task, name in self.names.items() for column in self.grid.resolved
         }
@@ -91,6 +95,8 @@ class Store:
             place = path.parts[-3], path.parts[-2]
             if place not in wanted or not self._belongs(Result.load(path).run_info, *wanted[place]):
                 self._put_aside(path)
+                moved.add(place)
+        return moved
 
     def _belongs(self, info: dict[str, Any], task: str, column: Column) -> bool:
         search = info["kind"] == "search"

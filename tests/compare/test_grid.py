@@ -1,0 +1,123 @@
+"""Columns, grids and results as files: names, variants, one sentence for what is wrong."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+
+from metazo.compare import columns
+from metazo.compare.columns import resolve
+from metazo.compare.grid import Grid, Run
+from metazo.compare.identity import key
+from metazo.compare.results import Result, cell_path, read_results
+from metazo.config import build
+from metazo.errors import UserError
+from metazo.optimizers import OPTIMIZERS
+
+
+def grid(tmp_path, **extra) -> Grid:
+    base = {"model": "pico", "tasks": ["pico_sentiment"], "columns": ["mezo"], "budget": 40, "out": tmp_path}
+    return build(Grid, base, extra)
+
+
+def test_all_has_every_method_and_control_once():
+    names = [column.name for column in resolve(["all"])]
+    assert len(names) == len(set(names)) and {"zero-shot", "tuner", "lora-mezo", "random-tuner-2"} <= set(names)
+    assert set(OPTIMIZERS) - {"zo-finetuner"} <= set(names)  # which stands there as "tuner"
+
+
+def test_columns_that_need_a_tuner_get_the_grids():
+    found = {column.name: column.options.get("tuner") for column in resolve(["tuner", "random-tuner", "mezo"], "mine")}
+    assert found == {"tuner": "mine", "random-tuner-0": "random:0", "random-tuner-1": "random:1",
+                     "random-tuner-2": "random:2", "mezo": None}  # fmt: skip
+
+
+def test_a_variant_takes_settings_and_hyperparameters(tmp_path):
+    (column,) = resolve(
+        [{"name": "narrow", "optimizer": "lozo", "options": {"rank": 3, "scale": "rms"}, "lrs": [1e-3]}]
+    )
+    config = Run("pico_sentiment", column, "seed", 2, 1e-3, 40).config(grid(tmp_path), tmp_path)
+    assert (config.optimizer, config.method, config.scale, config.seed) == ("lozo", {"rank": 3}, "rms", 2)
+    (changed,) = resolve([{"name": "mezo-rms", "options": {"noise": "rademacher"}}])
+    assert changed.options == {"scale": "rms", "noise": "rademacher"}
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ("lozzo", "did you mean lozo"),
+        ({"optimizer": "mezo"}, "a mapping with a name"),
+        ({"name": "a", "optimiser": "mezo"}, "'optimiser' is not one of"),
+        ({"name": "a", "optimizer": "adamw"}, "optimizer 'adamw' is unknown"),
+        ({"name": "a", "options": {"rnk": 2}}, "'rnk' is neither a setting of a run nor a hyperparameter of mezo"),
+        ({"name": "a", "options": {"lr": 1e-3}}, "'lr' is set by the grid"),
+        ({"name": "a", "lrs": ["fast"]}, "lrs is a list of numbers above 0"),
+        ({"name": "../a"}, "'../a' is refused"),
+        ({"name": "a/b"}, "has a slash"),
+        ({"name": "a", "options": [1]}, "options is a mapping"),
+    ],
+)
+def test_columns_that_are_wrong(entry, words):
+    with pytest.raises(UserError, match=".*".join(words.split("..."))):
+        resolve([entry])
+
+
+def test_a_name_stands_once():
+    with pytest.raises(UserError, match="stands twice"):
+        resolve(["mezo", {"name": "mezo", "options": {"scale": "rms"}}])
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        ({"budgets": 3}, "'budgets' is not a setting"),
+        ({"seeds": 0}, "--seeds must be at least 1"),
+        ({"search_budget": 2}, "--search-budget is a share"),
+        ({"time_budget": "soon"}, "--time-budget is a number of seconds above 0, or the word reference"),
+        ({"lrs": []}, "--lrs is a list"),
+        ({"config": {"batchsize": 4}}, "did you mean batch_size"),
+        ({"config": {"seed": 4}}, "'seed' is set by the grid"),
+    ],
+)
+def test_grids_that_are_wrong(tmp_path, extra, words):
+    with pytest.raises(UserError) as error:
+        grid(tmp_path, **extra)
+    assert words in str(error.value)
+
+
+def test_a_grid_is_written_out_so_that_it_runs_again(tmp_path):
+    first = grid(tmp_path, columns=["random-tuner", {"name": "lozo", "lrs": [1e-3]}], time_budget="reference")
+    first.write()
+    again = build(Grid, yaml.safe_load((tmp_path / "grid.yaml").read_text()))
+    assert again.resolved == first.resolved and again.time_budget == "reference"
+
+
+def test_the_key_follows_what_is_computed_and_nothing_else(tmp_path):
+    settings, hashes = grid(tmp_path), {"model": "a", "data": "b", "tuner": None}
+
+    def of(**extra) -> str:
+        column = columns.Column("mezo", "mezo", extra)
+        return key(Run("pico_sentiment", column, "seed", 0, 1e-3, 40).config(settings, tmp_path / str(extra)), hashes)
+
+    assert of() == of(eval_batch_size=8) == of(max_length=None)
+    assert of() != of(batch_size=8) and of() != of(scale="rms")
+    plain = Run("pico_sentiment", settings.resolved[0], "seed", 0, 1e-3, 40).config(settings, tmp_path)
+    assert key(plain, hashes) != key(plain, {**hashes, "data": "c"})
+
+
+def test_results_hold_three_objects_and_no_nan(tmp_path):
+    path = cell_path(tmp_path, "t", "c", "search", 1000, 3e-4)
+    assert path == tmp_path / "cells" / "t" / "c" / "search-0.0003-1000.json"
+    Result({"status": "failed"}, {"curve": [float("nan")]}, {"dev": None}).save(path)
+    content = json.loads(path.read_text())
+    assert list(content) == ["run_info", "train_info", "metrics"] and content["train_info"]["curve"] == [None]
+    assert [r.finished for r in read_results(tmp_path, "search")] == [False] and not list(
+        read_results(tmp_path, "seed")
+    )
+    path.write_text('{"run_info": {}}')
+    with pytest.raises(UserError, match="exactly run_info, train_info, metrics"):
+        Result.load(path)
+    with pytest.raises(UserError, match="holds no results"):
+        list(read_results(tmp_path / "cells"))
