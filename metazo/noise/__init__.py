@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import ModuleType
 from typing import Protocol
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 from metazo.blocks import NamedTensor
 from metazo.errors import UserError
 from metazo.noise import philox
+from metazo.noise.philox import TILE
 from metazo.noise.reference import TorchOrderNoise
 
 try:
@@ -19,25 +21,52 @@ try:
 except ImportError:  # numba is not installed: the plain form gives the same numbers, slower
     cpu = None
 
-__all__ = ["Noise", "PhiloxNoise", "Stream", "TorchOrderNoise"]
+__all__ = ["TILE", "Noise", "PhiloxNoise", "Stream", "TorchOrderNoise"]
 
 # What a number is for, so that two draws for one tensor and seed never meet.
 DENSE, LEFT, RIGHT, INITIAL = 0, 1, 2, 3
 _SEEDS, _UNIFORM, _LOW = 0xFFFF0001, 0xFFFF0002, 0xFFFFFFFF
-_CHUNK = 1 << 20  # elements drawn at once by the plain backend, a multiple of 128
+_CHUNK = 1 << 20  # elements drawn at once by the plain backend, a multiple of TILE
 
 
 class Stream(Protocol):
-    """The noise of one seed over all tensors."""
+    """The noise of one seed over all tensors. start: where in the flat tensor the piece begins, a multiple of TILE."""
 
     def draw(
-        self, tensor: NamedTensor, shape: tuple[int, ...] | None = None, purpose: int = DENSE, dtype=None
+        self,
+        tensor: NamedTensor,
+        shape: tuple[int, ...] | None = None,
+        purpose: int = DENSE,
+        dtype: torch.dtype | None = None,
+        start: int = 0,
+        count: int | None = None,
     ) -> Tensor:
-        """Numbers of that shape (default: the tensor's), in dtype (default: the tensor's, at least float32)."""
+        """Numbers of that shape (default: the tensor's; with count: (count,)), in dtype (default: the tensor's, at
+        least float32)."""
         ...
 
-    def add_(self, tensor: NamedTensor, out: Tensor, alpha: float, beta: float = 1.0, purpose: int = DENSE) -> None:
-        """out = beta * out + alpha * z, in place; out has the tensor's shape."""
+    def add_(
+        self,
+        tensor: NamedTensor,
+        out: Tensor,
+        alpha: float,
+        beta: float = 1.0,
+        purpose: int = DENSE,
+        start: int = 0,
+    ) -> None:
+        """out = beta * out + alpha * z[start : start + out.numel()], in place, rounded once."""
+        ...
+
+    def place_(
+        self,
+        tensor: NamedTensor,
+        out: Tensor,
+        base: Tensor,
+        alpha: float,
+        purpose: int = DENSE,
+        start: int = 0,
+    ) -> None:
+        """out = base + alpha * z[start : start + out.numel()], rounded to out's type once. base: float32, out's shape."""
         ...
 
 
@@ -58,29 +87,73 @@ class PhiloxStream:
         self.seed, self.distribution, self.backend = seed, distribution, backend
 
     def draw(
-        self, tensor: NamedTensor, shape: tuple[int, ...] | None = None, purpose: int = DENSE, dtype=None
+        self,
+        tensor: NamedTensor,
+        shape: tuple[int, ...] | None = None,
+        purpose: int = DENSE,
+        dtype: torch.dtype | None = None,
+        start: int = 0,
+        count: int | None = None,
     ) -> Tensor:
         param = tensor.param
-        shape = tuple(param.shape) if shape is None else shape
-        dtype = dtype or torch.promote_types(param.dtype, torch.float32)
-        out = torch.zeros(shape, dtype=dtype, device=param.device)
-        self.add_(tensor, out, 1.0, 1.0, purpose)
+        if shape is None:
+            shape = tuple(param.shape) if count is None else (count,)
+        out = torch.zeros(shape, dtype=dtype or torch.promote_types(param.dtype, torch.float32), device=param.device)
+        self.add_(tensor, out, 1.0, 1.0, purpose, start)
         return out
 
-    def add_(self, tensor: NamedTensor, out: Tensor, alpha: float, beta: float = 1.0, purpose: int = DENSE) -> None:
-        if self.backend != "torch" and cpu is not None and cpu.supports(out):
-            cpu.add_(self.distribution, out, alpha, beta, self.seed, tensor.id, purpose)
-            return
-        sample = philox.DISTRIBUTIONS[self.distribution]
-        flat = out.view(-1) if out.is_contiguous() else out.contiguous().view(-1)
-        wide = torch.promote_types(out.dtype, torch.float32)
-        for start in range(0, flat.numel(), _CHUNK):
-            piece = flat[start : start + _CHUNK]
-            z = sample(self.seed, tensor.id, purpose, start, start + piece.numel(), out.device).to(wide)
-            kept = piece.to(wide) if beta == 1.0 else piece.to(wide) * beta
-            piece.copy_(kept + z * alpha)
+    def add_(
+        self,
+        tensor: NamedTensor,
+        out: Tensor,
+        alpha: float,
+        beta: float = 1.0,
+        purpose: int = DENSE,
+        start: int = 0,
+    ) -> None:
+        _check(start)
+        if kernels := self._kernels(out):
+            kernels.add_(self.distribution, out, alpha, beta, self.seed, tensor.id, purpose, start)
+        else:
+            self._plain(tensor, out, out, alpha, beta, purpose, start)
+
+    def place_(
+        self,
+        tensor: NamedTensor,
+        out: Tensor,
+        base: Tensor,
+        alpha: float,
+        purpose: int = DENSE,
+        start: int = 0,
+    ) -> None:
+        _check(start)
+        if base.dtype == torch.float32 and (kernels := self._kernels(out, base)):
+            kernels.place_(self.distribution, out, base, alpha, self.seed, tensor.id, purpose, start)
+        else:
+            self._plain(tensor, out, base, alpha, 1.0, purpose, start)
+
+    def _kernels(self, *tensors: Tensor) -> ModuleType | None:
+        """The compiled form that can work on these tensors."""
+        return cpu if self.backend != "torch" and cpu is not None and cpu.supports(*tensors) else None
+
+    def _plain(
+        self, tensor: NamedTensor, out: Tensor, base: Tensor, alpha: float, beta: float, purpose: int, start: int
+    ) -> None:
+        """out = beta * base + alpha * z, calculated in base's type, at least float32."""
+        sample, wide = philox.DISTRIBUTIONS[self.distribution], torch.promote_types(base.dtype, torch.float32)
+        flat, source = out.reshape(-1), base.reshape(-1)
+        for here in range(0, flat.numel(), _CHUNK):
+            kept = source[here : here + _CHUNK].to(wide)
+            first = start + here
+            z = sample(self.seed, tensor.id, purpose, first, first + kept.numel(), out.device).to(wide)
+            flat[here : here + _CHUNK] = kept * beta + z * alpha
         if not out.is_contiguous():
             out.copy_(flat.view(out.shape))
+
+
+def _check(start: int) -> None:
+    if start % TILE:
+        raise ValueError(f"noise starts at a multiple of {TILE} (noise.TILE), not at {start}")
 
 
 class PhiloxNoise:
@@ -98,7 +171,7 @@ class PhiloxNoise:
         if distribution not in philox.DISTRIBUTIONS:
             raise UserError(f"noise {distribution!r} is unknown: choose {' or '.join(philox.DISTRIBUTIONS)}.")
         self.run_seed, self.distribution, self.backend = run_seed, distribution, backend
-        self.name = f"philox4x32-10/{distribution}/1"
+        self.name = f"philox4x32-10/{distribution}/2"
 
     def seed(self, step: int, query: int = 0) -> int:
         """Seed of one query of one step: 63 bits, a hash of (run seed, step, query)."""

@@ -21,15 +21,49 @@ class TorchOrderStream:
     def __init__(self, seed: int, device: torch.device | str = "cpu"):
         self.generator = torch.Generator(device).manual_seed(seed)
 
-    def draw(self, tensor: NamedTensor, shape: tuple[int, ...] | None = None, purpose: int = 0, dtype=None) -> Tensor:
-        """The next numbers, in the tensor's dtype. The purpose is ignored: order alone tells draws apart."""
+    def draw(
+        self,
+        tensor: NamedTensor,
+        shape: tuple[int, ...] | None = None,
+        purpose: int = 0,
+        dtype: torch.dtype | None = None,
+        start: int = 0,
+        count: int | None = None,
+    ) -> Tensor:
+        """The next numbers, in the tensor's dtype. The purpose is ignored: order alone tells draws apart.
+
+        Raises ValueError for a part of a tensor (start, count): the numbers come in order, whole tensors at a time.
+        """
+        if start or count not in (None, tensor.param.numel()):
+            raise ValueError("noise in torch's order has no pieces: draw the whole tensor (noise.ordered is True)")
         shape = tuple(tensor.param.shape) if shape is None else shape
         return torch.randn(
             shape, generator=self.generator, dtype=dtype or tensor.param.dtype, device=self.generator.device
         )
 
-    def add_(self, tensor: NamedTensor, out: Tensor, alpha: float, beta: float = 1.0, purpose: int = 0) -> None:
-        out.mul_(beta).add_(self.draw(tensor, dtype=out.dtype), alpha=alpha)
+    def add_(
+        self,
+        tensor: NamedTensor,
+        out: Tensor,
+        alpha: float,
+        beta: float = 1.0,
+        purpose: int = 0,
+        start: int = 0,
+    ) -> None:
+        z = self.draw(tensor, dtype=out.dtype, start=start, count=out.numel())
+        out.mul_(beta).add_(z.view(out.shape), alpha=alpha)
+
+    def place_(
+        self,
+        tensor: NamedTensor,
+        out: Tensor,
+        base: Tensor,
+        alpha: float,
+        purpose: int = 0,
+        start: int = 0,
+    ) -> None:
+        z = self.draw(tensor, dtype=base.dtype, start=start, count=out.numel())
+        out.copy_(torch.add(base, z.view(out.shape), alpha=alpha))
 
 
 class TorchOrderNoise:
