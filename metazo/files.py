@@ -45,15 +45,23 @@ def write_whole(path: Path, data: bytes) -> None:
         file.write(data)
 
 
+def is_file(path: Path) -> bool:
+    """Whether this is a regular file, and not a folder, a device or a pipe, or a name that no file can have."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def read_capped(path: Path, limit: int, what: str) -> bytes:
     """The bytes of a regular file of at most `limit` bytes; UserError when it is missing or larger."""
+    if not is_file(path):
+        raise UserError(f"{what} {path} is not a file; check the path")
     try:
-        if not path.is_file():
-            raise UserError(f"{what} {path} is not a file; check the path")
         with path.open("rb") as file:
             data = file.read(limit + 1)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{what} {path} cannot be read ({error})") from error
+    except OSError as error:
+        raise UserError(f"{what} {path} cannot be read ({error.strerror or error})") from error
     if len(data) > limit:
         raise UserError(f"{what} {path} is larger than the {limit:,} bytes allowed; is it the right file?")
     return data

@@ -22,6 +22,7 @@ from metazo.errors import UserError
 from metazo.files import read_capped, write_whole
 from metazo.fit import BlockSpec, Match, NamedShapes, fingerprint, fit
 from metazo.pertnn import PertNN
+from metazo.plain import parse_json, shown
 
 FORMAT_VERSION = 1
 MAX_BYTES = 64 * 2**20
@@ -146,7 +147,7 @@ def _checked(data: bytes) -> TunerInfo:
     content = _json(metadata["metazo"], "metadata")
     stated = content.pop("format_version", None)
     if stated != FORMAT_VERSION or isinstance(stated, bool):
-        raise _BadFile(f"its format_version is {_short(stated)} and this metazo reads {FORMAT_VERSION} only")
+        raise _BadFile(f"its format_version is {shown(stated)} and this metazo reads {FORMAT_VERSION} only")
     info = _info(content)
     _check_tensors(header, info, len(data) - 8 - size)
     return info
@@ -181,19 +182,18 @@ def _info(content: dict[str, Any]) -> TunerInfo:
     """TunerInfo from the JSON object, every field checked."""
     names = {entry.name for entry in fields(TunerInfo)}
     if set(content) != names:
-        raise _BadFile(f"its metadata lacks or adds {_short(', '.join(sorted(set(content) ^ names)))}")
+        raise _BadFile(f"its metadata lacks or adds {shown(', '.join(sorted(set(content) ^ names)))}")
     for name, choices in _CHOICES.items():
         if content[name] not in choices:
-            raise _BadFile(f"{name} is {_short(content[name])}, not one of {', '.join(choices)}")
+            raise _BadFile(f"{name} is {shown(content[name])}, not one of {', '.join(choices)}")
     bound = content["bound"]
     if not isinstance(bound, int | float) or isinstance(bound, bool) or not 0 < bound < 100:
-        raise _BadFile(f"bound is {_short(bound)}, not a number between 0 and 100")
+        raise _BadFile(f"bound is {shown(bound)}, not a number between 0 and 100")
     if not isinstance(content["normalise"], bool):
-        raise _BadFile(f"normalise is {_short(content['normalise'])}, not true or false")
-    for name in ("base_model", "metazo_version", "licence"):
-        empty = {"metazo_version": "", "licence": None}.get(name, 0)
-        if not _is_name(content[name]) and content[name] != empty:
-            raise _BadFile(f"{name} is {_short(content[name])}, not a line of text")
+        raise _BadFile(f"normalise is {shown(content['normalise'])}, not true or false")
+    for name, empty in (("base_model", ()), ("metazo_version", ("",)), ("licence", (None,))):
+        if not _is_name(content[name]) and content[name] not in empty:
+            raise _BadFile(f"{name} is {shown(content[name])}, not a line of text")
     for name in ("recipe", "scores"):
         if not isinstance(content[name], dict) or not _is_plain(content[name]):
             raise _BadFile(f"{name} is not a plain table of text and numbers")
@@ -216,13 +216,13 @@ def _blocks(entries: Any) -> list[BlockSpec]:
         tensors = []
         for pair in entry["tensors"] if isinstance(entry["tensors"], list) else []:
             if not isinstance(pair, list) or len(pair) != 2 or not _is_name(pair[0]) or pair[0] in seen:
-                raise _BadFile(f"block {_short(entry['name'])} lists a tensor without a name of its own")
+                raise _BadFile(f"block {shown(entry['name'])} lists a tensor without a name of its own")
             if pair[1] is not None and not _is_shape(pair[1]):
-                raise _BadFile(f"tensor {_short(pair[0])} has no valid shape")
+                raise _BadFile(f"tensor {shown(pair[0])} has no valid shape")
             seen.add(pair[0])
             tensors.append((pair[0], None if pair[1] is None else tuple(pair[1])))
         if not tensors:
-            raise _BadFile(f"block {_short(entry['name'])} has no tensors")
+            raise _BadFile(f"block {shown(entry['name'])} has no tensors")
         blocks.append(BlockSpec(entry["name"], tuple(tensors)))
     if not blocks or len({block.name for block in blocks}) < len(blocks):
         raise _BadFile("it lists no blocks, or two of one name")
@@ -231,19 +231,12 @@ def _blocks(entries: Any) -> list[BlockSpec]:
 
 def _json(text: str | bytes, what: str) -> dict[str, Any]:
     try:
-        value = json.loads(text, object_pairs_hook=_object)
-    except (ValueError, RecursionError) as error:
+        value = parse_json(text)
+    except ValueError as error:
         raise _BadFile(f"its {what} is not valid JSON") from error
     if not isinstance(value, dict):
         raise _BadFile(f"its {what} is not a JSON object")
     return value
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object without repeated keys, which readers take differently."""
-    if len({key for key, _ in pairs}) < len(pairs):
-        raise ValueError("repeated key")
-    return dict(pairs)
 
 
 def _finite(value: Any) -> Any:
@@ -269,7 +262,3 @@ def _is_plain(value: Any, depth: int = 6) -> bool:
     if isinstance(value, list):
         return depth > 0 and all(_is_plain(part, depth - 1) for part in value)
     return not isinstance(value, str) or value.replace("\n", "").replace("\t", "").isprintable()
-
-
-def _short(value: Any) -> str:
-    return ascii(value)[:80] if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"

@@ -45,7 +45,7 @@ def test_what_is_required():
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [("a: [", "is not YAML"), ("- 1", "must be a mapping"), (None, "cannot be read")]
+    ("text", "words"), [("a: [", "is not valid YAML"), ("- 1", "must be a mapping"), (None, "is not a file")]
 )
 def test_bad_recipes(tmp_path, text, words):
     path = tmp_path / "r.yaml"

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
 from metazo.errors import UserError
+from metazo.plain import Loader, read_yaml, shown
 from metazo.tasks.base import Task
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(Loader):
     """YAML in which Yes, No, On and Off are words, as in YAML 1.2: label words are written without quotes."""
 
 
@@ -25,17 +26,12 @@ _Loader.yaml_implicit_resolvers = {
 def from_yaml(path: str | Path) -> Task:
     """Read a task. Raises UserError, naming file and key, for a missing file, bad YAML, or an unknown or wrong key."""
     path = Path(path)
-    try:
-        content: Any = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"task file {path} cannot be read ({getattr(error, 'strerror', None) or error})") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"task file {path} is not valid YAML: {' '.join(str(error).split())[:200]}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"task file {path} must hold keys such as name, kind and prompt; found {content!r:.60}")
+    content = read_yaml(path, "task file", _Loader)
     for key in {"adapt", "generate"} & content.keys():
         raise UserError(f"task file {path}: unknown key {key!r}")
     content.setdefault("name", path.stem)
+    if not re.fullmatch(r"\w[\w .+-]{0,95}", str(content["name"])):  # folders are called after it
+        raise UserError(f"task file {path}: {shown(content['name'])} is no name of letters, digits and '._+-'")
     try:
         task = Task(**content)
     except (ValidationError, TypeError) as error:

@@ -15,9 +15,12 @@ from typing import Any
 import numpy as np
 
 from metazo.errors import UserError
+from metazo.files import is_file
 from metazo.tasks.base import Row, Task
 
 SPLITS = ("train", "dev", "test")
+MAX_LINE = 2**24
+"""Characters of one row."""
 
 
 @dataclass
@@ -127,9 +130,11 @@ def _find(task: Task, split: str, data: Path) -> Path:
 def _read(task: Task, path: Path) -> Source:
     """All rows of a JSONL file, each checked, so that a bad one is named whether or not it would have been drawn."""
     rows: list[Row] = []
+    if not is_file(path):
+        raise UserError(f"data file {path} is not a file; task {task.name!r} needs one JSON object per line")
     try:
         with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(iter(lambda: file.readline(MAX_LINE), ""), 1):
                 if line.strip():
                     rows.append(_parse(line, f"{path}, line {number}"))
     except OSError as error:
@@ -145,10 +150,16 @@ def _read(task: Task, path: Path) -> Source:
 
 
 def _parse(line: str, where: str) -> Row:
+    if len(line) == MAX_LINE:
+        raise UserError(f"{where} is longer than {MAX_LINE:,} characters; is this a file of one JSON object per line?")
     try:
         row = json.loads(line)
+        if "\\ud" in line.lower():  # halves of a character that no tokenizer takes
+            json.dumps(row, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not a JSON object ({error.msg} at column {error.colno})") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: a number, a character or the nesting in it is beyond what can be read") from error
     if not isinstance(row, dict):
         raise UserError(f"{where}: one JSON object with named columns was expected, found {line.strip()[:60]!r}")
     return row

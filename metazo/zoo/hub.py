@@ -40,11 +40,11 @@ def hub_file(repository: str, revision: str | None, report: Callable[[str], None
         _refuse(name, "pulled", error)
 
 
-def hub_push(repository: str, data: bytes, text: str, front_matter: str) -> str:
+def hub_push(repository: str, data: bytes, text: str) -> str:
     """Upload a tuner and its card to a Hub repository, made if missing; returns the address of the commit."""
     operations = [
         huggingface_hub.CommitOperationAdd(_FILE, data),
-        huggingface_hub.CommitOperationAdd("README.md", (front_matter + text).encode()),
+        huggingface_hub.CommitOperationAdd("README.md", text.encode()),
     ]
     try:
         hub = huggingface_hub.HfApi()

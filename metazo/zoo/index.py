@@ -20,6 +20,7 @@ from huggingface_hub import constants
 import pertnn_zoo
 from metazo.errors import UserError
 from metazo.files import read_capped, safe_name, write_whole
+from metazo.plain import parse_json
 from metazo.tuner import MAX_BYTES, Tuner
 from metazo.zoo.card import card
 
@@ -96,8 +97,8 @@ def read_index(folder: Path) -> list[Entry]:
     if not path.exists():
         return []
     try:
-        content = json.loads(read_capped(path, MAX_INDEX_BYTES, "zoo index"))
-    except (ValueError, RecursionError) as error:
+        content = parse_json(read_capped(path, MAX_INDEX_BYTES, "zoo index"))
+    except ValueError as error:
         raise UserError(f"zoo index {path} is not valid JSON; restore it or push its tuners again") from error
     tuners = content.get("tuners") if isinstance(content, dict) else None
     if not isinstance(tuners, list) or content.get("format_version") != FORMAT_VERSION:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from metazo.errors import UserError
 from metazo.files import safe_name
-from metazo.tuner import Tuner
+from metazo.tuner import Tuner, TunerInfo
 from metazo.zoo.card import card
 from metazo.zoo.hub import hub_push
 from metazo.zoo.index import add, own_folder
@@ -41,9 +41,13 @@ def push(
     if version:
         raise UserError("--version does not go with a Hub repository, which keeps its own revisions")
     repository = str(to).removeprefix("hub:")
-    licence_line = f"license: {_yaml(info.licence.lower())}\n" if info.licence else ""
-    front_matter = f"---\nlibrary_name: metazo\nbase_model: {_yaml(base)}\n{licence_line}tags: [metazo, tuner]\n---\n"
-    return hub_push(repository, data, card(info, repository, sha256(data).hexdigest()), front_matter)
+    return hub_push(repository, data, front_matter(info) + card(info, repository, sha256(data).hexdigest()))
+
+
+def front_matter(info: TunerInfo) -> str:
+    """What the Hub reads at the head of a card, in YAML."""
+    licence = f"license: {_yaml(info.licence.lower())}\n" if info.licence else ""
+    return f"---\nlibrary_name: metazo\nbase_model: {_yaml(info.base_model)}\n{licence}tags: [metazo, tuner]\n---\n"
 
 
 def _yaml(value: str) -> str:

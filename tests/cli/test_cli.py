@@ -113,7 +113,7 @@ def test_help_names_every_method_and_its_hyperparameters():
         (("--device=cuda:9",), "--device 'cuda:9' cannot be used"),
         (("--optimizer=zo-finetuner",), "needs --tuner"),
         (("--tuner=random:x",), "followed by a whole number"),
-        (("--config=/no/such.yaml",), "cannot be read"),
+        (("--config=/no/such.yaml",), "is not a file"),
         (("--schedule=step",), "--schedule is 'step'"),
         (("--data=/no/such/folder", "--task=sst2"), "/no/such/folder"),
     ],

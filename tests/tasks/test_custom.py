@@ -76,10 +76,10 @@ def test_the_name_defaults_to_the_file_name(tmp_path):
         (MINIMAL + "files: {validation: x.jsonl}\n", "files must name the train file"),
         (MINIMAL + "files: {dev: x.jsonl}\n", "files.dev"),
         ("kind: choice\nprompt: x\n", "a choice task needs choices"),
-        ("- a\n", "must hold keys"),
-        ("", "must hold keys"),
+        ("- a\n", "must be a mapping"),
+        ("", "must be a mapping"),
         ("a: [\n", "is not valid YAML"),
-        ("1: a\n", "every key must be a text"),
+        ("1: a\n", "which is no name"),
     ],
 )
 def test_mistakes_are_one_clear_sentence(tmp_path, text, words):
@@ -89,5 +89,5 @@ def test_mistakes_are_one_clear_sentence(tmp_path, text, words):
 
 
 def test_a_missing_file(tmp_path):
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="is not a file"):
         resolve(tmp_path / "absent.yaml")

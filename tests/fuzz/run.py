@@ -1,0 +1,177 @@
+"""Fuzz every kind of file that metazo reads, and keep the table of what came of it.
+
+    python -m tests.fuzz.run --cases 10000            all kinds, 10,000 byte mutations and 10,000 documents of each
+    python -m tests.fuzz.run --kind pth --mode bytes --only 4711        one case again
+
+Case n of a kind is the same bytes on every machine. Each kind runs in a process of its own, whose memory may grow by
+GROWTH MiB over what it had after reading its sound files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from hypothesis import HealthCheck, Phase, given, seed, settings
+
+GROWTH = 256
+"""MiB of address space that a process may take beyond what it had when it began to read hostile files."""
+MODES = ("hostile", "bytes", "documents")
+TABLE = Path(__file__).with_name("results.json")
+
+
+def kinds() -> dict[str, Any]:
+    from tests.fuzz import run_kinds, zoo_kinds
+
+    return zoo_kinds.KINDS | run_kinds.KINDS
+
+
+def warm_up(kind: Any, folder: Path) -> None:
+    """Read the sound files, so that what is imported and allocated once is not put down to a hostile one."""
+    from metazo.errors import UserError
+
+    kind.set_up(folder)
+    for content in [*kind.seeds, b"", kind.seeds[0][:-3], kind.seeds[0] + b"x"]:
+        read = kind.case(folder, content)
+        try:
+            read(folder)
+        except UserError:
+            assert content not in kind.seeds or b"https://" in content or b"hub" in content, "a sound file is refused"
+
+
+def limit_memory(growth: int = GROWTH) -> None:
+    """From here on, RLIMIT_AS: what is mapped now and `growth` MiB."""
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + growth * 2**20,) * 2)
+
+
+def fuzz(kind: Any, mode: str, start: int, cases: int, folder: Path) -> dict[str, Any]:
+    """Run cases of a kind. Returns counts, the slowest case, memory, and what went wrong."""
+    from tests.fuzz.mutations import mutated
+    from tests.fuzz.watch import watch
+
+    found: dict[str, Any] = {"cases": 0, "accepted": 0, "refused": 0, "slowest": 0.0, "failures": []}
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    def run(content: bytes, name: object) -> None:
+        try:
+            accepted, seconds = watch().check(kind.case(folder, content), folder)
+            found["accepted" if accepted else "refused"] += 1
+            if accepted and mode == "hostile":
+                raise AssertionError("it was accepted")
+            found["slowest"] = max(found["slowest"], round(seconds, 3))
+        except Exception as error:
+            text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            found["failures"].append({"case": name, "error": text})
+        found["cases"] += 1
+
+    if mode == "bytes":
+        for number in range(start, start + cases):
+            run(mutated(number, kind.seeds), number)
+    elif mode == "hostile":
+        for name, content in kind.hostile.items():
+            run(content, name)
+    else:
+
+        @seed(start)
+        @settings(max_examples=cases, database=None, deadline=None, phases=[Phase.generate],
+                  suppress_health_check=list(HealthCheck))  # fmt: skip
+        @given(kind.documents)
+        def documents(content: bytes) -> None:
+            run(content, [start, found["cases"]])
+
+        documents()
+    found["MiB"] = round((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, 1)
+    return found
+
+
+def worker(name: str, modes: list[str], start: int, cases: int) -> None:
+    """Runs in a process of its own: limits its memory, prints the outcome of each mode as JSON."""
+    import torch
+
+    torch.set_num_threads(1)
+    kind = kinds()[name]
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        inside = Path(folder) / "inside"
+        inside.mkdir()
+        warm_up(kind, inside)
+        limit_memory()
+        outcomes = {mode: fuzz(kind, mode, start, cases, inside) for mode in modes}
+        left = [path.name for path in Path(folder).iterdir() if path != inside]
+        if left:
+            outcomes[modes[-1]]["failures"].append({"case": None, "error": f"left {left} outside the folder"})
+    print(json.dumps(outcomes))
+
+
+def portion(name: str, modes: list[str], start: int, cases: int) -> dict[str, Any]:
+    command = [
+        sys.executable,
+        "-m",
+        "tests.fuzz.run",
+        "--worker",
+        "--kind",
+        name,
+        "--start",
+        str(start),
+        "--cases",
+        str(cases),
+    ]
+    command += [part for mode in modes for part in ("--mode", mode)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    if done.returncode:
+        sys.exit(f"{name}: exit {done.returncode}: {done.stderr[-2000:]}")
+    return json.loads(done.stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=10_000, help="of each kind, in each of the two ways")
+    parser.add_argument("--kind", action="append", help="only this kind (may be repeated)")
+    parser.add_argument("--mode", choices=MODES, action="append")
+    parser.add_argument("--start", type=int, default=0, help="number of the first case")
+    parser.add_argument("--only", type=int, help="run this one byte mutation and let its error show")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        worker(args.kind[0], args.mode, args.start, args.cases)
+        return
+    if args.only is not None:
+        show(args.kind[0], args.only)
+        return
+    table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+    for name in args.kind or kinds():
+        started = time.monotonic()
+        outcomes = portion(name, args.mode or list(MODES), args.start, args.cases)
+        table.setdefault("kinds", {}).setdefault(name, {}).update(outcomes)
+        for mode, outcome in outcomes.items():
+            print(f"{name} {mode}: {outcome}")
+        print(f"{name}: {time.monotonic() - started:.0f} s")
+    table["python"], table["growth in MiB"] = platform.python_version(), GROWTH
+    TABLE.write_text(json.dumps(table, indent=1) + "\n")
+    if any(outcome["failures"] for modes in table["kinds"].values() for outcome in modes.values()):
+        sys.exit(1)
+
+
+def show(name: str, number: int) -> None:
+    from tests.fuzz.mutations import mutated
+
+    kind = kinds()[name]
+    with tempfile.TemporaryDirectory() as folder:
+        warm_up(kind, Path(folder))
+        content = mutated(number, kind.seeds)
+        print(content[:2000])
+        kind.case(Path(folder), content)(Path(folder))
+
+
+if __name__ == "__main__":
+    main()
