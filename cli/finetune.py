@@ -14,6 +14,7 @@ from rich.table import Table
 
 from metazo.build import hyperparameters, methods
 from metazo.config import FinetuneConfig
+from metazo.errors import UserError
 from metazo.optimizers import OPTIMIZERS
 
 from . import options
@@ -61,6 +62,9 @@ def _argument_help(cls: type, key: str) -> str:
 
 
 def finetune(
+    folder: Annotated[
+        Path | None, typer.Argument(help="With --resume: the folder of the run.", show_default=False)
+    ] = None,
     config: Annotated[Path | None, typer.Option("--config", help="YAML recipe; flags win over it.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, memory and disk, and stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
@@ -69,16 +73,20 @@ def finetune(
     """Fine-tune a model on a task with forward passes only (or first-order, to compare).
 
     metazo finetune --model pico --task pico_sentiment --out runs/a --optimizer mezo --scale rms --lr 3e-4
+
+    metazo finetune --resume runs/a
     """
     from metazo.finetune import finetune as run
     from metazo.plan import set_up
+
+    began = _began(folder, values)
 
     names = {item.name for item in options.fields(FinetuneConfig)}
     own = {key: values.pop(key) for key in list(values) if key not in names}
     own = {
         key: tuple(value) if isinstance(value, list) else value for key, value in own.items() if value not in (None, [])
     }
-    settings = options.settings(FinetuneConfig, config, {**values, "method": own or None})
+    settings = options.settings(FinetuneConfig, config, {**values, "method": own or None}, began)
     console = Console(stderr=as_json)
     if dry_run:
         plan = set_up(settings).plan(settings)
@@ -90,6 +98,25 @@ def finetune(
         print(json.dumps(summary))
         return
     _show_result(console, summary, settings.out)
+
+
+def _began(folder: Path | None, values: dict[str, Any]) -> dict[str, Any]:
+    """Where a run is resumed, the settings it began with, and its folder put into `values`."""
+    from metazo.folder import read_config
+
+    if not values["resume"]:
+        if folder is not None:
+            raise UserError(
+                f"{folder} alone says nothing: name the run's folder with --out, or go on with --resume {folder}."
+            )
+        return {}
+    if folder is not None and values["out"] not in (None, folder):
+        raise UserError(f"--resume {folder} and --out {values['out']} name two folders; give one of them.")
+    values["out"] = folder or values["out"]
+    if values["out"] is None:
+        raise UserError("--resume needs the folder of the run: metazo finetune --resume FOLDER.")
+    known = {item.name for item in options.fields(FinetuneConfig)} - {"out", "resume"}
+    return {key: value for key, value in read_config(values["out"]).items() if key in known}
 
 
 def _show_plan(plan: dict[str, Any], as_json: bool) -> None:

@@ -85,7 +85,9 @@ def with_flags(function: Callable[..., None], made: list[inspect.Parameter]) -> 
     return command
 
 
-def settings(config: type[Config], recipe: Path | None, values: Mapping[str, Any]) -> Config:
-    """The config from a recipe and flags; a flag wins over the recipe, "None" on the command line unsets."""
+def settings(
+    config: type[Config], recipe: Path | None, values: Mapping[str, Any], began: Mapping[str, Any] | None = None
+) -> Config:
+    """The config from a recipe and flags; a flag wins over the recipe, and both over what a resumed run began with."""
     flagged = {key: value for key, value in values.items() if value is not None and value != []}
-    return build(config, read_recipe(locate(str(recipe))) if recipe else {}, flagged)
+    return build(config, began or {}, read_recipe(locate(str(recipe))) if recipe else {}, flagged)

@@ -15,10 +15,10 @@ from metazo.config import FinetuneConfig
 from metazo.errors import UserError
 from metazo.files import write_whole
 from metazo.finetune import finetune
+from metazo.folder import RunFolder
 from metazo.meta.config import MetaConfig
 from metazo.meta.train import meta_train
 from metazo.report import plot_curves
-from metazo.run import RunFolder
 
 MARKER = "demo.json"
 META_TASK = "pico_cause"

@@ -15,6 +15,7 @@ import metazo
 from metazo.blocks import Block, named_tensors
 from metazo.errors import UserError
 from metazo.fit import BlockSpec
+from metazo.folder import RunFolder
 from metazo.meta import checkpoint
 from metazo.meta.config import MetaConfig
 from metazo.meta.data import Order, PreparedTask
@@ -26,7 +27,7 @@ from metazo.meta.run import MetaRun, make_teacher, restarts
 from metazo.meta.trajectory import Recorded, Trajectory, belongs_to, record
 from metazo.models import LoadedModel, load_model
 from metazo.pertnn import PertNN
-from metazo.run import Interrupted, RunFolder, interruptible, require_space
+from metazo.run import Interrupted, interruptible, require_space
 from metazo.tasks import prepare, resolve
 from metazo.tuner import Tuner, TunerInfo
 
@@ -48,6 +49,7 @@ def meta_train(config: MetaConfig, *, console: Console | None = None) -> Tuner:
     require_space(config.out, plan.disk_bytes, "This run")
     settings = {key: value for key, value in asdict(config).items() if key not in ("out", "resume", "device")}
     folder = RunFolder(config.out, settings, config.resume)
+    folder.begin()
     say(console, plan.sentence())
     for task in tasks:
         for note in task.prepared.notes:
@@ -145,7 +147,8 @@ def build(
                 say(console, f"Teacher's step {step + 1} of {teacher.steps}, loss {loss:.4f}.")
             if caught:
                 raise Interrupted(
-                    f"stopped after the teacher's step {step + 1}; go on with the same command and --resume."
+                    f"stopped after the teacher's step {step + 1}; go on with the same command and --resume.",
+                    caught[0],
                 )
 
         steps, every = teacher.steps, config.record_every
@@ -167,7 +170,8 @@ def train(run: MetaRun, folder: RunFolder, steps: int, caught: list[str], consol
                 checkpoint.save(run, folder.path)
                 raise Interrupted(
                     f"{caught[0]} after meta-step {run.steps} of {steps}; the state is saved, "
-                    "go on with the same command and --resume."
+                    "go on with the same command and --resume.",
+                    caught[0],
                 )
             if run.steps % run.config.save_every == 0 and run.steps < steps:
                 checkpoint.save(run, folder.path)

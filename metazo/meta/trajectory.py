@@ -26,8 +26,8 @@ from metazo.meta.gradient import Loss
 from metazo.meta.path import load_weights, weights_of
 from metazo.meta.reset import put
 from metazo.meta.teacher import Teacher
-from metazo.tensorfile import read_tensors, write_tensors
 from metazo.run import require_space
+from metazo.tensorfile import read_tensors, write_tensors
 
 FORMAT_VERSION = 1
 _MANIFEST, _LOG, _TEACHER = "manifest.json", "log.jsonl", "teacher.safetensors"

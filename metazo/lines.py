@@ -1,0 +1,56 @@
+"""A file that grows by lines, each of which is there whole, or torn at the very end where the process died."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from metazo.errors import UserError
+
+
+class LineFile:
+    """Append to a file, past Python's buffers: what `append` has taken, the operating system holds.
+
+    So it outlives the process (kill -9); `sync` puts it on the disk, where it outlives the machine's power. Made if
+    missing. Raises UserError where the file cannot be written; a line that the disk had no room for is taken back.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self.file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise self._problem(error) from error
+        self.size = os.fstat(self.file).st_size
+
+    def append(self, data: bytes) -> None:
+        try:
+            written = 0
+            while written < len(data):
+                written += os.write(self.file, data[written:])
+        except OSError as error:
+            with suppress(OSError):
+                os.ftruncate(self.file, self.size)
+            raise self._problem(error) from error
+        self.size += len(data)
+
+    def cut(self, size: int) -> None:
+        """Keep the first `size` bytes."""
+        os.ftruncate(self.file, size)
+        self.size = size
+
+    def sync(self) -> None:
+        try:
+            os.fsync(self.file)
+        except OSError as error:
+            raise self._problem(error) from error
+
+    def close(self) -> None:
+        os.close(self.file)
+
+    def _problem(self, error: OSError) -> UserError:
+        return UserError(
+            f"{self.path} cannot be written ({error.strerror}); what it holds is whole: put that right and go on with "
+            "--resume."
+        )
