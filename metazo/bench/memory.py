@@ -13,6 +13,7 @@ import ctypes
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,19 +24,31 @@ from metazo.bench.models import Shape, build, lm_loss, weight_bytes
 from metazo.bench.steps import METHODS
 
 FIRST_ORDER = "AdamW, first-order"
-MEASURED = [name for name in METHODS if "forwards" not in name] + [FIRST_ORDER]
+MEASURED = [*METHODS, FIRST_ORDER]
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def measure(method: str, size: str, shape: Shape, dtype: str = "float32", device: str = "cpu") -> dict[str, Any]:
-    """A row of {case, weights, inference, above, fixed}, in bytes; above is at the peak of three steps, fixed is what
-    loading the method's kernels costs once, whatever the model. Raises RuntimeError where the child fails.
+def measure(
+    size: str,
+    shape: Shape,
+    methods: Sequence[str] = MEASURED,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    tick: Callable[[], None] = lambda: None,
+) -> list[dict[str, Any]]:
+    """Rows of {case, weights, inference, above, fixed}, in bytes; above is at the peak of three steps, fixed is what
+    loading the method's kernels costs once, whatever the model. Raises RuntimeError where a child fails.
     """
-    command = [sys.executable, "-m", __spec__.name, method, size, *map(str, shape), dtype, device]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"the measurement of {method} ended with {done.returncode}: {done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    rows = []
+    for method in methods:
+        command = [sys.executable, "-m", __spec__.name, method, size, *map(str, shape), dtype, device]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"the measurement of {method} ended with {done.returncode}: {done.stderr[-2000:]}")
+        rows.append(json.loads(done.stdout.splitlines()[-1]))
+        tick()
+    return rows
 
 
 def _make(method: str, model: Any) -> Any:

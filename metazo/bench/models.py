@@ -27,7 +27,7 @@ def _llama(vocabulary: int, hidden: int, intermediate: int, layers: int, heads: 
 
 
 SIZES: dict[str, dict[str, Any]] = {
-    "1M": _llama(4096, 64, 176, 8, 4),
+    "1M": _llama(4096, 64, 224, 8, 4),
     "10M": _llama(4096, 256, 688, 10, 4),
     "134M": _llama(32000, 768, 2048, 12, 12),
     "369M": _llama(32000, 1024, 2752, 24, 16),

@@ -77,6 +77,11 @@ def _pivot(parts: dict[str, Any], cell: Any, key: Any = lambda row: row["case"])
     return body
 
 
+def _head(part: str) -> str:
+    """134M-8x64 -> 134M (8, 64)"""
+    return re.sub(r"(\d+)x(\d+)", r"(\1, \2)", part).replace("-", " ")
+
+
 _TITLES = {
     "steps": "Step / (2 × forward) by model and batch × length",
     "threads": "Step / (2 × forward) by threads and batch × length",
@@ -94,7 +99,7 @@ def _steps(suite: str, parts: dict[str, Any], environment: dict[str, Any]) -> Ta
         ratio = row["ratio"]
         return judged(figure(ratio), ratio["median"], target, least=row["case"].startswith(f"{PUBLISHED} /"))
 
-    return Table(_TITLES[suite], ["", *(part.replace("-", " ") for part in parts)], _pivot(parts, cell))
+    return Table(_TITLES[suite], ["", *map(_head, parts)], _pivot(parts, cell))
 
 
 def _kernels(suite: str, parts: dict[str, Any], environment: dict[str, Any]) -> Table:
@@ -102,24 +107,16 @@ def _kernels(suite: str, parts: dict[str, Any], environment: dict[str, Any]) -> 
         return figure(row["rate"], 0)
 
     body = _pivot(parts, cell, lambda row: f"{row['case']}, {row['dtype']}")
-    return Table("Million parameters a second, by threads", ["", *(part.replace("-", " ") for part in parts)], body)
+    return Table("Kernels: million parameters a second", ["", *map(_head, parts)], body)
 
 
 def _memory(suite: str, parts: dict[str, Any], environment: dict[str, Any]) -> Table:
-    shapes = list(dict.fromkeys(part.split("-")[0] for part in parts))
-    merged = {
-        shape: {
-            "rows": [row for part, content in parts.items() if part.split("-")[0] == shape for row in content["rows"]]
-        }
-        for shape in shapes
-    }
-
     def cell(part: str, row: dict[str, Any]) -> str:
         share = 100 * row["above"] / row["weights"]
-        bound = MEMORY_TARGET if row["case"] in MEMORY_BOUND and row["weights"] > 5e8 else None
+        bound = MEMORY_TARGET if row["case"] in MEMORY_BOUND and part.startswith("134M") else None
         return judged(f"{share:.1f} %", share, bound)
 
-    return Table("Peak memory above inference, % of the weights", ["", *shapes], _pivot(merged, cell))
+    return Table("Peak memory above inference, % of the weights", ["", *map(_head, parts)], _pivot(parts, cell))
 
 
 def _meta(suite: str, parts: dict[str, Any], environment: dict[str, Any]) -> Table:
@@ -129,7 +126,7 @@ def _meta(suite: str, parts: dict[str, Any], environment: dict[str, Any]) -> Tab
         target = META_TARGET if part.endswith("8x64") and part.startswith("134M") else None
         return judged(figure(row["ratio"]), row["ratio"]["median"], target)
 
-    return Table("Meta-step / its bare passes", ["", *(part.replace("-", " ") for part in parts)], _pivot(parts, cell))
+    return Table("Meta-step / its bare passes", ["", *map(_head, parts)], _pivot(parts, cell))
 
 
 def sentence(result: dict[str, Any]) -> str:
@@ -195,7 +192,7 @@ def _bars(axis: Any, parts: dict[str, Any]) -> None:
         bars = axis.bar(at, [ratio for _, ratio in found], width, color=colour, label=case)
         axis.bar_label(bars, fmt="%.2f", fontsize=6)
     axis.axhline(1, color="0.3", linewidth=0.8)
-    axis.set_xticks(range(len(parts)), [part.replace("-", ", ") for part in parts])
+    axis.set_xticks(range(len(parts)), [_head(part) for part in parts])
 
 
 def _lines(axis: Any, parts: dict[str, Any]) -> None:
@@ -203,7 +200,7 @@ def _lines(axis: Any, parts: dict[str, Any]) -> None:
         found = _ratios(parts, case)
         if found:
             axis.plot(*zip(*found), color=colour, marker="o", markersize=4, label=case)
-    axis.set_xticks(range(len(parts)), [part.replace("-", ", ") for part in parts])
+    axis.set_xticks(range(len(parts)), [_head(part) for part in parts])
 
 
 def main() -> None:

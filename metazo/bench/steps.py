@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metazo.bench.models import SIZES, Shape, build, lm_loss
+from metazo.bench.models import Shape, build, lm_loss
 from metazo.bench.published import PublishedLoop
 from metazo.bench.timing import interleaved, ratios, spread
 from metazo.blocks import named_tensors, partition
@@ -41,10 +41,6 @@ METHODS: dict[str, Callable[[nn.Module], Any]] = {
     "CurvZO": _ours("curvzo"),
     "MeZO-Adam": _ours("mezo-adam"),
     "LOZO-M": _ours("lozo-m"),
-    "HiZOO, 3 forwards": _ours("hizoo"),
-    "HiZOO-L, 3 forwards": _ours("hizoo-l"),
-    "LOREN, 6 forwards": _ours("loren"),
-    "FZOO, 9 forwards": _ours("fzoo"),
 }
 if "form" in inspect.signature(OPTIMIZERS["lozo"].__init__).parameters:
     METHODS["LOZO, activations"] = _ours("lozo", form="activations")
@@ -101,12 +97,3 @@ def _passes(model: nn.Module) -> None:
     for _ in range(3):
         for parameter in model.parameters():
             parameter.data.mul_(1.0)
-
-
-def parameters(size: str) -> int:
-    """Weights of a model of that size, without making it."""
-    c = SIZES[size]
-    hidden, head = c["hidden_size"], c["hidden_size"] // c["num_attention_heads"]
-    attention = 2 * hidden * hidden + 2 * hidden * head * c["num_key_value_heads"]
-    layer = attention + 3 * hidden * c["intermediate_size"] + 2 * hidden
-    return 2 * c["vocab_size"] * hidden + c["num_hidden_layers"] * layer + hidden

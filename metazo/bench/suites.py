@@ -15,85 +15,121 @@ from metazo.bench import kernels, memory, meta, results, steps
 from metazo.bench.models import Shape
 from metazo.errors import UserError
 
-SUITES = ("steps", "kernels", "memory", "meta", "scaling", "threads")
 SHAPES: tuple[Shape, ...] = ((1, 32), (8, 64), (16, 128))
-MOST_PUBLISHED = 2e8  # weights; beyond, a step of the published loop takes longer than all the rest together
+LARGE = ("369M", "1B", "1.3B", "8B")  # a step of the published loop would take longer than all the rest together
 
 Rows = list[dict[str, Any]]
+Measurement = Callable[..., Rows]
+"""Called with tick, a function to be called after every measured case."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """quick: small models and one shape, to see that it works; rounds: at least so many per case."""
+    """quick: a small model and one shape, to see that it works; rounds: at least so many behind each median."""
 
     quick: bool = False
     device: str = "cpu"
     rounds: int = 5
 
     @property
+    def cuda(self) -> bool:
+        return self.device.startswith("cuda")
+
+    @property
     def dtype(self) -> str:
-        return "bfloat16" if self.device.startswith("cuda") else "float32"
+        return "bfloat16" if self.cuda else "float32"
+
+    @property
+    def size(self) -> str:
+        return "1M" if self.quick else "134M"
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        return SHAPES[:1] if self.quick else SHAPES
+
+    @property
+    def threads(self) -> list[int]:
+        """Thread counts to compare; a GPU's work is not cut into threads of this kind."""
+        cores = os.cpu_count() or 1
+        return [1] if self.cuda else sorted({1, min(2, cores), cores})
 
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of a suite that runs in one go. `run` gets a function to call after every measured case."""
+    """A piece of a suite that runs in one go."""
 
     suite: str
     name: str
-    run: Callable[[Callable[[], None]], Rows]
+    run: Measurement
+
+
+def _timed(s: Settings, size: str, shape: Shape, methods: Sequence[str], **how: Any) -> Measurement:
+    seconds = 0.0 if s.quick else 10.0
+    how |= {"rounds": s.rounds, "seconds": seconds, "dtype": s.dtype, "device": s.device}
+    return partial(steps.measure, size, shape, methods, **how)
+
+
+def _core(size: str) -> list[str]:
+    return [name for name in steps.CORE if name != steps.PUBLISHED or size not in LARGE]
+
+
+def _steps(s: Settings) -> dict[str, Measurement]:
+    sizes = ("134M", "1.3B", "8B") if s.cuda and not s.quick else (s.size,)
+    made = {}
+    for size in sizes:
+        for shape in s.shapes:
+            methods = list(steps.METHODS) if shape == SHAPES[0] and not s.cuda else _core(size)
+            made[f"{size}-{shown(shape)}"] = _timed(s, size, shape, methods)
+    return made
+
+
+def _kernels(s: Settings) -> dict[str, Measurement]:
+    entries = 1 << (20 if s.quick else 25)
+    how = {"rounds": s.rounds, "device": s.device}
+    return {plural(threads): partial(kernels.measure, threads, entries, **how) for threads in s.threads}
+
+
+def _memory(s: Settings) -> dict[str, Measurement]:
+    size, methods = ("10M", ["MeZO", memory.FIRST_ORDER]) if s.quick else (s.size, memory.MEASURED)
+    how = {"dtype": s.dtype, "device": s.device}
+    return {f"{size}-{shown(x)}": partial(memory.measure, size, x, methods, **how) for x in s.shapes[:2]}
+
+
+def _meta(s: Settings) -> dict[str, Measurement]:
+    how = {"rounds": s.rounds, "device": s.device}
+    return {f"{s.size}-{shown(shape)}": partial(meta.measure, s.size, shape, **how) for shape in s.shapes[:2]}
+
+
+def _scaling(s: Settings) -> dict[str, Measurement]:
+    sizes = (s.size,) if s.quick else ("1M", "10M", "134M", "369M", "1B")
+    return {} if s.cuda else {f"{x}-{shown(SHAPES[0])}": _timed(s, x, SHAPES[0], _core(x)) for x in sizes}
+
+
+def _threads(s: Settings) -> dict[str, Measurement]:
+    methods = [name for name in steps.CORE if name != steps.PUBLISHED]
+    return {
+        f"{plural(threads)}-{shown(shape)}": _timed(s, s.size, shape, methods, threads=threads)
+        for shape in s.shapes[:2]
+        for threads in ([] if s.cuda else s.threads)
+    }
+
+
+SUITES = {
+    "steps": _steps, "kernels": _kernels, "memory": _memory, "meta": _meta, "scaling": _scaling, "threads": _threads,
+}  # fmt: skip
 
 
 def parts(s: Settings) -> list[Part]:
     """Everything there is to measure with these settings."""
-    cuda = s.device.startswith("cuda")
-    size = "1M" if s.quick else "134M"
-    shapes = SHAPES[:1] if s.quick else SHAPES
-    seconds = 0.0 if s.quick else 10.0
-    made: list[Part] = []
-
-    def add(suite: str, name: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> None:
-        made.append(Part(suite, name, lambda tick: partial(function, *arguments, **options)(tick=tick)))
-
-    step = partial(steps.measure, rounds=s.rounds, seconds=seconds, dtype=s.dtype, device=s.device)
-    for each in ("1M",) if s.quick else ("134M", "1.3B", "8B") if cuda else ("134M",):
-        for shape in shapes:
-            every = not cuda and shape != SHAPES[-1]
-            add("steps", f"{each}-{shown(shape)}", step, each, shape, list(steps.METHODS) if every else own(each))
-    cores = os.cpu_count() or 1
-    counts = [1] if cuda else sorted({1, min(2, cores), cores})
-    for threads in counts:
-        entries = 1 << (20 if s.quick else 25)
-        add("kernels", f"{threads}-thread", kernels.measure, threads, entries, rounds=s.rounds, device=s.device)
-    for shape in shapes[:2]:
-        for method in memory.MEASURED[:3] if s.quick else memory.MEASURED:
-            name = f"{shown(shape)}-{method}"
-            made.append(Part("memory", name, partial(_memory, method, "10M" if s.quick else size, shape, s)))
-    for shape in shapes[:2]:
-        add("meta", f"{size}-{shown(shape)}", meta.measure, size, shape, rounds=s.rounds, device=s.device)
-    if cuda:
-        return made
-    for each in ("1M",) if s.quick else ("1M", "10M", "134M", "369M", "1B"):
-        add("scaling", f"{each}-{shown(SHAPES[0])}", step, each, SHAPES[0], own(each))
-    for shape in shapes[:2]:
-        for threads in counts:
-            add("threads", f"{threads}-{shown(shape)}", step, size, shape, own("1B"), threads=threads)
-    return made
+    return [Part(suite, name, run) for suite, make in SUITES.items() for name, run in make(s).items()]
 
 
 def shown(shape: Shape) -> str:
     return f"{shape[0]}x{shape[1]}"
 
 
-def own(size: str) -> list[str]:
-    """The methods of the targets, with the published loop where the model is small enough for it."""
-    return [name for name in steps.CORE if name != steps.PUBLISHED or steps.parameters(size) < MOST_PUBLISHED]
-
-
-def _memory(method: str, size: str, shape: Shape, s: Settings, tick: Callable[[], None]) -> Rows:
-    row = memory.measure(method, size, shape, s.dtype, s.device)
-    tick()
-    return [row]
+def plural(threads: int) -> str:
+    return f"{threads}-thread{'s' * (threads > 1)}"
 
 
 def selected(made: Sequence[Part], wanted: Sequence[str]) -> list[Part]:
@@ -126,7 +162,7 @@ def run(
     for part in chosen:
         start(part)
         before = results.load_average()
-        rows = part.run(tick)
+        rows = part.run(tick=tick)
         when = {"date": results.now(), "threads": torch.get_num_threads(), "load": [before, results.load_average()]}
         result["suites"].setdefault(part.suite, {})[part.name] = {**when, "rows": rows}
         results.write(path, result)
