@@ -12,7 +12,7 @@ from metazo.bench.timing import interleaved, spread
 from metazo.blocks import NamedTensor, tensor_id
 from metazo.noise import PhiloxNoise
 
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def measure(
@@ -34,17 +34,26 @@ def measure(
 
 
 def _cases(weights: Tensor) -> dict[str, Callable[[], object]]:
-    """All of them in place on the same weights, so that none is helped or hurt by where its memory lies."""
+    """All of them on the same weights, so that none is helped or hurt by where its memory lies."""
     tensor = NamedTensor("bench", torch.nn.Parameter(weights), tensor_id("bench"))
     out = tensor.param.data
     gaussian, rademacher = (PhiloxNoise(0, kind).stream(1) for kind in ("gaussian", "rademacher"))
-    return {
-        "plain add: out += a": lambda: out.add_(1e-9),
-        "Gaussian: out += a z": lambda: gaussian.add_(tensor, out, 1e-9),
-        "Gaussian: out = b out + a z": lambda: gaussian.add_(tensor, out, 1e-9, 0.999),
-        "Rademacher: out += a z": lambda: rademacher.add_(tensor, out, 1e-9),
-        "torch normal_": lambda: torch.empty_like(out).normal_(),
-        "published pass": lambda: _published(out),
+    cases: dict[str, Callable[[], object]] = {
+        "plain add: w += a": lambda: out.add_(1e-9),
+        "Gaussian: w += a z": lambda: gaussian.add_(tensor, out, 1e-9),
+        "Gaussian: w = b w + a z": lambda: gaussian.add_(tensor, out, 1e-9, 0.999),
+        "Rademacher: w += a z": lambda: rademacher.add_(tensor, out, 1e-9),
+    }
+    if weights.dtype == torch.float32:
+        return cases | {
+            "torch's normal_": lambda: torch.empty_like(out).normal_(),
+            "published: w = w + a z": lambda: _published(out),
+        }
+    master = weights.float()
+    return cases | {
+        "plain copy: w = master": lambda: out.copy_(master),
+        "Gaussian: w = master + a z": lambda: gaussian.place_(tensor, out, master, 1e-9),
+        "Rademacher: w = master + a z": lambda: rademacher.place_(tensor, out, master, 1e-9),
     }
 
 
