@@ -160,7 +160,7 @@ def _rates(data: Comparison) -> Section:
             "sensitivity",
             "Loss against learning rate",
             "Ring: the rate that was chosen; square: chosen at the edge of what was tried. Cross: a run at this rate failed. "
-            "The top is cut at three times the best loss.",
+            "The top is cut a third above the loss before training.",
             "Loss on dev at the end of the search's runs against learning rate, one panel a column, one line a task.",
             svg(figures.sensitivity(data)),
         ),

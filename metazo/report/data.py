@@ -251,7 +251,13 @@ class Comparison:
         named = [info.get("metric") for info in self.infos if info.get("task") == task]
         return next((str(name) for name in named if name), None)
 
+    def before(self, task: str) -> float | None:
+        """Mean loss on dev before training."""
+        known = [r.before for column in self.columns for r in self.of(task, column) if r.before is not None]
+        return fmean(known) if known else None
+
     def majority(self, task: str) -> float | None:
+        """Share of the commonest class, on the split that is reported."""
         known = [r.majority for column in self.columns for r in self.of(task, column) if r.majority is not None]
         return fmean(known) if known else None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -23,6 +24,7 @@ FAMILIES = {
     FIRST: (COLOURS[1], "s", "gradients"),
     UNTRAINED: ("#000000", "X", "no training"),
 }
+Box = tuple[float, float, float, float]
 HIGHLIGHTED = 6
 GREY = "#bbbbbb"
 LAST = (*(label for *_, label in FAMILIES.values()), "others", "chosen", "chosen, at the edge", "failed")
@@ -34,7 +36,9 @@ def headline(analysis: Analysis) -> Figure:
     rows = analysis.ranking[::-1]
     factor = 100 if percent else 1
     with styled():
-        figure = Figure(figsize=(7.6, 1.1 + 0.29 * max(4, len(rows))), layout="constrained")
+        figure = Figure(
+            figsize=(7.6, 1.1 + (0.29 if len(rows) <= 12 else 0.215) * max(4, len(rows))), layout="constrained"
+        )
         axes = figure.subplots()
         for place, (column, found) in enumerate(rows):
             colour, marker, label = FAMILIES[data.family(column)]
@@ -118,7 +122,7 @@ def pareto(analysis: Analysis) -> Figure:
         if memory:
             points.append((median(memory) / 1e6, found.mean * (100 if percent else 1), column))
     with styled():
-        figure = Figure(figsize=(8.2, 4.4), layout="constrained")
+        figure = Figure(figsize=(9.6, 4.8), layout="constrained")
         axes = figure.subplots()
         for memory, value, column in points:
             colour, marker, label = FAMILIES[data.family(column)]
@@ -127,14 +131,14 @@ def pareto(analysis: Analysis) -> Figure:
         what = f"{metric_name(data, analysis.tasks)} on test, average" if percent else "loss on test, average (nats)"
         axes.set_ylabel(f"{what}   {'→' if percent else '←'} better")
         axes.set_xscale("log")
-        axes.margins(x=0.08, y=0.08)
+        axes.margins(x=0.12, y=0.1)
         if points:
             log_axis(axes, "x")
             front = frontier(points, higher=percent)
             axes.plot(
                 *zip(*[(m, v) for m, v, _ in front]), color="#999999", linewidth=1.1, drawstyle="steps-post", zorder=1
             )
-            spread_labels(axes, points)
+            name_points(axes, points)
         shared_legend(figure, [axes])
     return figure
 
@@ -148,25 +152,35 @@ def frontier(points: Sequence[tuple[float, float, str]], higher: bool) -> list[t
     return kept
 
 
-def spread_labels(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
-    """Names in a column at the right, in the order of height and apart from each other, a thin line to each point."""
-    low, high = axes.get_ylim()
-    ordered = sorted(points, key=lambda point: point[1])
-    gap = 1 / max(16, len(ordered))
-    heights = [(value - low) / (high - low) for _, value, _ in ordered]
-    for place in range(1, len(heights)):
-        heights[place] = max(heights[place], heights[place - 1] + gap)
-    over = heights[-1] - 1
-    if over > 0:
-        heights[-1] = 1.0
-        for place in range(len(heights) - 2, -1, -1):
-            heights[place] = min(heights[place], heights[place + 1] - gap)
-    for (memory, value, column), height in zip(ordered, heights):
+def name_points(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
+    """A name beside each point, where it covers no other name or point; further off with a line where it is crowded."""
+    size = 8.5
+    axes.figure.draw_without_rendering()  # type: ignore[union-attr]
+    scale = 72 / axes.figure.dpi  # points of type in a pixel
+    places = [axes.transData.transform((memory, value)) * scale for memory, value, _ in points]
+    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in places]
+    for (memory, value, column), (x, y) in sorted(zip(points, places), key=lambda pair: (-pair[0][0], pair[0][1])):
+        width, height = 0.58 * size * len(clipped(column)), 1.15 * size
+        near = [(dx, dy) for dy in (5, -5, 0) for dx in (7, -7 - width)]
+        far = [(dx, sign * dy) for dy in range(12, 120, 4) for sign in (1, -1) for dx in (14, -14 - width)]
+        boxes = [(x + dx, y + dy - height / 2, x + dx + width, y + dy + height / 2) for dx, dy in (*near, *far)]
+        box = next((box for box in boxes if not any(map(partial(overlap, box), taken))), boxes[0])
+        taken.append(box)
+        dx, dy = box[0] - x, box[1] - y + height / 2
+        line = (
+            {"arrowstyle": "-", "color": "#aaaaaa", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4}
+            if abs(dy) > 9
+            else None
+        )
         axes.annotate(
-            clipped(column), (memory, value), (1.04, height), textcoords="axes fraction", fontsize=8.5, va="center",
-            arrowprops={"arrowstyle": "-", "color": "#bbbbbb", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4},
-            annotation_clip=False,
+            clipped(column), (memory, value), (dx if dx > 0 else dx + width, dy), textcoords="offset points", fontsize=size,
+            va="center", ha="left" if dx > 0 else "right", arrowprops=line, annotation_clip=False, zorder=4,
         )  # fmt: skip
+
+
+def overlap(one: Box, other: Box) -> bool:
+    """Whether two boxes (left, low, right, high) share ground."""
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
 def sensitivity(data: Comparison) -> Figure:
@@ -187,7 +201,7 @@ def sensitivity(data: Comparison) -> Figure:
                     shape = "s" if found.at_boundary else "o"
                     label = "chosen, at the edge" if found.at_boundary else "chosen"
                     axes.plot(found.lr, known[found.lr], marker=shape, color="#000000", label=label, **ring)
-                    highest = max(highest, min(known.values()) * 3)
+                    highest = max(highest, 1.3 * (data.before(task) or 3 * known[found.lr]))
                 failed = [float(rate) for rate, value in found.losses.items() if value is None]
                 transform = axes.get_xaxis_transform()
                 axes.plot(

@@ -56,7 +56,8 @@ def _compared(analysis: Analysis, model: str) -> str:
     )
     return (
         f"{some(ways, 'way')} of fine-tuning the language model {model} on {some(len(data.tasks), 'task')} "
-        f"({listed(data.tasks)}). All had the same work{work}, and {repeated}."
+        f"({listed(data.tasks)}). All had the same work{work} (one forward pass: showing the model a batch of examples and "
+        f"seeing how wrong it is), and {repeated}."
     )
 
 

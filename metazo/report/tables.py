@@ -93,15 +93,18 @@ def scores(analysis: Analysis) -> Table:
     """Mean and standard deviation over seeds, by column and task."""
     data, measure = analysis.data, analysis.measure
     tasks = [task for task in data.tasks if measure == "loss" or data.metric_of(task)]
-    what = "Loss" if measure == "loss" else "Score"
-    unit = "nats, lower is better" if measure == "loss" else "higher is better"
+    named = {task: "nats" if measure == "loss" else metric_name(data, [task]) for task in tasks}
+    shared = next(iter(named.values())) if len(set(named.values())) == 1 else ""
+    title = (
+        "Loss on test by task (nats, lower is better)" if measure == "loss" else f"{shared or 'Score'} on test by task"
+    )
     left_out = [task for task in tasks if task not in analysis.tasks]
     table = Table(
         "loss" if measure == "loss" else "metric",
-        f"{what} on test by task ({unit})",
+        title[0].upper() + title[1:],
         f"Mean ± standard deviation over {len(data.seeds)} seeds; (n of m): so many runs finished. {BOLD}"
         + (f" Not in the average: {', '.join(left_out)}." if left_out else ""),
-        ["column", *(f"{t}, {metric_name(data, [t])}" if measure != "loss" else t for t in tasks), "average"],
+        ["column", *(t if shared else f"{t}, {named[t]}" for t in tasks), "average"],
     )
     values = {task: {c: data.values(task, c, measure) for c in data.columns} for task in tasks}
     best = {
@@ -164,13 +167,12 @@ def tasks(analysis: Analysis) -> Table:
         heads=6,
     )  # fmt: skip
     for verdict in analysis.verdicts:
-        known = [run.before for c in data.columns for run in data.of(verdict.task, c) if run.before is not None]
-        majority = data.majority(verdict.task)
+        majority, before = data.majority(verdict.task), data.before(verdict.task)
         table.add(
             verdict.task,
             data.metric_of(verdict.task) or "loss only",
             NONE if majority is None else share(majority),
-            loss(fmean(known)) if known else NONE,
+            NONE if before is None else loss(before),
             "yes" if verdict.counts else "no",
             verdict.reason,
         )

@@ -36,7 +36,8 @@ def write(report: Report, out: Path) -> list[Path]:
 
 def command(report: Report) -> str:
     """What makes the same results and this report again."""
-    folder = shlex.quote(report.data.folder.name)
+    folder = report.data.folder
+    folder = shlex.quote(folder.name if folder.is_absolute() else folder.as_posix())
     return f"metazo compare {folder}/grid.yaml --out {folder}-again\nmetazo report {folder}-again"
 
 

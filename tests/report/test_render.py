@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
 from metazo.errors import UserError
 from metazo.report.build import build
 from metazo.report.data import Comparison
 from metazo.report.write import BLOCK, fill, render
+from metazo_cli.report import report as report_command
 from tests.report import synthetic
 
 ROOT = Path(__file__).parents[2]
@@ -41,6 +45,21 @@ def test_what_cannot_be_filled_is_said(tmp_path: Path):
     page.write_text("<!-- results:mine/los -->\n<!-- /results -->")
     with pytest.raises(UserError, match="no table 'los'"):
         render(report, page)
+
+
+def test_command_line(tmp_path: Path):
+    app = typer.Typer()
+    app.command()(report_command)
+    folder = synthetic.write(tmp_path / "mine", synthetic.COLUMNS[:3], ["sst2"], 2)
+    done = CliRunner().invoke(app, [str(folder), "--metric", "loss", "--json"])
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.output)
+    assert "an average loss of" in told["won"] and Path(told["written"][0]) == folder / "report" / "report.html"
+    assert all(Path(path).is_file() for path in told["written"])
+    page = tmp_path / "page.md"
+    page.write_text("<!-- results:mine/tests-loss -->\n<!-- /results -->\n")
+    done = CliRunner().invoke(app, [str(folder), "--render", str(page)])
+    assert done.exit_code == 0 and "filled anew" in done.output and "| mezo-rms | 2 |" in page.read_text()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
