@@ -38,10 +38,12 @@ def _main(
 @cache
 def _mount() -> None:
     """Add the commands; here and not above, so that importing this module is cheap."""
-    from . import bench, compare, demo, env, evaluate, finetune, meta_train, recipes, report, tasks, zoo
+    from . import bench, compare, demo, env, evaluate, finetune, log, meta_train, recipes, replay, report, tasks, zoo
 
     app.command("demo")(demo.demo)
     app.command("finetune")(finetune.command)
+    app.command("replay")(replay.replay)
+    app.add_typer(log.app, name="log")
     app.command("meta-train")(meta_train.command)
     app.command("evaluate")(evaluate.evaluate)
     app.add_typer(zoo.app, name="zoo")

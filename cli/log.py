@@ -1,0 +1,135 @@
+"""`metazo log`: show, verify, compare and repair step logs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from metazo.errors import UserError
+from metazo.folder import STEPS
+from metazo.steplog import scan
+
+app = typer.Typer(help="Show, verify, compare and repair step logs.", no_args_is_help=True)
+
+LogArgument = Annotated[Path, typer.Argument(help="A step log, or the folder of a run.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+
+
+def _file(log: Path) -> Path:
+    return log / STEPS if log.is_dir() else log
+
+
+@app.command()
+def show(
+    log: LogArgument,
+    last: Annotated[int, typer.Option(help="How many of the last steps to list.", min=0)] = 5,
+    plot: Annotated[Path | None, typer.Option(help="Draw loss and learning rate into this PNG.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What a log belongs to, what it holds, and how the loss went."""
+    from metazo.logbook import curve, sparkline, summary
+
+    found = scan(_file(log))
+    figures = summary(found)
+    if plot is not None:
+        _plot(plot, found)
+    if as_json:
+        print(json.dumps({"header": found.header, **figures, "damage": found.damage}))
+        return
+    console = Console()
+    about = Table("header", "")
+    for key, value in found.header.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{name} {item}" for name, item in value.items() if item not in (None, [], {}, False))
+        about.add_row(escape(key), escape(str(value)))
+    console.print(about)
+    table = Table("log", "")
+    for key, value in figures.items():
+        table.add_row(key, escape(_shown(value)))
+    console.print(table)
+    losses = [loss for _, loss in curve(found)]
+    if losses:
+        console.print(f"loss {losses[0]:.4g} {sparkline(losses)} {losses[-1]:.4g}", highlight=False)
+    if last and found.steps:
+        steps = Table("step", "losses", "c", "lr", title=f"the last {min(last, len(found.steps))} steps")
+        for step in found.steps[-last:]:
+            steps.add_row(str(step.step), _shown(step.losses), _shown(step.coefficients) or "skipped", _shown(step.lr))
+        console.print(steps)
+    if found.damage:
+        console.print(f"[bold red]damaged:[/] {escape(found.damage)}")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_shown, value))
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _plot(path: Path, found: Any) -> None:
+    from metazo.logbook import curve
+    from metazo.report import plot_curves
+
+    panels = {
+        "loss (mean over a step's probes)": {"loss": curve(found)},
+        "learning rate": {"lr": [(step.step, step.lr[0]) for step in found.steps if step.lr]},
+    }
+    plot_curves(panels, path, x="step", y="", title=f"{found.header.get('task')}, {found.header.get('method')}")
+
+
+@app.command()
+def verify(log: LogArgument, as_json: JsonOption = False) -> None:
+    """Check header, checksums, their chain and the order of the steps; exit code 1 where something is wrong."""
+    from metazo.logbook import verify as check
+
+    path = _file(log)
+    wrong, steps = check(path), len(scan(path).steps)
+    if as_json:
+        print(json.dumps({"steps": steps, "wrong": wrong}))
+    else:
+        Console().print(
+            f"{path}: {steps} whole steps, " + ("; ".join(wrong) or "in order"), markup=False, soft_wrap=True
+        )
+    if wrong:
+        raise typer.Exit(1)
+
+
+@app.command()
+def diff(a: LogArgument, b: LogArgument, as_json: JsonOption = False) -> None:
+    """Where two logs differ: their headers, and the first step that is not the same; exit code 1 if they do."""
+    from metazo.logbook import diff as compare
+
+    found = compare(scan(_file(a)).sound(), scan(_file(b)).sound())
+    if as_json:
+        print(json.dumps(found))
+    elif found["same"]:
+        print(f"the same, {found['steps'][0]} steps")
+    else:
+        table = Table("", "field", str(a), str(b))
+        for row in found["headers"]:
+            table.add_row("header", escape(row["field"]), escape(_shown(row["a"])), escape(_shown(row["b"])))
+        for row in (found["first"] or {"fields": []})["fields"]:
+            table.add_row(f"step {found['first']['step']}", row["field"], repr(row["a"]), repr(row["b"]))
+        Console().print(table)
+        first = f"the first different step is {found['first']['step']}" if found["first"] else "all steps are the same"
+        print(f"{first}; {found['steps'][0]} and {found['steps'][1]} steps")
+    if not found["same"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def repair(log: LogArgument) -> None:
+    """Keep the whole lines of a damaged log and put the rest aside; --resume computes it again, to the same bits."""
+    from metazo.logbook import repair as run
+
+    path = _file(log)
+    if not path.is_file():
+        raise UserError(f"{path} is no file.")
+    steps, rest, aside = run(path)
+    told = f"{rest} bytes behind them are now in {aside}" if aside else "nothing was wrong with it"
+    Console().print(f"{path} holds {steps} whole steps; {told}.", markup=False, soft_wrap=True)

@@ -1,0 +1,54 @@
+"""metazo replay"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+
+def replay(
+    log: Annotated[Path, typer.Argument(help="A step log, or the folder of a run.")],
+    base: Annotated[str, typer.Option(help="Folder or Hub id of the base model, or pico.")],
+    out: Annotated[Path, typer.Option(help="Folder for the tuned model.")],
+    to: Annotated[
+        int | None, typer.Option(help="Steps to take; by default up to the weights that the run kept.", min=0)
+    ] = None,
+    tuner: Annotated[str | None, typer.Option(help="Tuner of the run, where the zoo folders do not have it.")] = None,
+    zoo: Annotated[Path | None, typer.Option(help="A zoo folder to search first.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto takes a GPU where there is one.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Rebuild a tuned model from its base model and its step log: no data, no forward passes.
+
+    metazo replay runs/a/steps.jsonl --base pico --out tuned
+    """
+    from metazo.folder import STEPS
+    from metazo.replay import replay as run
+
+    path = log / STEPS if log.is_dir() else log
+    with Progress(disable=as_json) as bar:
+        task = bar.add_task("replay", total=None)
+        done = run(
+            path, base, out, to, tuner=tuner, zoo_folder=zoo, device=device,
+            tick=lambda step, total: bar.update(task, completed=step, total=total),
+        )  # fmt: skip
+    result = {
+        "steps": done.steps,
+        "seconds": round(done.seconds, 3),
+        "weights": done.weights,
+        "identical": done.identical,
+    }
+    if as_json:
+        print(json.dumps(result))
+        return
+    verdict = {
+        True: "bit-identical to the weights that the run kept",
+        False: "near, but not bit-identical to the weights that the run kept: other versions, threads or device",
+        None: "the log does not say what these weights were",
+    }[done.identical]
+    Console().print(f"{done.steps:,} steps in {done.seconds:.1f} s; {verdict}; the model is in {out}", soft_wrap=True)
