@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +22,9 @@ app = typer.Typer(help="Find, check, publish and import tuners.", no_args_is_hel
 
 ZooOption = Annotated[Path | None, typer.Option("--zoo", help="A zoo folder to search first.", envvar=None)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+KeyOption = Annotated[
+    str | None, typer.Option("--key", help="A public key of minisign that has to have signed the zoo's index.")
+]
 SourceArgument = Annotated[
     str, typer.Argument(help="A file, a folder, a name in a zoo, an https address, or a Hub id org/name@revision.")
 ]
@@ -28,8 +32,8 @@ SourceArgument = Annotated[
 
 @app.command("list")
 def list_(zoo: ZooOption = None, as_json: JsonOption = False) -> None:
-    """List the tuners of the zoo folders: yours, the bundled one, and what was pulled."""
-    found = library.tuners(zoo)
+    """List what the zoo folders hold: yours, the bundled one, and what was pulled."""
+    found = library.entries(zoo)
     if as_json:
         _print_json([{**asdict(tuner.entry), "where": tuner.where, "path": str(tuner.path)} for tuner in found])
         return
@@ -37,9 +41,9 @@ def list_(zoo: ZooOption = None, as_json: JsonOption = False) -> None:
         (
             tuner.entry.name,
             tuner.entry.base_model,
-            str(tuner.entry.blocks),
+            str(tuner.entry.blocks) if tuner.entry.kind == "tuner" else "step log",
             f"{tuner.entry.size / 1e6:.2f} MB",
-            (tuner.entry.fingerprint or "by names")[:12],
+            (tuner.entry.fingerprint or ("by names" if tuner.entry.kind == "tuner" else ""))[:12],
             tuner.entry.licence or "none stated",
             tuner.where,
         )
@@ -52,37 +56,49 @@ def list_(zoo: ZooOption = None, as_json: JsonOption = False) -> None:
 
 @app.command()
 def show(source: SourceArgument, zoo: ZooOption = None, as_json: JsonOption = False) -> None:
-    """Show what a tuner is for, how it was made and what was measured."""
-    tuner = library.load(source, zoo, _report)
-    about = _about(tuner)
+    """Show what a tuner is for, how it was made and what was measured; of a step log, what it belongs to."""
+    found = library.read(source, zoo, _report)
+    about = _about(found) if isinstance(found, Tuner) else _about_log(found)
     if as_json:
-        _print_json({**about, "blocks": [asdict(block) for block in tuner.info.blocks]})
+        blocks = {"blocks": [asdict(block) for block in found.info.blocks]} if isinstance(found, Tuner) else {}
+        _print_json({**about, **blocks})
         return
     rows = [(key, json.dumps(value) if isinstance(value, dict) else str(value)) for key, value in about.items()]
     _print_table(("", source), rows)
 
 
 @app.command()
-def pull(source: SourceArgument, zoo: ZooOption = None, as_json: JsonOption = False) -> None:
-    """Get a tuner, check it, and keep it in the cache ($HF_HOME/metazo/cache)."""
-    found = library.pull(source, zoo, _report)
+def pull(source: SourceArgument, zoo: ZooOption = None, key: KeyOption = None, as_json: JsonOption = False) -> None:
+    """Get a tuner or step log, check it, and keep it in the cache ($HF_HOME/metazo/cache)."""
+    found = library.pull(source, zoo, _report, key)
+    what = f"{found.entry.blocks} blocks" if found.entry.kind == "tuner" else "a step log"
     if as_json:
         _print_json({**asdict(found.entry), "path": str(found.path)})
     else:
-        typer.echo(f"{found.entry.name} for {found.entry.base_model}, {found.entry.blocks} blocks: {found.path}")
+        typer.echo(f"{found.entry.name} for {found.entry.base_model}, {what}: {found.path}")
 
 
 @app.command()
 def push(
-    tuner: Annotated[Path, typer.Argument(help="A tuner file, or the folder of a meta-training run.")],
+    tuner: Annotated[Path | None, typer.Argument(help="A tuner file, or the folder of a meta-training run.")] = None,
+    log: Annotated[
+        Path | None, typer.Option(help="Instead: a run's steps.jsonl, which publishes its model as a step log.")
+    ] = None,
     to: Annotated[str | None, typer.Option(help="A zoo folder (default: METAZO_ZOO), or hub:org/name.")] = None,
-    name: Annotated[str | None, typer.Option(help="What the base model is called in the zoo.")] = None,
+    name: Annotated[str | None, typer.Option(help="What the base model (or, with --log, the model) is called.")] = None,
     version: Annotated[str | None, typer.Option(help="Version (default: the next of v1, v2, ...).")] = None,
     licence: Annotated[str | None, typer.Option(help="Licence of the tuner, such as Apache-2.0.")] = None,
+    sign: Annotated[str | None, typer.Option(help="Sign the zoo's index with this secret key of minisign.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Publish a tuner into a zoo folder, with its card and index entry, or to the Hub."""
-    published = library.push(tuner, to, base=name, version=version, licence=licence)
+    """Publish a tuner or a run's step log into a zoo folder, with card and index entry; a tuner also to the Hub."""
+    signing = library.signer(sign, _password) if sign else None
+    if (tuner is None) == (log is None):
+        raise UserError("give either a tuner or --log RUN/steps.jsonl")
+    if log is not None:
+        published = library.push_log(log, to, name=name, version=version, licence=licence, sign=signing)
+    else:
+        published = library.push(str(tuner), to, base=name, version=version, licence=licence, sign=signing)
     target = to or str(own_folder())
     if as_json:
         _print_json({"published": published, "to": target})
@@ -91,15 +107,16 @@ def push(
 
 
 @app.command()
-def verify(zoo: ZooOption = None, as_json: JsonOption = False) -> None:
-    """Hash and check every tuner of the zoo folders again; exit code 1 if one is not in order."""
-    checks = library.verify(zoo)
+def verify(zoo: ZooOption = None, key: KeyOption = None, as_json: JsonOption = False) -> None:
+    """Hash and check everything in the zoo folders again; exit code 1 if something is not in order."""
+    checks = library.verify(zoo, key)
     bad = [check for check in checks if check.problem]
     if as_json:
         _print_json([{**asdict(check), "folder": str(check.folder)} for check in checks])
     else:
         _print_table(("name", "where", "state"), [(c.name, c.where, c.problem or "in order") for c in checks])
-        typer.echo(f"{len(checks) - len(bad)} of {len(checks)} tuners in order")
+        signed = "; the index is signed by the key" if key else ""
+        typer.echo(f"{len(checks) - len(bad)} of {len(checks)} in order{signed}")
     if bad:
         raise typer.Exit(1)
 
@@ -132,6 +149,15 @@ def _about(tuner: Tuner) -> dict[str, Any]:
     """What is known of a tuner, without the list of its blocks."""
     networks = {"blocks": tuner.pertnn.blocks, "hidden": tuner.pertnn.hidden, "inputs": tuner.pertnn.features}
     return {**asdict(tuner.info), **networks}
+
+
+def _about_log(log: library.Log) -> dict[str, Any]:
+    """What a step log belongs to."""
+    return {**log.header, "steps": len(log.steps), "bytes": len(log.data), "end": log.end}
+
+
+def _password() -> str:
+    return os.environ.get("METAZO_SIGN_PASSWORD") or typer.prompt("Password of the secret key", hide_input=True)
 
 
 def _report(line: str) -> None:

@@ -88,3 +88,17 @@ def shown(value: object, longest: int = 80) -> str:
     except (ValueError, RecursionError):  # an integer of thousands of digits, lists in lists in lists
         return f"a huge {type(value).__name__}"
     return text if len(text) <= longest else f"{text[: longest - 5]} [...]"
+
+
+def is_name(value: object) -> bool:
+    """Whether this is a line of text of at most 512 characters that can be shown."""
+    return isinstance(value, str) and 0 < len(value) <= 512 and value.isprintable()
+
+
+def is_plain(value: object, depth: int = 6) -> bool:
+    """Numbers, and text without control characters that could write on a terminal, `depth` levels at most."""
+    if isinstance(value, dict):
+        return depth > 0 and all(is_name(key) and is_plain(part, depth - 1) for key, part in value.items())
+    if isinstance(value, list):
+        return depth > 0 and all(is_plain(part, depth - 1) for part in value)
+    return not isinstance(value, str) or value.replace("\n", "").replace("\t", "").isprintable()

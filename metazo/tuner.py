@@ -22,7 +22,7 @@ from metazo.errors import UserError
 from metazo.files import read_capped, write_whole
 from metazo.fit import BlockSpec, Match, NamedShapes, fingerprint, fit
 from metazo.pertnn import PertNN
-from metazo.plain import parse_json, shown
+from metazo.plain import is_name, is_plain, parse_json, shown
 
 FORMAT_VERSION = 1
 MAX_BYTES = 64 * 2**20
@@ -192,10 +192,10 @@ def _info(content: dict[str, Any]) -> TunerInfo:
     if not isinstance(content["normalise"], bool):
         raise _BadFile(f"normalise is {shown(content['normalise'])}, not true or false")
     for name, empty in (("base_model", ()), ("metazo_version", ("",)), ("licence", (None,))):
-        if not _is_name(content[name]) and content[name] not in empty:
+        if not is_name(content[name]) and content[name] not in empty:
             raise _BadFile(f"{name} is {shown(content[name])}, not a line of text")
     for name in ("recipe", "scores"):
-        if not isinstance(content[name], dict) or not _is_plain(content[name]):
+        if not isinstance(content[name], dict) or not is_plain(content[name]):
             raise _BadFile(f"{name} is not a plain table of text and numbers")
     stated = content.pop("fingerprint")
     blocks = content["blocks"] = _blocks(content["blocks"])
@@ -211,11 +211,11 @@ def _blocks(entries: Any) -> list[BlockSpec]:
     """Block list from JSON; every tensor belongs to one block."""
     blocks, seen = [], set()
     for entry in entries if isinstance(entries, list) else []:
-        if not isinstance(entry, dict) or set(entry) != {"name", "tensors"} or not _is_name(entry["name"]):
+        if not isinstance(entry, dict) or set(entry) != {"name", "tensors"} or not is_name(entry["name"]):
             raise _BadFile("its blocks are not each a name and a list of tensors")
         tensors = []
         for pair in entry["tensors"] if isinstance(entry["tensors"], list) else []:
-            if not isinstance(pair, list) or len(pair) != 2 or not _is_name(pair[0]) or pair[0] in seen:
+            if not isinstance(pair, list) or len(pair) != 2 or not is_name(pair[0]) or pair[0] in seen:
                 raise _BadFile(f"block {shown(entry['name'])} lists a tensor without a name of its own")
             if pair[1] is not None and not _is_shape(pair[1]):
                 raise _BadFile(f"tensor {shown(pair[0])} has no valid shape")
@@ -249,16 +249,3 @@ def _finite(value: Any) -> Any:
 
 def _is_shape(value: Any) -> bool:
     return isinstance(value, list) and len(value) <= 8 and all(type(n) is int and 0 <= n < 2**40 for n in value)
-
-
-def _is_name(value: Any) -> bool:
-    return isinstance(value, str) and 0 < len(value) <= 512 and value.isprintable()
-
-
-def _is_plain(value: Any, depth: int = 6) -> bool:
-    """Numbers, and text without control characters that could write on a terminal, `depth` levels at most."""
-    if isinstance(value, dict):
-        return depth > 0 and all(_is_name(key) and _is_plain(part, depth - 1) for key, part in value.items())
-    if isinstance(value, list):
-        return depth > 0 and all(_is_plain(part, depth - 1) for part in value)
-    return not isinstance(value, str) or value.replace("\n", "").replace("\t", "").isprintable()

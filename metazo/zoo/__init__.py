@@ -1,15 +1,19 @@
-"""The zoo: find, check, pull, publish and import tuners."""
+"""The zoo: find, check, pull, publish and import tuners, and models published as step logs."""
 
 from metazo.zoo.importer import import_pth, model_shapes
 from metazo.zoo.index import Entry, Found
-from metazo.zoo.publish import push
-from metazo.zoo.search import Check, find, named, tuners, verify
-from metazo.zoo.sources import load, pull
+from metazo.zoo.log import Log
+from metazo.zoo.publish import push, push_log
+from metazo.zoo.search import Check, entries, find, named, tuners, verify
+from metazo.zoo.signature import signer
+from metazo.zoo.sources import load, pull, read
 
 __all__ = [
     "Check",
     "Entry",
     "Found",
+    "Log",
+    "entries",
     "find",
     "import_pth",
     "load",
@@ -17,6 +21,9 @@ __all__ = [
     "named",
     "pull",
     "push",
+    "push_log",
+    "read",
+    "signer",
     "tuners",
     "verify",
 ]

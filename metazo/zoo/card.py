@@ -1,10 +1,16 @@
-"""card.md: what a published tuner is, in words."""
+"""card.md: what a published tuner, or a model published as its step log, is, in words."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from metazo.tuner import TunerInfo
+from metazo.tuner import Tuner, TunerInfo
+from metazo.zoo.log import Log
+
+
+def card_of(item: Tuner | Log, name: str, sha256: str, licence: str | None) -> str:
+    """The card of what is published under `name`, in Markdown."""
+    return log_card(item, name, sha256, licence) if isinstance(item, Log) else card(item.info, name, sha256)
 
 
 def card(info: TunerInfo, name: str, sha256: str) -> str:
@@ -40,6 +46,40 @@ It fits {_text(info.base_model)} and every model with the same tensor names and 
 {_table(info.recipe)}
 ## Scores
 {_table(info.scores)}"""
+
+
+def log_card(log: Log, name: str, sha256: str, licence: str | None) -> str:
+    """The card of a model published as its step log."""
+    header, rates = log.header, [rate for step in log.steps for rate in step.lr]
+    kept = log.end["kept"] if log.end else len(log.steps)
+    weights = (log.end or {}).get("weights") or "not recorded: the run was not finished"
+    return f"""# {_text(name)}
+
+{_text(header["model"])} fine-tuned by {len(log.steps):,} zeroth-order steps, published as its step log: {len(log.data):,}
+bytes that rebuild the model from the base model, without a forward pass.
+
+| | |
+|---|---|
+| base model | {_text(header["model"])} |
+| sha256 of its weights | {_text(header["weights"])} |
+| task | {_text(header.get("task", ""))} |
+| method | {_text(header["method"])} |
+| steps | {len(log.steps):,}, of which the first {kept:,} make the model |
+| learning rate | {min(rates, default=0):.3g} to {max(rates, default=0):.3g} |
+| precision | {_text(header.get("precision", ""))} |
+| sha256 of the model's weights | {_text(weights)} |
+| licence | {_text(licence) if licence else "none stated: it may not be republished"} |
+| sha256 of the log | {sha256} |
+
+## Use
+
+    metazo zoo pull {_text(name)}
+    metazo replay LOG --base {_text(header["model"])} --out DIR
+
+LOG is the path that the first command prints.
+
+## Settings
+{_table({"": header.get("settings") or {}})}"""
 
 
 def _table(values: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """Zoo folders: an index.json and, for each tuner, `<base model>/<version>/{tuner.safetensors,card.md}`.
 
-The cache, a user's own zoo and the zoo that ships with metazo all have this layout.
+A fine-tuned model published as its step log is there as `<name>/<version>/{steps.jsonl,card.md}`. The cache, a user's
+own zoo and the zoo that ships with metazo all have this layout.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from hashlib import sha256
 from pathlib import Path
@@ -22,11 +23,16 @@ from metazo.errors import UserError
 from metazo.files import read_capped, safe_name, write_whole
 from metazo.plain import parse_json
 from metazo.tuner import MAX_BYTES, Tuner
-from metazo.zoo.card import card
+from metazo.zoo.card import card_of
+from metazo.zoo.log import Log
+from metazo.zoo.signature import SUFFIX, check_signature
 
 FORMAT_VERSION = 1
 MAX_INDEX_BYTES = 4 * 2**20
-TUNER_FILE = "tuner.safetensors"
+Sign = Callable[[bytes, str], bytes]
+"""From a file's content and name to the content of its signature (metazo/zoo/signature.py)."""
+FILES = {"tuner": "tuner.safetensors", "log": "steps.jsonl"}
+TUNER_FILE = FILES["tuner"]
 
 
 @dataclass(frozen=True)
@@ -46,11 +52,13 @@ class Entry:
     licence: str | None
     url: str | None = None
     """Where the tuner file is, if it is not in the folder."""
+    kind: str = "tuner"
+    """"tuner", or "log": a fine-tuned model as its step log."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """A tuner in a zoo folder."""
+    """A tuner or a step log in a zoo folder."""
 
     entry: Entry
     folder: Path
@@ -61,8 +69,8 @@ class Found:
 
     @property
     def path(self) -> Path:
-        """The tuner file."""
-        return self.folder / self.entry.name / TUNER_FILE
+        """The file."""
+        return self.folder / self.entry.name / FILES[self.entry.kind]
 
 
 def home() -> Path:
@@ -91,13 +99,19 @@ def folders(zoo: str | Path | None = None) -> list[tuple[str, Path]]:
     return found
 
 
-def read_index(folder: Path) -> list[Entry]:
-    """The entries of a folder's index.json, each field checked; none if there is no index."""
+def read_index(folder: Path, key: str | None = None) -> list[Entry]:
+    """The entries of a folder's index.json, each field checked; none if there is no index.
+
+    key: a public key; then there has to be an index, with a signature by that key.
+    """
     path = folder / "index.json"
-    if not path.exists():
+    if key is None and not path.exists():
         return []
+    data = read_capped(path, MAX_INDEX_BYTES, "zoo index")
+    if key is not None:
+        check_signature(data, path, key)
     try:
-        content = parse_json(read_capped(path, MAX_INDEX_BYTES, "zoo index"))
+        content = parse_json(data)
     except ValueError as error:
         raise UserError(f"zoo index {path} is not valid JSON; restore it or push its tuners again") from error
     tuners = content.get("tuners") if isinstance(content, dict) else None
@@ -108,7 +122,7 @@ def read_index(folder: Path) -> list[Entry]:
 
 def _entry(item: Any, origin: str) -> Entry:
     names = [entry.name for entry in fields(Entry)]
-    if not isinstance(item, dict) or not set(names[:-1]) <= set(item) <= set(names):
+    if not isinstance(item, dict) or not set(names[:-2]) <= set(item) <= set(names):
         raise UserError(f"{origin}: its fields are not {', '.join(names)}")
     for name in ("name", "base_model", "sha256", "fingerprint", "licence", "url"):
         value = item.get(name)
@@ -116,22 +130,32 @@ def _entry(item: Any, origin: str) -> Entry:
             continue
         if not isinstance(value, str) or not value.isprintable() or not 0 < len(value) <= 2048:
             raise UserError(f"{origin}: {name} is not a line of text")
-    for name in ("size", "blocks"):
-        if type(item[name]) is not int or not 0 < item[name] <= MAX_BYTES:
-            raise UserError(f"{origin}: {name} is not a number between 1 and {MAX_BYTES:,}")
+    if item.get("kind", "tuner") not in ("tuner", "log"):
+        raise UserError(f"{origin}: kind is neither tuner nor log")
+    for name, least in (("size", 1), ("blocks", 0)):
+        if type(item[name]) is not int or not least <= item[name] <= MAX_BYTES:
+            raise UserError(f"{origin}: {name} is not a number between {least} and {MAX_BYTES:,}")
     safe_name(item["name"], f"{origin}: name")
     if not re.fullmatch("[0-9a-f]{64}", item["sha256"]):
         raise UserError(f"{origin}: sha256 is not 64 hexadecimal digits")
     return Entry(**item)
 
 
-def add(data: bytes, tuner: Tuner, folder: Path, base: str, version: str | None = None) -> Found:
-    """Write a tuner's bytes, its card and its index entry into a zoo folder; the entry last.
+def add(
+    item: Tuner | Log,
+    data: bytes,
+    folder: Path,
+    base: str,
+    version: str | None = None,
+    licence: str | None = None,
+    sign: Sign | None = None,
+) -> Found:
+    """Write a tuner's bytes (or a log's), its card and its index entry into a zoo folder; the entry last.
 
     `version` None takes the next of v1, v2, ... Several processes may add at once. Adding the same bytes under the
-    same name again changes nothing; other bytes under a name that is taken are a UserError.
+    same name again changes nothing. `sign` makes a signature of the new index; a zoo that has one is left alone
+    without it. Raises UserError where the folder cannot be written or a link in it leads out.
     """
-    safe_name(base, "zoo name")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".index.lock.tmp", timeout=60):
@@ -140,31 +164,38 @@ def add(data: bytes, tuner: Tuner, folder: Path, base: str, version: str | None 
             target = folder / name
             if not target.resolve().is_relative_to(folder.resolve()):
                 raise UserError(f"{target} leads out of the zoo through a link; remove the link")
-            entry = Entry(
-                name=name,
-                base_model=tuner.info.base_model,
-                sha256=sha256(data).hexdigest(),
-                size=len(data),
-                fingerprint=tuner.info.fingerprint,
-                blocks=len(tuner.info.blocks),
-                licence=tuner.info.licence,
-            )
+            if sign is None and (folder / f"index.json{SUFFIX}").exists():
+                raise UserError(f"the zoo {folder} is signed; give --sign KEY, or remove its index.json{SUFFIX}")
+            entry = _entry_of(item, name, data, licence)
             if any(other.name == name and other.sha256 != entry.sha256 for other in entries):
                 raise UserError(f"{name} is already in the zoo {folder}; publish under another --version")
-            write_whole(target / TUNER_FILE, data)
-            write_whole(target / "card.md", card(tuner.info, name, entry.sha256).encode())
-            write_index(folder, [*(other for other in entries if other.name != name), entry])
+            found = Found(entry, folder, "own")
+            write_whole(found.path, data)
+            write_whole(target / "card.md", card_of(item, name, entry.sha256, entry.licence).encode())
+            write_index(folder, [*(other for other in entries if other.name != name), entry], sign)
     except Timeout as error:
         raise UserError(f"the zoo {folder} has been locked by another process for a minute") from error
     except OSError as error:
         raise UserError(f"the zoo {folder} cannot be written ({error.strerror or error})") from error
-    return Found(entry, folder, "own")
+    return found
 
 
-def write_index(folder: Path, entries: Sequence[Entry]) -> None:
-    """Write a folder's index.json."""
+def _entry_of(item: Tuner | Log, name: str, data: bytes, licence: str | None) -> Entry:
+    common = {"name": name, "sha256": sha256(data).hexdigest(), "size": len(data)}
+    if isinstance(item, Log):
+        return Entry(base_model=item.base_model, fingerprint=None, blocks=0, licence=licence, kind="log", **common)
+    info = item.info
+    known = {"base_model": info.base_model, "fingerprint": info.fingerprint, "licence": info.licence}
+    return Entry(blocks=len(info.blocks), **known, **common)
+
+
+def write_index(folder: Path, entries: Sequence[Entry], sign: Sign | None = None) -> None:
+    """Write a folder's index.json, and its signature behind it."""
     content = {"format_version": FORMAT_VERSION, "tuners": [asdict(entry) for entry in entries]}
-    write_whole(folder / "index.json", (json.dumps(content, indent=1) + "\n").encode())
+    data = (json.dumps(content, indent=1) + "\n").encode()
+    write_whole(folder / "index.json", data)
+    if sign is not None:
+        write_whole(folder / f"index.json{SUFFIX}", sign(data, "index.json"))
 
 
 def _next_version(base: str, entries: Sequence[Entry]) -> str:

@@ -1,17 +1,19 @@
-"""Publish a tuner into a zoo folder or to the Hub."""
+"""Publish a tuner, or a model as its step log, into a zoo folder; a tuner also to the Hub."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
 from metazo.errors import UserError
-from metazo.files import safe_name
-from metazo.tuner import Tuner, TunerInfo
+from metazo.files import read_capped, safe_name
+from metazo.tuner import MAX_BYTES, Tuner, TunerInfo
 from metazo.zoo.card import card
 from metazo.zoo.hub import hub_push
-from metazo.zoo.index import add, own_folder
+from metazo.zoo.index import FILES, Sign, add, own_folder
+from metazo.zoo.log import Log
 from metazo.zoo.sources import zoo_base
 
 
@@ -22,12 +24,14 @@ def push(
     base: str | None = None,
     version: str | None = None,
     licence: str | None = None,
+    sign: Sign | None = None,
 ) -> str:
     """Publish a tuner, a tuner file or a folder that holds one; returns the name or address it is published under.
 
     to: a zoo folder, made if missing, by default the user's own (`METAZO_ZOO`); or `hub:org/name`.
     base: what the base model is called in the zoo; by default the name in the tuner, or its last part if that is a
     path, which others do not have. version: by default the next of v1, v2, ... licence: states or replaces it.
+    sign: signs the zoo's index (`metazo.zoo.signature.signer`).
     Raises UserError if the tuner is unfit, the name is taken by another tuner, or the zoo cannot be written.
     """
     tuner = tuner if isinstance(tuner, Tuner) else Tuner.load(tuner)
@@ -36,12 +40,40 @@ def push(
     data = Tuner(tuner.pertnn, info).to_bytes()
     tuner = Tuner.from_bytes(data, "the tuner to be published")
     if not str(to or "").startswith("hub:"):
-        found = add(data, tuner, Path(to) if to else own_folder(), base, version)
-        return found.entry.name
-    if version:
-        raise UserError("--version does not go with a Hub repository, which keeps its own revisions")
+        return add(tuner, data, _folder(to), base, version, sign=sign).entry.name
+    if version or sign:
+        raise UserError("--version and --sign do not go with a Hub repository, which keeps its own revisions")
     repository = str(to).removeprefix("hub:")
     return hub_push(repository, data, front_matter(info) + card(info, repository, sha256(data).hexdigest()))
+
+
+def push_log(
+    log: str | Path,
+    to: str | Path | None = None,
+    *,
+    name: str | None = None,
+    version: str | None = None,
+    licence: str | None = None,
+    sign: Sign | None = None,
+) -> str:
+    """Publish a fine-tuned model as the step log of its run; returns its name in the zoo folder `to`.
+
+    The header is published with it, but of paths in it only the last part. name: by default base model and task.
+    """
+    if str(to or "").startswith("hub:"):
+        raise UserError("--log goes into a zoo folder; to the Hub, upload the file by hand")
+    path = Path(log)
+    read = Log.from_bytes(read_capped(path / FILES["log"] if path.is_dir() else path, MAX_BYTES, "step log"), str(log))
+    base = zoo_base(read.base_model)
+    read = read.published(base)
+    task = re.sub(r"[^A-Za-z0-9._+-]+", "-", str(read.header.get("task", "model")))[:40]
+    return add(
+        read, read.data, _folder(to), safe_name(name or f"{base}-{task}", "--name"), version, licence, sign
+    ).entry.name
+
+
+def _folder(to: str | Path | None) -> Path:
+    return Path(to) if to else own_folder()
 
 
 def front_matter(info: TunerInfo) -> str:

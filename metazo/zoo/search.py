@@ -12,18 +12,31 @@ from metazo.files import read_capped
 from metazo.fit import fingerprint
 from metazo.tuner import MAX_BYTES, Tuner
 from metazo.zoo.index import TUNER_FILE, Entry, Found, folders, read_index
+from metazo.zoo.log import Log
+
+
+def entries(zoo: str | Path | None = None, key: str | None = None) -> list[Found]:
+    """Everything in the zoo folders, in the order they are searched.
+
+    key: a public key; then only in the first of them (`zoo`, or the user's own), whose index has to be signed by it.
+    """
+    searched = folders(zoo)[:1] if key is not None else folders(zoo)
+    return [Found(entry, folder, where) for where, folder in searched for entry in read_index(folder, key)]
 
 
 def tuners(zoo: str | Path | None = None) -> list[Found]:
     """Every tuner in the zoo folders, in the order they are searched."""
-    return [Found(entry, folder, where) for where, folder in folders(zoo) for entry in read_index(folder)]
+    return [found for found in entries(zoo) if found.entry.kind == "tuner"]
 
 
-def named(name: str, zoo: str | Path | None = None) -> Found | None:
-    """The tuner called `name`: `<base model>/<version>`, or the last published for that base model."""
-    found = tuners(zoo)
+def named(name: str, zoo: str | Path | None = None, key: str | None = None) -> Found | None:
+    """What is called `name`: `<base model>/<version>`, or the last tuner published for that base model, or log if there
+    is no tuner. `key` as for `entries`.
+    """
+    found = entries(zoo, key)
     exact = [tuner for tuner in found if tuner.entry.name == name]
     bases = [tuner for tuner in found if name in (tuner.entry.name.rpartition("/")[0], tuner.entry.base_model)]
+    bases = [tuner for tuner in bases if tuner.entry.kind == "tuner"] or bases
     if exact or not bases:
         return exact[0] if exact else None
     return [tuner for tuner in bases if tuner.folder == bases[0].folder][-1]
@@ -56,13 +69,18 @@ def _fits(tuner: Found, named_shapes: Sequence[tuple[str, Sequence[int]]]) -> bo
     return tuner.path.is_file() and Tuner.load(tuner.path).fits(named_shapes).ok
 
 
-def checked(data: bytes, entry: Entry, origin: str) -> Tuner:
-    """The tuner in `data`, after checking size, sha256, format, fingerprint and block count against the index."""
+def checked(data: bytes, entry: Entry, origin: str) -> Tuner | Log:
+    """The tuner or log in `data`, after checking size, sha256, format, fingerprint and block count against the index."""
     if len(data) != entry.size:
         raise UserError(f"{origin} has {len(data):,} bytes and the zoo index says {entry.size:,}; it is refused")
     found = sha256(data).hexdigest()
     if found != entry.sha256:
         raise UserError(f"{origin} has sha256 {found} and the zoo index says {entry.sha256}; it is refused")
+    if entry.kind == "log":
+        log = Log.from_bytes(data, origin)
+        if log.base_model != entry.base_model:
+            raise UserError(f"{origin} is of another base model than the zoo index says; it is refused")
+        return log
     tuner = Tuner.from_bytes(data, origin)
     if (tuner.info.fingerprint, len(tuner.info.blocks)) != (entry.fingerprint, entry.blocks):
         raise UserError(f"{origin} has another fingerprint or number of blocks than the zoo index says; it is refused")
@@ -79,14 +97,16 @@ class Check:
     problem: str | None
 
 
-def verify(zoo: str | Path | None = None) -> list[Check]:
-    """Read and hash every tuner of the zoo folders again; also report tuner files that no index lists."""
+def verify(zoo: str | Path | None = None, key: str | None = None) -> list[Check]:
+    """Read and hash everything in the zoo folders again; also report tuner files that no index lists.
+
+    `key` as for `entries`. Raises UserError where an index cannot be read or its signature does not fit.
+    """
     checks = []
-    for where, folder in folders(zoo):
-        entries = read_index(folder)
-        for entry in entries:
-            checks.append(Check(entry.name, where, folder, _problem(Found(entry, folder, where))))
-        listed = {folder / entry.name / TUNER_FILE for entry in entries}
+    for where, folder in folders(zoo)[:1] if key is not None else folders(zoo):
+        held = [Found(entry, folder, where) for entry in read_index(folder, key)]
+        checks.extend(Check(found.entry.name, where, folder, _problem(found)) for found in held)
+        listed = {found.path for found in held}
         for path in sorted(folder.rglob(TUNER_FILE)) if folder.is_dir() else []:
             if path not in listed:
                 name = path.parent.relative_to(folder).as_posix()

@@ -46,7 +46,9 @@ def signer(key: str, password: Callable[[], str]) -> Callable[[bytes, str], byte
         if secret.is_encrypted():
             secret.decrypt(password())
     except (ValueError, MemoryError) as error:
-        raise UserError(f"--sign: the key in {key} cannot be used ({error or 'it asks for too much memory'})") from error
+        raise UserError(
+            f"--sign: the key in {key} cannot be used ({error or 'it asks for too much memory'})"
+        ) from error
 
     def sign(data: bytes, name: str) -> bytes:
         return bytes(secret.sign(data, trusted_comment=f"file:{name}")) + b"\n"

@@ -20,9 +20,9 @@ from metazo import zoo
 from metazo.pertnn import PertNN
 from metazo.tuner import BlockSpec, Tuner, TunerInfo
 from metazo.zoo.card import card
+from metazo.zoo.download import check_scheme
 from metazo.zoo.index import read_index
 from metazo.zoo.publish import front_matter
-from metazo.zoo.sources import _check_scheme
 from tests.fuzz.kind import Kind, nested, to_json
 from tests.fuzz.mutations import CANARY, altered
 
@@ -117,7 +117,7 @@ def read_zoo(folder: Path) -> None:
         assert (folder / entry.name).resolve().is_relative_to(folder.resolve())
         assert zoo.named(entry.name, folder) is not None
         if entry.url is not None:
-            _check_scheme(entry.url)
+            check_scheme(entry.url)
             continue
     zoo.find(SHAPES, "tiny", folder)
     for check in zoo.verify(folder):

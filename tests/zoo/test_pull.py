@@ -18,10 +18,10 @@ from pathlib import Path
 import pytest
 
 from metazo import zoo
+from metazo.address import shown_address
 from metazo.errors import UserError
 from metazo.tuner import Tuner
 from metazo.zoo.index import Entry, write_index
-from metazo.zoo.sources import shown
 from tests.zoo.conftest import make_tuner
 
 DATA = make_tuner().to_bytes()
@@ -184,7 +184,7 @@ def test_no_open_lines_and_no_secrets_in_messages(address: str) -> None:
     with pytest.raises(UserError) as error:
         zoo.pull(address.replace("127.0.0.1", "user:secret@127.0.0.1") + "/missing?token=secret")
     assert "secret" not in str(error.value)
-    assert shown("https://u:p@host:1/x?y#z") == "https://host:1/x"
+    assert shown_address("https://u:p@host:1/x?y#z") == "https://host:1/x"
 
 
 def test_index_with_an_address_is_checked_against_its_size_and_sha(address: str, tmp_path: Path) -> None:

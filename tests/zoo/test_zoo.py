@@ -181,7 +181,7 @@ def test_mutated_index_raises_user_errors_only(data: st.DataObject, tmp_path: Pa
     folder = tmp_path / "fuzzed"
     tuner = make_tuner()
     if not folder.exists():
-        add(tuner.to_bytes(), tuner, folder, "tiny")
+        add(tuner, tuner.to_bytes(), folder, "tiny")
         (tmp_path / "index.json").write_bytes((folder / "index.json").read_bytes())
     content = bytearray((tmp_path / "index.json").read_bytes())
     for _ in range(data.draw(st.integers(1, 3))):

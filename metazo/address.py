@@ -1,0 +1,16 @@
+"""Addresses in messages, logs and settings: without what may be a secret."""
+
+from __future__ import annotations
+
+from urllib.parse import urlsplit
+
+
+def shown_address(address: str) -> str:
+    """An address without user, password, query and fragment, which may be secrets; other texts as they are."""
+    if "://" not in address:
+        return address
+    try:
+        parts = urlsplit(address)
+        return f"{parts.scheme}://{parts.hostname}{f':{parts.port}' if parts.port else ''}{parts.path}"
+    except ValueError:
+        return "the address"

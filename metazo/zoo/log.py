@@ -1,0 +1,78 @@
+"""A fine-tuned model published as its step log: a few bytes a step, from which `metazo replay` rebuilds it."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from metazo.address import shown_address
+from metazo.errors import UserError
+from metazo.optimizers.step import Step
+from metazo.plain import is_plain
+from metazo.steplog import encode, line, scan
+
+
+@dataclass(frozen=True)
+class Log:
+    """A whole step log; see metazo/steplog.py."""
+
+    data: bytes
+    header: dict[str, Any]
+    """What the steps belong to: base model and the hash of its weights, method, settings, noise, precision, versions."""
+    steps: list[Step]
+    end: dict[str, Any] | None
+    """The kept step and the hash of the model's weights there; None for a run that is not finished."""
+
+    @property
+    def base_model(self) -> str:
+        return self.header["model"]
+
+    @classmethod
+    def from_bytes(cls, data: bytes, origin: str) -> Log:
+        """Read and check a log; `origin` names it in the message of the UserError. A torn last record is an error."""
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / "steps.jsonl"
+            path.write_bytes(data)
+            try:
+                found = scan(path).sound()
+            except UserError as error:
+                raise UserError(str(error).replace(str(path), origin)) from None
+        if found.torn or not found.steps:
+            what = f"ends in {found.torn} bytes of a torn record" if found.torn else "holds no steps"
+            raise UserError(f"{origin} cannot be published or pulled as a model: it {what}; finish the run first")
+        if not is_plain(found.header):
+            raise UserError(f"{origin} is a step log whose header is no plain table of text and numbers")
+        for name, form in (("model", "[^\\x00]{1,512}"), ("weights", "[0-9a-f]{64}"), ("method", "[a-z0-9-]{1,40}")):
+            value = found.header.get(name)
+            if not isinstance(value, str) or not value.isprintable() or not re.fullmatch(form, value):
+                raise UserError(f"{origin} is a step log whose header has no {name} that can be used")
+        return cls(data, found.header, found.steps, found.end)
+
+    def published(self, base_model: str) -> Log:
+        """The same log for others: under this name of the base model, and without paths of this machine."""
+        header: dict[str, Any] = {key: _portable(value) for key, value in self.header.items()} | {"model": base_model}
+        if isinstance(header.get("settings"), dict):
+            header["settings"] |= {"model": base_model}
+        records = [header, *map(encode, self.steps), *([self.end] if self.end else [])]
+        parts, chain = [], 0
+        for record in records:
+            part, chain = line(record, chain)
+            parts.append(part)
+        return Log(b"".join(parts), json.loads(json.dumps(header)), self.steps, self.end)
+
+
+def _portable(value: Any) -> Any:
+    """Of a path its last part, of an address what is no secret, anything else as it is."""
+    if isinstance(value, dict):
+        return {key: _portable(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_portable(part) for part in value]
+    if isinstance(value, str) and "://" in value:
+        return shown_address(value)
+    if isinstance(value, str) and re.match(r"[/~\\]|\.\.?[/\\]|[A-Za-z]:[/\\]", value):
+        return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
+    return value

@@ -1,0 +1,147 @@
+"""Signed indexes: with real keys of minisign, made here."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from metazo import zoo
+from metazo.errors import UserError
+from metazo.zoo.signature import check_signature, signer
+from tests.zoo.conftest import make_tuner
+from tests.zoo.test_cli import run
+
+minisign: Any = pytest.importorskip("minisign", reason="py-minisign is not installed: pip install 'metazo[sign]'")
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> tuple[Path, Path]:
+    """Files with a secret key without a password and its public key."""
+    return write(tmp_path, "mine")
+
+
+def write(folder: Path, name: str) -> tuple[Path, Path]:
+    pair = minisign.KeyPair.generate()
+    secret, public = folder / f"{name}.key", folder / f"{name}.pub"
+    secret.write_bytes(bytes(pair.secret_key))
+    public.write_bytes(bytes(pair.public_key))
+    return secret, public
+
+
+def signed(folder: Path, secret: Path, **of: Any) -> str:
+    return zoo.push(make_tuner(**of), folder, sign=signer(str(secret), lambda: ""))
+
+
+def test_a_signed_zoo_is_pulled_and_verified(tmp_path: Path, keys: tuple[Path, Path]) -> None:
+    secret, public = keys
+    name = signed(tmp_path / "z", secret)
+    assert (tmp_path / "z" / "index.json.minisig").read_text().splitlines()[2] == "trusted comment: file:index.json"
+    for key in (str(public), public.read_text().splitlines()[1]):  # the file, or its text as for minisign -P
+        assert zoo.pull(name, tmp_path / "z", key=key).path.is_file()
+        assert [check.problem for check in zoo.verify(tmp_path / "z", key)] == [None]
+    assert zoo.pull("tiny", tmp_path / "z").path.is_file()  # without a key nothing is asked
+
+
+def test_what_the_key_did_not_sign_is_refused(tmp_path: Path, keys: tuple[Path, Path]) -> None:
+    secret, public = keys
+    folder, other = tmp_path / "z", write(tmp_path, "other")[1]
+    name = signed(folder, secret)
+
+    def refused(words: str, key: Path = public) -> None:
+        for call in (lambda: zoo.pull(name, folder, key=str(key)), lambda: zoo.verify(folder, str(key))):
+            with pytest.raises(UserError, match=words):
+                call()
+
+    refused("its signature is not by the key given", other)
+    index = folder / "index.json"
+    sound = index.read_text()
+    content = json.loads(sound)
+    content["tuners"][0]["sha256"] = "0" * 64
+    index.write_text(json.dumps(content))
+    refused("its signature is not by the key given")
+    index.write_text(sound)
+    (folder / name / "tuner.safetensors").write_bytes(make_tuner(seed=3).to_bytes())
+    with pytest.raises(UserError, match="has sha256"):
+        zoo.pull(name, folder, key=str(public))
+    (folder / "index.json.minisig").write_bytes(b"\xff" * 5000)
+    refused("is refused")
+    (folder / "index.json.minisig").unlink()
+    refused("is not signed")
+    index.unlink()
+    refused("is not a file")
+
+
+def test_only_the_signed_zoo_will_do(tmp_path: Path, keys: tuple[Path, Path]) -> None:
+    """With a key no other folder, address or repository is looked at."""
+    secret, public = keys
+    signed(tmp_path / "z", secret)
+    for source in ("pico", "other/v1", "https://example.org/t", str(tmp_path / "z"), "org/tuner@v1"):
+        with pytest.raises(UserError, match="is no name in the index that --key is for"):
+            zoo.pull(source, tmp_path / "z", key=str(public))
+
+
+def test_a_signed_zoo_stays_signed(tmp_path: Path, keys: tuple[Path, Path]) -> None:
+    secret, public = keys
+    signed(tmp_path / "z", secret)
+    with pytest.raises(UserError, match="is signed; give --sign KEY"):
+        zoo.push(make_tuner(seed=1), tmp_path / "z")
+    assert signed(tmp_path / "z", secret, seed=1) == "tiny/v2"
+    assert [check.problem for check in zoo.verify(tmp_path / "z", str(public))] == [None, None]
+
+
+def test_command_line_and_password(tmp_path: Path, keys: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    secret, public = keys
+    locked = minisign.SecretKey.from_file(secret)
+    locked.encrypt("open sesame", opslimit=32768, memlimit=2**24)
+    secret.write_bytes(bytes(locked))
+    make_tuner().save(tmp_path / "t.safetensors")
+    push = ("push", tmp_path / "t.safetensors", "--to", tmp_path / "z", "--sign", secret)
+    monkeypatch.setenv("METAZO_SIGN_PASSWORD", "close sesame")
+    with pytest.raises(UserError, match="wrong password") as error:
+        run(*push)
+    assert "sesame" not in str(error.value) and not (tmp_path / "z").exists()
+    monkeypatch.setenv("METAZO_SIGN_PASSWORD", "open sesame")
+    assert "published tiny/v1" in run(*push)
+    assert "1 of 1 in order; the index is signed by the key" in run("verify", "--zoo", tmp_path / "z", "--key", public)
+    assert "tiny" in run("pull", "tiny/v1", "--zoo", tmp_path / "z", "--key", public)
+
+
+@pytest.mark.parametrize("text", ["", "x" * 56, "RW" * 28, "/no/such/key", "\0"])
+def test_odd_keys_are_refused_and_not_repeated(text: str, tmp_path: Path) -> None:
+    (tmp_path / "k").write_text(text)
+    zoo.push(make_tuner(), tmp_path / "z")
+    (tmp_path / "z/index.json.minisig").write_text("x")
+    for call in (lambda: signer(str(tmp_path / "k"), str), lambda: zoo.verify(tmp_path / "z", text)):
+        with pytest.raises(UserError) as error:
+            call()
+        assert not text or text not in str(error.value)
+
+
+def test_our_signature_is_minisigns(tmp_path: Path) -> None:
+    """The documented example of minisign itself verifies, by its published key."""
+    path = tmp_path / "file"
+    path.with_name("file.minisig").write_text(
+        "untrusted comment: signature from minisign secret key\n"
+        "RWQf6LRCGA9i59SLOFxz6NxvASXDJeRtuZykwQepbDEGt87ig1BNpWaVWuNrm73YiIiJbq71Wi+dP9eKL8OC351vwIasSSbXxwA=\n"
+        "trusted comment: timestamp:1555779966\tfile:test\n"
+        "QtKMXWyYcwdpZAlPF7tE2ENJkRd1ujvKjlj1m9RtHTBnZPa5WKU5uWRs5GoP5M/VqE81QFuMKI5k/SfNQUaOAA==\n"
+    )
+    key = "RWQf6LRCGA9i53mlYecO4IzT51TGPpvWucNSCh1CBM0QTaLn73Y7GFO3"
+    check_signature(b"test", path, key)
+    with pytest.raises(UserError, match="signature verification failed"):
+        check_signature(b"Test", path, key)
+
+
+def test_without_the_extra_one_sentence(tmp_path: Path, keys: tuple[Path, Path]) -> None:
+    program = (
+        "import sys; sys.modules['minisign'] = None; from metazo import zoo\n"
+        "try:\n    zoo.pull('a/v1', sys.argv[1], key='k')\nexcept Exception as e:\n    print(type(e).__name__, e)"
+    )
+    signed(tmp_path / "z", keys[0])
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "z")], capture_output=True, text=True)
+    assert done.stdout.strip() == "UserError signatures need the package py-minisign: pip install 'metazo[sign]'"
