@@ -6,8 +6,6 @@ lose the perturbation (huggingface/peft#3053, princeton-nlp/MeZO#42).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,9 +22,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
 
 from metazo.errors import UserError
+from metazo.sentence import HEAD_FILE, SentenceClassifier, find, pooling_of, quiet
 
 Kind = Literal["causal", "masked", "classifier"]
 KINDS = {
@@ -40,6 +38,7 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
+HEADS = ("auto", "checkpoint", "linear", "prototype")
 PICO = Path(__file__).parent / "pico" / "model"
 
 
@@ -47,7 +46,7 @@ PICO = Path(__file__).parent / "pico" / "model"
 class LoadedModel:
     """A model in eval mode with the tokenizer that fits it."""
 
-    model: PreTrainedModel
+    model: PreTrainedModel | SentenceClassifier
     tokenizer: PreTrainedTokenizerBase
     kind: Kind
     name: str
@@ -64,13 +63,17 @@ def load_model(
     dtype: str | torch.dtype = "float32",
     device: str | torch.device = "cpu",
     num_labels: int | None = None,
+    head: str = "auto",
     seed: int = 0,
 ) -> LoadedModel:
     """Load a model for fine-tuning.
 
     kind: "causal", "masked", "classifier", or "auto": what the checkpoint was saved as; a checkpoint without a language
     model head becomes a classifier. A classifier whose checkpoint has no head of ``num_labels`` classes gets a new one,
-    drawn from ``seed`` without touching torch's global generator. ``pico`` is the small model that metazo carries.
+    drawn from ``seed`` without touching torch's global generator. head: a classifier's; "checkpoint" is transformers' own
+    class, "linear" and "prototype" stand on pooled hidden states (`SentenceClassifier`), and "auto" takes linear for a
+    sentence-transformers checkpoint, whose pooler was never trained, and checkpoint for every other. ``pico`` is the
+    small model that metazo carries.
     Code from the Hub is never run. Raises UserError for a model, kind, dtype or device that is not there.
     """
     name = str(name_or_path)
@@ -78,53 +81,58 @@ def load_model(
     source = str(PICO) if name == "pico" else name
     if kind not in (*KINDS, "auto"):
         raise UserError(f"unknown model kind {kind!r}; choose auto, {', '.join(KINDS)}")
+    if head not in HEADS:
+        raise UserError(f"unknown head {head!r}; choose {', '.join(HEADS)}")
     _check_folder(source, name)
     try:
         config = AutoConfig.from_pretrained(source)
         chosen = _kind_of(config) if kind == "auto" else kind
-        if chosen == "classifier" and num_labels is not None and config.num_labels != num_labels:
-            config.num_labels = num_labels
-        with (
-            _quiet(),
-            torch.random.fork_rng(devices=[]),
-        ):  # a new head follows the seed, not the global generator
-            torch.default_generator.manual_seed(seed)
-            model, info = KINDS[chosen].from_pretrained(
-                source,
-                config=config,
-                dtype=torch_dtype,
-                ignore_mismatched_sizes=chosen == "classifier",
-                output_loading_info=True,
+        if chosen != "classifier" and head != "auto":
+            raise UserError(
+                f"head {head!r} is for classifiers and {name!r} is used as a {chosen} model; add kind classifier"
             )
+        with quiet(), torch.random.fork_rng(devices=[]):  # a new head follows the seed, not the global generator
+            torch.default_generator.manual_seed(seed)
+            if chosen == "classifier":
+                model = _classifier(source, config, torch_dtype, num_labels, head)
+            else:
+                model = _language_model(source, config, torch_dtype, chosen, name)
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise UserError(f"model {name!r} cannot be loaded: {_first_sentence(error)}") from error
-    if chosen != "classifier" and info["missing_keys"]:
-        first = sorted(info["missing_keys"])[0]
-        raise UserError(
-            f"model {name!r} has no weights for {first!r}, so it is no trained {chosen} language model; "
-            "load it as a classifier, or name a complete checkpoint"
-        )
     try:
-        model = model.to(torch.device(device))
+        model.to(device=torch.device(device))  # type: ignore[call-arg]
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {str(device)!r} cannot be used: {_first_sentence(error)}") from error
     _set_pad(tokenizer, model)
     return LoadedModel(model.eval(), tokenizer, chosen, name, torch_dtype, _context_length(model, tokenizer))  # type: ignore[arg-type]
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bar and no report of a missing head, which is expected here."""
-    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bar:
-            logging.enable_progress_bar()
+def _language_model(source: str, config: PreTrainedConfig, dtype: torch.dtype, kind: str, name: str) -> PreTrainedModel:
+    model, info = KINDS[kind].from_pretrained(source, config=config, dtype=dtype, output_loading_info=True)
+    if info["missing_keys"]:
+        raise UserError(
+            f"model {name!r} has no weights for {sorted(info['missing_keys'])[0]!r}, so it is no trained {kind} language "
+            "model; load it as a classifier, or name a complete checkpoint"
+        )
+    return model
+
+
+def _classifier(
+    source: str, config: PreTrainedConfig, dtype: torch.dtype, classes: int | None, head: str
+) -> PreTrainedModel | SentenceClassifier:
+    if head == "auto":
+        if find(source, HEAD_FILE):
+            model = SentenceClassifier.from_pretrained(source, dtype=dtype)
+            if classes in (None, model.classes):
+                return model
+        own_head = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+        head = "linear" if not own_head and pooling_of(source) else "checkpoint"
+    if head != "checkpoint":
+        return SentenceClassifier.new(source, head=head, classes=classes or config.num_labels or 2, dtype=dtype)
+    if classes is not None and config.num_labels != classes:
+        config.num_labels = classes
+    return KINDS["classifier"].from_pretrained(source, config=config, dtype=dtype, ignore_mismatched_sizes=True)
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -159,7 +167,7 @@ def _first_sentence(error: BaseException) -> str:
     return text.split(". ")[0].rstrip(".")[:300]
 
 
-def _set_pad(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+def _set_pad(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | SentenceClassifier) -> None:
     """Padding is masked out, so any token will do: the tokenizer's own, end of text, unknown, or token 0."""
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
@@ -167,7 +175,7 @@ def _set_pad(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
 
 
-def _context_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+def _context_length(model: PreTrainedModel | SentenceClassifier, tokenizer: PreTrainedTokenizerBase) -> int:
     config = model.config.get_text_config()
     limits = [tokenizer.model_max_length]
     for field in ("max_position_embeddings", "n_positions"):
