@@ -6,8 +6,8 @@ pool of words and every set of templates is divided into a train, a validation a
 validation (test) words in a train template, or train words in a validation (test) template, or both; a third
 of the rows each. So no sentence of two splits is the same, and the accuracy on test measures what carries
 over to new words and new wording. In ``pico_cause`` the pairs of cause and effect are divided like words.
-Pico's pretraining text has all words, as a large model knows the words of a new task, but train templates
-only (see `metazo.pico.pretext`).
+Pico's pretraining text tells of all words, as a large model knows the words of a new task, but never in a
+held-out template, and asks a task's own prompt of train words only (see `metazo.pico.pretext`).
 """
 
 from __future__ import annotations
@@ -47,21 +47,18 @@ TASKS: tuple[str, ...] = tuple(PROMPTS)
 
 
 class Draw:
-    """Draws words and templates of one row from the parts of the lexicon that its split may use."""
+    """Draws words of one part of the lexicon and templates of one's choice, by task."""
 
-    def __init__(self, rng: random.Random, split: str):
+    def __init__(self, rng: random.Random, part: str, templates: dict[str, tuple]):
         self.rng = rng
-        self.split = split
-        held_out = ("train", split) if split in ("validation", "test") else (split,)
-        mode = rng.choice(("words", "template", "both"))
-        self.word_part = "all" if split == "pretrain" else held_out[-1] if mode != "template" else "train"
-        self.template_part = "train" if split in ("pretrain", "train") or mode == "words" else split
+        self.part = part
+        self.templates = templates
 
     def template(self, task: str):
-        return self.rng.choice(lexicon.TEMPLATES[task][self.template_part])
+        return self.rng.choice(self.templates[task])
 
     def word(self, pool: tuple[str, ...], *avoid: str) -> str:
-        return self.rng.choice([word for word in lexicon.part(pool, self.word_part) if word not in avoid])
+        return self.rng.choice([word for word in lexicon.part(pool, self.part) if word not in avoid])
 
     def fill(self, template: str, **given: str) -> str:
         """Fills the slots of ``template``; slots not given are drawn from the pool of their name."""
@@ -91,6 +88,14 @@ def articles(text: str) -> str:
             out[i] = word + "n"
     text = " ".join(out)
     return text[0].upper() + text[1:]
+
+
+def draw_of(rng: random.Random, split: str) -> Draw:
+    """What a row of ``split`` is drawn from: held-out words, held-out templates or both, a third of the rows each."""
+    mode = rng.choice(("words", "template", "both"))
+    template_part = "train" if mode == "words" else split
+    templates = {task: parts[template_part] for task, parts in lexicon.TEMPLATES.items()}
+    return Draw(rng, "train" if mode == "template" else split, templates)
 
 
 def sentiment(draw: Draw, label: int) -> dict:
@@ -124,7 +129,7 @@ def entail(draw: Draw, label: int) -> dict:
 
 
 def cause(draw: Draw, label: int) -> dict:
-    events = lexicon.part(lexicon.EVENTS, draw.word_part)
+    events = lexicon.part(lexicon.EVENTS, draw.part)
     right, wrong = draw.rng.sample(range(len(events)), 2)
     asked = draw.rng.choice((0, 1))  # 0: the cause is asked for, 1: the effect
     person = draw.word(POOLS["person"])
@@ -173,7 +178,7 @@ def examples(task: str, split: str, n: int, seed: int = 0) -> list[dict]:
     rows: dict[str, dict] = {}
     tries = 0
     while len(rows) < n:
-        row = make(Draw(rng, split), len(rows) % classes)
+        row = make(draw_of(rng, split), len(rows) % classes)
         rows.setdefault(repr(row), row)
         tries += 1
         if tries > 50 * n + 1000:
@@ -181,6 +186,13 @@ def examples(task: str, split: str, n: int, seed: int = 0) -> list[dict]:
     out = list(rows.values())
     rng.shuffle(out)
     return out
+
+
+def vocabulary() -> list[str]:
+    """The label words and every word that a slot can hold, once each."""
+    pools = [*POOLS.values(), lexicon.POSITIVE, lexicon.NEGATIVE, *lexicon.TOPIC_THINGS]
+    labels = [word.strip() for form in PROMPTS.values() for word in form.words or ()]
+    return list(dict.fromkeys([*labels, *(word for pool in pools for word in pool)]))
 
 
 def prompt(task: str, row: dict) -> str:

@@ -1,16 +1,15 @@
 """Makes pico: trains its tokenizer and pretrains the model on English and on text of the grammar.
 
-python -m metazo.pico.pretrain --corpus DIR --out DIR [--steps 2800]
+python -m metazo.pico.pretrain --corpus DIR --out metazo/pico/model
 
 DIR of the corpus holds gutenberg/*.txt (public-domain books) and wikitext2/{valid,test}.txt. One book and
-WikiText-2 test are held out for perplexity. Needs the package `tokenizers` (comes with transformers). Same
-seed, same number of threads and same library versions give the same weights.
+WikiText-2 test are held out for perplexity. Needs the package `tokenizers` (comes with transformers). The same
+seed, number of threads, kind of processor and library versions give the same weights, bit for bit.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import random
 import re
 import shutil
@@ -20,16 +19,18 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from metazo.pico import grammar, pretext
+from metazo.pico import grammar, lexicon, pretext
 from metazo.pico.score import perplexity, score
 
 CONTEXT = 256
 VOCABULARY = 2048
 ANSWER_WEIGHT = 5
-ENGLISH_ROWS, GRAMMAR_ROWS = 6, 10  # of a batch
-STEPS, STOP = 2800, 1050  # length of the first schedule, and where it is left
+ENGLISH_ROWS, GRAMMAR_ROWS = 4, 5  # of a batch
+DOCUMENTS = 64  # of the grammar, written for a step: a little more than its rows hold
+MUON_LR, ADAMW_LR, WARM_UP = 0.02, 3e-3, 30
 HELD_OUT_BOOK = "carroll-alice.txt"
 SPECIAL = ("<pad>", "<s>", "</s>")
 
@@ -55,8 +56,8 @@ def read_corpus(folder: Path) -> tuple[list[str], dict[str, str]]:
 
 
 def train_tokenizer(texts: list[str], generated: list[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE; label words are shown so often that each becomes one token, with its leading space."""
-    words = [word for form in grammar.PROMPTS.values() for word in form.words or ()]
+    """Byte-level BPE; the words of the grammar are shown so often that each becomes one token, with its leading space."""
+    words = [f" {word}" for word in grammar.vocabulary()]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -66,7 +67,8 @@ def train_tokenizer(texts: list[str], generated: list[str]) -> PreTrainedTokeniz
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([*texts, *generated, *(word * 20000 for word in words)], trainer)
+    often = [*words, *lexicon.NAMES]  # a name also starts a sentence
+    tokenizer.train_from_iterator([*texts, *generated, *(f"{word}\n" * 20000 for word in often)], trainer)
     pad, bos, eos = SPECIAL
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, SPECIAL.index(bos))]
@@ -77,7 +79,7 @@ def train_tokenizer(texts: list[str], generated: list[str]) -> PreTrainedTokeniz
     )  # fmt: skip
 
 
-def documents(seed: str, count: int) -> list[tuple[str, str]]:
+def documents(seed: int, count: int) -> list[tuple[str, str]]:
     rng = random.Random(seed)
     return [pretext.document(rng) for _ in range(count)]
 
@@ -85,18 +87,23 @@ def documents(seed: str, count: int) -> list[tuple[str, str]]:
 def rows_of(texts: list[tuple[str, str]], tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
     """Rows of CONTEXT tokens, cut from the texts one after the other, each with its begin and end token.
 
-    A text is (prompt, answer). Shape (2, rows, CONTEXT): the ids, and the weight of each id in the loss: ANSWER_WEIGHT
-    for an answer, 1 for the rest.
+    A text is (prompt, answer). Shape (3, rows, CONTEXT): the ids; the position of each within its text (at most the row
+    is seen of a text, so positions stay below CONTEXT); the weight of each in the loss: ANSWER_WEIGHT for an answer, 1
+    for the rest.
     """
     ids: list[int] = []
+    positions: list[int] = []
     weights: list[int] = []
-    prompts = tokenizer([prompt for prompt, _ in texts])["input_ids"]
+    prompts = tokenizer([prompt for prompt, _ in texts], verbose=False)["input_ids"]
     answers = tokenizer([answer for _, answer in texts], add_special_tokens=False)["input_ids"]
     for prompt, answer in zip(prompts, answers, strict=True):
         ids += [*prompt, *answer, tokenizer.eos_token_id]
+        positions += range(len(prompt) + len(answer) + 1)
         weights += [1] * len(prompt) + [ANSWER_WEIGHT] * len(answer) + [1]
     whole = len(ids) // CONTEXT * CONTEXT
-    return torch.tensor([ids[:whole], weights[:whole]]).view(2, -1, CONTEXT)
+    rows = torch.tensor([ids[:whole], positions[:whole], weights[:whole]]).view(3, -1, CONTEXT)
+    rows[1] -= torch.where(rows[1] >= torch.arange(CONTEXT), rows[1, :, :1], 0)  # a text cut in two starts again at 0
+    return rows
 
 
 def new_model() -> LlamaForCausalLM:
@@ -117,35 +124,39 @@ def new_model() -> LlamaForCausalLM:
     )
 
 
-def train(
-    model: LlamaForCausalLM, english: torch.Tensor, generated: torch.Tensor, lr: float, steps: int, stop: int
-) -> None:
-    """AdamW under bfloat16 autocast: ``stop`` steps of a schedule that warms up, then falls to zero in ``steps``.
+def optimizers_of(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
+    """Muon (Jordan et al. 2024) for the matrices between the layers, AdamW for embedding and norms."""
+    matrices, embeddings, norms = [], [], []
+    for name, parameter in model.named_parameters():
+        (norms if parameter.ndim == 1 else embeddings if "embed" in name else matrices).append(parameter)
+    groups = [{"params": embeddings, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}]
+    return [
+        torch.optim.Muon(matrices, lr=MUON_LR, weight_decay=0.1, momentum=0.95),
+        torch.optim.AdamW(groups, lr=ADAMW_LR, betas=(0.9, 0.95), fused=True),
+    ]
 
-    ``english`` and ``generated`` are as from `rows_of`.
+
+def train(model: LlamaForCausalLM, parts: list[tuple[torch.Tensor, int]], steps: int) -> None:
+    """Pretrain under bfloat16 autocast; the learning rates warm up for 30 steps and fall linearly to zero.
+
+    ``parts``: texts as from `rows_of`, and how many of their rows a batch holds. A text sees nothing of the text before it
+    in its row: transformers takes positions that start again for a new text.
     """
-    decay = [p for p in model.parameters() if p.ndim > 1]
-    rest = [p for p in model.parameters() if p.ndim == 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
-        lr,
-        (0.9, 0.95),
-        fused=True,
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: min((t + 1) / 100, 1 - t / steps))
-    parts = ((english, ENGLISH_ROWS), (generated, GRAMMAR_ROWS))
+    optimizers = optimizers_of(model)
+    schedules = [LambdaLR(each, lambda t: min((t + 1) / WARM_UP, 1 - t / steps)) for each in optimizers]
     orders = [order(data.shape[1], rows * steps).view(steps, rows) for data, rows in parts]
     began = time.monotonic()
-    for step in range(stop):
-        batch, weights = torch.cat([data[:, rows[step]] for (data, _), rows in zip(parts, orders)], 1)
+    for step in range(steps):
+        drawn = [data[:, rows[step]] for (data, _), rows in zip(parts, orders, strict=True)]
+        batch, positions, weights = torch.cat(drawn, 1)
         with torch.autocast("cpu", torch.bfloat16):
-            logits = model(input_ids=batch, use_cache=False).logits
+            logits = model(input_ids=batch, position_ids=positions, use_cache=False).logits
         losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="none")
         (losses * weights[:, 1:].flatten()).mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+        for each in (*optimizers, *schedules):
+            each.step()
+        model.zero_grad()
         if step % 100 == 99:
             first, second = losses.detach().split([rows * (CONTEXT - 1) for _, rows in parts])
             print(
@@ -177,41 +188,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--decay-steps", type=int, default=450)
-    parser.add_argument("--first-part", type=Path, help="weights after the first part: read if there, else written")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     began = time.monotonic()
     texts, held_out = read_corpus(args.corpus)
-    tokenizer = train_tokenizer(texts, ["".join(text) for text in documents(f"{args.seed}/words", 50_000)])
-    english = rows_of([(text, "") for text in texts], tokenizer)
+    generated = documents(args.seed, DOCUMENTS * args.steps)
+    tokenizer = train_tokenizer(texts, ["".join(text) for text in generated[:50_000]])
+    english, grammatical = rows_of([(text, "") for text in texts], tokenizer), rows_of(generated, tokenizer)
     model = new_model()
-    print(f"{english[0].numel():,} English tokens, {model.num_parameters():,} parameters", flush=True)
-    if args.first_part and args.first_part.exists():
-        model.load_state_dict(torch.load(args.first_part, weights_only=True))
-    else:
-        generated = rows_of(documents(f"{args.seed}/first", 150 * STOP), tokenizer)
-        train(model, english, generated, 3e-3, STEPS, STOP)
-        if args.first_part:
-            torch.save(model.state_dict(), args.first_part)
-    torch.manual_seed(args.seed + 1)
-    generated = rows_of(documents(f"{args.seed}/second", 120 * args.decay_steps), tokenizer)
-    train(model, english, generated, 2e-3, args.decay_steps, args.decay_steps)
+    print(f"{english[0].numel():,} English tokens, {grammatical[0].numel():,} of the grammar, "
+          f"{model.num_parameters():,} parameters", flush=True)  # fmt: skip
+    train(model, [(english, ENGLISH_ROWS), (grammatical, GRAMMAR_ROWS)], args.steps)
     print(f"trained; {time.monotonic() - began:.0f} s in all", flush=True)
     new = args.out.with_name(args.out.name + ".tmp")
     shutil.rmtree(new, ignore_errors=True)
-    copy.deepcopy(model).half().save_pretrained(new)
+    model.half().save_pretrained(new)
     tokenizer.save_pretrained(new)
     if (args.out / "card.md").exists():
         shutil.copy(args.out / "card.md", new)
     shutil.rmtree(args.out, ignore_errors=True)
     new.rename(args.out)
     saved = LlamaForCausalLM.from_pretrained(args.out, dtype=torch.float32)
-    whole, half = (perplexity(m.eval(), tokenizer, held_out[HELD_OUT_BOOK])[0] for m in (model, saved))
-    print(f"perplexity of {HELD_OUT_BOOK} in float32 {whole:.4f}, as saved in float16 {half:.4f}\n")
     print(report(saved, tokenizer, held_out))
 
 

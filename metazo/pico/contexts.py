@@ -1,0 +1,83 @@
+"""Sentence templates of pico's pretraining text only, in the form of `metazo.pico.lexicon.TEMPLATES`.
+
+None of them is a template of a task. They show every word of the lexicon in many wordings, so that what pico knows of a
+word does not hang on a few sentences.
+"""
+
+from __future__ import annotations
+
+CONTEXTS: dict[str, tuple] = {
+    "pico_sentiment": (
+        "So {opinion} was the {judged} that {name} spoke of nothing else.",
+        "{name} wrote: a {adverb} {opinion} {judged}.",
+        "That was a {opinion} {judged}, wrote {name}.",
+        "The {person} found the {judged} {adverb} {opinion}.",
+        "Few had seen a {judged} as {opinion} as that one.",
+        "How {opinion} the {judged} seemed to {name}!",
+        "At the {place} there was a {opinion} {judged}.",
+        "Everybody said the {judged} was {opinion}, and {opinion2} too.",
+        "The {judged}, {opinion} and {opinion2}, went on for hours.",
+        "{name} had not known that a {judged} can be so {opinion}.",
+        "Such a {opinion} {judged} is rare, thought the {person}.",
+        "One thing is certain: the {judged} was {opinion}.",
+        "The {person} and {name} agree that the {judged} is {opinion}.",
+        "From start to end the {judged} stayed {opinion}.",
+        "I remember a {judged} that was {opinion} and {opinion2}.",
+        "My {judged} turned out {adverb} {opinion}.",
+        "No other {judged} this year was more {opinion}.",
+        "Another {opinion} {judged}, said the paper.",
+        "Is there a more {opinion} {judged}, asked {name}.",
+        "They never made a {opinion} {judged} before, but this one is {opinion2}.",
+    ),
+    "pico_topic": (
+        "The {person} at the {place} spoke of {thing} and {thing2}.",
+        "Everyone in the {place} wanted to hear about the {thing}.",
+        "A book about {thing} lay in the {place}.",
+        "{name} dreamed of a {thing}.",
+        "After the {thing} there was a {thing2}.",
+        "Without {thing} no day is complete, said {name}.",
+        "Was it the {thing} or the {thing2}, asked the {person}.",
+        "No one could forget the {thing}.",
+        "Before the {thing} they spoke of the {thing2}.",
+        "In the {place} {name} learned about {thing}.",
+        "The {thing} was all that {name} cared for.",
+        "Some like {thing}, some like {thing2}.",
+        "{name} wrote to the {person}: tell me of the {thing}.",
+        "What of the {thing}, said the {person}.",
+        "Once more the {thing} pleased the {person}.",
+        "The {person} has a picture of the {thing} and the {thing2}.",
+    ),
+    "pico_entail": (
+        ("{name} is here.", ("name",), "{name} is here"),
+        ("Here is a {object}.", ("object",), "there is a {object}"),
+        ("There is a {object} and a {object2}.", ("object",), "there is a {object}"),
+        ("{name} is with the {person}.", ("name",), "{name} is here"),
+        ("The {person} is at the {place}.", ("person", "place"), "the {person} is at the {place}"),
+        ("{name} is in the {place} with a {object}.", ("object", "place"), "a {object} is in the {place}"),
+        ("{name} carried the {object} into the {place}.", ("object", "place"), "the {object} is in the {place}"),
+        ("The {person} saw a {object} and a {object2}.", ("object", "person"), "the {person} saw a {object}"),
+        ("{name} owns a {colour} {object}.", ("object", "name"), "{name} has a {object}"),
+        ("There is a {colour} {object} in the {place}.", ("object", "place"), "a {object} is in the {place}"),
+        ("{name} met the {person} at the {place}.", ("name", "person"), "{name} saw the {person}"),
+        ("The {person} of the {place} has a {object}.", ("person", "object"), "the {person} has a {object}"),
+        ("Far away, in the {place}, {name} lost a {object}.", ("name", "object"), "{name} lost a {object}"),
+        ("{name} and the {person} own a {object}.", ("name", "object"), "{name} had a {object}"),
+    ),
+    "pico_cause": (
+        "Once {event}.",
+        "On Sunday {event}.",
+        "We know that {event}.",
+        "Long ago {event}.",
+        "{name} wrote that {event}.",
+    ),
+    "pico_span": (
+        ("{name} has a {object}.", "Who has the {object}?", "{name}"),
+        ("{name} saw the {object}.", "Who saw the {object}?", "{name}"),
+        ("{name} waits at the {place}.", "Who waits at the {place}?", "{name}"),
+        ("{name} lives near the {place}.", "Where is {name}?", "the {place}"),
+        ("The {object} lies in the {place}.", "Where is the {object}?", "the {place}"),
+        ("In the {place} stood a {object}.", "Where is the {object}?", "the {place}"),
+        ("{name} threw the {object} into the {place}.", "Where is the {object}?", "the {place}"),
+        ("{name} wanted the {object}.", "Who wanted the {object}?", "{name}"),
+    ),
+}
