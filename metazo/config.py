@@ -130,8 +130,9 @@ class FinetuneConfig:
     """Rank of LoRA adapters that are trained instead of the weights (needs the extra peft); 0: none"""
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
     """Type of the weights in the forward pass"""
-    precision: Literal["auto", "in-place", "master"] = "auto"
-    """Where the weights live while probed; auto keeps a float32 master for narrower ones"""
+    precision: Literal["auto", "in-place", "master", "compensated-16", "compensated-8", "autocast"] = "auto"
+    """Where the weights live while probed: auto perturbs float32 in place and keeps a float32 master of narrower ones;
+    compensated keeps 16 or 8 bits beside each narrow weight instead; autocast runs float32 weights in bfloat16"""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU where there is one"""
     eval_every: int | None = None

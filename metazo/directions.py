@@ -1,50 +1,93 @@
 """Directions: what a step moves along.
 
-A direction turns the noise of one seed into a vector d over all tensors, tensor by tensor and in order (noise in the
-published order depends on it). Directions wrap each other: `Scaled(LowRank(...))` is LOZO under a learned block scale.
-Each has two verbs: `add_`, fused and without temporaries where the direction allows, and `draw`, its plain twin.
+A direction turns the noise of one seed into a vector d over all tensors, tensor by tensor. Directions wrap each other:
+`Scaled(LowRank(...))` is LOZO under a learned block scale. A direction adds itself to a tensor or to a piece of one: a
+flat run of whole rows from entry `start` (metazo.blocks.pieces). No direction makes a temporary larger than a piece,
+but where noise has the published order: there every tensor is drawn whole, and in order.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
 
+import torch
 from torch import Tensor
 
-from metazo.blocks import NamedTensor
+from metazo.blocks import NamedTensor, part, pieces
 from metazo.noise import LEFT, Stream
 
 
-class Direction(Protocol):
+def cut(stream: Stream, tensor: NamedTensor, out: Tensor, start: int = 0) -> Iterator[tuple[int, Tensor]]:
+    """`out`, a tensor or a piece of one, in pieces; whole where noise is ordered, or the tensor not contiguous."""
+    if stream.ordered or out.numel() < tensor.param.numel() or not out.is_contiguous():
+        yield start, out
+        return
+    runs = list(pieces(tensor.param))
+    for first, stop in runs:
+        yield first, out if len(runs) == 1 else out.view(-1)[first:stop]
+
+
+def drawn(stream: Stream, tensor: NamedTensor) -> Iterator[tuple[int, Tensor]]:
+    """z of a tensor in new memory, a piece at a time: (start, entries); whole where noise is ordered."""
+    runs = list(pieces(tensor.param))
+    if stream.ordered or len(runs) == 1:
+        yield 0, stream.draw(tensor)
+    else:
+        for start, stop in runs:
+            yield start, stream.draw(tensor, start=start, count=stop - start)
+
+
+def draw_like(direction: Direction, stream: Stream, tensor: NamedTensor, piece: Tensor, start: int) -> Tensor:
+    """d on a piece, in its dtype."""
+    count = None if piece.shape == tensor.param.shape else piece.numel()
+    return direction.draw(stream, tensor, piece.dtype, start, count)
+
+
+class Direction(ABC):
+    """What `add_` and `place_` do here goes for every direction that can be drawn; many have a shorter way."""
+
+    @abstractmethod
     def touches(self, tensor: NamedTensor) -> bool:
         """False where d is zero on the tensor and draws no noise for it."""
-        ...
 
-    def add_(self, stream: Stream, tensor: NamedTensor, out: Tensor, alpha: float, beta: float = 1.0) -> None:
-        """out = beta * out + alpha * d, in place; out has the tensor's shape."""
-        ...
+    @abstractmethod
+    def draw(self, stream: Stream, tensor: NamedTensor, dtype=None, start: int = 0, count: int | None = None) -> Tensor:
+        """d on this tensor, in its shape, or count entries of it from start; dtype: the tensor's, at least float32."""
 
-    def draw(self, stream: Stream, tensor: NamedTensor, dtype=None) -> Tensor:
-        """d on this tensor, in its shape and in dtype (default: the tensor's, at least float32)."""
-        ...
+    def add_(
+        self, stream: Stream, tensor: NamedTensor, out: Tensor, alpha: float, beta: float = 1.0, start: int = 0
+    ) -> None:
+        """out = beta * out + alpha * d, in place; out: in the tensor's shape, or a piece of it."""
+        for first, piece in cut(stream, tensor, out, start):
+            piece.mul_(beta).add_(draw_like(self, stream, tensor, piece, first), alpha=alpha)
+
+    def place_(self, stream: Stream, tensor: NamedTensor, out: Tensor, base: Tensor, alpha: float) -> None:
+        """out = base + alpha * d on the whole tensor, computed in base's dtype and rounded to out's."""
+        for start, piece in cut(stream, tensor, base):
+            moved = piece.clone()
+            self.add_(stream, tensor, moved, alpha, 1.0, start)
+            part(out, start, moved).copy_(moved)
 
 
-class Isotropic:
+class Isotropic(Direction):
     """d = z, the noise itself."""
 
     def touches(self, tensor: NamedTensor) -> bool:
         return True
 
-    def add_(self, stream: Stream, tensor: NamedTensor, out: Tensor, alpha: float, beta: float = 1.0) -> None:
-        stream.add_(tensor, out, alpha, beta)
+    def add_(self, stream, tensor, out, alpha, beta=1.0, start=0) -> None:
+        stream.add_(tensor, out, alpha, beta, start=start)
 
-    def draw(self, stream: Stream, tensor: NamedTensor, dtype=None) -> Tensor:
-        return stream.draw(tensor, dtype=dtype)
+    def place_(self, stream, tensor, out, base, alpha) -> None:
+        stream.place_(tensor, out, base, alpha)
+
+    def draw(self, stream, tensor, dtype=None, start=0, count=None) -> Tensor:
+        return stream.draw(tensor, dtype=dtype, start=start, count=count)
 
 
-class Scaled:
+class Scaled(Direction):
     """d = s_b d', one positive number a tensor: block scales, at no cost beyond the scalar."""
 
     def __init__(self, inner: Direction, scales: Mapping[str, float]):
@@ -53,27 +96,27 @@ class Scaled:
     def touches(self, tensor: NamedTensor) -> bool:
         return self.inner.touches(tensor)
 
-    def add_(self, stream: Stream, tensor: NamedTensor, out: Tensor, alpha: float, beta: float = 1.0) -> None:
-        self.inner.add_(stream, tensor, out, alpha * self.scales[tensor.name], beta)
+    def add_(self, stream, tensor, out, alpha, beta=1.0, start=0) -> None:
+        self.inner.add_(stream, tensor, out, alpha * self.scales[tensor.name], beta, start)
 
-    def draw(self, stream: Stream, tensor: NamedTensor, dtype=None) -> Tensor:
-        return self.inner.draw(stream, tensor, dtype).mul_(self.scales[tensor.name])
+    def place_(self, stream, tensor, out, base, alpha) -> None:
+        self.inner.place_(stream, tensor, out, base, alpha * self.scales[tensor.name])
+
+    def draw(self, stream, tensor, dtype=None, start=0, count=None) -> Tensor:
+        return self.inner.draw(stream, tensor, dtype, start, count).mul_(self.scales[tensor.name])
 
 
-class Diagonal:
-    """d = D * d', elementwise; `factor(tensor)` gives D in the tensor's shape (HiZOO: H^-1/2)."""
+class Diagonal(Direction):
+    """d = D * d', elementwise; `factor(tensor, start, count)` gives D as `draw` gives d (HiZOO: H^-1/2)."""
 
-    def __init__(self, inner: Direction, factor):
+    def __init__(self, inner: Direction, factor: Callable[[NamedTensor, int, int | None], Tensor]):
         self.inner, self.factor = inner, factor
 
     def touches(self, tensor: NamedTensor) -> bool:
         return self.inner.touches(tensor)
 
-    def add_(self, stream: Stream, tensor: NamedTensor, out: Tensor, alpha: float, beta: float = 1.0) -> None:
-        out.mul_(beta).add_(self.draw(stream, tensor, dtype=out.dtype), alpha=alpha)
-
-    def draw(self, stream: Stream, tensor: NamedTensor, dtype=None) -> Tensor:
-        return self.inner.draw(stream, tensor, dtype).mul_(self.factor(tensor))
+    def draw(self, stream, tensor, dtype=None, start=0, count=None) -> Tensor:
+        return self.inner.draw(stream, tensor, dtype, start, count).mul_(self.factor(tensor, start, count))
 
 
 def add_product_(out: Tensor, left: Tensor, right: Tensor, alpha: float, beta: float) -> None:
@@ -84,7 +127,18 @@ def add_product_(out: Tensor, left: Tensor, right: Tensor, alpha: float, beta: f
         out.copy_(rows.view(out.shape))
 
 
-class LowRank:
+def add_rows_(
+    tensor: NamedTensor, out: Tensor, left: Tensor, right: Tensor, alpha: float, beta: float, start: int
+) -> None:
+    """add_product_ on a tensor, or on the rows of it that a piece holds."""
+    if out.shape != tensor.param.shape:
+        first = start // len(right)
+        out = out.view(-1, len(right))
+        left = left[first : first + len(out)]
+    add_product_(out, left, right, alpha, beta)
+
+
+class LowRank(Direction):
     """d = U V^T on matrices, U drawn fresh, V given; the inner direction on everything else.
 
     Args: inner; right: V by tensor name, (n, r), for the tensors to treat so; before: called with (stream, tensor)
@@ -104,22 +158,24 @@ class LowRank:
         shape = (tensor.param.shape[0], self.right[tensor.name].shape[1])
         return stream.draw(tensor, shape, purpose=LEFT, dtype=dtype)
 
-    def add_(self, stream: Stream, tensor: NamedTensor, out: Tensor, alpha: float, beta: float = 1.0) -> None:
+    def add_(self, stream, tensor, out, alpha, beta=1.0, start=0) -> None:
         right = self.right.get(tensor.name)
         if right is None:
-            self.inner.add_(stream, tensor, out, alpha, beta)
+            self.inner.add_(stream, tensor, out, alpha, beta, start)
         else:
-            add_product_(out, self.left(stream, tensor, out.dtype), right, alpha, beta)
+            left = self.left(stream, tensor, out.dtype)
+            add_rows_(tensor, out, left, self.right[tensor.name], alpha, beta, start)
 
-    def draw(self, stream: Stream, tensor: NamedTensor, dtype=None) -> Tensor:
-        right = self.right.get(tensor.name)
-        if right is None:
-            return self.inner.draw(stream, tensor, dtype)
-        left = self.left(stream, tensor, dtype)
-        return (left @ right.to(left.dtype).t()).view(tensor.param.shape)
+    def place_(self, stream, tensor, out, base, alpha) -> None:
+        (super() if tensor.name in self.right else self.inner).place_(stream, tensor, out, base, alpha)
+
+    def draw(self, stream, tensor, dtype=None, start=0, count=None) -> Tensor:
+        if tensor.name not in self.right:
+            return self.inner.draw(stream, tensor, dtype, start, count)
+        return _added_to_zeros(self, stream, tensor, dtype, start, count)
 
 
-class Held:
+class Held(Direction):
     """d is given, not drawn: left right^T where a tensor has such a pair, a whole tensor elsewhere (LOZO-M)."""
 
     def __init__(self, left: Mapping[str, Tensor], right: Mapping[str, Tensor], whole: Mapping[str, Tensor]):
@@ -128,21 +184,26 @@ class Held:
     def touches(self, tensor: NamedTensor) -> bool:
         return True
 
-    def add_(self, stream: Stream, tensor: NamedTensor, out: Tensor, alpha: float, beta: float = 1.0) -> None:
+    def add_(self, stream, tensor, out, alpha, beta=1.0, start=0) -> None:
         left = self.left.get(tensor.name)
         if left is None:
-            out.mul_(beta).add_(self.whole[tensor.name], alpha=alpha)
+            out.mul_(beta).add_(part(self.whole[tensor.name], start, out), alpha=alpha)
         else:
-            add_product_(out, left, self.right[tensor.name], alpha, beta)
+            add_rows_(tensor, out, left, self.right[tensor.name], alpha, beta, start)
 
-    def draw(self, stream: Stream, tensor: NamedTensor, dtype=None) -> Tensor:
-        like = self.whole.get(tensor.name, self.left.get(tensor.name))
-        out = tensor.param.new_zeros(tensor.param.shape, dtype=dtype or like.dtype)  # type: ignore[union-attr]
-        self.add_(stream, tensor, out, 1.0)
-        return out
+    def draw(self, stream, tensor, dtype=None, start=0, count=None) -> Tensor:
+        return _added_to_zeros(self, stream, tensor, dtype, start, count)
 
 
-class Reflected:
+def _added_to_zeros(direction: Direction, stream, tensor: NamedTensor, dtype, start: int, count: int | None) -> Tensor:
+    param = tensor.param
+    dtype = dtype or torch.promote_types(param.dtype, torch.float32)
+    out = torch.zeros(param.shape if count is None else (count,), dtype=dtype, device=param.device)
+    direction.add_(stream, tensor, out, 1.0, 1.0, start)
+    return out
+
+
+class Reflected(Direction):
     """d = B d', with B the reflected root of rho (rho I + a a^T)^-1 on every run of len(a) entries of a tensor (LOREN).
 
         B u = u - (1 + sqrt(rho / (rho + s))) a (a.u) / s,    s = |a|^2        so that B B^T = rho (rho I + a a^T)^-1
@@ -159,21 +220,25 @@ class Reflected:
     def touches(self, tensor: NamedTensor) -> bool:
         return self.inner.touches(tensor)
 
-    def add_(self, stream: Stream, tensor: NamedTensor, out: Tensor, alpha: float, beta: float = 1.0) -> None:
-        out.mul_(beta).add_(self.draw(stream, tensor, dtype=out.dtype), alpha=alpha)
-
-    def draw(self, stream: Stream, tensor: NamedTensor, dtype=None) -> Tensor:
-        noise = self.inner.draw(stream, tensor, dtype)
+    def draw(self, stream, tensor, dtype=None, start=0, count=None) -> Tensor:
+        noise = self.inner.draw(stream, tensor, dtype, start, count)
         a = self.vector(tensor).to(noise.dtype)
         square = float(a @ a)
-        if square > 0:
+        if not square > 0:
+            return noise
+        factor = (1 + math.sqrt(self.damping / (self.damping + square))) / square
+        if noise.numel() % len(a) == 0:
             rows = noise.view(-1, len(a))
-            factor = (1 + math.sqrt(self.damping / (self.damping + square))) / square
             rows.addr_(rows @ a, a, alpha=-factor)
+        else:  # a piece of one long row: its product with a is of all pieces
+            product = 0.0
+            for first, stop in pieces(tensor.param):
+                product += float(self.inner.draw(stream, tensor, noise.dtype, first, stop - first) @ a[first:stop])
+            noise.sub_(a[start : start + len(noise)], alpha=factor * product)
         return noise
 
 
-class Sparse:
+class Sparse(Direction):
     """d = d' on the selected tensors, zero elsewhere, where no noise is drawn either."""
 
     def __init__(self, inner: Direction, selected):
@@ -182,13 +247,19 @@ class Sparse:
     def touches(self, tensor: NamedTensor) -> bool:
         return tensor.name in self.selected and self.inner.touches(tensor)
 
-    def add_(self, stream: Stream, tensor: NamedTensor, out: Tensor, alpha: float, beta: float = 1.0) -> None:
+    def add_(self, stream, tensor, out, alpha, beta=1.0, start=0) -> None:
         if self.touches(tensor):
-            self.inner.add_(stream, tensor, out, alpha, beta)
+            self.inner.add_(stream, tensor, out, alpha, beta, start)
         elif beta != 1.0:
             out.mul_(beta)
 
-    def draw(self, stream: Stream, tensor: NamedTensor, dtype=None) -> Tensor:
+    def place_(self, stream, tensor, out, base, alpha) -> None:
         if self.touches(tensor):
-            return self.inner.draw(stream, tensor, dtype)
-        return tensor.param.new_zeros(tensor.param.shape, dtype=dtype)
+            self.inner.place_(stream, tensor, out, base, alpha)
+        else:
+            out.copy_(base)
+
+    def draw(self, stream, tensor, dtype=None, start=0, count=None) -> Tensor:
+        if self.touches(tensor):
+            return self.inner.draw(stream, tensor, dtype, start, count)
+        return tensor.param.new_zeros(tensor.param.shape if count is None else (count,), dtype=dtype)

@@ -17,6 +17,7 @@ from metazo.models import LoadedModel, load_model
 from metazo.optimizers import ZOOptimizer
 from metazo.optimizers.first_order import FirstOrder
 from metazo.optimizers.svrg import MeZOSVRG
+from metazo.precision import cost
 from metazo.run import size
 from metazo.sentence import SentenceClassifier
 from metazo.tasks import Prepared, prepare, resolve
@@ -54,10 +55,18 @@ class Setup:
             "effective learning rate": f"{group['lr'] * self.optimizer.energy:g} "
             "(times the mean square of a direction's entries)",
             "steps": f"{self.steps:,}, {self.forwards:,} forward passes over {config.batch_size} examples",
+            "precision": self._precision(config),
             "memory": f"weights {size(weights)}, optimizer {size(state)}, one batch's activations beside them",
             "disk": f"tuned model {size(saved)}, snapshots {size(snapshots)}, log {size(160 * self.steps)}",
             "bytes on disk": saved + snapshots + 160 * self.steps,
         }
+
+    def _precision(self, config: FinetuneConfig) -> str:
+        if isinstance(self.optimizer, FirstOrder):
+            return f"weights updated in {config.dtype}"
+        trained = [parameter for parameter in self.loaded.model.parameters() if parameter.requires_grad]
+        words, more = cost(config.precision, trained)
+        return f"{words}: {size(more)}"
 
 
 def set_up(config: FinetuneConfig) -> Setup:

@@ -1,26 +1,26 @@
 """Put a direction on the weights, evaluate, take it off again.
 
-Two policies for where theta lives while it is probed and updated. `InPlace` moves the weights themselves and folds
-taking the direction off into the update: three passes a step, no memory, and a rounding drift of 4e-8 over 1,000 steps
-in float32. In bfloat16 the same arithmetic replaced the model by noise (12 % of its rms in 1,000 steps at learning
-rate 0), so weights narrower than float32 have a `Master` copy in float32, which is never perturbed: the weights are
-round(master + a d), and after probing round(master), bit for bit what they were.
+Theta lives where metazo/precision.py says: in the weights, in a float32 master, or in the weights and the bits below them.
+Weights that hold theta themselves are moved, and taking the direction off is folded into the update: three passes a step.
+Weights with a master are round(master + a d), and after probing round(master), bit for bit what they were. Compensated
+weights do not move at all while they are probed: `evaluating` shows them moved to the functions that use them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from metazo.blocks import NamedTensor
+from metazo.blocks import NamedTensor, part, pieces
 from metazo.directions import Direction
 from metazo.errors import UserError
-from metazo.noise import Noise
-
-PRECISIONS = ("auto", "in-place", "master")
+from metazo.noise import Noise, Stream
+from metazo.precision import Compensated, Home, InPlace, Master, home
+from metazo.scratch import Scratch
 
 
 @dataclass(frozen=True)
@@ -35,25 +35,22 @@ class Term:
 class Weights:
     """The weights of an optimizer, and what lies on them at present.
 
-    Args:
-        tensors: what is trained, in order.
-        noise: the noise source.
-        precision: "in-place" for every tensor, "master" for every tensor, or "auto": in place for float32 and float64,
-            a float32 master (4 bytes a weight more) for narrower ones.
+    Args: tensors: what is trained, in order. noise: the noise source. precision: see metazo.precision; "auto" takes the
+    default of each tensor's dtype.
     """
 
     def __init__(self, tensors: Sequence[NamedTensor], noise: Noise, precision: str = "auto"):
-        if precision not in PRECISIONS:
-            raise UserError(f"precision {precision!r} is unknown: choose {', '.join(PRECISIONS)}.")
         self.tensors, self.noise = tensors, noise
-        self.master: dict[str, Tensor] = {
-            tensor.name: tensor.param.detach().to(torch.float32, copy=True)
-            for tensor in tensors
-            if precision == "master" or (precision == "auto" and tensor.param.dtype.itemsize < 4)
-        }
+        self.homes: dict[str, Home] = {tensor.name: home(tensor, precision) for tensor in tensors}
+        self.autocast = precision == "autocast"
+        self.compensated = [tensor for tensor in tensors if isinstance(self.homes[tensor.name], Compensated)]
+        if self.compensated and noise.ordered:
+            raise UserError(f"precision {precision} draws noise tensor by tensor as it is used; {noise.name} cannot.")
         self.on: Term | None = None
         self.snapshot: dict[str, Tensor] = {}  # other values by name, given by a method that visits them
         self.away = False  # theta and the snapshot have changed places
+
+    # -- probing --------------------------------------------------------------------------------------------------
 
     def visit(self, direction: Direction, seed: int, amount: float, snapshot: bool = False) -> None:
         """Move the weights to theta (or the snapshot) + amount * d(seed), from wherever they are."""
@@ -72,18 +69,16 @@ class Weights:
         if self.away:
             self._exchange()
 
-    def _exchange(self) -> None:
-        """Theta and the snapshot change places, bit for bit: masters by reference, weights by value."""
+    def _place(self, direction: Direction, seed: int, amount: float, present: float) -> None:
+        stream = self.noise.stream(seed)
         for tensor in self.tensors:
-            name, param = tensor.name, tensor.param.data
-            if name in self.master:
-                self.master[name], self.snapshot[name] = self.snapshot[name], self.master[name]
-                param.copy_(self.master[name])
+            theta = self.homes[tensor.name].theta
+            if theta is None or not direction.touches(tensor):
+                continue
+            if isinstance(self.homes[tensor.name], Master):
+                direction.place_(stream, tensor, tensor.param.data, theta, amount)
             else:
-                kept = param.clone()
-                param.copy_(self.snapshot[name])
-                self.snapshot[name].copy_(kept)
-        self.away = not self.away
+                direction.add_(stream, tensor, theta, amount - present)
 
     def _take_off(self) -> None:
         if self.on is None:
@@ -91,32 +86,94 @@ class Weights:
         term, self.on = self.on, None
         stream = self.noise.stream(term.seed)
         for tensor in self.tensors:
-            master = self.master.get(tensor.name)
-            if master is not None:
-                tensor.param.data.copy_(master)
-            elif term.direction.touches(tensor):
-                term.direction.add_(stream, tensor, tensor.param.data, -term.amount)
+            place = self.homes[tensor.name]
+            if isinstance(place, Master):
+                place.settle()
+            elif place.theta is not None and term.direction.touches(tensor):
+                term.direction.add_(stream, tensor, place.theta, -term.amount)
 
-    def _place(self, direction: Direction, seed: int, amount: float, present: float) -> None:
-        stream = self.noise.stream(seed)
+    def _exchange(self) -> None:
+        """Theta and the snapshot change places, bit for bit: masters by reference, weights by value, a piece at a time.
+
+        Compensated weights stay where they are; `_moved` looks at the snapshot instead.
+        """
         for tensor in self.tensors:
-            if not direction.touches(tensor):
-                continue
-            master = self.master.get(tensor.name)
-            if master is None:
-                direction.add_(stream, tensor, tensor.param.data, amount - present)
+            name, place = tensor.name, self.homes[tensor.name]
+            if isinstance(place, Master):
+                place.buffers["master"], self.snapshot[name] = self.snapshot[name], place.buffers["master"]
+                place.settle()
+            elif place.theta is not None:
+                for start, theta in self.pieces(tensor):
+                    other = part(self.snapshot[name], start, theta)
+                    kept = theta.clone()
+                    theta.copy_(other)
+                    other.copy_(kept)
+        self.away = not self.away
+
+    @contextmanager
+    def evaluating(self) -> Iterator[Scratch | None]:
+        """Around every evaluation of a loss: the forward in its type, and compensated weights seen with the probe on."""
+        if self.autocast:
+            kind = self.tensors[0].param.device.type
+            with torch.autocast(kind, torch.bfloat16, cache_enabled=False):  # the cache would be a copy of the weights
+                yield None
+        elif self.compensated and self.on is not None:
+            with Scratch(self.compensated, self._moved) as scratch:
+                yield scratch
+        else:
+            yield None
+
+    def _moved(self, tensor: NamedTensor) -> Tensor:
+        """round(theta + probe) of a compensated tensor, in new memory."""
+        assert self.on is not None
+        out, direction, place = torch.empty_like(tensor.param.data), self.on.direction, self.homes[tensor.name]
+        stream, touched = self.noise.stream(self.on.seed), direction.touches(tensor)
+        for start, stop in pieces(tensor.param):
+            theta = place.read(start, stop)
+            if self.away:
+                theta.copy_(self.snapshot[tensor.name].view(-1)[start:stop])
+            if touched:
+                direction.add_(stream, tensor, theta, self.on.amount, 1.0, start)
+            out.view(-1)[start:stop].copy_(theta)
+        return out
+
+    # -- reading and changing theta -------------------------------------------------------------------------------
+
+    def values(self, tensor: NamedTensor) -> Iterator[tuple[int, Tensor]]:
+        """(start, theta) in pieces of a tensor, to be read; whole where noise is ordered or memory not contiguous."""
+        place = self.homes[tensor.name]
+        runs = list(pieces(tensor.param))
+        if place.theta is not None and (self.noise.ordered or len(runs) == 1 or not place.theta.is_contiguous()):
+            yield 0, place.theta
+            return
+        for start, stop in runs:
+            yield start, place.read(start, stop)
+
+    def pieces(self, tensor: NamedTensor, seed: int = 0) -> Iterator[tuple[int, Tensor]]:
+        """As `values`, to be changed in place; what is there when the next is asked for is kept.
+
+        seed: of the rounding, where that is random.
+        """
+        place = self.homes[tensor.name]
+        for start, theta in self.values(tensor):
+            yield start, theta
+            if theta is place.theta:
+                place.settle()
             else:
-                tensor.param.data.copy_(direction.draw(stream, tensor, torch.float32).mul_(amount).add_(master))
+                place.write(start, theta, seed)
 
-    def theta(self, tensor: NamedTensor) -> Tensor:
-        """Where theta of a tensor lives: its master, or the parameter itself. Valid after `leave`."""
-        return self.master.get(tensor.name, tensor.param.data)
+    def dtype(self, tensor: NamedTensor) -> torch.dtype:
+        """Of theta."""
+        return tensor.param.dtype if isinstance(self.homes[tensor.name], InPlace) else torch.float32
 
-    def settle(self, tensor: NamedTensor) -> None:
-        """After theta(tensor) was changed in place: bring the parameter up to date."""
-        master = self.master.get(tensor.name)
-        if master is not None:
-            tensor.param.data.copy_(master)
+    def parts(self, tensor: NamedTensor, seed: int = 0) -> Iterator[tuple[int, Tensor]]:
+        """As `pieces`, but whole where theta is one tensor: for what makes no temporary."""
+        place = self.homes[tensor.name]
+        if place.theta is None:
+            yield from self.pieces(tensor, seed)
+        else:
+            yield 0, place.theta
+            place.settle()
 
     def apply(self, terms: Sequence[Term], rate: Callable[[NamedTensor], float], decay: Mapping[str, float]) -> None:
         """theta = decay * theta - rate * sum of terms, one pass over the weights a term.
@@ -128,34 +185,49 @@ class Weights:
         if not terms or not self._lies(terms[0]):
             self.leave()
         on, self.on = self.on, None
-        for index, term in enumerate(terms):
-            stream = self.noise.stream(term.seed)
-            for tensor in self.tensors:
-                factor = decay.get(tensor.name, 1.0) if index == 0 else 1.0
-                amount = -rate(tensor) * term.amount
-                if on is not None and index == 0 and tensor.name not in self.master:
-                    amount -= factor * on.amount
-                theta = self.theta(tensor)
-                if term.direction.touches(tensor):
-                    term.direction.add_(stream, tensor, theta, amount, factor)
-                elif factor != 1.0:
-                    theta.mul_(factor)
+        streams = [self.noise.stream(term.seed) for term in terms]
         for tensor in self.tensors:
-            self.settle(tensor)
+            factor = decay.get(tensor.name, 1.0)
+            amounts = [-rate(tensor) * term.amount for term in terms]
+            if on is not None and isinstance(self.homes[tensor.name], InPlace):
+                amounts[0] -= factor * on.amount
+            if factor != 1.0 or any(term.direction.touches(tensor) for term in terms):
+                for start, theta in self.parts(tensor, terms[0].seed if terms else 0):
+                    _add_sum_(tensor, theta, terms, streams, amounts, factor, start)
 
     def _lies(self, term: Term) -> bool:
         on = self.on
         return on is not None and not self.away and (on.seed, on.direction) == (term.seed, term.direction)
 
-    def gradient(self, terms: Sequence[Term]) -> Callable[[NamedTensor], Tensor]:
-        """A function that gives the estimate sum of terms on each tensor; call it for every tensor, in order."""
-        streams = [self.noise.stream(term.seed) for term in terms]
+    def gradient(self, terms: Sequence[Term]) -> Estimate:
+        """The estimate sum of terms; to be added to something for every tensor, in order."""
+        return Estimate(terms, [self.noise.stream(term.seed) for term in terms])
 
-        def estimate(tensor: NamedTensor) -> Tensor:
-            total = torch.zeros_like(self.theta(tensor))
-            for term, stream in zip(terms, streams):
-                if term.direction.touches(tensor):
-                    term.direction.add_(stream, tensor, total, term.amount)
-            return total
 
-        return estimate
+@dataclass(frozen=True)
+class Estimate:
+    """A sum of terms. It never exists as a tensor: it is added to one, or to a piece."""
+
+    terms: Sequence[Term]
+    streams: Sequence[Stream]
+
+    def add_(self, tensor: NamedTensor, start: int, out: Tensor, alpha: float, beta: float) -> None:
+        """out = beta * out + alpha * estimate, on a tensor (start 0) or the piece of it from start."""
+        _add_sum_(tensor, out, self.terms, self.streams, [alpha * term.amount for term in self.terms], beta, start)
+
+
+def _add_sum_(
+    tensor: NamedTensor,
+    out: Tensor,
+    terms: Sequence[Term],
+    streams: Sequence[Stream],
+    amounts: Sequence[float],
+    beta: float,
+    start: int,
+) -> None:
+    for term, stream, amount in zip(terms, streams, amounts):
+        if term.direction.touches(tensor):
+            term.direction.add_(stream, tensor, out, amount, beta, start)
+            beta = 1.0
+    if beta != 1.0:
+        out.mul_(beta)

@@ -1,22 +1,22 @@
-"""Rules: what is done with the gradient estimate g. SGD adds it as it is regenerated; the others need it whole.
-
-A rule that keeps buffers sees the estimate of one tensor at a time, so the extra memory is its buffers and the
-largest tensor. Buffers are float32 or wider.
+"""Rules: what is done with the gradient estimate g. SGD adds it as it is regenerated, momentum to its buffer; Adam
+needs its square, and makes it a piece of a tensor at a time. So the extra memory is the buffers, float32 or wider.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from metazo.blocks import NamedTensor
+from metazo.blocks import NamedTensor, part
 from metazo.errors import UserError
 
 State = dict[str, Tensor]
+Add = Callable[[Tensor, float, float], None]
+"""add(out, alpha, beta): out = beta * out + alpha * g, in place, on the piece at hand; to be called once."""
 
 
 class Rule(Protocol):
@@ -27,16 +27,21 @@ class Rule(Protocol):
 
     def init(self, tensors: Sequence[NamedTensor]) -> State: ...
     def apply(
-        self, tensor: NamedTensor, theta: Tensor, gradient: Tensor, lr: float, decay: float, state: State
+        self, tensor: NamedTensor, start: int, theta: Tensor, add: Add, lr: float, decay: float, state: State
     ) -> None:
-        """theta <- one step, in place; decay is lr * weight_decay for this tensor, 0 where it is exempt."""
+        """theta <- one step, in place, on a piece of a tensor (from entry `start`; or the whole, in its shape).
+
+        add: puts the estimate there; decay: lr * weight_decay for this tensor, 0 where it is exempt.
+        """
         ...
 
 
 def _buffers(tensors: Sequence[NamedTensor], *names: str) -> State:
     return {
-        f"{name}/{tensor.name}": torch.zeros_like(
-            tensor.param, dtype=torch.promote_types(tensor.param.dtype, torch.float32)
+        f"{name}/{tensor.name}": torch.zeros(
+            tensor.param.shape,
+            dtype=torch.promote_types(tensor.param.dtype, torch.float32),
+            device=tensor.param.device,
         )
         for name in names
         for tensor in tensors
@@ -52,8 +57,8 @@ class SGD:
     def init(self, tensors: Sequence[NamedTensor]) -> State:
         return {}
 
-    def apply(self, tensor, theta, gradient, lr, decay, state) -> None:
-        theta.mul_(1 - decay).sub_(gradient, alpha=lr)
+    def apply(self, tensor, start, theta, add, lr, decay, state) -> None:
+        add(theta, -lr, 1 - decay)
 
 
 @dataclass(frozen=True)
@@ -70,8 +75,9 @@ class Momentum:
     def init(self, tensors: Sequence[NamedTensor]) -> State:
         return _buffers(tensors, "momentum")
 
-    def apply(self, tensor, theta, gradient, lr, decay, state) -> None:
-        buffer = state[f"momentum/{tensor.name}"].mul_(self.momentum).add_(gradient)
+    def apply(self, tensor, start, theta, add, lr, decay, state) -> None:
+        buffer = part(state[f"momentum/{tensor.name}"], start, theta)
+        add(buffer, 1.0, self.momentum)
         theta.mul_(1 - decay).sub_(buffer, alpha=lr)
 
 
@@ -90,12 +96,15 @@ class Adam:
     def init(self, tensors: Sequence[NamedTensor]) -> State:
         return _buffers(tensors, "first_moment", "second_moment") | {"adam_steps": torch.zeros((), dtype=torch.float64)}
 
-    def apply(self, tensor, theta, gradient, lr, decay, state) -> None:
+    def apply(self, tensor, start, theta, add, lr, decay, state) -> None:
         first, second = self.betas
-        m = state[f"first_moment/{tensor.name}"].lerp_(gradient, 1 - first)
-        v = state[f"second_moment/{tensor.name}"].mul_(second).addcmul_(gradient, gradient, value=1 - second)
+        gradient = torch.zeros_like(theta)
+        add(gradient, 1.0, 1.0)
+        m = part(state[f"first_moment/{tensor.name}"], start, theta).lerp_(gradient, 1 - first)
+        v = part(state[f"second_moment/{tensor.name}"], start, theta)
+        v.mul_(second).addcmul_(gradient, gradient, value=1 - second)
         count = float(state["adam_steps"])
-        spread = (v / (1 - second**count)).sqrt_().add_(self.stability)
+        spread = torch.div(v, 1 - second**count, out=gradient).sqrt_().add_(self.stability)
         theta.mul_(1 - decay).addcdiv_(m, spread, value=-lr / (1 - first**count))
 
 

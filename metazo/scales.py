@@ -8,7 +8,7 @@ b, so that the expected squared length of the perturbation is that of plain nois
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,8 @@ from metazo.errors import UserError
 from metazo.pertnn import PertNN
 
 State = dict[str, Tensor]
-Theta = Callable[[NamedTensor], Tensor]
+Theta = Callable[[NamedTensor], Iterable[tuple[int, Tensor]]]
+"""The weights of a tensor, in pieces: (start, entries)."""
 
 RMS_FLOOR = 0.01  # of the rms over all weights: a block of zeros (a fresh bias) must be able to move
 
@@ -30,8 +31,7 @@ def block_statistics(blocks: Sequence[Block], theta: Theta) -> Tensor:
     rows = []
     for block in blocks:
         parts = []
-        for tensor in block.tensors:
-            values = theta(tensor).detach().flatten()
+        for values in (values for tensor in block.tensors for _, values in theta(tensor)):
             wide = values.to(torch.promote_types(values.dtype, torch.float32))
             variance, mean = torch.var_mean(wide, correction=0)
             parts.append((values.numel(), float(mean), float(variance)))

@@ -42,7 +42,7 @@ class Net(nn.Module):
 
 
 def theta(tensor):
-    return tensor.param.data
+    return [(0, tensor.param.data)]
 
 
 @pytest.mark.parametrize("by", ["tensor", "layer"])

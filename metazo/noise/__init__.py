@@ -32,6 +32,9 @@ _CHUNK = 1 << 20  # elements drawn at once by the plain backend, a multiple of T
 class Stream(Protocol):
     """The noise of one seed over all tensors. start: where in the flat tensor the piece begins, a multiple of TILE."""
 
+    ordered: bool
+    """Whether tensors must be drawn whole and in order; no pieces then."""
+
     def draw(
         self,
         tensor: NamedTensor,
@@ -83,6 +86,8 @@ class Noise(Protocol):
 
 
 class PhiloxStream:
+    ordered = False
+
     def __init__(self, seed: int, distribution: str, backend: str):
         self.seed, self.distribution, self.backend = seed, distribution, backend
 

@@ -18,6 +18,8 @@ from metazo.blocks import NamedTensor
 class TorchOrderStream:
     """The numbers of one seed, drawn in order; every draw moves on."""
 
+    ordered = True
+
     def __init__(self, seed: int, device: torch.device | str = "cpu"):
         self.generator = torch.Generator(device).manual_seed(seed)
 

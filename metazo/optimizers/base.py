@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -100,7 +101,7 @@ class ZOOptimizer(Optimizer):
         self.last_step: Step | None = None
         self.recorder: Callable[[Step], None] | None = None
         self.max_loss = sys.float_info.max
-        self._ready = False
+        self._ready = self._seen = False
         self.zo_state: State = {}
         super().__init__(named_groups(params), {"lr": lr, "weight_decay": weight_decay})
 
@@ -170,7 +171,7 @@ class ZOOptimizer(Optimizer):
     def _scaled(self, direction: Direction, state: State, step: int) -> tuple[Direction, dict[str, float] | None]:
         if self.scale is None:
             return direction, None
-        scales = self.scale.scales(state, step, self.weights.theta)
+        scales = self.scale.scales(state, step, self.weights.values)
         return Scaled(direction, scales), scales
 
     @staticmethod
@@ -207,9 +208,34 @@ class ZOOptimizer(Optimizer):
     def _evaluate(self, closures: Sequence[Closure]) -> float:
         if not closures:
             raise UserError("step() needs a closure that returns the loss: step(lambda: model(**batch).loss).")
-        with torch.inference_mode():
+        with torch.inference_mode(), self.weights.evaluating() as scratch:
             loss = sum(float(evaluate()) for evaluate in closures) / len(closures)
+            if scratch is not None and not self._seen:
+                self._look_into(scratch.unmet(), closures, loss)
         return _mean_over_processes(loss)
+
+    def _look_into(self, unmet: Sequence[NamedTensor], closures: Sequence[Closure], loss: float) -> None:
+        """Once a run: tensors that no torch function was seen to use must not be used at all. NaN in them tells."""
+        if not math.isfinite(loss):
+            return
+        self._seen = True
+        if not unmet:
+            return
+        kept = [tensor.param.data.clone() for tensor in unmet]
+        try:
+            for tensor in unmet:
+                tensor.param.data.fill_(math.nan)
+            again = sum(float(evaluate()) for evaluate in closures) / len(closures)
+        finally:
+            for tensor, value in zip(unmet, kept):
+                tensor.param.data.copy_(value)
+        if not math.isclose(again, loss, rel_tol=1e-3, abs_tol=1e-6):
+            names = ", ".join(tensor.name for tensor in unmet[:3])
+            raise UserError(
+                f"precision {self.precision} shows the probed weights to torch functions, and the model uses "
+                f"{len(unmet)} tensors where it cannot see it (compiled, scripted or foreign code), such as {names}: "
+                "choose precision master."
+            )
 
     def _apply(self, terms: list[Term], learning_rates: Sequence[float], step: int) -> None:
         decays = {
@@ -224,11 +250,12 @@ class ZOOptimizer(Optimizer):
         self.weights.leave()
         if "adam_steps" in self.zo_state:
             self.zo_state["adam_steps"] += 1
-        gradient = self.weights.gradient(terms)
+        gradient, rounding = self.weights.gradient(terms), terms[0].seed if terms else 0
         for tensor in self.tensors:
             lr, decay = learning_rates[tensor.group], decays.get(tensor.name, 0.0)
-            self.rule.apply(tensor, self.weights.theta(tensor), gradient(tensor), lr, decay, self.zo_state)
-            self.weights.settle(tensor)
+            for start, theta in self.weights.pieces(tensor, rounding):
+                add = partial(gradient.add_, tensor, start)
+                self.rule.apply(tensor, start, theta, add, lr, decay, self.zo_state)
 
     # -- preparation, saving --------------------------------------------------------------------------------------
 
@@ -256,11 +283,12 @@ class ZOOptimizer(Optimizer):
         super().add_param_group(param_group)
 
     def tensors_state(self) -> State:
-        """All state as tensors by name, float32 masters among it: what a snapshot holds, ready for safetensors."""
+        """All state as tensors by name, masters and compensation among it: what a snapshot holds, ready for safetensors."""
         self._prepare()
         counters = torch.tensor([self.steps, self.forwards], dtype=torch.int64)
-        masters = {f"master/{name}": master for name, master in self.weights.master.items()}
-        return self.zo_state | masters | {"counters": counters}
+        homes = self.weights.homes.items()
+        kept = {f"{kind}/{name}": value for name, home in homes for kind, value in home.buffers.items()}
+        return self.zo_state | kept | {"counters": counters}
 
     def load_tensors_state(self, state: State) -> None:
         """Take up a `tensors_state`. Raises UserError where names or shapes are not those of this optimizer."""

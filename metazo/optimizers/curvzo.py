@@ -39,7 +39,7 @@ import numpy as np
 import torch
 
 from metazo.blocks import NamedTensor
-from metazo.directions import Direction, Isotropic, Scaled, Sparse
+from metazo.directions import Direction, Isotropic, Scaled, Sparse, drawn
 from metazo.errors import UserError
 from metazo.optimizers.base import State, Update, ZOOptimizer
 
@@ -197,7 +197,9 @@ class CurvZO(ZOOptimizer):
         new = abs(c) if self.release else c**2
         magnitude.lerp_(torch.as_tensor(new).to(magnitude), self.magnitude_beta if magnitude > 0 else 1.0)
         chosen = self.selected(state)
-        squares = torch.tensor([_square(stream.draw(tensor)) for tensor in chosen], dtype=torch.float64)
+        squares = torch.tensor(
+            [sum(_square(z) for _, z in drawn(stream, tensor)) for tensor in chosen], dtype=torch.float64
+        )
         taken = state["selected"]
         if self.release:
             energy = squares / state["pi"][taken] ** 2

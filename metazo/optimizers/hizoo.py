@@ -36,8 +36,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from metazo.blocks import NamedTensor
-from metazo.directions import Diagonal, Direction, Isotropic
+from metazo.blocks import NamedTensor, part
+from metazo.directions import Diagonal, Direction, Isotropic, drawn
 from metazo.errors import UserError
 from metazo.estimators import ThreeLosses
 from metazo.optimizers.base import State, Update, ZOOptimizer
@@ -59,12 +59,12 @@ class CurvatureScaled(ZOOptimizer):
         super().__init__(params, lr, eps, **common)
 
     @abstractmethod
-    def inverse_root(self, tensor: NamedTensor) -> Tensor:
-        """H^-1/2 in the tensor's shape."""
+    def inverse_root(self, tensor: NamedTensor, start: int = 0, count: int | None = None) -> Tensor:
+        """H^-1/2 in the tensor's shape, or count entries of it from start."""
 
     @abstractmethod
-    def absorb(self, tensor: NamedTensor, z: Tensor, second: float) -> None:
-        """H <- (1 - a) H + a k H z^2 with k = |second| / (2 eps^2). z may be overwritten."""
+    def absorb(self, tensor: NamedTensor, noise: Iterable[tuple[int, Tensor]], second: float) -> None:
+        """H <- (1 - a) H + a k H z^2 with k = |second| / (2 eps^2). noise: z in pieces; they may be overwritten."""
 
     def propose(self, state: State, step: int) -> Direction:
         return Diagonal(Isotropic(), self.inverse_root)
@@ -73,7 +73,7 @@ class CurvatureScaled(ZOOptimizer):
         self.weights.leave()  # the probe comes off along the old H
         stream = self.noise.stream(seeds[0])
         for tensor in self.tensors:
-            self.absorb(tensor, stream.draw(tensor), ThreeLosses().second_difference(losses))
+            self.absorb(tensor, drawn(stream, tensor), ThreeLosses().second_difference(losses))
         return Update(self.estimator.coefficients(losses, self.eps))
 
 
@@ -103,22 +103,29 @@ class HiZOO(CurvatureScaled):
         super().__init__(params, lr, eps, **common)
 
     def init(self, tensors: Sequence[NamedTensor]) -> State:
-        return {f"H/{tensor.name}": torch.ones_like(tensor.param, dtype=self._dtype(tensor)) for tensor in tensors}
+        return {f"H/{tensor.name}": _ones(tensor, self._dtype(tensor)) for tensor in tensors}
 
     def _dtype(self, tensor: NamedTensor) -> torch.dtype:
         dtype = tensor.param.dtype
         return dtype if self.official else torch.promote_types(dtype, torch.float32)
 
-    def inverse_root(self, tensor: NamedTensor) -> Tensor:
-        return self.zo_state[f"H/{tensor.name}"].rsqrt()
+    def inverse_root(self, tensor: NamedTensor, start: int = 0, count: int | None = None) -> Tensor:
+        whole = self.zo_state[f"H/{tensor.name}"]
+        return (whole if count is None else whole.view(-1)[start : start + count]).rsqrt()
 
-    def absorb(self, tensor: NamedTensor, z: Tensor, second: float) -> None:
-        curvature, a, eps = self.zo_state[f"H/{tensor.name}"], self.smoothing, self.eps
-        z = z.to(curvature.dtype)
-        if self.official:  # in this order: where it underflows, it must underflow here
-            curvature.copy_((1 - a) * curvature + abs(second) * (curvature * z * z) * a / (2 * eps * eps))
-        else:
-            curvature.mul_(z.square_().mul_(a * abs(second) / (2 * eps**2)).add_(1 - a))
+    def absorb(self, tensor: NamedTensor, noise: Iterable[tuple[int, Tensor]], second: float) -> None:
+        a, eps = self.smoothing, self.eps
+        for start, z in noise:
+            curvature = part(self.zo_state[f"H/{tensor.name}"], start, z)
+            z = z.to(curvature.dtype)
+            if self.official:  # in this order: where it underflows, it must underflow here
+                curvature.copy_((1 - a) * curvature + abs(second) * (curvature * z * z) * a / (2 * eps * eps))
+            else:
+                curvature.mul_(z.square_().mul_(a * abs(second) / (2 * eps**2)).add_(1 - a))
 
     def decays(self, tensor: NamedTensor) -> bool:
         return self.official or super().decays(tensor)
+
+
+def _ones(tensor: NamedTensor, dtype: torch.dtype) -> Tensor:
+    return torch.ones(tensor.param.shape, dtype=dtype, device=tensor.param.device)

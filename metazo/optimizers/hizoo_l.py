@@ -13,18 +13,17 @@ one row or one column H itself is HiZOO's. Means over n weights vary n times les
 with less noise. Tensors of one dimension keep H whole; one of more than two is the matrix (size(0), rest). There is no
 published code to differ from, hence no `compat`.
 
-Where not to use: where curvature follows neither rows nor columns, and with Rademacher noise (see hizoo.py). A dense
-temporary of the largest tensor is made while its direction is drawn.
+Where not to use: where curvature follows neither rows nor columns, and with Rademacher noise (see hizoo.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from metazo.blocks import NamedTensor
+from metazo.blocks import NamedTensor, part
 from metazo.optimizers.base import State
 from metazo.optimizers.hizoo import CurvatureScaled
 
@@ -50,24 +49,31 @@ class HiZOOL(CurvatureScaled):
                 state[f"H/{tensor.name}"] = torch.ones_like(param, dtype=dtype)
         return state
 
-    def inverse_root(self, tensor: NamedTensor) -> Tensor:
+    def inverse_root(self, tensor: NamedTensor, start: int = 0, count: int | None = None) -> Tensor:
         whole = self.zo_state.get(f"H/{tensor.name}")
         if whole is not None:
-            return whole.rsqrt()
+            return (whole if count is None else whole[start : start + count]).rsqrt()
         rows, columns = self.zo_state[f"R/{tensor.name}"], self.zo_state[f"C/{tensor.name}"]
-        return torch.outer((rows / rows.mean()).rsqrt(), columns.rsqrt()).view(tensor.param.shape)
+        scaled = (rows / rows.mean()).rsqrt_()
+        if count is None:
+            return torch.outer(scaled, columns.rsqrt()).view(tensor.param.shape)
+        first = start // len(columns)
+        return torch.outer(scaled[first : first + count // len(columns)], columns.rsqrt()).view(-1)
 
-    def absorb(self, tensor: NamedTensor, z: Tensor, second: float) -> None:
+    def absorb(self, tensor: NamedTensor, noise: Iterable[tuple[int, Tensor]], second: float) -> None:
         a, scale = self.smoothing, abs(second) / (2 * self.eps**2)
-        square = z.square_()
         whole = self.zo_state.get(f"H/{tensor.name}")
         if whole is not None:
-            whole.mul_(square.mul_(a * scale).add_(1 - a))
+            for start, z in noise:
+                part(whole, start, z).mul_(z.square_().mul_(a * scale).add_(1 - a))
             return
         rows, columns = self.zo_state[f"R/{tensor.name}"], self.zo_state[f"C/{tensor.name}"]
-        square = square.flatten(1)
         scale = scale / float(rows.mean())
-        by_row = (square @ columns).div_(len(columns)).mul_(a * scale).add_(1 - a)
-        by_column = (square.t() @ rows).div_(len(rows)).mul_(a * scale).add_(1 - a)
-        rows.mul_(by_row)
-        columns.mul_(by_column)
+        by_row, by_column = torch.empty_like(rows), torch.zeros_like(columns)
+        for start, z in noise:
+            square = z.square_().view(-1, len(columns))
+            place = slice(start // len(columns), start // len(columns) + len(square))
+            torch.mv(square, columns, out=by_row[place])
+            by_column.addmv_(square.t(), rows[place])
+        rows.mul_(by_row.div_(len(columns)).mul_(a * scale).add_(1 - a))
+        columns.mul_(by_column.div_(len(rows)).mul_(a * scale).add_(1 - a))

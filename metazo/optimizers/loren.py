@@ -35,17 +35,17 @@ momentum is (momentum=0 saves it). Under Rademacher noise the score is that of t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from metazo.blocks import NamedTensor
+from metazo.blocks import NamedTensor, pieces
 from metazo.directions import Direction, Isotropic, Reflected
 from metazo.errors import UserError
 from metazo.estimators import LeaveOneOut, mean
-from metazo.noise import INITIAL
+from metazo.noise import INITIAL, Stream
 from metazo.optimizers.base import State, Update, ZOOptimizer
 from metazo.probe import Term
 from metazo.rules import SGD, Momentum
@@ -54,6 +54,15 @@ from metazo.rules import SGD, Momentum
 def score(d: Tensor, a: Tensor, damping: float) -> Tensor:
     """grad_a log p(d) for rows of d drawn from N(0, rho (rho I + a a^T)^-1). d: (m, n); a: (n,). Returns: (n,)."""
     return len(d) / (damping + a @ a) * a - (d.t() @ (d @ a)) / damping
+
+
+def drawn_rows(direction: Direction, stream: Stream, tensor: NamedTensor, like: Tensor) -> Iterator[Tensor]:
+    """d of a tensor as rows of `like`'s length and dtype, a few at a time: (rows, n). Whole where noise is ordered."""
+    runs = [(0, None)]
+    if tensor.param.ndim > 1 and not stream.ordered:
+        runs = [(start, stop - start) for start, stop in pieces(tensor.param)]
+    for start, count in runs:
+        yield direction.draw(stream, tensor, like.dtype, start, count).view(-1, len(like))
 
 
 def _row(tensor: NamedTensor) -> int:
@@ -67,9 +76,9 @@ class _MatrixMomentum(Momentum):
     def init(self, tensors: Sequence[NamedTensor]) -> State:
         return super().init([tensor for tensor in tensors if tensor.param.ndim > 1])
 
-    def apply(self, tensor, theta, gradient, lr, decay, state) -> None:
+    def apply(self, tensor, start, theta, add, lr, decay, state) -> None:
         rule = super() if tensor.param.ndim > 1 else SGD()
-        rule.apply(tensor, theta, gradient, lr, decay, state)
+        rule.apply(tensor, start, theta, add, lr, decay, state)
 
 
 class LOREN(ZOOptimizer):
@@ -142,8 +151,8 @@ class LOREN(ZOOptimizer):
             a = state[f"a/{tensor.name}"]
             total = torch.zeros_like(a)
             for c, stream in zip(coefficients, streams):
-                d = direction.draw(stream, tensor, a.dtype).view(-1, len(a))
-                total.add_(score(d, a, self.damping), alpha=c * self.eps / len(d))
+                for d in drawn_rows(direction, stream, tensor, a):
+                    total.add_(score(d, a, self.damping), alpha=c * self.eps * len(a) / tensor.param.numel())
             a.sub_(total, alpha=self.lr_cov)
         return Update(coefficients)
 

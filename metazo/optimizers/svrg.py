@@ -37,8 +37,9 @@ from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
+from torch import Tensor
 
-from metazo.blocks import NamedTensor
+from metazo.blocks import NamedTensor, part
 from metazo.errors import UserError
 from metazo.estimators import ControlVariate, TwoPoint
 from metazo.optimizers.base import State, ZOOptimizer
@@ -99,18 +100,26 @@ class MeZOSVRG(ZOOptimizer):
         super().__init__(params, lr, eps, **common)
 
     def init(self, tensors: Sequence[NamedTensor]) -> State:
-        theta = {tensor.name: self.weights.theta(tensor) for tensor in tensors}
-        dtype = {
-            tensor.name: (tensor.param if self.snapshot == "weights" else theta[tensor.name]).dtype
-            for tensor in tensors
-        }
-        self.weights.snapshot = {name: value.to(dtype[name], copy=True) for name, value in theta.items()}
+        self.weights.snapshot = {tensor.name: self._room(tensor) for tensor in tensors}
+        self._keep()
         return {f"snapshot/{name}": value for name, value in self.weights.snapshot.items()} | {
             "svrg/seed": torch.zeros((), dtype=torch.int64),
             "svrg/full": torch.full((), math.nan, dtype=torch.float64),
             "svrg/losses": torch.full((3 * self.epoch_steps,), math.nan, dtype=torch.float64),
             "svrg/annealed": torch.ones((), dtype=torch.float64),
         }
+
+    def _room(self, tensor: NamedTensor) -> Tensor:
+        """Memory for the snapshot of a tensor, in the dtype that was chosen."""
+        param = tensor.param
+        dtype = param.dtype if self.snapshot == "weights" else self.weights.dtype(tensor)
+        return torch.empty(param.shape, dtype=dtype, device=param.device)
+
+    def _keep(self) -> None:
+        """The snapshot is theta from now on."""
+        for tensor in self.tensors:
+            for start, theta in self.weights.values(tensor):
+                part(self.weights.snapshot[tensor.name], start, theta).copy_(theta)
 
     def is_full(self) -> bool:
         """Whether the next step is over all training examples."""
@@ -146,8 +155,7 @@ class MeZOSVRG(ZOOptimizer):
         if not self.is_full():
             return Update([c], terms=[(seeds[0], c), (int(state["svrg/seed"]), float(state["svrg/full"]))])
         self.weights.leave()
-        for tensor in self.tensors:
-            state[f"snapshot/{tensor.name}"].copy_(self.weights.theta(tensor))
+        self._keep()
         state["svrg/seed"].fill_(seeds[0])
         state["svrg/full"].fill_(c)
         return Update([c])

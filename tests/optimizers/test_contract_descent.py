@@ -76,7 +76,7 @@ def test_tiny_llama(name):
 
 @every_method
 def test_one_step_descends(name):
-    """<update, gradient> is negative for 36 of 40 seeds or more (28 where entries are rescaled): catches a sign anywhere.
+    """<update, gradient> is negative for 54 of 60 seeds or more (39 where entries are rescaled): catches a sign anywhere.
 
     On a linear loss it would be for all: sum c_k <d_k, g> is a sum of squares for every estimator.
     """
@@ -84,10 +84,10 @@ def test_one_step_descends(name):
     start = problem.copies()
     gradient = torch.autograd.grad(problem(), list(problem.parameters()))
     descents = 0
-    for seed in range(40):
+    for seed in range(60):
         for p, value in zip(problem.parameters(), start):
             p.data.copy_(value)
         take(make(name, problem.named(), 1e-6, seed=seed), problem)
         moves = zip(problem.parameters(), start, gradient)
         descents += sum(float(((p.detach() - s) * g).sum()) for p, s, g in moves) < 0
-    assert descents >= (28 if case(name).along == "sign" else 36)
+    assert descents >= (39 if case(name).along == "sign" else 54)

@@ -25,7 +25,7 @@ def reflected_matrix(a: torch.Tensor) -> torch.Tensor:
     """B as a matrix, from the direction's action on each unit vector."""
 
     class Given:
-        def draw(self, stream, tensor, dtype=None):
+        def draw(self, stream, tensor, dtype=None, start=0, count=None):
             return torch.eye(len(a), dtype=torch.float64)
 
     (tensor,) = named_tensors([("w", parameter(len(a), len(a)))])

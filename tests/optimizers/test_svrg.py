@@ -54,7 +54,7 @@ def snapshot_at(optimizer, model: Sum) -> None:
     """A full step whose update is undone: snapshot and gbar at the present weights."""
     here = model.theta.detach().clone()
     optimizer.step(model)
-    assert torch.equal(optimizer.tensors_state()["snapshot/theta"], here)
+    torch.testing.assert_close(optimizer.tensors_state()["snapshot/theta"], here, rtol=1e-12, atol=1e-12)
     model.theta.data.copy_(here)
 
 

@@ -1,0 +1,216 @@
+"""Where theta lives while it is probed and updated: the policies of `precision`.
+
+In place, a probe is added to the weights and taken off again, which in float32 drifts by 4e-8 in 1,000 steps and in
+bfloat16 replaces the model by noise (12 % of its rms in 1,000 steps at learning rate 0). So weights narrower than float32
+are never perturbed in place: theta is a float32 master of which the weights are the rounding, or the weights together with
+the bits that they lost, and then a probe is seen through a scratch copy (metazo/scratch.py).
+benchmarks/precision.py measures each.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from metazo.blocks import NamedTensor
+from metazo.errors import UserError
+
+
+@dataclass(frozen=True)
+class Policy:
+    """bytes: beside the weights, a weight; note: what it does, for people."""
+
+    bytes: int
+    note: str
+
+
+POLICIES = {
+    "in-place": Policy(0, "weights perturbed in place"),
+    "master": Policy(4, "float32 master, weights its rounding"),
+    "compensated-16": Policy(2, "weights and 16 bits below them, probed through a scratch copy of one tensor"),
+    "compensated-8": Policy(1, "weights and 8 bits below them, stochastically rounded, probed as compensated-16"),
+    "autocast": Policy(0, "float32 weights perturbed in place, forward in bfloat16"),
+}
+DEFAULTS = {
+    torch.float64: "in-place",
+    torch.float32: "in-place",
+    torch.bfloat16: "master",
+    torch.float16: "master",
+}
+PRECISIONS = ("auto", *POLICIES)
+
+
+def policy(precision: str, dtype: torch.dtype) -> str:
+    """The policy of a tensor of that dtype: compensation is for narrow ones, those beside them stay in place.
+
+    Raises UserError where the two do not go together.
+    """
+    if precision not in PRECISIONS:
+        raise UserError(f"precision {precision!r} is unknown: choose {', '.join(PRECISIONS)}.")
+    if precision == "auto":
+        return DEFAULTS.get(dtype, "master")
+    if precision == "autocast" and dtype != torch.float32:
+        raise UserError(f"precision autocast is for float32 weights, and these are {dtype}: choose master.")
+    if precision.startswith("compensated") and dtype not in _LAYOUTS:
+        return "in-place"
+    return precision
+
+
+def cost(precision: str, params: Iterable[Tensor]) -> tuple[str, int]:
+    """What a precision means for these weights, in words, and the bytes that it takes beside them."""
+    counts: Counter[str] = Counter()
+    for param in params:
+        counts[policy(precision, param.dtype)] += param.numel()
+    words = [f"{name} ({POLICIES[name].note}; {POLICIES[name].bytes} bytes a weight more)" for name in counts]
+    return ", ".join(words), sum(POLICIES[name].bytes * count for name, count in counts.items())
+
+
+class Home(Protocol):
+    """Where theta of one tensor lives."""
+
+    buffers: dict[str, Tensor]
+    """What it keeps beside the weights, saved with the optimizer's state."""
+
+    @property
+    def theta(self) -> Tensor | None:
+        """Theta as one tensor that may be changed in place, or None where it exists in pieces only."""
+        ...
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """A flat run of theta, float32 at least; to be given to `write` after a change in place."""
+        ...
+
+    def write(self, start: int, piece: Tensor, seed: int) -> None: ...
+
+    def settle(self) -> None:
+        """After theta was changed in place: bring the weights up to date."""
+        ...
+
+
+class InPlace:
+    """Theta is the weights."""
+
+    def __init__(self, tensor: NamedTensor):
+        self.param, self.buffers = tensor.param, {}
+
+    @property
+    def theta(self) -> Tensor:
+        return self.param.data
+
+    def read(self, start: int, stop: int) -> Tensor:
+        return self.param.data.view(-1)[start:stop]
+
+    def write(self, start: int, piece: Tensor, seed: int) -> None:
+        pass
+
+    def settle(self) -> None:
+        pass
+
+
+class Master:
+    """Theta in float32; the weights are its rounding."""
+
+    def __init__(self, tensor: NamedTensor):
+        self.param = tensor.param
+        self.buffers = {"master": tensor.param.detach().to(torch.float32, copy=True)}
+
+    @property
+    def theta(self) -> Tensor:
+        return self.buffers["master"]
+
+    def read(self, start: int, stop: int) -> Tensor:
+        return self.theta.view(-1)[start:stop]
+
+    def write(self, start: int, piece: Tensor, seed: int) -> None:
+        self.param.data.view(-1)[start : start + len(piece)].copy_(piece)
+
+    def settle(self) -> None:
+        self.param.data.copy_(self.theta)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """A narrow type as the upper bits of a float32: bits below it, and the power of two between the exponents' biases."""
+
+    below: int
+    scale: float
+
+
+_LAYOUTS = {torch.bfloat16: _Layout(16, 1.0), torch.float16: _Layout(13, 2.0**112)}
+_SIGN, _MAGNITUDE = -(1 << 31), (1 << 31) - 1
+
+
+def join(weights: Tensor, low: Tensor) -> Tensor:
+    """Theta, float32, of narrow weights and the signed bits below them (int16, or int8: the upper ones of those)."""
+    layout = _LAYOUTS[weights.dtype]
+    wide = weights.view(torch.int16).to(torch.int32)
+    wide = ((wide & 0x7FFF) << layout.below).bitwise_or_(wide & _SIGN) if layout.below < 16 else wide << 16
+    wide += low.to(torch.int32) << (layout.below - 8 if low.dtype == torch.int8 else 0)
+    return wide.view(torch.float32).mul_(layout.scale)
+
+
+def split(theta: Tensor, weights: Tensor, low: Tensor, start: int, seed: int) -> None:
+    """The inverse of `join`: weights = theta rounded (half away from zero), low = the bits in which they differ.
+
+    In 16 bits that is exact, but for float16 below 2^-14, where theta is a multiple of 2^-37. In 8 bits theta is first
+    rounded stochastically, which keeps on average what is smaller than their unit (2^-8 of the weights'); the dither is
+    a hash of seed and element, the same on every device. theta is overwritten.
+    """
+    layout = _LAYOUTS[weights.dtype]
+    bits = theta.mul_(1 / layout.scale).view(torch.int32)
+    dropped = layout.below - 8 if low.dtype == torch.int8 else 0
+    if dropped:
+        bits += dither(start, bits.numel(), seed, dropped, bits.device)
+        bits &= -1 << dropped
+    high = (bits & _MAGNITUDE).add_(1 << (layout.below - 1)).bitwise_right_shift_(layout.below)
+    low.copy_((bits & _MAGNITUDE).sub_(high << layout.below).bitwise_right_shift_(dropped))
+    weights.view(torch.int16).copy_(high.bitwise_or_((bits >> 16) & -(1 << 15)))
+
+
+def dither(start: int, count: int, seed: int, bits: int, device: torch.device | str = "cpu") -> Tensor:
+    """Uniform integers of that many bits for elements start .. start + count - 1. Returns: (count,), int32."""
+    x = torch.arange(start, start + count, dtype=torch.int64, device=device).to(torch.int32)
+    x ^= (seed ^ seed >> 32) & 0x7FFFFFFF
+    for multiplier in (0x7FEB352D, -0x7B935975):  # Wellons' lowbias32, its shifts arithmetic
+        x ^= x >> 16
+        x *= multiplier
+    return (x ^ x >> 15).bitwise_and_((1 << bits) - 1)
+
+
+class Compensated:
+    """Theta is the weights and the bits below them; it exists a piece at a time."""
+
+    theta = None
+
+    def __init__(self, tensor: NamedTensor, dtype: torch.dtype):
+        self.param, self.salt = tensor.param, tensor.id
+        self.buffers = {"compensation": torch.zeros_like(tensor.param, dtype=dtype)}
+
+    def read(self, start: int, stop: int) -> Tensor:
+        low = self.buffers["compensation"]
+        return join(self.param.data.view(-1)[start:stop], low.view(-1)[start:stop])
+
+    def write(self, start: int, piece: Tensor, seed: int) -> None:
+        stop, low = start + len(piece), self.buffers["compensation"]
+        weights = self.param.data.view(-1)[start:stop]
+        split(piece, weights, low.view(-1)[start:stop], start, seed ^ self.salt)
+
+    def settle(self) -> None:
+        pass
+
+
+def home(tensor: NamedTensor, precision: str) -> InPlace | Master | Compensated:
+    """Theta's place under a precision. Raises UserError where it does not suit the tensor."""
+    chosen = policy(precision, tensor.param.dtype)
+    if chosen == "master":
+        return Master(tensor)
+    if chosen.startswith("compensated"):
+        if not tensor.param.is_contiguous():
+            raise UserError(f"precision {chosen} needs contiguous weights, and {tensor.name} is not: choose master.")
+        return Compensated(tensor, torch.int16 if chosen == "compensated-16" else torch.int8)
+    return InPlace(tensor)

@@ -1,0 +1,63 @@
+"""Show a function other weights than there are: each trained tensor is replaced where a torch function uses it.
+
+While a `Scratch` is active, every call of a torch function that has a trained parameter among its arguments gets a tensor
+made for that call, and freed after it: one tensor of extra memory, and the weights themselves are never written. It needs
+no access to modules; linear, embedding, norms, tied weights and plain arithmetic are all calls of torch functions.
+
+What torch does not announce it cannot replace: compiled and scripted code, and extensions that read the memory. `unmet`
+lists the tensors that were never replaced; metazo/optimizers/base.py looks into them once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from metazo.blocks import NamedTensor
+
+# Calls that tell about a tensor without reading its numbers; all other properties than these views of it do so too.
+_TELLING = ("size", "dim", "ndimension", "numel", "nelement", "stride", "element_size", "is_contiguous", "data_ptr")
+_TELLING += ("is_floating_point", "is_complex", "is_signed", "storage_offset", "requires_grad_", "get_device")
+_METADATA = frozenset(getattr(Tensor, name) for name in (*_TELLING, "__hash__", "__len__"))
+_VIEWS = frozenset(getattr(Tensor, name).__get__ for name in ("data", "T", "mT", "H", "mH", "real"))
+
+
+class Scratch(TorchFunctionMode):
+    """Args: tensors: to be replaced. make: gives the tensor to see in their place, new at each call."""
+
+    def __init__(self, tensors: Sequence[NamedTensor], make: Callable[[NamedTensor], Tensor]):
+        super().__init__()
+        self.tensors = {id(tensor.param): tensor for tensor in tensors}
+        self.make = make
+        self.met: set[int] = set()
+
+    def unmet(self) -> list[NamedTensor]:
+        """The tensors that no function was seen to use."""
+        return [tensor for key, tensor in self.tensors.items() if key not in self.met]
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _METADATA or (getattr(func, "__name__", "") == "__get__" and func not in _VIEWS):
+            return func(*args, **kwargs)
+        made: dict[int, Tensor] = {}  # one tensor a call, however often it is an argument
+        return func(*self._seen(args, made), **self._seen(kwargs, made))
+
+    def _seen(self, value: Any, made: dict[int, Tensor]) -> Any:
+        if isinstance(value, Tensor):
+            tensor = self.tensors.get(id(value))
+            if tensor is None:
+                return value
+            if id(value) not in made:
+                made[id(value)] = self.make(tensor)
+                self.met.add(id(value))
+            return made[id(value)]
+        if isinstance(value, dict):
+            return {key: self._seen(item, made) for key, item in value.items()}
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*(self._seen(item, made) for item in value))
+        if isinstance(value, list | tuple):
+            return type(value)(self._seen(item, made) for item in value)
+        return value
