@@ -1,0 +1,257 @@
+"""A real grid on the embedded model, by the command line and by hand; and stops, kills, a full disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from metazo.compare.cell import Job, configuration
+from metazo.compare.grid import Grid, Run
+from metazo.compare.pool import Pool
+from metazo.compare.results import Result, read_results, read_search
+from metazo.compare.run import compare
+from metazo.config import build
+from metazo.errors import UserError
+
+CONFIG = {
+    "train_examples": 32,
+    "dev_examples": 16,
+    "test_examples": 16,
+    "max_length": 48,
+    "batch_size": 4,
+    "eval_every": 4,
+}
+TINY = {
+    "model": "pico", "tasks": ["pico_sentiment", "pico_topic"], "budget": 12, "seeds": 2, "workers": 2, "config": CONFIG,
+    "columns": ["zero-shot", {"name": "mezo", "lrs": [1e-3]},
+                {"name": "sgd", "optimizer": "first-order-sgd", "lrs": [1e-3, 1e-2]}],
+    "extensions": 1,
+}  # fmt: skip
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "metazo_cli.main", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory) -> Path:
+    """The results of the tiny grid, by one command."""
+    out = tmp_path_factory.mktemp("compare")
+    (out / "tiny.yaml").write_text(json.dumps(TINY | {"seeds": 9}))
+    process = start("compare", out / "tiny.yaml", "--seeds=2", f"--out={out / 'results'}")
+    shown, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    assert "metazo report" in shown
+    return out / "results"
+
+
+@pytest.fixture
+def copy(done, tmp_path) -> Path:
+    return Path(shutil.copytree(done, tmp_path / "results"))
+
+
+def grid(out: Path, **extra) -> Grid:
+    return build(Grid, TINY, {"out": out}, extra)
+
+
+def cells(out: Path) -> dict[str, tuple[int, bytes]]:
+    """Time of writing and content of every result."""
+    return {str(p.relative_to(out)): (p.stat().st_mtime_ns, p.read_bytes()) for p in (out / "cells").rglob("*.json")}
+
+
+def test_every_run_of_the_grid_is_there_and_complete(done):
+    results = list(read_results(done))
+    assert {r.run_info["status"] for r in results} == {"finished"} and not (done / "running").exists()
+    reported = [
+        (r.run_info["task"], r.run_info["column"], r.run_info["seed"]) for r in results if r.run_info["kind"] == "seed"
+    ]
+    assert len(set(reported)) == len(reported) == 2 * 3 * 2
+    for result in results:
+        info, train, metrics = result.run_info, result.train_info, result.metrics
+        assert info["configuration"]["seed"] == info["seed"] and set(metrics) == {"before", "dev", "test", "majority"}
+        points = [point["forwards"] for point in train["curve"]]
+        if info["column"] == "zero-shot":
+            assert points == [0] and metrics["dev"] == metrics["before"] and info["lr"] is None
+        else:
+            assert points[0] == 0 and points[-1] == train["forwards"] == 12 and train["peak_memory_bytes"] > 1e6
+            assert train["seconds"] > 0 and metrics["dev"]["loss"] == train["curve"][-1]["dev"]["loss"]
+        if info["kind"] == "seed":
+            assert 0.2 < metrics["majority"]["test"] < 1 and 0 <= metrics["test"]["accuracy"] <= 1
+    assert str(done) not in "".join(path.read_text() for path in (done / "cells").rglob("*.json"))
+
+
+def test_a_search_is_on_other_seeds_and_says_what_it_cost(done):
+    searches = read_search(done)
+    for columns in searches.values():
+        sgd, mezo = columns["sgd"], columns["mezo"]
+        assert sgd.runs == len(sgd.losses) >= 2 and sgd.forwards == 12 * sgd.runs and min(sgd.seeds) >= 1000
+        tried = {float(lr): loss for lr, loss in sgd.losses.items()}
+        assert sgd.lr == min(tried, key=lambda lr: tried[lr])
+        assert sgd.at_boundary == (sgd.lr in (min(tried), max(tried)))
+        assert (mezo.lr, mezo.runs, "zero-shot" in columns) == (1e-3, 0, False)  # a single rate needs no search
+    chosen = {r.run_info["lr"] for r in read_results(done, "seed") if r.run_info["column"] == "sgd"}
+    assert chosen == {columns["sgd"].lr for columns in searches.values()}
+
+
+def test_what_is_finished_is_not_run_again(copy):
+    before = cells(copy)
+    counts = compare(grid(copy))
+    assert counts["kept"] == counts["runs"] == len(before) and cells(copy) == before
+
+
+def test_one_seed_one_result(copy):
+    """The same runs in other workers, beside other runs: the same numbers to the last bit."""
+    again = copy.parent / "again"
+    compare(grid(again, tasks=["pico_sentiment"], columns=[TINY["columns"][1]], seeds=1, workers=1))
+    name = Path("cells/pico_sentiment/mezo/seed-0.json")
+    first, second = Result.load(copy / name), Result.load(again / name)
+    assert first.metrics == second.metrics and first.run_info["key"] == second.run_info["key"]
+    losses = [[(p["step"], p["train_loss"], p["dev"]) for p in r.train_info["curve"]] for r in (first, second)]
+    assert losses[0] == losses[1]
+
+
+def test_a_changed_grid_runs_what_changed_and_puts_the_rest_aside(copy):
+    before = cells(copy)
+    diverging = {"name": "mezo", "lrs": [1e38]}
+    counts = compare(grid(copy, columns=["zero-shot", diverging], tasks=["pico_topic"], time_budget="reference"))
+    assert counts == {"runs": 4, "kept": 2, "failed": 2}
+    aside = {str(path.relative_to(copy / "superseded")) for path in (copy / "superseded").rglob("*.json")}
+    assert aside == {name.removeprefix("cells/") for name in before} - {
+        f"pico_topic/zero-shot/seed-{seed}.json" for seed in (0, 1)
+    }
+    for seed in (0, 1):
+        result = Result.load(copy / f"cells/pico_topic/mezo/seed-{seed}.json")
+        assert result.run_info["status"] == "failed" and "Diverged" in result.run_info["reason"]
+        assert set(result.metrics.values()) == {None} and result.train_info["curve"]
+    assert compare(grid(copy, columns=["zero-shot", diverging], tasks=["pico_topic"]))["kept"] == 4  # a failure is kept
+
+
+def test_stopped_and_continued(tmp_path):
+    out = tmp_path / "results"
+    settings = grid(out, tasks=["pico_topic"], columns=[TINY["columns"][1]], seeds=5)
+    settings.write()
+    process = start("compare", out / "grid.yaml")
+    wait_for(process, lambda: len(list(out.rglob("cells/**/*.json"))) >= 2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "the same command goes on" in " ".join(errors.split())
+    before = cells(out)
+    assert 2 <= len(before) < 5
+    counts = compare(settings)
+    assert counts == {"runs": 5, "kept": len(before), "failed": 0} and before.items() <= cells(out).items()
+
+
+def wait_for(process: subprocess.Popen[str], what: Callable[[], object]) -> None:
+    until = time.monotonic() + 200
+    while not what():
+        assert process.poll() is None and time.monotonic() < until, process.stderr and process.stderr.read()
+        time.sleep(0.02)
+
+
+def test_workers_end_with_the_process_that_started_them(tmp_path, done):
+    process = start("compare", done.parent / "tiny.yaml", f"--out={tmp_path / 'results'}")
+    wait_for(process, lambda: list(tmp_path.rglob("running/*")))
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.communicate(timeout=10)
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert children and not alive
+
+
+def test_two_at_once_are_refused(copy):
+    from filelock import FileLock
+
+    with FileLock(copy / ".lock"), pytest.raises(UserError, match="another metazo compare is at work"):
+        compare(grid(copy))
+
+
+def test_a_killed_worker_is_a_failed_run_and_the_next_goes_on(tmp_path):
+    settings = grid(tmp_path, budget=10**7)
+    jobs = [_job(settings, seed, forwards) for seed, forwards in ((0, 10**7), (1, 8))]
+    with Pool(1, 1) as pool:
+        pool.submit(jobs[0])
+        until = time.monotonic() + 120
+        while not (jobs[0].config.out / "metrics.jsonl").exists():
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        os.kill(pool.workers[0].process.pid or 0, signal.SIGKILL)
+        ((job, result),) = pool.collect(30)
+        assert job is jobs[0] and result.run_info["status"] == "failed" and "SIGKILL" in result.run_info["reason"]
+        assert result.train_info["curve"][0]["step"] == 0 and not job.config.out.exists()
+        pool.submit(jobs[1])
+        ((job, result),) = pool.collect(120)
+        assert result.finished and result.train_info["forwards"] == 8
+
+
+def _job(settings: Grid, seed: int, forwards: int) -> Job:
+    config = Run("pico_topic", settings.resolved[1], "seed", seed, 1e-4, forwards).config(
+        settings, settings.out / str(seed)
+    )
+    info = {"trained_weights": 0, "configuration": configuration(config), "status": "finished", "reason": None}
+    return Job(config, info, trains=True)
+
+
+def test_a_full_disk_leaves_results_that_say_so(tmp_path):
+    """A real small file system; skipped where one cannot be mounted."""
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(small)], capture_output=True)
+    if mount.returncode:
+        pytest.skip("cannot mount a small file system")
+    try:
+        (small / "ballast").write_bytes(b"0" * 360_000)
+        settings = grid(
+            small / "results",
+            columns=TINY["columns"][:2],
+            tasks=["pico_topic"],
+            workers=1,
+            budget=800,
+            config=CONFIG | {"eval_every": 200},
+        )
+        counts = compare(settings)
+        assert counts["failed"] == 2 and counts["runs"] == 4
+        failed = [result for result in read_results(small / "results") if not result.finished]
+        assert all("free" in r.run_info["reason"] or "space" in r.run_info["reason"] for r in failed)
+        (small / "ballast").unlink()
+        assert compare(settings)["failed"] == 2  # kept, until asked
+        assert compare(settings, retry_failed=True)["failed"] == 0
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_dry_run_writes_nothing(done, tmp_path):
+    process = start("compare", done.parent / "tiny.yaml", f"--out={tmp_path / 'results'}", "--dry-run", "--json")
+    plan = json.loads(process.communicate(timeout=100)[0])
+    assert plan["seconds"] > 0 and "8 of the searches" not in plan["runs"] and not (tmp_path / "results").exists()
+    assert plan["learning rates"]["pico_topic, sgd"] == [1e-3, 1e-2]
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        ({"tasks": ["pico_sentimant"]}, "did you mean pico_sentiment"),
+        ({"tasks": ["pico_topic", "pico_topic"]}, "stands twice"),
+        (
+            {"columns": [{"name": "a", "optimizer": "lozo", "options": {"rank": 0}}]},
+            "Column 'a' on pico_sentiment: rank must",
+        ),
+        ({"columns": ["fzoo"], "budget": 3}, "3 forward passes do not pay for one step (9)"),
+        ({"config": {**CONFIG, "dev_examples": 0}}, "no dev examples"),
+        ({"columns": [{"name": "a", "options": {"dtype": "float8"}}]}, "Column 'a': --dtype is 'float8'"),
+    ],
+)
+def test_what_cannot_run_is_said_before_anything_is_written(tmp_path, extra, words):
+    with pytest.raises(UserError) as error:
+        compare(grid(tmp_path / "results", **extra))
+    assert words in str(error.value) and not (tmp_path / "results").exists()
