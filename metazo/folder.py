@@ -14,8 +14,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from metazo.errors import UserError
-from metazo.files import write_whole
+from metazo.files import is_file, read_capped, write_whole
 from metazo.lines import LineFile
+from metazo.plain import parse_json, shown
 from metazo.tensorfile import read_tensors, write_tensors
 
 CONFIG, METRICS, SUMMARY, STEPS, BEST = (
@@ -25,16 +26,17 @@ CONFIG, METRICS, SUMMARY, STEPS, BEST = (
     "steps.jsonl",
     "best.safetensors",
 )
+MAX_CONFIG_BYTES = 2**20
 _LEFT_BEHIND = ".*.tmp"  # what a killed process was writing when it died
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """The settings of the run in a folder. Raises UserError where it holds none."""
+    if not is_file(path / CONFIG):
+        raise UserError(f"--resume: {path} holds no run (no {CONFIG}).")
     try:
-        found = json.loads((path / CONFIG).read_text())
-    except FileNotFoundError:
-        raise UserError(f"--resume: {path} holds no run (no {CONFIG}).") from None
-    except (OSError, ValueError) as error:
+        found = parse_json(read_capped(path / CONFIG, MAX_CONFIG_BYTES, "settings of the run"))
+    except ValueError as error:
         raise UserError(f"{path / CONFIG} is damaged, so the run cannot be resumed: {error}.") from error
     if not isinstance(found, dict):
         raise UserError(f"{path / CONFIG} is damaged, so the run cannot be resumed: it is no mapping of settings.")
@@ -86,7 +88,7 @@ class RunFolder:
             old, new = found.get(key), self.config.get(key)
             if old != new:
                 raise UserError(
-                    f"--{key.replace('_', '-')} was {old!r} when the run in {self.path} began and is {new!r} now; resume "
+                    f"--{key.replace('_', '-')} was {shown(old)} when the run in {self.path} began and is {shown(new)} now; resume "
                     "with the same settings."
                 )
 
@@ -110,11 +112,11 @@ class RunFolder:
     def read_records(path: Path) -> list[dict[str, Any]]:
         """The whole lines of the metrics.jsonl in a run's folder, up to the first that is torn or damaged."""
         found = []
-        with suppress(FileNotFoundError, ValueError, TypeError):
+        with suppress(OSError, ValueError, TypeError):
             for line in (path / METRICS).read_bytes().splitlines(keepends=True):
                 if not line.endswith(b"\n"):
                     break
-                found.append(dict(json.loads(line)))
+                found.append(dict(parse_json(line)))
         return found
 
     def keep_records(self, records: list[dict[str, Any]]) -> None:
@@ -180,8 +182,8 @@ class RunFolder:
 
     def summary(self) -> dict[str, Any] | None:
         """What a complete run left as its result."""
-        with suppress(OSError, ValueError):
-            return dict(json.loads((self.path / SUMMARY).read_text()))
+        with suppress(OSError, ValueError, TypeError):
+            return dict(parse_json((self.path / SUMMARY).read_text()))
         return None
 
     def complete(self, summary: dict[str, Any]) -> None:

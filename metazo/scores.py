@@ -33,8 +33,10 @@ class Scores:
 
     def take_up(self, steps: int) -> int:
         """Read the records of a run whose log holds so many steps. Returns: the step whose evaluation is due next."""
-        whole = zip(self.folder.records(), self.due)
-        self.records = [record for record, step in whole if record["step"] == step <= steps]
+        for record, step in zip(self.folder.records(), self.due):
+            if not (_sound(record) and record["step"] == step <= steps):
+                break
+            self.records.append(record)
         return self.due[min(len(self.records), len(self.due) - 1)]
 
     def settle(self, steps: int) -> None:
@@ -93,3 +95,11 @@ class Scores:
             return {}
         names = (block.name for block in optimizer.scale.blocks)
         return {"sigma": dict(zip(names, optimizer.zo_state["scale/sigma"].tolist()))}
+
+
+def _sound(record: dict[str, Any]) -> bool:
+    """Whether this is a record that `evaluate_if_due` may have written."""
+    dev = record.get("dev")
+    numbers = [record.get("step"), record.get("forwards"), record.get("seconds")]
+    numbers += list(dev.values()) if isinstance(dev, dict) else [None]
+    return all(type(number) in (int, float) for number in numbers)

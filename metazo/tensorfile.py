@@ -51,7 +51,8 @@ def _bytes(tensor: Tensor) -> memoryview | bytes:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write the file whole or not at all; extra memory: one tensor. Raises UserError where the disk is full."""
-    metadata = {**(metadata or {}), "sha256": weights_hash(sorted(tensors.items()))}
+    metadata = dict(metadata or {})
+    metadata["sha256"] = _seal(tensors, metadata)
     header: dict[str, object] = {"__metadata__": metadata}
     end = 0
     for name, tensor in tensors.items():
@@ -69,6 +70,12 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors and the metadata. Raises SafetensorError where they are not what was written."""
     with safe_open(path, "pt") as file:
         tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    if weights_hash(sorted(tensors.items())) != metadata.get("sha256"):
+    seal = metadata.pop("sha256", None)
+    if seal != _seal(tensors, metadata):
         raise SafetensorError("its content has changed since it was written")
     return tensors, metadata
+
+
+def _seal(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """sha256 over tensors and metadata, in hexadecimal."""
+    return sha256(json.dumps([weights_hash(sorted(tensors.items())), sorted(metadata.items())]).encode()).hexdigest()
