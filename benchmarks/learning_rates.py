@@ -16,14 +16,11 @@ from typing import Any
 
 from metazo.config import FinetuneConfig
 from metazo.demo import TASKS
+from metazo.files import write_whole
 from metazo.finetune import finetune
 
 SEED, FORWARDS = 1000, 1000
-GRIDS = {
-    "mezo": (1.5e-4, 3e-4, 6e-4, 1.2e-3),
-    "mezo, RMS scale": (1.5e-4, 3e-4, 6e-4, 1.2e-3),
-    "tuner": (3e-4, 6e-4, 1.2e-3, 2.4e-3),
-}
+GRID = (7.5e-5, 1.5e-4, 3e-4, 6e-4, 1.2e-3)
 
 
 def main() -> None:
@@ -31,27 +28,26 @@ def main() -> None:
     parser.add_argument("--demo", type=Path, required=True, help="folder of a demo, for its tuner")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    extras: dict[str, dict[str, Any]] = {
+    methods: dict[str, dict[str, Any]] = {
         "mezo": {},
         "mezo, RMS scale": {"scale": "rms"},
         "tuner": {"tuner": str(args.demo / "meta" / "tuner.safetensors")},
     }
     found: dict[str, Any] = {}
-    for method, grid in GRIDS.items():
-        for lr in grid:
+    for method, extra in methods.items():
+        found[method] = {}
+        for lr in GRID:
             losses = {}
             for task in TASKS:
                 with tempfile.TemporaryDirectory() as folder:
                     config = FinetuneConfig(
                         model="pico", task=task, out=Path(folder) / "run", lr=lr, forwards=FORWARDS, seed=SEED,
-                        dev_examples=200, test_examples=0, snapshot_every=0, keep="last", eval_every=500,
-                        **extras[method],
+                        dev_examples=200, test_examples=0, snapshot_every=0, keep="none", eval_every=500, **extra,
                     )  # fmt: skip
                     losses[task] = finetune(config)["dev"]["loss"]
-            mean = sum(losses.values()) / len(losses)
-            found.setdefault(method, {})[f"{lr:g}"] = {**losses, "mean": mean}
-            print(f"{method}, lr {lr:g}: {mean:.4f}", flush=True)
-            args.out.write_text(json.dumps(found, indent=1) + "\n")
+            found[method][f"{lr:g}"] = {**losses, "mean": sum(losses.values()) / len(losses)}
+            print(f"{method}, lr {lr:g}: {losses}", flush=True)
+            write_whole(args.out, (json.dumps(found, indent=1) + "\n").encode())
         best = min(found[method], key=lambda lr: found[method][lr]["mean"])
         print(f"{method}: {best}", flush=True)
 

@@ -1,0 +1,66 @@
+"""The script that makes pico: rows of texts that do not see each other, and one seed, one result."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from metazo.pico import pretrain
+from tests.pico.test_model import MODEL
+
+TEXTS = [
+    ("The mill was very dull. Verdict:", " bad."),
+    ("Anna is here.", ""),
+    ("The rain and the snow. Topic:", " the sky."),
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(MODEL)
+
+
+def test_every_word_of_the_grammar_is_one_token(tokenizer):
+    words = [f" {word}" for word in pretrain.grammar.vocabulary()]
+    assert all(len(ids) == 1 for ids in tokenizer(words, add_special_tokens=False)["input_ids"])
+
+
+def test_rows_hold_the_texts_in_order_with_positions_and_weights(tokenizer):
+    ids, positions, weights = pretrain.rows_of(TEXTS * 40, tokenizer)
+    assert ids.shape == (len(ids), pretrain.CONTEXT) and len(ids) > 2
+    whole = "".join(f"<s>{prompt}{answer}</s>" for prompt, answer in TEXTS * 40)
+    assert whole.startswith(tokenizer.decode(ids.flatten()))
+    assert (positions[:, 0] == 0).all(), "a text cut in two starts again"
+    begins = ids == tokenizer.bos_token_id
+    assert (positions[begins] == 0).all()
+    inner = ~begins[:, 1:]
+    assert (positions[:, 1:][inner] == positions[:, :-1][inner] + 1).all()
+    told = tokenizer.decode(ids[weights == pretrain.ANSWER_WEIGHT])
+    assert told.startswith(" bad. the sky. bad. the sky.") and set(weights.unique().tolist()) == {1, 5}
+
+
+@torch.no_grad()
+def test_a_text_does_not_see_the_text_before_it(tokenizer):
+    torch.manual_seed(0)
+    model = pretrain.new_model().eval()
+    ids, positions, _ = pretrain.rows_of(TEXTS * 40, tokenizer)
+    second = int((ids[0] == tokenizer.bos_token_id).nonzero()[1])
+    end = second + len(tokenizer("".join(TEXTS[1]))["input_ids"])
+    together = model(input_ids=ids[:1], position_ids=positions[:1], use_cache=False).logits[0, second:end]
+    alone = model(input_ids=ids[:1, second:end]).logits[0]
+    assert torch.allclose(together, alone, atol=1e-5)
+
+
+def test_one_seed_one_result(tokenizer):
+    rows = pretrain.rows_of(TEXTS * 200, tokenizer)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    results = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        model = pretrain.new_model()
+        pretrain.train(model, [(rows, 1), (rows, 2)], 3)
+        results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
