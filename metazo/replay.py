@@ -122,8 +122,7 @@ def _rebuilt(
 ) -> tuple[LoadedModel, ZOOptimizer]:
     """Base model and optimizer as the run had them before its first step."""
     settings = header["settings"] | {"model": base, "out": Path(), "optimizer": header["method"]}
-    if not str(settings.get("tuner")).startswith("random:"):
-        settings["tuner"] = _tuner(header, tuner, zoo_folder)
+    settings["tuner"] = tuner or _tuner(header, zoo_folder)
     config = build(FinetuneConfig, settings)
     loaded = load_model(
         base,
@@ -156,15 +155,14 @@ def _rebuilt(
     return loaded, optimizer
 
 
-def _tuner(header: dict[str, Any], tuner: str | None, zoo_folder: Path | None) -> str | None:
-    """The tuner to load: the one named, or that of the zoo folders which has the log's hash."""
-    wanted = header.get("tuner")
-    if wanted is None or tuner is not None:
-        return tuner
+def _tuner(header: dict[str, Any], zoo_folder: Path | None) -> str | None:
+    """The tuner of the log where none is named: the one in the zoo folders that has its hash."""
+    name, wanted = header["settings"].get("tuner"), header.get("tuner")
+    if wanted is None or str(name).startswith("random:"):
+        return name if wanted else None
     for known in zoo.tuners(zoo_folder):
         if known.path.is_file() and weights_hash(Tuner.load(known.path).pertnn.named_parameters()) == wanted:
             return str(known.path)
-    name = header["settings"].get("tuner")
     raise UserError(f"The log's tuner (called {name!r} there) is in none of the zoo folders; name it with --tuner.")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -136,7 +135,7 @@ def test_sigterm_finishes_the_step_and_says_how_to_go_on(tmp_path):
     wait_for_steps(tmp_path / "run" / "steps.jsonl", 2, process)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and "--resume" in errors and "Traceback" not in errors
+    assert process.returncode == 143 and "metazo finetune --resume" in errors and "Traceback" not in errors
 
 
 def test_nan_before_the_first_step_leaves_nothing(tmp_path):
@@ -152,11 +151,6 @@ def test_nan_before_the_first_step_leaves_nothing(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_an_exploding_run_stops_with_advice(tmp_path):
-    with pytest.raises(UserError, match="not been finite for 10 steps"):
-        finetune(config(tmp_path / "run", lr=1e38, steps=60, eval_every=60, dev_examples=0, keep="last"))
-
-
 def test_folders_that_hold_something(tmp_path):
     finetune(config(tmp_path / "run", steps=2))
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
@@ -164,6 +158,8 @@ def test_folders_that_hold_something(tmp_path):
         finetune(config(tmp_path / "run"))
     with pytest.raises(UserError, match="--lr was 0.0001 .* is 0.01 now"):
         finetune(config(tmp_path / "run", lr=1e-2, steps=2, resume=True))
+    again = finetune(config(tmp_path / "run", steps=2, resume=True))
+    assert again == json.loads((tmp_path / "run" / "summary.json").read_text()), "a complete run is not run again"
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     with pytest.raises(UserError, match="holds no run"):
         finetune(config(tmp_path / "other", resume=True))
@@ -171,20 +167,3 @@ def test_folders_that_hold_something(tmp_path):
     (tmp_path / "mine" / "thesis.txt").write_text("x")
     with pytest.raises(UserError, match="is not empty"):
         finetune(config(tmp_path / "mine"))
-
-
-@pytest.mark.skipif(os.geteuid() == 0 and not Path("/dev/full").exists(), reason="no way to a full disk here")
-def test_a_full_disk_ends_with_a_sentence(tmp_path):
-    """A real small file system; skipped where one cannot be mounted."""
-    small = tmp_path / "small"
-    small.mkdir()
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(small)], capture_output=True)
-    if mount.returncode:
-        pytest.skip("cannot mount a small file system")
-    try:
-        process = start(small / "run")
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 2 and "free" in errors and "Traceback" not in errors
-        assert not (small / "run").exists()
-    finally:
-        subprocess.run(["umount", str(small)], check=True)
