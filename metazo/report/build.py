@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from . import costs, figures, sigma, tables
 from .analysis import Analysis
-from .data import CONTROL, Comparison
+from .data import CONTROL, Comparison, part
 from .story import Story, story
 from .style import svg
 from .table import Table
@@ -153,28 +153,28 @@ def _memory(main: Analysis) -> Section:
 def _rates(data: Comparison) -> Section:
     text = "Every column got a learning rate of its own for each task, from runs on seeds that are not reported above."
     section = Section("rates", "Learning rates", text)
-    if not data.searches:
-        return section
-    return section.add(
-        Picture(
+    if figures.searched(data):
+        picture = Picture(
             "sensitivity",
             "Loss against learning rate",
             "Ring: the rate that was chosen; square: chosen at the edge of what was tried. Cross: a run at this rate failed. "
             "The top is cut a third above the loss before training.",
             "Loss on dev at the end of the search's runs against learning rate, one panel a column, one line a task.",
             svg(figures.sensitivity(data)),
-        ),
-        costs.search(data),
-    )
+        )
+        section.add(picture)
+    return section.add(costs.search(data))
 
 
 def _blocks(data: Comparison) -> Section:
     text = (
-        "A tuner, or a rule, gives each block of weights a scale σ: how far it is moved. Light blocks are moved most. "
-        "Each row is a kind of block, each column of squares a layer of the model, each picture a step of one run."
+        "What a tuner has learned, or a rule says: a scale σ for each block of weights, which is how far it is moved. Light "
+        "blocks are moved most. Each row is a kind of block, each column of squares a layer of the model, each picture a "
+        "step of one run."
     )
-    section = Section("blocks", "Which blocks are moved", text)
-    for column in data.columns:
+    section = Section("blocks", "What the tuner learned: which blocks are moved", text)
+    tuned = {column: bool(part(data.first_info.get(column), "configuration").get("tuner")) for column in data.columns}
+    for column in sorted(data.columns, key=lambda name: not tuned[name]):
         for task in data.tasks if data.family(column) != CONTROL else ():
             run = next((run for run in data.of(task, column) if run.sigma), None)
             if (

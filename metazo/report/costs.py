@@ -109,7 +109,7 @@ def search(data: Comparison) -> Table:
         "search",
         "Learning rates: what the search chose, and what it cost",
         "Chosen by the mean loss on dev over the search’s own seeds. ⚠ edge: the best rate is the smallest or largest "
-        "that was tried, so a better one may lie outside, and the column may be underrated.",
+        "that was tried, so a better one may lie outside, and the column may be underrated. No runs: the rate was given.",
         ["column", *data.tasks, "runs of the search", "forward passes of the search"],
     )
     for column in by_family(data):

@@ -14,7 +14,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from .analysis import Analysis, band
 from .data import CONTROL, FIRST, UNTRAINED, ZEROTH, Comparison
-from .style import COLOURS, log_axis, look, short, styled
+from .style import COLOURS, cut, log_axis, look, short, styled
 from .tables import by_family, metric_name
 
 # By what a column trains with: colour, marker, and how the legend calls it.
@@ -43,7 +43,8 @@ def headline(analysis: Analysis) -> Figure:
         for place, (column, found) in enumerate(rows):
             colour, marker, label = FAMILIES[data.family(column)]
             if found.low is not None and found.high is not None:
-                axes.plot([factor * found.low, factor * found.high], [place] * 2, color=colour, linewidth=2.2)
+                low, high = max(found.low, 0.0), min(found.high, 1.0) if percent else found.high
+                axes.plot([factor * low, factor * high], [place] * 2, color=colour, linewidth=2.2)
             axes.plot(
                 factor * found.mean, place, marker=marker, color=colour, markersize=7.5, linestyle="", label=label
             )
@@ -89,7 +90,7 @@ def curves(analysis: Analysis, axis: str) -> Figure:
     with styled():
         figure, panels = grid(tasks, 3.6, 2.8)
         for axes, task in zip(panels, tasks):
-            highest = 0.0
+            least, highest = math.inf, 0.0
             for column in [c for c in by_family(data) if c not in chosen] + chosen:
                 runs = [run for run in data.of(task, column) if len(run.curve) > 1]
                 if not runs:
@@ -102,9 +103,8 @@ def curves(analysis: Analysis, axis: str) -> Figure:
                 every = max(1, len(points) // 6)
                 axes.plot(points, middle, label=clipped(column), markevery=every, zorder=3, **style)
                 axes.fill_between(points, low, high, color=style["color"], alpha=0.15, linewidth=0, zorder=2)
-                highest = max(highest, middle[0] * 1.15)
-            if highest and axes.get_ylim()[1] > 2 * highest:
-                axes.set_ylim(top=2 * highest)
+                least, highest = min(least, low.min()), max(highest, 1.5 * middle[0])
+            cut(axes, least, highest)
             axes.set(title=clipped(task), ylabel="loss on dev (nats)")
             axes.set_xlabel("forward passes over a batch" if axis == "forwards" else "seconds of training")
             axes.xaxis.set_major_locator(MaxNLocator(5))
@@ -183,13 +183,19 @@ def overlap(one: Box, other: Box) -> bool:
     return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
+def searched(data: Comparison) -> list[str]:
+    """Columns of which more than one learning rate was tried."""
+    tried = {column for found in data.searches.values() for column, search in found.items() if len(search.losses) > 1}
+    return [column for column in by_family(data) if column in tried]
+
+
 def sensitivity(data: Comparison) -> Figure:
     """Loss of the search against learning rate, a panel a column and a line a task; the chosen rate ringed."""
-    columns = [c for c in by_family(data) if any(data.searches.get(t, {}).get(c) for t in data.tasks)]
+    columns = searched(data)
     with styled():
         figure, panels = grid(columns, 2.7, 2.1, across=4)
         for axes, column in zip(panels, columns):
-            highest = 0.0
+            least, highest = math.inf, 0.0
             for index, task in enumerate(data.tasks):
                 found = data.searches.get(task, {}).get(column)
                 if found is None:
@@ -201,6 +207,7 @@ def sensitivity(data: Comparison) -> Figure:
                     shape = "s" if found.at_boundary else "o"
                     label = "chosen, at the edge" if found.at_boundary else "chosen"
                     axes.plot(found.lr, known[found.lr], marker=shape, color="#000000", label=label, **ring)
+                    least = min(least, *known.values())
                     highest = max(highest, 1.3 * (data.before(task) or 3 * known[found.lr]))
                 failed = [float(rate) for rate, value in found.losses.items() if value is None]
                 transform = axes.get_xaxis_transform()
@@ -213,8 +220,7 @@ def sensitivity(data: Comparison) -> Figure:
                     label="failed",
                     markersize=6,
                 )
-            if highest and axes.get_ylim()[1] > highest:
-                axes.set_ylim(top=highest)
+            cut(axes, least, highest)
             axes.set(title=clipped(column), ylabel="loss on dev (nats)", xlabel="learning rate")
             log_axis(axes, "x")
             axes.tick_params(labelsize=8)

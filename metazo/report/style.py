@@ -63,10 +63,16 @@ def log_axis(axes: Axes, which: str, show: Callable[[float], str] = "{:g}".forma
     getattr(axes, f"set_{which}scale")("log")
     axis = getattr(axes, f"{which}axis")
     low, high = getattr(axes, f"get_{which}lim")()
-    decades = high / low if low > 0 else 1e9
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 50 else (1, 3) if decades < 500 else (1,)))
+    ratio = high / low if low > 0 else 1e9
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if ratio < 12 else (1, 3) if ratio < 500 else (1,)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: show(value)))
     axis.set_minor_formatter(NullFormatter())
+
+
+def cut(axes: Axes, low: float, high: float) -> None:
+    """Let the vertical axis end at `high`, if something lies above it; low: the least that is drawn."""
+    if axes.get_ylim()[1] > high > low:
+        axes.set_ylim(low - 0.06 * (high - low), high)
 
 
 def short(value: float) -> str:

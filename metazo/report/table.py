@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -66,13 +65,12 @@ def escape_markdown(text: str) -> str:
 
 
 def loss(value: float, beside: float | None = None) -> str:
-    """Nats: three decimals, or three significant digits where that is less than a hundredth.
+    """Nats: three decimals, or two significant digits where that is less than a hundredth.
 
-    beside: write as many decimals as this one has.
+    beside: write it as this one is written.
     """
     size = abs(value if beside is None else beside)
-    decimals = 3 if size >= 0.01 or size < 1e-9 else 2 - math.floor(math.log10(size))
-    return f"{value:.{decimals}f}"
+    return f"{value:.3f}" if size >= 0.01 or size == 0 else f"{value:.2g}"
 
 
 def share(value: float) -> str:

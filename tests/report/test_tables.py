@@ -134,8 +134,8 @@ def test_accuracy_must_beat_the_commonest_class_by_two_standard_errors(tmp_path:
     [
         (0.5, None, "0.500"),
         (0.0123, None, "0.012"),
-        (0.00123, None, "0.00123"),
-        (0.5, 0.00123, "0.50000"),
+        (0.00123, None, "0.0012"),
+        (0.00021, 0.00123, "0.00021"),
         (0.0, None, "0.000"),
     ],
 )
