@@ -14,7 +14,7 @@ def bench(
     suite: Annotated[
         list[str] | None,
         typer.Option(
-            help="steps, kernels, memory, meta, scaling, threads, or one part as SUITE/PART; may be repeated."
+            help="steps, kernels, memory, precision, meta, scaling, threads, or one part as SUITE/PART; may be repeated."
         ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Small models, one shape: to see that it works.")] = False,

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from metazo.bench.models import Shape, build, lm_loss, weight_bytes
-from metazo.bench.steps import METHODS
+from metazo.bench.steps import METHODS, make
 
 FIRST_ORDER = "AdamW, first-order"
 MEASURED = [*METHODS, FIRST_ORDER]
@@ -53,7 +53,7 @@ def measure(
 
 def _make(method: str, model: Any) -> Any:
     if method != FIRST_ORDER:
-        return METHODS[method](model)
+        return make(method, model)
     from metazo.optimizers.first_order import FirstOrder
 
     return FirstOrder("first-order-adamw", model.named_parameters(), lr=1e-9)

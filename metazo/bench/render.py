@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,7 +56,8 @@ def tables(result: dict[str, Any]) -> list[Table]:
     """One for each suite that was measured."""
     suites, made = result["suites"], []
     for suite, maker in {
-        "steps": _steps, "threads": _steps, "scaling": _steps, "kernels": _kernels, "memory": _memory, "meta": _meta,
+        "steps": _steps, "scaling": _steps, "threads": _steps, "kernels": _kernels, "memory": _memory, "precision": _steps,
+        "meta": _meta,
     }.items():  # fmt: skip
         if suite in suites:
             made.append(maker(suite, suites[suite], result["environment"]))
@@ -86,6 +86,7 @@ _TITLES = {
     "steps": "Step / (2 × forward) by model and batch × length",
     "threads": "Step / (2 × forward) by threads and batch × length",
     "scaling": "Step / (2 × forward) by model size",
+    "precision": "Step / (2 × forward) of MeZO in bfloat16 by precision policy",
 }
 
 
@@ -138,13 +139,8 @@ def sentence(result: dict[str, Any]) -> str:
     return (
         f"{e.get('gpu', e['cpu'])}, {e['cores']} cores, {e['dtype']}; torch {e['torch']}, numba {e['numba']}, transformers "
         f"{e['transformers']}, Python {e['python']}; {dates[0]} to {dates[-1]}; load average {min(loads, default=0)} to "
-        f"{max(loads, default=0)}. Medians with quartiles, of at least {_rounds(every)} interleaved rounds."
+        f"{max(loads, default=0)}. Medians with quartiles in brackets, of at least 5 interleaved rounds."
     )
-
-
-def _rounds(every: Iterable[dict[str, Any]]) -> int:
-    values = [value for part in every for row in part["rows"] for value in row.values() if isinstance(value, dict)]
-    return min((int(value["rounds"]) for value in values), default=0)
 
 
 def markdown(result: dict[str, Any]) -> str:

@@ -47,6 +47,13 @@ if "form" in inspect.signature(OPTIMIZERS["lozo"].__init__).parameters:
 CORE = [
     name for name in METHODS if name.startswith((PUBLISHED, "MeZO", "LOZO")) and name not in ("MeZO-Adam", "LOZO-M")
 ]
+NARROW = {name: _ours("mezo", precision=name) for name in ("in-place", "master", "compensated-16", "compensated-8")}
+"""MeZO under the policies for weights narrower than float32."""
+
+
+def make(method: str, model: nn.Module) -> Any:
+    """The optimizer of a key of METHODS or NARROW."""
+    return (METHODS | NARROW)[method](model)
 
 
 def measure(
@@ -69,7 +76,7 @@ def measure(
         loss = lm_loss(model, shape)
         cases: dict[str, Callable[[], object]] = {FORWARDS: lambda: _forwards(loss), PASSES: lambda: _passes(model)}
         for name in methods:
-            cases[name] = _stepping(METHODS[name](model), loss)
+            cases[name] = _stepping(make(name, model), loss)
         samples = interleaved(cases, rounds, seconds=seconds, device=device, tick=tick)
     finally:
         torch.set_num_threads(before)

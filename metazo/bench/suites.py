@@ -65,7 +65,7 @@ class Part:
 
 def _timed(s: Settings, size: str, shape: Shape, methods: Sequence[str], **how: Any) -> Measurement:
     seconds = 0.0 if s.quick else 10.0
-    how |= {"rounds": s.rounds, "seconds": seconds, "dtype": s.dtype, "device": s.device}
+    how = {"rounds": s.rounds, "seconds": seconds, "dtype": s.dtype, "device": s.device} | how
     return partial(steps.measure, size, shape, methods, **how)
 
 
@@ -91,8 +91,14 @@ def _kernels(s: Settings) -> dict[str, Measurement]:
 
 def _memory(s: Settings) -> dict[str, Measurement]:
     size, methods = ("10M", ["MeZO", memory.FIRST_ORDER]) if s.quick else (s.size, memory.MEASURED)
-    how = {"dtype": s.dtype, "device": s.device}
-    return {f"{size}-{shown(x)}": partial(memory.measure, size, x, methods, **how) for x in s.shapes[:2]}
+    made = {
+        f"{size}-{shown(shape)}": partial(memory.measure, size, shape, methods, dtype=s.dtype, device=s.device)
+        for shape in s.shapes[:2]
+    }
+    if not s.quick:
+        narrow = partial(memory.measure, size, SHAPES[0], list(steps.NARROW), dtype="bfloat16", device=s.device)
+        made[f"{size}-{shown(SHAPES[0])}-bfloat16"] = narrow
+    return made
 
 
 def _meta(s: Settings) -> dict[str, Measurement]:
@@ -114,8 +120,14 @@ def _threads(s: Settings) -> dict[str, Measurement]:
     }
 
 
+def _precision(s: Settings) -> dict[str, Measurement]:
+    methods = list(steps.NARROW)
+    return {f"{s.size}-{shown(x)}": _timed(s, s.size, x, methods, dtype="bfloat16") for x in s.shapes[:2]}
+
+
 SUITES = {
-    "steps": _steps, "kernels": _kernels, "memory": _memory, "meta": _meta, "scaling": _scaling, "threads": _threads,
+    "steps": _steps, "kernels": _kernels, "memory": _memory, "precision": _precision, "meta": _meta, "scaling": _scaling,
+    "threads": _threads,
 }  # fmt: skip
 
 

@@ -127,7 +127,7 @@ def test_figures_name_the_machine_by_kind_alone(quick: Path):
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (("--suite", "speed"), "--suite 'speed' is not measured here: choose steps, kernels, memory, meta"),
+        (("--suite", "speed"), "--suite 'speed' is not measured here: choose steps, kernels, memory, precision, meta"),
         (("--suite", "steps/2x2"), "choose steps/134M-16x128"),
         (("--device", "tpu"), "--device 'tpu' is not measured: choose cpu or cuda."),
         (("--rounds", "2"), "5"),
