@@ -109,7 +109,7 @@ class MetaConfig:
     trajectory: Path | None = None
     """Train along a path recorded before"""
     save_every: int = 100
-    """Meta-steps between checkpoints for --resume"""
+    """Meta-steps between snapshots for --resume"""
     resume: bool = False
     """Go on with the run in --out"""
 

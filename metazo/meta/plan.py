@@ -65,7 +65,7 @@ def make_plan(config: MetaConfig, model: nn.Module, tasks: Sequence[PreparedTask
     longest = max((len(example) for task in tasks for example in task.prepared.train), default=1)
     memory = held * (1 + max((1 + moments) * teacher, extra)) + _activations(model, config.batch_size, longest) * item
     state = held * (1 + (0 if recorded else moments))
-    disk = 2 * state + (0 if recorded else held)
+    disk = 3 * state + (0 if recorded else held)  # two snapshots, and one that is being written
     if config.record is not None:
         disk += disk_use(tensors, config.teacher, restart or total, config.record_every)
     return Plan(

@@ -227,7 +227,7 @@ class MetaRun:
         odd = [name for name in mine if name in tensors and mine[name].shape != tensors[name].shape]
         odd += [name for name in mine if name not in tensors and not name.startswith(("meta/", "teacher/"))]
         if odd:
-            raise UserError(f"The checkpoint is not of this run: {odd[0]} differs; start in another --out.")
+            raise UserError(f"The snapshot is not of this run: {odd[0]} differs; start in another --out.")
         assert self.pertnn is not None
         self.pertnn.load_state_dict({name: tensors[f"pertnn/{name}"] for name in _WEIGHTS})
         meta = {key.removeprefix("meta/"): value for key, value in tensors.items() if key.startswith("meta/")}

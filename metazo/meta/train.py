@@ -1,12 +1,13 @@
 """Meta-train a tuner: `meta_train(config)`, and what stands in its output folder.
 
-tuner.safetensors  config.json  metrics.jsonl  sigma.png       and, until the run is complete, a checkpoint
+tuner.safetensors  config.json  metrics.jsonl  sigma.png       and, until the run is complete, two snapshots
 """
 
 from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -16,7 +17,6 @@ from metazo.blocks import Block, named_tensors
 from metazo.errors import UserError
 from metazo.fit import BlockSpec
 from metazo.folder import RunFolder
-from metazo.meta import checkpoint
 from metazo.meta.config import MetaConfig
 from metazo.meta.data import Order, PreparedTask
 from metazo.meta.path import Online
@@ -43,12 +43,14 @@ def meta_train(config: MetaConfig, *, console: Console | None = None) -> Tuner:
     a full disk; Interrupted after SIGINT or SIGTERM, when the state is saved.
     """
     if config.resume and (config.out / TUNER).exists():
-        raise UserError(f"--out {config.out} holds a run that is complete ({TUNER} is there); choose another folder.")
+        say(console, f"The run in {config.out} is complete; this is its tuner.")
+        _take_away(config.out)
+        return Tuner.load(config.out / TUNER)
     loaded, tasks, order = load(config)
     plan = make_plan(config, loaded.model, tasks, order)
-    require_space(config.out, plan.disk_bytes, "This run")
     settings = {key: value for key, value in asdict(config).items() if key not in ("out", "resume", "device")}
-    folder = RunFolder(config.out, settings, config.resume)
+    folder = RunFolder(config.out, settings, config.resume, say=partial(say, console))
+    require_space(config.out, plan.disk_bytes - folder.used(), "This run")
     folder.begin()
     say(console, plan.sentence())
     for task in tasks:
@@ -58,8 +60,9 @@ def meta_train(config: MetaConfig, *, console: Console | None = None) -> Tuner:
         run = None
         try:
             run = build(config, loaded, tasks, order, caught, console)
-            if config.resume and checkpoint.load(run, config.out):
-                say(console, f"Resumed at meta-step {run.steps} of {plan.steps}.")
+            if config.resume and (snapshot := folder.load_snapshot(len(folder.records()))) is not None:
+                run.load(snapshot[1])
+                say(console, f"Going on after meta-step {run.steps} of {plan.steps}.")
             train(run, folder, plan.steps, caught, console)
         except UserError:
             if not config.resume and (run is None or run.steps == 0):
@@ -82,6 +85,12 @@ def _clear(out: Path) -> None:
         (out / name).unlink(missing_ok=True)
     with suppress(OSError):  # not empty
         out.rmdir()
+
+
+def _take_away(out: Path) -> None:
+    """Remove what only a resumed run needs."""
+    for path in (*out.glob("snapshot-*.safetensors"), out / _START):
+        path.unlink(missing_ok=True)
 
 
 def load(config: MetaConfig) -> tuple[LoadedModel, list[PreparedTask], Order]:
@@ -159,7 +168,7 @@ def build(
 
 
 def train(run: MetaRun, folder: RunFolder, steps: int, caught: list[str], console: Console | None) -> None:
-    """The loop, with metrics, progress and checkpoints."""
+    """The loop, with metrics, progress and snapshots."""
     folder.keep_records(folder.records()[: run.steps])
     with Progress(console, steps, run.steps) as progress:
         while run.steps < steps:
@@ -167,14 +176,14 @@ def train(run: MetaRun, folder: RunFolder, steps: int, caught: list[str], consol
             folder.record(**row)
             progress.show(row, run.skipped)
             if caught:
-                checkpoint.save(run, folder.path)
+                folder.save_snapshot(run.steps, run.state())
                 raise Interrupted(
                     f"{caught[0]} after meta-step {run.steps} of {steps}; the state is saved, "
                     "go on with the same command and --resume.",
                     caught[0],
                 )
             if run.steps % run.config.save_every == 0 and run.steps < steps:
-                checkpoint.save(run, folder.path)
+                folder.save_snapshot(run.steps, run.state())
 
 
 def finish(run: MetaRun, folder: RunFolder, loaded: LoadedModel, console: Console | None) -> Tuner:
@@ -182,8 +191,7 @@ def finish(run: MetaRun, folder: RunFolder, loaded: LoadedModel, console: Consol
     picture = plot(folder.path)
     tuner = make_tuner(run, loaded)
     tuner.save(folder.path / TUNER)
-    for name in (checkpoint.NAME, _START):
-        (folder.path / name).unlink(missing_ok=True)
+    _take_away(folder.path)
     if run.skipped:
         say(console, f"{run.skipped} meta-steps were skipped because a loss was not finite.")
     say(console, f"Wrote {folder.path / TUNER}, {folder.metrics} and {picture}.")

@@ -3,12 +3,13 @@
 manifest.json            what the path belongs to, its length, and the steps whose weights are there
 log.jsonl                a line a step: task, examples, loss, learning rate
 step00000000.safetensors the weights ahead of that step
-teacher.safetensors      momentum or moments at the last of them, so that recording can be resumed
+teacher00000000.safetensors  momentum or moments at the last of them, so that recording can be resumed
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,11 +31,15 @@ from metazo.run import require_space
 from metazo.tensorfile import read_tensors, write_tensors
 
 FORMAT_VERSION = 1
-_MANIFEST, _LOG, _TEACHER = "manifest.json", "log.jsonl", "teacher.safetensors"
+_MANIFEST, _LOG = "manifest.json", "log.jsonl"
 
 
 def snapshot_name(step: int) -> str:
     return f"step{step:08d}.safetensors"
+
+
+def _teacher_name(step: int) -> str:
+    return f"teacher{step:08d}.safetensors"
 
 
 def disk_use(tensors: Sequence[NamedTensor], teacher: str, steps: int, every: int) -> int:
@@ -77,29 +82,35 @@ def record(
         present = _read_manifest(folder)
         _compare(present, manifest | {"snapshots": present["snapshots"], "complete": present["complete"]}, folder)
         manifest = present
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and any(not entry.match(".*.tmp") for entry in folder.iterdir()):
         raise UserError(f"--record {folder} holds something else than a recording; choose an empty folder.")
     if manifest["complete"]:
         return
     left = steps - (manifest["snapshots"][-1] if manifest["snapshots"] else 0)
     require_space(folder, disk_use(tensors, teacher.kind, left, every), "Recording the teacher")
     folder.mkdir(parents=True, exist_ok=True)
+    for left_behind in folder.glob(".*.tmp"):
+        left_behind.unlink()
+    write_whole(manifest_path, json.dumps(manifest, indent=1).encode())
     first = 0
     lines: list[str] = []
     if manifest["snapshots"]:
         first = manifest["snapshots"][-1]
         put(tensors, folder / snapshot_name(first), "theta/")
-        teacher.load(read_tensors(folder / _TEACHER)[0])
+        teacher.load(read_tensors(folder / _teacher_name(first))[0])
         lines = (folder / _LOG).read_text().splitlines()[:first]
+        _drop_earlier(folder, manifest["snapshots"])
     write_whole(folder / _LOG, "".join(line + "\n" for line in lines).encode())
     with (folder / _LOG).open("a") as log:
         for step in range(first, steps):
             if step % every == 0 and step not in manifest["snapshots"]:
                 log.flush()
+                os.fsync(log.fileno())
                 write_tensors(folder / snapshot_name(step), weights_of(tensors))
-                write_tensors(folder / _TEACHER, teacher.state())
+                write_tensors(folder / _teacher_name(step), teacher.state())
                 manifest["snapshots"].append(step)
                 write_whole(manifest_path, json.dumps(manifest, indent=1).encode())
+                _drop_earlier(folder, manifest["snapshots"])
             number, indices = order.batch(step)
             rate = teacher.rate()
             loss = teacher.step(lambda task=tasks[number], chosen=indices: task.loss(model, chosen))
@@ -111,6 +122,12 @@ def record(
                 report(step, loss)
     manifest["complete"] = True
     write_whole(manifest_path, json.dumps(manifest, indent=1).encode())
+
+
+def _drop_earlier(folder: Path, snapshots: Sequence[int]) -> None:
+    """Only the last of the teacher's states is needed."""
+    for step in snapshots[:-1]:
+        (folder / _teacher_name(step)).unlink(missing_ok=True)
 
 
 @dataclass
