@@ -11,6 +11,7 @@ from torch import nn
 
 from metazo.errors import UserError
 from metazo.models import LoadedModel
+from metazo.sentence import SentenceClassifier
 
 TASK_TYPES = {"causal": "CAUSAL_LM", "classifier": "SEQ_CLS", "masked": None}
 ALPHA = 16  # as MeZO's published runs with LoRA (rank 8)
@@ -27,17 +28,23 @@ def _peft() -> Any:
 def add_adapters(loaded: LoadedModel, rank: int, seed: int) -> list[str]:
     """Put adapters of `rank` on the layers that peft names for this architecture (all linear ones where it has none).
 
-    `loaded.model` becomes the wrapped model. A classifier's head is trained beside them. Returns the names of the
-    tensors to train. The start is drawn from `seed`; the model's function is unchanged by it.
+    `loaded.model` becomes the wrapped model, but for a sentence encoder with its head, which gets them in place. A
+    classifier's trained head is trained beside them. Returns the names of the tensors to train. The start is drawn from
+    `seed`; the model's function is unchanged by it.
     """
     peft = _peft()
     known = peft.utils.constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     target = None if loaded.model.config.model_type in known else "all-linear"
-    config = peft.LoraConfig(r=rank, lora_alpha=ALPHA, target_modules=target, task_type=TASK_TYPES[loaded.kind])
-    with torch.random.fork_rng(devices=[]):
+    task_type = None if isinstance(loaded.model, SentenceClassifier) else TASK_TYPES[loaded.kind]
+    config = peft.LoraConfig(r=rank, lora_alpha=ALPHA, target_modules=target, task_type=task_type)
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for a name that is to go
         torch.default_generator.manual_seed(seed)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for a name that is to go
+        if isinstance(loaded.model, SentenceClassifier):
+            peft.inject_adapter_in_model(config, loaded.model.encoder)
+            loaded.model.head.requires_grad_(True)
+            loaded.model.eval()
+        else:
             loaded.model = peft.get_peft_model(loaded.model, config).eval()
     return [name for name, parameter in loaded.model.named_parameters() if parameter.requires_grad]
 

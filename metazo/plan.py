@@ -92,9 +92,11 @@ def set_up(config: FinetuneConfig) -> Setup:
         seed=config.seed,
         max_length=config.max_length,
     )
-    adapters = add_adapters(loaded, config.lora, config.seed) if config.lora else []
-    trained = select_trainable(loaded.model, config.train or adapters, config.freeze)
+    adapters = add_adapters(loaded, config.lora, config.seed) if config.lora else None
+    trained = select_trainable(loaded.model, config.train, config.freeze, adapters)
     if isinstance(loaded.model, SentenceClassifier):
+        if config.lora and config.keep != "none":
+            raise UserError("--lora on a sentence encoder cannot be saved yet; add --keep none, or train without it.")
         loaded.model.cache_frozen()
         loaded.model.fit_prototypes(prepared, config.eval_batch_size)
     optimizer = make_optimizer(config, loaded, prepared, device)

@@ -168,6 +168,7 @@ class SentenceClassifier(nn.Module):
     def new(cls, source: str, *, head: str, classes: int, dtype: torch.dtype) -> SentenceClassifier:
         """The encoder of a checkpoint with a new head; torch's global generator draws a linear one."""
         encoder = _encoder(source, dtype)
+        encoder.config.num_labels = classes
         return cls(encoder, _head(head, classes, encoder.config.hidden_size, dtype), pooling_of(source) or "mean")
 
 

@@ -72,3 +72,16 @@ def test_seconds_are_those_of_training_and_scales_are_recorded(tmp_path):
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert records[0]["seconds"] < 0.5 and "sigma" not in records[0]
     assert len(records[-1]["sigma"]) == len(set(records[-1]["sigma"])) > 10
+
+
+def test_on_a_sentence_encoder_the_adapters_of_the_named_layers_alone(tmp_path, minilm):
+    rows = [json.dumps({"sentence": f"row {n}", "label": n % 2}) for n in range(60)]
+    (tmp_path / "sst2").mkdir()
+    for split in ("train", "validation"):
+        (tmp_path / "sst2" / f"{split}.jsonl").write_text("\n".join(rows))
+    extra = {"model": str(minilm), "task": "sst2", "data": tmp_path, "head": "prototype", "train": ["*layer.5.*"]}
+    setup = set_up(config(tmp_path / "x", keep="none", train_examples=20, dev_examples=8, test_examples=8, **extra))
+    trained = [name for name, p in setup.loaded.model.named_parameters() if p.requires_grad]
+    assert trained and all("layer.5." in name and "lora_" in name for name in trained)
+    with pytest.raises(UserError, match="cannot be saved yet"):
+        set_up(config(tmp_path / "x", train_examples=20, dev_examples=8, test_examples=8, **extra))

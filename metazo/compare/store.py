@@ -64,10 +64,14 @@ class Store:
     def known(self, run: Run, job: Job) -> Result | None:
         """The result of an earlier call, or one that needs no run because no learning rate is left to run it with."""
         path = self.path(run)
-        if path.exists():
-            found = Result.load(path)
-            if found.run_info.get("key") == job.info["key"] and (found.finished or not self.retry_failed):
-                return found
+        for place in (path, self._aside(path)):  # a column that comes back comes back with its results
+            if place.exists():
+                found = Result.load(place)
+                if found.run_info.get("key") == job.info["key"] and (found.finished or not self.retry_failed):
+                    if place != path:
+                        path.parent.mkdir(parents=True, exist_ok=True)
+                        os.replace(place, path)
+                    return found
         if run.column.trains and run.lr is None:
             result = failed(job, "No learning rate of the search gave a finite loss on dev.")
             self.save(run, result)
@@ -109,8 +113,11 @@ class Store:
         forwards = info["budget"] if column.trains else self.grid.budget
         return self.job(Run(task, column, info["kind"], info["seed"], info["lr"], forwards)).info["key"] == info["key"]
 
+    def _aside(self, path: Path) -> Path:
+        return self.grid.out / "superseded" / path.relative_to(self.grid.out / "cells")
+
     def _put_aside(self, path: Path) -> None:
-        target = self.grid.out / "superseded" / path.relative_to(self.grid.out / "cells")
+        target = self._aside(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(path, target)
 

@@ -135,6 +135,8 @@ def test_a_changed_grid_runs_what_changed_and_puts_the_rest_aside(copy):
         assert result.run_info["status"] == "failed" and "Diverged" in result.run_info["reason"]
         assert set(result.metrics.values()) == {None} and result.train_info["curve"]
     assert compare(grid(copy, columns=["zero-shot", diverging], tasks=["pico_topic"]))["kept"] == 4  # a failure is kept
+    assert compare(grid(copy))["kept"] == len(before)  # and what had been put aside comes back
+    assert {name: text for name, (_, text) in cells(copy).items()} == {name: text for name, (_, text) in before.items()}
 
 
 def test_stopped_and_continued(tmp_path):
