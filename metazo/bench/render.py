@@ -153,50 +153,47 @@ def placed(document: str, name: str, text: str) -> str:
     return re.sub(f"{begin}.*?{end}", lambda _: f"{begin}\n{text}\n{end}", document, flags=re.DOTALL)
 
 
+_DRAWN = (PUBLISHED, "MeZO", "MeZO, Rademacher", "LOZO", "LOZO, activations")
+_MARKS = (("#000000", "s"), ("#0072B2", "o"), ("#56B4E9", "^"), ("#D55E00", "D"), ("#E69F00", "v"))  # Okabe, Ito (2008)
+
+
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Steps by shape as bars, with the targets; kernels as bars beside them. Panels of what was measured."""
+    """Steps by shape and by model size, as dots with quartiles over the floor that memory sets; written as PNG."""
     from matplotlib import pyplot as plt
 
-    suites = result["suites"]
-    panels = [(name, draw) for name, draw in (("steps", _bars), ("scaling", _lines)) if name in suites]
-    if not panels:
+    suites = {name: result["suites"][name] for name in ("steps", "scaling") if name in result["suites"]}
+    if not suites:
         return
-    drawing, axes = plt.subplots(1, len(panels), figsize=(6.4 * len(panels), 4.2), squeeze=False, layout="constrained")
-    for axis, (name, draw) in zip(axes[0], panels):
-        draw(axis, suites[name])
+    drawing, axes = plt.subplots(1, len(suites), figsize=(6.4 * len(suites), 4.2), squeeze=False, layout="constrained")
+    for axis, (name, parts) in zip(axes[0], suites.items()):
+        _dots(axis, parts)
         axis.set(title=_TITLES[name], yscale="log", ylabel="step / (2 × forward)")
-        axis.grid(axis="y", alpha=0.25, which="both")
+        axis.set_yticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
+        axis.minorticks_off()
+        axis.set_xticks(range(len(parts)), [_head(part) for part in parts])
+        axis.set_xlim(-0.5, len(parts) - 0.5)
+        axis.set_ylim(bottom=0.8)
+        axis.grid(axis="y", alpha=0.25)
         axis.legend(frameon=False, fontsize=8)
     drawing.savefig(path, dpi=130, metadata={"Software": None})
     plt.close(drawing)
 
 
-_DRAWN = (PUBLISHED, "MeZO", "MeZO, Rademacher", "LOZO", "LOZO, activations", PASSES)
-_COLOURS = ("#000000", "#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#999999")  # Okabe and Ito (2008)
-
-
-def _ratios(parts: dict[str, Any], case: str) -> list[tuple[int, float]]:
-    found = [(i, r) for i, part in enumerate(parts.values()) for r in part["rows"] if r["case"] == case]
-    return [(i, row["ratio"]["median"]) for i, row in found]
-
-
-def _bars(axis: Any, parts: dict[str, Any]) -> None:
-    width = 0.8 / len(_DRAWN)
-    for place, (case, colour) in enumerate(zip(_DRAWN, _COLOURS)):
-        found = _ratios(parts, case)
-        at = [i + (place - len(_DRAWN) / 2 + 0.5) * width for i, _ in found]
-        bars = axis.bar(at, [ratio for _, ratio in found], width, color=colour, label=case)
-        axis.bar_label(bars, fmt="%.2f", fontsize=6)
-    axis.axhline(1, color="0.3", linewidth=0.8)
-    axis.set_xticks(range(len(parts)), [_head(part) for part in parts])
-
-
-def _lines(axis: Any, parts: dict[str, Any]) -> None:
-    for case, colour in zip(_DRAWN, _COLOURS):
-        found = _ratios(parts, case)
-        if found:
-            axis.plot(*zip(*found), color=colour, marker="o", markersize=4, label=case)
-    axis.set_xticks(range(len(parts)), [_head(part) for part in parts])
+def _dots(axis: Any, parts: dict[str, Any]) -> None:
+    for place, (case, (colour, mark)) in enumerate(zip(_DRAWN, _MARKS)):
+        found = [(i, r["ratio"]) for i, part in enumerate(parts.values()) for r in part["rows"] if r["case"] == case]
+        at = [i + 0.15 * (place - 2) for i, _ in found]
+        middle = [ratio["median"] for _, ratio in found]
+        errors = [[r["median"] - r["low"] for _, r in found], [r["high"] - r["median"] for _, r in found]]
+        axis.errorbar(
+            at, middle, errors, fmt=mark, color=colour, markersize=5, capsize=2, label=case if found else None
+        )
+        for x, y in zip(at, middle):
+            axis.annotate(f"{y:.2f}", (x, y), (0, 6), textcoords="offset points", ha="center", fontsize=7)
+    for i, part in enumerate(parts.values()):
+        floor = next(1 + row["ratio"]["median"] for row in part["rows"] if row["case"] == PASSES)
+        label = "two forwards + three plain passes" if i == 0 else None
+        axis.hlines(floor, i - 0.45, i + 0.45, color="0.5", linewidth=1, linestyle="--", label=label)
 
 
 def main() -> None:
