@@ -21,6 +21,7 @@ that others follow is damage, and an error.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import zlib
@@ -114,10 +115,12 @@ class Scan:
         return self
 
 
-def scan(path: Path) -> Scan:
-    """Read and check a whole log. Raises UserError where it cannot be read or has no header."""
+def scan(path: Path, data: bytes | None = None) -> Scan:
+    """Read and check a whole log; `data`, where it is given, is its content. Raises UserError where it cannot be read
+    or has no header.
+    """
     try:
-        with path.open("rb") as file:
+        with path.open("rb") if data is None else io.BytesIO(data) as file:
             first = file.readline(MAX_LINE)
             try:
                 header, chain = unpacked(first, 0)

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from metazo.errors import UserError
+from metazo.files import is_file, read_capped
 from metazo.fit import BlockSpec
 from metazo.pertnn import PertNN
+from metazo.plain import parse_json
 from metazo.tuner import Tuner, TunerInfo
 from metazo.zoo.torchfile import read_networks
+
+MAX_CONFIG_BYTES = 2**20
+MOST_LAYERS = 1000
 
 
 def import_pth(path: str | Path, base_model: str, model: str | Path | None = None, licence: str | None = None) -> Tuner:
@@ -45,17 +52,42 @@ def model_shapes(folder: str | Path) -> list[tuple[str, tuple[int, ...]]]:
     """Names and shapes of a model's parameters, tied ones once, from its config.json; no weights are read or made."""
     import transformers
 
-    if not (Path(folder) / "config.json").is_file():
+    path = Path(folder) / "config.json"
+    if not is_file(path):
         raise UserError(f"--model {folder} holds no config.json; give the folder of the base model")
+    _check_size(path)
     try:
-        config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         name = (getattr(config, "architectures", None) or [""])[0]
         known = getattr(transformers, str(name), None)
         with torch.device("meta"):
             if isinstance(known, type) and issubclass(known, transformers.PreTrainedModel):
                 network = known._from_config(config)
             else:
-                network = transformers.AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        raise UserError(f"--model {folder}: its config.json does not describe a model that can be built") from error
+                network = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # whatever a class of transformers makes of settings that it was not written for
+        raise UserError(f"{path} does not describe a model that can be built ({type(error).__name__})") from error
     return [(name, tuple(parameter.shape)) for name, parameter in network.named_parameters()]
+
+
+def _check_size(path: Path) -> None:
+    """A model is built on no device, but its modules are made one by one: refuse thousands of layers."""
+    try:
+        settings = parse_json(read_capped(path, MAX_CONFIG_BYTES, "settings of the base model"))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON") from error
+    for name, value in _numbers(settings):
+        if "layer" in name and value > MOST_LAYERS:
+            raise UserError(f"{path}: {name} is more than {MOST_LAYERS:,}")
+
+
+def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
+    """The whole numbers in a tree, and the name that each is under."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield from _numbers(part, key)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _numbers(part, name)
+    elif type(value) is int:
+        yield name, value

@@ -6,7 +6,6 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from metazo.address import shown_address
@@ -34,13 +33,7 @@ class Log:
     @classmethod
     def from_bytes(cls, data: bytes, origin: str) -> Log:
         """Read and check a log; `origin` names it in the message of the UserError. A torn last record is an error."""
-        with TemporaryDirectory() as folder:
-            path = Path(folder) / "steps.jsonl"
-            path.write_bytes(data)
-            try:
-                found = scan(path).sound()
-            except UserError as error:
-                raise UserError(str(error).replace(str(path), origin)) from None
+        found = scan(Path(origin), data).sound()
         if found.torn or not found.steps:
             what = f"ends in {found.torn} bytes of a torn record" if found.torn else "holds no steps"
             raise UserError(f"{origin} cannot be published or pulled as a model: it {what}; finish the run first")

@@ -30,9 +30,9 @@ TABLE = Path(__file__).with_name("results.json")
 
 
 def kinds() -> dict[str, Any]:
-    from tests.fuzz import run_kinds, zoo_kinds
+    from tests.fuzz import run_kinds, state_kinds, zoo_kinds
 
-    return zoo_kinds.KINDS | run_kinds.KINDS
+    return zoo_kinds.KINDS | run_kinds.KINDS | state_kinds.KINDS
 
 
 def warm_up(kind: Any, folder: Path) -> None:
@@ -148,18 +148,19 @@ def main() -> None:
     if args.only is not None:
         show(args.kind[0], args.only)
         return
-    table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+    failed = False
     for name in args.kind or kinds():
         started = time.monotonic()
         outcomes = portion(name, args.mode or list(MODES), args.start, args.cases)
-        table.setdefault("kinds", {}).setdefault(name, {}).update(outcomes)
         for mode, outcome in outcomes.items():
-            print(f"{name} {mode}: {outcome}")
-        print(f"{name}: {time.monotonic() - started:.0f} s")
-    table["python"], table["growth in MiB"] = platform.python_version(), GROWTH
-    TABLE.write_text(json.dumps(table, indent=1) + "\n")
-    if any(outcome["failures"] for modes in table["kinds"].values() for outcome in modes.values()):
-        sys.exit(1)
+            print(f"{name} {mode}: {outcome}", flush=True)
+            failed |= bool(outcome["failures"])
+        print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
+        table = json.loads(TABLE.read_text()) if TABLE.exists() else {"kinds": {}}
+        table["python"], table["growth in MiB"] = platform.python_version(), GROWTH
+        table["kinds"].setdefault(name, {}).update(outcomes)
+        TABLE.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+    sys.exit(failed)
 
 
 def show(name: str, number: int) -> None:
