@@ -69,7 +69,7 @@ def build(data: Comparison, metric: Literal["loss", "accuracy"] | None = None) -
     main, other = (by_loss, by_metric) if metric == "loss" else (by_metric, by_loss)
     sections = [_results(main, other), _tests(main, other), _way(by_loss), _memory(main), _rates(data)]
     sections += [_blocks(data), _holes(by_loss), _setting(data)]
-    return Report(data, story(main), _headline(main), [section for section in sections if section.parts])
+    return Report(data, story(main, other), _headline(main), [section for section in sections if section.parts])
 
 
 def _headline(main: Analysis) -> Picture | None:

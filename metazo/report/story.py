@@ -26,10 +26,11 @@ class Story:
     terms: list[tuple[str, str]]
 
 
-def story(analysis: Analysis) -> Story:
+def story(analysis: Analysis, other: Analysis) -> Story:
+    """analysis: of the measure that ranks; other: of the other one, mentioned where it would rank another first."""
     models = sorted({str(info["model"]) for info in analysis.data.infos if info.get("model")})
     model = listed([name.rstrip("/").rpartition("/")[2] for name in models]) if models else "a model"
-    facts = [("How sure is that?", _sure(analysis)), *_gradients(analysis), *_cautions(analysis)]
+    facts = [("How sure is that?", _sure(analysis)), *_gradients(analysis), *_cautions(analysis, other)]
     title = f"Fine-tuning {model}: which method is best?"
     return Story(title, _won(analysis), _compared(analysis, model), facts, _terms(analysis))
 
@@ -157,9 +158,14 @@ def _gradients(analysis: Analysis) -> list[tuple[str, str]]:
     return [("And with gradients?", f"{text}.")]
 
 
-def _cautions(analysis: Analysis) -> list[tuple[str, str]]:
-    """Tasks that are left out, learning rates at the edge, runs that failed or are missing."""
+def _cautions(analysis: Analysis, other: Analysis) -> list[tuple[str, str]]:
+    """Another first by the other measure, tasks left out, learning rates at the edge, runs that failed or are missing."""
     data, parts = analysis.data, []
+    firsts = [ranked[0][0] for ranked in map(forward_only, (analysis, other)) if ranked]
+    if len(set(firsts)) > 1:
+        parts.append(
+            f"By {'loss' if other.measure == 'loss' else metric_name(data, other.tasks)}, {firsts[1]} is first."
+        )
     out = [verdict.task for verdict in analysis.verdicts if not verdict.counts]
     if out:
         parts.append(f"{listed(out)}: not in the averages, nothing can be seen there (“Which tasks count” says why).")
@@ -184,19 +190,22 @@ def _terms(analysis: Analysis) -> list[tuple[str, str]]:
     shares = [value for task in analysis.tasks if (value := data.majority(task)) is not None]
     guess = f" Always giving the commonest answer would score {share(fmean(shares))}." if shares else ""
     reference = data.reference or "mezo"
-    first = [column for column, _ in forward_only(analysis)[:1] if column not in (reference, data.label(column))]
     mezo = "MeZO (Malladi et al., 2023), which moves all weights alike." if reference == "mezo" else "the reference."
-    return [
-        ("Forward pass", "Showing the model one batch of examples and seeing how wrong it is. It takes the memory of merely "
-         "using the model. The methods compared here learn from nothing else: they nudge the model’s weights at random, see "
-         "whether it gets better or worse, and move accordingly. Ordinary training also works backward through the "
-         "model, which takes several times the memory; one such step is counted as three forward passes."),
-        ("Accuracy", f"How many of 100 questions the model answers correctly that it was not trained on.{guess}"),
-        ("Loss", "How surprised the model is by the right answers, in nats: 0 is certain and right, and lower is better. It is "
-         "what training pushes down, and it moves before the accuracy does."),
-        ("Seed", "Fine-tuning involves chance, and the seed fixes it. Repeating a run with other seeds shows how much of a "
-         "difference is luck. The bars in the picture show where an average would probably lie (95 %) if "
-         "everything was done again with other seeds."),
-        (reference, f"What the others are measured against: {mezo}"),
-        *((column, f"The column that came first: {data.label(column)}.") for column in first),
-    ]  # fmt: skip
+    first = [column for column, _ in forward_only(analysis)[:1] if column not in (reference, data.label(column))]
+    terms = {
+        "Forward pass": "Showing the model one batch of examples and seeing how wrong it is. It takes the memory of merely "
+        "using the model. The methods compared here learn from nothing else: they nudge the model’s weights at random, see "
+        "whether it gets better or worse, and move accordingly. Ordinary training also works backward through the "
+        "model, which takes several times the memory; one such step is counted as three forward passes.",
+        "Accuracy": f"How many of 100 questions the model answers correctly that it was not trained on.{guess}",
+        "Loss": "How surprised the model is by the right answers, in nats: 0 is certain and right, and lower is better. It is "
+        "what training pushes down, and it moves before the accuracy does.",
+        "Seed": "Fine-tuning involves chance, and the seed fixes it. Repeating a run with other seeds shows how much of a "
+        "difference is luck. The bars in the picture show where an average would probably lie (95 %) if "
+        "everything was done again with other seeds.",
+        reference: f"What the others are measured against: {mezo}",
+        **{column: f"The column that came first: {data.label(column)}." for column in first},
+    }
+    if not any(data.metric_of(task) == "accuracy" for task in data.tasks):
+        del terms["Accuracy"]
+    return list(terms.items())

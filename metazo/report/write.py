@@ -107,19 +107,27 @@ def curves_csv(data: Comparison) -> str:
     return write_csv(rows)
 
 
-def fill(text: str, tables: Mapping[str, str], folder: str) -> str:
-    """`text` with the blocks <!-- results:FOLDER/NAME --> ... <!-- /results --> replaced by tables[NAME].
+def blocks(report: Report) -> dict[str, str]:
+    """What blocks of a page can be filled with: each table by its name, and `story`, what the first screen says."""
+    told = report.story
+    facts = [f"{heading} {text}" if heading.endswith("?") else f"{heading}: {text}" for heading, text in told.facts]
+    lines = [escape_markdown(text) for text in (told.won, f"Compared: {told.compared}", *facts)]
+    return {"story": "\n\n".join(lines)} | {table.name: table.markdown() for table in report.tables}
 
-    Blocks of other folders stay as they are. Raises UserError for a name that is not in `tables`.
+
+def fill(text: str, blocks: Mapping[str, str], folder: str) -> str:
+    """`text` with its <!-- results:FOLDER/NAME --> ... <!-- /results --> filled with blocks[NAME].
+
+    Blocks of other folders stay as they are. Raises UserError for a name that is not in `blocks`.
     """
 
     def replaced(found: re.Match[str]) -> str:
         owner, _, name = found["name"].rpartition("/")
         if owner not in ("", folder):
             return found[0]
-        if name not in tables:
-            raise UserError(f"There is no table {name!r} to fill a block with; there are {', '.join(sorted(tables))}.")
-        return f"{found[1]}{tables[name]}\n{found[3]}"
+        if name not in blocks:
+            raise UserError(f"There is no table {name!r} to fill a block with; there are {', '.join(sorted(blocks))}.")
+        return f"{found[1]}{blocks[name]}\n{found[3]}"
 
     return BLOCK.sub(replaced, text)
 
@@ -132,7 +140,7 @@ def render(report: Report, path: Path) -> bool:
         raise UserError(f"--render {path} cannot be read: {error}.") from error
     if not BLOCK.search(before):
         raise UserError(f"--render {path} has no block <!-- results:NAME --> ... <!-- /results --> to fill.")
-    after = fill(before, {table.name: table.markdown() for table in report.tables}, report.data.folder.resolve().name)
+    after = fill(before, blocks(report), report.data.folder.resolve().name)
     if after != before:
         write_whole(path, after.encode())
     return after != before

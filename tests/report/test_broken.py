@@ -114,3 +114,13 @@ def test_out_that_is_a_file(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):
         write(build(Comparison(folder)), tmp_path / "file")
+
+
+def test_measures_that_disagree_are_said(tmp_path: Path):
+    """The first by accuracy is the last by loss."""
+    for name, loss, accuracy in (("mezo", 0.3, 0.8), ("lozo", 0.4, 0.9)):
+        result = synthetic.result(COLUMN[name], "sst2", 0, loss=loss)
+        result.metrics["test"]["accuracy"] = accuracy
+        result.save(cell_path(tmp_path, "sst2", name, "seed", 0))
+    assert "By loss, mezo is first." in made(tmp_path).story.facts[-1][1]
+    assert "By accuracy (%), lozo is first." in build(Comparison(tmp_path), "loss").story.facts[-1][1]

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from metazo.errors import UserError
 from metazo.report.build import build
 from metazo.report.data import Comparison
-from metazo.report.write import BLOCK, fill, render
+from metazo.report.write import BLOCK, blocks, fill, render
 from metazo_cli.report import report as report_command
 from tests.report import synthetic
 
@@ -57,9 +57,10 @@ def test_command_line(tmp_path: Path):
     assert "an average loss of" in told["won"] and Path(told["written"][0]) == folder / "report" / "report.html"
     assert all(Path(path).is_file() for path in told["written"])
     page = tmp_path / "page.md"
-    page.write_text("<!-- results:mine/tests-loss -->\n<!-- /results -->\n")
+    page.write_text("<!-- results:mine/tests-loss -->\n<!-- /results -->\n<!-- results:story -->\n<!-- /results -->\n")
     done = CliRunner().invoke(app, [str(folder), "--render", str(page)])
     assert done.exit_code == 0 and "filled anew" in done.output and "| mezo-rms | 2 |" in page.read_text()
+    assert "-->\ntuner came first: " in page.read_text()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -71,4 +72,4 @@ def test_tables_of_the_pages_are_not_stale(page: Path):
         pytest.skip(f"{page.name} has no blocks of results")
     for name in sorted(folders):
         report = build(Comparison(ROOT / "results" / name))
-        assert fill(text, {table.name: table.markdown() for table in report.tables}, name) == text, name
+        assert fill(text, blocks(report), name) == text, name
