@@ -26,6 +26,9 @@ from metazo.optimizers.step import Step
 WINDOW = 100  # steps that a warning looks back on, at least
 FIRST = 20  # steps whose mean loss stands for the start
 EXPLODED = 3.0  # times that loss, and half a nat more: divergence
+# Error of a difference of losses by rounding, in units of the loss's last place: measured on pico, 5 to 10 in float32
+# and 1.1 to 1.4 in bfloat16 and float16; a probe whose differences are no larger correlates by less than .7 with the truth.
+WIDE_ERROR, NARROW_ERROR = 8, 1
 
 
 class Watch:
@@ -33,7 +36,8 @@ class Watch:
 
     def __init__(self, config: FinetuneConfig, total: int, say: Callable[[str], None]):
         self.config, self.say = config, say
-        self.unit = torch.finfo(getattr(torch, config.dtype)).eps
+        dtype: torch.dtype = getattr(torch, config.dtype)
+        self.unit = torch.finfo(dtype).eps * (NARROW_ERROR if dtype.itemsize < 4 else WIDE_ERROR)
         self.stretch = max(WINDOW, total // 5)
         self.losses: deque[float] = deque(maxlen=2 * self.stretch)
         self.hidden: deque[bool] = deque(maxlen=WINDOW)  # whether rounding hides what a step measured
@@ -60,7 +64,7 @@ class Watch:
                 self.say(f"Step {step.step + 1}: {text}")
 
     def rounding(self, loss: float) -> float:
-        """The unit in the last place of a loss in the precision of the forward pass."""
+        """What rounding in the forward pass may make of a difference between two losses of this size."""
         return self.unit * 2.0 ** math.floor(math.log2(abs(loss))) if loss else 0.0
 
     def _bad(self, step: Step, explain: Callable[[], str] | None) -> None:
