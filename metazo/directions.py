@@ -56,6 +56,10 @@ class Direction(ABC):
     def draw(self, stream: Stream, tensor: NamedTensor, dtype=None, start: int = 0, count: int | None = None) -> Tensor:
         """d on this tensor, in its shape, or count entries of it from start; dtype: the tensor's, at least float32."""
 
+    def factors(self, stream: Stream, tensor: NamedTensor) -> tuple[Tensor, Tensor] | None:
+        """(U, V), (m, r) and (n, r), where d = U V^T on this matrix."""
+        return None
+
     def add_(
         self, stream: Stream, tensor: NamedTensor, out: Tensor, alpha: float, beta: float = 1.0, start: int = 0
     ) -> None:
@@ -101,6 +105,10 @@ class Scaled(Direction):
 
     def place_(self, stream, tensor, out, base, alpha) -> None:
         self.inner.place_(stream, tensor, out, base, alpha * self.scales[tensor.name])
+
+    def factors(self, stream, tensor) -> tuple[Tensor, Tensor] | None:
+        found = self.inner.factors(stream, tensor)
+        return found and (found[0].mul_(self.scales[tensor.name]), found[1])
 
     def draw(self, stream, tensor, dtype=None, start=0, count=None) -> Tensor:
         return self.inner.draw(stream, tensor, dtype, start, count).mul_(self.scales[tensor.name])
@@ -157,6 +165,10 @@ class LowRank(Direction):
             self.before(stream, tensor)
         shape = (tensor.param.shape[0], self.right[tensor.name].shape[1])
         return stream.draw(tensor, shape, purpose=LEFT, dtype=dtype)
+
+    def factors(self, stream, tensor) -> tuple[Tensor, Tensor] | None:
+        right = self.right.get(tensor.name)
+        return None if right is None else (self.left(stream, tensor, right.dtype), right)
 
     def add_(self, stream, tensor, out, alpha, beta=1.0, start=0) -> None:
         right = self.right.get(tensor.name)

@@ -5,11 +5,12 @@ made for that call, and freed after it: one tensor of extra memory, and the weig
 no access to modules; linear, embedding, norms, tied weights and plain arithmetic are all calls of torch functions.
 
 What torch does not announce it cannot replace: compiled and scripted code, and extensions that read the memory. `unmet`
-lists the tensors that were never replaced; metazo/optimizers/base.py looks into them once.
+lists the tensors that were never replaced, and `used_unseen` finds out whether they are used.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,6 +24,11 @@ _TELLING = ("size", "dim", "ndimension", "numel", "nelement", "stride", "element
 _TELLING += ("is_floating_point", "is_complex", "is_signed", "storage_offset", "requires_grad_", "get_device")
 _METADATA = frozenset(getattr(Tensor, name) for name in (*_TELLING, "__hash__", "__len__"))
 _VIEWS = frozenset(getattr(Tensor, name).__get__ for name in ("data", "T", "mT", "H", "mH", "real"))
+
+
+def reads_numbers(func: Any) -> bool:
+    """Whether a torch function needs more of its arguments than their shape, type and place."""
+    return func not in _METADATA and (getattr(func, "__name__", "") != "__get__" or func in _VIEWS)
 
 
 class Scratch(TorchFunctionMode):
@@ -40,7 +46,7 @@ class Scratch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        if func in _METADATA or (getattr(func, "__name__", "") == "__get__" and func not in _VIEWS):
+        if not reads_numbers(func):
             return func(*args, **kwargs)
         made: dict[int, Tensor] = {}  # one tensor a call, however often it is an argument
         return func(*self._seen(args, made), **self._seen(kwargs, made))
@@ -61,3 +67,17 @@ class Scratch(TorchFunctionMode):
         if isinstance(value, list | tuple):
             return type(value)(self._seen(item, made) for item in value)
         return value
+
+
+def used_unseen(unmet: Sequence[NamedTensor], evaluate: Callable[[], float], loss: float) -> bool:
+    """Whether tensors that no torch function was seen to use are used all the same: NaN in them changes the loss."""
+    if not unmet:
+        return False
+    kept = [tensor.param.data.clone() for tensor in unmet]
+    try:
+        for tensor in unmet:
+            tensor.param.data.fill_(math.nan)
+        return not math.isclose(evaluate(), loss, rel_tol=1e-3, abs_tol=1e-6)
+    finally:
+        for tensor, value in zip(unmet, kept):
+            tensor.param.data.copy_(value)

@@ -28,11 +28,12 @@ from metazo.directions import Direction, Isotropic, Scaled
 from metazo.errors import UserError
 from metazo.estimators import Estimator, TwoPoint
 from metazo.noise import Noise, PhiloxNoise
-from metazo.optimizers.groups import Closure, listed, named_groups, trainable
+from metazo.optimizers.groups import Closure, listed, mean_over_processes, named_groups, trainable
 from metazo.optimizers.step import Step, Update
 from metazo.probe import Term, Weights
 from metazo.rules import SGD, Rule
 from metazo.scales import BlockScale, RMSScale
+from metazo.scratch import Scratch, used_unseen
 
 State = dict[str, Tensor]
 
@@ -208,34 +209,22 @@ class ZOOptimizer(Optimizer):
     def _evaluate(self, closures: Sequence[Closure]) -> float:
         if not closures:
             raise UserError("step() needs a closure that returns the loss: step(lambda: model(**batch).loss).")
-        with torch.inference_mode(), self.weights.evaluating() as scratch:
-            loss = sum(float(evaluate()) for evaluate in closures) / len(closures)
-            if scratch is not None and not self._seen:
-                self._look_into(scratch.unmet(), closures, loss)
-        return _mean_over_processes(loss)
 
-    def _look_into(self, unmet: Sequence[NamedTensor], closures: Sequence[Closure], loss: float) -> None:
-        """Once a run: tensors that no torch function was seen to use must not be used at all. NaN in them tells."""
-        if not math.isfinite(loss):
-            return
-        self._seen = True
-        if not unmet:
-            return
-        kept = [tensor.param.data.clone() for tensor in unmet]
-        try:
-            for tensor in unmet:
-                tensor.param.data.fill_(math.nan)
-            again = sum(float(evaluate()) for evaluate in closures) / len(closures)
-        finally:
-            for tensor, value in zip(unmet, kept):
-                tensor.param.data.copy_(value)
-        if not math.isclose(again, loss, rel_tol=1e-3, abs_tol=1e-6):
-            names = ", ".join(tensor.name for tensor in unmet[:3])
-            raise UserError(
-                f"precision {self.precision} shows the probed weights to torch functions, and the model uses "
-                f"{len(unmet)} tensors where it cannot see it (compiled, scripted or foreign code), such as {names}: "
-                "choose precision master."
-            )
+        loss, scratch = self.mean_loss(closures)
+        if scratch is not None and not self._seen and math.isfinite(loss):
+            self._seen, unmet = True, scratch.unmet()
+            if used_unseen(unmet, lambda: self.mean_loss(closures)[0], loss):
+                names = ", ".join(tensor.name for tensor in unmet[:3])
+                raise UserError(
+                    f"precision {self.precision} shows the probed weights to torch functions, and the model uses "
+                    f"{len(unmet)} tensors where it cannot see it (compiled, scripted or foreign code), such as {names}: "
+                    "choose precision master."
+                )
+        return mean_over_processes(loss)
+
+    def mean_loss(self, closures: Sequence[Closure]) -> tuple[float, Scratch | None]:
+        with torch.inference_mode(), self.weights.evaluating() as scratch:
+            return sum(float(evaluate()) for evaluate in closures) / len(closures), scratch
 
     def _apply(self, terms: list[Term], learning_rates: Sequence[float], step: int) -> None:
         decays = {
@@ -308,13 +297,3 @@ class ZOOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "zo"})
         self.load_tensors_state(state_dict["zo"])
-
-
-def _mean_over_processes(loss: float) -> float:
-    """The loss averaged over processes where torch.distributed runs: one scalar is all that ever travels."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return loss
-    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
-    total = torch.tensor(loss, dtype=torch.float64, device=device)
-    torch.distributed.all_reduce(total)
-    return float(total) / torch.distributed.get_world_size()

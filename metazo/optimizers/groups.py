@@ -1,10 +1,11 @@
-"""Parameter groups as torch knows them, of named tensors; and closures, one or many."""
+"""Parameter groups as torch knows them, of named tensors; closures, one or many; the loss of several processes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from metazo.blocks import NamedTensor, named_tensors
@@ -38,3 +39,13 @@ def named_groups(params: Iterable) -> list[dict[str, Any]]:
                 named.append((name, param))
         group["params"] = named
     return groups
+
+
+def mean_over_processes(loss: float) -> float:
+    """The loss averaged over processes where torch.distributed runs: one scalar is all that ever travels."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return loss
+    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+    total = torch.tensor(loss, dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(total)
+    return float(total) / torch.distributed.get_world_size()

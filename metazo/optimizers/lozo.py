@@ -29,6 +29,10 @@ With noise that has no order (Philox), 1 is an update along noise of another see
 least, whatever the weights; a tensor of more than two dimensions (convolution) is the matrix (size(0), rest), and does
 not crash; weights narrower than float32 are not perturbed in place.
 
+Two forms of the probe (`form`): "weights" adds eps U V^T to the weights, two passes over them; "activations" runs both
+probes in one forward pass as W x + a U (V^T x) and leaves the weights alone (metazo/branches.py), which pays on a small
+batch. The losses are the same but for rounding; the update and the record are the same.
+
 Where not to use: on tensors whose gradient is not low rank, such as an embedding of which a batch touches many rows, or
 prefixes and LoRA factors, whose small side is near the rank already. Rademacher noise works as well: the same means.
 """
@@ -36,6 +40,7 @@ prefixes and LoRA factors, whose small side is near the rank already. Rademacher
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -43,20 +48,32 @@ import torch
 from torch import Tensor
 
 from metazo.blocks import NamedTensor
-from metazo.directions import Held, Isotropic, LowRank
+from metazo.branches import TooLarge
+from metazo.branches import losses as losses_at
+from metazo.directions import Direction, Held, Isotropic, LowRank
 from metazo.errors import UserError
+from metazo.estimators import mean
 from metazo.noise import RIGHT, Stream
-from metazo.optimizers.base import State, Update, ZOOptimizer
+from metazo.optimizers.base import State, ZOOptimizer
+from metazo.optimizers.groups import Closure, listed, mean_over_processes
+from metazo.optimizers.step import Step, Update
+from metazo.scratch import used_unseen
+
+UNDECIDED, WEIGHTS, ACTIVATIONS = 0, 1, 2  # the form that a run took, as state
+POSITIONS = 128  # batch x length up to which "auto" takes activations
 
 
 class LOZO(ZOOptimizer):
     """Descent along low-rank noise.
 
-    Forwards a step: 2. Extra memory: rank numbers a column of each matrix. State: V/<tensor>, (n, rank).
+    Forwards a step: 2. Extra memory: rank numbers a column of each matrix. State: V/<tensor>, (n, rank); form.
 
     Args:
         rank: r, columns of U and V; 2 in the published code, 1 to 4 in its tables; at most a matrix's smaller side.
         interval: steps between draws of V; 50 in the published code, 50 or 100 in its tables.
+        form: "weights", "activations" (doubles the activations; falls back to weights, with a warning, for a closure that torch
+            cannot vectorise), or "auto": activations where the first step's batch x length is at most 128. A replay without
+            closures takes "auto" for weights: in float32, name the form that the run took to end on the same bits.
         compat: "paper", or "official" for the published code with its faults.
     """
 
@@ -70,6 +87,7 @@ class LOZO(ZOOptimizer):
         *,
         rank: int = 2,
         interval: int = 50,
+        form: Literal["weights", "activations", "auto"] = "weights",
         compat: Literal["paper", "official"] = "paper",
         **common,
     ):
@@ -78,6 +96,9 @@ class LOZO(ZOOptimizer):
                 raise UserError(f"{key} must be a whole number of at least 1, not {value}.")
         if compat not in ("paper", "official"):
             raise UserError(f"compat {compat!r} is unknown: choose paper or official.")
+        if form not in ("weights", "activations", "auto"):
+            raise UserError(f"form {form!r} is unknown: choose weights, activations or auto.")
+        self.form = form
         self.rank, self.interval, self.official = rank, interval, compat == "official"
         self.energy = float(rank)
         super().__init__(params, lr, eps, **common)
@@ -98,7 +119,10 @@ class LOZO(ZOOptimizer):
 
     def init(self, tensors: Sequence[NamedTensor]) -> State:
         matrices = [tensor for tensor in tensors if self._is_matrix(tensor.param)]
-        return {f"V/{tensor.name}": _zeros(tensor, (_sides(tensor.param)[1], self.rank)) for tensor in matrices}
+        state = {f"V/{tensor.name}": _zeros(tensor, (_sides(tensor.param)[1], self.rank)) for tensor in matrices}
+        if self.form != "weights" and not self.noise.ordered:
+            state["form"] = torch.tensor(UNDECIDED)
+        return state
 
     def propose(self, state: State, step: int) -> LowRank:
         return LowRank(Isotropic(), folder(state, "V"), self._renew if step % self.interval == 0 else None)
@@ -113,6 +137,41 @@ class LOZO(ZOOptimizer):
         if not self.official or step % self.interval:
             return self.propose(state, step), seed
         return LowRank(Isotropic(), folder(state, "V")), seed if self.noise.ordered else self.noise.seed(step, 1)
+
+    def _probe(self, direction: Direction, seeds: Sequence[int], closure, replay: Step | None) -> list[float]:
+        form, closures = self.zo_state.get("form"), listed(closure)
+        if form is None or form == WEIGHTS or (replay and form == UNDECIDED and self.form == "auto"):
+            return super()._probe(direction, seeds, closure, replay)
+        try:
+            losses = list(replay.losses) if replay else self._together(direction, seeds[0], closures)
+        except Exception as error:
+            if form != UNDECIDED:
+                raise
+            form.fill_(WEIGHTS)
+            if not isinstance(error, TooLarge):
+                reason = str(error).split("\n")[0]
+                warnings.warn(
+                    f"{self.name} moves the weights: form {self.form} cannot be had here ({reason})", stacklevel=4
+                )
+            return super()._probe(direction, seeds, closure, replay)
+        form.fill_(ACTIVATIONS)
+        self.forwards += 2 * sum(getattr(evaluate, "batches", 1) for evaluate in closures)
+        return losses
+
+    def _together(self, direction: Direction, seed: int, closures: Sequence[Closure]) -> list[float]:
+        """The mean losses at both probes. Raises where the closures cannot give them, or hide tensors that they use."""
+        stream, amounts = self.noise.stream(seed), [probe.multiple * self.eps for probe in self.estimator.probes()]
+        limit = POSITIONS if self.form == "auto" and self.zo_state["form"] == UNDECIDED else None
+
+        def evaluate() -> tuple[list[float], list[NamedTensor]]:
+            with torch.inference_mode(), self.weights.evaluating():
+                found = [losses_at(closure, self.tensors, direction, stream, amounts, limit) for closure in closures]
+            return [mean(values) for values in zip(*(losses for losses, _ in found))], found[0][1]
+
+        losses, unmet = evaluate()
+        if self.zo_state["form"] == UNDECIDED and used_unseen(unmet, lambda: evaluate()[0][0], losses[0]):
+            raise RuntimeError(f"{unmet[0].name} is used where torch functions do not show it")
+        return [mean_over_processes(loss) for loss in losses]
 
     def update(self, state: State, step: int, seeds: Sequence[int], losses: Sequence[float]) -> Update:
         (c,) = self.estimator.coefficients(losses, self.eps)
