@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import cached_property, partial
+from typing import Literal
 
 from matplotlib.figure import Figure
 
 from . import costs, figures, sigma, tables
 from .analysis import Analysis
-from .data import CONTROL, Comparison, part
+from .data import CONTROL, Comparison, Run, part
 from .story import Story, story
 from .style import svg
 from .table import Table
@@ -20,13 +22,17 @@ SIGMA_PICTURES = 6
 
 @dataclass
 class Picture:
-    """svg: the picture itself; alt: what it shows, for those who cannot see it."""
+    """alt: what it shows, for those who cannot see it; draw: makes it, when it is asked for."""
 
     name: str
     title: str
     caption: str
     alt: str
-    svg: str
+    draw: Callable[[], Figure]
+
+    @cached_property
+    def svg(self) -> str:
+        return svg(self.draw())
 
 
 @dataclass
@@ -77,18 +83,15 @@ def _headline(main: Analysis) -> Picture | None:
         return None
     best = ", ".join(f"{column} {found.mean:.3g}" for column, found in main.ranking[:5])
     what = "loss" if main.measure == "loss" else tables.metric_name(main.data, main.tasks)
+    steady = all(main.data.steady(column, main.tasks) for column in main.data.columns)
     return Picture(
         "headline",
         f"Average {what} on test of every column",
         "Dot: average over the tasks that count. Bar: where it would probably lie (95 %) with other seeds; no bar, one seed. "
-        + (
-            ""
-            if all(main.data.steady(c, main.tasks) for c in main.data.columns)
-            else "Hollow: some of its runs failed. "
-        )
+        + ("" if steady else "Hollow: some of its runs failed. ")
         + (f"Dashed line: {main.data.reference}." if main.data.reference else ""),
         f"Columns by average {what}, best first: {best}.",
-        svg(figures.headline(main)),
+        partial(figures.headline, main),
     )
 
 
@@ -125,7 +128,7 @@ def _way(by_loss: Analysis) -> Section:
                     "Line: median over seeds; shade: the middle half of them. Named: the reference, the best with gradients, "
                     "the best tuner and the best others; grey: the rest. Lower and further left is better.",
                     f"Loss on dev against {what}, one panel a task, for {named}.",
-                    svg(figures.curves(by_loss, axis)),
+                    partial(figures.curves, by_loss, axis),
                 )
             )
     if data.reference:
@@ -144,7 +147,7 @@ def _memory(main: Analysis) -> Section:
                 "Result against memory",
                 "Line: columns that no other beats in both. Medians over runs; the scale of memory is logarithmic.",
                 "Average result of every column against its peak memory; the numbers are in the table below.",
-                svg(figures.pareto(main)),
+                partial(figures.pareto, main),
             )
         )
     return section.add(costs.cost(main.data))
@@ -160,7 +163,7 @@ def _rates(data: Comparison) -> Section:
             "Ring: the rate that was chosen; square: chosen at the edge of what was tried. Cross: a run at this rate failed. "
             "The top is cut a third above the loss before training.",
             "Loss on dev at the end of the search's runs against learning rate, one panel a column, one line a task.",
-            svg(figures.sensitivity(data)),
+            partial(figures.sensitivity, data),
         )
         section.add(picture)
     return section.add(costs.search(data))
@@ -173,30 +176,24 @@ def _blocks(data: Comparison) -> Section:
         "step of one run."
     )
     section = Section("blocks", "What the tuner learned: which blocks are moved", text)
+    caption = "σ as a multiple of its geometric mean over all blocks at that step. Grey: there is no such block."
     tuned = {column: bool(part(data.first_info.get(column), "configuration").get("tuner")) for column in data.columns}
-    for column in sorted(data.columns, key=lambda name: not tuned[name]):
-        for task in data.tasks if data.family(column) != CONTROL else ():
-            run = next((run for run in data.of(task, column) if run.sigma), None)
-            if (
-                run
-                and run.sigma
-                and len(section.parts) < SIGMA_PICTURES
-                and (made := _attempt(sigma.picture, run.sigma))
-            ):
-                title = f"{column} on {task}, seed {run.seed}"
-                caption = (
-                    "σ as a multiple of its geometric mean over all blocks at that step. Grey: there is no such block."
-                )
-                alt = f"Scale by block of {title}, at several steps."
-                section.add(Picture(f"sigma-{len(section.parts) + 1}", title, caption, alt, svg(made)))
+    shown = sorted((c for c in data.columns if data.family(c) != CONTROL), key=lambda column: not tuned[column])
+    runs = [(c, task, run) for c in shown for task in data.tasks if (run := _with_scales(data.of(task, c)))]
+    for number, (column, task, (seed, scales)) in enumerate(runs[:SIGMA_PICTURES], start=1):
+        title = f"{column} on {task}, seed {seed}"
+        alt = f"Scale by block of {title}, at several steps."
+        section.add(Picture(f"sigma-{number}", title, caption, alt, partial(sigma.picture, scales)))
     return section
 
 
-def _attempt(make: Callable[[dict[str, Any]], Figure], sigma: dict[str, Any]) -> Figure | None:
-    try:
-        return make(sigma)
-    except ValueError:
-        return None
+def _with_scales(runs: Sequence[Run]) -> tuple[int, sigma.Scales] | None:
+    """Seed and scales of the first run whose scales were kept and are whole."""
+    for run in runs:
+        with suppress(ValueError):
+            if run.sigma:
+                return run.seed, sigma.read(run.sigma)
+    return None
 
 
 def _holes(by_loss: Analysis) -> Section:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,36 +27,42 @@ def place_of(block: str) -> tuple[int, str]:
     return (int(found[1]) if found else OUTSIDE), kind or "layer"
 
 
-def tables(sigma: dict[str, Any]) -> tuple[list[str], list[int], list[int], np.ndarray]:
-    """Kinds, depths, steps, and sigma by step, kind and depth, NaN where there is no such block. Raises ValueError."""
+@dataclass(frozen=True)
+class Scales:
+    """Scales by step, kind of block and depth, as multiples of their geometric mean at the step; NaN: no such block."""
+
+    kinds: list[str]
+    depths: list[int]
+    steps: list[int]
+    values: np.ndarray
+
+
+def read(sigma: dict[str, Any]) -> Scales:
+    """From a run's `blocks`, `steps` and `values`. Raises ValueError where they are damaged."""
     try:
         values = np.array(sigma["values"], dtype=float)
         steps = [int(step) for step in sigma["steps"]]
         places = [place_of(str(block)) for block in sigma["blocks"]]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"sigma cannot be read: {error}") from error
-    if values.ndim != 2 or values.shape != (len(steps), len(places)) or not len(steps):
+    if values.ndim != 2 or values.shape != (len(steps), len(places)) or not values.size:
         raise ValueError(f"sigma has the shape {values.shape}, not {len(steps)} steps by {len(places)} blocks")
+    values = np.where(np.isfinite(values) & (values > 0), values, np.nan)
+    if np.isnan(values).all(axis=1).any():
+        raise ValueError("sigma has a step without a positive value")
+    values = values / np.exp(np.nanmean(np.log(values), axis=1, keepdims=True))
     depths = sorted({depth for depth, _ in places})
-    kinds = sorted(dict.fromkeys(kind for _, kind in places), key=[kind for _, kind in places].index)
     inside = {kind for depth, kind in places if depth != OUTSIDE}
-    kinds = [kind for kind in kinds if kind in inside] + [kind for kind in kinds if kind not in inside]
+    kinds = sorted(dict.fromkeys(kind for _, kind in places), key=lambda kind: kind not in inside)
     cube = np.full((len(steps), len(kinds), len(depths)), np.nan)
     for block, (depth, kind) in enumerate(places):
         cube[:, kinds.index(kind), depths.index(depth)] = values[:, block]
-    return kinds, depths, steps, cube
+    return Scales(kinds, depths, steps, cube)
 
 
-def picture(sigma: dict[str, Any]) -> Figure:
-    """TIMES heat maps on one scale: sigma as a multiple of its geometric mean over the blocks at that step.
-
-    Raises ValueError where sigma is damaged.
-    """
-    kinds, depths, steps, cube = tables(sigma)
-    cube = np.where(np.isfinite(cube) & (cube > 0), cube, np.nan)
-    if np.isnan(cube).all(axis=(1, 2)).any():
-        raise ValueError("sigma has a step without a positive value")
-    cube = cube / np.exp(np.nanmean(np.log(cube), axis=(1, 2), keepdims=True))
+def picture(scales: Scales) -> Figure:
+    """TIMES heat maps on one scale."""
+    kinds, depths, steps, cube = scales.kinds, scales.depths, scales.steps, scales.values
     times = sorted(set(np.linspace(0, len(steps) - 1, min(TIMES, len(steps))).round().astype(int).tolist()))
     low, high = np.nanmin(cube[times]), np.nanmax(cube[times])
     low, high = (low / 1.05, high * 1.05) if not low < high else (low, high)

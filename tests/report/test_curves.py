@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from metazo.report import plot_curves, plot_run
-from metazo.report.sigma import OUTSIDE, picture, place_of, tables
+from metazo.report.sigma import OUTSIDE, picture, place_of, read
 from metazo.report.style import look, svg
 from tests.report.synthetic import BLOCKS
 
@@ -50,18 +50,18 @@ def test_depth_and_kind_of_a_block(block: str, place: tuple[int, str]):
 
 
 def test_sigma_by_kind_and_depth():
-    values = [list(range(1, len(BLOCKS) + 1))]
-    kinds, depths, steps, cube = tables({"blocks": BLOCKS, "steps": [7], "values": values})
-    assert (depths, steps, kinds[-1]) == ([OUTSIDE, 0, 1, 2, 3], [7], "embed_tokens")
-    assert cube.shape == (1, 6, 5)
-    assert cube[0, kinds.index("attn.q"), depths.index(2)] == 1 + BLOCKS.index("layers.2.attn.q.weight") and np.isnan(
-        cube[0, 0, 0]
-    )
-    assert "σ / mean σ" in svg(picture({"blocks": BLOCKS, "steps": [7], "values": values}))
+    values = [[2.0**place for place in range(len(BLOCKS))]]
+    scales = read({"blocks": BLOCKS, "steps": [7], "values": values})
+    assert (scales.depths, scales.steps, scales.kinds[-1]) == ([OUTSIDE, 0, 1, 2, 3], [7], "embed_tokens")
+    assert scales.values.shape == (1, 6, 5)
+    here = scales.values[0, scales.kinds.index("attn.q"), scales.depths.index(2)]
+    assert here == pytest.approx(2.0 ** (BLOCKS.index("layers.2.attn.q.weight") - (len(BLOCKS) - 1) / 2))
+    assert np.isnan(scales.values[0, 0, 0])  # no attention outside the layers
+    assert "σ / mean σ" in svg(picture(scales))
     for damaged in (
         {},
         {"blocks": ["a"], "steps": [0], "values": [[1, 2]]},
         {"blocks": ["a"], "steps": [0], "values": [[0.0]]},
     ):
         with pytest.raises(ValueError, match="sigma"):
-            picture(damaged)
+            read(damaged)
