@@ -14,3 +14,14 @@ def shown_address(address: str) -> str:
         return f"{parts.scheme}://{parts.hostname}{f':{parts.port}' if parts.port else ''}{parts.path}"
     except ValueError:
         return "the address"
+
+
+def has_secret(address: str) -> bool:
+    """Whether an address has a part that may be one: a user, a password, a query."""
+    if "://" not in address:
+        return False
+    try:
+        parts = urlsplit(address)
+    except ValueError:
+        return True
+    return bool(parts.username or parts.password or parts.query)

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
+from metazo.address import has_secret, shown_address
 from metazo.errors import UserError
 from metazo.plain import read_yaml, shown
 
@@ -169,6 +170,11 @@ class FinetuneConfig:
         if self.keep == "best" and self.dev_examples == 0:
             raise UserError("--keep best chooses on dev examples and --dev-examples is 0; use --keep last.")
         self.method = {key: tuple(value) if isinstance(value, list) else value for key, value in self.method.items()}
+        if self.tuner is not None and has_secret(self.tuner):
+            raise UserError(
+                f"--tuner {shown_address(self.tuner)} has a user, password or query, which may be secrets and would be written "
+                "into the run's folder; get it with metazo zoo pull, and name it as it is called there."
+            )
         if self.tuner is not None and self.scale != "none":
             raise UserError("--tuner and --scale both set the block scales; give one of them.")
 

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import re
+import sys
+
 LONGEST = 1000
 """Characters of a message."""
+_SECRET = re.compile(
+    r"hf_[A-Za-z0-9]{16,}|(?<=://)[^/\s@]+(?=@)|(?<=[Bb]earer )\S+"
+    r"|(?<=[?&])\w*(?:token|key|secret|password|signature)\w*=[^&\s#'\"]+"
+)
+"""What looks like one: a token of the Hub, user and password of an address, a header, a part of a query."""
 
 
 class UserError(Exception):
@@ -11,10 +20,23 @@ class UserError(Exception):
 
     The message is one sentence that names what was wrong, what was found and what to do. The command line prints it
     without a traceback and exits with code 2; library users may catch it. Faults of metazo itself raise other types.
-    Whatever a file put into it, the message is one line that a terminal shows as it is: line breaks become spaces,
-    control characters are escaped, and the middle of what is longer than LONGEST is left out.
+    Whatever a file or a server put into it, the message is one line that a terminal shows as it is: line breaks become
+    spaces, control characters are escaped, secrets are left out, and so is the middle of what is longer than LONGEST.
     """
 
     def __init__(self, message: object = "") -> None:
-        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(str(message).split()))
+        text = without_secrets(" ".join(str(message).split()))
+        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
         super().__init__(text if len(text) <= LONGEST else f"{text[:700]} [...] {text[-200:]}")
+
+
+def without_secrets(text: str) -> str:
+    """The text with *** for the Hub's token of this user and for whatever looks like a secret."""
+    tokens = {os.environ.get(name, "") for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")}
+    hub = sys.modules.get("huggingface_hub")  # where it is not loaded, nobody has been told the stored one
+    if hub is not None:
+        tokens.add(hub.get_token() or "")
+    for token in tokens:
+        if len(token) >= 8:
+            text = text.replace(token, "***")
+    return _SECRET.sub("***", text)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -85,7 +84,7 @@ def load_model(
         raise UserError(f"unknown head {head!r}; choose {', '.join(HEADS)}")
     _check_folder(source, name)
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)  # without it, a terminal is asked
         chosen = _kind_of(config) if kind == "auto" else kind
         if chosen != "classifier" and head != "auto":
             raise UserError(
@@ -97,9 +96,12 @@ def load_model(
                 model = _classifier(source, config, torch_dtype, num_labels, head)
             else:
                 model = _language_model(source, config, torch_dtype, chosen, name)
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"model {name!r} cannot be loaded: {_first_sentence(error)}") from error
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except UserError:
+        raise
+    except Exception as error:  # whatever transformers makes of a damaged checkpoint; from None: a server's answer, which
+        # may repeat the token that it was sent, is in no traceback
+        raise UserError(f"model {name!r} cannot be loaded: {_first_sentence(error)}") from None
     try:
         model.to(device=torch.device(device))  # type: ignore[call-arg]
     except (RuntimeError, AssertionError) as error:

@@ -176,7 +176,7 @@ def _from_hub(task: Task, split: str) -> Source:
         raise UserError(
             f"data set {name!r}, split {split!r}, cannot be loaded from the Hub ({reason}); "
             f"check the network, or give the rows with --data DIR/{task.name}/"
-        ) from error
+        ) from None  # what a server answered may repeat the token
     if len(rows) == 0:
         raise UserError(f"data set {name!r}, split {split!r}, is empty")
     return Source(f"{name} {split}", rows, _labelled(task, rows))
