@@ -15,7 +15,7 @@ from .analysis import Analysis
 from .data import CONTROL, Comparison, Run, part
 from .story import Story, story
 from .style import svg
-from .table import Table
+from .table import Table, score
 
 SIGMA_PICTURES = 6
 
@@ -81,7 +81,7 @@ def build(data: Comparison, metric: Literal["loss", "accuracy"] | None = None) -
 def _headline(main: Analysis) -> Picture | None:
     if not main.ranking:
         return None
-    best = ", ".join(f"{column} {found.mean:.3g}" for column, found in main.ranking[:5])
+    best = ", ".join(f"{column} {score(found.mean, main.measure)}" for column, found in main.ranking[:5])
     what = "loss" if main.measure == "loss" else tables.metric_name(main.data, main.tasks)
     steady = all(main.data.steady(column, main.tasks) for column in main.data.columns)
     return Picture(
