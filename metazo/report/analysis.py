@@ -10,7 +10,8 @@ from statistics import fmean, median
 
 import numpy as np
 
-from .data import FIRST, UNTRAINED, Comparison, Run
+from .data import FIRST, UNTRAINED, Comparison
+from .runs import Run
 from .statistics import Average, Paired, average, holm, paired
 
 RULE = (
@@ -67,6 +68,8 @@ class Analysis:
 
     def _verdict(self, task: str) -> TaskVerdict:
         data = self.data
+        if not any(data.of(task, column) for column in data.columns):
+            return TaskVerdict(task, False, "No run on it has finished.")
         gradients = [c for c in data.columns if data.family(c) == FIRST and data.of(task, c)]
         if gradients and not any(learns(data, task, column) for column in gradients):
             named = "None of the columns trained" if len(gradients) > 1 else f"{gradients[0]}, trained"

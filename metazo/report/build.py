@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 
 from . import costs, figures, sigma, tables
 from .analysis import Analysis
-from .data import CONTROL, Comparison, Run, part
+from .data import CONTROL, Comparison
+from .runs import Run, part
 from .story import Story, story
 from .style import svg
 from .table import Table, score

@@ -1,10 +1,8 @@
-"""What a comparison found, by task and column: read once, checked value by value, asked many times."""
+"""What a comparison found, by task and column: read once, asked many times."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
@@ -15,108 +13,9 @@ import yaml
 from metazo.compare.results import KINDS, Result, Search, read_search
 from metazo.errors import UserError
 
+from .runs import Failure, Run, part, run_of
+
 CONTROL, ZEROTH, FIRST, UNTRAINED = "control", "forward passes only", "gradients", "no training"
-
-
-@dataclass(frozen=True)
-class Point:
-    """One evaluation on dev; seconds without evaluations; metric: the task's first, None where it has none."""
-
-    forwards: float
-    seconds: float
-    loss: float
-    metric: float | None
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished run. scores: of the kept weights on test (on dev where nothing was tested); majority: same split."""
-
-    seed: int
-    loss: float
-    metric: float | None
-    before: float | None
-    majority: float | None
-    examples: int
-    split: str
-    curve: tuple[Point, ...]
-    forwards: float
-    seconds: float
-    memory: float | None
-    trained: float | None
-    info: dict[str, Any] = field(repr=False)
-    sigma: dict[str, Any] | None = field(default=None, repr=False)
-
-    def value(self, measure: str) -> float | None:
-        return self.loss if measure == "loss" else self.metric
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A cell that failed, is not there, or cannot be read."""
-
-    task: str
-    column: str
-    kind: str
-    seed: str
-    reason: str
-    readable: bool = True
-
-
-def number(value: Any) -> float | None:
-    """The finite number that `value` is, else None."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return float(value)
-
-
-def part(content: Any, *keys: str) -> dict[str, Any]:
-    """A mapping within mappings; empty where it is not there."""
-    for key in keys:
-        content = content.get(key) if isinstance(content, Mapping) else None
-    return dict(content) if isinstance(content, Mapping) else {}
-
-
-def _points(curve: Any, metric: str | None) -> Iterator[Point]:
-    """The points of a curve up to the first whose numbers are not finite."""
-    for entry in curve if isinstance(curve, list) else ():
-        dev = part(entry, "dev")
-        forwards, seconds, loss = number(entry.get("forwards")), number(entry.get("seconds")), number(dev.get("loss"))
-        if forwards is None or seconds is None or loss is None:
-            return
-        yield Point(forwards, seconds, loss, number(dev.get(metric)) if metric else None)
-
-
-def run_of(result: Result) -> Run:
-    """Raises ValueError, with the reason in words, where the run has no final loss."""
-    info, train, metrics = result.run_info, result.train_info, result.metrics
-    if info.get("status") != "finished":
-        raise ValueError(str(info.get("reason") or "failed, and says no reason"))
-    split = "test" if part(metrics, "test") else "dev"
-    scores, metric = part(metrics, split), info.get("metric")
-    loss, seed = number(scores.get("loss")), number(info.get("seed"))
-    if loss is None or seed is None:
-        raise ValueError(f"finished, but its {'loss on ' + split if seed is not None else 'seed'} is not a number")
-    value = number(scores.get(metric)) if metric else None
-    if metric and value is None:
-        raise ValueError(f"finished, but its {metric} on {split} is not a number")
-    curve = tuple(_points(train.get("curve"), metric))
-    return Run(
-        seed=int(seed),
-        loss=loss,
-        metric=value,
-        before=number(part(metrics, "before").get("loss")),
-        majority=number(part(metrics, "majority").get(split)),
-        examples=int(number(scores.get("examples")) or 0),
-        split=split,
-        curve=curve,
-        forwards=number(train.get("forwards")) or 0.0,
-        seconds=number(train.get("seconds")) or 0.0,
-        memory=number(train.get("peak_memory_bytes")),
-        trained=number(train.get("trained_weights", info.get("trained_weights"))),
-        info=info,
-        sigma=part(train, "sigma") or None,
-    )
 
 
 class Comparison:

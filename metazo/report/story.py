@@ -32,7 +32,7 @@ def story(analysis: Analysis, other: Analysis) -> Story:
     model = listed([name.rstrip("/").rpartition("/")[2] for name in models]) if models else "a model"
     facts = [("How sure is that?", _sure(analysis)), *_gradients(analysis), *_cautions(analysis, other)]
     title = f"Fine-tuning {model}: which method is best?"
-    return Story(title, _won(analysis), _compared(analysis, model), facts, _terms(analysis))
+    return Story(title, _unfinished(analysis) + _won(analysis), _compared(analysis, model), facts, _terms(analysis))
 
 
 def listed(names: Sequence[str], most: int = 6) -> str:
@@ -74,6 +74,12 @@ def amount(analysis: Analysis, value: float) -> str:
         return f"an average loss of {loss(value)}"
     named = metric_name(analysis.data, analysis.tasks)
     return f"{share(value)} of 100 test questions right" if named.startswith("accuracy") else f"{named} {share(value)}"
+
+
+def _unfinished(analysis: Analysis) -> str:
+    data = analysis.data
+    every = len(data.tasks) * len(data.columns) * len(data.seeds)
+    return f"Not finished: {len(data.missing)} of {some(every, 'run')} are missing. " if data.missing else ""
 
 
 def _won(analysis: Analysis) -> str:
@@ -159,7 +165,7 @@ def _gradients(analysis: Analysis) -> list[tuple[str, str]]:
 
 
 def _cautions(analysis: Analysis, other: Analysis) -> list[tuple[str, str]]:
-    """Another first by the other measure, tasks left out, learning rates at the edge, runs that failed or are missing."""
+    """Another first by the other measure, tasks left out, learning rates at the edge, runs that failed."""
     data, parts = analysis.data, []
     firsts = [ranked[0][0] for ranked in map(forward_only, (analysis, other)) if ranked]
     if len(set(firsts)) > 1:

@@ -53,7 +53,9 @@ def test_failed_missing_not_a_number_and_torn(tmp_path: Path):
     assert len([key for key in reasons if key[:2] == ("rte", "lozo")]) == 5
     test = Analysis(data, "loss").tests["tuner"]
     assert (test.pairs, test.losses) == (8, 2)  # torn and missing are left out, what failed has lost
-    assert report.story.won.startswith("Only mezo")  # neither lozo, which is missing, nor tuner, which fails
+    assert report.story.won.startswith(
+        "Not finished: 1 of 40 runs are missing. Only mezo "
+    )  # neither lozo, which is missing, nor tuner, which fails
     assert "tuner: some runs failed" in report.story.facts[-1][1]
     assert Analysis(data, "loss").average("lozo") is None
 
@@ -77,6 +79,15 @@ def test_small_comparisons_do_not_claim_too_much(tmp_path: Path, columns: list[s
 def test_without_grid_and_search(tmp_path: Path):
     folder = synthetic.write(tmp_path, [COLUMN["mezo"], COLUMN["tuner"]], ["sst2"], 2, search=False, grid=False)
     assert made(folder).data.columns == ["mezo", "tuner"]
+
+
+def test_a_grid_that_is_still_running(tmp_path: Path):
+    folder = synthetic.write(tmp_path, [COLUMN["mezo"], COLUMN["tuner"]], ["sst2", "rte"], 2)
+    for path in (folder / "cells").glob("*/*/seed-*.json"):
+        path.rename(path.with_name(path.name.replace("seed-", "search-0.001-")))
+    report = made(folder)
+    assert report.story.won.startswith("Not finished: 8 of 8 runs are missing. No task counts")
+    assert [verdict.reason for verdict in Analysis(report.data, "loss").verdicts] == ["No run on it has finished."] * 2
 
 
 def test_everything_failed(tmp_path: Path):
