@@ -20,9 +20,12 @@ def facts() -> dict[str, str]:
     """What a bug report needs: machine and versions; no names, paths or tokens."""
     import torch
 
+    from metazo.noise import backends
+
     found = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
     found["cores"], found["torch threads"] = str(os.cpu_count()), str(torch.get_num_threads())
     found["cuda"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    found |= {f"noise on {device}": how for device, how in backends().items()}
     for package in PACKAGES:
         try:
             found[package] = version(package)

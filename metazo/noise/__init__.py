@@ -1,8 +1,10 @@
-"""The one noise source, z = f(seed, tensor, element): philox.py defines it, cpu.py is its fast form."""
+"""The one noise source, z = f(seed, tensor, element): philox.py defines it, cpu.py and cuda.py are its fast forms."""
 
 from __future__ import annotations
 
+import importlib
 import math
+from functools import cache
 from types import ModuleType
 from typing import Protocol
 
@@ -16,17 +18,31 @@ from metazo.noise import philox
 from metazo.noise.philox import TILE
 from metazo.noise.reference import TorchOrderNoise
 
-try:
-    from metazo.noise import cpu
-except ImportError:  # numba is not installed: the plain form gives the same numbers, slower
-    cpu = None
-
-__all__ = ["TILE", "Noise", "PhiloxNoise", "Stream", "TorchOrderNoise"]
+__all__ = ["TILE", "Noise", "PhiloxNoise", "Stream", "TorchOrderNoise", "backends"]
 
 # What a number is for, so that two draws for one tensor and seed never meet.
 DENSE, LEFT, RIGHT, INITIAL = 0, 1, 2, 3
 _SEEDS, _UNIFORM, _LOW = 0xFFFF0001, 0xFFFF0002, 0xFFFFFFFF
+_COMPILERS = {"cpu": "numba", "cuda": "triton"}
 _CHUNK = 1 << 20  # elements drawn at once by the plain backend, a multiple of TILE
+
+
+@cache
+def _compiled(device: str) -> ModuleType | ImportError | None:
+    """The kernels for a kind of device, imported when they are first needed; or why there are none."""
+    try:
+        return importlib.import_module(f"metazo.noise.{device}") if device in _COMPILERS else None
+    except ImportError as error:
+        return error
+
+
+def backends() -> dict[str, str]:
+    """What makes the noise on each kind of device; where it is the plain form, why."""
+    found = {device: _compiled(device) for device in _COMPILERS}
+    return {
+        device: _COMPILERS[device] if isinstance(kernels, ModuleType) else f"plain torch, much slower: {kernels}"
+        for device, kernels in found.items()
+    }
 
 
 class Stream(Protocol):
@@ -139,7 +155,8 @@ class PhiloxStream:
 
     def _kernels(self, *tensors: Tensor) -> ModuleType | None:
         """The compiled form that can work on these tensors."""
-        return cpu if self.backend != "torch" and cpu is not None and cpu.supports(*tensors) else None
+        kernels = None if self.backend == "torch" else _compiled(tensors[0].device.type)
+        return kernels if isinstance(kernels, ModuleType) and kernels.supports(*tensors) else None
 
     def _plain(
         self, tensor: NamedTensor, out: Tensor, base: Tensor, alpha: float, beta: float, purpose: int, start: int

@@ -10,6 +10,7 @@ that stays in the first-level cache, and from there onto the weights.
 
 from __future__ import annotations
 
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
@@ -21,10 +22,11 @@ from numba.extending import intrinsic, overload
 
 from metazo.noise import philox as definition
 
-_PIECE = 1 << 18  # elements a task, a multiple of TILE
+_PIECE = 1 << 18  # elements a thread takes at once, at most
 _CHUNK = 128  # numbers in the buffer
 _u16, _u32, _u64, _f32, _i32 = np.uint16, np.uint32, np.uint64, np.float32, np.int32
 
+_CONSTANTS = (definition.Q, definition.C, definition.S, definition.UNIT, definition.ANGLE, definition.STRIDE)
 _M0, _M1, _LOW, _HALF = _u64(definition._M0), _u64(definition._M1), _u64(definition._LOW), _u64(32)
 _W0, _W1 = _u64(definition._W0), _u64(definition._W1)
 _Q0, _Q1, _Q2, _Q3, _Q4, _Q5 = (_f32(c) for c in definition.Q)
@@ -87,6 +89,16 @@ def _narrow_typed(x, like):
     return lambda x, like: x
 
 
+def _kernel(function):
+    """Compiled at its first call for a type, and kept on disk where there is a place to write."""
+    # numba files what it keeps under this name and looks for changes in this file, not in the constants it imports
+    function.__qualname__ += f"-{zlib.crc32(repr(_CONSTANTS).encode()):x}"
+    try:
+        return njit(nogil=True, cache=True, error_model="numpy")(function)
+    except RuntimeError:  # numba found no such place
+        return njit(nogil=True, error_model="numpy")(function)
+
+
 @njit(inline="always")
 def _philox(c0, c1, c2, c3, k0, k1):
     """Ten rounds in 64-bit lanes, of which only the low halves mean something."""
@@ -144,7 +156,7 @@ def _numbers(z, words, gaussian, chunk, c1, c2, c3, k0, k1):
         _signs(z, words, chunk, c1, c2, c3, k0, k1)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@_kernel
 def _add(out, start, alpha, beta, gaussian, purpose, id0, id1, k0, k1):
     """out = beta * out + alpha * z for elements start .. of a tensor, start a multiple of TILE."""
     z, words = np.empty(_CHUNK, np.float32), np.empty(64, np.uint32)
@@ -156,7 +168,7 @@ def _add(out, start, alpha, beta, gaussian, purpose, id0, id1, k0, k1):
             out[e] = _narrow(beta * _widen(out[e]) + alpha * z[i], out[e])
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@_kernel
 def _place(out, base, start, alpha, gaussian, purpose, id0, id1, k0, k1):
     """out = base + alpha * z, as _add."""
     z, words = np.empty(_CHUNK, np.float32), np.empty(64, np.uint32)
@@ -169,20 +181,28 @@ def _place(out, base, start, alpha, gaussian, purpose, id0, id1, k0, k1):
 
 
 @cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="metazo-noise")
+def _pool(helpers: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(helpers, thread_name_prefix="metazo-noise")
 
 
 def _run(kernel, arrays: tuple[np.ndarray, ...], start: int, fixed: tuple) -> None:
+    """The kernel over the arrays, in pieces that the calling thread and its helpers take one after the other."""
     size, threads = arrays[0].size, torch.get_num_threads()
-    if size <= _PIECE or threads == 1:
+    if size <= _PIECE // 2 or threads == 1:
         kernel(*arrays, start, *fixed)
         return
+    count = threads * -(-size // (threads * _PIECE))  # as many for each thread
+    step = -(-size // (count * definition.TILE)) * definition.TILE
+    pieces = iter(range(0, size, step))  # shared; a core that something else slows down takes fewer
 
-    def work(here: int) -> None:
-        kernel(*(array[here : here + _PIECE] for array in arrays), start + here, *fixed)
+    def work() -> None:
+        for here in pieces:
+            kernel(*(array[here : here + step] for array in arrays), start + here, *fixed)
 
-    list(_pool(threads).map(work, range(0, size, _PIECE)))
+    helpers = [_pool(threads - 1).submit(work) for _ in range(threads - 1)]
+    work()
+    for helper in helpers:
+        helper.result()
 
 
 def supports(*tensors: torch.Tensor) -> bool:

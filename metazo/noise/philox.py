@@ -34,7 +34,7 @@ TOP_BITS = 0x4E800000  # the float32 2^30
 Q = (-0.03604494, 0.04671151, -0.07901543, -0.06496407, -0.25316072, 0.38647315)
 # Angle: a = signed(v STRIDE mod 2^32) ANGLE in (-pi / 4, pi / 4). The points (v, v STRIDE) are a lattice (Korobov) whose
 # continued fraction has no quotient above 3, so radius and angle share 29 bits and yet fill the square evenly.
-STRIDE = 0x4F1DFAFC
+STRIDE = 0x4F1DFFFC
 ANGLE = math.pi / 4 / 2**31
 # cos a / sqrt 2 = C(a^2), sin a / sqrt 2 = a S(a^2), minimax within 2e-8 and 4e-7.
 C = (-0.0009606688, 0.029454552, -0.35355238, 0.70710676)

@@ -1,0 +1,186 @@
+"""The compiled form on the CPU against the plain one: every type, shape, piece and number of threads, to the last bit."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from metazo.blocks import NamedTensor, tensor_id
+from metazo.noise import TILE, PhiloxNoise, TorchOrderNoise, backends, cpu
+
+DISTRIBUTIONS = ("gaussian", "rademacher")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+SEED = 0x7EDCBA9876543210
+each_distribution = pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def tensor(*shape: int, name: str = "w", dtype=torch.float32) -> NamedTensor:
+    return NamedTensor(name, torch.nn.Parameter(torch.zeros(*shape, dtype=dtype)), tensor_id(name))
+
+
+def random(size: int, dtype=torch.float32) -> torch.Tensor:
+    return torch.randn(size, dtype=torch.float64, generator=torch.Generator().manual_seed(size)).to(dtype)
+
+
+def streams(distribution: str):
+    return [PhiloxNoise(5, distribution, backend).stream(SEED) for backend in ("auto", "torch")]
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_numba_is_in_use():
+    assert backends()["cpu"] == "numba"
+    assert all(cpu.supports(torch.zeros(3, dtype=dtype)) for dtype in DTYPES)
+
+
+@each_distribution
+@each_dtype
+@pytest.mark.parametrize("size", [0, 1, 3, 127, 128, 131, TILE - 1, TILE, 5003])
+@pytest.mark.parametrize("start", [0, TILE, 37 * TILE])
+def test_add_agrees_to_the_last_bit(distribution, dtype, size, start):
+    w = tensor(size, dtype=dtype)
+    for alpha, beta in ((0.3, 1.0), (-1e-3, 0.7), (1.0, 0.0)):
+        compiled, plain = random(size, dtype), random(size, dtype)
+        for stream, out in zip(streams(distribution), (compiled, plain)):
+            stream.add_(w, out, alpha, beta, 2, start)
+        assert torch.equal(compiled, plain)
+        assert size < 100 or not torch.equal(plain, random(size, dtype))
+
+
+@each_distribution
+@each_dtype
+@pytest.mark.parametrize("size", [0, 1, 129, TILE + 5])
+@pytest.mark.parametrize("start", [0, 5 * TILE])
+def test_place_agrees_and_rounds_once(distribution, dtype, size, start):
+    w, base = tensor(size, dtype=dtype), random(size)
+    compiled, plain = torch.empty(size, dtype=dtype), torch.empty(size, dtype=dtype)
+    for stream, out in zip(streams(distribution), (compiled, plain)):
+        stream.place_(w, out, base, 0.3, 1, start)
+    z = streams(distribution)[0].draw(w, purpose=1, start=start)
+    assert torch.equal(compiled, plain)
+    assert torch.equal(compiled, (base + 0.3 * z.float()).to(dtype))
+    assert torch.equal(base, random(size))
+
+
+@each_distribution
+def test_pieces_are_parts_of_the_whole(distribution):
+    w = tensor(9, TILE)
+    stream = streams(distribution)[0]
+    whole = stream.draw(w).view(-1)
+    for start, count in ((0, 5), (TILE, TILE), (3 * TILE, 2 * TILE + 77), (8 * TILE, TILE)):
+        assert torch.equal(stream.draw(w, start=start, count=count), whole[start : start + count])
+    with pytest.raises(ValueError, match=f"multiple of {TILE}"):
+        stream.draw(w, start=128, count=4)
+
+
+@each_distribution
+@each_dtype
+def test_does_not_depend_on_threads(distribution, dtype, threads):
+    size = 700_001
+    w, base, results = tensor(size, dtype=dtype), random(size), []
+    for count in (1, 2, 3):
+        threads(count)
+        stream, added, placed = streams(distribution)[0], random(size, dtype), torch.empty(size, dtype=dtype)
+        stream.add_(w, added, 0.1, 0.9)
+        stream.place_(w, placed, base, 0.1)
+        results.append((added, placed))
+    for added, placed in results[1:]:
+        assert torch.equal(added, results[0][0]) and torch.equal(placed, results[0][1])
+
+
+@each_dtype
+def test_what_is_not_finite_stays_so(dtype):
+    special = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0, 0.0, 3e38], dtype=torch.float32)
+    for stream in streams("gaussian"):
+        out = special.to(dtype)
+        stream.add_(tensor(6), out, 0.0)
+        assert torch.equal(out.isnan(), special.to(dtype).isnan()) and torch.equal(out[1:], special.to(dtype)[1:])
+        placed = torch.empty(6, dtype=dtype)
+        stream.place_(tensor(6), placed, special, 0.0)
+        assert placed[0].isnan() and torch.equal(placed[1:], special.to(dtype)[1:])
+
+
+def test_narrow_rounding_is_to_nearest_even():
+    base = torch.arange(1 << 16, dtype=torch.int32).mul(65537).view(torch.float32)  # all exponents, many ties
+    for dtype in (torch.bfloat16, torch.float16):
+        out = torch.empty(base.shape, dtype=dtype)
+        streams("gaussian")[0].place_(tensor(1 << 16), out, base, 0.0)
+        wanted = base.to(dtype)
+        assert torch.equal(out.isnan(), wanted.isnan())
+        assert torch.equal(out[~wanted.isnan()], wanted[~wanted.isnan()])
+
+
+def test_strided_and_shaped_tensors():
+    w = tensor(50, 30)
+    for stream in streams("gaussian"):
+        z = stream.draw(w)
+        strided, base = torch.zeros(30, 50).t(), torch.ones(30, 50).t()
+        stream.add_(w, strided, 1.0)
+        assert torch.equal(strided, z)
+        stream.place_(w, strided, base, 0.5)
+        assert torch.equal(strided, 1 + 0.5 * z)
+        assert torch.equal(stream.draw(w, (30, 50)).view(-1), z.view(-1))
+
+
+def test_draws_are_wide_unless_told():
+    stream = streams("gaussian")[0]
+    assert stream.draw(tensor(3, dtype=torch.bfloat16)).dtype == torch.float32
+    assert stream.draw(tensor(3, dtype=torch.float64)).dtype == torch.float64
+    assert stream.draw(tensor(3), dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_noise_in_order_has_no_pieces():
+    stream, w = TorchOrderNoise(0).stream(1), tensor(TILE * 2)
+    with pytest.raises(ValueError, match="no pieces"):
+        stream.add_(w, torch.zeros(TILE), 1.0, start=TILE)
+    with pytest.raises(ValueError, match="no pieces"):
+        stream.draw(w, count=5)
+
+
+def test_noise_in_order_places_what_it_adds():
+    w = tensor(40, 3)
+    added, placed = torch.ones(40, 3), torch.empty(40, 3)
+    TorchOrderNoise(0).stream(1).add_(w, added, 0.25)
+    TorchOrderNoise(0).stream(1).place_(w, placed, torch.ones(40, 3), 0.25)
+    assert torch.equal(added, placed)
+
+
+DRAW = """
+import torch
+from metazo.blocks import NamedTensor
+from metazo.noise import PhiloxNoise, backends
+w = NamedTensor("w", torch.nn.Parameter(torch.zeros(300)), 5)
+print(backends()["cpu"])
+print(PhiloxNoise(0).stream(3).draw(w).double().sum().item().hex())
+"""
+
+
+def drawn(setup: str = "", **environment: str) -> str:
+    """How the noise is made in a process of its own; its numbers are compared with those here."""
+    command, environment = [sys.executable, "-c", setup + DRAW], os.environ | environment
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    how, total = done.stdout.splitlines()
+    w = NamedTensor("w", torch.nn.Parameter(torch.zeros(300)), 5)
+    assert total == PhiloxNoise(0).stream(3).draw(w).double().sum().item().hex()
+    return how
+
+
+def test_without_numba_the_numbers_are_the_same_and_the_reason_is_told():
+    how = drawn('import sys; sys.modules["numba"] = None')
+    assert how.startswith("plain torch") and "numba" in how
+
+
+def test_works_where_no_cache_can_be_written():
+    environment = {"NUMBA_CACHE_DIR": "/dev/null/cache", "NUMBA_CACHE_LOCATOR_CLASSES": "UserProvidedCacheLocator"}
+    assert drawn(**environment) == "numba"
