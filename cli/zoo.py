@@ -143,6 +143,7 @@ def import_(
         return
     by = "names and shapes" if tuner.info.fingerprint else "names alone (give --model for the shapes)"
     typer.echo(f"{target}: {len(tuner.info.blocks)} blocks for {base_model}, will be matched by {by}")
+    typer.echo(f"layout: {tuner.info.recipe['layout']}")
 
 
 def _about(tuner: Tuner) -> dict[str, Any]:

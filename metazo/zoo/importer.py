@@ -14,6 +14,7 @@ from metazo.fit import BlockSpec
 from metazo.pertnn import PertNN
 from metazo.plain import parse_json
 from metazo.tuner import Tuner, TunerInfo
+from metazo.zoo.layout import layout, unwrapped
 from metazo.zoo.torchfile import read_networks
 
 MAX_CONFIG_BYTES = 2**20
@@ -23,21 +24,29 @@ MOST_LAYERS = 1000
 def import_pth(path: str | Path, base_model: str, model: str | Path | None = None, licence: str | None = None) -> Tuner:
     """The tuner in a `.pth` of the published code (arXiv 2510.00419): a dict of tensor name to Linear-Tanh-Linear.
 
-    Such a file names tensors and not their shapes. Without `model` the tuner has no fingerprint and fits a model by
-    names alone; with `model`, a folder holding the base model's config.json, the shapes come from there, and a name
-    that differs is a UserError. Weights are kept in float32 (float16 is exact in it; the published code evaluates
-    such networks in float16). Features, absolute value, normalisation and embedding count are the published ones.
+    Such a file names tensors and not their shapes; their order does not matter, and a wrapper's prefix (`module.`) is
+    taken off. The layouts of Llama, Qwen2, Qwen3 and OPT are recognised, and refused where a layer lacks a tensor; any
+    other is imported by its names, and the recipe says which it was. Without `model` the tuner has no fingerprint and
+    fits a model by names alone; with `model`, a folder holding the base model's config.json, the shapes come from there,
+    and a name that differs is a UserError. Weights are kept in float32 (float16 is exact in it; the published code
+    evaluates such networks in float16). Features, absolute value, normalisation and embedding count are the published
+    ones.
     """
     path = Path(path)
     networks, stored = read_networks(path)
+    names = unwrapped(networks)
+    try:
+        found = layout(names)
+    except UserError as error:
+        raise UserError(f"{path} cannot be imported: {error}") from error
     shapes = dict(model_shapes(model)) if model is not None else {}
     tuner = Tuner(
         PertNN.from_sequentials(list(networks.values())),
         TunerInfo(
             base_model=base_model,
-            blocks=[BlockSpec(name, [(name, shapes.get(name))]) for name in networks],
+            blocks=[BlockSpec(name, [(name, shapes.get(name))]) for name in names],
             embedding_count="published",
-            recipe={"imported from": path.name, "stored type": stored},
+            recipe={"imported from": path.name, "stored type": stored, "layout": found},
             licence=licence,
         ),
     )
