@@ -15,17 +15,18 @@ from typing import Any
 
 from metazo.bench import results
 from metazo.bench.meta import META
-from metazo.bench.steps import FORWARDS, PASSES, PUBLISHED
+from metazo.bench.steps import CORE, FORWARDS, PASSES, PUBLISHED
 
 # Step / (2 x forward), at most; for the published loop over our step, at least. 134M Llama, float32, 2 cores.
 TARGETS = {
     "MeZO": {"1x32": 2.0, "8x64": 1.20, "16x128": 1.07},
     "MeZO, Rademacher": {"1x32": 1.35, "8x64": 1.07, "16x128": 1.03},
-    "LOZO": {"1x32": 1.0, "8x64": 1.15, "16x128": 1.10},
+    "LOZO, weights": {"1x32": 1.0, "8x64": 1.15, "16x128": 1.10},  # of either form
+    "LOZO, activations": {"1x32": 1.0, "8x64": 1.15, "16x128": 1.10},
     f"{PUBLISHED} / MeZO": {"1x32": 8, "8x64": 2.7, "16x128": 1.5},
 }
 META_TARGET, MEMORY_TARGET = 1.05, 5.0
-MEMORY_BOUND = ("MeZO", "MeZO, Rademacher", "LOZO", "CurvZO", "ZO Fine-tuner")
+MEMORY_BOUND = ("MeZO", "MeZO, Rademacher", "LOZO, weights", "CurvZO", "ZO Fine-tuner")
 
 
 @dataclass
@@ -53,14 +54,14 @@ def judged(text: str, value: float, target: float | None, least: bool = False) -
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """One for each suite that was measured."""
-    suites, made = result["suites"], []
-    for suite, maker in {
-        "steps": _steps, "scaling": _steps, "threads": _steps, "kernels": _kernels, "memory": _memory, "precision": _steps,
-        "meta": _meta,
-    }.items():  # fmt: skip
-        if suite in suites:
-            made.append(maker(suite, suites[suite], result["environment"]))
+    """One for each suite that was measured, and one for its parts in bfloat16."""
+    made = []
+    for suite, maker in _MAKERS.items():
+        for narrow in (False, True):
+            found = result["suites"].get(suite, {})
+            parts = {name: part for name, part in found.items() if name.endswith("bfloat16") == narrow}
+            if parts:
+                made.append(maker(suite, parts, result["environment"]))
     return made
 
 
@@ -117,7 +118,8 @@ def _memory(suite: str, parts: dict[str, Any], environment: dict[str, Any]) -> T
         bound = MEMORY_TARGET if row["case"] in MEMORY_BOUND and part.startswith("134M") else None
         return judged(f"{share:.1f} %", share, bound)
 
-    return Table("Peak memory above inference, % of the weights", ["", *map(_head, parts)], _pivot(parts, cell))
+    of = " of MeZO in bfloat16, by precision policy" if any(part.endswith("bfloat16") for part in parts) else ""
+    return Table(f"Peak memory above inference{of}, % of the weights", ["", *map(_head, parts)], _pivot(parts, cell))
 
 
 def _meta(suite: str, parts: dict[str, Any], environment: dict[str, Any]) -> Table:
@@ -128,6 +130,17 @@ def _meta(suite: str, parts: dict[str, Any], environment: dict[str, Any]) -> Tab
         return judged(figure(row["ratio"]), row["ratio"]["median"], target)
 
     return Table("Meta-step / its bare passes", ["", *map(_head, parts)], _pivot(parts, cell))
+
+
+_MAKERS = {
+    "steps": _steps,
+    "scaling": _steps,
+    "threads": _steps,
+    "kernels": _kernels,
+    "memory": _memory,
+    "precision": _steps,
+    "meta": _meta,
+}
 
 
 def sentence(result: dict[str, Any]) -> str:
@@ -153,7 +166,6 @@ def placed(document: str, name: str, text: str) -> str:
     return re.sub(f"{begin}.*?{end}", lambda _: f"{begin}\n{text}\n{end}", document, flags=re.DOTALL)
 
 
-_DRAWN = (PUBLISHED, "MeZO", "MeZO, Rademacher", "LOZO", "LOZO, activations")
 _MARKS = (("#000000", "s"), ("#0072B2", "o"), ("#56B4E9", "^"), ("#D55E00", "D"), ("#E69F00", "v"))  # Okabe, Ito (2008)
 
 
@@ -180,7 +192,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 
 def _dots(axis: Any, parts: dict[str, Any]) -> None:
-    for place, (case, (colour, mark)) in enumerate(zip(_DRAWN, _MARKS)):
+    for place, (case, (colour, mark)) in enumerate(zip(CORE, _MARKS)):
         found = [(i, r["ratio"]) for i, part in enumerate(parts.values()) for r in part["rows"] if r["case"] == case]
         at = [i + 0.15 * (place - 2) for i, _ in found]
         middle = [ratio["median"] for _, ratio in found]

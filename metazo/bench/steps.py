@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,17 +35,15 @@ METHODS: dict[str, Callable[[nn.Module], Any]] = {
     PUBLISHED: lambda model: PublishedLoop(model.named_parameters(), lr=LR),
     "MeZO": _ours("mezo"),
     "MeZO, Rademacher": _ours("mezo", noise="rademacher"),
-    "LOZO": _ours("lozo"),
+    "LOZO, weights": _ours("lozo", form="weights"),
+    "LOZO, activations": _ours("lozo", form="activations"),
     "ZO Fine-tuner": _zo_finetuner,
     "CurvZO": _ours("curvzo"),
     "MeZO-Adam": _ours("mezo-adam"),
     "LOZO-M": _ours("lozo-m"),
 }
-if "form" in inspect.signature(OPTIMIZERS["lozo"].__init__).parameters:
-    METHODS["LOZO, activations"] = _ours("lozo", form="activations")
-CORE = [
-    name for name in METHODS if name.startswith((PUBLISHED, "MeZO", "LOZO")) and name not in ("MeZO-Adam", "LOZO-M")
-]
+CORE = list(METHODS)[:5]
+"""Those that have targets."""
 NARROW = {name: _ours("mezo", precision=name) for name in ("in-place", "master", "compensated-16", "compensated-8")}
 """MeZO under the policies for weights narrower than float32."""
 

@@ -49,9 +49,9 @@ class Settings:
 
     @property
     def threads(self) -> list[int]:
-        """Thread counts to compare; a GPU's work is not cut into threads of this kind."""
+        """Thread counts to compare; quick: torch's own; a GPU's work is not cut into threads of this kind."""
         cores = os.cpu_count() or 1
-        return [1] if self.cuda else sorted({1, min(2, cores), cores})
+        return [1] if self.cuda else [torch.get_num_threads()] if self.quick else sorted({1, min(2, cores), cores})
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def _threads(s: Settings) -> dict[str, Measurement]:
 
 def _precision(s: Settings) -> dict[str, Measurement]:
     methods = list(steps.NARROW)
-    return {f"{s.size}-{shown(x)}": _timed(s, s.size, x, methods, dtype="bfloat16") for x in s.shapes[:2]}
+    return {f"{s.size}-{shown(x)}-bfloat16": _timed(s, s.size, x, methods, dtype="bfloat16") for x in s.shapes[:2]}
 
 
 SUITES = {

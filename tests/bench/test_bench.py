@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from metazo.bench import results, suites
+from metazo.bench import render, results, suites
 from metazo.bench.models import SIZES, build, lm_loss
 from metazo.bench.published import PublishedLoop
 from metazo.bench.steps import CORE, FORWARDS, METHODS, PUBLISHED
@@ -180,3 +180,22 @@ def test_the_loss_needs_no_gradient_and_leaves_the_generator_alone():
     assert torch.equal(state, torch.get_rng_state())
     with torch.inference_mode():
         assert 7 < float(loss()) < 10  # ln 4096 is 8.3
+
+
+def test_the_page_of_figures_is_rendered_from_the_committed_json():
+    """By `python -m metazo.bench.render benchmarks/speed.json docs/speed.md`; every suite is there."""
+    page, result = (ROOT / "docs" / "speed.md").read_text(), results.read(ROOT / "benchmarks" / "speed.json")
+    assert render.placed(page, "speed", render.markdown(result)) == page
+    assert render.placed(page, "speed", "") != page
+    assert set(result["suites"]) <= set(suites.SUITES) and not result["environment"]["quick"]
+
+
+def test_targets_are_judged_by_the_median():
+    part = {"date": "", "load": [0.0, 0.0], "rows": [{"case": "MeZO", "ratio": spread([1.0, 2.1, 2.2]), "seconds": {}}]}
+    result = {"environment": {"device": "cpu"}, "suites": {"steps": {"134M-1x32": part}}}
+    (table,) = render.tables(result)
+    assert table.rows == [["MeZO", "2.10 (1.55–2.15); ≤ 2 not met"]]
+    part["rows"] = [{"case": f"{PUBLISHED} / MeZO", "ratio": spread([9.0])}]
+    assert render.tables(result)[0].rows[0][1] == "9.00 (9.00–9.00); ≥ 8 met"
+    result["environment"]["device"] = "cuda"  # the targets are of the CPU
+    assert render.tables(result)[0].rows[0][1] == "9.00 (9.00–9.00)"
