@@ -140,7 +140,7 @@ def _way(by_loss: Analysis) -> Section:
 
 
 def _memory(main: Analysis) -> Section:
-    section = Section("memory", "Memory", "")
+    section = Section("memory", "Memory and time", "")
     if any(r.memory for column, _ in main.ranking for task in main.tasks for r in main.data.of(task, column)):
         section.add(
             Picture(
@@ -151,7 +151,7 @@ def _memory(main: Analysis) -> Section:
                 partial(figures.pareto, main),
             )
         )
-    return section.add(costs.cost(main.data))
+    return section.add(costs.cost(main.data), costs.cells(main.data))
 
 
 def _rates(data: Comparison) -> Section:

@@ -105,6 +105,24 @@ def cost(data: Comparison) -> Table:
     return table
 
 
+def cells(data: Comparison) -> Table:
+    table = Table(
+        "cells",
+        "Time of a run by task (s)",
+        "Medians over seeds of the time of training; in brackets that of everything, with loading and evaluation.",
+        ["column", *data.tasks],
+    )
+    for column in by_family(data):
+        texts = []
+        for task in data.tasks:
+            runs = data.of(task, column)
+            whole = [run.wall for run in runs if run.wall is not None]
+            text = seconds(median(run.seconds for run in runs)) if runs else NONE
+            texts.append(text + (f" ({seconds(median(whole))})" if whole else ""))
+        table.add(column, *texts)
+    return table
+
+
 def search(data: Comparison) -> Table:
     table = Table(
         "search",

@@ -22,7 +22,11 @@ class Point:
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run. scores: of the kept weights on test (on dev where nothing was tested); majority: same split."""
+    """A finished run.
+
+    loss, metric: of the kept weights on `split` (test, or dev where nothing was tested); majority: of the same split;
+    wall: seconds with loading and evaluation.
+    """
 
     seed: int
     loss: float
@@ -34,6 +38,7 @@ class Run:
     curve: tuple[Point, ...]
     forwards: float
     seconds: float
+    wall: float | None
     memory: float | None
     trained: float | None
     info: dict[str, Any] = field(repr=False)
@@ -104,6 +109,7 @@ def run_of(result: Result) -> Run:
         curve=curve,
         forwards=number(train.get("forwards")) or 0.0,
         seconds=number(train.get("seconds")) or 0.0,
+        wall=number(train.get("wall_seconds")),
         memory=number(train.get("peak_memory_bytes")),
         trained=number(train.get("trained_weights", info.get("trained_weights"))),
         info=info,

@@ -81,18 +81,19 @@ def _image(picture: Any) -> str:
 def runs_csv(data: Comparison) -> str:
     """A row a run, with full precision."""
     heads = ["task", "column", "kind", "seed", "status", "lr", "split", "loss", "metric", "metric_name", "majority",
-             "loss_before", "forwards", "seconds", "peak_memory_bytes", "trained_weights", "reason"]  # fmt: skip
+             "loss_before", "forwards", "seconds", "wall_seconds", "peak_memory_bytes", "trained_weights",
+             "reason"]  # fmt: skip
     rows: list[list[Any]] = []
     for kind, runs in (("seed", data.runs), ("time", data.timed)):
         for (task, column), seeds in sorted(runs.items()):
             for run in (seeds[seed] for seed in sorted(seeds)):
                 info = run.info
                 rows.append([task, column, kind, run.seed, "finished", info.get("lr"), run.split, run.loss, run.metric,
-                             info.get("metric"), run.majority, run.before, run.forwards, run.seconds, run.memory,
+                             info.get("metric"), run.majority, run.before, run.forwards, run.seconds, run.wall, run.memory,
                              run.trained, ""])  # fmt: skip
     for f in data.failures:
         rows.append(
-            [f.task, f.column, f.kind, f.seed, "failed" if f.readable else "unreadable", *[None] * 11, f.reason]
+            [f.task, f.column, f.kind, f.seed, "failed" if f.readable else "unreadable", *[None] * 12, f.reason]
         )
     return write_csv([heads, *rows])
 
