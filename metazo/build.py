@@ -19,7 +19,7 @@ from metazo.optimizers.first_order import RULES as FIRST_ORDER
 from metazo.optimizers.first_order import FirstOrder
 from metazo.pertnn import PertNN
 from metazo.rules import RULES
-from metazo.scales import BlockScale, RMSScale, TunerScale
+from metazo.scales import STATISTICS_EVERY, BlockScale, RMSScale, TunerScale
 from metazo.tuner import Tuner
 
 COMMON = set(inspect.signature(ZOOptimizer.__init__).parameters)
@@ -74,16 +74,19 @@ def select_trainable(model: nn.Module, train: list[str], freeze: list[str], amon
 
 def block_scale(config: FinetuneConfig, model: nn.Module) -> BlockScale | None:
     """The block scale that the settings ask for."""
+    every = config.statistics_every
     if config.scale == "rms":
-        return RMSScale()
+        return RMSScale(every=every or STATISTICS_EVERY)
     if config.tuner is None:
         return None
     if config.tuner.startswith("random:"):
         blocks = partition(_every_tensor(model))
-        return TunerScale(pertnn=PertNN(len(blocks), seed=_seed(config.tuner)), networks=[b.name for b in blocks])
+        networks = PertNN(len(blocks), seed=_seed(config.tuner))
+        return TunerScale(pertnn=networks, networks=[b.name for b in blocks], every=every or STATISTICS_EVERY)
     tuner = _tuner(config, model)
     batch = config.batch_size * config.accumulate
-    return tuner_scale(tuner, model.named_parameters(), allow_partial=config.allow_partial, batch_size=batch)
+    partial = config.allow_partial
+    return tuner_scale(tuner, model.named_parameters(), allow_partial=partial, every=every, batch_size=batch)
 
 
 def _tuner(config: FinetuneConfig, model: nn.Module) -> Tuner:

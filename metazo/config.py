@@ -98,6 +98,8 @@ class FinetuneConfig:
     """Distribution of the noise; method takes the method's own (Gaussian but for fzoo)"""
     scale: Literal["none", "rms"] = "none"
     """Block scale; rms moves each tensor in proportion to its size"""
+    statistics_every: int | None = None
+    """Steps between readings of the weights' statistics for a block scale; by default 50, with the published features 1"""
     rule: Literal["method", "sgd", "momentum", "adam"] = "method"
     """What is done with the estimate; method takes the method's own"""
     tuner: str | None = None
@@ -162,7 +164,7 @@ class FinetuneConfig:
             _at_least(name, getattr(self, name), 1)
         for name in ("dev_examples", "test_examples", "snapshot_every", "fsync_every", "lora"):
             _at_least(name, getattr(self, name), 0)
-        for name in ("steps", "forwards", "eval_every", "max_length"):
+        for name in ("steps", "forwards", "eval_every", "max_length", "statistics_every"):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1)
         if self.steps is not None and self.forwards is not None:

@@ -1,7 +1,7 @@
 """Where theta lives while it is probed and updated: the policies of `precision`.
 
-In place, a probe is added to the weights and taken off again, which in float32 drifts by 4e-8 in 1,000 steps and in
-bfloat16 replaces the model by noise (12 % of its rms in 1,000 steps at learning rate 0). So weights narrower than float32
+In place, a probe is added to the weights and taken off again. In float32 that drifts by 2e-6 of the weights' rms in 1,000
+steps; in bfloat16 it replaces the model by noise (12 %, at learning rate 0). So weights narrower than float32
 are never perturbed in place: theta is a float32 master of which the weights are the rounding, or the weights together with
 the bits that they lost, and then a probe is seen through a scratch copy (metazo/scratch.py).
 benchmarks/precision.py measures each.

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ from metazo.optimizers import MeZO
 from metazo.pertnn import PertNN
 from metazo.scales import (
     RMS_FLOOR,
+    STATISTICS_EVERY,
     RMSScale,
     TunerScale,
     block_statistics,
@@ -182,3 +186,19 @@ def test_a_tuner_for_nothing_here_is_refused():
 def test_block_counts_entries():
     block: Block = partition(named_tensors(Net()), "layer")[1]
     assert block.numel == 42
+
+
+def test_what_rare_readings_do_to_sigma_was_measured():
+    """The committed figures are of the default, and small; the measurement runs."""
+    path = Path(__file__).parents[1] / "benchmarks" / "statistics_every.py"
+    spec = importlib.util.spec_from_file_location("statistics_every", path)
+    assert spec is not None and spec.loader is not None
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    rows = json.loads(benchmark.RESULT.read_text())["rows"]
+    assert set(rows) == set(benchmark.ARMS)
+    for row in rows.values():
+        assert set(map(int, row)) == set(benchmark.EVERY)
+        assert row["1"]["largest"] == 0 < row[str(STATISTICS_EVERY)]["mean"] < 0.01
+    found = benchmark.differences("rms", steps=3)
+    assert found["1"]["largest"] == 0 and 0 < found["50"]["largest"] < 0.01

@@ -4,7 +4,7 @@
 
 With z and c held fixed, dL(theta') / d s_b = -lr_update c <grad_b L(theta'), z_b>. As each parameter's gradient
 arrives, z_b is drawn again, the dot product is taken and the gradient freed. Memory: the weights, the activations, and
-the gradient and noise of one tensor; the published code keeps two models and their gradients.
+the gradient of one tensor; the published code keeps two models and their gradients.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from metazo.blocks import Block, NamedTensor
-from metazo.directions import Isotropic, Scaled
+from metazo.blocks import Block, NamedTensor, part
+from metazo.directions import Isotropic, Scaled, drawn
 from metazo.noise import Noise, TorchOrderNoise
 from metazo.probe import Weights
 
@@ -82,6 +82,12 @@ class Redraw:
             self.stream.generator.set_state(self.states[tensor.name])  # type: ignore[attr-defined]
         return self.stream.draw(tensor)
 
+    def dot(self, tensor: NamedTensor, gradient: Tensor) -> float:
+        """<gradient, z>, z drawn a piece at a time where its order is free."""
+        if self.states or not gradient.is_contiguous():
+            return dot(gradient, self(tensor))
+        return sum(dot(part(gradient, start, z), z) for start, z in drawn(self.stream, tensor))
+
 
 @dataclass(frozen=True)
 class OneStep:
@@ -140,7 +146,7 @@ def one_step(
         redraw = Redraw(weights.noise, seed, weights.tensors)
 
         def visit(tensor: NamedTensor, gradient: Tensor) -> None:
-            products[place[tensor.name]] += dot(gradient, redraw(tensor))
+            products[place[tensor.name]] += redraw.dot(tensor, gradient)
 
         meta_loss = stream_gradients(weights.tensors, outer or loss, visit)
     finally:

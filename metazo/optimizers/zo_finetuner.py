@@ -21,7 +21,7 @@ from torch import Tensor
 
 from metazo.errors import UserError
 from metazo.optimizers.base import ZOOptimizer
-from metazo.scales import BlockScale, TunerScale
+from metazo.scales import STATISTICS_EVERY, BlockScale, TunerScale
 
 if TYPE_CHECKING:
     from metazo.tuner import Tuner
@@ -58,7 +58,7 @@ def tuner_scale(
         bound=info.bound,
         normalise=info.normalise,
         embedding_rows=PUBLISHED_EMBEDDING_ROWS * batch_size if info.embedding_count == "published" else None,
-        every=every or (1 if info.features == "published" else 50),
+        every=every or (1 if info.features == "published" else STATISTICS_EVERY),
     )
 
 
