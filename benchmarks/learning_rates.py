@@ -16,11 +16,13 @@ from typing import Any
 
 from metazo.config import FinetuneConfig
 from metazo.demo import TASKS
+from metazo.errors import UserError
 from metazo.files import write_whole
 from metazo.finetune import finetune
 
 SEED, FORWARDS = 1000, 1000
-GRID = (7.5e-5, 1.5e-4, 3e-4, 6e-4, 1.2e-3)
+GRID = (1.5e-4, 3e-4, 6e-4, 1.2e-3)
+DIVERGED = 1e4
 
 
 def main() -> None:
@@ -44,7 +46,10 @@ def main() -> None:
                         model="pico", task=task, out=Path(folder) / "run", lr=lr, forwards=FORWARDS, seed=SEED,
                         dev_examples=200, test_examples=0, snapshot_every=0, keep="none", eval_every=500, **extra,
                     )  # fmt: skip
-                    losses[task] = finetune(config)["dev"]["loss"]
+                    try:
+                        losses[task] = finetune(config)["dev"]["loss"]
+                    except UserError:  # diverged: ten steps in a row were skipped
+                        losses[task] = DIVERGED
             found[method][f"{lr:g}"] = {**losses, "mean": sum(losses.values()) / len(losses)}
             print(f"{method}, lr {lr:g}: {losses}", flush=True)
             write_whole(args.out, (json.dumps(found, indent=1) + "\n").encode())
