@@ -4,7 +4,7 @@
 
 The closure runs once under torch's vmap over the multiples a: activations carry both probes, the weights none, so that W is
 read once and never written. Linear, embedding and GPT-2's Conv1D take the short form; any other use of a tensor sees
-W + a d, made for that call, twice. It pays while activations are small beside weights (batch x length below about 128 on
+W + a d, made for that call, twice. It pays while activations are small beside weights (batch x length below about 100 on
 two CPU cores): they are doubled.
 
 A closure that cannot be vectorised (it reads a number out of a tensor, writes into one that it did not make, draws random

@@ -60,7 +60,7 @@ from metazo.optimizers.step import Step, Update
 from metazo.scratch import used_unseen
 
 UNDECIDED, WEIGHTS, ACTIVATIONS = 0, 1, 2  # the form that a run took, as state
-POSITIONS = 128  # batch x length up to which "auto" takes activations
+POSITIONS = 64  # batch x length up to which "auto" takes activations
 
 
 class LOZO(ZOOptimizer):
@@ -72,7 +72,7 @@ class LOZO(ZOOptimizer):
         rank: r, columns of U and V; 2 in the published code, 1 to 4 in its tables; at most a matrix's smaller side.
         interval: steps between draws of V; 50 in the published code, 50 or 100 in its tables.
         form: "weights", "activations" (doubles the activations; falls back to weights, with a warning, for a closure that torch
-            cannot vectorise), or "auto": activations where the first step's batch x length is at most 128. A replay without
+            cannot vectorise), or "auto": activations where the first step's batch x length is at most 64. A replay without
             closures takes "auto" for weights: in float32, name the form that the run took to end on the same bits.
         compat: "paper", or "official" for the published code with its faults.
     """
