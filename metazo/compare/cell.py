@@ -83,15 +83,15 @@ def failed(job: Job, reason: str | None, so_far: Result | None = None) -> Result
     train: dict[str, Any] = {name: last.get(name) for name in ("step", "forwards", "seconds")}
     train = {"curve": curve, "steps": train.pop("step"), **train}
     train |= {"trained_weights": job.info["trained_weights"], "peak_memory_bytes": None, "sigma": None}
-    train |= {"evaluation_seconds": None} | (so_far.train_info if so_far else {})
+    train |= {"evaluation_seconds": None, "cpu_seconds": None} | (so_far.train_info if so_far else {})
     info = job.info | (so_far.run_info if so_far else {}) | {"status": "failed", "reason": reason}
     return Result(info, train, {"before": None, "dev": None, "test": None, "majority": None})
 
 
 def _train(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
-    began = time.monotonic()
+    began, computed = time.monotonic(), time.process_time()
     summary = finetune(job.config)
-    wall = time.monotonic() - began
+    wall, computed = time.monotonic() - began, time.process_time() - computed
     records = RunFolder.read_records(job.config.out)
     last = records[-1]
     train = {
@@ -100,6 +100,7 @@ def _train(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
         "forwards": summary["forwards"],
         "seconds": last["seconds"],
         "evaluation_seconds": round(wall - last["seconds"], 3),
+        "cpu_seconds": round(computed, 3),
         "trained_weights": job.info["trained_weights"],
         "sigma": _sigma(records),
     }
@@ -109,7 +110,7 @@ def _train(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _look(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
     """The model as it is, on dev and test."""
-    began = time.monotonic()
+    began, computed = time.monotonic(), time.process_time()
     setup = set_up(replace(job.config, steps=1, forwards=None))
     model, size = setup.loaded.model, job.config.eval_batch_size
     dev = evaluate(model, setup.prepared, "dev", batch_size=size) if setup.prepared.dev else {}
@@ -117,6 +118,7 @@ def _look(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
     point = {"step": 0, "forwards": 0, "seconds": 0.0, "train_loss": None, "lr": None, "dev": dev}
     train: dict[str, Any] = {"curve": [point], "steps": 0, "forwards": 0, "seconds": 0.0}
     train |= {"evaluation_seconds": round(time.monotonic() - began, 3), "trained_weights": 0, "sigma": None}
+    train["cpu_seconds"] = round(time.process_time() - computed, 3)
     metrics = {"before": dev, "dev": dev, "test": test}
     return train, metrics | {"majority": _majority(metrics)}
 

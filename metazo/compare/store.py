@@ -44,7 +44,7 @@ class Store:
             "kind": run.kind,
             "seed": run.seed,
             "lr": run.lr,
-            "model": _last_part(self.grid.model),
+            "model": _last_part(config.model),
             "optimizer": run.column.optimizer,
             "metric": fact.metric,
             "budget": run.forwards if run.column.trains else 0,

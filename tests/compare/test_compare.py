@@ -22,6 +22,7 @@ from metazo.compare.results import Result, read_results, read_search
 from metazo.compare.run import compare
 from metazo.config import build
 from metazo.errors import UserError
+from metazo_cli.main import main
 
 CONFIG = {
     "train_examples": 32,
@@ -32,7 +33,7 @@ CONFIG = {
     "eval_every": 4,
 }
 TINY = {
-    "model": "pico", "tasks": ["pico_sentiment", "pico_topic"], "budget": 12, "seeds": 2, "workers": 2, "config": CONFIG,
+    "model": "pico", "tasks": ["pico_sentiment", "pico_topic"], "budget": 12, "seeds": 2, "workers": 1, "config": CONFIG,
     "columns": ["zero-shot", {"name": "mezo", "lrs": [1e-3]},
                 {"name": "sgd", "optimizer": "first-order-sgd", "lrs": [1e-3, 1e-2]}],
     "extensions": 1,
@@ -49,7 +50,7 @@ def done(tmp_path_factory) -> Path:
     """The results of the tiny grid, by one command."""
     out = tmp_path_factory.mktemp("compare")
     (out / "tiny.yaml").write_text(json.dumps(TINY | {"seeds": 9}))
-    process = start("compare", out / "tiny.yaml", "--seeds=2", f"--out={out / 'results'}")
+    process = start("compare", out / "tiny.yaml", "--seeds=2", "--workers=2", f"--out={out / 'results'}")
     shown, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors
     assert "metazo report" in shown
@@ -139,19 +140,27 @@ def test_a_changed_grid_runs_what_changed_and_puts_the_rest_aside(copy):
     assert {name: text for name, (_, text) in cells(copy).items()} == {name: text for name, (_, text) in before.items()}
 
 
-def test_stopped_and_continued(tmp_path):
+def test_killed_stopped_and_continued(tmp_path):
     out = tmp_path / "results"
-    settings = grid(out, tasks=["pico_topic"], columns=[TINY["columns"][1]], seeds=5)
+    settings = grid(out, tasks=["pico_topic"], columns=[TINY["columns"][1]], seeds=6)
     settings.write()
     process = start("compare", out / "grid.yaml")
-    wait_for(process, lambda: len(list(out.rglob("cells/**/*.json"))) >= 2)
+    wait_for(process, lambda: len(cells(out)) >= 2)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.communicate(timeout=20)
+    _, alive = psutil.wait_procs(children, timeout=30)
+    assert children and not alive  # workers end with the process that started them
+    first = cells(out)
+    process = start("compare", out / "grid.yaml")
+    wait_for(process, lambda: len(cells(out)) > len(first))
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "the same command goes on" in " ".join(errors.split())
-    before = cells(out)
-    assert 2 <= len(before) < 5
+    second = cells(out)
+    assert first.items() <= second.items() and 3 <= len(second) < 6
     counts = compare(settings)
-    assert counts == {"runs": 5, "kept": len(before), "failed": 0} and before.items() <= cells(out).items()
+    assert counts == {"runs": 6, "kept": len(second), "failed": 0} and second.items() <= cells(out).items()
 
 
 def wait_for(process: subprocess.Popen[str], what: Callable[[], object]) -> None:
@@ -159,16 +168,6 @@ def wait_for(process: subprocess.Popen[str], what: Callable[[], object]) -> None
     while not what():
         assert process.poll() is None and time.monotonic() < until, process.stderr and process.stderr.read()
         time.sleep(0.02)
-
-
-def test_workers_end_with_the_process_that_started_them(tmp_path, done):
-    process = start("compare", done.parent / "tiny.yaml", f"--out={tmp_path / 'results'}")
-    wait_for(process, lambda: list(tmp_path.rglob("running/*")))
-    children = psutil.Process(process.pid).children(recursive=True)
-    process.kill()
-    process.communicate(timeout=10)
-    _, alive = psutil.wait_procs(children, timeout=20)
-    assert children and not alive
 
 
 def test_two_at_once_are_refused(copy):
@@ -232,10 +231,14 @@ def test_a_full_disk_leaves_results_that_say_so(tmp_path):
         subprocess.run(["umount", str(small)], check=True)
 
 
-def test_dry_run_writes_nothing(done, tmp_path):
-    process = start("compare", done.parent / "tiny.yaml", f"--out={tmp_path / 'results'}", "--dry-run", "--json")
-    plan = json.loads(process.communicate(timeout=100)[0])
-    assert plan["seconds"] > 0 and "8 of the searches" not in plan["runs"] and not (tmp_path / "results").exists()
+def test_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
+    (tmp_path / "tiny.yaml").write_text(json.dumps(TINY))
+    arguments = [str(tmp_path / "tiny.yaml"), f"--out={tmp_path / 'results'}", "--dry-run", "--json"]
+    monkeypatch.setattr(sys, "argv", ["metazo", "compare", *arguments])
+    with pytest.raises(SystemExit):
+        main()
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["seconds"] > 0 and plan["runs"].startswith("4 of the searches") and not (tmp_path / "results").exists()
     assert plan["learning rates"]["pico_topic, sgd"] == [1e-3, 1e-2]
 
 

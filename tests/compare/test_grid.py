@@ -7,12 +7,13 @@ import json
 import pytest
 import yaml
 
+from metazo import recipes
 from metazo.compare import columns
 from metazo.compare.columns import resolve
 from metazo.compare.grid import Grid, Run
 from metazo.compare.identity import key
 from metazo.compare.results import Result, cell_path, read_results
-from metazo.config import build
+from metazo.config import build, read_recipe
 from metazo.errors import UserError
 from metazo.optimizers import OPTIMIZERS
 
@@ -121,3 +122,12 @@ def test_results_hold_three_objects_and_no_nan(tmp_path):
         Result.load(path)
     with pytest.raises(UserError, match="holds no results"):
         list(read_results(tmp_path / "cells"))
+
+
+@pytest.mark.parametrize("name", [name for name in recipes.names() if name.startswith("grid-")])
+def test_the_grids_that_come_along(name):
+    made = build(Grid, read_recipe(recipes.locate(name)))
+    assert made.seeds >= 3 and made.search_budget <= 1 and made.resolved
+    for column in made.resolved:
+        Run(made.tasks[0], column, "seed", 0, 1e-3, made.budget).config(made, made.out)
+    assert f"metazo compare {name}" in recipes.text(name)
