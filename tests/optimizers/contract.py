@@ -36,7 +36,7 @@ class Case:
 CASES = {
     "mezo-momentum": Case(quadratic=0.005, stiff=2e-4, llama=3e-4, saddle=0.005),
     "mezo-adam": Case(quadratic=0.1, stiff=0.05, llama=3e-3, along="sign"),
-    "mezo-svrg": Case(quadratic=0.015, llama=1.5e-3, options={"interval": 3}),
+    "mezo-svrg": Case(quadratic=0.015, llama=4e-3, options={"interval": 3}),
     "lozo": Case(quadratic=0.02, stiff=4e-4, llama=1e-3, options={"interval": 5}),
     "lozo-m": Case(quadratic=0.02, stiff=4e-4, llama=3e-3, options={"interval": 5}),
     "hizoo": Case(stiff=3e-3, llama=4e-3, along="sign", options={"smoothing": 1e-3}),
