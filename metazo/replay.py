@@ -85,6 +85,8 @@ def replay(
     loaded, optimizer = _rebuilt(header, base, tuner, zoo_folder, device)
     started = time.monotonic()
     for step in found.steps[:count]:
+        if len(step.lr) != len(optimizer.param_groups):
+            raise UserError(f"{log} cannot be replayed: step {step.step} is of another number of parameter groups.")
         optimizer.step(replay=step)
         _same(step, optimizer.last_step, log)
         tick(step.step + 1, count)

@@ -151,7 +151,9 @@ def _take(found: Scan, data: bytes) -> None:
         raise ValueError("it comes after the end of the run")
     if "kept" in record:
         _whole(record["kept"])
-        if record["kept"] > len(found.steps) or not isinstance(record.get("weights"), str | None):
+        if set(record) != {"kept", "weights"} or not isinstance(record["weights"], str | None):
+            raise ValueError("its fields are not those of the end of a run")
+        if record["kept"] > len(found.steps):
             raise ValueError("it ends another run")
         found.end = record
     else:
