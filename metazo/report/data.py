@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 import yaml
@@ -149,6 +149,12 @@ class Comparison:
         """The task's main metric."""
         named = [info.get("metric") for info in self.infos if info.get("task") == task]
         return next((str(name) for name in named if name), None)
+
+    def busy(self) -> float | None:
+        """Clock time of a run over its processor time, median over runs: well above 1, the machine had other work."""
+        every = [run for runs in self.runs.values() for run in runs.values()]
+        ratios = [run.wall / run.cpu for run in every if run.wall is not None and run.cpu]
+        return median(ratios) if ratios else None
 
     def before(self, task: str) -> float | None:
         """Mean loss on dev before training."""

@@ -25,7 +25,7 @@ class Run:
     """A finished run.
 
     loss, metric: of the kept weights on `split` (test, or dev where nothing was tested); majority: of the same split;
-    wall: seconds with loading and evaluation.
+    wall, cpu: seconds with loading and evaluation, by the clock and of the processor.
     """
 
     seed: int
@@ -39,6 +39,7 @@ class Run:
     forwards: float
     seconds: float
     wall: float | None
+    cpu: float | None
     memory: float | None
     trained: float | None
     info: dict[str, Any] = field(repr=False)
@@ -110,6 +111,7 @@ def run_of(result: Result) -> Run:
         forwards=number(train.get("forwards")) or 0.0,
         seconds=number(train.get("seconds")) or 0.0,
         wall=number(train.get("wall_seconds")),
+        cpu=number(train.get("cpu_seconds")),
         memory=number(train.get("peak_memory_bytes")),
         trained=number(train.get("trained_weights", info.get("trained_weights"))),
         info=info,

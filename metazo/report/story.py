@@ -13,6 +13,7 @@ from .table import count, loss, p_value, share
 from .tables import FORWARD_ONLY, metric_name
 
 SURE = 0.05
+BUSY = 1.5  # clock time over processor time
 
 
 @dataclass
@@ -183,6 +184,9 @@ def _cautions(analysis: Analysis, other: Analysis) -> list[tuple[str, str]]:
         parts.append(
             f"{listed(sorted(edges))}: the learning rate is at the edge of what was tried, a better one may exist."
         )
+    busy = data.busy()
+    if busy and busy > BUSY:
+        parts.append(f"The machine was busy: runs took {busy:.1f} times their processor time, so times mean little.")
     failed = sum(not failure.kind.startswith("search") for failure in data.failures)
     if failed or data.missing:
         parts.append(

@@ -135,3 +135,12 @@ def test_measures_that_disagree_are_said(tmp_path: Path):
         result.save(cell_path(tmp_path, "sst2", name, "seed", 0))
     assert "By loss, mezo is first." in made(tmp_path).story.facts[-1][1]
     assert "By accuracy (%), lozo is first." in build(Comparison(tmp_path), "loss").story.facts[-1][1]
+
+
+def test_a_busy_machine_is_said(tmp_path: Path):
+    for name, cpu in (("calm", 20.0), ("busy", 10.0)):
+        result = synthetic.result(COLUMN["mezo"], "sst2", 0)
+        result.train_info["cpu_seconds"] = cpu  # of 25 s by the clock
+        result.save(cell_path(tmp_path / name, "sst2", "mezo", "seed", 0))
+        told = str(made(tmp_path / name).story.facts)
+        assert ("runs took 2.5 times their processor time" in told) is (name == "busy")
