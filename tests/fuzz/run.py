@@ -140,6 +140,7 @@ def main() -> None:
     parser.add_argument("--mode", choices=MODES, action="append")
     parser.add_argument("--start", type=int, default=0, help="number of the first case")
     parser.add_argument("--only", type=int, help="run this one byte mutation and let its error show")
+    parser.add_argument("--table", action="store_true", help="print the kept results as a table")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -147,6 +148,9 @@ def main() -> None:
         return
     if args.only is not None:
         show(args.kind[0], args.only)
+        return
+    if args.table:
+        print(markdown(json.loads(TABLE.read_text())))
         return
     failed = False
     for name in args.kind or kinds():
@@ -161,6 +165,23 @@ def main() -> None:
         table["kinds"].setdefault(name, {}).update(outcomes)
         TABLE.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
     sys.exit(failed)
+
+
+def markdown(table: dict[str, Any]) -> str:
+    """The kept results as they stand in docs/guarantees.md."""
+    rows = [
+        "| kind | by hand | byte mutations, read | documents, read | failures | slowest | memory |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, modes in table["kinds"].items():
+        parts = [modes[mode] for mode in MODES]
+        hand, mutations, documents = parts
+        rows.append(
+            f"| {name} | {hand['cases']} | {mutations['cases']:,}, {mutations['accepted']:,} | "
+            f"{documents['cases']:,}, {documents['accepted']:,} | {sum(len(part['failures']) for part in parts)} | "
+            f"{max(part['slowest'] for part in parts):.2f} s | {max(part['MiB'] for part in parts[:2]):.0f} MiB |"
+        )
+    return "\n".join(rows)
 
 
 def show(name: str, number: int) -> None:
