@@ -2,7 +2,8 @@
 
     python -m metazo.bench.render benchmarks/speed.json docs/speed.md README.md
 
-puts the tables between the markers of each document and draws speed.png beside the first.
+puts the tables between `<!-- speed -->` and `<!-- end of speed -->` of each document, the table of steps alone between
+`<!-- steps -->` and `<!-- end of steps -->`, and draws speed.png beside the first.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 from metazo.bench import results
 from metazo.bench.meta import META
-from metazo.bench.steps import CORE, FORWARDS, PASSES, PUBLISHED
+from metazo.bench.steps import CORE, FORWARDS, NARROW, PASSES, PUBLISHED
 
 # Step / (2 x forward), at most; for the published loop over our step, at least. 134M Llama, float32, 2 cores.
 TARGETS = {
@@ -119,7 +120,9 @@ def _memory(suite: str, parts: dict[str, Any], environment: dict[str, Any]) -> T
         return judged(f"{share:.1f} %", share, bound)
 
     of = " of MeZO in bfloat16, by precision policy" if any(part.endswith("bfloat16") for part in parts) else ""
-    return Table(f"Peak memory above inference{of}, % of the weights", ["", *map(_head, parts)], _pivot(parts, cell))
+    fixed = max(row["fixed"] for part in parts.values() for row in part["rows"] if row["case"] in ("MeZO", *NARROW))
+    title = f"Peak memory above inference{of}, % of the weights; the compiled kernels take {fixed / 1e6:.0f} MB once besides"
+    return Table(title, ["", *map(_head, parts)], _pivot(parts, cell))
 
 
 def _meta(suite: str, parts: dict[str, Any], environment: dict[str, Any]) -> Table:
@@ -156,8 +159,21 @@ def sentence(result: dict[str, Any]) -> str:
     )
 
 
+PICTURE = """![Step over two forwards by shape and by model size](speed.png)
+
+*Step / (2 × forward), medians with quartiles. 1 is the cost of the forward passes alone; the dashed line adds three plain
+passes over the weights, the floor of a method that moves them in place.*"""
+
+
 def markdown(result: dict[str, Any]) -> str:
-    return "\n\n".join([*(table.markdown() for table in tables(result)), sentence(result)])
+    picture = [PICTURE] if "steps" in result["suites"] else []
+    return "\n\n".join([*picture, *(table.markdown() for table in tables(result)), sentence(result)])
+
+
+def short(result: dict[str, Any]) -> str:
+    """The table of steps alone, for a README."""
+    steps = [table.markdown() for table in tables(result) if table.title == _TITLES["steps"]]
+    return "\n\n".join([*steps, sentence(result)])
 
 
 def placed(document: str, name: str, text: str) -> str:
@@ -215,7 +231,8 @@ def main() -> None:
     given = parser.parse_args()
     result = results.read(given.figures)
     for document in given.documents:
-        document.write_text(placed(document.read_text(), "speed", markdown(result)))
+        text = placed(document.read_text(), "speed", markdown(result))
+        document.write_text(placed(text, "steps", short(result)))
     plot(result, given.documents[0].with_name("speed.png"))
 
 

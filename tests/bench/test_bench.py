@@ -187,6 +187,8 @@ def test_the_page_of_figures_is_rendered_from_the_committed_json():
     page, result = (ROOT / "docs" / "speed.md").read_text(), results.read(ROOT / "benchmarks" / "speed.json")
     assert render.placed(page, "speed", render.markdown(result)) == page
     assert render.placed(page, "speed", "") != page
+    readme = (ROOT / "README.md").read_text()
+    assert render.placed(readme, "steps", render.short(result)) == readme
     assert set(result["suites"]) <= set(suites.SUITES) and not result["environment"]["quick"]
 
 
