@@ -66,7 +66,7 @@ def cost(precision: str, params: Iterable[Tensor]) -> tuple[str, int]:
     counts: Counter[str] = Counter()
     for param in params:
         counts[policy(precision, param.dtype)] += param.numel()
-    words = [f"{name} ({POLICIES[name].note}; {POLICIES[name].bytes} bytes a weight more)" for name in counts]
+    words = [f"{name} ({POLICIES[name].note}; {POLICIES[name].bytes} B a weight more)" for name in counts]
     return ", ".join(words), sum(POLICIES[name].bytes * count for name, count in counts.items())
 
 

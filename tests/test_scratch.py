@@ -93,13 +93,14 @@ def test_every_model_sees_the_probe(name):
         model = model.to(B16)
         start = {key: value.clone() for key, value in model.state_dict().items()}
         optimizer = MeZO(model.named_parameters(), lr=0.0, eps=0.05, precision=precision)
-        for _ in range(2):
+        losses[precision] = []
+        for _ in range(3):
             optimizer.step(lambda: loss(model))
-        losses[precision] = optimizer.last_step.losses
+            losses[precision] += optimizer.last_step.losses
         assert all(torch.equal(value, start[key]) for key, value in model.state_dict().items())
     rtol = 1e-2 if name == "encoder" else 0  # its fast path rounds otherwise, and is off while weights are replaced
     torch.testing.assert_close(losses["master"], losses["compensated-16"], rtol=rtol, atol=0)
-    assert losses["master"][0] != losses["master"][1]
+    assert len(set(losses["master"])) > 1
 
 
 def test_one_copy_a_call_and_none_for_what_tells():

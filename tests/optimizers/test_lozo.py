@@ -54,7 +54,7 @@ def test_block_scales_enter_squared():
     optimizer = LOZO(model.named_parameters(), lr=1.0, eps=1e-2, interval=1, scale="rms", seed=5)
     optimizer.step(model)
     sigma = optimizer.scale.scales(optimizer.zo_state, 0, optimizer.weights.values)
-    found = estimates(optimizer, model, 800)
+    found = estimates(optimizer, model, 1600)
     for name, factor in (("weight", 2.0), ("bias", 1.0)):
         assert_mean(found[name], factor * sigma[name] ** 2 * model.slopes[name])
 
