@@ -110,7 +110,7 @@ class _Run:
     def catch_up(self) -> None:
         """Snapshot, then replay of the log: no forward pass but those of an evaluation that was lost."""
         steps = self.log.steps
-        snapshot = self.folder.load_snapshot(min(len(steps), self.scores.take_up(len(steps))))
+        snapshot = self.folder.load_snapshot(self.scores.take_up(len(steps)))
         done = self._load(*snapshot) if snapshot else 0
         if isinstance(self.optimizer, FirstOrder):  # a gradient cannot be replayed: it is computed again
             self.log.cut(done)

@@ -42,8 +42,12 @@ class Setup:
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         state = sum(tensor.numel() * tensor.element_size() for tensor in self.optimizer.tensors_state().values())
         trainable = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-        snapshots = 2 * (trainable + state) if config.snapshot_every else 0
+        moments = {"first-order-adamw": 2, "first-order-sgd": 1}.get(config.optimizer, 0)
+        state += moments * trainable  # they come with the first step
+        snapshots = 3 * (trainable + state) if config.snapshot_every else 0  # two, and one that is being written
+        best = trainable if config.keep == "best" else 0
         saved = 0 if config.keep == "none" else trainable if config.lora else weights
+        log = _record_bytes(self.optimizer) * self.steps
         group = self.optimizer.param_groups[0]
         return {
             "model": f"{self.loaded.name} ({self.loaded.kind}, {config.dtype}, {self.device})",
@@ -57,8 +61,9 @@ class Setup:
             "steps": f"{self.steps:,}, {self.forwards:,} forward passes over {config.batch_size} examples",
             "precision": self._precision(config),
             "memory": f"weights {size(weights)}, optimizer {size(state)}, one batch's activations beside them",
-            "disk": f"tuned model {size(saved)}, snapshots {size(snapshots)}, log {size(160 * self.steps)}",
-            "bytes on disk": saved + snapshots + 160 * self.steps,
+            "disk": f"tuned model {size(saved)}; snapshots {size(snapshots)} and the best weights {size(best)} until the "
+            f"end; log {size(log)}",
+            "bytes on disk": saved + snapshots + best + log,
         }
 
     def _precision(self, config: FinetuneConfig) -> str:
@@ -67,6 +72,13 @@ class Setup:
         trained = [parameter for parameter in self.loaded.model.parameters() if parameter.requires_grad]
         words, more = cost(config.precision, trained)
         return f"{words}: {size(more)}"
+
+
+def _record_bytes(optimizer: ZOOptimizer | FirstOrder) -> int:
+    """Of a step in the log, about: losses, and a seed and a coefficient a query."""
+    if isinstance(optimizer, FirstOrder):
+        return 110
+    return 80 + 20 * (len(optimizer.estimator.probes()) + 2 * optimizer.estimator.queries)
 
 
 def set_up(config: FinetuneConfig) -> Setup:

@@ -32,12 +32,15 @@ class Scores:
         self.started = time.monotonic()
 
     def take_up(self, steps: int) -> int:
-        """Read the records of a run whose log holds so many steps. Returns: the step whose evaluation is due next."""
+        """Read the records of a run whose log holds so many steps.
+
+        Returns: the last step from whose snapshot the run may go on; an evaluation that was lost comes after it.
+        """
         for record, step in zip(self.folder.records(), self.due):
             if not (_sound(record) and record["step"] == step <= steps):
                 break
             self.records.append(record)
-        return self.due[min(len(self.records), len(self.due) - 1)]
+        return min([steps, *(due - 1 for due in self.due[len(self.records) :])])
 
     def settle(self, steps: int) -> None:
         """Go on from that step: what was recorded later is recorded again."""

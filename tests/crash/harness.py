@@ -212,7 +212,8 @@ def kill_runs(kills: int, seed: int, cases: list[str], tell: Callable[[str], Non
     """`kills` kills in all, the same number of every case but for a remainder. Returns: a row a kill."""
     dice, rows = random.Random(seed), []
     with tempfile.TemporaryDirectory() as name:
-        torch.set_num_threads(1)  # threads of OpenMP do not survive a fork
+        torch.set_num_threads(1)  # threads do not survive a fork: neither OpenMP's nor those that load weights
+        os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
         run("mezo", Path(name) / "warm", False, Console(quiet=True))
         share = {case: kills // len(cases) for case in cases}
         for case in dice.sample(cases, kills % len(cases)):
