@@ -5,14 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from metazo.errors import UserError
 from metazo.pertnn import PertNN
@@ -178,44 +175,3 @@ def test_missing_file_and_unwritable_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         make().save(tmp_path / "file" / "t.safetensors")
-
-
-@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-@given(st.data())
-def test_mutated_bytes_raise_user_errors_only(data: st.DataObject) -> None:
-    original = make().to_bytes()
-    header = 8 + int.from_bytes(original[:8], "little")
-    content = bytearray(original)
-    for _ in range(data.draw(st.integers(1, 4))):  # the header is where the decisions are
-        content[data.draw(st.integers(0, header))] = data.draw(st.integers(0, 255))
-    cut = data.draw(st.one_of(st.none(), st.integers(0, len(original))))
-    try:
-        tuner = Tuner.from_bytes(bytes(content[:cut]), "fuzzed")
-    except UserError:
-        return
-    assert tuner.pertnn(torch.zeros(tuner.pertnn.blocks, 5, dtype=tuner.pertnn.w1.dtype)).isfinite().all()
-
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
-    max_leaves=6,
-)
-
-
-@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-@given(st.data())
-def test_odd_values_in_the_header_raise_user_errors_only(data: st.DataObject) -> None:
-    def swap(content: Any) -> None:
-        """Replace one value somewhere in the tree."""
-        while True:
-            key = data.draw(st.sampled_from(sorted(content) if isinstance(content, dict) else range(len(content))))
-            inner = content[key]
-            if not isinstance(inner, dict | list) or not inner or data.draw(st.booleans()):
-                content[key] = data.draw(JSON)
-                return
-            content = inner
-
-    where = data.draw(st.sampled_from(["header", "metadata"]))
-    with suppress(UserError):
-        Tuner.from_bytes(edited(swap, where), "fuzzed").fits(SHAPES)

@@ -6,14 +6,11 @@ import io
 import pickle
 import struct
 import zipfile
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 from metazo.errors import UserError
@@ -251,18 +248,3 @@ def test_other_networks_and_files_are_refused(tmp_path: Path) -> None:
     assert "not a zip archive" in refusal(pickle.dumps({}, 2), path)
     with pytest.raises(UserError, match="is not a file"):
         import_pth(tmp_path / "none.pth", "base")
-
-
-@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(data=st.data())
-def test_mutations_raise_user_errors_only(data: st.DataObject, tmp_path: Path) -> None:
-    """Bytes of the archive, and bytes of the pickle in an archive whose check sums are right."""
-    archive_bytes, pickled = GOOD
-    inner = data.draw(st.booleans())
-    content = bytearray(pickled if inner else archive_bytes)
-    for _ in range(data.draw(st.integers(1, 4))):
-        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
-    path = tmp_path / "fuzzed.pth"
-    path.write_bytes(rezipped(archive_bytes, {"data.pkl": bytes(content)}) if inner else bytes(content))
-    with suppress(UserError):
-        read_networks(path)
