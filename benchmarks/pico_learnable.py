@@ -3,7 +3,7 @@
     python benchmarks/pico_learnable.py --out benchmarks/pico_learnable.json
 
 First order: Adam. Zeroth order: plain MeZO-SGD (Malladi et al. 2023) in twelve lines, so that the figure
-rests on nothing but torch; eps 1e-3, two forward passes a step, at most 5,000. Both draw batches of 16 from 1,000 train
+rests on nothing but torch; eps 1e-3, two forward passes a step. Both draw batches of 16 from 1,000 train
 rows. Each learning rate starts from the same weights; the best is chosen by the loss on 300 validation rows and
 reported on 1,000 test rows, that is on held-out words and templates. One seed. Tasks already in the file of --out stay.
 """
@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--tasks", nargs="+", default=list(grammar.TASKS), choices=grammar.TASKS)
     parser.add_argument("--lr", nargs="+", type=float, default=[1e-4, 3e-4, 1e-3], help="learning rates of MeZO")
-    parser.add_argument("--steps", type=int, default=2500, help="steps of MeZO, two forward passes each")
+    parser.add_argument("--steps", type=int, default=500, help="steps of MeZO, two forward passes each")
     parser.add_argument("--adam-lr", nargs="+", type=float, default=[1e-4, 3e-4, 1e-3])
     parser.add_argument("--adam-steps", type=int, default=100)
     parser.add_argument("--out", type=Path)
