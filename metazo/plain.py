@@ -75,9 +75,9 @@ def read_yaml(path: Path, what: str, loader: type[Loader] = Loader) -> dict[str,
         raise UserError(f"{what} {path}{line} is not valid YAML: {getattr(error, 'problem', None) or error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{what} {path} must be a mapping of names to values, not {shown(content)}")
-    odd = next((key for key in content if not isinstance(key, str)), None)
-    if odd is not None:
-        raise UserError(f"{what} {path} has the key {shown(odd)}, which is no name")
+    odd = [key for key in content if not isinstance(key, str)]  # null among them
+    if odd:
+        raise UserError(f"{what} {path} has the key {shown(odd[0])}, which is no name")
     return content
 
 

@@ -29,6 +29,7 @@ LAUGHS = "a0: &a0 [lol, lol]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}, *
 YAML_BOMBS = {
     "billion laughs": (LAUGHS + "out: *a39\n").encode(),
     "laughs in a key": (LAUGHS + "? *a39\n: 1\n").encode(),
+    "no name": b"model: a\n~: b\n",
     "itself": b"out: &a [*a]\n",
     "merge": b"a: &a {model: x}\nb: {<<: *a}\n",
     "deep flow": nested(b"[", b"]", 20_000),
