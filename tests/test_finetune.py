@@ -18,6 +18,7 @@ from metazo.errors import UserError
 from metazo.finetune import finetune
 from metazo.plan import set_up
 from metazo.run import batch_indices
+from metazo.steplog import read
 
 SMALL = {
     "model": "pico",
@@ -90,7 +91,7 @@ def test_accumulation_takes_other_examples_and_as_many_more_forwards(tmp_path):
 
 def test_schedule(tmp_path):
     finetune(config(tmp_path / "run", schedule="linear"))
-    rates = [json.loads(line)["lr"][0] for line in (tmp_path / "run" / "steps.jsonl").read_text().splitlines()[1:]]
+    rates = [step.lr[0] for step in read(tmp_path / "run" / "steps.jsonl")]
     assert rates == pytest.approx([1e-4 * (1 - step / 24) for step in range(24)])
 
 
