@@ -97,16 +97,13 @@ def _body(response: HTTPResponse, announced: int, name: str) -> bytes:
 
 def check_scheme(address: str) -> None:
     """UserError unless this is an https address, or an http one on this machine."""
-    if not _encrypted(address) and not _here(address):
+    try:
+        parts = urlsplit(address)
+        good = parts.scheme == "https" or (parts.scheme == "http" and parts.hostname in LOOPBACK)
+    except ValueError:  # brackets that hold no address
+        good = False
+    if not good:
         raise UserError(f"{shown_address(address)} is not an https address; nothing is pulled over an open line")
-
-
-def _encrypted(address: str) -> bool:
-    return urlsplit(address).scheme == "https"
-
-
-def _here(address: str) -> bool:
-    return urlsplit(address).scheme == "http" and urlsplit(address).hostname in LOOPBACK
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
