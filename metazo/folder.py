@@ -88,8 +88,8 @@ class RunFolder:
             old, new = found.get(key), self.config.get(key)
             if old != new:
                 raise UserError(
-                    f"--{key.replace('_', '-')} was {shown(old)} when the run in {self.path} began and is {shown(new)} now; resume "
-                    "with the same settings."
+                    f"--{key.replace('_', '-')} was {shown(old)} when the run in {self.path} began and is "
+                    f"{shown(new)} now; resume with the same settings."
                 )
 
     def _clear(self, pattern: str) -> None:
