@@ -51,7 +51,7 @@ def done(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("compare")
     (out / "tiny.yaml").write_text(json.dumps(TINY | {"seeds": 9}))
     process = start("compare", out / "tiny.yaml", "--seeds=2", "--workers=2", f"--out={out / 'results'}")
-    shown, errors = process.communicate(timeout=200)
+    shown, errors = process.communicate(timeout=280)
     assert process.returncode == 0, errors
     assert "metazo report" in shown
     return out / "results"
@@ -164,7 +164,7 @@ def test_killed_stopped_and_continued(tmp_path):
 
 
 def wait_for(process: subprocess.Popen[str], what: Callable[[], object]) -> None:
-    until = time.monotonic() + 200
+    until = time.monotonic() + 280
     while not what():
         assert process.poll() is None and time.monotonic() < until, process.stderr and process.stderr.read()
         time.sleep(0.02)
