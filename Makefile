@@ -20,7 +20,7 @@ bench: .venv/.installed  ## what a step costs beside its forward passes, on this
 
 test: .venv/.installed  ## lint and the whole suite, offline
 	$(BIN)/ruff check .
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[lint]'
