@@ -8,6 +8,7 @@ import shutil
 import signal
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -29,19 +30,14 @@ def _work(connection: Connection, threads: int) -> None:
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     torch.set_num_threads(threads)
-    warm = False
-    while True:
-        try:
+    with suppress(EOFError, Interrupted, KeyboardInterrupt):  # the other end is gone, or this one is to stop
+        warm = False
+        while True:
             job = connection.recv()
-        except EOFError:
-            return
-        if not warm and job.trains:
-            warm_up(job)
-            warm = True
-        try:
+            if not warm and job.trains:
+                warm_up(job)
+                warm = True
             connection.send(run(job))
-        except Interrupted:
-            return
 
 
 @dataclass
