@@ -207,18 +207,17 @@ def test_a_full_disk_leaves_results_that_say_so(tmp_path):
     """A real small file system; skipped where one cannot be mounted."""
     small = tmp_path / "small"
     small.mkdir()
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(small)], capture_output=True)
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=30m", "tmpfs", str(small)], capture_output=True)
     if mount.returncode:
         pytest.skip("cannot mount a small file system")
     try:
-        (small / "ballast").write_bytes(b"0" * 360_000)
+        (small / "ballast").write_bytes(b"0" * 26_000_000)
         settings = grid(
             small / "results",
             columns=TINY["columns"][:2],
             tasks=["pico_topic"],
             workers=1,
-            budget=800,
-            config=CONFIG | {"eval_every": 200},
+            keep_models=True,
         )
         counts = compare(settings)
         assert counts["failed"] == 2 and counts["runs"] == 4
@@ -227,6 +226,7 @@ def test_a_full_disk_leaves_results_that_say_so(tmp_path):
         (small / "ballast").unlink()
         assert compare(settings)["failed"] == 2  # kept, until asked
         assert compare(settings, retry_failed=True)["failed"] == 0
+        assert (small / "results/models/pico_topic/mezo/seed-1/config.json").is_file()
     finally:
         subprocess.run(["umount", str(small)], check=True)
 
