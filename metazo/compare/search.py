@@ -12,7 +12,7 @@ from collections.abc import Generator
 # MeZO's best rate is near 500 / D for D trained weights: 3e-4 on a model of 1.6 million (measured here), 1e-6 on
 # RoBERTa-large and 1e-7 to 1e-8 on 13 billion (published). Others by their factor to that.
 MEZO_RATE = 500.0
-# Measured on the embedded model; a search that starts off is extended, which costs runs and changes nothing else.
+# Where a search starts, chosen by hand: one that starts off is extended, which costs runs and changes nothing else.
 FACTORS = {"mezo-momentum": 0.1, "fzoo": 1.0, "hizoo": 1.0, "lozo": 1.0}
 ABSOLUTE = {"first-order-adamw": 3e-4, "first-order-sgd": 1e-2, "mezo-adam": 1e-4}
 
