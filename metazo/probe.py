@@ -18,7 +18,7 @@ from torch import Tensor
 from metazo.blocks import NamedTensor, part, pieces
 from metazo.directions import Direction
 from metazo.errors import UserError
-from metazo.noise import Noise, Stream
+from metazo.noise import Move, Noise, Stream
 from metazo.precision import Compensated, Home, InPlace, Master, home
 from metazo.scratch import Scratch
 
@@ -71,26 +71,31 @@ class Weights:
 
     def _place(self, direction: Direction, seed: int, amount: float, present: float) -> None:
         stream = self.noise.stream(seed)
+        moves: list[Move] = []
         for tensor in self.tensors:
             theta = self.homes[tensor.name].theta
             if theta is None or not direction.touches(tensor):
                 continue
             if isinstance(self.homes[tensor.name], Master):
                 direction.place_(stream, tensor, tensor.param.data, theta, amount)
-            else:
+            elif stream.ordered:
                 direction.add_(stream, tensor, theta, amount - present)
+            else:
+                moves.append(Move(tensor, theta, amount - present))
+        direction.add_all_(stream, moves)
 
     def _take_off(self) -> None:
         if self.on is None:
             return
         term, self.on = self.on, None
-        stream = self.noise.stream(term.seed)
+        moves: list[Move] = []
         for tensor in self.tensors:
             place = self.homes[tensor.name]
             if isinstance(place, Master):
                 place.settle()
             elif place.theta is not None and term.direction.touches(tensor):
-                term.direction.add_(stream, tensor, place.theta, -term.amount)
+                moves.append(Move(tensor, place.theta, -term.amount))
+        term.direction.add_all_(self.noise.stream(term.seed), moves)
 
     def _exchange(self) -> None:
         """Theta and the snapshot change places, bit for bit: masters by reference, weights by value, a piece at a time.
@@ -186,14 +191,21 @@ class Weights:
             self.leave()
         on, self.on = self.on, None
         streams = [self.noise.stream(term.seed) for term in terms]
+        moves: list[list[Move]] = [[] for _ in terms]  # of weights in place, at once
         for tensor in self.tensors:
-            factor = decay.get(tensor.name, 1.0)
+            factor, place = decay.get(tensor.name, 1.0), self.homes[tensor.name]
             amounts = [-rate(tensor) * term.amount for term in terms]
-            if on is not None and isinstance(self.homes[tensor.name], InPlace):
+            if on is not None and isinstance(place, InPlace):
                 amounts[0] -= factor * on.amount
-            if factor != 1.0 or any(term.direction.touches(tensor) for term in terms):
+            touching = [k for k, term in enumerate(terms) if term.direction.touches(tensor)]
+            if isinstance(place, InPlace) and touching and not self.noise.ordered:
+                for k in touching:
+                    moves[k].append(Move(tensor, place.theta, amounts[k], factor if k == touching[0] else 1.0))
+            elif factor != 1.0 or touching:
                 for start, theta in self.parts(tensor, terms[0].seed if terms else 0):
                     _add_sum_(tensor, theta, terms, streams, amounts, factor, start)
+        for term, stream, together in zip(terms, streams, moves):
+            term.direction.add_all_(stream, together)
 
     def _lies(self, term: Term) -> bool:
         on = self.on

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 import math
+from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from metazo.noise import philox
 from metazo.noise.philox import TILE
 from metazo.noise.reference import TorchOrderNoise
 
-__all__ = ["TILE", "Noise", "PhiloxNoise", "Stream", "TorchOrderNoise", "backends"]
+__all__ = ["TILE", "Move", "Noise", "PhiloxNoise", "Stream", "TorchOrderNoise", "backends"]
 
 # What a number is for, so that two draws for one tensor and seed never meet.
 DENSE, LEFT, RIGHT, INITIAL = 0, 1, 2, 3
@@ -43,6 +44,15 @@ def backends() -> dict[str, str]:
         device: _COMPILERS[device] if isinstance(kernels, ModuleType) else f"plain torch, much slower: {kernels}"
         for device, kernels in found.items()
     }
+
+
+class Move(NamedTuple):
+    """out = beta * out + alpha * d of a tensor; out has its shape."""
+
+    tensor: NamedTensor
+    out: Tensor
+    alpha: float
+    beta: float = 1.0
 
 
 class Stream(Protocol):
@@ -74,6 +84,10 @@ class Stream(Protocol):
         start: int = 0,
     ) -> None:
         """out = beta * out + alpha * z[start : start + out.numel()], in place, rounded once."""
+        ...
+
+    def add_all_(self, moves: Sequence[Move], purpose: int = DENSE) -> None:
+        """add_ on whole tensors, in order where the noise has one."""
         ...
 
     def place_(
@@ -137,6 +151,16 @@ class PhiloxStream:
             kernels.add_(self.distribution, out, alpha, beta, self.seed, tensor.id, purpose, start)
         else:
             self._plain(tensor, out, out, alpha, beta, purpose, start)
+
+    def add_all_(self, moves: Sequence[Move], purpose: int = DENSE) -> None:
+        together = [hasattr(self._kernels(move.out), "add_all_") for move in moves]
+        if any(together):  # in one go: threads are woken once
+            kernels = self._kernels(moves[together.index(True)].out)
+            fit = [move for move, fits in zip(moves, together) if fits]
+            kernels.add_all_(self.distribution, [(m.tensor.id, *m[1:]) for m in fit], self.seed, purpose)
+        for move, fits in zip(moves, together):
+            if not fits:
+                self.add_(*move, purpose)
 
     def place_(
         self,

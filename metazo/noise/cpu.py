@@ -11,8 +11,8 @@ that stays in the first-level cache, and from there onto the weights.
 from __future__ import annotations
 
 import zlib
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from collections.abc import Iterable
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from numba import njit, types
 from numba.extending import intrinsic, overload
 
 from metazo.noise import philox as definition
+from metazo.threads import kernel, share
 
 _PIECE = 1 << 18  # elements a thread takes at once, at most
 _CHUNK = 128  # numbers in the buffer
@@ -89,14 +90,7 @@ def _narrow_typed(x, like):
     return lambda x, like: x
 
 
-def _kernel(function):
-    """Compiled at its first call for a type, and kept on disk where there is a place to write."""
-    # numba files what it keeps under this name and looks for changes in this file, not in the constants it imports
-    function.__qualname__ += f"-{zlib.crc32(repr(_CONSTANTS).encode()):x}"
-    try:
-        return njit(nogil=True, cache=True, error_model="numpy")(function)
-    except RuntimeError:  # numba found no such place
-        return njit(nogil=True, error_model="numpy")(function)
+_kernel = partial(kernel, version=f"{zlib.crc32(repr(_CONSTANTS).encode()):x}")
 
 
 @njit(inline="always")
@@ -180,31 +174,6 @@ def _place(out, base, start, alpha, gaussian, purpose, id0, id1, k0, k1):
             out[e] = _narrow(base[e] + alpha * z[i], out[e])
 
 
-@cache
-def _pool(helpers: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(helpers, thread_name_prefix="metazo-noise")
-
-
-def _run(kernel, arrays: tuple[np.ndarray, ...], start: int, fixed: tuple) -> None:
-    """The kernel over the arrays, in pieces that the calling thread and its helpers take one after the other."""
-    size, threads = arrays[0].size, torch.get_num_threads()
-    if size <= _PIECE // 2 or threads == 1:
-        kernel(*arrays, start, *fixed)
-        return
-    count = threads * -(-size // (threads * _PIECE))  # as many for each thread
-    step = -(-size // (count * definition.TILE)) * definition.TILE
-    pieces = iter(range(0, size, step))  # shared; a core that something else slows down takes fewer
-
-    def work() -> None:
-        for here in pieces:
-            kernel(*(array[here : here + step] for array in arrays), start + here, *fixed)
-
-    helpers = [_pool(threads - 1).submit(work) for _ in range(threads - 1)]
-    work()
-    for helper in helpers:
-        helper.result()
-
-
 def supports(*tensors: torch.Tensor) -> bool:
     """Whether the kernels can work on these: contiguous, in main memory, of a floating type that is known here."""
     return all(t.device.type == "cpu" and t.dtype in _DTYPES and t.is_contiguous() for t in tensors)
@@ -221,13 +190,38 @@ def _counter(seed: int, tensor_id: int, purpose: int) -> tuple[int, ...]:
     return purpose, tensor_id & low, tensor_id >> 32 & low, seed & low, seed >> 32 & low
 
 
+def _cut(size: int) -> range:
+    """Where the pieces of an array begin that threads take: as many for each thread, small arrays whole."""
+    threads = torch.get_num_threads()
+    if size <= _PIECE // 2 or threads == 1:
+        return range(0, size, max(size, 1))
+    count = threads * -(-size // (threads * _PIECE))
+    return range(0, size, -(-size // (count * definition.TILE)) * definition.TILE)
+
+
+def _add_jobs(
+    distribution: str, out: torch.Tensor, alpha: float, beta: float, seed: int, tensor_id: int, purpose: int, start: int
+) -> list[tuple]:
+    number, array, cut = _number(out), _array(out), _cut(out.numel())
+    fixed = (number(alpha), number(beta), distribution == "gaussian", *_counter(seed, tensor_id, purpose))
+    return [(array[here : here + cut.step], start + here, *fixed) for here in cut]
+
+
 def add_(
     distribution: str, out: torch.Tensor, alpha: float, beta: float, seed: int, tensor_id: int, purpose: int, start: int
 ) -> None:
     """out = beta * out + alpha * z[start : start + out.numel()], in place, where supports(out)."""
-    number = np.float64 if out.dtype == torch.float64 else np.float32
-    fixed = (number(alpha), number(beta), distribution == "gaussian", *_counter(seed, tensor_id, purpose))
-    _run(_add, (_array(out),), start, fixed)
+    share(_add, _add_jobs(distribution, out, alpha, beta, seed, tensor_id, purpose, start))
+
+
+def add_all_(
+    distribution: str, moves: Iterable[tuple[int, torch.Tensor, float, float]], seed: int, purpose: int
+) -> None:
+    """add_ on whole tensors, given as (tensor id, out, alpha, beta), where supports(out)."""
+    parts = (
+        _add_jobs(distribution, out, alpha, beta, seed, tensor_id, purpose, 0) for tensor_id, out, alpha, beta in moves
+    )
+    share(_add, [job for jobs in parts for job in jobs])
 
 
 def place_(
@@ -241,6 +235,14 @@ def place_(
     start: int,
 ) -> None:
     """out = base + alpha * z, rounded once, where supports(out, base)."""
-    number = np.float64 if base.dtype == torch.float64 else np.float32
-    fixed = (number(alpha), distribution == "gaussian", *_counter(seed, tensor_id, purpose))
-    _run(_place, (_array(out), _array(base)), start, fixed)
+    fixed = (_number(base)(alpha), distribution == "gaussian", *_counter(seed, tensor_id, purpose))
+    to, origin, cut = _array(out), _array(base), _cut(out.numel())
+    share(
+        _place,
+        [(to[here : here + cut.step], origin[here : here + cut.step], start + here, *fixed) for here in cut],
+    )
+
+
+def _number(tensor: torch.Tensor) -> type:
+    """The type to calculate in."""
+    return np.float64 if tensor.dtype == torch.float64 else np.float32

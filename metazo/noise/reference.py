@@ -8,6 +8,8 @@ recorded trajectories; for work, use PhiloxNoise.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -54,6 +56,10 @@ class TorchOrderStream:
     ) -> None:
         z = self.draw(tensor, dtype=out.dtype, start=start, count=out.numel())
         out.mul_(beta).add_(z.view(out.shape), alpha=alpha)
+
+    def add_all_(self, moves: Iterable[tuple], purpose: int = 0) -> None:
+        for move in moves:
+            self.add_(*move)
 
     def place_(
         self,

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
 from metazo.blocks import NamedTensor, tensor_id
-from metazo.noise import TILE, PhiloxNoise, TorchOrderNoise, backends, cpu
+from metazo.noise import TILE, Move, PhiloxNoise, TorchOrderNoise, backends, cpu
 
 DISTRIBUTIONS = ("gaussian", "rademacher")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -184,3 +186,30 @@ def test_without_numba_the_numbers_are_the_same_and_the_reason_is_told():
 def test_works_where_no_cache_can_be_written():
     environment = {"NUMBA_CACHE_DIR": "/dev/null/cache", "NUMBA_CACHE_LOCATOR_CLASSES": "UserProvidedCacheLocator"}
     assert drawn(**environment) == "numba"
+
+
+@each_distribution
+@each_dtype
+def test_many_tensors_at_once_are_as_one_by_one(distribution, dtype, threads):
+    tensors = [tensor(size, name=f"w{size}", dtype=dtype) for size in (3, TILE, 150_001, 300_000)]
+    for count in (1, 3):
+        threads(count)
+        for stream in streams(distribution):
+            outs = [[random(w.param.numel(), dtype) for w in tensors] for _ in range(2)]
+            for w, out in zip(tensors, outs[0]):
+                stream.add_(w, out, 0.3, 0.7, 1)
+            stream.add_all_([Move(w, out, 0.3, 0.7) for w, out in zip(tensors, outs[1])], 1)
+            assert all(torch.equal(a, b) for a, b in zip(*outs))
+
+
+def test_a_forked_child_has_threads_of_its_own(threads):
+    threads(2)
+    w, out, again = tensor(300_000), torch.zeros(300_000), torch.zeros(300_000)
+    stream = PhiloxNoise(5).stream(SEED)
+    stream.add_(w, out, 1.0)
+    child = os.fork()
+    if not child:  # no function of torch here: its own threads do not outlive a fork
+        signal.alarm(20)
+        stream.add_(w, again, 1.0)
+        os._exit(0 if np.array_equal(again.numpy(), out.numpy()) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

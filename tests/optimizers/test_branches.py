@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from metazo import branches
 from metazo.directions import Isotropic, LowRank, Scaled
 from metazo.noise import RIGHT, TorchOrderNoise
 from metazo.optimizers import LOZO, LOZOM
@@ -66,6 +67,15 @@ def test_losses_are_those_of_the_weight_form(name, scale, cls):
         torch.testing.assert_close(a.losses, b.losses, rtol=rtol, atol=0)
     torch.testing.assert_close(weights, moved, rtol=100 * rtol, atol=rtol)
     assert forwards == count == 8
+
+
+@pytest.mark.parametrize("name", models())
+def test_wide_matrices_are_multiplied_without_vmap(name, monkeypatch):
+    monkeypatch.setattr(branches, "_WIDE", 1)
+    _, weights = run(models()[name].double(), "weights")
+    _, activations = run(models()[name].double(), "activations")
+    for a, b in zip(weights, activations):
+        assert b.losses == pytest.approx(a.losses, rel=1e-9)
 
 
 def test_float32_and_bfloat16():

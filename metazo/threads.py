@@ -1,0 +1,55 @@
+"""Loops over weights on the CPU: compiled by numba, shared out among torch's number of threads.
+
+Not by numba's own threads and not by OpenMP's: those spin between two calls, and two pools that spin for the same cores
+cost a forward pass up to half its speed. Threads of Python sleep, and compiled loops hold no lock.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import torch
+from numba import njit
+
+
+def kernel(function: Callable, version: str = "") -> Callable:
+    """Compiled at its first call for a type, and kept on disk where there is a place to write.
+
+    Args: version: what the loop reads from other files; numba looks for changes in its own file alone.
+    """
+    function.__qualname__ += f"-{version}"  # numba files what it keeps under this name
+    try:
+        return njit(nogil=True, cache=True, error_model="numpy")(function)
+    except RuntimeError:  # numba found no such place
+        return njit(nogil=True, error_model="numpy")(function)
+
+
+@cache
+def _pool(helpers: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(helpers, thread_name_prefix="metazo")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked child has the pool, and none of its threads
+
+
+def share(run: Callable[..., object], jobs: Sequence[tuple]) -> None:
+    """run(*job) for each, by torch's number of threads: the calling thread is one of them, and a core that something else
+    slows down takes fewer. run: compiled, so that it holds no lock. Raises what a run raised.
+
+    To wake a thread takes as long as to add noise to a small matrix: give all that can be done at once in one call.
+    """
+    left = iter(jobs)
+
+    def work() -> None:
+        for job in left:
+            run(*job)
+
+    threads = torch.get_num_threads()
+    helpers = [_pool(threads - 1).submit(work) for _ in range(min(threads, len(jobs)) - 1)]
+    work()
+    for helper in helpers:
+        helper.result()
