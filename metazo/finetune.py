@@ -57,6 +57,7 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> dict[str
             say(f"The run in {config.out} is complete; this is its result.")
             return summary
         setup = set_up(config)
+        config = setup.config
         plan = setup.plan(config)
         require_space(config.out, plan["bytes on disk"] - folder.used(), "The run")
         if not config.resume:

@@ -44,7 +44,7 @@ def add_products_(products: Sequence[Product]) -> None:
             jobs += _jobs(out, left, right, alpha, beta)
         else:
             plain_(out, left, right, alpha, beta)
-    if jobs:
+    if share and jobs:
         share(_add_rows, jobs)
 
 

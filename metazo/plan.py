@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,9 +12,10 @@ from metazo.adapters import add_adapters
 from metazo.build import build_optimizer, resolve_device, select_trainable
 from metazo.config import FinetuneConfig
 from metazo.errors import UserError
-from metazo.losses import FullLoss
+from metazo.losses import BatchLoss, FullLoss
 from metazo.models import LoadedModel, load_model
-from metazo.optimizers import ZOOptimizer
+from metazo.optimizers import DominantLayer, ZOOptimizer, first_outlier_layer
+from metazo.optimizers.dominant_layer import OUTLIER_LAYER
 from metazo.optimizers.first_order import FirstOrder
 from metazo.optimizers.svrg import MeZOSVRG
 from metazo.precision import cost
@@ -27,6 +28,7 @@ from metazo.tasks import Prepared, prepare, resolve
 class Setup:
     """A run made ready: model, data, optimizer, and its length."""
 
+    config: FinetuneConfig
     loaded: LoadedModel
     prepared: Prepared
     optimizer: ZOOptimizer | FirstOrder
@@ -111,13 +113,22 @@ def set_up(config: FinetuneConfig) -> Setup:
             raise UserError("--lora on a sentence encoder cannot be saved yet; add --keep none, or train without it.")
         loaded.model.cache_frozen()
         loaded.model.fit_prototypes(prepared, config.eval_batch_size)
+    config = settled(config, loaded, prepared, device)
     optimizer = make_optimizer(config, loaded, prepared, device)
     a_step = optimizer.forwards_per_step(config.accumulate)
     steps = int(config.forwards / a_step) if config.forwards else config.steps or 1000
     if steps == 0:
         raise UserError(f"--forwards {config.forwards} does not pay for one step of {config.optimizer} ({a_step:g}).")
     limit = min(config.max_length or loaded.context_length, loaded.context_length)
-    return Setup(loaded, prepared, optimizer, trained, steps, round(steps * a_step), device, limit)
+    return Setup(config, loaded, prepared, optimizer, trained, steps, round(steps * a_step), device, limit)
+
+
+def settled(config: FinetuneConfig, loaded: LoadedModel, prepared: Prepared, device: torch.device) -> FinetuneConfig:
+    """The settings with what the model has to say: which layer is dominant, by name, so that a replay needs no data."""
+    if config.optimizer != DominantLayer.name or config.method.get("layer") != OUTLIER_LAYER:
+        return config
+    batch = BatchLoss(loaded.model, prepared, prepared.train[: config.batch_size], device)
+    return replace(config, method=config.method | {"layer": first_outlier_layer(loaded.model, batch)})
 
 
 def make_optimizer(

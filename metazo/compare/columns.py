@@ -11,6 +11,7 @@ from metazo.build import hyperparameters, methods
 from metazo.config import FinetuneConfig
 from metazo.errors import UserError
 from metazo.files import safe_name
+from metazo.optimizers.dominant_layer import OUTLIER_LAYER
 
 ZERO_SHOT = "zero-shot"
 RANDOM_TUNERS = 3  # so many random starts: one is luck (the published tuners hardly left theirs)
@@ -63,6 +64,7 @@ CONTROLS = {
     "mezo-rms": Column("mezo-rms", "mezo", {"scale": "rms"}),
     "tuner": Column("tuner", "zo-finetuner"),
     "random-tuner": Column("random-tuner", "zo-finetuner"),
+    "dominant-layer": Column("dominant-layer", "dominant-layer", {"layer": OUTLIER_LAYER}),
     "lora-adamw": Column("lora-adamw", "first-order-adamw", {"lora": 8}),
     "lora-mezo": Column("lora-mezo", "mezo", {"lora": 8}),
     ZERO_SHOT: Column(ZERO_SHOT, ZERO_SHOT),

@@ -18,7 +18,7 @@ from metazo.errors import UserError
 from metazo.identity import data_hash, tuner_hash
 from metazo.losses import BatchLoss
 from metazo.optimizers.base import ZOOptimizer
-from metazo.plan import Setup, make_optimizer, set_up
+from metazo.plan import Setup, make_optimizer, set_up, settled
 from metazo.run import batch_indices
 from metazo.tasks import resolve
 from metazo.tensorfile import weights_hash
@@ -79,6 +79,7 @@ def _facts(grid: Grid, column: Column, config: FinetuneConfig, loaded: dict[str,
         loaded[mark] = _load(config)
     base = loaded[mark]
     setup = base.setup
+    config = settled(config, setup.loaded, setup.prepared, setup.device)
     optimizer = make_optimizer(config, setup.loaded, setup.prepared, setup.device)
     a_step = optimizer.forwards_per_step(config.accumulate)
     shortest = round(grid.budget * grid.search_budget)

@@ -153,13 +153,13 @@ class PhiloxStream:
             self._plain(tensor, out, out, alpha, beta, purpose, start)
 
     def add_all_(self, moves: Sequence[Move], purpose: int = DENSE) -> None:
-        together = [hasattr(self._kernels(move.out), "add_all_") for move in moves]
-        if any(together):  # in one go: threads are woken once
-            kernels = self._kernels(moves[together.index(True)].out)
-            fit = [move for move, fits in zip(moves, together) if fits]
-            kernels.add_all_(self.distribution, [(m.tensor.id, *m[1:]) for m in fit], self.seed, purpose)
-        for move, fits in zip(moves, together):
-            if not fits:
+        found = [self._kernels(move.out) for move in moves]
+        batch = next((kernels for kernels in found if hasattr(kernels, "add_all_")), None)
+        if batch is not None:  # threads are woken once
+            fit = [(move.tensor.id, *move[1:]) for move, kernels in zip(moves, found) if kernels is batch]
+            batch.add_all_(self.distribution, fit, self.seed, purpose)
+        for move, kernels in zip(moves, found):
+            if kernels is None or kernels is not batch:
                 self.add_(*move, purpose)
 
     def place_(

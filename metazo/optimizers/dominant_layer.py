@@ -25,13 +25,14 @@ from metazo.optimizers.groups import named_groups
 from metazo.optimizers.mezo import MeZO
 
 OUTLIER, OUTLIER_RATIO = 100.0, 1000.0
+OUTLIER_LAYER = "outlier"  # metazo finetune --layer outlier, metazo compare: looked for before the first step
 _LAYER_NAME = re.compile(r"^(?:.*\.)?[A-Za-z_]\w*\.\d+$")
 
 
 def first_outlier_layer(model: nn.Module, forward: Callable[[], object]) -> str:
-    """Name of the first numbered layer whose output holds an activation outlier.
+    """Name of the first numbered layer with something to train whose output holds an activation outlier.
 
-    Args: forward: runs the model once on a batch, as a closure does. Raises UserError where nothing is numbered.
+    Args: forward: runs the model once on a batch, as a closure does. Raises UserError where there is none.
     """
     ratios: dict[str, tuple[float, float]] = {}
 
@@ -47,7 +48,8 @@ def first_outlier_layer(model: nn.Module, forward: Callable[[], object]) -> str:
     # the outermost numbered modules: model.layers.3, not what is numbered inside it
     named = [name for name, _ in model.named_modules() if _LAYER_NAME.match(name)]
     layers = [name for name in named if not any(name.startswith(other + ".") for other in named)]
-    hooks = [model.get_submodule(name).register_forward_hook(watch(name)) for name in layers]
+    trained = [name for name in layers if any(p.requires_grad for p in model.get_submodule(name).parameters())]
+    hooks = [model.get_submodule(name).register_forward_hook(watch(name)) for name in trained]
     try:
         with torch.inference_mode():
             forward()
@@ -55,7 +57,9 @@ def first_outlier_layer(model: nn.Module, forward: Callable[[], object]) -> str:
         for hook in hooks:
             hook.remove()
     if not ratios:
-        raise UserError(f"{type(model).__name__} has no numbered layers that ran: name the layer to train instead.")
+        raise UserError(
+            f"{type(model).__name__} has no numbered layers to train that ran: name the layer to train instead."
+        )
     for name, (largest, ratio) in ratios.items():
         if largest >= OUTLIER and ratio >= OUTLIER_RATIO:
             return name
@@ -83,7 +87,7 @@ class DominantLayer(MeZO):
 
     Args:
         layer: number among the trainable layers, or a name such as model.layers.3; `first_outlier_layer` finds the
-            paper's. Everything outside it is left untouched.
+            paper's (`metazo finetune --layer outlier`). Everything outside it is left untouched.
         queries: directions averaged a step.
     """
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from metazo.config import FinetuneConfig
 from metazo.errors import UserError
+from metazo.finetune import finetune
 from metazo.optimizers import DominantLayer, first_outlier_layer
 
 
@@ -54,3 +58,29 @@ def test_outlier_layer_is_found(model):
     with pytest.raises(UserError, match="numbered"):
         linear = torch.nn.Linear(2, 2)
         first_outlier_layer(linear, lambda: linear(torch.ones(1, 2)))
+
+
+def test_a_run_finds_its_layer_and_the_log_names_it(tmp_path):
+    """--layer outlier is settled before the first step: a replay has the name and needs no data."""
+
+    def run(layer: str, out) -> list[dict]:
+        few = {"train_examples": 40, "dev_examples": 8, "test_examples": 8, "batch_size": 4, "keep": "none", "steps": 2}
+        finetune(
+            FinetuneConfig("pico", "pico_topic", optimizer=DominantLayer.name, method={"layer": layer}, out=out, **few)
+        )
+        return [json.loads(line) for line in (out / "steps.jsonl").read_text().splitlines()]
+
+    found = run("outlier", tmp_path / "found")
+    layer = found[0]["settings"]["method"]["layer"]
+    assert layer.startswith("model.layers.")
+    given = run(layer, tmp_path / "given")
+    assert [line.get("losses") for line in found] == [line.get("losses") for line in given]
+
+
+def test_what_is_frozen_is_not_dominant(model):
+    model.requires_grad_(False)
+    try:
+        model.model.layers[3].requires_grad_(True)
+        assert first_outlier_layer(model, lambda: model(input_ids=IDS)) == "model.layers.3"
+    finally:
+        model.requires_grad_(True)
