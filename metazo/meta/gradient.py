@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from metazo.blocks import Block, NamedTensor, part
-from metazo.directions import Isotropic, Scaled, drawn
+from metazo.blocks import Block, NamedTensor
+from metazo.directions import Isotropic, Scaled
 from metazo.noise import Noise, TorchOrderNoise
 from metazo.probe import Weights
 
@@ -83,10 +83,8 @@ class Redraw:
         return self.stream.draw(tensor)
 
     def dot(self, tensor: NamedTensor, gradient: Tensor) -> float:
-        """<gradient, z>, z drawn a piece at a time where its order is free."""
-        if self.states or not gradient.is_contiguous():
-            return dot(gradient, self(tensor))
-        return sum(dot(part(gradient, start, z), z) for start, z in drawn(self.stream, tensor))
+        """<gradient, z>; z is drawn and forgotten where its order is free."""
+        return dot(gradient, self(tensor)) if self.states else self.stream.dot(tensor, gradient)  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)

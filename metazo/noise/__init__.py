@@ -177,6 +177,18 @@ class PhiloxStream:
         else:
             self._plain(tensor, out, base, alpha, 1.0, purpose, start)
 
+    def dot(self, tensor: NamedTensor, other: Tensor) -> float:
+        """<z, other> over a whole tensor, summed in float64: z is not kept."""
+        kernels = self._kernels(other)
+        if kernels is not None and hasattr(kernels, "dot"):
+            return kernels.dot(self.distribution, other, self.seed, tensor.id, DENSE)
+        total, flat = 0.0, other.reshape(-1)
+        for start in range(0, flat.numel(), _CHUNK):
+            piece = flat[start : start + _CHUNK]
+            z = self.draw(tensor, start=start, count=piece.numel())
+            total += float(torch.dot(z.double(), piece.double()))
+        return total
+
     def _kernels(self, *tensors: Tensor) -> ModuleType | None:
         """The compiled form that can work on these tensors."""
         kernels = None if self.backend == "torch" else _compiled(tensors[0].device.type)

@@ -190,6 +190,18 @@ def _counter(seed: int, tensor_id: int, purpose: int) -> tuple[int, ...]:
     return purpose, tensor_id & low, tensor_id >> 32 & low, seed & low, seed >> 32 & low
 
 
+@_kernel
+def _dot(other, sums, place, start, gaussian, purpose, id0, id1, k0, k1):
+    """sums[place] = <z, other>, 128 sums side by side in float64."""
+    z, words, lanes = np.empty(_CHUNK, np.float32), np.empty(64, np.uint32), np.zeros(_CHUNK, np.float64)
+    c1, c2, c3, k0, k1 = _u64(purpose), _u64(id0), _u64(id1), _u64(k0), _u64(k1)
+    for here in range(0, other.size, _CHUNK):
+        _numbers(z, words, gaussian, (start + here) // _CHUNK, c1, c2, c3, k0, k1)
+        for i in range(min(_CHUNK, other.size - here)):
+            lanes[i] += z[i] * _widen(other[_u64(here + i)])
+    sums[place] = lanes.sum()
+
+
 def _cut(size: int) -> range:
     """Where the pieces of an array begin that threads take: as many for each thread, small arrays whole."""
     threads = torch.get_num_threads()
@@ -241,6 +253,15 @@ def place_(
         _place,
         [(to[here : here + cut.step], origin[here : here + cut.step], start + here, *fixed) for here in cut],
     )
+
+
+def dot(distribution: str, other: torch.Tensor, seed: int, tensor_id: int, purpose: int) -> float:
+    """<z, other> over a whole tensor, where supports(other); products in other's type, at least float32."""
+    array, cut = _array(other), _cut(other.numel())
+    sums = np.zeros(len(cut))
+    fixed = (distribution == "gaussian", *_counter(seed, tensor_id, purpose))
+    share(_dot, [(array[here : here + cut.step], sums, k, here, *fixed) for k, here in enumerate(cut)])
+    return float(sums.sum())
 
 
 def _number(tensor: torch.Tensor) -> type:

@@ -213,3 +213,19 @@ def test_a_forked_child_has_threads_of_its_own(threads):
         stream.add_(w, again, 1.0)
         os._exit(0 if np.array_equal(again.numpy(), out.numpy()) else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@each_distribution
+@each_dtype
+@pytest.mark.parametrize("size", [0, 1, 127, 5003, 300_000])
+def test_dot_is_the_dot_product_with_what_is_drawn(distribution, dtype, size, threads):
+    w, other = tensor(size, dtype=dtype), random(size, dtype)
+    found = []
+    for count in (1, 3):
+        threads(count)
+        for stream in streams(distribution):
+            wanted = torch.dot(stream.draw(w).double(), other.double()).item()
+            found.append(stream.dot(w, other))
+            scale = (stream.draw(w).double() * other.double()).norm().item()
+            assert abs(found[-1] - wanted) <= 1e-6 * scale
+    assert found[2] == pytest.approx(found[0], rel=1e-6, abs=1e-9)
