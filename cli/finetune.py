@@ -97,7 +97,7 @@ def finetune(
     if as_json:
         print(json.dumps(summary))
         return
-    _show_result(console, summary, settings.out)
+    _show_result(console, summary, settings)
 
 
 def _began(folder: Path | None, values: dict[str, Any]) -> dict[str, Any]:
@@ -130,7 +130,7 @@ def _show_plan(plan: dict[str, Any], as_json: bool) -> None:
     Console().print(table)
 
 
-def _show_result(console: Console, summary: dict[str, Any], out: Path) -> None:
+def _show_result(console: Console, summary: dict[str, Any], settings: FinetuneConfig) -> None:
     table = Table(title=f"{summary['task']}, {summary['optimizer']}, {summary['forwards']:,} forward passes")
     parts = {"before (dev)": summary["before"], f"step {summary['kept_step']} (dev)": summary["dev"]}
     parts["test"] = summary["test"]
@@ -140,7 +140,8 @@ def _show_result(console: Console, summary: dict[str, Any], out: Path) -> None:
     for label, part in parts.items():
         table.add_row(label, *(f"{part[name]:.4g}" if name in part else "" for name in names))
     console.print(table)
-    console.print(f"{summary['seconds']:.0f} s; config, step log, metrics, plot and model are in {out}")
+    parts = "metrics and plot" if settings.keep == "none" else "metrics, plot and model"
+    console.print(f"{summary['seconds']:.0f} s; config, step log, {parts} are in {settings.out}")
 
 
 _flags = options.flags(FinetuneConfig, skip=("method",), extra={"optimizer": ": " + ", ".join(methods())})
