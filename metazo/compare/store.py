@@ -123,5 +123,9 @@ class Store:
 
 
 def _last_part(name: str) -> str:
-    """A model's name without the folders of this machine."""
-    return Path(name).expanduser().resolve().name if Path(name).expanduser().is_dir() else name
+    """A model's name without the folders of this machine; a folder that is called `model` has the name of the one above."""
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        return name
+    whole = Path(os.path.abspath(path))  # links as they are called here
+    return whole.parent.name if whole.name == "model" else whole.name

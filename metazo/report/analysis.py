@@ -72,8 +72,9 @@ class Analysis:
             return TaskVerdict(task, False, "No run on it has finished.")
         gradients = [c for c in data.columns if data.family(c) == FIRST and data.of(task, c)]
         if gradients and not any(learns(data, task, column) for column in gradients):
-            named = "None of the columns trained" if len(gradients) > 1 else f"{gradients[0]}, trained"
-            text = f"{named} with gradients learns it (see the rule), so nothing can be expected of the others."
+            none = "None of the columns trained with gradients learns it"
+            named = none if len(gradients) > 1 else f"{gradients[0]}, trained with gradients, does not learn it"
+            text = f"{named} (see the rule), so nothing can be expected of the others."
             return TaskVerdict(task, False, text)
         reference = data.reference
         if reference is None:
