@@ -99,10 +99,9 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except UserError:
         raise
-    except (
-        Exception
-    ) as error:  # whatever transformers makes of a damaged checkpoint; from None: a server's answer, which
-        # may repeat the token that it was sent, is in no traceback
+    except Exception as error:
+        # whatever transformers makes of a damaged checkpoint; from None: a server's answer, which may repeat the token
+        # that it was sent, is in no traceback
         raise UserError(f"model {name!r} cannot be loaded: {_first_sentence(error)}") from None
     try:
         model.to(device=torch.device(device))  # type: ignore[call-arg]

@@ -1,7 +1,7 @@
 """Loops over weights on the CPU: compiled by numba, shared out among torch's number of threads.
 
-Not by numba's own threads and not by OpenMP's: those spin between two calls, and two pools that spin for the same cores
-cost a forward pass up to half its speed. Threads of Python sleep, and compiled loops hold no lock.
+Not by numba's own threads: they may spin between two calls, as torch's do, and take cores from the forward pass. Threads of
+Python sleep, and compiled loops hold no lock.
 """
 
 from __future__ import annotations

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from metazo.bench.timing import interleaved, spread
 from metazo.blocks import NamedTensor, tensor_id
-from metazo.noise import PhiloxNoise
+from metazo.lowrank import add_product_, plain_
+from metazo.noise import Move, PhiloxNoise
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -48,12 +49,41 @@ def _cases(weights: Tensor) -> dict[str, Callable[[], object]]:
         return cases | {
             "torch's normal_": lambda: torch.empty_like(out).normal_(),
             "published: w = w + a z": lambda: _published(out),
+            **_low_rank(out),
+            **_many(out),
         }
     master = weights.float()
     return cases | {
         "plain copy: w = master": lambda: out.copy_(master),
         "Gaussian: w = master + a z": lambda: gaussian.place_(tensor, out, master, 1e-9),
         "Rademacher: w = master + a z": lambda: rademacher.place_(tensor, out, master, 1e-9),
+    }
+
+
+def _low_rank(out: Tensor) -> dict[str, Callable[[], object]]:
+    """LOZO's update of a matrix with rows of 1,024, rank 2."""
+    matrix = out.view(-1, 1024)
+    left, right = torch.ones(len(matrix), 2, device=out.device), torch.ones(1024, 2, device=out.device)
+    return {
+        "rank 2: W += a U V^T": lambda: add_product_(matrix, left, right, 1e-9, 1.0),
+        "rank 2 by addmm": lambda: plain_(matrix, left, right, 1e-9, 1.0),
+    }
+
+
+def _many(out: Tensor) -> dict[str, Callable[[], object]]:
+    """The same weights as 128 tensors: a model's, in one call or in one for each."""
+    stream = PhiloxNoise(0).stream(1)
+    pieces = enumerate(out.view(128, -1))
+    tensors = [NamedTensor(f"bench.{k}", torch.nn.Parameter(piece), tensor_id(f"bench.{k}")) for k, piece in pieces]
+    moves = [Move(tensor, tensor.param.data, 1e-9) for tensor in tensors]
+
+    def one_by_one() -> None:
+        for move in moves:
+            stream.add_(*move)
+
+    return {
+        "Gaussian, 128 tensors at once": lambda: stream.add_all_(moves),
+        "Gaussian, 128 tensors in turn": one_by_one,
     }
 
 

@@ -50,9 +50,10 @@ from torch import Tensor
 from metazo.blocks import NamedTensor
 from metazo.branches import TooLarge
 from metazo.branches import losses as losses_at
-from metazo.directions import Direction, Held, Isotropic, LowRank
+from metazo.directions import Direction, Isotropic
 from metazo.errors import UserError
 from metazo.estimators import mean
+from metazo.lowrank import Held, LowRank
 from metazo.noise import RIGHT, Stream
 from metazo.optimizers.base import State, ZOOptimizer
 from metazo.optimizers.groups import Closure, listed, mean_over_processes

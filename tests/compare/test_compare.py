@@ -14,6 +14,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+import typer
+from typer.testing import CliRunner
 
 from metazo.compare.cell import Job, configuration
 from metazo.compare.grid import Grid, Run
@@ -22,7 +24,7 @@ from metazo.compare.results import Result, read_results, read_search
 from metazo.compare.run import compare
 from metazo.config import build
 from metazo.errors import UserError
-from metazo_cli.main import main
+from metazo_cli.compare import command
 
 CONFIG = {
     "train_examples": 32,
@@ -231,13 +233,14 @@ def test_a_full_disk_leaves_results_that_say_so(tmp_path):
         subprocess.run(["umount", str(small)], check=True)
 
 
-def test_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
+def test_dry_run_writes_nothing(tmp_path):
     (tmp_path / "tiny.yaml").write_text(json.dumps(TINY))
     arguments = [str(tmp_path / "tiny.yaml"), f"--out={tmp_path / 'results'}", "--dry-run", "--json"]
-    monkeypatch.setattr(sys, "argv", ["metazo", "compare", *arguments])
-    with pytest.raises(SystemExit):
-        main()
-    plan = json.loads(capsys.readouterr().out)
+    app = typer.Typer()
+    app.command()(command)
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    plan = json.loads(done.stdout)
     assert plan["seconds"] > 0 and plan["runs"].startswith("4 of the searches") and not (tmp_path / "results").exists()
     assert plan["learning rates"]["pico_topic, sgd"] == [1e-3, 1e-2]
 

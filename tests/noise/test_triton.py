@@ -67,7 +67,7 @@ def truncated(values: torch.Tensor) -> torch.Tensor:
 
 def test_interpreted_kernels_agree_to_the_last_bit(tmp_path):
     run(INTERPRET, str(tmp_path / "results.pt"), TRITON_INTERPRET="1")
-    results = torch.load(tmp_path / "results.pt")
+    results = torch.load(tmp_path / "results.pt", weights_only=True)
     assert len(results) == 2 * len(SIZES) * len(STARTS) * len(DTYPES)
     for (distribution, size, start, dtype), (added, placed) in results.items():
         z = philox.DISTRIBUTIONS[distribution](SEED, TENSOR, PURPOSE, start, start + size)

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from metazo import branches
-from metazo.directions import Isotropic, LowRank, Scaled
+from metazo.directions import Isotropic, Scaled
+from metazo.lowrank import LowRank
 from metazo.noise import RIGHT, TorchOrderNoise
 from metazo.optimizers import LOZO, LOZOM
 from tests.optimizers.contract import IDS, llama
