@@ -7,8 +7,10 @@ three passes a step. The compiled form (numba, on the CPU) reads and writes each
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,17 +67,28 @@ class LowRank(Direction):
             return super().add_all_(stream, moves)
         self.inner.add_all_(stream, [move for move in moves if move.tensor.name not in self.right])
         matrices = [move for move in moves if move.tensor.name in self.right]
-        lefts = [out.new_zeros(self._left_shape(tensor)) for tensor, out, *_ in matrices]
         if self.before is not None:
             for move in matrices:
                 self.before(stream, move.tensor)
-        stream.add_all_([Move(move.tensor, left, 1.0) for move, left in zip(matrices, lefts)], LEFT)
+        lefts = self._lefts(stream, matrices)
         add_products_(
             [
                 (out, left, self.right[tensor.name], alpha, beta)
                 for (tensor, out, alpha, beta), left in zip(matrices, lefts)
             ]
         )
+
+    def _lefts(self, stream: Stream, matrices: Sequence[Move]) -> list[Tensor]:
+        """U of each, in the type of what it is added to: drawn at once, in memory taken at once."""
+        lefts: list[Tensor] = []
+        for _, group in groupby(matrices, lambda move: (move.out.dtype, move.out.device)):
+            together = list(group)
+            shapes = [self._left_shape(move.tensor) for move in together]
+            memory = together[0].out.new_zeros(sum(rows * rank for rows, rank in shapes))
+            drawn = memory.split([rows * rank for rows, rank in shapes])
+            lefts += [left.view(shape) for left, shape in zip(drawn, shapes)]
+        stream.add_all_([Move(move.tensor, left, 1.0) for move, left in zip(matrices, lefts)], LEFT)
+        return lefts
 
     def place_(self, stream, tensor, out, base, alpha) -> None:
         (super() if tensor.name in self.right else self.inner).place_(stream, tensor, out, base, alpha)
@@ -140,29 +153,31 @@ def add_product_(out: Tensor, left: Tensor, right: Tensor, alpha: float, beta: f
 
 def add_products_(products: Sequence[Product]) -> None:
     """add_product_ for each, those that are compiled in one go."""
-    jobs: list[tuple] = []
-    for out, left, right, alpha, beta in products:
-        left, right = left.to(out.dtype), right.to(out.dtype)
-        if kernel and out.device.type == "cpu" and out.dtype in _COMPILED and out.is_contiguous() and out.numel():
-            jobs += _jobs(out, left, right, alpha, beta)
-        else:
-            plain_(out, left, right, alpha, beta)
-    if share and jobs:
-        share(_add_rows, jobs)
+    compiled = [product for product in products if kernel and _fits(product[0])]
+    for product in products:
+        if not (kernel and _fits(product[0])):
+            plain_(*product)
+    if share and compiled:
+        share(_add_rows, (job for product in compiled for job in _jobs(*product)))
+
+
+def _fits(out: Tensor) -> bool:
+    return out.device.type == "cpu" and out.dtype in _COMPILED and out.is_contiguous() and out.numel() > 0
 
 
 def plain_(out: Tensor, left: Tensor, right: Tensor, alpha: float, beta: float) -> None:
     """The same with torch alone."""
     rows = out.flatten(1)
-    rows.addmm_(left, right.t(), beta=beta, alpha=alpha)
+    rows.addmm_(left.to(out.dtype), right.to(out.dtype).t(), beta=beta, alpha=alpha)
     if rows.data_ptr() != out.data_ptr():  # not contiguous: the rows are a copy
         out.copy_(rows.view(out.shape))
 
 
 def _jobs(out: Tensor, left: Tensor, right: Tensor, alpha: float, beta: float) -> list[tuple]:
-    rows, columns = out.detach().view(len(left), -1).numpy(), right.detach().t().contiguous().numpy()
-    factors, step = (left.detach() * alpha).numpy(), max(_PIECE // rows.shape[1], 1)
-    scalars = rows.dtype.type(beta), rows.dtype.type(1)
+    rows = out.detach().numpy().reshape(len(left), -1)  # a view; numpy's calls cost a third of torch's
+    left, right = left.detach().to(out.dtype), right.detach().to(out.dtype)
+    columns, factors = np.ascontiguousarray(right.numpy().T), left.numpy() * rows.dtype.type(alpha)
+    scalars, step = (rows.dtype.type(beta), rows.dtype.type(1)), max(_PIECE // rows.shape[1], 1)
     return [
         (rows[start : start + step], factors[start : start + step], columns, *scalars)
         for start in range(0, len(rows), step)

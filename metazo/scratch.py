@@ -4,18 +4,19 @@ While a `Scratch` is active, every call of a torch function that has a trained p
 made for that call, and freed after it: one tensor of extra memory, and the weights themselves are never written. It needs
 no access to modules; linear, embedding, norms, tied weights and plain arithmetic are all calls of torch functions.
 
-What torch does not announce it cannot replace: compiled and scripted code, and extensions that read the memory. `unmet`
-lists the tensors that were never replaced, and `used_unseen` finds out whether they are used.
+What torch does not announce it cannot replace: scripted code, and extensions that read the memory. `unmet` lists the
+tensors that were never replaced, and `used_unseen` finds out whether they are used. torch.compile sees the change and
+compiles again for each `Scratch`, until it gives up and runs the model as it is written.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Self
 
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch._C import DisableTorchFunctionSubclass
 
 from metazo.blocks import NamedTensor
 
@@ -31,25 +32,53 @@ def reads_numbers(func: Any) -> bool:
     return func not in _METADATA and (getattr(func, "__name__", "") != "__get__" or func in _VIEWS)
 
 
-class Scratch(TorchFunctionMode):
-    """Args: tensors: to be replaced. make: gives the tensor to see in their place, new at each call."""
+class Shown:
+    """While active, every torch function that is given one of the tensors calls `use` instead; no other function is
+    slowed down. The tensors' classes are exchanged for ones that have `__torch_function__`, and put back at the end.
 
-    def __init__(self, tensors: Sequence[NamedTensor], make: Callable[[NamedTensor], Tensor]):
-        super().__init__()
+    Subclasses give `make`, and may refine `use`.
+    """
+
+    def __init__(self, tensors: Iterable[NamedTensor]):
         self.tensors = {id(tensor.param): tensor for tensor in tensors}
-        self.make = make
         self.met: set[int] = set()
+        self.classes: list[type] = []
+
+    def make(self, tensor: NamedTensor) -> Tensor:
+        """The tensor to see in its place."""
+        raise NotImplementedError
+
+    def use(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        made: dict[int, Tensor] = {}  # one tensor a call, however often it is an argument
+        return func(*self._seen(args, made), **self._seen(kwargs, made))
+
+    def __enter__(self) -> Self:
+        watched: dict[type, type] = {}
+        for tensor in self.tensors.values():
+            kind = type(tensor.param)
+            self.classes.append(kind)
+            if kind not in watched:
+                watched[kind] = self._watched(kind)
+            tensor.param.__class__ = watched[kind]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for tensor, kind in zip(self.tensors.values(), self.classes):
+            tensor.param.__class__ = kind
+        self.classes.clear()
+
+    def _watched(self, kind: type) -> type:
+        def __torch_function__(cls: type, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+            if reads_numbers(func):
+                return self.use(func, args, kwargs or {})
+            with DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+
+        return type(kind.__name__, (kind,), {"__torch_function__": classmethod(__torch_function__)})
 
     def unmet(self) -> list[NamedTensor]:
         """The tensors that no function was seen to use."""
         return [tensor for key, tensor in self.tensors.items() if key not in self.met]
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        kwargs = kwargs or {}
-        if not reads_numbers(func):
-            return func(*args, **kwargs)
-        made: dict[int, Tensor] = {}  # one tensor a call, however often it is an argument
-        return func(*self._seen(args, made), **self._seen(kwargs, made))
 
     def _seen(self, value: Any, made: dict[int, Tensor]) -> Any:
         if isinstance(value, Tensor):
@@ -67,6 +96,18 @@ class Scratch(TorchFunctionMode):
         if isinstance(value, list | tuple):
             return type(value)(self._seen(item, made) for item in value)
         return value
+
+
+class Scratch(Shown):
+    """Args: tensors: to be replaced. make: gives the tensor to see in their place, new at each call."""
+
+    def __init__(self, tensors: Sequence[NamedTensor], make: Callable[[NamedTensor], Tensor]):
+        super().__init__(tensors)
+        self._make = make
+
+    def make(self, tensor: NamedTensor) -> Tensor:
+        with DisableTorchFunctionSubclass():
+            return self._make(tensor)
 
 
 def used_unseen(unmet: Sequence[NamedTensor], evaluate: Callable[[], float], loss: float) -> bool:

@@ -7,9 +7,10 @@ Python sleep, and compiled loops hold no lock.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sized
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from threading import Lock
 
 import torch
 from numba import njit
@@ -36,20 +37,29 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked child has the pool, and none of its threads
 
 
-def share(run: Callable[..., object], jobs: Sequence[tuple]) -> None:
+def share(run: Callable[..., object], jobs: Iterable[tuple]) -> None:
     """run(*job) for each, by torch's number of threads: the calling thread is one of them, and a core that something else
     slows down takes fewer. run: compiled, so that it holds no lock. Raises what a run raised.
 
-    To wake a thread takes as long as to add noise to a small matrix: give all that can be done at once in one call.
+    To wake a thread takes as long as to add noise to a small matrix: give all that can be done at once in one call. An
+    iterator's jobs are made while others run.
     """
-    left = iter(jobs)
+    left, lock = iter(jobs), Lock()
 
     def work() -> None:
-        for job in left:
+        while True:
+            with lock:  # a generator is for one thread at a time
+                job = next(left, None)
+            if job is None:
+                return
             run(*job)
 
     threads = torch.get_num_threads()
-    helpers = [_pool(threads - 1).submit(work) for _ in range(min(threads, len(jobs)) - 1)]
-    work()
-    for helper in helpers:
-        helper.result()
+    most = min(threads, len(jobs)) if isinstance(jobs, Sized) else threads
+    helpers = [_pool(threads - 1).submit(work) for _ in range(most - 1)]
+    try:
+        work()
+    finally:  # no thread is left at work on the weights
+        for helper in helpers:
+            if not helper.cancel():  # it has begun
+                helper.result()

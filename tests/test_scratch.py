@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -149,4 +150,34 @@ def test_a_closure_that_fails_leaves_everything():
     with pytest.raises(RuntimeError, match="out of memory"):
         optimizer.step(closure)
     assert torch.equal(model.weight, start) and optimizer.weights.on is None and optimizer.steps == 0
-    assert torch.equal(model.weight.detach(), start)  # no mode is left active
+    assert torch.equal(model.weight.detach(), start) and type(model.weight) is nn.Parameter  # nothing is left active
+
+
+class Named(nn.Parameter):
+    """A parameter with functions of its own."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_other_classes_of_tensors_are_seen_and_put_back():
+    model = nn.Linear(4, 4)
+    model.weight = Named(model.weight.detach())
+    free = torch.ones(4, requires_grad=True)
+    tensors = named_tensors([("w", model.weight), ("b", model.bias), ("free", free)])
+    with Scratch(tensors, lambda tensor: torch.full_like(tensor.param.data, 2.0)) as scratch:
+        assert float((model(torch.ones(4)) + free).sum()) == 4 * 8 + 8 + 8
+        assert isinstance(model.weight, Named) and not scratch.unmet()
+    assert [type(tensor.param) for tensor in tensors] == [Named, nn.Parameter, torch.Tensor]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch.compile's eager backend is tried on Linux")
+def test_a_compiled_model_sees_the_probe():
+    model = nn.Linear(4, 4)
+    compiled = torch.compile(model, backend="eager")
+    (weight,) = named_tensors([("weight", model.weight)])
+    plain = compiled(torch.ones(4))
+    with Scratch([weight], lambda tensor: torch.full_like(tensor.param.data, 2.0)):
+        assert torch.equal(compiled(torch.ones(4)), 8 + model.bias)
+    assert torch.equal(compiled(torch.ones(4)), plain)

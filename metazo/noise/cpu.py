@@ -233,7 +233,7 @@ def add_all_(
     parts = (
         _add_jobs(distribution, out, alpha, beta, seed, tensor_id, purpose, 0) for tensor_id, out, alpha, beta in moves
     )
-    share(_add, [job for jobs in parts for job in jobs])
+    share(_add, (job for jobs in parts for job in jobs))
 
 
 def place_(

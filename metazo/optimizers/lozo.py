@@ -48,7 +48,7 @@ import torch
 from torch import Tensor
 
 from metazo.blocks import NamedTensor
-from metazo.branches import TooLarge
+from metazo.branches import Branch, TooLarge
 from metazo.branches import losses as losses_at
 from metazo.directions import Direction, Isotropic
 from metazo.errors import UserError
@@ -161,12 +161,13 @@ class LOZO(ZOOptimizer):
 
     def _together(self, direction: Direction, seed: int, closures: Sequence[Closure]) -> list[float]:
         """The mean losses at both probes. Raises where the closures cannot give them, or hide tensors that they use."""
-        stream, amounts = self.noise.stream(seed), [probe.multiple * self.eps for probe in self.estimator.probes()]
+        stream = self.noise.stream(seed)
+        branches = [Branch(stream, probe.multiple * self.eps) for probe in self.estimator.probes()]
         limit = POSITIONS if self.form == "auto" and self.zo_state["form"] == UNDECIDED else None
 
         def evaluate() -> tuple[list[float], list[NamedTensor]]:
             with torch.inference_mode(), self.weights.evaluating():
-                found = [losses_at(closure, self.tensors, direction, stream, amounts, limit) for closure in closures]
+                found = [losses_at(closure, self.tensors, direction, branches, limit) for closure in closures]
             return [mean(values) for values in zip(*(losses for losses, _ in found))], found[0][1]
 
         losses, unmet = evaluate()
