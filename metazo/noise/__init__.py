@@ -60,6 +60,7 @@ class Stream(Protocol):
 
     ordered: bool
     """Whether tensors must be drawn whole and in order; no pieces then."""
+    seed: int
 
     def draw(
         self,

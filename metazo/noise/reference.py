@@ -23,6 +23,7 @@ class TorchOrderStream:
     ordered = True
 
     def __init__(self, seed: int, device: torch.device | str = "cpu"):
+        self.seed = seed
         self.generator = torch.Generator(device).manual_seed(seed)
 
     def draw(

@@ -8,6 +8,8 @@ for `interval` steps, in which the iterates move in one subspace.
     c = (L(W + eps U V^T) - L(W - eps U V^T)) / (2 eps)
     W <- W - lr (c U V^T + weight_decay W)                    tensors of one dimension: c z, as MeZO
 
+With n queries, each with a U of its own beside the one V, c U V^T is averaged over them.
+
 LOZO-M adds momentum kept as a factor, N in R^(m x r), and projected onto the new V where V changes:
 
     N <- beta N + (1 - beta) c U            (N = c U at the first step)
@@ -29,9 +31,9 @@ With noise that has no order (Philox), 1 is an update along noise of another see
 least, whatever the weights; a tensor of more than two dimensions (convolution) is the matrix (size(0), rest), and does
 not crash; weights narrower than float32 are not perturbed in place.
 
-Two forms of the probe (`form`): "weights" adds eps U V^T to the weights, two passes over them; "activations" runs both
-probes in one forward pass as W x + a U (V^T x) and leaves the weights alone (metazo/branches.py), which pays on a small
-batch. The losses are the same but for rounding; the update and the record are the same.
+Two forms of the probe (`form`): "weights" adds eps U V^T to the weights, two passes over them a query; "activations" runs
+all probes of a step in one forward pass as W x + a U (V^T x) and leaves the weights alone (metazo/branches.py), which pays
+on a small batch. The losses are the same but for rounding; the update and the record are the same.
 
 Where not to use: on tensors whose gradient is not low rank, such as an embedding of which a batch touches many rows, or
 prefixes and LoRA factors, whose small side is near the rank already. Rademacher noise works as well: the same means.
@@ -52,7 +54,7 @@ from metazo.branches import Branch, TooLarge
 from metazo.branches import losses as losses_at
 from metazo.directions import Direction, Isotropic
 from metazo.errors import UserError
-from metazo.estimators import mean
+from metazo.estimators import TwoPoint, mean
 from metazo.lowrank import Held, LowRank
 from metazo.noise import RIGHT, Stream
 from metazo.optimizers.base import State, ZOOptimizer
@@ -67,14 +69,16 @@ POSITIONS = 64  # batch x length up to which "auto" takes activations
 class LOZO(ZOOptimizer):
     """Descent along low-rank noise.
 
-    Forwards a step: 2. Extra memory: rank numbers a column of each matrix. State: V/<tensor>, (n, rank); form.
+    Forwards a step: 2 queries. Extra memory: rank numbers a column of each matrix. State: V/<tensor>, (n, rank); form.
 
     Args:
         rank: r, columns of U and V; 2 in the published code, 1 to 4 in its tables; at most a matrix's smaller side.
         interval: steps between draws of V; 50 in the published code, 50 or 100 in its tables.
-        form: "weights", "activations" (doubles the activations; falls back to weights, with a warning, for a closure that torch
-            cannot vectorise), or "auto": activations where the first step's batch x length is at most 64. A replay without
-            closures takes "auto" for weights: in float32, name the form that the run took to end on the same bits.
+        queries: directions averaged in a step (n-SPSA), all in one forward pass as activations; the paper has one.
+        form: "weights", "activations" (2 queries times the activations; falls back to weights, with a warning, for a
+            closure that torch cannot vectorise), or "auto": activations where the first step's batch x length is at
+            most 64. A replay without closures takes "auto" for weights: in float32, name the form that the run took to
+            end on the same bits.
         compat: "paper", or "official" for the published code with its faults.
     """
 
@@ -88,6 +92,7 @@ class LOZO(ZOOptimizer):
         *,
         rank: int = 2,
         interval: int = 50,
+        queries: int = 1,
         form: Literal["weights", "activations", "auto"] = "weights",
         compat: Literal["paper", "official"] = "paper",
         **common,
@@ -99,10 +104,17 @@ class LOZO(ZOOptimizer):
             raise UserError(f"compat {compat!r} is unknown: choose paper or official.")
         if form not in ("weights", "activations", "auto"):
             raise UserError(f"form {form!r} is unknown: choose weights, activations or auto.")
-        self.form = form
+        self.estimator = TwoPoint(queries)
+        if queries > 1 and compat == "official":
+            raise UserError(f"queries {queries} is unknown to the published code: choose 1, or compat paper.")
+        self.form, self.first_seed = form, None  # seed of the step's first query: V comes from it
         self.rank, self.interval, self.official = rank, interval, compat == "official"
         self.energy = float(rank)
         super().__init__(params, lr, eps, **common)
+        if queries > 1 and self.noise.ordered:
+            raise UserError(
+                f"queries {queries} draw one V and as many U, and {self.noise.name} has one order: choose 1."
+            )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -129,7 +141,9 @@ class LOZO(ZOOptimizer):
         return LowRank(Isotropic(), folder(state, "V"), self._renew if step % self.interval == 0 else None)
 
     def _renew(self, stream: Stream, tensor: NamedTensor) -> None:
-        """Draw V, ahead of U: the same numbers each time that the step's direction is drawn."""
+        """Draw V, ahead of U: the same numbers each time that the direction of the step's first query is drawn."""
+        if self.first_seed not in (None, stream.seed):
+            return
         right = self.zo_state[f"V/{tensor.name}"]
         right.copy_(stream.draw(tensor, tuple(right.shape), RIGHT, right.dtype))
 
@@ -140,11 +154,12 @@ class LOZO(ZOOptimizer):
         return LowRank(Isotropic(), folder(state, "V")), seed if self.noise.ordered else self.noise.seed(step, 1)
 
     def _probe(self, direction: Direction, seeds: Sequence[int], closure, replay: Step | None) -> list[float]:
+        self.first_seed = seeds[0]
         form, closures = self.zo_state.get("form"), listed(closure)
         if form is None or form == WEIGHTS or (replay and form == UNDECIDED and self.form == "auto"):
             return super()._probe(direction, seeds, closure, replay)
         try:
-            losses = list(replay.losses) if replay else self._together(direction, seeds[0], closures)
+            losses = list(replay.losses) if replay else self._together(direction, seeds, closures)
         except Exception as error:
             if form != UNDECIDED:
                 raise
@@ -156,13 +171,13 @@ class LOZO(ZOOptimizer):
                 )
             return super()._probe(direction, seeds, closure, replay)
         form.fill_(ACTIVATIONS)
-        self.forwards += 2 * sum(getattr(evaluate, "batches", 1) for evaluate in closures)
+        self.forwards += len(losses) * sum(getattr(evaluate, "batches", 1) for evaluate in closures)
         return losses
 
-    def _together(self, direction: Direction, seed: int, closures: Sequence[Closure]) -> list[float]:
-        """The mean losses at both probes. Raises where the closures cannot give them, or hide tensors that they use."""
-        stream = self.noise.stream(seed)
-        branches = [Branch(stream, probe.multiple * self.eps) for probe in self.estimator.probes()]
+    def _together(self, direction: Direction, seeds: Sequence[int], closures: Sequence[Closure]) -> list[float]:
+        """The mean losses at all probes. Raises where the closures cannot give them, or hide tensors that they use."""
+        streams, probes = [self.noise.stream(seed) for seed in seeds], self.estimator.probes()
+        branches = [Branch(streams[probe.query or 0], probe.multiple * self.eps) for probe in probes]
         limit = POSITIONS if self.form == "auto" and self.zo_state["form"] == UNDECIDED else None
 
         def evaluate() -> tuple[list[float], list[NamedTensor]]:
@@ -176,11 +191,11 @@ class LOZO(ZOOptimizer):
         return [mean_over_processes(loss) for loss in losses]
 
     def update(self, state: State, step: int, seeds: Sequence[int], losses: Sequence[float]) -> Update:
-        (c,) = self.estimator.coefficients(losses, self.eps)
+        coefficients = self.estimator.coefficients(losses, self.eps)
         if not self.official:
-            return Update([c])
+            return Update(coefficients)
         direction, seed = self._along(state, step, seeds[0])
-        return Update([c], direction, [(seed, c)])
+        return Update(coefficients, direction, [(seed, coefficients[0])])
 
 
 class LOZOM(LOZO):
@@ -212,6 +227,8 @@ class LOZOM(LOZO):
 
     def _renew(self, stream: Stream, tensor: NamedTensor) -> None:
         """Draw V; where it is not yet the present one, project the momentum onto it."""
+        if self.first_seed not in (None, stream.seed):
+            return
         right, momentum = self.zo_state[f"V/{tensor.name}"], self.zo_state[f"N/{tensor.name}"]
         fresh = stream.draw(tensor, tuple(right.shape), RIGHT, right.dtype)
         if not torch.equal(right, fresh):
@@ -219,21 +236,22 @@ class LOZOM(LOZO):
             right.copy_(fresh)
 
     def update(self, state: State, step: int, seeds: Sequence[int], losses: Sequence[float]) -> Update:
-        (c,) = self.estimator.coefficients(losses, self.eps)
+        coefficients = self.estimator.coefficients(losses, self.eps)
         direction, seed = self._along(state, step, seeds[0])
-        stream = self.noise.stream(seed)
+        streams = [self.noise.stream(s) for s in (seed, *seeds[1:])]
         first = not state["updates"]
         for tensor in self.tensors:
             matrix = f"V/{tensor.name}" in state
             anew = first or (matrix and self.official and self.interval == 1)  # fault 2
-            kept, added = (0.0, c) if anew else (self.momentum, (1 - self.momentum) * c)
-            if matrix:
-                factor = state[f"N/{tensor.name}"]
-                factor.mul_(kept).add_(direction.left(stream, tensor, factor.dtype), alpha=added)
-            else:
-                direction.inner.add_(stream, tensor, state[f"m/{tensor.name}"], added, kept)
+            kept, share = (0.0, 1.0) if anew else (self.momentum, 1 - self.momentum)
+            buffer = state[f"N/{tensor.name}" if matrix else f"m/{tensor.name}"].mul_(kept)
+            for stream, c in zip(streams, coefficients):
+                if matrix:
+                    buffer.add_(direction.left(stream, tensor, buffer.dtype), alpha=share * c)
+                else:
+                    direction.inner.add_(stream, tensor, buffer, share * c)
         state["updates"] += 1
-        return Update([c], Held(folder(state, "N"), direction.right, folder(state, "m")), [(seed, 1.0)])
+        return Update(coefficients, Held(folder(state, "N"), direction.right, folder(state, "m")), [(seed, 1.0)])
 
 
 def folder(state: State, name: str) -> State:

@@ -71,6 +71,25 @@ def test_losses_are_those_of_the_weight_form(name, scale, cls):
 
 
 @pytest.mark.parametrize("name", models())
+@pytest.mark.parametrize("cls", [LOZO, LOZOM])
+def test_queries_in_one_pass_are_those_of_the_weight_form(name, cls):
+    runs = []
+    for form in ("weights", "activations"):
+        model = models()[name].double()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            optimizer, records = run(model, form, cls=cls, queries=3)
+        runs.append((records, [p.detach() for p in model.parameters()], optimizer.forwards))
+    (records, weights, forwards), (others, moved, count) = runs
+    rtol = 1e-6 if "llama" in name else 1e-10
+    for a, b in zip(records, others):
+        assert a.seeds == b.seeds and len(set(a.seeds)) == 3 and len(set(a.losses)) == 6
+        torch.testing.assert_close(a.losses, b.losses, rtol=rtol, atol=0)
+    torch.testing.assert_close(weights, moved, rtol=100 * rtol, atol=rtol)
+    assert forwards == count == 24
+
+
+@pytest.mark.parametrize("name", models())
 def test_wide_matrices_are_multiplied_without_vmap(name, monkeypatch):
     monkeypatch.setattr(branches, "_WIDE", 1)
     _, weights = run(models()[name].double(), "weights")
@@ -157,18 +176,21 @@ def test_an_error_of_the_closure_is_the_caller_s():
     assert optimizer.steps == 0
 
 
-def test_resume_and_replay():
+@pytest.mark.parametrize("form", ["weights", "activations"])
+@pytest.mark.parametrize("queries", [1, 2])
+def test_resume_and_replay(form, queries):
     model = llama()
-    _, records = run(model, "activations", 6)
+    _, records = run(model, form, 6, queries=queries)
     cut = llama()
-    optimizer, _ = run(cut, "activations", 3)
+    optimizer, _ = run(cut, form, 3, queries=queries)
     held = {key: value.clone() for key, value in optimizer.tensors_state().items()}
-    later = LOZO(cut.named_parameters(), lr=1e-3, eps=1e-2, interval=2, form="activations")
+    common = {"lr": 1e-3, "eps": 1e-2, "interval": 2, "form": form, "queries": queries}
+    later = LOZO(cut.named_parameters(), **common)
     later.load_tensors_state(held)
     for _ in range(3):
         later.step(lambda: cross_entropy(cut))
     again = llama()
-    replayed = LOZO(again.named_parameters(), lr=1e-3, eps=1e-2, interval=2, form="activations")
+    replayed = LOZO(again.named_parameters(), **common)
     for record in records:
         replayed.step(None, replay=record)
     for a, b, c in zip(model.parameters(), cut.parameters(), again.parameters()):

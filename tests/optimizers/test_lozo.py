@@ -33,9 +33,10 @@ def cosine(a, b) -> float:
 
 @pytest.mark.parametrize("noise", ["gaussian", "rademacher"])
 @pytest.mark.parametrize("rank", [1, 2])
-def test_mean_is_rank_times_the_gradient(noise, rank):
+@pytest.mark.parametrize("queries", [1, 3])
+def test_mean_is_rank_times_the_gradient(noise, rank, queries):
     model = Linear()
-    optimizer = LOZO(model.named_parameters(), lr=1.0, eps=1e-2, rank=rank, interval=1, noise=noise)
+    optimizer = LOZO(model.named_parameters(), lr=1.0, eps=1e-2, rank=rank, interval=1, noise=noise, queries=queries)
     found = estimates(optimizer, model, 800)
     assert_mean(found["weight"], rank * model.slopes["weight"])
     assert_mean(found["bias"], model.slopes["bias"])
@@ -108,26 +109,29 @@ def test_interval_one_learns_only_in_the_correct_mode(cls):
 
 
 @pytest.mark.parametrize("interval", [1, 3])
+@pytest.mark.parametrize("queries", [1, 3])
 @pytest.mark.parametrize("noise", ["gaussian", "rademacher"])
-def test_momentum_against_a_plain_twin(interval, noise):
+def test_momentum_against_a_plain_twin(interval, noise, queries):
     model, beta, lr = Linear(), 0.8, 0.05
     source = PhiloxNoise(7, noise)
-    optimizer = LOZOM(model.named_parameters(), lr=lr, interval=interval, momentum=beta, noise=source)
+    optimizer = LOZOM(model.named_parameters(), lr=lr, interval=interval, momentum=beta, noise=source, queries=queries)
     optimizer._prepare()
     weight, bias = optimizer.tensors
     w, b = weight.param.detach().clone(), bias.param.detach().clone()
     for step in range(8):
         optimizer.step(model)
-        c, stream = optimizer.last_step.coefficients[0], source.stream(source.seed(step))
-        u, z = stream.draw(weight, (2, 2), LEFT), stream.draw(bias)
+        streams = [source.stream(source.seed(step, query)) for query in range(queries)]
+        terms = [*zip(optimizer.last_step.coefficients, streams, strict=True)]
+        u = sum(c * stream.draw(weight, (2, 2), LEFT) for c, stream in terms)
+        z = sum(c * stream.draw(bias) for c, stream in terms)
         if step % interval == 0:
-            old, v = (None if step == 0 else v), stream.draw(weight, (3, 2), RIGHT)  # noqa: F821
+            old, v = (None if step == 0 else v), streams[0].draw(weight, (3, 2), RIGHT)  # noqa: F821
             if old is not None:
                 factor = factor @ old.t() @ v / 3  # noqa: F821
         if step == 0:
-            factor, m = c * u, c * z
+            factor, m = u, z
         else:
-            factor, m = beta * factor + (1 - beta) * c * u, beta * m + (1 - beta) * c * z
+            factor, m = beta * factor + (1 - beta) * u, beta * m + (1 - beta) * z
         w, b = w - lr * factor @ v.t(), b - lr * m
         torch.testing.assert_close(weight.param.data, w, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(bias.param.data, b, rtol=1e-9, atol=1e-9)
@@ -249,6 +253,9 @@ def test_memory_is_a_few_numbers_a_side():
         ({"rank": 3}, "weight"),
         ({"rank": float("nan")}, "rank"),
         ({"interval": 0}, "interval"),
+        ({"queries": 0}, "queries"),
+        ({"queries": 2, "compat": "official"}, "queries 2"),
+        ({"queries": 2, "noise": TorchOrderNoise(0)}, "queries 2"),
         ({"compat": "both"}, "compat"),
         ({"eps": 0.0}, "eps"),
         ({"lr": float("nan")}, "lr"),
