@@ -88,6 +88,7 @@ _TITLES = {
     "steps": "Step / (2 × forward) by model and batch × length",
     "threads": "Step / (2 × forward) by threads and batch × length",
     "scaling": "Step / (2 × forward) by model size",
+    "queries": "LOZO with several queries: step / (2 × queries × forward)",
     "precision": "Step / (2 × forward) of MeZO in bfloat16 by precision policy",
 }
 
@@ -141,6 +142,7 @@ _MAKERS = {
     "threads": _steps,
     "kernels": _kernels,
     "memory": _memory,
+    "queries": _steps,
     "precision": _steps,
     "meta": _meta,
 }

@@ -86,6 +86,40 @@ def measure(
     return rows
 
 
+def measure_queries(
+    size: str,
+    shape: Shape,
+    queries: Sequence[int] = (1, 2, 4),
+    *,
+    rounds: int = 5,
+    seconds: float = 10.0,
+    dtype: str = "float32",
+    device: str = "cpu",
+    tick: Callable[[], None] = lambda: None,
+) -> list[dict[str, Any]]:
+    """LOZO with several queries, one after the other and in one pass: rows of {case, seconds, ratio}.
+
+    ratio: to the step's forward passes, 2 a query, round by round.
+    """
+    model = build(size, dtype, device)
+    loss = lm_loss(model, shape)
+    cases: dict[str, Callable[[], object]] = {FORWARDS: lambda: _forwards(loss)}
+    passes = {FORWARDS: 1}
+    for count in queries:
+        for form, way in (("weights", "one after the other"), ("activations", "in one pass")):
+            name = f"{count} {'query' if count == 1 else 'queries'}, {way}"
+            cases[name], passes[name] = _stepping(_ours("lozo", form=form, queries=count)(model), loss), count
+    samples = interleaved(cases, rounds, seconds=seconds, device=device, tick=tick)
+    return [
+        {
+            "case": name,
+            "seconds": spread(samples[name]),
+            "ratio": spread([ratio / count for ratio in ratios(samples, name, FORWARDS)]),
+        }
+        for name, count in passes.items()
+    ]
+
+
 def _stepping(optimizer: Any, loss: Callable[[], Tensor]) -> Callable[[], object]:
     return lambda: optimizer.step(loss)
 

@@ -120,6 +120,12 @@ def _threads(s: Settings) -> dict[str, Measurement]:
     }
 
 
+def _queries(s: Settings) -> dict[str, Measurement]:
+    shapes = s.shapes if s.quick else ((1, 32), (2, 64), (8, 64))
+    how = {"rounds": s.rounds, "seconds": 0.0 if s.quick else 10.0, "dtype": s.dtype, "device": s.device}
+    return {f"{s.size}-{shown(shape)}": partial(steps.measure_queries, s.size, shape, **how) for shape in shapes}
+
+
 def _precision(s: Settings) -> dict[str, Measurement]:
     methods = list(steps.NARROW)
     return {f"{s.size}-{shown(x)}-bfloat16": _timed(s, s.size, x, methods, dtype="bfloat16") for x in s.shapes[:2]}
@@ -127,7 +133,7 @@ def _precision(s: Settings) -> dict[str, Measurement]:
 
 SUITES = {
     "steps": _steps, "kernels": _kernels, "memory": _memory, "precision": _precision, "meta": _meta, "scaling": _scaling,
-    "threads": _threads,
+    "threads": _threads, "queries": _queries,
 }  # fmt: skip
 
 

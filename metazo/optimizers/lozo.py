@@ -63,7 +63,7 @@ from metazo.optimizers.step import Step, Update
 from metazo.scratch import used_unseen
 
 UNDECIDED, WEIGHTS, ACTIVATIONS = 0, 1, 2  # the form that a run took, as state
-POSITIONS = 64  # batch x length up to which "auto" takes activations
+ROWS = 512  # probes x batch x length up to which "auto" takes activations (docs/speed.md)
 
 
 class LOZO(ZOOptimizer):
@@ -76,9 +76,9 @@ class LOZO(ZOOptimizer):
         interval: steps between draws of V; 50 in the published code, 50 or 100 in its tables.
         queries: directions averaged in a step (n-SPSA), all in one forward pass as activations; the paper has one.
         form: "weights", "activations" (2 queries times the activations; falls back to weights, with a warning, for a
-            closure that torch cannot vectorise), or "auto": activations where the first step's batch x length is at
-            most 64. A replay without closures takes "auto" for weights: in float32, name the form that the run took to
-            end on the same bits.
+            closure that torch cannot vectorise), or "auto": activations where probes x batch x length of the first step
+            is at most 512. A replay without closures takes "auto" for weights: in float32, name the form that the run
+            took to end on the same bits.
         compat: "paper", or "official" for the published code with its faults.
     """
 
@@ -178,7 +178,7 @@ class LOZO(ZOOptimizer):
         """The mean losses at all probes. Raises where the closures cannot give them, or hide tensors that they use."""
         streams, probes = [self.noise.stream(seed) for seed in seeds], self.estimator.probes()
         branches = [Branch(streams[probe.query or 0], probe.multiple * self.eps) for probe in probes]
-        limit = POSITIONS if self.form == "auto" and self.zo_state["form"] == UNDECIDED else None
+        limit = ROWS // len(probes) if self.form == "auto" and self.zo_state["form"] == UNDECIDED else None
 
         def evaluate() -> tuple[list[float], list[NamedTensor]]:
             with torch.inference_mode(), self.weights.evaluating():
