@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from metazo.blocks import NamedTensor
+from metazo.compensation import LAYOUTS, join, split
 from metazo.errors import UserError
 
 
@@ -56,7 +57,7 @@ def policy(precision: str, dtype: torch.dtype) -> str:
         return DEFAULTS.get(dtype, "master")
     if precision == "autocast" and dtype != torch.float32:
         raise UserError(f"precision autocast is for float32 weights, and these are {dtype}: choose master.")
-    if precision.startswith("compensated") and dtype not in _LAYOUTS:
+    if precision.startswith("compensated") and dtype not in LAYOUTS:
         return "in-place"
     return precision
 
@@ -81,8 +82,11 @@ class Home(Protocol):
         """Theta as one tensor that may be changed in place, or None where it exists in pieces only."""
         ...
 
-    def read(self, start: int, stop: int) -> Tensor:
-        """A flat run of theta, float32 at least; to be given to `write` after a change in place."""
+    def read(self, start: int, stop: int, room: Tensor | None = None) -> Tensor:
+        """A flat run of theta, float32 at least; to be given to `write` after a change in place.
+
+        room: memory for it, float32, where it has none of its own.
+        """
         ...
 
     def write(self, start: int, piece: Tensor, seed: int) -> None: ...
@@ -102,7 +106,7 @@ class InPlace:
     def theta(self) -> Tensor:
         return self.param.data
 
-    def read(self, start: int, stop: int) -> Tensor:
+    def read(self, start: int, stop: int, room: Tensor | None = None) -> Tensor:
         return self.param.data.view(-1)[start:stop]
 
     def write(self, start: int, piece: Tensor, seed: int) -> None:
@@ -123,7 +127,7 @@ class Master:
     def theta(self) -> Tensor:
         return self.buffers["master"]
 
-    def read(self, start: int, stop: int) -> Tensor:
+    def read(self, start: int, stop: int, room: Tensor | None = None) -> Tensor:
         return self.theta.view(-1)[start:stop]
 
     def write(self, start: int, piece: Tensor, seed: int) -> None:
@@ -131,55 +135,6 @@ class Master:
 
     def settle(self) -> None:
         self.param.data.copy_(self.theta)
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """A narrow type as the upper bits of a float32: bits below it, and the power of two between the exponents' biases."""
-
-    below: int
-    scale: float
-
-
-_LAYOUTS = {torch.bfloat16: _Layout(16, 1.0), torch.float16: _Layout(13, 2.0**112)}
-_SIGN, _MAGNITUDE = -(1 << 31), (1 << 31) - 1
-
-
-def join(weights: Tensor, low: Tensor) -> Tensor:
-    """Theta, float32, of narrow weights and the signed bits below them (int16, or int8: the upper ones of those)."""
-    layout = _LAYOUTS[weights.dtype]
-    wide = weights.view(torch.int16).to(torch.int32)
-    wide = ((wide & 0x7FFF) << layout.below).bitwise_or_(wide & _SIGN) if layout.below < 16 else wide << 16
-    wide += low.to(torch.int32) << (layout.below - 8 if low.dtype == torch.int8 else 0)
-    return wide.view(torch.float32).mul_(layout.scale)
-
-
-def split(theta: Tensor, weights: Tensor, low: Tensor, start: int, seed: int) -> None:
-    """The inverse of `join`: weights = theta rounded (half away from zero), low = the bits in which they differ.
-
-    In 16 bits that is exact, but for float16 below 2^-14, where theta is a multiple of 2^-37. In 8 bits theta is first
-    rounded stochastically, which keeps on average what is smaller than their unit (2^-8 of the weights'); the dither is
-    a hash of seed and element, the same on every device. theta is overwritten.
-    """
-    layout = _LAYOUTS[weights.dtype]
-    bits = theta.mul_(1 / layout.scale).view(torch.int32)
-    dropped = layout.below - 8 if low.dtype == torch.int8 else 0
-    if dropped:
-        bits += dither(start, bits.numel(), seed, dropped, bits.device)
-        bits &= -1 << dropped
-    high = (bits & _MAGNITUDE).add_(1 << (layout.below - 1)).bitwise_right_shift_(layout.below)
-    low.copy_((bits & _MAGNITUDE).sub_(high << layout.below).bitwise_right_shift_(dropped))
-    weights.view(torch.int16).copy_(high.bitwise_or_((bits >> 16) & -(1 << 15)))
-
-
-def dither(start: int, count: int, seed: int, bits: int, device: torch.device | str = "cpu") -> Tensor:
-    """Uniform integers of that many bits for elements start .. start + count - 1. Returns: (count,), int32."""
-    x = torch.arange(start, start + count, dtype=torch.int64, device=device).to(torch.int32)
-    x ^= (seed ^ seed >> 32) & 0x7FFFFFFF
-    for multiplier in (0x7FEB352D, -0x7B935975):  # Wellons' lowbias32, its shifts arithmetic
-        x ^= x >> 16
-        x *= multiplier
-    return (x ^ x >> 15).bitwise_and_((1 << bits) - 1)
 
 
 class Compensated:
@@ -191,9 +146,9 @@ class Compensated:
         self.param, self.salt = tensor.param, tensor.id
         self.buffers = {"compensation": torch.zeros_like(tensor.param, dtype=dtype)}
 
-    def read(self, start: int, stop: int) -> Tensor:
+    def read(self, start: int, stop: int, room: Tensor | None = None) -> Tensor:
         low = self.buffers["compensation"]
-        return join(self.param.data.view(-1)[start:stop], low.view(-1)[start:stop])
+        return join(self.param.data.view(-1)[start:stop], low.view(-1)[start:stop], room)
 
     def write(self, start: int, piece: Tensor, seed: int) -> None:
         stop, low = start + len(piece), self.buffers["compensation"]

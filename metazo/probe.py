@@ -46,6 +46,8 @@ class Weights:
         self.compensated = [tensor for tensor in tensors if isinstance(self.homes[tensor.name], Compensated)]
         if self.compensated and noise.ordered:
             raise UserError(f"precision {precision} draws noise tensor by tensor as it is used; {noise.name} cannot.")
+        longest = max((stop - start for tensor in self.compensated for start, stop in pieces(tensor.param)), default=0)
+        self.room = torch.empty(longest, device=tensors[0].param.device)  # for one piece of theta at a time
         self.on: Term | None = None
         self.snapshot: dict[str, Tensor] = {}  # other values by name, given by a method that visits them
         self.away = False  # theta and the snapshot have changed places
@@ -134,7 +136,7 @@ class Weights:
         out, direction, place = torch.empty_like(tensor.param.data), self.on.direction, self.homes[tensor.name]
         stream, touched = self.noise.stream(self.on.seed), direction.touches(tensor)
         for start, stop in pieces(tensor.param):
-            theta = place.read(start, stop)
+            theta = place.read(start, stop, self.room)
             if self.away:
                 theta.copy_(self.snapshot[tensor.name].view(-1)[start:stop])
             if touched:
@@ -145,14 +147,17 @@ class Weights:
     # -- reading and changing theta -------------------------------------------------------------------------------
 
     def values(self, tensor: NamedTensor) -> Iterator[tuple[int, Tensor]]:
-        """(start, theta) in pieces of a tensor, to be read; whole where noise is ordered or memory not contiguous."""
+        """(start, theta) in pieces of a tensor, each to be read before the next is asked for.
+
+        Whole where noise is ordered or memory not contiguous.
+        """
         place = self.homes[tensor.name]
         runs = list(pieces(tensor.param))
         if place.theta is not None and (self.noise.ordered or len(runs) == 1 or not place.theta.is_contiguous()):
             yield 0, place.theta
             return
         for start, stop in runs:
-            yield start, place.read(start, stop)
+            yield start, place.read(start, stop, self.room)
 
     def pieces(self, tensor: NamedTensor, seed: int = 0) -> Iterator[tuple[int, Tensor]]:
         """As `values`, to be changed in place; what is there when the next is asked for is kept.

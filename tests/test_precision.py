@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import nn
 
+from metazo.compensation import dither, join, plain_join, plain_split, split
 from metazo.errors import UserError
 from metazo.noise import TorchOrderNoise
 from metazo.optimizers import MeZO
-from metazo.precision import POLICIES, cost, dither, join, policy, split
+from metazo.precision import POLICIES, cost, policy
 from tests.optimizers.contract import IDS, NAMES, case, llama, make, quadratic, take
 
 NARROW = [torch.bfloat16, torch.float16]
@@ -38,6 +39,31 @@ def test_sixteen_bits_lose_nothing(dtype):
     assert torch.equal(join(weights, low), theta)
     nearest = (weights.float() - theta).abs() <= (theta.to(dtype).float() - theta).abs()
     assert bool(nearest.all())
+
+
+@narrow
+@pytest.mark.parametrize("low_dtype", [torch.int16, torch.int8])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_compiled_forms_are_the_plain_ones_to_the_last_bit(dtype, low_dtype, threads):
+    """On every pattern of a narrow type, infinities and NaN among them, and on a length that threads cut up."""
+    every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16)
+    generator, count = torch.Generator().manual_seed(0), 600_001
+    weights = every.repeat(count // len(every) + 1)[:count].view(dtype)
+    low = torch.randint(-(1 << 15), 1 << 15, (count,), generator=generator).to(low_dtype)
+    bits = torch.randint(-(1 << 31), 1 << 31, (count,), generator=generator).to(torch.int32)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        theta = join(weights, low)
+        assert torch.equal(theta.view(torch.int32), plain_join(weights, low).view(torch.int32))
+        for source in (theta, bits.view(torch.float32)):
+            found, kept = torch.empty_like(weights), torch.empty_like(low)
+            plain, rest = torch.empty_like(weights), torch.empty_like(low)
+            split(source.clone(), found, kept, 2**31 - 1000, 2**62 + 12345)
+            plain_split(source.clone(), plain, rest, 2**31 - 1000, 2**62 + 12345)
+            assert torch.equal(found.view(torch.int16), plain.view(torch.int16)) and torch.equal(kept, rest)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_small_float16_keeps_37_binary_places():

@@ -16,10 +16,11 @@ from functools import partial
 
 import numpy as np
 import torch
-from llvmlite import binding, ir
+from llvmlite import binding
 from numba import njit, types
-from numba.extending import intrinsic, overload
+from numba.extending import overload
 
+from metazo.casts import as_bits, as_float, from_half, to_half
 from metazo.noise import philox as definition
 from metazo.threads import kernel, share
 
@@ -42,23 +43,6 @@ if binding.get_host_cpu_features().get("f16c", binding.get_default_triple().star
     _DTYPES[torch.float16] = torch.int16  # without the instruction LLVM would call a function that is not there
 
 
-def _cast(source, target, convert):
-    """A conversion as an LLVM instruction, or a chain of them."""
-
-    @intrinsic
-    def cast(typing_context, value):
-        return target(source), lambda context, builder, signature, arguments: convert(builder, arguments[0])
-
-    return cast
-
-
-_float, _half, _int32, _int16 = ir.FloatType(), ir.HalfType(), ir.IntType(32), ir.IntType(16)
-_as_float = _cast(types.uint32, types.float32, lambda builder, bits: builder.bitcast(bits, _float))
-_as_bits = _cast(types.float32, types.uint32, lambda builder, value: builder.bitcast(value, _int32))
-_from_half = _cast(types.int16, types.float32, lambda builder, x: builder.fpext(builder.bitcast(x, _half), _float))
-_to_half = _cast(types.float32, types.int16, lambda builder, x: builder.bitcast(builder.fptrunc(x, _half), _int16))
-
-
 def _widen(x):
     """A stored number as one to calculate with: bfloat16 comes as uint16, float16 as int16."""
 
@@ -70,23 +54,23 @@ def _narrow(x, like):
 @overload(_widen)
 def _widen_typed(x):
     if x == types.uint16:
-        return lambda x: _as_float(_u32(x) << _u32(16))
+        return lambda x: as_float(_u32(x) << _u32(16))
     if x == types.int16:
-        return lambda x: _from_half(x)
+        return lambda x: from_half(x)
     return lambda x: x
 
 
 @overload(_narrow)
 def _narrow_typed(x, like):
     def bfloat16(x, like):
-        bits = _as_bits(x)
+        bits = as_bits(x)
         rounded = (bits + _u32(0x7FFF) + ((bits >> _u32(16)) & _u32(1))) >> _u32(16)
         return _u16(rounded if x == x else _u32(0x7FC0))
 
     if like == types.uint16:
         return bfloat16
     if like == types.int16:
-        return lambda x, like: _to_half(x)
+        return lambda x, like: to_half(x)
     return lambda x, like: x
 
 
@@ -106,8 +90,8 @@ def _philox(c0, c1, c2, c3, k0, k1):
 @njit(inline="always")
 def _normal_pair(word):
     v = (word & _VALUE) | _u32(1)
-    bits = _as_bits(_f32(_i32(v)))
-    y = _TWO - _as_float((bits & _MANTISSA) | _ONE)
+    bits = as_bits(_f32(_i32(v)))
+    y = _TWO - as_float((bits & _MANTISSA) | _ONE)
     q = ((((_Q0 * y + _Q1) * y + _Q2) * y + _Q3) * y + _Q4) * y + _Q5
     radius = np.sqrt(_f32(_i32(_TOP_BITS - bits)) * _UNIT - y * q)
     a = _f32(_i32(v * _STRIDE)) * _ANGLE
@@ -115,7 +99,7 @@ def _normal_pair(word):
     c = ((_C0 * a2 + _C1) * a2 + _C2) * a2 + _C3
     s = ((_S0 * a2 + _S1) * a2 + _S2) * a
     first, second = radius * (c - s), radius * (c + s)
-    return _as_float(_as_bits(first) ^ (word & _SIGN)), _as_float(_as_bits(second) ^ ((word << _u32(1)) & _SIGN))
+    return as_float(as_bits(first) ^ (word & _SIGN)), as_float(as_bits(second) ^ ((word << _u32(1)) & _SIGN))
 
 
 @njit(inline="always")
@@ -139,7 +123,7 @@ def _signs(z, words, chunk, c1, c2, c3, k0, k1):
     for i in range(2):
         shift = _u32(2 * (chunk % 16) + i)
         for lane in range(64):
-            z[64 * i + lane] = _as_float(((words[lane] << shift) & _SIGN) | _ONE)
+            z[64 * i + lane] = as_float(((words[lane] << shift) & _SIGN) | _ONE)
 
 
 @njit(inline="always")
