@@ -91,6 +91,10 @@ class Stream(Protocol):
         """add_ on whole tensors, in order where the noise has one."""
         ...
 
+    def square(self, tensor: NamedTensor) -> float:
+        """|z|^2 over a whole tensor: a draw of it."""
+        ...
+
     def place_(
         self,
         tensor: NamedTensor,
@@ -189,6 +193,14 @@ class PhiloxStream:
             z = self.draw(tensor, start=start, count=piece.numel())
             total += float(torch.dot(z.double(), piece.double()))
         return total
+
+    def square(self, tensor: NamedTensor) -> float:
+        """|z|^2, summed in float64: z is not kept."""
+        kernels, size = self._kernels(tensor.param.data), tensor.param.numel()
+        if kernels is not None and hasattr(kernels, "square"):
+            return kernels.square(self.distribution, size, self.seed, tensor.id, DENSE)
+        runs = [(start, min(_CHUNK, size - start)) for start in range(0, size, _CHUNK)]
+        return sum(float(self.draw(tensor, start=start, count=count).double().square().sum()) for start, count in runs)
 
     def _kernels(self, *tensors: Tensor) -> ModuleType | None:
         """The compiled form that can work on these tensors."""

@@ -186,6 +186,18 @@ def _dot(other, sums, place, start, gaussian, purpose, id0, id1, k0, k1):
     sums[place] = lanes.sum()
 
 
+@_kernel
+def _squares(size, sums, place, start, gaussian, purpose, id0, id1, k0, k1):
+    """sums[place] = |z|^2 of size numbers, summed as _dot."""
+    z, words, lanes = np.empty(_CHUNK, np.float32), np.empty(64, np.uint32), np.zeros(_CHUNK, np.float64)
+    c1, c2, c3, k0, k1 = _u64(purpose), _u64(id0), _u64(id1), _u64(k0), _u64(k1)
+    for here in range(0, size, _CHUNK):
+        _numbers(z, words, gaussian, (start + here) // _CHUNK, c1, c2, c3, k0, k1)
+        for i in range(min(_CHUNK, size - here)):
+            lanes[i] += np.float64(z[i]) * z[i]
+    sums[place] = lanes.sum()
+
+
 def _cut(size: int) -> range:
     """Where the pieces of an array begin that threads take: as many for each thread, small arrays whole."""
     threads = torch.get_num_threads()
@@ -245,6 +257,14 @@ def dot(distribution: str, other: torch.Tensor, seed: int, tensor_id: int, purpo
     sums = np.zeros(len(cut))
     fixed = (distribution == "gaussian", *_counter(seed, tensor_id, purpose))
     share(_dot, [(array[here : here + cut.step], sums, k, here, *fixed) for k, here in enumerate(cut)])
+    return float(sums.sum())
+
+
+def square(distribution: str, size: int, seed: int, tensor_id: int, purpose: int) -> float:
+    """|z|^2 over a tensor of that size; products in float64."""
+    cut = _cut(size)
+    sums, fixed = np.zeros(len(cut)), (distribution == "gaussian", *_counter(seed, tensor_id, purpose))
+    share(_squares, [(min(cut.step, size - here), sums, k, here, *fixed) for k, here in enumerate(cut)])
     return float(sums.sum())
 
 

@@ -62,6 +62,9 @@ class TorchOrderStream:
         for move in moves:
             self.add_(*move)
 
+    def square(self, tensor: NamedTensor) -> float:
+        return float(self.draw(tensor).double().square().sum())
+
     def place_(
         self,
         tensor: NamedTensor,

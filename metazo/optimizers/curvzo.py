@@ -39,7 +39,7 @@ import numpy as np
 import torch
 
 from metazo.blocks import NamedTensor
-from metazo.directions import Direction, Isotropic, Scaled, Sparse, drawn
+from metazo.directions import Direction, Isotropic, Scaled, Sparse
 from metazo.errors import UserError
 from metazo.optimizers.base import State, Update, ZOOptimizer
 
@@ -197,9 +197,7 @@ class CurvZO(ZOOptimizer):
         new = abs(c) if self.release else c**2
         magnitude.lerp_(torch.as_tensor(new).to(magnitude), self.magnitude_beta if magnitude > 0 else 1.0)
         chosen = self.selected(state)
-        squares = torch.tensor(
-            [sum(_square(z) for _, z in drawn(stream, tensor)) for tensor in chosen], dtype=torch.float64
-        )
+        squares = torch.tensor([stream.square(tensor) for tensor in chosen], dtype=torch.float64)
         taken = state["selected"]
         if self.release:
             energy = squares / state["pi"][taken] ** 2
@@ -208,8 +206,3 @@ class CurvZO(ZOOptimizer):
             sizes = torch.tensor([tensor.param.numel() for tensor in chosen])
             observed = squares / sizes * (c**2 / max(float(magnitude), 1e-300))
         state["score"][taken] = (1 - self.beta) * state["score"][taken] + self.beta * observed
-
-
-def _square(z: torch.Tensor) -> float:
-    """Sum of squares, without a copy."""
-    return float(torch.dot(z.flatten(), z.flatten()))

@@ -218,7 +218,7 @@ def test_a_forked_child_has_threads_of_its_own(threads):
 @each_distribution
 @each_dtype
 @pytest.mark.parametrize("size", [0, 1, 127, 5003, 300_000])
-def test_dot_is_the_dot_product_with_what_is_drawn(distribution, dtype, size, threads):
+def test_dot_and_square_are_those_of_what_is_drawn(distribution, dtype, size, threads):
     w, other = tensor(size, dtype=dtype), random(size, dtype)
     found = []
     for count in (1, 3):
@@ -228,4 +228,5 @@ def test_dot_is_the_dot_product_with_what_is_drawn(distribution, dtype, size, th
             found.append(stream.dot(w, other))
             scale = (stream.draw(w).double() * other.double()).norm().item()
             assert abs(found[-1] - wanted) <= 1e-6 * scale
+            assert stream.square(w) == pytest.approx(stream.draw(w).double().square().sum().item(), rel=1e-12)
     assert found[2] == pytest.approx(found[0], rel=1e-6, abs=1e-9)
