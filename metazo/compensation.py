@@ -22,9 +22,9 @@ from torch import Tensor
 
 try:
     from metazo.casts import as_bits, as_float
-    from metazo.threads import kernel, share
+    from metazo.threads import PIECE, kernel, share
 except ImportError:  # numba is not there; metazo env says so
-    kernel = share = None
+    kernel, share, PIECE = None, None, 0
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,6 @@ class Layout:
 LAYOUTS = {torch.bfloat16: Layout(16, 1.0), torch.float16: Layout(13, 2.0**112)}
 _SIGN, _MAGNITUDE = -(1 << 31), (1 << 31) - 1
 _MULTIPLIERS = (0x7FEB352D, -0x7B935975)  # Wellons' lowbias32, its shifts arithmetic
-_PIECE = 1 << 18  # entries that a thread takes at once
 
 
 def join(weights: Tensor, low: Tensor, room: Tensor | None = None) -> Tensor:
@@ -85,8 +84,8 @@ def _folded(seed: int) -> int:
 
 
 def _cuts(*arrays: np.ndarray) -> list[tuple[int, tuple[np.ndarray, ...]]]:
-    starts = range(0, len(arrays[0]), _PIECE)
-    return [(start, tuple(array[start : start + _PIECE] for array in arrays)) for start in starts]
+    starts = range(0, len(arrays[0]), PIECE)
+    return [(start, tuple(array[start : start + PIECE] for array in arrays)) for start in starts]
 
 
 def plain_join(weights: Tensor, low: Tensor) -> Tensor:

@@ -19,11 +19,10 @@ from metazo.directions import Direction
 from metazo.noise import LEFT, Move, Stream
 
 try:
-    from metazo.threads import kernel, share
+    from metazo.threads import PIECE, kernel, share
 except ImportError:  # numba is not there; metazo env says so
-    kernel = share = None
+    kernel, share, PIECE = None, None, 0
 
-_PIECE = 1 << 18  # entries that a thread takes at once
 _COLUMNS = 1024  # entries of a row, and of V beside it, that stay in the first-level cache
 _COMPILED = (torch.float32, torch.float64)
 
@@ -177,7 +176,7 @@ def _jobs(out: Tensor, left: Tensor, right: Tensor, alpha: float, beta: float) -
     rows = out.detach().numpy().reshape(len(left), -1)  # a view; numpy's calls cost a third of torch's
     left, right = left.detach().to(out.dtype), right.detach().to(out.dtype)
     columns, factors = np.ascontiguousarray(right.numpy().T), left.numpy() * rows.dtype.type(alpha)
-    scalars, step = (rows.dtype.type(beta), rows.dtype.type(1)), max(_PIECE // rows.shape[1], 1)
+    scalars, step = (rows.dtype.type(beta), rows.dtype.type(1)), max(PIECE // rows.shape[1], 1)
     return [
         (rows[start : start + step], factors[start : start + step], columns, *scalars)
         for start in range(0, len(rows), step)

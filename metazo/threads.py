@@ -15,6 +15,8 @@ from threading import Lock
 import torch
 from numba import njit
 
+PIECE = 1 << 18  # entries of a tensor that a thread takes at once
+
 
 def kernel(function: Callable, version: str = "") -> Callable:
     """Compiled at its first call for a type, and kept on disk where there is a place to write.

@@ -22,9 +22,8 @@ from numba.extending import overload
 
 from metazo.casts import as_bits, as_float, from_half, to_half
 from metazo.noise import philox as definition
-from metazo.threads import kernel, share
+from metazo.threads import PIECE, kernel, share
 
-_PIECE = 1 << 18  # elements a thread takes at once, at most
 _CHUNK = 128  # numbers in the buffer
 _u16, _u32, _u64, _f32, _i32 = np.uint16, np.uint32, np.uint64, np.float32, np.int32
 
@@ -201,9 +200,9 @@ def _squares(size, sums, place, start, gaussian, purpose, id0, id1, k0, k1):
 def _cut(size: int) -> range:
     """Where the pieces of an array begin that threads take: as many for each thread, small arrays whole."""
     threads = torch.get_num_threads()
-    if size <= _PIECE // 2 or threads == 1:
+    if size <= PIECE // 2 or threads == 1:
         return range(0, size, max(size, 1))
-    count = threads * -(-size // (threads * _PIECE))
+    count = threads * -(-size // (threads * PIECE))
     return range(0, size, -(-size // (count * definition.TILE)) * definition.TILE)
 
 
