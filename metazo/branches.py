@@ -40,7 +40,7 @@ class TooLarge(Exception):
 
 
 class Branch(NamedTuple):
-    """A probe at theta + amount * d(stream); branches that share a stream are next to each other."""
+    """A probe at theta + amount * d(stream)."""
 
     stream: Stream
     amount: float
@@ -202,9 +202,8 @@ def losses(
     dtype = torch.promote_types(param.dtype, torch.float32)
     amounts = torch.tensor([branch.amount for branch in branches], dtype=dtype, device=param.device)
     queries = torch.tensor([streams.index(branch.stream) for branch in branches], device=param.device)
-    with (
-        warnings.catch_warnings()
-    ):  # attention has no rule for vmap on the CPU: a call for each branch, as without vmap
+    # attention has no rule for vmap on the CPU: it is called for each branch, as without vmap, and torch would warn
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="There is a performance drop")
         found = vmap(at)(amounts, queries)
     return [float(value) for value in found], unmet

@@ -47,7 +47,7 @@ class Weights:
         if self.compensated and noise.ordered:
             raise UserError(f"precision {precision} draws noise tensor by tensor as it is used; {noise.name} cannot.")
         longest = max((stop - start for tensor in self.compensated for start, stop in pieces(tensor.param)), default=0)
-        self.room = torch.empty(longest, device=tensors[0].param.device)  # for one piece of theta at a time
+        self.room = torch.empty(longest)  # for one piece of theta at a time, on the CPU, where it saves time
         self.on: Term | None = None
         self.snapshot: dict[str, Tensor] = {}  # other values by name, given by a method that visits them
         self.away = False  # theta and the snapshot have changed places
