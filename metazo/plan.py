@@ -14,7 +14,7 @@ from metazo.config import FinetuneConfig
 from metazo.errors import UserError
 from metazo.losses import BatchLoss, FullLoss
 from metazo.models import LoadedModel, load_model
-from metazo.optimizers import DominantLayer, ZOOptimizer, first_outlier_layer
+from metazo.optimizers import LOZO, LOZOM, DominantLayer, ZOOptimizer, first_outlier_layer
 from metazo.optimizers.dominant_layer import OUTLIER_LAYER
 from metazo.optimizers.first_order import FirstOrder
 from metazo.optimizers.svrg import MeZOSVRG
@@ -124,11 +124,18 @@ def set_up(config: FinetuneConfig) -> Setup:
 
 
 def settled(config: FinetuneConfig, loaded: LoadedModel, prepared: Prepared, device: torch.device) -> FinetuneConfig:
-    """The settings with what the model has to say: which layer is dominant, by name, so that a replay needs no data."""
-    if config.optimizer != DominantLayer.name or config.method.get("layer") != OUTLIER_LAYER:
+    """The settings with what model and data have to say, so that a replay needs neither: which layer is dominant, by name,
+    and which form LOZO takes.
+    """
+    layer = config.optimizer == DominantLayer.name and config.method.get("layer") == OUTLIER_LAYER
+    form = config.optimizer in (LOZO.name, LOZOM.name) and config.method.get("form") == "auto"
+    if not layer and not form:
         return config
     batch = BatchLoss(loaded.model, prepared, prepared.train[: config.batch_size], device)
-    return replace(config, method=config.method | {"layer": first_outlier_layer(loaded.model, batch)})
+    if layer:
+        return replace(config, method=config.method | {"layer": first_outlier_layer(loaded.model, batch)})
+    found = build_optimizer(config, loaded.model).settled(batch)  # type: ignore[union-attr]
+    return replace(config, method=config.method | {"form": found})
 
 
 def make_optimizer(

@@ -78,7 +78,7 @@ class LOZO(ZOOptimizer):
         form: "weights", "activations" (2 queries times the activations; falls back to weights, with a warning, for a
             closure that torch cannot vectorise), or "auto": activations where probes x batch x length of the first step
             is at most 512. A replay without closures takes "auto" for weights: in float32, name the form that the run
-            took to end on the same bits.
+            took to end on the same bits, as the log of `metazo finetune` does.
         compat: "paper", or "official" for the published code with its faults.
     """
 
@@ -189,6 +189,19 @@ class LOZO(ZOOptimizer):
         if self.zo_state["form"] == UNDECIDED and used_unseen(unmet, lambda: evaluate()[0][0], losses[0]):
             raise RuntimeError(f"{unmet[0].name} is used where torch functions do not show it")
         return [mean_over_processes(loss) for loss in losses]
+
+    def settled(self, closure: Closure) -> str:
+        """The form that "auto" takes for this closure, found out by evaluating it once; no weights are moved."""
+        self._prepare()
+        if "form" not in self.zo_state:
+            return "weights"
+        seeds = [self.noise.seed(0, query) for query in range(self.estimator.queries)]
+        self.first_seed = seeds[0]
+        try:
+            self._together(self.propose(self.zo_state, 0), seeds, [closure])
+        except Exception:
+            return "weights"
+        return "activations"
 
     def update(self, state: State, step: int, seeds: Sequence[int], losses: Sequence[float]) -> Update:
         coefficients = self.estimator.coefficients(losses, self.eps)

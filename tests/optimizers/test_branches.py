@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from metazo import branches
+from metazo.config import FinetuneConfig
 from metazo.directions import Isotropic, Scaled
+from metazo.finetune import finetune
 from metazo.lowrank import LowRank
 from metazo.noise import RIGHT, TorchOrderNoise
 from metazo.optimizers import LOZO, LOZOM
+from metazo.replay import replay
 from tests.optimizers.contract import IDS, llama
 from tests.test_scratch import bert, gpt2
 
@@ -195,6 +200,21 @@ def test_resume_and_replay(form, queries):
         replayed.step(None, replay=record)
     for a, b, c in zip(model.parameters(), cut.parameters(), again.parameters()):
         assert torch.equal(a, b) and torch.equal(a, c)
+
+
+@pytest.mark.parametrize(("batch_size", "form"), [(1, "activations"), (32, "weights")])
+def test_a_run_settles_its_form_and_the_log_names_it(tmp_path, batch_size, form):
+    """--form auto is settled before the first step: a replay, which has no batch to look at, ends on the same bits."""
+    config = FinetuneConfig(
+        "pico", "pico_topic", optimizer="lozo", method={"form": "auto"}, out=tmp_path / "run", batch_size=batch_size,
+        train_examples=40, dev_examples=8, test_examples=8, keep="last", steps=3, lr=1e-4,
+    )  # fmt: skip
+    finetune(config)
+    log = tmp_path / "run" / "steps.jsonl"
+    assert json.loads(log.read_text().splitlines()[0])["settings"]["method"]["form"] == form
+    replay(log, "pico", tmp_path / "again")
+    kept, again = (load_file(tmp_path / name / "model.safetensors") for name in ("run/model", "again"))
+    assert kept.keys() == again.keys() and all(torch.equal(value, again[name]) for name, value in kept.items())
 
 
 def test_noise_in_order_moves_the_weights():
