@@ -257,11 +257,17 @@ class LOZOM(LOZO):
             matrix = f"V/{tensor.name}" in state
             anew = first or (matrix and self.official and self.interval == 1)  # fault 2
             kept, share = (0.0, 1.0) if anew else (self.momentum, 1 - self.momentum)
-            buffer = state[f"N/{tensor.name}" if matrix else f"m/{tensor.name}"].mul_(kept)
-            for stream, c in zip(streams, coefficients):
-                if matrix:
-                    buffer.add_(direction.left(stream, tensor, buffer.dtype), alpha=share * c)
-                else:
+            if matrix:
+                buffer = state[f"N/{tensor.name}"]
+                lefts = [
+                    direction.left(stream, tensor, buffer.dtype) for stream in streams
+                ]  # N is projected ahead of U
+                buffer.mul_(kept)
+                for left, c in zip(lefts, coefficients):
+                    buffer.add_(left, alpha=share * c)
+            else:
+                buffer = state[f"m/{tensor.name}"].mul_(kept)
+                for stream, c in zip(streams, coefficients):
                     direction.inner.add_(stream, tensor, buffer, share * c)
         state["updates"] += 1
         return Update(coefficients, Held(folder(state, "N"), direction.right, folder(state, "m")), [(seed, 1.0)])

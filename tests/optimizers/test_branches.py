@@ -183,19 +183,20 @@ def test_an_error_of_the_closure_is_the_caller_s():
 
 @pytest.mark.parametrize("form", ["weights", "activations"])
 @pytest.mark.parametrize("queries", [1, 2])
-def test_resume_and_replay(form, queries):
+@pytest.mark.parametrize("cls", [LOZO, LOZOM])
+def test_resume_and_replay(form, queries, cls):
     model = llama()
-    _, records = run(model, form, 6, queries=queries)
+    _, records = run(model, form, 6, queries=queries, cls=cls)
     cut = llama()
-    optimizer, _ = run(cut, form, 3, queries=queries)
+    optimizer, _ = run(cut, form, 3, queries=queries, cls=cls)
     held = {key: value.clone() for key, value in optimizer.tensors_state().items()}
     common = {"lr": 1e-3, "eps": 1e-2, "interval": 2, "form": form, "queries": queries}
-    later = LOZO(cut.named_parameters(), **common)
+    later = cls(cut.named_parameters(), **common)
     later.load_tensors_state(held)
     for _ in range(3):
         later.step(lambda: cross_entropy(cut))
     again = llama()
-    replayed = LOZO(again.named_parameters(), **common)
+    replayed = cls(again.named_parameters(), **common)
     for record in records:
         replayed.step(None, replay=record)
     for a, b, c in zip(model.parameters(), cut.parameters(), again.parameters()):
