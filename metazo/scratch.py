@@ -12,6 +12,7 @@ compiles again for each `Scratch`, until it gives up and runs the model as it is
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Self
 
@@ -32,7 +33,7 @@ def reads_numbers(func: Any) -> bool:
     return func not in _METADATA and (getattr(func, "__name__", "") != "__get__" or func in _VIEWS)
 
 
-class Shown:
+class Shown(ABC):
     """While active, every torch function that is given one of the tensors calls `use` instead; no other function is
     slowed down. The tensors' classes are exchanged for ones that have `__torch_function__`, and put back at the end.
 
@@ -44,9 +45,9 @@ class Shown:
         self.met: set[int] = set()
         self.classes: list[type] = []
 
+    @abstractmethod
     def make(self, tensor: NamedTensor) -> Tensor:
         """The tensor to see in its place."""
-        raise NotImplementedError
 
     def use(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         made: dict[int, Tensor] = {}  # one tensor a call, however often it is an argument
