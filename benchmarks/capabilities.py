@@ -25,9 +25,9 @@ from metazo.bench.models import SIZES
 from metazo.blocks import named_tensors, partition
 from metazo.errors import UserError
 from metazo.optimizers import OPTIMIZERS, ZOOptimizer
-from metazo.pertnn import PertNN
-from metazo.rules import RULES
-from metazo.scales import TunerScale
+from metazo.step.rules import RULES
+from metazo.step.scales import TunerScale
+from metazo.tuner.networks import PertNN
 
 ROOT = Path(__file__).parents[1]
 RESULT, README = ROOT / "docs" / "capabilities.json", ROOT / "README.md"

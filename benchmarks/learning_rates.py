@@ -15,11 +15,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from metazo.config import FinetuneConfig
 from metazo.demo import TASKS
 from metazo.errors import UserError
-from metazo.files import write_whole
-from metazo.finetune import finetune
+from metazo.io.files import write_whole
+from metazo.runs.config import FinetuneConfig
+from metazo.runs.finetune import finetune
 
 SEED, FORWARDS = 1000, 1000
 GRID = (7.5e-5, 1.5e-4, 2.1e-4, 3e-4, 4.2e-4, 6e-4)

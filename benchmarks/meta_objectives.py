@@ -21,16 +21,16 @@ import numpy as np
 import torch
 
 from metazo.blocks import named_tensors
-from metazo.evaluate import evaluate
-from metazo.files import write_whole
+from metazo.io.files import write_whole
 from metazo.meta.config import MetaConfig
 from metazo.meta.data import PreparedTask
 from metazo.meta.run import MetaRun
-from metazo.models import load_model
+from metazo.models.load import load_model
 from metazo.optimizers import MeZO
-from metazo.pertnn import PertNN
-from metazo.scales import TunerScale
+from metazo.step.scales import TunerScale
 from metazo.tasks import prepare, resolve
+from metazo.tasks.evaluate import evaluate
+from metazo.tuner.networks import PertNN
 
 TUNE_SEED = 1000
 _RMS: dict[str, Any] = {"features": "log", "parametrisation": "rms_exp", "meta_optimizer": "adam", "lr_meta": 3e-3}

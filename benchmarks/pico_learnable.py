@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from metazo.files import write_whole
+from metazo.io.files import write_whole
 from metazo.pico import grammar
 from metazo.pico.score import encode, loss_and_hits, score
 

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from metazo.config import FinetuneConfig
-from metazo.losses import BatchLoss
 from metazo.optimizers import ZOOptimizer
-from metazo.plan import set_up
-from metazo.run import batch_indices
+from metazo.runs.config import FinetuneConfig
+from metazo.runs.resources import batch_indices
+from metazo.runs.setup import set_up
+from metazo.tasks.closures import BatchLoss
 
 RESULT = Path(__file__).with_suffix(".json")
 STEPS, BATCH, EVERY = 300, 16, (1, 10, 50, 100, 300)

@@ -20,16 +20,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from metazo.config import FinetuneConfig, build
-from metazo.finetune import finetune
+from metazo.io.tensorfile import weights_hash
 from metazo.optimizers import OPTIMIZERS, ZOOptimizer
-from metazo.optimizers.step import Step
-from metazo.pertnn import PertNN
-from metazo.plan import set_up
-from metazo.replay import replay
-from metazo.scales import TunerScale
-from metazo.steplog import StepLog, encode, line
-from metazo.tensorfile import weights_hash
+from metazo.runs.config import FinetuneConfig, build
+from metazo.runs.finetune import finetune
+from metazo.runs.replay import replay
+from metazo.runs.setup import set_up
+from metazo.step.record import Step
+from metazo.step.scales import TunerScale
+from metazo.steplog.format import StepLog, encode, line
+from metazo.tuner.networks import PertNN
 
 RUN = 20_000  # steps that sizes are stated for
 TIMED = ("mezo", "fzoo", "zo-finetuner", "lozo-m")

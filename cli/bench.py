@@ -33,8 +33,8 @@ def bench(
 
     from metazo.bench import render, suites
     from metazo.errors import UserError
-    from metazo.files import write_whole
-    from metazo.run import Interrupted
+    from metazo.io.files import write_whole
+    from metazo.runs.resources import Interrupted
 
     _check(device)
     if out.exists() and not out.is_dir():

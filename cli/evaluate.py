@@ -26,11 +26,11 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Evaluate a model on tasks: loss, metric, and what the majority class would score."""
-    from metazo.build import resolve_device
     from metazo.errors import UserError
-    from metazo.evaluate import evaluate as run
-    from metazo.models import load_model
+    from metazo.models.load import load_model
+    from metazo.runs.method import resolve_device
     from metazo.tasks import prepare, resolve
+    from metazo.tasks.evaluate import evaluate as run
 
     if split not in ("dev", "test"):
         raise UserError(f"--split {split!r}: choose dev or test.")

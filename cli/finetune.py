@@ -12,10 +12,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from metazo.build import hyperparameters, methods
-from metazo.config import FinetuneConfig
 from metazo.errors import UserError
 from metazo.optimizers import OPTIMIZERS
+from metazo.runs.config import FinetuneConfig
+from metazo.runs.method import hyperparameters, methods
 
 from . import options
 
@@ -76,8 +76,8 @@ def finetune(
 
     metazo finetune --resume runs/a
     """
-    from metazo.finetune import finetune as run
-    from metazo.plan import set_up
+    from metazo.runs.finetune import finetune as run
+    from metazo.runs.setup import set_up
 
     began = _began(folder, values)
 
@@ -102,7 +102,7 @@ def finetune(
 
 def _began(folder: Path | None, values: dict[str, Any]) -> dict[str, Any]:
     """Where a run is resumed, the settings it began with, and its folder put into `values`."""
-    from metazo.folder import read_config
+    from metazo.runs.folder import read_config
 
     if not values["resume"]:
         if folder is not None:

@@ -12,8 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from metazo.errors import UserError
-from metazo.folder import STEPS
-from metazo.steplog import scan
+from metazo.runs.folder import STEPS
+from metazo.steplog.format import scan
 
 app = typer.Typer(help="Show, verify, compare and repair step logs.", no_args_is_help=True)
 
@@ -33,7 +33,7 @@ def show(
     as_json: JsonOption = False,
 ) -> None:
     """What a log belongs to, what it holds, and how the loss went."""
-    from metazo.logbook import curve, sparkline, summary
+    from metazo.steplog.inspect import curve, sparkline, summary
 
     found = scan(_file(log))
     figures = summary(found)
@@ -72,8 +72,8 @@ def _shown(value: Any) -> str:
 
 
 def _plot(path: Path, found: Any) -> None:
-    from metazo.logbook import curve
     from metazo.report import plot_curves
+    from metazo.steplog.inspect import curve
 
     panels = {
         "loss (mean over a step's probes)": {"loss": curve(found)},
@@ -85,7 +85,7 @@ def _plot(path: Path, found: Any) -> None:
 @app.command()
 def verify(log: LogArgument, as_json: JsonOption = False) -> None:
     """Check header, checksums, their chain and the order of the steps; exit code 1 where something is wrong."""
-    from metazo.logbook import verify as check
+    from metazo.steplog.inspect import verify as check
 
     path = _file(log)
     wrong, steps = check(path), len(scan(path).steps)
@@ -102,7 +102,7 @@ def verify(log: LogArgument, as_json: JsonOption = False) -> None:
 @app.command()
 def diff(a: LogArgument, b: LogArgument, as_json: JsonOption = False) -> None:
     """Where two logs differ: their headers, and the first step that is not the same; exit code 1 if they do."""
-    from metazo.logbook import diff as compare
+    from metazo.steplog.inspect import diff as compare
 
     found = compare(scan(_file(a)).sound(), scan(_file(b)).sound())
     if as_json:
@@ -125,7 +125,7 @@ def diff(a: LogArgument, b: LogArgument, as_json: JsonOption = False) -> None:
 @app.command()
 def repair(log: LogArgument) -> None:
     """Keep the whole lines of a damaged log and put the rest aside; --resume computes it again, to the same bits."""
-    from metazo.logbook import repair as run
+    from metazo.steplog.inspect import repair as run
 
     path = _file(log)
     if not path.is_file():

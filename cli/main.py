@@ -56,7 +56,7 @@ def _mount() -> None:
 
 
 def main() -> None:
-    from metazo.run import Interrupted
+    from metazo.runs.resources import Interrupted
 
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     _mount()

@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 
-from metazo.config import build, help_of, read_recipe
 from metazo.recipes import locate
+from metazo.runs.config import build, help_of, read_recipe
 
 Config = TypeVar("Config")
 

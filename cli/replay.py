@@ -27,8 +27,8 @@ def replay(
 
     metazo replay runs/a/steps.jsonl --base pico --out tuned
     """
-    from metazo.folder import STEPS
-    from metazo.replay import replay as run
+    from metazo.runs.folder import STEPS
+    from metazo.runs.replay import replay as run
 
     path = log / STEPS if log.is_dir() else log
     with Progress(disable=as_json) as bar:

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from metazo import zoo as library
 from metazo.errors import UserError
-from metazo.tuner import Tuner
+from metazo.tuner.file import Tuner
 from metazo.zoo.index import own_folder
 
 app = typer.Typer(help="Find, check, publish and import tuners.", no_args_is_help=True)

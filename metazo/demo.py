@@ -11,14 +11,14 @@ from typing import Any
 from rich.console import Console
 
 from metazo import zoo
-from metazo.config import FinetuneConfig
 from metazo.errors import UserError
-from metazo.files import write_whole
-from metazo.finetune import finetune
-from metazo.folder import RunFolder
+from metazo.io.files import write_whole
 from metazo.meta.config import MetaConfig
 from metazo.meta.train import meta_train
 from metazo.report import plot_curves
+from metazo.runs.config import FinetuneConfig
+from metazo.runs.finetune import finetune
+from metazo.runs.folder import RunFolder
 
 MARKER = "demo.json"
 META_TASK = "pico_span"

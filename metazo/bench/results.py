@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from metazo.errors import UserError
-from metazo.files import write_whole
+from metazo.io.files import write_whole
 
 FORMAT = 1
 NAME = "speed.json"

@@ -15,15 +15,15 @@ import torch
 
 from metazo.compare.identity import machine
 from metazo.compare.results import Result
-from metazo.config import FinetuneConfig
 from metazo.errors import UserError
-from metazo.evaluate import evaluate
-from metazo.finetune import finetune
-from metazo.folder import RunFolder
-from metazo.identity import environment
-from metazo.memory import PeakMemory
-from metazo.plan import set_up
-from metazo.run import Interrupted
+from metazo.runs.config import FinetuneConfig
+from metazo.runs.finetune import finetune
+from metazo.runs.folder import RunFolder
+from metazo.runs.header import environment
+from metazo.runs.machine import PeakMemory
+from metazo.runs.resources import Interrupted
+from metazo.runs.setup import set_up
+from metazo.tasks.evaluate import evaluate
 
 
 @dataclass

@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from metazo.build import hyperparameters, methods
-from metazo.config import FinetuneConfig
 from metazo.errors import UserError
-from metazo.files import safe_name
+from metazo.io.files import safe_name
 from metazo.optimizers.dominant_layer import OUTLIER_LAYER
+from metazo.runs.config import FinetuneConfig
+from metazo.runs.method import hyperparameters, methods
 
 ZERO_SHOT = "zero-shot"
 RANDOM_TUNERS = 3  # so many random starts: one is luck (the published tuners hardly left theirs)

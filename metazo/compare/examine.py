@@ -13,15 +13,15 @@ import torch
 from metazo.compare.columns import Column
 from metazo.compare.grid import Grid, Run
 from metazo.compare.search import start
-from metazo.config import FinetuneConfig
 from metazo.errors import UserError
-from metazo.identity import data_hash, tuner_hash
-from metazo.losses import BatchLoss
+from metazo.io.tensorfile import weights_hash
 from metazo.optimizers.base import ZOOptimizer
-from metazo.plan import Setup, make_optimizer, set_up, settled
-from metazo.run import batch_indices
+from metazo.runs.config import FinetuneConfig
+from metazo.runs.header import data_hash, tuner_hash
+from metazo.runs.resources import batch_indices
+from metazo.runs.setup import Setup, make_optimizer, set_up, settled
 from metazo.tasks import resolve
-from metazo.tensorfile import weights_hash
+from metazo.tasks.closures import BatchLoss
 
 # Settings that make an optimizer; a change in any other means that model and data are loaded anew.
 OPTIMIZING = ("optimizer", "lr", "eps", "schedule", "weight_decay", "noise", "scale", "rule", "tuner", "allow_partial",

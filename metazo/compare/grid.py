@@ -12,9 +12,9 @@ from typing import Any, Literal
 import yaml
 
 from metazo.compare.columns import ZERO_SHOT, Column, resolve
-from metazo.config import FinetuneConfig, build
 from metazo.errors import UserError
-from metazo.files import write_whole
+from metazo.io.files import write_whole
+from metazo.runs.config import FinetuneConfig, build
 
 SEARCH_SEED = 1000  # searches count from here, reported runs from 0
 # The budgets are those of the grid; what a run leaves behind is its result alone.

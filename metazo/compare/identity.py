@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from metazo.config import FinetuneConfig
+from metazo.runs.config import FinetuneConfig
 
 # Where and how a run is done, not what it computes.
 INCIDENTAL = ("out", "resume", "device", "data", "zoo", "snapshot_every", "eval_batch_size")

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from metazo.errors import UserError
-from metazo.files import write_whole
+from metazo.io.files import write_whole
 
 PARTS = ("run_info", "train_info", "metrics")
 KINDS = ("search", "seed", "time")

@@ -23,7 +23,7 @@ from metazo.compare.results import Result, Search, read_search, write_search
 from metazo.compare.search import walk
 from metazo.compare.store import Store
 from metazo.errors import UserError
-from metazo.run import Interrupted, interruptible
+from metazo.runs.resources import Interrupted, interruptible
 
 FASTER = 0.95  # a run that takes less than this share of the time budget is gone on with
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from metazo.blocks import Block, NamedTensor
-from metazo.directions import Isotropic, Scaled
 from metazo.noise import Noise, TorchOrderNoise
-from metazo.probe import Weights
+from metazo.step.directions import Isotropic, Scaled
+from metazo.step.weights import Weights
 
 Loss = Callable[[], Tensor]
 """Evaluates a loss at the present weights, differentiably while grad is on."""

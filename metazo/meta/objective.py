@@ -17,8 +17,8 @@ from torch import Tensor
 from metazo.blocks import Block
 from metazo.errors import UserError
 from metazo.meta.gradient import Loss, OneStep, one_step
-from metazo.probe import Weights
-from metazo.scales import State, normalisation
+from metazo.step.scales import State, normalisation
+from metazo.step.weights import Weights
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from metazo.meta.config import MetaConfig
 from metazo.meta.data import Order, PreparedTask
 from metazo.meta.run import length, restarts
 from metazo.meta.trajectory import disk_use
-from metazo.run import size
+from metazo.runs.resources import size
 
 
 @dataclass(frozen=True)

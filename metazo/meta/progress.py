@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from metazo.blocks import Block
-from metazo.files import whole_file
+from metazo.io.files import whole_file
 from metazo.meta.ratio import block_type
 from metazo.meta.run import MetaStep
 

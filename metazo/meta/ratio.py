@@ -27,7 +27,7 @@ from metazo.blocks import Block, NamedTensor
 from metazo.errors import UserError
 from metazo.meta.gradient import block_of, dot, stream_gradients
 from metazo.meta.objective import Outcome, Situation
-from metazo.scales import State
+from metazo.step.scales import State
 
 _SIGNAL_FLOOR = 0.05  # of sum p |G|: the measured agreement may come out negative, its logarithm may not
 

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from metazo.blocks import NamedTensor
-from metazo.tensorfile import write_tensors
+from metazo.io.tensorfile import write_tensors
 
 
 class Start:

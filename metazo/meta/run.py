@@ -20,9 +20,9 @@ from metazo.meta.teacher import Teacher, load_optimizer_tensors, optimizer_tenso
 from metazo.meta.unrolled import UnrolledLoss
 from metazo.noise import Noise, PhiloxNoise
 from metazo.optimizers.zo_finetuner import PUBLISHED_EMBEDDING_ROWS
-from metazo.pertnn import PertNN
-from metazo.probe import Weights
-from metazo.scales import State, TunerScale, block_statistics, normalisation, published_root
+from metazo.step.scales import State, TunerScale, block_statistics, normalisation, published_root
+from metazo.step.weights import Weights
+from metazo.tuner.networks import PertNN
 
 MOST_SKIPPED = 50  # in a row: by then the run is lost
 _LABELS = 1 << 31  # query number of the seed that labels are sampled with

@@ -15,8 +15,6 @@ from rich.console import Console
 import metazo
 from metazo.blocks import Block, named_tensors
 from metazo.errors import UserError
-from metazo.fit import BlockSpec
-from metazo.folder import RunFolder
 from metazo.meta.config import MetaConfig
 from metazo.meta.data import Order, PreparedTask
 from metazo.meta.path import Online
@@ -25,11 +23,13 @@ from metazo.meta.progress import METRICS, Progress, plot, row_of
 from metazo.meta.reset import Start
 from metazo.meta.run import MetaRun, make_teacher, restarts
 from metazo.meta.trajectory import Recorded, Trajectory, belongs_to, record
-from metazo.models import LoadedModel, load_model
-from metazo.pertnn import PertNN
-from metazo.run import Interrupted, interruptible, require_space
+from metazo.models.load import LoadedModel, load_model
+from metazo.runs.folder import RunFolder
+from metazo.runs.resources import Interrupted, interruptible, require_space
 from metazo.tasks import prepare, resolve
-from metazo.tuner import Tuner, TunerInfo
+from metazo.tuner.file import Tuner, TunerInfo
+from metazo.tuner.match import BlockSpec
+from metazo.tuner.networks import PertNN
 
 TUNER, CONFIG, _START = "tuner.safetensors", "config.json", "start.safetensors"
 

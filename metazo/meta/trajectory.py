@@ -20,15 +20,15 @@ from torch import Tensor, nn
 
 from metazo.blocks import NamedTensor
 from metazo.errors import UserError
-from metazo.files import write_whole
-from metazo.fit import fingerprint
+from metazo.io.files import write_whole
+from metazo.io.tensorfile import read_tensors, write_tensors
 from metazo.meta.data import MetaTask, Order
 from metazo.meta.gradient import Loss
 from metazo.meta.path import load_weights, weights_of
 from metazo.meta.reset import put
 from metazo.meta.teacher import Teacher
-from metazo.run import require_space
-from metazo.tensorfile import read_tensors, write_tensors
+from metazo.runs.resources import require_space
+from metazo.tuner.match import fingerprint
 
 FORMAT_VERSION = 1
 _MANIFEST, _LOG = "manifest.json", "log.jsonl"

@@ -22,7 +22,7 @@ from metazo.errors import UserError
 from metazo.meta.gradient import OneStep, Redraw, block_of
 from metazo.meta.objective import Outcome, Situation, averaged
 from metazo.noise import Noise
-from metazo.scales import State
+from metazo.step.scales import State
 
 ModelLoss = Callable[[nn.Module], Tensor]
 """The loss of a model on a batch."""

@@ -20,9 +20,9 @@ from llvmlite import binding
 from numba import njit, types
 from numba.extending import overload
 
-from metazo.casts import as_bits, as_float, from_half, to_half
+from metazo.kernels.casts import as_bits, as_float, from_half, to_half
+from metazo.kernels.parallel import PIECE, kernel, share
 from metazo.noise import philox as definition
-from metazo.threads import PIECE, kernel, share
 
 _CHUNK = 128  # numbers in the buffer
 _u16, _u32, _u64, _f32, _i32 = np.uint16, np.uint32, np.uint64, np.float32, np.int32

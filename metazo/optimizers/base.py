@@ -24,16 +24,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from metazo.blocks import NamedTensor, check_names
-from metazo.directions import Direction, Isotropic, Scaled
 from metazo.errors import UserError
-from metazo.estimators import Estimator, TwoPoint
 from metazo.noise import Noise, PhiloxNoise
 from metazo.optimizers.groups import Closure, listed, mean_over_processes, named_groups, trainable
-from metazo.optimizers.step import Step, Update
-from metazo.probe import Term, Weights
-from metazo.rules import SGD, Rule
-from metazo.scales import BlockScale, RMSScale
-from metazo.scratch import Scratch, used_unseen
+from metazo.step.directions import Direction, Isotropic, Scaled
+from metazo.step.estimators import Estimator, TwoPoint
+from metazo.step.record import Step, Update
+from metazo.step.rules import SGD, Rule
+from metazo.step.scales import BlockScale, RMSScale
+from metazo.step.substitute import Scratch, used_unseen
+from metazo.step.weights import Term, Weights
 
 State = dict[str, Tensor]
 
@@ -62,7 +62,7 @@ class ZOOptimizer(Optimizer):
         noise: "gaussian", "rademacher", or a noise source.
         scale: block scales: None, "rms", or a BlockScale (a tuner's).
         rule: what is done with the estimate; None takes the method's own.
-        precision: where theta lives while it is probed; see metazo.probe.
+        precision: where theta lives while it is probed; see metazo.step.precision.
 
     Attributes: last_step, the Step record of the step just taken; forwards, closure evaluations so far; recorder,
     called with each Step before the weights change; max_loss, above which a loss counts as not finite.

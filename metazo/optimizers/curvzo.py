@@ -39,9 +39,9 @@ import numpy as np
 import torch
 
 from metazo.blocks import NamedTensor
-from metazo.directions import Direction, Isotropic, Scaled, Sparse
 from metazo.errors import UserError
 from metazo.optimizers.base import State, Update, ZOOptimizer
+from metazo.step.directions import Direction, Isotropic, Scaled, Sparse
 
 BUDGET_RANGE = (0.1, 0.8)  # of the adaptive budget
 RELEASE_SCORE = 0.01  # S_b at the start

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from metazo.errors import UserError
 from metazo.optimizers.base import DECAY_EXEMPT
-from metazo.optimizers.step import Step
+from metazo.step.record import Step
 
 FORWARDS_PER_STEP = 3
 RULES: dict[str, Callable[..., torch.optim.Optimizer]] = {

@@ -27,9 +27,9 @@ from typing import Literal
 
 from metazo.blocks import NamedTensor
 from metazo.errors import UserError
-from metazo.estimators import OneSided
 from metazo.noise import Noise
 from metazo.optimizers.base import State, Update, ZOOptimizer
+from metazo.step.estimators import OneSided
 
 
 class FZOO(ZOOptimizer):

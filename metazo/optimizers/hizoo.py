@@ -37,10 +37,10 @@ import torch
 from torch import Tensor
 
 from metazo.blocks import NamedTensor, part
-from metazo.directions import Diagonal, Direction, Isotropic, drawn
 from metazo.errors import UserError
-from metazo.estimators import ThreeLosses
 from metazo.optimizers.base import State, Update, ZOOptimizer
+from metazo.step.directions import Diagonal, Direction, Isotropic, drawn
+from metazo.step.estimators import ThreeLosses
 
 
 class CurvatureScaled(ZOOptimizer):

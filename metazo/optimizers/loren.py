@@ -42,13 +42,13 @@ import torch
 from torch import Tensor
 
 from metazo.blocks import NamedTensor, pieces
-from metazo.directions import Direction, Isotropic, Reflected
 from metazo.errors import UserError
-from metazo.estimators import LeaveOneOut, mean
 from metazo.noise import INITIAL, Stream
 from metazo.optimizers.base import State, Update, ZOOptimizer
-from metazo.probe import Term
-from metazo.rules import SGD, Momentum
+from metazo.step.directions import Direction, Isotropic, Reflected
+from metazo.step.estimators import LeaveOneOut, mean
+from metazo.step.rules import SGD, Momentum
+from metazo.step.weights import Term
 
 
 def score(d: Tensor, a: Tensor, damping: float) -> Tensor:

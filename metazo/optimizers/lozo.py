@@ -32,7 +32,7 @@ least, whatever the weights; a tensor of more than two dimensions (convolution) 
 not crash; weights narrower than float32 are not perturbed in place.
 
 Two forms of the probe (`form`): "weights" adds eps U V^T to the weights, two passes over them a query; "activations" runs
-all probes of a step in one forward pass as W x + a U (V^T x) and leaves the weights alone (metazo/branches.py), which pays
+all probes of a step in one forward pass as W x + a U (V^T x) and leaves the weights alone (metazo/step/batched.py), which pays
 on a small batch. The losses are the same but for rounding; the update and the record are the same.
 
 Where not to use: on tensors whose gradient is not low rank, such as an embedding of which a batch touches many rows, or
@@ -50,17 +50,17 @@ import torch
 from torch import Tensor
 
 from metazo.blocks import NamedTensor
-from metazo.branches import Branch, TooLarge
-from metazo.branches import losses as losses_at
-from metazo.directions import Direction, Isotropic
 from metazo.errors import UserError
-from metazo.estimators import TwoPoint, mean
-from metazo.lowrank import Held, LowRank
 from metazo.noise import RIGHT, Stream
 from metazo.optimizers.base import State, ZOOptimizer
 from metazo.optimizers.groups import Closure, listed, mean_over_processes
-from metazo.optimizers.step import Step, Update
-from metazo.scratch import used_unseen
+from metazo.step.batched import Branch, TooLarge
+from metazo.step.batched import losses as losses_at
+from metazo.step.directions import Direction, Isotropic
+from metazo.step.estimators import TwoPoint, mean
+from metazo.step.lowrank import Held, LowRank
+from metazo.step.record import Step, Update
+from metazo.step.substitute import used_unseen
 
 UNDECIDED, WEIGHTS, ACTIVATIONS = 0, 1, 2  # the form that a run took, as state
 ROWS = 512  # probes x batch x length up to which "auto" takes activations (docs/speed.md)

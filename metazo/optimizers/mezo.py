@@ -15,9 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from metazo.estimators import TwoPoint
 from metazo.optimizers.base import ZOOptimizer
-from metazo.rules import Adam, Momentum
+from metazo.step.estimators import TwoPoint
+from metazo.step.rules import Adam, Momentum
 
 
 class MeZO(ZOOptimizer):

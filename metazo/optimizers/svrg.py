@@ -41,10 +41,10 @@ from torch import Tensor
 
 from metazo.blocks import NamedTensor, part
 from metazo.errors import UserError
-from metazo.estimators import ControlVariate, TwoPoint
 from metazo.optimizers.base import State, ZOOptimizer
 from metazo.optimizers.groups import Closure, listed
-from metazo.optimizers.step import Step, Update
+from metazo.step.estimators import ControlVariate, TwoPoint
+from metazo.step.record import Step, Update
 
 RISE, FLOOR, MINI_FLOOR = 1.05, 1e-5, 1e-6  # of annealing, as published
 

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from metazo.errors import UserError
 from metazo.optimizers.base import ZOOptimizer
-from metazo.scales import STATISTICS_EVERY, BlockScale, TunerScale
+from metazo.step.scales import STATISTICS_EVERY, BlockScale, TunerScale
 
 if TYPE_CHECKING:
-    from metazo.tuner import Tuner
+    from metazo.tuner.file import Tuner
 
 PUBLISHED_EMBEDDING_ROWS = 15  # rows of an embedding that one example is taken to touch
 

@@ -10,12 +10,13 @@ from typing import Literal
 
 from matplotlib.figure import Figure
 
+from metazo.plots.style import svg
+
 from . import costs, figures, sigma, tables
 from .analysis import Analysis
 from .data import CONTROL, Comparison
 from .runs import Run, part
 from .story import Story, story
-from .style import svg
 from .table import Table, score
 
 SIGMA_PICTURES = 6

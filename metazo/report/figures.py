@@ -12,9 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from metazo.plots.style import COLOURS, cut, log_axis, look, short, styled
+
 from .analysis import Analysis, band
 from .data import CONTROL, FIRST, UNTRAINED, ZEROTH, Comparison
-from .style import COLOURS, cut, log_axis, look, short, styled
 from .tables import by_family, metric_name
 
 # By what a column trains with: colour, marker, and how the legend calls it.

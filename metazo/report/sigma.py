@@ -10,8 +10,9 @@ import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
+from metazo.plots.style import log_axis, short, styled
+
 from .figures import clipped
-from .style import log_axis, short, styled
 
 TIMES = 4
 OUTSIDE = -1  # the depth of a block that is in no numbered layer

@@ -11,11 +11,11 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader
 
 from metazo.errors import UserError
-from metazo.files import write_whole
+from metazo.io.files import write_whole
+from metazo.plots.style import data_uri
 
 from .build import Report
 from .data import Comparison
-from .style import data_uri
 from .table import Table, escape_markdown, write_csv
 
 BLOCK = re.compile(r"(<!-- results:(?P<name>[\w./-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)

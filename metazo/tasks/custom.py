@@ -9,7 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from metazo.errors import UserError
-from metazo.plain import Loader, read_yaml, shown
+from metazo.io.plain import Loader, read_yaml, shown
 from metazo.tasks.base import Task
 
 

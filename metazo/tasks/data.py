@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from metazo.errors import UserError
-from metazo.files import is_file
+from metazo.io.files import is_file
 from metazo.tasks.base import Row, Task
 
 SPLITS = ("train", "dev", "test")

@@ -13,7 +13,7 @@ from math import ceil
 from typing import Any
 
 from metazo.errors import UserError
-from metazo.models import LoadedModel
+from metazo.models.load import LoadedModel
 from metazo.tasks.base import Row, Task, columns
 
 

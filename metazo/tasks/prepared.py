@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from metazo.errors import UserError
-from metazo.models import LoadedModel
+from metazo.models.load import LoadedModel
 from metazo.tasks.base import Task
 from metazo.tasks.data import SPLITS, draw
 from metazo.tasks.encode import Encoded, Encoder

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from metazo.tuner import Tuner, TunerInfo
+from metazo.tuner.file import Tuner, TunerInfo
 from metazo.zoo.log import Log
 
 

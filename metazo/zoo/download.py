@@ -14,9 +14,9 @@ from http.client import HTTPException, HTTPResponse
 from typing import Any
 from urllib.parse import urlsplit
 
-from metazo.address import shown_address
 from metazo.errors import UserError
-from metazo.tuner import MAX_BYTES
+from metazo.io.redact import shown_address
+from metazo.tuner.file import MAX_BYTES
 
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 SECONDS_TO_ANSWER = 30

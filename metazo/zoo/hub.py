@@ -13,8 +13,8 @@ import huggingface_hub
 from huggingface_hub import errors
 
 from metazo.errors import UserError
-from metazo.files import safe_name, write_whole
-from metazo.tuner import MAX_BYTES
+from metazo.io.files import safe_name, write_whole
+from metazo.tuner.file import MAX_BYTES
 
 _FILE = "tuner.safetensors"
 

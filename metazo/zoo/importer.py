@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from metazo.errors import UserError
-from metazo.files import is_file, read_capped
-from metazo.fit import BlockSpec
-from metazo.pertnn import PertNN
-from metazo.plain import parse_json
-from metazo.tuner import Tuner, TunerInfo
+from metazo.io.files import is_file, read_capped
+from metazo.io.plain import parse_json
+from metazo.tuner.file import Tuner, TunerInfo
+from metazo.tuner.match import BlockSpec
+from metazo.tuner.networks import PertNN
 from metazo.zoo.layout import layout, unwrapped
 from metazo.zoo.torchfile import read_networks
 

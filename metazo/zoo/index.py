@@ -20,9 +20,9 @@ from huggingface_hub import constants
 
 import pertnn_zoo
 from metazo.errors import UserError
-from metazo.files import read_capped, safe_name, write_whole
-from metazo.plain import parse_json
-from metazo.tuner import MAX_BYTES, Tuner
+from metazo.io.files import read_capped, safe_name, write_whole
+from metazo.io.plain import parse_json
+from metazo.tuner.file import MAX_BYTES, Tuner
 from metazo.zoo.card import card_of
 from metazo.zoo.log import Log
 from metazo.zoo.signature import SUFFIX, check_signature

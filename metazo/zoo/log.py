@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from metazo.address import shown_address
 from metazo.errors import UserError
-from metazo.optimizers.step import Step
-from metazo.plain import is_plain
-from metazo.steplog import encode, line, scan
+from metazo.io.plain import is_plain
+from metazo.io.redact import shown_address
+from metazo.step.record import Step
+from metazo.steplog.format import encode, line, scan
 
 
 @dataclass(frozen=True)
 class Log:
-    """A whole step log; see metazo/steplog.py."""
+    """A whole step log; see metazo/steplog/format.py."""
 
     data: bytes
     header: dict[str, Any]

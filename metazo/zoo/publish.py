@@ -8,8 +8,8 @@ from hashlib import sha256
 from pathlib import Path
 
 from metazo.errors import UserError
-from metazo.files import read_capped, safe_name
-from metazo.tuner import MAX_BYTES, Tuner, TunerInfo
+from metazo.io.files import read_capped, safe_name
+from metazo.tuner.file import MAX_BYTES, Tuner, TunerInfo
 from metazo.zoo.card import card
 from metazo.zoo.hub import hub_push
 from metazo.zoo.index import FILES, Sign, add, own_folder

@@ -8,9 +8,9 @@ from hashlib import sha256
 from pathlib import Path
 
 from metazo.errors import UserError
-from metazo.files import read_capped
-from metazo.fit import fingerprint
-from metazo.tuner import MAX_BYTES, Tuner
+from metazo.io.files import read_capped
+from metazo.tuner.file import MAX_BYTES, Tuner
+from metazo.tuner.match import fingerprint
 from metazo.zoo.index import TUNER_FILE, Entry, Found, folders, read_index
 from metazo.zoo.log import Log
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from metazo.errors import UserError
-from metazo.files import is_file, read_capped
+from metazo.io.files import is_file, read_capped
 
 SUFFIX = ".minisig"
 MAX_BYTES = 8192

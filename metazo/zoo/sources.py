@@ -11,10 +11,10 @@ from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 
-from metazo.address import shown_address
 from metazo.errors import UserError
-from metazo.files import read_capped, safe_name
-from metazo.tuner import MAX_BYTES, Tuner
+from metazo.io.files import read_capped, safe_name
+from metazo.io.redact import shown_address
+from metazo.tuner.file import MAX_BYTES, Tuner
 from metazo.zoo.download import download
 from metazo.zoo.hub import hub_file
 from metazo.zoo.index import TUNER_FILE, Entry, Found, add, cache_folder, read_index

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from metazo.errors import UserError
-from metazo.files import read_capped
-from metazo.pertnn import SequentialWeights
+from metazo.io.files import read_capped
+from metazo.tuner.networks import SequentialWeights
 from metazo.zoo import pickled
 
 MAX_BYTES = 16 * 2**20

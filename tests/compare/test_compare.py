@@ -22,8 +22,8 @@ from metazo.compare.grid import Grid, Run
 from metazo.compare.pool import Pool
 from metazo.compare.results import Result, read_results, read_search
 from metazo.compare.run import compare
-from metazo.config import build
 from metazo.errors import UserError
+from metazo.runs.config import build
 from metazo_cli.compare import command
 
 CONFIG = {

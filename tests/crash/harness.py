@@ -37,13 +37,13 @@ import torch
 from rich.console import Console
 
 import metazo
-from metazo.config import FinetuneConfig, build
-from metazo.finetune import finetune
 from metazo.meta.config import MetaConfig
 from metazo.meta.train import meta_train
 from metazo.optimizers import OPTIMIZERS, ZOOptimizer
 from metazo.optimizers.first_order import RULES, FirstOrder
-from metazo.steplog import scan
+from metazo.runs.config import FinetuneConfig, build
+from metazo.runs.finetune import finetune
+from metazo.steplog.format import scan
 from tests.crash.deaths import at_line, at_write
 from tests.crash.table import MODES, lost, render, table
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from metazo.config import FinetuneConfig, build
 from metazo.errors import UserError
-from metazo.finetune import finetune
-from metazo.steplog import read, scan
+from metazo.runs.config import FinetuneConfig, build
+from metazo.runs.finetune import finetune
+from metazo.steplog.format import read, scan
 
 SETTINGS = {
     "model": "pico", "task": "pico_sentiment", "optimizer": "mezo", "lr": 1e-4, "steps": 40, "batch_size": 2,

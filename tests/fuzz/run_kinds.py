@@ -10,9 +10,9 @@ import torch
 import yaml
 from hypothesis import strategies as st
 
-from metazo.config import FinetuneConfig, build, read_recipe
 from metazo.meta.config import MetaConfig
-from metazo.models import LoadedModel, load_model
+from metazo.models.load import LoadedModel, load_model
+from metazo.runs.config import FinetuneConfig, build, read_recipe
 from metazo.tasks import from_yaml, prepare
 from metazo.tasks.base import Task
 from tests.fuzz.kind import Kind, nested, to_json

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from metazo import zoo
-from metazo.folder import RunFolder
-from metazo.optimizers.step import Step
-from metazo.scores import _sound
-from metazo.steplog import encode, header, line, read, scan
+from metazo.runs.evaluations import _sound
+from metazo.runs.folder import RunFolder
+from metazo.step.record import Step
+from metazo.steplog.format import encode, header, line, read, scan
 from metazo.zoo.card import log_card
 from metazo.zoo.log import Log
 from metazo.zoo.signature import check_signature

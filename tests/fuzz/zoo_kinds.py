@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from metazo import zoo
-from metazo.pertnn import PertNN
-from metazo.tuner import BlockSpec, Tuner, TunerInfo
+from metazo.tuner.file import BlockSpec, Tuner, TunerInfo
+from metazo.tuner.networks import PertNN
 from metazo.zoo.card import card
 from metazo.zoo.download import check_scheme
 from metazo.zoo.index import read_index

@@ -15,8 +15,8 @@ from metazo.blocks import named_tensors, partition
 from metazo.meta.gradient import Redraw, one_step, stream_gradients
 from metazo.meta.unrolled import unrolled_steps
 from metazo.noise import PhiloxNoise, TorchOrderNoise
-from metazo.probe import Weights
-from metazo.scales import normalisation
+from metazo.step.scales import normalisation
+from metazo.step.weights import Weights
 
 EPS, LR_UPDATE = 1e-3, 2e-3
 IDS = torch.arange(24).view(3, 8) % 11
@@ -160,7 +160,7 @@ from metazo.blocks import named_tensors, partition
 from metazo.meta.gradient import one_step
 from metazo.meta.teacher import Teacher
 from metazo.noise import PhiloxNoise
-from metazo.probe import Weights
+from metazo.step.weights import Weights
 
 torch.set_num_threads(1)
 model = nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(24)))  # 96 MiB in tensors of 4 MiB

@@ -11,9 +11,9 @@ from metazo.blocks import named_tensors, partition
 from metazo.meta.data import Order, PreparedTask, with_sampled_labels
 from metazo.meta.objective import Situation
 from metazo.meta.ratio import block_type, measure, pooled, ratio
-from metazo.models import load_model
+from metazo.models.load import load_model
 from metazo.noise import PhiloxNoise
-from metazo.probe import Weights
+from metazo.step.weights import Weights
 from metazo.tasks import prepare, resolve
 
 

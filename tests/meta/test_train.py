@@ -11,8 +11,6 @@ import pytest
 import torch
 from rich.console import Console
 
-from metazo.config import build as build_config
-from metazo.config import read_recipe
 from metazo.errors import UserError
 from metazo.meta.config import MetaConfig
 from metazo.meta.progress import row_of, warning
@@ -20,8 +18,10 @@ from metazo.meta.run import MetaRun
 from metazo.meta.train import build, dry, load, meta_train
 from metazo.meta.trajectory import Trajectory
 from metazo.recipes import locate
-from metazo.run import Interrupted
-from metazo.tuner import Tuner
+from metazo.runs.config import build as build_config
+from metazo.runs.config import read_recipe
+from metazo.runs.resources import Interrupted
+from metazo.tuner.file import Tuner
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from metazo.optimizers import OPTIMIZERS, ZOOptimizer
-from metazo.optimizers.step import Step
-from metazo.pertnn import PertNN
-from metazo.scales import TunerScale
+from metazo.step.record import Step
+from metazo.step.scales import TunerScale
+from metazo.tuner.networks import PertNN
 
 
 @dataclass(frozen=True)

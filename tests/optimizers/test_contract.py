@@ -13,10 +13,10 @@ import re
 import pytest
 import torch
 
-from metazo.build import hyperparameters
 from metazo.optimizers import OPTIMIZERS
 from metazo.optimizers.base import DECAY_EXEMPT
-from metazo.scales import normalisation
+from metazo.runs.method import hyperparameters
+from metazo.step.scales import normalisation
 from tests.optimizers.contract import IDS, NAMES, case, llama, make, quadratic, take
 
 every_method = pytest.mark.parametrize("name", NAMES)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from safetensors.torch import load, save
 from torch import multiprocessing
 
-from metazo.optimizers.step import Step
+from metazo.step.record import Step
 from tests.optimizers.contract import NAMES, Toy, case, make, quadratic, take
 
 every_method = pytest.mark.parametrize("name", NAMES)

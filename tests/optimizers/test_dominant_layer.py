@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from metazo.config import FinetuneConfig
 from metazo.errors import UserError
-from metazo.finetune import finetune
 from metazo.optimizers import DominantLayer, first_outlier_layer
+from metazo.runs.config import FinetuneConfig
+from metazo.runs.finetune import finetune
 
 
 @pytest.fixture(scope="module")

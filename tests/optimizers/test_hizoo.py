@@ -12,7 +12,7 @@ from torch import nn
 from metazo.errors import UserError
 from metazo.noise import PhiloxNoise
 from metazo.optimizers import HiZOO, HiZOOL
-from metazo.rules import Adam
+from metazo.step.rules import Adam
 from tests.optimizers.montecarlo import Linear, assert_mean, estimates
 
 HESSIAN = torch.tensor([[4.0, 1.0, 0.5], [1.0, 2.0, -0.5], [0.5, -0.5, 0.4]], dtype=torch.float64)

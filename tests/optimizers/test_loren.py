@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from metazo.blocks import named_tensors
-from metazo.directions import Isotropic, Reflected
 from metazo.errors import UserError
-from metazo.estimators import LeaveOneOut
 from metazo.noise import PhiloxNoise
 from metazo.optimizers.loren import LOREN, score
+from metazo.step.directions import Isotropic, Reflected
+from metazo.step.estimators import LeaveOneOut
 
 RHO = 0.3
 

@@ -12,7 +12,7 @@ from torch import nn
 from metazo.errors import UserError
 from metazo.noise import LEFT, RIGHT, PhiloxNoise, TorchOrderNoise
 from metazo.optimizers import LOZO, LOZOM
-from metazo.rules import Adam, Momentum
+from metazo.step.rules import Adam, Momentum
 from tests.optimizers.montecarlo import Linear, assert_mean, estimates
 
 

@@ -10,7 +10,7 @@ from metazo import blocks
 from metazo.blocks import ALIGN, TILE, part, pieces
 from metazo.noise import TILE as NOISE_TILE
 from metazo.optimizers.mezo import MeZO
-from metazo.rules import Adam, Momentum
+from metazo.step.rules import Adam, Momentum
 from tests.optimizers.contract import NAMES, case, make, take
 
 

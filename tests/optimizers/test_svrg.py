@@ -11,7 +11,7 @@ from torch import nn
 
 from metazo.errors import UserError
 from metazo.optimizers import MeZO, MeZOSVRG
-from metazo.rules import Momentum
+from metazo.step.rules import Momentum
 from tests.optimizers.montecarlo import assert_mean, estimates
 
 CURVATURES = torch.tensor([[1.0, 3.0, 0.5], [4.0, 0.2, 1.0], [2.0, 2.0, 5.0], [0.1, 1.0, 0.3]], dtype=torch.float64)

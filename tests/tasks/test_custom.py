@@ -10,7 +10,7 @@ import pytest
 
 import metazo.tasks
 from metazo.errors import UserError
-from metazo.models import load_model
+from metazo.models.load import load_model
 from metazo.tasks import data, from_yaml, prepare, resolve
 
 MINIMAL = 'name: mine\nkind: classification\nprompt: "{text}?"\nlabels: {0: No, 1: Yes}\n'

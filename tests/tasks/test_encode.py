@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from metazo.errors import UserError
-from metazo.models import load_model
+from metazo.models.load import load_model
 from metazo.tasks import get
 from metazo.tasks.base import Task
 from metazo.tasks.encode import Encoder

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, log_softmax
 
-from metazo.models import load_model
+from metazo.models.load import load_model
 from metazo.tasks.base import Task
 from metazo.tasks.encode import Encoder
 from metazo.tasks.prepared import Prepared

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from metazo.errors import UserError
-from metazo.evaluate import evaluate
-from metazo.models import load_model
+from metazo.models.load import load_model
 from metazo.tasks import TASKS, get, names, prepare, resolve
+from metazo.tasks.evaluate import evaluate
 
 WANTED = [
     *("sst2", "cola", "mnli", "qnli", "snli", "trec"),

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from metazo.pertnn import PertNN
-from metazo.tuner import BlockSpec, Tuner, TunerInfo
+from metazo.tuner.file import BlockSpec, Tuner, TunerInfo
+from metazo.tuner.networks import PertNN
 
 SHAPES = [("embed.weight", (10, 4)), ("norm.weight", (4,))]
 

@@ -11,8 +11,8 @@ import pytest
 
 from metazo import zoo
 from metazo.errors import UserError
-from metazo.pertnn import PertNN
-from metazo.tuner import BlockSpec, Tuner, TunerInfo
+from metazo.tuner.file import BlockSpec, Tuner, TunerInfo
+from metazo.tuner.networks import PertNN
 from tests.zoo.test_cli import run
 from tests.zoo.test_importer import networks, saved
 

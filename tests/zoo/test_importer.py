@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from metazo.errors import UserError
-from metazo.tuner import Tuner
+from metazo.tuner.file import Tuner
 from metazo.zoo import import_pth
 from metazo.zoo.torchfile import read_networks
 

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from metazo import zoo
-from metazo.config import FinetuneConfig
 from metazo.errors import UserError
-from metazo.finetune import finetune
-from metazo.optimizers.step import Step
-from metazo.replay import replay
-from metazo.steplog import encode, line, scan
+from metazo.runs.config import FinetuneConfig
+from metazo.runs.finetune import finetune
+from metazo.runs.replay import replay
+from metazo.step.record import Step
+from metazo.steplog.format import encode, line, scan
 from metazo.zoo.log import Log
 from tests.zoo.conftest import make_tuner
 from tests.zoo.test_cli import run

@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 
 from metazo import zoo
-from metazo.address import shown_address
 from metazo.errors import UserError
-from metazo.tuner import Tuner
+from metazo.io.redact import shown_address
+from metazo.tuner.file import Tuner
 from metazo.zoo.index import Entry, write_index
 from tests.zoo.conftest import make_tuner
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from metazo.config import FinetuneConfig
 from metazo.errors import UserError, without_secrets
+from metazo.runs.config import FinetuneConfig
 from tests.zoo.conftest import make_tuner
 
 TOKEN = "hf_" + "Zq7" * 11

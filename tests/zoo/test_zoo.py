@@ -13,8 +13,8 @@ import torch
 
 from metazo import zoo
 from metazo.errors import UserError
-from metazo.files import safe_name
-from metazo.tuner import Tuner
+from metazo.io.files import safe_name
+from metazo.tuner.file import Tuner
 from metazo.zoo.index import read_index
 from tests.zoo.conftest import SHAPES, make_tuner
 
@@ -37,8 +37,8 @@ def test_push_then_find_load_verify(tmp_path: Path, home: Path) -> None:
 
 
 def test_find_by_fingerprint_comes_before_the_name(tmp_path: Path) -> None:
-    from metazo.pertnn import PertNN
-    from metazo.tuner import BlockSpec, TunerInfo
+    from metazo.tuner.file import BlockSpec, TunerInfo
+    from metazo.tuner.networks import PertNN
 
     unknown = [BlockSpec(name, [(name, None)]) for name, _ in SHAPES]
     other = [BlockSpec("w", [("w", (3,))])]

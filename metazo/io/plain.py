@@ -1,0 +1,104 @@
+"""JSON and YAML as plain data, from files that anybody may have written.
+
+Both refuse what readers take differently or what grows while it is read: a key given twice, and in YAML anchors (a few
+lines of which can stand for billions of values), tags that name Python objects, and more than MAX_YAML_BYTES.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from metazo.errors import UserError
+from metazo.io.files import read_capped
+
+MAX_YAML_BYTES = 2**20
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text. Raises ValueError for anything else, for nesting of hundreds of levels, and for an
+    object with a key given twice.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key is given twice")
+    return found
+
+
+class Loader(yaml.SafeLoader):
+    """Plain YAML: no tags of Python, no anchors, no key twice."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        if getattr(event, "anchor", None) is not None:
+            raise yaml.MarkedYAMLError(
+                problem="it has an anchor or alias; write the value out", problem_mark=event.start_mark
+            )
+        return super().compose_node(parent, index)
+
+    def construct_scalar(self, node: Any) -> Any:
+        found = super().construct_scalar(node)
+        if not str(found).isascii() and any("\ud800" <= c <= "\udfff" for c in found):
+            raise yaml.MarkedYAMLError(problem="it has half of a character", problem_mark=node.start_mark)
+        return found
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        found = super().construct_mapping(node, deep)
+        if len(found) < len(node.value):
+            raise yaml.MarkedYAMLError(problem="a key is given twice", problem_mark=node.start_mark)
+        return found
+
+
+def read_yaml(path: Path, what: str, loader: type[Loader] = Loader) -> dict[str, Any]:
+    """A YAML file that is a mapping of names to values. Raises UserError, which calls the file `what`."""
+    data = read_capped(path, MAX_YAML_BYTES, what)
+    try:
+        content = yaml.load(data.decode(), Loader=loader)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what} {path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    except RecursionError as error:
+        raise UserError(f"{what} {path} is not usable: it is nested too deeply") from error
+    except (yaml.YAMLError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+        # PyYAML's own constructors raise the latter for a date, number or tagged value that cannot be
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{what} {path}{line} is not valid YAML: {getattr(error, 'problem', None) or error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{what} {path} must be a mapping of names to values, not {shown(content)}")
+    odd = [key for key in content if not isinstance(key, str)]  # null among them
+    if odd:
+        raise UserError(f"{what} {path} has the key {shown(odd[0])}, which is no name")
+    return content
+
+
+def shown(value: object, longest: int = 80) -> str:
+    """A value as it may stand in a message, shortened."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, lists in lists in lists
+        return f"a huge {type(value).__name__}"
+    return text if len(text) <= longest else f"{text[: longest - 5]} [...]"
+
+
+def is_name(value: object) -> bool:
+    """Whether this is a line of text of at most 512 characters that can be shown."""
+    return isinstance(value, str) and 0 < len(value) <= 512 and value.isprintable()
+
+
+def is_plain(value: object, depth: int = 6) -> bool:
+    """Numbers, and text without control characters that could write on a terminal, `depth` levels at most."""
+    if isinstance(value, dict):
+        return depth > 0 and all(is_name(key) and is_plain(part, depth - 1) for key, part in value.items())
+    if isinstance(value, list):
+        return depth > 0 and all(is_plain(part, depth - 1) for part in value)
+    return not isinstance(value, str) or value.replace("\n", "").replace("\t", "").isprintable()

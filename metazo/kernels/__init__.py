@@ -1,0 +1,1 @@
+"""Compiled loops over all cores, casts, and floats split into a narrow part and its rest."""

@@ -1,0 +1,159 @@
+"""Narrow weights and the bits below them, as one float32: theta = join(weights, low), and back.
+
+A bfloat16 is the upper half of a float32; a float16, its exponent shifted, the upper part of one. Below it lie 16 or 13
+bits, kept signed, as what rounding to nearest left over: all of them in an int16, the upper 8 in an int8.
+
+`join` and `split` are compiled (numba, on the CPU); `plain_join` and `plain_split` are the same with torch alone, bit for
+bit, for all other devices.
+"""
+
+# pyright: reportCallIssue=false, reportPossiblyUnboundVariable=false
+# (pyright reads numba intrinsics as what they are before compilation)
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+try:
+    from metazo.kernels.casts import as_bits, as_float
+    from metazo.kernels.parallel import PIECE, kernel, share
+except ImportError:  # numba is not there; metazo env says so
+    kernel, share, PIECE = None, None, 0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A narrow type as the upper bits of a float32: bits below it, and the power of two between the exponents' biases."""
+
+    below: int
+    scale: float
+
+
+LAYOUTS = {torch.bfloat16: Layout(16, 1.0), torch.float16: Layout(13, 2.0**112)}
+_SIGN, _MAGNITUDE = -(1 << 31), (1 << 31) - 1
+_MULTIPLIERS = (0x7FEB352D, -0x7B935975)  # Wellons' lowbias32, its shifts arithmetic
+
+
+def join(weights: Tensor, low: Tensor, room: Tensor | None = None) -> Tensor:
+    """Theta, float32, of narrow weights and the signed bits below them (int16, or int8: the upper ones of those).
+
+    Shapes: (n,), all of them. room: float32 memory to use, of n entries or more: to take new memory from the system for
+    every piece costs as much as to fill it.
+    """
+    if not _compiled(weights, low):
+        return plain_join(weights, low)
+    layout, theta = LAYOUTS[weights.dtype], torch.empty(len(weights)) if room is None else room[: len(weights)]
+    arrays = weights.view(torch.int16).numpy(), low.numpy(), theta.numpy()
+    fixed = (layout.below, _dropped(layout, low), np.float32(layout.scale))
+    share(_join, [(*cut, *fixed) for _, cut in _cuts(*arrays)])  # type: ignore[misc]
+    return theta
+
+
+def split(theta: Tensor, weights: Tensor, low: Tensor, start: int, seed: int) -> None:
+    """The inverse of `join`: weights = theta rounded (half away from zero), low = the bits in which they differ.
+
+    In 16 bits that is exact, but for float16 below 2^-14, where theta is a multiple of 2^-37. In 8 bits theta is first
+    rounded stochastically, which keeps on average what is smaller than their unit (2^-8 of the weights'); the dither is
+    a hash of seed and element, the same on every device. theta may be overwritten.
+    """
+    if not (_compiled(weights, low) and theta.is_contiguous() and theta.dtype == torch.float32):
+        plain_split(theta, weights, low, start, seed)
+        return
+    layout, arrays = LAYOUTS[weights.dtype], (theta.numpy(), weights.view(torch.int16).numpy(), low.numpy())
+    fixed = (layout.below, _dropped(layout, low), np.float32(1 / layout.scale), np.int32(_folded(seed)))
+    share(_split, [(*cut, start + first, *fixed) for first, cut in _cuts(*arrays)])  # type: ignore[misc]
+
+
+def _compiled(weights: Tensor, low: Tensor) -> bool:
+    return kernel is not None and weights.device.type == "cpu" and weights.is_contiguous() and low.is_contiguous()
+
+
+def _dropped(layout: Layout, low: Tensor) -> int:
+    """Bits of theta that are not kept."""
+    return layout.below - 8 if low.dtype == torch.int8 else 0
+
+
+def _folded(seed: int) -> int:
+    return (seed ^ seed >> 32) & 0x7FFFFFFF
+
+
+def _cuts(*arrays: np.ndarray) -> list[tuple[int, tuple[np.ndarray, ...]]]:
+    starts = range(0, len(arrays[0]), PIECE)
+    return [(start, tuple(array[start : start + PIECE] for array in arrays)) for start in starts]
+
+
+def plain_join(weights: Tensor, low: Tensor) -> Tensor:
+    """`join` with torch alone."""
+    layout = LAYOUTS[weights.dtype]
+    wide = weights.view(torch.int16).to(torch.int32)
+    wide = ((wide & 0x7FFF) << layout.below).bitwise_or_(wide & _SIGN) if layout.below < 16 else wide << 16
+    wide += low.to(torch.int32) << _dropped(layout, low)
+    return wide.view(torch.float32).mul_(layout.scale)
+
+
+def plain_split(theta: Tensor, weights: Tensor, low: Tensor, start: int, seed: int) -> None:
+    """`split` with torch alone. theta is overwritten."""
+    layout = LAYOUTS[weights.dtype]
+    bits = theta.mul_(1 / layout.scale).view(torch.int32)
+    dropped = _dropped(layout, low)
+    if dropped:
+        bits += dither(start, bits.numel(), seed, dropped, bits.device)
+        bits &= -1 << dropped
+    high = (bits & _MAGNITUDE).add_(1 << (layout.below - 1)).bitwise_right_shift_(layout.below)
+    low.copy_((bits & _MAGNITUDE).sub_(high << layout.below).bitwise_right_shift_(dropped))
+    weights.view(torch.int16).copy_(high.bitwise_or_((bits >> 16) & -(1 << 15)))
+
+
+def dither(start: int, count: int, seed: int, bits: int, device: torch.device | str = "cpu") -> Tensor:
+    """Uniform integers of that many bits for elements start .. start + count - 1. Returns: (count,), int32."""
+    x = torch.arange(start, start + count, dtype=torch.int64, device=device).to(torch.int32)
+    x ^= _folded(seed)
+    for multiplier in _MULTIPLIERS:
+        x ^= x >> 16
+        x *= multiplier
+    return (x ^ x >> 15).bitwise_and_((1 << bits) - 1)
+
+
+_i16, _i32, _u32, _u64 = np.int16, np.int32, np.uint32, np.uint64
+_M0, _M1 = (_i32(m) for m in _MULTIPLIERS)
+_FIFTEEN, _SIXTEEN, _LOW, _TOP, _REST = _i32(15), _i32(16), _i32(0x7FFF), _i32(_SIGN), _i32(_MAGNITUDE)
+
+
+def _join_loop(weights: Any, low: Any, theta: Any, below: int, dropped: int, scale: Any) -> None:
+    up, down = _i32(below), _i32(dropped)
+    for i in range(theta.size):
+        e = _u64(i)  # numba asks of a signed index whether it is negative
+        wide = _i32(weights[e])
+        wide = _i32(_i32(_i32(wide & _LOW) << up) | _i32(wide & _TOP))
+        wide = _i32(wide + _i32(_i32(low[e]) << down))
+        theta[e] = as_float(_u32(wide)) * scale
+
+
+def _split_loop(
+    theta: Any, weights: Any, low: Any, start: int, below: int, dropped: int, scale: Any, seed: Any
+) -> None:
+    up, down, half = _i32(below), _i32(dropped), _i32(1 << (below - 1))
+    dither, kept = _i32((1 << dropped) - 1), _i32(-1 << dropped)
+    for i in range(theta.size):
+        e = _u64(i)
+        bits = _i32(as_bits(theta[e] * scale))
+        if dropped:
+            x = _i32(_i32(start + i) ^ seed)
+            x = _i32(_i32(x ^ _i32(x >> _SIXTEEN)) * _M0)
+            x = _i32(_i32(x ^ _i32(x >> _SIXTEEN)) * _M1)
+            bits = _i32(_i32(bits + _i32(_i32(x ^ _i32(x >> _FIFTEEN)) & dither)) & kept)
+        magnitude = _i32(bits & _REST)
+        high = _i32(_i32(magnitude + half) >> up)
+        low[e] = _i32(_i32(magnitude - _i32(high << up)) >> down)
+        weights[e] = _i16(high | _i32(_i32(bits >> _SIXTEEN) & _i32(-0x8000)))
+
+
+if kernel:
+    _version = f"{zlib.crc32(repr((_MULTIPLIERS, LAYOUTS)).encode()):x}"
+    _join, _split = kernel(_join_loop, _version), kernel(_split_loop, _version)

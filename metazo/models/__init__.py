@@ -1,0 +1,1 @@
+"""Load a model, put adapters on it, and choose what is trained."""

@@ -1,0 +1,188 @@
+"""Load a transformers model and its tokenizer, from a folder or the Hub, with the dtype always said.
+
+The dtype is never left to the checkpoint: since transformers 5 OPT would load as float16, in which perturbed weights
+lose the perturbation (huggingface/peft#3053, princeton-nlp/MeZO#42).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from metazo.errors import UserError
+from metazo.models.sentence import HEAD_FILE, SentenceClassifier, find, pooling_of, quiet
+
+Kind = Literal["causal", "masked", "classifier"]
+KINDS = {
+    "causal": AutoModelForCausalLM,
+    "masked": AutoModelForMaskedLM,
+    "classifier": AutoModelForSequenceClassification,
+}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+HEADS = ("auto", "checkpoint", "linear", "prototype")
+PICO = Path(__file__).parents[1] / "pico" / "model"
+
+
+@dataclass
+class LoadedModel:
+    """A model in eval mode with the tokenizer that fits it."""
+
+    model: PreTrainedModel | SentenceClassifier
+    tokenizer: PreTrainedTokenizerBase
+    kind: Kind
+    name: str
+    """Path, Hub id or alias as given."""
+    dtype: torch.dtype
+    context_length: int
+    """Most tokens of one input, special tokens included."""
+
+
+def load_model(
+    name_or_path: str | Path,
+    *,
+    kind: str = "auto",
+    dtype: str | torch.dtype = "float32",
+    device: str | torch.device = "cpu",
+    num_labels: int | None = None,
+    head: str = "auto",
+    seed: int = 0,
+) -> LoadedModel:
+    """Load a model for fine-tuning.
+
+    kind: "causal", "masked", "classifier", or "auto": what the checkpoint was saved as; a checkpoint without a language
+    model head becomes a classifier. A classifier whose checkpoint has no head of ``num_labels`` classes gets a new one,
+    drawn from ``seed`` without touching torch's global generator. head: a classifier's; "checkpoint" is transformers' own
+    class, "linear" and "prototype" stand on pooled hidden states (`SentenceClassifier`), and "auto" takes linear for a
+    sentence-transformers checkpoint, whose pooler was never trained, and checkpoint for every other. ``pico`` is the
+    small model that metazo carries.
+    Code from the Hub is never run. Raises UserError for a model, kind, dtype or device that is not there.
+    """
+    name = str(name_or_path)
+    torch_dtype = _dtype(dtype)
+    source = str(PICO) if name == "pico" else name
+    if kind not in (*KINDS, "auto"):
+        raise UserError(f"unknown model kind {kind!r}; choose auto, {', '.join(KINDS)}")
+    if head not in HEADS:
+        raise UserError(f"unknown head {head!r}; choose {', '.join(HEADS)}")
+    _check_folder(source, name)
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)  # without it, a terminal is asked
+        chosen = _kind_of(config) if kind == "auto" else kind
+        if chosen != "classifier" and head != "auto":
+            raise UserError(
+                f"head {head!r} is for classifiers and {name!r} is used as a {chosen} model; add kind classifier"
+            )
+        with quiet(), torch.random.fork_rng(devices=[]):  # a new head follows the seed, not the global generator
+            torch.default_generator.manual_seed(seed)
+            if chosen == "classifier":
+                model = _classifier(source, config, torch_dtype, num_labels, head)
+            else:
+                model = _language_model(source, config, torch_dtype, chosen, name)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except UserError:
+        raise
+    except Exception as error:
+        # whatever transformers makes of a damaged checkpoint; from None: a server's answer, which may repeat the token
+        # that it was sent, is in no traceback
+        raise UserError(f"model {name!r} cannot be loaded: {_first_sentence(error)}") from None
+    try:
+        model.to(device=torch.device(device))  # type: ignore[call-arg]
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {str(device)!r} cannot be used: {_first_sentence(error)}") from error
+    _set_pad(tokenizer, model)
+    return LoadedModel(model.eval(), tokenizer, chosen, name, torch_dtype, _context_length(model, tokenizer))  # type: ignore[arg-type]
+
+
+def _language_model(source: str, config: PreTrainedConfig, dtype: torch.dtype, kind: str, name: str) -> PreTrainedModel:
+    model, info = KINDS[kind].from_pretrained(source, config=config, dtype=dtype, output_loading_info=True)
+    if info["missing_keys"]:
+        raise UserError(
+            f"model {name!r} has no weights for {sorted(info['missing_keys'])[0]!r}, so it is no trained {kind} language "
+            "model; load it as a classifier, or name a complete checkpoint"
+        )
+    return model
+
+
+def _classifier(
+    source: str, config: PreTrainedConfig, dtype: torch.dtype, classes: int | None, head: str
+) -> PreTrainedModel | SentenceClassifier:
+    if head == "auto":
+        if find(source, HEAD_FILE):
+            model = SentenceClassifier.from_pretrained(source, dtype=dtype)
+            if classes in (None, model.classes):
+                return model
+        own_head = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+        head = "linear" if not own_head and pooling_of(source) else "checkpoint"
+    if head != "checkpoint":
+        return SentenceClassifier.new(source, head=head, classes=classes or config.num_labels or 2, dtype=dtype)
+    if classes is not None and config.num_labels != classes:
+        config.num_labels = classes
+    return KINDS["classifier"].from_pretrained(source, config=config, dtype=dtype, ignore_mismatched_sizes=True)
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise UserError(f"unknown dtype {dtype!r}; choose {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def _check_folder(source: str, name: str) -> None:
+    """A path is told from a Hub id ("name" or "owner/name") before anything asks the network for it."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"model folder {name!r} has no config.json; name a folder written by save_pretrained")
+    elif folder.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
+        raise UserError(f"model folder {name!r} does not exist; check the path")
+
+
+def _kind_of(config: PreTrainedConfig) -> str:
+    for architecture in config.architectures or ():
+        if architecture.endswith(("ForCausalLM", "LMHeadModel")):
+            return "causal"
+        if architecture.endswith("ForMaskedLM"):
+            return "masked"
+    return "classifier"
+
+
+def _first_sentence(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text.split(". ")[0].rstrip(".")[:300]
+
+
+def _set_pad(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | SentenceClassifier) -> None:
+    """Padding is masked out, so any token will do: the tokenizer's own, end of text, unknown, or token 0."""
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
+    if model.config.get_text_config().pad_token_id is None:
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+
+
+def _context_length(model: PreTrainedModel | SentenceClassifier, tokenizer: PreTrainedTokenizerBase) -> int:
+    config = model.config.get_text_config()
+    limits = [tokenizer.model_max_length]
+    for field in ("max_position_embeddings", "n_positions"):
+        limits.append(getattr(config, field, None) or limits[0])
+    if config.model_type in ("roberta", "xlm-roberta", "camembert", "longformer", "roberta-prelayernorm"):
+        limits[1] -= (config.pad_token_id or 0) + 1  # their positions start after the padding index
+    return int(min(limits))

@@ -1,0 +1,55 @@
+"""LoRA adapters (arXiv 2106.09685) through peft, for any method: MeZO on adapters trains their tensors and no others."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from metazo.errors import UserError
+from metazo.models.load import LoadedModel
+from metazo.models.sentence import SentenceClassifier
+
+TASK_TYPES = {"causal": "CAUSAL_LM", "classifier": "SEQ_CLS", "masked": None}
+ALPHA = 16  # as MeZO's published runs with LoRA (rank 8)
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError:
+        raise UserError("--lora needs peft, which is not installed: pip install 'metazo[peft]'.") from None
+    return peft
+
+
+def add_adapters(loaded: LoadedModel, rank: int, seed: int) -> list[str]:
+    """Put adapters of `rank` on the layers that peft names for this architecture (all linear ones where it has none).
+
+    `loaded.model` becomes the wrapped model, but for a sentence encoder with its head, which gets them in place. A
+    classifier's trained head is trained beside them. Returns the names of the tensors to train. The start is drawn from
+    `seed`; the model's function is unchanged by it.
+    """
+    peft = _peft()
+    known = peft.utils.constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    target = None if loaded.model.config.model_type in known else "all-linear"
+    task_type = None if isinstance(loaded.model, SentenceClassifier) else TASK_TYPES[loaded.kind]
+    config = peft.LoraConfig(r=rank, lora_alpha=ALPHA, target_modules=target, task_type=task_type)
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for a name that is to go
+        torch.default_generator.manual_seed(seed)
+        if isinstance(loaded.model, SentenceClassifier):
+            peft.inject_adapter_in_model(config, loaded.model.encoder)
+            loaded.model.head.requires_grad_(True)
+            loaded.model.eval()
+        else:
+            loaded.model = peft.get_peft_model(loaded.model, config).eval()
+    return [name for name, parameter in loaded.model.named_parameters() if parameter.requires_grad]
+
+
+def load_adapters(model: nn.Module, folder: Path) -> None:
+    """Take up the adapters that the model's own save_pretrained wrote."""
+    peft = _peft()
+    peft.set_peft_model_state_dict(model, peft.utils.save_and_load.load_peft_weights(str(folder)))

@@ -1,0 +1,1 @@
+"""A fine-tuning run: settings, set-up, the loop, its folder, and its replay."""

@@ -1,0 +1,186 @@
+"""Settings of a run as dataclasses: documented field by field, read from YAML, checked, and overridden by flags."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+
+from metazo.errors import UserError
+from metazo.io.plain import read_yaml, shown
+from metazo.io.redact import has_secret, shown_address
+
+Config = TypeVar("Config")
+
+
+@cache
+def help_of(config: type) -> dict[str, str]:
+    """The string under each field of a dataclass, by field name."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(config))).body[0].body  # type: ignore[attr-defined]
+    texts = {}
+    for statement, following in zip(body, body[1:]):
+        text = getattr(getattr(following, "value", None), "value", None)
+        if isinstance(statement, ast.AnnAssign) and isinstance(text, str):
+            texts[statement.target.id] = " ".join(text.split())  # type: ignore[union-attr]
+    return texts
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """A YAML recipe: a mapping of field names to values. Raises UserError that names the file."""
+    return {key.replace("-", "_"): value for key, value in read_yaml(path, "recipe").items()}
+
+
+def build(config: type[Config], *layers: Mapping[str, Any]) -> Config:
+    """A config from layers of settings, later ones first in rank (recipe, then flags); None counts as not given.
+
+    Raises UserError that names the field, what was found, and what it may be.
+    """
+    values: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            if isinstance(value, Mapping) and isinstance(values.get(key), Mapping):
+                values[key] = {**values[key], **value}
+            elif value is not None:
+                values[key] = value
+    known = [item.name for item in fields(config)]  # type: ignore[arg-type]
+    for key in values:
+        if key not in known:
+            raise UserError(f"{shown(key)} is not a setting; the settings are {', '.join(known)}.")
+    try:
+        strict = with_config(ConfigDict(arbitrary_types_allowed=True))(config)
+        return TypeAdapter(strict).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"]).replace("_", "-") or "settings"
+        if first["type"] in ("missing", "missing_argument"):
+            raise UserError(f"--{name} is required.") from error
+        raise UserError(
+            f"--{name} is {shown(first['input'])}: {first['msg'].removeprefix('Value error, ')}."
+        ) from error
+
+
+@dataclass
+class FinetuneConfig:
+    """Everything that decides a fine-tuning run."""
+
+    model: str
+    """Folder or Hub id of the model; pico is the small one that metazo carries"""
+    task: str
+    """Task by name (metazo tasks lists them), or a YAML file of your own"""
+    out: Path
+    """Folder for config, log, metrics, plot and the tuned model"""
+    optimizer: str = "mezo"
+    """Method"""
+    lr: float | None = None
+    """Learning rate; by default the method's published one, made for models of billions of weights"""
+    eps: float = 1e-3
+    """Length of the probe"""
+    steps: int | None = None
+    """Steps to take; by default 1000, or what --forwards pays for"""
+    forwards: int | None = None
+    """Budget of forward passes over batches, instead of --steps"""
+    batch_size: int = 16
+    """Examples a batch"""
+    accumulate: int = 1
+    """Batches a step, their losses averaged under one seed"""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate over the run"""
+    weight_decay: float = 0.0
+    """Decoupled decay; biases and layer norms are exempt by name"""
+    noise: Literal["method", "gaussian", "rademacher"] = "method"
+    """Distribution of the noise; method takes the method's own (Gaussian but for fzoo)"""
+    scale: Literal["none", "rms"] = "none"
+    """Block scale; rms moves each tensor in proportion to its size"""
+    statistics_every: int | None = None
+    """Steps between readings of the weights' statistics for a block scale; by default 50, with the published features 1"""
+    rule: Literal["method", "sgd", "momentum", "adam"] = "method"
+    """What is done with the estimate; method takes the method's own"""
+    tuner: str | None = None
+    """Tuner: folder, file, zoo name, Hub id, https address, auto, or random:SEED (the control)"""
+    allow_partial: bool = False
+    """Take a tuner that fits only in part; the other blocks run at RMS scale"""
+    zoo: Path | None = None
+    """Folder of a zoo of your own, searched first"""
+    method: dict[str, Any] = field(default_factory=dict)
+    """Hyperparameters of the method by name; on the command line each is a flag"""
+    data: Path | None = None
+    """Folder with <task>/<split>.jsonl; by default the Hub"""
+    train_examples: int = 1000
+    """Examples to train on"""
+    dev_examples: int = 500
+    """Examples to choose the checkpoint on"""
+    test_examples: int = 1000
+    """Examples to report on"""
+    max_length: int | None = None
+    """Longest input in tokens; by default the model's context"""
+    kind: Literal["auto", "causal", "masked", "classifier"] = "auto"
+    """How the model is used; auto follows its architecture"""
+    head: Literal["auto", "checkpoint", "linear", "prototype"] = "auto"
+    """Of a classifier: transformers' own class (checkpoint), or a linear layer or fixed label prototypes on pooled hidden
+    states; auto takes linear for sentence-transformers checkpoints"""
+    train: list[str] = field(default_factory=list)
+    """Patterns of tensor names to train (all others rest), such as '*attn*'"""
+    freeze: list[str] = field(default_factory=list)
+    """Patterns of tensor names to leave as they are"""
+    lora: int = 0
+    """Rank of LoRA adapters that are trained instead of the weights (needs the extra peft); 0: none"""
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
+    """Type of the weights in the forward pass"""
+    precision: Literal["auto", "in-place", "master", "compensated-16", "compensated-8", "autocast"] = "auto"
+    """Where the weights live while probed: auto perturbs float32 in place and keeps a float32 master of narrower ones;
+    compensated keeps 16 or 8 bits beside each narrow weight instead; autocast runs float32 weights in bfloat16"""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes a GPU where there is one"""
+    eval_every: int | None = None
+    """Steps between evaluations on dev; by default a tenth of the run"""
+    eval_batch_size: int = 32
+    """Examples a batch in evaluation"""
+    keep: Literal["best", "last", "none"] = "best"
+    """Which weights to save and test: best on dev, as in the papers, the last, or none (the last are tested)"""
+    snapshot_every: int = 500
+    """Steps between snapshots for --resume (0: none, resuming replays the log from the base model)"""
+    flush_every: int = 1
+    """Steps between hand-overs of the step log to the operating system; a killed process computes the rest again"""
+    fsync_every: int = 100
+    """Steps between syncs of the step log to the disk (0: at evaluations and snapshots alone), for power loss"""
+    max_loss: float = 1e4
+    """Loss above which a step is skipped, as where it is not finite"""
+    max_bad_steps: int = 10
+    """Skipped steps in a row after which the run stops"""
+    seed: int = 0
+    """Seed of noise, data order, split and a new head"""
+    resume: bool = False
+    """Go on with the run in --out; its settings are read from there"""
+
+    def __post_init__(self):
+        for name in ("batch_size", "accumulate", "train_examples", "eval_batch_size", "flush_every", "max_bad_steps"):
+            _at_least(name, getattr(self, name), 1)
+        for name in ("dev_examples", "test_examples", "snapshot_every", "fsync_every", "lora"):
+            _at_least(name, getattr(self, name), 0)
+        for name in ("steps", "forwards", "eval_every", "max_length", "statistics_every"):
+            if getattr(self, name) is not None:
+                _at_least(name, getattr(self, name), 1)
+        if self.steps is not None and self.forwards is not None:
+            raise UserError("--steps and --forwards both set the length of the run; give one of them.")
+        if self.keep == "best" and self.dev_examples == 0:
+            raise UserError("--keep best chooses on dev examples and --dev-examples is 0; use --keep last.")
+        self.method = {key: tuple(value) if isinstance(value, list) else value for key, value in self.method.items()}
+        if self.tuner is not None and has_secret(self.tuner):
+            raise UserError(
+                f"--tuner {shown_address(self.tuner)} has a user, password or query, which may be secrets and would be written "
+                "into the run's folder; get it with metazo zoo pull, and name it as it is called there."
+            )
+        if self.tuner is not None and self.scale != "none":
+            raise UserError("--tuner and --scale both set the block scales; give one of them.")
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {value}.")

@@ -1,0 +1,108 @@
+"""The evaluations of a run: when they are due, what each records, and which weights are the best."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any, Literal
+
+from metazo.optimizers import ZOOptimizer
+from metazo.runs.config import FinetuneConfig
+from metazo.runs.folder import RunFolder
+from metazo.runs.setup import Setup
+from metazo.tasks.evaluate import evaluate
+
+
+class Scores:
+    """Evaluates on dev, and keeps the records in metrics.jsonl.
+
+    Args: keep_best: called with the step where the weights are the best so far, before the record is written.
+    Attributes: records, one a line of metrics.jsonl; losses, of the training steps since the last of them.
+    """
+
+    def __init__(self, config: FinetuneConfig, setup: Setup, folder: RunFolder, keep_best: Callable[[int], None]):
+        self.config, self.setup, self.folder, self.keep_best = config, setup, folder, keep_best
+        every = config.eval_every or max(1, setup.steps // 10)
+        self.due = [*range(0, setup.steps, every), setup.steps]
+        self.metric = next(iter(setup.prepared.task.metric), None)
+        self.records: list[dict[str, Any]] = []
+        self.losses: list[float] = []
+        self.evaluating = 0.0  # seconds, in this process
+        self.started = time.monotonic()
+
+    def take_up(self, steps: int) -> int:
+        """Read the records of a run whose log holds so many steps.
+
+        Returns: the last step from whose snapshot the run may go on; an evaluation that was lost comes after it.
+        """
+        for record, step in zip(self.folder.records(), self.due):
+            if not (_sound(record) and record["step"] == step <= steps):
+                break
+            self.records.append(record)
+        return min([steps, *(due - 1 for due in self.due[len(self.records) :])])
+
+    def settle(self, steps: int) -> None:
+        """Go on from that step: what was recorded later is recorded again."""
+        self.records = [record for record in self.records if record["step"] <= steps]
+        self.folder.keep_records(self.records)
+        if self.records:
+            self.started -= self.records[-1]["seconds"]
+
+    def evaluate_if_due(self, step: int) -> None:
+        """Where it is due and not on record: mean training loss since the last time, metrics on dev, block scales."""
+        if step not in self.due:
+            return
+        if self.records and self.records[-1]["step"] >= step:
+            self.losses = []
+            return
+        optimizer, paused = self.setup.optimizer, time.monotonic()
+        record = {
+            "step": step,
+            "forwards": optimizer.forwards,
+            "seconds": round(paused - self.started - self.evaluating, 3),  # of training alone
+            "train_loss": sum(self.losses) / len(self.losses) if self.losses else None,
+            "lr": optimizer.param_groups[0]["lr"],
+            "dev": self.on("dev") if self.config.dev_examples else {},
+            **self._sigma(),
+        }
+        self.losses = []
+        if self._merit(record) > max(map(self._merit, self.records), default=(-math.inf,)):
+            self.keep_best(step)
+        self.folder.record(**record)
+        self.records.append(record)
+        self.evaluating += time.monotonic() - paused
+
+    def on(self, split: Literal["dev", "test"]) -> dict[str, float]:
+        batch_size = self.config.eval_batch_size
+        return evaluate(self.setup.loaded.model, self.setup.prepared, split, batch_size=batch_size)
+
+    def best(self) -> dict[str, Any]:
+        """The record with the best metric on dev, of equal ones that with the lowest loss; the earliest of those."""
+        return max(self.records, key=self._merit)
+
+    def latest(self) -> str:
+        """The last evaluation, for people."""
+        dev = self.records[-1]["dev"] if self.records else {}
+        names = ("loss", *self.setup.prepared.task.metric)
+        return "dev " + "  ".join(f"{name} {dev[name]:.3f}" for name in names if name in dev)
+
+    def _merit(self, record: dict[str, Any]) -> tuple[float, ...]:
+        loss = record["dev"].get("loss", math.inf)
+        return (record["dev"].get(self.metric, 0.0), -loss) if self.metric else (-loss,)
+
+    def _sigma(self) -> dict[str, Any]:
+        """The block scales of the step before, by block, where there are any."""
+        optimizer = self.setup.optimizer
+        if not isinstance(optimizer, ZOOptimizer) or optimizer.scale is None or not optimizer.steps:
+            return {}
+        names = (block.name for block in optimizer.scale.blocks)
+        return {"sigma": dict(zip(names, optimizer.zo_state["scale/sigma"].tolist()))}
+
+
+def _sound(record: dict[str, Any]) -> bool:
+    """Whether this is a record that `evaluate_if_due` may have written."""
+    dev = record.get("dev")
+    numbers = [record.get("step"), record.get("forwards"), record.get("seconds")]
+    numbers += list(dev.values()) if isinstance(dev, dict) else [None]
+    return all(type(number) in (int, float) for number in numbers)

@@ -1,0 +1,247 @@
+"""Fine-tune a model on a task: the loop, readable top to bottom."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from metazo.errors import UserError
+from metazo.io.tensorfile import weights_hash
+from metazo.optimizers import ZOOptimizer
+from metazo.optimizers.first_order import FirstOrder
+from metazo.report import plot_run
+from metazo.runs.config import FinetuneConfig
+from metazo.runs.evaluations import Scores
+from metazo.runs.folder import BEST, STEPS, RunFolder
+from metazo.runs.header import header
+from metazo.runs.monitor import Watch, diagnose, memory_explained
+from metazo.runs.progress import progress
+from metazo.runs.resources import Interrupted, batch_indices, interruptible, peak_memory, require_space
+from metazo.runs.setup import Setup, set_up
+from metazo.step.record import Step
+from metazo.steplog.format import StepLog
+from metazo.tasks.closures import BatchLoss
+
+# Settings that say where and how often, not what: a run may be resumed with others.
+INCIDENTAL = ("out", "resume", "snapshot_every", "flush_every", "fsync_every", "max_bad_steps", "device", "zoo", "data")
+# Learning rate over the run, as a share of --lr, by the share of the run that is done.
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda done: 1.0,
+    "linear": lambda done: 1 - done,
+    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
+}
+
+
+def finetune(config: FinetuneConfig, console: Console | None = None) -> dict[str, Any]:
+    """Run, or go on with, the fine-tuning that `config` describes; see FinetuneConfig.
+
+    Returns the summary that is also written to summary.json. Raises UserError for bad input before anything is
+    written, and Interrupted, with the run saved, where it was asked to stop.
+    """
+    console = console or Console(quiet=True)
+
+    def say(text: str) -> None:
+        console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
+
+    with memory_explained(config):
+        folder = RunFolder(config.out, asdict(config), config.resume, incidental=INCIDENTAL, say=say)
+        if (summary := folder.summary()) is not None:
+            say(f"The run in {config.out} is complete; this is its result.")
+            return summary
+        setup = set_up(config)
+        config = setup.config
+        plan = setup.plan(config)
+        require_space(config.out, plan["bytes on disk"] - folder.used(), "The run")
+        if not config.resume:
+            _first_loss(setup, config)
+        folder.begin()
+        for name in ("trained weights", "effective learning rate", "steps", "memory", "disk"):
+            console.print(f"[dim]{name}:[/] {plan[name]}", highlight=False)
+        for note in setup.prepared.notes:
+            console.print(f"[dim]note:[/] {note}", highlight=False)
+        with interruptible() as caught:
+            run = _Run(config, setup, folder, console, caught)
+            try:
+                run.catch_up()
+                run.go_on()
+                return run.finish()
+            finally:
+                run.log.close()
+
+
+def _first_loss(setup: Setup, config: FinetuneConfig) -> None:
+    """A loss that is not finite before the first step is bad input, and nothing is to be written for it."""
+    prepared, model = setup.prepared, setup.loaded.model
+    places = batch_indices(0, config.batch_size, len(prepared.train), config.seed)
+    with torch.inference_mode():
+        batch = prepared.collate([prepared.train[place] for place in places]).to(setup.device)
+        loss = float(prepared.loss(model, batch))
+    if not math.isfinite(loss):
+        raise UserError(
+            f"The loss of {config.model} on {config.task} is {loss} before the first step in --dtype {config.dtype}; "
+            "try --dtype float32 (or bfloat16 instead of float16), and check the model."
+        )
+
+
+class _Run:
+    """The state of the loop."""
+
+    def __init__(self, config: FinetuneConfig, setup: Setup, folder: RunFolder, console: Console, caught: list[str]):
+        self.config, self.setup, self.folder, self.console, self.caught = config, setup, folder, console, caught
+        self.model: nn.Module = setup.loaded.model
+        self.optimizer, self.prepared = setup.optimizer, setup.prepared
+        self.optimizer.max_loss = config.max_loss
+        self.rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        decisive = {key: value for key, value in asdict(config).items() if key not in INCIDENTAL}
+        schedule = {"flush_every": config.flush_every, "fsync_every": config.fsync_every}
+        self.log = StepLog(folder.path / STEPS, header(decisive, setup), **schedule, say=folder.say)
+        self.watch = Watch(config, setup.steps, folder.say)
+        self.scores = Scores(config, setup, folder, self._keep_best)
+
+    # -- coming back to where the log ends -----------------------------------------------------------------------
+
+    def catch_up(self) -> None:
+        """Snapshot, then replay of the log: no forward pass but those of an evaluation that was lost."""
+        steps = self.log.steps
+        snapshot = self.folder.load_snapshot(self.scores.take_up(len(steps)))
+        done = self._load(*snapshot) if snapshot else 0
+        if isinstance(self.optimizer, FirstOrder):  # a gradient cannot be replayed: it is computed again
+            self.log.cut(done)
+            steps = steps[:done]
+        self.scores.settle(len(steps))
+        if steps:
+            self.folder.say(f"Going on after step {len(steps)}: snapshot of step {done}, {len(steps) - done} replayed.")
+        for record in steps[:done]:
+            self.watch.see(record)
+        self.scores.evaluate_if_due(done)
+        for record in steps[done:]:
+            assert isinstance(self.optimizer, ZOOptimizer)
+            self._set_rates(record.step)
+            self._after(record, self.optimizer.step(self._closures(record.step), replay=record))
+            self._stop_if_asked(record.step + 1)
+
+    def _load(self, step: int, tensors: dict[str, Tensor]) -> int:
+        """Take up a snapshot."""
+        self._load_weights(tensors)
+        state = {k.removeprefix("optimizer/"): v for k, v in tensors.items() if k.startswith("optimizer/")}
+        self.optimizer.load_tensors_state(state)
+        self.scores.losses = tensors["run/losses"].tolist()
+        return step
+
+    def _snapshot(self, step: int) -> None:
+        state = {f"optimizer/{name}": tensor for name, tensor in self.optimizer.tensors_state().items()}
+        losses = {"run/losses": torch.tensor(self.scores.losses, dtype=torch.float64)}
+        self.log.sync()  # a snapshot is never ahead of the log
+        self.folder.save_snapshot(step, self._weights() | state | losses)
+
+    def _weights(self) -> dict[str, Tensor]:
+        """Those that are trained: the others stay the base model's."""
+        return {f"weights/{name}": p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def _load_weights(self, tensors: dict[str, Tensor]) -> None:
+        for name, parameter in self.model.named_parameters():
+            if (saved := tensors.get(f"weights/{name}")) is not None:
+                parameter.data.copy_(saved)
+
+    def _keep_best(self, step: int) -> None:
+        if self.config.keep == "best":
+            self.folder.save_tensors(BEST, step, self._weights())
+
+    # -- going on ------------------------------------------------------------------------------------------------
+
+    def go_on(self) -> None:
+        optimizer, total = self.optimizer, self.setup.steps
+        if isinstance(optimizer, ZOOptimizer):
+            optimizer.recorder = self.log.append
+        with progress(self.console, total, optimizer.steps) as show:
+            for step in range(optimizer.steps, total):
+                self._set_rates(step)
+                closures = self._closures(step)
+                loss = optimizer.step(closures)
+                record = optimizer.last_step
+                assert record is not None
+                if isinstance(optimizer, FirstOrder):
+                    self.log.append(record)
+                self._after(record, loss, closures)
+                if self.config.snapshot_every and (step + 1) % self.config.snapshot_every == 0:
+                    self._snapshot(step + 1)
+                show(step + 1, f"loss {loss:.4f}  lr {optimizer.param_groups[0]['lr']:.2g}  {self.scores.latest()}")
+                self._stop_if_asked(step + 1)
+
+    def _set_rates(self, step: int) -> None:
+        for group, rate in zip(self.optimizer.param_groups, self.rates):
+            group["lr"] = rate * SCHEDULES[self.config.schedule](step / self.setup.steps)
+
+    def _closures(self, step: int) -> list[BatchLoss]:
+        """The losses of the step's batches."""
+        config, train = self.config, self.prepared.train
+        parts = range(step * config.accumulate, (step + 1) * config.accumulate)
+        places = [batch_indices(part, config.batch_size, len(train), config.seed) for part in parts]
+        return [BatchLoss(self.model, self.prepared, [train[i] for i in batch], self.setup.device) for batch in places]
+
+    def _after(self, step: Step, loss: float, closures: list[BatchLoss] | None = None) -> None:
+        """Look at a step taken (closures) or replayed, and evaluate where that is due."""
+        if step.coefficients:
+            self.scores.losses.append(loss)
+        self.watch.see(step, partial(diagnose, self.model, closures, self.setup.loaded.dtype) if closures else None)
+        self.scores.evaluate_if_due(step.step + 1)
+
+    def _stop_if_asked(self, step: int) -> None:
+        if self.caught:
+            if step == self.optimizer.steps == self.log.count and self.config.snapshot_every:
+                self._snapshot(step)
+            raise Interrupted(
+                f"{self.caught[0]} after step {step} of {self.setup.steps}, which is saved; go on with "
+                f"metazo finetune --resume {self.config.out}",
+                self.caught[0],
+            )
+
+    # -- the end -------------------------------------------------------------------------------------------------
+
+    def finish(self) -> dict[str, Any]:
+        """Test, save the model, and write the summary: last, so that what has one is complete."""
+        config, loaded, records = self.config, self.setup.loaded, self.scores.records
+        best = self.scores.best()
+        kept = best["step"] if config.keep == "best" else self.optimizer.steps
+        if config.keep == "best":
+            self._load_best(kept)
+        test = self.scores.on("test") if config.test_examples else {}
+        if config.keep != "none":
+            self.folder.save_model(loaded.model, loaded.tokenizer)
+        self.log.finish(kept, weights_hash(self.model.named_parameters()))
+        summary = {
+            "task": config.task,
+            "optimizer": config.optimizer,
+            "tuner": config.tuner,
+            "lr": self.rates[0],
+            "steps": self.optimizer.steps,
+            "forwards": self.optimizer.forwards,
+            "seconds": round(time.monotonic() - self.scores.started, 1),
+            "peak_memory_bytes": peak_memory(),
+            "before": records[0]["dev"],
+            "dev": best["dev"] if config.keep == "best" else records[-1]["dev"],
+            "kept_step": kept,
+            "test": test,
+            "notes": self.prepared.notes,
+        }
+        title = f"{config.task}, {config.optimizer}"
+        plot_run(records, self.folder.path / "curve.png", title, self.prepared.task.metric)
+        self.folder.complete(summary)
+        return summary
+
+    def _load_best(self, step: int) -> None:
+        found = self.folder.load_tensors(BEST)
+        if found is None or found[0] != step:
+            raise UserError(
+                f"{self.folder.path / BEST} is damaged or gone; the weights of step {step}, the best, are rebuilt by metazo "
+                f"replay {self.log.path} --base {self.config.model} --to {step} --out FOLDER."
+            )
+        self._load_weights(found[1])

@@ -1,0 +1,193 @@
+"""The output folder of a run, from which it is resumed: settings, metrics, snapshots, and the model at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import Tensor
+
+from metazo.errors import UserError
+from metazo.io.files import is_file, read_capped, write_whole
+from metazo.io.lines import LineFile
+from metazo.io.plain import parse_json, shown
+from metazo.io.tensorfile import read_tensors, write_tensors
+
+CONFIG, METRICS, SUMMARY, STEPS, BEST = (
+    "config.json",
+    "metrics.jsonl",
+    "summary.json",
+    "steps.jsonl",
+    "best.safetensors",
+)
+MAX_CONFIG_BYTES = 2**20
+_LEFT_BEHIND = ".*.tmp"  # what a killed process was writing when it died
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The settings of the run in a folder. Raises UserError where it holds none."""
+    if not is_file(path / CONFIG):
+        raise UserError(f"--resume: {path} holds no run (no {CONFIG}).")
+    try:
+        found = parse_json(read_capped(path / CONFIG, MAX_CONFIG_BYTES, "settings of the run"))
+    except ValueError as error:
+        raise UserError(f"{path / CONFIG} is damaged, so the run cannot be resumed: {error}.") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path / CONFIG} is damaged, so the run cannot be resumed: it is no mapping of settings.")
+    return found
+
+
+class RunFolder:
+    """The output folder of a run.
+
+    Args: path; config: its settings, as JSON values; resume: go on with the run that is there; incidental: settings
+    that may change then; say: takes a sentence for people.
+    Raises UserError where the folder holds a run and resume is off, or holds another run.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        config: Mapping[str, Any],
+        resume: bool = False,
+        *,
+        incidental: Iterable[str] = (),
+        say: Callable[[str], None] = lambda text: None,
+    ):
+        self.path, self.metrics, self.say = path, path / METRICS, say
+        self.config: dict[str, Any] = json.loads(json.dumps(config, default=str))
+        if path.exists() and not path.is_dir():
+            raise UserError(f"--out {path} is a file; name a folder.")
+        if resume:
+            self._compare(read_config(path), set(incidental))
+            self._clear(_LEFT_BEHIND)
+        elif (path / CONFIG).exists():
+            raise UserError(f"--out {path} already holds a run; choose another folder, or go on with --resume.")
+        elif path.is_dir() and any(not entry.match(_LEFT_BEHIND) for entry in path.iterdir()):
+            raise UserError(f"--out {path} is not empty and holds no run of metazo; choose an empty or new folder.")
+
+    def begin(self) -> None:
+        """Make the folder of a new run; until then nothing is written. Does nothing for a run that is there."""
+        if (self.path / CONFIG).exists():
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {self.path} cannot be made: {error.strerror}.") from error
+        self._clear(_LEFT_BEHIND)
+        write_whole(self.path / CONFIG, json.dumps(self.config, indent=2).encode())
+
+    def _compare(self, found: dict[str, Any], incidental: set[str]) -> None:
+        for key in sorted({*found, *self.config} - incidental):
+            old, new = found.get(key), self.config.get(key)
+            if old != new:
+                raise UserError(
+                    f"--{key.replace('_', '-')} was {shown(old)} when the run in {self.path} began and is "
+                    f"{shown(new)} now; resume with the same settings."
+                )
+
+    def _clear(self, pattern: str) -> None:
+        for path in self.path.glob(pattern):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+    def used(self) -> int:
+        """Bytes of what is in the folder."""
+        return sum(path.stat().st_size for path in self.path.rglob("*") if path.is_file())
+
+    # -- metrics ---------------------------------------------------------------------------------------------------
+
+    def records(self) -> list[dict[str, Any]]:
+        return self.read_records(self.path)
+
+    @staticmethod
+    def read_records(path: Path) -> list[dict[str, Any]]:
+        """The whole lines of the metrics.jsonl in a run's folder, up to the first that is torn or damaged."""
+        found = []
+        with suppress(OSError, ValueError, TypeError):
+            for line in (path / METRICS).read_bytes().splitlines(keepends=True):
+                if not line.endswith(b"\n"):
+                    break
+                found.append(dict(parse_json(line)))
+        return found
+
+    def keep_records(self, records: list[dict[str, Any]]) -> None:
+        """Let the metrics be these. A file that holds them already is left as it is."""
+        data = "".join(json.dumps(record) + "\n" for record in records).encode()
+        if not self.metrics.exists() or self.metrics.read_bytes() != data:
+            write_whole(self.metrics, data)
+
+    def record(self, **values: Any) -> None:
+        """Append a line, and see it onto the disk."""
+        lines = LineFile(self.metrics)
+        try:
+            lines.append(json.dumps(values).encode() + b"\n")
+            lines.sync()
+        finally:
+            lines.close()
+
+    # -- tensors ---------------------------------------------------------------------------------------------------
+
+    def save_tensors(self, name: str, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """Write tensors of a step whole or not at all."""
+        write_tensors(self.path / name, tensors, {"step": str(step)})
+
+    def load_tensors(self, name: str) -> tuple[int, dict[str, Tensor]] | None:
+        """Step and tensors; None, and a sentence, where the file is damaged."""
+        with suppress(SafetensorError, OSError, ValueError, KeyError):
+            tensors, metadata = read_tensors(self.path / name)
+            return int(metadata["step"]), tensors
+        self.say(f"{name} is damaged and is not used.")
+        return None
+
+    def save_snapshot(self, step: int, tensors: Mapping[str, Tensor], keep: int = 2) -> None:
+        """Write a snapshot whole or not at all; the `keep` newest stay."""
+        self.save_tensors(f"snapshot-{step:08d}.safetensors", step, tensors)
+        for old in self.snapshots()[keep:]:
+            old.unlink(missing_ok=True)
+
+    def snapshots(self) -> list[Path]:
+        """Newest first."""
+        return sorted(self.path.glob("snapshot-*.safetensors"), reverse=True)
+
+    def load_snapshot(self, at_most: int) -> tuple[int, dict[str, Tensor]] | None:
+        """The newest snapshot that is whole and not past step `at_most`."""
+        for path in self.snapshots():
+            found = self.load_tensors(path.name)
+            if found is not None and found[0] <= at_most:
+                return found
+        return None
+
+    # -- the end ---------------------------------------------------------------------------------------------------
+
+    def save_model(self, *parts: Any) -> None:
+        """`model/` with what each part's save_pretrained writes, whole or not at all."""
+        target, temporary = self.path / "model", self.path / f".model.{os.getpid()}.tmp"
+        try:
+            for part in parts:
+                part.save_pretrained(temporary)
+            shutil.rmtree(target, ignore_errors=True)
+            temporary.rename(target)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise UserError(f"{target} cannot be written ({error}); put that right and go on with --resume.") from error
+
+    def summary(self) -> dict[str, Any] | None:
+        """What a complete run left as its result."""
+        with suppress(OSError, ValueError, TypeError):
+            return dict(parse_json((self.path / SUMMARY).read_text()))
+        return None
+
+    def complete(self, summary: dict[str, Any]) -> None:
+        """Write the result, and take away what only a resumed run needs."""
+        write_whole(self.path / SUMMARY, json.dumps(summary, indent=2).encode())
+        self._clear("snapshot-*.safetensors")
+        self._clear(BEST)

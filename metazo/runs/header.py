@@ -1,0 +1,75 @@
+"""What a run belongs to: hashes of the base model's weights and of the data, and the versions that computed it."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import astuple
+from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import metazo
+from metazo.io.tensorfile import weights_hash
+from metazo.optimizers.base import ZOOptimizer
+from metazo.tasks import Prepared
+
+if TYPE_CHECKING:
+    from metazo.runs.setup import Setup
+
+PACKAGES = ("torch", "transformers", "numpy", "numba")
+
+
+def header(settings: dict[str, Any], setup: Setup) -> dict[str, Any]:
+    """The header of a run's step log; `settings` are those that decide the result. Call it before the first step."""
+    loaded, optimizer, task = setup.loaded, setup.optimizer, setup.prepared.task
+    zeroth = optimizer if isinstance(optimizer, ZOOptimizer) else None
+    return {
+        "model": loaded.name,
+        "weights": weights_hash(loaded.model.named_parameters()),
+        "labels": len(task.labels) if task.kind == "classification" else None,
+        "task": task.name,
+        "data": data_hash(setup.prepared),
+        "method": settings["optimizer"],
+        "noise": zeroth.noise.name if zeroth else None,
+        "tuner": tuner_hash(zeroth) if zeroth else None,
+        "precision": settings["precision"],
+        "settings": settings,
+        "environment": environment(setup.device),
+    }
+
+
+def tuner_hash(optimizer: ZOOptimizer) -> str | None:
+    """Of the networks that choose the block scales, where there are any."""
+    networks = getattr(optimizer.scale, "pertnn", None)
+    return None if networks is None else weights_hash(networks.named_parameters())
+
+
+def data_hash(prepared: Prepared) -> str:
+    """sha256 over the encoded examples of all splits, in order."""
+    found = sha256()
+    for split in (prepared.train, prepared.dev, prepared.test):
+        for example in split:
+            found.update(json.dumps(astuple(example)).encode() + b"\n")
+        found.update(b"\n")
+    return found.hexdigest()
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, threads and kind of device: what the last bits of a result may depend on."""
+    return {
+        "metazo": metazo.__version__,
+        "python": platform.python_version(),
+        **{name: _version(name) for name in PACKAGES},
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

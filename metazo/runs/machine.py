@@ -1,0 +1,46 @@
+"""Peak memory of a stretch of a process."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from metazo.runs.resources import peak_memory
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+class PeakMemory:
+    """Most memory of this process above what it held when this was made; on a GPU the peak of torch's allocator.
+
+    Linux forgets a process's peak on request (proc(5), clear_refs), and glibc gives back what was freed, or later work
+    would use it unseen. Elsewhere only a new high is seen.
+    """
+
+    def __init__(self):
+        gc.collect()
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        try:
+            _CLEAR.write_text("5")
+            self.before = _read("VmRSS")
+        except OSError:
+            self.before = peak_memory()
+
+    def bytes(self) -> int:
+        if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+            return torch.cuda.max_memory_allocated()
+        high = _read("VmHWM") if _STATUS.exists() else peak_memory()
+        return max(0, high - self.before)
+
+
+def _read(name: str) -> int:
+    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024

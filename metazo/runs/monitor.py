@@ -1,0 +1,208 @@
+"""Numbers that go wrong: what a run watches for, and what it says and does.
+
+A loss that is nan, inf or above --max-loss: the step is skipped and recorded, the weights stay as they are; the first of
+a row is explained (`diagnose`), and --max-bad-steps of them in a row end the run.
+Warnings, each once, with the measured figures: divergence, plateau, and an eps too small for the precision.
+All but the explanation follows from the step log, so a resumed run goes on where the first one was.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from statistics import fmean, variance
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metazo.errors import UserError
+from metazo.runs.config import FinetuneConfig
+from metazo.step.record import Step
+
+WINDOW = 100  # steps that a warning looks back on, at least
+FIRST = 20  # steps whose mean loss stands for the start
+EXPLODED = 3.0  # times that loss, and half a nat more: divergence
+# Error of a difference of losses by rounding, in units of the loss's last place: measured on pico, 5 to 10 in float32
+# and 1.1 to 1.4 in bfloat16 and float16; a probe whose differences are no larger correlates by less than .7 with the truth.
+WIDE_ERROR, NARROW_ERROR = 8, 1
+
+
+class Watch:
+    """Looks at each step of a run. Args: total: its steps; say: takes a sentence for people."""
+
+    def __init__(self, config: FinetuneConfig, total: int, say: Callable[[str], None]):
+        self.config, self.say = config, say
+        dtype: torch.dtype = getattr(torch, config.dtype)
+        self.unit = torch.finfo(dtype).eps * (NARROW_ERROR if dtype.itemsize < 4 else WIDE_ERROR)
+        self.stretch = max(WINDOW, total // 5)
+        self.losses: deque[float] = deque(maxlen=2 * self.stretch)
+        self.hidden: deque[bool] = deque(maxlen=WINDOW)  # whether rounding hides what a step measured
+        self.first: list[float] = []
+        self.bad = 0
+        self.said: set[str] = set()
+
+    def see(self, step: Step, explain: Callable[[], str] | None = None) -> None:
+        """Look at a step; without `explain` nothing is said. Raises UserError after --max-bad-steps bad ones in a row."""
+        if not step.coefficients:
+            self._bad(step, explain)
+            return
+        self.bad = 0
+        loss = fmean(step.losses)
+        self.losses.append(loss)
+        if len(self.first) < FIRST:
+            self.first.append(loss)
+        if len(step.losses) > 1:
+            self.hidden.append(max(step.losses) - min(step.losses) <= self.rounding(loss))
+        warnings = [] if explain is None else [self._divergence(), self._eps(), self._plateau(step.step + 1)]
+        for name, text in filter(None, warnings):
+            if name not in self.said:
+                self.said.add(name)
+                self.say(f"Step {step.step + 1}: {text}")
+
+    def rounding(self, loss: float) -> float:
+        """What rounding in the forward pass may make of a difference between two losses of this size."""
+        return self.unit * 2.0 ** math.floor(math.log2(abs(loss))) if loss else 0.0
+
+    def _bad(self, step: Step, explain: Callable[[], str] | None) -> None:
+        self.bad += 1
+        if explain is None:
+            return
+        found = ", ".join(f"{loss:.4g}" for loss in step.losses if not abs(loss) <= self.config.max_loss)
+        if self.bad == 1:
+            self.say(f"Step {step.step + 1} was skipped, a loss was {found}: {explain()}")
+        if self.bad >= self.config.max_bad_steps:
+            raise UserError(
+                f"The run stopped at step {step.step + 1}: the losses of {self.bad} steps in a row were not finite or above "
+                f"--max-loss {self.config.max_loss:g}, the last {found}; {explain()} The weights are those before these "
+                "steps, and the log is whole: metazo replay --to STEP gives any of them."
+            )
+
+    def _divergence(self) -> tuple[str, str] | None:
+        start, now = fmean(self.first), fmean(list(self.losses)[-WINDOW // 2 :])
+        if len(self.losses) < FIRST + WINDOW // 2 or now <= max(EXPLODED * start, start + 0.5):
+            return None
+        return "divergence", (
+            f"the loss diverges, from {start:.4g} (mean of the first {FIRST} steps) to {now:.4g} (of the last "
+            f"{WINDOW // 2}): lower --lr, now {self.config.lr or 'the published one'}."
+        )
+
+    def _eps(self) -> tuple[str, str] | None:
+        if len(self.hidden) < WINDOW or sum(self.hidden) <= WINDOW // 2:
+            return None
+        return "eps", (
+            f"in {sum(self.hidden)} of the last {WINDOW} steps the losses of a step differed by no more than rounding, "
+            f"{self.rounding(self.losses[-1]):.1e} at a loss of {self.losses[-1]:.4g} in {self.config.dtype}: --eps "
+            f"{self.config.eps:g} is too small for this precision; raise it, or take --dtype float32."
+        )
+
+    def _plateau(self, step: int) -> tuple[str, str] | None:
+        if step % self.stretch or len(self.losses) < 2 * self.stretch:
+            return None
+        values = list(self.losses)
+        before, after = values[: self.stretch], values[self.stretch :]
+        error = math.sqrt((variance(before) + variance(after)) / self.stretch)
+        if fmean(before) - fmean(after) > 2 * error:
+            return None
+        return "plateau", (
+            f"no progress beyond noise in {2 * self.stretch} steps: mean training loss {fmean(before):.4g} in the first half "
+            f"and {fmean(after):.4g} in the second, standard error of the difference {error:.2g}; try another --lr."
+        )
+
+
+@torch.inference_mode()
+def diagnose(model: nn.Module, closures: Sequence[Callable[[], Any]], dtype: torch.dtype) -> str:
+    """Why the loss is not finite, in a sentence: at the cost of a forward pass, and of one module in float32.
+
+    Told apart: weights out of the dtype's range; a probe that is too long; an overflow of a narrow dtype (a module's
+    output is finite in float32 on the same input); and divergence.
+    """
+    limit, name = torch.finfo(dtype).max, str(dtype).removeprefix("torch.")
+    narrow = dtype.itemsize < 4
+    for key, parameter in model.named_parameters():
+        largest = float(parameter.abs().max()) if parameter.numel() else 0.0
+        if not largest < limit:
+            cure = "use --dtype bfloat16 or float32." if dtype == torch.float16 else "the run has diverged; lower --lr."
+            return f"{key} holds {largest:.3g}, out of the range of {name} (to {limit:.3g}): {cure}"
+    found: list[tuple[str, nn.Module, Any, Any]] = []
+    hooks = [
+        module.register_forward_hook(_Finder(key, found), with_kwargs=True)
+        for key, module in model.named_modules(remove_duplicate=True)
+    ]
+    try:
+        losses = [float(closure()) for closure in closures]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not found:
+        return (
+            f"without the probe the loss is {fmean(losses):.4g}, so the probe leads too far: lower --eps, and --lr if the "
+            "loss has grown."
+        )
+    where, module, args, kwargs = found[0]
+    if narrow and _finite(output := _wide(module)(*_wide(args), **_wide(kwargs))):
+        largest = max(float(value.abs().max()) for value in _floats(output))
+        return (
+            f"overflow of {name}: {where} gives up to {largest:.3g}, and {name} ends at {limit:.3g}; float32 holds it, so "
+            "this is no divergence. Use --dtype bfloat16 or float32."
+        )
+    return f"{where} gives values that are not finite from finite ones: the run has diverged; lower --lr."
+
+
+class _Finder:
+    """A forward hook that notes modules which make what is not finite from what is; inner ones come first."""
+
+    def __init__(self, name: str, found: list):
+        self.name, self.found = name or "the model", found
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if not self.found and not _finite(output) and _finite([args, kwargs], masks=True):
+            self.found.append((self.name, module, args, kwargs))
+
+
+def _floats(value: Any) -> Iterator[Tensor]:
+    """The floating-point tensors in nested lists, tuples and mappings."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point() and value.numel():
+            yield value
+    elif isinstance(value, dict):
+        yield from (tensor for item in value.values() for tensor in _floats(item))
+    elif isinstance(value, list | tuple):
+        yield from (tensor for item in value for tensor in _floats(item))
+
+
+def _finite(value: Any, masks: bool = False) -> bool:
+    """Whether all is finite; with `masks`, but for the -inf that attention masks hold."""
+    return all(bool((tensor.isfinite() | (tensor == -math.inf if masks else False)).all()) for tensor in _floats(value))
+
+
+def _wide(value: Any) -> Any:
+    """The same in float32: modules, and tensors in nested lists, tuples and mappings."""
+    if isinstance(value, nn.Module):
+        return copy.deepcopy(value).float()
+    if isinstance(value, Tensor):
+        return value.float() if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {key: _wide(item) for key, item in value.items()}
+    return type(value)(_wide(item) for item in value) if type(value) in (list, tuple) else value
+
+
+@contextmanager
+def memory_explained(config: FinetuneConfig) -> Iterator[None]:
+    """An allocation that failed becomes a UserError that says what to change."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        text = str(error)
+        kinds = (MemoryError, torch.OutOfMemoryError)
+        if not isinstance(error, kinds) and "out of memory" not in text and "can't allocate memory" not in text:
+            raise
+        length = config.max_length or "the model's context"
+        raise UserError(
+            f"Out of memory: lower --batch-size (now {config.batch_size}; more --accumulate keeps the examples a step), "
+            f"--max-length (now {length}) or --eval-batch-size (now {config.eval_batch_size}), or take --dtype bfloat16 "
+            f"(now {config.dtype}), in another --out; or free memory and go on with --resume: what the log holds is whole."
+        ) from error

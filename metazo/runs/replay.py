@@ -1,0 +1,193 @@
+"""Rebuild a tuned model from its base model and the step log alone: updates, and no forward pass.
+
+The header names what is needed: settings, the hash of the base model's weights, and that of a tuner's networks. Every
+step is taken again by `ZOOptimizer.step(replay=...)`, in the order and precision of the run, so that on the same
+machine, versions and thread count the weights are bit-identical; the log of a complete run ends with their hash, which
+is checked. Elsewhere sums may round differently, and the result is near, not equal (docs/guarantees.md).
+
+A log holds settings that a stranger may have chosen. They are checked like a recipe's; paths and addresses in them are
+never followed: base model and tuner are what the caller names, or a tuner of the local zoo that has the right hash.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers.utils import logging as transformers_logging
+
+from metazo import zoo
+from metazo.errors import UserError
+from metazo.io.tensorfile import weights_hash
+from metazo.models.load import LoadedModel, load_model
+from metazo.models.lora import add_adapters
+from metazo.optimizers import OPTIMIZERS, ZOOptimizer
+from metazo.runs.config import FinetuneConfig, build
+from metazo.runs.header import tuner_hash
+from metazo.runs.method import build_optimizer, resolve_device, select_trainable
+from metazo.step.record import Step
+from metazo.steplog.format import Scan, scan
+from metazo.tuner.file import Tuner
+
+DRIFT = 1e-4  # relative difference of coefficients from the log's that another device's rounding explains
+_NEEDED = {"weights": str, "method": str, "settings": dict}
+
+
+@dataclass
+class Replayed:
+    """What a replay did."""
+
+    steps: int
+    """Steps taken again."""
+    seconds: float
+    """Of the steps alone."""
+    weights: str
+    """Hash of the model rebuilt."""
+    identical: bool | None
+    """Whether that is the model the run kept; None where the log does not say."""
+    loaded: LoadedModel
+    """The model in memory."""
+
+
+def replay(
+    log: Path,
+    base: str,
+    out: Path | None = None,
+    to: int | None = None,
+    *,
+    tuner: str | None = None,
+    zoo_folder: Path | None = None,
+    device: str = "auto",
+    tick: Callable[[int, int], None] = lambda done, total: None,
+) -> Replayed:
+    """Take the steps of a log again from its base model.
+
+    Args: base: folder or Hub id of the base model, or pico; out: folder for the model, whole or not there at all (None:
+    it stays in memory); to: steps to take (default: to the weights that the run kept, or all); tuner: where the tuner
+    is, if the run had one that the zoo folders do not have; tick: called with steps done and all of them.
+    Raises UserError where the log is damaged, base model or tuner are others than the run's, or the method cannot be
+    replayed.
+    """
+    transformers_logging.disable_progress_bar()
+    found = scan(log).sound()
+    header = _checked(found)
+    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {out} is not an empty folder; choose another.")
+    kept = found.end["kept"] if found.end else len(found.steps)
+    count = kept if to is None else to
+    if not 0 <= count <= len(found.steps):
+        raise UserError(f"--to {count}: the log has {len(found.steps)} steps, so it is 0 to {len(found.steps)}.")
+    loaded, optimizer = _rebuilt(header, base, tuner, zoo_folder, device)
+    started = time.monotonic()
+    for step in found.steps[:count]:
+        if len(step.lr) != len(optimizer.param_groups):
+            raise UserError(f"{log} cannot be replayed: step {step.step} is of another number of parameter groups.")
+        optimizer.step(replay=step)
+        _same(step, optimizer.last_step, log)
+        tick(step.step + 1, count)
+    seconds = time.monotonic() - started
+    weights = weights_hash(loaded.model.named_parameters())
+    known = found.end is not None and found.end["weights"] is not None and count == kept
+    identical = weights == found.end["weights"] if known and found.end else None
+    if out is not None:
+        _save(loaded, out)
+    return Replayed(count, seconds, weights, identical, loaded)
+
+
+def _checked(found: Scan) -> dict[str, Any]:
+    """The header. Raises UserError where it lacks what a replay needs, or names what cannot be replayed."""
+    header = found.header
+    for key, kind in _NEEDED.items():
+        if not isinstance(header.get(key), kind):
+            raise UserError(f"{found.path} cannot be replayed: its header has no {key!r}.")
+    method = header["method"]
+    if method not in OPTIMIZERS:
+        raise UserError(
+            f"{found.path} cannot be replayed: its method is {method!r}, and only zeroth-order steps follow from their "
+            f"record ({', '.join(OPTIMIZERS)})."
+        )
+    if header["settings"].get("head") == "prototype":
+        raise UserError(
+            f"{found.path} cannot be replayed: its classification head was made from the training data (--head prototype), "
+            "which is not in the log."
+        )
+    return header
+
+
+def _rebuilt(
+    header: dict[str, Any], base: str, tuner: str | None, zoo_folder: Path | None, device: str
+) -> tuple[LoadedModel, ZOOptimizer]:
+    """Base model and optimizer as the run had them before its first step."""
+    settings = header["settings"] | {"model": base, "out": Path(), "optimizer": header["method"]}
+    settings["tuner"] = tuner or _tuner(header, zoo_folder)
+    config = build(FinetuneConfig, settings)
+    loaded = load_model(
+        base,
+        kind=config.kind,
+        dtype=config.dtype,
+        device=resolve_device(device),
+        num_labels=header.get("labels"),
+        head=config.head,
+        seed=config.seed,
+    )
+    adapters = add_adapters(loaded, config.lora, config.seed) if config.lora else []
+    select_trainable(loaded.model, config.train or adapters, config.freeze)
+    weights = weights_hash(loaded.model.named_parameters())
+    if weights != header["weights"]:
+        raise UserError(
+            f"--base {base} is not the base model of this log: its weights have the hash {weights[:16]}..., and the log began "
+            f"from {header['weights'][:16]}... (called {header.get('model')!r} there, in {config.dtype})."
+        )
+    optimizer = build_optimizer(config, loaded.model)
+    assert isinstance(optimizer, ZOOptimizer)
+    optimizer.max_loss = config.max_loss
+    if optimizer.noise.name != header["noise"]:
+        raise UserError(
+            f"The log's noise is {header['noise']!r}, and this version of metazo makes {optimizer.noise.name!r}."
+        )
+    if tuner_hash(optimizer) != header.get("tuner"):
+        raise UserError(
+            f"--tuner {tuner or settings['tuner']} is not the tuner of this log: its networks have another hash."
+        )
+    return loaded, optimizer
+
+
+def _tuner(header: dict[str, Any], zoo_folder: Path | None) -> str | None:
+    """The tuner of the log where none is named: the one in the zoo folders that has its hash."""
+    name, wanted = header["settings"].get("tuner"), header.get("tuner")
+    if wanted is None or str(name).startswith("random:"):
+        return name if wanted else None
+    for known in zoo.tuners(zoo_folder):
+        if known.path.is_file() and weights_hash(Tuner.load(known.path).pertnn.named_parameters()) == wanted:
+            return str(known.path)
+    raise UserError(f"The log's tuner (called {name!r} there) is in none of the zoo folders; name it with --tuner.")
+
+
+def _same(step: Step, again: Step | None, log: Path) -> None:
+    """Coefficients must come out as the log has them, up to the rounding of another device."""
+    assert again is not None
+    pairs = list(zip(step.coefficients, again.coefficients))
+    if len(step.coefficients) != len(again.coefficients) or any(abs(a - b) > DRIFT * abs(a) for a, b in pairs):
+        raise UserError(
+            f"Step {step.step} of {log} does not come out again: its coefficients are {list(step.coefficients)[:3]}, and "
+            f"{list(again.coefficients)[:3]} here; the log was made by another method or version than its header says."
+        )
+
+
+def _save(loaded: LoadedModel, out: Path) -> None:
+    temporary = out.with_name(f".{out.name}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        loaded.model.save_pretrained(temporary)
+        loaded.tokenizer.save_pretrained(temporary)
+        if out.is_dir():
+            out.rmdir()
+        temporary.rename(out)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"--out {out} cannot be written ({error}); nothing was left there.") from error

@@ -1,0 +1,148 @@
+"""A run made ready: model, data, optimizer, length, and what it will take in memory and on disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from metazo.errors import UserError
+from metazo.models.load import LoadedModel, load_model
+from metazo.models.lora import add_adapters
+from metazo.models.sentence import SentenceClassifier
+from metazo.optimizers import LOZO, LOZOM, DominantLayer, ZOOptimizer, first_outlier_layer
+from metazo.optimizers.dominant_layer import OUTLIER_LAYER
+from metazo.optimizers.first_order import FirstOrder
+from metazo.optimizers.svrg import MeZOSVRG
+from metazo.runs.config import FinetuneConfig
+from metazo.runs.method import build_optimizer, resolve_device, select_trainable
+from metazo.runs.resources import size
+from metazo.step.precision import cost
+from metazo.tasks import Prepared, prepare, resolve
+from metazo.tasks.closures import BatchLoss, FullLoss
+
+
+@dataclass
+class Setup:
+    """A run made ready: model, data, optimizer, and its length."""
+
+    config: FinetuneConfig
+    loaded: LoadedModel
+    prepared: Prepared
+    optimizer: ZOOptimizer | FirstOrder
+    trained: int
+    steps: int
+    forwards: int
+    device: torch.device
+    limit: int
+
+    def plan(self, config: FinetuneConfig) -> dict[str, Any]:
+        """What the run will do and take, without having done it."""
+        model = self.loaded.model
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        state = sum(tensor.numel() * tensor.element_size() for tensor in self.optimizer.tensors_state().values())
+        trainable = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+        moments = {"first-order-adamw": 2, "first-order-sgd": 1}.get(config.optimizer, 0)
+        state += moments * trainable  # they come with the first step
+        snapshots = 3 * (trainable + state) if config.snapshot_every else 0  # two, and one that is being written
+        best = trainable if config.keep == "best" else 0
+        saved = 0 if config.keep == "none" else trainable if config.lora else weights
+        log = _record_bytes(self.optimizer) * self.steps
+        group = self.optimizer.param_groups[0]
+        return {
+            "model": f"{self.loaded.name} ({self.loaded.kind}, {config.dtype}, {self.device})",
+            "task": f"{config.task}: {len(self.prepared.train)} train, {len(self.prepared.dev)} dev, "
+            f"{len(self.prepared.test)} test; inputs of at most {self.limit} tokens",
+            "trained weights": f"{self.trained:,} of {sum(p.numel() for p in model.parameters()):,}",
+            "optimizer": config.optimizer + (f", tuner {config.tuner}" if config.tuner else ""),
+            "learning rate": f"{group['lr']:g} {config.schedule}",
+            "effective learning rate": f"{group['lr'] * self.optimizer.energy:g} "
+            "(times the mean square of a direction's entries)",
+            "steps": f"{self.steps:,}, {self.forwards:,} forward passes over {config.batch_size} examples",
+            "precision": self._precision(config),
+            "memory": f"weights {size(weights)}, optimizer {size(state)}, one batch's activations beside them",
+            "disk": f"tuned model {size(saved)}; snapshots {size(snapshots)} and the best weights {size(best)} until the "
+            f"end; log {size(log)}",
+            "bytes on disk": saved + snapshots + best + log,
+        }
+
+    def _precision(self, config: FinetuneConfig) -> str:
+        if isinstance(self.optimizer, FirstOrder):
+            return f"weights updated in {config.dtype}"
+        trained = [parameter for parameter in self.loaded.model.parameters() if parameter.requires_grad]
+        words, more = cost(config.precision, trained)
+        return f"{words}: {size(more)}"
+
+
+def _record_bytes(optimizer: ZOOptimizer | FirstOrder) -> int:
+    """Of a step in the log, about: losses, and a seed and a coefficient a query."""
+    if isinstance(optimizer, FirstOrder):
+        return 110
+    return 80 + 20 * (len(optimizer.estimator.probes()) + 2 * optimizer.estimator.queries)
+
+
+def set_up(config: FinetuneConfig) -> Setup:
+    """Load and check everything a run needs; writes nothing."""
+    transformers_logging.disable_progress_bar()
+    task, device = resolve(config.task), resolve_device(config.device)
+    loaded = load_model(
+        config.model,
+        kind=config.kind,
+        dtype=config.dtype,
+        device=device,
+        num_labels=len(task.labels) if task.kind == "classification" else None,
+        head=config.head,
+        seed=config.seed,
+    )
+    prepared = prepare(
+        task,
+        loaded,
+        data=config.data,
+        train=config.train_examples,
+        dev=config.dev_examples,
+        test=config.test_examples,
+        seed=config.seed,
+        max_length=config.max_length,
+    )
+    adapters = add_adapters(loaded, config.lora, config.seed) if config.lora else None
+    trained = select_trainable(loaded.model, config.train, config.freeze, adapters)
+    if isinstance(loaded.model, SentenceClassifier):
+        if config.lora and config.keep != "none":
+            raise UserError("--lora on a sentence encoder cannot be saved yet; add --keep none, or train without it.")
+        loaded.model.cache_frozen()
+        loaded.model.fit_prototypes(prepared, config.eval_batch_size)
+    config = settled(config, loaded, prepared, device)
+    optimizer = make_optimizer(config, loaded, prepared, device)
+    a_step = optimizer.forwards_per_step(config.accumulate)
+    steps = int(config.forwards / a_step) if config.forwards else config.steps or 1000
+    if steps == 0:
+        raise UserError(f"--forwards {config.forwards} does not pay for one step of {config.optimizer} ({a_step:g}).")
+    limit = min(config.max_length or loaded.context_length, loaded.context_length)
+    return Setup(config, loaded, prepared, optimizer, trained, steps, round(steps * a_step), device, limit)
+
+
+def settled(config: FinetuneConfig, loaded: LoadedModel, prepared: Prepared, device: torch.device) -> FinetuneConfig:
+    """The settings with what model and data have to say, so that a replay needs neither: which layer is dominant, by name,
+    and which form LOZO takes.
+    """
+    layer = config.optimizer == DominantLayer.name and config.method.get("layer") == OUTLIER_LAYER
+    form = config.optimizer in (LOZO.name, LOZOM.name) and config.method.get("form") == "auto"
+    if not layer and not form:
+        return config
+    batch = BatchLoss(loaded.model, prepared, prepared.train[: config.batch_size], device)
+    if layer:
+        return replace(config, method=config.method | {"layer": first_outlier_layer(loaded.model, batch)})
+    found = build_optimizer(config, loaded.model).settled(batch)  # type: ignore[union-attr]
+    return replace(config, method=config.method | {"form": found})
+
+
+def make_optimizer(
+    config: FinetuneConfig, loaded: LoadedModel, prepared: Prepared, device: torch.device
+) -> ZOOptimizer | FirstOrder:
+    """The optimizer of a run, with the closure over all examples where it takes one."""
+    optimizer = build_optimizer(config, loaded.model)
+    if isinstance(optimizer, MeZOSVRG):
+        optimizer.full_closure = FullLoss(loaded.model, prepared, config.eval_batch_size, device)
+    return optimizer

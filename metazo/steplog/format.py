@@ -1,0 +1,279 @@
+"""The step log: an append-only record of steps, from which a run is resumed, replayed, checked and plotted.
+
+JSON, one object a line:
+
+    {"metazo_steps":1,"model":...,"weights":...,...,"crc":N}                                the header (identity.header)
+    {"step":0,"seeds":[s],"losses":[L+,L-],"c":[c],"lr":[1e-06],"crc":N}                    one line a step, 0, 1, 2, ...
+    {"kept":800,"weights":"<sha256 of the model that was kept>","crc":N}                    the last, of a complete run
+
+step, seeds (one a query), losses (in the order of the method's probes), c (coefficients, one a query; empty where a loss
+was not finite and the step was skipped), lr (of each parameter group). Block scales and the method's own state are not
+written: they follow from the weights and losses before, as a replay has them. Numbers are written so that they read
+back to the same bits; nan, inf and -inf are strings. crc is the CRC-32 of the line without it, begun with the crc of
+the line before, so that a line that was changed, lost or moved is found, by its number. It finds accidents, not forgers.
+
+A line is written before the step's update, and handed to the operating system every `flush_every` lines and synced to
+the disk every `fsync_every`. A process that is killed loses the lines not yet handed over, a machine that loses power
+those not yet synced; they are computed again, to the same bits. What such a death leaves is a torn tail: bytes behind
+the last whole line that are no line. They are dropped when the log is opened, and nothing else ever is: a bad line
+that others follow is damage, and an error.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from metazo.errors import UserError
+from metazo.io.files import write_whole
+from metazo.io.lines import LineFile
+from metazo.step.record import Step
+
+VERSION = 1
+MAX_LINE = 1 << 20  # bytes; what is longer is no line of a log
+
+
+def _plain(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)
+
+
+def encode(step: Step) -> dict[str, Any]:
+    numbers = {"losses": step.losses, "c": step.coefficients, "lr": step.lr}
+    return {"step": step.step, "seeds": step.seeds} | {k: [_plain(v) for v in values] for k, values in numbers.items()}
+
+
+def decode(record: dict[str, Any]) -> Step:
+    """Raises ValueError, KeyError or TypeError for what is no record of a step."""
+    if set(record) != {"step", "seeds", "losses", "c", "lr"}:
+        raise ValueError("its fields are not those of a step")
+    step, *seeds = (_whole(value) for value in [record["step"], *record["seeds"]])
+    losses, c, lr = (tuple(_number(value) for value in record[key]) for key in ("losses", "c", "lr"))
+    return Step(step, tuple(seeds), losses, c, lr)
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 64:
+        raise ValueError(f"{str(value)[:40]!r} is no step or seed")
+    return value
+
+
+def _number(value: Any) -> float:
+    if type(value) not in (int, float) and value not in ("nan", "inf", "-inf"):
+        raise ValueError(f"{str(value)[:40]!r} is no number")
+    return float(value)
+
+
+def line(record: dict[str, Any], chain: int) -> tuple[bytes, int]:
+    """A record as a line, and the checksum for the next."""
+    body = json.dumps(record, separators=(",", ":"), allow_nan=False).encode()[:-1]
+    chain = zlib.crc32(body, chain)
+    return body + b',"crc":%d}\n' % chain, chain
+
+
+def unpacked(data: bytes, chain: int) -> tuple[dict[str, Any], int]:
+    """The record of a line, and the checksum for the next. Raises ValueError where it is torn or was changed."""
+    body, mark, tail = data.rpartition(b',"crc":')
+    after = zlib.crc32(body, chain)
+    if not mark or tail != b"%d}\n" % after:
+        raise ValueError("its checksum does not follow from the lines before")
+    try:
+        return json.loads(body + b"}"), after
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+
+
+@dataclass
+class Scan:
+    """What a log holds, up to its first bad line."""
+
+    path: Path
+    header: dict[str, Any]
+    steps: list[Step] = field(default_factory=list)
+    end: dict[str, Any] | None = None
+    """The last line of a complete run: kept (step), weights (hash)."""
+    size: int = 0
+    """Bytes of the whole lines."""
+    chain: int = 0
+    torn: int = 0
+    """Bytes of a torn tail."""
+    damage: str | None = None
+    """What is wrong, with the line's number."""
+
+    def sound(self) -> Scan:
+        """Itself. Raises UserError where the log is damaged; a torn tail is none."""
+        if self.damage:
+            raise UserError(
+                f"{self.path} is damaged: {self.damage}. The {len(self.steps)} steps before are whole; metazo log repair "
+                "keeps them and puts the rest aside, and --resume computes it again."
+            )
+        return self
+
+
+def scan(path: Path, data: bytes | None = None) -> Scan:
+    """Read and check a whole log; `data`, where it is given, is its content. Raises UserError where it cannot be read
+    or has no header.
+    """
+    try:
+        with path.open("rb") if data is None else io.BytesIO(data) as file:
+            first = file.readline(MAX_LINE)
+            try:
+                header, chain = unpacked(first, 0)
+                if header.get("metazo_steps") != VERSION:
+                    raise ValueError(f"it is of version {str(header.get('metazo_steps'))[:20]}, read here is {VERSION}")
+            except (ValueError, AttributeError) as error:
+                raise UserError(
+                    f"{path} is not a step log of metazo: its first line is no header ({error})."
+                ) from error
+            found = Scan(path, header, size=len(first), chain=chain)
+            while data := file.readline(MAX_LINE):
+                try:
+                    _take(found, data)
+                except (ValueError, KeyError, TypeError, OverflowError) as error:
+                    if file.read(1):
+                        found.damage = f"line {len(found.steps) + 2} is bad ({error}) and others follow it"
+                    else:
+                        found.torn = len(data)
+                    break
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+    return found
+
+
+def _take(found: Scan, data: bytes) -> None:
+    record, chain = unpacked(data, found.chain)
+    if found.end is not None:
+        raise ValueError("it comes after the end of the run")
+    if "kept" in record:
+        _whole(record["kept"])
+        if set(record) != {"kept", "weights"} or not isinstance(record["weights"], str | None):
+            raise ValueError("its fields are not those of the end of a run")
+        if record["kept"] > len(found.steps):
+            raise ValueError("it ends another run")
+        found.end = record
+    else:
+        step = decode(record)
+        if step.step != len(found.steps):
+            raise ValueError(f"it holds step {step.step} where {len(found.steps)} is due")
+        found.steps.append(step)
+    found.size, found.chain = found.size + len(data), chain
+
+
+def read(path: Path) -> list[Step]:
+    """The steps of a log, a torn tail left out. Raises UserError where it is damaged."""
+    return scan(path).sound().steps
+
+
+def header(path: Path) -> dict[str, Any]:
+    """The header of a log: what its steps belong to. Raises UserError where the log is damaged."""
+    return scan(path).sound().header
+
+
+class StepLog:
+    """Append steps to a log; a new one, or one that is there.
+
+    Args: path; header: what the steps belong to; flush_every, fsync_every: see above (fsync_every 0: at `sync` alone);
+    say: takes a sentence for people where a torn tail is dropped or versions have changed.
+    Attributes: steps, those that are there; end, the last line of a complete run.
+    Raises UserError where the log is damaged or belongs to something else. "environment" in the header may differ.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        header: dict[str, Any],
+        *,
+        flush_every: int = 1,
+        fsync_every: int = 0,
+        say: Callable[[str], None] = lambda text: None,
+    ):
+        header = {"metazo_steps": VERSION, **header}
+        self.path, self.flush_every, self.fsync_every = path, flush_every, fsync_every
+        if not path.exists():
+            write_whole(path, line(header, 0)[0])
+        found = scan(path).sound()
+        _compare(found, json.loads(json.dumps(header)), say)
+        self.steps, self.end, self.chain = found.steps, found.end, found.chain
+        self.file = LineFile(path)
+        if found.torn:
+            say(
+                f"{path.name} ends in {found.torn} bytes of a torn record, which is dropped; {len(self.steps)} steps stand."
+            )
+            self.file.cut(found.size)
+        self.waiting = b""
+        self.count = len(self.steps)
+
+    def append(self, step: Step) -> None:
+        data, self.chain = line(encode(step), self.chain)
+        self.waiting += data
+        self.count += 1
+        if self.count % self.flush_every == 0:
+            self.flush()
+        if self.fsync_every and self.count % self.fsync_every == 0:
+            self.sync()
+
+    def flush(self) -> None:
+        """Hand what waits to the operating system. Where the disk is full it is dropped, and computed again later."""
+        data, self.waiting = self.waiting, b""
+        if data:
+            self.file.append(data)
+
+    def sync(self) -> None:
+        self.flush()
+        self.file.sync()
+
+    def finish(self, kept: int, weights: str | None) -> None:
+        """Write the last line: the step whose weights were kept, and their hash."""
+        if self.end is None:
+            self.end = {"kept": kept, "weights": weights}
+            data, self.chain = line(self.end, self.chain)
+            self.waiting += data
+        self.sync()
+
+    def cut(self, count: int) -> None:
+        """Keep the first `count` steps and drop the rest."""
+        if count == len(self.steps) and self.end is None:
+            return
+        size = _size_of(self.path, count)
+        self.file.cut(size)
+        self.steps, self.end, self.count = self.steps[:count], None, count
+        self.chain = scan(self.path).chain
+
+    def close(self) -> None:
+        self.flush()
+        self.file.close()
+
+
+def _size_of(path: Path, count: int) -> int:
+    """Bytes of the header and the first `count` steps."""
+    with path.open("rb") as file:
+        return sum(len(file.readline()) for _ in range(count + 1))
+
+
+def _compare(found: Scan, wanted: dict[str, Any], say: Callable[[str], None]) -> None:
+    there = found.header
+    for key in {**there, **wanted}:
+        if there.get(key) == wanted.get(key):
+            continue
+        if key == "environment":
+            changes = differences(there[key], wanted[key]) if isinstance(there.get(key), dict) else []
+            what = ", ".join(f"{name} {old} then and {new} now" for name, old, new in changes)
+            say(f"The run began with other versions ({what}): the steps to come may differ in their last bits.")
+            continue
+        name, old, new = (key, there.get(key), wanted.get(key))
+        if isinstance(old, dict) and isinstance(new, dict):
+            name, old, new = differences(old, new)[0]
+        raise UserError(
+            f"{found.path.name} belongs to another run: its {name} is {old!r}, now {new!r}; "
+            "choose another --out, or resume with the same settings."
+        )
+
+
+def differences(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(key, value in a, value in b) where two mappings differ; None stands for nothing."""
+    return [(key, a.get(key), b.get(key)) for key in {**a, **b} if a.get(key) != b.get(key)]

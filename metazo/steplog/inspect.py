@@ -1,0 +1,115 @@
+"""What a step log says: a summary, its differences from another, and its repair."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from metazo.io.files import write_whole
+from metazo.io.lines import LineFile
+from metazo.steplog.format import Scan, differences, encode, scan
+
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+def summary(found: Scan) -> dict[str, Any]:
+    """The figures of a log, as JSON values. Losses are means over a step's probes."""
+    losses = [loss for _, loss in curve(found)]
+    rates = [step.lr[0] for step in found.steps if step.lr]
+    tenth = max(1, len(losses) // 10)
+    return {
+        "state": "damaged" if found.damage else "torn" if found.torn else "complete" if found.end else "whole",
+        "steps": len(found.steps),
+        "skipped": sum(not step.coefficients for step in found.steps),
+        "kept step": found.end["kept"] if found.end else None,
+        "loss, first tenth": fmean(losses[:tenth]) if losses else None,
+        "loss, last tenth": fmean(losses[-tenth:]) if losses else None,
+        "loss, lowest and highest": [min(losses), max(losses)] if losses else None,
+        "learning rate, first and last": [rates[0], rates[-1]] if rates else None,
+        "bytes": found.size,
+        "bytes a step": round((found.size - _header_bytes(found)) / len(found.steps), 1) if found.steps else None,
+    }
+
+
+def _header_bytes(found: Scan) -> int:
+    with found.path.open("rb") as file:
+        return len(file.readline())
+
+
+def curve(found: Scan) -> list[tuple[int, float]]:
+    """Step and mean loss over its probes, where the step was not skipped."""
+    return [(step.step, fmean(step.losses)) for step in found.steps if step.coefficients and step.losses]
+
+
+def sparkline(values: list[float], width: int = 60) -> str:
+    """A line of bars, each the mean of a like number of values."""
+    if not values:
+        return ""
+    width = min(width, len(values))
+    cuts = [round(i * len(values) / width) for i in range(width + 1)]
+    means = [fmean(values[a:b]) for a, b in zip(cuts, cuts[1:])]
+    low, high = min(means), max(means)
+    scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
+    return "".join(_BARS[round((value - low) * scale)] for value in means)
+
+
+def verify(path: Path) -> list[str]:
+    """What is wrong with a log, a sentence each; nothing where it is whole. Raises UserError where it is no log."""
+    found = scan(path)
+    wrong = [found.damage] if found.damage else []
+    if found.torn:
+        wrong.append(f"it ends in {found.torn} bytes that are no whole line (a torn tail)")
+    missing = {"weights", "method", "settings", "noise", "environment"} - set(found.header)
+    if missing:
+        wrong.append(f"its header lacks {', '.join(sorted(missing))}, so it cannot be replayed")
+    return wrong
+
+
+def diff(a: Scan, b: Scan) -> dict[str, Any]:
+    """Where two logs differ: fields of the headers, and the first step that is not the same, field by field."""
+    headers = [{"field": key, "a": old, "b": new} for key, old, new in _flat_differences(a.header, b.header)]
+    first = None
+    for one, other in zip(a.steps, b.steps):
+        # as written: nan is nan
+        changes = differences(encode(one), encode(other))
+        if changes:
+            first = {"step": one.step, "fields": [{"field": key, "a": old, "b": new} for key, old, new in changes]}
+            break
+    if first is None and len(a.steps) != len(b.steps):
+        first = {"step": min(len(a.steps), len(b.steps)), "fields": []}
+    return {
+        "headers": headers,
+        "first": first,
+        "steps": [len(a.steps), len(b.steps)],
+        "same": not headers and not first,
+    }
+
+
+def _flat_differences(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    rows = []
+    for key, old, new in differences(a, b):
+        if isinstance(old, dict) and isinstance(new, dict):
+            rows += [(f"{key}.{name}", x, y) for name, x, y in differences(old, new)]
+        else:
+            rows.append((key, old, new))
+    return rows
+
+
+def repair(path: Path) -> tuple[int, int, Path | None]:
+    """Keep the whole lines of a damaged or torn log; the rest goes to a file beside it.
+
+    Returns: steps that stand, bytes put aside, and where they are.
+    """
+    found = scan(path)
+    with path.open("rb") as file:
+        file.seek(found.size)
+        rest = file.read()
+    if not rest:
+        return len(found.steps), 0, None
+    aside = path.with_name(path.name + ".damaged")
+    write_whole(aside, rest)
+    lines = LineFile(path)
+    lines.cut(found.size)
+    lines.close()
+    return len(found.steps), len(rest), aside

@@ -1,0 +1,160 @@
+"""Sentence encoders: pooling and heads against formulas written out, files, and the cache of frozen layers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import cosine_similarity
+from transformers import AutoModel
+
+from metazo.errors import UserError
+from metazo.models.load import LoadedModel, load_model
+from metazo.models.sentence import Prototypes, SentenceClassifier
+
+SENTENCES = ["the film was great", "a warm and funny story", "terrible", "the cat sat on the mat ."]
+
+
+@pytest.fixture
+def checkpoint(tiny: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A tiny BERT that says, as sentence-transformers do, that its hidden states are averaged."""
+    folder = tmp_path / "sentence"
+    shutil.copytree(tiny("bert"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["BertModel"]}))
+    pooling(folder, "mean_tokens")
+    return folder
+
+
+def pooling(folder: Path, mode: str) -> None:
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    (folder / "1_Pooling" / "config.json").write_text(
+        json.dumps({f"pooling_mode_{mode}": True, "word_embedding_dimension": 8})
+    )
+
+
+def classifier(loaded: LoadedModel) -> SentenceClassifier:
+    assert isinstance(loaded.model, SentenceClassifier)
+    return loaded.model
+
+
+def inputs(loaded: LoadedModel) -> dict[str, torch.Tensor]:
+    batch = loaded.tokenizer(SENTENCES, padding=True, return_tensors="pt")
+    return {name: batch[name] for name in ("input_ids", "attention_mask")}
+
+
+def test_the_embedding_is_the_mean_over_real_tokens(checkpoint: Path) -> None:
+    loaded = load_model(checkpoint, num_labels=2)
+    model = classifier(loaded)
+    for text, embedding in zip(SENTENCES, model.embed(**inputs(loaded))):
+        alone = loaded.tokenizer(text, return_tensors="pt")["input_ids"]
+        expected = model.encoder(input_ids=alone).last_hidden_state[0].mean(0)
+        torch.testing.assert_close(embedding, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_pooling_by_the_first_token(checkpoint: Path) -> None:
+    pooling(checkpoint, "cls_token")
+    loaded = load_model(checkpoint, num_labels=2)
+    batch = inputs(loaded)
+    expected = classifier(loaded).encoder(**batch).last_hidden_state[:, 0]
+    torch.testing.assert_close(classifier(loaded).embed(**batch), expected)
+
+
+def test_an_unknown_pooling_is_refused(checkpoint: Path) -> None:
+    pooling(checkpoint, "max_tokens")
+    with pytest.raises(UserError, match="pooling_mode_max_tokens"):
+        load_model(checkpoint, num_labels=2)
+
+
+def test_auto_takes_the_checkpoints_own_class_where_it_is_no_sentence_encoder(tiny: Callable[[str], Path]) -> None:
+    assert not isinstance(load_model(tiny("bert"), kind="classifier", num_labels=2).model, SentenceClassifier)
+
+
+def test_a_head_is_for_classifiers(tiny: Callable[[str], Path]) -> None:
+    with pytest.raises(UserError, match="for classifiers"):
+        load_model(tiny("llama"), head="prototype")
+    with pytest.raises(UserError, match="unknown head"):
+        load_model(tiny("bert"), head="mlp")
+
+
+def test_a_new_head_follows_the_seed(checkpoint: Path) -> None:
+    first, again, other = (
+        classifier(load_model(checkpoint, num_labels=3, seed=seed)).head.weight for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, again) and not torch.equal(first, other)  # type: ignore[arg-type]
+
+
+def test_prototype_logits_are_the_formula() -> None:
+    generator = torch.Generator().manual_seed(0)
+    embeddings, labels = torch.randn(12, 5, generator=generator), torch.arange(12) % 3
+    head = Prototypes(3, 5)
+    head.fit(embeddings, labels)
+    means = [(embeddings[labels == k] / embeddings[labels == k].norm(dim=1, keepdim=True)).mean(0) for k in range(3)]
+    cosines = 20 * torch.stack([cosine_similarity(embeddings, mean[None]) for mean in means], 1)
+    torch.testing.assert_close(head(embeddings), cosines - cosines.mean(0))
+
+
+def test_a_class_without_examples_is_named() -> None:
+    with pytest.raises(UserError, match="class 1"):
+        Prototypes(2, 4).fit(torch.ones(3, 4), torch.zeros(3, dtype=torch.long))
+
+
+@pytest.mark.parametrize("head", ["linear", "prototype"])
+def test_saved_and_loaded_it_is_the_same(checkpoint: Path, tmp_path: Path, head: str) -> None:
+    loaded = load_model(checkpoint, num_labels=2, head=head)
+    model = classifier(loaded)
+    if isinstance(model.head, Prototypes):
+        model.head.fit(model.embed(**inputs(loaded)).detach(), torch.tensor([0, 0, 1, 1]))
+    model.save_pretrained(tmp_path / "saved")
+    loaded.tokenizer.save_pretrained(tmp_path / "saved")
+    again = classifier(load_model(tmp_path / "saved", num_labels=2))
+    assert torch.equal(again(**inputs(loaded)).logits, model(**inputs(loaded)).logits)
+    assert type(AutoModel.from_pretrained(tmp_path / "saved")) is type(model.encoder)
+    assert classifier(load_model(tmp_path / "saved", num_labels=5)).classes == 5  # other classes: a new head
+
+
+def test_frozen_layers_are_computed_once_and_change_nothing(checkpoint: Path) -> None:
+    loaded = load_model(checkpoint, num_labels=2)
+    model, batch = classifier(loaded), inputs(loaded)
+    expected = model(**batch).logits
+    model.encoder.embeddings.requires_grad_(False)
+    model.encoder.encoder.layer[0].requires_grad_(False)
+    assert model.cache_frozen() == 1
+    torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-5, atol=1e-6)
+
+    ran = []
+    model.encoder.embeddings.register_forward_hook(lambda *_: ran.append(1))
+    one = {name: value[:1] for name, value in batch.items()}  # in another batch, the same bits below
+    torch.testing.assert_close(model(**one).logits, expected[:1], rtol=1e-5, atol=1e-6)
+    assert not ran
+    model(input_ids=one["input_ids"].flip(1), attention_mask=one["attention_mask"].flip(1))
+    assert len(ran) == 1  # a row never seen
+
+
+def test_training_goes_on_above_the_cache(checkpoint: Path) -> None:
+    loaded = load_model(checkpoint, num_labels=2)
+    model, batch = classifier(loaded), inputs(loaded)
+    model.encoder.embeddings.requires_grad_(False)
+    model.encoder.encoder.layer[0].requires_grad_(False)
+    wanted = torch.autograd.grad(
+        model(**batch).logits.square().sum(), list(model.encoder.encoder.layer[1].parameters())
+    )
+    model.cache_frozen()
+    with torch.inference_mode():
+        model(**batch)  # the cache is filled here
+    found = torch.autograd.grad(model(**batch).logits.square().sum(), list(model.encoder.encoder.layer[1].parameters()))
+    for a, b in zip(wanted, found):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        model.encoder.encoder.layer[1].output.dense.weight.add_(0.1)
+        before = model(**batch).logits
+        model._split = None
+        torch.testing.assert_close(model(**batch).logits, before, rtol=1e-5, atol=1e-6)
+
+
+def test_trained_embeddings_leave_nothing_to_cache(checkpoint: Path) -> None:
+    assert classifier(load_model(checkpoint, num_labels=2)).cache_frozen() == 0

@@ -1,0 +1,67 @@
+"""Curves of one run, and what the pictures of a tuner are made of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from metazo.plots.style import look, svg
+from metazo.report import plot_curves, plot_run
+from metazo.report.sigma import OUTSIDE, picture, place_of, read
+from tests.report.synthetic import BLOCKS
+
+
+def test_a_runs_curve_has_units_and_its_majority_class(tmp_path: Path):
+    records = [
+        {
+            "forwards": n,
+            "train_loss": 1 / n if n else None,
+            "dev": {"loss": 1 / (n + 1), "accuracy": 0.5, "majority": 0.5},
+        }
+        for n in range(4)
+    ]
+    plot_run(records, tmp_path / "curve.svg", "a $run$ <b>", ("accuracy",))
+    text = (tmp_path / "curve.svg").read_text()
+    for wanted in ("nats", "0 to 1", "forward passes over a batch", "majority class", "a $run$ &lt;b&gt;"):
+        assert wanted in text
+    plot_run(records, tmp_path / "again.svg", "a $run$ <b>", ("accuracy",))
+    assert (tmp_path / "again.svg").read_text() == text
+    plot_curves({"panel": {"line": [(0, 1), (1, 2)]}}, tmp_path / "x.png", x="x", y="y")
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_two_lines_look_alike():
+    assert len({tuple(map(str, look(index).values())) for index in range(35)}) == 35
+
+
+@pytest.mark.parametrize(
+    ("block", "place"),
+    [
+        ("model.layers.3.mlp.up_proj.weight", (3, "mlp.up_proj")),
+        ("transformer.h.11.attn.c_attn.bias", (11, "attn.c_attn.bias")),
+        ("model.embed_tokens.weight", (OUTSIDE, "model.embed_tokens")),
+        ("layers.0", (0, "layer")),
+    ],
+)
+def test_depth_and_kind_of_a_block(block: str, place: tuple[int, str]):
+    assert place_of(block) == place
+
+
+def test_sigma_by_kind_and_depth():
+    values = [[2.0**place for place in range(len(BLOCKS))]]
+    scales = read({"blocks": BLOCKS, "steps": [7], "values": values})
+    assert (scales.depths, scales.steps, scales.kinds[-1]) == ([OUTSIDE, 0, 1, 2, 3], [7], "embed_tokens")
+    assert scales.values.shape == (1, 6, 5)
+    here = scales.values[0, scales.kinds.index("attn.q"), scales.depths.index(2)]
+    assert here == pytest.approx(2.0 ** (BLOCKS.index("layers.2.attn.q.weight") - (len(BLOCKS) - 1) / 2))
+    assert np.isnan(scales.values[0, 0, 0])  # no attention outside the layers
+    assert "σ / mean σ" in svg(picture(scales))
+    for damaged in (
+        {},
+        {"blocks": ["a"], "steps": [0], "values": [[1, 2]]},
+        {"blocks": ["a"], "steps": [0], "values": [[0.0]]},
+    ):
+        with pytest.raises(ValueError, match="sigma"):
+            read(damaged)

@@ -1,0 +1,55 @@
+"""Settings: recipe under flags, and one sentence for what is wrong."""
+
+from __future__ import annotations
+
+import pytest
+
+from metazo.errors import UserError
+from metazo.runs.config import FinetuneConfig, build, help_of, read_recipe
+
+BASE = {"model": "pico", "task": "pico_sentiment", "out": "runs/x"}
+
+
+def test_a_flag_wins_over_the_recipe(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("lr: 1.0e-3\nbatch-size: 4\nmethod: {rank: 2, interval: 9}\n")
+    config = build(FinetuneConfig, BASE, read_recipe(path), {"lr": 1e-5, "eps": None, "method": {"rank": 3}})
+    assert (config.lr, config.batch_size, config.eps) == (1e-5, 4, 1e-3)
+    assert config.method == {"rank": 3, "interval": 9}
+
+
+def test_every_setting_is_documented():
+    assert set(help_of(FinetuneConfig)) == set(FinetuneConfig.__dataclass_fields__)
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        ({"learning_rate": 1}, "'learning_rate' is not a setting"),
+        ({"lr": "fast"}, "--lr is 'fast'"),
+        ({"schedule": "step"}, "--schedule is 'step'"),
+        ({"batch_size": 0}, "--batch-size must be at least 1, not 0"),
+        ({"steps": 5, "forwards": 10}, "--steps and --forwards"),
+        ({"tuner": "pico", "scale": "rms"}, "--tuner and --scale"),
+        ({"dev_examples": 0}, "--keep best"),
+    ],
+)
+def test_bad_settings(extra, words):
+    with pytest.raises(UserError, match=words.replace("(", r"\(")):
+        build(FinetuneConfig, BASE, extra)
+
+
+def test_what_is_required():
+    with pytest.raises(UserError, match="--task is required"):
+        build(FinetuneConfig, {"model": "pico", "out": "x"})
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("a: [", "is not valid YAML"), ("- 1", "must be a mapping"), (None, "is not a file")]
+)
+def test_bad_recipes(tmp_path, text, words):
+    path = tmp_path / "r.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError, match=words):
+        read_recipe(path)

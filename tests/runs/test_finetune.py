@@ -1,0 +1,170 @@
+"""The loop on the embedded model: it learns, repeats itself, resumes after kill -9, and refuses what it cannot do."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from metazo.errors import UserError
+from metazo.runs.config import FinetuneConfig, build
+from metazo.runs.finetune import finetune
+from metazo.runs.resources import batch_indices
+from metazo.runs.setup import set_up
+from metazo.steplog.format import read
+
+SMALL = {
+    "model": "pico",
+    "task": "pico_sentiment",
+    "optimizer": "mezo",
+    "lr": 1e-4,
+    "steps": 24,
+    "train_examples": 64,
+    "dev_examples": 32,
+    "test_examples": 32,
+    "eval_every": 8,
+    "snapshot_every": 10,
+}
+
+
+def config(out: Path, **extra) -> FinetuneConfig:
+    return build(FinetuneConfig, SMALL, {"out": out, **extra})
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """What must not differ between two runs of one seed: weights, log, and metrics without the clock."""
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for record in metrics:
+        record.pop("seconds")
+    return {
+        "weights": (folder / "model" / "model.safetensors").read_bytes(),
+        "log": (folder / "steps.jsonl").read_bytes(),
+        "metrics": json.dumps(metrics).encode(),
+    }
+
+
+@pytest.mark.parametrize("scale", ["none", "rms"])
+def test_one_seed_one_result_and_another_seed_another(tmp_path, scale):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        finetune(config(tmp_path / name, scale=scale, seed=seed))
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+    assert files(tmp_path / "a")["log"] != files(tmp_path / "c")["log"]
+
+
+def test_output_folder(tmp_path):
+    summary = finetune(config(tmp_path / "run", keep="last"))
+    assert summary["forwards"] == 48 and summary["steps"] == 24
+    assert (tmp_path / "run" / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["test"]["loss"] == summary["test"]["loss"]
+    base = AutoModelForCausalLM.from_pretrained(set_up(config(tmp_path / "x")).loaded.model.name_or_path)
+    tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", dtype=torch.float32)
+    moved = [not torch.equal(a, b) for a, b in zip(base.float().parameters(), tuned.parameters())]
+    assert all(moved)
+    assert "majority" in summary["test"] and (tmp_path / "run" / "config.json").is_file()
+
+
+def test_first_order_learns_and_beats_the_majority(tmp_path):
+    summary = finetune(
+        config(tmp_path / "fo", optimizer="first-order-adamw", lr=1e-3, steps=80, train_examples=400, test_examples=200)
+    )
+    assert summary["test"]["accuracy"] > summary["test"]["majority"] + 0.2
+    assert summary["dev"]["loss"] < 0.7 * summary["before"]["loss"]
+
+
+def test_freeze_and_train_select_by_pattern(tmp_path):
+    setup = set_up(config(tmp_path / "x", train=["*mlp*"], freeze=["*layers.0*"]))
+    names = [n for n, p in setup.loaded.model.named_parameters() if p.requires_grad]
+    assert names and all("mlp" in name and "layers.0." not in name for name in names)
+
+
+def test_accumulation_takes_other_examples_and_as_many_more_forwards(tmp_path):
+    summary = finetune(config(tmp_path / "run", accumulate=3, steps=4))
+    assert summary["forwards"] == 24
+
+
+def test_schedule(tmp_path):
+    finetune(config(tmp_path / "run", schedule="linear"))
+    rates = [step.lr[0] for step in read(tmp_path / "run" / "steps.jsonl")]
+    assert rates == pytest.approx([1e-4 * (1 - step / 24) for step in range(24)])
+
+
+def test_batches_walk_through_permutations():
+    seen = [place for step in range(5) for place in batch_indices(step, 4, 10, seed=1)]
+    assert sorted(seen[:10]) == sorted(seen[10:20]) == list(range(10)) and seen[:10] != seen[10:20]
+
+
+START = "import sys; from metazo_cli.main import main; sys.argv = ['metazo', *sys.argv[1:]]; main()"
+
+
+def start(out: Path, *extra: str) -> subprocess.Popen:
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in SMALL.items()]
+    command = [sys.executable, "-c", START, "finetune", *flags, f"--out={out}", *extra]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_steps(path: Path, count: int, process: subprocess.Popen) -> None:
+    until = time.monotonic() + 120
+    while not path.exists() or path.read_bytes().count(b"\n") <= count:
+        assert process.poll() is None and time.monotonic() < until, process.stderr and process.stderr.read()
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize(
+    ("extra", "count"), [(("--scale=rms",), 4), (("--optimizer=mezo-adam", "--schedule=cosine"), 17)]
+)
+def test_killed_and_resumed_is_bit_identical(tmp_path, extra, count):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert start(whole, *extra).wait() == 0
+    process = start(cut, *extra)
+    wait_for_steps(cut / "steps.jsonl", count, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert len((cut / "steps.jsonl").read_bytes().splitlines()) < 26
+    assert start(cut, *extra, "--resume").wait() == 0
+    assert files(whole) == files(cut)
+
+
+def test_sigterm_finishes_the_step_and_says_how_to_go_on(tmp_path):
+    process = start(tmp_path / "run")
+    wait_for_steps(tmp_path / "run" / "steps.jsonl", 2, process)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143 and "metazo finetune --resume" in errors and "Traceback" not in errors
+
+
+def test_nan_before_the_first_step_leaves_nothing(tmp_path):
+    from metazo.models.load import load_model
+
+    loaded = load_model("pico")
+    with torch.no_grad():
+        next(loaded.model.parameters()).fill_(torch.nan)
+    loaded.model.save_pretrained(tmp_path / "broken")
+    loaded.tokenizer.save_pretrained(tmp_path / "broken")
+    with pytest.raises(UserError, match="loss of .* is nan before the first step"):
+        finetune(config(tmp_path / "run", model=str(tmp_path / "broken")))
+    assert not (tmp_path / "run").exists()
+
+
+def test_folders_that_hold_something(tmp_path):
+    finetune(config(tmp_path / "run", steps=2))
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="already holds a run"):
+        finetune(config(tmp_path / "run"))
+    with pytest.raises(UserError, match="--lr was 0.0001 .* is 0.01 now"):
+        finetune(config(tmp_path / "run", lr=1e-2, steps=2, resume=True))
+    again = finetune(config(tmp_path / "run", steps=2, resume=True))
+    assert again == json.loads((tmp_path / "run" / "summary.json").read_text()), "a complete run is not run again"
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="holds no run"):
+        finetune(config(tmp_path / "other", resume=True))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    with pytest.raises(UserError, match="is not empty"):
+        finetune(config(tmp_path / "mine"))

@@ -1,0 +1,215 @@
+"""Numbers that go wrong: skipped and recorded, told apart, said with figures, and ended with what to do."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from metazo.errors import UserError
+from metazo.models.load import load_model
+from metazo.runs.config import FinetuneConfig, build
+from metazo.runs.finetune import finetune
+from metazo.runs.monitor import Watch, diagnose, memory_explained
+from metazo.step.record import Step
+from metazo.steplog.format import read, scan
+
+SMALL = {
+    "model": "pico", "task": "pico_sentiment", "optimizer": "mezo", "lr": 1e-4, "steps": 6, "batch_size": 2,
+    "train_examples": 8, "dev_examples": 4, "test_examples": 0, "snapshot_every": 0, "eval_every": 200,
+}  # fmt: skip
+
+
+def config(**settings) -> FinetuneConfig:
+    return build(FinetuneConfig, SMALL, {"out": Path("out"), **settings})
+
+
+def seen(steps: list[Step], total: int = 1000, **settings) -> list[str]:
+    said: list[str] = []
+    watch = Watch(config(**settings), total, said.append)
+    for step in steps:
+        watch.see(step, lambda: "as it is.")
+    return said
+
+
+def step(number: int, *losses: float) -> Step:
+    return Step(number, (1,), losses, (1.0,) if all(abs(loss) <= 1e4 for loss in losses) else (), (1e-4,))
+
+
+def console() -> Console:
+    """One that remembers what it was told."""
+    return Console(record=True, width=400, file=io.StringIO())
+
+
+# -- skipped steps -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", ["mezo", "first-order-sgd"])
+def test_a_step_that_is_skipped_leaves_the_weights_and_a_record(tmp_path, optimizer):
+    """max_loss is so low that every step is skipped: the tuned model is the base model, up to the probe's rounding."""
+    with pytest.raises(UserError, match="run stopped at step 4: the losses of 4 steps in a row"):
+        finetune(config(out=tmp_path / "run", optimizer=optimizer, max_loss=1e-3, max_bad_steps=4))
+    steps = read(tmp_path / "run" / "steps.jsonl")
+    assert [step.coefficients for step in steps] == [()] * 4 and all(max(step.losses) > 1e-3 for step in steps)
+    finetune(config(out=tmp_path / "all", optimizer=optimizer, max_loss=1e-3, max_bad_steps=9, keep="last"))
+    kept = load_model(tmp_path / "all" / "model").model
+    for a, b in zip(kept.parameters(), load_model("pico").model.parameters()):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6 if optimizer == "mezo" else 0)
+
+
+def test_a_run_that_explodes_stops_with_advice_and_a_whole_log(tmp_path):
+    said = console()
+    with pytest.raises(UserError, match=r"10 steps in a row .* lower --lr.* metazo replay --to"):
+        finetune(config(out=tmp_path / "run", lr=1e38, steps=60), said)
+    found = scan(tmp_path / "run" / "steps.jsonl")
+    assert not found.damage and not found.torn and sum(not step.coefficients for step in found.steps) == 10
+    assert "was skipped" in said.export_text()
+
+
+def test_bad_steps_are_counted_in_a_row_and_across_a_resume():
+    bad, good = step(1, math.nan, 0.4), step(2, 0.5, 0.4)
+    seen([bad] * 9 + [good] + [bad] * 9, max_bad_steps=10)
+    watch = Watch(config(max_bad_steps=10), 100, lambda text: None)
+    for record in [bad] * 9:
+        watch.see(record)  # from the log
+    with pytest.raises(UserError, match="10 steps in a row"):
+        watch.see(bad, lambda: "why.")
+
+
+# -- told apart ----------------------------------------------------------------------------------------------------------
+
+
+def closure(model):
+    ids = torch.arange(1, 13).reshape(2, 6)
+    return lambda: model(input_ids=ids, labels=ids).loss.detach()
+
+
+def scaled(dtype: str, factor: float, part: str = "down_proj"):
+    model = load_model("pico", dtype=dtype).model
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if part in name:
+                parameter.mul_(factor)
+    return model
+
+
+def test_overflow_of_float16_is_told_from_divergence():
+    """The same weights: beyond the range of float16 in between, finite in float32."""
+    factor = next(10.0**k for k in range(1, 6) if not math.isfinite(float(closure(scaled("float16", 10.0**k))())))
+    model = scaled("float16", factor)
+    assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
+    text = diagnose(model, [closure(model)], torch.float16)
+    assert "overflow of float16" in text and "this is no divergence" in text and "ends at 6.55e+04" in text
+    assert math.isfinite(float(closure(scaled("float32", factor))()))
+
+
+def test_divergence_is_told_from_overflow():
+    model = scaled("float32", 1e38)
+    assert not math.isfinite(float(closure(model)()))
+    text = diagnose(model, [closure(model)], torch.float32)
+    assert "the run has diverged" in text and "overflow" not in text
+
+
+def test_weights_out_of_range_are_named():
+    model = scaled("float16", 1e8, "layers.0.mlp.down_proj")
+    assert "layers.0.mlp.down_proj" in (text := diagnose(model, [closure(model)], torch.float16))
+    assert "out of the range of float16" in text
+
+
+def test_a_probe_that_leads_too_far_is_told():
+    model = load_model("pico").model
+    assert "lower --eps" in diagnose(model, [closure(model)], torch.float32)
+
+
+# -- warnings ------------------------------------------------------------------------------------------------------------
+
+
+def test_an_eps_below_rounding_is_said_with_figures(tmp_path):
+    said = console()
+    finetune(config(out=tmp_path / "small", eps=1e-8, lr=1e-8, steps=101), said)
+    assert "--eps 1e-08 is too small for this precision" in said.export_text()
+    said = console()
+    finetune(config(out=tmp_path / "usual", lr=1e-8, steps=101), said)
+    assert "too small" not in said.export_text()
+
+
+def test_rounding_is_that_of_the_dtype():
+    watch = Watch(config(dtype="bfloat16"), 100, print)
+    assert watch.rounding(1.5) == 2.0**-7 and Watch(config(), 100, print).rounding(1.5) == 2.0**-20
+
+
+def test_divergence_and_plateau_are_said_once_and_progress_is_not():
+    dice = random.Random(0)
+    falling = [step(n, 2 - n / 1000 + dice.gauss(0, 0.1), 2 - n / 1000) for n in range(1000)]
+    assert seen(falling) == []
+    flat = [step(n, 0.7 + dice.gauss(0, 0.1), 0.7) for n in range(1000)]
+    (text,) = seen(flat)
+    assert text.startswith("Step 400: no progress beyond noise in 400 steps") and "standard error" in text
+    rising = [step(n, 0.5 + n / 100, 0.5 + n / 100 + dice.gauss(0, 0.1)) for n in range(390)]
+    (text,) = seen(rising)
+    assert "the loss diverges" in text and "lower --lr" in text
+
+
+def test_warnings_of_a_resumed_run_are_those_of_the_whole(tmp_path):
+    dice = random.Random(1)
+    flat = [step(n, 0.7 + dice.gauss(0, 0.1), 0.7) for n in range(400)]
+    said: list[str] = []
+    watch = Watch(config(), 1000, said.append)
+    for record in flat[:399]:
+        watch.see(record)
+    watch.see(flat[399], lambda: "")
+    assert said == seen(flat)
+
+
+# -- memory --------------------------------------------------------------------------------------------------------------
+
+
+def test_an_allocation_that_fails_ends_with_what_to_change():
+    with (
+        pytest.raises(UserError, match=r"--batch-size \(now 2.*--max-length.*--dtype bfloat16"),
+        memory_explained(config()),
+    ):
+        torch.empty(1 << 50)
+    with pytest.raises(RuntimeError, match="size"), memory_explained(config()):
+        torch.zeros(2) @ torch.zeros(3)
+
+
+OUT_OF_MEMORY = """
+import resource, sys
+from pathlib import Path
+from metazo.runs.config import FinetuneConfig, build
+from metazo.errors import UserError
+from metazo.runs.finetune import finetune
+settings = {settings} | {{"out": Path(sys.argv[1])}}
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (300 << 20), resource.RLIM_INFINITY))
+try:
+    finetune(build(FinetuneConfig, settings))
+except UserError as error:
+    print(error)
+    sys.exit(2)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space as Linux does")
+def test_a_real_end_of_memory_in_mid_run_leaves_the_log_whole(tmp_path):
+    """An evaluation on 4,000 examples at once, in a process that may take 300 MB more, after five good steps."""
+    settings = SMALL | {"eval_every": 5, "dev_examples": 4000, "eval_batch_size": 4, "keep": "last", "steps": 8}
+    whole = finetune(build(FinetuneConfig, settings, {"out": tmp_path / "fits", "dev_examples": 4}))
+    assert whole["steps"] == 8
+    code = OUT_OF_MEMORY.format(settings=settings | {"eval_batch_size": 4000})
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path / "run")], capture_output=True, text=True)
+    assert run.returncode == 2, run.stderr
+    assert (
+        "Out of memory" in run.stdout and "--eval-batch-size (now 4000)" in run.stdout and "Traceback" not in run.stderr
+    )
+    assert scan(tmp_path / "run" / "steps.jsonl").torn == 0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["eval_batch_size"] == 4000

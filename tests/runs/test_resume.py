@@ -1,0 +1,164 @@
+"""Resuming from what a death, a disk or a stranger's hand has left in the folder: the result is the same to the bit."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from metazo.errors import UserError
+from metazo.runs.config import FinetuneConfig, build
+from metazo.runs.evaluations import Scores
+from metazo.runs.finetune import finetune
+from metazo.runs.resources import Interrupted
+from metazo.steplog.format import StepLog
+from metazo.steplog.inspect import repair
+
+SETTINGS = {
+    "model": "pico", "task": "pico_sentiment", "lr": 1e-4, "steps": 14, "batch_size": 2, "train_examples": 8,
+    "dev_examples": 4, "test_examples": 4, "eval_every": 4, "snapshot_every": 3, "schedule": "linear", "scale": "rms",
+    "optimizer": "hizoo",
+}  # fmt: skip
+
+
+def tuned(out: Path, **settings) -> str:
+    """Runs to the end. Returns: what was said."""
+    console = Console(file=io.StringIO(), width=400)
+    finetune(build(FinetuneConfig, SETTINGS, {"out": out, **settings}), console)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def results(out: Path) -> tuple[bytes, bytes, list, dict]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    summary = json.loads((out / "summary.json").read_text())
+    for row in [*rows, summary]:
+        row.pop("seconds"), row.pop("peak_memory_bytes", None)
+    return (out / "model" / "model.safetensors").read_bytes(), (out / "steps.jsonl").read_bytes(), rows, summary
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> tuple:
+    out = tmp_path_factory.mktemp("whole") / "run"
+    tuned(out)
+    return results(out)
+
+
+class Death(BaseException):
+    """Ends a run where it stands, as a kill does: nothing is caught, saved or flushed."""
+
+
+@pytest.fixture
+def dead(tmp_path, monkeypatch) -> Path:
+    """A run that died ahead of the record of step 12: snapshots of 9 and 12, evaluations of 0, 4, 8, 12."""
+    append = StepLog.append
+
+    def dies(log: StepLog, step) -> None:
+        if step.step == 12:
+            raise Death
+        append(log, step)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(StepLog, "append", dies)
+        with pytest.raises(Death):
+            tuned(tmp_path / "run")
+    kept = sorted(path.name for path in (tmp_path / "run").glob("snapshot*"))
+    assert kept == ["snapshot-00000009.safetensors", "snapshot-00000012.safetensors"]
+    return tmp_path / "run"
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def cut(path: Path, count: int = 7) -> None:
+    path.write_bytes(path.read_bytes()[:-count])
+
+
+def no_line(path: Path, number: int) -> None:
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:number] + lines[number + 1 :]))
+
+
+LEFT: dict[str, tuple[Callable[[Path], object], str]] = {
+    "as it died": (lambda out: None, "snapshot of step 12, 0 replayed"),
+    "newest snapshot damaged": (
+        lambda out: flip(out / "snapshot-00000012.safetensors"),
+        "snapshot of step 9, 3 replayed",
+    ),
+    "newest snapshot empty": (lambda out: (out / "snapshot-00000012.safetensors").write_bytes(b""), "of step 9, 3"),
+    "both damaged": (lambda out: [flip(path) for path in out.glob("snapshot*")], "snapshot of step 0, 12 replayed"),
+    "log torn": (lambda out: cut(out / "steps.jsonl"), "which is dropped; 11 steps stand"),
+    "metrics torn": (lambda out: cut(out / "metrics.jsonl"), "snapshot of step 9, 3 replayed"),
+    "an evaluation lost": (lambda out: no_line(out / "metrics.jsonl", 2), "snapshot of step 0, 12 replayed"),
+    "metrics lost": (lambda out: (out / "metrics.jsonl").unlink(), "snapshot of step 0, 12 replayed"),
+    "half a file left behind": (lambda out: (out / ".model.123.tmp").mkdir(), "snapshot of step 12, 0 replayed"),
+    "best weights lost": (
+        lambda out: [path.unlink() for path in (out / "best.safetensors", out / "metrics.jsonl")],
+        "snapshot of step 0, 12 replayed",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", LEFT)
+def test_whatever_is_left_the_run_ends_the_same(dead, whole, what):
+    change, told = LEFT[what]
+    change(dead)
+    said = tuned(dead, resume=True)
+    assert told in said and results(dead) == whole
+    assert not list(dead.glob("snapshot*")) and not list(dead.glob(".*"))
+    if "damaged" in what:
+        assert "snapshot-00000012.safetensors is damaged and is not used" in said
+
+
+def test_a_damaged_log_is_refused_repaired_and_gone_on_with(dead, whole):
+    flip(dead / "steps.jsonl")
+    with pytest.raises(UserError, match="is damaged: line .* metazo log repair"):
+        tuned(dead, resume=True)
+    steps, _, aside = repair(dead / "steps.jsonl")
+    assert 0 < steps < 12 and aside is not None
+    tuned(dead, resume=True)
+    assert results(dead) == whole
+
+
+def test_damaged_best_weights_are_said_with_the_way_out(dead):
+    flip(dead / "best.safetensors")
+    with pytest.MonkeyPatch.context() as patched:  # whatever comes later is no better, so the damaged file is needed
+        patched.setattr(Scores, "_merit", lambda self, record: (-record["step"],))
+        with pytest.raises(UserError, match="metazo replay .* --to 0"):
+            tuned(dead, resume=True)
+
+
+def test_changed_data_is_refused(dead):
+    with pytest.raises(UserError, match="--train-examples was 8 .* 9 now"):
+        tuned(dead, resume=True, train_examples=9)
+    with pytest.MonkeyPatch.context() as patched:  # the same settings, and one row other than it was
+        patched.setattr("metazo.runs.header.data_hash", lambda prepared: "0" * 64)
+        with pytest.raises(UserError, match="its data is "):
+            tuned(dead, resume=True)
+
+
+def test_a_signal_during_the_replay_stops_it_without_harm(dead, whole, monkeypatch):
+    import os
+    import signal
+
+    see = Scores.evaluate_if_due
+
+    def press(scores: Scores, step: int) -> None:
+        see(scores, step)
+        if step == 10:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    flip(dead / "snapshot-00000012.safetensors")
+    with monkeypatch.context() as patched:
+        patched.setattr(Scores, "evaluate_if_due", press)
+        with pytest.raises(Interrupted, match="SIGTERM after step 10 of 14") as caught:
+            tuned(dead, resume=True)
+    assert caught.value.exit_code == 143
+    tuned(dead, resume=True)
+    assert results(dead) == whole

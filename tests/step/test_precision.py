@@ -1,0 +1,233 @@
+"""Precision policies: what theta keeps, what probing may touch, what is refused, and the committed measurement."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from metazo.errors import UserError
+from metazo.kernels.splitfloat import dither, join, plain_join, plain_split, split
+from metazo.noise import TorchOrderNoise
+from metazo.optimizers import MeZO
+from metazo.step.precision import POLICIES, cost, policy
+from tests.optimizers.contract import IDS, NAMES, case, llama, make, quadratic, take
+
+NARROW = [torch.bfloat16, torch.float16]
+narrow = pytest.mark.parametrize("dtype", NARROW)
+COMPENSATED = ["compensated-16", "compensated-8"]
+
+
+def numbers(dtype: torch.dtype) -> torch.Tensor:
+    """Float32 of all sizes that the type holds, zeros of both signs and powers of two with their neighbours."""
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.randn(20000, generator=generator) * torch.logspace(-4, 3, 20000)
+    powers = torch.tensor([2.0**k for k in range(-13, 14)])
+    edges = torch.cat([powers, torch.nextafter(powers, torch.tensor(0.0)), torch.tensor([0.0, -0.0])])
+    return torch.cat([spread[spread.abs() > 2.0**-14] if dtype == torch.float16 else spread, edges, -edges])
+
+
+@narrow
+def test_sixteen_bits_lose_nothing(dtype):
+    theta = numbers(dtype)
+    weights, low = torch.empty_like(theta, dtype=dtype), torch.empty_like(theta, dtype=torch.int16)
+    split(theta.clone(), weights, low, 0, 0)
+    assert torch.equal(join(weights, low), theta)
+    nearest = (weights.float() - theta).abs() <= (theta.to(dtype).float() - theta).abs()
+    assert bool(nearest.all())
+
+
+@narrow
+@pytest.mark.parametrize("low_dtype", [torch.int16, torch.int8])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_compiled_forms_are_the_plain_ones_to_the_last_bit(dtype, low_dtype, threads):
+    """On every pattern of a narrow type, infinities and NaN among them, and on a length that threads cut up."""
+    every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16)
+    generator, count = torch.Generator().manual_seed(0), 600_001
+    weights = every.repeat(count // len(every) + 1)[:count].view(dtype)
+    low = torch.randint(-(1 << 15), 1 << 15, (count,), generator=generator).to(low_dtype)
+    bits = torch.randint(-(1 << 31), 1 << 31, (count,), generator=generator).to(torch.int32)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        theta = join(weights, low)
+        assert torch.equal(theta.view(torch.int32), plain_join(weights, low).view(torch.int32))
+        for source in (theta, bits.view(torch.float32)):
+            found, kept = torch.empty_like(weights), torch.empty_like(low)
+            plain, rest = torch.empty_like(weights), torch.empty_like(low)
+            split(source.clone(), found, kept, 2**31 - 1000, 2**62 + 12345)
+            plain_split(source.clone(), plain, rest, 2**31 - 1000, 2**62 + 12345)
+            assert torch.equal(found.view(torch.int16), plain.view(torch.int16)) and torch.equal(kept, rest)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_small_float16_keeps_37_binary_places():
+    theta = torch.linspace(-6e-5, 6e-5, 10001)
+    weights, low = torch.empty_like(theta, dtype=torch.float16), torch.empty_like(theta, dtype=torch.int16)
+    split(theta.clone(), weights, low, 0, 0)
+    assert float((join(weights, low) - theta).abs().max()) <= 2.0**-38
+
+
+@narrow
+def test_eight_bits_are_right_on_average(dtype):
+    """Against the same split in float64 arithmetic: within one unit, exact where nothing is lost, unbiased."""
+    theta = torch.full((200_000,), 0.0123456789)
+    weights, low = torch.empty_like(theta, dtype=dtype), torch.empty_like(theta, dtype=torch.int8)
+    split(theta.clone(), weights, low, 0, 7)
+    kept = join(weights, low)
+    unit = torch.finfo(dtype).eps * 2.0**-7 * 2.0**-8  # of numbers in [2^-7, 2^-6)
+    assert set(((kept - theta).double() / unit).round(decimals=3).abs().le(1).tolist()) == {True}
+    assert abs(float((kept.double() - theta.double()).mean())) < 4 * 0.5 * unit / 200_000**0.5
+    again, lower = torch.empty_like(weights), torch.empty_like(low)
+    split(kept.clone(), again, lower, 0, 8)
+    assert torch.equal(again, weights) and torch.equal(lower, low)
+
+
+def test_dither_is_uniform_and_of_the_element():
+    whole = dither(0, 1 << 16, 5, 8)
+    assert torch.equal(whole[1000:1100], dither(1000, 100, 5, 8))
+    counts = torch.bincount(whole, minlength=256).double()
+    assert float(((counts - 256) ** 2 / 256).sum()) < 255 + 5 * (2 * 255) ** 0.5
+    other = dither(0, 1 << 16, 6, 8)
+    assert abs(float(torch.corrcoef(torch.stack([whole, other]).double())[0, 1])) < 5 / 256
+
+
+def test_policies():
+    assert policy("auto", torch.float32) == policy("auto", torch.float64) == "in-place"
+    assert policy("auto", torch.bfloat16) == policy("auto", torch.float16) == "master"
+    assert policy("compensated-8", torch.float32) == "in-place"
+    with pytest.raises(UserError, match="autocast"):
+        policy("autocast", torch.bfloat16)
+    with pytest.raises(UserError, match="compensated-8"):
+        policy("half", torch.float32)
+    words, more = cost("compensated-8", [torch.empty(10, dtype=torch.bfloat16), torch.empty(5)])
+    assert more == 10 and "compensated-8" in words and "in-place" in words
+
+
+@pytest.mark.parametrize("precision", ["master", *COMPENSATED])
+@narrow
+def test_the_table_of_costs_is_what_is_kept(precision, dtype):
+    model = nn.Linear(64, 32, dtype=dtype)
+    optimizer = MeZO(model.named_parameters(), precision=precision)
+    state = optimizer.tensors_state()
+    kept = sum(value.numel() * value.element_size() for name, value in state.items() if name != "counters")
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert kept == POLICIES[precision].bytes * count == cost(precision, model.parameters())[1]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("precision", COMPENSATED)
+def test_weights_rest_while_they_are_probed(name, precision):
+    problem = quadratic(torch.bfloat16)
+    start, values = problem.copies(), []
+    optimizer = make(name, problem.named(), 0.0, precision=precision)
+
+    def closure():
+        assert all(torch.equal(memory, s) for memory, s in zip(memories, start))
+        values.append(float(problem()))
+        return values[-1]
+
+    memories = [
+        p.data.view(-1).as_strided(p.shape, p.stride()) for p in problem.parameters()
+    ]  # no parameters: as they are
+    for _ in range(20):
+        take(optimizer, closure)
+    assert all(torch.equal(p, s) for p, s in zip(problem.parameters(), start))
+    assert len(set(values)) > 10
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("precision", COMPENSATED)
+def test_compensated_runs_resume_and_replay(name, precision):
+    def start():
+        problem = quadratic(torch.bfloat16)
+        return problem, make(name, problem.named(), case(name).quadratic, precision=precision)
+
+    problem, optimizer = start()
+    records = []
+    for step in range(8):
+        if step == 4:
+            held = {key: value.clone() for key, value in optimizer.tensors_state().items()}
+            weights = problem.state_dict()
+            twin, other = start()
+            twin.load_state_dict(weights)
+            other.load_tensors_state(held)
+        take(optimizer, problem)
+        records.append(optimizer.last_step)
+        if step >= 4:
+            take(other, twin)
+    again, replayed = start()
+    for record in records:
+        take(replayed, None, replay=record)
+    for a, b, c in zip(problem.parameters(), twin.parameters(), again.parameters()):
+        assert torch.equal(a, b) and torch.equal(a, c)
+    assert any(not torch.equal(p, s) for p, s in zip(problem.parameters(), quadratic(torch.bfloat16).parameters()))
+
+
+def test_sixteen_bits_take_the_steps_of_a_master():
+    ends = []
+    for precision in ("master", "compensated-16"):
+        model = llama(tied=True).to(torch.bfloat16)
+        optimizer = MeZO(model.named_parameters(), lr=1e-3, precision=precision)
+        for _ in range(5):
+            optimizer.step(lambda: model(input_ids=IDS, labels=IDS).loss)
+        (first, *_) = [theta.clone() for _, theta in optimizer.weights.values(optimizer.tensors[0])]
+        ends.append((optimizer.last_step, first.flatten()))
+    (a, theta), (b, other) = ends
+    assert a.seeds == b.seeds
+    torch.testing.assert_close(a.losses, b.losses, rtol=1e-2, atol=0)
+    torch.testing.assert_close(theta, other, rtol=1e-2, atol=1e-4)
+
+
+def test_narrow_weights_beside_wide_ones():
+    model = llama().to(torch.bfloat16)
+    model.model.norm.float()
+    optimizer = MeZO(model.model.named_parameters(), lr=1e-3, precision="compensated-16")
+    optimizer.step(lambda: model.model(input_ids=IDS).last_hidden_state.float().square().mean())
+    assert sum(key.startswith("compensation/") for key in optimizer.tensors_state()) == len(optimizer.tensors) - 1
+
+
+def test_autocast_is_for_the_forward_alone():
+    model, seen = nn.Linear(8, 8), []
+    optimizer = MeZO(model.named_parameters(), lr=1e-3, precision="autocast")
+
+    def closure():
+        out = model(torch.ones(2, 8))
+        seen.append(out.dtype)
+        return out.float().square().mean()
+
+    optimizer.step(closure)
+    assert seen == [torch.bfloat16] * 2 and model.weight.dtype == torch.float32
+    with pytest.raises(UserError, match="autocast"):
+        MeZO(nn.Linear(2, 2, dtype=torch.bfloat16).named_parameters(), precision="autocast").tensors_state()
+
+
+def test_noise_in_order_goes_with_a_master_only():
+    named = nn.Linear(2, 2, dtype=torch.bfloat16).named_parameters()
+    with pytest.raises(UserError, match="torch-order"):
+        MeZO(named, precision="compensated-16", noise=TorchOrderNoise(0)).tensors_state()
+
+
+def test_the_measurement():
+    """The committed figures say what is promised, and the drift is measured again on few steps."""
+    path = Path(__file__).parents[2] / "benchmarks" / "precision.py"
+    spec = importlib.util.spec_from_file_location("precision_benchmark", path)
+    assert spec is not None and spec.loader is not None
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    result = json.loads(benchmark.RESULT.read_text())
+    assert [(row["dtype"], row["precision"]) for row in result["rows"]] == benchmark.ARMS
+    for row in result["rows"]:
+        if row["precision"] == benchmark.PUBLISHED:
+            assert row["dtype"] == "float32" or (row["drift"] > 0.005 and row["cosine"] < 0.1)
+            continue
+        assert row["drift"] < 1e-5 if row["dtype"] == "float32" else row["drift"] == 0
+        assert row["cosine"] > (0.9 if row["precision"] == "compensated-8" else 0.99)
+    assert benchmark.table(result).count("\n") == len(benchmark.ARMS) + 1
+    found = benchmark.exactness("bfloat16", "compensated-16", steps=10)
+    assert found["drift"] == 0 and found["cosine"] > 0.999 and found["weights_cosine"] < 0.9

@@ -1,0 +1,183 @@
+"""Weights seen through scratch copies: every kind of model sees the probe, none is written, and what cannot be seen is told."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from metazo.blocks import named_tensors
+from metazo.errors import UserError
+from metazo.optimizers import MeZO
+from metazo.step.substitute import Scratch
+from tests.optimizers.contract import IDS, llama
+
+B16 = torch.bfloat16
+
+
+def gpt2() -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(GPT2Config(vocab_size=24, n_embd=12, n_layer=2, n_head=2, n_positions=16)).eval()
+
+
+def bert() -> nn.Module:
+    from transformers import BertConfig, BertForMaskedLM
+
+    config = BertConfig(vocab_size=24, hidden_size=12, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
+    return BertForMaskedLM(config).eval()
+
+
+class Encoder(nn.Module):
+    """nn.TransformerEncoder takes a fast path in C++ where it can."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(12, 2, 16, batch_first=True, dropout=0.0)
+        self.embed = nn.Embedding(24, 12)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.encoder(self.embed(ids))
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.lstm = nn.Embedding(24, 12), nn.LSTM(12, 12, batch_first=True)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.lstm(self.embed(ids))[0]
+
+
+class Plain(nn.Module):
+    """Parameters in views, nested lists, keyword arguments and operators of both sides."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(6, 6)), nn.Parameter(torch.randn(6))
+        self.c, self.d = nn.Parameter(torch.randn(3, 6)), nn.Parameter(torch.randn(3, 6))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = F.one_hot(ids % 6, 6).to(self.a.dtype) @ self.a.t()
+        x = 2.0 * self.b * x + self.b.data
+        return torch.einsum("bli,ji->blj", x, torch.cat([self.c, self.d], dim=0)) + F.linear(
+            x, weight=self.a, bias=self.b
+        )
+
+
+def models() -> dict[str, tuple[nn.Module, Callable[[nn.Module], torch.Tensor]]]:
+    torch.manual_seed(0)
+    language = lambda model: model(input_ids=IDS, labels=IDS).loss  # noqa: E731
+    plain = lambda model: model(IDS).float().square().mean()  # noqa: E731
+    return {
+        "llama": (llama(), language),
+        "llama tied": (llama(tied=True), language),
+        "gpt2": (gpt2(), language),
+        "bert": (bert(), language),
+        "encoder": (Encoder().eval(), plain),
+        "lstm": (Recurrent().eval(), plain),
+        "plain": (Plain(), plain),
+    }
+
+
+@pytest.mark.parametrize("name", models())
+def test_every_model_sees_the_probe(name):
+    """The losses of compensated weights are those of weights that were moved, and the weights themselves rest."""
+    losses = {}
+    for precision in ("master", "compensated-16"):
+        model, loss = models()[name]
+        model = model.to(B16)
+        start = {key: value.clone() for key, value in model.state_dict().items()}
+        optimizer = MeZO(model.named_parameters(), lr=0.0, eps=0.05, precision=precision)
+        losses[precision] = []
+        for _ in range(3):
+            optimizer.step(lambda: loss(model))
+            losses[precision] += optimizer.last_step.losses
+        assert all(torch.equal(value, start[key]) for key, value in model.state_dict().items())
+    rtol = 1e-2 if name == "encoder" else 0  # its fast path rounds otherwise, and is off while weights are replaced
+    torch.testing.assert_close(losses["master"], losses["compensated-16"], rtol=rtol, atol=0)
+    assert len(set(losses["master"])) > 1
+
+
+def test_one_copy_a_call_and_none_for_what_tells():
+    weight = nn.Parameter(torch.ones(4, 4))
+    calls: list[str] = []
+    (tensor,) = named_tensors([("w", weight)])
+    with Scratch([tensor], lambda t: [calls.append(t.name), torch.full((4, 4), 2.0)][1]) as scratch:
+        assert weight.shape == (4, 4) and weight.dim() == 2 and weight.dtype == torch.float32 and weight.requires_grad
+        assert weight.is_contiguous() and len(weight) == 4 and not calls and scratch.unmet() == [tensor]
+        assert float(torch.stack([weight, weight]).sum()) == 64.0
+        assert len(calls) == 1 and not scratch.unmet()
+        assert float(weight.data.sum()) == float(weight.T.sum()) == 32.0
+    assert float(weight.detach().sum()) == 16.0
+
+
+def test_what_cannot_be_seen_is_told():
+    model = nn.Linear(6, 6).to(B16)
+    alias = model.weight.data.view(-1)  # the same memory under another name: no function is given the parameter
+    optimizer = MeZO(model.named_parameters(), precision="compensated-16")
+    start = model.weight.detach().clone()
+    with pytest.raises(UserError, match=r"weight.*precision master"):
+        optimizer.step(lambda: (alias.float().sum() + model.bias.float().sum()) ** 2)
+    assert torch.equal(model.weight, start)
+
+
+def test_what_is_not_used_is_no_fault():
+    model, calls = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)]).to(B16), []
+    optimizer = MeZO(model.named_parameters(), lr=1e-3, precision="compensated-8")
+    start = model[1].weight.detach().clone()
+    for _ in range(3):
+        optimizer.step(lambda: [calls.append(0), model[0](torch.ones(1, 6, dtype=B16)).float().square().sum()][1])
+        assert bool(torch.isfinite(model[1].weight).all())
+    assert len(calls) == 7 and optimizer.forwards == 6  # one look, once
+    assert torch.allclose(model[1].weight.float(), start.float(), atol=0.5)
+
+
+def test_a_closure_that_fails_leaves_everything():
+    model = nn.Linear(6, 6).to(B16)
+    optimizer = MeZO(model.named_parameters(), precision="compensated-8")
+    start = model.weight.detach().clone()
+
+    def closure():
+        model(torch.ones(1, 6, dtype=B16))
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        optimizer.step(closure)
+    assert torch.equal(model.weight, start) and optimizer.weights.on is None and optimizer.steps == 0
+    assert torch.equal(model.weight.detach(), start) and type(model.weight) is nn.Parameter  # nothing is left active
+
+
+class Named(nn.Parameter):
+    """A parameter with functions of its own."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_other_classes_of_tensors_are_seen_and_put_back():
+    model = nn.Linear(4, 4)
+    model.weight = Named(model.weight.detach())
+    free = torch.ones(4, requires_grad=True)
+    tensors = named_tensors([("w", model.weight), ("b", model.bias), ("free", free)])
+    with Scratch(tensors, lambda tensor: torch.full_like(tensor.param.data, 2.0)) as scratch:
+        assert float((model(torch.ones(4)) + free).sum()) == 4 * 8 + 8 + 8
+        assert isinstance(model.weight, Named) and not scratch.unmet()
+    assert [type(tensor.param) for tensor in tensors] == [Named, nn.Parameter, torch.Tensor]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch.compile's eager backend is tried on Linux")
+def test_a_compiled_model_sees_the_probe():
+    model = nn.Linear(4, 4)
+    compiled = torch.compile(model, backend="eager")
+    (weight,) = named_tensors([("weight", model.weight)])
+    plain = compiled(torch.ones(4))
+    with Scratch([weight], lambda tensor: torch.full_like(tensor.param.data, 2.0)):
+        assert torch.equal(compiled(torch.ones(4)), 8 + model.bias)
+    assert torch.equal(compiled(torch.ones(4)), plain)

@@ -1,0 +1,177 @@
+"""Tuner files: exact round trips, the fit to a model in words, and refusals of everything broken."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from metazo.errors import UserError
+from metazo.tuner.file import BlockSpec, Tuner, TunerInfo, fingerprint
+from metazo.tuner.networks import PertNN
+
+SHAPES = [("embed.weight", (10, 4)), ("layers.0.w", (4, 4)), ("layers.0.b", (4,)), ("norm", (4,))]
+
+
+def make(shapes: list[tuple[str, Any]] = SHAPES, **info: Any) -> Tuner:
+    blocks = [BlockSpec(name, [(name, shape)]) for name, shape in shapes]
+    return Tuner(PertNN(len(blocks), seed=1), TunerInfo("base", blocks, **info))
+
+
+def edited(edit: Callable[[dict[str, Any]], Any], where: str = "metadata") -> bytes:
+    """A tuner's bytes with the header, or the metadata in it, changed by `edit`."""
+    data = make().to_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    content = json.loads(header["__metadata__"]["metazo"])
+    edit(header if where == "header" else content)
+    if where == "metadata":
+        header["__metadata__"]["metazo"] = json.dumps(content)
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data[8 + size :]
+
+
+def test_round_trip_is_exact(tmp_path: Path) -> None:
+    tuner = make(recipe={"task": "cb", "steps": 3}, scores={"sst2": {"loss": 0.5}}, licence="Apache-2.0", by="tensor")
+    tuner.save(tmp_path / "t.safetensors")
+    again = Tuner.load(tmp_path / "t.safetensors")
+    assert again.info == tuner.info
+    assert again.to_bytes() == tuner.to_bytes() == (tmp_path / "t.safetensors").read_bytes()
+    for name, tensor in tuner.pertnn.state_dict().items():
+        assert torch.equal(again.pertnn.state_dict()[name], tensor)
+    assert [path.name for path in tmp_path.iterdir()] == ["t.safetensors"]
+
+
+def test_type_is_kept_and_a_folder_is_enough(tmp_path: Path) -> None:
+    tuner = make()
+    tuner.pertnn.to(torch.float16)
+    tuner.save(tmp_path / "tuner.safetensors")
+    assert Tuner.load(tmp_path).pertnn.w1.dtype == torch.float16
+
+
+def test_figures_that_are_not_numbers_do_not_cost_the_tuner() -> None:
+    tuner = Tuner.from_bytes(make(scores={"loss": math.nan, "by step": [1.0, math.inf]}).to_bytes(), "t")
+    assert tuner.info.scores == {"loss": None, "by step": [1.0, None]}
+
+
+def test_fingerprint_is_pinned() -> None:
+    """Published tuners are found by it, so it may never change: printf '[["a",[2,3]],["b",[3]]]' | sha256sum."""
+    pinned = "71db505eec0d01482da669044460bfd3a23e766539b4c19cd43492cf00276a64"
+    assert fingerprint([("b", (3,)), ("a", (2, 3))]) == pinned
+    assert fingerprint([("a", torch.Size([2, 3])), ("b", [3])]) == pinned
+    assert fingerprint([("a", (3, 2)), ("b", (3,))]) != pinned
+    assert fingerprint([("a", None), ("b", (3,))]) is None
+
+
+def test_fits_a_derivative_in_any_order() -> None:
+    match = make().check_fit(reversed(SHAPES))  # type: ignore[arg-type]
+    assert match.ok and match.matched == [0, 1, 2, 3] and not match.unmatched and not match.names_only
+
+
+def test_names_the_first_three_differences() -> None:
+    other = [("embed.weight", (12, 4)), ("layers.0.w", (4, 4)), ("head", (2, 4))]
+    with pytest.raises(UserError) as error:
+        make().check_fit(other)
+    message = str(error.value)
+    assert "embed.weight is (12, 4) in the model and (10, 4) in the tuner" in message
+    assert "layers.0.b is not in the model" in message and "norm is not in the model" in message
+    assert "head" not in message and "4 differ" in message and "--allow-partial" in message
+
+
+def test_allow_partial_needs_something_to_match() -> None:
+    match = make().check_fit([("norm", (4,)), ("head", (2, 4))], allow_partial=True)
+    assert match.matched == [3] and match.unmatched == ["head"]
+    with pytest.raises(UserError, match="does not fit"):
+        make().check_fit([("head", (2, 4))], allow_partial=True)
+
+
+def test_blocks_by_layer_match_whole() -> None:
+    blocks = [BlockSpec("layers.0", SHAPES[1:3]), BlockSpec("norm", [("norm", (4,))])]
+    tuner = Tuner(PertNN(2), TunerInfo("base", blocks, by="layer"))
+    tuner = Tuner.from_bytes(tuner.to_bytes(), "t")
+    assert tuner.fits(SHAPES[1:]).ok
+    match = tuner.fits([("layers.0.w", (4, 4)), ("layers.0.b", (5,)), ("norm", (4,))])
+    assert match.matched == [1] and match.unmatched == ["layers.0.w", "layers.0.b"]
+
+
+def test_unknown_shapes_match_by_name() -> None:
+    tuner = Tuner.from_bytes(make([("a", None), ("b", None)]).to_bytes(), "t")
+    assert tuner.info.fingerprint is None
+    match = tuner.check_fit([("a", (1,)), ("b", (2, 2))])
+    assert match.ok and match.names_only and "by names" in match.sentence()
+
+
+def set_to(name: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda content: content.update({name: value})
+
+
+BROKEN: dict[str, tuple[bytes, str]] = {
+    "empty": (b"", "cut short"),
+    "text": (b"hello, this is no tuner at all", "header claims"),
+    "truncated": (make().to_bytes()[:-1], "cut short or damaged"),
+    "header cut": (make().to_bytes()[:200], "cut short"),
+    "extra bytes": (make().to_bytes() + b"x", "cut short or damaged"),
+    "header bomb": ((2**60).to_bytes(8, "little") + b"{" * 100, "header claims"),
+    "deep json": ((90_000).to_bytes(8, "little") + b"[" * 90_000, "not valid JSON"),
+    "other safetensors": (edited(lambda header: header.pop("__metadata__"), "header"), "some other safetensors"),
+    "huge shape": (edited(lambda h: h["w1"].update(shape=[4, 2**39, 5]), "header"), "contradict"),
+    "consistent huge shape": (
+        edited(
+            lambda h: [
+                h[n].update(shape=s) for n, s in (("w1", [4, 2**39, 5]), ("b1", [4, 2**39]), ("w2", [4, 2**39]))
+            ],
+            "header",
+        ),
+        "contradicts the shapes",
+    ),
+    "negative shape": (edited(lambda h: h["b2"].update(shape=[-4]), "header"), "no valid shape"),
+    "integer weights": (
+        edited(lambda h: [h[n].update(dtype="I32") for n in ("w1", "b1", "w2", "b2")], "header"),
+        "type",
+    ),
+    "extra tensor": (edited(lambda h: h.update(w3=h["w1"]), "header"), "not exactly"),
+    "offsets": (edited(lambda h: h["w1"].update(data_offsets=[0, 2**50]), "header"), "cannot|can be used"),
+    "version": (edited(set_to("format_version", 2)), "format_version is 2"),
+    "no field": (edited(lambda content: content.pop("bound")), "lacks or adds 'bound'"),
+    "features": (edited(set_to("features", "magic")), "features is 'magic'"),
+    "bound": (edited(set_to("bound", math.nan)), "bound is nan"),
+    "fingerprint": (edited(set_to("fingerprint", "00")), "fingerprint"),
+    "block count": (
+        edited(lambda content: [content["blocks"].pop(), set_to("fingerprint", None)(content)]),
+        "fingerprint",
+    ),
+    "repeated block": (edited(lambda content: content["blocks"].append(content["blocks"][0])), "name of its own"),
+    "terminal codes": (edited(set_to("base_model", "\x1b[2Jgone")), "base_model"),
+    "codes in recipe": (edited(set_to("recipe", {"a": ["\x1b]0;x\x07"]})), "recipe"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_file_is_refused(name: str, tmp_path: Path) -> None:
+    data, words = BROKEN[name]
+    path = tmp_path / "tuner.safetensors"
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=words) as error:
+        Tuner.load(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_infinite_weights_are_refused(tmp_path: Path) -> None:
+    tuner = make()
+    torch.nn.init.constant_(tuner.pertnn.w2, math.inf)
+    with pytest.raises(UserError, match="tensor w2 holds NaN or infinite"):
+        tuner.save(tmp_path / "t.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_file_and_unwritable_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not a file"):
+        Tuner.load(tmp_path / "none.safetensors")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        make().save(tmp_path / "file" / "t.safetensors")
