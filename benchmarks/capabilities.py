@@ -26,8 +26,8 @@ from metazo.blocks import named_tensors, partition
 from metazo.errors import UserError
 from metazo.optimizers import OPTIMIZERS, ZOOptimizer
 from metazo.step.rules import RULES
-from metazo.step.scales import TunerScale
 from metazo.tuner.networks import PertNN
+from metazo.tuner.scale import TunerScale
 
 ROOT = Path(__file__).parents[1]
 RESULT, README = ROOT / "docs" / "capabilities.json", ROOT / "README.md"

@@ -23,14 +23,14 @@ import torch
 from metazo.blocks import named_tensors
 from metazo.io.files import write_whole
 from metazo.meta.config import MetaConfig
-from metazo.meta.data import PreparedTask
-from metazo.meta.run import MetaRun
+from metazo.meta.loop import MetaRun
+from metazo.meta.order import PreparedTask
 from metazo.models.load import load_model
 from metazo.optimizers import MeZO
-from metazo.step.scales import TunerScale
 from metazo.tasks import prepare, resolve
 from metazo.tasks.evaluate import evaluate
 from metazo.tuner.networks import PertNN
+from metazo.tuner.scale import TunerScale
 
 TUNE_SEED = 1000
 _RMS: dict[str, Any] = {"features": "log", "parametrisation": "rms_exp", "meta_optimizer": "adam", "lr_meta": 3e-3}

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from metazo.optimizers import ZOOptimizer
+from metazo.runs.batches import batch_indices
 from metazo.runs.config import FinetuneConfig
-from metazo.runs.resources import batch_indices
 from metazo.runs.setup import set_up
 from metazo.tasks.closures import BatchLoss
 

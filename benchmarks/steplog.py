@@ -22,14 +22,16 @@ from torch import nn
 
 from metazo.io.tensorfile import weights_hash
 from metazo.optimizers import OPTIMIZERS, ZOOptimizer
-from metazo.runs.config import FinetuneConfig, build
+from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import finetune
 from metazo.runs.replay import replay
 from metazo.runs.setup import set_up
+from metazo.settings import build
 from metazo.step.record import Step
-from metazo.step.scales import TunerScale
-from metazo.steplog.format import StepLog, encode, line
+from metazo.steplog.format import encode, line
+from metazo.steplog.writer import StepLog
 from metazo.tuner.networks import PertNN
+from metazo.tuner.scale import TunerScale
 
 RUN = 20_000  # steps that sizes are stated for
 TIMED = ("mezo", "fzoo", "zo-finetuner", "lozo-m")

@@ -15,7 +15,7 @@ from metazo.errors import UserError
 from metazo.io.files import write_whole
 from metazo.meta.config import MetaConfig
 from metazo.meta.train import meta_train
-from metazo.report import plot_curves
+from metazo.plots.curves import plot_curves
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import finetune
 from metazo.runs.folder import RunFolder

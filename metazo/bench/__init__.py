@@ -4,5 +4,5 @@ timing.py   interleaved measurement          steps.py     a step against two for
 models.py   Llamas of random weights         kernels.py   parameters a second, kernel by kernel
 published.py  the published loop, restated   memory.py    peak memory above inference, a process each
 suites.py   what is run, in which order      meta.py      a meta-step against its passes
-results.py  speed.json                       render.py    tables and plot from it
+measurements.py  speed.json                       render.py    tables and plot from it
 """

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from metazo.bench.timing import interleaved, spread
 from metazo.blocks import NamedTensor, tensor_id
+from metazo.kernels.outer import add_product_, plain_
 from metazo.noise import Move, PhiloxNoise
-from metazo.step.lowrank import add_product_, plain_
 
 DTYPES = ("float32", "bfloat16", "float16")
 

@@ -13,7 +13,7 @@ from metazo.bench.models import Shape, build, lm_loss
 from metazo.bench.timing import interleaved, ratios, spread
 from metazo.blocks import named_tensors
 from metazo.meta.config import MetaConfig
-from metazo.meta.run import MetaRun
+from metazo.meta.loop import MetaRun
 
 PASSES, META = "two forwards, two forward-backwards", "meta-step"
 

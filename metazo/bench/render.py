@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from metazo.bench import results
+from metazo.bench import measurements
 from metazo.bench.meta import META
 from metazo.bench.steps import CORE, FORWARDS, NARROW, PASSES, PUBLISHED
 
@@ -231,7 +231,7 @@ def main() -> None:
     parser.add_argument("figures", type=Path, help="speed.json")
     parser.add_argument("documents", type=Path, nargs="+", help="Markdown files with the markers")
     given = parser.parse_args()
-    result = results.read(given.figures)
+    result = measurements.read(given.figures)
     for document in given.documents:
         text = placed(document.read_text(), "speed", markdown(result))
         document.write_text(placed(text, "steps", short(result)))

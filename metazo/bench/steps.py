@@ -13,8 +13,8 @@ from metazo.bench.published import PublishedLoop
 from metazo.bench.timing import interleaved, ratios, spread
 from metazo.blocks import named_tensors, partition
 from metazo.optimizers import OPTIMIZERS
-from metazo.step.scales import TunerScale
 from metazo.tuner.networks import PertNN
+from metazo.tuner.scale import TunerScale
 
 LR = 1e-7
 FORWARDS, PASSES, PUBLISHED = "two forwards", "three plain passes", "published loop"

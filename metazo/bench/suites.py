@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from metazo.bench import kernels, memory, meta, results, steps
+from metazo.bench import kernels, measurements, memory, meta, steps
 from metazo.bench.models import Shape
 from metazo.errors import UserError
 
@@ -174,14 +174,18 @@ def run(
     start: called ahead of each part; tick: after every measured case. Raises UserError where speed.json holds figures
     of another machine, version or setting.
     """
-    path = out / results.NAME
-    environment = results.environment(settings.device, settings.dtype, settings.quick)
-    result = results.opened(path, environment)
+    path = out / measurements.NAME
+    environment = measurements.environment(settings.device, settings.dtype, settings.quick)
+    result = measurements.opened(path, environment)
     for part in chosen:
         start(part)
-        before = results.load_average()
+        before = measurements.load_average()
         rows = part.run(tick=tick)
-        when = {"date": results.now(), "threads": torch.get_num_threads(), "load": [before, results.load_average()]}
+        when = {
+            "date": measurements.now(),
+            "threads": torch.get_num_threads(),
+            "load": [before, measurements.load_average()],
+        }
         result["suites"].setdefault(part.suite, {})[part.name] = {**when, "rows": rows}
-        results.write(path, result)
+        measurements.write(path, result)
     return result

@@ -13,15 +13,15 @@ from typing import Any
 
 import torch
 
-from metazo.compare.identity import machine
+from metazo.compare.key import facts
 from metazo.compare.results import Result
 from metazo.errors import UserError
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import finetune
 from metazo.runs.folder import RunFolder
 from metazo.runs.header import environment
-from metazo.runs.machine import PeakMemory
-from metazo.runs.resources import Interrupted
+from metazo.runs.interrupt import Interrupted
+from metazo.runs.resources import PeakMemory
 from metazo.runs.setup import set_up
 from metazo.tasks.evaluate import evaluate
 
@@ -144,7 +144,7 @@ def _of_worker() -> dict[str, Any]:
     versions = environment(torch.device("cpu"))
     threads = versions.pop("threads")
     versions.pop("device")
-    return {"versions": versions, "machine": machine() | {"threads": threads}}
+    return {"versions": versions, "machine": facts() | {"threads": threads}}
 
 
 def configuration(config: FinetuneConfig) -> dict[str, Any]:

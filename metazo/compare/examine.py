@@ -12,13 +12,13 @@ import torch
 
 from metazo.compare.columns import Column
 from metazo.compare.grid import Grid, Run
-from metazo.compare.search import start
+from metazo.compare.rates import start
 from metazo.errors import UserError
 from metazo.io.tensorfile import weights_hash
 from metazo.optimizers.base import ZOOptimizer
+from metazo.runs.batches import batch_indices
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.header import data_hash, tuner_hash
-from metazo.runs.resources import batch_indices
 from metazo.runs.setup import Setup, make_optimizer, set_up, settled
 from metazo.tasks import resolve
 from metazo.tasks.closures import BatchLoss

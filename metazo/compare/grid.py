@@ -14,7 +14,8 @@ import yaml
 from metazo.compare.columns import ZERO_SHOT, Column, resolve
 from metazo.errors import UserError
 from metazo.io.files import write_whole
-from metazo.runs.config import FinetuneConfig, build
+from metazo.runs.config import FinetuneConfig
+from metazo.settings import build
 
 SEARCH_SEED = 1000  # searches count from here, reported runs from 0
 # The budgets are those of the grid; what a run leaves behind is its result alone.

@@ -15,7 +15,7 @@ from multiprocessing.process import BaseProcess
 
 from metazo.compare.cell import Job, failed, run, warm_up
 from metazo.compare.results import Result
-from metazo.runs.resources import Interrupted
+from metazo.runs.interrupt import Interrupted
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 GRACE = 5.0  # seconds for a worker that is asked to stop

@@ -12,7 +12,7 @@ from metazo.compare.cell import Job, configuration, failed
 from metazo.compare.columns import Column
 from metazo.compare.examine import Facts
 from metazo.compare.grid import SEARCH_SEED, Grid, Run, search_run
-from metazo.compare.identity import key
+from metazo.compare.key import key
 from metazo.compare.results import Result, cell_path
 from metazo.tasks import resolve
 

@@ -8,8 +8,8 @@ from typing import Protocol
 from torch import Tensor
 
 from metazo.blocks import NamedTensor
-from metazo.meta.data import Order
 from metazo.meta.gradient import Loss
+from metazo.meta.order import Order
 from metazo.meta.reset import Start, due
 from metazo.meta.teacher import Teacher
 

@@ -16,16 +16,17 @@ import metazo
 from metazo.blocks import Block, named_tensors
 from metazo.errors import UserError
 from metazo.meta.config import MetaConfig
-from metazo.meta.data import Order, PreparedTask
+from metazo.meta.dryrun import Plan, make_plan
+from metazo.meta.journal import METRICS, Progress, plot, row_of
+from metazo.meta.loop import MetaRun, make_teacher, restarts
+from metazo.meta.order import Order, PreparedTask
 from metazo.meta.path import Online
-from metazo.meta.plan import Plan, make_plan
-from metazo.meta.progress import METRICS, Progress, plot, row_of
 from metazo.meta.reset import Start
-from metazo.meta.run import MetaRun, make_teacher, restarts
 from metazo.meta.trajectory import Recorded, Trajectory, belongs_to, record
 from metazo.models.load import LoadedModel, load_model
 from metazo.runs.folder import RunFolder
-from metazo.runs.resources import Interrupted, interruptible, require_space
+from metazo.runs.interrupt import Interrupted, interruptible
+from metazo.runs.resources import require_space
 from metazo.tasks import prepare, resolve
 from metazo.tuner.file import Tuner, TunerInfo
 from metazo.tuner.match import BlockSpec

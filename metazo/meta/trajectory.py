@@ -22,8 +22,8 @@ from metazo.blocks import NamedTensor
 from metazo.errors import UserError
 from metazo.io.files import write_whole
 from metazo.io.tensorfile import read_tensors, write_tensors
-from metazo.meta.data import MetaTask, Order
 from metazo.meta.gradient import Loss
+from metazo.meta.order import MetaTask, Order
 from metazo.meta.path import load_weights, weights_of
 from metazo.meta.reset import put
 from metazo.meta.teacher import Teacher

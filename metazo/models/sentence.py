@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -32,9 +32,6 @@ from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
 from metazo.errors import UserError
-
-if TYPE_CHECKING:
-    from metazo.tasks import Prepared
 
 HEAD_FILE = "head.safetensors"
 POOLING_FILE = "1_Pooling/config.json"
@@ -120,16 +117,19 @@ class SentenceClassifier(nn.Module):
         self._split = _Split(self.encoder, count) if count else None
         return count
 
-    def fit_prototypes(self, prepared: Prepared, batch_size: int) -> None:
-        """Set a new prototype head from the training examples; any other head stays as it is."""
+    def fit_prototypes(self, batches: Iterable[Mapping[str, Tensor]]) -> None:
+        """Set a new prototype head from training batches (tensors (B, L) by name, and "targets", (B,)).
+
+        Any other head stays as it is.
+        """
         if not isinstance(self.head, Prototypes) or self.head.fitted:
             return
         embeddings, labels = [], []
-        for start in range(0, len(prepared.train), batch_size):
-            batch = prepared.collate(prepared.train[start : start + batch_size]).to(self.device)
-            labels.append(batch.pop("targets"))
+        for batch in batches:
+            inputs = {name: value.to(self.device) for name, value in batch.items()}
+            labels.append(inputs.pop("targets"))
             with torch.no_grad():
-                embeddings.append(self.embed(**batch))
+                embeddings.append(self.embed(**inputs))
         self.head.fit(torch.cat(embeddings), torch.cat(labels))
 
     # -- files ----------------------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ from metazo.optimizers.loren import LOREN
 from metazo.optimizers.lozo import LOZO, LOZOM
 from metazo.optimizers.mezo import MeZO, MeZOAdam, MeZOMomentum
 from metazo.optimizers.svrg import MeZOSVRG
-from metazo.optimizers.zo_finetuner import ZOFinetuner, tuner_scale
+from metazo.optimizers.zo_finetuner import ZOFinetuner
+from metazo.tuner.scale import tuner_scale
 
 OPTIMIZERS: dict[str, type[ZOOptimizer]] = {
     "mezo": MeZO,

@@ -17,49 +17,12 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
 from metazo.errors import UserError
 from metazo.optimizers.base import ZOOptimizer
-from metazo.step.scales import STATISTICS_EVERY, BlockScale, TunerScale
+from metazo.step.scales import BlockScale
 
 if TYPE_CHECKING:
-    from metazo.tuner.file import Tuner
-
-PUBLISHED_EMBEDDING_ROWS = 15  # rows of an embedding that one example is taken to touch
-
-
-def tuner_scale(
-    tuner: Tuner,
-    named_parameters: Iterable[tuple[str, Tensor]],
-    *,
-    allow_partial: bool = False,
-    every: int | None = None,
-    batch_size: int = 16,
-) -> TunerScale:
-    """The block scale of a tuner on a model.
-
-    Args: named_parameters: all of the model, frozen ones too. allow_partial: accept a model that differs; its other
-    blocks take the RMS scale. every: steps between readings of the block statistics (default 50; 1 for the published
-    features, as published). batch_size: used only where the tuner asks for the published count of embedding entries.
-    Raises UserError that names the first blocks that differ.
-    """
-    info = tuner.info
-    match = tuner.check_fit([(name, tuple(p.shape)) for name, p in named_parameters], allow_partial)
-    matched = set(match.matched)
-    # a name that no block can have keeps the rows of the others in place
-    networks = [block.name if index in matched else f"/unmatched/{index}" for index, block in enumerate(info.blocks)]
-    return TunerScale(
-        pertnn=tuner.pertnn,
-        networks=networks,
-        by=info.by,
-        features=info.features,
-        parametrisation=info.parametrisation,
-        bound=info.bound,
-        normalise=info.normalise,
-        embedding_rows=PUBLISHED_EMBEDDING_ROWS * batch_size if info.embedding_count == "published" else None,
-        every=every or (1 if info.features == "published" else STATISTICS_EVERY),
-    )
+    pass
 
 
 class ZOFinetuner(ZOOptimizer):

@@ -10,8 +10,8 @@ from statistics import fmean, median
 
 import numpy as np
 
-from .data import FIRST, UNTRAINED, Comparison
-from .runs import Run
+from .comparison import FIRST, UNTRAINED, Comparison
+from .numbers import Run
 from .statistics import Average, Paired, average, holm, paired
 
 RULE = (

@@ -14,8 +14,8 @@ from metazo.plots.style import svg
 
 from . import costs, figures, sigma, tables
 from .analysis import Analysis
-from .data import CONTROL, Comparison
-from .runs import Run, part
+from .comparison import CONTROL, Comparison
+from .numbers import Run, part
 from .story import Story, story
 from .table import Table, score
 

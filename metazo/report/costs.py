@@ -8,8 +8,8 @@ from statistics import fmean, median
 from typing import Any
 
 from .analysis import Analysis
-from .data import UNTRAINED, Comparison
-from .runs import part
+from .comparison import UNTRAINED, Comparison
+from .numbers import part
 from .table import NONE, Cell, Table, count, loss, megabytes, seconds
 from .tables import best_of, by_family
 

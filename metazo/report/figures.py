@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from metazo.plots.style import COLOURS, cut, log_axis, look, short, styled
 
 from .analysis import Analysis, band
-from .data import CONTROL, FIRST, UNTRAINED, ZEROTH, Comparison
+from .comparison import CONTROL, FIRST, UNTRAINED, ZEROTH, Comparison
 from .tables import by_family, metric_name
 
 # By what a column trains with: colour, marker, and how the legend calls it.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean, median
 
 from .analysis import Analysis
-from .data import CONTROL, FIRST, UNTRAINED
+from .comparison import CONTROL, FIRST, UNTRAINED
 from .statistics import Average, Paired
 from .table import count, loss, p_value, share
 from .tables import FORWARD_ONLY, metric_name

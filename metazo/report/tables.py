@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from statistics import fmean, median
 
 from .analysis import RULE, Analysis
-from .data import CONTROL, FIRST, UNTRAINED, ZEROTH, Comparison
+from .comparison import CONTROL, FIRST, UNTRAINED, ZEROTH, Comparison
 from .table import NONE, Cell, Table, loss, megabytes, over_seeds, p_value, score, seconds, share
 
 FORWARD_ONLY = (ZEROTH, CONTROL)

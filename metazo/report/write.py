@@ -15,7 +15,7 @@ from metazo.io.files import write_whole
 from metazo.plots.style import data_uri
 
 from .build import Report
-from .data import Comparison
+from .comparison import Comparison
 from .table import Table, escape_markdown, write_csv
 
 BLOCK = re.compile(r"(<!-- results:(?P<name>[\w./-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)

@@ -2,68 +2,12 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
-import textwrap
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from functools import cache
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
-
-from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+from typing import Any, Literal
 
 from metazo.errors import UserError
-from metazo.io.plain import read_yaml, shown
 from metazo.io.redact import has_secret, shown_address
-
-Config = TypeVar("Config")
-
-
-@cache
-def help_of(config: type) -> dict[str, str]:
-    """The string under each field of a dataclass, by field name."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(config))).body[0].body  # type: ignore[attr-defined]
-    texts = {}
-    for statement, following in zip(body, body[1:]):
-        text = getattr(getattr(following, "value", None), "value", None)
-        if isinstance(statement, ast.AnnAssign) and isinstance(text, str):
-            texts[statement.target.id] = " ".join(text.split())  # type: ignore[union-attr]
-    return texts
-
-
-def read_recipe(path: Path) -> dict[str, Any]:
-    """A YAML recipe: a mapping of field names to values. Raises UserError that names the file."""
-    return {key.replace("-", "_"): value for key, value in read_yaml(path, "recipe").items()}
-
-
-def build(config: type[Config], *layers: Mapping[str, Any]) -> Config:
-    """A config from layers of settings, later ones first in rank (recipe, then flags); None counts as not given.
-
-    Raises UserError that names the field, what was found, and what it may be.
-    """
-    values: dict[str, Any] = {}
-    for layer in layers:
-        for key, value in layer.items():
-            if isinstance(value, Mapping) and isinstance(values.get(key), Mapping):
-                values[key] = {**values[key], **value}
-            elif value is not None:
-                values[key] = value
-    known = [item.name for item in fields(config)]  # type: ignore[arg-type]
-    for key in values:
-        if key not in known:
-            raise UserError(f"{shown(key)} is not a setting; the settings are {', '.join(known)}.")
-    try:
-        strict = with_config(ConfigDict(arbitrary_types_allowed=True))(config)
-        return TypeAdapter(strict).validate_python(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"]).replace("_", "-") or "settings"
-        if first["type"] in ("missing", "missing_argument"):
-            raise UserError(f"--{name} is required.") from error
-        raise UserError(
-            f"--{name} is {shown(first['input'])}: {first['msg'].removeprefix('Value error, ')}."
-        ) from error
 
 
 @dataclass

@@ -17,17 +17,20 @@ from metazo.errors import UserError
 from metazo.io.tensorfile import weights_hash
 from metazo.optimizers import ZOOptimizer
 from metazo.optimizers.first_order import FirstOrder
-from metazo.report import plot_run
+from metazo.plots.curves import plot_run
+from metazo.runs.batches import batch_indices
 from metazo.runs.config import FinetuneConfig
+from metazo.runs.diagnose import diagnose, memory_explained
 from metazo.runs.evaluations import Scores
 from metazo.runs.folder import BEST, STEPS, RunFolder
 from metazo.runs.header import header
-from metazo.runs.monitor import Watch, diagnose, memory_explained
+from metazo.runs.interrupt import Interrupted, interruptible
+from metazo.runs.monitor import Watch
 from metazo.runs.progress import progress
-from metazo.runs.resources import Interrupted, batch_indices, interruptible, peak_memory, require_space
+from metazo.runs.resources import peak_memory, require_space
 from metazo.runs.setup import Setup, set_up
 from metazo.step.record import Step
-from metazo.steplog.format import StepLog
+from metazo.steplog.writer import StepLog
 from metazo.tasks.closures import BatchLoss
 
 # Settings that say where and how often, not what: a run may be resumed with others.

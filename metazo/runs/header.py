@@ -6,7 +6,6 @@ import json
 import platform
 from dataclasses import astuple
 from hashlib import sha256
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +13,7 @@ import torch
 import metazo
 from metazo.io.tensorfile import weights_hash
 from metazo.optimizers.base import ZOOptimizer
+from metazo.runs.machine import versions
 from metazo.tasks import Prepared
 
 if TYPE_CHECKING:
@@ -62,14 +62,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {
         "metazo": metazo.__version__,
         "python": platform.python_version(),
-        **{name: _version(name) for name in PACKAGES},
+        **versions(PACKAGES),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
     }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None

@@ -1,46 +1,47 @@
-"""Peak memory of a stretch of a process."""
+"""What the machine is: processor, cores, versions. No names of people or hosts, no paths, no addresses."""
 
 from __future__ import annotations
 
-import ctypes
-import gc
-from contextlib import suppress
+import os
+import platform
+from collections.abc import Iterable
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
-from metazo.runs.resources import peak_memory
 
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+@cache
+def processor() -> str:
+    """The processor's model name where the system tells it, else its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
-class PeakMemory:
-    """Most memory of this process above what it held when this was made; on a GPU the peak of torch's allocator.
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-    Linux forgets a process's peak on request (proc(5), clear_refs), and glibc gives back what was freed, or later work
-    would use it unseen. Elsewhere only a new high is seen.
-    """
 
-    def __init__(self):
-        gc.collect()
-        with suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+def system() -> str:
+    return f"{platform.system()} {platform.machine()}"
+
+
+def gpu(device: torch.device | str | None = None) -> str | None:
+    """The name of the GPU, or None if there is none."""
+    return torch.cuda.get_device_name(device) if torch.cuda.is_available() else None
+
+
+def versions(packages: Iterable[str]) -> dict[str, str | None]:
+    """The installed version of each package; None for one that is not installed."""
+    found: dict[str, str | None] = {}
+    for package in packages:
         try:
-            _CLEAR.write_text("5")
-            self.before = _read("VmRSS")
-        except OSError:
-            self.before = peak_memory()
-
-    def bytes(self) -> int:
-        if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-            return torch.cuda.max_memory_allocated()
-        high = _read("VmHWM") if _STATUS.exists() else peak_memory()
-        return max(0, high - self.before)
-
-
-def _read(name: str) -> int:
-    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) * 1024
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found

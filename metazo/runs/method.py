@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -18,9 +16,10 @@ from metazo.optimizers.first_order import RULES as FIRST_ORDER
 from metazo.optimizers.first_order import FirstOrder
 from metazo.runs.config import FinetuneConfig
 from metazo.step.rules import RULES
-from metazo.step.scales import STATISTICS_EVERY, BlockScale, RMSScale, TunerScale
+from metazo.step.scales import STATISTICS_EVERY, BlockScale, RMSScale
 from metazo.tuner.file import Tuner
 from metazo.tuner.networks import PertNN
+from metazo.tuner.scale import TunerScale
 
 COMMON = set(inspect.signature(ZOOptimizer.__init__).parameters)
 # Methods that are a rule themselves: another on top would replace or double it.
@@ -48,28 +47,6 @@ def hyperparameters(name: str) -> dict[str, inspect.Parameter]:
         for key, parameter in found.items()
         if key not in COMMON and parameter.kind is not parameter.VAR_KEYWORD
     }
-
-
-def select_trainable(model: nn.Module, train: list[str], freeze: list[str], among: Iterable[str] | None = None) -> int:
-    """Set requires_grad by name patterns (`*` and `?`): trained is what a `train` pattern names (everything where there
-    is none) and no `freeze` pattern, of the names in `among` where it is given. Returns the number of trained weights.
-    Raises UserError for an idle pattern.
-    """
-    allowed = None if among is None else set(among)
-    named = list(model.named_parameters())
-    for flag, patterns in (("--train", train), ("--freeze", freeze)):
-        for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name, _ in named):
-                examples = ", ".join(name for name, _ in named[:3])
-                raise UserError(f"{flag} {pattern!r} names no tensor of the model; its tensors are {examples}, ...")
-    for name, parameter in named:
-        wanted = not train or any(fnmatchcase(name, pattern) for pattern in train)
-        wanted = wanted and (allowed is None or name in allowed)
-        parameter.requires_grad_(wanted and not any(fnmatchcase(name, pattern) for pattern in freeze))
-    count = sum(parameter.numel() for _, parameter in named if parameter.requires_grad)
-    if not count:
-        raise UserError("--train and --freeze leave no tensor to train.")
-    return count
 
 
 def block_scale(config: FinetuneConfig, model: nn.Module) -> BlockScale | None:

@@ -26,10 +26,12 @@ from metazo.errors import UserError
 from metazo.io.tensorfile import weights_hash
 from metazo.models.load import LoadedModel, load_model
 from metazo.models.lora import add_adapters
+from metazo.models.select import select_trainable
 from metazo.optimizers import OPTIMIZERS, ZOOptimizer
-from metazo.runs.config import FinetuneConfig, build
+from metazo.runs.config import FinetuneConfig
 from metazo.runs.header import tuner_hash
-from metazo.runs.method import build_optimizer, resolve_device, select_trainable
+from metazo.runs.method import build_optimizer, resolve_device
+from metazo.settings import build
 from metazo.step.record import Step
 from metazo.steplog.format import Scan, scan
 from metazo.tuner.file import Tuner

@@ -1,61 +1,16 @@
-"""A run's order of data, and its polite end: what fine-tuning and meta-training share."""
+"""What a run takes of the machine: memory at its peak, and room on the disk."""
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import shutil
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 
 from metazo.errors import UserError
-
-
-class Interrupted(Exception):
-    """A run was asked to stop by a signal and has saved what it needs to go on; the message says how."""
-
-    def __init__(self, message: str, by: str = "SIGINT"):
-        super().__init__(message)
-        self.exit_code = 128 + signal.Signals[by].value  # as a shell reports it: 130, 143
-
-
-def batch_indices(step: int, batch_size: int, examples: int, seed: int) -> list[int]:
-    """Examples of a step: a walk through a new permutation each epoch, a function of the step alone.
-
-    So a resumed run reads what the first would have read. Returns: batch_size indices.
-    """
-    places = range(step * batch_size, (step + 1) * batch_size)
-    orders = {
-        epoch: np.random.default_rng([seed, epoch]).permutation(examples) for epoch in {p // examples for p in places}
-    }
-    return [int(orders[place // examples][place % examples]) for place in places]
-
-
-@contextmanager
-def interruptible() -> Iterator[list[str]]:
-    """Within, SIGINT and SIGTERM are put into the list that is given; a second one ends the process as usual.
-
-    Look at the list after each step, save and go. Outside the main thread signals are left alone.
-    """
-    caught: list[str] = []
-
-    def note(number: int, frame: Any) -> None:
-        if caught:
-            raise KeyboardInterrupt
-        caught.append(signal.Signals(number).name)
-
-    before = {}
-    with suppress(ValueError):  # not the main thread
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def require_space(folder: Path, needed: int, what: str) -> None:
@@ -86,3 +41,38 @@ def peak_memory() -> int:
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+class PeakMemory:
+    """Most memory of this process above what it held when this was made; on a GPU the peak of torch's allocator.
+
+    Linux forgets a process's peak on request (proc(5), clear_refs), and glibc gives back what was freed, or later work
+    would use it unseen. Elsewhere only a new high is seen.
+    """
+
+    def __init__(self):
+        gc.collect()
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        try:
+            _CLEAR.write_text("5")
+            self.before = _read("VmRSS")
+        except OSError:
+            self.before = peak_memory()
+
+    def bytes(self) -> int:
+        if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+            return torch.cuda.max_memory_allocated()
+        high = _read("VmHWM") if _STATUS.exists() else peak_memory()
+        return max(0, high - self.before)
+
+
+def _read(name: str) -> int:
+    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024

@@ -11,13 +11,14 @@ from transformers.utils import logging as transformers_logging
 from metazo.errors import UserError
 from metazo.models.load import LoadedModel, load_model
 from metazo.models.lora import add_adapters
+from metazo.models.select import select_trainable
 from metazo.models.sentence import SentenceClassifier
 from metazo.optimizers import LOZO, LOZOM, DominantLayer, ZOOptimizer, first_outlier_layer
 from metazo.optimizers.dominant_layer import OUTLIER_LAYER
 from metazo.optimizers.first_order import FirstOrder
 from metazo.optimizers.svrg import MeZOSVRG
 from metazo.runs.config import FinetuneConfig
-from metazo.runs.method import build_optimizer, resolve_device, select_trainable
+from metazo.runs.method import build_optimizer, resolve_device
 from metazo.runs.resources import size
 from metazo.step.precision import cost
 from metazo.tasks import Prepared, prepare, resolve
@@ -112,7 +113,7 @@ def set_up(config: FinetuneConfig) -> Setup:
         if config.lora and config.keep != "none":
             raise UserError("--lora on a sentence encoder cannot be saved yet; add --keep none, or train without it.")
         loaded.model.cache_frozen()
-        loaded.model.fit_prototypes(prepared, config.eval_batch_size)
+        loaded.model.fit_prototypes(prepared.batches(prepared.train, config.eval_batch_size))
     config = settled(config, loaded, prepared, device)
     optimizer = make_optimizer(config, loaded, prepared, device)
     a_step = optimizer.forwards_per_step(config.accumulate)

@@ -27,9 +27,9 @@ from torch.func import vmap
 from torch.nn import functional as F
 
 from metazo.blocks import NamedTensor
+from metazo.kernels.outer import add_product_
 from metazo.noise import Stream
 from metazo.step.directions import Direction
-from metazo.step.lowrank import add_product_
 from metazo.step.substitute import Shown
 
 _WIDE = 10_000  # outputs of a matrix from which a product and a sum of their own cost more than calling _Product

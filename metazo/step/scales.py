@@ -13,11 +13,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from metazo.blocks import Block, NamedTensor, partition
-from metazo.errors import UserError
-from metazo.tuner.networks import PertNN
 
 State = dict[str, Tensor]
 Theta = Callable[[NamedTensor], Iterable[tuple[int, Tensor]]]
@@ -146,92 +143,3 @@ class RMSScale(BlockScale):
 
     def sigma(self, state: State) -> Tensor:
         return floored_rms(state["scale/statistics"][:, 2], self.counts)
-
-
-FEATURES = ("published", "log")
-PARAMETRISATIONS = ("abs", "rms_exp")
-
-
-def features(kind: str, state: State) -> Tensor:
-    """Inputs of the networks, (blocks, 5), float64.
-
-    "published": mean, variance, L+ and L- of the step before, sigma of the step before (arXiv 2510.00419).
-    "log": ln standard deviation, mean / standard deviation, loss, change of loss, ln sigma; all of order one.
-    """
-    statistics, losses, sigma = state["scale/statistics"], state["scale/losses"], state["scale/sigma"]
-    n = len(statistics)
-    mean, variance = statistics[:, 0], statistics[:, 1]
-    if kind == "published":
-        return torch.stack([mean, variance, losses[0].expand(n), losses[1].expand(n), sigma], dim=1)
-    deviation = variance.sqrt().clamp(min=1e-8)
-    loss = (losses[0] + losses[1]) / 2
-    change = torch.where(losses[2] > 0, loss - losses[2], 0.0)
-    ratio = (mean / deviation).clamp(-10, 10)
-    return torch.stack([deviation.log(), ratio, loss.expand(n), change.expand(n), sigma.clamp(min=1e-8).log()], dim=1)
-
-
-def parametrise(kind: str, raw: Tensor, rms: Tensor, bound: float) -> Tensor:
-    """sigma from the networks' raw outputs, (blocks,).
-
-    "abs": |raw| (published). "rms_exp": rms * exp(b tanh(raw / b)), b = bound: the RMS rule where raw is 0, and never
-    further from it than the factor e^b.
-    """
-    if kind == "abs":
-        return raw.abs()
-    return rms * torch.exp(bound * torch.tanh(raw / bound))
-
-
-@dataclass
-class TunerScale(BlockScale):
-    """sigma_b from one small network a block (PertNN, arXiv 2510.00419).
-
-    Args:
-        pertnn: the networks, stacked; evaluated in their own dtype, on the CPU.
-        networks: name of the block that each network is for; None: the blocks that are trained, in order. Networks of
-            blocks that are not trained rest; trained blocks without a network take the RMS scale, at the level that the
-            others have on average.
-        features, parametrisation, bound: as in `features` and `parametrise`.
-    """
-
-    pertnn: PertNN | None = None
-    networks: Sequence[str] | None = None
-    features: str = "published"
-    parametrisation: str = "abs"
-    bound: float = math.log(3)
-
-    def bind(self, tensors: Sequence[NamedTensor]) -> None:
-        super().bind(tensors)
-        if self.pertnn is None:
-            raise UserError("A tuner scale needs the tuner's networks (pertnn).")
-        if self.features not in FEATURES or self.parametrisation not in PARAMETRISATIONS:
-            raise UserError(f"features {self.features!r} with parametrisation {self.parametrisation!r} is unknown.")
-        names = [block.name for block in self.blocks]
-        row_of = {name: row for row, name in enumerate(names if self.networks is None else self.networks)}
-        if len(row_of) != self.pertnn.blocks:
-            raise UserError(f"The tuner has {self.pertnn.blocks} networks for {len(row_of)} blocks.")
-        known = [i for i, name in enumerate(names) if name in row_of]
-        if not known:
-            raise UserError(f"The tuner has no network for any trained block, such as {names[0]!r}.")
-        self.known = torch.tensor(known)
-        self.rows = torch.tensor([row_of[names[i]] for i in known])
-
-    def raw(self, state: State) -> Tensor:
-        """Raw outputs for the trained blocks that have a network; differentiable in the networks' weights."""
-        assert self.pertnn is not None
-        inputs = features(self.features, state)[self.known].to(self.pertnn.w1.dtype)
-        selected = {name: weight[self.rows] for name, weight in self.pertnn.named_parameters()}
-        return functional_call(self.pertnn, selected, (inputs,))
-
-    def learned(self, state: State) -> Tensor:
-        """sigma of those blocks, float64; differentiable in the networks' weights."""
-        rms = floored_rms(state["scale/statistics"][:, 2], self.counts)[self.known]
-        return parametrise(self.parametrisation, self.raw(state).double(), rms, self.bound)
-
-    def sigma(self, state: State) -> Tensor:
-        rms = floored_rms(state["scale/statistics"][:, 2], self.counts)
-        with torch.no_grad():
-            learned = self.learned(state)
-        if len(self.known) == len(self.blocks):
-            return learned
-        level = torch.exp((learned.clamp(min=1e-12) / rms[self.known]).log().mean())
-        return (rms * level).index_copy(0, self.known, learned)

@@ -5,7 +5,7 @@ SQuAD and DROP prompts follow MeZO (arXiv 2305.17333); the arithmetic ones are p
 
 from __future__ import annotations
 
-from metazo.tasks.base import Task
+from metazo.tasks.task import Task
 
 TASKS = (
     Task(

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from metazo.errors import UserError
 from metazo.io.plain import Loader, read_yaml, shown
-from metazo.tasks.base import Task
+from metazo.tasks.task import Task
 
 
 class _Loader(Loader):

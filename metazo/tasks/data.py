@@ -16,7 +16,7 @@ import numpy as np
 
 from metazo.errors import UserError
 from metazo.io.files import is_file
-from metazo.tasks.base import Row, Task
+from metazo.tasks.task import Row, Task
 
 SPLITS = ("train", "dev", "test")
 MAX_LINE = 2**24

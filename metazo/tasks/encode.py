@@ -14,7 +14,7 @@ from typing import Any
 
 from metazo.errors import UserError
 from metazo.models.load import LoadedModel
-from metazo.tasks.base import Row, Task, columns
+from metazo.tasks.task import Row, Task, columns
 
 
 @dataclass(slots=True)

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from metazo.pico import grammar
-from metazo.tasks.base import Row, Task
+from metazo.tasks.task import Row, Task
 
 
 def _rows(name: str, split: str, number: int, seed: int) -> list[Row]:

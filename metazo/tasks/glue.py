@@ -5,7 +5,7 @@ Prompts and label words follow the meaning of those published with LM-BFF (arXiv
 
 from __future__ import annotations
 
-from metazo.tasks.base import Task
+from metazo.tasks.task import Task
 
 _GLUE = "nyu-mll/glue"
 _NLI = '{premise}\nDoes this mean that "{hypothesis}"? Yes, maybe, or no?\n{}'

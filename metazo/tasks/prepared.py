@@ -9,7 +9,7 @@ changes no result.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from metazo.errors import UserError
 from metazo.models.load import LoadedModel
-from metazo.tasks.base import Task
 from metazo.tasks.data import SPLITS, draw
 from metazo.tasks.encode import Encoded, Encoder
+from metazo.tasks.task import Task
 
 _MASKED_HEADS = ("lm_head", "cls")  # RoBERTa and its kin, BERT and its kin
 
@@ -60,6 +60,11 @@ class Prepared:
     """Rows by split left out because question and answer alone do not fit."""
     notes: list[str] = field(default_factory=list)
     """What a user should be told: smaller splits, shortened or dropped examples."""
+
+    def batches(self, examples: Sequence[Encoded], size: int) -> Iterator[Batch]:
+        """The examples in order, `size` a batch."""
+        for start in range(0, len(examples), size):
+            yield self.collate(examples[start : start + size])
 
     def collate(self, examples: Sequence[Encoded], *, every_option: bool = False) -> Batch:
         """Pad ``examples`` to the longest. Tensors, for B examples in R rows of L tokens:

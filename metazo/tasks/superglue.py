@@ -5,7 +5,7 @@ Prompts follow the meaning of those published with MeZO (arXiv 2305.17333, appen
 
 from __future__ import annotations
 
-from metazo.tasks.base import Row, Task
+from metazo.tasks.task import Row, Task
 
 _SUPERGLUE = "aps/super_glue"
 _NO_YES = {0: "No", 1: "Yes"}

@@ -1,10 +1,10 @@
 """The zoo: find, check, pull, publish and import tuners, and models published as step logs."""
 
+from metazo.zoo.find import Check, entries, find, named, tuners, verify
 from metazo.zoo.importer import import_pth, model_shapes
 from metazo.zoo.index import Entry, Found
 from metazo.zoo.log import Log
 from metazo.zoo.publish import push, push_log
-from metazo.zoo.search import Check, entries, find, named, tuners, verify
 from metazo.zoo.signature import signer
 from metazo.zoo.sources import load, pull, read
 

@@ -16,10 +16,10 @@ from metazo.io.files import read_capped, safe_name
 from metazo.io.redact import shown_address
 from metazo.tuner.file import MAX_BYTES, Tuner
 from metazo.zoo.download import download
+from metazo.zoo.find import checked, named, tuners
 from metazo.zoo.hub import hub_file
 from metazo.zoo.index import TUNER_FILE, Entry, Found, add, cache_folder, read_index
 from metazo.zoo.log import Log
-from metazo.zoo.search import checked, named, tuners
 
 Report = Callable[[str], None]
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from metazo.bench import render, results, suites
+from metazo.bench import measurements, render, suites
 from metazo.bench.models import SIZES, build, lm_loss
 from metazo.bench.published import PublishedLoop
 from metazo.bench.steps import CORE, FORWARDS, METHODS, PUBLISHED
@@ -97,7 +97,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_quick_run_has_every_suite(quick: Path):
-    result = results.read(quick / "speed.json")
+    result = measurements.read(quick / "speed.json")
     assert set(result["suites"]) == set(suites.SUITES)
     (steps,) = result["suites"]["steps"].values()
     rows = {row["case"]: row for row in steps["rows"]}
@@ -110,7 +110,7 @@ def test_a_quick_run_has_every_suite(quick: Path):
 
 def test_memory_sees_the_moments_of_adam(quick: Path):
     """Gradients and two moments: 3 W. MeZO in place: next to nothing, here within the grain of the system's pages."""
-    (part,) = results.read(quick / "speed.json")["suites"]["memory"].values()
+    (part,) = measurements.read(quick / "speed.json")["suites"]["memory"].values()
     zeroth, first = part["rows"]
     assert first["weights"] == zeroth["weights"] > 3e7
     assert first["above"] > 2.5 * first["weights"]
@@ -119,7 +119,7 @@ def test_memory_sees_the_moments_of_adam(quick: Path):
 
 def test_figures_name_the_machine_by_kind_alone(quick: Path):
     text = (quick / "speed.json").read_text()
-    assert results.environment("cpu", "float32", True)["cpu"] in text and torch.__version__ in text
+    assert measurements.environment("cpu", "float32", True)["cpu"] in text and torch.__version__ in text
     assert platform.node() not in text or len(platform.node()) < 4
     assert str(Path.home()) not in text and str(ROOT) not in text
 
@@ -157,7 +157,7 @@ def test_an_interrupted_run_keeps_what_it_has(tmp_path: Path):
     chosen = [suites.Part("steps", "one", row(1)), suites.Part("steps", "two", interrupt)]
     with pytest.raises(KeyboardInterrupt):
         suites.run(chosen, tmp_path, settings)
-    assert list(results.read(tmp_path / "speed.json")["suites"]["steps"]) == ["one"]
+    assert list(measurements.read(tmp_path / "speed.json")["suites"]["steps"]) == ["one"]
     both = suites.run([suites.Part("steps", "two", row(2))], tmp_path, settings)["suites"]["steps"]
     assert [both[name]["rows"][0]["ratio"]["median"] for name in both] == [1, 2]
 
@@ -165,7 +165,7 @@ def test_an_interrupted_run_keeps_what_it_has(tmp_path: Path):
 def test_figures_of_another_machine_or_of_no_bench_are_not_mixed_in(tmp_path: Path):
     settings = suites.Settings(quick=True)
     suites.run([], tmp_path, settings)
-    results.write(tmp_path / "speed.json", {"format": 1, "environment": {"cpu": "another"}, "suites": {}})
+    measurements.write(tmp_path / "speed.json", {"format": 1, "environment": {"cpu": "another"}, "suites": {}})
     with pytest.raises(UserError, match="choose another --out"):
         suites.run([], tmp_path, settings)
     for text in ("{", "[]", '{"format": 2, "environment": {}, "suites": {}}'):
@@ -184,7 +184,7 @@ def test_the_loss_needs_no_gradient_and_leaves_the_generator_alone():
 
 def test_the_page_of_figures_is_rendered_from_the_committed_json():
     """By `python -m metazo.bench.render benchmarks/speed.json docs/speed.md`; every suite is there."""
-    page, result = (ROOT / "docs" / "speed.md").read_text(), results.read(ROOT / "benchmarks" / "speed.json")
+    page, result = (ROOT / "docs" / "speed.md").read_text(), measurements.read(ROOT / "benchmarks" / "speed.json")
     assert render.placed(page, "speed", render.markdown(result)) == page
     assert render.placed(page, "speed", "") != page
     readme = (ROOT / "README.md").read_text()

@@ -18,12 +18,12 @@ import typer
 from typer.testing import CliRunner
 
 from metazo.compare.cell import Job, configuration
+from metazo.compare.compare import compare
 from metazo.compare.grid import Grid, Run
 from metazo.compare.pool import Pool
 from metazo.compare.results import Result, read_results, read_search
-from metazo.compare.run import compare
 from metazo.errors import UserError
-from metazo.runs.config import build
+from metazo.settings import build
 from metazo_cli.compare import command
 
 CONFIG = {

@@ -11,11 +11,11 @@ from metazo import recipes
 from metazo.compare import columns
 from metazo.compare.columns import resolve
 from metazo.compare.grid import Grid, Run
-from metazo.compare.identity import key
+from metazo.compare.key import key
 from metazo.compare.results import Result, cell_path, read_results
 from metazo.errors import UserError
 from metazo.optimizers import OPTIMIZERS
-from metazo.runs.config import build, read_recipe
+from metazo.settings import build, read_recipe
 
 
 def grid(tmp_path, **extra) -> Grid:

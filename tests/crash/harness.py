@@ -41,8 +41,9 @@ from metazo.meta.config import MetaConfig
 from metazo.meta.train import meta_train
 from metazo.optimizers import OPTIMIZERS, ZOOptimizer
 from metazo.optimizers.first_order import RULES, FirstOrder
-from metazo.runs.config import FinetuneConfig, build
+from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import finetune
+from metazo.settings import build
 from metazo.steplog.format import scan
 from tests.crash.deaths import at_line, at_write
 from tests.crash.table import MODES, lost, render, table

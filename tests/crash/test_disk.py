@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from metazo.errors import UserError
-from metazo.runs.config import FinetuneConfig, build
+from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import finetune
+from metazo.settings import build
 from metazo.steplog.format import read, scan
 
 SETTINGS = {

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from metazo.meta.config import MetaConfig
 from metazo.models.load import LoadedModel, load_model
-from metazo.runs.config import FinetuneConfig, build, read_recipe
+from metazo.runs.config import FinetuneConfig
+from metazo.settings import build, read_recipe
 from metazo.tasks import from_yaml, prepare
-from metazo.tasks.base import Task
+from metazo.tasks.task import Task
 from tests.fuzz.kind import Kind, nested, to_json
 from tests.fuzz.mutations import CANARY, altered
 

@@ -8,8 +8,8 @@ import torch
 
 from metazo.blocks import named_tensors
 from metazo.meta.config import MetaConfig
-from metazo.meta.data import Order
-from metazo.meta.run import MetaRun
+from metazo.meta.loop import MetaRun
+from metazo.meta.order import Order
 from tests.optimizers.test_golden import pertnns, published_noise, recording
 from tests.problem import ORDER, Problem, Recording
 

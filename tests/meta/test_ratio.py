@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from metazo.blocks import named_tensors, partition
-from metazo.meta.data import Order, PreparedTask, with_sampled_labels
 from metazo.meta.objective import Situation
+from metazo.meta.order import Order, PreparedTask, with_sampled_labels
 from metazo.meta.ratio import block_type, measure, pooled, ratio
 from metazo.models.load import load_model
 from metazo.noise import PhiloxNoise

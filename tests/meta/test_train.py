@@ -13,14 +13,14 @@ from rich.console import Console
 
 from metazo.errors import UserError
 from metazo.meta.config import MetaConfig
-from metazo.meta.progress import row_of, warning
-from metazo.meta.run import MetaRun
+from metazo.meta.journal import row_of, warning
+from metazo.meta.loop import MetaRun
 from metazo.meta.train import build, dry, load, meta_train
 from metazo.meta.trajectory import Trajectory
 from metazo.recipes import locate
-from metazo.runs.config import build as build_config
-from metazo.runs.config import read_recipe
-from metazo.runs.resources import Interrupted
+from metazo.runs.interrupt import Interrupted
+from metazo.settings import build as build_config
+from metazo.settings import read_recipe
 from metazo.tuner.file import Tuner
 
 
@@ -182,7 +182,7 @@ def test_a_recording_that_was_cut_is_gone_on_with(settings, tmp_path: Path, monk
 
 
 def test_nan_at_the_first_step_leaves_nothing(settings, monkeypatch):
-    from metazo.meta.data import PreparedTask
+    from metazo.meta.order import PreparedTask
 
     monkeypatch.setattr(
         PreparedTask, "loss", lambda self, model, indices: next(model.parameters()).sum() * float("nan")
@@ -194,7 +194,7 @@ def test_nan_at_the_first_step_leaves_nothing(settings, monkeypatch):
 
 
 def test_nan_later_is_skipped_and_counted(settings, monkeypatch):
-    from metazo.meta.data import PreparedTask
+    from metazo.meta.order import PreparedTask
 
     loss, calls = PreparedTask.loss, []
 
@@ -252,7 +252,7 @@ def test_collapse_is_said(settings, monkeypatch):
 
 
 def test_the_plan_counts_forward_passes(settings, monkeypatch):
-    from metazo.meta.data import PreparedTask
+    from metazo.meta.order import PreparedTask
 
     config = settings(queries=3, restart_every=0)
     plan = dry(config)

@@ -10,9 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from metazo.errors import UserError
-from metazo.runs.config import FinetuneConfig, build
+from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import finetune
 from metazo.runs.setup import set_up
+from metazo.settings import build
 
 SMALL = {
     "model": "pico", "task": "pico_sentiment", "lora": 4, "lr": 1e-3, "steps": 8, "train_examples": 64,

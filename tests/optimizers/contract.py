@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from metazo.optimizers import OPTIMIZERS, ZOOptimizer
 from metazo.step.record import Step
-from metazo.step.scales import TunerScale
 from metazo.tuner.networks import PertNN
+from metazo.tuner.scale import TunerScale
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,8 @@ import torch
 
 from metazo.noise import TorchOrderNoise
 from metazo.optimizers import MeZO, MeZOAdam, MeZOMomentum, ZOFinetuner, ZOOptimizer
-from metazo.optimizers.zo_finetuner import PUBLISHED_EMBEDDING_ROWS
-from metazo.step.scales import TunerScale
 from metazo.tuner.networks import PertNN
+from metazo.tuner.scale import PUBLISHED_EMBEDDING_ROWS, TunerScale
 from tests.problem import ORDER, Problem, Recording, read
 
 FOLDER = Path(os.environ.get("METAZO_GOLDEN_DIR", Path(__file__).parents[3] / "shared" / "golden"))

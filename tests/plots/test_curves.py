@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from metazo.plots.curves import plot_curves, plot_run
 from metazo.plots.style import look, svg
-from metazo.report import plot_curves, plot_run
 from metazo.report.sigma import OUTSIDE, picture, place_of, read
 from tests.report.synthetic import BLOCKS
 

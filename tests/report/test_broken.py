@@ -14,7 +14,7 @@ from metazo.compare.results import cell_path
 from metazo.errors import UserError
 from metazo.report.analysis import Analysis
 from metazo.report.build import Report, build
-from metazo.report.data import Comparison
+from metazo.report.comparison import Comparison
 from metazo.report.write import html, markdown, write
 from tests.report import synthetic
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from metazo.compare.results import Result, cell_path
 from metazo.report.build import Report, build
-from metazo.report.data import Comparison
+from metazo.report.comparison import Comparison
 from metazo.report.write import html, markdown, runs_csv, write
 from tests.report import synthetic
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from metazo.errors import UserError
 from metazo.report.build import build
-from metazo.report.data import Comparison
+from metazo.report.comparison import Comparison
 from metazo.report.write import BLOCK, blocks, fill, render
 from metazo_cli.report import report as report_command
 from tests.report import synthetic

@@ -11,7 +11,7 @@ from metazo.compare.results import Result, Search, cell_path, write_search
 from metazo.report import costs, tables
 from metazo.report.analysis import Analysis, band
 from metazo.report.build import build
-from metazo.report.data import Comparison
+from metazo.report.comparison import Comparison
 from metazo.report.table import Table, loss
 from tests.report import synthetic
 from tests.report.synthetic import Column

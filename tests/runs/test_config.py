@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from metazo.errors import UserError
-from metazo.runs.config import FinetuneConfig, build, help_of, read_recipe
+from metazo.runs.config import FinetuneConfig
+from metazo.settings import build, help_of, read_recipe
 
 BASE = {"model": "pico", "task": "pico_sentiment", "out": "runs/x"}
 

@@ -14,10 +14,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from metazo.errors import UserError
-from metazo.runs.config import FinetuneConfig, build
+from metazo.runs.batches import batch_indices
+from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import finetune
-from metazo.runs.resources import batch_indices
 from metazo.runs.setup import set_up
+from metazo.settings import build
 from metazo.steplog.format import read
 
 SMALL = {

@@ -16,9 +16,11 @@ from rich.console import Console
 
 from metazo.errors import UserError
 from metazo.models.load import load_model
-from metazo.runs.config import FinetuneConfig, build
+from metazo.runs.config import FinetuneConfig
+from metazo.runs.diagnose import diagnose, memory_explained
 from metazo.runs.finetune import finetune
-from metazo.runs.monitor import Watch, diagnose, memory_explained
+from metazo.runs.monitor import Watch
+from metazo.settings import build
 from metazo.step.record import Step
 from metazo.steplog.format import read, scan
 
@@ -185,7 +187,8 @@ def test_an_allocation_that_fails_ends_with_what_to_change():
 OUT_OF_MEMORY = """
 import resource, sys
 from pathlib import Path
-from metazo.runs.config import FinetuneConfig, build
+from metazo.runs.config import FinetuneConfig
+from metazo.settings import build
 from metazo.errors import UserError
 from metazo.runs.finetune import finetune
 settings = {settings} | {{"out": Path(sys.argv[1])}}

@@ -11,9 +11,10 @@ import torch
 from metazo.errors import UserError
 from metazo.models.load import load_model
 from metazo.optimizers import OPTIMIZERS
-from metazo.runs.config import FinetuneConfig, build
+from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import finetune
 from metazo.runs.replay import replay
+from metazo.settings import build
 from metazo.steplog.format import header, line, scan
 
 SMALL = {

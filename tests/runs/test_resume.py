@@ -11,12 +11,13 @@ import pytest
 from rich.console import Console
 
 from metazo.errors import UserError
-from metazo.runs.config import FinetuneConfig, build
+from metazo.runs.config import FinetuneConfig
 from metazo.runs.evaluations import Scores
 from metazo.runs.finetune import finetune
-from metazo.runs.resources import Interrupted
-from metazo.steplog.format import StepLog
+from metazo.runs.interrupt import Interrupted
+from metazo.settings import build
 from metazo.steplog.inspect import repair
+from metazo.steplog.writer import StepLog
 
 SETTINGS = {
     "model": "pico", "task": "pico_sentiment", "lr": 1e-4, "steps": 14, "batch_size": 2, "train_examples": 8,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from metazo.kernels.outer import add_product_, add_products_, plain_
 from metazo.step import lowrank
-from metazo.step.lowrank import add_product_, add_products_, plain_
 
 SHAPES = [(1, 1), (3, 5000), (1000, 7), (5, 1024), (600, 1025), (64, 3, 3, 5)]
 EXACT = {torch.float32: 1e-5, torch.float64: 1e-13, torch.bfloat16: 0.05}

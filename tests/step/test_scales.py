@@ -19,15 +19,13 @@ from metazo.step.scales import (
     RMS_FLOOR,
     STATISTICS_EVERY,
     RMSScale,
-    TunerScale,
     block_statistics,
     entry_counts,
-    features,
     floored_rms,
     normalisation,
-    parametrise,
 )
 from metazo.tuner.networks import PertNN
+from metazo.tuner.scale import TunerScale, features, parametrise
 
 
 class Net(nn.Module):

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from metazo.errors import UserError
 from metazo.step.record import Step
-from metazo.steplog.format import StepLog, line, read, scan
+from metazo.steplog.format import line, read, scan
 from metazo.steplog.inspect import diff, repair
+from metazo.steplog.writer import StepLog
 
 HEADER = {"method": "mezo", "seed": 3}
 STEPS = [Step(i, (i * 7919,), (0.1 * i, 1 / 3), (math.pi * i,), (1e-6,)) for i in range(20)]

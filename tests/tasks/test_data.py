@@ -8,7 +8,7 @@ import pytest
 
 from metazo.errors import UserError
 from metazo.tasks import data, get
-from metazo.tasks.base import Task
+from metazo.tasks.task import Task
 
 TASK = Task(name="toy", kind="classification", prompt="{text} It was", labels={0: "terrible", 1: "great"})
 

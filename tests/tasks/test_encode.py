@@ -7,8 +7,8 @@ import pytest
 from metazo.errors import UserError
 from metazo.models.load import load_model
 from metazo.tasks import get
-from metazo.tasks.base import Task
 from metazo.tasks.encode import Encoder
+from metazo.tasks.task import Task
 
 NLI = Task(
     name="nli",

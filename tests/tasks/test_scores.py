@@ -7,9 +7,9 @@ import torch
 from torch.nn.functional import cross_entropy, log_softmax
 
 from metazo.models.load import load_model
-from metazo.tasks.base import Task
 from metazo.tasks.encode import Encoder
 from metazo.tasks.prepared import Prepared
+from metazo.tasks.task import Task
 
 CAUSAL = ("gpt2", "opt", "llama")
 ROWS = [

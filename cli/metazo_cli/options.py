@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import typer
 
 from metazo.recipes import locate
-from metazo.runs.config import build, help_of, read_recipe
+from metazo.settings import build, help_of, read_recipe
 
 Config = TypeVar("Config")
 

@@ -56,7 +56,7 @@ def _mount() -> None:
 
 
 def main() -> None:
-    from metazo.runs.resources import Interrupted
+    from metazo.runs.interrupt import Interrupted
 
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     _mount()

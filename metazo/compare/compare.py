@@ -16,14 +16,14 @@ from rich.console import Console
 from metazo.compare.columns import Column
 from metazo.compare.examine import Facts, examine
 from metazo.compare.grid import SEARCH_SEED, Grid, Run, longer, runs_of, search_run
-from metazo.compare.identity import cores
+from metazo.compare.key import cores
+from metazo.compare.live import Progress
 from metazo.compare.pool import Pool
-from metazo.compare.progress import Progress
+from metazo.compare.rates import walk
 from metazo.compare.results import Result, Search, read_search, write_search
-from metazo.compare.search import walk
 from metazo.compare.store import Store
 from metazo.errors import UserError
-from metazo.runs.resources import Interrupted, interruptible
+from metazo.runs.interrupt import Interrupted, interruptible
 
 FASTER = 0.95  # a run that takes less than this share of the time budget is gone on with
 

@@ -34,7 +34,7 @@ def bench(
     from metazo.bench import render, suites
     from metazo.errors import UserError
     from metazo.io.files import write_whole
-    from metazo.runs.resources import Interrupted
+    from metazo.runs.interrupt import Interrupted
 
     _check(device)
     if out.exists() and not out.is_dir():

@@ -42,8 +42,8 @@ def compare(
 
     Call it again to go on after a stop, or with more seeds, tasks or columns: what is finished is not run again.
     """
+    from metazo.compare.compare import compare as run
     from metazo.compare.examine import examine, plan
-    from metazo.compare.run import compare as run
 
     flags = {**values, "tasks": _listed(tasks), "columns": _listed(optimizers), "lrs": _listed(lrs)}
     settings = options.settings(Grid, grid, flags)

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 from dataclasses import MISSING, fields
-from functools import cache
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
-import torch
-
 from metazo.runs.config import FinetuneConfig
+from metazo.runs.machine import cores, gpu, processor, system
 
 # Where and how a run is done, not what it computes.
 INCIDENTAL = ("out", "resume", "device", "data", "zoo", "snapshot_every", "eval_batch_size")
@@ -37,25 +32,6 @@ def key(config: FinetuneConfig, hashes: dict[str, str | None]) -> str:
     return sha256(text.encode()).hexdigest()
 
 
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@cache
-def machine() -> dict[str, Any]:
-    """No names, paths or addresses."""
-    return {
-        "system": f"{platform.system()} {platform.machine()}",
-        "cpu": _cpu(),
-        "cores": cores(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+def facts() -> dict[str, Any]:
+    """The machine that a run was done on."""
+    return {"system": system(), "cpu": processor(), "cores": cores(), "gpu": gpu()}

@@ -72,7 +72,7 @@ def _shown(value: Any) -> str:
 
 
 def _plot(path: Path, found: Any) -> None:
-    from metazo.report import plot_curves
+    from metazo.plots.curves import plot_curves
     from metazo.steplog.inspect import curve
 
     panels = {

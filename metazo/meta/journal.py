@@ -16,8 +16,8 @@ from rich.text import Text
 
 from metazo.blocks import Block
 from metazo.io.files import whole_file
+from metazo.meta.loop import MetaStep
 from metazo.meta.ratio import block_type
-from metazo.meta.run import MetaStep
 
 METRICS, PLOT = "metrics.jsonl", "sigma.png"
 COLLAPSED = 0.5  # of the perturbation in one block

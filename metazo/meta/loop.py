@@ -11,18 +11,18 @@ from torch import Tensor, nn
 from metazo.blocks import NamedTensor, partition
 from metazo.errors import UserError
 from metazo.meta.config import MetaConfig
-from metazo.meta.data import MetaTask, Order
 from metazo.meta.objective import Objective, OneStepLoss, Situation
+from metazo.meta.order import MetaTask, Order
 from metazo.meta.path import Online, Path
 from metazo.meta.ratio import RatioObjective
 from metazo.meta.reset import Start, restart_steps
 from metazo.meta.teacher import Teacher, load_optimizer_tensors, optimizer_tensors
 from metazo.meta.unrolled import UnrolledLoss
 from metazo.noise import Noise, PhiloxNoise
-from metazo.optimizers.zo_finetuner import PUBLISHED_EMBEDDING_ROWS
-from metazo.step.scales import State, TunerScale, block_statistics, normalisation, published_root
+from metazo.step.scales import State, block_statistics, normalisation, published_root
 from metazo.step.weights import Weights
 from metazo.tuner.networks import PertNN
+from metazo.tuner.scale import PUBLISHED_EMBEDDING_ROWS, TunerScale
 
 MOST_SKIPPED = 50  # in a row: by then the run is lost
 _LABELS = 1 << 31  # query number of the seed that labels are sampled with

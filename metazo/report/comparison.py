@@ -13,7 +13,7 @@ import yaml
 from metazo.compare.results import KINDS, Result, Search, read_search
 from metazo.errors import UserError
 
-from .runs import Failure, Run, part, run_of
+from .numbers import Failure, Run, part, run_of
 
 CONTROL, ZEROTH, FIRST, UNTRAINED = "control", "forward passes only", "gradients", "no training"
 

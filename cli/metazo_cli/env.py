@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated
 
 import typer
@@ -21,17 +20,13 @@ def facts() -> dict[str, str]:
     import torch
 
     from metazo.noise import backends
+    from metazo.runs.machine import system, versions
 
-    found = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
+    found = {"python": platform.python_version(), "system": system()}
     found["cores"], found["torch threads"] = str(os.cpu_count()), str(torch.get_num_threads())
     found["cuda"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     found |= {f"noise on {device}": how for device, how in backends().items()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+    return found | {package: number or "not installed" for package, number in versions(PACKAGES).items()}
 
 
 def env(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False) -> None:

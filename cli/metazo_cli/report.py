@@ -36,7 +36,7 @@ def report(
     metazo report results/pico
     """
     from metazo.report.build import build
-    from metazo.report.data import Comparison
+    from metazo.report.comparison import Comparison
     from metazo.report.write import render as fill
     from metazo.report.write import write
 

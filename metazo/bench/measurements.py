@@ -6,7 +6,6 @@ import json
 import os
 import platform
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 
 from metazo.errors import UserError
 from metazo.io.files import write_whole
+from metazo.runs.machine import processor, system, versions
 
 FORMAT = 1
 NAME = "speed.json"
@@ -21,24 +21,18 @@ NAME = "speed.json"
 
 def environment(device: str, dtype: str, quick: bool) -> dict[str, Any]:
     """What the figures depend on, and what two runs must share to lie in one file."""
-    found: dict[str, Any] = {"quick": quick, "device": device, "dtype": dtype, "cpu": _cpu(), "cores": os.cpu_count()}
+    found: dict[str, Any] = {
+        "quick": quick,
+        "device": device,
+        "dtype": dtype,
+        "cpu": processor(),
+        "cores": os.cpu_count(),
+    }
     if device.startswith("cuda"):
         found["gpu"] = torch.cuda.get_device_name(device)
-    found |= {"system": f"{platform.system()} {platform.machine()}", "python": platform.python_version()}
-    for package in ("torch", "transformers", "numba", "numpy", "metazo"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    found |= {"system": system(), "python": platform.python_version()}
+    packages = versions(("torch", "transformers", "numba", "numpy", "metazo"))
+    return found | {package: number or "not installed" for package, number in packages.items()}
 
 
 def load_average() -> float | None:

@@ -10,8 +10,8 @@ from torch import nn
 
 from metazo.blocks import named_tensors, partition
 from metazo.meta.config import MetaConfig
-from metazo.meta.data import Order, PreparedTask
-from metazo.meta.run import length, restarts
+from metazo.meta.loop import length, restarts
+from metazo.meta.order import Order, PreparedTask
 from metazo.meta.trajectory import disk_use
 from metazo.runs.resources import size
 

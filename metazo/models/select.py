@@ -1,0 +1,32 @@
+"""Choose by name what of a model is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from metazo.errors import UserError
+
+
+def select_trainable(model: nn.Module, train: list[str], freeze: list[str], among: Iterable[str] | None = None) -> int:
+    """Set requires_grad by name patterns (`*` and `?`): trained is what a `train` pattern names (everything where there
+    is none) and no `freeze` pattern, of the names in `among` where it is given. Returns the number of trained weights.
+    Raises UserError for an idle pattern.
+    """
+    allowed = None if among is None else set(among)
+    named = list(model.named_parameters())
+    for flag, patterns in (("--train", train), ("--freeze", freeze)):
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name, _ in named):
+                examples = ", ".join(name for name, _ in named[:3])
+                raise UserError(f"{flag} {pattern!r} names no tensor of the model; its tensors are {examples}, ...")
+    for name, parameter in named:
+        wanted = not train or any(fnmatchcase(name, pattern) for pattern in train)
+        wanted = wanted and (allowed is None or name in allowed)
+        parameter.requires_grad_(wanted and not any(fnmatchcase(name, pattern) for pattern in freeze))
+    count = sum(parameter.numel() for _, parameter in named if parameter.requires_grad)
+    if not count:
+        raise UserError("--train and --freeze leave no tensor to train.")
+    return count

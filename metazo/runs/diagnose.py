@@ -1,0 +1,111 @@
+"""Why a loss is not finite, and why memory ran out, in a sentence."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metazo.errors import UserError
+from metazo.runs.config import FinetuneConfig
+
+
+@torch.inference_mode()
+def diagnose(model: nn.Module, closures: Sequence[Callable[[], Any]], dtype: torch.dtype) -> str:
+    """Why the loss is not finite, in a sentence: at the cost of a forward pass, and of one module in float32.
+
+    Told apart: weights out of the dtype's range; a probe that is too long; an overflow of a narrow dtype (a module's
+    output is finite in float32 on the same input); and divergence.
+    """
+    limit, name = torch.finfo(dtype).max, str(dtype).removeprefix("torch.")
+    narrow = dtype.itemsize < 4
+    for key, parameter in model.named_parameters():
+        largest = float(parameter.abs().max()) if parameter.numel() else 0.0
+        if not largest < limit:
+            cure = "use --dtype bfloat16 or float32." if dtype == torch.float16 else "the run has diverged; lower --lr."
+            return f"{key} holds {largest:.3g}, out of the range of {name} (to {limit:.3g}): {cure}"
+    found: list[tuple[str, nn.Module, Any, Any]] = []
+    hooks = [
+        module.register_forward_hook(_Finder(key, found), with_kwargs=True)
+        for key, module in model.named_modules(remove_duplicate=True)
+    ]
+    try:
+        losses = [float(closure()) for closure in closures]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not found:
+        return (
+            f"without the probe the loss is {fmean(losses):.4g}, so the probe leads too far: lower --eps, and --lr if the "
+            "loss has grown."
+        )
+    where, module, args, kwargs = found[0]
+    if narrow and _finite(output := _wide(module)(*_wide(args), **_wide(kwargs))):
+        largest = max(float(value.abs().max()) for value in _floats(output))
+        return (
+            f"overflow of {name}: {where} gives up to {largest:.3g}, and {name} ends at {limit:.3g}; float32 holds it, so "
+            "this is no divergence. Use --dtype bfloat16 or float32."
+        )
+    return f"{where} gives values that are not finite from finite ones: the run has diverged; lower --lr."
+
+
+class _Finder:
+    """A forward hook that notes modules which make what is not finite from what is; inner ones come first."""
+
+    def __init__(self, name: str, found: list):
+        self.name, self.found = name or "the model", found
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if not self.found and not _finite(output) and _finite([args, kwargs], masks=True):
+            self.found.append((self.name, module, args, kwargs))
+
+
+def _floats(value: Any) -> Iterator[Tensor]:
+    """The floating-point tensors in nested lists, tuples and mappings."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point() and value.numel():
+            yield value
+    elif isinstance(value, dict):
+        yield from (tensor for item in value.values() for tensor in _floats(item))
+    elif isinstance(value, list | tuple):
+        yield from (tensor for item in value for tensor in _floats(item))
+
+
+def _finite(value: Any, masks: bool = False) -> bool:
+    """Whether all is finite; with `masks`, but for the -inf that attention masks hold."""
+    return all(bool((tensor.isfinite() | (tensor == -math.inf if masks else False)).all()) for tensor in _floats(value))
+
+
+def _wide(value: Any) -> Any:
+    """The same in float32: modules, and tensors in nested lists, tuples and mappings."""
+    if isinstance(value, nn.Module):
+        return copy.deepcopy(value).float()
+    if isinstance(value, Tensor):
+        return value.float() if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {key: _wide(item) for key, item in value.items()}
+    return type(value)(_wide(item) for item in value) if type(value) in (list, tuple) else value
+
+
+@contextmanager
+def memory_explained(config: FinetuneConfig) -> Iterator[None]:
+    """An allocation that failed becomes a UserError that says what to change."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        text = str(error)
+        kinds = (MemoryError, torch.OutOfMemoryError)
+        if not isinstance(error, kinds) and "out of memory" not in text and "can't allocate memory" not in text:
+            raise
+        length = config.max_length or "the model's context"
+        raise UserError(
+            f"Out of memory: lower --batch-size (now {config.batch_size}; more --accumulate keeps the examples a step), "
+            f"--max-length (now {length}) or --eval-batch-size (now {config.eval_batch_size}), or take --dtype bfloat16 "
+            f"(now {config.dtype}), in another --out; or free memory and go on with --resume: what the log holds is whole."
+        ) from error

@@ -1,0 +1,39 @@
+"""The polite end of a run that a signal asks to stop."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+
+class Interrupted(Exception):
+    """A run was asked to stop by a signal and has saved what it needs to go on; the message says how."""
+
+    def __init__(self, message: str, by: str = "SIGINT"):
+        super().__init__(message)
+        self.exit_code = 128 + signal.Signals[by].value  # as a shell reports it: 130, 143
+
+
+@contextmanager
+def interruptible() -> Iterator[list[str]]:
+    """Within, SIGINT and SIGTERM are put into the list that is given; a second one ends the process as usual.
+
+    Look at the list after each step, save and go. Outside the main thread signals are left alone.
+    """
+    caught: list[str] = []
+
+    def note(number: int, frame: Any) -> None:
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(signal.Signals(number).name)
+
+    before = {}
+    with suppress(ValueError):  # not the main thread
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

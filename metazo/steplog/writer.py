@@ -1,0 +1,114 @@
+"""Write a step log: append, sync, cut, finish."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from metazo.errors import UserError
+from metazo.io.files import write_whole
+from metazo.io.lines import LineFile
+from metazo.step.record import Step
+from metazo.steplog.format import VERSION, Scan, differences, encode, line, scan
+
+
+class StepLog:
+    """Append steps to a log; a new one, or one that is there.
+
+    Args: path; header: what the steps belong to; flush_every, fsync_every: see above (fsync_every 0: at `sync` alone);
+    say: takes a sentence for people where a torn tail is dropped or versions have changed.
+    Attributes: steps, those that are there; end, the last line of a complete run.
+    Raises UserError where the log is damaged or belongs to something else. "environment" in the header may differ.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        header: dict[str, Any],
+        *,
+        flush_every: int = 1,
+        fsync_every: int = 0,
+        say: Callable[[str], None] = lambda text: None,
+    ):
+        header = {"metazo_steps": VERSION, **header}
+        self.path, self.flush_every, self.fsync_every = path, flush_every, fsync_every
+        if not path.exists():
+            write_whole(path, line(header, 0)[0])
+        found = scan(path).sound()
+        _compare(found, json.loads(json.dumps(header)), say)
+        self.steps, self.end, self.chain = found.steps, found.end, found.chain
+        self.file = LineFile(path)
+        if found.torn:
+            say(
+                f"{path.name} ends in {found.torn} bytes of a torn record, which is dropped; {len(self.steps)} steps stand."
+            )
+            self.file.cut(found.size)
+        self.waiting = b""
+        self.count = len(self.steps)
+
+    def append(self, step: Step) -> None:
+        data, self.chain = line(encode(step), self.chain)
+        self.waiting += data
+        self.count += 1
+        if self.count % self.flush_every == 0:
+            self.flush()
+        if self.fsync_every and self.count % self.fsync_every == 0:
+            self.sync()
+
+    def flush(self) -> None:
+        """Hand what waits to the operating system. Where the disk is full it is dropped, and computed again later."""
+        data, self.waiting = self.waiting, b""
+        if data:
+            self.file.append(data)
+
+    def sync(self) -> None:
+        self.flush()
+        self.file.sync()
+
+    def finish(self, kept: int, weights: str | None) -> None:
+        """Write the last line: the step whose weights were kept, and their hash."""
+        if self.end is None:
+            self.end = {"kept": kept, "weights": weights}
+            data, self.chain = line(self.end, self.chain)
+            self.waiting += data
+        self.sync()
+
+    def cut(self, count: int) -> None:
+        """Keep the first `count` steps and drop the rest."""
+        if count == len(self.steps) and self.end is None:
+            return
+        size = _size_of(self.path, count)
+        self.file.cut(size)
+        self.steps, self.end, self.count = self.steps[:count], None, count
+        self.chain = scan(self.path).chain
+
+    def close(self) -> None:
+        self.flush()
+        self.file.close()
+
+
+def _size_of(path: Path, count: int) -> int:
+    """Bytes of the header and the first `count` steps."""
+    with path.open("rb") as file:
+        return sum(len(file.readline()) for _ in range(count + 1))
+
+
+def _compare(found: Scan, wanted: dict[str, Any], say: Callable[[str], None]) -> None:
+    there = found.header
+    for key in {**there, **wanted}:
+        if there.get(key) == wanted.get(key):
+            continue
+        if key == "environment":
+            changes = differences(there[key], wanted[key]) if isinstance(there.get(key), dict) else []
+            what = ", ".join(f"{name} {old} then and {new} now" for name, old, new in changes)
+            say(f"The run began with other versions ({what}): the steps to come may differ in their last bits.")
+            continue
+        name, old, new = (key, there.get(key), wanted.get(key))
+        if isinstance(old, dict) and isinstance(new, dict):
+            name, old, new = differences(old, new)[0]
+        raise UserError(
+            f"{found.path.name} belongs to another run: its {name} is {old!r}, now {new!r}; "
+            "choose another --out, or resume with the same settings."
+        )

@@ -1,0 +1,114 @@
+"""The structure of the library, read from its imports: packages import downwards only, and nothing imports in a circle."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+# From the bottom up. A package imports only from packages to the left of it, or from itself.
+LAYERS = (
+    "errors",
+    "io",
+    "settings",
+    "kernels blocks",
+    "noise",
+    "step",
+    "steplog tuner",
+    "optimizers zoo",
+    "pico recipes models",
+    "tasks",
+    "plots",
+    "runs",
+    "meta compare",
+    "report bench",
+    "demo",
+    "metazo",  # the public face
+    "metazo_cli",
+)
+LOOSE = 4  # modules at the package root beside __init__
+
+
+def modules() -> dict[str, Path]:
+    """Files by dotted name."""
+    found = {}
+    paths = [(path, ROOT) for path in (ROOT / "metazo").rglob("*.py")]
+    for path, folder in [*paths, *((path, ROOT / "cli") for path in (ROOT / "cli").rglob("*.py"))]:
+        parts = path.relative_to(folder).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(name: str, path: Path, known: Iterable[str]) -> set[str]:
+    """Names of the library's modules that a file imports anywhere, within functions too."""
+    known, found = set(known), set()
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            found |= {full if (full := f"{base}.{alias.name}") in known else base for alias in node.names}
+    return (found & known) - {name}
+
+
+def room(name: str) -> str:
+    """The package, or loose module, that a module is in."""
+    parts = name.split(".")
+    return parts[1] if parts[0] == "metazo" and len(parts) > 1 else parts[0]
+
+
+def circles(graph: Mapping[str, set[str]]) -> list[list[str]]:
+    """Nodes that reach themselves, by repeatedly taking away those that import nothing that is left."""
+    left = {node: set(targets) for node, targets in graph.items()}
+    while free := [node for node, targets in left.items() if not targets & set(left)]:
+        for node in free:
+            del left[node]
+    return [sorted(left)] if left else []
+
+
+def graph() -> dict[str, set[str]]:
+    files = modules()
+    return {name: imports(name, path, files) for name, path in files.items()}
+
+
+def test_nothing_is_imported_in_a_circle() -> None:
+    assert circles(graph()) == []
+
+
+def test_imports_lead_down() -> None:
+    height = {name: floor for floor, names in enumerate(LAYERS) for name in names.split()}
+    upward = [
+        f"{name} imports {target}"
+        for name, targets in graph().items()
+        for target in targets
+        # the version is a name of the public face that any module may read
+        if target != "metazo" and room(name) != room(target) and height[room(target)] >= height[room(name)]
+    ]
+    assert upward == []
+
+
+def test_the_check_finds_a_circle_and_an_upward_import(tmp_path: Path) -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == [["a", "b", "c"]]
+    inside = tmp_path / "x.py"
+    inside.write_text("def f():\n    from metazo.runs import finetune\n    from . import y\n")
+    assert imports("metazo.step.x", inside, ["metazo.runs.finetune", "metazo.step.y"]) == {
+        "metazo.runs.finetune",
+        "metazo.step.y",
+    }
+
+
+def test_few_modules_are_loose_and_every_package_has_tests() -> None:
+    loose = [path.stem for path in (ROOT / "metazo").glob("*.py") if path.stem != "__init__"]
+    assert len(loose) <= LOOSE, loose
+    packages = {path.parent.name for path in (ROOT / "metazo").glob("*/__init__.py")}
+    assert packages - {path.name for path in (ROOT / "tests").iterdir() if path.is_dir()} <= {"recipes"}
+
+
+def test_a_file_name_has_one_meaning() -> None:
+    """Names that stand in several packages, and are meant to: each says the same thing of its package."""
+    meant = {"__init__", "config"}
+    stems = [path.stem for path in (ROOT / "metazo").rglob("*.py")]
+    assert {stem for stem in stems if stems.count(stem) > 1} <= meant
