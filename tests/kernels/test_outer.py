@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from metazo.kernels import outer
 from metazo.kernels.outer import add_product_, add_products_, plain_
-from metazo.step import lowrank
 
 SHAPES = [(1, 1), (3, 5000), (1000, 7), (5, 1024), (600, 1025), (64, 3, 3, 5)]
 EXACT = {torch.float32: 1e-5, torch.float64: 1e-13, torch.bfloat16: 0.05}
@@ -39,7 +39,7 @@ def test_agrees_with_addmm_and_with_the_sum_written_out(shape, rank, dtype):
 
 
 def test_the_compiled_form_is_in_use(monkeypatch):
-    monkeypatch.setattr(lowrank, "plain_", None)  # to call it would be an error
+    monkeypatch.setattr(outer, "plain_", None)  # to call it would be an error
     out, left, right = operands((40, 30), 2, torch.float32)
     add_product_(out, left, right, 1.0, 1.0)
     with pytest.raises(TypeError):
