@@ -24,7 +24,7 @@ TEXT = (
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Folder with data/, models/, golden/ ...: METAZO_SHARED, or ../shared beside the checkout."""
+    """Folder with data/ and models/: METAZO_SHARED, or a folder `shared` beside the checkout."""
     folder = Path(os.environ.get("METAZO_SHARED", Path(__file__).parents[2] / "shared"))
     if not folder.is_dir():
         pytest.skip(f"no shared material in {folder.name!r} beside the checkout (set METAZO_SHARED)")

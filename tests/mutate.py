@@ -146,7 +146,6 @@ def main(words: list[str]) -> None:
         for part in ("metazo", "tests"):
             shutil.copytree(ROOT / part, folder / part)
         shutil.copy(ROOT / "pyproject.toml", folder)
-        os.environ.setdefault("METAZO_GOLDEN_DIR", str(ROOT.parent / "shared" / "golden"))
         whole = [*CONTRACT, "tests/optimizers"]
         if failing := run(folder, whole, None):
             sys.exit(f"{failing} fails on the library as it is: what it says of mutants would mean nothing")

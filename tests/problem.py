@@ -1,4 +1,4 @@
-"""The small problem of the golden trajectories (golden/README.md), and how to read a recording."""
+"""The small problem of the golden trajectories (tests/golden/README.md), and how to read a recording."""
 
 from __future__ import annotations
 

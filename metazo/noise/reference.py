@@ -1,7 +1,7 @@
 """The noise of the published code, for conformance: torch's generator, tensors in order.
 
 A step's seed is `numpy.random.randint(1_000_000_000)`; its noise is `torch.manual_seed(seed)` followed by one
-`torch.normal(0, 1, size)` per trainable tensor in the order of `named_parameters()` (algorithms.md, section 0). The
+`torch.normal(0, 1, size)` per trainable tensor in the order of `named_parameters()` (tests/golden/README.md). The
 numbers of a tensor therefore depend on all tensors before it, and differ between CPU and CUDA. Use it to compare with
 recorded trajectories; for work, use PhiloxNoise.
 """

@@ -1,15 +1,9 @@
-"""Trajectories recorded from the published code, replayed to a relative 1e-9 in float64.
-
-The folder is METAZO_GOLDEN_DIR, by default shared/golden beside the checkout; other recordings of the same form, with
-other sizes, seeds and hyperparameters, must hold as well.
-"""
+"""Trajectories recorded from the published code (tests/golden/README.md), replayed to a relative 1e-9 in float64."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-import pytest
 import torch
 
 from metazo.noise import TorchOrderNoise
@@ -18,14 +12,11 @@ from metazo.tuner.networks import PertNN
 from metazo.tuner.scale import PUBLISHED_EMBEDDING_ROWS, TunerScale
 from tests.problem import ORDER, Problem, Recording, read
 
-FOLDER = Path(os.environ.get("METAZO_GOLDEN_DIR", Path(__file__).parents[3] / "shared" / "golden"))
+FOLDER = Path(__file__).parents[1] / "golden"
 
 
 def recording(name: str) -> Recording:
-    path = FOLDER / f"{name}.safetensors"
-    if not path.is_file():
-        pytest.skip(f"no recording {name} in METAZO_GOLDEN_DIR or shared/golden")
-    return read(path)
+    return read(FOLDER / f"{name}.safetensors")
 
 
 def published_noise(golden: Recording) -> TorchOrderNoise:
@@ -100,3 +91,13 @@ def test_zo_finetuner_deploy():
     steps = follow(golden, ZOFinetuner(problem.named(), scale=scale, **common(golden)), problem)
     for step, sigma in zip(steps, golden.metadata["sigma"]):
         torch.testing.assert_close(list(step.scales), [sigma[name] for name in ORDER], rtol=1e-7, atol=0)
+
+
+def test_every_recording_is_described_and_replayed():
+    """No recording is unused: each has its row in tests/golden/README.md, and a test that reads it."""
+    tests = "".join(path.read_text() for path in Path(__file__).parents[1].rglob("test_golden*.py"))
+    described = (FOLDER / "README.md").read_text()
+    for path in FOLDER.glob("*.safetensors"):
+        assert f"`{path.stem}`" in described, path.stem
+        family = path.stem.removesuffix("_corrected").removesuffix("_official")
+        assert f'"{path.stem}"' in tests or f'"{family}"' in tests, path.stem

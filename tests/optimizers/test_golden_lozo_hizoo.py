@@ -1,4 +1,4 @@
-"""LOZO, LOZO-M and HiZOO against recorded trajectories (see test_golden.py for the folder and the tolerance)."""
+"""LOZO, LOZO-M and HiZOO against recorded trajectories (tests/golden/README.md)."""
 
 from __future__ import annotations
 
