@@ -16,6 +16,7 @@ LAYERS = (
     "noise",
     "step",
     "steplog tuner",
+    "feedback",
     "optimizers zoo",
     "pico recipes models",
     "tasks",

@@ -1,0 +1,72 @@
+"""A gradient whose matrices exist as two factors: dL/dW = left right^T, the errors at the output times the inputs.
+
+The rank is the number of positions that carry error. The matrix itself is never formed: it is added to the weights by
+`Held` (metazo/step/lowrank.py), and its norm comes from products of factors,
+
+    |left right^T|^2 = sum_ij (left_i . left_j) (right_i . right_j)        over pairs of positions i, j
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+CHUNK = 1 << 18  # entries of a matrix that are formed at a time if that is cheaper than the pairs
+
+
+@dataclass
+class Gradient:
+    """left (m, R) and right (n, R) by tensor name for matrices; whole tensors for everything else (norms, biases)."""
+
+    left: dict[str, Tensor] = field(default_factory=dict)
+    right: dict[str, Tensor] = field(default_factory=dict)
+    whole: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        return [*self.left, *self.whole]
+
+    def add_product(self, name: str, left: Tensor, right: Tensor) -> None:
+        """Add left right^T to the gradient of a matrix."""
+        if name in self.left:
+            left, right = torch.cat([self.left[name], left], 1), torch.cat([self.right[name], right], 1)
+        self.left[name], self.right[name] = left, right
+
+    def add_whole(self, name: str, value: Tensor) -> None:
+        self.whole[name] = self.whole[name] + value if name in self.whole else value
+
+    def add(self, other: Gradient) -> None:
+        for name, left in other.left.items():
+            self.add_product(name, left, other.right[name])
+        for name, value in other.whole.items():
+            self.add_whole(name, value)
+
+    def square_norm(self, name: str) -> float:
+        """|g|^2 of a tensor, in float64 sums of what its dtype gives."""
+        if name in self.whole:
+            return float(self.whole[name].double().square().sum())
+        return product_square_norm(self.left[name], self.right[name])
+
+    def dense(self, name: str) -> Tensor:
+        """The gradient of a tensor as it is, for tests and measurements."""
+        return self.whole[name] if name in self.whole else self.left[name] @ self.right[name].t()
+
+    def scaled(self, factors: dict[str, float]) -> Gradient:
+        """Each tensor's gradient times a number of its own; the larger factors are shared, not copied."""
+        left = {name: value * factors[name] for name, value in self.left.items()}
+        return Gradient(left, dict(self.right), {name: value * factors[name] for name, value in self.whole.items()})
+
+
+def product_square_norm(left: Tensor, right: Tensor) -> float:
+    """|left right^T|^2 in the Frobenius norm, without the product: (m, R), (n, R).
+
+    By pairs, R^2 (m + n) multiplications; if R is so large that the product is cheaper (R m n), a few of its rows at a
+    time. Sums are in float64.
+    """
+    (m, rank), n = left.shape, right.shape[0]
+    if rank * (m + n) <= m * n:
+        return float(((left.t() @ left) * (right.t() @ right)).double().sum())
+    rows = max(CHUNK // n, 1)
+    return sum(float((part @ right.t()).square_().sum(dtype=torch.float64)) for part in left.split(rows))

@@ -1,0 +1,267 @@
+"""One forward pass with everything that feedback needs: delta, the tail's exact gradients, and the inputs of blocks.
+
+The closure runs with grad mode off. At the end of the last block the hidden state is replaced by a detached leaf and grad
+mode goes on, so that
+
+    delta = dL/d(output of the last block)
+
+comes from a backward pass through the tail alone: final norm, pooling, head and loss, whatever they are. So one
+mechanism serves pooled encoders, classification heads, masked and causal language models, on one position or on all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from metazo.errors import UserError
+from metazo.feedback.factors import Gradient
+from metazo.feedback.residual import LinearMap, Residual, hidden_of, linear_maps, with_hidden
+
+Closure = Callable[[], Tensor | float]
+Names = Mapping[int, str]
+"""Name of each trained tensor by the id of its parameter."""
+
+
+class Watched:
+    """Linear maps under watch while a graph is built, so that their gradients can be had as factors.
+
+    Args: maps: whose weights are trained; names: of trained tensors by the id of the parameter.
+    """
+
+    def __init__(self, maps: Sequence[LinearMap], names: Names):
+        self.names = names
+        self.calls: list[tuple[str, LinearMap, GradientEdge, Tensor]] = []
+        self.handles = [
+            entry.module.register_forward_hook(self._hook(entry, names[id(entry.weight)]))
+            for entry in maps
+            if id(entry.weight) in names
+        ]
+
+    def _hook(self, entry: LinearMap, name: str):
+        def watch(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            if torch.is_grad_enabled() and output.requires_grad:
+                # the edge names the output as it is now, even if later code changes it in place
+                self.calls.append((name, entry, get_gradient_edge(output), args[0].detach()))
+
+        return watch
+
+    def close(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def pull(
+        self, outputs: Sequence[Tensor], errors: Sequence[Tensor | None], leaves: Sequence[Tensor], params: Sequence
+    ) -> tuple[list[Tensor], Gradient]:
+        """Pull errors through the graph.
+
+        Args: outputs, errors: cotangents; leaves: where the errors are wanted; params: trained parameters of the region
+            (those that are the weight of a map under watch come as factors, the others whole).
+
+        Returns: the errors at the leaves, zeros if nothing arrives there; the gradient.
+        """
+        factored = {name for name, *_ in self.calls}
+        rest = [p for p in params if self.names[id(p)] not in factored]
+        inputs = [*leaves, *(edge for _, _, edge, _ in self.calls), *rest]
+        found = torch.autograd.grad(outputs, inputs, errors, allow_unused=True)
+        below = [torch.zeros_like(leaf) if e is None else e for leaf, e in zip(leaves, found)]
+        gradient = Gradient()
+        for (name, entry, _, entered), error in zip(self.calls, found[len(leaves) :]):
+            if error is not None:
+                gradient.add_product(name, *_factors(entry, error, entered))
+        for param, value in zip(rest, found[len(found) - len(rest) :] if rest else ()):
+            if value is not None:
+                gradient.add_whole(self.names[id(param)], value)
+        self.calls.clear()
+        return below, gradient
+
+
+def _factors(entry: LinearMap, error: Tensor, entered: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors over the positions whose error is not zero."""
+    error, entered = error.reshape(-1, error.shape[-1]), entered.reshape(-1, entered.shape[-1])
+    carrying = error.ne(0).any(1)
+    if not bool(carrying.all()):
+        error, entered = error[carrying], entered[carrying]
+    return entry.factors(error, entered)
+
+
+@dataclass
+class Call:
+    """One call of a block: its hidden input and the other arguments; the output and the maps under watch if the graph is
+    kept; `seen`, the output's value, if it is to be compared with that of a second run.
+    """
+
+    hidden: Tensor
+    args: tuple
+    kwargs: dict[str, Any]
+    output: Tensor | None = None
+    watched: Watched | None = None
+    seen: Tensor | None = None
+
+    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """The block's output at another hidden input."""
+        kwargs = dict(self.kwargs)
+        if self.args:
+            return hidden_of(block(hidden, *self.args[1:], **kwargs))
+        return hidden_of(block(**kwargs | {_HIDDEN: hidden}))
+
+
+_HIDDEN = "hidden_states"
+
+
+@dataclass
+class Pass:
+    """One run of the stream: calls by block index, the hidden state above the block just run, delta (B, T, d) at its end."""
+
+    calls: dict[int, Call] = field(default_factory=dict)
+    above: Tensor | None = None
+    delta: Tensor | None = None
+
+
+@dataclass
+class Captured:
+    """loss: the mean over the closures; passes: one a run of the stream; tail: exact gradient of what follows it."""
+
+    loss: float
+    passes: list[Pass]
+    tail: Gradient
+
+
+class Recorder:
+    """Runs closures and records what feedback needs.
+
+    Args:
+        residual: the stream.
+        names: of the trained tensors by the id of the parameter.
+        lowest: index of the lowest block whose call is recorded.
+        recompute: keep the blocks' inputs only (the graph of a block is built again when it is needed: memory of one
+            block), or keep the graphs of all recorded blocks (one forward pass less, memory of backpropagation).
+    """
+
+    def __init__(self, residual: Residual, names: Names, lowest: int, recompute: bool = True):
+        self.residual, self.names, self.lowest, self.recompute = residual, names, lowest, recompute
+        inside = residual.block_of()
+        blocks = {id(m.module) for index in range(len(residual.blocks)) for m in residual.maps(index)}
+        self.maps = [m for m in linear_maps(residual.ancestors[0]) if id(m.module) not in blocks]
+        params = {id(p): p for p in residual.ancestors[0].parameters()}
+        self.outside = [params[key] for key in names if key in params and key not in inside]
+        self.passes: list[Pass] = []
+        self.compared = False  # whether the last block was run twice and compared, as it is once
+
+    def capture(self, closures: Sequence[Closure]) -> Captured:
+        """Run the closures; the loss is their mean.
+
+        Raises UserError if the stream does not run, does not run as a chain, or the loss does not depend on it.
+        """
+        loss, tail, passes = 0.0, Gradient(), []
+        for closure in closures:
+            self.passes = []
+            watched = Watched(self.maps, self.names)
+            try:
+                with torch.no_grad(), self._hooks():
+                    value = closure()
+                if not isinstance(value, Tensor) or value.grad_fn is None or not self.passes:
+                    raise UserError(self._no_graph(value))
+                leaves = [one.above for one in self.passes]
+                share = value.new_tensor(1 / len(closures))
+                deltas, gradient = watched.pull([value], [share], leaves, self.outside)  # type: ignore[arg-type]
+            finally:
+                watched.close()
+            for one, delta in zip(self.passes, deltas):
+                one.above, one.delta = None, delta
+            tail.add(gradient)
+            passes += self.passes
+            loss += float(value.detach()) / len(closures)
+        return Captured(loss, passes, tail)
+
+    def _no_graph(self, value: Any) -> str:
+        if not self.passes:
+            return f"The closure never ran the blocks at {self.residual.path}: feedback needs the model's own forward pass."
+        return (
+            "Feedback needs a loss that can be differentiated after the last block, and the closure returned "
+            f"{type(value).__name__} without a graph: return the loss as a tensor, without .item() and without "
+            "torch.no_grad() or torch.inference_mode() inside."
+        )
+
+    @contextmanager
+    def _hooks(self) -> Iterator[None]:
+        handles = [m.register_forward_pre_hook(_grad_off) for m in self.residual.ancestors]
+        for index in range(self.lowest, len(self.residual.blocks)):
+            block = self.residual.blocks[index]
+            handles.append(block.register_forward_pre_hook(self._before(index), with_kwargs=True))
+            handles.append(block.register_forward_hook(self._after(index)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for call in (call for one in self.passes for call in one.calls.values()):
+                if call.watched is not None:
+                    call.watched.close()
+
+    def _before(self, index: int):
+        def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+            if index == self.lowest:
+                self.passes.append(Pass())
+            hidden = args[0] if args else kwargs[_HIDDEN]
+            kwargs = {name: _without_cache(value, index) for name, value in kwargs.items()}
+            args = tuple(_without_cache(value, index) for value in args)
+            self.passes[-1].calls[index] = call = Call(hidden.detach(), args, kwargs)
+            self._check_chain(index, call.hidden)
+            if self.recompute:
+                return args, kwargs
+            torch.set_grad_enabled(True)
+            call.hidden = call.hidden.requires_grad_()
+            call.watched = Watched(self.residual.maps(index), self.names)
+            return ((call.hidden, *args[1:]), kwargs) if args else (args, kwargs | {_HIDDEN: call.hidden})
+
+        return before
+
+    def _after(self, index: int):
+        last = index == len(self.residual.blocks) - 1
+
+        def after(module: nn.Module, args: tuple, output: Any) -> Any:
+            one, hidden = self.passes[-1], hidden_of(output)
+            call = one.calls[index]
+            if call.watched is not None:
+                call.watched.close()
+                call.output = hidden
+            one.above = hidden = hidden.detach().requires_grad_(last)
+            if last and not self.compared:
+                self.compared, call.seen = True, hidden.detach()
+            torch.set_grad_enabled(last)
+            return with_hidden(output, hidden)
+
+        return after
+
+    def _check_chain(self, index: int, hidden: Tensor) -> None:
+        above = self.passes[-1].above
+        if index == self.lowest or (above is not None and above.data_ptr() == hidden.data_ptr()):
+            return
+        if above is None or above.shape != hidden.shape or not torch.equal(above, hidden):
+            raise UserError(
+                f"Block {index} of {self.residual.path} is not fed by the output of block {index - 1} alone: the model is "
+                "not one residual stream; choose a method that perturbs weights, such as mezo."
+            )
+
+
+def _grad_off(module: nn.Module, args: tuple) -> None:
+    torch.set_grad_enabled(False)
+
+
+def _without_cache(value: Any, index: int) -> Any:
+    """None for a cache of keys and values, any other argument as it is: a block that is run again would add to a cache twice.
+
+    Raises UserError if the cache holds positions of an earlier call, which would be lost.
+    """
+    if not (hasattr(value, "get_seq_length") and hasattr(value, "update")):
+        return value
+    if value.get_seq_length(index):
+        raise UserError("Feedback needs the whole input in one forward pass: call the model without `past_key_values`.")
+    return None

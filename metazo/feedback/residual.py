@@ -1,0 +1,165 @@
+"""The residual stream of a network: the list of blocks whose outputs add to it, found by structure, not by a model's name.
+
+A transformer is a stack of blocks of one class in an `nn.ModuleList`. Each takes the hidden state (B, T, d) of the block
+below and returns that of the next, the input plus what its attention and its MLP compute. What comes after the last
+block (final norm, pooling, head, loss) is the *tail*.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metazo.errors import UserError
+
+
+@dataclass(frozen=True)
+class LinearMap:
+    """A module that computes x W^T + b, or x W + b (transformers' Conv1D of GPT-2: `transposed`)."""
+
+    name: str
+    module: nn.Module
+    transposed: bool
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return self.module.weight  # type: ignore[return-value]
+
+    def factors(self, error: Tensor, entered: Tensor) -> tuple[Tensor, Tensor]:
+        """(left, right) with dL/dW = left right^T, from the error at the output (R, out) and the input (R, in)."""
+        return (entered.t(), error.t()) if self.transposed else (error.t(), entered.t())
+
+
+def linear_maps(module: nn.Module, prefix: str = "") -> list[LinearMap]:
+    """The linear maps within a module, in its own order."""
+    found = []
+    for name, inner in module.named_modules(prefix=prefix):
+        if isinstance(inner, nn.Linear):
+            found.append(LinearMap(name, inner, False))
+        elif type(inner).__name__ == "Conv1D" and hasattr(inner, "nf"):  # transformers.pytorch_utils
+            found.append(LinearMap(name, inner, True))
+    return found
+
+
+@dataclass(frozen=True)
+class Residual:
+    """The residual stream of a model.
+
+    path: of the list of blocks in the model; blocks: in the order of the forward pass; ancestors: the modules that
+    contain the list, from the model downwards.
+    """
+
+    path: str
+    blocks: tuple[nn.Module, ...]
+    ancestors: tuple[nn.Module, ...]
+
+    def maps(self, index: int) -> list[LinearMap]:
+        """The linear maps of a block, named as in the model."""
+        return linear_maps(self.blocks[index], f"{self.path}.{index}")
+
+    def block_of(self) -> dict[int, int]:
+        """Index of the block by id of the parameter, for all parameters within blocks."""
+        return {id(p): index for index, block in enumerate(self.blocks) for p in block.parameters()}
+
+
+def find_residual(model: nn.Module) -> Residual:
+    """The residual stream of a model.
+
+    The candidates are the outermost `nn.ModuleList`s whose members are all of one class and hold two linear maps or
+    more each. Exactly one must hold most of the parameters of all candidates.
+
+    Raises UserError if there is no candidate, or if there are two stacks of comparable size (an encoder and a decoder).
+    """
+    candidates: list[tuple[int, str, nn.ModuleList]] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{path}.") for _, path, _ in candidates)
+        if inside or not isinstance(module, nn.ModuleList) or len({type(member) for member in module}) != 1:
+            continue
+        if all(len(linear_maps(member)) >= 2 for member in module):
+            candidates.append((sum(p.numel() for p in module.parameters()), name, module))
+    if not candidates:
+        raise UserError(
+            f"{type(model).__name__} has no residual stream that feedback methods could use: no list of blocks of one "
+            "class with linear layers was found; choose a method that perturbs weights, such as mezo."
+        )
+    candidates.sort(key=lambda candidate: -candidate[0])
+    if len(candidates) > 1 and candidates[1][0] * 4 > candidates[0][0]:
+        raise UserError(
+            f"{type(model).__name__} has two stacks of blocks, {candidates[0][1]} and {candidates[1][1]}, and feedback "
+            "methods follow one residual stream; choose a method that perturbs weights, such as mezo."
+        )
+    _, path, blocks = candidates[0]
+    ancestors, module = [model], model
+    for part in path.split(".")[:-1]:
+        module = getattr(module, part)
+        ancestors.append(module)
+    return Residual(path, tuple(blocks), tuple(ancestors))
+
+
+def hidden_of(output: Any) -> Tensor:
+    """The hidden state in a block's output: the output itself or the first member of a tuple."""
+    return output[0] if isinstance(output, tuple | list) else output
+
+
+def with_hidden(output: Any, hidden: Tensor) -> Any:
+    """The output of a block with another hidden state."""
+    return type(output)((hidden, *output[1:])) if isinstance(output, tuple | list) else hidden
+
+
+@dataclass(frozen=True)
+class Roles:
+    """What the linear maps of a block do, by name: `entering` the attention (queries, keys, values), `leaving` it (the
+    output projection), and those of the `mlp`."""
+
+    entering: tuple[str, ...]
+    leaving: str
+    mlp: tuple[str, ...]
+
+
+def roles(run: Callable[[Tensor], Tensor], hidden: Tensor, maps: list[LinearMap]) -> Roles:
+    """Which linear maps of a block are the attention's and which the MLP's, found by what they do.
+
+    Attention is what moves information between positions. So the output projection is the first map whose input at the
+    last position changes if the hidden states before it change; the maps that its input depends on enter
+    the attention; all others are the MLP's.
+
+    Args:
+        run: the block as a function of the hidden state alone.
+        hidden: (B, T, d), T >= 2, without padding in the first row.
+
+    Raises UserError if no map mixes positions.
+    """
+    moved = hidden.detach().clone()
+    moved[:, :-1] += hidden.std()
+    with torch.enable_grad():
+        leaf = hidden.detach().requires_grad_()
+        plain, changed = _inputs(run, leaf, maps), _inputs(run, moved, maps)
+        order = list(plain)
+        mixed = [name for name in order if not torch.equal(plain[name][0][0, -1], changed[name][0][0, -1])]
+        if not mixed:
+            raise UserError("No linear map of the block sees other positions: it has no attention.")
+        leaving = mixed[0]
+        outputs = [plain[name][1] for name in order]
+        reached = torch.autograd.grad(plain[leaving][0].sum(), outputs, allow_unused=True)
+    entering = tuple(name for name, grad in zip(order, reached) if grad is not None and name != leaving)
+    mlp = tuple(name for name in order if name != leaving and name not in entering)
+    return Roles(entering, leaving, mlp)
+
+
+def _inputs(run: Callable[[Tensor], Tensor], hidden: Tensor, maps: list[LinearMap]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Input and output of each map by name, in the order of the calls."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    handles = [
+        m.module.register_forward_hook(lambda _, args, output, name=m.name: seen.update({name: (args[0], output)}))
+        for m in maps
+    ]
+    try:
+        run(hidden)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen

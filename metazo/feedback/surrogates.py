@@ -1,0 +1,90 @@
+"""Surrogates of the error in the residual stream: what takes the place of dL/d(output of block l).
+
+With delta the exact error after the last block and J_l the Jacobian of block l,
+
+    exact      e_l = e_{l+1} J_{l+1}                    at every position: backpropagation, a block at a time
+    column     e_l = C (e_{l+1} J_{l+1})                C keeps the positions at which delta is not zero
+    skip       e_l = delta                              the Jacobian of what follows taken as the identity
+    feedback   e_l = t_l (delta + (delta V_l) U_l)      a mean Jacobian, identity plus low rank, learned once per model
+
+If every position carries loss, C is the identity and `column` is `exact`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from metazo.errors import UserError
+
+
+class Surrogate(Protocol):
+    chained: bool
+    """Whether the error pulled through the block above is needed: then every block above a trained one is run again."""
+
+    def error(self, index: int, delta: Tensor, pulled: Tensor) -> Tensor:
+        """Error (B, T, d) at the output of block `index`. pulled: from the block above, delta for the last one."""
+        ...
+
+
+@dataclass(frozen=True)
+class Skip:
+    """delta itself. Source: the residual form of direct feedback (Nokland 2016, arXiv 1609.01596) with identity weights."""
+
+    chained = False
+
+    def error(self, index: int, delta: Tensor, pulled: Tensor) -> Tensor:
+        return delta
+
+
+@dataclass(frozen=True)
+class Column:
+    """Exact within the positions that carry loss; the errors of all other positions of the stream are left out."""
+
+    chained = True
+
+    def error(self, index: int, delta: Tensor, pulled: Tensor) -> Tensor:
+        return pulled * delta.ne(0).any(-1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Backpropagation with one block's graph at a time; what every surrogate is measured against."""
+
+    chained = True
+
+    def error(self, index: int, delta: Tensor, pulled: Tensor) -> Tensor:
+        return pulled
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """t_l (delta + (delta V_l) U_l): `down` holds V_l (d, r) and `up` U_l (r, d) by block index, `trust` t_l.
+
+    A block without an entry takes delta itself; so does the last one, at which delta is exact.
+    """
+
+    down: Mapping[int, Tensor]
+    up: Mapping[int, Tensor]
+    trust: Mapping[int, float]
+    chained = False
+
+    def error(self, index: int, delta: Tensor, pulled: Tensor) -> Tensor:
+        down = self.down.get(index)
+        if down is None:
+            return delta
+        if down.shape[0] != delta.shape[-1]:
+            raise UserError(
+                f"The feedback map has width {down.shape[0]} and the model {delta.shape[-1]}: fit one for it."
+            )
+        return self.trust[index] * (delta + (delta @ down.to(delta.dtype)) @ self.up[index].to(delta.dtype))
+
+
+def matrix(surrogate: Feedback, index: int) -> Tensor:
+    """B_l (d, d) of a block as it acts on a row: e_l = delta B_l."""
+    down, up = surrogate.down[index], surrogate.up[index]
+    return surrogate.trust[index] * (torch.eye(len(down), dtype=down.dtype) + down @ up)

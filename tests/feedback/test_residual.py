@@ -1,0 +1,92 @@
+"""The residual stream by structure: what is found, and one sentence if it cannot be had."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from metazo.bench.architectures import NAMES, build
+from metazo.errors import UserError
+from metazo.feedback.passes import Recorder
+from metazo.feedback.residual import find_residual, roles
+
+OUTPUT = {  # the attention's output projection, as each implementation calls it
+    "o_proj", "dense", "out_proj", "out_lin", "o", "Wo", "c_proj",
+}  # fmt: skip
+MLP = ("mlp", "fc1", "fc2", "ffn", "intermediate", "output.dense", "dense_h_to_4h", "dense_4h_to_h", "c_fc")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_blocks_and_roles(name: str) -> None:
+    tiny = build(name)
+    residual = find_residual(tiny.model)
+    assert len(residual.blocks) == tiny.model.config.num_hidden_layers
+    names = {id(p): key for key, p in tiny.model.named_parameters()}
+    call = Recorder(residual, names, 0).capture([tiny.every]).passes[0].calls[1]
+    found = roles(lambda hidden: call.run(residual.blocks[1], hidden), call.hidden, residual.maps(1))
+    assert found.leaving.rsplit(".", 1)[-1] in OUTPUT and not any(".mlp" in n for n in (found.leaving, *found.entering))
+    assert found.entering and all("att" in entry for entry in found.entering)
+    assert found.mlp and all(any(part in entry for part in MLP) for entry in found.mlp), found
+    every = {entry.name for entry in residual.maps(1)}
+    assert {found.leaving, *found.entering, *found.mlp} == every
+
+
+def test_a_model_without_blocks_is_refused() -> None:
+    with pytest.raises(UserError, match="Sequential has no residual stream .* such as mezo"):
+        find_residual(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
+
+
+def test_two_stacks_are_refused() -> None:
+    import transformers
+
+    config = transformers.T5Config(d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4, vocab_size=31)
+    with pytest.raises(
+        UserError, match="two stacks of blocks, .*decoder.block.* and .*encoder.block|encoder.block.* and"
+    ):
+        find_residual(transformers.T5ForConditionalGeneration(config))
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, hidden_states):
+        return hidden_states + self.b(self.a(hidden_states).tanh())
+
+
+class Crossed(nn.Module):
+    """The second block sees more than the first block's output."""
+
+    def __init__(self, extra: float):
+        super().__init__()
+        self.extra, self.layers, self.head = extra, nn.ModuleList([Block(), Block()]), nn.Linear(4, 2)
+
+    def forward(self, x):
+        hidden = self.layers[0](x)
+        return self.head(self.layers[1](hidden + self.extra))
+
+
+def test_a_stream_that_is_no_chain_is_refused() -> None:
+    x = torch.randn(2, 3, 4)
+    for extra, fine in ((0.0, True), (1.0, False)):
+        model = Crossed(extra)
+        recorder = Recorder(find_residual(model), {id(p): n for n, p in model.named_parameters()}, 0)
+        if fine:
+            assert recorder.capture([lambda m=model: m(x).sum()]).passes[0].delta.shape == x.shape
+        else:
+            with pytest.raises(UserError, match="Block 1 of layers is not fed by the output of block 0"):
+                recorder.capture([lambda m=model: m(x).sum()])
+
+
+def test_closures_that_cannot_serve_are_refused() -> None:
+    model, x = Crossed(0.0), torch.randn(2, 3, 4)
+    recorder = Recorder(find_residual(model), {id(p): n for n, p in model.named_parameters()}, 0)
+    with pytest.raises(UserError, match="returned float without a graph"):
+        recorder.capture([lambda: model(x).sum().item()])
+    with pytest.raises(UserError, match="never ran the blocks at layers"):
+        recorder.capture([lambda: torch.ones(())])
+    with pytest.raises(UserError, match="returned Tensor without a graph"):
+        recorder.capture([lambda: torch.no_grad()(lambda: model(x).sum())().detach()])
+    assert torch.is_grad_enabled() and not any(block._forward_hooks for block in model.layers)
