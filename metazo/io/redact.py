@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from urllib.parse import urlsplit
+
+_LOGIN = re.compile(r"[^/\s@:]+:[^/\s@]+(?=@)")
 
 
 def shown_address(address: str) -> str:
-    """An address without user, password, query and fragment, which may be secrets; other texts as they are."""
+    """An address without user, password, query and fragment, which may be secrets; other texts without user:password@."""
     if "://" not in address:
-        return address
+        return _LOGIN.sub("***", address)
     try:
         parts = urlsplit(address)
         return f"{parts.scheme}://{parts.hostname}{f':{parts.port}' if parts.port else ''}{parts.path}"

@@ -14,12 +14,13 @@ from huggingface_hub import errors
 
 from metazo.errors import UserError
 from metazo.io.files import safe_name, write_whole
+from metazo.io.terminal import print_line
 from metazo.tuner.file import MAX_BYTES
 
 _FILE = "tuner.safetensors"
 
 
-def hub_file(repository: str, revision: str | None, report: Callable[[str], None] = print) -> Path:
+def hub_file(repository: str, revision: str | None, report: Callable[[str], None] = print_line) -> Path:
     """Path in the Hub's cache of a repository's tuner.safetensors, its size announced and capped before it is read."""
     name = f"{repository}@{safe_name(revision or 'main', 'revision')}"
     try:

@@ -14,6 +14,7 @@ from pathlib import Path
 from metazo.errors import UserError
 from metazo.io.files import read_capped, safe_name
 from metazo.io.redact import shown_address
+from metazo.io.terminal import print_line
 from metazo.tuner.file import MAX_BYTES, Tuner
 from metazo.zoo.download import download
 from metazo.zoo.find import checked, named, tuners
@@ -24,7 +25,7 @@ from metazo.zoo.log import Log
 Report = Callable[[str], None]
 
 
-def load(source: str | Path, zoo: str | Path | None = None, report: Report = print) -> Tuner:
+def load(source: str | Path, zoo: str | Path | None = None, report: Report = print_line) -> Tuner:
     """The tuner that `source` names, checked; `report` is told of downloads. Raises UserError.
 
     In this order: a tuner file or a folder with one; a name in the zoo folders (`pico`, `pico/v1`); an https address,
@@ -36,12 +37,14 @@ def load(source: str | Path, zoo: str | Path | None = None, report: Report = pri
     return item
 
 
-def read(source: str | Path, zoo: str | Path | None = None, report: Report = print) -> Tuner | Log:
+def read(source: str | Path, zoo: str | Path | None = None, report: Report = print_line) -> Tuner | Log:
     """As `load`, and a model published as its step log as well."""
     return _fetch(str(source), zoo, report, None)[1]
 
 
-def pull(source: str | Path, zoo: str | Path | None = None, report: Report = print, key: str | None = None) -> Found:
+def pull(
+    source: str | Path, zoo: str | Path | None = None, report: Report = print_line, key: str | None = None
+) -> Found:
     """`read`, and keep a copy in the cache, where a tuner is found by its model's fingerprint from then on.
 
     key: a public key; then only a name in a zoo folder will do (`zoo`, or the user's own) whose index it signed.
@@ -100,8 +103,8 @@ def _read(source: str, zoo: str | Path | None, report: Report) -> tuple[bytes, E
         return read_capped(hub_file(repository, revision or None, report), MAX_BYTES, "tuner"), None
     known = ", ".join(sorted({found.entry.name for found in tuners(zoo)})) or "none yet"
     raise UserError(
-        f"--tuner {source[:200]!r} is no file, no folder, no https address, no Hub repository org/name, and no name "
-        f"in the zoos (which hold: {known})"
+        f"--tuner {shown_address(source)[:200]!r} is no file, no folder, no https address, no Hub repository "
+        f"org/name, and no name in the zoos (which hold: {known})"
     )
 
 

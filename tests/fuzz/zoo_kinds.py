@@ -19,8 +19,8 @@ from torch import nn
 from metazo import zoo
 from metazo.tuner.file import BlockSpec, Tuner, TunerInfo
 from metazo.tuner.networks import PertNN
+from metazo.zoo.address import split
 from metazo.zoo.card import card
-from metazo.zoo.download import check_scheme
 from metazo.zoo.index import read_index
 from metazo.zoo.publish import front_matter
 from tests.fuzz.kind import Kind, nested, to_json
@@ -117,7 +117,7 @@ def read_zoo(folder: Path) -> None:
         assert (folder / entry.name).resolve().is_relative_to(folder.resolve())
         assert zoo.named(entry.name, folder) is not None
         if entry.url is not None:
-            check_scheme(entry.url)
+            split(entry.url)
             continue
     zoo.find(SHAPES, "tiny", folder)
     for check in zoo.verify(folder):

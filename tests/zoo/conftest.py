@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ipaddress
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from metazo.tuner.file import BlockSpec, Tuner, TunerInfo
 from metazo.tuner.networks import PertNN
+from metazo.zoo import address
 
 SHAPES = [("embed.weight", (10, 4)), ("norm.weight", (4,))]
 
@@ -23,3 +26,14 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.delenv("METAZO_ZOO", raising=False)
     return tmp_path / "hf" / "metazo"
+
+
+HERE = ipaddress.ip_network("127.0.0.1/32")
+
+
+@pytest.fixture
+def loopback() -> Iterator[None]:
+    """Downloads may go to 127.0.0.1, and to no other address of this machine."""
+    address.ALLOWED.append(HERE)
+    yield
+    address.ALLOWED.remove(HERE)

@@ -1,0 +1,93 @@
+"""The one place that prints. Text from files, servers and models reaches a terminal as text: never as a control
+sequence, and never as markup of rich.
+
+Everything in metazo prints through `console`, `print_line` or `print_json`; a test holds every other module to it.
+Styles come from the caller (`style=`, `rich.text.Text`), because a string is never read as markup here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import unicodedata
+from collections.abc import Iterable
+from typing import Any
+
+import rich.console
+from rich.console import ConsoleOptions, RenderableType
+from rich.segment import Segment
+from rich.text import Text
+
+
+def escaped(text: str) -> str:
+    """The text with every character escaped that a terminal could act on or that cannot be encoded.
+
+    Kept: printable characters, line breaks, tabs and the spaces of Unicode. Escaped as in a Python string: control
+    characters (C0, DEL, C1), format characters such as those that turn the direction of text, halves of a character.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" or unicodedata.category(c) == "Zs" else _code(c) for c in text)
+
+
+def _code(character: str) -> str:
+    return ascii(character)[1:-1]
+
+
+class Console(rich.console.Console):
+    """A console of rich that reads no string as markup and escapes what it is given.
+
+    Strings are escaped before they are laid out, so that tables keep their form; everything else, such as a
+    `rich.text.Text` or the output of rich's own parts, is escaped on its way out.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"markup": False, "highlight": False, "emoji": False} | settings)
+
+    def render_str(self, text: str, **settings: Any) -> Text:
+        return super().render_str(escaped(text), **settings)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            if segment.control or segment.text.isprintable():  # a segment with `control` is rich's own
+                yield segment
+            else:
+                yield Segment(escaped(segment.text), segment.style)
+
+
+def console(*, stderr: bool = False, **settings: Any) -> Console:
+    """The console for results (standard output), or for notes and progress (stderr=True)."""
+    return Console(stderr=stderr, **settings)
+
+
+def labelled(label: str, text: object, style: str = "dim") -> Text:
+    """`label` in a style, and the text behind it as it is."""
+    return Text.assemble((escaped(label), style), " ", escaped(str(text)))
+
+
+def print_line(text: object = "", *, stderr: bool = False) -> None:
+    """Print lines as they are, however long, without styles."""
+    stream = sys.stderr if stderr else sys.stdout
+    shown = escaped(str(text))
+    try:
+        stream.write(shown + "\n")
+    except UnicodeEncodeError:  # the terminal has fewer characters
+        stream.write(shown.encode(stream.encoding or "ascii", "backslashreplace").decode(stream.encoding or "ascii"))
+        stream.write("\n")
+    stream.flush()
+
+
+def print_json(value: object, *, indent: int | None = None) -> None:
+    """Print a value as one JSON document. Numbers that are not finite, which JSON does not have, are null."""
+    text = json.dumps(_finite(value), indent=indent, default=str, allow_nan=False)
+    sys.stdout.write(text.replace("\x7f", "\\u007f") + "\n")
+    sys.stdout.flush()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
