@@ -7,7 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+
+from metazo.io.extras import needs
+
+with needs("llm"):
+    from transformers import LlamaConfig, LlamaForCausalLM
 
 Shape = tuple[int, int]
 """Batch, length."""

@@ -17,6 +17,7 @@ from typing import Any
 from metazo.bench import measurements
 from metazo.bench.meta import META
 from metazo.bench.steps import CORE, FORWARDS, NARROW, PASSES, PUBLISHED
+from metazo.io.extras import needs
 
 # Step / (2 x forward), at most; for the published loop over our step, at least. 134M Llama, float32, 2 cores.
 TARGETS = {
@@ -189,7 +190,8 @@ _MARKS = (("#000000", "s"), ("#0072B2", "o"), ("#56B4E9", "^"), ("#D55E00", "D")
 
 def plot(result: dict[str, Any], path: Path) -> None:
     """Steps by shape and by model size, as dots with quartiles over the floor that memory sets; written as PNG."""
-    from matplotlib import pyplot as plt
+    with needs("report"):
+        from matplotlib import pyplot as plt
 
     suites = {name: result["suites"][name] for name in ("steps", "scaling") if name in result["suites"]}
     if not suites:

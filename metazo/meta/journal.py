@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from metazo.blocks import Block
+from metazo.io.extras import needs
 from metazo.io.files import whole_file
 from metazo.meta.loop import MetaStep
 from metazo.meta.ratio import block_type
@@ -124,8 +125,9 @@ def warning(row: dict[str, Any]) -> str:
 
 def plot(folder: Path) -> Path:
     """Sigma by block type over meta-steps, from the metrics, as PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    with needs("report"):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
 
     rows = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
     figure = Figure(figsize=(9, 5), layout="constrained")

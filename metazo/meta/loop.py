@@ -17,7 +17,6 @@ from metazo.meta.path import Online, Path
 from metazo.meta.ratio import RatioObjective
 from metazo.meta.reset import Start, restart_steps
 from metazo.meta.teacher import Teacher, load_optimizer_tensors, optimizer_tensors
-from metazo.meta.unrolled import UnrolledLoss
 from metazo.noise import Noise, PhiloxNoise
 from metazo.step.scales import State, block_statistics, normalisation, published_root
 from metazo.step.weights import Weights
@@ -128,6 +127,8 @@ class MetaRun:
         how = {"detach_kappa": c.detach_kappa, "separate": c.separate_batch}
         if c.unroll == 1:
             return OneStepLoss(**inner, **how)
+        from metazo.meta.unrolled import UnrolledLoss  # needs the extra meta
+
         return UnrolledLoss(self.model, self._model_losses, c.unroll, **inner, **how)
 
     def _fresh(self) -> State:

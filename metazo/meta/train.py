@@ -15,6 +15,7 @@ from rich.console import Console
 import metazo
 from metazo.blocks import Block, named_tensors
 from metazo.errors import UserError
+from metazo.io.extras import MissingPackage
 from metazo.meta.config import MetaConfig
 from metazo.meta.dryrun import Plan, make_plan
 from metazo.meta.journal import METRICS, Progress, plot, row_of
@@ -189,7 +190,10 @@ def train(run: MetaRun, folder: RunFolder, steps: int, caught: list[str], consol
 
 def finish(run: MetaRun, folder: RunFolder, loaded: LoadedModel, console: Console | None) -> Tuner:
     """Write tuner and plot; what only a resumed run needs goes."""
-    picture = plot(folder.path)
+    try:
+        picture = str(plot(folder.path))
+    except MissingPackage as missing:  # the tuner is whole without its picture
+        picture = f"no picture of sigma ({missing})"
     tuner = make_tuner(run, loaded)
     tuner.save(folder.path / TUNER)
     _take_away(folder.path)

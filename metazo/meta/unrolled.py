@@ -19,10 +19,14 @@ from torch.func import functional_call
 
 from metazo.blocks import Block, named_tensors
 from metazo.errors import UserError
+from metazo.io.extras import needs
 from metazo.meta.gradient import OneStep, Redraw, block_of
 from metazo.meta.objective import Outcome, Situation, averaged
 from metazo.noise import Noise
 from metazo.step.scales import State
+
+with needs("meta"):
+    import higher
 
 ModelLoss = Callable[[nn.Module], Tensor]
 """The loss of a model on a batch."""
@@ -74,8 +78,6 @@ def unrolled_steps(
     Args: scales: s_b, (blocks,), the same in every step. losses: of each inner step's batch. outer: behind the last.
     Returns: the outer loss, the mean L+ and L-, and d outer / d s_b, (blocks,), float64.
     """
-    import higher
-
     tensors = [tensor for block in blocks for tensor in block.tensors]
     place = block_of(blocks)
     flat = Flat(model)

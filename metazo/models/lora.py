@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from metazo.errors import UserError
+from metazo.io.extras import needs
 from metazo.models.load import LoadedModel
 from metazo.models.sentence import SentenceClassifier
 
@@ -18,10 +18,8 @@ ALPHA = 16  # as MeZO's published runs with LoRA (rank 8)
 
 
 def _peft() -> Any:
-    try:
+    with needs("peft"):
         import peft
-    except ImportError:
-        raise UserError("--lora needs peft, which is not installed: pip install 'metazo[peft]'.") from None
     return peft
 
 

@@ -26,12 +26,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import normalize
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import SequenceClassifierOutput
-from transformers.utils import logging
-from transformers.utils.hub import cached_file
 
 from metazo.errors import UserError
+from metazo.io.extras import needs
+
+with needs("llm"):
+    from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+    from transformers.modeling_outputs import SequenceClassifierOutput
+    from transformers.utils import logging
+    from transformers.utils.hub import cached_file
 
 HEAD_FILE = "head.safetensors"
 POOLING_FILE = "1_Pooling/config.json"

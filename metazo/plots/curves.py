@@ -6,10 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from metazo.io.extras import needs
 
 from .style import look, save, styled
+
+with needs("report"):
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
 UNITS = {
     "loss": "mean loss of an example (nats)",

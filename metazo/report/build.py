@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Literal
 
-from matplotlib.figure import Figure
-
+from metazo.io.extras import needs
 from metazo.plots.style import svg
 
 from . import costs, figures, sigma, tables
@@ -18,6 +17,9 @@ from .comparison import CONTROL, Comparison
 from .numbers import Run, part
 from .story import Story, story
 from .table import Table, score
+
+with needs("report"):
+    from matplotlib.figure import Figure
 
 SIGMA_PICTURES = 6
 

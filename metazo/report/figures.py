@@ -8,15 +8,17 @@ from functools import partial
 from statistics import median
 from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
-
+from metazo.io.extras import needs
 from metazo.plots.style import COLOURS, cut, log_axis, look, short, styled
 
 from .analysis import Analysis, band
 from .comparison import CONTROL, FIRST, UNTRAINED, ZEROTH, Comparison
 from .tables import by_family, metric_name
+
+with needs("report"):
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 # By what a column trains with: colour, marker, and how the legend calls it.
 FAMILIES = {

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
 
+from metazo.io.extras import needs
 from metazo.plots.style import log_axis, short, styled
 
 from .figures import clipped
+
+with needs("report"):
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
 
 TIMES = 4
 OUTSIDE = -1  # the depth of a block that is in no numbered layer

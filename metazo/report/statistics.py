@@ -8,7 +8,11 @@ from dataclasses import dataclass
 from statistics import fmean, variance
 
 import numpy as np
-from scipy import stats
+
+from metazo.io.extras import needs
+
+with needs("report"):
+    from scipy import stats
 
 ENOUGH = 6  # pairs from which a two-sided Wilcoxon test can fall below .05: its least p is 2 ** (1 - pairs)
 

@@ -8,15 +8,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader
-
 from metazo.errors import UserError
+from metazo.io.extras import needs
 from metazo.io.files import write_whole
 from metazo.plots.style import data_uri
 
 from .build import Report
 from .comparison import Comparison
 from .table import Table, escape_markdown, write_csv
+
+with needs("report"):
+    from jinja2 import Environment, FileSystemLoader
 
 BLOCK = re.compile(r"(<!-- results:(?P<name>[\w./-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 

@@ -14,10 +14,10 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from metazo.errors import UserError
+from metazo.io.extras import MissingPackage
 from metazo.io.tensorfile import weights_hash
 from metazo.optimizers import ZOOptimizer
 from metazo.optimizers.first_order import FirstOrder
-from metazo.plots.curves import plot_run
 from metazo.runs.batches import batch_indices
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.diagnose import diagnose, memory_explained
@@ -236,7 +236,14 @@ class _Run:
             "notes": self.prepared.notes,
         }
         title = f"{config.task}, {config.optimizer}"
-        plot_run(records, self.folder.path / "curve.png", title, self.prepared.task.metric)
+        try:
+            from metazo.plots.curves import plot_run
+
+            plot_run(records, self.folder.path / "curve.png", title, self.prepared.task.metric)
+        except MissingPackage as missing:  # the run is whole without its picture
+            self.console.print(
+                f"No curve.png: {missing}", style="yellow", highlight=False, markup=False, soft_wrap=True
+            )
         self.folder.complete(summary)
         return summary
 

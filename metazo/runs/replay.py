@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers.utils import logging as transformers_logging
 
 from metazo import zoo
 from metazo.errors import UserError
+from metazo.io.extras import needs
 from metazo.io.tensorfile import weights_hash
 from metazo.models.load import LoadedModel, load_model
 from metazo.models.lora import add_adapters
@@ -35,6 +35,9 @@ from metazo.settings import build
 from metazo.step.record import Step
 from metazo.steplog.format import Scan, scan
 from metazo.tuner.file import Tuner
+
+with needs("llm"):
+    from transformers.utils import logging as transformers_logging
 
 DRIFT = 1e-4  # relative difference of coefficients from the log's that another device's rounding explains
 _NEEDED = {"weights": str, "method": str, "settings": dict}

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers.utils import logging as transformers_logging
 
 from metazo.errors import UserError
+from metazo.io.extras import needs
 from metazo.models.load import LoadedModel, load_model
 from metazo.models.lora import add_adapters
 from metazo.models.select import select_trainable
@@ -23,6 +23,9 @@ from metazo.runs.resources import size
 from metazo.step.precision import cost
 from metazo.tasks import Prepared, prepare, resolve
 from metazo.tasks.closures import BatchLoss, FullLoss
+
+with needs("llm"):
+    from transformers.utils import logging as transformers_logging
 
 
 @dataclass

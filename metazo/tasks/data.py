@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from metazo.errors import UserError
+from metazo.io.extras import needs
 from metazo.io.files import is_file
 from metazo.tasks.task import Row, Task
 
@@ -166,7 +167,8 @@ def _parse(line: str, where: str) -> Row:
 
 
 def _from_hub(task: Task, split: str) -> Source:
-    from datasets import load_dataset  # a second of import that no other path needs
+    with needs("llm"):
+        from datasets import load_dataset  # a second of import that no other path needs
 
     name = "/".join(part for part in (task.hub, task.config) if part)
     try:

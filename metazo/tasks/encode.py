@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import ceil
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from metazo.errors import UserError
-from metazo.models.load import LoadedModel
 from metazo.tasks.task import Row, Task, columns
+
+if TYPE_CHECKING:
+    from metazo.models.load import LoadedModel
 
 
 @dataclass(slots=True)

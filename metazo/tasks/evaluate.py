@@ -9,12 +9,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import StoppingCriteria, StoppingCriteriaList
 
 from metazo.errors import UserError
+from metazo.io.extras import needs
 from metazo.tasks.encode import Encoded
 from metazo.tasks.metrics import METRICS
 from metazo.tasks.prepared import Prepared
+
+with needs("llm"):
+    from transformers import StoppingCriteria, StoppingCriteriaList
 
 
 def evaluate(

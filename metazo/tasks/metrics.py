@@ -10,7 +10,11 @@ import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from sklearn.metrics import f1_score, matthews_corrcoef
+from metazo.io.extras import needs
+
+with needs("llm"):
+    from sklearn.metrics import f1_score, matthews_corrcoef
+
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)

@@ -12,19 +12,23 @@ import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from metazo.errors import UserError
-from metazo.models.load import LoadedModel
+from metazo.io.extras import needs
 from metazo.tasks.data import SPLITS, draw
 from metazo.tasks.encode import Encoded, Encoder
 from metazo.tasks.task import Task
+
+if TYPE_CHECKING:  # tasks can be listed and checked without transformers
+    from transformers import PreTrainedTokenizerBase
+
+    from metazo.models.load import LoadedModel
 
 _MASKED_HEADS = ("lm_head", "cls")  # RoBERTa and its kin, BERT and its kin
 
@@ -169,6 +173,9 @@ def last_logits(model: nn.Module, batch: Batch, keep: int) -> Tensor:
 
 def _mask_logits(model: nn.Module, batch: Batch) -> Tensor:
     """Logits (B, V) at each row's mask; the head runs there only, in models whose head has a usual name."""
+    with needs("llm"):
+        from transformers import PreTrainedModel
+
     rows = torch.arange(len(batch["mask_at"]), device=batch["mask_at"].device)
     head = next((getattr(model, name) for name in _MASKED_HEADS if hasattr(model, name)), None)
     if isinstance(model, PreTrainedModel) and head is not None and model.base_model is not model:

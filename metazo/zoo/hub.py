@@ -9,13 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-import huggingface_hub
-from huggingface_hub import errors
-
 from metazo.errors import UserError
+from metazo.io.extras import needs
 from metazo.io.files import safe_name, write_whole
 from metazo.io.terminal import print_line
 from metazo.tuner.file import MAX_BYTES
+
+with needs("llm"):
+    import huggingface_hub
+    from huggingface_hub import errors
 
 _FILE = "tuner.safetensors"
 

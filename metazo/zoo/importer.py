@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from metazo.errors import UserError
+from metazo.io.extras import needs
 from metazo.io.files import is_file, read_capped
 from metazo.io.plain import parse_json
 from metazo.tuner.file import Tuner, TunerInfo
@@ -59,7 +60,8 @@ def import_pth(path: str | Path, base_model: str, model: str | Path | None = Non
 
 def model_shapes(folder: str | Path) -> list[tuple[str, tuple[int, ...]]]:
     """Names and shapes of a model's parameters, tied ones once, from its config.json; no weights are read or made."""
-    import transformers
+    with needs("llm"):
+        import transformers
 
     path = Path(folder) / "config.json"
     if not is_file(path):

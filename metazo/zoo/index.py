@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from huggingface_hub import constants
 
 import pertnn_zoo
 from metazo.errors import UserError
@@ -75,7 +74,8 @@ class Found:
 
 def home() -> Path:
     """Folder of metazo beside the Hub's cache: `$HF_HOME/metazo`."""
-    return Path(os.environ.get("HF_HOME") or constants.HF_HOME).expanduser() / "metazo"
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("HF_HOME") or Path(cache, "huggingface")).expanduser() / "metazo"
 
 
 def cache_folder() -> Path:

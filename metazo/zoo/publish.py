@@ -11,7 +11,6 @@ from metazo.errors import UserError
 from metazo.io.files import read_capped, safe_name
 from metazo.tuner.file import MAX_BYTES, Tuner, TunerInfo
 from metazo.zoo.card import card
-from metazo.zoo.hub import hub_push
 from metazo.zoo.index import FILES, Sign, add, own_folder
 from metazo.zoo.log import Log
 from metazo.zoo.sources import zoo_base
@@ -44,6 +43,8 @@ def push(
     if version or sign:
         raise UserError("--version and --sign do not go with a Hub repository, which keeps its own revisions")
     repository = str(to).removeprefix("hub:")
+    from metazo.zoo.hub import hub_push
+
     return hub_push(repository, data, front_matter(info) + card(info, repository, sha256(data).hexdigest()))
 
 

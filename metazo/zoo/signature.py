@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from metazo.errors import UserError
+from metazo.io.extras import needs
 from metazo.io.files import is_file, read_capped
 
 SUFFIX = ".minisig"
@@ -70,8 +71,6 @@ def _parsed(flag: str, key: str, kind: Any) -> Any:
 
 
 def _minisign() -> Any:
-    try:
+    with needs("sign"):
         import minisign
-    except ImportError as error:
-        raise UserError("signatures need the package py-minisign: pip install 'metazo[sign]'") from error
     return minisign

@@ -18,7 +18,6 @@ from metazo.io.terminal import print_line
 from metazo.tuner.file import MAX_BYTES, Tuner
 from metazo.zoo.download import download
 from metazo.zoo.find import checked, named, tuners
-from metazo.zoo.hub import hub_file
 from metazo.zoo.index import TUNER_FILE, Entry, Found, add, cache_folder, read_index
 from metazo.zoo.log import Log
 
@@ -100,6 +99,8 @@ def _read(source: str, zoo: str | Path | None, report: Report) -> tuple[bytes, E
         return _from_zoo(tuner, report)
     repository, _, revision = source.removeprefix("hub:").partition("@")
     if re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", repository) and ".." not in source:
+        from metazo.zoo.hub import hub_file
+
         return read_capped(hub_file(repository, revision or None, report), MAX_BYTES, "tuner"), None
     known = ", ".join(sorted({found.entry.name for found in tuners(zoo)})) or "none yet"
     raise UserError(

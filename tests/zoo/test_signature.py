@@ -144,4 +144,6 @@ def test_without_the_extra_one_sentence(tmp_path: Path, keys: tuple[Path, Path])
     )
     signed(tmp_path / "z", keys[0])
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "z")], capture_output=True, text=True)
-    assert done.stdout.strip() == "UserError signatures need the package py-minisign: pip install 'metazo[sign]'"
+    assert done.stdout.strip() == (
+        "MissingPackage signatures need py-minisign, which is not installed: pip install 'metazo[sign]'"
+    )

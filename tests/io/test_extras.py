@@ -1,0 +1,170 @@
+"""metazo without its optional packages: what is left works, and what is missing is one sentence."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+from metazo.io.extras import PURPOSES
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+IMPORTED_AS = {"scikit-learn": "sklearn", "py-minisign": "minisign", "pyyaml": "yaml"}
+BROUGHT_ALONG = {"llm": {"tokenizers", "scipy"}}  # by transformers and scikit-learn
+COME_ALONG = {"triton", "llvmlite"}  # with torch and numba
+OWN = {"metazo", "metazo_cli", "pertnn_zoo"}
+COMMANDS = ("demo", "finetune", "replay", "log", "meta-train", "evaluate", "zoo", "tasks", "recipes", "bench", "compare",
+            "report", "env")  # fmt: skip
+
+# Runs the command lines given as JSON, metazo or a script, in one process.
+RUNNER = """
+import contextlib, io, json, runpy, sys
+
+found = []
+for line in json.loads(sys.argv[1]):
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    sys.argv = line
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            if line[0] == "metazo":
+                from metazo_cli.main import main
+                main()
+            else:
+                runpy.run_path(line[0])
+        except SystemExit as end:
+            code = end.code or 0
+    found.append([code, out.getvalue(), err.getvalue()])
+print(json.dumps(found))
+"""
+
+
+def packages(requirements: list[str]) -> set[str]:
+    """Names to import of a list of requirements; those of other extras of metazo are left out."""
+    names = {re.split(r"[\[<>=;~! ]", text)[0] for text in requirements}
+    return {IMPORTED_AS.get(name, name) for name in names} - OWN
+
+
+CORE = packages(PROJECT["dependencies"])
+EXTRAS = {
+    extra: packages(PROJECT["optional-dependencies"][extra]) | BROUGHT_ALONG.get(extra, set()) for extra in PURPOSES
+}
+
+
+def without(missing: set[str], folder: Path, *lines: list[str]) -> list[tuple[int, str, str]]:
+    """Exit code, standard output and standard error of each command line if the packages `missing` are not installed.
+
+    The process sees a site folder of links to all that is installed but them and their metadata.
+    """
+    site = folder / "site"
+    site.mkdir()
+    names = missing | {name.replace("-", "_") for name, package in IMPORTED_AS.items() if package in missing}
+    for path in [Path(path) for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]:
+        for item in path.iterdir():
+            if item.name.partition("-")[0].partition(".")[0].lower() not in names and not (site / item.name).exists():
+                (site / item.name).symlink_to(item)
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", RUNNER, json.dumps(lines)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "cli", site)))},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    return [(code, out, err) for code, out, err in json.loads(done.stdout)]
+
+
+def sentence(extra: str, package: str) -> str:
+    return f"error: {PURPOSES[extra]} need {package}, which is not installed: pip install 'metazo[{extra}]'\n"
+
+
+def test_the_core_alone(tmp_path):
+    """Optimizers, help and listings work; what needs a language model says so before it writes anything."""
+    out, plain = tmp_path / "run", [str(ROOT / "examples" / "plain_torch.py")]
+    model = ["--model", "pico", "--task", "pico_sentiment", "--out", str(out)]
+    works = [
+        *([command, "--help"] for command in COMMANDS),
+        ["tasks"],
+        ["recipes"],
+        ["env"],
+        ["zoo", "list"],
+        ["--version"],
+    ]
+    fails = [["finetune", *model], ["meta-train", *model], ["evaluate", *model[:4]], ["demo", "--out", str(out)],
+             ["compare", *model[:2], "--tasks", "pico_sentiment", "--optimizers", "mezo", *model[4:]],
+             ["bench", "--quick", "--out", str(out)]]  # fmt: skip
+    lines = [plain, *(["metazo", *line] for line in [*works, *fails])]
+    (code, shown, error), *rest = without(set().union(*EXTRAS.values()), tmp_path, *lines)
+    assert code == 0 and float(shown.split()[-1]) >= 0.95, error
+    for line, (code, shown, error) in zip(works, rest):
+        assert code == 0 and shown and not error, (line, error)
+    for line, (code, _, error) in zip(fails, rest[len(works) :], strict=True):
+        assert code == 2 and error == sentence("llm", "transformers"), (line, error)
+    assert not out.exists()
+
+
+def test_a_run_without_plots_is_whole(tmp_path):
+    """Without [report] a run says that its picture is missing and has everything else; a report is refused."""
+    run = tmp_path / "run"
+    task = ["--model", "pico", "--task", "pico_sentiment", "--dev-examples", "4", "--test-examples", "4"]
+    fine, draw, report = without(
+        EXTRAS["report"] - EXTRAS["llm"],
+        tmp_path,
+        ["metazo", "finetune", *task, "--steps", "2", "--out", str(run)],
+        ["metazo", "log", "show", str(run), "--plot", str(tmp_path / "curve.png")],
+        ["metazo", "report", str(ROOT / "results" / "minilm"), "--out", str(tmp_path / "report")],
+    )
+    assert fine[0] == 0 and sentence("report", "matplotlib")[7:] in fine[1], fine
+    assert (run / "model").is_dir() and (run / "summary.json").is_file() and not (run / "curve.png").exists()
+    assert (draw[0], draw[2]) == (2, sentence("report", "matplotlib"))
+    assert report[0] == 2 and report[2].startswith("error: plots and reports need ") and "metazo[report]" in report[2]
+
+
+def test_other_extras_missing(tmp_path):
+    """LoRA, signatures and the unrolled objective each name their extra."""
+    key = tmp_path / "key.pub"
+    key.write_text("untrusted comment: a key\nRWQf6LRCGA9i53mlYecO4IzT51TGPpvWucNSCh1CBM0QTaLn73Y7GFO3\n")
+    lines = {
+        "peft": f"finetune --model pico --task pico_sentiment --lora 4 --out {tmp_path / 'run'}",
+        "sign": f"zoo verify --zoo {ROOT / 'pertnn_zoo'} --key {key}",
+        "meta": f"meta-train --model pico --task pico_topic --objective published --unroll 2 --out {tmp_path / 'meta'}",
+    }
+    missing = set().union(*(EXTRAS[extra] for extra in lines)) - EXTRAS["llm"]
+    done = without(missing, tmp_path, *(["metazo", *line.split()] for line in lines.values()))
+    for (code, _, error), (extra, package) in zip(
+        done, [("peft", "peft"), ("sign", "py-minisign"), ("meta", "higher")]
+    ):
+        assert code == 2 and error == sentence(extra, package), error
+    assert not (tmp_path / "run").exists()
+
+
+def imports(tree: ast.AST, inside: str | None = None) -> Iterator[tuple[str, str | None]]:
+    """(package, the extra whose `with needs(...)` the import is in), but for what only a type checker reads."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name.partition(".")[0], inside) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield str(node.module).partition(".")[0], inside
+        elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        elif isinstance(node, ast.With) and ast.unparse(node.items[0]).startswith("needs("):
+            yield from imports(node, ast.literal_eval(node.items[0].context_expr.args[0]))  # type: ignore[attr-defined]
+        else:
+            yield from imports(node, inside)
+
+
+def test_every_import_of_an_optional_package_names_its_extra():
+    wrong = []
+    for path in [*(ROOT / "metazo").rglob("*.py"), *(ROOT / "cli").rglob("*.py"), *(ROOT / "pertnn_zoo").rglob("*.py")]:
+        for package, extra in imports(ast.parse(path.read_text())):
+            if package in sys.stdlib_module_names or package in OWN | CORE | COME_ALONG:
+                continue
+            if package not in EXTRAS.get(extra or "", ()):
+                wrong.append(f"{path.relative_to(ROOT)}: {package} in {extra}")
+    assert wrong == []
