@@ -41,7 +41,9 @@ class Demo:
 def run_demo(out: Path, console: Console, *, forwards: int = 1000, meta_steps: int = 200, seed: int = 0) -> Demo:
     """Run the main job into `out`. Raises UserError where the folder is in use."""
     if out.exists() and any(out.iterdir()):
-        raise UserError(f"--out {out} is not empty; choose another folder, or replace a former demo with --overwrite.")
+        raise UserError(
+            f"`out` {out} is not empty; choose another folder, or replace a former demo with `overwrite=True`."
+        )
     write_whole(out / MARKER, json.dumps({"forwards": forwards, "meta_steps": meta_steps, "seed": seed}).encode())
     demo = Demo()
     console.rule(f"1  meta-train a tuner for pico on {META_TASK}")
@@ -76,5 +78,5 @@ def clear(out: Path) -> None:
     """Remove a former demo; nothing else. Raises UserError for a folder that is not one."""
     if out.exists():
         if not (out / MARKER).is_file():
-            raise UserError(f"--overwrite: {out} holds no former demo (no {MARKER}), so it is left alone.")
+            raise UserError(f"`overwrite=True`: {out} holds no former demo (no {MARKER}), so it is left alone.")
         shutil.rmtree(out)

@@ -57,9 +57,9 @@ def build(config: type[Config], *layers: Mapping[str, Any]) -> Config:
         return TypeAdapter(strict).validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"]).replace("_", "-") or "settings"
+        name = ".".join(str(part) for part in first["loc"]) or "settings"
         if first["type"] in ("missing", "missing_argument"):
-            raise UserError(f"--{name} is required.") from error
+            raise UserError(f"`{name}` is required.") from error
         raise UserError(
-            f"--{name} is {shown(first['input'])}: {first['msg'].removeprefix('Value error, ')}."
+            f"`{name}` is {shown(first['input'])}: {first['msg'].removeprefix('Value error, ')}."
         ) from error

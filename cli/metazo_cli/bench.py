@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+
+from .messages import Terminal
 
 
 def bench(
@@ -41,7 +42,7 @@ def bench(
         raise UserError(f"--out {out} is a file; name a folder.")
     settings = suites.Settings(quick, device, rounds)
     chosen = suites.selected(suites.parts(settings), suite or [])
-    console = Console(stderr=as_json)
+    console = Terminal(stderr=as_json)
     columns = (
         TextColumn("{task.description}"),
         MofNCompleteColumn(),

@@ -14,6 +14,7 @@ from metazo.compare.columns import names
 from metazo.compare.grid import Grid
 
 from . import options
+from .messages import Terminal
 
 
 def _listed(text: str | None) -> list[str] | None:
@@ -25,8 +26,8 @@ def compare(
     tasks: Annotated[
         str | None, typer.Option(help="Tasks, names or YAML files, with commas between. (required)")
     ] = None,
-    optimizers: Annotated[
-        str | None, typer.Option(help=f"Columns, with commas between: {', '.join(names())}. (required)")
+    columns: Annotated[
+        str | None, typer.Option("--optimizers", help=f"Columns, with commas between: {', '.join(names())}. (required)")
     ] = None,
     lrs: Annotated[
         str | None, typer.Option(help="Learning rates that every search starts from, with commas between.")
@@ -45,12 +46,12 @@ def compare(
     from metazo.compare.compare import compare as run
     from metazo.compare.examine import examine, plan
 
-    flags = {**values, "tasks": _listed(tasks), "columns": _listed(optimizers), "lrs": _listed(lrs)}
+    flags = {**values, "tasks": _listed(tasks), "columns": _listed(columns), "lrs": _listed(lrs)}
     settings = options.settings(Grid, grid, flags)
     if dry_run:
         _show_plan(plan(settings, examine(settings)), as_json)
         return
-    console = Console(stderr=as_json)
+    console = Terminal(stderr=as_json)
     count = run(settings, console, retry_failed=retry_failed)
     if as_json:
         print(json.dumps(count))

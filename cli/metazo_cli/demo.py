@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from .messages import Terminal
 
 
 def demo(
@@ -26,7 +27,7 @@ def demo(
     if overwrite:
         clear(out)
     started = time.monotonic()
-    console = Console(stderr=as_json)
+    console = Terminal(stderr=as_json)
     result = run_demo(out, console, forwards=forwards, meta_steps=meta_steps, seed=seed)
     if as_json:
         print(json.dumps(result.runs))

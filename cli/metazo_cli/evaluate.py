@@ -10,6 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from .messages import Terminal
+
 
 def evaluate(
     model: Annotated[str, typer.Option(help="Folder or Hub id of the model, or pico.")],
@@ -45,7 +47,7 @@ def evaluate(
         prepared = prepare(chosen, loaded, data=data, seed=seed, max_length=max_length, **sizes)
         results[name] = run(loaded.model, prepared, split, batch_size=batch_size)  # type: ignore[arg-type]
         for note in prepared.notes:
-            Console(stderr=True).print(f"note: {note}", highlight=False)
+            Terminal(stderr=True).print(f"note: {note}", highlight=False)
     if as_json:
         print(json.dumps(results))
         return

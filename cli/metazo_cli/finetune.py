@@ -18,6 +18,7 @@ from metazo.runs.config import FinetuneConfig
 from metazo.runs.method import hyperparameters, methods
 
 from . import options
+from .messages import Terminal
 
 
 def _method_flags() -> list[inspect.Parameter]:
@@ -87,7 +88,7 @@ def finetune(
         key: tuple(value) if isinstance(value, list) else value for key, value in own.items() if value not in (None, [])
     }
     settings = options.settings(FinetuneConfig, config, {**values, "method": own or None}, began)
-    console = Console(stderr=as_json)
+    console = Terminal(stderr=as_json)
     if dry_run:
         plan = set_up(settings).plan(settings)
         _show_plan(plan, as_json)

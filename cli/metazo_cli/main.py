@@ -13,6 +13,8 @@ from rich.console import Console
 from metazo import __version__
 from metazo.errors import UserError
 
+from . import messages
+
 app = typer.Typer(
     name="metazo",
     help="Fine-tune language models with forward passes only: learned and hand-made zeroth-order optimizers.",
@@ -60,8 +62,10 @@ def main() -> None:
 
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     _mount()
+    command = typer.main.get_command(app)
+    messages.know(command, sys.argv[1:])
     try:
-        app()
+        command()
     except UserError as error:
         errors.print("[bold red]error:[/]", _text(error))
         sys.exit(2)
@@ -84,7 +88,7 @@ def main() -> None:
 def _text(value: object):
     from rich.text import Text
 
-    return Text(str(value))
+    return Text(messages.in_flags(str(value)))
 
 
 if __name__ == "__main__":

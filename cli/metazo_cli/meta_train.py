@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from metazo.meta.config import MetaConfig
 
 from . import options
+from .messages import Terminal
 
 
 def meta_train(
@@ -31,7 +31,7 @@ def meta_train(
         plan = dry(settings)
         print(json.dumps(plan.to_dict()) if as_json else plan.sentence())
         return
-    console = Console(stderr=as_json)
+    console = Terminal(stderr=as_json)
     tuner = meta_train(settings, console=console)
     path = str(settings.out / TUNER)
     if as_json:

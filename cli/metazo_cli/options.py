@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -37,6 +38,7 @@ def parameter(name: str, hint: Any, text: str, panel: str | None = None) -> insp
     kind, repeated = _plain(hint)
     flag = "--" + name.replace("_", "-")
     names = (f"{flag}/--no-{name.replace('_', '-')}",) if kind is bool else (flag,)
+    text = re.sub(r"`(\w+)`", lambda found: "--" + found[1].replace("_", "-"), text)
     option = typer.Option(*names, help=text, show_default=False, rich_help_panel=panel)
     return inspect.Parameter(
         name,

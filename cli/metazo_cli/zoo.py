@@ -18,6 +18,8 @@ from metazo.errors import UserError
 from metazo.tuner.file import Tuner
 from metazo.zoo.index import own_folder
 
+from .messages import in_flags
+
 app = typer.Typer(help="Find, check, publish and import tuners.", no_args_is_help=True)
 
 ZooOption = Annotated[Path | None, typer.Option("--zoo", help="A zoo folder to search first.", envvar=None)]
@@ -162,7 +164,7 @@ def _password() -> str:
 
 
 def _report(line: str) -> None:
-    typer.echo(line, err=True)
+    typer.echo(in_flags(line), err=True)
 
 
 def _print_json(value: Any) -> None:

@@ -54,7 +54,7 @@ def opened(path: Path, environment: dict[str, Any]) -> dict[str, Any]:
         if theirs.get(key) != environment[key]:
             raise UserError(
                 f"{path} holds figures with {key} {theirs.get(key)!r}, these would be with {environment[key]!r}: "
-                "choose another --out."
+                "choose another `out`."
             )
     return result
 
@@ -71,7 +71,7 @@ def read(path: Path) -> dict[str, Any]:
             return result
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read as figures of metazo bench: {error}.") from error
-    raise UserError(f"{path} is not of format {FORMAT} of metazo bench; choose another --out.")
+    raise UserError(f"{path} is not of format {FORMAT} of metazo bench; choose another `out`.")
 
 
 def write(path: Path, result: dict[str, Any]) -> None:

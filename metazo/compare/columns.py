@@ -72,7 +72,7 @@ CONTROLS = {
 
 
 def names() -> list[str]:
-    """Every name that --optimizers takes."""
+    """Every name that `columns` takes."""
     return list(dict.fromkeys([*methods(), *CONTROLS, "all"]))
 
 
@@ -95,7 +95,7 @@ def resolve(entries: Iterable[str | dict[str, Any]], tuner: str | None = None) -
             raise UserError(f"Column {column.name!r} stands twice, or has a slash in its name; give each its own.")
         column.settings()
     if not found:
-        raise UserError(f"A comparison needs columns (--optimizers); there are {', '.join(names())}.")
+        raise UserError(f"`columns` is empty, and a comparison needs at least one; there are {', '.join(names())}.")
     return found
 
 
@@ -108,7 +108,7 @@ def _named(name: str) -> list[Column]:
         return [CONTROLS[name]]
     if name in methods():
         return [Column(name, name)]
-    raise UserError(f"--optimizers: {name!r} is unknown{_nearest(name, names())}; there are {', '.join(names())}.")
+    raise UserError(f"`columns`: {name!r} is unknown{_nearest(name, names())}; there are {', '.join(names())}.")
 
 
 def _variant(entry: Any) -> Column:

@@ -58,10 +58,10 @@ def compare(grid: Grid, console: Console | None = None, *, retry_failed: bool = 
                 lock.unlink(missing_ok=True)
     except Timeout:
         raise UserError(
-            f"--out {grid.out}: another metazo compare is at work there; wait for it, or stop it."
+            f"`out` {grid.out}: another metazo compare is at work there; wait for it, or stop it."
         ) from None
     except OSError as error:
-        raise UserError(f"--out {grid.out} cannot be used: {error.strerror or error}.") from error
+        raise UserError(f"`out` {grid.out} cannot be used: {error.strerror or error}.") from error
 
 
 class _Comparison:

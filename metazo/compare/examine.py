@@ -51,7 +51,7 @@ def examine(grid: Grid) -> dict[tuple[str, str], Facts]:
     names = [resolve(task).name for task in grid.tasks]
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"The task {name!r} stands twice in --tasks; give each its own name.")
+            raise UserError(f"The task {name!r} stands twice in `tasks`; give each its own name.")
     for task in grid.tasks:
         loaded: dict[str, _Loaded] = {}
         for column in grid.resolved:
@@ -141,7 +141,7 @@ def plan(grid: Grid, facts: dict[tuple[str, str], Facts]) -> dict[str, Any]:
         "tasks": ", ".join(grid.tasks),
         "runs": f"{runs['search']} of the searches (and up to {grid.extensions} more for each), {runs['seed']} reported",
         "forward passes": f"{forwards:,.0f} over a batch",
-        "time": f"about {seconds / grid.workers / 60:.0f} min with --workers {grid.workers}, from a forward pass measured here",
+        "time": f"about {seconds / grid.workers / 60:.0f} min with `workers` {grid.workers}, from a forward pass measured here",
         "learning rates": {f"{task}, {name}": fact.lrs for (task, name), fact in facts.items() if fact.lrs},
         "seconds": seconds / grid.workers,
         "bytes on disk": 12_000 * sum(runs.values())

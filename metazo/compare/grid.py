@@ -64,19 +64,19 @@ class Grid:
     def __post_init__(self):
         for name in ("budget", "seeds", "search_seeds", "workers"):
             if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}.")
+                raise UserError(f"`{name}` must be at least 1, not {getattr(self, name)}.")
         if self.extensions < 0:
-            raise UserError(f"--extensions must be at least 0, not {self.extensions}.")
+            raise UserError(f"`extensions` must be at least 0, not {self.extensions}.")
         if not 0 < self.search_budget <= 1:
-            raise UserError(f"--search-budget is a share of the budget above 0 and up to 1, not {self.search_budget}.")
+            raise UserError(f"`search_budget` is a share of the budget above 0 and up to 1, not {self.search_budget}.")
         if self.seeds > SEARCH_SEED:
-            raise UserError(f"--seeds is at most {SEARCH_SEED}: the seeds from there on are those of the searches.")
+            raise UserError(f"`seeds` is at most {SEARCH_SEED}: the seeds from there on are those of the searches.")
         if self.time_budget not in (None, "reference"):
             self.time_budget = _seconds(self.time_budget)
         if not self.tasks:
-            raise UserError("A comparison needs tasks (--tasks); metazo tasks lists them.")
+            raise UserError("`tasks` is empty, and a comparison needs at least one; metazo tasks lists them.")
         if self.lrs is not None and (not self.lrs or min(self.lrs) <= 0):
-            raise UserError(f"--lrs is a list of numbers above 0, not {self.lrs}.")
+            raise UserError(f"`lrs` is a list of numbers above 0, not {self.lrs}.")
         Column("config", ZERO_SHOT, self.config).settings()
         self.resolved = resolve(self.columns, self.tuner)
 
@@ -95,7 +95,7 @@ def _seconds(text: Any) -> float:
     with suppress(ValueError, TypeError):
         if 0 < float(text) < math.inf:
             return float(text)
-    raise UserError(f"--time-budget is a number of seconds above 0, or the word reference, not {text!r}.")
+    raise UserError(f"`time_budget` is a number of seconds above 0, or the word reference, not {text!r}.")
 
 
 @dataclass(frozen=True)

@@ -52,5 +52,5 @@ class LineFile:
     def _problem(self, error: OSError) -> UserError:
         return UserError(
             f"{self.path} cannot be written ({error.strerror}); what it holds is whole: put that right and go on with "
-            "--resume."
+            "`resume=True`."
         )

@@ -28,9 +28,9 @@ class MetaConfig:
     data: Path | None = None
     """Folder with <task>/<split>.jsonl; by default the Hub"""
     steps: int | None = None
-    """Meta-steps; by default --epochs"""
+    """Meta-steps; by default `epochs`"""
     epochs: float = 3
-    """Passes over the training examples, where --steps is not given"""
+    """Passes over the training examples, where `steps` is not given"""
     batch_size: int = 16
     """Examples a batch"""
     train_examples: int = 1000
@@ -110,9 +110,9 @@ class MetaConfig:
     trajectory: Path | None = None
     """Train along a path recorded before"""
     save_every: int = 100
-    """Meta-steps between snapshots for --resume"""
+    """Meta-steps between snapshots for `resume`"""
     resume: bool = False
-    """Go on with the run in --out"""
+    """Go on with the run in `out`"""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "train_examples", "hidden", "queries", "unroll", "record_every", "save_every"):
@@ -125,11 +125,11 @@ class MetaConfig:
         _check("epochs", self.epochs, self.epochs > 0 and math.isfinite(self.epochs), "above 0")
         _check("restart_every", self.restart_every, self.restart_every >= 0, "0 (never) or a number of epochs")
         if not self.task:
-            raise UserError("--task is missing: name at least one task to train on (metazo tasks lists them).")
+            raise UserError("`task` is missing: name at least one task to train on (metazo tasks lists them).")
         if self.record is not None and self.trajectory is not None:
-            raise UserError("--record and --trajectory both name the teacher's path; give one of them.")
+            raise UserError("`record` and `trajectory` both name the teacher's path; give one of them.")
         if self.unroll > 1 and self.objective != "published":
-            raise UserError("--unroll goes with --objective published; the ratio objective takes no inner step.")
+            raise UserError("`unroll` goes with `objective='published'`; the ratio objective takes no inner step.")
 
     @property
     def reading(self) -> int:
@@ -144,4 +144,4 @@ class MetaConfig:
 
 def _check(name: str, value: object, good: bool, what: str) -> None:
     if not good:
-        raise UserError(f"--{name.replace('_', '-')} must be {what}, not {value}.")
+        raise UserError(f"`{name}` must be {what}, not {value}.")

@@ -119,7 +119,7 @@ def warning(row: dict[str, Any]) -> str:
     """The collapse warning."""
     return (
         f"Collapse: {row['largest_block']} holds {row['largest_share']:.0%} of the perturbation at meta-step "
-        f"{row['step'] + 1}. Lower --lr-meta, average more --queries, or use --parametrisation rms_exp."
+        f"{row['step'] + 1}. Lower `lr_meta`, average more `queries`, or use `parametrisation='rms_exp'`."
     )
 
 

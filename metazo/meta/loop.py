@@ -202,14 +202,14 @@ class MetaRun:
         if step == 0:
             raise UserError(
                 f"The loss on task {task!r} is not finite at the first step: check the model with metazo evaluate, "
-                "or try --dtype float64 or a smaller --eps and --lr-update."
+                "or try `dtype='float64'` or a smaller `eps` and `lr_update`."
             )
         self.skipped += 1
         self.in_a_row += 1
         if self.in_a_row >= MOST_SKIPPED:
             raise UserError(
                 f"The loss was not finite for {MOST_SKIPPED} meta-steps in a row up to step {step}: "
-                "lower --teacher-lr or --lr-update."
+                "lower `teacher_lr` or `lr_update`."
             )
 
     def state(self) -> dict[str, Tensor]:
@@ -228,7 +228,7 @@ class MetaRun:
         odd = [name for name in mine if name in tensors and mine[name].shape != tensors[name].shape]
         odd += [name for name in mine if name not in tensors and not name.startswith(("meta/", "teacher/"))]
         if odd:
-            raise UserError(f"The snapshot is not of this run: {odd[0]} differs; start in another --out.")
+            raise UserError(f"The snapshot is not of this run: {odd[0]} differs; start in another `out`.")
         assert self.pertnn is not None
         self.pertnn.load_state_dict({name: tensors[f"pertnn/{name}"] for name in _WEIGHTS})
         meta = {key.removeprefix("meta/"): value for key, value in tensors.items() if key.startswith("meta/")}

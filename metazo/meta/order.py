@@ -83,7 +83,7 @@ class Order:
         self.sizes, self.batch_size, self.seed = list(sizes), batch_size, seed
         for size in sizes:
             if size < batch_size:
-                raise UserError(f"--batch-size {batch_size} is more than the {size} training examples of a task.")
+                raise UserError(f"`batch_size` {batch_size} is more than the {size} training examples of a task.")
         self.steps_per_epoch = sum(size // batch_size for size in sizes)
         self._epoch: tuple[int, list[tuple[int, list[int]]]] = (-1, [])
 

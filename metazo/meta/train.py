@@ -76,7 +76,7 @@ def meta_train(config: MetaConfig, *, console: Console | None = None) -> Tuner:
 def dry(config: MetaConfig) -> Plan:
     """The plan of a run; nothing is run or written. Raises UserError as `meta_train` does before its first step."""
     if config.out.exists() and not config.resume and (not config.out.is_dir() or any(config.out.iterdir())):
-        raise UserError(f"--out {config.out} is not an empty folder; choose another, or go on with --resume.")
+        raise UserError(f"`out` {config.out} is not an empty folder; choose another, or go on with `resume=True`.")
     loaded, tasks, order = load(config)
     return make_plan(config, loaded.model, tasks, order)
 
@@ -125,7 +125,7 @@ def load(config: MetaConfig) -> tuple[LoadedModel, list[PreparedTask], Order]:
     for task in tasks:
         if len(task) < config.batch_size:
             raise UserError(
-                f"--batch-size {config.batch_size} is more than the {len(task)} training examples of {task.name!r}."
+                f"`batch_size` {config.batch_size} is more than the {len(task)} training examples of {task.name!r}."
             )
     return loaded, tasks, Order([len(task) for task in tasks], config.batch_size, config.seed)
 
@@ -158,7 +158,7 @@ def build(
                 say(console, f"Teacher's step {step + 1} of {teacher.steps}, loss {loss:.4f}.")
             if caught:
                 raise Interrupted(
-                    f"stopped after the teacher's step {step + 1}; go on with the same command and --resume.",
+                    f"stopped after the teacher's step {step + 1}; go on with the same command and `resume=True`.",
                     caught[0],
                 )
 
@@ -181,7 +181,7 @@ def train(run: MetaRun, folder: RunFolder, steps: int, caught: list[str], consol
                 folder.save_snapshot(run.steps, run.state())
                 raise Interrupted(
                     f"{caught[0]} after meta-step {run.steps} of {steps}; the state is saved, "
-                    "go on with the same command and --resume.",
+                    "go on with the same command and `resume=True`.",
                     caught[0],
                 )
             if run.steps % run.config.save_every == 0 and run.steps < steps:

@@ -83,7 +83,7 @@ def record(
         _compare(present, manifest | {"snapshots": present["snapshots"], "complete": present["complete"]}, folder)
         manifest = present
     elif folder.exists() and any(not entry.match(".*.tmp") for entry in folder.iterdir()):
-        raise UserError(f"--record {folder} holds something else than a recording; choose an empty folder.")
+        raise UserError(f"`record` {folder} holds something else than a recording; choose an empty folder.")
     if manifest["complete"]:
         return
     left = steps - (manifest["snapshots"][-1] if manifest["snapshots"] else 0)
@@ -115,7 +115,7 @@ def record(
             rate = teacher.rate()
             loss = teacher.step(lambda task=tasks[number], chosen=indices: task.loss(model, chosen))
             if step == 0 and loss != loss:
-                raise UserError("The teacher's loss is not finite at the first step: lower --teacher-lr.")
+                raise UserError("The teacher's loss is not finite at the first step: lower `teacher_lr`.")
             row = {"step": step, "task": tasks[number].name, "examples": indices, "loss": _plain(loss), "lr": rate}
             log.write(json.dumps(row) + "\n")
             if report is not None:
@@ -145,7 +145,7 @@ class Trajectory:
         if identity is not None:
             _compare({key: manifest.get(key) for key in identity}, identity, folder)
         if not manifest.get("complete"):
-            raise UserError(f"The recording in {folder} is not complete; go on with --record {folder}.")
+            raise UserError(f"The recording in {folder} is not complete; go on with `record` {folder}.")
         try:
             log = [json.loads(line) for line in (folder / _LOG).read_text().splitlines()]
         except (OSError, ValueError) as error:

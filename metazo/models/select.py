@@ -17,7 +17,7 @@ def select_trainable(model: nn.Module, train: list[str], freeze: list[str], amon
     """
     allowed = None if among is None else set(among)
     named = list(model.named_parameters())
-    for flag, patterns in (("--train", train), ("--freeze", freeze)):
+    for flag, patterns in (("`train`", train), ("`freeze`", freeze)):
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name, _ in named):
                 examples = ", ".join(name for name, _ in named[:3])
@@ -28,5 +28,5 @@ def select_trainable(model: nn.Module, train: list[str], freeze: list[str], amon
         parameter.requires_grad_(wanted and not any(fnmatchcase(name, pattern) for pattern in freeze))
     count = sum(parameter.numel() for _, parameter in named if parameter.requires_grad)
     if not count:
-        raise UserError("--train and --freeze leave no tensor to train.")
+        raise UserError("`train` and `freeze` leave no tensor to train.")
     return count

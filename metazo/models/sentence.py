@@ -63,7 +63,7 @@ class Prototypes(nn.Module):
         for label in range(len(self.prototypes)):
             if not (labels == label).any():
                 raise UserError(
-                    f"--head prototype: no training example has class {label}; take more with --train-examples."
+                    f"`head='prototype'`: no training example has class {label}; take more with `train_examples`."
                 )
             self.prototypes[label] = normalize(directions[labels == label].mean(0), dim=0)
         self.offset.copy_(SHARPNESS * (directions @ self.prototypes.T).mean(0))

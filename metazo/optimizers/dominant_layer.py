@@ -25,7 +25,7 @@ from metazo.optimizers.groups import named_groups
 from metazo.optimizers.mezo import MeZO
 
 OUTLIER, OUTLIER_RATIO = 100.0, 1000.0
-OUTLIER_LAYER = "outlier"  # metazo finetune --layer outlier, metazo compare: looked for before the first step
+OUTLIER_LAYER = "outlier"  # the setting `layer='outlier'`: looked for before the first step
 _LAYER_NAME = re.compile(r"^(?:.*\.)?[A-Za-z_]\w*\.\d+$")
 
 
@@ -87,7 +87,7 @@ class DominantLayer(MeZO):
 
     Args:
         layer: number among the trainable layers, or a name such as model.layers.3; `first_outlier_layer` finds the
-            paper's (`metazo finetune --layer outlier`). Everything outside it is left untouched.
+            paper's (`layer='outlier'`). Everything outside it is left untouched.
         queries: directions averaged a step.
     """
 

@@ -36,5 +36,5 @@ class ZOFinetuner(ZOOptimizer):
 
     def __init__(self, params: Iterable, lr: float = 1e-6, eps: float = 1e-3, *, scale: BlockScale, **common):
         if not isinstance(scale, BlockScale):
-            raise UserError("zo-finetuner needs a tuner: name one with --tuner, or use mezo with --scale rms.")
+            raise UserError("zo-finetuner needs a tuner: give one as `tuner`, or use MeZO with `scale='rms'`.")
         super().__init__(params, lr, eps, scale=replace(scale), **common)

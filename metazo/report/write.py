@@ -30,7 +30,7 @@ def write(report: Report, out: Path) -> list[Path]:
     content |= {f"tables/{table.name}.csv": table.csv() for table in report.tables}
     content |= {"runs.csv": runs_csv(report.data), "curves.csv": curves_csv(report.data)}
     if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file; name a folder.")
+        raise UserError(f"`out` {out} is a file; name a folder.")
     for name, text in content.items():
         write_whole(out / name, text.encode(errors="replace"))
     return [out / name for name in content]
@@ -140,9 +140,9 @@ def render(report: Report, path: Path) -> bool:
     try:
         before = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--render {path} cannot be read: {error}.") from error
+        raise UserError(f"`render` {path} cannot be read: {error}.") from error
     if not BLOCK.search(before):
-        raise UserError(f"--render {path} has no block <!-- results:NAME --> ... <!-- /results --> to fill.")
+        raise UserError(f"`render` {path} has no block <!-- results:NAME --> ... <!-- /results --> to fill.")
     after = fill(before, blocks(report), report.data.folder.resolve().name)
     if after != before:
         write_whole(path, after.encode())

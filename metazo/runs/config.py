@@ -27,9 +27,9 @@ class FinetuneConfig:
     eps: float = 1e-3
     """Length of the probe"""
     steps: int | None = None
-    """Steps to take; by default 1000, or what --forwards pays for"""
+    """Steps to take; by default 1000, or what `forwards` pays for"""
     forwards: int | None = None
-    """Budget of forward passes over batches, instead of --steps"""
+    """Budget of forward passes over batches, instead of `steps`"""
     batch_size: int = 16
     """Examples a batch"""
     accumulate: int = 1
@@ -89,7 +89,7 @@ class FinetuneConfig:
     keep: Literal["best", "last", "none"] = "best"
     """Which weights to save and test: best on dev, as in the papers, the last, or none (the last are tested)"""
     snapshot_every: int = 500
-    """Steps between snapshots for --resume (0: none, resuming replays the log from the base model)"""
+    """Steps between snapshots for `resume` (0: none, resuming replays the log from the base model)"""
     flush_every: int = 1
     """Steps between hand-overs of the step log to the operating system; a killed process computes the rest again"""
     fsync_every: int = 100
@@ -101,7 +101,7 @@ class FinetuneConfig:
     seed: int = 0
     """Seed of noise, data order, split and a new head"""
     resume: bool = False
-    """Go on with the run in --out; its settings are read from there"""
+    """Go on with the run in `out`; its settings are read from there"""
 
     def __post_init__(self):
         for name in ("batch_size", "accumulate", "train_examples", "eval_batch_size", "flush_every", "max_bad_steps"):
@@ -112,19 +112,19 @@ class FinetuneConfig:
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1)
         if self.steps is not None and self.forwards is not None:
-            raise UserError("--steps and --forwards both set the length of the run; give one of them.")
+            raise UserError("`steps` and `forwards` both set the length of the run; give one of them.")
         if self.keep == "best" and self.dev_examples == 0:
-            raise UserError("--keep best chooses on dev examples and --dev-examples is 0; use --keep last.")
+            raise UserError("`keep='best'` chooses on dev examples and `dev_examples` is 0; use `keep='last'`.")
         self.method = {key: tuple(value) if isinstance(value, list) else value for key, value in self.method.items()}
         if self.tuner is not None and has_secret(self.tuner):
             raise UserError(
-                f"--tuner {shown_address(self.tuner)} has a user, password or query, which may be secrets and would be written "
+                f"`tuner` {shown_address(self.tuner)} has a user, password or query, which may be secrets and would be written "
                 "into the run's folder; get it with metazo zoo pull, and name it as it is called there."
             )
         if self.tuner is not None and self.scale != "none":
-            raise UserError("--tuner and --scale both set the block scales; give one of them.")
+            raise UserError("`tuner` and `scale` both set the block scales; give one of them.")
 
 
 def _at_least(name: str, value: int, least: int) -> None:
     if value < least:
-        raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {value}.")
+        raise UserError(f"`{name}` must be at least {least}, not {value}.")

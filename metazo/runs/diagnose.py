@@ -28,7 +28,7 @@ def diagnose(model: nn.Module, closures: Sequence[Callable[[], Any]], dtype: tor
     for key, parameter in model.named_parameters():
         largest = float(parameter.abs().max()) if parameter.numel() else 0.0
         if not largest < limit:
-            cure = "use --dtype bfloat16 or float32." if dtype == torch.float16 else "the run has diverged; lower --lr."
+            cure = "use `dtype` bfloat16 or float32." if dtype == torch.float16 else "the run has diverged; lower `lr`."
             return f"{key} holds {largest:.3g}, out of the range of {name} (to {limit:.3g}): {cure}"
     found: list[tuple[str, nn.Module, Any, Any]] = []
     hooks = [
@@ -42,7 +42,7 @@ def diagnose(model: nn.Module, closures: Sequence[Callable[[], Any]], dtype: tor
             hook.remove()
     if not found:
         return (
-            f"without the probe the loss is {fmean(losses):.4g}, so the probe leads too far: lower --eps, and --lr if the "
+            f"without the probe the loss is {fmean(losses):.4g}, so the probe leads too far: lower `eps`, and `lr` if the "
             "loss has grown."
         )
     where, module, args, kwargs = found[0]
@@ -50,9 +50,9 @@ def diagnose(model: nn.Module, closures: Sequence[Callable[[], Any]], dtype: tor
         largest = max(float(value.abs().max()) for value in _floats(output))
         return (
             f"overflow of {name}: {where} gives up to {largest:.3g}, and {name} ends at {limit:.3g}; float32 holds it, so "
-            "this is no divergence. Use --dtype bfloat16 or float32."
+            "this is no divergence. Use `dtype` bfloat16 or float32."
         )
-    return f"{where} gives values that are not finite from finite ones: the run has diverged; lower --lr."
+    return f"{where} gives values that are not finite from finite ones: the run has diverged; lower `lr`."
 
 
 class _Finder:
@@ -105,7 +105,7 @@ def memory_explained(config: FinetuneConfig) -> Iterator[None]:
             raise
         length = config.max_length or "the model's context"
         raise UserError(
-            f"Out of memory: lower --batch-size (now {config.batch_size}; more --accumulate keeps the examples a step), "
-            f"--max-length (now {length}) or --eval-batch-size (now {config.eval_batch_size}), or take --dtype bfloat16 "
-            f"(now {config.dtype}), in another --out; or free memory and go on with --resume: what the log holds is whole."
+            f"Out of memory: lower `batch_size` (now {config.batch_size}; more `accumulate` keeps the examples a step), "
+            f"`max_length` (now {length}) or `eval_batch_size` (now {config.eval_batch_size}), or take `dtype` bfloat16 "
+            f"(now {config.dtype}), in another `out`; or free memory and go on with `resume=True`: what the log holds is whole."
         ) from error

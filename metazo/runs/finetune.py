@@ -35,7 +35,7 @@ from metazo.tasks.closures import BatchLoss
 
 # Settings that say where and how often, not what: a run may be resumed with others.
 INCIDENTAL = ("out", "resume", "snapshot_every", "flush_every", "fsync_every", "max_bad_steps", "device", "zoo", "data")
-# Learning rate over the run, as a share of --lr, by the share of the run that is done.
+# Learning rate over the run, as a share of `lr`, by the share of the run that is done.
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda done: 1.0,
     "linear": lambda done: 1 - done,
@@ -89,8 +89,8 @@ def _first_loss(setup: Setup, config: FinetuneConfig) -> None:
         loss = float(prepared.loss(model, batch))
     if not math.isfinite(loss):
         raise UserError(
-            f"The loss of {config.model} on {config.task} is {loss} before the first step in --dtype {config.dtype}; "
-            "try --dtype float32 (or bfloat16 instead of float16), and check the model."
+            f"The loss of {config.model} on {config.task} is {loss} before the first step in `dtype` {config.dtype}; "
+            "try `dtype` float32 (or bfloat16 instead of float16), and check the model."
         )
 
 

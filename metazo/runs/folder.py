@@ -33,7 +33,7 @@ _LEFT_BEHIND = ".*.tmp"  # what a killed process was writing when it died
 def read_config(path: Path) -> dict[str, Any]:
     """The settings of the run in a folder. Raises UserError where it holds none."""
     if not is_file(path / CONFIG):
-        raise UserError(f"--resume: {path} holds no run (no {CONFIG}).")
+        raise UserError(f"`resume=True`: {path} holds no run (no {CONFIG}).")
     try:
         found = parse_json(read_capped(path / CONFIG, MAX_CONFIG_BYTES, "settings of the run"))
     except ValueError as error:
@@ -63,14 +63,14 @@ class RunFolder:
         self.path, self.metrics, self.say = path, path / METRICS, say
         self.config: dict[str, Any] = json.loads(json.dumps(config, default=str))
         if path.exists() and not path.is_dir():
-            raise UserError(f"--out {path} is a file; name a folder.")
+            raise UserError(f"`out` {path} is a file; name a folder.")
         if resume:
             self._compare(read_config(path), set(incidental))
             self._clear(_LEFT_BEHIND)
         elif (path / CONFIG).exists():
-            raise UserError(f"--out {path} already holds a run; choose another folder, or go on with --resume.")
+            raise UserError(f"`out` {path} already holds a run; choose another folder, or go on with `resume=True`.")
         elif path.is_dir() and any(not entry.match(_LEFT_BEHIND) for entry in path.iterdir()):
-            raise UserError(f"--out {path} is not empty and holds no run of metazo; choose an empty or new folder.")
+            raise UserError(f"`out` {path} is not empty and holds no run of metazo; choose an empty or new folder.")
 
     def begin(self) -> None:
         """Make the folder of a new run; until then nothing is written. Does nothing for a run that is there."""
@@ -79,7 +79,7 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"--out {self.path} cannot be made: {error.strerror}.") from error
+            raise UserError(f"`out` {self.path} cannot be made: {error.strerror}.") from error
         self._clear(_LEFT_BEHIND)
         write_whole(self.path / CONFIG, json.dumps(self.config, indent=2).encode())
 
@@ -88,7 +88,7 @@ class RunFolder:
             old, new = found.get(key), self.config.get(key)
             if old != new:
                 raise UserError(
-                    f"--{key.replace('_', '-')} was {shown(old)} when the run in {self.path} began and is "
+                    f"`{key}` was {shown(old)} when the run in {self.path} began and is "
                     f"{shown(new)} now; resume with the same settings."
                 )
 
@@ -178,7 +178,9 @@ class RunFolder:
             temporary.rename(target)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            raise UserError(f"{target} cannot be written ({error}); put that right and go on with --resume.") from error
+            raise UserError(
+                f"{target} cannot be written ({error}); put that right and go on with `resume=True`."
+            ) from error
 
     def summary(self) -> dict[str, Any] | None:
         """What a complete run left as its result."""

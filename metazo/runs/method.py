@@ -24,9 +24,9 @@ from metazo.tuner.scale import TunerScale
 COMMON = set(inspect.signature(ZOOptimizer.__init__).parameters)
 # Methods that are a rule themselves: another on top would replace or double it.
 OWN_RULE = {
-    "mezo-momentum": "is MeZO with a rule already; use mezo with --rule",
-    "mezo-adam": "is MeZO with a rule already; use mezo with --rule",
-    "lozo-m": "keeps its momentum as a factor; use lozo with --rule",
+    "mezo-momentum": "is MeZO with a rule already; use `optimizer='mezo'` with `rule`",
+    "mezo-adam": "is MeZO with a rule already; use `optimizer='mezo'` with `rule`",
+    "lozo-m": "keeps its momentum as a factor; use `optimizer='lozo'` with `rule`",
 }
 
 
@@ -67,13 +67,13 @@ def block_scale(config: FinetuneConfig, model: nn.Module) -> BlockScale | None:
 
 
 def _tuner(config: FinetuneConfig, model: nn.Module) -> Tuner:
-    """The tuner that --tuner names; "auto" takes the first in the zoo that was made for a model of these shapes."""
+    """The tuner that `tuner` names; "auto" takes the first in the zoo that was made for a model of these shapes."""
     if config.tuner != "auto":
         return zoo.load(str(config.tuner), config.zoo, report=lambda text: None)
     shapes = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
     found = [tuner for tuner in zoo.find(shapes, zoo=config.zoo) if tuner.why != "base model"]
     if not found:
-        raise UserError("--tuner auto found none for this model's tensors; metazo zoo list shows what there is.")
+        raise UserError("`tuner='auto'` found none for this model's tensors; metazo zoo list shows what there is.")
     return Tuner.load(found[0].path)
 
 
@@ -85,32 +85,32 @@ def _seed(spec: str) -> int:
     try:
         return int(spec.removeprefix("random:"))
     except ValueError:
-        raise UserError(f"--tuner {spec!r}: random: is followed by a whole number, its seed.") from None
+        raise UserError(f"`tuner` {spec!r}: random: is followed by a whole number, its seed.") from None
 
 
 def build_optimizer(config: FinetuneConfig, model: nn.Module) -> ZOOptimizer | FirstOrder:
     """The optimizer of a run. Raises UserError for a method or hyperparameter that is not there."""
     name = config.optimizer
     if name not in methods():
-        raise UserError(f"--optimizer {name!r} is unknown; choose one of {', '.join(methods())}.")
+        raise UserError(f"`optimizer` {name!r} is unknown; choose one of {', '.join(methods())}.")
     own = hyperparameters(name)
     for key in config.method:
         if key not in own:
             homes = [other for other in OPTIMIZERS if key in hyperparameters(other)]
             where = f"it belongs to {', '.join(homes)}" if homes else f"{name} has {', '.join(own) or 'none'}"
-            raise UserError(f"--{key.replace('_', '-')} is not a hyperparameter of {name}; {where}.")
+            raise UserError(f"`{key}` is not a hyperparameter of {name}; {where}.")
     settings: dict[str, Any] = {"weight_decay": config.weight_decay}
     if config.lr is not None:
         settings["lr"] = config.lr
     if name in FIRST_ORDER:
         if config.tuner or config.scale != "none":
-            raise UserError(f"--optimizer {name} has no perturbation that --tuner or --scale could shape.")
+            raise UserError(f"`optimizer` {name} has no perturbation that `tuner` or `scale` could shape.")
         return FirstOrder(name, model.named_parameters(), **settings)
     scale = block_scale(config, model)
     if scale is None and OPTIMIZERS[name] is ZOFinetuner:
-        raise UserError("--optimizer zo-finetuner needs --tuner (or use mezo with --scale rms).")
+        raise UserError("`optimizer` zo-finetuner needs `tuner` (or use `optimizer='mezo'` with `scale='rms'`).")
     if config.rule != "method" and name in OWN_RULE:
-        raise UserError(f"--rule {config.rule} under --optimizer {name}, which {OWN_RULE[name]}.")
+        raise UserError(f"`rule` {config.rule} under `optimizer` {name}, which {OWN_RULE[name]}.")
     parts: dict[str, Any] = {} if config.rule == "method" else {"rule": RULES[config.rule]()}
     if config.noise != "method":
         parts["noise"] = config.noise
@@ -127,12 +127,12 @@ def build_optimizer(config: FinetuneConfig, model: nn.Module) -> ZOOptimizer | F
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device of a --device flag. Raises UserError where it is not there."""
+    """The device that a setting names. Raises UserError where it is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+        raise UserError(f"`device` {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
     return device

@@ -1,7 +1,7 @@
 """Numbers that go wrong: what a run watches for, and what it says and does.
 
-A loss that is nan, inf or above --max-loss: the step is skipped and recorded, the weights stay as they are; the first of
-a row is explained (`diagnose`), and --max-bad-steps of them in a row end the run.
+A loss that is nan, inf or above `max_loss`: the step is skipped and recorded, the weights stay as they are; the first of
+a row is explained (`diagnose`), and `max_bad_steps` of them in a row end the run.
 Warnings, each once, with the measured figures: divergence, plateau, and an eps too small for the precision.
 All but the explanation follows from the step log, so a resumed run goes on where the first one was.
 """
@@ -42,7 +42,7 @@ class Watch:
         self.said: set[str] = set()
 
     def see(self, step: Step, explain: Callable[[], str] | None = None) -> None:
-        """Look at a step; without `explain` nothing is said. Raises UserError after --max-bad-steps bad ones in a row."""
+        """Look at a step; without `explain` nothing is said. Raises UserError after `max_bad_steps` bad ones in a row."""
         if not step.coefficients:
             self._bad(step, explain)
             return
@@ -73,7 +73,7 @@ class Watch:
         if self.bad >= self.config.max_bad_steps:
             raise UserError(
                 f"The run stopped at step {step.step + 1}: the losses of {self.bad} steps in a row were not finite or above "
-                f"--max-loss {self.config.max_loss:g}, the last {found}; {explain()} The weights are those before these "
+                f"`max_loss` {self.config.max_loss:g}, the last {found}; {explain()} The weights are those before these "
                 "steps, and the log is whole: metazo replay --to STEP gives any of them."
             )
 
@@ -83,7 +83,7 @@ class Watch:
             return None
         return "divergence", (
             f"the loss diverges, from {start:.4g} (mean of the first {FIRST} steps) to {now:.4g} (of the last "
-            f"{WINDOW // 2}): lower --lr, now {self.config.lr or 'the published one'}."
+            f"{WINDOW // 2}): lower `lr`, now {self.config.lr or 'the published one'}."
         )
 
     def _eps(self) -> tuple[str, str] | None:
@@ -91,8 +91,8 @@ class Watch:
             return None
         return "eps", (
             f"in {sum(self.hidden)} of the last {WINDOW} steps the losses of a step differed by no more than rounding, "
-            f"{self.rounding(self.losses[-1]):.1e} at a loss of {self.losses[-1]:.4g} in {self.config.dtype}: --eps "
-            f"{self.config.eps:g} is too small for this precision; raise it, or take --dtype float32."
+            f"{self.rounding(self.losses[-1]):.1e} at a loss of {self.losses[-1]:.4g} in {self.config.dtype}: `eps` "
+            f"{self.config.eps:g} is too small for this precision; raise it, or take `dtype='float32'`."
         )
 
     def _plateau(self, step: int) -> tuple[str, str] | None:
@@ -105,5 +105,5 @@ class Watch:
             return None
         return "plateau", (
             f"no progress beyond noise in {2 * self.stretch} steps: mean training loss {fmean(before):.4g} in the first half "
-            f"and {fmean(after):.4g} in the second, standard error of the difference {error:.2g}; try another --lr."
+            f"and {fmean(after):.4g} in the second, standard error of the difference {error:.2g}; try another `lr`."
         )

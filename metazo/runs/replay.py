@@ -82,11 +82,11 @@ def replay(
     found = scan(log).sound()
     header = _checked(found)
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out} is not an empty folder; choose another.")
+        raise UserError(f"`out` {out} is not an empty folder; choose another.")
     kept = found.end["kept"] if found.end else len(found.steps)
     count = kept if to is None else to
     if not 0 <= count <= len(found.steps):
-        raise UserError(f"--to {count}: the log has {len(found.steps)} steps, so it is 0 to {len(found.steps)}.")
+        raise UserError(f"`to` {count}: the log has {len(found.steps)} steps, so it is 0 to {len(found.steps)}.")
     loaded, optimizer = _rebuilt(header, base, tuner, zoo_folder, device)
     started = time.monotonic()
     for step in found.steps[:count]:
@@ -118,7 +118,7 @@ def _checked(found: Scan) -> dict[str, Any]:
         )
     if header["settings"].get("head") == "prototype":
         raise UserError(
-            f"{found.path} cannot be replayed: its classification head was made from the training data (--head prototype), "
+            f"{found.path} cannot be replayed: its classification head was made from the training data (`head='prototype'`), "
             "which is not in the log."
         )
     return header
@@ -145,7 +145,7 @@ def _rebuilt(
     weights = weights_hash(loaded.model.named_parameters())
     if weights != header["weights"]:
         raise UserError(
-            f"--base {base} is not the base model of this log: its weights have the hash {weights[:16]}..., and the log began "
+            f"`base` {base} is not the base model of this log: its weights have the hash {weights[:16]}..., and the log began "
             f"from {header['weights'][:16]}... (called {header.get('model')!r} there, in {config.dtype})."
         )
     optimizer = build_optimizer(config, loaded.model)
@@ -157,7 +157,7 @@ def _rebuilt(
         )
     if tuner_hash(optimizer) != header.get("tuner"):
         raise UserError(
-            f"--tuner {tuner or settings['tuner']} is not the tuner of this log: its networks have another hash."
+            f"`tuner` {tuner or settings['tuner']} is not the tuner of this log: its networks have another hash."
         )
     return loaded, optimizer
 
@@ -170,7 +170,7 @@ def _tuner(header: dict[str, Any], zoo_folder: Path | None) -> str | None:
     for known in zoo.tuners(zoo_folder):
         if known.path.is_file() and weights_hash(Tuner.load(known.path).pertnn.named_parameters()) == wanted:
             return str(known.path)
-    raise UserError(f"The log's tuner (called {name!r} there) is in none of the zoo folders; name it with --tuner.")
+    raise UserError(f"The log's tuner (called {name!r} there) is in none of the zoo folders; name it with `tuner`.")
 
 
 def _same(step: Step, again: Step | None, log: Path) -> None:
@@ -195,4 +195,4 @@ def _save(loaded: LoadedModel, out: Path) -> None:
         temporary.rename(out)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(f"--out {out} cannot be written ({error}); nothing was left there.") from error
+        raise UserError(f"`out` {out} cannot be written ({error}); nothing was left there.") from error

@@ -114,7 +114,7 @@ def set_up(config: FinetuneConfig) -> Setup:
     trained = select_trainable(loaded.model, config.train, config.freeze, adapters)
     if isinstance(loaded.model, SentenceClassifier):
         if config.lora and config.keep != "none":
-            raise UserError("--lora on a sentence encoder cannot be saved yet; add --keep none, or train without it.")
+            raise UserError("`lora` on a sentence encoder cannot be saved yet; add `keep='none'`, or train without it.")
         loaded.model.cache_frozen()
         loaded.model.fit_prototypes(prepared.batches(prepared.train, config.eval_batch_size))
     config = settled(config, loaded, prepared, device)
@@ -122,7 +122,7 @@ def set_up(config: FinetuneConfig) -> Setup:
     a_step = optimizer.forwards_per_step(config.accumulate)
     steps = int(config.forwards / a_step) if config.forwards else config.steps or 1000
     if steps == 0:
-        raise UserError(f"--forwards {config.forwards} does not pay for one step of {config.optimizer} ({a_step:g}).")
+        raise UserError(f"`forwards` {config.forwards} does not pay for one step of {config.optimizer} ({a_step:g}).")
     limit = min(config.max_length or loaded.context_length, loaded.context_length)
     return Setup(config, loaded, prepared, optimizer, trained, steps, round(steps * a_step), device, limit)
 

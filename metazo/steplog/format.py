@@ -107,7 +107,7 @@ class Scan:
         if self.damage:
             raise UserError(
                 f"{self.path} is damaged: {self.damage}. The {len(self.steps)} steps before are whole; metazo log repair "
-                "keeps them and puts the rest aside, and --resume computes it again."
+                "keeps them and puts the rest aside, and `resume=True` computes it again."
             )
         return self
 

@@ -110,5 +110,5 @@ def _compare(found: Scan, wanted: dict[str, Any], say: Callable[[str], None]) ->
             name, old, new = differences(old, new)[0]
         raise UserError(
             f"{found.path.name} belongs to another run: its {name} is {old!r}, now {new!r}; "
-            "choose another --out, or resume with the same settings."
+            "choose another `out`, or resume with the same settings."
         )

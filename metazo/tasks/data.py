@@ -1,4 +1,4 @@
-"""Where rows come from (a task's own files, ``--data DIR``, the grammar, the Hub) and how they are split.
+"""Where rows come from (a task's own files, the folder `data`, the grammar, the Hub) and how they are split.
 
 train and dev are drawn from the train split, disjoint; test from the validation split (as MeZO and its successors do).
 The same seed draws the same rows in the same order, whatever the model.
@@ -109,14 +109,14 @@ def _load(task: Task, split: str, data: Path | None) -> Source:
     if data is not None:
         return _read(task, _find(task, split, Path(data)))
     if task.hub is None:
-        raise UserError(f"task {task.name!r} names neither files nor a Hub data set; give its rows with --data DIR")
+        raise UserError(f"task {task.name!r} names neither files nor a Hub data set; give its rows with `data=DIR`")
     return _from_hub(task, split)
 
 
 def _find(task: Task, split: str, data: Path) -> Path:
     """``DIR/<task>/<split>.jsonl``; a split with a longer Hub name (validation_matched) may be called validation."""
     if not data.is_dir():
-        raise UserError(f"data folder {data} does not exist; --data names a folder that holds {task.name}/train.jsonl")
+        raise UserError(f"data folder {data} does not exist; `data` names a folder that holds {task.name}/train.jsonl")
     folder = data / task.name
     if not folder.is_dir():
         found = ", ".join(sorted(entry.parent.name for entry in data.glob("*/train.jsonl"))) or "none"
@@ -177,7 +177,7 @@ def _from_hub(task: Task, split: str) -> Source:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
             f"data set {name!r}, split {split!r}, cannot be loaded from the Hub ({reason}); "
-            f"check the network, or give the rows with --data DIR/{task.name}/"
+            f"check the network, or give the rows with `data=DIR`, in DIR/{task.name}/"
         ) from None  # what a server answered may repeat the token
     if len(rows) == 0:
         raise UserError(f"data set {name!r}, split {split!r}, is empty")

@@ -33,7 +33,7 @@ class Task(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
-    """Name on the command line, and of the folder under ``--data``."""
+    """Name on the command line, and of the folder under `data`."""
     kind: Literal["classification", "choice", "generation"]
     """classification: one of ``labels``; choice: the likeliest of the row's own texts; generation: free text."""
     prompt: str

@@ -119,7 +119,7 @@ class Tuner:
         """`fits`, and UserError if it does not: naming three differences, or that nothing matches at all."""
         match = self.fits(named_shapes)
         if not match.ok and not (allow_partial and match.matched):
-            partial = "pass --allow-partial to run the others at RMS scale, or " if match.matched else ""
+            partial = "pass `allow_partial=True` to run the others at RMS scale, or " if match.matched else ""
             raise UserError(
                 f"The tuner for {self.info.base_model} does not fit this model ({match.sentence()}); "
                 f"{partial}take a tuner made for this model"

@@ -30,7 +30,7 @@ class Match:
     matched: list[int]
     """Indices of the tuner's blocks that the model has, every tensor with its shape."""
     unmatched: list[str]
-    """Names of the model's tensors that no matched block holds: at RMS scale under --allow-partial."""
+    """Names of the model's tensors that no matched block holds: at RMS scale under `allow_partial=True`."""
     differences: list[str]
     """The first three differences, in words."""
     different: int

@@ -65,7 +65,7 @@ def model_shapes(folder: str | Path) -> list[tuple[str, tuple[int, ...]]]:
 
     path = Path(folder) / "config.json"
     if not is_file(path):
-        raise UserError(f"--model {folder} holds no config.json; give the folder of the base model")
+        raise UserError(f"`model` {folder} holds no config.json; give the folder of the base model")
     _check_size(path)
     try:
         config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)

@@ -94,7 +94,7 @@ def folders(zoo: str | Path | None = None) -> list[tuple[str, Path]]:
     found = [("own", own_folder()), ("bundled", bundled), ("cache", cache_folder())]
     if zoo is not None:
         if not Path(zoo).is_dir():
-            raise UserError(f"--zoo {zoo} is not a folder; give the folder that holds index.json")
+            raise UserError(f"`zoo` {zoo} is not a folder; give the folder that holds index.json")
         found.insert(0, ("zoo", Path(zoo)))
     return found
 
@@ -165,10 +165,10 @@ def add(
             if not target.resolve().is_relative_to(folder.resolve()):
                 raise UserError(f"{target} leads out of the zoo through a link; remove the link")
             if sign is None and (folder / f"index.json{SUFFIX}").exists():
-                raise UserError(f"the zoo {folder} is signed; give --sign KEY, or remove its index.json{SUFFIX}")
+                raise UserError(f"the zoo {folder} is signed; give `sign` KEY, or remove its index.json{SUFFIX}")
             entry = _entry_of(item, name, data, licence)
             if any(other.name == name and other.sha256 != entry.sha256 for other in entries):
-                raise UserError(f"{name} is already in the zoo {folder}; publish under another --version")
+                raise UserError(f"{name} is already in the zoo {folder}; publish under another `version`")
             found = Found(entry, folder, "own")
             write_whole(found.path, data)
             write_whole(target / "card.md", card_of(item, name, entry.sha256, entry.licence).encode())

@@ -34,14 +34,14 @@ def push(
     Raises UserError if the tuner is unfit, the name is taken by another tuner, or the zoo cannot be written.
     """
     tuner = tuner if isinstance(tuner, Tuner) else Tuner.load(tuner)
-    base = safe_name(base, "--name") if base else zoo_base(tuner.info.base_model)
+    base = safe_name(base, "`name`") if base else zoo_base(tuner.info.base_model)
     info = replace(tuner.info, base_model=base, licence=licence or tuner.info.licence)
     data = Tuner(tuner.pertnn, info).to_bytes()
     tuner = Tuner.from_bytes(data, "the tuner to be published")
     if not str(to or "").startswith("hub:"):
         return add(tuner, data, _folder(to), base, version, sign=sign).entry.name
     if version or sign:
-        raise UserError("--version and --sign do not go with a Hub repository, which keeps its own revisions")
+        raise UserError("`version` and `sign` do not go with a Hub repository, which keeps its own revisions")
     repository = str(to).removeprefix("hub:")
     from metazo.zoo.hub import hub_push
 
@@ -62,14 +62,14 @@ def push_log(
     The header is published with it, but of paths in it only the last part. name: by default base model and task.
     """
     if str(to or "").startswith("hub:"):
-        raise UserError("--log goes into a zoo folder; to the Hub, upload the file by hand")
+        raise UserError("a step log (`log`) goes into a zoo folder; to the Hub, upload the file by hand")
     path = Path(log)
     read = Log.from_bytes(read_capped(path / FILES["log"] if path.is_dir() else path, MAX_BYTES, "step log"), str(log))
     base = zoo_base(read.base_model)
     read = read.published(base)
     task = re.sub(r"[^A-Za-z0-9._+-]+", "-", str(read.header.get("task", "model")))[:40]
     return add(
-        read, read.data, _folder(to), safe_name(name or f"{base}-{task}", "--name"), version, licence, sign
+        read, read.data, _folder(to), safe_name(name or f"{base}-{task}", "`name`"), version, licence, sign
     ).entry.name
 
 

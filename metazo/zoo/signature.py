@@ -29,7 +29,7 @@ def check_signature(data: bytes, path: Path, key: str) -> None:
     beside = path.with_name(path.name + SUFFIX)
     if not is_file(beside):
         raise UserError(f"{path} is not signed: there is no {beside.name} beside it")
-    public = _parsed("--key", key, minisign.PublicKey)
+    public = _parsed("`key`", key, minisign.PublicKey)
     try:
         minisign_signature = minisign.Signature.from_bytes(read_capped(beside, MAX_BYTES, "signature"))
         public.verify(data, minisign_signature)
@@ -42,13 +42,13 @@ def signer(key: str, password: Callable[[], str]) -> Callable[[bytes, str], byte
 
     key: a file with a secret key of minisign; `password` is asked where the key has one. Raises UserError.
     """
-    secret = _parsed("--sign", key, _minisign().SecretKey)
+    secret = _parsed("`sign`", key, _minisign().SecretKey)
     try:
         if secret.is_encrypted():
             secret.decrypt(password())
     except (ValueError, MemoryError) as error:
         raise UserError(
-            f"--sign: the key in {key} cannot be used ({error or 'it asks for too much memory'})"
+            f"`sign`: the key in {key} cannot be used ({error or 'it asks for too much memory'})"
         ) from error
 
     def sign(data: bytes, name: str) -> bytes:
@@ -63,7 +63,7 @@ def _parsed(flag: str, key: str, kind: Any) -> Any:
     try:
         if is_file(path):
             return kind.from_bytes(read_capped(path, MAX_BYTES, "key"))
-        if flag == "--key":
+        if flag == "`key`":
             return kind.from_base64(key)
     except ValueError as error:
         raise UserError(f"{flag} is not a key of minisign ({error})") from error

@@ -32,7 +32,7 @@ def load(source: str | Path, zoo: str | Path | None = None, report: Report = pri
     """
     item = read(source, zoo, report)
     if isinstance(item, Log):
-        raise UserError(f"--tuner {shown_address(str(source))} is a model's step log and no tuner; see metazo replay")
+        raise UserError(f"`tuner` {shown_address(str(source))} is a model's step log and no tuner; see metazo replay")
     return item
 
 
@@ -68,11 +68,11 @@ def _fetch(source: str, zoo: str | Path | None, report: Report, key: str | None)
     address, _, wanted = source.partition("#sha256=")
     wanted = wanted.lower()
     if wanted and not re.fullmatch("[0-9a-f]{64}", wanted):
-        raise UserError(f"--tuner {shown_address(source)}: sha256 is not 64 hexadecimal digits")
+        raise UserError(f"`tuner` {shown_address(source)}: sha256 is not 64 hexadecimal digits")
     if key is not None:
         signed = named(address, zoo, key)
         if signed is None:
-            raise UserError(f"{shown_address(address)!r} is no name in the index that --key is for; see --zoo")
+            raise UserError(f"{shown_address(address)!r} is no name in the index that `key` is for; see `zoo`")
         data, entry = _from_zoo(signed, report)
     else:
         data, entry = (_cached(wanted) if wanted else None), None
@@ -104,7 +104,7 @@ def _read(source: str, zoo: str | Path | None, report: Report) -> tuple[bytes, E
         return read_capped(hub_file(repository, revision or None, report), MAX_BYTES, "tuner"), None
     known = ", ".join(sorted({found.entry.name for found in tuners(zoo)})) or "none yet"
     raise UserError(
-        f"--tuner {shown_address(source)[:200]!r} is no file, no folder, no https address, no Hub repository "
+        f"`tuner` {shown_address(source)[:200]!r} is no file, no folder, no https address, no Hub repository "
         f"org/name, and no name in the zoos (which hold: {known})"
     )
 
@@ -119,8 +119,8 @@ def _local(path: Path, report: Report) -> tuple[bytes, Entry | None]:
     if len(entries) == 1:
         return _from_zoo(Found(entries[0], path, "zoo"), report)
     names = ", ".join(entry.name for entry in entries)
-    hint = f"it is a zoo of {names}: name one and pass --zoo {path}" if names else f"it has no {TUNER_FILE}"
-    raise UserError(f"--tuner {path} is a folder that holds no single tuner; {hint}")
+    hint = f"it is a zoo of {names}: name one and pass `zoo` {path}" if names else f"it has no {TUNER_FILE}"
+    raise UserError(f"`tuner` {path} is a folder that holds no single tuner; {hint}")
 
 
 def _from_zoo(tuner: Found, report: Report) -> tuple[bytes, Entry]:

@@ -166,7 +166,7 @@ def test_figures_of_another_machine_or_of_no_bench_are_not_mixed_in(tmp_path: Pa
     settings = suites.Settings(quick=True)
     suites.run([], tmp_path, settings)
     measurements.write(tmp_path / "speed.json", {"format": 1, "environment": {"cpu": "another"}, "suites": {}})
-    with pytest.raises(UserError, match="choose another --out"):
+    with pytest.raises(UserError, match="choose another `out`"):
         suites.run([], tmp_path, settings)
     for text in ("{", "[]", '{"format": 2, "environment": {}, "suites": {}}'):
         (tmp_path / "speed.json").write_text(text)

@@ -101,7 +101,7 @@ def test_help_names_every_method_and_its_hyperparameters():
         (("--optimizer=adamw",), "--optimizer 'adamw' is unknown"),
         (("--rank=2",), "--rank is not a hyperparameter of mezo; it belongs to lozo"),
         (("--optimizer=lozo", "--rank=0"), "rank must be"),
-        (("--optimizer=lozo-m", "--rule=adam"), "use lozo with --rule"),
+        (("--optimizer=lozo-m", "--rule=adam"), "use --optimizer lozo with --rule"),
         (("--optimizer=loren", "--queries=1"), "queries must be at least 2"),
         (("--optimizer=curvzo", "--budget=1.5"), "budget must lie in (0, 1]"),
         (("--optimizer=lozo", "--rank=4096"), "rank 4096 is above the smaller side"),

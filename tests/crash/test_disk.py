@@ -82,7 +82,7 @@ def test_a_disk_that_fills_up_in_mid_run_loses_no_step(disk, tmp_path, snapshot_
     with pytest.raises(UserError, match="No space left on device") as caught:
         tuned(out, snapshot_every=snapshot_every)
     thread.join()
-    assert "--resume" in str(caught.value) or "nothing was left" in str(caught.value)
+    assert "`resume=True`" in str(caught.value) or "nothing was left" in str(caught.value)
     found = scan(log)
     assert not found.damage and not found.torn and 7 <= len(found.steps) < 40
     (disk / "filler").unlink()

@@ -108,7 +108,7 @@ def test_interrupted_and_resumed_is_bit_identical(settings, monkeypatch, tmp_pat
     whole = meta_train(settings("whole", **with_record("a")))
     with monkeypatch.context() as patched:
         StopsAt(patched, 3)
-        with pytest.raises(Interrupted, match="--resume"):
+        with pytest.raises(Interrupted, match="`resume=True`"):
             meta_train(settings("parts", **with_record("b")))
     assert not (tmp_path / "parts" / "tuner.safetensors").exists()
     resumed = meta_train(settings("parts", resume=True, **with_record("b")))
@@ -216,11 +216,11 @@ def test_bad_input_is_refused_in_one_sentence(settings, tmp_path: Path):
     (tmp_path / "out" / "config.json").write_text("{}")
     with pytest.raises(UserError, match="already holds a run"):
         meta_train(settings())
-    with pytest.raises(UserError, match="--batch-size 99 is more than"):
+    with pytest.raises(UserError, match="`batch_size` 99 is more than"):
         meta_train(settings("fresh", batch_size=99))
     with pytest.raises(UserError, match="nowhere"):
         meta_train(settings("fresh", trajectory=tmp_path / "nowhere"))
-    with pytest.raises(UserError, match="--lr-meta"):
+    with pytest.raises(UserError, match="`lr_meta`"):
         settings(lr_meta=-1.0)
     with pytest.raises(UserError, match="give one of them"):
         settings(record=tmp_path, trajectory=tmp_path)

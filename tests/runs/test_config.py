@@ -41,7 +41,7 @@ def test_bad_settings(extra, words):
 
 
 def test_what_is_required():
-    with pytest.raises(UserError, match="--task is required"):
+    with pytest.raises(UserError, match="`task` is required"):
         build(FinetuneConfig, {"model": "pico", "out": "x"})
 
 

@@ -158,7 +158,7 @@ def test_folders_that_hold_something(tmp_path):
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     with pytest.raises(UserError, match="already holds a run"):
         finetune(config(tmp_path / "run"))
-    with pytest.raises(UserError, match="--lr was 0.0001 .* is 0.01 now"):
+    with pytest.raises(UserError, match="`lr` was 0.0001 .* is 0.01 now"):
         finetune(config(tmp_path / "run", lr=1e-2, steps=2, resume=True))
     again = finetune(config(tmp_path / "run", steps=2, resume=True))
     assert again == json.loads((tmp_path / "run" / "summary.json").read_text()), "a complete run is not run again"

@@ -69,7 +69,7 @@ def test_a_step_that_is_skipped_leaves_the_weights_and_a_record(tmp_path, optimi
 
 def test_a_run_that_explodes_stops_with_advice_and_a_whole_log(tmp_path):
     said = console()
-    with pytest.raises(UserError, match=r"10 steps in a row .* lower --lr.* metazo replay --to"):
+    with pytest.raises(UserError, match=r"10 steps in a row .* lower `lr`.* metazo replay --to"):
         finetune(config(out=tmp_path / "run", lr=1e38, steps=60), said)
     found = scan(tmp_path / "run" / "steps.jsonl")
     assert not found.damage and not found.torn and sum(not step.coefficients for step in found.steps) == 10
@@ -128,7 +128,7 @@ def test_weights_out_of_range_are_named():
 
 def test_a_probe_that_leads_too_far_is_told():
     model = load_model("pico").model
-    assert "lower --eps" in diagnose(model, [closure(model)], torch.float32)
+    assert "lower `eps`" in diagnose(model, [closure(model)], torch.float32)
 
 
 # -- warnings ------------------------------------------------------------------------------------------------------------
@@ -137,7 +137,7 @@ def test_a_probe_that_leads_too_far_is_told():
 def test_an_eps_below_rounding_is_said_with_figures(tmp_path):
     said = console()
     finetune(config(out=tmp_path / "small", eps=1e-8, lr=1e-8, steps=101), said)
-    assert "--eps 1e-08 is too small for this precision" in said.export_text()
+    assert "`eps` 1e-08 is too small for this precision" in said.export_text()
     said = console()
     finetune(config(out=tmp_path / "usual", lr=1e-8, steps=101), said)
     assert "too small" not in said.export_text()
@@ -157,7 +157,7 @@ def test_divergence_and_plateau_are_said_once_and_progress_is_not():
     assert text.startswith("Step 400: no progress beyond noise in 400 steps") and "standard error" in text
     rising = [step(n, 0.5 + n / 100, 0.5 + n / 100 + dice.gauss(0, 0.1)) for n in range(390)]
     (text,) = seen(rising)
-    assert "the loss diverges" in text and "lower --lr" in text
+    assert "the loss diverges" in text and "lower `lr`" in text
 
 
 def test_warnings_of_a_resumed_run_are_those_of_the_whole(tmp_path):
@@ -176,7 +176,7 @@ def test_warnings_of_a_resumed_run_are_those_of_the_whole(tmp_path):
 
 def test_an_allocation_that_fails_ends_with_what_to_change():
     with (
-        pytest.raises(UserError, match=r"--batch-size \(now 2.*--max-length.*--dtype bfloat16"),
+        pytest.raises(UserError, match=r"`batch_size` \(now 2.*`max_length`.*`dtype` bfloat16"),
         memory_explained(config()),
     ):
         torch.empty(1 << 50)

@@ -136,7 +136,7 @@ def test_damaged_best_weights_are_said_with_the_way_out(dead):
 
 
 def test_changed_data_is_refused(dead):
-    with pytest.raises(UserError, match="--train-examples was 8 .* 9 now"):
+    with pytest.raises(UserError, match="`train_examples` was 8 .* 9 now"):
         tuned(dead, resume=True, train_examples=9)
     with pytest.MonkeyPatch.context() as patched:  # the same settings, and one row other than it was
         patched.setattr("metazo.runs.header.data_hash", lambda prepared: "0" * 64)

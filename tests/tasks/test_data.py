@@ -107,7 +107,9 @@ def test_hub_rows_come_through_datasets(tmp_path):
 
 
 def test_the_hub_out_of_reach_is_a_user_error():
-    with pytest.raises(UserError, match=r"'aps/super_glue/rte', split 'train', cannot be loaded .* --data DIR/rte/"):
+    with pytest.raises(
+        UserError, match=r"'aps/super_glue/rte', split 'train', cannot be loaded .* `data=DIR`, in DIR/rte/"
+    ):
         draw(None, get("rte"))
 
 

@@ -80,7 +80,7 @@ def test_names_the_first_three_differences() -> None:
     message = str(error.value)
     assert "embed.weight is (12, 4) in the model and (10, 4) in the tuner" in message
     assert "layers.0.b is not in the model" in message and "norm is not in the model" in message
-    assert "head" not in message and "4 differ" in message and "--allow-partial" in message
+    assert "head" not in message and "4 differ" in message and "`allow_partial=True`" in message
 
 
 def test_allow_partial_needs_something_to_match() -> None:

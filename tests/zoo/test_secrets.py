@@ -122,7 +122,7 @@ def test_an_address_with_a_secret_is_no_setting_of_a_run(tmp_path: Path) -> None
         f"https://me:{PASSWORD}@example.org/t",
         f"https://example.org/t?token={PASSWORD}#sha256={'0' * 64}",
     ):
-        with pytest.raises(UserError, match=r"--tuner https://example\.org/t has a user, password or query") as error:
+        with pytest.raises(UserError, match=r"`tuner` https://example\.org/t has a user, password or query") as error:
             FinetuneConfig("pico", "pico_cause", tmp_path / "x", tuner=address)
         assert PASSWORD not in str(error.value)
     FinetuneConfig("pico", "pico_cause", tmp_path / "x", tuner=f"https://example.org/t#sha256={'0' * 64}")

@@ -81,14 +81,14 @@ def test_only_the_signed_zoo_will_do(tmp_path: Path, keys: tuple[Path, Path]) ->
     secret, public = keys
     signed(tmp_path / "z", secret)
     for source in ("pico", "other/v1", "https://example.org/t", str(tmp_path / "z"), "org/tuner@v1"):
-        with pytest.raises(UserError, match="is no name in the index that --key is for"):
+        with pytest.raises(UserError, match="is no name in the index that `key` is for"):
             zoo.pull(source, tmp_path / "z", key=str(public))
 
 
 def test_a_signed_zoo_stays_signed(tmp_path: Path, keys: tuple[Path, Path]) -> None:
     secret, public = keys
     signed(tmp_path / "z", secret)
-    with pytest.raises(UserError, match="is signed; give --sign KEY"):
+    with pytest.raises(UserError, match="is signed; give `sign` KEY"):
         zoo.push(make_tuner(seed=1), tmp_path / "z")
     assert signed(tmp_path / "z", secret, seed=1) == "tiny/v2"
     assert [check.problem for check in zoo.verify(tmp_path / "z", str(public))] == [None, None]

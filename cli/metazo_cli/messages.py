@@ -1,0 +1,51 @@
+"""Messages of the library in the words of the command line: a setting in backticks becomes the command's flag.
+
+The library names Python arguments: `dev_examples`, `keep='last'`, `resume=True`. Here they become --dev-examples,
+--keep last and --resume if the command that runs has such a flag, and stay as they are if it has none.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+
+_SETTING = re.compile(r"`([a-z]\w*)(?:=(['\"]?)([^`'\"]*)\2)?`")
+_flags: dict[str, tuple[str, str | None]] = {}
+"""Of the command that runs: argument -> its flag, and the flag that turns it off."""
+
+
+def know(command: Any, words: Sequence[str]) -> None:
+    """Take up the flags of the command that these words of a command line call."""
+    for word in words:
+        if word not in getattr(command, "commands", {}):
+            break
+        command = command.commands[word]
+    _flags.clear()
+    for parameter in command.params:
+        if parameter.param_type_name == "option":
+            _flags[parameter.name] = (parameter.opts[0], next(iter(parameter.secondary_opts), None))
+
+
+def in_flags(text: str) -> str:
+    """The text with flags for the settings in backticks."""
+
+    def flag(found: re.Match[str]) -> str:
+        name, _, value = found.groups()
+        if name not in _flags:
+            return found[0]
+        on, off = _flags[name]
+        if value in (None, "True"):
+            return on
+        return off if value == "False" and off else f"{on} {value}"
+
+    return _SETTING.sub(flag, text)
+
+
+class Terminal(Console):
+    """A console that says what the library says in flags."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*(in_flags(item) if isinstance(item, str) else item for item in objects), **options)

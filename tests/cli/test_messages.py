@@ -1,0 +1,35 @@
+"""Settings in backticks become the flags of the command that runs, and of no other."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from metazo_cli import main, messages
+
+
+def shown(text: str, *words: str) -> str:
+    main._mount()
+    messages.know(typer.main.get_command(main.app), words)
+    return messages.in_flags(text)
+
+
+def test_a_setting_becomes_its_flag() -> None:
+    said = "`dev_examples` is 0; use `keep='last'`, `resume=True`, `allow_partial=False`, `rank=4` or `fit(x)`."
+    assert shown(said, "finetune", "--out", "x") == (
+        "--dev-examples is 0; use --keep last, --resume, --no-allow-partial, --rank 4 or `fit(x)`."
+    )
+
+
+def test_another_command_has_other_flags() -> None:
+    assert shown("`columns` of `lr`", "compare") == "--optimizers of `lr`"
+    assert shown("`sign` or `log`", "zoo", "push") == "--sign or --log"
+    assert shown("`sign` or `log`", "zoo", "log") == "`sign` or `log`"  # a group, and no command of it
+    assert shown("`dev_examples`") == "`dev_examples`"
+
+
+def test_notes_are_translated_as_errors_are(capsys) -> None:
+    shown("", "finetune")
+    messages.Terminal(file=sys.stdout, width=80).print("lower `lr`", markup=False)
+    assert capsys.readouterr().out == "lower --lr\n"
