@@ -232,7 +232,7 @@ def test_resume_with_other_settings_is_refused(settings, monkeypatch):
         StopsAt(patched, 2)
         with pytest.raises(Interrupted):
             meta_train(settings())
-    with pytest.raises(UserError, match="lr-meta"):
+    with pytest.raises(UserError, match="`lr_meta` was"):
         meta_train(settings(resume=True, lr_meta=0.3))
     tuner = meta_train(settings(resume=True))
     again = meta_train(settings(resume=True))
