@@ -57,7 +57,7 @@ def test_the_start_is_the_base_model_and_follows_the_seed(tmp_path):
 
 def test_without_peft_there_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(UserError, match=r"`lora` needs peft, .* pip install 'metazo\[peft\]'"):
+    with pytest.raises(UserError, match=r"need peft, .* pip install 'metazo\[peft\]'"):
         set_up(config(tmp_path / "x"))
 
 
