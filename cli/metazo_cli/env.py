@@ -26,6 +26,10 @@ def facts() -> dict[str, str]:
     found["cores"], found["torch threads"] = str(os.cpu_count()), str(torch.get_num_threads())
     found["cuda"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     found |= {f"noise on {device}": how for device, how in backends().items()}
+    if found["noise on cpu"] == "numba":
+        from metazo.kernels.vectors import WIDTH
+
+        found["kernels' vectors"] = f"{WIDTH} bits"
     return found | {package: number or "not installed" for package, number in versions(PACKAGES).items()}
 
 

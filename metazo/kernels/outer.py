@@ -15,6 +15,7 @@ from torch import Tensor
 
 try:
     from metazo.kernels.parallel import PIECE, kernel, share
+    from metazo.kernels.vectors import widest
 except ImportError:  # numba is not there; metazo env says so
     kernel, share, PIECE = None, None, 0
 
@@ -69,6 +70,7 @@ def _jobs(out: Tensor, left: Tensor, right: Tensor, alpha: float, beta: float) -
 
 def _loop(out: Any, left: Any, columns: Any, beta: Any, one: Any) -> None:
     """out = beta * out + left columns, two terms of the sum at a time."""
+    widest()
     rank = left.shape[1]
     for first in range(0, out.shape[1], _COLUMNS):
         last = min(first + _COLUMNS, out.shape[1])

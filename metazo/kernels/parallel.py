@@ -7,23 +7,33 @@ Python sleep, and compiled loops hold no lock.
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Callable, Iterable, Sized
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from pathlib import Path
 from threading import Lock
+from types import ModuleType
 
 import torch
 from numba import njit
 
+from metazo.kernels import casts, vectors
+from metazo.kernels.vectors import PREFERENCE
+
 PIECE = 1 << 18  # entries of a tensor that a thread takes at once
 
 
-def kernel(function: Callable, version: str = "") -> Callable:
-    """Compiled at its first call for a type, and kept on disk where there is a place to write.
+def kernel(function: Callable, *sources: ModuleType) -> Callable:
+    """Compiled at its first call for a type, and kept on disk if there is a place to write.
 
-    Args: version: what the loop reads from other files; numba looks for changes in its own file alone.
+    Args: sources: the modules beside its own that the loop takes functions and constants from. numba looks for changes in
+        the loop's own file alone, so what it keeps is filed under a checksum of theirs, and under the width of vectors.
     """
-    function.__qualname__ += f"-{version}"  # numba files what it keeps under this name
+    checksum = zlib.crc32(PREFERENCE.encode())
+    for source in (casts, vectors, *sources):
+        checksum = zlib.crc32(Path(str(source.__file__)).read_bytes(), checksum)
+    function.__qualname__ += f"-{checksum:08x}"
     try:
         return njit(nogil=True, cache=True, error_model="numpy")(function)
     except RuntimeError:  # numba found no such place

@@ -12,7 +12,6 @@ bit, for all other devices.
 
 from __future__ import annotations
 
-import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch import Tensor
 try:
     from metazo.kernels.casts import as_bits, as_float
     from metazo.kernels.parallel import PIECE, kernel, share
+    from metazo.kernels.vectors import widest
 except ImportError:  # numba is not there; metazo env says so
     kernel, share, PIECE = None, None, 0
 
@@ -126,6 +126,7 @@ _FIFTEEN, _SIXTEEN, _LOW, _TOP, _REST = _i32(15), _i32(16), _i32(0x7FFF), _i32(_
 
 
 def _join_loop(weights: Any, low: Any, theta: Any, below: int, dropped: int, scale: Any) -> None:
+    widest()
     up, down = _i32(below), _i32(dropped)
     for i in range(theta.size):
         e = _u64(i)  # numba asks of a signed index whether it is negative
@@ -138,6 +139,7 @@ def _join_loop(weights: Any, low: Any, theta: Any, below: int, dropped: int, sca
 def _split_loop(
     theta: Any, weights: Any, low: Any, start: int, below: int, dropped: int, scale: Any, seed: Any
 ) -> None:
+    widest()
     up, down, half = _i32(below), _i32(dropped), _i32(1 << (below - 1))
     dither, kept = _i32((1 << dropped) - 1), _i32(-1 << dropped)
     for i in range(theta.size):
@@ -155,5 +157,4 @@ def _split_loop(
 
 
 if kernel:
-    _version = f"{zlib.crc32(repr((_MULTIPLIERS, LAYOUTS)).encode()):x}"
-    _join, _split = kernel(_join_loop, _version), kernel(_split_loop, _version)
+    _join, _split = kernel(_join_loop), kernel(_split_loop)

@@ -11,7 +11,7 @@ from numba import njit
 from scipy import stats
 
 from metazo.errors import UserError
-from metazo.noise import TILE, PhiloxNoise, cpu, philox
+from metazo.noise import TILE, PhiloxNoise, lanes, philox
 
 # Random123's kat_vectors for philox4x32 with 10 rounds: counter, key, words.
 KNOWN = [
@@ -77,7 +77,7 @@ def moments_of_pairs():
     """Moments 2, 4, 6, 8 and the difference of variances over 2^26 values, evenly spaced, of the 29 bits."""
     m2 = m4 = m6 = m8 = difference = 0.0
     for value in range(4, 1 << 29, 8):
-        first, second = cpu._normal_pair(np.uint32(2 * value))
+        first, second = lanes._normal_pair(np.uint32(2 * value))
         a, b = np.float64(first) ** 2, np.float64(second) ** 2
         m2, m4, m6, m8 = m2 + a + b, m4 + a * a + b * b, m6 + a**3 + b**3, m8 + a**4 + b**4
         difference += a - b
