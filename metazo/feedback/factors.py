@@ -29,7 +29,8 @@ class Gradient:
         return [*self.left, *self.whole]
 
     def add_product(self, name: str, left: Tensor, right: Tensor) -> None:
-        """Add left right^T to the gradient of a matrix."""
+        """Add left right^T to the gradient of a matrix; narrow factors are kept in float32."""
+        left, right = (value.to(torch.promote_types(value.dtype, torch.float32)) for value in (left, right))
         if name in self.left:
             left, right = torch.cat([self.left[name], left], 1), torch.cat([self.right[name], right], 1)
         self.left[name], self.right[name] = left, right

@@ -62,10 +62,10 @@ class Exact:
 
 
 @dataclass(frozen=True)
-class Feedback:
+class MeanJacobian:
     """t_l (delta + (delta V_l) U_l): `down` holds V_l (d, r) and `up` U_l (r, d) by block index, `trust` t_l.
 
-    A block without an entry takes delta itself; so does the last one, at which delta is exact.
+    A block without an entry takes delta itself, as the last one does, at which delta is exact.
     """
 
     down: Mapping[int, Tensor]
@@ -84,7 +84,7 @@ class Feedback:
         return self.trust[index] * (delta + (delta @ down.to(delta.dtype)) @ self.up[index].to(delta.dtype))
 
 
-def matrix(surrogate: Feedback, index: int) -> Tensor:
+def matrix(surrogate: MeanJacobian, index: int) -> Tensor:
     """B_l (d, d) of a block as it acts on a row: e_l = delta B_l."""
     down, up = surrogate.down[index], surrogate.up[index]
     return surrogate.trust[index] * (torch.eye(len(down), dtype=down.dtype) + down @ up)

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from metazo.bench.architectures import build
 from metazo.feedback.factors import Gradient, product_square_norm
 from metazo.feedback.residual import find_residual, hidden_of, with_hidden
-from metazo.feedback.surrogates import Column, Exact, Feedback, Skip, matrix
+from metazo.feedback.surrogates import Column, Exact, MeanJacobian, Skip, matrix
 from tests.feedback.test_architectures import estimate, relative
 
 
@@ -94,7 +94,7 @@ def test_feedback_multiplies_delta_by_its_matrix() -> None:
         jacobian = jacobian @ (torch.eye(6, dtype=torch.float64) + layer.b.weight @ layer.a.weight)
     trust = 0.8
     low = (jacobian / trust - torch.eye(6, dtype=torch.float64)).detach()
-    surrogate = Feedback({0: low}, {0: torch.eye(6, dtype=torch.float64)}, {0: trust})
+    surrogate = MeanJacobian({0: low}, {0: torch.eye(6, dtype=torch.float64)}, {0: trust})
     assert torch.allclose(matrix(surrogate, 0), jacobian)
 
     class Tiny:

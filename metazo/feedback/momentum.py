@@ -1,0 +1,66 @@
+"""Momentum that stays two factors per matrix: m <- mu m + g, cut back to rank r after every step.
+
+With m = L R^T and g = l r^T, the sum is [mu L, l] [R, r]^T. QR decompositions of both sides and a singular value
+decomposition of the small product give its best approximation of rank r (Eckart and Young 1936); what is cut is lost,
+so the momentum is a little shorter than the exact one. Memory: r (m + n) numbers per matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from metazo.blocks import NamedTensor
+from metazo.feedback.factors import Gradient
+
+State = dict[str, Tensor]
+
+
+class FactoredMomentum:
+    """Args: momentum: mu, in [0, 1); rank: r; matrices: names of the tensors whose gradients come as factors."""
+
+    def __init__(self, momentum: float, rank: int, matrices: Iterable[str]):
+        self.momentum, self.rank, self.matrices = momentum, rank, frozenset(matrices)
+
+    def init(self, tensors: Iterable[NamedTensor]) -> State:
+        """Zeros: momentum/left/<name> (m, r), momentum/right/<name> (n, r), momentum/<name> for other tensors."""
+        state: State = {}
+        for tensor in tensors:
+            param = tensor.param
+            kind = {"dtype": torch.promote_types(param.dtype, torch.float32), "device": param.device}
+            if tensor.name in self.matrices:
+                rank = min(self.rank, *param.shape)
+                state[f"momentum/left/{tensor.name}"] = torch.zeros(param.shape[0], rank, **kind)
+                state[f"momentum/right/{tensor.name}"] = torch.zeros(param.shape[1], rank, **kind)
+            else:
+                state[f"momentum/{tensor.name}"] = torch.zeros(param.shape, **kind)
+        return state
+
+    def update(self, state: State, gradient: Gradient) -> Gradient:
+        """Add a gradient to the momentum; returns the momentum of its tensors, as this step uses it."""
+        out = Gradient()
+        for name, left in gradient.left.items():
+            kept, right = state[f"momentum/left/{name}"], state[f"momentum/right/{name}"]
+            lefts = torch.cat([kept * self.momentum, left.to(kept.dtype)], 1)
+            rights = torch.cat([right, gradient.right[name].to(kept.dtype)], 1)
+            new_left, new_right = truncated(lefts, rights, kept.shape[1])
+            kept.copy_(new_left)
+            right.copy_(new_right)
+            out.add_product(name, kept, right)
+        for name, value in gradient.whole.items():
+            out.add_whole(name, state[f"momentum/{name}"].mul_(self.momentum).add_(value))
+        return out
+
+
+def truncated(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The best factors of a rank for left right^T, (m, K) and (n, K) -> (m, rank) and (n, rank)."""
+    q, r = torch.linalg.qr(left)
+    p, s = torch.linalg.qr(right)
+    u, values, vt = torch.linalg.svd(r @ s.t(), full_matrices=False)
+    found = min(rank, len(values))
+    new_left, new_right = left.new_zeros(len(left), rank), right.new_zeros(len(right), rank)
+    new_left[:, :found] = q @ (u[:, :found] * values[:found])
+    new_right[:, :found] = p @ vt[:found].t()
+    return new_left, new_right

@@ -1,0 +1,197 @@
+"""Base of the methods that use the network's structure: one forward pass and errors pulled through single blocks.
+
+    theta_b <- (1 - lr wd) theta_b - lr max(|theta_b|, floor sqrt(n_b)) g_b / |g_b|        normalise=True, n_b entries
+    theta_b <- (1 - lr wd) theta_b - lr g_b                                                normalise=False
+
+per tensor b, with g the estimate of metazo/feedback/local.py. The normalised step is LARS (You, Gitman and Ginsburg 2017, arXiv
+1708.03888) with the weight decay apart; |g_b| comes from products of factors, so no gradient of a matrix is ever stored.
+Differences from LARS: the norm of a tensor has a floor (as in Adafactor, Shazeer and Stern 2018, section 8), so that
+tensors that start at zero (biases, LoRA's B) learn; momentum acts on g before it is normalised.
+
+The blocks are updated from the top down, each as soon as its estimate is there: beside the weights and the blocks'
+inputs, one block's graph and factors exist at a time.
+
+A step cannot be replayed from its record, which holds the loss alone: it is recomputed from its batch.
+
+Where not to use: losses that are not differentiable in what follows the last block, models that are a black box or no single
+residual stream, dropout, several processes. There the methods that perturb weights remain.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import nn
+
+from metazo.blocks import NamedTensor
+from metazo.errors import UserError
+from metazo.feedback.factors import Gradient
+from metazo.feedback.local import LocalGradient
+from metazo.feedback.momentum import FactoredMomentum
+from metazo.feedback.residual import find_residual, linear_maps
+from metazo.feedback.surrogates import Surrogate
+from metazo.kernels.outer import plain_
+from metazo.optimizers.base import State, ZOOptimizer
+from metazo.optimizers.groups import Closure, listed
+from metazo.step.directions import Sparse
+from metazo.step.lowrank import Held
+from metazo.step.record import Step
+from metazo.step.weights import Term
+
+FLOOR = 1e-3  # least root mean square of a tensor that a normalised step assumes
+
+REPLAY = "A step of {} cannot be replayed from its record: it is recomputed, which needs the model and the batches."
+NO_CLOSURE = "step() needs a closure that returns the loss as a tensor: step(lambda: model(**batch).loss)."
+
+
+class Products(Held):
+    """`Held` for factors of high rank: torch's matrix product, where the compiled loop is made for a rank of a few."""
+
+    def add_(self, stream, tensor, out, alpha, beta=1.0, start=0) -> None:
+        left = self.left.get(tensor.name)
+        if left is None:
+            return super().add_(stream, tensor, out, alpha, beta, start)
+        right = self.right[tensor.name]
+        if out.shape != tensor.param.shape:
+            first = start // len(right)
+            out = out.view(-1, len(right))
+            left = left[first : first + len(out)]
+        plain_(out, left, right, alpha, beta)
+
+
+class Structured(ZOOptimizer):
+    """Base of `SkipFeedback`, `Feedback` and `AnswerColumn`.
+
+    Args:
+        params, lr, weight_decay, seed, precision: as for every method. With `normalise`, lr is the length of a step
+            relative to the tensor's norm: 0.001 moves every tensor by 0.1 % of its norm per step.
+        model: the module whose forward pass the closure runs.
+        normalise: LARS's step per tensor, or the estimate as it is.
+        momentum: mu of m <- mu m + g; 0 keeps no state.
+        momentum_rank: rank of the momentum of a matrix.
+        recompute: run each block again for its local gradient (memory of one block), or keep the graphs of all
+            trained blocks (one forward pass less, memory of backpropagation).
+
+    Attributes: untouched, names of trained tensors that the estimate does not reach, after the first step; vanished, the
+    number of tensor updates left out because their estimate was not finite.
+
+    Raises UserError if the model has no residual stream, or no trained tensor is in its blocks.
+    """
+
+    needs_model = True
+    replayable = False
+    own_rule = "has its own step, normalised per tensor"
+    common = frozenset({"seed", "precision"})
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 1e-3,
+        *,
+        model: nn.Module,
+        normalise: bool = True,
+        momentum: float = 0.0,
+        momentum_rank: int = 16,
+        recompute: bool = True,
+        weight_decay: float = 0.0,
+        seed: int = 0,
+        precision: str = "auto",
+    ):
+        if not 0 <= momentum < 1:
+            raise UserError(f"`momentum` must be at least 0 and below 1, not {momentum}.")
+        if not isinstance(momentum_rank, int) or momentum_rank < 1:
+            raise UserError(f"`momentum_rank` must be a whole number of at least 1, not {momentum_rank}.")
+        self.model, self.normalise, self.recompute = model, normalise, recompute
+        self.momentum, self.momentum_rank = momentum, momentum_rank
+        self.vanished = 0
+        super().__init__(params, lr, weight_decay=weight_decay, seed=seed, precision=precision)
+
+    def surrogate(self) -> Surrogate:
+        """Which error each block's output is given."""
+        raise NotImplementedError
+
+    def init(self, tensors: Sequence[NamedTensor]) -> State:
+        names = {id(tensor.param): tensor.name for tensor in tensors}
+        self.by_name = {tensor.name: tensor for tensor in tensors}
+        self.local = LocalGradient(find_residual(self.model), names, self.surrogate(), self.recompute)
+        if not self.momentum:
+            return {}
+        matrices = {names[id(m.weight)] for m in linear_maps(self.model) if id(m.weight) in names}
+        self.factored = FactoredMomentum(self.momentum, self.momentum_rank, matrices)
+        return self.factored.init(tensors)
+
+    @property
+    def untouched(self) -> list[str]:
+        return self.local.untouched
+
+    def forwards_per_step(self, closures: int = 1) -> float:
+        """In forward passes of the trained blocks: the pass, running blocks again, and pulling the errors."""
+        return (3 if self.recompute else 2) * closures
+
+    def step(  # type: ignore[override]
+        self, closure: Closure | Sequence[Closure] | None = None, *, replay: Step | None = None
+    ) -> float:
+        """Take one step; see ZOOptimizer.step. A recorded step is recomputed from its closure, under its learning rates.
+
+        Raises UserError for a replay without a closure, or if the loss is not the recorded one.
+        """
+        self._prepare()
+        closures = listed(closure)
+        if not closures:
+            raise UserError(REPLAY.format(self.name) if replay else NO_CLOSURE)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            raise UserError(f"{self.name} runs in one process: its estimate is not a few numbers that could be shared.")
+        with self.weights.evaluating():
+            captured = self.local.capture(closures)
+        self.forwards += int(self.forwards_per_step(len(closures)))
+        loss = captured.loss
+        if replay and replay.losses != (loss,):
+            raise UserError(f"Step {self.steps} was recorded with loss {replay.losses[0]} and gives {loss} now.")
+        deltas = [one.delta for one in captured.passes]
+        finite = abs(loss) <= self.max_loss and all(bool(d.isfinite().all()) for d in deltas)  # type: ignore[union-attr]
+        rates = replay.lr if replay else self.learning_rates(self.steps)
+        self.last_step = Step(self.steps, (), (loss,), (1.0,) if finite else (), rates)
+        self._record(self.last_step, replay)
+        if finite:
+            gradients = self.local.gradients(captured)
+            while (gradient := self._next(gradients)) is not None:
+                self._descend(gradient, rates)
+        self.steps += 1
+        return loss if finite else math.nan
+
+    def _next(self, gradients: Iterator[tuple[int | None, Gradient]]) -> Gradient | None:
+        """The next block's gradient, computed in the type of the forward pass."""
+        with self.weights.evaluating():
+            return next(gradients, (None, None))[1]
+
+    @torch.no_grad()
+    def _descend(self, gradient: Gradient, rates: Sequence[float]) -> None:
+        if self.momentum:
+            gradient = self.factored.update(self.zo_state, gradient)
+        factors = {name: self._factor(name, gradient) for name in gradient.names}
+        moved = {name for name, factor in factors.items() if factor}
+        gradient = gradient.scaled(factors)
+        direction = Sparse(Products(gradient.left, gradient.right, gradient.whole), moved)
+        decay = {
+            name: 1 - rates[tensor.group] * float(self.param_groups[tensor.group]["weight_decay"])
+            for name, tensor in self.by_name.items()
+            if name in moved and self.decays(tensor)
+        }
+        seed = self.noise.seed(self.steps, 0)  # of the rounding of compensated weights
+        self.weights.apply([Term(direction, seed, 1.0)], lambda tensor: rates[tensor.group], decay)
+
+    def _factor(self, name: str, gradient: Gradient) -> float:
+        """What the estimate of a tensor is multiplied by: 1, or the tensor's norm by the estimate's."""
+        square = gradient.square_norm(name)
+        if not math.isfinite(square):
+            self.vanished += 1
+            return 0.0
+        if not self.normalise:
+            return 1.0
+        if square == 0:
+            return 0.0
+        tensor = self.by_name[name]
+        size = sum(float(theta.square().sum(dtype=torch.float64)) for _, theta in self.weights.values(tensor))
+        return math.sqrt(max(size, FLOOR**2 * tensor.param.numel()) / square)

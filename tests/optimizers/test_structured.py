@@ -1,0 +1,219 @@
+"""The optimizers over metazo/feedback: the step, normalised or not, under every precision; memory; resuming."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from metazo.bench.architectures import build
+from metazo.errors import UserError
+from metazo.optimizers.answer_column import AnswerColumn
+from metazo.optimizers.skip_feedback import SkipFeedback
+from metazo.optimizers.structured import FLOOR
+from metazo.step.record import Step
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def test_a_plain_step_is_sgd_on_the_gradient() -> None:
+    """positions="all" is exact: beside torch's SGD with decoupled decay, blocks and head."""
+    tiny = build("BERT")
+    for name, p in tiny.model.named_parameters():
+        p.requires_grad_("embeddings" not in name)
+    before = weights(tiny.model)
+    tiny.every().backward()
+    true = {name: p.grad.clone() for name, p in tiny.model.named_parameters() if p.grad is not None}
+    optimizer = AnswerColumn(
+        tiny.model.named_parameters(), 0.1, model=tiny.model, positions="all", normalise=False, weight_decay=0.5
+    )
+    loss = optimizer.step(tiny.every)
+    assert loss == pytest.approx(optimizer.last_step.losses[0]) and optimizer.untouched == []
+    for name, gradient in true.items():
+        decay = 1 - 0.1 * 0.5 * ("bias" not in name and "layernorm" not in name)
+        assert torch.allclose(tiny.model.get_parameter(name), decay * before[name] - 0.1 * gradient, atol=1e-12), name
+
+
+def test_a_normalised_step_has_the_length_of_the_tensor_times_lr() -> None:
+    tiny = build("Llama")
+    zero = "model.layers.1.self_attn.q_proj.weight"
+    tiny.model.get_parameter(zero).data.zero_()
+    tiny.model.get_parameter("model.layers.1.self_attn.k_proj.weight").data.mul_(2)
+    before = weights(tiny.model)
+    tiny.every().backward()
+    optimizer = AnswerColumn(tiny.model.named_parameters(), 0.01, model=tiny.model, positions="all")
+    optimizer.step(tiny.every)
+    assert optimizer.untouched == ["model.embed_tokens.weight"]
+    for name, p in tiny.model.named_parameters():
+        step, gradient = p.detach() - before[name], p.grad
+        if name == "model.embed_tokens.weight" or not gradient.norm():
+            assert not step.any()
+            continue
+        size = max(float(before[name].norm()), FLOOR * math.sqrt(p.numel()))
+        # transformers computes norms in float32, so its own gradients agree with themselves to 1e-7
+        assert torch.allclose(step, -0.01 * size * gradient / gradient.norm(), rtol=1e-5, atol=1e-8), name
+    assert float((tiny.model.get_parameter(zero).detach()).norm()) == pytest.approx(0.01 * FLOOR * 16, rel=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["master", "compensated-16", "compensated-8"])
+def test_narrow_weights_move_by_less_than_their_rounding(precision: str) -> None:
+    """20 bfloat16 steps, each too small to show, arrive where float32 steps do."""
+    wide, narrow = build("Llama", dtype=torch.float32), build("Llama", dtype=torch.bfloat16)
+    wide.model.load_state_dict(narrow.model.state_dict())
+    start = weights(wide.model)
+    for tiny, kind in ((wide, "auto"), (narrow, precision)):
+        optimizer = SkipFeedback(tiny.model.named_parameters(), 2e-4, model=tiny.model, precision=kind)
+        for _ in range(20):
+            optimizer.step(tiny.answer)
+    name = "model.layers.2.mlp.down_proj.weight"
+    theta = torch.cat([t.flatten().clone() for _, t in optimizer.weights.values(optimizer.by_name[name])])
+    moved, wanted = theta - start[name].flatten(), (wide.model.get_parameter(name).detach() - start[name]).flatten()
+    assert float(torch.cosine_similarity(moved, wanted, dim=0)) > 0.97  # gradients of a bfloat16 forward pass
+    assert float(moved.norm() / wanted.norm()) == pytest.approx(1, abs=0.05)
+
+
+def test_autocast_updates_in_float32() -> None:
+    tiny = build("Llama", dtype=torch.float32)
+    optimizer = SkipFeedback(tiny.model.named_parameters(), 1e-5, model=tiny.model, precision="autocast")
+    name = "model.layers.2.mlp.down_proj.weight"
+    before = weights(tiny.model)[name]
+    optimizer.step(tiny.answer)
+    step = tiny.model.get_parameter(name).detach() - before
+    assert float(step.norm() / before.norm()) == pytest.approx(1e-5, rel=1e-2)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_resumed_is_bit_identical(momentum: float) -> None:
+    def run(steps: int, resume_at: int | None = None):
+        tiny = build("GPT-2", dtype=torch.float32)
+
+        def fresh():
+            return SkipFeedback(
+                tiny.model.named_parameters(), 3e-3, model=tiny.model, momentum=momentum, momentum_rank=4
+            )
+
+        optimizer = fresh()
+        for step in range(steps):
+            if step == resume_at:
+                state = {key: value.clone() for key, value in optimizer.tensors_state().items()}
+                optimizer = fresh()
+                optimizer.load_tensors_state(state)
+            optimizer.step(tiny.every if step % 2 else tiny.answer)
+        return tiny.model, optimizer
+
+    (one, first), (two, second) = run(6), run(6, resume_at=3)
+    assert first.steps == second.steps == 6 and first.forwards == second.forwards
+    assert all(torch.equal(p, q) for p, q in zip(one.parameters(), two.parameters()))
+
+
+def test_momentum_of_full_rank_is_torchs() -> None:
+    tiny, twin = build("OPT"), build("OPT")
+    optimizer = AnswerColumn(
+        tiny.model.named_parameters(),
+        0.05,
+        model=tiny.model,
+        positions="all",
+        normalise=False,
+        momentum=0.8,
+        momentum_rank=24,
+    )
+    for name, p in twin.model.named_parameters():
+        p.requires_grad_("embed" not in name and name != "lm_head.weight")
+    reference = torch.optim.SGD([p for p in twin.model.parameters() if p.requires_grad], lr=0.05, momentum=0.8)
+    for name, p in tiny.model.named_parameters():
+        p.requires_grad_(dict(twin.model.named_parameters())[name].requires_grad)
+    for _ in range(5):
+        optimizer.step(tiny.every)
+        reference.zero_grad()
+        twin.every().backward()
+        reference.step()
+    for name, p in twin.model.named_parameters():
+        assert torch.allclose(tiny.model.get_parameter(name), p, atol=1e-9), name
+
+
+def test_several_closures_are_averaged() -> None:
+    one, two = build("Llama"), build("Llama")
+
+    def mean():
+        return (two.answer() + two.every()) / 2
+
+    for tiny, closure in ((one, [one.answer, one.every]), (two, mean)):
+        AnswerColumn(tiny.model.named_parameters(), 0.01, model=tiny.model, positions="all").step(closure)
+    for (name, p), q in zip(one.model.named_parameters(), two.model.parameters()):
+        assert torch.allclose(p, q, atol=1e-9), name
+
+
+def test_a_step_is_recomputed_not_replayed() -> None:
+    one, two = build("Llama"), build("Llama")
+    records: list[Step] = []
+    first = SkipFeedback(one.model.named_parameters(), 1e-3, model=one.model)
+    first.recorder = records.append
+    first.step(one.answer)
+    second = SkipFeedback(two.model.named_parameters(), 7.0, model=two.model)
+    with pytest.raises(UserError, match="skip-feedback cannot be replayed from its record: it is recomputed"):
+        second.step(replay=records[0])
+    second.step(two.answer, replay=records[0])
+    assert all(torch.equal(p, q) for p, q in zip(one.model.parameters(), two.model.parameters()))
+    with pytest.raises(UserError, match="Step 1 was recorded with loss"):
+        second.step(two.answer, replay=records[0])
+
+
+def test_a_loss_that_is_not_finite_changes_nothing() -> None:
+    tiny = build("Llama")
+    before = weights(tiny.model)
+    optimizer = SkipFeedback(tiny.model.named_parameters(), 1e-3, model=tiny.model)
+    assert math.isnan(optimizer.step(lambda: tiny.answer() * math.inf))
+    assert optimizer.last_step.coefficients == () and optimizer.steps == 1
+    assert all(torch.equal(before[name], p) for name, p in tiny.model.named_parameters())
+
+
+def test_a_full_log_changes_nothing() -> None:
+    tiny = build("Llama")
+    before = weights(tiny.model)
+    optimizer = SkipFeedback(tiny.model.named_parameters(), 1e-3, model=tiny.model)
+
+    def full(step):
+        raise OSError("no space")
+
+    optimizer.recorder = full
+    with pytest.raises(OSError):
+        optimizer.step(tiny.answer)
+    assert all(torch.equal(before[name], p) for name, p in tiny.model.named_parameters())
+
+
+def test_dropout_and_frozen_blocks_are_refused() -> None:
+    tiny = build("BERT")
+    tiny.model.train()
+    with pytest.raises(
+        UserError, match=r"gives another output when it runs again: switch dropout off \(model.eval\(\)\)"
+    ):
+        SkipFeedback(tiny.model.named_parameters(), 1e-3, model=tiny.model).step(tiny.answer)
+    tiny = build("BERT")
+    for name, p in tiny.model.named_parameters():
+        p.requires_grad_("cls" in name)
+    with pytest.raises(UserError, match="No trained tensor is within the blocks"):
+        SkipFeedback(tiny.model.named_parameters(), 1e-3, model=tiny.model).step(tiny.answer)
+
+
+def test_a_cache_of_keys_and_values_does_not_double_them() -> None:
+    """A causal model called with its default use_cache=True."""
+    one, two = build("Llama"), build("Llama")
+    two.model.config.use_cache = False
+    for tiny in (one, two):
+        SkipFeedback(tiny.model.named_parameters(), 1e-2, model=tiny.model).step(tiny.every)
+    assert all(torch.equal(p, q) for p, q in zip(one.model.parameters(), two.model.parameters()))
+
+
+@pytest.mark.parametrize("settings, sentence", [
+    ({"momentum": 1.0}, "`momentum` must be at least 0 and below 1, not 1.0"),
+    ({"momentum_rank": 0}, "`momentum_rank` must be a whole number of at least 1, not 0"),
+])  # fmt: skip
+def test_settings_out_of_range(settings, sentence) -> None:
+    tiny = build("Llama")
+    with pytest.raises(UserError, match=sentence):
+        SkipFeedback(tiny.model.named_parameters(), model=tiny.model, **settings)
+    with pytest.raises(UserError, match="`positions` 'some' is unknown: choose carrying or all"):
+        AnswerColumn(tiny.model.named_parameters(), model=tiny.model, positions="some")
