@@ -41,7 +41,13 @@ def evaluate(
         chosen = resolve(name)
         labels = len(chosen.labels) if chosen.kind == "classification" else None
         loaded = load_model(
-            model, kind=kind, dtype=dtype, device=resolve_device(device), num_labels=labels, seed=seed
+            model,
+            kind=kind,
+            dtype=dtype,
+            device=resolve_device(device),
+            num_labels=labels,
+            seed=seed,
+            trained_head=True,
         )  # fmt: skip
         sizes = {"dev": examples, "test": 1000} if split == "dev" else {"dev": 500, "test": examples}
         prepared = prepare(chosen, loaded, data=data, seed=seed, max_length=max_length, **sizes)

@@ -1,4 +1,4 @@
-"""Load a transformers model and its tokenizer, from a folder or the Hub, with the dtype always said.
+"""Load a transformers model and its tokenizer, from a folder or the Hub, with the dtype always given.
 
 The dtype is never left to the checkpoint: since transformers 5 OPT would load as float16, in which perturbed weights
 lose the perturbation (huggingface/peft#3053, princeton-nlp/MeZO#42).
@@ -6,7 +6,9 @@ lose the perturbation (huggingface/peft#3053, princeton-nlp/MeZO#42).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +16,7 @@ import torch
 
 from metazo.errors import UserError
 from metazo.io.extras import needs
+from metazo.models.checks import check_config, check_tokenizer, not_finite
 from metazo.models.sentence import HEAD_FILE, SentenceClassifier, find, pooling_of, quiet
 
 with needs("llm"):
@@ -40,7 +43,9 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
-HEADS = ("auto", "checkpoint", "linear", "prototype")
+HEADS = ("auto", "checkpoint", "linear", "prototype", "phrases")
+MADE = ("prototype", "phrases")
+"""Heads that `metazo.tasks.classes.fit_head` makes from a task."""
 PICO = Path(__file__).parents[1] / "pico" / "model"
 
 
@@ -56,6 +61,10 @@ class LoadedModel:
     dtype: torch.dtype
     context_length: int
     """Most tokens of one input, special tokens included."""
+    new_head: bool = False
+    """A classifier's head is not from the checkpoint: it was drawn from the seed, or is yet to be made from a task."""
+    notes: list[str] = field(default_factory=list)
+    """Sentences for the user: a new head, weights that are not finite."""
 
 
 def load_model(
@@ -67,16 +76,19 @@ def load_model(
     num_labels: int | None = None,
     head: str = "auto",
     seed: int = 0,
+    trained_head: bool = False,
 ) -> LoadedModel:
     """Load a model for fine-tuning.
 
     kind: "causal", "masked", "classifier", or "auto": what the checkpoint was saved as; a checkpoint without a language
     model head becomes a classifier. A classifier whose checkpoint has no head of ``num_labels`` classes gets a new one,
     drawn from ``seed`` without touching torch's global generator. head: a classifier's; "checkpoint" is transformers' own
-    class, "linear" and "prototype" stand on pooled hidden states (`SentenceClassifier`), and "auto" takes linear for a
-    sentence-transformers checkpoint, whose pooler was never trained, and checkpoint for every other. ``pico`` is the
-    small model that metazo carries.
-    Code from the Hub is never run. Raises UserError for a model, kind, dtype or device that is not there.
+    class, "linear", "prototype" and "phrases" read pooled hidden states (`SentenceClassifier`; the last two are made by
+    `metazo.tasks.classes.fit_head`), and "auto" takes linear for a sentence-transformers checkpoint, whose pooler was never
+    trained, and checkpoint for every other. trained_head: refuse a classifier whose head would be new, because its
+    predictions are random. ``pico`` is the small model that metazo carries.
+    Code from the Hub is never run. Raises UserError for a model, kind, dtype or device that is not there, and for a model
+    type that is no causal, masked or classification model of text.
     """
     name = str(name_or_path)
     torch_dtype = _dtype(dtype)
@@ -86,8 +98,11 @@ def load_model(
     if head not in HEADS:
         raise UserError(f"unknown head {head!r}; choose {', '.join(HEADS)}")
     _check_folder(source, name)
-    try:
+    notes: list[str] = []
+    with _explained(name):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)  # without it, a terminal is asked
+        check_config(config, name)
+        check_tokenizer(Path(source).expanduser(), name)
         chosen = _kind_of(config) if kind == "auto" else kind
         if chosen != "classifier" and head != "auto":
             raise UserError(
@@ -96,22 +111,37 @@ def load_model(
         with quiet(), torch.random.fork_rng(devices=[]):  # a new head follows the seed, not the global generator
             torch.default_generator.manual_seed(seed)
             if chosen == "classifier":
-                model = _classifier(source, config, torch_dtype, num_labels, head)
+                model, new = _classifier(source, config, torch_dtype, num_labels, head, name, notes)
             else:
-                model = _language_model(source, config, torch_dtype, chosen, name)
+                model, new = _language_model(source, config, torch_dtype, chosen, name), False
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except UserError:
-        raise
-    except Exception as error:
-        # whatever transformers makes of a damaged checkpoint; from None: a server's answer, which may repeat the token
-        # that it was sent, is in no traceback
-        raise UserError(f"model {name!r} cannot be loaded: {_first_sentence(error)}") from None
+        if tokenizer("a", verbose=False)["input_ids"] is None:
+            raise UserError(f"the tokenizer of {name!r} makes no tokens")
+    if new and trained_head:
+        raise UserError(
+            f"there is no trained head of {model.config.num_labels} classes in {name!r}, so its answers would be random; "
+            "fine-tune it first, or use the model as a language model with `kind` causal or masked"
+        )
     try:
         model.to(device=torch.device(device))  # type: ignore[call-arg]
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {str(device)!r} cannot be used: {_first_sentence(error)}") from error
+    context = _context_length(model, tokenizer)
     _set_pad(tokenizer, model)
-    return LoadedModel(model.eval(), tokenizer, chosen, name, torch_dtype, _context_length(model, tokenizer))  # type: ignore[arg-type]
+    notes += not_finite(model)
+    return LoadedModel(model.eval(), tokenizer, chosen, name, torch_dtype, context, new, notes)  # type: ignore[arg-type]
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Whatever a damaged checkpoint raises, as one sentence; a tokenizer's panic is no Exception."""
+    try:
+        yield
+    except (UserError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        # from None: a server's answer, which may repeat the token that it was sent, is in no traceback
+        raise UserError(f"model {name!r} cannot be loaded: {_first_sentence(error)}") from None
 
 
 def _language_model(source: str, config: PreTrainedConfig, dtype: torch.dtype, kind: str, name: str) -> PreTrainedModel:
@@ -125,20 +155,39 @@ def _language_model(source: str, config: PreTrainedConfig, dtype: torch.dtype, k
 
 
 def _classifier(
-    source: str, config: PreTrainedConfig, dtype: torch.dtype, classes: int | None, head: str
-) -> PreTrainedModel | SentenceClassifier:
+    source: str,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    classes: int | None,
+    head: str,
+    name: str,
+    notes: list[str],
+) -> tuple[PreTrainedModel | SentenceClassifier, bool]:
+    """The model, and whether its head is new."""
+    trained = sum(a.endswith("ForSequenceClassification") for a in config.architectures or ()) and config.num_labels
     if head == "auto":
         if find(source, HEAD_FILE):
             model = SentenceClassifier.from_pretrained(source, dtype=dtype)
             if classes in (None, model.classes):
-                return model
-        own_head = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
-        head = "linear" if not own_head and pooling_of(source) else "checkpoint"
-    if head != "checkpoint":
-        return SentenceClassifier.new(source, head=head, classes=classes or config.num_labels or 2, dtype=dtype)
-    if classes is not None and config.num_labels != classes:
-        config.num_labels = classes
-    return KINDS["classifier"].from_pretrained(source, config=config, dtype=dtype, ignore_mismatched_sizes=True)
+                return model, False
+            trained = model.classes
+        head = "linear" if (not trained or find(source, HEAD_FILE)) and pooling_of(source) else "checkpoint"
+    wanted = classes or config.num_labels or 2
+    if head == "checkpoint":
+        if classes is not None and config.num_labels != classes:
+            config.num_labels = classes
+        model, info = KINDS["classifier"].from_pretrained(
+            source, config=config, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+        lost = [str(key if isinstance(key, str) else key[0]) for key in info["mismatched_keys"]]
+        new = bool(lost or info["missing_keys"])
+    else:
+        model, lost, new = SentenceClassifier.new(source, head=head, classes=wanted, dtype=dtype), [], True
+        model.config.id2label = {index: f"LABEL_{index}" for index in range(wanted)}
+    if new and head not in MADE:
+        old = f" in place of the trained one of {trained} classes" if trained and (lost or head == "linear") else ""
+        notes.append(f"{name} gets a new head of {wanted} classes{old}: its first answers are random")
+    return model, new
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -174,18 +223,24 @@ def _first_sentence(error: BaseException) -> str:
 
 
 def _set_pad(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | SentenceClassifier) -> None:
-    """Padding is masked out, so any token will do: the tokenizer's own, end of text, unknown, or token 0."""
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
-    if model.config.get_text_config().pad_token_id is None:
-        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    """Padding is masked out, so any token will do: the tokenizer's own, end of text, unknown, or token 0.
+
+    The config follows the tokenizer: classifiers find the last token of a row by the config's padding token.
+    """
+    encoder = model.encoder if isinstance(model, SentenceClassifier) else model
+    rows = encoder.get_input_embeddings().weight.shape[0]
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:  # a token that was added without an embedding
+        tokens = (tokenizer.eos_token, tokenizer.unk_token, tokenizer.convert_ids_to_tokens(0))
+        tokenizer.pad_token = next(t for t in tokens if t and tokenizer.convert_tokens_to_ids(t) < rows)
+    for config in (model.config, model.config.get_text_config()):
+        config.pad_token_id = tokenizer.pad_token_id
 
 
 def _context_length(model: PreTrainedModel | SentenceClassifier, tokenizer: PreTrainedTokenizerBase) -> int:
     config = model.config.get_text_config()
     limits = [tokenizer.model_max_length]
-    for field in ("max_position_embeddings", "n_positions"):
-        limits.append(getattr(config, field, None) or limits[0])
+    for name in ("max_position_embeddings", "n_positions"):
+        limits.append(getattr(config, name, None) or limits[0])
     if config.model_type in ("roberta", "xlm-roberta", "camembert", "longformer", "roberta-prelayernorm"):
-        limits[1] -= (config.pad_token_id or 0) + 1  # their positions start after the padding index
+        limits[1] -= (getattr(config, "pad_token_id", 0) or 0) + 1  # their positions start after the padding index
     return int(min(limits))

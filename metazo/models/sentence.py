@@ -1,4 +1,5 @@
-"""A classifier on a sentence encoder: pooled hidden states and a head, linear and trained or of fixed prototypes.
+"""A classifier on a sentence encoder: pooled hidden states and a head, linear and trained, or fixed: of prototypes or of
+label phrases.
 
 Sentence-transformers checkpoints (all-MiniLM-L6-v2 and its kin) carry their knowledge in the *pooled* hidden states. The
 pooler of transformers' own BERT classifier, a dense layer over the first token, was never trained there, and
@@ -9,12 +10,15 @@ in place of the distance: a class is the mean direction of its training examples
 
     logit_k = 20 cos(embedding, prototype_k) - mean over the training examples of the same
 
-It has no parameters, so all that is trained lies below it, and the loss at step 0 is already below chance.
+It has no parameters, so all that is trained is below it, and the loss at step 0 is already below chance.
+
+The head of label phrases has the embedding of a phrase in place of each prototype ("this review is positive"), so it
+reads no training label, only texts for the calibrating mean. Both are functions of the base encoder's weights: they are
+made once, before the first step, and then stay.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -29,9 +33,10 @@ from torch.nn.functional import normalize
 
 from metazo.errors import UserError
 from metazo.io.extras import needs
+from metazo.models.frozen import Split, frozen_layers
 
 with needs("llm"):
-    from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+    from transformers import AutoModel, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
     from transformers.modeling_outputs import SequenceClassifierOutput
     from transformers.utils import logging
     from transformers.utils.hub import cached_file
@@ -55,7 +60,12 @@ class Prototypes(nn.Module):
 
     @property
     def fitted(self) -> bool:
+        """Whether the prototypes are set."""
         return bool(self.prototypes.any())
+
+    def calibrate(self, embeddings: Tensor) -> None:
+        """Set the offset to the mean logits of embeddings (N, d)."""
+        self.offset.copy_(SHARPNESS * (normalize(embeddings.float(), dim=1) @ self.prototypes.T).mean(0))
 
     def fit(self, embeddings: Tensor, labels: Tensor) -> None:
         """From embeddings (N, d) and their classes (N,). Raises UserError for a class without an example."""
@@ -66,10 +76,30 @@ class Prototypes(nn.Module):
                     f"`head='prototype'`: no training example has class {label}; take more with `train_examples`."
                 )
             self.prototypes[label] = normalize(directions[labels == label].mean(0), dim=0)
-        self.offset.copy_(SHARPNESS * (directions @ self.prototypes.T).mean(0))
+        self.calibrate(embeddings)
 
     def forward(self, embeddings: Tensor) -> Tensor:
         return SHARPNESS * normalize(embeddings.float(), dim=1) @ self.prototypes.T - self.offset
+
+
+class Phrases(Prototypes):
+    """Prototypes that are the embeddings of label phrases: ``fit`` reads the embeddings and not the labels."""
+
+    def set(self, phrases: Tensor) -> None:
+        """From the phrases' embeddings (C, d), in the order of the classes; the offset is 0 until `calibrate`.
+
+        Raises UserError for phrases that the encoder does not tell apart.
+        """
+        directions = normalize(phrases.float(), dim=1)
+        close = torch.triu(directions @ directions.T > 1 - 1e-6, diagonal=1).nonzero()
+        if len(close):
+            first, second = close[0].tolist()
+            raise UserError(f"`head` phrases: the phrases of classes {first} and {second} have the same embedding; "
+                            "choose label words that differ")  # fmt: skip
+        self.prototypes.copy_(directions)
+
+    def fit(self, embeddings: Tensor, labels: Tensor) -> None:
+        self.calibrate(embeddings)
 
 
 class SentenceClassifier(nn.Module):
@@ -84,7 +114,9 @@ class SentenceClassifier(nn.Module):
         if getattr(encoder, "pooler", None) is not None:
             encoder._modules["pooler"] = None  # nothing reads it: trained, it would only take noise
         self.encoder, self.head, self.pooling = encoder, head, pooling
-        self._split: _Split | None = None
+        self._split: Split | None = None
+        self.phrases: list[str] = []
+        """Texts of a head of label phrases that was made here; [] for any other head, and for one from a file."""
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -116,16 +148,17 @@ class SentenceClassifier(nn.Module):
         Call it after requires_grad is set. With no frozen layer, or an encoder that is not embeddings and a stack of
         layers, nothing changes. Memory: a hidden state a token of every example seen.
         """
-        count = _frozen_layers(self.encoder)
-        self._split = _Split(self.encoder, count) if count else None
+        count = frozen_layers(self.encoder)
+        self._split = Split(self.encoder, count) if count else None
         return count
 
     def fit_prototypes(self, batches: Iterable[Mapping[str, Tensor]]) -> None:
         """Set a new prototype head from training batches (tensors (B, L) by name, and "targets", (B,)).
 
-        Any other head stays as it is.
+        Of a new head of label phrases (`set_phrases`) the offset alone is set. Any other head stays as it is.
         """
-        if not isinstance(self.head, Prototypes) or self.head.fitted:
+        known = self.head.offset if isinstance(self.head, Phrases) else getattr(self.head, "prototypes", None)
+        if not isinstance(self.head, Prototypes) or known is None or bool(known.any()):
             return
         embeddings, labels = [], []
         for batch in batches:
@@ -133,14 +166,39 @@ class SentenceClassifier(nn.Module):
             labels.append(inputs.pop("targets"))
             with torch.no_grad():
                 embeddings.append(self.embed(**inputs))
-        self.head.fit(torch.cat(embeddings), torch.cat(labels))
+        if embeddings:
+            self.head.fit(torch.cat(embeddings), torch.cat(labels))
+
+    def set_phrases(
+        self, tokenizer: PreTrainedTokenizerBase, phrases: list[str], offset: list[float] | None = None
+    ) -> None:
+        """Make a head of label phrases from the phrases, one a class; ``offset`` (C floats) in place of a later
+        calibration on training texts. Call it while the encoder has its base weights.
+
+        Raises UserError for another number of phrases or offsets than there are classes.
+        """
+        assert isinstance(self.head, Phrases)
+        if len(phrases) != self.classes or (offset is not None and len(offset) != self.classes):
+            raise UserError(f"the head has {self.classes} classes, and {len(phrases)} label phrases were given")
+        batch = tokenizer(phrases, padding=True, truncation=True, return_tensors="pt").to(self.device)
+        with torch.no_grad():
+            self.head.set(self.embed(**batch))
+        self.phrases = phrases
+        if offset is not None:
+            self.head.offset.copy_(torch.tensor(offset))
+
+    def phrase_record(self) -> dict[str, Any] | None:
+        """What `set_phrases` makes this head from again, as JSON values; None for any other head."""
+        if not isinstance(self.head, Phrases) or not self.phrases:
+            return None
+        return {"phrases": self.phrases, "offset": self.head.offset.tolist()}
 
     # -- files ----------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | Path) -> None:
         folder = Path(folder)
         self.encoder.save_pretrained(folder)
-        kind = "prototype" if isinstance(self.head, Prototypes) else "linear"
+        kind = next(name for name, head in _HEADS.items() if type(self.head) is head)
         head = {name: value.contiguous() for name, value in self.head.state_dict().items()}
         save_file(head, folder / HEAD_FILE, {"head": kind})
         (folder / POOLING_FILE).parent.mkdir(exist_ok=True)
@@ -159,7 +217,7 @@ class SentenceClassifier(nn.Module):
             kind = (file.metadata() or {}).get("head", "linear")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
         matrix = tensors.get("weight", tensors.get("prototypes"))
-        if matrix is None or matrix.ndim != 2:
+        if matrix is None or matrix.ndim != 2 or kind not in _HEADS:
             raise UserError(
                 f"{HEAD_FILE} of {str(folder)!r} is no head that metazo wrote: it has no matrix of weights or prototypes."
             )
@@ -175,8 +233,11 @@ class SentenceClassifier(nn.Module):
         return cls(encoder, _head(head, classes, encoder.config.hidden_size, dtype), pooling_of(source) or "mean")
 
 
+_HEADS: dict[str, Any] = {"linear": nn.Linear, "prototype": Prototypes, "phrases": Phrases}
+
+
 def _head(kind: str, classes: int, width: int, dtype: torch.dtype) -> nn.Module:
-    return Prototypes(classes, width) if kind == "prototype" else nn.Linear(width, classes, dtype=dtype)
+    return nn.Linear(width, classes, dtype=dtype) if kind == "linear" else _HEADS[kind](classes, width)
 
 
 def _encoder(source: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -225,78 +286,3 @@ def pooling_of(source: str) -> str | None:
             f"{POOLING_FILE} of {source!r} asks for {', '.join(modes) or 'no pooling'}; metazo knows mean and cls."
         )
     return _POOLINGS[modes[0]]
-
-
-# -- frozen layers, computed once ---------------------------------------------------------------------------------
-
-
-def _stack(encoder: nn.Module) -> tuple[str, nn.ModuleList] | None:
-    """The encoder's list of layers and where it is."""
-    for name, module in encoder.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == getattr(encoder.config, "num_hidden_layers", None):
-            return name, module
-    return None
-
-
-def _frozen_layers(encoder: nn.Module) -> int:
-    """Leading layers of which nothing is trained; 0 where the embeddings are."""
-    found, embeddings = _stack(encoder), getattr(encoder, "embeddings", None)
-    if found is None or embeddings is None or any(p.requires_grad for p in embeddings.parameters()):
-        return 0
-    trained = [any(p.requires_grad for p in layer.parameters()) for layer in found[1]]
-    return trained.index(True) if True in trained else len(trained)
-
-
-class _Given(nn.Module):
-    """In the place of the embeddings: gives what it is given."""
-
-    def forward(self, *args: Any, inputs_embeds: Tensor, **others: Any) -> Tensor:
-        return inputs_embeds
-
-
-def _with_layers(encoder: nn.Module, path: str, layers: nn.ModuleList) -> nn.Module:
-    """The same encoder, its parameters shared, with other layers."""
-    view = copy.copy(encoder)
-    view._modules = dict(encoder._modules)
-    head, _, rest = path.partition(".")
-    view._modules[head] = _with_layers(view._modules[head], rest, layers) if rest else layers  # type: ignore[arg-type]
-    return view
-
-
-class _Split:
-    """An encoder whose first layers are computed once for each input, alone and unpadded: so the result does not depend
-    on the batch that an input came in first, and a resumed run sees the same bits."""
-
-    def __init__(self, encoder: nn.Module, count: int):
-        found = _stack(encoder)
-        assert found is not None
-        path, layers = found
-        self.lower = _with_layers(encoder, path, layers[:count])
-        self.upper = _with_layers(encoder, path, layers[count:])
-        self.upper._modules["embeddings"] = _Given()
-        self.known: dict[bytes, Tensor] = {}
-        self.last: tuple[Tensor, Tensor] | None = None  # a batch, and what the lower layers give for it
-
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor, **others: Tensor) -> Any:
-        if self.last is None or self.last[0] is not input_ids:  # both probes of a step see the same tensors
-            self.last = input_ids, self._hidden(input_ids, attention_mask, others)
-        return self.upper(inputs_embeds=self.last[1], attention_mask=attention_mask)
-
-    def _hidden(self, input_ids: Tensor, attention_mask: Tensor, others: dict[str, Tensor]) -> Tensor:
-        rows = [self._row(index, input_ids, attention_mask, others) for index in range(len(input_ids))]
-        with torch.inference_mode(False):
-            hidden = rows[0].new_zeros((*input_ids.shape, rows[0].shape[-1]))
-            for index, row in enumerate(rows):
-                hidden[index][attention_mask[index].bool()] = row
-        return hidden
-
-    def _row(self, index: int, input_ids: Tensor, attention_mask: Tensor, others: dict[str, Tensor]) -> Tensor:
-        real = attention_mask[index].bool()
-        row = {"input_ids": input_ids[index][real], **{name: value[index][real] for name, value in others.items()}}
-        key = b"|".join(value.cpu().numpy().tobytes() for value in row.values())
-        if key not in self.known:
-            with torch.inference_mode(False), torch.no_grad():  # not an inference tensor: a gradient may pass by it
-                batch = {name: value.clone().unsqueeze(0) for name, value in row.items()}
-                mask = torch.ones_like(batch["input_ids"])
-                self.known[key] = self.lower(**batch, attention_mask=mask).last_hidden_state[0]
-        return self.known[key]

@@ -62,13 +62,15 @@ class FinetuneConfig:
     """Examples to choose the checkpoint on"""
     test_examples: int = 1000
     """Examples to report on"""
+    k_per_class: int | None = None
+    """Few-shot: so many training examples of each class, and as many on dev unless their number is given"""
     max_length: int | None = None
     """Longest input in tokens; by default the model's context"""
     kind: Literal["auto", "causal", "masked", "classifier"] = "auto"
     """How the model is used; auto follows its architecture"""
-    head: Literal["auto", "checkpoint", "linear", "prototype"] = "auto"
-    """Of a classifier: transformers' own class (checkpoint), or a linear layer or fixed label prototypes on pooled hidden
-    states; auto takes linear for sentence-transformers checkpoints"""
+    head: Literal["auto", "checkpoint", "linear", "prototype", "phrases"] = "auto"
+    """Of a classifier: transformers' own class (checkpoint), or on pooled hidden states a linear layer, fixed prototypes from
+    labelled examples, or the task's label phrases; auto takes linear for sentence-transformers checkpoints"""
     train: list[str] = field(default_factory=list)
     """Patterns of tensor names to train (all others rest), such as '*attn*'"""
     freeze: list[str] = field(default_factory=list)
@@ -108,7 +110,7 @@ class FinetuneConfig:
             _at_least(name, getattr(self, name), 1)
         for name in ("dev_examples", "test_examples", "snapshot_every", "fsync_every", "lora"):
             _at_least(name, getattr(self, name), 0)
-        for name in ("steps", "forwards", "eval_every", "max_length", "statistics_every"):
+        for name in ("steps", "forwards", "eval_every", "max_length", "k_per_class", "statistics_every"):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1)
         if self.steps is not None and self.forwards is not None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from metazo.errors import UserError
 from metazo.io.extras import MissingPackage
 from metazo.io.tensorfile import weights_hash
+from metazo.models.describe import describe
 from metazo.optimizers import ZOOptimizer
 from metazo.optimizers.first_order import FirstOrder
 from metazo.runs.batches import batch_indices
@@ -218,6 +219,7 @@ class _Run:
             self._load_best(kept)
         test = self.scores.on("test") if config.test_examples else {}
         if config.keep != "none":
+            describe(loaded.model, self.prepared.record)
             self.folder.save_model(loaded.model, loaded.tokenizer)
         self.log.finish(kept, weights_hash(self.model.named_parameters()))
         summary = {

@@ -12,9 +12,11 @@ import torch
 
 import metazo
 from metazo.io.tensorfile import weights_hash
+from metazo.models.sentence import SentenceClassifier
 from metazo.optimizers.base import ZOOptimizer
 from metazo.runs.machine import versions
 from metazo.tasks import Prepared
+from metazo.tasks.data import VERSION
 
 if TYPE_CHECKING:
     from metazo.runs.setup import Setup
@@ -32,6 +34,9 @@ def header(settings: dict[str, Any], setup: Setup) -> dict[str, Any]:
         "labels": len(task.labels) if task.kind == "classification" else None,
         "task": task.name,
         "data": data_hash(setup.prepared),
+        "split": VERSION,
+        "trained": setup.prepared.record,
+        "head": loaded.model.phrase_record() if isinstance(loaded.model, SentenceClassifier) else None,
         "method": settings["optimizer"],
         "noise": zeroth.noise.name if zeroth else None,
         "tuner": tuner_hash(zeroth) if zeroth else None,

@@ -11,6 +11,7 @@ never followed: base model and tuner are what the caller names, or a tuner of th
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -23,10 +24,13 @@ from safetensors import SafetensorError
 from metazo import zoo
 from metazo.errors import UserError
 from metazo.io.extras import needs
+from metazo.io.plain import is_name
 from metazo.io.tensorfile import weights_hash
+from metazo.models.describe import describe
 from metazo.models.load import LoadedModel, load_model
 from metazo.models.lora import add_adapters
 from metazo.models.select import select_trainable
+from metazo.models.sentence import Phrases, SentenceClassifier
 from metazo.optimizers import OPTIMIZERS, ZOOptimizer
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.header import tuner_hash
@@ -100,6 +104,8 @@ def replay(
     known = found.end is not None and found.end["weights"] is not None and count == kept
     identical = weights == found.end["weights"] if known and found.end else None
     if out is not None:
+        if isinstance(header.get("trained"), dict):
+            describe(loaded.model, header["trained"])
         _save(loaded, out)
     return Replayed(count, seconds, weights, identical, loaded)
 
@@ -140,6 +146,7 @@ def _rebuilt(
         head=config.head,
         seed=config.seed,
     )
+    _make_head(loaded, header.get("head"))
     adapters = add_adapters(loaded, config.lora, config.seed) if config.lora else []
     select_trainable(loaded.model, config.train or adapters, config.freeze)
     weights = weights_hash(loaded.model.named_parameters())
@@ -160,6 +167,18 @@ def _rebuilt(
             f"`tuner` {tuner or settings['tuner']} is not the tuner of this log: its networks have another hash."
         )
     return loaded, optimizer
+
+
+def _make_head(loaded: LoadedModel, record: Any) -> None:
+    """Make a head of label phrases again, from the phrases and the offsets in the log, while the weights are the base's."""
+    if not isinstance(loaded.model, SentenceClassifier) or not isinstance(loaded.model.head, Phrases):
+        return
+    phrases, offset = (record.get(key) for key in ("phrases", "offset")) if isinstance(record, dict) else (None, None)
+    if not isinstance(phrases, list) or not isinstance(offset, list) or not all(map(is_name, phrases)):
+        raise UserError("the log cannot be replayed: its header lacks the label phrases of the head")
+    if not all(isinstance(number, float) and math.isfinite(number) for number in offset):
+        raise UserError("the log cannot be replayed: the offsets of the head in its header are not finite numbers")
+    loaded.model.set_phrases(loaded.tokenizer, phrases, offset)
 
 
 def _tuner(header: dict[str, Any], zoo_folder: Path | None) -> str | None:

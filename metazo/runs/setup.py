@@ -22,6 +22,7 @@ from metazo.runs.method import build_optimizer, resolve_device
 from metazo.runs.resources import size
 from metazo.step.precision import cost
 from metazo.tasks import Prepared, prepare, resolve
+from metazo.tasks.classes import fit_head
 from metazo.tasks.closures import BatchLoss, FullLoss
 
 with needs("llm"):
@@ -109,6 +110,7 @@ def set_up(config: FinetuneConfig) -> Setup:
         test=config.test_examples,
         seed=config.seed,
         max_length=config.max_length,
+        k_per_class=config.k_per_class,
     )
     adapters = add_adapters(loaded, config.lora, config.seed) if config.lora else None
     trained = select_trainable(loaded.model, config.train, config.freeze, adapters)
@@ -116,7 +118,7 @@ def set_up(config: FinetuneConfig) -> Setup:
         if config.lora and config.keep != "none":
             raise UserError("`lora` on a sentence encoder cannot be saved yet; add `keep='none'`, or train without it.")
         loaded.model.cache_frozen()
-        loaded.model.fit_prototypes(prepared.batches(prepared.train, config.eval_batch_size))
+        fit_head(loaded, prepared, config.eval_batch_size)
     config = settled(config, loaded, prepared, device)
     optimizer = make_optimizer(config, loaded, prepared, device)
     a_step = optimizer.forwards_per_step(config.accumulate)

@@ -13,6 +13,9 @@ from metazo.io.lines import LineFile
 from metazo.step.record import Step
 from metazo.steplog.format import VERSION, Scan, differences, encode, line, scan
 
+ADDED = ("split", "trained", "head")
+"""Keys that logs of older versions lack; with the same data they are no difference."""
+
 
 class StepLog:
     """Append steps to a log; a new one, or one that is there.
@@ -105,6 +108,14 @@ def _compare(found: Scan, wanted: dict[str, Any], say: Callable[[str], None]) ->
             what = ", ".join(f"{name} {old} then and {new} now" for name, old, new in changes)
             say(f"The run began with other versions ({what}): the steps to come may differ in their last bits.")
             continue
+        if key in ADDED and key not in there and there.get("data") == wanted.get("data"):
+            continue  # an old log that lacks it is of the same examples
+        if key == "data" and there.get("split", 1) != wanted.get("split", 1):
+            raise UserError(
+                f"{found.path.name} cannot be gone on with: its examples were drawn by version {there.get('split', 1)} of the "
+                f"split into train, dev and test, and this metazo has version {wanted.get('split', 1)}; resume it with the "
+                "metazo that began it, or start it again"
+            )
         name, old, new = (key, there.get(key), wanted.get(key))
         if isinstance(old, dict) and isinstance(new, dict):
             name, old, new = differences(old, new)[0]

@@ -15,7 +15,8 @@ from pathlib import Path
 from metazo.errors import UserError
 from metazo.tasks import answers, generated, glue, superglue
 from metazo.tasks.custom import from_yaml
-from metazo.tasks.prepared import Batch, Prepared, prepare
+from metazo.tasks.prepared import Batch, Prepared
+from metazo.tasks.splits import prepare
 from metazo.tasks.task import Task
 
 __all__ = ["TASKS", "Batch", "Prepared", "Task", "from_yaml", "get", "names", "prepare", "resolve"]

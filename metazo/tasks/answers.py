@@ -22,6 +22,7 @@ TASKS = (
         name="drop",
         kind="generation",
         prompt="Passage: {passage}\nQuestion: {question}\nAnswer:",
+        context="passage",
         answer="answers_spans.spans",
         metric=("f1", "exact_match"),
         stop="\n",

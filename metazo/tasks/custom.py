@@ -51,5 +51,9 @@ def _first(error: Exception) -> str:
     if first["type"] == "extra_forbidden":
         known = ", ".join(name for name in Task.model_fields if name not in ("adapt", "generate"))
         return f"unknown key {key!r}; the keys are {known}"
+    if first["type"] == "string_type" and isinstance(first["input"], bool | int | float | None):
+        kind = "boolean" if isinstance(first["input"], bool) else "null" if first["input"] is None else "number"
+        value = "" if first["input"] is None else f" {first['input']!r}"
+        return f"{key} is the {kind}{value}; put it in quotes" if value else f"{key} is null; write a text"
     message = first["msg"].removeprefix("Value error, ")
     return f"{key!r}: {message}" if key else message

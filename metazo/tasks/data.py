@@ -1,77 +1,132 @@
-"""Where rows come from (a task's own files, the folder `data`, the grammar, the Hub) and how they are split.
+"""How the rows of a task are split into train, dev and test.
 
-train and dev are drawn from the train split, disjoint; test from the validation split (as MeZO and its successors do).
-The same seed draws the same rows in the same order, whatever the model.
+The labelled rows of the train source are put into an order that depends on the seed and on their number alone. Train rows
+are taken from its front; dev rows, and test rows if they have no source of their own, from its end. So none of the three
+depends on how many rows of another are asked for, and a row that a run trained on is not scored by an evaluation that asks
+for other sizes: what a tuned model was trained on is recorded in its config (`Prepared.record`), and these rows are left
+out of dev and test. Version 1 took dev rows after the train rows; `VERSION` is part of a step log's header.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from metazo.errors import UserError
-from metazo.io.extras import needs
-from metazo.io.files import is_file
+from metazo.tasks.rows import Source, checked, load
 from metazo.tasks.task import Row, Task
 
 SPLITS = ("train", "dev", "test")
-MAX_LINE = 2**24
-"""Characters of one row."""
+DEFAULTS = {"train": 1000, "dev": 500, "test": 1000}
+"""The papers' sizes; one that is asked for at another size is kept, and those left at these are reduced to fit."""
+VERSION = 2
 
 
 @dataclass
-class Source:
-    """Rows of one split, and what to call them in an error."""
+class Drawn:
+    """The rows of the three splits."""
 
-    name: str
-    rows: Sequence[Row]
-    usable: list[int]
-    """Positions of the labelled rows."""
-
-    def where(self, index: int) -> str:
-        return f"{self.name}, row {index + 1}"
+    rows: dict[str, list[tuple[str, Row]]]
+    """split -> [(place, row)]"""
+    record: dict[str, Any]
+    """What identifies the train rows: JSON values."""
+    notes: list[str] = field(default_factory=list)
+    """Sentences about sizes that differ from those asked for, and about rows in two splits."""
 
 
 def draw(
-    task: Task, data: Path | None, *, train: int, dev: int, test: int, seed: int
-) -> tuple[dict[str, list[tuple[str, Row]]], list[str]]:
-    """Draw the splits: split -> [(place, row)], and sentences about sizes that differ from those asked for."""
-    if min(train, dev, test) < 0:
+    task: Task,
+    data: Path | None,
+    *,
+    train: int,
+    dev: int,
+    test: int,
+    seed: int,
+    k_per_class: int | None = None,
+    record: Mapping[str, Any] | None = None,
+) -> Drawn:
+    """Draw the splits. ``record`` is that of a model that was trained on the same rows (`Drawn.record`), or None."""
+    wanted = {"train": train, "dev": dev, "test": test}
+    if min(wanted.values()) < 0:
         raise UserError(f"the split sizes must not be negative, found train {train}, dev {dev}, test {test}")
-    dev = min(dev, task.dev_rows or dev)
+    if dev == DEFAULTS["dev"] and task.dev_rows:
+        wanted["dev"] = dev = min(dev, task.dev_rows)
+    if k_per_class is not None and (task.kind != "classification" or k_per_class < 1):
+        raise UserError(f"`k_per_class` is {k_per_class} and task {task.name!r} a {task.kind} task; it draws one or more "
+                        "rows of each class of a classification task")  # fmt: skip
     if task.generate is not None:
-        drawn = task.generate("train", train + dev, seed)
-        held_out = task.generate("test", test, seed)
-        places = {"train": drawn[:train], "dev": drawn[train:], "test": held_out}
-        return {s: [(f"{task.name}, {s} row {i + 1}", r) for i, r in enumerate(places[s])] for s in SPLITS}, []
-    own = task.files
-    test_split = ("validation" if "validation" in own else "train") if own else task.test_split
-    source = _load(task, "train" if own else task.train_split, data)
-    shared = test_split == ("train" if own else task.train_split)
-    held_out = source if shared else _load(task, test_split, data)
-    notes: list[str] = []
-    sizes = _shares(len(source.usable), train, dev, test if shared else 0, task, notes)
+        return _generated(task, wanted, seed, k_per_class)
+    names = _sources(task)
+    sources = {name: load(task, name, data) for name in dict.fromkeys(names.values())}
+    source, notes = sources[names["train"]], list[str]()
+    record = _same_rows(task, source, record)
+    if record:
+        seed, k_per_class = record["seed"], k_per_class or record["k_per_class"]
+        wanted |= {split: record[split] for split in SPLITS if wanted[split] == DEFAULTS[split]}
     order = _order(len(source.usable), seed, "train")
-    parts = {"train": order[: sizes[0]], "dev": order[sizes[0] : sizes[0] + sizes[1]]}
-    if shared:
-        parts["test"] = order[sizes[0] + sizes[1] : sum(sizes)]
-    else:
-        parts["test"] = _order(len(held_out.usable), seed, "test")[:test]
-        if len(parts["test"]) < test:
-            notes.append(
-                f"{task.name}: test has {len(parts['test'])} rows instead of {test}, all that {held_out.name} holds"
-            )
-    chosen = {}
-    for split in SPLITS:
-        origin = held_out if split == "test" else source
-        rows = [(origin.where(origin.usable[i]), origin.rows[origin.usable[i]]) for i in parts[split]]
-        chosen[split] = [(where, _checked(task, row, where)) for where, row in rows]
-    return chosen, notes
+    own = [split for split in SPLITS if split != "train" and names[split] == names["train"]]
+    few = _few(task, source, order, k_per_class) if k_per_class else None
+    if few is not None:
+        wanted["train"] = len(few)
+        if wanted["dev"] == DEFAULTS["dev"]:
+            wanted["dev"] = min(len(few), wanted["dev"])
+    sizes = _fit(len(source.usable), {s: wanted[s] for s in ("train", *own)}, task, record, few is not None, notes)
+    parts = {"train": few if few is not None else order[: sizes["train"]]}
+    taken = {*parts["train"], *(_trained(task, source, record) if record else ())}
+    parts |= _from_the_end([i for i in order if i not in taken], {s: sizes[s] for s in own})
+    others = [split for split in ("dev", "test") if split not in own]
+    for split in others:
+        there = _order(len(sources[names[split]].usable), seed, split)
+        parts[split] = there[: wanted[split]]
+    if len(others) == 2 and names["dev"] == names["test"]:
+        parts |= _from_the_end(there, {split: wanted[split] for split in others})
+    for split in ("dev", "test"):
+        if len(parts[split]) < sizes.get(split, wanted[split]):
+            rest = "that the model was not trained on" if split in own else f"that {sources[names[split]].name} holds"
+            size = sizes.get(split, wanted[split])
+            notes.append(f"{task.name}: {split} has {len(parts[split])} rows instead of {size}, all {rest}")
+    rows = {split: _rows(task, sources[names[split]], parts[split]) for split in SPLITS}
+    found = {"version": VERSION, "seed": seed, "rows": len(source.usable), "k_per_class": k_per_class}
+    drawn = Drawn(rows, found | {split: len(parts[split]) for split in SPLITS}, notes)
+    drawn.notes += _remarks(task, drawn)
+    return drawn
+
+
+def _sources(task: Task) -> dict[str, str]:
+    """Which source each split comes from. With a test source of its own, the user's validation rows are dev."""
+    if not task.files:
+        return {"train": task.train_split, "dev": task.dev_split or task.train_split, "test": task.test_split}
+    files = task.files
+    dev = "validation" if {"validation", "test"} <= files.keys() else "train"
+    return {"train": "train", "dev": dev, "test": next((n for n in ("test", "validation") if n in files), "train")}
+
+
+def _generated(task: Task, wanted: dict[str, int], seed: int, k_per_class: int | None) -> Drawn:
+    """Rows of a grammar. Each split has words or templates of its own, so their rows differ whatever the sizes."""
+    assert task.generate is not None
+    if k_per_class:
+        wanted |= {"train": k_per_class * len(task.labels)}
+        wanted["dev"] = wanted["train"] if wanted["dev"] == DEFAULTS["dev"] else wanted["dev"]
+    # the number of dev rows is in this call because it was in version 1: its train rows stay what they were
+    train = task.generate("train", wanted["train"] + (0 if k_per_class else wanted["dev"]), seed)
+    rows = {
+        "train": train[: wanted["train"]],
+        "dev": task.generate("validation", wanted["dev"], seed),
+        "test": task.generate("test", wanted["test"], seed),
+    }
+    placed = {s: [(f"{task.name}, {s} row {i + 1}", row) for i, row in enumerate(rows[s])] for s in SPLITS}
+    return Drawn(placed, {"version": VERSION, "seed": seed, "k_per_class": k_per_class, "rows": 0, **wanted})
+
+
+def _rows(task: Task, source: Source, places: list[int]) -> list[tuple[str, Row]]:
+    found = [(source.where(source.usable[i]), source.rows[source.usable[i]]) for i in places]
+    return [(where, checked(task, row, where)) for where, row in found]
 
 
 def _order(number: int, seed: int, purpose: str) -> list[int]:
@@ -79,135 +134,120 @@ def _order(number: int, seed: int, purpose: str) -> list[int]:
     return np.random.default_rng([seed, *purpose.encode()]).permutation(number).tolist()
 
 
-def _shares(available: int, train: int, dev: int, test: int, task: Task, notes: list[str]) -> tuple[int, int, int]:
-    """Sizes that fit into ``available`` rows: in proportion, but the papers' own dev size is kept where it can be."""
-    wanted = train + dev + test
-    if wanted <= available:
-        return train, dev, test
-    if task.dev_rows == dev and test == 0 and 2 * dev <= available:
-        sizes = (available - dev, dev, 0)
-    else:
-        small = [max(1, size * available // wanted) if size else 0 for size in (dev, test)]
-        sizes = (available - sum(small) if train else 0, small[0], small[1])
-    if min(sizes) < 0 or (train and sizes[0] < 1):
+def _few(task: Task, source: Source, order: list[int], k: int) -> list[int]:
+    """The first k rows of every class in that order; the order stays."""
+    left, chosen = dict.fromkeys(range(len(task.labels)), k), []
+    label = _label_of(task, source)
+    for i in order:
+        if left[label(i)]:
+            left[label(i)] -= 1
+            chosen.append(i)
+    for index, value in enumerate(task.labels):
+        if left[index]:
+            raise UserError(
+                f"`k_per_class` is {k}, and {source.name} has {k - left[index]} rows of the class {value!r}; ask for fewer"
+            )
+    return chosen
+
+
+def _label_of(task: Task, source: Source) -> Callable[[int], int]:
+    cache: dict[int, int] = {}
+
+    def label(i: int) -> int:
+        if i not in cache:
+            where = source.where(source.usable[i])
+            cache[i] = task.label_index(checked(task, source.rows[source.usable[i]], where)[task.label], where)
+        return cache[i]
+
+    return label
+
+
+def _same_rows(task: Task, source: Source, record: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The record if it is one of these rows. It comes from a file, which anybody may have written."""
+    numbers = ("seed", "rows", *SPLITS)
+    if not record or record.get("version") != VERSION or record.get("task") != task.name:
+        return None
+    if not all(type(record.get(name)) is int and record[name] >= 0 for name in numbers):
+        return None
+    k = record.get("k_per_class")
+    if record["rows"] != len(source.usable) or not (k is None or (type(k) is int and k > 0 and task.labels)):
+        return None
+    return dict(record)
+
+
+def _trained(task: Task, source: Source, record: dict[str, Any]) -> list[int]:
+    order = _order(record["rows"], record["seed"], "train")
+    return _few(task, source, order, record["k_per_class"]) if record["k_per_class"] else order[: record["train"]]
+
+
+def _from_the_end(free: list[int], sizes: dict[str, int]) -> dict[str, list[int]]:
+    """Dev and test rows of one source. Of three rows from the end two are test rows, as in the papers' sizes, whatever
+    the sizes are; a split that needs more takes what the other one leaves.
+    """
+    if len(sizes) < 2:
+        return {split: free[max(0, len(free) - size) :] for split, size in sizes.items()}
+    back = free[::-1]
+    pools = {"test": [r for n, r in enumerate(back) if n % 3 != 2], "dev": back[2::3]}
+    parts = {split: pools[split][: sizes[split]] for split in sizes}
+    for split, other in (("dev", "test"), ("test", "dev")):
+        spare = pools[other][sizes[other] :][::-1]  # far from what the other one would take next
+        parts[split] = parts[split] + spare[: sizes[split] - len(parts[split])]
+    return parts
+
+
+def _fit(
+    available: int, wanted: dict[str, int], task: Task, record: dict[str, Any] | None, few: bool, notes: list[str]
+) -> dict[str, int]:
+    """Sizes that fit into ``available`` rows. Those left at their defaults are reduced, in proportion; those asked for
+    only if they do not fit by themselves.
+    """
+    total = sum(wanted.values())
+    if total <= available:
+        return wanted
+    fixed = {"train"} if few or record else set()
+    asked = {s for s in wanted if wanted[s] != DEFAULTS[s] or (s == "dev" and task.dev_rows) or s in fixed}
+    if sum(wanted[s] for s in asked) + len([s for s in wanted if s not in asked and wanted[s]]) > available:
+        asked = fixed
+    sizes = {s: wanted[s] for s in asked}
+    shared, room = {s: wanted[s] for s in wanted if s not in asked}, available - sum(sizes.values())
+    whole = sum(shared.values())
+    for split in [s for s in shared if s != "train"]:
+        sizes[split] = max(1, wanted[split] * room // whole) if wanted[split] else 0
+    if "train" in shared or not fixed:
+        sizes["train"] = available - sum(sizes[s] for s in sizes if s != "train") if wanted["train"] else 0
+    if min(sizes.values()) < 0 or sum(sizes.values()) > available or (wanted["train"] and sizes["train"] < 1):
         raise UserError(
-            f"task {task.name!r} has {available} labelled train rows, too few for train and dev; give more rows"
+            f"task {task.name!r} has {available} labelled train rows, too few for {_listed(wanted)}; give more rows"
         )
-    said = f"{sizes[0]} train and {sizes[1]} dev" + (f" and {sizes[2]} test" if test else "")
-    asked = f"{train} and {dev}" + (f" and {test}" if test else "")
-    notes.append(f"{task.name}: {available} rows give {said} rows instead of {asked}")
+    sizes = {split: min(sizes[split], wanted[split]) for split in wanted}
+    why = ", of which the model was trained on some," if record else ""
+    notes.append(f"{task.name}: {available} rows{why} give {_listed(sizes)} rows instead of {_numbers(wanted)}")
     return sizes
 
 
-# -- reading ----------------------------------------------------------------------------------------------------------
+def _listed(sizes: dict[str, int]) -> str:
+    return " and ".join(f"{size} {split}" for split, size in sizes.items() if size or split == "train")
 
 
-def _load(task: Task, split: str, data: Path | None) -> Source:
-    if task.files:
-        path = Path(task.files["train" if split == "train" else "validation"])
-        return _read(task, path)
-    if data is not None:
-        return _read(task, _find(task, split, Path(data)))
-    if task.hub is None:
-        raise UserError(f"task {task.name!r} names neither files nor a Hub data set; give its rows with `data=DIR`")
-    return _from_hub(task, split)
+def _numbers(sizes: dict[str, int]) -> str:
+    return " and ".join(str(size) for split, size in sizes.items() if size or split == "train")
 
 
-def _find(task: Task, split: str, data: Path) -> Path:
-    """``DIR/<task>/<split>.jsonl``; a split with a longer Hub name (validation_matched) may be called validation."""
-    if not data.is_dir():
-        raise UserError(f"data folder {data} does not exist; `data` names a folder that holds {task.name}/train.jsonl")
-    folder = data / task.name
-    if not folder.is_dir():
-        found = ", ".join(sorted(entry.parent.name for entry in data.glob("*/train.jsonl"))) or "none"
-        raise UserError(f"data folder {data} has no folder {task.name!r}; tasks found there: {found}")
-    names = [split, "validation"] if split != "train" else ["train"]
-    for name in names:
-        if (folder / f"{name}.jsonl").is_file():
-            return folder / f"{name}.jsonl"
-    raise UserError(f"task {task.name!r} needs {' or '.join(f'{n}.jsonl' for n in dict.fromkeys(names))} in {folder}")
-
-
-def _read(task: Task, path: Path) -> Source:
-    """All rows of a JSONL file, each checked, so that a bad one is named whether or not it would have been drawn."""
-    rows: list[Row] = []
-    if not is_file(path):
-        raise UserError(f"data file {path} is not a file; task {task.name!r} needs one JSON object per line")
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(iter(lambda: file.readline(MAX_LINE), ""), 1):
-                if line.strip():
-                    rows.append(_parse(line, f"{path}, line {number}"))
-    except OSError as error:
-        raise UserError(f"data file {path} cannot be read ({error.strerror or error})") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"data file {path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
-    if not rows:
-        raise UserError(f"data file {path} is empty; task {task.name!r} needs one JSON object per line")
-    source = Source(str(path), rows, _labelled(task, rows))
-    for index in source.usable:
-        _checked(task, rows[index], source.where(index))
-    return source
-
-
-def _parse(line: str, where: str) -> Row:
-    if len(line) == MAX_LINE:
-        raise UserError(f"{where} is longer than {MAX_LINE:,} characters; is this a file of one JSON object per line?")
-    try:
-        row = json.loads(line)
-        if "\\ud" in line.lower():  # halves of a character that no tokenizer takes
-            json.dumps(row, ensure_ascii=False).encode()
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not a JSON object ({error.msg} at column {error.colno})") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: a number, a character or the nesting in it is beyond what can be read") from error
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: one JSON object with named columns was expected, found {line.strip()[:60]!r}")
-    return row
-
-
-def _from_hub(task: Task, split: str) -> Source:
-    with needs("llm"):
-        from datasets import load_dataset  # a second of import that no other path needs
-
-    name = "/".join(part for part in (task.hub, task.config) if part)
-    try:
-        rows: Any = load_dataset(str(task.hub), task.config, split=split, revision=task.revision)
-    except Exception as error:  # the library raises a dozen kinds: no network, no such id, no such split, a broken file
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(
-            f"data set {name!r}, split {split!r}, cannot be loaded from the Hub ({reason}); "
-            f"check the network, or give the rows with `data=DIR`, in DIR/{task.name}/"
-        ) from None  # what a server answered may repeat the token
-    if len(rows) == 0:
-        raise UserError(f"data set {name!r}, split {split!r}, is empty")
-    return Source(f"{name} {split}", rows, _labelled(task, rows))
-
-
-def _labelled(task: Task, rows: Any) -> list[int]:
-    if not task.unlabelled:
-        return list(range(len(rows)))
-    values = rows[task.label] if hasattr(rows, "column_names") else [row.get(task.label) for row in rows]
-    return [index for index, value in enumerate(values) if value not in task.unlabelled]
-
-
-def _checked(task: Task, row: Row, where: str) -> Row:
-    """The row as the prompt needs it. Raises UserError for a missing column or a label outside the set."""
-    try:
-        adapted = task.adapt(row) if task.adapt else row
-    except KeyError as error:
-        raise _missing(task, {str(error.args[0])}, row, where) from error
-    except (TypeError, AttributeError) as error:
-        raise UserError(f"{where}: a column of task {task.name!r} has the wrong type ({error})") from error
-    absent = {name for name in task.required() if adapted.get(name) is None}
-    if absent:
-        raise _missing(task, absent, row, where)
-    if task.kind == "classification":
-        task.label_index(adapted[task.label], where)
-    return adapted
-
-
-def _missing(task: Task, absent: set[str], row: Row, where: str) -> UserError:
-    names = ", ".join(repr(name) for name in sorted(absent))
-    found = ", ".join(repr(name) for name in row) or "none"
-    return UserError(f"{where}: task {task.name!r} needs the column {names}; columns found: {found}")
+def _remarks(task: Task, drawn: Drawn) -> list[str]:
+    """Train rows that are dev or test rows as well, and classes without a train row."""
+    notes = []
+    keys = {s: [json.dumps(row, sort_keys=True, default=str) for _, row in drawn.rows[s]] for s in SPLITS}
+    train = set(keys["train"])
+    for split in ("dev", "test"):
+        again = sum(key in train for key in keys[split])
+        if again:
+            notes.append(
+                f"{task.name}: {again} of {len(keys[split])} {split} rows are train rows as well, word for word"
+            )
+    if task.kind == "classification" and keys["train"]:
+        seen = Counter(task.label_index(row[task.label], where) for where, row in drawn.rows["train"])
+        without = [repr(value) for index, value in enumerate(task.labels) if not seen[index]]
+        if without:
+            more = f" and {len(without) - 5} more" if len(without) > 5 else ""
+            notes.append(f"{task.name}: no train row has the class {', '.join(without[:5])}{more}")
+    return notes

@@ -1,22 +1,29 @@
 """From a row to token ids: the prompt, the label words, the choices or the answer, shortened to fit.
 
-What is too long is cut on the context side: from the front of the task's context column for prompts (what stands next
-to the question stays), from its end for a classifier. Prompt wording, question, choices and answer are never cut; a
-row whose other parts already fill the context is left out, and counted.
+An input that is too long loses words of one column, the task's ``context`` or else the longest one of the row: the first
+words of a prompt's column, so that the text next to the answer is kept, and the last words of a classifier's. Prompt
+wording, choices and answer are never cut; a row whose other parts already fill the context is left out, and counted.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import ceil
+from string import ascii_uppercase
 from typing import TYPE_CHECKING, Any
 
 from metazo.errors import UserError
-from metazo.tasks.task import Row, Task, columns
+from metazo.io.plain import shown
+from metazo.tasks.chat import check_chat, render, write
+from metazo.tasks.task import Row, Task, columns, halves
 
 if TYPE_CHECKING:
     from metazo.models.load import LoadedModel
+
+_CHAT = "the chat"
+"""Column that the written chat of a row is put into; no column of a file is read by that name."""
 
 
 @dataclass(slots=True)
@@ -28,7 +35,8 @@ class Encoded:
     targets: list[int]
     """Right class or right choices, the one to train on first; [0] for generation."""
     options: list[list[int]] = field(default_factory=list)
-    """Tokens that may follow ``ids``: label words, choices, or the answer; empty where a head scores the classes."""
+    """Tokens that may follow ``ids``: label words, choices (none for a blank one), or the answer; empty if a head scores
+    the classes."""
     types: list[int] | None = None
     """Segment ids of a text pair, where the model has them."""
     mask_at: int = 0
@@ -59,11 +67,29 @@ class Encoder:
             )
         self.room = min(task.max_new_tokens, self.limit // 2)
         """Tokens that a generated answer may have; prompts leave them free."""
+        self.chat = task.messages is not None
         template = task.masked if task.masked is not None and self.kind == "masked" else task.prompt
-        before, mark, after = template.partition("{}") if "" in columns(template) else (template, "", "")
+        if self.chat:
+            check_chat(task, loaded)
+            template = f"{{{_CHAT}}}{{}}"
+        before, self.after, mark = halves(template)
+        self.columns = [name for name in columns(template) if name]
+        if self.kind == "classifier":
+            self.templates = (f"{{{_CHAT}}}",) if self.chat else task.classifier
+            self.columns = [name for text in self.templates for name in columns(text) if name]
+        if self.kind == "causal" and columns(self.after):
+            raise UserError(
+                f"the prompt of task {task.name!r} has {{{columns(self.after)[0]}}} after {{}}, and a causal model reads "
+                "only what is before its answer; move {} to the end of the prompt"
+            )
         self.joint = before[len(before.rstrip(" ")) :] if mark else "" if before[-1:].isspace() else " "
-        self.before, self.after = before.rstrip(" ") if mark else before, after
+        self.before = before.rstrip(" ") if mark else before
         self.words: list[list[int]] = []
+        self.cut: Counter[str] = Counter()
+        """How often each column was shortened."""
+        self.alike = 0
+        """Rows two of whose choices are the same tokens."""
+        self.name, self.rows = loaded.name, _embedding_rows(loaded)
         self.at_position = self.kind != "causal"
         """The classes are scored by the logits of one position, not by the likelihood of whole words."""
         if self.kind == "classifier":
@@ -77,20 +103,56 @@ class Encoder:
             self._masked_words(loaded.name)
         else:
             self._causal_words()
+        if self.words:
+            self._check_words(loaded.name)
 
     def __call__(self, row: Row, where: str) -> Encoded | None:
-        """Encode one row; None when it does not fit even with an empty context. ``where`` names the row in errors."""
+        """Encode one row; None if it does not fit even with an empty context. ``where`` names the row in errors."""
+        example = self._encoded(
+            {**row, _CHAT: write(self.task, self.tokenizer, row, where)} if self.chat else row, where
+        )
+        if example is not None:
+            example.ids = example.ids or [self._start(where)]
+            largest = max(max(ids, default=0) for ids in (example.ids, *example.options))
+            if largest >= self.rows:
+                raise UserError(
+                    f"{where} has the token {largest}, but the model has embeddings for {self.rows} tokens and the tokenizer "
+                    f"of {self.name} knows {len(self.tokenizer)}; use the tokenizer that the model was trained with"
+                )
+        return example
+
+    def _encoded(self, row: Row, where: str) -> Encoded | None:
         if self.task.kind == "classification":
             target = [self.task.label_index(row[self.task.label], where)]
             return self._classified(row, target)
         if self.task.kind == "choice":
             choices, targets = self._choices(row, where)
-            return self._continued(row, choices, targets)
+            if self.task.letters:
+                listed = "\n".join(f"{letter}. {text}" for letter, text in zip(ascii_uppercase, choices))
+                row = {**row, "choices": listed}
+                choices = [letter if text.strip() else "" for letter, text in zip(ascii_uppercase, choices)]
+            example = self._continued(row, choices, targets)
+            if example is not None:
+                tokens = [tuple(option) for option in example.options if option]
+                self.alike += len(set(tokens)) < len(tokens)
+            return example
         references = self._references(row, where)
         example = self._continued(row, [references[0] + (self.task.stop or "")], [0])
         if example is not None:
+            if not example.options[0]:
+                raise UserError(f"{where}: {self.task.answer!r} is empty, and without an end-of-text token or `stop` "
+                                "nothing is left to train on")  # fmt: skip
             example.references = references
         return example
+
+    def _start(self, where: str) -> int:
+        """What an input without a token begins with: begin of text, else end of text, as GPT-2 was trained."""
+        for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.cls_token_id):
+            if token is not None:
+                return token
+        raise UserError(
+            f"{where}: nothing is before the answer, and the tokenizer has no token for the begin of a text"
+        )
 
     # -- the three kinds of input -----------------------------------------------------------------------------------
 
@@ -126,7 +188,7 @@ class Encoder:
         encoded = encode(row)
         if len(encoded["input_ids"]) <= limit:
             return encoded, False
-        name = self.task.context or ""
+        name = "" if self.chat else self.task.context or max(self.columns, key=lambda column: len(str(row[column])))
         text = str(row.get(name, ""))
         while text:
             excess = len(encoded["input_ids"]) - limit
@@ -135,6 +197,7 @@ class Encoder:
             text = _drop_words(text, cut) if keep == "end" else _drop_words(text[::-1], cut)[::-1]
             encoded = encode({**row, name: text})
             if len(encoded["input_ids"]) <= limit:
+                self.cut[name] += 1
                 return encoded, True
         return None
 
@@ -149,36 +212,52 @@ class Encoder:
         return self.before.format(**clean) + self.joint + mask + self.after.format(**clean)
 
     def _texts(self, row: Row) -> dict[str, Any]:
-        return dict(self.tokenizer(*(template.format(**row) for template in self.task.classifier), verbose=False))
+        return dict(
+            self.tokenizer(*(template.format(**row) for template in self.templates), **self._own, verbose=False)
+        )
 
     def _choices(self, row: Row, where: str) -> tuple[list[str], list[int]]:
         names = self.task.choices
         texts = row[names[0]] if len(names) == 1 else [row[name] for name in names]
         right = row[self.task.label]
         targets = right if isinstance(right, list) else [right]
-        if not isinstance(texts, list) or len(texts) < 2:
-            raise UserError(f"{where}: {names[0]!r} must hold a list of two or more choices, found {texts!r:.80}")
+        texts = ["" if text is None else str(text) for text in texts] if isinstance(texts, list) else texts
+        if not isinstance(texts, list) or sum(bool(text.strip()) for text in texts) < 2:
+            raise UserError(
+                f"{where}: {names[0]!r} must hold a list of two or more choices that are not blank, found {shown(texts)}"
+                if len(names) == 1
+                else f"{where}: two or more of the choices {', '.join(names)} must not be blank, found {shown(texts)}"
+            )
+        if self.task.letters and len(texts) > len(ascii_uppercase):
+            raise UserError(f"{where} has {len(texts)} choices, more than there are letters; leave out `letters`")
         if not targets or not all(isinstance(i, int) and 0 <= i < len(texts) for i in targets):
             raise UserError(
                 f"{where}: {self.task.label!r} is {right!r}, not the number of a choice from 0 to {len(texts) - 1}"
             )
-        return [str(text) for text in texts], [int(i) for i in targets]
+        targets = [int(i) for i in targets if texts[i].strip()]
+        if not targets:
+            raise UserError(f"{where}: {self.task.label!r} is {right!r}, a choice that is blank")
+        return texts, targets
 
     def _references(self, row: Row, where: str) -> list[str]:
+        if self.task.messages is not None:
+            return [row[self.task.messages][-1]["content"]]
         name, _, inner = self.task.answer.partition(".")
         value = row[name]
         if inner:
             value = value.get(inner) if isinstance(value, dict) else None
         answers = [value] if isinstance(value, str | int | float) else value
         if not isinstance(answers, list) or not answers or not all(isinstance(a, str | int | float) for a in answers):
-            raise UserError(f"{where}: {self.task.answer!r} must hold an answer or a list of them, found {value!r:.80}")
+            raise UserError(
+                f"{where}: {self.task.answer!r} must hold an answer or a list of them, found {shown(value)}"
+            )
         return [str(answer) for answer in answers]
 
     # -- tokens -------------------------------------------------------------------------------------------------------
 
     def _ids(self, text: str) -> list[int]:
         """Token ids with special tokens; without the end-of-text token that some causal tokenizers append."""
-        ids = self.tokenizer(text, verbose=False)["input_ids"]
+        ids = self.tokenizer(text, **self._own, verbose=False)["input_ids"]
         if self.kind == "causal" and len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
             ids = ids[:-1]
         return list(ids)
@@ -187,19 +266,26 @@ class Encoder:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _continuation(self, prompt: str, text: str) -> list[int]:
-        """Tokens of ``text`` after ``prompt``, tokenised together, so that they are those the model saw in training."""
+        """Tokens of ``text`` after ``prompt``, tokenised together, so that they are those the model saw in training.
+
+        A blank choice has none, even if the tokenizer makes one of the space before it.
+        """
+        end = self.tokenizer.eos_token_id
+        ends = [end] if self.task.kind == "generation" and self.task.stop is None and end is not None else []
+        if not text or (self.task.kind == "choice" and not text.strip()):
+            return ends
         start, whole = self._ids(prompt), self._ids(prompt + self.joint + text)
         if whole[: len(start)] == start and len(whole) > len(start):
             ids = whole[len(start) :]
         else:  # the tokenizer merges across the joint
             ids = self._plain(self.joint + text)
-        end = self.tokenizer.eos_token_id
-        return [*ids, end] if self.task.kind == "generation" and self.task.stop is None and end is not None else ids
+        return ids + ends
 
     def _causal_words(self) -> None:
         if self.task.kind != "classification":
             return
-        probe = self.before.format(**dict.fromkeys(self.task.columns, "x"))
+        example = render(self.tokenizer, [{"role": "user", "content": "x"}], "a chat") if self.chat else "x"
+        probe = self.before.format(**dict.fromkeys(self.columns, example))
         self.words = [self._continuation(probe, word) for word in self.task.labels.values()]
         firsts = {word[0] for word in self.words}
         self.at_position = all(len(word) == 1 for word in self.words) and len(firsts) == len(self.words)
@@ -218,6 +304,32 @@ class Encoder:
                     f"label word {word!r} of task {self.task.name!r} is not one token of {name}; "
                     "a masked model fills one token, so choose another word"
                 )
+
+    def _check_words(self, name: str) -> None:
+        """No two label words may be the same tokens, and none may be unknown: both would score alike."""
+        seen: dict[tuple[int, ...], str] = {}
+        for word, ids in zip(self.task.labels.values(), self.words, strict=True):
+            if self.tokenizer.unk_token_id in ids and self.tokenizer.unk_token_id is not None:
+                raise UserError(
+                    f"label word {word!r} of task {self.task.name!r} has a token that {name} does not know; choose another word"
+                )
+            if tuple(ids) in seen:
+                raise UserError(
+                    f"label words {seen[tuple(ids)]!r} and {word!r} of task {self.task.name!r} are the same tokens for {name}; "
+                    "choose words that differ"
+                )
+            seen[tuple(ids)] = word
+
+    @property
+    def _own(self) -> dict[str, bool]:
+        """A chat template writes special tokens itself."""
+        return {"add_special_tokens": False} if self.chat else {}
+
+
+def _embedding_rows(loaded: LoadedModel) -> int:
+    inner = getattr(loaded.model, "encoder", loaded.model) if loaded.kind == "classifier" else loaded.model
+    embeddings = inner.get_input_embeddings() if hasattr(inner, "get_input_embeddings") else None
+    return embeddings.weight.shape[0] if hasattr(embeddings, "weight") else 2**62
 
 
 def _drop_words(text: str, cut: int) -> str:

@@ -12,12 +12,17 @@ from torch.nn.functional import cross_entropy
 
 from metazo.errors import UserError
 from metazo.io.extras import needs
+from metazo.models.describe import plain_generation
+from metazo.models.sentence import Prototypes
 from metazo.tasks.encode import Encoded
 from metazo.tasks.metrics import METRICS
 from metazo.tasks.prepared import Prepared
 
 with needs("llm"):
     from transformers import StoppingCriteria, StoppingCriteriaList
+
+NO_CLASS = -1
+"""Prediction of a row whose scores are not finite: no class, so it is right for none."""
 
 
 def evaluate(
@@ -33,11 +38,16 @@ def evaluate(
     Returns "loss", the task's metrics (0 to 1; mcc -1 to 1), "examples", and for classification and choice "majority":
     the accuracy of always giving the commonest answer of these very examples. Generated answers are greedy. Batches
     hold inputs of like length, at most ``batch_size`` rows where one example is not more, and their order does not
-    matter. Runs in eval and inference mode; the model's mode is put back. Raises UserError for an empty split.
+    matter. Runs in eval and inference mode; the model's mode is put back. A loss that is not finite is returned as it is,
+    and such an example counts as answered wrongly. Raises UserError for an empty split, and for a head of prototypes or
+    label phrases that was not made yet (`metazo.tasks.classes.fit_head`).
     """
     examples = getattr(prepared, split)[:limit]
     if not examples:
         raise UserError(f"the {split} split of task {prepared.task.name!r} holds no examples to evaluate on")
+    head = getattr(model, "head", None)
+    if isinstance(head, Prototypes) and not head.fitted:
+        raise UserError("the head has no prototypes yet; make them with fit_head, or fine-tune the model first")
     device = next(model.parameters()).device
     training = model.training
     losses = [0.0] * len(examples)
@@ -85,31 +95,36 @@ def _batch(
     batch = prepared.collate(examples, every_option=True).to(device)
     scores = prepared.scores(model, batch)
     if prepared.task.kind == "generation":
-        return -scores[:, 0], generate(model, prepared, examples, device)
+        texts: list[Any] = generate(model, prepared, examples, device)
+        return -scores[:, 0], [t if s else None for t, s in zip(texts, scores[:, 0].isfinite().tolist(), strict=True)]
     if prepared.task.kind == "choice":
         losses = -scores.gather(1, batch["targets"][:, None])[:, 0]
     else:
         losses = cross_entropy(scores, batch["targets"], reduction="none")
-    return losses, scores.argmax(-1).tolist()
+    sound = ~scores.isnan().any(-1) & scores.amax(-1).isfinite()  # argmax would return the place of a NaN
+    return losses, scores.argmax(-1).masked_fill(~sound, NO_CLASS).tolist()
 
 
 def generate(
     model: nn.Module, prepared: Prepared, examples: list[Encoded], device: torch.device | str = "cpu"
 ) -> list[str]:
-    """Greedy answers to the examples' prompts, up to the task's stop text, the end of text or the length limit."""
+    """Greedy answers to the examples' prompts, up to the task's stop text, the end of text or the length limit.
+
+    Of the checkpoint's generation config only the end of text is used (`plain_generation`).
+    """
     task, tokenizer = prepared.task, prepared.tokenizer
     batch = prepared.prompts(examples).to(device)
     start = batch["input_ids"].shape[1]
     stopping = StoppingCriteriaList([_StopText(tokenizer, task.stop)] if task.stop else [])
-    tokens = model.generate(  # type: ignore[operator]
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        max_new_tokens=prepared.room,
-        do_sample=False,
-        num_beams=1,
-        pad_token_id=tokenizer.pad_token_id,
-        stopping_criteria=stopping,
-    )
+    inner = getattr(model, "get_base_model", lambda: model)()
+    own = inner.generation_config
+    inner.generation_config = plain_generation(inner, tokenizer, prepared.room)  # generate() mixes it into any other
+    try:
+        tokens = model.generate(  # type: ignore[operator]
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], stopping_criteria=stopping
+        )
+    finally:
+        inner.generation_config = own
     texts = tokenizer.batch_decode(tokens[:, start:], skip_special_tokens=True)
     return [(text.partition(task.stop)[0] if task.stop else text).strip() for text in texts]
 

@@ -59,11 +59,12 @@ def number(text: str) -> str:
     return normalise(marked[-1])
 
 
-def _best(score: Callable[[str, str], float]) -> Callable[[Sequence[str], Sequence[Sequence[str]]], float]:
-    """Mean over examples of the best score over the accepted answers."""
+def _best(score: Callable[[str, str], float]) -> Callable[[Sequence[str | None], Sequence[Sequence[str]]], float]:
+    """Mean over examples of the best score over the accepted answers; None is no answer and scores 0."""
 
-    def metric(predicted: Sequence[str], accepted: Sequence[Sequence[str]]) -> float:
-        best = [max(score(p, answer) for answer in a) for p, a in zip(predicted, accepted, strict=True)]
+    def metric(predicted: Sequence[str | None], accepted: Sequence[Sequence[str]]) -> float:
+        pairs = zip(predicted, accepted, strict=True)
+        best = [0.0 if p is None else max(score(p, answer) for answer in a) for p, a in pairs]
         return sum(best) / len(best)
 
     return metric

@@ -11,7 +11,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,16 +18,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
-from metazo.errors import UserError
-from metazo.io.extras import needs
-from metazo.tasks.data import SPLITS, draw
-from metazo.tasks.encode import Encoded, Encoder
+from metazo.tasks.encode import Encoded
 from metazo.tasks.task import Task
 
 if TYPE_CHECKING:  # tasks can be listed and checked without transformers
     from transformers import PreTrainedTokenizerBase
 
-    from metazo.models.load import LoadedModel
 
 _MASKED_HEADS = ("lm_head", "cls")  # RoBERTa and its kin, BERT and its kin
 
@@ -64,6 +59,10 @@ class Prepared:
     """Rows by split left out because question and answer alone do not fit."""
     notes: list[str] = field(default_factory=list)
     """What a user should be told: smaller splits, shortened or dropped examples."""
+    order: list[int] | None = None
+    """Column of the classifier's head for each class; None: as they are."""
+    record: dict[str, Any] = field(default_factory=dict)
+    """What a model trained on this says in its config (`metazo.models.describe.describe`), as JSON values."""
 
     def batches(self, examples: Sequence[Encoded], size: int) -> Iterator[Batch]:
         """The examples in order, `size` a batch."""
@@ -88,7 +87,7 @@ class Prepared:
         every = every_option or self.task.kind == "classification"
         chosen = [e.options if every else [e.options[e.targets[0]]] for e in examples]
         rows = [e.ids + option for e, options in zip(examples, chosen, strict=True) for option in options]
-        answers = [torch.tensor(option) for options in chosen for option in options]
+        answers = [torch.tensor(option, dtype=torch.long) for options in chosen for option in options]
         return Batch(
             targets=targets,
             rows=torch.tensor([len(options) for options in chosen]),
@@ -103,10 +102,12 @@ class Prepared:
     def scores(self, model: nn.Module, batch: Batch) -> Tensor:
         """Float32 scores (B, C) of classes or choices: logits, or log-likelihoods (-inf where there is no such choice).
 
-        The log-likelihood of a label word is summed over its tokens; that of a choice is the mean, as in MeZO.
+        The log-likelihood of a label word is summed over its tokens; that of a choice is the mean, as in MeZO, and -inf
+        for a blank one.
         """
         if self.kind == "classifier":
-            return _forward(model, _inputs(batch)).logits.float()
+            logits = _forward(model, _inputs(batch)).logits.float()
+            return logits if self.order is None else logits[:, self.order]
         if self.at_position:
             words = torch.tensor([word[0] for word in self.words], device=batch["input_ids"].device)
             logits = _mask_logits(model, batch) if self.kind == "masked" else last_logits(model, batch, 1)[:, -1]
@@ -130,15 +131,17 @@ class Prepared:
         answer = batch["answer"]
         logits = last_logits(model, batch, answer.shape[1] + 1)[:, :-1].float()
         losses = cross_entropy(logits.transpose(1, 2), answer, reduction="none", ignore_index=-100)
-        total = -losses.sum(-1)
-        return total if self.task.kind == "classification" else total / (answer != -100).sum(-1)
+        total, count = -losses.sum(-1), (answer != -100).sum(-1)
+        if self.task.kind == "classification":
+            return total
+        return (total / count.clamp(min=1)).masked_fill(count == 0, -torch.inf)
 
     def _left_padded(self, rows: list[list[int]]) -> dict[str, Tensor]:
-        ids, mask = self._pad([torch.tensor(row) for row in rows], "left")
+        ids, mask = self._pad([torch.tensor(row, dtype=torch.long) for row in rows], "left")
         return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
 
     def _right_padded(self, examples: Sequence[Encoded], targets: Tensor) -> Batch:
-        ids, mask = self._pad([torch.tensor(example.ids) for example in examples], "right")
+        ids, mask = self._pad([torch.tensor(example.ids, dtype=torch.long) for example in examples], "right")
         batch = Batch(input_ids=ids, attention_mask=mask, targets=targets)
         if examples[0].types is not None:
             types = [torch.tensor(example.types) for example in examples]
@@ -182,44 +185,3 @@ def _mask_logits(model: nn.Module, batch: Batch) -> Tensor:
         hidden = _forward(model.base_model, _inputs(batch)).last_hidden_state
         return head(hidden[rows, batch["mask_at"]][:, None])[:, 0]
     return _forward(model, _inputs(batch)).logits[rows, batch["mask_at"]]
-
-
-def prepare(
-    task: Task,
-    loaded: LoadedModel,
-    *,
-    data: Path | None = None,
-    train: int = 1000,
-    dev: int = 500,
-    test: int = 1000,
-    seed: int = 0,
-    max_length: int | None = None,
-) -> Prepared:
-    """Draw and encode the splits of ``task`` for ``loaded``.
-
-    ``data`` is a folder with <task>/<split>.jsonl; without it rows come from the Hub (or the task's own files, or the
-    grammar). Sizes default to the papers' 1,000 / 500 / 1,000; fewer rows are shared out in proportion, which
-    ``notes`` says. ``max_length`` limits an input, in tokens; the model's context is the default.
-    Raises UserError for data that is missing, malformed or does not fit, and for a task the model cannot do.
-    """
-    encoder = Encoder(task, loaded, max_length)
-    splits, notes = draw(task, data, train=train, dev=dev, test=test, seed=seed)
-    limit = encoder.limit
-    out = Prepared(task, loaded.kind, loaded.tokenizer, encoder.room, encoder.words, encoder.at_position, notes=notes)
-    for split in SPLITS:
-        encoded = [encoder(row, where) for where, row in splits[split]]
-        kept = [example for example in encoded if example is not None]
-        setattr(out, split, kept)
-        out.shortened[split] = sum(example.shortened for example in kept)
-        out.dropped[split] = len(encoded) - len(kept)
-        if out.shortened[split]:
-            notes.append(
-                f"{task.name}: {out.shortened[split]} of {len(kept)} {split} inputs shortened to {limit} tokens"
-            )
-        if out.dropped[split]:
-            notes.append(
-                f"{task.name}: {out.dropped[split]} of {len(encoded)} {split} rows left out, over {limit} tokens"
-            )
-        if encoded and not kept:
-            raise UserError(f"no {split} row of task {task.name!r} fits into {limit} tokens even without its context")
-    return out

@@ -17,8 +17,11 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from metazo.errors import UserError
+from metazo.io.plain import shown
 
 Row = dict[str, Any]
+MAX_LABELS = 1000
+"""Labels of one task; every one is a forward pass of its own if label words have several tokens."""
 Metric = Literal["accuracy", "macro_f1", "mcc", "f1", "exact_match", "exact_number"]
 METRICS_OF: dict[str, tuple[Metric, ...]] = {
     "classification": ("accuracy", "macro_f1", "mcc"),
@@ -36,8 +39,11 @@ class Task(BaseModel):
     """Name on the command line, and of the folder under `data`."""
     kind: Literal["classification", "choice", "generation"]
     """classification: one of ``labels``; choice: the likeliest of the row's own texts; generation: free text."""
-    prompt: str
+    prompt: str = ""
     """Text with {column} places, and ``{}`` where the answer goes."""
+    messages: str | None = None
+    """Column with a chat, a list of {"role", "content"}, in place of a prompt: the tokenizer's chat template writes it. A
+    generation task takes its last assistant turn as the answer; other kinds leave such a turn out."""
     masked: str | None = None
     """Another prompt for masked models; ``prompt`` when absent."""
     classifier: tuple[str, ...] = ()
@@ -46,12 +52,18 @@ class Task(BaseModel):
     """Value in the label column -> label word. A list of words stands for the labels 0, 1, 2, ..."""
     label: str = "label"
     """Column with the label (classification) or the number of the right choice, from 0 (choice)."""
+    phrase: str = "{}"
+    """The sentence that a label word makes for a head of label phrases (``head="phrases"``); ``{}`` is the word."""
+    family: str | None = None
+    """Tasks about like texts share one; they belong on one side of a split of tasks."""
     choices: tuple[str, ...] = ()
     """Columns that hold the choices; one column alone holds a list of them."""
+    letters: bool = False
+    """Choices are shown as "A. ..." lines at the prompt's {choices}, and the answer is the letter."""
     answer: str = "answer"
     """Column with the answer or a list of accepted answers (generation); "answers.text" reaches inside a column."""
     context: str | None = None
-    """Column that is shortened when the input is too long; the first one of the prompt when absent."""
+    """Column that is shortened when the input is too long; the row's longest one of the prompt when absent."""
     metric: tuple[Metric, ...] = ()
     """Metrics, the one that counts first; accuracy or F1 when absent."""
     stop: str | None = None
@@ -67,13 +79,16 @@ class Task(BaseModel):
     train_split: str = "train"
     """Split that train and dev rows are drawn from."""
     test_split: str = "validation"
-    """Split that test rows are drawn from; if it is the train split, they are taken after train and dev."""
-    files: dict[Literal["train", "validation"], str] = {}
-    """JSONL files of the task itself, relative to the YAML file; without "validation", test comes from train too."""
+    """Split that test rows are drawn from; it may be the train split."""
+    dev_split: str | None = None
+    """Split that dev rows are drawn from; the train split when absent."""
+    files: dict[Literal["train", "validation", "test"], str] = {}
+    """Files of the task itself (JSONL, JSON, CSV, TSV, Parquet), relative to the YAML file. With "test", dev rows come from
+    "validation"; without it, test rows do; a split without a file of its own takes rows of the train file."""
     dev_rows: int | None = Field(default=None, ge=1)
-    """The papers' own dev size, where it is smaller than the usual one (CB, COPA: 100)."""
-    unlabelled: tuple[int, ...] = ()
-    """Label values that mean "no label"; such rows are left out (SNLI: -1)."""
+    """The papers' own dev size, if it is smaller than the usual one (CB, COPA: 100); one that is asked for is kept."""
+    unlabelled: tuple[Any, ...] = ()
+    """Label values that mean "no label" (-1, null, ""); such rows are left out (SNLI: -1)."""
     adapt: Callable[[Row], Row] | None = Field(default=None, exclude=True)
     """Python only: turns a row into one with the columns named above."""
     generate: Callable[[str, int, int], list[Row]] | None = Field(default=None, exclude=True)
@@ -91,32 +106,50 @@ class Task(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Task:
-        for template in (self.prompt, self.masked or "", *self.classifier):
+        for template in (self.prompt, self.masked or "", *self.classifier, self.phrase):
             if columns(template).count("") > 1:
                 raise ValueError(f"the prompt {template!r} has more than one {{}}")
-        if self.kind == "classification" and len(self.labels) < 2:
-            raise ValueError("a classification task needs labels: at least two values with their label words")
-        if self.kind == "classification" and not len(set(self.labels.values())) == len(self.labels):
-            raise ValueError("two labels share one label word")
-        if self.kind == "choice" and not self.choices:
-            raise ValueError("a choice task needs choices: the columns that hold them")
+        if columns(self.phrase) != [""]:
+            raise ValueError(f"the phrase {self.phrase!r} must hold {{}}, the place of the label word, and no column")
+        self._check_answers()
         if not self.metric:
             object.__setattr__(self, "metric", METRICS_OF[self.kind][:1])
         for metric in self.metric:
             if metric not in METRICS_OF[self.kind]:
                 raise ValueError(f"metric {metric} is not one of {', '.join(METRICS_OF[self.kind])} ({self.kind})")
+        if self.messages is not None:
+            if self.prompt or self.masked or self.classifier or self.context:
+                raise ValueError(
+                    "messages stands in place of prompt, masked, classifier and context; give one or the other"
+                )
+            return self
         if not self.classifier and self.kind == "classification":
             object.__setattr__(self, "classifier", tuple(f"{{{name}}}" for name in self.columns[:2]))
         if len(self.classifier) > 2:
             raise ValueError("classifier takes one or two templates")
         if not self.columns:
             raise ValueError(f"the prompt {self.prompt!r} names no {{column}}")
-        if self.context is None:
-            object.__setattr__(self, "context", self.columns[0])
         for texts in filter(None, ((self.prompt,), (self.masked,) if self.masked else (), self.classifier)):
-            if self.context not in [name for text in texts for name in columns(text)]:
+            if self.context and self.context not in [name for text in texts for name in columns(text)]:
                 raise ValueError(f"context is {self.context!r}, which is not a column of {' '.join(texts)!r}")
         return self
+
+    def _check_answers(self) -> None:
+        """Labels, choices and letters. Raises ValueError."""
+        if self.kind == "classification":
+            words = list(self.labels.values())
+            if len(self.labels) < 2:
+                raise ValueError("a classification task needs labels: at least two values with their label words")
+            if len(self.labels) > MAX_LABELS:
+                raise ValueError(f"{len(self.labels):,} labels were given; at most {MAX_LABELS:,} are compared")
+            if len(set(words)) < len(words):
+                raise ValueError("two labels share one label word")
+            if not all(word.strip() for word in words):
+                raise ValueError("a label word is empty")
+        if self.kind == "choice" and not self.choices:
+            raise ValueError("a choice task needs choices: the columns that hold them")
+        if self.letters and (self.kind != "choice" or "choices" not in columns(self.prompt)):
+            raise ValueError("letters is for choice tasks whose prompt has the place {choices}")
 
     @property
     def columns(self) -> list[str]:
@@ -128,22 +161,45 @@ class Task(BaseModel):
         """Classes of a classification task; None for the other kinds."""
         return len(self.labels) or None
 
+    def read(self) -> set[str]:
+        """Columns that the prompt and the other templates read."""
+        templates = (self.prompt, self.masked or "", *self.classifier)
+        listed = {"choices"} if self.letters else set()
+        return {name for template in templates for name in columns(template) if name} - listed
+
     def required(self) -> set[str]:
         """Every column that a row must have (after ``adapt``), whatever the model's kind."""
-        templates = (self.prompt, self.masked or "", *self.classifier)
-        needed = {name for template in templates for name in columns(template) if name}
         own = {"classification": (self.label,), "choice": (self.label, *self.choices)}
-        return needed | set(own.get(self.kind, (self.answer.partition(".")[0],)))
+        answer = () if self.messages else (self.answer.partition(".")[0],)
+        return self.read() | {*own.get(self.kind, answer)} | ({self.messages} if self.messages else set())
 
     def label_index(self, value: Any, where: str) -> int:
         """Class number of a label value. Raises UserError naming ``where`` for a value outside the set."""
         for index, known in enumerate(self.labels):
-            if value == known and isinstance(value, str) == isinstance(known, str):
+            if same_value(value, known):
                 return index
-        known = ", ".join(repr(label) for label in self.labels)
+        known = ", ".join(repr(label) for label in [*self.labels][:20]) + (", ..." if len(self.labels) > 20 else "")
+        hint = "; list it under `unlabelled` to leave such rows out" if value in (-1, "") else ""
         raise UserError(
-            f"{where}: {self.label!r} is {value!r}, which is none of the labels of task {self.name!r} ({known})"
+            f"{where}: {self.label!r} is {shown(value)}, which is none of the labels of task {self.name!r} ({known}){hint}"
         )
+
+
+def same_value(value: Any, known: Any) -> bool:
+    """Whether a label in a row is that label value: "1" is not 1."""
+    return bool(value == known) and isinstance(value, str) == isinstance(known, str)
+
+
+def halves(template: str) -> tuple[str, str, bool]:
+    """The format strings before and after ``{}``, and whether it is there; ``{{`` and ``}}`` are braces."""
+    parts, mark = ["", ""], 0
+    for literal, name, _, _ in Formatter().parse(template):
+        parts[mark] += literal.replace("{", "{{").replace("}", "}}")
+        if name:
+            parts[mark] += f"{{{name}}}"
+        elif name == "":
+            mark = 1
+    return parts[0], parts[1], bool(mark)
 
 
 def columns(template: str) -> list[str]:

@@ -48,7 +48,7 @@ def test_yes_and_no_are_words_and_true_is_a_label(tmp_path):
 def test_files_without_validation_give_test_rows_of_the_train_file(tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": f"t{i}", "label": i % 2}) for i in range(20)))
     task = from_yaml(save(tmp_path, MINIMAL + "files: {train: rows.jsonl}\n"))
-    splits, _ = data.draw(task, None, train=8, dev=4, test=4, seed=0)
+    splits = data.draw(task, None, train=8, dev=4, test=4, seed=0).rows
     assert len({row["text"] for rows in splits.values() for _, row in rows}) == 16
 
 

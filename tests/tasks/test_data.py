@@ -26,7 +26,8 @@ def rows(number, start=0):
 
 
 def draw(folder, task=TASK, **sizes):
-    return data.draw(task, folder, **({"train": 10, "dev": 5, "test": 8, "seed": 0} | sizes))
+    drawn = data.draw(task, folder, **({"train": 10, "dev": 5, "test": 8, "seed": 0} | sizes))
+    return drawn.rows, drawn.notes
 
 
 def texts(splits):
@@ -131,7 +132,7 @@ GOOD = [{"text": "a", "label": 0}] * 20
             [*GOOD, {"text": "a", "label": 2}],
             r"train.jsonl, row 21: 'label' is 2, which is none of the labels .*\(0, 1\)",
         ),
-        ([*GOOD, {"text": None, "label": 1}], "row 21: task 'toy' needs the column 'text'"),
+        ([*GOOD, {"text": None, "label": 1}], "row 21: 'text' is null"),
         ([*GOOD, {"text": "a", "label": "1"}], "row 21: 'label' is '1'"),
         (
             [*GOOD, {"sentence": "a", "label": 1}],
@@ -141,7 +142,7 @@ GOOD = [{"text": "a", "label": 0}] * 20
         ("\n\n", "train.jsonl is empty"),
         ('{"text": "a", "label": 0}\n{"text": \n', r"train.jsonl, line 2: not a JSON object \(Expecting value"),
         ("[1, 2]\n", "line 1: one JSON object with named columns was expected"),
-        (GOOD[:1], "too few for train and dev"),
+        (GOOD[:1], "too few for 10 train and 5 dev"),
     ],
 )
 def test_bad_files_are_one_clear_sentence(tmp_path, train, words):

@@ -15,6 +15,7 @@ NLI = Task(
     kind="classification",
     prompt='{premise}\nDoes this mean that "{hypothesis}"? Yes or No?\n{}',
     labels={0: "Yes", 1: "No"},
+    context="premise",
 )
 QA = Task(name="qa", kind="generation", prompt="Context: {context} Question: {question} Answer:", max_new_tokens=4)
 LONG = " ".join(f"word{i}" for i in range(300))

@@ -1,0 +1,90 @@
+"""Checks of a checkpoint that anybody may have written: what kind of model it is, its sizes, its token ids, its weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from metazo.errors import UserError
+from metazo.io.extras import needs
+from metazo.io.files import read_capped
+from metazo.io.plain import parse_json
+
+with needs("llm"):
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_MASKED_LM_MAPPING,
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+        PreTrainedConfig,
+    )
+
+MAX_LAYERS, MAX_WIDTH, MAX_TOKENS = 2000, 2**17, 2**22
+"""Of a config: a larger number is a mistake or an attack, and would take hours or all memory before the weights are read."""
+MAX_TOKENIZER_BYTES = 2**28
+
+
+def check_config(config: PreTrainedConfig, name: str) -> None:
+    """Refuse what is no language model or classifier of text, by its name, and sizes that no model has."""
+    known = {
+        *MODEL_FOR_CAUSAL_LM_MAPPING.keys(),
+        *MODEL_FOR_MASKED_LM_MAPPING.keys(),
+        *MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.keys(),
+    }
+    what = None
+    if config.is_encoder_decoder:
+        what = "an encoder-decoder"
+    elif hasattr(config, "vision_config") or hasattr(config, "audio_config"):
+        what = "a model of images or sound"
+    elif type(config) not in known and not any(a.endswith("Model") for a in config.architectures or ()):
+        what = "no model that transformers has as a causal, masked or classification model of text"
+    elif hasattr(config, "image_size") or hasattr(config, "num_mel_bins"):
+        what = "a model of images or sound"
+    if what:
+        raise UserError(
+            f"{name!r} is a {config.model_type} model, which is {what}; metazo takes causal, masked and classification models "
+            "of text"
+        )
+    text = config.get_text_config()
+    for names, limit, unit in (
+        (("num_hidden_layers", "n_layer", "n_layers", "num_layers"), MAX_LAYERS, "layers"),
+        (("hidden_size", "n_embd", "d_model", "intermediate_size", "num_attention_heads"), MAX_WIDTH, "units"),
+        (("vocab_size", "max_position_embeddings", "n_positions"), MAX_TOKENS, "rows"),
+    ):
+        for key in names:
+            value = getattr(text, key, None)
+            if isinstance(value, int) and not isinstance(value, bool) and not 0 <= value <= limit:
+                raise UserError(
+                    f"the config of {name!r} has {key} {value:,}, and at most {limit:,} {unit} are built; check config.json"
+                )
+
+
+def check_tokenizer(folder: Path, name: str) -> None:
+    """A token id far beyond any vocabulary makes the tokenizer take memory until the process is ended."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return
+    content = parse_json(read_capped(path, MAX_TOKENIZER_BYTES, "tokenizer"))
+    model = content.get("model") if isinstance(content, dict) else None
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else []
+    added = content.get("added_tokens") if isinstance(content, dict) else None
+    ids += [token.get("id") for token in added or () if isinstance(token, dict)]
+    largest = max((value for value in ids if isinstance(value, int)), default=0)
+    if largest > MAX_TOKENS:
+        raise UserError(f"the tokenizer of {name!r} has the token id {largest:,}; at most {MAX_TOKENS:,} are taken")
+
+
+def not_finite(model: nn.Module) -> list[str]:
+    """A sentence about weights that are NaN or infinite."""
+    bad = [
+        n
+        for n, p in model.named_parameters()
+        if p.numel() and not torch.stack(torch.aminmax(p.detach())).isfinite().all()
+    ]
+    if not bad:
+        return []
+    return [
+        f"{len(bad)} of {len(list(model.parameters()))} tensors of the model hold NaN or infinite weights, such as {bad[0]}"
+    ]

@@ -1,0 +1,63 @@
+"""The classes of a classifier's head matched by name to the labels of a task, and a head made from label phrases."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from metazo.tasks.prepared import Prepared
+from metazo.tasks.task import Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from metazo.models.load import LoadedModel
+
+
+def head_order(config: PreTrainedConfig, task: Task) -> tuple[list[int] | None, str | None]:
+    """Column of the head for each class of the task, None for the order they are in; and a sentence for the user.
+
+    The names in the checkpoint's ``id2label`` are compared with the task's label values, then with its label words,
+    without regard to case. Names of the form LABEL_0 say nothing, and the order is kept; with names that are others
+    the order is kept too, and the sentence says so.
+    """
+    names = [str(config.id2label.get(index, "")) for index in range(task.num_labels or 0)]
+    if all(re.fullmatch(r"LABEL_\d+", name) for name in names):
+        return None, None
+    for labels in (task.labels.keys(), task.labels.values()):
+        known = [_plain(label) for label in labels]
+        columns = {_plain(name): column for column, name in enumerate(names)}
+        if len(columns) == len(names) and columns.keys() == set(known):
+            order = [columns[label] for label in known]
+            return (None if order == sorted(order) else order), None
+    shown = ", ".join(map(repr, names[:5])) + (", ..." if len(names) > 5 else "")
+    wanted = ", ".join(repr(label) for label in [*task.labels][:5]) + (", ..." if len(names) > 5 else "")
+    return None, f"the head's classes are called {shown}, the labels of {task.name} {wanted}: they are matched by order"
+
+
+def class_names(task: Task, order: list[int] | None) -> list[str]:
+    """What the columns of a head are called: label values that are text, or else the label words."""
+    names = [value if isinstance(value, str) else word for value, word in task.labels.items()]
+    if len(set(names)) < len(names):
+        names = [str(value) for value in task.labels]
+    columns = order or list(range(len(names)))
+    return [name for _, name in sorted(zip(columns, names, strict=True))]
+
+
+def _plain(label: object) -> str:
+    return str(label).strip().casefold()
+
+
+def fit_head(loaded: LoadedModel, prepared: Prepared, batch_size: int = 32) -> None:
+    """Make a head of prototypes from the training examples, or one of label phrases from the phrases and the training
+    texts (their labels are not read). Any other head, and one that was made before, stays as it is.
+    """
+    from metazo.models.sentence import Phrases, SentenceClassifier
+
+    model = loaded.model
+    if not isinstance(model, SentenceClassifier):
+        return
+    if isinstance(model.head, Phrases) and not model.head.fitted:
+        words = prepared.task.labels.values()
+        model.set_phrases(loaded.tokenizer, [prepared.task.phrase.format(word) for word in words])
+    model.fit_prototypes(prepared.batches(prepared.train, batch_size))

@@ -1,0 +1,234 @@
+"""Read the rows of a split: JSON lines, a JSON list, CSV, TSV or Parquet from a folder, or a data set of the Hub.
+
+Every row is checked, so that a bad one is named whether or not it would have been drawn.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from metazo.errors import UserError
+from metazo.io.extras import needs
+from metazo.io.files import is_file
+from metazo.io.plain import shown
+from metazo.tasks.task import Row, Task, same_value
+
+MAX_ROW = 2**20
+"""Characters of one row."""
+MAX_CHOICES = 256
+"""Choices of one row."""
+ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+_SIMPLE = str | int | float
+
+
+@dataclass
+class Source:
+    """Rows of one split, and what to call them in an error."""
+
+    name: str
+    rows: Sequence[Row]
+    usable: list[int]
+    """Positions of the labelled rows."""
+
+    def where(self, index: int) -> str:
+        return f"{self.name}, row {index + 1}"
+
+
+def load(task: Task, split: str, data: Path | None) -> Source:
+    """The rows of ``split``: of the task's own files, of ``data/<task>/``, or of the Hub, in this order."""
+    if task.files:
+        return _read(task, Path(task.files[split]))  # type: ignore[index]
+    if data is not None:
+        return _read(task, _find(task, split, Path(data)))
+    if task.hub is None:
+        raise UserError(f"task {task.name!r} names neither files nor a Hub data set; give its rows with `data=DIR`")
+    return _from_hub(task, split)
+
+
+def _find(task: Task, split: str, data: Path) -> Path:
+    """``DIR/<task>/<split>.jsonl``; a split with a longer Hub name (validation_matched) may be called validation."""
+    if not data.is_dir():
+        raise UserError(f"data folder {data} does not exist; `data` names a folder that holds {task.name}/train.jsonl")
+    folder = data / task.name
+    if not folder.is_dir():
+        found = ", ".join(sorted(entry.parent.name for entry in data.glob("*/train.jsonl"))) or "none"
+        raise UserError(f"data folder {data} has no folder {task.name!r}; tasks found there: {found}")
+    names = list(dict.fromkeys((split, "validation") if split != "train" else ("train",)))
+    for name in names:
+        for ending in ENDINGS:
+            if (folder / f"{name}{ending}").is_file():
+                return folder / f"{name}{ending}"
+    raise UserError(f"task {task.name!r} needs {' or '.join(f'{n}.jsonl' for n in names)} in {folder}")
+
+
+def _read(task: Task, path: Path) -> Source:
+    if not is_file(path):
+        raise UserError(f"data file {path} is not a file; task {task.name!r} needs one JSON object per line")
+    try:
+        rows = list(_parquet(path) if path.suffix == ".parquet" else _text_rows(task, path))
+    except OSError as error:
+        raise UserError(f"data file {path} cannot be read ({error.strerror or error})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"data file {path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    if not rows:
+        raise UserError(f"data file {path} is empty; task {task.name!r} needs one JSON object per line")
+    source = Source(str(path), rows, _labelled(task, rows))
+    for index in source.usable:
+        checked(task, rows[index], source.where(index))
+    return source
+
+
+def _text_rows(task: Task, path: Path) -> Iterator[Row]:
+    with path.open(encoding="utf-8-sig", newline="") as file:  # a byte-order mark is no part of the first row
+        if path.suffix in (".csv", ".tsv"):
+            yield from _table(task, path, csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
+            return
+        number = 0
+        while line := file.readline(MAX_ROW):
+            number += 1
+            if number == 1 and path.suffix == ".json" and line.lstrip().startswith("["):
+                yield from _json_list(path, line + file.read())
+                return
+            if line.strip():
+                yield _parse(line, f"{path}, line {number}")
+
+
+def _table(task: Task, path: Path, reader: csv.DictReader[str]) -> Iterator[Row]:
+    """Rows of CSV: every value is text, so numbers of classes and of choices are made out of it."""
+    try:
+        for number, row in enumerate(reader, 1):
+            where = f"{path}, row {number}"
+            if None in row or None in row.values():
+                raise UserError(f"{where} has another number of cells than the header has columns")
+            yield _with_label(task, dict(row), where)
+    except csv.Error as error:
+        raise UserError(f"data file {path}, row {reader.line_num}: no CSV ({error})") from error
+
+
+def _with_label(task: Task, row: Row, where: str) -> Row:
+    text = row.get(task.label)
+    if task.kind == "choice" and isinstance(text, str) and text.strip().lstrip("-").isdigit():
+        return row | {task.label: int(text)}
+    for value in (*task.labels, *task.unlabelled):
+        if not isinstance(value, str) and text == ("" if value is None else str(value)):
+            return row | {task.label: value}
+    return row
+
+
+def _json_list(path: Path, text: str) -> Iterator[Row]:
+    try:
+        rows = json.load(StringIO(text))
+    except json.JSONDecodeError as error:
+        raise UserError(f"data file {path}: not a JSON list ({error.msg} at line {error.lineno})") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"data file {path}: a number or the nesting in it is beyond what can be read") from error
+    for number, row in enumerate(rows, 1):
+        yield _object(row, f"{path}, row {number}")
+
+
+def _parse(line: str, where: str) -> Row:
+    if len(line) == MAX_ROW:
+        raise UserError(f"{where} is longer than {MAX_ROW:,} characters; is this a file of one JSON object per line?")
+    try:
+        return _object(json.loads(line), where)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not a JSON object ({error.msg} at column {error.colno})") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: a number, a character or the nesting in it is beyond what can be read") from error
+
+
+def _object(row: Any, where: str) -> Row:
+    if isinstance(row, list):
+        raise UserError(f"{where}: one JSON object with named columns was expected, found a list; name a file with one "
+                        "JSON list *.json, or write one object per line (jq -c '.[]')")  # fmt: skip
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: one JSON object with named columns was expected, found {shown(row, 60)}")
+    try:
+        size = len(json.dumps(row, ensure_ascii=False).encode())  # refuses halves of a character, as tokenizers do
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: a number, a character or the nesting in it is beyond what can be read") from error
+    if size > 4 * MAX_ROW:
+        raise UserError(f"{where} is longer than {MAX_ROW:,} characters; split it into shorter rows")
+    return row
+
+
+def _parquet(path: Path) -> list[Row]:
+    with needs("llm"):  # it comes with datasets
+        import pyarrow
+        import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_table(path).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise UserError(f"data file {path} is no Parquet file that can be read ({error})") from error
+
+
+def _from_hub(task: Task, split: str) -> Source:
+    with needs("llm"):
+        from datasets import load_dataset  # a second of import that no other path needs
+
+    name = "/".join(part for part in (task.hub, task.config) if part)
+    try:
+        rows: Any = load_dataset(str(task.hub), task.config, split=split, revision=task.revision)
+    except Exception as error:  # the library raises a dozen kinds: no network, no such id, no such split, a broken file
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(
+            f"data set {name!r}, split {split!r}, cannot be loaded from the Hub ({reason}); "
+            f"check the network, or give the rows with `data=DIR`, in DIR/{task.name}/"
+        ) from None  # what a server answered may repeat the token
+    if len(rows) == 0:
+        raise UserError(f"data set {name!r}, split {split!r}, is empty")
+    return Source(f"{name} {split}", rows, _labelled(task, rows))
+
+
+def _labelled(task: Task, rows: Any) -> list[int]:
+    if not task.unlabelled:
+        return list(range(len(rows)))
+    values = rows[task.label] if hasattr(rows, "column_names") else [row.get(task.label) for row in rows]
+    return [i for i, value in enumerate(values) if not any(same_value(value, known) for known in task.unlabelled)]
+
+
+def checked(task: Task, row: Row, where: str) -> Row:
+    """The row as the prompt needs it. Raises UserError for a column that is missing, null or neither text nor number,
+    and for a label outside the set.
+    """
+    try:
+        adapted = task.adapt(row) if task.adapt else row
+    except KeyError as error:
+        raise _missing(task, {str(error.args[0])}, row, where) from error
+    except (TypeError, AttributeError) as error:
+        raise UserError(f"{where}: a column of task {task.name!r} has the wrong type ({error})") from error
+    required = task.required()
+    absent = {name for name in required if name not in adapted}
+    if absent:
+        raise _missing(task, absent, row, where)
+    for name in sorted(required):
+        if adapted[name] is None:
+            hint = "; list null under `unlabelled` to leave such rows out" if name == task.label else ""
+            raise UserError(f"{where}: {name!r} is null, and task {task.name!r} needs it{hint}")
+    for name in task.read():
+        if not isinstance(adapted[name], _SIMPLE):
+            kind = type(adapted[name]).__name__
+            hint = "; a chat is named by `messages`" if kind == "list" else ""
+            raise UserError(f"{where}: {name!r} holds a {kind}, and a prompt takes text or numbers{hint}")
+    if task.kind == "classification":
+        task.label_index(adapted[task.label], where)
+    if task.kind == "choice" and len(task.choices) == 1:
+        number = len(adapted[task.choices[0]]) if isinstance(adapted[task.choices[0]], list) else 0
+        if number > MAX_CHOICES:
+            raise UserError(
+                f"{where}: {task.choices[0]!r} holds {number:,} choices; at most {MAX_CHOICES} are compared"
+            )
+    return adapted
+
+
+def _missing(task: Task, absent: set[str], row: Row, where: str) -> UserError:
+    names = ", ".join(repr(name) for name in sorted(absent))
+    found = ", ".join(repr(name) for name in row) or "none"
+    return UserError(f"{where}: task {task.name!r} needs the column {names}; columns found: {found}")

@@ -1,0 +1,91 @@
+"""Draw and encode the splits of a task for a loaded model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from metazo.errors import UserError
+from metazo.tasks.classes import class_names, head_order
+from metazo.tasks.data import DEFAULTS, SPLITS, draw
+from metazo.tasks.encode import Encoder
+from metazo.tasks.prepared import Prepared
+from metazo.tasks.task import Row, Task
+
+if TYPE_CHECKING:
+    from metazo.models.load import LoadedModel
+
+
+def prepare(
+    task: Task,
+    loaded: LoadedModel,
+    *,
+    data: Path | None = None,
+    train: int = DEFAULTS["train"],
+    dev: int = DEFAULTS["dev"],
+    test: int = DEFAULTS["test"],
+    seed: int = 0,
+    max_length: int | None = None,
+    k_per_class: int | None = None,
+) -> Prepared:
+    """Draw and encode the splits of ``task`` for ``loaded``.
+
+    ``data`` is a folder with <task>/<split>.jsonl; without it rows come from the task's own files, the grammar, or the
+    Hub. Sizes default to the papers' 1,000 / 500 / 1,000. If there are fewer rows, the sizes left at these are reduced
+    and those asked for are kept, and ``notes`` says so. ``k_per_class`` draws so many train rows of every class, and as
+    many dev rows if ``dev`` is not given (as LM-BFF, arXiv 2012.15723). ``max_length`` limits an input, in tokens; the
+    model's context is the default. A model that was fine-tuned on the task by metazo gets the split of that run, and no
+    row that it was trained on is a dev or test row.
+    Raises UserError for data that is missing, malformed or does not fit, and for a task that the model cannot do.
+    """
+    encoder = Encoder(task, loaded, max_length)
+    known = getattr(loaded.model.config, "metazo", None)
+    record = known if isinstance(known, dict) else None
+    drawn = draw(
+        task, data, train=train, dev=dev, test=test, seed=seed, k_per_class=k_per_class, record=record
+    )  # fmt: skip
+    notes = [*loaded.notes, *drawn.notes]
+    order = None
+    if loaded.kind == "classifier" and not loaded.new_head:
+        order, note = head_order(loaded.model.config, task)
+        notes += [note] if note else []
+    out = Prepared(
+        task, loaded.kind, loaded.tokenizer, encoder.room, encoder.words, encoder.at_position, notes=notes, order=order
+    )
+    for split in SPLITS:
+        _encode(out, split, encoder, drawn.rows[split])
+    if encoder.alike:
+        notes.append(f"{task.name}: {encoder.alike} rows have two choices that are the same tokens for {loaded.name}")
+    out.record = {"task": task.name, **drawn.record}
+    if loaded.kind == "classifier":
+        out.record["labels"] = class_names(task, order)
+    if task.kind == "generation" and task.stop is None and loaded.tokenizer.eos_token_id is not None:
+        out.record["eos"] = loaded.tokenizer.eos_token_id
+    return out
+
+
+def _encode(out: Prepared, split: str, encoder: Encoder, rows: list[tuple[str, Row]]) -> None:
+    """Encode the rows of a split, and say what was shortened or left out."""
+    task, limit = out.task, encoder.limit
+    encoder.cut.clear()
+    encoded = [encoder(row, where) for where, row in rows]
+    kept = [example for example in encoded if example is not None]
+    setattr(out, split, kept)
+    out.shortened[split] = sum(example.shortened for example in kept)
+    out.dropped[split] = len(encoded) - len(kept)
+    if out.shortened[split]:
+        where = ", ".join(f"{name!r} of {count}" for name, count in encoder.cut.most_common())
+        hint = "" if task.context or len(encoder.columns) < 2 else "; `context` in the task names the column to shorten"
+        out.notes.append(
+            f"{task.name}: {out.shortened[split]} of {len(kept)} {split} inputs shortened to {limit} tokens ({where}{hint})"
+        )
+    if out.dropped[split]:
+        out.notes.append(
+            f"{task.name}: {out.dropped[split]} of {len(encoded)} {split} rows left out, over {limit} tokens"
+        )
+    if encoded and not kept:
+        column = f" even without {task.context!r}" if task.context else " even without its longest column"
+        raise UserError(
+            f"no {split} row of task {task.name!r} fits into {limit} tokens{'' if task.messages else column}; "
+            "raise `max_length`, or name the long column as the task's context"
+        )
