@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
+from metazo.io.extras import needs
 from metazo.tasks.encode import Encoded
 from metazo.tasks.task import Task
 
