@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+
+from metazo.io.terminal import print_json, print_line
 
 
 class Metric(StrEnum):
@@ -29,17 +29,29 @@ def report(
         list[Path] | None,
         typer.Option(help="Markdown file whose blocks <!-- results:NAME --> are filled, and no report written."),
     ] = None,
+    pack: Annotated[
+        bool,
+        typer.Option("--pack", help="Pack the results of all runs into one compressed file, and write no report."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON.")] = False,
 ) -> None:
     """Write what a comparison found: one HTML page for everyone, Markdown, CSV and pictures.
 
     metazo report results/pico
     """
+    from metazo.compare.packed import pack as pack_runs
     from metazo.report.build import build
     from metazo.report.comparison import Comparison
     from metazo.report.write import render as fill
     from metazo.report.write import write
 
+    if pack:
+        before, after = pack_runs(results)
+        if as_json:
+            print_json({"bytes before": before, "bytes after": after})
+        else:
+            print_line(f"{results} is packed: {before:,} bytes before, {after:,} now")
+        return
     made = build(Comparison(results), metric.value if metric else None)
     if render:
         written = [path for path in render if fill(made, path)]
@@ -48,6 +60,6 @@ def report(
         written = write(made, out or results / "report")
         shown = f"{made.story.won}\n{written[0]}"
     if as_json:
-        print(json.dumps({"written": list(map(str, written)), "won": made.story.won}))
+        print_json({"written": list(map(str, written)), "won": made.story.won})
         return
-    Console().print(shown, highlight=False, markup=False, soft_wrap=True)
+    print_line(shown)

@@ -18,6 +18,7 @@ from metazo.compare.examine import Facts, examine
 from metazo.compare.grid import SEARCH_SEED, Grid, Run, longer, runs_of, search_run
 from metazo.compare.key import cores
 from metazo.compare.live import Progress
+from metazo.compare.packed import unpack
 from metazo.compare.pool import Pool
 from metazo.compare.rates import walk
 from metazo.compare.results import Result, Search, read_search, write_search
@@ -78,6 +79,7 @@ class _Comparison:
         grid = self.grid
         grid.write()
         self.store.clear()
+        unpack(grid.out)
         self._remember(self.store.supersede())
         threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, cores() // grid.workers))
         with (

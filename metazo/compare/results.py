@@ -7,23 +7,25 @@
     RESULTS/cells/<task>/<column>/time-<seed>.json           the same run gone on to the time budget (methods that are
                                                              faster than the reference; others are read off seed-*)
 
-Each run's file holds exactly three objects, `run_info`, `train_info` and `metrics`; see `Result`. It is written whole or
-not at all. Numbers that are not finite are null.
+A finished comparison may be packed into two files (metazo/compare/packed.py). Each run's file holds exactly three
+objects, `run_info`, `train_info` and `metrics`; see `Result`. It is written whole or not at all. Numbers that are not
+finite are null.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from metazo.errors import UserError
 from metazo.io.files import write_whole
+from metazo.io.plain import read_json, shown
 
 PARTS = ("run_info", "train_info", "metrics")
+SEARCH, COMPARISON = "search.json", "comparison.json"
 KINDS = ("search", "seed", "time")
 
 
@@ -57,19 +59,53 @@ class Result:
     def finished(self) -> bool:
         return self.run_info["status"] == "finished"
 
+    def to_bytes(self) -> bytes:
+        return (json.dumps(_plain(asdict(self)), indent=1, allow_nan=False) + "\n").encode()
+
     def save(self, path: Path) -> None:
-        text = json.dumps(_plain(asdict(self)), indent=1, allow_nan=False)
-        write_whole(path, (text + "\n").encode())
+        write_whole(path, self.to_bytes())
 
     @classmethod
     def load(cls, path: Path) -> Result:
         """Raises UserError for a file that is no result."""
-        content = _read(path)
-        if not isinstance(content, dict) or tuple(sorted(content)) != tuple(sorted(PARTS)):
-            raise UserError(f"{path} is no result of a comparison: it must hold exactly {', '.join(PARTS)}.")
-        if "status" not in content["run_info"]:
-            raise UserError(f"{path} is no result of a comparison: its run_info has no status.")
-        return cls(**content)
+        found = result_of(read_json(path, "result"), path)
+        if isinstance(found, UserError):
+            raise found
+        return found
+
+
+_NUMBER, _TEXT = (int, float), (str, type(None))
+_INFO: dict[str, Any] = {
+    "task": str, "column": str, "kind": str, "seed": int, "lr": (*_NUMBER, type(None)), "model": str, "optimizer": str,
+    "label": str, "metric": _TEXT, "budget": _NUMBER, "configuration": dict, "hashes": dict, "key": str, "status": str,
+    "reason": _TEXT,
+}  # fmt: skip
+"""Types of what run_info may hold; what a table or a message shows of it is of these."""
+
+
+def result_of(content: Any, path: Path) -> Result | UserError:
+    """The result that a JSON value is, or what is wrong with it; fields that are not needed to tell are not checked."""
+    if not isinstance(content, dict) or tuple(sorted(content)) != tuple(sorted(PARTS)):
+        return UserError(f"{path} is no result of a comparison: it must hold exactly {', '.join(PARTS)}.")
+    if not all(isinstance(content[name], dict) for name in PARTS):
+        return UserError(f"{path} is no result of a comparison: {', '.join(PARTS)} must be objects.")
+    info, metrics = content["run_info"], content["metrics"]
+    if "status" not in info:
+        return UserError(f"{path} is no result of a comparison: its run_info has no status.")
+    for name, kinds in _INFO.items():
+        value = info.get(name)
+        wrong = name in info and (isinstance(value, bool) or not isinstance(value, kinds))
+        if wrong or (isinstance(value, str) and len(value) > 10_000):
+            return UserError(f"{path} is no result of a comparison: its {name} is {shown(value)}.")
+    if not 0 <= info.get("seed", 0) < 1 << 64:
+        return UserError(f"{path} is no result of a comparison: its seed is {shown(info['seed'])}.")
+    for name, scores in metrics.items():
+        if not isinstance(scores, dict | None) or not all(
+            value is None or (isinstance(value, _NUMBER) and not isinstance(value, bool))
+            for value in (scores or {}).values()
+        ):
+            return UserError(f"{path} is no result of a comparison: its {shown(name)} is {shown(scores)}.")
+    return Result(**content)
 
 
 @dataclass
@@ -96,34 +132,37 @@ def cell_path(results: Path, task: str, column: str, kind: str, seed: int, lr: f
     return results / "cells" / task / column / f"{name}.json"
 
 
-def read_results(results: Path, *kinds: str) -> Iterator[Result]:
-    """All runs of a comparison (of some kinds), by task, column and file name. Raises UserError where there are none."""
-    files = sorted((results / "cells").glob("*/*/*.json"))
-    if not files:
-        raise UserError(f"{results} holds no results of metazo compare (no cells/<task>/<column>/*.json).")
-    for file in files:
-        if not kinds or file.name.split("-")[0] in kinds:
-            yield Result.load(file)
-
-
 def write_search(results: Path, found: dict[str, dict[str, Search]]) -> None:
     plain = {task: {column: asdict(search) for column, search in columns.items()} for task, columns in found.items()}
-    write_whole(results / "search.json", (json.dumps(_plain(plain), indent=1) + "\n").encode())
+    write_whole(results / SEARCH, (json.dumps(_plain(plain), indent=1) + "\n").encode())
 
 
 def read_search(results: Path) -> dict[str, dict[str, Search]]:
-    """search.json; empty where there is none yet."""
-    path = results / "search.json"
-    if not path.exists():
+    """What the searches found; empty if there is nothing yet. Raises UserError for anything but Searches."""
+    path, packed = results / SEARCH, results / COMPARISON
+    if path.exists():
+        content = read_json(path, "search results")
+    elif packed.exists():
+        path, about = packed, read_json(packed, "comparison")
+        content = about.get("search") if isinstance(about, dict) else None
+    else:
         return {}
-    return {task: {name: Search(**s) for name, s in columns.items()} for task, columns in _read(path).items()}
-
-
-def _read(path: Path) -> Any:
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}.") from error
+        return {task: {name: _search(s) for name, s in columns.items()} for task, columns in content.items()}
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} does not hold what searches found: {error}") from error
+
+
+def _search(content: Any) -> Search:
+    """Raises TypeError or ValueError for what is no Search."""
+    found = Search(**content)
+    numbers: list[Any] = [found.lr, *dict(found.losses).values(), found.runs, found.forwards, found.budget]
+    for value in (*numbers, *map(float, found.losses), *found.seeds):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, _NUMBER)):
+            raise ValueError(f"{shown(value)} is no number")
+    if None in (found.runs, found.forwards, found.budget) or (found.lr is not None and not 0 < found.lr < math.inf):
+        raise ValueError(f"a search has no learning rate, runs or forwards that can be ({shown(content)})")
+    return found
 
 
 def _plain(value: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -53,12 +54,27 @@ def is_file(path: Path) -> bool:
         return False
 
 
+def opened(path: Path, what: str) -> BinaryIO:
+    """A regular file, open to be read. UserError for anything else: what is not there, a folder, a pipe, a device.
+
+    A pipe is not waited for: it is opened without blocking, and what was opened is what is judged.
+    """
+    try:
+        number = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
+    except FileNotFoundError as error:
+        raise UserError(f"{what} {path} is not a file; check the path") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{what} {path} cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise UserError(f"{what} {path} is not a file; check the path")
+    return os.fdopen(number, "rb")
+
+
 def read_capped(path: Path, limit: int, what: str) -> bytes:
     """The bytes of a regular file of at most `limit` bytes; UserError when it is missing or larger."""
-    if not is_file(path):
-        raise UserError(f"{what} {path} is not a file; check the path")
     try:
-        with path.open("rb") as file:
+        with opened(path, what) as file:
             data = file.read(limit + 1)
     except OSError as error:
         raise UserError(f"{what} {path} cannot be read ({error.strerror or error})") from error

@@ -8,13 +8,16 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-import yaml
-
-from metazo.compare.results import KINDS, Result, Search, read_search
+from metazo.compare.grid import SEARCH_SEED
+from metazo.compare.packed import read_runs
+from metazo.compare.results import KINDS, SEARCH, Result, Search, read_search
 from metazo.errors import UserError
+from metazo.io.files import is_file
+from metazo.io.plain import read_yaml
 
 from .numbers import Failure, Run, part, run_of
 
+MAX_RUNS = 100_000
 CONTROL, ZEROTH, FIRST, UNTRAINED = "control", "forward passes only", "gradients", "no training"
 
 
@@ -28,16 +31,13 @@ class Comparison:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        files = sorted((folder / "cells").glob("*/*/*.json"))
-        if not files:
-            raise UserError(f"{folder} holds no results of metazo compare (no cells/<task>/<column>/*.json).")
         self.runs: dict[tuple[str, str], dict[int, Run]] = {}
         self.timed: dict[tuple[str, str], dict[int, Run]] = {}
         self.failures: list[Failure] = []
         self.infos: list[dict[str, Any]] = []
         self._seen: set[tuple[str, str, str, str]] = set()
-        for file in files:
-            self._read(file)
+        for path, result in read_runs(folder):
+            self._read(path, result)
         self.grid = self._grid()
         self.searches = self._searches()
         self.tasks = self._order([_task_name(str(task)) for task in _items(self.grid.get("tasks"))], 0)
@@ -45,15 +45,16 @@ class Comparison:
         self.columns = self._order([str(name) for name in columns if name], 1)
         wanted = str(self.grid.get("reference") or "mezo")
         self.reference = wanted if any(column == wanted for _, column in self.runs) else None
-        self.missing = list(self._missing(wanted))
+        self.missing = list(self._missing())
 
-    def _read(self, file: Path) -> None:
+    def _read(self, file: Path, result: Result | UserError) -> None:
         task, column, (kind, _, rest) = file.parts[-3], file.parts[-2], file.stem.partition("-")
         if kind not in KINDS:
             return
         seed, readable = rest.rpartition("-")[2], False
         try:
-            result = Result.load(file)
+            if isinstance(result, UserError):
+                raise result
             info = result.run_info
             task, column = str(info.get("task") or task), str(info.get("column") or column)
             seed = str(info.get("seed", seed))
@@ -72,19 +73,24 @@ class Comparison:
         self._seen.add((task, column, kind, seed))
 
     def _grid(self) -> dict[str, Any]:
-        try:
-            content = yaml.safe_load((self.folder / "grid.yaml").read_text())
-        except (OSError, ValueError, yaml.YAMLError):
+        if not is_file(path := self.folder / "grid.yaml"):
             return {}
-        return content if isinstance(content, dict) else {}
+        try:
+            return read_yaml(path, "grid")
+        except UserError as error:
+            self._unreadable("grid.yaml", error)
+            return {}
 
     def _searches(self) -> dict[str, dict[str, Search]]:
         try:
             return read_search(self.folder)
-        except (UserError, TypeError, AttributeError) as error:
-            text = " ".join(str(error).split()).replace(f"{self.folder}/", "")
-            self.failures.append(Failure("all", "all", "search.json", "", f"it cannot be read: {text}"))
+        except UserError as error:
+            self._unreadable(SEARCH, error)
             return {}
+
+    def _unreadable(self, name: str, error: UserError) -> None:
+        text = str(error).replace(f"{self.folder}/", "")
+        self.failures.append(Failure("all", "all", name, "", f"it cannot be read: {text}"))
 
     def _order(self, first: list[str], place: int) -> list[str]:
         """The grid's order, then what the folder holds beside it."""
@@ -95,11 +101,16 @@ class Comparison:
     def seeds(self) -> list[int]:
         given = self.grid.get("seeds")
         if isinstance(given, int):
-            return list(range(given))
+            return list(range(min(given, SEARCH_SEED)))
         named = [seed for seed in _items(given) if isinstance(seed, int)]
         return named or sorted({seed for runs in self.runs.values() for seed in runs})
 
-    def _missing(self, reference: str) -> Iterator[tuple[str, str, int]]:
+    def _missing(self) -> Iterator[tuple[str, str, int]]:
+        wanted = len(self.tasks) * len(self.columns) * len(self.seeds)
+        if wanted > MAX_RUNS:
+            raise UserError(
+                f"{self.folder / 'grid.yaml'} asks for {wanted:,} runs; a report takes at most {MAX_RUNS:,}"
+            )
         for task in self.tasks:
             for column in self.columns:
                 for seed in self.seeds:
@@ -172,8 +183,8 @@ def _task_name(entry: str) -> str:
     if not entry.endswith((".yaml", ".yml")):
         return entry
     try:
-        return str(yaml.safe_load(Path(entry).read_text())["name"])
-    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+        return str(read_yaml(Path(entry), "task file")["name"])
+    except (UserError, KeyError):
         return Path(entry).stem
 
 

@@ -30,6 +30,8 @@ from pathlib import Path
 from typing import Any
 
 from metazo.errors import UserError
+from metazo.io.files import opened
+from metazo.io.plain import parse_json
 from metazo.step.record import Step
 
 VERSION = 1
@@ -49,8 +51,11 @@ def decode(record: dict[str, Any]) -> Step:
     """Raises ValueError, KeyError or TypeError for what is no record of a step."""
     if set(record) != {"step", "seeds", "losses", "c", "lr"}:
         raise ValueError("its fields are not those of a step")
-    step, *seeds = (_whole(value) for value in [record["step"], *record["seeds"]])
-    losses, c, lr = (tuple(_number(value) for value in record[key]) for key in ("losses", "c", "lr"))
+    lists = [record[key] for key in ("seeds", "losses", "c", "lr")]
+    if not all(isinstance(part, list) for part in lists):
+        raise ValueError("its seeds, losses, c or lr are no list")
+    step, *seeds = (_whole(value) for value in [record["step"], *lists[0]])
+    losses, c, lr = (tuple(_number(value) for value in part) for part in lists[1:])
     return Step(step, tuple(seeds), losses, c, lr)
 
 
@@ -79,10 +84,7 @@ def unpacked(data: bytes, chain: int) -> tuple[dict[str, Any], int]:
     after = zlib.crc32(body, chain)
     if not mark or tail != b"%d}\n" % after:
         raise ValueError("its checksum does not follow from the lines before")
-    try:
-        return json.loads(body + b"}"), after
-    except RecursionError as error:
-        raise ValueError("it is nested too deep") from error
+    return parse_json(body + b"}"), after
 
 
 @dataclass
@@ -117,7 +119,7 @@ def scan(path: Path, data: bytes | None = None) -> Scan:
     or has no header.
     """
     try:
-        with path.open("rb") if data is None else io.BytesIO(data) as file:
+        with opened(path, "step log") if data is None else io.BytesIO(data) as file:
             first = file.readline(MAX_LINE)
             try:
                 header, chain = unpacked(first, 0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -23,13 +25,21 @@ def summary(found: Scan) -> dict[str, Any]:
         "steps": len(found.steps),
         "skipped": sum(not step.coefficients for step in found.steps),
         "kept step": found.end["kept"] if found.end else None,
-        "loss, first tenth": fmean(losses[:tenth]) if losses else None,
-        "loss, last tenth": fmean(losses[-tenth:]) if losses else None,
+        "loss, first tenth": mean(losses[:tenth]) if losses else None,
+        "loss, last tenth": mean(losses[-tenth:]) if losses else None,
         "loss, lowest and highest": [min(losses), max(losses)] if losses else None,
         "learning rate, first and last": [rates[0], rates[-1]] if rates else None,
         "bytes": found.size,
         "bytes a step": round((found.size - _header_bytes(found)) / len(found.steps), 1) if found.steps else None,
     }
+
+
+def mean(values: Sequence[float]) -> float:
+    """The mean of floats of any size: nan or infinite if they are, and not an error if their sum overflows."""
+    try:
+        return fmean(values)
+    except (OverflowError, ValueError):  # fsum refuses inf - inf, and sums beyond the largest float
+        return sum(value / len(values) for value in values)
 
 
 def _header_bytes(found: Scan) -> int:
@@ -39,19 +49,21 @@ def _header_bytes(found: Scan) -> int:
 
 def curve(found: Scan) -> list[tuple[int, float]]:
     """Step and mean loss over its probes, where the step was not skipped."""
-    return [(step.step, fmean(step.losses)) for step in found.steps if step.coefficients and step.losses]
+    return [(step.step, mean(step.losses)) for step in found.steps if step.coefficients and step.losses]
 
 
 def sparkline(values: list[float], width: int = 60) -> str:
-    """A line of bars, each the mean of a like number of values."""
+    """A line of bars, each the mean of a like number of values; values that are not finite are left out."""
+    values = [value for value in values if math.isfinite(value)]
     if not values:
         return ""
     width = min(width, len(values))
     cuts = [round(i * len(values) / width) for i in range(width + 1)]
-    means = [fmean(values[a:b]) for a, b in zip(cuts, cuts[1:])]
+    means = [mean(values[a:b]) for a, b in zip(cuts, cuts[1:])]
     low, high = min(means), max(means)
-    scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
-    return "".join(_BARS[round((value - low) * scale)] for value in means)
+    span = high / 2 - low / 2  # half of it, which cannot overflow
+    top = (len(_BARS) - 1) / 2
+    return "".join(_BARS[round((value / 2 - low / 2) / span * top * 2) if span > 0 else 0] for value in means)
 
 
 def verify(path: Path) -> list[str]:

@@ -1,0 +1,133 @@
+"""A finished comparison in two files instead of one file per run, and both forms read alike.
+
+    RESULTS/grid.yaml          as it was
+    RESULTS/runs.jsonl.xz      one line per run: {"file": "<task>/<column>/<name>.json", "run_info", "train_info", "metrics"}
+    RESULTS/comparison.json    {"format_version": 1, "runs": number, "sha256": of the lines, "search": search.json}
+
+`xz -dc runs.jsonl.xz | jq` reads the runs without metazo. A comparison that goes on is unpacked first.
+"""
+
+from __future__ import annotations
+
+import json
+import lzma
+import shutil
+from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from metazo.compare.results import COMPARISON, PARTS, SEARCH, Result, read_search, result_of, write_search
+from metazo.errors import UserError
+from metazo.io.files import read_capped, write_whole
+from metazo.io.plain import MAX_JSON_BYTES, parse_json, read_json
+
+RUNS = "runs.jsonl.xz"
+FORMAT_VERSION = 1
+MAX_BYTES = 2**26
+"""Of all lines together, before compression: 15 times those of the largest comparison in results/."""
+_MEMORY = 2**27  # bytes that the decompressor may take; it needs 65 MiB for the highest level
+
+
+def is_packed(results: Path) -> bool:
+    return (results / RUNS).exists()
+
+
+def read_runs(results: Path) -> Iterator[tuple[Path, Result | UserError]]:
+    """All runs of a comparison, packed or not, by task, column and file name; an error instead of a damaged run.
+
+    The path is that of the run's own file, which a packed comparison does not have. Raises UserError if there are no
+    results, or if they are packed and damaged.
+    """
+    if is_packed(results):
+        for line in _lines(results):
+            content = _parsed(line, results)
+            path = results / "cells" / content.pop("file")
+            yield path, result_of(content, path)
+        return
+    files = sorted((results / "cells").glob("*/*/*.json"))
+    if not files:
+        raise UserError(
+            f"{results} holds no results of metazo compare (no cells/<task>/<column>/*.json and no {RUNS}); check the path."
+        )
+    for path in files:
+        try:
+            yield path, Result.load(path)
+        except UserError as error:
+            yield path, error
+
+
+def pack(results: Path) -> tuple[int, int]:
+    """Pack the runs of a comparison and remove their own files; returns bytes before and after.
+
+    Raises UserError if it is packed already, or if a file is no result or not as metazo wrote it: it would be lost.
+    """
+    if is_packed(results):
+        raise UserError(f"{results} is packed already; there is nothing to do.")
+    lines, before = [], 0
+    for path, result in read_runs(results):
+        if isinstance(result, UserError):
+            raise result
+        if path.read_bytes() != result.to_bytes():
+            raise UserError(
+                f"{path} was not written by this version of metazo; it is not packed, and nothing is changed."
+            )
+        before += path.stat().st_size
+        file = path.relative_to(results / "cells").as_posix()
+        content = {"file": file} | {part: getattr(result, part) for part in PARTS}
+        lines.append(json.dumps(content, separators=(",", ":"), allow_nan=False).encode() + b"\n")
+    data = b"".join(lines)
+    if len(data) > MAX_BYTES:
+        raise UserError(f"{results} holds {len(data):,} bytes of results; at most {MAX_BYTES:,} can be packed.")
+    search = read_json(results / SEARCH, "search results") if (results / SEARCH).exists() else {}
+    about = {"format_version": FORMAT_VERSION, "runs": len(lines), "sha256": sha256(data).hexdigest(), "search": search}
+    packed, index = lzma.compress(data, preset=9), (json.dumps(about, indent=1) + "\n").encode()
+    write_whole(results / COMPARISON, index)
+    write_whole(results / RUNS, packed)
+    list(read_runs(results))  # it is read back whole before anything is removed
+    shutil.rmtree(results / "cells")
+    (results / SEARCH).unlink(missing_ok=True)
+    return before, len(packed) + len(index)
+
+
+def unpack(results: Path) -> None:
+    """Write each run of a packed comparison into its own file again, byte for byte; nothing if it is not packed."""
+    if not is_packed(results):
+        return
+    for path, result in list(read_runs(results)):
+        if isinstance(result, UserError):
+            raise result
+        result.save(path)
+    write_search(results, read_search(results))
+    (results / RUNS).unlink()
+    (results / COMPARISON).unlink()
+
+
+def _parsed(line: bytes, results: Path) -> dict[str, Any]:
+    """One line, its file name checked: it may become a path."""
+    try:
+        content = parse_json(line, finite=True)
+        parts = content["file"].removesuffix(".json").split("/")
+        if len(parts) != 3 or any(part in ("", ".", "..") or "\\" in part or "\0" in part for part in parts):
+            raise ValueError("a run has no file name of the form task/column/name.json")
+        return content
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{results / RUNS} is damaged: {error}; get it again.") from error
+
+
+def _lines(results: Path) -> list[bytes]:
+    """The lines, once all of them are what comparison.json says."""
+    about, path = read_json(results / COMPARISON, "comparison"), results / RUNS
+    if not isinstance(about, dict) or about.get("format_version") != FORMAT_VERSION:
+        raise UserError(f"{results / COMPARISON} is of no format that this version of metazo reads; update metazo.")
+    packed, decompressor = read_capped(path, MAX_BYTES, "results"), lzma.LZMADecompressor(memlimit=_MEMORY)
+    try:
+        data = decompressor.decompress(packed, max_length=MAX_BYTES + 1)
+    except lzma.LZMAError as error:
+        raise UserError(f"{path} is damaged: {error}; get it again.") from error
+    lines = data.splitlines()
+    if len(data) > MAX_BYTES or any(len(line) > MAX_JSON_BYTES for line in lines):
+        raise UserError(f"{path} holds more than a comparison may; is it the right file?")
+    if not decompressor.eof or (sha256(data).hexdigest(), len(lines)) != (about.get("sha256"), about.get("runs")):
+        raise UserError(f"{path} is not the file that {COMPARISON} is about; get both again.")
+    return lines

@@ -1,0 +1,116 @@
+"""A packed comparison is the same comparison: the same report, and the same files when it goes on."""
+
+from __future__ import annotations
+
+import json
+import lzma
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+
+from metazo.compare.packed import RUNS, is_packed, pack, read_runs, unpack
+from metazo.compare.results import COMPARISON, Result, cell_path, read_search
+from metazo.errors import UserError
+from metazo.report.build import build
+from metazo.report.comparison import Comparison
+from metazo.report.write import curves_csv, html, markdown, runs_csv
+from tests.report import synthetic
+
+COLUMNS = synthetic.COLUMNS[:3]
+
+
+def comparison(folder: Path) -> Path:
+    return synthetic.write(folder / "mine", COLUMNS, ["sst2", "rte"], 2)
+
+
+def everything(folder: Path) -> list[str]:
+    report = build(Comparison(folder))
+    return [html(report), markdown(report), runs_csv(report.data), curves_csv(report.data)]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_report_is_the_same_to_the_byte_and_unpacking_gives_the_files_back(tmp_path: Path) -> None:
+    folder = comparison(tmp_path)
+    failed = synthetic.result(COLUMNS[1], "rte", 1, status="failed", reason="No room.")
+    failed.save(cell_path(folder, "rte", COLUMNS[1].name, "seed", 1))
+    before, report = files(folder), everything(folder)
+    size, packed = pack(folder)
+    assert sorted(files(folder)) == ["comparison.json", "grid.yaml", "runs.jsonl.xz"] and packed < size / 5
+    assert everything(folder) == report
+    unpack(folder)
+    assert files(folder) == before and not is_packed(folder)
+    unpack(folder)
+    assert files(folder) == before
+
+
+def test_the_lines_can_be_read_without_metazo(tmp_path: Path) -> None:
+    folder = comparison(tmp_path)
+    one = json.loads(cell_path(folder, "sst2", "mezo", "seed", 1).read_text())
+    searches = json.loads((folder / "search.json").read_text())
+    pack(folder)
+    rows = [json.loads(line) for line in lzma.decompress((folder / RUNS).read_bytes()).splitlines()]
+    (row,) = [row for row in rows if row.pop("file") == "sst2/mezo/seed-1.json"]
+    assert row == one and len(rows) == len(COLUMNS) * 4
+    assert json.loads((folder / COMPARISON).read_text())["search"] == searches
+
+
+def test_nothing_is_packed_that_would_not_come_back(tmp_path: Path) -> None:
+    folder = comparison(tmp_path)
+    path = cell_path(folder, "sst2", "mezo", "seed", 0)
+    whole = path.read_bytes()
+    for content in (whole[:100], whole.replace(b'"label"', b'"Label"', 1).replace(b"\n", b"\n\n", 1)):
+        path.write_bytes(content)
+        before = files(folder)
+        with pytest.raises(UserError):
+            pack(folder)
+        assert files(folder) == before
+    path.write_bytes(whole)
+    pack(folder)
+    with pytest.raises(UserError, match="is packed already"):
+        pack(folder)
+
+
+def forged(folder: Path, data: bytes, runs: int) -> None:
+    (folder / RUNS).write_bytes(lzma.compress(data))
+    about = {"format_version": 1, "runs": runs, "sha256": sha256(data).hexdigest(), "search": {}}
+    (folder / COMPARISON).write_text(json.dumps(about))
+
+
+def test_damaged_and_hostile_packs_are_one_sentence(tmp_path: Path) -> None:
+    folder = comparison(tmp_path)
+    pack(folder)
+    whole, about = (folder / RUNS).read_bytes(), (folder / COMPARISON).read_bytes()
+    lines = lzma.decompress(whole)
+    for data in (whole[:-20], b"", b"x" * 100, whole[:200] + b"\0" + whole[201:], lzma.compress(lines[:-10])):
+        (folder / RUNS).write_bytes(data)
+        with pytest.raises(UserError, match=r"runs\.jsonl\.xz"):
+            list(read_runs(folder))
+    for count, data in ((1, bytes(2**27)), (1, b"[" * 10**5), (1, b"[]"), (1, b"{}"), (1, b'{"file": 3}')):
+        forged(folder, data, count)
+        with pytest.raises(UserError, match=r"runs\.jsonl\.xz"):
+            list(read_runs(folder))
+    for name in ("../../../x.json", "/etc/passwd/x.json", "a/../b.json", "a/b.json", "a/b/..", "a\\0/b/c.json"):
+        forged(folder, json.dumps({"file": name, "run_info": {}, "train_info": {}, "metrics": {}}).encode(), 1)
+        with pytest.raises(UserError, match="no file name"):
+            unpack(folder)
+    (folder / RUNS).write_bytes(whole)
+    for text in ("[]", "{}", '{"format_version": 1}', "[" * 500):
+        (folder / COMPARISON).write_text(text)
+        with pytest.raises(UserError, match=r"comparison\.json"):
+            list(read_runs(folder))
+    (folder / COMPARISON).write_bytes(about)
+    assert len(list(read_runs(folder))) == len(COLUMNS) * 4 and read_search(folder)["sst2"]
+
+
+def test_a_result_that_says_odd_things_is_no_result(tmp_path: Path) -> None:
+    content = json.loads(synthetic.result(COLUMNS[0], "rte", 0).to_bytes())
+    path = tmp_path / "x.json"
+    odd = {"seed": 10**70, "lr": "1e-3", "status": 3, "budget": None, "task": ["a"], "kind": {}, "configuration": []}
+    for name, value in odd.items():
+        path.write_text(json.dumps({**content, "run_info": {**content["run_info"], name: value}}))
+        with pytest.raises(UserError, match="is no result of a comparison: its " + name):
+            Result.load(path)
