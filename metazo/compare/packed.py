@@ -57,6 +57,15 @@ def read_runs(results: Path) -> Iterator[tuple[Path, Result | UserError]]:
             yield path, error
 
 
+def read_results(results: Path, *kinds: str) -> Iterator[Result]:
+    """`read_runs` of some kinds (by default all) without their paths. Raises UserError for a damaged run, too."""
+    for path, result in read_runs(results):
+        if isinstance(result, UserError):
+            raise result
+        if not kinds or path.name.split("-")[0] in kinds:
+            yield result
+
+
 def pack(results: Path) -> tuple[int, int]:
     """Pack the runs of a comparison and remove their own files; returns bytes before and after.
 

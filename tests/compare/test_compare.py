@@ -20,8 +20,9 @@ from typer.testing import CliRunner
 from metazo.compare.cell import Job, configuration
 from metazo.compare.compare import compare
 from metazo.compare.grid import Grid, Run
+from metazo.compare.packed import read_results
 from metazo.compare.pool import Pool
-from metazo.compare.results import Result, read_results, read_search
+from metazo.compare.results import Result, read_search
 from metazo.errors import UserError
 from metazo.settings import build
 from metazo_cli.compare import command

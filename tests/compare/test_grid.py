@@ -12,7 +12,8 @@ from metazo.compare import columns
 from metazo.compare.columns import resolve
 from metazo.compare.grid import Grid, Run
 from metazo.compare.key import key
-from metazo.compare.results import Result, cell_path, read_results
+from metazo.compare.packed import read_results
+from metazo.compare.results import Result, cell_path
 from metazo.errors import UserError
 from metazo.optimizers import OPTIMIZERS
 from metazo.settings import build, read_recipe
