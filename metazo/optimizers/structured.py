@@ -193,5 +193,5 @@ class Structured(ZOOptimizer):
         if square == 0:
             return 0.0
         tensor = self.by_name[name]
-        size = sum(float(theta.square().sum(dtype=torch.float64)) for _, theta in self.weights.values(tensor))
+        size = sum(float(torch.linalg.vector_norm(theta)) ** 2 for _, theta in self.weights.values(tensor))
         return math.sqrt(max(size, FLOOR**2 * tensor.param.numel()) / square)

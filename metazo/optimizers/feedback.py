@@ -1,0 +1,44 @@
+"""Feedback: the error after the last block, multiplied by a mean Jacobian that was learned once for the base model.
+
+    delta = dL/dx_L                              exact
+    e_l = t_l (delta + (delta V_l) U_l)          B_l = t_l (I + V_l U_l), rank r and a trust per block
+    g_l = (d f_l / d theta_l)^T e_l              exact within block l
+
+B_l is fitted without labels from random cotangents (`metazo.feedback.jacobian.fit_jacobian`) and kept in a file
+beside the model: 2 r d + 1 numbers per block. Without an entry for a block, it is skip feedback there. Source: learned feedback
+as in weight mirrors (Akrout et al. 2019, arXiv 1904.05391). Difference: the identity plus low rank, of a network that is
+already trained, fitted once before fine-tuning.
+
+Where not to use: without inputs like those of the task to fit on. See docs/feedback.md for what it adds over skip feedback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from metazo.errors import UserError
+from metazo.feedback.jacobian import load_jacobian
+from metazo.feedback.surrogates import MeanJacobian, Surrogate
+from metazo.optimizers.structured import Structured
+
+
+class Feedback(Structured):
+    """Every block is given delta B_l. Arguments, cost and limits: see `Structured`.
+
+    Args: jacobian: what `fit_jacobian` returned, or the file that `save_jacobian` wrote.
+    """
+
+    name = "feedback"
+    paper = "ours"
+
+    def __init__(
+        self, params: Iterable, lr: float = 1e-3, *, jacobian: MeanJacobian | str | Path | None = None, **rest
+    ):
+        if jacobian is None:
+            raise UserError("feedback needs `jacobian`, a file of feedback matrices; fit one, or use skip-feedback.")
+        self.jacobian = jacobian if isinstance(jacobian, MeanJacobian) else load_jacobian(jacobian)
+        super().__init__(params, lr, **rest)
+
+    def surrogate(self) -> Surrogate:
+        return self.jacobian

@@ -1,0 +1,83 @@
+"""What a step allocates: no gradient of a matrix, and the graph of one block at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from metazo.feedback import factors
+from metazo.optimizers.skip_feedback import SkipFeedback
+
+
+def llama(blocks: int):
+    import transformers
+
+    config = transformers.LlamaConfig(
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=blocks,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=101,
+        max_position_embeddings=64,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        model = transformers.LlamaForCausalLM(config).eval()
+        ids = torch.randint(0, 101, (3, 19))
+    return model, lambda: model(input_ids=ids, labels=ids, use_cache=False).loss
+
+
+class Watch(TorchDispatchMode):
+    """Shapes of all tensors that operations return in memory of their own."""
+
+    def __init__(self, params):
+        super().__init__()
+        self.params = {p.untyped_storage().data_ptr() for p in params}
+        self.shapes: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        for value in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() not in self.params:
+                self.shapes.add(tuple(value.shape))
+        return out
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_no_gradient_of_a_matrix_is_formed(recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(factors, "CHUNK", 200)  # of the norms: a few rows at a time
+    model, loss = llama(2)
+    optimizer = SkipFeedback(model.named_parameters(), 1e-3, model=model, recompute=recompute)
+    with Watch(model.parameters()) as watch:
+        optimizer.step(loss)
+    matrices = {tuple(p.shape) for p in model.parameters() if p.ndim == 2}
+    assert watch.shapes & (matrices | {shape[::-1] for shape in matrices}) == set()
+    with Watch(model.parameters()) as watch:  # and backpropagation does form them
+        loss().backward()
+    assert matrices <= watch.shapes
+
+
+def peak(blocks: int, recompute: bool) -> int:
+    """Most bytes that a step holds beyond those before it."""
+    model, loss = llama(blocks)
+    optimizer = SkipFeedback(model.named_parameters(), 1e-3, model=model, recompute=recompute)
+    optimizer.step(loss)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        optimizer.step(loss)
+    found = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held, most = 0, 0
+    for event in sorted(found, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+def test_a_further_block_costs_its_input_alone() -> None:
+    hidden = 3 * 19 * 48 * 4
+    again = (peak(6, True) - peak(2, True)) / 4
+    kept = (peak(6, False) - peak(2, False)) / 4
+    assert again <= 1.5 * hidden
+    assert kept >= 10 * hidden  # and a kept graph costs far more
