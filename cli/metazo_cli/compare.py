@@ -10,8 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from metazo.compare.columns import names
-from metazo.compare.grid import Grid
+from metazo.comparisons.columns import names
+from metazo.comparisons.grid import Grid
 
 from . import options
 from .messages import Terminal
@@ -43,8 +43,8 @@ def compare(
 
     Call it again to go on after a stop, or with more seeds, tasks or columns: what is finished is not run again.
     """
-    from metazo.compare.compare import compare as run
-    from metazo.compare.examine import examine, plan
+    from metazo.comparisons.compare import compare as run
+    from metazo.comparisons.examine import examine, plan
 
     flags = {**values, "tasks": _listed(tasks), "columns": _listed(columns), "lrs": _listed(lrs)}
     settings = options.settings(Grid, grid, flags)

@@ -39,7 +39,7 @@ def report(
 
     metazo report results/pico
     """
-    from metazo.compare.packed import pack as pack_runs
+    from metazo.comparisons.packed import pack as pack_runs
     from metazo.report.build import build
     from metazo.report.comparison import Comparison
     from metazo.report.write import render as fill

@@ -8,9 +8,9 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from metazo.compare.grid import SEARCH_SEED
-from metazo.compare.packed import read_runs
-from metazo.compare.results import KINDS, SEARCH, Result, Search, read_search
+from metazo.comparisons.grid import SEARCH_SEED
+from metazo.comparisons.packed import read_runs
+from metazo.comparisons.results import KINDS, SEARCH, Result, Search, read_search
 from metazo.errors import UserError
 from metazo.io.files import is_file
 from metazo.io.plain import read_yaml

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from metazo.compare.results import Result
+from metazo.comparisons.results import Result
 
 
 @dataclass(frozen=True)

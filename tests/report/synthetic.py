@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from metazo.compare.results import Result, Search, cell_path, write_search
+from metazo.comparisons.results import Result, Search, cell_path, write_search
 
 BEFORE = 0.69
 BLOCKS = ["embed_tokens.weight"] + [

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from metazo.compare.results import cell_path
+from metazo.comparisons.results import cell_path
 from metazo.errors import UserError
 from metazo.report.analysis import Analysis
 from metazo.report.build import Report, build

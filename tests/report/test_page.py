@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from metazo.compare.results import Result, cell_path
+from metazo.comparisons.results import Result, cell_path
 from metazo.report.build import Report, build
 from metazo.report.comparison import Comparison
 from metazo.report.write import html, markdown, runs_csv, write

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from metazo.compare.results import Result, Search, cell_path, write_search
+from metazo.comparisons.results import Result, Search, cell_path, write_search
 from metazo.report import costs, tables
 from metazo.report.analysis import Analysis, band
 from metazo.report.build import build

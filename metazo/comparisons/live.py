@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from metazo.compare.cell import Job
-from metazo.compare.results import Result
+from metazo.comparisons.cell import Job
+from metazo.comparisons.results import Result
 
 
 class Progress:

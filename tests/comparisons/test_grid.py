@@ -8,12 +8,12 @@ import pytest
 import yaml
 
 from metazo import recipes
-from metazo.compare import columns
-from metazo.compare.columns import resolve
-from metazo.compare.grid import Grid, Run
-from metazo.compare.key import key
-from metazo.compare.packed import read_results
-from metazo.compare.results import Result, cell_path
+from metazo.comparisons import columns
+from metazo.comparisons.columns import resolve
+from metazo.comparisons.grid import Grid, Run
+from metazo.comparisons.key import key
+from metazo.comparisons.packed import read_results
+from metazo.comparisons.results import Result, cell_path
 from metazo.errors import UserError
 from metazo.optimizers import OPTIMIZERS
 from metazo.settings import build, read_recipe
@@ -75,10 +75,10 @@ def test_a_name_stands_once():
     ("extra", "words"),
     [
         ({"budgets": 3}, "'budgets' is not a setting"),
-        ({"seeds": 0}, "--seeds must be at least 1"),
-        ({"search_budget": 2}, "--search-budget is a share"),
-        ({"time_budget": "soon"}, "--time-budget is a number of seconds above 0, or the word reference"),
-        ({"lrs": []}, "--lrs is a list"),
+        ({"seeds": 0}, "`seeds` must be at least 1"),
+        ({"search_budget": 2}, "`search_budget` is a share"),
+        ({"time_budget": "soon"}, "`time_budget` is a number of seconds above 0, or the word reference"),
+        ({"lrs": []}, "`lrs` is a list"),
         ({"config": {"batchsize": 4}}, "did you mean batch_size"),
         ({"config": {"seed": 4}}, "'seed' is set by the grid"),
     ],

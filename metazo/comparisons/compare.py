@@ -13,16 +13,16 @@ from statistics import fmean, median
 from filelock import FileLock, Timeout
 from rich.console import Console
 
-from metazo.compare.columns import Column
-from metazo.compare.examine import Facts, examine
-from metazo.compare.grid import SEARCH_SEED, Grid, Run, longer, runs_of, search_run
-from metazo.compare.key import cores
-from metazo.compare.live import Progress
-from metazo.compare.packed import unpack
-from metazo.compare.pool import Pool
-from metazo.compare.rates import walk
-from metazo.compare.results import Result, Search, read_search, write_search
-from metazo.compare.store import Store
+from metazo.comparisons.columns import Column
+from metazo.comparisons.examine import Facts, examine
+from metazo.comparisons.grid import SEARCH_SEED, Grid, Run, longer, runs_of, search_run
+from metazo.comparisons.key import cores
+from metazo.comparisons.live import Progress
+from metazo.comparisons.packed import unpack
+from metazo.comparisons.pool import Pool
+from metazo.comparisons.rates import walk
+from metazo.comparisons.results import Result, Search, read_search, write_search
+from metazo.comparisons.store import Store
 from metazo.errors import UserError
 from metazo.runs.interrupt import Interrupted, interruptible
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
-from metazo.compare.columns import ZERO_SHOT, Column, resolve
+from metazo.comparisons.columns import ZERO_SHOT, Column, resolve
 from metazo.errors import UserError
 from metazo.io.files import write_whole
 from metazo.runs.config import FinetuneConfig

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from metazo.compare.key import facts
-from metazo.compare.results import Result
+from metazo.comparisons.key import facts
+from metazo.comparisons.results import Result
 from metazo.errors import UserError
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import finetune

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
-from metazo.compare.cell import Job, failed, run, warm_up
-from metazo.compare.results import Result
+from metazo.comparisons.cell import Job, failed, run, warm_up
+from metazo.comparisons.results import Result
 from metazo.runs.interrupt import Interrupted
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")

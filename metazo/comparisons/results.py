@@ -7,7 +7,7 @@
     RESULTS/cells/<task>/<column>/time-<seed>.json           the same run gone on to the time budget (methods that are
                                                              faster than the reference; others are read off seed-*)
 
-A finished comparison may be packed into two files (metazo/compare/packed.py). Each run's file holds exactly three
+A finished comparison may be packed into two files (metazo/comparisons/packed.py). Each run's file holds exactly three
 objects, `run_info`, `train_info` and `metrics`; see `Result`. It is written whole or not at all. Numbers that are not
 finite are null.
 """

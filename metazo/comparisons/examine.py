@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from metazo.compare.columns import Column
-from metazo.compare.grid import Grid, Run
-from metazo.compare.rates import start
+from metazo.comparisons.columns import Column
+from metazo.comparisons.grid import Grid, Run
+from metazo.comparisons.rates import start
 from metazo.errors import UserError
 from metazo.io.tensorfile import weights_hash
 from metazo.optimizers.base import ZOOptimizer

@@ -8,12 +8,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from metazo.compare.cell import Job, configuration, failed
-from metazo.compare.columns import Column
-from metazo.compare.examine import Facts
-from metazo.compare.grid import SEARCH_SEED, Grid, Run, search_run
-from metazo.compare.key import key
-from metazo.compare.results import Result, cell_path
+from metazo.comparisons.cell import Job, configuration, failed
+from metazo.comparisons.columns import Column
+from metazo.comparisons.examine import Facts
+from metazo.comparisons.grid import SEARCH_SEED, Grid, Run, search_run
+from metazo.comparisons.key import key
+from metazo.comparisons.results import Result, cell_path
 from metazo.tasks import resolve
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from metazo.compare.packed import RUNS, is_packed, pack, read_runs, unpack
-from metazo.compare.results import COMPARISON, Result, cell_path, read_search
+from metazo.comparisons.packed import RUNS, is_packed, pack, read_runs, unpack
+from metazo.comparisons.results import COMPARISON, Result, cell_path, read_search
 from metazo.errors import UserError
 from metazo.report.build import build
 from metazo.report.comparison import Comparison

@@ -17,7 +17,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from metazo.compare.results import COMPARISON, PARTS, SEARCH, Result, read_search, result_of, write_search
+from metazo.comparisons.results import COMPARISON, PARTS, SEARCH, Result, read_search, result_of, write_search
 from metazo.errors import UserError
 from metazo.io.files import read_capped, write_whole
 from metazo.io.plain import MAX_JSON_BYTES, parse_json, read_json

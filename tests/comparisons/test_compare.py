@@ -17,12 +17,12 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from metazo.compare.cell import Job, configuration
-from metazo.compare.compare import compare
-from metazo.compare.grid import Grid, Run
-from metazo.compare.packed import read_results
-from metazo.compare.pool import Pool
-from metazo.compare.results import Result, read_search
+from metazo.comparisons.cell import Job, configuration
+from metazo.comparisons.compare import compare
+from metazo.comparisons.grid import Grid, Run
+from metazo.comparisons.packed import read_results
+from metazo.comparisons.pool import Pool
+from metazo.comparisons.results import Result, read_search
 from metazo.errors import UserError
 from metazo.settings import build
 from metazo_cli.compare import command
@@ -257,7 +257,7 @@ def test_dry_run_writes_nothing(tmp_path):
         ),
         ({"columns": ["fzoo"], "budget": 3}, "3 forward passes do not pay for one step (9)"),
         ({"config": {**CONFIG, "dev_examples": 0}}, "no dev examples"),
-        ({"columns": [{"name": "a", "options": {"dtype": "float8"}}]}, "Column 'a': --dtype is 'float8'"),
+        ({"columns": [{"name": "a", "options": {"dtype": "float8"}}]}, "Column 'a': `dtype` is 'float8'"),
     ],
 )
 def test_what_cannot_run_is_said_before_anything_is_written(tmp_path, extra, words):

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from metazo.compare.rates import beyond, start, walk
+from metazo.comparisons.rates import beyond, start, walk
 
 
 def search(lrs: list[float], loss, extensions: int = 5):

@@ -1,0 +1,82 @@
+"""`import metazo`: every public name, and nothing heavy before one is used."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import metazo
+
+ROOT = Path(__file__).parents[1]
+
+
+def python(code: str, *flags: str) -> str:
+    done = subprocess.run([sys.executable, *flags, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_bare_import_is_light() -> None:
+    heavy = ["torch", "numpy", "transformers", "pydantic", "numba", "rich", "typer", "yaml"]
+    loaded = python(f"import sys, metazo; print([name for name in {heavy} if name in sys.modules])")
+    assert loaded.strip() == "[]"
+
+
+def test_every_public_name_is_there_and_listed() -> None:
+    from metazo.optimizers import OPTIMIZERS
+
+    names = metazo.__all__
+    assert len(names) == len(set(names)) and set(names) <= set(dir(metazo))
+    assert {cls.__name__ for cls in OPTIMIZERS.values()} <= set(names)
+    for name in names:
+        thing = getattr(metazo, name)
+        assert thing is not None and (name == "__version__" or thing.__doc__), name
+    wanted = "finetune meta_train replay evaluate compare load_model load_tuner prepare UserError __version__"
+    assert set(wanted.split()) <= set(names)
+
+
+def test_type_checkers_see_the_same_names() -> None:
+    tree = ast.parse((ROOT / "metazo" / "__init__.py").read_text())
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    seen = {}
+    for node in block.body:
+        assert isinstance(node, ast.ImportFrom)
+        seen |= {alias.asname: getattr(import_module(str(node.module)), alias.name) for alias in node.names}
+    assert seen == {name: getattr(metazo, name) for name in metazo.__all__ if name != "__version__"}
+
+
+def test_functions_are_not_hidden_by_modules_of_their_name() -> None:
+    """Python sets an imported submodule as an attribute of its package: no public name may be a submodule's."""
+    modules = {path.stem for path in (ROOT / "metazo").iterdir() if path.is_dir() or path.suffix == ".py"}
+    assert not modules & set(metazo.__all__)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    for name in ("nothing", "Nothing"):
+        with pytest.raises(AttributeError, match=f"no attribute '{name}'"):
+            getattr(metazo, name)
+
+
+def test_star_import_and_help() -> None:
+    assert "True" in python("from metazo import *; print(callable(MeZO) and callable(finetune))")
+    text = python("import metazo; help(metazo)")
+    assert "forward passes only" in text and "class LOZO(" in text and "finetune(" in text
+
+
+def test_the_version_has_one_place() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert "version" in project["project"]["dynamic"] and "version" not in project["project"]
+    assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "metazo.__version__"}
+    line = next(x for x in (ROOT / "metazo" / "__init__.py").read_text().splitlines() if x.startswith("__version__"))
+    assert line == f'__version__ = "{metazo.__version__}"'  # a literal: setuptools reads it without importing anything
+
+
+def test_python_m_metazo() -> None:
+    done = subprocess.run([sys.executable, "-m", "metazo", "--version"], capture_output=True, text=True, timeout=60)
+    assert done.stdout == f"metazo {metazo.__version__}\n"
