@@ -27,7 +27,9 @@ def tasks(
             if value not in (None, "", [], {}):
                 table.add_row(key, str(value))
     else:
-        table = Table("task", "kind", "metric", "prompt")
-        for key, task in TASKS.items():
-            table.add_row(key, task.kind, ", ".join(task.metric), " ".join(task.prompt.split())[:90])
+        table = Table("task", "family", "kind", "metric", "prompt")
+        for key, task in sorted(
+            TASKS.items(), key=lambda item: item[1].family or ""
+        ):  # the sort keeps the order within
+            table.add_row(key, task.family or "", task.kind, ", ".join(task.metric), " ".join(task.prompt.split())[:90])
     Console().print(table)

@@ -118,7 +118,10 @@ def _compare(found: Scan, wanted: dict[str, Any], say: Callable[[str], None]) ->
             )
         name, old, new = (key, there.get(key), wanted.get(key))
         if isinstance(old, dict) and isinstance(new, dict):
-            name, old, new = differences(old, new)[0]
+            changed = differences(old, new)
+            if not changed:
+                continue  # a setting that is newer than the log, at its default None
+            name, old, new = changed[0]
         raise UserError(
             f"{found.path.name} belongs to another run: its {name} is {old!r}, now {new!r}; "
             "choose another `out`, or resume with the same settings."

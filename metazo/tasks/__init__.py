@@ -13,7 +13,7 @@ import difflib
 from pathlib import Path
 
 from metazo.errors import UserError
-from metazo.tasks import answers, generated, glue, superglue
+from metazo.tasks import answers, generated, glue, superglue, text
 from metazo.tasks.custom import from_yaml
 from metazo.tasks.prepared import Batch, Prepared
 from metazo.tasks.splits import prepare
@@ -21,7 +21,8 @@ from metazo.tasks.task import Task
 
 __all__ = ["TASKS", "Batch", "Prepared", "Task", "from_yaml", "get", "names", "prepare", "resolve"]
 
-TASKS: dict[str, Task] = {task.name: task for task in (*glue.TASKS, *superglue.TASKS, *answers.TASKS, *generated.TASKS)}
+_ALL = (*glue.TASKS, *superglue.TASKS, *answers.TASKS, *generated.TASKS, *text.TASKS)
+TASKS: dict[str, Task] = {task.name: task for task in _ALL}
 
 
 def names() -> list[str]:

@@ -22,8 +22,8 @@ from metazo.tasks.task import Row, Task, columns, halves
 if TYPE_CHECKING:
     from metazo.models.load import LoadedModel
 
-_CHAT = "the chat"
-"""Column that the written chat of a row is put into; no column of a file is read by that name."""
+_CHAT = "chat_as_written"
+"""Column that the written chat of a row is put into."""
 
 
 @dataclass(slots=True)

@@ -6,8 +6,10 @@ import shutil
 
 import pytest
 import torch
+import transformers
 
 from metazo.errors import UserError
+from metazo.models.describe import describe
 from metazo.models.load import load_model
 
 
@@ -118,3 +120,114 @@ def test_real_story_models_load(shared, name):
 def test_minilm_becomes_a_classifier(minilm):
     loaded = load_model(minilm, num_labels=2)
     assert (loaded.kind, loaded.context_length) == ("classifier", 512)
+
+
+# -- what used to give a number without a word ---------------------------------------------------------------------------
+
+
+def save(loaded, folder):
+    loaded.model.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_new_head_is_said_and_refused_for_evaluation(tiny, tmp_path):
+    loaded = load_model(tiny("gpt2"), kind="classifier", num_labels=2)
+    assert loaded.new_head and "gets a new head of 2 classes: its first answers are random" in loaded.notes[0]
+    folder = save(load_model(tiny("bert"), num_labels=3), tmp_path / "three")
+    assert not load_model(folder, num_labels=3, trained_head=True).notes
+    other = load_model(folder, num_labels=2)
+    assert other.new_head and "in place of the trained one of 3 classes" in other.notes[0]
+    for source, classes in ((tiny("gpt2"), 2), (tiny("bert"), 2), (folder, 2)):
+        with pytest.raises(UserError, match="there is no trained head of 2 classes in"):
+            load_model(source, kind="classifier", num_labels=classes, trained_head=True)
+
+
+def test_a_loss_does_not_depend_on_the_batch_whatever_padding_the_config_names(tiny, tmp_path):
+    """Only pad_token_id of the config differs from the tokenizer's: the last token is found by it."""
+    loaded = load_model(tiny("llama"), kind="classifier", num_labels=2)
+    assert loaded.model.config.pad_token_id == loaded.tokenizer.pad_token_id
+    loaded.model.config.pad_token_id = 7
+    again = load_model(save(loaded, tmp_path), num_labels=2)
+    texts = ["the film was great", "a warm and funny story it was great . the cat sat"]
+    alone = [again.model(**again.tokenizer(text, return_tensors="pt")).logits[0] for text in texts]
+    together = again.model(**again.tokenizer(texts, padding=True, return_tensors="pt")).logits
+    torch.testing.assert_close(together, torch.stack(alone), atol=1e-5, rtol=1e-5)
+
+
+def test_a_padding_token_without_an_embedding_is_not_used(tiny, tmp_path):
+    loaded = load_model(tiny("gpt2"))
+    loaded.tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    again = load_model(save(loaded, tmp_path))
+    assert again.tokenizer.pad_token == "</s>"
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (transformers.T5Config(num_layers=1, d_model=8), "is a t5 model, which is an encoder-decoder"),
+        (transformers.BartConfig(encoder_layers=1, decoder_layers=1), "is a bart model, which is an encoder-decoder"),
+        (
+            transformers.WhisperConfig(encoder_layers=1, decoder_layers=1),
+            "is a whisper model, which is an encoder-decoder",
+        ),
+        (transformers.ViTConfig(), "is a vit model, which is no"),
+        (transformers.CLIPConfig(), "is a clip model, which is a model of images or sound"),
+        (transformers.LlavaConfig(), "is a llava model, which is a model of images or sound"),
+        (
+            transformers.LlamaConfig(num_hidden_layers=10**7),
+            "has num_hidden_layers 10,000,000, and at most 2,000 layers",
+        ),
+        (transformers.GPT2Config(n_embd=10**8), "has hidden_size|n_embd 100,000,000"),
+    ],
+    ids=lambda value: getattr(value, "model_type", None),
+)
+def test_models_that_are_none_of_the_three_kinds_are_refused_by_name(tiny, tmp_path, config, words):
+    shutil.copytree(tiny("gpt2"), tmp_path, dirs_exist_ok=True)
+    config.save_pretrained(tmp_path)
+    for kind in ("auto", "classifier"):
+        with pytest.raises(UserError, match=words):
+            load_model(tmp_path, kind=kind)
+
+
+def test_a_config_without_a_padding_token_is_no_traceback(tmp_path, tiny):
+    shutil.copytree(tiny("gpt2"), tmp_path, dirs_exist_ok=True)
+    config = transformers.RwkvConfig(vocab_size=382, hidden_size=16, num_hidden_layers=2, attention_hidden_size=16)
+    transformers.RwkvForCausalLM(config).save_pretrained(tmp_path)
+    assert load_model(tmp_path).kind == "causal"
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", "[]", '{"model": {"vocab": {"a": 4000000000}}}', '{"added_tokens": [{"id": 4e9}]}']
+)
+def test_broken_tokenizers_are_one_sentence(tiny, tmp_path, content):
+    shutil.copytree(tiny("gpt2"), tmp_path, dirs_exist_ok=True)
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(UserError, match="cannot be loaded|has the token id 4,000,000,000"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_remarked_on(tiny, tmp_path, value):
+    loaded = load_model(tiny("gpt2"))
+    assert loaded.notes == []
+    with torch.no_grad():
+        loaded.model.transformer.h[0].attn.c_attn.weight[3, 4] = value
+    notes = load_model(save(loaded, tmp_path)).notes
+    assert notes == [
+        "1 of 28 tensors of the model hold NaN or infinite weights, such as transformer.h.0.attn.c_attn.weight"
+    ]
+
+
+def test_a_saved_model_says_what_it_was_trained_on(tiny, tmp_path):
+    loaded = load_model(tiny("bert"), num_labels=2)
+    describe(loaded.model, {"task": "t", "labels": ["bad", "good"], "seed": 3, "eos": 2})
+    again = load_model(save(loaded, tmp_path), num_labels=2)
+    assert again.model.config.id2label == {0: "bad", 1: "good"} and again.model.config.label2id == {"bad": 0, "good": 1}
+    assert again.model.config.metazo == {"task": "t", "seed": 3}
+    causal = load_model(tiny("gpt2"))
+    causal.model.generation_config.eos_token_id = 5
+    describe(causal.model, {"task": "t", "eos": 2})
+    assert load_model(save(causal, tmp_path / "causal")).model.generation_config.eos_token_id == [5, 2]
+    with pytest.raises(UserError, match="not a record that metazo wrote"):
+        describe(causal.model, {"labels": ["a\x1b[2J"]})

@@ -163,3 +163,13 @@ def test_a_signal_during_the_replay_stops_it_without_harm(dead, whole, monkeypat
     assert caught.value.exit_code == 143
     tuned(dead, resume=True)
     assert results(dead) == whole
+
+
+def test_a_run_of_an_older_split_is_refused_by_its_version_and_one_of_the_same_rows_goes_on(tmp_path):
+    """Version 1 wrote no version: with other examples it is named, with the same ones (every row used) it is no matter."""
+    header = {"task": "t", "data": "a" * 64, "settings": {"seed": 0}}
+    StepLog(tmp_path / "steps.jsonl", header).close()
+    now = {**header, "split": 2, "trained": {"seed": 0}, "head": None, "settings": {"seed": 0, "k_per_class": None}}
+    StepLog(tmp_path / "steps.jsonl", now).close()
+    with pytest.raises(UserError, match="drawn by version 1 of the split .* this metazo has version 2"):
+        StepLog(tmp_path / "steps.jsonl", {**now, "data": "b" * 64})

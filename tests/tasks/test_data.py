@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import tempfile
+from pathlib import Path
 
+import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from metazo.errors import UserError
 from metazo.tasks import data, get
@@ -184,3 +192,173 @@ def test_a_column_of_the_wrong_type_is_a_user_error(tmp_path):
     write(tmp_path, "copa", train=[row] * 20, validation=[row])
     with pytest.raises(UserError, match="needs the column 'choice2'"):
         draw(tmp_path, get("copa"))
+
+
+# -- version 2 of the split ---------------------------------------------------------------------------------------------
+
+SIZES = st.integers(min_value=1, max_value=60)
+
+
+@settings(max_examples=60, deadline=None)
+@given(train=SIZES, dev=SIZES, test=SIZES, other_dev=SIZES, other_test=SIZES, shared=st.booleans())
+def test_an_evaluation_of_other_sizes_scores_no_row_that_was_trained_on(
+    train, dev, test, other_dev, other_test, shared
+):
+    """What a run trained on is recorded, and an evaluation that asks for anything else stays clear of it."""
+    task = TASK.model_copy(update={"test_split": "train" if shared else "validation"})
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder), train=rows(200), validation=rows(60, 1000))
+        run = data.draw(task, Path(folder), train=train, dev=dev, test=test, seed=3)
+        record = {"task": "toy", **json.loads(json.dumps(run.record))}
+        sizes = {"train": 1000, "dev": other_dev, "test": other_test, "seed": 0, "record": record}
+        later = data.draw(task, Path(folder), **sizes)
+    trained, scored = texts(run.rows)["train"], texts(later.rows)
+    assert not {*trained} & {*scored["dev"], *scored["test"]}
+    assert not {*scored["dev"]} & {*scored["test"]}
+    assert scored["train"] == trained
+
+
+def test_dev_and_test_rows_do_not_depend_on_how_many_train_rows_are_asked_for(tmp_path):
+    write(tmp_path, train=rows(300), validation=rows(50, 1000))
+    task = TASK.model_copy(update={"test_split": "train"})
+    for chosen in (TASK, task):
+        some, more = (texts(draw(tmp_path, chosen, train=size, dev=30, test=40)[0]) for size in (20, 200))
+        assert some["dev"] == more["dev"] and some["test"] == more["test"]
+        assert more["train"][:20] == some["train"]
+
+
+def test_the_runs_own_rows_are_evaluated_by_default(tmp_path):
+    """600 rows, 500 trained on: evaluated at the default sizes, the model is scored on the run's own 50 and 50."""
+    task = TASK.model_copy(update={"test_split": "train"})
+    write(tmp_path, train=rows(600))
+    run = data.draw(task, tmp_path, train=500, dev=50, test=50, seed=3)
+    later = data.draw(task, tmp_path, **data.DEFAULTS, seed=0, record={"task": "toy", **run.record})
+    assert texts(later.rows) == texts(run.rows)
+    other = data.draw(task, tmp_path, **data.DEFAULTS, seed=0, record={"task": "toy", **run.record, "rows": 601})
+    assert len(other.rows["train"]) == 240  # another file: the record says nothing about it
+
+
+def test_all_rows_used_they_are_those_of_version_1(tmp_path):
+    """Where train and dev take every row, both are what they were: the published splits of WSC, CB and COPA."""
+    write(tmp_path, train=rows(60), validation=rows(50, 100))
+    found = texts(draw(tmp_path, train=40, dev=20, seed=5)[0])
+    order = np.random.default_rng([5, *b"train"]).permutation(60).tolist()
+    assert found["train"] + found["dev"] == [f"text {i}" for i in order]
+
+
+@pytest.mark.parametrize(("train", "dev", "found"), [(1000, 10, (70, 10)), (50, 500, (50, 30)), (1000, 500, (54, 26))])
+def test_a_size_that_is_asked_for_is_kept(tmp_path, train, dev, found):
+    write(tmp_path, train=rows(80), validation=rows(9, 100))
+    splits, notes = draw(tmp_path, train=train, dev=dev, test=9)
+    assert (len(splits["train"]), len(splits["dev"])) == found
+    assert notes[0] == f"toy: 80 rows give {found[0]} train and {found[1]} dev rows instead of {train} and {dev}"
+
+
+def test_the_papers_dev_size_gives_way_to_one_that_is_asked_for(tmp_path):
+    write(tmp_path, train=rows(100), validation=rows(9, 100))
+    task = TASK.model_copy(update={"dev_rows": 10})
+    assert [len(draw(tmp_path, task, dev=size)[0]["dev"]) for size in (500, 40)] == [10, 40]
+
+
+def test_few_shot_rows_are_so_many_of_each_class(tmp_path):
+    write(
+        tmp_path, train=[{"text": f"text {i}", "label": int(i % 10 == 0)} for i in range(100)], validation=rows(9, 200)
+    )
+    found = data.draw(TASK, tmp_path, train=1000, dev=500, test=9, seed=1, k_per_class=4)
+    labels = [row["label"] for _, row in found.rows["train"]]
+    assert (labels.count(0), labels.count(1), len(found.rows["dev"])) == (4, 4, 8)
+    again, other = (data.draw(TASK, tmp_path, train=1000, dev=500, test=9, seed=seed, k_per_class=4) for seed in (1, 2))
+    assert texts(again.rows) == texts(found.rows) and texts(other.rows)["train"] != texts(found.rows)["train"]
+    assert not {*texts(found.rows)["train"]} & {*texts(found.rows)["dev"]}
+    with pytest.raises(UserError, match=r"`k_per_class` is 11, and .* has 10 rows of the class 1"):
+        data.draw(TASK, tmp_path, train=1000, dev=500, test=9, seed=1, k_per_class=11)
+
+
+def test_a_class_without_train_rows_and_rows_in_two_splits_are_said(tmp_path):
+    write(tmp_path, train=[{"text": f"t{i % 20}", "label": 0} for i in range(40)], validation=rows(9, 100))
+    _, notes = draw(tmp_path, train=30, dev=10)
+    assert "toy: no train row has the class 1" in notes
+    assert any(note.startswith("toy: ") and "of 10 dev rows are train rows as well" in note for note in notes)
+
+
+def test_own_train_validation_and_test_files(tmp_path):
+    for name, start in (("train", 0), ("validation", 100), ("test", 200)):
+        write(tmp_path, **{name: rows(30, start)})
+    files = {name: str(tmp_path / "toy" / f"{name}.jsonl") for name in ("train", "validation", "test")}
+    for task in (
+        TASK.model_copy(update={"files": files}),
+        TASK.model_copy(update={"test_split": "test", "dev_split": "validation"}),
+    ):
+        found = texts(draw(tmp_path, task)[0])
+        assert [{int(text.split()[1]) // 100 for text in found[s]} for s in ("train", "dev", "test")] == [{0}, {1}, {2}]
+    same = TASK.model_copy(update={"dev_split": "validation"})  # dev and test from one split stay apart
+    found = texts(draw(tmp_path, same)[0])
+    assert not {*found["dev"]} & {*found["test"]} and len(found["dev"]) == 5 and len(found["test"]) == 8
+
+
+# -- forms of files ----------------------------------------------------------------------------------------------------
+
+
+def _write_as(path, content):
+    if path.suffix == ".jsonl":
+        path.write_bytes(b"\xef\xbb\xbf" + "\n".join(map(json.dumps, content)).encode())  # a byte-order mark
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(content, indent=1))
+    elif path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(content), path)
+    else:
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, ["text", "label"], delimiter="\t" if path.suffix == ".tsv" else ",")
+            writer.writeheader()
+            writer.writerows(content)
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".json", ".csv", ".tsv", ".parquet"])
+def test_the_form_of_a_file_changes_no_row(tmp_path, ending):
+    content = [{"text": f'a "{i}", b\nc', "label": i % 2} for i in range(30)]
+    (tmp_path / "toy").mkdir()
+    for split in ("train", "validation"):
+        _write_as(tmp_path / "toy" / f"{split}{ending}", content)
+    expected = [content[i] for i in np.random.default_rng([0, *b"train"]).permutation(30)[:10]]
+    assert [row for _, row in draw(tmp_path)[0]["train"]] == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("train.jsonl", '[{"text": "a", "label": 0}]\n', r"found a list; name a file with one JSON list \*.json"),
+        ("train.json", '[{"text": "a", "label": 0}, 3]', "row 2: one JSON object with named columns was expected"),
+        ("train.json", '[{"text": "a"', "not a JSON list"),
+        ("train.csv", "text,label\na,0,more\n", "row 1 has another number of cells than the header has columns"),
+        ("train.csv", "text,label\na,2\n", "row 1: 'label' is '2', which is none of the labels"),
+        ("train.parquet", "no", "is no Parquet file"),
+        (
+            "train.jsonl",
+            '{"text": ["a"], "label": 0}\n',
+            "row 1: 'text' holds a list, and a prompt takes text or numbers",
+        ),
+        ("train.jsonl", '{"text": "a", "label": null}\n', "row 1: 'label' is null, .*list null under `unlabelled`"),
+        ("train.jsonl", '{"text": "a", "label": -1}\n', "'label' is -1, .*list it under `unlabelled`"),
+        ("train.jsonl", json.dumps({"text": "a" * 2**20, "label": 0}), "is longer than 1,048,576 characters"),
+    ],
+)
+def test_bad_files_of_every_form_are_one_sentence(tmp_path, name, text, words):
+    (tmp_path / "toy").mkdir()
+    (tmp_path / "toy" / name).write_text(text)
+    with pytest.raises(UserError, match=words):
+        draw(tmp_path)
+
+
+def test_null_and_empty_labels_can_be_left_out(tmp_path):
+    task = TASK.model_copy(update={"unlabelled": (None, "")})
+    write(tmp_path, train=[{"text": "x", "label": None}, {"text": "y", "label": ""}, *rows(20)], validation=rows(9, 50))
+    assert {row["label"] for _, row in draw(tmp_path, task)[0]["train"]} == {0, 1}
+
+
+def test_too_many_choices_and_labels_are_refused(tmp_path):
+    task = Task(name="toy", kind="choice", prompt="{text}", choices=("options",))
+    write(tmp_path, train=[{"text": "a", "options": ["b"] * 3000, "label": 0}])
+    with pytest.raises(UserError, match="holds 3,000 choices; at most 256 are compared"):
+        draw(tmp_path, task)
+    with pytest.raises(ValueError, match="3,000 labels were given; at most 1,000"):
+        Task(name="toy", kind="classification", prompt="{text}", labels=[f"w{i}" for i in range(3000)])  # type: ignore[arg-type]

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import tokenizers
+import transformers
+from tokenizers import models, trainers
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
 
 from metazo.errors import UserError
 from metazo.models.load import load_model
@@ -170,3 +175,121 @@ def test_a_choice_that_is_not_there(gpt2, right):
     task = Task(name="c", kind="choice", prompt="{text}", choices=("a", "b"))
     with pytest.raises(UserError, match="row 3: 'label' is"):
         Encoder(task, gpt2)({"text": "t", "a": "x", "b": "y", "label": right}, "row 3")
+
+
+# -- what used to give a number without a word ---------------------------------------------------------------------------
+
+
+def words_model(tmp_path):
+    """A GPT-2 with a lower-casing word-piece tokenizer that has [UNK] and adds no token of its own."""
+    tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = BertNormalizer(lowercase=True), BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(vocab_size=120, special_tokens=["[UNK]", "[END]"], show_progress=False)
+    tokenizer.train_from_iterator(["the film was great", "it was terrible"] * 3, trainer)
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="[END]", unk_token="[UNK]")
+    fast.save_pretrained(tmp_path)
+    config = transformers.GPT2Config(vocab_size=len(fast), n_embd=16, n_layer=1, n_head=2, n_positions=64)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    return load_model(tmp_path)
+
+
+def labelled(*words, prompt="{text}. It was {}."):
+    return Task(name="t", kind="classification", prompt=prompt, labels=list(words))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("great", "Great"), "label words 'great' and 'Great' of task 't' are the same tokens"),
+        (("好", "great"), "label word '好' of task 't' has a token that .* does not know"),
+    ],
+)
+def test_label_words_that_coincide_or_are_unknown_are_refused(tmp_path, words, said):
+    with pytest.raises(UserError, match=said):
+        Encoder(labelled(*words), words_model(tmp_path))
+
+
+def test_a_column_after_the_answer_is_refused_for_causal_models(gpt2, tiny):
+    with pytest.raises(UserError, match=r"has \{text\} after \{\}, and a causal model reads only"):
+        Encoder(labelled("terrible", "great", prompt="{} : {text}"), gpt2)
+    Encoder(labelled("great", "No", prompt="{} : {text}"), load_model(tiny("roberta")))  # a mask may be anywhere
+
+
+def test_an_empty_prompt_begins_with_the_end_of_text(tmp_path):
+    loaded = words_model(tmp_path)
+    example = Encoder(labelled("terrible", "great", prompt="{text}"), loaded)({"text": "", "label": 0}, "row 1")
+    assert example.ids == [loaded.tokenizer.eos_token_id]
+    loaded.tokenizer.bos_token = "the"
+    assert Encoder(labelled("terrible", "great", prompt="{text}"), loaded)({"text": "", "label": 0}, "").ids == [
+        loaded.tokenizer.convert_tokens_to_ids("the")
+    ]
+
+
+def test_braces_are_written_double(gpt2):
+    task = labelled("terrible", "great", prompt="Reply as {{}}. {text}. It was {}.")
+    example = Encoder(task, gpt2)({"text": "a {warm} film", "label": 1}, "row 1")
+    assert text(gpt2, example.ids) == "<s>Reply as {}. a {warm} film. It was"
+
+
+def test_a_token_beyond_the_embeddings_is_a_sentence(tiny):
+    loaded = load_model(tiny("gpt2"))
+    loaded.tokenizer.add_tokens(["soup"])
+    encoder = Encoder(labelled("terrible", "great"), loaded)
+    with pytest.raises(UserError, match=r"row 4 has the token 382, but the model has embeddings for 382 tokens"):
+        encoder({"text": "a soup", "label": 0}, "row 4")
+
+
+@pytest.mark.parametrize("prompt", ["{text}: {}", "{text}:\n{}"])
+def test_a_blank_choice_has_no_tokens_and_is_never_the_right_one(gpt2, prompt):
+    task = Task(name="c", kind="choice", prompt=prompt, choices=("a", "b", "c"))
+    row = {"text": "t", "a": "great", "b": " ", "c": "the cat", "label": 2}
+    example = Encoder(task, gpt2)(row, "row 1")
+    assert example.options[1] == [] and example.options[0] and example.options[2]
+    with pytest.raises(UserError, match="row 1: 'label' is 1, a choice that is blank"):
+        Encoder(task, gpt2)(row | {"label": 1}, "row 1")
+    with pytest.raises(UserError, match="row 1: two or more of the choices a, b, c must not be blank"):
+        Encoder(task, gpt2)(row | {"a": "", "c": ""}, "row 1")
+
+
+def test_letters_answer_for_the_choices(gpt2):
+    task = Task(
+        name="c", kind="choice", prompt="{q}\n{choices}\nAnswer: {}", choices=("x", "y"), letters=True, label="right"
+    )
+    example = Encoder(task, gpt2)({"q": "who?", "x": "a cat", "y": "a dog", "right": 1}, "row 1")
+    assert text(gpt2, example.ids) == "<s>who?\nA. a cat\nB. a dog\nAnswer:"
+    assert [text(gpt2, option) for option in example.options] == [" A", " B"] and example.targets == [1]
+    with pytest.raises(ValueError, match=r"letters is for choice tasks whose prompt has the place \{choices\}"):
+        Task(name="c", kind="choice", prompt="{q}", choices=("x", "y"), letters=True)
+
+
+CHATML = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
+CHAT = [{"role": "user", "content": "who?"}, {"role": "assistant", "content": "the cat"}]
+
+
+def test_a_chat_is_written_by_the_template_and_its_last_turn_is_the_answer(tiny):
+    loaded = load_model(tiny("gpt2"))
+    task = Task(name="chat", kind="generation", messages="turns")
+    with pytest.raises(UserError, match="has no chat template"):
+        Encoder(task, loaded)
+    loaded.tokenizer.chat_template = CHATML
+    example = Encoder(task, loaded)({"turns": CHAT}, "row 1")
+    assert text(loaded, example.ids) == "<user>who?\n<assistant>"
+    assert text(loaded, example.options[0]) == "the cat</s>" and example.references == ["the cat"]
+    for bad, said in (
+        (CHAT[:1], "the last turn of 'turns' is not the assistant's"),
+        ("hello", "must be a list of turns"),
+        ([{"role": "user"}], "must be a list of turns"),
+    ):
+        with pytest.raises(UserError, match=f"row 1.*{said}"):
+            Encoder(task, loaded)({"turns": bad}, "row 1")
+    labels = Task(name="chat", kind="classification", messages="turns", labels=["no", "great"])  # type: ignore[arg-type]
+    encoder = Encoder(labels, loaded)
+    assert text(loaded, encoder({"turns": CHAT, "label": 1}, "row 1").ids) == "<user>who?\n<assistant>"
+    assert [text(loaded, word) for word in encoder.words] == ["no", "great"]
+
+
+def test_without_a_context_the_longest_column_is_shortened(gpt2):
+    task = QA.model_copy(update={"prompt": "Question: {question} Context: {context} Answer:", "context": None})
+    encoder = Encoder(task, gpt2, 80)
+    shown = text(gpt2, encoder({"context": LONG, "question": "who sat?", "answer": "me"}, "row 1").ids)
+    assert "Question: who sat? Context:" in shown and encoder.cut == {"context": 1}

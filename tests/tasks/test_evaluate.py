@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from metazo.errors import UserError
 from metazo.models.load import load_model
 from metazo.tasks import get, prepare
+from metazo.tasks.encode import Encoder
 from metazo.tasks.evaluate import evaluate, generate
+from metazo.tasks.prepared import Prepared
+from metazo.tasks.task import Task
 
 
 def ready(tiny, model="llama", task="pico_sentiment", **sizes):
@@ -94,3 +100,67 @@ def test_generation_without_stop_text_ends_at_the_end_token(tiny):
         prepared.loss(loaded.model, prepared.collate(prepared.train)).backward()
         optimizer.step()
     assert generate(loaded.model, prepared, prepared.train) == [example.references[0] for example in prepared.train]
+
+
+# -- what used to give a number without a word ---------------------------------------------------------------------------
+
+
+def test_generation_takes_nothing_of_the_checkpoints_generation_config_but_its_end(tiny):
+    network, prepared = ready(tiny, "gpt2", "pico_span", train=6, dev=0, test=12)
+    before = generate(network, prepared, prepared.test)
+    config = network.generation_config
+    config.repetition_penalty, config.no_repeat_ngram_size, config.min_new_tokens = 5.0, 1, 3
+    config.suppress_tokens = list(range(5, 200))
+    assert generate(network, prepared, prepared.test) == before
+    assert network.generation_config is config and config.repetition_penalty == 5.0
+
+
+def test_an_answer_ends_at_the_models_own_end_of_text(tiny):
+    """The token that the model says first becomes its end of text: every answer that begins so is empty."""
+    network, prepared = ready(tiny, "gpt2", "pico_span", train=2, dev=0, test=2)
+    prompt = prepared.test[0].ids
+    first = int(network(torch.tensor([prompt])).logits[0, -1].argmax())
+    assert generate(network, prepared, prepared.test[:1]) != [""]
+    network.generation_config.eos_token_id = [2, first]
+    assert generate(network, prepared, prepared.test[:1])[0] in ("", prepared.tokenizer.decode([first]).strip())
+
+
+@pytest.mark.parametrize("task", ["pico_topic", "pico_cause", "pico_span"])
+def test_a_score_that_is_not_finite_is_a_wrong_answer_and_a_loss_that_says_so(tiny, task):
+    network, prepared = ready(tiny, "gpt2", task, train=2, dev=0, test=12)
+    with torch.no_grad():
+        network.transformer.ln_f.weight.fill_(float("nan"))
+    result = evaluate(network, prepared, "test")
+    assert math.isnan(result["loss"])
+    assert all(result[metric] <= 0 for metric in prepared.task.metric)
+
+
+def test_a_blank_choice_never_wins(tiny):
+    """The scores of the others are those of a row without it."""
+    loaded = load_model(tiny("gpt2"))
+    task = Task(name="c", kind="choice", prompt="{text}: {}", choices=("a", "b", "c"))
+    row = {"text": "the cat", "a": "great", "b": " ", "c": "it was", "label": 0}
+    encoder = Encoder(task, loaded)
+    ready = Prepared(task, loaded.kind, loaded.tokenizer, encoder.room, encoder.words, encoder.at_position)
+    ready.test = [encoder(row, "row 1")]
+    scores = ready.scores(loaded.model, ready.collate(ready.test, every_option=True))[0]
+    two = Task(name="c", kind="choice", prompt="{text}: {}", choices=("a", "c"))
+    ready.test = [Encoder(two, loaded)(row, "row 1")]
+    expected = ready.scores(loaded.model, ready.collate(ready.test, every_option=True))[0]
+    torch.testing.assert_close(scores[[0, 2]], expected, atol=1e-5, rtol=1e-5)
+    assert scores[1] == -torch.inf and evaluate(loaded.model, ready, "test")["accuracy"] in (0, 1)
+
+
+def test_an_empty_prompt_scores_the_same_in_any_batch(tiny):
+    loaded = load_model(tiny("gpt2"))
+    loaded.tokenizer._tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
+    for kind, more in (("classification", {"labels": ["terrible", "great"]}), ("generation", {"answer": "a"})):
+        task = Task(name="t", kind=kind, prompt="{text}{}", **more)
+        encoder = Encoder(task, loaded)
+        rows = [{"text": text, "a": "the cat", "label": 1} for text in ("", "the film was great it was")]
+        ready = Prepared(task, loaded.kind, loaded.tokenizer, encoder.room, encoder.words, encoder.at_position)
+        ready.test = [encoder(row, "row") for row in rows]
+        assert ready.test[0].ids == [0]
+        losses = [evaluate(loaded.model, ready, "test", batch_size=size)["loss"] for size in (1, 2)]
+        assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+        ready.loss(loaded.model, ready.collate(ready.test)).backward()  # a batch that begins with the empty row

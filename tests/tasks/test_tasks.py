@@ -9,7 +9,7 @@ import torch
 
 from metazo.errors import UserError
 from metazo.models.load import load_model
-from metazo.tasks import TASKS, get, names, prepare, resolve
+from metazo.tasks import TASKS, get, names, prepare, resolve, text
 from metazo.tasks.evaluate import evaluate
 
 WANTED = [
@@ -23,8 +23,8 @@ SPLIT_SIZES = {"cb": (150, 100, 56), "copa": (300, 100, 100), "rte": (1000, 500,
 
 
 def test_every_task_of_the_papers_is_there():
-    assert set(names()) == set(WANTED)
-    assert all(task.hub or task.generate for task in TASKS.values())
+    assert set(names()) - {task.name for task in text.TASKS} == set(WANTED)
+    assert all(task.hub or task.generate or task.family for task in TASKS.values())
     assert all(task.metric and (task.classifier or task.kind != "classification") for task in TASKS.values())
 
 
