@@ -1,4 +1,4 @@
-"""Numbers as their bits and bits as numbers, in loops that numba compiles."""
+"""Numbers as their bits, bits as numbers, and shifts of 32 bits, in loops that numba compiles."""
 
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
 # (pyright reads numba intrinsics as what they are before compilation)
@@ -25,3 +25,18 @@ as_float = _cast(types.uint32, types.float32, lambda builder, bits: builder.bitc
 as_bits = _cast(types.float32, types.uint32, lambda builder, value: builder.bitcast(value, _int32))
 from_half = _cast(types.int16, types.float32, lambda builder, x: builder.fpext(builder.bitcast(x, _half), _float))
 to_half = _cast(types.float32, types.int16, lambda builder, x: builder.bitcast(builder.fptrunc(x, _half), _int16))
+
+
+def _shift(instruction: str):
+    """Of an int32, by an int32 below 32. numba's own shifts widen both to 64 bits, and LLVM then uses half of each vector."""
+
+    @intrinsic
+    def shift(typing_context, value, count):
+        return types.int32(types.int32, types.int32), lambda context, builder, signature, arguments: getattr(
+            builder, instruction
+        )(*arguments)
+
+    return shift
+
+
+shift_left, shift_right = _shift("shl"), _shift("ashr")  # to the right the sign is kept

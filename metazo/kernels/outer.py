@@ -45,6 +45,24 @@ def add_products_(products: Sequence[Product]) -> None:
         share(_add_rows, (job for product in compiled for job in _jobs(*product)))
 
 
+def add_product_pairs_(firsts: Sequence[Product], seconds: Sequence[Product]) -> None:
+    """Two products on each matrix, one pass over it if it is compiled: it takes one probe off and puts the next one on.
+
+    To the last bit the same as add_products_(firsts), then add_products_(seconds). The two of a pair have the same `out`; the
+    second's beta is 1 (ValueError).
+    """
+    if any(second[4] != 1.0 or first[0] is not second[0] for first, second in zip(firsts, seconds, strict=True)):
+        raise ValueError("a pair of products is added to one matrix, the second with `beta` 1")
+    pairs = list(zip(firsts, seconds))
+    compiled = [pair for pair in pairs if kernel and _fits(pair[0][0])]
+    for first, second in pairs:
+        if not (kernel and _fits(first[0])):
+            plain_(*first)
+            plain_(*second)
+    if share and compiled:
+        share(_add_rows, (job for first, second in compiled for job in _jobs(*first, second)))
+
+
 def _fits(out: Tensor) -> bool:
     return out.device.type == "cpu" and out.dtype in _COMPILED and out.is_contiguous() and out.numel() > 0
 
@@ -57,34 +75,47 @@ def plain_(out: Tensor, left: Tensor, right: Tensor, alpha: float, beta: float) 
         out.copy_(rows.view(out.shape))
 
 
-def _jobs(out: Tensor, left: Tensor, right: Tensor, alpha: float, beta: float) -> list[tuple]:
+def _jobs(
+    out: Tensor, left: Tensor, right: Tensor, alpha: float, beta: float, then: Product | None = None
+) -> list[tuple]:
     rows = out.detach().numpy().reshape(len(left), -1)  # a view; numpy's calls cost a third of torch's
-    left, right = left.detach().to(out.dtype), right.detach().to(out.dtype)
-    columns, factors = np.ascontiguousarray(right.numpy().T), left.numpy() * rows.dtype.type(alpha)
-    scalars, step = (rows.dtype.type(beta), rows.dtype.type(1)), max(PIECE // rows.shape[1], 1)
+    columns, factors = _factors(out, left, right, alpha)
+    scalars, rank = (rows.dtype.type(beta), rows.dtype.type(1)), len(columns)
+    if then is not None:
+        more, others = _factors(out, *then[1:4])
+        columns, factors = np.concatenate([columns, more]), np.concatenate([factors, others], axis=1)
+    step = max(PIECE // rows.shape[1], 1)
     return [
-        (rows[start : start + step], factors[start : start + step], columns, *scalars)
+        (rows[start : start + step], factors[start : start + step], columns, rank, *scalars)
         for start in range(0, len(rows), step)
     ]
 
 
-def _loop(out: Any, left: Any, columns: Any, beta: Any, one: Any) -> None:
-    """out = beta * out + left columns, two terms of the sum at a time."""
+def _factors(out: Tensor, left: Tensor, right: Tensor, alpha: float) -> tuple[np.ndarray, np.ndarray]:
+    """The rows of V^T, and alpha U, in the type of out."""
+    u, v = (factor.detach().to(out.dtype).numpy() for factor in (left, right))
+    return np.ascontiguousarray(v.T), u * u.dtype.type(alpha)
+
+
+def _loop(out: Any, left: Any, columns: Any, cut: Any, beta: Any, one: Any) -> None:
+    """out = beta * out + left columns, two terms of a sum at a time; the terms from `cut` on are a sum of their own."""
     widest()
-    rank = left.shape[1]
     for first in range(0, out.shape[1], _COLUMNS):
         last = min(first + _COLUMNS, out.shape[1])
         for i in range(out.shape[0]):
-            row, kept = out[i, first:last], beta
-            for k in range(0, rank - 1, 2):
-                a, b, u, v = left[i, k], left[i, k + 1], columns[k, first:last], columns[k + 1, first:last]
-                for j in range(row.size):
-                    row[j] = kept * row[j] + (a * u[j] + b * v[j])
+            row, kept, k = out[i, first:last], beta, 0
+            while k < left.shape[1]:
+                a, u = left[i, k], columns[k, first:last]
+                if k + 1 < left.shape[1] and k + 1 != cut:
+                    b, v = left[i, k + 1], columns[k + 1, first:last]
+                    for j in range(row.size):
+                        row[j] = kept * row[j] + (a * u[j] + b * v[j])
+                    k += 2
+                else:
+                    for j in range(row.size):
+                        row[j] = kept * row[j] + a * u[j]
+                    k += 1
                 kept = one
-            if rank % 2:
-                a, u = left[i, rank - 1], columns[rank - 1, first:last]
-                for j in range(row.size):
-                    row[j] = kept * row[j] + a * u[j]
 
 
 _add_rows = kernel(_loop) if kernel else _loop

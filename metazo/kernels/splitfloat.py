@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 try:
-    from metazo.kernels.casts import as_bits, as_float
+    from numba import njit
+
+    from metazo.kernels.casts import as_bits, as_float, shift_left, shift_right
     from metazo.kernels.parallel import PIECE, kernel, share
     from metazo.kernels.vectors import widest
 except ImportError:  # numba is not there; metazo env says so
@@ -125,36 +127,43 @@ _M0, _M1 = (_i32(m) for m in _MULTIPLIERS)
 _FIFTEEN, _SIXTEEN, _LOW, _TOP, _REST = _i32(15), _i32(16), _i32(0x7FFF), _i32(_SIGN), _i32(_MAGNITUDE)
 
 
+def _joined(high: Any, low: Any, below: int, dropped: int, scale: Any) -> Any:
+    wide = _i32(high)
+    wide = _i32(shift_left(_i32(wide & _LOW), _i32(below)) | _i32(wide & _TOP))
+    return as_float(_u32(wide + shift_left(_i32(low), _i32(dropped)))) * scale
+
+
+def _parted(theta: Any, element: Any, below: int, dropped: int, scale: Any, seed: Any) -> Any:
+    bits, up, down, one = _i32(as_bits(theta * scale)), _i32(below), _i32(dropped), _i32(1)
+    if dropped:
+        x = _i32(_i32(element) ^ seed)
+        x = _i32(_i32(x ^ shift_right(x, _SIXTEEN)) * _M0)
+        x = _i32(_i32(x ^ shift_right(x, _SIXTEEN)) * _M1)
+        x = _i32(_i32(x ^ shift_right(x, _FIFTEEN)) & _i32(shift_left(one, down) - one))
+        bits = _i32(_i32(bits + x) & shift_left(_i32(-1), down))
+    magnitude = _i32(bits & _REST)
+    high = shift_right(_i32(magnitude + shift_left(one, _i32(up - one))), up)
+    low = shift_right(_i32(magnitude - shift_left(high, up)), down)
+    return _i16(high | _i32(shift_right(bits, _SIXTEEN) & _i32(-0x8000))), low
+
+
 def _join_loop(weights: Any, low: Any, theta: Any, below: int, dropped: int, scale: Any) -> None:
     widest()
-    up, down = _i32(below), _i32(dropped)
     for i in range(theta.size):
         e = _u64(i)  # numba asks of a signed index whether it is negative
-        wide = _i32(weights[e])
-        wide = _i32(_i32(_i32(wide & _LOW) << up) | _i32(wide & _TOP))
-        wide = _i32(wide + _i32(_i32(low[e]) << down))
-        theta[e] = as_float(_u32(wide)) * scale
+        theta[e] = joined(weights[e], low[e], below, dropped, scale)
 
 
 def _split_loop(
     theta: Any, weights: Any, low: Any, start: int, below: int, dropped: int, scale: Any, seed: Any
 ) -> None:
     widest()
-    up, down, half = _i32(below), _i32(dropped), _i32(1 << (below - 1))
-    dither, kept = _i32((1 << dropped) - 1), _i32(-1 << dropped)
+    first = _i32(start)
     for i in range(theta.size):
         e = _u64(i)
-        bits = _i32(as_bits(theta[e] * scale))
-        if dropped:
-            x = _i32(_i32(start + i) ^ seed)
-            x = _i32(_i32(x ^ _i32(x >> _SIXTEEN)) * _M0)
-            x = _i32(_i32(x ^ _i32(x >> _SIXTEEN)) * _M1)
-            bits = _i32(_i32(bits + _i32(_i32(x ^ _i32(x >> _FIFTEEN)) & dither)) & kept)
-        magnitude = _i32(bits & _REST)
-        high = _i32(_i32(magnitude + half) >> up)
-        low[e] = _i32(_i32(magnitude - _i32(high << up)) >> down)
-        weights[e] = _i16(high | _i32(_i32(bits >> _SIXTEEN) & _i32(-0x8000)))
+        weights[e], low[e] = parted(theta[e], first + _i32(i), below, dropped, scale, seed)
 
 
 if kernel:
+    joined, parted = (njit(inline="always")(function) for function in (_joined, _parted))  # of one weight
     _join, _split = kernel(_join_loop), kernel(_split_loop)

@@ -19,7 +19,7 @@ from metazo.noise import philox
 from metazo.noise.philox import TILE
 from metazo.noise.reference import TorchOrderNoise
 
-__all__ = ["TILE", "Move", "Noise", "PhiloxNoise", "Stream", "TorchOrderNoise", "backends"]
+__all__ = ["TILE", "Move", "Noise", "PhiloxNoise", "Stream", "TorchOrderNoise", "add_two_all_", "backends"]
 
 # What a number is for, so that two draws for one tensor and seed never meet.
 DENSE, LEFT, RIGHT, INITIAL = 0, 1, 2, 3
@@ -220,6 +220,31 @@ class PhiloxStream:
             flat[here : here + _CHUNK] = kept * beta + z * alpha
         if not out.is_contiguous():
             out.copy_(flat.view(out.shape))
+
+
+def add_two_all_(
+    first: Stream, second: Stream, moves: Sequence[Move], again: Sequence[float], purpose: int = DENSE
+) -> None:
+    """out = beta * out + alpha * z(first) + again * z(second) on whole tensors: one pass over those that are compiled.
+
+    It takes a probe off and puts the next one on at once. To the last bit the same as `first.add_all_(moves)` and then
+    `second.add_all_` with the amounts `again`, which is also what happens with noise of other kinds.
+    """
+    rest = list(range(len(moves)))
+    if isinstance(first, PhiloxStream) and isinstance(second, PhiloxStream):
+        same = (first.distribution, first.backend) == (second.distribution, second.backend)
+        found = [first._kernels(move.out) if same else None for move in moves]
+        batch = next((kernels for kernels in found if hasattr(kernels, "add_two_all_")), None)
+        if batch is not None:
+            fit = [
+                (move.tensor.id, *move[1:], amount)
+                for move, amount, kernels in zip(moves, again, found)
+                if kernels is batch
+            ]
+            batch.add_two_all_(first.distribution, fit, (first.seed, second.seed), purpose)
+            rest = [k for k in rest if found[k] is not batch]
+    first.add_all_([moves[k] for k in rest], purpose)
+    second.add_all_([Move(moves[k].tensor, moves[k].out, again[k]) for k in rest], purpose)
 
 
 def _check(start: int) -> None:

@@ -8,7 +8,7 @@ The same numbers as philox.py, bit for bit (tests/noise). lanes.py makes them, a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -42,6 +42,24 @@ def _add(out, start, alpha, beta, gaussian, purpose, id0, id1, k0, k1):
         for i in range(min(CHUNK, out.size - here)):
             e = _u64(here + i)  # numba asks of a signed index whether it is negative
             out[e] = narrow(beta * widen(out[e]) + alpha * z[i], out[e])
+
+
+@_kernel
+def _add_two(out, start, alpha, beta, again, gaussian, purpose, id0, id1, k0, k1, l0, l1):
+    """As _add for the seed of k, then out = out + again * z for the seed of l, while the chunk is in the cache."""
+    widest()
+    z, words, others = np.empty(CHUNK, np.float32), np.empty(WORDS, np.uint32), np.empty(WORDS, np.uint32)
+    for here in range(0, out.size, CHUNK):
+        fetch(out, here)
+        chunk, count = (start + here) // CHUNK, min(CHUNK, out.size - here)
+        numbers(z, words, gaussian, chunk, purpose, id0, id1, k0, k1)
+        for i in range(count):
+            e = _u64(here + i)
+            out[e] = narrow(beta * widen(out[e]) + alpha * z[i], out[e])
+        numbers(z, others, gaussian, chunk, purpose, id0, id1, l0, l1)
+        for i in range(count):
+            e = _u64(here + i)
+            out[e] = narrow(widen(out[e]) + again * z[i], out[e])
 
 
 @_kernel
@@ -131,6 +149,28 @@ def add_all_(
         _add_jobs(distribution, out, alpha, beta, seed, tensor_id, purpose, 0) for tensor_id, out, alpha, beta in moves
     )
     share(_add, (job for jobs in parts for job in jobs))
+
+
+def add_two_all_(
+    distribution: str,
+    moves: Iterable[tuple[int, torch.Tensor, float, float, float]],
+    seeds: tuple[int, int],
+    purpose: int,
+) -> None:
+    """out = beta * out + alpha * z(seeds[0]) + again * z(seeds[1]) on whole tensors, in one pass, if supports(out).
+
+    moves: (tensor id, out, alpha, beta, again). To the last bit the same as add_all_ with the first seed, then with the second:
+    what is between the two is rounded to out's type.
+    """
+
+    def jobs() -> Iterator[tuple]:
+        for tensor_id, out, alpha, beta, again in moves:
+            number, array, cut = _number(out), _array(out), _cut(out.numel())
+            scalars = (number(alpha), number(beta), number(again), distribution == "gaussian")
+            fixed = (*scalars, *_counter(seeds[0], tensor_id, purpose), *_counter(seeds[1], tensor_id, purpose)[3:])
+            yield from ((array[here : here + cut.step], here, *fixed) for here in cut)
+
+    share(_add_two, jobs())
 
 
 def place_(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from metazo.kernels import outer
-from metazo.kernels.outer import add_product_, add_products_, plain_
+from metazo.kernels.outer import add_product_, add_product_pairs_, add_products_, plain_
 
 SHAPES = [(1, 1), (3, 5000), (1000, 7), (5, 1024), (600, 1025), (64, 3, 3, 5)]
 EXACT = {torch.float32: 1e-5, torch.float64: 1e-13, torch.bfloat16: 0.05}
@@ -68,3 +68,24 @@ def test_a_matrix_that_is_not_contiguous():
     turned = out.t().contiguous().t()
     add_product_(turned, left, right, 0.5, 1.0)
     torch.testing.assert_close(turned, by_definition(out, left, right, 0.5, 1.0))
+
+
+@pytest.mark.parametrize("dtype", EXACT, ids=str)
+@pytest.mark.parametrize("ranks", [(1, 1), (2, 2), (1, 2), (3, 1), (2, 5), (3, 3)], ids=str)
+def test_two_products_in_one_pass_are_as_one_after_the_other(ranks, dtype):
+    for shape in SHAPES:
+        operand = [operands(shape, rank, dtype) for rank in ranks]
+        turn, once = operand[0][0].clone(), operand[0][0].clone()
+        (_, left, right), (_, other_left, other_right) = operand
+        add_product_(turn, left, right, 0.3, 0.9)
+        add_product_(turn, other_left, other_right, -0.7, 1.0)
+        add_product_pairs_([(once, left, right, 0.3, 0.9)], [(once, other_left, other_right, -0.7, 1.0)])
+        assert torch.equal(once, turn)
+        assert not torch.equal(once, operand[0][0])
+
+
+def test_the_second_of_a_pair_is_added_to_the_same_matrix():
+    out, left, right = operands((4, 3), 2, torch.float32)
+    for second in ((out, left, right, 1.0, 0.5), (out.clone(), left, right, 1.0, 1.0)):
+        with pytest.raises(ValueError, match="one matrix"):
+            add_product_pairs_([(out, left, right, 1.0, 1.0)], [second])

@@ -46,15 +46,15 @@ def test_only_a_function_that_asks_has_the_preference():
 
 def test_every_kernel_asks():
     from metazo.kernels import outer, splitfloat
-    from metazo.noise import cpu
+    from metazo.noise import cpu, cpu_split
 
     found = [
         value
-        for module in (outer, splitfloat, cpu)
+        for module in (outer, splitfloat, cpu, cpu_split)
         for value in vars(module).values()
-        if hasattr(value, "py_func") and value.__module__ == module.__name__
+        if "nogil" in getattr(value, "targetoptions", {}) and value.__module__ == module.__name__
     ]
-    assert len(found) >= 7
+    assert len(found) >= 10
     for function in found:
         assert "widest" in function.py_func.__code__.co_names, function
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from metazo.blocks import NamedTensor, tensor_id
-from metazo.noise import TILE, Move, PhiloxNoise, TorchOrderNoise, backends, cpu
+from metazo.noise import TILE, Move, PhiloxNoise, TorchOrderNoise, add_two_all_, backends, cpu
 
 DISTRIBUTIONS = ("gaussian", "rademacher")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -200,6 +200,32 @@ def test_many_tensors_at_once_are_as_one_by_one(distribution, dtype, threads):
                 stream.add_(w, out, 0.3, 0.7, 1)
             stream.add_all_([Move(w, out, 0.3, 0.7) for w, out in zip(tensors, outs[1])], 1)
             assert all(torch.equal(a, b) for a, b in zip(*outs))
+
+
+@each_distribution
+@each_dtype
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_two_seeds_in_one_pass_are_as_one_after_the_other(distribution, dtype, backend, threads):
+    tensors = [tensor(size, name=f"w{size}", dtype=dtype) for size in (3, 300, TILE + 1, 300_000)]
+    noise = PhiloxNoise(5, distribution, backend)
+    for count in (1, 3):
+        threads(count)
+        outs = [[random(w.param.numel(), dtype) for w in tensors] for _ in range(2)]
+        moves = [[Move(w, out, 0.3 + k, 0.7) for k, (w, out) in enumerate(zip(tensors, each))] for each in outs]
+        again = [-0.2 - k for k in range(len(tensors))]
+        noise.stream(SEED).add_all_(moves[0], 1)
+        noise.stream(9).add_all_([Move(m.tensor, m.out, amount) for m, amount in zip(moves[0], again)], 1)
+        add_two_all_(noise.stream(SEED), noise.stream(9), moves[1], again, 1)
+        assert all(torch.equal(a, b) for a, b in zip(*outs))
+        assert not torch.equal(outs[0][3], random(300_000, dtype))
+
+
+def test_two_seeds_on_tensors_that_no_kernel_supports():
+    strided, plain = torch.zeros(30, 50).t(), torch.zeros(50, 30)
+    w, noise = tensor(50, 30), PhiloxNoise(5)
+    add_two_all_(noise.stream(1), noise.stream(2), [Move(w, strided, 1.0), Move(w, plain, 1.0)], [0.5, 0.5])
+    assert torch.equal(strided, noise.stream(1).draw(w) + 0.5 * noise.stream(2).draw(w))
+    assert torch.equal(plain, strided)
 
 
 def test_a_forked_child_has_threads_of_its_own(threads):

@@ -1,0 +1,147 @@
+"""Noise on weights that are split in two, on the CPU with numba: joined, moved and split or rounded in one pass.
+
+The same to the last bit as `join` of metazo.kernels.splitfloat, cpu.add_ on the float32 weights that it makes, and `split`
+(or rounding to nearest even). `plain_place_` and `plain_add_` are those passes one by one, with torch alone.
+"""
+
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
+# (pyright reads numba intrinsics as what they are before compilation)
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metazo.kernels import splitfloat
+from metazo.kernels.parallel import kernel, share
+from metazo.kernels.splitfloat import LAYOUTS, joined, parted
+from metazo.kernels.vectors import widest
+from metazo.noise import cpu, lanes, philox
+from metazo.noise.lanes import CHUNK, WORDS, fetch, narrow, numbers
+
+_u64 = np.uint64
+
+
+def _kernel(function):
+    return kernel(function, lanes, philox, splitfloat)
+
+
+@_kernel
+def _place(out, high, low, start, alpha, below, dropped, scale, gaussian, purpose, id0, id1, k0, k1):
+    """out = join(high, low) + alpha * z, on elements start .. of a tensor, start a multiple of TILE."""
+    widest()
+    z, words = np.empty(CHUNK, np.float32), np.empty(WORDS, np.uint32)
+    for here in range(0, out.size, CHUNK):
+        fetch(out, here)
+        fetch(high, here)
+        fetch(low, here)
+        numbers(z, words, gaussian, (start + here) // CHUNK, purpose, id0, id1, k0, k1)
+        for i in range(min(CHUNK, out.size - here)):
+            e = _u64(here + i)
+            out[e] = narrow(joined(high[e], low[e], below, dropped, scale) + alpha * z[i], out[e])
+
+
+@_kernel
+def _add(
+    high, low, start, alpha, beta, below, dropped, scale, inverse, dither, gaussian, purpose, id0, id1, k0, k1
+):  # fmt: skip
+    """high, low = split(beta * join(high, low) + alpha * z), as _place."""
+    widest()
+    z, words = np.empty(CHUNK, np.float32), np.empty(WORDS, np.uint32)
+    for here in range(0, high.size, CHUNK):
+        fetch(high, here)
+        fetch(low, here)
+        numbers(z, words, gaussian, (start + here) // CHUNK, purpose, id0, id1, k0, k1)
+        for i in range(min(CHUNK, high.size - here)):
+            e = _u64(here + i)
+            z[i] = beta * joined(high[e], low[e], below, dropped, scale) + alpha * z[i]
+        first = np.int32(start + here)
+        for i in range(min(CHUNK, high.size - here)):
+            e = _u64(here + i)
+            high[e], low[e] = parted(z[i], first + np.int32(i), below, dropped, inverse, dither)
+
+
+def supports(weights: Tensor, low: Tensor) -> bool:
+    """Whether the kernels can work on these: contiguous, in main memory, of a narrow type that is known here."""
+    return weights.dtype in LAYOUTS and cpu.supports(weights) and low.device.type == "cpu" and low.is_contiguous()
+
+
+def place_(
+    distribution: str,
+    out: Tensor,
+    weights: Tensor,
+    low: Tensor,
+    alpha: float,
+    seed: int,
+    tensor_id: int,
+    purpose: int,
+    start: int,
+) -> None:
+    """out = join(weights, low) + alpha * z[start : start + n], rounded once to nearest even, if supports(weights, low).
+
+    Args: out, weights: (n,), bfloat16 or float16; low: (n,), int16 or int8; start: a multiple of TILE.
+    """
+    layout, cut = LAYOUTS[weights.dtype], cpu._cut(len(weights))
+    arrays = cpu._array(out), weights.detach().view(torch.int16).numpy(), low.numpy()
+    bits = layout.below, splitfloat._dropped(layout, low), np.float32(layout.scale)
+    fixed = (np.float32(alpha), *bits, distribution == "gaussian", *cpu._counter(seed, tensor_id, purpose))
+    share(_place, [(*(array[here : here + cut.step] for array in arrays), start + here, *fixed) for here in cut])
+
+
+def add_(
+    distribution: str,
+    weights: Tensor,
+    low: Tensor,
+    alpha: float,
+    beta: float,
+    seed: int,
+    tensor_id: int,
+    purpose: int,
+    start: int,
+    rounding: int,
+) -> None:
+    """weights, low = split(beta * join(weights, low) + alpha * z[start : start + n]), if supports(weights, low).
+
+    Args: as place_; rounding: the seed of `split`.
+    """
+    layout, cut = LAYOUTS[weights.dtype], cpu._cut(len(weights))
+    arrays = weights.detach().view(torch.int16).numpy(), low.numpy()
+    bits = layout.below, splitfloat._dropped(layout, low), np.float32(layout.scale), np.float32(1 / layout.scale)
+    scalars = np.float32(alpha), np.float32(beta), *bits, np.int32(splitfloat._folded(rounding))
+    fixed = (*scalars, distribution == "gaussian", *cpu._counter(seed, tensor_id, purpose))
+    share(_add, [(*(array[here : here + cut.step] for array in arrays), start + here, *fixed) for here in cut])
+
+
+def plain_place_(
+    distribution: str,
+    out: Tensor,
+    weights: Tensor,
+    low: Tensor,
+    alpha: float,
+    seed: int,
+    tensor_id: int,
+    purpose: int,
+    start: int,
+) -> None:
+    """place_ with torch alone."""
+    z = philox.DISTRIBUTIONS[distribution](seed, tensor_id, purpose, start, start + len(weights), weights.device)
+    out.copy_(splitfloat.plain_join(weights, low) + z * alpha)
+
+
+def plain_add_(
+    distribution: str,
+    weights: Tensor,
+    low: Tensor,
+    alpha: float,
+    beta: float,
+    seed: int,
+    tensor_id: int,
+    purpose: int,
+    start: int,
+    rounding: int,
+) -> None:
+    """add_ with torch alone."""
+    z = philox.DISTRIBUTIONS[distribution](seed, tensor_id, purpose, start, start + len(weights), weights.device)
+    theta = splitfloat.plain_join(weights, low) * beta + z * alpha
+    splitfloat.plain_split(theta, weights, low, start, rounding)
