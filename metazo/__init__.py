@@ -16,7 +16,7 @@ evaluate      loss and metrics of a model, or of what a run kept
 replay        rebuild a tuned model from its base model and its step log
 meta_train    train a tuner, which chooses the perturbation scale of each block of weights
 compare       run several methods with searched learning rates and several seeds
-load_model    a transformers model with its tokenizer
+load_model    a transformers model with its tokenizer, or what a run kept
 load_tuner    a tuner by file, zoo name, Hub id or address
 prepare       a task's rows, encoded for a model
 UserError     raised for input that metazo cannot work with
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from metazo.errors import UserError as UserError
     from metazo.meta.config import MetaConfig as MetaConfig
     from metazo.meta.train import meta_train as meta_train
-    from metazo.models.load import load_model as load_model
+    from metazo.models.assemble import load as load_model  # noqa: F401
     from metazo.optimizers.curvzo import CurvZO as CurvZO
     from metazo.optimizers.dominant_layer import DominantLayer as DominantLayer
     from metazo.optimizers.fzoo import FZOO as FZOO
@@ -67,7 +67,7 @@ _HOMES = {
     "compare": "metazo.comparisons.compare",
     "evaluate": "metazo.tasks.evaluate",
     "finetune": "metazo.runs.finetune",
-    "load_model": "metazo.models.load",
+    "load_model": "metazo.models.assemble",
     "load_tuner": "metazo.zoo",
     "meta_train": "metazo.meta.train",
     "prepare": "metazo.tasks",
@@ -79,7 +79,7 @@ def __getattr__(name: str) -> Any:
     if name == "__all__":
         return [*_HOMES, "__version__", *_optimizers()]
     if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), {"load_tuner": "load"}.get(name, name))
+        return getattr(import_module(_HOMES[name]), "load" if name.startswith("load_") else name)
     if name[:1].isupper() and name in _optimizers():
         return getattr(import_module("metazo.optimizers"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

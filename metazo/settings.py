@@ -6,7 +6,7 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import field, fields
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +17,20 @@ from metazo.errors import UserError
 from metazo.io.plain import read_yaml, shown
 
 Config = TypeVar("Config")
+
+
+def setting(*, role: str, hashed: bool = False, **options: Any) -> Any:
+    """A field of a settings dataclass.
+
+    role: what a change of the setting touches. hashed: the result is known by the content that this names, not by the name.
+    options: default or default_factory, as of `dataclasses.field`.
+    """
+    return field(metadata={"role": role, "hashed": hashed}, **options)
+
+
+def with_role(config: type, *roles: str) -> tuple[str, ...]:
+    """Names of the fields of these roles."""
+    return tuple(item.name for item in fields(config) if item.metadata["role"] in roles)
 
 
 @cache

@@ -20,6 +20,9 @@ def replay(
     ] = None,
     tuner: Annotated[str | None, typer.Option(help="Tuner of the run, where the zoo folders do not have it.")] = None,
     zoo: Annotated[Path | None, typer.Option(help="A zoo folder to search first.")] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Save LoRA adapters added to the weights, as a plain model.")
+    ] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto takes a GPU where there is one.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -34,7 +37,7 @@ def replay(
     with Progress(disable=as_json) as bar:
         task = bar.add_task("replay", total=None)
         done = run(
-            path, base, out, to, tuner=tuner, zoo_folder=zoo, device=device,
+            path, base, out, to, tuner=tuner, zoo_folder=zoo, merge=merge, device=device,
             tick=lambda step, total: bar.update(task, completed=step, total=total),
         )  # fmt: skip
     result = {

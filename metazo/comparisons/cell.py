@@ -23,6 +23,7 @@ from metazo.runs.header import environment
 from metazo.runs.interrupt import Interrupted
 from metazo.runs.resources import PeakMemory
 from metazo.runs.setup import set_up
+from metazo.settings import with_role
 from metazo.tasks.evaluate import evaluate
 
 
@@ -150,4 +151,4 @@ def _of_worker() -> dict[str, Any]:
 def configuration(config: FinetuneConfig) -> dict[str, Any]:
     """The settings of a run as JSON, without the folders of this machine."""
     plain = json.loads(json.dumps(asdict(config), default=str))
-    return {name: value for name, value in plain.items() if name not in ("out", "resume", "data", "zoo")}
+    return {name: value for name, value in plain.items() if name not in with_role(FinetuneConfig, "place")}

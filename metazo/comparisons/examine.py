@@ -20,12 +20,12 @@ from metazo.runs.batches import batch_indices
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.header import data_hash, tuner_hash
 from metazo.runs.setup import Setup, make_optimizer, set_up, settled
+from metazo.settings import with_role
 from metazo.tasks import resolve
 from metazo.tasks.closures import BatchLoss
 
 # Settings that make an optimizer; a change in any other means that model and data are loaded anew.
-OPTIMIZING = ("optimizer", "lr", "eps", "schedule", "weight_decay", "noise", "scale", "rule", "tuner", "allow_partial",
-              "zoo", "method", "precision", "eval_every", "keep", "snapshot_every", "forwards")  # fmt: skip
+OPTIMIZING = with_role(FinetuneConfig, "method", "loop", "service")
 
 
 @dataclass

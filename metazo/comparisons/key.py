@@ -9,10 +9,10 @@ from typing import Any
 
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.machine import cores, gpu, processor, system
+from metazo.settings import with_role
 
 # Where and how a run is done, not what it computes.
-INCIDENTAL = ("out", "resume", "device", "data", "zoo", "snapshot_every", "eval_batch_size")
-HASHED = ("model", "task", "tuner")  # known by their hashes, wherever they lie
+INCIDENTAL = with_role(FinetuneConfig, "place", "machine", "service", "evaluation")
 
 
 def key(config: FinetuneConfig, hashes: dict[str, str | None]) -> str:
@@ -24,7 +24,7 @@ def key(config: FinetuneConfig, hashes: dict[str, str | None]) -> str:
     for item in fields(config):
         default = item.default_factory() if item.default_factory is not MISSING else item.default
         value = getattr(config, item.name)
-        if item.name not in (*INCIDENTAL, *HASHED) and value != default:
+        if item.name not in INCIDENTAL and not item.metadata["hashed"] and value != default:
             plain[item.name] = value
     if plain.get("keep") == "none":
         plain["keep"] = "last"  # the same numbers

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from metazo.errors import UserError
 from metazo.io.extras import needs
 from metazo.models.load import LoadedModel
 from metazo.models.sentence import SentenceClassifier
@@ -47,7 +48,29 @@ def add_adapters(loaded: LoadedModel, rank: int, seed: int) -> list[str]:
     return [name for name, parameter in loaded.model.named_parameters() if parameter.requires_grad]
 
 
-def load_adapters(model: nn.Module, folder: Path) -> None:
-    """Take up the adapters that the model's own save_pretrained wrote."""
+def with_adapters(loaded: LoadedModel, folder: Path) -> None:
+    """Put the adapters that a model's own save_pretrained wrote on the base model, which becomes the wrapped model.
+
+    Raises UserError for adapters that do not fit.
+    """
     peft = _peft()
-    peft.set_peft_model_state_dict(model, peft.utils.save_and_load.load_peft_weights(str(folder)))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # as above
+            loaded.model = peft.PeftModel.from_pretrained(loaded.model, str(folder)).eval()
+    except (ValueError, RuntimeError, KeyError, TypeError, OSError) as error:
+        reason = " ".join(str(error).split()).split(". ")[0][:300]
+        raise UserError(f"the LoRA adapters in {folder} do not fit {loaded.name!r}: {reason}") from error
+
+
+def merge_adapters(model: nn.Module) -> Any:
+    """The plain model with its adapters added to the weights, rounded to their dtype; changes the model that is given."""
+    peft = _peft()
+    if isinstance(model, peft.PeftModel):
+        return model.merge_and_unload().eval()
+    layers = [item for item in model.named_modules() if isinstance(item[1], peft.tuners.tuners_utils.BaseTunerLayer)]
+    for name, layer in layers:
+        layer.merge()
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, layer.get_base_layer())
+    return model

@@ -2,107 +2,116 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from metazo.errors import UserError
 from metazo.io.redact import has_secret, shown_address
+from metazo.settings import setting, with_role
+
+Precision = Literal["auto", "in-place", "master", "compensated-16", "compensated-8", "autocast"]
 
 
 @dataclass
 class FinetuneConfig:
-    """Everything that decides a fine-tuning run."""
+    """Everything that decides a fine-tuning run.
 
-    model: str
+    The role of each setting says what a change of it touches: the model, the data, the method, the loop, or the numbers
+    of an evaluation; or nothing that is computed: the place (paths), the machine, the service (how often things are saved).
+    """
+
+    model: str = setting(role="model", hashed=True)
     """Folder or Hub id of the model; pico is the small one that metazo carries"""
-    task: str
+    task: str = setting(role="data", hashed=True)
     """Task by name (metazo tasks lists them), or a YAML file of your own"""
-    out: Path
+    out: Path = setting(role="place")
     """Folder for config, log, metrics, plot and the tuned model"""
-    optimizer: str = "mezo"
+    optimizer: str = setting(default="mezo", role="method")
     """Method"""
-    lr: float | None = None
+    lr: float | None = setting(default=None, role="method")
     """Learning rate; by default the method's published one, made for models of billions of weights"""
-    eps: float = 1e-3
+    eps: float = setting(default=1e-3, role="method")
     """Length of the probe"""
-    steps: int | None = None
+    steps: int | None = setting(default=None, role="loop")
     """Steps to take; by default 1000, or what `forwards` pays for"""
-    forwards: int | None = None
+    forwards: int | None = setting(default=None, role="loop")
     """Budget of forward passes over batches, instead of `steps`"""
-    batch_size: int = 16
+    batch_size: int = setting(default=16, role="data")
     """Examples a batch"""
-    accumulate: int = 1
+    accumulate: int = setting(default=1, role="loop")
     """Batches a step, their losses averaged under one seed"""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    schedule: Literal["constant", "linear", "cosine"] = setting(default="constant", role="method")
     """Learning rate over the run"""
-    weight_decay: float = 0.0
+    weight_decay: float = setting(default=0.0, role="method")
     """Decoupled decay; biases and layer norms are exempt by name"""
-    noise: Literal["method", "gaussian", "rademacher"] = "method"
+    noise: Literal["method", "gaussian", "rademacher"] = setting(default="method", role="method")
     """Distribution of the noise; method takes the method's own (Gaussian but for fzoo)"""
-    scale: Literal["none", "rms"] = "none"
+    scale: Literal["none", "rms"] = setting(default="none", role="method")
     """Block scale; rms moves each tensor in proportion to its size"""
-    statistics_every: int | None = None
+    statistics_every: int | None = setting(default=None, role="method")
     """Steps between readings of the weights' statistics for a block scale; by default 50, with the published features 1"""
-    rule: Literal["method", "sgd", "momentum", "adam"] = "method"
+    rule: Literal["method", "sgd", "momentum", "adam"] = setting(default="method", role="method")
     """What is done with the estimate; method takes the method's own"""
-    tuner: str | None = None
+    tuner: str | None = setting(default=None, role="method", hashed=True)
     """Tuner: folder, file, zoo name, Hub id, https address, auto, or random:SEED (the control)"""
-    allow_partial: bool = False
+    allow_partial: bool = setting(default=False, role="method")
     """Take a tuner that fits only in part; the other blocks run at RMS scale"""
-    zoo: Path | None = None
+    zoo: Path | None = setting(default=None, role="place")
     """Folder of a zoo of your own, searched first"""
-    method: dict[str, Any] = field(default_factory=dict)
+    method: dict[str, Any] = setting(default_factory=dict, role="method")
     """Hyperparameters of the method by name; on the command line each is a flag"""
-    data: Path | None = None
+    data: Path | None = setting(default=None, role="place")
     """Folder with <task>/<split>.jsonl; by default the Hub"""
-    train_examples: int = 1000
+    train_examples: int = setting(default=1000, role="data")
     """Examples to train on"""
-    dev_examples: int = 500
+    dev_examples: int = setting(default=500, role="data")
     """Examples to choose the checkpoint on"""
-    test_examples: int = 1000
+    test_examples: int = setting(default=1000, role="data")
     """Examples to report on"""
-    k_per_class: int | None = None
+    k_per_class: int | None = setting(default=None, role="data")
     """Few-shot: so many training examples of each class, and as many on dev unless their number is given"""
-    max_length: int | None = None
+    max_length: int | None = setting(default=None, role="data")
     """Longest input in tokens; by default the model's context"""
-    kind: Literal["auto", "causal", "masked", "classifier"] = "auto"
+    kind: Literal["auto", "causal", "masked", "classifier"] = setting(default="auto", role="model")
     """How the model is used; auto follows its architecture"""
-    head: Literal["auto", "checkpoint", "linear", "prototype", "phrases"] = "auto"
+    head: Literal["auto", "checkpoint", "linear", "prototype", "phrases"] = setting(default="auto", role="model")
     """Of a classifier: transformers' own class (checkpoint), or on pooled hidden states a linear layer, fixed prototypes from
     labelled examples, or the task's label phrases; auto takes linear for sentence-transformers checkpoints"""
-    train: list[str] = field(default_factory=list)
+    train: list[str] = setting(default_factory=list, role="model")
     """Patterns of tensor names to train (all others rest), such as '*attn*'"""
-    freeze: list[str] = field(default_factory=list)
+    freeze: list[str] = setting(default_factory=list, role="model")
     """Patterns of tensor names to leave as they are"""
-    lora: int = 0
+    lora: int = setting(default=0, role="model")
     """Rank of LoRA adapters that are trained instead of the weights (needs the extra peft); 0: none"""
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
+    merge: bool = setting(default=False, role="service")
+    """Save LoRA adapters added to the weights, as a plain model, instead of the adapters alone"""
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = setting(default="float32", role="model")
     """Type of the weights in the forward pass"""
-    precision: Literal["auto", "in-place", "master", "compensated-16", "compensated-8", "autocast"] = "auto"
+    precision: Precision = setting(default="auto", role="method")
     """Where the weights live while probed: auto perturbs float32 in place and keeps a float32 master of narrower ones;
     compensated keeps 16 or 8 bits beside each narrow weight instead; autocast runs float32 weights in bfloat16"""
-    device: str = "auto"
+    device: str = setting(default="auto", role="machine")
     """cpu, cuda, cuda:1, ...; auto takes a GPU where there is one"""
-    eval_every: int | None = None
+    eval_every: int | None = setting(default=None, role="loop")
     """Steps between evaluations on dev; by default a tenth of the run"""
-    eval_batch_size: int = 32
+    eval_batch_size: int = setting(default=32, role="evaluation")
     """Examples a batch in evaluation"""
-    keep: Literal["best", "last", "none"] = "best"
+    keep: Literal["best", "last", "none"] = setting(default="best", role="loop")
     """Which weights to save and test: best on dev, as in the papers, the last, or none (the last are tested)"""
-    snapshot_every: int = 500
+    snapshot_every: int = setting(default=500, role="service")
     """Steps between snapshots for `resume` (0: none, resuming replays the log from the base model)"""
-    flush_every: int = 1
+    flush_every: int = setting(default=1, role="service")
     """Steps between hand-overs of the step log to the operating system; a killed process computes the rest again"""
-    fsync_every: int = 100
+    fsync_every: int = setting(default=100, role="service")
     """Steps between syncs of the step log to the disk (0: at evaluations and snapshots alone), for power loss"""
-    max_loss: float = 1e4
+    max_loss: float = setting(default=1e4, role="loop")
     """Loss above which a step is skipped, as where it is not finite"""
-    max_bad_steps: int = 10
+    max_bad_steps: int = setting(default=10, role="service")
     """Skipped steps in a row after which the run stops"""
-    seed: int = 0
+    seed: int = setting(default=0, role="data")
     """Seed of noise, data order, split and a new head"""
-    resume: bool = False
+    resume: bool = setting(default=False, role="place")
     """Go on with the run in `out`; its settings are read from there"""
 
     def __post_init__(self):
@@ -130,3 +139,7 @@ class FinetuneConfig:
 def _at_least(name: str, value: int, least: int) -> None:
     if value < least:
         raise UserError(f"`{name}` must be at least {least}, not {value}.")
+
+
+INCIDENTAL = with_role(FinetuneConfig, "place", "machine", "service")
+"""Settings that say where and how often, not what: a run may be resumed with others."""

@@ -17,10 +17,11 @@ from metazo.errors import UserError
 from metazo.io.extras import MissingPackage
 from metazo.io.tensorfile import weights_hash
 from metazo.models.describe import describe
+from metazo.models.lora import merge_adapters
 from metazo.optimizers import ZOOptimizer
 from metazo.optimizers.first_order import FirstOrder
 from metazo.runs.batches import batch_indices
-from metazo.runs.config import FinetuneConfig
+from metazo.runs.config import INCIDENTAL, FinetuneConfig
 from metazo.runs.diagnose import diagnose, memory_explained
 from metazo.runs.evaluations import Scores
 from metazo.runs.folder import BEST, STEPS, RunFolder
@@ -34,8 +35,6 @@ from metazo.step.record import Step
 from metazo.steplog.writer import StepLog
 from metazo.tasks.closures import BatchLoss
 
-# Settings that say where and how often, not what: a run may be resumed with others.
-INCIDENTAL = ("out", "resume", "snapshot_every", "flush_every", "fsync_every", "max_bad_steps", "device", "zoo", "data")
 # Learning rate over the run, as a share of `lr`, by the share of the run that is done.
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda done: 1.0,
@@ -218,10 +217,13 @@ class _Run:
         if config.keep == "best":
             self._load_best(kept)
         test = self.scores.on("test") if config.test_examples else {}
+        weights = weights_hash(self.model.named_parameters())
+        if config.merge:
+            loaded.model = merge_adapters(loaded.model)
         if config.keep != "none":
             describe(loaded.model, self.prepared.record)
             self.folder.save_model(loaded.model, loaded.tokenizer)
-        self.log.finish(kept, weights_hash(self.model.named_parameters()))
+        self.log.finish(kept, weights)
         summary = {
             "task": config.task,
             "optimizer": config.optimizer,

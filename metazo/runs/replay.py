@@ -26,10 +26,10 @@ from metazo.errors import UserError
 from metazo.io.extras import needs
 from metazo.io.plain import is_name
 from metazo.io.tensorfile import weights_hash
+from metazo.models.assemble import assemble
 from metazo.models.describe import describe
-from metazo.models.load import LoadedModel, load_model
-from metazo.models.lora import add_adapters
-from metazo.models.select import select_trainable
+from metazo.models.load import LoadedModel
+from metazo.models.lora import merge_adapters
 from metazo.models.sentence import Phrases, SentenceClassifier
 from metazo.optimizers import OPTIMIZERS, ZOOptimizer
 from metazo.runs.config import FinetuneConfig
@@ -71,6 +71,7 @@ def replay(
     *,
     tuner: str | None = None,
     zoo_folder: Path | None = None,
+    merge: bool = False,
     device: str = "auto",
     tick: Callable[[int, int], None] = lambda done, total: None,
 ) -> Replayed:
@@ -78,7 +79,8 @@ def replay(
 
     Args: base: folder or Hub id of the base model, or pico; out: folder for the model, whole or not there at all (None:
     it stays in memory); to: steps to take (default: to the weights that the run kept, or all); tuner: where the tuner
-    is, if the run had one that the zoo folders do not have; tick: called with steps done and all of them.
+    is, if the run had one that the zoo folders do not have; merge: add LoRA adapters to the weights at the end, so that a
+    plain model is saved; tick: called with steps done and all of them.
     Raises UserError where the log is damaged, base model or tuner are others than the run's, or the method cannot be
     replayed.
     """
@@ -103,6 +105,8 @@ def replay(
     weights = weights_hash(loaded.model.named_parameters())
     known = found.end is not None and found.end["weights"] is not None and count == kept
     identical = weights == found.end["weights"] if known and found.end else None
+    if merge:
+        loaded.model = merge_adapters(loaded.model)
     if out is not None:
         if isinstance(header.get("trained"), dict):
             describe(loaded.model, header["trained"])
@@ -137,18 +141,8 @@ def _rebuilt(
     settings = header["settings"] | {"model": base, "out": Path(), "optimizer": header["method"]}
     settings["tuner"] = tuner or _tuner(header, zoo_folder)
     config = build(FinetuneConfig, settings)
-    loaded = load_model(
-        base,
-        kind=config.kind,
-        dtype=config.dtype,
-        device=resolve_device(device),
-        num_labels=header.get("labels"),
-        head=config.head,
-        seed=config.seed,
-    )
+    loaded, _ = assemble(config, labels=header.get("labels"), device=resolve_device(device))
     _make_head(loaded, header.get("head"))
-    adapters = add_adapters(loaded, config.lora, config.seed) if config.lora else []
-    select_trainable(loaded.model, config.train or adapters, config.freeze)
     weights = weights_hash(loaded.model.named_parameters())
     if weights != header["weights"]:
         raise UserError(

@@ -9,9 +9,8 @@ import torch
 
 from metazo.errors import UserError
 from metazo.io.extras import needs
-from metazo.models.load import LoadedModel, load_model
-from metazo.models.lora import add_adapters
-from metazo.models.select import select_trainable
+from metazo.models.assemble import assemble
+from metazo.models.load import LoadedModel
 from metazo.models.sentence import SentenceClassifier
 from metazo.optimizers import LOZO, LOZOM, DominantLayer, ZOOptimizer, first_outlier_layer
 from metazo.optimizers.dominant_layer import OUTLIER_LAYER
@@ -53,7 +52,7 @@ class Setup:
         state += moments * trainable  # they come with the first step
         snapshots = 3 * (trainable + state) if config.snapshot_every else 0  # two, and one that is being written
         best = trainable if config.keep == "best" else 0
-        saved = 0 if config.keep == "none" else trainable if config.lora else weights
+        saved = 0 if config.keep == "none" else trainable if config.lora and not config.merge else weights
         log = _record_bytes(self.optimizer) * self.steps
         group = self.optimizer.param_groups[0]
         return {
@@ -92,14 +91,8 @@ def set_up(config: FinetuneConfig) -> Setup:
     """Load and check everything a run needs; writes nothing."""
     transformers_logging.disable_progress_bar()
     task, device = resolve(config.task), resolve_device(config.device)
-    loaded = load_model(
-        config.model,
-        kind=config.kind,
-        dtype=config.dtype,
-        device=device,
-        num_labels=len(task.labels) if task.kind == "classification" else None,
-        head=config.head,
-        seed=config.seed,
+    loaded, trained = assemble(
+        config, labels=len(task.labels) if task.kind == "classification" else None, device=device
     )
     prepared = prepare(
         task,
@@ -112,11 +105,9 @@ def set_up(config: FinetuneConfig) -> Setup:
         max_length=config.max_length,
         k_per_class=config.k_per_class,
     )
-    adapters = add_adapters(loaded, config.lora, config.seed) if config.lora else None
-    trained = select_trainable(loaded.model, config.train, config.freeze, adapters)
     if isinstance(loaded.model, SentenceClassifier):
-        if config.lora and config.keep != "none":
-            raise UserError("`lora` on a sentence encoder cannot be saved yet; add `keep='none'`, or train without it.")
+        if config.lora and config.keep != "none" and not config.merge:
+            raise UserError("`lora` on a sentence encoder is saved merged into its weights alone; add `merge=True`.")
         loaded.model.cache_frozen()
         fit_head(loaded, prepared, config.eval_batch_size)
     config = settled(config, loaded, prepared, device)

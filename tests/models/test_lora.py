@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -10,10 +11,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from metazo.errors import UserError
+from metazo.models.assemble import load
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import finetune
+from metazo.runs.replay import replay
 from metazo.runs.setup import set_up
 from metazo.settings import build
+from metazo.tasks import prepare, resolve
+from metazo.tasks.evaluate import evaluate
 
 SMALL = {
     "model": "pico", "task": "pico_sentiment", "lora": 4, "lr": 1e-3, "steps": 8, "train_examples": 64,
@@ -84,5 +89,84 @@ def test_on_a_sentence_encoder_the_adapters_of_the_named_layers_alone(tmp_path, 
     setup = set_up(config(tmp_path / "x", keep="none", train_examples=20, dev_examples=8, test_examples=8, **extra))
     trained = [name for name, p in setup.loaded.model.named_parameters() if p.requires_grad]
     assert trained and all("layer.5." in name and "lora_" in name for name in trained)
-    with pytest.raises(UserError, match="cannot be saved yet"):
+    with pytest.raises(UserError, match="merged into its weights alone"):
         set_up(config(tmp_path / "x", train_examples=20, dev_examples=8, test_examples=8, **extra))
+
+
+PARTS = {"whole": {}, "train": {"train": ["*layers.0*"]}, "freeze": {"freeze": ["*layers.0*", "*lora_A*"]}}
+
+
+@pytest.mark.parametrize("extra", PARTS.values(), ids=PARTS)
+def test_a_replay_trains_the_tensors_that_the_run_trained(tmp_path, extra):
+    finetune(config(tmp_path / "run", keep="last", **extra))
+    done = replay(tmp_path / "run" / "steps.jsonl", "pico", tmp_path / "again")
+    assert done.identical
+    trained = {name for name, p in done.loaded.model.named_parameters() if p.requires_grad}
+    setup = set_up(config(tmp_path / "x", **extra))
+    assert trained == {name for name, p in setup.loaded.model.named_parameters() if p.requires_grad}
+    assert all("lora_" in name for name in trained)
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory):
+    """A LoRA run on pico and its summary."""
+    out = tmp_path_factory.mktemp("lora") / "run"
+    return out, finetune(config(out, keep="last", lr=1e-2))
+
+
+def on_test(model: str, merge: bool = False) -> dict[str, float]:
+    loaded = load(model, merge=merge)
+    rows = {"train": 64, "dev": 32, "test": 32}
+    return evaluate(loaded.model, prepare(resolve("pico_sentiment"), loaded, **rows), "test")
+
+
+def test_the_folder_of_a_lora_run_is_a_model(adapters, tmp_path):
+    out, summary = adapters
+    assert on_test(str(out)) == on_test(str(out / "model")) == summary["test"] != on_test("pico")
+    assert on_test(str(out), merge=True)["loss"] == pytest.approx(summary["test"]["loss"], rel=1e-4)
+    again = finetune(config(tmp_path / "on", model=str(out), lora=0, lr=1e-4, steps=2))
+    assert again["before"]["loss"] == pytest.approx(summary["dev"]["loss"], rel=1e-4)
+    assert (tmp_path / "on" / "model" / "config.json").is_file(), "a plain model, the adapters merged"
+
+
+def test_merged_saving(adapters, tmp_path):
+    _, summary = adapters
+    assert finetune(config(tmp_path / "run", keep="last", lr=1e-2, merge=True))["test"] == summary["test"]
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", dtype=torch.float32)
+    assert not any("lora_" in name for name, _ in merged.named_parameters())
+    assert on_test(str(tmp_path / "run"))["loss"] == pytest.approx(summary["test"]["loss"], rel=1e-4)
+    done = replay(tmp_path / "run" / "steps.jsonl", "pico", tmp_path / "again", merge=True)
+    same = [(folder / "model.safetensors").read_bytes() for folder in (tmp_path / "run" / "model", tmp_path / "again")]
+    assert done.identical and same[0] == same[1]
+
+
+def test_adapters_without_their_base_or_of_another_kind(adapters, tmp_path):
+    out, _ = adapters
+    for change, said in (
+        ({"base_model_name_or_path": str(tmp_path / "gone")}, r"their base model cannot be loaded: .*gone"),
+        ({"peft_type": "PREFIX_TUNING"}, "metazo loads LoRA's alone"),
+        ({"r": 3}, "do not fit"),
+    ):
+        folder = tmp_path / "changed"
+        shutil.copytree(out / "model", folder, dirs_exist_ok=True)
+        settings = json.loads((out / "model" / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps(settings | change))
+        with pytest.raises(UserError, match=said):
+            load(folder)
+    (folder / "adapter_config.json").write_text("{")
+    with pytest.raises(UserError, match=r"adapter_config\.json"):
+        load(folder)
+
+
+def test_merged_adapters_of_a_sentence_encoder(tmp_path, minilm):
+    rows = [json.dumps({"sentence": f"row {n}", "label": n % 2}) for n in range(60)]
+    (tmp_path / "sst2").mkdir()
+    for split in ("train", "validation"):
+        (tmp_path / "sst2" / f"{split}.jsonl").write_text("\n".join(rows))
+    extra = {"model": str(minilm), "task": "sst2", "data": tmp_path, "head": "linear", "train": ["*layer.5.*", "head*"]}
+    sizes = {"train_examples": 20, "dev_examples": 8, "test_examples": 8}
+    summary = finetune(config(tmp_path / "run", merge=True, keep="last", steps=4, **sizes, **extra))
+    loaded = load(tmp_path / "run", num_labels=2)
+    assert not any("lora_" in name for name, _ in loaded.model.named_parameters())
+    prepared = prepare(resolve("sst2"), loaded, data=tmp_path, train=20, dev=8, test=8)
+    assert evaluate(loaded.model, prepared, "test")["loss"] == pytest.approx(summary["test"]["loss"], rel=1e-4)

@@ -1,0 +1,95 @@
+"""The one way to a run's model: load it, put adapters on it, select what is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from metazo.errors import UserError
+from metazo.io.files import is_file
+from metazo.io.plain import read_json, shown
+from metazo.models.load import LoadedModel, load_model
+from metazo.models.lora import add_adapters, merge_adapters, with_adapters
+from metazo.models.select import select_trainable
+
+ADAPTERS, MODEL = "adapter_config.json", "model"
+
+
+class Wanted(Protocol):
+    """The settings that decide a run's model; `FinetuneConfig` has them."""
+
+    model: str
+    kind: Any
+    dtype: Any
+    head: Any
+    seed: int
+    lora: int
+    train: list[str]
+    freeze: list[str]
+
+
+def assemble(
+    wanted: Wanted, *, labels: int | None, device: torch.device | str, given: LoadedModel | None = None
+) -> tuple[LoadedModel, int]:
+    """The model of a run before its first step, and the number of its trained weights.
+
+    labels: classes of a classification task. given: a model in memory, which takes the place of `wanted.model`.
+    A model that is itself LoRA adapters is merged first. With `lora` new adapters are trained instead of the weights;
+    `train` and `freeze` then select among them. Raises UserError as `load` and `select_trainable` do.
+    """
+    loaded = given or load(
+        wanted.model,
+        merge=True,
+        kind=wanted.kind,
+        dtype=wanted.dtype,
+        device=device,
+        num_labels=labels,
+        head=wanted.head,
+        seed=wanted.seed,
+    )
+    adapters = add_adapters(loaded, wanted.lora, wanted.seed) if wanted.lora else None
+    return loaded, select_trainable(loaded.model, wanted.train, wanted.freeze, adapters)
+
+
+def load(name_or_path: str | Path, *, merge: bool = False, **options: Any) -> LoadedModel:
+    """Load a model with its tokenizer, as `metazo.models.load.load_model`, or from what a run left.
+
+    name_or_path: a folder or Hub id of transformers, pico, the folder of a run (its kept model is loaded), or a folder of
+    LoRA adapters (their base model is named in adapter_config.json, and is loaded with the adapters on it). merge: add
+    the adapters to the weights, so that the model is a plain one; the sums are rounded to its dtype. options: kind,
+    dtype, device, num_labels, head, seed, trained_head of `load_model`.
+    Raises UserError as `load_model` does, for adapters that are not LoRA's, and if their base model cannot be loaded.
+    """
+    folder = Path(name_or_path).expanduser()
+    if not is_file(folder / ADAPTERS) and any(is_file(folder / MODEL / name) for name in (ADAPTERS, "config.json")):
+        folder = folder / MODEL
+        name_or_path = folder
+    if not is_file(folder / ADAPTERS):
+        return load_model(name_or_path, **options)
+    base = _base_of(folder)
+    try:
+        loaded = load_model(base, **options | {"trained_head": False})
+    except UserError as error:
+        raise UserError(f"{folder} holds LoRA adapters, and their base model cannot be loaded: {error}") from error
+    with_adapters(loaded, folder)
+    loaded.name, loaded.new_head = str(name_or_path), False
+    if merge:
+        loaded.model = merge_adapters(loaded.model)
+    return loaded
+
+
+def _base_of(folder: Path) -> str:
+    """The base model that the adapters in a folder name."""
+    path = folder / ADAPTERS
+    try:
+        found = read_json(path, "settings of adapters")
+        kind, base = found["peft_type"], found["base_model_name_or_path"]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path} does not name adapters and their base model ({error})") from error
+    if kind != "LORA" or not isinstance(base, str):
+        raise UserError(f"{path} is of adapters of the kind {shown(kind)} on {shown(base)}; metazo loads LoRA's alone")
+    if not is_file(folder / "adapter_model.safetensors"):
+        raise UserError(f"{folder} holds no adapter_model.safetensors; save the adapters again with save_pretrained")
+    return base
