@@ -1,7 +1,8 @@
 """Feedback methods beside their rivals on real tasks: all-MiniLM-L6-v2, label-phrase prototypes, last two layers trained.
 
     python benchmarks/feedback.py minilm --data FOLDER --out benchmarks/feedback.json       # about 15 minutes on one core
-    python benchmarks/feedback.py architectures                                            # the table of docs/feedback.md
+    python benchmarks/feedback.py cosines --model pico --tasks pico_topic --out benchmarks/feedback_cosines.json
+    python benchmarks/feedback.py architectures                                             # the table of docs/feedback.md
 
 FOLDER/<task>/{labels.json,train.jsonl,validation.jsonl}: rows {"text", "label"}, labels.json with "names" and "prompt".
 Every method has its learning rate chosen from a grid on a seed of its own and is then run on other seeds. Costs are in forward
@@ -209,14 +210,56 @@ def settings() -> dict[str, Any]:
     }
 
 
+def cosines(model: str, tasks: list[str], data: Path | None, corpus: Path | None, out: Path) -> None:
+    """Add one model's rows to a results file."""
+    from metazo.bench.surrogate_cosines import measure
+
+    torch.set_num_threads(1)
+    found = json.loads(out.read_text()) if out.exists() else {}
+    found[Path(model).name] = measure(model, tasks, data=data, corpus=corpus, log=print)
+    out.write_text(json.dumps(found).replace('{"task"', '\n{"task"') + "\n")
+
+
+def architectures() -> None:
+    """The table of docs/feedback.md: worst relative error of any tensor's gradient under the exact error."""
+    from metazo.bench.architectures import NAMES, build
+    from metazo.feedback.local import LocalGradient
+    from metazo.feedback.residual import find_residual
+    from metazo.feedback.surrogates import Exact
+
+    print("| architecture | blocks at | one position per row | all positions |\n|---|---|---|---|")
+    for name in NAMES:
+        cells = []
+        for kind in ("answer", "every"):
+            tiny = build(name)
+            loss, residual = getattr(tiny, kind), find_residual(tiny.model)
+            loss().backward()
+            local = LocalGradient(residual, {id(p): key for key, p in tiny.model.named_parameters()}, Exact())
+            worst = 0.0
+            for index, gradient in local.gradients(local.capture([loss])):
+                for key in gradient.names if index is not None else ():
+                    true = tiny.model.get_parameter(key).grad
+                    if true is not None and float(true.norm()) > 1e-12:  # softmax cancels a key's bias
+                        worst = max(worst, float((gradient.dense(key) - true).norm() / true.norm()))
+            cells.append(f"{worst:.0e}")
+        print(f"| {name} | `{residual.path}` | {' | '.join(cells)} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["minilm"])
+    parser.add_argument("what", choices=["minilm", "cosines", "architectures"])
     parser.add_argument("--data", type=Path)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/feedback.json"))
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS))
+    parser.add_argument("--model", default="pico")
+    parser.add_argument("--corpus", type=Path)
     arguments = parser.parse_args()
-    minilm(arguments.data, arguments.out, arguments.tasks)
+    if arguments.what == "minilm":
+        minilm(arguments.data, arguments.out, arguments.tasks)
+    elif arguments.what == "cosines":
+        cosines(arguments.model, arguments.tasks, arguments.data, arguments.corpus, arguments.out)
+    else:
+        architectures()
 
 
 if __name__ == "__main__":
