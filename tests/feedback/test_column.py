@@ -1,0 +1,67 @@
+"""A block at its last position alone gives the gradients of the whole block."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from metazo.bench.architectures import CAUSAL, build
+from metazo.feedback import column, local
+from metazo.feedback.local import LocalGradient
+from metazo.feedback.residual import find_residual
+from metazo.feedback.surrogates import Column
+from tests.feedback.test_architectures import relative
+
+# Their norms are computed in float32 whatever the weights are, so that one position alone rounds differently.
+ROUNDED = {"Llama", "Qwen2", "Qwen3", "Mistral", "Gemma", "Gemma 2", "Phi-3", "SmolLM3", "OLMo 2"}
+
+
+def gradient(tiny, narrow: bool):
+    names = {id(p): name for name, p in tiny.model.named_parameters()}
+    estimate = LocalGradient(find_residual(tiny.model), names, Column())
+    estimate.narrow = narrow
+    positions = set()
+    hook = estimate.residual.maps(1)[-1].module.register_forward_hook(
+        lambda m, args, out: positions.add(args[0].numel() // args[0].shape[-1]) if torch.is_grad_enabled() else None
+    )
+    found = {}
+    for _, part in estimate.gradients(estimate.capture([tiny.answer])):
+        found |= {name: part.dense(name) for name in part.names}
+    hook.remove()
+    return found, positions, estimate.narrow
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_the_last_position_alone_gives_the_same_gradient(name: str) -> None:
+    tiny = build(name)
+    whole, every, _ = gradient(tiny, False)
+    narrow, last, still = gradient(tiny, True)
+    assert set(whole) == set(narrow)
+    for key, value in whole.items():
+        assert relative(narrow[key], value) < (1e-6 if name in ROUNDED else 1e-10) or value.norm() < 1e-12, key
+    assert (every, last, still) == ({21}, {3}, True)
+
+
+def test_a_block_without_a_cache_runs_whole() -> None:
+    tiny = build("BERT")  # its loss is at another position; one at the last position is made here
+
+    def loss():
+        return tiny.model(input_ids=torch.arange(3, 15).view(2, 6)).logits[:, -1, 5:7].square().sum()
+
+    tiny = replace(tiny, answer=loss)
+    whole, _, _ = gradient(tiny, False)
+    again, positions, still = gradient(tiny, True)
+    assert positions == {12} and not still
+    assert all(torch.equal(whole[key], again[key]) for key in whole)
+
+
+def test_a_cut_that_is_wrong_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the last position alone gives another output, the block runs whole, and the gradient is right."""
+    tiny = build("OPT")
+    whole, _, _ = gradient(tiny, False)
+    monkeypatch.setattr(local, "last_position", lambda *args: column.last_position(*args) + 1)
+    again, positions, still = gradient(tiny, True)
+    assert positions == {21} and not still  # it is noticed at the last block, the first to run again
+    assert all(relative(again[key], value) < 1e-10 or value.norm() < 1e-12 for key, value in whole.items())
