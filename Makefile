@@ -2,9 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo bench test lint wheel clean
+.PHONY: demo bench test lint hooks wheel clean
 
-# torch first: what depends on it would pull the newest build, with gigabytes of CUDA packages.
+# torch first: otherwise the packages that need it pull the newest build, with gigabytes of CUDA packages.
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip setuptools wheel
@@ -18,13 +18,18 @@ demo: .venv/.installed  ## meta-train, publish, fine-tune and compare on the emb
 bench: .venv/.installed  ## what a step costs beside its forward passes, on this machine: about half an hour
 	$(BIN)/metazo bench --out runs/bench
 
-test: .venv/.installed  ## lint and the whole suite, offline
-	$(BIN)/ruff check .
+test: lint  ## lint and the whole suite, offline
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-lint: .venv/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[lint]'
+lint: .venv/.lint  ## ruff, formatting and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
+
+.venv/.lint: .venv/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[lint]'
+	touch $@
+
+hooks: .venv/.lint  ## run ruff and pyright before every commit
+	$(BIN)/pre-commit install
 
 wheel: .venv/.installed
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
