@@ -212,7 +212,7 @@ def test_a_real_end_of_memory_in_mid_run_leaves_the_log_whole(tmp_path):
     run = subprocess.run([sys.executable, "-c", code, str(tmp_path / "run")], capture_output=True, text=True)
     assert run.returncode == 2, run.stderr
     assert (
-        "Out of memory" in run.stdout and "--eval-batch-size (now 4000)" in run.stdout and "Traceback" not in run.stderr
+        "Out of memory" in run.stdout and "`eval_batch_size` (now 4000)" in run.stdout and "Traceback" not in run.stderr
     )
     assert scan(tmp_path / "run" / "steps.jsonl").torn == 0
     assert json.loads((tmp_path / "run" / "config.json").read_text())["eval_batch_size"] == 4000
