@@ -21,6 +21,7 @@ from metazo.runs.finetune import finetune
 from metazo.runs.folder import RunFolder
 from metazo.runs.header import environment
 from metazo.runs.interrupt import Interrupted
+from metazo.runs.monitor import Diverged
 from metazo.runs.resources import PeakMemory
 from metazo.runs.setup import set_up
 from metazo.settings import with_role
@@ -43,20 +44,24 @@ def run(job: Job) -> Result:
     out = job.config.out
     shutil.rmtree(out, ignore_errors=True)
     started, meter, reason, parts = time.monotonic(), PeakMemory(), None, None
+    status = "failed"
     try:
         parts = _train(job) if job.trains else _look(job)
     except Interrupted:
         raise
+    except Diverged as error:
+        status, reason = "diverged", f"Diverged: {error}"
     except UserError as error:
         reason = str(error)
     except Exception as error:  # whatever a method, a driver or a full disk may raise: the other runs go on
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     taken = meter.bytes()
-    result = failed(job, reason) if parts is None else Result(job.info | _of_worker(), *parts)
+    result = failed(job, reason, status=status) if parts is None else Result(job.info | _of_worker(), *parts)
     result.run_info |= _of_worker()
     result.train_info |= {"peak_memory_bytes": taken, "wall_seconds": round(time.monotonic() - started, 3)}
     if parts is not None and not math.isfinite(result.metrics["dev"].get("loss", 0.0)):
-        result = failed(job, f"Diverged: the loss on dev is {result.metrics['dev']['loss']} at the end.", result)
+        reason = f"Diverged: the loss on dev is {result.metrics['dev']['loss']} at the end."
+        result = failed(job, reason, result, status="diverged")
     if job.keep is not None and result.finished:
         shutil.rmtree(job.keep, ignore_errors=True)
         job.keep.parent.mkdir(parents=True, exist_ok=True)
@@ -77,15 +82,15 @@ def warm_up(job: Job) -> None:
         shutil.rmtree(config.out, ignore_errors=True)
 
 
-def failed(job: Job, reason: str | None, so_far: Result | None = None) -> Result:
-    """The result of a run that did not end well: what it had recorded, and why."""
+def failed(job: Job, reason: str | None, so_far: Result | None = None, *, status: str = "failed") -> Result:
+    """The result of a run that failed or diverged: what it had recorded, and why."""
     curve = so_far.train_info["curve"] if so_far else _curve(RunFolder.read_records(job.config.out))
     last = curve[-1] if curve else {}
     train: dict[str, Any] = {name: last.get(name) for name in ("step", "forwards", "seconds")}
     train = {"curve": curve, "steps": train.pop("step"), **train}
     train |= {"trained_weights": job.info["trained_weights"], "peak_memory_bytes": None, "sigma": None}
     train |= {"evaluation_seconds": None, "cpu_seconds": None} | (so_far.train_info if so_far else {})
-    info = job.info | (so_far.run_info if so_far else {}) | {"status": "failed", "reason": reason}
+    info = job.info | (so_far.run_info if so_far else {}) | {"status": status, "reason": reason}
     return Result(info, train, {"before": None, "dev": None, "test": None, "majority": None})
 
 
@@ -144,7 +149,7 @@ def _sigma(records: list[dict[str, Any]]) -> dict[str, Any] | None:
 def _of_worker() -> dict[str, Any]:
     versions = environment(torch.device("cpu"))
     threads = versions.pop("threads")
-    versions.pop("device")
+    del versions["device"], versions["processor"]  # the machine says them
     return {"versions": versions, "machine": facts() | {"threads": threads}}
 
 

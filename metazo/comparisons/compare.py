@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, median
 
-from filelock import FileLock, Timeout
 from rich.console import Console
 
 from metazo.comparisons.columns import Column
@@ -24,6 +23,7 @@ from metazo.comparisons.rates import walk
 from metazo.comparisons.results import Result, Search, read_search, write_search
 from metazo.comparisons.store import Store
 from metazo.errors import UserError
+from metazo.io.lock import FolderLock
 from metazo.runs.interrupt import Interrupted, interruptible
 
 FASTER = 0.95  # a run that takes less than this share of the time budget is gone on with
@@ -41,28 +41,20 @@ class _Batch:
 
 
 def compare(grid: Grid, console: Console | None = None, *, retry_failed: bool = False) -> dict[str, int]:
-    """Run what of the grid has not been run. Returns the numbers of runs: done, of them kept and failed.
+    """Run what of the grid has not been run. Returns the numbers of runs: done, of them kept, failed and diverged.
 
     kept: those that an earlier call had finished. Raises UserError for bad input, before anything is written, and where
     a result cannot be written; Interrupted where it was asked to stop. In both cases what is finished stays, and the
     same call goes on.
     """
     console = console or Console(quiet=True)
+    FolderLock(grid.out).check()
     facts = examine(grid)
-    try:
-        grid.out.mkdir(parents=True, exist_ok=True)
-        lock = grid.out / ".lock"
-        with FileLock(lock).acquire(timeout=0):
-            try:
-                return _Comparison(grid, facts, console, retry_failed).run()
-            finally:
-                lock.unlink(missing_ok=True)
-    except Timeout:
-        raise UserError(
-            f"`out` {grid.out}: another metazo compare is at work there; wait for it, or stop it."
-        ) from None
-    except OSError as error:
-        raise UserError(f"`out` {grid.out} cannot be used: {error.strerror or error}.") from error
+    with FolderLock(grid.out):
+        try:
+            return _Comparison(grid, facts, console, retry_failed).run()
+        except OSError as error:
+            raise UserError(f"`out` {grid.out} cannot be used: {error.strerror or error}.") from error
 
 
 class _Comparison:
@@ -94,7 +86,7 @@ class _Comparison:
                 shown.extend(sum(map(len, extra)), sum(run.forwards for runs in extra for run in runs))
                 self._drive((_only(runs) for runs in extra), pool, caught, shown)
         self.store.clear()
-        return {"runs": shown.done, "kept": shown.kept, "failed": shown.failed}
+        return {"runs": shown.done, "kept": shown.kept, "failed": shown.failed, "diverged": shown.diverged}
 
     def _remember(self, superseded: set[tuple[str, str]]) -> None:
         """Searches of an earlier call that still hold, so that a stop leaves search.json whole."""
@@ -192,12 +184,15 @@ class _Comparison:
             if caught:
                 raise Interrupted(
                     f"{caught[0]} after {shown.done} of {shown.runs} runs; the same command goes on with the rest.",
-                    caught[0],
+                    caught[0].split()[0],
                 )
             if not pool.running:
                 return
             for job, result in pool.collect(0.25):
                 run, batch = out.pop(job.config.out)
+                if result is None:  # unfinished: no search may decide on it, and the next call runs it
+                    caught = caught or ["SIGTERM to a worker"]
+                    continue
                 self.store.save(run, result)
                 self._done(run, batch, result, True, queue, shown)
 

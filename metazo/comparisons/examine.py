@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from metazo.io.tensorfile import weights_hash
 from metazo.optimizers.base import ZOOptimizer
 from metazo.runs.batches import batch_indices
 from metazo.runs.config import FinetuneConfig
-from metazo.runs.header import data_hash, tuner_hash
+from metazo.runs.header import tuner_hash
+from metazo.runs.inputs import data_hash, inputs
 from metazo.runs.setup import Setup, make_optimizer, set_up, settled
 from metazo.settings import with_role
 from metazo.tasks import resolve
@@ -33,13 +35,15 @@ class Facts:
     """What is known of a column on a task before it runs.
 
     lrs: that its search starts from (empty for zero-shot); forwards a step; trained weights; hashes of model, data and
-    tuner; metric of the task; seconds of one forward pass over a training batch.
+    tuner; inputs: hash of the model's configuration and the task's definition; metric of the task; seconds of one
+    forward pass over a training batch.
     """
 
     lrs: list[float]
     a_step: float
     trained: int
     hashes: dict[str, str | None]
+    inputs: str
     metric: str | None
     forward_seconds: float
     bytes_on_disk: int
@@ -69,6 +73,7 @@ class _Loaded:
     setup: Setup
     model: str
     data: str
+    inputs: str
     seconds: float
 
 
@@ -97,6 +102,7 @@ def _facts(grid: Grid, column: Column, config: FinetuneConfig, loaded: dict[str,
         a_step=a_step,
         trained=setup.trained if column.trains else 0,
         hashes={"model": base.model, "data": base.data, "tuner": tuner},
+        inputs=base.inputs,
         metric=metric[0] if metric else None,
         forward_seconds=base.seconds,
         bytes_on_disk=setup.plan(config)["bytes on disk"],
@@ -115,7 +121,8 @@ def _load(config: FinetuneConfig) -> _Loaded:
             started = time.perf_counter()
             float(loss())
             taken.append(time.perf_counter() - started)
-    return _Loaded(setup, weights_hash(model.named_parameters()), data_hash(prepared), min(taken))
+    weights, text = weights_hash(model.named_parameters()), json.dumps(inputs(prepared, model), sort_keys=True)
+    return _Loaded(setup, weights, data_hash(prepared), sha256(text.encode()).hexdigest(), min(taken))
 
 
 def plan(grid: Grid, facts: dict[tuple[str, str], Facts]) -> dict[str, Any]:

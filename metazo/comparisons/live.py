@@ -7,6 +7,7 @@ import time
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from metazo.comparisons.cell import Job
 from metazo.comparisons.results import Result
@@ -21,7 +22,7 @@ class Progress:
     def __init__(self, console: Console, runs: int, forwards: float):
         self.console = console
         self.runs, self.forwards = runs, forwards  # in all, as far as is known
-        self.done = self.kept = self.failed = 0
+        self.done = self.kept = self.failed = self.diverged = 0
         self.done_forwards = self.ran_forwards = 0.0
         self.started = time.monotonic()
         self.live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
@@ -45,35 +46,38 @@ class Progress:
         info = result.run_info
         self.done += 1
         self.done_forwards += info["budget"]
-        self.failed += not result.finished
+        self.failed += info["status"] == "failed"
+        self.diverged += info["status"] == "diverged"
         if not ran:
             self.kept += 1
             return
         self.ran_forwards += info["budget"]
         if not result.finished:
-            self.console.print(
-                f"[yellow]failed[/] {self._name(info)}: {info['reason']}", highlight=False, soft_wrap=True
-            )
+            text = f"{info['status']} {self._name(info)}: {info['reason']}"
+            self.console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
         elif not self.live:
             metric, dev = info["metric"], result.metrics["dev"]
             score = f", {metric} {dev[metric]:.3f}" if metric in dev else ""
             loss = f"dev loss {dev['loss']:.4f}{score}" if "loss" in dev else "done"
             seconds = result.train_info["wall_seconds"]
             self.console.print(
-                f"{self._counts()}  {self._name(info)}: {loss}  ({seconds:.0f} s)", highlight=False, soft_wrap=True
+                f"{self._counts()}  {self._name(info)}: {loss}  ({seconds:.0f} s)",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
             )
 
     def show(self, running: list[tuple[Job, float]]) -> None:
         if self.live:
             table = Table.grid(padding=(0, 2))
-            table.add_row(f"[bold]{self._counts()}[/]", self._left())
+            table.add_row(Text(self._counts(), "bold"), self._left())
             for job, seconds in running:
-                table.add_row(self._name(job.info), f"{seconds:.0f} s")
+                table.add_row(Text(self._name(job.info)), f"{seconds:.0f} s")
             self.live.update(table)
 
     def _counts(self) -> str:
-        failed = f", {self.failed} failed" if self.failed else ""
-        return f"{self.done}/{self.runs} runs{failed}"
+        odd = {"failed": self.failed, "diverged": self.diverged}
+        return f"{self.done}/{self.runs} runs" + "".join(f", {n} {what}" for what, n in odd.items() if n)
 
     def _left(self) -> str:
         elapsed = time.monotonic() - self.started

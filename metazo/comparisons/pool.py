@@ -8,8 +8,8 @@ import shutil
 import signal
 import threading
 import time
-from contextlib import suppress
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
@@ -18,6 +18,8 @@ from metazo.comparisons.results import Result
 from metazo.runs.interrupt import Interrupted
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
+ASKED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the end of a worker by these is no fault of its job
+STOPPED = 128 + signal.SIGTERM  # exit code of a worker that was asked to stop
 GRACE = 5.0  # seconds for a worker that is asked to stop
 
 
@@ -29,15 +31,20 @@ def _work(connection: Connection, threads: int) -> None:
     assert parent is not None
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKED)  # see Pool._start
     torch.set_num_threads(threads)
-    with suppress(EOFError, Interrupted, KeyboardInterrupt):  # the other end is gone, or this one is to stop
-        warm = False
+    warm = False
+    try:
         while True:
             job = connection.recv()
             if not warm and job.trains:
                 warm_up(job)
                 warm = True
             connection.send(run(job))
+    except (Interrupted, KeyboardInterrupt):  # asked to stop in the middle of a job
+        os._exit(STOPPED)
+    except (EOFError, OSError):  # the other end is gone
+        pass
 
 
 @dataclass
@@ -51,7 +58,8 @@ class _Worker:
 class Pool:
     """`workers` processes with `threads` each, started when there is work; use as a context manager.
 
-    A process that dies takes no other with it: its job becomes a failed result, and the next job gets a new process.
+    A process that dies takes no other with it: its job becomes a failed result, and the next job gets a new process. But
+    a job whose process was asked to stop (SIGTERM, SIGINT or SIGHUP, at its start too) has no result.
     """
 
     def __init__(self, workers: int, threads: int):
@@ -88,12 +96,20 @@ class Pool:
     def submit(self, job: Job) -> None:
         self.workers = [worker for worker in self.workers if worker.job is not None or worker.process.is_alive()]
         free = next((worker for worker in self.workers if worker.job is None), None) or self._start()
-        free.connection.send(job)
+        try:
+            free.connection.send(job)
+        except OSError:  # it has just been ended
+            self.workers.remove(free)
+            free = self._start()
+            free.connection.send(job)
         free.job, free.since = job, time.monotonic()
 
     def _start(self) -> _Worker:
         ours, theirs = self.context.Pipe()
         process = self.context.Process(target=_work, args=(theirs, self.threads), daemon=True)
+        resource_tracker.ensure_running()  # which would lift the mask below
+        # Signals wait until the new process has imported what it needs and decided what to do with them.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, ASKED)
         before = {name: os.environ.get(name) for name in THREADS}
         os.environ.update(dict.fromkeys(THREADS, str(self.threads)))  # read by the libraries when they are loaded
         try:
@@ -101,14 +117,18 @@ class Pool:
         finally:
             for name, value in before.items():
                 os.environ.pop(name) if value is None else os.environ.update({name: value})
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         theirs.close()
         self.workers.append(_Worker(process, ours))
         return self.workers[-1]
 
-    def collect(self, timeout: float) -> list[tuple[Job, Result]]:
-        """Results that have come within `timeout` seconds; a job whose process died has failed."""
+    def collect(self, timeout: float) -> list[tuple[Job, Result | None]]:
+        """Results that have come within `timeout` seconds; a job whose process died has failed.
+
+        None in the place of a result: the process was asked to stop, so the job is unfinished.
+        """
         busy = [worker for worker in self.workers if worker.job is not None]
-        done: list[tuple[Job, Result]] = []
+        done: list[tuple[Job, Result | None]] = []
         ready = set(wait([w.connection for w in busy] + [w.process.sentinel for w in busy], timeout))
         for worker in busy:
             if not ready & {worker.connection, worker.process.sentinel}:
@@ -121,7 +141,9 @@ class Pool:
             except (EOFError, OSError):
                 worker.process.join()
                 self.workers.remove(worker)
-                result = failed(job, _how(worker.process.exitcode))
+                code = worker.process.exitcode
+                asked = code == STOPPED or code in [-number for number in ASKED]
+                result = None if asked else failed(job, _how(code))
                 shutil.rmtree(job.config.out, ignore_errors=True)
             done.append((job, result))
         return done

@@ -36,9 +36,10 @@ class Result:
     run_info: task, column, kind ("search", "seed", "time"), seed, lr, model, optimizer, label (the column in words),
         metric (name of the task's first metric, None for a pure language-model loss), budget (forward passes asked for),
         configuration (the FinetuneConfig of the run), hashes {model, data, tuner} (sha256, or what the Hub calls the
-        version), key (hash of configuration and hashes: the run is not repeated while it is the same), versions,
-        machine {cores, threads, system, cpu, gpu}, workers, started (UTC), status ("finished" or "failed"),
-        reason (a sentence where it failed, else None).
+        version), key (hash of configuration and hashes: the run is not repeated while it and `inputs` are the
+        same), inputs (hash of the model's configuration and the task's definition; absent in older results), versions,
+        machine {cores, threads, system, cpu, gpu}, workers, started (UTC), status ("finished",
+        "failed" or "diverged": losses or weights that are not finite at the end), reason (a sentence if it did not finish).
     train_info: curve, a list of {step, forwards, seconds, train_loss, lr, dev {loss, metric..., majority, examples}}
         from step 0 (before training) on; `seconds` is the time of training without evaluation; steps, forwards, seconds
         (of the whole run, without evaluation), evaluation_seconds (and loading), cpu_seconds (of all of it, over all
@@ -46,9 +47,9 @@ class Result:
         peak_memory_bytes (most that was resident above what the worker held before it loaded the model; on a GPU the
         peak of its allocator),
         sigma: None, or {"blocks": [name...], "steps": [...], "values": [[sigma of each block] for each step]}.
-        A failed run keeps what it has; values it has not reached are None and the curve ends early.
+        A run that failed or diverged keeps what it has; values it has not reached are None and the curve ends early.
     metrics: before, dev, test: {loss, metric..., examples}; before is dev before training; majority {dev, test}:
-        accuracy of the commonest answer. All None for a failed run.
+        accuracy of the commonest answer. All None for a run that failed or diverged.
     """
 
     run_info: dict[str, Any]

@@ -52,6 +52,7 @@ class Store:
             "configuration": configuration(config) | {"model": _last_part(config.model), "task": self.names[run.task]},
             "hashes": fact.hashes,
             "key": key(config, fact.hashes),
+            "inputs": fact.inputs,
             "workers": self.grid.workers,
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "status": "finished",
@@ -67,7 +68,9 @@ class Store:
         for place in (path, self._aside(path)):  # a column that comes back comes back with its results
             if place.exists():
                 found = Result.load(place)
-                if found.run_info.get("key") == job.info["key"] and (found.finished or not self.retry_failed):
+                if found.run_info.get("key") == job.info["key"] and not (
+                    self.retry_failed and found.run_info["status"] == "failed"
+                ):
                     if place != path:
                         path.parent.mkdir(parents=True, exist_ok=True)
                         os.replace(place, path)
@@ -80,7 +83,7 @@ class Store:
 
     def save(self, run: Run, result: Result) -> None:
         path = self.path(run)
-        if path.exists() and Result.load(path).run_info.get("key") != result.run_info["key"]:
+        if path.exists() and not same(Result.load(path).run_info, result.run_info):
             self._put_aside(path)
         result.save(path)
 
@@ -111,7 +114,7 @@ class Store:
         if info["kind"] != "time" and column.trains and info["budget"] != asked:
             return False
         forwards = info["budget"] if column.trains else self.grid.budget
-        return self.job(Run(task, column, info["kind"], info["seed"], info["lr"], forwards)).info["key"] == info["key"]
+        return same(info, self.job(Run(task, column, info["kind"], info["seed"], info["lr"], forwards)).info)
 
     def _aside(self, path: Path) -> Path:
         return self.grid.out / "superseded" / path.relative_to(self.grid.out / "cells")
@@ -120,6 +123,12 @@ class Store:
         target = self._aside(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(path, target)
+
+
+def same(found: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    """Whether a result is of the run that is wanted. Results of earlier versions have no `inputs`, which are not checked."""
+    inputs = wanted.get("inputs")
+    return found.get("key") == wanted["key"] and found.get("inputs", inputs) == inputs
 
 
 def _last_part(name: str) -> str:

@@ -171,12 +171,14 @@ class MetaRun:
             state=state,
         )
         outcome = self.objective(situation)
-        if outcome.surrogate is None:
+        self.optimizer.zero_grad()
+        if outcome.surrogate is not None:
+            outcome.surrogate.backward()
+        skipped = outcome.surrogate is None or not self._gradient_finite()
+        if skipped:
             self._skip(step, task.name)
         else:
             self.in_a_row = 0
-            self.optimizer.zero_grad()
-            outcome.surrogate.backward()
             self.optimizer.step()
             state["scale/sigma"].copy_(sigma.detach())
             self.scale.observe(state, outcome.plus, outcome.minus)
@@ -186,7 +188,12 @@ class MetaRun:
         scales = fixed * normalisation(fixed, self.scale.counts, self.root) if config.normalise else fixed
         energy = self.scale.counts * fixed**2
         loss, shares = (outcome.plus + outcome.minus) / 2, energy / energy.sum()
-        return MetaStep(step, task.name, outcome.loss, loss, teacher_loss, scales, shares, outcome.surrogate is None)
+        return MetaStep(step, task.name, outcome.loss, loss, teacher_loss, scales, shares, skipped)
+
+    def _gradient_finite(self) -> bool:
+        """Whether the networks' gradient is finite: an update with another would end them."""
+        weights = self.optimizer.param_groups[0]["params"]
+        return all(weight.grad is None or bool(weight.grad.isfinite().all()) for weight in weights)
 
     def _generator(self, step: int) -> torch.Generator:
         return torch.Generator().manual_seed(self.noise.seed(step, _LABELS))

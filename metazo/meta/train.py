@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -16,6 +17,7 @@ import metazo
 from metazo.blocks import Block, named_tensors
 from metazo.errors import UserError
 from metazo.io.extras import MissingPackage
+from metazo.io.lock import FolderLock
 from metazo.meta.config import MetaConfig
 from metazo.meta.dryrun import Plan, make_plan
 from metazo.meta.journal import METRICS, Progress, plot, row_of
@@ -26,7 +28,9 @@ from metazo.meta.reset import Start
 from metazo.meta.trajectory import Recorded, Trajectory, belongs_to, record
 from metazo.models.load import LoadedModel, load_model
 from metazo.runs.folder import RunFolder
+from metazo.runs.inputs import belongs
 from metazo.runs.interrupt import Interrupted, interruptible
+from metazo.runs.monitor import Diverged
 from metazo.runs.resources import require_space
 from metazo.tasks import prepare, resolve
 from metazo.tuner.file import Tuner, TunerInfo
@@ -51,26 +55,27 @@ def meta_train(config: MetaConfig, *, console: Console | None = None) -> Tuner:
     loaded, tasks, order = load(config)
     plan = make_plan(config, loaded.model, tasks, order)
     settings = {key: value for key, value in asdict(config).items() if key not in ("out", "resume", "device")}
-    folder = RunFolder(config.out, settings, config.resume, say=partial(say, console))
-    require_space(config.out, plan.disk_bytes - folder.used(), "This run")
-    folder.begin()
-    say(console, plan.sentence())
-    for task in tasks:
-        for note in task.prepared.notes:
-            say(console, note)
-    with interruptible() as caught:
-        run = None
-        try:
-            run = build(config, loaded, tasks, order, caught, console)
-            if config.resume and (snapshot := folder.load_snapshot(len(folder.records()))) is not None:
-                run.load(snapshot[1])
-                say(console, f"Going on after meta-step {run.steps} of {plan.steps}.")
-            train(run, folder, plan.steps, caught, console)
-        except UserError:
-            if not config.resume and (run is None or run.steps == 0):
-                _clear(config.out)
-            raise
-    return finish(run, folder, loaded, console)
+    origin = belongs(loaded.model, [task.prepared for task in tasks])
+    with RunFolder(config.out, settings, config.resume, belongs=origin, say=partial(say, console)) as folder:
+        require_space(config.out, plan.disk_bytes - folder.used(), "This run")
+        folder.begin()
+        say(console, plan.sentence())
+        for task in tasks:
+            for note in task.prepared.notes:
+                say(console, note)
+        with interruptible() as caught:
+            run = None
+            try:
+                run = build(config, loaded, tasks, order, caught, console, origin)
+                if config.resume and (snapshot := folder.load_snapshot(len(folder.records()))) is not None:
+                    run.load(snapshot[1])
+                    say(console, f"Going on after meta-step {run.steps} of {plan.steps}.")
+                train(run, folder, plan.steps, caught, console)
+            except UserError:
+                if not config.resume and (run is None or run.steps == 0):
+                    _clear(config.out)
+                raise
+        return finish(run, folder, loaded, console)
 
 
 def dry(config: MetaConfig) -> Plan:
@@ -137,8 +142,12 @@ def build(
     order: Order,
     caught: list[str] | None = None,
     console: Console | None = None,
+    origin: dict[str, Any] | None = None,
 ) -> MetaRun:
-    """The run from its settings; records the teacher's path first where that is asked for."""
+    """The run from its settings; records the teacher's path first if that is asked for.
+
+    origin: what the numbers follow from (`runs.inputs.belongs`), which a recorded path must have in common.
+    """
     tensors = named_tensors(loaded.model)
     if config.record is None and config.trajectory is None:
         start = Start(tensors, config.out / _START)
@@ -147,7 +156,8 @@ def build(
     shared = ("seed", "batch_size", "train_examples", "max_length", "dtype")
     settings = {name: getattr(config, name) for name in shared}
     settings |= {name: getattr(config, name) for name in ("teacher", "teacher_lr", "momentum", "clip")}
-    identity = belongs_to(config.model, tasks, tensors, settings)
+    origin = origin or belongs(loaded.model, [task.prepared for task in tasks])
+    identity = belongs_to(config.model, tasks, tensors, settings, origin)
     folder = config.trajectory
     if config.record is not None:
         folder = config.record
@@ -163,9 +173,12 @@ def build(
                 )
 
         steps, every = teacher.steps, config.record_every
-        record(folder, loaded.model, tensors, tasks, teacher, order, identity, steps=steps, every=every, report=report)
+        with FolderLock(folder, "record"):
+            record(
+                folder, loaded.model, tensors, tasks, teacher, order, identity, steps=steps, every=every, report=report
+            )
     assert folder is not None
-    path = Recorded(Trajectory.open(folder, identity), tensors, tasks)
+    path = Recorded(Trajectory.open(folder, identity, say=partial(say, console)), tensors, tasks)
     return MetaRun(loaded.model, tensors, tasks, config, order=order, path=path)
 
 
@@ -189,7 +202,8 @@ def train(run: MetaRun, folder: RunFolder, steps: int, caught: list[str], consol
 
 
 def finish(run: MetaRun, folder: RunFolder, loaded: LoadedModel, console: Console | None) -> Tuner:
-    """Write tuner and plot; what only a resumed run needs goes."""
+    """Write tuner and plot; what only a resumed run needs goes. Raises Diverged for a tuner that is of no use."""
+    _judge(run)
     try:
         picture = str(plot(folder.path))
     except MissingPackage as missing:  # the tuner is whole without its picture
@@ -201,6 +215,21 @@ def finish(run: MetaRun, folder: RunFolder, loaded: LoadedModel, console: Consol
         say(console, f"{run.skipped} meta-steps were skipped because a loss was not finite.")
     say(console, f"Wrote {folder.path / TUNER}, {folder.metrics} and {picture}.")
     return tuner
+
+
+def _judge(run: MetaRun) -> None:
+    assert run.pertnn is not None
+    kept = f"the log and the last snapshot in {run.config.out} are kept; choose another `out`."
+    if not all(bool(weight.isfinite().all()) for weight in run.pertnn.parameters()):
+        raise Diverged(
+            f"Meta-training diverged: the networks are not finite after {run.steps} meta-steps; lower `lr_meta` (now "
+            f"{run.config.lr_meta:g}); {kept}"
+        )
+    if 2 * run.skipped > run.steps:
+        raise Diverged(
+            f"Meta-training diverged: the loss was not finite in {run.skipped} of {run.steps} meta-steps; lower `teacher_lr` "
+            f"(now {run.config.teacher_lr:g}) or, with the published objective, `lr_update` and `eps`; {kept}"
+        )
 
 
 def make_tuner(run: MetaRun, loaded: LoadedModel) -> Tuner:

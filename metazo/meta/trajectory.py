@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from metazo.blocks import NamedTensor
 from metazo.errors import UserError
 from metazo.io.files import write_whole
+from metazo.io.lock import NAME as LOCK
+from metazo.io.lock import FolderLock
 from metazo.io.tensorfile import read_tensors, write_tensors
 from metazo.meta.gradient import Loss
 from metazo.meta.order import MetaTask, Order
@@ -28,9 +30,11 @@ from metazo.meta.path import load_weights, weights_of
 from metazo.meta.reset import put
 from metazo.meta.teacher import Teacher
 from metazo.runs.resources import require_space
+from metazo.steplog.format import change
 from metazo.tuner.match import fingerprint
 
 FORMAT_VERSION = 1
+ORIGIN = "origin"  # key of the hashes in the manifest; recordings of earlier versions lack it
 _MANIFEST, _LOG = "manifest.json", "log.jsonl"
 
 
@@ -50,12 +54,17 @@ def disk_use(tensors: Sequence[NamedTensor], teacher: str, steps: int, every: in
 
 
 def belongs_to(
-    model: str, tasks: Sequence[MetaTask], tensors: Sequence[NamedTensor], settings: dict[str, Any]
+    model: str,
+    tasks: Sequence[MetaTask],
+    tensors: Sequence[NamedTensor],
+    settings: dict[str, Any],
+    origin: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What a path and a run must have in common."""
+    """What a path and a run must have in common; `origin`: hashes of weights, data and tasks (`runs.inputs.belongs`)."""
     shapes = fingerprint((tensor.name, tuple(tensor.param.shape)) for tensor in tensors)
     sizes = {task.name: len(task) for task in tasks}
-    return {"format_version": FORMAT_VERSION, "model": model, "fingerprint": shapes, "tasks": sizes, **settings}
+    found = {"format_version": FORMAT_VERSION, "model": model, "fingerprint": shapes, "tasks": sizes, **settings}
+    return found | ({ORIGIN: origin} if origin is not None else {})
 
 
 def record(
@@ -82,7 +91,7 @@ def record(
         present = _read_manifest(folder)
         _compare(present, manifest | {"snapshots": present["snapshots"], "complete": present["complete"]}, folder)
         manifest = present
-    elif folder.exists() and any(not entry.match(".*.tmp") for entry in folder.iterdir()):
+    elif folder.exists() and any(not entry.match(".*.tmp") and entry.name != LOCK for entry in folder.iterdir()):
         raise UserError(f"`record` {folder} holds something else than a recording; choose an empty folder.")
     if manifest["complete"]:
         return
@@ -139,11 +148,22 @@ class Trajectory:
     log: list[dict[str, Any]]
 
     @classmethod
-    def open(cls, folder: Path, identity: dict[str, Any] | None = None) -> Trajectory:
-        """Raises UserError where it is missing, incomplete, damaged, or not of that identity."""
+    def open(
+        cls,
+        folder: Path,
+        identity: dict[str, Any] | None = None,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> Trajectory:
+        """Raises UserError if it is missing, incomplete, damaged, or not of that identity."""
         manifest = _read_manifest(folder)
         if identity is not None:
-            _compare({key: manifest.get(key) for key in identity}, identity, folder)
+            _compare(manifest, identity, folder)
+            if ORIGIN in identity and ORIGIN not in manifest:
+                say(
+                    f"The recording in {folder} is of an earlier version of metazo, which kept no hashes of weights, data and "
+                    "task; a change of them would not be noticed."
+                )
+        FolderLock(folder, "trajectory").check()
         if not manifest.get("complete"):
             raise UserError(f"The recording in {folder} is not complete; go on with `record` {folder}.")
         try:
@@ -209,7 +229,10 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 def _compare(present: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
     for key, value in wanted.items():
-        if present.get(key) != value:
+        if key == ORIGIN:
+            if (what := change(present.get(ORIGIN) or {}, value)) is not None:
+                raise UserError(f"The recording in {folder} is of another run: {what} since it was made; record again.")
+        elif present.get(key) != value:
             raise UserError(
                 f"The recording in {folder} is of another run: {key} is {present.get(key)!r} there and {value!r} here."
             )

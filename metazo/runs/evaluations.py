@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from typing import Any, Literal
 
+from torch import nn
+
 from metazo.optimizers import ZOOptimizer
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.folder import RunFolder
@@ -66,8 +68,10 @@ class Scores:
             "dev": self.on("dev") if self.config.dev_examples else {},
             **self._sigma(),
         }
+        if not _all_finite(self.setup.loaded.model):
+            record["weights_finite"] = False
         self.losses = []
-        if self._merit(record) > max(map(self._merit, self.records), default=(-math.inf,)):
+        if self.usable(record) and all(self._merit(record) > self._merit(other) for other in self.records):
             self.keep_best(step)
         self.folder.record(**record)
         self.records.append(record)
@@ -87,7 +91,28 @@ class Scores:
         names = ("loss", *self.setup.prepared.task.metric)
         return "dev " + "  ".join(f"{name} {dev[name]:.3f}" for name in names if name in dev)
 
+    def usable(self, record: dict[str, Any]) -> bool:
+        """Whether weights and loss are finite there, and the loss no larger than `max_loss` unless it was so before the
+        first step: others are never the best.
+        """
+        loss, first = (each["dev"].get("loss", 0.0) for each in (record, (self.records or [record])[0]))
+        limit = self.config.max_loss if abs(first) <= self.config.max_loss else math.inf
+        return record.get("weights_finite", True) and math.isfinite(loss) and abs(loss) <= limit
+
+    def diverged(self) -> str | None:
+        """What is wrong with the last evaluation, in words; None if nothing is."""
+        last = self.records[-1]
+        if self.usable(last):
+            return None
+        return (
+            "the weights are not finite"
+            if "weights_finite" in last
+            else f"the loss on dev is {last['dev']['loss']:.4g}"
+        )
+
     def _merit(self, record: dict[str, Any]) -> tuple[float, ...]:
+        if not self.usable(record):
+            return (-math.inf,)
         loss = record["dev"].get("loss", math.inf)
         return (record["dev"].get(self.metric, 0.0), -loss) if self.metric else (-loss,)
 
@@ -98,6 +123,11 @@ class Scores:
             return {}
         names = (block.name for block in optimizer.scale.blocks)
         return {"sigma": dict(zip(names, optimizer.zo_state["scale/sigma"].tolist()))}
+
+
+def _all_finite(model: nn.Module) -> bool:
+    """Whether every weight that is trained is finite."""
+    return all(bool(p.detach().isfinite().all()) for p in model.parameters() if p.requires_grad)
 
 
 def _sound(record: dict[str, Any]) -> bool:

@@ -27,7 +27,7 @@ from metazo.runs.evaluations import Scores
 from metazo.runs.folder import BEST, STEPS, RunFolder
 from metazo.runs.header import header
 from metazo.runs.interrupt import Interrupted, interruptible
-from metazo.runs.monitor import Watch
+from metazo.runs.monitor import Diverged, Watch
 from metazo.runs.progress import progress
 from metazo.runs.resources import peak_memory, require_space
 from metazo.runs.setup import Setup, set_up
@@ -54,8 +54,10 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> dict[str
     def say(text: str) -> None:
         console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
 
-    with memory_explained(config):
-        folder = RunFolder(config.out, asdict(config), config.resume, incidental=INCIDENTAL, say=say)
+    with (
+        memory_explained(config),
+        RunFolder(config.out, asdict(config), config.resume, incidental=INCIDENTAL, say=say) as folder,
+    ):
         if (summary := folder.summary()) is not None:
             say(f"The run in {config.out} is complete; this is its result.")
             return summary
@@ -214,6 +216,7 @@ class _Run:
         config, loaded, records = self.config, self.setup.loaded, self.scores.records
         best = self.scores.best()
         kept = best["step"] if config.keep == "best" else self.optimizer.steps
+        notes = [*self.prepared.notes, *self._divergence(kept)]
         if config.keep == "best":
             self._load_best(kept)
         test = self.scores.on("test") if config.test_examples else {}
@@ -237,7 +240,7 @@ class _Run:
             "dev": best["dev"] if config.keep == "best" else records[-1]["dev"],
             "kept_step": kept,
             "test": test,
-            "notes": self.prepared.notes,
+            "notes": notes,
         }
         title = f"{config.task}, {config.optimizer}"
         try:
@@ -250,6 +253,26 @@ class _Run:
             )
         self.folder.complete(summary)
         return summary
+
+    def _divergence(self, kept: int) -> list[str]:
+        """A note if the run diverged after the evaluation that is kept. Raises Diverged if there is none worth keeping."""
+        wrong = self.scores.diverged()
+        if wrong is None:
+            return []
+        config, last = self.config, self.optimizer.steps
+        advice = f"lower `lr` (now {self.rates[0]:g})"
+        if 0 < kept < last:
+            note = f"The run diverged: after step {last} {wrong}. The weights of step {kept} are kept; {advice}."
+            self.folder.say(note)
+            return [note]
+        self.log.sync()
+        finite = [record["step"] for record in self.scores.records if self.scores.usable(record)]
+        where = f"the last finite evaluation is that of step {finite[-1]}" if finite else "no evaluation is finite"
+        how = f": metazo replay {self.log.path} --base {config.model} --to STEP --out FOLDER gives the weights of any step"
+        raise Diverged(
+            f"The run diverged: after step {last} {wrong}; {advice} and choose another `out`. The step log is whole and {where}"
+            f"{'' if isinstance(self.optimizer, FirstOrder) else how}."
+        )
 
     def _load_best(self, step: int) -> None:
         found = self.folder.load_tensors(BEST)

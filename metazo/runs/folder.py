@@ -16,8 +16,11 @@ from torch import Tensor
 from metazo.errors import UserError
 from metazo.io.files import is_file, read_capped, write_whole
 from metazo.io.lines import LineFile
+from metazo.io.lock import NAME as LOCK
+from metazo.io.lock import FolderLock
 from metazo.io.plain import parse_json, shown
 from metazo.io.tensorfile import read_tensors, write_tensors
+from metazo.steplog.format import change
 
 CONFIG, METRICS, SUMMARY, STEPS, BEST = (
     "config.json",
@@ -26,6 +29,7 @@ CONFIG, METRICS, SUMMARY, STEPS, BEST = (
     "steps.jsonl",
     "best.safetensors",
 )
+BELONGS = "belongs"  # key of the hashes in config.json
 MAX_CONFIG_BYTES = 2**20
 _LEFT_BEHIND = ".*.tmp"  # what a killed process was writing when it died
 
@@ -43,12 +47,32 @@ def read_config(path: Path) -> dict[str, Any]:
     return found
 
 
+def save_parts(folder: Path, *parts: Any) -> None:
+    """What each part's `save_pretrained` writes into a folder. Raises OSError if the disk is full or read-only.
+
+    The libraries that write tensors and tokenizers are in Rust and report a full disk as an exception of their own.
+    """
+    try:
+        for part in parts:
+            part.save_pretrained(folder)
+    except OSError:
+        raise
+    except Exception as error:  # tokenizers raises Exception itself
+        text = str(error)
+        if isinstance(error, SafetensorError) or "os error" in text:
+            raise OSError(text) from error
+        raise
+
+
 class RunFolder:
     """The output folder of a run.
 
     Args: path; config: its settings, as JSON values; resume: go on with the run that is there; incidental: settings
-    that may change then; say: takes a sentence for people.
-    Raises UserError where the folder holds a run and resume is off, or holds another run.
+    that may change then; belongs: hashes of what the run's numbers follow from, by name, kept beside the settings and
+    compared when the run is resumed; say: takes a sentence for people.
+    One process at a time writes into it: the folder is locked from `begin` (or from here, if an unfinished run is
+    resumed) to `close`; use it as a context manager.
+    Raises UserError if the folder holds a run and resume is off, holds another run, or is in use.
     """
 
     def __init__(
@@ -58,32 +82,61 @@ class RunFolder:
         resume: bool = False,
         *,
         incidental: Iterable[str] = (),
+        belongs: Mapping[str, Any] | None = None,
         say: Callable[[str], None] = lambda text: None,
     ):
         self.path, self.metrics, self.say = path, path / METRICS, say
+        self.resume, self.lock = resume, FolderLock(path)
         self.config: dict[str, Any] = json.loads(json.dumps(config, default=str))
+        if belongs is not None:
+            self.config[BELONGS] = json.loads(json.dumps(belongs, default=str))
         if path.exists() and not path.is_dir():
             raise UserError(f"`out` {path} is a file; name a folder.")
         if resume:
             self._compare(read_config(path), set(incidental))
-            self._clear(_LEFT_BEHIND)
-        elif (path / CONFIG).exists():
+            if self.summary() is None:
+                self.lock.acquire()
+                self._clear(_LEFT_BEHIND)
+            return
+        self.lock.check()
+        if (path / CONFIG).exists():
             raise UserError(f"`out` {path} already holds a run; choose another folder, or go on with `resume=True`.")
-        elif path.is_dir() and any(not entry.match(_LEFT_BEHIND) for entry in path.iterdir()):
+        elif path.is_dir() and any(not (entry.match(_LEFT_BEHIND) or entry.name == LOCK) for entry in path.iterdir()):
             raise UserError(f"`out` {path} is not empty and holds no run of metazo; choose an empty or new folder.")
 
     def begin(self) -> None:
         """Make the folder of a new run; until then nothing is written. Does nothing for a run that is there."""
-        if (self.path / CONFIG).exists():
+        if self.resume:
             return
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"`out` {self.path} cannot be made: {error.strerror}.") from error
+        self.lock.acquire()
+        if (self.path / CONFIG).exists():  # another process began here while this one loaded its model
+            self.close()
+            raise UserError(f"`out` {self.path} holds a run since a moment ago; choose another folder.")
         self._clear(_LEFT_BEHIND)
         write_whole(self.path / CONFIG, json.dumps(self.config, indent=2).encode())
 
+    def close(self) -> None:
+        """Let other processes use the folder."""
+        self.lock.release()
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
     def _compare(self, found: dict[str, Any], incidental: set[str]) -> None:
+        then, now = found.get(BELONGS), self.config.get(BELONGS)
+        if now is not None and not isinstance(then, dict):
+            self.say(
+                f"The run in {self.path} was begun by an earlier version of metazo, which kept no hashes of weights, data and "
+                "task; a change of them would not be noticed."
+            )
+        elif now is not None and (what := change(then, now)) is not None:
+            raise UserError(
+                f"The run in {self.path} cannot go on: {what} since it began; put it back, or choose another `out`."
+            )
+        incidental = incidental | {BELONGS}
         for key in sorted({*found, *self.config} - incidental):
             old, new = found.get(key), self.config.get(key)
             if old != new:
@@ -172,15 +225,16 @@ class RunFolder:
         """`model/` with what each part's save_pretrained writes, whole or not at all."""
         target, temporary = self.path / "model", self.path / f".model.{os.getpid()}.tmp"
         try:
-            for part in parts:
-                part.save_pretrained(temporary)
+            save_parts(temporary, *parts)
             shutil.rmtree(target, ignore_errors=True)
             temporary.rename(target)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(temporary, ignore_errors=True)
+        except OSError as error:
+            problem = error.strerror or error
             raise UserError(
-                f"{target} cannot be written ({error}); put that right and go on with `resume=True`."
+                f"{target} cannot be written ({problem}); put that right and go on with `resume=True`."
             ) from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
     def summary(self) -> dict[str, Any] | None:
         """What a complete run left as its result."""

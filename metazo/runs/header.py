@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import platform
-from dataclasses import astuple
-from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,8 +11,8 @@ import metazo
 from metazo.io.tensorfile import weights_hash
 from metazo.models.sentence import SentenceClassifier
 from metazo.optimizers.base import ZOOptimizer
-from metazo.runs.machine import versions
-from metazo.tasks import Prepared
+from metazo.runs.inputs import data_hash, inputs
+from metazo.runs.machine import processor, versions
 from metazo.tasks.data import VERSION
 
 if TYPE_CHECKING:
@@ -31,6 +28,7 @@ def header(settings: dict[str, Any], setup: Setup) -> dict[str, Any]:
     return {
         "model": loaded.name,
         "weights": weights_hash(loaded.model.named_parameters()),
+        **inputs(setup.prepared, loaded.model),
         "labels": len(task.labels) if task.kind == "classification" else None,
         "task": task.name,
         "data": data_hash(setup.prepared),
@@ -52,16 +50,6 @@ def tuner_hash(optimizer: ZOOptimizer) -> str | None:
     return None if networks is None else weights_hash(networks.named_parameters())
 
 
-def data_hash(prepared: Prepared) -> str:
-    """sha256 over the encoded examples of all splits, in order."""
-    found = sha256()
-    for split in (prepared.train, prepared.dev, prepared.test):
-        for example in split:
-            found.update(json.dumps(astuple(example)).encode() + b"\n")
-        found.update(b"\n")
-    return found.hexdigest()
-
-
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions, threads and kind of device: what the last bits of a result may depend on."""
     return {
@@ -70,4 +58,5 @@ def environment(device: torch.device) -> dict[str, Any]:
         **versions(PACKAGES),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "processor": processor(),
     }

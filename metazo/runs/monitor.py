@@ -27,6 +27,10 @@ EXPLODED = 3.0  # times that loss, and half a nat more: divergence
 WIDE_ERROR, NARROW_ERROR = 8, 1
 
 
+class Diverged(UserError):
+    """A run whose losses or weights are no longer finite. Its step log is whole."""
+
+
 class Watch:
     """Looks at each step of a run. Args: total: its steps; say: takes a sentence for people."""
 
@@ -42,7 +46,7 @@ class Watch:
         self.said: set[str] = set()
 
     def see(self, step: Step, explain: Callable[[], str] | None = None) -> None:
-        """Look at a step; without `explain` nothing is said. Raises UserError after `max_bad_steps` bad ones in a row."""
+        """Look at a step; without `explain` nothing is said. Raises Diverged after `max_bad_steps` bad ones in a row."""
         if not step.coefficients:
             self._bad(step, explain)
             return
@@ -71,7 +75,7 @@ class Watch:
         if self.bad == 1:
             self.say(f"Step {step.step + 1} was skipped, a loss was {found}: {explain()}")
         if self.bad >= self.config.max_bad_steps:
-            raise UserError(
+            raise Diverged(
                 f"The run stopped at step {step.step + 1}: the losses of {self.bad} steps in a row were not finite or above "
                 f"`max_loss` {self.config.max_loss:g}, the last {found}; {explain()} The weights are those before these "
                 "steps, and the log is whole: metazo replay --to STEP gives any of them."

@@ -12,18 +12,24 @@ never followed: base model and tuner are what the caller names, or a tuner of th
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from metazo import zoo
 from metazo.errors import UserError
 from metazo.io.extras import needs
+from metazo.io.files import is_file
+from metazo.io.lock import NAME as LOCK
+from metazo.io.lock import FolderLock
 from metazo.io.plain import is_name
 from metazo.io.tensorfile import weights_hash
 from metazo.models.assemble import assemble
@@ -33,11 +39,14 @@ from metazo.models.lora import merge_adapters
 from metazo.models.sentence import Phrases, SentenceClassifier
 from metazo.optimizers import OPTIMIZERS, ZOOptimizer
 from metazo.runs.config import FinetuneConfig
-from metazo.runs.header import tuner_hash
+from metazo.runs.folder import save_parts
+from metazo.runs.header import environment, tuner_hash
+from metazo.runs.inputs import architecture
 from metazo.runs.method import build_optimizer, resolve_device
 from metazo.settings import build
 from metazo.step.record import Step
-from metazo.steplog.format import Scan, scan
+from metazo.steplog.format import Scan, change, scan
+from metazo.steplog.format import differences as log_differences
 from metazo.tuner.file import Tuner
 
 with needs("llm"):
@@ -58,7 +67,11 @@ class Replayed:
     weights: str
     """Hash of the model rebuilt."""
     identical: bool | None
-    """Whether that is the model the run kept; None where the log does not say."""
+    """Whether that is the model the run kept; None if the log does not say."""
+    differences: list[str]
+    """What of the environment differs from that of the run, in words."""
+    distance: float | None
+    """Of weights that are not identical, from those in the run's own folder: relative, by the Euclidean norm over all."""
     loaded: LoadedModel
     """The model in memory."""
 
@@ -87,8 +100,29 @@ def replay(
     transformers_logging.disable_progress_bar()
     found = scan(log).sound()
     header = _checked(found)
-    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out is None:
+        return _replay(found, header, base, None, to, tuner, zoo_folder, device, merge, tick)
+    lock = FolderLock(out)
+    lock.check()
+    if out.exists() and (not out.is_dir() or any(path.name != LOCK for path in out.iterdir())):
         raise UserError(f"`out` {out} is not an empty folder; choose another.")
+    with lock:
+        return _replay(found, header, base, out, to, tuner, zoo_folder, device, merge, tick)
+
+
+def _replay(
+    found: Scan,
+    header: dict[str, Any],
+    base: str,
+    out: Path | None,
+    to: int | None,
+    tuner: str | None,
+    zoo_folder: Path | None,
+    device: str,
+    merge: bool,
+    tick: Callable[[int, int], None],
+) -> Replayed:
+    log = found.path
     kept = found.end["kept"] if found.end else len(found.steps)
     count = kept if to is None else to
     if not 0 <= count <= len(found.steps):
@@ -98,6 +132,8 @@ def replay(
     for step in found.steps[:count]:
         if len(step.lr) != len(optimizer.param_groups):
             raise UserError(f"{log} cannot be replayed: step {step.step} is of another number of parameter groups.")
+        if not all(math.isfinite(rate) and rate >= 0 for rate in step.lr):
+            raise UserError(f"{log} cannot be replayed: the learning rate of step {step.step} is {list(step.lr)[:3]}.")
         optimizer.step(replay=step)
         _same(step, optimizer.last_step, log)
         tick(step.step + 1, count)
@@ -105,13 +141,52 @@ def replay(
     weights = weights_hash(loaded.model.named_parameters())
     known = found.end is not None and found.end["weights"] is not None and count == kept
     identical = weights == found.end["weights"] if known and found.end else None
+    differences = _environment(header, found, loaded)
+    if not all(bool(p.isfinite().all()) for p in loaded.model.parameters() if p.requires_grad):
+        raise UserError(
+            f"{log} cannot be replayed to step {count}: the weights are not finite there; take an earlier `to`."
+        )
+    if identical is False and not differences:
+        raise UserError(
+            f"{log} leads to weights with the hash {weights[:16]}..., not to those that the run kept, in the same environment: "
+            "the header does not say how the run was made (its method, a setting or a rate was changed)."
+        )
+    distance = _distance(loaded.model, log) if identical is False else None
     if merge:
         loaded.model = merge_adapters(loaded.model)
     if out is not None:
         if isinstance(header.get("trained"), dict):
             describe(loaded.model, header["trained"])
         _save(loaded, out)
-    return Replayed(count, seconds, weights, identical, loaded)
+    return Replayed(count, seconds, weights, identical, differences, distance, loaded)
+
+
+def _environment(header: dict[str, Any], found: Scan, loaded: LoadedModel) -> list[str]:
+    """What may explain other last bits than the run's: empty only if everything that is recorded is the same."""
+    then = header.get("environment")
+    now = environment(next(loaded.model.parameters()).device)
+    if not isinstance(then, dict):
+        return ["the log does not say where it was made"]
+    words = [f"{name} {old} then and {new} now" for name, old, new in log_differences(then, now)]
+    if found.end is not None and found.end.get("mixed"):
+        words.append("the run went on in another environment")
+    return words
+
+
+def _distance(model: nn.Module, log: Path) -> float | None:
+    """The relative Euclidean distance of the weights from those in the run's folder, if they are there and fit."""
+    saved = log.parent / "model" / "model.safetensors"
+    if not is_file(saved):
+        return None
+    apart = size = 0.0
+    with suppress(SafetensorError, OSError, RuntimeError), safe_open(saved, "pt") as file:
+        names = set(file.keys())
+        for name, parameter in model.named_parameters():
+            if name in names:
+                kept = file.get_tensor(name).double()
+                apart += float((parameter.detach().cpu().double() - kept).square().sum())
+                size += float(kept.square().sum())
+    return math.sqrt(apart / size) if size else None
 
 
 def _checked(found: Scan) -> dict[str, Any]:
@@ -149,6 +224,9 @@ def _rebuilt(
             f"`base` {base} is not the base model of this log: its weights have the hash {weights[:16]}..., and the log began "
             f"from {header['weights'][:16]}... (called {header.get('model')!r} there, in {config.dtype})."
         )
+    then = header.get("architecture")
+    if isinstance(then, dict) and (what := change(then, architecture(loaded.model))) is not None:
+        raise UserError(f"`base` {base} is not the base model of this log: in its configuration {what}.")
     optimizer = build_optimizer(config, loaded.model)
     assert isinstance(optimizer, ZOOptimizer)
     optimizer.max_loss = config.max_loss
@@ -190,7 +268,8 @@ def _same(step: Step, again: Step | None, log: Path) -> None:
     """Coefficients must come out as the log has them, up to the rounding of another device."""
     assert again is not None
     pairs = list(zip(step.coefficients, again.coefficients))
-    if len(step.coefficients) != len(again.coefficients) or any(abs(a - b) > DRIFT * abs(a) for a, b in pairs):
+    near = all(math.isfinite(a) and abs(a - b) <= DRIFT * abs(a) for a, b in pairs)
+    if len(step.coefficients) != len(again.coefficients) or not near:
         raise UserError(
             f"Step {step.step} of {log} does not come out again: its coefficients are {list(step.coefficients)[:3]}, and "
             f"{list(again.coefficients)[:3]} here; the log was made by another method or version than its header says."
@@ -198,14 +277,14 @@ def _same(step: Step, again: Step | None, log: Path) -> None:
 
 
 def _save(loaded: LoadedModel, out: Path) -> None:
-    temporary = out.with_name(f".{out.name}.tmp")
+    temporary = out.with_name(f".{out.name[:60]}.{os.getpid()}.tmp")
     try:
+        save_parts(temporary, loaded.model, loaded.tokenizer)
+        (out / LOCK).unlink(missing_ok=True)
+        os.replace(temporary, out)  # an empty folder is replaced, one that holds something is not
+    except OSError as error:
+        raise UserError(
+            f"`out` {out} cannot be written ({error.strerror or error}); nothing was left there."
+        ) from error
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        loaded.model.save_pretrained(temporary)
-        loaded.tokenizer.save_pretrained(temporary)
-        if out.is_dir():
-            out.rmdir()
-        temporary.rename(out)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(f"`out` {out} cannot be written ({error}); nothing was left there.") from error

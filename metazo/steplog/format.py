@@ -6,6 +6,8 @@ JSON, one object a line:
     {"step":0,"seeds":[s],"losses":[L+,L-],"c":[c],"lr":[1e-06],"crc":N}                    one line a step, 0, 1, 2, ...
     {"kept":800,"weights":"<sha256 of the model that was kept>","crc":N}                    the last, of a complete run
 
+The last line has "mixed":true as well if the run went on in another environment than the one that its header names.
+
 step, seeds (one a query), losses (in the order of the method's probes), c (coefficients, one a query; empty where a loss
 was not finite and the step was skipped), lr (of each parameter group). Block scales and the method's own state are not
 written: they follow from the weights and losses before, as a replay has them. Numbers are written so that they read
@@ -95,7 +97,7 @@ class Scan:
     header: dict[str, Any]
     steps: list[Step] = field(default_factory=list)
     end: dict[str, Any] | None = None
-    """The last line of a complete run: kept (step), weights (hash)."""
+    """The last line of a complete run: kept (step), weights (hash), mixed (if it went on in another environment)."""
     size: int = 0
     """Bytes of the whole lines."""
     chain: int = 0
@@ -150,7 +152,7 @@ def _take(found: Scan, data: bytes) -> None:
         raise ValueError("it comes after the end of the run")
     if "kept" in record:
         _whole(record["kept"])
-        if set(record) != {"kept", "weights"} or not isinstance(record["weights"], str | None):
+        if set(record) - {"mixed"} != {"kept", "weights"} or not isinstance(record["weights"], str | None):
             raise ValueError("its fields are not those of the end of a run")
         if record["kept"] > len(found.steps):
             raise ValueError("it ends another run")
@@ -176,3 +178,18 @@ def header(path: Path) -> dict[str, Any]:
 def differences(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """(key, value in a, value in b) where two mappings differ; None stands for nothing."""
     return [(key, a.get(key), b.get(key)) for key in {**a, **b} if a.get(key) != b.get(key)]
+
+
+def change(old: dict[str, Any], new: dict[str, Any], *, both: bool = True) -> str | None:
+    """The first difference of two flat tables in words; None if there is none.
+
+    both: look only at keys that both have, because another version of a library may have added or dropped some. Of
+    values that are kept as a hash ("sha256:...") only the name is given.
+    """
+    for key, before, now in differences(old, new):
+        if both and not (key in old and key in new):
+            continue
+        if "sha256:" in f"{before}{now}":
+            return f"the {key} changed"
+        return f"{key} was {before!r} and is {now!r} now"
+    return None

@@ -11,7 +11,10 @@ from metazo.errors import UserError
 from metazo.io.files import write_whole
 from metazo.io.lines import LineFile
 from metazo.step.record import Step
-from metazo.steplog.format import VERSION, Scan, differences, encode, line, scan
+from metazo.steplog.format import VERSION, Scan, change, differences, encode, line, scan
+
+ENVIRONMENTS = "environment.json"  # beside the log until the run is complete, if it went on in another environment
+LATER = ("architecture", "definition")  # fields of the header that logs of earlier versions lack
 
 ADDED = ("split", "trained", "head")
 """Keys that logs of older versions lack; with the same data they are no difference."""
@@ -40,7 +43,11 @@ class StepLog:
         if not path.exists():
             write_whole(path, line(header, 0)[0])
         found = scan(path).sound()
-        _compare(found, json.loads(json.dumps(header)), say)
+        wanted = json.loads(json.dumps(header))
+        _compare(found, wanted, say)
+        self.others = path.with_name(ENVIRONMENTS)  # other environments than the header's that steps were taken in
+        if found.end is None and environment_changes(found.header.get("environment"), wanted.get("environment", {})):
+            write_whole(self.others, json.dumps(wanted["environment"]).encode())
         self.steps, self.end, self.chain = found.steps, found.end, found.chain
         self.file = LineFile(path)
         if found.torn:
@@ -73,10 +80,11 @@ class StepLog:
     def finish(self, kept: int, weights: str | None) -> None:
         """Write the last line: the step whose weights were kept, and their hash."""
         if self.end is None:
-            self.end = {"kept": kept, "weights": weights}
+            self.end = {"kept": kept, "weights": weights} | ({"mixed": True} if self.others.exists() else {})
             data, self.chain = line(self.end, self.chain)
             self.waiting += data
         self.sync()
+        self.others.unlink(missing_ok=True)
 
     def cut(self, count: int) -> None:
         """Keep the first `count` steps and drop the rest."""
@@ -98,13 +106,32 @@ def _size_of(path: Path, count: int) -> int:
         return sum(len(file.readline()) for _ in range(count + 1))
 
 
+def environment_changes(then: Any, now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(name, then, now) of what differs between two environments, as far as the earlier one was recorded."""
+    return [change for change in differences(then, now) if change[0] in then] if isinstance(then, dict) else []
+
+
 def _compare(found: Scan, wanted: dict[str, Any], say: Callable[[str], None]) -> None:
     there = found.header
     for key in {**there, **wanted}:
         if there.get(key) == wanted.get(key):
             continue
+        if key in LATER and key not in there:
+            say(
+                f"The log was begun by an earlier version of metazo and does not record the {key}, so a change of it would "
+                "not be noticed."
+            )
+            continue
+        if key in LATER:
+            if (what := change(there[key], wanted[key])) is not None:
+                raise UserError(
+                    f"{found.path.name} belongs to another run: {what} ({key}); choose another --out, or put it back."
+                )
+            continue
         if key == "environment":
-            changes = differences(there[key], wanted[key]) if isinstance(there.get(key), dict) else []
+            changes = environment_changes(there.get(key), wanted[key])
+            if not changes:
+                continue
             what = ", ".join(f"{name} {old} then and {new} now" for name, old, new in changes)
             say(f"The run began with other versions ({what}): the steps to come may differ in their last bits.")
             continue

@@ -1,0 +1,93 @@
+"""One process at a time in an output folder.
+
+The lock is advisory and belongs to the operating system (flock, by the filelock package): it ends with the process that
+holds it, so a process that was killed blocks nobody. The file `.lock` in the folder says who holds it. On a file system
+without flock the package falls back to the file's existence, with a warning of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from metazo.errors import UserError
+
+NAME = ".lock"
+_PATIENCE = 0.3  # seconds: enough for a file that its holder is just removing, or is about to put its name into
+
+
+class FolderLock:
+    """The lock of a folder, which is made if it is missing; use as a context manager, or call `acquire` and `release`.
+
+    Args: folder; setting: the argument that names it, for messages.
+    Raises UserError if another process, or another call in this one, holds the lock: the message names its process id
+    and host. A release removes the file, and the folder too if the lock made it and it is still empty.
+    """
+
+    def __init__(self, folder: Path, setting: str = "out"):
+        self.folder, self.setting, self.made = folder, setting, False
+        self._lock: FileLock | None = None
+
+    def acquire(self) -> FolderLock:
+        try:
+            self.made = not self.folder.exists()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.folder / NAME, timeout=_PATIENCE)
+            lock.acquire()
+        except Timeout:
+            raise self._refused() from None
+        except (OSError, ValueError) as error:
+            problem = getattr(error, "strerror", None) or error
+            raise UserError(f"`{self.setting}` {self.folder} cannot be used ({problem}); choose another.") from error
+        self._lock = lock
+        holder = {"pid": os.getpid(), "host": socket.gethostname()}
+        with suppress(OSError):  # a full disk: the lock holds all the same
+            (self.folder / NAME).write_text(json.dumps(holder))
+        return self
+
+    def check(self) -> None:
+        """Raise UserError if another holds the lock; nothing is written or kept."""
+        if self._lock is not None or not (self.folder / NAME).is_file():
+            return
+        with suppress(OSError):  # a folder that this process may only read
+            try:
+                FileLock(self.folder / NAME, timeout=0).acquire().lock.release()
+            except Timeout:
+                raise self._refused() from None
+
+    def release(self) -> None:
+        lock, self._lock = self._lock, None
+        if lock is None:
+            return
+        with suppress(OSError):
+            (self.folder / NAME).unlink(missing_ok=True)
+            if self.made:
+                self.folder.rmdir()  # fails if something is in it
+        lock.release()
+
+    def __enter__(self) -> FolderLock:
+        return self.acquire()
+
+    def __exit__(self, *exception: object) -> None:
+        self.release()
+
+    def _refused(self) -> UserError:
+        holder = _holder(self.folder / NAME)
+        who = f"process {holder['pid']} on {holder['host']}" if holder else "another process"
+        return UserError(
+            f"`{self.setting}` {self.folder} is in use by {who}; wait until it ends, stop it, or choose another folder."
+        )
+
+
+def _holder(path: Path) -> dict[str, Any] | None:
+    """Who the file says holds the lock, if it says so."""
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        found = json.loads(path.read_text()[:1000])
+        return {"pid": int(found["pid"]), "host": str(found["host"])[:100]}
+    return None

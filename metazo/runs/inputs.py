@@ -1,0 +1,100 @@
+"""What a run's numbers follow from: weights, the model's configuration, data and the task's definition.
+
+Configuration and definition are flat tables for the header of a log, so that a change can be named. Short plain values
+are written out, all others are known by a hash.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import astuple
+from hashlib import sha256
+from typing import Any
+
+from torch import nn
+
+from metazo.io.tensorfile import weights_hash
+from metazo.tasks import Prepared
+from metazo.tasks.task import Task
+
+LONGEST = 40  # characters of a value that is written out
+# Fields of a transformers configuration that say where a model comes from, what its outputs are called or what a
+# call returns beside the logits. Everything else may change the numbers: activations, norms, rope, windows, scalings.
+_INCIDENTAL = {
+    "transformers_version", "architectures", "dtype", "torch_dtype", "id2label", "label2id", "use_cache", "return_dict",
+    "output_hidden_states", "output_attentions", "initializer_range", "auto_map", "tokenizer_class", "pretraining_tp",
+    "task_specific_params", "finetuning_task", "problem_type", "name_or_path",
+}  # fmt: skip
+# Settings of generation that greedy decoding does not read; the length is the task's own.
+_SAMPLING = {
+    "do_sample",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "num_beams",
+    "max_length",
+    "max_new_tokens",
+}
+# Fields of a task that say where its rows come from: the rows themselves are hashed.
+_SOURCES = {"name", "hub", "config", "revision", "train_split", "test_split", "files", "dev_rows", "unlabelled"}
+
+
+def architecture(model: nn.Module) -> dict[str, Any]:
+    """The fields of the model's configuration that may change what it computes, nested names joined by dots."""
+    return dict(sorted(_flat(model.config.to_dict(), _INCIDENTAL)))  # type: ignore[operator,union-attr]
+
+
+def definition(task: Task, model: nn.Module) -> dict[str, Any]:
+    """The fields of the task that decide inputs, targets and scores; for generated answers with the model's settings."""
+    found = {name: _short(value) for name, value in task.model_dump().items() if name not in _SOURCES}
+    generation = getattr(model, "generation_config", None)
+    if task.kind == "generation" and generation is not None:
+        found |= {f"generation.{name}": v for name, v in _flat(generation.to_diff_dict(), _INCIDENTAL | _SAMPLING)}
+    return found
+
+
+def inputs(prepared: Prepared, model: nn.Module) -> dict[str, Any]:
+    """Both, as fields of a header."""
+    return {"architecture": architecture(model), "definition": definition(prepared.task, model)}
+
+
+def belongs(model: nn.Module, tasks: Sequence[Prepared]) -> dict[str, Any]:
+    """A flat table of all that a run over several tasks follows from: weights, architecture, data, definitions."""
+    found: dict[str, Any] = {"weights of the model": f"sha256:{weights_hash(model.named_parameters())}"}
+    found |= {f"model's {name}": value for name, value in architecture(model).items()}
+    for prepared in tasks:
+        found[f"data of {prepared.task.name}"] = f"sha256:{data_hash(prepared)}"
+        found |= {f"{name} of {prepared.task.name}": v for name, v in definition(prepared.task, model).items()}
+    return found
+
+
+def data_hash(prepared: Prepared) -> str:
+    """sha256 over the encoded examples of all splits, in order."""
+    found = sha256()
+    for split in (prepared.train, prepared.dev, prepared.test):
+        for example in split:
+            found.update(json.dumps(astuple(example)).encode() + b"\n")
+        found.update(b"\n")
+    return found.hexdigest()
+
+
+def _flat(value: Mapping[str, Any], without: set[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, item in value.items():
+        if name in without or name.startswith("_"):
+            continue
+        if isinstance(item, Mapping) and item:
+            yield from _flat({str(key): part for key, part in item.items()}, without, f"{prefix}{name}.")
+        else:
+            yield prefix + name, _short(item)
+
+
+def _short(value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    text = json.dumps(value, sort_keys=True, default=str)
+    if isinstance(value, str) and len(value) <= LONGEST and value.isprintable():
+        return value
+    return text if len(text) <= LONGEST and text.isprintable() else f"sha256:{sha256(text.encode()).hexdigest()[:16]}"
