@@ -24,6 +24,8 @@ from metazo.comparisons.packed import read_results
 from metazo.comparisons.pool import Pool
 from metazo.comparisons.results import Result, read_search
 from metazo.errors import UserError
+from metazo.io.lock import FolderLock
+from metazo.runs.folder import RunFolder
 from metazo.settings import build
 from metazo_cli.compare import command
 
@@ -129,14 +131,14 @@ def test_a_changed_grid_runs_what_changed_and_puts_the_rest_aside(copy):
     before = cells(copy)
     diverging = {"name": "mezo", "lrs": [1e38]}
     counts = compare(grid(copy, columns=["zero-shot", diverging], tasks=["pico_topic"], time_budget="reference"))
-    assert counts == {"runs": 4, "kept": 2, "failed": 2}
+    assert counts == {"runs": 4, "kept": 2, "failed": 0, "diverged": 2}
     aside = {str(path.relative_to(copy / "superseded")) for path in (copy / "superseded").rglob("*.json")}
     assert aside == {name.removeprefix("cells/") for name in before} - {
         f"pico_topic/zero-shot/seed-{seed}.json" for seed in (0, 1)
     }
     for seed in (0, 1):
         result = Result.load(copy / f"cells/pico_topic/mezo/seed-{seed}.json")
-        assert result.run_info["status"] == "failed" and "Diverged" in result.run_info["reason"]
+        assert result.run_info["status"] == "diverged" and "Diverged" in result.run_info["reason"]
         assert set(result.metrics.values()) == {None} and result.train_info["curve"]
     assert compare(grid(copy, columns=["zero-shot", diverging], tasks=["pico_topic"]))["kept"] == 4  # a failure is kept
     assert compare(grid(copy))["kept"] == len(before)  # and what had been put aside comes back
@@ -163,7 +165,9 @@ def test_killed_stopped_and_continued(tmp_path):
     second = cells(out)
     assert first.items() <= second.items() and 3 <= len(second) < 6
     counts = compare(settings)
-    assert counts == {"runs": 6, "kept": len(second), "failed": 0} and second.items() <= cells(out).items()
+    assert (
+        counts == {"runs": 6, "kept": len(second), "failed": 0, "diverged": 0} and second.items() <= cells(out).items()
+    )
 
 
 def wait_for(process: subprocess.Popen[str], what: Callable[[], object]) -> None:
@@ -174,10 +178,30 @@ def wait_for(process: subprocess.Popen[str], what: Callable[[], object]) -> None
 
 
 def test_two_at_once_are_refused(copy):
-    from filelock import FileLock
-
-    with FileLock(copy / ".lock"), pytest.raises(UserError, match="another metazo compare is at work"):
+    with FolderLock(copy), pytest.raises(UserError, match=f"in use by process {os.getpid()} on "):
         compare(grid(copy))
+
+
+def test_a_worker_that_is_asked_to_stop_leaves_its_job_unfinished(tmp_path):
+    """At its start, while it imports what it needs, and in the middle of a run; a search decides on no such cell."""
+    settings = grid(tmp_path, budget=10**7)
+    with Pool(1, 1) as pool:
+        for seed, number in enumerate((signal.SIGTERM, signal.SIGINT, signal.SIGTERM)):
+            job = _job(settings, seed, 10**7)
+            pool.submit(job)
+            if seed:
+                until = time.monotonic() + 120
+                while not RunFolder.read_records(job.config.out):
+                    assert time.monotonic() < until
+                    time.sleep(0.02)
+            process = pool.workers[0].process
+            os.kill(process.pid or 0, number)
+            if number == signal.SIGINT:  # Ctrl-C reaches workers too, and is the parent's to decide on
+                time.sleep(0.3)
+                assert process.is_alive()
+                os.kill(process.pid or 0, signal.SIGTERM)
+            ((found, result),) = pool.collect(60)
+            assert found is job and result is None and not job.config.out.exists()
 
 
 def test_a_killed_worker_is_a_failed_run_and_the_next_goes_on(tmp_path):
@@ -186,7 +210,7 @@ def test_a_killed_worker_is_a_failed_run_and_the_next_goes_on(tmp_path):
     with Pool(1, 1) as pool:
         pool.submit(jobs[0])
         until = time.monotonic() + 120
-        while not (jobs[0].config.out / "metrics.jsonl").exists():
+        while not RunFolder.read_records(jobs[0].config.out):
             assert time.monotonic() < until
             time.sleep(0.02)
         os.kill(pool.workers[0].process.pid or 0, signal.SIGKILL)
