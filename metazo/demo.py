@@ -13,12 +13,15 @@ from rich.console import Console
 from metazo import zoo
 from metazo.errors import UserError
 from metazo.io.files import write_whole
+from metazo.io.lock import NAME as LOCK
+from metazo.io.lock import FolderLock
 from metazo.meta.config import MetaConfig
 from metazo.meta.train import meta_train
 from metazo.plots.curves import plot_curves
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import finetune
 from metazo.runs.folder import RunFolder
+from metazo.runs.resources import refuse_ranks
 
 MARKER = "demo.json"
 META_TASK = "pico_span"
@@ -39,11 +42,18 @@ class Demo:
 
 
 def run_demo(out: Path, console: Console, *, forwards: int = 1000, meta_steps: int = 200, seed: int = 0) -> Demo:
-    """Run the main job into `out`. Raises UserError where the folder is in use."""
-    if out.exists() and any(out.iterdir()):
+    """Run the main job into `out`. Raises UserError if the folder holds something or is in use."""
+    refuse_ranks("demo")
+    FolderLock(out).check()
+    if out.exists() and any(path.name != LOCK for path in out.iterdir()):
         raise UserError(
             f"`out` {out} is not empty; choose another folder, or replace a former demo with `overwrite=True`."
         )
+    with FolderLock(out):
+        return _run(out, console, forwards, meta_steps, seed)
+
+
+def _run(out: Path, console: Console, forwards: int, meta_steps: int, seed: int) -> Demo:
     write_whole(out / MARKER, json.dumps({"forwards": forwards, "meta_steps": meta_steps, "seed": seed}).encode())
     demo = Demo()
     console.rule(f"1  meta-train a tuner for pico on {META_TASK}")
@@ -76,6 +86,7 @@ def run_demo(out: Path, console: Console, *, forwards: int = 1000, meta_steps: i
 
 def clear(out: Path) -> None:
     """Remove a former demo; nothing else. Raises UserError for a folder that is not one."""
+    FolderLock(out).check()
     if out.exists():
         if not (out / MARKER).is_file():
             raise UserError(f"`overwrite=True`: {out} holds no former demo (no {MARKER}), so it is left alone.")

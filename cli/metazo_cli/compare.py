@@ -60,6 +60,8 @@ def compare(
     failed = (
         f"; {count['failed']} failed (their files say why; --retry-failed runs them again)" if count["failed"] else ""
     )
+    if count["diverged"]:
+        failed += f"; {count['diverged']} diverged"
     console.print(f"{count['runs']} runs{kept}{failed}. Now: metazo report {settings.out}", highlight=False)
 
 

@@ -67,7 +67,8 @@ def main() -> None:
     try:
         command()
     except UserError as error:
-        errors.print("[bold red]error:[/]", _text(error))
+        if os.environ.get("RANK", "0") == "0":  # once, if torchrun started several
+            errors.print("[bold red]error:[/]", _text(error))
         sys.exit(2)
     except Interrupted as error:
         errors.print("[bold yellow]stopped:[/]", _text(error))

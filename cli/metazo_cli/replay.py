@@ -45,13 +45,19 @@ def replay(
         "seconds": round(done.seconds, 3),
         "weights": done.weights,
         "identical": done.identical,
+        "differences": done.differences,
+        "distance": done.distance,
     }
     if as_json:
         print(json.dumps(result))
         return
+    apart = done.distance
+    distance = "how near they are is not known" if apart is None else f"the relative distance is {apart:.1e}"
     verdict = {
         True: "bit-identical to the weights that the run kept",
-        False: "near, but not bit-identical to the weights that the run kept: other versions, threads or device",
+        False: "not bit-identical to the weights that the run kept, in another environment "
+        f"({'; '.join(done.differences)}); {distance}",
         None: "the log does not say what these weights were",
     }[done.identical]
-    Console().print(f"{done.steps:,} steps in {done.seconds:.1f} s; {verdict}; the model is in {out}", soft_wrap=True)
+    text = f"{done.steps:,} steps in {done.seconds:.1f} s; {verdict}; the model is in {out}"
+    Console().print(text, soft_wrap=True, markup=False)

@@ -25,6 +25,7 @@ from metazo.comparisons.store import Store
 from metazo.errors import UserError
 from metazo.io.lock import FolderLock
 from metazo.runs.interrupt import Interrupted, interruptible
+from metazo.runs.resources import refuse_ranks
 
 FASTER = 0.95  # a run that takes less than this share of the time budget is gone on with
 
@@ -48,6 +49,7 @@ def compare(grid: Grid, console: Console | None = None, *, retry_failed: bool = 
     same call goes on.
     """
     console = console or Console(quiet=True)
+    refuse_ranks("compare")
     FolderLock(grid.out).check()
     facts = examine(grid)
     with FolderLock(grid.out):

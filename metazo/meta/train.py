@@ -31,7 +31,7 @@ from metazo.runs.folder import RunFolder
 from metazo.runs.inputs import belongs
 from metazo.runs.interrupt import Interrupted, interruptible
 from metazo.runs.monitor import Diverged
-from metazo.runs.resources import require_space
+from metazo.runs.resources import refuse_ranks, require_space
 from metazo.tasks import prepare, resolve
 from metazo.tuner.file import Tuner, TunerInfo
 from metazo.tuner.match import BlockSpec
@@ -48,6 +48,7 @@ def meta_train(config: MetaConfig, *, console: Console | None = None) -> Tuner:
     Raises UserError for bad settings, a folder that holds another run, a loss that is not finite at the first step, or
     a full disk; Interrupted after SIGINT or SIGTERM, when the state is saved.
     """
+    refuse_ranks("meta-train")
     if config.resume and (config.out / TUNER).exists():
         say(console, f"The run in {config.out} is complete; this is its tuner.")
         _take_away(config.out)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.text import Text
 from torch import Tensor, nn
 
 from metazo.errors import UserError
@@ -29,7 +30,7 @@ from metazo.runs.header import header
 from metazo.runs.interrupt import Interrupted, interruptible
 from metazo.runs.monitor import Diverged, Watch
 from metazo.runs.progress import progress
-from metazo.runs.resources import peak_memory, require_space
+from metazo.runs.resources import peak_memory, refuse_ranks, require_space
 from metazo.runs.setup import Setup, set_up
 from metazo.step.record import Step
 from metazo.steplog.writer import StepLog
@@ -49,6 +50,7 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> dict[str
     Returns the summary that is also written to summary.json. Raises UserError for bad input before anything is
     written, and Interrupted, with the run saved, where it was asked to stop.
     """
+    refuse_ranks("finetune")
     console = console or Console(quiet=True)
 
     def say(text: str) -> None:
@@ -69,9 +71,9 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> dict[str
             _first_loss(setup, config)
         folder.begin()
         for name in ("trained weights", "effective learning rate", "steps", "memory", "disk"):
-            console.print(f"[dim]{name}:[/] {plan[name]}", highlight=False)
+            console.print(Text.assemble((f"{name}: ", "dim"), str(plan[name])), highlight=False)
         for note in setup.prepared.notes:
-            console.print(f"[dim]note:[/] {note}", highlight=False)
+            console.print(Text.assemble(("note: ", "dim"), note), highlight=False)
         with interruptible() as caught:
             run = _Run(config, setup, folder, console, caught)
             try:

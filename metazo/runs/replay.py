@@ -43,6 +43,7 @@ from metazo.runs.folder import save_parts
 from metazo.runs.header import environment, tuner_hash
 from metazo.runs.inputs import architecture
 from metazo.runs.method import build_optimizer, resolve_device
+from metazo.runs.resources import refuse_ranks
 from metazo.settings import build
 from metazo.step.record import Step
 from metazo.steplog.format import Scan, change, scan
@@ -98,6 +99,7 @@ def replay(
     replayed.
     """
     transformers_logging.disable_progress_bar()
+    refuse_ranks("replay")
     found = scan(log).sound()
     header = _checked(found)
     if out is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -11,6 +12,16 @@ from pathlib import Path
 import torch
 
 from metazo.errors import UserError
+
+
+def refuse_ranks(what: str) -> None:
+    """UserError if this is one of several processes of torchrun: each would do the whole run into the same folder."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    if "RANK" in os.environ and world.isdigit() and int(world) > 1:
+        raise UserError(
+            f"metazo {what} runs in one process, and torchrun started {world}; start it without torchrun, or with "
+            "--nproc-per-node 1 (the optimizers themselves average their losses over ranks)."
+        )
 
 
 def require_space(folder: Path, needed: int, what: str) -> None:

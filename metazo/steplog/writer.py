@@ -125,7 +125,7 @@ def _compare(found: Scan, wanted: dict[str, Any], say: Callable[[str], None]) ->
         if key in LATER:
             if (what := change(there[key], wanted[key])) is not None:
                 raise UserError(
-                    f"{found.path.name} belongs to another run: {what} ({key}); choose another --out, or put it back."
+                    f"{found.path.name} belongs to another run: {what} ({key}); choose another `out`, or put it back."
                 )
             continue
         if key == "environment":
