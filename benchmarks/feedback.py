@@ -6,7 +6,7 @@
 
 FOLDER/<task>/{labels.json,train.jsonl,validation.jsonl}: rows {"text", "label"}, labels.json with "names" and "prompt".
 Every method has its learning rate chosen from a grid on a seed of its own and is then run on other seeds. Costs are in forward
-passes of the trained layers: MeZO 2 per step, first-order 3, feedback 2 (graphs kept) or 3 (blocks run again).
+passes of the trained layers: MeZO 2 per step, first-order and feedback 3 (every position carries loss, graphs kept).
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ CONTENDERS = {
     "mezo, rms scale": Contender(
         lambda m, lr: MeZO(m.named_parameters(), lr=lr, scale="rms"), (1e-4, 4e-4, 1.6e-3), 2, 600
     ),
-    "skip-feedback": Contender(_structured(SkipFeedback), (2e-3, 5e-3, 1.2e-2), 2, 200),
+    "skip-feedback": Contender(_structured(SkipFeedback), (2e-3, 5e-3, 1.2e-2), 3, 200),
     "skip-feedback, gradient steps": Contender(
-        _structured(SkipFeedback, normalise=False), (1e-2, 4e-2, 1.6e-1), 2, 200
+        _structured(SkipFeedback, normalise=False), (1e-2, 4e-2, 1.6e-1), 3, 200
     ),
-    "skip-feedback, last layer": Contender(_structured(SkipFeedback), (2e-3, 5e-3, 1.2e-2), 2, 200, layers=1),
-    "exact, block by block": Contender(_structured(AnswerColumn), (2e-3, 5e-3, 1.2e-2), 2, 200),
+    "skip-feedback, last layer": Contender(_structured(SkipFeedback), (2e-3, 5e-3, 1.2e-2), 3, 200, layers=1),
+    "exact, block by block": Contender(_structured(AnswerColumn), (2e-3, 5e-3, 1.2e-2), 3, 200),
     "first-order AdamW": Contender(_first_order("first-order-adamw"), (1e-4, 3e-4, 1e-3), 3, 200),
 }
 

@@ -57,9 +57,9 @@ def inner(one: Gradient, two: Gradient, name: str) -> float:
     if name in one.left and name in two.left:
         left, right = one.left[name].t() @ two.left[name], one.right[name].t() @ two.right[name]
         return float((left * right).double().sum())
-    if name in one.whole and name in two.whole:
-        return float((one.whole[name].double() * two.whole[name].double()).sum())
-    return 0.0
+    if name not in one.names or name not in two.names:
+        return 0.0
+    return float((one.dense(name).double() * two.dense(name).double()).sum())
 
 
 def _angles(dot: float, estimate: float, true: float) -> tuple[float, float]:

@@ -1,9 +1,12 @@
 """A gradient whose matrices exist as two factors: dL/dW = left right^T, the errors at the output times the inputs.
 
-The rank is the number of positions that carry error. The matrix itself is never formed: it is added to the weights by
+The rank R is the number of positions that carry error. The matrix (m, n) is not formed: it is added to the weights by
 `Held` (metazo/step/lowrank.py), and its norm comes from products of factors,
 
     |left right^T|^2 = sum_ij (left_i . left_j) (right_i . right_j)        over pairs of positions i, j
+
+Only if the factors are larger than the matrix, R (m + n) > m n, the product takes their place: that is less memory, and
+norm and update share one product. It is one block's at a time.
 """
 
 from __future__ import annotations
@@ -13,12 +16,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 18  # entries of a matrix that are formed at a time if that is cheaper than the pairs
-
 
 @dataclass
 class Gradient:
-    """left (m, R) and right (n, R) by tensor name for matrices; whole tensors for everything else (norms, biases)."""
+    """left (m, R) and right (n, R) by tensor name for matrices; whole tensors for norms, biases and settled matrices."""
 
     left: dict[str, Tensor] = field(default_factory=dict)
     right: dict[str, Tensor] = field(default_factory=dict)
@@ -50,6 +51,13 @@ class Gradient:
             return float(self.whole[name].double().square().sum())
         return product_square_norm(self.left[name], self.right[name])
 
+    def settle(self) -> None:
+        """Take the product of factors that are larger than it."""
+        for name in list(self.left):
+            (m, rank), n = self.left[name].shape, self.right[name].shape[0]
+            if rank * (m + n) > m * n:
+                self.add_whole(name, self.left.pop(name) @ self.right.pop(name).t())
+
     def dense(self, name: str) -> Tensor:
         """The gradient of a tensor as it is, for tests and measurements."""
         return self.whole[name] if name in self.whole else self.left[name] @ self.right[name].t()
@@ -61,13 +69,5 @@ class Gradient:
 
 
 def product_square_norm(left: Tensor, right: Tensor) -> float:
-    """|left right^T|^2 in the Frobenius norm, without the product: (m, R), (n, R).
-
-    By pairs, R^2 (m + n) multiplications; if R is so large that the product is cheaper (R m n), a few of its rows at a
-    time. Sums are in float64.
-    """
-    (m, rank), n = left.shape, right.shape[0]
-    if rank * (m + n) <= m * n:
-        return float(((left.t() @ left) * (right.t() @ right)).double().sum())
-    rows = max(CHUNK // n, 1)
-    return sum(float((part @ right.t()).square_().sum(dtype=torch.float64)) for part in left.split(rows))
+    """|left right^T|^2 in the Frobenius norm, without the product: (m, R), (n, R); R^2 (m + n) multiplications."""
+    return float(((left.t() @ left) * (right.t() @ right)).sum(dtype=torch.float64))

@@ -4,9 +4,10 @@ Within a block everything is exact: the block runs once more from its recorded i
 back through MLP, norms and attention. Matrices come out as factors (metazo/feedback/factors.py) over the positions that
 carry error. After that the graph is freed: memory is that of inference, the blocks' inputs, and one block's graph.
 
-Cost per trained block, in units of its own forward pass: 1 to run it again (0 if graphs are kept), 1 to pull the error; about
-0.4 for both if error is at the last position alone (metazo/feedback/column.py). First-order training pays 2 for the
-backward pass (errors and gradients), 3 with a checkpoint per block.
+Cost per trained block, in units of its own forward pass: 1 to run it again (0 if graphs are kept), 1 to pull the error, and the
+share of the positions that carry error for the gradients of its matrices; about 0.4 for all if error is at the last
+position alone (metazo/feedback/column.py). First-order training pays 2 for the backward pass (errors and gradients), 3
+with a checkpoint per block: if every position carries error, the cost is the same and only the memory differs.
 """
 
 from __future__ import annotations
@@ -89,6 +90,7 @@ class LocalGradient:
             (pulled,), gradient = watched.pull([output], [error], [leaf], self.trained[index])
             below.append(pulled)
             total.add(gradient)
+        total.settle()
         return below, total
 
     def _graph(self, index: int, call: Call, error: Tensor) -> tuple[Tensor, Tensor, Watched]:

@@ -50,7 +50,11 @@ class FactoredMomentum:
             right.copy_(new_right)
             out.add_product(name, kept, right)
         for name, value in gradient.whole.items():
-            out.add_whole(name, state[f"momentum/{name}"].mul_(self.momentum).add_(value))
+            if name in self.matrices:  # settled: its own factors, by a decomposition
+                u, values, vt = torch.linalg.svd(value, full_matrices=False)
+                out.add(self.update(state, Gradient({name: u * values}, {name: vt.t()})))
+            else:
+                out.add_whole(name, state[f"momentum/{name}"].mul_(self.momentum).add_(value))
         return out
 
 

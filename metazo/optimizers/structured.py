@@ -4,7 +4,8 @@
     theta_b <- (1 - lr wd) theta_b - lr g_b                                                normalise=False
 
 per tensor b, with g the estimate of metazo/feedback/local.py. The normalised step is LARS (You, Gitman and Ginsburg 2017, arXiv
-1708.03888) with the weight decay apart; |g_b| comes from products of factors, so no gradient of a matrix is ever stored.
+1708.03888) with the weight decay apart; |g_b| comes from products of factors, so no gradient of a matrix is formed unless
+its factors are larger (metazo/feedback/factors.py).
 Differences from LARS: the norm of a tensor has a floor (as in Adafactor, Shazeer and Stern 2018, section 8), so that
 tensors that start at zero (biases, LoRA's B) learn; momentum acts on g before it is normalised.
 
@@ -127,8 +128,10 @@ class Structured(ZOOptimizer):
         return self.local.untouched
 
     def forwards_per_step(self, closures: int = 1) -> float:
-        """In forward passes of the trained blocks: the pass, running blocks again, and pulling the errors."""
-        return (3 if self.recompute else 2) * closures
+        """In forward passes of the trained blocks, if every position carries loss: the pass, running blocks again, pulling
+        errors, and gradients. About 1.5 if the last position alone does.
+        """
+        return (4 if self.recompute else 3) * closures
 
     def step(  # type: ignore[override]
         self, closure: Closure | Sequence[Closure] | None = None, *, replay: Step | None = None
