@@ -241,7 +241,7 @@ def architectures() -> None:
                     true = tiny.model.get_parameter(key).grad
                     if true is not None and float(true.norm()) > 1e-12:  # softmax cancels a key's bias
                         worst = max(worst, float((gradient.dense(key) - true).norm() / true.norm()))
-            cells.append(f"{worst:.0e}")
+            cells.append(f"{worst:.0e}" if worst else "0")
         print(f"| {name} | `{residual.path}` | {' | '.join(cells)} |")
 
 
