@@ -32,7 +32,7 @@ def bench(
     from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.table import Table
 
-    from metazo.bench import render, suites
+    from metazo.bench import picture, render, suites
     from metazo.errors import UserError
     from metazo.io.files import write_whole
     from metazo.runs.interrupt import Interrupted
@@ -72,7 +72,7 @@ def bench(
                 f"{len(done) - 1} of {len(chosen)} parts are in {out}; name the rest with --suite."
             ) from None
     write_whole(out / "speed.md", (render.markdown(result) + "\n").encode())
-    render.plot(result, out / "speed.png")
+    picture.plot(result, out / "speed.png")
     if as_json:
         print(json.dumps(result))
         return

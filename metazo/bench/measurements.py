@@ -1,7 +1,16 @@
-"""speed.json: the machine and versions, and by suite and part the rows that were measured. No names, no paths."""
+"""speed.json: for each processor the machine and versions, and by suite and part the rows that were measured.
+
+    python -m metazo.bench.measurements benchmarks/speed.json runs/bench/speed.json
+
+puts the processors of the second file into the first; one that both have is replaced. No names of people or hosts, no paths.
+
+Format 2 is {"format": 2, "processors": [{"environment": {...}, "suites": {suite: {part: {date, threads, load, rows}}}}, ...]}.
+Format 1 held one processor: {"format": 1, "environment": {...}, "suites": {...}}. It is read as well.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -15,17 +24,28 @@ from metazo.errors import UserError
 from metazo.io.files import write_whole
 from metazo.runs.machine import processor, system, versions
 
-FORMAT = 1
+FORMAT = 2
 NAME = "speed.json"
+PROCESSOR = ("quick", "device", "dtype", "cpu", "microarchitecture", "cores", "gpu")  # what tells two processors apart
+
+
+def microarchitecture() -> str | None:
+    """What LLVM calls this processor (emeraldrapids, znver4); None without numba. Virtual machines often hide the model."""
+    try:
+        from llvmlite import binding
+    except ImportError:
+        return None
+    return binding.get_host_cpu_name()
 
 
 def environment(device: str, dtype: str, quick: bool) -> dict[str, Any]:
-    """What the figures depend on, and what two runs must share to lie in one file."""
+    """What the figures depend on, and what two runs of one processor must share to be in one file."""
     found: dict[str, Any] = {
         "quick": quick,
         "device": device,
         "dtype": dtype,
         "cpu": processor(),
+        "microarchitecture": microarchitecture(),
         "cores": os.cpu_count(),
     }
     if device.startswith("cuda"):
@@ -36,7 +56,7 @@ def environment(device: str, dtype: str, quick: bool) -> dict[str, Any]:
 
 
 def load_average() -> float | None:
-    """Over one minute; None where the system does not tell."""
+    """Over one minute; None if the system does not tell."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
@@ -44,29 +64,42 @@ def now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
-def opened(path: Path, environment: dict[str, Any]) -> dict[str, Any]:
-    """What the file holds, to be added to, or an empty result. Raises UserError where the figures do not go together."""
-    if not path.exists():
-        return {"format": FORMAT, "environment": environment, "suites": {}}
-    result = read(path)
-    theirs = result["environment"]
-    for key in environment:
-        if theirs.get(key) != environment[key]:
-            raise UserError(
-                f"{path} holds figures with {key} {theirs.get(key)!r}, these would be with {environment[key]!r}: "
-                "choose another `out`."
-            )
-    return result
+def same_processor(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Of two environments."""
+    return all(one.get(key) == other.get(key) for key in PROCESSOR)
+
+
+def opened(path: Path, environment: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the file holds, and in it the processor of this environment, to be added to; both are made if they are missing.
+
+    Raises UserError if the file's figures of this processor are of other versions.
+    """
+    result = read(path) if path.exists() else {"format": FORMAT, "processors": []}
+    for there in result["processors"]:
+        theirs = there["environment"]
+        if same_processor(theirs, environment):
+            for key in environment:
+                if theirs.get(key) != environment[key]:
+                    raise UserError(
+                        f"{path} holds figures of this processor with {key} {theirs.get(key)!r}, these would be with "
+                        f"{environment[key]!r}: choose another `out`."
+                    )
+            return result, there
+    here = {"environment": environment, "suites": {}}
+    result["processors"].append(here)
+    return result, here
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Raises UserError where it is not a file of this kind."""
+    """The file's content, in format 2. Raises UserError if it is not a file of this kind."""
     try:
         result = json.loads(path.read_text())
-        if (
-            result["format"] == FORMAT
-            and isinstance(result["suites"], dict)
-            and isinstance(result["environment"], dict)
+        if result["format"] == 1:
+            found = {"environment": result["environment"], "suites": result["suites"]}
+            result = {"format": FORMAT, "processors": [found]}
+        if result["format"] == FORMAT and all(
+            isinstance(there["environment"], dict) and isinstance(there["suites"], dict)
+            for there in result["processors"]
         ):
             return result
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -74,5 +107,30 @@ def read(path: Path) -> dict[str, Any]:
     raise UserError(f"{path} is not of format {FORMAT} of metazo bench; choose another `out`.")
 
 
+def merged(result: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """The processors of the first, then those of the second; one that both have is the second's, in the first's place."""
+    found = list(result["processors"])
+    for there in other["processors"]:
+        for k, ours in enumerate(found):
+            if same_processor(ours["environment"], there["environment"]):
+                found[k] = there
+                break
+        else:
+            found.append(there)
+    return {"format": FORMAT, "processors": found}
+
+
 def write(path: Path, result: dict[str, Any]) -> None:
     write_whole(path, (json.dumps(result, indent=1) + "\n").encode())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("into", type=Path, help="speed.json that is changed")
+    parser.add_argument("figures", type=Path, help="speed.json with the processors that it gets")
+    given = parser.parse_args()
+    write(given.into, merged(read(given.into), read(given.figures)))
+
+
+if __name__ == "__main__":
+    main()

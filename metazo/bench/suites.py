@@ -171,12 +171,12 @@ def run(
 ) -> dict[str, Any]:
     """Measure the parts in order into out/speed.json, keeping other parts that it has. Returns what it then holds.
 
-    start: called ahead of each part; tick: after every measured case. Raises UserError where speed.json holds figures
-    of another machine, version or setting.
+    start: called ahead of each part; tick: after every measured case. Raises UserError if speed.json holds figures
+    of this processor from other versions.
     """
     path = out / measurements.NAME
     environment = measurements.environment(settings.device, settings.dtype, settings.quick)
-    result = measurements.opened(path, environment)
+    result, here = measurements.opened(path, environment)
     for part in chosen:
         start(part)
         before = measurements.load_average()
@@ -186,6 +186,6 @@ def run(
             "threads": torch.get_num_threads(),
             "load": [before, measurements.load_average()],
         }
-        result["suites"].setdefault(part.suite, {})[part.name] = {**when, "rows": rows}
+        here["suites"].setdefault(part.suite, {})[part.name] = {**when, "rows": rows}
         measurements.write(path, result)
     return result

@@ -14,10 +14,11 @@ import pytest
 import torch
 from torch import nn
 
-from metazo.bench import measurements, render, suites
+from metazo.bench import measurements, picture, render, suites
 from metazo.bench.models import SIZES, build, lm_loss
+from metazo.bench.processors import labels
 from metazo.bench.published import PublishedLoop
-from metazo.bench.steps import CORE, FORWARDS, METHODS, PUBLISHED
+from metazo.bench.steps import CORE, FORWARDS, METHODS, PASSES, PUBLISHED
 from metazo.bench.timing import interleaved, ratios, spread
 from metazo.errors import UserError
 from metazo.noise import TorchOrderNoise
@@ -97,7 +98,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_quick_run_has_every_suite(quick: Path):
-    result = measurements.read(quick / "speed.json")
+    (result,) = measurements.read(quick / "speed.json")["processors"]
     assert set(result["suites"]) == set(suites.SUITES)
     (steps,) = result["suites"]["steps"].values()
     rows = {row["case"]: row for row in steps["rows"]}
@@ -110,7 +111,8 @@ def test_a_quick_run_has_every_suite(quick: Path):
 
 def test_memory_sees_the_moments_of_adam(quick: Path):
     """Gradients and two moments: 3 W. MeZO in place: next to nothing, here within the grain of the system's pages."""
-    (part,) = measurements.read(quick / "speed.json")["suites"]["memory"].values()
+    (result,) = measurements.read(quick / "speed.json")["processors"]
+    (part,) = result["suites"]["memory"].values()
     zeroth, first = part["rows"]
     assert first["weights"] == zeroth["weights"] > 3e7
     assert first["above"] > 2.5 * first["weights"]
@@ -157,21 +159,96 @@ def test_an_interrupted_run_keeps_what_it_has(tmp_path: Path):
     chosen = [suites.Part("steps", "one", row(1)), suites.Part("steps", "two", interrupt)]
     with pytest.raises(KeyboardInterrupt):
         suites.run(chosen, tmp_path, settings)
-    assert list(measurements.read(tmp_path / "speed.json")["suites"]["steps"]) == ["one"]
-    both = suites.run([suites.Part("steps", "two", row(2))], tmp_path, settings)["suites"]["steps"]
+    (result,) = measurements.read(tmp_path / "speed.json")["processors"]
+    assert list(result["suites"]["steps"]) == ["one"]
+    (result,) = suites.run([suites.Part("steps", "two", row(2))], tmp_path, settings)["processors"]
+    both = result["suites"]["steps"]
     assert [both[name]["rows"][0]["ratio"]["median"] for name in both] == [1, 2]
 
 
-def test_figures_of_another_machine_or_of_no_bench_are_not_mixed_in(tmp_path: Path):
+def test_figures_of_other_versions_or_of_no_bench_are_not_mixed_in(tmp_path: Path):
     settings = suites.Settings(quick=True)
+    here = measurements.environment("cpu", "float32", True)
     suites.run([], tmp_path, settings)
-    measurements.write(tmp_path / "speed.json", {"format": 1, "environment": {"cpu": "another"}, "suites": {}})
-    with pytest.raises(UserError, match="choose another `out`"):
+    suites.run([], tmp_path, settings)  # the same again may be added to
+    other = {"environment": here | {"torch": "1.0"}, "suites": {}}
+    measurements.write(tmp_path / "speed.json", {"format": 2, "processors": [other]})
+    with pytest.raises(UserError, match="torch '1.0'.*choose another `out`"):
         suites.run([], tmp_path, settings)
-    for text in ("{", "[]", '{"format": 2, "environment": {}, "suites": {}}'):
+    for text in ("{", "[]", '{"format": 3, "processors": []}', '{"format": 2, "processors": [{"environment": 1}]}'):
         (tmp_path / "speed.json").write_text(text)
         with pytest.raises(UserError, match=r"speed\.json"):
             suites.run([], tmp_path, settings)
+
+
+def processor(cpu: str, median: float, **environment: object) -> dict:
+    """The figures of one: a step of MeZO at one shape, and what a picture needs besides."""
+    rows = [
+        {"case": FORWARDS, "ratio": spread([1.0]), "seconds": spread([0.5])},
+        {"case": PASSES, "ratio": spread([0.1]), "seconds": spread([0.05])},
+        {"case": "MeZO", "ratio": spread([median]), "seconds": spread([median / 2])},
+    ]
+    found = {"cpu": cpu, "cores": 2, "device": "cpu", "dtype": "float32", "quick": False} | environment
+    found |= dict.fromkeys(("torch", "numba", "transformers", "python"), "1")
+    return {
+        "environment": found,
+        "suites": {"steps": {"134M-1x32": {"date": "2026-01-01", "load": [0.0, 0.0], "rows": rows}}},
+    }
+
+
+def test_another_processor_gets_a_place_of_its_own(tmp_path: Path):
+    path, settings = tmp_path / "speed.json", suites.Settings(quick=True)
+    theirs = processor("AMD EPYC", 1.5)
+    measurements.write(path, {"format": 2, "processors": [theirs]})
+    row = [{"case": "a", "ratio": spread([1.0])}]
+    result = suites.run([suites.Part("steps", "one", lambda tick: row)], tmp_path, settings)
+    assert measurements.read(path) == result
+    assert result["processors"][0] == theirs and len(result["processors"]) == 2
+    assert result["processors"][1]["suites"]["steps"]["one"]["rows"] == row
+
+
+def test_a_file_of_the_first_format_is_read_and_processors_are_merged(tmp_path: Path, monkeypatch):
+    amd, intel, newer = (
+        processor("AMD EPYC", 1.5),
+        processor("Intel(R) Xeon(R) Processor", 1.2),
+        processor("AMD EPYC", 9),
+    )
+    first, second = tmp_path / "a.json", tmp_path / "b.json"
+    first.write_text(json.dumps({"format": 1, **amd}))
+    assert measurements.read(first) == {"format": 2, "processors": [amd]}
+    measurements.write(second, {"format": 2, "processors": [intel, newer]})
+    monkeypatch.setattr(sys, "argv", ["measurements", str(first), str(second)])
+    measurements.main()
+    assert measurements.read(first) == {"format": 2, "processors": [newer, intel]}
+    assert measurements.merged({"processors": [amd]}, {"processors": [intel]})["processors"] == [amd, intel]
+
+
+def test_processors_are_shown_side_by_side(tmp_path: Path):
+    every = [processor("AMD EPYC", 1.5), processor("Intel(R) Xeon(R) Processor", 2.5)]
+    alone, result = ({"format": 2, "processors": found} for found in (every[:1], every))
+    (one,), (two,) = render.tables(alone), render.tables(result)
+    assert one.heads == ["", "134M (1, 32)"]
+    assert two.heads == ["", "134M (1, 32), AMD EPYC", "134M (1, 32), Intel Xeon"]
+    assert two.rows[2] == ["MeZO", "1.50 (1.50–1.50); ≤ 2 met", "2.50 (2.50–2.50); ≤ 2 not met"]
+    assert [row[:2] for row in two.rows] == one.rows
+    assert "AMD EPYC, 2 cores" in render.sentence(result) and "Intel Xeon, 2 cores" in render.sentence(result)
+    heights = []
+    for k, figures in enumerate((alone, result)):
+        picture.plot(figures, tmp_path / f"{k}.png")
+        heights.append(int.from_bytes((tmp_path / f"{k}.png").read_bytes()[20:24], "big"))
+    assert heights[1] == 2 * heights[0]  # a row of axes for each
+
+
+def test_processors_of_one_model_are_told_apart():
+    def named(*environments: dict) -> list[str]:
+        return labels({"processors": [processor("Intel(R) Xeon(R) CPU @ 2.00GHz", 1, **e) for e in environments]})
+
+    assert named({}) == ["Intel Xeon"]
+    assert named({"microarchitecture": "skylake"}, {"microarchitecture": "emeraldrapids"}) == [
+        "Intel Xeon, skylake",
+        "Intel Xeon, emeraldrapids",
+    ]
+    assert named({"cores": 2}, {"cores": 8}) == ["Intel Xeon, 2 cores", "Intel Xeon, 8 cores"]
 
 
 def test_the_loss_needs_no_gradient_and_leaves_the_generator_alone():
@@ -189,15 +266,17 @@ def test_the_page_of_figures_is_rendered_from_the_committed_json():
     assert render.placed(page, "speed", "") != page
     readme = (ROOT / "README.md").read_text()
     assert render.placed(readme, "steps", render.short(result)) == readme
-    assert set(result["suites"]) <= set(suites.SUITES) and not result["environment"]["quick"]
+    for there in result["processors"]:
+        assert set(there["suites"]) <= set(suites.SUITES) and not there["environment"]["quick"]
 
 
 def test_targets_are_judged_by_the_median():
     part = {"date": "", "load": [0.0, 0.0], "rows": [{"case": "MeZO", "ratio": spread([1.0, 2.1, 2.2]), "seconds": {}}]}
-    result = {"environment": {"device": "cpu"}, "suites": {"steps": {"134M-1x32": part}}}
+    there = {"environment": {"device": "cpu", "cpu": "a"}, "suites": {"steps": {"134M-1x32": part}}}
+    result = {"processors": [there]}
     (table,) = render.tables(result)
     assert table.rows == [["MeZO", "2.10 (1.55–2.15); ≤ 2 not met"]]
     part["rows"] = [{"case": f"{PUBLISHED} / MeZO", "ratio": spread([9.0])}]
     assert render.tables(result)[0].rows[0][1] == "9.00 (9.00–9.00); ≥ 8 met"
-    result["environment"]["device"] = "cuda"  # the targets are of the CPU
+    there["environment"]["device"] = "cuda"  # the targets are of the CPU
     assert render.tables(result)[0].rows[0][1] == "9.00 (9.00–9.00)"
