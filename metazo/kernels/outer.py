@@ -4,6 +4,9 @@ torch's addmm does the same, but it sums over a rank of 2 with machinery made fo
 memory. The compiled loop (numba, on the CPU) reads and writes each weight once at that speed; `plain_` is its slow twin.
 """
 
+# pyright: reportCallIssue=false, reportPossiblyUnboundVariable=false
+# (pyright reads numba intrinsics as what they are before compilation)
+
 from __future__ import annotations
 
 from collections.abc import Sequence
