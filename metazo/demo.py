@@ -60,7 +60,7 @@ def _run(out: Path, console: Console, forwards: int, meta_steps: int, seed: int)
     meta_train(MetaConfig("pico", [META_TASK], out / "meta", steps=meta_steps, bound=BOUND, seed=seed), console=console)
     console.rule("2  publish it into a zoo of one's own")
     name = zoo.push(out / "meta" / "tuner.safetensors", out / "zoo", base="pico")
-    console.print(f"{name} is in {out / 'zoo'}")
+    console.print(f"{name} is in {out / 'zoo'}", markup=False)
     settings = {"mezo": {}, "mezo, RMS scale": {"scale": "rms"}, "tuner": {"tuner": name, "zoo": out / "zoo"}}
     curves: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for number, task in enumerate(TASKS, start=3):

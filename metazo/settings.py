@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import math
 import textwrap
 from collections.abc import Mapping
 from dataclasses import field, fields
@@ -17,15 +18,69 @@ from metazo.errors import UserError
 from metazo.io.plain import read_yaml, shown
 
 Config = TypeVar("Config")
+MOST = 10**9  # the largest whole number of a setting that has no bound of its own
+LONGEST_NAME, LONGEST_PATH = 255, 4000  # bytes, as on Linux
 
 
-def setting(*, role: str, hashed: bool = False, **options: Any) -> Any:
+def setting(
+    *,
+    role: str,
+    hashed: bool = False,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    **options: Any,
+) -> Any:
     """A field of a settings dataclass.
 
     role: what a change of the setting touches. hashed: the result is known by the content that this names, not by the name.
-    options: default or default_factory, as of `dataclasses.field`.
+    least, above, most: bounds of a number, for `check_values`. options: default or default_factory, as of
+    `dataclasses.field`.
     """
-    return field(metadata={"role": role, "hashed": hashed}, **options)
+    metadata = {"role": role, "hashed": hashed, "least": least, "above": above, "most": most}
+    return field(metadata=metadata, **options)
+
+
+def check_values(config: Any) -> None:
+    """Raises UserError for a number of a settings dataclass that is not finite or out of its bounds, and for a text or path
+    that is not UTF-8 or has a name longer than a file may have.
+    """
+    for item in fields(config):
+        value, bounds = getattr(config, item.name), item.metadata
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            most = bounds.get("most") or (MOST if isinstance(value, int) else None)
+            check_number(item.name, value, least=bounds.get("least"), above=bounds.get("above"), most=most)
+        elif isinstance(value, str | Path):
+            check_path(item.name, value)
+
+
+def check_number(
+    name: str, value: float, *, least: float | None = None, above: float | None = None, most: float | None = None
+) -> None:
+    """Raises UserError for a number that is not finite or out of these bounds (None: none)."""
+    wanted = None
+    if not math.isfinite(value):
+        wanted = "a finite number"
+    elif least is not None and value < least:
+        wanted = f"at least {least:g}"
+    elif above is not None and value <= above:
+        wanted = f"above {above:g}"
+    elif most is not None and value > most:
+        wanted = f"at most {most:,}" if isinstance(most, int) else f"at most {most:g}"
+    if wanted is not None:
+        raise UserError(f"`{name}` must be {wanted}, not {shown(value)}.")
+
+
+def check_path(name: str, value: str | Path) -> None:
+    """Raises UserError for a text or path that no file can be named by."""
+    try:
+        parts = [len(part.encode()) for part in str(value).split("/")]
+    except UnicodeEncodeError:
+        raise UserError(f"`{name}` {str(value)!a} is not UTF-8 text; rename the folder or file.") from None
+    if max(parts) > LONGEST_NAME or sum(parts) > LONGEST_PATH:
+        raise UserError(
+            f"`{name}` has a name of {max(parts)} bytes, and a file's name has at most {LONGEST_NAME}; shorten it."
+        )
 
 
 def with_role(config: type, *roles: str) -> tuple[str, ...]:

@@ -62,7 +62,9 @@ def compare(
     )
     if count["diverged"]:
         failed += f"; {count['diverged']} diverged"
-    console.print(f"{count['runs']} runs{kept}{failed}. Now: metazo report {settings.out}", highlight=False)
+    console.print(
+        f"{count['runs']} runs{kept}{failed}. Now: metazo report {settings.out}", highlight=False, markup=False
+    )
 
 
 def _show_plan(found: dict[str, Any], as_json: bool) -> None:

@@ -46,5 +46,5 @@ def demo(
         "on. One seed: a single run shows the workings, not a winner."
     )
     for what, path in result.written.items():
-        console.print(f"{what}: {path}", highlight=False)
+        console.print(f"{what}: {path}", highlight=False, markup=False)
     console.print(f"{time.monotonic() - started:.0f} s in all")

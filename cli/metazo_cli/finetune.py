@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from metazo.errors import UserError
 from metazo.optimizers import OPTIMIZERS
@@ -93,7 +94,8 @@ def finetune(
         plan = set_up(settings).plan(settings)
         _show_plan(plan, as_json)
         return
-    console.print(f"[bold]metazo finetune[/] {settings.model} on {settings.task} with {settings.optimizer}")
+    told = f" {settings.model} on {settings.task} with {settings.optimizer}"
+    console.print(Text.assemble(("metazo finetune", "bold"), told))
     summary = run(settings, console)
     if as_json:
         print(json.dumps(summary))
@@ -127,12 +129,12 @@ def _show_plan(plan: dict[str, Any], as_json: bool) -> None:
     table = Table("plan", "", title="Nothing is run or written")
     for name, value in plan.items():
         if name != "bytes on disk":
-            table.add_row(name, str(value))
+            table.add_row(name, Text(str(value)))
     Console().print(table)
 
 
 def _show_result(console: Console, summary: dict[str, Any], settings: FinetuneConfig) -> None:
-    table = Table(title=f"{summary['task']}, {summary['optimizer']}, {summary['forwards']:,} forward passes")
+    table = Table(title=Text(f"{summary['task']}, {summary['optimizer']}, {summary['forwards']:,} forward passes"))
     parts = {"before (dev)": summary["before"], f"step {summary['kept_step']} (dev)": summary["dev"]}
     parts["test"] = summary["test"]
     names = list(dict.fromkeys(name for part in parts.values() for name in part))

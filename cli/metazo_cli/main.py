@@ -79,6 +79,11 @@ def main() -> None:
     except BrokenPipeError:
         os._exit(141)
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            errors.print(
+                "[bold red]error:[/]", _text(f"{str(error.filename)[:80]!r}... is longer than a file's name may be.")
+            )
+            sys.exit(2)
         if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT):
             raise
         errors.print("[bold red]error:[/]", _text(f"{error.filename or 'the output folder'}: {error.strerror}; nothing "

@@ -15,7 +15,7 @@ from metazo.comparisons.columns import ZERO_SHOT, Column, resolve
 from metazo.errors import UserError
 from metazo.io.files import write_whole
 from metazo.runs.config import FinetuneConfig
-from metazo.settings import build
+from metazo.settings import build, check_values
 
 SEARCH_SEED = 1000  # searches count from here, reported runs from 0
 # The budgets are those of the grid; what a run leaves behind is its result alone.
@@ -62,6 +62,7 @@ class Grid:
     """Settings of every run, as for metazo finetune"""
 
     def __post_init__(self):
+        check_values(self)
         for name in ("budget", "seeds", "search_seeds", "workers"):
             if getattr(self, name) < 1:
                 raise UserError(f"`{name}` must be at least 1, not {getattr(self, name)}.")

@@ -8,6 +8,25 @@ from pathlib import Path
 from typing import Any, Literal
 
 from metazo.errors import UserError
+from metazo.settings import check_number, check_values
+
+_COUNT, _POSITIVE, _RATE = {"least": 1}, {"above": 0}, {"above": 0, "most": 1e30}
+BOUNDS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("batch_size", "train_examples", "queries", "record_every", "save_every"), _COUNT),
+    **dict.fromkeys(("steps", "statistics_every", "max_length"), _COUNT),
+    **dict.fromkeys(("eps", "clip"), _POSITIVE),
+    **dict.fromkeys(("lr_update", "lr_meta", "teacher_lr"), _RATE),  # larger ones overflow in torch's own optimizers
+    "epochs": {"above": 0, "most": 1e6},
+    "restart_every": {"least": 0, "most": 1e6},
+    "hidden": {"least": 1, "most": 65536},
+    "unroll": {"least": 1, "most": 32},  # the graph of every inner step is kept, and deep ones end Python's stack
+    "bound": {"above": 0, "most": 20},  # a factor of e^20 between block and RMS; a tuner file holds less than 100
+    "seed": {"least": 0, "most": 2**63 - 1},
+    "momentum": {"least": 0},
+    "average": {"least": 0},
+    "entropy": {"least": 0, "most": 1e6},
+    "floor": {"least": 0, "most": 1},
+}
 
 
 @dataclass
@@ -115,15 +134,13 @@ class MetaConfig:
     """Go on with the run in `out`"""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "train_examples", "hidden", "queries", "unroll", "record_every", "save_every"):
-            _check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
-        for name in ("bound", "eps", "lr_update", "lr_meta", "teacher_lr", "clip"):
-            value = getattr(self, name)
-            _check(name, value, math.isfinite(value) and value > 0, "a finite number above 0")
-        for name in ("steps", "statistics_every", "max_length"):
-            _check(name, getattr(self, name), getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
-        _check("epochs", self.epochs, self.epochs > 0 and math.isfinite(self.epochs), "above 0")
-        _check("restart_every", self.restart_every, self.restart_every >= 0, "0 (never) or a number of epochs")
+        check_values(self)
+        for name, bounds in BOUNDS.items():
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), **bounds)
+        if self.momentum >= 1 or self.average >= 1:
+            name = "momentum" if self.momentum >= 1 else "average"
+            raise UserError(f"`{name}` must be below 1, not {getattr(self, name)}.")
         if not self.task:
             raise UserError("`task` is missing: name at least one task to train on (metazo tasks lists them).")
         if self.record is not None and self.trajectory is not None:
@@ -140,8 +157,3 @@ class MetaConfig:
         """What made the tuner, without paths of this machine, as a plain table."""
         hidden = {"out", "data", "record", "trajectory", "resume", "save_every", "device", "model", "task"}
         return {key: value for key, value in asdict(self).items() if key not in hidden and value is not None}
-
-
-def _check(name: str, value: object, good: bool, what: str) -> None:
-    if not good:
-        raise UserError(f"`{name}` must be {what}, not {value}.")

@@ -8,8 +8,10 @@ from typing import Any, Literal
 
 from metazo.errors import UserError
 from metazo.io.redact import has_secret, shown_address
-from metazo.settings import setting, with_role
+from metazo.settings import check_number, check_values, setting, with_role
 
+FIRST_ORDER = ("first-order-sgd", "first-order-adamw")
+MOST_FIRST_ORDER = 1e30  # a larger learning rate overflows in torch's own optimizers
 Precision = Literal["auto", "in-place", "master", "compensated-16", "compensated-8", "autocast"]
 
 
@@ -29,27 +31,33 @@ class FinetuneConfig:
     """Folder for config, log, metrics, plot and the tuned model"""
     optimizer: str = setting(default="mezo", role="method")
     """Method"""
-    lr: float | None = setting(default=None, role="method")
+    lr: float | None = setting(default=None, least=0, role="method")
     """Learning rate; by default the method's published one, made for models of billions of weights"""
-    eps: float = setting(default=1e-3, role="method")
+    eps: float = setting(default=1e-3, above=0, role="method")
     """Length of the probe"""
-    steps: int | None = setting(default=None, role="loop")
+    steps: int | None = setting(default=None, least=1, role="loop")
     """Steps to take; by default 1000, or what `forwards` pays for"""
-    forwards: int | None = setting(default=None, role="loop")
+    forwards: int | None = setting(default=None, least=1, role="loop")
     """Budget of forward passes over batches, instead of `steps`"""
-    batch_size: int = setting(default=16, role="data")
+    epochs: float | None = setting(default=None, above=0, most=1e6, role="loop")
+    """Passes over the training examples, instead of `steps`"""
+    patience: int | None = setting(default=None, least=1, role="loop")
+    """Early stopping: the run ends after so many evaluations in a row without a lower loss on dev; by default never"""
+    batch_size: int = setting(default=16, least=1, role="data")
     """Examples a batch"""
-    accumulate: int = setting(default=1, role="loop")
+    accumulate: int = setting(default=1, least=1, role="loop")
     """Batches a step, their losses averaged under one seed"""
     schedule: Literal["constant", "linear", "cosine"] = setting(default="constant", role="method")
-    """Learning rate over the run"""
-    weight_decay: float = setting(default=0.0, role="method")
+    """Learning rate over the run, after warmup"""
+    warmup: float | None = setting(default=None, least=0, most=1e9, role="method")
+    """Steps over which the learning rate rises to its value (below 1: a share of the run)"""
+    weight_decay: float = setting(default=0.0, least=0, role="method")
     """Decoupled decay; biases and layer norms are exempt by name"""
     noise: Literal["method", "gaussian", "rademacher"] = setting(default="method", role="method")
     """Distribution of the noise; method takes the method's own (Gaussian but for fzoo)"""
     scale: Literal["none", "rms"] = setting(default="none", role="method")
     """Block scale; rms moves each tensor in proportion to its size"""
-    statistics_every: int | None = setting(default=None, role="method")
+    statistics_every: int | None = setting(default=None, least=1, role="method")
     """Steps between readings of the weights' statistics for a block scale; by default 50, with the published features 1"""
     rule: Literal["method", "sgd", "momentum", "adam"] = setting(default="method", role="method")
     """What is done with the estimate; method takes the method's own"""
@@ -63,15 +71,15 @@ class FinetuneConfig:
     """Hyperparameters of the method by name; on the command line each is a flag"""
     data: Path | None = setting(default=None, role="place")
     """Folder with <task>/<split>.jsonl; by default the Hub"""
-    train_examples: int = setting(default=1000, role="data")
+    train_examples: int = setting(default=1000, least=1, role="data")
     """Examples to train on"""
-    dev_examples: int = setting(default=500, role="data")
+    dev_examples: int = setting(default=500, least=0, role="data")
     """Examples to choose the checkpoint on"""
-    test_examples: int = setting(default=1000, role="data")
+    test_examples: int = setting(default=1000, least=0, role="data")
     """Examples to report on"""
-    k_per_class: int | None = setting(default=None, role="data")
+    k_per_class: int | None = setting(default=None, least=1, role="data")
     """Few-shot: so many training examples of each class, and as many on dev unless their number is given"""
-    max_length: int | None = setting(default=None, role="data")
+    max_length: int | None = setting(default=None, least=1, role="data")
     """Longest input in tokens; by default the model's context"""
     kind: Literal["auto", "causal", "masked", "classifier"] = setting(default="auto", role="model")
     """How the model is used; auto follows its architecture"""
@@ -82,7 +90,7 @@ class FinetuneConfig:
     """Patterns of tensor names to train (all others rest), such as '*attn*'"""
     freeze: list[str] = setting(default_factory=list, role="model")
     """Patterns of tensor names to leave as they are"""
-    lora: int = setting(default=0, role="model")
+    lora: int = setting(default=0, least=0, most=4096, role="model")
     """Rank of LoRA adapters that are trained instead of the weights (needs the extra peft); 0: none"""
     merge: bool = setting(default=False, role="service")
     """Save LoRA adapters added to the weights, as a plain model, instead of the adapters alone"""
@@ -93,37 +101,38 @@ class FinetuneConfig:
     compensated keeps 16 or 8 bits beside each narrow weight instead; autocast runs float32 weights in bfloat16"""
     device: str = setting(default="auto", role="machine")
     """cpu, cuda, cuda:1, ...; auto takes a GPU where there is one"""
-    eval_every: int | None = setting(default=None, role="loop")
+    eval_every: int | None = setting(default=None, least=1, role="loop")
     """Steps between evaluations on dev; by default a tenth of the run"""
-    eval_batch_size: int = setting(default=32, role="evaluation")
+    eval_batch_size: int = setting(default=32, least=1, role="evaluation")
     """Examples a batch in evaluation"""
     keep: Literal["best", "last", "none"] = setting(default="best", role="loop")
     """Which weights to save and test: best on dev, as in the papers, the last, or none (the last are tested)"""
-    snapshot_every: int = setting(default=500, role="service")
+    snapshot_every: int = setting(default=500, least=0, role="service")
     """Steps between snapshots for `resume` (0: none, resuming replays the log from the base model)"""
-    flush_every: int = setting(default=1, role="service")
+    flush_every: int = setting(default=1, least=1, role="service")
     """Steps between hand-overs of the step log to the operating system; a killed process computes the rest again"""
-    fsync_every: int = setting(default=100, role="service")
+    fsync_every: int = setting(default=100, least=0, role="service")
     """Steps between syncs of the step log to the disk (0: at evaluations and snapshots alone), for power loss"""
-    max_loss: float = setting(default=1e4, role="loop")
+    max_loss: float = setting(default=1e4, above=0, role="loop")
     """Loss above which a step is skipped, as where it is not finite"""
-    max_bad_steps: int = setting(default=10, role="service")
+    max_bad_steps: int = setting(default=10, least=1, role="service")
     """Skipped steps in a row after which the run stops"""
-    seed: int = setting(default=0, role="data")
+    seed: int = setting(default=0, least=0, most=2**63 - 1, role="data")
     """Seed of noise, data order, split and a new head"""
     resume: bool = setting(default=False, role="place")
     """Go on with the run in `out`; its settings are read from there"""
 
     def __post_init__(self):
-        for name in ("batch_size", "accumulate", "train_examples", "eval_batch_size", "flush_every", "max_bad_steps"):
-            _at_least(name, getattr(self, name), 1)
-        for name in ("dev_examples", "test_examples", "snapshot_every", "fsync_every", "lora"):
-            _at_least(name, getattr(self, name), 0)
-        for name in ("steps", "forwards", "eval_every", "max_length", "k_per_class", "statistics_every"):
-            if getattr(self, name) is not None:
-                _at_least(name, getattr(self, name), 1)
-        if self.steps is not None and self.forwards is not None:
-            raise UserError("`steps` and `forwards` both set the length of the run; give one of them.")
+        check_values(self)
+        if self.optimizer in FIRST_ORDER and self.lr is not None:
+            check_number("lr", self.lr, most=MOST_FIRST_ORDER)
+        lengths = [name for name in ("steps", "forwards", "epochs") if getattr(self, name) is not None]
+        if len(lengths) > 1:
+            raise UserError(
+                f"{' and '.join(f'`{name}`' for name in lengths)} set the length of the run; give one of them."
+            )
+        if self.patience is not None and self.dev_examples == 0:
+            raise UserError("`patience` counts evaluations on dev and `dev_examples` is 0; leave one of them out.")
         if self.keep == "best" and self.dev_examples == 0:
             raise UserError("`keep='best'` chooses on dev examples and `dev_examples` is 0; use `keep='last'`.")
         self.method = {key: tuple(value) if isinstance(value, list) else value for key, value in self.method.items()}
@@ -134,11 +143,6 @@ class FinetuneConfig:
             )
         if self.tuner is not None and self.scale != "none":
             raise UserError("`tuner` and `scale` both set the block scales; give one of them.")
-
-
-def _at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise UserError(f"`{name}` must be at least {least}, not {value}.")
 
 
 INCIDENTAL = with_role(FinetuneConfig, "place", "machine", "service")

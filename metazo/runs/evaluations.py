@@ -99,6 +99,14 @@ class Scores:
         limit = self.config.max_loss if abs(first) <= self.config.max_loss else math.inf
         return record.get("weights_finite", True) and math.isfinite(loss) and abs(loss) <= limit
 
+    def stalled(self) -> bool:
+        """Whether `patience` evaluations in a row brought no lower loss on dev: a function of the records alone."""
+        patience = self.config.patience
+        if patience is None or not self.records:
+            return False
+        losses = [record["dev"]["loss"] if self.usable(record) else math.inf for record in self.records]
+        return len(losses) - 1 - losses.index(min(losses)) >= patience
+
     def diverged(self) -> str | None:
         """What is wrong with the last evaluation, in words; None if nothing is."""
         last = self.records[-1]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -31,17 +30,11 @@ from metazo.runs.interrupt import Interrupted, interruptible
 from metazo.runs.monitor import Diverged, Watch
 from metazo.runs.progress import progress
 from metazo.runs.resources import peak_memory, refuse_ranks, require_space
+from metazo.runs.schedule import share, warmup_steps
 from metazo.runs.setup import Setup, set_up
 from metazo.step.record import Step
 from metazo.steplog.writer import StepLog
 from metazo.tasks.closures import BatchLoss
-
-# Learning rate over the run, as a share of `lr`, by the share of the run that is done.
-SCHEDULES: dict[str, Callable[[float], float]] = {
-    "constant": lambda done: 1.0,
-    "linear": lambda done: 1 - done,
-    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
-}
 
 
 def finetune(config: FinetuneConfig, console: Console | None = None) -> dict[str, Any]:
@@ -106,6 +99,7 @@ class _Run:
         self.model: nn.Module = setup.loaded.model
         self.optimizer, self.prepared = setup.optimizer, setup.prepared
         self.optimizer.max_loss = config.max_loss
+        self.warmup = warmup_steps(config.warmup, setup.steps)
         self.rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         decisive = {key: value for key, value in asdict(config).items() if key not in INCIDENTAL}
         schedule = {"flush_every": config.flush_every, "fsync_every": config.fsync_every}
@@ -170,6 +164,8 @@ class _Run:
             optimizer.recorder = self.log.append
         with progress(self.console, total, optimizer.steps) as show:
             for step in range(optimizer.steps, total):
+                if self.scores.stalled():
+                    break
                 self._set_rates(step)
                 closures = self._closures(step)
                 loss = optimizer.step(closures)
@@ -185,7 +181,7 @@ class _Run:
 
     def _set_rates(self, step: int) -> None:
         for group, rate in zip(self.optimizer.param_groups, self.rates):
-            group["lr"] = rate * SCHEDULES[self.config.schedule](step / self.setup.steps)
+            group["lr"] = rate * share(self.config.schedule, step, self.setup.steps, self.warmup)
 
     def _closures(self, step: int) -> list[BatchLoss]:
         """The losses of the step's batches."""
@@ -218,7 +214,7 @@ class _Run:
         config, loaded, records = self.config, self.setup.loaded, self.scores.records
         best = self.scores.best()
         kept = best["step"] if config.keep == "best" else self.optimizer.steps
-        notes = [*self.prepared.notes, *self._divergence(kept)]
+        notes = [*self.prepared.notes, *self._divergence(kept), *self._stopped_early()]
         if config.keep == "best":
             self._load_best(kept)
         test = self.scores.on("test") if config.test_examples else {}
@@ -275,6 +271,14 @@ class _Run:
             f"The run diverged: after step {last} {wrong}; {advice} and choose another `out`. The step log is whole and {where}"
             f"{'' if isinstance(self.optimizer, FirstOrder) else how}."
         )
+
+    def _stopped_early(self) -> list[str]:
+        taken, total = self.optimizer.steps, self.setup.steps
+        if taken == total:
+            return []
+        note = f"Stopped early after step {taken} of {total}: {self.config.patience} evaluations without a lower loss on dev."
+        self.folder.say(note)
+        return [note]
 
     def _load_best(self, step: int) -> None:
         found = self.folder.load_tensors(BEST)

@@ -44,7 +44,7 @@ from metazo.runs.header import environment, tuner_hash
 from metazo.runs.inputs import architecture
 from metazo.runs.method import build_optimizer, resolve_device
 from metazo.runs.resources import refuse_ranks
-from metazo.settings import build
+from metazo.settings import build, check_path
 from metazo.step.record import Step
 from metazo.steplog.format import Scan, change, scan
 from metazo.steplog.format import differences as log_differences
@@ -100,6 +100,8 @@ def replay(
     """
     transformers_logging.disable_progress_bar()
     refuse_ranks("replay")
+    for name, path in (("log", log), ("base", base), ("out", out or "")):
+        check_path(name, path)
     found = scan(log).sound()
     header = _checked(found)
     if out is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from metazo.optimizers.svrg import MeZOSVRG
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.method import build_optimizer, resolve_device
 from metazo.runs.resources import size
+from metazo.runs.schedule import warmup_steps
 from metazo.step.precision import cost
 from metazo.tasks import Prepared, prepare, resolve
 from metazo.tasks.classes import fit_head
@@ -61,10 +63,12 @@ class Setup:
             f"{len(self.prepared.test)} test; inputs of at most {self.limit} tokens",
             "trained weights": f"{self.trained:,} of {sum(p.numel() for p in model.parameters()):,}",
             "optimizer": config.optimizer + (f", tuner {config.tuner}" if config.tuner else ""),
-            "learning rate": f"{group['lr']:g} {config.schedule}",
+            "learning rate": f"{group['lr']:g} {config.schedule}"
+            + (f", {warmup_steps(config.warmup, self.steps):,} steps of warmup" if config.warmup else ""),
             "effective learning rate": f"{group['lr'] * self.optimizer.energy:g} "
             "(times the mean square of a direction's entries)",
-            "steps": f"{self.steps:,}, {self.forwards:,} forward passes over {config.batch_size} examples",
+            "steps": f"{'at most ' if config.patience else ''}{self.steps:,}, {self.forwards:,} forward passes over "
+            f"{config.batch_size} examples",
             "precision": self._precision(config),
             "memory": f"weights {size(weights)}, optimizer {size(state)}, one batch's activations beside them",
             "disk": f"tuned model {size(saved)}; snapshots {size(snapshots)} and the best weights {size(best)} until the "
@@ -114,6 +118,8 @@ def set_up(config: FinetuneConfig) -> Setup:
     optimizer = make_optimizer(config, loaded, prepared, device)
     a_step = optimizer.forwards_per_step(config.accumulate)
     steps = int(config.forwards / a_step) if config.forwards else config.steps or 1000
+    if config.epochs:
+        steps = math.ceil(config.epochs * len(prepared.train) / (config.batch_size * config.accumulate))
     if steps == 0:
         raise UserError(f"`forwards` {config.forwards} does not pay for one step of {config.optimizer} ({a_step:g}).")
     limit = min(config.max_length or loaded.context_length, loaded.context_length)

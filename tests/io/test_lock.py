@@ -1,0 +1,57 @@
+"""One process at a time in a folder: within a process, after a death, with odd files in the lock's place."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from metazo.errors import UserError
+from metazo.io.lock import NAME, FolderLock
+
+HOLD = "import sys, time; from pathlib import Path; from metazo.io.lock import FolderLock\n"
+HOLD += "FolderLock(Path(sys.argv[1])).acquire(); print('held', flush=True); time.sleep(60)"
+
+
+def test_a_second_holder_is_refused_by_process_and_host(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "a")], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    words = f"`out` .* is in use by process {process.pid} on {socket.gethostname()}; wait"
+    for refused in (FolderLock(tmp_path / "a").acquire, FolderLock(tmp_path / "a").check):
+        with pytest.raises(UserError, match=words):
+            refused()
+    process.kill()  # no one cleans up
+    process.communicate()
+    assert (tmp_path / "a" / NAME).exists()
+    FolderLock(tmp_path / "a").check()
+    with FolderLock(tmp_path / "a"), pytest.raises(UserError, match=f"process {os.getpid()} "):
+        FolderLock(tmp_path / "a").acquire()
+    assert not (tmp_path / "a" / NAME).exists() and (tmp_path / "a").is_dir(), "a folder that was there stays"
+
+
+def test_a_folder_that_the_lock_made_goes_if_it_is_empty(tmp_path: Path) -> None:
+    with FolderLock(tmp_path / "empty"):
+        pass
+    with FolderLock(tmp_path / "full"):
+        (tmp_path / "full" / "file").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+@pytest.mark.parametrize("content", ["", "no JSON", "[1]", '{"pid": "x"}', '{"pid": 1, "host": "\\u001b[2J"}'])
+def test_whatever_the_lock_says_the_message_is_one_line(tmp_path: Path, content: str) -> None:
+    with FolderLock(tmp_path):
+        (tmp_path / NAME).write_text(content)
+        with pytest.raises(UserError, match="in use by ") as error:
+            FolderLock(tmp_path).acquire()
+    assert str(error.value).isprintable()
+
+
+def test_a_place_that_cannot_be_a_folder_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / ("n" * 300)):
+        with pytest.raises(UserError, match="cannot be used"):
+            FolderLock(path).acquire()

@@ -1,0 +1,135 @@
+"""Warmup, early stopping, epochs, and numbers out of range."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from metazo.errors import UserError
+from metazo.meta.config import MetaConfig
+from metazo.runs.config import FinetuneConfig
+from metazo.runs.finetune import _Run, finetune
+from metazo.runs.interrupt import Interrupted
+from metazo.runs.schedule import SCHEDULES, share, warmup_steps
+from metazo.settings import build
+from metazo.steplog.format import read
+
+SETTINGS = {
+    "model": "pico", "task": "pico_sentiment", "steps": 12, "batch_size": 2, "train_examples": 8, "dev_examples": 4,
+    "test_examples": 4, "eval_every": 2, "snapshot_every": 5, "lr": 1e-4,
+}  # fmt: skip
+
+
+def config(out: Path, **settings) -> FinetuneConfig:
+    return build(FinetuneConfig, {**SETTINGS, "out": out, **settings})
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_without_warmup_the_schedule_is_what_it_was(schedule):
+    before = {
+        "constant": lambda d: 1.0,
+        "linear": lambda d: 1 - d,
+        "cosine": lambda d: 0.5 * (1 + math.cos(math.pi * d)),
+    }
+    assert [share(schedule, step, 7) for step in range(7)] == [before[schedule](step / 7) for step in range(7)]
+
+
+def test_warmup_rises_evenly_and_then_the_schedule_runs_over_the_rest():
+    """Against torch's own schedulers, chained: LinearLR from 1/5 over 4 steps, then LinearLR to 0 over 8."""
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    up = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / 5, 1.0, total_iters=4)
+    down = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=8)
+    both = torch.optim.lr_scheduler.SequentialLR(optimizer, [up, down], milestones=[4])
+    for step in range(12):
+        assert share("linear", step, 12, 4) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
+        optimizer.step()
+        both.step()
+
+
+def test_warmup_is_a_share_below_1_and_a_number_of_steps_from_1_on():
+    assert [warmup_steps(warmup, 30) for warmup in (None, 0, 0.1, 0.11, 1, 7, 99)] == [0, 0, 3, 4, 1, 7, 30]
+
+
+def test_epochs_set_the_length(tmp_path):
+    summary = finetune(config(tmp_path / "run", steps=None, epochs=1.5, train_examples=10, accumulate=2, lr=0.0))
+    assert summary["steps"] == 4  # 15 examples, 4 a step
+    with pytest.raises(UserError, match="`steps` and `epochs` set the length"):
+        config(tmp_path, epochs=1.0)
+
+
+def test_patience_ends_the_run_after_so_many_evaluations_without_a_lower_loss(tmp_path):
+    """At learning rate 0 no evaluation is lower than the first: the third ends the run, whatever `steps` says."""
+    summary = finetune(config(tmp_path / "run", lr=0.0, patience=3))
+    assert summary["steps"] == 6 and "Stopped early after step 6 of 12" in summary["notes"][-1]
+    losses = [json.loads(row)["dev"]["loss"] for row in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 4 and losses.index(min(losses)) == 0
+
+
+@pytest.mark.parametrize(
+    "settings", [{"warmup": 0.5, "schedule": "linear"}, {"lr": 0.0, "patience": 2}, {"steps": None, "epochs": 3.0}]
+)
+def test_stopped_and_resumed_is_bit_identical(tmp_path, settings, monkeypatch):
+    finetune(config(tmp_path / "whole", **settings))
+    stop = _Run._stop_if_asked
+
+    def stopping(self, step):
+        if step == 3:
+            self.caught.append("SIGTERM")
+        stop(self, step)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(_Run, "_stop_if_asked", stopping)
+        with pytest.raises(Interrupted):
+            finetune(config(tmp_path / "cut", **settings))
+    finetune(config(tmp_path / "cut", resume=True, **settings))
+    for name in ("steps.jsonl", "model/model.safetensors"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    if "warmup" in settings:
+        rates = [step.lr[0] / 1e-4 for step in read(tmp_path / "cut/steps.jsonl")]
+        assert rates == pytest.approx([*(n / 7 for n in range(1, 7)), *(1 - n / 6 for n in range(6))])
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"max_loss": math.nan}, "`max_loss` must be a finite number, not nan"),
+        ({"max_loss": math.inf}, "`max_loss` must be a finite number, not inf"),
+        ({"seed": -1}, "`seed` must be at least 0, not -1"),
+        ({"lr": 1e38, "optimizer": "first-order-adamw"}, "`lr` must be at most 1e.30, not 1e.38"),
+        ({"lr": math.nan}, "`lr` must be a finite number"),
+        ({"eps": 0.0}, "`eps` must be above 0, not 0"),
+        ({"lora": 10**9}, "`lora` must be at most 4,096"),
+        ({"steps": 10**12}, "`steps` must be at most 1,000,000,000"),
+        ({"model": "m" * 300}, "`model` has a name of 300 bytes"),
+        ({"task": "t" * 256 + "/x.yaml"}, "`task` has a name of 256 bytes"),
+        ({"out": Path("a/\udcff")}, "`out` 'a/.udcff' is not UTF-8"),
+        ({"patience": 1, "dev_examples": 0, "keep": "last"}, "`patience` counts evaluations on dev"),
+    ],
+)
+def test_a_setting_out_of_range_is_said(tmp_path, settings, words):
+    with pytest.raises(UserError, match=words):
+        config(**{"out": tmp_path / "run", **settings})
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"momentum": -1.0}, "`momentum` must be at least 0, not -1"),
+        ({"momentum": 1.0}, "`momentum` must be below 1"),
+        ({"hidden": 10**9}, "`hidden` must be at most 65,536"),
+        ({"seed": -1}, "`seed` must be at least 0"),
+        ({"restart_every": math.inf}, "`restart_every` must be a finite number"),
+        ({"unroll": 200, "objective": "published"}, "`unroll` must be at most 32"),
+        ({"bound": 1000.0}, "`bound` must be at most 20"),
+        ({"entropy": math.inf}, "`entropy` must be a finite number"),
+        ({"teacher_lr": 1e38, "teacher": "adamw"}, "`teacher_lr` must be at most 1e.30"),
+    ],
+)
+def test_a_setting_of_meta_training_out_of_range_is_said(tmp_path, settings, words):
+    with pytest.raises(UserError, match=words):
+        build(MetaConfig, {"model": "pico", "task": ["pico_topic"], "out": tmp_path, **settings})
