@@ -1,4 +1,4 @@
-"""What the README says is what happens."""
+"""What the README and the other pages say is what happens."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "metazo/tasks/README.md", ROOT / "tests/golden/README.md"]
 
 
 def test_the_example_learns():
@@ -20,21 +24,32 @@ def test_the_example_learns():
     assert float(done.stdout.split()[-1]) >= 0.95
 
 
-def test_links_and_pictures_exist():
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
-        assert (Path(__file__).parents[1] / target).exists(), target
+def slug(heading: str) -> str:
+    """The anchor of a heading, as GitHub makes it."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_and_pictures_exist(page):
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text()):
+        path = page.parent / target if target else page
+        assert path.exists(), target
+        assert not anchor or anchor in map(slug, re.findall(r"^#+ (.*)$", path.read_text(), re.M)), f"{target}#{anchor}"
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 130
 
 
 def test_the_table_of_methods_is_that_of_the_probes():
     """Rendered from docs/capabilities.json (benchmarks/capabilities.py), and it has every method."""
     from metazo.optimizers import OPTIMIZERS
 
-    root = Path(__file__).parents[1]
-    spec = importlib.util.spec_from_file_location("capabilities", root / "benchmarks" / "capabilities.py")
+    spec = importlib.util.spec_from_file_location("capabilities", ROOT / "benchmarks" / "capabilities.py")
     assert spec is not None and spec.loader is not None
     capabilities = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(capabilities)
-    found = json.loads((root / "docs" / "capabilities.json").read_text())
+    found = json.loads((ROOT / "docs" / "capabilities.json").read_text())
     assert capabilities.rendered(README, found) == README and set(found) == set(OPTIMIZERS)
     probed = capabilities.probe("lozo")
     assert probed == found["lozo"]

@@ -1,9 +1,8 @@
 """Tables and plot from speed.json, for the terminal and for documents; several processors are shown side by side.
 
-    python -m metazo.bench.render benchmarks/speed.json docs/speed.md README.md
+    python -m metazo.bench.render benchmarks/speed.json docs/speed.md
 
-puts the tables between `<!-- speed -->` and `<!-- end of speed -->` of each document, the table of steps alone between
-`<!-- steps -->` and `<!-- end of steps -->`, and draws speed.png beside the first.
+puts the tables between `<!-- speed -->` and `<!-- end of speed -->` of each document, and draws speed.png beside the first.
 """
 
 from __future__ import annotations
@@ -165,12 +164,6 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n\n".join([*picture, *(table.markdown() for table in tables(result)), sentence(result)])
 
 
-def short(result: dict[str, Any]) -> str:
-    """The table of steps alone, for a README."""
-    steps = [table.markdown() for table in tables(result) if table.title == TITLES["steps"]]
-    return "\n\n".join([*steps, sentence(result)])
-
-
 def placed(document: str, name: str, text: str) -> str:
     """The document with the text between `<!-- name -->` and `<!-- end of name -->`."""
     begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
@@ -184,8 +177,7 @@ def main() -> None:
     given = parser.parse_args()
     result = measurements.read(given.figures)
     for document in given.documents:
-        text = placed(document.read_text(), "speed", markdown(result))
-        document.write_text(placed(text, "steps", short(result)))
+        document.write_text(placed(document.read_text(), "speed", markdown(result)))
     picture.plot(result, given.documents[0].with_name("speed.png"))
 
 

@@ -138,7 +138,7 @@ class BlockScale:
 class RMSScale(BlockScale):
     """sigma_b = RMS(theta_b): each block moves in proportion to its size. Free, and so far the one to beat.
 
-    Source: none published; measured here (docs and README). Blocks below RMS_FLOOR of the whole are raised to it.
+    Source: none published; measured here (docs/results.md). Blocks below RMS_FLOOR of the whole are raised to it.
     """
 
     def sigma(self, state: State) -> Tensor:

@@ -264,8 +264,6 @@ def test_the_page_of_figures_is_rendered_from_the_committed_json():
     page, result = (ROOT / "docs" / "speed.md").read_text(), measurements.read(ROOT / "benchmarks" / "speed.json")
     assert render.placed(page, "speed", render.markdown(result)) == page
     assert render.placed(page, "speed", "") != page
-    readme = (ROOT / "README.md").read_text()
-    assert render.placed(readme, "steps", render.short(result)) == readme
     for there in result["processors"]:
         assert set(there["suites"]) <= set(suites.SUITES) and not there["environment"]["quick"]
 
