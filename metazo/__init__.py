@@ -51,10 +51,10 @@ if TYPE_CHECKING:
     from metazo.optimizers.svrg import MeZOSVRG as MeZOSVRG
     from metazo.optimizers.zo_finetuner import ZOFinetuner as ZOFinetuner
     from metazo.runs.finetune import finetune as finetune
+    from metazo.runs.measure import evaluate as evaluate
     from metazo.runs.replay import replay as replay
     from metazo.tasks import Task as Task
     from metazo.tasks import prepare as prepare
-    from metazo.tasks.evaluate import evaluate as evaluate
     from metazo.zoo import load as load_tuner  # noqa: F401
 
 __version__ = "0.1.0"
@@ -65,7 +65,7 @@ _HOMES = {
     "Task": "metazo.tasks",
     "UserError": "metazo.errors",
     "compare": "metazo.comparisons.compare",
-    "evaluate": "metazo.tasks.evaluate",
+    "evaluate": "metazo.runs.measure",
     "finetune": "metazo.runs.finetune",
     "load_model": "metazo.models.assemble",
     "load_tuner": "metazo.zoo",

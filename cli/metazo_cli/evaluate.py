@@ -14,51 +14,67 @@ from .messages import Terminal
 
 
 def evaluate(
-    model: Annotated[str, typer.Option(help="Folder or Hub id of the model, or pico.")],
-    task: Annotated[list[str], typer.Option(help="Task by name or YAML file; may be repeated.")],
+    run: Annotated[
+        str | None, typer.Argument(help="Folder of a run: its model on its own rows.", show_default=False)
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Instead: folder or Hub id of a model, or pico.")] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="Task by name or YAML file; may be repeated. By default the run's.")
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="Folder with <task>/<split>.jsonl; by default the Hub.")] = None,
     split: Annotated[str, typer.Option(help="dev or test.")] = "test",
-    examples: Annotated[int, typer.Option(help="Most examples.", min=1)] = 1000,
-    batch_size: Annotated[int, typer.Option(help="Examples a batch.", min=1)] = 32,
+    examples: Annotated[
+        int | None, typer.Option(help="Most examples; by default the run's, or 500 on dev and 1000 on test.", min=1)
+    ] = None,
+    train_examples: Annotated[
+        int | None, typer.Option(help="Rows that count as training rows, which are not scored.", min=0)
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples a batch (default 32).", min=1)] = None,
     max_length: Annotated[int | None, typer.Option(help="Longest input in tokens.", min=1)] = None,
-    kind: Annotated[str, typer.Option(help="auto, causal, masked or classifier.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64.")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto takes a GPU where there is one.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Seed of the split.")] = 0,
+    kind: Annotated[str | None, typer.Option(help="auto, causal, masked or classifier (default auto).")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32 (default), bfloat16, float16 or float64; by default the run's.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; by default a GPU if there is one.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the split (default 0, or the run's).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Evaluate a model on tasks: loss, metric, and what the majority class would score."""
-    from metazo.errors import UserError
-    from metazo.models.load import load_model
-    from metazo.runs.method import resolve_device
-    from metazo.tasks import prepare, resolve
-    from metazo.tasks.evaluate import evaluate as run
+    """Evaluate a model on tasks: loss, metric, and what the majority class would score.
 
-    if split not in ("dev", "test"):
-        raise UserError(f"--split {split!r}: choose dev or test.")
+    metazo evaluate runs/a
+
+    metazo evaluate --model pico --task pico_sentiment --task pico_topic
+    """
+    from metazo.errors import UserError
+    from metazo.runs.folder import read_config, run_of
+    from metazo.runs.measure import evaluate as score
+
+    if (run is None) == (model is None):
+        raise UserError("name what to evaluate: the folder of a run, or a model with `model` (one of the two).")
+    notes = Terminal(stderr=True)
     results = {}
-    for name in task:
-        chosen = resolve(name)
-        labels = len(chosen.labels) if chosen.kind == "classification" else None
-        loaded = load_model(
-            model,
+    of_run = run_of(Path(str(run or model)))
+    for name in task or [read_config(of_run)["task"] if of_run else None]:
+        results[str(name)] = score(
+            str(run or model),
+            name,
+            split=split,  # type: ignore[arg-type]
+            examples=examples,
+            say=lambda note: notes.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True),
+            data=data,
+            train_examples=train_examples,
+            eval_batch_size=batch_size,
+            max_length=max_length,
             kind=kind,
             dtype=dtype,
-            device=resolve_device(device),
-            num_labels=labels,
+            device=device,
             seed=seed,
-            trained_head=True,
-        )  # fmt: skip
-        sizes = {"dev": examples, "test": 1000} if split == "dev" else {"dev": 500, "test": examples}
-        prepared = prepare(chosen, loaded, data=data, seed=seed, max_length=max_length, **sizes)
-        results[name] = run(loaded.model, prepared, split, batch_size=batch_size)  # type: ignore[arg-type]
-        for note in prepared.notes:
-            Terminal(stderr=True).print(f"note: {note}", highlight=False)
+        )
     if as_json:
         print(json.dumps(results))
         return
     names = list(dict.fromkeys(metric for result in results.values() for metric in result))
-    table = Table("task", *names, title=f"{model}, {split}")
+    table = Table("task", *names, title=f"{run or model}, {split}")
     for name, result in results.items():
         table.add_row(name, *(f"{result[metric]:.4g}" if metric in result else "" for metric in names))
     Console().print(table)

@@ -22,28 +22,31 @@ from metazo.io.plain import parse_json, shown
 from metazo.io.tensorfile import read_tensors, write_tensors
 from metazo.steplog.format import change
 
-CONFIG, METRICS, SUMMARY, STEPS, BEST = (
-    "config.json",
-    "metrics.jsonl",
-    "summary.json",
-    "steps.jsonl",
-    "best.safetensors",
-)
+CONFIG, METRICS, SUMMARY, STEPS = "config.json", "metrics.jsonl", "summary.json", "steps.jsonl"
+BEST, MODEL = "best.safetensors", "model"
 BELONGS = "belongs"  # key of the hashes in config.json
 MAX_CONFIG_BYTES = 2**20
 _LEFT_BEHIND = ".*.tmp"  # what a killed process was writing when it died
 
 
+def run_of(path: Path) -> Path | None:
+    """The folder of the run that a path names, by itself or by its kept model; None if it is no run's."""
+    for folder in (path, path.parent if path.name == MODEL else path):
+        if is_file(folder / CONFIG) and is_file(folder / STEPS):
+            return folder
+    return None
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """The settings of the run in a folder. Raises UserError where it holds none."""
     if not is_file(path / CONFIG):
-        raise UserError(f"`resume=True`: {path} holds no run (no {CONFIG}).")
+        raise UserError(f"{path} holds no run (no {CONFIG}).")
     try:
         found = parse_json(read_capped(path / CONFIG, MAX_CONFIG_BYTES, "settings of the run"))
     except ValueError as error:
-        raise UserError(f"{path / CONFIG} is damaged, so the run cannot be resumed: {error}.") from error
+        raise UserError(f"{path / CONFIG} is damaged, so the run cannot go on: {error}.") from error
     if not isinstance(found, dict):
-        raise UserError(f"{path / CONFIG} is damaged, so the run cannot be resumed: it is no mapping of settings.")
+        raise UserError(f"{path / CONFIG} is damaged, so the run cannot go on: it is no mapping of settings.")
     return found
 
 
@@ -223,7 +226,7 @@ class RunFolder:
 
     def save_model(self, *parts: Any) -> None:
         """`model/` with what each part's save_pretrained writes, whole or not at all."""
-        target, temporary = self.path / "model", self.path / f".model.{os.getpid()}.tmp"
+        target, temporary = self.path / MODEL, self.path / f".model.{os.getpid()}.tmp"
         try:
             save_parts(temporary, *parts)
             shutil.rmtree(target, ignore_errors=True)

@@ -67,6 +67,8 @@ def test_meta_train_push_finetune_evaluate(published, tmp_path):
         "evaluate", f"--model={tmp_path / 'run' / 'model'}", "--task=pico_sentiment", "--examples=16", "--json"
     )
     assert json.loads(shown.stdout)["pico_sentiment"]["examples"] == 16
+    own = metazo("evaluate", str(tmp_path / "run"), "--json")
+    assert json.loads(own.stdout) == {"pico_sentiment": summary["test"]}
     listed = json.loads(metazo("zoo", "list", "--zoo", str(published), "--json").stdout)
     assert any(entry["base_model"] == "pico" for entry in listed)
     assert metazo("zoo", "verify", "--zoo", str(published)).returncode == 0

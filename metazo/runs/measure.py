@@ -1,0 +1,117 @@
+"""Loss and metrics of a model on a task; of a run's model on the run's own rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from metazo.errors import UserError
+from metazo.models.assemble import load
+from metazo.models.describe import describe
+from metazo.models.load import LoadedModel
+from metazo.runs.config import FinetuneConfig
+from metazo.runs.folder import MODEL, STEPS, read_config, run_of
+from metazo.runs.method import resolve_device
+from metazo.settings import build, with_role
+from metazo.steplog.format import scan
+from metazo.tasks import Task, prepare, resolve
+from metazo.tasks import evaluate as scoring
+from metazo.tasks.data import VERSION
+
+# What of a run's settings decides which rows are scored, and how.
+OF_A_RUN = set(with_role(FinetuneConfig, "data", "evaluation", "place", "machine")) | {"kind", "dtype"}
+
+
+def evaluate(
+    model: str | Path | LoadedModel,
+    task: str | Path | Task | None = None,
+    *,
+    split: Literal["dev", "test"] = "test",
+    examples: int | None = None,
+    say: Callable[[str], None] = lambda text: None,
+    **settings: Any,
+) -> dict[str, float]:
+    """Loss and metrics of a model on a split of a task.
+
+    Args:
+        model: a folder or Hub id of transformers, pico, LoRA adapters, a `LoadedModel`; or the folder of a run, whose kept
+            model is scored on the run's own rows: task, data, sizes, seed and lengths are those of the run unless given.
+        task: by name, as a YAML file, or a Task; by default the run's.
+        split: dev or test. Rows that the model was trained on are in neither, if metazo trained it and its data are the
+            same; a note says so if it cannot be known.
+        examples: most rows of the split; by default the run's number, or 500 on dev and 1,000 on test.
+        say: takes each note, a sentence.
+        settings: of FinetuneConfig: data, train_examples, max_length, kind, dtype, device, seed, eval_batch_size, ...
+
+    Returns: "loss" (nats, mean over examples), the task's metrics (0 to 1; mcc -1 to 1), "examples", and for classification
+    and choice "majority", the share of the commonest answer.
+    Raises UserError for a run that kept no model, a classifier without a trained head, and what `load` and `prepare` refuse.
+
+        metazo.evaluate("runs/a")                                   # the run's own test rows
+        metazo.evaluate("pico", "pico_sentiment", split="dev", examples=100)
+    """
+    if split not in ("dev", "test"):
+        raise UserError(f"`split` {split!r}: choose dev or test.")
+    run = None if isinstance(model, LoadedModel) else run_of(Path(model))
+    began: dict[str, Any] = {}
+    if run is not None:
+        if not (run / MODEL).is_dir():
+            raise UserError(f"{run} keeps no model (a run that has not ended, or `keep='none'`): see metazo replay.")
+        model = run / MODEL
+        began = {name: value for name, value in read_config(run).items() if name in OF_A_RUN - {"out", "resume"}}
+    name = str(task) if isinstance(task, str | Path) else task.name if task else None
+    given = settings | {"task": name, f"{split}_examples": examples}
+    fixed = {"model": str(model), "out": Path(), "keep": "last", "resume": False}
+    config = build(FinetuneConfig, began, given, fixed)
+    chosen = task if isinstance(task, Task) else resolve(config.task)
+    loaded = model if isinstance(model, LoadedModel) else _load(model, config, chosen)
+    trained = _trained(run) if run is not None else None
+    if trained and not getattr(loaded.model.config, "metazo", None):  # adapters have no config of their own
+        describe(loaded.model, trained)
+    prepared = prepare(
+        chosen,
+        loaded,
+        data=config.data,
+        train=config.train_examples,
+        dev=config.dev_examples,
+        test=config.test_examples,
+        seed=config.seed,
+        max_length=config.max_length,
+        k_per_class=config.k_per_class,
+    )
+    for note in [*prepared.notes, *(_doubts(trained, prepared.record) if run is not None else ())]:
+        say(note)
+    return scoring.evaluate(loaded.model, prepared, split, batch_size=config.eval_batch_size)
+
+
+def _load(model: str | Path, config: FinetuneConfig, task: Task) -> LoadedModel:
+    return load(
+        model,
+        kind=config.kind,
+        dtype=config.dtype,
+        device=resolve_device(config.device),
+        num_labels=len(task.labels) if task.kind == "classification" else None,
+        seed=config.seed,
+        trained_head=True,
+    )
+
+
+def _trained(run: Path) -> dict[str, Any] | None:
+    """The record of the rows that a run was trained on; None for a log that has none."""
+    found = scan(run / STEPS).header.get("trained")
+    return found if isinstance(found, dict) else None
+
+
+def _doubts(trained: dict[str, Any] | None, scored: dict[str, Any]) -> list[str]:
+    """Why rows that are scored may have been trained on: rows are known by their task and their number."""
+    if trained is None or trained.get("version") != VERSION:
+        return [
+            "The run is of a version of metazo that split rows in another way: some of these may have been trained on."
+        ]
+    if trained.get("task") == scored["task"] and trained.get("rows") != scored["rows"]:
+        return [
+            f"The run was split from {trained.get('rows')} rows and there are {scored['rows']} now: some of these may have "
+            "been trained on."
+        ]
+    return []

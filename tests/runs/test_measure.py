@@ -1,0 +1,114 @@
+"""evaluate: a run's model on the run's own rows, and no row that a model was trained on."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+
+from metazo.errors import UserError
+from metazo.models.load import load_model
+from metazo.runs.config import FinetuneConfig
+from metazo.runs.finetune import finetune
+from metazo.runs.measure import evaluate
+from metazo.settings import build
+from metazo.steplog.format import line, scan
+from metazo.tasks import evaluate as scoring
+from metazo.tasks import prepare, resolve
+
+
+@pytest.fixture(scope="module")
+def coin(tmp_path_factory) -> Path:
+    """A task of 300 different texts."""
+    folder, flip = tmp_path_factory.mktemp("coin"), random.Random(0)
+    rows = [
+        {"text": f"note {number} says {flip.randrange(10**6)}", "label": flip.randrange(2)} for number in range(300)
+    ]
+    (folder / "coin.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "coin.yaml").write_text(
+        "name: coin\nkind: classification\nprompt: '{text}. It was {}.'\nlabels: [terrible, great]\n"
+        "files: {train: coin.jsonl}\n"
+    )
+    return folder / "coin.yaml"
+
+
+def run(task: Path, out: Path, **extra) -> dict:
+    settings = {
+        "model": "pico", "task": str(task), "out": out, "optimizer": "first-order-adamw", "lr": 1e-3, "steps": 4,
+        "eval_every": 4, "train_examples": 200, "dev_examples": 40, "test_examples": 40, "keep": "last",
+        "max_length": 40, "eval_batch_size": 16, "snapshot_every": 0,
+    }  # fmt: skip
+    return finetune(build(FinetuneConfig, settings, extra))
+
+
+@pytest.fixture(scope="module")
+def learned(coin, tmp_path_factory) -> tuple[Path, dict]:
+    out = tmp_path_factory.mktemp("learned") / "run"
+    return out, run(coin, out)
+
+
+def test_a_run_is_scored_on_its_own_rows(learned):
+    out, summary = learned
+    assert evaluate(out) == evaluate(out / "model") == summary["test"]
+    assert evaluate(out, split="dev") == summary["dev"]
+
+
+def ids(examples: list) -> set[tuple[int, ...]]:
+    return {tuple(example.ids) for example in examples}
+
+
+def test_no_sizes_bring_training_rows_into_a_split(learned, coin, tmp_path, monkeypatch):
+    """Sizes and seed of one's own, over the run's: what was trained on stays out, of adapters' runs as well."""
+    out, _ = learned
+    adapters = tmp_path / "lora"
+    run(coin, adapters, lora=2)
+    trained = ids(prepare(resolve(str(coin)), load_model("pico"), train=200, dev=40, test=40, max_length=40).train)
+    assert len(trained) == 200
+    scored, real = [], scoring.evaluate
+
+    def spy(model, prepared, split, **options):
+        scored.append(ids(getattr(prepared, split)))
+        return real(model, prepared, split, **options, limit=4)
+
+    monkeypatch.setattr(scoring, "evaluate", spy)
+    for folder in (out, adapters, out / "model"):
+        for given in ({"examples": 1000}, {"examples": 1000, "seed": 5}, {"train_examples": 10, "examples": 90}):
+            for split in ("dev", "test"):
+                evaluate(folder, split=split, **given)
+                assert len(scored[-1]) >= 30 and not scored[-1] & trained, (folder, given, split)
+
+
+def test_other_settings_win_and_notes_are_said(learned, coin, tmp_path):
+    out, _ = learned
+    assert evaluate(out, examples=10)["examples"] == 10
+    assert evaluate(out, "pico_sentiment", examples=10)["examples"] == 10
+    copy, said = tmp_path / "copy", []
+    shutil.copytree(out, copy)
+    shutil.copytree(coin.parent, tmp_path / "data")
+    rows = tmp_path / "data" / "coin.jsonl"
+    rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:-1]))
+    evaluate(copy, str(tmp_path / "data" / "coin.yaml"), say=said.append)
+    assert any("split from 300 rows and there are 299 now" in note for note in said)
+    old = scan(copy / "steps.jsonl").header
+    del old["trained"], old["split"]
+    (copy / "steps.jsonl").write_bytes(line(old, 0)[0])
+    evaluate(copy, say=said.append)
+    assert "split rows in another way" in said[-1]
+
+
+def test_a_loaded_model_and_a_task_object(learned):
+    loaded, task = load_model("pico"), resolve("pico_sentiment")
+    assert evaluate(loaded, task, examples=12) == evaluate("pico", "pico_sentiment", examples=12)
+
+
+def test_what_cannot_be_evaluated(tmp_path, coin):
+    run(coin, tmp_path / "none", keep="none", steps=1)
+    with pytest.raises(UserError, match="keeps no model"):
+        evaluate(tmp_path / "none")
+    with pytest.raises(UserError, match="`split` 'train'"):
+        evaluate("pico", "pico_sentiment", split="train")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="`task` is required"):
+        evaluate("pico")
