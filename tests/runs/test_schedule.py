@@ -63,7 +63,10 @@ def test_epochs_set_the_length(tmp_path):
 
 
 def test_patience_ends_the_run_after_so_many_evaluations_without_a_lower_loss(tmp_path):
-    """At learning rate 0 (first-order: no probe leaves rounding behind) no evaluation is lower than the first: the third ends the run, whatever `steps` says."""
+    """At learning rate 0 no evaluation is lower than the first: the third ends the run, whatever `steps` says.
+
+    First-order, because no probe leaves its rounding in the weights.
+    """
     summary = finetune(config(tmp_path / "run", optimizer="first-order-sgd", lr=0.0, patience=3))
     assert summary["steps"] == 6 and "Stopped early after step 6 of 12" in summary["notes"][-1]
     losses = [json.loads(row)["dev"]["loss"] for row in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
