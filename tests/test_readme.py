@@ -37,6 +37,17 @@ def test_links_and_pictures_exist(page):
         assert not anchor or anchor in map(slug, re.findall(r"^#+ (.*)$", path.read_text(), re.M)), f"{target}#{anchor}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_are_named_exist(page):
+    for name in re.findall(r"`((?:tests|benchmarks|metazo|examples|docs|cli)/[\w/]+\.\w+)", page.read_text()):
+        assert (ROOT / name).is_file(), name
+
+
+def test_the_method_of_contributing_is_the_example():
+    code = re.search(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
+    assert code is not None and code[1] in (ROOT / "examples" / "own_method.py").read_text()
+
+
 def test_the_readme_is_short():
     assert len(README.splitlines()) <= 130
 
