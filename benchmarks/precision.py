@@ -63,7 +63,7 @@ def theta(optimizer: MeZO | PublishedLoop, model: nn.Linear) -> Tensor:
     if isinstance(optimizer, PublishedLoop):
         return model.weight.data.double().flatten()
     optimizer._prepare()
-    pieces = [piece.double().flatten() for _, piece in optimizer.weights.values(optimizer.tensors[0])]
+    pieces = [piece.double().flatten() for _, piece in optimizer.weights.read(optimizer.tensors[0])]
     return torch.cat(pieces)
 
 

@@ -46,7 +46,7 @@ def differences(arm: str, steps: int = STEPS) -> dict[str, dict[str, float]]:
         states[every] = scale.init()
     found: dict[int, list[torch.Tensor]] = {every: [] for every in EVERY}
     for step in range(steps):
-        scales = {every: shadows[every].scales(states[every], step, optimizer.weights.values) for every in EVERY}
+        scales = {every: shadows[every].scales(states[every], step, optimizer.weights.read) for every in EVERY}
         right = torch.tensor(list(scales[1].values()))
         for every in EVERY:
             found[every].append((torch.tensor(list(scales[every].values())) / right - 1).abs())

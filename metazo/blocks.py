@@ -84,22 +84,22 @@ def partition(tensors: Sequence[NamedTensor], by: str = "tensor") -> list[Block]
     return [Block(name, tuple(members)) for name, members in blocks.items()]
 
 
-TILE = 1 << 20  # entries of a piece, about: the largest temporary that a step makes
+CHUNK = 1 << 20  # entries of a chunk, about: the largest temporary that a step makes
 ALIGN = 2048  # noise can begin at multiples of this (noise.TILE)
 
 
-def pieces(param: Tensor) -> Iterator[tuple[int, int]]:
-    """(start, stop) of the flat runs of whole rows that a tensor is worked on in: TILE entries or less.
+def chunks(param: Tensor) -> Iterator[tuple[int, int]]:
+    """(start, stop) of the chunks that a tensor is worked on in: flat runs of whole rows, CHUNK entries or less.
 
-    A row is all but the first dimension. Rows so long that ALIGN of them pass TILE make longer runs.
+    A row is all but the first dimension. If ALIGN rows have more than CHUNK entries, a chunk is longer.
     """
     row = math.prod(param.shape[1:]) or 1
     unit = math.lcm(row, ALIGN)
-    step = max(TILE // unit, 1) * unit
+    step = max(CHUNK // unit, 1) * unit
     for start in range(0, param.numel(), step):
         yield start, min(start + step, param.numel())
 
 
-def part(whole: Tensor, start: int, piece: Tensor) -> Tensor:
-    """The entries of `whole` that `piece` has of a tensor of its shape: all of them, or a flat run from `start`."""
-    return whole if piece.shape == whole.shape else whole.view(-1)[start : start + piece.numel()]
+def chunk_of(whole: Tensor, start: int, like: Tensor) -> Tensor:
+    """The entries of `whole` that `like` holds of a tensor of its shape: all of them, or the chunk from `start`."""
+    return whole if like.shape == whole.shape else whole.view(-1)[start : start + like.numel()]

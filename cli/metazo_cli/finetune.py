@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from metazo.errors import UserError
-from metazo.optimizers import OPTIMIZERS
+from metazo.optimizers import METHODS
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.method import hyperparameters, methods
 
@@ -25,7 +25,7 @@ from .messages import Terminal
 def _method_flags() -> list[inspect.Parameter]:
     """A flag for every hyperparameter of every method; its help says whose it is and what they publish."""
     owners: dict[str, list[tuple[str, inspect.Parameter]]] = {}
-    for name in OPTIMIZERS:
+    for name in METHODS:
         for key, parameter in hyperparameters(name).items():
             if key != "scale":
                 owners.setdefault(key, []).append((name, parameter))
@@ -33,7 +33,7 @@ def _method_flags() -> list[inspect.Parameter]:
     for key, owning in owners.items():
         defaults = {name: parameter.default for name, parameter in owning}
         shown = "; ".join(f"{name}: {_shown(default)}" for name, default in defaults.items())
-        text = _argument_help(OPTIMIZERS[owning[0][0]], key)
+        text = _argument_help(METHODS[owning[0][0]], key)
         hint = _hint(owning[0][1], owning[0][0])
         made.append(options.parameter(key, hint, f"{text} ({shown})", panel="Hyperparameters of methods"))
     return made
@@ -46,7 +46,7 @@ def _shown(value: Any) -> str:
 def _hint(parameter: inspect.Parameter, method: str) -> Any:
     import typing
 
-    for cls in OPTIMIZERS[method].__mro__:
+    for cls in METHODS[method].__mro__:
         hints = typing.get_type_hints(cls.__init__) if "__init__" in vars(cls) else {}
         if parameter.name in hints:
             return hints[parameter.name]

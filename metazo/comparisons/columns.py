@@ -9,6 +9,7 @@ from typing import Any
 
 from metazo.errors import UserError
 from metazo.io.files import safe_name
+from metazo.optimizers import METHODS
 from metazo.optimizers.dominant_layer import OUTLIER_LAYER
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.method import hyperparameters, methods
@@ -47,6 +48,8 @@ class Column:
         """The options as settings of a run, hyperparameters of the method apart. Raises UserError for others."""
         own = hyperparameters(self.optimizer)
         plain = {key.replace("-", "_"): value for key, value in self.options.items()}
+        if self.optimizer in METHODS:
+            plain = METHODS[self.optimizer].translate(plain)
         method = {**plain.pop("method", {}), **{key: plain.pop(key) for key in list(plain) if key in own}}
         known = [name for name in FinetuneConfig.__dataclass_fields__ if name not in RESERVED]
         for key in plain:
@@ -85,7 +88,7 @@ def resolve(entries: Iterable[str | dict[str, Any]], tuner: str | None = None) -
     found: list[Column] = []
     for entry in entries:
         for column in _named(entry) if isinstance(entry, str) else [_variant(entry)]:
-            if column.optimizer == "zo-finetuner" and "tuner" not in column.options:
+            if column.trains and METHODS[column.optimizer].needs_tuner and "tuner" not in column.options:
                 options = {"tuner": tuner or "auto", **column.options}
                 column = Column(column.name, column.optimizer, options, column.lrs)
             found.append(column)
@@ -101,7 +104,8 @@ def resolve(entries: Iterable[str | dict[str, Any]], tuner: str | None = None) -
 
 def _named(name: str) -> list[Column]:
     if name == "all":
-        return [column for each in names() if each not in ("all", "zo-finetuner") for column in _named(each)]
+        own = [each for each in names() if each != "all" and not (each in METHODS and METHODS[each].needs_tuner)]
+        return [column for each in own for column in _named(each)]
     if name == "random-tuner":
         return [Column(f"{name}-{n}", "zo-finetuner", {"tuner": f"random:{n}"}) for n in range(RANDOM_TUNERS)]
     if name in CONTROLS:

@@ -16,12 +16,11 @@ from metazo.comparisons.grid import Grid, Run
 from metazo.comparisons.rates import start
 from metazo.errors import UserError
 from metazo.io.tensorfile import weights_hash
-from metazo.optimizers.base import ZOOptimizer
 from metazo.runs.batches import batch_indices
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.header import tuner_hash
 from metazo.runs.inputs import data_hash, inputs
-from metazo.runs.setup import Setup, make_optimizer, set_up, settled
+from metazo.runs.setup import Setup, make_optimizer, set_up
 from metazo.settings import with_role
 from metazo.tasks import resolve
 from metazo.tasks.closures import BatchLoss
@@ -84,15 +83,14 @@ def _facts(grid: Grid, column: Column, config: FinetuneConfig, loaded: dict[str,
         loaded[mark] = _load(config)
     base = loaded[mark]
     setup = base.setup
-    config = settled(config, setup.loaded, setup.prepared, setup.device)
-    optimizer = make_optimizer(config, setup.loaded, setup.prepared, setup.device)
+    config, optimizer = make_optimizer(config, setup.loaded, setup.prepared, setup.device)
     a_step = optimizer.forwards_per_step(config.accumulate)
     shortest = round(grid.budget * grid.search_budget)
     if column.trains and shortest < a_step:
         raise UserError(f"{shortest} forward passes do not pay for one step ({a_step:g}); raise the budget.")
     if not setup.prepared.dev:
         raise UserError("there are no dev examples, on which learning rates are chosen; raise dev_examples.")
-    tuner = tuner_hash(optimizer) if isinstance(optimizer, ZOOptimizer) else None
+    tuner = tuner_hash(optimizer)
     lrs: list[float] = []
     if column.trains:
         lrs = column.lrs or grid.lrs or start(config.optimizer, setup.trained, optimizer.energy)

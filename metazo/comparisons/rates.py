@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Generator
 
+from metazo.optimizers import METHODS
+
 # MeZO's best rate is near 500 / D for D trained weights: 3e-4 on a model of 1.6 million (measured here), 1e-6 on
 # RoBERTa-large and 1e-7 to 1e-8 on 13 billion (published). Others by their factor to that.
 MEZO_RATE = 500.0
-# Where a search starts, chosen by hand: one that starts off is extended, which costs runs and changes nothing else.
-FACTORS = {"mezo-momentum": 0.1, "fzoo": 1.0, "hizoo": 1.0, "lozo": 1.0}
-ABSOLUTE = {"first-order-adamw": 3e-4, "first-order-sgd": 1e-2, "mezo-adam": 1e-4}
+# A method's class says where its search starts (search_rate, search_factor), chosen by hand: a search that starts far off is
+# extended, which costs runs and changes nothing else.
 
 
 def start(optimizer: str, trained: int, energy: float = 1.0) -> list[float]:
@@ -22,7 +23,8 @@ def start(optimizer: str, trained: int, energy: float = 1.0) -> list[float]:
 
     Args: trained weights; energy: mean square of the method's direction, by which rates are compared.
     """
-    centre = ABSOLUTE.get(optimizer) or FACTORS.get(optimizer, 1.0) * MEZO_RATE / trained / energy
+    method = METHODS[optimizer]
+    centre = method.search_rate or method.search_factor * MEZO_RATE / trained / energy
     rung = round(2 * math.log10(centre))
     return [_rate(rung + offset) for offset in (-1, 0, 1)]
 

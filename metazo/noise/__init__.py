@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from types import ModuleType
 from typing import NamedTuple, Protocol
@@ -17,15 +17,15 @@ from metazo.blocks import NamedTensor
 from metazo.errors import UserError
 from metazo.noise import philox
 from metazo.noise.philox import TILE
-from metazo.noise.reference import TorchOrderNoise
+from metazo.noise.reference import Draw, TorchOrderNoise
 
-__all__ = ["TILE", "Move", "Noise", "PhiloxNoise", "Stream", "TorchOrderNoise", "add_two_all_", "backends"]
+__all__ = ["TILE", "Draw", "Move", "Noise", "PhiloxNoise", "Stream", "TorchOrderNoise", "add_two_all_", "backends"]
 
 # What a number is for, so that two draws for one tensor and seed never meet.
 DENSE, LEFT, RIGHT, INITIAL = 0, 1, 2, 3
 _SEEDS, _UNIFORM, _LOW = 0xFFFF0001, 0xFFFF0002, 0xFFFFFFFF
 _COMPILERS = {"cpu": "numba", "cuda": "triton"}
-_CHUNK = 1 << 20  # elements drawn at once by the plain backend, a multiple of TILE
+_CHUNK = 1 << 20  # entries drawn at once by the plain backend, a multiple of TILE
 
 
 @cache
@@ -56,10 +56,8 @@ class Move(NamedTuple):
 
 
 class Stream(Protocol):
-    """The noise of one seed over all tensors. start: where in the flat tensor the piece begins, a multiple of TILE."""
+    """The noise of one seed over all tensors. start: entry of the flat tensor at which a chunk begins, a multiple of TILE."""
 
-    ordered: bool
-    """Whether tensors must be drawn whole and in order; no pieces then."""
     seed: int
 
     def draw(
@@ -88,7 +86,7 @@ class Stream(Protocol):
         ...
 
     def add_all_(self, moves: Sequence[Move], purpose: int = DENSE) -> None:
-        """add_ on whole tensors, in order where the noise has one."""
+        """add_ on whole tensors."""
         ...
 
     def square(self, tensor: NamedTensor) -> float:
@@ -112,17 +110,17 @@ class Noise(Protocol):
     """Seeds for steps and queries, uniforms for masks, and the stream of a seed."""
 
     name: str
-    ordered: bool
     run_seed: int
 
     def seed(self, step: int, query: int = 0) -> int: ...
     def uniform(self, step: int, count: int) -> np.ndarray: ...
     def stream(self, seed: int) -> Stream: ...
+    def expect(self, seed: int, draws: Iterable[Draw]) -> None:
+        """Announce the draws of a seed, in the order of the published code: noise from one generator makes them now."""
+        ...
 
 
 class PhiloxStream:
-    ordered = False
-
     def __init__(self, seed: int, distribution: str, backend: str):
         self.seed, self.distribution, self.backend = seed, distribution, backend
 
@@ -261,8 +259,6 @@ class PhiloxNoise:
         backend: "auto" takes the fastest there is for a tensor, "torch" the plain form; the numbers are the same.
     """
 
-    ordered = False
-
     def __init__(self, run_seed: int = 0, distribution: str = "gaussian", backend: str = "auto"):
         if distribution not in philox.DISTRIBUTIONS:
             raise UserError(f"noise {distribution!r} is unknown: choose {' or '.join(philox.DISTRIBUTIONS)}.")
@@ -282,3 +278,6 @@ class PhiloxNoise:
 
     def stream(self, seed: int) -> PhiloxStream:
         return PhiloxStream(seed, self.distribution, self.backend)
+
+    def expect(self, seed: int, draws: Iterable[Draw]) -> None:
+        """Nothing to do: every number has a place of its own."""

@@ -1,9 +1,10 @@
 """The noise of the published code, for conformance: torch's generator, tensors in order.
 
 A step's seed is `numpy.random.randint(1_000_000_000)`; its noise is `torch.manual_seed(seed)` followed by one
-`torch.normal(0, 1, size)` per trainable tensor in the order of `named_parameters()` (tests/golden/README.md). The
-numbers of a tensor therefore depend on all tensors before it, and differ between CPU and CUDA. Use it to compare with
-recorded trajectories; for work, use PhiloxNoise.
+`torch.normal(0, 1, size)` per trainable tensor in the order of `named_parameters()` (tests/golden/README.md). The numbers of a tensor therefore
+depend on every draw before it, and differ between CPU and CUDA. A stream keeps what it has drawn, so that the rest of
+the library may ask for any chunk of any tensor at any time; `expect` announces the order of the first draws. Use it to
+compare with recorded trajectories; for work, use PhiloxNoise, which keeps nothing.
 """
 
 from __future__ import annotations
@@ -16,15 +17,28 @@ from torch import Tensor
 
 from metazo.blocks import NamedTensor
 
+Draw = tuple[NamedTensor, tuple[int, ...] | None, int]
+"""Numbers of a tensor: their shape (None: the tensor's) and their purpose."""
+_KEPT = 64  # streams kept: more than the queries of a step
+
 
 class TorchOrderStream:
-    """The numbers of one seed, drawn in order; every draw moves on."""
-
-    ordered = True
+    """The numbers of one seed. Each (tensor, purpose) is drawn once, when it is first asked for, and kept."""
 
     def __init__(self, seed: int, device: torch.device | str = "cpu"):
         self.seed = seed
         self.generator = torch.Generator(device).manual_seed(seed)
+        self.drawn: dict[tuple[int, int], Tensor] = {}
+
+    def whole(self, tensor: NamedTensor, shape: tuple[int, ...] | None, purpose: int) -> Tensor:
+        """All numbers of a tensor for a purpose, in the tensor's dtype, as kept: not to be written to."""
+        key = (tensor.id, purpose)
+        if key not in self.drawn:
+            shape = tuple(tensor.param.shape) if shape is None else shape
+            self.drawn[key] = torch.randn(
+                shape, generator=self.generator, dtype=tensor.param.dtype, device=self.generator.device
+            )
+        return self.drawn[key]
 
     def draw(
         self,
@@ -35,16 +49,11 @@ class TorchOrderStream:
         start: int = 0,
         count: int | None = None,
     ) -> Tensor:
-        """The next numbers, in the tensor's dtype. The purpose is ignored: order alone tells draws apart.
-
-        Raises ValueError for a part of a tensor (start, count): the numbers come in order, whole tensors at a time.
-        """
-        if start or count not in (None, tensor.param.numel()):
-            raise ValueError("noise in torch's order has no pieces: draw the whole tensor (noise.ordered is True)")
-        shape = tuple(tensor.param.shape) if shape is None else shape
-        return torch.randn(
-            shape, generator=self.generator, dtype=dtype or tensor.param.dtype, device=self.generator.device
-        )
+        """Numbers in new memory; in the tensor's dtype unless another is asked for."""
+        numbers = self.whole(tensor, shape, purpose)
+        if count is not None:
+            numbers = numbers.view(-1)[start : start + count]
+        return numbers.to(dtype or numbers.dtype, copy=True)
 
     def add_(
         self,
@@ -55,15 +64,19 @@ class TorchOrderStream:
         purpose: int = 0,
         start: int = 0,
     ) -> None:
-        z = self.draw(tensor, dtype=out.dtype, start=start, count=out.numel())
-        out.mul_(beta).add_(z.view(out.shape), alpha=alpha)
+        shape = tuple(out.shape) if purpose else None
+        numbers = self.whole(tensor, shape, purpose).view(-1)[start : start + out.numel()]
+        out.mul_(beta).add_(numbers.to(out.dtype).view(out.shape), alpha=alpha)
 
     def add_all_(self, moves: Iterable[tuple], purpose: int = 0) -> None:
         for move in moves:
-            self.add_(*move)
+            self.add_(*move, purpose=purpose)
 
     def square(self, tensor: NamedTensor) -> float:
-        return float(self.draw(tensor).double().square().sum())
+        return float(self.whole(tensor, None, 0).double().square().sum())
+
+    def dot(self, tensor: NamedTensor, other: Tensor) -> float:
+        return float((self.whole(tensor, None, 0).double() * other.double()).sum())
 
     def place_(
         self,
@@ -74,8 +87,9 @@ class TorchOrderStream:
         purpose: int = 0,
         start: int = 0,
     ) -> None:
-        z = self.draw(tensor, dtype=base.dtype, start=start, count=out.numel())
-        out.copy_(torch.add(base, z.view(out.shape), alpha=alpha))
+        moved = base.clone()
+        self.add_(tensor, moved, alpha, 1.0, purpose, start)
+        out.copy_(moved)
 
 
 class TorchOrderNoise:
@@ -87,21 +101,35 @@ class TorchOrderNoise:
     """
 
     name = "torch-order"
-    ordered = True  # a tensor's numbers depend on those drawn before it
 
     def __init__(self, run_seed: int = 0, *, seeds: list[int] | None = None, device: torch.device | str = "cpu"):
         self.run_seed = run_seed
         self.state = np.random.RandomState(run_seed)
         self.seeds = list(seeds) if seeds is not None else None
         self.device = device
+        self.streams: dict[int, TorchOrderStream] = {}
 
     def seed(self, step: int, query: int = 0) -> int:
-        if self.seeds is not None:
-            return self.seeds.pop(0)
-        return int(self.state.randint(1_000_000_000))
+        seed = self.seeds.pop(0) if self.seeds is not None else int(self.state.randint(1_000_000_000))
+        self.forget(seed)
+        return seed
 
     def uniform(self, step: int, count: int) -> np.ndarray:
         return self.state.rand(count)
 
     def stream(self, seed: int) -> TorchOrderStream:
-        return TorchOrderStream(seed, self.device)
+        if seed not in self.streams:
+            if len(self.streams) == _KEPT:
+                self.streams.pop(next(iter(self.streams)))
+            self.streams[seed] = TorchOrderStream(seed, self.device)
+        return self.streams[seed]
+
+    def expect(self, seed: int, draws: Iterable[Draw]) -> None:
+        """Make these draws of a seed now, in this order; each may be asked for later in any order."""
+        stream = self.stream(seed)
+        for tensor, shape, purpose in draws:
+            stream.whole(tensor, shape, purpose)
+
+    def forget(self, seed: int) -> None:
+        """Begin the stream of a seed again, as `torch.manual_seed` does."""
+        self.streams.pop(seed, None)

@@ -1,54 +1,41 @@
-"""The methods. A new one is one file and one line in the table; the contract suite in tests/ takes it from there."""
+"""The methods: one file each, found by the registry (registry.py); the contract suite in tests/ takes them from there.
+
+`metazo.optimizers.MeZO` and all other classes are imported when they are first asked for. METHODS holds every class by
+name, OPTIMIZERS those that evaluate the loss along directions (all but the first-order baselines).
+"""
 
 from __future__ import annotations
 
-from metazo.optimizers.base import Step, Update, ZOOptimizer
-from metazo.optimizers.curvzo import CurvZO
-from metazo.optimizers.dominant_layer import DominantLayer, first_outlier_layer
-from metazo.optimizers.fzoo import FZOO
-from metazo.optimizers.hizoo import HiZOO
-from metazo.optimizers.hizoo_l import HiZOOL
-from metazo.optimizers.loren import LOREN
-from metazo.optimizers.lozo import LOZO, LOZOM
-from metazo.optimizers.mezo import MeZO, MeZOAdam, MeZOMomentum
-from metazo.optimizers.svrg import MeZOSVRG
-from metazo.optimizers.zo_finetuner import ZOFinetuner
-from metazo.tuner.scale import tuner_scale
+from importlib import import_module
+from typing import Any
 
-OPTIMIZERS: dict[str, type[ZOOptimizer]] = {
-    "mezo": MeZO,
-    "mezo-momentum": MeZOMomentum,
-    "mezo-adam": MeZOAdam,
-    "mezo-svrg": MeZOSVRG,
-    "lozo": LOZO,
-    "lozo-m": LOZOM,
-    "hizoo": HiZOO,
-    "hizoo-l": HiZOOL,
-    "loren": LOREN,
-    "curvzo": CurvZO,
-    "fzoo": FZOO,
-    "dominant-layer": DominantLayer,
-    "zo-finetuner": ZOFinetuner,
+_ELSEWHERE = {
+    "ZOOptimizer": "metazo.optimizers.base",
+    "Step": "metazo.step.record",
+    "Update": "metazo.step.record",
+    "register": "metazo.optimizers.registry",
+    "first_outlier_layer": "metazo.optimizers.dominant_layer",
+    "tuner_scale": "metazo.tuner.scale",
 }
 
-__all__ = [
-    "FZOO",
-    "LOREN",
-    "LOZO",
-    "LOZOM",
-    "OPTIMIZERS",
-    "CurvZO",
-    "DominantLayer",
-    "HiZOO",
-    "HiZOOL",
-    "MeZO",
-    "MeZOAdam",
-    "MeZOMomentum",
-    "MeZOSVRG",
-    "Step",
-    "Update",
-    "ZOFinetuner",
-    "ZOOptimizer",
-    "first_outlier_layer",
-    "tuner_scale",
-]
+
+def __getattr__(name: str) -> Any:
+    if name in _ELSEWHERE:
+        return getattr(import_module(_ELSEWHERE[name]), name)
+    if not name[:1].isupper():  # a module of this folder, which Python imports next, or nothing
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    registry = import_module("metazo.optimizers.registry")
+    registry.load()
+    if name in ("METHODS", "OPTIMIZERS"):
+        return getattr(registry, name)
+    for cls in registry.METHODS.values():
+        if cls.__name__ == name:
+            return cls
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    registry = import_module("metazo.optimizers.registry")
+    registry.load()
+    classes = [cls.__name__ for cls in registry.METHODS.values()]
+    return sorted([*globals(), *_ELSEWHERE, *classes, "METHODS", "OPTIMIZERS"])

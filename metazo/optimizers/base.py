@@ -6,9 +6,23 @@
 The base owns seeds, probing, the update in place, block scales, the reduction of losses over processes, the step record
 and saving. A method file holds the paper's mathematics in three verbs:
 
-    init(tensors) -> State                  explicit tensors by name, saved as they are, nothing hidden elsewhere
-    propose(state, step) -> Direction       what to move along; the estimator says at which multiples of eps
-    update(state, step, seeds, losses) -> coefficients, and the direction of the update where it differs
+    init(tensors) -> State                       explicit tensors by name, saved as they are, nothing hidden elsewhere
+    propose(state, step, seeds) -> Direction     the direction to probe, with its state settled: drawing writes nothing
+    update(state, step, seeds, losses) -> Update coefficients, and the terms of the update if they are not c_k d_k
+
+and, if the method needs them, in these hooks:
+
+    estimator_for(state, step)                   the probes of this step (default: the attribute `estimator`)
+    closure_for(state, step, closure)            the loss of this step (default: the one that was given)
+    displacements(estimator, direction, seeds)   each probe as a sum of terms (default: multiple * eps * d(seed))
+    evaluation(), evaluate(closures)             the context around evaluations (default: inference mode), and the mean loss:
+                                                 override them for gradients, or for hooks during one evaluation at theta
+    learning_rates(step), decays(tensor)         rates of the parameter groups, and what weight decay acts on
+    resolve(options, model, closure)             hyperparameters that model and data settle before the first step
+
+A method that needs the modules, not only their weights, sets `needs_model` and takes `model`. A method whose update does not
+follow from the losses (a gradient, feedback from forward hooks) sets `replayable = False`: its estimate is given as
+`Held` factors in the update's terms (estimator AtTheta), and a resumed run computes its steps again.
 """
 
 from __future__ import annotations
@@ -16,6 +30,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -26,13 +41,15 @@ from torch.optim import Optimizer
 from metazo.blocks import NamedTensor, check_names
 from metazo.errors import UserError
 from metazo.noise import Noise, PhiloxNoise
+from metazo.optimizers import probing as probings
 from metazo.optimizers.groups import Closure, listed, mean_over_processes, named_groups, trainable
+from metazo.optimizers.registry import Method
 from metazo.step.directions import Direction, Isotropic, Scaled
 from metazo.step.estimators import Estimator, TwoPoint
 from metazo.step.record import Step, Update
 from metazo.step.rules import SGD, Rule
 from metazo.step.scales import BlockScale, RMSScale
-from metazo.step.substitute import Scratch, used_unseen
+from metazo.step.substitute import used_unseen
 from metazo.step.weights import Term, Weights
 
 State = dict[str, Tensor]
@@ -48,31 +65,34 @@ def _numbers(**values: float) -> None:
             raise UserError(f"{name} must be a finite number of at least 0, not {value}.")
 
 
-class ZOOptimizer(Optimizer):
+class ZOOptimizer(Method, Optimizer):
     """Base of every method.
 
     Args:
         params: `model.named_parameters()`, or parameter groups as dicts with "params" (named) and their own "lr" and
             "weight_decay". Unnamed tensors are named by position. Tied weights count once, frozen ones are left out.
         lr: learning rate. With D trainable weights the estimate is about sqrt(D) longer than the gradient, so it is two
-            to four orders smaller than first-order training's.
+            to four orders of magnitude smaller than first-order training's.
         eps: length of the probe in units of the direction.
         weight_decay: theta <- (1 - lr weight_decay) theta - ..., for names without bias, layer_norm, layernorm.
         seed: of the run; every step's noise follows from it.
         noise: "gaussian", "rademacher", or a noise source.
         scale: block scales: None, "rms", or a BlockScale (a tuner's).
         rule: what is done with the estimate; None takes the method's own.
-        precision: where theta lives while it is probed; see metazo.step.precision.
+        precision: how theta is stored while it is probed; see metazo.step.precision.
+        probing: "in-turn", or for low-rank directions "together" or "auto"; see metazo.optimizers.probing.
 
     Attributes: last_step, the Step record of the step just taken; forwards, closure evaluations so far; recorder,
     called with each Step before the weights change; max_loss, above which a loss counts as not finite.
 
     Raises UserError for hyperparameters out of range. Do not use it with dropout on, or with a loss that is random in
-    any other way: the two evaluations must differ by the probe alone.
+    any other way: the evaluations of a step must differ by the probe alone.
     """
 
     name = "base"
-    energy: float = 1.0  # mean square of a direction's entries: times lr, the learning rate that methods compare by
+    common = frozenset({"eps", "seed", "noise", "scale", "rule", "precision", "probing"})
+    low_rank = False
+    """Whether the method's directions have factors on matrices, so that probes can be evaluated together."""
     estimator: Estimator = TwoPoint()
     default_rule: Rule = SGD()
 
@@ -88,6 +108,7 @@ class ZOOptimizer(Optimizer):
         scale: str | BlockScale | None = None,
         rule: Rule | None = None,
         precision: str = "auto",
+        probing: str = "in-turn",
     ):
         _numbers(lr=lr, eps=eps, weight_decay=weight_decay)
         if eps == 0:
@@ -95,6 +116,7 @@ class ZOOptimizer(Optimizer):
         if scale is not None and not isinstance(scale, BlockScale) and scale != "rms":
             raise UserError(f"scale {scale!r} is unknown: choose rms, or pass a tuner.")
         self.eps, self.precision = eps, precision
+        self.probing = probings.check(probing, self.low_rank, self.name)
         self.noise: Noise = PhiloxNoise(seed, noise) if isinstance(noise, str) else noise
         self.scale = RMSScale() if scale == "rms" else scale
         self.rule = rule or self.default_rule
@@ -111,23 +133,55 @@ class ZOOptimizer(Optimizer):
     def init(self, tensors: Sequence[NamedTensor]) -> State:
         return {}
 
-    def propose(self, state: State, step: int) -> Direction:
+    def propose(self, state: State, step: int, seeds: Sequence[int]) -> Direction:
         return Isotropic()
 
     def update(self, state: State, step: int, seeds: Sequence[int], losses: Sequence[float]) -> Update:
-        return Update(self.estimator.coefficients(losses, self.eps))
+        return Update(self.estimator_for(state, step).coefficients(losses, self.eps))
+
+    # -- hooks ------------------------------------------------------------------------------------------------------
+
+    def estimator_for(self, state: State, step: int) -> Estimator:
+        return self.estimator
+
+    def closure_for(self, state: State, step: int, closure: Any) -> Any:
+        return closure
+
+    def draw_seeds(self, step: int, queries: int) -> list[int]:
+        return [self.noise.seed(step, query) for query in range(queries)]
+
+    def displacements(self, estimator: Estimator, direction: Direction, seeds: Sequence[int]) -> probings.Probes:
+        """The displacement of each of the estimator's probes; empty for theta itself."""
+        return [
+            () if probe.query is None else (Term(direction, seeds[probe.query], probe.multiple * self.eps),)
+            for probe in estimator.probes()
+        ]
+
+    def evaluation(self) -> AbstractContextManager:
+        return torch.inference_mode()
+
+    def evaluate(self, closures: Sequence[Closure]) -> float:
+        """The mean loss of the closures at the present weights, within `evaluation`."""
+        return sum(float(evaluate()) for evaluate in closures) / len(closures)
 
     def decays(self, tensor: NamedTensor) -> bool:
         """Whether weight decay acts on a tensor: MeZO's name rule, unless a method has its own."""
         return not any(part in tensor.name for part in DECAY_EXEMPT)
 
     def forwards_per_step(self, closures: int = 1) -> float:
-        """Closure evaluations of a step in the mean, where each probe evaluates that many."""
+        """Closure evaluations per step in the mean, if each probe evaluates that many."""
         return len(self.estimator.probes()) * closures
 
     def learning_rates(self, step: int) -> tuple[float, ...]:
         """Of each parameter group at this step."""
         return tuple(float(group["lr"]) for group in self.param_groups)
+
+    @classmethod
+    def resolve(cls, options, model, closure) -> dict[str, Any]:
+        options = super().resolve(options, model, closure)
+        if options.get("probing") == "auto" and cls.low_rank:
+            options["probing"] = probings.settle(cls(model.named_parameters(), **options), closure)
+        return options
 
     # -- the step -------------------------------------------------------------------------------------------------
 
@@ -138,20 +192,26 @@ class ZOOptimizer(Optimizer):
         """Take one step.
 
         Args:
-            closure: evaluates the loss at the present weights; called once a probe, under inference mode. A sequence of
+            closure: evaluates the loss at the present weights; called once per probe, under inference mode. A sequence of
                 closures is averaged under one seed: gradient accumulation, without accumulating anything.
             replay: a recorded step to take again with its losses instead of evaluating; a closure given as well is
                 counted, not called.
 
-        Returns: the loss at theta where the method evaluates it, else the mean over its probes. Where a loss is not
-        finite, the weights are put back as they were, the step is recorded without coefficients, and the loss returned
-        is not finite either. An exception in the closure leaves the weights as they were.
+        Returns: the loss at theta if the method evaluates it, else the mean over its probes. If a loss is not finite, the
+        weights are put back as they were, the step is recorded without coefficients, and the loss returned is not finite
+        either. An exception in the closure leaves the weights as they were. Raises UserError for a replay of a method
+        whose steps do not follow from their records.
         """
+        if replay is not None and not self.replayable:
+            raise UserError(f"A step of {self.name} does not follow from its record: it cannot be replayed.")
         self._prepare()
         state, step = self.zo_state, self.steps
-        direction, scales = self._scaled(self.propose(state, step), state, step)
-        seeds = list(replay.seeds) if replay else [self.noise.seed(step, k) for k in range(self.estimator.queries)]
-        losses = self._probe(direction, seeds, closure, replay)
+        estimator, closures = self.estimator_for(state, step), listed(self.closure_for(state, step, closure))
+        seeds = list(replay.seeds) if replay else self.draw_seeds(step, estimator.queries)
+        direction, scales = self._scaled(self.propose(state, step, seeds), state, step)
+        for seed in seeds:
+            self.noise.expect(seed, (draw for tensor in self.tensors for draw in direction.draws(tensor)))
+        losses = self._probe(estimator, direction, seeds, closures, replay)
         learning_rates = replay.lr if replay else self.learning_rates(step)
         finite = all(abs(loss) <= self.max_loss for loss in losses)  # false for nan
         update = self.update(state, step, seeds, losses) if finite else Update(())
@@ -159,45 +219,60 @@ class ZOOptimizer(Optimizer):
         self.last_step = Step(step, tuple(seeds), tuple(losses), tuple(update.coefficients), learning_rates, sigma)
         self._record(self.last_step, replay)
         if finite:
-            along = direction if update.direction is None else self._rescaled(update.direction, scales)
-            terms = zip(seeds, update.coefficients) if update.terms is None else update.terms
-            self._apply([Term(along, s, c) for s, c in terms], learning_rates, step)
+            self._apply(self._terms(update, seeds, direction, scales), update.coefficients, learning_rates)
             if self.scale is not None:
-                self.scale.observe(state, *self.estimator.plus_minus(losses))
+                self.scale.observe(state, *estimator.plus_minus(losses))
         else:
             self.weights.leave()
         self.steps += 1
-        return self.estimator.loss(losses) if finite else sum(losses)
+        return estimator.loss(losses) if finite else sum(losses)
 
     def _scaled(self, direction: Direction, state: State, step: int) -> tuple[Direction, dict[str, float] | None]:
         if self.scale is None:
             return direction, None
-        scales = self.scale.scales(state, step, self.weights.values)
+        scales = self.scale.scales(state, step, self.weights.read)
         return Scaled(direction, scales), scales
 
     @staticmethod
-    def _rescaled(direction: Direction, scales: dict[str, float] | None) -> Direction:
-        return direction if scales is None else Scaled(direction, scales)
+    def _terms(update: Update, seeds: Sequence[int], along: Direction, scales: dict[str, float] | None) -> list[Term]:
+        """The sum of terms that is the estimate, under the block scales."""
+        if update.terms is None:
+            return [Term(along, seed, c) for seed, c in zip(seeds, update.coefficients)]
+        scaled: dict[Direction | None, Direction] = {None: along}
+        for term in update.terms:
+            if term.direction is not None:
+                scaled[term.direction] = term.direction if scales is None else Scaled(term.direction, scales)
+        return [Term(scaled[term.direction], term.seed, term.amount) for term in update.terms]
 
-    def _probe(self, direction, seeds, closure, replay: Step | None) -> list[float]:
-        probes = self.estimator.probes()
-        losses: list[float] = []
-        try:
-            for index, (query, multiple, snapshot) in enumerate(probes):
-                if query is None:
-                    self.weights.leave()
-                else:
-                    self.weights.visit(direction, seeds[query], multiple * self.eps, snapshot)
-                closures = listed(closure)
-                losses.append(replay.losses[index] if replay else self._evaluate(closures))
+    def _probe(
+        self,
+        estimator: Estimator,
+        direction: Direction,
+        seeds: Sequence[int],
+        closures: Sequence[Closure],
+        replay: Step | None,
+    ) -> list[float]:
+        """The losses of the step's probes, which are evaluated unless the step is a replay."""
+        probes, given = self.displacements(estimator, direction, seeds), replay.losses if replay else None
+
+        def in_turn() -> list[float]:
+            losses: list[float] = []
+            for terms, probe in zip(probes, estimator.probes()):
+                self.weights.visit(terms, probe.snapshot)
+                losses.append(self._evaluate(closures) if given is None else given[len(losses)])
                 self.forwards += sum(getattr(evaluate, "batches", 1) for evaluate in closures)
+            return losses
+
+        try:
+            if "probing" in self.zo_state:
+                return probings.losses_together(self, probes, closures, in_turn, given)
+            return in_turn()
         except BaseException:
             self.weights.leave()
             raise
-        return losses
 
     def _record(self, record: Step, replay: Step | None) -> None:
-        """Write the record down before the weights change; where that fails (a full disk), they do not change."""
+        """Write the record down before the weights change; if that fails (a full disk), they do not change."""
         if self.recorder is None or replay is not None:
             return
         try:
@@ -209,11 +284,11 @@ class ZOOptimizer(Optimizer):
     def _evaluate(self, closures: Sequence[Closure]) -> float:
         if not closures:
             raise UserError("step() needs a closure that returns the loss: step(lambda: model(**batch).loss).")
-
-        loss, scratch = self.mean_loss(closures)
+        with self.evaluation(), self.weights.evaluating() as scratch:
+            loss = self.evaluate(closures)
         if scratch is not None and not self._seen and math.isfinite(loss):
             self._seen, unmet = True, scratch.unmet()
-            if used_unseen(unmet, lambda: self.mean_loss(closures)[0], loss):
+            if used_unseen(unmet, lambda: self._again(closures), loss):
                 names = ", ".join(tensor.name for tensor in unmet[:3])
                 raise UserError(
                     f"precision {self.precision} shows the probed weights to torch functions, and the model uses "
@@ -222,11 +297,13 @@ class ZOOptimizer(Optimizer):
                 )
         return mean_over_processes(loss)
 
-    def mean_loss(self, closures: Sequence[Closure]) -> tuple[float, Scratch | None]:
-        with torch.inference_mode(), self.weights.evaluating() as scratch:
-            return sum(float(evaluate()) for evaluate in closures) / len(closures), scratch
+    def _again(self, closures: Sequence[Closure]) -> float:
+        with self.evaluation(), self.weights.evaluating():
+            return self.evaluate(closures)
 
-    def _apply(self, terms: list[Term], learning_rates: Sequence[float], step: int) -> None:
+    def _apply(self, terms: list[Term], coefficients: Sequence[float], learning_rates: Sequence[float]) -> None:
+        factor = self.rule.begin(self.zo_state, coefficients)
+        terms = [Term(term.direction, term.seed, factor * term.amount) for term in terms] if factor != 1.0 else terms
         decays = {
             tensor.name: learning_rates[tensor.group] * float(self.param_groups[tensor.group]["weight_decay"])
             for tensor in self.tensors
@@ -237,12 +314,10 @@ class ZOOptimizer(Optimizer):
             self.weights.apply(terms, lambda tensor: learning_rates[tensor.group], factors)
             return
         self.weights.leave()
-        if "adam_steps" in self.zo_state:
-            self.zo_state["adam_steps"] += 1
         gradient, rounding = self.weights.gradient(terms), terms[0].seed if terms else 0
         for tensor in self.tensors:
             lr, decay = learning_rates[tensor.group], decays.get(tensor.name, 0.0)
-            for start, theta in self.weights.pieces(tensor, rounding):
+            for start, theta in self.weights.edit(tensor, rounding):
                 add = partial(gradient.add_, tensor, start)
                 self.rule.apply(tensor, start, theta, add, lr, decay, self.zo_state)
 
@@ -264,6 +339,8 @@ class ZOOptimizer(Optimizer):
         self.zo_state = self.init(self.tensors) | self.rule.init(self.tensors)
         if self.scale is not None:
             self.zo_state |= self.scale.init()
+        if self.probing != "in-turn":
+            self.zo_state["probing"] = torch.tensor(probings.UNDECIDED)
         self._ready = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -275,12 +352,12 @@ class ZOOptimizer(Optimizer):
         """All state as tensors by name, masters and compensation among it: what a snapshot holds, ready for safetensors."""
         self._prepare()
         counters = torch.tensor([self.steps, self.forwards], dtype=torch.int64)
-        homes = self.weights.homes.items()
-        kept = {f"{kind}/{name}": value for name, home in homes for kind, value in home.buffers.items()}
+        storage = self.weights.storage.items()
+        kept = {f"{kind}/{name}": value for name, stored in storage for kind, value in stored.buffers.items()}
         return self.zo_state | kept | {"counters": counters}
 
     def load_tensors_state(self, state: State) -> None:
-        """Take up a `tensors_state`. Raises UserError where names or shapes are not those of this optimizer."""
+        """Take up a `tensors_state`. Raises UserError if names or shapes are not those of this optimizer."""
         self._prepare()
         present = self.tensors_state()
         if {k: v.shape for k, v in present.items()} != {k: v.shape for k, v in state.items()}:
@@ -291,7 +368,7 @@ class ZOOptimizer(Optimizer):
         self.steps, self.forwards = (int(n) for n in state["counters"])
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's form; the method's tensors stand under "zo", where torch does not cast them to the weights' dtype."""
+        """torch's form; the method's tensors are under "zo", so that torch does not cast them to the weights' dtype."""
         return super().state_dict() | {"zo": {k: v.clone() for k, v in self.tensors_state().items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

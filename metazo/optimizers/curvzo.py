@@ -1,4 +1,4 @@
-"""CurvZO (arXiv 2603.21725, ICML 2026): probe few tensors a step, more often those where the loss reacts.
+"""CurvZO (arXiv 2603.21725, ICML 2026): probe few tensors per step, and more often those to which the loss reacts.
 
 Every tensor b is a block that takes part with probability pi_b; what takes part is weighted by 1 / pi_b
 (Horvitz-Thompson), so that the estimate stays unbiased:
@@ -6,9 +6,9 @@ Every tensor b is a block that takes part with probability pi_b; what takes part
     m_b ~ Bernoulli(pi_b),   v_b = m_b z_b,   z_b ~ N(0, I)
     c   = (L(theta + eps v) - L(theta - eps v)) / (2 eps)
     g_b = c v_b / pi_b,      theta <- theta - lr g                                          (Prop. 3.2: E g = gradient)
-    s_b = c^2 mean(z_b^2) / EMA(c^2),   S_b <- (1 - beta) S_b + beta s_b   where m_b = 1    (online score)
+    s_b = c^2 mean(z_b^2) / EMA(c^2),   S_b <- (1 - beta) S_b + beta s_b   if m_b = 1       (online score)
     pi_b = clip(kappa sqrt(S_b), floor, 1),   kappa such that sum_b pi_b = budget M         (Prop. 3.4, water-filling)
-    every 20 steps the budget moves by a tenth towards M (.1 + .7 (.7 d_eff / M + .3 (1 - entropy)))
+    every 20 steps the budget moves by a tenth towards M (0.1 + 0.7 (0.7 d_eff / M + 0.3 (1 - entropy)))
 
 Taken as given that some tensor takes part, pi_b is pi_b / (1 - prod (1 - pi)) in the weight; an empty step would cost
 two forwards for nothing. Linearised, with d_b entries and gradient g_b,
@@ -17,23 +17,20 @@ two forwards for nothing. Linearised, with d_b entries and gradient g_b,
 
 so no choice of pi lowers the variance of one update below MeZO's: a small pi is paid for by every other tensor. The
 floor bounds the price. What is saved is the work of probing, a share of 1 - budget. The scores of tensors that do not
-matter stand on the same pedestal sum pi_a |g_a|^2, so probabilities differ less than gradients do.
+matter contain the same pedestal sum pi_a |g_a|^2, so probabilities differ less than gradients do.
 
-The paper's text was not at hand: rule, score and propositions follow its summaries, and `score="release"` a port of the
-authors' anonymous release, step for step. Differences of the release from the rule above: pi ~ S, not sqrt(S), with an
-upper end for kappa under which nothing is ever capped but the largest, so that the budget is missed; no floor; an empty
-mask takes the most likely tensor at weight 1 / pi; the score is |c| / EMA|c| times the tensor's share of
-|z_b|^2 / pi_b^2, in which nothing but size and luck differs between tensors that take part; weight decay acts on
-those that take part alone. The budget's rule is the release's in both (the paper's Eq. 20 was not at hand).
+The paper's text was not at hand: rule, score and propositions follow its summaries, and `compat="official"` (which was
+called `score="release"`) a port of the authors' anonymous release, step for step (official/curvzo.py lists the
+differences). The budget's rule is the release's in both (the paper's Eq. 20 was not at hand).
 
-Where not to use: for variance (above), or on a few tensors (LoRA on one layer), where there is nothing to choose.
+Where not to use: for variance (above), or on a few tensors (LoRA on one layer): there is nothing to choose.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -41,10 +38,11 @@ import torch
 from metazo.blocks import NamedTensor
 from metazo.errors import UserError
 from metazo.optimizers.base import State, Update, ZOOptimizer
+from metazo.optimizers.registry import Case, register
 from metazo.step.directions import Direction, Isotropic, Scaled, Sparse
+from metazo.step.weights import Term
 
 BUDGET_RANGE = (0.1, 0.8)  # of the adaptive budget
-RELEASE_SCORE = 0.01  # S_b at the start
 
 
 def water_fill(weights: np.ndarray, total: float, floor: float) -> np.ndarray:
@@ -60,19 +58,6 @@ def water_fill(weights: np.ndarray, total: float, floor: float) -> np.ndarray:
     while low < (middle := (low + high) / 2) < high:
         low, high = (middle, high) if np.clip(middle * weights, floor, 1).sum() < total else (low, middle)
     return np.clip(high * weights, floor, 1)
-
-
-def release_probabilities(scores: np.ndarray, fraction: float) -> np.ndarray:
-    """The release's: (M,), float32."""
-    count = len(scores)
-    p = np.maximum(scores, 1e-12)
-    p = p / p.sum()
-    target = np.clip(np.floor(count * fraction), 1, count)
-    low, high = 0.0, 1.0 / p.max()
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (middle, high) if np.minimum(1, middle * p).sum() < target else (low, middle)
-    return np.minimum(1, low * p).astype(np.float32)
 
 
 def sample(pi: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
@@ -95,22 +80,26 @@ def next_fraction(scores: np.ndarray, fraction: float, floor: float) -> float:
     return float(np.clip(0.9 * fraction + 0.1 * wanted, max(BUDGET_RANGE[0], floor), max(BUDGET_RANGE[1], floor)))
 
 
+@register
 class CurvZO(ZOOptimizer):
     """Sparse two-point descent with learned inclusion probabilities.
 
-    Forwards a step: 2, on a part of the tensors. Extra memory: three numbers a tensor. State: score, pi (M,);
+    Forwards per step: 2, on a part of the tensors. Extra memory: three numbers per tensor. State: score, pi (M,);
     selected (M,), bool; fraction (the budget), magnitude (the moving average of c^2), scalars.
 
     Args:
         budget: expected share of the tensors that take part, in (0, 1]; the start where it adapts.
-        floor: smallest probability, in (0, budget]; not in the paper (score="release" has none).
+        floor: smallest probability, in (0, budget]; not in the paper (compat="official" has none).
         beta: weight of a new score in its moving average, in (0, 1].
         magnitude_beta: weight of a new c^2 in the moving average that scores are measured by, in (0, 1].
         adapt_every: steps between moves of the budget; 0 keeps it fixed.
-        score: "paper", or "release" for the published code with its faults.
+        compat: "paper", or "official" for the released code with its faults.
     """
 
-    name = "curvzo"
+    name, paper = "curvzo", "arXiv 2603.21725"
+    contract_case = Case(quadratic=0.03, stiff=4e-4)
+    first_score, first_magnitude = 1.0, 0.0
+    """S_b and the moving average of c^2 at the start."""
 
     def __init__(
         self,
@@ -123,9 +112,10 @@ class CurvZO(ZOOptimizer):
         beta: float = 0.1,
         magnitude_beta: float = 0.1,
         adapt_every: int = 20,
-        score: Literal["paper", "release"] = "paper",
+        compat: Literal["paper", "official"] = "paper",
         **common,
     ):
+        common.pop("score", None)  # see `translate`
         if not 0 < budget <= 1:
             raise UserError(f"budget must lie in (0, 1], the share of tensors that take part, not {budget}.")
         if not 0 < floor <= budget:
@@ -135,12 +125,18 @@ class CurvZO(ZOOptimizer):
                 raise UserError(f"{name} must lie in (0, 1], not {value}.")
         if adapt_every < 0:
             raise UserError(f"adapt_every must be at least 0, not {adapt_every}.")
-        if score not in ("paper", "release"):
-            raise UserError(f"score {score!r} is unknown: choose paper or release.")
         self.budget, self.floor, self.adapt_every = budget, floor, adapt_every
         self.beta, self.magnitude_beta = beta, magnitude_beta
-        self.release = score == "release"
         super().__init__(params, lr, eps, **common)
+
+    @classmethod
+    def translate(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        """`score="release"` was the name of compat="official"."""
+        options = dict(options)
+        score = options.pop("score", "paper")
+        if score not in ("paper", "release"):
+            raise UserError(f"score {score!r} is unknown: choose `compat` paper or official.")
+        return options | ({"compat": "official"} if score == "release" else {})
 
     def init(self, tensors: Sequence[NamedTensor]) -> State:
         def numbers(value: float, *shape: int) -> torch.Tensor:
@@ -148,27 +144,23 @@ class CurvZO(ZOOptimizer):
 
         count = len(tensors)
         return {
-            "score": numbers(RELEASE_SCORE if self.release else 1.0, count),
+            "score": numbers(self.first_score, count),
             "pi": numbers(1.0, count),
             "selected": torch.ones(count, dtype=torch.bool),
             "fraction": numbers(self.budget),
-            "magnitude": numbers(1e-8 if self.release else 0.0),
+            "magnitude": numbers(self.first_magnitude),
         }
 
-    def propose(self, state: State, step: int) -> Direction:
-        scores, count = state["score"].numpy(), len(self.tensors)
-        uniforms = self.noise.uniform(step, count)
-        if self.release:
-            pi = release_probabilities(scores, float(state["fraction"]))
-            selected = uniforms < pi
-            if not selected.any():
-                selected[pi.argmax()] = True
-        else:
-            pi = water_fill(np.sqrt(scores), float(state["fraction"]) * count, self.floor)
-            selected = sample(pi, uniforms)
+    def propose(self, state: State, step: int, seeds: Sequence[int]) -> Direction:
+        pi, selected = self.choose(state, self.noise.uniform(step, len(self.tensors)))
         state["pi"].copy_(torch.from_numpy(pi))
         state["selected"].copy_(torch.from_numpy(selected))
         return self.sparse(state)
+
+    def choose(self, state: State, uniforms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Inclusion probabilities and the tensors that take part, (M,) each."""
+        pi = water_fill(np.sqrt(state["score"].numpy()), float(state["fraction"]) * len(uniforms), self.floor)
+        return pi, sample(pi, uniforms)
 
     def sparse(self, state: State) -> Sparse:
         return Sparse(Isotropic(), [tensor.name for tensor in self.selected(state)])
@@ -176,33 +168,33 @@ class CurvZO(ZOOptimizer):
     def selected(self, state: State) -> list[NamedTensor]:
         return [tensor for tensor, taken in zip(self.tensors, state["selected"].tolist()) if taken]
 
-    def decays(self, tensor: NamedTensor) -> bool:
-        taken = not self.release or tensor in self.selected(self.zo_state)
-        return taken and super().decays(tensor)
+    def inclusion(self, pi: np.ndarray) -> np.ndarray:
+        """The probability by which a tensor that takes part is divided."""
+        return pi / (1 - np.prod(1 - pi))
 
     def update(self, state: State, step: int, seeds: Sequence[int], losses: Sequence[float]) -> Update:
         (c,) = self.estimator.coefficients(losses, self.eps)
         pi = state["pi"].numpy()
         self.learn(state, seeds[0], c)
         if self.adapt_every and step % self.adapt_every == 0:
-            floor = 0.0 if self.release else self.floor
-            state["fraction"].fill_(next_fraction(state["score"].numpy(), float(state["fraction"]), floor))
-        inclusion = np.maximum(pi, 1e-8) if self.release else pi / (1 - np.prod(1 - pi))
-        weights = {tensor.name: 1 / p for tensor, p in zip(self.tensors, inclusion.tolist())}
-        return Update([c], Scaled(self.sparse(state), weights))
+            state["fraction"].fill_(next_fraction(state["score"].numpy(), float(state["fraction"]), self.floor))
+        weights = {tensor.name: 1 / p for tensor, p in zip(self.tensors, self.inclusion(pi).tolist())}
+        return Update([c], [Term(Scaled(self.sparse(state), weights), seeds[0], c)])
 
     def learn(self, state: State, seed: int, c: float) -> None:
         """Scores of the tensors that took part."""
         magnitude, stream = state["magnitude"], self.noise.stream(seed)
-        new = abs(c) if self.release else c**2
-        magnitude.lerp_(torch.as_tensor(new).to(magnitude), self.magnitude_beta if magnitude > 0 else 1.0)
-        chosen = self.selected(state)
-        squares = torch.tensor([stream.square(tensor) for tensor in chosen], dtype=torch.float64)
-        taken = state["selected"]
-        if self.release:
-            energy = squares / state["pi"][taken] ** 2
-            observed = abs(c) / (float(magnitude) + 1e-12) * energy / energy.sum()
-        else:
-            sizes = torch.tensor([tensor.param.numel() for tensor in chosen])
-            observed = squares / sizes * (c**2 / max(float(magnitude), 1e-300))
+        new = torch.as_tensor(self.size(c)).to(magnitude)
+        magnitude.lerp_(new, self.magnitude_beta if magnitude > 0 else 1.0)
+        squares = torch.tensor([stream.square(tensor) for tensor in self.selected(state)], dtype=torch.float64)
+        taken, observed = state["selected"], self.observed(state, squares, c)
         state["score"][taken] = (1 - self.beta) * state["score"][taken] + self.beta * observed
+
+    def size(self, c: float) -> float:
+        """The number whose moving average scores are measured by."""
+        return c**2
+
+    def observed(self, state: State, squares: torch.Tensor, c: float) -> torch.Tensor:
+        """s_b of the tensors that took part, from their |z_b|^2."""
+        sizes = torch.tensor([tensor.param.numel() for tensor in self.selected(state)])
+        return squares / sizes * (c**2 / max(float(state["magnitude"]), 1e-300))

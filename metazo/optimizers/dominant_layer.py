@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from metazo.blocks import named_tensors, partition
 from metazo.errors import UserError
 from metazo.optimizers.groups import named_groups
 from metazo.optimizers.mezo import MeZO
+from metazo.optimizers.registry import Case, register
 
 OUTLIER, OUTLIER_RATIO = 100.0, 1000.0
 OUTLIER_LAYER = "outlier"  # the setting `layer='outlier'`: looked for before the first step
@@ -82,16 +84,18 @@ def choose_layer(names: list[str], layer: str | int) -> str:
     return found[0]
 
 
+@register
 class DominantLayer(MeZO):
-    """MeZO restricted to one layer. Forwards a step: 2 queries. Extra memory: none (masters of that layer alone).
+    """MeZO restricted to one layer. Forwards per step: 2 queries. Extra memory: none (masters of that layer alone).
 
     Args:
         layer: number among the trainable layers, or a name such as model.layers.3; `first_outlier_layer` finds the
             paper's (`layer='outlier'`). Everything outside it is left untouched.
-        queries: directions averaged a step.
+        queries: directions averaged in a step.
     """
 
-    name = "dominant-layer"
+    name, paper = "dominant-layer", "arXiv 2606.05516"
+    contract_case = Case(llama=4e-3)
 
     def __init__(
         self,
@@ -111,3 +115,10 @@ class DominantLayer(MeZO):
         for group in groups:
             group["params"] = [pair for pair in group["params"] if pair[0] in kept]
         super().__init__([group for group in groups if group["params"]], lr, eps, queries=queries, **common)
+
+    @classmethod
+    def resolve(cls, options, model, closure) -> dict[str, Any]:
+        options = super().resolve(options, model, closure)
+        if options.get("layer") == OUTLIER_LAYER:
+            options["layer"] = first_outlier_layer(model, closure)
+        return options

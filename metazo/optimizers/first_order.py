@@ -7,8 +7,8 @@ curves over forward passes stay fair. Memory is what zeroth-order methods avoid:
 from __future__ import annotations
 
 import sys
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from itertools import chain
 from typing import Any
 
 import torch
@@ -16,24 +16,25 @@ from torch import Tensor
 
 from metazo.errors import UserError
 from metazo.optimizers.base import DECAY_EXEMPT
+from metazo.optimizers.groups import Closure, listed
+from metazo.optimizers.registry import Method, register
 from metazo.step.record import Step
 
 FORWARDS_PER_STEP = 3
-RULES: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "first-order-adamw": lambda groups, lr: torch.optim.AdamW(groups, lr=lr),
-    "first-order-sgd": lambda groups, lr: torch.optim.SGD(groups, lr=lr, momentum=0.9),
-}
 
 
-class FirstOrder:
-    """torch's AdamW or SGD with momentum .9, with gradients clipped to norm 1, seen through the loop's eyes.
+class FirstOrder(Method):
+    """One of torch's optimizers on gradients clipped to norm 1, as the loop expects it.
 
-    Args: name: a key of RULES; named parameters; lr; weight_decay under MeZO's name rule; clip: largest gradient norm.
+    Args: params: named parameters; lr; weight_decay: under MeZO's name rule; clip: largest gradient norm.
+    Raises UserError if nothing is trainable, or for a replay: a gradient does not follow from a step's record.
     """
+
+    own_rule = "is a first-order method with a rule of its own"
+    replayable = False
 
     def __init__(
         self,
-        name: str,
         params: Iterable[tuple[str, Tensor]],
         lr: float = 1e-3,
         *,
@@ -46,12 +47,16 @@ class FirstOrder:
         exempt = [param for key, param in named if any(part in key for part in DECAY_EXEMPT)]
         decayed = [param for key, param in named if not any(part in key for part in DECAY_EXEMPT)]
         groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
-        self.name, self.named, self.clip = name, named, clip
-        self.inner = RULES[name]([group for group in groups if group["params"]], lr=lr)
+        self.named, self.clip = named, clip
+        self.inner = self.wrapped([group for group in groups if group["params"]], lr)
         self.steps = self.forwards = 0
-        self.energy = 1.0
         self.last_step: Step | None = None
+        self.recorder: Callable[[Step], None] | None = None
         self.max_loss = sys.float_info.max
+
+    @abstractmethod
+    def wrapped(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
+        """torch's optimizer over the groups."""
 
     def forwards_per_step(self, closures: int = 1) -> float:
         return FORWARDS_PER_STEP * closures
@@ -60,10 +65,11 @@ class FirstOrder:
     def param_groups(self) -> list[dict[str, Any]]:
         return self.inner.param_groups
 
-    def step(self, closure: Callable[[], Tensor] | Sequence[Callable[[], Tensor]]) -> float:
+    def step(self, closure: Closure | Sequence[Closure], *, replay: Step | None = None) -> float:
         """One update; closures are averaged. A loss that is not finite changes nothing."""
-        closures = [closure] if callable(closure) else list(closure)
-        total = 0.0
+        if replay is not None:
+            raise UserError(f"A step of {self.name} does not follow from its record: it cannot be replayed.")
+        closures, total = listed(closure), 0.0
         with torch.enable_grad():
             for evaluate in closures:
                 loss = evaluate() / len(closures)
@@ -71,12 +77,14 @@ class FirstOrder:
                 total += float(loss.detach())
         self.forwards += FORWARDS_PER_STEP * len(closures)
         finite = abs(total) <= self.max_loss  # false for nan
+        rates = tuple(float(group["lr"]) for group in self.param_groups)
+        self.last_step = Step(self.steps, (), (total,), (1.0,) if finite else (), rates)
+        if self.recorder is not None:
+            self.recorder(self.last_step)
         if finite:
             torch.nn.utils.clip_grad_norm_([param for _, param in self.named], self.clip)
             self.inner.step()
         self.inner.zero_grad(set_to_none=True)
-        rates = tuple(float(group["lr"]) for group in self.param_groups)
-        self.last_step = Step(self.steps, (), (total,), (1.0,) if finite else (), rates)
         self.steps += 1
         return total
 
@@ -97,6 +105,21 @@ class FirstOrder:
                 self.inner.state[params[name]][kind] = value.clone()
 
 
-def trainable_count(named: Iterable[tuple[str, Tensor]]) -> int:
-    """Entries of the trainable tensors, tied ones once."""
-    return sum({id(p): p.numel() for _, p in chain(named) if p.requires_grad}.values())
+@register
+class FirstOrderAdamW(FirstOrder):
+    """torch's AdamW, by backpropagation."""
+
+    name, search_rate, moments = "first-order-adamw", 3e-4, 2
+
+    def wrapped(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(groups, lr=lr)
+
+
+@register
+class FirstOrderSGD(FirstOrder):
+    """torch's SGD with momentum 0.9, by backpropagation."""
+
+    name, search_rate, moments = "first-order-sgd", 1e-2, 1
+
+    def wrapped(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
+        return torch.optim.SGD(groups, lr=lr, momentum=0.9)

@@ -1,4 +1,4 @@
-"""FZOO (Dang et al., arXiv 2506.09034, ICLR 2026): many one-sided signs a step, and a step length from their spread.
+"""FZOO (Dang et al., arXiv 2506.09034, ICLR 2026): many one-sided signs per step, and a step length from their spread.
 
     l_0 = L(theta),  l_k = L(theta + eps u_k),   u_k uniform in {-1, 1}^d,   k = 1 .. K
     g       = 1 / (eps K) sum_k (l_k - l_0) u_k
@@ -12,11 +12,11 @@ Certain: the losses, the signs, K = 8, eps = 1e-3 and the normalisation by the s
 agree). Taken from a summary of the paper: the factor 1 / eps in g and K - 1 in sigma.
 
 Differences from the published code (DKmiyan/FZOO, trainer.py): there the coefficient is (l_k - l_0) / (K sigma) without
-eps, sigma divides by K, and weight decay is left out; `compat="official"` does that, its lr 1e-5 being 1e-8 here at eps
-1e-3. The forwards of a step run one after another here: the published speed comes from running them as one batch, which
-needs a model rewritten for it.
+eps, sigma divides by K, and weight decay is left out; `compat="official"` does that (official/fzoo.py), and its lr 1e-5 is
+1e-8 here at eps 1e-3. The forwards of a step run one after another here: the published speed comes from running them as
+one batch, which needs a model rewritten for it.
 
-Where not to use: with a constant learning rate near a minimum, where steps of a set length never settle.
+Where not to use: with a constant learning rate near a minimum: steps of a set length never settle.
 """
 
 from __future__ import annotations
@@ -25,25 +25,27 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
-from metazo.blocks import NamedTensor
 from metazo.errors import UserError
 from metazo.noise import Noise
 from metazo.optimizers.base import State, Update, ZOOptimizer
+from metazo.optimizers.registry import Case, register
 from metazo.step.estimators import OneSided
 
 
+@register
 class FZOO(ZOOptimizer):
     """One-sided descent over a batch of sign vectors, normalised by the spread of their losses.
 
-    Forwards a step: queries + 1. Extra memory: none.
+    Forwards per step: queries + 1. Extra memory: none.
 
     Args:
-        queries: perturbed losses a step, at least 2; the paper's 8.
+        queries: perturbed losses per step, at least 2; the paper's 8.
         noise: "rademacher" as published, or "gaussian".
         compat: "paper", or "official" for the published code's normalisation (lr 1e-5).
     """
 
-    name = "fzoo"
+    name, paper = "fzoo", "arXiv 2506.09034"
+    contract_case = Case(quadratic=1e-4, stiff=5e-5, llama=4e-6, saddle=1e-4, options={"queries": 4})
 
     def __init__(
         self,
@@ -58,18 +60,11 @@ class FZOO(ZOOptimizer):
     ):
         if queries < 2:
             raise UserError(f"queries must be at least 2 to have a spread, not {queries}.")
-        if compat not in ("paper", "official"):
-            raise UserError(f"compat {compat!r} is unknown: choose paper or official.")
         self.estimator = OneSided(queries)
-        self.official = compat == "official"
         super().__init__(params, lr, eps, noise=noise, **common)
 
-    def decays(self, tensor: NamedTensor) -> bool:
-        return not self.official and super().decays(tensor)
-
     def update(self, state: State, step: int, seeds: Sequence[int], losses: Sequence[float]) -> Update:
-        spread = (statistics.pstdev if self.official else statistics.stdev)(losses[1:])
+        spread = statistics.stdev(losses[1:])
         if spread == 0:
             return Update([0.0] * len(seeds))
-        unit = self.eps if self.official else 1.0
-        return Update([c * unit / spread for c in self.estimator.coefficients(losses, self.eps)])
+        return Update([c / spread for c in self.estimator.coefficients(losses, self.eps)])

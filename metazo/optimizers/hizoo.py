@@ -14,7 +14,7 @@ H_i = (d + 2) / 2 A_ii, d the number of weights: it does converge to the diagona
 together at the rate a, and against each other at 2 a / (d + 2) only, with noise of variance a (d + 2) / 2 in ln H_i: on
 a model of millions of weights HiZOO normalises the step by the curvature, and learns next to nothing of its diagonal.
 
-Differences from the published code (Yanjun-Zhao/HiZOO); `compat="official"` brings back the numbered ones:
+Differences from the published code (Yanjun-Zhao/HiZOO); `compat="official"` (official/hizoo.py) brings back the numbered ones:
  1. H in the weights' dtype. In float16 and bfloat16, at the published a = 1e-8, H stays exactly 1: plain MeZO. Here H
     is float32 at least.
  2. Weight decay on every tensor. Here biases and layer norms are exempt, as in MeZO.
@@ -36,15 +36,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from metazo.blocks import NamedTensor, part
+from metazo.blocks import NamedTensor, chunk_of
 from metazo.errors import UserError
 from metazo.optimizers.base import State, Update, ZOOptimizer
+from metazo.optimizers.registry import Case, register
 from metazo.step.directions import Diagonal, Direction, Isotropic, drawn
 from metazo.step.estimators import ThreeLosses
 
 
 class CurvatureScaled(ZOOptimizer):
-    """What HiZOO and HiZOO-L share. Subclasses keep H: `inverse_root` gives H^-1/2, `absorb` takes a step's share.
+    """Base of HiZOO and HiZOO-L. Subclasses keep H: `inverse_root` gives H^-1/2, `absorb` takes a step's share.
 
     Args:
         smoothing: a in [0, 1), weight of a step in H; 1e-8 in the published README, 1e-6 to 1e-2 to see an effect; 0 is
@@ -64,9 +65,9 @@ class CurvatureScaled(ZOOptimizer):
 
     @abstractmethod
     def absorb(self, tensor: NamedTensor, noise: Iterable[tuple[int, Tensor]], second: float) -> None:
-        """H <- (1 - a) H + a k H z^2 with k = |second| / (2 eps^2). noise: z in pieces; they may be overwritten."""
+        """H <- (1 - a) H + a k H z^2 with k = |second| / (2 eps^2). noise: z in chunks, which may be overwritten."""
 
-    def propose(self, state: State, step: int) -> Direction:
+    def propose(self, state: State, step: int, seeds: Sequence[int]) -> Direction:
         return Diagonal(Isotropic(), self.inverse_root)
 
     def update(self, state: State, step: int, seeds: Sequence[int], losses: Sequence[float]) -> Update:
@@ -77,16 +78,18 @@ class CurvatureScaled(ZOOptimizer):
         return Update(self.estimator.coefficients(losses, self.eps))
 
 
+@register
 class HiZOO(CurvatureScaled):
     """Descent along noise scaled by a diagonal curvature estimate.
 
-    Forwards a step: 3. Extra memory: one copy of the weights, float32. State: H/<tensor>, as the tensor.
+    Forwards per step: 3. Extra memory: one copy of the weights, float32. State: H/<tensor>, as the tensor.
 
     Args:
         compat: "paper", or "official" for the published code with its faults.
     """
 
-    name = "hizoo"
+    name, paper = "hizoo", "arXiv 2402.15173"
+    contract_case = Case(stiff=3e-3, llama=4e-3, along="sign", options={"smoothing": 1e-3})
 
     def __init__(
         self,
@@ -97,17 +100,13 @@ class HiZOO(CurvatureScaled):
         compat: Literal["paper", "official"] = "paper",
         **common,
     ):
-        if compat not in ("paper", "official"):
-            raise UserError(f"compat {compat!r} is unknown: choose paper or official.")
-        self.official = compat == "official"
         super().__init__(params, lr, eps, **common)
 
     def init(self, tensors: Sequence[NamedTensor]) -> State:
         return {f"H/{tensor.name}": _ones(tensor, self._dtype(tensor)) for tensor in tensors}
 
     def _dtype(self, tensor: NamedTensor) -> torch.dtype:
-        dtype = tensor.param.dtype
-        return dtype if self.official else torch.promote_types(dtype, torch.float32)
+        return torch.promote_types(tensor.param.dtype, torch.float32)
 
     def inverse_root(self, tensor: NamedTensor, start: int = 0, count: int | None = None) -> Tensor:
         whole = self.zo_state[f"H/{tensor.name}"]
@@ -116,15 +115,9 @@ class HiZOO(CurvatureScaled):
     def absorb(self, tensor: NamedTensor, noise: Iterable[tuple[int, Tensor]], second: float) -> None:
         a, eps = self.smoothing, self.eps
         for start, z in noise:
-            curvature = part(self.zo_state[f"H/{tensor.name}"], start, z)
+            curvature = chunk_of(self.zo_state[f"H/{tensor.name}"], start, z)
             z = z.to(curvature.dtype)
-            if self.official:  # in this order: where it underflows, it must underflow here
-                curvature.copy_((1 - a) * curvature + abs(second) * (curvature * z * z) * a / (2 * eps * eps))
-            else:
-                curvature.mul_(z.square_().mul_(a * abs(second) / (2 * eps**2)).add_(1 - a))
-
-    def decays(self, tensor: NamedTensor) -> bool:
-        return self.official or super().decays(tensor)
+            curvature.mul_(z.square_().mul_(a * abs(second) / (2 * eps**2)).add_(1 - a))
 
 
 def _ones(tensor: NamedTensor, dtype: torch.dtype) -> Tensor:

@@ -23,19 +23,22 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from metazo.blocks import NamedTensor, part
+from metazo.blocks import NamedTensor, chunk_of
 from metazo.optimizers.base import State
 from metazo.optimizers.hizoo import CurvatureScaled
+from metazo.optimizers.registry import Case, register
 
 
+@register
 class HiZOOL(CurvatureScaled):
     """HiZOO with a factored curvature estimate (ours).
 
-    Forwards a step: 3. Extra memory: a number a row and a column of each matrix, one a weight of other tensors. State:
+    Forwards per step: 3. Extra memory: a number per row and column of each matrix, one per weight of other tensors. State:
     R/<tensor>, (m,), and C/<tensor>, (n,); H/<tensor> for tensors of one dimension. Args: as HiZOO.
     """
 
     name = "hizoo-l"
+    contract_case = Case(stiff=3e-3, llama=4e-3, along="sign", options={"smoothing": 1e-3})
 
     def init(self, tensors: Sequence[NamedTensor]) -> State:
         state = {}
@@ -65,7 +68,7 @@ class HiZOOL(CurvatureScaled):
         whole = self.zo_state.get(f"H/{tensor.name}")
         if whole is not None:
             for start, z in noise:
-                part(whole, start, z).mul_(z.square_().mul_(a * scale).add_(1 - a))
+                chunk_of(whole, start, z).mul_(z.square_().mul_(a * scale).add_(1 - a))
             return
         rows, columns = self.zo_state[f"R/{tensor.name}"], self.zo_state[f"C/{tensor.name}"]
         scale = scale / float(rows.mean())

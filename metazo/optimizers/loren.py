@@ -1,35 +1,35 @@
 """LOREN (arXiv 2511.07971, AAAI 2026): noise that learns to avoid the stiff input direction of every layer.
 
 A tensor of m rows, each of n entries, is probed along d = B u, the rows of u from N(0, I_n). So each row of d has the
-covariance rho H^-1 under a curvature model of one learned vector a a tensor, H = rho I_n + a a^T:
+covariance rho H^-1 under a curvature model with one learned vector a per tensor, H = rho I_n + a a^T:
 
     B u = u - (1 + sqrt(rho / (rho + s))) a (a.u) / s,       s = |a|^2            (B B^T = rho H^-1)
     f_k = L(theta + eps B u_k),  k = 1 .. K,                  mean f = sum_k f_k / K
     g   = sum_k (f_k - mean f) / (eps (K - 1)) B u_k          (leave one out)
-    b   <- beta b + g,   theta <- theta - lr b                (heavy ball, once a batch)
+    b   <- beta b + g,   theta <- theta - lr b                (heavy ball, once per batch)
     a   <- a - lr_cov / m sum_k (f_k - mean f) / (K - 1) grad_a log p(B u_k)
     grad_a log p(d) = m a / (rho + s) - sum_i (a.d_i) d_i / rho,    d_i the rows of d
 
 The score is that of the Gaussian density, without the factor eps^2 of the published code; division by m is the natural
 gradient's (m rows inform about one a) and leaves lr_cov one size for all tensors. What a follows is
 -d/da E L(theta + eps B u), a second-order effect: eps^2 times curvature under a noise of eps times slope. So a learns
-where eps is large or the slope small, at a lr_cov of order 1 / (eps^2 curvature): in 300 steps of K = 12 at eps .1,
-lr_cov .2 and rho 1, at a minimum, its cosine with the one stiff direction of 8 went from .16 and .36 to above .95. At
-the published 1e-3 it hardly moves.
+if eps is large or the slope small, at a lr_cov of order 1 / (eps^2 curvature): in 300 steps of K = 12 at eps 0.1,
+lr_cov 0.2 and rho 1, at a minimum, its cosine with the one stiff direction of 8 went from 0.16 and 0.36 to above 0.95.
+At the published 1e-3 it hardly moves.
 
-Differences from the published code; `compat="official"` brings back the numbered ones:
- 1. It has one global dot product a tensor (a tiled over the rows): one direction of m n is reflected, not one a row.
+Differences from the published code; `compat="official"` (official/loren.py) brings back the numbered ones:
+ 1. It has one global dot product per tensor (a tiled over the rows): one direction of m n is reflected, not one per row.
  2. Its score carries eps^2 sqrt(rho), so that in float32 a never changes.
- 3. Momentum decays, and the whole buffer is applied, once a query: K times a batch; not for tensors of one dimension.
+ 3. Momentum decays, and the whole buffer is applied, once per query: K times per batch; not for tensors of one dimension.
  4. Queries are applied in turn, a changing between them, so B u_k is not quite the direction probed.
  5. In a tensor of one dimension the score is summed to one number that moves all of a.
- 6. Weight decay acts on every tensor and on a, once a query (its default is .01, here 0).
+ 6. Weight decay acts on every tensor and on a, once per query (its default is 0.01, here 0).
  7. The losses and their mean are rounded to float32 before they are subtracted.
 It runs on CUDA only and fails on tensors of more than two dimensions; here a row is then all but the first dimension.
 In eval, in dtype and in what decays (MeZO's name rule) the default follows the other methods.
 
-Where not to use: where K forwards of one side are too many (K = 6 costs three MeZO steps), or a copy of the weights for
-momentum is (momentum=0 saves it). Under Rademacher noise the score is that of the Gaussian still, an approximation.
+Where not to use: if K forwards of one side are too many (K = 6 costs three MeZO steps), or a copy of the weights for
+momentum is too much (momentum=0 saves it). Under Rademacher noise the score is that of the Gaussian still, an approximation.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from metazo.blocks import NamedTensor, pieces
+from metazo.blocks import NamedTensor, chunks
 from metazo.errors import UserError
 from metazo.noise import INITIAL, Stream
 from metazo.optimizers.base import State, Update, ZOOptimizer
+from metazo.optimizers.registry import Case, register
 from metazo.step.directions import Direction, Isotropic, Reflected
-from metazo.step.estimators import LeaveOneOut, mean
-from metazo.step.rules import SGD, Momentum
-from metazo.step.weights import Term
+from metazo.step.estimators import LeaveOneOut
+from metazo.step.rules import SGD, Momentum, Rule
 
 
 def score(d: Tensor, a: Tensor, damping: float) -> Tensor:
@@ -57,45 +57,36 @@ def score(d: Tensor, a: Tensor, damping: float) -> Tensor:
 
 
 def drawn_rows(direction: Direction, stream: Stream, tensor: NamedTensor, like: Tensor) -> Iterator[Tensor]:
-    """d of a tensor as rows of `like`'s length and dtype, a few at a time: (rows, n). Whole where noise is ordered."""
-    runs = [(0, None)]
-    if tensor.param.ndim > 1 and not stream.ordered:
-        runs = [(start, stop - start) for start, stop in pieces(tensor.param)]
-    for start, count in runs:
+    """d of a tensor as rows of `like`'s length and dtype, a few at a time: (rows, n)."""
+    ranges: list[tuple[int, int | None]] = [(0, None)]
+    if tensor.param.ndim > 1:
+        ranges = [(start, stop - start) for start, stop in chunks(tensor.param)]
+    for start, count in ranges:
         yield direction.draw(stream, tensor, like.dtype, start, count).view(-1, len(like))
 
 
-def _row(tensor: NamedTensor) -> int:
+def row_length(tensor: NamedTensor) -> int:
     """Entries of a row: n of an (m, n) matrix; all of a tensor of one dimension."""
     return max(tensor.param.numel() // (tensor.param.shape[0] if tensor.param.ndim > 1 else 1), 1)
 
 
-class _MatrixMomentum(Momentum):
-    """Heavy ball on tensors of two dimensions, plain descent on the others, as published."""
-
-    def init(self, tensors: Sequence[NamedTensor]) -> State:
-        return super().init([tensor for tensor in tensors if tensor.param.ndim > 1])
-
-    def apply(self, tensor, start, theta, add, lr, decay, state) -> None:
-        rule = super() if tensor.param.ndim > 1 else SGD()
-        rule.apply(tensor, start, theta, add, lr, decay, state)
-
-
+@register
 class LOREN(ZOOptimizer):
     """Leave-one-out descent under a learned low-rank covariance.
 
-    Forwards a step: queries. Extra memory: one copy of the weights for momentum (none at momentum 0), and a row of each
+    Forwards per step: queries. Extra memory: one copy of the weights for momentum (none at momentum 0), and a row of each
     tensor. State: a/<tensor>, (row,); momentum/<tensor>.
 
     Args:
-        queries: losses a step, at least 2; 6 in the paper, 10 in its command line.
-        damping: rho > 0, the curvature assumed before anything is learned; .1 in the paper, 1.0 in its command line.
-        lr_cov: learning rate of a, the learned vector of each tensor; 0 keeps it as drawn and saves a pass a query.
+        queries: losses per step, at least 2; 6 in the paper, 10 in its command line.
+        damping: rho > 0, the curvature assumed before anything is learned; 0.1 in the paper, 1.0 in its command line.
+        lr_cov: learning rate of a, the learned vector of each tensor; 0 keeps it as drawn and saves a pass per query.
         momentum: heavy-ball factor, 0 for none.
         compat: "paper", or "official" for the published code with its faults.
     """
 
-    name = "loren"
+    name, paper = "loren", "arXiv 2511.07971"
+    contract_case = Case(quadratic=0.02, stiff=4e-4, llama=2e-4, options={"queries": 4})
 
     def __init__(
         self,
@@ -114,39 +105,30 @@ class LOREN(ZOOptimizer):
             raise UserError(f"damping must be a finite number above 0, not {damping}.")
         if not (math.isfinite(lr_cov) and lr_cov >= 0):
             raise UserError(f"lr_cov must be a finite number of at least 0, not {lr_cov}.")
-        if compat not in ("paper", "official"):
-            raise UserError(f"compat {compat!r} is unknown: choose paper or official.")
         self.estimator = LeaveOneOut(queries)
-        self.damping, self.lr_cov, self.official = damping, lr_cov, compat == "official"
+        self.damping, self.lr_cov = damping, lr_cov
         if common.get("rule") is None:
-            heavy_ball = _MatrixMomentum(momentum) if self.official else Momentum(momentum)
-            common["rule"] = heavy_ball if momentum else SGD()
+            common["rule"] = self.heavy_ball(momentum) if momentum else SGD()
         super().__init__(params, lr, eps, **common)
+
+    def heavy_ball(self, momentum: float) -> Rule:
+        return Momentum(momentum)
 
     def init(self, tensors: Sequence[NamedTensor]) -> State:
         stream = self.noise.stream(self.noise.run_seed)
         state = {}
         for tensor in tensors:
             wide = torch.promote_types(tensor.param.dtype, torch.float32)
-            state[f"a/{tensor.name}"] = stream.draw(tensor, (_row(tensor),), purpose=INITIAL, dtype=wide)
+            state[f"a/{tensor.name}"] = stream.draw(tensor, (row_length(tensor),), purpose=INITIAL, dtype=wide)
         return state
 
-    def propose(self, state: State, step: int) -> Direction:
-        if self.official:  # a as it stands when the direction is drawn again, tiled over the rows
-
-            def tiled(tensor: NamedTensor) -> Tensor:
-                return state[f"a/{tensor.name}"].repeat(tensor.param.numel() // _row(tensor))
-
-            return Reflected(Isotropic(), tiled, self.damping)
+    def propose(self, state: State, step: int, seeds: Sequence[int]) -> Direction:
         probed = {tensor.name: state[f"a/{tensor.name}"].clone() for tensor in self.tensors}
         return Reflected(Isotropic(), lambda tensor: probed[tensor.name], self.damping)
 
     def update(self, state: State, step: int, seeds: Sequence[int], losses: Sequence[float]) -> Update:
-        if self.official:
-            held = torch.tensor([*losses, mean(losses)], dtype=torch.float32)
-            return Update(((held[:-1] - held[-1]).double() / (self.eps * (len(losses) - 1))).tolist())
         coefficients = self.estimator.coefficients(losses, self.eps)
-        direction, streams = self.propose(state, step), [self.noise.stream(seed) for seed in seeds]
+        direction, streams = self.propose(state, step, seeds), [self.noise.stream(seed) for seed in seeds]
         for tensor in self.tensors if self.lr_cov else ():
             a = state[f"a/{tensor.name}"]
             total = torch.zeros_like(a)
@@ -155,24 +137,3 @@ class LOREN(ZOOptimizer):
                     total.add_(score(d, a, self.damping), alpha=c * self.eps * len(a) / tensor.param.numel())
             a.sub_(total, alpha=self.lr_cov)
         return Update(coefficients)
-
-    # -- the published code, faults 1 to 7 ----------------------------------------------------------------------
-
-    def decays(self, tensor: NamedTensor) -> bool:
-        return self.official or super().decays(tensor)
-
-    def _apply(self, terms: list[Term], learning_rates: Sequence[float], step: int) -> None:
-        if not self.official:
-            super()._apply(terms, learning_rates, step)
-            return
-        self.weights.leave()
-        for term in terms:
-            super()._apply([term], learning_rates, step)
-            stream, direction = self.noise.stream(term.seed), self.propose(self.zo_state, step)
-            for tensor in self.tensors:
-                a = self.zo_state[f"a/{tensor.name}"]
-                d = direction.draw(stream, tensor, a.dtype).view(1, -1)
-                lost = score(d, a.repeat(d.numel() // len(a)), self.damping) * (self.eps**2 * math.sqrt(self.damping))
-                shift = lost.view(tensor.param.shape).sum(0)
-                decay = self.lr_cov * float(self.param_groups[tensor.group]["weight_decay"])
-                a.mul_(1 - decay).sub_(shift, alpha=self.lr_cov * term.amount * self.eps)

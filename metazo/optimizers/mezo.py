@@ -16,47 +16,57 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from metazo.optimizers.base import ZOOptimizer
+from metazo.optimizers.registry import Case, register
 from metazo.step.estimators import TwoPoint
 from metazo.step.rules import Adam, Momentum
 
 
+@register
 class MeZO(ZOOptimizer):
-    """MeZO-SGD. Forwards a step: 2 queries. Extra memory: none.
+    """MeZO-SGD. Forwards per step: 2 queries. Extra memory: none.
 
     Args:
         queries: directions averaged in a step (n-SPSA); at equal forwards one is usually best.
     """
 
-    name = "mezo"
+    name, paper = "mezo", "arXiv 2305.17333"
 
     def __init__(self, params: Iterable, lr: float = 1e-6, eps: float = 1e-3, *, queries: int = 1, **common):
         self.estimator = TwoPoint(queries)
         super().__init__(params, lr, eps, **common)
 
 
+@register
 class MeZOMomentum(MeZO):
     """MeZO with heavy-ball momentum in torch's form. Extra memory: one copy of the weights, float32.
 
     Args:
-        momentum: mu in [0, 1), the weight of the buffer before; .9 in the field's experiments.
+        momentum: mu in [0, 1), the weight of the buffer before; 0.9 in the field's experiments.
     """
 
     name = "mezo-momentum"
+    own_rule = "is MeZO with a rule already; use `optimizer='mezo'` with `rule`"
+    search_factor = 0.1
+    contract_case = Case(quadratic=0.005, stiff=2e-4, llama=3e-4, saddle=0.005)
 
     def __init__(self, params: Iterable, lr: float = 1e-6, eps: float = 1e-3, *, momentum: float = 0.9, **common):
         common.setdefault("rule", Momentum(momentum))
         super().__init__(params, lr, eps, **common)
 
 
+@register
 class MeZOAdam(MeZO):
     """MeZO with AdamW. Extra memory: two copies of the weights, float32. lr is of Adam's size (1e-5 .. 1e-3).
 
     Args:
-        betas: weights of the first and second moment before; .9 .999 as in torch.
+        betas: weights of the first and second moment before; 0.9 0.999 as in torch.
         stability: Adam's epsilon, added to the root of the second moment; 1e-8 as in torch.
     """
 
     name = "mezo-adam"
+    own_rule = "is MeZO with a rule already; use `optimizer='mezo'` with `rule`"
+    search_rate = 1e-4
+    contract_case = Case(quadratic=0.1, stiff=0.05, llama=3e-3, along="sign")
 
     def __init__(
         self,

@@ -196,5 +196,5 @@ class Structured(ZOOptimizer):
         if square == 0:
             return 0.0
         tensor = self.by_name[name]
-        size = sum(float(torch.linalg.vector_norm(theta)) ** 2 for _, theta in self.weights.values(tensor))
+        size = sum(float(torch.linalg.vector_norm(theta)) ** 2 for _, theta in self.weights.read(tensor))
         return math.sqrt(max(size, FLOOR**2 * tensor.param.numel()) / square)

@@ -39,16 +39,29 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from metazo.blocks import NamedTensor, part
+from metazo.blocks import NamedTensor, chunk_of
 from metazo.errors import UserError
 from metazo.optimizers.base import State, ZOOptimizer
 from metazo.optimizers.groups import Closure, listed
-from metazo.step.estimators import ControlVariate, TwoPoint
-from metazo.step.record import Step, Update
+from metazo.optimizers.registry import Case, register
+from metazo.step.estimators import ControlVariate, Estimator, TwoPoint
+from metazo.step.record import Update
+from metazo.step.weights import Term
 
 RISE, FLOOR, MINI_FLOOR = 1.05, 1e-5, 1e-6  # of annealing, as published
 
 
+def _missing() -> float:
+    raise UserError(
+        "mezo-svrg takes the loss over all training examples at every interval's first step: set the optimizer's "
+        "full_closure to a function that returns it."
+    )
+
+
+_missing.batches = 0  # type: ignore[attr-defined]
+
+
+@register
 class MeZOSVRG(ZOOptimizer):
     """Two-point descent with a control variate at a snapshot.
 
@@ -69,7 +82,10 @@ class MeZOSVRG(ZOOptimizer):
             half the memory and some rounding in bfloat16.
     """
 
-    name = "mezo-svrg"
+    name, paper = "mezo-svrg", "arXiv 2404.08080"
+    estimator = ControlVariate()
+    wants_full_closure = True
+    contract_case = Case(quadratic=0.015, llama=4e-3, options={"interval": 3})
 
     def __init__(
         self,
@@ -95,7 +111,6 @@ class MeZOSVRG(ZOOptimizer):
             raise UserError(f"snapshot {snapshot!r} is unknown: choose theta or weights.")
         self.mini_lr, self.interval, self.anneal, self.epoch_steps = mini_lr, interval, anneal, epoch_steps
         self.snapshot = snapshot
-        self.estimator = ControlVariate()
         self.full_closure: Closure | Sequence[Closure] | None = None
         super().__init__(params, lr, eps, **common)
 
@@ -118,24 +133,22 @@ class MeZOSVRG(ZOOptimizer):
     def _keep(self) -> None:
         """The snapshot is theta from now on."""
         for tensor in self.tensors:
-            for start, theta in self.weights.values(tensor):
-                part(self.weights.snapshot[tensor.name], start, theta).copy_(theta)
+            for start, theta in self.weights.read(tensor):
+                chunk_of(self.weights.snapshot[tensor.name], start, theta).copy_(theta)
 
     def is_full(self) -> bool:
         """Whether the next step is over all training examples."""
         self._prepare()
         return self.steps % self.interval == 0 or bool(self.zo_state["svrg/full"].isnan())
 
-    def step(self, closure=None, *, replay: Step | None = None) -> float:  # type: ignore[override]
-        """As ZOOptimizer.step; a full step evaluates `full_closure` instead. Raises UserError where that is not set."""
-        full = self.is_full()
-        if full and replay is None and self.full_closure is None:
-            raise UserError(
-                f"mezo-svrg takes the loss over all training examples every {self.interval} steps: set the optimizer's "
-                "full_closure to a function that returns it."
-            )
-        self.estimator = TwoPoint() if full else ControlVariate()
-        return super().step(self.full_closure if full else closure, replay=replay)
+    def estimator_for(self, state: State, step: int) -> Estimator:
+        return TwoPoint() if self.is_full() else self.estimator
+
+    def closure_for(self, state: State, step: int, closure):
+        """A full step evaluates `full_closure`; without one it raises UserError, unless it is a replay."""
+        if not self.is_full():
+            return closure
+        return _missing if self.full_closure is None else self.full_closure
 
     def forwards_per_step(self, closures: int = 1) -> float:
         full = 2 * sum(getattr(part, "batches", 1) for part in listed(self.full_closure))
@@ -150,10 +163,12 @@ class MeZOSVRG(ZOOptimizer):
         return tuple(max(rate * ratio * annealed, min(rate * ratio, floor)) for rate in rates)
 
     def update(self, state: State, step: int, seeds: Sequence[int], losses: Sequence[float]) -> Update:
-        (c,) = self.estimator.coefficients(losses, self.eps)
-        self._watch(state, step, self.estimator.loss(losses))
+        estimator = self.estimator_for(state, step)
+        (c,) = estimator.coefficients(losses, self.eps)
+        self._watch(state, step, estimator.loss(losses))
         if not self.is_full():
-            return Update([c], terms=[(seeds[0], c), (int(state["svrg/seed"]), float(state["svrg/full"]))])
+            gbar = Term(None, int(state["svrg/seed"]), float(state["svrg/full"]))
+            return Update([c], [Term(None, seeds[0], c), gbar])
         self.weights.leave()
         self._keep()
         state["svrg/seed"].fill_(seeds[0])

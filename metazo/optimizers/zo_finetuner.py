@@ -1,4 +1,4 @@
-"""ZO Fine-tuner (arXiv 2510.00419): MeZO along noise whose scale in each block a small trained network chooses.
+"""ZO Fine-tuner (arXiv 2510.00419): MeZO along noise whose scale in each block is chosen by a small trained network.
 
     sigma_b = |PertNN_b(mean theta_b, var theta_b, L+_{t-1}, L-_{t-1}, sigma_b,t-1)|
     kappa   = sqrt(sum D_b) / sqrt(sum D_b sigma_b^2)
@@ -15,24 +15,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from metazo.errors import UserError
 from metazo.optimizers.base import ZOOptimizer
+from metazo.optimizers.registry import Case, register
 from metazo.step.scales import BlockScale
 
-if TYPE_CHECKING:
-    pass
 
-
+@register
 class ZOFinetuner(ZOOptimizer):
-    """MeZO under a tuner's block scales. Forwards a step: 2. Extra memory: about 450 numbers a block.
+    """MeZO under a tuner's block scales. Forwards per step: 2. Extra memory: about 450 numbers per block.
 
     Args: as ZOOptimizer; scale is required: `tuner_scale(tuner, model.named_parameters())`.
-    Where not to use: on a model whose blocks are not the tuner's: there the RMS scale (MeZO, `scale="rms"`) is free.
+    Where not to use: on a model whose blocks are not the tuner's; the RMS scale (MeZO, `scale="rms"`) is free.
     """
 
-    name = "zo-finetuner"
+    name, paper = "zo-finetuner", "arXiv 2510.00419"
+    needs_tuner = True
+    contract_case = Case(scaled=False)
 
     def __init__(self, params: Iterable, lr: float = 1e-6, eps: float = 1e-3, *, scale: BlockScale, **common):
         if not isinstance(scale, BlockScale):

@@ -55,6 +55,9 @@ class FinetuneConfig:
     """Decoupled decay; biases and layer norms are exempt by name"""
     noise: Literal["method", "gaussian", "rademacher"] = setting(default="method", role="method")
     """Distribution of the noise; method takes the method's own (Gaussian but for fzoo)"""
+    probing: Literal["method", "in-turn", "together", "auto"] = setting(default="method", role="method")
+    """Evaluation of a step's probes: one after the other, or for low-rank directions together in one batched pass; auto takes
+    together for small batches"""
     scale: Literal["none", "rms"] = setting(default="none", role="method")
     """Block scale; rms moves each tensor in proportion to its size"""
     statistics_every: int | None = setting(default=None, least=1, role="method")

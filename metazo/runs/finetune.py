@@ -18,8 +18,6 @@ from metazo.io.extras import MissingPackage
 from metazo.io.tensorfile import weights_hash
 from metazo.models.describe import describe
 from metazo.models.lora import merge_adapters
-from metazo.optimizers import ZOOptimizer
-from metazo.optimizers.first_order import FirstOrder
 from metazo.runs.batches import batch_indices
 from metazo.runs.config import INCIDENTAL, FinetuneConfig
 from metazo.runs.diagnose import diagnose, memory_explained
@@ -114,7 +112,7 @@ class _Run:
         steps = self.log.steps
         snapshot = self.folder.load_snapshot(self.scores.take_up(len(steps)))
         done = self._load(*snapshot) if snapshot else 0
-        if isinstance(self.optimizer, FirstOrder):  # a gradient cannot be replayed: it is computed again
+        if not self.optimizer.replayable:  # a gradient, say, is computed again
             self.log.cut(done)
             steps = steps[:done]
         self.scores.settle(len(steps))
@@ -124,7 +122,6 @@ class _Run:
             self.watch.see(record)
         self.scores.evaluate_if_due(done)
         for record in steps[done:]:
-            assert isinstance(self.optimizer, ZOOptimizer)
             self._set_rates(record.step)
             self._after(record, self.optimizer.step(self._closures(record.step), replay=record))
             self._stop_if_asked(record.step + 1)
@@ -160,8 +157,7 @@ class _Run:
 
     def go_on(self) -> None:
         optimizer, total = self.optimizer, self.setup.steps
-        if isinstance(optimizer, ZOOptimizer):
-            optimizer.recorder = self.log.append
+        optimizer.recorder = self.log.append
         with progress(self.console, total, optimizer.steps) as show:
             for step in range(optimizer.steps, total):
                 if self.scores.stalled():
@@ -171,8 +167,6 @@ class _Run:
                 loss = optimizer.step(closures)
                 record = optimizer.last_step
                 assert record is not None
-                if isinstance(optimizer, FirstOrder):
-                    self.log.append(record)
                 self._after(record, loss, closures)
                 if self.config.snapshot_every and (step + 1) % self.config.snapshot_every == 0:
                     self._snapshot(step + 1)

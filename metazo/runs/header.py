@@ -10,7 +10,7 @@ import torch
 import metazo
 from metazo.io.tensorfile import weights_hash
 from metazo.models.sentence import SentenceClassifier
-from metazo.optimizers.base import ZOOptimizer
+from metazo.optimizers.registry import Method
 from metazo.runs.inputs import data_hash, inputs
 from metazo.runs.machine import processor, versions
 from metazo.tasks.data import VERSION
@@ -24,7 +24,6 @@ PACKAGES = ("torch", "transformers", "numpy", "numba")
 def header(settings: dict[str, Any], setup: Setup) -> dict[str, Any]:
     """The header of a run's step log; `settings` are those that decide the result. Call it before the first step."""
     loaded, optimizer, task = setup.loaded, setup.optimizer, setup.prepared.task
-    zeroth = optimizer if isinstance(optimizer, ZOOptimizer) else None
     return {
         "model": loaded.name,
         "weights": weights_hash(loaded.model.named_parameters()),
@@ -36,16 +35,16 @@ def header(settings: dict[str, Any], setup: Setup) -> dict[str, Any]:
         "trained": setup.prepared.record,
         "head": loaded.model.phrase_record() if isinstance(loaded.model, SentenceClassifier) else None,
         "method": settings["optimizer"],
-        "noise": zeroth.noise.name if zeroth else None,
-        "tuner": tuner_hash(zeroth) if zeroth else None,
+        "noise": optimizer.noise.name if optimizer.noise else None,
+        "tuner": tuner_hash(optimizer),
         "precision": settings["precision"],
         "settings": settings,
         "environment": environment(setup.device),
     }
 
 
-def tuner_hash(optimizer: ZOOptimizer) -> str | None:
-    """Of the networks that choose the block scales, where there are any."""
+def tuner_hash(optimizer: Method) -> str | None:
+    """Of the networks that choose the block scales, if there are any."""
     networks = getattr(optimizer.scale, "pertnn", None)
     return None if networks is None else weights_hash(networks.named_parameters())
 

@@ -11,42 +11,23 @@ from torch import nn
 from metazo import zoo
 from metazo.blocks import NamedTensor, partition, tensor_id
 from metazo.errors import UserError
-from metazo.optimizers import OPTIMIZERS, ZOFinetuner, ZOOptimizer, tuner_scale
-from metazo.optimizers.first_order import RULES as FIRST_ORDER
-from metazo.optimizers.first_order import FirstOrder
+from metazo.optimizers import METHODS
+from metazo.optimizers.registry import method
 from metazo.runs.config import FinetuneConfig
 from metazo.step.rules import RULES
 from metazo.step.scales import STATISTICS_EVERY, BlockScale, RMSScale
 from metazo.tuner.file import Tuner
 from metazo.tuner.networks import PertNN
-from metazo.tuner.scale import TunerScale
-
-COMMON = set(inspect.signature(ZOOptimizer.__init__).parameters)
-# Methods that are a rule themselves: another on top would replace or double it.
-OWN_RULE = {
-    "mezo-momentum": "is MeZO with a rule already; use `optimizer='mezo'` with `rule`",
-    "mezo-adam": "is MeZO with a rule already; use `optimizer='mezo'` with `rule`",
-    "lozo-m": "keeps its momentum as a factor; use `optimizer='lozo'` with `rule`",
-}
+from metazo.tuner.scale import TunerScale, tuner_scale
 
 
 def methods() -> list[str]:
-    return [*OPTIMIZERS, *FIRST_ORDER]
+    return [*METHODS]
 
 
 def hyperparameters(name: str) -> dict[str, inspect.Parameter]:
-    """A method's own hyperparameters: what its class takes beyond what all take."""
-    if name not in OPTIMIZERS:
-        return {}
-    found: dict[str, inspect.Parameter] = {}
-    for cls in reversed(OPTIMIZERS[name].__mro__):
-        if issubclass(cls, ZOOptimizer):
-            found |= inspect.signature(cls.__init__).parameters
-    return {
-        key: parameter
-        for key, parameter in found.items()
-        if key not in COMMON and parameter.kind is not parameter.VAR_KEYWORD
-    }
+    """A method's own hyperparameters; none for a name that is no method."""
+    return METHODS[name].hyperparameters() if name in METHODS else {}
 
 
 def block_scale(config: FinetuneConfig, model: nn.Module) -> BlockScale | None:
@@ -88,42 +69,39 @@ def _seed(spec: str) -> int:
         raise UserError(f"`tuner` {spec!r}: random: is followed by a whole number, its seed.") from None
 
 
-def build_optimizer(config: FinetuneConfig, model: nn.Module) -> ZOOptimizer | FirstOrder:
-    """The optimizer of a run. Raises UserError for a method or hyperparameter that is not there."""
-    name = config.optimizer
-    if name not in methods():
-        raise UserError(f"`optimizer` {name!r} is unknown; choose one of {', '.join(methods())}.")
-    own = hyperparameters(name)
-    for key in config.method:
+def arguments(config: FinetuneConfig, model: nn.Module) -> dict[str, Any]:
+    """The keyword arguments of the method's constructor. Raises UserError for settings that it does not take."""
+    name, cls = config.optimizer, method(config.optimizer)
+    own, chosen = cls.hyperparameters(), cls.translate(config.method)
+    for key in chosen:
         if key not in own:
-            homes = [other for other in OPTIMIZERS if key in hyperparameters(other)]
-            where = f"it belongs to {', '.join(homes)}" if homes else f"{name} has {', '.join(own) or 'none'}"
+            owners = [other for other in METHODS if key in hyperparameters(other)]
+            where = f"it belongs to {', '.join(owners)}" if owners else f"{name} has {', '.join(own) or 'none'}"
             raise UserError(f"`{key}` is not a hyperparameter of {name}; {where}.")
     settings: dict[str, Any] = {"weight_decay": config.weight_decay}
     if config.lr is not None:
         settings["lr"] = config.lr
-    if name in FIRST_ORDER:
-        if config.tuner or config.scale != "none":
-            raise UserError(f"`optimizer` {name} has no perturbation that `tuner` or `scale` could shape.")
-        return FirstOrder(name, model.named_parameters(), **settings)
-    scale = block_scale(config, model)
-    if scale is None and OPTIMIZERS[name] is ZOFinetuner:
-        raise UserError("`optimizer` zo-finetuner needs `tuner` (or use `optimizer='mezo'` with `scale='rms'`).")
-    if config.rule != "method" and name in OWN_RULE:
-        raise UserError(f"`rule` {config.rule} under `optimizer` {name}, which {OWN_RULE[name]}.")
-    parts: dict[str, Any] = {} if config.rule == "method" else {"rule": RULES[config.rule]()}
-    if config.noise != "method":
-        parts["noise"] = config.noise
-    return OPTIMIZERS[name](
-        model.named_parameters(),
-        eps=config.eps,
-        seed=config.seed,
-        scale=scale,
-        precision=config.precision,
-        **settings,
-        **parts,
-        **config.method,
-    )
+    if "scale" not in cls.common and (config.tuner or config.scale != "none"):
+        raise UserError(f"`optimizer` {name} has no perturbation that `tuner` or `scale` could shape.")
+    if config.rule != "method":
+        if cls.own_rule:
+            raise UserError(f"`rule` {config.rule} under `optimizer` {name}, which {cls.own_rule}.")
+        settings["rule"] = RULES[config.rule]()
+    if cls.needs_tuner and config.tuner is None and config.scale == "none":
+        raise UserError(f"`optimizer` {name} needs `tuner` (or use `optimizer='mezo'` with `scale='rms'`).")
+    shared: dict[str, Any] = {"eps": config.eps, "seed": config.seed, "precision": config.precision}
+    if "scale" in cls.common:
+        shared["scale"] = block_scale(config, model)
+    shared |= {key: value for key in ("noise", "probing") if (value := getattr(config, key)) != "method"}
+    if cls.needs_model:
+        settings["model"] = model
+    return settings | {key: value for key, value in shared.items() if key in cls.common} | chosen
+
+
+def build_optimizer(config: FinetuneConfig, model: nn.Module) -> Any:
+    """The optimizer of a run. Raises UserError for a method or hyperparameter that is not there."""
+    settings = arguments(config, model)
+    return method(config.optimizer)(model.named_parameters(), **settings)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -37,7 +37,7 @@ from metazo.models.describe import describe
 from metazo.models.load import LoadedModel
 from metazo.models.lora import merge_adapters
 from metazo.models.sentence import Phrases, SentenceClassifier
-from metazo.optimizers import OPTIMIZERS, ZOOptimizer
+from metazo.optimizers import METHODS
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.folder import save_parts
 from metazo.runs.header import environment, tuner_hash
@@ -199,11 +199,12 @@ def _checked(found: Scan) -> dict[str, Any]:
     for key, kind in _NEEDED.items():
         if not isinstance(header.get(key), kind):
             raise UserError(f"{found.path} cannot be replayed: its header has no {key!r}.")
-    method = header["method"]
-    if method not in OPTIMIZERS:
+    method = METHODS.get(header["method"])
+    if method is None or not method.replayable:
+        known = ", ".join(name for name, cls in METHODS.items() if cls.replayable)
         raise UserError(
-            f"{found.path} cannot be replayed: its method is {method!r}, and only zeroth-order steps follow from their "
-            f"record ({', '.join(OPTIMIZERS)})."
+            f"{found.path} cannot be replayed: its method is {header['method']!r}, and the methods whose steps follow from "
+            f"their record are {known}."
         )
     if header["settings"].get("head") == "prototype":
         raise UserError(
@@ -215,7 +216,7 @@ def _checked(found: Scan) -> dict[str, Any]:
 
 def _rebuilt(
     header: dict[str, Any], base: str, tuner: str | None, zoo_folder: Path | None, device: str
-) -> tuple[LoadedModel, ZOOptimizer]:
+) -> tuple[LoadedModel, Any]:
     """Base model and optimizer as the run had them before its first step."""
     settings = header["settings"] | {"model": base, "out": Path(), "optimizer": header["method"]}
     settings["tuner"] = tuner or _tuner(header, zoo_folder)
@@ -232,7 +233,6 @@ def _rebuilt(
     if isinstance(then, dict) and (what := change(then, architecture(loaded.model))) is not None:
         raise UserError(f"`base` {base} is not the base model of this log: in its configuration {what}.")
     optimizer = build_optimizer(config, loaded.model)
-    assert isinstance(optimizer, ZOOptimizer)
     optimizer.max_loss = config.max_loss
     if optimizer.noise.name != header["noise"]:
         raise UserError(

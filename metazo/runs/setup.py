@@ -13,12 +13,9 @@ from metazo.io.extras import needs
 from metazo.models.assemble import assemble
 from metazo.models.load import LoadedModel
 from metazo.models.sentence import SentenceClassifier
-from metazo.optimizers import LOZO, LOZOM, DominantLayer, ZOOptimizer, first_outlier_layer
-from metazo.optimizers.dominant_layer import OUTLIER_LAYER
-from metazo.optimizers.first_order import FirstOrder
-from metazo.optimizers.svrg import MeZOSVRG
+from metazo.optimizers.registry import method
 from metazo.runs.config import FinetuneConfig
-from metazo.runs.method import build_optimizer, resolve_device
+from metazo.runs.method import arguments, resolve_device
 from metazo.runs.resources import size
 from metazo.runs.schedule import warmup_steps
 from metazo.step.precision import cost
@@ -37,7 +34,7 @@ class Setup:
     config: FinetuneConfig
     loaded: LoadedModel
     prepared: Prepared
-    optimizer: ZOOptimizer | FirstOrder
+    optimizer: Any
     trained: int
     steps: int
     forwards: int
@@ -50,8 +47,7 @@ class Setup:
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         state = sum(tensor.numel() * tensor.element_size() for tensor in self.optimizer.tensors_state().values())
         trainable = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-        moments = {"first-order-adamw": 2, "first-order-sgd": 1}.get(config.optimizer, 0)
-        state += moments * trainable  # they come with the first step
+        state += self.optimizer.moments * trainable  # they come with the first step
         snapshots = 3 * (trainable + state) if config.snapshot_every else 0  # two, and one that is being written
         best = trainable if config.keep == "best" else 0
         saved = 0 if config.keep == "none" else trainable if config.lora and not config.merge else weights
@@ -77,18 +73,17 @@ class Setup:
         }
 
     def _precision(self, config: FinetuneConfig) -> str:
-        if isinstance(self.optimizer, FirstOrder):
+        if "precision" not in self.optimizer.common:
             return f"weights updated in {config.dtype}"
         trained = [parameter for parameter in self.loaded.model.parameters() if parameter.requires_grad]
         words, more = cost(config.precision, trained)
         return f"{words}: {size(more)}"
 
 
-def _record_bytes(optimizer: ZOOptimizer | FirstOrder) -> int:
-    """Of a step in the log, about: losses, and a seed and a coefficient a query."""
-    if isinstance(optimizer, FirstOrder):
-        return 110
-    return 80 + 20 * (len(optimizer.estimator.probes()) + 2 * optimizer.estimator.queries)
+def _record_bytes(optimizer: Any) -> int:
+    """Of a step in the log, about: losses, and a seed and a coefficient per query."""
+    estimator = getattr(optimizer, "estimator", None)
+    return 110 if estimator is None else 80 + 20 * (len(estimator.probes()) + 2 * estimator.queries)
 
 
 def set_up(config: FinetuneConfig) -> Setup:
@@ -114,8 +109,7 @@ def set_up(config: FinetuneConfig) -> Setup:
             raise UserError("`lora` on a sentence encoder is saved merged into its weights alone; add `merge=True`.")
         loaded.model.cache_frozen()
         fit_head(loaded, prepared, config.eval_batch_size)
-    config = settled(config, loaded, prepared, device)
-    optimizer = make_optimizer(config, loaded, prepared, device)
+    config, optimizer = make_optimizer(config, loaded, prepared, device)
     a_step = optimizer.forwards_per_step(config.accumulate)
     steps = int(config.forwards / a_step) if config.forwards else config.steps or 1000
     if config.epochs:
@@ -126,26 +120,18 @@ def set_up(config: FinetuneConfig) -> Setup:
     return Setup(config, loaded, prepared, optimizer, trained, steps, round(steps * a_step), device, limit)
 
 
-def settled(config: FinetuneConfig, loaded: LoadedModel, prepared: Prepared, device: torch.device) -> FinetuneConfig:
-    """The settings with what model and data have to say, so that a replay needs neither: which layer is dominant, by name,
-    and which form LOZO takes.
-    """
-    layer = config.optimizer == DominantLayer.name and config.method.get("layer") == OUTLIER_LAYER
-    form = config.optimizer in (LOZO.name, LOZOM.name) and config.method.get("form") == "auto"
-    if not layer and not form:
-        return config
-    batch = BatchLoss(loaded.model, prepared, prepared.train[: config.batch_size], device)
-    if layer:
-        return replace(config, method=config.method | {"layer": first_outlier_layer(loaded.model, batch)})
-    found = build_optimizer(config, loaded.model).settled(batch)  # type: ignore[union-attr]
-    return replace(config, method=config.method | {"form": found})
-
-
 def make_optimizer(
     config: FinetuneConfig, loaded: LoadedModel, prepared: Prepared, device: torch.device
-) -> ZOOptimizer | FirstOrder:
-    """The optimizer of a run, with the closure over all examples where it takes one."""
-    optimizer = build_optimizer(config, loaded.model)
-    if isinstance(optimizer, MeZOSVRG):
+) -> tuple[FinetuneConfig, Any]:
+    """The optimizer of a run; and the settings with what model and data have to say (`Method.resolve`: which layer is
+    dominant, how probes are evaluated), so that a replay needs neither.
+    """
+    cls, given = method(config.optimizer), arguments(config, loaded.model)
+    batch = BatchLoss(loaded.model, prepared, prepared.train[: config.batch_size], device)
+    found = cls.resolve(given, loaded.model, batch)
+    changed = {key: value for key, value in found.items() if key not in given or value is not given[key]}
+    shared = {key: changed.pop(key) for key in list(changed) if key in FinetuneConfig.__dataclass_fields__}
+    optimizer: Any = cls(loaded.model.named_parameters(), **found)
+    if optimizer.wants_full_closure:
         optimizer.full_closure = FullLoss(loaded.model, prepared, config.eval_batch_size, device)
-    return optimizer
+    return replace(config, **shared, method=config.method | changed), optimizer

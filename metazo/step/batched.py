@@ -1,11 +1,11 @@
 """All probes of a step in one forward pass, low-rank directions as activations.
 
-    (W + a U V^T) x = W x + a U (V^T x),      for every probe (U, a) at once: + eps and - eps along each query's U
+    (W + a U V^T) x = W x + a U (V^T x),      for every probe (U, V, a) at once: + eps and - eps along each query's
 
-The closure runs once under torch's vmap over the probes, its branches: activations carry them, the weights none, so that W
-is read once and never written. Linear, embedding and GPT-2's Conv1D take the short form; any other use of a tensor sees
-W + a d, made for that call, once a branch. It pays while activations are small beside weights: they are multiplied by the
-number of branches.
+The closure runs once under torch's vmap over the probes, its branches: activations carry the branches, the weights do not,
+so that W is read once and never written. Linear, embedding and GPT-2's Conv1D take the short form; any other use of a
+tensor sees W + a d, made for that call, once per branch. It pays while activations are small beside weights: they are
+multiplied by the number of branches. A branch may be a sum of vectors; each adds its own short product.
 
 Low rank is what makes it pay. Dense noise has no short form: z_k x is as long a product as W x, so K queries of it in one
 batch cost K more products than one after the other, and save only reading W.
@@ -40,31 +40,29 @@ class TooLarge(Exception):
 
 
 class Branch(NamedTuple):
-    """A probe at theta + amount * d(stream)."""
+    """A probe at theta + the sum of amount * d(stream) over these (stream, direction, amount)."""
 
-    stream: Stream
-    amount: float
+    terms: Sequence[tuple[Stream, Direction, float]]
 
 
 class Branches(Shown):
-    """Functions see theta + amount * d for the tensors given, where vmap goes over the branches.
+    """Functions see theta + the branch's displacement for the tensors given, while vmap goes over the branches.
 
-    Args: streams: of the queries, one each. query: vmap's number of the branch's query; None where there is one query.
-        amount: vmap's number of the branch's amount. positions: raises TooLarge where a batch of more rows
+    Args: vectors: every (stream, direction) that a branch has. query: vmap's numbers of the branch's vectors, (terms,);
+        None if there is one vector. amount: vmap's amounts, (terms,). positions: raises TooLarge if a batch of more rows
         (batch x length) comes to a matrix.
     """
 
     def __init__(
         self,
         tensors: Sequence[NamedTensor],
-        direction: Direction,
-        streams: Sequence[Stream],
+        vectors: Sequence[tuple[Stream, Direction]],
         query: Tensor | None,
         amount: Tensor,
         positions: int | None,
     ):
-        super().__init__(tensor for tensor in tensors if direction.touches(tensor))
-        self.direction, self.streams, self.positions = direction, streams, positions
+        super().__init__(t for t in tensors if any(direction.touches(t) for _, direction in vectors))
+        self.vectors, self.positions = vectors, positions
         self.query, self.amount = query, amount
 
     def use(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -79,34 +77,44 @@ class Branches(Shown):
     def make(self, tensor: NamedTensor) -> Tensor:
         with DisableTorchFunctionSubclass():
             theta = tensor.param.detach()
-            d = self._own([self.direction.draw(stream, tensor) for stream in self.streams])
-            return (theta + self.amount * d).to(theta.dtype)
+            each = [direction.draw(stream, tensor) for stream, direction in self.vectors]
+            moved = theta
+            for slot, amount in enumerate(self.amount):
+                moved = moved + amount * self._own(each, slot)
+            return moved.to(theta.dtype)
 
-    def _own(self, each: list[Tensor]) -> Tensor:
-        """The branch's own, of a tensor for each query."""
-        return each[0] if self.query is None else torch.stack(each).index_select(0, self.query[None])[0]
+    def _own(self, each: Sequence[Tensor], slot: int) -> Tensor:
+        """The branch's own of a tensor per vector."""
+        return each[0] if self.query is None else torch.stack([*each]).index_select(0, self.query[slot, None])[0]
 
-    def factors(self, weight: Any) -> tuple[Tensor, Tensor] | None:
-        """(U, V) of a tensor that moves by amount * U V^T; None for all others."""
+    def factors(self, weight: Any) -> list[tuple[Tensor, Tensor]] | None:
+        """(U, V) for each of the branch's terms, on a tensor that moves by the sum of amount * U V^T; else None."""
         tensor = self.tensors.get(id(weight))
         if tensor is None:
             return None
-        found = [self.direction.factors(stream, tensor) for stream in self.streams]
-        if found[0] is None:
+        pairs = [pair for stream, d in self.vectors if (pair := d.factors(stream, tensor)) is not None]
+        if len(pairs) < len(self.vectors):
             return None
         self.met.add(id(weight))
-        return self._own([pair[0] for pair in found if pair is not None]), found[0][1]
+        lefts, rights = zip(*pairs)
+        shared = all(right is rights[0] for right in rights)
+        return [
+            (self._own(lefts, slot), rights[0] if shared else self._own(rights, slot))
+            for slot in range(len(self.amount))
+        ]
 
     def check(self, positions: int) -> None:
         if self.positions is not None and positions > self.positions:
             raise TooLarge
 
-    def added(self, x: Tensor, weight: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        """x W^T + amount * (x first) second^T, rounded to x's type once."""
-        if len(second) >= _WIDE and self.query is None:
-            return _Product.apply(x, weight, first, second, self.amount)
-        out = F.linear(x, weight)
-        return (out + (_narrow(x, first) * self.amount) @ second.t()).to(out.dtype)
+    def added(self, x: Tensor, weight: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """x W^T + the sum of amount * (x first) second^T over (first, second), rounded to x's type once."""
+        if len(pairs[0][1]) >= _WIDE and self.query is None:
+            return _Product.apply(x, weight, *pairs[0], self.amount[0])
+        out = added = F.linear(x, weight)
+        for (first, second), amount in zip(pairs, self.amount):
+            added = added + (_narrow(x, first) * amount) @ second.t()
+        return added.to(out.dtype)
 
     def bias(self, bias: Any) -> Any:
         tensor = self.tensors.get(id(bias))
@@ -126,7 +134,7 @@ def _linear(mode: Branches, input: Tensor, weight: Tensor, bias: Tensor | None =
     if factors is None:
         return None
     mode.check(input.numel() // input.shape[-1])
-    out = mode.added(input, weight, factors[1], factors[0])
+    out = mode.added(input, weight, [(right, left) for left, right in factors])
     return out if bias is None else out + mode.bias(bias)
 
 
@@ -135,8 +143,10 @@ def _embedding(mode: Branches, input: Tensor, weight: Tensor, *args: Any, **kwar
     if factors is None or any(args[1:]) or kwargs.get("max_norm") is not None:  # args[0], padding_idx, is for gradients
         return None
     mode.check(input.numel())
-    out = F.embedding(input, weight)
-    return (out + (F.embedding(input, factors[0]) * mode.amount) @ factors[1].t()).to(out.dtype)
+    out = added = F.embedding(input, weight)
+    for (left, right), amount in zip(factors, mode.amount):
+        added = added + (F.embedding(input, left) * amount) @ right.t()
+    return added.to(out.dtype)
 
 
 def _addmm(mode: Branches, bias: Tensor, input: Tensor, weight: Tensor, *, beta: float = 1, alpha: float = 1):
@@ -144,7 +154,7 @@ def _addmm(mode: Branches, bias: Tensor, input: Tensor, weight: Tensor, *, beta:
     if factors is None or beta != 1 or alpha != 1:
         return None
     mode.check(len(input))
-    return mode.added(input, weight.t(), *factors) + mode.bias(bias)
+    return mode.added(input, weight.t(), factors) + mode.bias(bias)
 
 
 _SHORT: dict[Any, Callable[..., Tensor | None]] = {F.linear: _linear, F.embedding: _embedding, torch.addmm: _addmm}
@@ -178,21 +188,24 @@ class _Product(torch.autograd.Function):
 def losses(
     closure: Callable[[], Tensor | float],
     tensors: Sequence[NamedTensor],
-    direction: Direction,
     branches: Sequence[Branch],
     positions: int | None = None,
 ) -> tuple[list[float], list[NamedTensor]]:
     """The losses of a closure at the branches, from one forward pass; and the tensors it never met.
 
-    Raises RuntimeError where the closure cannot be vectorised, TooLarge where its batch is above `positions`.
+    Raises RuntimeError if the closure cannot be vectorised, TooLarge if its batch is above `positions`.
     """
     param = tensors[0].param
     unmet: list[NamedTensor] = []
-    streams = list(dict.fromkeys(branch.stream for branch in branches))
-    several = len(streams) > 1
+    vectors = list({(s.seed, d): (s, d) for branch in branches for s, d, _ in branch.terms}.values())
+    number = {(stream.seed, direction): index for index, (stream, direction) in enumerate(vectors)}
+    slots = max(len(branch.terms) for branch in branches)
+
+    def padded(values: list[Any]) -> list[Any]:
+        return values + [0] * (slots - len(values))
 
     def at(amount: Tensor, query: Tensor) -> Tensor:
-        with Branches(tensors, direction, streams, query if several else None, amount, positions) as mode:
+        with Branches(tensors, vectors, query if len(vectors) > 1 else None, amount, positions) as mode:
             loss = closure()
         unmet.extend(mode.unmet())
         if not isinstance(loss, Tensor):
@@ -200,10 +213,14 @@ def losses(
         return loss
 
     dtype = torch.promote_types(param.dtype, torch.float32)
-    amounts = torch.tensor([branch.amount for branch in branches], dtype=dtype, device=param.device)
-    queries = torch.tensor([streams.index(branch.stream) for branch in branches], device=param.device)
+    amounts = torch.tensor(
+        [padded([a for *_, a in branch.terms]) for branch in branches], dtype=dtype, device=param.device
+    )
+    queries = torch.tensor(
+        [padded([number[s.seed, d] for s, d, _ in branch.terms]) for branch in branches], device=param.device
+    )
     # attention has no rule for vmap on the CPU: it is called for each branch, as without vmap, and torch would warn
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="There is a performance drop")
-        found = vmap(at)(amounts, queries)
-    return [float(value) for value in found], unmet
+        values = vmap(at)(amounts, queries)
+    return [float(value) for value in values], unmet

@@ -1,51 +1,51 @@
 """Directions: what a step moves along.
 
 A direction turns the noise of one seed into a vector d over all tensors, tensor by tensor. Directions wrap each other:
-`Scaled(LowRank(...))` is LOZO under a learned block scale. A direction adds itself to a tensor or to a piece of one: a
-flat run of whole rows from entry `start` (metazo.blocks.pieces). No direction makes a temporary larger than a piece,
-but where noise has the published order: there every tensor is drawn whole, and in order.
+`Scaled(LowRank(...))` is LOZO under a learned block scale. A direction adds itself to a tensor or to a chunk of one: a
+flat run of whole rows from entry `start` (metazo.blocks.chunks). No direction makes a temporary larger than a chunk.
+Drawing never writes state: a direction is settled when `propose` returns it, and may be drawn any number of times.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from torch import Tensor
 
-from metazo.blocks import NamedTensor, part, pieces
-from metazo.noise import Move, Stream
+from metazo.blocks import NamedTensor, chunk_of, chunks
+from metazo.noise import DENSE, Draw, Move, Stream
 
 
-def cut(stream: Stream, tensor: NamedTensor, out: Tensor, start: int = 0) -> Iterator[tuple[int, Tensor]]:
-    """`out`, a tensor or a piece of one, in pieces; whole where noise is ordered, or the tensor not contiguous."""
-    if stream.ordered or out.numel() < tensor.param.numel() or not out.is_contiguous():
+def in_chunks(tensor: NamedTensor, out: Tensor, start: int = 0) -> Iterator[tuple[int, Tensor]]:
+    """`out`, a tensor or a chunk of one, in chunks; in one if it is a chunk already, or not contiguous."""
+    if out.numel() < tensor.param.numel() or not out.is_contiguous():
         yield start, out
         return
-    runs = list(pieces(tensor.param))
-    for first, stop in runs:
-        yield first, out if len(runs) == 1 else out.view(-1)[first:stop]
+    ranges = list(chunks(tensor.param))
+    for first, stop in ranges:
+        yield first, out if len(ranges) == 1 else out.view(-1)[first:stop]
 
 
 def drawn(stream: Stream, tensor: NamedTensor) -> Iterator[tuple[int, Tensor]]:
-    """z of a tensor in new memory, a piece at a time: (start, entries); whole where noise is ordered."""
-    runs = list(pieces(tensor.param))
-    if stream.ordered or len(runs) == 1:
+    """z of a tensor in new memory, chunk by chunk: (start, entries)."""
+    ranges = list(chunks(tensor.param))
+    if len(ranges) == 1:
         yield 0, stream.draw(tensor)
     else:
-        for start, stop in runs:
+        for start, stop in ranges:
             yield start, stream.draw(tensor, start=start, count=stop - start)
 
 
-def draw_like(direction: Direction, stream: Stream, tensor: NamedTensor, piece: Tensor, start: int) -> Tensor:
-    """d on a piece, in its dtype."""
-    count = None if piece.shape == tensor.param.shape else piece.numel()
-    return direction.draw(stream, tensor, piece.dtype, start, count)
+def draw_like(direction: Direction, stream: Stream, tensor: NamedTensor, chunk: Tensor, start: int) -> Tensor:
+    """d on a chunk, in its dtype."""
+    count = None if chunk.shape == tensor.param.shape else chunk.numel()
+    return direction.draw(stream, tensor, chunk.dtype, start, count)
 
 
 class Direction(ABC):
-    """What `add_` and `place_` do here goes for every direction that can be drawn; many have a shorter way."""
+    """The `add_` and `place_` given here serve every direction that can be drawn; many have a shorter way."""
 
     @abstractmethod
     def touches(self, tensor: NamedTensor) -> bool:
@@ -55,28 +55,32 @@ class Direction(ABC):
     def draw(self, stream: Stream, tensor: NamedTensor, dtype=None, start: int = 0, count: int | None = None) -> Tensor:
         """d on this tensor, in its shape, or count entries of it from start; dtype: the tensor's, at least float32."""
 
+    def draws(self, tensor: NamedTensor) -> Iterable[Draw]:
+        """The numbers that d needs of a stream for this tensor, in the order of the published code."""
+        return [(tensor, None, DENSE)] if self.touches(tensor) else []
+
     def factors(self, stream: Stream, tensor: NamedTensor) -> tuple[Tensor, Tensor] | None:
-        """(U, V), (m, r) and (n, r), where d = U V^T on this matrix."""
+        """(U, V), (m, r) and (n, r), if d = U V^T on this matrix."""
         return None
 
     def add_(
         self, stream: Stream, tensor: NamedTensor, out: Tensor, alpha: float, beta: float = 1.0, start: int = 0
     ) -> None:
-        """out = beta * out + alpha * d, in place; out: in the tensor's shape, or a piece of it."""
-        for first, piece in cut(stream, tensor, out, start):
-            piece.mul_(beta).add_(draw_like(self, stream, tensor, piece, first), alpha=alpha)
+        """out = beta * out + alpha * d, in place; out: in the tensor's shape, or a chunk of it."""
+        for first, chunk in in_chunks(tensor, out, start):
+            chunk.mul_(beta).add_(draw_like(self, stream, tensor, chunk, first), alpha=alpha)
 
     def add_all_(self, stream: Stream, moves: Sequence[Move]) -> None:
-        """add_ on whole tensors that d touches: at once where that is faster, in order where noise has one."""
+        """add_ on whole tensors that d touches: at once if that is faster."""
         for move in moves:
             self.add_(stream, *move)
 
     def place_(self, stream: Stream, tensor: NamedTensor, out: Tensor, base: Tensor, alpha: float) -> None:
         """out = base + alpha * d on the whole tensor, computed in base's dtype and rounded to out's."""
-        for start, piece in cut(stream, tensor, base):
-            moved = piece.clone()
+        for start, chunk in in_chunks(tensor, base):
+            moved = chunk.clone()
             self.add_(stream, tensor, moved, alpha, 1.0, start)
-            part(out, start, moved).copy_(moved)
+            chunk_of(out, start, moved).copy_(moved)
 
 
 class Isotropic(Direction):
@@ -99,13 +103,16 @@ class Isotropic(Direction):
 
 
 class Scaled(Direction):
-    """d = s_b d', one positive number a tensor: block scales, at no cost beyond the scalar."""
+    """d = s_b d', one positive number per tensor: block scales, at no cost beyond the scalar."""
 
     def __init__(self, inner: Direction, scales: Mapping[str, float]):
         self.inner, self.scales = inner, scales
 
     def touches(self, tensor: NamedTensor) -> bool:
         return self.inner.touches(tensor)
+
+    def draws(self, tensor: NamedTensor) -> Iterable[Draw]:
+        return self.inner.draws(tensor)
 
     def add_(self, stream, tensor, out, alpha, beta=1.0, start=0) -> None:
         self.inner.add_(stream, tensor, out, alpha * self.scales[tensor.name], beta, start)
@@ -117,8 +124,8 @@ class Scaled(Direction):
         self.inner.place_(stream, tensor, out, base, alpha * self.scales[tensor.name])
 
     def factors(self, stream, tensor) -> tuple[Tensor, Tensor] | None:
-        found = self.inner.factors(stream, tensor)
-        return found and (found[0].mul_(self.scales[tensor.name]), found[1])
+        pair = self.inner.factors(stream, tensor)
+        return pair and (pair[0] * self.scales[tensor.name], pair[1])
 
     def draw(self, stream, tensor, dtype=None, start=0, count=None) -> Tensor:
         return self.inner.draw(stream, tensor, dtype, start, count).mul_(self.scales[tensor.name])
@@ -132,6 +139,9 @@ class Diagonal(Direction):
 
     def touches(self, tensor: NamedTensor) -> bool:
         return self.inner.touches(tensor)
+
+    def draws(self, tensor: NamedTensor) -> Iterable[Draw]:
+        return self.inner.draws(tensor)
 
     def draw(self, stream, tensor, dtype=None, start=0, count=None) -> Tensor:
         return self.inner.draw(stream, tensor, dtype, start, count).mul_(self.factor(tensor, start, count))
@@ -154,6 +164,9 @@ class Reflected(Direction):
     def touches(self, tensor: NamedTensor) -> bool:
         return self.inner.touches(tensor)
 
+    def draws(self, tensor: NamedTensor) -> Iterable[Draw]:
+        return self.inner.draws(tensor)
+
     def draw(self, stream, tensor, dtype=None, start=0, count=None) -> Tensor:
         noise = self.inner.draw(stream, tensor, dtype, start, count)
         a = self.vector(tensor).to(noise.dtype)
@@ -164,9 +177,9 @@ class Reflected(Direction):
         if noise.numel() % len(a) == 0:
             rows = noise.view(-1, len(a))
             rows.addr_(rows @ a, a, alpha=-factor)
-        else:  # a piece of one long row: its product with a is of all pieces
+        else:  # a chunk of one long row: its product with a is of all chunks
             product = 0.0
-            for first, stop in pieces(tensor.param):
+            for first, stop in chunks(tensor.param):
                 product += float(self.inner.draw(stream, tensor, noise.dtype, first, stop - first) @ a[first:stop])
             noise.sub_(a[start : start + len(noise)], alpha=factor * product)
         return noise
@@ -180,6 +193,12 @@ class Sparse(Direction):
 
     def touches(self, tensor: NamedTensor) -> bool:
         return tensor.name in self.selected and self.inner.touches(tensor)
+
+    def draws(self, tensor: NamedTensor) -> Iterable[Draw]:
+        return self.inner.draws(tensor) if self.touches(tensor) else []
+
+    def factors(self, stream, tensor) -> tuple[Tensor, Tensor] | None:
+        return self.inner.factors(stream, tensor) if self.touches(tensor) else None
 
     def add_(self, stream, tensor, out, alpha, beta=1.0, start=0) -> None:
         if self.touches(tensor):

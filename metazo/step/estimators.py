@@ -14,10 +14,10 @@ from typing import NamedTuple, Protocol
 from metazo.errors import UserError
 
 
-class Query(NamedTuple):
-    """One evaluation: at theta + multiple * eps * d(seed of this query); query is None at theta itself.
+class Probe(NamedTuple):
+    """One evaluation, at theta + multiple * eps * d(seed of this query); `query` is None for theta itself.
 
-    snapshot: from the method's snapshot of the weights instead of theta.
+    snapshot: the evaluation is at the method's snapshot of the weights instead of theta.
     """
 
     query: int | None
@@ -29,14 +29,14 @@ class Estimator(Protocol):
     @property
     def queries(self) -> int: ...
 
-    def probes(self) -> list[Query]: ...
+    def probes(self) -> list[Probe]: ...
     def coefficients(self, losses: Sequence[float], eps: float) -> list[float]: ...
     def plus_minus(self, losses: Sequence[float]) -> tuple[float, float]:
-        """Means of the losses on the two sides (both the mean of all where an estimator has one side)."""
+        """Means of the losses on the two sides; the mean of all, twice, if an estimator has one side."""
         ...
 
     def loss(self, losses: Sequence[float]) -> float:
-        """The step's loss, for people: at theta where it was evaluated, else the mean of the probes."""
+        """The step's loss, for people: at theta if it was evaluated there, else the mean of the probes."""
         ...
 
 
@@ -54,8 +54,8 @@ class TwoPoint:
         if self.queries < 1:
             raise UserError(f"queries must be at least 1, not {self.queries}.")
 
-    def probes(self) -> list[Query]:
-        return [Query(k, sign) for k in range(self.queries) for sign in (1.0, -1.0)]
+    def probes(self) -> list[Probe]:
+        return [Probe(k, sign) for k in range(self.queries) for sign in (1.0, -1.0)]
 
     def coefficients(self, losses: Sequence[float], eps: float) -> list[float]:
         pairs = zip(losses[::2], losses[1::2])
@@ -74,8 +74,8 @@ class ThreeLosses:
 
     queries: int = 1
 
-    def probes(self) -> list[Query]:
-        return [Query(None, 0.0), Query(0, 1.0), Query(0, -1.0)]
+    def probes(self) -> list[Probe]:
+        return [Probe(None, 0.0), Probe(0, 1.0), Probe(0, -1.0)]
 
     def coefficients(self, losses: Sequence[float], eps: float) -> list[float]:
         return [(losses[1] - losses[2]) / (2 * eps)]
@@ -91,13 +91,33 @@ class ThreeLosses:
 
 
 @dataclass(frozen=True)
+class AtTheta:
+    """One evaluation, at theta and along no direction: for methods that learn of the gradient in another way than from
+    losses, such as forward hooks or a backward pass."""
+
+    queries: int = 0
+
+    def probes(self) -> list[Probe]:
+        return [Probe(None, 0.0)]
+
+    def coefficients(self, losses: Sequence[float], eps: float) -> list[float]:
+        return [1.0]
+
+    def plus_minus(self, losses: Sequence[float]) -> tuple[float, float]:
+        return losses[0], losses[0]
+
+    def loss(self, losses: Sequence[float]) -> float:
+        return losses[0]
+
+
+@dataclass(frozen=True)
 class ControlVariate:
     """c = c(theta) - c(snapshot), two points each along one d: what the two have in common cancels (SVRG)."""
 
     queries: int = 1
 
-    def probes(self) -> list[Query]:
-        return [Query(0, 1.0, True), Query(0, -1.0, True), Query(0, 1.0), Query(0, -1.0)]
+    def probes(self) -> list[Probe]:
+        return [Probe(0, 1.0, True), Probe(0, -1.0, True), Probe(0, 1.0), Probe(0, -1.0)]
 
     def coefficients(self, losses: Sequence[float], eps: float) -> list[float]:
         return [((losses[2] - losses[3]) - (losses[0] - losses[1])) / (2 * eps)]
@@ -119,8 +139,8 @@ class LeaveOneOut:
         if self.queries < 2:
             raise UserError(f"queries must be at least 2 to leave one out, not {self.queries}.")
 
-    def probes(self) -> list[Query]:
-        return [Query(k, 1.0) for k in range(self.queries)]
+    def probes(self) -> list[Probe]:
+        return [Probe(k, 1.0) for k in range(self.queries)]
 
     def coefficients(self, losses: Sequence[float], eps: float) -> list[float]:
         centre = mean(losses)
@@ -143,8 +163,8 @@ class OneSided:
         if self.queries < 1:
             raise UserError(f"queries must be at least 1, not {self.queries}.")
 
-    def probes(self) -> list[Query]:
-        return [Query(None, 0.0), *(Query(k, 1.0) for k in range(self.queries))]
+    def probes(self) -> list[Probe]:
+        return [Probe(None, 0.0), *(Probe(k, 1.0) for k in range(self.queries))]
 
     def coefficients(self, losses: Sequence[float], eps: float) -> list[float]:
         return [(f - losses[0]) / (eps * self.queries) for f in losses[1:]]

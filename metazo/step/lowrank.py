@@ -2,35 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from metazo.blocks import NamedTensor, part
+from metazo.blocks import NamedTensor, chunk_of
 from metazo.kernels.outer import add_product_, add_products_
-from metazo.noise import LEFT, Move, Stream
+from metazo.noise import LEFT, Draw, Move, Stream
 from metazo.step.directions import Direction
 
 
 class LowRank(Direction):
-    """d = U V^T on matrices, U drawn fresh, V given; the inner direction on everything else.
+    """d = U V^T on matrices, U drawn and V given; the inner direction on everything else.
 
-    Args: inner; right: V by tensor name, (n, r), for the tensors to treat so; before: called with (stream, tensor)
-        ahead of U, for noise in the published order, where V's numbers come first on the same stream.
+    Args: inner; right: V by tensor name, (n, r), for the tensors to treat so.
     """
 
-    def __init__(self, inner: Direction, right: Mapping[str, Tensor], before=None):
-        self.inner, self.right, self.before = inner, right, before
+    def __init__(self, inner: Direction, right: Mapping[str, Tensor]):
+        self.inner, self.right = inner, right
 
     def touches(self, tensor: NamedTensor) -> bool:
         return tensor.name in self.right or self.inner.touches(tensor)
 
+    def draws(self, tensor: NamedTensor) -> Iterable[Draw]:
+        if tensor.name in self.right:
+            return [(tensor, self._left_shape(tensor), LEFT)]
+        return self.inner.draws(tensor)
+
     def left(self, stream: Stream, tensor: NamedTensor, dtype: torch.dtype) -> Tensor:
         """U of the tensor. Returns: (m, r)."""
-        if self.before is not None:
-            self.before(stream, tensor)
         return stream.draw(tensor, self._left_shape(tensor), LEFT, dtype)
 
     def _left_shape(self, tensor: NamedTensor) -> tuple[int, int]:
@@ -45,17 +47,11 @@ class LowRank(Direction):
         if right is None:
             self.inner.add_(stream, tensor, out, alpha, beta, start)
         else:
-            left = self.left(stream, tensor, out.dtype)
-            _add_to_rows_(tensor, out, left, self.right[tensor.name], alpha, beta, start)
+            add_to_rows_(tensor, out, self.left(stream, tensor, out.dtype), right, alpha, beta, start)
 
     def add_all_(self, stream, moves) -> None:
-        if stream.ordered:
-            return super().add_all_(stream, moves)
         self.inner.add_all_(stream, [move for move in moves if move.tensor.name not in self.right])
         matrices = [move for move in moves if move.tensor.name in self.right]
-        if self.before is not None:
-            for move in matrices:
-                self.before(stream, move.tensor)
         lefts = self._lefts(stream, matrices)
         add_products_(
             [
@@ -65,7 +61,7 @@ class LowRank(Direction):
         )
 
     def _lefts(self, stream: Stream, matrices: Sequence[Move]) -> list[Tensor]:
-        """U of each, in the type of what it is added to: drawn at once, in memory taken at once."""
+        """U of each, in the type of the tensor that it is added to: drawn at once, in memory taken at once."""
         lefts: list[Tensor] = []
         for _, group in groupby(matrices, lambda move: (move.out.dtype, move.out.device)):
             together = list(group)
@@ -82,30 +78,41 @@ class LowRank(Direction):
     def draw(self, stream, tensor, dtype=None, start=0, count=None) -> Tensor:
         if tensor.name not in self.right:
             return self.inner.draw(stream, tensor, dtype, start, count)
-        return _added_to_zeros(self, stream, tensor, dtype, start, count)
+        return added_to_zeros(self, stream, tensor, dtype, start, count)
 
 
 class Held(Direction):
-    """d is given, not drawn: left right^T where a tensor has such a pair, a whole tensor elsewhere (LOZO-M)."""
+    """d is given, not drawn: left right^T for a tensor with such a pair, else a whole tensor, else zero (LOZO-M).
+
+    Args: left, right: factors by tensor name, (m, r) and (n, r); whole: tensors by name, in the tensors' shapes.
+    """
 
     def __init__(self, left: Mapping[str, Tensor], right: Mapping[str, Tensor], whole: Mapping[str, Tensor]):
         self.left, self.right, self.whole = left, right, whole
 
     def touches(self, tensor: NamedTensor) -> bool:
-        return True
+        return tensor.name in self.left or tensor.name in self.whole
+
+    def draws(self, tensor: NamedTensor) -> Iterable[Draw]:
+        return []
+
+    def factors(self, stream, tensor) -> tuple[Tensor, Tensor] | None:
+        left = self.left.get(tensor.name)
+        return None if left is None else (left, self.right[tensor.name])
 
     def add_(self, stream, tensor, out, alpha, beta=1.0, start=0) -> None:
         left = self.left.get(tensor.name)
         if left is None:
-            out.mul_(beta).add_(part(self.whole[tensor.name], start, out), alpha=alpha)
+            out.mul_(beta).add_(chunk_of(self.whole[tensor.name], start, out), alpha=alpha)
         else:
-            _add_to_rows_(tensor, out, left, self.right[tensor.name], alpha, beta, start)
+            add_to_rows_(tensor, out, left, self.right[tensor.name], alpha, beta, start)
 
     def draw(self, stream, tensor, dtype=None, start=0, count=None) -> Tensor:
-        return _added_to_zeros(self, stream, tensor, dtype, start, count)
+        return added_to_zeros(self, stream, tensor, dtype, start, count)
 
 
-def _added_to_zeros(direction: Direction, stream, tensor: NamedTensor, dtype, start: int, count: int | None) -> Tensor:
+def added_to_zeros(direction: Direction, stream, tensor: NamedTensor, dtype, start: int, count: int | None) -> Tensor:
+    """`draw` of a direction that is quicker to add than to draw."""
     param = tensor.param
     dtype = dtype or torch.promote_types(param.dtype, torch.float32)
     out = torch.zeros(param.shape if count is None else (count,), dtype=dtype, device=param.device)
@@ -113,10 +120,10 @@ def _added_to_zeros(direction: Direction, stream, tensor: NamedTensor, dtype, st
     return out
 
 
-def _add_to_rows_(
+def add_to_rows_(
     tensor: NamedTensor, out: Tensor, left: Tensor, right: Tensor, alpha: float, beta: float, start: int
 ) -> None:
-    """add_product_ on a tensor, or on the rows of it that a piece holds."""
+    """add_product_ on a tensor, or on the rows of it that a chunk holds."""
     if out.shape != tensor.param.shape:
         first = start // len(right)
         out = out.view(-1, len(right))

@@ -1,4 +1,4 @@
-"""Where theta lives while it is probed and updated: the policies of `precision`.
+"""How theta is stored while it is probed and updated: the policies of `precision`.
 
 In place, a probe is added to the weights and taken off again. In float32 that drifts by 2e-6 of the weights' rms in 1,000
 steps; in bfloat16 it replaces the model by noise (12 %, at learning rate 0). So weights narrower than float32
@@ -24,7 +24,7 @@ from metazo.kernels.splitfloat import LAYOUTS, join, split
 
 @dataclass(frozen=True)
 class Policy:
-    """bytes: beside the weights, a weight; note: what it does, for people."""
+    """bytes: per weight, beside the weights; note: for people."""
 
     bytes: int
     note: str
@@ -49,7 +49,7 @@ PRECISIONS = ("auto", *POLICIES)
 def policy(precision: str, dtype: torch.dtype) -> str:
     """The policy of a tensor of that dtype: compensation is for narrow ones, those beside them stay in place.
 
-    Raises UserError where the two do not go together.
+    Raises UserError if the two do not go together.
     """
     if precision not in PRECISIONS:
         raise UserError(f"precision {precision!r} is unknown: choose {', '.join(PRECISIONS)}.")
@@ -67,29 +67,29 @@ def cost(precision: str, params: Iterable[Tensor]) -> tuple[str, int]:
     counts: Counter[str] = Counter()
     for param in params:
         counts[policy(precision, param.dtype)] += param.numel()
-    words = [f"{name} ({POLICIES[name].note}; {POLICIES[name].bytes} B a weight more)" for name in counts]
+    words = [f"{name} ({POLICIES[name].note}; {POLICIES[name].bytes} B per weight more)" for name in counts]
     return ", ".join(words), sum(POLICIES[name].bytes * count for name, count in counts.items())
 
 
-class Home(Protocol):
-    """Where theta of one tensor lives."""
+class Storage(Protocol):
+    """How theta of one tensor is stored."""
 
     buffers: dict[str, Tensor]
     """What it keeps beside the weights, saved with the optimizer's state."""
 
     @property
     def theta(self) -> Tensor | None:
-        """Theta as one tensor that may be changed in place, or None where it exists in pieces only."""
+        """Theta as one tensor that may be changed in place, or None if it exists chunk by chunk only."""
         ...
 
     def read(self, start: int, stop: int, room: Tensor | None = None) -> Tensor:
         """A flat run of theta, float32 at least; to be given to `write` after a change in place.
 
-        room: memory for it, float32, where it has none of its own.
+        room: memory for it, float32, if it has none of its own.
         """
         ...
 
-    def write(self, start: int, piece: Tensor, seed: int) -> None: ...
+    def write(self, start: int, chunk: Tensor, seed: int) -> None: ...
 
     def settle(self) -> None:
         """After theta was changed in place: bring the weights up to date."""
@@ -109,7 +109,7 @@ class InPlace:
     def read(self, start: int, stop: int, room: Tensor | None = None) -> Tensor:
         return self.param.data.view(-1)[start:stop]
 
-    def write(self, start: int, piece: Tensor, seed: int) -> None:
+    def write(self, start: int, chunk: Tensor, seed: int) -> None:
         pass
 
     def settle(self) -> None:
@@ -130,15 +130,15 @@ class Master:
     def read(self, start: int, stop: int, room: Tensor | None = None) -> Tensor:
         return self.theta.view(-1)[start:stop]
 
-    def write(self, start: int, piece: Tensor, seed: int) -> None:
-        self.param.data.view(-1)[start : start + len(piece)].copy_(piece)
+    def write(self, start: int, chunk: Tensor, seed: int) -> None:
+        self.param.data.view(-1)[start : start + len(chunk)].copy_(chunk)
 
     def settle(self) -> None:
         self.param.data.copy_(self.theta)
 
 
 class Compensated:
-    """Theta is the weights and the bits below them; it exists a piece at a time."""
+    """Theta is the weights and the bits below them; it exists one chunk at a time."""
 
     theta = None
 
@@ -150,17 +150,17 @@ class Compensated:
         low = self.buffers["compensation"]
         return join(self.param.data.view(-1)[start:stop], low.view(-1)[start:stop], room)
 
-    def write(self, start: int, piece: Tensor, seed: int) -> None:
-        stop, low = start + len(piece), self.buffers["compensation"]
+    def write(self, start: int, chunk: Tensor, seed: int) -> None:
+        stop, low = start + len(chunk), self.buffers["compensation"]
         weights = self.param.data.view(-1)[start:stop]
-        split(piece, weights, low.view(-1)[start:stop], start, seed ^ self.salt)
+        split(chunk, weights, low.view(-1)[start:stop], start, seed ^ self.salt)
 
     def settle(self) -> None:
         pass
 
 
-def home(tensor: NamedTensor, precision: str) -> InPlace | Master | Compensated:
-    """Theta's place under a precision. Raises UserError where it does not suit the tensor."""
+def storage(tensor: NamedTensor, precision: str) -> InPlace | Master | Compensated:
+    """Theta's storage under a precision. Raises UserError if the two do not go together."""
     chosen = policy(precision, tensor.param.dtype)
     if chosen == "master":
         return Master(tensor)

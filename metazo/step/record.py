@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from metazo.step.directions import Direction
+from metazo.step.weights import Term
 
 
 @dataclass(frozen=True)
 class Step:
     """The record of one step: enough to take it again without a forward pass.
 
-    seeds, coefficients: one a query (coefficients empty where the step was skipped: a loss was not finite); losses: in
-    the order of the estimator's probes; lr: of each parameter group; scales: sigma by block where there is a block
-    scale, to be read, not needed: they follow from the weights and the losses before.
+    seeds, coefficients: one per query (coefficients are empty if the step was skipped: a loss was not finite); losses:
+    in the order of the estimator's probes; lr: of each parameter group; scales: sigma by block if there is a block
+    scale, for people: a replay does not need them, they follow from the weights and the losses before.
     """
 
     step: int
@@ -31,11 +31,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Update:
-    """What a method makes of the losses: c by query, and the direction to update along (None: the probed one).
+    """What a method makes of the losses: c by query, and the terms whose sum is the estimate.
 
-    terms: (seed, multiple) pairs, the estimate being the sum of multiple * d(seed); None: the step's seeds with c.
+    terms: None for the usual sum of c_k d(seed_k) along the proposed direction; a term with direction None is along it.
     """
 
     coefficients: Sequence[float]
-    direction: Direction | None = None
-    terms: Sequence[tuple[int, float]] | None = None
+    terms: Sequence[Term] | None = None

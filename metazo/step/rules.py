@@ -1,39 +1,46 @@
 """Rules: what is done with the gradient estimate g. SGD adds it as it is regenerated, momentum to its buffer; Adam
-needs its square, and makes it a piece of a tensor at a time. So the extra memory is the buffers, float32 or wider.
+needs its square, and makes it one chunk of a tensor at a time. So the extra memory is the buffers, float32 or wider.
+
+`begin` is called once per step, before any weight changes; what it returns scales the whole update, so that a rule
+without buffers can choose the length of the step (MEAZO) and the update is still regenerated in place.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from metazo.blocks import NamedTensor, part
+from metazo.blocks import NamedTensor, chunk_of
 from metazo.errors import UserError
 
 State = dict[str, Tensor]
 Add = Callable[[Tensor, float, float], None]
-"""add(out, alpha, beta): out = beta * out + alpha * g, in place, on the piece at hand; to be called once."""
+"""add(out, alpha, beta): out = beta * out + alpha * g, in place, on the chunk at hand; to be called once."""
 
 
-class Rule(Protocol):
-    @property
-    def fused(self) -> bool:
-        """True: the rule keeps no buffer, so the update regenerates g in place."""
-        ...
+class Rule(ABC):
+    fused = False
+    """True: the rule keeps no buffer of the weights' size, so the update regenerates g in place."""
 
-    def init(self, tensors: Sequence[NamedTensor]) -> State: ...
+    def init(self, tensors: Sequence[NamedTensor]) -> State:
+        return {}
+
+    def begin(self, state: State, coefficients: Sequence[float]) -> float:
+        """Once per step, with the coefficients of its estimate. Returns: the number that the update is multiplied by."""
+        return 1.0
+
+    @abstractmethod
     def apply(
         self, tensor: NamedTensor, start: int, theta: Tensor, add: Add, lr: float, decay: float, state: State
     ) -> None:
-        """theta <- one step, in place, on a piece of a tensor (from entry `start`; or the whole, in its shape).
+        """theta <- one step, in place, on a chunk of a tensor (from entry `start`; or the whole, in its shape).
 
-        add: puts the estimate there; decay: lr * weight_decay for this tensor, 0 where it is exempt.
+        add: puts the estimate there; decay: lr * weight_decay for this tensor, 0 if it is exempt.
         """
-        ...
 
 
 def _buffers(tensors: Sequence[NamedTensor], *names: str) -> State:
@@ -49,24 +56,20 @@ def _buffers(tensors: Sequence[NamedTensor], *names: str) -> State:
 
 
 @dataclass(frozen=True)
-class SGD:
+class SGD(Rule):
     """theta <- theta - lr (g + weight_decay theta)."""
 
     fused = True
-
-    def init(self, tensors: Sequence[NamedTensor]) -> State:
-        return {}
 
     def apply(self, tensor, start, theta, add, lr, decay, state) -> None:
         add(theta, -lr, 1 - decay)
 
 
 @dataclass(frozen=True)
-class Momentum:
+class Momentum(Rule):
     """torch's SGD with momentum: b <- mu b + g (b = g first, which zeros give as well), theta <- theta - lr b."""
 
     momentum: float = 0.9
-    fused = False
 
     def __post_init__(self):
         if not 0 <= self.momentum < 1:
@@ -76,18 +79,17 @@ class Momentum:
         return _buffers(tensors, "momentum")
 
     def apply(self, tensor, start, theta, add, lr, decay, state) -> None:
-        buffer = part(state[f"momentum/{tensor.name}"], start, theta)
+        buffer = chunk_of(state[f"momentum/{tensor.name}"], start, theta)
         add(buffer, 1.0, self.momentum)
         theta.mul_(1 - decay).sub_(buffer, alpha=lr)
 
 
 @dataclass(frozen=True)
-class Adam:
+class Adam(Rule):
     """AdamW (Loshchilov and Hutter 2019): m, v with bias correction, decay apart from the gradient."""
 
     betas: tuple[float, float] = (0.9, 0.999)
     stability: float = 1e-8
-    fused = False
 
     def __post_init__(self):
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -96,12 +98,16 @@ class Adam:
     def init(self, tensors: Sequence[NamedTensor]) -> State:
         return _buffers(tensors, "first_moment", "second_moment") | {"adam_steps": torch.zeros((), dtype=torch.float64)}
 
+    def begin(self, state: State, coefficients: Sequence[float]) -> float:
+        state["adam_steps"] += 1
+        return 1.0
+
     def apply(self, tensor, start, theta, add, lr, decay, state) -> None:
         first, second = self.betas
         gradient = torch.zeros_like(theta)
         add(gradient, 1.0, 1.0)
-        m = part(state[f"first_moment/{tensor.name}"], start, theta).lerp_(gradient, 1 - first)
-        v = part(state[f"second_moment/{tensor.name}"], start, theta)
+        m = chunk_of(state[f"first_moment/{tensor.name}"], start, theta).lerp_(gradient, 1 - first)
+        v = chunk_of(state[f"second_moment/{tensor.name}"], start, theta)
         v.mul_(second).addcmul_(gradient, gradient, value=1 - second)
         count = float(state["adam_steps"])
         spread = torch.div(v, 1 - second**count, out=gradient).sqrt_().add_(self.stability)

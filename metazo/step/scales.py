@@ -18,9 +18,9 @@ from metazo.blocks import Block, NamedTensor, partition
 
 State = dict[str, Tensor]
 Theta = Callable[[NamedTensor], Iterable[tuple[int, Tensor]]]
-"""The weights of a tensor, in pieces: (start, entries)."""
+"""The weights of a tensor, in chunks: (start, entries)."""
 
-STATISTICS_EVERY = 50  # steps; moves sigma by .07 % (RMS), .8 % (tuner) in the mean: benchmarks/statistics_every.py
+STATISTICS_EVERY = 50  # steps; sigma moves by 0.07% (RMS), 0.8% (tuner) in the mean: benchmarks/statistics_every.py
 _RUN = 1 << 18  # entries
 RMS_FLOOR = 0.01  # of the rms over all weights: a block of zeros (a fresh bias) must be able to move
 
@@ -89,7 +89,7 @@ def entry_counts(blocks: Sequence[Block], embedding_rows: int | None = None) -> 
 
 @dataclass
 class BlockScale:
-    """What scales share. Subclasses give `sigma(statistics, state)`, (blocks,).
+    """Base of block scales. Subclasses give `sigma(statistics, state)`, (blocks,).
 
     Args:
         by: blocks by "tensor" or "layer".

@@ -1,39 +1,55 @@
-"""Put a direction on the weights, evaluate, take it off again.
+"""Apply a probe to the weights, evaluate, take it off again.
 
-Theta lives where metazo/step/precision.py says: in the weights, in a float32 master, or in the weights and the bits below them.
-Weights that hold theta themselves are moved, and taking the direction off is folded into the update: three passes a step.
-Weights with a master are round(master + a d), and after probing round(master), bit for bit what they were. Compensated
-weights do not move at all while they are probed: `evaluating` shows them moved to the functions that use them.
+Theta is stored as metazo/step/precision.py says: in the weights, in a float32 master, or in the weights and the bits below
+them. Weights that hold theta themselves are moved, and taking the probe off is folded into the update: three passes per
+step. Weights with a master are round(master + a d), and after probing round(master), bit for bit what they were.
+Compensated weights do not move at all while they are probed: `evaluating` shows them moved to the functions that use them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from metazo.blocks import NamedTensor, part, pieces
-from metazo.errors import UserError
+from metazo.blocks import NamedTensor, chunk_of, chunks
 from metazo.noise import Move, Noise, Stream
-from metazo.step.directions import Direction
-from metazo.step.precision import Compensated, Home, InPlace, Master, home
+from metazo.step.directions import Direction, in_chunks
+from metazo.step.precision import Compensated, InPlace, Master, Storage, storage
 from metazo.step.substitute import Scratch
 
 
 @dataclass(frozen=True)
 class Term:
-    """A multiple of the direction of one seed: amount * d(seed)."""
+    """A multiple of the direction of one seed: amount * d(seed). A probe, and an update, is a sum of terms.
 
-    direction: Direction
+    In a method's Update, direction None is the direction that the step proposed.
+    """
+
+    direction: Direction | None
     seed: int
     amount: float
 
+    @property
+    def key(self) -> tuple[int, Direction | None]:
+        """What two terms must share to be multiples of one vector."""
+        return self.seed, self.direction
+
+    def touches(self, tensor: NamedTensor) -> bool:
+        assert self.direction is not None
+        return self.direction.touches(tensor)
+
+    def add_(self, stream: Stream, tensor: NamedTensor, out: Tensor, beta: float = 1.0, start: int = 0) -> None:
+        """out = beta * out + amount * d, in place."""
+        assert self.direction is not None
+        self.direction.add_(stream, tensor, out, self.amount, beta, start)
+
 
 class Weights:
-    """The weights of an optimizer, and what lies on them at present.
+    """The weights of an optimizer, and the probe that is applied to them at present.
 
     Args: tensors: what is trained, in order. noise: the noise source. precision: see metazo.step.precision; "auto" takes the
     default of each tensor's dtype.
@@ -41,90 +57,94 @@ class Weights:
 
     def __init__(self, tensors: Sequence[NamedTensor], noise: Noise, precision: str = "auto"):
         self.tensors, self.noise = tensors, noise
-        self.homes: dict[str, Home] = {tensor.name: home(tensor, precision) for tensor in tensors}
+        self.storage: dict[str, Storage] = {tensor.name: storage(tensor, precision) for tensor in tensors}
         self.autocast = precision == "autocast"
-        self.compensated = [tensor for tensor in tensors if isinstance(self.homes[tensor.name], Compensated)]
-        if self.compensated and noise.ordered:
-            raise UserError(f"precision {precision} draws noise tensor by tensor as it is used; {noise.name} cannot.")
-        longest = max((stop - start for tensor in self.compensated for start, stop in pieces(tensor.param)), default=0)
-        self.room = torch.empty(longest)  # for one piece of theta at a time, on the CPU, where it saves time
-        self.on: Term | None = None
+        self.in_place, self.masters, self.compensated = (
+            [tensor for tensor in tensors if isinstance(self.storage[tensor.name], kind)]
+            for kind in (InPlace, Master, Compensated)
+        )
+        longest = max((stop - start for tensor in self.compensated for start, stop in chunks(tensor.param)), default=0)
+        self.room = torch.empty(longest)  # for one chunk of theta at a time, on the CPU, if that saves time
+        self.probe: tuple[Term, ...] = ()
         self.snapshot: dict[str, Tensor] = {}  # other values by name, given by a method that visits them
-        self.away = False  # theta and the snapshot have changed places
+        self.at_snapshot = False  # theta and the snapshot have changed places
 
     # -- probing --------------------------------------------------------------------------------------------------
 
-    def visit(self, direction: Direction, seed: int, amount: float, snapshot: bool = False) -> None:
-        """Move the weights to theta (or the snapshot) + amount * d(seed), from wherever they are."""
-        if self.on is not None and (self.on.seed, self.on.direction, self.away) == (seed, direction, snapshot):
-            self._place(direction, seed, amount, self.on.amount)
-        else:
-            self.leave()
-            if snapshot:
-                self._exchange()
-            self._place(direction, seed, amount, 0.0)
-        self.on = Term(direction, seed, amount)
+    def visit(self, terms: Sequence[Term], snapshot: bool = False) -> None:
+        """Move the weights to theta (or the snapshot) + the sum of terms, from wherever they are."""
+        if snapshot != self.at_snapshot:
+            self._move(())
+            self._exchange()
+        self._move(tuple(terms))
 
     def leave(self) -> None:
         """Back to theta."""
-        self._take_off()
-        if self.away:
-            self._exchange()
+        self.visit(())
 
-    def _place(self, direction: Direction, seed: int, amount: float, present: float) -> None:
-        stream = self.noise.stream(seed)
-        moves: list[Move] = []
-        for tensor in self.tensors:
-            theta = self.homes[tensor.name].theta
-            if theta is None or not direction.touches(tensor):
-                continue
-            if isinstance(self.homes[tensor.name], Master):
-                direction.place_(stream, tensor, tensor.param.data, theta, amount)
-            elif stream.ordered:
-                direction.add_(stream, tensor, theta, amount - present)
-            else:
-                moves.append(Move(tensor, theta, amount - present))
-        direction.add_all_(stream, moves)
+    def _move(self, wanted: tuple[Term, ...]) -> None:
+        """Apply these terms to the weights instead of the present ones, with one pass per term that changes."""
+        present = {term.key: term for term in self.probe}
+        kept = {term.key for term in wanted}
+        changes = [replace(term, amount=-term.amount) for key, term in present.items() if key not in kept]
+        changes += [
+            replace(term, amount=term.amount - present[term.key].amount) if term.key in present else term
+            for term in wanted
+        ]
+        for change in changes if self.in_place else ():
+            moves = [
+                Move(tensor, self.storage[tensor.name].theta, change.amount)
+                for tensor in self.in_place
+                if change.touches(tensor)
+            ]
+            change.direction.add_all_(self.noise.stream(change.seed), moves)
+        streams = [self.noise.stream(term.seed) for term in wanted]
+        for tensor in self.masters:
+            touching = [(term, stream) for term, stream in zip(wanted, streams) if term.touches(tensor)]
+            if touching:
+                self._place(tensor, touching)
+            elif self.probe:
+                self.storage[tensor.name].settle()
+        self.probe = wanted
 
-    def _take_off(self) -> None:
-        if self.on is None:
+    def _place(self, tensor: NamedTensor, terms: Sequence[tuple[Term, Stream]]) -> None:
+        """Weights = round(master + sum of terms)."""
+        master = self.storage[tensor.name].theta
+        if len(terms) == 1:
+            ((term, stream),) = terms
+            term.direction.place_(stream, tensor, tensor.param.data, master, term.amount)
             return
-        term, self.on = self.on, None
-        moves: list[Move] = []
-        for tensor in self.tensors:
-            place = self.homes[tensor.name]
-            if isinstance(place, Master):
-                place.settle()
-            elif place.theta is not None and term.direction.touches(tensor):
-                moves.append(Move(tensor, place.theta, -term.amount))
-        term.direction.add_all_(self.noise.stream(term.seed), moves)
+        for start, chunk in in_chunks(tensor, master):
+            moved = chunk.clone()
+            for term, stream in terms:
+                term.add_(stream, tensor, moved, 1.0, start)
+            chunk_of(tensor.param.data, start, moved).copy_(moved)
 
     def _exchange(self) -> None:
-        """Theta and the snapshot change places, bit for bit: masters by reference, weights by value, a piece at a time.
+        """Theta and the snapshot change places, bit for bit: masters by reference, weights by value, chunk by chunk.
 
-        Compensated weights stay where they are; `_moved` looks at the snapshot instead.
+        Compensated weights do not move; `_moved` looks at the snapshot instead.
         """
-        for tensor in self.tensors:
-            name, place = tensor.name, self.homes[tensor.name]
-            if isinstance(place, Master):
-                place.buffers["master"], self.snapshot[name] = self.snapshot[name], place.buffers["master"]
-                place.settle()
-            elif place.theta is not None:
-                for start, theta in self.pieces(tensor):
-                    other = part(self.snapshot[name], start, theta)
-                    kept = theta.clone()
-                    theta.copy_(other)
-                    other.copy_(kept)
-        self.away = not self.away
+        for tensor in self.masters:
+            buffers = self.storage[tensor.name].buffers
+            buffers["master"], self.snapshot[tensor.name] = self.snapshot[tensor.name], buffers["master"]
+            self.storage[tensor.name].settle()
+        for tensor in self.in_place:
+            for start, theta in self.edit(tensor):
+                other = chunk_of(self.snapshot[tensor.name], start, theta)
+                kept = theta.clone()
+                theta.copy_(other)
+                other.copy_(kept)
+        self.at_snapshot = not self.at_snapshot
 
     @contextmanager
     def evaluating(self) -> Iterator[Scratch | None]:
-        """Around every evaluation of a loss: the forward in its type, and compensated weights seen with the probe on."""
+        """Around every evaluation of a loss: the forward in its type, and compensated weights seen with the probe applied."""
         if self.autocast:
             kind = self.tensors[0].param.device.type
             with torch.autocast(kind, torch.bfloat16, cache_enabled=False):  # the cache would be a copy of the weights
                 yield None
-        elif self.compensated and self.on is not None:
+        elif self.compensated and (self.probe or self.at_snapshot):
             with Scratch(self.compensated, self._moved) as scratch:
                 yield scratch
         else:
@@ -132,89 +152,86 @@ class Weights:
 
     def _moved(self, tensor: NamedTensor) -> Tensor:
         """round(theta + probe) of a compensated tensor, in new memory."""
-        assert self.on is not None
-        out, direction, place = torch.empty_like(tensor.param.data), self.on.direction, self.homes[tensor.name]
-        stream, touched = self.noise.stream(self.on.seed), direction.touches(tensor)
-        for start, stop in pieces(tensor.param):
+        out, place = torch.empty_like(tensor.param.data), self.storage[tensor.name]
+        terms = [(term, self.noise.stream(term.seed)) for term in self.probe if term.touches(tensor)]
+        for start, stop in chunks(tensor.param):
             theta = place.read(start, stop, self.room)
-            if self.away:
+            if self.at_snapshot:
                 theta.copy_(self.snapshot[tensor.name].view(-1)[start:stop])
-            if touched:
-                direction.add_(stream, tensor, theta, self.on.amount, 1.0, start)
+            for term, stream in terms:
+                term.add_(stream, tensor, theta, 1.0, start)
             out.view(-1)[start:stop].copy_(theta)
         return out
 
     # -- reading and changing theta -------------------------------------------------------------------------------
 
-    def values(self, tensor: NamedTensor) -> Iterator[tuple[int, Tensor]]:
-        """(start, theta) in pieces of a tensor, each to be read before the next is asked for.
+    def read(self, tensor: NamedTensor) -> Iterator[tuple[int, Tensor]]:
+        """(start, theta) in chunks of a tensor, each to be read before the next is asked for.
 
-        Whole where noise is ordered or memory not contiguous.
+        Whole if the memory is not contiguous.
         """
-        place = self.homes[tensor.name]
-        runs = list(pieces(tensor.param))
-        if place.theta is not None and (self.noise.ordered or len(runs) == 1 or not place.theta.is_contiguous()):
+        place = self.storage[tensor.name]
+        ranges = list(chunks(tensor.param))
+        if place.theta is not None and (len(ranges) == 1 or not place.theta.is_contiguous()):
             yield 0, place.theta
             return
-        for start, stop in runs:
+        for start, stop in ranges:
             yield start, place.read(start, stop, self.room)
 
-    def pieces(self, tensor: NamedTensor, seed: int = 0) -> Iterator[tuple[int, Tensor]]:
-        """As `values`, to be changed in place; what is there when the next is asked for is kept.
+    def edit(self, tensor: NamedTensor, seed: int = 0) -> Iterator[tuple[int, Tensor]]:
+        """As `read`, to be changed in place; a change is kept once the next chunk is asked for.
 
-        seed: of the rounding, where that is random.
+        seed: of the rounding, if that is random.
         """
-        place = self.homes[tensor.name]
-        for start, theta in self.values(tensor):
+        place = self.storage[tensor.name]
+        for start, theta in self.read(tensor):
             yield start, theta
             if theta is place.theta:
                 place.settle()
             else:
                 place.write(start, theta, seed)
 
-    def dtype(self, tensor: NamedTensor) -> torch.dtype:
-        """Of theta."""
-        return tensor.param.dtype if isinstance(self.homes[tensor.name], InPlace) else torch.float32
-
-    def parts(self, tensor: NamedTensor, seed: int = 0) -> Iterator[tuple[int, Tensor]]:
-        """As `pieces`, but whole where theta is one tensor: for what makes no temporary."""
-        place = self.homes[tensor.name]
+    def edit_whole(self, tensor: NamedTensor, seed: int = 0) -> Iterator[tuple[int, Tensor]]:
+        """As `edit`, but whole if theta is one tensor: for changes that make no temporary."""
+        place = self.storage[tensor.name]
         if place.theta is None:
-            yield from self.pieces(tensor, seed)
+            yield from self.edit(tensor, seed)
         else:
             yield 0, place.theta
             place.settle()
 
-    def apply(self, terms: Sequence[Term], rate: Callable[[NamedTensor], float], decay: Mapping[str, float]) -> None:
-        """theta = decay * theta - rate * sum of terms, one pass over the weights a term.
+    def dtype(self, tensor: NamedTensor) -> torch.dtype:
+        """Of theta."""
+        return tensor.param.dtype if isinstance(self.storage[tensor.name], InPlace) else torch.float32
 
-        What still lies on the weights comes off in the same pass as the term of its seed. decay: factor by tensor
-        name, 1 where it is absent.
+    def apply(self, terms: Sequence[Term], rate: Callable[[NamedTensor], float], decay: Mapping[str, float]) -> None:
+        """theta = decay * theta - rate * sum of terms, one pass over the weights per term.
+
+        A probe that is still applied comes off in the same passes if the update has terms along all of its vectors.
+        decay: factor by tensor name, 1 for names that are absent.
         """
-        terms = sorted(terms, key=lambda term: not self._lies(term))  # the one to fold into comes first
-        if not terms or not self._lies(terms[0]):
+        applied = {} if self.at_snapshot else {term.key: term.amount for term in self.probe}
+        terms = sorted(terms, key=lambda term: term.key not in applied)  # the ones to fold the probe into come first
+        folded = [applied.pop(term.key, 0.0) for term in terms]
+        if applied or self.at_snapshot:
             self.leave()
-        on, self.on = self.on, None
+            folded = [0.0] * len(terms)
+        self.probe = ()
         streams = [self.noise.stream(term.seed) for term in terms]
         moves: list[list[Move]] = [[] for _ in terms]  # of weights in place, at once
         for tensor in self.tensors:
-            factor, place = decay.get(tensor.name, 1.0), self.homes[tensor.name]
+            factor, place = decay.get(tensor.name, 1.0), self.storage[tensor.name]
             amounts = [-rate(tensor) * term.amount for term in terms]
-            if on is not None and isinstance(place, InPlace):
-                amounts[0] -= factor * on.amount
-            touching = [k for k, term in enumerate(terms) if term.direction.touches(tensor)]
-            if isinstance(place, InPlace) and touching and not self.noise.ordered:
+            touching = [k for k, term in enumerate(terms) if term.touches(tensor)]
+            if isinstance(place, InPlace) and touching:
                 for k in touching:
-                    moves[k].append(Move(tensor, place.theta, amounts[k], factor if k == touching[0] else 1.0))
+                    amount = amounts[k] - factor * folded[k]
+                    moves[k].append(Move(tensor, place.theta, amount, factor if k == touching[0] else 1.0))
             elif factor != 1.0 or touching:
-                for start, theta in self.parts(tensor, terms[0].seed if terms else 0):
+                for start, theta in self.edit_whole(tensor, terms[0].seed if terms else 0):
                     _add_sum_(tensor, theta, terms, streams, amounts, factor, start)
         for term, stream, together in zip(terms, streams, moves):
             term.direction.add_all_(stream, together)
-
-    def _lies(self, term: Term) -> bool:
-        on = self.on
-        return on is not None and not self.away and (on.seed, on.direction) == (term.seed, term.direction)
 
     def gradient(self, terms: Sequence[Term]) -> Estimate:
         """The estimate sum of terms; to be added to something for every tensor, in order."""
@@ -223,13 +240,13 @@ class Weights:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A sum of terms. It never exists as a tensor: it is added to one, or to a piece."""
+    """A sum of terms. It never exists as a tensor: it is added to one, or to a chunk."""
 
     terms: Sequence[Term]
     streams: Sequence[Stream]
 
     def add_(self, tensor: NamedTensor, start: int, out: Tensor, alpha: float, beta: float) -> None:
-        """out = beta * out + alpha * estimate, on a tensor (start 0) or the piece of it from start."""
+        """out = beta * out + alpha * estimate, on a tensor (start 0) or the chunk of it from start."""
         _add_sum_(tensor, out, self.terms, self.streams, [alpha * term.amount for term in self.terms], beta, start)
 
 
@@ -243,7 +260,7 @@ def _add_sum_(
     start: int,
 ) -> None:
     for term, stream, amount in zip(terms, streams, amounts):
-        if term.direction.touches(tensor):
+        if term.touches(tensor):
             term.direction.add_(stream, tensor, out, amount, beta, start)
             beta = 1.0
     if beta != 1.0:

@@ -1,58 +1,25 @@
-"""The table of methods under the contract suite, and its small problems."""
+"""The methods under the contract suite, and its small problems; how each is constructed is its `contract_case`."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from metazo.optimizers import OPTIMIZERS, ZOOptimizer
+from metazo.optimizers.registry import Case
 from metazo.step.record import Step
 from metazo.tuner.networks import PertNN
 from metazo.tuner.scale import TunerScale
 
-
-@dataclass(frozen=True)
-class Case:
-    """How to construct a method for the tests; a method that is not in CASES gets this as it stands.
-
-    quadratic, stiff, llama, saddle: learning rates on the problems of those names; along: what a first update lies along, the
-    probed displacements of each tensor ("span"), or these but for a positive factor an entry ("sign", one query only).
-    """
-
-    quadratic: float = 0.05
-    stiff: float = 1e-3
-    llama: float = 2e-3
-    saddle: float = 0.05
-    options: dict[str, Any] = field(default_factory=dict)
-    along: str = "span"
-    scaled: bool = True  # takes a block scale of the caller's
-
-
-CASES = {
-    "mezo-momentum": Case(quadratic=0.005, stiff=2e-4, llama=3e-4, saddle=0.005),
-    "mezo-adam": Case(quadratic=0.1, stiff=0.05, llama=3e-3, along="sign"),
-    "mezo-svrg": Case(quadratic=0.015, llama=4e-3, options={"interval": 3}),
-    "lozo": Case(quadratic=0.02, stiff=4e-4, llama=1e-3, options={"interval": 5}),
-    "lozo-m": Case(quadratic=0.02, stiff=4e-4, llama=3e-3, options={"interval": 5}),
-    "hizoo": Case(stiff=3e-3, llama=4e-3, along="sign", options={"smoothing": 1e-3}),
-    "hizoo-l": Case(stiff=3e-3, llama=4e-3, along="sign", options={"smoothing": 1e-3}),
-    "loren": Case(quadratic=0.02, stiff=4e-4, llama=2e-4, options={"queries": 4}),
-    "curvzo": Case(quadratic=0.03, stiff=4e-4),
-    "fzoo": Case(quadratic=1e-4, stiff=5e-5, llama=4e-6, saddle=1e-4, options={"queries": 4}),
-    "dominant-layer": Case(llama=4e-3),
-    "zo-finetuner": Case(scaled=False),
-}
 CHOSEN = os.environ.get("METAZO_CONTRACT_METHODS")  # a few by name, for tests/mutate.py
 NAMES = sorted(CHOSEN.split(",") if CHOSEN else OPTIMIZERS)
 
 
 def case(name: str) -> Case:
-    return CASES.get(name, Case())
+    return OPTIMIZERS[name].contract_case
 
 
 def tuner_scale(count: int) -> TunerScale:
@@ -61,17 +28,19 @@ def tuner_scale(count: int) -> TunerScale:
 
 def make(name: str, named: Sequence, lr: float, **options) -> ZOOptimizer:
     """The method over (name, parameter) pairs, or over parameter groups of them."""
-    if name == "zo-finetuner":
+    if OPTIMIZERS[name].needs_tuner:
         pairs = [pair for entry in named for pair in (entry["params"] if isinstance(entry, dict) else [entry])]
         options.setdefault("scale", tuner_scale(len({id(p) for _, p in pairs if p.requires_grad})))
     if name == "mezo-svrg":
         options.setdefault("mini_lr", lr)
-    return OPTIMIZERS[name](named, lr=lr, **case(name).options | options)
+    if OPTIMIZERS[name].needs_model:
+        raise TypeError("the contract's problems are no language models: give the method a test of its own")
+    return OPTIMIZERS[name](named, lr=lr, **case(name).options | options)  # type: ignore[return-value]
 
 
 def take(optimizer: ZOOptimizer, closure: Callable | Sequence[Callable] | None, replay: Step | None = None) -> float:
     """One step; a method with a loss over all examples gets the same closure for it."""
-    if hasattr(optimizer, "full_closure"):
+    if optimizer.wants_full_closure:
         optimizer.full_closure = closure  # type: ignore[attr-defined]
     return optimizer.step(closure, replay=replay)
 

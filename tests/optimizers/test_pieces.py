@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from metazo import blocks
-from metazo.blocks import ALIGN, TILE, part, pieces
+from metazo.blocks import ALIGN, CHUNK, chunk_of, chunks
 from metazo.noise import TILE as NOISE_TILE
 from metazo.optimizers.mezo import MeZO
 from metazo.step.rules import Adam, Momentum
@@ -30,20 +30,20 @@ class Layers(nn.Module):
 
 
 def test_pieces_are_whole_rows_that_noise_can_begin_at():
-    assert ALIGN % NOISE_TILE == 0 and TILE % ALIGN == 0
+    assert ALIGN % NOISE_TILE == 0 and CHUNK % ALIGN == 0
     for shape in ((3000, 1000), (7, 3), (5_000_000,), (), (2, 3, 500_000)):
         param = torch.empty(shape, device="meta")
-        found, row = list(pieces(param)), param[0].numel() if param.ndim > 1 else 1
+        found, row = list(chunks(param)), param[0].numel() if param.ndim > 1 else 1
         assert found[0][0] == 0 and found[-1][1] == param.numel()
         assert all(a[1] == b[0] for a, b in zip(found, found[1:]))
         assert all(start % ALIGN == 0 and start % row == 0 for start, _ in found)
-        assert max(stop - start for start, stop in found) <= max(TILE, ALIGN * row)
+        assert max(stop - start for start, stop in found) <= max(CHUNK, ALIGN * row)
 
 
 def test_part():
     whole = torch.arange(12).view(3, 4)
-    assert part(whole, 0, whole) is whole
-    assert part(whole, 4, torch.zeros(5)).tolist() == [4, 5, 6, 7, 8]
+    assert chunk_of(whole, 0, whole) is whole
+    assert chunk_of(whole, 4, torch.zeros(5)).tolist() == [4, 5, 6, 7, 8]
 
 
 def after(name: str, dtype: torch.dtype, **options) -> tuple[list[torch.Tensor], dict]:
@@ -63,7 +63,7 @@ def after(name: str, dtype: torch.dtype, **options) -> tuple[list[torch.Tensor],
 def test_pieces_change_nothing(name, dtype, precision, monkeypatch):
     options = {"layer": "layers.0"} if name == "dominant-layer" else {}
     whole, state = after(name, dtype, precision=precision, **options)
-    monkeypatch.setattr(blocks, "TILE", ALIGN)
+    monkeypatch.setattr(blocks, "CHUNK", ALIGN)
     cut, other = after(name, dtype, precision=precision, **options)
     rtol, atol = (1e-9, 1e-9) if dtype == torch.float64 else (2e-2, 1e-4)
     for a, b in zip(whole, cut):
@@ -74,8 +74,8 @@ def test_pieces_change_nothing(name, dtype, precision, monkeypatch):
 @pytest.mark.parametrize("rule", [Momentum(), Adam()])
 def test_rules_in_pieces(rule, monkeypatch):
     ends = []
-    for tile in (TILE, ALIGN):
-        monkeypatch.setattr(blocks, "TILE", tile)
+    for tile in (CHUNK, ALIGN):
+        monkeypatch.setattr(blocks, "CHUNK", tile)
         model = Layers(torch.float64)
         optimizer = MeZO(model.named_parameters(), lr=1e-3, queries=2, rule=rule, scale="rms")
         for _ in range(4):

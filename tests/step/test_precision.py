@@ -176,7 +176,7 @@ def test_sixteen_bits_take_the_steps_of_a_master():
         optimizer = MeZO(model.named_parameters(), lr=1e-3, precision=precision)
         for _ in range(5):
             optimizer.step(lambda: model(input_ids=IDS, labels=IDS).loss)
-        (first, *_) = [theta.clone() for _, theta in optimizer.weights.values(optimizer.tensors[0])]
+        (first, *_) = [theta.clone() for _, theta in optimizer.weights.read(optimizer.tensors[0])]
         ends.append((optimizer.last_step, first.flatten()))
     (a, theta), (b, other) = ends
     assert a.seeds == b.seeds

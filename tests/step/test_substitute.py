@@ -149,7 +149,7 @@ def test_a_closure_that_fails_leaves_everything():
 
     with pytest.raises(RuntimeError, match="out of memory"):
         optimizer.step(closure)
-    assert torch.equal(model.weight, start) and optimizer.weights.on is None and optimizer.steps == 0
+    assert torch.equal(model.weight, start) and not optimizer.weights.probe and optimizer.steps == 0
     assert torch.equal(model.weight.detach(), start) and type(model.weight) is nn.Parameter  # nothing is left active
 
 

@@ -1,0 +1,75 @@
+"""CurvZO as the authors released it (a port of their anonymous release).
+
+Differences from the rule of metazo/optimizers/curvzo.py: pi ~ S, not sqrt(S), with an upper end for kappa under which
+nothing is ever capped but the largest, so that the budget is missed; no floor; an empty mask takes the most likely tensor
+at weight 1 / pi; the score is |c| / EMA|c| times the tensor's share of |z_b|^2 / pi_b^2, in which nothing but size and
+luck differs between tensors that take part; weight decay acts on those that take part alone. The mask's uniform numbers
+are drawn before the step's seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from metazo.blocks import NamedTensor
+from metazo.optimizers.base import State
+from metazo.optimizers.curvzo import CurvZO
+from metazo.optimizers.registry import official
+from metazo.step.directions import Direction
+
+
+def probabilities(scores: np.ndarray, fraction: float) -> np.ndarray:
+    """The released pi: (M,), float32."""
+    count = len(scores)
+    p = np.maximum(scores, 1e-12)
+    p = p / p.sum()
+    target = np.clip(np.floor(count * fraction), 1, count)
+    low, high = 0.0, 1.0 / p.max()
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if np.minimum(1, middle * p).sum() < target else (low, middle)
+    return np.minimum(1, low * p).astype(np.float32)
+
+
+@official(CurvZO)
+class OfficialCurvZO(CurvZO):
+    first_score, first_magnitude = 0.01, 1e-8
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.floor = 0.0
+        self.uniforms: np.ndarray | None = None  # of the step whose seed is drawn
+
+    def draw_seeds(self, step: int, queries: int) -> list[int]:
+        self.uniforms = self.noise.uniform(step, len(self.tensors))
+        return super().draw_seeds(step, queries)
+
+    def propose(self, state: State, step: int, seeds: Sequence[int]) -> Direction:
+        uniforms, self.uniforms = self.uniforms, None
+        pi, selected = self.choose(state, self.noise.uniform(step, len(self.tensors)) if uniforms is None else uniforms)
+        state["pi"].copy_(torch.from_numpy(pi))
+        state["selected"].copy_(torch.from_numpy(selected))
+        return self.sparse(state)
+
+    def choose(self, state: State, uniforms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        pi = probabilities(state["score"].numpy(), float(state["fraction"]))
+        selected = uniforms < pi
+        if not selected.any():
+            selected[pi.argmax()] = True
+        return pi, selected
+
+    def inclusion(self, pi: np.ndarray) -> np.ndarray:
+        return np.maximum(pi, 1e-8)
+
+    def decays(self, tensor: NamedTensor) -> bool:
+        return tensor in self.selected(self.zo_state) and super().decays(tensor)
+
+    def size(self, c: float) -> float:
+        return abs(c)
+
+    def observed(self, state: State, squares: torch.Tensor, c: float) -> torch.Tensor:
+        energy = squares / state["pi"][state["selected"]] ** 2
+        return abs(c) / (float(state["magnitude"]) + 1e-12) * energy / energy.sum()

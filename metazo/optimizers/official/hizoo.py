@@ -1,0 +1,30 @@
+"""HiZOO as published (Yanjun-Zhao/HiZOO): H in the weights' dtype, which at a = 1e-8 never changes in float16 and
+bfloat16, and weight decay on every tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from metazo.blocks import NamedTensor, chunk_of
+from metazo.optimizers.hizoo import HiZOO
+from metazo.optimizers.registry import official
+
+
+@official(HiZOO)
+class OfficialHiZOO(HiZOO):
+    def _dtype(self, tensor: NamedTensor) -> torch.dtype:
+        return tensor.param.dtype
+
+    def decays(self, tensor: NamedTensor) -> bool:
+        return True
+
+    def absorb(self, tensor: NamedTensor, noise: Iterable[tuple[int, Tensor]], second: float) -> None:
+        a, eps = self.smoothing, self.eps
+        for start, z in noise:
+            curvature = chunk_of(self.zo_state[f"H/{tensor.name}"], start, z)
+            z = z.to(curvature.dtype)
+            # in this order: if it underflows there, it must underflow here
+            curvature.copy_((1 - a) * curvature + abs(second) * (curvature * z * z) * a / (2 * eps * eps))

@@ -1,0 +1,104 @@
+"""How the probes of a step are evaluated: in turn, or together in one batched forward pass (metazo/step/batched.py).
+
+In turn, the weights are moved for each probe: no memory beside the weights. Together, low-rank directions are carried by
+the activations, as many times as there are probes, and the weights do not move. Together is faster on small batches;
+"auto" takes it if probes x batch x length of the first step is at most ROWS. The losses are the same but for rounding,
+and so are update and record.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from metazo.blocks import NamedTensor
+from metazo.errors import UserError
+from metazo.optimizers.groups import Closure, mean_over_processes
+from metazo.step.batched import Branch, TooLarge
+from metazo.step.batched import losses as losses_at
+from metazo.step.estimators import mean
+from metazo.step.substitute import used_unseen
+from metazo.step.weights import Term
+
+if TYPE_CHECKING:
+    from metazo.optimizers.base import ZOOptimizer
+
+PROBINGS = ("in-turn", "together", "auto")
+UNDECIDED, IN_TURN, TOGETHER = 0, 1, 2  # how a run evaluates its probes, as state
+ROWS = 512  # probes x batch x length up to which "auto" evaluates together (docs/speed.md)
+
+Probes = Sequence[tuple[Term, ...]]
+"""The displacement of each probe: a sum of terms."""
+
+
+def check(probing: str, low_rank: bool, name: str) -> str:
+    """The probing of a method: "auto" is "in-turn" for directions without a short form. Raises UserError."""
+    if probing not in PROBINGS:
+        raise UserError(f"`probing` {probing!r} is unknown: choose {', '.join(PROBINGS)}.")
+    if probing == "together" and not low_rank:
+        raise UserError(
+            f"`probing` together needs low-rank directions, and {name} probes along dense noise: choose in-turn."
+        )
+    return probing if low_rank else "in-turn"
+
+
+def losses_together(
+    optimizer: ZOOptimizer, probes: Probes, closures: Sequence[Closure], in_turn: Callable[[], list[float]], given
+) -> list[float]:
+    """The losses of all probes from one pass, or `in_turn` if that is how the run goes on; settles it the first time.
+
+    given: the losses of a replayed step, or None.
+    """
+    form = optimizer.zo_state["probing"]
+    if form == IN_TURN or (given is not None and form == UNDECIDED and optimizer.probing == "auto"):
+        return in_turn()
+    try:
+        losses = list(given) if given is not None else _one_pass(optimizer, probes, closures)
+    except Exception as error:
+        if form != UNDECIDED:
+            raise
+        form.fill_(IN_TURN)
+        if not isinstance(error, TooLarge):
+            reason = str(error).split("\n")[0]
+            warnings.warn(
+                f"{optimizer.name} falls back to evaluating its probes in turn: the closure cannot be vectorised "
+                f"({reason}).",
+                stacklevel=5,
+            )
+        return in_turn()
+    form.fill_(TOGETHER)
+    optimizer.forwards += len(losses) * sum(getattr(evaluate, "batches", 1) for evaluate in closures)
+    return losses
+
+
+def _one_pass(optimizer: ZOOptimizer, probes: Probes, closures: Sequence[Closure]) -> list[float]:
+    """The mean losses at all probes. Raises if the closures cannot give them, or hide tensors that they use."""
+    undecided = optimizer.zo_state["probing"] == UNDECIDED
+    limit = ROWS // len(probes) if optimizer.probing == "auto" and undecided else None
+    branches = [Branch([(optimizer.noise.stream(t.seed), t.direction, t.amount) for t in terms]) for terms in probes]
+
+    def evaluate() -> tuple[list[float], list[NamedTensor]]:
+        with optimizer.evaluation(), optimizer.weights.evaluating():
+            found = [losses_at(closure, optimizer.tensors, branches, limit) for closure in closures]
+        return [mean(values) for values in zip(*(losses for losses, _ in found))], found[0][1]
+
+    losses, unmet = evaluate()
+    if undecided and used_unseen(unmet, lambda: evaluate()[0][0], losses[0]):
+        raise RuntimeError(f"{unmet[0].name} is used where torch functions do not show it")
+    return [mean_over_processes(loss) for loss in losses]
+
+
+@torch.no_grad()
+def settle(optimizer: ZOOptimizer, closure: Closure) -> str:
+    """What "auto" comes to for this closure, found by evaluating it once; no weights are moved."""
+    optimizer._prepare()
+    seeds = [optimizer.noise.seed(0, query) for query in range(optimizer.estimator.queries)]
+    direction = optimizer.propose(optimizer.zo_state, 0, seeds)
+    try:
+        _one_pass(optimizer, optimizer.displacements(optimizer.estimator, direction, seeds), [closure])
+    except Exception:
+        return "in-turn"
+    return "together"
