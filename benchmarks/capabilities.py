@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,10 +69,10 @@ def tuner_scale(model: nn.Module) -> TunerScale:
 
 
 def make(name: str, model: nn.Module, **extra: Any) -> ZOOptimizer:
-    if name == "zo-finetuner":
+    if OPTIMIZERS[name].needs_tuner:
         extra.setdefault("scale", tuner_scale(model))
     optimizer = OPTIMIZERS[name](model.named_parameters(), **extra)
-    if hasattr(optimizer, "full_closure"):
+    if optimizer.wants_full_closure:
         optimizer.full_closure = loss_of(model)  # type: ignore[attr-defined]
     return optimizer
 
@@ -94,7 +93,7 @@ def forwards_per_step(name: str) -> float:
     optimizer, loss, calls = make(name, model), loss_of(model), itertools.count()
     for _ in range(STEPS):
         optimizer.step(lambda: (next(calls), loss())[1])
-    if hasattr(optimizer, "full_closure"):  # its closure was called as well
+    if optimizer.wants_full_closure:  # its closure was called as well
         return optimizer.forwards / STEPS
     return next(calls) / STEPS
 
@@ -104,7 +103,7 @@ def extra_memory(name: str) -> tuple[float, float]:
     model = sized()
     optimizer = make(name, model)
     losses = itertools.cycle((1.0, 0.5, 0.75))
-    if hasattr(optimizer, "full_closure"):
+    if optimizer.wants_full_closure:
         optimizer.full_closure = lambda: next(losses)  # type: ignore[attr-defined]
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     state = sum(tensor.numel() * tensor.element_size() for tensor in optimizer.tensors_state().values())
@@ -135,15 +134,6 @@ def resumes_exactly(name: str) -> bool:
     return all(torch.equal(a, b) for a, b in zip(whole.parameters(), cut.parameters()))
 
 
-def source(name: str) -> str:
-    """The first line of the method's file, without the formalities."""
-    import inspect
-
-    text = inspect.getdoc(inspect.getmodule(OPTIMIZERS[name])) or ""
-    found = re.search(r"arXiv[:\s]+(\d{4}\.\d{4,5})", text)
-    return f"arXiv {found[1]}" if found else "ours"
-
-
 def probe(name: str) -> dict[str, Any]:
     model = tiny()
     state, temporary = extra_memory(name)
@@ -151,13 +141,13 @@ def probe(name: str) -> dict[str, Any]:
         "forwards": forwards_per_step(name),
         "state": round(state, 4),
         "temporary": round(temporary, 4),
-        "rms": runs(name, tiny(), scale="rms") if name != "zo-finetuner" else False,
+        "rms": runs(name, tiny(), scale="rms") if not OPTIMIZERS[name].needs_tuner else False,
         "tuner": runs(name, model, scale=tuner_scale(model)),
         "rademacher": runs(name, tiny(), noise="rademacher"),
         "rules": [rule for rule in RULES if runs(name, tiny(), rule=RULES[rule]())],
         "dtypes": [dtype for dtype in DTYPES if runs(name, tiny(DTYPES[dtype]))],
         "resume": resumes_exactly(name),
-        "source": source(name),
+        "source": OPTIMIZERS[name].paper,
     }
 
 

@@ -44,13 +44,13 @@ def records(name: str, count: int = COUNT) -> list[Step]:
     x = torch.randn(64, 8)
     y = (x[:, 0] > 0).long()
     model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 2))
-    extra: dict[str, Any] = {"scale": TunerScale(pertnn=PertNN(4, seed=0))} if name == "zo-finetuner" else {}
+    extra: dict[str, Any] = {"scale": TunerScale(pertnn=PertNN(4, seed=0))} if OPTIMIZERS[name].needs_tuner else {}
     optimizer = OPTIMIZERS[name](model.named_parameters(), lr=1.23e-5, **extra)
 
     def loss() -> torch.Tensor:
         return nn.functional.cross_entropy(model(x), y)
 
-    if name == "mezo-svrg":
+    if optimizer.wants_full_closure:
         optimizer.full_closure = loss  # type: ignore[attr-defined]
     found: list[Step] = []
     optimizer.recorder = found.append

@@ -54,9 +54,9 @@ def measure(
 def _make(method: str, model: Any) -> Any:
     if method != FIRST_ORDER:
         return make(method, model)
-    from metazo.optimizers.first_order import FirstOrder
+    from metazo.optimizers import FirstOrderAdamW
 
-    return FirstOrder("first-order-adamw", model.named_parameters(), lr=1e-9)
+    return FirstOrderAdamW(model.named_parameters(), lr=1e-9)
 
 
 def _reset(device: str) -> None:

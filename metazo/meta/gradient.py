@@ -19,7 +19,7 @@ from torch import Tensor
 from metazo.blocks import Block, NamedTensor
 from metazo.noise import Noise, TorchOrderNoise
 from metazo.step.directions import Isotropic, Scaled
-from metazo.step.weights import Weights
+from metazo.step.weights import Term, Weights
 
 Loss = Callable[[], Tensor]
 """Evaluates a loss at the present weights, differentiably while grad is on."""
@@ -132,13 +132,13 @@ def one_step(
     products = [0.0] * len(blocks)
     try:
         with torch.no_grad():
-            weights.visit(direction, seed, eps)
+            weights.visit([Term(direction, seed, eps)])
             plus = float(loss())
-            weights.visit(direction, seed, -eps)
+            weights.visit([Term(direction, seed, -eps)])
             minus = float(loss())
             c = (plus - minus) / (2 * eps)
             if math.isfinite(c):
-                weights.visit(direction, seed, -lr_update * c)
+                weights.visit([Term(direction, seed, -lr_update * c)])
         if not math.isfinite(c):
             return OneStep(math.nan, plus, minus, torch.full((len(blocks),), math.nan, dtype=torch.float64))
         redraw = Redraw(weights.noise, seed, weights.tensors)

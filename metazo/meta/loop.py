@@ -150,7 +150,7 @@ class MetaRun:
             self._restart()
         task, state = self.tasks[number], self.states[number]
         if step % config.reading == 0 or moved:
-            statistics = block_statistics(self.scale.blocks, self.weights.values)
+            statistics = block_statistics(self.scale.blocks, self.weights.read)
             for each in self.states:
                 each["scale/statistics"].copy_(statistics)
         other = self.order.other(step, number, indices)

@@ -1,10 +1,10 @@
 """The noise of the published code, for conformance: torch's generator, tensors in order.
 
 A step's seed is `numpy.random.randint(1_000_000_000)`; its noise is `torch.manual_seed(seed)` followed by one
-`torch.normal(0, 1, size)` per trainable tensor in the order of `named_parameters()` (tests/golden/README.md). The numbers of a tensor therefore
-depend on every draw before it, and differ between CPU and CUDA. A stream keeps what it has drawn, so that the rest of
-the library may ask for any chunk of any tensor at any time; `expect` announces the order of the first draws. Use it to
-compare with recorded trajectories; for work, use PhiloxNoise, which keeps nothing.
+`torch.normal(0, 1, size)` per trainable tensor in the order of `named_parameters()` (tests/golden/README.md). The
+numbers of a tensor therefore depend on every draw before it, and differ between CPU and CUDA. A stream keeps what it has
+drawn, so that the rest of the library may ask for any chunk of any tensor at any time; `expect` announces the order of
+the first draws. Use it to compare with recorded trajectories; for work, use PhiloxNoise, which keeps nothing.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
@@ -22,9 +22,6 @@ from metazo.step.batched import losses as losses_at
 from metazo.step.estimators import mean
 from metazo.step.substitute import used_unseen
 from metazo.step.weights import Term
-
-if TYPE_CHECKING:
-    from metazo.optimizers.base import ZOOptimizer
 
 PROBINGS = ("in-turn", "together", "auto")
 UNDECIDED, IN_TURN, TOGETHER = 0, 1, 2  # how a run evaluates its probes, as state
@@ -46,7 +43,7 @@ def check(probing: str, low_rank: bool, name: str) -> str:
 
 
 def losses_together(
-    optimizer: ZOOptimizer, probes: Probes, closures: Sequence[Closure], in_turn: Callable[[], list[float]], given
+    optimizer: Any, probes: Probes, closures: Sequence[Closure], in_turn: Callable[[], list[float]], given
 ) -> list[float]:
     """The losses of all probes from one pass, or `in_turn` if that is how the run goes on; settles it the first time.
 
@@ -66,7 +63,7 @@ def losses_together(
             warnings.warn(
                 f"{optimizer.name} falls back to evaluating its probes in turn: the closure cannot be vectorised "
                 f"({reason}).",
-                stacklevel=5,
+                stacklevel=6,
             )
         return in_turn()
     form.fill_(TOGETHER)
@@ -74,7 +71,7 @@ def losses_together(
     return losses
 
 
-def _one_pass(optimizer: ZOOptimizer, probes: Probes, closures: Sequence[Closure]) -> list[float]:
+def _one_pass(optimizer: Any, probes: Probes, closures: Sequence[Closure]) -> list[float]:
     """The mean losses at all probes. Raises if the closures cannot give them, or hide tensors that they use."""
     undecided = optimizer.zo_state["probing"] == UNDECIDED
     limit = ROWS // len(probes) if optimizer.probing == "auto" and undecided else None
@@ -92,7 +89,7 @@ def _one_pass(optimizer: ZOOptimizer, probes: Probes, closures: Sequence[Closure
 
 
 @torch.no_grad()
-def settle(optimizer: ZOOptimizer, closure: Closure) -> str:
+def settle(optimizer: Any, closure: Closure) -> str:
     """What "auto" comes to for this closure, found by evaluating it once; no weights are moved."""
     optimizer._prepare()
     seeds = [optimizer.noise.seed(0, query) for query in range(optimizer.estimator.queries)]

@@ -39,8 +39,8 @@ from rich.console import Console
 import metazo
 from metazo.meta.config import MetaConfig
 from metazo.meta.train import meta_train
-from metazo.optimizers import OPTIMIZERS, ZOOptimizer
-from metazo.optimizers.first_order import RULES, FirstOrder
+from metazo.optimizers import METHODS, ZOOptimizer
+from metazo.optimizers.first_order import FirstOrder
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import finetune
 from metazo.settings import build
@@ -62,7 +62,7 @@ OWN: dict[str, dict[str, Any]] = {
     "mezo-svrg": {"method": {"interval": 3}},
 }
 META = {"model": "pico", "task": ["pico_topic"], "steps": 6, "batch_size": 2, "train_examples": 8, "save_every": 2}
-CASES = [*OPTIMIZERS, *RULES, "meta-train", "meta-train, recorded"]
+CASES = [*METHODS, "meta-train", "meta-train, recorded"]
 
 
 def run(case: str, out: Path, resume: bool, console: Console) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from metazo.optimizers.first_order import RULES
+from metazo.optimizers import METHODS
 
 MODES = ("moment", "line", "write")
 
@@ -16,7 +16,7 @@ def lost(row: dict[str, Any]) -> int:
 
     Of first-order runs and meta-training the steps since the last snapshot are computed again; their logs are records.
     """
-    if row["case"] in RULES or row["case"].startswith("meta-train"):
+    if row["case"].startswith("meta-train") or not METHODS[row["case"]].replayable:
         return 0
     missing = max(0, row["steps completed"] - row["steps in the log"])
     return missing + row["steps in the log"] - row.get("resumed after step", row["steps in the log"])

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from metazo.blocks import NamedTensor, tensor_id
-from metazo.noise import TILE, Move, PhiloxNoise, TorchOrderNoise, add_two_all_, backends, cpu
+from metazo.noise import DENSE, TILE, Move, PhiloxNoise, TorchOrderNoise, add_two_all_, backends, cpu
 
 DISTRIBUTIONS = ("gaussian", "rademacher")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -141,12 +141,22 @@ def test_draws_are_wide_unless_told():
     assert stream.draw(tensor(3), dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
-def test_noise_in_order_has_no_pieces():
-    stream, w = TorchOrderNoise(0).stream(1), tensor(TILE * 2)
-    with pytest.raises(ValueError, match="no pieces"):
-        stream.add_(w, torch.zeros(TILE), 1.0, start=TILE)
-    with pytest.raises(ValueError, match="no pieces"):
-        stream.draw(w, count=5)
+def test_noise_in_order_is_kept_so_that_chunks_and_repeats_are_the_same_numbers():
+    noise, w, v = TorchOrderNoise(0), tensor(TILE * 2), tensor(5, name="v")
+    stream = noise.stream(1)
+    generator = torch.Generator().manual_seed(1)
+    first, second = (torch.randn(t.param.shape, generator=generator) for t in (w, v))
+    noise.expect(1, [(w, None, DENSE), (v, None, DENSE)])
+    assert torch.equal(noise.stream(1).draw(v), second) and torch.equal(stream.draw(w), first)
+    assert torch.equal(stream.draw(w, start=TILE, count=7), first[TILE : TILE + 7])
+    out = torch.zeros(TILE)
+    stream.add_(w, out, 2.0, start=TILE)
+    assert torch.equal(out, 2 * first[TILE:])
+    assert noise.stream(1).draw(w).zero_() is not None and torch.equal(stream.draw(w), first)
+    assert stream.square(w) == pytest.approx(float(first.double().square().sum()))
+    assert stream.dot(v, second) == pytest.approx(float(second.double().square().sum()))
+    noise.forget(1)
+    assert torch.equal(noise.stream(1).draw(v), torch.randn(5, generator=torch.Generator().manual_seed(1)))
 
 
 def test_noise_in_order_places_what_it_adds():

@@ -134,7 +134,7 @@ def test_auto_goes_by_the_size_of_the_batch():
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
             optimizer.step(lambda: model(input_ids=ids, labels=ids).loss)
-        assert int(optimizer.tensors_state()["form"]) == form
+        assert int(optimizer.tensors_state()["probing"]) == form
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_what_cannot_be_vectorised_moves_the_weights(read):
     optimizer, plain = (
         LOZO(m.named_parameters(), lr=1e-3, form=f) for m, f in ((model, "activations"), (twin, "weights"))
     )
-    with pytest.warns(UserWarning, match="moves the weights"):
+    with pytest.warns(UserWarning, match="probes in turn"):
         optimizer.step(lambda: read(model(input_ids=IDS, labels=IDS).loss))
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # said once
@@ -218,10 +218,14 @@ def test_a_run_settles_its_form_and_the_log_names_it(tmp_path, batch_size, form)
     assert kept.keys() == again.keys() and all(torch.equal(value, again[name]) for name, value in kept.items())
 
 
-def test_noise_in_order_moves_the_weights():
-    model = llama().double()
-    optimizer, _ = run(model, "activations", 2, noise=TorchOrderNoise(0))
-    assert "form" not in optimizer.tensors_state()
+@pytest.mark.parametrize("queries", [1, 2])
+def test_noise_in_order_is_the_same_together(queries):
+    losses = []
+    for form in ("weights", "activations"):
+        model = llama().double()
+        _, records = run(model, form, 3, noise=TorchOrderNoise(0), queries=queries)
+        losses.append([loss for record in records for loss in record.losses])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 def test_factors_of_scaled_directions():

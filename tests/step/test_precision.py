@@ -207,10 +207,22 @@ def test_autocast_is_for_the_forward_alone():
         MeZO(nn.Linear(2, 2, dtype=torch.bfloat16).named_parameters(), precision="autocast").tensors_state()
 
 
-def test_noise_in_order_goes_with_a_master_only():
-    named = nn.Linear(2, 2, dtype=torch.bfloat16).named_parameters()
-    with pytest.raises(UserError, match="torch-order"):
-        MeZO(named, precision="compensated-16", noise=TorchOrderNoise(0)).tensors_state()
+@pytest.mark.parametrize("precision", ["master", "compensated-16"])
+def test_noise_in_order_is_probed_in_every_precision(precision):
+    """The first probe is round(theta + eps z), z drawn tensor by tensor from torch's generator, last one used first."""
+    model = nn.Sequential(nn.Linear(8, 8, dtype=torch.bfloat16), nn.Linear(8, 8, dtype=torch.bfloat16))
+    optimizer = MeZO(model.named_parameters(), eps=0.1, precision=precision, noise=TorchOrderNoise(0, seeds=[7]))
+    seen, start = [], [p.detach().clone() for p in model.parameters()]
+
+    def closure():
+        seen.append([p.clone() for p in reversed(list(model.parameters()))][::-1])
+        return model(torch.ones(1, 8, dtype=torch.bfloat16)).float().sum()
+
+    optimizer.step(closure)
+    generator = torch.Generator().manual_seed(7)
+    for probed, theta in zip(seen[0], start):
+        z = torch.randn(theta.shape, generator=generator, dtype=torch.bfloat16)
+        assert torch.equal(probed, (theta.float() + 0.1 * z.float()).bfloat16())
 
 
 def test_the_measurement():

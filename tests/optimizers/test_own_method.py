@@ -1,0 +1,183 @@
+"""A method of one's own is one file: named in METAZO_METHODS, it has everything that the methods of this library have."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from metazo.comparisons import cell
+from metazo.comparisons.cell import configuration
+from metazo.comparisons.examine import examine
+from metazo.comparisons.grid import Grid, Run
+from metazo.errors import UserError
+from metazo.optimizers import METHODS, OPTIMIZERS, registry
+from metazo.optimizers.mezo import MeZO
+from metazo.runs.config import FinetuneConfig
+from metazo.runs.finetune import finetune
+from metazo.runs.replay import replay
+from metazo.settings import build
+from metazo.steplog.writer import StepLog
+
+ROOT = Path(__file__).parents[2]
+TOY = '''
+"""Clipped MeZO: the coefficient is at most `clip` times the mean of those before."""
+
+from __future__ import annotations
+
+import torch
+
+from metazo.errors import UserError
+from metazo.optimizers.base import Update, ZOOptimizer
+from metazo.optimizers.registry import Case, register
+
+
+@register
+class Clipped(ZOOptimizer):
+    """MeZO with a clipped coefficient.
+
+    Args:
+        headroom: largest coefficient in multiples of the mean of those before.
+    """
+
+    name, paper = "toy-clipped", "arXiv 2601.00001"
+    contract_case = Case(quadratic=0.05, llama=3e-3)
+
+    def __init__(self, params, lr: float = 1e-6, eps: float = 1e-3, *, headroom: float = 3.0, **common):
+        if not headroom > 0:
+            raise UserError(f"`headroom` must be above 0, not {headroom}.")
+        self.headroom = headroom
+        super().__init__(params, lr, eps, **common)
+
+    def init(self, tensors):
+        return {"mean": torch.zeros((), dtype=torch.float64)}
+
+    def update(self, state, step, seeds, losses):
+        (c,) = self.estimator.coefficients(losses, self.eps)
+        mean = float(state["mean"])
+        state["mean"].fill_(abs(c) if mean == 0 else 0.9 * mean + 0.1 * abs(c))
+        return Update([max(-self.headroom * mean, min(c, self.headroom * mean)) if mean else c])
+'''
+RUN = {
+    "model": "pico", "task": "pico_sentiment", "optimizer": "toy-clipped", "method": {"headroom": 2.0}, "lr": 1e-4, "steps": 8,
+    "batch_size": 2, "train_examples": 8, "dev_examples": 4, "test_examples": 0, "snapshot_every": 3, "eval_every": 4,
+    "keep": "last",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def toy(tmp_path_factory):
+    path = tmp_path_factory.mktemp("own") / "toy_clipped.py"
+    path.write_text(TOY)
+    before = os.environ.get(registry.VARIABLE)
+    os.environ[registry.VARIABLE] = str(path)
+    registry.load_entry(str(path))
+    yield path
+    for table in (METHODS, OPTIMIZERS):
+        table.pop("toy-clipped")
+    os.environ.pop(registry.VARIABLE) if before is None else os.environ.update({registry.VARIABLE: before})
+
+
+def run(out: Path, **extra) -> Path:
+    finetune(build(FinetuneConfig, RUN, {"out": out}, extra))
+    return out
+
+
+def test_its_hyperparameter_is_a_flag():
+    command = [sys.executable, "-m", "metazo_cli.main", "finetune", "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "COLUMNS": "200"})
+    text = " ".join(shown.stdout.replace("│", " ").split())
+    assert "--headroom" in text and "toy-clipped: 3.0" in text and "Largest coefficient" in text
+
+
+def test_the_contract_suite_takes_it():
+    """In a forked process, which has everything imported; without the tests that take longest."""
+    tests = [f"tests/optimizers/test_contract{part}.py" for part in ("", "_state", "_descent")]
+    with tempfile.TemporaryFile("w+") as out:
+        pid = os.fork()
+        if pid == 0:
+            os.chdir(ROOT)
+            os.environ["METAZO_CONTRACT_METHODS"] = "toy-clipped"
+            for name in [name for name in sys.modules if name.startswith("tests.optimizers")]:
+                del sys.modules[name]
+            with contextlib.redirect_stdout(out):
+                failed = pytest.main(["-q", "-p", "no:cacheprovider", "-k", "not saddle and not processes", *tests])
+            out.flush()
+            os._exit(failed)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        out.seek(0)
+        text = out.read()
+    assert code == 0 and "[toy-clipped" in text and "100%" in text, text[-2000:]
+
+
+def test_a_killed_run_resumes_and_a_log_replays_to_the_bit(tmp_path):
+    whole = run(tmp_path / "whole")
+    pid = os.fork()
+    if pid == 0:
+        append = StepLog.append
+
+        def killing(self, record):
+            append(self, record)
+            if record.step == 4:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        StepLog.append = killing  # type: ignore[method-assign]
+        run(tmp_path / "cut")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    cut = run(tmp_path / "cut", resume=True)
+    assert replay(whole / "steps.jsonl", "pico", tmp_path / "again").identical
+    weights = [
+        (folder / "model.safetensors").read_bytes() for folder in (whole / "model", cut / "model", tmp_path / "again")
+    ]
+    assert weights[0] == weights[1] == weights[2]
+    assert (whole / "steps.jsonl").read_bytes() == (cut / "steps.jsonl").read_bytes()
+
+
+def test_it_is_a_cell_of_a_comparison(tmp_path):
+    """Looked at before it runs, with a search of its own, and run as a worker runs it."""
+    config = {key: RUN[key] for key in ("batch_size", "train_examples", "dev_examples")} | {"test_examples": 4}
+    settings = {"model": "pico", "tasks": ["pico_topic"], "budget": 6, "seeds": 1, "out": tmp_path}
+    grid = build(Grid, settings, {"config": config, "columns": [{"name": "toy-clipped", "options": {"headroom": 2.0}}]})
+    ((_, facts),) = examine(grid).items()
+    assert len(facts.lrs) == 3 and facts.a_step == 2
+    (column,) = grid.resolved
+    settings = Run("pico_topic", column, "seed", 0, 1e-4, 6).config(grid, tmp_path / "run")
+    info = {
+        "trained_weights": facts.trained,
+        "configuration": configuration(settings),
+        "status": "finished",
+        "reason": None,
+    }
+    result = cell.run(cell.Job(settings, info, trains=True))
+    assert result.run_info["status"] == "finished" and result.train_info["forwards"] == 6, result.run_info["reason"]
+    assert result.run_info["configuration"]["method"] == {"headroom": 2.0}
+
+
+def test_it_is_a_row_of_the_capability_table(monkeypatch):
+    spec = importlib.util.spec_from_file_location("capabilities", ROOT / "benchmarks" / "capabilities.py")
+    assert spec is not None and spec.loader is not None
+    capabilities = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(capabilities)
+    monkeypatch.setattr(capabilities, "sized", capabilities.tiny)  # memory on a small model: quicker
+    cells = capabilities.probe("toy-clipped")
+    assert cells["resume"] and cells["rms"] and cells["forwards"] == 2 and cells["source"] == "arXiv 2601.00001"
+    assert "| `toy-clipped` | 2 |" in capabilities.table({"toy-clipped": cells})
+
+
+def test_names_are_taken_once_and_entries_must_import(tmp_path):
+    with pytest.raises(UserError, match="'mezo' is taken"):
+        registry.register(type("Other", (MeZO,), {"name": "mezo"}))
+    with pytest.raises(UserError, match="no name"):
+        registry.register(type("Nameless", (MeZO,), {"name": ""}))
+    with pytest.raises(UserError, match="cannot be imported"):
+        registry.load_entry(str(tmp_path / "none.py"))
+    with pytest.raises(UserError, match="no_such_module"):
+        registry.load_entry("no_such_module.at_all")
