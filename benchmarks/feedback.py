@@ -27,8 +27,8 @@ from torch.nn.functional import cross_entropy, normalize
 from transformers import AutoTokenizer
 
 from metazo.models.sentence import SHARPNESS, SentenceClassifier
+from metazo.optimizers import METHODS
 from metazo.optimizers.answer_column import AnswerColumn
-from metazo.optimizers.first_order import FirstOrder
 from metazo.optimizers.mezo import MeZO
 from metazo.optimizers.skip_feedback import SkipFeedback
 
@@ -54,7 +54,7 @@ def _structured(method, **options):
 
 
 def _first_order(name: str):
-    return lambda model, lr: FirstOrder(name, model.named_parameters(), lr)
+    return lambda model, lr: METHODS[name](model.named_parameters(), lr)
 
 
 CONTENDERS = {

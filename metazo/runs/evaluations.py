@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from torch import nn
 
-from metazo.optimizers import ZOOptimizer
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.folder import RunFolder
 from metazo.runs.setup import Setup
@@ -127,7 +126,7 @@ class Scores:
     def _sigma(self) -> dict[str, Any]:
         """The block scales of the step before, by block, where there are any."""
         optimizer = self.setup.optimizer
-        if not isinstance(optimizer, ZOOptimizer) or optimizer.scale is None or not optimizer.steps:
+        if optimizer.scale is None or not optimizer.steps:
             return {}
         names = (block.name for block in optimizer.scale.blocks)
         return {"sigma": dict(zip(names, optimizer.zo_state["scale/sigma"].tolist()))}

@@ -263,7 +263,7 @@ class _Run:
         how = f": metazo replay {self.log.path} --base {config.model} --to STEP --out FOLDER gives the weights of any step"
         raise Diverged(
             f"The run diverged: after step {last} {wrong}; {advice} and choose another `out`. The step log is whole and {where}"
-            f"{'' if isinstance(self.optimizer, FirstOrder) else how}."
+            f"{how if self.optimizer.replayable else ''}."
         )
 
     def _stopped_early(self) -> list[str]:
