@@ -8,13 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from metazo import zoo
 from metazo.errors import UserError
 from metazo.io.files import write_whole
 from metazo.io.lock import NAME as LOCK
 from metazo.io.lock import FolderLock
+from metazo.io.terminal import Console
 from metazo.meta.config import MetaConfig
 from metazo.meta.train import meta_train
 from metazo.plots.curves import plot_curves
@@ -60,7 +59,7 @@ def _run(out: Path, console: Console, forwards: int, meta_steps: int, seed: int)
     meta_train(MetaConfig("pico", [META_TASK], out / "meta", steps=meta_steps, bound=BOUND, seed=seed), console=console)
     console.rule("2  publish it into a zoo of one's own")
     name = zoo.push(out / "meta" / "tuner.safetensors", out / "zoo", base="pico")
-    console.print(f"{name} is in {out / 'zoo'}", markup=False)
+    console.print(f"{name} is in {out / 'zoo'}")
     settings = {"mezo": {}, "mezo, RMS scale": {"scale": "rms"}, "tuner": {"tuner": name, "zoo": out / "zoo"}}
     curves: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for number, task in enumerate(TASKS, start=3):
@@ -68,7 +67,7 @@ def _run(out: Path, console: Console, forwards: int, meta_steps: int, seed: int)
         demo.runs[task], curves[task] = {}, {}
         for method, extra in settings.items():
             folder = out / task / method.replace(", ", "-").replace(" ", "-")
-            console.print(f"[bold]{method}[/]")
+            console.print(method, style="bold")
             config = FinetuneConfig(
                 model="pico", task=task, out=folder, lr=LEARNING_RATES[method], forwards=forwards, seed=seed,
                 dev_examples=200, test_examples=500, snapshot_every=0, **extra,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from metazo.io.terminal import print_json
 
 from .messages import Terminal
 
@@ -74,15 +75,15 @@ def bench(
     write_whole(out / "speed.md", (render.markdown(result) + "\n").encode())
     picture.plot(result, out / "speed.png")
     if as_json:
-        print(json.dumps(result))
+        print_json(result)
         return
     for each in render.tables(result):
         table = Table(*each.heads, title=each.title)
         for row in each.rows:
             table.add_row(*row)
         console.print(table)
-    console.print(render.sentence(result), highlight=False)
-    console.print(f"speed.json, speed.md and speed.png are in {out}", highlight=False)
+    console.print(render.sentence(result))
+    console.print(f"speed.json, speed.md and speed.png are in {out}", soft_wrap=True)
 
 
 def _check(device: str) -> None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from metazo.comparisons.columns import names
 from metazo.comparisons.grid import Grid
+from metazo.io.terminal import Console, print_json
 
 from . import options
 from .messages import Terminal
@@ -54,7 +53,7 @@ def compare(
     console = Terminal(stderr=as_json)
     count = run(settings, console, retry_failed=retry_failed)
     if as_json:
-        print(json.dumps(count))
+        print_json(count)
         return
     kept = f", {count['kept']} of them finished before" if count["kept"] else ""
     failed = (
@@ -62,14 +61,12 @@ def compare(
     )
     if count["diverged"]:
         failed += f"; {count['diverged']} diverged"
-    console.print(
-        f"{count['runs']} runs{kept}{failed}. Now: metazo report {settings.out}", highlight=False, markup=False
-    )
+    console.print(f"{count['runs']} runs{kept}{failed}. Now: metazo report {settings.out}", soft_wrap=True)
 
 
 def _show_plan(found: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        print(json.dumps(found))
+        print_json(found)
         return
     table = Table("plan", "", title="Nothing is run or written")
     for name, value in found.items():

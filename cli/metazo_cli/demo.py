@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Table
+
+from metazo.io.terminal import print_json
 
 from .messages import Terminal
 
@@ -30,7 +31,7 @@ def demo(
     console = Terminal(stderr=as_json)
     result = run_demo(out, console, forwards=forwards, meta_steps=meta_steps, seed=seed)
     if as_json:
-        print(json.dumps(result.runs))
+        print_json(result.runs)
         return
     table = Table(title=f"Fine-tuning pico: {forwards:,} forward passes each")
     for heading in ("task", "method", "before", "after", "accuracy", "majority"):
@@ -46,5 +47,5 @@ def demo(
         "on. One seed: a single run shows the workings, not a winner."
     )
     for what, path in result.written.items():
-        console.print(f"{what}: {path}", highlight=False, markup=False)
+        console.print(f"{what}: {path}", soft_wrap=True)
     console.print(f"{time.monotonic() - started:.0f} s in all")

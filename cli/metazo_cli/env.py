@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from metazo.io.terminal import Console, print_json
 
 PACKAGES = ("metazo", "torch", "transformers", "datasets", "numba", "numpy", "safetensors", "huggingface_hub", "higher",
             "peft", "triton")  # fmt: skip
@@ -37,7 +37,7 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] 
     """Show machine and versions, for bug reports."""
     found = facts()
     if as_json:
-        print(json.dumps(found))
+        print_json(found)
         return
     table = Table("", "")
     for name, value in found.items():

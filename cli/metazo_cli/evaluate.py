@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from metazo.io.terminal import Console, print_json
 
 from .messages import Terminal
 
@@ -60,7 +60,7 @@ def evaluate(
             name,
             split=split,  # type: ignore[arg-type]
             examples=examples,
-            say=lambda note: notes.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True),
+            say=lambda note: notes.say("note:", note),
             data=data,
             train_examples=train_examples,
             eval_batch_size=batch_size,
@@ -71,7 +71,7 @@ def evaluate(
             seed=seed,
         )
     if as_json:
-        print(json.dumps(results))
+        print_json(results)
         return
     names = list(dict.fromkeys(metric for result in results.values() for metric in result))
     table = Table("task", *names, title=f"{run or model}, {split}")

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import inspect
-import json
 import re
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from metazo.errors import UserError
+from metazo.io.terminal import Console, print_json
 from metazo.optimizers import METHODS
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.method import hyperparameters, methods
@@ -94,11 +93,10 @@ def finetune(
         plan = set_up(settings).plan(settings)
         _show_plan(plan, as_json)
         return
-    told = f" {settings.model} on {settings.task} with {settings.optimizer}"
-    console.print(Text.assemble(("metazo finetune", "bold"), told))
+    console.say("metazo finetune", f"{settings.model} on {settings.task} with {settings.optimizer}", "bold")
     summary = run(settings, console)
     if as_json:
-        print(json.dumps(summary))
+        print_json(summary)
         return
     _show_result(console, summary, settings)
 
@@ -124,7 +122,7 @@ def _began(folder: Path | None, values: dict[str, Any]) -> dict[str, Any]:
 
 def _show_plan(plan: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        print(json.dumps(plan))
+        print_json(plan)
         return
     table = Table("plan", "", title="Nothing is run or written")
     for name, value in plan.items():
@@ -144,7 +142,7 @@ def _show_result(console: Console, summary: dict[str, Any], settings: FinetuneCo
         table.add_row(label, *(f"{part[name]:.4g}" if name in part else "" for name in names))
     console.print(table)
     parts = "metrics and plot" if settings.keep == "none" else "metrics, plot and model"
-    console.print(f"{summary['seconds']:.0f} s; config, step log, {parts} are in {settings.out}")
+    console.print(f"{summary['seconds']:.0f} s; config, step log, {parts} are in {settings.out}", soft_wrap=True)
 
 
 _flags = options.flags(FinetuneConfig, skip=("method",), extra={"optimizer": ": " + ", ".join(methods())})

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from metazo.errors import UserError
+from metazo.io.terminal import Console, print_json, print_line
 from metazo.runs.folder import STEPS
 from metazo.steplog.format import scan
 
@@ -40,29 +38,29 @@ def show(
     if plot is not None:
         _plot(plot, found)
     if as_json:
-        print(json.dumps({"header": found.header, **figures, "damage": found.damage}))
+        print_json({"header": found.header, **figures, "damage": found.damage})
         return
     console = Console()
     about = Table("header", "")
     for key, value in found.header.items():
         if isinstance(value, dict):
             value = ", ".join(f"{name} {item}" for name, item in value.items() if item not in (None, [], {}, False))
-        about.add_row(escape(key), escape(str(value)))
+        about.add_row(key, str(value))
     console.print(about)
     table = Table("log", "")
     for key, value in figures.items():
-        table.add_row(key, escape(_shown(value)))
+        table.add_row(key, _shown(value))
     console.print(table)
     losses = [loss for _, loss in curve(found)]
     if losses:
-        console.print(f"loss {losses[0]:.4g} {sparkline(losses)} {losses[-1]:.4g}", highlight=False)
+        console.print(f"loss {losses[0]:.4g} {sparkline(losses)} {losses[-1]:.4g}")
     if last and found.steps:
         steps = Table("step", "losses", "c", "lr", title=f"the last {min(last, len(found.steps))} steps")
         for step in found.steps[-last:]:
             steps.add_row(str(step.step), _shown(step.losses), _shown(step.coefficients) or "skipped", _shown(step.lr))
         console.print(steps)
     if found.damage:
-        console.print(f"[bold red]damaged:[/] {escape(found.damage)}")
+        console.say("damaged:", found.damage, "bold red")
 
 
 def _shown(value: Any) -> str:
@@ -90,11 +88,9 @@ def verify(log: LogArgument, as_json: JsonOption = False) -> None:
     path = _file(log)
     wrong, steps = check(path), len(scan(path).steps)
     if as_json:
-        print(json.dumps({"steps": steps, "wrong": wrong}))
+        print_json({"steps": steps, "wrong": wrong})
     else:
-        Console().print(
-            f"{path}: {steps} whole steps, " + ("; ".join(wrong) or "in order"), markup=False, soft_wrap=True
-        )
+        print_line(f"{path}: {steps} whole steps, " + ("; ".join(wrong) or "in order"))
     if wrong:
         raise typer.Exit(1)
 
@@ -106,18 +102,18 @@ def diff(a: LogArgument, b: LogArgument, as_json: JsonOption = False) -> None:
 
     found = compare(scan(_file(a)).sound(), scan(_file(b)).sound())
     if as_json:
-        print(json.dumps(found))
+        print_json(found)
     elif found["same"]:
-        print(f"the same, {found['steps'][0]} steps")
+        print_line(f"the same, {found['steps'][0]} steps")
     else:
         table = Table("", "field", str(a), str(b))
         for row in found["headers"]:
-            table.add_row("header", escape(row["field"]), escape(_shown(row["a"])), escape(_shown(row["b"])))
+            table.add_row("header", row["field"], _shown(row["a"]), _shown(row["b"]))
         for row in (found["first"] or {"fields": []})["fields"]:
-            table.add_row(f"step {found['first']['step']}", row["field"], repr(row["a"]), repr(row["b"]))
+            table.add_row(f"step {found['first']['step']}", row["field"], _shown(row["a"]), _shown(row["b"]))
         Console().print(table)
         first = f"the first different step is {found['first']['step']}" if found["first"] else "all steps are the same"
-        print(f"{first}; {found['steps'][0]} and {found['steps'][1]} steps")
+        print_line(f"{first}; {found['steps'][0]} and {found['steps'][1]} steps")
     if not found["same"]:
         raise typer.Exit(1)
 
@@ -132,4 +128,4 @@ def repair(log: LogArgument) -> None:
         raise UserError(f"{path} is no file.")
     steps, rest, aside = run(path)
     told = f"{rest} bytes behind them are now in {aside}" if aside else "nothing was wrong with it"
-    Console().print(f"{path} holds {steps} whole steps; {told}.", markup=False, soft_wrap=True)
+    print_line(f"{path} holds {steps} whole steps; {told}.")

@@ -8,10 +8,10 @@ import sys
 from functools import cache
 
 import typer
-from rich.console import Console
 
 from metazo import __version__
 from metazo.errors import UserError
+from metazo.io.terminal import print_line
 
 from . import messages
 
@@ -26,7 +26,7 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"metazo {__version__}")
+        print_line(f"metazo {__version__}")
         raise typer.Exit()
 
 
@@ -60,41 +60,41 @@ def _mount() -> None:
 def main() -> None:
     from metazo.runs.interrupt import Interrupted
 
-    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    errors = messages.Terminal(stderr=True)
     _mount()
     command = typer.main.get_command(app)
     messages.know(command, sys.argv[1:])
     try:
-        command()
+        code = command(prog_name="metazo", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":  # once, if torchrun started several
-            errors.print("[bold red]error:[/]", _text(error))
+            errors.say("error:", error, "bold red")
         sys.exit(2)
     except Interrupted as error:
-        errors.print("[bold yellow]stopped:[/]", _text(error))
+        errors.say("stopped:", error, "bold yellow")
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         errors.print("stopped.")
         sys.exit(130)
     except BrokenPipeError:
         os._exit(141)
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
-            errors.print(
-                "[bold red]error:[/]", _text(f"{str(error.filename)[:80]!r}... is longer than a file's name may be.")
-            )
+            errors.say("error:", f"{str(error.filename)[:80]!r}... is longer than a file's name may be.", "bold red")
             sys.exit(2)
         if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT):
             raise
-        errors.print("[bold red]error:[/]", _text(f"{error.filename or 'the output folder'}: {error.strerror}; nothing "
-                     "that was finished is lost: make room and go on with --resume."))  # fmt: skip
+        errors.say("error:", f"{error.filename or 'the output folder'}: {error.strerror}; nothing that was finished is "
+                   "lost: make room and go on with --resume.", "bold red")  # fmt: skip
         sys.exit(2)
-
-
-def _text(value: object):
-    from rich.text import Text
-
-    return Text(messages.in_flags(str(value)))
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # an error of the command line, in whichever click typer brings
+            raise
+        if type(error).__name__ != "NoArgsIsHelpError":  # which has printed the help
+            called = getattr(getattr(error, "ctx", None), "command_path", "metazo")
+            errors.say("error:", f"{error.format_message().rstrip('.')}; see {called} --help.", "bold red")
+        sys.exit(2)
 
 
 if __name__ == "__main__":

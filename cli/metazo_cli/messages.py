@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
+from metazo.io.terminal import Console
 
 _SETTING = re.compile(r"`([a-z]\w*)(?:=(['\"]?)([^`'\"]*)\2)?`")
 _flags: dict[str, tuple[str, str | None]] = {}
@@ -47,5 +47,5 @@ def in_flags(text: str) -> str:
 class Terminal(Console):
     """A console that says what the library says in flags."""
 
-    def print(self, *objects: Any, **options: Any) -> None:
-        super().print(*(in_flags(item) if isinstance(item, str) else item for item in objects), **options)
+    def worded(self, text: str) -> str:
+        return in_flags(text)

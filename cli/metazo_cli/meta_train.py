@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from metazo.io.terminal import print_json, print_line
 from metazo.meta.config import MetaConfig
 
 from . import options
@@ -29,15 +29,18 @@ def meta_train(
     settings = options.settings(MetaConfig, config, values)
     if dry_run:
         plan = dry(settings)
-        print(json.dumps(plan.to_dict()) if as_json else plan.sentence())
+        if as_json:
+            print_json(plan.to_dict())
+        else:
+            print_line(plan.sentence())
         return
     console = Terminal(stderr=as_json)
     tuner = meta_train(settings, console=console)
     path = str(settings.out / TUNER)
     if as_json:
-        print(json.dumps({"tuner": path, "base_model": tuner.info.base_model, "recipe": tuner.info.recipe}))
+        print_json({"tuner": path, "base_model": tuner.info.base_model, "recipe": tuner.info.recipe})
         return
-    console.print(f"Publish it: metazo zoo push {path}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"Publish it: metazo zoo push {path}", soft_wrap=True)
 
 
 command = options.with_flags(meta_train, options.flags(MetaConfig))

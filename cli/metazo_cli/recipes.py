@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.syntax import Syntax
 from rich.table import Table
+
+from metazo.io.terminal import Console, print_line
 
 
 def recipes(name: Annotated[str | None, typer.Argument(help="Print this one, to copy and change.")] = None) -> None:
@@ -17,7 +18,10 @@ def recipes(name: Annotated[str | None, typer.Argument(help="Print this one, to 
     console = Console()
     if name:
         text = library.text(name)
-        console.print(Syntax(text, "yaml", background_color="default") if console.is_terminal else text, soft_wrap=True)
+        if console.is_terminal:
+            console.print(Syntax(text, "yaml", background_color="default"), soft_wrap=True)
+        else:
+            print_line(text.rstrip("\n"))
         return
     table = Table("recipe", "what it is")
     for known in library.names():

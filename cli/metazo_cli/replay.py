@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import Progress
+
+from metazo.io.terminal import Console, print_json, print_line
 
 
 def replay(
@@ -34,7 +34,7 @@ def replay(
     from metazo.runs.replay import replay as run
 
     path = log / STEPS if log.is_dir() else log
-    with Progress(disable=as_json) as bar:
+    with Progress(console=Console(), disable=as_json) as bar:
         task = bar.add_task("replay", total=None)
         done = run(
             path, base, out, to, tuner=tuner, zoo_folder=zoo, merge=merge, device=device,
@@ -49,7 +49,7 @@ def replay(
         "distance": done.distance,
     }
     if as_json:
-        print(json.dumps(result))
+        print_json(result)
         return
     apart = done.distance
     distance = "how near they are is not known" if apart is None else f"the relative distance is {apart:.1e}"
@@ -59,5 +59,4 @@ def replay(
         f"({'; '.join(done.differences)}); {distance}",
         None: "the log does not say what these weights were",
     }[done.identical]
-    text = f"{done.steps:,} steps in {done.seconds:.1f} s; {verdict}; the model is in {out}"
-    Console().print(text, soft_wrap=True, markup=False)
+    print_line(f"{done.steps:,} steps in {done.seconds:.1f} s; {verdict}; the model is in {out}")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from metazo.io.terminal import Console, print_json
 
 
 def tasks(
@@ -19,7 +19,7 @@ def tasks(
 
     chosen = {name: resolve(name)} if name else TASKS
     if as_json:
-        print(json.dumps({key: task.model_dump(mode="json") for key, task in chosen.items()}))
+        print_json({key: task.model_dump(mode="json") for key, task in chosen.items()})
         return
     if name:
         table = Table("", name, show_lines=True)

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from metazo import zoo as library
 from metazo.errors import UserError
+from metazo.io.terminal import Console, print_json, print_line
 from metazo.tuner.file import Tuner
 from metazo.zoo.index import own_folder
 
@@ -37,7 +36,7 @@ def list_(zoo: ZooOption = None, as_json: JsonOption = False) -> None:
     """List what the zoo folders hold: yours, the bundled one, and what was pulled."""
     found = library.entries(zoo)
     if as_json:
-        _print_json([{**asdict(tuner.entry), "where": tuner.where, "path": str(tuner.path)} for tuner in found])
+        print_json([{**asdict(tuner.entry), "where": tuner.where, "path": str(tuner.path)} for tuner in found])
         return
     rows = [
         (
@@ -53,7 +52,7 @@ def list_(zoo: ZooOption = None, as_json: JsonOption = False) -> None:
     ]
     _print_table(("name", "base model", "blocks", "size", "fingerprint", "licence", "where"), rows)
     if not found:
-        typer.echo("No tuners yet: make one with `metazo meta-train` and publish it with `metazo zoo push`.")
+        print_line("No tuners yet: make one with `metazo meta-train` and publish it with `metazo zoo push`.")
 
 
 @app.command()
@@ -63,7 +62,7 @@ def show(source: SourceArgument, zoo: ZooOption = None, as_json: JsonOption = Fa
     about = _about(found) if isinstance(found, Tuner) else _about_log(found)
     if as_json:
         blocks = {"blocks": [asdict(block) for block in found.info.blocks]} if isinstance(found, Tuner) else {}
-        _print_json({**about, **blocks})
+        print_json({**about, **blocks})
         return
     rows = [(key, json.dumps(value) if isinstance(value, dict) else str(value)) for key, value in about.items()]
     _print_table(("", source), rows)
@@ -75,9 +74,9 @@ def pull(source: SourceArgument, zoo: ZooOption = None, key: KeyOption = None, a
     found = library.pull(source, zoo, _report, key)
     what = f"{found.entry.blocks} blocks" if found.entry.kind == "tuner" else "a step log"
     if as_json:
-        _print_json({**asdict(found.entry), "path": str(found.path)})
+        print_json({**asdict(found.entry), "path": str(found.path)})
     else:
-        typer.echo(f"{found.entry.name} for {found.entry.base_model}, {what}: {found.path}")
+        print_line(f"{found.entry.name} for {found.entry.base_model}, {what}: {found.path}")
 
 
 @app.command()
@@ -103,9 +102,9 @@ def push(
         published = library.push(str(tuner), to, base=name, version=version, licence=licence, sign=signing)
     target = to or str(own_folder())
     if as_json:
-        _print_json({"published": published, "to": target})
+        print_json({"published": published, "to": target})
     else:
-        typer.echo(f"published {published} to {target}")
+        print_line(f"published {published} to {target}")
 
 
 @app.command()
@@ -114,11 +113,11 @@ def verify(zoo: ZooOption = None, key: KeyOption = None, as_json: JsonOption = F
     checks = library.verify(zoo, key)
     bad = [check for check in checks if check.problem]
     if as_json:
-        _print_json([{**asdict(check), "folder": str(check.folder)} for check in checks])
+        print_json([{**asdict(check), "folder": str(check.folder)} for check in checks])
     else:
         _print_table(("name", "where", "state"), [(c.name, c.where, c.problem or "in order") for c in checks])
         signed = "; the index is signed by the key" if key else ""
-        typer.echo(f"{len(checks) - len(bad)} of {len(checks)} in order{signed}")
+        print_line(f"{len(checks) - len(bad)} of {len(checks)} in order{signed}")
     if bad:
         raise typer.Exit(1)
 
@@ -141,11 +140,11 @@ def import_(
     tuner = library.import_pth(file, base_model, model, licence)
     tuner.save(target)
     if as_json:
-        _print_json({**_about(tuner), "path": str(target)})
+        print_json({**_about(tuner), "path": str(target)})
         return
     by = "names and shapes" if tuner.info.fingerprint else "names alone (give --model for the shapes)"
-    typer.echo(f"{target}: {len(tuner.info.blocks)} blocks for {base_model}, will be matched by {by}")
-    typer.echo(f"layout: {tuner.info.recipe['layout']}")
+    print_line(f"{target}: {len(tuner.info.blocks)} blocks for {base_model}, will be matched by {by}")
+    print_line(f"layout: {tuner.info.recipe['layout']}")
 
 
 def _about(tuner: Tuner) -> dict[str, Any]:
@@ -164,18 +163,13 @@ def _password() -> str:
 
 
 def _report(line: str) -> None:
-    typer.echo(in_flags(line), err=True)
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=1))
+    print_line(in_flags(line), stderr=True)
 
 
 def _print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    """A table; what comes from files is shown as it is, never as markup."""
     table = Table()
     for column in columns:
-        table.add_column(escape(column), overflow="fold")
+        table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*(escape(cell) for cell in row))
+        table.add_row(*row)
     Console().print(table)

@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, median
 
-from rich.console import Console
-
 from metazo.comparisons.columns import Column
 from metazo.comparisons.examine import Facts, examine
 from metazo.comparisons.grid import SEARCH_SEED, Grid, Run, longer, runs_of, search_run
@@ -24,6 +22,7 @@ from metazo.comparisons.results import Result, Search, read_search, write_search
 from metazo.comparisons.store import Store
 from metazo.errors import UserError
 from metazo.io.lock import FolderLock
+from metazo.io.terminal import Console
 from metazo.runs.interrupt import Interrupted, interruptible
 from metazo.runs.resources import refuse_ranks
 
@@ -48,7 +47,7 @@ def compare(grid: Grid, console: Console | None = None, *, retry_failed: bool = 
     a result cannot be written; Interrupted where it was asked to stop. In both cases what is finished stays, and the
     same call goes on.
     """
-    console = console or Console(quiet=True)
+    console = Console.of(console)
     refuse_ranks("compare")
     FolderLock(grid.out).check()
     facts = examine(grid)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 
-from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from metazo.comparisons.cell import Job
 from metazo.comparisons.results import Result
+from metazo.io.terminal import Console
 
 
 class Progress:
@@ -53,19 +53,13 @@ class Progress:
             return
         self.ran_forwards += info["budget"]
         if not result.finished:
-            text = f"{info['status']} {self._name(info)}: {info['reason']}"
-            self.console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
+            self.console.say(info["status"], f"{self._name(info)}: {info['reason']}", "yellow")
         elif not self.live:
             metric, dev = info["metric"], result.metrics["dev"]
             score = f", {metric} {dev[metric]:.3f}" if metric in dev else ""
             loss = f"dev loss {dev['loss']:.4f}{score}" if "loss" in dev else "done"
             seconds = result.train_info["wall_seconds"]
-            self.console.print(
-                f"{self._counts()}  {self._name(info)}: {loss}  ({seconds:.0f} s)",
-                highlight=False,
-                markup=False,
-                soft_wrap=True,
-            )
+            self.console.print(f"{self._counts()}  {self._name(info)}: {loss}  ({seconds:.0f} s)", soft_wrap=True)
 
     def show(self, running: list[tuple[Job, float]]) -> None:
         if self.live:

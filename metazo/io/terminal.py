@@ -1,8 +1,8 @@
 """The one place that prints. Text from files, servers and models reaches a terminal as text: never as a control
 sequence, and never as markup of rich.
 
-Everything in metazo prints through `console`, `print_line` or `print_json`; a test holds every other module to it.
-Styles come from the caller (`style=`, `rich.text.Text`), because a string is never read as markup here.
+Everything in metazo prints by `Console`, `print_line` or `print_json`; a test holds every other module to it. Styles
+come from the caller (`style=`, `rich.text.Text`), because a string is never read as markup here.
 """
 
 from __future__ import annotations
@@ -45,6 +45,25 @@ class Console(rich.console.Console):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**{"markup": False, "highlight": False, "emoji": False} | settings)
 
+    @classmethod
+    def of(cls, console: rich.console.Console | None) -> Console:
+        """The console itself; of rich's own console one that writes where it writes; a silent one of None."""
+        if console is None:
+            return cls(quiet=True)
+        return console if isinstance(console, cls) else cls(file=console.file, width=console.width, quiet=console.quiet)
+
+    def worded(self, text: str) -> str:
+        """A message in the words of whoever reads this console; the command line names flags in it."""
+        return text
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*(self.worded(item) if isinstance(item, str) else item for item in objects), **options)
+
+    def say(self, label: str, text: object, style: str = "dim") -> None:
+        """`label` in a style, and the text behind it, on one line however long."""
+        shown = Text.assemble((escaped(label), style), " ", escaped(self.worded(str(text))))
+        super().print(shown, soft_wrap=True)
+
     def render_str(self, text: str, **settings: Any) -> Text:
         return super().render_str(escaped(text), **settings)
 
@@ -54,16 +73,6 @@ class Console(rich.console.Console):
                 yield segment
             else:
                 yield Segment(escaped(segment.text), segment.style)
-
-
-def console(*, stderr: bool = False, **settings: Any) -> Console:
-    """The console for results (standard output), or for notes and progress (stderr=True)."""
-    return Console(stderr=stderr, **settings)
-
-
-def labelled(label: str, text: object, style: str = "dim") -> Text:
-    """`label` in a style, and the text behind it as it is."""
-    return Text.assemble((escaped(label), style), " ", escaped(str(text)))
 
 
 def print_line(text: object = "", *, stderr: bool = False) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -17,6 +17,7 @@ from rich.text import Text
 from metazo.blocks import Block
 from metazo.io.extras import needs
 from metazo.io.files import whole_file
+from metazo.io.terminal import Console
 from metazo.meta.loop import MetaStep
 from metazo.meta.ratio import block_type
 
@@ -88,10 +89,10 @@ class Progress:
             self.live.update(self._panel(row, skipped))
         elif time.monotonic() - self.told > _PLAIN_EVERY or row["step"] + 1 == self.total:
             self.told = time.monotonic()
-            self.console.print(self._headline(row, skipped), highlight=False, markup=False)
+            self.console.print(self._headline(row, skipped))
         if row["largest_share"] > COLLAPSED and not self.warned:
             self.warned = True
-            self.console.print(warning(row), style="yellow", markup=False, highlight=False)
+            self.console.print(warning(row), style="yellow")
 
     def _headline(self, row: dict[str, Any], skipped: int) -> str:
         done = row["step"] + 1

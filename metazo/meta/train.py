@@ -11,13 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 import metazo
 from metazo.blocks import Block, named_tensors
 from metazo.errors import UserError
 from metazo.io.extras import MissingPackage
 from metazo.io.lock import FolderLock
+from metazo.io.terminal import Console
 from metazo.meta.config import MetaConfig
 from metazo.meta.dryrun import Plan, make_plan
 from metazo.meta.journal import METRICS, Progress, plot, row_of
@@ -49,6 +48,7 @@ def meta_train(config: MetaConfig, *, console: Console | None = None) -> Tuner:
     a full disk; Interrupted after SIGINT or SIGTERM, when the state is saved.
     """
     refuse_ranks("meta-train")
+    console = None if console is None else Console.of(console)
     if config.resume and (config.out / TUNER).exists():
         say(console, f"The run in {config.out} is complete; this is its tuner.")
         _take_away(config.out)
@@ -265,4 +265,4 @@ def spec(block: Block) -> BlockSpec:
 
 def say(console: Console | None, text: str) -> None:
     if console is not None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+        console.print(text, soft_wrap=True)

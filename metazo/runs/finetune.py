@@ -9,13 +9,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.text import Text
 from torch import Tensor, nn
 
 from metazo.errors import UserError
 from metazo.io.extras import MissingPackage
 from metazo.io.tensorfile import weights_hash
+from metazo.io.terminal import Console
 from metazo.models.describe import describe
 from metazo.models.lora import merge_adapters
 from metazo.runs.batches import batch_indices
@@ -42,10 +41,10 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> dict[str
     written, and Interrupted, with the run saved, where it was asked to stop.
     """
     refuse_ranks("finetune")
-    console = console or Console(quiet=True)
+    console = Console.of(console)
 
     def say(text: str) -> None:
-        console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
+        console.print(text, style="yellow", soft_wrap=True)
 
     with (
         memory_explained(config),
@@ -62,9 +61,9 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> dict[str
             _first_loss(setup, config)
         folder.begin()
         for name in ("trained weights", "effective learning rate", "steps", "memory", "disk"):
-            console.print(Text.assemble((f"{name}: ", "dim"), str(plan[name])), highlight=False)
+            console.say(f"{name}:", plan[name])
         for note in setup.prepared.notes:
-            console.print(Text.assemble(("note: ", "dim"), note), highlight=False)
+            console.say("note:", note)
         with interruptible() as caught:
             run = _Run(config, setup, folder, console, caught)
             try:
@@ -240,9 +239,7 @@ class _Run:
 
             plot_run(records, self.folder.path / "curve.png", title, self.prepared.task.metric)
         except MissingPackage as missing:  # the run is whole without its picture
-            self.console.print(
-                f"No curve.png: {missing}", style="yellow", highlight=False, markup=False, soft_wrap=True
-            )
+            self.console.print(f"No curve.png: {missing}", style="yellow", soft_wrap=True)
         self.folder.complete(summary)
         return summary
 

@@ -34,9 +34,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 import metazo
+from metazo.io.terminal import Console
 from metazo.meta.config import MetaConfig
 from metazo.meta.train import meta_train
 from metazo.optimizers import METHODS, ZOOptimizer

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 
 from metazo.errors import UserError
+from metazo.io.terminal import Console
 from metazo.meta.config import MetaConfig
 from metazo.meta.journal import row_of, warning
 from metazo.meta.loop import MetaRun

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 
 from metazo.errors import UserError
+from metazo.io.terminal import Console
 from metazo.models.load import load_model
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.diagnose import diagnose, memory_explained

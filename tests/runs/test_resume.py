@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from metazo.errors import UserError
+from metazo.io.terminal import Console
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.evaluations import Scores
 from metazo.runs.finetune import finetune
