@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import threading
 import time
@@ -13,8 +14,12 @@ from pathlib import Path
 import pytest
 
 from metazo.errors import UserError
+from metazo.io.lock import NAME as LOCK
+from metazo.models.load import load_model
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import finetune
+from metazo.runs.folder import RunFolder
+from metazo.runs.replay import _save
 from metazo.settings import build
 from metazo.steplog.format import read, scan
 
@@ -109,3 +114,25 @@ def test_a_read_only_disk_is_said(disk):
     assert tuned(disk / "done", steps=2, eval_every=1, resume=True)["steps"] == 2, "a complete run needs no writing"
     assert before == {path: path.read_bytes() for path in (disk / "run").rglob("*") if path.is_file()}
     remount(disk, "rw")
+
+
+def test_a_disk_that_fills_up_while_the_model_is_saved_leaves_nothing_behind(disk, tmp_path):
+    """At every share of model and tokenizer, by a run and by a replay: one sentence, and no part of a model."""
+    loaded = load_model("pico")
+    loaded.model.save_pretrained(tmp_path / "whole")
+    loaded.tokenizer.save_pretrained(tmp_path / "whole")
+    sizes = [path.stat().st_size for path in (tmp_path / "whole").iterdir()]
+    folder = RunFolder(disk / "run", {})
+    folder.begin()
+    model, everything = max(sizes), sum(sizes)
+    for leave in (4096, model // 2, model + 8192, (model + everything) // 2, everything - 20_000):
+        filler = fill(disk, leave=leave)
+        with pytest.raises(UserError, match="model cannot be written"):
+            folder.save_model(loaded.model, loaded.tokenizer)
+        with pytest.raises(UserError, match="nothing was left there"):
+            _save(loaded, disk / "again")
+        assert {path.name for path in (disk / "run").iterdir()} == {"config.json", LOCK}, leave
+        assert {path.name for path in disk.iterdir()} == {"run", "filler"}, leave
+        filler.unlink()
+    folder.save_model(loaded.model, loaded.tokenizer)
+    assert sorted(path.name for path in (disk / "run/model").iterdir()) == sorted(os.listdir(tmp_path / "whole"))

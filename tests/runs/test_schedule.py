@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from metazo.errors import UserError
 from metazo.meta.config import MetaConfig
@@ -17,6 +18,7 @@ from metazo.runs.interrupt import Interrupted
 from metazo.runs.schedule import SCHEDULES, share, warmup_steps
 from metazo.settings import build
 from metazo.steplog.format import read
+from metazo_cli.main import main
 
 SETTINGS = {
     "model": "pico", "task": "pico_sentiment", "steps": 12, "batch_size": 2, "train_examples": 8, "dev_examples": 4,
@@ -141,3 +143,25 @@ def test_a_setting_out_of_range_is_said(tmp_path, settings, words):
 def test_a_setting_of_meta_training_out_of_range_is_said(tmp_path, settings, words):
     with pytest.raises(UserError, match=words):
         build(MetaConfig, {"model": "pico", "task": ["pico_topic"], "out": tmp_path, **settings})
+
+
+def test_several_ranks_are_refused_before_anything_is_written_and_said_once(tmp_path, monkeypatch, capsys):
+    arguments = ["metazo", "finetune", "--model=pico", "--task=pico_sentiment", f"--out={tmp_path / 'run'}"]
+    monkeypatch.setattr("sys.argv", arguments)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, words in (("0", "torchrun started 2"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as ended:
+            main()
+        told = capsys.readouterr().err
+        assert ended.value.code == 2 and words in told and bool(told) == bool(words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_markup_in_names_is_text(tmp_path, capsys):
+    """[/red] closes a style that is not open, which rich refuses to print."""
+    out = tmp_path / "[/red]"
+    summary = finetune(config(out, steps=2, lr=0.0), Console(width=200))
+    assert summary["steps"] == 2 and (out / "model").is_dir()
+    assert finetune(config(out, steps=2, lr=0.0, resume=True), Console(width=200)) == summary
+    assert "[/red]" in capsys.readouterr().out
