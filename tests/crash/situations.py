@@ -23,8 +23,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
+from metazo.comparisons.compare import compare
+from metazo.comparisons.grid import Grid
+from metazo.comparisons.packed import read_results, read_search
 from metazo.errors import UserError
 from metazo.io.lock import NAME as LOCK
 from metazo.meta.config import MetaConfig
@@ -168,6 +172,37 @@ def a_lock_that_is_left(folder: Path, dice: random.Random) -> bool:
     return left and not (folder / "run" / LOCK).exists() and evidence(folder / "run") == evidence(folder / "alone")
 
 
+GRID: dict[str, Any] = {
+    "model": "pico", "tasks": ["pico_topic"], "budget": 8, "seeds": 1, "extensions": 0,
+    "columns": [{"name": "sgd", "optimizer": "first-order-sgd", "lrs": [1e-3, 1e-2]}],
+    "config": {"train_examples": 16, "dev_examples": 8, "test_examples": 8, "max_length": 48, "batch_size": 4},
+}  # fmt: skip
+
+
+def a_comparison_that_is_asked_to_stop(folder: Path, dice: random.Random) -> bool:
+    """SIGTERM to the whole process group while workers start or run: no cell counts as failed, no search has decided on
+    less than its runs, and the same command does the rest.
+    """
+    grid = build(Grid, GRID, {"out": folder / "results"})
+
+    def work() -> None:
+        os.setsid()
+        compare(grid)
+
+    child = fork(work, folder / "told")
+    while not any("spawn_main" in " ".join(worker.cmdline()) for worker in psutil.Process(child).children()):
+        time.sleep(0.01)
+    time.sleep(dice.uniform(0, 20))
+    os.killpg(child, signal.SIGTERM)
+    code, _ = outcome(child, folder / "told")
+    before = list(read_results(grid.out)) if list(grid.out.glob("cells/*/*/*.json")) else []
+    whole = all(result.finished for result in before)
+    decided = all(len(search.losses) == 2 for columns in read_search(grid.out).values() for search in columns.values())
+    again = outcome(fork(lambda: compare(grid), folder / "again"), folder / "again")
+    after = list(read_results(grid.out))
+    return code != 2 and whole and decided and again[0] == 0 and len(after) == 3 and all(r.finished for r in after)
+
+
 # -- rates far too high --------------------------------------------------------------------------------------------------
 
 
@@ -296,6 +331,7 @@ SITUATIONS: dict[str, Callable[[Path, random.Random], bool]] = {
     "two `meta-train --resume` at once": two_resumed_meta_runs,
     "two `--record` into one folder": two_recordings,
     "a lock that `kill -9` left": a_lock_that_is_left,
+    "SIGTERM to `compare` and its workers at their start": a_comparison_that_is_asked_to_stop,
     "`finetune` at 1 to 1e29 as learning rate": a_rate_far_too_high,
     "`meta-train` at 100 to 1e29": a_meta_rate_far_too_high,
     "another config.json (resume, replay, meta-train, `--trajectory`)": another_configuration,
