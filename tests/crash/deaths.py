@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 # Files whose lines are counted: what steps, logs and saves. Data and models are left out: nothing is written there.
-_COUNTED = re.compile(r"/metazo/(optimizers/|meta/|noise/|[a-z]+\.py)")
+_COUNTED = re.compile(r"/metazo/(io|meta|noise|optimizers|runs|step|steplog)/")
 
 
 def die() -> None:

@@ -9,9 +9,7 @@ import time
 from pathlib import Path
 
 NAMES = (
-    "two `finetune --out` at once",
     "two `finetune --resume` at once",
-    "a lock that `kill -9` left",
     "another config.json (resume, replay, meta-train, `--trajectory`)",
     "another task file or data (resume)",
     "another header, nan or inf in a log (replay)",
