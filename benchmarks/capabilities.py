@@ -154,10 +154,10 @@ def probe(name: str) -> dict[str, Any]:
 def table(found: dict[str, dict[str, Any]]) -> str:
     heads = (
         "method",
-        "forwards a step",
+        "forwards per step",
         "state",
         "temporary",
-        "rides with",
+        "combines with",
         "rules",
         "dtypes",
         "exact resume",
@@ -165,10 +165,10 @@ def table(found: dict[str, dict[str, Any]]) -> str:
     )
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for name, cells in found.items():
-        rides = [what for what in ("rms", "tuner", "rademacher") if cells[what]]
+        combines = [what for what in ("rms", "tuner", "rademacher") if cells[what]]
         dtypes = ", ".join(cells["dtypes"]) if len(cells["dtypes"]) < len(DTYPES) else "all four"
         row = (
-            f"`{name}`", f"{cells['forwards']:g}", f"{cells['state']:.3g} W", f"{cells['temporary']:.3g} W", ", ".join(rides),
+            f"`{name}`", f"{cells['forwards']:g}", f"{cells['state']:.3g} W", f"{cells['temporary']:.3g} W", ", ".join(combines),
             ", ".join(cells["rules"]), dtypes, "yes" if cells["resume"] else "no", cells["source"],
         )  # fmt: skip
         lines.append("| " + " | ".join(row) + " |")
