@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo bench test lint hooks wheel clean
+.PHONY: demo bench test lint types hooks wheel clean
 
 # torch first: otherwise the packages that need it pull the newest build, with gigabytes of CUDA packages.
 .venv/.installed: pyproject.toml constraints.txt
@@ -21,8 +21,11 @@ bench: .venv/.installed  ## what a step costs beside its forward passes, on this
 test: lint  ## lint and the whole suite, offline
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-lint: .venv/.lint  ## ruff, formatting and types
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
+lint: .venv/.installed  ## ruff and formatting
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+types: .venv/.lint  ## pyright
+	$(BIN)/pyright
 
 .venv/.lint: .venv/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[lint]'
