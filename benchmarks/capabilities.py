@@ -169,7 +169,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
         dtypes = ", ".join(cells["dtypes"]) if len(cells["dtypes"]) < len(DTYPES) else "all four"
         row = (
             f"`{name}`", f"{cells['forwards']:g}", f"{cells['state']:.3g} W", f"{cells['temporary']:.3g} W",
-            ", ".join(combines),            ", ".join(cells["rules"]), dtypes, "yes" if cells["resume"] else "no", cells["source"],
+            ", ".join(combines), ", ".join(cells["rules"]), dtypes, "yes" if cells["resume"] else "no", cells["source"],
         )  # fmt: skip
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)
