@@ -51,7 +51,8 @@ def meta_train(config: MetaConfig, *, console: Console | None = None) -> Tuner:
     console = None if console is None else Console.of(console)
     if config.resume and (config.out / TUNER).exists():
         say(console, f"The run in {config.out} is complete; this is its tuner.")
-        _take_away(config.out)
+        with suppress(UserError, OSError), FolderLock(config.out):  # a disk that may only be read; another at work
+            _take_away(config.out)
         return Tuner.load(config.out / TUNER)
     loaded, tasks, order = load(config)
     plan = make_plan(config, loaded.model, tasks, order)
@@ -97,7 +98,7 @@ def _clear(out: Path) -> None:
 
 def _take_away(out: Path) -> None:
     """Remove what only a resumed run needs."""
-    for path in (*out.glob("snapshot-*.safetensors"), out / _START):
+    for path in (*out.glob("snapshot-*.safetensors"), *out.glob(".*.tmp"), out / _START):
         path.unlink(missing_ok=True)
 
 

@@ -97,9 +97,11 @@ class RunFolder:
             raise UserError(f"`out` {path} is a file; name a folder.")
         if resume:
             self._compare(read_config(path), set(incidental))
-            if self.summary() is None:
-                self.lock.acquire()
-                self._clear(_LEFT_BEHIND)
+            if self.summary() is not None:
+                self._tidy()
+                return
+            self.lock.acquire()
+            self._clear(_LEFT_BEHIND)
             return
         self.lock.check()
         if (path / CONFIG).exists():
@@ -248,5 +250,17 @@ class RunFolder:
     def complete(self, summary: dict[str, Any]) -> None:
         """Write the result, and take away what only a resumed run needs."""
         write_whole(self.path / SUMMARY, json.dumps(summary, indent=2).encode())
-        self._clear("snapshot-*.safetensors")
-        self._clear(BEST)
+        self._clear_unneeded()
+
+    def _clear_unneeded(self) -> None:
+        for pattern in ("snapshot-*.safetensors", BEST, _LEFT_BEHIND):
+            self._clear(pattern)
+
+    def _tidy(self) -> None:
+        """Take away what a process left that died after it wrote the summary, if the disk lets us and nobody is at work."""
+        with suppress(UserError, OSError):
+            try:
+                self.lock.acquire()
+                self._clear_unneeded()
+            finally:
+                self.close()

@@ -130,6 +130,16 @@ def test_a_damaged_log_is_refused_repaired_and_gone_on_with(dead, whole):
     assert results(dead) == whole
 
 
+def test_a_death_after_the_summary_leaves_nothing_behind(dead, whole):
+    """The last moments of a run: its result is there, and so are the lock's file and what only a resumed run needs."""
+    tuned(dead, resume=True)
+    for name in ("snapshot-00000012.safetensors", "best.safetensors", ".lock", ".model.1.tmp"):
+        (dead / name).write_bytes(b"{}")
+    tuned(dead, resume=True)
+    assert results(dead) == whole and not list(dead.glob("snapshot*")) and not list(dead.glob(".*"))
+    assert not (dead / "best.safetensors").exists()
+
+
 def test_damaged_best_weights_are_said_with_the_way_out(dead):
     flip(dead / "best.safetensors")
     with pytest.MonkeyPatch.context() as patched:  # whatever comes later is no better, so the damaged file is needed
