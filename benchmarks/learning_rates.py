@@ -19,7 +19,7 @@ from metazo.demo import TASKS
 from metazo.errors import UserError
 from metazo.io.files import write_whole
 from metazo.runs.config import FinetuneConfig
-from metazo.runs.finetune import finetune
+from metazo.runs.finetune import run_settings
 
 SEED, FORWARDS = 1000, 1000
 GRID = (7.5e-5, 1.5e-4, 2.1e-4, 3e-4, 4.2e-4, 6e-4)
@@ -50,7 +50,7 @@ def main() -> None:
                         dev_examples=200, test_examples=0, snapshot_every=0, keep="none", eval_every=500, **extra,
                     )  # fmt: skip
                     try:
-                        losses[task] = finetune(config)["dev"]["loss"]
+                        losses[task] = run_settings(config)["dev"]["loss"]
                     except UserError:
                         losses[task] = DIVERGED
             found[method][f"{lr:g}"] = {**losses, "mean": sum(losses.values()) / len(losses)}

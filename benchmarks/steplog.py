@@ -23,7 +23,7 @@ from torch import nn
 from metazo.io.tensorfile import weights_hash
 from metazo.optimizers import OPTIMIZERS, ZOOptimizer
 from metazo.runs.config import FinetuneConfig
-from metazo.runs.finetune import finetune
+from metazo.runs.finetune import run_settings
 from metazo.runs.replay import replay
 from metazo.runs.setup import set_up
 from metazo.settings import build
@@ -107,7 +107,7 @@ def speeds(method: str, folder: Path, steps: int = 20) -> dict[str, float]:
     for _ in range(steps):
         optimizer.step(lambda: prepared.loss(model, batch))
         run.append(time.process_time())
-    finetune(config)
+    run_settings(config)
     again: list[float] = []
     done = replay(folder / method / "steps.jsonl", "pico", tick=lambda step, total: again.append(time.process_time()))
     assert done.identical and done.steps == steps

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from metazo.optimizers.mezo import MeZOMomentum as MeZOMomentum
     from metazo.optimizers.svrg import MeZOSVRG as MeZOSVRG
     from metazo.optimizers.zo_finetuner import ZOFinetuner as ZOFinetuner
-    from metazo.runs.finetune import finetune as finetune
+    from metazo.runs.call import finetune as finetune
     from metazo.runs.measure import evaluate as evaluate
     from metazo.runs.replay import replay as replay
     from metazo.tasks import Task as Task
@@ -66,7 +66,7 @@ _HOMES = {
     "UserError": "metazo.errors",
     "compare": "metazo.comparisons.compare",
     "evaluate": "metazo.runs.measure",
-    "finetune": "metazo.runs.finetune",
+    "finetune": "metazo.runs.call",
     "load_model": "metazo.models.assemble",
     "load_tuner": "metazo.zoo",
     "meta_train": "metazo.meta.train",

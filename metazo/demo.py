@@ -18,7 +18,7 @@ from metazo.meta.config import MetaConfig
 from metazo.meta.train import meta_train
 from metazo.plots.curves import plot_curves
 from metazo.runs.config import FinetuneConfig
-from metazo.runs.finetune import finetune
+from metazo.runs.finetune import run_settings
 from metazo.runs.folder import RunFolder
 from metazo.runs.resources import refuse_ranks
 
@@ -72,7 +72,7 @@ def _run(out: Path, console: Console, forwards: int, meta_steps: int, seed: int)
                 model="pico", task=task, out=folder, lr=LEARNING_RATES[method], forwards=forwards, seed=seed,
                 dev_examples=200, test_examples=500, snapshot_every=0, **extra,
             )  # fmt: skip
-            demo.runs[task][method] = finetune(config, console)
+            demo.runs[task][method] = run_settings(config, console)
             records = RunFolder.read_records(folder)
             curves[task][method] = [(record["forwards"], record["dev"]["loss"]) for record in records]
             demo.written[f"{task}, {method}"] = folder

@@ -77,7 +77,7 @@ def finetune(
 
     metazo finetune --resume runs/a
     """
-    from metazo.runs.finetune import finetune as run
+    from metazo.runs.finetune import tune
     from metazo.runs.setup import set_up
 
     began = _began(folder, values)
@@ -89,12 +89,14 @@ def finetune(
     }
     settings = options.settings(FinetuneConfig, config, {**values, "method": own or None}, began)
     console = Terminal(stderr=as_json)
+    if settings.out is None:
+        raise UserError("`out` is required: name the folder for everything that the run writes.")
     if dry_run:
         plan = set_up(settings).plan(settings)
         _show_plan(plan, as_json)
         return
     console.say("metazo finetune", f"{settings.model} on {settings.task} with {settings.optimizer}", "bold")
-    summary = run(settings, console)
+    summary = tune(settings, console=console).summary
     if as_json:
         print_json(summary)
         return

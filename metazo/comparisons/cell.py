@@ -17,7 +17,7 @@ from metazo.comparisons.key import facts
 from metazo.comparisons.results import Result
 from metazo.errors import UserError
 from metazo.runs.config import FinetuneConfig
-from metazo.runs.finetune import finetune
+from metazo.runs.finetune import run_settings
 from metazo.runs.folder import RunFolder
 from metazo.runs.header import environment
 from metazo.runs.interrupt import Interrupted
@@ -75,7 +75,7 @@ def warm_up(job: Job) -> None:
     """Two steps that nobody times: imports, compiled kernels, the allocator."""
     config = replace(job.config, forwards=None, steps=2, dev_examples=0, test_examples=0, keep="none", eval_every=2)
     try:
-        finetune(config)
+        run_settings(config)
     except (UserError, RuntimeError, OSError):
         pass  # the run itself will say it
     finally:
@@ -96,7 +96,7 @@ def failed(job: Job, reason: str | None, so_far: Result | None = None, *, status
 
 def _train(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
     began, computed = time.monotonic(), time.process_time()
-    summary = finetune(job.config)
+    summary = run_settings(job.config)
     wall, computed = time.monotonic() - began, time.process_time() - computed
     records = RunFolder.read_records(job.config.out)
     last = records[-1]

@@ -10,7 +10,7 @@ import torch
 from metazo.errors import UserError
 from metazo.io.files import is_file
 from metazo.io.plain import read_json, shown
-from metazo.models.load import LoadedModel, load_model
+from metazo.models.load import DTYPES, LoadedModel, context_length, load_model, set_pad
 from metazo.models.lora import add_adapters, merge_adapters, with_adapters
 from metazo.models.select import select_trainable
 
@@ -39,6 +39,12 @@ def assemble(
     A model that is itself LoRA adapters is merged first. With `lora` new adapters are trained instead of the weights;
     `train` and `freeze` then select among them. Raises UserError as `load` and `select_trainable` do.
     """
+    if given is not None and not (
+        wanted.lora or wanted.train or wanted.freeze
+    ):  # trained is what the caller left trainable
+        return given, select_trainable(
+            given.model, [], [], [n for n, p in given.model.named_parameters() if p.requires_grad]
+        )
     loaded = given or load(
         wanted.model,
         merge=True,
@@ -78,6 +84,34 @@ def load(name_or_path: str | Path, *, merge: bool = False, **options: Any) -> Lo
     if merge:
         loaded.model = merge_adapters(loaded.model)
     return loaded
+
+
+ENDINGS = {
+    "causal": ("ForCausalLM", "LMHeadModel"),
+    "masked": ("ForMaskedLM",),
+    "classifier": ("ForSequenceClassification", "SentenceClassifier"),
+}
+
+
+def as_loaded(model: Any, tokenizer: Any = None) -> LoadedModel:
+    """A model in memory as `load` gives one; it is put into eval mode. Without a tokenizer any module will do, of kind "own".
+
+    Raises UserError for weights of a type that is not trained, and with a tokenizer for a class that is no causal, masked or
+    classification model of transformers.
+    """
+    inner = getattr(model, "get_base_model", lambda: model)()  # the model inside a peft wrapper
+    name = type(inner).__name__
+    dtype = next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()), None)
+    if dtype not in DTYPES.values():
+        raise UserError(f"`model` has weights of type {dtype}; metazo trains {', '.join(DTYPES)}.")
+    kind = next((kind for kind, endings in ENDINGS.items() if name.endswith(endings)), None) if tokenizer else "own"
+    if kind is None:
+        raise UserError(f"`model` is a {name}, which is no causal, masked or classification model of transformers.")
+    context = 0
+    if tokenizer is not None:
+        context = context_length(inner, tokenizer)
+        set_pad(tokenizer, inner)
+    return LoadedModel(model.eval(), tokenizer, kind, f"memory:{name}", dtype, context)  # type: ignore[arg-type]
 
 
 def _base_of(folder: Path) -> str:

@@ -126,8 +126,8 @@ def load_model(
         model.to(device=torch.device(device))  # type: ignore[call-arg]
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {str(device)!r} cannot be used: {_first_sentence(error)}") from error
-    context = _context_length(model, tokenizer)
-    _set_pad(tokenizer, model)
+    context = context_length(model, tokenizer)
+    set_pad(tokenizer, model)
     notes += not_finite(model)
     return LoadedModel(model.eval(), tokenizer, chosen, name, torch_dtype, context, new, notes)  # type: ignore[arg-type]
 
@@ -222,7 +222,7 @@ def _first_sentence(error: BaseException) -> str:
     return text.split(". ")[0].rstrip(".")[:300]
 
 
-def _set_pad(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | SentenceClassifier) -> None:
+def set_pad(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | SentenceClassifier) -> None:
     """Padding is masked out, so any token will do: the tokenizer's own, end of text, unknown, or token 0.
 
     The config follows the tokenizer: classifiers find the last token of a row by the config's padding token.
@@ -236,7 +236,7 @@ def _set_pad(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | Senten
         config.pad_token_id = tokenizer.pad_token_id
 
 
-def _context_length(model: PreTrainedModel | SentenceClassifier, tokenizer: PreTrainedTokenizerBase) -> int:
+def context_length(model: PreTrainedModel | SentenceClassifier, tokenizer: PreTrainedTokenizerBase) -> int:
     config = model.config.get_text_config()
     limits = [tokenizer.model_max_length]
     for name in ("max_position_embeddings", "n_positions"):

@@ -27,7 +27,7 @@ class FinetuneConfig:
     """Folder or Hub id of the model; pico is the small one that metazo carries"""
     task: str = setting(role="data", hashed=True)
     """Task by name (metazo tasks lists them), or a YAML file of your own"""
-    out: Path = setting(role="place")
+    out: Path | None = setting(default=None, role="place")
     """Folder for config, log, metrics, plot and the tuned model"""
     optimizer: str = setting(default="mezo", role="method")
     """Method"""

@@ -12,18 +12,27 @@ from torch import nn
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.folder import RunFolder
 from metazo.runs.setup import Setup
-from metazo.tasks.evaluate import evaluate
+from metazo.runs.unwritten import MemoryFolder
 
 
 class Scores:
     """Evaluates on dev, and keeps the records in metrics.jsonl.
 
-    Args: keep_best: called with the step where the weights are the best so far, before the record is written.
+    Args: keep_best: called with the step if the weights are the best so far, before the record is written; on_record: called
+    with each record.
     Attributes: records, one a line of metrics.jsonl; losses, of the training steps since the last of them.
     """
 
-    def __init__(self, config: FinetuneConfig, setup: Setup, folder: RunFolder, keep_best: Callable[[int], None]):
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        setup: Setup,
+        folder: RunFolder | MemoryFolder,
+        keep_best: Callable[[int], None],
+        on_record: Callable[[dict[str, Any]], None] | None = None,
+    ):
         self.config, self.setup, self.folder, self.keep_best = config, setup, folder, keep_best
+        self.on_record = on_record
         every = config.eval_every or max(1, setup.steps // 10)
         self.due = [*range(0, setup.steps, every), setup.steps]
         self.metric = next(iter(setup.prepared.task.metric), None)
@@ -74,11 +83,12 @@ class Scores:
             self.keep_best(step)
         self.folder.record(**record)
         self.records.append(record)
+        if self.on_record:
+            self.on_record(record)
         self.evaluating += time.monotonic() - paused
 
     def on(self, split: Literal["dev", "test"]) -> dict[str, float]:
-        batch_size = self.config.eval_batch_size
-        return evaluate(self.setup.loaded.model, self.setup.prepared, split, batch_size=batch_size)
+        return self.setup.evaluate(split)
 
     def best(self) -> dict[str, Any]:
         """The record with the best metric on dev, of equal ones that with the lowest loss; the earliest of those."""

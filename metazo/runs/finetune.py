@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -15,7 +16,6 @@ from metazo.errors import UserError
 from metazo.io.extras import MissingPackage
 from metazo.io.tensorfile import weights_hash
 from metazo.io.terminal import Console
-from metazo.models.describe import describe
 from metazo.models.lora import merge_adapters
 from metazo.runs.batches import batch_indices
 from metazo.runs.config import INCIDENTAL, FinetuneConfig
@@ -29,34 +29,49 @@ from metazo.runs.progress import progress
 from metazo.runs.resources import peak_memory, refuse_ranks, require_space
 from metazo.runs.schedule import share, warmup_steps
 from metazo.runs.setup import Setup, set_up
+from metazo.runs.tuned import Finetuned, Given
+from metazo.runs.unwritten import MemoryFolder, MemoryLog
 from metazo.step.record import Step
 from metazo.steplog.writer import StepLog
 from metazo.tasks.closures import BatchLoss
 
 
-def finetune(config: FinetuneConfig, console: Console | None = None) -> dict[str, Any]:
-    """Run, or go on with, the fine-tuning that `config` describes; see FinetuneConfig.
+def run_settings(config: FinetuneConfig, console: Console | None = None) -> dict[str, Any]:
+    """The summary of the run that settings alone describe: `tune` without objects in memory."""
+    return tune(config, console=console).summary
 
-    Returns the summary that is also written to summary.json. Raises UserError for bad input before anything is
-    written, and Interrupted, with the run saved, where it was asked to stop.
+
+def tune(
+    config: FinetuneConfig,
+    given: Given | None = None,
+    console: Console | None = None,
+    *,
+    on_step: Callable[[Step], None] | None = None,
+    on_evaluation: Callable[[dict[str, Any]], None] | None = None,
+) -> Finetuned:
+    """Run, or go on with, the fine-tuning that `config` describes (see FinetuneConfig), with the objects that are given in
+    the place of those it names. `metazo.finetune` and the command line both end here.
+
+    The callbacks get the record of each step taken and of each evaluation. Without `config.out` nothing is written.
+    Raises UserError for bad input before anything is written, and Interrupted, with the run saved, if a signal stops it.
     """
     refuse_ranks("finetune")
     console = Console.of(console)
+    given = given or Given()
+    given.check(config)
 
     def say(text: str) -> None:
         console.print(text, style="yellow", soft_wrap=True)
 
-    with (
-        memory_explained(config),
-        RunFolder(config.out, asdict(config), config.resume, incidental=INCIDENTAL, say=say) as folder,
-    ):
+    with memory_explained(config), _folder(config, say) as folder:
         if (summary := folder.summary()) is not None:
             say(f"The run in {config.out} is complete; this is its result.")
-            return summary
-        setup = set_up(config)
+            return Finetuned(summary, config.out)
+        setup = set_up(config, given)
         config = setup.config
         plan = setup.plan(config)
-        require_space(config.out, plan["bytes on disk"] - folder.used(), "The run")
+        if config.out is not None:
+            require_space(config.out, plan["bytes on disk"] - folder.used(), "The run")
         if not config.resume:
             _first_loss(setup, config)
         folder.begin()
@@ -65,13 +80,23 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> dict[str
         for note in setup.prepared.notes:
             console.say("note:", note)
         with interruptible() as caught:
-            run = _Run(config, setup, folder, console, caught)
+            run = _Run(config, setup, folder, console, caught, on_step, on_evaluation)
             try:
                 run.catch_up()
                 run.go_on()
-                return run.finish()
+                summary = run.finish()
             finally:
                 run.log.close()
+        history = (run.log.steps, run.scores.records) if config.out is None else None
+        return Finetuned(summary, config.out, setup.loaded, history)
+
+
+def _folder(config: FinetuneConfig, say: Callable[[str], None]) -> RunFolder | MemoryFolder:
+    if config.out is not None:
+        return RunFolder(config.out, asdict(config), config.resume, incidental=INCIDENTAL, say=say)
+    if config.resume:
+        raise UserError("`resume=True` needs the folder of the run: give it as `out`.")
+    return MemoryFolder(say)
 
 
 def _first_loss(setup: Setup, config: FinetuneConfig) -> None:
@@ -91,18 +116,33 @@ def _first_loss(setup: Setup, config: FinetuneConfig) -> None:
 class _Run:
     """The state of the loop."""
 
-    def __init__(self, config: FinetuneConfig, setup: Setup, folder: RunFolder, console: Console, caught: list[str]):
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        setup: Setup,
+        folder: RunFolder | MemoryFolder,
+        console: Console,
+        caught: list[str],
+        on_step: Callable[[Step], None] | None,
+        on_evaluation: Callable[[dict[str, Any]], None] | None,
+    ):
         self.config, self.setup, self.folder, self.console, self.caught = config, setup, folder, console, caught
+        self.on_step = on_step
         self.model: nn.Module = setup.loaded.model
         self.optimizer, self.prepared = setup.optimizer, setup.prepared
         self.optimizer.max_loss = config.max_loss
         self.warmup = warmup_steps(config.warmup, setup.steps)
         self.rates = [float(group["lr"]) for group in self.optimizer.param_groups]
-        decisive = {key: value for key, value in asdict(config).items() if key not in INCIDENTAL}
-        schedule = {"flush_every": config.flush_every, "fsync_every": config.fsync_every}
-        self.log = StepLog(folder.path / STEPS, header(decisive, setup), **schedule, say=folder.say)
+        self.log = self._log()
         self.watch = Watch(config, setup.steps, folder.say)
-        self.scores = Scores(config, setup, folder, self._keep_best)
+        self.scores = Scores(config, setup, folder, self._keep_best, on_evaluation)
+
+    def _log(self) -> StepLog | MemoryLog:
+        if not isinstance(self.folder, RunFolder):
+            return MemoryLog()
+        decisive = {key: value for key, value in asdict(self.config).items() if key not in INCIDENTAL}
+        written = {"flush_every": self.config.flush_every, "fsync_every": self.config.fsync_every}
+        return StepLog(self.folder.path / STEPS, header(decisive, self.setup), **written, say=self.folder.say)
 
     # -- coming back to where the log ends -----------------------------------------------------------------------
 
@@ -167,6 +207,8 @@ class _Run:
                 record = optimizer.last_step
                 assert record is not None
                 self._after(record, loss, closures)
+                if self.on_step:
+                    self.on_step(record)
                 if self.config.snapshot_every and (step + 1) % self.config.snapshot_every == 0:
                     self._snapshot(step + 1)
                 show(step + 1, f"loss {loss:.4f}  lr {optimizer.param_groups[0]['lr']:.2g}  {self.scores.latest()}")
@@ -194,11 +236,10 @@ class _Run:
         if self.caught:
             if step == self.optimizer.steps == self.log.count and self.config.snapshot_every:
                 self._snapshot(step)
-            raise Interrupted(
-                f"{self.caught[0]} after step {step} of {self.setup.steps}, which is saved; go on with "
-                f"metazo finetune --resume {self.config.out}",
-                self.caught[0],
-            )
+            saved = f"which is saved; go on with metazo finetune --resume {self.config.out}"
+            if self.config.out is None:
+                saved = "whose weights the model in memory has; nothing is written, because the run has no `out`"
+            raise Interrupted(f"{self.caught[0]} after step {step} of {self.setup.steps}, {saved}", self.caught[0])
 
     # -- the end -------------------------------------------------------------------------------------------------
 
@@ -215,8 +256,7 @@ class _Run:
         if config.merge:
             loaded.model = merge_adapters(loaded.model)
         if config.keep != "none":
-            describe(loaded.model, self.prepared.record)
-            self.folder.save_model(loaded.model, loaded.tokenizer)
+            self.folder.save_model(*self.setup.parts())
         self.log.finish(kept, weights)
         summary = {
             "task": config.task,
@@ -233,15 +273,20 @@ class _Run:
             "test": test,
             "notes": notes,
         }
-        title = f"{config.task}, {config.optimizer}"
+        self._plot(records)
+        self.folder.complete(summary)
+        return summary
+
+    def _plot(self, records: list[dict[str, Any]]) -> None:
+        if not isinstance(self.folder, RunFolder):
+            return
+        title = f"{self.config.task}, {self.config.optimizer}"
         try:
             from metazo.plots.curves import plot_run
 
             plot_run(records, self.folder.path / "curve.png", title, self.prepared.task.metric)
         except MissingPackage as missing:  # the run is whole without its picture
             self.console.print(f"No curve.png: {missing}", style="yellow", soft_wrap=True)
-        self.folder.complete(summary)
-        return summary
 
     def _divergence(self, kept: int) -> list[str]:
         """A note if the run diverged after the evaluation that is kept. Raises Diverged if there is none worth keeping."""
@@ -260,7 +305,7 @@ class _Run:
         how = f": metazo replay {self.log.path} --base {config.model} --to STEP --out FOLDER gives the weights of any step"
         raise Diverged(
             f"The run diverged: after step {last} {wrong}; {advice} and choose another `out`. The step log is whole and {where}"
-            f"{how if self.optimizer.replayable else ''}."
+            f"{how if self.optimizer.replayable and config.out else ''}."
         )
 
     def _stopped_early(self) -> list[str]:

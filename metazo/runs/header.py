@@ -13,6 +13,7 @@ from metazo.models.sentence import SentenceClassifier
 from metazo.optimizers.registry import Method
 from metazo.runs.inputs import data_hash, inputs
 from metazo.runs.machine import processor, versions
+from metazo.tasks import Prepared, Task
 from metazo.tasks.data import VERSION
 
 if TYPE_CHECKING:
@@ -27,10 +28,10 @@ def header(settings: dict[str, Any], setup: Setup) -> dict[str, Any]:
     return {
         "model": loaded.name,
         "weights": weights_hash(loaded.model.named_parameters()),
-        **inputs(setup.prepared, loaded.model),
-        "labels": len(task.labels) if task.kind == "classification" else None,
+        **(inputs(setup.prepared, loaded.model) if isinstance(setup.prepared, Prepared) else {}),
+        "labels": len(task.labels) if isinstance(task, Task) and task.kind == "classification" else None,
         "task": task.name,
-        "data": data_hash(setup.prepared),
+        "data": data_hash(setup.prepared) if isinstance(setup.prepared, Prepared) else None,
         "split": VERSION,
         "trained": setup.prepared.record,
         "head": loaded.model.phrase_record() if isinstance(loaded.model, SentenceClassifier) else None,

@@ -32,7 +32,7 @@ from metazo.io.lock import NAME as LOCK
 from metazo.io.lock import FolderLock
 from metazo.io.plain import is_name
 from metazo.io.tensorfile import weights_hash
-from metazo.models.assemble import assemble
+from metazo.models.assemble import as_loaded, assemble
 from metazo.models.describe import describe
 from metazo.models.load import LoadedModel
 from metazo.models.lora import merge_adapters
@@ -43,7 +43,9 @@ from metazo.runs.folder import save_parts
 from metazo.runs.header import environment, tuner_hash
 from metazo.runs.inputs import architecture
 from metazo.runs.method import build_optimizer, resolve_device
+from metazo.runs.own import StateFile
 from metazo.runs.resources import refuse_ranks
+from metazo.runs.tuned import MEMORY, Given
 from metazo.settings import build, check_path
 from metazo.step.record import Step
 from metazo.steplog.format import Scan, change, scan
@@ -79,10 +81,12 @@ class Replayed:
 
 def replay(
     log: Path,
-    base: str,
+    base: str | LoadedModel | nn.Module,
     out: Path | None = None,
     to: int | None = None,
     *,
+    tokenizer: Any = None,
+    optimizer: Any = None,
     tuner: str | None = None,
     zoo_folder: Path | None = None,
     merge: bool = False,
@@ -91,33 +95,38 @@ def replay(
 ) -> Replayed:
     """Take the steps of a log again from its base model.
 
-    Args: base: folder or Hub id of the base model, or pico; out: folder for the model, whole or not there at all (None:
-    it stays in memory); to: steps to take (default: to the weights that the run kept, or all); tuner: where the tuner
-    is, if the run had one that the zoo folders do not have; merge: add LoRA adapters to the weights at the end, so that a
-    plain model is saved; tick: called with steps done and all of them.
+    Args: base: folder or Hub id of the base model, or pico; or the model in memory as it was before the run's first
+    step (a transformers model with `tokenizer`, a `LoadedModel`, or the module of a run on a loss of its own), whose
+    weights are changed; optimizer: a fresh one over its tensors, if the run's was an object in memory; out: folder for
+    the model, whole or not there at all (None: it stays in memory); to: steps to take (default: to the weights that
+    the run kept, or all); tuner: where the tuner is, if the run had one that the zoo folders do not have; merge: add
+    LoRA adapters to the weights at the end, so that a plain model is saved; tick: called with steps done and all of
+    them.
     Raises UserError where the log is damaged, base model or tuner are others than the run's, or the method cannot be
     replayed.
     """
     transformers_logging.disable_progress_bar()
     refuse_ranks("replay")
-    for name, path in (("log", log), ("base", base), ("out", out or "")):
+    for name, path in (("log", log), ("base", base if isinstance(base, str) else ""), ("out", out or "")):
         check_path(name, path)
     found = scan(log).sound()
-    header = _checked(found)
+    header = _checked(found, optimizer)
+    given, base = _in_memory(base, tokenizer, optimizer)
     if out is None:
-        return _replay(found, header, base, None, to, tuner, zoo_folder, device, merge, tick)
+        return _replay(found, header, base, given, None, to, tuner, zoo_folder, device, merge, tick)
     lock = FolderLock(out)
     lock.check()
     if out.exists() and (not out.is_dir() or any(path.name != LOCK for path in out.iterdir())):
         raise UserError(f"`out` {out} is not an empty folder; choose another.")
     with lock:
-        return _replay(found, header, base, out, to, tuner, zoo_folder, device, merge, tick)
+        return _replay(found, header, base, given, out, to, tuner, zoo_folder, device, merge, tick)
 
 
 def _replay(
     found: Scan,
     header: dict[str, Any],
     base: str,
+    given: Given,
     out: Path | None,
     to: int | None,
     tuner: str | None,
@@ -131,7 +140,7 @@ def _replay(
     count = kept if to is None else to
     if not 0 <= count <= len(found.steps):
         raise UserError(f"`to` {count}: the log has {len(found.steps)} steps, so it is 0 to {len(found.steps)}.")
-    loaded, optimizer = _rebuilt(header, base, tuner, zoo_folder, device)
+    loaded, optimizer = _rebuilt(header, base, given, tuner, zoo_folder, device)
     started = time.monotonic()
     for step in found.steps[:count]:
         if len(step.lr) != len(optimizer.param_groups):
@@ -159,7 +168,7 @@ def _replay(
     if merge:
         loaded.model = merge_adapters(loaded.model)
     if out is not None:
-        if isinstance(header.get("trained"), dict):
+        if isinstance(header.get("trained"), dict) and loaded.kind != "own":
             describe(loaded.model, header["trained"])
         _save(loaded, out)
     return Replayed(count, seconds, weights, identical, differences, distance, loaded)
@@ -193,13 +202,27 @@ def _distance(model: nn.Module, log: Path) -> float | None:
     return math.sqrt(apart / size) if size else None
 
 
-def _checked(found: Scan) -> dict[str, Any]:
+def _in_memory(base: str | LoadedModel | nn.Module, tokenizer: Any, optimizer: Any) -> tuple[Given, str]:
+    """The objects that a replay starts from, and what the base model is called."""
+    if isinstance(base, nn.Module):
+        base = as_loaded(base, tokenizer)
+    if isinstance(base, LoadedModel):
+        return Given(loaded=base, optimizer=optimizer), base.name
+    return Given(optimizer=optimizer), base
+
+
+def _checked(found: Scan, optimizer: Any) -> dict[str, Any]:
     """The header. Raises UserError where it lacks what a replay needs, or names what cannot be replayed."""
     header = found.header
     for key, kind in _NEEDED.items():
         if not isinstance(header.get(key), kind):
             raise UserError(f"{found.path} cannot be replayed: its header has no {key!r}.")
-    method = METHODS.get(header["method"])
+    if header["method"].startswith(MEMORY) and optimizer is None:
+        raise UserError(
+            f"{found.path} is of a run whose optimizer was an object in memory ({header['method']}): give a fresh one over the "
+            "base model's tensors as `optimizer`."
+        )
+    method = optimizer or METHODS.get(header["method"])
     if method is None or not method.replayable:
         known = ", ".join(name for name, cls in METHODS.items() if cls.replayable)
         raise UserError(
@@ -215,13 +238,13 @@ def _checked(found: Scan) -> dict[str, Any]:
 
 
 def _rebuilt(
-    header: dict[str, Any], base: str, tuner: str | None, zoo_folder: Path | None, device: str
+    header: dict[str, Any], base: str, given: Given, tuner: str | None, zoo_folder: Path | None, device: str
 ) -> tuple[LoadedModel, Any]:
     """Base model and optimizer as the run had them before its first step."""
     settings = header["settings"] | {"model": base, "out": Path(), "optimizer": header["method"]}
     settings["tuner"] = tuner or _tuner(header, zoo_folder)
     config = build(FinetuneConfig, settings)
-    loaded, _ = assemble(config, labels=header.get("labels"), device=resolve_device(device))
+    loaded, _ = assemble(config, labels=header.get("labels"), device=resolve_device(device), given=given.loaded)
     _make_head(loaded, header.get("head"))
     weights = weights_hash(loaded.model.named_parameters())
     if weights != header["weights"]:
@@ -232,7 +255,7 @@ def _rebuilt(
     then = header.get("architecture")
     if isinstance(then, dict) and (what := change(then, architecture(loaded.model))) is not None:
         raise UserError(f"`base` {base} is not the base model of this log: in its configuration {what}.")
-    optimizer = build_optimizer(config, loaded.model)
+    optimizer = given.optimizer or build_optimizer(config, loaded.model)
     optimizer.max_loss = config.max_loss
     if optimizer.noise.name != header["noise"]:
         raise UserError(
@@ -283,7 +306,8 @@ def _same(step: Step, again: Step | None, log: Path) -> None:
 def _save(loaded: LoadedModel, out: Path) -> None:
     temporary = out.with_name(f".{out.name[:60]}.{os.getpid()}.tmp")
     try:
-        save_parts(temporary, loaded.model, loaded.tokenizer)
+        parts = [StateFile(loaded.model)] if loaded.kind == "own" else [loaded.model, loaded.tokenizer]
+        save_parts(temporary, *parts)
         (out / LOCK).unlink(missing_ok=True)
         os.replace(temporary, out)  # an empty folder is replaced, one that holds something is not
     except OSError as error:

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from metazo.errors import UserError
 from metazo.io.extras import needs
 from metazo.models.assemble import assemble
+from metazo.models.describe import describe
 from metazo.models.load import LoadedModel
 from metazo.models.sentence import SentenceClassifier
 from metazo.optimizers.registry import method
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.method import arguments, resolve_device
+from metazo.runs.own import OwnLoss, StateFile
 from metazo.runs.resources import size
 from metazo.runs.schedule import warmup_steps
+from metazo.runs.tuned import Given
 from metazo.step.precision import cost
 from metazo.tasks import Prepared, prepare, resolve
 from metazo.tasks.classes import fit_head
 from metazo.tasks.closures import BatchLoss, FullLoss
+from metazo.tasks.evaluate import evaluate
 
 with needs("llm"):
     from transformers.utils import logging as transformers_logging
@@ -33,13 +37,26 @@ class Setup:
 
     config: FinetuneConfig
     loaded: LoadedModel
-    prepared: Prepared
+    prepared: Prepared | OwnLoss
     optimizer: Any
     trained: int
     steps: int
     forwards: int
     device: torch.device
     limit: int
+
+    def evaluate(self, split: Literal["dev", "test"]) -> dict[str, float]:
+        """Loss and metrics on a split."""
+        if isinstance(self.prepared, OwnLoss):
+            return self.prepared.evaluate(self.loaded.model, split, self.device)
+        return evaluate(self.loaded.model, self.prepared, split, batch_size=self.config.eval_batch_size)
+
+    def parts(self) -> list[Any]:
+        """What is saved of the model: each has a save_pretrained."""
+        if isinstance(self.prepared, OwnLoss):
+            return [StateFile(self.loaded.model)]
+        describe(self.loaded.model, self.prepared.record)
+        return [self.loaded.model, self.loaded.tokenizer]
 
     def plan(self, config: FinetuneConfig) -> dict[str, Any]:
         """What the run will do and take, without having done it."""
@@ -56,7 +73,8 @@ class Setup:
         return {
             "model": f"{self.loaded.name} ({self.loaded.kind}, {config.dtype}, {self.device})",
             "task": f"{config.task}: {len(self.prepared.train)} train, {len(self.prepared.dev)} dev, "
-            f"{len(self.prepared.test)} test; inputs of at most {self.limit} tokens",
+            f"{len(self.prepared.test)} test"
+            + (f"; inputs of at most {self.limit} tokens" if self.limit else " batches"),
             "trained weights": f"{self.trained:,} of {sum(p.numel() for p in model.parameters()):,}",
             "optimizer": config.optimizer + (f", tuner {config.tuner}" if config.tuner else ""),
             "learning rate": f"{group['lr']:g} {config.schedule}"
@@ -86,17 +104,55 @@ def _record_bytes(optimizer: Any) -> int:
     return 110 if estimator is None else 80 + 20 * (len(estimator.probes()) + 2 * estimator.queries)
 
 
-def set_up(config: FinetuneConfig) -> Setup:
-    """Load and check everything a run needs; writes nothing."""
+def set_up(config: FinetuneConfig, given: Given | None = None) -> Setup:
+    """Load and check everything a run needs, but for what is given; writes nothing."""
     transformers_logging.disable_progress_bar()
-    task, device = resolve(config.task), resolve_device(config.device)
-    loaded, trained = assemble(
-        config, labels=len(task.labels) if task.kind == "classification" else None, device=device
-    )
+    given, device = given or Given(), resolve_device(config.device)
+    if given.own:
+        loaded, trained = assemble(config, labels=None, device=device, given=given.loaded)
+        prepared: Any = given.own
+    else:
+        loaded, trained, prepared = _task(config, given, device)
+    if given.optimizer is None:
+        config, optimizer = make_optimizer(config, loaded, prepared, device)
+    else:
+        optimizer, trained = _given_optimizer(given.optimizer, loaded, prepared, config, device)
+    a_step = optimizer.forwards_per_step(config.accumulate)
+    steps = int(config.forwards / a_step) if config.forwards else config.steps or 1000
+    if config.epochs:
+        steps = math.ceil(config.epochs * len(prepared.train) / (config.batch_size * config.accumulate))
+    if steps == 0:
+        raise UserError(f"`forwards` {config.forwards} does not pay for one step of {config.optimizer} ({a_step:g}).")
+    limit = min(config.max_length or loaded.context_length, loaded.context_length)
+    return Setup(config, loaded, prepared, optimizer, trained, steps, round(steps * a_step), device, limit)
+
+
+def _given_optimizer(
+    optimizer: Any, loaded: LoadedModel, prepared: Any, config: FinetuneConfig, device: torch.device
+) -> tuple[Any, int]:
+    """An optimizer in memory and the number of weights that it trains. Raises UserError if they are another model's."""
+    own = {id(parameter) for parameter in loaded.model.parameters()}
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if not held or any(id(parameter) not in own for parameter in held):
+        raise UserError("`optimizer` holds other tensors than the model's; make it from model.named_parameters().")
+    if optimizer.wants_full_closure and optimizer.full_closure is None:
+        optimizer.full_closure = FullLoss(loaded.model, prepared, config.eval_batch_size, device)
+    return optimizer, sum(parameter.numel() for parameter in held if parameter.requires_grad)
+
+
+def _task(config: FinetuneConfig, given: Given, device: torch.device) -> tuple[LoadedModel, int, Prepared]:
+    """A language model, the number of its trained weights, and the rows of a task."""
+    task = given.task or resolve(config.task)
+    labels = len(task.labels) if task.kind == "classification" else None
+    loaded, trained = assemble(config, labels=labels, device=device, given=given.loaded)
+    if given.loaded and loaded.kind == "classifier" and labels != loaded.model.config.num_labels:
+        raise UserError(
+            f"`model` has a head of {loaded.model.config.num_labels} classes, and task {task.name!r} has {labels or 'none'}."
+        )
     prepared = prepare(
         task,
         loaded,
-        data=config.data,
+        data=given.rows if given.rows is not None else config.data,
         train=config.train_examples,
         dev=config.dev_examples,
         test=config.test_examples,
@@ -109,19 +165,11 @@ def set_up(config: FinetuneConfig) -> Setup:
             raise UserError("`lora` on a sentence encoder is saved merged into its weights alone; add `merge=True`.")
         loaded.model.cache_frozen()
         fit_head(loaded, prepared, config.eval_batch_size)
-    config, optimizer = make_optimizer(config, loaded, prepared, device)
-    a_step = optimizer.forwards_per_step(config.accumulate)
-    steps = int(config.forwards / a_step) if config.forwards else config.steps or 1000
-    if config.epochs:
-        steps = math.ceil(config.epochs * len(prepared.train) / (config.batch_size * config.accumulate))
-    if steps == 0:
-        raise UserError(f"`forwards` {config.forwards} does not pay for one step of {config.optimizer} ({a_step:g}).")
-    limit = min(config.max_length or loaded.context_length, loaded.context_length)
-    return Setup(config, loaded, prepared, optimizer, trained, steps, round(steps * a_step), device, limit)
+    return loaded, trained, prepared
 
 
 def make_optimizer(
-    config: FinetuneConfig, loaded: LoadedModel, prepared: Prepared, device: torch.device
+    config: FinetuneConfig, loaded: LoadedModel, prepared: Any, device: torch.device
 ) -> tuple[FinetuneConfig, Any]:
     """The optimizer of a run; and the settings with what model and data have to say (`Method.resolve`: which layer is
     dominant, how probes are evaluated), so that a replay needs neither.

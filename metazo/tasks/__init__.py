@@ -16,10 +16,11 @@ from metazo.errors import UserError
 from metazo.tasks import answers, generated, glue, superglue, text
 from metazo.tasks.custom import from_yaml
 from metazo.tasks.prepared import Batch, Prepared
+from metazo.tasks.rows import in_memory
 from metazo.tasks.splits import prepare
 from metazo.tasks.task import Task
 
-__all__ = ["TASKS", "Batch", "Prepared", "Task", "from_yaml", "get", "names", "prepare", "resolve"]
+__all__ = ["TASKS", "Batch", "Prepared", "Task", "from_yaml", "get", "in_memory", "names", "prepare", "resolve"]
 
 _ALL = (*glue.TASKS, *superglue.TASKS, *answers.TASKS, *generated.TASKS, *text.TASKS)
 TASKS: dict[str, Task] = {task.name: task for task in _ALL}

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from metazo.errors import UserError
-from metazo.tasks.rows import Source, checked, load
+from metazo.tasks.rows import Rows, Source, checked, load
 from metazo.tasks.task import Row, Task
 
 SPLITS = ("train", "dev", "test")
@@ -42,7 +42,7 @@ class Drawn:
 
 def draw(
     task: Task,
-    data: Path | None,
+    data: Path | Rows | None,
     *,
     train: int,
     dev: int,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -40,8 +40,37 @@ class Source:
         return f"{self.name}, row {index + 1}"
 
 
-def load(task: Task, split: str, data: Path | None) -> Source:
-    """The rows of ``split``: of the task's own files, of ``data/<task>/``, or of the Hub, in this order."""
+Rows = Mapping[str, Sequence[Row]]
+"""Rows in memory by split: train, and validation and test if there are any."""
+
+
+def in_memory(task: Task, data: Any) -> tuple[Task, Rows]:
+    """The task with rows in memory as its own: a list of dicts or a datasets.Dataset (train), or a mapping of splits.
+
+    Give both to `prepare`, the rows as ``data``. Without a validation and a test split, dev and test rows are taken from
+    the others, as with files. Raises UserError for another type, an unknown split, and a split without rows.
+    """
+    splits = dict(data) if isinstance(data, Mapping) else {"train": data}
+    if "dev" in splits and "validation" not in splits:
+        splits["validation"] = splits.pop("dev")
+    for name, rows in splits.items():
+        if name not in ("train", "validation", "test"):
+            raise UserError(f"`data` has the split {shown(name)}; the splits are train, validation and test")
+        if not hasattr(rows, "column_names") and not isinstance(rows, list | tuple):
+            raise UserError(f"`data` has a {type(rows).__name__} as {name} rows; rows are a list of dicts or a Dataset")
+        if not len(rows):
+            raise UserError(f"`data` has no {name} rows")
+    if "train" not in splits:
+        raise UserError(f"`data` has no train split, only {', '.join(splits) or 'nothing'}")
+    files = {name: f"the {name} rows in memory" for name in splits}
+    return task.model_copy(update={"files": files, "generate": None}), splits
+
+
+def load(task: Task, split: str, data: Path | Rows | None) -> Source:
+    """The rows of ``split``: in memory, of the task's own files, of ``data/<task>/``, or of the Hub, in this order."""
+    if isinstance(data, Mapping):
+        rows = [_object(row, f"{split}, row {number}") for number, row in enumerate(data[split], 1)]
+        return _whole(task, f"the {split} rows in memory", rows)
     if task.files:
         return _read(task, Path(task.files[split]))  # type: ignore[index]
     if data is not None:
@@ -78,7 +107,12 @@ def _read(task: Task, path: Path) -> Source:
         raise UserError(f"data file {path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
     if not rows:
         raise UserError(f"data file {path} is empty; task {task.name!r} needs one JSON object per line")
-    source = Source(str(path), rows, _labelled(task, rows))
+    return _whole(task, str(path), rows)
+
+
+def _whole(task: Task, name: str, rows: list[Row]) -> Source:
+    """A source whose rows are all checked."""
+    source = Source(name, rows, _labelled(task, rows))
     for index in source.usable:
         checked(task, rows[index], source.where(index))
     return source

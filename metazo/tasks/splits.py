@@ -10,6 +10,7 @@ from metazo.tasks.classes import class_names, head_order
 from metazo.tasks.data import DEFAULTS, SPLITS, draw
 from metazo.tasks.encode import Encoder
 from metazo.tasks.prepared import Prepared
+from metazo.tasks.rows import Rows
 from metazo.tasks.task import Row, Task
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ def prepare(
     task: Task,
     loaded: LoadedModel,
     *,
-    data: Path | None = None,
+    data: Path | Rows | None = None,
     train: int = DEFAULTS["train"],
     dev: int = DEFAULTS["dev"],
     test: int = DEFAULTS["test"],
@@ -30,12 +31,12 @@ def prepare(
 ) -> Prepared:
     """Draw and encode the splits of ``task`` for ``loaded``.
 
-    ``data`` is a folder with <task>/<split>.jsonl; without it rows come from the task's own files, the grammar, or the
-    Hub. Sizes default to the papers' 1,000 / 500 / 1,000. If there are fewer rows, the sizes left at these are reduced
-    and those asked for are kept, and ``notes`` says so. ``k_per_class`` draws so many train rows of every class, and as
-    many dev rows if ``dev`` is not given (as LM-BFF, arXiv 2012.15723). ``max_length`` limits an input, in tokens; the
-    model's context is the default. A model that was fine-tuned on the task by metazo gets the split of that run, and no
-    row that it was trained on is a dev or test row.
+    ``data`` is a folder with <task>/<split>.jsonl, or rows in memory (`in_memory`); without it rows come from the
+    task's own files, the grammar, or the Hub. Sizes default to the papers' 1,000 / 500 / 1,000. If there are fewer
+    rows, the sizes left at these are reduced and those asked for are kept, and ``notes`` says so. ``k_per_class``
+    draws so many train rows of every class, and as many dev rows if ``dev`` is not given (as LM-BFF, arXiv
+    2012.15723). ``max_length`` limits an input, in tokens; the model's context is the default. A model that was fine-
+    tuned on the task by metazo gets the split of that run, and no row that it was trained on is a dev or test row.
     Raises UserError for data that is missing, malformed or does not fit, and for a task that the model cannot do.
     """
     encoder = Encoder(task, loaded, max_length)

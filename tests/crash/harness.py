@@ -42,7 +42,7 @@ from metazo.meta.train import meta_train
 from metazo.optimizers import METHODS, ZOOptimizer
 from metazo.optimizers.first_order import FirstOrder
 from metazo.runs.config import FinetuneConfig
-from metazo.runs.finetune import finetune
+from metazo.runs.finetune import run_settings
 from metazo.settings import build
 from metazo.steplog.format import scan
 from tests.crash.deaths import at_line, at_write
@@ -72,7 +72,7 @@ def run(case: str, out: Path, resume: bool, console: Console) -> None:
         meta_train(build(MetaConfig, META, recorded, {"out": out, "resume": resume}), console=console)
         return
     settings = {**COMMON, "optimizer": case, **OWN.get(case, {})}
-    finetune(build(FinetuneConfig, settings, {"out": out, "resume": resume}), console)
+    run_settings(build(FinetuneConfig, settings, {"out": out, "resume": resume}), console)
 
 
 def evidence(out: Path) -> dict[str, bytes]:

@@ -35,7 +35,7 @@ from metazo.meta.config import MetaConfig
 from metazo.meta.train import meta_train
 from metazo.models.load import load_model
 from metazo.runs.config import FinetuneConfig
-from metazo.runs.finetune import finetune
+from metazo.runs.finetune import run_settings
 from metazo.runs.replay import replay
 from metazo.settings import build
 from metazo.steplog.format import encode, line, scan
@@ -91,7 +91,7 @@ def refused(work: Callable[[], Any]) -> str:
 
 
 def tune(out: Path, resume: bool = False, **settings: Any) -> dict[str, Any]:
-    return finetune(build(FinetuneConfig, COMMON, settings, {"out": out, "resume": resume}))
+    return run_settings(build(FinetuneConfig, COMMON, settings, {"out": out, "resume": resume}))
 
 
 def meta(out: Path, resume: bool = False, **settings: Any) -> Any:

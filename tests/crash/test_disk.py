@@ -17,7 +17,7 @@ from metazo.errors import UserError
 from metazo.io.lock import NAME as LOCK
 from metazo.models.load import load_model
 from metazo.runs.config import FinetuneConfig
-from metazo.runs.finetune import finetune
+from metazo.runs.finetune import run_settings
 from metazo.runs.folder import RunFolder
 from metazo.runs.replay import _save
 from metazo.settings import build
@@ -44,7 +44,7 @@ def disk(tmp_path) -> Iterator[Path]:
 
 
 def tuned(out: Path, **settings):
-    return finetune(build(FinetuneConfig, SETTINGS, {"out": out, **settings}))
+    return run_settings(build(FinetuneConfig, SETTINGS, {"out": out, **settings}))
 
 
 def fill(disk: Path, leave: int = 0) -> Path:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from metazo.errors import UserError
 from metazo.models.assemble import load
 from metazo.runs.config import FinetuneConfig
-from metazo.runs.finetune import finetune
+from metazo.runs.finetune import run_settings
 from metazo.runs.replay import replay
 from metazo.runs.setup import set_up
 from metazo.settings import build
@@ -40,7 +40,7 @@ def test_only_the_adapters_are_trained_and_saved(tmp_path, optimizer):
     setup = set_up(config(tmp_path / "x", optimizer=optimizer))
     trained = [name for name, p in setup.loaded.model.named_parameters() if p.requires_grad]
     assert trained and all("lora_" in name for name in trained)
-    summary = finetune(config(tmp_path / "run", optimizer=optimizer, keep="best"))
+    summary = run_settings(config(tmp_path / "run", optimizer=optimizer, keep="best"))
     assert summary["dev"]["loss"] <= summary["before"]["loss"]
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     moved = [p for name, p in loaded.named_parameters() if "lora_B" in name]
@@ -67,14 +67,14 @@ def test_without_peft_there_is_one_sentence(tmp_path, monkeypatch):
 
 
 def test_keep_none_saves_no_model_and_tests_the_last_weights(tmp_path):
-    plain = finetune(config(tmp_path / "none", lora=0, keep="none", lr=1e-4))
-    last = finetune(config(tmp_path / "last", lora=0, keep="last", lr=1e-4))
+    plain = run_settings(config(tmp_path / "none", lora=0, keep="none", lr=1e-4))
+    last = run_settings(config(tmp_path / "last", lora=0, keep="last", lr=1e-4))
     assert not (tmp_path / "none" / "model").exists() and (tmp_path / "last" / "model").is_dir()
     assert plain["test"] == last["test"] and plain["dev"] == last["dev"]
 
 
 def test_seconds_are_those_of_training_and_scales_are_recorded(tmp_path):
-    finetune(config(tmp_path / "run", lora=0, scale="rms", lr=1e-4, keep="none"))
+    run_settings(config(tmp_path / "run", lora=0, scale="rms", lr=1e-4, keep="none"))
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert records[0]["seconds"] < 0.5 and "sigma" not in records[0]
     assert len(records[-1]["sigma"]) == len(set(records[-1]["sigma"])) > 10
@@ -98,7 +98,7 @@ PARTS = {"whole": {}, "train": {"train": ["*layers.0*"]}, "freeze": {"freeze": [
 
 @pytest.mark.parametrize("extra", PARTS.values(), ids=PARTS)
 def test_a_replay_trains_the_tensors_that_the_run_trained(tmp_path, extra):
-    finetune(config(tmp_path / "run", keep="last", **extra))
+    run_settings(config(tmp_path / "run", keep="last", **extra))
     done = replay(tmp_path / "run" / "steps.jsonl", "pico", tmp_path / "again")
     assert done.identical
     trained = {name for name, p in done.loaded.model.named_parameters() if p.requires_grad}
@@ -111,7 +111,7 @@ def test_a_replay_trains_the_tensors_that_the_run_trained(tmp_path, extra):
 def adapters(tmp_path_factory):
     """A LoRA run on pico and its summary."""
     out = tmp_path_factory.mktemp("lora") / "run"
-    return out, finetune(config(out, keep="last", lr=1e-2))
+    return out, run_settings(config(out, keep="last", lr=1e-2))
 
 
 def on_test(model: str, merge: bool = False) -> dict[str, float]:
@@ -124,14 +124,14 @@ def test_the_folder_of_a_lora_run_is_a_model(adapters, tmp_path):
     out, summary = adapters
     assert on_test(str(out)) == on_test(str(out / "model")) == summary["test"] != on_test("pico")
     assert on_test(str(out), merge=True)["loss"] == pytest.approx(summary["test"]["loss"], rel=1e-4)
-    again = finetune(config(tmp_path / "on", model=str(out), lora=0, lr=1e-4, steps=2))
+    again = run_settings(config(tmp_path / "on", model=str(out), lora=0, lr=1e-4, steps=2))
     assert again["before"]["loss"] == pytest.approx(summary["dev"]["loss"], rel=1e-4)
     assert (tmp_path / "on" / "model" / "config.json").is_file(), "a plain model, the adapters merged"
 
 
 def test_merged_saving(adapters, tmp_path):
     _, summary = adapters
-    assert finetune(config(tmp_path / "run", keep="last", lr=1e-2, merge=True))["test"] == summary["test"]
+    assert run_settings(config(tmp_path / "run", keep="last", lr=1e-2, merge=True))["test"] == summary["test"]
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", dtype=torch.float32)
     assert not any("lora_" in name for name, _ in merged.named_parameters())
     assert on_test(str(tmp_path / "run"))["loss"] == pytest.approx(summary["test"]["loss"], rel=1e-4)
@@ -165,7 +165,7 @@ def test_merged_adapters_of_a_sentence_encoder(tmp_path, minilm):
         (tmp_path / "sst2" / f"{split}.jsonl").write_text("\n".join(rows))
     extra = {"model": str(minilm), "task": "sst2", "data": tmp_path, "head": "linear", "train": ["*layer.5.*", "head*"]}
     sizes = {"train_examples": 20, "dev_examples": 8, "test_examples": 8}
-    summary = finetune(config(tmp_path / "run", merge=True, keep="last", steps=4, **sizes, **extra))
+    summary = run_settings(config(tmp_path / "run", merge=True, keep="last", steps=4, **sizes, **extra))
     loaded = load(tmp_path / "run", num_labels=2)
     assert not any("lora_" in name for name, _ in loaded.model.named_parameters())
     prepared = prepare(resolve("sst2"), loaded, data=tmp_path, train=20, dev=8, test=8)

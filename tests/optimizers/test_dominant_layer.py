@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from metazo.errors import UserError
 from metazo.optimizers import DominantLayer, first_outlier_layer
 from metazo.runs.config import FinetuneConfig
-from metazo.runs.finetune import finetune
+from metazo.runs.finetune import run_settings
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_a_run_finds_its_layer_and_the_log_names_it(tmp_path):
 
     def run(layer: str, out) -> list[dict]:
         few = {"train_examples": 40, "dev_examples": 8, "test_examples": 8, "batch_size": 4, "keep": "none", "steps": 2}
-        finetune(
+        run_settings(
             FinetuneConfig("pico", "pico_topic", optimizer=DominantLayer.name, method={"layer": layer}, out=out, **few)
         )
         return [json.loads(line) for line in (out / "steps.jsonl").read_text().splitlines()]

@@ -21,7 +21,7 @@ from metazo.errors import UserError
 from metazo.optimizers import METHODS, OPTIMIZERS, registry
 from metazo.optimizers.mezo import MeZO
 from metazo.runs.config import FinetuneConfig
-from metazo.runs.finetune import finetune
+from metazo.runs.finetune import run_settings
 from metazo.runs.replay import replay
 from metazo.settings import build
 from metazo.steplog.writer import StepLog
@@ -86,7 +86,7 @@ def toy(tmp_path_factory):
 
 
 def run(out: Path, **extra) -> Path:
-    finetune(build(FinetuneConfig, RUN, {"out": out}, extra))
+    run_settings(build(FinetuneConfig, RUN, {"out": out}, extra))
     return out
 
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from metazo.errors import UserError
 from metazo.runs.batches import batch_indices
 from metazo.runs.config import FinetuneConfig
-from metazo.runs.finetune import finetune
+from metazo.runs.finetune import run_settings
 from metazo.runs.setup import set_up
 from metazo.settings import build
 from metazo.steplog.format import read
@@ -54,13 +54,13 @@ def files(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("scale", ["none", "rms"])
 def test_one_seed_one_result_and_another_seed_another(tmp_path, scale):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        finetune(config(tmp_path / name, scale=scale, seed=seed))
+        run_settings(config(tmp_path / name, scale=scale, seed=seed))
     assert files(tmp_path / "a") == files(tmp_path / "b")
     assert files(tmp_path / "a")["log"] != files(tmp_path / "c")["log"]
 
 
 def test_output_folder(tmp_path):
-    summary = finetune(config(tmp_path / "run", keep="last"))
+    summary = run_settings(config(tmp_path / "run", keep="last"))
     assert summary["forwards"] == 48 and summary["steps"] == 24
     assert (tmp_path / "run" / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["test"]["loss"] == summary["test"]["loss"]
@@ -72,7 +72,7 @@ def test_output_folder(tmp_path):
 
 
 def test_first_order_learns_and_beats_the_majority(tmp_path):
-    summary = finetune(
+    summary = run_settings(
         config(tmp_path / "fo", optimizer="first-order-adamw", lr=1e-3, steps=80, train_examples=400, test_examples=200)
     )
     assert summary["test"]["accuracy"] > summary["test"]["majority"] + 0.2
@@ -86,12 +86,12 @@ def test_freeze_and_train_select_by_pattern(tmp_path):
 
 
 def test_accumulation_takes_other_examples_and_as_many_more_forwards(tmp_path):
-    summary = finetune(config(tmp_path / "run", accumulate=3, steps=4))
+    summary = run_settings(config(tmp_path / "run", accumulate=3, steps=4))
     assert summary["forwards"] == 24
 
 
 def test_schedule(tmp_path):
-    finetune(config(tmp_path / "run", schedule="linear"))
+    run_settings(config(tmp_path / "run", schedule="linear"))
     rates = [step.lr[0] for step in read(tmp_path / "run" / "steps.jsonl")]
     assert rates == pytest.approx([1e-4 * (1 - step / 24) for step in range(24)])
 
@@ -149,23 +149,23 @@ def test_nan_before_the_first_step_leaves_nothing(tmp_path):
     loaded.model.save_pretrained(tmp_path / "broken")
     loaded.tokenizer.save_pretrained(tmp_path / "broken")
     with pytest.raises(UserError, match="loss of .* is nan before the first step"):
-        finetune(config(tmp_path / "run", model=str(tmp_path / "broken")))
+        run_settings(config(tmp_path / "run", model=str(tmp_path / "broken")))
     assert not (tmp_path / "run").exists()
 
 
 def test_folders_that_hold_something(tmp_path):
-    finetune(config(tmp_path / "run", steps=2))
+    run_settings(config(tmp_path / "run", steps=2))
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     with pytest.raises(UserError, match="already holds a run"):
-        finetune(config(tmp_path / "run"))
+        run_settings(config(tmp_path / "run"))
     with pytest.raises(UserError, match="`lr` was 0.0001 .* is 0.01 now"):
-        finetune(config(tmp_path / "run", lr=1e-2, steps=2, resume=True))
-    again = finetune(config(tmp_path / "run", steps=2, resume=True))
+        run_settings(config(tmp_path / "run", lr=1e-2, steps=2, resume=True))
+    again = run_settings(config(tmp_path / "run", steps=2, resume=True))
     assert again == json.loads((tmp_path / "run" / "summary.json").read_text()), "a complete run is not run again"
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     with pytest.raises(UserError, match="holds no run"):
-        finetune(config(tmp_path / "other", resume=True))
+        run_settings(config(tmp_path / "other", resume=True))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")
     with pytest.raises(UserError, match="is not empty"):
-        finetune(config(tmp_path / "mine"))
+        run_settings(config(tmp_path / "mine"))

@@ -12,7 +12,7 @@ import pytest
 from metazo.errors import UserError
 from metazo.models.load import load_model
 from metazo.runs.config import FinetuneConfig
-from metazo.runs.finetune import finetune
+from metazo.runs.finetune import run_settings
 from metazo.runs.measure import evaluate
 from metazo.settings import build
 from metazo.steplog.format import line, scan
@@ -41,7 +41,7 @@ def run(task: Path, out: Path, **extra) -> dict:
         "eval_every": 4, "train_examples": 200, "dev_examples": 40, "test_examples": 40, "keep": "last",
         "max_length": 40, "eval_batch_size": 16, "snapshot_every": 0,
     }  # fmt: skip
-    return finetune(build(FinetuneConfig, settings, extra))
+    return run_settings(build(FinetuneConfig, settings, extra))
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from metazo.io.terminal import Console
 from metazo.models.load import load_model
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.diagnose import diagnose, memory_explained
-from metazo.runs.finetune import finetune
+from metazo.runs.finetune import run_settings
 from metazo.runs.monitor import Watch
 from metazo.settings import build
 from metazo.step.record import Step
@@ -58,10 +58,10 @@ def console() -> Console:
 def test_a_step_that_is_skipped_leaves_the_weights_and_a_record(tmp_path, optimizer):
     """max_loss is so low that every step is skipped: the tuned model is the base model, up to the probe's rounding."""
     with pytest.raises(UserError, match="run stopped at step 4: the losses of 4 steps in a row"):
-        finetune(config(out=tmp_path / "run", optimizer=optimizer, max_loss=1e-3, max_bad_steps=4))
+        run_settings(config(out=tmp_path / "run", optimizer=optimizer, max_loss=1e-3, max_bad_steps=4))
     steps = read(tmp_path / "run" / "steps.jsonl")
     assert [step.coefficients for step in steps] == [()] * 4 and all(max(step.losses) > 1e-3 for step in steps)
-    finetune(config(out=tmp_path / "all", optimizer=optimizer, max_loss=1e-3, max_bad_steps=9, keep="last"))
+    run_settings(config(out=tmp_path / "all", optimizer=optimizer, max_loss=1e-3, max_bad_steps=9, keep="last"))
     kept = load_model(tmp_path / "all" / "model").model
     for a, b in zip(kept.parameters(), load_model("pico").model.parameters()):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6 if optimizer == "mezo" else 0)
@@ -70,7 +70,7 @@ def test_a_step_that_is_skipped_leaves_the_weights_and_a_record(tmp_path, optimi
 def test_a_run_that_explodes_stops_with_advice_and_a_whole_log(tmp_path):
     said = console()
     with pytest.raises(UserError, match=r"10 steps in a row .* lower `lr`.* metazo replay --to"):
-        finetune(config(out=tmp_path / "run", lr=1e38, steps=60), said)
+        run_settings(config(out=tmp_path / "run", lr=1e38, steps=60), said)
     found = scan(tmp_path / "run" / "steps.jsonl")
     assert not found.damage and not found.torn and sum(not step.coefficients for step in found.steps) == 10
     assert "was skipped" in said.export_text()
@@ -136,10 +136,10 @@ def test_a_probe_that_leads_too_far_is_told():
 
 def test_an_eps_below_rounding_is_said_with_figures(tmp_path):
     said = console()
-    finetune(config(out=tmp_path / "small", eps=1e-8, lr=1e-8, steps=101), said)
+    run_settings(config(out=tmp_path / "small", eps=1e-8, lr=1e-8, steps=101), said)
     assert "`eps` 1e-08 is too small for this precision" in said.export_text()
     said = console()
-    finetune(config(out=tmp_path / "usual", lr=1e-8, steps=101), said)
+    run_settings(config(out=tmp_path / "usual", lr=1e-8, steps=101), said)
     assert "too small" not in said.export_text()
 
 
@@ -190,12 +190,12 @@ from pathlib import Path
 from metazo.runs.config import FinetuneConfig
 from metazo.settings import build
 from metazo.errors import UserError
-from metazo.runs.finetune import finetune
+from metazo.runs.finetune import run_settings
 settings = {settings} | {{"out": Path(sys.argv[1])}}
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (300 << 20), resource.RLIM_INFINITY))
 try:
-    finetune(build(FinetuneConfig, settings))
+    run_settings(build(FinetuneConfig, settings))
 except UserError as error:
     print(error)
     sys.exit(2)
@@ -206,7 +206,7 @@ except UserError as error:
 def test_a_real_end_of_memory_in_mid_run_leaves_the_log_whole(tmp_path):
     """An evaluation on 4,000 examples at once, in a process that may take 300 MB more, after five good steps."""
     settings = SMALL | {"eval_every": 5, "dev_examples": 4000, "eval_batch_size": 4, "keep": "last", "steps": 8}
-    whole = finetune(build(FinetuneConfig, settings, {"out": tmp_path / "fits", "dev_examples": 4}))
+    whole = run_settings(build(FinetuneConfig, settings, {"out": tmp_path / "fits", "dev_examples": 4}))
     assert whole["steps"] == 8
     code = OUT_OF_MEMORY.format(settings=settings | {"eval_batch_size": 4000})
     run = subprocess.run([sys.executable, "-c", code, str(tmp_path / "run")], capture_output=True, text=True)

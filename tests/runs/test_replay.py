@@ -12,7 +12,7 @@ from metazo.errors import UserError
 from metazo.models.load import load_model
 from metazo.optimizers import OPTIMIZERS
 from metazo.runs.config import FinetuneConfig
-from metazo.runs.finetune import finetune
+from metazo.runs.finetune import run_settings
 from metazo.runs.replay import replay
 from metazo.settings import build
 from metazo.steplog.format import header, line, scan
@@ -34,7 +34,7 @@ OWN = {
 
 
 def tuned(out: Path, **settings) -> Path:
-    finetune(build(FinetuneConfig, SMALL, {"out": out, **settings}))
+    run_settings(build(FinetuneConfig, SMALL, {"out": out, **settings}))
     return out
 
 

@@ -13,7 +13,7 @@ from metazo.errors import UserError
 from metazo.io.terminal import Console
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.evaluations import Scores
-from metazo.runs.finetune import finetune
+from metazo.runs.finetune import run_settings
 from metazo.runs.interrupt import Interrupted
 from metazo.settings import build
 from metazo.steplog.inspect import repair
@@ -29,7 +29,7 @@ SETTINGS = {
 def tuned(out: Path, **settings) -> str:
     """Runs to the end. Returns: what was said."""
     console = Console(file=io.StringIO(), width=400)
-    finetune(build(FinetuneConfig, SETTINGS, {"out": out, **settings}), console)
+    run_settings(build(FinetuneConfig, SETTINGS, {"out": out, **settings}), console)
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 

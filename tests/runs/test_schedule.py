@@ -13,7 +13,7 @@ from rich.console import Console
 from metazo.errors import UserError
 from metazo.meta.config import MetaConfig
 from metazo.runs.config import FinetuneConfig
-from metazo.runs.finetune import _Run, finetune
+from metazo.runs.finetune import _Run, run_settings
 from metazo.runs.interrupt import Interrupted
 from metazo.runs.schedule import SCHEDULES, share, warmup_steps
 from metazo.settings import build
@@ -58,7 +58,7 @@ def test_warmup_is_a_share_below_1_and_a_number_of_steps_from_1_on():
 
 
 def test_epochs_set_the_length(tmp_path):
-    summary = finetune(config(tmp_path / "run", steps=None, epochs=1.5, train_examples=10, accumulate=2, lr=0.0))
+    summary = run_settings(config(tmp_path / "run", steps=None, epochs=1.5, train_examples=10, accumulate=2, lr=0.0))
     assert summary["steps"] == 4  # 15 examples, 4 a step
     with pytest.raises(UserError, match="`steps` and `epochs` set the length"):
         config(tmp_path, epochs=1.0)
@@ -69,7 +69,7 @@ def test_patience_ends_the_run_after_so_many_evaluations_without_a_lower_loss(tm
 
     First-order, because no probe leaves its rounding in the weights.
     """
-    summary = finetune(config(tmp_path / "run", optimizer="first-order-sgd", lr=0.0, patience=3))
+    summary = run_settings(config(tmp_path / "run", optimizer="first-order-sgd", lr=0.0, patience=3))
     assert summary["steps"] == 6 and "Stopped early after step 6 of 12" in summary["notes"][-1]
     losses = [json.loads(row)["dev"]["loss"] for row in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert len(losses) == 4 and losses.index(min(losses)) == 0
@@ -84,7 +84,7 @@ def test_patience_ends_the_run_after_so_many_evaluations_without_a_lower_loss(tm
     ],
 )
 def test_stopped_and_resumed_is_bit_identical(tmp_path, settings, monkeypatch):
-    finetune(config(tmp_path / "whole", **settings))
+    run_settings(config(tmp_path / "whole", **settings))
     stop = _Run._stop_if_asked
 
     def stopping(self, step):
@@ -95,8 +95,8 @@ def test_stopped_and_resumed_is_bit_identical(tmp_path, settings, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(_Run, "_stop_if_asked", stopping)
         with pytest.raises(Interrupted):
-            finetune(config(tmp_path / "cut", **settings))
-    finetune(config(tmp_path / "cut", resume=True, **settings))
+            run_settings(config(tmp_path / "cut", **settings))
+    run_settings(config(tmp_path / "cut", resume=True, **settings))
     for name in ("steps.jsonl", "model/model.safetensors"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     if "warmup" in settings:

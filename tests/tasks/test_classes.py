@@ -14,7 +14,7 @@ from metazo.models.describe import describe
 from metazo.models.load import load_model
 from metazo.models.sentence import Phrases
 from metazo.runs.config import FinetuneConfig
-from metazo.runs.finetune import finetune
+from metazo.runs.finetune import run_settings
 from metazo.runs.replay import replay
 from metazo.tasks import from_yaml, prepare
 from metazo.tasks.classes import class_names, fit_head, head_order
@@ -134,7 +134,7 @@ def test_a_run_on_label_phrases_is_saved_and_replayed(sentence, rows, tmp_path):
     config = FinetuneConfig(
         str(sentence), str(path), tmp_path / "run", steps=3, batch_size=4, data=rows, head="phrases", lr=1e-3, **sizes
     )
-    summary = finetune(config)
+    summary = run_settings(config)
     again = replay(tmp_path / "run" / "steps.jsonl", str(sentence), tmp_path / "again")
     assert again.identical
     spoken = from_yaml(path)

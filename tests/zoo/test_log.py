@@ -11,7 +11,7 @@ import pytest
 from metazo import zoo
 from metazo.errors import UserError
 from metazo.runs.config import FinetuneConfig
-from metazo.runs.finetune import finetune
+from metazo.runs.finetune import run_settings
 from metazo.runs.replay import replay
 from metazo.step.record import Step
 from metazo.steplog.format import encode, line, scan
@@ -38,7 +38,7 @@ def log_bytes(header: dict[str, Any] = HEADER, steps: list[Step] = STEPS, end: d
 
 def test_a_run_is_published_and_rebuilt_to_the_bit(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    finetune(
+    run_settings(
         FinetuneConfig(
             model="pico", task="pico_sentiment", out=out, lr=1e-4, steps=6, batch_size=4, train_examples=20,
             dev_examples=10, test_examples=0, keep="last",

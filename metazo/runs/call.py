@@ -1,0 +1,188 @@
+"""`metazo.finetune`: objects or names in, the tuned model out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from metazo.errors import UserError
+from metazo.io.terminal import Console
+from metazo.models.assemble import as_loaded
+from metazo.models.load import DTYPES, LoadedModel
+from metazo.optimizers.registry import METHODS, Method, register
+from metazo.optimizers.registry import load as load_methods
+from metazo.runs.config import FinetuneConfig
+from metazo.runs.finetune import tune
+from metazo.runs.own import Loss, OwnLoss, own_batches
+from metazo.runs.tuned import MEMORY, Finetuned, Given
+from metazo.settings import build, with_role
+from metazo.step.record import Step
+from metazo.tasks import TASKS, Task, in_memory, resolve
+
+# Settings of role "method" that the loop applies, whatever optimizer it is given.
+OF_THE_LOOP = {"optimizer", "schedule", "warmup"}
+
+
+def finetune(
+    model: str | Path | LoadedModel | nn.Module,
+    task: str | Path | Task | None = None,
+    optimizer: str | type | Any = "mezo",
+    *,
+    data: str | Path | Sequence[Any] | Mapping[str, Sequence[Any]] | Iterable[Any] | None = None,
+    tokenizer: Any = None,
+    loss: Loss | None = None,
+    dev: Iterable[Any] | None = None,
+    test: Iterable[Any] | None = None,
+    out: str | Path | None = None,
+    on_step: Callable[[Step], None] | None = None,
+    on_evaluation: Callable[[dict[str, Any]], None] | None = None,
+    console: Console | None = None,
+    **settings: Any,
+) -> Finetuned:
+    """Fine-tune a model by forward passes, on a task or on a loss of your own.
+
+    Args:
+        model: a folder or Hub id of transformers, the folder of a run, pico; or an object in memory, which is trained in
+            place: a transformers model (with `tokenizer`), a `LoadedModel`, or with `loss` any nn.Module.
+        task: by name, as a YAML file, or a `metazo.Task`.
+        optimizer: a method by name, a class of metazo.optimizers or of your own (built from the settings), or an
+            optimizer over the model's named parameters, which brings its own hyperparameters.
+        data: a folder with <task>/<split>.jsonl; rows in memory: a list of dicts, a datasets.Dataset, or a mapping
+            (DatasetDict) of train and, if there are any, validation and test; by default the task's own rows. With
+            `loss`, the training batches: a list, a DataLoader (read once), or an endless iterable.
+        loss: (model, batch) -> scalar tensor, the mean loss of a batch, computed without dropout or other randomness.
+        dev, test: with `loss`, batches to choose the kept weights on, and to report on.
+        out: folder for everything that the command line writes, from which the run can be resumed and its log replayed;
+            by default nothing is written. An object in memory is called memory:... in settings and log; to resume or to
+            replay, give it again as it was before the first step.
+        on_step: called with the record of each step that is taken; on_evaluation: with the record of each evaluation.
+        console: shows plan, progress and warnings; by default nothing is shown.
+        settings: fields of `metazo.runs.config.FinetuneConfig` (lr, eps, steps, batch_size, schedule, scale, keep,
+            eval_every, max_loss, seed, resume, ...), and hyperparameters of the method by name (rank=2).
+
+    Returns: Finetuned: model, tokenizer, summary, steps, losses, evaluations, out. The model is in eval mode and has the
+    weights that `keep` says: the best on dev (default), or the last.
+
+    Raises UserError for bad input, before anything is written or trained; Interrupted if a signal stops the run, with the
+    run saved in `out`. A callback may raise anything: the steps so far are in the log.
+
+        metazo.finetune("pico", "pico_sentiment", lr=1e-4, steps=100)
+        metazo.finetune(model, task, "lozo", tokenizer=tokenizer, data=dataset, rank=2, lr=1e-6, steps=1000, out="runs/a")
+        metazo.finetune(net, loss=lambda net, batch: cross_entropy(net(batch[0]), batch[1]), data=loader, lr=1e-3, steps=500)
+
+    Do not use it for a loss that is random, or with several processes; take an optimizer in a loop of your own there.
+    """
+    given = Given()
+    values = _split(settings)
+    values["out"] = None if out is None else Path(out)
+    if loss is not None:
+        _own(given, values, model, task, data, tokenizer, loss, dev, test)
+    else:
+        if dev is not None or test is not None:
+            raise UserError("`dev` and `test` are batches, which go with `loss`; give rows of a task as `data`.")
+        _model(given, values, model, tokenizer)
+        _task(given, values, task, data)
+    _optimizer(given, values, optimizer)
+    return tune(build(FinetuneConfig, values), given, console, on_step=on_step, on_evaluation=on_evaluation)
+
+
+def _split(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a run, and under "method" the others: hyperparameters of the method, which checks them."""
+    known = {item.name for item in fields(FinetuneConfig)}
+    values = {name: value for name, value in settings.items() if name in known}
+    own = {name: value for name, value in settings.items() if name not in known}
+    return values | {"method": {**values.get("method", {}), **own}}
+
+
+def _own(given, values, model, task, data, tokenizer, loss, dev, test) -> None:
+    """A module with a loss and batches."""
+    if not isinstance(model, nn.Module):
+        raise UserError(f"`model` is {type(model).__name__} {str(model)[:80]!r}; with `loss` it is an nn.Module.")
+    if task is not None or tokenizer is not None:
+        raise UserError("`task` and `tokenizer` do not go with `loss`, which takes the place of both.")
+    if values.get("lora"):
+        raise UserError("`lora` does not go with `loss`: put adapters on the module yourself.")
+    most = values["steps"] * values.get("accumulate", 1) if values.get("steps") else None
+    splits = [own_batches(name, batches, most) for name, batches in (("data", data), ("dev", dev), ("test", test))]
+    if not splits[0]:
+        raise UserError("`data` is missing: with `loss` it holds the training batches.")
+    given.own = OwnLoss(loss, *splits)
+    given.loaded = as_loaded(model)
+    sizes = dict(zip(("train_examples", "dev_examples", "test_examples"), map(len, splits)))
+    for name in ("batch_size", "eval_batch_size", "kind", "head", "dtype", "max_length", "k_per_class", *sizes):
+        if name in values:
+            raise UserError(f"`{name}` does not go with `loss`: batches and model are used as they are.")
+    values |= sizes | {"batch_size": 1, "eval_batch_size": 1, "task": given.own.task.name}
+    values.setdefault("keep", "best" if splits[1] else "last")
+    _describe_model(values, given.loaded)
+
+
+def _model(given: Given, values: dict[str, Any], model: Any, tokenizer: Any) -> None:
+    """A model by name, or in memory."""
+    if isinstance(model, str | Path):
+        if tokenizer is not None:
+            raise UserError("`tokenizer` goes with a model in memory; a model that is named brings its own.")
+        values["model"] = str(model)
+        return
+    if isinstance(model, LoadedModel):
+        given.loaded = replace(model)  # adapters are put on the copy
+    elif tokenizer is None:
+        raise UserError(
+            "`tokenizer` is missing: a model in memory needs the one that it was trained with, or a `loss`."
+        )
+    else:
+        given.loaded = as_loaded(model, tokenizer)
+    for name in ("kind", "head", "dtype"):
+        if name in values:
+            raise UserError(f"`{name}` does not go with a model in memory, which is used as it is.")
+    _describe_model(values, given.loaded)
+
+
+def _describe_model(values: dict[str, Any], loaded: LoadedModel) -> None:
+    """The settings that a model in memory decides."""
+    name = loaded.name if loaded.name.startswith(MEMORY) else MEMORY + type(loaded.model).__name__
+    dtype = next(name for name, dtype in DTYPES.items() if dtype == loaded.dtype)
+    device = str(next(loaded.model.parameters()).device)
+    values |= {"model": name, "dtype": dtype, "device": values.get("device") or device}
+    loaded.model.to(torch.device(values["device"]))  # type: ignore[call-arg]
+
+
+def _task(given: Given, values: dict[str, Any], task: Any, data: Any) -> None:
+    """A task by name or as an object; its rows in a folder or in memory."""
+    if isinstance(data, str | Path) or data is None:
+        values["data"] = None if data is None else Path(data)
+    else:
+        found = task if isinstance(task, Task) else resolve(task or "")
+        given.task, given.rows = in_memory(found, data)
+    if isinstance(task, Task) and TASKS.get(task.name) is not task:
+        given.task = given.task or task
+    values["task"] = MEMORY + given.task.name if given.task else task.name if isinstance(task, Task) else task
+
+
+def _optimizer(given: Given, values: dict[str, Any], optimizer: Any) -> None:
+    """A method by name, a class, or an optimizer."""
+    load_methods()
+    if isinstance(optimizer, str):
+        values["optimizer"] = optimizer
+    elif isinstance(optimizer, type) and issubclass(optimizer, Method):
+        if METHODS.get(optimizer.name) is not optimizer:
+            register(optimizer)
+        values["optimizer"] = optimizer.name
+    elif isinstance(optimizer, Method):
+        for name in (*with_role(FinetuneConfig, "method"), "lora", "train", "freeze"):
+            if name not in OF_THE_LOOP and values.get(name):
+                what = ", ".join(values["method"]) if name == "method" else name
+                raise UserError(f"`{what}` does not go with an optimizer in memory, which brings its own settings.")
+        given.optimizer = optimizer
+        values |= {"optimizer": MEMORY + optimizer.name, "lr": float(optimizer.param_groups[0]["lr"])}  # type: ignore[attr-defined]
+        values |= {name: getattr(optimizer, name) for name in ("eps", "precision") if hasattr(optimizer, name)}
+    else:
+        raise UserError(
+            f"`optimizer` is a {getattr(optimizer, '__name__', type(optimizer).__name__)}, which is no method of metazo: name "
+            f"one of {', '.join(METHODS)}, or take a class of metazo.optimizers."
+        )

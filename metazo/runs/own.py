@@ -1,0 +1,108 @@
+"""A loss of one's own in the place of a task: any module, any batches, any scalar loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metazo.errors import UserError
+from metazo.io.tensorfile import write_tensors
+
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class OwnBatch:
+    """A batch as the caller gave it; the loop takes it for one example."""
+
+    content: Any
+
+    def __len__(self) -> int:
+        return 1
+
+    def to(self, device: torch.device | str) -> OwnBatch:
+        """The same batch with its tensors on the device, in dicts, lists and tuples as well."""
+        return OwnBatch(_moved(self.content, device))
+
+
+def _moved(value: Any, device: torch.device | str) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _moved(item, device) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_moved(item, device) for item in value))
+    if isinstance(value, list | tuple):
+        return type(value)(_moved(item, device) for item in value)
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+@dataclass(frozen=True)
+class _Named:
+    """What the loop asks of a task."""
+
+    name: str = "memory:loss"
+    kind: str = "own"
+    metric: tuple[str, ...] = ()
+
+
+@dataclass
+class OwnLoss:
+    """Batches and a loss, with the methods of `metazo.tasks.Prepared` that the loop uses.
+
+    function: (model, batch) -> scalar tensor, a mean over the batch. train, dev, test: one entry per batch.
+    """
+
+    function: Loss
+    train: list[OwnBatch]
+    dev: list[OwnBatch] = field(default_factory=list)
+    test: list[OwnBatch] = field(default_factory=list)
+    task: _Named = _Named()
+    notes: list[str] = field(default_factory=list)
+    record: dict[str, Any] = field(default_factory=dict)
+
+    def collate(self, examples: Sequence[OwnBatch]) -> OwnBatch:
+        (batch,) = examples
+        return batch
+
+    def loss(self, model: nn.Module, batch: OwnBatch) -> Tensor:
+        return self.function(model, batch.content)
+
+    @torch.inference_mode()
+    def evaluate(self, model: nn.Module, split: str, device: torch.device) -> dict[str, float]:
+        """ "loss", the mean over the batches of a split, and "batches", their number."""
+        batches: list[OwnBatch] = getattr(self, split)
+        losses = [float(self.loss(model, batch.to(device))) for batch in batches]
+        return {"loss": sum(losses) / len(losses), "batches": float(len(losses))}
+
+
+def own_batches(name: str, batches: Iterable[Any] | None, most: int | None = None) -> list[OwnBatch]:
+    """The batches of a split: all of a sequence or DataLoader, the first `most` of an iterable without a length.
+
+    Raises UserError for what is no iterable of batches, is empty, or has no end.
+    """
+    if batches is None:
+        return []
+    if isinstance(batches, str | bytes | Mapping) or not isinstance(batches, Iterable):
+        raise UserError(f"`{name}` is a {type(batches).__name__}; with `loss` it is a list or DataLoader of batches.")
+    if most is None and not hasattr(batches, "__len__"):
+        raise UserError(f"`{name}` has no length, so the number of its batches must be known: give `steps`.")
+    found = [OwnBatch(item) for item in (batches if hasattr(batches, "__len__") else islice(batches, most))]
+    if not found:
+        raise UserError(f"`{name}` holds no batches.")
+    return found
+
+
+class StateFile:
+    """Saves a module that has no save_pretrained: model.safetensors, its state by name."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def save_pretrained(self, folder: Path) -> None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        write_tensors(Path(folder) / "model.safetensors", self.model.state_dict(), {"format": "pt"})

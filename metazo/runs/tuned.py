@@ -1,0 +1,87 @@
+"""What a run gives back, and the objects in memory that it may start from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from torch import nn
+
+from metazo.errors import UserError
+from metazo.models.assemble import load
+from metazo.models.load import LoadedModel
+from metazo.runs.config import FinetuneConfig
+from metazo.runs.folder import STEPS, RunFolder
+from metazo.runs.own import OwnLoss
+from metazo.step.record import Step
+from metazo.steplog.format import scan
+from metazo.tasks import Task
+
+MEMORY = "memory:"
+"""What settings call an object that has no name elsewhere begins with this."""
+
+
+@dataclass
+class Given:
+    """Objects that take the place of what the settings name."""
+
+    loaded: LoadedModel | None = None
+    task: Task | None = None
+    rows: Mapping[str, Sequence[Any]] | None = None
+    own: OwnLoss | None = None
+    optimizer: Any = None
+
+    def check(self, config: FinetuneConfig) -> None:
+        """Raises UserError if a setting is the name of an object in memory that is not given."""
+        there = {"model": self.loaded, "task": self.task or self.own, "optimizer": self.optimizer}
+        for name, value in there.items():
+            if value is None and str(getattr(config, name)).startswith(MEMORY):
+                raise UserError(
+                    f"`{name}` of this run was an object in memory ({getattr(config, name)}), which no file holds: go on from "
+                    "Python, with metazo.finetune(..., resume=True) and the same object as it was at the start."
+                )
+
+
+@dataclass
+class Finetuned:
+    """The result of `metazo.finetune`."""
+
+    summary: dict[str, Any]
+    """Steps, forward passes, seconds, and the loss and metrics before, at the kept step (dev) and on test; as in
+    summary.json."""
+    out: Path | None
+    """The folder of the run; None if nothing was written."""
+    loaded: LoadedModel | None = None
+    history: tuple[list[Step], list[dict[str, Any]]] | None = None
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The tuned model: the object that was given, if one was; the kept weights of a run that was complete before."""
+        return self._loaded.model
+
+    @property
+    def tokenizer(self) -> Any:
+        return self._loaded.tokenizer
+
+    @cached_property
+    def _loaded(self) -> LoadedModel:
+        return self.loaded or load(self.out or "")
+
+    @cached_property
+    def steps(self) -> list[Step]:
+        """The record of every step: seeds, losses, coefficients, learning rates."""
+        return self.history[0] if self.history else scan((self.out or Path()) / STEPS).steps
+
+    @property
+    def losses(self) -> list[float]:
+        """The mean of the losses of each step's probes, nats; not finite for a step that was skipped because of it."""
+        return [fmean(step.losses) for step in self.steps]
+
+    @cached_property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """One record per evaluation: step, forwards, seconds, train_loss, lr, dev; as in metrics.jsonl."""
+        return self.history[1] if self.history else RunFolder.read_records(self.out or Path())

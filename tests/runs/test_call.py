@@ -1,0 +1,252 @@
+"""metazo.finetune with objects: models, rows, losses and optimizers in memory; and the same bits as by names."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict
+from torch import nn
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import metazo
+from metazo.errors import UserError
+from metazo.io.tensorfile import weights_hash
+from metazo.models.load import PICO, load_model
+from metazo.optimizers.registry import METHODS
+from metazo.runs.finetune import run_settings
+from metazo.runs.folder import RunFolder
+from metazo.runs.replay import replay
+from metazo.settings import build
+from metazo.steplog.format import scan
+
+SIZES = {"train_examples": 32, "dev_examples": 16, "test_examples": 16, "lr": 1e-4, "steps": 6, "eval_every": 3}
+TASK = metazo.Task(name="words", kind="classification", prompt="{text}. It was {}.", labels=["terrible", "great"])
+ROWS = [{"text": f"the {n}th soup was {'warm' if n % 2 else 'cold'}", "label": n % 2} for n in range(40)]
+
+
+def in_memory() -> tuple[nn.Module, object]:
+    return AutoModelForCausalLM.from_pretrained(PICO, dtype=torch.float32), AutoTokenizer.from_pretrained(PICO)
+
+
+def weights(model: nn.Module) -> str:
+    return weights_hash(model.named_parameters())
+
+
+def test_by_names_it_is_the_run_of_the_command_line(tmp_path):
+    given = {"model": "pico", "task": "pico_sentiment", "optimizer": "lozo", "method": {"rank": 3}}
+    summary = run_settings(build(metazo.runs.config.FinetuneConfig, SIZES, given, {"out": tmp_path / "cli"}))
+    tuned = metazo.finetune("pico", "pico_sentiment", "lozo", rank=3, out=tmp_path / "call", **SIZES)
+    model = tmp_path / "cli" / "model" / "model.safetensors"
+    assert model.read_bytes() == (tmp_path / "call" / "model" / "model.safetensors").read_bytes()
+    assert (tmp_path / "cli" / "steps.jsonl").read_bytes() == (tmp_path / "call" / "steps.jsonl").read_bytes()
+    assert tuned.summary["test"] == summary["test"]
+    assert tuned.steps == scan(tmp_path / "call" / "steps.jsonl").steps and len(tuned.losses) == 6
+    assert tuned.evaluations == RunFolder.read_records(tmp_path / "call")
+
+
+def test_a_model_in_memory_is_trained_in_place_and_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = in_memory()
+    seen, evaluated = [], []
+    tuned = metazo.finetune(
+        model, "pico_sentiment", tokenizer=tokenizer, on_step=seen.append, on_evaluation=evaluated.append, **SIZES
+    )
+    named = metazo.finetune("pico", "pico_sentiment", out=tmp_path / "run", **SIZES)
+    assert tuned.model is model and weights(model) == weights(named.model) and tuned.tokenizer is tokenizer
+    assert tuned.summary["test"] == named.summary["test"]
+    assert seen == tuned.steps == named.steps and evaluated == tuned.evaluations
+    assert [record["step"] for record in evaluated] == [0, 3, 6]
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("kind", ["list", "dataset", "splits"])
+def test_rows_in_memory(tmp_path, kind):
+    lines = "".join(json.dumps(row) + "\n" for row in ROWS)
+    (tmp_path / "rows.jsonl").write_text(lines)
+    files = {"train": str(tmp_path / "rows.jsonl")}
+    dataset = Dataset.from_list(ROWS).cast_column("label", ClassLabel(names=["bad", "good"]))
+    data = {"list": ROWS, "dataset": dataset, "splits": DatasetDict(train=dataset, test=dataset.select(range(8)))}[kind]
+    if kind == "splits":
+        (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[:8]))
+        files["test"] = str(tmp_path / "test.jsonl")
+    sizes = {**SIZES, "train_examples": 16, "dev_examples": 8, "test_examples": 8}
+    tuned = metazo.finetune("pico", TASK, data=data, **sizes)
+    same = metazo.finetune("pico", TASK.model_copy(update={"files": files}), **sizes)
+    assert weights(tuned.model) == weights(same.model) and tuned.summary["test"] == same.summary["test"]
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Dropout(0.5), nn.Linear(16, 2))
+
+
+def batches(count: int = 8) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    draw = torch.Generator().manual_seed(1)
+    inputs = [torch.randn(32, 4, generator=draw) for _ in range(count)]
+    return [(x, (x[:, 0] > 0).long()) for x in inputs]
+
+
+def loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    return cross_entropy(model(batch[0]), batch[1])
+
+
+def test_a_module_with_a_loss_of_its_own():
+    model, data = net(), batches()
+    tuned = metazo.finetune(model, loss=loss, data=data, dev=data[:2], test=data[2:4], lr=0.05, steps=150, scale="rms")
+    assert tuned.model is model and tuned.summary["test"]["loss"] < 0.7 * tuned.summary["before"]["loss"]
+    with torch.inference_mode():
+        assert tuned.summary["test"]["loss"] == pytest.approx(sum(float(loss(model, b)) for b in data[2:4]) / 2)
+    loader = torch.utils.data.DataLoader([(x[0], y[0]) for x, y in batches(16)], batch_size=4)
+    assert metazo.finetune(net(), loss=loss, data=loader, lr=1e-3, steps=3).summary["steps"] == 3
+    endless = iter(lambda: data[0], None)
+    assert metazo.finetune(net(), loss=loss, data=endless, lr=1e-3, steps=3).summary["forwards"] == 6
+
+
+def test_a_run_on_a_loss_of_its_own_is_resumed_and_replayed(tmp_path):
+    class Stop(Exception):
+        pass
+
+    def stop(step):
+        if step.step == 6:
+            raise Stop
+
+    given = {"loss": loss, "data": batches(), "dev": batches(2), "lr": 1e-2, "snapshot_every": 4, "steps": 10}
+    whole = metazo.finetune(net(), out=tmp_path / "whole", **given)
+    with pytest.raises(Stop):
+        metazo.finetune(net(), out=tmp_path / "cut", on_step=stop, **given)
+    assert len(scan(tmp_path / "cut" / "steps.jsonl").steps) == 7
+    cut = metazo.finetune(net(), out=tmp_path / "cut", resume=True, **given)
+    assert weights(cut.model) == weights(whole.model) and cut.steps == whole.steps
+    saved = (tmp_path / "whole" / "model" / "model.safetensors").read_bytes()
+    assert saved == (tmp_path / "cut" / "model" / "model.safetensors").read_bytes()
+    done = replay(tmp_path / "cut" / "steps.jsonl", net(), tmp_path / "again")
+    assert done.identical and weights(done.loaded.model) == weights(whole.model)
+    assert saved == (tmp_path / "again" / "model.safetensors").read_bytes()
+    other = net()
+    with torch.no_grad():
+        other[0].weight[0, 0] += 1
+    with pytest.raises(UserError, match="is not the base model of this log"):
+        replay(tmp_path / "cut" / "steps.jsonl", other)
+
+
+def test_an_optimizer_in_memory(tmp_path):
+    model, tokenizer = in_memory()
+    head = [(name, tensor) for name, tensor in model.named_parameters() if "mlp" in name]
+    before = copy.deepcopy(model.state_dict())
+    optimizer = metazo.LOZO(head, lr=1e-3, rank=2, seed=5)
+    tuned = metazo.finetune(
+        model, "pico_sentiment", optimizer, tokenizer=tokenizer, out=tmp_path / "run",
+        **{name: value for name, value in SIZES.items() if name != "lr"}, keep="last", schedule="linear",
+    )  # fmt: skip
+    moved = {name for name, tensor in tuned.model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved == {name for name, _ in head} and optimizer.steps == 6
+    log = tmp_path / "run" / "steps.jsonl"
+    assert scan(log).header["method"] == "memory:lozo" and [step.lr[0] for step in tuned.steps][3] == 0.5e-3
+    with pytest.raises(UserError, match="optimizer was an object in memory"):
+        replay(log, "pico")
+    base, _ = in_memory()
+    fresh = metazo.LOZO([(n, p) for n, p in base.named_parameters() if "mlp" in n], lr=1.0, rank=2, seed=5)
+    assert replay(log, base, tokenizer=tokenizer, optimizer=fresh).identical
+
+
+def test_a_class_of_ones_own(monkeypatch):
+    class Halved(metazo.MeZO):
+        name = "halved-mezo"
+
+        def __init__(self, params, lr=1e-6, eps=1e-3, *, share: float = 1.0, **options):
+            super().__init__(params, lr * share, eps, **options)
+
+    monkeypatch.setattr("metazo.optimizers.registry.METHODS", METHODS)
+    try:
+        half = metazo.finetune("pico", "pico_sentiment", Halved, share=0.5, **SIZES)
+    finally:
+        METHODS.pop("halved-mezo"), metazo.optimizers.OPTIMIZERS.pop("halved-mezo")
+    same = metazo.finetune("pico", "pico_sentiment", metazo.MeZO, **{**SIZES, "lr": 0.5e-4})
+    assert weights(half.model) == weights(same.model)
+
+
+def test_lora_on_a_model_in_memory():
+    pytest.importorskip("peft", reason="peft is not installed")
+    model, tokenizer = in_memory()
+    tuned = metazo.finetune(model, "pico_sentiment", tokenizer=tokenizer, lora=2, **SIZES)
+    assert all("lora_" in name for name, p in tuned.model.named_parameters() if p.requires_grad)
+
+
+def test_what_the_caller_froze_stays_frozen():
+    model, tokenizer = in_memory()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("layers.0" in name)
+    before = copy.deepcopy(model.state_dict())
+    metazo.finetune(model, "pico_sentiment", tokenizer=tokenizer, **SIZES, keep="last")
+    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved and all("layers.0" in name for name in moved)
+
+
+def test_a_complete_run_gives_its_kept_model(tmp_path):
+    first = metazo.finetune("pico", "pico_sentiment", out=tmp_path / "run", **SIZES)
+    again = metazo.finetune("pico", "pico_sentiment", out=tmp_path / "run", resume=True, **SIZES)
+    assert again.summary == first.summary and weights(again.model) == weights(first.model)
+
+
+def test_the_command_line_refuses_to_resume_what_it_cannot_name(tmp_path):
+    model, tokenizer = in_memory()
+    tuned = metazo.finetune(model, "pico_sentiment", tokenizer=tokenizer, out=tmp_path / "run", **SIZES)
+    (tmp_path / "run" / "summary.json").unlink()
+    found = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert found["model"] == "memory:LlamaForCausalLM" and tuned.out == tmp_path / "run"
+    with pytest.raises(UserError, match=r"`model` of this run was an object in memory .* resume=True"):
+        run_settings(build(metazo.runs.config.FinetuneConfig, found, {"out": tmp_path / "run", "resume": True}))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("pico", "pico_sentiment", "mezzo"), "`optimizer` 'mezzo' is unknown"),
+        (("pico", "pico_sentiment", torch.optim.AdamW), "no method of metazo"),
+        (("pico",), "`task` is required"),
+        ((nn.Linear(2, 2), "pico_sentiment"), "`tokenizer` is missing"),
+    ],
+)
+def test_arguments_that_are_wrong(arguments, said):
+    with pytest.raises(UserError, match=said):
+        metazo.finetune(*arguments, steps=1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"data": batches(1), "learning_rate": 1}, "`learning_rate` is not a hyperparameter of mezo"),
+        ({}, "`data` is missing"),
+        ({"data": []}, "`data` holds no batches"),
+        ({"data": iter([1])}, "`data` has no length.*give `steps`"),
+        ({"data": batches(1), "batch_size": 4}, "`batch_size` does not go with `loss`"),
+        ({"data": batches(1), "lora": 4}, "`lora` does not go with `loss`"),
+        ({"data": batches(1), "resume": True}, "needs the folder of the run"),
+        ({"data": batches(1), "optimizer": metazo.MeZO(net().named_parameters())}, "holds other tensors"),
+        (
+            {"data": batches(1), "optimizer": metazo.MeZO(net().named_parameters()), "eps": 1.0},
+            "`eps` does not go with",
+        ),
+    ],
+)
+def test_settings_that_are_wrong(settings, said):
+    with pytest.raises(UserError, match=said):
+        metazo.finetune(net(), loss=loss, **settings)
+
+
+def test_rows_that_are_wrong():
+    loaded = load_model("pico")
+    for data, said in (
+        ({"trian": ROWS}, "split 'trian'"),
+        ({"test": ROWS}, "no train split"),
+        ([], "no train rows"),
+        ([*ROWS[:3], {"text": "x"}], "row 4.*'label'"),
+        (["x"], "row 1.*JSON object"),
+        (iter(ROWS), "as train rows"),
+    ):
+        with pytest.raises(UserError, match=said):
+            metazo.finetune(loaded, TASK, data=data, **SIZES)
