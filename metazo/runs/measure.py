@@ -6,8 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import nn
+
 from metazo.errors import UserError
-from metazo.models.assemble import load
+from metazo.models.assemble import as_loaded, load
 from metazo.models.describe import describe
 from metazo.models.load import LoadedModel
 from metazo.runs.config import FinetuneConfig
@@ -15,7 +17,7 @@ from metazo.runs.folder import MODEL, STEPS, read_config, run_of
 from metazo.runs.method import resolve_device
 from metazo.settings import build, with_role
 from metazo.steplog.format import scan
-from metazo.tasks import Task, prepare, resolve
+from metazo.tasks import Task, in_memory, prepare, resolve
 from metazo.tasks import evaluate as scoring
 from metazo.tasks.data import VERSION
 
@@ -24,9 +26,11 @@ OF_A_RUN = set(with_role(FinetuneConfig, "data", "evaluation", "place", "machine
 
 
 def evaluate(
-    model: str | Path | LoadedModel,
+    model: str | Path | LoadedModel | nn.Module,
     task: str | Path | Task | None = None,
     *,
+    data: Any = None,
+    tokenizer: Any = None,
     split: Literal["dev", "test"] = "test",
     examples: int | None = None,
     say: Callable[[str], None] = lambda text: None,
@@ -35,14 +39,16 @@ def evaluate(
     """Loss and metrics of a model on a split of a task.
 
     Args:
-        model: a folder or Hub id of transformers, pico, LoRA adapters, a `LoadedModel`; or the folder of a run, whose kept
-            model is scored on the run's own rows: task, data, sizes, seed and lengths are those of the run unless given.
+        model: a folder or Hub id of transformers, pico, LoRA adapters, a `LoadedModel`, or a transformers model with its
+            `tokenizer`; or the folder of a run, whose kept model is scored on the run's own rows: task, data, sizes, seed and
+            lengths are those of the run unless given.
         task: by name, as a YAML file, or a Task; by default the run's.
+        data: a folder with <task>/<split>.jsonl, or rows in memory as for `metazo.finetune`; by default the task's own.
         split: dev or test. Rows that the model was trained on are in neither, if metazo trained it and its data are the
             same; a note says so if it cannot be known.
         examples: most rows of the split; by default the run's number, or 500 on dev and 1,000 on test.
         say: takes each note, a sentence.
-        settings: of FinetuneConfig: data, train_examples, max_length, kind, dtype, device, seed, eval_batch_size, ...
+        settings: of FinetuneConfig: train_examples, max_length, kind, dtype, device, seed, eval_batch_size, ...
 
     Returns: "loss" (nats, mean over examples), the task's metrics (0 to 1; mcc -1 to 1), "examples", and for classification
     and choice "majority", the share of the commonest answer.
@@ -53,6 +59,8 @@ def evaluate(
     """
     if split not in ("dev", "test"):
         raise UserError(f"`split` {split!r}: choose dev or test.")
+    if isinstance(model, nn.Module):
+        model = as_loaded(model, tokenizer)
     run = None if isinstance(model, LoadedModel) else run_of(Path(model))
     began: dict[str, Any] = {}
     if run is not None:
@@ -61,10 +69,15 @@ def evaluate(
         model = run / MODEL
         began = {name: value for name, value in read_config(run).items() if name in OF_A_RUN - {"out", "resume"}}
     name = str(task) if isinstance(task, str | Path) else task.name if task else None
-    given = settings | {"task": name, f"{split}_examples": examples}
-    fixed = {"model": str(model), "out": Path(), "keep": "last", "resume": False}
+    folder = data if isinstance(data, str | Path) else None
+    given = settings | {"task": name, f"{split}_examples": examples, "data": folder}
+    called = model.name if isinstance(model, LoadedModel) else str(model)
+    fixed = {"model": called, "out": Path(), "keep": "last", "resume": False}
     config = build(FinetuneConfig, began, given, fixed)
     chosen = task if isinstance(task, Task) else resolve(config.task)
+    rows = None
+    if data is not None and folder is None:
+        chosen, rows = in_memory(chosen, data)
     loaded = model if isinstance(model, LoadedModel) else _load(model, config, chosen)
     trained = _trained(run) if run is not None else None
     if trained and not getattr(loaded.model.config, "metazo", None):  # adapters have no config of their own
@@ -72,7 +85,7 @@ def evaluate(
     prepared = prepare(
         chosen,
         loaded,
-        data=config.data,
+        data=rows or config.data,
         train=config.train_examples,
         dev=config.dev_examples,
         test=config.test_examples,

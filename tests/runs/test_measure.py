@@ -104,6 +104,13 @@ def test_a_loaded_model_and_a_task_object(learned):
     assert evaluate(loaded, task, examples=12) == evaluate("pico", "pico_sentiment", examples=12)
 
 
+def test_rows_and_a_model_in_memory(coin):
+    rows = [json.loads(text) for text in (coin.parent / "coin.jsonl").read_text().splitlines()]
+    loaded = load_model("pico")
+    there = evaluate(loaded.model, coin, data=rows, tokenizer=loaded.tokenizer, examples=20)
+    assert there == evaluate("pico", coin, examples=20)
+
+
 def test_what_cannot_be_evaluated(tmp_path, coin):
     run(coin, tmp_path / "none", keep="none", steps=1)
     with pytest.raises(UserError, match="keeps no model"):

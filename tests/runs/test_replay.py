@@ -103,7 +103,7 @@ def test_the_tuner_is_found_by_its_hash_and_another_refused(tmp_path):
 
 def test_first_order_is_refused(tmp_path):
     out = tuned(tmp_path / "run", optimizer="first-order-sgd", steps=2, eval_every=1)
-    with pytest.raises(UserError, match="only zeroth-order steps follow from their record"):
+    with pytest.raises(UserError, match="the methods whose steps follow from their record"):
         replay(out / "steps.jsonl", "pico")
 
 
