@@ -161,7 +161,7 @@ def test_several_ranks_are_refused_before_anything_is_written_and_said_once(tmp_
 def test_markup_in_names_is_text(tmp_path, capsys):
     """[/red] closes a style that is not open, which rich refuses to print."""
     out = tmp_path / "[/red]"
-    summary = finetune(config(out, steps=2, lr=0.0), Console(width=200))
+    summary = run_settings(config(out, steps=2, lr=0.0), Console(width=200))
     assert summary["steps"] == 2 and (out / "model").is_dir()
-    assert finetune(config(out, steps=2, lr=0.0, resume=True), Console(width=200)) == summary
+    assert run_settings(config(out, steps=2, lr=0.0, resume=True), Console(width=200)) == summary
     assert "[/red]" in capsys.readouterr().out
