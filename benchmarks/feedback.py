@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 from transformers import AutoTokenizer
 
-from metazo.models.sentence import SHARPNESS, SentenceClassifier
+from metazo.models.sentence import SHARPNESS, Prototypes, SentenceClassifier
 from metazo.optimizers import METHODS
 from metazo.optimizers.answer_column import AnswerColumn
 from metazo.optimizers.mezo import MeZO
@@ -112,20 +112,23 @@ class Bench:
             str(self.encoder), head="prototype", classes=len(self.names), dtype=torch.float32
         )
         model.eval().requires_grad_(False)
-        stack = model.encoder.encoder.layer
+        encoder: Any = model.encoder
+        stack, head = encoder.encoder.layer, model.head
+        assert isinstance(head, Prototypes)
         phrases = [self.prompt.replace("{label}", name) for name in self.names]
         ids = self.tokenizer(phrases, truncation=True, max_length=LENGTH)["input_ids"]
         with torch.no_grad():
             inputs, _ = self.collate([(tokens, 0) for tokens in ids])
-            model.head.prototypes.copy_(normalize(model.embed(**inputs), dim=1))
+            head.prototypes.copy_(normalize(model.embed(**inputs), dim=1))
         stack[-layers:].requires_grad_(True)
         model.cache_frozen()
-        model._split.known = self.lower.setdefault(layers, {})  # the lower layers are the same in every run
+        split: Any = model._split
+        split.known = self.lower.setdefault(layers, {})  # the lower layers are the same in every run
         with torch.no_grad():
             rows = self.train + self.held_out  # all, so that no run pays for the lower layers
             logits = torch.cat([model(**self.collate(rows[k : k + 50])[0]).logits for k in range(0, len(rows), 50)])
             logits = logits[: len(self.train)]
-            model.head.offset.copy_(logits.mean(0))
+            head.offset.copy_(logits.mean(0))
         return model
 
     def score(self, model: SentenceClassifier) -> tuple[float, float]:

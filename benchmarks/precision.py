@@ -109,7 +109,7 @@ def _cosine(a: Tensor, b: Tensor) -> float:
 
 def memory(optimizer: MeZO | PublishedLoop, closure: Callable[[], Tensor], weights: int) -> dict[str, float]:
     """Bytes a weight, kept, and allocated within a step beyond what a forward pass allocates."""
-    kept = optimizer.tensors_state().values() if isinstance(optimizer, MeZO) else []
+    kept = [] if isinstance(optimizer, PublishedLoop) else optimizer.tensors_state().values()
     with torch.inference_mode():
         forward = _peak(closure)
     step = _peak(lambda: optimizer.step(closure))

@@ -15,6 +15,7 @@ import torch
 import metazo
 from metazo import zoo
 from metazo.tasks import resolve
+from metazo.tasks.evaluate import evaluate
 from metazo.tuner.scale import tuner_scale
 
 out = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/example")
@@ -31,7 +32,7 @@ print(f"published {name} in {out / 'zoo'}")
 tuner = metazo.load_tuner(name, out / "zoo")
 loaded = metazo.load_model("pico")
 prepared = metazo.prepare(resolve("pico_sentiment"), loaded, train=200, dev=100, test=0)
-before = metazo.evaluate(loaded.model, prepared, "dev")
+before = evaluate(loaded.model, prepared, "dev")
 optimizer = metazo.ZOFinetuner(
     loaded.model.named_parameters(), lr=1.5e-4, scale=tuner_scale(tuner, loaded.model.named_parameters())
 )
@@ -40,5 +41,5 @@ for _ in range(60):
     rows = torch.randint(len(prepared.train), (16,), generator=draw).tolist()
     batch = prepared.collate([prepared.train[row] for row in rows])
     optimizer.step(lambda: prepared.loss(loaded.model, batch))  # noqa: B023 (called within this step)
-after = metazo.evaluate(loaded.model, prepared, "dev")
+after = evaluate(loaded.model, prepared, "dev")
 print(f"loss on dev: {before['loss']:.3f} before, {after['loss']:.3f} after {optimizer.forwards:.0f} forward passes")

@@ -24,7 +24,7 @@ def loss() -> torch.Tensor:
 
 
 for _ in range(3000):
-    value = optimizer.step(loss)  # two forward passes, then the update
+    optimizer.step(loss)  # two forward passes, then the update
     schedule.step()
 accuracy = (model(x).argmax(1) == y).float().mean()
-print(f"loss {value:.3f}, accuracy {accuracy:.2f}")
+print(f"loss {loss():.3f}, accuracy {accuracy:.2f}")

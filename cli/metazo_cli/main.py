@@ -89,11 +89,12 @@ def main() -> None:
                    "lost: make room and go on with --resume.", "bold red")  # fmt: skip
         sys.exit(2)
     except Exception as error:
-        if not hasattr(error, "format_message"):  # an error of the command line, in whichever click typer brings
+        message = getattr(error, "format_message", None)
+        if message is None:  # an error of the command line, in whichever click typer brings
             raise
         if type(error).__name__ != "NoArgsIsHelpError":  # which has printed the help
             called = getattr(getattr(error, "ctx", None), "command_path", "metazo")
-            errors.say("error:", f"{error.format_message().rstrip('.')}; see {called} --help.", "bold red")
+            errors.say("error:", f"{message().rstrip('.')}; see {called} --help.", "bold red")
         sys.exit(2)
 
 

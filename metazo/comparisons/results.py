@@ -145,7 +145,7 @@ def read_search(results: Path) -> dict[str, dict[str, Search]]:
         content = read_json(path, "search results")
     elif packed.exists():
         path, about = packed, read_json(packed, "comparison")
-        content = about.get("search") if isinstance(about, dict) else None
+        content: Any = about.get("search") if isinstance(about, dict) else None
     else:
         return {}
     try:

@@ -43,7 +43,8 @@ class Console(rich.console.Console):
     """
 
     def __init__(self, **settings: Any) -> None:
-        super().__init__(**{"markup": False, "highlight": False, "emoji": False} | settings)
+        defaults: dict[str, Any] = {"markup": False, "highlight": False, "emoji": False}
+        super().__init__(**defaults | settings)
 
     @classmethod
     def of(cls, console: rich.console.Console | None) -> Console:

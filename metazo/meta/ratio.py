@@ -110,7 +110,8 @@ def measure(s: Situation) -> tuple[float, Tensor, Tensor]:
     loss = stream_gradients(s.weights.tensors, s.loss, keep)
     other = stream_gradients(s.weights.tensors, s.other, agree)
     if not math.isfinite(loss + other):  # no labels can be sampled from such scores
-        return math.nan, *torch.zeros(2, len(s.blocks), dtype=torch.float64)
+        nothing = torch.zeros(2, len(s.blocks), dtype=torch.float64)
+        return math.nan, nothing[0], nothing[1]
     own = stream_gradients(s.weights.tensors, s.sampled(), square)
     both = torch.tensor([agreement, curvature], dtype=torch.float64)
     return loss + 0.0 * (other + own), both[0], both[1]  # not finite where any of the three is not

@@ -76,7 +76,7 @@ def load(name_or_path: str | Path, *, merge: bool = False, **options: Any) -> Lo
         return load_model(name_or_path, **options)
     base = _base_of(folder)
     try:
-        loaded = load_model(base, **options | {"trained_head": False})
+        loaded = load_model(base, **dict[str, Any](options, trained_head=False))
     except UserError as error:
         raise UserError(f"{folder} holds LoRA adapters, and their base model cannot be loaded: {error}") from error
     with_adapters(loaded, folder)

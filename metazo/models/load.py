@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -222,13 +222,14 @@ def _first_sentence(error: BaseException) -> str:
     return text.split(". ")[0].rstrip(".")[:300]
 
 
-def set_pad(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | SentenceClassifier) -> None:
+def set_pad(tokenizer: Any, model: PreTrainedModel | SentenceClassifier) -> None:
     """Padding is masked out, so any token will do: the tokenizer's own, end of text, unknown, or token 0.
 
     The config follows the tokenizer: classifiers find the last token of a row by the config's padding token.
     """
     encoder = model.encoder if isinstance(model, SentenceClassifier) else model
-    rows = encoder.get_input_embeddings().weight.shape[0]
+    embeddings: Any = encoder.get_input_embeddings()
+    rows = embeddings.weight.shape[0]
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:  # a token that was added without an embedding
         tokens = (tokenizer.eos_token, tokenizer.unk_token, tokenizer.convert_ids_to_tokens(0))
         tokenizer.pad_token = next(t for t in tokens if t and tokenizer.convert_tokens_to_ids(t) < rows)

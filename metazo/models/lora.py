@@ -66,9 +66,12 @@ def with_adapters(loaded: LoadedModel, folder: Path) -> None:
 def merge_adapters(model: nn.Module) -> Any:
     """The plain model with its adapters added to the weights, rounded to their dtype; changes the model that is given."""
     peft = _peft()
+    whole: Any = model
     if isinstance(model, peft.PeftModel):
-        return model.merge_and_unload().eval()
-    layers = [item for item in model.named_modules() if isinstance(item[1], peft.tuners.tuners_utils.BaseTunerLayer)]
+        return whole.merge_and_unload().eval()
+    layers: list[tuple[str, Any]] = [
+        item for item in model.named_modules() if isinstance(item[1], peft.tuners.tuners_utils.BaseTunerLayer)
+    ]
     for name, layer in layers:
         layer.merge()
         parent, _, own = name.rpartition(".")

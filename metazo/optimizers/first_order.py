@@ -72,7 +72,7 @@ class FirstOrder(Method):
         closures, total = listed(closure), 0.0
         with torch.enable_grad():
             for evaluate in closures:
-                loss = evaluate() / len(closures)
+                loss: Any = evaluate() / len(closures)
                 loss.backward()
                 total += float(loss.detach())
         self.forwards += FORWARDS_PER_STEP * len(closures)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from metazo.blocks import NamedTensor
 from metazo.errors import UserError
@@ -49,7 +50,7 @@ def losses_together(
 
     given: the losses of a replayed step, or None.
     """
-    form = optimizer.zo_state["probing"]
+    form: Tensor = optimizer.zo_state["probing"]
     if form == IN_TURN or (given is not None and form == UNDECIDED and optimizer.probing == "auto"):
         return in_turn()
     try:
@@ -75,7 +76,7 @@ def _one_pass(optimizer: Any, probes: Probes, closures: Sequence[Closure]) -> li
     """The mean losses at all probes. Raises if the closures cannot give them, or hide tensors that they use."""
     undecided = optimizer.zo_state["probing"] == UNDECIDED
     limit = ROWS // len(probes) if optimizer.probing == "auto" and undecided else None
-    branches = [Branch([(optimizer.noise.stream(t.seed), t.direction, t.amount) for t in terms]) for terms in probes]
+    branches = [Branch([(optimizer.noise.stream(t.seed), t.along, t.amount) for t in terms]) for terms in probes]
 
     def evaluate() -> tuple[list[float], list[NamedTensor]]:
         with optimizer.evaluation(), optimizer.weights.evaluating():

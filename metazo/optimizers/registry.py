@@ -117,7 +117,7 @@ class Method:
             raise UserError(f"compat {compat!r} is unknown: choose paper or official.")
         if compat == "official" and "compat" in cls.hyperparameters():
             importlib.import_module(f"metazo.optimizers.official.{cls.__module__.rpartition('.')[2]}")
-            cls = OFFICIAL.get(cls, cls)
+            return super().__new__(OFFICIAL.get(cls, cls))  # type: ignore[arg-type]
         return super().__new__(cls)
 
 

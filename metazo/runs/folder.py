@@ -137,7 +137,7 @@ class RunFolder:
                 f"The run in {self.path} was begun by an earlier version of metazo, which kept no hashes of weights, data and "
                 "task; a change of them would not be noticed."
             )
-        elif now is not None and (what := change(then, now)) is not None:
+        elif now is not None and isinstance(then, dict) and (what := change(then, now)) is not None:
             raise UserError(
                 f"The run in {self.path} cannot go on: {what} since it began; put it back, or choose another `out`."
             )

@@ -38,14 +38,18 @@ class Term:
         """What two terms must share to be multiples of one vector."""
         return self.seed, self.direction
 
-    def touches(self, tensor: NamedTensor) -> bool:
+    @property
+    def along(self) -> Direction:
+        """The direction, which every term but those of a method's Update has."""
         assert self.direction is not None
-        return self.direction.touches(tensor)
+        return self.direction
+
+    def touches(self, tensor: NamedTensor) -> bool:
+        return self.along.touches(tensor)
 
     def add_(self, stream: Stream, tensor: NamedTensor, out: Tensor, beta: float = 1.0, start: int = 0) -> None:
         """out = beta * out + amount * d, in place."""
-        assert self.direction is not None
-        self.direction.add_(stream, tensor, out, self.amount, beta, start)
+        self.along.add_(stream, tensor, out, self.amount, beta, start)
 
 
 class Weights:
@@ -93,11 +97,9 @@ class Weights:
         ]
         for change in changes if self.in_place else ():
             moves = [
-                Move(tensor, self.storage[tensor.name].theta, change.amount)
-                for tensor in self.in_place
-                if change.touches(tensor)
+                Move(tensor, self._theta(tensor), change.amount) for tensor in self.in_place if change.touches(tensor)
             ]
-            change.direction.add_all_(self.noise.stream(change.seed), moves)
+            change.along.add_all_(self.noise.stream(change.seed), moves)
         streams = [self.noise.stream(term.seed) for term in wanted]
         for tensor in self.masters:
             touching = [(term, stream) for term, stream in zip(wanted, streams) if term.touches(tensor)]
@@ -107,12 +109,18 @@ class Weights:
                 self.storage[tensor.name].settle()
         self.probe = wanted
 
+    def _theta(self, tensor: NamedTensor) -> Tensor:
+        """Theta of a tensor that is stored as one: in place, or as a master."""
+        theta = self.storage[tensor.name].theta
+        assert theta is not None
+        return theta
+
     def _place(self, tensor: NamedTensor, terms: Sequence[tuple[Term, Stream]]) -> None:
         """Weights = round(master + sum of terms)."""
-        master = self.storage[tensor.name].theta
+        master = self._theta(tensor)
         if len(terms) == 1:
             ((term, stream),) = terms
-            term.direction.place_(stream, tensor, tensor.param.data, master, term.amount)
+            term.along.place_(stream, tensor, tensor.param.data, master, term.amount)
             return
         for start, chunk in in_chunks(tensor, master):
             moved = chunk.clone()
@@ -231,7 +239,7 @@ class Weights:
                 for start, theta in self.edit_whole(tensor, terms[0].seed if terms else 0):
                     _add_sum_(tensor, theta, terms, streams, amounts, factor, start)
         for term, stream, together in zip(terms, streams, moves):
-            term.direction.add_all_(stream, together)
+            term.along.add_all_(stream, together)
 
     def gradient(self, terms: Sequence[Term]) -> Estimate:
         """The estimate sum of terms; to be added to something for every tensor, in order."""
@@ -261,7 +269,7 @@ def _add_sum_(
 ) -> None:
     for term, stream, amount in zip(terms, streams, amounts):
         if term.touches(tensor):
-            term.direction.add_(stream, tensor, out, amount, beta, start)
+            term.along.add_(stream, tensor, out, amount, beta, start)
             beta = 1.0
     if beta != 1.0:
         out.mul_(beta)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from metazo.tasks.prepared import Prepared
 from metazo.tasks.task import Task
@@ -21,7 +21,8 @@ def head_order(config: PreTrainedConfig, task: Task) -> tuple[list[int] | None, 
     without regard to case. Names of the form LABEL_0 say nothing, and the order is kept; with names that are others
     the order is kept too, and the sentence says so.
     """
-    names = [str(config.id2label.get(index, "")) for index in range(task.num_labels or 0)]
+    known_names: Any = config.id2label
+    names = [str(known_names.get(index, "")) for index in range(task.num_labels or 0)]
     if all(re.fullmatch(r"LABEL_\d+", name) for name in names):
         return None, None
     for labels in (task.labels.keys(), task.labels.values()):

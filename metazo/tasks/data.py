@@ -81,6 +81,7 @@ def draw(
     taken = {*parts["train"], *(_trained(task, source, record) if record else ())}
     parts |= _from_the_end([i for i in order if i not in taken], {s: sizes[s] for s in own})
     others = [split for split in ("dev", "test") if split not in own]
+    there: list[int] = []
     for split in others:
         there = _order(len(sources[names[split]].usable), seed, split)
         parts[split] = there[: wanted[split]]

@@ -327,8 +327,8 @@ class Encoder:
 
 
 def _embedding_rows(loaded: LoadedModel) -> int:
-    inner = getattr(loaded.model, "encoder", loaded.model) if loaded.kind == "classifier" else loaded.model
-    embeddings = inner.get_input_embeddings() if hasattr(inner, "get_input_embeddings") else None
+    inner: Any = getattr(loaded.model, "encoder", loaded.model) if loaded.kind == "classifier" else loaded.model
+    embeddings: Any = inner.get_input_embeddings() if hasattr(inner, "get_input_embeddings") else None
     return embeddings.weight.shape[0] if hasattr(embeddings, "weight") else 2**62
 
 

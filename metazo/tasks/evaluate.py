@@ -116,7 +116,7 @@ def generate(
     batch = prepared.prompts(examples).to(device)
     start = batch["input_ids"].shape[1]
     stopping = StoppingCriteriaList([_StopText(tokenizer, task.stop)] if task.stop else [])
-    inner = getattr(model, "get_base_model", lambda: model)()
+    inner: Any = getattr(model, "get_base_model", lambda: model)()
     own = inner.generation_config
     inner.generation_config = plain_generation(inner, tokenizer, prepared.room)  # generate() mixes it into any other
     try:
