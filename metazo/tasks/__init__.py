@@ -13,7 +13,7 @@ import difflib
 from pathlib import Path
 
 from metazo.errors import UserError
-from metazo.tasks import answers, generated, glue, superglue, text
+from metazo.tasks import answers, books, generated, glue, superglue, text
 from metazo.tasks.custom import from_yaml
 from metazo.tasks.prepared import Batch, Prepared
 from metazo.tasks.rows import in_memory
@@ -22,7 +22,7 @@ from metazo.tasks.task import Task
 
 __all__ = ["TASKS", "Batch", "Prepared", "Task", "from_yaml", "get", "in_memory", "names", "prepare", "resolve"]
 
-_ALL = (*glue.TASKS, *superglue.TASKS, *answers.TASKS, *generated.TASKS, *text.TASKS)
+_ALL = (*glue.TASKS, *superglue.TASKS, *answers.TASKS, *generated.TASKS, *text.TASKS, books.TASK)
 TASKS: dict[str, Task] = {task.name: task for task in _ALL}
 
 

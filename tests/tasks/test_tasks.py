@@ -34,7 +34,7 @@ def test_a_name_may_be_written_as_in_the_papers(written):
 
 
 def test_an_unknown_task_names_the_nearest():
-    with pytest.raises(UserError, match="unknown task 'sst3'; did you mean sst2"):
+    with pytest.raises(UserError, match="unknown task 'sst3'; did you mean sst5 or sst2"):
         get("sst3")
     with pytest.raises(UserError, match="unknown task 'xxxxxxxx'; the tasks are sst2, "):
         get("xxxxxxxx")
