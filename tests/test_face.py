@@ -80,3 +80,14 @@ def test_the_version_has_one_place() -> None:
 def test_python_m_metazo() -> None:
     done = subprocess.run([sys.executable, "-m", "metazo", "--version"], capture_output=True, text=True, timeout=60)
     assert done.stdout == f"metazo {metazo.__version__}\n"
+
+
+def test_a_light_command_does_not_load_torch() -> None:
+    """The version at once; of the commands only the one that is called is imported."""
+    code = (
+        "import contextlib, sys; sys.argv = ['metazo', {}]; from metazo_cli.main import main\n"
+        "with contextlib.suppress(SystemExit): main()\n"
+        "print([name for name in ('torch', 'numpy', 'transformers') if name in sys.modules])"
+    )
+    for call in ("'--version'", "'recipes', 'pico-mezo-rms'"):
+        assert python(code.format(call)).splitlines()[-1] == "[]"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from collections.abc import Sequence
 from functools import cache
+from importlib import import_module
 
 import typer
 
@@ -37,31 +39,46 @@ def _main(
     pass
 
 
-@cache
-def _mount() -> None:
-    """Add the commands; here and not above, so that importing this module is cheap."""
-    from . import bench, compare, demo, env, evaluate, finetune, log, meta_train, recipes, replay, report, tasks, zoo
+COMMANDS = {
+    "demo": "demo.demo",
+    "finetune": "finetune.command",
+    "replay": "replay.replay",
+    "log": "log.app",
+    "meta-train": "meta_train.command",
+    "evaluate": "evaluate.evaluate",
+    "zoo": "zoo.app",
+    "tasks": "tasks.tasks",
+    "recipes": "recipes.recipes",
+    "bench": "bench.bench",
+    "compare": "compare.command",
+    "report": "report.report",
+    "env": "env.env",
+}
+"""Where each command is, in this package."""
 
-    app.command("demo")(demo.demo)
-    app.command("finetune")(finetune.command)
-    app.command("replay")(replay.replay)
-    app.add_typer(log.app, name="log")
-    app.command("meta-train")(meta_train.command)
-    app.command("evaluate")(evaluate.evaluate)
-    app.add_typer(zoo.app, name="zoo")
-    app.command("tasks")(tasks.tasks)
-    app.command("recipes")(recipes.recipes)
-    app.command("bench")(bench.bench)
-    app.command("compare")(compare.command)
-    app.command("report")(report.report)
-    app.command("env")(env.env)
+
+@cache
+def _add(name: str) -> None:
+    module, _, attribute = COMMANDS[name].partition(".")
+    found = getattr(import_module(f"metazo_cli.{module}"), attribute)
+    if isinstance(found, typer.Typer):
+        app.add_typer(found, name=name)
+    else:
+        app.command(name)(found)
+
+
+def _mount(words: Sequence[str] = ()) -> None:
+    """Add the command that is called, or all for help and for a name that is none: their modules take seconds to import."""
+    for name in words[:1] if words and words[0] in COMMANDS else COMMANDS:
+        _add(name)
 
 
 def main() -> None:
     from metazo.runs.interrupt import Interrupted
 
     errors = messages.Terminal(stderr=True)
-    _mount()
+    if sys.argv[1:] != ["--version"]:
+        _mount(sys.argv[1:])
     command = typer.main.get_command(app)
     messages.know(command, sys.argv[1:])
     try:
