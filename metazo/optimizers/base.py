@@ -42,6 +42,7 @@ from metazo.blocks import NamedTensor, check_names
 from metazo.errors import UserError
 from metazo.noise import Noise, PhiloxNoise
 from metazo.optimizers import probing as probings
+from metazo.optimizers.checks import LossWatch, check_weights
 from metazo.optimizers.groups import Closure, listed, mean_over_processes, named_groups, trainable
 from metazo.optimizers.registry import Method
 from metazo.step.directions import Direction, Isotropic, Scaled
@@ -81,6 +82,8 @@ class ZOOptimizer(Method, Optimizer):
         rule: what is done with the estimate; None takes the method's own.
         precision: how theta is stored while it is probed; see metazo.step.precision.
         probing: "in-turn", or for low-rank directions "together" or "auto"; see metazo.optimizers.probing.
+        check_loss: whether the first step evaluates its first probe once more, to warn about a loss that differs at the
+            same weights. Neither the counters nor the global generators notice.
 
     Attributes: last_step, the Step record of the step just taken; forwards, closure evaluations so far; recorder,
     called with each Step before the weights change; max_loss, above which a loss counts as not finite.
@@ -90,7 +93,7 @@ class ZOOptimizer(Method, Optimizer):
     """
 
     name = "base"
-    common = frozenset({"eps", "seed", "noise", "scale", "rule", "precision", "probing"})
+    common = frozenset({"eps", "seed", "noise", "scale", "rule", "precision", "probing", "check_loss"})
     low_rank = False
     """Whether the method's directions have factors on matrices, so that probes can be evaluated together."""
     estimator: Estimator = TwoPoint()
@@ -109,6 +112,7 @@ class ZOOptimizer(Method, Optimizer):
         rule: Rule | None = None,
         precision: str = "auto",
         probing: str = "in-turn",
+        check_loss: bool = True,
     ):
         _numbers(lr=lr, eps=eps, weight_decay=weight_decay)
         if eps == 0:
@@ -125,6 +129,7 @@ class ZOOptimizer(Method, Optimizer):
         self.recorder: Callable[[Step], None] | None = None
         self.max_loss = sys.float_info.max
         self._ready = self._seen = False
+        self.loss_watch = LossWatch(check_loss and self.replayable)
         self.zo_state: State = {}
         super().__init__(named_groups(params), {"lr": lr, "weight_decay": weight_decay})
 
@@ -162,7 +167,7 @@ class ZOOptimizer(Method, Optimizer):
 
     def evaluate(self, closures: Sequence[Closure]) -> float:
         """The mean loss of the closures at the present weights, within `evaluation`."""
-        return sum(float(evaluate()) for evaluate in closures) / len(closures)
+        return sum(self.loss_watch.loss(evaluate()) for evaluate in closures) / len(closures)
 
     def decays(self, tensor: NamedTensor) -> bool:
         """Whether weight decay acts on a tensor: MeZO's name rule, unless a method has its own."""
@@ -212,6 +217,8 @@ class ZOOptimizer(Method, Optimizer):
         for seed in seeds:
             self.noise.expect(seed, (draw for tensor in self.tensors for draw in direction.draws(tensor)))
         losses = self._probe(estimator, direction, seeds, closures, replay)
+        if replay is None:
+            self.loss_watch.stepped(losses, closures)
         learning_rates = replay.lr if replay else self.learning_rates(step)
         finite = all(abs(loss) <= self.max_loss for loss in losses)  # false for nan
         update = self.update(state, step, seeds, losses) if finite else Update(())
@@ -295,6 +302,7 @@ class ZOOptimizer(Method, Optimizer):
                     f"{len(unmet)} tensors where it cannot see it (compiled, scripted or foreign code), such as {names}: "
                     "choose precision master."
                 )
+        self.loss_watch.evaluated(loss, lambda: self._again(closures), self.tensors[0].param.device)
         return mean_over_processes(loss)
 
     def _again(self, closures: Sequence[Closure]) -> float:
@@ -333,6 +341,7 @@ class ZOOptimizer(Method, Optimizer):
             for tensor in trainable(zip(group["param_names"], group["params"]), index)
         ]
         check_names(self.tensors)
+        check_weights(self.tensors)
         self.weights = Weights(self.tensors, self.noise, self.precision)
         if self.scale is not None:
             self.scale.bind(self.tensors)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from metazo.errors import UserError
 from metazo.optimizers.base import DECAY_EXEMPT
+from metazo.optimizers.checks import as_loss
 from metazo.optimizers.groups import Closure, listed
 from metazo.optimizers.registry import Method, register
 from metazo.step.record import Step
@@ -72,7 +73,13 @@ class FirstOrder(Method):
         closures, total = listed(closure), 0.0
         with torch.enable_grad():
             for evaluate in closures:
-                loss: Any = evaluate() / len(closures)
+                loss: Any = evaluate()
+                number = as_loss(loss)
+                if not isinstance(loss, Tensor) or not loss.requires_grad:
+                    raise UserError(
+                        f"{self.name} needs the loss as a tensor with a gradient, and the closure returned the number {number}."
+                    )
+                loss = loss.reshape(()) / len(closures)
                 loss.backward()
                 total += float(loss.detach())
         self.forwards += FORWARDS_PER_STEP * len(closures)

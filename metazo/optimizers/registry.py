@@ -120,6 +120,12 @@ class Method:
             return super().__new__(OFFICIAL.get(cls, cls))  # type: ignore[arg-type]
         return super().__new__(cls)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and copy.deepcopy: all but callbacks and hooks, which belong to the process or to another model."""
+        state = {key: value for key, value in vars(self).items() if not key.startswith("_optimizer_")}
+        state.pop("step", None)  # a learning rate scheduler's wrapper
+        return state | {key: None for key in ("recorder", "full_closure") if key in state}
+
 
 class Optimizing(Protocol):
     """What the loop needs of an optimizer, beside `Method`."""

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -113,10 +114,22 @@ class Structured(ZOOptimizer):
         """Which error each block's output is given."""
         raise NotImplementedError
 
+    def _find_blocks(self) -> None:
+        names = {id(tensor.param): tensor.name for tensor in self.tensors}
+        self.local = LocalGradient(find_residual(self.model), names, self.surrogate(), self.recompute)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in super().__getstate__().items() if key != "local"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._ready:
+            self._find_blocks()  # a copied model has other parameters and takes other hooks
+
     def init(self, tensors: Sequence[NamedTensor]) -> State:
         names = {id(tensor.param): tensor.name for tensor in tensors}
         self.by_name = {tensor.name: tensor for tensor in tensors}
-        self.local = LocalGradient(find_residual(self.model), names, self.surrogate(), self.recompute)
+        self._find_blocks()
         if not self.momentum:
             return {}
         matrices = {names[id(m.weight)] for m in linear_maps(self.model) if id(m.weight) in names}

@@ -101,6 +101,8 @@ def arguments(config: FinetuneConfig, model: nn.Module) -> dict[str, Any]:
 def build_optimizer(config: FinetuneConfig, model: nn.Module) -> Any:
     """The optimizer of a run. Raises UserError for a method or hyperparameter that is not there."""
     settings = arguments(config, model)
+    if "check_loss" in method(config.optimizer).common:
+        settings["check_loss"] = False  # the loop's own losses are not random
     return method(config.optimizer)(model.named_parameters(), **settings)
 
 

@@ -1,0 +1,193 @@
+"""What is checked about the caller's side: trained tensors that hold numbers, and a closure that gives one loss, twice."""
+
+from __future__ import annotations
+
+import inspect
+import numbers
+import random
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from metazo.blocks import NamedTensor
+from metazo.errors import UserError
+
+NARROW = (torch.bfloat16, torch.float16)
+FIRST_STEPS = 20  # in which equal losses are counted
+ROUNDING = 4 * torch.finfo(torch.float32).eps  # relative; two sums in another order differ by less
+SHARE = 0.01  # of the distance between probes: a loss that varies by less does no harm
+
+
+def as_loss(value: Any) -> float:
+    """The loss that a closure returned: a tensor of one entry, or a number. Raises UserError for anything else."""
+    single = isinstance(value, Tensor | np.ndarray) and np.prod(value.shape) == 1
+    real = isinstance(value, numbers.Real | np.number | np.bool_) or single
+    if real and not (value.is_complex() if isinstance(value, Tensor) else np.iscomplexobj(value)):
+        return float(value.item() if single else value)
+    raise UserError(f"The closure returned {described(value)}; {_remedy(value)}.")
+
+
+def described(value: Any) -> str:
+    """A value in a few words, for a message."""
+    if value is None:
+        return "None"
+    if isinstance(value, Tensor | np.ndarray):
+        kind = "a tensor" if isinstance(value, Tensor) else "an array"
+        return f"{kind} of shape {tuple(value.shape)} and type {str(value.dtype).removeprefix('torch.')}"
+    if isinstance(value, Mapping):
+        return f"a {type(value).__name__} with the keys {', '.join(map(str, list(value)[:4])) or '(none)'}"
+    if isinstance(value, list | tuple):
+        return f"a {type(value).__name__} of {len(value)} ({', '.join(type(item).__name__ for item in value[:4])})"
+    return f"{value!r:.60}, a {type(value).__name__}"
+
+
+def _remedy(value: Any) -> str:
+    if isinstance(value, Mapping) and "loss" in value:
+        return "return its entry `loss` alone"
+    if isinstance(value, Tensor | np.ndarray) and np.prod(value.shape) > 1:
+        return "return one number, such as its mean()"
+    return "return the loss as one number: a tensor of one entry, or a float, such as model(**batch).loss"
+
+
+def check_weights(tensors: Sequence[NamedTensor]) -> None:
+    """Raises UserError if trained tensors hold no numbers here, or hold them in a form that a step cannot change."""
+    found = [(tensor.name, reason) for tensor in tensors if (reason := _unfit(tensor.param))]
+    if not found:
+        return
+    name, (what, remedy) = found[0]
+    count = sum(reason[0] == what for _, reason in found)
+    raise UserError(f"{count} of {len(tensors)} trained tensors {what}, the first is {name}: {remedy}.")
+
+
+def _unfit(param: Tensor) -> tuple[str, str] | None:
+    """What is wrong with a parameter, and what to do."""
+    kinds = {kind.__name__ for kind in type(param).__mro__}
+    if is_lazy(param):
+        return "have no shape yet (lazy modules)", "run the model once before the first step"
+    if "DTensor" in kinds or "FlatParameter" in kinds or getattr(param, "_fsdp_flattened", False):
+        return (
+            "are sharded over processes (DTensor or FSDP)",
+            "give every process the whole model, as DDP does; losses are averaged without a wrapper",
+        )
+    if param.device.type == "meta":
+        return (
+            "are offloaded or were never loaded (device meta)",
+            "load the model without `device_map` or cpu_offload, or freeze them with requires_grad_(False)",
+        )
+    if is_traceable_wrapper_subclass(param):
+        return (
+            f"are of the tensor subclass {type(param).__name__}, such as quantised weights",
+            "freeze them and train others, such as LoRA's, or load the model in bfloat16",
+        )
+    if param.is_complex() or param.layout != torch.strided:
+        kind = str(param.dtype if param.is_complex() else param.layout).removeprefix("torch.")
+        return f"are of the kind {kind}", "only dense tensors of real numbers can be trained; freeze the others"
+    return None
+
+
+@contextmanager
+def generators_kept(device: torch.device) -> Iterator[None]:
+    """Around an evaluation: the global generators of torch, numpy and Python go on as if it had not happened."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        kept = np.random.get_state(), random.getstate()
+        try:
+            yield
+        finally:
+            np.random.set_state(kept[0])
+            random.setstate(kept[1])
+
+
+class LossWatch:
+    """Watches the losses of an optimizer's first steps, and warns once about each of three faults.
+
+    A loss that differs when it is evaluated twice at the same weights: one more evaluation at the first step, counted in
+    `forwards` by nobody, under generators that are put back. BatchNorm in train mode, whose running statistics change with
+    every probe. Losses in bfloat16 or float16 that are exactly equal in most of the first FIRST_STEPS steps.
+
+    Args: repeat: whether to evaluate once more.
+    """
+
+    def __init__(self, repeat: bool):
+        self.repeat = repeat
+        self.gap: float | None = None
+        self.narrow: torch.dtype | None = None
+        self.steps = self.equal = 0
+
+    def loss(self, value: Any) -> float:
+        """What a closure returned, as a number."""
+        if isinstance(value, Tensor) and value.dtype in NARROW:
+            self.narrow = value.dtype
+        return as_loss(value)
+
+    def evaluated(self, loss: float, again: Callable[[], float], device: torch.device) -> None:
+        """Called with the first loss of a step. again: evaluates the same loss at the same weights."""
+        if self.repeat:
+            self.repeat = False
+            with generators_kept(device):
+                self.gap = abs(again() - loss)
+
+    def stepped(self, losses: Sequence[float], closures: Sequence[Callable[[], Any]]) -> None:
+        """Called after each step with the losses of its probes."""
+        spread = max(losses) - min(losses)
+        if self.gap is not None:
+            self._judge(self.gap, spread, max(map(abs, losses)), closures)
+            self.gap = None
+        if self.steps == FIRST_STEPS:
+            return
+        self.steps += 1
+        self.equal += spread == 0 and len(losses) > 1
+        if self.steps == FIRST_STEPS and self.narrow is not None and self.equal > FIRST_STEPS // 2:
+            warnings.warn(
+                f"In {self.equal} of the first {FIRST_STEPS} steps the losses of all probes were exactly equal, so that the "
+                f"weights did not move: the loss is computed in {str(self.narrow).removeprefix('torch.')}, which is too "
+                "coarse. Compute the loss in float32 (logits.float()), or raise `eps`.",
+                stacklevel=5,
+            )
+
+    @staticmethod
+    def _judge(gap: float, spread: float, size: float, closures: Sequence[Callable[[], Any]]) -> None:
+        random_modules, normed = seen_modules(closures)
+        if gap > max(ROUNDING * size, SHARE * spread):
+            named = f" In train mode are {', '.join(random_modules)}: call model.eval()." if random_modules else ""
+            warnings.warn(
+                f"The loss differs by {gap:.3g} when it is evaluated twice at the same weights, and the losses of the probes "
+                f"by {spread:.3g}: the step follows this noise. Turn off dropout and sampling, and use one batch per "
+                f"step.{named}",
+                stacklevel=6,
+            )
+        if normed:
+            warnings.warn(
+                f"{', '.join(normed)} is in train mode: every probe changes its running statistics. Call model.eval().",
+                stacklevel=6,
+            )
+
+
+def seen_modules(closures: Sequence[Callable[[], Any]]) -> tuple[list[str], list[str]]:
+    """Modules in train mode that the closures show (their variables, or themselves): dropout, and BatchNorm, by name."""
+    dropout: list[str] = []
+    normed: list[str] = []
+    for model in {id(model): model for closure in closures for model in _models(closure)}.values():
+        for name, module in model.named_modules():
+            shown = f"{name or 'the model'} ({type(module).__name__})"
+            if module.training and isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+                dropout.append(shown)
+            if module.training and isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
+                normed.append(shown)
+    return tuple([*names[:3], f"{len(names) - 3} more"] if len(names) > 3 else names for names in (dropout, normed))
+
+
+def _models(closure: Callable[[], Any]) -> Iterator[nn.Module]:
+    function = getattr(closure, "func", closure)
+    candidates = [closure, getattr(function, "__self__", None), *getattr(closure, "args", ())]
+    if inspect.isfunction(function) or inspect.ismethod(function):
+        found = inspect.getclosurevars(function)
+        candidates += [*found.nonlocals.values(), *found.globals.values()]
+    yield from (value for value in candidates if isinstance(value, nn.Module))

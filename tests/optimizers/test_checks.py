@@ -1,0 +1,211 @@
+"""What the caller gets wrong: closures that return no loss, weights that are not there, losses that are random."""
+
+from __future__ import annotations
+
+import types
+import warnings
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from metazo.errors import UserError
+from metazo.optimizers import FZOO, LOZO, METHODS, MeZO
+from metazo.optimizers.checks import FIRST_STEPS, as_loss, check_weights
+from tests.optimizers.contract import NAMES, case, make, quadratic, take
+
+
+@pytest.mark.parametrize(
+    "value",
+    [0.5, np.float32(0.5), np.float64(0.5), np.array(0.5), np.array([0.5]), Fraction(1, 2), torch.tensor(0.5),
+     torch.tensor([[0.5]]), torch.tensor(0.5, dtype=torch.bfloat16), torch.tensor(0.5, requires_grad=True)],
+    ids=str,
+)  # fmt: skip
+def test_numbers_are_losses(value):
+    assert as_loss(value) == 0.5 and type(as_loss(value)) is float
+    assert as_loss(True) == 1.0 and as_loss(np.int64(3)) == 3.0
+
+
+@pytest.mark.parametrize(
+    ("value", "found", "remedy"),
+    [
+        (None, "None", "model(**batch).loss"),
+        ((torch.tensor(1.0), 2), "a tuple of 2 (Tensor, int)", "one number"),
+        ([1.0], "a list of 1 (float)", "one number"),
+        ({"loss": 1.0, "logits": 2}, "a dict with the keys loss, logits", "its entry `loss`"),
+        ({"a": 1.0}, "a dict with the keys a", "one number"),
+        (torch.ones(4, 3), "a tensor of shape (4, 3) and type float32", "mean()"),
+        (torch.ones(0), "a tensor of shape (0,)", "one number"),
+        (torch.tensor(1j), "a tensor of shape () and type complex64", "one number"),
+        (np.ones(2), "an array of shape (2,)", "mean()"),
+        ("0.5", "'0.5', a str", "one number"),
+        (1j, "1j, a complex", "one number"),
+    ],
+)
+def test_what_is_no_loss_is_said_with_what_to_return(value, found, remedy):
+    with pytest.raises(UserError) as error:
+        as_loss(value)
+    text = str(error.value)
+    assert text.startswith("The closure returned " + found) and remedy in text and "\n" not in text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_method_refuses_a_tuple_and_leaves_the_weights(name):
+    problem = quadratic()
+    optimizer, before = make(name, problem.named(), case(name).quadratic), problem.copies()
+    with pytest.raises(UserError, match=r"returned a tuple of 2 \(Tensor, int\)"):
+        take(optimizer, lambda: (problem(), 0))
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-15) for a, b in zip(before, problem.parameters()))
+
+
+@pytest.mark.parametrize("name", ["first-order-sgd", "first-order-adamw"])
+def test_first_order_methods_ask_for_a_tensor_with_a_gradient(name):
+    problem = quadratic()
+    optimizer = METHODS[name](problem.named())
+    with pytest.raises(UserError, match="returned a dict"):
+        optimizer.step(lambda: {"loss": problem()})
+    with pytest.raises(UserError, match="with a gradient"):
+        optimizer.step(lambda: problem().item())
+
+
+def test_probes_together_refuse_them_as_well():
+    model = nn.Linear(3, 2)
+    x = torch.ones(4, 3)
+    optimizer = LOZO(model.named_parameters(), probing="together")
+    with warnings.catch_warnings(), pytest.raises(UserError, match=r"shape \(4, 2\).*mean"):
+        warnings.simplefilter("ignore")
+        optimizer.step(lambda: model(x))
+
+
+def test_meta_weights_are_refused_by_name_and_a_frozen_one_is_not():
+    for model in (nn.Linear(4, 4, device="meta"), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, device="meta"))):
+        count = len(list(model.parameters()))
+        name = "weight" if count == 2 else "1.weight"
+        with pytest.raises(UserError, match=rf"^2 of {count} trained tensors are offloaded.*the first is {name}: "):
+            MeZO(model.named_parameters()).step(lambda: 1.0)
+    model[1].requires_grad_(False)
+    MeZO(model.named_parameters()).step(lambda: model[0](torch.ones(1, 4)).sum())
+
+
+def test_offloaded_weights_are_refused():
+    accelerate = pytest.importorskip("accelerate")
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    with pytest.raises(UserError, match="4 of 4 trained tensors are offloaded.*0.weight.*cpu_offload"):
+        MeZO(model.named_parameters()).step(lambda: model(torch.ones(1, 4)).sum())
+
+
+def test_sharded_weights_are_refused(tmp_path):
+    from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/m", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        model = nn.Linear(4, 4)
+        model.weight = nn.Parameter(DTensor.from_local(model.weight.detach(), mesh, [Replicate()]))
+        with pytest.raises(UserError, match="1 of 2 trained tensors are sharded.*first is weight"):
+            MeZO(model.named_parameters()).step(lambda: 1.0)
+        from torch.distributed.fsdp import fully_shard
+
+        with pytest.raises(UserError, match="2 of 2 trained tensors are sharded"):
+            MeZO(fully_shard(nn.Linear(4, 4), mesh=mesh).named_parameters()).step(lambda: 1.0)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_other_weights_that_a_step_cannot_change():
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    def tensors(param):
+        return [types.SimpleNamespace(name="w", param=param)]
+
+    check_weights(tensors(nn.Parameter(torch.ones(2))))
+    for param, found in (
+        (nn.Parameter(TwoTensor(torch.ones(2), torch.ones(2))), "tensor subclass TwoTensor"),
+        (nn.UninitializedParameter(), "no shape yet"),
+        (nn.Parameter(torch.ones(2, dtype=torch.complex64)), "complex64"),
+        (nn.Parameter(torch.eye(2).to_sparse()), "sparse_coo"),
+    ):
+        with pytest.raises(UserError, match=f"1 of 1 trained tensors .*{found}.*first is w: "):
+            check_weights(tensors(param))
+
+
+def dropped(p: float = 0.5):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(p), nn.Linear(8, 1))
+    x = torch.randn(16, 8)
+    return model, lambda: model(x).square().mean()
+
+
+def test_a_random_loss_is_warned_about_with_the_figures_and_the_module():
+    model, closure = dropped()
+    with pytest.warns(UserWarning) as found:
+        optimizer = MeZO(model.named_parameters())
+        optimizer.step(closure)
+        optimizer.step(closure)
+    assert len(found) == 1
+    text = str(found[0].message)
+    assert "evaluated twice at the same weights" in text and "1 (Dropout): call model.eval()" in text
+    first, second = optimizer.last_step.losses
+    assert abs(first - second) > 0 and found[0].filename == __file__
+
+
+@pytest.mark.parametrize("method", [MeZO, FZOO, LOZO])
+def test_the_check_changes_nothing_else(method):
+    """Losses, counters, generators and weights are those of a run without it, on a loss that reads the generators."""
+    runs = []
+    for check in (True, False):
+        model, closure = dropped()
+        state = np.random.get_state()
+        np.random.seed(0)
+        optimizer = method(model.named_parameters(), check_loss=check)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            records = [(optimizer.step(lambda: closure() + np.random.rand()), optimizer.last_step)[1] for _ in range(3)]
+        runs.append((records, optimizer.forwards, torch.rand(()).item(), np.random.rand()))
+        np.random.set_state(state)
+    assert runs[0] == runs[1]
+
+
+def test_a_loss_that_is_the_same_twice_is_not_warned_about_and_costs_one_evaluation():
+    model, closure = dropped()
+    model.eval()
+    calls = []
+    for check in (True, False):
+        optimizer = MeZO(model.named_parameters(), check_loss=check)
+        calls.append(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+
+            def counted():
+                calls[-1] += 1
+                return closure()
+
+            for _ in range(3):
+                optimizer.step(counted)
+        assert optimizer.forwards == 6
+    assert calls == [7, 6]
+
+
+def test_batch_norm_in_train_mode_is_named():
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+    x = torch.randn(16, 8)
+    with pytest.warns(UserWarning, match=r"1 \(BatchNorm1d\) is in train mode: every probe changes"):
+        MeZO(model.named_parameters()).step(lambda: model(x).square().mean() + model[0](x).mean())
+
+
+def test_narrow_losses_that_are_equal_are_counted():
+    problem = quadratic(torch.float32)
+    for dtype, expected in ((torch.bfloat16, 1), (torch.float32, 0)):
+        optimizer = MeZO(problem.named(), lr=0.0, eps=1e-6)
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            equal = 0
+            for _ in range(FIRST_STEPS + 5):
+                optimizer.step(lambda: problem().to(dtype))
+                equal += optimizer.steps <= FIRST_STEPS and len(set(optimizer.last_step.losses)) == 1
+        texts = [str(one.message) for one in found]
+        assert len(texts) == expected
+        assert not expected or f"In {equal} of the first 20 steps" in texts[0] and "bfloat16" in texts[0]

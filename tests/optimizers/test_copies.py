@@ -1,0 +1,100 @@
+"""pickle, torch.save and copy.deepcopy of every optimizer together with its model: the copy goes on bit-identically."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LinearLR
+
+from metazo.optimizers import METHODS, MeZO
+from metazo.optimizers.registry import load
+from tests.optimizers.contract import case, make, quadratic, take
+
+load()
+LOSSES = sorted(name for name, cls in METHODS.items() if not cls.needs_model)
+FEEDBACK = sorted(name for name, cls in METHODS.items() if cls.needs_model)
+
+
+def saved(pair):
+    file = io.BytesIO()
+    torch.save(pair, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda pair: pickle.loads(pickle.dumps(pair)), "torch.save": saved}
+by = pytest.mark.parametrize("by", COPIES)
+
+
+def begin(name: str, dtype: torch.dtype):
+    problem = quadratic(dtype)
+    if issubclass(METHODS[name], torch.optim.Optimizer):
+        return problem, make(name, problem.named(), case(name).quadratic, seed=3)
+    return problem, METHODS[name](problem.named(), lr=1e-3)  # type: ignore[call-arg]
+
+
+def equal(one: nn.Module, other: nn.Module) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+@by
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_copy_goes_on_bit_identically(name, precision, by):
+    problem, optimizer = begin(name, getattr(torch, precision))
+    for _ in range(3):
+        take(optimizer, problem)
+    optimizer.recorder = lambda step: None  # belongs to this process
+    twin, other = COPIES[by]((problem, optimizer))
+    assert other.recorder is None and equal(problem, twin)
+    for _ in range(3):
+        take(optimizer, problem)
+    assert not equal(problem, twin), "the copy shares its weights with the original"
+    for _ in range(3):
+        take(other, twin)
+    assert equal(problem, twin)
+    assert (other.last_step, other.steps, other.forwards) == (optimizer.last_step, optimizer.steps, optimizer.forwards)
+
+
+@by
+@pytest.mark.parametrize("name", FEEDBACK)
+def test_a_copy_of_a_method_that_reads_the_modules(name, by):
+    from tests.feedback.conftest import tiny  # type: ignore[import-not-found]
+
+    model, closure_of = tiny()
+    optimizer = METHODS[name](model.named_parameters(), lr=1e-3, model=model)  # type: ignore[call-arg]
+    optimizer.step(closure_of(model))
+    twin, other = COPIES[by]((model, optimizer))
+    optimizer.step(closure_of(model))
+    assert not equal(model, twin)
+    other.step(closure_of(twin))
+    assert equal(model, twin)
+
+
+@by
+@pytest.mark.parametrize("precision", ["compensated-16", "compensated-8"])
+def test_a_copy_keeps_the_bits_below_the_weights(precision, by):
+    problem = quadratic(torch.bfloat16)
+    optimizer = MeZO(problem.named(), lr=0.01, precision=precision)
+    optimizer.step(problem)
+    twin, other = COPIES[by]((problem, optimizer))
+    optimizer.step(problem), other.step(twin)
+    state, kept = optimizer.tensors_state(), other.tensors_state()
+    assert equal(problem, twin) and all(torch.equal(state[key], kept[key]) for key in state)
+
+
+def test_before_the_first_step_and_under_a_schedule():
+    problem = quadratic(torch.float32)
+    optimizer = MeZO(problem.named(), lr=0.05)
+    schedule = LinearLR(optimizer, 0.5)
+    twin, other = copy.deepcopy((problem, optimizer))
+    for one, model in ((optimizer, problem), (other, twin)):
+        one.step(model)
+    assert equal(problem, twin) and other.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
+    schedule.step()
+    assert other.param_groups[0]["lr"] != optimizer.param_groups[0]["lr"]
