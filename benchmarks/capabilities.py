@@ -71,7 +71,7 @@ def tuner_scale(model: nn.Module) -> TunerScale:
 def make(name: str, model: nn.Module, **extra: Any) -> ZOOptimizer:
     if OPTIMIZERS[name].needs_tuner:
         extra.setdefault("scale", tuner_scale(model))
-    optimizer = OPTIMIZERS[name](model.named_parameters(), **extra)
+    optimizer = OPTIMIZERS[name](model.named_parameters(), check_loss=False, **extra)
     if optimizer.wants_full_closure:
         optimizer.full_closure = loss_of(model)  # type: ignore[attr-defined]
     return optimizer

@@ -22,14 +22,14 @@ DOUBLE = "one forward of twice the batch"
 
 
 def _ours(name: str, **extra: Any) -> Callable[[nn.Module], Any]:
-    return lambda model: OPTIMIZERS[name](model.named_parameters(), lr=LR, **extra)
+    return lambda model: OPTIMIZERS[name](model.named_parameters(), lr=LR, check_loss=False, **extra)
 
 
 def _zo_finetuner(model: nn.Module):
     """Under a tuner of untrained networks: what they say costs the same."""
     names = [block.name for block in partition(named_tensors(model))]
     scale = TunerScale(pertnn=PertNN(len(names)), networks=names)
-    return OPTIMIZERS["zo-finetuner"](model.named_parameters(), lr=LR, scale=scale)
+    return OPTIMIZERS["zo-finetuner"](model.named_parameters(), lr=LR, scale=scale, check_loss=False)
 
 
 METHODS: dict[str, Callable[[nn.Module], Any]] = {

@@ -19,12 +19,14 @@ from metazo.noise import philox
 from metazo.noise.philox import TILE
 from metazo.noise.reference import Draw, TorchOrderNoise
 
-__all__ = ["TILE", "Draw", "Move", "Noise", "PhiloxNoise", "Stream", "TorchOrderNoise", "add_two_all_", "backends"]
+__all__ = ["TILE", "Draw", "Move", "Noise", "PhiloxNoise", "PhiloxStream", "Stream", "TorchOrderNoise"]
+__all__ += ["add_two_all_", "backends"]
 
 # What a number is for, so that two draws for one tensor and seed never meet.
 DENSE, LEFT, RIGHT, INITIAL = 0, 1, 2, 3
 _SEEDS, _UNIFORM, _LOW = 0xFFFF0001, 0xFFFF0002, 0xFFFFFFFF
 _COMPILERS = {"cpu": "numba", "cuda": "triton"}
+_SPLIT = "cpu_split"  # the kernels for weights in two parts
 _CHUNK = 1 << 20  # entries drawn at once by the plain backend, a multiple of TILE
 
 
@@ -32,7 +34,7 @@ _CHUNK = 1 << 20  # entries drawn at once by the plain backend, a multiple of TI
 def _compiled(device: str) -> ModuleType | ImportError | None:
     """The kernels for a kind of device, imported when they are first needed; or why there are none."""
     try:
-        return importlib.import_module(f"metazo.noise.{device}") if device in _COMPILERS else None
+        return importlib.import_module(f"metazo.noise.{device}") if device in (*_COMPILERS, _SPLIT) else None
     except ImportError as error:
         return error
 
@@ -179,6 +181,35 @@ class PhiloxStream:
             kernels.place_(self.distribution, out, base, alpha, self.seed, tensor.id, purpose, start)
         else:
             self._plain(tensor, out, base, alpha, 1.0, purpose, start)
+
+    def place_split_(self, tensor: NamedTensor, out: Tensor, weights: Tensor, low: Tensor, alpha: float) -> bool:
+        """out = join(weights, low) + alpha * z on a whole tensor, rounded once, in one pass (cpu_split.py).
+
+        Returns: False if there is no such kernel for these tensors; nothing is done then.
+        """
+        kernels = self._split_kernels(weights, low)
+        if kernels is None or out.dtype != weights.dtype or not out.is_contiguous():
+            return False
+        flat = out.view(-1), weights.view(-1), low.view(-1)
+        kernels.place_(self.distribution, *flat, alpha, self.seed, tensor.id, DENSE, 0)
+        return True
+
+    def add_split_(
+        self, tensor: NamedTensor, weights: Tensor, low: Tensor, alpha: float, beta: float, rounding: int
+    ) -> bool:
+        """weights, low = split(beta * join(weights, low) + alpha * z), as `place_split_`."""
+        kernels = self._split_kernels(weights, low)
+        if kernels is None:
+            return False
+        flat = weights.view(-1), low.view(-1)
+        kernels.add_(self.distribution, *flat, alpha, beta, self.seed, tensor.id, DENSE, 0, rounding)
+        return True
+
+    def _split_kernels(self, weights: Tensor, low: Tensor) -> ModuleType | None:
+        if self.backend == "torch" or not isinstance(_compiled(weights.device.type), ModuleType):
+            return None
+        kernels = _compiled(f"{weights.device.type}_split")
+        return kernels if isinstance(kernels, ModuleType) and kernels.supports(weights, low) else None
 
     def dot(self, tensor: NamedTensor, other: Tensor) -> float:
         """<z, other> over a whole tensor, summed in float64: z is not kept."""

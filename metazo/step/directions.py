@@ -63,6 +63,10 @@ class Direction(ABC):
         """(U, V), (m, r) and (n, r), if d = U V^T on this matrix."""
         return None
 
+    def dense(self, tensor: NamedTensor, alpha: float) -> float | None:
+        """The number a, if alpha d = a z with the noise z of this tensor."""
+        return None
+
     def add_(
         self, stream: Stream, tensor: NamedTensor, out: Tensor, alpha: float, beta: float = 1.0, start: int = 0
     ) -> None:
@@ -89,6 +93,9 @@ class Isotropic(Direction):
     def touches(self, tensor: NamedTensor) -> bool:
         return True
 
+    def dense(self, tensor: NamedTensor, alpha: float) -> float | None:
+        return alpha
+
     def add_(self, stream, tensor, out, alpha, beta=1.0, start=0) -> None:
         stream.add_(tensor, out, alpha, beta, start=start)
 
@@ -113,6 +120,9 @@ class Scaled(Direction):
 
     def draws(self, tensor: NamedTensor) -> Iterable[Draw]:
         return self.inner.draws(tensor)
+
+    def dense(self, tensor: NamedTensor, alpha: float) -> float | None:
+        return self.inner.dense(tensor, alpha * self.scales[tensor.name])
 
     def add_(self, stream, tensor, out, alpha, beta=1.0, start=0) -> None:
         self.inner.add_(stream, tensor, out, alpha * self.scales[tensor.name], beta, start)
@@ -199,6 +209,9 @@ class Sparse(Direction):
 
     def factors(self, stream, tensor) -> tuple[Tensor, Tensor] | None:
         return self.inner.factors(stream, tensor) if self.touches(tensor) else None
+
+    def dense(self, tensor: NamedTensor, alpha: float) -> float | None:
+        return self.inner.dense(tensor, alpha) if self.touches(tensor) else None
 
     def add_(self, stream, tensor, out, alpha, beta=1.0, start=0) -> None:
         if self.touches(tensor):

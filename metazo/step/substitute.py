@@ -5,8 +5,8 @@ made for that call, and freed after it: one tensor of extra memory, and the weig
 no access to modules; linear, embedding, norms, tied weights and plain arithmetic are all calls of torch functions.
 
 What torch does not announce it cannot replace: scripted code, and extensions that read the memory. `unmet` lists the
-tensors that were never replaced, and `used_unseen` finds out whether they are used. torch.compile sees the change and
-compiles again for each `Scratch`, until it gives up and runs the model as it is written.
+tensors that were never replaced, and `used_unseen` finds out whether they are used. torch.compile cannot follow: it fails,
+which `of_compiler` tells from a failure of the model, or compiles again for each `Scratch` until it gives up.
 """
 
 from __future__ import annotations
@@ -109,6 +109,15 @@ class Scratch(Shown):
     def make(self, tensor: NamedTensor) -> Tensor:
         with DisableTorchFunctionSubclass():
             return self._make(tensor)
+
+
+def of_compiler(error: Exception) -> bool:
+    """Whether torch.compile itself failed, rather than the model that it compiles."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    inner = trace.tb_frame.f_globals.get("__name__", "") if trace is not None else ""
+    return any(name.startswith("torch._dynamo") for name in (inner, type(error).__module__))
 
 
 def used_unseen(unmet: Sequence[NamedTensor], evaluate: Callable[[], float], loss: float) -> bool:

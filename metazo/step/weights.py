@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from metazo.blocks import NamedTensor, chunk_of, chunks
-from metazo.noise import Move, Noise, Stream
+from metazo.errors import UserError
+from metazo.noise import Move, Noise, PhiloxStream, Stream
 from metazo.step.directions import Direction, in_chunks
 from metazo.step.precision import Compensated, InPlace, Master, Storage, storage
-from metazo.step.substitute import Scratch
+from metazo.step.substitute import Scratch, of_compiler
 
 
 @dataclass(frozen=True)
@@ -153,8 +154,16 @@ class Weights:
             with torch.autocast(kind, torch.bfloat16, cache_enabled=False):  # the cache would be a copy of the weights
                 yield None
         elif self.compensated and (self.probe or self.at_snapshot):
-            with Scratch(self.compensated, self._moved) as scratch:
-                yield scratch
+            try:
+                with Scratch(self.compensated, self._moved) as scratch:
+                    yield scratch
+            except Exception as error:
+                if not of_compiler(error):
+                    raise
+                raise UserError(
+                    "precision compensated replaces weights within the forward pass, and torch.compile cannot follow "
+                    f"({str(error).splitlines()[0]:.80}): choose precision master, or use the model without torch.compile."
+                ) from error
         else:
             yield None
 
@@ -162,6 +171,8 @@ class Weights:
         """round(theta + probe) of a compensated tensor, in new memory."""
         out, place = torch.empty_like(tensor.param.data), self.storage[tensor.name]
         terms = [(term, self.noise.stream(term.seed)) for term in self.probe if term.touches(tensor)]
+        if len(terms) == 1 and not self.at_snapshot and self._placed(tensor, *terms[0], out):
+            return out
         for start, stop in chunks(tensor.param):
             theta = place.read(start, stop, self.room)
             if self.at_snapshot:
@@ -170,6 +181,21 @@ class Weights:
                 term.add_(stream, tensor, theta, 1.0, start)
             out.view(-1)[start:stop].copy_(theta)
         return out
+
+    def _placed(self, tensor: NamedTensor, term: Term, stream: Stream, out: Tensor) -> bool:
+        """As `_moved` in one pass over the weights, if there is one for this term; else False, and nothing is done."""
+        amount = term.direction.dense(tensor, term.amount) if isinstance(stream, PhiloxStream) else None
+        low = self.storage[tensor.name].buffers["compensation"]
+        return amount is not None and stream.place_split_(tensor, out, tensor.param.data, low, amount)
+
+    def _added(self, tensor: NamedTensor, term: Term, stream: Stream, amount: float, factor: float, seed: int) -> bool:
+        """theta = factor * theta + amount * d of a compensated tensor in one pass, as `_placed`."""
+        multiple = term.direction.dense(tensor, amount) if isinstance(stream, PhiloxStream) else None
+        place = self.storage[tensor.name]
+        if multiple is None:
+            return False
+        low = place.buffers["compensation"]
+        return stream.add_split_(tensor, tensor.param.data, low, multiple, factor, seed ^ place.salt)
 
     # -- reading and changing theta -------------------------------------------------------------------------------
 
@@ -236,7 +262,12 @@ class Weights:
                     amount = amounts[k] - factor * folded[k]
                     moves[k].append(Move(tensor, place.theta, amount, factor if k == touching[0] else 1.0))
             elif factor != 1.0 or touching:
-                for start, theta in self.edit_whole(tensor, terms[0].seed if terms else 0):
+                rounding = terms[0].seed if terms else 0
+                if len(touching) == 1 and isinstance(place, Compensated):
+                    (k,) = touching
+                    if self._added(tensor, terms[k], streams[k], amounts[k], factor, rounding):
+                        continue
+                for start, theta in self.edit_whole(tensor, rounding):
                     _add_sum_(tensor, theta, terms, streams, amounts, factor, start)
         for term, stream, together in zip(terms, streams, moves):
             term.along.add_all_(stream, together)

@@ -208,4 +208,4 @@ def test_narrow_losses_that_are_equal_are_counted():
                 equal += optimizer.steps <= FIRST_STEPS and len(set(optimizer.last_step.losses)) == 1
         texts = [str(one.message) for one in found]
         assert len(texts) == expected
-        assert not expected or f"In {equal} of the first 20 steps" in texts[0] and "bfloat16" in texts[0]
+        assert not expected or (f"In {equal} of the first 20 steps" in texts[0] and "bfloat16" in texts[0])

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LinearLR
 
+from metazo.bench.architectures import build
 from metazo.optimizers import METHODS, MeZO
 from metazo.optimizers.registry import load
 from tests.optimizers.contract import case, make, quadratic, take
@@ -64,15 +65,18 @@ def test_a_copy_goes_on_bit_identically(name, precision, by):
 @by
 @pytest.mark.parametrize("name", FEEDBACK)
 def test_a_copy_of_a_method_that_reads_the_modules(name, by):
-    from tests.feedback.conftest import tiny  # type: ignore[import-not-found]
-
-    model, closure_of = tiny()
+    model = build("Llama").model
+    ids = torch.arange(12).view(2, 6) % 7 + 3
     optimizer = METHODS[name](model.named_parameters(), lr=1e-3, model=model)  # type: ignore[call-arg]
-    optimizer.step(closure_of(model))
+
+    def loss_of(module):
+        return lambda: torch.nn.functional.cross_entropy(module(input_ids=ids).logits[:, -1], ids[:, 0])
+
+    optimizer.step(loss_of(model))
     twin, other = COPIES[by]((model, optimizer))
-    optimizer.step(closure_of(model))
+    optimizer.step(loss_of(model))
     assert not equal(model, twin)
-    other.step(closure_of(twin))
+    other.step(loss_of(twin))
     assert equal(model, twin)
 
 

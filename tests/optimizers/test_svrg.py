@@ -45,7 +45,9 @@ class Sum(nn.Module):
 
 
 def make(model: Sum, cls=MeZOSVRG, **settings):
-    optimizer = cls(model.named_parameters(), **({"lr": 1.0, "mini_lr": 1.0, "eps": 1e-2} | settings))
+    optimizer = cls(
+        model.named_parameters(), **({"lr": 1.0, "mini_lr": 1.0, "eps": 1e-2, "check_loss": False} | settings)
+    )
     optimizer.full_closure = model.full
     return optimizer
 

@@ -129,7 +129,7 @@ def test_what_cannot_be_seen_is_told():
 
 def test_what_is_not_used_is_no_fault():
     model, calls = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)]).to(B16), []
-    optimizer = MeZO(model.named_parameters(), lr=1e-3, precision="compensated-8")
+    optimizer = MeZO(model.named_parameters(), lr=1e-3, precision="compensated-8", check_loss=False)
     start = model[1].weight.detach().clone()
     for _ in range(3):
         optimizer.step(lambda: [calls.append(0), model[0](torch.ones(1, 6, dtype=B16)).float().square().sum()][1])
