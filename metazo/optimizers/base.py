@@ -42,8 +42,8 @@ from metazo.blocks import NamedTensor, check_names
 from metazo.errors import UserError
 from metazo.noise import Noise, PhiloxNoise
 from metazo.optimizers import probing as probings
-from metazo.optimizers.checks import LossWatch, check_weights
 from metazo.optimizers.groups import Closure, listed, mean_over_processes, named_groups, trainable
+from metazo.optimizers.guards import LossWatch, check_weights
 from metazo.optimizers.registry import Method
 from metazo.step.directions import Direction, Isotropic, Scaled
 from metazo.step.estimators import Estimator, TwoPoint

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from metazo.errors import UserError
 from metazo.optimizers.base import DECAY_EXEMPT
-from metazo.optimizers.checks import as_loss
 from metazo.optimizers.groups import Closure, listed
+from metazo.optimizers.guards import as_loss
 from metazo.optimizers.registry import Method, register
 from metazo.step.record import Step
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from metazo.errors import UserError
 from metazo.optimizers import FZOO, LOZO, METHODS, MeZO
-from metazo.optimizers.checks import FIRST_STEPS, as_loss, check_weights
+from metazo.optimizers.guards import FIRST_STEPS, as_loss, check_weights
 from tests.optimizers.contract import NAMES, case, make, quadratic, take
 
 
