@@ -16,7 +16,7 @@ WANTED = [
     *("sst2", "cola", "mnli", "qnli", "snli", "trec"),
     *("rte", "cb", "boolq", "boolq_closed", "wsc", "wic", "multirc", "copa", "record"),
     *("squad", "drop", "gsm8k", "metamathqa"),
-    *("pico_sentiment", "pico_topic", "pico_entail", "pico_cause", "pico_span"),
+    *("pico_sentiment", "pico_topic", "pico_entail", "pico_cause", "pico_span", "books"),
 ]
 REAL = ["sst2", "rte", "cb", "copa", "wsc", "boolq", "boolq_closed", "squad", "drop", "mnli", "qnli", "cola", "gsm8k"]
 SPLIT_SIZES = {"cb": (150, 100, 56), "copa": (300, 100, 100), "rte": (1000, 500, 277), "wsc": (370, 184, 104)}
