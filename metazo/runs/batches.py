@@ -1,4 +1,4 @@
-"""Which examples a step reads: a function of the step and the seed alone."""
+"""The examples that a step reads: a function of the step and the seed alone."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import numpy as np
 
 
 def batch_indices(step: int, batch_size: int, examples: int, seed: int) -> list[int]:
-    """Examples of a step: a walk through a new permutation each epoch, a function of the step alone.
+    """Indices of the examples of a step: each epoch goes through a new permutation.
 
-    So a resumed run reads what the first would have read. Returns: batch_size indices.
+    The permutation depends on the seed and the epoch alone, so a resumed run reads the same examples as an uninterrupted
+    one. Returns: batch_size indices.
     """
     places = range(step * batch_size, (step + 1) * batch_size)
     orders = {

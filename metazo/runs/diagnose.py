@@ -1,4 +1,4 @@
-"""Why a loss is not finite, and why memory ran out, in a sentence."""
+"""Explains in a sentence why a loss is not finite, or why memory ran out."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from metazo.runs.config import FinetuneConfig
 
 @torch.inference_mode()
 def diagnose(model: nn.Module, closures: Sequence[Callable[[], Any]], dtype: torch.dtype) -> str:
-    """Why the loss is not finite, in a sentence: at the cost of a forward pass, and of one module in float32.
+    """A sentence that says why the loss is not finite. It costs a forward pass, and one module's pass in float32.
 
-    Told apart: weights out of the dtype's range; a probe that is too long; an overflow of a narrow dtype (a module's
+    It distinguishes weights out of the dtype's range; a probe that is too long; an overflow of a narrow dtype (a module's
     output is finite in float32 on the same input); and divergence.
     """
     limit, name = torch.finfo(dtype).max, str(dtype).removeprefix("torch.")
@@ -56,7 +56,7 @@ def diagnose(model: nn.Module, closures: Sequence[Callable[[], Any]], dtype: tor
 
 
 class _Finder:
-    """A forward hook that notes modules which make what is not finite from what is; inner ones come first."""
+    """A forward hook that notes modules whose inputs are finite and whose outputs are not; inner modules come first."""
 
     def __init__(self, name: str, found: list):
         self.name, self.found = name or "the model", found
@@ -78,12 +78,12 @@ def _floats(value: Any) -> Iterator[Tensor]:
 
 
 def _finite(value: Any, masks: bool = False) -> bool:
-    """Whether all is finite; with `masks`, but for the -inf that attention masks hold."""
+    """Whether all values are finite; `masks` allows the -inf that attention masks hold."""
     return all(bool((tensor.isfinite() | (tensor == -math.inf if masks else False)).all()) for tensor in _floats(value))
 
 
 def _wide(value: Any) -> Any:
-    """The same in float32: modules, and tensors in nested lists, tuples and mappings."""
+    """Converts modules, and tensors in nested lists, tuples and mappings, to float32."""
     if isinstance(value, nn.Module):
         return copy.deepcopy(value).float()
     if isinstance(value, Tensor):
@@ -105,7 +105,7 @@ def memory_explained(config: FinetuneConfig) -> Iterator[None]:
             raise
         length = config.max_length or "the model's context"
         raise UserError(
-            f"Out of memory: lower `batch_size` (now {config.batch_size}; more `accumulate` keeps the examples a step), "
+            f"Out of memory: lower `batch_size` (now {config.batch_size}; more `accumulate` keeps the examples per step), "
             f"`max_length` (now {length}) or `eval_batch_size` (now {config.eval_batch_size}), or take `dtype` bfloat16 "
-            f"(now {config.dtype}), in another `out`; or free memory and go on with `resume=True`: what the log holds is whole."
+            f"(now {config.dtype}), in another `out`; or free memory and go on with `resume=True`: the step log is intact."
         ) from error

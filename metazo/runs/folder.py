@@ -30,7 +30,7 @@ _LEFT_BEHIND = ".*.tmp"  # what a killed process was writing when it died
 
 
 def run_of(path: Path) -> Path | None:
-    """The folder of the run that a path names, by itself or by its kept model; None if it is no run's."""
+    """The folder of the run to which a path (the folder itself, or its kept model) belongs; None if there is no run."""
     for folder in (path, path.parent if path.name == MODEL else path):
         if is_file(folder / CONFIG) and is_file(folder / STEPS):
             return folder
@@ -38,7 +38,7 @@ def run_of(path: Path) -> Path | None:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The settings of the run in a folder. Raises UserError where it holds none."""
+    """The settings of the run in a folder. Raises UserError if the folder holds no run."""
     if not is_file(path / CONFIG):
         raise UserError(f"{path} holds no run (no {CONFIG}).")
     try:
@@ -46,12 +46,12 @@ def read_config(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path / CONFIG} is damaged, so the run cannot go on: {error}.") from error
     if not isinstance(found, dict):
-        raise UserError(f"{path / CONFIG} is damaged, so the run cannot go on: it is no mapping of settings.")
+        raise UserError(f"{path / CONFIG} is damaged, so the run cannot go on: it is not a mapping of settings.")
     return found
 
 
 def save_parts(folder: Path, *parts: Any) -> None:
-    """What each part's `save_pretrained` writes into a folder. Raises OSError if the disk is full or read-only.
+    """Call `save_pretrained` of each object on a folder. Raises OSError if the disk is full or read-only.
 
     The libraries that write tensors and tokenizers are in Rust and report a full disk as an exception of their own.
     """
@@ -70,10 +70,10 @@ def save_parts(folder: Path, *parts: Any) -> None:
 class RunFolder:
     """The output folder of a run.
 
-    Args: path; config: its settings, as JSON values; resume: go on with the run that is there; incidental: settings
-    that may change then; belongs: hashes of what the run's numbers follow from, by name, kept beside the settings and
-    compared when the run is resumed; say: takes a sentence for people.
-    One process at a time writes into it: the folder is locked from `begin` (or from here, if an unfinished run is
+    Args: path; config: the run's settings, as JSON values; resume: go on with the run in the folder; incidental: settings
+    that may change on resuming; belongs: hashes of everything that the run's numbers depend on, by name, kept beside the
+    settings and compared when the run is resumed; say: called with each sentence for the user.
+    One process at a time writes into the folder: it is locked from `begin` (or from here, if an unfinished run is
     resumed) to `close`; use it as a context manager.
     Raises UserError if the folder holds a run and resume is off, holds another run, or is in use.
     """
@@ -110,13 +110,15 @@ class RunFolder:
             raise UserError(f"`out` {path} is not empty and holds no run of metazo; choose an empty or new folder.")
 
     def begin(self) -> None:
-        """Make the folder of a new run; until then nothing is written. Does nothing for a run that is there."""
+        """Make the folder of a new run; nothing is written before. Does nothing for a run that is resumed."""
         if self.resume:
             return
         self.lock.acquire()
         if (self.path / CONFIG).exists():  # another process began here while this one loaded its model
             self.close()
-            raise UserError(f"`out` {self.path} holds a run since a moment ago; choose another folder.")
+            raise UserError(
+                f"`out` {self.path} holds a run that another process has just begun; choose another folder."
+            )
         self._clear(_LEFT_BEHIND)
         write_whole(self.path / CONFIG, json.dumps(self.config, indent=2).encode())
 
@@ -158,7 +160,7 @@ class RunFolder:
                 path.unlink(missing_ok=True)
 
     def used(self) -> int:
-        """Bytes of what is in the folder."""
+        """Bytes of the files in the folder."""
         return sum(path.stat().st_size for path in self.path.rglob("*") if path.is_file())
 
     # -- metrics ---------------------------------------------------------------------------------------------------
@@ -178,13 +180,13 @@ class RunFolder:
         return found
 
     def keep_records(self, records: list[dict[str, Any]]) -> None:
-        """Let the metrics be these. A file that holds them already is left as it is."""
+        """Replace the metrics by these. A file that already holds them is left as it is."""
         data = "".join(json.dumps(record) + "\n" for record in records).encode()
         if not self.metrics.exists() or self.metrics.read_bytes() != data:
             write_whole(self.metrics, data)
 
     def record(self, **values: Any) -> None:
-        """Append a line, and see it onto the disk."""
+        """Append a line and sync it to the disk."""
         lines = LineFile(self.metrics)
         try:
             lines.append(json.dumps(values).encode() + b"\n")
@@ -195,11 +197,11 @@ class RunFolder:
     # -- tensors ---------------------------------------------------------------------------------------------------
 
     def save_tensors(self, name: str, step: int, tensors: Mapping[str, Tensor]) -> None:
-        """Write tensors of a step whole or not at all."""
+        """Write the tensors of a step, completely or not at all."""
         write_tensors(self.path / name, tensors, {"step": str(step)})
 
     def load_tensors(self, name: str) -> tuple[int, dict[str, Tensor]] | None:
-        """Step and tensors; None, and a sentence, where the file is damaged."""
+        """Step and tensors; None if the file is damaged, which is reported with `say`."""
         with suppress(SafetensorError, OSError, ValueError, KeyError):
             tensors, metadata = read_tensors(self.path / name)
             return int(metadata["step"]), tensors
@@ -207,7 +209,7 @@ class RunFolder:
         return None
 
     def save_snapshot(self, step: int, tensors: Mapping[str, Tensor], keep: int = 2) -> None:
-        """Write a snapshot whole or not at all; the `keep` newest stay."""
+        """Write a snapshot, completely or not at all; only the `keep` newest are kept."""
         self.save_tensors(f"snapshot-{step:08d}.safetensors", step, tensors)
         for old in self.snapshots()[keep:]:
             old.unlink(missing_ok=True)
@@ -217,7 +219,7 @@ class RunFolder:
         return sorted(self.path.glob("snapshot-*.safetensors"), reverse=True)
 
     def load_snapshot(self, at_most: int) -> tuple[int, dict[str, Tensor]] | None:
-        """The newest snapshot that is whole and not past step `at_most`."""
+        """The newest undamaged snapshot that is not past step `at_most`."""
         for path in self.snapshots():
             found = self.load_tensors(path.name)
             if found is not None and found[0] <= at_most:
@@ -227,7 +229,7 @@ class RunFolder:
     # -- the end ---------------------------------------------------------------------------------------------------
 
     def save_model(self, *parts: Any) -> None:
-        """`model/` with what each part's save_pretrained writes, whole or not at all."""
+        """Write `model/` by save_pretrained of each object, completely or not at all."""
         target, temporary = self.path / MODEL, self.path / f".model.{os.getpid()}.tmp"
         try:
             save_parts(temporary, *parts)
@@ -242,13 +244,13 @@ class RunFolder:
             shutil.rmtree(temporary, ignore_errors=True)
 
     def summary(self) -> dict[str, Any] | None:
-        """What a complete run left as its result."""
+        """The result of a complete run."""
         with suppress(OSError, ValueError, TypeError):
             return dict(parse_json((self.path / SUMMARY).read_text()))
         return None
 
     def complete(self, summary: dict[str, Any]) -> None:
-        """Write the result, and take away what only a resumed run needs."""
+        """Write the result, and remove the files that only a resumed run needs."""
         write_whole(self.path / SUMMARY, json.dumps(summary, indent=2).encode())
         self._clear_unneeded()
 

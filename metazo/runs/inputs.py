@@ -1,7 +1,7 @@
-"""What a run's numbers follow from: weights, the model's configuration, data and the task's definition.
+"""The inputs that a run's numbers depend on: weights, the model's configuration, data and the task's definition.
 
-Configuration and definition are flat tables for the header of a log, so that a change can be named. Short plain values
-are written out, all others are known by a hash.
+Configuration and definition are flat tables in the header of a log, so that a message can name a change. Short plain
+values are written out; all others are represented by a hash.
 """
 
 from __future__ import annotations
@@ -57,12 +57,12 @@ def definition(task: Task, model: nn.Module) -> dict[str, Any]:
 
 
 def inputs(prepared: Prepared, model: nn.Module) -> dict[str, Any]:
-    """Both, as fields of a header."""
+    """`architecture` and `definition`, as fields of a header."""
     return {"architecture": architecture(model), "definition": definition(prepared.task, model)}
 
 
 def belongs(model: nn.Module, tasks: Sequence[Prepared]) -> dict[str, Any]:
-    """A flat table of all that a run over several tasks follows from: weights, architecture, data, definitions."""
+    """A flat table of everything that a run over several tasks depends on: weights, architecture, data, definitions."""
     found: dict[str, Any] = {"weights of the model": f"sha256:{weights_hash(model.named_parameters())}"}
     found |= {f"model's {name}": value for name, value in architecture(model).items()}
     for prepared in tasks:

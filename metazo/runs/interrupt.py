@@ -1,4 +1,4 @@
-"""The polite end of a run that a signal asks to stop."""
+"""Ends a run in an orderly way if a signal asks it to stop."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Interrupted(Exception):
 
 @contextmanager
 def interruptible() -> Iterator[list[str]]:
-    """Within, SIGINT and SIGTERM are put into the list that is given; a second one ends the process as usual.
+    """A context in which SIGINT and SIGTERM are appended to the given list; a second one ends the process as usual.
 
-    Look at the list after each step, save and go. Outside the main thread signals are left alone.
+    Check the list after each step; if it is not empty, save and stop. Outside the main thread signals are left alone.
     """
     caught: list[str] = []
 

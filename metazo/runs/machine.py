@@ -1,4 +1,4 @@
-"""What the machine is: processor, cores, versions. No names of people or hosts, no paths, no addresses."""
+"""Facts about the machine: processor, cores, versions. No names of people or hosts, no paths, no addresses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 @cache
 def processor() -> str:
-    """The processor's model name where the system tells it, else its architecture."""
+    """The processor's model name if the system reports one, else its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

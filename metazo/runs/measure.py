@@ -1,4 +1,4 @@
-"""Loss and metrics of a model on a task; of a run's model on the run's own rows."""
+"""Loss and metrics of a model on a task, or of a run's model on the run's own rows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from metazo.tasks import Task, in_memory, prepare, resolve
 from metazo.tasks import evaluate as scoring
 from metazo.tasks.data import VERSION
 
-# What of a run's settings decides which rows are scored, and how.
+# The settings of a run that decide which rows are scored, and how.
 OF_A_RUN = set(with_role(FinetuneConfig, "data", "evaluation", "place", "machine")) | {"kind", "dtype"}
 
 
@@ -52,7 +52,7 @@ def evaluate(
 
     Returns: "loss" (nats, mean over examples), the task's metrics (0 to 1; mcc -1 to 1), "examples", and for classification
     and choice "majority", the share of the commonest answer.
-    Raises UserError for a run that kept no model, a classifier without a trained head, and what `load` and `prepare` refuse.
+    Raises UserError for a run that kept no model, a classifier without a trained head, and as `load` and `prepare` do.
 
         metazo.evaluate("runs/a")                                   # the run's own test rows
         metazo.evaluate("pico", "pico_sentiment", split="dev", examples=100)
@@ -111,20 +111,20 @@ def _load(model: str | Path, config: FinetuneConfig, task: Task) -> LoadedModel:
 
 
 def _trained(run: Path) -> dict[str, Any] | None:
-    """The record of the rows that a run was trained on; None for a log that has none."""
+    """The record of the rows that a run was trained on; None if the log has no such record."""
     found = scan(run / STEPS).header.get("trained")
     return found if isinstance(found, dict) else None
 
 
 def _doubts(trained: dict[str, Any] | None, scored: dict[str, Any]) -> list[str]:
-    """Why rows that are scored may have been trained on: rows are known by their task and their number."""
+    """Why the model may have been trained on scored rows; rows are identified by their task and their number."""
     if trained is None or trained.get("version") != VERSION:
         return [
-            "The run is of a version of metazo that split rows in another way: some of these may have been trained on."
+            "The run was made by a version of metazo that split rows in another way: some of these rows may be training rows."
         ]
     if trained.get("task") == scored["task"] and trained.get("rows") != scored["rows"]:
         return [
-            f"The run was split from {trained.get('rows')} rows and there are {scored['rows']} now: some of these may have "
-            "been trained on."
+            f"The run was split from {trained.get('rows')} rows and there are {scored['rows']} now: some of these rows may be "
+            "training rows."
         ]
     return []

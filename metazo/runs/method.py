@@ -1,4 +1,4 @@
-"""From settings to an optimizer: which tensors, which method with which hyperparameters, which block scale."""
+"""Builds the optimizer from the settings: tensors, method, hyperparameters and block scale."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def methods() -> list[str]:
 
 
 def hyperparameters(name: str) -> dict[str, inspect.Parameter]:
-    """A method's own hyperparameters; none for a name that is no method."""
+    """A method's own hyperparameters; none if the name is not a method."""
     return METHODS[name].hyperparameters() if name in METHODS else {}
 
 
@@ -48,13 +48,13 @@ def block_scale(config: FinetuneConfig, model: nn.Module) -> BlockScale | None:
 
 
 def _tuner(config: FinetuneConfig, model: nn.Module) -> Tuner:
-    """The tuner that `tuner` names; "auto" takes the first in the zoo that was made for a model of these shapes."""
+    """The tuner that `tuner` names; "auto" takes the first tuner in the zoo that was made for a model of these shapes."""
     if config.tuner != "auto":
         return zoo.load(str(config.tuner), config.zoo, report=lambda text: None)
     shapes = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
     found = [tuner for tuner in zoo.find(shapes, zoo=config.zoo) if tuner.why != "base model"]
     if not found:
-        raise UserError("`tuner='auto'` found none for this model's tensors; metazo zoo list shows what there is.")
+        raise UserError("`tuner='auto'` found no tuner for this model's tensors; metazo zoo list shows all tuners.")
     return Tuner.load(found[0].path)
 
 
@@ -99,7 +99,7 @@ def arguments(config: FinetuneConfig, model: nn.Module) -> dict[str, Any]:
 
 
 def build_optimizer(config: FinetuneConfig, model: nn.Module) -> Any:
-    """The optimizer of a run. Raises UserError for a method or hyperparameter that is not there."""
+    """The optimizer of a run. Raises UserError for an unknown method or hyperparameter."""
     settings = arguments(config, model)
     if "check_loss" in method(config.optimizer).common:
         settings["check_loss"] = False  # the loop's own losses are not random
@@ -107,7 +107,7 @@ def build_optimizer(config: FinetuneConfig, model: nn.Module) -> Any:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device that a setting names. Raises UserError where it is not there."""
+    """The device that a setting names. Raises UserError if it cannot be used."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

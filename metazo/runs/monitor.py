@@ -1,9 +1,9 @@
-"""Numbers that go wrong: what a run watches for, and what it says and does.
+"""Watches the numbers of a run: skips steps whose loss is not finite, and warns of divergence and plateaus.
 
 A loss that is nan, inf or above `max_loss`: the step is skipped and recorded, the weights stay as they are; the first of
 a row is explained (`diagnose`), and `max_bad_steps` of them in a row end the run.
 Warnings, each once, with the measured figures: divergence, plateau, and an eps too small for the precision.
-All but the explanation follows from the step log, so a resumed run goes on where the first one was.
+Everything except the explanation follows from the step log, so a resumed run continues with the same state.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from metazo.errors import UserError
 from metazo.runs.config import FinetuneConfig
 from metazo.step.record import Step
 
-WINDOW = 100  # steps that a warning looks back on, at least
-FIRST = 20  # steps whose mean loss stands for the start
-EXPLODED = 3.0  # times that loss, and half a nat more: divergence
+WINDOW = 100  # least number of steps that a warning looks back on
+FIRST = 20  # steps at the start whose mean loss is compared with
+EXPLODED = 3.0  # a loss of this multiple of the start's, and at least half a nat above it, is divergence
 # Error of a difference of losses by rounding, in units of the loss's last place: measured on pico, 5 to 10 in float32
-# and 1.1 to 1.4 in bfloat16 and float16; a probe whose differences are no larger correlates by less than .7 with the truth.
+# and 1.1 to 1.4 in bfloat16 and float16; a probe whose differences are no larger correlates by less than 0.7 with the truth.
 WIDE_ERROR, NARROW_ERROR = 8, 1
 
 
 class Diverged(UserError):
-    """A run whose losses or weights are no longer finite. Its step log is whole."""
+    """A run whose losses or weights are no longer finite. Its step log is intact."""
 
 
 class Watch:
-    """Looks at each step of a run. Args: total: its steps; say: takes a sentence for people."""
+    """Checks each step of a run. Args: total: steps of the run; say: called with each sentence for the user."""
 
     def __init__(self, config: FinetuneConfig, total: int, say: Callable[[str], None]):
         self.config, self.say = config, say
@@ -40,13 +40,13 @@ class Watch:
         self.unit = torch.finfo(dtype).eps * (NARROW_ERROR if dtype.itemsize < 4 else WIDE_ERROR)
         self.stretch = max(WINDOW, total // 5)
         self.losses: deque[float] = deque(maxlen=2 * self.stretch)
-        self.hidden: deque[bool] = deque(maxlen=WINDOW)  # whether rounding hides what a step measured
+        self.hidden: deque[bool] = deque(maxlen=WINDOW)  # whether rounding hides the difference of losses
         self.first: list[float] = []
         self.bad = 0
         self.said: set[str] = set()
 
     def see(self, step: Step, explain: Callable[[], str] | None = None) -> None:
-        """Look at a step; without `explain` nothing is said. Raises Diverged after `max_bad_steps` bad ones in a row."""
+        """Check a step; without `explain` nothing is reported. Raises Diverged after `max_bad_steps` bad steps in a row."""
         if not step.coefficients:
             self._bad(step, explain)
             return
@@ -64,7 +64,7 @@ class Watch:
                 self.say(f"Step {step.step + 1}: {text}")
 
     def rounding(self, loss: float) -> float:
-        """What rounding in the forward pass may make of a difference between two losses of this size."""
+        """The error that rounding in the forward pass may cause in a difference between two losses of this size."""
         return self.unit * 2.0 ** math.floor(math.log2(abs(loss))) if loss else 0.0
 
     def _bad(self, step: Step, explain: Callable[[], str] | None) -> None:
@@ -73,12 +73,12 @@ class Watch:
             return
         found = ", ".join(f"{loss:.4g}" for loss in step.losses if not abs(loss) <= self.config.max_loss)
         if self.bad == 1:
-            self.say(f"Step {step.step + 1} was skipped, a loss was {found}: {explain()}")
+            self.say(f"Step {step.step + 1} was skipped because a loss was {found}: {explain()}")
         if self.bad >= self.config.max_bad_steps:
             raise Diverged(
                 f"The run stopped at step {step.step + 1}: the losses of {self.bad} steps in a row were not finite or above "
                 f"`max_loss` {self.config.max_loss:g}, the last {found}; {explain()} The weights are those before these "
-                "steps, and the log is whole: metazo replay --to STEP gives any of them."
+                "steps, and the log is intact: metazo replay --to STEP gives the weights of any step."
             )
 
     def _divergence(self) -> tuple[str, str] | None:

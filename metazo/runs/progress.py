@@ -1,4 +1,4 @@
-"""Progress of a run: a live bar on a terminal, a line every tenth of the run elsewhere."""
+"""Progress of a run: a live bar on a terminal; elsewhere one line per tenth of the run."""
 
 from __future__ import annotations
 

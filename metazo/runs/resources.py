@@ -1,4 +1,4 @@
-"""What a run takes of the machine: memory at its peak, and room on the disk."""
+"""The machine's resources that a run needs: peak memory and disk space."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from metazo.errors import UserError
 
 
 def refuse_ranks(what: str) -> None:
-    """UserError if this is one of several processes of torchrun: each would do the whole run into the same folder."""
+    """Raises UserError if torchrun started several processes: each would write the whole run into the same folder."""
     world = os.environ.get("WORLD_SIZE", "1")
     if "RANK" in os.environ and world.isdigit() and int(world) > 1:
         raise UserError(
@@ -25,7 +25,7 @@ def refuse_ranks(what: str) -> None:
 
 
 def require_space(folder: Path, needed: int, what: str) -> None:
-    """UserError where the disk of `folder` has less than `needed` bytes free."""
+    """Raises UserError if the disk of `folder` has less than `needed` bytes free."""
     place = folder
     while not place.exists():
         place = place.parent
@@ -37,7 +37,7 @@ def require_space(folder: Path, needed: int, what: str) -> None:
 
 
 def size(count: float) -> str:
-    """Bytes for people."""
+    """A number of bytes as text, such as "1.5 MB"."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -46,7 +46,7 @@ def size(count: float) -> str:
 
 
 def peak_memory() -> int:
-    """Bytes: the process's largest resident set, or the GPU's peak where one is in use."""
+    """Peak memory in bytes: the process's largest resident set, or the GPU allocator's peak if a GPU is in use."""
     import resource
 
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
@@ -58,10 +58,10 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class PeakMemory:
-    """Most memory of this process above what it held when this was made; on a GPU the peak of torch's allocator.
+    """Peak memory of this process above its memory when this object was made; on a GPU the peak of torch's allocator.
 
-    Linux forgets a process's peak on request (proc(5), clear_refs), and glibc gives back what was freed, or later work
-    would use it unseen. Elsewhere only a new high is seen.
+    On Linux the recorded peak is reset (proc(5), clear_refs), and glibc returns freed memory to the system, because later
+    allocations from it would not be counted. On other systems only a new maximum is counted.
     """
 
     def __init__(self):
