@@ -1,1 +1,1 @@
-"""Load a model, put adapters on it, and choose what is trained."""
+"""Load a model, put adapters on it, and choose the tensors to train."""

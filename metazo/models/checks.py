@@ -1,4 +1,4 @@
-"""Checks of a checkpoint that anybody may have written: what kind of model it is, its sizes, its token ids, its weights."""
+"""Checks of a checkpoint that anybody may have written: the kind of model, its sizes, its token ids, its weights."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ with needs("llm"):
     )
 
 MAX_LAYERS, MAX_WIDTH, MAX_TOKENS = 2000, 2**17, 2**22
-"""Of a config: a larger number is a mistake or an attack, and would take hours or all memory before the weights are read."""
+"""Limits on a config: a larger number is a mistake or an attack, and would take hours or all memory before the weights are
+read."""
 MAX_TOKENIZER_BYTES = 2**28
 
 
 def check_config(config: PreTrainedConfig, name: str) -> None:
-    """Refuse what is no language model or classifier of text, by its name, and sizes that no model has."""
+    """Refuse a model that is not a language model or classifier of text, and sizes that no real model has."""
     known = {
         *MODEL_FOR_CAUSAL_LM_MAPPING.keys(),
         *MODEL_FOR_MASKED_LM_MAPPING.keys(),
@@ -56,12 +57,12 @@ def check_config(config: PreTrainedConfig, name: str) -> None:
             value = getattr(text, key, None)
             if isinstance(value, int) and not isinstance(value, bool) and not 0 <= value <= limit:
                 raise UserError(
-                    f"the config of {name!r} has {key} {value:,}, and at most {limit:,} {unit} are built; check config.json"
+                    f"the config of {name!r} has {key} {value:,}, and metazo builds at most {limit:,} {unit}; check config.json"
                 )
 
 
 def check_tokenizer(folder: Path, name: str) -> None:
-    """A token id far beyond any vocabulary makes the tokenizer take memory until the process is ended."""
+    """Refuse a token id far beyond any vocabulary, which makes the tokenizer take memory until the process is killed."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         return
@@ -73,11 +74,13 @@ def check_tokenizer(folder: Path, name: str) -> None:
     ids += [token.get("id") for token in added or () if isinstance(token, dict)]
     largest = max((value for value in ids if isinstance(value, int)), default=0)
     if largest > MAX_TOKENS:
-        raise UserError(f"the tokenizer of {name!r} has the token id {largest:,}; at most {MAX_TOKENS:,} are taken")
+        raise UserError(
+            f"the tokenizer of {name!r} has the token id {largest:,}; metazo takes at most {MAX_TOKENS:,} tokens"
+        )
 
 
 def not_finite(model: nn.Module) -> list[str]:
-    """A sentence about weights that are NaN or infinite."""
+    """A sentence about NaN or infinite weights, if there are any."""
     bad = [
         n
         for n, p in model.named_parameters()

@@ -1,4 +1,4 @@
-"""What a saved model says about its training, and how it generates."""
+"""The record of its training in a saved model's config, and the generation settings that metazo uses."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ with needs("llm"):
 
 
 def describe(model: Any, record: dict[str, Any]) -> None:
-    """Write into the model's config what it was trained on (`Prepared.record`), so that a saved model says it: the names
-    of a classifier's classes (``id2label``), the end-of-text token (generation config), and the split (``metazo``).
+    """Write a record of the training (`Prepared.record`) into the model's config, with which it is saved: the names of a
+    classifier's classes (``id2label``), the end-of-text token (generation config), and the split (``metazo``).
 
-    Raises UserError for a record that no run wrote.
+    Raises UserError for a record that was not written by a run.
     """
     labels, eos = record.get("labels"), record.get("eos")
     if not is_plain(record) or not (labels is None or (isinstance(labels, list) and all(map(is_name, labels)))):
-        raise UserError("what the model was trained on is not a record that metazo wrote")
+        raise UserError("the record of the model's training data was not written by metazo")
     config = model.config
     if labels is not None and len(labels) == config.num_labels:
         config.id2label = dict(enumerate(labels))
@@ -36,8 +36,8 @@ def describe(model: Any, record: dict[str, Any]) -> None:
 
 
 def plain_generation(model: Any, tokenizer: Any, max_new_tokens: int) -> GenerationConfig:
-    """Greedy search that ends at the tokenizer's or the model's end of text, and nothing else of what the checkpoint's own
-    generation config asks for (a repetition penalty, suppressed tokens, a temperature).
+    """Greedy search that ends at the tokenizer's or the model's end of text. The rest of the checkpoint's own generation
+    config (a repetition penalty, suppressed tokens, a temperature) is ignored.
     """
     there = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = there if isinstance(there, list) else [there]

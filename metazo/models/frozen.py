@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def _stack(encoder: nn.Module) -> tuple[str, nn.ModuleList] | None:
-    """The encoder's list of layers and where it is."""
+    """The module name of the encoder's list of layers, and the list; None if there is no such list."""
     for name, module in encoder.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == getattr(encoder.config, "num_hidden_layers", None):
             return name, module
@@ -18,7 +18,7 @@ def _stack(encoder: nn.Module) -> tuple[str, nn.ModuleList] | None:
 
 
 def frozen_layers(encoder: nn.Module) -> int:
-    """Leading layers of which nothing is trained; 0 where the embeddings are."""
+    """The number of leading layers without trained weights; 0 if the embeddings are trained."""
     found, embeddings = _stack(encoder), getattr(encoder, "embeddings", None)
     if found is None or embeddings is None or any(p.requires_grad for p in embeddings.parameters()):
         return 0
@@ -27,7 +27,7 @@ def frozen_layers(encoder: nn.Module) -> int:
 
 
 class _Given(nn.Module):
-    """In the place of the embeddings: gives what it is given."""
+    """Takes the place of the embeddings and returns its input."""
 
     def forward(self, *args: Any, inputs_embeds: Tensor, **others: Any) -> Tensor:
         return inputs_embeds
@@ -43,8 +43,8 @@ def _with_layers(encoder: nn.Module, path: str, layers: nn.ModuleList) -> nn.Mod
 
 
 class Split:
-    """An encoder whose first layers are computed once for each input, alone and unpadded: so the result does not depend
-    on the batch that an input came in first, and a resumed run sees the same bits."""
+    """An encoder whose first layers are computed once for each input, alone and unpadded. The result therefore does not
+    depend on the batch in which an input came first, and a resumed run gets the same bits."""
 
     def __init__(self, encoder: nn.Module, count: int):
         found = _stack(encoder)
@@ -54,7 +54,7 @@ class Split:
         self.upper = _with_layers(encoder, path, layers[count:])
         self.upper._modules["embeddings"] = _Given()
         self.known: dict[bytes, Tensor] = {}
-        self.last: tuple[Tensor, Tensor] | None = None  # a batch, and what the lower layers give for it
+        self.last: tuple[Tensor, Tensor] | None = None  # a batch, and the output of the lower layers for it
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor, **others: Tensor) -> Any:
         if self.last is None or self.last[0] is not input_ids:  # both probes of a step see the same tensors

@@ -62,7 +62,7 @@ class LoadedModel:
     context_length: int
     """Most tokens of one input, special tokens included."""
     new_head: bool = False
-    """A classifier's head is not from the checkpoint: it was drawn from the seed, or is yet to be made from a task."""
+    """Whether a classifier's head is not from the checkpoint: drawn from the seed, or still to be made from a task."""
     notes: list[str] = field(default_factory=list)
     """Sentences for the user: a new head, weights that are not finite."""
 
@@ -134,13 +134,13 @@ def load_model(
 
 @contextmanager
 def _explained(name: str) -> Iterator[None]:
-    """Whatever a damaged checkpoint raises, as one sentence; a tokenizer's panic is no Exception."""
+    """Turn any error that a damaged checkpoint raises into one sentence; a tokenizer's panic is not an Exception."""
     try:
         yield
     except (UserError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
-        # from None: a server's answer, which may repeat the token that it was sent, is in no traceback
+        # from None: a server's answer may repeat the token that it was sent, and must not be in a traceback
         raise UserError(f"model {name!r} cannot be loaded: {_first_sentence(error)}") from None
 
 
@@ -199,7 +199,7 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 
 def _check_folder(source: str, name: str) -> None:
-    """A path is told from a Hub id ("name" or "owner/name") before anything asks the network for it."""
+    """Distinguish a path from a Hub id ("name" or "owner/name") before the network is asked for it."""
     folder = Path(source).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -223,7 +223,7 @@ def _first_sentence(error: BaseException) -> str:
 
 
 def set_pad(tokenizer: Any, model: PreTrainedModel | SentenceClassifier) -> None:
-    """Padding is masked out, so any token will do: the tokenizer's own, end of text, unknown, or token 0.
+    """Set the padding token. Padding is masked out, so any token serves: the tokenizer's own, end of text, unknown, or 0.
 
     The config follows the tokenizer: classifiers find the last token of a row by the config's padding token.
     """

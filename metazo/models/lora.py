@@ -25,11 +25,11 @@ def _peft() -> Any:
 
 
 def add_adapters(loaded: LoadedModel, rank: int, seed: int) -> list[str]:
-    """Put adapters of `rank` on the layers that peft names for this architecture (all linear ones where it has none).
+    """Put adapters of `rank` on the layers that peft names for this architecture (on all linear layers if it names none).
 
-    `loaded.model` becomes the wrapped model, but for a sentence encoder with its head, which gets them in place. A
-    classifier's trained head is trained beside them. Returns the names of the tensors to train. The start is drawn from
-    `seed`; the model's function is unchanged by it.
+    `loaded.model` becomes the wrapped model, except that a sentence encoder with its head gets the adapters in place. A
+    classifier's trained head is trained as well. Returns the names of the tensors to train. The adapters' initial values
+    are drawn from `seed` and leave the model's function unchanged.
     """
     peft = _peft()
     known = peft.utils.constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -37,7 +37,7 @@ def add_adapters(loaded: LoadedModel, rank: int, seed: int) -> list[str]:
     task_type = None if isinstance(loaded.model, SentenceClassifier) else TASK_TYPES[loaded.kind]
     config = peft.LoraConfig(r=rank, lora_alpha=ALPHA, target_modules=target, task_type=task_type)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for a name that is to go
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for a deprecated name
         torch.default_generator.manual_seed(seed)
         if isinstance(loaded.model, SentenceClassifier):
             peft.inject_adapter_in_model(config, loaded.model.encoder)
@@ -64,7 +64,7 @@ def with_adapters(loaded: LoadedModel, folder: Path) -> None:
 
 
 def merge_adapters(model: nn.Module) -> Any:
-    """The plain model with its adapters added to the weights, rounded to their dtype; changes the model that is given."""
+    """The plain model with its adapters added to the weights, rounded to their dtype; changes the given model."""
     peft = _peft()
     whole: Any = model
     if isinstance(model, peft.PeftModel):

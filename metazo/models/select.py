@@ -1,4 +1,4 @@
-"""Choose by name what of a model is trained."""
+"""Choose by name the tensors of a model that are trained."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from metazo.errors import UserError
 
 
 def select_trainable(model: nn.Module, train: list[str], freeze: list[str], among: Iterable[str] | None = None) -> int:
-    """Set requires_grad by name patterns (`*` and `?`): trained is what a `train` pattern names (everything where there
-    is none) and no `freeze` pattern, of the names in `among` where it is given. Returns the number of trained weights.
-    Raises UserError for an idle pattern.
+    """Set requires_grad by name patterns (`*` and `?`): a tensor is trained if a `train` pattern matches its name (or there
+    is no such pattern), no `freeze` pattern does, and it is in `among` if that is given. Returns the number of trained
+    weights. Raises UserError for a pattern that matches nothing.
     """
     allowed = None if among is None else set(among)
     named = list(model.named_parameters())

@@ -3,18 +3,18 @@ label phrases.
 
 Sentence-transformers checkpoints (all-MiniLM-L6-v2 and its kin) carry their knowledge in the *pooled* hidden states. The
 pooler of transformers' own BERT classifier, a dense layer over the first token, was never trained there, and
-zeroth-order steps do not train it either: on SST-2 its output stays where it is while first-order training gets through.
+zeroth-order steps do not train it either: on SST-2 its output hardly changes, while first-order training does train it.
 
 The prototype head is Snell et al., "Prototypical networks for few-shot learning" (2017, arXiv 1703.05175), with cosine
 in place of the distance: a class is the mean direction of its training examples, and
 
     logit_k = 20 cos(embedding, prototype_k) - mean over the training examples of the same
 
-It has no parameters, so all that is trained is below it, and the loss at step 0 is already below chance.
+It has no parameters, so only the encoder is trained, and the loss at step 0 is already below chance.
 
 The head of label phrases has the embedding of a phrase in place of each prototype ("this review is positive"), so it
 reads no training label, only texts for the calibrating mean. Both are functions of the base encoder's weights: they are
-made once, before the first step, and then stay.
+made once, before the first step, and then stay fixed.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Prototypes(nn.Module):
         self.offset.copy_(SHARPNESS * (normalize(embeddings.float(), dim=1) @ self.prototypes.T).mean(0))
 
     def fit(self, embeddings: Tensor, labels: Tensor) -> None:
-        """From embeddings (N, d) and their classes (N,). Raises UserError for a class without an example."""
+        """Set the prototypes from embeddings (N, d) and their classes (N,). Raises UserError for a class without an example."""
         directions = normalize(embeddings.float(), dim=1)
         for label in range(len(self.prototypes)):
             if not (labels == label).any():
@@ -86,7 +86,7 @@ class Phrases(Prototypes):
     """Prototypes that are the embeddings of label phrases: ``fit`` reads the embeddings and not the labels."""
 
     def set(self, phrases: Tensor) -> None:
-        """From the phrases' embeddings (C, d), in the order of the classes; the offset is 0 until `calibrate`.
+        """Set the prototypes from the phrases' embeddings (C, d), in class order; the offset is 0 until `calibrate`.
 
         Raises UserError for phrases that the encoder does not tell apart.
         """
@@ -112,7 +112,7 @@ class SentenceClassifier(nn.Module):
     def __init__(self, encoder: PreTrainedModel, head: nn.Module, pooling: str):
         super().__init__()
         if getattr(encoder, "pooler", None) is not None:
-            encoder._modules["pooler"] = None  # nothing reads it: trained, it would only take noise
+            encoder._modules["pooler"] = None  # nothing reads its output, so training it would only add noise
         self.encoder, self.head, self.pooling = encoder, head, pooling
         self._split: Split | None = None
         self.phrases: list[str] = []
@@ -143,10 +143,10 @@ class SentenceClassifier(nn.Module):
         return SequenceClassifierOutput(logits=self.head(self.embed(input_ids, attention_mask, **others)))  # type: ignore[arg-type]
 
     def cache_frozen(self) -> int:
-        """Keep what the frozen lower layers give for an input, once it was computed. Returns how many layers that is.
+        """Cache the output of the frozen lower layers for each input. Returns the number of these layers.
 
         Call it after requires_grad is set. With no frozen layer, or an encoder that is not embeddings and a stack of
-        layers, nothing changes. Memory: a hidden state a token of every example seen.
+        layers, nothing changes. Memory: one hidden state per token of every example seen.
         """
         count = frozen_layers(self.encoder)
         self._split = Split(self.encoder, count) if count else None
@@ -155,7 +155,7 @@ class SentenceClassifier(nn.Module):
     def fit_prototypes(self, batches: Iterable[Mapping[str, Tensor]]) -> None:
         """Set a new prototype head from training batches (tensors (B, L) by name, and "targets", (B,)).
 
-        Of a new head of label phrases (`set_phrases`) the offset alone is set. Any other head stays as it is.
+        In a new head of label phrases (`set_phrases`) only the offset is set. Any other head stays as it is.
         """
         known = self.head.offset if isinstance(self.head, Phrases) else getattr(self.head, "prototypes", None)
         if not isinstance(self.head, Prototypes) or known is None or bool(known.any()):
@@ -172,7 +172,7 @@ class SentenceClassifier(nn.Module):
     def set_phrases(
         self, tokenizer: PreTrainedTokenizerBase, phrases: list[str], offset: list[float] | None = None
     ) -> None:
-        """Make a head of label phrases from the phrases, one a class; ``offset`` (C floats) in place of a later
+        """Make a head of label phrases from the phrases, one per class; ``offset`` (C floats) in place of a later
         calibration on training texts. Call it while the encoder has its base weights.
 
         Raises UserError for another number of phrases or offsets than there are classes.
@@ -188,7 +188,7 @@ class SentenceClassifier(nn.Module):
             self.head.offset.copy_(torch.tensor(offset))
 
     def phrase_record(self) -> dict[str, Any] | None:
-        """What `set_phrases` makes this head from again, as JSON values; None for any other head."""
+        """The phrases and offset from which `set_phrases` rebuilds this head, as JSON values; None for any other head."""
         if not isinstance(self.head, Phrases) or not self.phrases:
             return None
         return {"phrases": self.phrases, "offset": self.head.offset.tolist()}
@@ -219,7 +219,7 @@ class SentenceClassifier(nn.Module):
         matrix = tensors.get("weight", tensors.get("prototypes"))
         if matrix is None or matrix.ndim != 2 or kind not in _HEADS:
             raise UserError(
-                f"{HEAD_FILE} of {str(folder)!r} is no head that metazo wrote: it has no matrix of weights or prototypes."
+                f"{HEAD_FILE} of {str(folder)!r} was not written by metazo: it has no matrix of weights or prototypes."
             )
         model = cls(_encoder(str(folder), dtype), _head(kind, len(matrix), matrix.shape[1], dtype), pooling)
         model.head.load_state_dict(tensors)
@@ -247,7 +247,7 @@ def _encoder(source: str, dtype: torch.dtype) -> PreTrainedModel:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bar, and no report of tensors that are missing where that is expected."""
+    """Suppress progress bars, and the report of missing tensors if it is expected."""
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -260,7 +260,7 @@ def quiet() -> Iterator[None]:
 
 
 def find(source: str, name: str) -> Path | None:
-    """A file of a folder or Hub repository, None where it has none."""
+    """The path of a file of a folder or Hub repository; None if there is no such file."""
     found = cached_file(
         source, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
     )
@@ -268,9 +268,9 @@ def find(source: str, name: str) -> Path | None:
 
 
 def pooling_of(source: str) -> str | None:
-    """The pooling that a sentence-transformers checkpoint names, None where it names none.
+    """The pooling that a sentence-transformers checkpoint names; None if it names none.
 
-    Raises UserError for one that is not known here.
+    Raises UserError for a pooling that metazo does not know.
     """
     path = find(source, POOLING_FILE)
     if path is None:

@@ -1,4 +1,4 @@
-"""A row's chat written out by the tokenizer's chat template, up to where the answer follows."""
+"""Writes a row's chat with the tokenizer's chat template, up to the place of the answer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def check_chat(task: Task, loaded: LoadedModel) -> None:
 
 
 def write(task: Task, tokenizer: Any, row: Row, where: str) -> str:
-    """The chat of a row without its last assistant turn, and the begin of the turn that answers."""
+    """The chat of a row without its last assistant turn, followed by the beginning of the answering turn."""
     turns = row[task.messages]  # type: ignore[index]
     good = isinstance(turns, list) and all(
         isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
@@ -35,7 +35,7 @@ def write(task: Task, tokenizer: Any, row: Row, where: str) -> str:
         raise UserError(f"{where}: {task.messages!r} must be a list of turns with the texts 'role' and 'content'")
     answered = turns[-1]["role"] == "assistant"
     if task.kind == "generation" and not answered:
-        raise UserError(f"{where}: the last turn of {task.messages!r} is not the assistant's, so there is no answer")
+        raise UserError(f"{where}: the last turn of {task.messages!r} is not the assistant's, so the row has no answer")
     return render(tokenizer, turns[:-1] if answered else turns, where)
 
 

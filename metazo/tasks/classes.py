@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 def head_order(config: PreTrainedConfig, task: Task) -> tuple[list[int] | None, str | None]:
-    """Column of the head for each class of the task, None for the order they are in; and a sentence for the user.
+    """The head's column for each class of the task (None: in the present order), and a sentence for the user.
 
     The names in the checkpoint's ``id2label`` are compared with the task's label values, then with its label words,
-    without regard to case. Names of the form LABEL_0 say nothing, and the order is kept; with names that are others
-    the order is kept too, and the sentence says so.
+    without regard to case. If the names have the form LABEL_0, the order is kept; if they are other names that do not
+    match, the order is kept too, and the sentence says so.
     """
     known_names: Any = config.id2label
     names = [str(known_names.get(index, "")) for index in range(task.num_labels or 0)]
@@ -37,7 +37,7 @@ def head_order(config: PreTrainedConfig, task: Task) -> tuple[list[int] | None, 
 
 
 def class_names(task: Task, order: list[int] | None) -> list[str]:
-    """What the columns of a head are called: label values that are text, or else the label words."""
+    """The names of a head's columns: the label values if they are text, else the label words."""
     names = [value if isinstance(value, str) else word for value, word in task.labels.items()]
     if len(set(names)) < len(names):
         names = [str(value) for value in task.labels]
@@ -51,7 +51,7 @@ def _plain(label: object) -> str:
 
 def fit_head(loaded: LoadedModel, prepared: Prepared, batch_size: int = 32) -> None:
     """Make a head of prototypes from the training examples, or one of label phrases from the phrases and the training
-    texts (their labels are not read). Any other head, and one that was made before, stays as it is.
+    texts (their labels are not read). Any other head, and one that is already made, stays as it is.
     """
     from metazo.models.sentence import Phrases, SentenceClassifier
 

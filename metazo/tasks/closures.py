@@ -12,7 +12,7 @@ from metazo.tasks.encode import Encoded
 
 
 class BatchLoss:
-    """The loss of these examples, padded once, at the first call (a replayed step needs no batch)."""
+    """The loss of these examples. The batch is padded once, at the first call (a replayed step needs no batch)."""
 
     def __init__(self, model: nn.Module, prepared: Prepared, examples: Sequence[Encoded], device: torch.device):
         self.model, self.prepared, self.examples, self.device = model, prepared, examples, device
@@ -25,10 +25,10 @@ class BatchLoss:
 
 
 class FullLoss:
-    """The mean loss over all training examples, in batches; `batches` is what it costs in forward passes."""
+    """The mean loss over all training examples, in batches; one evaluation costs `batches` forward passes."""
 
     def __init__(self, model: nn.Module, prepared: Prepared, batch_size: int, device: torch.device):
-        train = sorted(prepared.train, key=len)  # of like length, for less padding
+        train = sorted(prepared.train, key=len)  # examples of similar length need less padding
         pieces = [train[start : start + batch_size] for start in range(0, len(train), batch_size)]
         self.parts = [(len(piece) / len(train), BatchLoss(model, prepared, piece, device)) for piece in pieces]
         self.batches = len(self.parts)

@@ -30,8 +30,8 @@ def from_yaml(path: str | Path) -> Task:
     for key in {"adapt", "generate"} & content.keys():
         raise UserError(f"task file {path}: unknown key {key!r}")
     content.setdefault("name", path.stem)
-    if not re.fullmatch(r"\w[\w .+-]{0,95}", str(content["name"])):  # folders are called after it
-        raise UserError(f"task file {path}: {shown(content['name'])} is no name of letters, digits and '._+-'")
+    if not re.fullmatch(r"\w[\w .+-]{0,95}", str(content["name"])):  # folders are named after it
+        raise UserError(f"task file {path}: {shown(content['name'])} is not a name of letters, digits and '._+-'")
     try:
         task = Task(**content)
     except (ValidationError, TypeError) as error:

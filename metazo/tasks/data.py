@@ -1,10 +1,10 @@
-"""How the rows of a task are split into train, dev and test.
+"""Splits the rows of a task into train, dev and test.
 
 The labelled rows of the train source are put into an order that depends on the seed and on their number alone. Train rows
-are taken from its front; dev rows, and test rows if they have no source of their own, from its end. So none of the three
-depends on how many rows of another are asked for, and a row that a run trained on is not scored by an evaluation that asks
-for other sizes: what a tuned model was trained on is recorded in its config (`Prepared.record`), and these rows are left
-out of dev and test. Version 1 took dev rows after the train rows; `VERSION` is part of a step log's header.
+are taken from its front; dev rows, and test rows if they have no source of their own, from its end. None of the three
+therefore depends on the sizes of the others, and an evaluation with other sizes does not score a row that a run trained
+on: the rows that a tuned model was trained on are recorded in its config (`Prepared.record`) and left out of dev and
+test. Version 1 took dev rows after the train rows; `VERSION` is part of a step log's header.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from metazo.tasks.task import Row, Task
 
 SPLITS = ("train", "dev", "test")
 DEFAULTS = {"train": 1000, "dev": 500, "test": 1000}
-"""The papers' sizes; one that is asked for at another size is kept, and those left at these are reduced to fit."""
+"""The papers' sizes. A size that the user sets is kept; sizes left at these defaults are reduced to fit."""
 VERSION = 2
 
 
@@ -35,9 +35,9 @@ class Drawn:
     rows: dict[str, list[tuple[str, Row]]]
     """split -> [(place, row)]"""
     record: dict[str, Any]
-    """What identifies the train rows: JSON values."""
+    """The record that identifies the train rows, as JSON values."""
     notes: list[str] = field(default_factory=list)
-    """Sentences about sizes that differ from those asked for, and about rows in two splits."""
+    """Sentences about sizes that differ from the requested ones, and about rows in two splits."""
 
 
 def draw(
@@ -51,7 +51,7 @@ def draw(
     k_per_class: int | None = None,
     record: Mapping[str, Any] | None = None,
 ) -> Drawn:
-    """Draw the splits. ``record`` is that of a model that was trained on the same rows (`Drawn.record`), or None."""
+    """Draw the splits. ``record`` is the record of a model that was trained on the same rows (`Drawn.record`), or None."""
     wanted = {"train": train, "dev": dev, "test": test}
     if min(wanted.values()) < 0:
         raise UserError(f"the split sizes must not be negative, found train {train}, dev {dev}, test {test}")
@@ -100,7 +100,7 @@ def draw(
 
 
 def _sources(task: Task) -> dict[str, str]:
-    """Which source each split comes from. With a test source of its own, the user's validation rows are dev."""
+    """The source of each split. If there is a test source, the user's validation rows are dev."""
     if not task.files:
         return {"train": task.train_split, "dev": task.dev_split or task.train_split, "test": task.test_split}
     files = task.files
@@ -109,12 +109,12 @@ def _sources(task: Task) -> dict[str, str]:
 
 
 def _generated(task: Task, wanted: dict[str, int], seed: int, k_per_class: int | None) -> Drawn:
-    """Rows of a grammar. Each split has words or templates of its own, so their rows differ whatever the sizes."""
+    """Rows of a grammar. Each split has its own words or templates, so the splits' rows differ at any size."""
     assert task.generate is not None
     if k_per_class:
         wanted |= {"train": k_per_class * len(task.labels)}
         wanted["dev"] = wanted["train"] if wanted["dev"] == DEFAULTS["dev"] else wanted["dev"]
-    # the number of dev rows is in this call because it was in version 1: its train rows stay what they were
+    # the number of dev rows is in this call because it was in version 1, whose train rows must not change
     train = task.generate("train", wanted["train"] + (0 if k_per_class else wanted["dev"]), seed)
     rows = {
         "train": train[: wanted["train"]],
@@ -131,12 +131,12 @@ def _rows(task: Task, source: Source, places: list[int]) -> list[tuple[str, Row]
 
 
 def _order(number: int, seed: int, purpose: str) -> list[int]:
-    """A permutation that depends on nothing but the seed, the purpose and the number of rows."""
+    """A permutation that depends only on the seed, the purpose and the number of rows."""
     return np.random.default_rng([seed, *purpose.encode()]).permutation(number).tolist()
 
 
 def _few(task: Task, source: Source, order: list[int], k: int) -> list[int]:
-    """The first k rows of every class in that order; the order stays."""
+    """The first k rows of every class, in the given order."""
     left, chosen = dict.fromkeys(range(len(task.labels)), k), []
     label = _label_of(task, source)
     for i in order:
@@ -164,7 +164,7 @@ def _label_of(task: Task, source: Source) -> Callable[[int], int]:
 
 
 def _same_rows(task: Task, source: Source, record: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The record if it is one of these rows. It comes from a file, which anybody may have written."""
+    """The record, if it is of these rows, else None. It comes from a file, which anybody may have written."""
     numbers = ("seed", "rows", *SPLITS)
     if not record or record.get("version") != VERSION or record.get("task") != task.name:
         return None
@@ -182,8 +182,8 @@ def _trained(task: Task, source: Source, record: dict[str, Any]) -> list[int]:
 
 
 def _from_the_end(free: list[int], sizes: dict[str, int]) -> dict[str, list[int]]:
-    """Dev and test rows of one source. Of three rows from the end two are test rows, as in the papers' sizes, whatever
-    the sizes are; a split that needs more takes what the other one leaves.
+    """Dev and test rows of one source. Of every three rows from the end, two are test rows, as in the papers' sizes and at
+    any size; a split that needs more rows takes those that the other one leaves.
     """
     if len(sizes) < 2:
         return {split: free[max(0, len(free) - size) :] for split, size in sizes.items()}
@@ -191,7 +191,7 @@ def _from_the_end(free: list[int], sizes: dict[str, int]) -> dict[str, list[int]
     pools = {"test": [r for n, r in enumerate(back) if n % 3 != 2], "dev": back[2::3]}
     parts = {split: pools[split][: sizes[split]] for split in sizes}
     for split, other in (("dev", "test"), ("test", "dev")):
-        spare = pools[other][sizes[other] :][::-1]  # far from what the other one would take next
+        spare = pools[other][sizes[other] :][::-1]  # far from the rows that the other split would take next
         parts[split] = parts[split] + spare[: sizes[split] - len(parts[split])]
     return parts
 
@@ -199,8 +199,8 @@ def _from_the_end(free: list[int], sizes: dict[str, int]) -> dict[str, list[int]
 def _fit(
     available: int, wanted: dict[str, int], task: Task, record: dict[str, Any] | None, few: bool, notes: list[str]
 ) -> dict[str, int]:
-    """Sizes that fit into ``available`` rows. Those left at their defaults are reduced, in proportion; those asked for
-    only if they do not fit by themselves.
+    """Sizes that fit into ``available`` rows. Sizes left at their defaults are reduced, in proportion; sizes that the user
+    set are reduced only if they do not fit by themselves.
     """
     total = sum(wanted.values())
     if total <= available:

@@ -2,7 +2,8 @@
 
 An input that is too long loses words of one column, the task's ``context`` or else the longest one of the row: the first
 words of a prompt's column, so that the text next to the answer is kept, and the last words of a classifier's. Prompt
-wording, choices and answer are never cut; a row whose other parts already fill the context is left out, and counted.
+wording, choices and answer are never shortened; a row whose other columns already fill the context is left out, and
+counted.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from metazo.models.load import LoadedModel
 
 _CHAT = "chat_as_written"
-"""Column that the written chat of a row is put into."""
+"""Name of the column that holds the written chat of a row."""
 
 
 @dataclass(slots=True)
@@ -33,12 +34,12 @@ class Encoded:
     ids: list[int]
     """Prompt with its special tokens; for a masked model or a classifier the whole input."""
     targets: list[int]
-    """Right class or right choices, the one to train on first; [0] for generation."""
+    """Correct class or correct choices, with the one to train on first; [0] for generation."""
     options: list[list[int]] = field(default_factory=list)
-    """Tokens that may follow ``ids``: label words, choices (none for a blank one), or the answer; empty if a head scores
-    the classes."""
+    """Tokens that may follow ``ids``: label words, choices (no token for a blank choice), or the answer; empty if a head
+    scores the classes."""
     types: list[int] | None = None
-    """Segment ids of a text pair, where the model has them."""
+    """Segment ids of a text pair, if the model has them."""
     mask_at: int = 0
     """Position of the mask token."""
     references: list[str] = field(default_factory=list)
@@ -50,7 +51,7 @@ class Encoded:
 
 
 class Encoder:
-    """Encodes rows of one task for one loaded model. Raises UserError where task and model do not go together."""
+    """Encodes rows of one task for one loaded model. Raises UserError if the model cannot do the task."""
 
     def __init__(self, task: Task, loaded: LoadedModel, max_length: int | None = None):
         self.task, self.kind = task, loaded.kind
@@ -66,7 +67,7 @@ class Encoder:
                 f"{loaded.name} was loaded as {loaded.kind}"
             )
         self.room = min(task.max_new_tokens, self.limit // 2)
-        """Tokens that a generated answer may have; prompts leave them free."""
+        """Most tokens of a generated answer; prompts leave room for them."""
         self.chat = task.messages is not None
         template = task.masked if task.masked is not None and self.kind == "masked" else task.prompt
         if self.chat:
@@ -88,7 +89,7 @@ class Encoder:
         self.cut: Counter[str] = Counter()
         """How often each column was shortened."""
         self.alike = 0
-        """Rows two of whose choices are the same tokens."""
+        """Number of rows that have two choices with the same tokens."""
         self.name, self.rows = loaded.name, _embedding_rows(loaded)
         self.at_position = self.kind != "causal"
         """The classes are scored by the logits of one position, not by the likelihood of whole words."""
@@ -146,12 +147,12 @@ class Encoder:
         return example
 
     def _start(self, where: str) -> int:
-        """What an input without a token begins with: begin of text, else end of text, as GPT-2 was trained."""
+        """First token of an input that would be empty: begin of text, else end of text, as GPT-2 was trained."""
         for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.cls_token_id):
             if token is not None:
                 return token
         raise UserError(
-            f"{where}: nothing is before the answer, and the tokenizer has no token for the begin of a text"
+            f"{where}: no text precedes the answer, and the tokenizer has no token for the beginning of a text"
         )
 
     # -- the three kinds of input -----------------------------------------------------------------------------------
@@ -256,7 +257,7 @@ class Encoder:
     # -- tokens -------------------------------------------------------------------------------------------------------
 
     def _ids(self, text: str) -> list[int]:
-        """Token ids with special tokens; without the end-of-text token that some causal tokenizers append."""
+        """Token ids with special tokens, but without the end-of-text token that some causal tokenizers append."""
         ids = self.tokenizer(text, **self._own, verbose=False)["input_ids"]
         if self.kind == "causal" and len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
             ids = ids[:-1]
@@ -266,7 +267,7 @@ class Encoder:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _continuation(self, prompt: str, text: str) -> list[int]:
-        """Tokens of ``text`` after ``prompt``, tokenised together, so that they are those the model saw in training.
+        """Tokens of ``text`` after ``prompt``, tokenised together, so that they are the tokens the model saw in training.
 
         A blank choice has none, even if the tokenizer makes one of the space before it.
         """
@@ -277,7 +278,7 @@ class Encoder:
         start, whole = self._ids(prompt), self._ids(prompt + self.joint + text)
         if whole[: len(start)] == start and len(whole) > len(start):
             ids = whole[len(start) :]
-        else:  # the tokenizer merges across the joint
+        else:  # the tokenizer merges characters across the boundary
             ids = self._plain(self.joint + text)
         return ids + ends
 
@@ -306,7 +307,7 @@ class Encoder:
                 )
 
     def _check_words(self, name: str) -> None:
-        """No two label words may be the same tokens, and none may be unknown: both would score alike."""
+        """Refuse label words that are the same tokens or unknown, because their scores would be equal."""
         seen: dict[tuple[int, ...], str] = {}
         for word, ids in zip(self.task.labels.values(), self.words, strict=True):
             if self.tokenizer.unk_token_id in ids and self.tokenizer.unk_token_id is not None:
@@ -322,7 +323,7 @@ class Encoder:
 
     @property
     def _own(self) -> dict[str, bool]:
-        """A chat template writes special tokens itself."""
+        """Whether special tokens are added: a chat template writes them itself."""
         return {"add_special_tokens": False} if self.chat else {}
 
 

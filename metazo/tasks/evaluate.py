@@ -1,4 +1,4 @@
-"""Evaluate a model on a prepared split: the loss, the task's metrics, and what always saying one class would score."""
+"""Evaluate a model on a prepared split: the loss, the task's metrics, and the score of always giving one class."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ with needs("llm"):
     from transformers import StoppingCriteria, StoppingCriteriaList
 
 NO_CLASS = -1
-"""Prediction of a row whose scores are not finite: no class, so it is right for none."""
+"""Prediction of a row whose scores are not finite: it is no class, so it is never correct."""
 
 
 def evaluate(
@@ -36,11 +36,11 @@ def evaluate(
     """Loss and metrics of ``model`` on a split, or on its first ``limit`` examples.
 
     Returns "loss", the task's metrics (0 to 1; mcc -1 to 1), "examples", and for classification and choice "majority":
-    the accuracy of always giving the commonest answer of these very examples. Generated answers are greedy. Batches
-    hold inputs of like length, at most ``batch_size`` rows where one example is not more, and their order does not
-    matter. Runs in eval and inference mode; the model's mode is put back. A loss that is not finite is returned as it is,
-    and such an example counts as answered wrongly. Raises UserError for an empty split, and for a head of prototypes or
-    label phrases that was not made yet (`metazo.tasks.classes.fit_head`).
+    the accuracy of always giving the commonest answer of these examples. Generated answers are greedy. Batches hold
+    inputs of similar length and at most ``batch_size`` rows (unless one example has more); their order does not matter.
+    Runs in eval and inference mode; the model's mode is restored. A loss that is not finite is returned as it is, and
+    such an example counts as answered wrongly. Raises UserError for an empty split, and for a head of prototypes or label
+    phrases that is not made yet (`metazo.tasks.classes.fit_head`).
     """
     examples = getattr(prepared, split)[:limit]
     if not examples:
@@ -74,7 +74,7 @@ def evaluate(
 
 
 def _batches(examples: list[Encoded], batch_size: int, prepared: Prepared) -> Iterator[list[int]]:
-    """Places of examples, longest first (memory runs out at once or never), ``batch_size`` rows or fewer."""
+    """Indices of examples by batches of at most ``batch_size`` rows; longest first: memory runs out at once or never."""
     by_option = not prepared.at_position and prepared.task.kind != "generation"
     places: list[int] = []
     rows = 0
@@ -101,7 +101,7 @@ def _batch(
         losses = -scores.gather(1, batch["targets"][:, None])[:, 0]
     else:
         losses = cross_entropy(scores, batch["targets"], reduction="none")
-    sound = ~scores.isnan().any(-1) & scores.amax(-1).isfinite()  # argmax would return the place of a NaN
+    sound = ~scores.isnan().any(-1) & scores.amax(-1).isfinite()  # argmax would return the index of a NaN
     return losses, scores.argmax(-1).masked_fill(~sound, NO_CLASS).tolist()
 
 
@@ -110,7 +110,7 @@ def generate(
 ) -> list[str]:
     """Greedy answers to the examples' prompts, up to the task's stop text, the end of text or the length limit.
 
-    Of the checkpoint's generation config only the end of text is used (`plain_generation`).
+    Only the end of text is taken from the checkpoint's generation config (`plain_generation`).
     """
     task, tokenizer = prepared.task, prepared.tokenizer
     batch = prepared.prompts(examples).to(device)
@@ -118,7 +118,8 @@ def generate(
     stopping = StoppingCriteriaList([_StopText(tokenizer, task.stop)] if task.stop else [])
     inner: Any = getattr(model, "get_base_model", lambda: model)()
     own = inner.generation_config
-    inner.generation_config = plain_generation(inner, tokenizer, prepared.room)  # generate() mixes it into any other
+    # generate() merges the model's config into any other
+    inner.generation_config = plain_generation(inner, tokenizer, prepared.room)
     try:
         tokens = model.generate(  # type: ignore[operator]
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], stopping_criteria=stopping

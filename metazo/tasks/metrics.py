@@ -22,12 +22,12 @@ _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 
 
 def accuracy(predicted: Sequence[int], accepted: Sequence[Sequence[int]]) -> float:
-    """Share of predictions among the accepted classes."""
+    """Fraction of predictions that are accepted classes."""
     return sum(p in a for p, a in zip(predicted, accepted, strict=True)) / len(predicted)
 
 
 def macro_f1(predicted: Sequence[int], accepted: Sequence[Sequence[int]]) -> float:
-    """Unweighted mean over classes of F1; over the classes that occur or are predicted, as scikit-learn takes it."""
+    """Unweighted mean of F1 over the classes that occur or are predicted, as in scikit-learn."""
     return float(f1_score([a[0] for a in accepted], list(predicted), average="macro"))
 
 
@@ -42,7 +42,7 @@ def normalise(text: str) -> str:
 
 
 def token_f1(predicted: str, answer: str) -> float:
-    """F1 of the bags of normalised words; two empty ones agree."""
+    """F1 of the bags of normalised words; two empty bags agree."""
     words, right = normalise(predicted).split(), normalise(answer).split()
     if not words or not right:
         return float(words == right)
@@ -60,7 +60,7 @@ def number(text: str) -> str:
 
 
 def _best(score: Callable[[str, str], float]) -> Callable[[Sequence[str | None], Sequence[Sequence[str]]], float]:
-    """Mean over examples of the best score over the accepted answers; None is no answer and scores 0."""
+    """Mean over examples of the best score over the accepted answers; a prediction of None scores 0."""
 
     def metric(predicted: Sequence[str | None], accepted: Sequence[Sequence[str]]) -> float:
         pairs = zip(predicted, accepted, strict=True)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # tasks can be listed and checked without transformers
     from transformers import PreTrainedTokenizerBase
 
 
-_MASKED_HEADS = ("lm_head", "cls")  # RoBERTa and its kin, BERT and its kin
+_MASKED_HEADS = ("lm_head", "cls")  # names in RoBERTa-like and BERT-like models
 
 
 class Batch(dict[str, Tensor]):
@@ -50,23 +50,23 @@ class Prepared:
     words: list[list[int]]
     """Tokens of each label word, by class (classification with a prompt)."""
     at_position: bool
-    """Classes are scored at one position; otherwise by the likelihood of every option's tokens."""
+    """Whether classes are scored at one position; otherwise by the likelihood of every option's tokens."""
     train: list[Encoded] = field(default_factory=list)
     dev: list[Encoded] = field(default_factory=list)
     test: list[Encoded] = field(default_factory=list)
     shortened: dict[str, int] = field(default_factory=dict)
-    """Examples by split whose context was cut to fit."""
+    """Number of examples whose context was shortened to fit, by split."""
     dropped: dict[str, int] = field(default_factory=dict)
-    """Rows by split left out because question and answer alone do not fit."""
+    """Number of rows left out because question and answer alone do not fit, by split."""
     notes: list[str] = field(default_factory=list)
-    """What a user should be told: smaller splits, shortened or dropped examples."""
+    """Sentences for the user: smaller splits, shortened or dropped examples."""
     order: list[int] | None = None
-    """Column of the classifier's head for each class; None: as they are."""
+    """Column of the classifier's head for each class; None if they are in class order."""
     record: dict[str, Any] = field(default_factory=dict)
-    """What a model trained on this says in its config (`metazo.models.describe.describe`), as JSON values."""
+    """The record in the config of a model trained on this (`metazo.models.describe.describe`), as JSON values."""
 
     def batches(self, examples: Sequence[Encoded], size: int) -> Iterator[Batch]:
-        """The examples in order, `size` a batch."""
+        """The examples in order, in batches of `size`."""
         for start in range(0, len(examples), size):
             yield self.collate(examples[start : start + size])
 
@@ -75,8 +75,8 @@ class Prepared:
 
         input_ids, attention_mask (R, L); targets (B,); and token_type_ids (R, L), position_ids (R, L), mask_at (B,),
         answer (R, A): tokens to score at the row's end, padded with -100 on the left; rows (B,): rows per example.
-        R is B, but one row per option where options are scored by likelihood: every option for a classification or with
-        ``every_option``, else the right one only.
+        R is B, except that options scored by likelihood take one row each: every option for a classification or with
+        ``every_option``, else only the correct one.
         """
         if not examples:
             raise ValueError("an empty batch")
@@ -101,7 +101,7 @@ class Prepared:
         return Batch(**self._left_padded([example.ids for example in examples]))
 
     def scores(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Float32 scores (B, C) of classes or choices: logits, or log-likelihoods (-inf where there is no such choice).
+        """Float32 scores (B, C) of classes or choices: logits, or log-likelihoods (-inf if there is no such choice).
 
         The log-likelihood of a label word is summed over its tokens; that of a choice is the mean, as in MeZO, and -inf
         for a blank one.
@@ -176,7 +176,7 @@ def last_logits(model: nn.Module, batch: Batch, keep: int) -> Tensor:
 
 
 def _mask_logits(model: nn.Module, batch: Batch) -> Tensor:
-    """Logits (B, V) at each row's mask; the head runs there only, in models whose head has a usual name."""
+    """Logits (B, V) at each row's mask; the head is applied there only, if the model's head has a usual name."""
     with needs("llm"):
         from transformers import PreTrainedModel
 

@@ -29,7 +29,7 @@ _SIMPLE = str | int | float
 
 @dataclass
 class Source:
-    """Rows of one split, and what to call them in an error."""
+    """Rows of one split, and their name in error messages."""
 
     name: str
     rows: Sequence[Row]
@@ -67,7 +67,7 @@ def in_memory(task: Task, data: Any) -> tuple[Task, Rows]:
 
 
 def load(task: Task, split: str, data: Path | Rows | None) -> Source:
-    """The rows of ``split``: in memory, of the task's own files, of ``data/<task>/``, or of the Hub, in this order."""
+    """The rows of ``split``, from memory, the task's own files, ``data/<task>/``, or the Hub, in this order."""
     if isinstance(data, Mapping):
         rows = [_object(row, f"{split}, row {number}") for number, row in enumerate(data[split], 1)]
         return _whole(task, f"the {split} rows in memory", rows)
@@ -119,7 +119,7 @@ def _whole(task: Task, name: str, rows: list[Row]) -> Source:
 
 
 def _text_rows(task: Task, path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8-sig", newline="") as file:  # a byte-order mark is no part of the first row
+    with path.open(encoding="utf-8-sig", newline="") as file:  # a byte-order mark does not belong to the first row
         if path.suffix in (".csv", ".tsv"):
             yield from _table(task, path, csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
             return
@@ -134,7 +134,7 @@ def _text_rows(task: Task, path: Path) -> Iterator[Row]:
 
 
 def _table(task: Task, path: Path, reader: csv.DictReader[str]) -> Iterator[Row]:
-    """Rows of CSV: every value is text, so numbers of classes and of choices are made out of it."""
+    """Rows of CSV. Every value is text, so class and choice numbers are converted."""
     try:
         for number, row in enumerate(reader, 1):
             where = f"{path}, row {number}"
@@ -142,7 +142,7 @@ def _table(task: Task, path: Path, reader: csv.DictReader[str]) -> Iterator[Row]
                 raise UserError(f"{where} has another number of cells than the header has columns")
             yield _with_label(task, dict(row), where)
     except csv.Error as error:
-        raise UserError(f"data file {path}, row {reader.line_num}: no CSV ({error})") from error
+        raise UserError(f"data file {path}, row {reader.line_num}: not CSV ({error})") from error
 
 
 def _with_label(task: Task, row: Row, where: str) -> Row:
@@ -184,7 +184,7 @@ def _object(row: Any, where: str) -> Row:
     if not isinstance(row, dict):
         raise UserError(f"{where}: one JSON object with named columns was expected, found {shown(row, 60)}")
     try:
-        size = len(json.dumps(row, ensure_ascii=False).encode())  # refuses halves of a character, as tokenizers do
+        size = len(json.dumps(row, ensure_ascii=False).encode())  # refuses lone surrogates, as tokenizers do
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: a number, a character or the nesting in it is beyond what can be read") from error
     if size > 4 * MAX_ROW:
@@ -193,19 +193,19 @@ def _object(row: Any, where: str) -> Row:
 
 
 def _parquet(path: Path) -> list[Row]:
-    with needs("llm"):  # it comes with datasets
+    with needs("llm"):  # it is installed with datasets
         import pyarrow
         import pyarrow.parquet
 
     try:
         return pyarrow.parquet.read_table(path).to_pylist()
     except pyarrow.ArrowException as error:
-        raise UserError(f"data file {path} is no Parquet file that can be read ({error})") from error
+        raise UserError(f"data file {path} cannot be read as Parquet ({error})") from error
 
 
 def _from_hub(task: Task, split: str) -> Source:
     with needs("llm"):
-        from datasets import load_dataset  # a second of import that no other path needs
+        from datasets import load_dataset  # the import takes a second, and only this branch needs it
 
     name = "/".join(part for part in (task.hub, task.config) if part)
     try:
@@ -215,7 +215,7 @@ def _from_hub(task: Task, split: str) -> Source:
         raise UserError(
             f"data set {name!r}, split {split!r}, cannot be loaded from the Hub ({reason}); "
             f"check the network, or give the rows with `data=DIR`, in DIR/{task.name}/"
-        ) from None  # what a server answered may repeat the token
+        ) from None  # a server's answer may repeat the token
     if len(rows) == 0:
         raise UserError(f"data set {name!r}, split {split!r}, is empty")
     return Source(f"{name} {split}", rows, _labelled(task, rows))
@@ -229,8 +229,8 @@ def _labelled(task: Task, rows: Any) -> list[int]:
 
 
 def checked(task: Task, row: Row, where: str) -> Row:
-    """The row as the prompt needs it. Raises UserError for a column that is missing, null or neither text nor number,
-    and for a label outside the set.
+    """The row with the columns that the prompt needs. Raises UserError for a column that is missing, null or neither text
+    nor number, and for a label outside the set.
     """
     try:
         adapted = task.adapt(row) if task.adapt else row

@@ -33,8 +33,8 @@ def prepare(
 
     ``data`` is a folder with <task>/<split>.jsonl, or rows in memory (`in_memory`); without it rows come from the
     task's own files, the grammar, or the Hub. Sizes default to the papers' 1,000 / 500 / 1,000. If there are fewer
-    rows, the sizes left at these are reduced and those asked for are kept, and ``notes`` says so. ``k_per_class``
-    draws so many train rows of every class, and as many dev rows if ``dev`` is not given (as LM-BFF, arXiv
+    rows, sizes left at these defaults are reduced and sizes that the caller sets are kept, and ``notes`` says so.
+    ``k_per_class`` draws that many train rows of every class, and as many dev rows if ``dev`` is not given (as LM-BFF, arXiv
     2012.15723). ``max_length`` limits an input, in tokens; the model's context is the default. A model that was fine-
     tuned on the task by metazo gets the split of that run, and no row that it was trained on is a dev or test row.
     Raises UserError for data that is missing, malformed or does not fit, and for a task that the model cannot do.
@@ -66,7 +66,7 @@ def prepare(
 
 
 def _encode(out: Prepared, split: str, encoder: Encoder, rows: list[tuple[str, Row]]) -> None:
-    """Encode the rows of a split, and say what was shortened or left out."""
+    """Encode the rows of a split, and add notes on shortened and omitted rows."""
     task, limit = out.task, encoder.limit
     encoder.cut.clear()
     encoded = [encoder(row, where) for where, row in rows]

@@ -12,7 +12,7 @@ _NO_YES = {0: "No", 1: "Yes"}
 
 
 def _copa(row: Row) -> Row:
-    """The premise without its full stop runs on, with "because" or "so", into the lower-cased choice."""
+    """Join the premise without its full stop, "because" or "so", and the choice in lower case into one sentence."""
     premise, choices = str(row["premise"]).strip().rstrip("."), (row["choice1"], row["choice2"])
     return row | {
         "start": f"{premise} {'because' if row['question'] == 'cause' else 'so'}",
@@ -21,7 +21,7 @@ def _copa(row: Row) -> Row:
 
 
 def _record(row: Row) -> Row:
-    """Each entity in the place of @placeholder is a choice; every entity that is an answer is a right one."""
+    """Each entity in place of @placeholder gives a choice; those of entities that are answers are correct."""
     entities = list(dict.fromkeys(row["entities"]))
     return row | {
         "passage": str(row["passage"]).replace("@highlight\n", "- "),

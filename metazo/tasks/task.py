@@ -1,7 +1,7 @@
-"""What a task is: one description of fields, prompt, label words, metric and where its rows come from.
+"""The description of a task: fields, prompt, label words, metric and the source of its rows.
 
 A task is data, not a class of its own: the same encoder, scorer and loader serve all of them. Prompts are Python format
-strings over the row's columns; ``{}`` marks where the model's answer goes (at the end when it is left out):
+strings over the row's columns; ``{}`` marks the place of the model's answer (the end if it is left out):
 
     "{sentence} It was {}."          labels {0: terrible, 1: great}
 
@@ -21,7 +21,7 @@ from metazo.io.plain import shown
 
 Row = dict[str, Any]
 MAX_LABELS = 1000
-"""Labels of one task; every one is a forward pass of its own if label words have several tokens."""
+"""Most labels of one task; each label is a forward pass of its own if label words have several tokens."""
 Metric = Literal["accuracy", "macro_f1", "mcc", "f1", "exact_match", "exact_number"]
 METRICS_OF: dict[str, tuple[Metric, ...]] = {
     "classification": ("accuracy", "macro_f1", "mcc"),
@@ -40,7 +40,7 @@ class Task(BaseModel):
     kind: Literal["classification", "choice", "generation"]
     """classification: one of ``labels``; choice: the likeliest of the row's own texts; generation: free text."""
     prompt: str = ""
-    """Text with {column} places, and ``{}`` where the answer goes."""
+    """Text with {column} placeholders, and ``{}`` at the place of the answer."""
     messages: str | None = None
     """Column with a chat, a list of {"role", "content"}, in place of a prompt: the tokenizer's chat template writes it. A
     generation task takes its last assistant turn as the answer; other kinds leave such a turn out."""
@@ -49,13 +49,13 @@ class Task(BaseModel):
     classifier: tuple[str, ...] = ()
     """One or two templates given to a sequence classifier; the prompt's first and second column when absent."""
     labels: dict[Any, str] = {}
-    """Value in the label column -> label word. A list of words stands for the labels 0, 1, 2, ..."""
+    """Value in the label column -> label word. A list of words gives the labels 0, 1, 2, ..."""
     label: str = "label"
     """Column with the label (classification) or the number of the right choice, from 0 (choice)."""
     phrase: str = "{}"
     """The sentence that a label word makes for a head of label phrases (``head="phrases"``); ``{}`` is the word."""
     family: str | None = None
-    """Tasks about like texts share one; they belong on one side of a split of tasks."""
+    """Tasks about similar texts share a family; they belong on one side of a split of tasks."""
     choices: tuple[str, ...] = ()
     """Columns that hold the choices; one column alone holds a list of them."""
     letters: bool = False
@@ -63,11 +63,11 @@ class Task(BaseModel):
     answer: str = "answer"
     """Column with the answer or a list of accepted answers (generation); "answers.text" reaches inside a column."""
     context: str | None = None
-    """Column that is shortened when the input is too long; the row's longest one of the prompt when absent."""
+    """Column that is shortened if the input is too long; by default the longest column of the prompt in the row."""
     metric: tuple[Metric, ...] = ()
-    """Metrics, the one that counts first; accuracy or F1 when absent."""
+    """Metrics, with the main one first; by default accuracy or F1."""
     stop: str | None = None
-    """Text that ends a generated answer; the model's end-of-text token when absent."""
+    """Text that ends a generated answer; by default the model's end-of-text token."""
     max_new_tokens: int = Field(default=50, ge=1)
     """Upper limit on a generated answer, in tokens."""
     hub: str | None = None
@@ -86,11 +86,11 @@ class Task(BaseModel):
     """Files of the task itself (JSONL, JSON, CSV, TSV, Parquet), relative to the YAML file. With "test", dev rows come from
     "validation"; without it, test rows do; a split without a file of its own takes rows of the train file."""
     dev_rows: int | None = Field(default=None, ge=1)
-    """The papers' own dev size, if it is smaller than the usual one (CB, COPA: 100); one that is asked for is kept."""
+    """The papers' own dev size, if it is smaller than the usual one (CB, COPA: 100); a size that the user sets is kept."""
     unlabelled: tuple[Any, ...] = ()
     """Label values that mean "no label" (-1, null, ""); such rows are left out (SNLI: -1)."""
     adapt: Callable[[Row], Row] | None = Field(default=None, exclude=True)
-    """Python only: turns a row into one with the columns named above."""
+    """Python only: turns a row into one that has the columns named above."""
     generate: Callable[[str, int, int], list[Row]] | None = Field(default=None, exclude=True)
     """Python only: (split, number, seed) -> rows, for tasks made by a grammar."""
 
@@ -120,7 +120,7 @@ class Task(BaseModel):
         if self.messages is not None:
             if self.prompt or self.masked or self.classifier or self.context:
                 raise ValueError(
-                    "messages stands in place of prompt, masked, classifier and context; give one or the other"
+                    "messages takes the place of prompt, masked, classifier and context; give one or the other"
                 )
             return self
         if not self.classifier and self.kind == "classification":

@@ -1,9 +1,9 @@
 """Real short-text classification: 22 public tasks in 17 families, each with label phrases.
 
 Rows are {"text": str, "label": int}, from DIR/<task>/{train,validation}.jsonl of `data`; the data sets themselves are not
-part of metazo, and their licences are their owners'. Five of them are read from the Hub as well, whose rows are those of
-the same data set in another sample. A family holds topical relatives: meta-training on one task of a family and testing
-on another of it is no test on an unseen task, so `META_TRAIN` and `HELD_OUT` split by family.
+part of metazo, and each has its owner's licence. Five of them can be read from the Hub as well, which has another sample
+of the same data set. A family holds tasks on related topics: meta-training on one task of a family and testing on another
+is not a test on an unseen task, so `META_TRAIN` and `HELD_OUT` split by family.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ _HUB: dict[str, dict[str, str]] = {
 }
 
 HELD_OUT = ("banking", "dialogue act", "news topic", "pang-lee movie", "programmer sentiment", "sms")
-"""Families that nothing is meta-trained on."""
+"""Families that are never used for meta-training."""
 META_TRAIN = tuple(sorted({family for family, _, _ in _TABLE.values()} - set(HELD_OUT)))
 """Families to meta-train on."""
 

@@ -229,5 +229,5 @@ def test_a_saved_model_says_what_it_was_trained_on(tiny, tmp_path):
     causal.model.generation_config.eos_token_id = 5
     describe(causal.model, {"task": "t", "eos": 2})
     assert load_model(save(causal, tmp_path / "causal")).model.generation_config.eos_token_id == [5, 2]
-    with pytest.raises(UserError, match="not a record that metazo wrote"):
+    with pytest.raises(UserError, match="training data was not written by metazo"):
         describe(causal.model, {"labels": ["a\x1b[2J"]})

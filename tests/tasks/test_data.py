@@ -331,7 +331,7 @@ def test_the_form_of_a_file_changes_no_row(tmp_path, ending):
         ("train.json", '[{"text": "a"', "not a JSON list"),
         ("train.csv", "text,label\na,0,more\n", "row 1 has another number of cells than the header has columns"),
         ("train.csv", "text,label\na,2\n", "row 1: 'label' is '2', which is none of the labels"),
-        ("train.parquet", "no", "is no Parquet file"),
+        ("train.parquet", "no", "cannot be read as Parquet"),
         (
             "train.jsonl",
             '{"text": ["a"], "label": 0}\n',
