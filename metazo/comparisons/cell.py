@@ -30,7 +30,7 @@ from metazo.tasks.evaluate import evaluate
 
 @dataclass
 class Job:
-    """What a worker is to do: a run's settings, what is known of it, and whether it trains at all."""
+    """A worker's task: a run's settings, the facts known about it, and whether it trains at all."""
 
     config: FinetuneConfig
     info: dict[str, Any]
@@ -40,7 +40,7 @@ class Job:
 
 
 def run(job: Job) -> Result:
-    """Do it. A run that fails is a result too; Interrupted alone is passed on."""
+    """Do the job. A failed run is a result too; only Interrupted is raised."""
     out = job.config.out
     shutil.rmtree(out, ignore_errors=True)
     started, meter, reason, parts = time.monotonic(), PeakMemory(), None, None
@@ -53,7 +53,7 @@ def run(job: Job) -> Result:
         status, reason = "diverged", f"Diverged: {error}"
     except UserError as error:
         reason = str(error)
-    except Exception as error:  # whatever a method, a driver or a full disk may raise: the other runs go on
+    except Exception as error:  # a method, a driver or a full disk may raise anything, and the other runs must go on
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     taken = meter.bytes()
     result = failed(job, reason, status=status) if parts is None else Result(job.info | _of_worker(), *parts)
@@ -72,18 +72,18 @@ def run(job: Job) -> Result:
 
 
 def warm_up(job: Job) -> None:
-    """Two steps that nobody times: imports, compiled kernels, the allocator."""
+    """Take two steps that are not timed, so that imports, compiled kernels and the allocator are ready."""
     config = replace(job.config, forwards=None, steps=2, dev_examples=0, test_examples=0, keep="none", eval_every=2)
     try:
         run_settings(config)
     except (UserError, RuntimeError, OSError):
-        pass  # the run itself will say it
+        pass  # the run itself reports it
     finally:
         shutil.rmtree(config.out, ignore_errors=True)
 
 
 def failed(job: Job, reason: str | None, so_far: Result | None = None, *, status: str = "failed") -> Result:
-    """The result of a run that failed or diverged: what it had recorded, and why."""
+    """The result of a run that failed or diverged: its records so far, and the reason."""
     curve = so_far.train_info["curve"] if so_far else _curve(RunFolder.read_records(job.config.out))
     last = curve[-1] if curve else {}
     train: dict[str, Any] = {name: last.get(name) for name in ("step", "forwards", "seconds")}
@@ -115,7 +115,7 @@ def _train(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _look(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The model as it is, on dev and test."""
+    """Evaluate the untrained model on dev and test."""
     began, computed = time.monotonic(), time.process_time()
     setup = set_up(replace(job.config, steps=1, forwards=None))
     model, size = setup.loaded.model, job.config.eval_batch_size
@@ -154,6 +154,6 @@ def _of_worker() -> dict[str, Any]:
 
 
 def configuration(config: FinetuneConfig) -> dict[str, Any]:
-    """The settings of a run as JSON, without the folders of this machine."""
+    """The settings of a run as JSON, without local folders."""
     plain = json.loads(json.dumps(asdict(config), default=str))
     return {name: value for name, value in plain.items() if name not in with_role(FinetuneConfig, "place")}

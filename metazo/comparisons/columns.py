@@ -15,14 +15,14 @@ from metazo.runs.config import FinetuneConfig
 from metazo.runs.method import hyperparameters, methods
 
 ZERO_SHOT = "zero-shot"
-RANDOM_TUNERS = 3  # so many random starts: one is luck (the published tuners hardly left theirs)
-# What the grid itself sets, for every column alike.
+RANDOM_TUNERS = 3  # several random starts, because one may be lucky (the published tuners hardly left their starts)
+# Settings that the grid itself sets, equally for all columns.
 RESERVED = ("task", "out", "lr", "steps", "forwards", "seed", "resume", "optimizer", "data", "keep", "snapshot_every")
 
 
 @dataclass(frozen=True)
 class Column:
-    """A method with its settings, which is searched, run and shown as one."""
+    """A method with its settings; its learning rate is searched, and it is run and shown, as a unit."""
 
     name: str
     """Its name in folders and tables"""
@@ -39,13 +39,13 @@ class Column:
 
     @property
     def label(self) -> str:
-        """The column in words: its method and what it sets."""
+        """The column in words: its method and its settings."""
         words = [f"{key.replace('_', ' ')} {value}" for key, value in self.options.items() if key != "method"]
         words += [f"{key} {value}" for key, value in self.options.get("method", {}).items()]
         return ", ".join([self.optimizer, *words])
 
     def settings(self) -> dict[str, Any]:
-        """The options as settings of a run, hyperparameters of the method apart. Raises UserError for others."""
+        """The options as settings of a run, with the hyperparameters separate. Raises UserError for unknown options."""
         own = hyperparameters(self.optimizer)
         plain = {key.replace("-", "_"): value for key, value in self.options.items()}
         if self.optimizer in METHODS:
@@ -82,8 +82,8 @@ def names() -> list[str]:
 def resolve(entries: Iterable[str | dict[str, Any]], tuner: str | None = None) -> list[Column]:
     """Columns from names and mappings (name, optimizer, options, lrs).
 
-    random-tuner stands for RANDOM_TUNERS columns, all for everything there is. tuner: of the columns that need one and
-    name none; by default the zoo is asked for one that fits. Raises UserError for what is not there or there twice.
+    random-tuner gives RANDOM_TUNERS columns; all gives every column. tuner: for the columns that need one and name none;
+    by default one that fits is searched in the zoo. Raises UserError for an unknown or repeated column.
     """
     found: list[Column] = []
     for entry in entries:
@@ -95,7 +95,9 @@ def resolve(entries: Iterable[str | dict[str, Any]], tuner: str | None = None) -
     for column in found:
         safe_name(column.name, "column")
         if "/" in column.name or sum(other.name == column.name for other in found) > 1:
-            raise UserError(f"Column {column.name!r} stands twice, or has a slash in its name; give each its own.")
+            raise UserError(
+                f"Column {column.name!r} is given twice, or has a slash in its name; give each its own name."
+            )
         column.settings()
     if not found:
         raise UserError(f"`columns` is empty, and a comparison needs at least one; there are {', '.join(names())}.")

@@ -1,4 +1,4 @@
-"""Run a grid: for every task and column a search, then the reported runs; what is finished already is not run again."""
+"""Run a grid: for every task and column a search, then the reported runs. Finished runs are not repeated."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from metazo.io.terminal import Console
 from metazo.runs.interrupt import Interrupted, interruptible
 from metazo.runs.resources import refuse_ranks
 
-FASTER = 0.95  # a run that takes less than this share of the time budget is gone on with
+FASTER = 0.95  # a run that takes less than this fraction of the time budget is continued
 
 Flow = Generator[list[Run], list[Result], None]
 
@@ -41,11 +41,11 @@ class _Batch:
 
 
 def compare(grid: Grid, console: Console | None = None, *, retry_failed: bool = False) -> dict[str, int]:
-    """Run what of the grid has not been run. Returns the numbers of runs: done, of them kept, failed and diverged.
+    """Do the runs of the grid that are not finished. Returns numbers of runs: done, of them kept, failed and diverged.
 
-    kept: those that an earlier call had finished. Raises UserError for bad input, before anything is written, and where
-    a result cannot be written; Interrupted where it was asked to stop. In both cases what is finished stays, and the
-    same call goes on.
+    kept: runs that an earlier call had finished. Raises UserError for bad input, before anything is written, and if a
+    result cannot be written; Interrupted if a signal asked it to stop. In both cases finished runs are kept, and the same
+    call continues.
     """
     console = Console.of(console)
     refuse_ranks("compare")
@@ -59,7 +59,7 @@ def compare(grid: Grid, console: Console | None = None, *, retry_failed: bool = 
 
 
 class _Comparison:
-    """The state of a comparison that runs."""
+    """The state of a running comparison."""
 
     def __init__(self, grid: Grid, facts: dict[tuple[str, str], Facts], console: Console, retry_failed: bool):
         self.grid, self.facts, self.console = grid, facts, console
@@ -90,7 +90,7 @@ class _Comparison:
         return {"runs": shown.done, "kept": shown.kept, "failed": shown.failed, "diverged": shown.diverged}
 
     def _remember(self, superseded: set[tuple[str, str]]) -> None:
-        """Searches of an earlier call that still hold, so that a stop leaves search.json whole."""
+        """Searches of an earlier call that are still valid, so that search.json is complete after a stop."""
         known = {column.name for column in self.grid.resolved}
         for task, columns in read_search(self.grid.out).items():
             for name in known & set(columns):
@@ -106,10 +106,10 @@ class _Comparison:
             forwards += (searches * self.grid.search_budget + self.grid.seeds) * self.grid.budget
         return runs, forwards
 
-    # -- what is to be done, column by column ----------------------------------------------------------------------
+    # -- the runs to do, column by column --------------------------------------------------------------------------
 
     def _flow(self, task: str, column: Column) -> Flow:
-        """The runs of a column on a task: batches of them, each made from the results of those before."""
+        """Yields the runs of a column on a task in batches; each batch depends on the results of the batches before."""
         lr = (yield from self._search(task, column)) if column.trains else None
         yield runs_of(self.grid, task, column, lr)
 
@@ -137,7 +137,7 @@ class _Comparison:
         return search.lr
 
     def _extra(self, task: str) -> list[list[Run]]:
-        """The longer runs of methods that are done before the time budget of a task is."""
+        """Yields the longer runs of methods that finish before the time budget of a task is used up."""
         grid = self.grid
         times = {column.name: self._seconds(task, column) for column in grid.resolved if column.trains}
         limit = times.get(grid.reference) if grid.time_budget == "reference" else grid.time_budget
@@ -160,10 +160,10 @@ class _Comparison:
         done = [self.results[path] for path in paths if path in self.results and self.results[path].finished]
         return median(result.train_info["seconds"] for result in done) if done else None
 
-    # -- getting it done -------------------------------------------------------------------------------------------
+    # -- running them ----------------------------------------------------------------------------------------------
 
     def _drive(self, flows, pool: Pool, caught: list[str], shown: Progress) -> None:
-        """Keep the workers busy with the runs of the flows, in their order, until there are no more."""
+        """Keep the workers busy with the runs of the flows, in their order, until no run is left."""
         queue: deque[tuple[Run, _Batch]] = deque()
         out: dict[Path, tuple[Run, _Batch]] = {}
         while True:
@@ -191,14 +191,14 @@ class _Comparison:
                 return
             for job, result in pool.collect(0.25):
                 run, batch = out.pop(job.config.out)
-                if result is None:  # unfinished: no search may decide on it, and the next call runs it
+                if result is None:  # unfinished: no search may use it, and the next call repeats it
                     caught = caught or ["SIGTERM to a worker"]
                     continue
                 self.store.save(run, result)
                 self._done(run, batch, result, True, queue, shown)
 
     def _go_on(self, flow: Flow, results: list[Result] | None, queue: deque, shown: Progress) -> None:
-        """Let a flow say what comes next: before what other flows want, so that columns are finished one by one."""
+        """Ask a flow for its next runs and put them before those of other flows, so that columns finish one by one."""
         try:
             runs = flow.send(results) if results is not None else next(flow)
         except StopIteration:
@@ -221,6 +221,6 @@ def _only(runs: list[Run]) -> Flow:
 
 
 def _mean_loss(results: list[Result]) -> float:
-    """Mean final loss on dev; inf where a run failed."""
+    """Mean final loss on dev; inf if a run failed."""
     losses = [result.metrics["dev"]["loss"] if result.finished else math.inf for result in results]
     return fmean(losses)

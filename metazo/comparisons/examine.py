@@ -1,4 +1,4 @@
-"""A look at a grid before it runs: every task prepared and every method built once, so that bad input ends here."""
+"""Checks a grid before it runs: every task is prepared and every method built once, so that bad input is found early."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from metazo.settings import with_role
 from metazo.tasks import resolve
 from metazo.tasks.closures import BatchLoss
 
-# Settings that make an optimizer; a change in any other means that model and data are loaded anew.
+# Settings of the optimizer alone; if any other setting differs, model and data are loaded anew.
 OPTIMIZING = with_role(FinetuneConfig, "method", "loop", "service")
 
 
 @dataclass
 class Facts:
-    """What is known of a column on a task before it runs.
+    """Facts about a column on a task before it runs.
 
-    lrs: that its search starts from (empty for zero-shot); forwards a step; trained weights; hashes of model, data and
-    tuner; inputs: hash of the model's configuration and the task's definition; metric of the task; seconds of one
-    forward pass over a training batch.
+    lrs: learning rates from which its search starts (empty for zero-shot); forward passes per step; number of trained
+    weights; hashes of model, data and tuner; inputs: hash of the model's configuration and the task's definition; metric
+    of the task; seconds per forward pass over a training batch.
     """
 
     lrs: list[float]
@@ -49,17 +49,17 @@ class Facts:
 
 
 def examine(grid: Grid) -> dict[tuple[str, str], Facts]:
-    """Facts by task and column. Raises UserError for what cannot run, with the name of its column."""
+    """Facts by task and column. Raises UserError, with the name of the column, for a run that is not possible."""
     found: dict[tuple[str, str], Facts] = {}
     names = [resolve(task).name for task in grid.tasks]
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"The task {name!r} stands twice in `tasks`; give each its own name.")
+            raise UserError(f"The task {name!r} is given twice in `tasks`; give each its own name.")
     for task in grid.tasks:
         loaded: dict[str, _Loaded] = {}
         for column in grid.resolved:
             config = Run(task, column, "seed", 0, None, grid.budget).config(grid, grid.out / "running")
-            config = replace(config, steps=1, forwards=None)  # the length is looked at below
+            config = replace(config, steps=1, forwards=None)  # the length is checked below
             try:
                 found[task, column.name] = _facts(grid, column, config, loaded)
             except UserError as error:
@@ -89,7 +89,7 @@ def _facts(grid: Grid, column: Column, config: FinetuneConfig, loaded: dict[str,
     if column.trains and shortest < a_step:
         raise UserError(f"{shortest} forward passes do not pay for one step ({a_step:g}); raise the budget.")
     if not setup.prepared.dev:
-        raise UserError("there are no dev examples, on which learning rates are chosen; raise dev_examples.")
+        raise UserError("there are no dev examples to choose learning rates on; raise dev_examples.")
     tuner = tuner_hash(optimizer)
     lrs: list[float] = []
     if column.trains:
@@ -124,10 +124,10 @@ def _load(config: FinetuneConfig) -> _Loaded:
 
 
 def plan(grid: Grid, facts: dict[tuple[str, str], Facts]) -> dict[str, Any]:
-    """What the grid will do and take where nothing of it has been done: runs, forward passes, time, disk.
+    """The work and resources of a grid of which nothing is done yet: runs, forward passes, time, disk.
 
-    The searches are counted without their extensions. The time is that of the forward passes, a tenth more for the
-    steps, evaluation (ten times on dev, once on test) included, and shared out among the workers.
+    The searches are counted without their extensions. The time is that of the forward passes, including evaluation (ten
+    times on dev, once on test), plus a tenth for the steps, divided by the number of workers.
     """
     runs = {"search": 0, "seed": 0}
     forwards = seconds = 0.0

@@ -18,7 +18,7 @@ from metazo.runs.config import FinetuneConfig
 from metazo.settings import build, check_values
 
 SEARCH_SEED = 1000  # searches count from here, reported runs from 0
-# The budgets are those of the grid; what a run leaves behind is its result alone.
+# The grid sets the budgets; a run's result is the only thing that is kept of it.
 OF_A_RUN: dict[str, Any] = {"keep": "none", "snapshot_every": 0}
 
 
@@ -31,9 +31,9 @@ class Grid:
     tasks: list[str]
     """Tasks by name, or YAML files of your own"""
     columns: list[Any]
-    """Methods: names, or mappings with name, optimizer, options and lrs; all for everything"""
+    """Methods: names, or mappings with name, optimizer, options and lrs; all means every method"""
     budget: int
-    """Forward passes of a run"""
+    """Forward passes per run"""
     out: Path = Path("runs/compare")
     """Folder of the results"""
     data: Path | None = None
@@ -41,21 +41,21 @@ class Grid:
     seeds: int = 5
     """Runs of each method on each task, with the seeds 0, 1, ..."""
     lrs: list[float] | None = None
-    """Learning rates that every search starts from; by default three around each method's own"""
+    """Learning rates from which every search starts; by default three around each method's own"""
     search_seeds: int = 1
-    """Seeds of a search: 1000, 1001, ...; none of them is reported on"""
+    """Number of seeds of a search: 1000, 1001, ...; their runs are not reported"""
     search_budget: float = 1.0
-    """Forward passes of a run of the search, as a share of the budget"""
+    """Forward passes per run of the search, as a fraction of the budget"""
     extensions: int = 5
-    """Most further rates where the best of a search lies at its edge"""
+    """Most additional rates if the best rate of a search is its smallest or largest"""
     time_budget: float | str | None = None
-    """Seconds of training that fast methods go on to, or reference: what the reference takes for the budget"""
+    """Seconds of training up to which fast methods continue; or the word reference: the time of the reference"""
     reference: str = "mezo"
-    """Column that the others are compared with"""
+    """Column with which the others are compared"""
     tuner: str | None = None
-    """Tuner of the columns that need one; by default the zoo is asked"""
+    """Tuner of the columns that need one; by default one from the zoo"""
     workers: int = 1
-    """Processes at once; the cores are shared out among them"""
+    """Number of parallel processes; the cores are divided among them"""
     keep_models: bool = False
     """Keep the tuned model of each reported run, under RESULTS/models"""
     config: dict[str, Any] = field(default_factory=dict)
@@ -69,9 +69,11 @@ class Grid:
         if self.extensions < 0:
             raise UserError(f"`extensions` must be at least 0, not {self.extensions}.")
         if not 0 < self.search_budget <= 1:
-            raise UserError(f"`search_budget` is a share of the budget above 0 and up to 1, not {self.search_budget}.")
+            raise UserError(
+                f"`search_budget` is a fraction of the budget above 0 and up to 1, not {self.search_budget}."
+            )
         if self.seeds > SEARCH_SEED:
-            raise UserError(f"`seeds` is at most {SEARCH_SEED}: the seeds from there on are those of the searches.")
+            raise UserError(f"`seeds` is at most {SEARCH_SEED}, because searches use the seeds from {SEARCH_SEED} on.")
         if self.time_budget not in (None, "reference"):
             self.time_budget = _seconds(self.time_budget)
         if not self.tasks:
@@ -101,7 +103,7 @@ def _seconds(text: Any) -> float:
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a comparison: what of the grid it is."""
+    """One run of a comparison: its position in the grid."""
 
     task: str
     column: Column
@@ -111,7 +113,7 @@ class Run:
     forwards: int
 
     def config(self, grid: Grid, out: Path) -> FinetuneConfig:
-        """Its settings. Raises UserError for settings that do not go together."""
+        """The settings of the run. Raises UserError for settings that contradict each other."""
         own: dict[str, Any] = {
             "lr": self.lr,
             "seed": self.seed,
@@ -146,5 +148,5 @@ def search_run(grid: Grid, task: str, column: Column, lr: float, seed: int) -> R
 
 
 def longer(run: Run, forwards: int) -> Run:
-    """The same run gone on to more forward passes."""
+    """The same run, continued to more forward passes."""
     return replace(run, kind="time", forwards=forwards)

@@ -1,4 +1,4 @@
-"""What a run of a comparison is known by, and the machine that it ran on."""
+"""The key that identifies a run of a comparison, and the facts of the machine on which it ran."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from metazo.runs.config import FinetuneConfig
 from metazo.runs.machine import cores, gpu, processor, system
 from metazo.settings import with_role
 
-# Where and how a run is done, not what it computes.
+# Settings that do not change the numbers of a run.
 INCIDENTAL = with_role(FinetuneConfig, "place", "machine", "service", "evaluation")
 
 
 def key(config: FinetuneConfig, hashes: dict[str, str | None]) -> str:
     """sha256 over the settings that differ from the defaults and the hashes of model, data and tuner.
 
-    Settings at their default are left out, so that one that is added later does not make old results strange.
+    Settings at their default are left out, so that old results keep their key if a setting is added later.
     """
     plain = {}
     for item in fields(config):
@@ -27,11 +27,11 @@ def key(config: FinetuneConfig, hashes: dict[str, str | None]) -> str:
         if item.name not in INCIDENTAL and not item.metadata["hashed"] and value != default:
             plain[item.name] = value
     if plain.get("keep") == "none":
-        plain["keep"] = "last"  # the same numbers
+        plain["keep"] = "last"  # these settings give the same numbers
     text = json.dumps([plain, hashes], sort_keys=True, default=str)
     return sha256(text.encode()).hexdigest()
 
 
 def facts() -> dict[str, Any]:
-    """The machine that a run was done on."""
+    """Facts of the machine on which a run is done."""
     return {"system": system(), "cpu": processor(), "cores": cores(), "gpu": gpu()}

@@ -1,4 +1,4 @@
-"""What a running comparison shows: how much is done, what runs, how long it will still take."""
+"""The display of a running comparison: finished runs, running runs, and the time left."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from metazo.io.terminal import Console
 class Progress:
     """A live table on a terminal; a line for every finished run elsewhere. Use as a context manager.
 
-    Work is counted in forward passes, so that the time left does not depend on which runs come first.
+    Work is counted in forward passes, so that the estimate of the time left does not depend on the order of runs.
     """
 
     def __init__(self, console: Console, runs: int, forwards: float):
         self.console = console
-        self.runs, self.forwards = runs, forwards  # in all, as far as is known
+        self.runs, self.forwards = runs, forwards  # totals, as far as known
         self.done = self.kept = self.failed = self.diverged = 0
         self.done_forwards = self.ran_forwards = 0.0
         self.started = time.monotonic()
@@ -37,12 +37,12 @@ class Progress:
             self.live.stop()
 
     def extend(self, runs: int, forwards: float) -> None:
-        """More has been found to do."""
+        """Add newly planned work to the totals."""
         self.runs += runs
         self.forwards += forwards
 
     def add(self, result: Result, ran: bool) -> None:
-        """A run is done, now or (ran=False) at an earlier call."""
+        """Count a run that was done now or (ran=False) by an earlier call."""
         info = result.run_info
         self.done += 1
         self.done_forwards += info["budget"]

@@ -1,10 +1,10 @@
-"""A finished comparison in two files instead of one file per run, and both forms read alike.
+"""A finished comparison in two files instead of one file per run; both forms are read in the same way.
 
     RESULTS/grid.yaml          as it was
     RESULTS/runs.jsonl.xz      one line per run: {"file": "<task>/<column>/<name>.json", "run_info", "train_info", "metrics"}
     RESULTS/comparison.json    {"format_version": 1, "runs": number, "sha256": of the lines, "search": search.json}
 
-`xz -dc runs.jsonl.xz | jq` reads the runs without metazo. A comparison that goes on is unpacked first.
+`xz -dc runs.jsonl.xz | jq` reads the runs without metazo. A comparison is unpacked before it continues.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from metazo.io.plain import MAX_JSON_BYTES, parse_json, read_json
 RUNS = "runs.jsonl.xz"
 FORMAT_VERSION = 1
 MAX_BYTES = 2**26
-"""Of all lines together, before compression: 15 times those of the largest comparison in results/."""
+"""Most bytes of all lines together, before compression: 15 times the largest comparison in results/."""
 _MEMORY = 2**27  # bytes that the decompressor may take; it needs 65 MiB for the highest level
 
 
@@ -34,7 +34,7 @@ def is_packed(results: Path) -> bool:
 
 
 def read_runs(results: Path) -> Iterator[tuple[Path, Result | UserError]]:
-    """All runs of a comparison, packed or not, by task, column and file name; an error instead of a damaged run.
+    """All runs of a comparison, packed or not, by task, column and file name; for a damaged run, an error.
 
     The path is that of the run's own file, which a packed comparison does not have. Raises UserError if there are no
     results, or if they are packed and damaged.
@@ -69,7 +69,7 @@ def read_results(results: Path, *kinds: str) -> Iterator[Result]:
 def pack(results: Path) -> tuple[int, int]:
     """Pack the runs of a comparison and remove their own files; returns bytes before and after.
 
-    Raises UserError if it is packed already, or if a file is no result or not as metazo wrote it: it would be lost.
+    Raises UserError if it is packed already, or if a file is not a result as metazo wrote it, because it would be lost.
     """
     if is_packed(results):
         raise UserError(f"{results} is packed already; there is nothing to do.")
@@ -93,14 +93,14 @@ def pack(results: Path) -> tuple[int, int]:
     packed, index = lzma.compress(data, preset=9), (json.dumps(about, indent=1) + "\n").encode()
     write_whole(results / COMPARISON, index)
     write_whole(results / RUNS, packed)
-    list(read_runs(results))  # it is read back whole before anything is removed
+    list(read_runs(results))  # all runs are read back before anything is removed
     shutil.rmtree(results / "cells")
     (results / SEARCH).unlink(missing_ok=True)
     return before, len(packed) + len(index)
 
 
 def unpack(results: Path) -> None:
-    """Write each run of a packed comparison into its own file again, byte for byte; nothing if it is not packed."""
+    """Write each run of a packed comparison into its own file again, byte for byte. Does nothing if it is not packed."""
     if not is_packed(results):
         return
     for path, result in list(read_runs(results)):
@@ -113,7 +113,7 @@ def unpack(results: Path) -> None:
 
 
 def _parsed(line: bytes, results: Path) -> dict[str, Any]:
-    """One line, its file name checked: it may become a path."""
+    """Parse one line. Its file name is checked, because it may become a path."""
     try:
         content = parse_json(line, finite=True)
         parts = content["file"].removesuffix(".json").split("/")
@@ -125,10 +125,12 @@ def _parsed(line: bytes, results: Path) -> dict[str, Any]:
 
 
 def _lines(results: Path) -> list[bytes]:
-    """The lines, once all of them are what comparison.json says."""
+    """The lines, after a check that they are those that comparison.json describes."""
     about, path = read_json(results / COMPARISON, "comparison"), results / RUNS
     if not isinstance(about, dict) or about.get("format_version") != FORMAT_VERSION:
-        raise UserError(f"{results / COMPARISON} is of no format that this version of metazo reads; update metazo.")
+        raise UserError(
+            f"{results / COMPARISON} has a format that this version of metazo does not read; update metazo."
+        )
     packed, decompressor = read_capped(path, MAX_BYTES, "results"), lzma.LZMADecompressor(memlimit=_MEMORY)
     try:
         data = decompressor.decompress(packed, max_length=MAX_BYTES + 1)
@@ -138,5 +140,5 @@ def _lines(results: Path) -> list[bytes]:
     if len(data) > MAX_BYTES or any(len(line) > MAX_JSON_BYTES for line in lines):
         raise UserError(f"{path} holds more than a comparison may; is it the right file?")
     if not decompressor.eof or (sha256(data).hexdigest(), len(lines)) != (about.get("sha256"), about.get("runs")):
-        raise UserError(f"{path} is not the file that {COMPARISON} is about; get both again.")
+        raise UserError(f"{path} is not the file that {COMPARISON} describes; get both again.")
     return lines

@@ -1,4 +1,4 @@
-"""Processes that do runs, one after the other each: torch is imported once, and a process that dies is replaced."""
+"""Worker processes that do one run after another. Each imports torch once, and a process that dies is replaced."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from metazo.comparisons.results import Result
 from metazo.runs.interrupt import Interrupted
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
-ASKED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the end of a worker by these is no fault of its job
+ASKED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # if one of these ends a worker, its job is not at fault
 STOPPED = 128 + signal.SIGTERM  # exit code of a worker that was asked to stop
-GRACE = 5.0  # seconds for a worker that is asked to stop
+GRACE = 5.0  # seconds that a worker has to stop when asked
 
 
 def _work(connection: Connection, threads: int) -> None:
-    """A worker's life: jobs come in, results go out, until the other end closes or its process is gone."""
+    """The loop of a worker: it receives jobs and sends results until the other end closes or its process is gone."""
     import torch
 
     parent = multiprocessing.parent_process()
@@ -58,8 +58,8 @@ class _Worker:
 class Pool:
     """`workers` processes with `threads` each, started when there is work; use as a context manager.
 
-    A process that dies takes no other with it: its job becomes a failed result, and the next job gets a new process. But
-    a job whose process was asked to stop (SIGTERM, SIGINT or SIGHUP, at its start too) has no result.
+    A process that dies affects no other: its job becomes a failed result, and the next job gets a new process. A job
+    whose process was asked to stop (SIGTERM, SIGINT or SIGHUP, also while it starts) has no result.
     """
 
     def __init__(self, workers: int, threads: int):
@@ -71,7 +71,7 @@ class Pool:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Ask all to stop, and end those that do not."""
+        """Ask all workers to stop, and kill those that do not."""
         for worker in self.workers:
             worker.connection.close()
             if worker.job is not None:
@@ -89,7 +89,7 @@ class Pool:
 
     @property
     def running(self) -> list[tuple[Job, float]]:
-        """What runs, and for how many seconds."""
+        """The running jobs, and for how many seconds each has run."""
         now = time.monotonic()
         return [(worker.job, now - worker.since) for worker in self.workers if worker.job is not None]
 
@@ -123,9 +123,9 @@ class Pool:
         return self.workers[-1]
 
     def collect(self, timeout: float) -> list[tuple[Job, Result | None]]:
-        """Results that have come within `timeout` seconds; a job whose process died has failed.
+        """Results that arrive within `timeout` seconds; a job whose process died has failed.
 
-        None in the place of a result: the process was asked to stop, so the job is unfinished.
+        The result is None if the process was asked to stop, so that the job is unfinished.
         """
         busy = [worker for worker in self.workers if worker.job is not None]
         done: list[tuple[Job, Result | None]] = []
@@ -152,6 +152,6 @@ class Pool:
 def _how(code: int | None) -> str:
     if code is not None and code < 0:
         name = signal.Signals(-code).name
-        why = " (the system does that where memory has run out)" if name == "SIGKILL" else ""
+        why = " (the system does that if memory has run out)" if name == "SIGKILL" else ""
         return f"The worker process was ended by {name}{why}."
     return f"The worker process ended with exit code {code}."

@@ -1,7 +1,7 @@
-"""The search for a learning rate: a grid in factors of about 3, extended until the best lies inside it.
+"""The search for a learning rate: a grid in factors of about 3, extended until the best rate is inside it.
 
-Why a walk and not a sampler: the loss has one minimum in the learning rate, its right flank is a cliff, and a factor of 3
-is finer than the spread over seeds can tell. What it costs is counted, and every method gets the same.
+A grid is used and not a sampler because the loss has one minimum in the learning rate, rises steeply to its right, and a
+factor of 3 is finer than the spread over seeds resolves. The cost is counted, and every method gets the same search.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from collections.abc import Generator
 from metazo.optimizers import METHODS
 
 # MeZO's best rate is near 500 / D for D trained weights: 3e-4 on a model of 1.6 million (measured here), 1e-6 on
-# RoBERTa-large and 1e-7 to 1e-8 on 13 billion (published). Others by their factor to that.
+# RoBERTa-large and 1e-7 to 1e-8 on 13 billion (published). Other methods have a factor relative to that.
 MEZO_RATE = 500.0
-# A method's class says where its search starts (search_rate, search_factor), chosen by hand: a search that starts far off is
-# extended, which costs runs and changes nothing else.
+# A method's class gives the start of its search (search_rate, search_factor), chosen by hand: a search that starts far
+# from the best rate is extended, which costs runs and changes nothing else.
 
 
 def start(optimizer: str, trained: int, energy: float = 1.0) -> list[float]:
-    """Three rates around the method's expected one.
+    """Three rates around the method's expected best rate.
 
     Args: trained weights; energy: mean square of the method's direction, by which rates are compared.
     """
@@ -35,7 +35,7 @@ def _rate(rung: int) -> float:
 
 
 def beyond(lr: float, up: bool) -> float:
-    """The next rate: on the ladder where lr is on it, else three times as much or as little."""
+    """The next rate: on the ladder if lr is on it, else three times or a third of lr."""
     rung = round(2 * math.log10(lr))
     if math.isclose(_rate(rung), lr, rel_tol=1e-6):
         return _rate(rung + (1 if up else -1))
@@ -43,10 +43,10 @@ def beyond(lr: float, up: bool) -> float:
 
 
 def walk(lrs: list[float], extensions: int) -> Generator[list[float], dict[float, float], tuple[float | None, bool]]:
-    """Yields rates to try and is sent their losses (inf where a run failed); returns the best and whether it lies at a
-    boundary, that is, whether all `extensions` were used up before there was a tried rate on both sides of it.
+    """Yields rates to try and is sent their losses (inf if a run failed); returns the best rate and whether it is at a
+    boundary: whether all `extensions` were used up before there was a tried rate on both sides of it.
 
-    Of equal losses the smaller rate. Where every rate failed it goes down by factors of ten.
+    Of equal losses the smaller rate is taken. If every rate failed, the next one is smaller by a factor of ten.
     """
     losses: dict[float, float] = {}
     wanted = sorted(lrs)

@@ -1,15 +1,15 @@
-"""The results of a comparison: one JSON file a run, in a folder that anyone can read without metazo.
+"""The results of a comparison: one JSON file per run, in a folder that can be read without metazo.
 
     RESULTS/grid.yaml                                   the grid as it was resolved, all defaults written out
-    RESULTS/search.json                                 what the learning-rate searches found: {task: {column: Search}}
+    RESULTS/search.json                                 results of the learning-rate searches: {task: {column: Search}}
     RESULTS/cells/<task>/<column>/search-<lr>-<seed>.json    a run of the search
     RESULTS/cells/<task>/<column>/seed-<seed>.json           a run that is reported, at the budget of forward passes
-    RESULTS/cells/<task>/<column>/time-<seed>.json           the same run gone on to the time budget (methods that are
+    RESULTS/cells/<task>/<column>/time-<seed>.json           the same run continued to the time budget (methods that are
                                                              faster than the reference; others are read off seed-*)
 
 A finished comparison may be packed into two files (metazo/comparisons/packed.py). Each run's file holds exactly three
-objects, `run_info`, `train_info` and `metrics`; see `Result`. It is written whole or not at all. Numbers that are not
-finite are null.
+objects, `run_info`, `train_info` and `metrics`; see `Result`. It is written completely or not at all. Numbers that are
+not finite are null.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Result:
 
     @classmethod
     def load(cls, path: Path) -> Result:
-        """Raises UserError for a file that is no result."""
+        """Raises UserError for a file that is not a result."""
         found = result_of(read_json(path, "result"), path)
         if isinstance(found, UserError):
             raise found
@@ -81,11 +81,11 @@ _INFO: dict[str, Any] = {
     "label": str, "metric": _TEXT, "budget": _NUMBER, "configuration": dict, "hashes": dict, "key": str, "status": str,
     "reason": _TEXT,
 }  # fmt: skip
-"""Types of what run_info may hold; what a table or a message shows of it is of these."""
+"""Types of the fields of run_info that tables and messages show."""
 
 
 def result_of(content: Any, path: Path) -> Result | UserError:
-    """The result that a JSON value is, or what is wrong with it; fields that are not needed to tell are not checked."""
+    """The result in a JSON value, or an error that says what is wrong with it; fields that nothing shows are not checked."""
     if not isinstance(content, dict) or tuple(sorted(content)) != tuple(sorted(PARTS)):
         return UserError(f"{path} is no result of a comparison: it must hold exactly {', '.join(PARTS)}.")
     if not all(isinstance(content[name], dict) for name in PARTS):
@@ -111,11 +111,11 @@ def result_of(content: Any, path: Path) -> Result | UserError:
 
 @dataclass
 class Search:
-    """What the search of a column's learning rate on a task found.
+    """The result of the search for a column's learning rate on a task.
 
-    lr: chosen, None where every rate failed; losses: mean dev loss by learning rate ("%g"), None where a run failed;
-    at_boundary: the chosen rate is the smallest or largest tried, so that a better one may lie outside; seeds: of the
-    search; runs, forwards: what it cost; budget: forward passes of each of its runs.
+    lr: the chosen rate, None if every rate failed; losses: mean dev loss by learning rate ("%g"), None if a run failed;
+    at_boundary: the chosen rate is the smallest or largest tried, so that a better one may be outside; seeds: of the
+    search; runs, forwards: its cost; budget: forward passes of each of its runs.
     """
 
     lr: float | None
@@ -128,7 +128,7 @@ class Search:
 
 
 def cell_path(results: Path, task: str, column: str, kind: str, seed: int, lr: float | None = None) -> Path:
-    """Where a run's file is."""
+    """The path of a run's file."""
     name = f"search-{lr:g}-{seed}" if kind == "search" else f"{kind}-{seed}"
     return results / "cells" / task / column / f"{name}.json"
 
@@ -139,7 +139,7 @@ def write_search(results: Path, found: dict[str, dict[str, Search]]) -> None:
 
 
 def read_search(results: Path) -> dict[str, dict[str, Search]]:
-    """What the searches found; empty if there is nothing yet. Raises UserError for anything but Searches."""
+    """The results of the searches; empty if there are none yet. Raises UserError if the file holds anything else."""
     path, packed = results / SEARCH, results / COMPARISON
     if path.exists():
         content = read_json(path, "search results")
@@ -151,18 +151,18 @@ def read_search(results: Path) -> dict[str, dict[str, Search]]:
     try:
         return {task: {name: _search(s) for name, s in columns.items()} for task, columns in content.items()}
     except (TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} does not hold what searches found: {error}") from error
+        raise UserError(f"{path} does not hold results of searches: {error}") from error
 
 
 def _search(content: Any) -> Search:
-    """Raises TypeError or ValueError for what is no Search."""
+    """Raises TypeError or ValueError if the value is not a Search."""
     found = Search(**content)
     numbers: list[Any] = [found.lr, *dict(found.losses).values(), found.runs, found.forwards, found.budget]
     for value in (*numbers, *map(float, found.losses), *found.seeds):
         if value is not None and (isinstance(value, bool) or not isinstance(value, _NUMBER)):
-            raise ValueError(f"{shown(value)} is no number")
+            raise ValueError(f"{shown(value)} is not a number")
     if None in (found.runs, found.forwards, found.budget) or (found.lr is not None and not 0 < found.lr < math.inf):
-        raise ValueError(f"a search has no learning rate, runs or forwards that can be ({shown(content)})")
+        raise ValueError(f"the learning rate, runs or forwards of a search are not valid ({shown(content)})")
     return found
 
 

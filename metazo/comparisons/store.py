@@ -1,4 +1,4 @@
-"""Where the results of a grid are: which are there already, which are of another grid, and how one is written."""
+"""The results folder of a grid: finds results that exist, moves away those of another grid, and writes new ones."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Store:
         self.running = grid.out / "running"
 
     def clear(self) -> None:
-        """Remove what runs that were stopped have left."""
+        """Remove the files of runs that were stopped."""
         shutil.rmtree(self.running, ignore_errors=True)
 
     def path(self, run: Run) -> Path:
@@ -63,9 +63,9 @@ class Store:
         return Job(config, info, run.column.trains, kept)
 
     def known(self, run: Run, job: Job) -> Result | None:
-        """The result of an earlier call, or one that needs no run because no learning rate is left to run it with."""
+        """The result of an earlier call, or a failure without a run if the search left no learning rate."""
         path = self.path(run)
-        for place in (path, self._aside(path)):  # a column that comes back comes back with its results
+        for place in (path, self._aside(path)):  # a column that is asked for again gets its results back
             if place.exists():
                 found = Result.load(place)
                 if found.run_info.get("key") == job.info["key"] and not (
@@ -87,12 +87,12 @@ class Store:
             self._put_aside(path)
         result.save(path)
 
-    # -- results of a grid that was another ------------------------------------------------------------------------
+    # -- results of another grid -----------------------------------------------------------------------------------
 
     def supersede(self) -> set[tuple[str, str]]:
-        """Move what the grid does not ask for to RESULTS/superseded, so that no report mixes two grids.
+        """Move results that the grid does not ask for to RESULTS/superseded, so that no report mixes two grids.
 
-        Returns task and column of what was moved.
+        Returns task and column of each moved result.
         """
         moved = set()
         wanted = {
@@ -126,15 +126,15 @@ class Store:
 
 
 def same(found: dict[str, Any], wanted: dict[str, Any]) -> bool:
-    """Whether a result is of the run that is wanted. Results of earlier versions have no `inputs`, which are not checked."""
+    """Whether a result belongs to the given run. Results of earlier versions have no `inputs`, which are then not checked."""
     inputs = wanted.get("inputs")
     return found.get("key") == wanted["key"] and found.get("inputs", inputs) == inputs
 
 
 def _last_part(name: str) -> str:
-    """A model's name without the folders of this machine; a folder that is called `model` has the name of the one above."""
+    """A model's name without local folders; for a folder called `model`, the name of its parent folder."""
     path = Path(name).expanduser()
     if not path.is_dir():
         return name
-    whole = Path(os.path.abspath(path))  # links as they are called here
+    whole = Path(os.path.abspath(path))  # symbolic links keep their own name
     return whole.parent.name if whole.name == "model" else whole.name

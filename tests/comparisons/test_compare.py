@@ -274,7 +274,7 @@ def test_dry_run_writes_nothing(tmp_path):
     ("extra", "words"),
     [
         ({"tasks": ["pico_sentimant"]}, "did you mean pico_sentiment"),
-        ({"tasks": ["pico_topic", "pico_topic"]}, "stands twice"),
+        ({"tasks": ["pico_topic", "pico_topic"]}, "is given twice"),
         (
             {"columns": [{"name": "a", "optimizer": "lozo", "options": {"rank": 0}}]},
             "Column 'a' on pico_sentiment: rank must",

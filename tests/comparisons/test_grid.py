@@ -67,7 +67,7 @@ def test_columns_that_are_wrong(entry, words):
 
 
 def test_a_name_stands_once():
-    with pytest.raises(UserError, match="stands twice"):
+    with pytest.raises(UserError, match="is given twice"):
         resolve(["mezo", {"name": "mezo", "options": {"scale": "rms"}}])
 
 
