@@ -1,1 +1,1 @@
-"""Files, append-only lines, untrusted JSON and YAML, tensor files, and what is kept out of messages."""
+"""Files, append-only lines, untrusted JSON and YAML, tensor files, and the removal of secrets from messages."""

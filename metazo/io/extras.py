@@ -18,7 +18,7 @@ PURPOSES = {
     "peft": "LoRA adapters",
     "sign": "signatures",
 }
-"""What needs the packages of each extra."""
+"""The purpose of each extra's packages."""
 _INSTALLED_AS = {"sklearn": "scikit-learn", "minisign": "py-minisign"}
 
 
@@ -38,7 +38,7 @@ def needs(extra: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        if not error.name or "." in error.name:  # the package is there, in a version without this module
+        if not error.name or "." in error.name:  # the package is installed, in a version without this module
             raise
         package = _INSTALLED_AS.get(error.name, error.name)
         raise MissingPackage(

@@ -1,4 +1,4 @@
-"""Writing files whole or not at all, and the names that a stranger's file may choose."""
+"""Writes files completely or not at all, and checks file names that come from a stranger's file."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{digit}" for port in ("com", "
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that appears at `path` complete, when the block ends, or not at all.
+    """A binary file that appears at `path` complete, at the end of the block, or not at all.
 
     It is written under a temporary name in the same folder (made if missing), flushed to the disk, renamed.
-    When the block raises, the temporary file is removed. UserError if the folder is full or cannot be written.
+    If the block raises, the temporary file is removed. Raises UserError if the disk is full or the folder cannot be written.
     """
     temporary = path.with_name(f".{path.name[:60]}.{secrets.token_hex(6)}.tmp")
     try:
@@ -41,7 +41,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write `data` to `path` whole or not at all; raises UserError as `whole_file` does."""
+    """Write `data` to `path` completely or not at all; raises UserError as `whole_file` does."""
     with whole_file(path) as file:
         file.write(data)
 
@@ -55,9 +55,9 @@ def is_file(path: Path) -> bool:
 
 
 def opened(path: Path, what: str) -> BinaryIO:
-    """A regular file, open to be read. UserError for anything else: what is not there, a folder, a pipe, a device.
+    """A regular file, open for reading. Raises UserError for anything else: a missing file, a folder, a pipe, a device.
 
-    A pipe is not waited for: it is opened without blocking, and what was opened is what is judged.
+    The file is opened without blocking, so that a pipe does not make it wait, and the open file is what is checked.
     """
     try:
         number = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
@@ -72,7 +72,7 @@ def opened(path: Path, what: str) -> BinaryIO:
 
 
 def read_capped(path: Path, limit: int, what: str) -> bytes:
-    """The bytes of a regular file of at most `limit` bytes; UserError when it is missing or larger."""
+    """The bytes of a regular file of at most `limit` bytes; raises UserError if it is missing or larger."""
     try:
         with opened(path, what) as file:
             data = file.read(limit + 1)
@@ -84,7 +84,7 @@ def read_capped(path: Path, limit: int, what: str) -> bytes:
 
 
 def safe_name(name: str, what: str) -> str:
-    """`name` itself if each of its parts between slashes is a harmless file name anywhere, else UserError.
+    """`name` itself if each of its parts between slashes is a harmless file name on every system, else raises UserError.
 
     Refused: empty parts, `..`, absolute paths, backslashes, drive letters, hidden names, device names (`NUL`,
     `COM1`), anything but ASCII letters, digits and `._+-`, and more than four parts.

@@ -1,4 +1,4 @@
-"""A file that grows by lines, each of which is there whole, or torn at the very end where the process died."""
+"""A file to which lines are appended. Each line is complete, except that the last may be torn if the process died."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from metazo.errors import UserError
 
 
 class LineFile:
-    """Append to a file, past Python's buffers: what `append` has taken, the operating system holds.
+    """Append to a file without Python's buffers: after `append`, the operating system has the line.
 
-    So it outlives the process (kill -9); `sync` puts it on the disk, where it outlives the machine's power. Made if
-    missing. Raises UserError where the file cannot be written; a line that the disk had no room for is taken back.
+    The line therefore survives the end of the process (kill -9); `sync` writes it to the disk, so that it survives a loss of
+    power. The file is made if missing. Raises UserError if the file cannot be written; a line that does not fit on a full
+    disk is removed again.
     """
 
     def __init__(self, path: Path):
@@ -51,6 +52,6 @@ class LineFile:
 
     def _problem(self, error: OSError) -> UserError:
         return UserError(
-            f"{self.path} cannot be written ({error.strerror}); what it holds is whole: put that right and go on with "
+            f"{self.path} cannot be written ({error.strerror}); its lines are intact: put that right and go on with "
             "`resume=True`."
         )

@@ -1,8 +1,8 @@
 """One process at a time in an output folder.
 
 The lock is advisory and belongs to the operating system (flock, by the filelock package): it ends with the process that
-holds it, so a process that was killed blocks nobody. The file `.lock` in the folder says who holds it. On a file system
-without flock the package falls back to the file's existence, with a warning of its own.
+holds it, so a killed process blocks nobody. The file `.lock` in the folder names the holder. On a file system without
+flock the package uses the file's existence as the lock, and gives its own warning.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from metazo.errors import UserError
 
 NAME = ".lock"
-_PATIENCE = 0.3  # seconds: enough for a file that its holder is just removing, or is about to put its name into
+_PATIENCE = 0.3  # seconds: long enough for a holder to remove the file, or to write its name into it
 
 
 class FolderLock:
@@ -47,15 +47,15 @@ class FolderLock:
             raise UserError(f"`{self.setting}` {self.folder} cannot be used ({problem}); choose another.") from error
         self._lock = lock
         holder = {"pid": os.getpid(), "host": socket.gethostname()}
-        with suppress(OSError):  # a full disk: the lock holds all the same
+        with suppress(OSError):  # a full disk: the lock is valid all the same
             (self.folder / NAME).write_text(json.dumps(holder))
         return self
 
     def check(self) -> None:
-        """Raise UserError if another holds the lock; nothing is written or kept."""
+        """Raise UserError if another process holds the lock; nothing is written or locked."""
         if self._lock is not None or not (self.folder / NAME).is_file():
             return
-        with suppress(OSError):  # a folder that this process may only read
+        with suppress(OSError):  # this process may only read the folder
             try:
                 FileLock(self.folder / NAME, timeout=0).acquire().lock.release()
             except Timeout:
@@ -86,7 +86,7 @@ class FolderLock:
 
 
 def _holder(path: Path) -> dict[str, Any] | None:
-    """Who the file says holds the lock, if it says so."""
+    """The holder of the lock that the file names, if it names one."""
     with suppress(OSError, ValueError, TypeError, KeyError):
         found = json.loads(path.read_text()[:1000])
         return {"pid": int(found["pid"]), "host": str(found["host"])[:100]}

@@ -1,7 +1,7 @@
-"""JSON and YAML as plain data, from files that anybody may have written: the one reader of all such files.
+"""Reads JSON and YAML as plain data from files that anybody may have written. All such files are read here.
 
-Refused is what readers take differently, or what grows while it is read or used: keys given twice, more than MAX_DEPTH
-levels of nesting, whole numbers beyond 256 bits, and in YAML anchors (a few lines of which can stand for billions of
+It refuses content that readers interpret differently or that grows when it is read: keys given twice, more than MAX_DEPTH
+levels of nesting, whole numbers beyond 256 bits, and in YAML anchors (a few lines of which can expand to billions of
 values) and tags that name Python objects. Files are regular files of limited size: a pipe or a device is refused at once.
 A document within these limits takes at most 6 s and 250 MB.
 """
@@ -22,7 +22,7 @@ MAX_YAML_BYTES = 2**17
 MAX_JSON_BYTES = 2**22
 MAX_DEPTH = 64
 MAX_BITS = 256
-"""Of a whole number. Any such number fits into a float."""
+"""Most bits of a whole number. Any such number fits into a float."""
 
 
 def parse_json(text: str | bytes, finite: bool = False) -> Any:
@@ -55,7 +55,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check(value: Any, finite: bool) -> None:
-    """Raises ValueError for nesting and numbers beyond the limits. Level by level, without recursion."""
+    """Raises ValueError for nesting and numbers beyond the limits. It goes level by level, without recursion."""
     level = [value]
     for _ in range(MAX_DEPTH + 1):
         inner: list[Any] = []
@@ -110,7 +110,7 @@ def read_yaml(path: Path, what: str, loader: type[Loader] = Loader) -> dict[str,
     except RecursionError as error:
         raise UserError(f"{what} {path} is not usable: it is nested too deeply") from error
     except (yaml.YAMLError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
-        # PyYAML's own constructors raise the latter for a date, number or tagged value that cannot be
+        # PyYAML's own constructors raise the latter for an impossible date, number or tagged value
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise UserError(f"{what} {path}{line} is not valid YAML: {getattr(error, 'problem', None) or error}") from error
@@ -118,12 +118,12 @@ def read_yaml(path: Path, what: str, loader: type[Loader] = Loader) -> dict[str,
         raise UserError(f"{what} {path} must be a mapping of names to values, not {shown(content)}")
     odd = [key for key in content if not isinstance(key, str)]  # null among them
     if odd:
-        raise UserError(f"{what} {path} has the key {shown(odd[0])}, which is no name")
+        raise UserError(f"{what} {path} has the key {shown(odd[0])}, which is not a name")
     return content
 
 
 def shown(value: object, longest: int = 80) -> str:
-    """A value as it may stand in a message, shortened."""
+    """A value for a message, shortened."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # an integer of thousands of digits, lists in lists in lists

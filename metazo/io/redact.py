@@ -1,4 +1,4 @@
-"""Addresses in messages, logs and settings: without what may be a secret."""
+"""Removes possible secrets from addresses in messages, logs and settings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def shown_address(address: str) -> str:
 
 
 def has_secret(address: str) -> bool:
-    """Whether an address has a part that may be one: a user, a password, a query."""
+    """Whether an address has a component that may be a secret: a user, a password, a query."""
     if "://" not in address:
         return False
     try:

@@ -1,5 +1,5 @@
-"""Write safetensors tensor by tensor, with a hash of their content: the library's own writer has none, and holds a second
-copy of everything in memory.
+"""Write safetensors tensor by tensor, with a hash of their content. The library's own writer has no hash, and holds a
+second copy of all tensors in memory.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ _NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-THREADS = 8  # tensors that are hashed at once, each of them in memory on a device that is not the CPU
+THREADS = 8  # tensors that are hashed at once; each is copied to memory if its device is not the CPU
 
 
 def weights_hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """sha256 over names, shapes, dtypes and bytes, in hexadecimal: a hash over the lines `name shape dtype sha256`.
 
-    Tensor by tensor, several at once, without a copy of what is on the CPU: 1 to 2 GB/s a core.
+    Several tensors are hashed at once, without a copy of tensors on the CPU: 1 to 2 GB/s per core.
     """
 
     def row(item: tuple[str, Tensor]) -> str:
@@ -50,7 +50,7 @@ def _bytes(tensor: Tensor) -> memoryview | bytes:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write the file whole or not at all; extra memory: one tensor. Raises UserError where the disk is full."""
+    """Write the file completely or not at all; extra memory: one tensor. Raises UserError if the disk is full."""
     metadata = dict(metadata or {})
     metadata["sha256"] = _seal(tensors, metadata)
     header: dict[str, object] = {"__metadata__": metadata}
@@ -59,7 +59,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         begin, end = end, end + tensor.numel() * tensor.itemsize
         header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the format asks for aligned data
+    text += b" " * (-len(text) % 8)  # the format requires aligned data
     with whole_file(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
@@ -67,7 +67,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors and the metadata. Raises SafetensorError where they are not what was written."""
+    """All tensors and the metadata. Raises SafetensorError if they have changed since they were written."""
     with safe_open(path, "pt") as file:
         tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     seal = metadata.pop("sha256", None)

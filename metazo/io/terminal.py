@@ -1,5 +1,5 @@
-"""The one place that prints. Text from files, servers and models reaches a terminal as text: never as a control
-sequence, and never as markup of rich.
+"""All printing of metazo. Text from files, servers and models reaches a terminal as text, never as a control sequence or
+as markup of rich.
 
 Everything in metazo prints by `Console`, `print_line` or `print_json`; a test holds every other module to it. Styles
 come from the caller (`style=`, `rich.text.Text`), because a string is never read as markup here.
@@ -23,8 +23,8 @@ from rich.text import Text
 def escaped(text: str) -> str:
     """The text with every character escaped that a terminal could act on or that cannot be encoded.
 
-    Kept: printable characters, line breaks, tabs and the spaces of Unicode. Escaped as in a Python string: control
-    characters (C0, DEL, C1), format characters such as those that turn the direction of text, halves of a character.
+    Printable characters, line breaks, tabs and the spaces of Unicode are kept. Control characters (C0, DEL, C1), format
+    characters such as those that change the direction of text, and lone surrogates are escaped as in a Python string.
     """
     if text.isascii() and text.isprintable():
         return text
@@ -38,8 +38,8 @@ def _code(character: str) -> str:
 class Console(rich.console.Console):
     """A console of rich that reads no string as markup and escapes what it is given.
 
-    Strings are escaped before they are laid out, so that tables keep their form; everything else, such as a
-    `rich.text.Text` or the output of rich's own parts, is escaped on its way out.
+    Strings are escaped before layout, so that tables keep their form; everything else, such as a `rich.text.Text` or the
+    output of rich's own components, is escaped on output.
     """
 
     def __init__(self, **settings: Any) -> None:

@@ -19,8 +19,11 @@ BOUNDS: dict[str, dict[str, Any]] = {
     "epochs": {"above": 0, "most": 1e6},
     "restart_every": {"least": 0, "most": 1e6},
     "hidden": {"least": 1, "most": 65536},
-    "unroll": {"least": 1, "most": 32},  # the graph of every inner step is kept, and deep ones end Python's stack
-    "bound": {"above": 0, "most": 20},  # a factor of e^20 between block and RMS; a tuner file holds less than 100
+    "unroll": {
+        "least": 1,
+        "most": 32,
+    },  # the graph of every inner step is kept, and a deep graph overflows Python's stack
+    "bound": {"above": 0, "most": 20},  # a factor of e^20 between block and RMS; a tuner file allows less than 100
     "seed": {"least": 0, "most": 2**63 - 1},
     "momentum": {"least": 0},
     "average": {"least": 0},
@@ -35,7 +38,8 @@ class MetaConfig:
 
     The defaults were chosen over the published objective, which put most of the perturbation into one block and diverged on
     an earlier pico. They do not beat the hand rule: on pico_sentiment, 300 forward passes, 3 seeds, each at a learning rate of
-    its own (benchmarks/meta_objectives.json), a tuner from pico_topic ends at .056 (.013), the RMS rule alone at .021 (.006).
+    its own (benchmarks/meta_objectives.json), a tuner from pico_topic ends at 0.056 (0.013), the RMS rule alone at 0.021
+    (0.006).
     """
 
     model: str
@@ -49,9 +53,9 @@ class MetaConfig:
     steps: int | None = None
     """Meta-steps; by default `epochs`"""
     epochs: float = 3
-    """Passes over the training examples, where `steps` is not given"""
+    """Passes over the training examples, if `steps` is not given"""
     batch_size: int = 16
-    """Examples a batch"""
+    """Examples per batch"""
     train_examples: int = 1000
     """Training examples of each task"""
     max_length: int | None = None
@@ -68,15 +72,15 @@ class MetaConfig:
     features: Literal["log", "published"] = "log"
     """Inputs of the networks"""
     parametrisation: Literal["rms_exp", "abs"] = "rms_exp"
-    """Of sigma: the block's RMS times a bounded exponential of the output, which starts at the RMS rule, or |output|"""
+    """Form of sigma: the block's RMS times a bounded exponential of the output, which starts at the RMS rule, or |output|"""
     bound: float = math.log(3)
     """Bound on that exponent, natural logarithm"""
     blocks: Literal["tensor", "layer"] = "tensor"
-    """What shares one scale"""
+    """Tensors that share one scale"""
     normalise: bool = True
     """Keep the mean square of sigma over all entries at 1"""
     embedding_count: Literal["numel", "published"] = "numel"
-    """What an embedding counts for there: its entries, or 15 * batch size * width"""
+    """Number of entries that an embedding counts for in this mean: all of them, or 15 * batch size * width"""
     hidden: int = 64
     """Width of the networks"""
     statistics_every: int | None = None
@@ -87,7 +91,7 @@ class MetaConfig:
     lr_update: float = 1e-6
     """Step size of the inner step (published objective); the meta-gradient is proportional to it"""
     queries: int = 1
-    """Directions averaged in a meta-step (published objective)"""
+    """Directions averaged per meta-step (published objective)"""
     unroll: int = 1
     """Inner steps; more than 1 unrolls them on `higher`, for small models (published objective)"""
     detach_kappa: bool = True
@@ -97,30 +101,30 @@ class MetaConfig:
     entropy: float = 0.1
     """Weight of the entropy of curvature shares (ratio objective)"""
     floor: float = 0.1
-    """Least curvature of a block, as a part of its type's mean per entry (ratio objective)"""
+    """Least curvature of a block, as a fraction of its type's mean per entry (ratio objective)"""
     average: float = 0.9
     """Factor of the running averages of agreement and curvature (ratio objective)"""
     meta_optimizer: Literal["adam", "sgd"] = "adam"
     """Optimizer of the networks"""
     lr_meta: float = 3e-3
-    """Its learning rate (published, with sgd: 0.1)"""
+    """Learning rate of the networks' optimizer (published, with sgd: 0.1)"""
 
     teacher: Literal["sgd", "adamw"] = "sgd"
     """First-order optimizer whose path the networks are trained along"""
     teacher_lr: float = 0.01
-    """Its first learning rate, linear to 0 between restarts"""
+    """First learning rate of the teacher, linear to 0 between restarts"""
     momentum: float = 0.8
-    """Of the sgd teacher"""
+    """Momentum of the sgd teacher"""
     clip: float = 1.0
     """Largest gradient norm of the teacher"""
     restart_every: float = 0.5
-    """Epochs between restarts; 0: never. Short, because a loss that the teacher has brought to 0 teaches nothing"""
+    """Epochs between restarts; 0: never. Few, because the networks learn nothing once the teacher's loss is 0"""
     restart_model: bool = True
-    """A restart puts weights and teacher back to the start"""
+    """Whether a restart resets weights and teacher"""
     restart_sigma: bool = False
-    """A restart sets the networks' input sigma back to 1"""
+    """Whether a restart resets the networks' input sigma to 1"""
     restart_losses: bool = False
-    """A restart forgets the losses that the networks take as inputs"""
+    """Whether a restart resets the losses that the networks take as inputs"""
 
     record: Path | None = None
     """Record the teacher's path in this folder first, then train along it"""
@@ -131,7 +135,7 @@ class MetaConfig:
     save_every: int = 100
     """Meta-steps between snapshots for `resume`"""
     resume: bool = False
-    """Go on with the run in `out`"""
+    """Continue the run in `out`"""
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -154,6 +158,6 @@ class MetaConfig:
         return self.statistics_every or (1 if self.features == "published" else 10)
 
     def recipe(self) -> dict[str, Any]:
-        """What made the tuner, without paths of this machine, as a plain table."""
+        """The settings that made the tuner, without local paths, as a plain table."""
         hidden = {"out", "data", "record", "trajectory", "resume", "save_every", "device", "model", "task"}
         return {key: value for key, value in asdict(self).items() if key not in hidden and value is not None}

@@ -1,4 +1,4 @@
-"""What a meta-training run will do, and the memory and disk it will take, ahead of the run."""
+"""The plan of a meta-training run: its work, and the memory and disk that it will need."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from metazo.runs.resources import size
 
 @dataclass(frozen=True)
 class Plan:
-    """Figures in bytes where the name says so."""
+    """Figures of a run; those in bytes have it in their name."""
 
     model: str
     tasks: list[str]
@@ -28,12 +28,12 @@ class Plan:
     blocks: int
     weights: int
     forwards: int
-    """Forward passes of the meta-steps, over all."""
+    """Forward passes of all meta-steps."""
     backwards: int
     memory_bytes: int
     """Weights, the teacher's gradients and state, activations (estimated)."""
     disk_bytes: int
-    """Most that the output folder and a recording hold at once."""
+    """Peak size of the output folder and a recording."""
 
     def sentence(self) -> str:
         restart = f", restart every {self.restart_steps}" if self.restart_steps else ""
@@ -48,7 +48,7 @@ class Plan:
 
 
 def make_plan(config: MetaConfig, model: nn.Module, tasks: Sequence[PreparedTask], order: Order) -> Plan:
-    """The plan of a run. Activations: estimated for a transformer that keeps about 20 numbers a channel and layer."""
+    """The plan of a run. Activations are estimated for a transformer that keeps about 20 numbers per channel and layer."""
     tensors = named_tensors(model)
     weights = sum(tensor.param.numel() for tensor in tensors)
     item = tensors[0].param.itemsize
@@ -84,7 +84,7 @@ def make_plan(config: MetaConfig, model: nn.Module, tasks: Sequence[PreparedTask
 
 
 def _activations(model: nn.Module, batch: int, longest: int) -> int:
-    """Numbers kept for a backward pass, roughly."""
+    """Rough number of values kept for a backward pass."""
     config = getattr(model, "config", None)
     if config is None:
         return 0

@@ -22,14 +22,14 @@ from metazo.step.directions import Isotropic, Scaled
 from metazo.step.weights import Term, Weights
 
 Loss = Callable[[], Tensor]
-"""Evaluates a loss at the present weights, differentiably while grad is on."""
+"""Evaluates a loss at the current weights, differentiably if grad is enabled."""
 
 
 def stream_gradients(tensors: Sequence[NamedTensor], loss: Loss, visit: Callable[[NamedTensor, Tensor], None]) -> float:
-    """Backward through `loss`; `visit(tensor, gradient)` sees each gradient once, when it is whole, and it is freed.
+    """Backward through `loss`; `visit(tensor, gradient)` is called once per gradient when it is complete, then it is freed.
 
-    A tied weight is visited once, with the sum over its uses. Gradients arrive in no fixed order. Nothing is run
-    backward where the loss is not finite. Returns: the loss.
+    A tied weight is visited once, with the sum over its uses. Gradients arrive in no fixed order. There is no backward
+    pass if the loss is not finite. Returns: the loss.
     """
 
     def hook_of(tensor: NamedTensor):
@@ -65,7 +65,7 @@ def dot(a: Tensor, b: Tensor) -> float:
 class Redraw:
     """The noise of one seed, tensor by tensor in any order.
 
-    Noise in the published order is a single stream, so the generator's state ahead of each tensor (5 kB) is kept.
+    Noise in the published order is a single stream, so the generator's state before each tensor (5 kB) is kept.
     """
 
     def __init__(self, noise: Noise, seed: int, tensors: Sequence[NamedTensor]):
@@ -83,20 +83,20 @@ class Redraw:
         return self.stream.draw(tensor)
 
     def dot(self, tensor: NamedTensor, gradient: Tensor) -> float:
-        """<gradient, z>; z is drawn and forgotten where its order is free."""
+        """<gradient, z>; if the order of drawing is free, z is not kept."""
         return dot(gradient, self(tensor)) if self.states else self.stream.dot(tensor, gradient)  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
 class OneStep:
-    """What one direction gave."""
+    """The result for one direction."""
 
     loss: float
     """L(theta'), the meta-loss."""
     plus: float
     minus: float
     gradient: Tensor
-    """dL(theta') / d s_b, (blocks,), float64; NaN where a loss was not finite."""
+    """dL(theta') / d s_b, (blocks,), float64; NaN if a loss was not finite."""
 
 
 def block_of(blocks: Sequence[Block]) -> dict[str, int]:
@@ -115,16 +115,17 @@ def one_step(
     eps: float,
     lr_update: float,
 ) -> OneStep:
-    """Take one zeroth-order step, measure the loss behind it with its gradient in the scales, and take it back.
+    """Take one zeroth-order step, measure the loss after it and its gradient in the scales, and undo the step.
 
     Args:
         scales: s_b = kappa sigma_b, (blocks,).
-        loss: of the batch that the step is taken on; evaluated twice, without grad.
-        outer: of the batch behind the step; None: the same.
+        loss: on the batch of the step; evaluated twice, without grad.
+        outer: the loss after the step, on another batch; None: on the same batch.
         eps, lr_update: probe length and step size of the inner step.
 
-    The weights are put back by the inverse move, which in float32 leaves a relative 1e-8 or so a step. The closures
-    must be deterministic. Not for weights narrower than float32: the step taken would not be the one differentiated.
+    The weights are restored by the inverse move, which in float32 leaves a relative error of about 1e-8 per step. The
+    closures must be deterministic. Not for weights narrower than float32: the rounded step would differ from the
+    differentiated one.
     """
     place = block_of(blocks)
     values = scales.tolist()

@@ -1,4 +1,4 @@
-"""What is shown and kept of a meta-training run: progress, metrics as JSONL, the plot of sigma."""
+"""The display and records of a meta-training run: progress, metrics as JSONL, the plot of sigma."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from metazo.meta.loop import MetaStep
 from metazo.meta.ratio import block_type
 
 METRICS, PLOT = "metrics.jsonl", "sigma.png"
-COLLAPSED = 0.5  # of the perturbation in one block
-_PLAIN_EVERY = 10.0  # seconds between lines where the output is no terminal
+COLLAPSED = 0.5  # fraction of the perturbation in one block
+_PLAIN_EVERY = 10.0  # seconds between lines if the output is not a terminal
 
 
 def short_type(name: str) -> str:
-    """A block type as it is shown: its last module and what of it, `q_proj.weight`."""
+    """A short name of a block type: its last module and parameter, such as `q_proj.weight`."""
     return ".".join(block_type(name).split(".")[-2:])
 
 
@@ -60,7 +60,7 @@ def _finite(value: float | None) -> float | None:
 
 
 class Progress:
-    """A live panel on a terminal, a line every ten seconds elsewhere; nothing without a console."""
+    """Shows a live panel on a terminal, a line every ten seconds elsewhere, and nothing without a console."""
 
     def __init__(self, console: Console | None, total: int, first: int = 0):
         self.console, self.total, self.first = console, total, first

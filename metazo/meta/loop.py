@@ -23,14 +23,14 @@ from metazo.step.weights import Weights
 from metazo.tuner.networks import PertNN
 from metazo.tuner.scale import PUBLISHED_EMBEDDING_ROWS, TunerScale
 
-MOST_SKIPPED = 50  # in a row: by then the run is lost
-_LABELS = 1 << 31  # query number of the seed that labels are sampled with
+MOST_SKIPPED = 50  # skipped steps in a row after which the run stops
+_LABELS = 1 << 31  # query number of the seed for sampling labels
 _WEIGHTS = ("w1", "b1", "w2", "b2")
 
 
 @dataclass(frozen=True)
 class MetaStep:
-    """What one meta-step gave."""
+    """The result of one meta-step."""
 
     step: int
     task: str
@@ -41,7 +41,7 @@ class MetaStep:
     scales: Tensor
     """kappa sigma_b, (blocks,)."""
     shares: Tensor
-    """Part of each block in the squared length of the perturbation, D_b p_b, (blocks,); sums to 1."""
+    """Fraction of each block in the squared length of the perturbation, D_b p_b, (blocks,); sums to 1."""
     skipped: bool
 
 
@@ -68,10 +68,10 @@ class MetaRun:
     Args:
         model: in eval mode, float32 or float64; its weights move along the path.
         tensors: its trainable tensors.
-        tasks, order: training sets and their batches; order is made from the settings where it is not given.
-        noise, pertnn, path: made from the settings where they are not given.
+        tasks, order: training sets and their batches; order is made from the settings if it is not given.
+        noise, pertnn, path: made from the settings if they are not given.
 
-    Attributes: steps, meta-steps taken; skipped, those without an update because a loss was not finite.
+    Attributes: steps: number of meta-steps taken; skipped: number of those without an update because a loss was not finite.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class MetaRun:
     def step(self) -> MetaStep:
         """One update of the networks and one step of the teacher.
 
-        Raises UserError where the loss is not finite at the first step, or for MOST_SKIPPED steps in a row.
+        Raises UserError if the loss is not finite at the first step, or for MOST_SKIPPED steps in a row.
         """
         step, config = self.steps, self.config
         moved = self.path.begin(step)
@@ -191,7 +191,7 @@ class MetaRun:
         return MetaStep(step, task.name, outcome.loss, loss, teacher_loss, scales, shares, skipped)
 
     def _gradient_finite(self) -> bool:
-        """Whether the networks' gradient is finite: an update with another would end them."""
+        """Whether the networks' gradient is finite; otherwise an update would make the networks NaN."""
         weights = self.optimizer.param_groups[0]["params"]
         return all(weight.grad is None or bool(weight.grad.isfinite().all()) for weight in weights)
 
@@ -220,7 +220,7 @@ class MetaRun:
             )
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that decides what follows, as tensors by name, not copied."""
+        """The whole state on which later steps depend, as tensors by name, not copied."""
         assert self.pertnn is not None
         out = {f"pertnn/{name}": value.detach() for name, value in self.pertnn.named_parameters()}
         out |= {f"meta/{key}": value for key, value in optimizer_tensors(self.optimizer, _WEIGHTS).items()}
@@ -230,7 +230,7 @@ class MetaRun:
         return out | self.path.state() | {"counters": counters}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Take up a `state`. Raises UserError where it is not of this run."""
+        """Load a `state`. Raises UserError if it does not belong to this run."""
         mine = self.state()
         odd = [name for name in mine if name in tensors and mine[name].shape != tensors[name].shape]
         odd += [name for name in mine if name not in tensors and not name.startswith(("meta/", "teacher/"))]

@@ -1,6 +1,6 @@
-"""What meta-training minimises: the published loss behind one zeroth-order step.
+"""The objective that meta-training minimises: the published loss after one zeroth-order step.
 
-An objective turns the present sigma into a scalar whose gradient in sigma is the meta-gradient. The ratio objective is
+An objective turns the current sigma into a scalar whose gradient in sigma is the meta-gradient. The ratio objective is
 in ratio.py, the unrolled reference in unrolled.py.
 """
 
@@ -23,7 +23,7 @@ from metazo.step.weights import Weights
 
 @dataclass(frozen=True)
 class Situation:
-    """Everything an objective may look at in one meta-step."""
+    """Everything that an objective may use in one meta-step."""
 
     weights: Weights
     blocks: Sequence[Block]
@@ -33,19 +33,19 @@ class Situation:
     """D_b, (blocks,), float64."""
     normalise: bool
     root: Tensor | None
-    """Numerator of kappa where it is not sqrt(sum D_b); see scales.normalisation."""
+    """Numerator of kappa if it is not sqrt(sum D_b); see scales.normalisation."""
     seed: Callable[[int], int]
     """Noise seed of a query of this step."""
     loss: Loss
-    """On this step's batch."""
+    """Loss on this step's batch."""
     other: Loss
-    """On another batch of the same task."""
+    """Loss on another batch of the same task."""
     sampled: Callable[[], Loss]
     """Draws labels for this step's batch from the model's own predictions; a loss on them."""
     examples: int
-    """In a batch."""
+    """Number of examples in a batch."""
     state: State
-    """Of this step's task; an objective keeps its own tensors there."""
+    """State for this step's task, in which an objective keeps its own tensors."""
 
     def scales(self, detach_kappa: bool) -> Tensor:
         """s_b = kappa sigma_b, (blocks,), differentiable."""
@@ -57,18 +57,18 @@ class Situation:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a meta-step gave; surrogate is None where a loss was not finite."""
+    """The result of a meta-step; surrogate is None if a loss was not finite."""
 
     loss: float
     plus: float
     minus: float
     surrogate: Tensor | None
-    """Scalar, differentiable in sigma: its gradient is the meta-gradient, its value means nothing."""
+    """Scalar, differentiable in sigma: its gradient is the meta-gradient; its value has no meaning."""
 
 
 class Objective(Protocol):
     def init(self, blocks: Sequence[Block]) -> State:
-        """Its own tensors for one task."""
+        """The objective's own tensors for one task."""
         ...
 
     def __call__(self, situation: Situation) -> Outcome: ...
@@ -80,9 +80,9 @@ class OneStepLoss:
 
     Args:
         eps, lr_update: of the inner step. The meta-gradient is proportional to lr_update.
-        detach_kappa: treat the normalisation as a constant, as published; otherwise its own term is kept, which takes
-            away the part of the meta-gradient that only asks for a longer or shorter step.
-        separate: measure the loss on another batch than the step was taken on.
+        detach_kappa: treat the normalisation as a constant, as published; otherwise its derivative is kept, which removes
+            the component of the meta-gradient that only makes the step longer or shorter.
+            separate: measure the loss on another batch than that of the step.
     """
 
     eps: float = 1e-3
@@ -111,7 +111,7 @@ class OneStepLoss:
 
 
 def averaged(steps: Sequence[OneStep], scales: Tensor) -> Outcome:
-    """The mean over directions, as a surrogate in the scales."""
+    """The mean over directions, as a surrogate that is differentiable in the scales."""
     n = len(steps)
     plus, minus, loss = (sum(getattr(step, name) for step in steps) / n for name in ("plus", "minus", "loss"))
     gradient = torch.stack([step.gradient for step in steps]).mean(0)

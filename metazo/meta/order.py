@@ -1,4 +1,4 @@
-"""Tasks as meta-training sees them, and the order of their batches, a function of (seed, step) and nothing else."""
+"""Tasks for meta-training, and the order of their batches, which depends only on (seed, step)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from metazo.errors import UserError
 from metazo.tasks.prepared import Batch, Prepared, last_logits
 
-_OTHER = 1 << 20  # keeps the numbers of other batches apart from those of epochs
+_OTHER = 1 << 20  # separates the random numbers of second batches from those of epochs
 
 
 class MetaTask(Protocol):
@@ -23,7 +23,7 @@ class MetaTask(Protocol):
     def __len__(self) -> int: ...
 
     def loss(self, model: nn.Module, indices: Sequence[int]) -> Tensor:
-        """Mean loss on these examples, a scalar, differentiable while grad is on."""
+        """Mean loss on these examples, a scalar, differentiable if grad is enabled."""
         ...
 
     def sampled_loss(self, model: nn.Module, indices: Sequence[int], generator: torch.Generator) -> SampledLoss:
@@ -58,7 +58,7 @@ class PreparedTask:
 
 @torch.no_grad()
 def with_sampled_labels(prepared: Prepared, model: nn.Module, batch: Batch, generator: torch.Generator) -> Batch:
-    """The batch with labels that the model itself would give: classes, or, for choice and generation, answer tokens.
+    """The batch with labels sampled from the model itself: classes, or, for choice and generation, answer tokens.
 
     Each token is drawn given the true tokens before it, so that squared gradients estimate the Fisher information of
     the loss as it is trained.
@@ -74,7 +74,7 @@ def with_sampled_labels(prepared: Prepared, model: nn.Module, batch: Batch, gene
 
 
 class Order:
-    """Batches of several tasks: every epoch each task is shuffled and cut, and the batches of all are shuffled.
+    """Batches of several tasks: in every epoch each task is shuffled and split into batches, and all batches are shuffled.
 
     A last, smaller batch of an epoch is left out. Attributes: steps_per_epoch.
     """
@@ -101,7 +101,7 @@ class Order:
         return self._epoch[1][place]
 
     def other(self, step: int, task: int, first: Sequence[int]) -> list[int]:
-        """A second batch for the step: examples of the same task that are not in the first, where there are enough."""
+        """A second batch for the step: examples of the same task that are not in the first batch, if there are enough."""
         rest = np.setdiff1d(np.arange(self.sizes[task]), first)
         rng = np.random.default_rng([self.seed, step, _OTHER])
         pool = rest if len(rest) >= self.batch_size else np.arange(self.sizes[task])

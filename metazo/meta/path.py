@@ -1,4 +1,4 @@
-"""Where the weights are at a meta-step, and on which batch: along a teacher that runs beside, keeping nothing."""
+"""The weights and the batch of each meta-step: along a teacher that is trained at the same time, without a recording."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Path(Protocol):
     """The weights along a teacher's path."""
 
     def begin(self, step: int) -> bool:
-        """Put the weights where they belong at this step. Returns: whether they jumped."""
+        """Set the weights of this step. Returns: whether they jumped, instead of moving by one teacher step."""
         ...
 
     def restarts(self, step: int) -> bool:
@@ -30,7 +30,7 @@ class Path(Protocol):
         ...
 
     def advance(self, loss: Loss) -> float | None:
-        """Go on to the next step. Returns the teacher's loss, where a teacher runs."""
+        """Move to the next step. Returns the teacher's loss, if there is a teacher."""
         ...
 
     def state(self) -> dict[str, Tensor]: ...
@@ -40,7 +40,7 @@ class Path(Protocol):
 class Online:
     """A teacher that steps after every meta-step.
 
-    Args: every: meta-steps between restarts (0: never); restart_model: whether they put weights and teacher back.
+    Args: every: meta-steps between restarts (0: never); restart_model: whether they reset weights and teacher.
     """
 
     def __init__(self, start: Start, teacher: Teacher, order: Order, every: int, restart_model: bool = True):

@@ -1,16 +1,16 @@
-"""The ratio objective: move where batches agree on the gradient, and not where there is curvature.
+"""The ratio objective: perturb blocks where batches agree on the gradient, and not blocks with high curvature.
 
 One step along u with block variances p_b = s_b^2, at its best learning rate, gains in proportion to S / T with
-S = sum p_b |g_b|^2, of the gradient that batches agree on, and T = sum p_b tr H_b. So minimise
+S = sum p_b |g_b|^2, of the gradient that batches agree on, and T = sum p_b tr H_b. The objective is therefore to minimise
 
     log sum p_b T_b - log sum p_b G_b - entropy * H(q),      q_b = p_b T_b / sum p_b T_b
 
 with G_b = <g_b(batch 1), g_b(batch 2)>, and T_b the trace of the Fisher information from one backward pass with labels
-sampled from the model's own predictions, batch size * |g_b|^2. It needs no direction, no inner step size, and does not
-change with kappa. The entropy of the shares q keeps one block from taking all.
+sampled from the model's own predictions, batch size * |g_b|^2. It needs no direction and no inner step size, and does
+not change with kappa. The entropy of the fractions q keeps one block from taking the whole perturbation.
 
-Memory beyond the weights: one gradient, as much as the teacher's own step. Three backward passes. It is a one-step
-view, which does not predict the ranking of scales over hundreds of steps: compare with the RMS rule before use.
+Memory beyond the weights: one gradient, as for the teacher's own step. Cost: three backward passes. Where not to use: it
+looks at one step only and does not predict the ranking of scales over hundreds of steps; compare with the RMS rule first.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from metazo.meta.gradient import block_of, dot, stream_gradients
 from metazo.meta.objective import Outcome, Situation
 from metazo.step.scales import State
 
-_SIGNAL_FLOOR = 0.05  # of sum p |G|: the measured agreement may come out negative, its logarithm may not
+_SIGNAL_FLOOR = 0.05  # fraction of sum p |G|: the measured agreement may be negative, and has then no logarithm
 
 
 def block_type(name: str) -> str:
@@ -40,7 +40,7 @@ def block_type(name: str) -> str:
 def pooled(values: Tensor, counts: Tensor, types: Sequence[str], floor: float) -> Tensor:
     """Values by block, raised to at least `floor` times the mean per entry of the block's type, and of all blocks.
 
-    Key biases have no curvature at all: a ratio rule without a floor would let them take everything.
+    Key biases have no curvature at all: without a floor they would take the whole perturbation.
     """
     out = torch.maximum(values, floor * counts * values.sum() / counts.sum())
     for kind in set(types):
@@ -82,7 +82,7 @@ class RatioObjective:
 
 
 def ratio(sigma: Tensor, agreement: Tensor, curvature: Tensor, entropy: float) -> Tensor:
-    """The objective itself, a scalar; all arguments (blocks,), curvature above 0. Differentiable in sigma."""
+    """The objective, a scalar, differentiable in sigma; all arguments have shape (blocks,), and curvature is above 0."""
     p = sigma**2
     signal = torch.maximum((p * agreement).sum(), _SIGNAL_FLOOR * (p * agreement.abs()).sum())
     cost = p * curvature
@@ -92,7 +92,7 @@ def ratio(sigma: Tensor, agreement: Tensor, curvature: Tensor, entropy: float) -
 
 
 def measure(s: Situation) -> tuple[float, Tensor, Tensor]:
-    """Loss on the first batch, G_b and T_b, (blocks,), float64, at the present weights."""
+    """Loss on the first batch, G_b and T_b, (blocks,), float64, at the current weights."""
     place = block_of(s.blocks)
     first: dict[str, Tensor] = {}
     agreement, curvature = [0.0] * len(s.blocks), [0.0] * len(s.blocks)

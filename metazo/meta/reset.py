@@ -1,4 +1,4 @@
-"""The start of a run, to which the weights are put back at every restart, and when that is."""
+"""The initial weights of a run, to which every restart resets them, and the schedule of restarts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from metazo.io.tensorfile import write_tensors
 
 
 class Start:
-    """The weights at the start: in a file (one tensor in memory at a time), or in memory where no path is given."""
+    """The initial weights: in a file (one tensor in memory at a time), or in memory if no path is given."""
 
     def __init__(self, tensors: Sequence[NamedTensor], path: Path | None = None):
         self.tensors, self.path = tensors, path
@@ -25,7 +25,7 @@ class Start:
             write_tensors(path, {tensor.name: tensor.param.detach() for tensor in tensors})
 
     def restore(self) -> None:
-        """Put the weights back."""
+        """Restore the weights."""
         if self.path is not None:
             put(self.tensors, self.path)
         for name, copy in self.copies.items():
@@ -46,5 +46,5 @@ def restart_steps(epochs: float, steps_per_epoch: int) -> int:
 
 
 def due(step: int, every: int) -> bool:
-    """Whether a restart comes ahead of this step. The first step starts by itself."""
+    """Whether there is a restart before this step. The first step needs none."""
     return every > 0 and step > 0 and step % every == 0

@@ -1,7 +1,7 @@
-"""The first-order teacher: its path is where the tuner is trained.
+"""The first-order teacher: the tuner is trained along its path.
 
 Published (arXiv 2510.00419, trainer_l2l.py): SGD with momentum 0.8, gradients clipped to norm 1, learning rate linear
-to 0 over the steps between two restarts. AdamW beside it.
+to 0 over the steps between two restarts. AdamW is available as well.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Teacher:
     """Steps the weights by backpropagation.
 
     Args:
-        tensors: what is trained.
-        kind: "sgd" or "adamw" (betas .9 and .999, weight decay 0).
+        tensors: the tensors to train.
+        kind: "sgd" or "adamw" (betas 0.9 and 0.999, weight decay 0).
         lr: at the first step; falls linearly to 0 over `steps`.
         clip: largest norm of the gradient over all tensors.
     """
@@ -46,7 +46,7 @@ class Teacher:
         self.restart()
 
     def restart(self) -> None:
-        """Forget momentum and start the schedule anew."""
+        """Reset the momentum and start the schedule anew."""
         params = [tensor.param for tensor in self.tensors]
         if self.kind == "sgd":
             self.optimizer: torch.optim.Optimizer = torch.optim.SGD(params, lr=self.lr, momentum=self.momentum)
@@ -55,11 +55,11 @@ class Teacher:
         self.taken = 0
 
     def rate(self) -> float:
-        """Learning rate of the coming step."""
+        """Learning rate of the next step."""
         return self.lr * max(0.0, 1 - self.taken / self.steps)
 
     def step(self, loss: Loss) -> float:
-        """One step on `loss`. Returns the loss before it; where it or its gradient is not finite, nothing moves."""
+        """One step on `loss`. Returns the loss before it; if the loss or its gradient is not finite, no weight changes."""
         params = [tensor.param for tensor in self.tensors]
         self.optimizer.zero_grad(set_to_none=True)
         with torch.enable_grad():
@@ -79,7 +79,7 @@ class Teacher:
         return result
 
     def state(self) -> dict[str, Tensor]:
-        """Momentum or moments by tensor, and the steps taken; what `load` takes up."""
+        """Momentum or moments by tensor, and the number of steps taken, as `load` reads them."""
         out = optimizer_tensors(self.optimizer, [tensor.name for tensor in self.tensors])
         return out | {"taken": torch.tensor(self.taken)}
 
@@ -101,7 +101,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Sequence[str]) ->
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, names: Sequence[str], state: dict[str, Tensor]) -> None:
-    """Take up what `optimizer_tensors` gave."""
+    """Load the tensors that `optimizer_tensors` returned."""
     params = dict(zip(names, optimizer.param_groups[0]["params"], strict=True))
     for key, value in state.items():
         name, _, field = key.rpartition(":")

@@ -1,4 +1,4 @@
-"""Meta-train a tuner: `meta_train(config)`, and what stands in its output folder.
+"""Meta-train a tuner: `meta_train(config)`. Its output folder holds
 
 tuner.safetensors  config.json  metrics.jsonl  sigma.png       and, until the run is complete, two snapshots
 """
@@ -40,12 +40,12 @@ TUNER, CONFIG, _START = "tuner.safetensors", "config.json", "start.safetensors"
 
 
 def meta_train(config: MetaConfig, *, console: Console | None = None) -> Tuner:
-    """Meta-train a tuner and leave it in `config.out`.
+    """Meta-train a tuner and write it to `config.out`.
 
-    Args: console: where progress is shown; None: nowhere.
+    Args: console: shows progress; None: no output.
     Returns: the tuner, as written to tuner.safetensors.
     Raises UserError for bad settings, a folder that holds another run, a loss that is not finite at the first step, or
-    a full disk; Interrupted after SIGINT or SIGTERM, when the state is saved.
+    a full disk; Interrupted after SIGINT or SIGTERM, once the state is saved.
     """
     refuse_ranks("meta-train")
     console = None if console is None else Console.of(console)
@@ -89,7 +89,7 @@ def dry(config: MetaConfig) -> Plan:
 
 
 def _clear(out: Path) -> None:
-    """Take away what a run left that never took a step."""
+    """Remove the files of a run that never took a step."""
     for name in (CONFIG, METRICS, _START):
         (out / name).unlink(missing_ok=True)
     with suppress(OSError):  # not empty
@@ -97,7 +97,7 @@ def _clear(out: Path) -> None:
 
 
 def _take_away(out: Path) -> None:
-    """Remove what only a resumed run needs."""
+    """Remove files that only a resumed run needs."""
     for path in (*out.glob("snapshot-*.safetensors"), *out.glob(".*.tmp"), out / _START):
         path.unlink(missing_ok=True)
 
@@ -146,9 +146,9 @@ def build(
     console: Console | None = None,
     origin: dict[str, Any] | None = None,
 ) -> MetaRun:
-    """The run from its settings; records the teacher's path first if that is asked for.
+    """Make the run from its settings; records the teacher's path first if the settings ask for it.
 
-    origin: what the numbers follow from (`runs.inputs.belongs`), which a recorded path must have in common.
+    origin: hashes of the inputs (`runs.inputs.belongs`), which must equal those of a recorded path.
     """
     tensors = named_tensors(loaded.model)
     if config.record is None and config.trajectory is None:
@@ -204,11 +204,11 @@ def train(run: MetaRun, folder: RunFolder, steps: int, caught: list[str], consol
 
 
 def finish(run: MetaRun, folder: RunFolder, loaded: LoadedModel, console: Console | None) -> Tuner:
-    """Write tuner and plot; what only a resumed run needs goes. Raises Diverged for a tuner that is of no use."""
+    """Write tuner and plot, and remove files that only a resumed run needs. Raises Diverged if the tuner is unusable."""
     _judge(run)
     try:
         picture = str(plot(folder.path))
-    except MissingPackage as missing:  # the tuner is whole without its picture
+    except MissingPackage as missing:  # the tuner is complete without its picture
         picture = f"no picture of sigma ({missing})"
     tuner = make_tuner(run, loaded)
     tuner.save(folder.path / TUNER)
@@ -235,7 +235,7 @@ def _judge(run: MetaRun) -> None:
 
 
 def make_tuner(run: MetaRun, loaded: LoadedModel) -> Tuner:
-    """The tuner of a run as it stands, its networks in float32."""
+    """The current tuner of a run, with its networks in float32."""
     config = run.config
     assert run.pertnn is not None
     weights = {name: value.detach().float().cpu() for name, value in run.pertnn.named_parameters()}

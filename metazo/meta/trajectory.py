@@ -1,8 +1,8 @@
 """A teacher's path on disk: the weights at chosen steps, the batches, the losses and the optimizer's settings.
 
-manifest.json            what the path belongs to, its length, and the steps whose weights are there
-log.jsonl                a line a step: task, examples, loss, learning rate
-step00000000.safetensors the weights ahead of that step
+manifest.json            the identity of the path, its length, and the steps whose weights are stored
+log.jsonl                one line per step: task, examples, loss, learning rate
+step00000000.safetensors the weights before that step
 teacher00000000.safetensors  momentum or moments at the last of them, so that recording can be resumed
 """
 
@@ -47,7 +47,7 @@ def _teacher_name(step: int) -> str:
 
 
 def disk_use(tensors: Sequence[NamedTensor], teacher: str, steps: int, every: int) -> int:
-    """Bytes of a recording: a snapshot each `every` steps, and twice the teacher's state while it is replaced."""
+    """Bytes of a recording: a snapshot every `every` steps, and two copies of the teacher's state while it is replaced."""
     weights = sum(tensor.param.numel() * tensor.param.itemsize for tensor in tensors)
     moments = {"sgd": 1, "adamw": 2}[teacher]
     return weights * (-(-steps // every) + 2 * moments) + 400 * steps
@@ -60,7 +60,7 @@ def belongs_to(
     settings: dict[str, Any],
     origin: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What a path and a run must have in common; `origin`: hashes of weights, data and tasks (`runs.inputs.belongs`)."""
+    """The facts that a path and a run must share; `origin`: hashes of weights, data and tasks (`runs.inputs.belongs`)."""
     shapes = fingerprint((tensor.name, tuple(tensor.param.shape)) for tensor in tensors)
     sizes = {task.name: len(task) for task in tasks}
     found = {"format_version": FORMAT_VERSION, "model": model, "fingerprint": shapes, "tasks": sizes, **settings}
@@ -80,10 +80,10 @@ def record(
     every: int,
     report=None,
 ) -> None:
-    """Run the teacher for `steps` steps from the model's weights, and record; or go on with such a recording.
+    """Run the teacher for `steps` steps from the model's weights and record its path, or continue such a recording.
 
     report: called with (step, loss) after each step. The weights are left at the end of the path. Raises UserError
-    where the folder holds something else, or the disk is too small: before the first step.
+    before the first step if the folder holds something else or the disk is too small.
     """
     manifest_path = folder / _MANIFEST
     manifest: dict[str, Any] = {**identity, "steps": steps, "every": every, "snapshots": [], "complete": False}
@@ -134,7 +134,7 @@ def record(
 
 
 def _drop_earlier(folder: Path, snapshots: Sequence[int]) -> None:
-    """Only the last of the teacher's states is needed."""
+    """Remove all but the last of the teacher's states."""
     for step in snapshots[:-1]:
         (folder / _teacher_name(step)).unlink(missing_ok=True)
 
@@ -154,7 +154,7 @@ class Trajectory:
         identity: dict[str, Any] | None = None,
         say: Callable[[str], None] = lambda text: None,
     ) -> Trajectory:
-        """Raises UserError if it is missing, incomplete, damaged, or not of that identity."""
+        """Open a recording. Raises UserError if it is missing, incomplete, damaged, or of another identity."""
         manifest = _read_manifest(folder)
         if identity is not None:
             _compare(manifest, identity, folder)
@@ -178,7 +178,7 @@ class Trajectory:
 
 
 class Recorded:
-    """The weights along a recording, over and over: at each step the latest snapshot, and the step's own batch."""
+    """The weights along a recording, which repeats: at each step the latest snapshot, and the step's own batch."""
 
     def __init__(self, trajectory: Trajectory, tensors: Sequence[NamedTensor], tasks: Sequence[MetaTask]):
         self.trajectory, self.tensors = trajectory, tensors
@@ -223,7 +223,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} holds no recording of a teacher ({_MANIFEST}: {error}).") from error
     if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
-        raise UserError(f"{folder / _MANIFEST} is not a recording that this version reads.")
+        raise UserError(f"{folder / _MANIFEST} is not a recording that this version of metazo reads.")
     return manifest
 
 

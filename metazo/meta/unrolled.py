@@ -1,8 +1,9 @@
-"""The checked reference: K zeroth-order steps unrolled on `higher`, differentiated by autograd.
+"""The reference for tests: K zeroth-order steps unrolled on `higher`, differentiated by autograd.
 
-`higher` 0.2.1 patches modules by slicing `ModuleList`, which transformers 5 no longer allows. So the model is wrapped
-first: a small module owns the parameters under flat names and calls the model through `torch.func.functional_call`;
-`higher` unrolls that. Memory grows with K copies of the weights: for small models, and for tests of gradient.py.
+`higher` 0.2.1 patches modules by slicing `ModuleList`, which transformers 5 no longer allows. The model is therefore
+wrapped first: a small module owns the parameters under flat names and calls the model through
+`torch.func.functional_call`; `higher` unrolls that module. Memory grows with K copies of the weights, so this is for
+small models and for tests of gradient.py.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ ModelLoss = Callable[[nn.Module], Tensor]
 
 
 class _LossOf(nn.Module):
-    """A model as a module whose forward is a given loss of it."""
+    """A model as a module whose forward computes a given loss of the model."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -44,14 +45,14 @@ class _LossOf(nn.Module):
 
 
 class Flat(nn.Module):
-    """Owns a model's trainable parameters under flat names, tied ones once; forward(loss): the model's loss with them.
+    """Owns a model's trainable parameters under flat names, tied ones once; forward(loss) is the model's loss with them.
 
     The parameters are copies, so the model itself is never touched.
     """
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.inner = [_LossOf(model)]  # in a list, or it would be a submodule and be patched
+        self.inner = [_LossOf(model)]  # kept in a list, because as a submodule it would be patched
         self.names = [tensor.name for tensor in named_tensors(model)]
         for index, tensor in enumerate(named_tensors(model)):
             self.register_parameter(f"p{index}", nn.Parameter(tensor.param.detach().clone()))
@@ -73,9 +74,9 @@ def unrolled_steps(
     eps: float,
     lr_update: float,
 ) -> OneStep:
-    """K = len(seeds) zeroth-order steps with fixed z and c from the model's weights, and the gradient of what follows.
+    """K = len(seeds) zeroth-order steps with fixed z and c from the model's weights, and the gradient of the loss after them.
 
-    Args: scales: s_b, (blocks,), the same in every step. losses: of each inner step's batch. outer: behind the last.
+    Args: scales: s_b, (blocks,), the same in every step. losses: on each inner step's batch. outer: after the last step.
     Returns: the outer loss, the mean L+ and L-, and d outer / d s_b, (blocks,), float64.
     """
     tensors = [tensor for block in blocks for tensor in block.tensors]
@@ -113,7 +114,7 @@ def unrolled_steps(
 class UnrolledLoss:
     """The loss after K zeroth-order steps on one batch, through `unrolled_steps`; arguments as OneStepLoss.
 
-    Not for large models: the memory grows with K copies of the weights.
+    Where not to use: on large models, because the memory grows with K copies of the weights.
     """
 
     model: nn.Module

@@ -1,1 +1,1 @@
-"""The report of a comparison: tables, statistics, figures, and one page for everyone."""
+"""The report of a comparison: tables, statistics, figures, and one HTML page."""

@@ -1,4 +1,4 @@
-"""The questions of a comparison: which tasks count, who is better, how many forward passes and seconds it takes."""
+"""Analyses a comparison: which tasks count, which column is better, how many forward passes and seconds it takes."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from .numbers import Run
 from .statistics import Average, Paired, average, holm, paired
 
 RULE = (
-    "A task counts in averages and tests when two columns learn it: the best one trained with gradients, and the reference. "
-    "Learning means that the mean loss on dev at the end is below that before training and, where the task has classes, "
-    "that the accuracy on test is above the share of the commonest class by more than two standard errors of that many "
+    "A task counts in averages and tests if two columns learn it: the best one trained with gradients, and the reference. "
+    "Learning means that the mean loss on dev at the end is below that before training and, if the task has classes, "
+    "that the accuracy on test is above the share of the commonest class by more than two standard errors for that many "
     "test examples, sqrt(p (1 - p) / n)."
 )
 
@@ -33,7 +33,7 @@ class TaskVerdict:
 
 @dataclass(frozen=True)
 class Reached:
-    """Forward passes until a loss was reached: median over runs (inf: not reached by most), runs that did, all runs."""
+    """Forward passes until a loss was reached: median over runs (inf: most did not reach it), runs that did, all runs."""
 
     forwards: float
     reached: int
@@ -49,7 +49,7 @@ class AtTime:
 
 
 class Analysis:
-    """Answers for one measure, `loss` or `metric`; both tables are made from an analysis of each."""
+    """The analysis by one measure, `loss` or `metric`; the tables use one of each."""
 
     def __init__(self, data: Comparison, measure: str):
         self.data, self.measure = data, measure
@@ -74,7 +74,7 @@ class Analysis:
         if gradients and not any(learns(data, task, column) for column in gradients):
             none = "None of the columns trained with gradients learns it"
             named = none if len(gradients) > 1 else f"{gradients[0]}, trained with gradients, does not learn it"
-            text = f"{named} (see the rule), so nothing can be expected of the others."
+            text = f"{named} (see the rule), so the others cannot be expected to learn it."
             return TaskVerdict(task, False, text)
         reference = data.reference
         if reference is None:
@@ -82,15 +82,19 @@ class Analysis:
         if not data.of(task, reference):
             return TaskVerdict(task, False, f"{reference}, the reference, has no finished run on it.")
         if not learns(data, task, reference):
-            text = f"{reference}, the reference, does not move it beyond where it began or beyond the commonest class."
+            text = f"{reference}, the reference, ends no better than before training or than the commonest class."
             return TaskVerdict(task, False, text)
-        note = "" if gradients else "No column trained with gradients: not checked that the model can learn it."
+        note = (
+            ""
+            if gradients
+            else "No column trained with gradients, so it is not known whether the model can learn the task."
+        )
         return TaskVerdict(task, True, note)
 
     # -- who is better -----------------------------------------------------------------------------------------------
 
     def average(self, column: str) -> Average | None:
-        """Over the tasks that count; None where the column has no finished run on one of them."""
+        """The average over the tasks that count; None if the column has no finished run on one of them."""
         groups = [self.data.values(task, column, self.measure) for task in self.tasks]
         return average(groups) if groups and all(groups) else None
 
@@ -101,10 +105,9 @@ class Analysis:
         return sorted(known, key=lambda pair: -self.sign * pair[1].mean)
 
     def gains(self, column: str) -> dict[str, list[float]]:
-        """By task, how much better each run of a column is than the reference's of the same seed.
+        """By task, how much better each run of a column is than the reference's run with the same seed.
 
-        A run that failed where the other finished is worth -inf or +inf; pairs with a run missing, or both failed, are
-        left out.
+        If one run of a pair failed, the difference is -inf or +inf; pairs with a missing run or two failed runs are left out.
         """
         data, reference = self.data, self.data.reference
         found: dict[str, list[float]] = {}
@@ -128,7 +131,7 @@ class Analysis:
 
     @cached_property
     def tests(self) -> dict[str, Paired]:
-        """Each column that trains against the reference, p corrected by Holm over all of them."""
+        """The test of each column that trains against the reference, with p corrected by Holm over all of them."""
         data = self.data
         others = [c for c in data.columns if c != data.reference and data.family(c) != UNTRAINED]
         found = {column: paired(gains) for column in others if (gains := self.gains(column))}
@@ -143,7 +146,7 @@ class Analysis:
         return fmean(ends) if ends else None
 
     def reached(self, task: str, column: str) -> Reached | None:
-        """When a column's runs were first evaluated at or below the reference's final loss."""
+        """The point at which a column's runs were first evaluated at or below the reference's final loss."""
         target = self.target(task)
         curves = [run.curve for run in self.data.of(task, column) if run.curve]
         if target is None or not curves:

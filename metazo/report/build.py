@@ -1,4 +1,4 @@
-"""The report of a comparison, put together: a story, then sections of tables and pictures."""
+"""Builds the report of a comparison: a story, then sections of tables and pictures."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SIGMA_PICTURES = 6
 
 @dataclass
 class Picture:
-    """alt: what it shows, for those who cannot see it; draw: makes it, when it is asked for."""
+    """alt: a description for readers who cannot see the picture; draw: called to make it."""
 
     name: str
     title: str
@@ -53,7 +53,7 @@ class Section:
 
 @dataclass
 class Report:
-    """headline: the picture of the first screen, None where no task counts."""
+    """headline: the picture of the first screen, None if no task counts."""
 
     data: Comparison
     story: Story
@@ -71,7 +71,7 @@ class Report:
 
 
 def build(data: Comparison, metric: Literal["loss", "accuracy"] | None = None) -> Report:
-    """metric: what ranks; by default accuracy where every task that counts has it, else loss."""
+    """metric: the measure that ranks; by default accuracy if every task that counts has it, else loss."""
     by_loss, by_metric = Analysis(data, "loss"), Analysis(data, "metric")
     names = {data.metric_of(task) for task in by_loss.tasks}
     if metric is None:
@@ -91,8 +91,8 @@ def _headline(main: Analysis) -> Picture | None:
     return Picture(
         "headline",
         f"Average {what} on test of every column",
-        "Dot: average over the tasks that count. Bar: where it would probably lie (95 %) with other seeds; no bar, one seed. "
-        + ("" if steady else "Hollow: some of its runs failed. ")
+        "Dot: average over the tasks that count. Bar: 95 % interval over seeds; no bar means one seed. "
+        + ("" if steady else "Hollow dot: some of the column’s runs failed. ")
         + (f"Dashed line: {main.data.reference}." if main.data.reference else ""),
         f"Columns by average {what}, best first: {best}.",
         partial(figures.headline, main),
@@ -109,19 +109,19 @@ def _results(main: Analysis, other: Analysis) -> Section:
 
 def _tests(main: Analysis, other: Analysis) -> Section:
     text = (
-        "Runs with the same task and seed are compared in pairs, so that what both have in common cancels out; n is tasks × "
-        "seeds, of the tasks that count. Gain: mean over tasks of how much better than the reference (positive is better), "
-        "with its 95 % interval over seeds. p: two-sided, Wilcoxon’s signed-rank test over all pairs, or with fewer than 6 "
-        "pairs all sign flips; n pairs cannot give less than “least p” (5 seeds of one task .0625, whatever happens). Holm: "
+        "Runs with the same task and seed are compared in pairs, so that shared effects of the seed cancel; n is tasks "
+        "× seeds, of the tasks that count. Gain: mean over tasks of the difference to the reference (positive is better), "
+        "with its 95 % interval over seeds. p: two-sided, by Wilcoxon’s signed-rank test over all pairs, or by all sign flips "
+        "if there are fewer than 6 pairs; n pairs cannot give less than “least p” (0.0625 for 5 seeds of one task). Holm: "
         "corrected for all rows. A failed run loses its pair against a finished one and is not in the gain. The "
-        "pairs say what other seeds on these tasks would give; of other tasks only “tasks won” speaks."
+        "pairs tell what other seeds on these tasks would give; only “tasks won” says something about other tasks."
     )
-    return Section("tests", "How sure it is", text).add(*(tables.tests(a) for a in (main, other) if a.data.reference))
+    return Section("tests", "Significance", text).add(*(tables.tests(a) for a in (main, other) if a.data.reference))
 
 
 def _way(by_loss: Analysis) -> Section:
     data = by_loss.data
-    section = Section("way", "On the way: forward passes and time", "")
+    section = Section("way", "Loss during training: forward passes and time", "")
     named = ", ".join(figures.highlighted(by_loss))
     for axis, what in (("forwards", "forward passes"), ("seconds", "seconds of training")):
         if any(len(run.curve) > 1 for runs in data.runs.values() for run in runs.values()):
@@ -129,9 +129,9 @@ def _way(by_loss: Analysis) -> Section:
                 Picture(
                     f"curves-{axis}",
                     f"Loss against {what}",
-                    "Line: median over seeds; shade: the middle half of them. Named: the reference, the best with gradients, "
-                    "the best tuner and the best others; grey: the rest. Lower and further left is better.",
-                    f"Loss on dev against {what}, one panel a task, for {named}.",
+                    "Line: median over seeds; shade: middle half of the seeds. Named: the reference, the best with gradients, "
+                    "the best tuner and the best others; grey: all other columns. Lower and further left is better.",
+                    f"Loss on dev against {what}, one panel per task, for {named}.",
                     partial(figures.curves, by_loss, axis),
                 )
             )
@@ -149,7 +149,7 @@ def _memory(main: Analysis) -> Section:
             Picture(
                 "pareto",
                 "Result against memory",
-                "Line: columns that no other beats in both. Medians over runs; the scale of memory is logarithmic.",
+                "Line: columns that no other column beats in both. Medians over runs; the scale of memory is logarithmic.",
                 "Average result of every column against its peak memory; the numbers are in the table below.",
                 partial(figures.pareto, main),
             )
@@ -158,15 +158,15 @@ def _memory(main: Analysis) -> Section:
 
 
 def _rates(data: Comparison) -> Section:
-    text = "Every column got a learning rate of its own for each task, from runs on seeds that are not reported above."
+    text = "Every column has its own learning rate for each task, chosen by runs on seeds that are not reported above."
     section = Section("rates", "Learning rates", text)
     if figures.searched(data):
         picture = Picture(
             "sensitivity",
             "Loss against learning rate",
-            "Ring: the rate that was chosen; square: chosen at the edge of what was tried. Cross: a run at this rate failed. "
-            "The top is cut a third above the loss before training.",
-            "Loss on dev at the end of the search's runs against learning rate, one panel a column, one line a task.",
+            "Ring: the chosen rate; square: chosen at the edge of the tried rates. Cross: a run at this rate failed. "
+            "The vertical axis ends a third above the loss before training.",
+            "Loss on dev at the end of the search's runs against learning rate, one panel per column, one line per task.",
             partial(figures.sensitivity, data),
         )
         section.add(picture)
@@ -175,11 +175,11 @@ def _rates(data: Comparison) -> Section:
 
 def _blocks(data: Comparison) -> Section:
     text = (
-        "What a tuner has learned, or a rule says: a scale σ for each block of weights, which is how far it is moved. Light "
-        "blocks are moved most. Each row is a kind of block, each column of squares a layer of the model, each picture a "
-        "step of one run."
+        "The scale σ of each block of weights, which a tuner has learned or a rule computes; a step perturbs a block in "
+        "proportion to σ. Light blocks have the largest σ. Each row is a kind of block, each column of squares is a layer of "
+        "the model, and each picture is a step of one run."
     )
-    section = Section("blocks", "What the tuner learned: which blocks are moved", text)
+    section = Section("blocks", "Block scales", text)
     caption = "σ as a multiple of its geometric mean over all blocks at that step. Grey: there is no such block."
     tuned = {column: bool(part(data.first_info.get(column), "configuration").get("tuner")) for column in data.columns}
     shown = sorted((c for c in data.columns if data.family(c) != CONTROL), key=lambda column: not tuned[column])
@@ -192,7 +192,7 @@ def _blocks(data: Comparison) -> Section:
 
 
 def _with_scales(runs: Sequence[Run]) -> tuple[int, sigma.Scales] | None:
-    """Seed and scales of the first run whose scales were kept and are whole."""
+    """Seed and scales of the first run whose scales were kept and are complete."""
     for run in runs:
         with suppress(ValueError):
             if run.sigma:
@@ -202,9 +202,9 @@ def _with_scales(runs: Sequence[Run]) -> tuple[int, sigma.Scales] | None:
 
 def _holes(by_loss: Analysis) -> Section:
     data = by_loss.data
-    section = Section("holes", "What counts, what failed, what is missing", "")
+    section = Section("holes", "Tasks that count, failed runs, missing runs", "")
     return section.add(tables.tasks(by_loss), costs.failures(data), costs.missing(data))
 
 
 def _setting(data: Comparison) -> Section:
-    return Section("setting", "Settings, and how to do it again", "").add(costs.configuration(data))
+    return Section("setting", "Settings and reproduction", "").add(costs.configuration(data))

@@ -1,4 +1,4 @@
-"""What a comparison found, by task and column: read once, asked many times."""
+"""The results of a comparison by task and column, read once for all tables and figures."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ CONTROL, ZEROTH, FIRST, UNTRAINED = "control", "forward passes only", "gradients
 
 
 class Comparison:
-    """All of a results folder that can be read, and a list of what cannot.
+    """Everything in a results folder that can be read, and a list of the files that cannot.
 
-    runs, timed: task, column -> seed -> Run, at the budget of forward passes and gone on to the time budget; failures:
+    runs, timed: task, column -> seed -> Run, at the budget of forward passes and continued to the time budget; failures:
     failed and unreadable files; missing: cells of the grid that have no file; searches: task -> column -> Search.
-    Raises UserError where the folder holds no results at all.
+    Raises UserError if the folder holds no results at all.
     """
 
     def __init__(self, folder: Path):
@@ -64,7 +64,7 @@ class Comparison:
         except (UserError, ValueError, TypeError, AttributeError) as error:
             text = str(error).replace(f"{file} ", "The file ").replace(str(file), file.name)
             if isinstance(error, TypeError | AttributeError):
-                text = "The file is no result of a comparison: its parts are not what they should be."
+                text = "The file is not a result of a comparison: its fields are not valid."
             rate = f" (learning rate {rest.rpartition('-')[0]})" if kind == "search" else ""
             self.failures.append(Failure(task, column, kind + rate, seed, text, readable))
         else:
@@ -93,7 +93,7 @@ class Comparison:
         self.failures.append(Failure("all", "all", name, "", f"it cannot be read: {text}"))
 
     def _order(self, first: list[str], place: int) -> list[str]:
-        """The grid's order, then what the folder holds beside it."""
+        """Names in the grid's order, then names that only the folder has."""
         held = {key[place] for key in self._seen}
         return [name for name in dict.fromkeys([*first, *sorted(held)]) if name in held or name in first]
 
@@ -129,12 +129,12 @@ class Comparison:
         return [value for value in found if value is not None]
 
     def failed(self, task: str, column: str) -> dict[int, str]:
-        """Reasons by seed of the runs of a cell that failed; not of files that cannot be read."""
+        """Reasons, by seed, why runs of a cell failed; unreadable files are not included."""
         mine = [f for f in self.failures if (f.task, f.column, f.kind) == (task, column, "seed") and f.readable]
         return {int(failure.seed): failure.reason for failure in mine if failure.seed.isdigit()}
 
     def steady(self, column: str, tasks: Iterable[str]) -> bool:
-        """Whether none of a column's runs on these tasks failed. A mean over the lucky ones is no result."""
+        """Whether no run of a column on these tasks failed. A mean over only the successful runs would be biased."""
         return not any(self.failed(task, column) for task in tasks)
 
     @cached_property
@@ -146,7 +146,7 @@ class Comparison:
         return str(self.first_info.get(column, {}).get("label") or column)
 
     def family(self, column: str) -> str:
-        """How a column trains: by forward passes only, as a control of these, by gradients, or not at all."""
+        """How a column trains: by forward passes only, as a control for these, by gradients, or not at all."""
         info = self.first_info.get(column, {})
         optimizer = str(info.get("optimizer") or column)
         tuner = str(part(info, "configuration").get("tuner") or "")
@@ -162,7 +162,7 @@ class Comparison:
         return next((str(name) for name in named if name), None)
 
     def busy(self) -> float | None:
-        """Clock time of a run over its processor time, median over runs: well above 1, the machine had other work."""
+        """Median over runs of clock time over processor time; well above 1 means that the machine had other work."""
         every = [run for runs in self.runs.values() for run in runs.values()]
         ratios = [run.wall / run.cpu for run in every if run.wall is not None and run.cpu]
         return median(ratios) if ratios else None
@@ -173,13 +173,13 @@ class Comparison:
         return fmean(known) if known else None
 
     def majority(self, task: str) -> float | None:
-        """Share of the commonest class, on the split that is reported."""
+        """Fraction of the commonest class, on the reported split."""
         known = [r.majority for column in self.columns for r in self.of(task, column) if r.majority is not None]
         return fmean(known) if known else None
 
 
 def _task_name(entry: str) -> str:
-    """The name of a grid's entry, which may be the YAML file of a task."""
+    """The name of a task in a grid, whose entry may be a YAML file."""
     if not entry.endswith((".yaml", ".yml")):
         return entry
     try:

@@ -1,4 +1,4 @@
-"""The tables of what results cost: forward passes, time, memory, search; and what is missing."""
+"""The tables of costs (forward passes, time, memory, search), and of missing runs."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def reach(analysis: Analysis) -> Table:
         "reach",
         f"Forward passes until {data.reference}’s final loss",
         f"Median over seeds of the first evaluation whose loss on dev was at or below {data.reference}’s mean at the end "
-        "(second row). In brackets the runs that got there, where not all did; “not reached”: more than half did not. "
-        "The evaluations are the resolution.",
+        "(second row). In brackets: the number of runs that reached it, if not all did; “not reached”: more than half did not. "
+        "The figures are as fine as the spacing of evaluations.",
         ["column", *data.tasks],
     )
     targets = {task: analysis.target(task) for task in data.tasks}
@@ -53,9 +53,9 @@ def equal_time(analysis: Analysis) -> Table:
     table = Table(
         "time",
         "Loss at equal time (nats, lower is better)",
-        "Mean over seeds of the last loss on dev within the time of the second row, which counts training alone, not "
-        "evaluation. Slower columns are read off their curves, faster ones went on until the time was up. † The runs "
-        "ended before nine tenths of the time were used: more time might have helped.",
+        "Mean over seeds of the last loss on dev within the time of the second row, which counts training without "
+        "evaluation. Values of slower columns are read off their curves; faster columns continued until the time was used. "
+        "† The runs ended before nine tenths of the time were used, so more time might have helped.",
         ["column", *data.tasks],
     )
     budgets = {task: analysis.time_budget(task) for task in data.tasks}
@@ -80,8 +80,8 @@ def cost(data: Comparison) -> Table:
     table = Table(
         "cost",
         "Time and memory of a run",
-        "Medians over all tasks and seeds. Time is training alone. Memory is the most that was resident above the idle "
-        "process: model, data, optimizer, activations (on a GPU: the peak of its allocator).",
+        "Medians over all tasks and seeds. Time is training without evaluation. Memory is the peak of resident memory above "
+        "the idle process: model, data, optimizer, activations (on a GPU: the peak of its allocator).",
         ["column", "runs", "forward passes", "time (s)", "time per 1,000 forward passes (s)", "trained weights",
          "peak memory (MB)"],
     )  # fmt: skip
@@ -109,7 +109,7 @@ def cells(data: Comparison) -> Table:
     table = Table(
         "cells",
         "Time of a run by task (s)",
-        "Medians over seeds of the time of training; in brackets that of everything, with loading and evaluation.",
+        "Medians over seeds of the training time; in brackets the total with loading and evaluation.",
         ["column", *data.tasks],
     )
     for column in by_family(data):
@@ -126,9 +126,9 @@ def cells(data: Comparison) -> Table:
 def search(data: Comparison) -> Table:
     table = Table(
         "search",
-        "Learning rates: what the search chose, and what it cost",
-        "Chosen by the mean loss on dev over the search’s own seeds. ⚠ edge: the best rate is the smallest or largest "
-        "that was tried, so a better one may lie outside, and the column may be underrated. No runs: the rate was given.",
+        "Learning rates: the search’s choices and costs",
+        "Chosen by the mean loss on dev over the search’s own seeds. ⚠ edge: the best rate is the smallest or largest tried, "
+        "so a better one may be outside, and the column may be underrated. No runs: the rate was given.",
         ["column", *data.tasks, "runs of the search", "forward passes of the search"],
     )
     for column in by_family(data):
@@ -148,7 +148,7 @@ def failures(data: Comparison) -> Table:
     table = Table(
         "failures",
         "Runs that failed, and files that cannot be read",
-        "They are in no mean. A failed run loses its pair in the tests; an unreadable file is left out of them.",
+        "No mean includes them. A failed run loses its pair in the tests; an unreadable file is left out of the tests.",
         ["task", "column", "run", "seed", "reason"],
         heads=5,
     )
@@ -160,8 +160,8 @@ def failures(data: Comparison) -> Table:
 def missing(data: Comparison) -> Table:
     table = Table(
         "missing",
-        "Runs that the grid asks for and that are not there",
-        "The same command of metazo compare goes on where it stopped and runs these.",
+        "Missing runs of the grid",
+        "The same metazo compare command continues and does these runs.",
         ["task", "column", "seeds"],
         heads=3,
     )
@@ -174,11 +174,11 @@ def missing(data: Comparison) -> Table:
 
 
 def configuration(data: Comparison) -> Table:
-    """What all runs share: settings, versions, machine, hashes; several values where they do not."""
+    """Settings, versions, machine and hashes of all runs; several values if the runs differ."""
     table = Table(
         "configuration",
         "Settings, versions and machines",
-        "Settings are those that all runs share; every run’s own are in its file and in runs.csv.",
+        "Settings that all runs share; the other settings of a run are in its file and in runs.csv.",
         ["what", "value"],
         heads=2,
     )

@@ -1,4 +1,4 @@
-"""The pictures of a comparison. Each says in its axes what it shows and in which unit."""
+"""The pictures of a comparison. The axes of each give the quantity and its unit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ with needs("report"):
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-# By what a column trains with: colour, marker, and how the legend calls it.
+# By the way a column trains: colour, marker, and label in the legend.
 FAMILIES = {
     ZEROTH: (COLOURS[0], "o", "forward passes only"),
     CONTROL: ("#666666", "D", "control: random tuner"),
@@ -34,7 +34,7 @@ LAST = (*(label for *_, label in FAMILIES.values()), "others", "chosen", "chosen
 
 
 def headline(analysis: Analysis) -> Figure:
-    """Average of each column with its interval, best at the top; a line at the reference."""
+    """Average of each column with its interval, best at the top, and a line at the reference."""
     data, percent = analysis.data, analysis.measure != "loss"
     rows = analysis.ranking[::-1]
     factor = 100 if percent else 1
@@ -75,7 +75,7 @@ def clipped(name: str, most: int = 28) -> str:
 
 
 def highlighted(analysis: Analysis) -> list[str]:
-    """Columns to tell apart in plots of curves: the reference, the best others, the best with gradients, tuners."""
+    """Columns with a colour in plots of curves: the reference, the best others, the best with gradients, the best tuner."""
     data = analysis.data
     ranked = [column for column, _ in analysis.ranking] or by_family(data)
     chosen = [data.reference] if data.reference else []
@@ -87,7 +87,7 @@ def highlighted(analysis: Analysis) -> list[str]:
 
 
 def curves(analysis: Analysis, axis: str) -> Figure:
-    """Loss on dev against `forwards` or `seconds`, a panel a task: median and middle half over seeds."""
+    """Loss on dev against `forwards` or `seconds`, one panel per task: median and middle half over seeds."""
     data, chosen = analysis.data, highlighted(analysis)
     tasks = [task for task in data.tasks if any(data.of(task, column) for column in data.columns)]
     with styled():
@@ -117,7 +117,7 @@ def curves(analysis: Analysis, axis: str) -> Figure:
 
 
 def pareto(analysis: Analysis) -> Figure:
-    """Average score, or loss, against peak memory, a point a column; a line through those that none beats in both."""
+    """Average score, or loss, against peak memory, one point per column; a line joins columns that none beats in both."""
     data, percent = analysis.data, analysis.measure != "loss"
     points = []
     for column, found in analysis.ranking:
@@ -147,7 +147,7 @@ def pareto(analysis: Analysis) -> Figure:
 
 
 def frontier(points: Sequence[tuple[float, float, str]], higher: bool) -> list[tuple[float, float, str]]:
-    """The points that no other beats in both, by memory."""
+    """The points that no other point beats in both, ordered by memory."""
     kept: list[tuple[float, float, str]] = []
     for point in sorted(points, key=lambda p: (p[0], -p[1] if higher else p[1])):
         if not kept or (point[1] > kept[-1][1] if higher else point[1] < kept[-1][1]):
@@ -156,7 +156,7 @@ def frontier(points: Sequence[tuple[float, float, str]], higher: bool) -> list[t
 
 
 def name_points(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
-    """A name beside each point, where it covers no other name or point; further off with a line where it is crowded."""
+    """Write a name beside each point where it covers no other name or point; in a crowded place, further off with a line."""
     size = 8.5
     axes.figure.draw_without_rendering()  # type: ignore[union-attr]
     scale = 72 / axes.figure.dpi  # points of type in a pixel
@@ -182,18 +182,18 @@ def name_points(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
 
 
 def overlap(one: Box, other: Box) -> bool:
-    """Whether two boxes (left, low, right, high) share ground."""
+    """Whether two boxes (left, low, right, high) overlap."""
     return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
 def searched(data: Comparison) -> list[str]:
-    """Columns of which more than one learning rate was tried."""
+    """Columns for which more than one learning rate was tried."""
     tried = {column for found in data.searches.values() for column, search in found.items() if len(search.losses) > 1}
     return [column for column in by_family(data) if column in tried]
 
 
 def sensitivity(data: Comparison) -> Figure:
-    """Loss of the search against learning rate, a panel a column and a line a task; the chosen rate ringed."""
+    """Loss of the search against learning rate, one panel per column and one line per task; the chosen rate has a ring."""
     columns = searched(data)
     with styled():
         figure, panels = grid(columns, 2.7, 2.1, across=4)
@@ -232,7 +232,7 @@ def sensitivity(data: Comparison) -> Figure:
 
 
 def grid(items: Sequence[object], width: float, height: float, across: int = 3) -> tuple[Figure, list[Axes]]:
-    """A figure with a panel an item, in rows; panels of the last row that are not needed are left out."""
+    """A figure with one panel per item, in rows; unused panels of the last row are left out."""
     columns = max(1, min(across, len(items)))
     rows = max(1, math.ceil(len(items) / columns))
     figure = Figure(figsize=(width * columns, height * rows + 0.4), layout="constrained")
@@ -243,7 +243,7 @@ def grid(items: Sequence[object], width: float, height: float, across: int = 3) 
 
 
 def shared_legend(figure: Figure, panels: Sequence[Axes]) -> None:
-    """One legend above all panels, each label once; those of LAST at its end."""
+    """One legend above all panels, with each label once and those of LAST at its end."""
     handles: dict[str, Any] = {}
     for axes in panels:
         handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels()) if label not in handles}

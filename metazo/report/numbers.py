@@ -1,4 +1,4 @@
-"""One run of a comparison, as the report sees it: numbers that were checked one by one."""
+"""One run of a comparison as the report reads it, with each number checked."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from metazo.comparisons.results import Result
 
 @dataclass(frozen=True)
 class Point:
-    """One evaluation on dev; seconds without evaluations; metric: the task's first, None where it has none."""
+    """One evaluation on dev; seconds without evaluations; metric: the task's first, None if it has none."""
 
     forwards: float
     seconds: float
@@ -24,7 +24,7 @@ class Point:
 class Run:
     """A finished run.
 
-    loss, metric: of the kept weights on `split` (test, or dev where nothing was tested); majority: of the same split;
+    loss, metric: of the kept weights on `split` (test, or dev if nothing was tested); majority: of the same split;
     wall, cpu: seconds with loading and evaluation, by the clock and of the processor.
     """
 
@@ -51,7 +51,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Failure:
-    """A cell that failed, is not there, or cannot be read."""
+    """A cell that failed, is missing, or cannot be read."""
 
     task: str
     column: str
@@ -62,14 +62,14 @@ class Failure:
 
 
 def number(value: Any) -> float | None:
-    """The finite number that `value` is, else None."""
+    """`value` if it is a finite number, else None."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)
 
 
 def part(content: Any, *keys: str) -> dict[str, Any]:
-    """A mapping within mappings; empty where it is not there."""
+    """A mapping within mappings; empty if it is missing."""
     for key in keys:
         content = content.get(key) if isinstance(content, Mapping) else None
     return dict(content) if isinstance(content, Mapping) else {}
@@ -86,10 +86,10 @@ def _points(curve: Any, metric: str | None) -> Iterator[Point]:
 
 
 def run_of(result: Result) -> Run:
-    """Raises ValueError, with the reason in words, where the run has no final loss."""
+    """Raises ValueError, with the reason in words, if the run has no final loss."""
     info, train, metrics = result.run_info, result.train_info, result.metrics
     if info.get("status") != "finished":
-        raise ValueError(str(info.get("reason") or "failed, and says no reason"))
+        raise ValueError(str(info.get("reason") or "failed without a reason"))
     split = "test" if part(metrics, "test") else "dev"
     scores, metric = part(metrics, split), info.get("metric")
     loss, seed = number(scores.get("loss")), number(info.get("seed"))

@@ -1,4 +1,4 @@
-"""What a tuner does: the scale of each block, by depth and kind of block, over the run."""
+"""Pictures of a tuner's scales: the scale of each block, by depth and kind of block, over the run."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ with needs("report"):
     from matplotlib.figure import Figure
 
 TIMES = 4
-OUTSIDE = -1  # the depth of a block that is in no numbered layer
+OUTSIDE = -1  # the depth of a block outside the numbered layers
 
 
 def place_of(block: str) -> tuple[int, str]:
     """Depth and kind of a block: `model.layers.3.mlp.up_proj.weight` is at 3 and of kind `mlp.up_proj`.
 
-    The first number between dots is the depth; what stands before it is left out. Without one the depth is OUTSIDE.
+    The first number between dots is the depth, and the name before it is left out. Without a number the depth is OUTSIDE.
     """
     found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", block)
     kind = (block[found.end() :] if found else block).removesuffix(".weight")
@@ -42,7 +42,7 @@ class Scales:
 
 
 def read(sigma: dict[str, Any]) -> Scales:
-    """From a run's `blocks`, `steps` and `values`. Raises ValueError where they are damaged."""
+    """Read a run's `blocks`, `steps` and `values`. Raises ValueError if they are damaged."""
     try:
         values = np.array(sigma["values"], dtype=float)
         steps = [int(step) for step in sigma["steps"]]
@@ -65,7 +65,7 @@ def read(sigma: dict[str, Any]) -> Scales:
 
 
 def picture(scales: Scales) -> Figure:
-    """TIMES heat maps on one scale."""
+    """TIMES heat maps with one colour scale."""
     kinds, depths, steps, cube = scales.kinds, scales.depths, scales.steps, scales.values
     times = sorted(set(np.linspace(0, len(steps) - 1, min(TIMES, len(steps))).round().astype(int).tolist()))
     low, high = np.nanmin(cube[times]), np.nanmax(cube[times])

@@ -1,4 +1,4 @@
-"""Means, intervals and paired tests, with what they may and may not say of few seeds."""
+"""Means, intervals and paired tests, with their limits for few seeds."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from metazo.io.extras import needs
 with needs("report"):
     from scipy import stats
 
-ENOUGH = 6  # pairs from which a two-sided Wilcoxon test can fall below .05: its least p is 2 ** (1 - pairs)
+ENOUGH = 6  # pairs from which a two-sided Wilcoxon test can fall below 0.05: its least p is 2 ** (1 - pairs)
 
 
 @dataclass(frozen=True)
 class Average:
-    """The mean over tasks of means over seeds, with its 95 % interval over seeds; None where a task has one seed."""
+    """The mean over tasks of means over seeds, with its 95 % interval over seeds; None if a task has one seed."""
 
     mean: float
     low: float | None
@@ -29,7 +29,7 @@ class Average:
 
 
 def average(groups: Sequence[Sequence[float]]) -> Average:
-    """Of one group of values a task: each task counts the same, seeds are drawn anew, tasks are as they are.
+    """The average of one group of values per task. Tasks have equal weight and are fixed; seeds are a random sample.
 
     The interval is Student's, its degrees of freedom by Welch and Satterthwaite.
     """
@@ -71,10 +71,10 @@ class Paired:
 
 
 def paired(gains: Mapping[str, Sequence[float]]) -> Paired:
-    """Test gains by task; inf: the reference failed where the method finished, -inf: the other way round.
+    """Test gains by task; inf: the reference failed and the method finished, -inf: the other way round.
 
-    Wilcoxon's signed-rank test over all pairs of task and seed from ENOUGH pairs on (a failure ranks as the largest
-    difference, pairs without difference are left out), with fewer the exact sign-flip permutation test of the mean.
+    From ENOUGH pairs on, Wilcoxon's signed-rank test over all pairs of task and seed (a failure ranks as the largest
+    difference, pairs without difference are left out); with fewer, the exact sign-flip permutation test of the mean.
     """
     everything = np.array([gain for group in gains.values() for gain in group], dtype=float)
     finite = [[gain for gain in group if math.isfinite(gain)] for group in gains.values()]
@@ -121,7 +121,7 @@ def sign_flips(differences: np.ndarray) -> tuple[float, str]:
 
 
 def holm(values: Sequence[float]) -> list[float]:
-    """Holm's (1979) step-down correction: what each p must be held against .05 as, for the whole family."""
+    """Holm's (1979) step-down correction: adjusted p values to compare with 0.05, for the whole family."""
     order = sorted(range(len(values)), key=values.__getitem__)
     corrected, so_far = [0.0] * len(values), 0.0
     for rank, place in enumerate(order):

@@ -1,4 +1,4 @@
-"""The first screen in plain words: what was compared, who won and by how much, how sure that is."""
+"""The first screen in plain words: what was compared, which method won and by how much, and how sure that is."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BUSY = 1.5  # clock time over processor time
 
 @dataclass
 class Story:
-    """won: who, and by how much; compared: what with what; facts, terms: short headings with a sentence or two."""
+    """won: the best method and its margin; compared: the methods and tasks; facts, terms: headings with a sentence or two."""
 
     title: str
     won: str
@@ -28,7 +28,7 @@ class Story:
 
 
 def story(analysis: Analysis, other: Analysis) -> Story:
-    """analysis: of the measure that ranks; other: of the other one, mentioned where it would rank another first."""
+    """analysis: by the measure that ranks; other: by the other measure, mentioned if it ranks another method first."""
     models = sorted({str(info["model"]) for info in analysis.data.infos if info.get("model")})
     model = listed([name.rstrip("/").rpartition("/")[2] for name in models]) if models else "a model"
     facts = [("How sure is that?", _sure(analysis)), *_gradients(analysis), *_cautions(analysis, other)]
@@ -50,21 +50,19 @@ def _compared(analysis: Analysis, model: str) -> str:
     data = analysis.data
     budgets = {i.get("budget") for i in data.infos if i.get("kind") == "seed"} - {0, None}
     budget = next(iter(budgets)) if len(budgets) == 1 else None
-    work = f", {count(budget)} forward passes a run" if isinstance(budget, int) else " in forward passes"
+    work = f" of {count(budget)} forward passes per run" if isinstance(budget, int) else " of forward passes"
     ways = sum(data.family(column) != UNTRAINED for column in data.columns)
     seeds = len(data.seeds)
-    repeated = (
-        f"every run was done {seeds} times with different random seeds" if seeds > 1 else "there is one random seed"
-    )
+    repeated = f"every run was repeated with {seeds} random seeds" if seeds > 1 else "there is one random seed"
     return (
         f"{some(ways, 'way')} of fine-tuning the language model {model} on {some(len(data.tasks), 'task')} "
-        f"({listed(data.tasks)}). All had the same work{work} (one forward pass: showing the model a batch of examples and "
-        f"seeing how wrong it is), and {repeated}."
+        f"({listed(data.tasks)}). All had the same budget{work} (one forward pass computes the model’s loss on a "
+        f"batch of examples), and {repeated}."
     )
 
 
 def forward_only(analysis: Analysis) -> list[tuple[str, Average]]:
-    """The ranking of those that train with forward passes only and of which no run failed."""
+    """The ranking of the columns that train with forward passes only and have no failed run."""
     data, tasks = analysis.data, analysis.tasks
     return [(c, found) for c, found in analysis.ranking if data.family(c) in FORWARD_ONLY and data.steady(c, tasks)]
 
@@ -86,16 +84,16 @@ def _unfinished(analysis: Analysis) -> str:
 def _won(analysis: Analysis) -> str:
     data, ranked = analysis.data, forward_only(analysis)
     if not analysis.tasks:
-        return "No task counts in the averages (see “Which tasks count”), so nothing won; the tables show each task."
+        return "No task counts in the averages (see “Which tasks count”), so no method won; the tables show each task."
     if not ranked:
-        return "No method that learns from forward passes alone finished all its runs, so nothing won."
+        return "No method that learns from forward passes alone finished all its runs, so no method won."
     (best, found), others = ranked[0], ranked[1:]
     if not others:
         return (
             f"Only {best} learns from forward passes alone and finished on every task: {amount(analysis, found.mean)}."
         )
     among = "Of the methods that learn from forward passes alone, " if _has_gradients(analysis) else ""
-    plain = ", the plain method that the others are measured against," if best == data.reference else ""
+    plain = ", the reference method," if best == data.reference else ""
     random = ", whose scales are random numbers," if data.family(best) == CONTROL else ""
     text = f"{among}{best}{plain}{random} came first: {amount(analysis, found.mean)}, against "
     shown = loss if analysis.measure == "loss" else share
@@ -103,13 +101,13 @@ def _won(analysis: Analysis) -> str:
     if base is None:
         text += f"{shown(others[0][1].mean)} for {others[0][0]}, the second."
     else:
-        text += f"{shown(base.mean)} for {data.reference}, the plain method that all are measured against"
+        text += f"{shown(base.mean)} for {data.reference}, the reference method"
         if analysis.measure == "loss" and base.mean > 0:
             text += f" ({100 * (1 - found.mean / base.mean):.0f} % less)"
         text += "."
         test = analysis.tests.get(best)
         if test is None or test.holm is None or test.holm >= SURE:
-            text += " But the difference may be luck."
+            text += " The difference may be due to chance."
     return text
 
 
@@ -119,7 +117,7 @@ def _sure(analysis: Analysis) -> str:
         return "There are no two methods to compare, so nothing can be said about which is better."
     if data.reference is None:
         wanted = data.grid.get("reference") or "mezo"
-        return f"There is no finished column {wanted} to test against, so luck was not ruled out."
+        return f"There is no finished column {wanted} to test against, so the difference may be due to chance."
     column = next(column for column, _ in ranked if column != data.reference)
     test = analysis.tests.get(column)
     return _tested(analysis, column, test) if test else "There are no pairs of runs to test."
@@ -130,14 +128,14 @@ def _tested(analysis: Analysis, column: str, test: Paired) -> str:
     text = f"In {some(test.pairs, 'pair')} of runs with the same task and seed, {column} was better than "
     text += f"{analysis.data.reference} in {test.wins} and worse in {test.losses}. "
     if test.p is None or test.holm is None or test.least is None or test.least > SURE:
-        least = f": {some(test.pairs, 'pair')} cannot give a chance below {p_value(test.least)}" if test.least else ""
-        return f"{text}That is too few to rule out luck, whatever the result{least}."
-    others = f", corrected for {len(analysis.tests)} comparisons" if len(analysis.tests) > 1 else ""
-    chance = p_value(test.holm).replace("< ", "below ")
-    text += f"If the two were equally good, a difference this clear would turn up with a chance of {chance}{others}. "
+        least = f": {some(test.pairs, 'pair')} cannot give p below {p_value(test.least)}" if test.least else ""
+        return f"{text}These are too few pairs to rule out chance, whatever the result{least}."
+    others = f"After correction for {len(analysis.tests)} comparisons, " if len(analysis.tests) > 1 else ""
+    p = p_value(test.holm)
+    text += f"{others}p {p if p.startswith('<') else f'= {p}'}: "
     if test.holm < SURE:
-        return text + "So it is hardly luck on these tasks and this model; others were not tried."
-    return text + f"So luck cannot be ruled out (the usual limit is {SURE:g})."
+        return text + "the difference is unlikely to be chance on these tasks and this model; others were not tried."
+    return text + f"no evidence that either is better (the usual limit is {SURE:g})."
 
 
 def _has_gradients(analysis: Analysis) -> bool:
@@ -145,15 +143,13 @@ def _has_gradients(analysis: Analysis) -> bool:
 
 
 def _gradients(analysis: Analysis) -> list[tuple[str, str]]:
-    """What training with gradients would give, and its price in memory."""
+    """The result of training with gradients, and its cost in memory."""
     data, ours = analysis.data, forward_only(analysis)
     ranked = [(column, value) for column, value in analysis.ranking if data.family(column) == FIRST]
     if not ranked:
         return []
     column, found = ranked[0]
-    text = (
-        f"Ordinary training, which also works backward through the model, has {amount(analysis, found.mean)} ({column})"
-    )
+    text = f"Training with gradients, which needs backward passes, has {amount(analysis, found.mean)} ({column})"
     known = {
         name: [r.memory for t in data.tasks for r in data.of(t, name) if r.memory] for name in (column, *dict(ours[:1]))
     }
@@ -166,7 +162,7 @@ def _gradients(analysis: Analysis) -> list[tuple[str, str]]:
 
 
 def _cautions(analysis: Analysis, other: Analysis) -> list[tuple[str, str]]:
-    """Another first by the other measure, tasks left out, learning rates at the edge, runs that failed."""
+    """Cautions: the other measure ranks another method first, tasks left out, learning rates at the edge, failed runs."""
     data, parts = analysis.data, []
     firsts = [ranked[0][0] for ranked in map(forward_only, (analysis, other)) if ranked]
     if len(set(firsts)) > 1:
@@ -175,18 +171,22 @@ def _cautions(analysis: Analysis, other: Analysis) -> list[tuple[str, str]]:
         )
     out = [verdict.task for verdict in analysis.verdicts if not verdict.counts]
     if out:
-        parts.append(f"{listed(out)}: not in the averages, nothing can be seen there (“Which tasks count” says why).")
+        parts.append(f"{listed(out)}: not in the averages (“Which tasks count” says why).")
     shaky = [column for column in data.columns if not data.steady(column, analysis.tasks)]
     if shaky:
-        parts.append(f"{listed(shaky)}: some runs failed, so the average is of the lucky ones and cannot win.")
+        parts.append(
+            f"{listed(shaky)}: some runs failed, so the average is over the others only and is not ranked first."
+        )
     edges = {c for found in data.searches.values() for c, search in found.items() if search.at_boundary}
     if edges:
         parts.append(
-            f"{listed(sorted(edges))}: the learning rate is at the edge of what was tried, a better one may exist."
+            f"{listed(sorted(edges))}: the learning rate is at the edge of the tried rates, so a better one may exist."
         )
     busy = data.busy()
     if busy and busy > BUSY:
-        parts.append(f"The machine was busy: runs took {busy:.1f} times their processor time, so times mean little.")
+        parts.append(
+            f"The machine was busy: runs took {busy:.1f} times their processor time, so times are not reliable."
+        )
     failed = sum(not failure.kind.startswith("search") for failure in data.failures)
     if failed or data.missing:
         parts.append(
@@ -200,20 +200,19 @@ def _terms(analysis: Analysis) -> list[tuple[str, str]]:
     shares = [value for task in analysis.tasks if (value := data.majority(task)) is not None]
     guess = f" Always giving the commonest answer would score {share(fmean(shares))}." if shares else ""
     reference = data.reference or "mezo"
-    mezo = "MeZO (Malladi et al., 2023), which moves all weights alike." if reference == "mezo" else "the reference."
+    mezo = "MeZO (Malladi et al., 2023), which perturbs all weights alike." if reference == "mezo" else "the reference."
     first = [column for column, _ in forward_only(analysis)[:1] if column not in (reference, data.label(column))]
     terms = {
-        "Forward pass": "Showing the model one batch of examples and seeing how wrong it is. It takes the memory of merely "
-        "using the model. The methods compared here learn from nothing else: they nudge the model’s weights at random, see "
-        "whether it gets better or worse, and move accordingly. Ordinary training also works backward through the "
-        "model, which takes several times the memory; one such step is counted as three forward passes.",
-        "Accuracy": f"How many of 100 questions the model answers correctly that it was not trained on.{guess}",
-        "Loss": "How surprised the model is by the right answers, in nats: 0 is certain and right, and lower is better. It is "
-        "what training pushes down, and it moves before the accuracy does.",
-        "Seed": "Fine-tuning involves chance, and the seed fixes it. Repeating a run with other seeds shows how much of a "
-        "difference is luck. The bars in the picture show where an average would probably lie (95 %) if "
-        "everything was done again with other seeds.",
-        reference: f"What the others are measured against: {mezo}",
+        "Forward pass": "A forward pass computes the model’s loss on one batch of examples. It takes no more memory than "
+        "using the model. The methods compared here learn from forward passes alone: they perturb the model’s weights at "
+        "random, measure whether the loss rises or falls, and update the weights accordingly. Training with gradients also "
+        "needs backward passes, which take several times the memory; one such step is counted as three forward passes.",
+        "Accuracy": f"The number of correct answers per 100 questions on which the model was not trained.{guess}",
+        "Loss": "The mean negative log-probability of the correct answers, in nats: 0 is certain and correct, and lower is "
+        "better. Training minimises it, and it changes before the accuracy does.",
+        "Seed": "The seed fixes the random choices of a run. Repeating a run with other seeds shows how much of a "
+        "difference is due to chance. The bars in the picture are 95 % intervals of the average over seeds.",
+        reference: f"The method with which the others are compared: {mezo}",
         **{column: f"The column that came first: {data.label(column)}." for column in first},
     }
     if not any(data.metric_of(task) == "accuracy" for task in data.tasks):

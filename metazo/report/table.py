@@ -14,7 +14,7 @@ NONE = "–"
 
 @dataclass(frozen=True)
 class Cell:
-    """Text, and whether it is the best of its column."""
+    """The text of a cell, and whether it is the best of its column."""
 
     text: str
     best: bool = False
@@ -22,7 +22,7 @@ class Cell:
 
 @dataclass
 class Table:
-    """name: of the CSV and of blocks to fill; note: what must be known to read it; heads: leading columns of text."""
+    """name: of the CSV and of blocks to fill; note: an explanation for the reader; heads: number of leading text columns."""
 
     name: str
     title: str
@@ -47,7 +47,7 @@ class Table:
 
 
 def write_csv(rows: Sequence[Sequence[object]]) -> str:
-    """Rows as CSV; text that a spreadsheet would take for a formula is marked as text."""
+    """Rows as CSV; text that a spreadsheet would read as a formula is marked as text."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerows([["" if cell is None else _harmless(cell) for cell in row] for row in rows])
@@ -59,27 +59,27 @@ def _harmless(value: object) -> object:
 
 
 def escape_markdown(text: str) -> str:
-    """Text as it is: no markup, no HTML, on one line, no end of a table's cell."""
+    """Escape text for Markdown: no markup, no HTML, one line, and no end of a table's cell."""
     text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_\[\]|~#$])", r"\\\1", text)
 
 
 def loss(value: float, beside: float | None = None) -> str:
-    """Nats: three decimals, or two significant digits where that is less than a hundredth.
+    """A loss in nats: three decimals, or two significant digits below a hundredth.
 
-    beside: write it as this one is written.
+    beside: a number whose number of decimals is used.
     """
     size = abs(value if beside is None else beside)
     return f"{value:.3f}" if size >= 0.01 or size == 0 else f"{value:.2g}"
 
 
 def share(value: float) -> str:
-    """A share or another score of at most 1, in hundredths."""
+    """A fraction or another score of at most 1, in hundredths."""
     return f"{100 * value:.1f}"
 
 
 def score(value: float, measure: str, spread: float | None = None) -> str:
-    """A mean, and its standard deviation to as many decimals."""
+    """A mean, and its standard deviation to the same number of decimals."""
     if measure == "loss":
         return loss(value) + (f" ± {loss(spread, value)}" if spread is not None else "")
     return share(value) + (f" ± {share(spread)}" if spread is not None else "")
@@ -102,7 +102,7 @@ def megabytes(value: float) -> str:
 
 
 def over_seeds(values: Sequence[float], measure: str, seeds: int) -> str:
-    """Mean ± standard deviation, and how many where these are fewer than the seeds asked for."""
+    """Mean ± standard deviation, and the number of values if there are fewer than the requested seeds."""
     if not values:
         return NONE
     text = score(fmean(values), measure, stdev(values) if len(values) > 1 else None)

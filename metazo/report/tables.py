@@ -1,4 +1,4 @@
-"""The tables of results: who scores what, how sure that is, and which tasks count."""
+"""The tables of results: scores, tests, and the tasks that count."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .comparison import CONTROL, FIRST, UNTRAINED, ZEROTH, Comparison
 from .table import NONE, Cell, Table, loss, megabytes, over_seeds, p_value, score, seconds, share
 
 FORWARD_ONLY = (ZEROTH, CONTROL)
-BOLD = "Bold: the best with forward passes only, of those without a failed run."
+BOLD = "Bold: the best column with forward passes only and without a failed run."
 METRICS = {
     "accuracy": "accuracy (%)",
     "macro_f1": "macro F1 (× 100)",
@@ -22,32 +22,32 @@ METRICS = {
 
 
 def metric_name(data: Comparison, tasks: Iterable[str]) -> str:
-    """The main metric of tasks, in words and with its unit; `score` where they differ."""
+    """The main metric of tasks, in words and with its unit; `score` if they differ."""
     names = {name for task in tasks if (name := data.metric_of(task))}
     return METRICS.get(next(iter(names)), next(iter(names))) if len(names) == 1 else "score (× 100)"
 
 
 def by_family(data: Comparison) -> list[str]:
-    """The columns, those that train with forward passes only first, otherwise in the grid's order."""
+    """The columns in the grid's order, with those that train with forward passes only first."""
     order = (ZEROTH, CONTROL, FIRST, UNTRAINED)
     return sorted(data.columns, key=lambda column: order.index(data.family(column)))
 
 
 def best_of(data: Comparison, tasks: Iterable[str], value: Callable[[str], float | None], lower: bool) -> str | None:
-    """The column whose value is best, of those with forward passes only of which no run on `tasks` failed."""
+    """The column with the best value among those that use forward passes only and have no failed run on `tasks`."""
     fit = [c for c in data.columns if data.family(c) in FORWARD_ONLY and data.steady(c, tasks)]
     known = {c: v for c in fit if (v := value(c)) is not None}
     return (min if lower else max)(known, key=known.__getitem__) if known else None
 
 
 def summary(main: Analysis, other: Analysis) -> Table:
-    """One row a column, best first. main: of the measure that ranks; other: of the other one."""
+    """One row per column, best first. main: by the measure that ranks; other: by the other one."""
     data = main.data
     analyses = {analysis.measure: analysis for analysis in (main, other)}
     named = metric_name(data, main.tasks)
     paired_note = (
-        f"“Better than {data.reference}”: pairs of runs with the same task and seed. p: that a difference as large comes by "
-        "chance, corrected for all columns tested. "
+        f"“Better than {data.reference}”: pairs of runs with the same task and seed. p: the probability of a difference as "
+        "large by chance, corrected for all columns tested. "
         if data.reference
         else ""
     )
@@ -102,7 +102,7 @@ def scores(analysis: Analysis) -> Table:
     table = Table(
         "loss" if measure == "loss" else "metric",
         title[0].upper() + title[1:],
-        f"Mean ± standard deviation over {len(data.seeds)} seeds; (n of m): so many runs finished. {BOLD}"
+        f"Mean ± standard deviation over {len(data.seeds)} seeds; (n of m): n of m runs finished. {BOLD}"
         + (f" Not in the average: {', '.join(left_out)}." if left_out else ""),
         ["column", *(t if shared else f"{t}, {named[t]}" for t in tasks), "average"],
     )
@@ -128,7 +128,7 @@ def scores(analysis: Analysis) -> Table:
 
 
 def tests(analysis: Analysis) -> Table:
-    """Every column that trains, paired with the reference."""
+    """The paired test of every column that trains against the reference."""
     data = analysis.data
     measure = "loss" if analysis.measure == "loss" else metric_name(data, analysis.tasks)
     table = Table(

@@ -1,4 +1,4 @@
-"""A report on disk: one HTML page, Markdown, CSV, pictures; and blocks of another file filled with its tables."""
+"""Writes a report to disk (one HTML page, Markdown, CSV, pictures), and fills blocks of other files with its tables."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BLOCK = re.compile(r"(<!-- results:(?P<name>[\w./-]+) -->\n).*?(<!-- /results --
 
 
 def write(report: Report, out: Path) -> list[Path]:
-    """report.html, report.md, figures/*.svg, tables/*.csv, runs.csv, curves.csv. Returns what was written."""
+    """Write report.html, report.md, figures/*.svg, tables/*.csv, runs.csv and curves.csv. Returns the written paths."""
     content = {"report.html": html(report), "report.md": markdown(report)}
     content |= {f"figures/{picture.name}.svg": picture.svg for picture in report.pictures}
     content |= {f"tables/{table.name}.csv": table.csv() for table in report.tables}
@@ -37,14 +37,14 @@ def write(report: Report, out: Path) -> list[Path]:
 
 
 def command(report: Report) -> str:
-    """What makes the same results and this report again."""
+    """The commands that reproduce the results and this report."""
     folder = report.data.folder
     folder = shlex.quote(folder.name if folder.is_absolute() else folder.as_posix())
     return f"metazo compare {folder}/grid.yaml --out {folder}-again\nmetazo report {folder}-again"
 
 
 def html(report: Report) -> str:
-    """One page that needs nothing but itself. All text of the results is escaped."""
+    """One self-contained HTML page. All text of the results is escaped."""
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     uris = {picture.name: data_uri(picture.svg) for picture in report.pictures}
@@ -54,7 +54,7 @@ def html(report: Report) -> str:
 
 
 def markdown(report: Report) -> str:
-    """The same as Markdown, with the pictures beside it."""
+    """The report as Markdown, with its pictures in a folder beside it."""
     told = report.story
     lines = [
         f"# {escape_markdown(told.title)}",
@@ -71,7 +71,7 @@ def markdown(report: Report) -> str:
                 lines += [f"### {escape_markdown(part.title)}", escape_markdown(part.note), part.markdown()]
             else:
                 lines += [_image(part)]
-    lines += ["### To do it again", f"```bash\n{command(report)}\n```"]
+    lines += ["### To reproduce", f"```bash\n{command(report)}\n```"]
     return "\n\n".join(lines) + "\n"
 
 
@@ -81,7 +81,7 @@ def _image(picture: Any) -> str:
 
 
 def runs_csv(data: Comparison) -> str:
-    """A row a run, with full precision."""
+    """One row per run, with full precision."""
     heads = ["task", "column", "kind", "seed", "status", "lr", "split", "loss", "metric", "metric_name", "majority",
              "loss_before", "forwards", "seconds", "wall_seconds", "peak_memory_bytes", "trained_weights",
              "reason"]  # fmt: skip
@@ -101,7 +101,7 @@ def runs_csv(data: Comparison) -> str:
 
 
 def curves_csv(data: Comparison) -> str:
-    """A row an evaluation on dev."""
+    """One row per evaluation on dev."""
     rows: list[list[Any]] = [["task", "column", "kind", "seed", "forwards", "seconds", "loss", "metric"]]
     for kind, runs in (("seed", data.runs), ("time", data.timed)):
         for (task, column), seeds in sorted(runs.items()):
@@ -111,7 +111,7 @@ def curves_csv(data: Comparison) -> str:
 
 
 def blocks(report: Report) -> dict[str, str]:
-    """What blocks of a page can be filled with: each table by its name, and `story`, what the first screen says."""
+    """The contents for blocks of a page: each table by its name, and `story`, the text of the first screen."""
     told = report.story
     facts = [f"{heading} {text}" if heading.endswith("?") else f"{heading}: {text}" for heading, text in told.facts]
     lines = [escape_markdown(text) for text in (told.won, f"Compared: {told.compared}", *facts)]
@@ -136,7 +136,7 @@ def fill(text: str, blocks: Mapping[str, str], folder: str) -> str:
 
 
 def render(report: Report, path: Path) -> bool:
-    """Fill the blocks of a Markdown file. Returns whether it changed. UserError where it has no block to fill."""
+    """Fill the blocks of a Markdown file. Returns whether it changed. Raises UserError if it has no block to fill."""
     try:
         before = path.read_text()
     except (OSError, UnicodeDecodeError) as error:

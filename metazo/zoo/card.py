@@ -1,4 +1,4 @@
-"""card.md: what a published tuner, or a model published as its step log, is, in words."""
+"""Writes card.md: the description of a published tuner, or of a model published as its step log."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from metazo.zoo.log import Log
 
 
 def card_of(item: Tuner | Log, name: str, sha256: str, licence: str | None) -> str:
-    """The card of what is published under `name`, in Markdown."""
+    """The card of a tuner or step log published under `name`, in Markdown."""
     return log_card(item, name, sha256, licence) if isinstance(item, Log) else card(item.info, name, sha256)
 
 
@@ -101,6 +101,6 @@ def _figure(value: Any) -> str:
 
 
 def _text(value: Any) -> str:
-    """Text that stays in its cell and is not markup."""
+    """Escape text so that it stays in its cell and is not markup."""
     text = " ".join(str(value).split())
     return text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "&#124;").replace("`", "&#96;")

@@ -1,8 +1,8 @@
-"""One request over a connection that keeps to a clock and to a number of bytes, whatever the server sends.
+"""One request over a connection with limits on time and bytes that hold whatever the server sends.
 
-Python's http.client applies its timeout to each read and limits neither headers nor trailers as a whole, so that a
-server that sends a byte a minute, or trailers without end, holds it for ever. Here every read of the socket asks
-`Limits` first.
+Python's http.client applies its timeout to each read and limits neither headers nor trailers as a whole, so a server
+that sends one byte per minute, or endless trailers, blocks it for ever. Here every read of the socket asks `Limits`
+first.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from metazo.errors import UserError
 from metazo.zoo.address import judge_literal, resolve
 
 HEADER_BYTES = 64 * 1024
-"""Of an answer's status line and headers; also what chunks and trailers may add to a body."""
+"""Most bytes of an answer's status line and headers, and most bytes that chunks and trailers may add to a body."""
 
 
 class Limits:
     """The time and the bytes that are left.
 
-    seconds: from now to the end; rate: bytes a second, each `rate` bytes received give one second more (0: none);
+    seconds: from now to the end; rate: bytes per second; each `rate` bytes received give one more second (0: none);
     room: bytes that may be received. `restart` begins a new phase of the same connection.
     """
 
@@ -39,11 +39,11 @@ class Limits:
         self.began, self.seconds, self.room, self.rate, self.received = time.monotonic(), seconds, room, rate, 0
 
     def spent(self) -> float:
-        """Seconds of this phase."""
+        """Seconds that this phase has taken."""
         return time.monotonic() - self.began
 
     def left(self) -> float:
-        """Seconds. Raises TimeoutError if there are none."""
+        """Seconds that are left. Raises TimeoutError if there are none."""
         more = self.received / self.rate if self.rate else 0.0
         left = self.seconds + more - self.spent()
         if left <= 0:
@@ -54,7 +54,7 @@ class Limits:
         self.received += count
         if self.received > self.room:
             raise UserError(
-                f"{self.name} is refused: the server sends more than {self.room:,} bytes where fewer are due "
+                f"{self.name} is refused: the server sends more than the {self.room:,} bytes allowed "
                 "(headers, chunks or trailers without end)"
             )
 
@@ -74,7 +74,7 @@ class _Reader(io.RawIOBase):
 
 
 class _Socket:
-    """What http.client needs of a socket."""
+    """The methods of a socket that http.client needs."""
 
     def __init__(self, line: socket.socket, limits: Limits):
         self.line, self.limits = line, limits
@@ -87,7 +87,7 @@ class _Socket:
         self.line.sendall(data)
 
     def close(self) -> None:
-        """http.client closes what it takes for done; the answer is still to be read. `Exchange.close` ends it."""
+        """Does nothing: http.client calls it before the answer is read. `Exchange.close` ends the connection."""
 
 
 class Exchange:
@@ -117,7 +117,7 @@ def _port(parts: SplitResult) -> int:
 
 
 def _connected(parts: SplitResult, limits: Limits) -> socket.socket:
-    """A connected socket, with TLS for https, to an address that was judged; through the user's proxy if there is one."""
+    """A connected socket, with TLS for https, to a checked address; through the user's proxy if there is one."""
     host, port = str(parts.hostname), parts.port or _port(parts)
     proxy = urllib.request.getproxies().get("https")
     if parts.scheme == "https" and proxy and not urllib.request.proxy_bypass(host):

@@ -1,6 +1,6 @@
-"""Download a file over https: no more than was announced, no longer than is reasonable, from nowhere else.
+"""Download a file over https, with limits on its size, time and origin.
 
-What is downloaded stays in memory until it is checked; nothing is written here.
+The data stay in memory until they are checked; nothing is written here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from metazo.zoo.address import split
 from metazo.zoo.connection import HEADER_BYTES, Exchange, Limits
 
 SECONDS_TO_ANSWER = 30
-"""From the request to the end of the answer's headers, redirects included."""
+"""Most seconds from the request to the end of the answer's headers, including redirects."""
 LEAST_RATE = 10_000
 """Bytes per second, on average, below which a download is given up after SECONDS_TO_ANSWER more."""
 REDIRECTS = 10
@@ -27,8 +27,8 @@ def download(address: str, size: int | None = None, report: Callable[[str], None
     """The file at an https address, of `size` bytes if that is known.
 
     The size is announced first; more bytes than announced, or than MAX_BYTES, are not read. Raises UserError if the
-    address or one that it leads to is not public (metazo/zoo/address.py), if the server says or sends something else
-    than was announced, and if it is too slow.
+    address or one that it leads to is not public (metazo/zoo/address.py), if the server sends anything but the announced
+    file, and if it is too slow.
     """
     name = shown_address(address)
     limits = Limits(name, SECONDS_TO_ANSWER)
@@ -45,7 +45,7 @@ def download(address: str, size: int | None = None, report: Callable[[str], None
         raise UserError(
             f"{name} is too slow: {limits.received:,} bytes in {limits.spent():.0f} s; pull it again"
         ) from None
-    except (OSError, HTTPException, ValueError) as error:  # from None: what they say may hold the whole address
+    except (OSError, HTTPException, ValueError) as error:  # from None: the errors' texts may hold the whole address
         raise UserError(f"{name} cannot be pulled ({type(error).__name__}); check the address and network") from None
     if len(data) != announced:
         raise UserError(f"{name} ended after {len(data):,} of {announced:,} bytes; pull it again")
@@ -53,7 +53,7 @@ def download(address: str, size: int | None = None, report: Callable[[str], None
 
 
 def _answered(address: str, limits: Limits) -> Exchange:
-    """The answer of the last of the servers that the address leads to."""
+    """The answer of the last server to which the address leads, after redirects."""
     for _ in range(REDIRECTS):
         limits.restart(limits.left(), HEADER_BYTES)
         exchange = Exchange(split(address), limits)

@@ -1,4 +1,4 @@
-"""Look tuners up in zoo folders, and check that the folders hold what their indexes say."""
+"""Look tuners up in zoo folders, and check the folders against their indexes."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ from metazo.zoo.log import Log
 
 
 def entries(zoo: str | Path | None = None, key: str | None = None) -> list[Found]:
-    """Everything in the zoo folders, in the order they are searched.
+    """All entries of the zoo folders, in search order.
 
-    key: a public key; then only in the first of them (`zoo`, or the user's own), whose index has to be signed by it.
+    key: a public key; if given, only the first folder (`zoo`, or the user's own) is read, and the key must have signed its
+    index.
     """
     searched = folders(zoo)[:1] if key is not None else folders(zoo)
     return [Found(entry, folder, where) for where, folder in searched for entry in read_index(folder, key)]
 
 
 def tuners(zoo: str | Path | None = None) -> list[Found]:
-    """Every tuner in the zoo folders, in the order they are searched."""
+    """Every tuner in the zoo folders, in search order."""
     return [found for found in entries(zoo) if found.entry.kind == "tuner"]
 
 
 def named(name: str, zoo: str | Path | None = None, key: str | None = None) -> Found | None:
-    """What is called `name`: `<base model>/<version>`, or the last tuner published for that base model, or log if there
-    is no tuner. `key` as for `entries`.
+    """The entry called `name` (`<base model>/<version>`), or the last tuner published for that base model, or the last log
+    if there is no tuner. `key` as for `entries`.
     """
     found = entries(zoo, key)
     exact = [tuner for tuner in found if tuner.entry.name == name]
@@ -47,8 +48,8 @@ def find(
     base_model: str | None = None,
     zoo: str | Path | None = None,
 ) -> list[Found]:
-    """Tuners for a model, the best reason first: same fingerprint, same names where a tuner knows no shapes, same name
-    of the base model. So a tuner of a base model is found for its derivatives, whatever they are called.
+    """Tuners for a model, best match first: same fingerprint; same names, if a tuner knows no shapes; same name of the base
+    model. A tuner of a base model is therefore found for the models derived from it, whatever their names.
     """
     wanted = None if named_shapes is None else fingerprint(named_shapes)
     groups: dict[str, list[Found]] = {"fingerprint": [], "names": [], "base model": []}
@@ -70,7 +71,7 @@ def _fits(tuner: Found, named_shapes: Sequence[tuple[str, Sequence[int]]]) -> bo
 
 
 def checked(data: bytes, entry: Entry, origin: str) -> Tuner | Log:
-    """The tuner or log in `data`, after checking size, sha256, format, fingerprint and block count against the index."""
+    """The tuner or log in `data`, whose size, sha256, format, fingerprint and block count are checked against the index."""
     if len(data) != entry.size:
         raise UserError(f"{origin} has {len(data):,} bytes and the zoo index says {entry.size:,}; it is refused")
     found = sha256(data).hexdigest()
@@ -89,7 +90,7 @@ def checked(data: bytes, entry: Entry, origin: str) -> Tuner | Log:
 
 @dataclass(frozen=True)
 class Check:
-    """Outcome of `verify` for one tuner: `problem` is None if it is in order."""
+    """Outcome of `verify` for one tuner: `problem` is None if the tuner is in order."""
 
     name: str
     where: str
@@ -98,9 +99,9 @@ class Check:
 
 
 def verify(zoo: str | Path | None = None, key: str | None = None) -> list[Check]:
-    """Read and hash everything in the zoo folders again; also report tuner files that no index lists.
+    """Read and hash all files of the zoo folders again; also report tuner files that no index lists.
 
-    `key` as for `entries`. Raises UserError where an index cannot be read or its signature does not fit.
+    `key` as for `entries`. Raises UserError if an index cannot be read or its signature does not match.
     """
     checks = []
     for where, folder in folders(zoo)[:1] if key is not None else folders(zoo):
@@ -116,7 +117,7 @@ def verify(zoo: str | Path | None = None, key: str | None = None) -> list[Check]
 
 def _problem(tuner: Found) -> str | None:
     if tuner.entry.url is not None and not tuner.path.exists():
-        return None  # held elsewhere: checked when it is pulled
+        return None  # the file is elsewhere and is checked when it is pulled
     try:
         checked(read_capped(tuner.path, MAX_BYTES, "tuner"), tuner.entry, str(tuner.path))
     except UserError as error:

@@ -1,6 +1,6 @@
-"""Tuners on the Hugging Face Hub, through huggingface_hub, which keeps the token to itself.
+"""Tuners on the Hugging Face Hub, through huggingface_hub, so that metazo never handles the token.
 
-Errors are put in words of our own: neither a token nor what a server wrote can reach a message.
+Errors get metazo's own messages, so that neither a token nor a server's text can reach a message.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _FILE = "tuner.safetensors"
 
 
 def hub_file(repository: str, revision: str | None, report: Callable[[str], None] = print_line) -> Path:
-    """Path in the Hub's cache of a repository's tuner.safetensors, its size announced and capped before it is read."""
+    """Path in the Hub's cache of a repository's tuner.safetensors, whose size is shown and limited before it is read."""
     name = f"{repository}@{safe_name(revision or 'main', 'revision')}"
     try:
         cached = huggingface_hub.try_to_load_from_cache(repository, _FILE, revision=revision)
@@ -34,17 +34,21 @@ def hub_file(repository: str, revision: str | None, report: Callable[[str], None
             raise UserError(f"{name} has a tuner of {about.size or 'unknown'} bytes, more than {MAX_BYTES:,}; refused")
         report(f"pulling {name} ({about.size:,} bytes)")
         path = Path(huggingface_hub.hf_hub_download(repository, _FILE, revision=about.commit_hash or revision))
-        if about.commit_hash:  # pinned, so that it is the file announced; note the name, so that it is found offline
+        if (
+            about.commit_hash
+        ):  # pinned to the announced file; the revision's name is noted, so that the file is found offline
             write_whole(path.parents[2] / "refs" / safe_name(revision or "main", "revision"), path.parent.name.encode())
         return path
     except UserError:
         raise
-    except Exception as error:  # the client's network library has types of its own, other ones in each version
+    except (
+        Exception
+    ) as error:  # the client's network library has its own exception types, which differ between versions
         _refuse(name, "pulled", error)
 
 
 def hub_push(repository: str, data: bytes, text: str) -> str:
-    """Upload a tuner and its card to a Hub repository, made if missing; returns the address of the commit."""
+    """Upload a tuner and its card to a Hub repository, which is made if missing; returns the address of the commit."""
     operations = [
         huggingface_hub.CommitOperationAdd(_FILE, data),
         huggingface_hub.CommitOperationAdd("README.md", text.encode()),

@@ -1,4 +1,4 @@
-"""Published pickled tuners (`.pth`) as metazo tuners, without executing what the pickle asks for."""
+"""Imports published pickled tuners (`.pth`) as metazo tuners, without executing the pickle."""
 
 from __future__ import annotations
 
@@ -25,13 +25,12 @@ MOST_LAYERS = 1000
 def import_pth(path: str | Path, base_model: str, model: str | Path | None = None, licence: str | None = None) -> Tuner:
     """The tuner in a `.pth` of the published code (arXiv 2510.00419): a dict of tensor name to Linear-Tanh-Linear.
 
-    Such a file names tensors and not their shapes; their order does not matter, and a wrapper's prefix (`module.`) is
-    taken off. The layouts of Llama, Qwen2, Qwen3 and OPT are recognised, and refused where a layer lacks a tensor; any
-    other is imported by its names, and the recipe says which it was. Without `model` the tuner has no fingerprint and
+    Such a file names tensors without their shapes; their order does not matter, and a wrapper's prefix (`module.`) is
+    removed. The layouts of Llama, Qwen2, Qwen3 and OPT are recognised, and refused if a layer lacks a tensor; any other
+    layout is imported by its names, and the recipe records the layout. Without `model` the tuner has no fingerprint and
     fits a model by names alone; with `model`, a folder holding the base model's config.json, the shapes come from there,
     and a name that differs is a UserError. Weights are kept in float32 (float16 is exact in it; the published code
-    evaluates such networks in float16). Features, absolute value, normalisation and embedding count are the published
-    ones.
+    evaluates such networks in float16). Features, absolute value, normalisation and embedding count are as published.
     """
     path = Path(path)
     networks, stored = read_networks(path)
@@ -59,7 +58,7 @@ def import_pth(path: str | Path, base_model: str, model: str | Path | None = Non
 
 
 def model_shapes(folder: str | Path) -> list[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of a model's parameters, tied ones once, from its config.json; no weights are read or made."""
+    """Names and shapes of a model's parameters, tied ones once, from its config.json; no weights are read or allocated."""
     with needs("llm"):
         import transformers
 
@@ -76,13 +75,13 @@ def model_shapes(folder: str | Path) -> list[tuple[str, tuple[int, ...]]]:
                 network = known._from_config(config)
             else:
                 network = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:  # whatever a class of transformers makes of settings that it was not written for
+    except Exception as error:  # a class of transformers may raise anything for settings that it was not written for
         raise UserError(f"{path} does not describe a model that can be built ({type(error).__name__})") from error
     return [(name, tuple(parameter.shape)) for name, parameter in network.named_parameters()]
 
 
 def _check_size(path: Path) -> None:
-    """A model is built on no device, but its modules are made one by one: refuse thousands of layers."""
+    """Refuse thousands of layers: the model is built without memory for weights, but its modules are made one by one."""
     try:
         settings = parse_json(read_capped(path, MAX_CONFIG_BYTES, "settings of the base model"))
     except ValueError as error:
@@ -93,7 +92,7 @@ def _check_size(path: Path) -> None:
 
 
 def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
-    """The whole numbers in a tree, and the name that each is under."""
+    """The whole numbers in a tree, each with its key."""
     if isinstance(value, dict):
         for key, part in value.items():
             yield from _numbers(part, key)

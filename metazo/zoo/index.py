@@ -1,7 +1,7 @@
 """Zoo folders: an index.json and, for each tuner, `<base model>/<version>/{tuner.safetensors,card.md}`.
 
-A fine-tuned model published as its step log is there as `<name>/<version>/{steps.jsonl,card.md}`. The cache, a user's
-own zoo and the zoo that ships with metazo all have this layout.
+A fine-tuned model published as its step log is stored as `<name>/<version>/{steps.jsonl,card.md}`. The cache, a user's
+own zoo and the zoo that is installed with metazo all have this layout.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ class Entry:
     """Folder inside the zoo, `<base model>/<version>`."""
     base_model: str
     sha256: str
-    """Of the tuner file, in hexadecimal."""
+    """sha256 of the tuner file, in hexadecimal."""
     size: int
-    """Of the tuner file, in bytes."""
+    """Size of the tuner file in bytes."""
     fingerprint: str | None
-    """Of the base model's tensor names and shapes; None if the tuner does not know the shapes."""
+    """Hash of the base model's tensor names and shapes; None if the tuner does not know the shapes."""
     blocks: int
     licence: str | None
     url: str | None = None
-    """Where the tuner file is, if it is not in the folder."""
+    """Address of the tuner file, if it is not in the folder."""
     kind: str = "tuner"
-    """"tuner", or "log": a fine-tuned model as its step log."""
+    """"tuner", or "log" for a fine-tuned model as its step log."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,11 @@ class Found:
     where: str
     """"zoo", "own", "cache" or "bundled"."""
     why: str = ""
-    """What it was found by: "fingerprint", "names" or "base model"."""
+    """The kind of match: "fingerprint", "names" or "base model"."""
 
     @property
     def path(self) -> Path:
-        """The file."""
+        """Path of the file."""
         return self.folder / self.entry.name / FILES[self.entry.kind]
 
 
@@ -79,7 +79,7 @@ def home() -> Path:
 
 
 def cache_folder() -> Path:
-    """The zoo folder that pulled tuners are kept in."""
+    """The zoo folder that holds pulled tuners."""
     return home() / "cache"
 
 
@@ -89,7 +89,7 @@ def own_folder() -> Path:
 
 
 def folders(zoo: str | Path | None = None) -> list[tuple[str, Path]]:
-    """The zoo folders in the order they are searched: the one given, the user's own, the bundled one, the cache."""
+    """The zoo folders in search order: the given one, the user's own, the bundled one, the cache."""
     bundled = Path(next(iter(pertnn_zoo.__path__)))
     found = [("own", own_folder()), ("bundled", bundled), ("cache", cache_folder())]
     if zoo is not None:
@@ -100,9 +100,9 @@ def folders(zoo: str | Path | None = None) -> list[tuple[str, Path]]:
 
 
 def read_index(folder: Path, key: str | None = None) -> list[Entry]:
-    """The entries of a folder's index.json, each field checked; none if there is no index.
+    """The entries of a folder's index.json, with each field checked; no entries if there is no index.
 
-    key: a public key; then there has to be an index, with a signature by that key.
+    key: a public key; if given, there must be an index with a signature by that key.
     """
     path = folder / "index.json"
     if key is None and not path.exists():
@@ -154,7 +154,7 @@ def add(
 
     `version` None takes the next of v1, v2, ... Several processes may add at once. Adding the same bytes under the
     same name again changes nothing. `sign` makes a signature of the new index; a zoo that has one is left alone
-    without it. Raises UserError where the folder cannot be written or a link in it leads out.
+    without it. Raises UserError if the folder cannot be written or a link in it leads out of it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -190,7 +190,7 @@ def _entry_of(item: Tuner | Log, name: str, data: bytes, licence: str | None) ->
 
 
 def write_index(folder: Path, entries: Sequence[Entry], sign: Sign | None = None) -> None:
-    """Write a folder's index.json, and its signature behind it."""
+    """Write a folder's index.json, and then its signature."""
     content = {"format_version": FORMAT_VERSION, "tuners": [asdict(entry) for entry in entries]}
     data = (json.dumps(content, indent=1) + "\n").encode()
     write_whole(folder / "index.json", data)

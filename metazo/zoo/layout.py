@@ -1,4 +1,4 @@
-"""The layout of a base model, told from the names of its tensors: is it a family that is known, and is it complete?"""
+"""Recognises the layout of a base model from the names of its tensors, and checks that no layer lacks a tensor."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ FAMILIES: dict[str, set[str]] = {
     "Qwen3": _LLAMA | {f"self_attn.{part}_norm.weight" for part in "qk"},
     "OPT": {f"{module}.{kind}" for module in _OPT_MODULES for kind in ("weight", "bias")},
 }
-"""Tensors of one layer, by family. Mistral and others of Llama's form count as Llama."""
+"""Tensors of one layer, by family. Mistral and other models of Llama's form count as Llama."""
 _LAYER = re.compile(r"(.*?)\blayers\.(\d{1,6})\.(.+)")
 _WRAPPERS = ("module.", "_orig_mod.")
-"""What DataParallel and torch.compile put before every name."""
+"""Prefixes that DataParallel and torch.compile add to every name."""
 
 
 def unwrapped(names: Iterable[str]) -> list[str]:
-    """The names without the prefix of a wrapper, where all have it."""
+    """The names without the prefix of a wrapper, if all have it."""
     found = list(names)
     while found:
         prefix = next((p for p in _WRAPPERS if all(name.startswith(p) and len(name) > len(p) for name in found)), None)
@@ -39,7 +39,7 @@ def unwrapped(names: Iterable[str]) -> list[str]:
 def layout(names: Iterable[str]) -> str:
     """The layout in words: "Llama, 16 layers of 9 tensors and 2 others", or "unknown" with the reason.
 
-    Raises UserError for a known family with a tensor missing in one of its layers: such a file was cut.
+    Raises UserError for a known family if one of its layers lacks a tensor: such a file is incomplete.
     """
     layers: dict[int, set[str]] = {}
     others = 0

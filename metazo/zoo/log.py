@@ -1,4 +1,4 @@
-"""A fine-tuned model published as its step log: a few bytes a step, from which `metazo replay` rebuilds it."""
+"""A fine-tuned model published as its step log: a few bytes per step, from which `metazo replay` rebuilds the model."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from metazo.steplog.format import encode, line, scan
 
 @dataclass(frozen=True)
 class Log:
-    """A whole step log; see metazo/steplog/format.py."""
+    """A complete step log; see metazo/steplog/format.py."""
 
     data: bytes
     header: dict[str, Any]
-    """What the steps belong to: base model and the hash of its weights, method, settings, noise, precision, versions."""
+    """The origin of the steps: base model and the hash of its weights, method, settings, noise, precision, versions."""
     steps: list[Step]
     end: dict[str, Any] | None
     """The kept step and the hash of the model's weights there; None for a run that is not finished."""
@@ -46,7 +46,7 @@ class Log:
         return cls(data, found.header, found.steps, found.end)
 
     def published(self, base_model: str) -> Log:
-        """The same log for others: under this name of the base model, and without paths of this machine."""
+        """The same log for publication: with this name of the base model, and without local paths."""
         header: dict[str, Any] = {key: _portable(value) for key, value in self.header.items()} | {"model": base_model}
         if isinstance(header.get("settings"), dict):
             header["settings"] |= {"model": base_model}
@@ -59,7 +59,7 @@ class Log:
 
 
 def _portable(value: Any) -> Any:
-    """Of a path its last part, of an address what is no secret, anything else as it is."""
+    """The last name of a path, an address without secrets, or any other value as it is."""
     if isinstance(value, dict):
         return {key: _portable(part) for key, part in value.items()}
     if isinstance(value, list):

@@ -1,8 +1,8 @@
-"""Read the pickle of a published `.pth` as plain data, without executing anything that it asks for.
+"""Read the pickle of a published `.pth` as plain data, without executing anything.
 
-A pickle is a program. This is an interpreter of the 38 opcodes that a dictionary of `nn.Sequential` needs; the calls
-such a file makes (rebuild a tensor, make a Linear) are recognised by name and answered with the records below. No
-name is ever imported, no callable ever called, no attribute ever set, and every other opcode and name is refused.
+A pickle is a program. This module interprets the 38 opcodes that a dictionary of `nn.Sequential` needs; the calls of
+such a file (rebuild a tensor, make a Linear) are recognised by name and answered with the records below. No name is
+ever imported, no callable ever called, no attribute ever set, and every other opcode and name is refused.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from dataclasses import dataclass
 from typing import Any
 
 MAX_OPCODES = 1_000_000
-"""A published file uses 550 a network; 1,800 networks."""
+"""Most opcodes: a published file uses 550 per network, so this allows 1,800 networks."""
 
 
 class Refused(ValueError):
-    """The pickle is damaged, or asks for what a tuner does not need; the message says what and where."""
+    """The pickle is damaged, or asks for something that a tuner does not need; the message says what and where."""
 
 
 @dataclass(frozen=True)
 class Global:
-    """A name that the pickle mentions, written `module name`; never looked up."""
+    """A name in the pickle, written `module name`; it is never looked up."""
 
     name: str
 
@@ -38,7 +38,7 @@ class Module:
 
 @dataclass(frozen=True)
 class StorageRef:
-    """Numbers in another entry of the archive: their torch type, the entry's key, and how many there are."""
+    """Numbers in another entry of the archive: their torch type, the entry's key, and their count."""
 
     dtype: str
     key: str
@@ -81,7 +81,7 @@ _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 def read(data: bytes) -> Any:
-    """What the pickle describes: dicts, lists, tuples, numbers, text and the records above. Raises Refused."""
+    """The pickle's content as dicts, lists, tuples, numbers, text and the records above. Raises Refused."""
     machine = _Machine()
     where = "at its start"
     try:
@@ -100,7 +100,7 @@ def read(data: bytes) -> Any:
 
 
 def _opcodes(data: bytes) -> Iterator[tuple[Any, Any, int | None]]:
-    """pickletools.genops, silent where it decodes text with odd escapes; those opcodes are refused anyway."""
+    """pickletools.genops without its warnings about odd escapes in text; those opcodes are refused anyway."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield from pickletools.genops(data)
@@ -120,7 +120,7 @@ class _Machine:
         return self.stack.pop()
 
     def pop_mark(self) -> list[Any]:
-        """Everything above the last mark, which goes too."""
+        """Pop everything above the last mark, and the mark."""
         if not self.marks:
             raise Refused("goes back to a mark that was never set")
         start = self.marks.pop()
@@ -136,7 +136,7 @@ class _Machine:
         return value
 
     def run(self, name: str, argument: Any) -> None:
-        """One opcode."""
+        """Execute one opcode."""
         if name in _LITERALS:
             self.stack.append(argument)
         elif name in _CONSTANTS:
@@ -158,7 +158,7 @@ class _Machine:
             self.structure(name, argument)
 
     def structure(self, name: str, argument: Any) -> None:
-        """Opcodes that combine what is on the stack."""
+        """Opcodes that combine values on the stack."""
         match name:
             case "MARK":
                 self.marks.append(len(self.stack))
@@ -212,7 +212,7 @@ def _known(name: str) -> Global:
 
 
 def _call(name: str, arguments: tuple[Any, ...], made: bool) -> Any:
-    """The record that stands for a call (`made`: for an object made without one); nothing is called."""
+    """The record that represents a call (`made`: an object made without a call); nothing is called."""
     if made and name in _MODULES and not arguments:
         return Module(_MODULES[name], {})
     if not made:

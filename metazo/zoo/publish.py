@@ -1,4 +1,4 @@
-"""Publish a tuner, or a model as its step log, into a zoo folder; a tuner also to the Hub."""
+"""Publish a tuner, or a model as its step log, into a zoo folder; a tuner can also go to the Hub."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def push(
     licence: str | None = None,
     sign: Sign | None = None,
 ) -> str:
-    """Publish a tuner, a tuner file or a folder that holds one; returns the name or address it is published under.
+    """Publish a tuner, a tuner file or a folder that holds one; returns its published name or address.
 
     to: a zoo folder, made if missing, by default the user's own (`METAZO_ZOO`); or `hub:org/name`.
-    base: what the base model is called in the zoo; by default the name in the tuner, or its last part if that is a
-    path, which others do not have. version: by default the next of v1, v2, ... licence: states or replaces it.
+    base: the name of the base model in the zoo; by default the name in the tuner, or only the last name if that is a
+    local path. version: by default the next of v1, v2, ... licence: adds or replaces the tuner's licence.
     sign: signs the zoo's index (`metazo.zoo.signature.signer`).
     Raises UserError if the tuner is unfit, the name is taken by another tuner, or the zoo cannot be written.
     """
@@ -59,7 +59,7 @@ def push_log(
 ) -> str:
     """Publish a fine-tuned model as the step log of its run; returns its name in the zoo folder `to`.
 
-    The header is published with it, but of paths in it only the last part. name: by default base model and task.
+    The header is published as well, with paths reduced to their last name. name: by default base model and task.
     """
     if str(to or "").startswith("hub:"):
         raise UserError("a step log (`log`) goes into a zoo folder; to the Hub, upload the file by hand")
@@ -78,7 +78,7 @@ def _folder(to: str | Path | None) -> Path:
 
 
 def front_matter(info: TunerInfo) -> str:
-    """What the Hub reads at the head of a card, in YAML."""
+    """The YAML metadata at the head of a card, for the Hub."""
     licence = f"license: {_yaml(info.licence.lower())}\n" if info.licence else ""
     return f"---\nlibrary_name: metazo\nbase_model: {_yaml(info.base_model)}\n{licence}tags: [metazo, tuner]\n---\n"
 

@@ -1,8 +1,8 @@
 """Signatures of zoo indexes, in the format of minisign (https://jedisct1.github.io/minisign), by py-minisign.
 
-The index holds the sha256 of every file of the zoo, so one signature, in `index.json.minisig` beside it, covers all of
-it. `minisign -Vm index.json -P KEY` checks the same file without metazo. What a signature does not tell: whether this is
-the newest index that its key signed.
+The index holds the sha256 of every file of the zoo, so one signature, in `index.json.minisig` beside it, covers the whole
+zoo. `minisign -Vm index.json -P KEY` checks the same file without metazo. A signature does not say whether this is the
+newest index that its key signed.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from metazo.io.files import is_file, read_capped
 
 SUFFIX = ".minisig"
 MAX_BYTES = 8192
-"""Of a key or a signature."""
+"""Most bytes of a key or a signature."""
 
 
 def check_signature(data: bytes, path: Path, key: str) -> None:
     """Check `data`, the content of the file `path`, against the signature beside it.
 
-    key: a public key of minisign, as a file or as its line of base64. Raises UserError unless the signature fits.
+    key: a public key of minisign, as a file or as its line of base64. Raises UserError unless the signature matches.
     """
     minisign = _minisign()
     beside = path.with_name(path.name + SUFFIX)
@@ -40,7 +40,7 @@ def check_signature(data: bytes, path: Path, key: str) -> None:
 def signer(key: str, password: Callable[[], str]) -> Callable[[bytes, str], bytes]:
     """A function of (content, file name) that gives the content of the signature's file.
 
-    key: a file with a secret key of minisign; `password` is asked where the key has one. Raises UserError.
+    key: a file with a secret key of minisign; `password` is called if the key has a password. Raises UserError.
     """
     secret = _parsed("`sign`", key, _minisign().SecretKey)
     try:
@@ -58,7 +58,7 @@ def signer(key: str, password: Callable[[], str]) -> Callable[[bytes, str], byte
 
 
 def _parsed(flag: str, key: str, kind: Any) -> Any:
-    """A key from its file, or a public one from its text. What was given is not repeated: it may be a secret."""
+    """A key from its file, or a public key from its text. Messages do not repeat the input, because it may be a secret."""
     path = Path(key).expanduser()
     try:
         if is_file(path):

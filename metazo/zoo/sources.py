@@ -1,7 +1,7 @@
-"""Get a tuner or log by what a user calls it: a path, a name in a zoo, an https address, or a Hub repository.
+"""Get a tuner or log from a path, a name in a zoo, an https address, or a Hub repository.
 
-What comes from elsewhere is checked whole, in memory, before a byte of it is written; so an interrupted or refused
-pull leaves nothing behind.
+Downloaded data are checked completely, in memory, before any byte is written, so an interrupted or refused pull leaves
+nothing behind.
 """
 
 from __future__ import annotations
@@ -25,28 +25,29 @@ Report = Callable[[str], None]
 
 
 def load(source: str | Path, zoo: str | Path | None = None, report: Report = print_line) -> Tuner:
-    """The tuner that `source` names, checked; `report` is told of downloads. Raises UserError.
+    """The tuner that `source` names, checked; `report` is called for downloads. Raises UserError.
 
-    In this order: a tuner file or a folder with one; a name in the zoo folders (`pico`, `pico/v1`); an https address,
-    optionally ending in `#sha256=...`; a Hub repository `org/name`, `org/name@revision`, also with `#sha256=...`.
+    `source` is tried in this order: a tuner file or a folder with one; a name in the zoo folders (`pico`, `pico/v1`); an
+    https address, optionally ending in `#sha256=...`; a Hub repository `org/name`, `org/name@revision`, also with
+    `#sha256=...`.
     """
     item = read(source, zoo, report)
     if isinstance(item, Log):
-        raise UserError(f"`tuner` {shown_address(str(source))} is a model's step log and no tuner; see metazo replay")
+        raise UserError(f"`tuner` {shown_address(str(source))} is a model's step log, not a tuner; see metazo replay")
     return item
 
 
 def read(source: str | Path, zoo: str | Path | None = None, report: Report = print_line) -> Tuner | Log:
-    """As `load`, and a model published as its step log as well."""
+    """As `load`, but also reads a model published as its step log."""
     return _fetch(str(source), zoo, report, None)[1]
 
 
 def pull(
     source: str | Path, zoo: str | Path | None = None, report: Report = print_line, key: str | None = None
 ) -> Found:
-    """`read`, and keep a copy in the cache, where a tuner is found by its model's fingerprint from then on.
+    """`read`, and keep a copy in the cache, in which a tuner is found by its model's fingerprint later.
 
-    key: a public key; then only a name in a zoo folder will do (`zoo`, or the user's own) whose index it signed.
+    key: a public key; if given, `source` must be a name in a zoo folder (`zoo`, or the user's own) whose index it signed.
     """
     data, item = _fetch(str(source), zoo, report, key)
     base = item.base_model if isinstance(item, Log) else item.info.base_model
@@ -54,7 +55,7 @@ def pull(
 
 
 def zoo_base(base_model: str) -> str:
-    """The folder of a zoo that tuners for this base model are in: its name, or the last part of it if it is a path."""
+    """The zoo's folder for tuners of this base model: its name, or the last name if it is a path."""
     try:
         if not Path(base_model).exists():
             return safe_name(base_model, "base model")
@@ -72,7 +73,7 @@ def _fetch(source: str, zoo: str | Path | None, report: Report, key: str | None)
     if key is not None:
         signed = named(address, zoo, key)
         if signed is None:
-            raise UserError(f"{shown_address(address)!r} is no name in the index that `key` is for; see `zoo`")
+            raise UserError(f"{shown_address(address)!r} is not a name in the index that `key` signed; see `zoo`")
         data, entry = _from_zoo(signed, report)
     else:
         data, entry = (_cached(wanted) if wanted else None), None
@@ -104,8 +105,8 @@ def _read(source: str, zoo: str | Path | None, report: Report) -> tuple[bytes, E
         return read_capped(hub_file(repository, revision or None, report), MAX_BYTES, "tuner"), None
     known = ", ".join(sorted({found.entry.name for found in tuners(zoo)})) or "none yet"
     raise UserError(
-        f"`tuner` {shown_address(source)[:200]!r} is no file, no folder, no https address, no Hub repository "
-        f"org/name, and no name in the zoos (which hold: {known})"
+        f"`tuner` {shown_address(source)[:200]!r} is not a file, a folder, an https address, a Hub repository "
+        f"org/name, or a name in the zoos (which hold: {known})"
     )
 
 
@@ -132,7 +133,7 @@ def _from_zoo(tuner: Found, report: Report) -> tuple[bytes, Entry]:
 
 
 def _cached(digest: str) -> bytes | None:
-    """The bytes of this sha256 from the cache, if they are there undamaged."""
+    """The bytes with this sha256 from the cache, if it holds them undamaged."""
     for entry in read_index(cache_folder()):
         path = Found(entry, cache_folder(), "cache").path
         if entry.sha256 == digest and path.is_file():

@@ -1,8 +1,8 @@
 """The networks in a published `.pth`: the zip archive of torch.save around the pickle that pickled.py reads.
 
-Everything is checked against the bytes that are there: entries are stored and not compressed, do not overlap or
-repeat, and the tensors together are no larger than the file, whatever their strides say.
-The worst hostile files tried took 165 MB and 4 seconds.
+Everything is checked against the actual bytes: entries are not compressed and do not overlap or repeat, and the tensors
+together are no larger than the file, whatever their strides are.
+The worst hostile files that were tried took 165 MB and 4 seconds.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from metazo.tuner.networks import SequentialWeights
 from metazo.zoo import pickled
 
 MAX_BYTES = 16 * 2**20
-"""Largest `.pth` that is read: five times the largest published one."""
+"""Most bytes of a `.pth`: five times the largest published one."""
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
 
@@ -43,11 +43,11 @@ def read_networks(path: Path) -> tuple[dict[str, SequentialWeights], str]:
 
 
 class _BadFile(ValueError):
-    """What is wrong with the archive or with what is in it."""
+    """A fault of the archive or of its content."""
 
 
 def _not_an_archive(data: bytes) -> Any:
-    """A bare pickle gets to name what it asks for; nothing is imported from it."""
+    """Refuse a file that is not an archive. A bare pickle is interpreted for a better message; nothing is imported from it."""
     pickled.read(data)
     raise _BadFile("it is not a zip archive of torch.save; save it again with torch 1.6 or later")
 
@@ -68,7 +68,7 @@ class _Archive:
             raise _BadFile("its zip entries claim more bytes than the file has")
         pickles = [name for name in self.entries if name.endswith("/data.pkl")]
         if len(pickles) != 1:
-            raise _BadFile(f"it has {len(pickles)} entries data.pkl where torch.save writes one")
+            raise _BadFile(f"it has {len(pickles)} entries data.pkl, and torch.save writes one")
         self.folder = pickles[0].removesuffix("data.pkl")
         order = self.bytes("byteorder") if f"{self.folder}byteorder" in self.entries else b"little"
         if order not in (b"little", b"big"):
@@ -78,7 +78,7 @@ class _Archive:
         self.storages: dict[str, bytes] = {}
 
     def bytes(self, name: str) -> bytes:
-        """The content of an entry beside data.pkl."""
+        """The content of an entry in the folder of data.pkl."""
         try:
             return self.zip.read(self.entries[self.folder + name])
         except KeyError as error:
@@ -145,7 +145,7 @@ def _part(module: Any, kind: str, table: str, key: str | None = None) -> Any:
 
 
 def _check_form(networks: dict[str, SequentialWeights]) -> None:
-    """All networks are of one form, Linear(features, hidden), Tanh, Linear(hidden, 1), and finite."""
+    """Check that all networks have one form, Linear(features, hidden), Tanh, Linear(hidden, 1), and are finite."""
     first = next(iter(networks.values()))[0]
     hidden, features = first.shape[0], first.shape[-1]
     form = [(hidden, features), (hidden,), (1, hidden), (1,)]

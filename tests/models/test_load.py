@@ -176,7 +176,7 @@ def test_a_padding_token_without_an_embedding_is_not_used(tiny, tmp_path):
         (transformers.LlavaConfig(), "is a llava model, which is a model of images or sound"),
         (
             transformers.LlamaConfig(num_hidden_layers=10**7),
-            "has num_hidden_layers 10,000,000, and at most 2,000 layers",
+            "has num_hidden_layers 10,000,000, and metazo builds at most 2,000 layers",
         ),
         (transformers.GPT2Config(n_embd=10**8), "has hidden_size|n_embd 100,000,000"),
     ],

@@ -65,7 +65,7 @@ def test_failed_missing_not_a_number_and_torn(tmp_path: Path):
     [
         (["mezo"], 1, "no two methods"),
         (["lozo", "fzoo"], 5, "no finished column mezo"),
-        (["mezo", "tuner"], 1, "too few to rule out luck"),
+        (["mezo", "tuner"], 1, "too few pairs to rule out chance"),
         (["mezo", "tuner"], 5, "cannot give a chance below 0.0625"),
         (["first-order-adamw"], 2, "no two methods"),
         (["zero-shot"], 1, "no two methods"),

@@ -79,7 +79,7 @@ def test_the_name_defaults_to_the_file_name(tmp_path):
         ("- a\n", "must be a mapping"),
         ("", "must be a mapping"),
         ("a: [\n", "is not valid YAML"),
-        ("1: a\n", "which is no name"),
+        ("1: a\n", "which is not a name"),
     ],
 )
 def test_mistakes_are_one_clear_sentence(tmp_path, text, words):

@@ -219,7 +219,7 @@ def test_a_redirect_is_followed_to_the_same_server(address: str, home: Path) -> 
 def test_no_address_that_is_not_public_is_connected_to(host: str, address: str, server: QuietServer) -> None:
     """Neither when it is asked for nor when a server leads to it."""
     for asked in (f"https://{host}:{server.server_address[1]}/t", f"{address}/to?{host}"):
-        refused = "which is no address of the public internet|cannot be resolved|cannot be pulled"
+        refused = "which is not an address of the public internet|cannot be resolved|cannot be pulled"
         if host in ("127.1", "2130706433", "0x7f.1"):  # 127.0.0.1, which this test allows: TLS fails on a plain server
             refused = "cannot be pulled"
         with pytest.raises(UserError, match=refused):

@@ -84,7 +84,7 @@ def test_a_log_is_no_tuner_and_is_found_by_its_name_alone(tmp_path: Path) -> Non
     zoo.push(make_tuner("tiny"), tmp_path / "z")
     assert [found.entry.name for found in zoo.find([("x", (1,))], "tiny", tmp_path / "z")] == ["tiny/v1"]
     assert zoo.named("tiny", tmp_path / "z").entry.kind == "tuner"  # type: ignore[union-attr]
-    with pytest.raises(UserError, match="is a model's step log and no tuner"):
+    with pytest.raises(UserError, match="is a model's step log, not a tuner"):
         zoo.load("mine/v1", tmp_path / "z")
     with pytest.raises(UserError, match="give either a tuner or --log"):
         run("push", "--to", tmp_path / "z")

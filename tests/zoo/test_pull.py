@@ -169,7 +169,7 @@ def test_pull_announces_checks_and_keeps(address: str, home: Path, server: Threa
         ("unannounced", "does not announce its size"),
         ("short", "ended after"),
         ("missing", "answers 404"),
-        ("elsewhere", "leads to 192.0.2.1, which is no address of the public internet"),
+        ("elsewhere", "leads to 192.0.2.1, which is not an address of the public internet"),
     ],
 )
 def test_what_is_not_as_announced_is_refused(path: str, words: str, address: str, home: Path) -> None:

@@ -81,7 +81,7 @@ def test_only_the_signed_zoo_will_do(tmp_path: Path, keys: tuple[Path, Path]) ->
     secret, public = keys
     signed(tmp_path / "z", secret)
     for source in ("pico", "other/v1", "https://example.org/t", str(tmp_path / "z"), "org/tuner@v1"):
-        with pytest.raises(UserError, match="is no name in the index that `key` is for"):
+        with pytest.raises(UserError, match="is not a name in the index that `key` signed"):
             zoo.pull(source, tmp_path / "z", key=str(public))
 
 
