@@ -1,4 +1,4 @@
-"""Tiny random models of every architecture that feedback was checked on, each with inputs and a loss, in float64."""
+"""Tiny random models of every architecture on which feedback was checked, with inputs and a loss, in float64."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Tiny:
 
 
 def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tiny:
-    """A tiny random model by name (NAMES), in evaluation mode, with weights large enough for every part to matter."""
+    """A tiny random model by name (NAMES), in evaluation mode, with weights large enough for every module to matter."""
     import transformers
 
     model_class, config_class, settings = (CAUSAL | MASKED | CLASSIFIERS)[name]

@@ -1,4 +1,4 @@
-"""Parameters a second of each kernel, beside what memory allows."""
+"""Parameters per second of each kernel, compared with the limit of memory."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def measure(
 
 
 def _cases(weights: Tensor) -> dict[str, Callable[[], object]]:
-    """All of them on the same weights, so that none is helped or hurt by where its memory lies."""
+    """All kernels on the same weights, so that the location in memory affects none of them differently."""
     tensor = NamedTensor("bench", torch.nn.Parameter(weights), tensor_id("bench"))
     out = tensor.param.data
     gaussian, rademacher = (PhiloxNoise(0, kind).stream(1) for kind in ("gaussian", "rademacher"))
@@ -71,7 +71,7 @@ def _low_rank(out: Tensor) -> dict[str, Callable[[], object]]:
 
 
 def _many(out: Tensor) -> dict[str, Callable[[], object]]:
-    """The same weights as 128 tensors: a model's, in one call or in one for each."""
+    """The same weights as 128 tensors, as in a model, in one call or in one call per tensor."""
     stream = PhiloxNoise(0).stream(1)
     pieces = enumerate(out.view(128, -1))
     tensors = [NamedTensor(f"bench.{k}", torch.nn.Parameter(piece), tensor_id(f"bench.{k}")) for k, piece in pieces]

@@ -1,8 +1,9 @@
-"""speed.json: for each processor the machine and versions, and by suite and part the rows that were measured.
+"""speed.json: for each processor the machine and versions, and by suite and part the measured rows.
 
     python -m metazo.bench.measurements benchmarks/speed.json runs/bench/speed.json
 
-puts the processors of the second file into the first; one that both have is replaced. No names of people or hosts, no paths.
+adds the processors of the second file to the first; a processor in both is replaced. The file has no names of people or
+hosts and no paths.
 
 Format 2 is {"format": 2, "processors": [{"environment": {...}, "suites": {suite: {part: {date, threads, load, rows}}}}, ...]}.
 Format 1 held one processor: {"format": 1, "environment": {...}, "suites": {...}}. It is read as well.
@@ -26,11 +27,19 @@ from metazo.runs.machine import processor, system, versions
 
 FORMAT = 2
 NAME = "speed.json"
-PROCESSOR = ("quick", "device", "dtype", "cpu", "microarchitecture", "cores", "gpu")  # what tells two processors apart
+PROCESSOR = (
+    "quick",
+    "device",
+    "dtype",
+    "cpu",
+    "microarchitecture",
+    "cores",
+    "gpu",
+)  # fields that tell two processors apart
 
 
 def microarchitecture() -> str | None:
-    """What LLVM calls this processor (emeraldrapids, znver4); None without numba. Virtual machines often hide the model."""
+    """LLVM's name of this processor (emeraldrapids, znver4); None without numba. Virtual machines often hide the model."""
     try:
         from llvmlite import binding
     except ImportError:
@@ -39,7 +48,7 @@ def microarchitecture() -> str | None:
 
 
 def environment(device: str, dtype: str, quick: bool) -> dict[str, Any]:
-    """What the figures depend on, and what two runs of one processor must share to be in one file."""
+    """The facts on which the figures depend; two runs of one processor in one file must share them."""
     found: dict[str, Any] = {
         "quick": quick,
         "device": device,
@@ -56,7 +65,7 @@ def environment(device: str, dtype: str, quick: bool) -> dict[str, Any]:
 
 
 def load_average() -> float | None:
-    """Over one minute; None if the system does not tell."""
+    """The load average over one minute; None if the system does not report it."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
@@ -70,9 +79,9 @@ def same_processor(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def opened(path: Path, environment: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the file holds, and in it the processor of this environment, to be added to; both are made if they are missing.
+    """The content of the file, and its entry for the processor of this environment; both are made if missing.
 
-    Raises UserError if the file's figures of this processor are of other versions.
+    Raises UserError if the file's figures of this processor were measured with other versions.
     """
     result = read(path) if path.exists() else {"format": FORMAT, "processors": []}
     for there in result["processors"]:
@@ -108,7 +117,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def merged(result: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """The processors of the first, then those of the second; one that both have is the second's, in the first's place."""
+    """The processors of the first, then those of the second; if both have a processor, the second entry wins."""
     found = list(result["processors"])
     for there in other["processors"]:
         for k, ours in enumerate(found):
@@ -126,8 +135,8 @@ def write(path: Path, result: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("into", type=Path, help="speed.json that is changed")
-    parser.add_argument("figures", type=Path, help="speed.json with the processors that it gets")
+    parser.add_argument("into", type=Path, help="speed.json to change")
+    parser.add_argument("figures", type=Path, help="speed.json with the processors to add")
     given = parser.parse_args()
     write(given.into, merged(read(given.into), read(given.figures)))
 

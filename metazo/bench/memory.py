@@ -1,10 +1,10 @@
-"""Peak memory above inference, each method in a process of its own.
+"""Peak memory above inference, with one process per method.
 
     python -m metazo.bench.memory METHOD SIZE BATCH LENGTH DTYPE DEVICE      prints one line of JSON
 
 The child loads the kernels on a tiny model, runs forward passes on the real one, notes the peak, takes three steps and
-notes the peak again. On Linux the peak is the kernel's high-water mark of resident memory, set back in between; on CUDA
-it is the allocator's. Elsewhere it is getrusage's, which cannot be set back.
+notes the peak again. On Linux the peak is the kernel's high-water mark of resident memory, reset in between; on CUDA it
+is the allocator's. Elsewhere it is getrusage's, which cannot be reset.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def measure(
     tick: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
     """Rows of {case, weights, inference, above, fixed}, in bytes; above is at the peak of three steps, fixed is what
-    loading the method's kernels costs once, whatever the model. Raises RuntimeError where a child fails.
+    loading the method's kernels costs once, for any model. Raises RuntimeError if a child process fails.
     """
     rows = []
     for method in methods:
@@ -63,7 +63,9 @@ def _reset(device: str) -> None:
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
         return
-    with suppress(OSError, AttributeError):  # give freed memory back, or steps could hide in it (glibc)
+    with suppress(
+        OSError, AttributeError
+    ):  # return freed memory to the system (glibc), because steps could reuse it unseen
         ctypes.CDLL(None).malloc_trim(0)
     with suppress(OSError):
         _CLEAR.write_text("5")
@@ -81,7 +83,7 @@ def _peak(device: str) -> int:
 
 
 def child(method: str, size: str, shape: Shape, dtype: str, device: str) -> dict[str, Any]:
-    """What `measure` asks of its process."""
+    """The measurement in the child process of `measure`."""
 
     def steps(of: Any, count: int) -> int:
         _reset(device)

@@ -1,4 +1,4 @@
-"""A step of meta-training against the passes that it cannot do without: two forwards, two forwards with backward."""
+"""A step of meta-training against the passes that it needs: two forward passes, and two with backward passes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PASSES, META = "two forwards, two forward-backwards", "meta-step"
 
 
 class RandomTokens:
-    """A task for MetaRun: one batch of random tokens, whatever the indices."""
+    """A task for MetaRun: one batch of random tokens, for any indices."""
 
     name = "random tokens"
 

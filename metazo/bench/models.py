@@ -1,4 +1,4 @@
-"""Llamas of random weights, by configuration: speed and memory do not depend on what a model knows."""
+"""Llamas with random weights, by configuration: speed and memory do not depend on the values of the weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ with needs("llm"):
     from transformers import LlamaConfig, LlamaForCausalLM
 
 Shape = tuple[int, int]
-"""Batch, length."""
+"""Batch size and length."""
 
 
 def _llama(vocabulary: int, hidden: int, intermediate: int, layers: int, heads: int, groups: int | None = None):
@@ -42,7 +42,7 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 def build(size: str, dtype: str = "float32", device: str = "cpu") -> LlamaForCausalLM:
-    """A Llama of that size in eval mode. The global generator is left as it was."""
+    """A Llama of that size in eval mode. The state of the global generator is restored."""
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.default_generator.manual_seed(0)
         model = LlamaForCausalLM._from_config(LlamaConfig(**SIZES[size]), dtype=getattr(torch, dtype))

@@ -1,4 +1,4 @@
-"""Steps over two forwards as a picture, from speed.json; a row of axes for each processor."""
+"""Plots the time of a step over that of two forward passes, from speed.json; one row of axes per processor."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MARKS = (("#000000", "s"), ("#0072B2", "o"), ("#56B4E9", "^"), ("#D55E00", "D")
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Steps by shape and by model size, as dots with quartiles over the floor that memory sets; written as PNG."""
+    """Plot steps by shape and by model size, as dots with quartiles above the bound set by memory; written as PNG."""
     with needs("report"):
         from matplotlib import pyplot as plt
 

@@ -1,4 +1,4 @@
-"""Processors by short names, and the columns of tables and plot: a part of a suite as one processor ran it."""
+"""Short names of processors, and the columns of tables and plot: a part of a suite as measured on one processor."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TITLES = {
 
 @dataclass
 class Column:
-    """A part of a suite as one processor ran it."""
+    """A part of a suite as measured on one processor."""
 
     part: str
     head: str
@@ -26,7 +26,7 @@ class Column:
 
 
 def labels(result: dict[str, Any]) -> list[str]:
-    """A short name for each processor: its model, and what else tells it from another of that model."""
+    """A short name for each processor: its model, and further facts if two processors have the same model."""
     every = [there["environment"] for there in result["processors"]]
     names = [short_name(e.get("gpu") or e["cpu"]) for e in every]
     for key, form in (("microarchitecture", "{}"), ("cores", "{} cores"), ("dtype", "{}")):
@@ -44,7 +44,7 @@ def short_name(model: str) -> str:
 
 
 def columns(result: dict[str, Any], suite: str) -> list[Column]:
-    """Part by part, and of each part processor by processor."""
+    """The columns ordered by part, and within a part by processor."""
     several = len(result["processors"]) > 1
     every = list(zip(labels(result), result["processors"]))
     names = dict.fromkeys(name for _, there in every for name in there["suites"].get(suite, {}))

@@ -1,8 +1,8 @@
-"""The published MeZO loop (princeton-nlp/MeZO, large_models/trainer.py) restated in our words, to be timed against.
+"""The published MeZO loop (princeton-nlp/MeZO, large_models/trainer.py), written anew as a baseline for timing.
 
 Four passes over the weights with four draws of the same noise: +eps, -2 eps, +eps to restore, and the update. Each pass
 seeds torch's global generator and goes through the parameters in order; the arithmetic is out of place and in the
-weights' own precision. Weight decay is 0 and its product left out, which the published code computes all the same.
+weights' own precision. Weight decay is 0 and its product is left out, although the published code computes it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class PublishedLoop:
-    """Args: params: named parameters; lr; eps; seed: of the generator that step seeds come from."""
+    """Args: params: named parameters; lr; eps; seed: of the generator of the step seeds."""
 
     def __init__(self, params: Iterable[tuple[str, Tensor]], lr: float = 1e-7, eps: float = 1e-3, seed: int = 0):
         self.params = [param for _, param in params if param.requires_grad]

@@ -2,7 +2,7 @@
 
     python -m metazo.bench.render benchmarks/speed.json docs/speed.md
 
-puts the tables between `<!-- speed -->` and `<!-- end of speed -->` of each document, and draws speed.png beside the first.
+writes the tables between `<!-- speed -->` and `<!-- end of speed -->` of each document, and speed.png beside the first.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from metazo.bench.meta import META
 from metazo.bench.processors import TITLES, Column, columns, short_name
 from metazo.bench.steps import FORWARDS, NARROW, PUBLISHED
 
-# Step / (2 x forward), at most; for the published loop over our step, at least. 134M Llama, float32, 2 cores.
+# Upper bounds of step / (2 x forward), and lower bounds of published loop / our step. 134M Llama, float32, 2 cores.
 TARGETS = {
     "MeZO": {"1x32": 2.0, "8x64": 1.20, "16x128": 1.07},
     "MeZO, Rademacher": {"1x32": 1.35, "8x64": 1.07, "16x128": 1.03},
@@ -55,7 +55,7 @@ def judged(text: str, value: float, target: float | None, least: bool = False) -
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """One for each suite that was measured, and one for its parts in bfloat16."""
+    """One table per measured suite, and one for its parts in bfloat16."""
     made = []
     for suite, maker in _MAKERS.items():
         for narrow in (False, True):
@@ -66,7 +66,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 
 def _table(title: str, columns: list[Column], cell: Any, key: Any = lambda row: row["case"]) -> Table:
-    """Cases down, columns across."""
+    """A table with one row per case and one column per part and processor."""
     names = list(dict.fromkeys(key(row) for column in columns for row in column.rows))
     body = []
     for name in names:
@@ -134,13 +134,13 @@ _MAKERS = {
 
 
 def sentence(result: dict[str, Any]) -> str:
-    """Machines, versions, dates and load, for the foot of the tables."""
+    """Machines, versions, dates and load, for the notes below the tables."""
     every = [_measured(there) for there in result["processors"] if there["suites"]]
     return ". ".join([*every, "Medians with quartiles in brackets, of at least 5 interleaved rounds."])
 
 
 def _measured(there: dict[str, Any]) -> str:
-    """Of one processor."""
+    """The notes of one processor."""
     e = there["environment"]
     every = [part for suite in there["suites"].values() for part in suite.values()]
     dates = sorted(part["date"] for part in every)

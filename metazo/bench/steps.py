@@ -1,4 +1,4 @@
-"""A step of each method against two forward passes of the same closure, in one process and interleaved."""
+"""Times a step of each method against two forward passes of the same closure, interleaved in one process."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _ours(name: str, **extra: Any) -> Callable[[nn.Module], Any]:
 
 
 def _zo_finetuner(model: nn.Module):
-    """Under a tuner of untrained networks: what they say costs the same."""
+    """MeZO with a tuner of untrained networks, which costs the same as a trained one."""
     names = [block.name for block in partition(named_tensors(model))]
     scale = TunerScale(pertnn=PertNN(len(names)), networks=names)
     return OPTIMIZERS["zo-finetuner"](model.named_parameters(), lr=LR, scale=scale, check_loss=False)
@@ -44,7 +44,7 @@ METHODS: dict[str, Callable[[nn.Module], Any]] = {
     "LOZO-M": _ours("lozo-m"),
 }
 CORE = list(METHODS)[:5]
-"""Those that have targets."""
+"""Methods that have targets."""
 NARROW = {name: _ours("mezo", precision=name) for name in ("in-place", "master", "compensated-16", "compensated-8")}
 """MeZO under the policies for weights narrower than float32."""
 
@@ -66,14 +66,14 @@ def measure(
     device: str = "cpu",
     tick: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
-    """Rows of {case, seconds, ratio}: ratio is that to two forwards, round by round."""
+    """Rows of {case, seconds, ratio}; ratio is the time over that of two forward passes, round by round."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
         model = build(size, dtype, device)
         loss = lm_loss(model, shape)
         cases: dict[str, Callable[[], object]] = {FORWARDS: lambda: _forwards(loss), PASSES: lambda: _passes(model)}
-        if "LOZO, activations" in methods:  # its limit, with a third of the passes
+        if "LOZO, activations" in methods:  # the limit set by memory, with a third of the passes
             twice = lm_loss(model, (2 * shape[0], shape[1]))
             cases[DOUBLE] = lambda: _forward(twice)
         for name in methods:
@@ -103,7 +103,7 @@ def measure_queries(
 ) -> list[dict[str, Any]]:
     """LOZO with several queries, one after the other and in one pass: rows of {case, seconds, ratio}.
 
-    ratio: to the step's forward passes, 2 a query, round by round.
+    ratio: the time over that of the step's forward passes, 2 per query, round by round.
     """
     model = build(size, dtype, device)
     loss = lm_loss(model, shape)
@@ -140,7 +140,7 @@ def _forwards(loss: Callable[[], Tensor]) -> float:
 
 @torch.no_grad()
 def _passes(model: nn.Module) -> None:
-    """Read and write every weight three times and do nothing else: the limit that memory sets to a step's own work."""
+    """Read and write every weight three times and do nothing else: the lower bound that memory sets for a step's own work."""
     for _ in range(3):
         for parameter in model.parameters():
             parameter.data.mul_(1.0)

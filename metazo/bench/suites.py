@@ -1,4 +1,4 @@
-"""What is measured, in which order: suites cut into parts, each written down as soon as it is finished."""
+"""The measurements and their order: suites are divided into parts, and each part is written when it is finished."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from metazo.bench.models import Shape
 from metazo.errors import UserError
 
 SHAPES: tuple[Shape, ...] = ((1, 32), (8, 64), (16, 128))
-LARGE = ("369M", "1B", "1.3B", "8B")  # a step of the published loop would take longer than all the rest together
+LARGE = ("369M", "1B", "1.3B", "8B")  # a step of the published loop would take longer than all other cases together
 
 Rows = list[dict[str, Any]]
 Measurement = Callable[..., Rows]
@@ -25,7 +25,7 @@ Measurement = Callable[..., Rows]
 
 @dataclass(frozen=True)
 class Settings:
-    """quick: a small model and one shape, to see that it works; rounds: at least so many behind each median."""
+    """quick: a small model and one shape, as a check; rounds: least number of rounds per median."""
 
     quick: bool = False
     device: str = "cpu"
@@ -49,14 +49,14 @@ class Settings:
 
     @property
     def threads(self) -> list[int]:
-        """Thread counts to compare; quick: torch's own; a GPU's work is not cut into threads of this kind."""
+        """Thread counts to compare; quick: torch's own; on a GPU they do not matter."""
         cores = os.cpu_count() or 1
         return [1] if self.cuda else [torch.get_num_threads()] if self.quick else sorted({1, min(2, cores), cores})
 
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of a suite that runs in one go."""
+    """A part of a suite that runs without interruption."""
 
     suite: str
     name: str
@@ -138,7 +138,7 @@ SUITES = {
 
 
 def parts(s: Settings) -> list[Part]:
-    """Everything there is to measure with these settings."""
+    """All parts that can be measured with these settings."""
     return [Part(suite, name, run) for suite, make in SUITES.items() for name, run in make(s).items()]
 
 
@@ -151,7 +151,7 @@ def plural(threads: int) -> str:
 
 
 def selected(made: Sequence[Part], wanted: Sequence[str]) -> list[Part]:
-    """The parts of these suites, or single ones as SUITE/PART; all where nothing is named. Raises UserError."""
+    """The parts of these suites, or single parts as SUITE/PART; all parts if none is named. Raises UserError."""
     names = {part.suite for part in made} | {f"{part.suite}/{part.name}" for part in made}
     for name in wanted:
         if name not in names:
@@ -169,10 +169,10 @@ def run(
     start: Callable[[Part], None] = lambda part: None,
     tick: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Measure the parts in order into out/speed.json, keeping other parts that it has. Returns what it then holds.
+    """Measure the parts in order and write them to out/speed.json, which keeps its other parts. Returns its new content.
 
-    start: called ahead of each part; tick: after every measured case. Raises UserError if speed.json holds figures
-    of this processor from other versions.
+    start: called before each part; tick: called after every measured case. Raises UserError if speed.json holds figures
+    of this processor with other versions.
     """
     path = out / measurements.NAME
     environment = measurements.environment(settings.device, settings.dtype, settings.quick)

@@ -1,4 +1,4 @@
-"""Interleaved timing: every round runs each case once, in a new order, so that drift of the machine hits all alike."""
+"""Interleaved timing: every round runs each case once, in a new order, so that drift of the machine affects all equally."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 Samples = dict[str, list[float]]
-"""Seconds by case, one figure a round."""
+"""Seconds by case, one figure per round."""
 
 
 def interleaved(
@@ -21,9 +21,9 @@ def interleaved(
     device: str = "cpu",
     tick: Callable[[], None] = lambda: None,
 ) -> Samples:
-    """Run the cases in turn, after one round that is not counted (compilation, first touch of memory).
+    """Run the cases in turn, after one uncounted round (compilation, first use of memory).
 
-    Args: rounds: at least so many; seconds: go on, up to 100 rounds, until so much time is measured; tick: called
+    Args: rounds: least number of rounds; seconds: continue, up to 100 rounds, until this time is measured; tick: called
     after each case.
     """
     samples: Samples = {name: [] for name in cases}
@@ -60,5 +60,5 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def ratios(samples: Samples, over: str, under: str) -> list[float]:
-    """Of two cases, round by round."""
+    """The ratio of two cases, round by round."""
     return [a / b for a, b in zip(samples[over], samples[under], strict=True)]

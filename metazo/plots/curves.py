@@ -1,4 +1,4 @@
-"""Pictures of runs: loss and metric against forward passes, on paper and for colour-blind eyes."""
+"""Plots of runs: loss and metric against forward passes, readable in grey print and by colour-blind readers."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ with needs("report"):
     from matplotlib.ticker import MaxNLocator
 
 UNITS = {
-    "loss": "mean loss of an example (nats)",
-    "accuracy": "share of examples right (0 to 1)",
+    "loss": "mean loss per example (nats)",
+    "accuracy": "fraction of examples correct (0 to 1)",
     "macro_f1": "F1, mean over classes (0 to 1)",
     "mcc": "Matthews correlation (-1 to 1)",
     "f1": "F1 of the words (0 to 1)",
-    "exact_match": "share of exact answers (0 to 1)",
-    "exact_number": "share of right numbers (0 to 1)",
+    "exact_match": "fraction of exact answers (0 to 1)",
+    "exact_number": "fraction of correct numbers (0 to 1)",
 }
 
 
@@ -34,7 +34,7 @@ def plot_curves(
     title: str = "",
     levels: Mapping[str, tuple[str, float]] | None = None,
 ) -> None:
-    """One panel a key, one line a label: (x, y) points. Written as PNG or SVG, by the ending of `path`.
+    """One panel per key, one line per label: (x, y) points. Written as PNG or SVG, by the ending of `path`.
 
     y: the vertical axis with its unit, for all panels or by panel; levels: a named horizontal line by panel.
     """

@@ -1,4 +1,4 @@
-"""How pictures look: colours for all eyes, and a marker and a line style each, so that grey print tells lines apart too."""
+"""The style of plots: colours that colour-blind readers can distinguish, each with its own marker and line style."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ with needs("report"):
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 
-# Okabe and Ito (2008), without the yellow that vanishes on white; with each a marker and a line style of its own.
+# Okabe and Ito (2008), without the yellow that is invisible on white; each has its own marker and line style.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "h")
 STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
-# Text is laid out in the font that matplotlib carries, the widest of these, and shown in the first that the reader has.
+# Text is laid out in matplotlib's own font, the widest of these, and shown in the first font that the reader has.
 FONT, SHOWN_FONTS = "DejaVu Sans", "'Helvetica Neue', Helvetica, Arial, 'Liberation Sans', 'DejaVu Sans', sans-serif"
 SETTINGS: dict[str, Any] = {
     "font.family": FONT,
@@ -41,14 +41,14 @@ SETTINGS: dict[str, Any] = {
     "lines.markersize": 5,
     "legend.frameon": False,
     "svg.fonttype": "none",
-    "svg.hashsalt": "metazo",  # the same picture is the same bytes
+    "svg.hashsalt": "metazo",  # the same picture has the same bytes
     "text.parse_math": False,  # a dollar in a name is a dollar
 }
 
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """Within, figures look as above. No window system is touched: figures are made without pyplot."""
+    """A context that applies this style. It uses no window system: figures are made without pyplot."""
     with matplotlib.rc_context(SETTINGS):  # type: ignore[arg-type]
         yield
 
@@ -74,7 +74,7 @@ def log_axis(axes: Axes, which: str, show: Callable[[float], str] = "{:g}".forma
 
 
 def cut(axes: Axes, low: float, high: float) -> None:
-    """Let the vertical axis end at `high`, if something lies above it; low: the least that is drawn."""
+    """End the vertical axis at `high` if a value is above it; low: the smallest drawn value."""
     if axes.get_ylim()[1] > high > low:
         axes.set_ylim(low - 0.06 * (high - low), high)
 
@@ -96,7 +96,7 @@ def svg(figure: Figure) -> str:
 
 
 def data_uri(svg: str) -> str:
-    """A picture as the src of an <img>: self-contained, and what its text says can never act on the page."""
+    """A picture as the src of an <img>: self-contained, and its text cannot act on the page."""
     return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
 
 

@@ -1,1 +1,1 @@
-"""The step log: its format, its writer, and what it says."""
+"""The step log: its format, its writer, and its inspection."""

@@ -1,24 +1,24 @@
 """The step log: an append-only record of steps, from which a run is resumed, replayed, checked and plotted.
 
-JSON, one object a line:
+The format is JSON with one object per line:
 
     {"metazo_steps":1,"model":...,"weights":...,...,"crc":N}                                the header (identity.header)
     {"step":0,"seeds":[s],"losses":[L+,L-],"c":[c],"lr":[1e-06],"crc":N}                    one line a step, 0, 1, 2, ...
     {"kept":800,"weights":"<sha256 of the model that was kept>","crc":N}                    the last, of a complete run
 
-The last line has "mixed":true as well if the run went on in another environment than the one that its header names.
+The last line also has "mixed":true if the run continued in another environment than the one that its header names.
 
-step, seeds (one a query), losses (in the order of the method's probes), c (coefficients, one a query; empty where a loss
+step, seeds (one per query), losses (in the order of the method's probes), c (coefficients, one per query; empty if a loss
 was not finite and the step was skipped), lr (of each parameter group). Block scales and the method's own state are not
-written: they follow from the weights and losses before, as a replay has them. Numbers are written so that they read
-back to the same bits; nan, inf and -inf are strings. crc is the CRC-32 of the line without it, begun with the crc of
-the line before, so that a line that was changed, lost or moved is found, by its number. It finds accidents, not forgers.
+written, because a replay computes them from the weights and losses before. Numbers are written so that they read back to
+the same bits; nan, inf and -inf are strings. crc is the CRC-32 of the line without it, started from the crc of the line
+before, so that a changed, lost or moved line is detected, with its number. It detects accidents, not forgery.
 
 A line is written before the step's update, and handed to the operating system every `flush_every` lines and synced to
-the disk every `fsync_every`. A process that is killed loses the lines not yet handed over, a machine that loses power
-those not yet synced; they are computed again, to the same bits. What such a death leaves is a torn tail: bytes behind
-the last whole line that are no line. They are dropped when the log is opened, and nothing else ever is: a bad line
-that others follow is damage, and an error.
+the disk every `fsync_every`. A killed process loses the lines that were not handed over, and a machine that loses power
+loses those that were not synced; they are computed again, to the same bits. Such an end may leave a torn tail: bytes
+after the last complete line that are not a line. Opening the log drops them and nothing else: a bad line with further
+lines after it is damage, and an error.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from metazo.io.plain import parse_json
 from metazo.step.record import Step
 
 VERSION = 1
-MAX_LINE = 1 << 20  # bytes; what is longer is no line of a log
+MAX_LINE = 1 << 20  # bytes; a longer line does not belong to a log
 
 
 def _plain(value: float) -> float | str:
@@ -50,12 +50,12 @@ def encode(step: Step) -> dict[str, Any]:
 
 
 def decode(record: dict[str, Any]) -> Step:
-    """Raises ValueError, KeyError or TypeError for what is no record of a step."""
+    """Raises ValueError, KeyError or TypeError if the value is not a record of a step."""
     if set(record) != {"step", "seeds", "losses", "c", "lr"}:
         raise ValueError("its fields are not those of a step")
     lists = [record[key] for key in ("seeds", "losses", "c", "lr")]
     if not all(isinstance(part, list) for part in lists):
-        raise ValueError("its seeds, losses, c or lr are no list")
+        raise ValueError("its seeds, losses, c or lr are not a list")
     step, *seeds = (_whole(value) for value in [record["step"], *lists[0]])
     losses, c, lr = (tuple(_number(value) for value in part) for part in lists[1:])
     return Step(step, tuple(seeds), losses, c, lr)
@@ -63,25 +63,25 @@ def decode(record: dict[str, Any]) -> Step:
 
 def _whole(value: Any) -> int:
     if type(value) is not int or not 0 <= value < 1 << 64:
-        raise ValueError(f"{str(value)[:40]!r} is no step or seed")
+        raise ValueError(f"{str(value)[:40]!r} is not a step or seed")
     return value
 
 
 def _number(value: Any) -> float:
     if type(value) not in (int, float) and value not in ("nan", "inf", "-inf"):
-        raise ValueError(f"{str(value)[:40]!r} is no number")
+        raise ValueError(f"{str(value)[:40]!r} is not a number")
     return float(value)
 
 
 def line(record: dict[str, Any], chain: int) -> tuple[bytes, int]:
-    """A record as a line, and the checksum for the next."""
+    """A record as a line, and the checksum for the next line."""
     body = json.dumps(record, separators=(",", ":"), allow_nan=False).encode()[:-1]
     chain = zlib.crc32(body, chain)
     return body + b',"crc":%d}\n' % chain, chain
 
 
 def unpacked(data: bytes, chain: int) -> tuple[dict[str, Any], int]:
-    """The record of a line, and the checksum for the next. Raises ValueError where it is torn or was changed."""
+    """The record of a line, and the checksum for the next line. Raises ValueError if the line is torn or was changed."""
     body, mark, tail = data.rpartition(b',"crc":')
     after = zlib.crc32(body, chain)
     if not mark or tail != b"%d}\n" % after:
@@ -91,7 +91,7 @@ def unpacked(data: bytes, chain: int) -> tuple[dict[str, Any], int]:
 
 @dataclass
 class Scan:
-    """What a log holds, up to its first bad line."""
+    """The content of a log, up to its first bad line."""
 
     path: Path
     header: dict[str, Any]
@@ -99,26 +99,26 @@ class Scan:
     end: dict[str, Any] | None = None
     """The last line of a complete run: kept (step), weights (hash), mixed (if it went on in another environment)."""
     size: int = 0
-    """Bytes of the whole lines."""
+    """Bytes of the complete lines."""
     chain: int = 0
     torn: int = 0
     """Bytes of a torn tail."""
     damage: str | None = None
-    """What is wrong, with the line's number."""
+    """The fault of the first bad line, with its number."""
 
     def sound(self) -> Scan:
-        """Itself. Raises UserError where the log is damaged; a torn tail is none."""
+        """The content itself. Raises UserError if the log is damaged; a torn tail is not damage."""
         if self.damage:
             raise UserError(
-                f"{self.path} is damaged: {self.damage}. The {len(self.steps)} steps before are whole; metazo log repair "
+                f"{self.path} is damaged: {self.damage}. The {len(self.steps)} steps before are intact; metazo log repair "
                 "keeps them and puts the rest aside, and `resume=True` computes it again."
             )
         return self
 
 
 def scan(path: Path, data: bytes | None = None) -> Scan:
-    """Read and check a whole log; `data`, where it is given, is its content. Raises UserError where it cannot be read
-    or has no header.
+    """Read and check a whole log; `data`, if given, is its content. Raises UserError if the log cannot be read or has no
+    header.
     """
     try:
         with opened(path, "step log") if data is None else io.BytesIO(data) as file:
@@ -129,7 +129,7 @@ def scan(path: Path, data: bytes | None = None) -> Scan:
                     raise ValueError(f"it is of version {str(header.get('metazo_steps'))[:20]}, read here is {VERSION}")
             except (ValueError, AttributeError) as error:
                 raise UserError(
-                    f"{path} is not a step log of metazo: its first line is no header ({error})."
+                    f"{path} is not a step log of metazo: its first line is not a header ({error})."
                 ) from error
             found = Scan(path, header, size=len(first), chain=chain)
             while data := file.readline(MAX_LINE):
@@ -160,31 +160,31 @@ def _take(found: Scan, data: bytes) -> None:
     else:
         step = decode(record)
         if step.step != len(found.steps):
-            raise ValueError(f"it holds step {step.step} where {len(found.steps)} is due")
+            raise ValueError(f"it holds step {step.step}, and step {len(found.steps)} is expected")
         found.steps.append(step)
     found.size, found.chain = found.size + len(data), chain
 
 
 def read(path: Path) -> list[Step]:
-    """The steps of a log, a torn tail left out. Raises UserError where it is damaged."""
+    """The steps of a log without a torn tail. Raises UserError if the log is damaged."""
     return scan(path).sound().steps
 
 
 def header(path: Path) -> dict[str, Any]:
-    """The header of a log: what its steps belong to. Raises UserError where the log is damaged."""
+    """The header of a log, which identifies its run. Raises UserError if the log is damaged."""
     return scan(path).sound().header
 
 
 def differences(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(key, value in a, value in b) where two mappings differ; None stands for nothing."""
+    """(key, value in a, value in b) for each difference of two mappings; None means that the key is missing."""
     return [(key, a.get(key), b.get(key)) for key in {**a, **b} if a.get(key) != b.get(key)]
 
 
 def change(old: dict[str, Any], new: dict[str, Any], *, both: bool = True) -> str | None:
     """The first difference of two flat tables in words; None if there is none.
 
-    both: look only at keys that both have, because another version of a library may have added or dropped some. Of
-    values that are kept as a hash ("sha256:...") only the name is given.
+    both: compare only keys that both have, because another version of a library may have added or dropped some. For
+    values that are kept as a hash ("sha256:...") only the key is named.
     """
     for key, before, now in differences(old, new):
         if both and not (key in old and key in new):

@@ -1,4 +1,4 @@
-"""What a step log says: a summary, its differences from another, and its repair."""
+"""Inspects step logs: a summary, the differences of two logs, and repair."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def summary(found: Scan) -> dict[str, Any]:
 
 
 def mean(values: Sequence[float]) -> float:
-    """The mean of floats of any size: nan or infinite if they are, and not an error if their sum overflows."""
+    """The mean of floats of any size. It is nan or infinite if they are, and their sum may overflow without an error."""
     try:
         return fmean(values)
     except (OverflowError, ValueError):  # fsum refuses inf - inf, and sums beyond the largest float
@@ -48,12 +48,12 @@ def _header_bytes(found: Scan) -> int:
 
 
 def curve(found: Scan) -> list[tuple[int, float]]:
-    """Step and mean loss over its probes, where the step was not skipped."""
+    """Step and mean loss over its probes, for each step that was not skipped."""
     return [(step.step, mean(step.losses)) for step in found.steps if step.coefficients and step.losses]
 
 
 def sparkline(values: list[float], width: int = 60) -> str:
-    """A line of bars, each the mean of a like number of values; values that are not finite are left out."""
+    """A line of bars, each the mean of about the same number of values; values that are not finite are left out."""
     values = [value for value in values if math.isfinite(value)]
     if not values:
         return ""
@@ -61,17 +61,17 @@ def sparkline(values: list[float], width: int = 60) -> str:
     cuts = [round(i * len(values) / width) for i in range(width + 1)]
     means = [mean(values[a:b]) for a, b in zip(cuts, cuts[1:])]
     low, high = min(means), max(means)
-    span = high / 2 - low / 2  # half of it, which cannot overflow
+    span = high / 2 - low / 2  # half of the range, which cannot overflow
     top = (len(_BARS) - 1) / 2
     return "".join(_BARS[round((value / 2 - low / 2) / span * top * 2) if span > 0 else 0] for value in means)
 
 
 def verify(path: Path) -> list[str]:
-    """What is wrong with a log, a sentence each; nothing where it is whole. Raises UserError where it is no log."""
+    """The faults of a log, one sentence each; none if it is intact. Raises UserError if the file is not a log."""
     found = scan(path)
     wrong = [found.damage] if found.damage else []
     if found.torn:
-        wrong.append(f"it ends in {found.torn} bytes that are no whole line (a torn tail)")
+        wrong.append(f"it ends in {found.torn} bytes that are not a complete line (a torn tail)")
     missing = {"weights", "method", "settings", "noise", "environment"} - set(found.header)
     if missing:
         wrong.append(f"its header lacks {', '.join(sorted(missing))}, so it cannot be replayed")
@@ -79,11 +79,11 @@ def verify(path: Path) -> list[str]:
 
 
 def diff(a: Scan, b: Scan) -> dict[str, Any]:
-    """Where two logs differ: fields of the headers, and the first step that is not the same, field by field."""
+    """The differences of two logs: fields of the headers, and the first step that differs, field by field."""
     headers = [{"field": key, "a": old, "b": new} for key, old, new in _flat_differences(a.header, b.header)]
     first = None
     for one, other in zip(a.steps, b.steps):
-        # as written: nan is nan
+        # compared as written, because nan differs from itself
         changes = differences(encode(one), encode(other))
         if changes:
             first = {"step": one.step, "fields": [{"field": key, "a": old, "b": new} for key, old, new in changes]}
@@ -109,9 +109,9 @@ def _flat_differences(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, A
 
 
 def repair(path: Path) -> tuple[int, int, Path | None]:
-    """Keep the whole lines of a damaged or torn log; the rest goes to a file beside it.
+    """Keep the intact lines of a damaged or torn log; the rest is moved to a file beside it.
 
-    Returns: steps that stand, bytes put aside, and where they are.
+    Returns: number of intact steps, number of moved bytes, and the path of the file that holds them.
     """
     found = scan(path)
     with path.open("rb") as file:

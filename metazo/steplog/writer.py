@@ -13,20 +13,21 @@ from metazo.io.lines import LineFile
 from metazo.step.record import Step
 from metazo.steplog.format import VERSION, Scan, change, differences, encode, line, scan
 
-ENVIRONMENTS = "environment.json"  # beside the log until the run is complete, if it went on in another environment
+# this file is beside the log until the run is complete, if the run continued in another environment
+ENVIRONMENTS = "environment.json"
 LATER = ("architecture", "definition")  # fields of the header that logs of earlier versions lack
 
 ADDED = ("split", "trained", "head")
-"""Keys that logs of older versions lack; with the same data they are no difference."""
+"""Keys that logs of older versions lack; if the data are the same, a missing key is not a difference."""
 
 
 class StepLog:
-    """Append steps to a log; a new one, or one that is there.
+    """Appends steps to a new or existing log.
 
-    Args: path; header: what the steps belong to; flush_every, fsync_every: see above (fsync_every 0: at `sync` alone);
-    say: takes a sentence for people where a torn tail is dropped or versions have changed.
-    Attributes: steps, those that are there; end, the last line of a complete run.
-    Raises UserError where the log is damaged or belongs to something else. "environment" in the header may differ.
+    Args: path; header: identifies the run; flush_every, fsync_every: see metazo/steplog/format.py (fsync_every 0: at `sync`
+    alone); say: called with a sentence for the user if a torn tail is dropped or versions have changed.
+    Attributes: steps: those in the log; end: the last line of a complete run.
+    Raises UserError if the log is damaged or belongs to another run. "environment" in the header may differ.
     """
 
     def __init__(
@@ -45,14 +46,15 @@ class StepLog:
         found = scan(path).sound()
         wanted = json.loads(json.dumps(header))
         _compare(found, wanted, say)
-        self.others = path.with_name(ENVIRONMENTS)  # other environments than the header's that steps were taken in
+        self.others = path.with_name(ENVIRONMENTS)  # environments of steps, other than the header's
         if found.end is None and environment_changes(found.header.get("environment"), wanted.get("environment", {})):
             write_whole(self.others, json.dumps(wanted["environment"]).encode())
         self.steps, self.end, self.chain = found.steps, found.end, found.chain
         self.file = LineFile(path)
         if found.torn:
             say(
-                f"{path.name} ends in {found.torn} bytes of a torn record, which is dropped; {len(self.steps)} steps stand."
+                f"{path.name} ends in {found.torn} bytes of a torn record, which are dropped; "
+                f"{len(self.steps)} steps are intact."
             )
             self.file.cut(found.size)
         self.waiting = b""
@@ -68,7 +70,7 @@ class StepLog:
             self.sync()
 
     def flush(self) -> None:
-        """Hand what waits to the operating system. Where the disk is full it is dropped, and computed again later."""
+        """Hand waiting lines to the operating system. If the disk is full, they are dropped and computed again later."""
         data, self.waiting = self.waiting, b""
         if data:
             self.file.append(data)
@@ -107,7 +109,7 @@ def _size_of(path: Path, count: int) -> int:
 
 
 def environment_changes(then: Any, now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(name, then, now) of what differs between two environments, as far as the earlier one was recorded."""
+    """(name, then, now) of each difference of two environments, as far as the earlier one was recorded."""
     return [change for change in differences(then, now) if change[0] in then] if isinstance(then, dict) else []
 
 
@@ -133,13 +135,13 @@ def _compare(found: Scan, wanted: dict[str, Any], say: Callable[[str], None]) ->
             if not changes:
                 continue
             what = ", ".join(f"{name} {old} then and {new} now" for name, old, new in changes)
-            say(f"The run began with other versions ({what}): the steps to come may differ in their last bits.")
+            say(f"The run began with other versions ({what}): later steps may differ in their last bits.")
             continue
         if key in ADDED and key not in there and there.get("data") == wanted.get("data"):
-            continue  # an old log that lacks it is of the same examples
+            continue  # an old log that lacks the key has the same examples
         if key == "data" and there.get("split", 1) != wanted.get("split", 1):
             raise UserError(
-                f"{found.path.name} cannot be gone on with: its examples were drawn by version {there.get('split', 1)} of the "
+                f"{found.path.name} cannot be continued: its examples were drawn by version {there.get('split', 1)} of the "
                 f"split into train, dev and test, and this metazo has version {wanted.get('split', 1)}; resume it with the "
                 "metazo that began it, or start it again"
             )
@@ -147,7 +149,7 @@ def _compare(found: Scan, wanted: dict[str, Any], say: Callable[[str], None]) ->
         if isinstance(old, dict) and isinstance(new, dict):
             changed = differences(old, new)
             if not changed:
-                continue  # a setting that is newer than the log, at its default None
+                continue  # a setting that is newer than the log, and has its default None
             name, old, new = changed[0]
         raise UserError(
             f"{found.path.name} belongs to another run: its {name} is {old!r}, now {new!r}; "

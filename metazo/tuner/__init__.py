@@ -1,1 +1,1 @@
-"""A tuner: its file, its networks, whether it fits a model, and the block scale it gives."""
+"""A tuner: its file, its networks, its match with a model, and the block scale that it computes."""

@@ -1,8 +1,8 @@
-"""A tuner: trained PertNNs with what they were trained for, in one safetensors file.
+"""A tuner: trained PertNNs and their metadata in one safetensors file.
 
 The file holds the four stacked weights w1, b1, w2, b2 of `PertNN`, and under the metadata key `metazo` a JSON
-object: the fields of `TunerInfo` and `format_version`. Tuners come from strangers, so everything is checked
-before a tensor is made: sizes, shapes, names, types, and the fingerprint against what it is made of.
+object: the fields of `TunerInfo` and `format_version`. Tuners come from strangers, so everything is checked before a
+tensor is made: sizes, shapes, names, types, and that the fingerprint matches the names and shapes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from metazo.tuner.networks import PertNN
 
 FORMAT_VERSION = 1
 MAX_BYTES = 64 * 2**20
-"""Largest tuner that is read: 35,000 blocks of the published form."""
+"""Most bytes of a tuner: 35,000 blocks of the published form."""
 MAX_HEADER_BYTES = 4 * 2**20
 _DTYPES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
 _CHOICES = {
@@ -39,14 +39,14 @@ _CHOICES = {
 
 @dataclass
 class TunerInfo:
-    """What a tuner was trained for and how its networks are to be used (metazo/step/scales.py)."""
+    """The model for which a tuner was trained, and how its networks are used (metazo/step/scales.py)."""
 
     base_model: str
     """Path or Hub id of the base model, as given when it was trained."""
     blocks: list[BlockSpec]
-    """In the order of the stacked weights."""
+    """The blocks, in the order of the stacked weights."""
     by: str = "tensor"
-    """"tensor" or "layer": what shares one scale."""
+    """"tensor" or "layer": the unit that shares one scale."""
     features: str = "published"
     """"published" (mean, variance, L+, L-, sigma) or "log": the inputs of the networks."""
     parametrisation: str = "abs"
@@ -56,17 +56,17 @@ class TunerInfo:
     normalise: bool = True
     """Whether scales are normalised to a mean square of 1 over the entries."""
     embedding_count: str = "numel"
-    """How many entries an embedding counts for: "numel", or the "published" 15 * batch * width."""
+    """Number of entries that an embedding counts for: "numel", or the "published" 15 * batch * width."""
     recipe: dict[str, Any] = field(default_factory=dict)
     """How it was trained."""
     scores: dict[str, Any] = field(default_factory=dict)
-    """What was measured with it."""
+    """Measurements with the tuner."""
     metazo_version: str = field(default_factory=lambda: version("metazo"))
-    """Version that wrote the file."""
+    """Version of metazo that wrote the file."""
     licence: str | None = None
-    """Licence of the tuner; None when none was stated, and then nobody may republish it."""
+    """Licence of the tuner; None if none was stated, in which case nobody may republish it."""
     fingerprint: str | None = None
-    """Of tensor names and shapes; filled in from the blocks, None while a shape is unknown."""
+    """Hash of tensor names and shapes; computed from the blocks, None if a shape is unknown."""
 
     def __post_init__(self) -> None:
         self.fingerprint = fingerprint((name, shape) for block in self.blocks for name, shape in block.tensors)
@@ -74,26 +74,26 @@ class TunerInfo:
 
 @dataclass
 class Tuner:
-    """PertNNs, one per block of `info.blocks`, and what they are for."""
+    """PertNNs, one per block of `info.blocks`, and their metadata."""
 
     pertnn: PertNN
     info: TunerInfo
 
     def to_bytes(self) -> bytes:
-        """The file's content, the same for the same tuner. Figures that are NaN or infinite become null."""
+        """The file's content, which is the same for equal tuners. Figures that are NaN or infinite become null."""
         content = {"format_version": FORMAT_VERSION, **asdict(self.info)}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.pertnn.state_dict().items()}
         return safetensors.torch.save(tensors, {"metazo": json.dumps(_finite(content), allow_nan=False)})
 
     def save(self, path: str | Path) -> None:
-        """Write the tuner as safetensors, whole or not at all."""
+        """Write the tuner as safetensors, completely or not at all."""
         data = self.to_bytes()
         Tuner.from_bytes(data, f"tuner to be written to {path}")
         write_whole(Path(path), data)
 
     @classmethod
     def load(cls, path: str | Path) -> Tuner:
-        """Read and check a tuner file, or the `tuner.safetensors` of a folder; UserError if it is unfit."""
+        """Read and check a tuner file, or the `tuner.safetensors` of a folder. Raises UserError if it cannot be used."""
         path = Path(path)
         path = path / "tuner.safetensors" if path.is_dir() else path
         return cls.from_bytes(read_capped(path, MAX_BYTES, "tuner"), str(path))
@@ -116,7 +116,7 @@ class Tuner:
         return fit(self.info.blocks, named_shapes)
 
     def check_fit(self, named_shapes: NamedShapes, allow_partial: bool = False) -> Match:
-        """`fits`, and UserError if it does not: naming three differences, or that nothing matches at all."""
+        """As `fits`, but raises UserError if the tuner does not fit; the message names three differences."""
         match = self.fits(named_shapes)
         if not match.ok and not (allow_partial and match.matched):
             partial = "pass `allow_partial=True` to run the others at RMS scale, or " if match.matched else ""
@@ -128,7 +128,7 @@ class Tuner:
 
 
 class _BadFile(ValueError):
-    """What is wrong with a tuner's bytes."""
+    """A fault of a tuner's bytes."""
 
 
 def _checked(data: bytes) -> TunerInfo:
@@ -154,7 +154,7 @@ def _checked(data: bytes) -> TunerInfo:
 
 
 def _check_tensors(header: dict[str, Any], info: TunerInfo, payload: int) -> None:
-    """Shapes and types of w1, b1, w2, b2 from the header, against the blocks and the bytes that are there."""
+    """Check shapes and types of w1, b1, w2, b2 in the header against the blocks and the number of bytes."""
     if set(header) != {"w1", "b1", "w2", "b2"}:
         raise _BadFile("its tensors are not exactly w1, b1, w2 and b2")
     shapes: dict[str, list[int]] = {}
@@ -179,7 +179,7 @@ def _check_tensors(header: dict[str, Any], info: TunerInfo, payload: int) -> Non
 
 
 def _info(content: dict[str, Any]) -> TunerInfo:
-    """TunerInfo from the JSON object, every field checked."""
+    """TunerInfo from the JSON object, with every field checked."""
     names = {entry.name for entry in fields(TunerInfo)}
     if set(content) != names:
         raise _BadFile(f"its metadata lacks or adds {shown(', '.join(sorted(set(content) ^ names)))}")
@@ -208,7 +208,7 @@ def _info(content: dict[str, Any]) -> TunerInfo:
 
 
 def _blocks(entries: Any) -> list[BlockSpec]:
-    """Block list from JSON; every tensor belongs to one block."""
+    """Block list from JSON; it checks that every tensor belongs to one block."""
     blocks, seen = [], set()
     for entry in entries if isinstance(entries, list) else []:
         if not isinstance(entry, dict) or set(entry) != {"name", "tensors"} or not is_name(entry["name"]):

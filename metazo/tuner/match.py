@@ -1,4 +1,4 @@
-"""Does a tuner fit a model? Names and shapes of tensors, their fingerprint, and the differences in words."""
+"""Compares a tuner with a model by names and shapes of tensors and their fingerprint, and puts differences in words."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class BlockSpec:
 
     name: str
     tensors: Sequence[tuple[str, Sequence[int] | None]]
-    """Name and shape of each; the shape is None where a published file does not tell it."""
+    """Name and shape of each tensor; the shape is None if a published file does not record it."""
 
     def __post_init__(self) -> None:
         self.tensors = [(name, None if shape is None else tuple(shape)) for name, shape in self.tensors]
@@ -25,16 +25,16 @@ class BlockSpec:
 
 @dataclass(frozen=True)
 class Match:
-    """What of a tuner fits a model."""
+    """The result of comparing a tuner with a model."""
 
     matched: list[int]
-    """Indices of the tuner's blocks that the model has, every tensor with its shape."""
+    """Indices of the tuner's blocks whose tensors the model has, all with the same shape."""
     unmatched: list[str]
-    """Names of the model's tensors that no matched block holds: at RMS scale under `allow_partial=True`."""
+    """Names of the model's tensors in no matched block; they get the RMS scale under `allow_partial=True`."""
     differences: list[str]
     """The first three differences, in words."""
     different: int
-    """How many there are in all."""
+    """Number of all differences."""
     names_only: bool
     """Whether shapes could not be compared, because the tuner does not know them."""
 
@@ -52,7 +52,7 @@ class Match:
 
 
 def fingerprint(named_shapes: Iterable[tuple[str, Sequence[int] | None]]) -> str | None:
-    """sha256 (hex) over the names and shapes of tensors, whatever their order; None if a shape is unknown.
+    """sha256 (hex) over the names and shapes of tensors, in any order; None if a shape is unknown.
 
     Defined as the hash of the JSON array of [name, shape] pairs sorted by name, without spaces, in UTF-8.
     """
@@ -66,7 +66,7 @@ def fingerprint(named_shapes: Iterable[tuple[str, Sequence[int] | None]]) -> str
 
 
 def fit(blocks: Sequence[BlockSpec], named_shapes: NamedShapes) -> Match:
-    """Compare a tuner's blocks with all parameters of a model, the frozen ones too."""
+    """Compare a tuner's blocks with all parameters of a model, including frozen ones."""
     model = {name: tuple(int(n) for n in shape) for name, shape in named_shapes}
     matched, covered, listed, differences = [], set(), set(), []
     for index, block in enumerate(blocks):

@@ -5,7 +5,7 @@ that maps statistics of the block and the last losses to the scale of its pertur
 
 Differences from the published code: the networks are stacked, so that 291 of them cost one call and not a Python loop
 of 291; the absolute value that the paper puts on the output is left to the parametrisation (metazo/step/scales.py), because
-others, such as RMS * exp(.), need the sign.
+other parametrisations, such as RMS * exp(.), need the sign.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class PertNN(nn.Module):
     """Networks for `blocks` parameter blocks, as stacked weights.
 
     Parameters (float32 until `.to(dtype)`): w1 (blocks, hidden, features), b1 (blocks, hidden), w2 (blocks, hidden),
-    b2 (blocks,). They start like torch's own `nn.Linear`, uniform within +-1/sqrt(fan_in), from a generator of their
-    own; block i starts the same whatever the number of blocks. `zero_init` zeroes the last layer, so that every
-    output is 0 until the network is trained.
+    b2 (blocks,). They are initialised like torch's own `nn.Linear`, uniform within +-1/sqrt(fan_in), from a separate
+    generator; the start of block i does not depend on the number of blocks. `zero_init` zeroes the last layer, so that
+    every output is 0 until the network is trained.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The block scale that a tuner's networks give (PertNN, arXiv 2510.00419)."""
+"""The block scale that a tuner's networks compute (PertNN, arXiv 2510.00419)."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def features(kind: str, state: State) -> Tensor:
 def parametrise(kind: str, raw: Tensor, rms: Tensor, bound: float) -> Tensor:
     """sigma from the networks' raw outputs, (blocks,).
 
-    "abs": |raw| (published). "rms_exp": rms * exp(b tanh(raw / b)), b = bound: the RMS rule where raw is 0, and never
-    further from it than the factor e^b.
+    "abs": |raw| (published). "rms_exp": rms * exp(b tanh(raw / b)), b = bound: the RMS rule if raw is 0, and at most a
+    factor e^b away from it.
     """
     if kind == "abs":
         return raw.abs()
@@ -51,13 +51,12 @@ def parametrise(kind: str, raw: Tensor, rms: Tensor, bound: float) -> Tensor:
 
 @dataclass
 class TunerScale(BlockScale):
-    """sigma_b from one small network a block (PertNN, arXiv 2510.00419).
+    """sigma_b from one small network per block (PertNN, arXiv 2510.00419).
 
     Args:
         pertnn: the networks, stacked; evaluated in their own dtype, on the CPU.
-        networks: name of the block that each network is for; None: the blocks that are trained, in order. Networks of
-            blocks that are not trained rest; trained blocks without a network take the RMS scale, at the level that the
-            others have on average.
+        networks: name of the block of each network; None: the trained blocks, in order. Networks of blocks that are not
+            trained are not used; trained blocks without a network take the RMS scale, at the average level of the others.
         features, parametrisation, bound: as in `features` and `parametrise`.
     """
 
@@ -105,7 +104,7 @@ class TunerScale(BlockScale):
         return (rms * level).index_copy(0, self.known, learned)
 
 
-PUBLISHED_EMBEDDING_ROWS = 15  # rows of an embedding that one example is taken to touch
+PUBLISHED_EMBEDDING_ROWS = 15  # number of embedding rows that one example is assumed to use
 
 
 def tuner_scale(
@@ -118,15 +117,15 @@ def tuner_scale(
 ) -> TunerScale:
     """The block scale of a tuner on a model.
 
-    Args: named_parameters: all of the model, frozen ones too. allow_partial: accept a model that differs; its other
+    Args: named_parameters: all of the model, including frozen ones. allow_partial: accept a model that differs; its other
     blocks take the RMS scale. every: steps between readings of the block statistics (default 50; 1 for the published
-    features, as published). batch_size: used only where the tuner asks for the published count of embedding entries.
+    features, as published). batch_size: used only if the tuner asks for the published count of embedding entries.
     Raises UserError that names the first blocks that differ.
     """
     info = tuner.info
     match = tuner.check_fit([(name, tuple(p.shape)) for name, p in named_parameters], allow_partial)
     matched = set(match.matched)
-    # a name that no block can have keeps the rows of the others in place
+    # a name that no block can have, so that the other rows keep their indices
     networks = [block.name if index in matched else f"/unmatched/{index}" for index, block in enumerate(info.blocks)]
     return TunerScale(
         pertnn=tuner.pertnn,

@@ -76,7 +76,7 @@ def test_a_name_stands_once():
     [
         ({"budgets": 3}, "'budgets' is not a setting"),
         ({"seeds": 0}, "`seeds` must be at least 1"),
-        ({"search_budget": 2}, "`search_budget` is a share"),
+        ({"search_budget": 2}, "`search_budget` is a fraction"),
         ({"time_budget": "soon"}, "`time_budget` is a number of seconds above 0, or the word reference"),
         ({"lrs": []}, "`lrs` is a list"),
         ({"config": {"batchsize": 4}}, "did you mean batch_size"),

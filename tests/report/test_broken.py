@@ -66,7 +66,7 @@ def test_failed_missing_not_a_number_and_torn(tmp_path: Path):
         (["mezo"], 1, "no two methods"),
         (["lozo", "fzoo"], 5, "no finished column mezo"),
         (["mezo", "tuner"], 1, "too few pairs to rule out chance"),
-        (["mezo", "tuner"], 5, "cannot give a chance below 0.0625"),
+        (["mezo", "tuner"], 5, "cannot give p below 0.0625"),
         (["first-order-adamw"], 2, "no two methods"),
         (["zero-shot"], 1, "no two methods"),
     ],
@@ -95,7 +95,7 @@ def test_everything_failed(tmp_path: Path):
         failed = synthetic.result(COLUMN["mezo"], "sst2", seed, status="failed", reason="No room on the disk.")
         failed.save(cell_path(tmp_path, "sst2", "mezo", "seed", seed))
     report = made(tmp_path)
-    assert report.headline is None and "nothing won" in report.story.won
+    assert report.headline is None and "no method won" in report.story.won
     assert "No room on the disk." in html(report)
 
 

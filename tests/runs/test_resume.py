@@ -94,7 +94,7 @@ LEFT: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "newest snapshot empty": (lambda out: (out / "snapshot-00000012.safetensors").write_bytes(b""), "of step 9, 3"),
     "both damaged": (lambda out: [flip(path) for path in out.glob("snapshot*")], "snapshot of step 0, 12 replayed"),
-    "log torn": (lambda out: cut(out / "steps.jsonl"), "which is dropped; 11 steps stand"),
+    "log torn": (lambda out: cut(out / "steps.jsonl"), "which are dropped; 11 steps are intact"),
     "metrics torn": (lambda out: cut(out / "metrics.jsonl"), "snapshot of step 9, 3 replayed"),
     "an evaluation lost": (lambda out: no_line(out / "metrics.jsonl", 2), "snapshot of step 0, 12 replayed"),
     "metrics lost": (lambda out: (out / "metrics.jsonl").unlink(), "snapshot of step 0, 12 replayed"),

@@ -85,7 +85,7 @@ def test_a_missing_line_is_damage(tmp_path):
 
 def test_a_line_of_another_order_with_right_checksums_is_damage(tmp_path):
     path = written(tmp_path, [STEPS[0], STEPS[2], STEPS[3]])
-    assert "holds step 2 where 1 is due" in (scan(path).damage or "")
+    assert "holds step 2, and step 1 is expected" in (scan(path).damage or "")
 
 
 def test_a_torn_tail_is_said(tmp_path):
@@ -93,7 +93,7 @@ def test_a_torn_tail_is_said(tmp_path):
     path.write_bytes(path.read_bytes()[:-9])
     said: list[str] = []
     StepLog(path, HEADER, say=said.append).close()
-    assert "19 steps stand" in said[0] and len(read(path)) == 19
+    assert "19 steps are intact" in said[0] and len(read(path)) == 19
 
 
 def test_repair_keeps_what_is_whole_and_the_rest_beside(tmp_path):
