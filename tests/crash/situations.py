@@ -123,7 +123,7 @@ def two_new_runs(folder: Path, dice: random.Random) -> bool:
     done = _pair(works, folder, dice)
     seed = json.loads((folder / "run/config.json").read_text())["seed"]
     tune(folder / "alone", seed=seed)
-    words = (f"on {socket.gethostname()}", "already holds a run", "holds a run since")
+    words = (f"on {socket.gethostname()}", "already holds a run", "holds a run that another process")
     return _one_of_two(done, words) and evidence(folder / "run") == evidence(folder / "alone")
 
 

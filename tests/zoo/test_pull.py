@@ -181,7 +181,7 @@ def test_what_is_not_as_announced_is_refused(path: str, words: str, address: str
 def test_no_open_lines_and_no_secrets_in_messages(address: str) -> None:
     with pytest.raises(UserError, match=r"^http://example\.org/t was given with a user name or password"):
         zoo.pull("http://user:secret@example.org/t?token=secret")
-    with pytest.raises(UserError, match=r"8\.8\.8\.8 leads to 8\.8\.8\.8, which is no address"):
+    with pytest.raises(UserError, match=r"8\.8\.8\.8 leads to 8\.8\.8\.8, which is not an address"):
         zoo.pull("http://8.8.8.8/t?token=secret")
     with pytest.raises(UserError) as error:
         zoo.pull(address.replace("127.0.0.1", "user:secret@127.0.0.1") + "/missing?token=secret")

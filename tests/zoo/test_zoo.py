@@ -127,7 +127,7 @@ def test_pull_of_a_folder_keeps_a_copy_that_the_fingerprint_finds(tmp_path: Path
     zoo.push(make_tuner(seed=1), tmp_path / "z")
     with pytest.raises(UserError, match="zoo of tiny/v1, tiny/v2"):
         zoo.pull(tmp_path / "z")
-    with pytest.raises(UserError, match="no name in the zoos"):
+    with pytest.raises(UserError, match="a name in the zoos"):
         zoo.pull("nowhere")
     with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
         zoo.pull("org/nowhere@v1")
