@@ -16,7 +16,7 @@ from metazo.errors import UserError
 
 @dataclass(frozen=True)
 class NamedTensor:
-    """A trainable tensor. Its noise hangs on the name alone, so freezing other tensors leaves it as it was."""
+    """A trainable tensor. Its noise depends on its name alone, so freezing other tensors does not change it."""
 
     name: str
     param: torch.nn.Parameter
@@ -26,7 +26,7 @@ class NamedTensor:
 
 @dataclass(frozen=True)
 class Block:
-    """Tensors that share one scale. Published: one tensor a block."""
+    """Tensors that share one scale. Published: one tensor per block."""
 
     name: str
     tensors: tuple[NamedTensor, ...]
@@ -43,7 +43,7 @@ def tensor_id(name: str) -> int:
 def named_tensors(named: torch.nn.Module | Iterable[tuple[str, Tensor]], group: int = 0) -> list[NamedTensor]:
     """The trainable tensors in order; a tied tensor once, under its first name.
 
-    Raises UserError where nothing is trainable or two tensors share a name.
+    Raises UserError if no tensor is trainable or two tensors share a name.
     """
     pairs = named.named_parameters() if isinstance(named, torch.nn.Module) else named
     seen: set[int] = set()
@@ -62,7 +62,7 @@ def check_names(tensors: Sequence[NamedTensor]) -> None:
     names = [tensor.name for tensor in tensors]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"Two tensors are named {twice!r}: noise hangs on the name, so give each its own.")
+        raise UserError(f"Two tensors are named {twice!r}: noise depends on the name, so give each its own.")
 
 
 # The first number between dots is the layer in transformers' names: model.layers.3.mlp..., bert.encoder.layer.3....

@@ -1,4 +1,4 @@
-"""The main job on the embedded model: meta-train a tuner, publish it, fine-tune other tasks with it and with MeZO."""
+"""A demonstration on the embedded model: meta-train a tuner, publish it, fine-tune other tasks with it and with MeZO."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from metazo.runs.resources import refuse_ranks
 
 MARKER = "demo.json"
 META_TASK = "pico_span"
-BOUND = 0.5  # on the exponent of sigma: on pico the default, log 3, strays too far from the RMS rule
+BOUND = 0.5  # bound on the exponent of sigma: on pico the default, log 3, allows too large a distance from the RMS rule
 TASKS = ("pico_sentiment", "pico_topic")
 # One learning rate a method, for both tasks, a step below divergence on another seed (benchmarks/learning_rates.json).
 LEARNING_RATES = {"mezo": 3e-4, "mezo, RMS scale": 2.1e-4, "tuner": 1.5e-4}
@@ -32,12 +32,12 @@ LEARNING_RATES = {"mezo": 3e-4, "mezo, RMS scale": 2.1e-4, "tuner": 1.5e-4}
 
 @dataclass
 class Demo:
-    """What the demo found and wrote."""
+    """The results and files of the demo."""
 
     runs: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     """Summary by task and method."""
     written: dict[str, Path] = field(default_factory=dict)
-    """What was written, by what it is."""
+    """Paths of the written files, by description."""
 
 
 def run_demo(out: Path, console: Console, *, forwards: int = 1000, meta_steps: int = 200, seed: int = 0) -> Demo:

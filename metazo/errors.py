@@ -12,7 +12,7 @@ _SECRET = re.compile(
     r"hf_[A-Za-z0-9]{16,}|(?<=://)[^/\s@]+(?=@)|(?<=[Bb]earer )\S+"
     r"|(?<=[?&])\w*(?:token|key|secret|password|signature)\w*=[^&\s#'\"]+"
 )
-"""What looks like one: a token of the Hub, user and password of an address, a header, a part of a query."""
+"""Text that looks like a secret: a token of the Hub, user and password of an address, a header, a part of a query."""
 
 
 class UserError(Exception):
@@ -33,7 +33,7 @@ class UserError(Exception):
 def without_secrets(text: str) -> str:
     """The text with *** for the Hub's token of this user and for whatever looks like a secret."""
     tokens = {os.environ.get(name, "") for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")}
-    hub = sys.modules.get("huggingface_hub")  # where it is not loaded, nobody has been told the stored one
+    hub = sys.modules.get("huggingface_hub")  # if it is not loaded, no code has read the stored token
     if hub is not None:
         tokens.add(hub.get_token() or "")
     for token in tokens:

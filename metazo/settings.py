@@ -33,7 +33,8 @@ def setting(
 ) -> Any:
     """A field of a settings dataclass.
 
-    role: what a change of the setting touches. hashed: the result is known by the content that this names, not by the name.
+    role: the part of a run that a change of the setting affects. hashed: the result is identified by the content that the
+    setting names, not by the name.
     least, above, most: bounds of a number, for `check_values`. options: default or default_factory, as of
     `dataclasses.field`.
     """
@@ -43,7 +44,7 @@ def setting(
 
 def check_values(config: Any) -> None:
     """Raises UserError for a number of a settings dataclass that is not finite or out of its bounds, and for a text or path
-    that is not UTF-8 or has a name longer than a file may have.
+    that is not UTF-8 or has a component longer than a file name may be.
     """
     for item in fields(config):
         value, bounds = getattr(config, item.name), item.metadata
@@ -72,7 +73,7 @@ def check_number(
 
 
 def check_path(name: str, value: str | Path) -> None:
-    """Raises UserError for a text or path that no file can be named by."""
+    """Raises UserError for a text or path that cannot be the name of a file."""
     try:
         parts = [len(part.encode()) for part in str(value).split("/")]
     except UnicodeEncodeError:
@@ -84,7 +85,7 @@ def check_path(name: str, value: str | Path) -> None:
 
 
 def with_role(config: type, *roles: str) -> tuple[str, ...]:
-    """Names of the fields of these roles."""
+    """Names of the fields with these roles."""
     return tuple(item.name for item in fields(config) if item.metadata["role"] in roles)
 
 
@@ -106,9 +107,9 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def build(config: type[Config], *layers: Mapping[str, Any]) -> Config:
-    """A config from layers of settings, later ones first in rank (recipe, then flags); None counts as not given.
+    """A config from layers of settings, of which later ones override earlier ones (recipe, then flags); None means not given.
 
-    Raises UserError that names the field, what was found, and what it may be.
+    Raises UserError that names the field, its value, and the allowed values.
     """
     values: dict[str, Any] = {}
     for layer in layers:

@@ -19,16 +19,16 @@ def bench(
             help="steps, kernels, memory, precision, meta, scaling, threads, or one part as SUITE/PART; may be repeated."
         ),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Small models, one shape: to see that it works.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Measure small models and one shape, as a check.")] = False,
     device: Annotated[str, typer.Option(help="cpu, or cuda for bfloat16 models of 134M, 1.3B and 8B.")] = "cpu",
-    rounds: Annotated[int, typer.Option(help="Rounds behind each median, at least.", min=5)] = 5,
+    rounds: Annotated[int, typer.Option(help="Least number of rounds per median.", min=5)] = 5,
     out: Annotated[Path, typer.Option(help="Folder for speed.json, speed.md and speed.png.")] = Path("runs/bench"),
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Measure what a step costs beside its forward passes: time, memory, kernels, scaling, on this machine.
+    """Measure the cost of a step beyond its forward passes on this machine: time, memory, kernels, scaling.
 
-    The whole takes about half an hour on 2 cores. Each part is written when it is done; figures of parts measured before
-    stay in --out.
+    All suites take about half an hour on 2 cores. Each part is written when it is done; figures of parts that were measured
+    before stay in --out.
     """
     from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.table import Table

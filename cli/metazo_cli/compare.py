@@ -21,17 +21,19 @@ def _listed(text: str | None) -> list[str] | None:
 
 
 def compare(
-    grid: Annotated[Path | None, typer.Argument(help="Grid as YAML, or a grid of metazo recipes; flags win.")] = None,
+    grid: Annotated[
+        Path | None, typer.Argument(help="Grid as YAML, or a grid of metazo recipes; flags override it.")
+    ] = None,
     tasks: Annotated[
-        str | None, typer.Option(help="Tasks, names or YAML files, with commas between. (required)")
+        str | None, typer.Option(help="Names or YAML files of tasks, separated by commas. (required)")
     ] = None,
     columns: Annotated[
-        str | None, typer.Option("--optimizers", help=f"Columns, with commas between: {', '.join(names())}. (required)")
+        str | None, typer.Option("--optimizers", help=f"Columns, separated by commas: {', '.join(names())}. (required)")
     ] = None,
     lrs: Annotated[
-        str | None, typer.Option(help="Learning rates that every search starts from, with commas between.")
+        str | None, typer.Option(help="Learning rates from which every search starts, separated by commas.")
     ] = None,
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run again what failed before.")] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Repeat failed runs.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show runs, time and disk, and stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     **values: Any,
@@ -40,7 +42,7 @@ def compare(
 
     metazo compare --model pico --tasks pico_sentiment --optimizers mezo,mezo-rms,lozo --budget 1000 --out runs/compare
 
-    Call it again to go on after a stop, or with more seeds, tasks or columns: what is finished is not run again.
+    Call it again to continue after a stop, or to add seeds, tasks or columns: finished runs are not repeated.
     """
     from metazo.comparisons.compare import compare as run
     from metazo.comparisons.examine import examine, plan

@@ -15,11 +15,11 @@ from .messages import Terminal
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for everything it writes.")] = Path("runs/demo"),
-    forwards: Annotated[int, typer.Option(help="Forward passes of each fine-tuning run.", min=20)] = 1000,
-    meta_steps: Annotated[int, typer.Option(help="Meta-steps of the tuner.", min=1)] = 200,
-    seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a former demo in --out.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for all output.")] = Path("runs/demo"),
+    forwards: Annotated[int, typer.Option(help="Forward passes per fine-tuning run.", min=20)] = 1000,
+    meta_steps: Annotated[int, typer.Option(help="Number of meta-steps for the tuner.", min=1)] = 200,
+    seed: Annotated[int, typer.Option(help="Seed of all random numbers.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier demo in --out.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Meta-train a tuner for the embedded model, publish it, and fine-tune two other tasks with it and with MeZO."""

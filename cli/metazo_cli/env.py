@@ -16,7 +16,7 @@ PACKAGES = ("metazo", "torch", "transformers", "datasets", "numba", "numpy", "sa
 
 
 def facts() -> dict[str, str]:
-    """What a bug report needs: machine and versions; no names, paths or tokens."""
+    """Facts for a bug report: machine and versions, without names, paths or tokens."""
     import torch
 
     from metazo.noise import backends

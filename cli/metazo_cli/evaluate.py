@@ -15,21 +15,23 @@ from .messages import Terminal
 
 def evaluate(
     run: Annotated[
-        str | None, typer.Argument(help="Folder of a run: its model on its own rows.", show_default=False)
+        str | None,
+        typer.Argument(help="Folder of a run, whose model is evaluated on its own rows.", show_default=False),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Instead: folder or Hub id of a model, or pico.")] = None,
+    model: Annotated[str | None, typer.Option(help="Folder or Hub id of a model, or pico, instead of a run.")] = None,
     task: Annotated[
-        list[str] | None, typer.Option(help="Task by name or YAML file; may be repeated. By default the run's.")
+        list[str] | None,
+        typer.Option(help="Name or YAML file of a task; may be repeated. The default is the run's task."),
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Folder with <task>/<split>.jsonl; by default the Hub.")] = None,
-    split: Annotated[str, typer.Option(help="dev or test.")] = "test",
+    split: Annotated[str, typer.Option(help="Split to evaluate: dev or test.")] = "test",
     examples: Annotated[
         int | None, typer.Option(help="Most examples; by default the run's, or 500 on dev and 1000 on test.", min=1)
     ] = None,
     train_examples: Annotated[
-        int | None, typer.Option(help="Rows that count as training rows, which are not scored.", min=0)
+        int | None, typer.Option(help="Number of rows that count as training rows and are not scored.", min=0)
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Examples a batch (default 32).", min=1)] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples per batch (default 32).", min=1)] = None,
     max_length: Annotated[int | None, typer.Option(help="Longest input in tokens.", min=1)] = None,
     kind: Annotated[str | None, typer.Option(help="auto, causal, masked or classifier (default auto).")] = None,
     dtype: Annotated[
@@ -39,7 +41,7 @@ def evaluate(
     seed: Annotated[int | None, typer.Option(help="Seed of the split (default 0, or the run's).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Evaluate a model on tasks: loss, metric, and what the majority class would score.
+    """Evaluate a model on tasks: loss, metric, and the score of the majority class.
 
     metazo evaluate runs/a
 
@@ -50,7 +52,7 @@ def evaluate(
     from metazo.runs.measure import evaluate as score
 
     if (run is None) == (model is None):
-        raise UserError("name what to evaluate: the folder of a run, or a model with `model` (one of the two).")
+        raise UserError("Name one model to evaluate: either the folder of a run, or a model with `model`.")
     notes = Terminal(stderr=True)
     results = {}
     of_run = run_of(Path(str(run or model)))

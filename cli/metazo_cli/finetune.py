@@ -22,7 +22,7 @@ from .messages import Terminal
 
 
 def _method_flags() -> list[inspect.Parameter]:
-    """A flag for every hyperparameter of every method; its help says whose it is and what they publish."""
+    """A flag for every hyperparameter of every method; its help names the methods and their defaults."""
     owners: dict[str, list[tuple[str, inspect.Parameter]]] = {}
     for name in METHODS:
         for key, parameter in hyperparameters(name).items():
@@ -63,11 +63,11 @@ def _argument_help(cls: type, key: str) -> str:
 
 
 def finetune(
-    folder: Annotated[
-        Path | None, typer.Argument(help="With --resume: the folder of the run.", show_default=False)
-    ] = None,
-    config: Annotated[Path | None, typer.Option("--config", help="YAML recipe; flags win over it.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, memory and disk, and stop.")] = False,
+    folder: Annotated[Path | None, typer.Argument(help="Folder of the run, with --resume.", show_default=False)] = None,
+    config: Annotated[Path | None, typer.Option("--config", help="YAML recipe; flags override it.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the plan with memory and disk use, and stop.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     **values: Any,
 ) -> None:
@@ -104,7 +104,7 @@ def finetune(
 
 
 def _began(folder: Path | None, values: dict[str, Any]) -> dict[str, Any]:
-    """Where a run is resumed, the settings it began with, and its folder put into `values`."""
+    """The settings with which a resumed run began; its folder is added to `values`."""
     from metazo.runs.folder import read_config
 
     if not values["resume"]:

@@ -16,7 +16,7 @@ from metazo.steplog.format import scan
 app = typer.Typer(help="Show, verify, compare and repair step logs.", no_args_is_help=True)
 
 LogArgument = Annotated[Path, typer.Argument(help="A step log, or the folder of a run.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
 def _file(log: Path) -> Path:
@@ -26,11 +26,11 @@ def _file(log: Path) -> Path:
 @app.command()
 def show(
     log: LogArgument,
-    last: Annotated[int, typer.Option(help="How many of the last steps to list.", min=0)] = 5,
-    plot: Annotated[Path | None, typer.Option(help="Draw loss and learning rate into this PNG.")] = None,
+    last: Annotated[int, typer.Option(help="Number of last steps to list.", min=0)] = 5,
+    plot: Annotated[Path | None, typer.Option(help="PNG file for a plot of loss and learning rate.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """What a log belongs to, what it holds, and how the loss went."""
+    """Show the header of a log, its steps, and the course of the loss."""
     from metazo.steplog.inspect import curve, sparkline, summary
 
     found = scan(_file(log))
@@ -82,7 +82,7 @@ def _plot(path: Path, found: Any) -> None:
 
 @app.command()
 def verify(log: LogArgument, as_json: JsonOption = False) -> None:
-    """Check header, checksums, their chain and the order of the steps; exit code 1 where something is wrong."""
+    """Check header, checksums, their chain and the order of the steps; the exit code is 1 if a check fails."""
     from metazo.steplog.inspect import verify as check
 
     path = _file(log)
@@ -97,7 +97,7 @@ def verify(log: LogArgument, as_json: JsonOption = False) -> None:
 
 @app.command()
 def diff(a: LogArgument, b: LogArgument, as_json: JsonOption = False) -> None:
-    """Where two logs differ: their headers, and the first step that is not the same; exit code 1 if they do."""
+    """Show the differences of two logs: headers, and the first step that differs; the exit code is 1 if there are any."""
     from metazo.steplog.inspect import diff as compare
 
     found = compare(scan(_file(a)).sound(), scan(_file(b)).sound())
@@ -120,7 +120,7 @@ def diff(a: LogArgument, b: LogArgument, as_json: JsonOption = False) -> None:
 
 @app.command()
 def repair(log: LogArgument) -> None:
-    """Keep the whole lines of a damaged log and put the rest aside; --resume computes it again, to the same bits."""
+    """Keep the intact lines of a damaged log and move the rest to a file; --resume computes it again, to the same bits."""
     from metazo.steplog.inspect import repair as run
 
     path = _file(log)

@@ -1,4 +1,4 @@
-"""metazo on the command line. Bad input ends with one sentence and exit code 2; a stop on request with 130 or 143."""
+"""The metazo command line. Bad input ends with one sentence and exit code 2, a requested stop with 130 or 143."""
 
 from __future__ import annotations
 

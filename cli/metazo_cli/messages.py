@@ -1,4 +1,4 @@
-"""Messages of the library in the words of the command line: a setting in backticks becomes the command's flag.
+"""Turns the library's messages into those of the command line: a setting in backticks becomes the command's flag.
 
 The library names Python arguments: `dev_examples`, `keep='last'`, `resume=True`. Here they become --dev-examples,
 --keep last and --resume if the command that runs has such a flag, and stay as they are if it has none.
@@ -14,11 +14,11 @@ from metazo.io.terminal import Console
 
 _SETTING = re.compile(r"`([a-z]\w*)(?:=(['\"]?)([^`'\"]*)\2)?`")
 _flags: dict[str, tuple[str, str | None]] = {}
-"""Of the command that runs: argument -> its flag, and the flag that turns it off."""
+"""The flags of the running command: argument -> its flag, and the flag that turns it off."""
 
 
 def know(command: Any, words: Sequence[str]) -> None:
-    """Take up the flags of the command that these words of a command line call."""
+    """Set the flags of the command that these words of a command line call."""
     for word in words:
         if word not in getattr(command, "commands", {}):
             break
@@ -30,7 +30,7 @@ def know(command: Any, words: Sequence[str]) -> None:
 
 
 def in_flags(text: str) -> str:
-    """The text with flags for the settings in backticks."""
+    """The text with flags in place of settings in backticks."""
 
     def flag(found: re.Match[str]) -> str:
         name, _, value = found.groups()

@@ -15,12 +15,14 @@ from .messages import Terminal
 
 
 def meta_train(
-    config: Annotated[Path | None, typer.Option("--config", help="YAML recipe; flags win over it.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, memory and disk, and stop.")] = False,
+    config: Annotated[Path | None, typer.Option("--config", help="YAML recipe; flags override it.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the plan with memory and disk use, and stop.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     **values: Any,
 ) -> None:
-    """Train a tuner for a base model: block scales for zeroth-order fine-tuning, to be published with metazo zoo push.
+    """Train a tuner for a base model: it computes block scales for zeroth-order fine-tuning. Publish it with metazo zoo push.
 
     metazo meta-train --model pico --task pico_topic --out runs/tuner
     """

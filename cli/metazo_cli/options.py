@@ -1,4 +1,4 @@
-"""Flags made from a settings dataclass: one flag a field, help from the string under it, a YAML recipe beneath them."""
+"""Makes flags from a settings dataclass: one flag per field, with the string under it as help, above a YAML recipe."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ Config = TypeVar("Config")
 
 
 def flags(config: type, skip: tuple[str, ...] = (), extra: Mapping[str, str] | None = None) -> list[inspect.Parameter]:
-    """A keyword parameter with a typer option for each field; unset is None, so that a recipe shows through.
+    """A keyword parameter with a typer option for each field; an unset flag is None, so that the recipe's value is used.
 
-    extra: more help by field name. Square brackets are markup to rich, so help has none.
+    extra: additional help by field name. Help has no square brackets, because they are markup to rich.
     """
     hints, helps = typing.get_type_hints(config), help_of(config)
     made = []
@@ -61,7 +61,7 @@ def _choices(hint: Any) -> str:
 
 
 def _plain(hint: Any) -> tuple[Any, bool]:
-    """The type typer is to parse, and whether the flag may be repeated. Choices come as text, checked later."""
+    """The type for typer to parse, and whether the flag may be repeated. Choices are parsed as text and checked later."""
     if typing.get_origin(hint) is Annotated:
         hint = typing.get_args(hint)[0]
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
@@ -74,7 +74,7 @@ def _plain(hint: Any) -> tuple[Any, bool]:
 
 
 def with_flags(function: Callable[..., None], made: list[inspect.Parameter]) -> Callable[..., None]:
-    """`function(**values)` as typer sees it: with these parameters and its own fixed ones."""
+    """`function(**values)` with a signature for typer: these parameters and its own fixed ones."""
     signature = inspect.signature(function, eval_str=True)
     own = [p.replace(kind=p.KEYWORD_ONLY) for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
 
@@ -90,6 +90,6 @@ def with_flags(function: Callable[..., None], made: list[inspect.Parameter]) -> 
 def settings(
     config: type[Config], recipe: Path | None, values: Mapping[str, Any], began: Mapping[str, Any] | None = None
 ) -> Config:
-    """The config from a recipe and flags; a flag wins over the recipe, and both over what a resumed run began with."""
+    """The config from a recipe and flags. A flag overrides the recipe, and both override the settings of a resumed run."""
     flagged = {key: value for key, value in values.items() if value is not None and value != []}
     return build(config, began or {}, read_recipe(locate(str(recipe))) if recipe else {}, flagged)

@@ -11,8 +11,8 @@ from rich.table import Table
 from metazo.io.terminal import Console, print_line
 
 
-def recipes(name: Annotated[str | None, typer.Argument(help="Print this one, to copy and change.")] = None) -> None:
-    """List the recipes that come with metazo, or print one (metazo recipes NAME > mine.yaml)."""
+def recipes(name: Annotated[str | None, typer.Argument(help="Name of the recipe to print.")] = None) -> None:
+    """List the recipes of metazo, or print one (metazo recipes NAME > mine.yaml)."""
     from metazo import recipes as library
 
     console = Console()
@@ -23,7 +23,7 @@ def recipes(name: Annotated[str | None, typer.Argument(help="Print this one, to 
         else:
             print_line(text.rstrip("\n"))
         return
-    table = Table("recipe", "what it is")
+    table = Table("recipe", "description")
     for known in library.names():
         table.add_row(known, library.text(known).splitlines()[0].lstrip("# "))
     console.print(table)

@@ -18,12 +18,12 @@ def replay(
     to: Annotated[
         int | None, typer.Option(help="Steps to take; by default up to the weights that the run kept.", min=0)
     ] = None,
-    tuner: Annotated[str | None, typer.Option(help="Tuner of the run, where the zoo folders do not have it.")] = None,
-    zoo: Annotated[Path | None, typer.Option(help="A zoo folder to search first.")] = None,
+    tuner: Annotated[str | None, typer.Option(help="Tuner of the run, if the zoo folders do not have it.")] = None,
+    zoo: Annotated[Path | None, typer.Option(help="Zoo folder to search first.")] = None,
     merge: Annotated[
         bool, typer.Option("--merge", help="Save LoRA adapters added to the weights, as a plain model.")
     ] = False,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto takes a GPU where there is one.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto takes a GPU if there is one.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Rebuild a tuned model from its base model and its step log: no data, no forward passes.
@@ -57,6 +57,6 @@ def replay(
         True: "bit-identical to the weights that the run kept",
         False: "not bit-identical to the weights that the run kept, in another environment "
         f"({'; '.join(done.differences)}); {distance}",
-        None: "the log does not say what these weights were",
+        None: "the log does not record the hash of these weights",
     }[done.identical]
     print_line(f"{done.steps:,} steps in {done.seconds:.1f} s; {verdict}; the model is in {out}")

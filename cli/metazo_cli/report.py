@@ -17,25 +17,25 @@ class Metric(StrEnum):
 
 
 def report(
-    results: Annotated[Path, typer.Argument(help="Folder that metazo compare wrote.")],
+    results: Annotated[Path, typer.Argument(help="Folder of the results of metazo compare.")],
     out: Annotated[Path | None, typer.Option(help="Folder for the report; by default RESULTS/report.")] = None,
     metric: Annotated[
         Metric | None,
         typer.Option(
-            help="What ranks the columns; by default accuracy where every task has it. accuracy: each task's metric."
+            help="Measure that ranks the columns; by default accuracy if every task has it. accuracy: each task's metric."
         ),
     ] = None,
     render: Annotated[
         list[Path] | None,
-        typer.Option(help="Markdown file whose blocks <!-- results:NAME --> are filled, and no report written."),
+        typer.Option(help="Markdown file whose blocks <!-- results:NAME --> are filled; no report is written."),
     ] = None,
     pack: Annotated[
         bool,
-        typer.Option("--pack", help="Pack the results of all runs into one compressed file, and write no report."),
+        typer.Option("--pack", help="Pack the results of all runs into one compressed file; no report is written."),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the written paths as JSON.")] = False,
 ) -> None:
-    """Write what a comparison found: one HTML page for everyone, Markdown, CSV and pictures.
+    """Write the report of a comparison: one HTML page, Markdown, CSV and pictures.
 
     metazo report results/pico
     """

@@ -11,7 +11,7 @@ from metazo.io.terminal import Console, print_json
 
 
 def tasks(
-    name: Annotated[str | None, typer.Argument(help="Show one task whole.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Name of a task to show completely.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
     """List the tasks, or show one: prompt, label words, metric."""

@@ -21,10 +21,10 @@ from .messages import in_flags
 
 app = typer.Typer(help="Find, check, publish and import tuners.", no_args_is_help=True)
 
-ZooOption = Annotated[Path | None, typer.Option("--zoo", help="A zoo folder to search first.", envvar=None)]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+ZooOption = Annotated[Path | None, typer.Option("--zoo", help="Zoo folder to search first.", envvar=None)]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 KeyOption = Annotated[
-    str | None, typer.Option("--key", help="A public key of minisign that has to have signed the zoo's index.")
+    str | None, typer.Option("--key", help="Public key of minisign that must have signed the zoo's index.")
 ]
 SourceArgument = Annotated[
     str, typer.Argument(help="A file, a folder, a name in a zoo, an https address, or a Hub id org/name@revision.")
@@ -33,7 +33,7 @@ SourceArgument = Annotated[
 
 @app.command("list")
 def list_(zoo: ZooOption = None, as_json: JsonOption = False) -> None:
-    """List what the zoo folders hold: yours, the bundled one, and what was pulled."""
+    """List the tuners and logs in the zoo folders: your own, the bundled one, and the cache of pulled ones."""
     found = library.entries(zoo)
     if as_json:
         print_json([{**asdict(tuner.entry), "where": tuner.where, "path": str(tuner.path)} for tuner in found])
@@ -57,7 +57,7 @@ def list_(zoo: ZooOption = None, as_json: JsonOption = False) -> None:
 
 @app.command()
 def show(source: SourceArgument, zoo: ZooOption = None, as_json: JsonOption = False) -> None:
-    """Show what a tuner is for, how it was made and what was measured; of a step log, what it belongs to."""
+    """Show a tuner's base model, training and measurements, or the header of a step log."""
     found = library.read(source, zoo, _report)
     about = _about(found) if isinstance(found, Tuner) else _about_log(found)
     if as_json:
@@ -83,16 +83,16 @@ def pull(source: SourceArgument, zoo: ZooOption = None, key: KeyOption = None, a
 def push(
     tuner: Annotated[Path | None, typer.Argument(help="A tuner file, or the folder of a meta-training run.")] = None,
     log: Annotated[
-        Path | None, typer.Option(help="Instead: a run's steps.jsonl, which publishes its model as a step log.")
+        Path | None, typer.Option(help="A run's steps.jsonl, to publish its model as a step log instead of a tuner.")
     ] = None,
     to: Annotated[str | None, typer.Option(help="A zoo folder (default: METAZO_ZOO), or hub:org/name.")] = None,
-    name: Annotated[str | None, typer.Option(help="What the base model (or, with --log, the model) is called.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the base model (or, with --log, of the model).")] = None,
     version: Annotated[str | None, typer.Option(help="Version (default: the next of v1, v2, ...).")] = None,
     licence: Annotated[str | None, typer.Option(help="Licence of the tuner, such as Apache-2.0.")] = None,
     sign: Annotated[str | None, typer.Option(help="Sign the zoo's index with this secret key of minisign.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Publish a tuner or a run's step log into a zoo folder, with card and index entry; a tuner also to the Hub."""
+    """Publish a tuner or a run's step log into a zoo folder, with card and index entry; a tuner can also go to the Hub."""
     signing = library.signer(sign, _password) if sign else None
     if (tuner is None) == (log is None):
         raise UserError("give either a tuner or --log RUN/steps.jsonl")
@@ -109,7 +109,7 @@ def push(
 
 @app.command()
 def verify(zoo: ZooOption = None, key: KeyOption = None, as_json: JsonOption = False) -> None:
-    """Hash and check everything in the zoo folders again; exit code 1 if something is not in order."""
+    """Hash and check all files of the zoo folders again; the exit code is 1 if a file is not in order."""
     checks = library.verify(zoo, key)
     bad = [check for check in checks if check.problem]
     if as_json:
@@ -124,8 +124,8 @@ def verify(zoo: ZooOption = None, key: KeyOption = None, as_json: JsonOption = F
 
 @app.command("import")
 def import_(
-    file: Annotated[Path, typer.Argument(help="A published pickled tuner, .pth.")],
-    base_model: Annotated[str, typer.Option(help="Name of the base model it was made for.")],
+    file: Annotated[Path, typer.Argument(help="Published pickled tuner (.pth).")],
+    base_model: Annotated[str, typer.Option(help="Name of the base model for which it was made.")],
     model: Annotated[
         Path | None, typer.Option(help="Folder with the base model's config.json, for the shapes.")
     ] = None,
@@ -133,7 +133,7 @@ def import_(
     licence: Annotated[str | None, typer.Option(help="Licence of the tuner, if its authors state one.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Turn a published pickled tuner into safetensors, without executing anything that the pickle asks for."""
+    """Convert a published pickled tuner to safetensors, without executing the pickle."""
     target = out or Path(file.with_suffix(".safetensors").name)
     if target.exists():
         raise UserError(f"--out {target} exists already; choose another name")
@@ -148,13 +148,13 @@ def import_(
 
 
 def _about(tuner: Tuner) -> dict[str, Any]:
-    """What is known of a tuner, without the list of its blocks."""
+    """The metadata of a tuner, without the list of its blocks."""
     networks = {"blocks": tuner.pertnn.blocks, "hidden": tuner.pertnn.hidden, "inputs": tuner.pertnn.features}
     return {**asdict(tuner.info), **networks}
 
 
 def _about_log(log: library.Log) -> dict[str, Any]:
-    """What a step log belongs to."""
+    """The facts in the header of a step log."""
     return {**log.header, "steps": len(log.steps), "bytes": len(log.data), "end": log.end}
 
 
