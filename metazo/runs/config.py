@@ -19,8 +19,8 @@ Precision = Literal["auto", "in-place", "master", "compensated-16", "compensated
 class FinetuneConfig:
     """Everything that decides a fine-tuning run.
 
-    The role of each setting says what a change of it touches: the model, the data, the method, the loop, or the numbers
-    of an evaluation; or nothing that is computed: the place (paths), the machine, the service (how often things are saved).
+    The role of each setting says what a change of it affects: the model, the data, the method, the loop, or the numbers of
+    an evaluation. Other roles affect no number: the place (paths), the machine, the service (how often files are saved).
     """
 
     model: str = setting(role="model", hashed=True)
@@ -32,98 +32,98 @@ class FinetuneConfig:
     optimizer: str = setting(default="mezo", role="method")
     """Method"""
     lr: float | None = setting(default=None, least=0, role="method")
-    """Learning rate; by default the method's published one, made for models of billions of weights"""
+    """Learning rate; by default the method's published one, which was chosen for models of billions of weights"""
     eps: float = setting(default=1e-3, above=0, role="method")
-    """Length of the probe"""
+    """Length of a probe: the factor of the perturbation"""
     steps: int | None = setting(default=None, least=1, role="loop")
-    """Steps to take; by default 1000, or what `forwards` pays for"""
+    """Number of steps; by default 1000, or as many as `forwards` allows"""
     forwards: int | None = setting(default=None, least=1, role="loop")
     """Budget of forward passes over batches, instead of `steps`"""
     epochs: float | None = setting(default=None, above=0, most=1e6, role="loop")
-    """Passes over the training examples, instead of `steps`"""
+    """Number of passes over the training examples, instead of `steps`"""
     patience: int | None = setting(default=None, least=1, role="loop")
-    """Early stopping: the run ends after so many evaluations in a row without a lower loss on dev; by default never"""
+    """Early stopping: number of evaluations in a row without a lower loss on dev after which the run ends; by default never"""
     batch_size: int = setting(default=16, least=1, role="data")
-    """Examples a batch"""
+    """Examples per batch"""
     accumulate: int = setting(default=1, least=1, role="loop")
-    """Batches a step, their losses averaged under one seed"""
+    """Batches per step, whose losses are averaged for the same probes"""
     schedule: Literal["constant", "linear", "cosine"] = setting(default="constant", role="method")
-    """Learning rate over the run, after warmup"""
+    """Schedule of the learning rate after warmup"""
     warmup: float | None = setting(default=None, least=0, most=1e9, role="method")
-    """Steps over which the learning rate rises to its value (below 1: a share of the run)"""
+    """Steps over which the learning rate rises to its value (below 1: a fraction of the run)"""
     weight_decay: float = setting(default=0.0, least=0, role="method")
-    """Decoupled decay; biases and layer norms are exempt by name"""
+    """Decoupled weight decay; biases and layer norms are exempt by name"""
     noise: Literal["method", "gaussian", "rademacher"] = setting(default="method", role="method")
-    """Distribution of the noise; method takes the method's own (Gaussian but for fzoo)"""
+    """Distribution of the noise; method takes the method's own (Gaussian, except for fzoo)"""
     probing: Literal["method", "in-turn", "together", "auto"] = setting(default="method", role="method")
-    """Evaluation of a step's probes: one after the other, or for low-rank directions together in one batched pass; auto takes
-    together for small batches"""
+    """Evaluation of a step's probes: one after the other, or, for low-rank directions, together in one batched pass; auto
+    takes together for small batches"""
     scale: Literal["none", "rms"] = setting(default="none", role="method")
-    """Block scale; rms moves each tensor in proportion to its size"""
+    """Block scale; rms perturbs each tensor in proportion to the root mean square of its weights"""
     statistics_every: int | None = setting(default=None, least=1, role="method")
     """Steps between readings of the weights' statistics for a block scale; by default 50, with the published features 1"""
     rule: Literal["method", "sgd", "momentum", "adam"] = setting(default="method", role="method")
-    """What is done with the estimate; method takes the method's own"""
+    """Update rule for the estimate; method takes the method's own"""
     tuner: str | None = setting(default=None, role="method", hashed=True)
     """Tuner: folder, file, zoo name, Hub id, https address, auto, or random:SEED (the control)"""
     allow_partial: bool = setting(default=False, role="method")
-    """Take a tuner that fits only in part; the other blocks run at RMS scale"""
+    """Accept a tuner that fits only some blocks; the other blocks get the RMS scale"""
     zoo: Path | None = setting(default=None, role="place")
-    """Folder of a zoo of your own, searched first"""
+    """Folder of your own zoo, which is searched first"""
     method: dict[str, Any] = setting(default_factory=dict, role="method")
     """Hyperparameters of the method by name; on the command line each is a flag"""
     data: Path | None = setting(default=None, role="place")
     """Folder with <task>/<split>.jsonl; by default the Hub"""
     train_examples: int = setting(default=1000, least=1, role="data")
-    """Examples to train on"""
+    """Number of training examples"""
     dev_examples: int = setting(default=500, least=0, role="data")
-    """Examples to choose the checkpoint on"""
+    """Number of examples for choosing the checkpoint"""
     test_examples: int = setting(default=1000, least=0, role="data")
-    """Examples to report on"""
+    """Number of examples for the final test"""
     k_per_class: int | None = setting(default=None, least=1, role="data")
-    """Few-shot: so many training examples of each class, and as many on dev unless their number is given"""
+    """Few-shot: number of training examples per class, and of dev examples per class unless their number is given"""
     max_length: int | None = setting(default=None, least=1, role="data")
     """Longest input in tokens; by default the model's context"""
     kind: Literal["auto", "causal", "masked", "classifier"] = setting(default="auto", role="model")
-    """How the model is used; auto follows its architecture"""
+    """Kind of model; auto follows its architecture"""
     head: Literal["auto", "checkpoint", "linear", "prototype", "phrases"] = setting(default="auto", role="model")
-    """Of a classifier: transformers' own class (checkpoint), or on pooled hidden states a linear layer, fixed prototypes from
-    labelled examples, or the task's label phrases; auto takes linear for sentence-transformers checkpoints"""
+    """Head of a classifier: that of transformers' own class (checkpoint), or on pooled hidden states a linear layer, fixed
+    prototypes from labelled examples, or the task's label phrases; auto takes linear for sentence-transformers checkpoints"""
     train: list[str] = setting(default_factory=list, role="model")
-    """Patterns of tensor names to train (all others rest), such as '*attn*'"""
+    """Patterns of names of tensors to train (all others are frozen), such as '*attn*'"""
     freeze: list[str] = setting(default_factory=list, role="model")
-    """Patterns of tensor names to leave as they are"""
+    """Patterns of names of tensors to freeze"""
     lora: int = setting(default=0, least=0, most=4096, role="model")
-    """Rank of LoRA adapters that are trained instead of the weights (needs the extra peft); 0: none"""
+    """Rank of LoRA adapters that are trained instead of the weights (needs the extra peft); 0: no adapters"""
     merge: bool = setting(default=False, role="service")
-    """Save LoRA adapters added to the weights, as a plain model, instead of the adapters alone"""
+    """Save a plain model with the LoRA adapters added to its weights, instead of the adapters alone"""
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = setting(default="float32", role="model")
-    """Type of the weights in the forward pass"""
+    """Data type of the weights in the forward pass"""
     precision: Precision = setting(default="auto", role="method")
-    """Where the weights live while probed: auto perturbs float32 in place and keeps a float32 master of narrower ones;
-    compensated keeps 16 or 8 bits beside each narrow weight instead; autocast runs float32 weights in bfloat16"""
+    """Storage of the weights during a probe: auto perturbs float32 in place and keeps a float32 master of narrower weights;
+    compensated keeps 16 or 8 bits with each narrow weight instead; autocast runs float32 weights in bfloat16"""
     device: str = setting(default="auto", role="machine")
-    """cpu, cuda, cuda:1, ...; auto takes a GPU where there is one"""
+    """Device: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one"""
     eval_every: int | None = setting(default=None, least=1, role="loop")
     """Steps between evaluations on dev; by default a tenth of the run"""
     eval_batch_size: int = setting(default=32, least=1, role="evaluation")
-    """Examples a batch in evaluation"""
+    """Examples per batch in evaluation"""
     keep: Literal["best", "last", "none"] = setting(default="best", role="loop")
-    """Which weights to save and test: best on dev, as in the papers, the last, or none (the last are tested)"""
+    """Weights to save and test: the best on dev, as in the papers, the last, or none (the last are tested)"""
     snapshot_every: int = setting(default=500, least=0, role="service")
-    """Steps between snapshots for `resume` (0: none, resuming replays the log from the base model)"""
+    """Steps between snapshots for `resume` (0: no snapshots; resuming replays the log from the base model)"""
     flush_every: int = setting(default=1, least=1, role="service")
-    """Steps between hand-overs of the step log to the operating system; a killed process computes the rest again"""
+    """Steps between writes of the step log to the operating system; a killed run computes later steps again"""
     fsync_every: int = setting(default=100, least=0, role="service")
-    """Steps between syncs of the step log to the disk (0: at evaluations and snapshots alone), for power loss"""
+    """Steps between syncs of the step log to the disk, against power loss (0: only at evaluations and snapshots)"""
     max_loss: float = setting(default=1e4, above=0, role="loop")
-    """Loss above which a step is skipped, as where it is not finite"""
+    """Loss above which a step is skipped, as if it were not finite"""
     max_bad_steps: int = setting(default=10, least=1, role="service")
-    """Skipped steps in a row after which the run stops"""
+    """Number of skipped steps in a row after which the run stops"""
     seed: int = setting(default=0, least=0, most=2**63 - 1, role="data")
     """Seed of noise, data order, split and a new head"""
     resume: bool = setting(default=False, role="place")
-    """Go on with the run in `out`; its settings are read from there"""
+    """Continue the run in `out`, whose settings are read from there"""
 
     def __post_init__(self):
         check_values(self)
@@ -149,4 +149,4 @@ class FinetuneConfig:
 
 
 INCIDENTAL = with_role(FinetuneConfig, "place", "machine", "service")
-"""Settings that say where and how often, not what: a run may be resumed with others."""
+"""Settings of places and saving, which do not affect results: a run may be resumed with other values."""

@@ -95,21 +95,21 @@ class Scores:
         return max(self.records, key=self._merit)
 
     def latest(self) -> str:
-        """The last evaluation, for people."""
+        """The last evaluation as text."""
         dev = self.records[-1]["dev"] if self.records else {}
         names = ("loss", *self.setup.prepared.task.metric)
         return "dev " + "  ".join(f"{name} {dev[name]:.3f}" for name in names if name in dev)
 
     def usable(self, record: dict[str, Any]) -> bool:
-        """Whether weights and loss are finite there, and the loss no larger than `max_loss` unless it was so before the
-        first step: others are never the best.
+        """Whether an evaluation may be the best: its weights and loss are finite, and the loss is not above `max_loss` (unless
+        it was before the first step).
         """
         loss, first = (each["dev"].get("loss", 0.0) for each in (record, (self.records or [record])[0]))
         limit = self.config.max_loss if abs(first) <= self.config.max_loss else math.inf
         return record.get("weights_finite", True) and math.isfinite(loss) and abs(loss) <= limit
 
     def stalled(self) -> bool:
-        """Whether `patience` evaluations in a row brought no lower loss on dev: a function of the records alone."""
+        """Whether `patience` evaluations in a row had no lower loss on dev. It depends on the records alone."""
         patience = self.config.patience
         if patience is None or not self.records:
             return False
@@ -117,7 +117,7 @@ class Scores:
         return len(losses) - 1 - losses.index(min(losses)) >= patience
 
     def diverged(self) -> str | None:
-        """What is wrong with the last evaluation, in words; None if nothing is."""
+        """The fault of the last evaluation in words; None if it has none."""
         last = self.records[-1]
         if self.usable(last):
             return None
@@ -134,7 +134,7 @@ class Scores:
         return (record["dev"].get(self.metric, 0.0), -loss) if self.metric else (-loss,)
 
     def _sigma(self) -> dict[str, Any]:
-        """The block scales of the step before, by block, where there are any."""
+        """The block scales of the step before, by block, if there are any."""
         optimizer = self.setup.optimizer
         if optimizer.scale is None or not optimizer.steps:
             return {}
@@ -143,7 +143,7 @@ class Scores:
 
 
 def _all_finite(model: nn.Module) -> bool:
-    """Whether every weight that is trained is finite."""
+    """Whether every trained weight is finite."""
     return all(bool(p.detach().isfinite().all()) for p in model.parameters() if p.requires_grad)
 
 

@@ -55,26 +55,26 @@ from metazo.tuner.file import Tuner
 with needs("llm"):
     from transformers.utils import logging as transformers_logging
 
-DRIFT = 1e-4  # relative difference of coefficients from the log's that another device's rounding explains
+DRIFT = 1e-4  # largest relative difference of coefficients from the log's that rounding on another device explains
 _NEEDED = {"weights": str, "method": str, "settings": dict}
 
 
 @dataclass
 class Replayed:
-    """What a replay did."""
+    """The result of a replay."""
 
     steps: int
-    """Steps taken again."""
+    """Number of steps taken."""
     seconds: float
-    """Of the steps alone."""
+    """Time of the steps alone."""
     weights: str
-    """Hash of the model rebuilt."""
+    """Hash of the rebuilt model."""
     identical: bool | None
-    """Whether that is the model the run kept; None if the log does not say."""
+    """Whether it is the model that the run kept; None if the log does not record its hash."""
     differences: list[str]
-    """What of the environment differs from that of the run, in words."""
+    """Differences of the environment from that of the run, in words."""
     distance: float | None
-    """Of weights that are not identical, from those in the run's own folder: relative, by the Euclidean norm over all."""
+    """Relative Euclidean distance of all weights from those in the run's own folder, if they are not identical."""
     loaded: LoadedModel
     """The model in memory."""
 
@@ -175,7 +175,7 @@ def _replay(
 
 
 def _environment(header: dict[str, Any], found: Scan, loaded: LoadedModel) -> list[str]:
-    """What may explain other last bits than the run's: empty only if everything that is recorded is the same."""
+    """Differences that may explain other last bits than the run's: empty only if everything that is recorded is equal."""
     then = header.get("environment")
     now = environment(next(loaded.model.parameters()).device)
     if not isinstance(then, dict):
