@@ -1,10 +1,10 @@
-"""The README's table of methods, by probing and never by hand.
+"""Makes the README's table of methods by probing each method.
 
     python benchmarks/capabilities.py            # probe, write docs/capabilities.json and the table in README.md
     python benchmarks/capabilities.py --render   # the table again from the JSON, without probing
 
-Each cell is what happened to a Llama of 0.4 M random weights (float32): closure calls counted, combinations tried, a run saved
-in the middle and taken up again. Memory is from torch's own allocation records of steps on a Llama of 134 M weights.
+Each cell is measured on a Llama of 0.4 M random weights (float32): closure calls are counted, combinations are tried, and a
+run is saved in the middle and resumed. Memory is from torch's own allocation records of steps on a Llama of 134 M weights.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def tiny(dtype: torch.dtype = torch.float32) -> nn.Module:
 
 
 def sized() -> nn.Module:
-    """134 M weights; what they are does not matter to memory."""
+    """A model of 134 M weights; their values do not affect memory."""
     with torch.device("meta"):
         model = LlamaForCausalLM._from_config(LlamaConfig(**SIZES["134M"]))
     model.to_empty(device="cpu")
@@ -99,7 +99,7 @@ def forwards_per_step(name: str) -> float:
 
 
 def extra_memory(name: str) -> tuple[float, float]:
-    """State, and the most that was allocated at once during a step, in multiples of the weights' bytes."""
+    """State, and peak allocation during a step, in multiples of the weights' bytes."""
     model = sized()
     optimizer = make(name, model)
     losses = itertools.cycle((1.0, 0.5, 0.75))
@@ -108,7 +108,7 @@ def extra_memory(name: str) -> tuple[float, float]:
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     state = sum(tensor.numel() * tensor.element_size() for tensor in optimizer.tensors_state().values())
     peak = 0
-    for _ in range(2):  # the second is another kind of step with some methods
+    for _ in range(2):  # with some methods the second step is of another kind
         with torch.profiler.profile(profile_memory=True) as profile:
             optimizer.step(lambda: next(losses))
         events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
@@ -119,7 +119,7 @@ def extra_memory(name: str) -> tuple[float, float]:
 
 
 def resumes_exactly(name: str) -> bool:
-    """A run saved after 5 of 12 steps and taken up by a fresh optimizer ends on the same bits."""
+    """Whether a run that is saved after 5 of 12 steps and resumed by a new optimizer ends with the same bits."""
     whole, cut = tiny(), tiny()
     one, first = make(name, whole), make(name, cut)
     for _ in range(STEPS):

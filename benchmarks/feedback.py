@@ -1,12 +1,12 @@
-"""Feedback methods beside their rivals on real tasks: all-MiniLM-L6-v2, label-phrase prototypes, last two layers trained.
+"""Compares feedback methods with others on real tasks: all-MiniLM-L6-v2, label-phrase prototypes, last two layers trained.
 
     python benchmarks/feedback.py minilm --data FOLDER --out benchmarks/feedback.json       # about 15 minutes on one core
     python benchmarks/feedback.py cosines --model pico --tasks pico_topic --out benchmarks/feedback_cosines.json
     python benchmarks/feedback.py architectures                                             # the table of docs/feedback.md
 
 FOLDER/<task>/{labels.json,train.jsonl,validation.jsonl}: rows {"text", "label"}, labels.json with "names" and "prompt".
-Every method has its learning rate chosen from a grid on a seed of its own and is then run on other seeds. Costs are in forward
-passes of the trained layers: MeZO 2 per step, first-order and feedback 3 (every position carries loss, graphs kept).
+The learning rate of every method is chosen from a grid on a separate seed; the method then runs on other seeds. Costs are in
+forward passes of the trained layers: MeZO 2 per step, first-order and feedback 3 (every position carries loss, graphs kept).
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class Bench:
         split: Any = model._split
         split.known = self.lower.setdefault(layers, {})  # the lower layers are the same in every run
         with torch.no_grad():
-            rows = self.train + self.held_out  # all, so that no run pays for the lower layers
+            rows = self.train + self.held_out  # compute all inputs, so that no run's time includes the lower layers
             logits = torch.cat([model(**self.collate(rows[k : k + 50])[0]).logits for k in range(0, len(rows), 50)])
             logits = logits[: len(self.train)]
             head.offset.copy_(logits.mean(0))
@@ -167,7 +167,7 @@ def run(bench: Bench, contender: Contender, lr: float, seed: int, budget: int) -
 
 
 class Runs:
-    """The results file: a run that is in it is not run again."""
+    """The results file, whose runs are not repeated."""
 
     def __init__(self, path: Path):
         self.path = path

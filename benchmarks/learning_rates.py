@@ -1,10 +1,10 @@
-"""The demo's learning rates: a grid for each method, on a seed of its own, the same tuner for all.
+"""Chooses the demo's learning rates from a grid for each method, on a separate seed, with the same tuner for all.
 
     python benchmarks/learning_rates.py --demo runs/demo --out benchmarks/learning_rates.json
 
-Each method runs both tasks of the demo at 1,000 forward passes for each rate. Chosen is the rate with the lowest mean of
-the two losses on dev among those whose next higher rate has not diverged: on another seed the best rate itself may. The
-seed (1000) is none that anything is reported on. What the file of --out holds stays: remove it for another tuner.
+Each method runs both tasks of the demo at 1,000 forward passes for each rate. The chosen rate has the lowest mean of the
+two losses on dev among those whose next higher rate has not diverged, because on another seed the best rate itself may
+diverge. No result is reported on the seed (1000). Results in the file of --out are kept: remove it for another tuner.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from metazo.runs.finetune import run_settings
 
 SEED, FORWARDS = 1000, 1000
 GRID = (7.5e-5, 1.5e-4, 2.1e-4, 3e-4, 4.2e-4, 6e-4)
-DIVERGED = 1e4  # for the loss of a run that stopped because ten steps in a row were bad
+DIVERGED = 1e4  # the loss of a run that stopped because ten steps in a row were bad
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
     python benchmarks/meta_objectives.py --out benchmarks/meta_objectives.json
 
 Networks are meta-trained on one task and deployed on others, all arms with the same number of forward passes. The
-learning rate of each arm is chosen on a grid with a seed of its own by the loss on dev; reported are other seeds, each
+learning rate of each arm is chosen from a grid on a separate seed by the loss on dev. Results are on other seeds, each
 with networks of its own meta-seed: dev loss before and after, mean and standard deviation over seeds.
 """
 
@@ -58,7 +58,7 @@ def meta_train(loaded, task: str, recipe: str, seed: int, steps: int) -> MetaRun
         steps=steps,
         seed=seed,
         teacher_lr=0.01,
-        restart_every=0.5,  # the teacher is done with a pico task within two epochs
+        restart_every=0.5,  # the teacher learns a pico task within two epochs
         **RECIPES[recipe],
     )
     run = MetaRun(model, named_tensors(model), [PreparedTask(prepared)], config)

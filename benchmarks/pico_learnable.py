@@ -3,9 +3,9 @@
     python benchmarks/pico_learnable.py --out benchmarks/pico_learnable.json
 
 First order: Adam. Zeroth order: plain MeZO-SGD (Malladi et al. 2023) in twelve lines, so that the figure
-rests on nothing but torch; eps 1e-3, two forward passes a step. Both draw batches of 16 from 1,000 train
+depends on nothing but torch; eps 1e-3, two forward passes per step. Both draw batches of 16 from 1,000 train
 rows. Each learning rate starts from the same weights; the best is chosen by the loss on 300 validation rows and
-reported on 1,000 test rows, that is on held-out words and templates. One seed. Tasks already in the file of --out stay.
+reported on 1,000 test rows with held-out words and templates. One seed. Tasks already in the file of --out are kept.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def batches_of(task: str, tokenizer, rows: list[dict], size: int = 16, seed: int
 
 
 def learn(task: str, original, tokenizer, args: argparse.Namespace) -> dict[str, Any]:
-    """[loss, accuracy] on test before and after, with the rate chosen; MeZO's share of Adam's loss reduction."""
+    """[loss, accuracy] on test before and after, at the chosen rate; and MeZO's loss reduction as a fraction of Adam's."""
     train, validation, test = (
         grammar.examples(task, split, n) for split, n in (("train", 1000), ("validation", 300), ("test", 1000))
     )

@@ -1,14 +1,14 @@
-"""What each precision policy does to the weights, and what it costs. Writes benchmarks/precision.json.
+"""Measures the exactness and cost of each precision policy. Writes benchmarks/precision.json.
 
     python benchmarks/precision.py               # everything: about 10 minutes on two cores
-    python benchmarks/precision.py exactness     # one part anew, the other as it was; cost is the other
+    python benchmarks/precision.py exactness     # only one part anew (exactness or cost); the other is kept
     python benchmarks/precision.py table         # the table again from the JSON
 
-Exactness, on a layer of 262,144 weights of standard deviation .02 at eps 1e-3, 1,000 steps each: *drift* at learning rate 0,
-the rms of what changed over the rms of the weights; and the *cosine* between the applied and the wanted update at
+Exactness, on a layer of 262,144 weights of standard deviation 0.02 at eps 1e-3, 1,000 steps each: *drift* at learning rate
+0, the rms of the change over the rms of the weights; and the *cosine* between the applied and the exact update at
 lr c = 1e-6, of theta as the policy keeps it, and of the weights that the model sees. Cost, on a Llama of 134 M random
-weights at batch 1, length 32: bytes a weight beside the weights, kept and at the peak of a step, and the time of a step
-over that of two forward passes of the same closure in the same type. The published loop stands beside them.
+weights at batch 1, length 32: bytes per weight in addition to the weights, kept and at the peak of a step, and the time of
+a step over that of two forward passes of the same closure in the same type. The published loop is measured as well.
 """
 
 from __future__ import annotations

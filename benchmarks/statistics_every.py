@@ -1,8 +1,9 @@
-"""What reading the weights' statistics only every N steps does to the block scales. Writes benchmarks/statistics_every.json.
+"""Measures the effect on block scales of reading the weights' statistics only every N steps. Writes
+benchmarks/statistics_every.json.
 
     python benchmarks/statistics_every.py        # about a minute on two cores
 
-pico on pico_sentiment, 300 steps of batch 16 with statistics read at every step. Beside it, along the same weights and losses,
+pico on pico_sentiment, 300 steps of batch 16 with statistics read at every step. For the same weights and losses it computes
 the scales that readings every N steps would have given: by N, the largest relative difference of kappa sigma of any block at
 any step, and the mean over blocks and steps. RMS rule, and a tuner of the zoo (log features).
 """

@@ -12,11 +12,11 @@ Zeroth-order methods estimate a gradient from losses at perturbed weights: no ba
     loss = optimizer.step(lambda: loss_of(model, batch))
 
 finetune      fine-tune a model on a task, or on a loss of your own
-evaluate      loss and metrics of a model, or of what a run kept
+evaluate      loss and metrics of a model, or of a run's kept model
 replay        rebuild a tuned model from its base model and its step log
 meta_train    train a tuner, which chooses the perturbation scale of each block of weights
 compare       run several methods with searched learning rates and several seeds
-load_model    a transformers model with its tokenizer, or what a run kept
+load_model    a transformers model with its tokenizer, or a run's kept model
 load_tuner    a tuner by file, zoo name, Hub id or address
 prepare       a task's rows, encoded for a model
 UserError     raised for input that metazo cannot work with

@@ -54,7 +54,7 @@ COMMANDS = {
     "report": "report.report",
     "env": "env.env",
 }
-"""Where each command is, in this package."""
+"""The module and function of each command, in this package."""
 
 
 @cache
