@@ -110,7 +110,7 @@ def _cosine(a: Tensor, b: Tensor) -> float:
 
 
 def memory(optimizer: MeZO | PublishedLoop, closure: Callable[[], Tensor], weights: int) -> dict[str, float]:
-    """Bytes a weight, kept, and allocated within a step beyond what a forward pass allocates."""
+    """Bytes per weight that are kept, and that a step allocates beyond those of a forward pass."""
     kept = [] if isinstance(optimizer, PublishedLoop) else optimizer.tensors_state().values()
     with torch.inference_mode():
         forward = _peak(closure)
