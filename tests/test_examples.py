@@ -40,7 +40,13 @@ def test_meta_training_and_publishing(tmp_path):
     assert (tmp_path / "zoo" / "pico" / "v1" / "tuner.safetensors").is_file()
 
 
-def test_a_task_of_your_own(tmp_path):
+def test_a_task_of_your_own_in_memory():
+    text = run(EXAMPLES / "own_task.py")
+    losses = [float(value) for value in re.findall(r"loss on dev (\d\.\d+)", text)]
+    assert losses[-1] < 0.8 * losses[0] and "a row of no split: good" in text, text
+
+
+def test_a_task_of_your_own_on_the_command_line(tmp_path):
     sizes = ["--train-examples", "100", "--dev-examples", "20", "--test-examples", "20", "--eval-every", "25"]
     settings = ["--scale", "rms", "--lr", "3e-4", "--steps", "25", *sizes, "--out", tmp_path / "run", "--json"]
     run("-m", "metazo_cli.main", "finetune", "--model", "pico", "--task", EXAMPLES / "own_task.yaml", *settings)

@@ -153,7 +153,8 @@ def _describe_model(values: dict[str, Any], loaded: LoadedModel) -> None:
 
 
 def _task(given: Given, values: dict[str, Any], task: Any, data: Any) -> None:
-    """A task by name or as an object; its rows in a folder or in memory."""
+    """A task by name, file or as an object; its rows in a folder or in memory."""
+    task = str(task) if isinstance(task, Path) else task
     if isinstance(data, str | Path) or data is None:
         values["data"] = None if data is None else Path(data)
     else:
