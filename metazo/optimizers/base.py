@@ -42,6 +42,7 @@ from metazo.blocks import NamedTensor, check_names
 from metazo.errors import UserError
 from metazo.noise import Noise, PhiloxNoise
 from metazo.optimizers import probing as probings
+from metazo.optimizers import ranks
 from metazo.optimizers.groups import Closure, listed, mean_over_processes, named_groups, trainable
 from metazo.optimizers.guards import LossWatch, check_weights
 from metazo.optimizers.registry import Method
@@ -82,6 +83,8 @@ class ZOOptimizer(Method, Optimizer):
         rule: what is done with the estimate; None takes the method's own.
         precision: how theta is stored while it is probed; see metazo.step.precision.
         probing: "in-turn", or for low-rank directions "together" or "auto"; see metazo.optimizers.probing.
+        check_every: steps between comparisons of seed, settings and weights over the processes of torch.distributed, the
+            first step included; 0 for none. Each costs one pass over the weights.
         check_loss: whether the first step evaluates its first probe once more, to warn about a loss that differs at the
             same weights. Neither the counters nor the global generators notice.
 
@@ -93,7 +96,7 @@ class ZOOptimizer(Method, Optimizer):
     """
 
     name = "base"
-    common = frozenset({"eps", "seed", "noise", "scale", "rule", "precision", "probing", "check_loss"})
+    common = frozenset({"eps", "seed", "noise", "scale", "rule", "precision", "probing", "check_loss", "check_every"})
     low_rank = False
     """Whether the method's directions have factors on matrices, so that probes can be evaluated together."""
     estimator: Estimator = TwoPoint()
@@ -113,6 +116,7 @@ class ZOOptimizer(Method, Optimizer):
         precision: str = "auto",
         probing: str = "in-turn",
         check_loss: bool = True,
+        check_every: int = 100,
     ):
         _numbers(lr=lr, eps=eps, weight_decay=weight_decay)
         if eps == 0:
@@ -129,6 +133,9 @@ class ZOOptimizer(Method, Optimizer):
         self.recorder: Callable[[Step], None] | None = None
         self.max_loss = sys.float_info.max
         self._ready = self._seen = False
+        if not isinstance(check_every, int) or check_every < 0:
+            raise UserError(f"`check_every` must be a whole number of at least 0, not {check_every}.")
+        self.check_every, self._compared = check_every, False
         self.loss_watch = LossWatch(check_loss and self.replayable)
         self.zo_state: State = {}
         super().__init__(named_groups(params), {"lr": lr, "weight_decay": weight_decay})
@@ -203,14 +210,20 @@ class ZOOptimizer(Method, Optimizer):
                 counted, not called.
 
         Returns: the loss at theta if the method evaluates it, else the mean over its probes. If a loss is not finite, the
-        weights are put back as they were, the step is recorded without coefficients, and the loss returned is not finite
-        either. An exception in the closure leaves the weights as they were. Raises UserError for a replay of a method
-        whose steps do not follow from their records.
+        weights are put back, the step is recorded without coefficients, and the loss returned is not finite either. An
+        exception in the closure puts the weights back too. Masters and compensated weights are put back bit for bit;
+        weights in place keep the rounding of adding and removing the probe, about 3e-8 of them in float32. Raises
+        UserError for a replay of a method whose steps do not follow from their records, for a closure that returns no
+        number, for weights that hold no numbers here, and if processes differ in seed, settings or weights.
         """
         if replay is not None and not self.replayable:
             raise UserError(f"A step of {self.name} does not follow from its record: it cannot be replayed.")
         self._prepare()
         state, step = self.zo_state, self.steps
+        due = self.check_every and (not self._compared or step % self.check_every == 0)
+        if due and replay is None and ranks.together():
+            ranks.check_ranks(self)
+            self._compared = True
         estimator, closures = self.estimator_for(state, step), listed(self.closure_for(state, step, closure))
         seeds = list(replay.seeds) if replay else self.draw_seeds(step, estimator.queries)
         direction, scales = self._scaled(self.propose(state, step, seeds), state, step)

@@ -65,9 +65,20 @@ def fingerprint(named_shapes: Iterable[tuple[str, Sequence[int] | None]]) -> str
     return sha256(json.dumps(pairs, separators=(",", ":"), ensure_ascii=False).encode()).hexdigest()
 
 
+def plain_name(name: str) -> str:
+    """A tensor's name in the model itself, without what torch.compile, peft and DataParallel or DDP add to it."""
+    name = name.replace("_orig_mod.", "").replace(".base_layer.", ".")
+    for prefix in ("module.", "base_model.model."):
+        name = name.removeprefix(prefix)
+    return name
+
+
 def fit(blocks: Sequence[BlockSpec], named_shapes: NamedShapes) -> Match:
-    """Compare a tuner's blocks with all parameters of a model, including frozen ones."""
-    model = {name: tuple(int(n) for n in shape) for name, shape in named_shapes}
+    """Compare a tuner's blocks with all parameters of a model, including frozen ones, by `plain_name`."""
+    named_shapes = list(named_shapes)
+    real = {plain_name(name): name for name, _ in named_shapes}
+    model = {plain_name(name): tuple(int(n) for n in shape) for name, shape in named_shapes}
+    blocks = [BlockSpec(b.name, [(plain_name(name), shape) for name, shape in b.tensors]) for b in blocks]
     matched, covered, listed, differences = [], set(), set(), []
     for index, block in enumerate(blocks):
         listed.update(name for name, _ in block.tensors)
@@ -81,7 +92,7 @@ def fit(blocks: Sequence[BlockSpec], named_shapes: NamedShapes) -> Match:
     differences.extend(unlisted)
     return Match(
         matched=matched,
-        unmatched=[name for name in model if name not in covered],
+        unmatched=[real[name] for name in model if name not in covered],
         differences=differences[:3],
         different=len(differences),
         names_only=any(shape is None for block in blocks for _, shape in block.tensors),

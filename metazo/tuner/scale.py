@@ -14,6 +14,7 @@ from metazo.blocks import NamedTensor
 from metazo.errors import UserError
 from metazo.step.scales import STATISTICS_EVERY, BlockScale, State, floored_rms
 from metazo.tuner.file import Tuner
+from metazo.tuner.match import plain_name
 from metazo.tuner.networks import PertNN
 
 FEATURES = ("published", "log")
@@ -72,8 +73,9 @@ class TunerScale(BlockScale):
             raise UserError("A tuner scale needs the tuner's networks (pertnn).")
         if self.features not in FEATURES or self.parametrisation not in PARAMETRISATIONS:
             raise UserError(f"features {self.features!r} with parametrisation {self.parametrisation!r} is unknown.")
-        names = [block.name for block in self.blocks]
-        row_of = {name: row for row, name in enumerate(names if self.networks is None else self.networks)}
+        names = [plain_name(block.name) for block in self.blocks]
+        networks = names if self.networks is None else self.networks
+        row_of = {plain_name(name): row for row, name in enumerate(networks)}
         if len(row_of) != self.pertnn.blocks:
             raise UserError(f"The tuner has {self.pertnn.blocks} networks for {len(row_of)} blocks.")
         known = [i for i, name in enumerate(names) if name in row_of]
