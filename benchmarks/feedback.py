@@ -60,15 +60,15 @@ def _first_order(name: str):
 CONTENDERS = {
     "mezo": Contender(lambda m, lr: MeZO(m.named_parameters(), lr=lr), (1e-4, 4e-4, 1.6e-3), 2, 600),
     "mezo, rms scale": Contender(
-        lambda m, lr: MeZO(m.named_parameters(), lr=lr, scale="rms"), (1e-4, 4e-4, 1.6e-3), 2, 600
+        lambda m, lr: MeZO(m.named_parameters(), lr=lr, scale="rms"), (2.5e-5, 1e-4, 4e-4, 1.6e-3), 2, 600
     ),
-    "skip-feedback": Contender(_structured(SkipFeedback), (2e-3, 5e-3, 1.2e-2), 3, 200),
+    "skip-feedback": Contender(_structured(SkipFeedback), (2e-3, 5e-3, 1.2e-2, 3e-2), 3, 200),
     "skip-feedback, gradient steps": Contender(
-        _structured(SkipFeedback, normalise=False), (1e-2, 4e-2, 1.6e-1), 3, 200
+        _structured(SkipFeedback, normalise=False), (1e-2, 4e-2, 1.6e-1, 6.4e-1), 3, 200
     ),
-    "skip-feedback, last layer": Contender(_structured(SkipFeedback), (2e-3, 5e-3, 1.2e-2), 3, 200, layers=1),
-    "exact, block by block": Contender(_structured(AnswerColumn), (2e-3, 5e-3, 1.2e-2), 3, 200),
-    "first-order AdamW": Contender(_first_order("first-order-adamw"), (1e-4, 3e-4, 1e-3), 3, 200),
+    "skip-feedback, last layer": Contender(_structured(SkipFeedback), (2e-3, 5e-3, 1.2e-2, 3e-2), 3, 200, layers=1),
+    "exact, block by block": Contender(_structured(AnswerColumn), (2e-3, 5e-3, 1.2e-2, 3e-2), 3, 200),
+    "first-order AdamW": Contender(_first_order("first-order-adamw"), (1e-4, 3e-4, 1e-3, 3e-3), 3, 200),
 }
 
 

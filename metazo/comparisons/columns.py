@@ -106,7 +106,8 @@ def resolve(entries: Iterable[str | dict[str, Any]], tuner: str | None = None) -
 
 def _named(name: str) -> list[Column]:
     if name == "all":
-        own = [each for each in names() if each != "all" and not (each in METHODS and METHODS[each].needs_tuner)]
+        left_out = {"all", *(key for key, cls in METHODS.items() if cls.needs_tuner or cls.needs)}
+        own = [each for each in names() if each not in left_out]
         return [column for each in own for column in _named(each)]
     if name == "random-tuner":
         return [Column(f"{name}-{n}", "zo-finetuner", {"tuner": f"random:{n}"}) for n in range(RANDOM_TUNERS)]

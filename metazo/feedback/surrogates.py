@@ -81,7 +81,7 @@ class MeanJacobian:
             raise UserError(
                 f"The feedback map has width {down.shape[0]} and the model {delta.shape[-1]}: fit one for it."
             )
-        return self.trust[index] * (delta + (delta @ down.to(delta.dtype)) @ self.up[index].to(delta.dtype))
+        return self.trust[index] * (delta + (delta @ down.to(delta)) @ self.up[index].to(delta))
 
 
 def matrix(surrogate: MeanJacobian, index: int) -> Tensor:

@@ -21,9 +21,11 @@ from typing import Literal
 
 from metazo.errors import UserError
 from metazo.feedback.surrogates import Column, Exact, Surrogate
+from metazo.optimizers.registry import register
 from metazo.optimizers.structured import Structured
 
 
+@register
 class AnswerColumn(Structured):
     """Errors are propagated from block to block along the column. Arguments, cost and limits: see `Structured`.
 

@@ -14,31 +14,46 @@ Where not to use: without inputs like those of the task to fit on. See docs/feed
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 
+import torch
+
+from metazo.blocks import NamedTensor
 from metazo.errors import UserError
 from metazo.feedback.jacobian import load_jacobian
 from metazo.feedback.surrogates import MeanJacobian, Surrogate
+from metazo.optimizers.base import State
+from metazo.optimizers.registry import register
 from metazo.optimizers.structured import Structured
 
 
+@register
 class Feedback(Structured):
     """Every block is given delta B_l. Arguments, cost and limits: see `Structured`.
 
-    Args: jacobian: what `fit_jacobian` returned, or the file that `save_jacobian` wrote.
+    Args: jacobian: the file of feedback matrices that `save_jacobian` wrote, or what `fit_jacobian` returned.
     """
 
     name = "feedback"
     paper = "ours"
+    needs = ("jacobian",)
 
-    def __init__(
-        self, params: Iterable, lr: float = 1e-3, *, jacobian: MeanJacobian | str | Path | None = None, **rest
-    ):
+    def __init__(self, params: Iterable, lr: float = 1e-3, *, jacobian: str | MeanJacobian | None = None, **rest):
         if jacobian is None:
             raise UserError("feedback needs `jacobian`, a file of feedback matrices; fit one, or use skip-feedback.")
         self.jacobian = jacobian if isinstance(jacobian, MeanJacobian) else load_jacobian(jacobian)
         super().__init__(params, lr, **rest)
+
+    def init(self, tensors: Sequence[NamedTensor]) -> State:
+        """The maps are part of the state, so that a resumed run has those that it began with."""
+        device, given = tensors[0].param.device, self.jacobian
+        down = {index: value.to(device, copy=True) for index, value in given.down.items()}
+        up = {index: value.to(device, copy=True) for index, value in given.up.items()}
+        trust = {index: torch.tensor(float(value), dtype=torch.float64) for index, value in given.trust.items()}
+        self.jacobian = MeanJacobian(down, up, trust)  # type: ignore[arg-type]
+        kinds = {"down": down, "up": up, "trust": trust}
+        maps = {f"jacobian/{kind}/{index}": value for kind, found in kinds.items() for index, value in found.items()}
+        return super().init(tensors) | maps
 
     def surrogate(self) -> Surrogate:
         return self.jacobian

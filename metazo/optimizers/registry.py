@@ -19,7 +19,7 @@ import inspect
 import os
 import pkgutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -74,6 +74,8 @@ class Method:
     """Whether the constructor takes the model, as `model`."""
     needs_tuner: bool = False
     """Whether the constructor must be given a tuner's scale."""
+    needs: tuple[str, ...] = ()
+    """Hyperparameters that must be given: a comparison of all methods leaves the method out."""
     moments: int = 0
     """Copies of the weights that come with the first step and that `tensors_state` does not show before it."""
     contract_case: Case = Case()
@@ -85,6 +87,11 @@ class Method:
     max_loss: float
     noise: Any = None
     scale: Any = None
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What a user should be told after a run, a sentence each."""
+        return ()
 
     @classmethod
     def resolve(cls, options: Mapping[str, Any], model: nn.Module, closure: Callable[[], Any]) -> dict[str, Any]:

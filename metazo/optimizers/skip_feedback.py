@@ -17,9 +17,11 @@ or a few positions carry loss, `answer-column` costs the same and is exact along
 from __future__ import annotations
 
 from metazo.feedback.surrogates import Skip, Surrogate
+from metazo.optimizers.registry import register
 from metazo.optimizers.structured import Structured
 
 
+@register
 class SkipFeedback(Structured):
     """Every block is given delta. Arguments, cost and limits: see `Structured`."""
 

@@ -20,6 +20,7 @@ residual stream, dropout, several processes. There the methods that perturb weig
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -86,6 +87,7 @@ class Structured(ZOOptimizer):
     replayable = False
     own_rule = "has its own step, normalised per tensor"
     common = frozenset({"seed", "precision"})
+    search_rate = 3e-3
 
     def __init__(
         self,
@@ -107,8 +109,12 @@ class Structured(ZOOptimizer):
             raise UserError(f"`momentum_rank` must be a whole number of at least 1, not {momentum_rank}.")
         self.model, self.normalise, self.recompute = model, normalise, recompute
         self.momentum, self.momentum_rank = momentum, momentum_rank
-        self.vanished = 0
         super().__init__(params, lr, weight_decay=weight_decay, seed=seed, precision=precision)
+
+    @classmethod
+    def hyperparameters(cls) -> dict[str, inspect.Parameter]:
+        perturbing = inspect.signature(ZOOptimizer.__init__).parameters  # eps, noise, scale, ...: of no use here
+        return {key: p for key, p in super().hyperparameters().items() if key not in perturbing}
 
     def surrogate(self) -> Surrogate:
         """Which error each block's output is given."""
@@ -130,15 +136,37 @@ class Structured(ZOOptimizer):
         names = {id(tensor.param): tensor.name for tensor in tensors}
         self.by_name = {tensor.name: tensor for tensor in tensors}
         self._find_blocks()
+        state = {
+            "feedback/reached": torch.zeros(len(tensors), dtype=torch.bool),
+            "feedback/vanished": torch.zeros((), dtype=torch.int64),
+        }
         if not self.momentum:
-            return {}
+            return state
         matrices = {names[id(m.weight)] for m in linear_maps(self.model) if id(m.weight) in names}
         self.factored = FactoredMomentum(self.momentum, self.momentum_rank, matrices)
-        return self.factored.init(tensors)
+        return state | self.factored.init(tensors)
 
     @property
     def untouched(self) -> list[str]:
-        return self.local.untouched
+        if not self.steps:
+            return []
+        return [tensor.name for tensor, there in zip(self.tensors, self.zo_state["feedback/reached"]) if not there]
+
+    @property
+    def vanished(self) -> int:
+        return int(self.zo_state["feedback/vanished"]) if self.steps else 0
+
+    @property
+    def notes(self) -> list[str]:
+        found = []
+        if self.untouched:
+            names, count = ", ".join(self.untouched[:3]), len(self.untouched)
+            found.append(
+                f"{self.name} has no estimate for {count} trained tensors, which stay as they are, such as {names}."
+            )
+        if self.vanished:
+            found.append(f"{self.vanished} updates of single tensors were left out: their estimate was not finite.")
+        return found
 
     def forwards_per_step(self, closures: int = 1) -> float:
         """In forward passes of the trained blocks, if every position carries loss: the pass, running blocks again, pulling
@@ -165,6 +193,8 @@ class Structured(ZOOptimizer):
         loss = captured.loss
         if replay and replay.losses != (loss,):
             raise UserError(f"Step {self.steps} was recorded with loss {replay.losses[0]} and gives {loss} now.")
+        reached = [tensor.name not in self.local.untouched for tensor in self.tensors]
+        self.zo_state["feedback/reached"] |= torch.tensor(reached)
         deltas = [one.delta for one in captured.passes]
         finite = abs(loss) <= self.max_loss and all(bool(d.isfinite().all()) for d in deltas)  # type: ignore[union-attr]
         rates = replay.lr if replay else self.learning_rates(self.steps)
@@ -202,7 +232,7 @@ class Structured(ZOOptimizer):
         """What the estimate of a tensor is multiplied by: 1, or the tensor's norm by the estimate's."""
         square = gradient.square_norm(name)
         if not math.isfinite(square):
-            self.vanished += 1
+            self.zo_state["feedback/vanished"] += 1
             return 0.0
         if not self.normalise:
             return 1.0

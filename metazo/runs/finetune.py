@@ -248,7 +248,7 @@ class _Run:
         config, loaded, records = self.config, self.setup.loaded, self.scores.records
         best = self.scores.best()
         kept = best["step"] if config.keep == "best" else self.optimizer.steps
-        notes = [*self.prepared.notes, *self._divergence(kept), *self._stopped_early()]
+        notes = [*self.prepared.notes, *self.optimizer.notes, *self._divergence(kept), *self._stopped_early()]
         if config.keep == "best":
             self._load_best(kept)
         test = self.scores.on("test") if config.test_examples else {}

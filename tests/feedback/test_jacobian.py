@@ -121,7 +121,7 @@ def test_files(tmp_path) -> None:
         torch.equal(again.down[k], fitted.down[k]) and torch.equal(again.up[k], fitted.up[k]) for k in fitted.down
     )
     before = closures[0]().item()
-    optimizer = Feedback(model.named_parameters(), 1e-2, model=model, jacobian=tmp_path / "f.safetensors")
+    optimizer = Feedback(model.named_parameters(), 1e-2, model=model, jacobian=str(tmp_path / "f.safetensors"))
     losses = [optimizer.step(closures[0]) for _ in range(5)]
     assert losses[0] == pytest.approx(before) and losses[-1] < 0.95 * before
     (tmp_path / "g.safetensors").write_bytes(b"\0" * 40)

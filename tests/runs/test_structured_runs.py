@@ -1,0 +1,75 @@
+"""Feedback methods in the run loop: from settings to a tuned model, and resumed after a stop."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from safetensors.torch import load_file
+
+from metazo.errors import UserError
+from metazo.feedback.jacobian import fit_jacobian, save_jacobian
+from metazo.models.load import load_model
+from metazo.optimizers import METHODS
+from metazo.runs.config import FinetuneConfig
+from metazo.runs.finetune import finetune
+from metazo.runs.replay import replay
+from metazo.tasks import get, prepare
+
+COMMON = {
+    "model": "pico", "task": "pico_topic", "lr": 0.02, "batch_size": 4, "train_examples": 40, "dev_examples": 16,
+    "test_examples": 16, "eval_every": 4, "snapshot_every": 4, "schedule": "linear", "max_length": 64,
+}  # fmt: skip
+
+
+def run(out: Path, **settings):
+    return finetune(FinetuneConfig(**{**COMMON, "out": out} | settings), Console(quiet=True))
+
+
+def test_a_run_learns_and_refuses_a_replay(tmp_path: Path) -> None:
+    summary = run(tmp_path / "run", optimizer="answer-column", steps=8)
+    assert summary["dev"]["loss"] < 0.8 * summary["before"]["loss"]
+    assert summary["forwards"] == 8 * 4
+    with pytest.raises(UserError, match="cannot be replayed: its method is 'answer-column'"):
+        replay(tmp_path / "run" / "steps.jsonl", base="pico", out=tmp_path / "again")
+
+
+def test_feedback_takes_its_maps_from_a_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="`optimizer` feedback needs `jacobian`, which has no default"):
+        run(tmp_path / "none", optimizer="feedback", steps=2)
+    loaded = load_model("pico")
+    prepared = prepare(get("pico_topic"), loaded, train=16, dev=0, test=0, max_length=64)
+    losses = [lambda batch=batch: prepared.loss(loaded.model, batch) for batch in prepared.batches(prepared.train, 4)]
+    save_jacobian(tmp_path / "maps.safetensors", fit_jacobian(loaded.model.eval(), losses, rank=4))
+    method = {"jacobian": str(tmp_path / "maps.safetensors")}
+    summary = run(tmp_path / "run", optimizer="feedback", steps=8, method=method)
+    assert summary["dev"]["loss"] < 0.5 * summary["before"]["loss"]
+    assert METHODS["feedback"].needs == ("jacobian",)
+
+
+@pytest.mark.parametrize("optimizer", ["skip-feedback", "answer-column"])
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(optimizer: str, tmp_path: Path, monkeypatch) -> None:
+    method = {"momentum": 0.5, "momentum_rank": 4}
+    run(tmp_path / "whole", optimizer=optimizer, steps=8, method=method)
+
+    real, count = METHODS[optimizer].step, [0]
+
+    def stops(self, *args, **named):
+        count[0] += 1
+        if count[0] == 7:
+            raise KeyboardInterrupt
+        return real(self, *args, **named)
+
+    monkeypatch.setattr(METHODS[optimizer], "step", stops)
+    with suppress(BaseException):  # however the loop ends
+        run(tmp_path / "cut", optimizer=optimizer, steps=8, method=method)
+    assert count[0] == 7 and not (tmp_path / "cut" / "summary.json").exists()
+    monkeypatch.setattr(METHODS[optimizer], "step", real)
+    run(tmp_path / "cut", optimizer=optimizer, steps=8, method=method, resume=True)
+    one, two = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "cut"))
+    assert one.keys() == two.keys() and all(bool((one[key] == two[key]).all()) for key in one)
+    first, second = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "cut"))
+    assert first["dev"] == second["dev"] and first["notes"] == second["notes"]
