@@ -31,7 +31,7 @@ from metazo.optimizers.structured import Structured
 class Feedback(Structured):
     """Every block is given delta B_l. Arguments, cost and limits: see `Structured`.
 
-    Args: jacobian: the file of feedback matrices that `save_jacobian` wrote, or what `fit_jacobian` returned.
+    Args: jacobian: a file of feedback matrices (metazo.feedback.jacobian.save_jacobian), or the matrices themselves.
     """
 
     name = "feedback"
