@@ -150,7 +150,7 @@ def run(bench: Bench, contender: Contender, lr: float, seed: int, budget: int) -
     batches, steps = bench.batches(seed), round(budget / contender.cost)
     marks = {round(b / contender.cost): b for b in BUDGETS if b <= budget}
     curve, seconds = [[0, *bench.score(model)]], 0.0
-    if hasattr(optimizer, "noise"):
+    if getattr(optimizer, "noise", None) is not None:
         optimizer.noise = type(optimizer.noise)(seed)
     for step in range(1, steps + 1):
         for group in optimizer.param_groups:
