@@ -15,7 +15,7 @@ from metazo.feedback.jacobian import fit_jacobian, save_jacobian
 from metazo.models.load import load_model
 from metazo.optimizers import METHODS
 from metazo.runs.config import FinetuneConfig
-from metazo.runs.finetune import finetune
+from metazo.runs.finetune import run_settings
 from metazo.runs.replay import replay
 from metazo.tasks import get, prepare
 
@@ -26,7 +26,7 @@ COMMON = {
 
 
 def run(out: Path, **settings):
-    return finetune(FinetuneConfig(**{**COMMON, "out": out} | settings), Console(quiet=True))
+    return run_settings(FinetuneConfig(**{**COMMON, "out": out} | settings), Console(quiet=True))
 
 
 def test_a_run_learns_and_refuses_a_replay(tmp_path: Path) -> None:
