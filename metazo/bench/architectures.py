@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from metazo.io.extras import needs
+
 VOCABULARY, LENGTH, ROWS = 61, 7, 3
 _IDS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _WIDE = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 24}
@@ -82,7 +84,8 @@ class Tiny:
 
 def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tiny:
     """A tiny random model by name (NAMES), in evaluation mode, with weights large enough for every module to matter."""
-    import transformers
+    with needs("llm"):
+        import transformers
 
     model_class, config_class, settings = (CAUSAL | MASKED | CLASSIFIERS)[name]
     config = getattr(transformers, config_class)(**settings)
