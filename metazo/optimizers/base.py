@@ -82,7 +82,8 @@ class ZOOptimizer(Method, Optimizer):
         scale: block scales: None, "rms", or a BlockScale (a tuner's).
         rule: what is done with the estimate; None takes the method's own.
         precision: how theta is stored while it is probed; see metazo.step.precision.
-        probing: "in-turn", or for low-rank directions "together" or "auto"; see metazo.optimizers.probing.
+        probing: "in-turn", or for low-rank directions "together" or "auto"; None takes the method's own. See
+            metazo.optimizers.probing.
         check_every: steps between comparisons of seed, settings and weights over the processes of torch.distributed, the
             first step included; 0 for none. Each costs one pass over the weights.
         check_loss: whether the first step evaluates its first probe once more, to warn about a loss that differs at the
@@ -99,6 +100,7 @@ class ZOOptimizer(Method, Optimizer):
     common = frozenset({"eps", "seed", "noise", "scale", "rule", "precision", "probing", "check_loss", "check_every"})
     low_rank = False
     """Whether the method's directions have factors on matrices, so that probes can be evaluated together."""
+    default_probing = "in-turn"
     estimator: Estimator = TwoPoint()
     default_rule: Rule = SGD()
 
@@ -114,7 +116,7 @@ class ZOOptimizer(Method, Optimizer):
         scale: str | BlockScale | None = None,
         rule: Rule | None = None,
         precision: str = "auto",
-        probing: str = "in-turn",
+        probing: str | None = None,
         check_loss: bool = True,
         check_every: int = 100,
     ):
@@ -124,7 +126,7 @@ class ZOOptimizer(Method, Optimizer):
         if scale is not None and not isinstance(scale, BlockScale) and scale != "rms":
             raise UserError(f"scale {scale!r} is unknown: choose rms, or pass a tuner.")
         self.eps, self.precision = eps, precision
-        self.probing = probings.check(probing, self.low_rank, self.name)
+        self.probing = probings.check(probing or self.default_probing, self.low_rank, self.name)
         self.noise: Noise = PhiloxNoise(seed, noise) if isinstance(noise, str) else noise
         self.scale = RMSScale() if scale == "rms" else scale
         self.rule = rule or self.default_rule
@@ -190,8 +192,9 @@ class ZOOptimizer(Method, Optimizer):
 
     @classmethod
     def resolve(cls, options, model, closure) -> dict[str, Any]:
+        """As Method.resolve; how probes are evaluated is settled by trying it once."""
         options = super().resolve(options, model, closure)
-        if options.get("probing") == "auto" and cls.low_rank:
+        if cls.low_rank and (options.get("probing") or cls.default_probing) != "in-turn":
             options["probing"] = probings.settle(cls(model.named_parameters(), **options), closure)
         return options
 

@@ -108,9 +108,9 @@ class LOZO(ZOOptimizer):
     @classmethod
     def resolve(cls, options, model, closure) -> dict[str, Any]:
         """As the base; `form` is settled under its own name."""
-        if options.get("form") != "auto" or "probing" in options:
+        if "probing" in options or FORMS.get(options.get("form", "weights")) == "in-turn":
             return super().resolve(options, model, closure)
-        found = super().resolve({**options, "probing": "auto"}, model, closure).pop("probing")
+        found = super().resolve({**options, "probing": FORMS[options["form"]]}, model, closure)["probing"]
         return {**options, "form": next(form for form, probing in FORMS.items() if probing == found)}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

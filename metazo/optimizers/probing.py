@@ -59,17 +59,21 @@ def losses_together(
         if form != UNDECIDED:
             raise
         form.fill_(IN_TURN)
-        if not isinstance(error, TooLarge):
-            reason = str(error).split("\n")[0]
-            warnings.warn(
-                f"{optimizer.name} falls back to evaluating its probes in turn: the closure cannot be vectorised "
-                f"({reason}).",
-                stacklevel=6,
-            )
+        _say(optimizer, error, 7)
         return in_turn()
     form.fill_(TOGETHER)
     optimizer.forwards += len(losses) * sum(getattr(evaluate, "batches", 1) for evaluate in closures)
     return losses
+
+
+def _say(optimizer: Any, error: Exception, level: int) -> None:
+    """Why probes are evaluated in turn after all; a batch that is too large for "auto" is no news."""
+    if not isinstance(error, TooLarge):
+        reason = str(error).split("\n")[0]
+        warnings.warn(
+            f"{optimizer.name} falls back to evaluating its probes in turn: the closure cannot be vectorised ({reason}).",
+            stacklevel=level,
+        )
 
 
 def _one_pass(optimizer: Any, probes: Probes, closures: Sequence[Closure]) -> list[float]:
@@ -91,12 +95,13 @@ def _one_pass(optimizer: Any, probes: Probes, closures: Sequence[Closure]) -> li
 
 @torch.no_grad()
 def settle(optimizer: Any, closure: Closure) -> str:
-    """What "auto" comes to for this closure, found by evaluating it once; no weights are moved."""
+    """What the optimizer's probing comes to for this closure, found by evaluating it once; no weights are moved."""
     optimizer._prepare()
     seeds = [optimizer.noise.seed(0, query) for query in range(optimizer.estimator.queries)]
     direction = optimizer.propose(optimizer.zo_state, 0, seeds)
     try:
         _one_pass(optimizer, optimizer.displacements(optimizer.estimator, direction, seeds), [closure])
-    except Exception:
+    except Exception as error:
+        _say(optimizer, error, 5)
         return "in-turn"
     return "together"

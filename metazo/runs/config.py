@@ -62,7 +62,7 @@ class FinetuneConfig:
     """Block scale; rms perturbs each tensor in proportion to the root mean square of its weights"""
     statistics_every: int | None = setting(default=None, least=1, role="method")
     """Steps between readings of the weights' statistics for a block scale; by default 50, with the published features 1"""
-    rule: Literal["method", "sgd", "momentum", "adam"] = setting(default="method", role="method")
+    rule: Literal["method", "sgd", "momentum", "adam", "meazo"] = setting(default="method", role="method")
     """Update rule for the estimate; method takes the method's own"""
     tuner: str | None = setting(default=None, role="method", hashed=True)
     """Tuner: folder, file, zoo name, Hub id, https address, auto, or random:SEED (the control)"""

@@ -96,7 +96,8 @@ class Branches(Shown):
         if len(pairs) < len(self.vectors):
             return None
         self.met.add(id(weight))
-        lefts, rights = zip(*pairs)
+        widest = max(left.shape[1] for left, _ in pairs)
+        lefts, rights = zip(*(pair if pair[0].shape[1] == widest else _padded(*pair, widest) for pair in pairs))
         shared = all(right is rights[0] for right in rights)
         return [
             (self._own(lefts, slot), rights[0] if shared else self._own(rights, slot))
@@ -122,6 +123,12 @@ class Branches(Shown):
             return bias
         self.met.add(id(bias))
         return self.make(tensor)
+
+
+def _padded(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The same product with more columns, of zeros, so that factors of several ranks can be stacked."""
+    more = (0, rank - left.shape[1])
+    return F.pad(left, more), F.pad(right, more)
 
 
 def _narrow(x: Tensor, first: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ method cannot use what it did not pay for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -148,6 +149,62 @@ class LeaveOneOut:
 
     def plus_minus(self, losses: Sequence[float]) -> tuple[float, float]:
         return mean(losses), mean(losses)
+
+    def loss(self, losses: Sequence[float]) -> float:
+        return mean(losses)
+
+
+def z_scores(losses: Sequence[float]) -> list[float]:
+    """(L - mean) / standard deviation of the population; zeros if no loss differs."""
+    centre = mean(losses)
+    spread = math.sqrt(mean([(loss - centre) ** 2 for loss in losses]))
+    return [(loss - centre) / spread if spread > 0 else 0.0 for loss in losses]
+
+
+def centred_ranks(losses: Sequence[float]) -> list[float]:
+    """Ranks from -1/2 (the lowest loss) to 1/2; equal losses share the mean of their ranks."""
+    ranks = [sum(other < loss for other in losses) + (losses.count(loss) - 1) / 2 for loss in losses]
+    return [rank / (len(losses) - 1) - 0.5 for rank in ranks]
+
+
+SHAPINGS: dict[str, Callable[[list[float]], list[float]]] = {"z-score": z_scores, "rank": centred_ranks}
+
+
+@dataclass(frozen=True)
+class Population:
+    """Shaped losses of N = members perturbed models: c_k = 1/N times the shaped loss, summed over the members along d_k.
+
+    antithetic: members are pairs at +eps and -eps along N / 2 directions; else one side of N directions.
+    """
+
+    members: int = 30
+    antithetic: bool = False
+    shaping: str = "z-score"
+
+    def __post_init__(self):
+        least = 4 if self.antithetic else 2
+        if not isinstance(self.members, int) or self.members < least or (self.antithetic and self.members % 2):
+            even = "an even number" if self.antithetic else "a whole number"
+            raise UserError(f"`population` must be {even} of at least {least}, not {self.members}.")
+        if self.shaping not in SHAPINGS:
+            raise UserError(f"`shaping` {self.shaping!r} is unknown: choose {' or '.join(SHAPINGS)}.")
+
+    @property
+    def queries(self) -> int:
+        return self.members // 2 if self.antithetic else self.members
+
+    def probes(self) -> list[Probe]:
+        signs = (1.0, -1.0) if self.antithetic else (1.0,)
+        return [Probe(k, sign) for k in range(self.queries) for sign in signs]
+
+    def coefficients(self, losses: Sequence[float], eps: float) -> list[float]:
+        shaped = SHAPINGS[self.shaping]([*losses])
+        if self.antithetic:
+            shaped = [plus - minus for plus, minus in zip(shaped[::2], shaped[1::2])]
+        return [value / self.members for value in shaped]
+
+    def plus_minus(self, losses: Sequence[float]) -> tuple[float, float]:
+        return (mean(losses[::2]), mean(losses[1::2])) if self.antithetic else (mean(losses), mean(losses))
 
     def loss(self, losses: Sequence[float]) -> float:
         return mean(losses)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 
@@ -10,12 +11,57 @@ from torch import Tensor
 
 from metazo.blocks import NamedTensor, chunk_of
 from metazo.kernels.outer import add_product_, add_products_
-from metazo.noise import LEFT, Draw, Move, Stream
+from metazo.noise import LEFT, RIGHT, Draw, Move, Stream
 from metazo.step.directions import Direction
 
 
-class LowRank(Direction):
-    """d = U V^T on matrices, U drawn and V given; the inner direction on everything else.
+class Factors(Direction):
+    """d = U V^T on the matrices for which a subclass gives the pair; the inner direction on everything else."""
+
+    inner: Direction
+
+    def is_matrix(self, tensor: NamedTensor) -> bool:
+        raise NotImplementedError
+
+    def pair(self, stream: Stream, tensor: NamedTensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """U, (m, r), and V, (n, r), of a matrix."""
+        raise NotImplementedError
+
+    def touches(self, tensor: NamedTensor) -> bool:
+        return self.is_matrix(tensor) or self.inner.touches(tensor)
+
+    def factors(self, stream, tensor) -> tuple[Tensor, Tensor] | None:
+        if not self.is_matrix(tensor):
+            return None
+        return self.pair(stream, tensor, torch.promote_types(tensor.param.dtype, torch.float32))
+
+    def add_(self, stream, tensor, out, alpha, beta=1.0, start=0) -> None:
+        if self.is_matrix(tensor):
+            add_to_rows_(tensor, out, *self.pair(stream, tensor, out.dtype), alpha, beta, start)
+        else:
+            self.inner.add_(stream, tensor, out, alpha, beta, start)
+
+    def add_all_(self, stream, moves) -> None:
+        self.inner.add_all_(stream, [move for move in moves if not self.is_matrix(move.tensor)])
+        matrices = [move for move in moves if self.is_matrix(move.tensor)]
+        pairs = self.pairs(stream, matrices)
+        add_products_([(move.out, *pair, move.alpha, move.beta) for move, pair in zip(matrices, pairs)])
+
+    def pairs(self, stream: Stream, matrices: Sequence[Move]) -> list[tuple[Tensor, Tensor]]:
+        """The pair of each, in the type of the tensor that it is added to."""
+        return [self.pair(stream, move.tensor, move.out.dtype) for move in matrices]
+
+    def place_(self, stream, tensor, out, base, alpha) -> None:
+        (super() if self.is_matrix(tensor) else self.inner).place_(stream, tensor, out, base, alpha)
+
+    def draw(self, stream, tensor, dtype=None, start=0, count=None) -> Tensor:
+        if not self.is_matrix(tensor):
+            return self.inner.draw(stream, tensor, dtype, start, count)
+        return added_to_zeros(self, stream, tensor, dtype, start, count)
+
+
+class LowRank(Factors):
+    """U drawn and V given (LOZO).
 
     Args: inner; right: V by tensor name, (n, r), for the tensors to treat so.
     """
@@ -23,13 +69,16 @@ class LowRank(Direction):
     def __init__(self, inner: Direction, right: Mapping[str, Tensor]):
         self.inner, self.right = inner, right
 
-    def touches(self, tensor: NamedTensor) -> bool:
-        return tensor.name in self.right or self.inner.touches(tensor)
+    def is_matrix(self, tensor: NamedTensor) -> bool:
+        return tensor.name in self.right
 
     def draws(self, tensor: NamedTensor) -> Iterable[Draw]:
         if tensor.name in self.right:
             return [(tensor, self._left_shape(tensor), LEFT)]
         return self.inner.draws(tensor)
+
+    def pair(self, stream, tensor, dtype) -> tuple[Tensor, Tensor]:
+        return self.left(stream, tensor, dtype), self.right[tensor.name]
 
     def left(self, stream: Stream, tensor: NamedTensor, dtype: torch.dtype) -> Tensor:
         """U of the tensor. Returns: (m, r)."""
@@ -38,30 +87,8 @@ class LowRank(Direction):
     def _left_shape(self, tensor: NamedTensor) -> tuple[int, int]:
         return tensor.param.shape[0], self.right[tensor.name].shape[1]
 
-    def factors(self, stream, tensor) -> tuple[Tensor, Tensor] | None:
-        right = self.right.get(tensor.name)
-        return None if right is None else (self.left(stream, tensor, right.dtype), right)
-
-    def add_(self, stream, tensor, out, alpha, beta=1.0, start=0) -> None:
-        right = self.right.get(tensor.name)
-        if right is None:
-            self.inner.add_(stream, tensor, out, alpha, beta, start)
-        else:
-            add_to_rows_(tensor, out, self.left(stream, tensor, out.dtype), right, alpha, beta, start)
-
-    def add_all_(self, stream, moves) -> None:
-        self.inner.add_all_(stream, [move for move in moves if move.tensor.name not in self.right])
-        matrices = [move for move in moves if move.tensor.name in self.right]
-        lefts = self._lefts(stream, matrices)
-        add_products_(
-            [
-                (out, left, self.right[tensor.name], alpha, beta)
-                for (tensor, out, alpha, beta), left in zip(matrices, lefts)
-            ]
-        )
-
-    def _lefts(self, stream: Stream, matrices: Sequence[Move]) -> list[Tensor]:
-        """U of each, in the type of the tensor that it is added to: drawn at once, in memory taken at once."""
+    def pairs(self, stream: Stream, matrices: Sequence[Move]) -> list[tuple[Tensor, Tensor]]:
+        """As the base; every U is drawn at once, in memory taken at once."""
         lefts: list[Tensor] = []
         for _, group in groupby(matrices, lambda move: (move.out.dtype, move.out.device)):
             together = list(group)
@@ -70,15 +97,63 @@ class LowRank(Direction):
             drawn = memory.split([rows * rank for rows, rank in shapes])
             lefts += [left.view(shape) for left, shape in zip(drawn, shapes)]
         stream.add_all_([Move(move.tensor, left, 1.0) for move, left in zip(matrices, lefts)], LEFT)
-        return lefts
+        return [(left, self.right[move.tensor.name]) for move, left in zip(matrices, lefts)]
 
-    def place_(self, stream, tensor, out, base, alpha) -> None:
-        (super() if tensor.name in self.right else self.inner).place_(stream, tensor, out, base, alpha)
 
-    def draw(self, stream, tensor, dtype=None, start=0, count=None) -> Tensor:
-        if tensor.name not in self.right:
-            return self.inner.draw(stream, tensor, dtype, start, count)
-        return added_to_zeros(self, stream, tensor, dtype, start, count)
+class Projected(Factors):
+    """U given and V drawn (ZO-Muon: U is the basis P of a subspace).
+
+    Args: inner; basis: U by tensor name, (m, r), for the tensors to treat so.
+    """
+
+    def __init__(self, inner: Direction, basis: Mapping[str, Tensor]):
+        self.inner, self.basis = inner, basis
+
+    def is_matrix(self, tensor: NamedTensor) -> bool:
+        return tensor.name in self.basis
+
+    def _right_shape(self, tensor: NamedTensor) -> tuple[int, int]:
+        return math.prod(tensor.param.shape[1:]), self.basis[tensor.name].shape[1]
+
+    def draws(self, tensor: NamedTensor) -> Iterable[Draw]:
+        if tensor.name in self.basis:
+            return [(tensor, self._right_shape(tensor), RIGHT)]
+        return self.inner.draws(tensor)
+
+    def pair(self, stream, tensor, dtype) -> tuple[Tensor, Tensor]:
+        return self.basis[tensor.name], self.right(stream, tensor, dtype)
+
+    def right(self, stream: Stream, tensor: NamedTensor, dtype: torch.dtype) -> Tensor:
+        """V of the tensor. Returns: (n, r)."""
+        return stream.draw(tensor, self._right_shape(tensor), RIGHT, dtype)
+
+
+class DrawnFactors(Factors):
+    """U and V drawn, d = U V^T / sqrt(r): the mean square of an entry is 1 (EGGROLL).
+
+    Args: inner; ranks: r by tensor name, for the tensors to treat so.
+    """
+
+    def __init__(self, inner: Direction, ranks: Mapping[str, int]):
+        self.inner, self.ranks = inner, ranks
+
+    def is_matrix(self, tensor: NamedTensor) -> bool:
+        return tensor.name in self.ranks
+
+    def _shapes(self, tensor: NamedTensor) -> tuple[tuple[int, int], tuple[int, int]]:
+        rank = self.ranks[tensor.name]
+        return (tensor.param.shape[0], rank), (math.prod(tensor.param.shape[1:]), rank)
+
+    def draws(self, tensor: NamedTensor) -> Iterable[Draw]:
+        if tensor.name not in self.ranks:
+            return self.inner.draws(tensor)
+        left, right = self._shapes(tensor)
+        return [(tensor, left, LEFT), (tensor, right, RIGHT)]
+
+    def pair(self, stream, tensor, dtype) -> tuple[Tensor, Tensor]:
+        left, right = self._shapes(tensor)
+        u = stream.draw(tensor, left, LEFT, dtype).div_(math.sqrt(self.ranks[tensor.name]))
+        return u, stream.draw(tensor, right, RIGHT, dtype)
 
 
 class Held(Direction):

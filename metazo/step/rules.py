@@ -7,6 +7,7 @@ without buffers can choose the length of the step (MEAZO) and the update is stil
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -114,4 +115,35 @@ class Adam(Rule):
         theta.mul_(1 - decay).addcdiv_(m, spread, value=-lr / (1 - first**count))
 
 
-RULES = {"sgd": SGD, "momentum": Momentum, "adam": Adam}
+@dataclass(frozen=True)
+class ScalarMoment(Rule):
+    """theta <- theta - lr (g / (sqrt(v) + stability) + weight_decay theta), with one number v of state (MEAZO).
+
+    v is the bias-corrected moving average of (sum of the step's coefficients)^2. The coefficients of an average over q
+    directions are divided by q already, so their sum is the mean projected gradient.
+    """
+
+    beta: float = 0.999
+    stability: float = 1e-8
+    fused = True
+
+    def __post_init__(self):
+        if not 0 <= self.beta < 1:
+            raise UserError(f"`beta` must be at least 0 and below 1, not {self.beta}.")
+        if not self.stability > 0:
+            raise UserError(f"`stability` must be above 0, not {self.stability}.")
+
+    def init(self, tensors: Sequence[NamedTensor]) -> State:
+        return {"meazo/moment": torch.zeros((), dtype=torch.float64), "meazo/steps": torch.zeros((), dtype=torch.int64)}
+
+    def begin(self, state: State, coefficients: Sequence[float]) -> float:
+        moment, steps = state["meazo/moment"], state["meazo/steps"]
+        steps += 1
+        moment.fill_(self.beta * float(moment) + (1 - self.beta) * math.fsum(coefficients) ** 2)
+        return 1 / (math.sqrt(float(moment) / (1 - self.beta ** int(steps))) + self.stability)
+
+    def apply(self, tensor, start, theta, add, lr, decay, state) -> None:
+        add(theta, -lr, 1 - decay)
+
+
+RULES = {"sgd": SGD, "momentum": Momentum, "adam": Adam, "meazo": ScalarMoment}

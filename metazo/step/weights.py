@@ -97,6 +97,8 @@ class Weights:
             for term in wanted
         ]
         for change in changes if self.in_place else ():
+            if change.amount == 0:
+                continue
             moves = [
                 Move(tensor, self._theta(tensor), change.amount) for tensor in self.in_place if change.touches(tensor)
             ]

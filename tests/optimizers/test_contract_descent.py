@@ -90,4 +90,4 @@ def test_one_step_descends(name):
         take(make(name, problem.named(), 1e-6, seed=seed), problem)
         moves = zip(problem.parameters(), start, gradient)
         descents += sum(float(((p.detach() - s) * g).sum()) for p, s, g in moves) < 0
-    assert descents >= (39 if case(name).along == "sign" else 54)
+    assert descents >= (54 if case(name).along == "span" else 39)

@@ -1,0 +1,53 @@
+"""MEAZO (Dbouk, Gazagnadou, Reisser and Louizos, "On Adaptivity in Zeroth-Order Optimization", arXiv 2605.03869): MeZO with
+a step length from one number of state.
+
+    c_k = (L(theta + eps z_k) - L(theta - eps z_k)) / (2 eps),   g = mean_k c_k                    k = 1 .. queries
+    v  <- beta v + (1 - beta) g^2                                v^ = v / (1 - beta^t),  t = 1 at the first step
+    theta <- theta - lr / (sqrt(v^) + stability) mean_k(c_k z_k)
+
+Adam's second moment of a zeroth-order estimate says little of single weights and much of the size of g; MEAZO keeps only
+the latter. The rule is `rule="meazo"` (metazo.step.rules.ScalarMoment) and goes with every method; this class is MeZO under it.
+
+The paper's text was not at hand; a public restatement of its algorithm was. It has 1 - beta^(t-1) in v^ with steps that
+count from 2, which is the same; beta and stability are not in it: 0.999 and 1e-8 are Adam's.
+
+Where not to use: if the learning rate is to follow the slope: the length of a step is about lr |z| on every slope, so
+that with a constant learning rate it does not settle at a minimum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from metazo.optimizers.mezo import MeZO
+from metazo.optimizers.registry import Case, register
+from metazo.step.rules import ScalarMoment
+
+
+@register
+class MEAZO(MeZO):
+    """MeZO with a scalar second moment. Forwards per step: 2 queries. Extra memory: two numbers.
+
+    State: meazo/moment, v; meazo/steps, t.
+
+    Args:
+        beta: weight of the second moment before, at least 0 and below 1; 0.999 as in Adam.
+        stability: zeta, added to the root of the second moment; 1e-8 as in Adam.
+    """
+
+    name, paper = "meazo", "arXiv 2605.03869"
+    own_rule = "is MeZO with a rule already; use `optimizer='mezo'` with `rule`"
+    contract_case = Case(quadratic=0.02, stiff=0.02, llama=3e-3, saddle=0.02)
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 1e-6,
+        eps: float = 1e-3,
+        *,
+        beta: float = 0.999,
+        stability: float = 1e-8,
+        **common,
+    ):
+        common.setdefault("rule", ScalarMoment(beta, stability))
+        super().__init__(params, lr, eps, **common)
