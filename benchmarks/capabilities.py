@@ -93,7 +93,9 @@ def forwards_per_step(name: str) -> float:
     optimizer, loss, calls = make(name, model), loss_of(model), itertools.count()
     for _ in range(STEPS):
         optimizer.step(lambda: (next(calls), loss())[1])
-    if optimizer.wants_full_closure:  # its closure was called as well
+    if (
+        optimizer.wants_full_closure or optimizer.probing != "in-turn"
+    ):  # another closure was called, or one for all probes
         return optimizer.forwards / STEPS
     return next(calls) / STEPS
 

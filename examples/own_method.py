@@ -39,7 +39,7 @@ class ScalarSecondMoment(Rule):
         return {"second_moment": torch.zeros(2, dtype=torch.float64)}  # v, and the count of steps
 
     def begin(self, state, coefficients):
-        g, moment = sum(coefficients) / len(coefficients), state["second_moment"]
+        g, moment = sum(coefficients), state["second_moment"]  # an average over queries is divided already
         moment[0] = self.beta * moment[0] + (1 - self.beta) * g**2
         moment[1] += 1
         v, count = moment.tolist()

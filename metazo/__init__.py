@@ -39,17 +39,21 @@ if TYPE_CHECKING:
     from metazo.models.assemble import load as load_model  # noqa: F401
     from metazo.optimizers.curvzo import CurvZO as CurvZO
     from metazo.optimizers.dominant_layer import DominantLayer as DominantLayer
+    from metazo.optimizers.eggroll import EGGROLL as EGGROLL
+    from metazo.optimizers.es import ES as ES
     from metazo.optimizers.fzoo import FZOO as FZOO
     from metazo.optimizers.hizoo import HiZOO as HiZOO
     from metazo.optimizers.hizoo_l import HiZOOL as HiZOOL
     from metazo.optimizers.loren import LOREN as LOREN
     from metazo.optimizers.lozo import LOZO as LOZO
     from metazo.optimizers.lozo import LOZOM as LOZOM
+    from metazo.optimizers.meazo import MEAZO as MEAZO
     from metazo.optimizers.mezo import MeZO as MeZO
     from metazo.optimizers.mezo import MeZOAdam as MeZOAdam
     from metazo.optimizers.mezo import MeZOMomentum as MeZOMomentum
     from metazo.optimizers.svrg import MeZOSVRG as MeZOSVRG
     from metazo.optimizers.zo_finetuner import ZOFinetuner as ZOFinetuner
+    from metazo.optimizers.zo_muon import ZOMuon as ZOMuon
     from metazo.runs.call import finetune as finetune
     from metazo.runs.measure import evaluate as evaluate
     from metazo.runs.replay import replay as replay
