@@ -14,7 +14,7 @@ from metazo.optimizers import METHODS, OPTIMIZERS
 from metazo.optimizers.base import Update, ZOOptimizer
 from metazo.optimizers.registry import register
 from metazo.runs.config import FinetuneConfig
-from metazo.runs.finetune import finetune
+from metazo.runs.finetune import run_settings
 from metazo.runs.replay import replay
 from metazo.settings import build
 from metazo.step.estimators import AtTheta
@@ -96,7 +96,7 @@ def test_the_update_is_the_gradient(precision):
 
 
 def run(out, **extra):
-    return finetune(build(FinetuneConfig, RUN, {"out": out}, extra))
+    return run_settings(build(FinetuneConfig, RUN, {"out": out}, extra))
 
 
 def test_a_killed_run_computes_its_steps_again_and_a_log_is_refused(tmp_path):
