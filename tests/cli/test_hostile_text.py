@@ -256,9 +256,10 @@ def test_one_module_prints() -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             match node:
                 case ast.Call(func=ast.Name(id="print")) | ast.Call(func=ast.Attribute(attr="echo" | "secho")):
-                    found.append(f"{path.name}:{node.lineno}")
+                    found.append(path.name)
                 case ast.ImportFrom(module="rich.console", names=names) if any(n.name == "Console" for n in names):
-                    found.append(f"{path.name}:{node.lineno}")
+                    found.append(path.name)
                 case ast.ImportFrom(module="rich", names=names) if any(n.name == "print" for n in names):
-                    found.append(f"{path.name}:{node.lineno}")
-    assert found == ["memory.py:113"]  # the result of a process of the bench, which another process reads
+                    found.append(path.name)
+    # a program that makes data, and the result of a process of the bench, which another process reads
+    assert sorted(found) == ["books.py", "memory.py"]
