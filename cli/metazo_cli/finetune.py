@@ -15,7 +15,7 @@ from metazo.errors import UserError
 from metazo.io.terminal import Console, print_json
 from metazo.optimizers import METHODS
 from metazo.runs.config import FinetuneConfig
-from metazo.runs.method import hyperparameters, methods
+from metazo.runs.method import hint, hyperparameters, methods
 
 from . import options
 from .messages import Terminal
@@ -33,23 +33,14 @@ def _method_flags() -> list[inspect.Parameter]:
         defaults = {name: parameter.default for name, parameter in owning}
         shown = "; ".join(f"{name}: {_shown(default)}" for name, default in defaults.items())
         text = _argument_help(METHODS[owning[0][0]], key)
-        hint = _hint(owning[0][1], owning[0][0])
-        made.append(options.parameter(key, hint, f"{text} ({shown})", panel="Hyperparameters of methods"))
+        made.append(
+            options.parameter(key, hint(owning[0][0], key), f"{text} ({shown})", panel="Hyperparameters of methods")
+        )
     return made
 
 
 def _shown(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def _hint(parameter: inspect.Parameter, method: str) -> Any:
-    import typing
-
-    for cls in METHODS[method].__mro__:
-        hints = typing.get_type_hints(cls.__init__) if "__init__" in vars(cls) else {}
-        if parameter.name in hints:
-            return hints[parameter.name]
-    return str
 
 
 def _argument_help(cls: type, key: str) -> str:
@@ -100,7 +91,7 @@ def finetune(
     if as_json:
         print_json(summary)
         return
-    _show_result(console, summary, settings)
+    show_result(console, summary, settings)
 
 
 def _began(folder: Path | None, values: dict[str, Any]) -> dict[str, Any]:
@@ -133,7 +124,7 @@ def _show_plan(plan: dict[str, Any], as_json: bool) -> None:
     Console().print(table)
 
 
-def _show_result(console: Console, summary: dict[str, Any], settings: FinetuneConfig) -> None:
+def show_result(console: Console, summary: dict[str, Any], settings: FinetuneConfig) -> None:
     table = Table(title=Text(f"{summary['task']}, {summary['optimizer']}, {summary['forwards']:,} forward passes"))
     parts = {"before (dev)": summary["before"], f"step {summary['kept_step']} (dev)": summary["dev"]}
     parts["test"] = summary["test"]

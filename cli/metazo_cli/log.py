@@ -11,10 +11,11 @@ from rich.table import Table
 from metazo.errors import UserError
 from metazo.io.terminal import Console, print_json, print_line
 from metazo.runs.folder import STEPS
-from metazo.steplog.format import scan
+from metazo.steplog.format import Scan, scan
 
 app = typer.Typer(help="Show, verify, compare and repair step logs.", no_args_is_help=True)
 
+DRAWN = 1e30
 LogArgument = Annotated[Path, typer.Argument(help="A step log, or the folder of a run.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
@@ -31,16 +32,21 @@ def show(
     as_json: JsonOption = False,
 ) -> None:
     """Show the header of a log, its steps, and the course of the loss."""
-    from metazo.steplog.inspect import curve, sparkline, summary
+    from metazo.steplog.inspect import summary
 
     found = scan(_file(log))
-    figures = summary(found)
     if plot is not None:
-        _plot(plot, found)
+        draw(plot, found)
     if as_json:
-        print_json({"header": found.header, **figures, "damage": found.damage})
-        return
-    console = Console()
+        print_json({"header": found.header, **summary(found), "damage": found.damage})
+    else:
+        tell(found, last, Console())
+
+
+def tell(found: Scan, last: int, console: Console) -> None:
+    """Show a log: its header, its figures, and the last steps."""
+    from metazo.steplog.inspect import curve, sparkline, summary
+
     about = Table("header", "")
     for key, value in found.header.items():
         if isinstance(value, dict):
@@ -48,7 +54,7 @@ def show(
         about.add_row(key, str(value))
     console.print(about)
     table = Table("log", "")
-    for key, value in figures.items():
+    for key, value in summary(found).items():
         table.add_row(key, _shown(value))
     console.print(table)
     losses = [loss for _, loss in curve(found)]
@@ -69,14 +75,18 @@ def _shown(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def _plot(path: Path, found: Any) -> None:
+def draw(path: Path, found: Scan) -> None:
+    """Loss and learning rate against the step. Numbers beyond DRAWN, and those that are not finite, are left out."""
     from metazo.plots.curves import plot_curves
     from metazo.steplog.inspect import curve
 
     panels = {
-        "loss (mean over a step's probes)": {"loss": curve(found)},
-        "learning rate": {"lr": [(step.step, step.lr[0]) for step in found.steps if step.lr]},
+        "loss (mean over a step's probes)": {"loss": [point for point in curve(found) if abs(point[1]) < DRAWN]},
+        "learning rate": {"lr": [(s.step, s.lr[0]) for s in found.steps if s.lr and abs(s.lr[0]) < DRAWN]},
     }
+    panels = {name: lines for name, lines in panels.items() if any(lines.values())}
+    if not panels:
+        raise UserError(f"{found.path} holds no loss or learning rate that can be drawn; leave --plot out.")
     plot_curves(panels, path, x="step", y="", title=f"{found.header.get('task')}, {found.header.get('method')}")
 
 
@@ -103,19 +113,25 @@ def diff(a: LogArgument, b: LogArgument, as_json: JsonOption = False) -> None:
     found = compare(scan(_file(a)).sound(), scan(_file(b)).sound())
     if as_json:
         print_json(found)
-    elif found["same"]:
-        print_line(f"the same, {found['steps'][0]} steps")
     else:
-        table = Table("", "field", str(a), str(b))
-        for row in found["headers"]:
-            table.add_row("header", row["field"], _shown(row["a"]), _shown(row["b"]))
-        for row in (found["first"] or {"fields": []})["fields"]:
-            table.add_row(f"step {found['first']['step']}", row["field"], _shown(row["a"]), _shown(row["b"]))
-        Console().print(table)
-        first = f"the first different step is {found['first']['step']}" if found["first"] else "all steps are the same"
-        print_line(f"{first}; {found['steps'][0]} and {found['steps'][1]} steps")
+        tell_differences(found, a, b, Console())
     if not found["same"]:
         raise typer.Exit(1)
+
+
+def tell_differences(found: dict[str, Any], a: Path, b: Path, console: Console) -> None:
+    """Show what `metazo.steplog.inspect.diff` found in two logs."""
+    if found["same"]:
+        console.print(f"the same, {found['steps'][0]} steps")
+        return
+    table = Table("", "field", str(a), str(b))
+    for row in found["headers"]:
+        table.add_row("header", row["field"], _shown(row["a"]), _shown(row["b"]))
+    for row in (found["first"] or {"fields": []})["fields"]:
+        table.add_row(f"step {found['first']['step']}", row["field"], _shown(row["a"]), _shown(row["b"]))
+    console.print(table)
+    first = f"the first different step is {found['first']['step']}" if found["first"] else "all steps are the same"
+    console.print(f"{first}; {found['steps'][0]} and {found['steps'][1]} steps")
 
 
 @app.command()

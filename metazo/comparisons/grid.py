@@ -15,8 +15,9 @@ from metazo.comparisons.columns import ZERO_SHOT, Column, resolve
 from metazo.errors import UserError
 from metazo.io.files import write_whole
 from metazo.runs.config import FinetuneConfig
-from metazo.settings import build, check_values
+from metazo.settings import build, check_number, check_values
 
+MOST_EXTENSIONS, MOST_WORKERS = 100, 1024
 SEARCH_SEED = 1000  # searches count from here, reported runs from 0
 # The grid sets the budgets; a run's result is the only thing that is kept of it.
 OF_A_RUN: dict[str, Any] = {"keep": "none", "snapshot_every": 0}
@@ -66,8 +67,9 @@ class Grid:
         for name in ("budget", "seeds", "search_seeds", "workers"):
             if getattr(self, name) < 1:
                 raise UserError(f"`{name}` must be at least 1, not {getattr(self, name)}.")
-        if self.extensions < 0:
-            raise UserError(f"`extensions` must be at least 0, not {self.extensions}.")
+        check_number("extensions", self.extensions, least=0, most=MOST_EXTENSIONS)
+        check_number("search_seeds", self.search_seeds, most=SEARCH_SEED)
+        check_number("workers", self.workers, most=MOST_WORKERS)
         if not 0 < self.search_budget <= 1:
             raise UserError(
                 f"`search_budget` is a fraction of the budget above 0 and up to 1, not {self.search_budget}."

@@ -25,11 +25,10 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
-from metazo.errors import UserError
 from metazo.noise import Noise
 from metazo.optimizers.base import State, Update, ZOOptimizer
 from metazo.optimizers.registry import Case, register
-from metazo.step.estimators import OneSided
+from metazo.step.estimators import OneSided, check_queries
 
 
 @register
@@ -58,8 +57,7 @@ class FZOO(ZOOptimizer):
         compat: Literal["paper", "official"] = "paper",
         **common,
     ):
-        if queries < 2:
-            raise UserError(f"queries must be at least 2 to have a spread, not {queries}.")
+        check_queries(queries, 2, " to have a spread")
         self.estimator = OneSided(queries)
         super().__init__(params, lr, eps, noise=noise, **common)
 

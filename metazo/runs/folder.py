@@ -18,7 +18,7 @@ from metazo.io.files import is_file, read_capped, write_whole
 from metazo.io.lines import LineFile
 from metazo.io.lock import NAME as LOCK
 from metazo.io.lock import FolderLock
-from metazo.io.plain import parse_json, shown
+from metazo.io.plain import MAX_JSON_BYTES, parse_json, shown
 from metazo.io.tensorfile import read_tensors, write_tensors
 from metazo.steplog.format import change
 
@@ -244,9 +244,10 @@ class RunFolder:
             shutil.rmtree(temporary, ignore_errors=True)
 
     def summary(self) -> dict[str, Any] | None:
-        """The result of a complete run."""
-        with suppress(OSError, ValueError, TypeError):
-            return dict(parse_json((self.path / SUMMARY).read_text()))
+        """The result of a complete run; None if there is none, or something that no run writes."""
+        with suppress(UserError, ValueError):
+            found = parse_json(read_capped(self.path / SUMMARY, MAX_JSON_BYTES, "summary"))
+            return found if _is_summary(found) else None
         return None
 
     def complete(self, summary: dict[str, Any]) -> None:
@@ -266,3 +267,18 @@ class RunFolder:
                 self._clear_unneeded()
             finally:
                 self.close()
+
+
+def _is_summary(found: Any) -> bool:
+    """Whether a JSON value has the fields of a summary that are shown, each of its type."""
+    if not isinstance(found, dict):
+        return False
+    scores = [found.get(name) for name in ("before", "dev", "test")]
+    numbers = [found.get(name) for name in ("forwards", "kept_step", "seconds")]
+    for part in scores:
+        if not isinstance(part, dict):
+            return False
+        numbers += part.values()
+    return all(isinstance(found.get(name, 0), str | None) for name in ("task", "optimizer")) and all(
+        isinstance(number, int | float) and not isinstance(number, bool) for number in numbers
+    )

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import inspect
+import typing
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from metazo import zoo
 from metazo.blocks import NamedTensor, partition, tensor_id
 from metazo.errors import UserError
+from metazo.io.plain import shown
 from metazo.optimizers import METHODS
 from metazo.optimizers.registry import method
 from metazo.runs.config import FinetuneConfig
+from metazo.settings import MOST, check_number
 from metazo.step.rules import RULES
 from metazo.step.scales import STATISTICS_EVERY, BlockScale, RMSScale
 from metazo.tuner.file import Tuner
@@ -28,6 +32,29 @@ def methods() -> list[str]:
 def hyperparameters(name: str) -> dict[str, inspect.Parameter]:
     """A method's own hyperparameters; none if the name is not a method."""
     return METHODS[name].hyperparameters() if name in METHODS else {}
+
+
+def hint(name: str, key: str) -> Any:
+    """The type of a method's hyperparameter, as its constructor states it."""
+    for cls in METHODS[name].__mro__:
+        hints = typing.get_type_hints(cls.__init__) if "__init__" in vars(cls) else {}
+        if key in hints:
+            return hints[key]
+    return str
+
+
+def _option(name: str, key: str, value: Any) -> Any:
+    """A hyperparameter's value, converted if it is a number or a flag. Raises UserError for what is neither."""
+    wanted = hint(name, key)
+    if not set(typing.get_args(wanted) or (wanted,)) <= {int, float, bool, type(None)}:
+        return value
+    try:
+        value = TypeAdapter(wanted).validate_python(value)
+    except ValidationError as error:
+        raise UserError(f"`{key}` is {shown(value)}: {error.errors()[0]['msg']}.") from error
+    if isinstance(value, int | float):
+        check_number(key, value, most=MOST if isinstance(value, int) else None)
+    return value
 
 
 def block_scale(config: FinetuneConfig, model: nn.Module) -> BlockScale | None:
@@ -81,6 +108,7 @@ def arguments(config: FinetuneConfig, model: nn.Module) -> dict[str, Any]:
     for key in cls.needs:
         if key not in chosen:
             raise UserError(f"`optimizer` {name} needs `{key}`, which has no default.")
+    chosen = {key: _option(name, key, value) for key, value in chosen.items()}
     settings: dict[str, Any] = {"weight_decay": config.weight_decay}
     if config.lr is not None:
         settings["lr"] = config.lr

@@ -45,6 +45,17 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
+MOST_QUERIES = 2**16
+"""A log or recipe that asks for more is refused: the list of its probes alone would fill the memory."""
+
+
+def check_queries(queries: int, least: int = 1, why: str = "") -> None:
+    """Raises UserError for a number of queries below `least` (`why` says what it is needed for) or above MOST_QUERIES."""
+    if not least <= queries <= MOST_QUERIES:
+        wanted = f"at least {least}{why}" if queries < least else f"at most {MOST_QUERIES:,}"
+        raise UserError(f"queries must be {wanted}, not {queries}.")
+
+
 @dataclass(frozen=True)
 class TwoPoint:
     """c_k = (L(theta + eps d_k) - L(theta - eps d_k)) / (2 eps n): SPSA, averaged over n = queries directions."""
@@ -52,8 +63,7 @@ class TwoPoint:
     queries: int = 1
 
     def __post_init__(self):
-        if self.queries < 1:
-            raise UserError(f"queries must be at least 1, not {self.queries}.")
+        check_queries(self.queries)
 
     def probes(self) -> list[Probe]:
         return [Probe(k, sign) for k in range(self.queries) for sign in (1.0, -1.0)]
@@ -137,8 +147,7 @@ class LeaveOneOut:
     queries: int = 6
 
     def __post_init__(self):
-        if self.queries < 2:
-            raise UserError(f"queries must be at least 2 to leave one out, not {self.queries}.")
+        check_queries(self.queries, 2, " to leave one out")
 
     def probes(self) -> list[Probe]:
         return [Probe(k, 1.0) for k in range(self.queries)]
@@ -217,8 +226,7 @@ class OneSided:
     queries: int = 8
 
     def __post_init__(self):
-        if self.queries < 1:
-            raise UserError(f"queries must be at least 1, not {self.queries}.")
+        check_queries(self.queries)
 
     def probes(self) -> list[Probe]:
         return [Probe(None, 0.0), *(Probe(k, 1.0) for k in range(self.queries))]

@@ -27,6 +27,10 @@ class Kind:
     """Bombs and other files made by hand, by name; each must be refused."""
     around: dict[str, bytes] = field(default_factory=dict)
     """Other files in the folder."""
+    share: int = 100
+    """Documents that the suite reads of it each time, and half as many byte mutations again."""
+    growth: int = 256
+    """MiB of address space that a process may take beyond what it had when it began to read hostile files."""
 
     def set_up(self, folder: Path) -> None:
         for name, content in self.around.items():

@@ -100,6 +100,32 @@ VALUES: st.SearchStrategy[Any] = st.recursive(
 """Values that do not belong where they are put, for JSON and YAML alike."""
 
 
+NUMBERS: list[Any] = [
+    0, -1, 10**9, 2**31, 2**63, 2**64, 10**18, 10**70, 10**400, 10**4000, 1e9, 1e38, 1e308, -1e308, 5e-324, 1e-45,
+    float("nan"), float("inf"), float("-inf"), True, None, "1e9", "²", "9" * 5000, "nan", [10**9], {"1": 1},
+]  # fmt: skip
+"""What takes the place of a number."""
+
+
+@st.composite
+def numbered(draw: st.DrawFn, trees: list[Any]) -> Any:
+    """One of the trees with one to three of its numbers replaced by hostile ones."""
+    tree = _copy(draw(st.sampled_from(trees)))
+    places = list(_numbers(tree))
+    for content, key in draw(st.lists(st.sampled_from(places), min_size=1, max_size=3)):
+        content[key] = draw(st.sampled_from(NUMBERS))
+    return tree
+
+
+def _numbers(content: Any) -> Any:
+    """Where the numbers of a tree are: (list or dict, index or key)."""
+    for key in list(content) if isinstance(content, dict) else range(len(content)):
+        if isinstance(content[key], dict | list):
+            yield from _numbers(content[key])
+        elif isinstance(content[key], int | float):
+            yield content, key
+
+
 @st.composite
 def altered(draw: st.DrawFn, trees: list[Any]) -> Any:
     """One of the trees of dicts and lists with one to three places changed: replaced, removed, renamed or doubled."""

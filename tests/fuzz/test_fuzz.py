@@ -6,9 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fuzz.run import fuzz, kinds, warm_up
-
-CASES = 150
+from tests.fuzz.run import fuzz, kind_of, kinds, warm_up
 
 
 @pytest.mark.parametrize("name", kinds())
@@ -16,13 +14,14 @@ CASES = 150
 def test_hostile_files_are_refused_in_one_line_or_read(
     name: str, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kind = kinds()[name]
+    kind = kind_of(name)
     inside = tmp_path / "inside"
     inside.mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HOME", str(inside / "hf"))
     warm_up(kind, inside)
-    outcome = fuzz(kind, mode, 10**9, CASES, inside)  # other cases than those of run.py
+    cases = {"hostile": 1, "bytes": kind.share * 3 // 2, "documents": kind.share * 4}[mode]
+    outcome = fuzz(kind, mode, 10**9, cases, inside)  # other cases than those of run.py
     assert not outcome["failures"]
-    assert outcome["cases"] == {"hostile": len(kind.hostile), "bytes": CASES, "documents": 100}[mode]
+    assert outcome["cases"] == {"hostile": len(kind.hostile), "bytes": cases, "documents": kind.share}[mode]
     assert [path.name for path in tmp_path.iterdir()] == ["inside"]

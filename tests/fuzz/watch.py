@@ -55,7 +55,8 @@ class Watch:
     def _inside(self, path: object) -> bool:
         if not isinstance(path, str | bytes | os.PathLike):
             return True  # a file descriptor that is open already
-        return os.path.realpath(os.fsdecode(path)).startswith(self.folder + os.sep)
+        where = os.path.realpath(os.fsdecode(path))
+        return where == self.folder or where.startswith(self.folder + os.sep)
 
     def check(self, read: Callable[[Path], object], folder: Path) -> tuple[bool, float]:
         """Run `read(folder)`. Returns: whether it was accepted, and the seconds. Raises Violation."""
