@@ -218,9 +218,9 @@ class PhiloxStream:
             return kernels.dot(self.distribution, other, self.seed, tensor.id, DENSE)
         total, flat = 0.0, other.reshape(-1)
         for start in range(0, flat.numel(), _CHUNK):
-            piece = flat[start : start + _CHUNK]
-            z = self.draw(tensor, start=start, count=piece.numel())
-            total += float(torch.dot(z.double(), piece.double()))
+            chunk = flat[start : start + _CHUNK]
+            z = self.draw(tensor, start=start, count=chunk.numel())
+            total += float(torch.dot(z.double(), chunk.double()))
         return total
 
     def square(self, tensor: NamedTensor) -> float:
@@ -228,8 +228,10 @@ class PhiloxStream:
         kernels, size = self._kernels(tensor.param.data), tensor.param.numel()
         if kernels is not None and hasattr(kernels, "square"):
             return kernels.square(self.distribution, size, self.seed, tensor.id, DENSE)
-        runs = [(start, min(_CHUNK, size - start)) for start in range(0, size, _CHUNK)]
-        return sum(float(self.draw(tensor, start=start, count=count).double().square().sum()) for start, count in runs)
+        ranges = [(start, min(_CHUNK, size - start)) for start in range(0, size, _CHUNK)]
+        return sum(
+            float(self.draw(tensor, start=start, count=count).double().square().sum()) for start, count in ranges
+        )
 
     def _kernels(self, *tensors: Tensor) -> ModuleType | None:
         """The compiled form that can work on these tensors."""

@@ -10,7 +10,7 @@ and saving. A method file holds the paper's mathematics in three verbs:
     propose(state, step, seeds) -> Direction     the direction to probe, with its state settled: drawing writes nothing
     update(state, step, seeds, losses) -> Update coefficients, and the terms of the update if they are not c_k d_k
 
-and, if the method needs them, in these hooks:
+and, if the method needs them, in these hooks (verbs.py has them all, with the plain two-point descent that is the default):
 
     estimator_for(state, step)                   the probes of this step (default: the attribute `estimator`)
     closure_for(state, step, closure)            the loss of this step (default: the one that was given)
@@ -30,35 +30,29 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
-from metazo.blocks import NamedTensor, check_names
+from metazo.blocks import check_names
 from metazo.errors import UserError
 from metazo.noise import Noise, PhiloxNoise
 from metazo.optimizers import probing as probings
 from metazo.optimizers import ranks
 from metazo.optimizers.groups import Closure, listed, mean_over_processes, named_groups, trainable
 from metazo.optimizers.guards import LossWatch, check_weights
-from metazo.optimizers.registry import Method
-from metazo.step.directions import Direction, Isotropic, Scaled
-from metazo.step.estimators import Estimator, TwoPoint
+from metazo.optimizers.verbs import DECAY_EXEMPT, State, Verbs
+from metazo.step.directions import Direction, Scaled
+from metazo.step.estimators import Estimator
 from metazo.step.record import Step, Update
-from metazo.step.rules import SGD, Rule
+from metazo.step.rules import Rule
 from metazo.step.scales import BlockScale, RMSScale
 from metazo.step.substitute import used_unseen
 from metazo.step.weights import Term, Weights
 
-State = dict[str, Tensor]
-
-# MeZO's name rule: these are exempt from weight decay. RoBERTa's LayerNorm.weight and Llama's norm.weight are decayed
-# under it, as they are in the published code.
-DECAY_EXEMPT = ("bias", "layer_norm", "layernorm")
+__all__ = ["DECAY_EXEMPT", "State", "Step", "Update", "ZOOptimizer"]
 
 
 def _numbers(**values: float) -> None:
@@ -67,7 +61,7 @@ def _numbers(**values: float) -> None:
             raise UserError(f"{name} must be a finite number of at least 0, not {value}.")
 
 
-class ZOOptimizer(Method, Optimizer):
+class ZOOptimizer(Verbs, Optimizer):
     """Base of every method.
 
     Args:
@@ -98,11 +92,6 @@ class ZOOptimizer(Method, Optimizer):
 
     name = "base"
     common = frozenset({"eps", "seed", "noise", "scale", "rule", "precision", "probing", "check_loss", "check_every"})
-    low_rank = False
-    """Whether the method's directions have factors on matrices, so that probes can be evaluated together."""
-    default_probing = "in-turn"
-    estimator: Estimator = TwoPoint()
-    default_rule: Rule = SGD()
 
     def __init__(
         self,
@@ -141,62 +130,6 @@ class ZOOptimizer(Method, Optimizer):
         self.loss_watch = LossWatch(check_loss and self.replayable)
         self.zo_state: State = {}
         super().__init__(named_groups(params), {"lr": lr, "weight_decay": weight_decay})
-
-    # -- the three verbs; plain two-point descent unless a method says otherwise ---------------------------------
-
-    def init(self, tensors: Sequence[NamedTensor]) -> State:
-        return {}
-
-    def propose(self, state: State, step: int, seeds: Sequence[int]) -> Direction:
-        return Isotropic()
-
-    def update(self, state: State, step: int, seeds: Sequence[int], losses: Sequence[float]) -> Update:
-        return Update(self.estimator_for(state, step).coefficients(losses, self.eps))
-
-    # -- hooks ------------------------------------------------------------------------------------------------------
-
-    def estimator_for(self, state: State, step: int) -> Estimator:
-        return self.estimator
-
-    def closure_for(self, state: State, step: int, closure: Any) -> Any:
-        return closure
-
-    def draw_seeds(self, step: int, queries: int) -> list[int]:
-        return [self.noise.seed(step, query) for query in range(queries)]
-
-    def displacements(self, estimator: Estimator, direction: Direction, seeds: Sequence[int]) -> probings.Probes:
-        """The displacement of each of the estimator's probes; empty for theta itself."""
-        return [
-            () if probe.query is None else (Term(direction, seeds[probe.query], probe.multiple * self.eps),)
-            for probe in estimator.probes()
-        ]
-
-    def evaluation(self) -> AbstractContextManager:
-        return torch.inference_mode()
-
-    def evaluate(self, closures: Sequence[Closure]) -> float:
-        """The mean loss of the closures at the present weights, within `evaluation`."""
-        return sum(self.loss_watch.loss(evaluate()) for evaluate in closures) / len(closures)
-
-    def decays(self, tensor: NamedTensor) -> bool:
-        """Whether weight decay acts on a tensor: MeZO's name rule, unless a method has its own."""
-        return not any(part in tensor.name for part in DECAY_EXEMPT)
-
-    def forwards_per_step(self, closures: int = 1) -> float:
-        """Closure evaluations per step in the mean, if each probe evaluates that many."""
-        return len(self.estimator.probes()) * closures
-
-    def learning_rates(self, step: int) -> tuple[float, ...]:
-        """Of each parameter group at this step."""
-        return tuple(float(group["lr"]) for group in self.param_groups)
-
-    @classmethod
-    def resolve(cls, options, model, closure) -> dict[str, Any]:
-        """As Method.resolve; how probes are evaluated is settled by trying it once."""
-        options = super().resolve(options, model, closure)
-        if cls.low_rank and (options.get("probing") or cls.default_probing) != "in-turn":
-            options["probing"] = probings.settle(cls(model.named_parameters(), **options), closure)
-        return options
 
     # -- the step -------------------------------------------------------------------------------------------------
 

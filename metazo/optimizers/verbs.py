@@ -1,0 +1,97 @@
+"""The verbs and hooks of a method, with their defaults: plain two-point descent. base.py says when each is called."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metazo.blocks import NamedTensor
+from metazo.noise import Noise
+from metazo.optimizers import probing as probings
+from metazo.optimizers.groups import Closure
+from metazo.optimizers.guards import LossWatch
+from metazo.optimizers.registry import Method
+from metazo.step.directions import Direction, Isotropic
+from metazo.step.estimators import Estimator, TwoPoint
+from metazo.step.record import Update
+from metazo.step.rules import SGD, Rule
+from metazo.step.weights import Term
+
+State = dict[str, Tensor]
+
+# MeZO's name rule: these are exempt from weight decay. RoBERTa's LayerNorm.weight and Llama's norm.weight are decayed
+# under it, as they are in the published code.
+DECAY_EXEMPT = ("bias", "layer_norm", "layernorm")
+
+
+class Verbs(Method):
+    """What a method file overrides; the three verbs first."""
+
+    low_rank = False
+    """Whether the method's directions have factors on matrices, so that probes can be evaluated together."""
+    default_probing = "in-turn"
+    estimator: Estimator = TwoPoint()
+    default_rule: Rule = SGD()
+
+    eps: float
+    noise: Noise
+    loss_watch: LossWatch
+    param_groups: list[dict[str, Any]]
+
+    def init(self, tensors: Sequence[NamedTensor]) -> State:
+        return {}
+
+    def propose(self, state: State, step: int, seeds: Sequence[int]) -> Direction:
+        return Isotropic()
+
+    def update(self, state: State, step: int, seeds: Sequence[int], losses: Sequence[float]) -> Update:
+        return Update(self.estimator_for(state, step).coefficients(losses, self.eps))
+
+    # -- hooks ------------------------------------------------------------------------------------------------------
+
+    def estimator_for(self, state: State, step: int) -> Estimator:
+        return self.estimator
+
+    def closure_for(self, state: State, step: int, closure: Any) -> Any:
+        return closure
+
+    def draw_seeds(self, step: int, queries: int) -> list[int]:
+        return [self.noise.seed(step, query) for query in range(queries)]
+
+    def displacements(self, estimator: Estimator, direction: Direction, seeds: Sequence[int]) -> probings.Probes:
+        """The displacement of each of the estimator's probes; empty for theta itself."""
+        return [
+            () if probe.query is None else (Term(direction, seeds[probe.query], probe.multiple * self.eps),)
+            for probe in estimator.probes()
+        ]
+
+    def evaluation(self) -> AbstractContextManager:
+        return torch.inference_mode()
+
+    def evaluate(self, closures: Sequence[Closure]) -> float:
+        """The mean loss of the closures at the present weights, within `evaluation`."""
+        return sum(self.loss_watch.loss(evaluate()) for evaluate in closures) / len(closures)
+
+    def decays(self, tensor: NamedTensor) -> bool:
+        """Whether weight decay acts on a tensor: MeZO's name rule, unless a method has its own."""
+        return not any(part in tensor.name for part in DECAY_EXEMPT)
+
+    def forwards_per_step(self, closures: int = 1) -> float:
+        """Closure evaluations per step in the mean, if each probe evaluates that many."""
+        return len(self.estimator.probes()) * closures
+
+    def learning_rates(self, step: int) -> tuple[float, ...]:
+        """Of each parameter group at this step."""
+        return tuple(float(group["lr"]) for group in self.param_groups)
+
+    @classmethod
+    def resolve(cls, options, model, closure) -> dict[str, Any]:
+        """As Method.resolve; how probes are evaluated is settled by trying it once."""
+        options = super().resolve(options, model, closure)
+        if cls.low_rank and (options.get("probing") or cls.default_probing) != "in-turn":
+            options["probing"] = probings.settle(cls(model.named_parameters(), **options), closure)
+        return options
