@@ -20,7 +20,8 @@ class Interrupted(Exception):
 def interruptible() -> Iterator[list[str]]:
     """A context in which SIGINT and SIGTERM are appended to the given list; a second one ends the process as usual.
 
-    Check the list after each step; if it is not empty, save and stop. Outside the main thread signals are left alone.
+    Check the list after each step; if it is not empty, save and stop. A signal that the process ignores stays ignored
+    (nohup, a worker whose parent decides), and outside the main thread signals are left alone.
     """
     caught: list[str] = []
 
@@ -29,9 +30,10 @@ def interruptible() -> Iterator[list[str]]:
             raise KeyboardInterrupt
         caught.append(signal.Signals(number).name)
 
+    heard = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
     before = {}
     with suppress(ValueError):  # not the main thread
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, note) for number in heard}
     try:
         yield caught
     finally:

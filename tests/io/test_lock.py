@@ -14,7 +14,7 @@ from metazo.errors import UserError
 from metazo.io.lock import NAME, FolderLock
 
 HOLD = "import sys, time; from pathlib import Path; from metazo.io.lock import FolderLock\n"
-HOLD += "FolderLock(Path(sys.argv[1])).acquire(); print('held', flush=True); time.sleep(60)"
+HOLD += "lock = FolderLock(Path(sys.argv[1])).acquire(); print('held', flush=True); time.sleep(60)"
 
 
 def test_a_second_holder_is_refused_by_process_and_host(tmp_path: Path) -> None:
