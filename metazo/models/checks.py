@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,6 +26,7 @@ MAX_LAYERS, MAX_WIDTH, MAX_TOKENS = 2000, 2**17, 2**22
 """Limits on a config: a larger number is a mistake or an attack, and would take hours or all memory before the weights are
 read."""
 MAX_TOKENIZER_BYTES = 2**28
+MAX_GROWTH = 64
 
 
 def check_config(config: PreTrainedConfig, name: str) -> None:
@@ -77,6 +80,26 @@ def check_tokenizer(folder: Path, name: str) -> None:
         raise UserError(
             f"the tokenizer of {name!r} has the token id {largest:,}; metazo takes at most {MAX_TOKENS:,} tokens"
         )
+    longer = _growth(content)
+    if longer > MAX_GROWTH:
+        raise UserError(
+            f"the tokenizer of {name!r} may make a text {longer:,} times as long, and metazo allows {MAX_GROWTH}; check the "
+            "normalizer and the post_processor in its tokenizer.json"
+        )
+
+
+def _growth(part: Any) -> int:
+    """How many times as long the steps of a tokenizer may make a text: by what they put in place of a character, before
+    every text, or as copies of it. The product over all of them; a step of a known tokenizer makes 1 to 3."""
+    if isinstance(part, list):
+        return prod(min(_growth(each), MAX_GROWTH + 1) for each in part[: MAX_GROWTH + 1])
+    if not isinstance(part, dict):
+        return 1
+    own = max(len(text) if isinstance(text := part.get(key), str) else 1 for key in ("content", "prepend"))
+    if part.get("type") == "TemplateProcessing":
+        own = max(len(part[key]) // 8 if isinstance(part.get(key), list) else 1 for key in ("single", "pair"))
+    steps = [part.get(key) for key in ("normalizer", "post_processor", "normalizers", "processors")]
+    return min(max(1, own) * _growth([step for step in steps if isinstance(step, dict | list)]), 10**9)
 
 
 def not_finite(model: nn.Module) -> list[str]:

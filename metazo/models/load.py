@@ -46,6 +46,8 @@ DTYPES = {
 HEADS = ("auto", "checkpoint", "linear", "prototype", "phrases")
 MADE = ("prototype", "phrases")
 """Heads that `metazo.tasks.classes.fit_head` makes from a task."""
+_EVERY = "a Z 0 é 語 \U0001f642 \x00 \n"
+"""Characters that a tokenizer may not know: one that cannot take them says so when it is loaded."""
 PICO = Path(__file__).parents[1] / "pico" / "model"
 
 
@@ -115,7 +117,7 @@ def load_model(
             else:
                 model, new = _language_model(source, config, torch_dtype, chosen, name), False
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        if tokenizer("a", verbose=False)["input_ids"] is None:
+        if tokenizer(_EVERY, verbose=False)["input_ids"] is None:
             raise UserError(f"the tokenizer of {name!r} makes no tokens")
     if new and trained_head:
         raise UserError(

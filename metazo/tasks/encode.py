@@ -288,6 +288,9 @@ class Encoder:
         example = render(self.tokenizer, [{"role": "user", "content": "x"}], "a chat") if self.chat else "x"
         probe = self.before.format(**dict.fromkeys(self.columns, example))
         self.words = [self._continuation(probe, word) for word in self.task.labels.values()]
+        for word, ids in zip(self.task.labels.values(), self.words, strict=True):
+            if not ids:
+                raise UserError(f"label word {word!r} of task {self.task.name!r} makes no tokens with this tokenizer")
         firsts = {word[0] for word in self.words}
         self.at_position = all(len(word) == 1 for word in self.words) and len(firsts) == len(self.words)
 
