@@ -22,7 +22,10 @@ NOTHING = {"type": "TemplateProcessing", "single": [], "pair": [], "special_toke
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"normalizer": {"type": "Replace", "pattern": {"String": ""}, "content": "xy"}}, "index out of bounds"),  # a panic
+        (
+            {"normalizer": {"type": "Replace", "pattern": {"String": ""}, "content": "xy"}},
+            "index out of bounds",
+        ),  # a panic
         ({"normalizer": {"type": "Sequence", "normalizers": [REPLACE] * 5}}, "may make a text 65 times as long"),
         ({"normalizer": {"type": "Prepend", "prepend": "x" * 10**6}}, "may make a text 65 times as long"),
         ({"post_processor": NOTHING | {"single": COPIES * 10**4}}, "may make a text 65 times as long"),

@@ -1,0 +1,70 @@
+"""The limits of the one reader of JSON and YAML, and that files which are no files are refused at once."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from metazo.errors import UserError
+from metazo.io.files import read_capped
+from metazo.io.plain import MAX_DEPTH, MAX_JSON_BYTES, parse_json, read_json, read_yaml
+
+
+def deep(levels: int) -> str:
+    return "[" * levels + "]" * levels
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (deep(MAX_DEPTH + 2), "nested more than 64"),
+        (deep(100_000), "nested more than 64"),
+        ('{"a": 1, "a": 2}', "given twice"),
+        ("1" + "0" * 400, "more than 256 bits"),
+        ("9" * 5000, "limit"),
+        ("[NaN]", "a number is nan"),
+        ('{"a": [1e999]}', "a number is inf"),
+        ("", "Expecting value"),
+    ],
+)
+def test_json_beyond_the_limits(text: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=words):
+        parse_json(text, finite=True)
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(UserError, match=words):
+        read_json(tmp_path / "x.json", "result")
+
+
+def test_json_within_them(tmp_path: Path) -> None:
+    assert parse_json(deep(MAX_DEPTH)) and parse_json(f"[{2**256 - 1}, 1e308, NaN]")[0] == 2**256 - 1
+    (tmp_path / "x.json").write_bytes(b" " * (MAX_JSON_BYTES + 1))
+    with pytest.raises(UserError, match="larger than the 4,194,304 bytes"):
+        read_json(tmp_path / "x.json", "result")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: " + deep(70), "nested more than 64"),
+        ("a: " + deep(5_000), "nested too deeply"),
+        ("a: &x [1]\nb: [*x, *x]", "anchor or alias"),
+        ("a: 1\na: 2", "given twice"),
+        ("a: 1" + "0" * 400, "more than 256 bits"),
+        ("a: " + "x" * 200_000, "larger than the 131,072 bytes"),
+    ],
+)
+def test_yaml_beyond_the_limits(text: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(UserError, match=words):
+        read_yaml(tmp_path / "x.yaml", "recipe")
+
+
+def test_pipes_devices_and_folders_are_refused_without_waiting(tmp_path: Path) -> None:
+    """Nobody writes into the pipe: a reader that opened it in the usual way would wait for ever."""
+    os.mkfifo(tmp_path / "pipe")
+    os.symlink("/dev/zero", tmp_path / "link")
+    for path in (tmp_path / "pipe", tmp_path / "link", tmp_path, Path("/dev/null"), tmp_path / "none", Path("a\0b")):
+        with pytest.raises(UserError, match="is not a file|cannot be read"):
+            read_capped(path, 100, "test")
