@@ -27,6 +27,9 @@ from tests.fuzz.state_kinds import RECORDS, as_log
 # -- shown -------------------------------------------------------------------------------------------------------------
 
 
+SOUND = as_log(RECORDS)
+
+
 def read_shown(folder: Path) -> None:
     path = folder / "steps.jsonl"
     found = scan(path)
@@ -35,7 +38,7 @@ def read_shown(folder: Path) -> None:
     other = scan(folder / "sound.jsonl")
     log.tell_differences(diff(found, other), path, other.path, Console(file=text, width=100))
     assert text.getvalue().replace("\n", "").isprintable()
-    if zlib.crc32(path.read_bytes()) % 40 == 0:
+    if path.read_bytes() == SOUND or zlib.crc32(path.read_bytes()) % 40 == 0:
         log.draw(folder / "x.png", found)
     found.sound()
 
@@ -107,7 +110,7 @@ def replayed_kind() -> Kind:
 KINDS: dict[str, Kind | Callable[[], Kind]] = {
     "shown": Kind(
         "steps.jsonl",
-        [as_log(RECORDS)],
+        [SOUND],
         documents([RECORDS, RECORDS[:3]]).map(as_log),
         read_shown,
         {},
