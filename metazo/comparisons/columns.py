@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from metazo.errors import UserError
 from metazo.io.files import safe_name
+from metazo.io.plain import shown
 from metazo.optimizers import METHODS
 from metazo.optimizers.dominant_layer import OUTLIER_LAYER
 from metazo.runs.config import FinetuneConfig
@@ -50,7 +51,12 @@ class Column:
         plain = {key.replace("-", "_"): value for key, value in self.options.items()}
         if self.optimizer in METHODS:
             plain = METHODS[self.optimizer].translate(plain)
-        method = {**plain.pop("method", {}), **{key: plain.pop(key) for key in list(plain) if key in own}}
+        given = plain.pop("method", None) or {}
+        if not isinstance(given, dict):
+            raise UserError(
+                f"Column {self.name!r}: method is {shown(given)}, and must be a mapping of hyperparameters."
+            )
+        method = {**given, **{key: plain.pop(key) for key in list(plain) if key in own}}
         known = [name for name in FinetuneConfig.__dataclass_fields__ if name not in RESERVED]
         for key in plain:
             if key in RESERVED:
@@ -63,6 +69,7 @@ class Column:
         return plain | ({"method": method} if method else {})
 
 
+MOST_COLUMNS = 1000
 CONTROLS = {
     "mezo-rms": Column("mezo-rms", "mezo", {"scale": "rms"}),
     "tuner": Column("tuner", "zo-finetuner"),
@@ -79,13 +86,15 @@ def names() -> list[str]:
     return list(dict.fromkeys([*methods(), *CONTROLS, "all"]))
 
 
-def resolve(entries: Iterable[str | dict[str, Any]], tuner: str | None = None) -> list[Column]:
+def resolve(entries: Sequence[str | dict[str, Any]], tuner: str | None = None) -> list[Column]:
     """Columns from names and mappings (name, optimizer, options, lrs).
 
     random-tuner gives RANDOM_TUNERS columns; all gives every column. tuner: for the columns that need one and name none;
     by default one that fits is searched in the zoo. Raises UserError for an unknown or repeated column.
     """
     found: list[Column] = []
+    if len(entries) > MOST_COLUMNS:
+        raise UserError(f"`columns` has {len(entries):,} entries; a comparison takes at most {MOST_COLUMNS:,}.")
     for entry in entries:
         for column in _named(entry) if isinstance(entry, str) else [_variant(entry)]:
             if column.trains and METHODS[column.optimizer].needs_tuner and "tuner" not in column.options:

@@ -161,6 +161,12 @@ class ZOOptimizer(Verbs, Optimizer):
             ranks.check_ranks(self)
             self._compared = True
         estimator, closures = self.estimator_for(state, step), listed(self.closure_for(state, step, closure))
+        probes = len(estimator.probes())
+        if replay is not None and (len(replay.seeds) < estimator.queries or len(replay.losses) < probes):
+            raise UserError(
+                f"step {step} of the log has {len(replay.seeds)} seeds and {len(replay.losses)} losses, and a step of "
+                f"{self.name} takes {estimator.queries} and {probes}: it cannot be replayed."
+            )
         seeds = list(replay.seeds) if replay else self.draw_seeds(step, estimator.queries)
         direction, scales = self._scaled(self.propose(state, step, seeds), state, step)
         for seed in seeds:
