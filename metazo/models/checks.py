@@ -22,6 +22,7 @@ with needs("llm"):
         PreTrainedConfig,
     )
 
+MAPPINGS = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING)
 MAX_LAYERS, MAX_WIDTH, MAX_TOKENS = 2000, 2**17, 2**22
 """Limits on a config: a larger number is a mistake or an attack, and would take hours or all memory before the weights are
 read."""
@@ -31,17 +32,15 @@ MAX_GROWTH = 64
 
 def check_config(config: PreTrainedConfig, name: str) -> None:
     """Refuse a model that is not a language model or classifier of text, and sizes that no real model has."""
-    known = {
-        *MODEL_FOR_CAUSAL_LM_MAPPING.keys(),
-        *MODEL_FOR_MASKED_LM_MAPPING.keys(),
-        *MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.keys(),
-    }
+    known = any(
+        type(config) in kind for kind in MAPPINGS
+    )  # not by their keys, which import every model of transformers
     what = None
     if config.is_encoder_decoder:
         what = "an encoder-decoder"
     elif hasattr(config, "vision_config") or hasattr(config, "audio_config"):
         what = "a model of images or sound"
-    elif type(config) not in known and not any(a.endswith("Model") for a in config.architectures or ()):
+    elif not known and not any(a.endswith("Model") for a in config.architectures or ()):
         what = "no model that transformers has as a causal, masked or classification model of text"
     elif hasattr(config, "image_size") or hasattr(config, "num_mel_bins"):
         what = "a model of images or sound"
