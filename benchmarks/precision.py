@@ -65,8 +65,8 @@ def theta(optimizer: MeZO | PublishedLoop, model: nn.Linear) -> Tensor:
     if isinstance(optimizer, PublishedLoop):
         return model.weight.data.double().flatten()
     optimizer._prepare()
-    pieces = [piece.double().flatten() for _, piece in optimizer.weights.read(optimizer.tensors[0])]
-    return torch.cat(pieces)
+    chunks = [chunk.double().flatten() for _, chunk in optimizer.weights.read(optimizer.tensors[0])]
+    return torch.cat(chunks)
 
 
 def wanted(precision: str, optimizer: MeZO | PublishedLoop, model: nn.Linear, steps: int) -> Tensor:

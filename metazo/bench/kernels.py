@@ -73,8 +73,8 @@ def _low_rank(out: Tensor) -> dict[str, Callable[[], object]]:
 def _many(out: Tensor) -> dict[str, Callable[[], object]]:
     """The same weights as 128 tensors, as in a model, in one call or in one call per tensor."""
     stream = PhiloxNoise(0).stream(1)
-    pieces = enumerate(out.view(128, -1))
-    tensors = [NamedTensor(f"bench.{k}", torch.nn.Parameter(piece), tensor_id(f"bench.{k}")) for k, piece in pieces]
+    chunks = enumerate(out.view(128, -1))
+    tensors = [NamedTensor(f"bench.{k}", torch.nn.Parameter(chunk), tensor_id(f"bench.{k}")) for k, chunk in chunks]
     moves = [Move(tensor, tensor.param.data, 1e-9) for tensor in tensors]
 
     def one_by_one() -> None:

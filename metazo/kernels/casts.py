@@ -1,7 +1,7 @@
-"""Numbers as their bits, bits as numbers, and shifts of 32 bits, in loops that numba compiles."""
+"""Casts between numbers and their bits, and 32-bit shifts, for loops that numba compiles."""
 
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
-# (pyright reads numba intrinsics as what they are before compilation)
+# (pyright checks numba intrinsics as the Python functions that they are before compilation)
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ to_half = _cast(types.float32, types.int16, lambda builder, x: builder.bitcast(b
 
 
 def _shift(instruction: str):
-    """Of an int32, by an int32 below 32. numba's own shifts widen both to 64 bits, and LLVM then uses half of each vector."""
+    """Shift an int32 by an int32 below 32. numba's shifts widen both to 64 bits, and LLVM then uses half of each vector."""
 
     @intrinsic
     def shift(typing_context, value, count):
@@ -39,4 +39,4 @@ def _shift(instruction: str):
     return shift
 
 
-shift_left, shift_right = _shift("shl"), _shift("ashr")  # to the right the sign is kept
+shift_left, shift_right = _shift("shl"), _shift("ashr")  # a shift to the right keeps the sign

@@ -1,11 +1,12 @@
 """Add a product of two thin factors to a matrix: out = beta * out + alpha * left right^T.
 
-torch's addmm does the same, but it sums over a rank of 2 with machinery made for hundreds: at a third of the speed of
-memory. The compiled loop (numba, on the CPU) reads and writes each weight once at that speed; `plain_` is its slow twin.
+torch's addmm does the same, but at rank 2 it reaches a third of the speed of memory, because it is made for ranks in the
+hundreds. The compiled loop (numba, on the CPU) reads and writes each weight once at the speed of memory; `plain_` is the
+same in torch, for other devices.
 """
 
 # pyright: reportCallIssue=false, reportPossiblyUnboundVariable=false
-# (pyright reads numba intrinsics as what they are before compilation)
+# (pyright checks numba intrinsics as the Python functions that they are before compilation)
 
 from __future__ import annotations
 
@@ -17,12 +18,12 @@ import torch
 from torch import Tensor
 
 try:
-    from metazo.kernels.parallel import PIECE, kernel, share
+    from metazo.kernels.parallel import JOB_ENTRIES, kernel, share
     from metazo.kernels.vectors import widest
-except ImportError:  # numba is not there; metazo env says so
-    kernel, share, PIECE = None, None, 0
+except ImportError:  # numba is not installed; `metazo env` reports it
+    kernel, share, JOB_ENTRIES = None, None, 0
 
-_COLUMNS = 1024  # entries of a row, and of V beside it, that stay in the first-level cache
+_COLUMNS = 1024  # entries of a row that fit the first-level cache together with those of V
 _COMPILED = (torch.float32, torch.float64)
 
 Product = tuple[Tensor, Tensor, Tensor, float, float]
@@ -32,14 +33,14 @@ Product = tuple[Tensor, Tensor, Tensor, float, float]
 def add_product_(out: Tensor, left: Tensor, right: Tensor, alpha: float, beta: float) -> None:
     """out = beta * out + alpha * left right^T, in place.
 
-    Args: out: (m, ...), a matrix of its rows where it has more dimensions than two; left: (m, r); right: (n, r), n the
+    Args: out: (m, ...), read as a matrix of m rows if it has more than two dimensions; left: (m, r); right: (n, r), n the
         entries of a row.
     """
     add_products_([(out, left, right, alpha, beta)])
 
 
 def add_products_(products: Sequence[Product]) -> None:
-    """add_product_ for each, those that are compiled in one go."""
+    """add_product_ for each; those that the compiled loop supports share one call of it."""
     compiled = [product for product in products if kernel and _fits(product[0])]
     for product in products:
         if not (kernel and _fits(product[0])):
@@ -49,10 +50,10 @@ def add_products_(products: Sequence[Product]) -> None:
 
 
 def add_product_pairs_(firsts: Sequence[Product], seconds: Sequence[Product]) -> None:
-    """Two products on each matrix, one pass over it if it is compiled: it takes one probe off and puts the next one on.
+    """Add two products to each matrix, in one compiled pass if possible, which removes a probe and applies the next.
 
-    To the last bit the same as add_products_(firsts), then add_products_(seconds). The two of a pair have the same `out`; the
-    second's beta is 1 (ValueError).
+    The result is bit-identical to add_products_(firsts), then add_products_(seconds). Both of a pair have the same `out`, and
+    the second has beta 1; otherwise raises ValueError.
     """
     if any(second[4] != 1.0 or first[0] is not second[0] for first, second in zip(firsts, seconds, strict=True)):
         raise ValueError("a pair of products is added to one matrix, the second with `beta` 1")
@@ -71,7 +72,7 @@ def _fits(out: Tensor) -> bool:
 
 
 def plain_(out: Tensor, left: Tensor, right: Tensor, alpha: float, beta: float) -> None:
-    """The same with torch alone."""
+    """add_product_ with torch alone."""
     rows = out.flatten(1)
     rows.addmm_(left.to(out.dtype), right.to(out.dtype).t(), beta=beta, alpha=alpha)
     if rows.data_ptr() != out.data_ptr():  # not contiguous: the rows are a copy
@@ -81,13 +82,13 @@ def plain_(out: Tensor, left: Tensor, right: Tensor, alpha: float, beta: float) 
 def _jobs(
     out: Tensor, left: Tensor, right: Tensor, alpha: float, beta: float, then: Product | None = None
 ) -> list[tuple]:
-    rows = out.detach().numpy().reshape(len(left), -1)  # a view; numpy's calls cost a third of torch's
+    rows = out.detach().numpy().reshape(len(left), -1)  # a view; numpy's calls take a third of the time of torch's
     columns, factors = _factors(out, left, right, alpha)
     scalars, rank = (rows.dtype.type(beta), rows.dtype.type(1)), len(columns)
     if then is not None:
         more, others = _factors(out, *then[1:4])
         columns, factors = np.concatenate([columns, more]), np.concatenate([factors, others], axis=1)
-    step = max(PIECE // rows.shape[1], 1)
+    step = max(JOB_ENTRIES // rows.shape[1], 1)
     return [
         (rows[start : start + step], factors[start : start + step], columns, rank, *scalars)
         for start in range(0, len(rows), step)
@@ -101,7 +102,7 @@ def _factors(out: Tensor, left: Tensor, right: Tensor, alpha: float) -> tuple[np
 
 
 def _loop(out: Any, left: Any, columns: Any, cut: Any, beta: Any, one: Any) -> None:
-    """out = beta * out + left columns, two terms of a sum at a time; the terms from `cut` on are a sum of their own."""
+    """out = beta * out + left columns, two terms of a sum at a time; the terms from `cut` on are summed separately."""
     widest()
     for first in range(0, out.shape[1], _COLUMNS):
         last = min(first + _COLUMNS, out.shape[1])

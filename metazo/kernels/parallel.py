@@ -1,7 +1,7 @@
-"""Loops over weights on the CPU: compiled by numba, shared out among torch's number of threads.
+"""Loops over weights on the CPU: compiled by numba, shared by as many threads as torch uses.
 
-Not by numba's own threads: they may spin between two calls, as torch's do, and take cores from the forward pass. Threads of
-Python sleep, and compiled loops hold no lock.
+numba's own threads are not used: they may spin between two calls, as torch's do, and take cores from the forward pass.
+Python's threads sleep between calls, and compiled loops do not hold the interpreter lock.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from numba import njit
 from metazo.kernels import casts, vectors
 from metazo.kernels.vectors import PREFERENCE
 
-PIECE = 1 << 18  # entries of a tensor that a thread takes at once
+JOB_ENTRIES = 1 << 18  # entries of a tensor per job of a thread
 
 
 def kernel(function: Callable, *sources: ModuleType) -> Callable:
-    """Compiled at its first call for a type, and kept on disk if there is a place to write.
+    """Compile a loop at its first call for a type, and keep it on disk if there is a writable folder.
 
-    Args: sources: the modules beside its own that the loop takes functions and constants from. numba looks for changes in
-        the loop's own file alone, so what it keeps is filed under a checksum of theirs, and under the width of vectors.
+    Args: sources: the other modules from which the loop takes functions and constants. numba notices changes in the loop's
+        own file alone, so the name of its cache has a checksum of these modules and the width of vectors.
     """
     checksum = zlib.crc32(PREFERENCE.encode())
     for source in (casts, vectors, *sources):
@@ -36,7 +36,7 @@ def kernel(function: Callable, *sources: ModuleType) -> Callable:
     function.__qualname__ += f"-{checksum:08x}"
     try:
         return njit(nogil=True, cache=True, error_model="numpy")(function)
-    except RuntimeError:  # numba found no such place
+    except RuntimeError:  # numba found no such folder
         return njit(nogil=True, error_model="numpy")(function)
 
 
@@ -46,21 +46,21 @@ def _pool(helpers: int) -> ThreadPoolExecutor:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked child has the pool, and none of its threads
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked child has the pool without its threads
 
 
 def share(run: Callable[..., object], jobs: Iterable[tuple]) -> None:
-    """run(*job) for each, by torch's number of threads: the calling thread is one of them, and a core that something else
-    slows down takes fewer. run: compiled, so that it holds no lock. Raises what a run raised.
+    """run(*job) for each job, on as many threads as torch uses. The calling thread is one of them, and a slower core takes
+    fewer jobs. run: a compiled function, which does not hold the interpreter lock. Raises the exception of a failed job.
 
-    To wake a thread takes as long as to add noise to a small matrix: give all that can be done at once in one call. An
-    iterator's jobs are made while others run.
+    Waking a thread takes as long as adding noise to a small matrix, so pass all jobs that can run together in one call.
+    The jobs of an iterator are made while others run.
     """
     left, lock = iter(jobs), Lock()
 
     def work() -> None:
         while True:
-            with lock:  # a generator is for one thread at a time
+            with lock:  # only one thread may advance a generator at a time
                 job = next(left, None)
             if job is None:
                 return
@@ -71,7 +71,7 @@ def share(run: Callable[..., object], jobs: Iterable[tuple]) -> None:
     helpers = [_pool(threads - 1).submit(work) for _ in range(most - 1)]
     try:
         work()
-    finally:  # no thread is left at work on the weights
+    finally:  # wait until no thread works on the weights
         for helper in helpers:
-            if not helper.cancel():  # it has begun
+            if not helper.cancel():  # it has started
                 helper.result()

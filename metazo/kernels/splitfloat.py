@@ -1,14 +1,14 @@
 """Narrow weights and the bits below them, as one float32: theta = join(weights, low), and back.
 
-A bfloat16 is the upper half of a float32; a float16, its exponent shifted, the upper part of one. Below it lie 16 or 13
-bits, kept signed, as what rounding to nearest left over: all of them in an int16, the upper 8 in an int8.
+A bfloat16 is the upper 16 bits of a float32; a float16, after a shift of its exponent, the upper 19. The 16 or 13 bits below
+are stored as the signed remainder of rounding to nearest: all of them in an int16, or the upper 8 in an int8.
 
-`join` and `split` are compiled (numba, on the CPU); `plain_join` and `plain_split` are the same with torch alone, bit for
-bit, for all other devices.
+`join` and `split` are compiled (numba, on the CPU); `plain_join` and `plain_split` do the same with torch alone, bit for
+bit, on all other devices.
 """
 
 # pyright: reportCallIssue=false, reportPossiblyUnboundVariable=false
-# (pyright reads numba intrinsics as what they are before compilation)
+# (pyright checks numba intrinsics as the Python functions that they are before compilation)
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ try:
     from numba import njit
 
     from metazo.kernels.casts import as_bits, as_float, shift_left, shift_right
-    from metazo.kernels.parallel import PIECE, kernel, share
+    from metazo.kernels.parallel import JOB_ENTRIES, kernel, share
     from metazo.kernels.vectors import widest
-except ImportError:  # numba is not there; metazo env says so
-    kernel, share, PIECE = None, None, 0
+except ImportError:  # numba is not installed; `metazo env` reports it
+    kernel, share, JOB_ENTRIES = None, None, 0
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A narrow type as the upper bits of a float32: bits below it, and the power of two between the exponents' biases."""
+    """A narrow type as the upper bits of a float32: the bits below it, and 2^(difference of exponent biases)."""
 
     below: int
     scale: float
@@ -39,14 +39,14 @@ class Layout:
 
 LAYOUTS = {torch.bfloat16: Layout(16, 1.0), torch.float16: Layout(13, 2.0**112)}
 _SIGN, _MAGNITUDE = -(1 << 31), (1 << 31) - 1
-_MULTIPLIERS = (0x7FEB352D, -0x7B935975)  # Wellons' lowbias32, its shifts arithmetic
+_MULTIPLIERS = (0x7FEB352D, -0x7B935975)  # Wellons' lowbias32, with arithmetic shifts
 
 
 def join(weights: Tensor, low: Tensor, room: Tensor | None = None) -> Tensor:
     """Theta, float32, of narrow weights and the signed bits below them (int16, or int8: the upper ones of those).
 
-    Shapes: (n,), all of them. room: float32 memory to use, of n entries or more: to take new memory from the system for
-    every piece costs as much as to fill it.
+    Shapes: all (n,). room: float32 memory to use, of at least n entries: allocating memory for every chunk costs as much
+    time as filling it.
     """
     if not _compiled(weights, low):
         return plain_join(weights, low)
@@ -60,9 +60,9 @@ def join(weights: Tensor, low: Tensor, room: Tensor | None = None) -> Tensor:
 def split(theta: Tensor, weights: Tensor, low: Tensor, start: int, seed: int) -> None:
     """The inverse of `join`: weights = theta rounded (half away from zero), low = the bits in which they differ.
 
-    In 16 bits that is exact, but for float16 below 2^-14, where theta is a multiple of 2^-37. In 8 bits theta is first
-    rounded stochastically, which keeps on average what is smaller than their unit (2^-8 of the weights'); the dither is
-    a hash of seed and element, the same on every device. theta may be overwritten.
+    With 16 bits this is exact, except for float16 below 2^-14, for which theta is a multiple of 2^-37. With 8 bits theta is
+    first rounded stochastically, so that changes smaller than their unit (2^-8 of the weights') survive on average; the
+    dither is a hash of seed and element, the same on every device. theta may be overwritten.
     """
     if not (_compiled(weights, low) and theta.is_contiguous() and theta.dtype == torch.float32):
         plain_split(theta, weights, low, start, seed)
@@ -77,7 +77,7 @@ def _compiled(weights: Tensor, low: Tensor) -> bool:
 
 
 def _dropped(layout: Layout, low: Tensor) -> int:
-    """Bits of theta that are not kept."""
+    """Number of bits of theta that are not kept."""
     return layout.below - 8 if low.dtype == torch.int8 else 0
 
 
@@ -86,8 +86,8 @@ def _folded(seed: int) -> int:
 
 
 def _cuts(*arrays: np.ndarray) -> list[tuple[int, tuple[np.ndarray, ...]]]:
-    starts = range(0, len(arrays[0]), PIECE)
-    return [(start, tuple(array[start : start + PIECE] for array in arrays)) for start in starts]
+    starts = range(0, len(arrays[0]), JOB_ENTRIES)
+    return [(start, tuple(array[start : start + JOB_ENTRIES] for array in arrays)) for start in starts]
 
 
 def plain_join(weights: Tensor, low: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ def _parted(theta: Any, element: Any, below: int, dropped: int, scale: Any, seed
 def _join_loop(weights: Any, low: Any, theta: Any, below: int, dropped: int, scale: Any) -> None:
     widest()
     for i in range(theta.size):
-        e = _u64(i)  # numba asks of a signed index whether it is negative
+        e = _u64(i)  # unsigned, because numba checks a signed index for being negative
         theta[e] = joined(weights[e], low[e], below, dropped, scale)
 
 

@@ -1,12 +1,12 @@
-"""How wide LLVM makes the vectors of a compiled loop, and memory fetched before it is needed.
+"""The width of the vectors in a compiled loop, and prefetching of memory.
 
-LLVM holds back from vectors of 512 bits on Intel's server processors (tuning flag prefer-256-bit), because some of the older
-ones lower their clock for them. Loops that calculate as much as the noise run at more than twice the rate with them, so
-`widest` asks for them in the loop that calls it. Nothing else that numba compiles in the process is affected.
+LLVM avoids vectors of 512 bits on Intel's server processors (tuning flag prefer-256-bit), because some older ones lower
+their clock rate for them. Loops with as much arithmetic as the noise run more than twice as fast with them, so `widest`
+requests them in the loop that calls it. Nothing else that numba compiles in the process is affected.
 """
 
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
-# (pyright reads numba intrinsics as what they are before compilation)
+# (pyright checks numba intrinsics as the Python functions that they are before compilation)
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one noise source, z = f(seed, tensor, element): philox.py defines it, cpu.py and cuda.py are its fast forms."""
+"""The one noise source, z = f(seed, tensor, element): philox.py defines it, and cpu.py and cuda.py are its fast forms."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from metazo.noise.reference import Draw, TorchOrderNoise
 __all__ = ["TILE", "Draw", "Move", "Noise", "PhiloxNoise", "PhiloxStream", "Stream", "TorchOrderNoise"]
 __all__ += ["add_two_all_", "backends"]
 
-# What a number is for, so that two draws for one tensor and seed never meet.
+# The purpose of a number, so that two draws for one tensor and seed are never the same.
 DENSE, LEFT, RIGHT, INITIAL = 0, 1, 2, 3
 _SEEDS, _UNIFORM, _LOW = 0xFFFF0001, 0xFFFF0002, 0xFFFFFFFF
 _COMPILERS = {"cpu": "numba", "cuda": "triton"}
@@ -40,7 +40,7 @@ def _compiled(device: str) -> ModuleType | ImportError | None:
 
 
 def backends() -> dict[str, str]:
-    """What makes the noise on each kind of device; where it is the plain form, why."""
+    """The backend of the noise on each kind of device, with the reason if it is the plain form."""
     found = {device: _compiled(device) for device in _COMPILERS}
     return {
         device: _COMPILERS[device] if isinstance(kernels, ModuleType) else f"plain torch, much slower: {kernels}"
@@ -58,7 +58,7 @@ class Move(NamedTuple):
 
 
 class Stream(Protocol):
-    """The noise of one seed over all tensors. start: entry of the flat tensor at which a chunk begins, a multiple of TILE."""
+    """The noise of one seed over all tensors. start: the first entry of a chunk in the flat tensor, a multiple of TILE."""
 
     seed: int
 
@@ -118,7 +118,7 @@ class Noise(Protocol):
     def uniform(self, step: int, count: int) -> np.ndarray: ...
     def stream(self, seed: int) -> Stream: ...
     def expect(self, seed: int, draws: Iterable[Draw]) -> None:
-        """Announce the draws of a seed, in the order of the published code: noise from one generator makes them now."""
+        """Announce the draws of a seed, in the order of the published code; noise from a single generator is drawn now."""
         ...
 
 
@@ -160,7 +160,7 @@ class PhiloxStream:
     def add_all_(self, moves: Sequence[Move], purpose: int = DENSE) -> None:
         found = [self._kernels(move.out) for move in moves]
         batch = next((kernels for kernels in found if hasattr(kernels, "add_all_")), None)
-        if batch is not None:  # threads are woken once
+        if batch is not None:  # so that threads are woken only once
             fit = [(move.tensor.id, *move[1:]) for move, kernels in zip(moves, found) if kernels is batch]
             batch.add_all_(self.distribution, fit, self.seed, purpose)
         for move, kernels in zip(moves, found):
@@ -185,7 +185,7 @@ class PhiloxStream:
     def place_split_(self, tensor: NamedTensor, out: Tensor, weights: Tensor, low: Tensor, alpha: float) -> bool:
         """out = join(weights, low) + alpha * z on a whole tensor, rounded once, in one pass (cpu_split.py).
 
-        Returns: False if there is no such kernel for these tensors; nothing is done then.
+        Returns: False, with nothing done, if there is no such kernel for these tensors.
         """
         kernels = self._split_kernels(weights, low)
         if kernels is None or out.dtype != weights.dtype or not out.is_contiguous():
@@ -212,7 +212,7 @@ class PhiloxStream:
         return kernels if isinstance(kernels, ModuleType) and kernels.supports(weights, low) else None
 
     def dot(self, tensor: NamedTensor, other: Tensor) -> float:
-        """<z, other> over a whole tensor, summed in float64: z is not kept."""
+        """<z, other> over a whole tensor, summed in float64, without storing z."""
         kernels = self._kernels(other)
         if kernels is not None and hasattr(kernels, "dot"):
             return kernels.dot(self.distribution, other, self.seed, tensor.id, DENSE)
@@ -224,7 +224,7 @@ class PhiloxStream:
         return total
 
     def square(self, tensor: NamedTensor) -> float:
-        """|z|^2, summed in float64: z is not kept."""
+        """|z|^2, summed in float64, without storing z."""
         kernels, size = self._kernels(tensor.param.data), tensor.param.numel()
         if kernels is not None and hasattr(kernels, "square"):
             return kernels.square(self.distribution, size, self.seed, tensor.id, DENSE)
@@ -234,7 +234,7 @@ class PhiloxStream:
         )
 
     def _kernels(self, *tensors: Tensor) -> ModuleType | None:
-        """The compiled form that can work on these tensors."""
+        """The compiled kernels that support these tensors, or None."""
         kernels = None if self.backend == "torch" else _compiled(tensors[0].device.type)
         return kernels if isinstance(kernels, ModuleType) and kernels.supports(*tensors) else None
 
@@ -256,10 +256,10 @@ class PhiloxStream:
 def add_two_all_(
     first: Stream, second: Stream, moves: Sequence[Move], again: Sequence[float], purpose: int = DENSE
 ) -> None:
-    """out = beta * out + alpha * z(first) + again * z(second) on whole tensors: one pass over those that are compiled.
+    """out = beta * out + alpha * z(first) + again * z(second) on whole tensors, in one pass if there are kernels for them.
 
-    It takes a probe off and puts the next one on at once. To the last bit the same as `first.add_all_(moves)` and then
-    `second.add_all_` with the amounts `again`, which is also what happens with noise of other kinds.
+    One pass removes a probe and applies the next. The result is bit-identical to `first.add_all_(moves)` followed by
+    `second.add_all_` with the amounts `again`, which are called for other kinds of noise.
     """
     rest = list(range(len(moves)))
     if isinstance(first, PhiloxStream) and isinstance(second, PhiloxStream):
@@ -289,19 +289,20 @@ class PhiloxNoise:
     Args:
         run_seed: the run's seed, 64 bits; seeds of steps and queries follow from it.
         distribution: "gaussian" or "rademacher" (signs; the same mean and variance, lighter tails).
-        backend: "auto" takes the fastest there is for a tensor, "torch" the plain form; the numbers are the same.
+        backend: "auto" takes the fastest kernel for a tensor, "torch" the plain form; the numbers are the same.
     """
 
     def __init__(self, run_seed: int = 0, distribution: str = "gaussian", backend: str = "auto"):
         if distribution not in philox.DISTRIBUTIONS:
-            raise UserError(f"noise {distribution!r} is unknown: choose {' or '.join(philox.DISTRIBUTIONS)}.")
+            raise UserError(f"`noise` {distribution!r} is unknown: choose {' or '.join(philox.DISTRIBUTIONS)}.")
         self.run_seed, self.distribution, self.backend = run_seed, distribution, backend
         self.name = f"philox4x32-10/{distribution}/2"
 
     def seed(self, step: int, query: int = 0) -> int:
         """Seed of one query of one step: 63 bits, a hash of (run seed, step, query)."""
         counter, key = (0, _SEEDS, query & _LOW, step & _LOW), (self.run_seed & _LOW, self.run_seed >> 32 & _LOW)
-        low, high, *_ = philox.philox(counter, key)  # in Python's integers: a tensor of one costs 100 times as much
+        # with Python integers: tensors of one entry take 100 times as long
+        low, high, *_ = philox.philox(counter, key)
         return (high << 32 | low) & 0x7FFFFFFFFFFFFFFF
 
     def uniform(self, step: int, count: int) -> np.ndarray:
@@ -313,4 +314,4 @@ class PhiloxNoise:
         return PhiloxStream(seed, self.distribution, self.backend)
 
     def expect(self, seed: int, draws: Iterable[Draw]) -> None:
-        """Nothing to do: every number has a place of its own."""
+        """Nothing to do: the numbers do not depend on the order in which they are drawn."""

@@ -1,10 +1,10 @@
 """Philox noise on the CPU with numba: generated and added in one pass over the weights, nothing stored.
 
-The same numbers as philox.py, bit for bit (tests/noise). lanes.py makes them, a chunk at a time.
+The numbers are those of philox.py, bit for bit (tests/noise). lanes.py makes them, one chunk at a time.
 """
 
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
-# (pyright reads numba intrinsics as what they are before compilation)
+# (pyright checks numba intrinsics as the Python functions that they are before compilation)
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from llvmlite import binding
 
-from metazo.kernels.parallel import PIECE, kernel, share
+from metazo.kernels.parallel import JOB_ENTRIES, kernel, share
 from metazo.kernels.vectors import widest
 from metazo.noise import lanes
 from metazo.noise import philox as definition
@@ -24,7 +24,7 @@ _u64 = np.uint64
 
 _DTYPES = {torch.float32: None, torch.float64: None, torch.bfloat16: torch.uint16}
 if binding.get_host_cpu_features().get("f16c", binding.get_default_triple().startswith("aarch64")):
-    _DTYPES[torch.float16] = torch.int16  # without the instruction LLVM would call a function that is not there
+    _DTYPES[torch.float16] = torch.int16  # without the instruction LLVM would call a function that does not exist
 
 
 def _kernel(function):
@@ -40,13 +40,13 @@ def _add(out, start, alpha, beta, gaussian, purpose, id0, id1, k0, k1):
         fetch(out, here)
         numbers(z, words, gaussian, (start + here) // CHUNK, purpose, id0, id1, k0, k1)
         for i in range(min(CHUNK, out.size - here)):
-            e = _u64(here + i)  # numba asks of a signed index whether it is negative
+            e = _u64(here + i)  # unsigned, because numba checks a signed index for being negative
             out[e] = narrow(beta * widen(out[e]) + alpha * z[i], out[e])
 
 
 @_kernel
 def _add_two(out, start, alpha, beta, again, gaussian, purpose, id0, id1, k0, k1, l0, l1):
-    """As _add for the seed of k, then out = out + again * z for the seed of l, while the chunk is in the cache."""
+    """_add for the seed of k, then out = out + again * z for the seed of l, while the chunk is in the cache."""
     widest()
     z, words, others = np.empty(CHUNK, np.float32), np.empty(WORDS, np.uint32), np.empty(WORDS, np.uint32)
     for here in range(0, out.size, CHUNK):
@@ -77,7 +77,7 @@ def _place(out, base, start, alpha, gaussian, purpose, id0, id1, k0, k1):
 
 
 def supports(*tensors: torch.Tensor) -> bool:
-    """Whether the kernels can work on these: contiguous, in main memory, of a floating type that is known here."""
+    """Whether the kernels support these tensors: contiguous, in main memory, of a known floating type."""
     return all(t.device.type == "cpu" and t.dtype in _DTYPES and t.is_contiguous() for t in tensors)
 
 
@@ -94,7 +94,7 @@ def _counter(seed: int, tensor_id: int, purpose: int) -> tuple[int, ...]:
 
 @_kernel
 def _dot(other, sums, place, start, gaussian, purpose, id0, id1, k0, k1):
-    """sums[place] = <z, other>, 128 sums side by side in float64."""
+    """sums[place] = <z, other>, as 128 partial sums in float64."""
     widest()
     z, words, lanes = np.empty(CHUNK, np.float32), np.empty(WORDS, np.uint32), np.zeros(CHUNK, np.float64)
     for here in range(0, other.size, CHUNK):
@@ -118,11 +118,11 @@ def _squares(size, sums, place, start, gaussian, purpose, id0, id1, k0, k1):
 
 
 def _cut(size: int) -> range:
-    """Where the pieces of an array begin that threads take: as many for each thread, small arrays whole."""
+    """Starts of the chunks of an array that threads take: equally many per thread; a small array is one chunk."""
     threads = torch.get_num_threads()
-    if size <= PIECE // 2 or threads == 1:
+    if size <= JOB_ENTRIES // 2 or threads == 1:
         return range(0, size, max(size, 1))
-    count = threads * -(-size // (threads * PIECE))
+    count = threads * -(-size // (threads * JOB_ENTRIES))
     return range(0, size, -(-size // (count * definition.TILE)) * definition.TILE)
 
 
@@ -137,14 +137,14 @@ def _add_jobs(
 def add_(
     distribution: str, out: torch.Tensor, alpha: float, beta: float, seed: int, tensor_id: int, purpose: int, start: int
 ) -> None:
-    """out = beta * out + alpha * z[start : start + out.numel()], in place, where supports(out)."""
+    """out = beta * out + alpha * z[start : start + out.numel()], in place, if supports(out)."""
     share(_add, _add_jobs(distribution, out, alpha, beta, seed, tensor_id, purpose, start))
 
 
 def add_all_(
     distribution: str, moves: Iterable[tuple[int, torch.Tensor, float, float]], seed: int, purpose: int
 ) -> None:
-    """add_ on whole tensors, given as (tensor id, out, alpha, beta), where supports(out)."""
+    """add_ on whole tensors, given as (tensor id, out, alpha, beta), if supports(out)."""
     parts = (
         _add_jobs(distribution, out, alpha, beta, seed, tensor_id, purpose, 0) for tensor_id, out, alpha, beta in moves
     )
@@ -159,8 +159,8 @@ def add_two_all_(
 ) -> None:
     """out = beta * out + alpha * z(seeds[0]) + again * z(seeds[1]) on whole tensors, in one pass, if supports(out).
 
-    moves: (tensor id, out, alpha, beta, again). To the last bit the same as add_all_ with the first seed, then with the second:
-    what is between the two is rounded to out's type.
+    moves: (tensor id, out, alpha, beta, again). The result is bit-identical to add_all_ with the first seed, then with the
+    second, because the sum between the two is rounded to out's type.
     """
 
     def jobs() -> Iterator[tuple]:
@@ -183,7 +183,7 @@ def place_(
     purpose: int,
     start: int,
 ) -> None:
-    """out = base + alpha * z, rounded once, where supports(out, base)."""
+    """out = base + alpha * z, rounded once, if supports(out, base)."""
     fixed = (_number(base)(alpha), distribution == "gaussian", *_counter(seed, tensor_id, purpose))
     to, origin, cut = _array(out), _array(base), _cut(out.numel())
     share(
@@ -193,7 +193,7 @@ def place_(
 
 
 def dot(distribution: str, other: torch.Tensor, seed: int, tensor_id: int, purpose: int) -> float:
-    """<z, other> over a whole tensor, where supports(other); products in other's type, at least float32."""
+    """<z, other> over a whole tensor, if supports(other); products in other's type, at least float32."""
     array, cut = _array(other), _cut(other.numel())
     sums = np.zeros(len(cut))
     fixed = (distribution == "gaussian", *_counter(seed, tensor_id, purpose))
@@ -210,5 +210,5 @@ def square(distribution: str, size: int, seed: int, tensor_id: int, purpose: int
 
 
 def _number(tensor: torch.Tensor) -> type:
-    """The type to calculate in."""
+    """The type of the arithmetic."""
     return np.float64 if tensor.dtype == torch.float64 else np.float32

@@ -1,11 +1,11 @@
-"""Noise on weights that are split in two, on the CPU with numba: joined, moved and split or rounded in one pass.
+"""Noise on weights that are split in two, on the CPU with numba: join, add noise, and split or round in one pass.
 
-The same to the last bit as `join` of metazo.kernels.splitfloat, cpu.add_ on the float32 weights that it makes, and `split`
-(or rounding to nearest even). `plain_place_` and `plain_add_` are those passes one by one, with torch alone.
+The result is bit-identical to `join` of metazo.kernels.splitfloat, cpu.add_ on the joined float32 weights, and `split`
+(or rounding to nearest even). `plain_place_` and `plain_add_` do these passes one by one, with torch alone.
 """
 
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
-# (pyright reads numba intrinsics as what they are before compilation)
+# (pyright checks numba intrinsics as the Python functions that they are before compilation)
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _add(
 
 
 def supports(weights: Tensor, low: Tensor) -> bool:
-    """Whether the kernels can work on these: contiguous, in main memory, of a narrow type that is known here."""
+    """Whether the kernels support these tensors: contiguous, in main memory, of a known narrow type."""
     return weights.dtype in LAYOUTS and cpu.supports(weights) and low.device.type == "cpu" and low.is_contiguous()
 
 

@@ -1,12 +1,12 @@
 """Philox noise on CUDA with triton: generated and added in one pass, nothing stored.
 
-The same numbers as philox.py, bit for bit: raw Philox rounds, the same mapping, and no fusing of multiplication and
-addition (enable_fp_fusion=False). Sixteen neighbours are sixteen blocks, so that every load and store fills whole
-sectors. float64 is left to the plain form: triton passes scalars in float32.
+The numbers are those of philox.py, bit for bit: raw Philox rounds, the same mapping, and no fusing of multiplication and
+addition (enable_fp_fusion=False). Sixteen neighbours come from sixteen blocks, so that every load and store fills whole
+sectors. float64 uses the plain form, because triton passes scalars in float32.
 """
 
 # pyright: reportCallIssue=false, reportIndexIssue=false, reportGeneralTypeIssues=false, reportOptionalSubscript=false
-# (pyright reads triton kernels as what they are before compilation)
+# (pyright checks triton kernels as the Python functions that they are before compilation)
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import triton.language as tl
 
 from metazo.noise import philox as definition
 
-_BLOCKS = 256  # Philox blocks a program: 2,048 normals or 32,768 signs
+_BLOCKS = 256  # Philox blocks per program: 2,048 normals or 32,768 signs
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _M0, _M1 = tl.constexpr(definition._M0), tl.constexpr(definition._M1)
@@ -41,13 +41,13 @@ def _philox(c0, c1, c2, c3, k0, k1):
 
 @triton.jit
 def _signed(value, bits):
-    """value with its sign flipped where the top bit is set."""
+    """value with its sign flipped if the top bit is set."""
     return (value.to(tl.uint32, bitcast=True) ^ (bits & 0x80000000)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _normal_pair(word):
-    # the interpreter wants tensors to the left of constants
+    # the interpreter needs tensors to the left of constants
     v = (word & 0x3FFFFFFE) | 1
     bits = v.to(tl.int32).to(tl.float32).to(tl.int32, bitcast=True)
     y = 2.0 - ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
@@ -71,7 +71,7 @@ def _blend(out, base, offset, size, z, alpha, beta):
 def _kernel(
     out, base, size, first, alpha, beta, purpose, id0, id1, k0, k1, gaussian: tl.constexpr, blocks: tl.constexpr
 ):
-    """out = beta * base + alpha * z for the elements from Philox block `first` on; one program does `blocks` of them."""
+    """out = beta * base + alpha * z for the elements from Philox block `first` on; one program handles `blocks` of them."""
     here = tl.program_id(0).to(tl.int64) * blocks + tl.arange(0, blocks)
     zero = tl.zeros((blocks,), tl.uint32)
     c1, c2, c3 = zero + purpose.to(tl.uint32), zero + id0.to(tl.uint32), zero + id1.to(tl.uint32)
@@ -94,19 +94,19 @@ def _kernel(
 
 
 def supports(*tensors: torch.Tensor) -> bool:
-    """Whether the kernels can work on these: contiguous, on a CUDA device, float32, bfloat16 or float16."""
+    """Whether the kernels support these tensors: contiguous, on a CUDA device, float32, bfloat16 or float16."""
     return all(t.is_cuda and t.dtype in _DTYPES and t.is_contiguous() for t in tensors)
 
 
 def _int32(value: int) -> int:
-    """Low 32 bits as a signed number: triton would compile anew for one that does not fit."""
+    """Low 32 bits as a signed number: triton would compile again for a number that does not fit."""
     return (value & 0xFFFFFFFF ^ 0x80000000) - 0x80000000
 
 
 def add_(
     distribution: str, out: torch.Tensor, alpha: float, beta: float, seed: int, tensor_id: int, purpose: int, start: int
 ) -> None:
-    """out = beta * out + alpha * z[start : start + out.numel()], in place, where supports(out)."""
+    """out = beta * out + alpha * z[start : start + out.numel()], in place, if supports(out)."""
     _launch(distribution, out, out, alpha, beta, seed, tensor_id, purpose, start)
 
 
@@ -120,7 +120,7 @@ def place_(
     purpose: int,
     start: int,
 ) -> None:
-    """out = base + alpha * z, rounded once, where supports(out, base)."""
+    """out = base + alpha * z, rounded once, if supports(out, base)."""
     _launch(distribution, out, base, alpha, 1.0, seed, tensor_id, purpose, start)
 
 

@@ -1,12 +1,12 @@
 """Philox and its mappings as loops that numba compiles: a chunk of noise at a time, for the loops over weights in cpu.py.
 
-The same numbers as philox.py, bit for bit (tests/noise). Every loop is written for LLVM's vectoriser. 32 Philox blocks are
-computed side by side in 64-bit lanes (only the low halves count, so a product needs no shuffles); the chains of ten rounds
-are then long enough to hide each other's latency. Their 256 numbers go to a buffer that stays in the first-level cache.
+The numbers are those of philox.py, bit for bit (tests/noise). Every loop is written for LLVM's vectoriser. 32 Philox blocks
+are computed side by side in 64-bit lanes, of which only the low halves count, so that a product needs no shuffles and
+independent chains of ten rounds hide each other's latency. Their 256 numbers go to a buffer in the first-level cache.
 """
 
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
-# (pyright reads numba intrinsics as what they are before compilation)
+# (pyright checks numba intrinsics as the Python functions that they are before compilation)
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from metazo.kernels.vectors import prefetch
 from metazo.noise import philox as definition
 
 CHUNK = 256  # numbers in the buffer
-WORDS = 128  # words in theirs: 32 blocks
-_AHEAD = 1024  # elements between what is calculated and what is fetched
+WORDS = 128  # 32-bit words of 32 blocks
+_AHEAD = 1024  # elements between the one calculated and the one prefetched
 _u16, _u32, _u64, _f32, _i32 = np.uint16, np.uint32, np.uint64, np.float32, np.int32
 
 _M0, _M1, _LOW, _HALF = _u64(definition._M0), _u64(definition._M1), _u64(definition._LOW), _u64(32)
@@ -34,11 +34,11 @@ _VALUE, _MANTISSA, _ONE, _SIGN = _u32(0x3FFFFFFE), _u32(0x7FFFFF), _u32(0x3F8000
 
 
 def widen(x):
-    """A stored number as one to calculate with: bfloat16 comes as uint16, float16 as int16."""
+    """A stored number as a float: bfloat16 is passed as uint16, float16 as int16."""
 
 
 def narrow(x, like):
-    """The number to store, rounded to nearest even."""
+    """A float as a stored number, rounded to nearest even."""
 
 
 @overload(widen)
@@ -66,7 +66,7 @@ def _narrow_typed(x, like):
 
 @njit(inline="always")
 def _philox(c0, c1, c2, c3, k0, k1):
-    """Ten rounds in 64-bit lanes, of which only the low halves mean something."""
+    """Ten rounds in 64-bit lanes, of which only the low halves count."""
     for _ in range(10):
         p0, p1 = _M0 * (c0 & _LOW), _M1 * (c2 & _LOW)
         c0, c1, c2, c3 = (p1 >> _HALF) ^ c1 ^ k0, p1, (p0 >> _HALF) ^ c3 ^ k1, p0
@@ -117,7 +117,7 @@ def signs(z, words, chunk, c1, c2, c3, k0, k1):
 
 @njit(inline="always")
 def numbers(z, words, gaussian, chunk, purpose, id0, id1, k0, k1):
-    """Numbers 256 chunk .. of a tensor into z. A tile's chunks of signs must be asked for in order, with the same words."""
+    """Write numbers 256 chunk .. of a tensor into z. A tile's chunks of signs must be requested in order, with one `words`."""
     c1, c2, c3, k0, k1 = _u64(purpose), _u64(id0), _u64(id1), _u64(k0), _u64(k1)
     if gaussian:
         normals(z, words, chunk, c1, c2, c3, k0, k1)
@@ -127,10 +127,10 @@ def numbers(z, words, gaussian, chunk, purpose, id0, id1, k0, k1):
 
 @njit(inline="always")
 def fetch(array, here):
-    """Ask for a chunk of the array, some chunks after the one that begins here.
+    """Prefetch a chunk of the array, some chunks after the one that begins here.
 
-    The processor's own prefetcher does not help enough: it stops at every page, and a chunk of noise fills the window of
-    instructions in which it would see the next loads.
+    The processor's own prefetcher is not enough: it stops at every page, and a chunk of noise has more instructions than
+    the window in which the processor sees the next loads.
     """
     for i in range(0, CHUNK, 64 // array.itemsize):
         prefetch(array, here + _AHEAD + i)

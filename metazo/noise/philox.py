@@ -4,13 +4,13 @@ Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). The bloc
 
     counter = (b, purpose, low 32 bits of the tensor's id, high 32 bits),    key = (low, high 32 bits of the seed)
 
-so a number depends on nothing else: not on chunks, threads, order, or which other tensors are trained. A block holds
-n numbers, 8 normals (a word makes a pair, Box-Muller) or 128 signs (a bit each). Sixteen blocks lie side by side, so that
-a vector unit fills sixteen neighbours at once: element e is number (e // 16) % n of block e // (16 n) * 16 + e % 16.
+so a number does not depend on chunks, threads, order, or which other tensors are trained. A block gives n numbers:
+8 normals (a pair per word, Box-Muller) or 128 signs (one per bit). Sixteen blocks are interleaved, so that a vector unit
+fills sixteen neighbours at once: element e is number (e // 16) % n of block e // (16 n) * 16 + e % 16.
 
-The mapping uses only bit operations and float32 additions, multiplications and square roots in a stated order, so that
-every backend gives the same numbers to the last bit as long as it does not fuse them. This file is the plain form, in
-torch, on any device; cpu.py and cuda.py are the fast ones.
+The mapping uses only bit operations and float32 additions, multiplications and square roots in a fixed order, so that
+every backend that does not fuse them gives bit-identical numbers. This file is the plain form, in torch, for any device;
+cpu.py and cuda.py are the fast forms.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import math
 import torch
 
 LANES = 16
-TILE = 2048  # elements; where a piece of a tensor may start: 16 blocks of normals or one of signs begin here
+TILE = 2048  # elements: a chunk of a tensor may start at a multiple, because 16 blocks of normals or one of signs begin there
 
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
@@ -30,7 +30,7 @@ _LOW = 0xFFFFFFFF
 # logarithm between powers of two; Q is the minimax correction (3e-6), its mean error 0 so that E r^2 = 2, and
 # Q(1) < 0 so that nothing below 0 reaches the square root.
 UNIT = 2 * math.log(2) / 2**23
-TOP_BITS = 0x4E800000  # the float32 2^30
+TOP_BITS = 0x4E800000  # the bits of the float32 2^30
 Q = (-0.03604494, 0.04671151, -0.07901543, -0.06496407, -0.25316072, 0.38647315)
 # Angle: a = signed(v STRIDE mod 2^32) ANGLE in (-pi / 4, pi / 4). The points (v, v STRIDE) are a lattice (Korobov) whose
 # continued fraction has no quotient above 3, so radius and angle share 29 bits and yet fill the square evenly.
@@ -45,12 +45,12 @@ def philox(counter: tuple, key: tuple) -> tuple:
     """Ten rounds of Philox-4x32.
 
     Args: counter, four; key, two: int64 tensors or ints that hold unsigned 32-bit values (broadcast together).
-    Returns: four int64 tensors of unsigned 32-bit words, or ints where all arguments are.
+    Returns: four int64 tensors of unsigned 32-bit words, or ints if all arguments are ints.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
-        p0, p1 = c0 * _M0, c2 * _M1  # int64 products wrap, their bits are those of the unsigned product
+        p0, p1 = c0 * _M0, c2 * _M1  # int64 products wrap; their bits are those of the unsigned product
         c0, c1, c2, c3 = ((p1 >> 32) & _LOW) ^ c1 ^ k0, p1 & _LOW, ((p0 >> 32) & _LOW) ^ c3 ^ k1, p0 & _LOW
         k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
     return c0, c1, c2, c3
@@ -62,7 +62,7 @@ def words(
     """Random 32-bit words of blocks start .. start + count - 1. Returns: (count, 4), int64."""
     block = torch.arange(start, start + count, dtype=torch.int64, device=device)
     if start + count > 2**32:
-        raise OverflowError("a tensor of more than 2^35 elements has no noise of its own")
+        raise OverflowError("the noise of a tensor has at most 2^35 elements")
     counter = (block, purpose, tensor_id & _LOW, (tensor_id >> 32) & _LOW)
     return torch.stack(torch.broadcast_tensors(*philox(counter, (seed & _LOW, (seed >> 32) & _LOW))), dim=1)
 

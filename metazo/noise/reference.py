@@ -1,10 +1,10 @@
-"""The noise of the published code, for conformance: torch's generator, tensors in order.
+"""The noise of the published code, for conformance tests: torch's generator, tensors in order.
 
 A step's seed is `numpy.random.randint(1_000_000_000)`; its noise is `torch.manual_seed(seed)` followed by one
 `torch.normal(0, 1, size)` per trainable tensor in the order of `named_parameters()` (tests/golden/README.md). The
-numbers of a tensor therefore depend on every draw before it, and differ between CPU and CUDA. A stream keeps what it has
-drawn, so that the rest of the library may ask for any chunk of any tensor at any time; `expect` announces the order of
-the first draws. Use it to compare with recorded trajectories; for work, use PhiloxNoise, which keeps nothing.
+numbers of a tensor therefore depend on every draw before it, and differ between CPU and CUDA. A stream keeps its numbers,
+so that the rest of the library may draw any chunk of any tensor at any time; `expect` announces the order of the first
+draws. Use it to compare with recorded trajectories; for all else use PhiloxNoise, which stores nothing.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from metazo.blocks import NamedTensor
 
 Draw = tuple[NamedTensor, tuple[int, ...] | None, int]
 """Numbers of a tensor: their shape (None: the tensor's) and their purpose."""
-_KEPT = 64  # streams kept: more than the queries of a step
+_KEPT = 64  # number of streams kept, more than the queries of a step
 
 
 class TorchOrderStream:
-    """The numbers of one seed. Each (tensor, purpose) is drawn once, when it is first asked for, and kept."""
+    """The numbers of one seed. Each (tensor, purpose) is drawn once, at its first use, and kept."""
 
     def __init__(self, seed: int, device: torch.device | str = "cpu"):
         self.seed = seed
@@ -31,7 +31,7 @@ class TorchOrderStream:
         self.drawn: dict[tuple[int, int], Tensor] = {}
 
     def whole(self, tensor: NamedTensor, shape: tuple[int, ...] | None, purpose: int) -> Tensor:
-        """All numbers of a tensor for a purpose, in the tensor's dtype, as kept: not to be written to."""
+        """All numbers of a tensor for a purpose, in the tensor's dtype. It is the kept tensor: do not write to it."""
         key = (tensor.id, purpose)
         if key not in self.drawn:
             shape = tuple(tensor.param.shape) if shape is None else shape
@@ -49,7 +49,7 @@ class TorchOrderStream:
         start: int = 0,
         count: int | None = None,
     ) -> Tensor:
-        """Numbers in new memory; in the tensor's dtype unless another is asked for."""
+        """Numbers in new memory, by default in the tensor's dtype."""
         numbers = self.whole(tensor, shape, purpose)
         if count is not None:
             numbers = numbers.view(-1)[start : start + count]
@@ -97,7 +97,7 @@ class TorchOrderNoise:
 
     Args:
         run_seed: seeds `numpy.random.RandomState`, as `set_seed` does.
-        seeds: recorded step seeds to use instead, one per query in the order they are asked for.
+        seeds: recorded step seeds to use instead, one per query, in the order of their use.
     """
 
     name = "torch-order"
@@ -125,11 +125,11 @@ class TorchOrderNoise:
         return self.streams[seed]
 
     def expect(self, seed: int, draws: Iterable[Draw]) -> None:
-        """Make these draws of a seed now, in this order; each may be asked for later in any order."""
+        """Make these draws of a seed now, in this order; they may be used later in any order."""
         stream = self.stream(seed)
         for tensor, shape, purpose in draws:
             stream.whole(tensor, shape, purpose)
 
     def forget(self, seed: int) -> None:
-        """Begin the stream of a seed again, as `torch.manual_seed` does."""
+        """Restart the stream of a seed, as `torch.manual_seed` does."""
         self.streams.pop(seed, None)

@@ -253,9 +253,9 @@ class ZOOptimizer(Verbs, Optimizer):
             if used_unseen(unmet, lambda: self._again(closures), loss):
                 names = ", ".join(tensor.name for tensor in unmet[:3])
                 raise UserError(
-                    f"precision {self.precision} shows the probed weights to torch functions, and the model uses "
+                    f"`precision` {self.precision} replaces weights in calls of torch functions, and the model uses "
                     f"{len(unmet)} tensors where it cannot see it (compiled, scripted or foreign code), such as {names}: "
-                    "choose precision master."
+                    "choose master."
                 )
         self.loss_watch.evaluated(loss, lambda: self._again(closures), self.tensors[0].param.device)
         return mean_over_processes(loss)

@@ -1,1 +1,1 @@
-"""What a step is made of: directions, estimators, rules, scales, and the weights that are probed."""
+"""The parts of a step: directions, estimators, rules, scales, and the weights that are probed."""

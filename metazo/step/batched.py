@@ -1,14 +1,15 @@
-"""All probes of a step in one forward pass, low-rank directions as activations.
+"""Evaluate all probes of a step in one forward pass, with low-rank directions applied to the activations.
 
-    (W + a U V^T) x = W x + a U (V^T x),      for every probe (U, V, a) at once: + eps and - eps along each query's
+    (W + a U V^T) x = W x + a U (V^T x),      for every probe (U, V, a) at once: + eps and - eps along each direction
 
-The closure runs once under torch's vmap over the probes, its branches: activations carry the branches, the weights do not,
-so that W is read once and never written. Linear, embedding and GPT-2's Conv1D take the short form; any other use of a
-tensor sees W + a d, made for that call, once per branch. It pays while activations are small beside weights: they are
-multiplied by the number of branches. A branch may be a sum of vectors; each adds its own short product.
+The closure runs once under torch's vmap over the probes, which are called branches here. Activations have one copy per
+branch and the weights do not, so that W is read once and never written. Linear, embedding and GPT-2's Conv1D use this short
+form; any other use of a tensor gets W + a d, made for that call, once per branch. Batching saves time as long as activations
+are small compared with weights, because activations are multiplied by the number of branches. A branch may be a sum of
+vectors; each adds its own short product.
 
-Low rank is what makes it pay. Dense noise has no short form: z_k x is as long a product as W x, so K queries of it in one
-batch cost K more products than one after the other, and save only reading W.
+Batching needs low rank. Dense noise has no short form: z_k x costs as much as W x, so K queries of dense noise in one
+batch cost K more products than K queries in turn, and save only the reading of W.
 
 A closure that cannot be vectorised (it reads a number out of a tensor, writes into one that it did not make, draws random
 numbers) raises RuntimeError.
@@ -32,7 +33,7 @@ from metazo.noise import Stream
 from metazo.step.directions import Direction
 from metazo.step.substitute import Shown
 
-_WIDE = 10_000  # outputs of a matrix from which a product and a sum of their own cost more than calling _Product
+_WIDE = 10_000  # from this many outputs of a matrix on, a separate product and sum cost more than calling _Product
 
 
 class TooLarge(Exception):
@@ -46,11 +47,11 @@ class Branch(NamedTuple):
 
 
 class Branches(Shown):
-    """Functions see theta + the branch's displacement for the tensors given, while vmap goes over the branches.
+    """Torch functions get theta + the branch's displacement instead of the given tensors, while vmap maps over branches.
 
-    Args: vectors: every (stream, direction) that a branch has. query: vmap's numbers of the branch's vectors, (terms,);
-        None if there is one vector. amount: vmap's amounts, (terms,). positions: raises TooLarge if a batch of more rows
-        (batch x length) comes to a matrix.
+    Args: vectors: every (stream, direction) that occurs in a branch. query: indices of the branch's vectors, (terms,),
+        mapped by vmap; None if there is one vector. amount: the amounts, (terms,), mapped by vmap. positions: a matrix that
+        is given a batch of more rows (batch x length) raises TooLarge.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class Branches(Shown):
             return moved.to(theta.dtype)
 
     def _own(self, each: Sequence[Tensor], slot: int) -> Tensor:
-        """The branch's own of a tensor per vector."""
+        """From one tensor per vector, the one that this term of the branch uses."""
         return each[0] if self.query is None else torch.stack([*each]).index_select(0, self.query[slot, None])[0]
 
     def factors(self, weight: Any) -> list[tuple[Tensor, Tensor]] | None:
@@ -126,13 +127,13 @@ class Branches(Shown):
 
 
 def _padded(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The same product with more columns, of zeros, so that factors of several ranks can be stacked."""
+    """Factors of the same product, with columns of zeros added so that factors of several ranks can be stacked."""
     more = (0, rank - left.shape[1])
     return F.pad(left, more), F.pad(right, more)
 
 
 def _narrow(x: Tensor, first: Tensor) -> Tensor:
-    """x first. Two columns are two to four times faster as two rows."""
+    """The product x first. With two columns it is two to four times faster if they are stored as two rows."""
     return F.linear(x.to(first.dtype), first.t().contiguous())
 
 
@@ -147,7 +148,9 @@ def _linear(mode: Branches, input: Tensor, weight: Tensor, bias: Tensor | None =
 
 def _embedding(mode: Branches, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
     factors = mode.factors(weight)
-    if factors is None or any(args[1:]) or kwargs.get("max_norm") is not None:  # args[0], padding_idx, is for gradients
+    if (
+        factors is None or any(args[1:]) or kwargs.get("max_norm") is not None
+    ):  # args[0] is padding_idx, for gradients only
         return None
     mode.check(input.numel())
     out = added = F.embedding(input, weight)
@@ -168,8 +171,8 @@ _SHORT: dict[Any, Callable[..., Tensor | None]] = {F.linear: _linear, F.embeddin
 
 
 class _Product(torch.autograd.Function):
-    """x W^T + a (x first) second^T, rounded to x's type once; under vmap for all a in one multiplication by W, to which the
-    small product is added in place."""
+    """x W^T + a (x first) second^T, rounded to x's type once. Under vmap W is multiplied once for all a, and the small
+    product is added in place."""
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, first: Tensor, second: Tensor, amount: Tensor) -> Tensor:
@@ -182,7 +185,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> tuple[Tensor, int]:
         x, weight, first, second, amount = inputs
-        x = x[None] if in_dims[0] is None else x.movedim(in_dims[0], 0)  # one for all branches, or one each
+        x = x[None] if in_dims[0] is None else x.movedim(in_dims[0], 0)  # one input for all branches, or one per branch
         out, low = F.linear(x, weight), _narrow(x, first)
         low = low * amount.view(-1, *[1] * (x.ndim - 1))
         out = out.expand(len(amount), *out.shape[1:]).contiguous()
@@ -198,7 +201,7 @@ def losses(
     branches: Sequence[Branch],
     positions: int | None = None,
 ) -> tuple[list[float], list[NamedTensor]]:
-    """The losses of a closure at the branches, from one forward pass; and the tensors it never met.
+    """The losses of a closure at the branches, from one forward pass, and the tensors that the closure was not seen to use.
 
     Raises RuntimeError if the closure cannot be vectorised, TooLarge if its batch is above `positions`.
     """
@@ -226,7 +229,7 @@ def losses(
     queries = torch.tensor(
         [padded([number[s.seed, d] for s, d, _ in branch.terms]) for branch in branches], device=param.device
     )
-    # attention has no rule for vmap on the CPU: it is called for each branch, as without vmap, and torch would warn
+    # attention has no vmap rule on the CPU: torch calls it once per branch, as without vmap, and would warn about it
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="There is a performance drop")
         values = vmap(at)(amounts, queries)

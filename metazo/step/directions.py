@@ -1,9 +1,9 @@
-"""Directions: what a step moves along.
+"""Directions: the vectors along which a step probes and moves.
 
 A direction turns the noise of one seed into a vector d over all tensors, tensor by tensor. Directions wrap each other:
-`Scaled(LowRank(...))` is LOZO under a learned block scale. A direction adds itself to a tensor or to a chunk of one: a
-flat run of whole rows from entry `start` (metazo.blocks.chunks). No direction makes a temporary larger than a chunk.
-Drawing never writes state: a direction is settled when `propose` returns it, and may be drawn any number of times.
+`Scaled(LowRank(...))` is LOZO under a learned block scale. A direction is added to a tensor or to a chunk of one, which is
+a flat run of whole rows from entry `start` (metazo.blocks.chunks). No direction makes a temporary larger than a chunk.
+Drawing never writes state: a direction does not change after `propose` returns it, and may be drawn any number of times.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from metazo.noise import DENSE, Draw, Move, Stream
 
 
 def in_chunks(tensor: NamedTensor, out: Tensor, start: int = 0) -> Iterator[tuple[int, Tensor]]:
-    """`out`, a tensor or a chunk of one, in chunks; in one if it is a chunk already, or not contiguous."""
+    """`out` in chunks, as (start, entries); one chunk if `out` is a chunk already or is not contiguous."""
     if out.numel() < tensor.param.numel() or not out.is_contiguous():
         yield start, out
         return
@@ -45,15 +45,15 @@ def draw_like(direction: Direction, stream: Stream, tensor: NamedTensor, chunk: 
 
 
 class Direction(ABC):
-    """The `add_` and `place_` given here serve every direction that can be drawn; many have a shorter way."""
+    """Base of directions. The `add_` and `place_` here work for every direction that can be drawn; many have faster ones."""
 
     @abstractmethod
     def touches(self, tensor: NamedTensor) -> bool:
-        """False where d is zero on the tensor and draws no noise for it."""
+        """False if d is zero on the tensor and draws no noise for it."""
 
     @abstractmethod
     def draw(self, stream: Stream, tensor: NamedTensor, dtype=None, start: int = 0, count: int | None = None) -> Tensor:
-        """d on this tensor, in its shape, or count entries of it from start; dtype: the tensor's, at least float32."""
+        """d on this tensor, in its shape, or count entries of it from start. dtype: default the tensor's, at least float32."""
 
     def draws(self, tensor: NamedTensor) -> Iterable[Draw]:
         """The numbers that d needs of a stream for this tensor, in the order of the published code."""
@@ -75,7 +75,7 @@ class Direction(ABC):
             chunk.mul_(beta).add_(draw_like(self, stream, tensor, chunk, first), alpha=alpha)
 
     def add_all_(self, stream: Stream, moves: Sequence[Move]) -> None:
-        """add_ on whole tensors that d touches: at once if that is faster."""
+        """add_ on several whole tensors that d touches. Subclasses may do all of them at once if that is faster."""
         for move in moves:
             self.add_(stream, *move)
 
@@ -110,7 +110,7 @@ class Isotropic(Direction):
 
 
 class Scaled(Direction):
-    """d = s_b d', one positive number per tensor: block scales, at no cost beyond the scalar."""
+    """d = s_b d' with one positive number s_b per tensor (block scales)."""
 
     def __init__(self, inner: Direction, scales: Mapping[str, float]):
         self.inner, self.scales = inner, scales
@@ -158,14 +158,14 @@ class Diagonal(Direction):
 
 
 class Reflected(Direction):
-    """d = B d', with B the reflected root of rho (rho I + a a^T)^-1 on every run of len(a) entries of a tensor (LOREN).
+    """d = B d', with B the reflected root of rho (rho I + a a^T)^-1 on every len(a) consecutive entries of a tensor (LOREN).
 
         B u = u - (1 + sqrt(rho / (rho + s))) a (a.u) / s,    s = |a|^2        so that B B^T = rho (rho I + a a^T)^-1
 
-    B leaves what is orthogonal to a as it is, and turns a into -sqrt(rho / (rho + s)) a.
+    B leaves vectors orthogonal to a unchanged and maps a to -sqrt(rho / (rho + s)) a.
 
-    Args: inner; vector: gives a of a tensor, its length a divisor of the tensor's entries (a row's: one B a row);
-        damping: rho > 0.
+    Args: inner: the direction d'. vector: gives the vector a of a tensor; its length divides the tensor's number of entries
+        (one B per row if it is the length of a row). damping: rho > 0.
     """
 
     def __init__(self, inner: Direction, vector: Callable[[NamedTensor], Tensor], damping: float):
@@ -187,7 +187,7 @@ class Reflected(Direction):
         if noise.numel() % len(a) == 0:
             rows = noise.view(-1, len(a))
             rows.addr_(rows @ a, a, alpha=-factor)
-        else:  # a chunk of one long row: its product with a is of all chunks
+        else:  # the chunk is part of one long row, and the product with a needs the whole row
             product = 0.0
             for first, stop in chunks(tensor.param):
                 product += float(self.inner.draw(stream, tensor, noise.dtype, first, stop - first) @ a[first:stop])
@@ -196,7 +196,7 @@ class Reflected(Direction):
 
 
 class Sparse(Direction):
-    """d = d' on the selected tensors, zero elsewhere, where no noise is drawn either."""
+    """d = d' on the selected tensors; on all others d is zero and draws no noise."""
 
     def __init__(self, inner: Direction, selected):
         self.inner, self.selected = inner, frozenset(selected)

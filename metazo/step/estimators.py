@@ -1,8 +1,8 @@
 """Estimators: where a step evaluates the loss, and how losses become coefficients of its directions.
 
 With d_k the direction of seed k, the gradient estimate is g = sum_k c_k d_k. An estimator lists probes (query, multiple
-of eps) and turns their losses, in that order, into c. Losses arrive typed by the estimator that asked for them, so a
-method cannot use what it did not pay for.
+of eps) and turns their losses, in that order, into c. The type of the losses is the estimator's, so a method cannot use a
+loss that its estimator did not evaluate.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class Estimator(Protocol):
     def probes(self) -> list[Probe]: ...
     def coefficients(self, losses: Sequence[float], eps: float) -> list[float]: ...
     def plus_minus(self, losses: Sequence[float]) -> tuple[float, float]:
-        """Means of the losses on the two sides; the mean of all, twice, if an estimator has one side."""
+        """Mean loss on the two sides (plus, minus); an estimator with one side gives its mean loss twice."""
         ...
 
     def loss(self, losses: Sequence[float]) -> float:
-        """The step's loss, for people: at theta if it was evaluated there, else the mean of the probes."""
+        """The step's loss, for display: at theta if it was evaluated there, else the mean of the probes."""
         ...
 
 
@@ -46,14 +46,14 @@ def mean(values: Sequence[float]) -> float:
 
 
 MOST_QUERIES = 2**16
-"""A log or recipe that asks for more is refused: the list of its probes alone would fill the memory."""
+"""A log or recipe with more queries is refused, because the list of its probes alone would fill the memory."""
 
 
 def check_queries(queries: int, least: int = 1, why: str = "") -> None:
-    """Raises UserError for a number of queries below `least` (`why` says what it is needed for) or above MOST_QUERIES."""
+    """Raises UserError for a number of queries below `least` (`why` completes the message) or above MOST_QUERIES."""
     if not least <= queries <= MOST_QUERIES:
         wanted = f"at least {least}{why}" if queries < least else f"at most {MOST_QUERIES:,}"
-        raise UserError(f"queries must be {wanted}, not {queries}.")
+        raise UserError(f"`queries` must be {wanted}, not {queries}.")
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class TwoPoint:
 
 @dataclass(frozen=True)
 class ThreeLosses:
-    """L(theta), then the pair: c as TwoPoint, and the second difference L+ + L- - 2 L0 for curvature (HiZOO)."""
+    """L(theta), then the pair: c as in TwoPoint, and the second difference L+ + L- - 2 L0 for curvature (HiZOO)."""
 
     queries: int = 1
 
@@ -103,8 +103,8 @@ class ThreeLosses:
 
 @dataclass(frozen=True)
 class AtTheta:
-    """One evaluation, at theta and along no direction: for methods that learn of the gradient in another way than from
-    losses, such as forward hooks or a backward pass."""
+    """One evaluation at theta, along no direction: for methods whose gradient estimate does not come from losses but, for
+    example, from forward hooks or a backward pass."""
 
     queries: int = 0
 
@@ -123,7 +123,7 @@ class AtTheta:
 
 @dataclass(frozen=True)
 class ControlVariate:
-    """c = c(theta) - c(snapshot), two points each along one d: what the two have in common cancels (SVRG)."""
+    """c = c(theta) - c(snapshot), each from two points along one d, so that their common part cancels (SVRG)."""
 
     queries: int = 1
 
@@ -142,7 +142,7 @@ class ControlVariate:
 
 @dataclass(frozen=True)
 class LeaveOneOut:
-    """One side, each against the mean of the others (RLOO): c_k = (f_k - mean f) / (eps (K - 1)), K = queries >= 2."""
+    """One-sided probes, each compared with the mean of the others (RLOO): c_k = (f_k - mean f) / (eps (K - 1)), K = queries."""
 
     queries: int = 6
 
@@ -183,7 +183,7 @@ SHAPINGS: dict[str, Callable[[list[float]], list[float]]] = {"z-score": z_scores
 class Population:
     """Shaped losses of N = members perturbed models: c_k = 1/N times the shaped loss, summed over the members along d_k.
 
-    antithetic: members are pairs at +eps and -eps along N / 2 directions; else one side of N directions.
+    antithetic: members are pairs at +eps and -eps along N / 2 directions; otherwise +eps along N directions.
     """
 
     members: int = 30
@@ -221,7 +221,7 @@ class Population:
 
 @dataclass(frozen=True)
 class OneSided:
-    """Against the loss at theta: c_k = (L(theta + eps d_k) - L(theta)) / (eps K), K = queries."""
+    """One-sided probes compared with the loss at theta: c_k = (L(theta + eps d_k) - L(theta)) / (eps K), K = queries."""
 
     queries: int = 8
 

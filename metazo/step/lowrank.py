@@ -16,7 +16,7 @@ from metazo.step.directions import Direction
 
 
 class Factors(Direction):
-    """d = U V^T on the matrices for which a subclass gives the pair; the inner direction on everything else."""
+    """d = U V^T on the matrices for which a subclass gives the pair, and the inner direction on all other tensors."""
 
     inner: Direction
 
@@ -48,7 +48,7 @@ class Factors(Direction):
         add_products_([(move.out, *pair, move.alpha, move.beta) for move, pair in zip(matrices, pairs)])
 
     def pairs(self, stream: Stream, matrices: Sequence[Move]) -> list[tuple[Tensor, Tensor]]:
-        """The pair of each, in the type of the tensor that it is added to."""
+        """The pair of each move's tensor, in the type of the tensor to which it is added."""
         return [self.pair(stream, move.tensor, move.out.dtype) for move in matrices]
 
     def place_(self, stream, tensor, out, base, alpha) -> None:
@@ -63,7 +63,7 @@ class Factors(Direction):
 class LowRank(Factors):
     """U drawn and V given (LOZO).
 
-    Args: inner; right: V by tensor name, (n, r), for the tensors to treat so.
+    Args: inner: the direction of all other tensors; right: V by tensor name, (n, r).
     """
 
     def __init__(self, inner: Direction, right: Mapping[str, Tensor]):
@@ -88,7 +88,7 @@ class LowRank(Factors):
         return tensor.param.shape[0], self.right[tensor.name].shape[1]
 
     def pairs(self, stream: Stream, matrices: Sequence[Move]) -> list[tuple[Tensor, Tensor]]:
-        """As the base; every U is drawn at once, in memory taken at once."""
+        """As in the base class; all U are drawn in one call, into one allocation."""
         lefts: list[Tensor] = []
         for _, group in groupby(matrices, lambda move: (move.out.dtype, move.out.device)):
             together = list(group)
@@ -103,7 +103,7 @@ class LowRank(Factors):
 class Projected(Factors):
     """U given and V drawn (ZO-Muon: U is the basis P of a subspace).
 
-    Args: inner; basis: U by tensor name, (m, r), for the tensors to treat so.
+    Args: inner: the direction of all other tensors; basis: U by tensor name, (m, r).
     """
 
     def __init__(self, inner: Direction, basis: Mapping[str, Tensor]):
@@ -131,7 +131,7 @@ class Projected(Factors):
 class DrawnFactors(Factors):
     """U and V drawn, d = U V^T / sqrt(r): the mean square of an entry is 1 (EGGROLL).
 
-    Args: inner; ranks: r by tensor name, for the tensors to treat so.
+    Args: inner: the direction of all other tensors; ranks: r by tensor name.
     """
 
     def __init__(self, inner: Direction, ranks: Mapping[str, int]):
@@ -157,7 +157,7 @@ class DrawnFactors(Factors):
 
 
 class Held(Direction):
-    """d is given, not drawn: left right^T for a tensor with such a pair, else a whole tensor, else zero (LOZO-M).
+    """d is given, not drawn: left right^T for a tensor with such a pair, else a given tensor, else zero (LOZO-M).
 
     Args: left, right: factors by tensor name, (m, r) and (n, r); whole: tensors by name, in the tensors' shapes.
     """
@@ -187,7 +187,7 @@ class Held(Direction):
 
 
 def added_to_zeros(direction: Direction, stream, tensor: NamedTensor, dtype, start: int, count: int | None) -> Tensor:
-    """`draw` of a direction that is quicker to add than to draw."""
+    """`draw` for a direction that is faster to add than to draw."""
     param = tensor.param
     dtype = dtype or torch.promote_types(param.dtype, torch.float32)
     out = torch.zeros(param.shape if count is None else (count,), dtype=dtype, device=param.device)
@@ -198,7 +198,7 @@ def added_to_zeros(direction: Direction, stream, tensor: NamedTensor, dtype, sta
 def add_to_rows_(
     tensor: NamedTensor, out: Tensor, left: Tensor, right: Tensor, alpha: float, beta: float, start: int
 ) -> None:
-    """add_product_ on a tensor, or on the rows of it that a chunk holds."""
+    """add_product_ on a tensor, or on the rows of a chunk of it."""
     if out.shape != tensor.param.shape:
         first = start // len(right)
         out = out.view(-1, len(right))

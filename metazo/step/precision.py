@@ -1,10 +1,10 @@
 """How theta is stored while it is probed and updated: the policies of `precision`.
 
-In place, a probe is added to the weights and taken off again. In float32 that drifts by 2e-6 of the weights' rms in 1,000
-steps; in bfloat16 it replaces the model by noise (12 %, at learning rate 0). So weights narrower than float32
-are never perturbed in place: theta is a float32 master of which the weights are the rounding, or the weights together with
-the bits that they lost, and then a probe is seen through a scratch copy (metazo/step/substitute.py).
-benchmarks/precision.py measures each.
+In place, a probe is added to the weights and removed again. In float32 the weights drift by 2e-6 of their rms in 1,000
+steps; in bfloat16 they drift by 12 % of it (at learning rate 0), which replaces the model by noise. Weights narrower than
+float32 are therefore never perturbed in place. Either theta is a float32 master and the weights are its rounding, or theta
+is the weights together with the bits lost in rounding, and a probe is applied to a scratch copy
+(metazo/step/substitute.py). benchmarks/precision.py measures each.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from metazo.kernels.splitfloat import LAYOUTS, join, split
 
 @dataclass(frozen=True)
 class Policy:
-    """bytes: per weight, beside the weights; note: for people."""
+    """bytes: extra bytes per weight. note: a description for messages."""
 
     bytes: int
     note: str
@@ -32,7 +32,7 @@ class Policy:
 
 POLICIES = {
     "in-place": Policy(0, "weights perturbed in place"),
-    "master": Policy(4, "float32 master, weights its rounding"),
+    "master": Policy(4, "float32 master; the weights are its rounding"),
     "compensated-16": Policy(2, "weights and 16 bits below them, probed through a scratch copy of one tensor"),
     "compensated-8": Policy(1, "weights and 8 bits below them, stochastically rounded, probed as compensated-16"),
     "autocast": Policy(0, "float32 weights perturbed in place, forward in bfloat16"),
@@ -47,23 +47,23 @@ PRECISIONS = ("auto", *POLICIES)
 
 
 def policy(precision: str, dtype: torch.dtype) -> str:
-    """The policy of a tensor of that dtype: compensation is for narrow ones, those beside them stay in place.
+    """The policy for a tensor of that dtype. Compensation applies to narrow tensors; float32 tensors stay in place.
 
     Raises UserError if the two do not go together.
     """
     if precision not in PRECISIONS:
-        raise UserError(f"precision {precision!r} is unknown: choose {', '.join(PRECISIONS)}.")
+        raise UserError(f"`precision` {precision!r} is unknown: choose {', '.join(PRECISIONS)}.")
     if precision == "auto":
         return DEFAULTS.get(dtype, "master")
     if precision == "autocast" and dtype != torch.float32:
-        raise UserError(f"precision autocast is for float32 weights, and these are {dtype}: choose master.")
+        raise UserError(f"`precision` autocast is for float32 weights, and these are {dtype}: choose master.")
     if precision.startswith("compensated") and dtype not in LAYOUTS:
         return "in-place"
     return precision
 
 
 def cost(precision: str, params: Iterable[Tensor]) -> tuple[str, int]:
-    """What a precision means for these weights, in words, and the bytes that it takes beside them."""
+    """The policy of a precision for these weights in words, with its extra bytes per weight."""
     counts: Counter[str] = Counter()
     for param in params:
         counts[policy(precision, param.dtype)] += param.numel()
@@ -75,24 +75,24 @@ class Storage(Protocol):
     """How theta of one tensor is stored."""
 
     buffers: dict[str, Tensor]
-    """What it keeps beside the weights, saved with the optimizer's state."""
+    """Tensors kept in addition to the weights, saved with the optimizer's state."""
 
     @property
     def theta(self) -> Tensor | None:
-        """Theta as one tensor that may be changed in place, or None if it exists chunk by chunk only."""
+        """Theta as one tensor that may be changed in place, or None if it exists only chunk by chunk."""
         ...
 
     def read(self, start: int, stop: int, room: Tensor | None = None) -> Tensor:
-        """A flat run of theta, float32 at least; to be given to `write` after a change in place.
+        """Entries start .. stop - 1 of theta, at least float32; after a change in place, pass them to `write`.
 
-        room: memory for it, float32, if it has none of its own.
+        room: float32 memory to use if theta is not stored as a tensor.
         """
         ...
 
     def write(self, start: int, chunk: Tensor, seed: int) -> None: ...
 
     def settle(self) -> None:
-        """After theta was changed in place: bring the weights up to date."""
+        """Update the weights after theta was changed in place."""
         ...
 
 
@@ -166,6 +166,6 @@ def storage(tensor: NamedTensor, precision: str) -> InPlace | Master | Compensat
         return Master(tensor)
     if chosen.startswith("compensated"):
         if not tensor.param.is_contiguous():
-            raise UserError(f"precision {chosen} needs contiguous weights, and {tensor.name} is not: choose master.")
+            raise UserError(f"`precision` {chosen} needs contiguous weights, and {tensor.name} is not: choose master.")
         return Compensated(tensor, torch.int16 if chosen == "compensated-16" else torch.int8)
     return InPlace(tensor)

@@ -1,4 +1,4 @@
-"""What a step leaves behind, and what a method says of one: the records of the contract."""
+"""The records of a step: what is logged of it, and the update that a method returns."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from metazo.step.weights import Term
 
 @dataclass(frozen=True)
 class Step:
-    """The record of one step: enough to take it again without a forward pass.
+    """The record of one step, from which the step can be replayed without a forward pass.
 
     seeds, coefficients: one per query (coefficients are empty if the step was skipped: a loss was not finite); losses:
     in the order of the estimator's probes; lr: of each parameter group; scales: sigma by block if there is a block
-    scale, for people: a replay does not need them, they follow from the weights and the losses before.
+    scale, for display: a replay computes them from the weights and the earlier losses.
     """
 
     step: int
@@ -31,9 +31,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Update:
-    """What a method makes of the losses: c by query, and the terms whose sum is the estimate.
+    """A method's update from the losses: c by query, and the terms whose sum is the estimate.
 
-    terms: None for the usual sum of c_k d(seed_k) along the proposed direction; a term with direction None is along it.
+    terms: None for the usual sum of c_k d(seed_k) along the proposed direction, which is also the direction of a term
+    whose direction is None.
     """
 
     coefficients: Sequence[float]

@@ -1,8 +1,9 @@
-"""Rules: what is done with the gradient estimate g. SGD adds it as it is regenerated, momentum to its buffer; Adam
-needs its square, and makes it one chunk of a tensor at a time. So the extra memory is the buffers, float32 or wider.
+"""Rules: how the gradient estimate g changes the weights. SGD adds g to the weights as it is regenerated, momentum adds it
+to a buffer, and Adam, which needs its square, makes g one chunk of a tensor at a time. The extra memory is therefore the
+buffers alone, in float32 or wider.
 
-`begin` is called once per step, before any weight changes; what it returns scales the whole update, so that a rule
-without buffers can choose the length of the step (MEAZO) and the update is still regenerated in place.
+`begin` is called once per step, before any weight changes. The number that it returns scales the whole update, so that a
+rule without buffers can choose the length of the step (MEAZO) and the update is still regenerated in place.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from metazo.errors import UserError
 
 State = dict[str, Tensor]
 Add = Callable[[Tensor, float, float], None]
-"""add(out, alpha, beta): out = beta * out + alpha * g, in place, on the chunk at hand; to be called once."""
+"""add(out, alpha, beta): out = beta * out + alpha * g, in place, on the current chunk; to be called once."""
 
 
 class Rule(ABC):
@@ -38,9 +39,9 @@ class Rule(ABC):
     def apply(
         self, tensor: NamedTensor, start: int, theta: Tensor, add: Add, lr: float, decay: float, state: State
     ) -> None:
-        """theta <- one step, in place, on a chunk of a tensor (from entry `start`; or the whole, in its shape).
+        """One step of theta, in place, on a chunk of a tensor (from entry `start`) or on the whole tensor in its shape.
 
-        add: puts the estimate there; decay: lr * weight_decay for this tensor, 0 if it is exempt.
+        add: adds the estimate to a tensor; decay: lr * weight_decay for this tensor, 0 if it is exempt.
         """
 
 
@@ -68,13 +69,13 @@ class SGD(Rule):
 
 @dataclass(frozen=True)
 class Momentum(Rule):
-    """torch's SGD with momentum: b <- mu b + g (b = g first, which zeros give as well), theta <- theta - lr b."""
+    """torch's SGD with momentum: b <- mu b + g (b starts at zeros, so that b = g first), theta <- theta - lr b."""
 
     momentum: float = 0.9
 
     def __post_init__(self):
         if not 0 <= self.momentum < 1:
-            raise UserError(f"momentum must lie in [0, 1), not {self.momentum}.")
+            raise UserError(f"`momentum` must be in [0, 1), not {self.momentum}.")
 
     def init(self, tensors: Sequence[NamedTensor]) -> State:
         return _buffers(tensors, "momentum")
@@ -87,14 +88,14 @@ class Momentum(Rule):
 
 @dataclass(frozen=True)
 class Adam(Rule):
-    """AdamW (Loshchilov and Hutter 2019): m, v with bias correction, decay apart from the gradient."""
+    """AdamW (Loshchilov and Hutter 2019): m, v with bias correction, and decoupled weight decay."""
 
     betas: tuple[float, float] = (0.9, 0.999)
     stability: float = 1e-8
 
     def __post_init__(self):
         if not all(0 <= beta < 1 for beta in self.betas):
-            raise UserError(f"betas must lie in [0, 1), not {self.betas}.")
+            raise UserError(f"`betas` must be in [0, 1), not {self.betas}.")
 
     def init(self, tensors: Sequence[NamedTensor]) -> State:
         return _buffers(tensors, "first_moment", "second_moment") | {"adam_steps": torch.zeros((), dtype=torch.float64)}

@@ -1,8 +1,8 @@
-"""Block scales: one perturbation scale sigma_b a block, from a rule or from a tuner's networks.
+"""Block scales: one perturbation scale sigma_b per block, from a rule or from a tuner's networks.
 
 The direction becomes d_b = kappa sigma_b z_b with kappa = sqrt(sum D_b / sum D_b sigma_b^2), D_b the entries of block
 b, so that the expected squared length of the perturbation is that of plain noise and a learning rate keeps its meaning
-(arXiv 2510.00419, normalisation). State is tensors by name; nothing else is remembered.
+(arXiv 2510.00419, normalisation). All state is tensors by name.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Theta = Callable[[NamedTensor], Iterable[tuple[int, Tensor]]]
 
 STATISTICS_EVERY = 50  # steps; sigma moves by 0.07% (RMS), 0.8% (tuner) in the mean: benchmarks/statistics_every.py
 _RUN = 1 << 18  # entries
-RMS_FLOOR = 0.01  # of the rms over all weights: a block of zeros (a fresh bias) must be able to move
+RMS_FLOOR = 0.01  # times the rms over all weights: a block of zeros (a new bias) must be able to move
 
 
 def block_statistics(blocks: Sequence[Block], theta: Theta) -> Tensor:
@@ -38,9 +38,9 @@ def block_statistics(blocks: Sequence[Block], theta: Theta) -> Tensor:
 
 
 def _moments(values: Tensor) -> Iterator[tuple[int, float, float]]:
-    """Number, mean and mean square deviation of runs of the entries.
+    """Number, mean and mean square deviation of short parts of the entries.
 
-    Runs that stay in the cache take a fifth of the time of torch.var_mean on one core.
+    Parts that fit the cache take a fifth of the time of torch.var_mean on one core.
     """
     for run in values.reshape(-1).split(_RUN if values.device.type == "cpu" else max(values.numel(), 1)):
         wide = run.to(torch.promote_types(run.dtype, torch.float32))
@@ -60,13 +60,13 @@ def floored_rms(rms: Tensor, counts: Tensor) -> Tensor:
 def normalisation(sigma: Tensor, counts: Tensor, root: Tensor | None = None) -> Tensor:
     """kappa = sqrt(sum D_b) / sqrt(sum D_b sigma_b^2), a scalar; differentiable in sigma.
 
-    root: the numerator, where it is rounded as the published code does (`published_root`).
+    root: the numerator, if it is to be rounded as in the published code (`published_root`).
     """
     return (torch.sqrt(counts.sum()) if root is None else root) / torch.sqrt((counts * sigma**2).sum())
 
 
 def published_root(counts: Tensor) -> Tensor:
-    """sqrt(sum D_b) as the published meta-training has it: D_b in millions, summed and rooted in float32."""
+    """sqrt(sum D_b) as in the published meta-training: D_b in millions, summed and rooted in float32."""
     total = torch.zeros((), dtype=torch.float32)
     for count in counts.tolist():
         total += count / 1e6
@@ -76,7 +76,7 @@ def published_root(counts: Tensor) -> Tensor:
 def entry_counts(blocks: Sequence[Block], embedding_rows: int | None = None) -> Tensor:
     """D_b by block, float64. embedding_rows: entries of a tensor whose name contains `embed` count as rows * columns.
 
-    The published code does that with rows = 15 * batch size * processes, for the rows that a batch touches.
+    The published code uses rows = 15 * batch size * processes, an estimate of the rows that a batch touches.
     """
 
     def count(tensor: NamedTensor) -> int:
@@ -104,7 +104,7 @@ class BlockScale:
     embedding_rows: int | None = None
 
     def bind(self, tensors: Sequence[NamedTensor]) -> None:
-        """Learn the tensors; called once by the optimizer."""
+        """Set the tensors to scale; the optimizer calls it once."""
         self.blocks = partition(tensors, self.by)
         self.counts = entry_counts(self.blocks, self.embedding_rows)
 
@@ -129,14 +129,14 @@ class BlockScale:
         return {tensor.name: value for block, value in zip(self.blocks, scaled) for tensor in block.tensors}
 
     def observe(self, state: State, plus: float, minus: float) -> None:
-        """Remember the losses of this step for the next."""
+        """Store the losses of this step for the next."""
         before = state["scale/losses"].tolist()
         state["scale/losses"].copy_(torch.tensor([plus, minus, (before[0] + before[1]) / 2], dtype=torch.float64))
 
 
 @dataclass
 class RMSScale(BlockScale):
-    """sigma_b = RMS(theta_b): each block moves in proportion to its size. Free, and so far the one to beat.
+    """sigma_b = RMS(theta_b): each block moves in proportion to the size of its weights. It needs no training.
 
     Source: none published; measured here (docs/results.md). Blocks below RMS_FLOOR of the whole are raised to it.
     """

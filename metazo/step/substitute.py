@@ -1,12 +1,13 @@
-"""Show a function other weights than there are: each trained tensor is replaced where a torch function uses it.
+"""Temporarily substitute other tensors for parameters, in every call of a torch function that uses one.
 
 While a `Scratch` is active, every call of a torch function that has a trained parameter among its arguments gets a tensor
 made for that call, and freed after it: one tensor of extra memory, and the weights themselves are never written. It needs
 no access to modules; linear, embedding, norms, tied weights and plain arithmetic are all calls of torch functions.
 
-What torch does not announce it cannot replace: scripted code, and extensions that read the memory. `unmet` lists the
-tensors that were never replaced, and `used_unseen` finds out whether they are used. torch.compile cannot follow: it fails,
-which `of_compiler` tells from a failure of the model, or compiles again for each `Scratch` until it gives up.
+A use that is not a call of a torch function is not replaced: scripted code, and extensions that read the memory. `unmet`
+lists the tensors that were never replaced, and `used_unseen` finds out whether they are used. torch.compile cannot trace
+the substitution: it fails, which `of_compiler` tells from a failure of the model, or it compiles again for each `Scratch`
+until it gives up.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch._C import DisableTorchFunctionSubclass
 
 from metazo.blocks import NamedTensor
 
-# Calls that tell about a tensor without reading its numbers; all other properties than these views of it do so too.
+# Calls that do not read a tensor's numbers. Properties do not read them either, except for these views.
 _TELLING = ("size", "dim", "ndimension", "numel", "nelement", "stride", "element_size", "is_contiguous", "data_ptr")
 _TELLING += ("is_floating_point", "is_complex", "is_signed", "storage_offset", "requires_grad_", "get_device")
 _METADATA = frozenset(getattr(Tensor, name) for name in (*_TELLING, "__hash__", "__len__"))
@@ -29,7 +30,7 @@ _VIEWS = frozenset(getattr(Tensor, name).__get__ for name in ("data", "T", "mT",
 
 
 def reads_numbers(func: Any) -> bool:
-    """Whether a torch function needs more of its arguments than their shape, type and place."""
+    """Whether a torch function reads more of its arguments than their shape, dtype and device."""
     return func not in _METADATA and (getattr(func, "__name__", "") != "__get__" or func in _VIEWS)
 
 
@@ -47,10 +48,10 @@ class Shown(ABC):
 
     @abstractmethod
     def make(self, tensor: NamedTensor) -> Tensor:
-        """The tensor to see in its place."""
+        """The substitute for this tensor."""
 
     def use(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        made: dict[int, Tensor] = {}  # one tensor a call, however often it is an argument
+        made: dict[int, Tensor] = {}  # one substitute per call, however often the tensor is an argument
         return func(*self._seen(args, made), **self._seen(kwargs, made))
 
     def __enter__(self) -> Self:
@@ -100,7 +101,7 @@ class Shown(ABC):
 
 
 class Scratch(Shown):
-    """Args: tensors: to be replaced. make: gives the tensor to see in their place, new at each call."""
+    """Args: tensors: the tensors to replace. make: returns the substitute for one, made anew at each call."""
 
     def __init__(self, tensors: Sequence[NamedTensor], make: Callable[[NamedTensor], Tensor]):
         super().__init__(tensors)
@@ -121,7 +122,7 @@ def of_compiler(error: Exception) -> bool:
 
 
 def used_unseen(unmet: Sequence[NamedTensor], evaluate: Callable[[], float], loss: float) -> bool:
-    """Whether tensors that no torch function was seen to use are used all the same: NaN in them changes the loss."""
+    """Whether tensors that no torch function was seen to use are used nevertheless: NaN in them changes the loss."""
     if not unmet:
         return False
     kept = [tensor.param.data.clone() for tensor in unmet]

@@ -1,9 +1,9 @@
-"""Apply a probe to the weights, evaluate, take it off again.
+"""Apply a probe to the weights, evaluate, remove the probe.
 
-Theta is stored as metazo/step/precision.py says: in the weights, in a float32 master, or in the weights and the bits below
-them. Weights that hold theta themselves are moved, and taking the probe off is folded into the update: three passes per
-step. Weights with a master are round(master + a d), and after probing round(master), bit for bit what they were.
-Compensated weights do not move at all while they are probed: `evaluating` shows them moved to the functions that use them.
+Theta is stored under one of the policies of metazo/step/precision.py. Weights that are theta themselves are moved in place,
+and the removal of the probe is folded into the update: three passes per step. Weights with a master are
+round(master + a d) during a probe and round(master) after it, bit for bit as before. Compensated weights do not change
+while they are probed: within `evaluating`, the torch functions that use them get perturbed copies.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Term:
 
     @property
     def key(self) -> tuple[int, Direction | None]:
-        """What two terms must share to be multiples of one vector."""
+        """Equal for two terms that are multiples of one vector."""
         return self.seed, self.direction
 
     @property
@@ -56,8 +56,8 @@ class Term:
 class Weights:
     """The weights of an optimizer, and the probe that is applied to them at present.
 
-    Args: tensors: what is trained, in order. noise: the noise source. precision: see metazo.step.precision; "auto" takes the
-    default of each tensor's dtype.
+    Args: tensors: the trained tensors, in order. noise: the noise source. precision: see metazo.step.precision;
+    "auto" takes the default of each tensor's dtype.
     """
 
     def __init__(self, tensors: Sequence[NamedTensor], noise: Noise, precision: str = "auto"):
@@ -71,7 +71,7 @@ class Weights:
         longest = max((stop - start for tensor in self.compensated for start, stop in chunks(tensor.param)), default=0)
         self.room = torch.empty(longest)  # for one chunk of theta at a time, on the CPU, if that saves time
         self.probe: tuple[Term, ...] = ()
-        self.snapshot: dict[str, Tensor] = {}  # other values by name, given by a method that visits them
+        self.snapshot: dict[str, Tensor] = {}  # other weights by name, set by a method that evaluates the loss there
         self.at_snapshot = False  # theta and the snapshot have changed places
 
     # -- probing --------------------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ class Weights:
 
     @contextmanager
     def evaluating(self) -> Iterator[Scratch | None]:
-        """Around every evaluation of a loss: the forward in its type, and compensated weights seen with the probe applied."""
+        """The context of every evaluation: autocast if chosen, and perturbed copies in place of compensated weights."""
         if self.autocast:
             kind = self.tensors[0].param.device.type
             with torch.autocast(kind, torch.bfloat16, cache_enabled=False):  # the cache would be a copy of the weights
@@ -163,8 +163,8 @@ class Weights:
                 if not of_compiler(error):
                     raise
                 raise UserError(
-                    "precision compensated replaces weights within the forward pass, and torch.compile cannot follow "
-                    f"({str(error).splitlines()[0]:.80}): choose precision master, or use the model without torch.compile."
+                    "`precision` compensated replaces weights within the forward pass, which torch.compile cannot trace "
+                    f"({str(error).splitlines()[0]:.80}): choose master, or use the model without torch.compile."
                 ) from error
         else:
             yield None
@@ -185,13 +185,13 @@ class Weights:
         return out
 
     def _placed(self, tensor: NamedTensor, term: Term, stream: Stream, out: Tensor) -> bool:
-        """As `_moved` in one pass over the weights, if there is one for this term; else False, and nothing is done."""
+        """As `_moved`, in one pass over the weights. Returns: False, with nothing done, if there is no kernel for this term."""
         amount = term.direction.dense(tensor, term.amount) if isinstance(stream, PhiloxStream) else None
         low = self.storage[tensor.name].buffers["compensation"]
         return amount is not None and stream.place_split_(tensor, out, tensor.param.data, low, amount)
 
     def _added(self, tensor: NamedTensor, term: Term, stream: Stream, amount: float, factor: float, seed: int) -> bool:
-        """theta = factor * theta + amount * d of a compensated tensor in one pass, as `_placed`."""
+        """theta = factor * theta + amount * d of a compensated tensor in one pass; returns as `_placed`."""
         multiple = term.direction.dense(tensor, amount) if isinstance(stream, PhiloxStream) else None
         place = self.storage[tensor.name]
         if multiple is None:
@@ -202,9 +202,9 @@ class Weights:
     # -- reading and changing theta -------------------------------------------------------------------------------
 
     def read(self, tensor: NamedTensor) -> Iterator[tuple[int, Tensor]]:
-        """(start, theta) in chunks of a tensor, each to be read before the next is asked for.
+        """(start, theta) of a tensor, chunk by chunk; read each chunk before the next is requested.
 
-        Whole if the memory is not contiguous.
+        A tensor that is not contiguous is given whole.
         """
         place = self.storage[tensor.name]
         ranges = list(chunks(tensor.param))
@@ -215,9 +215,9 @@ class Weights:
             yield start, place.read(start, stop, self.room)
 
     def edit(self, tensor: NamedTensor, seed: int = 0) -> Iterator[tuple[int, Tensor]]:
-        """As `read`, to be changed in place; a change is kept once the next chunk is asked for.
+        """As `read`, for changes in place; a change is stored when the next chunk is requested.
 
-        seed: of the rounding, if that is random.
+        seed: seed of stochastic rounding.
         """
         place = self.storage[tensor.name]
         for start, theta in self.read(tensor):
@@ -237,24 +237,26 @@ class Weights:
             place.settle()
 
     def dtype(self, tensor: NamedTensor) -> torch.dtype:
-        """Of theta."""
+        """The dtype of theta."""
         return tensor.param.dtype if isinstance(self.storage[tensor.name], InPlace) else torch.float32
 
     def apply(self, terms: Sequence[Term], rate: Callable[[NamedTensor], float], decay: Mapping[str, float]) -> None:
         """theta = decay * theta - rate * sum of terms, one pass over the weights per term.
 
-        A probe that is still applied comes off in the same passes if the update has terms along all of its vectors.
+        A probe that is still applied is removed in the same passes if the update has terms along all of its vectors.
         decay: factor by tensor name, 1 for names that are absent.
         """
         applied = {} if self.at_snapshot else {term.key: term.amount for term in self.probe}
-        terms = sorted(terms, key=lambda term: term.key not in applied)  # the ones to fold the probe into come first
+        terms = sorted(
+            terms, key=lambda term: term.key not in applied
+        )  # terms into which the probe is folded come first
         folded = [applied.pop(term.key, 0.0) for term in terms]
         if applied or self.at_snapshot:
             self.leave()
             folded = [0.0] * len(terms)
         self.probe = ()
         streams = [self.noise.stream(term.seed) for term in terms]
-        moves: list[list[Move]] = [[] for _ in terms]  # of weights in place, at once
+        moves: list[list[Move]] = [[] for _ in terms]  # for weights in place, all at once
         for tensor in self.tensors:
             factor, place = decay.get(tensor.name, 1.0), self.storage[tensor.name]
             amounts = [-rate(tensor) * term.amount for term in terms]
@@ -275,7 +277,7 @@ class Weights:
             term.along.add_all_(stream, together)
 
     def gradient(self, terms: Sequence[Term]) -> Estimate:
-        """The estimate sum of terms; to be added to something for every tensor, in order."""
+        """The estimate, a sum of terms, to be added to a buffer for every tensor, in order."""
         return Estimate(terms, [self.noise.stream(term.seed) for term in terms])
 
 

@@ -29,8 +29,8 @@ class FullLoss:
 
     def __init__(self, model: nn.Module, prepared: Prepared, batch_size: int, device: torch.device):
         train = sorted(prepared.train, key=len)  # examples of similar length need less padding
-        pieces = [train[start : start + batch_size] for start in range(0, len(train), batch_size)]
-        self.parts = [(len(piece) / len(train), BatchLoss(model, prepared, piece, device)) for piece in pieces]
+        batches = [train[start : start + batch_size] for start in range(0, len(train), batch_size)]
+        self.parts = [(len(batch) / len(train), BatchLoss(model, prepared, batch, device)) for batch in batches]
         self.batches = len(self.parts)
 
     def __call__(self) -> Tensor:

@@ -81,6 +81,6 @@ def _announced(response: HTTPResponse, name: str, size: int | None) -> int:
 def _body(response: HTTPResponse, announced: int) -> bytes:
     """At most one byte more than announced."""
     data = bytearray()
-    while len(data) <= announced and (piece := response.read1(min(65536, announced + 1 - len(data)))):
-        data += piece
+    while len(data) <= announced and (chunk := response.read1(min(65536, announced + 1 - len(data)))):
+        data += chunk
     return bytes(data)
