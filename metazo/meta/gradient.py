@@ -19,7 +19,8 @@ from torch import Tensor
 from metazo.blocks import Block, NamedTensor
 from metazo.noise import Noise, TorchOrderNoise
 from metazo.step.directions import Isotropic, Scaled
-from metazo.step.weights import Term, Weights
+from metazo.step.terms import Term
+from metazo.step.weights import Weights
 
 Loss = Callable[[], Tensor]
 """Evaluates a loss at the current weights, differentiably if grad is enabled."""

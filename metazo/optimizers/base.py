@@ -50,7 +50,8 @@ from metazo.step.record import Step, Update
 from metazo.step.rules import Rule
 from metazo.step.scales import BlockScale, RMSScale
 from metazo.step.substitute import used_unseen
-from metazo.step.weights import Term, Weights
+from metazo.step.terms import Term
+from metazo.step.weights import Weights
 
 __all__ = ["DECAY_EXEMPT", "State", "Step", "Update", "ZOOptimizer"]
 
@@ -84,7 +85,9 @@ class ZOOptimizer(Verbs, Optimizer):
             same weights. Neither the counters nor the global generators notice.
 
     Attributes: last_step, the Step record of the step just taken; forwards, closure evaluations so far; recorder,
-    called with each Step before the weights change; max_loss, above which a loss counts as not finite.
+    called with each Step before the weights change; max_loss, above which a loss counts as not finite; defer, false: if it
+    is true, the update of a step may wait until the next step applies it together with its first probe, which saves a pass
+    over the weights and changes no bit. Call `settle` then before you read the weights between steps.
 
     Raises UserError for hyperparameters out of range. Do not use it with dropout on, or with a loss that is random in
     any other way: the evaluations of a step must differ by the probe alone.
@@ -123,6 +126,7 @@ class ZOOptimizer(Verbs, Optimizer):
         self.last_step: Step | None = None
         self.recorder: Callable[[Step], None] | None = None
         self.max_loss = sys.float_info.max
+        self.defer = False
         self._ready = self._seen = False
         if not isinstance(check_every, int) or check_every < 0:
             raise UserError(f"`check_every` must be a whole number of at least 0, not {check_every}.")
@@ -272,6 +276,7 @@ class ZOOptimizer(Verbs, Optimizer):
             for tensor in self.tensors
             if self.decays(tensor)
         }
+        self.weights.defer = self.defer and self.deferrable
         if self.rule.fused:
             factors = {name: 1 - decay for name, decay in decays.items() if decay}
             self.weights.apply(terms, lambda tensor: learning_rates[tensor.group], factors)
@@ -283,6 +288,11 @@ class ZOOptimizer(Verbs, Optimizer):
             for start, theta in self.weights.edit(tensor, rounding):
                 add = partial(gradient.add_, tensor, start)
                 self.rule.apply(tensor, start, theta, add, lr, decay, self.zo_state)
+
+    def settle(self) -> None:
+        """Apply the update that waits for the next step, if one does (see `defer`)."""
+        if self._ready:
+            self.weights.settle()
 
     # -- preparation, saving --------------------------------------------------------------------------------------
 
@@ -315,6 +325,7 @@ class ZOOptimizer(Verbs, Optimizer):
     def tensors_state(self) -> State:
         """All state as tensors by name, masters and compensation among it: what a snapshot holds, ready for safetensors."""
         self._prepare()
+        self.settle()
         counters = torch.tensor([self.steps, self.forwards], dtype=torch.int64)
         storage = self.weights.storage.items()
         kept = {f"{kind}/{name}": value for name, stored in storage for kind, value in stored.buffers.items()}

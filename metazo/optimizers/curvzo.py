@@ -40,7 +40,7 @@ from metazo.errors import UserError
 from metazo.optimizers.base import State, Update, ZOOptimizer
 from metazo.optimizers.registry import Case, register
 from metazo.step.directions import Direction, Isotropic, Scaled, Sparse
-from metazo.step.weights import Term
+from metazo.step.terms import Term
 
 BUDGET_RANGE = (0.1, 0.8)  # of the adaptive budget
 

@@ -55,7 +55,7 @@ from metazo.step.directions import Isotropic
 from metazo.step.estimators import TwoPoint
 from metazo.step.lowrank import Held, LowRank
 from metazo.step.record import Update
-from metazo.step.weights import Term
+from metazo.step.terms import Term
 
 FORMS = {"weights": "in-turn", "activations": "together", "auto": "auto"}
 """LOZO's names for how its probes are evaluated."""
@@ -79,6 +79,7 @@ class LOZO(ZOOptimizer):
     """
 
     name, paper = "lozo", "arXiv 2410.07698"
+    deferrable = True
     low_rank = True
     contract_case = Case(quadratic=0.02, stiff=4e-4, llama=1e-3, options={"interval": 5})
 

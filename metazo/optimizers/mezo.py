@@ -31,6 +31,8 @@ class MeZO(ZOOptimizer):
 
     name, paper = "mezo", "arXiv 2305.17333"
 
+    deferrable = True
+
     def __init__(self, params: Iterable, lr: float = 1e-6, eps: float = 1e-3, *, queries: int = 1, **common):
         self.estimator = TwoPoint(queries)
         super().__init__(params, lr, eps, **common)

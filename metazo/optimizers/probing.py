@@ -22,7 +22,7 @@ from metazo.step.batched import Branch, TooLarge
 from metazo.step.batched import losses as losses_at
 from metazo.step.estimators import mean
 from metazo.step.substitute import used_unseen
-from metazo.step.weights import Term
+from metazo.step.terms import Term
 
 PROBINGS = ("in-turn", "together", "auto")
 UNDECIDED, IN_TURN, TOGETHER = 0, 1, 2  # how a run evaluates its probes, as state

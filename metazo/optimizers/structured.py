@@ -41,7 +41,7 @@ from metazo.optimizers.groups import Closure, listed
 from metazo.step.directions import Sparse
 from metazo.step.lowrank import Held
 from metazo.step.record import Step
-from metazo.step.weights import Term
+from metazo.step.terms import Term
 
 FLOOR = 1e-3  # least root mean square of a tensor that a normalised step assumes
 

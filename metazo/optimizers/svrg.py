@@ -46,7 +46,7 @@ from metazo.optimizers.groups import Closure, listed
 from metazo.optimizers.registry import Case, register
 from metazo.step.estimators import ControlVariate, Estimator, TwoPoint
 from metazo.step.record import Update
-from metazo.step.weights import Term
+from metazo.step.terms import Term
 
 RISE, FLOOR, MINI_FLOOR = 1.05, 1e-5, 1e-6  # of annealing, as published
 

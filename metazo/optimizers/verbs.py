@@ -19,7 +19,7 @@ from metazo.step.directions import Direction, Isotropic
 from metazo.step.estimators import Estimator, TwoPoint
 from metazo.step.record import Update
 from metazo.step.rules import SGD, Rule
-from metazo.step.weights import Term
+from metazo.step.terms import Term
 
 State = dict[str, Tensor]
 
@@ -34,6 +34,8 @@ class Verbs(Method):
     low_rank = False
     """Whether the method's directions have factors on matrices, so that probes can be evaluated together."""
     default_probing = "in-turn"
+    deferrable = False
+    """Whether `propose` and `update` leave the weights alone, so that an update may wait for the next probe."""
     estimator: Estimator = TwoPoint()
     default_rule: Rule = SGD()
 

@@ -42,7 +42,7 @@ from metazo.optimizers.registry import Case, register
 from metazo.step.directions import Direction, Isotropic, Sparse
 from metazo.step.estimators import OneSided
 from metazo.step.lowrank import Held, Projected
-from metazo.step.weights import Term
+from metazo.step.terms import Term
 
 # Coefficients of the quintic Newton-Schulz iteration of Muon (Jordan et al. 2024): singular values come to 0.7 .. 1.2.
 QUINTIC, ITERATIONS = (3.4445, -4.7750, 2.0315), 5

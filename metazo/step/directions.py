@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from torch import Tensor
 
 from metazo.blocks import NamedTensor, chunk_of, chunks
+from metazo.kernels.outer import Product
 from metazo.noise import DENSE, Draw, Move, Stream
 
 
@@ -79,6 +80,13 @@ class Direction(ABC):
         for move in moves:
             self.add_(stream, *move)
 
+    def parts(self, stream: Stream, moves: Sequence[Move]) -> tuple[list[Move], list[Product]] | None:
+        """What `add_all_` adds, as multiples of the stream's noise and as products of factors; None if it is neither.
+
+        It stays what it is if the method's state changes later.
+        """
+        return None
+
     def place_(self, stream: Stream, tensor: NamedTensor, out: Tensor, base: Tensor, alpha: float) -> None:
         """out = base + alpha * d on the whole tensor, computed in base's dtype and rounded to out's."""
         for start, chunk in in_chunks(tensor, base):
@@ -101,6 +109,9 @@ class Isotropic(Direction):
 
     def add_all_(self, stream, moves) -> None:
         stream.add_all_(moves)
+
+    def parts(self, stream, moves) -> tuple[list[Move], list[Product]] | None:
+        return list(moves), []
 
     def place_(self, stream, tensor, out, base, alpha) -> None:
         stream.place_(tensor, out, base, alpha)
@@ -127,8 +138,14 @@ class Scaled(Direction):
     def add_(self, stream, tensor, out, alpha, beta=1.0, start=0) -> None:
         self.inner.add_(stream, tensor, out, alpha * self.scales[tensor.name], beta, start)
 
+    def _scaled(self, moves: Sequence[Move]) -> list[Move]:
+        return [move._replace(alpha=move.alpha * self.scales[move.tensor.name]) for move in moves]
+
     def add_all_(self, stream, moves) -> None:
-        self.inner.add_all_(stream, [move._replace(alpha=move.alpha * self.scales[move.tensor.name]) for move in moves])
+        self.inner.add_all_(stream, self._scaled(moves))
+
+    def parts(self, stream, moves) -> tuple[list[Move], list[Product]] | None:
+        return self.inner.parts(stream, self._scaled(moves))
 
     def place_(self, stream, tensor, out, base, alpha) -> None:
         self.inner.place_(stream, tensor, out, base, alpha * self.scales[tensor.name])
@@ -221,6 +238,9 @@ class Sparse(Direction):
 
     def add_all_(self, stream, moves) -> None:
         self.inner.add_all_(stream, moves)
+
+    def parts(self, stream, moves) -> tuple[list[Move], list[Product]] | None:
+        return self.inner.parts(stream, moves)
 
     def place_(self, stream, tensor, out, base, alpha) -> None:
         if self.touches(tensor):

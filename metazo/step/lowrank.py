@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from metazo.blocks import NamedTensor, chunk_of
-from metazo.kernels.outer import add_product_, add_products_
+from metazo.kernels.outer import Product, add_product_, add_products_
 from metazo.noise import LEFT, RIGHT, Draw, Move, Stream
 from metazo.step.directions import Direction
 
@@ -46,6 +46,15 @@ class Factors(Direction):
         matrices = [move for move in moves if self.is_matrix(move.tensor)]
         pairs = self.pairs(stream, matrices)
         add_products_([(move.out, *pair, move.alpha, move.beta) for move, pair in zip(matrices, pairs)])
+
+    def parts(self, stream, moves) -> tuple[list[Move], list[Product]] | None:
+        rest = self.inner.parts(stream, [move for move in moves if not self.is_matrix(move.tensor)])
+        if rest is None:
+            return None
+        matrices = [move for move in moves if self.is_matrix(move.tensor)]
+        pairs = [(left.clone(), right.clone()) for left, right in self.pairs(stream, matrices)]
+        products = [(move.out, *pair, move.alpha, move.beta) for move, pair in zip(matrices, pairs)]
+        return rest[0], [*rest[1], *products]
 
     def pairs(self, stream: Stream, matrices: Sequence[Move]) -> list[tuple[Tensor, Tensor]]:
         """The pair of each move's tensor, in the type of the tensor to which it is added."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from metazo.step.weights import Term
+from metazo.step.terms import Term
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,39 +18,11 @@ from torch import Tensor
 from metazo.blocks import NamedTensor, chunk_of, chunks
 from metazo.errors import UserError
 from metazo.noise import Move, Noise, PhiloxStream, Stream
-from metazo.step.directions import Direction, in_chunks
+from metazo.step.directions import in_chunks
+from metazo.step.pending import Pending
 from metazo.step.precision import Compensated, InPlace, Master, Storage, storage
 from metazo.step.substitute import Scratch, of_compiler
-
-
-@dataclass(frozen=True)
-class Term:
-    """A multiple of the direction of one seed: amount * d(seed). A probe, and an update, is a sum of terms.
-
-    In a method's Update, direction None is the direction that the step proposed.
-    """
-
-    direction: Direction | None
-    seed: int
-    amount: float
-
-    @property
-    def key(self) -> tuple[int, Direction | None]:
-        """Equal for two terms that are multiples of one vector."""
-        return self.seed, self.direction
-
-    @property
-    def along(self) -> Direction:
-        """The direction, which every term but those of a method's Update has."""
-        assert self.direction is not None
-        return self.direction
-
-    def touches(self, tensor: NamedTensor) -> bool:
-        return self.along.touches(tensor)
-
-    def add_(self, stream: Stream, tensor: NamedTensor, out: Tensor, beta: float = 1.0, start: int = 0) -> None:
-        """out = beta * out + amount * d, in place."""
-        self.along.add_(stream, tensor, out, self.amount, beta, start)
+from metazo.step.terms import Estimate, Term, add_sum_
 
 
 class Weights:
@@ -73,6 +45,8 @@ class Weights:
         self.probe: tuple[Term, ...] = ()
         self.snapshot: dict[str, Tensor] = {}  # other weights by name, set by a method that evaluates the loss there
         self.at_snapshot = False  # theta and the snapshot have changed places
+        self.defer = False  # whether an update may wait for the next probe; see metazo/step/pending.py
+        self.pending: Pending | None = None
 
     # -- probing --------------------------------------------------------------------------------------------------
 
@@ -96,13 +70,7 @@ class Weights:
             replace(term, amount=term.amount - present[term.key].amount) if term.key in present else term
             for term in wanted
         ]
-        for change in changes if self.in_place else ():
-            if change.amount == 0:
-                continue
-            moves = [
-                Move(tensor, self._theta(tensor), change.amount) for tensor in self.in_place if change.touches(tensor)
-            ]
-            change.along.add_all_(self.noise.stream(change.seed), moves)
+        self._shift([change for change in changes if change.amount != 0])
         streams = [self.noise.stream(term.seed) for term in wanted]
         for tensor in self.masters:
             touching = [(term, stream) for term, stream in zip(wanted, streams) if term.touches(tensor)]
@@ -111,6 +79,28 @@ class Weights:
             elif self.probe:
                 self.storage[tensor.name].settle()
         self.probe = wanted
+
+    def _shift(self, changes: Sequence[Term]) -> None:
+        """Add these terms to the weights that hold theta themselves; the first together with the update that waits."""
+        for change in changes if self.in_place else ():
+            stream = self.noise.stream(change.seed)
+            moves = [
+                Move(tensor, self._theta(tensor), change.amount) for tensor in self.in_place if change.touches(tensor)
+            ]
+            following = self.pending and Pending.of(change.along, stream, moves)
+            if self.pending and following:
+                waiting, self.pending = self.pending, None
+                waiting.apply_with(following)
+            else:
+                self.settle()
+                change.along.add_all_(stream, moves)
+        self.settle()
+
+    def settle(self) -> None:
+        """Apply the update that waits, if one does."""
+        if self.pending is not None:
+            waiting, self.pending = self.pending, None
+            waiting.apply()
 
     def _theta(self, tensor: NamedTensor) -> Tensor:
         """Theta of a tensor that is stored as one: in place, or as a master."""
@@ -206,6 +196,7 @@ class Weights:
 
         A tensor that is not contiguous is given whole.
         """
+        self.settle()
         place = self.storage[tensor.name]
         ranges = list(chunks(tensor.param))
         if place.theta is not None and (len(ranges) == 1 or not place.theta.is_contiguous()):
@@ -229,6 +220,7 @@ class Weights:
 
     def edit_whole(self, tensor: NamedTensor, seed: int = 0) -> Iterator[tuple[int, Tensor]]:
         """As `edit`, but whole if theta is one tensor: for changes that make no temporary."""
+        self.settle()
         place = self.storage[tensor.name]
         if place.theta is None:
             yield from self.edit(tensor, seed)
@@ -246,10 +238,10 @@ class Weights:
         A probe that is still applied is removed in the same passes if the update has terms along all of its vectors.
         decay: factor by tensor name, 1 for names that are absent.
         """
+        self.settle()
         applied = {} if self.at_snapshot else {term.key: term.amount for term in self.probe}
-        terms = sorted(
-            terms, key=lambda term: term.key not in applied
-        )  # terms into which the probe is folded come first
+        # Terms into which the probe is folded come first.
+        terms = sorted(terms, key=lambda term: term.key not in applied)
         folded = [applied.pop(term.key, 0.0) for term in terms]
         if applied or self.at_snapshot:
             self.leave()
@@ -272,39 +264,14 @@ class Weights:
                     if self._added(tensor, terms[k], streams[k], amounts[k], factor, rounding):
                         continue
                 for start, theta in self.edit_whole(tensor, rounding):
-                    _add_sum_(tensor, theta, terms, streams, amounts, factor, start)
+                    add_sum_(tensor, theta, terms, streams, amounts, factor, start)
+        if self.defer and len(terms) == 1 and moves[0]:
+            self.pending = Pending.of(terms[0].along, streams[0], moves[0])
+            if self.pending:
+                return
         for term, stream, together in zip(terms, streams, moves):
             term.along.add_all_(stream, together)
 
     def gradient(self, terms: Sequence[Term]) -> Estimate:
         """The estimate, a sum of terms, to be added to a buffer for every tensor, in order."""
         return Estimate(terms, [self.noise.stream(term.seed) for term in terms])
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A sum of terms. It never exists as a tensor: it is added to one, or to a chunk."""
-
-    terms: Sequence[Term]
-    streams: Sequence[Stream]
-
-    def add_(self, tensor: NamedTensor, start: int, out: Tensor, alpha: float, beta: float) -> None:
-        """out = beta * out + alpha * estimate, on a tensor (start 0) or the chunk of it from start."""
-        _add_sum_(tensor, out, self.terms, self.streams, [alpha * term.amount for term in self.terms], beta, start)
-
-
-def _add_sum_(
-    tensor: NamedTensor,
-    out: Tensor,
-    terms: Sequence[Term],
-    streams: Sequence[Stream],
-    amounts: Sequence[float],
-    beta: float,
-    start: int,
-) -> None:
-    for term, stream, amount in zip(terms, streams, amounts):
-        if term.touches(tensor):
-            term.along.add_(stream, tensor, out, amount, beta, start)
-            beta = 1.0
-    if beta != 1.0:
-        out.mul_(beta)

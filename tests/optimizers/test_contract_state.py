@@ -87,6 +87,21 @@ def test_state_as_safetensors(name, dtype):
 
 @every_method
 @both_dtypes
+def test_an_update_that_waits_changes_no_bit(name, dtype):
+    """With `defer`, an update may be applied with the next step's probe; losses, weights and state are the same."""
+    expected, records = run(name, dtype)
+    problem, optimizer = start(name, dtype)
+    optimizer.defer = True
+    for step in range(STEPS):
+        take(optimizer, problem)
+        assert optimizer.last_step == records[step]
+    assert (optimizer.weights.pending is not None) <= optimizer.deferrable
+    optimizer.settle()
+    assert optimizer.weights.pending is None and same(problem, expected)
+
+
+@every_method
+@both_dtypes
 def test_replay_without_a_closure(name, dtype):
     expected, records = run(name, dtype)
     problem, optimizer = start(name, dtype)

@@ -19,7 +19,7 @@ from metazo.runs.replay import replay
 from metazo.settings import build
 from metazo.step.estimators import AtTheta
 from metazo.step.lowrank import Held
-from metazo.step.weights import Term
+from metazo.step.terms import Term
 from metazo.steplog.writer import StepLog
 
 RUN = {

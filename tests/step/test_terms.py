@@ -11,7 +11,7 @@ from metazo.optimizers.base import Update, ZOOptimizer
 from metazo.step.directions import Isotropic
 from metazo.step.lowrank import Held, LowRank
 from metazo.step.rules import Momentum
-from metazo.step.weights import Term
+from metazo.step.terms import Term
 from tests.optimizers.contract import IDS, llama
 
 

@@ -16,7 +16,7 @@ from metazo.optimizers.registry import official
 from metazo.step.directions import Direction, Isotropic, Reflected
 from metazo.step.estimators import mean
 from metazo.step.rules import SGD, Momentum, Rule
-from metazo.step.weights import Term
+from metazo.step.terms import Term
 
 
 class MatrixMomentum(Momentum):

@@ -17,7 +17,7 @@ from metazo.optimizers.lozo import LOZO, LOZOM, folder
 from metazo.optimizers.registry import official
 from metazo.step.directions import Isotropic
 from metazo.step.lowrank import LowRank
-from metazo.step.weights import Term
+from metazo.step.terms import Term
 
 
 @official(LOZO)

@@ -1,0 +1,111 @@
+"""An update that waits for the next probe: fewer passes over the weights, and whoever reads the weights gets them whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from metazo.kernels import outer
+from metazo.noise import cpu
+from metazo.optimizers import LOZO, MeZO
+
+STEPS = 6
+
+
+def layer() -> nn.Linear:
+    torch.manual_seed(3)
+    return nn.Linear(70, 50, bias=False)
+
+
+def loss(net: nn.Linear) -> torch.Tensor:
+    return (net.weight * torch.linspace(-1, 1, 70)).sum().sin()
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kernels that were asked to go over the weights."""
+    made: list[str] = []
+
+    def counted(module, name: str, size) -> None:
+        kernel = getattr(module, name)
+
+        def call(*args):
+            made.extend([name] * bool(size(*args)))
+            return kernel(*args)
+
+        monkeypatch.setattr(module, name, call)
+
+    counted(cpu, "add_all_", lambda distribution, moves, seed, purpose: [m for m in moves if m[1].shape == (50, 70)])
+    counted(cpu, "add_two_all_", lambda distribution, moves, seeds, purpose: moves)
+    counted(outer, "share", lambda kernel, jobs: True)
+    return made
+
+
+@pytest.mark.parametrize("noise", ["gaussian", "rademacher"])
+@pytest.mark.parametrize(("defer", "expected"), [(False, 3 * STEPS), (True, 2 * STEPS + 1)])
+def test_mezo_goes_over_the_weights_twice_per_step(noise, defer, expected, passes):
+    net = layer()
+    optimizer = MeZO(net.named_parameters(), lr=1e-2, noise=noise)
+    optimizer.defer = defer
+    for _ in range(STEPS):
+        optimizer.step(lambda: loss(net))
+    optimizer.settle()
+    assert len(passes) == expected
+    assert passes.count("add_two_all_") == (STEPS - 1 if defer else 0)
+
+
+@pytest.mark.parametrize(("defer", "expected"), [(False, 3 * STEPS), (True, 2 * STEPS + 1)])
+def test_lozo_goes_over_the_weights_twice_per_step(defer, expected, passes):
+    net = layer()
+    optimizer = LOZO(net.named_parameters(), lr=1e-2, interval=2)
+    optimizer.defer = defer
+    for _ in range(STEPS):
+        optimizer.step(lambda: loss(net))
+    optimizer.settle()
+    assert passes.count("share") == expected
+
+
+def test_whoever_asks_the_optimizer_for_weights_gets_them_with_the_update():
+    nets = layer(), layer()
+    waiting, plain = (MeZO(net.named_parameters(), lr=1e-2) for net in nets)
+    waiting.defer = True
+    for net, optimizer in zip(nets, (waiting, plain)):
+        optimizer.step(lambda net=net: loss(net))
+    assert waiting.weights.pending is not None
+    assert not torch.equal(nets[0].weight, nets[1].weight), "the update waits"
+    (tensor,) = waiting.tensors
+    for _, theta in waiting.weights.read(tensor):
+        assert torch.equal(theta, nets[1].weight)
+    waiting.step(lambda: loss(nets[0]))
+    plain.step(lambda: loss(nets[1]))
+    waiting.state_dict()
+    assert torch.equal(nets[0].weight, nets[1].weight)
+
+
+def test_a_closure_that_fails_leaves_the_weights_of_the_last_step():
+    nets = layer(), layer()
+    waiting, plain = (MeZO(net.named_parameters(), lr=1e-2) for net in nets)
+    waiting.defer = True
+    for net, optimizer in zip(nets, (waiting, plain)):
+        optimizer.step(lambda net=net: loss(net))
+
+        def fails():
+            raise RuntimeError
+
+        with pytest.raises(RuntimeError):
+            optimizer.step(fails)
+    assert waiting.weights.pending is None and torch.equal(nets[0].weight, nets[1].weight)
+
+
+def test_decay_and_block_scales_wait_too_and_several_queries_do_not():
+    for options, waits in (({"weight_decay": 0.1}, True), ({"queries": 2}, False), ({"scale": "rms"}, True)):
+        nets = layer(), layer()
+        waiting, plain = (MeZO(net.named_parameters(), lr=1e-2, **options) for net in nets)
+        waiting.defer = True
+        for _ in range(3):
+            for net, optimizer in zip(nets, (waiting, plain)):
+                optimizer.step(lambda net=net: loss(net))
+            assert (waiting.weights.pending is not None) == waits
+        waiting.settle()
+        assert torch.equal(nets[0].weight, nets[1].weight)
