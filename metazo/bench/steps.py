@@ -125,6 +125,8 @@ def measure_queries(
 
 
 def _stepping(optimizer: Any, loss: Callable[[], Tensor]) -> Callable[[], object]:
+    """A step as a run takes it, in which the update may wait for the next probe."""
+    optimizer.defer = True
     return lambda: optimizer.step(loss)
 
 

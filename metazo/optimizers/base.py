@@ -126,7 +126,6 @@ class ZOOptimizer(Verbs, Optimizer):
         self.last_step: Step | None = None
         self.recorder: Callable[[Step], None] | None = None
         self.max_loss = sys.float_info.max
-        self.defer = False
         self._ready = self._seen = False
         if not isinstance(check_every, int) or check_every < 0:
             raise UserError(f"`check_every` must be a whole number of at least 0, not {check_every}.")

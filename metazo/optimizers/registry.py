@@ -85,8 +85,13 @@ class Method:
     last_step: Step | None
     recorder: Callable[[Step], None] | None
     max_loss: float
+    defer: bool = False
+    """If true, a step's update may wait for the next step; `settle` is called before the weights are read."""
     noise: Any = None
     scale: Any = None
+
+    def settle(self) -> None:
+        """Apply the update that waits for the next step, if one does."""
 
     @property
     def notes(self) -> Sequence[str]:

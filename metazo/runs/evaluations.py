@@ -67,6 +67,7 @@ class Scores:
             self.losses = []
             return
         optimizer, paused = self.setup.optimizer, time.monotonic()
+        optimizer.settle()
         record = {
             "step": step,
             "forwards": optimizer.forwards,

@@ -86,6 +86,7 @@ def tune(
                 run.go_on()
                 summary = run.finish()
             finally:
+                setup.optimizer.settle()
                 run.log.close()
         history = (run.log.steps, run.scores.records) if config.out is None else None
         return Finetuned(summary, config.out, setup.loaded, history)
@@ -131,6 +132,7 @@ class _Run:
         self.model: nn.Module = setup.loaded.model
         self.optimizer, self.prepared = setup.optimizer, setup.prepared
         self.optimizer.max_loss = config.max_loss
+        self.optimizer.defer = on_step is None  # who is called after a step may read the weights
         self.warmup = warmup_steps(config.warmup, setup.steps)
         self.rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.log = self._log()
@@ -181,6 +183,7 @@ class _Run:
 
     def _weights(self) -> dict[str, Tensor]:
         """Those that are trained: the others stay the base model's."""
+        self.optimizer.settle()
         return {f"weights/{name}": p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def _load_weights(self, tensors: dict[str, Tensor]) -> None:
@@ -229,8 +232,12 @@ class _Run:
         """Look at a step taken (closures) or replayed, and evaluate where that is due."""
         if step.coefficients:
             self.scores.losses.append(loss)
-        self.watch.see(step, partial(diagnose, self.model, closures, self.setup.loaded.dtype) if closures else None)
+        self.watch.see(step, partial(self._diagnosis, closures) if closures else None)
         self.scores.evaluate_if_due(step.step + 1)
+
+    def _diagnosis(self, closures: list[BatchLoss]) -> str:
+        self.optimizer.settle()
+        return diagnose(self.model, closures, self.setup.loaded.dtype)
 
     def _stop_if_asked(self, step: int) -> None:
         if self.caught:
@@ -246,6 +253,7 @@ class _Run:
     def finish(self) -> dict[str, Any]:
         """Test, save the model, and write the summary: last, so that what has one is complete."""
         config, loaded, records = self.config, self.setup.loaded, self.scores.records
+        self.optimizer.settle()
         best = self.scores.best()
         kept = best["step"] if config.keep == "best" else self.optimizer.steps
         notes = [*self.prepared.notes, *self.optimizer.notes, *self._divergence(kept), *self._stopped_early()]
