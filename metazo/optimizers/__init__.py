@@ -1,4 +1,4 @@
-"""The methods: one file each, found by the registry (registry.py); the contract suite in tests/ takes them from there.
+"""The methods, one file each. The registry (registry.py) finds them, and the contract suite in tests/ tests them all.
 
 `metazo.optimizers.MeZO` and all other classes are imported when they are first asked for. METHODS holds every class by
 name, OPTIMIZERS those that evaluate the loss along directions (all but the first-order baselines).
@@ -22,7 +22,7 @@ _ELSEWHERE = {
 def __getattr__(name: str) -> Any:
     if name in _ELSEWHERE:
         return getattr(import_module(_ELSEWHERE[name]), name)
-    if not name[:1].isupper():  # a module of this folder, which Python imports next, or nothing
+    if not name[:1].isupper():  # a module of this folder, which Python imports next, or a name that does not exist
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     registry = import_module("metazo.optimizers.registry")
     registry.load()

@@ -1,17 +1,17 @@
-"""Answer column: exact backpropagation along the positions that carry loss, one block at a time.
+"""Answer column: exact backpropagation along the positions that contribute to the loss, one block at a time.
 
     e_L = delta                                  positions with delta != 0 are the column
     e_{l-1} = C (d f_l / d x_{l-1})^T e_l        C keeps the column; positions="all": C = I
     g_l = (d f_l / d theta_l)^T e_l              W_k and W_v with the terms of every position that the column attends to
 
-For a causal model with a label word at the last position this is all of the gradient but for paths that leave the column
-and come back: errors of earlier positions of the stream are left out, two or more hops of attention. If every position carries
-loss (mean pooling, next-token loss), it is the exact gradient: backpropagation with one block's graph at a time and no stored
-gradient, as in LOMO (Lv et al. 2023, arXiv 2306.09782). Differences from LOMO: gradients of matrices are never formed,
-and steps are normalised per tensor.
+For a causal model with a label word at the last position, this is the gradient without the paths that leave the column and
+return to it: errors at other positions of the residual stream are left out, which matters from two hops of attention on. If
+every position contributes to the loss (mean pooling, next-token loss), it is the exact gradient: backpropagation with the
+graph of one block at a time and no stored gradient, as in LOMO (Lv et al. 2023, arXiv 2306.09782). Differences from LOMO:
+gradients of matrices are never formed, and steps are normalised per tensor.
 
-Where not to use: if the model is small enough for first-order training with moments; this is first-order training
-with the memory of one block.
+Where not to use: if the model is small enough for first-order training with moments, because this method is first-order
+training with the memory of one block.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from metazo.optimizers.structured import Structured
 class AnswerColumn(Structured):
     """Errors are propagated from block to block along the column. Arguments, cost and limits: see `Structured`.
 
-    Args: positions: "carrying", those at which delta is not zero, or "all": the exact gradient.
+    Args: positions: "carrying", the positions at which delta is not zero, or "all" for the exact gradient.
     """
 
     name = "answer-column"

@@ -6,22 +6,22 @@
 The base owns seeds, probing, the update in place, block scales, the reduction of losses over processes, the step record
 and saving. A method file holds the paper's mathematics in three verbs:
 
-    init(tensors) -> State                       explicit tensors by name, saved as they are, nothing hidden elsewhere
-    propose(state, step, seeds) -> Direction     the direction to probe, with its state settled: drawing writes nothing
+    init(tensors) -> State                       all state as tensors by name, saved as they are
+    propose(state, step, seeds) -> Direction     the direction to probe; drawing it later writes no state
     update(state, step, seeds, losses) -> Update coefficients, and the terms of the update if they are not c_k d_k
 
-and, if the method needs them, in these hooks (verbs.py has them all, with the plain two-point descent that is the default):
+and, if it needs them, in these hooks (verbs.py has all of them with their defaults, which give plain two-point descent):
 
     estimator_for(state, step)                   the probes of this step (default: the attribute `estimator`)
-    closure_for(state, step, closure)            the loss of this step (default: the one that was given)
+    closure_for(state, step, closure)            the loss of this step (default: the given closure)
     displacements(estimator, direction, seeds)   each probe as a sum of terms (default: multiple * eps * d(seed))
     evaluation(), evaluate(closures)             the context around evaluations (default: inference mode), and the mean loss:
                                                  override them for gradients, or for hooks during one evaluation at theta
     learning_rates(step), decays(tensor)         rates of the parameter groups, and what weight decay acts on
-    resolve(options, model, closure)             hyperparameters that model and data settle before the first step
+    resolve(options, model, closure)             hyperparameters that depend on model and data, set before the first step
 
-A method that needs the modules, not only their weights, sets `needs_model` and takes `model`. A method whose update does not
-follow from the losses (a gradient, feedback from forward hooks) sets `replayable = False`: its estimate is given as
+A method that needs the modules as well as their weights sets `needs_model` and takes `model`. A method whose update does not
+follow from the losses (a gradient, feedback from forward hooks) sets `replayable = False`: it gives its estimate as
 `Held` factors in the update's terms (estimator AtTheta), and a resumed run computes its steps again.
 """
 
@@ -59,7 +59,7 @@ __all__ = ["DECAY_EXEMPT", "State", "Step", "Update", "ZOOptimizer"]
 def _numbers(**values: float) -> None:
     for name, value in values.items():
         if not math.isfinite(value) or value < 0:
-            raise UserError(f"{name} must be a finite number of at least 0, not {value}.")
+            raise UserError(f"`{name}` must be a finite number of at least 0, not {value}.")
 
 
 class ZOOptimizer(Verbs, Optimizer):
@@ -68,29 +68,29 @@ class ZOOptimizer(Verbs, Optimizer):
     Args:
         params: `model.named_parameters()`, or parameter groups as dicts with "params" (named) and their own "lr" and
             "weight_decay". Unnamed tensors are named by position. Tied weights count once, frozen ones are left out.
-        lr: learning rate. With D trainable weights the estimate is about sqrt(D) longer than the gradient, so it is two
-            to four orders of magnitude smaller than first-order training's.
+        lr: learning rate. With D trainable weights the estimate is about sqrt(D) times as long as the gradient, so a good
+            learning rate is two to four orders of magnitude below that of first-order training.
         eps: length of the probe in units of the direction.
         weight_decay: theta <- (1 - lr weight_decay) theta - ..., for names without bias, layer_norm, layernorm.
         seed: of the run; every step's noise follows from it.
         noise: "gaussian", "rademacher", or a noise source.
         scale: block scales: None, "rms", or a BlockScale (a tuner's).
-        rule: what is done with the estimate; None takes the method's own.
+        rule: how the estimate changes the weights (metazo.step.rules); None takes the method's own.
         precision: how theta is stored while it is probed; see metazo.step.precision.
         probing: "in-turn", or for low-rank directions "together" or "auto"; None takes the method's own. See
             metazo.optimizers.probing.
         check_every: steps between comparisons of seed, settings and weights over the processes of torch.distributed, the
             first step included; 0 for none. Each costs one pass over the weights.
-        check_loss: whether the first step evaluates its first probe once more, to warn about a loss that differs at the
-            same weights. Neither the counters nor the global generators notice.
+        check_loss: whether the first step evaluates its first probe twice, to warn about a loss that differs at the same
+            weights. The extra evaluation changes neither the counters nor the global generators.
 
     Attributes: last_step, the Step record of the step just taken; forwards, closure evaluations so far; recorder,
     called with each Step before the weights change; max_loss, above which a loss counts as not finite; defer, false: if it
     is true, the update of a step may wait until the next step applies it together with its first probe, which saves a pass
     over the weights and changes no bit. Call `settle` then before you read the weights between steps.
 
-    Raises UserError for hyperparameters out of range. Do not use it with dropout on, or with a loss that is random in
-    any other way: the evaluations of a step must differ by the probe alone.
+    Raises UserError for hyperparameters out of range. Do not use it with dropout or with a loss that is random in another
+    way: the evaluations of a step must differ by the probe alone.
     """
 
     name = "base"
@@ -114,9 +114,9 @@ class ZOOptimizer(Verbs, Optimizer):
     ):
         _numbers(lr=lr, eps=eps, weight_decay=weight_decay)
         if eps == 0:
-            raise UserError("eps must be above 0: the losses of the two probes would not differ.")
+            raise UserError("`eps` must be above 0; at 0 the losses of the two probes would not differ.")
         if scale is not None and not isinstance(scale, BlockScale) and scale != "rms":
-            raise UserError(f"scale {scale!r} is unknown: choose rms, or pass a tuner.")
+            raise UserError(f"`scale` {scale!r} is unknown: choose rms, or pass a tuner.")
         self.eps, self.precision = eps, precision
         self.probing = probings.check(probing or self.default_probing, self.low_rank, self.name)
         self.noise: Noise = PhiloxNoise(seed, noise) if isinstance(noise, str) else noise
@@ -144,16 +144,16 @@ class ZOOptimizer(Verbs, Optimizer):
 
         Args:
             closure: evaluates the loss at the present weights; called once per probe, under inference mode. A sequence of
-                closures is averaged under one seed: gradient accumulation, without accumulating anything.
-            replay: a recorded step to take again with its losses instead of evaluating; a closure given as well is
-                counted, not called.
+                closures is averaged under one seed, which replaces gradient accumulation.
+            replay: a recorded step, taken again from its recorded losses; a closure given as well is counted in
+                `forwards` and not called.
 
         Returns: the loss at theta if the method evaluates it, else the mean over its probes. If a loss is not finite, the
         weights are put back, the step is recorded without coefficients, and the loss returned is not finite either. An
         exception in the closure puts the weights back too. Masters and compensated weights are put back bit for bit;
         weights in place keep the rounding of adding and removing the probe, about 3e-8 of them in float32. Raises
         UserError for a replay of a method whose steps do not follow from their records, for a closure that returns no
-        number, for weights that hold no numbers here, and if processes differ in seed, settings or weights.
+        number, for weights without numbers on this device, and if processes differ in seed, settings or weights.
         """
         if replay is not None and not self.replayable:
             raise UserError(f"A step of {self.name} does not follow from its record: it cannot be replayed.")
@@ -178,7 +178,7 @@ class ZOOptimizer(Verbs, Optimizer):
         if replay is None:
             self.loss_watch.stepped(losses, closures)
         learning_rates = replay.lr if replay else self.learning_rates(step)
-        finite = all(abs(loss) <= self.max_loss for loss in losses)  # false for nan
+        finite = all(abs(loss) <= self.max_loss for loss in losses)  # False for NaN as well
         update = self.update(state, step, seeds, losses) if finite else Update(())
         sigma = tuple(state["scale/sigma"].tolist()) if self.scale is not None else ()
         self.last_step = Step(step, tuple(seeds), tuple(losses), tuple(update.coefficients), learning_rates, sigma)
@@ -237,7 +237,7 @@ class ZOOptimizer(Verbs, Optimizer):
             raise
 
     def _record(self, record: Step, replay: Step | None) -> None:
-        """Write the record down before the weights change; if that fails (a full disk), they do not change."""
+        """Write the record before the weights change; if writing fails (a full disk), the weights do not change."""
         if self.recorder is None or replay is not None:
             return
         try:
@@ -257,7 +257,7 @@ class ZOOptimizer(Verbs, Optimizer):
                 names = ", ".join(tensor.name for tensor in unmet[:3])
                 raise UserError(
                     f"`precision` {self.precision} replaces weights in calls of torch functions, and the model uses "
-                    f"{len(unmet)} tensors where it cannot see it (compiled, scripted or foreign code), such as {names}: "
+                    f"{len(unmet)} tensors outside of such calls (in compiled, scripted or foreign code), such as {names}: "
                     "choose master."
                 )
         self.loss_watch.evaluated(loss, lambda: self._again(closures), self.tensors[0].param.device)
@@ -322,7 +322,7 @@ class ZOOptimizer(Verbs, Optimizer):
         super().add_param_group(param_group)
 
     def tensors_state(self) -> State:
-        """All state as tensors by name, masters and compensation among it: what a snapshot holds, ready for safetensors."""
+        """All state as tensors by name, masters and compensation included, ready to be stored as safetensors."""
         self._prepare()
         self.settle()
         counters = torch.tensor([self.steps, self.forwards], dtype=torch.int64)
@@ -331,18 +331,21 @@ class ZOOptimizer(Verbs, Optimizer):
         return self.zo_state | kept | {"counters": counters}
 
     def load_tensors_state(self, state: State) -> None:
-        """Take up a `tensors_state`. Raises UserError if names or shapes are not those of this optimizer."""
+        """Load a `tensors_state`. Raises UserError if names or shapes are not those of this optimizer."""
         self._prepare()
         present = self.tensors_state()
         if {k: v.shape for k, v in present.items()} != {k: v.shape for k, v in state.items()}:
             odd = sorted(set(present) ^ set(state)) or ["a shape"]
-            raise UserError(f"The saved state is not of this optimizer ({self.name}): {odd[0]} differs.")
+            raise UserError(
+                f"The saved state is not of this optimizer ({self.name}): {odd[0]} differs. Load it into the method and model "
+                "that saved it."
+            )
         for name, value in present.items():
             value.copy_(state[name])
         self.steps, self.forwards = (int(n) for n in state["counters"])
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's form; the method's tensors are under "zo", so that torch does not cast them to the weights' dtype."""
+        """State in torch's form. The method's tensors are under "zo", so that torch does not cast them to the weights' type."""
         return super().state_dict() | {"zo": {k: v.clone() for k, v in self.tensors_state().items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
-"""CurvZO (arXiv 2603.21725, ICML 2026): probe few tensors per step, and more often those to which the loss reacts.
+"""CurvZO (arXiv 2603.21725, ICML 2026): probe few tensors per step, and choose those more often that change the loss more.
 
-Every tensor b is a block that takes part with probability pi_b; what takes part is weighted by 1 / pi_b
-(Horvitz-Thompson), so that the estimate stays unbiased:
+Every tensor b is a block that takes part with probability pi_b. A block that takes part is weighted by 1 / pi_b
+(Horvitz-Thompson), so that the estimate is unbiased:
 
     m_b ~ Bernoulli(pi_b),   v_b = m_b z_b,   z_b ~ N(0, I)
     c   = (L(theta + eps v) - L(theta - eps v)) / (2 eps)
@@ -10,20 +10,20 @@ Every tensor b is a block that takes part with probability pi_b; what takes part
     pi_b = clip(kappa sqrt(S_b), floor, 1),   kappa such that sum_b pi_b = budget M         (Prop. 3.4, water-filling)
     every 20 steps the budget moves by a tenth towards M (0.1 + 0.7 (0.7 d_eff / M + 0.3 (1 - entropy)))
 
-Taken as given that some tensor takes part, pi_b is pi_b / (1 - prod (1 - pi)) in the weight; an empty step would cost
-two forwards for nothing. Linearised, with d_b entries and gradient g_b,
+The mask is drawn given that at least one tensor takes part, because an empty step would waste two forwards; the weight
+therefore divides by pi_b / (1 - prod (1 - pi)). Linearised, with d_b entries and gradient g_b,
 
     E |c v_b / pi_b|^2 = ((d_b + 2) |g_b|^2 + d_b sum_{a != b} pi_a |g_a|^2) / pi_b,
 
-so no choice of pi lowers the variance of one update below MeZO's: a small pi is paid for by every other tensor. The
-floor bounds the price. What is saved is the work of probing, a share of 1 - budget. The scores of tensors that do not
-matter contain the same pedestal sum pi_a |g_a|^2, so probabilities differ less than gradients do.
+so no choice of pi lowers the variance of one update below MeZO's: a small pi_b adds variance on tensor b. The floor bounds
+this. CurvZO saves a share 1 - budget of the work of probing. The scores of all tensors, also of those with a small gradient,
+contain the same sum pi_a |g_a|^2, so probabilities differ less than gradients do.
 
-The paper's text was not at hand: rule, score and propositions follow its summaries, and `compat="official"` (which was
-called `score="release"`) a port of the authors' anonymous release, step for step (official/curvzo.py lists the
-differences). The budget's rule is the release's in both (the paper's Eq. 20 was not at hand).
+We did not have the paper's text: rule, score and propositions follow summaries of it. `compat="official"` (formerly
+`score="release"`) follows a port of the authors' anonymous release step for step; official/curvzo.py lists the differences.
+The rule of the budget is the release's in both, because we did not have the paper's Eq. 20.
 
-Where not to use: for variance (above), or on a few tensors (LoRA on one layer): there is nothing to choose.
+Where not to use: to reduce variance (see above), or on a few tensors (LoRA on one layer), because the choice is then small.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ from metazo.optimizers.registry import Case, register
 from metazo.step.directions import Direction, Isotropic, Scaled, Sparse
 from metazo.step.terms import Term
 
-BUDGET_RANGE = (0.1, 0.8)  # of the adaptive budget
+BUDGET_RANGE = (0.1, 0.8)  # the range of the adaptive budget
 
 
 def water_fill(weights: np.ndarray, total: float, floor: float) -> np.ndarray:
-    """clip(kappa weights, floor, 1) with kappa such that it sums to total.
+    """clip(kappa weights, floor, 1), with kappa such that the sum is total.
 
-    It minimises sum weights^2 / pi over floor <= pi <= 1, sum pi = total. Args: weights: (M,), at least 0; total:
-    within M floor .. M (else the nearer end). Returns: (M,), float64.
+    It minimises sum weights^2 / pi over floor <= pi <= 1, sum pi = total. Args: weights: (M,), at least 0; total: clipped to
+    M floor .. M. Returns: (M,), float64.
     """
     if total >= len(weights) or not weights.any():
         return np.full(len(weights), np.clip(total / len(weights), floor, 1))
@@ -61,7 +61,7 @@ def water_fill(weights: np.ndarray, total: float, floor: float) -> np.ndarray:
 
 
 def sample(pi: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
-    """Independent inclusions with probabilities pi, given that there is at least one. Returns: (M,), bool."""
+    """Independent inclusions with probabilities pi, conditional on at least one inclusion. Returns: (M,), bool."""
     none_after = np.append(np.cumprod((1 - pi)[::-1])[::-1], 1.0)  # P(nothing from b on)
     selected = np.zeros(len(pi), dtype=bool)
     for b in range(len(pi)):
@@ -84,15 +84,15 @@ def next_fraction(scores: np.ndarray, fraction: float, floor: float) -> float:
 class CurvZO(ZOOptimizer):
     """Sparse two-point descent with learned inclusion probabilities.
 
-    Forwards per step: 2, on a part of the tensors. Extra memory: three numbers per tensor. State: score, pi (M,);
+    Forwards per step: 2, with a part of the tensors perturbed. Extra memory: three numbers per tensor. State: score, pi (M,);
     selected (M,), bool; fraction (the budget), magnitude (the moving average of c^2), scalars.
 
     Args:
-        budget: expected share of the tensors that take part, in (0, 1]; the start where it adapts.
+        budget: expected share of the tensors that take part, in (0, 1]; the first value if it adapts.
         floor: smallest probability, in (0, budget]; not in the paper (compat="official" has none).
         beta: weight of a new score in its moving average, in (0, 1].
-        magnitude_beta: weight of a new c^2 in the moving average that scores are measured by, in (0, 1].
-        adapt_every: steps between moves of the budget; 0 keeps it fixed.
+        magnitude_beta: weight of a new c^2 in the moving average by which scores are divided, in (0, 1].
+        adapt_every: steps between changes of the budget; 0 keeps it fixed.
         compat: "paper", or "official" for the released code with its faults.
     """
 
@@ -117,25 +117,25 @@ class CurvZO(ZOOptimizer):
     ):
         common.pop("score", None)  # see `translate`
         if not 0 < budget <= 1:
-            raise UserError(f"budget must lie in (0, 1], the share of tensors that take part, not {budget}.")
+            raise UserError(f"`budget`, the share of tensors that take part, must be in (0, 1], not {budget}.")
         if not 0 < floor <= budget:
-            raise UserError(f"floor must lie in (0, budget], here (0, {budget}], not {floor}.")
+            raise UserError(f"`floor` must be in (0, budget], here (0, {budget}], not {floor}.")
         for name, value in {"beta": beta, "magnitude_beta": magnitude_beta}.items():
             if not 0 < value <= 1:
-                raise UserError(f"{name} must lie in (0, 1], not {value}.")
+                raise UserError(f"`{name}` must be in (0, 1], not {value}.")
         if adapt_every < 0:
-            raise UserError(f"adapt_every must be at least 0, not {adapt_every}.")
+            raise UserError(f"`adapt_every` must be at least 0, not {adapt_every}.")
         self.budget, self.floor, self.adapt_every = budget, floor, adapt_every
         self.beta, self.magnitude_beta = beta, magnitude_beta
         super().__init__(params, lr, eps, **common)
 
     @classmethod
     def translate(cls, options: Mapping[str, Any]) -> dict[str, Any]:
-        """`score="release"` was the name of compat="official"."""
+        """The former name of compat="official" was `score="release"`."""
         options = dict(options)
         score = options.pop("score", "paper")
         if score not in ("paper", "release"):
-            raise UserError(f"score {score!r} is unknown: choose `compat` paper or official.")
+            raise UserError(f"`score` {score!r} is unknown: choose `compat` paper or official instead.")
         return options | ({"compat": "official"} if score == "release" else {})
 
     def init(self, tensors: Sequence[NamedTensor]) -> State:
@@ -169,7 +169,7 @@ class CurvZO(ZOOptimizer):
         return [tensor for tensor, taken in zip(self.tensors, state["selected"].tolist()) if taken]
 
     def inclusion(self, pi: np.ndarray) -> np.ndarray:
-        """The probability by which a tensor that takes part is divided."""
+        """The probability by which the estimate of a tensor that takes part is divided."""
         return pi / (1 - np.prod(1 - pi))
 
     def update(self, state: State, step: int, seeds: Sequence[int], losses: Sequence[float]) -> Update:
@@ -191,7 +191,7 @@ class CurvZO(ZOOptimizer):
         state["score"][taken] = (1 - self.beta) * state["score"][taken] + self.beta * observed
 
     def size(self, c: float) -> float:
-        """The number whose moving average scores are measured by."""
+        """The number whose moving average divides the scores."""
         return c**2
 
     def observed(self, state: State, squares: torch.Tensor, c: float) -> torch.Tensor:

@@ -1,13 +1,13 @@
-"""Dominant-layer control (arXiv 2606.05516): MeZO on the tensors of one layer, all others at rest.
+"""Dominant-layer control (arXiv 2606.05516): MeZO on the tensors of one layer, with all others unchanged.
 
     theta_l <- theta_l - lr c z_l,    c = (L(theta + eps z_l) - L(theta - eps z_l)) / (2 eps),    l one layer
 
-The paper finds that one decoder layer carries zeroth-order fine-tuning, and that it is the first layer with activation
-outliers. `first_outlier_layer` looks for it in one forward pass. The paper's threshold was not at hand: an outlier is
-taken to be a value of at least 100 and 1,000 times the median magnitude of the layer's output (the massive activations
-of Sun et al. 2024, arXiv 2402.17762); where no layer has one, the layer that raises the ratio most is taken.
+The paper finds that zeroth-order fine-tuning of one decoder layer does most of the work, and that this layer is the first
+with activation outliers. `first_outlier_layer` looks for it in one forward pass. We did not have the paper's threshold: an
+outlier here is a value of at least 100 and at least 1,000 times the median magnitude of the layer's output (the massive
+activations of Sun et al. 2024, arXiv 2402.17762). If no layer has one, the layer that raises the ratio most is taken.
 
-A control for methods that learn or choose what to move: they should do at least as well. No code is published.
+It is a control for methods that learn or choose which weights to move: they should be at least as good. No code is published.
 Where not to use: on models without numbered layers, unless a tensor is named.
 """
 
@@ -27,14 +27,14 @@ from metazo.optimizers.mezo import MeZO
 from metazo.optimizers.registry import Case, register
 
 OUTLIER, OUTLIER_RATIO = 100.0, 1000.0
-OUTLIER_LAYER = "outlier"  # the setting `layer='outlier'`: looked for before the first step
+OUTLIER_LAYER = "outlier"  # the setting `layer='outlier'`: the layer is looked for before the first step
 _LAYER_NAME = re.compile(r"^(?:.*\.)?[A-Za-z_]\w*\.\d+$")
 
 
 def first_outlier_layer(model: nn.Module, forward: Callable[[], object]) -> str:
-    """Name of the first numbered layer with something to train whose output holds an activation outlier.
+    """Name of the first numbered layer with trained tensors whose output has an activation outlier.
 
-    Args: forward: runs the model once on a batch, as a closure does. Raises UserError where there is none.
+    Args: forward: runs the model once on a batch, as a closure does. Raises UserError if there is none.
     """
     ratios: dict[str, tuple[float, float]] = {}
 
@@ -47,7 +47,7 @@ def first_outlier_layer(model: nn.Module, forward: Callable[[], object]) -> str:
 
         return hook
 
-    # the outermost numbered modules: model.layers.3, not what is numbered inside it
+    # the outermost numbered modules: model.layers.3, not the numbered modules inside it
     named = [name for name, _ in model.named_modules() if _LAYER_NAME.match(name)]
     layers = [name for name in named if not any(name.startswith(other + ".") for other in named)]
     trained = [name for name in layers if any(p.requires_grad for p in model.get_submodule(name).parameters())]
@@ -60,7 +60,7 @@ def first_outlier_layer(model: nn.Module, forward: Callable[[], object]) -> str:
             hook.remove()
     if not ratios:
         raise UserError(
-            f"{type(model).__name__} has no numbered layers to train that ran: name the layer to train instead."
+            f"No numbered layer with trained tensors was run in {type(model).__name__}: give the `layer` to train by name."
         )
     for name, (largest, ratio) in ratios.items():
         if largest >= OUTLIER and ratio >= OUTLIER_RATIO:
@@ -71,27 +71,27 @@ def first_outlier_layer(model: nn.Module, forward: Callable[[], object]) -> str:
 
 
 def choose_layer(names: list[str], layer: str | int) -> str:
-    """One of the block names: by position among those of numbered layers, by name, or by a part of it between dots."""
+    """One of the block names, found by its index among numbered layers, by name, or by a part of the name between dots."""
     numbered = [name for name in names if _LAYER_NAME.match(name)] or names
     if isinstance(layer, int) or re.fullmatch(r"-?\d+", layer):
         if not -len(numbered) <= int(layer) < len(numbered):
-            raise UserError(f"layer {layer} does not exist: the trainable layers are 0 to {len(numbered) - 1}.")
+            raise UserError(f"`layer` {layer} does not exist: the trainable layers are 0 to {len(numbered) - 1}.")
         return numbered[int(layer)]
     found = [name for name in names if name == layer] or [name for name in names if f".{layer}." in f".{name}."]
     if len(found) != 1:
         what = "no trainable layer" if not found else f"{len(found)} trainable layers"
-        raise UserError(f"layer {layer!r} names {what}: choose one of {', '.join(names[:3])}, ... or a number.")
+        raise UserError(f"`layer` {layer!r} names {what}: choose one of {', '.join(names[:3])}, ... or a number.")
     return found[0]
 
 
 @register
 class DominantLayer(MeZO):
-    """MeZO restricted to one layer. Forwards per step: 2 queries. Extra memory: none (masters of that layer alone).
+    """MeZO restricted to one layer. Forwards per step: 2 queries. Extra memory: none (masters, if any, for that layer alone).
 
     Args:
         layer: number among the trainable layers, or a name such as model.layers.3; `first_outlier_layer` finds the
             paper's (`layer='outlier'`). Everything outside it is left untouched.
-        queries: directions averaged in a step.
+        queries: directions averaged per step.
     """
 
     name, paper = "dominant-layer", "arXiv 2606.05516"

@@ -5,17 +5,17 @@ are perturbed by low-rank matrices and evaluated together.
     L_n = L(W + eps E_n),   s_n the shaped loss                                       (metazo/optimizers/es.py)
     W <- W - lr (1/N sum_n s_n E_n + weight_decay W)
 
-A member's forward pass is x W^T + eps (x B) A^T / sqrt(r): all members share the product by W, so that a population costs
+A member's forward pass is x W^T + eps (x B) A^T / sqrt(r). All members share the product with W, so that a population costs
 little more than a batch of that size (metazo/step/batched.py). The mean square of an entry of E_n is 1, as in ES, and the
-sum over the population has rank N r. E_n has heavier tails than Gaussian noise, the more so the smaller r, but mean
-and covariance are the same, so that on a linear loss the two-point estimate has the same mean.
+sum over the population has rank N r. E_n has heavier tails than Gaussian noise, most of all at r = 1, but
+the same mean and covariance, so that on a linear loss the two-point estimate has the same mean.
 
-The paper's text was not at hand; a port of its code was, in part: pairs +E, -E and z-scores are from there, and so is
-1/sqrt(r). The population of 32 is ours (the paper's are in the thousands): activations take N times the memory. Not
-here: noise that is reused over steps, integer weights.
+We did not have the paper's text, but a part of a port of its code, from which pairs +E, -E, z-scores and 1/sqrt(r) are
+taken. The population of 32 is ours (the paper's are in the thousands), because activations take N times the memory. Noise
+that is reused over steps and integer weights are not implemented.
 
-Where not to use: on a closure that torch.func.vmap cannot vectorise: members are then evaluated in turn, with a warning;
-or on batches so large that the activations of all members do not fit (`probing="in-turn"`).
+Where not to use: with a closure that torch.func.vmap cannot vectorise, because members are then evaluated in turn (with a
+warning), or with batches so large that the activations of all members do not fit in memory (use `probing="in-turn"`).
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from metazo.step.lowrank import DrawnFactors
 
 @register
 class EGGROLL(ES):
-    """ES along low-rank members, all in one forward pass. Forwards per step: population. Extra memory: none beside
-    activations, which are population times as large.
+    """ES with low-rank members, all in one forward pass. Forwards per step: population. Extra memory: none, except that
+    activations are population times as large.
 
     Args:
         population: N, perturbed models per step; 32, ours. At least 2, or an even number of at least 4.
         antithetic: members in pairs at +eps and -eps, as in the published code.
-        rank: r, columns of A and B; 1 in most of the paper. Matrices with a shorter side take that.
+        rank: r, columns of A and B; 1 in most of the paper. A matrix with a side below r uses that side as its rank.
     """
 
     name, paper = "eggroll", "arXiv 2511.16652"

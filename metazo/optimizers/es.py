@@ -6,15 +6,15 @@ fine-tuning beyond reinforcement learning", arXiv 2509.24372).
     s_n = rank of L_n among the N, from -1/2 to 1/2                 shaping="rank"    (1703.03864)
     theta <- theta - lr (1/N sum_n s_n e_n + weight_decay theta)
 
-The factor 1 / eps of the gradient estimate is absorbed in lr, as in 2509.24372. Shaping removes the scale of the loss: on
-a slope g the mean of the estimate is a times g / |g|, with a = E[std of N standard normals] under z-scores and
-a = 1 / (2 sqrt(pi)) under ranks (tests/optimizers/test_es.py). The loss need not be differentiable.
+The factor 1 / eps of the gradient estimate is part of lr, as in 2509.24372. Shaping removes the scale of the loss: on a
+linear loss with gradient g, the mean of the estimate is a times g / |g|, with a = E[std of N standard normals] under
+z-scores and a = 1 / (2 sqrt(pi)) under ranks (tests/optimizers/test_es.py). The loss need not be differentiable.
 
 Differences from the papers: rewards are minus the loss, and one batch is evaluated by all members of a step; equal losses
-share the mean of their ranks (1703.03864 breaks ties by order); there is no Adam on top unless `rule` says so.
+share the mean of their ranks (1703.03864 breaks ties by order); Adam is applied only if `rule` names it.
 
-Where not to use: if a population per step is too many forward passes: at equal forwards, few queries and more steps are
-usually better on a smooth loss.
+Where not to use: if a population per step is too expensive. At equal forward passes, few queries and more steps are usually
+better on a smooth loss.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""Feedback: the error after the last block, multiplied by a mean Jacobian that was learned once for the base model.
+"""Feedback: the error after the last block, multiplied by a mean Jacobian that is learned once for the base model.
 
     delta = dL/dx_L                              exact
     e_l = t_l (delta + (delta V_l) U_l)          B_l = t_l (I + V_l U_l), rank r and a trust per block
     g_l = (d f_l / d theta_l)^T e_l              exact within block l
 
 B_l is fitted without labels from random cotangents (`metazo.feedback.jacobian.fit_jacobian`) and kept in a file
-beside the model: 2 r d + 1 numbers per block. Without an entry for a block, it is skip feedback there. Source: learned feedback
-as in weight mirrors (Akrout et al. 2019, arXiv 1904.05391). Difference: the identity plus low rank, of a network that is
-already trained, fitted once before fine-tuning.
+beside the model: 2 r d + 1 numbers per block. A block without an entry gets skip feedback. Source: learned feedback as in
+weight mirrors (Akrout et al. 2019, arXiv 1904.05391). Difference: the matrix is the identity plus low rank, for a network
+that is already trained, and is fitted once before fine-tuning.
 
-Where not to use: without inputs like those of the task to fit on. See docs/feedback.md for what it adds over skip feedback.
+Where not to use: without inputs like those of the task for the fit. docs/feedback.md compares it with skip feedback.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from metazo.optimizers.structured import Structured
 
 @register
 class Feedback(Structured):
-    """Every block is given delta B_l. Arguments, cost and limits: see `Structured`.
+    """Every block gets the error delta B_l. Arguments, cost and limits: see `Structured`.
 
     Args: jacobian: a file of feedback matrices (metazo.feedback.jacobian.save_jacobian), or the matrices themselves.
     """
@@ -45,7 +45,7 @@ class Feedback(Structured):
         super().__init__(params, lr, **rest)
 
     def init(self, tensors: Sequence[NamedTensor]) -> State:
-        """The maps are part of the state, so that a resumed run has those that it began with."""
+        """The matrices are part of the state, so that a resumed run uses those that it started with."""
         device, given = tensors[0].param.device, self.jacobian
         down = {index: value.to(device, copy=True) for index, value in given.down.items()}
         up = {index: value.to(device, copy=True) for index, value in given.up.items()}

@@ -1,7 +1,8 @@
-"""First-order baselines under the same loop: SGD and AdamW by backpropagation, for comparison.
+"""First-order baselines for comparison: SGD and AdamW by backpropagation, in the same training loop.
 
 A step is one forward and one backward pass, counted as three forward passes (a backward pass costs about two), so that
-curves over forward passes stay fair. Memory is what zeroth-order methods avoid: gradients, moments and activations.
+curves over forward passes are comparable. They need the memory that zeroth-order methods avoid: gradients, moments and
+activations.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ FORWARDS_PER_STEP = 3
 
 
 class FirstOrder(Method):
-    """One of torch's optimizers on gradients clipped to norm 1, as the loop expects it.
+    """One of torch's optimizers on gradients clipped to norm 1, with the interface that the loop needs.
 
     Args: params: named parameters; lr; weight_decay: under MeZO's name rule; clip: largest gradient norm.
     Raises UserError if nothing is trainable, or for a replay: a gradient does not follow from a step's record.
@@ -83,7 +84,7 @@ class FirstOrder(Method):
                 loss.backward()
                 total += float(loss.detach())
         self.forwards += FORWARDS_PER_STEP * len(closures)
-        finite = abs(total) <= self.max_loss  # false for nan
+        finite = abs(total) <= self.max_loss  # False for NaN as well
         rates = tuple(float(group["lr"]) for group in self.param_groups)
         self.last_step = Step(self.steps, (), (total,), (1.0,) if finite else (), rates)
         if self.recorder is not None:

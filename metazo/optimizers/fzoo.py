@@ -1,4 +1,5 @@
-"""FZOO (Dang et al., arXiv 2506.09034, ICLR 2026): many one-sided signs per step, and a step length from their spread.
+"""FZOO (Dang et al., arXiv 2506.09034, ICLR 2026): many one-sided sign vectors per step, and a step length from the spread
+of their losses.
 
     l_0 = L(theta),  l_k = L(theta + eps u_k),   u_k uniform in {-1, 1}^d,   k = 1 .. K
     g       = 1 / (eps K) sum_k (l_k - l_0) u_k
@@ -6,17 +7,18 @@
     theta   <- theta - lr g / sigma
 
 sigma is about eps times the length of the gradient, so this is normalised descent: the length of a step does not depend
-on the slope, and lr here is eps times a learning rate of that kind. If no loss differs (sigma = 0), nothing moves.
+on the slope, and lr is eps times the learning rate of normalised descent. If all losses are equal (sigma = 0), no weight
+moves.
 
-Certain: the losses, the signs, K = 8, eps = 1e-3 and the normalisation by the standard deviation (code and summary
-agree). Taken from a summary of the paper: the factor 1 / eps in g and K - 1 in sigma.
+The losses, the signs, K = 8, eps = 1e-3 and the normalisation by the standard deviation are the same in the published code
+and in a summary of the paper. The factor 1 / eps in g and K - 1 in sigma are from the summary alone.
 
 Differences from the published code (DKmiyan/FZOO, trainer.py): there the coefficient is (l_k - l_0) / (K sigma) without
-eps, sigma divides by K, and weight decay is left out; `compat="official"` does that (official/fzoo.py), and its lr 1e-5 is
-1e-8 here at eps 1e-3. The forwards of a step run one after another here: the published speed comes from running them as
+eps, sigma divides by K, and weight decay is left out; `compat="official"` does the same (official/fzoo.py), and its lr 1e-5
+is 1e-8 here at eps 1e-3. Here the forwards of a step run one after another; the published speed comes from running them as
 one batch, which needs a model rewritten for it.
 
-Where not to use: with a constant learning rate near a minimum: steps of a set length never settle.
+Where not to use: with a constant learning rate near a minimum, because steps of a fixed length do not converge.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Parameter groups as torch knows them, of named tensors; closures, one or many; the loss of several processes."""
+"""Parameter groups in torch's form, of named tensors; one or many closures; the mean loss over processes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def trainable(named: Iterable[tuple[str, Tensor]], group: int) -> list[NamedTens
 
 
 def named_groups(params: Iterable) -> list[dict[str, Any]]:
-    """Parameter groups of (name, parameter) pairs in which no tensor stands twice."""
+    """Parameter groups of (name, parameter) pairs in which each tensor occurs once."""
     entries = list(params)
     groups = [dict(entry) for entry in entries] if entries and isinstance(entries[0], dict) else [{"params": entries}]
     seen: set[int] = set()
@@ -42,7 +42,7 @@ def named_groups(params: Iterable) -> list[dict[str, Any]]:
 
 
 def mean_over_processes(loss: float) -> float:
-    """The loss averaged over processes where torch.distributed runs: one scalar is all that ever travels."""
+    """The loss averaged over the processes if torch.distributed runs: one number is all that they exchange."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return loss
     device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"

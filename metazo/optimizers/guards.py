@@ -1,4 +1,4 @@
-"""What is checked about the caller's side: trained tensors that hold numbers, and a closure that gives one loss, twice."""
+"""Checks of the caller's model and closure: trained tensors must have numbers, and the loss must be one number and repeat."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from metazo.blocks import NamedTensor
 from metazo.errors import UserError
 
 NARROW = (torch.bfloat16, torch.float16)
-FIRST_STEPS = 20  # in which equal losses are counted
-ROUNDING = 4 * torch.finfo(torch.float32).eps  # relative; two sums in another order differ by less
-SHARE = 0.01  # of the distance between probes: a loss that varies by less does no harm
+FIRST_STEPS = 20  # number of steps in which equal losses are counted
+ROUNDING = 4 * torch.finfo(torch.float32).eps  # relative; sums of the same numbers in two orders differ by less
+SHARE = 0.01  # times the spread of the probes' losses: a loss that varies by less does no harm
 
 
 def as_loss(value: Any) -> float:
@@ -57,7 +57,7 @@ def _remedy(value: Any) -> str:
 
 
 def check_weights(tensors: Sequence[NamedTensor]) -> None:
-    """Raises UserError if trained tensors hold no numbers here, or hold them in a form that a step cannot change."""
+    """Raises UserError if trained tensors have no numbers on this device, or have a form that a step cannot change."""
     found = [(tensor.name, reason) for tensor in tensors if (reason := _unfit(tensor.param))]
     if not found:
         return
@@ -67,7 +67,7 @@ def check_weights(tensors: Sequence[NamedTensor]) -> None:
 
 
 def _unfit(param: Tensor) -> tuple[str, str] | None:
-    """What is wrong with a parameter, and what to do."""
+    """The fault of a parameter and its remedy, as two parts of a sentence."""
     kinds = {kind.__name__ for kind in type(param).__mro__}
     if is_lazy(param):
         return "have no shape yet (lazy modules)", "run the model once before the first step"
@@ -94,7 +94,7 @@ def _unfit(param: Tensor) -> tuple[str, str] | None:
 
 @contextmanager
 def generators_kept(device: torch.device) -> Iterator[None]:
-    """Around an evaluation: the global generators of torch, numpy and Python go on as if it had not happened."""
+    """Restore the global generators of torch, numpy and Python after an evaluation."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         kept = np.random.get_state(), random.getstate()
@@ -108,9 +108,9 @@ def generators_kept(device: torch.device) -> Iterator[None]:
 class LossWatch:
     """Watches the losses of an optimizer's first steps, and warns once about each of three faults.
 
-    A loss that differs when it is evaluated twice at the same weights: one more evaluation at the first step, counted in
-    `forwards` by nobody, under generators that are put back. BatchNorm in train mode, whose running statistics change with
-    every probe. Losses in bfloat16 or float16 that are exactly equal in most of the first FIRST_STEPS steps.
+    A loss that differs when it is evaluated twice at the same weights: this needs one more evaluation at the first step,
+    which is not counted in `forwards`, and restores the global generators. BatchNorm in train mode, whose running statistics
+    change with every probe. Losses in bfloat16 or float16 that are exactly equal in most of the first FIRST_STEPS steps.
 
     Args: repeat: whether to evaluate once more.
     """
@@ -122,7 +122,7 @@ class LossWatch:
         self.steps = self.equal = 0
 
     def loss(self, value: Any) -> float:
-        """What a closure returned, as a number."""
+        """The loss that a closure returned, as a number."""
         if isinstance(value, Tensor) and value.dtype in NARROW:
             self.narrow = value.dtype
         return as_loss(value)
@@ -171,7 +171,7 @@ class LossWatch:
 
 
 def seen_modules(closures: Sequence[Callable[[], Any]]) -> tuple[list[str], list[str]]:
-    """Modules in train mode that the closures show (their variables, or themselves): dropout, and BatchNorm, by name."""
+    """Names of dropout and of BatchNorm modules in train mode among the closures and the variables of the closures."""
     dropout: list[str] = []
     normed: list[str] = []
     for model in {id(model): model for closure in closures for model in _models(closure)}.values():

@@ -1,6 +1,6 @@
 """HiZOO (Zhao et al., "Second-order fine-tuning without pain for LLMs", arXiv 2402.15173): noise scaled by curvature.
 
-H, one positive number a weight, 1 at first, is a moving estimate of the Hessian's diagonal:
+H, one positive number per weight, 1 at first, is a moving estimate of the Hessian's diagonal:
 
     d  = H^-1/2 z,  z ~ N(0, I)
     c  = (L(theta + eps d) - L(theta - eps d)) / (2 eps)
@@ -8,23 +8,23 @@ H, one positive number a weight, 1 at first, is a moving estimate of the Hessian
     H <- (1 - a) H + a k H z^2
     theta <- theta - lr (c H^-1/2 z + weight_decay theta)             along the new H, with the same z
 
-What H does (Gaussian z, any positive semidefinite Hessian A; tests/optimizers/test_hizoo.py): given H, the mean of
-k z_i^2 is (tr M + 2 M_ii) / 2 with M = H^-1/2 A H^-1/2. So H is at rest in the mean exactly where
-H_i = (d + 2) / 2 A_ii, d the number of weights: it does converge to the diagonal, up to a factor. But all H_i move
-together at the rate a, and against each other at 2 a / (d + 2) only, with noise of variance a (d + 2) / 2 in ln H_i: on
-a model of millions of weights HiZOO normalises the step by the curvature, and learns next to nothing of its diagonal.
+Analysis of H (Gaussian z, any positive semidefinite Hessian A; tests/optimizers/test_hizoo.py): given H, the mean of
+k z_i^2 is (tr M + 2 M_ii) / 2 with M = H^-1/2 A H^-1/2. The mean of H is therefore constant exactly at
+H_i = (d + 2) / 2 A_ii, with d the number of weights: H converges to the diagonal, up to a factor. But all H_i change
+together at the rate a, and relative to each other only at 2 a / (d + 2), with noise of variance a (d + 2) / 2 in ln H_i. On a
+model of millions of weights HiZOO normalises the step by the curvature and learns almost nothing of its diagonal.
 
 Differences from the published code (Yanjun-Zhao/HiZOO); `compat="official"` (official/hizoo.py) brings back the numbered ones:
  1. H in the weights' dtype. In float16 and bfloat16, at the published a = 1e-8, H stays exactly 1: plain MeZO. Here H
     is float32 at least.
  2. Weight decay on every tensor. Here biases and layer norms are exempt, as in MeZO.
-a (`hessian_smooth_type`) is 0 by default in its run.py and script, which is plain MeZO as well; 1e-6 here, the first
-value of its one schedule that runs (1e-6, then 1e-8). The fourth forward, only logged, is left out. An unbiased
-estimate of the Hessian has H (z^2 - 1) for H z^2 and no modulus (the paper's derivation); the published algorithm drops
-the -1 and takes the modulus, which keeps H above 0, and so does this file.
+a (`hessian_smooth_type`) is 0 by default in its run.py and script, which is plain MeZO as well; here it is 1e-6, the first
+value of its one schedule that runs (1e-6, then 1e-8). The fourth forward, whose loss is only logged, is left out. An
+unbiased estimate of the Hessian has H (z^2 - 1) instead of H z^2 and no modulus (the paper's derivation). The published
+algorithm, and this file, drop the -1 and take the modulus, which keeps H above 0.
 
-Where not to use: where one copy of the weights in float32 is too much (see HiZOO-L), or with Rademacher noise: z^2 = 1,
-so that H stays a multiple of the identity. As H grows with the curvature, the learning rate has to grow with it.
+Where not to use: if one copy of the weights in float32 is too much (see HiZOO-L), or with Rademacher noise, for which
+z^2 = 1 and H stays a multiple of the identity. H grows with the curvature, and the learning rate has to grow with it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from metazo.step.estimators import ThreeLosses
 
 
 class CurvatureScaled(ZOOptimizer):
-    """Base of HiZOO and HiZOO-L. Subclasses keep H: `inverse_root` gives H^-1/2, `absorb` takes a step's share.
+    """Base of HiZOO and HiZOO-L. Subclasses store H: `inverse_root` gives H^-1/2, and `absorb` updates H after a step.
 
     Args:
         smoothing: a in [0, 1), weight of a step in H; 1e-8 in the published README, 1e-6 to 1e-2 to see an effect; 0 is
@@ -54,7 +54,7 @@ class CurvatureScaled(ZOOptimizer):
 
     def __init__(self, params: Iterable, lr: float = 1e-6, eps: float = 1e-3, *, smoothing: float = 1e-6, **common):
         if not 0 <= smoothing < 1:
-            raise UserError(f"smoothing must lie in [0, 1), not {smoothing}.")
+            raise UserError(f"`smoothing` must be in [0, 1), not {smoothing}.")
         self.smoothing = smoothing
         self.estimator = ThreeLosses()
         super().__init__(params, lr, eps, **common)
@@ -71,7 +71,7 @@ class CurvatureScaled(ZOOptimizer):
         return Diagonal(Isotropic(), self.inverse_root)
 
     def update(self, state: State, step: int, seeds: Sequence[int], losses: Sequence[float]) -> Update:
-        self.weights.leave()  # the probe comes off along the old H
+        self.weights.leave()  # the probe must be removed with the old H
         stream = self.noise.stream(seeds[0])
         for tensor in self.tensors:
             self.absorb(tensor, drawn(stream, tensor), ThreeLosses().second_difference(losses))

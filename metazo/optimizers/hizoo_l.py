@@ -1,19 +1,19 @@
 """HiZOO-L, ours: HiZOO with the curvature of a matrix kept as a row and a column.
 
 HiZOO's paper (arXiv 2402.15173) names a HiZOO-L whose Hessian takes under a tenth of MeZO's memory; the public code
-does not have it. This is our reading, after Adafactor (Shazeer and Stern 2018): of a matrix (m x n) keep the means of
-HiZOO's H over columns and over rows, R and C, both 1 at first.
+does not include it. This is our interpretation, after Adafactor (Shazeer and Stern 2018): for a matrix (m x n) keep the
+means of HiZOO's H over columns and over rows, R and C, both 1 at first.
 
     H_ij = R_i C_j / mean(R)                     d, c, k and theta as in HiZOO (hizoo.py)
     E_ij = k H_ij z_ij^2
     R_i <- (1 - a) R_i + a mean_j E_ij           C_j <- (1 - a) C_j + a mean_i E_ij
 
-mean(R) = mean(C) at all times. One step from a rank-one H gives R and C exactly as the means of HiZOO's next H; with
-one row or one column H itself is HiZOO's. Means over n weights vary n times less than H does, so R and C are learned
-with less noise. Tensors of one dimension keep H whole; one of more than two is the matrix (size(0), rest). There is no
-published code to differ from, hence no `compat`.
+mean(R) = mean(C) at all times. One step from a rank-one H gives R and C exactly as the means of HiZOO's next H; for a
+matrix with one row or one column, H itself is HiZOO's. The variance of a mean over n weights is n times smaller than that
+of H, so R and C are learned with less noise. Tensors of one dimension keep all of H; a tensor with more than two is the
+matrix (size(0), rest). There is no published code, hence no `compat`.
 
-Where not to use: where curvature follows neither rows nor columns, and with Rademacher noise (see hizoo.py).
+Where not to use: if curvature follows neither rows nor columns, or with Rademacher noise (see hizoo.py).
 """
 
 from __future__ import annotations

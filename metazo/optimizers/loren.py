@@ -1,7 +1,7 @@
-"""LOREN (arXiv 2511.07971, AAAI 2026): noise that learns to avoid the stiff input direction of every layer.
+"""LOREN (arXiv 2511.07971, AAAI 2026): noise with a learned covariance that avoids the stiff input direction of each layer.
 
-A tensor of m rows, each of n entries, is probed along d = B u, the rows of u from N(0, I_n). So each row of d has the
-covariance rho H^-1 under a curvature model with one learned vector a per tensor, H = rho I_n + a a^T:
+A tensor of m rows, each of n entries, is probed along d = B u, with the rows of u from N(0, I_n). Each row of d has the
+covariance rho H^-1, and H = rho I_n + a a^T is a curvature model with one learned vector a per tensor:
 
     B u = u - (1 + sqrt(rho / (rho + s))) a (a.u) / s,       s = |a|^2            (B B^T = rho H^-1)
     f_k = L(theta + eps B u_k),  k = 1 .. K,                  mean f = sum_k f_k / K
@@ -10,26 +10,26 @@ covariance rho H^-1 under a curvature model with one learned vector a per tensor
     a   <- a - lr_cov / m sum_k (f_k - mean f) / (K - 1) grad_a log p(B u_k)
     grad_a log p(d) = m a / (rho + s) - sum_i (a.d_i) d_i / rho,    d_i the rows of d
 
-The score is that of the Gaussian density, without the factor eps^2 of the published code; division by m is the natural
-gradient's (m rows inform about one a) and leaves lr_cov one size for all tensors. What a follows is
--d/da E L(theta + eps B u), a second-order effect: eps^2 times curvature under a noise of eps times slope. So a learns
-if eps is large or the slope small, at a lr_cov of order 1 / (eps^2 curvature): in 300 steps of K = 12 at eps 0.1,
-lr_cov 0.2 and rho 1, at a minimum, its cosine with the one stiff direction of 8 went from 0.16 and 0.36 to above 0.95.
-At the published 1e-3 it hardly moves.
+The score is that of the Gaussian density, without the factor eps^2 of the published code. Division by m comes from the
+natural gradient (m rows inform about one a), so that one lr_cov suits all tensors. a follows -d/da E L(theta + eps B u), a
+second-order effect: its signal is eps^2 times the curvature, and its noise is eps times the slope. So a learns if eps is
+large or the slope small, at an lr_cov of order 1 / (eps^2 curvature). In 300 steps with K = 12, eps 0.1, lr_cov 0.2 and
+rho 1, at a minimum, its cosine with the one stiff direction of 8 rose from 0.16 and 0.36 to above 0.95. At the published
+1e-3 it hardly changes.
 
 Differences from the published code; `compat="official"` (official/loren.py) brings back the numbered ones:
- 1. It has one global dot product per tensor (a tiled over the rows): one direction of m n is reflected, not one per row.
+ 1. It has one global dot product per tensor (a tiled over the rows), which reflects one direction of R^(m n), not one per row.
  2. Its score carries eps^2 sqrt(rho), so that in float32 a never changes.
- 3. Momentum decays, and the whole buffer is applied, once per query: K times per batch; not for tensors of one dimension.
- 4. Queries are applied in turn, a changing between them, so B u_k is not quite the direction probed.
+ 3. Momentum decays and the whole buffer is applied once per query, K times per batch, except for tensors of one dimension.
+ 4. Queries are applied in turn and a changes between them, so B u_k is not exactly the direction that was probed.
  5. In a tensor of one dimension the score is summed to one number that moves all of a.
  6. Weight decay acts on every tensor and on a, once per query (its default is 0.01, here 0).
  7. The losses and their mean are rounded to float32 before they are subtracted.
 It runs on CUDA only and fails on tensors of more than two dimensions; here a row is then all but the first dimension.
-In eval, in dtype and in what decays (MeZO's name rule) the default follows the other methods.
+Evaluation mode, dtypes and weight decay (MeZO's name rule) are by default as in the other methods.
 
-Where not to use: if K forwards of one side are too many (K = 6 costs three MeZO steps), or a copy of the weights for
-momentum is too much (momentum=0 saves it). Under Rademacher noise the score is that of the Gaussian still, an approximation.
+Where not to use: if K one-sided forwards are too many (K = 6 costs as much as three MeZO steps), or if a copy of the weights
+for momentum is too much (momentum=0 saves it). Under Rademacher noise the Gaussian score is an approximation.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ class LOREN(ZOOptimizer):
 
     Args:
         queries: losses per step, at least 2; 6 in the paper, 10 in its command line.
-        damping: rho > 0, the curvature assumed before anything is learned; 0.1 in the paper, 1.0 in its command line.
-        lr_cov: learning rate of a, the learned vector of each tensor; 0 keeps it as drawn and saves a pass per query.
+        damping: rho > 0, the curvature that is assumed at first; 0.1 in the paper, 1.0 in its command line.
+        lr_cov: learning rate of a, the learned vector of each tensor; 0 keeps its first value and saves a pass per query.
         momentum: heavy-ball factor, 0 for none.
         compat: "paper", or "official" for the published code with its faults.
     """
@@ -102,9 +102,9 @@ class LOREN(ZOOptimizer):
         **common,
     ):
         if not (math.isfinite(damping) and damping > 0):
-            raise UserError(f"damping must be a finite number above 0, not {damping}.")
+            raise UserError(f"`damping` must be a finite number above 0, not {damping}.")
         if not (math.isfinite(lr_cov) and lr_cov >= 0):
-            raise UserError(f"lr_cov must be a finite number of at least 0, not {lr_cov}.")
+            raise UserError(f"`lr_cov` must be a finite number of at least 0, not {lr_cov}.")
         self.estimator = LeaveOneOut(queries)
         self.damping, self.lr_cov = damping, lr_cov
         if common.get("rule") is None:

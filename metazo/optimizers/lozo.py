@@ -1,40 +1,40 @@
 """LOZO and LOZO-M (Chen et al., "Enhancing zeroth-order fine-tuning for language models with low-rank structures", arXiv
 2410.07698).
 
-The gradient of a matrix W (m x n) is close to low rank, so the probe is low rank as well: U new at each step, V kept
-for `interval` steps, in which the iterates move in one subspace.
+The gradient of a matrix W (m x n) is close to low rank, so the probe is low rank as well: U is drawn at each step, and V is
+kept for `interval` steps, in which the iterates move in one subspace.
 
-    U ~ N(0, I), m x r;   V ~ N(0, I), n x r, drawn again where step % interval == 0
+    U ~ N(0, I), m x r;   V ~ N(0, I), n x r, drawn again if step % interval == 0
     c = (L(W + eps U V^T) - L(W - eps U V^T)) / (2 eps)
     W <- W - lr (c U V^T + weight_decay W)                    tensors of one dimension: c z, as MeZO
 
-With n queries, each with a U of its own beside the one V, c U V^T is averaged over them.
+With n queries, each with its own U and all with the same V, c U V^T is averaged over them.
 
-LOZO-M adds momentum kept as a factor, N in R^(m x r), and projected onto the new V where V changes:
+LOZO-M adds momentum, stored as a factor N in R^(m x r) and projected onto the new V whenever V changes:
 
     N <- beta N + (1 - beta) c U            (N = c U at the first step)
-    N <- N (V_old^T V) / n  ahead of that, if V is drawn again: the least-squares fit of N' V^T to N V_old^T, with
+    N <- N (V_old^T V) / n  before that, if V is drawn again: the least-squares fit of N' V^T to N V_old^T, with
                             V^T V replaced by its mean n I
     W <- W - lr (N V^T + weight_decay W)                      tensors of one dimension: m <- beta m + (1 - beta) c z
 
-Scale: E[c U V^T] = r grad (to O(eps^2)), and |U V^T|^2 is r times |z|^2 in the mean. The paper divides the estimate by
-r; its code and this file leave that to the learning rate: for matrices lr here is as r lr in MeZO (E[c z] = grad holds
-for the rest), so divide it by r when r grows.
+Scale: E[c U V^T] = r grad (to O(eps^2)), and |U V^T|^2 is r times |z|^2 on average. The paper divides the estimate by r; its
+code and this file do not. For matrices, lr therefore has the effect of r lr in MeZO, so reduce lr in proportion if r grows;
+for all other tensors E[c z] = grad as in MeZO.
 
 Differences from the published code (optsuite/LOZO); `compat="official"` (official/lozo.py) brings back the numbered ones:
- 1. When V is drawn again, the update starts the step's stream over without drawing V, so it goes along U and z that
-    were never probed: every `interval`-th step, the first included, is noise; with interval=1 nothing is learned.
- 2. LOZO-M with interval=1 never keeps V_old: the momentum of matrices starts anew at each step.
+ 1. If V is drawn again, the update restarts the step's stream without drawing V, so it moves along U and z that were
+    never probed: every `interval`-th step, the first included, is noise, and with interval=1 nothing is learned.
+ 2. LOZO-M with interval=1 never keeps V_old: the momentum of matrices starts again at each step.
  3. No check of the rank, and every tensor of two dimensions is a matrix. Here a rank above the smaller side of a matrix
-    is refused, and a matrix of one row or column takes dense noise: it is a vector.
-V and N are float32 at least, whatever the weights; a tensor of more than two dimensions (a convolution) is the matrix
-(size(0), rest), and does not crash; weights narrower than float32 are not perturbed in place.
+    is refused, and a matrix of one row or column gets dense noise, because it is a vector.
+V and N are at least float32 for all types of weights; a tensor of more than two dimensions (a convolution) is the matrix
+(size(0), rest) instead of an error; weights narrower than float32 are not perturbed in place.
 
 The probe can be applied to the weights or to the activations: form="activations" evaluates all probes together
-(probing="together"), with the same losses but for rounding, and the same update and record.
+(probing="together"), with the same losses except for rounding, and the same update and record.
 
-Where not to use: on tensors whose gradient is not low rank, such as an embedding of which a batch touches many rows, or
-prefixes and LoRA factors, whose small side is near the rank already. Rademacher noise works as well: the same means.
+Where not to use: on tensors whose gradient is not low rank, such as an embedding of which a batch touches many rows, or on
+prefixes and LoRA factors, whose smaller side is close to the rank already. Rademacher noise gives the same means.
 """
 
 from __future__ import annotations
@@ -70,11 +70,11 @@ class LOZO(ZOOptimizer):
     Args:
         rank: r, columns of U and V; 2 in the published code, 1 to 4 in its tables; at most a matrix's smaller side.
         interval: steps between draws of V; 50 in the published code, 50 or 100 in its tables.
-        queries: directions averaged in a step (n-SPSA), all in one forward pass as activations; the paper has one.
-        form: "weights", "activations" (2 queries times the activations; falls back to weights, with a warning, for a
-            closure that torch cannot vectorise), or "auto": activations if probes x batch x length of the first step
-            is at most 512. A replay without closures takes "auto" for weights: in float32, name the form that the run
-            took to end on the same bits, as the log of `metazo finetune` does.
+        queries: directions averaged per step (n-SPSA), all in one forward pass with form="activations"; the paper has one.
+        form: "weights", "activations" (activations take 2 queries times the memory; falls back to weights, with a warning,
+            for a closure that torch cannot vectorise), or "auto": activations if probes x batch x length of the first step
+            is at most 512. A replay without closures reads "auto" as "weights": for a bit-identical result in float32, name
+            the form of the run, which the log of `metazo finetune` has.
         compat: "paper", or "official" for the published code with its faults.
     """
 
@@ -98,9 +98,9 @@ class LOZO(ZOOptimizer):
     ):
         for key, value in (("rank", rank), ("interval", interval)):
             if not isinstance(value, int) or value < 1:
-                raise UserError(f"{key} must be a whole number of at least 1, not {value}.")
+                raise UserError(f"`{key}` must be a whole number of at least 1, not {value}.")
         if form not in FORMS:
-            raise UserError(f"form {form!r} is unknown: choose weights, activations or auto.")
+            raise UserError(f"`form` {form!r} is unknown: choose weights, activations or auto.")
         self.estimator = TwoPoint(queries)
         self.rank, self.interval, self.energy = rank, interval, float(rank)
         common.setdefault("probing", FORMS[form])
@@ -108,7 +108,7 @@ class LOZO(ZOOptimizer):
 
     @classmethod
     def resolve(cls, options, model, closure) -> dict[str, Any]:
-        """As the base; `form` is settled under its own name."""
+        """As in the base class, with the settled probing under the name `form`."""
         if "probing" in options or FORMS.get(options.get("form", "weights")) == "in-turn":
             return super().resolve(options, model, closure)
         found = super().resolve({**options, "probing": FORMS[options["form"]]}, model, closure)["probing"]
@@ -123,7 +123,9 @@ class LOZO(ZOOptimizer):
 
     def check_rank(self, name: str, side: int) -> None:
         if self.rank > side:
-            raise UserError(f"rank {self.rank} is above the smaller side of {name} ({side}): choose at most that.")
+            raise UserError(
+                f"`rank` is {self.rank} and the smaller side of {name} is {side}: choose a rank of at most {side}."
+            )
 
     def is_matrix(self, param: Tensor) -> bool:
         return param.ndim > 1 and min(sides(param)) > 1
@@ -133,7 +135,7 @@ class LOZO(ZOOptimizer):
         return {f"V/{tensor.name}": zeros(tensor, (sides(tensor.param)[1], self.rank)) for tensor in matrices}
 
     def propose(self, state: State, step: int, seeds: Sequence[int]) -> LowRank:
-        """Draws V anew if it is time, from the stream of the step's first seed."""
+        """Draw V again every `interval` steps, from the stream of the step's first seed."""
         direction = LowRank(Isotropic(), folder(state, "V"))
         if step % self.interval == 0:
             stream = self.noise.stream(seeds[0])
@@ -144,14 +146,14 @@ class LOZO(ZOOptimizer):
         return direction
 
     def _draws(self, direction: LowRank) -> Iterator[Draw]:
-        """The published order: V ahead of U, tensor by tensor."""
+        """The published order: V before U, tensor by tensor."""
         for tensor in self.tensors:
             if (right := direction.right.get(tensor.name)) is not None:
                 yield tensor, tuple(right.shape), RIGHT
             yield from direction.draws(tensor)
 
     def renew(self, state: State, tensor: NamedTensor, right: Tensor) -> None:
-        """Take up a V. The same V may come twice, if the step is taken again after an exception."""
+        """Store a new V. The same V may be given twice, if the step is repeated after an exception."""
         state[f"V/{tensor.name}"].copy_(right)
 
 
@@ -172,7 +174,7 @@ class LOZOM(LOZO):
 
     def __init__(self, params: Iterable, lr: float = 1e-6, eps: float = 1e-3, *, momentum: float = 0.9, **common):
         if not 0 <= momentum < 1:
-            raise UserError(f"momentum must lie in [0, 1), not {momentum}.")
+            raise UserError(f"`momentum` must be in [0, 1), not {momentum}.")
         self.momentum = momentum
         super().__init__(params, lr, eps, **common)
 

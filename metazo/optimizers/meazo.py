@@ -5,14 +5,15 @@ a step length from one number of state.
     v  <- beta v + (1 - beta) g^2                                v^ = v / (1 - beta^t),  t = 1 at the first step
     theta <- theta - lr / (sqrt(v^) + stability) mean_k(c_k z_k)
 
-Adam's second moment of a zeroth-order estimate says little of single weights and much of the size of g; MEAZO keeps only
-the latter. The rule is `rule="meazo"` (metazo.step.rules.ScalarMoment) and goes with every method; this class is MeZO under it.
+Adam's second moment of a zeroth-order estimate is mostly determined by the size of g and hardly by single weights; MEAZO
+keeps only the size of g. The rule is `rule="meazo"` (metazo.step.rules.ScalarMoment), which works with every method that
+has no rule of its own; this class is MeZO with that rule.
 
-The paper's text was not at hand; a public restatement of its algorithm was. It has 1 - beta^(t-1) in v^ with steps that
-count from 2, which is the same; beta and stability are not in it: 0.999 and 1e-8 are Adam's.
+We did not have the paper's text, but a public restatement of its algorithm. It has 1 - beta^(t-1) in v^ with steps counted
+from 2, which is the same. It does not give beta and stability: 0.999 and 1e-8 are Adam's.
 
-Where not to use: if the learning rate is to follow the slope: the length of a step is about lr |z| on every slope, so
-that with a constant learning rate it does not settle at a minimum.
+Where not to use: if step lengths should follow the slope. The length of a step is about lr |z| on every slope, so that
+with a constant learning rate MEAZO does not converge to a minimum.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class MEAZO(MeZO):
     State: meazo/moment, v; meazo/steps, t.
 
     Args:
-        beta: weight of the second moment before, at least 0 and below 1; 0.999 as in Adam.
+        beta: weight of the previous second moment, at least 0 and below 1; 0.999 as in Adam.
         stability: zeta, added to the root of the second moment; 1e-8 as in Adam.
     """
 

@@ -3,12 +3,12 @@
     c = (L(theta + eps z) - L(theta - eps z)) / (2 eps)          z ~ N(0, I), drawn again from its seed
     theta <- theta - lr (c z + weight_decay theta)
 
-With n queries, c_k and z_k are averaged (n-SPSA). Momentum and Adam take the same estimate as a gradient.
+With n queries, c_k z_k is averaged (n-SPSA). Momentum and Adam use the same estimate as a gradient.
 
-Differences from the published code (princeton-nlp/MeZO): three passes over the weights instead of four (taking the
-probe off is folded into the update); weights narrower than float32 are not perturbed in place, so they do not drift;
-`momentum`, which its README names, exists; weight decay follows the name rule of large_models and the scheduler's
-learning rate everywhere. Adam is torch's AdamW, as in medium_models, without keeping the gradient.
+Differences from the published code (princeton-nlp/MeZO): three passes over the weights instead of four (removing the
+probe is folded into the update); weights narrower than float32 are not perturbed in place, so they do not drift;
+`momentum`, which its README names, is implemented; weight decay always uses the name rule of large_models and the
+scheduler's learning rate. Adam is torch's AdamW, as in medium_models, without storing the gradient.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class MeZO(ZOOptimizer):
     """MeZO-SGD. Forwards per step: 2 queries. Extra memory: none.
 
     Args:
-        queries: directions averaged in a step (n-SPSA); at equal forwards one is usually best.
+        queries: directions averaged per step (n-SPSA); at equal forwards one is usually best.
     """
 
     name, paper = "mezo", "arXiv 2305.17333"
@@ -43,7 +43,7 @@ class MeZOMomentum(MeZO):
     """MeZO with heavy-ball momentum in torch's form. Extra memory: one copy of the weights, float32.
 
     Args:
-        momentum: mu in [0, 1), the weight of the buffer before; 0.9 in the field's experiments.
+        momentum: mu in [0, 1), the weight of the previous buffer; 0.9 in the field's experiments.
     """
 
     name = "mezo-momentum"
@@ -61,7 +61,7 @@ class MeZOAdam(MeZO):
     """MeZO with AdamW. Extra memory: two copies of the weights, float32. lr is of Adam's size (1e-5 .. 1e-3).
 
     Args:
-        betas: weights of the first and second moment before; 0.9 0.999 as in torch.
+        betas: weights of the previous first and second moments; 0.9 0.999 as in torch.
         stability: Adam's epsilon, added to the root of the second moment; 1e-8 as in torch.
     """
 

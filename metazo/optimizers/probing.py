@@ -1,9 +1,9 @@
 """How the probes of a step are evaluated: in turn, or together in one batched forward pass (metazo/step/batched.py).
 
-In turn, the weights are moved for each probe: no memory beside the weights. Together, low-rank directions are carried by
-the activations, as many times as there are probes, and the weights do not move. Together is faster on small batches;
-"auto" takes it if probes x batch x length of the first step is at most ROWS. The losses are the same but for rounding,
-and so are update and record.
+"in-turn" moves the weights for each probe and needs no extra memory. "together" applies low-rank directions to the
+activations, of which there is one copy per probe, and does not move the weights; it is faster on small batches. "auto"
+chooses "together" if probes x batch x length of the first step is at most ROWS. Losses, update and record are the same
+except for rounding.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from metazo.step.substitute import used_unseen
 from metazo.step.terms import Term
 
 PROBINGS = ("in-turn", "together", "auto")
-UNDECIDED, IN_TURN, TOGETHER = 0, 1, 2  # how a run evaluates its probes, as state
+UNDECIDED, IN_TURN, TOGETHER = 0, 1, 2  # the choice of a run, stored as state
 ROWS = 512  # probes x batch x length up to which "auto" evaluates together (docs/speed.md)
 
 Probes = Sequence[tuple[Term, ...]]
@@ -33,20 +33,18 @@ Probes = Sequence[tuple[Term, ...]]
 
 
 def check(probing: str, low_rank: bool, name: str) -> str:
-    """The probing of a method: "auto" is "in-turn" for directions without a short form. Raises UserError."""
+    """The probing of a method: "auto" is "in-turn" for dense directions. Raises UserError if the two do not go together."""
     if probing not in PROBINGS:
         raise UserError(f"`probing` {probing!r} is unknown: choose {', '.join(PROBINGS)}.")
     if probing == "together" and not low_rank:
-        raise UserError(
-            f"`probing` together needs low-rank directions, and {name} probes along dense noise: choose in-turn."
-        )
+        raise UserError(f"`probing` together needs low-rank directions, and {name} has dense noise: choose in-turn.")
     return probing if low_rank else "in-turn"
 
 
 def losses_together(
     optimizer: Any, probes: Probes, closures: Sequence[Closure], in_turn: Callable[[], list[float]], given
 ) -> list[float]:
-    """The losses of all probes from one pass, or `in_turn` if that is how the run goes on; settles it the first time.
+    """The losses of all probes from one forward pass, or from `in_turn`; the first call settles which of them a run uses.
 
     given: the losses of a replayed step, or None.
     """
@@ -67,7 +65,7 @@ def losses_together(
 
 
 def _say(optimizer: Any, error: Exception, level: int) -> None:
-    """Why probes are evaluated in turn after all; a batch that is too large for "auto" is no news."""
+    """Warn about the reason for evaluating in turn, except for a batch that is too large for "auto"."""
     if not isinstance(error, TooLarge):
         reason = str(error).split("\n")[0]
         warnings.warn(
@@ -77,7 +75,7 @@ def _say(optimizer: Any, error: Exception, level: int) -> None:
 
 
 def _one_pass(optimizer: Any, probes: Probes, closures: Sequence[Closure]) -> list[float]:
-    """The mean losses at all probes. Raises if the closures cannot give them, or hide tensors that they use."""
+    """The mean losses at all probes. Raises if the closures cannot be vectorised, or hide tensors that they use."""
     undecided = optimizer.zo_state["probing"] == UNDECIDED
     limit = ROWS // len(probes) if optimizer.probing == "auto" and undecided else None
     branches = [Branch([(optimizer.noise.stream(t.seed), t.along, t.amount) for t in terms]) for terms in probes]
@@ -95,7 +93,7 @@ def _one_pass(optimizer: Any, probes: Probes, closures: Sequence[Closure]) -> li
 
 @torch.no_grad()
 def settle(optimizer: Any, closure: Closure) -> str:
-    """What the optimizer's probing comes to for this closure, found by evaluating it once; no weights are moved."""
+    """The probing that the optimizer settles on for this closure, found by evaluating it once; no weights are moved."""
     optimizer._prepare()
     seeds = [optimizer.noise.seed(0, query) for query in range(optimizer.estimator.queries)]
     direction = optimizer.propose(optimizer.zo_state, 0, seeds)

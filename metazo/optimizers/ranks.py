@@ -1,6 +1,6 @@
-"""Whether the processes of torch.distributed take the same steps: their losses are averaged, and nothing else travels.
+"""Check that the processes of torch.distributed take the same steps, because they exchange only their losses.
 
-Each process perturbs and updates its own copy of the weights, so that seeds, settings and weights must be the same on all.
+Each process perturbs and updates its own copy of the weights, so seeds, settings and weights must be the same on all.
 Every `check_every` steps, and at the first, each process sends its settings and one checksum per trained tensor. It costs
 one pass over the weights, about as much as one update.
 """
@@ -21,7 +21,7 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def checksum(chunks: Iterable[tuple[int, Tensor]]) -> int:
-    """A sum over the bits of all entries, each times an odd number that follows from its position, modulo 2^64."""
+    """The sum of the bits of all entries, each times an odd number that depends on its position, modulo 2^64."""
     total = 0
     for start, chunk in chunks:
         bits = chunk.contiguous().view(-1).view(_BITS[chunk.element_size()]).to(torch.int64)
@@ -50,7 +50,7 @@ def check_ranks(optimizer: Any) -> None:
 
 
 def described(optimizer: Any) -> dict[str, Any]:
-    """Everything that the ranks must share, by name; under "weights" a checksum per trained tensor."""
+    """Everything that must be equal on all ranks, by name; "weights" has a checksum per trained tensor."""
     plain = {
         key: value
         for key, value in vars(optimizer).items()
@@ -73,5 +73,5 @@ def first_difference(first: dict[str, Any], other: dict[str, Any]) -> str:
         if list(here) != list(there):
             return f"it trains {len(there)} tensors and rank 0 trains {len(here)}, under other names"
         names = [name for name in here if here[name] != there[name]]
-        return f"{len(names)} of {len(here)} trained tensors hold other numbers, the first is {names[0]}"
+        return f"{len(names)} of {len(here)} trained tensors have other values, the first is {names[0]}"
     return ""

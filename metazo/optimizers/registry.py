@@ -1,12 +1,12 @@
-"""The registry of methods, and what a method says of itself: one class per method, and nothing elsewhere.
+"""The registry of methods, and the attributes that describe a method; all of them are in the method's class.
 
     @register
     class MyMethod(ZOOptimizer):
         name, paper = "my-method", "arXiv 2601.00001"
 
-Every module of this folder is imported when the registry is first asked for. Methods of your own are found through the
-environment: METAZO_METHODS names modules or files, separated by commas, and every process of metazo (the command line,
-the workers of a comparison) imports them:
+Every module of this folder is imported at the first use of the registry. Your own methods are found through the
+environment variable METAZO_METHODS, which names modules or files, separated by commas. Every process of metazo (the command
+line, the workers of a comparison) imports them:
 
     METAZO_METHODS=my_package.my_method,./toy.py metazo finetune --optimizer my-method ...
 """
@@ -37,9 +37,9 @@ VARIABLE = "METAZO_METHODS"
 class Case:
     """How the contract suite (tests/optimizers) constructs a method.
 
-    quadratic, stiff, llama, saddle: learning rates on the problems of those names. along: what a first update lies along,
-    the probed displacements of each tensor ("span"), these but for a positive factor per entry ("sign", one query only), or
-    neither ("free", a method with a test of its own for this). scaled: takes a block scale of the caller's.
+    quadratic, stiff, llama, saddle: learning rates on the problems of those names. along: the direction of a first update:
+    in the span of the probed displacements of each tensor ("span"), equal to them up to a positive factor per entry ("sign",
+    one query only), or neither ("free", for a method with its own test of this). scaled: accepts a block scale.
     """
 
     quadratic: float = 0.05
@@ -52,20 +52,20 @@ class Case:
 
 
 class Method:
-    """What every method says of itself; the loop, the comparison, the command line and the tests read it here."""
+    """Attributes that describe a method to the loop, the comparison, the command line and the tests."""
 
     name: str = ""
     paper: str = "ours"
-    """Its source, such as arXiv 2305.17333."""
+    """The method's source, such as arXiv 2305.17333."""
     own_rule: str | None = None
-    """Why another rule on top makes no sense, as the end of a sentence; None if any rule will do."""
+    """The reason why `rule` cannot be set, as the end of a sentence; None if every rule can be used."""
     common: frozenset[str] = frozenset()
-    """Those settings of a run beyond lr and weight_decay that the constructor takes: eps, seed, noise, scale, ..."""
+    """Settings of a run that the constructor takes in addition to lr and weight_decay: eps, seed, noise, scale, ..."""
     search_rate: float | None = None
-    """Learning rate that a search starts around; None: MeZO's for the size of the model, times `search_factor`."""
+    """Learning rate around which a search starts; None: MeZO's for the size of the model, times `search_factor`."""
     search_factor: float = 1.0
     energy: float = 1.0
-    """Mean square of a direction's entries: times lr, the learning rate that methods compare by."""
+    """Mean square of a direction's entries; multiplied by lr it gives a learning rate that is comparable between methods."""
     replayable: bool = True
     """Whether a step follows from its record; the steps of other methods are computed again when a run is resumed."""
     wants_full_closure: bool = False
@@ -77,7 +77,7 @@ class Method:
     needs: tuple[str, ...] = ()
     """Hyperparameters that must be given: a comparison of all methods leaves the method out."""
     moments: int = 0
-    """Copies of the weights that come with the first step and that `tensors_state` does not show before it."""
+    """Copies of the weights that are allocated at the first step, and that `tensors_state` does not contain before it."""
     contract_case: Case = Case()
 
     steps: int
@@ -95,25 +95,25 @@ class Method:
 
     @property
     def notes(self) -> Sequence[str]:
-        """What a user should be told after a run, a sentence each."""
+        """Notes for the user after a run, one sentence each."""
         return ()
 
     @classmethod
     def resolve(cls, options: Mapping[str, Any], model: nn.Module, closure: Callable[[], Any]) -> dict[str, Any]:
-        """The constructor's keyword arguments with what model and data have to say, so that a replay needs neither.
+        """The constructor's keyword arguments, with the values that depend on model and data, so that a replay needs neither.
 
-        Called once before the first step of a run. closure: the loss of one batch. The weights must be left as they are.
+        Called once before the first step of a run. closure: the loss of one batch. The weights must not change.
         """
         return dict(options)
 
     @classmethod
     def translate(cls, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Hyperparameters under the names that they have today: logs and recipes keep those of their time."""
+        """Hyperparameters under their present names; old logs and recipes may have earlier names."""
         return dict(options)
 
     @classmethod
     def hyperparameters(cls) -> dict[str, inspect.Parameter]:
-        """The method's own: the parameters of its constructors beyond those that every method shares."""
+        """The method's own hyperparameters: the parameters of its constructor that not every method has."""
         found: dict[str, inspect.Parameter] = {}
         for owner in reversed(cls.__mro__):
             if issubclass(owner, Method) and "__init__" in vars(owner):
@@ -126,21 +126,21 @@ class Method:
         options = cls.translate(options)
         compat = options.get("compat", "paper")
         if compat not in ("paper", "official"):
-            raise UserError(f"compat {compat!r} is unknown: choose paper or official.")
+            raise UserError(f"`compat` {compat!r} is unknown: choose paper or official.")
         if compat == "official" and "compat" in cls.hyperparameters():
             importlib.import_module(f"metazo.optimizers.official.{cls.__module__.rpartition('.')[2]}")
             return super().__new__(OFFICIAL.get(cls, cls))  # type: ignore[arg-type]
         return super().__new__(cls)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For pickle and copy.deepcopy: all but callbacks and hooks, which belong to the process or to another model."""
+        """For pickle and copy.deepcopy: everything except callbacks and hooks, which belong to this process and this model."""
         state = {key: value for key, value in vars(self).items() if not key.startswith("_optimizer_")}
-        state.pop("step", None)  # a learning rate scheduler's wrapper
+        state.pop("step", None)  # the wrapper of a learning rate scheduler
         return state | {key: None for key in ("recorder", "full_closure") if key in state}
 
 
 class Optimizing(Protocol):
-    """What the loop needs of an optimizer, beside `Method`."""
+    """The interface that the loop needs of an optimizer, in addition to `Method`."""
 
     @property
     def param_groups(self) -> list[dict[str, Any]]: ...
@@ -153,18 +153,18 @@ class Optimizing(Protocol):
 METHODS: dict[str, type[Method]] = {}
 """Every method by name."""
 OPTIMIZERS: dict[str, type[Method]] = {}
-"""Those that evaluate the loss along directions: subclasses of ZOOptimizer."""
+"""Methods that evaluate the loss along directions: subclasses of ZOOptimizer."""
 OFFICIAL: dict[type[Method], type[Method]] = {}
-"""The published code of a method with its faults, by the method."""
+"""The class of a method's published code with its faults, by the method's class."""
 
 M = TypeVar("M", bound=type[Method])
 
 
 def register(cls: M) -> M:
-    """Class decorator: the method can be chosen by its name from now on. Raises UserError for a name that is taken."""
+    """Class decorator: make the method available by its name. Raises UserError for a name that is taken."""
     other = METHODS.get(cls.name)
     if not cls.name:
-        raise UserError(f"{cls.__name__} has no name to be chosen by; give the class an attribute `name`.")
+        raise UserError(f"{cls.__name__} has no name; give the class an attribute `name`.")
     if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
         raise UserError(f"The method name {cls.name!r} is taken by {other.__module__}; give {cls.__name__} another.")
     METHODS[cls.name] = cls
@@ -174,7 +174,7 @@ def register(cls: M) -> M:
 
 
 def official(method: type[Method]) -> Callable[[M], M]:
-    """Class decorator: this subclass is what compat="official" gives for the method."""
+    """Class decorator: compat="official" of the method gives this subclass."""
 
     def add(cls: M) -> M:
         OFFICIAL[method] = cls
@@ -209,7 +209,7 @@ def load_entry(entry: str) -> None:
 
 
 def method(name: str) -> type[Method]:
-    """The class of a method. Raises UserError for a name that is not there."""
+    """The class of a method. Raises UserError for an unknown name."""
     load()
     if name not in METHODS:
         raise UserError(f"`optimizer` {name!r} is unknown; choose one of {', '.join(METHODS)}.")

@@ -1,21 +1,21 @@
-"""Base of the methods that use the network's structure: one forward pass and errors pulled through single blocks.
+"""Base of the methods that use the network's structure: one forward pass, and errors propagated through single blocks.
 
     theta_b <- (1 - lr wd) theta_b - lr max(|theta_b|, floor sqrt(n_b)) g_b / |g_b|        normalise=True, n_b entries
     theta_b <- (1 - lr wd) theta_b - lr g_b                                                normalise=False
 
 per tensor b, with g the estimate of metazo/feedback/local.py. The normalised step is LARS (You, Gitman and Ginsburg 2017, arXiv
-1708.03888) with the weight decay apart; |g_b| comes from products of factors, so no gradient of a matrix is formed unless
-its factors are larger (metazo/feedback/factors.py).
+1708.03888) with decoupled weight decay. |g_b| is computed from products of factors, so no gradient of a matrix is formed
+unless its factors are larger (metazo/feedback/factors.py).
 Differences from LARS: the norm of a tensor has a floor (as in Adafactor, Shazeer and Stern 2018, section 8), so that
 tensors that start at zero (biases, LoRA's B) learn; momentum acts on g before it is normalised.
 
-The blocks are updated from the top down, each as soon as its estimate is there: beside the weights and the blocks'
-inputs, one block's graph and factors exist at a time.
+The blocks are updated from the last to the first, each as soon as its estimate is computed, so that memory is needed for the
+weights, the blocks' inputs, and the graph and factors of one block at a time.
 
-A step cannot be replayed from its record, which holds the loss alone: it is recomputed from its batch.
+A step cannot be replayed from its record, which has the loss alone: it is recomputed from its batch.
 
-Where not to use: losses that are not differentiable in what follows the last block, models that are a black box or no single
-residual stream, dropout, several processes. There the methods that perturb weights remain.
+Where not to use: with losses that are not differentiable in the last block's output, models that are a black box or have no
+single residual stream, dropout, or several processes. Methods that perturb weights work in these cases.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ from metazo.step.lowrank import Held
 from metazo.step.record import Step
 from metazo.step.terms import Term
 
-FLOOR = 1e-3  # least root mean square of a tensor that a normalised step assumes
+FLOOR = 1e-3  # lower bound on the root mean square of a tensor in a normalised step
 
 REPLAY = "A step of {} cannot be replayed from its record: it is recomputed, which needs the model and the batches."
 NO_CLOSURE = "step() needs a closure that returns the loss as a tensor: step(lambda: model(**batch).loss)."
 
 
 class Products(Held):
-    """`Held` for factors of high rank: torch's matrix product, where the compiled loop is made for a rank of a few."""
+    """`Held` for factors of high rank: it uses torch's matrix product, because the compiled loop is made for low ranks."""
 
     def add_(self, stream, tensor, out, alpha, beta=1.0, start=0) -> None:
         left = self.left.get(tensor.name)
@@ -71,8 +71,8 @@ class Structured(ZOOptimizer):
         params, lr, weight_decay, seed, precision: as for every method. With `normalise`, lr is the length of a step
             relative to the tensor's norm: 0.001 moves every tensor by 0.1 % of its norm per step.
         model: the module whose forward pass the closure runs.
-        normalise: LARS's step per tensor, or the estimate as it is.
-        momentum: mu of m <- mu m + g; 0 keeps no state.
+        normalise: a step per tensor as in LARS, or else the estimate unchanged.
+        momentum: mu in m <- mu m + g; 0 keeps no state.
         momentum_rank: rank of the momentum of a matrix.
         recompute: run each block again for its local gradient (memory of one block), or keep the graphs of all
             trained blocks (one forward pass less, memory of backpropagation).
@@ -113,11 +113,11 @@ class Structured(ZOOptimizer):
 
     @classmethod
     def hyperparameters(cls) -> dict[str, inspect.Parameter]:
-        perturbing = inspect.signature(ZOOptimizer.__init__).parameters  # eps, noise, scale, ...: of no use here
+        perturbing = inspect.signature(ZOOptimizer.__init__).parameters  # eps, noise, scale, ... are not used here
         return {key: p for key, p in super().hyperparameters().items() if key not in perturbing}
 
     def surrogate(self) -> Surrogate:
-        """Which error each block's output is given."""
+        """The error that each block's output gets."""
         raise NotImplementedError
 
     def _find_blocks(self) -> None:
@@ -130,7 +130,7 @@ class Structured(ZOOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if self._ready:
-            self._find_blocks()  # a copied model has other parameters and takes other hooks
+            self._find_blocks()  # a copied model has other parameters and needs hooks of its own
 
     def init(self, tensors: Sequence[NamedTensor]) -> State:
         names = {id(tensor.param): tensor.name for tensor in tensors}
@@ -162,15 +162,15 @@ class Structured(ZOOptimizer):
         if self.untouched:
             names, count = ", ".join(self.untouched[:3]), len(self.untouched)
             found.append(
-                f"{self.name} has no estimate for {count} trained tensors, which stay as they are, such as {names}."
+                f"{self.name} has no estimate for {count} trained tensors, which do not change, such as {names}."
             )
         if self.vanished:
             found.append(f"{self.vanished} updates of single tensors were left out: their estimate was not finite.")
         return found
 
     def forwards_per_step(self, closures: int = 1) -> float:
-        """In forward passes of the trained blocks, if every position carries loss: the pass, running blocks again, pulling
-        errors, and gradients. About 1.5 if the last position alone does.
+        """Cost in forward passes of the trained blocks, if every position contributes to the loss: the pass, running blocks
+        again, propagating errors, and gradients. It is about 1.5 if only the last position does.
         """
         return (4 if self.recompute else 3) * closures
 
@@ -186,7 +186,9 @@ class Structured(ZOOptimizer):
         if not closures:
             raise UserError(REPLAY.format(self.name) if replay else NO_CLOSURE)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            raise UserError(f"{self.name} runs in one process: its estimate is not a few numbers that could be shared.")
+            raise UserError(
+                f"{self.name} runs in one process, because processes exchange losses alone: start it without torchrun."
+            )
         with self.weights.evaluating():
             captured = self.local.capture(closures)
         self.forwards += int(self.forwards_per_step(len(closures)))
@@ -225,11 +227,11 @@ class Structured(ZOOptimizer):
             for name, tensor in self.by_name.items()
             if name in moved and self.decays(tensor)
         }
-        seed = self.noise.seed(self.steps, 0)  # of the rounding of compensated weights
+        seed = self.noise.seed(self.steps, 0)  # seed of the rounding of compensated weights
         self.weights.apply([Term(direction, seed, 1.0)], lambda tensor: rates[tensor.group], decay)
 
     def _factor(self, name: str, gradient: Gradient) -> float:
-        """What the estimate of a tensor is multiplied by: 1, or the tensor's norm by the estimate's."""
+        """The factor of a tensor's estimate: 1, or the tensor's norm divided by the estimate's."""
         square = gradient.square_norm(name)
         if not math.isfinite(square):
             self.zo_state["feedback/vanished"] += 1

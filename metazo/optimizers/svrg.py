@@ -1,33 +1,32 @@
 """MeZO-SVRG (Gautam et al., "Variance-reduced zeroth-order methods for fine-tuning language models", arXiv 2404.08080).
 
     SPSA_B(theta; z) = (L_B(theta + eps z) - L_B(theta - eps z)) / (2 eps) z
-    where step % interval == 0:  gbar = SPSA_all(theta; z'),  theta_0 = theta,  theta <- theta - lr gbar
+    if step % interval == 0:     gbar = SPSA_all(theta; z'),  theta_0 = theta,  theta <- theta - lr gbar
     else:                        theta <- theta - mini_lr (SPSA_B(theta; z) - SPSA_B(theta_0; z) + gbar)
 
-L_all is the loss over all training examples, L_B over the step's batch. With one z for both, the difference vanishes as
-theta comes to theta_0, and with it what the batch and z contribute to the variance; gbar keeps its own, that of one
-direction. On average over batches and directions the estimate is the gradient at theta, to O(eps^2).
+L_all is the loss over all training examples, L_B over the step's batch. Both SPSA_B have the same z, so their difference
+goes to zero as theta goes to theta_0, and with it the variance due to the batch and z; gbar keeps the variance of its one
+direction. The mean over batches and directions is the gradient at theta, to O(eps^2).
 
-Annealing (the published schedule, where `epoch_steps` is given): at the end of an epoch, from the fifth on, where the
-mean loss over it is above 1.05 times that of the epoch two before, both rates are divided by `anneal`, down to 1e-5 and
-1e-6.
+Annealing (the published schedule, if `epoch_steps` is given): from the fifth epoch on, both rates are divided by `anneal` at
+the end of an epoch whose mean loss is above 1.05 times that of the epoch two before, down to 1e-5 and 1e-6.
 
     optimizer = MeZOSVRG(model.named_parameters(), lr=1e-4, mini_lr=1e-6)
-    optimizer.full_closure = lambda: mean loss over the training set    # or a sequence of closures, one a chunk
+    optimizer.full_closure = lambda: mean loss over the training set    # or a sequence of closures, one per batch
     optimizer.step(lambda: model(**batch).loss)                         # the batch is used except at full steps
 
 Differences from the published code (amazon-science/mezo_svrg):
- 1. There theta_0 is a copy of the list of parameters, which are the live ones: no snapshot at all. Here it is by value.
- 2. There the two batch estimates have seeds of their own, the second taken after the first was applied: they share
-    nothing, and add variance. Here z is one.
+ 1. There theta_0 is a copy of the list of the parameters themselves, and so no snapshot. Here the values are copied.
+ 2. There the two batch estimates have different seeds, and the second is taken after the first was applied, so that they
+    are independent and add variance. Here they share z.
  3. The forward that logs the loss after each step is left out; annealing reads the loss of the step's probes.
  4. gbar is regenerated from its seed instead of kept: one copy of the weights of extra memory, not two.
-There is no `compat="official"`: it would be MeZO with twice the forwards. With block scales, gbar is regenerated under
-the present scales. Where the loss of a full step is not finite, snapshot and gbar stay; if they are not there yet, the
-next step is full as well.
+There is no `compat="official"`, because it would be MeZO with twice the forwards. With block scales, gbar is regenerated
+under the present scales. If the loss of a full step is not finite, snapshot and gbar do not change; if there are none yet,
+the next step is full as well.
 
-Where not to use: where a pass over all training examples is dear (it is paid twice every `interval` steps), or a copy
-of the weights is. gbar's own variance is MeZO's on the full data, so do not expect first-order SVRG's gain.
+Where not to use: if two passes over all training examples every `interval` steps, or a copy of the weights, cost too much.
+gbar's own variance is MeZO's on the full data, so do not expect first-order SVRG's gain.
 """
 
 from __future__ import annotations
@@ -48,12 +47,12 @@ from metazo.step.estimators import ControlVariate, Estimator, TwoPoint
 from metazo.step.record import Update
 from metazo.step.terms import Term
 
-RISE, FLOOR, MINI_FLOOR = 1.05, 1e-5, 1e-6  # of annealing, as published
+RISE, FLOOR, MINI_FLOOR = 1.05, 1e-5, 1e-6  # of annealing, as published; the floors are those of lr and mini_lr
 
 
 def _missing() -> float:
     raise UserError(
-        "mezo-svrg takes the loss over all training examples at every interval's first step: set the optimizer's "
+        "mezo-svrg needs the loss over all training examples every `interval` steps: set the optimizer's attribute "
         "full_closure to a function that returns it."
     )
 
@@ -65,21 +64,21 @@ _missing.batches = 0  # type: ignore[attr-defined]
 class MeZOSVRG(ZOOptimizer):
     """Two-point descent with a control variate at a snapshot.
 
-    Forwards a step: 4; where step % interval is 0, two passes over all training examples. Extra memory: one copy of the
-    weights. State: snapshot/<tensor>; svrg/seed and svrg/full, seed and coefficient of gbar; svrg/losses, one a step of
-    the last three epochs; svrg/annealed, the rates' factor.
+    Forwards per step: 4; if step % interval is 0, two passes over all training examples. Extra memory: one copy of the
+    weights. State: snapshot/<tensor>; svrg/seed and svrg/full, seed and coefficient of gbar; svrg/losses, one per step of
+    the last three epochs; svrg/annealed, the factor of both rates.
 
-    Attributes: full_closure, to be set before the first step: the loss over all training examples, a function or a
-    sequence of them with equal weights. A function of several forwards tells their number as its attribute `batches`.
+    Attributes: full_closure, to be set before the first step: the loss over all training examples, as a function or a
+    sequence of functions with equal weights. A function of several forwards gives their number as its attribute `batches`.
 
     Args:
         lr: learning rate of full steps; 1e-3, 1e-4, 1e-5 in the published sweep.
-        mini_lr: learning rate of the steps between; 1e-5, 1e-6 in the published sweep. Schedulers act on both alike.
+        mini_lr: learning rate of the steps between; 1e-5, 1e-6 in the published sweep. Schedulers act on both.
         interval: q, steps from one pass over all examples to the next; 2 as published.
         anneal: divisor of both rates when the loss rises; 5 in the published scripts.
-        epoch_steps: steps an epoch, for annealing; 0 does without.
-        snapshot: dtype of the snapshot. "theta" is that of theta (float32 for narrower weights), "weights" theirs, for
-            half the memory and some rounding in bfloat16.
+        epoch_steps: steps per epoch, for annealing; 0 for none.
+        snapshot: dtype of the snapshot: "theta" for that of theta (float32 for narrower weights), or "weights" for that of
+            the weights, which for bfloat16 takes half the memory and adds rounding.
     """
 
     name, paper = "mezo-svrg", "arXiv 2404.08080"
@@ -101,14 +100,14 @@ class MeZOSVRG(ZOOptimizer):
         **common,
     ):
         if not (math.isfinite(mini_lr) and mini_lr >= 0):
-            raise UserError(f"mini_lr must be a finite number of at least 0, not {mini_lr}.")
+            raise UserError(f"`mini_lr` must be a finite number of at least 0, not {mini_lr}.")
         for key, value, least in (("interval", interval, 1), ("epoch_steps", epoch_steps, 0)):
             if not isinstance(value, int) or value < least:
-                raise UserError(f"{key} must be a whole number of at least {least}, not {value}.")
+                raise UserError(f"`{key}` must be a whole number of at least {least}, not {value}.")
         if not (math.isfinite(anneal) and anneal >= 1):
-            raise UserError(f"anneal must be a finite number of at least 1, not {anneal}.")
+            raise UserError(f"`anneal` must be a finite number of at least 1, not {anneal}.")
         if snapshot not in ("theta", "weights"):
-            raise UserError(f"snapshot {snapshot!r} is unknown: choose theta or weights.")
+            raise UserError(f"`snapshot` {snapshot!r} is unknown: choose theta or weights.")
         self.mini_lr, self.interval, self.anneal, self.epoch_steps = mini_lr, interval, anneal, epoch_steps
         self.snapshot = snapshot
         self.full_closure: Closure | Sequence[Closure] | None = None
@@ -125,19 +124,19 @@ class MeZOSVRG(ZOOptimizer):
         }
 
     def _room(self, tensor: NamedTensor) -> Tensor:
-        """Memory for the snapshot of a tensor, in the dtype that was chosen."""
+        """Memory for the snapshot of a tensor, in the chosen dtype."""
         param = tensor.param
         dtype = param.dtype if self.snapshot == "weights" else self.weights.dtype(tensor)
         return torch.empty(param.shape, dtype=dtype, device=param.device)
 
     def _keep(self) -> None:
-        """The snapshot is theta from now on."""
+        """Copy theta to the snapshot."""
         for tensor in self.tensors:
             for start, theta in self.weights.read(tensor):
                 chunk_of(self.weights.snapshot[tensor.name], start, theta).copy_(theta)
 
     def is_full(self) -> bool:
-        """Whether the next step is over all training examples."""
+        """Whether the next step is a full step, over all training examples."""
         self._prepare()
         return self.steps % self.interval == 0 or bool(self.zo_state["svrg/full"].isnan())
 
@@ -176,7 +175,7 @@ class MeZOSVRG(ZOOptimizer):
         return Update([c])
 
     def _watch(self, state: State, step: int, loss: float) -> None:
-        """Note the loss; at the end of an epoch, anneal where it has risen."""
+        """Store the loss; at the end of an epoch, anneal if it has risen."""
         recent, count = state["svrg/losses"], self.epoch_steps
         if not count:
             return

@@ -29,7 +29,7 @@ DECAY_EXEMPT = ("bias", "layer_norm", "layernorm")
 
 
 class Verbs(Method):
-    """What a method file overrides; the three verbs first."""
+    """The methods that a method file overrides; the three verbs come first."""
 
     low_rank = False
     """Whether the method's directions have factors on matrices, so that probes can be evaluated together."""
@@ -83,16 +83,16 @@ class Verbs(Method):
         return not any(part in tensor.name for part in DECAY_EXEMPT)
 
     def forwards_per_step(self, closures: int = 1) -> float:
-        """Closure evaluations per step in the mean, if each probe evaluates that many."""
+        """Mean number of closure evaluations per step, if each probe evaluates `closures`."""
         return len(self.estimator.probes()) * closures
 
     def learning_rates(self, step: int) -> tuple[float, ...]:
-        """Of each parameter group at this step."""
+        """The learning rate of each parameter group at this step."""
         return tuple(float(group["lr"]) for group in self.param_groups)
 
     @classmethod
     def resolve(cls, options, model, closure) -> dict[str, Any]:
-        """As Method.resolve; how probes are evaluated is settled by trying it once."""
+        """As Method.resolve; it settles `probing` by evaluating the closure once."""
         options = super().resolve(options, model, closure)
         if cls.low_rank and (options.get("probing") or cls.default_probing) != "in-turn":
             options["probing"] = probings.settle(cls(model.named_parameters(), **options), closure)

@@ -1,4 +1,4 @@
-"""ZO Fine-tuner (arXiv 2510.00419): MeZO along noise whose scale in each block is chosen by a small trained network.
+"""ZO Fine-tuner (arXiv 2510.00419): MeZO with noise whose scale in each block is chosen by a small trained network.
 
     sigma_b = |PertNN_b(mean theta_b, var theta_b, L+_{t-1}, L-_{t-1}, sigma_b,t-1)|
     kappa   = sqrt(sum D_b) / sqrt(sum D_b sigma_b^2)
@@ -6,9 +6,9 @@
     theta_b <- theta_b - lr c kappa sigma_b z_b
 
 Differences from the published code (trainer_zo_fine_tuner.py): kappa counts an embedding by its entries and not as
-15 * batch * width (a tuner whose embedding_count is "published" brings that back, and a dependence on the batch size);
-the factors 20 and 10 that cancel are gone; weight decay and learning-rate schedules work; the networks run as one
-batched product; the statistics of the blocks are read every `every` steps (1: as published). It runs on any device.
+15 * batch * width (a tuner whose embedding_count is "published" does so, and then depends on the batch size); the factors
+20 and 10, which cancel, are removed; weight decay and learning-rate schedules work; the networks run as one batched
+product; the statistics of the blocks are read every `every` steps (1: as published). It runs on any device.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class ZOFinetuner(ZOOptimizer):
     """MeZO under a tuner's block scales. Forwards per step: 2. Extra memory: about 450 numbers per block.
 
     Args: as ZOOptimizer; scale is required: `tuner_scale(tuner, model.named_parameters())`.
-    Where not to use: on a model whose blocks are not the tuner's; the RMS scale (MeZO, `scale="rms"`) is free.
+    Where not to use: on a model whose blocks are not the tuner's; the RMS scale (MeZO, `scale="rms"`) needs no tuner.
     """
 
     name, paper = "zo-finetuner", "arXiv 2510.00419"

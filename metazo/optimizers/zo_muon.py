@@ -1,6 +1,6 @@
 """ZO-Muon (Lang et al., "Powering up zeroth-order training via subspace gradient orthogonalization", arXiv 2602.17155).
 
-Per matrix W (m x n), with P (m x r) a random orthonormal basis that is kept for `interval` steps:
+For each matrix W (m x n), with P (m x r) a random orthonormal basis that is kept for `interval` steps:
 
     P = Q of the QR decomposition of a Gaussian matrix (columns signed so that P is Haar distributed), if step % interval == 0
     c_i = (L(W + eps P Psi_i) - L(W)) / eps,   Psi_i ~ N(0, I), r x n,   i = 1 .. N
@@ -8,20 +8,20 @@ Per matrix W (m x n), with P (m x r) a random orthonormal basis that is kept for
     W  <- W - lr (P msign(g) + weight_decay W),    msign(U S V^T) = U V^T
 
 Tensors of one dimension: theta <- theta - vector_rate lr mean_i(c_i z_i). All tensors are perturbed at once, so that the c_i
-are of the whole displacement. E[g] = P^T grad, to O(eps); msign makes all singular directions of the step equally long,
+belong to the whole displacement. E[g] = P^T grad, to O(eps); msign makes all singular directions of the step equally long,
 so lr is a length: |P msign(g)| = sqrt(min(r, n)).
 
 Differences from the published code (OPTML-Group/ZO-Muon):
- 1. There, at a step that draws P anew, every query draws its own P, and the update puts the last one before the sum over
-    all Psi_i: for N > 1 the first step of each interval goes along directions that were not probed. Here P is one.
+ 1. There, every query draws its own P at a step that draws P again, and the update multiplies the sum over all Psi_i by the
+    last P: for N > 1 the first step of each interval moves along directions that were not probed. Here all queries share P.
  2. There, P and the Psi_i of all queries are kept from probe to update, in the weights' dtype. Here the Psi_i are drawn
     again from their seeds, and P is float32 at least.
- 3. The learning rate of vectors is fixed at 1e-7 there, whatever lr is. Here it is `vector_rate` times lr.
+ 3. The learning rate of vectors is fixed at 1e-7 there, for every lr. Here it is `vector_rate` times lr.
  4. Newton-Schulz runs in bfloat16 there; here in float32 at least.
- 5. A matrix with fewer than `rank` rows takes a basis of all its rows; there it fails.
+ 5. A matrix with fewer than `rank` rows gets a basis of all its rows; there it fails.
 
-Where not to use: if the singular directions of the gradient matter by their size: msign amplifies those that are
-noise. On LoRA factors and other matrices with few rows, P is the whole space.
+Where not to use: if the small singular values of the estimate are noise, because msign amplifies them; or to reduce the
+dimension of LoRA factors and other matrices with few rows, because P then spans the whole space.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from metazo.step.estimators import OneSided
 from metazo.step.lowrank import Held, Projected
 from metazo.step.terms import Term
 
-# Coefficients of the quintic Newton-Schulz iteration of Muon (Jordan et al. 2024): singular values come to 0.7 .. 1.2.
+# Coefficients of the quintic Newton-Schulz iteration of Muon (Jordan et al. 2024): singular values become 0.7 .. 1.2.
 QUINTIC, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
 
 
@@ -60,7 +60,7 @@ def newton_schulz(g: Tensor) -> Tensor:
 
 
 def exact_sign(g: Tensor) -> Tensor:
-    """msign(g) by a singular value decomposition, on the directions with singular values that are not rounding."""
+    """msign(g) by a singular value decomposition, without the directions whose singular values are rounding errors."""
     u, s, v = torch.linalg.svd(g, full_matrices=False)
     kept = s > s[0] * max(g.shape) * torch.finfo(g.dtype).eps
     return u[:, kept] @ v[kept]
@@ -84,7 +84,7 @@ class ZOMuon(ZOOptimizer):
         interval: steps between draws of P; 100 in the published command.
         queries: N, one-sided probes per step; 4 in the published command.
         msign: "newton-schulz", or "svd" for the exact one.
-        vector_rate: learning rate of tensors of one dimension, in multiples of lr; 1e-5 in the published command (1e-7 at
+        vector_rate: learning rate of tensors of one dimension divided by lr; 1e-5 in the published command (1e-7 at
             lr 1e-2).
     """
 
@@ -127,7 +127,7 @@ class ZOMuon(ZOOptimizer):
         return {f"P/{tensor.name}": zeros(tensor, (m, min(self.rank, m))) for tensor, m in rows.items()}
 
     def propose(self, state: State, step: int, seeds: Sequence[int]) -> Direction:
-        """Draws P anew if it is time, from the stream of the step's first seed."""
+        """Draw P again every `interval` steps, from the stream of the step's first seed."""
         direction = Projected(Isotropic(), folder(state, "P"))
         if step % self.interval == 0:
             stream = self.noise.stream(seeds[0])
@@ -138,7 +138,7 @@ class ZOMuon(ZOOptimizer):
         return direction
 
     def _draws(self, direction: Projected) -> Iterator[Draw]:
-        """The published order: P ahead of Psi, tensor by tensor."""
+        """The published order: P before Psi, tensor by tensor."""
         for tensor in self.tensors:
             if (basis := direction.basis.get(tensor.name)) is not None:
                 yield tensor, tuple(basis.shape), LEFT

@@ -58,8 +58,8 @@ def test_ranks_that_differ_are_refused_on_both(tmp_path: Path):
         "seed": "0 Rank 1 takes other steps than rank 0: seed is 1 there and 0 on rank 0",
         "eps": "0 Rank 1 takes other steps than rank 0: eps is 0.002 there and 0.001 on rank 0",
         "lr": "0 Rank 1 takes other steps than rank 0: parameter groups is [{'lr': 2e-06",
-        "weights": "0 Rank 1 takes other steps than rank 0: 1 of 2 trained tensors hold other numbers, the first is bias",
-        "later": "2 Rank 1 takes other steps than rank 0: 1 of 2 trained tensors hold other numbers, the first is weight",
+        "weights": "0 Rank 1 takes other steps than rank 0: 1 of 2 trained tensors have other values, the first is bias",
+        "later": "2 Rank 1 takes other steps than rank 0: 1 of 2 trained tensors have other values, the first is weight",
     }.items():
         assert first[name].startswith(found), first[name]
 

@@ -1,1 +1,1 @@
-"""The published code of the methods with its faults, as subclasses that compat=\"official\" chooses."""
+"""The published code of the methods with its faults, as subclasses that compat="official" chooses."""

@@ -1,10 +1,10 @@
 """CurvZO as the authors released it (a port of their anonymous release).
 
-Differences from the rule of metazo/optimizers/curvzo.py: pi ~ S, not sqrt(S), with an upper end for kappa under which
-nothing is ever capped but the largest, so that the budget is missed; no floor; an empty mask takes the most likely tensor
-at weight 1 / pi; the score is |c| / EMA|c| times the tensor's share of |z_b|^2 / pi_b^2, in which nothing but size and
-luck differs between tensors that take part; weight decay acts on those that take part alone. The mask's uniform numbers
-are drawn before the step's seed.
+Differences from the rule of metazo/optimizers/curvzo.py: pi ~ S, not sqrt(S), with an upper bound on kappa under which only
+the largest pi is ever capped, so that the sum misses the budget; no floor; an empty mask is replaced by the most likely
+tensor at weight 1 / pi; the score is |c| / EMA|c| times the tensor's share of |z_b|^2 / pi_b^2, which differs between
+tensors that take part only by their sizes and by chance; weight decay acts only on tensors that take part. The mask's
+uniform numbers are drawn before the step's seed.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class OfficialCurvZO(CurvZO):
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
         self.floor = 0.0
-        self.uniforms: np.ndarray | None = None  # of the step whose seed is drawn
+        self.uniforms: np.ndarray | None = None  # for the step whose seed is drawn
 
     def draw_seeds(self, step: int, queries: int) -> list[int]:
         self.uniforms = self.noise.uniform(step, len(self.tensors))

@@ -26,5 +26,5 @@ class OfficialHiZOO(HiZOO):
         for start, z in noise:
             curvature = chunk_of(self.zo_state[f"H/{tensor.name}"], start, z)
             z = z.to(curvature.dtype)
-            # in this order: if it underflows there, it must underflow here
+            # in this order, so that it underflows exactly if the published code does
             curvature.copy_((1 - a) * curvature + abs(second) * (curvature * z * z) * a / (2 * eps * eps))

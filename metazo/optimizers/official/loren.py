@@ -1,5 +1,6 @@
-"""LOREN as published, faults 1 to 7 of metazo/optimizers/loren.py: one reflected direction per tensor, a score that moves a
-by nothing, the momentum applied once per query, a changing between queries, and weight decay on everything."""
+"""LOREN as published, with faults 1 to 7 of metazo/optimizers/loren.py: one reflected direction per tensor, a score so small
+that a does not change in float32, momentum applied once per query, a that changes between queries, and weight decay on
+every tensor."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ class OfficialLOREN(LOREN):
         return MatrixMomentum(momentum)
 
     def propose(self, state: State, step: int, seeds: Sequence[int]) -> Direction:
-        """a is tiled over the rows, and read when the direction is drawn: a query sees what those before it changed."""
+        """a is tiled over the rows, and read when the direction is drawn, so that a query uses the a of the ones before."""
 
         def tiled(tensor: NamedTensor) -> Tensor:
             return state[f"a/{tensor.name}"].repeat(tensor.param.numel() // row_length(tensor))
@@ -51,7 +52,7 @@ class OfficialLOREN(LOREN):
         return True
 
     def _apply(self, terms: list[Term], coefficients: Sequence[float], learning_rates: Sequence[float]) -> None:
-        """Query by query, each followed by the step of a."""
+        """Apply each query, then its step of a."""
         self.weights.leave()
         for term in terms:
             super()._apply([term], [term.amount], learning_rates)

@@ -1,7 +1,7 @@
-"""LOZO and LOZO-M as published: the faults that metazo/optimizers/lozo.py numbers.
+"""LOZO and LOZO-M as published, with the faults that metazo/optimizers/lozo.py numbers.
 
-The update begins the step's stream again. When V was drawn from it ahead of U, the update's U and z are therefore numbers
-that were never probed: with Philox noise, those of another seed.
+The update restarts the step's stream. If V was drawn from it before U, the update's U and z are therefore numbers that
+were never probed; with Philox noise, they are those of another seed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from metazo.step.terms import Term
 class OfficialLOZO(LOZO):
     def __init__(self, *args, queries: int = 1, **options):
         if queries > 1:
-            raise UserError(f"queries {queries} is unknown to the published code: choose 1, or compat paper.")
+            raise UserError(f"`queries` is {queries} and the published code has 1: choose 1, or `compat` paper.")
         super().__init__(*args, queries=queries, **options)
 
     def check_rank(self, name: str, side: int) -> None:
@@ -34,12 +34,12 @@ class OfficialLOZO(LOZO):
         return param.ndim > 1
 
     def update_seed(self, state: State, step: int, seed: int) -> int:
-        """Of the noise that the update goes along (fault 1)."""
+        """The seed of the noise along which the update moves (fault 1)."""
         if step % self.interval:
             return seed
         if not isinstance(self.noise, TorchOrderNoise):
             return self.noise.seed(step, 1)
-        self.weights.leave()  # the probe comes off along the numbers that it was applied along
+        self.weights.leave()  # the probe is removed with the noise with which it was applied
         self.noise.forget(seed)
         direction = LowRank(Isotropic(), folder(state, "V"))
         self.noise.expect(seed, (draw for tensor in self.tensors for draw in direction.draws(tensor)))
