@@ -24,7 +24,7 @@ from metazo.settings import build, with_role
 from metazo.step.record import Step
 from metazo.tasks import TASKS, Task, in_memory, resolve
 
-# Settings of role "method" that the loop applies, whatever optimizer it is given.
+# Settings of role "method" that the loop applies with every optimizer.
 OF_THE_LOOP = {"optimizer", "schedule", "warmup"}
 
 
@@ -44,29 +44,29 @@ def finetune(
     console: Console | None = None,
     **settings: Any,
 ) -> Finetuned:
-    """Fine-tune a model by forward passes, on a task or on a loss of your own.
+    """Fine-tune a model by forward passes, on a task or on your own loss.
 
     Args:
         model: a folder or Hub id of transformers, the folder of a run, pico; or an object in memory, which is trained in
             place: a transformers model (with `tokenizer`), a `LoadedModel`, or with `loss` any nn.Module.
         task: by name, as a YAML file, or a `metazo.Task`.
-        optimizer: a method by name, a class of metazo.optimizers or of your own (built from the settings), or an
-            optimizer over the model's named parameters, which brings its own hyperparameters.
+        optimizer: a method by name, a class of metazo.optimizers or your own class (built from the settings), or an
+            optimizer over the model's named parameters, which has its own hyperparameters.
         data: a folder with <task>/<split>.jsonl; rows in memory: a list of dicts, a datasets.Dataset, or a mapping
             (DatasetDict) of train and, if there are any, validation and test; by default the task's own rows. With
             `loss`, the training batches: a list, a DataLoader (read once), or an endless iterable.
         loss: (model, batch) -> scalar tensor, the mean loss of a batch, computed without dropout or other randomness.
-        dev, test: with `loss`, batches to choose the kept weights on, and to report on.
+        dev, test: with `loss`, the batches that choose the kept weights, and the batches of the final test.
         out: folder for everything that the command line writes, from which the run can be resumed and its log replayed;
-            by default nothing is written. An object in memory is called memory:... in settings and log; to resume or to
-            replay, give it again as it was before the first step.
-        on_step: called with the record of each step that is taken; on_evaluation: with the record of each evaluation.
+            by default nothing is written. Settings and log name an object in memory as memory:...; to resume or to replay,
+            give it again as it was before the first step.
+        on_step: called with the record of each step; on_evaluation: called with the record of each evaluation.
         console: shows plan, progress and warnings; by default nothing is shown.
         settings: fields of `metazo.runs.config.FinetuneConfig` (lr, eps, steps, batch_size, schedule, scale, keep,
             eval_every, max_loss, seed, resume, ...), and hyperparameters of the method by name (rank=2).
 
     Returns: Finetuned: model, tokenizer, summary, steps, losses, evaluations, out. The model is in eval mode and has the
-    weights that `keep` says: the best on dev (default), or the last.
+    weights that `keep` selects: the best on dev (default), or the last.
 
     Raises UserError for bad input, before anything is written or trained; Interrupted if a signal stops the run, with the
     run saved in `out`. A callback may raise anything: the steps so far are in the log.
@@ -75,7 +75,7 @@ def finetune(
         metazo.finetune(model, task, "lozo", tokenizer=tokenizer, data=dataset, rank=2, lr=1e-6, steps=1000, out="runs/a")
         metazo.finetune(net, loss=lambda net, batch: cross_entropy(net(batch[0]), batch[1]), data=loader, lr=1e-3, steps=500)
 
-    Do not use it for a loss that is random, or with several processes; take an optimizer in a loop of your own there.
+    Do not use it for a loss that is random, or with several processes; use an optimizer in your own loop instead.
     """
     given = Given()
     values = _split(settings)
@@ -84,7 +84,7 @@ def finetune(
         _own(given, values, model, task, data, tokenizer, loss, dev, test)
     else:
         if dev is not None or test is not None:
-            raise UserError("`dev` and `test` are batches, which go with `loss`; give rows of a task as `data`.")
+            raise UserError("`dev` and `test` are batches, which need `loss`; give rows of a task as `data`.")
         _model(given, values, model, tokenizer)
         _task(given, values, task, data)
     _optimizer(given, values, optimizer)
@@ -92,7 +92,7 @@ def finetune(
 
 
 def _split(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings of a run, and under "method" the others: hyperparameters of the method, which checks them."""
+    """Settings of a run; all others are hyperparameters of the method, which checks them, and are put under "method"."""
     known = {item.name for item in fields(FinetuneConfig)}
     values = {name: value for name, value in settings.items() if name in known}
     own = {name: value for name, value in settings.items() if name not in known}
@@ -100,13 +100,13 @@ def _split(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _own(given, values, model, task, data, tokenizer, loss, dev, test) -> None:
-    """A module with a loss and batches."""
+    """The objects of a run on a module with a loss and batches."""
     if not isinstance(model, nn.Module):
-        raise UserError(f"`model` is {type(model).__name__} {str(model)[:80]!r}; with `loss` it is an nn.Module.")
+        raise UserError(f"`model` is {type(model).__name__} {str(model)[:80]!r}; with `loss` it must be an nn.Module.")
     if task is not None or tokenizer is not None:
-        raise UserError("`task` and `tokenizer` do not go with `loss`, which takes the place of both.")
+        raise UserError("`task` and `tokenizer` cannot be combined with `loss`, which replaces both; leave them out.")
     if values.get("lora"):
-        raise UserError("`lora` does not go with `loss`: put adapters on the module yourself.")
+        raise UserError("`lora` cannot be combined with `loss`: put adapters on the module yourself.")
     most = values["steps"] * values.get("accumulate", 1) if values.get("steps") else None
     splits = [own_batches(name, batches, most) for name, batches in (("data", data), ("dev", dev), ("test", test))]
     if not splits[0]:
@@ -116,35 +116,41 @@ def _own(given, values, model, task, data, tokenizer, loss, dev, test) -> None:
     sizes = dict(zip(("train_examples", "dev_examples", "test_examples"), map(len, splits)))
     for name in ("batch_size", "eval_batch_size", "kind", "head", "dtype", "max_length", "k_per_class", *sizes):
         if name in values:
-            raise UserError(f"`{name}` does not go with `loss`: batches and model are used as they are.")
+            raise UserError(
+                f"`{name}` cannot be combined with `loss`, which uses batches and model unchanged; leave it out."
+            )
     values |= sizes | {"batch_size": 1, "eval_batch_size": 1, "task": given.own.task.name}
     values.setdefault("keep", "best" if splits[1] else "last")
     _describe_model(values, given.loaded)
 
 
 def _model(given: Given, values: dict[str, Any], model: Any, tokenizer: Any) -> None:
-    """A model by name, or in memory."""
+    """The model of a run on a task, by name or in memory."""
     if isinstance(model, str | Path):
         if tokenizer is not None:
-            raise UserError("`tokenizer` goes with a model in memory; a model that is named brings its own.")
+            raise UserError(
+                "`tokenizer` needs a model in memory; a model that is given by name has its own. Leave it out."
+            )
         values["model"] = str(model)
         return
     if isinstance(model, LoadedModel):
-        given.loaded = replace(model)  # adapters are put on the copy
+        given.loaded = replace(model)  # LoRA adapters are put on this copy
     elif tokenizer is None:
         raise UserError(
-            "`tokenizer` is missing: a model in memory needs the one that it was trained with, or a `loss`."
+            "`tokenizer` is missing: give the one with which the model in memory was trained, or give a `loss`."
         )
     else:
         given.loaded = as_loaded(model, tokenizer)
     for name in ("kind", "head", "dtype"):
         if name in values:
-            raise UserError(f"`{name}` does not go with a model in memory, which is used as it is.")
+            raise UserError(
+                f"`{name}` cannot be combined with a model in memory, which is used unchanged; leave it out."
+            )
     _describe_model(values, given.loaded)
 
 
 def _describe_model(values: dict[str, Any], loaded: LoadedModel) -> None:
-    """The settings that a model in memory decides."""
+    """The settings that follow from a model in memory."""
     name = loaded.name if loaded.name.startswith(MEMORY) else MEMORY + type(loaded.model).__name__
     dtype = next(name for name, dtype in DTYPES.items() if dtype == loaded.dtype)
     device = str(next(loaded.model.parameters()).device)
@@ -153,7 +159,7 @@ def _describe_model(values: dict[str, Any], loaded: LoadedModel) -> None:
 
 
 def _task(given: Given, values: dict[str, Any], task: Any, data: Any) -> None:
-    """A task by name, file or as an object; its rows in a folder or in memory."""
+    """The task, by name, file or as an object, with rows in a folder or in memory."""
     task = str(task) if isinstance(task, Path) else task
     if isinstance(data, str | Path) or data is None:
         values["data"] = None if data is None else Path(data)
@@ -166,7 +172,7 @@ def _task(given: Given, values: dict[str, Any], task: Any, data: Any) -> None:
 
 
 def _optimizer(given: Given, values: dict[str, Any], optimizer: Any) -> None:
-    """A method by name, a class, or an optimizer."""
+    """The method, by name, as a class, or as an optimizer."""
     load_methods()
     if isinstance(optimizer, str):
         values["optimizer"] = optimizer
@@ -178,12 +184,14 @@ def _optimizer(given: Given, values: dict[str, Any], optimizer: Any) -> None:
         for name in (*with_role(FinetuneConfig, "method"), "lora", "train", "freeze"):
             if name not in OF_THE_LOOP and values.get(name):
                 what = ", ".join(values["method"]) if name == "method" else name
-                raise UserError(f"`{what}` does not go with an optimizer in memory, which brings its own settings.")
+                raise UserError(
+                    f"`{what}` cannot be combined with an optimizer in memory, which has its own; leave it out."
+                )
         given.optimizer = optimizer
         values |= {"optimizer": MEMORY + optimizer.name, "lr": float(optimizer.param_groups[0]["lr"])}  # type: ignore[attr-defined]
         values |= {name: getattr(optimizer, name) for name in ("eps", "precision") if hasattr(optimizer, name)}
     else:
         raise UserError(
-            f"`optimizer` is a {getattr(optimizer, '__name__', type(optimizer).__name__)}, which is no method of metazo: name "
-            f"one of {', '.join(METHODS)}, or take a class of metazo.optimizers."
+            f"`optimizer` is a {getattr(optimizer, '__name__', type(optimizer).__name__)}, which is not a method of metazo: "
+            f"name one of {', '.join(METHODS)}, or give a class of metazo.optimizers."
         )

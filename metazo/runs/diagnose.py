@@ -42,15 +42,15 @@ def diagnose(model: nn.Module, closures: Sequence[Callable[[], Any]], dtype: tor
             hook.remove()
     if not found:
         return (
-            f"without the probe the loss is {fmean(losses):.4g}, so the probe leads too far: lower `eps`, and `lr` if the "
+            f"without the probe the loss is {fmean(losses):.4g}, so the probe is too long: lower `eps`, and `lr` if the "
             "loss has grown."
         )
     where, module, args, kwargs = found[0]
     if narrow and _finite(output := _wide(module)(*_wide(args), **_wide(kwargs))):
         largest = max(float(value.abs().max()) for value in _floats(output))
         return (
-            f"overflow of {name}: {where} gives up to {largest:.3g}, and {name} ends at {limit:.3g}; float32 holds it, so "
-            "this is no divergence. Use `dtype` bfloat16 or float32."
+            f"overflow of {name}: {where} gives up to {largest:.3g}, and the largest {name} is {limit:.3g}. "
+            "float32 can represent it, so the run has not diverged. Use `dtype` bfloat16 or float32."
         )
     return f"{where} gives values that are not finite from finite ones: the run has diverged; lower `lr`."
 
@@ -95,7 +95,7 @@ def _wide(value: Any) -> Any:
 
 @contextmanager
 def memory_explained(config: FinetuneConfig) -> Iterator[None]:
-    """An allocation that failed becomes a UserError that says what to change."""
+    """Turn a failed allocation into a UserError that names the settings to change."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:

@@ -20,7 +20,7 @@ class Scores:
 
     Args: keep_best: called with the step if the weights are the best so far, before the record is written; on_record: called
     with each record.
-    Attributes: records, one a line of metrics.jsonl; losses, of the training steps since the last of them.
+    Attributes: records, one per line of metrics.jsonl; losses of the training steps since the last evaluation.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Scores:
     def take_up(self, steps: int) -> int:
         """Read the records of a run whose log holds so many steps.
 
-        Returns: the last step from whose snapshot the run may go on; an evaluation that was lost comes after it.
+        Returns: the last step whose snapshot may be used to resume: it is not past an evaluation whose record was lost.
         """
         for record, step in zip(self.folder.records(), self.due):
             if not (_sound(record) and record["step"] == step <= steps):
@@ -53,14 +53,14 @@ class Scores:
         return min([steps, *(due - 1 for due in self.due[len(self.records) :])])
 
     def settle(self, steps: int) -> None:
-        """Go on from that step: what was recorded later is recorded again."""
+        """Continue from that step: drop the records of later steps, which are made again."""
         self.records = [record for record in self.records if record["step"] <= steps]
         self.folder.keep_records(self.records)
         if self.records:
             self.started -= self.records[-1]["seconds"]
 
     def evaluate_if_due(self, step: int) -> None:
-        """Where it is due and not on record: mean training loss since the last time, metrics on dev, block scales."""
+        """Record mean training loss, metrics on dev, and block scales, if an evaluation is due and has no record."""
         if step not in self.due:
             return
         if self.records and self.records[-1]["step"] >= step:
@@ -71,7 +71,7 @@ class Scores:
         record = {
             "step": step,
             "forwards": optimizer.forwards,
-            "seconds": round(paused - self.started - self.evaluating, 3),  # of training alone
+            "seconds": round(paused - self.started - self.evaluating, 3),  # time of training alone
             "train_loss": sum(self.losses) / len(self.losses) if self.losses else None,
             "lr": optimizer.param_groups[0]["lr"],
             "dev": self.on("dev") if self.config.dev_examples else {},
@@ -92,7 +92,7 @@ class Scores:
         return self.setup.evaluate(split)
 
     def best(self) -> dict[str, Any]:
-        """The record with the best metric on dev, of equal ones that with the lowest loss; the earliest of those."""
+        """The record with the best metric on dev; ties are broken by the lowest loss, then by the earliest step."""
         return max(self.records, key=self._merit)
 
     def latest(self) -> str:
@@ -135,7 +135,7 @@ class Scores:
         return (record["dev"].get(self.metric, 0.0), -loss) if self.metric else (-loss,)
 
     def _sigma(self) -> dict[str, Any]:
-        """The block scales of the step before, by block, if there are any."""
+        """The block scales of the previous step, by block, if there are any."""
         optimizer = self.setup.optimizer
         if optimizer.scale is None or not optimizer.steps:
             return {}
@@ -149,7 +149,7 @@ def _all_finite(model: nn.Module) -> bool:
 
 
 def _sound(record: dict[str, Any]) -> bool:
-    """Whether this is a record that `evaluate_if_due` may have written."""
+    """Whether this has the form of a record of `evaluate_if_due`."""
     dev = record.get("dev")
     numbers = [record.get("step"), record.get("forwards"), record.get("seconds")]
     numbers += list(dev.values()) if isinstance(dev, dict) else [None]

@@ -1,4 +1,4 @@
-"""Fine-tune a model on a task: the loop, readable top to bottom."""
+"""Fine-tune a model on a task: the training loop."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from metazo.tasks.closures import BatchLoss
 
 
 def run_settings(config: FinetuneConfig, console: Console | None = None) -> dict[str, Any]:
-    """The summary of the run that settings alone describe: `tune` without objects in memory."""
+    """`tune` for a run that is described by its settings alone, without objects in memory. Returns its summary."""
     return tune(config, console=console).summary
 
 
@@ -49,10 +49,10 @@ def tune(
     on_step: Callable[[Step], None] | None = None,
     on_evaluation: Callable[[dict[str, Any]], None] | None = None,
 ) -> Finetuned:
-    """Run, or go on with, the fine-tuning that `config` describes (see FinetuneConfig), with the objects that are given in
-    the place of those it names. `metazo.finetune` and the command line both end here.
+    """Run or resume the fine-tuning that `config` describes (see FinetuneConfig); `given` objects replace those that it
+    names. `metazo.finetune` and the command line both call it.
 
-    The callbacks get the record of each step taken and of each evaluation. Without `config.out` nothing is written.
+    The callbacks get the record of each step and of each evaluation. Without `config.out` nothing is written.
     Raises UserError for bad input before anything is written, and Interrupted, with the run saved, if a signal stops it.
     """
     refuse_ranks("finetune")
@@ -101,7 +101,7 @@ def _folder(config: FinetuneConfig, say: Callable[[str], None]) -> RunFolder | M
 
 
 def _first_loss(setup: Setup, config: FinetuneConfig) -> None:
-    """A loss that is not finite before the first step is bad input, and nothing is to be written for it."""
+    """Raises UserError for a loss that is not finite before the first step, before anything is written."""
     prepared, model = setup.prepared, setup.loaded.model
     places = batch_indices(0, config.batch_size, len(prepared.train), config.seed)
     with torch.inference_mode():
@@ -146,19 +146,21 @@ class _Run:
         written = {"flush_every": self.config.flush_every, "fsync_every": self.config.fsync_every}
         return StepLog(self.folder.path / STEPS, header(decisive, self.setup), **written, say=self.folder.say)
 
-    # -- coming back to where the log ends -----------------------------------------------------------------------
+    # -- resuming --------------------------------------------------------------------------------------------------
 
     def catch_up(self) -> None:
-        """Snapshot, then replay of the log: no forward pass but those of an evaluation that was lost."""
+        """Load a snapshot and replay the log after it; forward passes are needed only for evaluations that were lost."""
         steps = self.log.steps
         snapshot = self.folder.load_snapshot(self.scores.take_up(len(steps)))
         done = self._load(*snapshot) if snapshot else 0
-        if not self.optimizer.replayable:  # a gradient, say, is computed again
+        if not self.optimizer.replayable:  # steps that need a gradient, for example, are computed again
             self.log.cut(done)
             steps = steps[:done]
         self.scores.settle(len(steps))
         if steps:
-            self.folder.say(f"Going on after step {len(steps)}: snapshot of step {done}, {len(steps) - done} replayed.")
+            self.folder.say(
+                f"Resuming after step {len(steps)}: snapshot of step {done}, {len(steps) - done} steps replayed."
+            )
         for record in steps[:done]:
             self.watch.see(record)
         self.scores.evaluate_if_due(done)
@@ -168,7 +170,7 @@ class _Run:
             self._stop_if_asked(record.step + 1)
 
     def _load(self, step: int, tensors: dict[str, Tensor]) -> int:
-        """Take up a snapshot."""
+        """Load a snapshot."""
         self._load_weights(tensors)
         state = {k.removeprefix("optimizer/"): v for k, v in tensors.items() if k.startswith("optimizer/")}
         self.optimizer.load_tensors_state(state)
@@ -182,7 +184,7 @@ class _Run:
         self.folder.save_snapshot(step, self._weights() | state | losses)
 
     def _weights(self) -> dict[str, Tensor]:
-        """Those that are trained: the others stay the base model's."""
+        """The trained weights by name; all others are those of the base model."""
         self.optimizer.settle()
         return {f"weights/{name}": p for name, p in self.model.named_parameters() if p.requires_grad}
 
@@ -195,7 +197,7 @@ class _Run:
         if self.config.keep == "best":
             self.folder.save_tensors(BEST, step, self._weights())
 
-    # -- going on ------------------------------------------------------------------------------------------------
+    # -- training --------------------------------------------------------------------------------------------------
 
     def go_on(self) -> None:
         optimizer, total = self.optimizer, self.setup.steps
@@ -229,7 +231,7 @@ class _Run:
         return [BatchLoss(self.model, self.prepared, [train[i] for i in batch], self.setup.device) for batch in places]
 
     def _after(self, step: Step, loss: float, closures: list[BatchLoss] | None = None) -> None:
-        """Look at a step taken (closures) or replayed, and evaluate where that is due."""
+        """Check a step that was taken (closures) or replayed, and evaluate if that is due."""
         if step.coefficients:
             self.scores.losses.append(loss)
         self.watch.see(step, partial(self._diagnosis, closures) if closures else None)
@@ -243,15 +245,15 @@ class _Run:
         if self.caught:
             if step == self.optimizer.steps == self.log.count and self.config.snapshot_every:
                 self._snapshot(step)
-            saved = f"which is saved; go on with metazo finetune --resume {self.config.out}"
+            saved = f"which is saved; continue with metazo finetune --resume {self.config.out}"
             if self.config.out is None:
-                saved = "whose weights the model in memory has; nothing is written, because the run has no `out`"
+                saved = "whose weights are in the model in memory; nothing is written, because the run has no `out`"
             raise Interrupted(f"{self.caught[0]} after step {step} of {self.setup.steps}, {saved}", self.caught[0])
 
     # -- the end -------------------------------------------------------------------------------------------------
 
     def finish(self) -> dict[str, Any]:
-        """Test, save the model, and write the summary: last, so that what has one is complete."""
+        """Test, save the model, and write the summary; it is written last, so that a run with a summary is complete."""
         config, loaded, records = self.config, self.setup.loaded, self.scores.records
         self.optimizer.settle()
         best = self.scores.best()
@@ -293,11 +295,11 @@ class _Run:
             from metazo.plots.curves import plot_run
 
             plot_run(records, self.folder.path / "curve.png", title, self.prepared.task.metric)
-        except MissingPackage as missing:  # the run is whole without its picture
+        except MissingPackage as missing:  # the run is complete without its picture
             self.console.print(f"No curve.png: {missing}", style="yellow", soft_wrap=True)
 
     def _divergence(self, kept: int) -> list[str]:
-        """A note if the run diverged after the evaluation that is kept. Raises Diverged if there is none worth keeping."""
+        """A note if the run diverged after the evaluation that is kept. Raises Diverged if no evaluation can be kept."""
         wrong = self.scores.diverged()
         if wrong is None:
             return []
@@ -312,8 +314,8 @@ class _Run:
         where = f"the last finite evaluation is that of step {finite[-1]}" if finite else "no evaluation is finite"
         how = f": metazo replay {self.log.path} --base {config.model} --to STEP --out FOLDER gives the weights of any step"
         raise Diverged(
-            f"The run diverged: after step {last} {wrong}; {advice} and choose another `out`. The step log is whole and {where}"
-            f"{how if self.optimizer.replayable and config.out else ''}."
+            f"The run diverged: after step {last} {wrong}; {advice} and choose another `out`. The step log is complete and "
+            f"{where}{how if self.optimizer.replayable and config.out else ''}."
         )
 
     def _stopped_early(self) -> list[str]:
@@ -328,7 +330,7 @@ class _Run:
         found = self.folder.load_tensors(BEST)
         if found is None or found[0] != step:
             raise UserError(
-                f"{self.folder.path / BEST} is damaged or gone; the weights of step {step}, the best, are rebuilt by metazo "
+                f"{self.folder.path / BEST} is damaged or missing; rebuild the best weights, of step {step}, with metazo "
                 f"replay {self.log.path} --base {self.config.model} --to {step} --out FOLDER."
             )
         self._load_weights(found[1])

@@ -26,7 +26,7 @@ CONFIG, METRICS, SUMMARY, STEPS = "config.json", "metrics.jsonl", "summary.json"
 BEST, MODEL = "best.safetensors", "model"
 BELONGS = "belongs"  # key of the hashes in config.json
 MAX_CONFIG_BYTES = 2**20
-_LEFT_BEHIND = ".*.tmp"  # what a killed process was writing when it died
+_LEFT_BEHIND = ".*.tmp"  # files that a killed process was writing
 
 
 def run_of(path: Path) -> Path | None:
@@ -114,10 +114,10 @@ class RunFolder:
         if self.resume:
             return
         self.lock.acquire()
-        if (self.path / CONFIG).exists():  # another process began here while this one loaded its model
+        if (self.path / CONFIG).exists():  # another process started here while this one loaded its model
             self.close()
             raise UserError(
-                f"`out` {self.path} holds a run that another process has just begun; choose another folder."
+                f"`out` {self.path} has a run that another process has just started; choose another folder."
             )
         self._clear(_LEFT_BEHIND)
         write_whole(self.path / CONFIG, json.dumps(self.config, indent=2).encode())
@@ -160,7 +160,7 @@ class RunFolder:
                 path.unlink(missing_ok=True)
 
     def used(self) -> int:
-        """Bytes of the files in the folder."""
+        """Size of the files in the folder, in bytes."""
         return sum(path.stat().st_size for path in self.path.rglob("*") if path.is_file())
 
     # -- metrics ---------------------------------------------------------------------------------------------------
@@ -215,7 +215,7 @@ class RunFolder:
             old.unlink(missing_ok=True)
 
     def snapshots(self) -> list[Path]:
-        """Newest first."""
+        """Snapshots, the newest first."""
         return sorted(self.path.glob("snapshot-*.safetensors"), reverse=True)
 
     def load_snapshot(self, at_most: int) -> tuple[int, dict[str, Tensor]] | None:
@@ -244,7 +244,7 @@ class RunFolder:
             shutil.rmtree(temporary, ignore_errors=True)
 
     def summary(self) -> dict[str, Any] | None:
-        """The result of a complete run; None if there is none, or something that no run writes."""
+        """The result of a complete run; None if there is none or it has not the form of one."""
         with suppress(UserError, ValueError):
             found = parse_json(read_capped(self.path / SUMMARY, MAX_JSON_BYTES, "summary"))
             return found if _is_summary(found) else None
@@ -260,7 +260,7 @@ class RunFolder:
             self._clear(pattern)
 
     def _tidy(self) -> None:
-        """Take away what a process left that died after it wrote the summary, if the disk lets us and nobody is at work."""
+        """Remove files of a process that was killed after it wrote the summary, if the folder is writable and not in use."""
         with suppress(UserError, OSError):
             try:
                 self.lock.acquire()

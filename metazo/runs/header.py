@@ -1,4 +1,4 @@
-"""What a run belongs to: hashes of the base model's weights and of the data, and the versions that computed it."""
+"""The header of a step log: hashes of the base model's weights and of the data, settings, and library versions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PACKAGES = ("torch", "transformers", "numpy", "numba")
 
 
 def header(settings: dict[str, Any], setup: Setup) -> dict[str, Any]:
-    """The header of a run's step log; `settings` are those that decide the result. Call it before the first step."""
+    """The header of a run's step log, with the `settings` that affect results. Call it before the first step."""
     loaded, optimizer, task = setup.loaded, setup.optimizer, setup.prepared.task
     return {
         "model": loaded.name,
@@ -45,13 +45,13 @@ def header(settings: dict[str, Any], setup: Setup) -> dict[str, Any]:
 
 
 def tuner_hash(optimizer: Method) -> str | None:
-    """Of the networks that choose the block scales, if there are any."""
+    """The hash of the networks that choose the block scales, if there are any."""
     networks = getattr(optimizer.scale, "pertnn", None)
     return None if networks is None else weights_hash(networks.named_parameters())
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Versions, threads and kind of device: what the last bits of a result may depend on."""
+    """Versions, threads and kind of device, on which the last bits of a result may depend."""
     return {
         "metazo": metazo.__version__,
         "python": platform.python_version(),

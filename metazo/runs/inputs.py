@@ -38,7 +38,7 @@ _SAMPLING = {
     "max_length",
     "max_new_tokens",
 }
-# Fields of a task that say where its rows come from: the rows themselves are hashed.
+# Fields of a task that name the source of its rows; the rows themselves are hashed.
 _SOURCES = {"name", "hub", "config", "revision", "train_split", "test_split", "files", "dev_rows", "unlabelled"}
 
 

@@ -46,13 +46,13 @@ def evaluate(
         data: a folder with <task>/<split>.jsonl, or rows in memory as for `metazo.finetune`; by default the task's own.
         split: dev or test. Rows that the model was trained on are in neither, if metazo trained it and its data are the
             same; a note says so if it cannot be known.
-        examples: most rows of the split; by default the run's number, or 500 on dev and 1,000 on test.
+        examples: largest number of rows of the split; by default the run's number, or 500 on dev and 1,000 on test.
         say: takes each note, a sentence.
         settings: of FinetuneConfig: train_examples, max_length, kind, dtype, device, seed, eval_batch_size, ...
 
     Returns: "loss" (nats, mean over examples), the task's metrics (0 to 1; mcc -1 to 1), "examples", and for classification
-    and choice "majority", the share of the commonest answer.
-    Raises UserError for a run that kept no model, a classifier without a trained head, and as `load` and `prepare` do.
+    and choice "majority", the share of the most frequent answer.
+    Raises UserError for a run without a kept model, a classifier without a trained head, and as `load` and `prepare` do.
 
         metazo.evaluate("runs/a")                                   # the run's own test rows
         metazo.evaluate("pico", "pico_sentiment", split="dev", examples=100)
@@ -65,7 +65,7 @@ def evaluate(
     began: dict[str, Any] = {}
     if run is not None:
         if not (run / MODEL).is_dir():
-            raise UserError(f"{run} keeps no model (a run that has not ended, or `keep='none'`): see metazo replay.")
+            raise UserError(f"{run} has no model (it has not ended, or `keep='none'`); rebuild it with metazo replay.")
         model = run / MODEL
         began = {name: value for name, value in read_config(run).items() if name in OF_A_RUN - {"out", "resume"}}
     name = str(task) if isinstance(task, str | Path) else task.name if task else None
@@ -117,7 +117,7 @@ def _trained(run: Path) -> dict[str, Any] | None:
 
 
 def _doubts(trained: dict[str, Any] | None, scored: dict[str, Any]) -> list[str]:
-    """Why the model may have been trained on scored rows; rows are identified by their task and their number."""
+    """A note if the model may have been trained on scored rows; rows are identified by their task and their number."""
     if trained is None or trained.get("version") != VERSION:
         return [
             "The run was made by a version of metazo that split rows in another way: some of these rows may be training rows."

@@ -1,7 +1,7 @@
 """Watches the numbers of a run: skips steps whose loss is not finite, and warns of divergence and plateaus.
 
-A loss that is nan, inf or above `max_loss`: the step is skipped and recorded, the weights stay as they are; the first of
-a row is explained (`diagnose`), and `max_bad_steps` of them in a row end the run.
+If a loss is nan, inf or above `max_loss`, the step is skipped and recorded, and the weights do not change. The first of
+several in a row is explained (`diagnose`), and `max_bad_steps` in a row end the run.
 Warnings, each once, with the measured figures: divergence, plateau, and an eps too small for the precision.
 Everything except the explanation follows from the step log, so a resumed run continues with the same state.
 """
@@ -19,8 +19,8 @@ from metazo.errors import UserError
 from metazo.runs.config import FinetuneConfig
 from metazo.step.record import Step
 
-WINDOW = 100  # least number of steps that a warning looks back on
-FIRST = 20  # steps at the start whose mean loss is compared with
+WINDOW = 100  # least number of steps on which a warning is based
+FIRST = 20  # first steps, with whose mean loss later losses are compared
 EXPLODED = 3.0  # a loss of this multiple of the start's, and at least half a nat above it, is divergence
 # Error of a difference of losses by rounding, in units of the loss's last place: measured on pico, 5 to 10 in float32
 # and 1.1 to 1.4 in bfloat16 and float16; a probe whose differences are no larger correlates by less than 0.7 with the truth.

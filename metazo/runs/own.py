@@ -1,4 +1,4 @@
-"""A loss of one's own in the place of a task: any module, any batches, any scalar loss."""
+"""The user's own loss instead of a task: any module, any batches, any scalar loss."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Loss = Callable[[nn.Module, Any], Tensor]
 
 @dataclass(frozen=True)
 class OwnBatch:
-    """A batch as the caller gave it; the loop takes it for one example."""
+    """A batch of the caller; the loop treats it as one example."""
 
     content: Any
 
@@ -43,7 +43,7 @@ def _moved(value: Any, device: torch.device | str) -> Any:
 
 @dataclass(frozen=True)
 class _Named:
-    """What the loop asks of a task."""
+    """The attributes of a task that the loop needs."""
 
     name: str = "memory:loss"
     kind: str = "own"
@@ -83,17 +83,19 @@ class OwnLoss:
 def own_batches(name: str, batches: Iterable[Any] | None, most: int | None = None) -> list[OwnBatch]:
     """The batches of a split: all of a sequence or DataLoader, the first `most` of an iterable without a length.
 
-    Raises UserError for what is no iterable of batches, is empty, or has no end.
+    Raises UserError for an object that is not an iterable of batches, is empty, or has no end.
     """
     if batches is None:
         return []
     if isinstance(batches, str | bytes | Mapping) or not isinstance(batches, Iterable):
-        raise UserError(f"`{name}` is a {type(batches).__name__}; with `loss` it is a list or DataLoader of batches.")
+        raise UserError(
+            f"`{name}` is a {type(batches).__name__}; with `loss` it must be a list or DataLoader of batches."
+        )
     if most is None and not hasattr(batches, "__len__"):
         raise UserError(f"`{name}` has no length, so the number of its batches must be known: give `steps`.")
     found = [OwnBatch(item) for item in (batches if hasattr(batches, "__len__") else islice(batches, most))]
     if not found:
-        raise UserError(f"`{name}` holds no batches.")
+        raise UserError(f"`{name}` has no batches; give at least one.")
     return found
 
 

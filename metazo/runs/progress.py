@@ -12,7 +12,7 @@ from metazo.io.terminal import Console
 
 @contextmanager
 def progress(console: Console, total: int, done: int) -> Iterator[Callable[[int, str], None]]:
-    """Gives a function that is told the steps taken and what to show beside them."""
+    """A context that gives a function to call with the number of steps taken and a text to show."""
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}", markup=False))
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=total, completed=done)

@@ -1,12 +1,12 @@
 """Rebuild a tuned model from its base model and the step log alone: updates, and no forward pass.
 
-The header names what is needed: settings, the hash of the base model's weights, and that of a tuner's networks. Every
-step is taken again by `ZOOptimizer.step(replay=...)`, in the order and precision of the run, so that on the same
+The header has the settings, the hash of the base model's weights, and that of a tuner's networks. Every step is taken
+again by `ZOOptimizer.step(replay=...)`, in the order and precision of the run, so that on the same
 machine, versions and thread count the weights are bit-identical; the log of a complete run ends with their hash, which
-is checked. Elsewhere sums may round differently, and the result is near, not equal (docs/guarantees.md).
+is checked. In other environments sums may round differently, and the result is close, not equal (docs/guarantees.md).
 
-A log holds settings that a stranger may have chosen. They are checked like a recipe's; paths and addresses in them are
-never followed: base model and tuner are what the caller names, or a tuner of the local zoo that has the right hash.
+A log may come from a stranger, so its settings are checked like a recipe's, and paths and addresses in them are never
+opened: the caller names base model and tuner, or the tuner is the one in the local zoo with the right hash.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ from metazo.tuner.file import Tuner
 with needs("llm"):
     from transformers.utils import logging as transformers_logging
 
-DRIFT = 1e-4  # largest relative difference of coefficients from the log's that rounding on another device explains
+DRIFT = 1e-4  # largest relative difference of coefficients from the log's that can be due to rounding on another device
 _NEEDED = {"weights": str, "method": str, "settings": dict}
 
 
@@ -70,9 +70,9 @@ class Replayed:
     weights: str
     """Hash of the rebuilt model."""
     identical: bool | None
-    """Whether it is the model that the run kept; None if the log does not record its hash."""
+    """Whether the model is the one that the run kept; None if the log does not record its hash."""
     differences: list[str]
-    """Differences of the environment from that of the run, in words."""
+    """Differences between this environment and that of the run, in words."""
     distance: float | None
     """Relative Euclidean distance of all weights from those in the run's own folder, if they are not identical."""
     loaded: LoadedModel
@@ -97,13 +97,12 @@ def replay(
 
     Args: base: folder or Hub id of the base model, or pico; or the model in memory as it was before the run's first
     step (a transformers model with `tokenizer`, a `LoadedModel`, or the module of a run on a loss of its own), whose
-    weights are changed; optimizer: a fresh one over its tensors, if the run's was an object in memory; out: folder for
-    the model, whole or not there at all (None: it stays in memory); to: steps to take (default: to the weights that
-    the run kept, or all); tuner: where the tuner is, if the run had one that the zoo folders do not have; merge: add
-    LoRA adapters to the weights at the end, so that a plain model is saved; tick: called with steps done and all of
-    them.
-    Raises UserError where the log is damaged, base model or tuner are others than the run's, or the method cannot be
-    replayed.
+    weights are changed; optimizer: a new one over its tensors, if the run's was an object in memory; out: folder for
+    the model, which is written completely or not at all (None: the model is only in memory); to: number of steps to take
+    (default: up to the weights that the run kept, or all); tuner: location of the run's tuner, if it is not in the zoo
+    folders; merge: add LoRA adapters to the weights at the end, so that a plain model is saved; tick: called with the
+    number of steps done and their total.
+    Raises UserError if the log is damaged, if base model or tuner are not the run's, or if the method cannot be replayed.
     """
     transformers_logging.disable_progress_bar()
     refuse_ranks("replay")
@@ -139,7 +138,7 @@ def _replay(
     kept = found.end["kept"] if found.end else len(found.steps)
     count = kept if to is None else to
     if not 0 <= count <= len(found.steps):
-        raise UserError(f"`to` {count}: the log has {len(found.steps)} steps, so it is 0 to {len(found.steps)}.")
+        raise UserError(f"`to` is {count} and the log has {len(found.steps)} steps; give 0 to {len(found.steps)}.")
     loaded, optimizer = _rebuilt(header, base, given, tuner, zoo_folder, device)
     started = time.monotonic()
     for step in found.steps[:count]:
@@ -175,19 +174,19 @@ def _replay(
 
 
 def _environment(header: dict[str, Any], found: Scan, loaded: LoadedModel) -> list[str]:
-    """Differences that may explain other last bits than the run's: empty only if everything that is recorded is equal."""
+    """Differences from the recorded environment, which may change the last bits; empty only if all of it is equal."""
     then = header.get("environment")
     now = environment(next(loaded.model.parameters()).device)
     if not isinstance(then, dict):
-        return ["the log does not say where it was made"]
+        return ["the log does not record its environment"]
     words = [f"{name} {old} then and {new} now" for name, old, new in log_differences(then, now)]
     if found.end is not None and found.end.get("mixed"):
-        words.append("the run went on in another environment")
+        words.append("the run was resumed in another environment")
     return words
 
 
 def _distance(model: nn.Module, log: Path) -> float | None:
-    """The relative Euclidean distance of the weights from those in the run's folder, if they are there and fit."""
+    """The relative Euclidean distance of the weights from those in the run's folder, if these exist and fit."""
     saved = log.parent / "model" / "model.safetensors"
     if not is_file(saved):
         return None
@@ -203,7 +202,7 @@ def _distance(model: nn.Module, log: Path) -> float | None:
 
 
 def _in_memory(base: str | LoadedModel | nn.Module, tokenizer: Any, optimizer: Any) -> tuple[Given, str]:
-    """The objects that a replay starts from, and what the base model is called."""
+    """The objects from which a replay starts, and the name of the base model."""
     if isinstance(base, nn.Module):
         base = as_loaded(base, tokenizer)
     if isinstance(base, LoadedModel):
@@ -212,14 +211,14 @@ def _in_memory(base: str | LoadedModel | nn.Module, tokenizer: Any, optimizer: A
 
 
 def _checked(found: Scan, optimizer: Any) -> dict[str, Any]:
-    """The header. Raises UserError where it lacks what a replay needs, or names what cannot be replayed."""
+    """The header. Raises UserError if an entry that a replay needs is missing, or if the run cannot be replayed."""
     header = found.header
     for key, kind in _NEEDED.items():
         if not isinstance(header.get(key), kind):
             raise UserError(f"{found.path} cannot be replayed: its header has no {key!r}.")
     if header["method"].startswith(MEMORY) and optimizer is None:
         raise UserError(
-            f"{found.path} is of a run whose optimizer was an object in memory ({header['method']}): give a fresh one over the "
+            f"{found.path} is of a run whose optimizer was an object in memory ({header['method']}): give a new one over the "
             "base model's tensors as `optimizer`."
         )
     method = optimizer or METHODS.get(header["method"])
@@ -269,7 +268,7 @@ def _rebuilt(
 
 
 def _make_head(loaded: LoadedModel, record: Any) -> None:
-    """Make a head of label phrases again, from the phrases and the offsets in the log, while the weights are the base's."""
+    """Make a head of label phrases again, from the phrases and offsets in the log, before the weights change."""
     if not isinstance(loaded.model, SentenceClassifier) or not isinstance(loaded.model.head, Phrases):
         return
     phrases, offset = (record.get(key) for key in ("phrases", "offset")) if isinstance(record, dict) else (None, None)
@@ -281,25 +280,25 @@ def _make_head(loaded: LoadedModel, record: Any) -> None:
 
 
 def _tuner(header: dict[str, Any], zoo_folder: Path | None) -> str | None:
-    """The tuner of the log where none is named: the one in the zoo folders that has its hash."""
+    """The tuner of the log if none is named: the one in the zoo folders with the log's hash."""
     name, wanted = header["settings"].get("tuner"), header.get("tuner")
     if wanted is None or str(name).startswith("random:"):
         return name if wanted else None
     for known in zoo.tuners(zoo_folder):
         if known.path.is_file() and weights_hash(Tuner.load(known.path).pertnn.named_parameters()) == wanted:
             return str(known.path)
-    raise UserError(f"The log's tuner (called {name!r} there) is in none of the zoo folders; name it with `tuner`.")
+    raise UserError(f"The log's tuner (called {name!r} there) is not in the zoo folders; give its location as `tuner`.")
 
 
 def _same(step: Step, again: Step | None, log: Path) -> None:
-    """Coefficients must come out as the log has them, up to the rounding of another device."""
+    """Raises UserError if coefficients differ from the log's by more than the rounding of another device."""
     assert again is not None
     pairs = list(zip(step.coefficients, again.coefficients))
     near = all(math.isfinite(a) and abs(a - b) <= DRIFT * abs(a) for a, b in pairs)
     if len(step.coefficients) != len(again.coefficients) or not near:
         raise UserError(
-            f"Step {step.step} of {log} does not come out again: its coefficients are {list(step.coefficients)[:3]}, and "
-            f"{list(again.coefficients)[:3]} here; the log was made by another method or version than its header says."
+            f"Step {step.step} of {log} cannot be reproduced: its coefficients are {list(step.coefficients)[:3]}, and "
+            f"{list(again.coefficients)[:3]} in the replay; the log was made by another method or version than its header says."
         )
 
 
@@ -309,10 +308,10 @@ def _save(loaded: LoadedModel, out: Path) -> None:
         parts = [StateFile(loaded.model)] if loaded.kind == "own" else [loaded.model, loaded.tokenizer]
         save_parts(temporary, *parts)
         (out / LOCK).unlink(missing_ok=True)
-        os.replace(temporary, out)  # an empty folder is replaced, one that holds something is not
+        os.replace(temporary, out)  # an empty folder is replaced; a folder with files is not
     except OSError as error:
         raise UserError(
-            f"`out` {out} cannot be written ({error.strerror or error}); nothing was left there."
+            f"`out` {out} cannot be written ({error.strerror or error}), and nothing was left there; choose another folder."
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""A run made ready: model, data, optimizer, length, and what it will take in memory and on disk."""
+"""Set up a run: model, data, optimizer, length, and estimates of memory and disk space."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ with needs("llm"):
 
 @dataclass
 class Setup:
-    """A run made ready: model, data, optimizer, and its length."""
+    """A run before its first step: model, data, optimizer, and length."""
 
     config: FinetuneConfig
     loaded: LoadedModel
@@ -52,20 +52,20 @@ class Setup:
         return evaluate(self.loaded.model, self.prepared, split, batch_size=self.config.eval_batch_size)
 
     def parts(self) -> list[Any]:
-        """What is saved of the model: each has a save_pretrained."""
+        """The objects to save, each with a save_pretrained."""
         if isinstance(self.prepared, OwnLoss):
             return [StateFile(self.loaded.model)]
         describe(self.loaded.model, self.prepared.record)
         return [self.loaded.model, self.loaded.tokenizer]
 
     def plan(self, config: FinetuneConfig) -> dict[str, Any]:
-        """What the run will do and take, without having done it."""
+        """A description of the run and estimates of its memory and disk space, before it starts."""
         model = self.loaded.model
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         state = sum(tensor.numel() * tensor.element_size() for tensor in self.optimizer.tensors_state().values())
         trainable = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-        state += self.optimizer.moments * trainable  # they come with the first step
-        snapshots = 3 * (trainable + state) if config.snapshot_every else 0  # two, and one that is being written
+        state += self.optimizer.moments * trainable  # these are allocated at the first step
+        snapshots = 3 * (trainable + state) if config.snapshot_every else 0  # two are kept while a third is written
         best = trainable if config.keep == "best" else 0
         saved = 0 if config.keep == "none" else trainable if config.lora and not config.merge else weights
         log = _record_bytes(self.optimizer) * self.steps
@@ -84,7 +84,7 @@ class Setup:
             "steps": f"{'at most ' if config.patience else ''}{self.steps:,}, {self.forwards:,} forward passes over "
             f"{config.batch_size} examples",
             "precision": self._precision(config),
-            "memory": f"weights {size(weights)}, optimizer {size(state)}, one batch's activations beside them",
+            "memory": f"weights {size(weights)}, optimizer {size(state)}, and the activations of one batch",
             "disk": f"tuned model {size(saved)}; snapshots {size(snapshots)} and the best weights {size(best)} until the "
             f"end; log {size(log)}",
             "bytes on disk": saved + snapshots + best + log,
@@ -99,13 +99,13 @@ class Setup:
 
 
 def _record_bytes(optimizer: Any) -> int:
-    """Of a step in the log, about: losses, and a seed and a coefficient per query."""
+    """Estimated bytes of a step in the log: losses, and a seed and a coefficient per query."""
     estimator = getattr(optimizer, "estimator", None)
     return 110 if estimator is None else 80 + 20 * (len(estimator.probes()) + 2 * estimator.queries)
 
 
 def set_up(config: FinetuneConfig, given: Given | None = None) -> Setup:
-    """Load and check everything a run needs, but for what is given; writes nothing."""
+    """Load and check everything that a run needs and that is not `given`; writes nothing."""
     transformers_logging.disable_progress_bar()
     given, device = given or Given(), resolve_device(config.device)
     if given.own:
@@ -122,7 +122,9 @@ def set_up(config: FinetuneConfig, given: Given | None = None) -> Setup:
     if config.epochs:
         steps = math.ceil(config.epochs * len(prepared.train) / (config.batch_size * config.accumulate))
     if steps == 0:
-        raise UserError(f"`forwards` {config.forwards} does not pay for one step of {config.optimizer} ({a_step:g}).")
+        raise UserError(
+            f"`forwards` is {config.forwards} and a step of {config.optimizer} takes {a_step:g}; give more."
+        )
     limit = min(config.max_length or loaded.context_length, loaded.context_length)
     return Setup(config, loaded, prepared, optimizer, trained, steps, round(steps * a_step), device, limit)
 
@@ -130,11 +132,11 @@ def set_up(config: FinetuneConfig, given: Given | None = None) -> Setup:
 def _given_optimizer(
     optimizer: Any, loaded: LoadedModel, prepared: Any, config: FinetuneConfig, device: torch.device
 ) -> tuple[Any, int]:
-    """An optimizer in memory and the number of weights that it trains. Raises UserError if they are another model's."""
+    """An optimizer in memory and the number of weights that it trains. Raises UserError if they are not the model's."""
     own = {id(parameter) for parameter in loaded.model.parameters()}
     held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if not held or any(id(parameter) not in own for parameter in held):
-        raise UserError("`optimizer` holds other tensors than the model's; make it from model.named_parameters().")
+        raise UserError("`optimizer` has tensors that are not the model's; make it from model.named_parameters().")
     if optimizer.wants_full_closure and optimizer.full_closure is None:
         optimizer.full_closure = FullLoss(loaded.model, prepared, config.eval_batch_size, device)
     return optimizer, sum(parameter.numel() for parameter in held if parameter.requires_grad)
@@ -162,7 +164,7 @@ def _task(config: FinetuneConfig, given: Given, device: torch.device) -> tuple[L
     )
     if isinstance(loaded.model, SentenceClassifier):
         if config.lora and config.keep != "none" and not config.merge:
-            raise UserError("`lora` on a sentence encoder is saved merged into its weights alone; add `merge=True`.")
+            raise UserError("`lora` on a sentence encoder can only be saved merged into its weights; add `merge=True`.")
         loaded.model.cache_frozen()
         fit_head(loaded, prepared, config.eval_batch_size)
     return loaded, trained, prepared
@@ -171,8 +173,8 @@ def _task(config: FinetuneConfig, given: Given, device: torch.device) -> tuple[L
 def make_optimizer(
     config: FinetuneConfig, loaded: LoadedModel, prepared: Any, device: torch.device
 ) -> tuple[FinetuneConfig, Any]:
-    """The optimizer of a run; and the settings with what model and data have to say (`Method.resolve`: which layer is
-    dominant, how probes are evaluated), so that a replay needs neither.
+    """The optimizer of a run, and the settings with the values that depend on model and data (`Method.resolve`: the
+    dominant layer, the evaluation of probes), so that a replay needs neither.
     """
     cls, given = method(config.optimizer), arguments(config, loaded.model)
     batch = BatchLoss(loaded.model, prepared, prepared.train[: config.batch_size], device)

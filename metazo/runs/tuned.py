@@ -1,4 +1,4 @@
-"""What a run gives back, and the objects in memory that it may start from."""
+"""The result of a run, and the objects in memory with which a run may start."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from metazo.steplog.format import scan
 from metazo.tasks import Task
 
 MEMORY = "memory:"
-"""What settings call an object that has no name elsewhere begins with this."""
+"""Prefix of the name of an object in memory in the settings."""
 
 
 @dataclass
 class Given:
-    """Objects that take the place of what the settings name."""
+    """Objects in memory that replace those that the settings name."""
 
     loaded: LoadedModel | None = None
     task: Task | None = None
@@ -41,7 +41,7 @@ class Given:
         for name, value in there.items():
             if value is None and str(getattr(config, name)).startswith(MEMORY):
                 raise UserError(
-                    f"`{name}` of this run was an object in memory ({getattr(config, name)}), which no file holds: go on from "
+                    f"`{name}` of this run was an object in memory ({getattr(config, name)}), which is in no file: resume from "
                     "Python, with metazo.finetune(..., resume=True) and the same object as it was at the start."
                 )
 
@@ -60,7 +60,7 @@ class Finetuned:
 
     @cached_property
     def model(self) -> nn.Module:
-        """The tuned model: the object that was given, if one was; the kept weights of a run that was complete before."""
+        """The tuned model: the given object if there was one, or the kept model of a run that was already complete."""
         return self._loaded.model
 
     @property

@@ -11,7 +11,7 @@ from metazo.step.record import Step
 
 
 class MemoryFolder:
-    """Keeps the best weights; settings, metrics, snapshots and model are not written anywhere."""
+    """Keeps the best weights in memory; settings, metrics, snapshots and model are not written."""
 
     def __init__(self, say: Callable[[str], None]):
         self.say = say

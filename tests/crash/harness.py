@@ -204,7 +204,7 @@ class Case:
 
     def _resumed(self, out: Path, rows: list[dict[str, Any]]) -> None:
         """Note by the last death what the child after it said it began from, if it came to say so."""
-        told = re.search(r"Going on after step (\d+)|is complete", (out.parent / f"{out.name}.txt").read_text())
+        told = re.search(r"Resuming after step (\d+)|is complete", (out.parent / f"{out.name}.txt").read_text())
         if rows and told:
             rows[-1]["resumed after step"] = int(told[1] or rows[-1]["steps in the log"])
 

@@ -221,15 +221,18 @@ def test_arguments_that_are_wrong(arguments, said):
     [
         ({"data": batches(1), "learning_rate": 1}, "`learning_rate` is not a hyperparameter of mezo"),
         ({}, "`data` is missing"),
-        ({"data": []}, "`data` holds no batches"),
+        ({"data": []}, "`data` has no batches"),
         ({"data": iter([1])}, "`data` has no length.*give `steps`"),
-        ({"data": batches(1), "batch_size": 4}, "`batch_size` does not go with `loss`"),
-        ({"data": batches(1), "lora": 4}, "`lora` does not go with `loss`"),
+        ({"data": batches(1), "batch_size": 4}, "`batch_size` cannot be combined with `loss`"),
+        ({"data": batches(1), "lora": 4}, "`lora` cannot be combined with `loss`"),
         ({"data": batches(1), "resume": True}, "needs the folder of the run"),
-        ({"data": batches(1), "optimizer": metazo.MeZO(net().named_parameters())}, "holds other tensors"),
+        (
+            {"data": batches(1), "optimizer": metazo.MeZO(net().named_parameters())},
+            "has tensors that are not the model's",
+        ),
         (
             {"data": batches(1), "optimizer": metazo.MeZO(net().named_parameters()), "eps": 1.0},
-            "`eps` does not go with",
+            "`eps` cannot be combined with",
         ),
     ],
 )

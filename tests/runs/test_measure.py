@@ -113,7 +113,7 @@ def test_rows_and_a_model_in_memory(coin):
 
 def test_what_cannot_be_evaluated(tmp_path, coin):
     run(coin, tmp_path / "none", keep="none", steps=1)
-    with pytest.raises(UserError, match="keeps no model"):
+    with pytest.raises(UserError, match="has no model"):
         evaluate(tmp_path / "none")
     with pytest.raises(UserError, match="`split` 'train'"):
         evaluate("pico", "pico_sentiment", split="train")  # type: ignore[arg-type]

@@ -109,7 +109,7 @@ def test_overflow_of_float16_is_told_from_divergence():
     model = scaled("float16", factor)
     assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
     text = diagnose(model, [closure(model)], torch.float16)
-    assert "overflow of float16" in text and "this is no divergence" in text and "ends at 6.55e+04" in text
+    assert "overflow of float16" in text and "has not diverged" in text and "the largest float16 is 6.55e+04" in text
     assert math.isfinite(float(closure(scaled("float32", factor))()))
 
 

@@ -122,7 +122,7 @@ def test_a_log_whose_settings_were_changed_is_refused(run, tmp_path):
     def eps(record):
         return record | ({"settings": record["settings"] | {"eps": 2e-3}} if "settings" in record else {})
 
-    with pytest.raises(UserError, match="does not come out again"):
+    with pytest.raises(UserError, match="cannot be reproduced"):
         replay(rewritten(run, tmp_path / "log", eps), "pico")
 
     def more(record):
