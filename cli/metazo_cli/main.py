@@ -103,7 +103,7 @@ def main() -> None:
         if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT):
             raise
         errors.say("error:", f"{error.filename or 'the output folder'}: {error.strerror}; nothing that was finished is "
-                   "lost: make room and go on with --resume.", "bold red")  # fmt: skip
+                   "lost: make room and continue with --resume.", "bold red")  # fmt: skip
         sys.exit(2)
     except Exception as error:
         message = getattr(error, "format_message", None)

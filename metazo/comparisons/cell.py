@@ -53,7 +53,7 @@ def run(job: Job) -> Result:
         status, reason = "diverged", f"Diverged: {error}"
     except UserError as error:
         reason = str(error)
-    except Exception as error:  # a method, a driver or a full disk may raise anything, and the other runs must go on
+    except Exception as error:  # a method, a driver or a full disk may raise anything, and the other runs must continue
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     taken = meter.bytes()
     result = failed(job, reason, status=status) if parts is None else Result(job.info | _of_worker(), *parts)

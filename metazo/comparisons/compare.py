@@ -184,7 +184,7 @@ class _Comparison:
             shown.show(pool.running)
             if caught:
                 raise Interrupted(
-                    f"{caught[0]} after {shown.done} of {shown.runs} runs; the same command goes on with the rest.",
+                    f"{caught[0]} after {shown.done} of {shown.runs} runs; the same command continues with the rest.",
                     caught[0].split()[0],
                 )
             if not pool.running:

@@ -52,6 +52,6 @@ class LineFile:
 
     def _problem(self, error: OSError) -> UserError:
         return UserError(
-            f"{self.path} cannot be written ({error.strerror}); its lines are intact: put that right and go on with "
+            f"{self.path} cannot be written ({error.strerror}); its lines are intact: put that right and continue with "
             "`resume=True`."
         )

@@ -83,7 +83,7 @@ def meta_train(config: MetaConfig, *, console: Console | None = None) -> Tuner:
 def dry(config: MetaConfig) -> Plan:
     """The plan of a run; nothing is run or written. Raises UserError as `meta_train` does before its first step."""
     if config.out.exists() and not config.resume and (not config.out.is_dir() or any(config.out.iterdir())):
-        raise UserError(f"`out` {config.out} is not an empty folder; choose another, or go on with `resume=True`.")
+        raise UserError(f"`out` {config.out} is not an empty folder; choose another, or continue with `resume=True`.")
     loaded, tasks, order = load(config)
     return make_plan(config, loaded.model, tasks, order)
 
@@ -170,7 +170,7 @@ def build(
                 say(console, f"Teacher's step {step + 1} of {teacher.steps}, loss {loss:.4f}.")
             if caught:
                 raise Interrupted(
-                    f"stopped after the teacher's step {step + 1}; go on with the same command and `resume=True`.",
+                    f"stopped after the teacher's step {step + 1}; continue with the same command and `resume=True`.",
                     caught[0],
                 )
 
@@ -196,7 +196,7 @@ def train(run: MetaRun, folder: RunFolder, steps: int, caught: list[str], consol
                 folder.save_snapshot(run.steps, run.state())
                 raise Interrupted(
                     f"{caught[0]} after meta-step {run.steps} of {steps}; the state is saved, "
-                    "go on with the same command and `resume=True`.",
+                    "continue with the same command and `resume=True`.",
                     caught[0],
                 )
             if run.steps % run.config.save_every == 0 and run.steps < steps:

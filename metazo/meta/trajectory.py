@@ -165,7 +165,7 @@ class Trajectory:
                 )
         FolderLock(folder, "trajectory").check()
         if not manifest.get("complete"):
-            raise UserError(f"The recording in {folder} is not complete; go on with `record` {folder}.")
+            raise UserError(f"The recording in {folder} is not complete; continue with `record` {folder}.")
         try:
             log = [json.loads(line) for line in (folder / _LOG).read_text().splitlines()]
         except (OSError, ValueError) as error:

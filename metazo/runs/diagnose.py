@@ -107,5 +107,5 @@ def memory_explained(config: FinetuneConfig) -> Iterator[None]:
         raise UserError(
             f"Out of memory: lower `batch_size` (now {config.batch_size}; more `accumulate` keeps the examples per step), "
             f"`max_length` (now {length}) or `eval_batch_size` (now {config.eval_batch_size}), or take `dtype` bfloat16 "
-            f"(now {config.dtype}), in another `out`; or free memory and go on with `resume=True`: the step log is intact."
+            f"(now {config.dtype}), in another `out`; or free memory and continue with `resume=True`: the step log is intact."
         ) from error

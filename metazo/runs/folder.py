@@ -44,9 +44,9 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         found = parse_json(read_capped(path / CONFIG, MAX_CONFIG_BYTES, "settings of the run"))
     except ValueError as error:
-        raise UserError(f"{path / CONFIG} is damaged, so the run cannot go on: {error}.") from error
+        raise UserError(f"{path / CONFIG} is damaged, so the run cannot continue: {error}.") from error
     if not isinstance(found, dict):
-        raise UserError(f"{path / CONFIG} is damaged, so the run cannot go on: it is not a mapping of settings.")
+        raise UserError(f"{path / CONFIG} is damaged, so the run cannot continue: it is not a mapping of settings.")
     return found
 
 
@@ -70,7 +70,7 @@ def save_parts(folder: Path, *parts: Any) -> None:
 class RunFolder:
     """The output folder of a run.
 
-    Args: path; config: the run's settings, as JSON values; resume: go on with the run in the folder; incidental: settings
+    Args: path; config: the run's settings, as JSON values; resume: continue the run in the folder; incidental: settings
     that may change on resuming; belongs: hashes of everything that the run's numbers depend on, by name, kept beside the
     settings and compared when the run is resumed; say: called with each sentence for the user.
     One process at a time writes into the folder: it is locked from `begin` (or from here, if an unfinished run is
@@ -105,7 +105,7 @@ class RunFolder:
             return
         self.lock.check()
         if (path / CONFIG).exists():
-            raise UserError(f"`out` {path} already holds a run; choose another folder, or go on with `resume=True`.")
+            raise UserError(f"`out` {path} already holds a run; choose another folder, or continue with `resume=True`.")
         elif path.is_dir() and any(not (entry.match(_LEFT_BEHIND) or entry.name == LOCK) for entry in path.iterdir()):
             raise UserError(f"`out` {path} is not empty and holds no run of metazo; choose an empty or new folder.")
 
@@ -141,7 +141,7 @@ class RunFolder:
             )
         elif now is not None and isinstance(then, dict) and (what := change(then, now)) is not None:
             raise UserError(
-                f"The run in {self.path} cannot go on: {what} since it began; put it back, or choose another `out`."
+                f"The run in {self.path} cannot continue: {what} since it began; put it back, or choose another `out`."
             )
         incidental = incidental | {BELONGS}
         for key in sorted({*found, *self.config} - incidental):
@@ -238,7 +238,7 @@ class RunFolder:
         except OSError as error:
             problem = error.strerror or error
             raise UserError(
-                f"{target} cannot be written ({problem}); put that right and go on with `resume=True`."
+                f"{target} cannot be written ({problem}); put that right and continue with `resume=True`."
             ) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

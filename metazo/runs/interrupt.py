@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Interrupted(Exception):
-    """A run was asked to stop by a signal and has saved what it needs to go on; the message says how."""
+    """A run was asked to stop by a signal and has saved what it needs to continue; the message says how."""
 
     def __init__(self, message: str, by: str = "SIGINT"):
         super().__init__(message)

@@ -97,7 +97,7 @@ class Scan:
     header: dict[str, Any]
     steps: list[Step] = field(default_factory=list)
     end: dict[str, Any] | None = None
-    """The last line of a complete run: kept (step), weights (hash), mixed (if it went on in another environment)."""
+    """The last line of a complete run: kept (step), weights (hash), mixed (if it was resumed in another environment)."""
     size: int = 0
     """Bytes of the complete lines."""
     chain: int = 0

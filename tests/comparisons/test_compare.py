@@ -161,7 +161,7 @@ def test_killed_stopped_and_continued(tmp_path):
     wait_for(process, lambda: len(cells(out)) > len(first))
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and "the same command goes on" in " ".join(errors.split())
+    assert process.returncode == 130 and "the same command continues" in " ".join(errors.split())
     second = cells(out)
     assert first.items() <= second.items() and 3 <= len(second) < 6
     counts = compare(settings)

@@ -206,7 +206,7 @@ def test_the_command_line_refuses_to_resume_what_it_cannot_name(tmp_path):
     ("arguments", "said"),
     [
         (("pico", "pico_sentiment", "mezzo"), "`optimizer` 'mezzo' is unknown"),
-        (("pico", "pico_sentiment", torch.optim.AdamW), "no method of metazo"),
+        (("pico", "pico_sentiment", torch.optim.AdamW), "not a method of metazo"),
         (("pico",), "`task` is required"),
         ((nn.Linear(2, 2), "pico_sentiment"), "`tokenizer` is missing"),
     ],
