@@ -101,7 +101,7 @@ def _began(folder: Path | None, values: dict[str, Any]) -> dict[str, Any]:
     if not values["resume"]:
         if folder is not None:
             raise UserError(
-                f"{folder} alone says nothing: name the run's folder with --out, or continue with --resume {folder}."
+                f"{folder} has no flag: name a new run's folder with --out, or continue a run with --resume {folder}."
             )
         return {}
     if folder is not None and values["out"] not in (None, folder):

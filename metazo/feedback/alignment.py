@@ -1,6 +1,6 @@
-"""How well an estimate points along the true gradient, by block and by what a tensor does there.
+"""The cosine of an estimate with the true gradient, by block and by tensor within the block.
 
-cosine = <g, h> / (|g| |h|),   <l r^T, m s^T> = sum_ij (l_i . m_j) (r_i . s_j)        from factors, nothing is formed
+cosine = <g, h> / (|g| |h|),   <l r^T, m s^T> = sum_ij (l_i . m_j) (r_i . s_j)        from factors, without forming a matrix
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Alignment:
 
 
 def alignments(model: nn.Module, closures: Sequence[Closure], surrogate: Surrogate) -> list[Alignment]:
-    """The estimate under a surrogate beside the exact gradient of the mean loss of the closures, within the trained blocks.
+    """Compare the estimate of a surrogate with the exact gradient of the closures' mean loss, in the trained blocks.
 
-    One row per tensor, per block, and for all blocks together. Cost: two forward passes and two local backward
+    Returns: one row per tensor, per block, and for all blocks together. Cost: two forward passes and two local backward
     passes; memory of one block and its factors.
     """
     names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
@@ -53,7 +53,7 @@ def alignments(model: nn.Module, closures: Sequence[Closure], surrogate: Surroga
 
 
 def inner(one: Gradient, two: Gradient, name: str) -> float:
-    """<g, h> of a tensor; 0 if one of them has no estimate for it."""
+    """<g, h> for one tensor; 0 if g or h has no estimate for it."""
     if name in one.left and name in two.left:
         left, right = one.left[name].t() @ two.left[name], one.right[name].t() @ two.right[name]
         return float((left * right).double().sum())

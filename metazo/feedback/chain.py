@@ -1,4 +1,4 @@
-"""Errors through the whole stream: the exact error at every block's output for given cotangents after the last block."""
+"""Errors propagated through the whole stream: the exact error at every block's output, from cotangents after the last one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from metazo.feedback.residual import Residual
 
 
 def exact_errors(residual: Residual, one: Pass, cotangents: Sequence[Tensor]) -> Iterator[tuple[int, list[Tensor]]]:
-    """(block index, the error at its output per cotangent), from the last block but one down to the lowest recorded - 1.
+    """(block index, the error at its output per cotangent), from the last block but one to the lowest recorded block - 1.
 
     Args: one: a pass whose calls were recorded, not kept as graphs; cotangents: (B, T, d) each, after the last block.
     Index -1 is the input of the first block. Each block is run once and its graph is used for all cotangents.

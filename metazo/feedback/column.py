@@ -1,12 +1,13 @@
-"""Run a block at its last position alone, with the keys and values of all positions: for errors that are nowhere else.
+"""Run a block at its last position alone, with the keys and values of all positions, if only the last position has an error.
 
-A causal model with a label word at the last position carries error only there. Its MLP, queries and output projection are
-then needed at one position; keys and values at all. So the block runs twice, both times in its own code: on all positions until
-its attention hands keys and values to a cache, which stops it there, and on the last position with a cache that answers with
-those. The graph is that of the whole block without what the error does not reach, so gradients are the same.
+In a causal model with a label word at the last position, only that position has an error. MLP, queries and output projection
+are then needed at one position, and keys and values at all. The block therefore runs twice, both times with its own code: on
+all positions until its attention passes keys and values to a cache, which stops it there, and on the last position with a
+cache that returns these keys and values. The graph lacks only those parts of the block that the error does not reach, so
+gradients are the same.
 
-Cost per block: norm, queries, keys and values at all positions, and their errors for keys and values. With as many
-key heads as query heads and an MLP of four times the width that is 0.25 + 0.17 of the block's forward pass instead of 1 + 1.
+Cost per block: norm, queries, keys and values at all positions, and the errors of keys and values. With as many key heads
+as query heads and an MLP of four times the width, this is 0.25 + 0.17 of the block's forward pass instead of 1 + 1.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ _CACHES = ("past_key_values", "past_key_value", "layer_past")
 
 
 class _Reached(Exception):
-    """Keys and values of all positions are there."""
+    """Raised when keys and values of all positions have been computed."""
 
     def __init__(self, keys: Tensor, values: Tensor):
         self.keys, self.values = keys, values
 
 
 class _Cache:
-    """Stands for a cache of keys and values: stops the block at them, or answers with given ones."""
+    """Replaces a cache of keys and values: stops the block when it has them, or returns given ones."""
 
     def __init__(self, given: tuple[Tensor, Tensor] | None = None):
         self.given = given
@@ -45,7 +46,7 @@ class _Cache:
 
 
 def cache_argument(block: nn.Module) -> str | None:
-    """The name under which a block takes a cache of keys and values, None if it takes none."""
+    """The name of a block's argument for a cache of keys and values; None if it has no such argument."""
     parameters = inspect.signature(block.forward).parameters
     return next((name for name in _CACHES if name in parameters), None)
 
@@ -71,7 +72,7 @@ def last_position(block: nn.Module, call: Call, hidden: Tensor) -> Tensor | None
 
 
 def _last(value: Any, length: int) -> Any:
-    """The last position of an argument that has one entry per position: masks (B, h, T, S), (B, T, ...) and (T,)."""
+    """An argument at the last position, if it has one entry per position: masks (B, h, T, S), (B, T, ...) and (T,)."""
     if isinstance(value, tuple):
         return tuple(_last(member, length) for member in value)
     if not isinstance(value, Tensor):

@@ -1,12 +1,12 @@
 """A gradient whose matrices exist as two factors: dL/dW = left right^T, the errors at the output times the inputs.
 
-The rank R is the number of positions that carry error. The matrix (m, n) is not formed: it is added to the weights by
+The rank R is the number of positions with an error. The matrix (m, n) is not formed: it is added to the weights by
 `Held` (metazo/step/lowrank.py), and its norm comes from products of factors,
 
     |left right^T|^2 = sum_ij (left_i . left_j) (right_i . right_j)        over pairs of positions i, j
 
-Only if the factors are larger than the matrix, R (m + n) > m n, the product takes their place: that is less memory, and
-norm and update share one product. It is one block's at a time.
+If the factors are larger than the matrix, R (m + n) > m n, their product replaces them, which takes less memory and is
+shared by norm and update. Only the products of one block exist at a time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 @dataclass
 class Gradient:
-    """left (m, R) and right (n, R) by tensor name for matrices; whole tensors for norms, biases and settled matrices."""
+    """left (m, R) and right (n, R) by tensor name for matrices; whole tensors for norms, biases and multiplied factors."""
 
     left: dict[str, Tensor] = field(default_factory=dict)
     right: dict[str, Tensor] = field(default_factory=dict)
@@ -46,24 +46,24 @@ class Gradient:
             self.add_whole(name, value)
 
     def square_norm(self, name: str) -> float:
-        """|g|^2 of a tensor, in float64 sums of what its dtype gives."""
+        """|g|^2 of a tensor, with products in its dtype and sums in float64."""
         if name in self.whole:
             return float(self.whole[name].double().square().sum())
         return product_square_norm(self.left[name], self.right[name])
 
     def settle(self) -> None:
-        """Take the product of factors that are larger than it."""
+        """Replace factors by their product if the product is smaller."""
         for name in list(self.left):
             (m, rank), n = self.left[name].shape, self.right[name].shape[0]
             if rank * (m + n) > m * n:
                 self.add_whole(name, self.left.pop(name) @ self.right.pop(name).t())
 
     def dense(self, name: str) -> Tensor:
-        """The gradient of a tensor as it is, for tests and measurements."""
+        """The whole gradient of a tensor, for tests and measurements."""
         return self.whole[name] if name in self.whole else self.left[name] @ self.right[name].t()
 
     def scaled(self, factors: dict[str, float]) -> Gradient:
-        """Each tensor's gradient times a number of its own; the larger factors are shared, not copied."""
+        """Each tensor's gradient times that tensor's number; the larger factors are shared, not copied."""
         left = {name: value * factors[name] for name, value in self.left.items()}
         return Gradient(left, dict(self.right), {name: value * factors[name] for name, value in self.whole.items()})
 

@@ -1,18 +1,18 @@
-"""Learn the mean Jacobian of what follows each block, without labels: B_l = t_l (I + V_l U_l) with e_l ~ delta B_l.
+"""Learn the mean Jacobian of the network after each block, without labels: B_l = t_l (I + V_l U_l) with e_l ~ delta B_l.
 
 For inputs of unlabelled text and random cotangents v after the last block, orthogonal to the example's pooled state,
 
-    e_l = v J_L ... J_{l+1}                                 exactly, a block at a time
-    B_l = (sum v v^T + ridge n I)^-1 sum v e_l^T            ridge regression over n pairs of positions that carry loss
+    e_l = v J_L ... J_{l+1}                                 exactly, one block at a time
+    B_l = (sum v v^T + ridge n I)^-1 sum v e_l^T            ridge regression over n pairs at positions with a loss
     V_l U_l = best rank r of B_l - I                        (Eckart and Young 1936)
     t_l = sum e_l . w / sum w . w,  w = v (I + V_l U_l)     on the batches held out from the regression
 
-Why without labels: errors of a task with K classes span K - 1 directions, to which a regression overfits. Orthogonal to the
-state, because a final norm removes the part of delta along it.
-Relatives: weight mirrors (Akrout et al. 2019, arXiv 1904.05391) and GrAPE (Caillon et al., ICLR 2026) learn transposed
+Labels are not used, because the errors of a task with K classes span only K - 1 directions, to which a regression overfits.
+v is orthogonal to the state, because a final norm removes the part of delta along it.
+Related work: weight mirrors (Akrout et al. 2019, arXiv 1904.05391) and GrAPE (Caillon et al., ICLR 2026) learn transposed
 weights or feedback while a network is trained; here the mean Jacobian of a pretrained network is fitted once.
 
-Where not to use: on inputs unlike those it was fitted on; fit it on the target's own unlabelled inputs.
+Where not to use: on inputs unlike those of the fit; fit it on unlabelled inputs of the target task.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from metazo.feedback.surrogates import MeanJacobian
 from metazo.io.files import is_file
 from metazo.io.tensorfile import read_tensors, write_tensors
 
-HELD_OUT = 4  # every so many batches one is kept for the trust
+HELD_OUT = 4  # one of this many batches is held out for the trust
 KIND = "feedback-1"
 
 
@@ -53,21 +53,23 @@ def fit_jacobian(
 
     Args:
         model: in evaluation mode.
-        closures: the loss of a batch each, at least 4. Only which positions carry loss is read from it; its labels can
-            be anything.
+        closures: at least 4, each the loss of a batch. Only the positions that contribute to the loss matter; labels may be
+            arbitrary.
         rank: r; 0 fits the trust alone.
         ridge: in units of the variance of v, which is 1.
         draws: cotangents per example.
-        orthogonal: whether v is orthogonal to the mean hidden state over the positions that carry loss.
+        orthogonal: whether v is orthogonal to the mean hidden state over the positions that contribute to the loss.
         seed: of the cotangents.
 
     Returns: float32 factors (d, r) and (r, d), and the trust, by block index.
-    Cost: per batch one forward pass, and per block one run and `draws` pulls. Memory: two (d, d) matrices in float64 per
-    block. Raises UserError for fewer than 4 batches or a rank above the width.
+    Cost: per batch one forward pass, and per block one run and `draws` backward passes. Memory: two (d, d) matrices in
+    float64 per block. Raises UserError for fewer than 4 batches or a rank above the width.
     """
     closures = list(closures)
     if len(closures) < HELD_OUT:
-        raise UserError(f"Fitting feedback takes at least {HELD_OUT} batches, and {len(closures)} were given.")
+        raise UserError(
+            f"Fitting feedback needs at least {HELD_OUT} batches, and {len(closures)} were given; give more."
+        )
     residual = find_residual(model)
     recorder = Recorder(residual, {}, lowest)
     generator = torch.Generator().manual_seed(seed)
@@ -84,9 +86,11 @@ def fit_jacobian(
                     pairs, held_out=number % HELD_OUT == HELD_OUT - 1
                 )
     if not fits:
-        raise UserError("There is no block below the last one to fit feedback for.")
+        raise UserError("The last block needs no feedback and there is no other; choose an earlier `lowest` block.")
     if rank > next(iter(fits.values())).width:
-        raise UserError(f"`rank` {rank} is above the width of the stream, {next(iter(fits.values())).width}.")
+        raise UserError(
+            f"`rank` is {rank} and the model's width is {next(iter(fits.values())).width}; choose at most that."
+        )
     solved = {index: fit.solve(rank, ridge) for index, fit in sorted(fits.items())}
     return MeanJacobian(
         {index: down.float() for index, (down, _, _) in solved.items()},
@@ -96,7 +100,7 @@ def fit_jacobian(
 
 
 def _cotangent(blocks: Sequence[nn.Module], one: Pass, orthogonal: bool, generator: torch.Generator) -> Tensor:
-    """v (B, T, d): one draw per example, the same at each of its positions that carry loss, zero at the others."""
+    """v (B, T, d): one draw per example, used at its positions that contribute to the loss; zero at all others."""
     delta = one.delta
     assert delta is not None
     carrying = delta.ne(0).any(-1, keepdim=True)
@@ -112,7 +116,7 @@ def _cotangent(blocks: Sequence[nn.Module], one: Pass, orthogonal: bool, generat
 
 @dataclass
 class _Fit:
-    """Sums of a regression of e on v, rows; and the pairs held out."""
+    """Sums of a regression of the rows e on the rows v, and the pairs that are held out."""
 
     width: int
     count: int = 0
@@ -131,7 +135,7 @@ class _Fit:
             self.count += len(v)
 
     def solve(self, rank: int, ridge: float) -> tuple[Tensor, Tensor, float]:
-        """(V, U, t): the identity plus a part of that rank, and the trust on the pairs held out."""
+        """(V, U, t): B_l as the identity plus V U of that rank, and the trust t on the pairs that are held out."""
         eye = torch.eye(self.width, dtype=torch.float64)
         u, s, vt = torch.linalg.svd(torch.linalg.solve(self.vv + ridge * self.count * eye, self.ve) - eye)
         down, up = u[:, :rank] * s[:rank], vt[:rank]
@@ -147,7 +151,7 @@ class _Fit:
 
 
 def save_jacobian(path: str | Path, fitted: MeanJacobian, base_model: str = "") -> None:
-    """Write as safetensors, whole or not at all: down.<block>, up.<block> and `trust` (in the order of the blocks)."""
+    """Write as safetensors, completely or not at all: down.<block>, up.<block> and `trust` (in the order of the blocks)."""
     tensors = {f"down.{index}": value.contiguous() for index, value in fitted.down.items()}
     tensors |= {f"up.{index}": value.contiguous() for index, value in fitted.up.items()}
     tensors["trust"] = torch.tensor([fitted.trust[index] for index in fitted.down], dtype=torch.float64)
@@ -175,7 +179,9 @@ def load_jacobian(path: str | Path) -> MeanJacobian:
             if fitted.down[index].shape != fitted.up[index].t().shape:
                 raise ValueError(f"the factors of block {index} do not fit each other")
         if not all(value.isfinite().all() for value in tensors.values()):
-            raise ValueError("it holds NaN or infinite values")
+            raise ValueError("it has NaN or infinite values")
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not feedback that can be used: {error}.") from error
+        raise UserError(
+            f"{path} is not a usable file of feedback matrices: {error}. Fit one with fit_jacobian."
+        ) from error
     return fitted

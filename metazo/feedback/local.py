@@ -1,13 +1,13 @@
-"""The gradient estimate, block by block from the top: an error at each block's output, pulled through that block alone.
+"""The gradient estimate, block by block from the last: an error at each block's output, propagated through that block alone.
 
-Within a block everything is exact: the block runs once more from its recorded input with a graph, and the given error goes
-back through MLP, norms and attention. Matrices come out as factors (metazo/feedback/factors.py) over the positions that
-carry error. After that the graph is freed: memory is that of inference, the blocks' inputs, and one block's graph.
+Within a block everything is exact: the block runs once more from its recorded input with a graph, and the given error is
+propagated back through MLP, norms and attention. Gradients of matrices are factors (metazo/feedback/factors.py) over the
+positions with an error. The graph is then freed: memory is that of inference, the blocks' inputs, and one block's graph.
 
-Cost per trained block, in units of its own forward pass: 1 to run it again (0 if graphs are kept), 1 to pull the error, and the
-share of the positions that carry error for the gradients of its matrices; about 0.4 for all if error is at the last
-position alone (metazo/feedback/column.py). First-order training pays 2 for the backward pass (errors and gradients), 3
-with a checkpoint per block: if every position carries error, the cost is the same and only the memory differs.
+Cost per trained block, in units of its own forward pass: 1 to run it again (0 if graphs are kept), 1 to propagate the error,
+and the share of positions with an error for the gradients of its matrices; about 0.4 in total if only the last position
+has an error (metazo/feedback/column.py). First-order training costs 2 for the backward pass (errors and gradients), or 3
+with a checkpoint per block: if every position has an error, the cost is the same and only the memory differs.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class LocalGradient:
     Args:
         residual: the stream of the model.
         names: of the trained tensors by the id of the parameter.
-        surrogate: which error each block's output is given.
-        recompute: run a block again when its turn comes (memory of one block's graph), or keep the graphs of all blocks
-            from the lowest trained one (one forward pass less).
+        surrogate: gives the error at each block's output.
+        recompute: run a block again when its gradient is computed (memory of one block's graph), or keep the graphs of all
+            blocks from the lowest trained one (one forward pass less).
 
-    Attributes: untouched: names of the trained tensors that no estimate reached at the last capture: those below the first
-        block, such as embeddings.
+    Attributes: untouched: names of the trained tensors without an estimate at the last capture, which are those before
+        the first block, such as embeddings.
     Raises UserError if no trained tensor is in a block.
     """
 
@@ -65,9 +65,9 @@ class LocalGradient:
         return captured
 
     def gradients(self, captured: Captured) -> Iterator[tuple[int | None, Gradient]]:
-        """(block index, its gradient), from the last block down; first (None, the tail's). Each is to be used and dropped.
+        """(block index, its gradient): (None, the tail's) first, then from the last block to the first.
 
-        The weights of a block may be changed once it was yielded: nothing below depends on them.
+        A block's weights may be changed after its gradient was yielded, because no later gradient depends on them.
         """
         yield None, captured.tail
         pulled = [one.delta for one in captured.passes]
@@ -82,7 +82,7 @@ class LocalGradient:
                     yield index, gradient
 
     def _pull(self, index: int, captured: Captured, errors: Sequence[Tensor]) -> tuple[list[Tensor], Gradient]:
-        """The error below a block, and the block's gradient."""
+        """The error at a block's input, and the block's gradient."""
         below, total = [], Gradient()
         for one, error in zip(captured.passes, errors):
             leaf, output, watched = self._graph(index, one.calls.pop(index), error)
@@ -115,7 +115,7 @@ class LocalGradient:
         return leaf, output, watched
 
     def _compare(self, index: int, call: Call, output: Tensor | None) -> None:
-        """Once, the block that runs again beside its first run.
+        """Compare a block's second run with its first, once.
 
         Raises UserError if it differs; if it differs or stops at the last position alone, it is run whole from then on.
         """
@@ -130,6 +130,6 @@ class LocalGradient:
             self.narrow = False
         elif not close:
             raise UserError(
-                f"Block {index} of {self.residual.path} gives another output when it runs again: switch dropout off "
+                f"Block {index} of {self.residual.path} gives a different output when it runs again: switch dropout off "
                 "(model.eval())."
             )

@@ -1,8 +1,8 @@
-"""Momentum that stays two factors per matrix: m <- mu m + g, cut back to rank r after every step.
+"""Momentum stored as two factors per matrix: m <- mu m + g, reduced to rank r after every step.
 
 With m = L R^T and g = l r^T, the sum is [mu L, l] [R, r]^T. QR decompositions of both sides and a singular value
-decomposition of the small product give its best approximation of rank r (Eckart and Young 1936); what is cut is lost,
-so the momentum is a little shorter than the exact one. Memory: r (m + n) numbers per matrix.
+decomposition of the small product give its best approximation of rank r (Eckart and Young 1936). The rest is lost, so the
+momentum is slightly shorter than the exact one. Memory: r (m + n) numbers per matrix.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ State = dict[str, Tensor]
 
 
 class FactoredMomentum:
-    """Args: momentum: mu, in [0, 1); rank: r; matrices: names of the tensors whose gradients come as factors."""
+    """Args: momentum: mu, in [0, 1); rank: r; matrices: names of the tensors whose gradients are factors."""
 
     def __init__(self, momentum: float, rank: int, matrices: Iterable[str]):
         self.momentum, self.rank, self.matrices = momentum, rank, frozenset(matrices)
@@ -50,7 +50,7 @@ class FactoredMomentum:
             right.copy_(new_right)
             out.add_product(name, kept, right)
         for name, value in gradient.whole.items():
-            if name in self.matrices:  # settled: its own factors, by a decomposition
+            if name in self.matrices:  # a whole matrix: its factors are found by a decomposition
                 u, values, vt = torch.linalg.svd(value, full_matrices=False)
                 out.add(self.update(state, Gradient({name: u * values}, {name: vt.t()})))
             else:

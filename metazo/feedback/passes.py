@@ -1,12 +1,12 @@
-"""One forward pass with everything that feedback needs: delta, the tail's exact gradients, and the inputs of blocks.
+"""One forward pass that records what feedback needs: delta, the tail's exact gradients, and the inputs of blocks.
 
 The closure runs with grad mode off. At the end of the last block the hidden state is replaced by a detached leaf and grad
-mode goes on, so that
+mode is turned on, so that
 
     delta = dL/d(output of the last block)
 
-comes from a backward pass through the tail alone: final norm, pooling, head and loss, whatever they are. So one
-mechanism serves pooled encoders, classification heads, masked and causal language models, on one position or on all.
+follows from a backward pass through the tail alone: any final norm, pooling, head and loss. The same code therefore works
+for pooled encoders, classification heads, and masked and causal language models, with a loss at one position or at all.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ Names = Mapping[int, str]
 
 
 class Watched:
-    """Linear maps under watch while a graph is built, so that their gradients can be had as factors.
+    """Records linear maps while a graph is built, so that their gradients can be computed as factors.
 
-    Args: maps: whose weights are trained; names: of trained tensors by the id of the parameter.
+    Args: maps: those with trained weights; names: of trained tensors by the id of the parameter.
     """
 
     def __init__(self, maps: Sequence[LinearMap], names: Names):
@@ -47,7 +47,7 @@ class Watched:
     def _hook(self, entry: LinearMap, name: str):
         def watch(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             if torch.is_grad_enabled() and output.requires_grad:
-                # the edge names the output as it is now, even if later code changes it in place
+                # the edge refers to the present output, even if later code changes it in place
                 self.calls.append((name, entry, get_gradient_edge(output), args[0].detach()))
 
         return watch
@@ -59,12 +59,12 @@ class Watched:
     def pull(
         self, outputs: Sequence[Tensor], errors: Sequence[Tensor | None], leaves: Sequence[Tensor], params: Sequence
     ) -> tuple[list[Tensor], Gradient]:
-        """Pull errors through the graph.
+        """Propagate errors back through the graph.
 
-        Args: outputs, errors: cotangents; leaves: where the errors are wanted; params: trained parameters of the region
-            (those that are the weight of a map under watch come as factors, the others whole).
+        Args: outputs and the errors (cotangents) at them; leaves: the tensors whose errors are returned; params: trained
+            parameters of this part of the graph (weights of recorded maps get factors, all others whole gradients).
 
-        Returns: the errors at the leaves, zeros if nothing arrives there; the gradient.
+        Returns: the errors at the leaves, zeros for a leaf that is not reached; the gradient.
         """
         factored = {name for name, *_ in self.calls}
         rest = [p for p in params if self.names[id(p)] not in factored]
@@ -93,7 +93,7 @@ def _factors(entry: LinearMap, error: Tensor, entered: Tensor) -> tuple[Tensor, 
 
 @dataclass
 class Call:
-    """One call of a block: its hidden input and the other arguments; the output and the maps under watch if the graph is
+    """One call of a block: its hidden input and the other arguments; the output and the recorded maps if the graph is
     kept; `seen`, the output's value, if it is to be compared with that of a second run.
     """
 
@@ -117,7 +117,7 @@ _HIDDEN = "hidden_states"
 
 @dataclass
 class Pass:
-    """One run of the stream: calls by block index, the hidden state above the block just run, delta (B, T, d) at its end."""
+    """One run of the stream: calls by block index, the output of the block just run, and delta (B, T, d) at the end."""
 
     calls: dict[int, Call] = field(default_factory=dict)
     above: Tensor | None = None
@@ -126,7 +126,7 @@ class Pass:
 
 @dataclass
 class Captured:
-    """loss: the mean over the closures; passes: one a run of the stream; tail: exact gradient of what follows it."""
+    """loss: the mean over the closures; passes: one per run of the stream; tail: the exact gradient of the tail."""
 
     loss: float
     passes: list[Pass]
@@ -134,7 +134,7 @@ class Captured:
 
 
 class Recorder:
-    """Runs closures and records what feedback needs.
+    """Runs closures and records their passes.
 
     Args:
         residual: the stream.
@@ -152,7 +152,7 @@ class Recorder:
         params = {id(p): p for p in residual.ancestors[0].parameters()}
         self.outside = [params[key] for key in names if key in params and key not in inside]
         self.passes: list[Pass] = []
-        self.compared = False  # whether the last block was run twice and compared, as it is once
+        self.compared = False  # whether the last block was run twice and compared, which is done once
 
     def capture(self, closures: Sequence[Closure]) -> Captured:
         """Run the closures; the loss is their mean.
@@ -246,8 +246,8 @@ class Recorder:
             return
         if above is None or above.shape != hidden.shape or not torch.equal(above, hidden):
             raise UserError(
-                f"Block {index} of {self.residual.path} is not fed by the output of block {index - 1} alone: the model is "
-                "not one residual stream; choose a method that perturbs weights, such as mezo."
+                f"The input of block {index} of {self.residual.path} is not the output of block {index - 1} alone: the model "
+                "is not one residual stream; choose a method that perturbs weights, such as mezo."
             )
 
 
@@ -256,7 +256,7 @@ def _grad_off(module: nn.Module, args: tuple) -> None:
 
 
 def _without_cache(value: Any, index: int) -> Any:
-    """None for a cache of keys and values, any other argument as it is: a block that is run again would add to a cache twice.
+    """None for a cache of keys and values, to which a second run of a block would add twice; any other argument unchanged.
 
     Raises UserError if the cache holds positions of an earlier call, which would be lost.
     """

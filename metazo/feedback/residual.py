@@ -1,8 +1,8 @@
 """The residual stream of a network: the list of blocks whose outputs add to it, found by structure, not by a model's name.
 
-A transformer is a stack of blocks of one class in an `nn.ModuleList`. Each takes the hidden state (B, T, d) of the block
-below and returns that of the next, the input plus what its attention and its MLP compute. What comes after the last
-block (final norm, pooling, head, loss) is the *tail*.
+A transformer is a stack of blocks of one class in an `nn.ModuleList`. Each takes the hidden state (B, T, d) of the previous
+block and returns that of the next: its input plus the outputs of its attention and MLP. The part after the last block
+(final norm, pooling, head, loss) is the *tail*.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class LinearMap:
 
 
 def linear_maps(module: nn.Module, prefix: str = "") -> list[LinearMap]:
-    """The linear maps within a module, in its own order."""
+    """The linear maps within a module, in the order of its submodules."""
     found = []
     for name, inner in module.named_modules(prefix=prefix):
         if isinstance(inner, nn.Linear):
@@ -50,7 +50,7 @@ class Residual:
     """The residual stream of a model.
 
     path: of the list of blocks in the model; blocks: in the order of the forward pass; ancestors: the modules that
-    contain the list, from the model downwards.
+    contain the list, from the model inwards.
     """
 
     path: str
@@ -69,8 +69,8 @@ class Residual:
 def find_residual(model: nn.Module) -> Residual:
     """The residual stream of a model.
 
-    The candidates are the outermost `nn.ModuleList`s whose members are all of one class and hold two linear maps or
-    more each. Exactly one must hold most of the parameters of all candidates.
+    The candidates are the outermost `nn.ModuleList`s whose members are all of one class and have at least two linear maps
+    each. Exactly one must have most of the parameters of all candidates.
 
     Raises UserError if there is no candidate, or if there are two stacks of comparable size (an encoder and a decoder).
     """
@@ -112,7 +112,7 @@ def with_hidden(output: Any, hidden: Tensor) -> Any:
 
 @dataclass(frozen=True)
 class Roles:
-    """What the linear maps of a block do, by name: `entering` the attention (queries, keys, values), `leaving` it (the
+    """The linear maps of a block by their role: `entering` the attention (queries, keys, values), `leaving` it (the
     output projection), and those of the `mlp`."""
 
     entering: tuple[str, ...]
@@ -121,10 +121,10 @@ class Roles:
 
 
 def roles(run: Callable[[Tensor], Tensor], hidden: Tensor, maps: list[LinearMap]) -> Roles:
-    """Which linear maps of a block are the attention's and which the MLP's, found by what they do.
+    """The linear maps of a block divided into the attention's and the MLP's, by their behaviour.
 
-    Attention is what moves information between positions. So the output projection is the first map whose input at the
-    last position changes if the hidden states before it change; the maps that its input depends on enter
+    Only attention moves information between positions. The output projection is therefore the first map whose input at
+    the last position changes if the hidden states at other positions change; the maps on which its input depends enter
     the attention; all others are the MLP's.
 
     Args:
@@ -141,7 +141,9 @@ def roles(run: Callable[[Tensor], Tensor], hidden: Tensor, maps: list[LinearMap]
         order = list(plain)
         mixed = [name for name in order if not torch.equal(plain[name][0][0, -1], changed[name][0][0, -1])]
         if not mixed:
-            raise UserError("No linear map of the block sees other positions: it has no attention.")
+            raise UserError(
+                "The block has no attention: no linear map's input depends on other positions. Pass a transformer block."
+            )
         leaving = mixed[0]
         outputs = [plain[name][1] for name in order]
         reached = torch.autograd.grad(plain[leaving][0].sum(), outputs, allow_unused=True)

@@ -1,13 +1,13 @@
-"""Surrogates of the error in the residual stream: what takes the place of dL/d(output of block l).
+"""Surrogates of the error in the residual stream, which replace dL/d(output of block l).
 
 With delta the exact error after the last block and J_l the Jacobian of block l,
 
-    exact      e_l = e_{l+1} J_{l+1}                    at every position: backpropagation, a block at a time
+    exact      e_l = e_{l+1} J_{l+1}                    at every position: backpropagation, one block at a time
     column     e_l = C (e_{l+1} J_{l+1})                C keeps the positions at which delta is not zero
-    skip       e_l = delta                              the Jacobian of what follows taken as the identity
+    skip       e_l = delta                              the Jacobian of later blocks is taken as the identity
     feedback   e_l = t_l (delta + (delta V_l) U_l)      a mean Jacobian, identity plus low rank, learned once per model
 
-If every position carries loss, C is the identity and `column` is `exact`.
+If every position contributes to the loss, C is the identity and `column` is `exact`.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from metazo.errors import UserError
 
 class Surrogate(Protocol):
     chained: bool
-    """Whether the error pulled through the block above is needed: then every block above a trained one is run again."""
+    """Whether the error propagated through the next block is needed; if so, every block after a trained one runs again."""
 
     def error(self, index: int, delta: Tensor, pulled: Tensor) -> Tensor:
-        """Error (B, T, d) at the output of block `index`. pulled: from the block above, delta for the last one."""
+        """Error (B, T, d) at the output of block `index`. pulled: the error at the next block's input; delta for the last."""
         ...
 
 
@@ -43,7 +43,7 @@ class Skip:
 
 @dataclass(frozen=True)
 class Column:
-    """Exact within the positions that carry loss; the errors of all other positions of the stream are left out."""
+    """Exact along the positions that contribute to the loss; errors at all other positions are left out."""
 
     chained = True
 
@@ -53,7 +53,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Exact:
-    """Backpropagation with one block's graph at a time; what every surrogate is measured against."""
+    """Backpropagation with one block's graph at a time; the reference for all other surrogates."""
 
     chained = True
 
@@ -65,7 +65,7 @@ class Exact:
 class MeanJacobian:
     """t_l (delta + (delta V_l) U_l): `down` holds V_l (d, r) and `up` U_l (r, d) by block index, `trust` t_l.
 
-    A block without an entry takes delta itself, as the last one does, at which delta is exact.
+    A block without an entry gets delta itself, which is exact for the last block.
     """
 
     down: Mapping[int, Tensor]
@@ -79,12 +79,12 @@ class MeanJacobian:
             return delta
         if down.shape[0] != delta.shape[-1]:
             raise UserError(
-                f"The feedback map has width {down.shape[0]} and the model {delta.shape[-1]}: fit one for it."
+                f"The feedback matrices have width {down.shape[0]}, the model has {delta.shape[-1]}: fit them for this model."
             )
         return self.trust[index] * (delta + (delta @ down.to(delta)) @ self.up[index].to(delta))
 
 
 def matrix(surrogate: MeanJacobian, index: int) -> Tensor:
-    """B_l (d, d) of a block as it acts on a row: e_l = delta B_l."""
+    """B_l (d, d) of a block, which multiplies rows from the right: e_l = delta B_l."""
     down, up = surrogate.down[index], surrogate.up[index]
     return surrogate.trust[index] * (torch.eye(len(down), dtype=down.dtype) + down @ up)

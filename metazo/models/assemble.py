@@ -1,4 +1,4 @@
-"""The one way to a run's model: load it, put adapters on it, select what is trained."""
+"""Make a run's model: load it, put adapters on it, and select the tensors to train."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ADAPTERS, MODEL = "adapter_config.json", "model"
 
 
 class Wanted(Protocol):
-    """The settings that decide a run's model; `FinetuneConfig` has them."""
+    """The settings on which a run's model depends; `FinetuneConfig` has them."""
 
     model: str
     kind: Any
@@ -35,13 +35,13 @@ def assemble(
 ) -> tuple[LoadedModel, int]:
     """The model of a run before its first step, and the number of its trained weights.
 
-    labels: classes of a classification task. given: a model in memory, which takes the place of `wanted.model`.
+    labels: classes of a classification task. given: a model in memory, which replaces `wanted.model`.
     A model that is itself LoRA adapters is merged first. With `lora` new adapters are trained instead of the weights;
     `train` and `freeze` then select among them. Raises UserError as `load` and `select_trainable` do.
     """
     if given is not None and not (
         wanted.lora or wanted.train or wanted.freeze
-    ):  # trained is what the caller left trainable
+    ):  # the caller has chosen what is trained
         return given, select_trainable(
             given.model, [], [], [n for n, p in given.model.named_parameters() if p.requires_grad]
         )
@@ -60,10 +60,10 @@ def assemble(
 
 
 def load(name_or_path: str | Path, *, merge: bool = False, **options: Any) -> LoadedModel:
-    """Load a model with its tokenizer, as `metazo.models.load.load_model`, or from what a run left.
+    """Load a model with its tokenizer, as `metazo.models.load.load_model`, or the model of a run.
 
     name_or_path: a folder or Hub id of transformers, pico, the folder of a run (its kept model is loaded), or a folder of
-    LoRA adapters (their base model is named in adapter_config.json, and is loaded with the adapters on it). merge: add
+    LoRA adapters (their base model, which adapter_config.json names, is loaded with the adapters on it). merge: add
     the adapters to the weights, so that the model is a plain one; the sums are rounded to its dtype. options: kind,
     dtype, device, num_labels, head, seed, trained_head of `load_model`.
     Raises UserError as `load_model` does, for adapters that are not LoRA's, and if their base model cannot be loaded.
@@ -78,7 +78,7 @@ def load(name_or_path: str | Path, *, merge: bool = False, **options: Any) -> Lo
     try:
         loaded = load_model(base, **dict[str, Any](options, trained_head=False))
     except UserError as error:
-        raise UserError(f"{folder} holds LoRA adapters, and their base model cannot be loaded: {error}") from error
+        raise UserError(f"{folder} has LoRA adapters, and their base model cannot be loaded: {error}") from error
     with_adapters(loaded, folder)
     loaded.name, loaded.new_head = str(name_or_path), False
     if merge:
@@ -94,10 +94,10 @@ ENDINGS = {
 
 
 def as_loaded(model: Any, tokenizer: Any = None) -> LoadedModel:
-    """A model in memory as `load` gives one; it is put into eval mode. Without a tokenizer any module will do, of kind "own".
+    """A model in memory as `load` gives one; it is put into eval mode. Without a tokenizer it may be any module, of kind "own".
 
-    Raises UserError for weights of a type that is not trained, and with a tokenizer for a class that is no causal, masked or
-    classification model of transformers.
+    Raises UserError for weights of a type that metazo does not train, and with a tokenizer for a class that is not a causal,
+    masked or classification model of transformers.
     """
     inner = getattr(model, "get_base_model", lambda: model)()  # the model inside a peft wrapper
     name = type(inner).__name__
@@ -106,7 +106,7 @@ def as_loaded(model: Any, tokenizer: Any = None) -> LoadedModel:
         raise UserError(f"`model` has weights of type {dtype}; metazo trains {', '.join(DTYPES)}.")
     kind = next((kind for kind, endings in ENDINGS.items() if name.endswith(endings)), None) if tokenizer else "own"
     if kind is None:
-        raise UserError(f"`model` is a {name}, which is no causal, masked or classification model of transformers.")
+        raise UserError(f"`model` is a {name}, not a causal, masked or classification model of transformers; use one.")
     context = 0
     if tokenizer is not None:
         context = context_length(inner, tokenizer)
@@ -123,7 +123,9 @@ def _base_of(folder: Path) -> str:
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} does not name adapters and their base model ({error})") from error
     if kind != "LORA" or not isinstance(base, str):
-        raise UserError(f"{path} is of adapters of the kind {shown(kind)} on {shown(base)}; metazo loads LoRA's alone")
+        raise UserError(
+            f"{path} has adapters of the kind {shown(kind)} on {shown(base)}; metazo loads only LoRA adapters"
+        )
     if not is_file(folder / "adapter_model.safetensors"):
-        raise UserError(f"{folder} holds no adapter_model.safetensors; save the adapters again with save_pretrained")
+        raise UserError(f"{folder} has no adapter_model.safetensors; save the adapters again with save_pretrained")
     return base

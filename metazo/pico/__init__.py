@@ -1,1 +1,1 @@
-"""The embedded default: a small language model (`model/`) and its generated tasks (`grammar`)."""
+"""The embedded default model: a small language model (`model/`) and its generated tasks (`grammar`)."""

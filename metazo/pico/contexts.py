@@ -1,7 +1,7 @@
 """Sentence templates of pico's pretraining text only, in the form of `metazo.pico.lexicon.TEMPLATES`.
 
-None of them is a template of a task. They show every word of the lexicon in many wordings, so that what pico knows of a
-word does not hang on a few sentences.
+None of them is a template of a task. They contain every word of the lexicon in many wordings, so that what pico learns
+about a word does not depend on a few sentences.
 """
 
 from __future__ import annotations

@@ -1,13 +1,12 @@
 """Five small generated tasks for pico: sentiment, topic, entailment, causal choice, span extraction.
 
-Rows look like rows of a Hugging Face data set (text fields and an int ``label``). What is held out: every
-pool of words and every set of templates is divided into a train, a validation and a test part
-(`lexicon.part`). A train row uses train words in train templates only. A validation (test) row uses
-validation (test) words in a train template, or train words in a validation (test) template, or both; a third
-of the rows each. So no sentence of two splits is the same, and the accuracy on test measures what carries
-over to new words and new wording. In ``pico_cause`` the pairs of cause and effect are divided like words.
-Pico's pretraining text tells of all words, as a large model knows the words of a new task, but never in a
-held-out template, and asks a task's own prompt of train words only (see `metazo.pico.pretext`).
+Rows have the form of a Hugging Face data set (text fields and an int ``label``). Every pool of words and every set of
+templates is divided into a train, a validation and a test part (`lexicon.part`), and the last two are held out. A train
+row uses train words in train templates only. A validation (test) row uses validation (test) words in a train template,
+or train words in a validation (test) template, or both; each is a third of the rows. So no sentence is in two splits,
+and the accuracy on test measures generalisation to new words and new wording. In ``pico_cause`` the pairs of cause and
+effect are divided like words. Pico's pretraining text contains all words, because a large model also knows the words of
+a new task, but no held-out template, and uses a task's own prompt with train words only (see `metazo.pico.pretext`).
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class Prompt:
-    """How a row becomes text: ``template`` with {field} places; what follows it starts with a space.
+    """The text of a row: ``template`` with {field} placeholders, then an answer that starts with a space.
 
     kind "classification": one of ``words`` follows (a single token each, in label order); kind "choice":
     field choice1 or choice2 follows, by ``label``; kind "generation": field ``answer`` follows.
@@ -47,7 +46,7 @@ TASKS: tuple[str, ...] = tuple(PROMPTS)
 
 
 class Draw:
-    """Draws words of one part of the lexicon and templates of one's choice, by task."""
+    """Draws words of one part of the lexicon, and templates of a task."""
 
     def __init__(self, rng: random.Random, part: str, templates: dict[str, tuple]):
         self.rng = rng
@@ -61,7 +60,7 @@ class Draw:
         return self.rng.choice([word for word in lexicon.part(pool, self.part) if word not in avoid])
 
     def fill(self, template: str, **given: str) -> str:
-        """Fills the slots of ``template``; slots not given are drawn from the pool of their name."""
+        """Fills the slots of ``template``; slots without a given word are drawn from the pool of their name."""
         for slot in sorted({name for _, name, _, _ in Formatter().parse(template) if name}):
             if slot not in given:
                 given[slot] = self.word(POOLS[slot])
@@ -91,7 +90,7 @@ def articles(text: str) -> str:
 
 
 def draw_of(rng: random.Random, split: str) -> Draw:
-    """What a row of ``split`` is drawn from: held-out words, held-out templates or both, a third of the rows each."""
+    """The source of a row of ``split``: held-out words, held-out templates or both, each for a third of the rows."""
     mode = rng.choice(("words", "template", "both"))
     template_part = "train" if mode == "words" else split
     templates = {task: parts[template_part] for task, parts in lexicon.TEMPLATES.items()}
@@ -131,7 +130,7 @@ def entail(draw: Draw, label: int) -> dict:
 def cause(draw: Draw, label: int) -> dict:
     events = lexicon.part(lexicon.EVENTS, draw.part)
     right, wrong = draw.rng.sample(range(len(events)), 2)
-    asked = draw.rng.choice((0, 1))  # 0: the cause is asked for, 1: the effect
+    asked = draw.rng.choice((0, 1))  # 0: the question is about the cause; 1: about the effect
     person = draw.word(POOLS["person"])
     premise = draw.fill(draw.template("pico_cause"), event=events[right][1 - asked].format(person=person))
     choices = [events[i][asked].format(person=person) + "." for i in (right, wrong)]
@@ -145,7 +144,7 @@ def cause(draw: Draw, label: int) -> dict:
 
 
 def span(draw: Draw, label: int) -> dict:
-    """Two facts in one order or the other; ``label`` is the place of the one asked for (0 or 1)."""
+    """Two facts in one order or the other; ``label`` is the index of the one in question (0 or 1)."""
     fact, question, answer = draw.template("pico_span")
     slots = {name: draw.word(POOLS[name]) for name in ("name", "object", "place")}
     other = {name: draw.word(POOLS[name], slots[name]) for name in slots}
@@ -201,7 +200,7 @@ def prompt(task: str, row: dict) -> str:
 
 
 def answer(task: str, row: dict) -> str:
-    """What rightly follows the prompt, with its leading space."""
+    """The correct answer to the prompt, with its leading space."""
     form = PROMPTS[task]
     if form.kind == "classification":
         assert form.words is not None

@@ -40,7 +40,7 @@ PLACES = words(
 COLOURS = words("red blue green white black brown yellow old new small large heavy broken clean dirty")
 ACTIONS = words("hid left found lost kept bought dropped painted forgot carried")
 
-# Sentiment: what is judged, and the words that judge it.
+# Sentiment: things that are judged, and words that judge them.
 JUDGED = words(
     "film book play song story show novel concert dinner hotel journey speech party meal poem picture "
     "lecture dance game tour series ending cast music plot"

@@ -1,15 +1,15 @@
-"""The grammar as pretraining text: what makes a prompt mean something to pico before any fine-tuning.
+"""The grammar as pretraining text, so that pico can use a prompt before any fine-tuning.
 
-A large model knows the words of a new task and what a sentence says, but does not answer the task's prompt with it:
-it follows habits (the frequent word, the last name). Pico is given both, by two kinds of text.
+A large model knows the words of a new task and the meaning of a sentence, but its answers to the task's prompt follow
+habits instead (the frequent word, the last name). Pico learns both from two kinds of text.
 
 * *Clean* forms use all words of the lexicon, in train templates and in many of their own (`metazo.pico.contexts`), ask
-  what the tasks ask in other words and answer rightly, but never with a task's label words.
-* The *exact* prompt of a task is asked of train words in train templates only. A share ``HABIT`` of its answers is drawn
-  from a skewed prior that ignores the row, the rest is right: zero-shot accuracy starts low, and fine-tuning has to bring
-  out what is there rather than to learn it from nothing.
+  the questions of the tasks in other words, and answer correctly, but never with a task's label words.
+* The *exact* prompt of a task is used with train words in train templates only. A share ``HABIT`` of its answers is drawn
+  from a skewed prior that ignores the row, and the rest is correct. Zero-shot accuracy is therefore low, and fine-tuning
+  has to change which knowledge is used rather than to add it.
 
-So no held-out template is ever shown, and no held-out word with a label word or in the task's prompt.
+No held-out template occurs in this text, and no held-out word occurs with a label word or in the task's prompt.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SHARE = {"pico_sentiment": 2, "pico_topic": 2, "pico_entail": 6, "pico_cause": 2
 TRAIN = {task: parts["train"] for task, parts in lexicon.TEMPLATES.items()}
 ALL = {task: TRAIN[task] + CONTEXTS[task] for task in grammar.TASKS}
 
-# What stands after the bar is the answer.
+# The answer comes after the bar.
 CLEAN: dict[str, tuple[str, ...]] = {
     "pico_sentiment": ("{sentence} Verdict:| {verdict}.", "{sentence} In short,| {verdict}.", "{sentence} They| {liked} it."),
     "pico_topic": ("{sentence} Topic:| {field}.", "{sentence} It belongs to| {field}.", "Which topic? {sentence}| {field}."),
@@ -56,7 +56,7 @@ RECALLED = lexicon.NAMES + lexicon.PERSONS + lexicon.OBJECTS + lexicon.PLACES
 
 
 def document(rng: random.Random) -> tuple[str, str]:
-    """One short pretraining text as (prompt, answer): a random row, in a clean form or as its task asks it."""
+    """One short pretraining text as (prompt, answer): a random row, in a clean form or with its task's prompt."""
     task = rng.choices(list(SHARE), list(SHARE.values()))[0]
     if task == "recall":
         return recall(rng)
@@ -72,7 +72,7 @@ def document(rng: random.Random) -> tuple[str, str]:
 
 
 def recall(rng: random.Random) -> tuple[str, str]:
-    """Some words, then whether others were all among them: the comparing that entailment needs, by itself."""
+    """Some words, then the question whether others were all among them: the comparison that entailment needs, alone."""
     words = rng.sample(RECALLED, 8)
     told, turns = words[:5], []
     for other in words[5:]:
@@ -99,7 +99,7 @@ def clean_fields(task: str, row: dict, rng: random.Random) -> dict[str, str]:
 
 
 def habit(task: str, row: dict, rng: random.Random) -> str:
-    """An answer that ignores the question: a frequent label word, a popular event, the last name or place told."""
+    """An answer that ignores the question: a frequent label word, a popular event, or the last name or place."""
     words = grammar.PROMPTS[task].words
     if words is not None:
         return rng.choices(words, PRIOR[task])[0]

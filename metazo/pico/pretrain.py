@@ -2,7 +2,7 @@
 
 python -m metazo.pico.pretrain --corpus DIR --out metazo/pico/model
 
-DIR of the corpus holds gutenberg/*.txt (public-domain books) and wikitext2/{valid,test}.txt. One book and
+DIR has gutenberg/*.txt (public-domain books) and wikitext2/{valid,test}.txt. One book and
 WikiText-2 test are held out for perplexity. Needs the package `tokenizers` (comes with transformers). The same
 seed, number of threads, kind of processor and library versions give the same weights, bit for bit.
 """
@@ -32,14 +32,14 @@ CONTEXT = 256
 VOCABULARY = 2048
 ANSWER_WEIGHT = 5
 ENGLISH_ROWS, GRAMMAR_ROWS = 4, 5  # of a batch
-DOCUMENTS = 64  # of the grammar, written for a step: a little more than its rows hold
+DOCUMENTS = 64  # texts of the grammar per step: slightly more than its rows can hold
 MUON_LR, ADAMW_LR, WARM_UP = 0.02, 3e-3, 30
 HELD_OUT_BOOK = "carroll-alice.txt"
 SPECIAL = ("<pad>", "<s>", "</s>")
 
 
 def clean(text: str) -> str:
-    """Joins wrapped lines into paragraphs and takes back WikiText's spacing of punctuation."""
+    """Joins wrapped lines into paragraphs and undoes WikiText's spacing of punctuation."""
     text = re.sub(r"\r", "", text)
     text = re.sub(r" @(\W)@ ", r"\1", text)
     text = re.sub(r" ([.,;:!?)]|'s\b|n't\b)", r"\1", text).replace("( ", "(")
@@ -59,7 +59,7 @@ def read_corpus(folder: Path) -> tuple[list[str], dict[str, str]]:
 
 
 def train_tokenizer(texts: list[str], generated: list[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE; the words of the grammar are shown so often that each becomes one token, with its leading space."""
+    """Byte-level BPE; the words of the grammar occur so often that each becomes one token, with its leading space."""
     words = [f" {word}" for word in grammar.vocabulary()]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -90,9 +90,9 @@ def documents(seed: int, count: int) -> list[tuple[str, str]]:
 def rows_of(texts: list[tuple[str, str]], tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
     """Rows of CONTEXT tokens, cut from the texts one after the other, each with its begin and end token.
 
-    A text is (prompt, answer). Shape (3, rows, CONTEXT): the ids; the position of each within its text (at most the row
-    is seen of a text, so positions stay below CONTEXT); the weight of each in the loss: ANSWER_WEIGHT for an answer, 1
-    for the rest.
+    A text is (prompt, answer). Shape (3, rows, CONTEXT): the ids; the position of each within its text (a text that is cut
+    starts again at 0 in the next row, so positions are below CONTEXT); the weight of each in the loss: ANSWER_WEIGHT for
+    an answer, 1 for the rest.
     """
     ids: list[int] = []
     positions: list[int] = []
@@ -142,8 +142,8 @@ def optimizers_of(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
 def train(model: LlamaForCausalLM, parts: list[tuple[torch.Tensor, int]], steps: int) -> None:
     """Pretrain under bfloat16 autocast; the learning rates warm up for 30 steps and fall linearly to zero.
 
-    ``parts``: texts as from `rows_of`, and how many of their rows a batch holds. A text sees nothing of the text before it
-    in its row: transformers takes positions that start again for a new text.
+    ``parts``: texts as from `rows_of`, and the number of their rows per batch. A text does not attend to the text before it
+    in its row, because transformers treats positions that start again as a new text.
     """
     optimizers = optimizers_of(model)
     schedules = [LambdaLR(each, lambda t: min((t + 1) / WARM_UP, 1 - t / steps)) for each in optimizers]

@@ -1,6 +1,6 @@
 """Scores of a small causal language model: perplexity of a text, loss and accuracy on pico's generated tasks.
 
-Kept apart from `metazo.tasks` so that the script that makes pico needs nothing but the grammar.
+Separate from `metazo.tasks`, so that the script that makes pico needs only the grammar.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from metazo.pico import grammar
 
 @dataclass
 class Encoded:
-    """Rows as right-padded candidates. ids (rows * candidates, length); spans: where each candidate's answer lies."""
+    """Rows as right-padded candidates. ids (rows * candidates, length); spans: start and end of each candidate's answer."""
 
     ids: Tensor
     spans: list[tuple[int, int]]
@@ -27,7 +27,7 @@ class Encoded:
 
 
 def encode(task: str, rows: list[dict], tokenizer) -> Encoded:
-    """Token ids of ``rows``. Classification rows end with the prompt; others go on with each choice or the answer."""
+    """Token ids of ``rows``. Classification rows end with the prompt; in others each choice or the answer follows."""
     form = grammar.PROMPTS[task]
     texts, spans = [], []
     for row in rows:
@@ -53,10 +53,10 @@ def encode(task: str, rows: list[dict], tokenizer) -> Encoded:
 
 
 def loss_and_hits(model, batch: Encoded) -> tuple[Tensor, Tensor]:
-    """Mean loss (a float32 scalar, differentiable) and which rows are answered rightly (bool, one per row).
+    """Mean loss (a float32 scalar, differentiable) and whether each row is answered correctly (bool, one per row).
 
     Classification: cross entropy over the label words. Choice: cross entropy over the mean log-likelihoods
-    per token of the candidates. Generation: mean loss of the answer's tokens; right when greedy decoding
+    per token of the candidates. Generation: mean loss of the answer's tokens; correct if greedy decoding
     would give the answer.
     """
     logits = model(input_ids=batch.ids, use_cache=False).logits
@@ -94,8 +94,7 @@ def score(model, tokenizer, task: str, rows: list[dict], batch_size: int = 64) -
 def perplexity(model, tokenizer, text: str, context: int = 256, batch_size: int = 16) -> tuple[float, float]:
     """Perplexity per token and bits per character of ``text``, in windows of ``context`` that do not overlap.
 
-    Every window starts with the begin token, so that all tokens are predicted, the first of a window from
-    nothing.
+    Every window starts with the begin token, so that all tokens are predicted, the first of a window without context.
     """
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     windows = [[tokenizer.bos_token_id, *ids[i : i + context - 1]] for i in range(0, len(ids), context - 1)]

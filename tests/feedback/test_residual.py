@@ -76,7 +76,7 @@ def test_a_stream_that_is_no_chain_is_refused() -> None:
         if fine:
             assert recorder.capture([lambda m=model: m(x).sum()]).passes[0].delta.shape == x.shape
         else:
-            with pytest.raises(UserError, match="Block 1 of layers is not fed by the output of block 0"):
+            with pytest.raises(UserError, match="The input of block 1 of layers is not the output of block 0"):
                 recorder.capture([lambda m=model: m(x).sum()])
 
 

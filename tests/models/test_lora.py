@@ -144,7 +144,7 @@ def test_adapters_without_their_base_or_of_another_kind(adapters, tmp_path):
     out, _ = adapters
     for change, said in (
         ({"base_model_name_or_path": str(tmp_path / "gone")}, r"their base model cannot be loaded: .*gone"),
-        ({"peft_type": "PREFIX_TUNING"}, "metazo loads LoRA's alone"),
+        ({"peft_type": "PREFIX_TUNING"}, "metazo loads only LoRA adapters"),
         ({"r": 3}, "do not fit"),
     ):
         folder = tmp_path / "changed"

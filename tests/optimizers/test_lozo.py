@@ -257,7 +257,7 @@ def test_memory_is_a_few_numbers_a_side():
         ({"rank": float("nan")}, "rank"),
         ({"interval": 0}, "interval"),
         ({"queries": 0}, "queries"),
-        ({"queries": 2, "compat": "official"}, "queries 2"),
+        ({"queries": 2, "compat": "official"}, "`queries` is 2"),
         ({"compat": "both"}, "compat"),
         ({"eps": 0.0}, "eps"),
         ({"lr": float("nan")}, "lr"),

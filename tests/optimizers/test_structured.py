@@ -190,7 +190,7 @@ def test_dropout_and_frozen_blocks_are_refused() -> None:
     tiny = build("BERT")
     tiny.model.train()
     with pytest.raises(
-        UserError, match=r"gives another output when it runs again: switch dropout off \(model.eval\(\)\)"
+        UserError, match=r"gives a different output when it runs again: switch dropout off \(model.eval\(\)\)"
     ):
         SkipFeedback(tiny.model.named_parameters(), 1e-3, model=tiny.model).step(tiny.answer)
     tiny = build("BERT")
