@@ -146,7 +146,7 @@ def probe(name: str) -> dict[str, Any]:
         "rms": runs(name, tiny(), scale="rms") if not OPTIMIZERS[name].needs_tuner else False,
         "tuner": runs(name, model, scale=tuner_scale(model)),
         "rademacher": runs(name, tiny(), noise="rademacher"),
-        "rules": [rule for rule in RULES if runs(name, tiny(), rule=RULES[rule]())],
+        "rules": [rule for rule in RULES if not OPTIMIZERS[name].own_rule and runs(name, tiny(), rule=RULES[rule]())],
         "dtypes": [dtype for dtype in DTYPES if runs(name, tiny(DTYPES[dtype]))],
         "resume": resumes_exactly(name),
         "source": OPTIMIZERS[name].paper,
@@ -168,10 +168,11 @@ def table(found: dict[str, dict[str, Any]]) -> str:
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for name, cells in found.items():
         combines = [what for what in ("rms", "tuner", "rademacher") if cells[what]]
+        rules = ", ".join(cells["rules"]) or "its own"
         dtypes = ", ".join(cells["dtypes"]) if len(cells["dtypes"]) < len(DTYPES) else "all four"
         row = (
             f"`{name}`", f"{cells['forwards']:g}", f"{cells['state']:.3g} W", f"{cells['temporary']:.3g} W",
-            ", ".join(combines), ", ".join(cells["rules"]), dtypes, "yes" if cells["resume"] else "no", cells["source"],
+            ", ".join(combines), rules, dtypes, "yes" if cells["resume"] else "no", cells["source"],
         )  # fmt: skip
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)

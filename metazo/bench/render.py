@@ -107,7 +107,7 @@ def _memory(suite: str, columns: list[Column]) -> Table:
 
     of = " of MeZO in bfloat16, by precision policy" if any(c.part.endswith("bfloat16") for c in columns) else ""
     fixed = max(row["fixed"] for column in columns for row in column.rows if row["case"] in ("MeZO", *NARROW))
-    title = f"Peak memory above inference{of}, % of the weights; the compiled kernels take {fixed / 1e6:.0f} MB once besides"
+    title = f"Peak memory above inference{of}, % of the weights; the compiled kernels take another {fixed / 1e6:.0f} MB once"
     return _table(title, columns, cell)
 
 
@@ -156,7 +156,7 @@ def _measured(there: dict[str, Any]) -> str:
 PICTURE = """![Step over two forwards by shape and by model size](speed.png)
 
 *Step / (2 × forward), medians with quartiles. 1 is the cost of the forward passes alone; the dashed line adds three plain
-passes over the weights, the floor of a method that moves them in place.*"""
+passes over the weights, the lower bound of a method that moves them in place.*"""
 
 
 def markdown(result: dict[str, Any]) -> str:

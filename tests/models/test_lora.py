@@ -89,7 +89,7 @@ def test_on_a_sentence_encoder_the_adapters_of_the_named_layers_alone(tmp_path, 
     setup = set_up(config(tmp_path / "x", keep="none", train_examples=20, dev_examples=8, test_examples=8, **extra))
     trained = [name for name, p in setup.loaded.model.named_parameters() if p.requires_grad]
     assert trained and all("layer.5." in name and "lora_" in name for name in trained)
-    with pytest.raises(UserError, match="merged into its weights alone"):
+    with pytest.raises(UserError, match="merged into its weights"):
         set_up(config(tmp_path / "x", train_examples=20, dev_examples=8, test_examples=8, **extra))
 
 
