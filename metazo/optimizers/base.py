@@ -85,9 +85,9 @@ class ZOOptimizer(Verbs, Optimizer):
             weights. The extra evaluation changes neither the counters nor the global generators.
 
     Attributes: last_step, the Step record of the step just taken; forwards, closure evaluations so far; recorder,
-    called with each Step before the weights change; max_loss, above which a loss counts as not finite; defer, false: if it
-    is true, the update of a step may wait until the next step applies it together with its first probe, which saves a pass
-    over the weights and changes no bit. Call `settle` then before you read the weights between steps.
+    called with each Step before the weights change; max_loss, above which a loss counts as not finite; defer (False):
+    whether the update of a step may wait until the next step applies it together with its first probe. This saves a pass
+    over the weights and changes no bit, but you must call `settle` before you read the weights between steps.
 
     Raises UserError for hyperparameters out of range. Do not use it with dropout or with a loss that is random in another
     way: the evaluations of a step must differ by the probe alone.
@@ -289,7 +289,7 @@ class ZOOptimizer(Verbs, Optimizer):
                 self.rule.apply(tensor, start, theta, add, lr, decay, self.zo_state)
 
     def settle(self) -> None:
-        """Apply the update that waits for the next step, if one does (see `defer`)."""
+        """Apply the update that waits for the next step, if there is one (see `defer`)."""
         if self._ready:
             self.weights.settle()
 

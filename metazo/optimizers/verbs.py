@@ -35,7 +35,7 @@ class Verbs(Method):
     """Whether the method's directions have factors on matrices, so that probes can be evaluated together."""
     default_probing = "in-turn"
     deferrable = False
-    """Whether `propose` and `update` leave the weights alone, so that an update may wait for the next probe."""
+    """Whether `propose` and `update` neither read nor change the weights, so that an update may wait for the next probe."""
     estimator: Estimator = TwoPoint()
     default_rule: Rule = SGD()
 

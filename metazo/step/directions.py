@@ -83,7 +83,7 @@ class Direction(ABC):
     def parts(self, stream: Stream, moves: Sequence[Move]) -> tuple[list[Move], list[Product]] | None:
         """What `add_all_` adds, as multiples of the stream's noise and as products of factors; None if it is neither.
 
-        It stays what it is if the method's state changes later.
+        The result does not change if the method's state changes later.
         """
         return None
 

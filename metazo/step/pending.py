@@ -1,12 +1,12 @@
 """An update that waits for the next probe: one pass over the weights applies both.
 
-A step of the plain loop is three passes: the probe goes on, over to the other side, and off again together with the
+A step of the plain loop is three passes: the probe is applied, moved to the other side, and removed together with the
 update. If the update waits until the next probe goes on, there are two:
 
     theta + eps z_t        ->  theta - eps z_t                                    between the evaluations of a step
     theta - eps z_t        ->  theta + (eps - lr c) z_t + eps z_{t+1}             between two steps
 
-The second is rounded as the two passes that it replaces, so that a run's weights are the same to the last bit.
+The second is rounded like the two passes that it replaces, so that a run's weights are bit-identical.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from metazo.step.directions import Direction
 
 @dataclass(frozen=True)
 class Pending:
-    """A pass that was asked for and has not been made. moves: multiples of the stream's noise; products: of factors."""
+    """A requested pass that has not been made yet. moves: multiples of the stream's noise; products: of factors."""
 
     stream: Stream
     moves: list[Move]
@@ -31,8 +31,8 @@ class Pending:
     def of(cls, direction: Direction, stream: Stream, moves: Sequence[Move]) -> Pending | None:
         """The pass that `direction.add_all_(stream, moves)` would make; None if it cannot wait.
 
-        It cannot if the direction is neither noise nor a product of factors, or if the numbers of a seed have to be
-        drawn in their turn.
+        It cannot wait if the direction is neither noise nor a product of factors, or if the numbers of a seed have to be
+        drawn in a fixed order.
         """
         moves = [move for move in moves if move.out.numel()]  # below, an address names a tensor
         parts = direction.parts(stream, moves) if isinstance(stream, PhiloxStream) else None
@@ -43,7 +43,7 @@ class Pending:
         add_products_(self.products)
 
     def apply_with(self, following: Pending) -> None:
-        """This pass, then the following: in one on every tensor that both of them touch in the same way."""
+        """This pass and then the following one, joined into one pass on every tensor that both touch in the same way."""
         after = {move.out.data_ptr(): move for move in following.moves if move.beta == 1.0}
         both = [move for move in self.moves if move.out.data_ptr() in after]
         again = [after.pop(move.out.data_ptr()).alpha for move in both]

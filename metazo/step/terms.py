@@ -1,4 +1,4 @@
-"""Sums of multiples of directions: what a probe is, and what an update is."""
+"""Sums of multiples of directions, of which probes and updates consist."""
 
 from __future__ import annotations
 

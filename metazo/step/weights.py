@@ -1,9 +1,10 @@
 """Apply a probe to the weights, evaluate, remove the probe.
 
-Theta is stored under one of the policies of metazo/step/precision.py. Weights that are theta themselves are moved in place,
-and the removal of the probe is folded into the update: three passes per step. Weights with a master are
-round(master + a d) during a probe and round(master) after it, bit for bit as before. Compensated weights do not change
-while they are probed: within `evaluating`, the torch functions that use them get perturbed copies.
+Theta is stored under one of the policies of metazo/step/precision.py. Weights that are theta themselves are moved in
+place, and the removal of the probe is folded into the update: three passes per step, or two if updates wait for the
+next probe (metazo/step/pending.py). Weights with a master are round(master + a d) during a probe and round(master)
+after it, bit for bit as before. Compensated weights do not change while they are probed: within `evaluating`, the torch
+functions that use them get perturbed copies.
 """
 
 from __future__ import annotations
