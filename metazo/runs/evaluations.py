@@ -7,12 +7,21 @@ import time
 from collections.abc import Callable
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
+from metazo.models.load import LoadedModel
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.folder import RunFolder
 from metazo.runs.setup import Setup
 from metazo.runs.unwritten import MemoryFolder
+
+GROWN = 100.0
+"""Norm of the trained weights, as a multiple of their norm at the start, above which a run has diverged although its loss is
+finite: a normalisation layer hides the size of the weights before it. Fine-tuning changes the norm by a few percent."""
+WORSE, NATS = 10.0, 5.0
+"""Loss on dev, as a multiple of that before the first step and so far above it, beyond which a run has diverged: overfitting
+does not get there."""
 
 
 class Scores:
@@ -38,6 +47,7 @@ class Scores:
         self.metric = next(iter(setup.prepared.task.metric), None)
         self.records: list[dict[str, Any]] = []
         self.losses: list[float] = []
+        self.most = GROWN * _start(setup.loaded)
         self.evaluating = 0.0  # seconds, in this process
         self.started = time.monotonic()
 
@@ -79,6 +89,8 @@ class Scores:
         }
         if not _all_finite(self.setup.loaded.model):
             record["weights_finite"] = False
+        elif (norm := _norm(self.setup.loaded.model)) > self.most:
+            record["weights_grown"] = float(f"{GROWN * norm / self.most:.3g}")
         self.losses = []
         if self.usable(record) and all(self._merit(record) > self._merit(other) for other in self.records):
             self.keep_best(step)
@@ -102,12 +114,17 @@ class Scores:
         return "dev " + "  ".join(f"{name} {dev[name]:.3f}" for name in names if name in dev)
 
     def usable(self, record: dict[str, Any]) -> bool:
-        """Whether an evaluation may be the best: its weights and loss are finite, and the loss is not above `max_loss` (unless
-        it was before the first step).
+        """Whether an evaluation may be the best: its weights and loss are finite, the weights have not grown beyond `GROWN`
+        times their start, and the loss is not above `max_loss` (unless it was before the first step) or far above the start's.
         """
         loss, first = (each["dev"].get("loss", 0.0) for each in (record, (self.records or [record])[0]))
         limit = self.config.max_loss if abs(first) <= self.config.max_loss else math.inf
-        return record.get("weights_finite", True) and math.isfinite(loss) and abs(loss) <= limit
+        sound = record.get("weights_finite", True) and "weights_grown" not in record
+        return sound and math.isfinite(loss) and abs(loss) <= limit and not self._worse(record)
+
+    def _worse(self, record: dict[str, Any]) -> bool:
+        loss, first = (each["dev"].get("loss", 0.0) for each in (record, (self.records or [record])[0]))
+        return loss > max(WORSE * abs(first), first + NATS)
 
     def stalled(self) -> bool:
         """Whether `patience` evaluations in a row had no lower loss on dev. It depends on the records alone."""
@@ -122,11 +139,12 @@ class Scores:
         last = self.records[-1]
         if self.usable(last):
             return None
-        return (
-            "the weights are not finite"
-            if "weights_finite" in last
-            else f"the loss on dev is {last['dev']['loss']:.4g}"
-        )
+        if "weights_finite" in last:
+            return "the weights are not finite"
+        if "weights_grown" in last:
+            return f"the norm of the trained weights is {last['weights_grown']:.3g} times that before the first step"
+        before = f" and was {self.records[0]['dev']['loss']:.4g} before the first step" if self._worse(last) else ""
+        return f"the loss on dev is {last['dev']['loss']:.4g}{before}"
 
     def _merit(self, record: dict[str, Any]) -> tuple[float, ...]:
         if not self.usable(record):
@@ -146,6 +164,26 @@ class Scores:
 def _all_finite(model: nn.Module) -> bool:
     """Whether every trained weight is finite."""
     return all(bool(p.detach().isfinite().all()) for p in model.parameters() if p.requires_grad)
+
+
+def _norm(model: nn.Module) -> float:
+    """Euclidean norm of all trained weights."""
+    norms = []
+    for weights in (p.detach() for p in model.parameters() if p.requires_grad and p.numel()):
+        norm = torch.linalg.vector_norm(weights, dtype=torch.promote_types(weights.dtype, torch.float32))
+        if norm.isinf():  # weights above 1e19, whose squares float32 does not hold
+            norm = torch.linalg.vector_norm(weights, dtype=torch.float64)
+        norms.append(float(norm))
+    return math.hypot(*norms)
+
+
+def _start(loaded: LoadedModel) -> float:
+    """The norm that growth is measured by: that of the trained weights before the first step. Weights of a module of one's
+    own may begin at 0 and have any unit, so that they count as at least 1e4 each."""
+    norm = _norm(loaded.model)
+    if loaded.kind != "own":
+        return norm or 1.0
+    return max(norm, 1e4 * math.sqrt(sum(p.numel() for p in loaded.model.parameters() if p.requires_grad)))
 
 
 def _sound(record: dict[str, Any]) -> bool:

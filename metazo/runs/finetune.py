@@ -310,8 +310,8 @@ class _Run:
             self.folder.say(note)
             return [note]
         self.log.sync()
-        finite = [record["step"] for record in self.scores.records if self.scores.usable(record)]
-        where = f"the last finite evaluation is that of step {finite[-1]}" if finite else "no evaluation is finite"
+        sound = [record["step"] for record in self.scores.records if self.scores.usable(record)]
+        where = f"the last sound evaluation is that of step {sound[-1]}" if sound else "no evaluation is sound"
         how = f": metazo replay {self.log.path} --base {config.model} --to STEP --out FOLDER gives the weights of any step"
         raise Diverged(
             f"The run diverged: after step {last} {wrong}; {advice} and choose another `out`. The step log is complete and "

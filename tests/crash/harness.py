@@ -1,6 +1,7 @@
 """Kill runs and compare: real processes, SIGKILL, then --resume, and the bytes of what never was killed.
 
     python -m tests.crash.harness --kills 50 --seed 1 --results tests/crash/kills.json     # adds to the results
+    (the same again, if it was stopped: the cases of that seed that are in the results are not run again)
     python -m tests.crash.harness --render docs/guarantees.md --results tests/crash/kills.json
 
 The parent imports everything and runs one warm-up; each run is a child that it forks, so that a start costs a second
@@ -29,7 +30,7 @@ import struct
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -209,25 +210,36 @@ class Case:
             rows[-1]["resumed after step"] = int(told[1] or rows[-1]["steps in the log"])
 
 
-def kill_runs(kills: int, seed: int, cases: list[str], tell: Callable[[str], None] = print) -> list[dict[str, Any]]:
-    """`kills` kills in all, the same number of every case but for a remainder. Returns: a row a kill."""
-    dice, rows = random.Random(seed), []
+def kill_runs(
+    kills: int,
+    seed: int,
+    cases: list[str],
+    tell: Callable[[str], None] = print,
+    done: Collection[str] = (),
+    keep: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
+) -> list[dict[str, Any]]:
+    """`kills` kills in all, the same number of every case but for a remainder; those of a case depend on its name and the
+    seed alone. Cases in `done` are left out; `keep` is given the rows of each case as it ends. Returns: a row a kill.
+    """
+    rows = []
     with tempfile.TemporaryDirectory() as name:
         torch.set_num_threads(1)  # threads do not survive a fork: neither OpenMP's nor those that load weights
         os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
         run("mezo", Path(name) / "warm", False, Console(quiet=True))
         share = {case: kills // len(cases) for case in cases}
-        for case in dice.sample(cases, kills % len(cases)):
+        for case in random.Random(seed).sample(cases, kills % len(cases)):
             share[case] += 1
         for case in cases:
-            if not share[case]:
+            if not share[case] or case in done:
                 continue
             folder = Path(name) / case.replace(", ", "-")
             folder.mkdir()
-            harness, mine = Case(case, folder, dice), []
+            harness, mine = Case(case, folder, random.Random(f"{seed} {case}")), []
             while len(mine) < share[case]:
                 mine += harness.killed_run(share[case] - len(mine))
+            mine = [row | {"seed": seed} for row in mine]
             rows += mine
+            keep(mine)
             torn, same = sum(row["torn bytes"] > 0 for row in mine), all(row["identical"] for row in mine)
             tell(f"{case}: {len(mine)} kills, {torn} torn, {sum(map(lost, mine))} steps lost, identical {same}")
             shutil.rmtree(folder)
@@ -242,14 +254,19 @@ def main() -> None:
     parser.add_argument("--results", type=Path, required=True, help="JSON; kills are added to it")
     parser.add_argument("--render", type=Path, help="a page whose table is made anew")
     options = parser.parse_args()
-    found = json.loads(options.results.read_text()) if options.results.exists() else {"seeds": [], "kills": []}
+    rows = json.loads(options.results.read_text())["kills"] if options.results.exists() else []
+
+    def keep(more: list[dict[str, Any]]) -> None:
+        rows.extend(more)
+        text = ",\n".join(map(json.dumps, rows))
+        options.results.write_text(f'{{"metazo": "{metazo.__version__}", "kills": [\n{text}\n]}}\n')
+
     if options.kills:
-        rows = kill_runs(options.kills, options.seed, options.case or CASES, lambda text: print(text, flush=True))
-        found = {"metazo": metazo.__version__, "seeds": [*found["seeds"], options.seed], "kills": found["kills"] + rows}
-        options.results.write_text(json.dumps(found, indent=1) + "\n")
-    print(table(found["kills"], CASES))
+        done = {row["case"] for row in rows if row["seed"] == options.seed}
+        kill_runs(options.kills, options.seed, options.case or CASES, lambda text: print(text, flush=True), done, keep)
+    print(table(rows, CASES))
     if options.render:
-        render(found["kills"], CASES, options.render)
+        render(rows, CASES, options.render)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """Fuzz every kind of file that metazo reads, and keep the table of what came of it.
 
-    python -m tests.fuzz.run --cases 10000            all kinds: of each 10,000 byte mutations and 2,500 documents
+    python -m tests.fuzz.run --cases 10000 --start 7000000 --render docs/guarantees.md     all kinds, and the page's table
     python -m tests.fuzz.run --kind pth --mode bytes --only 4711        one case again
 
+`--cases 10000` reads 10,000 byte mutations and 2,500 documents of each kind. A command that was stopped goes on: what the
+results have of the same cases is not read again (but with `--again`).
 Case n of a kind is the same bytes on every machine. Each kind runs in a process of its own, whose memory may grow by
 256 MiB (1 GiB if it loads a model) over what it had after reading its sound files.
 """
@@ -25,12 +27,14 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 
 MODES = ("hostile", "bytes", "documents")
 TABLE = Path(__file__).with_name("results.json")
+BEGIN, END = "<!-- fuzz: made by tests/fuzz/run.py -->", "<!-- end of fuzz -->"
 
 
 def kinds() -> dict[str, Any]:
-    from tests.fuzz import comparison_kinds, log_kinds, run_kinds, state_kinds, zoo_kinds
+    from tests.fuzz import comparison_kinds, log_kinds, model_kinds, run_kinds, state_kinds, zoo_kinds
 
-    return zoo_kinds.KINDS | run_kinds.KINDS | state_kinds.KINDS | comparison_kinds.KINDS | log_kinds.KINDS
+    runs = zoo_kinds.KINDS | run_kinds.KINDS | state_kinds.KINDS
+    return runs | comparison_kinds.KINDS | log_kinds.KINDS | model_kinds.KINDS
 
 
 def kind_of(name: str) -> Any:
@@ -143,7 +147,10 @@ def main() -> None:
     parser.add_argument("--mode", choices=MODES, action="append")
     parser.add_argument("--start", type=int, default=0, help="number of the first case")
     parser.add_argument("--only", type=int, help="run this one byte mutation and let its error show")
-    parser.add_argument("--table", action="store_true", help="print the kept results as a table")
+    parser.add_argument("--again", action="store_true", help="read also what the results have of these cases")
+    parser.add_argument(
+        "--render", type=Path, help="a page whose table is made anew; with --cases 0 from the results alone"
+    )
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -152,22 +159,25 @@ def main() -> None:
     if args.only is not None:
         show(args.kind[0], args.only)
         return
-    if args.table:
-        print(markdown(json.loads(TABLE.read_text())))
-        return
     failed = False
-    for name in args.kind or kinds():
-        started = time.monotonic()
-        outcomes = portion(name, args.mode or list(MODES), args.start, args.cases)
+    for name in (args.kind or kinds()) if args.cases else ():
+        started, table = time.monotonic(), json.loads(TABLE.read_text()) if TABLE.exists() else {"kinds": {}}
+        asked = {"start": args.start, "of": args.cases}
+        kept = {} if args.again else table["kinds"].get(name, {})
+        modes = [m for m in args.mode or MODES if {key: kept.get(m, {}).get(key) for key in asked} != asked]
+        outcomes = portion(name, modes, args.start, args.cases) if modes else {}
         for mode, outcome in outcomes.items():
             print(f"{name} {mode}: {outcome}", flush=True)
             failed |= bool(outcome["failures"])
+            outcome |= asked
         print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
-        table = json.loads(TABLE.read_text()) if TABLE.exists() else {"kinds": {}}
         table["python"] = platform.python_version()
-        table.pop("growth in MiB", None)
         table["kinds"].setdefault(name, {}).update(outcomes)
         TABLE.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+    if args.render:
+        head, rest = args.render.read_text().split(BEGIN)
+        table = markdown(json.loads(TABLE.read_text()))
+        args.render.write_text(f"{head}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}")
     sys.exit(failed)
 
 
