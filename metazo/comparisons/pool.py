@@ -1,4 +1,8 @@
-"""Worker processes that do one run after another. Each imports torch once, and a process that dies is replaced."""
+"""Worker processes that do one run after another. A process that dies is replaced.
+
+Workers are forked from a server process that has imported torch and transformers once, and has used neither: it has no
+threads that a fork would lose, and no CUDA context.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +13,11 @@ import signal
 import threading
 import time
 from dataclasses import dataclass, field
-from multiprocessing import resource_tracker
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+
+import torch
 
 from metazo.comparisons.cell import Job, failed, run, warm_up
 from metazo.comparisons.results import Result
@@ -23,15 +29,18 @@ STOPPED = 128 + signal.SIGTERM  # exit code of a worker that was asked to stop
 GRACE = 5.0  # seconds that a worker has to stop when asked
 
 
-def _work(connection: Connection, threads: int) -> None:
-    """The loop of a worker: it receives jobs and sends results until the other end closes or its process is gone."""
-    import torch
+def _work(connection: Connection, threads: int, environment: dict[str, str]) -> None:
+    """The loop of a worker: it receives jobs and sends results until the other end closes or its process is gone.
 
+    environment: of the process that starts it; the server's is that of the first start.
+    """
+    os.environ.clear()
+    os.environ.update(environment)
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKED)  # see Pool._start
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKED)  # see Pool._warm
     torch.set_num_threads(threads)
     warm = False
     try:
@@ -64,7 +73,7 @@ class Pool:
 
     def __init__(self, workers: int, threads: int):
         self.size, self.threads = workers, threads
-        self.context = multiprocessing.get_context("spawn")
+        self.context = multiprocessing.get_context("forkserver")
         self.workers: list[_Worker] = []
 
     def __enter__(self) -> Pool:
@@ -105,22 +114,31 @@ class Pool:
         free.job, free.since = job, time.monotonic()
 
     def _start(self) -> _Worker:
+        self._warm()
         ours, theirs = self.context.Pipe()
-        process = self.context.Process(target=_work, args=(theirs, self.threads), daemon=True)
-        resource_tracker.ensure_running()  # which would lift the mask below
-        # Signals wait until the new process has imported what it needs and decided what to do with them.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, ASKED)
-        before = {name: os.environ.get(name) for name in THREADS}
-        os.environ.update(dict.fromkeys(THREADS, str(self.threads)))  # read by the libraries when they are loaded
-        try:
-            process.start()
-        finally:
-            for name, value in before.items():
-                os.environ.pop(name) if value is None else os.environ.update({name: value})
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        environment = os.environ | dict.fromkeys(THREADS, str(self.threads))
+        process = self.context.Process(target=_work, args=(theirs, self.threads, environment), daemon=True)
+        process.start()
         theirs.close()
         self.workers.append(_Worker(process, ours))
         return self.workers[-1]
+
+    def _warm(self) -> None:
+        """Start the server unless it runs.
+
+        It blocks signals, and so do the workers that it forks, until they have decided what to do with them.
+        """
+        self.context.set_forkserver_preload([__name__])
+        resource_tracker.ensure_running()  # which would lift the mask below
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, ASKED)
+        before = dict(os.environ)
+        os.environ.update(dict.fromkeys(THREADS, str(self.threads)))  # read by libraries when they are loaded
+        try:
+            forkserver.ensure_running()
+        finally:
+            for name in THREADS:
+                os.environ.pop(name) if name not in before else os.environ.update({name: before[name]})
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def collect(self, timeout: float) -> list[tuple[Job, Result | None]]:
         """Results that arrive within `timeout` seconds; a job whose process died has failed.

@@ -183,12 +183,21 @@ def official(method: type[Method]) -> Callable[[M], M]:
     return add
 
 
-@cache
 def load() -> None:
     """Import every method: the modules of this folder, then those that METAZO_METHODS names."""
+    _load_folder()
+    _load_entries(os.environ.get(VARIABLE, ""))
+
+
+@cache
+def _load_folder() -> None:
     for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
         importlib.import_module(f"metazo.optimizers.{module.name}")
-    for entry in filter(None, os.environ.get(VARIABLE, "").split(",")):
+
+
+@cache
+def _load_entries(entries: str) -> None:
+    for entry in filter(None, entries.split(",")):
         load_entry(entry.strip())
 
 
