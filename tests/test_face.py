@@ -84,12 +84,17 @@ def test_python_m_metazo() -> None:
     assert done.stdout == f"metazo {metazo.__version__}\n"
 
 
-def test_a_light_command_does_not_load_torch() -> None:
-    """The version at once; of the commands only the one that is called is imported."""
+def test_help_and_light_commands_do_not_load_torch() -> None:
+    """Of the commands only the one that is called is imported; help imports all, and none of them loads torch."""
     code = (
-        "import contextlib, sys; sys.argv = ['metazo', {}]; from metazo_cli.main import main\n"
-        "with contextlib.suppress(SystemExit): main()\n"
-        "print([name for name in ('torch', 'numpy', 'transformers') if name in sys.modules])"
+        "import contextlib, sys; from metazo_cli.main import COMMANDS, main\n"
+        "heavy = ('torch', 'numpy', 'transformers')\n"
+        "for words in (['--version'], ['recipes', 'pico-mezo-rms'], ['--help'], *([name, '--help'] for name in COMMANDS)):\n"
+        "    sys.argv = ['metazo', *words]\n"
+        "    with contextlib.suppress(SystemExit): main()\n"
+        "    loaded = [name for name in heavy if name in sys.modules]\n"
+        "    assert not loaded, (words, loaded)\n"
+        "print(len(COMMANDS))"
     )
-    for call in ("'--version'", "'recipes', 'pico-mezo-rms'"):
-        assert python(code.format(call)).splitlines()[-1] == "[]"
+    shown = python(code)
+    assert int(shown.splitlines()[-1]) >= 13 and "--rank" in shown and "lozo: 2" in " ".join(shown.split())

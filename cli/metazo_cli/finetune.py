@@ -13,9 +13,9 @@ from rich.text import Text
 
 from metazo.errors import UserError
 from metazo.io.terminal import Console, print_json
-from metazo.optimizers import METHODS
+from metazo.optimizers.outline import methods
+from metazo.optimizers.registry import Method
 from metazo.runs.config import FinetuneConfig
-from metazo.runs.method import hint, hyperparameters, methods
 
 from . import options
 from .messages import Terminal
@@ -23,19 +23,16 @@ from .messages import Terminal
 
 def _method_flags() -> list[inspect.Parameter]:
     """A flag for every hyperparameter of every method; its help names the methods and their defaults."""
-    owners: dict[str, list[tuple[str, inspect.Parameter]]] = {}
-    for name in METHODS:
-        for key, parameter in hyperparameters(name).items():
-            if key != "scale":
-                owners.setdefault(key, []).append((name, parameter))
+    defaults: dict[str, dict[type[Method], Any]] = {}
+    for cls in methods().values():
+        for key, parameter in cls.hyperparameters().items():
+            defaults.setdefault(key, {})[cls] = parameter.default
     made = []
-    for key, owning in owners.items():
-        defaults = {name: parameter.default for name, parameter in owning}
-        shown = "; ".join(f"{name}: {_shown(default)}" for name, default in defaults.items())
-        text = _argument_help(METHODS[owning[0][0]], key)
-        made.append(
-            options.parameter(key, hint(owning[0][0], key), f"{text} ({shown})", panel="Hyperparameters of methods")
-        )
+    for key, by_method in defaults.items():
+        first = next(iter(by_method))
+        shown = "; ".join(f"{cls.name}: {_shown(default)}" for cls, default in by_method.items())
+        text = f"{_argument_help(first, key)} ({shown})"
+        made.append(options.parameter(key, first.hint(key), text, panel="Hyperparameters of methods"))
     return made
 
 
@@ -68,11 +65,7 @@ def finetune(
 
     metazo finetune --resume runs/a
     """
-    from metazo.runs.finetune import tune
-    from metazo.runs.setup import set_up
-
     began = _began(folder, values)
-
     names = {item.name for item in options.fields(FinetuneConfig)}
     own = {key: values.pop(key) for key in list(values) if key not in names}
     own = {
@@ -82,6 +75,9 @@ def finetune(
     console = Terminal(stderr=as_json)
     if settings.out is None:
         raise UserError("`out` is required: name the folder for everything that the run writes.")
+    from metazo.runs.finetune import tune
+    from metazo.runs.setup import set_up
+
     if dry_run:
         plan = set_up(settings).plan(settings)
         _show_plan(plan, as_json)

@@ -10,8 +10,7 @@ from rich.table import Table
 
 from metazo.errors import UserError
 from metazo.io.terminal import Console, print_json, print_line
-from metazo.runs.folder import STEPS
-from metazo.steplog.format import Scan, scan
+from metazo.steplog.format import STEPS, Scan, scan
 
 app = typer.Typer(help="Show, verify, compare and repair step logs.", no_args_is_help=True)
 

@@ -6,18 +6,19 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from metazo import zoo as library
 from metazo.errors import UserError
 from metazo.io.terminal import Console, print_json, print_line
-from metazo.tuner.file import Tuner
-from metazo.zoo.index import own_folder
 
 from .messages import in_flags
+
+if TYPE_CHECKING:
+    from metazo import zoo as library
+    from metazo.tuner.file import Tuner
 
 app = typer.Typer(help="Find, check, publish and import tuners.", no_args_is_help=True)
 
@@ -34,6 +35,8 @@ SourceArgument = Annotated[
 @app.command("list")
 def list_(zoo: ZooOption = None, as_json: JsonOption = False) -> None:
     """List the tuners and logs in the zoo folders: your own, the bundled one, and the cache of pulled ones."""
+    from metazo import zoo as library
+
     found = library.entries(zoo)
     if as_json:
         print_json([{**asdict(tuner.entry), "where": tuner.where, "path": str(tuner.path)} for tuner in found])
@@ -58,6 +61,9 @@ def list_(zoo: ZooOption = None, as_json: JsonOption = False) -> None:
 @app.command()
 def show(source: SourceArgument, zoo: ZooOption = None, as_json: JsonOption = False) -> None:
     """Show a tuner's base model, training and measurements, or the header of a step log."""
+    from metazo import zoo as library
+    from metazo.tuner.file import Tuner
+
     found = library.read(source, zoo, _report)
     about = _about(found) if isinstance(found, Tuner) else _about_log(found)
     if as_json:
@@ -71,6 +77,8 @@ def show(source: SourceArgument, zoo: ZooOption = None, as_json: JsonOption = Fa
 @app.command()
 def pull(source: SourceArgument, zoo: ZooOption = None, key: KeyOption = None, as_json: JsonOption = False) -> None:
     """Get a tuner or step log, check it, and keep it in the cache ($HF_HOME/metazo/cache)."""
+    from metazo import zoo as library
+
     found = library.pull(source, zoo, _report, key)
     what = f"{found.entry.blocks} blocks" if found.entry.kind == "tuner" else "a step log"
     if as_json:
@@ -93,6 +101,9 @@ def push(
     as_json: JsonOption = False,
 ) -> None:
     """Publish a tuner or a run's step log into a zoo folder, with card and index entry; a tuner can also go to the Hub."""
+    from metazo import zoo as library
+    from metazo.zoo.index import own_folder
+
     signing = library.signer(sign, _password) if sign else None
     if (tuner is None) == (log is None):
         raise UserError("give either a tuner or --log RUN/steps.jsonl")
@@ -110,6 +121,8 @@ def push(
 @app.command()
 def verify(zoo: ZooOption = None, key: KeyOption = None, as_json: JsonOption = False) -> None:
     """Hash and check all files of the zoo folders again; the exit code is 1 if a file is not in order."""
+    from metazo import zoo as library
+
     checks = library.verify(zoo, key)
     bad = [check for check in checks if check.problem]
     if as_json:
@@ -134,6 +147,8 @@ def import_(
     as_json: JsonOption = False,
 ) -> None:
     """Convert a published pickled tuner to safetensors, without executing the pickle."""
+    from metazo import zoo as library
+
     target = out or Path(file.with_suffix(".safetensors").name)
     if target.exists():
         raise UserError(f"--out {target} exists already; choose another name")

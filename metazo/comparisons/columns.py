@@ -10,10 +10,9 @@ from typing import Any
 from metazo.errors import UserError
 from metazo.io.files import safe_name
 from metazo.io.plain import shown
-from metazo.optimizers import METHODS
-from metazo.optimizers.dominant_layer import OUTLIER_LAYER
+from metazo.optimizers.outline import methods
+from metazo.optimizers.registry import method
 from metazo.runs.config import FinetuneConfig
-from metazo.runs.method import hyperparameters, methods
 
 ZERO_SHOT = "zero-shot"
 RANDOM_TUNERS = 3  # several random starts, because one may be lucky (the published tuners hardly left their starts)
@@ -47,16 +46,17 @@ class Column:
 
     def settings(self) -> dict[str, Any]:
         """The options as settings of a run, with the hyperparameters separate. Raises UserError for unknown options."""
-        own = hyperparameters(self.optimizer)
+        cls = method(self.optimizer) if self.trains else None
+        own = cls.hyperparameters() if cls else {}
         plain = {key.replace("-", "_"): value for key, value in self.options.items()}
-        if self.optimizer in METHODS:
-            plain = METHODS[self.optimizer].translate(plain)
+        if cls is not None:
+            plain = cls.translate(plain)
         given = plain.pop("method", None) or {}
         if not isinstance(given, dict):
             raise UserError(
                 f"Column {self.name!r}: method is {shown(given)}, and must be a mapping of hyperparameters."
             )
-        method = {**given, **{key: plain.pop(key) for key in list(plain) if key in own}}
+        chosen = {**given, **{key: plain.pop(key) for key in list(plain) if key in own}}
         known = [name for name in FinetuneConfig.__dataclass_fields__ if name not in RESERVED]
         for key in plain:
             if key in RESERVED:
@@ -66,7 +66,7 @@ class Column:
                     f"Column {self.name!r}: {key!r} is neither a setting of a run nor a hyperparameter of "
                     f"{self.optimizer}{_nearest(key, [*known, *own])}."
                 )
-        return plain | ({"method": method} if method else {})
+        return plain | ({"method": chosen} if chosen else {})
 
 
 MOST_COLUMNS = 1000
@@ -74,7 +74,7 @@ CONTROLS = {
     "mezo-rms": Column("mezo-rms", "mezo", {"scale": "rms"}),
     "tuner": Column("tuner", "zo-finetuner"),
     "random-tuner": Column("random-tuner", "zo-finetuner"),
-    "dominant-layer": Column("dominant-layer", "dominant-layer", {"layer": OUTLIER_LAYER}),
+    "dominant-layer": Column("dominant-layer", "dominant-layer", {"layer": "outlier"}),
     "lora-adamw": Column("lora-adamw", "first-order-adamw", {"lora": 8}),
     "lora-mezo": Column("lora-mezo", "mezo", {"lora": 8}),
     ZERO_SHOT: Column(ZERO_SHOT, ZERO_SHOT),
@@ -97,7 +97,7 @@ def resolve(entries: Sequence[str | dict[str, Any]], tuner: str | None = None) -
         raise UserError(f"`columns` has {len(entries):,} entries; a comparison takes at most {MOST_COLUMNS:,}.")
     for entry in entries:
         for column in _named(entry) if isinstance(entry, str) else [_variant(entry)]:
-            if column.trains and METHODS[column.optimizer].needs_tuner and "tuner" not in column.options:
+            if column.trains and methods()[column.optimizer].needs_tuner and "tuner" not in column.options:
                 options = {"tuner": tuner or "auto", **column.options}
                 column = Column(column.name, column.optimizer, options, column.lrs)
             found.append(column)
@@ -115,7 +115,7 @@ def resolve(entries: Sequence[str | dict[str, Any]], tuner: str | None = None) -
 
 def _named(name: str) -> list[Column]:
     if name == "all":
-        left_out = {"all", *(key for key, cls in METHODS.items() if cls.needs_tuner or cls.needs)}
+        left_out = {"all", *(key for key, cls in methods().items() if cls.needs_tuner or cls.needs)}
         own = [each for each in names() if each not in left_out]
         return [column for each in own for column in _named(each)]
     if name == "random-tuner":

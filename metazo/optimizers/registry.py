@@ -23,12 +23,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
-
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, get_type_hints
 
 from metazo.errors import UserError
 from metazo.step.record import Step
+
+if TYPE_CHECKING:  # the command line shows its flags without torch
+    from torch import Tensor, nn
 
 VARIABLE = "METAZO_METHODS"
 
@@ -113,13 +114,28 @@ class Method:
 
     @classmethod
     def hyperparameters(cls) -> dict[str, inspect.Parameter]:
-        """The method's own hyperparameters: the parameters of its constructor that not every method has."""
+        """The method's own hyperparameters: the parameters of its constructor that not every method has.
+
+        They are those of its class and of its bases, up to the first constructor that passes nothing on.
+        """
         found: dict[str, inspect.Parameter] = {}
-        for owner in reversed(cls.__mro__):
+        for owner in cls.__mro__:
             if issubclass(owner, Method) and "__init__" in vars(owner):
-                found |= inspect.signature(owner.__init__).parameters
+                parameters = inspect.signature(owner.__init__).parameters
+                found = {**parameters, **found}
+                if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values()):
+                    break
         shared = {"self", "params", "lr", "weight_decay", "model", *cls.common}
         return {key: p for key, p in found.items() if key not in shared and p.kind is not p.VAR_KEYWORD}
+
+    @classmethod
+    def hint(cls, key: str) -> Any:
+        """The type of a hyperparameter, as the constructor states it."""
+        for owner in cls.__mro__:
+            hints = get_type_hints(owner.__init__) if "__init__" in vars(owner) else {}
+            if key in hints:
+                return hints[key]
+        return str
 
     def __new__(cls, *args: Any, **options: Any):
         """compat="official" gives the subclass with the faults of the published code (metazo/optimizers/official)."""

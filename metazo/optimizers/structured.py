@@ -20,7 +20,6 @@ single residual stream, dropout, or several processes. Methods that perturb weig
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -110,11 +109,6 @@ class Structured(ZOOptimizer):
         self.model, self.normalise, self.recompute = model, normalise, recompute
         self.momentum, self.momentum_rank = momentum, momentum_rank
         super().__init__(params, lr, weight_decay=weight_decay, seed=seed, precision=precision)
-
-    @classmethod
-    def hyperparameters(cls) -> dict[str, inspect.Parameter]:
-        perturbing = inspect.signature(ZOOptimizer.__init__).parameters  # eps, noise, scale, ... are not used here
-        return {key: p for key, p in super().hyperparameters().items() if key not in perturbing}
 
     def surrogate(self) -> Surrogate:
         """The error that each block's output gets."""

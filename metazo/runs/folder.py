@@ -20,9 +20,9 @@ from metazo.io.lock import NAME as LOCK
 from metazo.io.lock import FolderLock
 from metazo.io.plain import MAX_JSON_BYTES, parse_json, shown
 from metazo.io.tensorfile import read_tensors, write_tensors
-from metazo.steplog.format import change
+from metazo.steplog.format import STEPS, change
 
-CONFIG, METRICS, SUMMARY, STEPS = "config.json", "metrics.jsonl", "summary.json", "steps.jsonl"
+CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
 BEST, MODEL = "best.safetensors", "model"
 BELONGS = "belongs"  # key of the hashes in config.json
 MAX_CONFIG_BYTES = 2**20

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import typing
 from typing import Any
 
@@ -25,27 +24,9 @@ from metazo.tuner.networks import PertNN
 from metazo.tuner.scale import TunerScale, tuner_scale
 
 
-def methods() -> list[str]:
-    return [*METHODS]
-
-
-def hyperparameters(name: str) -> dict[str, inspect.Parameter]:
-    """A method's own hyperparameters; none if the name is not a method."""
-    return METHODS[name].hyperparameters() if name in METHODS else {}
-
-
-def hint(name: str, key: str) -> Any:
-    """The type of a method's hyperparameter, as its constructor states it."""
-    for cls in METHODS[name].__mro__:
-        hints = typing.get_type_hints(cls.__init__) if "__init__" in vars(cls) else {}
-        if key in hints:
-            return hints[key]
-    return str
-
-
 def _option(name: str, key: str, value: Any) -> Any:
     """A hyperparameter's value, converted if it is a number or a flag. Raises UserError for what is neither."""
-    wanted = hint(name, key)
+    wanted = METHODS[name].hint(key)
     if not set(typing.get_args(wanted) or (wanted,)) <= {int, float, bool, type(None)}:
         return value
     try:
@@ -102,7 +83,7 @@ def arguments(config: FinetuneConfig, model: nn.Module) -> dict[str, Any]:
     own, chosen = cls.hyperparameters(), cls.translate(config.method)
     for key in chosen:
         if key not in own:
-            owners = [other for other in METHODS if key in hyperparameters(other)]
+            owners = [other for other in METHODS if key in METHODS[other].hyperparameters()]
             where = f"it belongs to {', '.join(owners)}" if owners else f"{name} has {', '.join(own) or 'none'}"
             raise UserError(f"`{key}` is not a hyperparameter of {name}; {where}.")
     for key in cls.needs:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from metazo.step.terms import Term
+if TYPE_CHECKING:  # a log is read without torch
+    from metazo.step.terms import Term
 
 
 @dataclass(frozen=True)

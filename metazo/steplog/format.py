@@ -36,6 +36,7 @@ from metazo.io.files import opened
 from metazo.io.plain import parse_json
 from metazo.step.record import Step
 
+STEPS = "steps.jsonl"  # the log in the folder of a run
 VERSION = 1
 MAX_LINE = 1 << 20  # bytes; a longer line does not belong to a log
 

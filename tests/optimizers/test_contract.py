@@ -15,7 +15,6 @@ import torch
 
 from metazo.optimizers import OPTIMIZERS
 from metazo.optimizers.base import DECAY_EXEMPT
-from metazo.runs.method import hyperparameters
 from metazo.step.scales import normalisation
 from tests.optimizers.contract import IDS, NAMES, case, llama, make, quadratic, take
 
@@ -24,7 +23,7 @@ every_method = pytest.mark.parametrize("name", NAMES)
 
 @every_method
 def test_hyperparameters_have_defaults_types_and_help(name):
-    for key, parameter in hyperparameters(name).items():
+    for key, parameter in OPTIMIZERS[name].hyperparameters().items():
         assert parameter.default is not parameter.empty and parameter.annotation is not parameter.empty, key
         docs = "\n".join(cls.__doc__ or "" for cls in OPTIMIZERS[name].__mro__)
         assert re.search(rf"^ +{key}: \S", docs, re.M), key

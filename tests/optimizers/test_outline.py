@@ -1,0 +1,60 @@
+"""The outlines of the methods say what the classes say, and are read without torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from metazo.optimizers import METHODS, OPTIMIZERS, ZOOptimizer
+from metazo.optimizers.outline import Elsewhere, methods, outlines
+from metazo.optimizers.registry import register
+
+
+def own() -> list[str]:
+    """The methods of the library: the outlines do not know those that a test may have registered."""
+    return [name for name, cls in METHODS.items() if cls.__module__.startswith("metazo.")]
+
+
+def test_every_method_has_an_outline() -> None:
+    assert list(outlines()) == own()
+
+
+@pytest.mark.parametrize("name", own())
+def test_an_outline_says_what_the_class_says(name: str) -> None:
+    cls, outline = METHODS[name], outlines()[name]
+    assert cls is not outline and cls.__doc__ == outline.__doc__ and cls.__qualname__ == outline.__qualname__
+    found = outline.hyperparameters()
+    assert list(found) == list(cls.hyperparameters())
+    for key, parameter in cls.hyperparameters().items():
+        assert (found[key].default, found[key].kind) == (parameter.default, parameter.kind), key
+        if "MeanJacobian" not in str(parameter.annotation):  # a class of another package
+            assert outline.hint(key) == cls.hint(key), key
+    documented = [each.__doc__ for each in cls.__mro__ if issubclass(each, ZOOptimizer)]
+    assert set(documented) <= {each.__doc__ for each in outline.__mro__}
+
+
+def test_what_a_constructor_takes_from_elsewhere_is_no_type() -> None:
+    assert outlines()["feedback"].hint("jacobian") == str | Elsewhere | None
+
+
+def test_methods_of_a_process_that_has_imported_them_are_the_classes() -> None:
+    """So is one that was registered at run time."""
+
+    @register
+    class Late(METHODS["mezo"]):
+        """MeZO under another name."""
+
+        name = "late"
+
+    try:
+        assert methods()["late"] is Late and methods()["mezo"] is METHODS["mezo"]
+    finally:
+        del METHODS["late"], OPTIMIZERS["late"]
+
+
+def test_outlines_are_read_without_torch() -> None:
+    code = "import sys; from metazo.optimizers.outline import methods; print(len(methods()), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == [str(len(own())), "False"], done.stderr
