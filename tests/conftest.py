@@ -1,4 +1,4 @@
-"""Fixtures for the whole suite: no network, the folder of shared material, and tiny random models of real kinds."""
+"""Fixtures for the whole suite: no network, the folder of shared material, and tiny random models of real architectures."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def _save(name: str, folder: Path) -> None:
         "bert_mlm": lambda: (hf.BertForMaskedLM, hf.BertConfig(max_position_embeddings=256, **wide)),
     }
     kind, config = configs[name]()
-    config.initializer_range = 0.3  # large weights: a random model whose logits differ by more than rounding
+    config.initializer_range = 0.3  # large weights, so that the random model's logits differ by more than rounding
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(1)
         kind(config).save_pretrained(folder)

@@ -1,10 +1,10 @@
-"""Break the library on purpose, one line at a time, and count what the contract suite notices.
+"""Plant faults in the library, one line at a time, and count those that the contract suite notices.
 
     python tests/mutate.py [words of mutants to run]
 
 Each mutant is a line of metazo replaced in a copy of the checkout, on which the contract suite runs for the methods that
 use the line; faults that survive are tried against all tests of the optimizers. Prints a table; about fifteen minutes.
-Exits with an error if a fault survives, or can no longer be planted because its text is gone.
+Exits with an error if a fault survives, or cannot be planted because its text is no longer in the file.
 """
 
 # ruff: noqa: E501 (one mutant, one line)
@@ -29,7 +29,7 @@ from transformers import LlamaForCausalLM  # noqa: F401
 
 ROOT = Path(__file__).parents[1]
 CONTRACT = [f"tests/optimizers/test_contract{part}.py" for part in ("_descent", "", "_state")]
-LIMIT = 400  # seconds a run
+LIMIT = 400  # seconds per run
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def run(folder: Path, tests: list[str], methods: str | None) -> str | None:
 
 
 def stale(mutants: Sequence[Mutant] = MUTANTS) -> list[str]:
-    """The planted faults that are none: their text is no longer in the file, or they change nothing."""
+    """Faults that cannot be planted: their text is no longer in the file, or they change nothing."""
     return [
         f"{mutant.what}: {mutant.old!r} is not in {mutant.file}"
         for mutant in mutants

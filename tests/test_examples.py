@@ -1,4 +1,4 @@
-"""Every example runs as its first lines say, in a process of its own, and learns what it says."""
+"""Every example runs as its first lines say, in a separate process, and learns as it claims."""
 
 from __future__ import annotations
 

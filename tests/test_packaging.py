@@ -1,4 +1,4 @@
-"""What a wheel contains and needs: data files, extras, pins."""
+"""The contents and requirements of a wheel: data files, extras, pins."""
 
 from __future__ import annotations
 

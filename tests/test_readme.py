@@ -1,4 +1,4 @@
-"""What the README and the other pages say is what happens."""
+"""The README and the other pages describe what happens."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_the_example_learns():
 
 
 def slug(heading: str) -> str:
-    """The anchor of a heading, as GitHub makes it."""
+    """The anchor of a heading on GitHub."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 

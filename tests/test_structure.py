@@ -56,13 +56,13 @@ def imports(name: str, path: Path, known: Iterable[str]) -> set[str]:
 
 
 def room(name: str) -> str:
-    """The package, or loose module, that a module is in."""
+    """The package, or module at the root, to which a module belongs."""
     parts = name.split(".")
     return parts[1] if parts[0] == "metazo" and len(parts) > 1 else parts[0]
 
 
 def circles(graph: Mapping[str, set[str]]) -> list[list[str]]:
-    """Nodes that reach themselves, by repeatedly taking away those that import nothing that is left."""
+    """Nodes on a circle, found by repeatedly removing those that import no remaining node."""
     left = {node: set(targets) for node, targets in graph.items()}
     while free := [node for node, targets in left.items() if not targets & set(left)]:
         for node in free:
@@ -109,7 +109,7 @@ def test_few_modules_are_loose_and_every_package_has_tests() -> None:
 
 
 def test_a_file_name_has_one_meaning() -> None:
-    """Names that stand in several packages, and are meant to: each says the same thing of its package."""
+    """File names that may occur in several packages, because they mean the same in each."""
     meant = {"__init__", "config"}
     # a file of optimizers/official is the published code of the method of its name
     stems = [path.stem for path in (ROOT / "metazo").rglob("*.py") if path.parent.name != "official"]

@@ -1,4 +1,4 @@
-"""metazo bench: what it times is what it says, bad flags end with a sentence, an interrupted run keeps what it has."""
+"""metazo bench: each case is timed under its own name, bad flags end with a sentence, an interrupted run keeps its results."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_a_quick_run_has_every_suite(quick: Path):
 
 
 def test_memory_sees_the_moments_of_adam(quick: Path):
-    """Gradients and two moments: 3 W. MeZO in place: next to nothing, here within the grain of the system's pages."""
+    """Gradients and two moments: 3 W. MeZO in place: nothing, here up to the size of the system's pages."""
     (result,) = measurements.read(quick / "speed.json")["processors"]
     (part,) = result["suites"]["memory"].values()
     zeroth, first = part["rows"]
@@ -170,7 +170,7 @@ def test_figures_of_other_versions_or_of_no_bench_are_not_mixed_in(tmp_path: Pat
     settings = suites.Settings(quick=True)
     here = measurements.environment("cpu", "float32", True)
     suites.run([], tmp_path, settings)
-    suites.run([], tmp_path, settings)  # the same again may be added to
+    suites.run([], tmp_path, settings)  # a file of the same settings may be extended
     other = {"environment": here | {"torch": "1.0"}, "suites": {}}
     measurements.write(tmp_path / "speed.json", {"format": 2, "processors": [other]})
     with pytest.raises(UserError, match="torch '1.0'.*choose another `out`"):
@@ -182,7 +182,7 @@ def test_figures_of_other_versions_or_of_no_bench_are_not_mixed_in(tmp_path: Pat
 
 
 def processor(cpu: str, median: float, **environment: object) -> dict:
-    """The figures of one: a step of MeZO at one shape, and what a picture needs besides."""
+    """The figures of one processor: a step of MeZO at one shape, and the suites that a picture needs."""
     rows = [
         {"case": FORWARDS, "ratio": spread([1.0]), "seconds": spread([0.5])},
         {"case": PASSES, "ratio": spread([0.1]), "seconds": spread([0.05])},
@@ -236,7 +236,7 @@ def test_processors_are_shown_side_by_side(tmp_path: Path):
     for k, figures in enumerate((alone, result)):
         picture.plot(figures, tmp_path / f"{k}.png")
         heights.append(int.from_bytes((tmp_path / f"{k}.png").read_bytes()[20:24], "big"))
-    assert heights[1] == 2 * heights[0]  # a row of axes for each
+    assert heights[1] == 2 * heights[0]  # one row of axes per processor
 
 
 def test_processors_of_one_model_are_told_apart():
@@ -276,5 +276,5 @@ def test_targets_are_judged_by_the_median():
     assert table.rows == [["MeZO", "2.10 (1.55–2.15); ≤ 2 not met"]]
     part["rows"] = [{"case": f"{PUBLISHED} / MeZO", "ratio": spread([9.0])}]
     assert render.tables(result)[0].rows[0][1] == "9.00 (9.00–9.00); ≥ 8 met"
-    there["environment"]["device"] = "cuda"  # the targets are of the CPU
+    there["environment"]["device"] = "cuda"  # the targets apply to the CPU
     assert render.tables(result)[0].rows[0][1] == "9.00 (9.00–9.00)"

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: real processes, exit codes, one sentence for what is wrong, nothing half-written."""
+"""The command line as a user meets it: real processes, exit codes, one sentence per mistake, no incomplete files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def metazo(*arguments: str, ok: bool = True) -> subprocess.CompletedProcess[str]
 
 
 def refused(*arguments: str) -> str:
-    """The one sentence, of a call that must end with 2; within this process, for time's sake."""
+    """The one sentence of a call that must end with 2; it runs in this process to save time."""
     errors, before = io.StringIO(), sys.argv
     sys.argv = ["metazo", *arguments]
     try:

@@ -1,4 +1,4 @@
-"""Files that are no files, named where a command reads one: one sentence and exit code 2, without a hang."""
+"""Pipes, devices and folders instead of a file that a command reads: one sentence and exit code 2, without a hang."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_pipe_and_a_device_are_one_sentence(
         with pytest.raises(SystemExit) as stop:
             main.main()
         told = capfd.readouterr()
-        if words == "report folder":  # a report lists what it cannot read
+        if words == "report folder":  # a report lists the files that it cannot read
             assert stop.value.code == 0 and "no method won" in told.out
             continue
         assert stop.value.code == 2, told

@@ -1,4 +1,4 @@
-"""What files, servers and paths say reaches the terminal as text: every command, with control sequences in what it prints."""
+"""Text of files, servers and paths reaches the terminal as text: every command, with control sequences in its output."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from tests.zoo.conftest import make_tuner
 ROOT = Path(__file__).parents[2]
 # a window title, clear screen, a colour, the same with C1, DEL, text from right to left, markup of rich, half a character
 BAD = "\x1b]0;title\x07\x1b[2J\x1b[31m\x9b2J\x7f\u202e\r[red]x[/red][/]\ud800:smile:"
-TEXT = BAD.replace("\ud800", "")  # for what is written as UTF-8
-NAME = "\x1b[2J\x9b\x7f[red]x"  # a file may be called this
-PRINTABLE = "[red]x[/red][/]$\\frac"  # what formats take that refuse control characters
+TEXT = BAD.replace("\ud800", "")  # for text that is written as UTF-8
+NAME = "\x1b[2J\x9b\x7f[red]x"  # a possible file name
+PRINTABLE = "[red]x[/red][/]$\\frac"  # for formats that refuse control characters
 
 
 def is_clean(text: str) -> bool:
@@ -84,7 +84,7 @@ def tuner() -> None:
 
 
 def make(folder: Path) -> None:
-    """Files of every kind, each with hostile text in every field that its format lets through."""
+    """Files of every kind, each with hostile text in every field in which its format allows it."""
     log(folder / "a.jsonl")
     log(folder / "b.jsonl", model=TEXT + "2")
     log(folder / "damaged.jsonl")
@@ -161,7 +161,7 @@ COMMANDS: dict[str, list[list[str]]] = {
     "env": [[]],
 }  # fmt: skip
 PRINTS = ("log show", "log diff", "tasks", "report", "zoo show", "zoo list", "compare", "finetune", "evaluate")
-"""Commands that print text of their files, so that the test sees it come out as text."""
+"""Commands that print text of their files, so that the test can check that it is printed as text."""
 
 
 def commands() -> Iterator[str]:
@@ -199,7 +199,7 @@ def test_no_control_character_is_printed(
         assert "Traceback" not in text and is_clean(text), (words, text)
         told += text
     if command == "finetune":
-        assert (folder / NAME / "model" / "config.json").exists()  # what is to be printed was printed, by a whole run
+        assert (folder / NAME / "model" / "config.json").exists()  # the expected text was printed, by a complete run
     if command in PRINTS:
         assert "[red]x" in told, told
 
@@ -248,10 +248,10 @@ def test_the_lines_of_a_comparison_are_escaped(capsys: pytest.CaptureFixture[str
 
 
 def test_one_module_prints() -> None:
-    """Everything else asks it: no `print`, no `typer.echo`, no console of rich."""
+    """All other modules use it: they have no `print`, no `typer.echo`, no console of rich."""
     found = []
     for path in [*(ROOT / "metazo").rglob("*.py"), *(ROOT / "cli").rglob("*.py")]:
-        if path.name == "terminal.py" or path.parent.name == "pico":  # what makes pico is a program of its own
+        if path.name == "terminal.py" or path.parent.name == "pico":  # the script that makes pico is a separate program
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             match node:

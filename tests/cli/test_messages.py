@@ -1,4 +1,4 @@
-"""Settings in backticks become the flags of the command that runs, and of no other."""
+"""Settings in backticks become flags of the command that runs, not of other commands."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_a_setting_becomes_its_flag() -> None:
 def test_another_command_has_other_flags() -> None:
     assert shown("`columns` of `lr`", "compare") == "--optimizers of `lr`"
     assert shown("`sign` or `log`", "zoo", "push") == "--sign or --log"
-    assert shown("`sign` or `log`", "zoo", "log") == "`sign` or `log`"  # a group, and no command of it
+    assert shown("`sign` or `log`", "zoo", "log") == "`sign` or `log`"  # a group without a command
     assert shown("`dev_examples`") == "`dev_examples`"
 
 

@@ -1,4 +1,4 @@
-"""A real grid on the embedded model, by the command line and by hand; and stops, kills, a full disk."""
+"""A real grid on the embedded model, by the command line and by Python; interruptions, kills, and a full disk."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def grid(out: Path, **extra) -> Grid:
 
 
 def cells(out: Path) -> dict[str, tuple[int, bytes]]:
-    """Time of writing and content of every result."""
+    """Modification time and content of every result."""
     return {str(p.relative_to(out)): (p.stat().st_mtime_ns, p.read_bytes()) for p in (out / "cells").rglob("*.json")}
 
 
@@ -117,7 +117,7 @@ def test_what_is_finished_is_not_run_again(copy):
 
 
 def test_one_seed_one_result(copy):
-    """The same runs in other workers, beside other runs: the same numbers to the last bit."""
+    """The same runs in other workers, in another order: bit-identical numbers."""
     again = copy.parent / "again"
     compare(grid(again, tasks=["pico_sentiment"], columns=[TINY["columns"][1]], seeds=1, workers=1))
     name = Path("cells/pico_sentiment/mezo/seed-0.json")
@@ -141,7 +141,7 @@ def test_a_changed_grid_runs_what_changed_and_puts_the_rest_aside(copy):
         assert result.run_info["status"] == "diverged" and "Diverged" in result.run_info["reason"]
         assert set(result.metrics.values()) == {None} and result.train_info["curve"]
     assert compare(grid(copy, columns=["zero-shot", diverging], tasks=["pico_topic"]))["kept"] == 4  # a failure is kept
-    assert compare(grid(copy))["kept"] == len(before)  # and what had been put aside comes back
+    assert compare(grid(copy))["kept"] == len(before)  # and the results that were put aside are used again
     assert {name: text for name, (_, text) in cells(copy).items()} == {name: text for name, (_, text) in before.items()}
 
 
@@ -183,7 +183,7 @@ def test_two_at_once_are_refused(copy):
 
 
 def test_a_worker_that_is_asked_to_stop_leaves_its_job_unfinished(tmp_path):
-    """At its start, while it imports what it needs, and in the middle of a run; a search decides on no such cell."""
+    """A worker is stopped at its start, during its imports, and in the middle of a run; no search uses its cell."""
     settings = grid(tmp_path, budget=10**7)
     with Pool(1, 1) as pool:
         for seed, number in enumerate((signal.SIGTERM, signal.SIGINT)):
@@ -196,7 +196,7 @@ def test_a_worker_that_is_asked_to_stop_leaves_its_job_unfinished(tmp_path):
                     time.sleep(0.02)
             process = pool.workers[0].process
             os.kill(process.pid or 0, number)
-            if number == signal.SIGINT:  # Ctrl-C reaches workers too, and is the parent's to decide on
+            if number == signal.SIGINT:  # Ctrl-C reaches workers too, and the parent decides about it
                 time.sleep(0.3)
                 assert process.is_alive()
                 os.kill(process.pid or 0, signal.SIGTERM)
@@ -231,7 +231,7 @@ def _job(settings: Grid, seed: int, forwards: int) -> Job:
 
 
 def test_a_full_disk_leaves_results_that_say_so(tmp_path):
-    """A real small file system; skipped where one cannot be mounted."""
+    """A real small file system; skipped if none can be mounted."""
     small = tmp_path / "small"
     small.mkdir()
     mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=30m", "tmpfs", str(small)], capture_output=True)
@@ -251,7 +251,7 @@ def test_a_full_disk_leaves_results_that_say_so(tmp_path):
         failed = [result for result in read_results(small / "results") if not result.finished]
         assert all("free" in r.run_info["reason"] or "space" in r.run_info["reason"] for r in failed)
         (small / "ballast").unlink()
-        assert compare(settings)["failed"] == 2  # kept, until asked
+        assert compare(settings)["failed"] == 2  # kept until the user asks for it
         assert compare(settings, retry_failed=True)["failed"] == 0
         assert (small / "results/models/pico_topic/mezo/seed-1/config.json").is_file()
     finally:

@@ -1,4 +1,4 @@
-"""Columns, grids and results as files: names, variants, one sentence for what is wrong."""
+"""Columns, grids and results as files: names, variants, and one sentence per mistake."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def grid(tmp_path, **extra) -> Grid:
 def test_all_has_every_method_and_control_once():
     names = [column.name for column in resolve(["all"])]
     assert len(names) == len(set(names)) and {"zero-shot", "tuner", "lora-mezo", "random-tuner-2"} <= set(names)
-    assert set(OPTIMIZERS) - {"zo-finetuner"} <= set(names)  # which stands there as "tuner"
+    assert set(OPTIMIZERS) - {"zo-finetuner"} <= set(names)  # which is called "tuner" there
 
 
 def test_columns_that_need_a_tuner_get_the_grids():

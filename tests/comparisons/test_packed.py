@@ -1,4 +1,4 @@
-"""A packed comparison is the same comparison: the same report, and the same files when it goes on."""
+"""A packed comparison is equivalent: it gives the same report, and the same files when it is continued."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The walk over learning rates: it ends with the best inside, or says that it did not."""
+"""The search over learning rates: its best rate is inside the range, or is reported as on the boundary."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from metazo.comparisons.rates import beyond, start, walk
 
 
 def search(lrs: list[float], loss, extensions: int = 5):
-    """Walk with a loss function; returns (best, at_boundary) and the rates in the order of their trial."""
+    """Search with a loss function; returns (best, at_boundary) and the rates in the order of their trial."""
     walker, tried = walk(lrs, extensions), []
     wanted = next(walker)
     while True:

@@ -1,4 +1,4 @@
-"""How a child of the harness dies: at a line of Python, or in the middle of a write."""
+"""Two ways for a child of the harness to die: at a line of Python, or in the middle of a write."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# Files whose lines are counted: what steps, logs and saves. Data and models are left out: nothing is written there.
+# Files whose lines are counted: those that step, log and save. Data and models are left out, because they write nothing.
 _COUNTED = re.compile(r"/metazo/(io|meta|noise|optimizers|runs|step|steplog)/")
 
 
@@ -19,7 +19,7 @@ def die() -> None:
 
 
 def at_line(target: int, count: Callable[[int], None] = lambda n: None) -> None:
-    """Die at the `target`-th line of metazo that runs from here (0: never; `count` is told the lines so far)."""
+    """Die at the `target`-th line of metazo that runs from now on (0: never; `count` gets the number of lines so far)."""
     lines = 0
 
     def local(frame: Any, event: str, arg: Any) -> Any:

@@ -1,7 +1,7 @@
-"""Kill runs and compare: real processes, SIGKILL, then --resume, and the bytes of what never was killed.
+"""Kill real runs with SIGKILL, resume them, and compare their files with those of uninterrupted runs.
 
     python -m tests.crash.harness --kills 50 --seed 1 --results tests/crash/kills.json     # adds to the results
-    (the same again, if it was stopped: the cases of that seed that are in the results are not run again)
+    (after an interruption, the same command leaves out the cases of that seed that are in the results)
     python -m tests.crash.harness --render docs/guarantees.md --results tests/crash/kills.json
 
 The parent imports everything and runs one warm-up; each run is a child that it forks, so that a start costs a second
@@ -13,7 +13,7 @@ and not ten. A child dies in one of three ways:
 
 A run is killed one to three times, each time resumed, then left to end. Then its weights, step log, metrics (without
 the clock) and summary must have the bytes of a run that was never killed, no step that was complete may be missing from
-the log at any death, and each resume must begin from every whole line that the death left.
+the log at any death, and each resume must start from all complete lines of the log.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def run(case: str, out: Path, resume: bool, console: Console) -> None:
 
 
 def evidence(out: Path) -> dict[str, bytes]:
-    """What must not differ: all but the clock, the memory, and the environment's figures."""
+    """The files that must be equal, without times, memory, and figures of the environment."""
     found = {}
     for path in sorted(path for path in out.rglob("*") if path.is_file()):
         name, data = path.relative_to(out).as_posix(), path.read_bytes()
@@ -96,7 +96,7 @@ def evidence(out: Path) -> dict[str, bytes]:
 
 
 class Board:
-    """Numbers that a child leaves to its parent: steps completed, lines run, writes made."""
+    """Numbers that a child passes to its parent: steps completed, lines run, writes made."""
 
     def __init__(self):
         self.memory = mmap.mmap(-1, 24)
@@ -109,7 +109,7 @@ class Board:
 
 
 def start(case: str, out: Path, board: Board, arm: Callable[[], None]) -> int:
-    """A child that runs the case, or resumes it where there is something to resume. Returns: its process id."""
+    """Start a child that runs the case, or resumes it if it can be resumed. Returns: its process id."""
     sys.stdout.flush()
     board.write(0, 0)
     child = os.fork()
@@ -145,7 +145,7 @@ def wait(child: int) -> int:
 
 
 class Case:
-    """One case: its run that is never killed, and runs that are."""
+    """One case: an uninterrupted run, and runs that are killed."""
 
     def __init__(self, name: str, folder: Path, dice: random.Random):
         self.name, self.folder, self.dice, self.board, self.runs = name, folder, dice, Board(), 0
@@ -161,14 +161,14 @@ class Case:
         self.lines, self.writes = self.board.read(1), self.board.read(2)
 
     def killed_run(self, most: int) -> list[dict[str, Any]]:
-        """A run, killed up to `most` times (at most three), resumed and ended. Returns: a row a kill."""
+        """A run that is killed up to `most` times (at most three), resumed and completed. Returns: one row per kill."""
         self.runs += 1
         out, rows = self.folder / f"run{self.runs}", []
         for _ in range(self.dice.randint(1, min(3, most))):
             row = self._kill(out)
             self._resumed(out, rows)
             if row is None:
-                break  # it ended before its time came
+                break  # it ended before it was to be killed
             rows.append(row)
         assert wait(start(self.name, out, self.board, lambda: None)) == 0, f"{self.name}: {out} cannot be resumed"
         self._resumed(out, rows)
@@ -204,7 +204,7 @@ class Case:
         }
 
     def _resumed(self, out: Path, rows: list[dict[str, Any]]) -> None:
-        """Note by the last death what the child after it said it began from, if it came to say so."""
+        """Add to the last death the step from which the next child resumed, if it reported one."""
         told = re.search(r"Resuming after step (\d+)|is complete", (out.parent / f"{out.name}.txt").read_text())
         if rows and told:
             rows[-1]["resumed after step"] = int(told[1] or rows[-1]["steps in the log"])
@@ -218,8 +218,8 @@ def kill_runs(
     done: Collection[str] = (),
     keep: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
 ) -> list[dict[str, Any]]:
-    """`kills` kills in all, the same number of every case but for a remainder; those of a case depend on its name and the
-    seed alone. Cases in `done` are left out; `keep` is given the rows of each case as it ends. Returns: a row a kill.
+    """`kills` kills in all, divided equally among the cases up to a remainder. The kills of a case depend only on its name
+    and the seed. Cases in `done` are left out; `keep` gets the rows of each case when it ends. Returns: one row per kill.
     """
     rows = []
     with tempfile.TemporaryDirectory() as name:

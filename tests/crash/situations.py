@@ -1,10 +1,10 @@
-"""Situations that a run must come through, tried many times: two processes in one folder, a lock that a killed process
-left, a learning rate far too high, inputs that changed between two calls.
+"""Situations that a run must handle, each tried many times: two processes in one
+folder, a lock of a killed process, a learning rate far too high, inputs that changed between two calls.
 
     python -m tests.crash.situations --tries 10 --seed 1 --results tests/crash/situations.json --render docs/guarantees.md
 
 The parent imports everything; each process of a situation is a child that it forks, so that a start costs a second and
-not ten. A try is right if exactly what is promised happened: see the functions' docstrings.
+not ten. A try is right if exactly the promised outcome happened: see the functions' docstrings.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ BEGIN, END = "<!-- situations: made by tests/crash/situations.py -->", "<!-- end
 
 
 def fork(work: Callable[[], Any], told: Path) -> int:
-    """A child that does the work. It ends with 0, or with 2 and the message in `told` if that is refused."""
+    """Start a child that does the work. It ends with 0, or with 2 and the message in `told` if the work is refused."""
     sys.stdout.flush()
     child = os.fork()
     if child:
@@ -82,7 +82,7 @@ def outcome(child: int, told: Path) -> tuple[int, str]:
 
 
 def refused(work: Callable[[], Any]) -> str:
-    """The message that the work is refused with; empty if it is not."""
+    """The message with which the work is refused; empty if it is not refused."""
     try:
         work()
     except UserError as error:
@@ -102,7 +102,7 @@ def meta(out: Path, resume: bool = False, **settings: Any) -> Any:
 
 
 def _pair(works: list[Callable[[], Any]], folder: Path, dice: random.Random) -> list[tuple[int, str]]:
-    """Two processes that begin within half a second of each other."""
+    """Start two processes within half a second of each other."""
     children = []
     for number, work in enumerate(works):
         children.append((fork(work, folder / f"told{number}"), folder / f"told{number}"))
@@ -118,7 +118,7 @@ def _one_of_two(done: list[tuple[int, str]], words: tuple[str, ...]) -> bool:
 
 
 def two_new_runs(folder: Path, dice: random.Random) -> bool:
-    """`finetune --out` twice, of two seeds: one runs, the other is refused, and all files are of the one that ran."""
+    """`finetune --out` twice, with two seeds: one runs, the other is refused, and all files belong to the one that ran."""
     works = [lambda seed=seed: tune(folder / "run", seed=seed) for seed in (1, 2)]
     done = _pair(works, folder, dice)
     seed = json.loads((folder / "run/config.json").read_text())["seed"]
@@ -128,7 +128,7 @@ def two_new_runs(folder: Path, dice: random.Random) -> bool:
 
 
 def two_resumed_runs(folder: Path, dice: random.Random) -> bool:
-    """`finetune --resume` twice: one goes on and the other is refused, or finds the run complete; the bytes are right."""
+    """`finetune --resume` twice: one continues, and the other is refused or finds the run complete; the files are right."""
     _die(lambda: tune(folder / "run"), folder / "run" / "steps.jsonl", 4)
     done = _pair([lambda: tune(folder / "run", resume=True)] * 2, folder, dice)
     tune(folder / "alone")
@@ -137,7 +137,7 @@ def two_resumed_runs(folder: Path, dice: random.Random) -> bool:
 
 
 def two_resumed_meta_runs(folder: Path, dice: random.Random) -> bool:
-    """`meta-train --resume` twice, the same."""
+    """The same with `meta-train --resume`."""
     _die(lambda: meta(folder / "run"), folder / "run" / "metrics.jsonl", 2)
     done = _pair([lambda: meta(folder / "run", resume=True)] * 2, folder, dice)
     meta(folder / "alone")
@@ -155,7 +155,7 @@ def two_recordings(folder: Path, dice: random.Random) -> bool:
 
 
 def _die(work: Callable[[], Any], file: Path, lines: int) -> None:
-    """Begin in a child, and kill it when the file has so many lines."""
+    """Start a child, and kill it when the file has that many lines."""
     child = fork(work, file.parent.with_name("died"))
     while not file.exists() or file.read_bytes().count(b"\n") < lines:
         time.sleep(0.002)
@@ -164,7 +164,7 @@ def _die(work: Callable[[], Any], file: Path, lines: int) -> None:
 
 
 def a_lock_that_is_left(folder: Path, dice: random.Random) -> bool:
-    """kill -9 leaves the lock's file; the next process is not held up by it."""
+    """kill -9 leaves the lock's file, which does not stop the next process."""
     _die(lambda: tune(folder / "run"), folder / "run" / "steps.jsonl", dice.randint(1, 10))
     left = (folder / "run" / LOCK).exists()
     tune(folder / "run", resume=True)
@@ -180,8 +180,8 @@ GRID: dict[str, Any] = {
 
 
 def a_comparison_that_is_asked_to_stop(folder: Path, dice: random.Random) -> bool:
-    """SIGTERM to the whole process group while workers start or run: no cell counts as failed, no search has decided on
-    less than its runs, and the same command does the rest.
+    """SIGTERM to the whole process group while workers start or run: no cell counts as failed, no search has used
+    fewer than its runs, and the same command does the rest.
     """
     grid = build(Grid, GRID, {"out": folder / "results"})
 
@@ -277,7 +277,7 @@ def another_configuration(folder: Path, dice: random.Random) -> bool:
 
 
 def another_task(folder: Path, dice: random.Random) -> bool:
-    """The file of one's own task changes: the run is not gone on with, and the message names the field or the data."""
+    """The file of the user's own task changes: the run is not resumed, and the message names the field or the data."""
     rows = [json.dumps({"question": f"What is {n} and {n}?", "answer": str(2 * n)}) for n in range(40)]
     (folder / "rows.jsonl").write_text("\n".join(rows))
     (folder / "own.yaml").write_text(TASK)
@@ -298,7 +298,7 @@ def another_task(folder: Path, dice: random.Random) -> bool:
 
 
 def another_header(folder: Path, dice: random.Random) -> bool:
-    """The header of a log says something else, with checksums made anew: no model is written."""
+    """The header of a log is changed, with new checksums: no model is written."""
     tune(folder / "run", weight_decay=0.1)
     found = scan(folder / "run/steps.jsonl")
     changes = [
@@ -344,7 +344,7 @@ SITUATIONS: dict[str, Callable[[Path, random.Random], bool]] = {
 
 
 def tries(number: int, seed: int, names: list[str], tell: Callable[[str], None] = print) -> list[dict[str, Any]]:
-    """So many tries of each situation. Returns: a row a try."""
+    """Try each situation that many times. Returns: one row per try."""
     rows = []
     with tempfile.TemporaryDirectory() as name:
         torch.set_num_threads(1)  # threads do not survive a fork

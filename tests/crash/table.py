@@ -1,4 +1,4 @@
-"""The table of kills, in Markdown: a row a case."""
+"""The table of kills in Markdown, with one row per case."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ MODES = ("moment", "line", "write")
 
 
 def lost(row: dict[str, Any]) -> int:
-    """Steps that were complete and not in the log when the process died, or whole in it and not taken up again.
+    """Steps that were complete and not in the log when the process died, or complete in the log and not used by the resume.
 
-    Of first-order runs and meta-training the steps since the last snapshot are computed again; their logs are records.
+    In first-order runs and meta-training the steps since the last snapshot are computed again.
     """
     if row["case"].startswith("meta-train") or not METHODS[row["case"]].replayable:
         return 0

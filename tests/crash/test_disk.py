@@ -48,7 +48,7 @@ def tuned(out: Path, **settings):
 
 
 def fill(disk: Path, leave: int = 0) -> Path:
-    """Take what is free on the disk but for `leave` bytes."""
+    """Fill the disk except for `leave` bytes."""
     path = disk / "filler"
     with path.open("wb", buffering=0) as file, suppress(OSError):
         while True:
@@ -74,7 +74,7 @@ def test_a_disk_that_is_full_from_the_start_is_said_and_nothing_written(disk):
 
 @pytest.mark.parametrize("snapshot_every", [0, 3])
 def test_a_disk_that_fills_up_in_mid_run_loses_no_step(disk, tmp_path, snapshot_every):
-    """Filled by someone else while the run goes on; then room is made and the run resumed."""
+    """Another process fills the disk during the run; then space is freed and the run is resumed."""
     out, log = disk / "run", disk / "run" / "steps.jsonl"
 
     def fill_after_some_steps() -> None:
@@ -117,7 +117,7 @@ def test_a_read_only_disk_is_said(disk):
 
 
 def test_a_disk_that_fills_up_while_the_model_is_saved_leaves_nothing_behind(disk, tmp_path):
-    """At every share of model and tokenizer, by a run and by a replay: one sentence, and no part of a model."""
+    """The disk fills up while model and tokenizer are written, by a run and by a replay: one sentence, no partial model."""
     loaded = load_model("pico")
     loaded.model.save_pretrained(tmp_path / "whole")
     loaded.tokenizer.save_pretrained(tmp_path / "whole")

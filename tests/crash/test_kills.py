@@ -1,4 +1,4 @@
-"""A few kills at every run of the suite, at other moments each time; `harness.py` does hundreds."""
+"""A few kills in every run of the suite, at new moments each time; `harness.py` does hundreds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One try of a few situations at every run of the suite; `situations.py` does hundreds."""
+"""One try of a few situations in every run of the suite; `situations.py` does hundreds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every architecture of the table in docs/feedback.md: the local gradients beside float64 autograd."""
+"""Every architecture of the table in docs/feedback.md: the local gradients against float64 autograd."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from metazo.feedback.surrogates import Exact
 
 
 def estimate(tiny, loss, surrogate, recompute=True, narrow=True):
-    """The dense gradient by name, and the loss. narrow: a block runs at the last position alone if error is only there."""
+    """The dense gradient by name, and the loss. narrow: a block runs at the last position alone if only that has an error."""
     names = {id(p): name for name, p in tiny.model.named_parameters()}
     local = LocalGradient(find_residual(tiny.model), names, surrogate, recompute)
     local.narrow = local.narrow and narrow
@@ -32,7 +32,7 @@ def relative(found: torch.Tensor, true: torch.Tensor) -> float:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kind", ["answer", "every"])
 def test_local_gradients_under_the_exact_error_are_autograds(name: str, kind: str) -> None:
-    """Fed the exact error block by block, all that is trained in and above the blocks has autograd's gradient."""
+    """With the exact error at every block, all trained tensors in the blocks and the tail have autograd's gradient."""
     tiny = build(name)
     loss = getattr(tiny, kind)
     value = loss()
@@ -44,7 +44,7 @@ def test_local_gradients_under_the_exact_error_are_autograds(name: str, kind: st
     assert inside and set(inside) <= set(found)
     for key in inside:
         assert relative(found[key], true[key]) < 1e-10 or true[key].norm() < 1e-12, key
-    # what follows the last block is exact too, but for tensors that are also used below it (tied embeddings)
+    # the tail is exact too, except for tensors that are also used before the blocks (tied embeddings)
     tied = {key for key in found if "emb" in key or "wte" in key}
     for key in set(found) - set(inside) - tied:
         assert relative(found[key], true[key]) < 1e-10 or true[key].norm() < 1e-12, key
@@ -52,10 +52,10 @@ def test_local_gradients_under_the_exact_error_are_autograds(name: str, kind: st
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_block_at_its_last_position_alone_has_the_same_gradients(name: str) -> None:
-    """The last block, which carries error at one position, beside its run on all positions.
+    """The last block, which has an error at one position, against its run on all positions.
 
-    To 1e-6 and not to 1e-10: the norms of Llama and its relatives compute in float32 whatever the weights, and the error
-    reaches them in two parts that are rounded apart.
+    The bound is 1e-6, not 1e-10: the norms of Llama and similar models compute in float32 for all types of weights, and the
+    error reaches them in two parts that are rounded separately.
     """
     tiny = build(name)
     whole, _, _ = estimate(tiny, tiny.answer, Exact(), narrow=False)

@@ -14,7 +14,7 @@ from metazo.feedback.residual import find_residual
 from metazo.feedback.surrogates import Column
 from tests.feedback.test_architectures import relative
 
-# Their norms are computed in float32 whatever the weights are, so that one position alone rounds differently.
+# Their norms are computed in float32 for all types of weights, so that one position alone rounds differently.
 ROUNDED = {"Llama", "Qwen2", "Qwen3", "Mistral", "Gemma", "Gemma 2", "Phi-3", "SmolLM3", "OLMo 2"}
 
 
@@ -59,7 +59,7 @@ def test_bidirectional_blocks_and_blocks_without_a_cache(name: str, takes_cache:
 
 
 def test_a_cut_that_is_wrong_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If the last position alone gives another output, the block runs whole, and the gradient is right."""
+    """If the last position alone gives a different output, the block runs on all positions, and the gradient is right."""
     tiny = build("OPT")
     whole, _, _ = gradient(tiny, False)
     monkeypatch.setattr(local, "last_position", lambda *args: column.last_position(*args) + 1)

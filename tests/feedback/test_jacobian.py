@@ -64,7 +64,7 @@ def test_a_linear_network_gives_its_jacobian() -> None:
 
 
 def test_a_bent_network_gives_its_mean_jacobian() -> None:
-    """Beside the mean of autograd's Jacobians over the same inputs, within the Monte Carlo error."""
+    """Equal to the mean of autograd's Jacobians over the same inputs, within the Monte Carlo error."""
     model, inputs, closures = stack(True, 40, 50)
     fitted = fit_jacobian(model, closures, rank=WIDTH, ridge=0.0, orthogonal=False, draws=8)
     states = torch.cat([model.layers[0](x) for x in inputs]).flatten(0, 1)
@@ -84,7 +84,7 @@ def test_low_rank_and_trust() -> None:
     best = eye + (u[:, :2] * s[:2]) @ vt[:2]
     assert torch.allclose(matrix(fitted, 1).double() / fitted.trust[1], best, atol=1e-5)
     assert fit_jacobian(model, closures, rank=0).down[0].shape == (WIDTH, 0)
-    # the trust is the regression of e on what the map gives, so it is below 1 if the map is too long
+    # the trust is the regression of e on the map's output, so it is below 1 if this output is too long
     assert 0 < fit_jacobian(model, closures, rank=0).trust[0] != 1
 
 

@@ -1,4 +1,4 @@
-"""What a step allocates: no gradient of a matrix, and the graph of one block at a time."""
+"""The memory of a step: no gradient of a matrix, and the graph of one block at a time."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def llama(blocks: int, every: bool = False):
 
 
 class Watch(TorchDispatchMode):
-    """Shapes of all tensors that operations return in memory of their own."""
+    """Shapes of all tensors that operations return in new memory."""
 
     def __init__(self, params):
         super().__init__()
@@ -49,7 +49,7 @@ class Watch(TorchDispatchMode):
 
 @pytest.mark.parametrize("recompute", [True, False])
 def test_no_gradient_of_a_matrix_is_formed(recompute: bool) -> None:
-    """Few positions carry error: their factors are smaller than the matrices."""
+    """Few positions have an error, so their factors are smaller than the matrices."""
     model, loss = llama(2)
     optimizer = SkipFeedback(model.named_parameters(), 1e-3, model=model, recompute=recompute)
     with Watch(model.parameters()) as watch:
@@ -62,7 +62,7 @@ def test_no_gradient_of_a_matrix_is_formed(recompute: bool) -> None:
 
 
 def peak(blocks: int, recompute: bool) -> int:
-    """Most bytes that a step holds beyond those before it."""
+    """Peak bytes of a step above those before it."""
     model, loss = llama(blocks, every=True)
     optimizer = SkipFeedback(model.named_parameters(), 1e-3, model=model, recompute=recompute)
     optimizer.step(loss)

@@ -1,4 +1,4 @@
-"""The residual stream by structure: what is found, and one sentence if it cannot be had."""
+"""The residual stream is found by structure, and one sentence says why if there is none."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from metazo.errors import UserError
 from metazo.feedback.passes import Recorder
 from metazo.feedback.residual import find_residual, roles
 
-OUTPUT = {  # the attention's output projection, as each implementation calls it
+OUTPUT = {  # the name of the attention's output projection in each implementation
     "o_proj", "dense", "out_proj", "out_lin", "o", "Wo", "c_proj",
 }  # fmt: skip
 MLP = ("mlp", "fc1", "fc2", "ffn", "intermediate", "output.dense", "dense_h_to_4h", "dense_4h_to_h", "c_fc")
@@ -57,7 +57,7 @@ class Block(nn.Module):
 
 
 class Crossed(nn.Module):
-    """The second block sees more than the first block's output."""
+    """The input of the second block is not only the first block's output."""
 
     def __init__(self, extra: float):
         super().__init__()

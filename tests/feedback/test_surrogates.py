@@ -1,4 +1,4 @@
-"""What each surrogate gives, against independent derivations in float64."""
+"""The error of each surrogate, against independent derivations in float64."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.feedback.test_architectures import estimate, relative
 
 
 def cut_at_block_inputs(tiny, keep):
-    """Hooks that detach each block's input at the positions outside `keep` (B, T): plain autograd, restricted."""
+    """Hooks that detach each block's input at the positions outside `keep` (B, T): autograd restricted to these positions."""
 
     def detach(module, args, output):
         hidden = hidden_of(output)
@@ -30,7 +30,7 @@ def test_column_is_autograd_with_other_positions_detached(name: str) -> None:
     tiny = build(name)
     found, captured, local = estimate(tiny, tiny.answer, Column(), recompute=False)  # whole blocks; see test_column.py
     keep = captured.passes[0].delta.ne(0).any(-1)
-    assert (keep.sum(1) == 1).all()  # one position per row carries loss
+    assert (keep.sum(1) == 1).all()  # one position per row contributes to the loss
     handles = cut_at_block_inputs(tiny, keep)
     tiny.answer().backward()
     for handle in handles:
@@ -209,7 +209,7 @@ def test_column_of_a_llama_is_the_formulas(monkeypatch: pytest.MonkeyPatch) -> N
     """Grouped queries, rotary positions, RMS norms and the gated MLP, written out position by position."""
     tiny = build("Llama")
 
-    def norm(self, x):  # transformers computes it in float32, whatever the weights are
+    def norm(self, x):  # transformers computes it in float32 for all types of weights
         return self.weight * x * (x.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
 
     monkeypatch.setattr(type(tiny.model.model.norm), "forward", norm)

@@ -1,4 +1,4 @@
-"""What a comparison leaves behind, as its report reads it: results of runs, the grid, the searches, and all of it packed."""
+"""The files of a comparison, as its report reads them: results of runs, the grid, the searches, and all of them packed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.fuzz.run_kinds import YAML_BOMBS
 from tests.report import synthetic
 
 MEZO, TUNER = (column for column in synthetic.COLUMNS if column.name in ("mezo", "tuner"))
-DRAWN = 40  # one case in so many has its pictures drawn, which takes a second; so has the first, a sound one
+DRAWN = 40  # pictures, which take a second, are drawn for one case in this many, and for the first, which is valid
 drawn: list[bool] = []
 
 
@@ -63,7 +63,7 @@ def read_results(folder: Path) -> None:
 
 
 def read_result(folder: Path) -> None:
-    """As the report, which lists what it cannot read; then as a comparison that goes on, which refuses it."""
+    """Read as the report does, which lists what it cannot read, then as a continued comparison, which refuses it."""
     read_results(folder)
     for _, result in read_runs(folder):
         if isinstance(result, UserError):
@@ -72,7 +72,7 @@ def read_result(folder: Path) -> None:
 
 
 def read_grid(folder: Path) -> None:
-    """As a report reads the grid of a comparison, and as a new comparison does, without running it."""
+    """Read as the report reads the grid of a comparison, and as a new comparison does, without running it."""
     read_results(folder)
     grid = build(Grid, read_recipe(folder / "grid.yaml"))
     for column in grid.resolved:
@@ -81,7 +81,7 @@ def read_grid(folder: Path) -> None:
 
 
 def read_packed(folder: Path) -> None:
-    """With a comparison.json that fits, so that what a forger packs is reached."""
+    """With a comparison.json that fits, so that the packed part of a forgery is read."""
     try:
         data = lzma.LZMADecompressor(memlimit=2**27).decompress((folder / RUNS).read_bytes(), 2**22)
     except lzma.LZMAError:

@@ -16,21 +16,21 @@ class Kind:
     """One reader under test."""
 
     file: str
-    """Where a case is put, inside the folder of the test."""
+    """Path of a case in the folder of the test."""
     seeds: list[bytes]
-    """Sound files, which are mutated."""
+    """Valid files, which are mutated."""
     documents: st.SearchStrategy[bytes]
-    """Files that are well-formed and say odd things."""
+    """Well-formed files with odd values."""
     read: Callable[[Path], object]
-    """Reads the case in the folder; checks what it was given."""
+    """Reads the case in the folder, and checks the result."""
     hostile: dict[str, bytes] = field(default_factory=dict)
     """Bombs and other files made by hand, by name; each must be refused."""
     around: dict[str, bytes] = field(default_factory=dict)
     """Other files in the folder."""
     share: int = 100
-    """Documents that the suite reads of it each time, and half as many byte mutations again."""
+    """Number of documents per run of the suite; byte mutations are one and a half times as many."""
     growth: int = 256
-    """MiB of address space that a process may take beyond what it had when it began to read hostile files."""
+    """MiB by which the address space may grow after the process begins to read hostile files."""
 
     def set_up(self, folder: Path) -> None:
         for name, content in self.around.items():

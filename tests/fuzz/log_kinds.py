@@ -1,4 +1,4 @@
-"""Step logs as metazo log shows and compares them and as metazo replay takes them, and what a finished run says of itself."""
+"""Step logs as metazo log shows and compares them and as metazo replay reads them, and the summary of a finished run."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def with_setting(name: str, value: Any) -> bytes:
 
 
 def read_replayed(folder: Path) -> None:
-    """It comes out as the log says, or is refused with the reason."""
+    """The replay reproduces the log, or is refused with the reason."""
     done = replay(folder / "steps.jsonl", "pico")
     assert done.identical is not False or done.differences
 

@@ -1,4 +1,4 @@
-"""Hostile bytes and hostile values: what a file is turned into before metazo reads it."""
+"""Hostile bytes and hostile values, which replace parts of a file before metazo reads it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 CANARY = "canary"
-"""Name of the file that every planted piece of code tries to make."""
+"""Name of the file that all planted code tries to make."""
 
 TOKENS: list[bytes] = [
     b"\0", b"\xff" * 8, b"\xff\xfe\0\0", b"\r\n", b"\n", b'"', b"'", b"{", b"}", b"[" * 300, b"]", b":", b"- ", b"\t",
@@ -25,7 +25,7 @@ TOKENS: list[bytes] = [
 
 
 def _place(random: Random, content: bytearray) -> int:
-    """Where to change something: half of the time near the beginning, where headers are."""
+    """A random position; half of the time near the beginning, where headers are."""
     end = len(content) if random.random() < 0.5 else min(len(content), 400)
     return random.randint(0, end)
 
@@ -60,7 +60,7 @@ def _truncate(random: Random, content: bytearray, other: bytes) -> None:
 
 
 def _splice(random: Random, content: bytearray, other: bytes) -> None:
-    """A piece of another file of the kind, or of this one, somewhere else."""
+    """A part of another file of the kind, or of this one, at a random position."""
     source = other if random.random() < 0.5 else bytes(content)
     start, at = random.randint(0, len(source)), _place(random, content)
     content[at : at + random.choice((0, 0, 16, 128))] = source[start : start + random.randint(1, 256)]
@@ -97,14 +97,14 @@ VALUES: st.SearchStrategy[Any] = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(_KEYS, inner, max_size=3),
     max_leaves=8,
 )
-"""Values that do not belong where they are put, for JSON and YAML alike."""
+"""Values of wrong types or sizes, for JSON and YAML."""
 
 
 NUMBERS: list[Any] = [
     0, -1, 10**9, 2**31, 2**63, 2**64, 10**18, 10**70, 10**400, 10**4000, 1e9, 1e38, 1e308, -1e308, 5e-324, 1e-45,
     float("nan"), float("inf"), float("-inf"), True, None, "1e9", "²", "9" * 5000, "nan", [10**9], {"1": 1},
 ]  # fmt: skip
-"""What takes the place of a number."""
+"""A hostile value to replace a number."""
 
 
 @st.composite
@@ -118,7 +118,7 @@ def numbered(draw: st.DrawFn, trees: list[Any]) -> Any:
 
 
 def _numbers(content: Any) -> Any:
-    """Where the numbers of a tree are: (list or dict, index or key)."""
+    """The positions of the numbers in a tree: (list or dict, index or key)."""
     for key in list(content) if isinstance(content, dict) else range(len(content)):
         if isinstance(content[key], dict | list):
             yield from _numbers(content[key])

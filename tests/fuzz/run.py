@@ -1,4 +1,4 @@
-"""Fuzz every kind of file that metazo reads, and keep the table of what came of it.
+"""Fuzz every kind of file that metazo reads, and keep the table of results.
 
     python -m tests.fuzz.run --cases 10000 --start 7000000 --render docs/guarantees.md     all kinds, and the page's table
     python -m tests.fuzz.run --kind pth --mode bytes --only 4711        one case again
@@ -43,7 +43,7 @@ def kind_of(name: str) -> Any:
 
 
 def warm_up(kind: Any, folder: Path) -> None:
-    """Read the sound files, so that what is imported and allocated once is not put down to a hostile one."""
+    """Read the valid files, so that imports and memory that are needed once are not attributed to a hostile file."""
     from metazo.errors import UserError
 
     kind.set_up(folder)
@@ -56,13 +56,13 @@ def warm_up(kind: Any, folder: Path) -> None:
 
 
 def limit_memory(growth: int) -> None:
-    """From here on, RLIMIT_AS: what is mapped now and `growth` MiB."""
+    """Set RLIMIT_AS to the present address space and `growth` MiB."""
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (mapped + growth * 2**20,) * 2)
 
 
 def fuzz(kind: Any, mode: str, start: int, cases: int, folder: Path) -> dict[str, Any]:
-    """Run cases of a kind. Returns counts, the slowest case, memory, and what went wrong."""
+    """Run cases of a kind. Returns counts, the slowest case, memory, and failures."""
     from tests.fuzz.mutations import mutated
     from tests.fuzz.watch import watch
 
@@ -182,7 +182,7 @@ def main() -> None:
 
 
 def markdown(table: dict[str, Any]) -> str:
-    """The kept results as they stand in docs/guarantees.md."""
+    """The kept results as in docs/guarantees.md."""
     rows = [
         "| kind | by hand | byte mutations, read | documents, read | failures | slowest | memory |",
         "|---|---|---|---|---|---|---|",

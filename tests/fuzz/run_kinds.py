@@ -1,4 +1,4 @@
-"""What a run reads: recipes, tasks, rows of data, and what its own folder holds."""
+"""Files that a run reads: recipes, tasks, rows of data, and those of its own folder."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def lines(rows: list[Any]) -> bytes:
 
 
 def read_rows(folder: Path) -> None:
-    """The rows as each kind of task takes them, encoded; one refusal does not keep the others from it."""
+    """Read and encode the rows for each kind of task; a refusal by one kind does not stop the others."""
     refused = None
     for task in TASK_OF_ROWS:
         try:

@@ -1,4 +1,4 @@
-"""What a run leaves behind, and others may have changed or sent: step logs, settings, metrics, snapshots, signatures."""
+"""Files of a run that others may have changed or sent: step logs, settings, metrics, snapshots, signatures."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ RECORDS: list[dict[str, Any]] = [HEADER, *map(encode, STEPS), {"kept": 5, "weigh
 
 
 def as_log(records: Any) -> bytes:
-    """Records as lines with checksums that fit: what a forger writes."""
+    """Records as lines with correct checksums, as a forger writes them."""
     parts, chain = [], 0
     for record in records:
         try:
             part, chain = line(record, chain)
-        except (ValueError, TypeError, UnicodeEncodeError):  # what JSON has no word for
+        except (ValueError, TypeError, UnicodeEncodeError):  # values that JSON cannot write
             part = to_json(record) + b"\n"
         parts.append(part)
     return b"".join(parts)
 
 
 def read_log(folder: Path) -> None:
-    """A whole prefix of steps, numbered from 0; and what may be published is published and read back."""
+    """All steps of a prefix, numbered from 0; a log that may be published is published and read back."""
     path = folder / "steps.jsonl"
     found = scan(path)
     assert [step.step for step in found.steps] == list(range(len(found.steps))) and found.size <= path.stat().st_size
@@ -114,7 +114,7 @@ def snapshot_header() -> dict[str, Any]:
 
 
 def read_snapshot(folder: Path) -> None:
-    """Exactly what was written, or the one before."""
+    """Exactly the bytes that were written, or those before."""
     found = RunFolder(folder, {}, resume=True).load_snapshot(100)
     assert found is not None
     step, tensors = found

@@ -1,4 +1,4 @@
-"""The oracle: a reader gives something valid or raises UserError in one line, and does nothing but read."""
+"""The oracle: a reader returns something valid or raises UserError with one line, and does nothing else."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from metazo.errors import UserError
 
 SECONDS = 10
-"""Of the processor: a case that takes longer has failed; so has one that takes ten minutes on the clock."""
+"""Seconds of processor time after which a case has failed; it also fails after ten minutes of wall-clock time."""
 LONGEST = 1200
 """Characters of a message."""
 _CODE = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "os.startfile", "subprocess.", "pty.", "ctypes.", "pickle.",
@@ -26,7 +26,7 @@ _BUILDERS = ("typing.py", "dataclasses.py", "ast.py", "pydantic", "importlib")
 
 
 class Violation(AssertionError):
-    """What a reader did and may not do."""
+    """A forbidden action of a reader."""
 
 
 class Watch:
@@ -81,7 +81,7 @@ class Watch:
 
 
 def check_message(message: str) -> None:
-    """One line that any terminal can show."""
+    """Check that the message is one line that any terminal can show."""
     if not message or len(message) > LONGEST or not message.isprintable():
         raise Violation(f"a message of {len(message)} characters that is no plain line: {message[:300]!a}")
 

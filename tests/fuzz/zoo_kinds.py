@@ -1,4 +1,4 @@
-"""What strangers publish: tuners, cards, indexes of zoos, pickled tuners, signatures."""
+"""Files that strangers publish: tuners, cards, indexes of zoos, pickled tuners, signatures."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ INFO = {"base_model": "org/base", "licence": "MIT", "metazo_version": "0.1.0",
 
 
 def read_card(folder: Path) -> None:
-    """The card of a tuner that loads: its own Markdown and nothing else, whatever the texts say."""
+    """The card of a tuner that loads: only its own Markdown, for all texts."""
     found = Tuner.load(folder / "tuner.safetensors")
     text = card(found.info, "a/v1", "0" * 64)
     assert "<" not in text and text.replace("\n", "").isprintable()
@@ -128,7 +128,7 @@ def read_zoo(folder: Path) -> None:
 
 
 class Evil:
-    """What an attacker pickles: a call made on loading."""
+    """An attacker's object: it calls a function when it is loaded."""
 
     def __reduce__(self) -> Any:
         return (open, (CANARY, "w"))
@@ -174,7 +174,7 @@ ODD_OPCODES = [
 
 @st.composite
 def programs(draw: st.DrawFn) -> bytes:
-    """The pickle of a sound file with some opcodes put in, left out or exchanged."""
+    """The pickle of a valid file with some opcodes inserted, removed or exchanged."""
     opcodes = list(GOOD_OPCODES)
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(0, len(opcodes) - 1))

@@ -1,4 +1,4 @@
-"""metazo without its optional packages: what is left works, and what is missing is one sentence."""
+"""metazo without its optional packages: the rest works, and a missing package gives one sentence."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ EXTRAS = {
 def without(missing: set[str], folder: Path, *lines: list[str]) -> list[tuple[int, str, str]]:
     """Exit code, standard output and standard error of each command line if the packages `missing` are not installed.
 
-    The process sees a site folder of links to all that is installed but them and their metadata.
+    The process has a site folder with links to all installed packages except these.
     """
     site = folder / "site"
     site.mkdir()
@@ -85,7 +85,7 @@ def sentence(extra: str, package: str) -> str:
 
 
 def test_the_core_alone(tmp_path):
-    """Optimizers, help and listings work; what needs a language model says so before it writes anything."""
+    """Optimizers, help and listings work; commands that need a language model refuse before they write anything."""
     out, plain = tmp_path / "run", [str(ROOT / "examples" / "plain_torch.py")]
     model = ["--model", "pico", "--task", "pico_sentiment", "--out", str(out)]
     works = [
@@ -110,7 +110,7 @@ def test_the_core_alone(tmp_path):
 
 
 def test_a_run_without_plots_is_whole(tmp_path):
-    """Without [report] a run says that its picture is missing and has everything else; a report is refused."""
+    """Without [report] a run has everything except its picture, and reports that; a report is refused."""
     run = tmp_path / "run"
     task = ["--model", "pico", "--task", "pico_sentiment", "--dev-examples", "4", "--test-examples", "4"]
     fine, draw, report = without(
@@ -145,7 +145,7 @@ def test_other_extras_missing(tmp_path):
 
 
 def imports(tree: ast.AST, inside: str | None = None) -> Iterator[tuple[str, str | None]]:
-    """(package, the extra whose `with needs(...)` the import is in), but for what only a type checker reads."""
+    """(package, the extra whose `with needs(...)` the import is in), except for imports that only a type checker reads."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.Import):
             yield from ((alias.name.partition(".")[0], inside) for alias in node.names)

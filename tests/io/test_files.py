@@ -1,4 +1,4 @@
-"""Files appear whole or not at all, on a disk that is full too."""
+"""Files appear completely or not at all, also on a full disk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One process at a time in a folder: within a process, after a death, with odd files in the lock's place."""
+"""One process at a time in a folder: within a process, after a kill, and with odd files instead of the lock."""
 
 from __future__ import annotations
 

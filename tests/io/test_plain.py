@@ -1,4 +1,4 @@
-"""The limits of the one reader of JSON and YAML, and that files which are no files are refused at once."""
+"""The limits of the reader of JSON and YAML; pipes, devices and folders are refused immediately."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_yaml_beyond_the_limits(text: str, words: str, tmp_path: Path) -> None:
 
 
 def test_pipes_devices_and_folders_are_refused_without_waiting(tmp_path: Path) -> None:
-    """Nobody writes into the pipe: a reader that opened it in the usual way would wait for ever."""
+    """Nothing writes into the pipe: a reader that opened it in the usual way would wait forever."""
     os.mkfifo(tmp_path / "pipe")
     os.symlink("/dev/zero", tmp_path / "link")
     for path in (tmp_path / "pipe", tmp_path / "link", tmp_path, Path("/dev/null"), tmp_path / "none", Path("a\0b")):

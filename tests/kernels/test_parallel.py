@@ -1,4 +1,4 @@
-"""Loops shared out among threads: every job once, in whatever form they come, and errors told."""
+"""Loops shared by threads: every job runs once, lists and iterators of jobs work, and errors are raised."""
 
 from __future__ import annotations
 

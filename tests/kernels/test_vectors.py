@@ -1,4 +1,4 @@
-"""Full vector registers in metazo's own loops, no effect on other compiled functions, and none on what is kept on disk."""
+"""Full vector registers in metazo's own loops, no effect on other compiled functions or on the cache on disk."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def doubled_wide(x):
 
 
 def compiled(function) -> tuple[str, str]:
-    """LLVM's code and the machine's, of a function that was called on float32."""
+    """LLVM's code and the machine code of a function that was called on float32."""
     x = np.arange(100, dtype=np.float32)
     function(x)
     assert np.array_equal(x, 2 * np.arange(100))

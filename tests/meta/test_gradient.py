@@ -121,7 +121,7 @@ def test_noise_in_published_order_is_redrawn_in_any_order():
 
 
 def test_gradients_are_freed_as_they_come():
-    """While one tensor's gradient is seen, no other tensor holds one."""
+    """While one tensor's gradient is used, no other tensor has one."""
     model = llama(False)
     tensors = named_tensors(model)
     seen = []
@@ -195,7 +195,7 @@ print(growth(lambda: Teacher(tensors, lr=1e-3, steps=2).step(loss)))
 def test_memory_of_a_meta_step():
     """Beyond the weights (96 MiB): a few tensors of 4 MiB, where the teacher's step needs gradients and momentum."""
 
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000", "OMP_NUM_THREADS": "1"}  # freed is given back
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000", "OMP_NUM_THREADS": "1"}  # freed memory is returned
     command = [sys.executable, "-c", MEASURE]
     run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     meta, teacher = map(float, run.stdout.split())

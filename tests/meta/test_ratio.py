@@ -1,4 +1,4 @@
-"""The ratio objective: its optimum, its floor, and the curvature it measures; sampled labels and the order of batches."""
+"""The ratio objective: its optimum, its lower bound, and its curvature; sampled labels and the order of batches."""
 
 from __future__ import annotations
 

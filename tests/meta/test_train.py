@@ -1,4 +1,4 @@
-"""Meta-training as a user runs it: folder, interrupt and resume, recorded paths, bad input."""
+"""Meta-training from the command line: folder, interrupt and resume, recorded paths, bad input."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_a_recorded_path_with_every_step_equals_the_teacher_beside(settings, tmp
     assert trajectory.manifest["snapshots"] == list(range(6)) and len(trajectory.log) == 6
     for a, b, c in zip(weights(online), weights(recorded), weights(again)):
         assert torch.equal(b, c)
-        # online, theta has come back from a perturbation by the inverse move: equal up to rounding
+        # online, theta was perturbed and moved back: equal up to rounding
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
@@ -240,7 +240,7 @@ def test_resume_with_other_settings_is_refused(settings, monkeypatch):
 
 
 def test_collapse_is_said(settings, monkeypatch):
-    """A sigma of one block a hundred times the others': more than half of the perturbation is its."""
+    """If sigma of one block is a hundred times the others', it has more than half of the perturbation."""
     config = settings(blocks="layer")
     loaded, tasks, order = load(config)
     run = build(config, loaded, tasks, order)

@@ -1,4 +1,4 @@
-"""Loading: the kind, the dtype, the seeded head, the pad token, and one clear sentence for what cannot be loaded."""
+"""Loading: the kind, the dtype, the seeded head, the pad token, and one clear sentence for a model that cannot be loaded."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_minilm_becomes_a_classifier(minilm):
     assert (loaded.kind, loaded.context_length) == ("classifier", 512)
 
 
-# -- what used to give a number without a word ---------------------------------------------------------------------------
+# -- faults that earlier versions did not report --------------------------------------------------------------------------
 
 
 def save(loaded, folder):

@@ -1,4 +1,4 @@
-"""LoRA under the loop: only adapters move, under any method; what is saved loads with transformers; a plain refusal."""
+"""LoRA in a run: only adapters change, under any method; saved adapters load with transformers; refusals are one sentence."""
 
 from __future__ import annotations
 

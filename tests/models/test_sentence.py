@@ -21,7 +21,7 @@ SENTENCES = ["the film was great", "a warm and funny story", "terrible", "the ca
 
 @pytest.fixture
 def checkpoint(tiny: Callable[[str], Path], tmp_path: Path) -> Path:
-    """A tiny BERT that says, as sentence-transformers do, that its hidden states are averaged."""
+    """A tiny BERT whose config says, as for sentence-transformers, that its hidden states are averaged."""
     folder = tmp_path / "sentence"
     shutil.copytree(tiny("bert"), folder)
     config = json.loads((folder / "config.json").read_text())
@@ -128,7 +128,7 @@ def test_frozen_layers_are_computed_once_and_change_nothing(checkpoint: Path) ->
 
     ran = []
     model.encoder.embeddings.register_forward_hook(lambda *_: ran.append(1))
-    one = {name: value[:1] for name, value in batch.items()}  # in another batch, the same bits below
+    one = {name: value[:1] for name, value in batch.items()}  # in another batch, the same bits in the frozen layers
     torch.testing.assert_close(model(**one).logits, expected[:1], rtol=1e-5, atol=1e-6)
     assert not ran
     model(input_ids=one["input_ids"].flip(1), attention_mask=one["attention_mask"].flip(1))

@@ -1,4 +1,4 @@
-"""The compiled form on the CPU against the plain one: every type, shape, piece and number of threads, to the last bit."""
+"""The compiled form on the CPU against the plain one: every type, shape, chunk and number of threads, bit for bit."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ print(PhiloxNoise(0).stream(3).draw(w).double().sum().item().hex())
 
 
 def drawn(setup: str = "", **environment: str) -> str:
-    """How the noise is made in a process of its own; its numbers are compared with those here."""
+    """Make the noise in a separate process; its numbers are compared with those of this process."""
     command, environment = [sys.executable, "-c", setup + DRAW], os.environ | environment
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
@@ -244,7 +244,7 @@ def test_a_forked_child_has_threads_of_its_own(threads):
     stream = PhiloxNoise(5).stream(SEED)
     stream.add_(w, out, 1.0)
     child = os.fork()
-    if not child:  # no function of torch here: its own threads do not outlive a fork
+    if not child:  # no function of torch here, because its threads do not survive a fork
         signal.alarm(20)
         stream.add_(w, again, 1.0)
         os._exit(0 if np.array_equal(again.numpy(), out.numpy()) else 1)

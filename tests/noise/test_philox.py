@@ -55,7 +55,7 @@ def bits(values: torch.Tensor) -> list[int]:
 @pytest.mark.parametrize(("counter", "key", "answer"), KNOWN)
 def test_known_answers_of_philox(counter, key, answer):
     assert tuple(int(w) for w in philox.philox(tuple(torch.tensor(c) for c in counter), key)) == answer
-    assert philox.philox(counter, key) == answer  # in Python's integers
+    assert philox.philox(counter, key) == answer  # with Python integers
 
 
 def test_known_answers_of_the_mapping():
@@ -85,7 +85,7 @@ def moments_of_pairs():
 
 
 def test_moments_over_the_words():
-    """Not a random sample, so the bounds are tight. Signs are free bits: odd moments vanish."""
+    """The sample is not random, so the bounds are tight. Signs are separate bits, so odd moments vanish."""
     moments = moments_of_pairs()
     assert abs(moments[0] - 1) < 2e-7
     assert abs(moments[1] - 3) < 2e-5
@@ -116,7 +116,7 @@ def test_box_muller_against_float64():
 
 
 def test_radius_and_angle_fill_the_square_evenly():
-    """The nearest neighbours on the lattice of 2^29 points are nearly as far apart as that many points can be."""
+    """Nearest neighbours on the lattice of 2^29 points are almost as far apart as is possible for that many points."""
     size = 1 << 29
     long, short = (size, 0), (philox.STRIDE // 4 % size, 1)
     while True:  # Gauss's reduction

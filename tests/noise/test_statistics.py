@@ -12,7 +12,7 @@ from metazo.blocks import NamedTensor
 from metazo.noise import DENSE, LEFT, PhiloxNoise, philox
 
 N = 1 << 22
-ERRORS = 4.5  # standard errors that are let pass: once in 150,000
+ERRORS = 4.5  # standard errors that pass; a correct generator exceeds them once in 150,000
 
 
 def draw(distribution: str, seed: int, tensor: int = 20, purpose: int = DENSE, count: int = 1 << 18) -> torch.Tensor:
@@ -61,7 +61,7 @@ def test_directions_of_pairs_are_even(normals):
     pairs = normals.view(-1, 2, philox.LANES).transpose(1, 2).reshape(-1, 2)
     turns = torch.atan2(pairs[:, 1], pairs[:, 0]) / (2 * math.pi) % 1
     assert stats.kstest(turns.numpy(), "uniform").pvalue > 1e-4
-    far = turns[pairs.square().sum(1) > 16]  # where few bits of the radius are left
+    far = turns[pairs.square().sum(1) > 16]  # in the tail, for which few bits of the radius are left
     assert stats.kstest(far.numpy(), "uniform").pvalue > 1e-4
 
 
@@ -105,7 +105,7 @@ def test_steps_and_queries_are_uncorrelated(distribution):
 
 
 def test_the_published_estimate_of_a_gradient_is_unbiased():
-    """E[z z'g] = g: what the noise is for. 16 entries, 2^18 draws of 16."""
+    """E[z z'g] = g, on which every estimate relies. 16 entries, 2^18 draws of 16."""
     z = draw("gaussian", 9, count=1 << 22).view(-1, 16)
     gradient = torch.linspace(-1, 1, 16, dtype=torch.float64)
     estimate = ((z @ gradient)[:, None] * z).mean(0)

@@ -15,7 +15,7 @@ from metazo.noise import philox
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-# Words above 2^31 in every place: triton's integers are signed, and compiled anew for a wider one.
+# Words above 2^31 in every place: triton's integers are signed, and it compiles again for a wider one.
 SEED, TENSOR, PURPOSE = 0xF23456789ABCDEF0, 0xFEDCBA9876543210, 0xFFFF0001
 SIZES, STARTS = (77, 4099), (0, 6 * philox.TILE)
 DTYPES = ("float32", "float16", "bfloat16")
@@ -81,7 +81,7 @@ def test_interpreted_kernels_agree_to_the_last_bit(tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="triton brings its assembler for Linux only")
 def test_compiled_kernels_fuse_nothing_and_round_to_nearest():
-    """The instructions for a GPU (sm_90), which needs none to be made."""
+    """The instructions for a GPU (sm_90); compiling them needs no GPU."""
     found = json.loads(run(COMPILE, TRITON_INTERPRET="0"))
     for kind, code in found.items():
         assert not re.search(r"\bfma\.|ftz|approx", code), kind

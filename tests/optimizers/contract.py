@@ -1,4 +1,4 @@
-"""The methods under the contract suite, and its small problems; how each is constructed is its `contract_case`."""
+"""The methods of the contract suite, and its small problems; `contract_case` says how a method is constructed."""
 
 from __future__ import annotations
 

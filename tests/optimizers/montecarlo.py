@@ -1,4 +1,4 @@
-"""Means with error bars, and the linear loss on which one step shows its whole estimate."""
+"""Means with error bars, and a linear loss on which one step gives the whole estimate."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 def assert_mean(samples: Tensor, expected: Tensor, sigmas: float = 5.0) -> None:
-    """Every entry of the mean over the first dimension lies within that many standard errors of what is expected."""
+    """Every entry of the mean over the first dimension is within that many standard errors of the expected value."""
     error = samples.std(0) / len(samples) ** 0.5
     off = ((samples.mean(0) - expected).abs() / error).max()
     assert off < sigmas, f"a mean is {off:.1f} standard errors from its expectation"
@@ -16,7 +16,7 @@ def assert_mean(samples: Tensor, expected: Tensor, sigmas: float = 5.0) -> None:
 
 
 class Linear(nn.Module):
-    """L = <G, W> + <g, b>, with the gradients G (2, 3) and g (2,) known; float64 unless told."""
+    """L = <G, W> + <g, b>, with the gradients G (2, 3) and g (2,) known; float64 by default."""
 
     def __init__(self, dtype: torch.dtype = torch.float64):
         super().__init__()
@@ -34,7 +34,7 @@ class Linear(nn.Module):
 
 
 def estimates(optimizer, model: nn.Module, steps: int, before=None) -> dict[str, Tensor]:
-    """The estimates (theta - theta') / lr of so many steps from the same weights; before(step) is called first."""
+    """The estimates (theta - theta') / lr of that many steps from the same weights; before(step) is called first."""
     start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     found: dict[str, list[Tensor]] = {name: [] for name in start}
     for step in range(steps):

@@ -1,4 +1,4 @@
-"""Work in pieces: pieces of any length give the step that whole tensors give, in every precision."""
+"""Work in chunks: chunks of any length give the step that whole tensors give, in every precision."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.optimizers.contract import NAMES, case, make, take
 
 
 class Layers(nn.Module):
-    """A matrix of several pieces, a vector of several, a tensor of three dimensions, a bias; all numbers matter."""
+    """A matrix and a vector of several chunks, a tensor of three dimensions, a bias; the loss depends on all numbers."""
 
     def __init__(self, dtype: torch.dtype):
         super().__init__()
@@ -85,7 +85,7 @@ def test_rules_in_pieces(rule, monkeypatch):
 
 
 def test_a_tensor_that_is_not_contiguous():
-    """Moves as its contiguous twin does."""
+    """A tensor that is not contiguous moves like a contiguous one."""
     ends = []
     for memory in (torch.contiguous_format, torch.channels_last):
         for rule in (None, Momentum(), Adam()):

@@ -1,6 +1,6 @@
-"""The contract, method by method: what every entry of OPTIMIZERS must do. An entry added to the table is tested too.
+"""The contract of every method in OPTIMIZERS. A method that is added to the table is tested too.
 
-This file: where the update goes, what may change and what may not. test_contract_descent.py: descent.
+This file tests the direction of the update, and the tensors that may change. test_contract_descent.py: descent.
 test_contract_state.py: saving, replay, determinism, processes. tests/mutate.py breaks the library on purpose and counts
 what these three files notice.
 """
@@ -31,7 +31,7 @@ def test_hyperparameters_have_defaults_types_and_help(name):
 
 @every_method
 def test_update_lies_along_the_probes(name):
-    """The weights the closure sees span the update, tensor by tensor: catches a seed, an offset or a mask that differs."""
+    """The displacements at which the closure is called span the update, tensor by tensor: finds wrong seeds and masks."""
     problem = quadratic()
     optimizer = make(name, problem.named(), 1e-3)
     seen: list[list[torch.Tensor]] = []
@@ -63,7 +63,7 @@ def test_update_lies_along_the_probes(name):
 
 @every_method
 def test_a_block_scale_multiplies_probe_and_update(name):
-    """By kappa sigma_b, the direction being the same otherwise; the update by one number more, the ratio of the c."""
+    """The probe is scaled by kappa sigma_b, and the update also by the ratio of the coefficients c."""
     if not case(name).scaled:
         pytest.skip("brings its own block scale")
     counts, compared = torch.tensor([12.0, 3.0], dtype=torch.float64), 0

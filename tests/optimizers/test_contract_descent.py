@@ -1,4 +1,4 @@
-"""The contract, method by method: every entry of OPTIMIZERS descends, on problems where it must. See test_contract.py."""
+"""The contract: every method in OPTIMIZERS descends on problems on which it must. See test_contract.py."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_block_scale(name):
 
 @every_method
 def test_monkey_saddle(name):
-    """Left (loss below -.1) within 700 steps at eps .1, from two of three seeds."""
+    """The saddle is left (loss below -0.1) within 700 steps at eps 0.1, from two of three seeds."""
     left = 0
     for seed in range(3):
         problem = MonkeySaddle()
@@ -76,9 +76,9 @@ def test_tiny_llama(name):
 
 @every_method
 def test_one_step_descends(name):
-    """<update, gradient> is negative for 54 of 60 seeds or more (39 where entries are rescaled): catches a sign anywhere.
+    """<update, gradient> is negative for 54 of 60 seeds or more (39 if entries are rescaled); finds a wrong sign.
 
-    On a linear loss it would be for all: sum c_k <d_k, g> is a sum of squares for every estimator.
+    On a linear loss it would be negative for all seeds: sum c_k <d_k, g> is a sum of squares for every estimator.
     """
     problem = quadratic()
     start = problem.copies()

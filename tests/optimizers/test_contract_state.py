@@ -1,4 +1,4 @@
-"""The contract, method by method: state, saving, replay, determinism, and processes that agree. See test_contract.py."""
+"""The contract: state, saving, replay, determinism, and processes that agree. See test_contract.py."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_two_runs_are_equal_and_seeds_differ(name):
 @every_method
 @both_dtypes
 def test_save_and_load_in_mid_run(name, dtype):
-    """Through torch.save of state_dict: the rest of the run is the same bit for bit."""
+    """After torch.save of state_dict, the rest of the run is bit-identical."""
     expected, records = run(name, dtype)
     problem, optimizer = start(name, dtype)
     for _ in range(MIDDLE):
@@ -70,7 +70,7 @@ def test_save_and_load_in_mid_run(name, dtype):
 @every_method
 @both_dtypes
 def test_state_as_safetensors(name, dtype):
-    """`tensors_state` is the whole state, in a form without pickles; and saving it does not change the run."""
+    """`tensors_state` is the whole state, without pickles, and saving it does not change the run."""
     expected, records = run(name, dtype)
     problem, optimizer = start(name, dtype)
     for _ in range(MIDDLE):
@@ -132,7 +132,7 @@ def _process(rank: int, folder: str) -> None:
     ends = {}
     for name in NAMES:
         problem, optimizer = start(name, torch.float64)
-        share = 1.5 if rank == 0 else 0.5  # what differs between processes; the mean is the problem itself
+        share = 1.5 if rank == 0 else 0.5  # the part that differs between processes; the mean is the problem itself
         for _ in range(STEPS):
             take(optimizer, lambda: share * problem())
         ends[name] = problem.state_dict()
@@ -149,7 +149,7 @@ def ends(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 
 @every_method
 def test_two_processes_agree(name, ends):
-    """Each with half of the data: bit for bit the same weights, and those of one process with all of it."""
+    """Each process has half of the data: both have bit-identical weights, those of one process with all of it."""
     one, two = (half[name] for half in ends)
     alone, _ = run(name, torch.float64)
     for key, value in alone.state_dict().items():

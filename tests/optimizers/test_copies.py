@@ -1,4 +1,4 @@
-"""pickle, torch.save and copy.deepcopy of every optimizer together with its model: the copy goes on bit-identically."""
+"""pickle, torch.save and copy.deepcopy of every optimizer together with its model: the copy continues bit-identically."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ def test_block_estimator_is_unbiased_and_its_variance_exact():
 
 
 def test_entry_wise_variance():
-    """Def. 3.1 as printed, one mask an entry: E g_i^2 = (3 g_i^2 + sum_{j != i} pi_j g_j^2) / pi_i."""
+    """Def. 3.1 as printed, one mask per entry: E g_i^2 = (3 g_i^2 + sum_{j != i} pi_j g_j^2) / pi_i."""
     generator = torch.Generator().manual_seed(1)
     gradient = torch.tensor([2.0, -1.0, 0.3, 0.7], dtype=torch.float64)
     pi = torch.tensor([0.9, 0.4, 0.2, 0.5], dtype=torch.float64)
@@ -117,12 +117,12 @@ def test_entry_wise_variance():
     expected = (3 * gradient**2 + energy.sum() - energy) / pi
     squares = samples**2
     assert ((squares.mean(0) - expected).abs() < 5 * squares.std(0) / math.sqrt(n)).all()
-    # the caveat: total variance is never below that of the dense estimator, (d + 1) |g|^2
+    # total variance is never below that of the dense estimator, (d + 1) |g|^2
     assert expected.sum() - gradient @ gradient > 5 * gradient @ gradient
 
 
 def test_scores_find_the_blocks_that_matter():
-    """Two of six blocks carry the gradient. The others' scores stand on a pedestal, so that the contrast is low."""
+    """Two of six blocks have a gradient. All scores contain a common term, so that their contrast is low."""
     sizes = (4,) * 6
     named, gradients, _ = problem(sizes)
     slopes = [5.0 if i in (1, 4) else 0.05 for i in range(6)]

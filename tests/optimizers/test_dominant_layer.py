@@ -1,4 +1,4 @@
-"""The dominant-layer control: what it moves, which layer it takes, and the search for the outlier layer."""
+"""The dominant-layer control: the tensors that it moves, the layer that it takes, and the search for the outlier layer."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_outlier_layer_is_found(model):
 
 
 def test_a_run_finds_its_layer_and_the_log_names_it(tmp_path):
-    """--layer outlier is settled before the first step: a replay has the name and needs no data."""
+    """--layer outlier is settled before the first step: the log has the layer's name, so that a replay needs no data."""
 
     def run(layer: str, out) -> list[dict]:
         few = {"train_examples": 40, "dev_examples": 8, "test_examples": 8, "batch_size": 4, "keep": "none", "steps": 2}

@@ -33,7 +33,7 @@ def test_shaping_against_numpy_and_scipy():
 def expected_length(population: int, antithetic: bool, shaping: str) -> float:
     """a in E[estimate] = a g / |g| on a linear loss under Gaussian noise."""
     if shaping == "rank":
-        # sum_i (2i - n + 1) y_(i) = sum of |y_j - y_k| over pairs, each 2 / sqrt(pi) in the mean
+        # sum_i (2i - n + 1) y_(i) = sum of |y_j - y_k| over pairs, each 2 / sqrt(pi) on average
         return 1 / (2 * math.sqrt(math.pi))
     n = population // 2 if antithetic else population
     free = n if antithetic else n - 1  # E[sqrt(chi^2_free / n)]
@@ -107,7 +107,7 @@ def test_members_of_eggroll_have_unit_entries_and_the_rank():
 
 @pytest.mark.parametrize("antithetic", [False, True])
 def test_eggroll_together_is_in_turn(antithetic):
-    """One closure call per step, the weights at rest, the same losses and weights; LOZO has one V, members have their own."""
+    """One closure call per step, weights that do not move, the same losses; LOZO has one V, members have their own."""
     ends = []
     for probing in ("in-turn", "together"):
         model, calls = llama().double(), []

@@ -1,4 +1,4 @@
-"""FZOO's update written out once more, and what its normalisation promises."""
+"""FZOO's update against a second implementation, and the properties of its normalisation."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ def recording(name: str) -> Recording:
 
 
 def published_noise(golden: Recording) -> TorchOrderNoise:
-    """The experiment's numbers: recorded seeds, else those of the run's seed (0 where the recording names none)."""
+    """The experiment's numbers: recorded seeds, else those of the run's seed (0 if the recording names none)."""
     seed = golden.metadata.get("seed", golden.hyperparameters.get("seed", 0))
     return TorchOrderNoise(int(seed), seeds=golden.metadata.get("seeds"))
 

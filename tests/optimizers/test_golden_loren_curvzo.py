@@ -28,7 +28,7 @@ def test_loren_official():
     for name, expected in golden.folder("a_final").items():
         found = optimizer.zo_state[f"a/{name}"]
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
-        # weight decay apart, a moves by 1e-10 of itself: its change is compared, not only its value
+        # without weight decay, a changes by 1e-10 of itself: its change is compared as well as its value
         torch.testing.assert_close(found - start[name], expected - start[name], rtol=1e-6, atol=1e-14)
 
 

@@ -23,7 +23,7 @@ def test_lozo(name, mode, compat):
 
 
 def test_modes_of_lozo_differ():
-    """Replaying the fault under the correct method must fail, or the recordings prove nothing."""
+    """Replaying a recording of a fault with the correct method must fail; otherwise the recordings prove nothing."""
     golden = recording("lozo_official")
     problem, h = Problem(golden.folder("init")), golden.hyperparameters
     optimizer = LOZO(problem.named(), rank=h["rank"], interval=h["step_interval"], **common(golden))

@@ -1,4 +1,4 @@
-"""What the caller gets wrong: closures that return no loss, weights that are not there, losses that are random."""
+"""Mistakes of the caller: closures that return no loss, weights without numbers, losses that are random."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_a_random_loss_is_warned_about_with_the_figures_and_the_module():
 
 @pytest.mark.parametrize("method", [MeZO, FZOO, LOZO])
 def test_the_check_changes_nothing_else(method):
-    """Losses, counters, generators and weights are those of a run without it, on a loss that reads the generators."""
+    """Losses, counters, generators and weights are those of a run without the check, for a loss that uses the generators."""
     runs = []
     for check in (True, False):
         model, closure = dropped()

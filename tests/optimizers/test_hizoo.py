@@ -1,4 +1,4 @@
-"""HiZOO's curvature against the true Hessian of a quadratic; HiZOO-L against HiZOO where one follows from the other."""
+"""HiZOO's curvature against the true Hessian of a quadratic; HiZOO-L against HiZOO in cases that must agree."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_mean_increment_of_h(start):
 
 
 def test_h_converges_to_the_true_diagonal_times_half_of_d_plus_two():
-    """From H = 1: time average of ln H, whose standard error is about .06 here; the diagonal spans a factor of 10."""
+    """From H = 1: time average of ln H, whose standard error is about 0.06 here; the diagonal spans a factor of 10."""
     model, a, total = Quadratic(), 0.03, torch.zeros(3, dtype=torch.float64)
     optimizer = HiZOO(model.named_parameters(), lr=0.0, smoothing=a)
     for step in range(4000):
@@ -152,7 +152,7 @@ def test_one_step_from_rank_one_gives_the_means_of_the_dense_h():
     rows, columns = torch.tensor([1.0, 2, 3, 4]).double(), torch.tensor([0.5, 1, 6]).double()
     dense.zo_state["H/theta"].copy_(torch.outer(rows, columns) / 2.5)
     factored.zo_state["R/theta"].copy_(rows)
-    factored.zo_state["C/theta"].copy_(columns)  # both of mean 2.5, as the method keeps them
+    factored.zo_state["C/theta"].copy_(columns)  # both have mean 2.5, as in the method
     dense.step(first)
     factored.step(second)
     torch.testing.assert_close(factored.zo_state["R/theta"], dense.zo_state["H/theta"].mean(1))

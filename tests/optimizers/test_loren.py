@@ -1,4 +1,4 @@
-"""LOREN's mathematics against independent forms: matrices, autograd, Monte Carlo, and a problem where it must learn."""
+"""LOREN's mathematics against independent forms: matrices, autograd, Monte Carlo, and a problem on which it must learn."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_square_root():
     b = reflected_matrix(a)
     h = RHO * torch.eye(6, dtype=torch.float64) + torch.outer(a, a)
     torch.testing.assert_close(b @ b.t(), RHO * torch.linalg.inv(h), rtol=1e-12, atol=1e-14)
-    # the reflected root: it turns a round, and a zero vector changes nothing
+    # the reflected root reverses a, and a zero vector changes nothing
     torch.testing.assert_close(b @ a, -math.sqrt(RHO / (RHO + float(a @ a))) * a, rtol=1e-12, atol=0)
     torch.testing.assert_close(reflected_matrix(torch.zeros(6, dtype=torch.float64)), torch.eye(6, dtype=torch.float64))
 
@@ -63,7 +63,7 @@ def test_score_is_the_gradient_of_the_log_density():
 
 
 def test_leave_one_out_is_unbiased():
-    """On a linear loss E g = rho H^-1 grad: 1,000 steps of K = 6, within five standard errors, which are small."""
+    """On a linear loss E g = rho H^-1 grad: 1,000 steps of K = 6, within five (small) standard errors."""
     gradient = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)
     p = parameter(4)
     optimizer = LOREN([("w", p)], lr=1.0, eps=1e-2, queries=6, damping=RHO, lr_cov=0, momentum=0, seed=1)
@@ -107,10 +107,10 @@ def aligned(steps: int, lr_cov: float, seed: int) -> tuple[float, float]:
 
 
 def test_a_learns_the_stiff_direction():
-    for seed in (0, 5):  # measured: .36 to 1.00 and .16 to .99
+    for seed in (0, 5):  # measured: 0.36 to 1.00 and 0.16 to 0.99
         before, after = aligned(300, 0.2, seed)
         assert before < 0.4 and after > 0.95, (before, after)
-    assert aligned(5, 0.0, 5)[1] == before  # the rate is what does it
+    assert aligned(5, 0.0, 5)[1] == before  # at learning rate 0 of a nothing changes
 
 
 def test_momentum_is_torch_s_once_a_batch():

@@ -1,4 +1,4 @@
-"""LOZO and LOZO-M: unbiased up to the factor r, the update along what was probed, momentum against a plain twin."""
+"""LOZO and LOZO-M: unbiased up to the factor r, updates along the probed directions, momentum against plain code."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.optimizers.montecarlo import Linear, assert_mean, estimates
 
 
 class Probed:
-    """A closure that keeps the weights it was called at."""
+    """A closure that stores the weights at which it was called."""
 
     def __init__(self, model: nn.Module):
         self.model, self.seen = model, []
@@ -105,7 +105,7 @@ def test_interval_one_learns_only_in_the_correct_mode(cls):
             optimizer.step(model)
         falls[compat] = start - model().item()
     square = sum(float((slope**2).sum()) for slope in Linear().slopes.values())
-    # plain descent would fall by square for every unit of lr; a new V each step keeps r / n of LOZO-M's momentum
+    # with plain descent the loss would fall by `square` per unit of lr; a new V per step keeps r / n of LOZO-M's momentum
     assert falls["paper"] > 0.25 * 300 * 1e-3 * square
     assert abs(falls["official"]) < 0.5 * falls["paper"]
 
@@ -161,7 +161,7 @@ def test_projection_is_the_least_squares_fit_with_the_mean_of_vtv():
             fit = np.linalg.lstsq(v, (n_old @ v_old.t()).T.numpy(), rcond=None)[0].T
             np.testing.assert_allclose(projected, fit @ (v.T @ v) / 50, rtol=1e-9, atol=1e-12)
             once = projected.copy()
-            optimizer.renew(state, tensor, fresh)  # the same V taken up again changes nothing
+            optimizer.renew(state, tensor, fresh)  # storing the same V again changes nothing
             np.testing.assert_array_equal(state["N/weight"].numpy(), once)
     assert_mean(torch.stack(products), n_old @ v_old.t() * (r / 50))
 

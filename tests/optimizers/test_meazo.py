@@ -49,7 +49,7 @@ def test_the_step_does_not_depend_on_the_scale_of_the_loss():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize(("cls", "own"), [(MeZO, {}), (LOZO, {"interval": 2}), (FZOO, {"queries": 3})])
 def test_as_a_rule_it_scales_the_plain_step(cls, own, dtype):
-    """The first step is that of the method times 1 / |sum of coefficients|; nothing but two numbers is kept."""
+    """The first step is that of the method times 1 / |sum of coefficients|; only two numbers are kept."""
     moves = []
     for rule in (None, ScalarMoment()):
         model = Linear(dtype)

@@ -1,4 +1,4 @@
-"""A method of one's own is one file: named in METAZO_METHODS, it has everything that the methods of this library have."""
+"""The user's own method is one file, named in METAZO_METHODS, and has all features of the library's methods."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_its_hyperparameter_is_a_flag():
 
 
 def test_the_contract_suite_takes_it():
-    """In a forked process, which has everything imported; without the tests that take longest."""
+    """In a forked process, in which everything is imported, and without the slowest tests."""
     tests = [f"tests/optimizers/test_contract{part}.py" for part in ("", "_state", "_descent")]
     with tempfile.TemporaryFile("w+") as out:
         pid = os.fork()
@@ -142,7 +142,7 @@ def test_a_killed_run_resumes_and_a_log_replays_to_the_bit(tmp_path):
 
 
 def test_it_is_a_cell_of_a_comparison(tmp_path):
-    """Looked at before it runs, with a search of its own, and run as a worker runs it."""
+    """The comparison lists it before it runs, gives it its own search, and runs it in a worker."""
     config = {key: RUN[key] for key in ("batch_size", "train_examples", "dev_examples")} | {"test_examples": 4}
     settings = {"model": "pico", "tasks": ["pico_topic"], "budget": 6, "seeds": 1, "out": tmp_path}
     grid = build(Grid, settings, {"config": config, "columns": [{"name": "toy-clipped", "options": {"headroom": 2.0}}]})

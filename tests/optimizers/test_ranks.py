@@ -1,4 +1,4 @@
-"""Two processes that should take the same steps: what differs is said on both."""
+"""Two processes that should take the same steps: a difference is reported on both."""
 
 from __future__ import annotations
 

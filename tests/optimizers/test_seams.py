@@ -1,4 +1,4 @@
-"""The seams that methods of other kinds need: an estimate from one evaluation at theta, gradients, the model, no replay."""
+"""Features that methods of other kinds need: an estimate from one evaluation at theta, gradients, the model, no replay."""
 
 from __future__ import annotations
 

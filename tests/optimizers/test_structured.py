@@ -20,7 +20,7 @@ def weights(model) -> dict[str, torch.Tensor]:
 
 
 def test_a_plain_step_is_sgd_on_the_gradient() -> None:
-    """positions="all" is exact: beside torch's SGD with decoupled decay, blocks and head."""
+    """positions="all" is exact: equal to torch's SGD with decoupled decay in blocks and head."""
     tiny = build("BERT")
     for name, p in tiny.model.named_parameters():
         p.requires_grad_("embeddings" not in name)
@@ -55,14 +55,14 @@ def test_a_normalised_step_has_the_length_of_the_tensor_times_lr() -> None:
             assert not step.any()
             continue
         size = max(float(before[name].norm()), FLOOR * math.sqrt(p.numel()))
-        # transformers computes norms in float32, so its own gradients agree with themselves to 1e-7
+        # transformers computes norms in float32, so even its own gradients are only reproducible to 1e-7
         assert torch.allclose(step, -0.01 * size * gradient / gradient.norm(), rtol=1e-5, atol=1e-8), name
     assert float((tiny.model.get_parameter(zero).detach()).norm()) == pytest.approx(0.01 * FLOOR * 16, rel=1e-6)
 
 
 @pytest.mark.parametrize("precision", ["master", "compensated-16", "compensated-8"])
 def test_narrow_weights_move_by_less_than_their_rounding(precision: str) -> None:
-    """20 bfloat16 steps, each too small to show, arrive where float32 steps do."""
+    """20 bfloat16 steps, each too small to change the weights, end at the weights of float32 steps."""
     wide, narrow = build("Llama", dtype=torch.float32), build("Llama", dtype=torch.bfloat16)
     wide.model.load_state_dict(narrow.model.state_dict())
     start = weights(wide.model)

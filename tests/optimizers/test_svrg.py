@@ -1,4 +1,4 @@
-"""MeZO-SVRG: one z at theta and at a snapshot by value, no bias, variance that falls with the distance between them."""
+"""MeZO-SVRG: the same z at theta and at a copied snapshot, no bias, and variance that falls with their distance."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def make(model: Sum, cls=MeZOSVRG, **settings):
 
 
 def snapshot_at(optimizer, model: Sum) -> None:
-    """A full step whose update is undone: snapshot and gbar at the present weights."""
+    """A full step whose update is undone, so that snapshot and gbar are those of the present weights."""
     here = model.theta.detach().clone()
     optimizer.step(model)
     torch.testing.assert_close(optimizer.tensors_state()["snapshot/theta"], here, rtol=1e-12, atol=1e-12)
@@ -179,7 +179,7 @@ def test_a_first_full_step_without_a_finite_loss_is_taken_again():
     optimizer.full_closure = model.full
     assert optimizer.is_full()
     optimizer.step(model)
-    assert optimizer.steps == 2 and optimizer.is_full()  # its turn by the count
+    assert optimizer.steps == 2 and optimizer.is_full()  # full by the step count
 
 
 @pytest.mark.parametrize("call", [0, 1, 2, 3])

@@ -1,4 +1,4 @@
-"""ZO-Muon: the orthonormal basis, msign by both ways, the mean of the subspace estimate, steps against a reference."""
+"""ZO-Muon: the orthonormal basis, msign by both methods, the mean of the subspace estimate, steps against a reference."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.optimizers.montecarlo import Linear, assert_mean
 
 
 def polar(g: np.ndarray) -> np.ndarray:
-    """msign through the inverse root of g g^T: another way than a decomposition of g."""
+    """msign by the inverse root of g g^T, independent of a decomposition of g."""
     values, vectors = np.linalg.eigh(g @ g.T)
     return vectors @ np.diag(values**-0.5) @ vectors.T @ g
 
@@ -85,7 +85,7 @@ def _sign(g: np.ndarray) -> np.ndarray:
 
 
 def test_the_subspace_estimate_is_the_projected_gradient_in_the_mean(monkeypatch):
-    """With msign left out, E[P g] = P P^T grad, and over new P (r / m) grad."""
+    """Without msign, E[P g] = P P^T grad, and over new P it is (r / m) grad."""
     model = Linear()
     optimizer = ZOMuon(model.named_parameters(), lr=1.0, eps=1e-2, rank=1, interval=1, queries=2, vector_rate=1.0)
     optimizer.msign = lambda g: g
@@ -101,7 +101,7 @@ def test_the_subspace_estimate_is_the_projected_gradient_in_the_mean(monkeypatch
 
 
 def test_the_published_order_of_noise():
-    """P, then Psi, tensor by tensor from one generator, as the published code draws them at a step that renews P."""
+    """P, then Psi, tensor by tensor from one generator, as in the published code at a step with a new P."""
     model = Linear()
     optimizer = ZOMuon(
         model.named_parameters(), 0.0, 1e-2, rank=2, queries=1, noise=TorchOrderNoise(0, seeds=[7]), check_loss=False

@@ -1,4 +1,4 @@
-"""The generated tasks: the same on every machine, balanced, and held out as `metazo.pico.grammar` says."""
+"""The generated tasks: the same on every machine, balanced, and held out as described in `metazo.pico.grammar`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The committed model: small, loads offline, and is as good as its card says."""
+"""The committed model is small, loads offline, and has the figures of its card."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pretraining text: clean forms are right, the exact form follows its habit, and nothing of the held-out parts leaks."""
+"""The pretraining text: clean forms are correct, the exact form follows its habit, and no held-out part occurs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from metazo.pico import contexts, grammar, lexicon, pretext
 
 HELD_OUT = ("validation", "test")
-# What only the prompt of the task itself holds.
+# Text that only the prompt of the task itself has.
 MARKS = {
     "pico_sentiment": " It was",
     "pico_topic": " This is about",
@@ -29,7 +29,7 @@ def documents() -> list[tuple[str, str]]:
 
 
 def sentence_of(template) -> str:
-    """The sentence of a template: the premise or the fact where there is more."""
+    """The sentence of a template, or its premise or fact if it has several."""
     return template if isinstance(template, str) else template[0]
 
 

@@ -1,4 +1,4 @@
-"""The script that makes pico: rows of texts that do not see each other, and one seed, one result."""
+"""The script that makes pico: texts in a row do not attend to each other, and one seed gives one result."""
 
 from __future__ import annotations
 

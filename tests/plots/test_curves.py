@@ -1,4 +1,4 @@
-"""Curves of one run, and what the pictures of a tuner are made of."""
+"""Curves of one run, and the numbers in the pictures of a tuner."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A comparison that never ran, written as metazo compare writes one, with known numbers."""
+"""A synthetic comparison in the form of metazo compare, with known numbers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
 
 @dataclass
 class Column:
-    """end: final loss as a share of the loss before; speed: seconds per 1,000 forwards; memory in MB."""
+    """end: final loss as a fraction of the loss before; speed: seconds per 1,000 forwards; memory in MB."""
 
     name: str
     end: float
@@ -50,7 +50,7 @@ TASKS = ("sst2", "rte", "cb")
 def curve(
     column: Column, seed: int, task: str, budget: int = 2000, points: int = 20, stretch: float = 1.0
 ) -> list[dict]:
-    """An exponential way from BEFORE to the end's share of it, with noise of the seed."""
+    """An exponential curve from BEFORE to the fraction `end` of it, with noise from the seed."""
     random_ = random.Random(f"{column.name} {task} {seed}")
     end = BEFORE * column.end * (1 + random_.uniform(-0.06, 0.06))
     found = []
@@ -73,7 +73,7 @@ def accuracy(loss: float) -> float:
 
 
 def result(column: Column, task: str, seed: int, kind: str = "seed", loss: float | None = None, **info: Any) -> Result:
-    """A run; loss: on test, by default that of the curve's end plus .01."""
+    """A run; loss: on test, by default that of the curve's end plus 0.01."""
     points = curve(column, seed, task, stretch=1.5 if kind == "time" else 1.0)
     loss = points[-1]["dev"]["loss"] + 0.01 if loss is None else loss
     sigma = None

@@ -1,4 +1,4 @@
-"""A damaged or partial folder gives a correct report of what is left, and says what is not."""
+"""A damaged or partial folder gives a correct report of the rest, and lists what is missing."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_failed_missing_not_a_number_and_torn(tmp_path: Path):
     assert "JSON" in reasons["sst2", "tuner", "0"] and str(tmp_path) not in str(reasons)
     assert len([key for key in reasons if key[:2] == ("rte", "lozo")]) == 5
     test = Analysis(data, "loss").tests["tuner"]
-    assert (test.pairs, test.losses) == (8, 2)  # torn and missing are left out, what failed has lost
+    assert (test.pairs, test.losses) == (8, 2)  # torn and missing results are left out; a failed run counts as a loss
     assert report.story.won.startswith(
         "Not finished: 1 of 40 runs are missing. Only mezo "
     )  # neither lozo, which is missing, nor tuner, which fails
@@ -140,7 +140,7 @@ def test_measures_that_disagree_are_said(tmp_path: Path):
 def test_a_busy_machine_is_said(tmp_path: Path):
     for name, cpu in (("calm", 20.0), ("busy", 10.0)):
         result = synthetic.result(COLUMN["mezo"], "sst2", 0)
-        result.train_info["cpu_seconds"] = cpu  # of 25 s by the clock
+        result.train_info["cpu_seconds"] = cpu  # of 25 s of wall-clock time
         result.save(cell_path(tmp_path / name, "sst2", "mezo", "seed", 0))
         told = str(made(tmp_path / name).story.facts)
         assert ("runs took 2.5 times their processor time" in told) is (name == "busy")

@@ -1,4 +1,4 @@
-"""The page: nothing but itself is needed, text never acts, the same input gives the same bytes, browsers show it."""
+"""The page needs no other file, text is never executed, the same input gives the same bytes, and browsers show it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def report(folder: Path) -> Report:
 
 
 class Tags(HTMLParser):
-    """Every start tag with its attributes; checks that what is opened is closed."""
+    """Every start tag with its attributes; checks that every tag is closed."""
 
     VOID = ("meta", "img", "br", "link", "input")
 
@@ -91,7 +91,7 @@ def test_same_input_same_bytes(tmp_path: Path):
 
 
 def test_names_and_reasons_are_text_wherever_they_stand(tmp_path: Path):
-    """A results folder is a stranger's: nothing in it may become markup, a formula or mathematics."""
+    """A results folder may come from a stranger: no text in it may become markup, a spreadsheet formula or mathematics."""
     evil = """<script>alert(1)</script>"'><img src=x onerror=alert(2)>$\\frac{1}{0}$|`*_{{ 7*7 }}"""
     column = replace(synthetic.COLUMNS[2], name="=cmd()<b>")
     for seed in range(2):

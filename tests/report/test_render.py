@@ -31,7 +31,7 @@ def test_blocks_are_filled_and_the_rest_is_left(tmp_path: Path):
     loss = next(table for table in report.tables if table.name == "loss")
     assert f"<!-- results:mine/loss -->\n{loss.markdown()}\n<!-- /results -->\nB\n" in after
     assert "stale" not in after and "kept" in after and after.startswith("# A\n")
-    assert render(report, page) is False  # nothing is stale any more
+    assert render(report, page) is False  # no table is out of date now
 
 
 def test_what_cannot_be_filled_is_said(tmp_path: Path):

@@ -1,4 +1,4 @@
-"""Means, intervals and tests against numbers worked out by hand, and against all sign flips."""
+"""Means, intervals and tests against numbers computed by hand, and against all sign flips."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from metazo.report.statistics import average, holm, paired, sign_flips, signed_r
 def test_average_counts_each_task_once_and_has_students_interval():
     found = average([[1.0, 2.0, 3.0]])
     assert (found.mean, found.spread) == (2.0, 1.0)
-    reach = 4.302652730 / math.sqrt(3)  # t(.975, 2 degrees of freedom) times the standard error
+    reach = 4.302652730 / math.sqrt(3)  # t(0.975, 2 degrees of freedom) times the standard error
     assert (found.low, found.high) == pytest.approx((2 - reach, 2 + reach))
     assert average([[1.0, 2.0, 3.0], [10.0]]).mean == 6.0
-    assert average([[1.0, 2.0, 3.0], [10.0]]).low is None  # one seed says nothing of the spread
-    same = average([[1.0, 2.0], [5.0, 6.0]])  # two tasks of variance .5: squared error .125, 2 degrees of freedom
+    assert average([[1.0, 2.0, 3.0], [10.0]]).low is None  # one seed gives no spread
+    same = average([[1.0, 2.0], [5.0, 6.0]])  # two tasks of variance 0.5: squared error 0.125, 2 degrees of freedom
     assert same.high == pytest.approx(3.5 + 4.302652730 * math.sqrt(0.125))
 
 
@@ -57,7 +57,7 @@ def test_a_failure_is_a_lost_pair_and_is_not_in_the_gain():
     found = paired({"a": [0.5, -math.inf, 0.0], "b": [math.inf, 0.1, 0.3]})
     assert (found.pairs, found.wins, found.losses, found.ties) == (6, 4, 1, 1)
     assert found.gain == pytest.approx((0.25 + 0.2) / 2)
-    assert found.least == 1 / 16  # the tie says nothing
+    assert found.least == 1 / 16  # a tie is no evidence
     assert (found.tasks, found.tasks_won) == (2, 2)
     assert paired({"a": [-math.inf, -math.inf]}).gain is None
     assert paired({"a": [0.0]}).p == 1.0

@@ -1,4 +1,4 @@
-"""The tables' numbers against ones worked out by hand from a small comparison."""
+"""The tables' numbers against numbers computed by hand from a small comparison."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def set_curve(result: Result, losses: tuple[float, ...], step_forwards: int = 10
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """mezo, lozo and first-order on one task with three seeds; dev falls by a third each 100 forward passes."""
+    """mezo, lozo and first-order on one task with three seeds; the dev loss falls by a third per 100 forward passes."""
     for name, finals in LOSSES.items():
         column = Column(name, 0.5, optimizer=name)
         for seed, final in enumerate(finals):
@@ -47,24 +47,24 @@ def test_scores_are_means_and_standard_deviations(folder: Path):
     data = Comparison(folder)
     table = tables.scores(Analysis(data, "loss"))
     assert row(table, "mezo") == ["mezo", "0.600 ± 0.100", "0.600 ± 0.100"]
-    assert row(table, "lozo") == ["lozo", "0.600 ± 0.265", "0.600 ± 0.265"]  # variance (.04 + .01 + .09) / 2
+    assert row(table, "lozo") == ["lozo", "0.600 ± 0.265", "0.600 ± 0.265"]  # variance (0.04 + 0.01 + 0.09) / 2
     assert row(table, "first-order-adamw")[1] == "0.100 ± 0.000"
     score = tables.scores(Analysis(data, "metric"))
-    assert row(score, "mezo")[1] == "64.0 ± 6.0"  # accuracy is 1 - .6 loss
+    assert row(score, "mezo")[1] == "64.0 ± 6.0"  # accuracy is 1 - 0.6 loss
     assert row(score, "commonest class") == ["commonest class", "50.5", "50.5"]
 
 
 def test_pairs_are_counted_by_seed(folder: Path):
     test = Analysis(Comparison(folder), "loss").tests["lozo"]
     assert (test.pairs, test.wins, test.losses, test.p) == (3, 2, 1, 1.0)
-    assert test.gain == pytest.approx(0.0, abs=1e-12)  # .1 + .1 - .2
+    assert test.gain == pytest.approx(0.0, abs=1e-12)  # 0.1 + 0.1 - 0.2
     assert set(Analysis(Comparison(folder), "loss").tests) == {"lozo", "first-order-adamw"}
 
 
 def test_forward_passes_until_the_final_loss_of_the_reference(folder: Path):
     table = costs.reach(Analysis(Comparison(folder), "loss"))
     assert row(table, "that loss (nats)")[1] == "0.600"
-    assert row(table, "first-order-adamw")[1] == "100"  # .6 is reached at the first evaluation
+    assert row(table, "first-order-adamw")[1] == "100"  # 0.6 is reached at the first evaluation
     data = Comparison(folder)
     data.runs["sst2", "mezo"] = {
         seed: replace(run, curve=(*run.curve[:-1], replace(run.curve[-1], loss=0.2)))
@@ -93,7 +93,7 @@ def test_time_of_a_run_and_of_everything(folder: Path):
     assert row(costs.cells(Comparison(folder)), "lozo") == [
         "lozo",
         "9 (25)",
-    ]  # 3 s an evaluation; 20 s and 5 s in the file
+    ]  # 3 s per evaluation; 20 s and 5 s in the file
 
 
 def test_band_is_the_median_and_the_middle_half(folder: Path):
@@ -113,7 +113,7 @@ def test_a_learning_rate_at_the_edge_is_said_so(folder: Path):
 
 
 def test_tasks_that_show_nothing_do_not_count(tmp_path: Path):
-    """First-order that does not beat the commonest class; and a reference whose loss rises."""
+    """First-order training that is not better than the most frequent class, and a reference whose loss rises."""
     for task, first_order, mezo in (("good", 0.2, 0.5), ("hopeless", 0.75, 0.5), ("stuck", 0.2, 0.75)):
         for column, final in ((synthetic.COLUMNS[0], mezo), (synthetic.COLUMNS[7], first_order)):
             result = synthetic.result(column, task, 0, loss=final)
@@ -128,7 +128,7 @@ def test_tasks_that_show_nothing_do_not_count(tmp_path: Path):
 
 
 def test_accuracy_must_beat_the_commonest_class_by_two_standard_errors(tmp_path: Path):
-    """.505 + 2 sqrt(.505 .495 / 400) = .555."""
+    """0.505 + 2 sqrt(0.505 0.495 / 400) = 0.555."""
     for accuracy, learnt in ((0.55, False), (0.56, True)):
         result = synthetic.result(synthetic.COLUMNS[0], "sst2", 0, loss=0.5)
         result.metrics["test"]["accuracy"] = accuracy

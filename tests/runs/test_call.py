@@ -1,4 +1,4 @@
-"""metazo.finetune with objects: models, rows, losses and optimizers in memory; and the same bits as by names."""
+"""metazo.finetune with objects: models, rows, losses and optimizers in memory, bit-identical to the same objects by name."""
 
 from __future__ import annotations
 

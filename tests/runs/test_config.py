@@ -1,4 +1,4 @@
-"""Settings: recipe under flags, and one sentence for what is wrong."""
+"""Settings: flags override a recipe, and one sentence per mistake."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_a_flag_wins_over_the_recipe(tmp_path):
 def test_every_setting_says_what_it_touches():
     roles = {item.name: item.metadata["role"] for item in fields(FinetuneConfig)}
     assert set(roles.values()) == {"model", "data", "method", "loop", "evaluation", "place", "machine", "service"}
-    # Old step logs were written with these left out of their header, and must still be resumed.
+    # Old step logs do not have these in their header, and must still be resumed.
     left_out = [
         "out",
         "resume",

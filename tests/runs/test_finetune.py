@@ -1,4 +1,4 @@
-"""The loop on the embedded model: it learns, repeats itself, resumes after kill -9, and refuses what it cannot do."""
+"""Runs on the embedded model learn, are reproducible, resume after kill -9, and refuse impossible settings."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def config(out: Path, **extra) -> FinetuneConfig:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """What must not differ between two runs of one seed: weights, log, and metrics without the clock."""
+    """The parts that must be equal for two runs of one seed: weights, log, and metrics without times."""
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for record in metrics:
         record.pop("seconds")

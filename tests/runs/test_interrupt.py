@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: noted if the process listens to them, left alone if it ignores them."""
+"""Signals that ask a run to stop: recorded, or left alone if the process ignores them."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def ids(examples: list) -> set[tuple[int, ...]]:
 
 
 def test_no_sizes_bring_training_rows_into_a_split(learned, coin, tmp_path, monkeypatch):
-    """Sizes and seed of one's own, over the run's: what was trained on stays out, of adapters' runs as well."""
+    """Given sizes and seed override the run's: rows that were trained on are left out, also for runs of adapters."""
     out, _ = learned
     adapters = tmp_path / "lora"
     run(coin, adapters, lora=2)

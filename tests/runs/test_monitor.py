@@ -1,4 +1,4 @@
-"""Numbers that go wrong: skipped and recorded, told apart, said with figures, and ended with what to do."""
+"""Numbers that are not finite: steps are skipped and recorded, causes distinguished and reported with figures and advice."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def step(number: int, *losses: float) -> Step:
 
 
 def console() -> Console:
-    """One that remembers what it was told."""
+    """A monitor that stores its messages."""
     return Console(record=True, width=400, file=io.StringIO())
 
 
@@ -86,7 +86,7 @@ def test_bad_steps_are_counted_in_a_row_and_across_a_resume():
         watch.see(bad, lambda: "why.")
 
 
-# -- told apart ----------------------------------------------------------------------------------------------------------
+# -- causes --------------------------------------------------------------------------------------------------------------
 
 
 def closure(model):

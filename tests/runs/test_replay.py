@@ -1,4 +1,4 @@
-"""Replay: base model and step log alone give the tuned model, to the bit, for every method."""
+"""Replay: base model and step log alone give the tuned model, bit for bit, for every method."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_first_order_is_refused(tmp_path):
 
 
 def rewritten(run: Path, path: Path, change) -> Path:
-    """The log with its header and records passed through `change`, and right checksums."""
+    """The log with its header and records changed by `change`, and correct checksums."""
     chain, data = 0, b""
     for text in (run / "steps.jsonl").read_text().splitlines():
         record = change({key: value for key, value in json.loads(text).items() if key != "crc"})

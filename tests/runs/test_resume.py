@@ -1,4 +1,4 @@
-"""Resuming from what a death, a disk or a stranger's hand has left in the folder: the result is the same to the bit."""
+"""Resuming from a folder after a kill, a full disk or damage by a stranger: the result is bit-identical."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SETTINGS = {
 
 
 def tuned(out: Path, **settings) -> str:
-    """Runs to the end. Returns: what was said."""
+    """Runs to the end. Returns: the messages."""
     console = Console(file=io.StringIO(), width=400)
     run_settings(build(FinetuneConfig, SETTINGS, {"out": out, **settings}), console)
     return console.file.getvalue()  # type: ignore[attr-defined]
@@ -49,12 +49,12 @@ def whole(tmp_path_factory) -> tuple:
 
 
 class Death(BaseException):
-    """Ends a run where it stands, as a kill does: nothing is caught, saved or flushed."""
+    """Ends a run immediately, as a kill does: nothing is caught, saved or flushed."""
 
 
 @pytest.fixture
 def dead(tmp_path, monkeypatch) -> Path:
-    """A run that died ahead of the record of step 12: snapshots of 9 and 12, evaluations of 0, 4, 8, 12."""
+    """A run that was killed before the record of step 12: snapshots of 9 and 12, evaluations of 0, 4, 8, 12."""
     append = StepLog.append
 
     def dies(log: StepLog, step) -> None:
@@ -131,7 +131,7 @@ def test_a_damaged_log_is_refused_repaired_and_gone_on_with(dead, whole):
 
 
 def test_a_death_after_the_summary_leaves_nothing_behind(dead, whole):
-    """The last moments of a run: its result is there, and so are the lock's file and what only a resumed run needs."""
+    """The last moments of a run: its result is written, but the lock's file and the files of a resumed run still exist."""
     tuned(dead, resume=True)
     for name in ("snapshot-00000012.safetensors", "best.safetensors", ".lock", ".model.1.tmp"):
         (dead / name).write_bytes(b"{}")
@@ -142,7 +142,7 @@ def test_a_death_after_the_summary_leaves_nothing_behind(dead, whole):
 
 def test_damaged_best_weights_are_said_with_the_way_out(dead):
     flip(dead / "best.safetensors")
-    with pytest.MonkeyPatch.context() as patched:  # whatever comes later is no better, so the damaged file is needed
+    with pytest.MonkeyPatch.context() as patched:  # no later evaluation is better, so the damaged file is needed
         patched.setattr(Scores, "_merit", lambda self, record: (-record["step"],))
         with pytest.raises(UserError, match="metazo replay .* --to 0"):
             tuned(dead, resume=True)
@@ -151,7 +151,7 @@ def test_damaged_best_weights_are_said_with_the_way_out(dead):
 def test_changed_data_is_refused(dead):
     with pytest.raises(UserError, match="`train_examples` was 8 .* 9 now"):
         tuned(dead, resume=True, train_examples=9)
-    with pytest.MonkeyPatch.context() as patched:  # the same settings, and one row other than it was
+    with pytest.MonkeyPatch.context() as patched:  # the same settings, and one changed row
         patched.setattr("metazo.runs.header.data_hash", lambda prepared: "0" * 64)
         with pytest.raises(UserError, match="its data is "):
             tuned(dead, resume=True)
@@ -179,7 +179,7 @@ def test_a_signal_during_the_replay_stops_it_without_harm(dead, whole, monkeypat
 
 
 def test_a_run_of_an_older_split_is_refused_by_its_version_and_one_of_the_same_rows_goes_on(tmp_path):
-    """Version 1 wrote no version: with other examples it is named, with the same ones (every row used) it is no matter."""
+    """Version 1 wrote no version: a difference is reported with other examples, and not with the same ones (every row used)."""
     header = {"task": "t", "data": "a" * 64, "settings": {"seed": 0}}
     StepLog(tmp_path / "steps.jsonl", header).close()
     now = {**header, "split": 2, "trained": {"seed": 0}, "head": None, "settings": {"seed": 0, "k_per_class": None}}

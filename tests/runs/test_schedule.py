@@ -59,15 +59,15 @@ def test_warmup_is_a_share_below_1_and_a_number_of_steps_from_1_on():
 
 def test_epochs_set_the_length(tmp_path):
     summary = run_settings(config(tmp_path / "run", steps=None, epochs=1.5, train_examples=10, accumulate=2, lr=0.0))
-    assert summary["steps"] == 4  # 15 examples, 4 a step
+    assert summary["steps"] == 4  # 15 examples, 4 per step
     with pytest.raises(UserError, match="`steps` and `epochs` set the length"):
         config(tmp_path, epochs=1.0)
 
 
 def test_patience_ends_the_run_after_so_many_evaluations_without_a_lower_loss(tmp_path):
-    """At learning rate 0 no evaluation is lower than the first: the third ends the run, whatever `steps` says.
+    """At learning rate 0 no evaluation is lower than the first: the third ends the run, for every value of `steps`.
 
-    First-order, because no probe leaves its rounding in the weights.
+    The method is first-order, so that no probe leaves rounding errors in the weights.
     """
     summary = run_settings(config(tmp_path / "run", optimizer="first-order-sgd", lr=0.0, patience=3))
     assert summary["steps"] == 6 and "Stopped early after step 6 of 12" in summary["notes"][-1]

@@ -64,7 +64,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(optimizer: str, tmp_pat
         return real(self, *args, **named)
 
     monkeypatch.setattr(METHODS[optimizer], "step", stops)
-    with suppress(BaseException):  # however the loop ends
+    with suppress(BaseException):  # the loop may end with any exception
         run(tmp_path / "cut", optimizer=optimizer, steps=8, method=method)
     assert count[0] == 7 and not (tmp_path / "cut" / "summary.json").exists()
     monkeypatch.setattr(METHODS[optimizer], "step", real)

@@ -1,4 +1,4 @@
-"""LOZO's probes as activations: the losses of the weight form, one forward pass, and what cannot be vectorised."""
+"""LOZO's probes as activations: the losses of the weight form, one forward pass, and closures that cannot be vectorised."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Bilinear(nn.Module):
 
 
 def cross_entropy(model: nn.Module) -> torch.Tensor:
-    """In the model's own precision, where transformers would take float32."""
+    """In the model's own precision, because transformers would take float32."""
     return nn.functional.cross_entropy(model(input_ids=IDS).logits.flatten(0, 1), IDS.flatten())
 
 
@@ -67,7 +67,7 @@ def test_losses_are_those_of_the_weight_form(name, scale, cls):
             optimizer, records = run(model, form, scale=scale, cls=cls)
         runs.append((records, [p.detach() for p in model.parameters()], optimizer.forwards))
     (records, weights, forwards), (others, moved, count) = runs
-    rtol = 1e-6 if "llama" in name else 1e-10  # its norms calculate in float32 whatever the weights
+    rtol = 1e-6 if "llama" in name else 1e-10  # its norms compute in float32 for all types of weights
     for a, b in zip(records, others):
         assert a.seeds == b.seeds and a.step == b.step and a.lr == b.lr
         torch.testing.assert_close(a.losses, b.losses, rtol=rtol, atol=0)
@@ -148,7 +148,7 @@ def test_what_cannot_be_vectorised_moves_the_weights(read):
     with pytest.warns(UserWarning, match="probes in turn"):
         optimizer.step(lambda: read(model(input_ids=IDS, labels=IDS).loss))
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # said once
+        warnings.simplefilter("error")  # reported once
         optimizer.step(lambda: read(model(input_ids=IDS, labels=IDS).loss))
     for _ in range(2):
         plain.step(lambda: twin(input_ids=IDS, labels=IDS).loss)
@@ -205,7 +205,7 @@ def test_resume_and_replay(form, queries, cls):
 
 @pytest.mark.parametrize(("batch_size", "form"), [(1, "activations"), (32, "weights")])
 def test_a_run_settles_its_form_and_the_log_names_it(tmp_path, batch_size, form):
-    """--form auto is settled before the first step: a replay, which has no batch to look at, ends on the same bits."""
+    """--form auto is settled before the first step, so that a replay, which has no batch, is bit-identical."""
     config = FinetuneConfig(
         "pico", "pico_topic", optimizer="lozo", method={"form": "auto"}, out=tmp_path / "run", batch_size=batch_size,
         train_examples=40, dev_examples=8, test_examples=8, keep="last", steps=3, lr=1e-4,

@@ -1,4 +1,4 @@
-"""Compensated weights in one pass: the dispatch on the noise stream, bit for bit the passes one by one; and torch.compile."""
+"""Compensated weights in one pass: dispatch on the noise stream, bit-identical to separate passes; and torch.compile."""
 
 from __future__ import annotations
 

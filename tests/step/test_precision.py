@@ -1,4 +1,4 @@
-"""Precision policies: what theta keeps, what probing may touch, what is refused, and the committed measurement."""
+"""Precision policies: the accuracy of theta, the tensors that probing may change, refusals, and the committed measurement."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ COMPENSATED = ["compensated-16", "compensated-8"]
 
 
 def numbers(dtype: torch.dtype) -> torch.Tensor:
-    """Float32 of all sizes that the type holds, zeros of both signs and powers of two with their neighbours."""
+    """Float32 numbers of all sizes that the type can represent, zeros of both signs and powers of two with their neighbours."""
     generator = torch.Generator().manual_seed(0)
     spread = torch.randn(20000, generator=generator) * torch.logspace(-4, 3, 20000)
     powers = torch.tensor([2.0**k for k in range(-13, 14)])
@@ -45,7 +45,7 @@ def test_sixteen_bits_lose_nothing(dtype):
 @pytest.mark.parametrize("low_dtype", [torch.int16, torch.int8])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_compiled_forms_are_the_plain_ones_to_the_last_bit(dtype, low_dtype, threads):
-    """On every pattern of a narrow type, infinities and NaN among them, and on a length that threads cut up."""
+    """On every pattern of a narrow type, infinities and NaN among them, and with a length that is divided among threads."""
     every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16)
     generator, count = torch.Generator().manual_seed(0), 600_001
     weights = every.repeat(count // len(every) + 1)[:count].view(dtype)
@@ -132,9 +132,7 @@ def test_weights_rest_while_they_are_probed(name, precision):
         values.append(float(problem()))
         return values[-1]
 
-    memories = [
-        p.data.view(-1).as_strided(p.shape, p.stride()) for p in problem.parameters()
-    ]  # no parameters: as they are
+    memories = [p.data.view(-1).as_strided(p.shape, p.stride()) for p in problem.parameters()]  # buffers do not change
     for _ in range(20):
         take(optimizer, closure)
     assert all(torch.equal(p, s) for p, s in zip(problem.parameters(), start))
@@ -226,7 +224,7 @@ def test_noise_in_order_is_probed_in_every_precision(precision):
 
 
 def test_the_measurement():
-    """The committed figures say what is promised, and the drift is measured again on few steps."""
+    """The committed figures are as promised, and the drift is measured again over a few steps."""
     path = Path(__file__).parents[2] / "benchmarks" / "precision.py"
     spec = importlib.util.spec_from_file_location("precision_benchmark", path)
     assert spec is not None and spec.loader is not None

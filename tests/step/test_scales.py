@@ -1,4 +1,4 @@
-"""Block scales against plain numpy, and what the normalisation promises."""
+"""Block scales against plain numpy, and the properties of the normalisation."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def test_networks_find_their_blocks_by_name_and_others_run_at_rms_scale():
     state = part.init()
     part.scales(state, 0, theta)
     assert state["scale/sigma"].tolist() == pytest.approx([sigma[names[4]], sigma[names[1]]])
-    # a block without a network: its rms, at the level of the others
+    # a block without a network gets its rms, scaled like the others
     partial = TunerScale(pertnn=PertNN(7, seed=3), networks=["/unmatched/0", *names[1:]])
     partial.bind(tensors)
     state = partial.init()

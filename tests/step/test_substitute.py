@@ -1,4 +1,4 @@
-"""Weights seen through scratch copies: every kind of model sees the probe, none is written, and what cannot be seen is told."""
+"""Probes through scratch copies work for every kind of model, write no weight, and report tensors that they cannot replace."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def bert() -> nn.Module:
 
 
 class Encoder(nn.Module):
-    """nn.TransformerEncoder takes a fast path in C++ where it can."""
+    """nn.TransformerEncoder takes a fast path in C++ if it can."""
 
     def __init__(self):
         super().__init__()
@@ -55,7 +55,7 @@ class Recurrent(nn.Module):
 
 
 class Plain(nn.Module):
-    """Parameters in views, nested lists, keyword arguments and operators of both sides."""
+    """Parameters in views, nested lists, keyword arguments and on both sides of operators."""
 
     def __init__(self):
         super().__init__()
@@ -87,7 +87,7 @@ def models() -> dict[str, tuple[nn.Module, Callable[[nn.Module], torch.Tensor]]]
 
 @pytest.mark.parametrize("name", models())
 def test_every_model_sees_the_probe(name):
-    """The losses of compensated weights are those of weights that were moved, and the weights themselves rest."""
+    """The losses of compensated weights are those of weights that were moved, and the weights themselves do not change."""
     losses = {}
     for precision in ("master", "compensated-16"):
         model, loss = models()[name]
@@ -99,7 +99,7 @@ def test_every_model_sees_the_probe(name):
             optimizer.step(lambda: loss(model))
             losses[precision] += optimizer.last_step.losses
         assert all(torch.equal(value, start[key]) for key, value in model.state_dict().items())
-    rtol = 1e-2 if name == "encoder" else 0  # its fast path rounds otherwise, and is off while weights are replaced
+    rtol = 1e-2 if name == "encoder" else 0  # its fast path rounds differently, and is off while weights are replaced
     torch.testing.assert_close(losses["master"], losses["compensated-16"], rtol=rtol, atol=0)
     assert len(set(losses["master"])) > 1
 
@@ -134,7 +134,7 @@ def test_what_is_not_used_is_no_fault():
     for _ in range(3):
         optimizer.step(lambda: [calls.append(0), model[0](torch.ones(1, 6, dtype=B16)).float().square().sum()][1])
         assert bool(torch.isfinite(model[1].weight).all())
-    assert len(calls) == 7 and optimizer.forwards == 6  # one look, once
+    assert len(calls) == 7 and optimizer.forwards == 6  # one check
     assert torch.allclose(model[1].weight.float(), start.float(), atol=0.5)
 
 
@@ -150,7 +150,7 @@ def test_a_closure_that_fails_leaves_everything():
     with pytest.raises(RuntimeError, match="out of memory"):
         optimizer.step(closure)
     assert torch.equal(model.weight, start) and not optimizer.weights.probe and optimizer.steps == 0
-    assert torch.equal(model.weight.detach(), start) and type(model.weight) is nn.Parameter  # nothing is left active
+    assert torch.equal(model.weight.detach(), start) and type(model.weight) is nn.Parameter  # no substitution is active
 
 
 class Named(nn.Parameter):

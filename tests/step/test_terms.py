@@ -1,4 +1,4 @@
-"""Probes that are sums of terms: in place, through masters and compensated, in turn and together, and taken off exactly."""
+"""Probes that are sums of terms: in place, through masters and compensated, in turn and together, and removed exactly."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.optimizers.contract import IDS, llama
 
 
 class MeanAndNoise(ZOOptimizer):
-    """Probes at theta + mean +/- eps z, the mean a given direction: learned mean plus noise in its shortest form."""
+    """Probes at theta + mean +/- eps z, the mean a given direction: the shortest form of a learned mean plus noise."""
 
     name = "mean-and-noise"
     low_rank = True
@@ -117,7 +117,7 @@ def test_narrow_weights_come_back_to_the_bit(precision):
 
 
 def test_only_terms_that_change_are_moved(monkeypatch):
-    """From mean + z to mean - z the mean is left on: two passes for the first probe, one for the second."""
+    """The mean is not removed between mean + z and mean - z: two passes for the first probe, one for the second."""
     model = layer(torch.float64)
     optimizer = MeanAndNoise(model.named_parameters(), lr=0.0, check_loss=False)
     passes = []
@@ -128,7 +128,7 @@ def test_only_terms_that_change_are_moved(monkeypatch):
         )
     counts = []
     optimizer.step(lambda: [counts.append(len(passes)), model(torch.ones(1, 6, dtype=torch.float64)).sum()][1])
-    assert counts == [2, 3] and len(passes) == 5  # and the update takes both off in its own two passes
+    assert counts == [2, 3] and len(passes) == 5  # and the update removes both in its own two passes
 
 
 def test_a_probe_that_the_update_does_not_share_comes_off_first():
@@ -158,7 +158,7 @@ def test_together_is_in_turn(scale):
 
 
 def test_replay_and_a_block_scale():
-    """A replay ends on the same bits; a term of the method's own is under the block scale as well."""
+    """A replay is bit-identical; a term with the method's own direction is scaled by the block scale as well."""
     ends = []
     records = []
     for replayed in (False, True):

@@ -1,4 +1,4 @@
-"""What a log says of where it was made, and what it is compared with when a run goes on."""
+"""The environment in a log's header, and its comparison with that of a resumed run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def end(log: StepLog) -> None:
 
 
 def test_a_run_that_went_on_elsewhere_is_marked_whoever_ends_it(tmp_path):
-    """Begun with two threads, gone on with one, ended with two again: its bits are of neither environment alone."""
+    """The run starts with two threads, continues with one and ends with two, so its bits belong to neither environment."""
     path = tmp_path / "steps.jsonl"
     log(path).close()
     log(path, environment={"torch": "1", "threads": 1}).close()

@@ -1,4 +1,4 @@
-"""The step log: what is written is read back to the bit; torn and changed lines are found, and told apart."""
+"""The step log is read back bit for bit; torn and changed lines are found and distinguished."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_torn_tail_is_dropped_and_the_log_goes_on(tmp_path_factory, cut):
 @settings(max_examples=60, deadline=None)
 @given(place=st.integers(0, 10**6), bit=st.integers(0, 7))
 def test_a_changed_bit_is_damage_named_by_its_line(tmp_path_factory, place, bit):
-    """But in the last line, where nothing tells it from a torn tail."""
+    """Except in the last line, for which it cannot be told from a torn line."""
     path = written(tmp_path_factory.mktemp("log"))
     data = bytearray(path.read_bytes())
     header = data.index(b"\n") + 1

@@ -1,4 +1,4 @@
-"""Step logs of earlier versions replay to the same bits: old/ holds runs on pico, written before the contract was closed.
+"""Step logs of earlier versions replay to the same bits: old/ has runs on pico by earlier versions.
 
 The last line of each log is the hash of the weights that the run ended with. CurvZO's settings of that time say
 score="release", and LOZO's say how its probes were evaluated under the name `form`.

@@ -1,4 +1,4 @@
-"""The task that metazo carries: its rows are what its command makes, balanced, and in one split each."""
+"""The task that is part of the package: its rows are those of its command, balanced, and each in one split."""
 
 from __future__ import annotations
 

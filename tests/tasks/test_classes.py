@@ -61,7 +61,7 @@ def test_names_that_do_not_match_are_said(tiny):
 
 
 def test_a_trained_classifier_scores_the_same_whatever_the_order_of_the_labels(tiny, tmp_path, rows):
-    """Saved by one task, loaded by another that lists the labels the other way: the same loss, and trained on as well."""
+    """Saved by one task and loaded by another with the labels in another order: the same loss, and training works."""
     one, other = task({"neg": "terrible", "pos": "great"}), task({"pos": "great", "neg": "terrible"})
     loaded = load_model(tiny("bert"), num_labels=2)
     ready = prepare(one, loaded, data=rows, train=12, dev=6, test=10)
@@ -73,7 +73,9 @@ def test_a_trained_classifier_scores_the_same_whatever_the_order_of_the_labels(t
     swapped = prepare(other, again, data=rows, train=12, dev=6, test=10)
     assert swapped.order == [1, 0]
     assert evaluate(again.model, swapped, "test") == pytest.approx(first, abs=1e-6)
-    assert swapped.record["labels"] == ready.record["labels"] == ["neg", "pos"]  # what the columns stay called
+    assert (
+        swapped.record["labels"] == ready.record["labels"] == ["neg", "pos"]
+    )  # the names of the columns do not change
     batches = [p.loss(m.model, p.collate(p.train)) for p, m in ((ready, loaded), (swapped, again))]
     torch.testing.assert_close(*batches)
 

@@ -1,4 +1,4 @@
-"""A task from YAML: the documented example works, words stay words, and every mistake is named."""
+"""A task from YAML: the documented example works, words stay words, and every mistake is reported."""
 
 from __future__ import annotations
 

@@ -204,7 +204,7 @@ SIZES = st.integers(min_value=1, max_value=60)
 def test_an_evaluation_of_other_sizes_scores_no_row_that_was_trained_on(
     train, dev, test, other_dev, other_test, shared
 ):
-    """What a run trained on is recorded, and an evaluation that asks for anything else stays clear of it."""
+    """The training rows of a run are recorded, and an evaluation with other sizes leaves them out."""
     task = TASK.model_copy(update={"test_split": "train" if shared else "validation"})
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder), train=rows(200), validation=rows(60, 1000))
@@ -235,11 +235,11 @@ def test_the_runs_own_rows_are_evaluated_by_default(tmp_path):
     later = data.draw(task, tmp_path, **data.DEFAULTS, seed=0, record={"task": "toy", **run.record})
     assert texts(later.rows) == texts(run.rows)
     other = data.draw(task, tmp_path, **data.DEFAULTS, seed=0, record={"task": "toy", **run.record, "rows": 601})
-    assert len(other.rows["train"]) == 240  # another file: the record says nothing about it
+    assert len(other.rows["train"]) == 240  # another file, to which the record does not apply
 
 
 def test_all_rows_used_they_are_those_of_version_1(tmp_path):
-    """Where train and dev take every row, both are what they were: the published splits of WSC, CB and COPA."""
+    """If train and dev use every row, the splits are those of earlier versions, published for WSC, CB and COPA."""
     write(tmp_path, train=rows(60), validation=rows(50, 100))
     found = texts(draw(tmp_path, train=40, dev=20, seed=5)[0])
     order = np.random.default_rng([5, *b"train"]).permutation(60).tolist()
@@ -291,7 +291,7 @@ def test_own_train_validation_and_test_files(tmp_path):
     ):
         found = texts(draw(tmp_path, task)[0])
         assert [{int(text.split()[1]) // 100 for text in found[s]} for s in ("train", "dev", "test")] == [{0}, {1}, {2}]
-    same = TASK.model_copy(update={"dev_split": "validation"})  # dev and test from one split stay apart
+    same = TASK.model_copy(update={"dev_split": "validation"})  # dev and test from one split are disjoint
     found = texts(draw(tmp_path, same)[0])
     assert not {*found["dev"]} & {*found["test"]} and len(found["dev"]) == 5 and len(found["test"]) == 8
 

@@ -1,4 +1,4 @@
-"""Encoding: what a prompt becomes, what is cut when it is too long, and which models can do which tasks."""
+"""Encoding: the tokens of a prompt, the cut of a long input, and the models that can be used for each task."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_too_long_a_context_loses_its_front_and_nothing_else(gpt2, length):
     example = encoder(row, "row 1")
     shown = text(gpt2, example.ids)
     assert example.shortened
-    assert length - 12 < len(example) <= length  # no more is cut than a few words
+    assert length - 12 < len(example) <= length  # only a few words are cut
     assert shown.endswith('word299\nDoes this mean that "the cat sat"? Yes or No?\n')
     assert "word0 " not in shown
 
@@ -177,7 +177,7 @@ def test_a_choice_that_is_not_there(gpt2, right):
         Encoder(task, gpt2)({"text": "t", "a": "x", "b": "y", "label": right}, "row 3")
 
 
-# -- what used to give a number without a word ---------------------------------------------------------------------------
+# -- faults that earlier versions did not report --------------------------------------------------------------------------
 
 
 def words_model(tmp_path):

@@ -1,4 +1,4 @@
-"""Evaluation: metrics against a plain loop, independence of order and batch, generation that ends where it should."""
+"""Evaluation: metrics against a plain loop, independence of order and batch, and the end of generation."""
 
 from __future__ import annotations
 
@@ -87,7 +87,9 @@ def test_a_model_that_has_learned_the_answers_generates_them(tiny, model):
     hook = network.register_forward_hook(lambda *_: steps.append(1))
     assert generate(network, prepared, prepared.train) == [example.references[0] for example in prepared.train]
     hook.remove()
-    assert len(steps) == max(len(example.options[0]) for example in prepared.train) < prepared.room  # then all stopped
+    assert (
+        len(steps) == max(len(example.options[0]) for example in prepared.train) < prepared.room
+    )  # all rows have stopped
 
 
 def test_generation_without_stop_text_ends_at_the_end_token(tiny):
@@ -102,7 +104,7 @@ def test_generation_without_stop_text_ends_at_the_end_token(tiny):
     assert generate(loaded.model, prepared, prepared.train) == [example.references[0] for example in prepared.train]
 
 
-# -- what used to give a number without a word ---------------------------------------------------------------------------
+# -- faults that earlier versions did not report --------------------------------------------------------------------------
 
 
 def test_generation_takes_nothing_of_the_checkpoints_generation_config_but_its_end(tiny):
@@ -116,7 +118,7 @@ def test_generation_takes_nothing_of_the_checkpoints_generation_config_but_its_e
 
 
 def test_an_answer_ends_at_the_models_own_end_of_text(tiny):
-    """The token that the model says first becomes its end of text: every answer that begins so is empty."""
+    """The model's first token becomes its end of text, so every answer that starts with it is empty."""
     network, prepared = ready(tiny, "gpt2", "pico_span", train=2, dev=0, test=2)
     prompt = prepared.test[0].ids
     first = int(network(torch.tensor([prompt])).logits[0, -1].argmax())
@@ -136,7 +138,7 @@ def test_a_score_that_is_not_finite_is_a_wrong_answer_and_a_loss_that_says_so(ti
 
 
 def test_a_blank_choice_never_wins(tiny):
-    """The scores of the others are those of a row without it."""
+    """The scores of the other choices are those of a row without the blank one."""
     loaded = load_model(tiny("gpt2"))
     task = Task(name="c", kind="choice", prompt="{text}: {}", choices=("a", "b", "c"))
     row = {"text": "the cat", "a": "great", "b": " ", "c": "it was", "label": 0}

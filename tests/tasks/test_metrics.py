@@ -1,4 +1,4 @@
-"""Metrics against examples worked by hand."""
+"""Metrics against examples computed by hand."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from metazo.tasks import metrics
     [
         ("the Cat.", ["cat"], 1.0, 1.0),
         ("a black cat", ["black cat sat"], 4 / 5, 0.0),  # 2 common of 2 and 3
-        ("cat cat", ["cat"], 2 / 3, 0.0),  # a word counts as often as it stands
+        ("cat cat", ["cat"], 2 / 3, 0.0),  # a word counts as often as it occurs
         ("dog", ["cat"], 0.0, 0.0),
         ("", ["cat"], 0.0, 0.0),
         ("the", ["an"], 1.0, 1.0),  # both empty after normalisation
@@ -54,7 +54,7 @@ def test_exact_number_compares_values_not_digits():
 def test_class_metrics_by_hand():
     predicted, right = [0, 0, 1, 1, 2, 2], [[0], [0], [1], [0], [2], [1]]
     assert metrics.accuracy(predicted, right) == pytest.approx(4 / 6)
-    # class 0: precision 1, recall 2/3 -> .8; class 1: 1/2, 1/2 -> .5; class 2: 1/2, 1 -> 2/3
+    # class 0: precision 1, recall 2/3 -> 0.8; class 1: 1/2, 1/2 -> 0.5; class 2: 1/2, 1 -> 2/3
     assert metrics.macro_f1(predicted, right) == pytest.approx((0.8 + 0.5 + 2 / 3) / 3)
     assert metrics.mcc([0, 0, 1, 1], [[0], [0], [1], [0]]) == pytest.approx((1 * 2 - 1 * 0) / (2 * 1 * 2 * 3) ** 0.5)
     assert metrics.mcc([1, 1], [[0], [1]]) == 0

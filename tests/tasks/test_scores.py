@@ -1,4 +1,4 @@
-"""Scores and losses against a plain twin: one unpadded example at a time, all logits computed."""
+"""Scores and losses against a plain implementation: one unpadded example at a time, with all logits."""
 
 from __future__ import annotations
 

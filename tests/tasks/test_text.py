@@ -1,4 +1,4 @@
-"""The 22 real tasks: the table agrees with the data's own description, families stay on one side, and rows are read."""
+"""The 22 real tasks: the table agrees with the data's own description, a family is in one split of tasks, and rows are read."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_model_reads_the_rows(data, tiny, name):
 
 
 def test_label_phrases_alone_beat_the_majority_on_real_news(data, minilm):
-    """Without one label MiniLM tells the topics of AG News apart: the head is the task's own sentence."""
+    """Without training MiniLM distinguishes the topics of AG News, with a head made of the task's sentence."""
     task = next(task for task in text.TASKS if task.name == "ag_news")
     loaded = load_model(minilm, head="phrases", num_labels=4)
     ready = prepare(task, loaded, data=data, train=64, dev=0, test=64, max_length=48)

@@ -1,4 +1,4 @@
-"""Tuner files: exact round trips, the fit to a model in words, and refusals of everything broken."""
+"""Tuner files: exact round trips, the fit to a model in words, and refusals of broken files."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_figures_that_are_not_numbers_do_not_cost_the_tuner() -> None:
 
 
 def test_fingerprint_is_pinned() -> None:
-    """Published tuners are found by it, so it may never change: printf '[["a",[2,3]],["b",[3]]]' | sha256sum."""
+    """Published tuners are found by this hash, so it may never change: printf '[["a",[2,3]],["b",[3]]]' | sha256sum."""
     pinned = "71db505eec0d01482da669044460bfd3a23e766539b4c19cd43492cf00276a64"
     assert fingerprint([("b", (3,)), ("a", (2, 3))]) == pinned
     assert fingerprint([("a", torch.Size([2, 3])), ("b", [3])]) == pinned

@@ -1,4 +1,4 @@
-"""Names that wrappers add to: a tuner fits the model all the same."""
+"""A tuner fits a model whose names have a wrapper's prefix."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A zoo, a cache and a tuner of this test's own."""
+"""A zoo, a cache and a tuner for each test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pull, push and import onto a disk that is full or read-only: a real small file system. What was there stays as it was."""
+"""Pull, push and import onto a disk that is full or read-only: a real small file system. Existing files do not change."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def wide(seed: int = 0, blocks: int = 50) -> Tuner:
-    """A tuner of about 2 kB a block."""
+    """A tuner of about 2 kB per block."""
     names = [f"w{n}" for n in range(blocks)]
     return Tuner(PertNN(blocks, seed=seed), TunerInfo("wide", [BlockSpec(name, [(name, (2, 2))]) for name in names]))
 
@@ -44,7 +44,7 @@ def state(folder: Path) -> dict[str, str]:
 
 
 def attempts(disk: Path, outside: Path) -> dict[str, Callable[[], object]]:
-    """What writes into the zoo, the cache or a file on the disk, 100 kB and more at a time."""
+    """Commands that write at least 100 kB into the zoo, the cache or a file on the disk."""
     wide(seed=9, blocks=120).save(outside / "t.safetensors")
     (outside / "t.pth").write_bytes(saved(networks(90)))
     return {
@@ -79,5 +79,5 @@ def test_nothing_is_lost_and_nothing_is_left(
         (disk / "filler").unlink()
     else:
         subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
-    act()  # with room it goes through
+    act()  # with enough space it succeeds
     assert {check.problem for check in zoo.verify(disk / "zoo") if check.name != "wide/v1"} <= {None}

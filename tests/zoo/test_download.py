@@ -1,4 +1,4 @@
-"""Downloads from servers that lie, stall, lead elsewhere or die, and by several processes at once."""
+"""Downloads from servers that lie, stall, redirect or fail, and by several processes at once."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ ELSEWHERE = (
 
 
 class Server(BaseHTTPRequestHandler):
-    """Answers by path, each in a way of its own."""
+    """A server whose fault depends on the path."""
 
     sent: int
 
@@ -108,7 +108,7 @@ class Server(BaseHTTPRequestHandler):
             time.sleep(seconds)
 
     def flood(self, piece: bytes) -> None:
-        """Send for ever; the server keeps count."""
+        """Send without end; the server counts the bytes."""
         while True:
             self.wfile.write(piece)
             self.server.sent += len(piece)  # type: ignore[attr-defined]
@@ -128,7 +128,7 @@ class QuietServer(ThreadingHTTPServer):
         self.connected: list[str] = []
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that hangs up is what is tested here."""
+        """The tests expect that the client hangs up."""
 
 
 @pytest.fixture
@@ -176,7 +176,7 @@ def test_dishonest_servers_are_refused_and_leave_nothing(path: str, words: str, 
 
 
 def test_no_byte_beyond_what_was_announced_is_kept(address: str, server: QuietServer, home: Path) -> None:
-    """The rest of an endless body stays with the server, but for what the sockets hold."""
+    """The rest of an endless body is not read, except for the sockets' buffers."""
     found = zoo.pull(f"{address}/endless", report=lambda line: None)
     assert found.path.read_bytes() == DATA
     time.sleep(0.3)
@@ -217,7 +217,7 @@ def test_a_redirect_is_followed_to_the_same_server(address: str, home: Path) -> 
 
 @pytest.mark.parametrize("host", ELSEWHERE)
 def test_no_address_that_is_not_public_is_connected_to(host: str, address: str, server: QuietServer) -> None:
-    """Neither when it is asked for nor when a server leads to it."""
+    """Neither as the given address nor as a redirect."""
     for asked in (f"https://{host}:{server.server_address[1]}/t", f"{address}/to?{host}"):
         refused = "which is not an address of the public internet|cannot be resolved|cannot be pulled"
         if host in ("127.1", "2130706433", "0x7f.1"):  # 127.0.0.1, which this test allows: TLS fails on a plain server
@@ -228,7 +228,7 @@ def test_no_address_that_is_not_public_is_connected_to(host: str, address: str, 
 
 
 def test_this_machine_is_refused_by_every_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the switch of the tests; a name is judged by what it resolves to."""
+    """Without the tests' exception; a name is checked by the address to which it resolves."""
     for host in (*ELSEWHERE, "127.0.0.1", "localhost"):
         if "%" in host:  # a zone may be unknown to the resolver
             continue
@@ -241,7 +241,7 @@ def test_this_machine_is_refused_by_every_name(monkeypatch: pytest.MonkeyPatch) 
 def test_the_address_that_was_judged_is_the_one_that_is_connected_to(
     address: str, server: QuietServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A name that resolves to an allowed address once and to another one ever after is resolved once."""
+    """A name is resolved once, so that a second, forbidden address is never used."""
     asked, port = [], server.server_address[1]
     real = socket.getaddrinfo
 

@@ -1,4 +1,4 @@
-"""Importing pickled tuners: exact against torch, and nothing that a hostile file asks for happens."""
+"""Importing pickled tuners: exact against torch, and a hostile file has no effect."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def saved(content: Any, protocol: int = 2) -> bytes:
 
 
 def rezipped(data: bytes, change: dict[str, bytes | None], compression: int = zipfile.ZIP_STORED) -> bytes:
-    """The archive with entries (named without their folder) replaced, or dropped where None."""
+    """The archive with entries (named without their folder) replaced, or removed if None."""
     target = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(target, "w", compression) as new:
         for name in old.namelist():
@@ -51,7 +51,7 @@ def archive(pickled: bytes, **entries: bytes) -> bytes:
 
 
 def good_archive() -> tuple[bytes, bytes]:
-    """A sound file with one network, and the pickle in it."""
+    """A valid file with one network, and its pickle."""
     data = saved(networks(1))
     with zipfile.ZipFile(io.BytesIO(data)) as file:
         return data, next(file.read(name) for name in file.namelist() if name.endswith("data.pkl"))
@@ -114,7 +114,7 @@ def test_base_model_gives_shapes_and_is_checked(tmp_path: Path) -> None:
     )  # fmt: skip
     config.save_pretrained(tmp_path / "model")
     shapes = {name: tuple(p.shape) for name, p in LlamaForCausalLM(config).named_parameters()}
-    assert len(shapes) == 2 * 9 + 2  # the tied head is no block of its own
+    assert len(shapes) == 2 * 9 + 2  # the tied head is not a separate block
     path = tmp_path / "t.pth"
     nets = list(networks(len(shapes)).values())
     path.write_bytes(saved(dict(zip(shapes, nets, strict=True))))
@@ -129,7 +129,7 @@ def test_base_model_gives_shapes_and_is_checked(tmp_path: Path) -> None:
 
 
 class Evil:
-    """What an attacker pickles: a call made on loading."""
+    """An attacker's object: it calls a function when it is loaded."""
 
     def __init__(self, canary: Path) -> None:
         self.canary = canary
@@ -207,7 +207,7 @@ def test_shapes_and_storages_are_checked_against_the_bytes(tmp_path: Path) -> No
     assert "beyond" in refusal(rezipped(good, {"data.pkl": pickled.replace(size, huge)}), path)
     at = pickled.index(size)
     flat = pickled[:at] + pickled[at:].replace(stride, b"K\x00K\x00\x86", 1).replace(size, huge, 1)
-    assert "beyond" in refusal(rezipped(good, {"data.pkl": flat}), path)  # no bytes needed, no bytes given
+    assert "beyond" in refusal(rezipped(good, {"data.pkl": flat}), path)  # an empty tensor needs no bytes
     assert "'data/0' is missing" in refusal(rezipped(good, {"data/0": None}), path)
     assert "not of the size" in refusal(rezipped(good, {"data/0": b"\0" * 4}), path)
     assert "byte order" in refusal(rezipped(good, {"byteorder": b"middle"}), path)

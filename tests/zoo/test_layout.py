@@ -1,4 +1,4 @@
-"""The four published `.pth` files are of three families; files of their form are imported, in any order and wrapping."""
+"""The four published `.pth` files are of three families; such files are imported in any order and wrapping."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_files_of_the_published_forms(name: str, tmp_path: Path) -> None:
     tuner = import_pth(path, "base", tmp_path)
     assert [block.name for block in tuner.info.blocks] == names[
         ::-1
-    ]  # as the file has them; a model is matched by name
+    ]  # in the order of the file; a model is matched by name
     assert tuner.fits(shapes).ok and tuner.info.recipe["stored type"] == "float16"
     assert tuner.info.recipe["layout"].startswith(f"{family}, {config.num_hidden_layers} layers of ")
 

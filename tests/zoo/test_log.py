@@ -1,4 +1,4 @@
-"""A fine-tuned model published as its step log: pushed, shown, pulled, and rebuilt to the bit."""
+"""A fine-tuned model published as its step log: pushed, shown, pulled, and rebuilt bit for bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pulling over the network: from a real server on this machine, an honest one and dishonest ones."""
+"""Pulling over the network: from real local servers, honest and dishonest."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Server(BaseHTTPRequestHandler):
             self.finish_with(b"", body)
 
     def do_POST(self) -> None:
-        """What an upload of small files asks of the Hub; the commit is kept."""
+        """The requests of an upload of small files to the Hub; the commit is kept."""
         body = (
             self.rfile.read(int(self.headers["Content-Length"])) if "Content-Length" in self.headers else self.chunks()
         )

@@ -22,7 +22,7 @@ PASSWORD = "correct-horse"
 
 
 class Echo(BaseHTTPRequestHandler):
-    """A Hub that refuses everything and repeats what it was sent, wherever a client may pick it up."""
+    """A Hub that refuses everything and echoes each request in all parts of its response."""
 
     def answer(self) -> None:
         sent = str(self.headers.get("Authorization"))

@@ -77,7 +77,7 @@ def test_what_the_key_did_not_sign_is_refused(tmp_path: Path, keys: tuple[Path, 
 
 
 def test_only_the_signed_zoo_will_do(tmp_path: Path, keys: tuple[Path, Path]) -> None:
-    """With a key no other folder, address or repository is looked at."""
+    """With a key no other folder, address or repository is used."""
     secret, public = keys
     signed(tmp_path / "z", secret)
     for source in ("pico", "other/v1", "https://example.org/t", str(tmp_path / "z"), "org/tuner@v1"):

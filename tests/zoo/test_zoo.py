@@ -78,7 +78,7 @@ def test_names_that_lead_elsewhere_are_refused(name: str, tmp_path: Path) -> Non
 
 def test_a_taken_name_and_a_link_out_of_the_zoo_are_refused(tmp_path: Path) -> None:
     zoo.push(make_tuner(), tmp_path / "z", version="1.0")
-    zoo.push(make_tuner(), tmp_path / "z", version="1.0")  # the same bytes: nothing to object to
+    zoo.push(make_tuner(), tmp_path / "z", version="1.0")  # the same bytes are accepted
     with pytest.raises(UserError, match="already in the zoo"):
         zoo.push(make_tuner(seed=1), tmp_path / "z", version="1.0")
     (tmp_path / "elsewhere").mkdir()
