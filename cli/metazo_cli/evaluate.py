@@ -56,8 +56,8 @@ def evaluate(
     notes = Terminal(stderr=True)
     results = {}
     of_run = run_of(Path(str(run or model)))
-    for name in task or [read_config(of_run)["task"] if of_run else None]:
-        results[str(name)] = score(
+    for name in task or [None]:
+        results[str(name or (of_run and read_config(of_run)["task"]))] = score(
             str(run or model),
             name,
             split=split,  # type: ignore[arg-type]

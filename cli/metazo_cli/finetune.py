@@ -92,7 +92,7 @@ def finetune(
 
 def _began(folder: Path | None, values: dict[str, Any]) -> dict[str, Any]:
     """The settings with which a resumed run began; its folder is added to `values`."""
-    from metazo.runs.folder import read_config
+    from metazo.runs.folder import located, read_config
 
     if not values["resume"]:
         if folder is not None:
@@ -106,7 +106,8 @@ def _began(folder: Path | None, values: dict[str, Any]) -> dict[str, Any]:
     if values["out"] is None:
         raise UserError("--resume needs the folder of the run: metazo finetune --resume FOLDER.")
     known = {item.name for item in options.fields(FinetuneConfig)} - {"out", "resume"}
-    return {key: value for key, value in read_config(values["out"]).items() if key in known}
+    began = located(read_config(values["out"]), values["out"], ("data", "zoo"))
+    return {key: value for key, value in began.items() if key in known}
 
 
 def _show_plan(plan: dict[str, Any], as_json: bool) -> None:

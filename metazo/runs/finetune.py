@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ from metazo.runs.batches import batch_indices
 from metazo.runs.config import INCIDENTAL, FinetuneConfig
 from metazo.runs.diagnose import diagnose, memory_explained
 from metazo.runs.evaluations import Scores
-from metazo.runs.folder import BEST, STEPS, RunFolder
+from metazo.runs.folder import BEST, PATHS, STEPS, RunFolder, located
 from metazo.runs.header import header
 from metazo.runs.interrupt import Interrupted, interruptible
 from metazo.runs.monitor import Diverged, Watch
@@ -67,7 +67,11 @@ def tune(
         if (summary := folder.summary()) is not None:
             say(f"The run in {config.out} is complete; this is its result.")
             return Finetuned(summary, config.out)
-        setup = set_up(config, given)
+        here = _from_anywhere(config)
+        setup = set_up(here, given)
+        if here != config:  # the names in the log stay those of the start
+            setup.config = replace(setup.config, **{name: getattr(config, name) for name in PATHS})
+            setup.loaded.name = setup.loaded.name.replace(here.model, config.model)
         config = setup.config
         plan = setup.plan(config)
         if config.out is not None:
@@ -98,6 +102,13 @@ def _folder(config: FinetuneConfig, say: Callable[[str], None]) -> RunFolder | M
     if config.resume:
         raise UserError("`resume=True` needs the folder of the run: give it as `out`.")
     return MemoryFolder(say)
+
+
+def _from_anywhere(config: FinetuneConfig) -> FinetuneConfig:
+    """A run that is resumed from another working directory finds its model, task and tuner (`located`)."""
+    if not config.resume or config.out is None:
+        return config
+    return replace(config, **located(asdict(config), config.out, ("model", "task", "tuner")))
 
 
 def _first_loss(setup: Setup, config: FinetuneConfig) -> None:

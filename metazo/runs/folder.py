@@ -25,6 +25,8 @@ from metazo.steplog.format import STEPS, change
 CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
 BEST, MODEL = "best.safetensors", "model"
 BELONGS = "belongs"  # key of the hashes in config.json
+STARTED = "started_in"  # key of the working directory in config.json: relative paths of the settings start there
+PATHS = ("model", "task", "data", "tuner", "zoo")  # settings that may be paths
 MAX_CONFIG_BYTES = 2**20
 _LEFT_BEHIND = ".*.tmp"  # files that a killed process was writing
 
@@ -48,6 +50,35 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"{path / CONFIG} is damaged, so the run cannot continue: it is not a mapping of settings.")
     return found
+
+
+def located(settings: Mapping[str, Any], run: Path, names: Iterable[str] = PATHS) -> dict[str, Any]:
+    """Settings of the run in a folder whose relative paths can be used from any working directory.
+
+    A path is looked up from the directory in which the run was started, then from the same directory if it was moved
+    together with the run. If it is in neither, the setting stays as it is: a name, or a path from here.
+    """
+    found = dict(settings)
+    config = read_config(run)
+    for name in names:
+        value = settings.get(name)
+        if not isinstance(value, str | Path) or str(value) == "pico" or Path(value).is_absolute():
+            continue
+        for start in _starts(config, run):
+            with suppress(OSError, ValueError):  # a name that no file can have
+                if start != Path.cwd() and (start / value).exists():
+                    found[name] = type(value)(start / value)
+                    break
+    return found
+
+
+def _starts(config: Mapping[str, Any], run: Path) -> list[Path]:
+    """The directory that the relative paths of a run start in: the recorded one, and where it is now by the run's `out`."""
+    started, out = config.get(STARTED), Path(str(config.get("out")))
+    if not isinstance(started, str) or not Path(started).is_absolute():
+        return []
+    moved = run.absolute().parents[len(out.parts) - 1 :][:1] if not out.is_absolute() and ".." not in out.parts else ()
+    return [Path(started), *moved]
 
 
 def save_parts(folder: Path, *parts: Any) -> None:
@@ -120,6 +151,8 @@ class RunFolder:
                 f"`out` {self.path} has a run that another process has just started; choose another folder."
             )
         self._clear(_LEFT_BEHIND)
+        with suppress(OSError):  # a working directory that was removed
+            self.config[STARTED] = os.getcwd()
         write_whole(self.path / CONFIG, json.dumps(self.config, indent=2).encode())
 
     def close(self) -> None:
@@ -143,7 +176,7 @@ class RunFolder:
             raise UserError(
                 f"The run in {self.path} cannot continue: {what} since it began; put it back, or choose another `out`."
             )
-        incidental = incidental | {BELONGS}
+        incidental = incidental | {BELONGS, STARTED}
         for key in sorted({*found, *self.config} - incidental):
             old, new = found.get(key), self.config.get(key)
             if old != new:

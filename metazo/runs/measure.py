@@ -13,7 +13,7 @@ from metazo.models.assemble import as_loaded, load
 from metazo.models.describe import describe
 from metazo.models.load import LoadedModel
 from metazo.runs.config import FinetuneConfig
-from metazo.runs.folder import MODEL, STEPS, read_config, run_of
+from metazo.runs.folder import MODEL, STEPS, located, read_config, run_of
 from metazo.runs.method import resolve_device
 from metazo.settings import build, with_role
 from metazo.steplog.format import scan
@@ -67,7 +67,8 @@ def evaluate(
         if not (run / MODEL).is_dir():
             raise UserError(f"{run} has no model (it has not ended, or `keep='none'`); rebuild it with metazo replay.")
         model = run / MODEL
-        began = {name: value for name, value in read_config(run).items() if name in OF_A_RUN - {"out", "resume"}}
+        settings_then = located(read_config(run), run)
+        began = {name: value for name, value in settings_then.items() if name in OF_A_RUN - {"out", "resume"}}
     name = str(task) if isinstance(task, str | Path) else task.name if task else None
     folder = data if isinstance(data, str | Path) else None
     given = settings | {"task": name, f"{split}_examples": examples, "data": folder}

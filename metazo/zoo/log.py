@@ -66,6 +66,6 @@ def _portable(value: Any) -> Any:
         return [_portable(part) for part in value]
     if isinstance(value, str) and "://" in value:
         return shown_address(value)
-    if isinstance(value, str) and re.match(r"[/~\\]|\.\.?[/\\]|[A-Za-z]:[/\\]", value):
+    if isinstance(value, str) and re.match(r"[/~\\]|\.\.?[/\\]|[A-Za-z]:[/\\]|.*[/\\].*\.ya?ml$", value):
         return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
     return value
