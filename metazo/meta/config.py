@@ -8,33 +8,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 from metazo.errors import UserError
-from metazo.settings import check_number, check_values
+from metazo.settings import check_values, setting, with_role
 
-_COUNT, _POSITIVE, _RATE = {"least": 1}, {"above": 0}, {"above": 0, "most": 1e30}
-BOUNDS: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("batch_size", "train_examples", "queries", "record_every", "save_every"), _COUNT),
-    **dict.fromkeys(("steps", "statistics_every", "max_length"), _COUNT),
-    **dict.fromkeys(("eps", "clip"), _POSITIVE),
-    **dict.fromkeys(("lr_update", "lr_meta", "teacher_lr"), _RATE),  # larger ones overflow in torch's own optimizers
-    "epochs": {"above": 0, "most": 1e6},
-    "restart_every": {"least": 0, "most": 1e6},
-    "hidden": {"least": 1, "most": 65536},
-    "unroll": {
-        "least": 1,
-        "most": 32,
-    },  # the graph of every inner step is kept, and a deep graph overflows Python's stack
-    "bound": {"above": 0, "most": 20},  # a factor of e^20 between block and RMS; a tuner file allows less than 100
-    "seed": {"least": 0, "most": 2**63 - 1},
-    "momentum": {"least": 0},
-    "average": {"least": 0},
-    "entropy": {"least": 0, "most": 1e6},
-    "floor": {"least": 0, "most": 1},
-}
+MOST_RATE = 1e30  # a larger learning rate overflows in torch's own optimizers
+MOST_UNROLLED = 32  # the graph of every inner step is kept, and a deep graph overflows Python's stack
+MOST_BOUND = 20  # a factor of e^20 between block and RMS; a tuner file allows less than 100
 
 
 @dataclass
 class MetaConfig:
     """Everything that decides a meta-training run. The paper's own settings: recipe meta-published-copa.
+
+    The role of a setting says what a change of it affects: the tuner, whose file keeps these settings as its recipe, or the
+    base (model and tasks, which the file names by themselves), the place (paths), the machine, the service (how often files
+    are saved).
 
     The defaults were chosen over the published objective, which put most of the perturbation into one block and diverged on
     an earlier pico. They do not beat the hand rule: on pico_sentiment, 300 forward passes, 3 seeds, each at a learning rate of
@@ -42,106 +29,103 @@ class MetaConfig:
     (0.006).
     """
 
-    model: str
+    model: str = setting(role="base")
     """Folder or Hub id of the base model; pico is the small one that metazo carries"""
-    task: list[str]
+    task: list[str] = setting(role="base")
     """Task to train on, by name or a YAML file; several are shuffled"""
-    out: Path
+    out: Path = setting(role="place")
     """Folder for the tuner, settings, metrics and plot"""
-    data: Path | None = None
+    data: Path | None = setting(default=None, role="place")
     """Folder with <task>/<split>.jsonl; by default the Hub"""
-    steps: int | None = None
+    steps: int | None = setting(default=None, least=1, role="tuner")
     """Meta-steps; by default `epochs`"""
-    epochs: float = 3
+    epochs: float = setting(default=3, above=0, most=1e6, role="tuner")
     """Passes over the training examples, if `steps` is not given"""
-    batch_size: int = 16
+    batch_size: int = setting(default=16, least=1, role="tuner")
     """Examples per batch"""
-    train_examples: int = 1000
+    train_examples: int = setting(default=1000, least=1, role="tuner")
     """Training examples of each task"""
-    max_length: int | None = None
+    max_length: int | None = setting(default=None, least=1, role="tuner")
     """Longest input in tokens; by default the model's context"""
-    dtype: Literal["float32", "float64"] = "float32"
+    dtype: Literal["float32", "float64"] = setting(default="float32", role="tuner")
     """Type of the weights; narrower ones cannot hold the teacher's steps"""
-    device: str = "cpu"
+    device: str = setting(default="cpu", role="machine")
     """cpu, cuda, cuda:1, ..."""
-    seed: int = 0
+    seed: int = setting(default=0, least=0, most=2**63 - 1, role="tuner")
     """Seed of networks, noise, data order and split"""
 
-    objective: Literal["ratio", "published"] = "ratio"
+    objective: Literal["ratio", "published"] = setting(default="ratio", role="tuner")
     """ratio: agreeing gradient over curvature; published: the loss behind one zeroth-order step"""
-    features: Literal["log", "published"] = "log"
+    features: Literal["log", "published"] = setting(default="log", role="tuner")
     """Inputs of the networks"""
-    parametrisation: Literal["rms_exp", "abs"] = "rms_exp"
+    parametrisation: Literal["rms_exp", "abs"] = setting(default="rms_exp", role="tuner")
     """Form of sigma: the block's RMS times a bounded exponential of the output, which starts at the RMS rule, or |output|"""
-    bound: float = math.log(3)
+    bound: float = setting(default=math.log(3), above=0, most=MOST_BOUND, role="tuner")
     """Bound on that exponent, natural logarithm"""
-    blocks: Literal["tensor", "layer"] = "tensor"
+    blocks: Literal["tensor", "layer"] = setting(default="tensor", role="tuner")
     """Tensors that share one scale"""
-    normalise: bool = True
+    normalise: bool = setting(default=True, role="tuner")
     """Keep the mean square of sigma over all entries at 1"""
-    embedding_count: Literal["numel", "published"] = "numel"
+    embedding_count: Literal["numel", "published"] = setting(default="numel", role="tuner")
     """Number of entries that an embedding counts for in this mean: all of them, or 15 * batch size * width"""
-    hidden: int = 64
+    hidden: int = setting(default=64, least=1, most=65536, role="tuner")
     """Width of the networks"""
-    statistics_every: int | None = None
+    statistics_every: int | None = setting(default=None, least=1, role="tuner")
     """Meta-steps between readings of block mean and variance; by default 1 for published features, else 10"""
 
-    eps: float = 1e-3
+    eps: float = setting(default=1e-3, above=0, role="tuner")
     """Length of the probe (published objective)"""
-    lr_update: float = 1e-6
+    lr_update: float = setting(default=1e-6, above=0, most=MOST_RATE, role="tuner")
     """Step size of the inner step (published objective); the meta-gradient is proportional to it"""
-    queries: int = 1
+    queries: int = setting(default=1, least=1, role="tuner")
     """Directions averaged per meta-step (published objective)"""
-    unroll: int = 1
+    unroll: int = setting(default=1, least=1, most=MOST_UNROLLED, role="tuner")
     """Inner steps; more than 1 unrolls them on `higher`, for small models (published objective)"""
-    detach_kappa: bool = True
+    detach_kappa: bool = setting(default=True, role="tuner")
     """Treat the normalisation as constant in the meta-gradient, as published"""
-    separate_batch: bool = False
+    separate_batch: bool = setting(default=False, role="tuner")
     """Measure the meta-loss on another batch than the inner step's (published objective)"""
-    entropy: float = 0.1
+    entropy: float = setting(default=0.1, least=0, most=1e6, role="tuner")
     """Weight of the entropy of curvature shares (ratio objective)"""
-    floor: float = 0.1
+    floor: float = setting(default=0.1, least=0, most=1, role="tuner")
     """Least curvature of a block, as a fraction of its type's mean per entry (ratio objective)"""
-    average: float = 0.9
+    average: float = setting(default=0.9, least=0, role="tuner")
     """Factor of the running averages of agreement and curvature (ratio objective)"""
-    meta_optimizer: Literal["adam", "sgd"] = "adam"
+    meta_optimizer: Literal["adam", "sgd"] = setting(default="adam", role="tuner")
     """Optimizer of the networks"""
-    lr_meta: float = 3e-3
+    lr_meta: float = setting(default=3e-3, above=0, most=MOST_RATE, role="tuner")
     """Learning rate of the networks' optimizer (published, with sgd: 0.1)"""
 
-    teacher: Literal["sgd", "adamw"] = "sgd"
+    teacher: Literal["sgd", "adamw"] = setting(default="sgd", role="tuner")
     """First-order optimizer whose path the networks are trained along"""
-    teacher_lr: float = 0.01
+    teacher_lr: float = setting(default=0.01, above=0, most=MOST_RATE, role="tuner")
     """First learning rate of the teacher, linear to 0 between restarts"""
-    momentum: float = 0.8
+    momentum: float = setting(default=0.8, least=0, role="tuner")
     """Momentum of the sgd teacher"""
-    clip: float = 1.0
+    clip: float = setting(default=1.0, above=0, role="tuner")
     """Largest gradient norm of the teacher"""
-    restart_every: float = 0.5
+    restart_every: float = setting(default=0.5, least=0, most=1e6, role="tuner")
     """Epochs between restarts; 0: never. Few, because the networks learn nothing once the teacher's loss is 0"""
-    restart_model: bool = True
+    restart_model: bool = setting(default=True, role="tuner")
     """Whether a restart resets weights and teacher"""
-    restart_sigma: bool = False
+    restart_sigma: bool = setting(default=False, role="tuner")
     """Whether a restart resets the networks' input sigma to 1"""
-    restart_losses: bool = False
+    restart_losses: bool = setting(default=False, role="tuner")
     """Whether a restart resets the losses that the networks take as inputs"""
 
-    record: Path | None = None
+    record: Path | None = setting(default=None, role="place")
     """Record the teacher's path in this folder first, then train along it"""
-    record_every: int = 10
+    record_every: int = setting(default=10, least=1, role="tuner")
     """Teacher steps between recorded weights"""
-    trajectory: Path | None = None
+    trajectory: Path | None = setting(default=None, role="place")
     """Train along a path recorded before"""
-    save_every: int = 100
+    save_every: int = setting(default=100, least=1, role="service")
     """Meta-steps between snapshots for `resume`"""
-    resume: bool = False
+    resume: bool = setting(default=False, role="place")
     """Continue the run in `out`"""
 
     def __post_init__(self) -> None:
         check_values(self)
-        for name, bounds in BOUNDS.items():
-            if getattr(self, name) is not None:
-                check_number(name, getattr(self, name), **bounds)
         if self.momentum >= 1 or self.average >= 1:
             name = "momentum" if self.momentum >= 1 else "average"
             raise UserError(f"`{name}` must be below 1, not {getattr(self, name)}.")
@@ -159,5 +143,5 @@ class MetaConfig:
 
     def recipe(self) -> dict[str, Any]:
         """The settings that made the tuner, without local paths, as a plain table."""
-        hidden = {"out", "data", "record", "trajectory", "resume", "save_every", "device", "model", "task"}
-        return {key: value for key, value in asdict(self).items() if key not in hidden and value is not None}
+        kept = with_role(MetaConfig, "tuner")
+        return {key: value for key, value in asdict(self).items() if key in kept and value is not None}

@@ -132,3 +132,4 @@ def test_the_grids_that_come_along(name):
     for column in made.resolved:
         Run(made.tasks[0], column, "seed", 0, 1e-3, made.budget).config(made, made.out)
     assert f"metazo compare {name}" in recipes.text(name)
+    assert "../" not in recipes.text(name)  # a path that is beside the author's checkout alone

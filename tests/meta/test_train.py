@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -268,3 +269,14 @@ def test_the_plan_counts_forward_passes(settings, monkeypatch):
 def test_the_published_recipe_is_a_config():
     config = build_config(MetaConfig, read_recipe(locate("meta-published-copa")), {"out": "somewhere"})
     assert (config.objective, config.embedding_count, config.restart_every) == ("published", "published", 5)
+
+
+def test_the_recipe_is_every_setting_that_makes_the_tuner(tmp_path):
+    """All of them but paths, the machine, how often files are saved, and what the tuner's file names itself."""
+    config = build_config(
+        MetaConfig, {"model": "pico", "task": ["pico_topic"], "out": tmp_path, "device": "cpu", "steps": 3}
+    )
+    left_out = {"model", "task", "out", "data", "device", "record", "trajectory", "save_every", "resume"}
+    unset = {item.name for item in fields(MetaConfig) if getattr(config, item.name) is None}
+    assert config.recipe().keys() == {item.name for item in fields(MetaConfig)} - left_out - unset
+    assert config.recipe()["steps"] == 3 and "statistics_every" in unset
