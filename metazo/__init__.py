@@ -14,10 +14,10 @@ Zeroth-order methods estimate a gradient from losses at perturbed weights: no ba
 finetune      fine-tune a model on a task, or on a loss of your own
 evaluate      loss and metrics of a model, or of a run's kept model
 replay        rebuild a tuned model from its base model and its step log
-meta_train    train a tuner, which chooses the perturbation scale of each block of weights
+meta_train    train a tuner, which chooses the perturbation scale of each block of weights, or fit feedback
 compare       run several methods with searched learning rates and several seeds
 load_model    a transformers model with its tokenizer, or a run's kept model
-load_tuner    a tuner by file, zoo name, Hub id or address
+load_tuner    a tuner by file, zoo name, Hub id or address; load_feedback, the same for a feedback tuner
 prepare       a task's rows, encoded for a model
 UserError     raised for input that metazo cannot work with
 MeZO, LOZO, HiZOO, ...    the optimizers: every class of metazo.optimizers
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from metazo.comparisons.grid import Grid as Grid
     from metazo.errors import UserError as UserError
     from metazo.meta.config import MetaConfig as MetaConfig
+    from metazo.meta.learn_feedback import FeedbackConfig as FeedbackConfig
     from metazo.meta.train import meta_train as meta_train
     from metazo.models.assemble import load as load_model  # noqa: F401
     from metazo.optimizers.curvzo import CurvZO as CurvZO
@@ -60,17 +61,20 @@ if TYPE_CHECKING:
     from metazo.tasks import Task as Task
     from metazo.tasks import prepare as prepare
     from metazo.zoo import load as load_tuner  # noqa: F401
+    from metazo.zoo import load_feedback as load_feedback
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Grid": "metazo.comparisons.grid",
+    "FeedbackConfig": "metazo.meta.learn_feedback",
     "MetaConfig": "metazo.meta.config",
     "Task": "metazo.tasks",
     "UserError": "metazo.errors",
     "compare": "metazo.comparisons.compare",
     "evaluate": "metazo.runs.measure",
     "finetune": "metazo.runs.call",
+    "load_feedback": "metazo.zoo",
     "load_model": "metazo.models.assemble",
     "load_tuner": "metazo.zoo",
     "meta_train": "metazo.meta.train",
@@ -83,7 +87,7 @@ def __getattr__(name: str) -> Any:
     if name == "__all__":
         return [*_HOMES, "__version__", *_optimizers()]
     if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), "load" if name.startswith("load_") else name)
+        return getattr(import_module(_HOMES[name]), "load" if name in ("load_model", "load_tuner") else name)
     if name[:1].isupper() and name in _optimizers():
         return getattr(import_module("metazo.optimizers"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

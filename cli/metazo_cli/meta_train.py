@@ -7,14 +7,28 @@ from typing import Annotated, Any
 
 import typer
 
+from metazo.errors import UserError
 from metazo.io.terminal import print_json, print_line
 from metazo.meta.config import MetaConfig
+from metazo.meta.learn_feedback import FeedbackConfig
+from metazo.recipes import locate
+from metazo.settings import read_recipe
 
 from . import options
 from .messages import Terminal
 
+CONFIGS = {"scale": MetaConfig, "feedback": FeedbackConfig}
+
 
 def meta_train(
+    learn: Annotated[
+        str | None,
+        typer.Option(
+            "--learn",
+            help="What is learned: scale, the perturbation scale of each block (default), or feedback, the mean Jacobians of "
+            "the blocks, from text without labels.",
+        ),
+    ] = None,
     config: Annotated[Path | None, typer.Option("--config", help="YAML recipe; flags override it.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan with memory and disk use, and stop.")
@@ -22,14 +36,18 @@ def meta_train(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     **values: Any,
 ) -> None:
-    """Train a tuner for a base model: it computes block scales for zeroth-order fine-tuning. Publish it with metazo zoo push.
+    """Train a tuner for a base model: block scales for zeroth-order fine-tuning, or feedback. Publish it with metazo zoo push.
 
     metazo meta-train --model pico --task pico_topic --out runs/tuner
+
+    metazo meta-train --learn feedback --model pico --out runs/feedback
     """
     from metazo.meta.train import TUNER, dry, meta_train
 
-    settings = options.settings(MetaConfig, config, values)
+    settings = _settings(learn, config, values)
     if dry_run:
+        if not isinstance(settings, MetaConfig):
+            raise UserError("--dry-run goes with --learn scale; a fit of feedback takes a minute or two.")
         plan = dry(settings)
         if as_json:
             print_json(plan.to_dict())
@@ -45,4 +63,23 @@ def meta_train(
     console.print(f"Publish it: metazo zoo push {path}", soft_wrap=True)
 
 
-command = options.with_flags(meta_train, options.flags(MetaConfig))
+def _settings(learn: str | None, config: Path | None, values: dict[str, Any]) -> MetaConfig | FeedbackConfig:
+    """The settings of what is learned. Raises UserError for a setting that belongs to the other kind alone."""
+    recipe = read_recipe(locate(str(config))) if config else {}
+    learn = learn or str(recipe.pop("learn", "scale"))
+    recipe.pop("learn", None)
+    if learn not in CONFIGS:
+        raise UserError(f"`learn` {learn!r} is unknown: choose {' or '.join(CONFIGS)}.")
+    known = {item.name for item in options.fields(CONFIGS[learn])}
+    given = {key: value for key, value in values.items() if value is not None and value != []}
+    for key in (*recipe, *given):
+        if key not in known and any(key in other.__dataclass_fields__ for other in CONFIGS.values()):
+            raise UserError(f"`{key}` does not go with --learn {learn}; leave it out.")
+    return options.build(CONFIGS[learn], recipe, given)  # type: ignore[return-value]
+
+
+_own = {item.name for item in options.fields(MetaConfig)}
+command = options.with_flags(
+    meta_train,
+    [*options.flags(MetaConfig), *options.flags(FeedbackConfig, skip=tuple(_own), panel="With --learn feedback")],
+)

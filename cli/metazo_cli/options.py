@@ -19,7 +19,9 @@ from metazo.settings import build, help_of, read_recipe
 Config = TypeVar("Config")
 
 
-def flags(config: type, skip: tuple[str, ...] = (), extra: Mapping[str, str] | None = None) -> list[inspect.Parameter]:
+def flags(
+    config: type, skip: tuple[str, ...] = (), extra: Mapping[str, str] | None = None, panel: str | None = None
+) -> list[inspect.Parameter]:
     """A keyword parameter with a typer option for each field; an unset flag is None, so that the recipe's value is used.
 
     extra: additional help by field name. Help has no square brackets, because they are markup to rich.
@@ -30,7 +32,7 @@ def flags(config: type, skip: tuple[str, ...] = (), extra: Mapping[str, str] | N
         if item.name not in skip:
             name, hint = item.name, hints[item.name]
             text = helps.get(name, "") + (extra or {}).get(name, "") + _choices(hint) + _default(item)
-            made.append(parameter(name, hint, text))
+            made.append(parameter(name, hint, text, panel))
     return made
 
 

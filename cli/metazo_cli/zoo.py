@@ -12,6 +12,7 @@ import typer
 from rich.table import Table
 
 from metazo.errors import UserError
+from metazo.feedback.tuner import FeedbackTuner
 from metazo.io.terminal import Console, print_json, print_line
 
 from .messages import in_flags
@@ -45,7 +46,7 @@ def list_(zoo: ZooOption = None, as_json: JsonOption = False) -> None:
         (
             tuner.entry.name,
             tuner.entry.base_model,
-            str(tuner.entry.blocks) if tuner.entry.kind == "tuner" else "step log",
+            _holds(tuner.entry),
             f"{tuner.entry.size / 1e6:.2f} MB",
             (tuner.entry.fingerprint or ("by names" if tuner.entry.kind == "tuner" else ""))[:12],
             tuner.entry.licence or "none stated",
@@ -62,12 +63,13 @@ def list_(zoo: ZooOption = None, as_json: JsonOption = False) -> None:
 def show(source: SourceArgument, zoo: ZooOption = None, as_json: JsonOption = False) -> None:
     """Show a tuner's base model, training and measurements, or the header of a step log."""
     from metazo import zoo as library
-    from metazo.tuner.file import Tuner
 
     found = library.read(source, zoo, _report)
-    about = _about(found) if isinstance(found, Tuner) else _about_log(found)
+    about = _about_log(found) if isinstance(found, library.Log) else _about(found)
     if as_json:
-        blocks = {"blocks": [asdict(block) for block in found.info.blocks]} if isinstance(found, Tuner) else {}
+        blocks = (
+            {"blocks": [asdict(block) for block in found.info.blocks]} if not isinstance(found, library.Log) else {}
+        )
         print_json({**about, **blocks})
         return
     rows = [(key, json.dumps(value) if isinstance(value, dict) else str(value)) for key, value in about.items()]
@@ -80,11 +82,10 @@ def pull(source: SourceArgument, zoo: ZooOption = None, key: KeyOption = None, a
     from metazo import zoo as library
 
     found = library.pull(source, zoo, _report, key)
-    what = f"{found.entry.blocks} blocks" if found.entry.kind == "tuner" else "a step log"
     if as_json:
         print_json({**asdict(found.entry), "path": str(found.path)})
     else:
-        print_line(f"{found.entry.name} for {found.entry.base_model}, {what}: {found.path}")
+        print_line(f"{found.entry.name} for {found.entry.base_model}, {_holds(found.entry)}: {found.path}")
 
 
 @app.command()
@@ -162,8 +163,16 @@ def import_(
     print_line(f"layout: {tuner.info.recipe['layout']}")
 
 
-def _about(tuner: Tuner) -> dict[str, Any]:
+def _holds(entry: library.Entry) -> str:
+    what = {"tuner": f"{entry.blocks} blocks", "feedback": f"feedback, {entry.blocks} blocks", "log": "step log"}
+    return what[entry.kind]
+
+
+def _about(tuner: Tuner | FeedbackTuner) -> dict[str, Any]:
     """The metadata of a tuner, without the list of its blocks."""
+    if isinstance(tuner, FeedbackTuner):
+        width, rank = next(iter(tuner.maps.down.values())).shape
+        return {**asdict(tuner.info), "blocks": len(tuner.info.blocks), "width": width, "rank": rank}
     networks = {"blocks": tuner.pertnn.blocks, "hidden": tuner.pertnn.hidden, "inputs": tuner.pertnn.features}
     return {**asdict(tuner.info), **networks}
 

@@ -17,13 +17,10 @@ Where not to use: on inputs unlike those of the fit; fit it on unlabelled inputs
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from metazo.errors import UserError
@@ -31,11 +28,8 @@ from metazo.feedback.chain import exact_errors
 from metazo.feedback.passes import Closure, Pass, Recorder
 from metazo.feedback.residual import find_residual
 from metazo.feedback.surrogates import MeanJacobian
-from metazo.io.files import is_file
-from metazo.io.tensorfile import read_tensors, write_tensors
 
 HELD_OUT = 4  # one of this many batches is held out for the trust
-KIND = "feedback-1"
 
 
 def fit_jacobian(
@@ -48,6 +42,7 @@ def fit_jacobian(
     orthogonal: bool = True,
     seed: int = 0,
     lowest: int = 0,
+    cosines: dict[int, tuple[float, float]] | None = None,
 ) -> MeanJacobian:
     """Fit B_l for the output of every block from `lowest` to the last but one.
 
@@ -60,10 +55,12 @@ def fit_jacobian(
         draws: cotangents per example.
         orthogonal: whether v is orthogonal to the mean hidden state over the positions that contribute to the loss.
         seed: of the cotangents.
+        cosines: if given, takes by block index the cosine of the exact errors with delta (the skip rule) and with the fitted
+            map's, over all held-out pairs.
 
     Returns: float32 factors (d, r) and (r, d), and the trust, by block index.
-    Cost: per batch one forward pass, and per block one run and `draws` backward passes. Memory: two (d, d) matrices in
-    float64 per block. Raises UserError for fewer than 4 batches or a rank above the width.
+    Cost: per batch one forward pass, and per block one run and `draws` backward passes. Memory: four (d, d) matrices in float64 per
+    block. Raises UserError for fewer than 4 batches or a rank above the width.
     """
     closures = list(closures)
     if len(closures) < HELD_OUT:
@@ -76,15 +73,17 @@ def fit_jacobian(
     fits: dict[int, _Fit] = {}
     for number, closure in enumerate(closures):
         for one in recorder.capture([closure]).passes:
-            cotangents = [_cotangent(residual.blocks, one, orthogonal, generator) for _ in range(draws)]
             carrying = one.delta.ne(0).any(-1)  # type: ignore[union-attr]
+            pooled = _pooled(residual.blocks, one, carrying) if orthogonal else None
+            vectors = [_draw(one, pooled, generator) for _ in range(draws)]
+            cotangents = [v[:, None] * carrying[..., None] for v in vectors]
             for index, errors in exact_errors(residual, one, cotangents):
                 if index < lowest:
                     break
-                pairs = [(v[carrying].double().cpu(), e[carrying].double().cpu()) for v, e in zip(cotangents, errors)]
-                fits.setdefault(index, _Fit(pairs[0][0].shape[1])).add(
-                    pairs, held_out=number % HELD_OUT == HELD_OUT - 1
-                )
+                fit = fits.setdefault(index, _Fit(errors[0].shape[-1]))
+                sums = fit.held_out if number % HELD_OUT == HELD_OUT - 1 else fit.fitted
+                for v, error in zip(vectors, errors):
+                    sums.add(v, error, carrying)
     if not fits:
         raise UserError("The last block needs no feedback and there is no other; choose an earlier `lowest` block.")
     if rank > next(iter(fits.values())).width:
@@ -92,6 +91,8 @@ def fit_jacobian(
             f"`rank` is {rank} and the model's width is {next(iter(fits.values())).width}; choose at most that."
         )
     solved = {index: fit.solve(rank, ridge) for index, fit in sorted(fits.items())}
+    if cosines is not None:
+        cosines |= {index: fit.cosines(*solved[index][:2]) for index, fit in sorted(fits.items())}
     return MeanJacobian(
         {index: down.float() for index, (down, _, _) in solved.items()},
         {index: up.float() for index, (_, up, _) in solved.items()},
@@ -99,89 +100,63 @@ def fit_jacobian(
     )
 
 
-def _cotangent(blocks: Sequence[nn.Module], one: Pass, orthogonal: bool, generator: torch.Generator) -> Tensor:
-    """v (B, T, d): one draw per example, used at its positions that contribute to the loss; zero at all others."""
+def _draw(one: Pass, pooled: Tensor | None, generator: torch.Generator) -> Tensor:
+    """v (B, d): one draw per example, orthogonal to its pooled state; the same at each position that contributes to the loss."""
     delta = one.delta
     assert delta is not None
-    carrying = delta.ne(0).any(-1, keepdim=True)
-    v = torch.randn(len(delta), 1, delta.shape[-1], generator=generator, dtype=torch.float64).to(delta)
-    if orthogonal:
-        last = max(one.calls)
-        with torch.no_grad():
-            state = one.calls[last].run(blocks[last], one.calls[last].hidden)
-        pooled = torch.nn.functional.normalize((state * carrying).sum(1, keepdim=True), dim=-1)
-        v = v - (v * pooled).sum(-1, keepdim=True) * pooled
-    return v * carrying
+    v = torch.randn(len(delta), delta.shape[-1], generator=generator, dtype=torch.float64).to(delta)
+    return v if pooled is None else v - (v * pooled).sum(-1, keepdim=True) * pooled
+
+
+def _pooled(blocks: Sequence[nn.Module], one: Pass, carrying: Tensor) -> Tensor:
+    """Unit vectors (B, d) along the sum of the last block's outputs over the positions that contribute to the loss."""
+    last = max(one.calls)
+    with torch.no_grad():
+        state = one.calls[last].run(blocks[last], one.calls[last].hidden)
+    return torch.nn.functional.normalize((state * carrying[..., None]).sum(1), dim=-1)
+
+
+class _Moments:
+    """Sums over rows of v v^T, v e^T and |e|^2, in float64: all that a linear map of v to e is fitted and judged by."""
+
+    def __init__(self, width: int):
+        self.vv, self.ve = (torch.zeros(width, width, dtype=torch.float64) for _ in range(2))
+        self.ee, self.count = 0.0, 0
+
+    def add(self, v: Tensor, errors: Tensor, carrying: Tensor) -> None:
+        """Args: v (B, d), of each example; errors (B, T, d), each paired with its example's v where `carrying` (B, T) is true."""
+        v, summed, times = v.double().cpu(), (errors * carrying[..., None]).sum(1).double().cpu(), carrying.sum(1).cpu()
+        self.vv += (v * times[:, None]).t() @ v
+        self.ve += v.t() @ summed
+        self.ee += float(errors[carrying].double().square().sum())
+        self.count += int(times.sum())
+
+    def trust(self, matrix: Tensor) -> float:
+        """Of the regression of e on w = v M: sum e . w / sum w . w."""
+        return float((matrix * self.ve).sum() / (matrix * (self.vv @ matrix)).sum())
+
+    def cosine(self, matrix: Tensor) -> float:
+        """Between all e and all v M."""
+        return float((matrix * self.ve).sum() / ((matrix * (self.vv @ matrix)).sum() * self.ee).sqrt())
 
 
 @dataclass
 class _Fit:
-    """Sums of a regression of the rows e on the rows v, and the pairs that are held out."""
+    """A block's regression of the rows e on the rows v, and the pairs that are held out."""
 
     width: int
-    count: int = 0
-    kept: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
-    def __post_init__(self):
-        self.vv, self.ve = (torch.zeros(self.width, self.width, dtype=torch.float64) for _ in range(2))
-
-    def add(self, pairs: Sequence[tuple[Tensor, Tensor]], held_out: bool) -> None:
-        if held_out:
-            self.kept += pairs
-            return
-        for v, e in pairs:
-            self.vv += v.t() @ v
-            self.ve += v.t() @ e
-            self.count += len(v)
+    def __post_init__(self) -> None:
+        self.fitted, self.held_out = _Moments(self.width), _Moments(self.width)
 
     def solve(self, rank: int, ridge: float) -> tuple[Tensor, Tensor, float]:
         """(V, U, t): B_l as the identity plus V U of that rank, and the trust t on the pairs that are held out."""
-        eye = torch.eye(self.width, dtype=torch.float64)
-        u, s, vt = torch.linalg.svd(torch.linalg.solve(self.vv + ridge * self.count * eye, self.ve) - eye)
+        eye, sums = torch.eye(self.width, dtype=torch.float64), self.fitted
+        u, s, vt = torch.linalg.svd(torch.linalg.solve(sums.vv + ridge * sums.count * eye, sums.ve) - eye)
         down, up = u[:, :rank] * s[:rank], vt[:rank]
-        dot = square = 0.0
-        for v, e in self.kept:
-            mapped = v + (v @ down) @ up
-            dot += float((e * mapped).sum())
-            square += float(mapped.square().sum())
-        return down, up, dot / square
+        return down, up, self.held_out.trust(eye + down @ up)
 
-
-# -- files ------------------------------------------------------------------------------------------------------------
-
-
-def save_jacobian(path: str | Path, fitted: MeanJacobian, base_model: str = "") -> None:
-    """Write as safetensors, completely or not at all: down.<block>, up.<block> and `trust` (in the order of the blocks)."""
-    tensors = {f"down.{index}": value.contiguous() for index, value in fitted.down.items()}
-    tensors |= {f"up.{index}": value.contiguous() for index, value in fitted.up.items()}
-    tensors["trust"] = torch.tensor([fitted.trust[index] for index in fitted.down], dtype=torch.float64)
-    described = {"kind": KIND, "blocks": list(fitted.down), "base_model": base_model}
-    write_tensors(Path(path), tensors, {"metazo": json.dumps(described)})
-
-
-def load_jacobian(path: str | Path) -> MeanJacobian:
-    """Read what `save_jacobian` wrote. Raises UserError for any other file."""
-    path = Path(path)
-    if not is_file(path):
-        raise UserError(f"Feedback {path} is not a file; check the path, or fit one with fit_jacobian.")
-    try:
-        tensors, metadata = read_tensors(path)
-        described = json.loads(metadata.get("metazo", "{}"))
-        if described.get("kind") != KIND:
-            raise ValueError(f"its kind is {described.get('kind')!r}, not {KIND!r}")
-        blocks = described["blocks"]
-        fitted = MeanJacobian(
-            {int(index): tensors[f"down.{index}"] for index in blocks},
-            {int(index): tensors[f"up.{index}"] for index in blocks},
-            dict(zip(map(int, blocks), tensors["trust"].tolist(), strict=True)),
-        )
-        for index in fitted.down:
-            if fitted.down[index].shape != fitted.up[index].t().shape:
-                raise ValueError(f"the factors of block {index} do not fit each other")
-        if not all(value.isfinite().all() for value in tensors.values()):
-            raise ValueError("it has NaN or infinite values")
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path} is not a usable file of feedback matrices: {error}. Fit one with fit_jacobian."
-        ) from error
-    return fitted
+    def cosines(self, down: Tensor, up: Tensor) -> tuple[float, float]:
+        """Of the held-out errors with v, and with v (I + V U)."""
+        eye = torch.eye(self.width, dtype=torch.float64)
+        return self.held_out.cosine(eye), self.held_out.cosine(eye + down @ up)

@@ -1,4 +1,4 @@
-"""Meta-train a tuner: `meta_train(config)`. Its output folder holds
+"""Meta-train a tuner: `meta_train(config)`. The output folder of a tuner of block scales holds
 
 tuner.safetensors  config.json  metrics.jsonl  sigma.png       and, until the run is complete, two snapshots
 """
@@ -14,12 +14,14 @@ from typing import Any
 import metazo
 from metazo.blocks import Block, named_tensors
 from metazo.errors import UserError
+from metazo.feedback.tuner import FeedbackTuner
 from metazo.io.extras import MissingPackage
 from metazo.io.lock import FolderLock
 from metazo.io.terminal import Console
 from metazo.meta.config import MetaConfig
 from metazo.meta.dryrun import Plan, make_plan
 from metazo.meta.journal import METRICS, Progress, plot, row_of
+from metazo.meta.learn_feedback import FeedbackConfig, learn_feedback
 from metazo.meta.loop import MetaRun, make_teacher, restarts
 from metazo.meta.order import Order, PreparedTask
 from metazo.meta.path import Online
@@ -39,16 +41,18 @@ from metazo.tuner.networks import PertNN
 TUNER, CONFIG, _START = "tuner.safetensors", "config.json", "start.safetensors"
 
 
-def meta_train(config: MetaConfig, *, console: Console | None = None) -> Tuner:
+def meta_train(config: MetaConfig | FeedbackConfig, *, console: Console | None = None) -> Tuner | FeedbackTuner:
     """Meta-train a tuner and write it to `config.out`.
 
-    Args: console: shows progress; None: no output.
+    Args: config: of a tuner of block scales, or of feedback (`learn_feedback`); console: shows progress; None: no output.
     Returns: the tuner, as written to tuner.safetensors.
     Raises UserError for bad settings, a folder that holds another run, a loss that is not finite at the first step, or
     a full disk; Interrupted after SIGINT or SIGTERM, once the state is saved.
     """
     refuse_ranks("meta-train")
     console = None if console is None else Console.of(console)
+    if isinstance(config, FeedbackConfig):
+        return learn_feedback(config, console=console)
     if config.resume and (config.out / TUNER).exists():
         say(console, f"The run in {config.out} is complete; this is its tuner.")
         with suppress(UserError, OSError), FolderLock(config.out):  # a disk that may only be read; another at work

@@ -4,10 +4,10 @@
     e_l = t_l (delta + (delta V_l) U_l)          B_l = t_l (I + V_l U_l), rank r and a trust per block
     g_l = (d f_l / d theta_l)^T e_l              exact within block l
 
-B_l is fitted without labels from random cotangents (`metazo.feedback.jacobian.fit_jacobian`) and kept in a file
-beside the model: 2 r d + 1 numbers per block. A block without an entry gets skip feedback. Source: learned feedback as in
-weight mirrors (Akrout et al. 2019, arXiv 1904.05391). Difference: the matrix is the identity plus low rank, for a network
-that is already trained, and is fitted once before fine-tuning.
+B_l is fitted without labels from random cotangents (`metazo meta-train --learn feedback`) and kept as a tuner of the base
+model: 2 r d + 1 numbers per block. A block without an entry gets skip feedback. Source: learned feedback
+as in weight mirrors (Akrout et al. 2019, arXiv 1904.05391). Difference: the matrix is the identity plus low rank, for a
+network that is already trained, and is fitted once before fine-tuning.
 
 Where not to use: without inputs like those of the task for the fit. docs/feedback.md compares it with skip feedback.
 """
@@ -15,13 +15,14 @@ Where not to use: without inputs like those of the task for the fit. docs/feedba
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import torch
 
 from metazo.blocks import NamedTensor
 from metazo.errors import UserError
-from metazo.feedback.jacobian import load_jacobian
 from metazo.feedback.surrogates import MeanJacobian, Surrogate
+from metazo.feedback.tuner import FeedbackTuner
 from metazo.optimizers.base import State
 from metazo.optimizers.registry import register
 from metazo.optimizers.structured import Structured
@@ -31,17 +32,31 @@ from metazo.optimizers.structured import Structured
 class Feedback(Structured):
     """Every block gets the error delta B_l. Arguments, cost and limits: see `Structured`.
 
-    Args: jacobian: a file of feedback matrices (metazo.feedback.jacobian.save_jacobian), or the matrices themselves.
+    Args: tuner: of this base model (metazo.feedback.tuner.FeedbackTuner), the path of its file, or bare maps.
+    Raises UserError for a tuner of a model with other blocks.
     """
 
     name = "feedback"
     paper = "ours"
-    needs = ("jacobian",)
+    needs_tuner = True
+    common = Structured.common | {"tuner"}
 
-    def __init__(self, params: Iterable, lr: float = 1e-3, *, jacobian: str | MeanJacobian | None = None, **rest):
-        if jacobian is None:
-            raise UserError("feedback needs `jacobian`, a file of feedback matrices; fit one, or use skip-feedback.")
-        self.jacobian = jacobian if isinstance(jacobian, MeanJacobian) else load_jacobian(jacobian)
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 1e-3,
+        *,
+        tuner: str | Path | FeedbackTuner | MeanJacobian | None = None,
+        **rest,
+    ):
+        if tuner is None:
+            raise UserError(
+                "feedback needs `tuner`: fit one with metazo meta-train --learn feedback, or use skip-feedback."
+            )
+        found = FeedbackTuner.load(tuner) if isinstance(tuner, str | Path) else tuner
+        if isinstance(found, FeedbackTuner):
+            found.check_fit(rest["model"])
+        self.jacobian = found.maps if isinstance(found, FeedbackTuner) else found
         super().__init__(params, lr, **rest)
 
     def init(self, tensors: Sequence[NamedTensor]) -> State:

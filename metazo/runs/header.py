@@ -45,8 +45,11 @@ def header(settings: dict[str, Any], setup: Setup) -> dict[str, Any]:
 
 
 def tuner_hash(optimizer: Method) -> str | None:
-    """The hash of the networks that choose the block scales, if there are any."""
-    networks = getattr(optimizer.scale, "pertnn", None)
+    """The hash of the networks that choose the block scales, or of the feedback maps, if there are any."""
+    networks, maps = getattr(optimizer.scale, "pertnn", None), getattr(optimizer, "jacobian", None)
+    if maps is not None:
+        kinds = (("down", maps.down), ("up", maps.up))
+        return weights_hash((f"{kind}/{index}", value) for kind, held in kinds for index, value in sorted(held.items()))
     return None if networks is None else weights_hash(networks.named_parameters())
 
 

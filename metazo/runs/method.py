@@ -12,6 +12,7 @@ from torch import nn
 from metazo import zoo
 from metazo.blocks import NamedTensor, partition, tensor_id
 from metazo.errors import UserError
+from metazo.feedback.tuner import FeedbackTuner, describe
 from metazo.io.plain import shown
 from metazo.optimizers import METHODS
 from metazo.optimizers.registry import method
@@ -66,6 +67,20 @@ def _tuner(config: FinetuneConfig, model: nn.Module) -> Tuner:
     return Tuner.load(found[0].path)
 
 
+def _feedback(config: FinetuneConfig, model: nn.Module) -> FeedbackTuner:
+    """The feedback that `tuner` names; "auto" takes the last in the zoo that was fitted for a model of these blocks."""
+    source = str(config.tuner)
+    if source == "auto":
+        wanted = describe(model, "").fingerprint
+        found = [tuner for tuner in zoo.tuners(config.zoo, "feedback") if tuner.entry.fingerprint == wanted]
+        if not found:
+            raise UserError(
+                "`tuner='auto'` found no feedback for this model's blocks; fit it with metazo meta-train --learn feedback."
+            )
+        source = str(found[-1].path)
+    return zoo.load_feedback(source, config.zoo, report=lambda text: None)
+
+
 def _every_tensor(model: nn.Module) -> list[NamedTensor]:
     return [NamedTensor(name, parameter, tensor_id(name)) for name, parameter in model.named_parameters()]
 
@@ -93,17 +108,20 @@ def arguments(config: FinetuneConfig, model: nn.Module) -> dict[str, Any]:
     settings: dict[str, Any] = {"weight_decay": config.weight_decay}
     if config.lr is not None:
         settings["lr"] = config.lr
-    if "scale" not in cls.common and (config.tuner or config.scale != "none"):
+    if "scale" not in cls.common and (config.scale != "none" or (config.tuner and "tuner" not in cls.common)):
         raise UserError(f"`optimizer` {name} has no perturbation that `tuner` or `scale` could shape.")
     if config.rule != "method":
         if cls.own_rule:
             raise UserError(f"`rule` {config.rule} under `optimizer` {name}, which {cls.own_rule}.")
         settings["rule"] = RULES[config.rule]()
     if cls.needs_tuner and config.tuner is None and config.scale == "none":
-        raise UserError(f"`optimizer` {name} needs `tuner` (or use `optimizer='mezo'` with `scale='rms'`).")
+        free = "`optimizer='mezo'` with `scale='rms'`" if "scale" in cls.common else "`optimizer='skip-feedback'`"
+        raise UserError(f"`optimizer` {name} needs `tuner` (or use {free}, which needs none).")
     shared: dict[str, Any] = {"eps": config.eps, "seed": config.seed, "precision": config.precision}
     if "scale" in cls.common:
         shared["scale"] = block_scale(config, model)
+    if "tuner" in cls.common:
+        shared["tuner"] = _feedback(config, model)
     shared |= {key: value for key in ("noise", "probing") if (value := getattr(config, key)) != "method"}
     if cls.needs_model:
         settings["model"] = model

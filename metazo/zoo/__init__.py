@@ -6,7 +6,7 @@ from metazo.zoo.index import Entry, Found
 from metazo.zoo.log import Log
 from metazo.zoo.publish import push, push_log
 from metazo.zoo.signature import signer
-from metazo.zoo.sources import load, pull, read
+from metazo.zoo.sources import load, load_feedback, pull, read
 
 __all__ = [
     "Check",
@@ -17,6 +17,7 @@ __all__ = [
     "find",
     "import_pth",
     "load",
+    "load_feedback",
     "model_shapes",
     "named",
     "pull",

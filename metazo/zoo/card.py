@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+from metazo.feedback.tuner import FeedbackTuner
 from metazo.tuner.file import Tuner, TunerInfo
 from metazo.zoo.log import Log
 
 
-def card_of(item: Tuner | Log, name: str, sha256: str, licence: str | None) -> str:
-    """The card of a tuner or step log published under `name`, in Markdown."""
-    return log_card(item, name, sha256, licence) if isinstance(item, Log) else card(item.info, name, sha256)
+def card_of(item: Tuner | FeedbackTuner | Log, name: str, sha256: str, licence: str | None) -> str:
+    """The card of a tuner, feedback tuner or step log published under `name`, in Markdown."""
+    if isinstance(item, Log):
+        return log_card(item, name, sha256, licence)
+    return feedback_card(item, name, sha256) if isinstance(item, FeedbackTuner) else card(item.info, name, sha256)
 
 
 def card(info: TunerInfo, name: str, sha256: str) -> str:
     """The card of a tuner published under `name`, in Markdown."""
     scale = "abs(PertNN)" if info.parametrisation == "abs" else f"RMS * exp(PertNN), exponent within {info.bound:.3g}"
-    licence = _text(info.licence) if info.licence else "none stated: it may not be republished"
     tensors = sum(len(block.tensors) for block in info.blocks)
     return f"""# {_text(name)}
 
@@ -30,7 +32,7 @@ model is fine-tuned with forward passes only (zeroth-order).
 | inputs | {info.features} |
 | scale | {scale}{", normalised" if info.normalise else ""} |
 | embeddings count as | {info.embedding_count} |
-| licence | {licence} |
+| licence | {_licence(info.licence)} |
 | fingerprint | {info.fingerprint or "none: the shapes of the base model are not known, it is matched by names"} |
 | sha256 | {sha256} |
 | written by | metazo {_text(info.metazo_version) or "(version not recorded)"} |
@@ -41,6 +43,38 @@ model is fine-tuned with forward passes only (zeroth-order).
     metazo finetune --model {_text(info.base_model)} --task TASK --tuner {_text(name)}
 
 It fits {_text(info.base_model)} and every model with the same tensor names and shapes.
+
+## Recipe
+{_table(info.recipe)}
+## Scores
+{_table(info.scores)}"""
+
+
+def feedback_card(tuner: FeedbackTuner, name: str, sha256: str) -> str:
+    """The card of a feedback tuner published under `name`, in Markdown."""
+    info, maps = tuner.info, tuner.maps
+    width, rank = next(iter(maps.down.values())).shape
+    return f"""# {_text(name)}
+
+Feedback for {_text(info.base_model)}: the mean Jacobians of its blocks, fitted without labels. Method `feedback` multiplies the
+error after the last block by them to estimate the error at every lower block.
+
+| | |
+|---|---|
+| base model | {_text(info.base_model)} |
+| maps | {len(maps.down)}, for the outputs of all blocks but the last; identity + rank {rank}, width {width} |
+| trust, from the lowest block up | {", ".join(_figure(float(maps.trust[index])) for index in sorted(maps.trust))} |
+| licence | {_licence(info.licence)} |
+| fingerprint | {info.fingerprint} |
+| sha256 | {sha256} |
+| written by | metazo {_text(info.metazo_version) or "(version not recorded)"} |
+
+## Use
+
+    metazo finetune --model {_text(info.base_model)} --task TASK --optimizer feedback --tuner {_text(name)}
+
+It fits {_text(info.base_model)} and every model whose blocks have the same tensor names and shapes. The control is
+`--optimizer skip-feedback`, which needs no tuner.
 
 ## Recipe
 {_table(info.recipe)}
@@ -68,7 +102,7 @@ bytes that rebuild the model from the base model, without a forward pass.
 | learning rate | {min(rates, default=0):.3g} to {max(rates, default=0):.3g} |
 | precision | {_text(header.get("precision", ""))} |
 | sha256 of the model's weights | {_text(weights)} |
-| licence | {_text(licence) if licence else "none stated: it may not be republished"} |
+| licence | {_licence(licence)} |
 | sha256 of the log | {sha256} |
 
 ## Use
@@ -98,6 +132,10 @@ def _flat(value: Any, path: str = "") -> list[tuple[str, Any]]:
 
 def _figure(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _licence(licence: str | None) -> str:
+    return _text(licence) if licence else "none stated: it may not be republished"
 
 
 def _text(value: Any) -> str:

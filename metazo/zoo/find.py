@@ -8,10 +8,11 @@ from hashlib import sha256
 from pathlib import Path
 
 from metazo.errors import UserError
+from metazo.feedback.tuner import FeedbackTuner, is_feedback
 from metazo.io.files import read_capped
 from metazo.tuner.file import MAX_BYTES, Tuner
 from metazo.tuner.match import fingerprint
-from metazo.zoo.index import TUNER_FILE, Entry, Found, folders, read_index
+from metazo.zoo.index import TUNER_FILE, Entry, Found, Item, folders, read_index
 from metazo.zoo.log import Log
 
 
@@ -25,19 +26,19 @@ def entries(zoo: str | Path | None = None, key: str | None = None) -> list[Found
     return [Found(entry, folder, where) for where, folder in searched for entry in read_index(folder, key)]
 
 
-def tuners(zoo: str | Path | None = None) -> list[Found]:
-    """Every tuner in the zoo folders, in search order."""
-    return [found for found in entries(zoo) if found.entry.kind == "tuner"]
+def tuners(zoo: str | Path | None = None, kind: str = "tuner") -> list[Found]:
+    """Every tuner of a kind, "tuner" or "feedback", in the zoo folders, in search order."""
+    return [found for found in entries(zoo) if found.entry.kind == kind]
 
 
-def named(name: str, zoo: str | Path | None = None, key: str | None = None) -> Found | None:
-    """The entry called `name` (`<base model>/<version>`), or the last tuner published for that base model, or the last log
-    if there is no tuner. `key` as for `entries`.
+def named(name: str, zoo: str | Path | None = None, key: str | None = None, kind: str = "tuner") -> Found | None:
+    """The entry called `name` (`<base model>/<version>`), or the last of this kind published for that base model, or the last
+    of any other kind if there is none. `key` as for `entries`.
     """
     found = entries(zoo, key)
     exact = [tuner for tuner in found if tuner.entry.name == name]
     bases = [tuner for tuner in found if name in (tuner.entry.name.rpartition("/")[0], tuner.entry.base_model)]
-    bases = [tuner for tuner in bases if tuner.entry.kind == "tuner"] or bases
+    bases = [tuner for tuner in bases if tuner.entry.kind == kind] or bases
     if exact or not bases:
         return exact[0] if exact else None
     return [tuner for tuner in bases if tuner.folder == bases[0].folder][-1]
@@ -70,7 +71,14 @@ def _fits(tuner: Found, named_shapes: Sequence[tuple[str, Sequence[int]]]) -> bo
     return tuner.path.is_file() and Tuner.load(tuner.path).fits(named_shapes).ok
 
 
-def checked(data: bytes, entry: Entry, origin: str) -> Tuner | Log:
+def parsed(data: bytes, origin: str) -> Item:
+    """The tuner, feedback tuner or log that these bytes are. Raises UserError for what is none of them."""
+    if data.startswith(b'{"metazo_steps"'):
+        return Log.from_bytes(data, origin)
+    return FeedbackTuner.from_bytes(data, origin) if is_feedback(data) else Tuner.from_bytes(data, origin)
+
+
+def checked(data: bytes, entry: Entry, origin: str) -> Item:
     """The tuner or log in `data`, whose size, sha256, format, fingerprint and block count are checked against the index."""
     if len(data) != entry.size:
         raise UserError(f"{origin} has {len(data):,} bytes and the zoo index says {entry.size:,}; it is refused")
@@ -82,7 +90,7 @@ def checked(data: bytes, entry: Entry, origin: str) -> Tuner | Log:
         if log.base_model != entry.base_model:
             raise UserError(f"{origin} is of another base model than the zoo index says; it is refused")
         return log
-    tuner = Tuner.from_bytes(data, origin)
+    tuner = {"tuner": Tuner, "feedback": FeedbackTuner}[entry.kind].from_bytes(data, origin)
     if (tuner.info.fingerprint, len(tuner.info.blocks)) != (entry.fingerprint, entry.blocks):
         raise UserError(f"{origin} has another fingerprint or number of blocks than the zoo index says; it is refused")
     return tuner

@@ -1,5 +1,6 @@
 """Zoo folders: an index.json and, for each tuner, `<base model>/<version>/{tuner.safetensors,card.md}`.
 
+The versions of a base model's tuners are v1, v2, ..., those of its feedback tuners feedback-v1, feedback-v2, ...
 A fine-tuned model published as its step log is stored as `<name>/<version>/{steps.jsonl,card.md}`. The cache, a user's
 own zoo and the zoo that is installed with metazo all have this layout.
 """
@@ -19,6 +20,7 @@ from filelock import FileLock, Timeout
 
 import pertnn_zoo
 from metazo.errors import UserError
+from metazo.feedback.tuner import FeedbackTuner
 from metazo.io.files import read_capped, safe_name, write_whole
 from metazo.io.plain import parse_json
 from metazo.tuner.file import MAX_BYTES, Tuner
@@ -30,7 +32,8 @@ FORMAT_VERSION = 1
 MAX_INDEX_BYTES = 4 * 2**20
 Sign = Callable[[bytes, str], bytes]
 """From a file's content and name to the content of its signature (metazo/zoo/signature.py)."""
-FILES = {"tuner": "tuner.safetensors", "log": "steps.jsonl"}
+FILES = {"tuner": "tuner.safetensors", "feedback": "tuner.safetensors", "log": "steps.jsonl"}
+Item = Tuner | FeedbackTuner | Log
 TUNER_FILE = FILES["tuner"]
 
 
@@ -52,12 +55,12 @@ class Entry:
     url: str | None = None
     """Address of the tuner file, if it is not in the folder."""
     kind: str = "tuner"
-    """"tuner", or "log" for a fine-tuned model as its step log."""
+    """"tuner", "feedback" (metazo/feedback/tuner.py), or "log" for a fine-tuned model as its step log."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """A tuner or a step log in a zoo folder."""
+    """A tuner of either kind or a step log in a zoo folder."""
 
     entry: Entry
     folder: Path
@@ -130,8 +133,8 @@ def _entry(item: Any, origin: str) -> Entry:
             continue
         if not isinstance(value, str) or not value.isprintable() or not 0 < len(value) <= 2048:
             raise UserError(f"{origin}: {name} is not a line of text")
-    if item.get("kind", "tuner") not in ("tuner", "log"):
-        raise UserError(f"{origin}: kind is neither tuner nor log")
+    if item.get("kind", "tuner") not in FILES:
+        raise UserError(f"{origin}: kind is none of {', '.join(FILES)}")
     for name, least in (("size", 1), ("blocks", 0)):
         if type(item[name]) is not int or not least <= item[name] <= MAX_BYTES:
             raise UserError(f"{origin}: {name} is not a number between {least} and {MAX_BYTES:,}")
@@ -142,7 +145,7 @@ def _entry(item: Any, origin: str) -> Entry:
 
 
 def add(
-    item: Tuner | Log,
+    item: Item,
     data: bytes,
     folder: Path,
     base: str,
@@ -152,15 +155,15 @@ def add(
 ) -> Found:
     """Write a tuner's bytes (or a log's), its card and its index entry into a zoo folder; the entry last.
 
-    `version` None takes the next of v1, v2, ... Several processes may add at once. Adding the same bytes under the
-    same name again changes nothing. `sign` makes a signature of the new index; a zoo that has one is left alone
+    `version` None takes the next of v1, v2, ... (feedback-v1, ...). Several processes may add at once. Adding the same
+    bytes under the same name again changes nothing. `sign` makes a signature of the new index; a zoo that has one is left alone
     without it. Raises UserError if the folder cannot be written or a link in it leads out of it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".index.lock.tmp", timeout=60):
             entries = read_index(folder)
-            name = safe_name(f"{base}/{version or _next_version(base, entries)}", "zoo name")
+            name = safe_name(f"{base}/{version or _next_version(base, entries, item)}", "zoo name")
             target = folder / name
             if not target.resolve().is_relative_to(folder.resolve()):
                 raise UserError(f"{target} leads out of the zoo through a link; remove the link")
@@ -180,13 +183,14 @@ def add(
     return found
 
 
-def _entry_of(item: Tuner | Log, name: str, data: bytes, licence: str | None) -> Entry:
+def _entry_of(item: Item, name: str, data: bytes, licence: str | None) -> Entry:
     common = {"name": name, "sha256": sha256(data).hexdigest(), "size": len(data)}
     if isinstance(item, Log):
         return Entry(base_model=item.base_model, fingerprint=None, blocks=0, licence=licence, kind="log", **common)
     info = item.info
     known = {"base_model": info.base_model, "fingerprint": info.fingerprint, "licence": info.licence}
-    return Entry(blocks=len(info.blocks), **known, **common)
+    kind = "feedback" if isinstance(item, FeedbackTuner) else "tuner"
+    return Entry(blocks=len(info.blocks), kind=kind, **known, **common)
 
 
 def write_index(folder: Path, entries: Sequence[Entry], sign: Sign | None = None) -> None:
@@ -198,6 +202,7 @@ def write_index(folder: Path, entries: Sequence[Entry], sign: Sign | None = None
         write_whole(folder / f"index.json{SUFFIX}", sign(data, "index.json"))
 
 
-def _next_version(base: str, entries: Sequence[Entry]) -> str:
-    taken = (re.fullmatch(re.escape(base) + r"/v(\d{1,9})", entry.name) for entry in entries)
-    return f"v{max((int(match[1]) for match in taken if match), default=0) + 1}"
+def _next_version(base: str, entries: Sequence[Entry], item: Item) -> str:
+    start = "feedback-v" if isinstance(item, FeedbackTuner) else "v"
+    taken = (re.fullmatch(re.escape(f"{base}/{start}") + r"(\d{1,9})", entry.name) for entry in entries)
+    return f"{start}{max((int(match[1]) for match in taken if match), default=0) + 1}"

@@ -8,16 +8,18 @@ from hashlib import sha256
 from pathlib import Path
 
 from metazo.errors import UserError
+from metazo.feedback.tuner import FeedbackInfo, FeedbackTuner
 from metazo.io.files import read_capped, safe_name
 from metazo.tuner.file import MAX_BYTES, Tuner, TunerInfo
-from metazo.zoo.card import card
+from metazo.zoo.card import card_of
+from metazo.zoo.find import parsed
 from metazo.zoo.index import FILES, Sign, add, own_folder
 from metazo.zoo.log import Log
 from metazo.zoo.sources import zoo_base
 
 
 def push(
-    tuner: Tuner | str | Path,
+    tuner: Tuner | FeedbackTuner | str | Path,
     to: str | Path | None = None,
     *,
     base: str | None = None,
@@ -25,27 +27,29 @@ def push(
     licence: str | None = None,
     sign: Sign | None = None,
 ) -> str:
-    """Publish a tuner, a tuner file or a folder that holds one; returns its published name or address.
+    """Publish a tuner of either kind, a tuner file or a folder that holds one; returns its published name or address.
 
     to: a zoo folder, made if missing, by default the user's own (`METAZO_ZOO`); or `hub:org/name`.
     base: the name of the base model in the zoo; by default the name in the tuner, or only the last name if that is a
-    local path. version: by default the next of v1, v2, ... licence: adds or replaces the tuner's licence.
+    local path. version: by default the next of v1, v2, ... (feedback-v1, ...). licence: adds or replaces the tuner's licence.
     sign: signs the zoo's index (`metazo.zoo.signature.signer`).
     Raises UserError if the tuner is unfit, the name is taken by another tuner, or the zoo cannot be written.
     """
-    tuner = tuner if isinstance(tuner, Tuner) else Tuner.load(tuner)
+    tuner = tuner if isinstance(tuner, Tuner | FeedbackTuner) else _read(Path(tuner))
     base = safe_name(base, "`name`") if base else zoo_base(tuner.info.base_model)
     info = replace(tuner.info, base_model=base, licence=licence or tuner.info.licence)
-    data = Tuner(tuner.pertnn, info).to_bytes()
-    tuner = Tuner.from_bytes(data, "the tuner to be published")
+    data = replace(tuner, info=info).to_bytes()  # type: ignore[arg-type]
+    item = parsed(data, "the tuner to be published")
     if not str(to or "").startswith("hub:"):
-        return add(tuner, data, _folder(to), base, version, sign=sign).entry.name
+        return add(item, data, _folder(to), base, version, sign=sign).entry.name
     if version or sign:
         raise UserError("`version` and `sign` do not go with a Hub repository, which keeps its own revisions")
     repository = str(to).removeprefix("hub:")
     from metazo.zoo.hub import hub_push
 
-    return hub_push(repository, data, front_matter(info) + card(info, repository, sha256(data).hexdigest()))
+    return hub_push(
+        repository, data, front_matter(info) + card_of(item, repository, sha256(data).hexdigest(), info.licence)
+    )
 
 
 def push_log(
@@ -73,11 +77,19 @@ def push_log(
     ).entry.name
 
 
+def _read(path: Path) -> Tuner | FeedbackTuner:
+    path = path / FILES["tuner"] if path.is_dir() else path
+    found = parsed(read_capped(path, MAX_BYTES, "tuner"), str(path))
+    if isinstance(found, Log):
+        raise UserError(f"{path} is a step log; give it as `log`")
+    return found
+
+
 def _folder(to: str | Path | None) -> Path:
     return Path(to) if to else own_folder()
 
 
-def front_matter(info: TunerInfo) -> str:
+def front_matter(info: TunerInfo | FeedbackInfo) -> str:
     """The YAML metadata at the head of a card, for the Hub."""
     licence = f"license: {_yaml(info.licence.lower())}\n" if info.licence else ""
     return f"---\nlibrary_name: metazo\nbase_model: {_yaml(info.base_model)}\n{licence}tags: [metazo, tuner]\n---\n"

@@ -12,13 +12,14 @@ from hashlib import sha256
 from pathlib import Path
 
 from metazo.errors import UserError
+from metazo.feedback.tuner import FeedbackTuner
 from metazo.io.files import read_capped, safe_name
 from metazo.io.redact import shown_address
 from metazo.io.terminal import print_line
 from metazo.tuner.file import MAX_BYTES, Tuner
 from metazo.zoo.download import download
-from metazo.zoo.find import checked, named, tuners
-from metazo.zoo.index import TUNER_FILE, Entry, Found, add, cache_folder, read_index
+from metazo.zoo.find import checked, named, parsed, tuners
+from metazo.zoo.index import TUNER_FILE, Entry, Found, Item, add, cache_folder, read_index
 from metazo.zoo.log import Log
 
 Report = Callable[[str], None]
@@ -32,13 +33,33 @@ def load(source: str | Path, zoo: str | Path | None = None, report: Report = pri
     `#sha256=...`.
     """
     item = read(source, zoo, report)
+    if isinstance(item, FeedbackTuner):
+        raise UserError(
+            f"`tuner` {shown_address(str(source))} is feedback, which goes with `optimizer='feedback'` alone."
+        )
     if isinstance(item, Log):
-        raise UserError(f"`tuner` {shown_address(str(source))} is a model's step log, not a tuner; see metazo replay")
+        raise UserError(_A_LOG.format(shown_address(str(source))))
     return item
 
 
-def read(source: str | Path, zoo: str | Path | None = None, report: Report = print_line) -> Tuner | Log:
-    """As `load`, but also reads a model published as its step log."""
+def load_feedback(source: str | Path, zoo: str | Path | None = None, report: Report = print_line) -> FeedbackTuner:
+    """The feedback tuner that `source` names, as for `load`; the name of a base model is that of its last one."""
+    item = _fetch(str(source), zoo, report, None, "feedback")[1]
+    if isinstance(item, Log):
+        raise UserError(_A_LOG.format(shown_address(str(source))))
+    if not isinstance(item, FeedbackTuner):
+        raise UserError(
+            f"`tuner` {shown_address(str(source))} is a tuner of block scales, which goes with methods that perturb weights; "
+            "fit feedback with metazo meta-train --learn feedback."
+        )
+    return item
+
+
+_A_LOG = "`tuner` {} is a model's step log, not a tuner; see metazo replay"
+
+
+def read(source: str | Path, zoo: str | Path | None = None, report: Report = print_line) -> Item:
+    """As `load`, but also reads feedback tuners, and a model published as its step log."""
     return _fetch(str(source), zoo, report, None)[1]
 
 
@@ -65,7 +86,9 @@ def zoo_base(base_model: str) -> str:
     return safe_name(last or "model", "base model")
 
 
-def _fetch(source: str, zoo: str | Path | None, report: Report, key: str | None) -> tuple[bytes, Tuner | Log]:
+def _fetch(
+    source: str, zoo: str | Path | None, report: Report, key: str | None, kind: str = "tuner"
+) -> tuple[bytes, Item]:
     address, _, wanted = source.partition("#sha256=")
     wanted = wanted.lower()
     if wanted and not re.fullmatch("[0-9a-f]{64}", wanted):
@@ -78,24 +101,23 @@ def _fetch(source: str, zoo: str | Path | None, report: Report, key: str | None)
     else:
         data, entry = (_cached(wanted) if wanted else None), None
         if data is None:
-            data, entry = _read(address, zoo, report)
+            data, entry = _read(address, zoo, report, kind)
     found = sha256(data).hexdigest()
     if wanted and found != wanted:
         raise UserError(f"{shown_address(address)} has sha256 {found} and not the {wanted} asked for; it is refused")
     if entry is not None:
         return data, checked(data, entry, f"{entry.kind} {entry.name}")
-    kind = Log if data.startswith(b'{"metazo_steps"') else Tuner
-    return data, kind.from_bytes(data, shown_address(address))
+    return data, parsed(data, shown_address(address))
 
 
-def _read(source: str, zoo: str | Path | None, report: Report) -> tuple[bytes, Entry | None]:
+def _read(source: str, zoo: str | Path | None, report: Report, kind: str) -> tuple[bytes, Entry | None]:
     """The bytes of a tuner or log, and its index entry if it has one."""
     if re.match(r"https?://", source):
         return download(source, report=report), None
     path = Path(source).expanduser()
     if _exists(path):
         return _local(path, report)
-    tuner = named(source, zoo)
+    tuner = named(source, zoo, kind=kind)
     if tuner is not None:
         return _from_zoo(tuner, report)
     repository, _, revision = source.removeprefix("hub:").partition("@")
@@ -103,7 +125,7 @@ def _read(source: str, zoo: str | Path | None, report: Report) -> tuple[bytes, E
         from metazo.zoo.hub import hub_file
 
         return read_capped(hub_file(repository, revision or None, report), MAX_BYTES, "tuner"), None
-    known = ", ".join(sorted({found.entry.name for found in tuners(zoo)})) or "none yet"
+    known = ", ".join(sorted({found.entry.name for found in tuners(zoo, kind)})) or "none yet"
     raise UserError(
         f"`tuner` {shown_address(source)[:200]!r} is not a file, a folder, an https address, a Hub repository "
         f"org/name, or a name in the zoos (which hold: {known})"

@@ -11,13 +11,10 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from metazo.errors import UserError
-from metazo.feedback.jacobian import fit_jacobian, save_jacobian
-from metazo.models.load import load_model
 from metazo.optimizers import METHODS
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import run_settings
 from metazo.runs.replay import replay
-from metazo.tasks import get, prepare
 
 COMMON = {
     "model": "pico", "task": "pico_topic", "lr": 0.02, "batch_size": 4, "train_examples": 40, "dev_examples": 16,
@@ -35,19 +32,6 @@ def test_a_run_learns_and_refuses_a_replay(tmp_path: Path) -> None:
     assert summary["forwards"] == 8 * 4
     with pytest.raises(UserError, match="cannot be replayed: its method is 'answer-column'"):
         replay(tmp_path / "run" / "steps.jsonl", base="pico", out=tmp_path / "again")
-
-
-def test_feedback_takes_its_maps_from_a_file(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="`optimizer` feedback needs `jacobian`, which has no default"):
-        run(tmp_path / "none", optimizer="feedback", steps=2)
-    loaded = load_model("pico")
-    prepared = prepare(get("pico_topic"), loaded, train=16, dev=0, test=0, max_length=64)
-    losses = [lambda batch=batch: prepared.loss(loaded.model, batch) for batch in prepared.batches(prepared.train, 4)]
-    save_jacobian(tmp_path / "maps.safetensors", fit_jacobian(loaded.model.eval(), losses, rank=4))
-    method = {"jacobian": str(tmp_path / "maps.safetensors")}
-    summary = run(tmp_path / "run", optimizer="feedback", steps=8, method=method)
-    assert summary["dev"]["loss"] < 0.5 * summary["before"]["loss"]
-    assert METHODS["feedback"].needs == ("jacobian",)
 
 
 @pytest.mark.parametrize("optimizer", ["skip-feedback", "answer-column"])

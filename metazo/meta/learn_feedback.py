@@ -1,0 +1,223 @@
+"""Fit a feedback tuner from text alone: `metazo meta-train --learn feedback`, or `meta_train(FeedbackConfig(...))`.
+
+The texts are the passages that metazo carries (task books), a file of unlabelled prompts, or the training texts of tasks,
+whose labels are never read. Each text goes through the model as the tasks' own inputs do, which decides the positions
+that carry loss; what is fitted is described in metazo/feedback/jacobian.py. One seed gives one file.
+
+Where not to use: to gain over `skip-feedback` without a measurement of your own; see docs/feedback.md.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from metazo.errors import UserError
+from metazo.feedback.jacobian import HELD_OUT, fit_jacobian
+from metazo.feedback.tuner import FeedbackTuner, describe
+from metazo.io.files import is_file, opened, write_whole
+from metazo.io.lock import FolderLock
+from metazo.io.terminal import Console
+from metazo.models.load import LoadedModel, load_model
+from metazo.runs.method import resolve_device
+from metazo.settings import check_number, check_values
+from metazo.tasks import Prepared, Task, books, in_memory, prepare, resolve
+from metazo.tasks.prepared import last_logits
+from metazo.tasks.rows import checked, load
+from metazo.tasks.task import Row
+from metazo.tasks.text import META_TRAIN, of_families
+
+TUNER, CONFIG = "tuner.safetensors", "config.json"
+BOUNDS: dict[str, dict[str, Any]] = {
+    "texts": {"least": 8, "most": 10**6}, "batch_size": {"least": 1, "most": 4096}, "max_length": {"least": 2},
+    "rank": {"least": 0, "most": 4096}, "ridge": {"least": 0, "most": 1e6}, "draws": {"least": 1, "most": 1024},
+    "seed": {"least": 0, "most": 2**63 - 1},
+}  # fmt: skip
+
+
+@dataclass
+class FeedbackConfig:
+    """Everything that decides a fit of feedback."""
+
+    model: str
+    """Folder or Hub id of the base model; pico is the small one that metazo carries"""
+    out: Path
+    """Folder for the tuner and settings"""
+    task: list[str] = field(default_factory=list)
+    """Task whose training texts are read, by name or a YAML file; several are mixed; labels are not read"""
+    data: Path | None = None
+    """File of unlabelled prompts (.txt with one per line; .jsonl, .csv, ... with a column `text`), or a folder with
+    <task>/<split>.jsonl; a folder without `task` stands for those of the text tasks for meta-training that it holds"""
+    texts: int = 1600
+    """Number of texts"""
+    batch_size: int = 16
+    """Texts per batch"""
+    max_length: int | None = 64
+    """Longest input in tokens"""
+    positions: Literal["answer", "all"] = "answer"
+    """Positions that carry loss: those of an answer or of the pooling, or of a causal model's next-token loss all"""
+    rank: int = 16
+    """Rank of the part beside the identity; 0 fits the trust alone"""
+    ridge: float = 0.02
+    """Ridge of the regression, in units of the variance of a cotangent"""
+    draws: int = 4
+    """Random cotangents per text"""
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """Type of the weights"""
+    device: str = "cpu"
+    """cpu, cuda, cuda:1, ..."""
+    seed: int = 0
+    """Seed of cotangents and of the choice of texts"""
+
+    def __post_init__(self) -> None:
+        check_values(self)
+        for name, bounds in BOUNDS.items():
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), **bounds)
+        if self.texts < HELD_OUT * self.batch_size:
+            raise UserError(
+                f"`texts` {self.texts} makes fewer than {HELD_OUT} batches of `batch_size` {self.batch_size}; give more texts."
+            )
+
+    def recipe(self) -> dict[str, Any]:
+        """The settings that made the tuner, without local paths, as a plain table."""
+        hidden = {"out", "data", "device", "model"}
+        return {key: value for key, value in asdict(self).items() if key not in hidden and value not in (None, [])}
+
+
+def learn_feedback(config: FeedbackConfig, *, console: Console | None = None) -> FeedbackTuner:
+    """Fit a feedback tuner and write it to `config.out`/tuner.safetensors.
+
+    Returns: the tuner as written. Its scores have, per block from the lowest up, the cosine of the exact errors of held-out
+    texts with the skip rule's and with the fitted map's.
+    Raises UserError for bad settings, too few texts, a model without a residual stream, or a folder that is not empty.
+    """
+    if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
+        raise UserError(f"`out` {config.out} is not an empty folder; choose another.")
+    device = resolve_device(config.device)
+    loaded = load_model(config.model, dtype=config.dtype, device=device, seed=config.seed, num_labels=2)
+    info = describe(loaded.model, loaded.name)
+    losses, source, count = _losses(config, loaded, device)
+    if console is not None:
+        console.print(f"Fitting maps of {len(info.blocks) - 1} blocks on {count:,} texts of {source}.", soft_wrap=True)
+    cosines: dict[int, tuple[float, float]] = {}
+    maps = fit_jacobian(
+        loaded.model.eval(), losses, rank=config.rank, ridge=config.ridge, draws=config.draws, seed=config.seed, cosines=cosines
+    )  # fmt: skip
+    info.recipe = {"learn": "feedback", **config.recipe(), "texts": count, "source": source}
+    kinds = ("skip rule", "feedback")
+    info.scores = {
+        f"cosine of held-out errors with the {kind}, from the lowest block up": [
+            round(cosines[index][place], 4) for index in sorted(cosines)
+        ]
+        for place, kind in enumerate(kinds)
+    }
+    tuner = FeedbackTuner(maps, info)
+    with FolderLock(config.out):
+        tuner.save(config.out / TUNER)
+        settings = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}
+        write_whole(config.out / CONFIG, (json.dumps({"learn": "feedback", **settings}, indent=1) + "\n").encode())
+    if console is not None:
+        console.print(f"Wrote {config.out / TUNER}.", soft_wrap=True)
+    return FeedbackTuner.load(config.out / TUNER)
+
+
+def _losses(
+    config: FeedbackConfig, loaded: LoadedModel, device: torch.device
+) -> tuple[list[Callable[[], Tensor]], str, int]:
+    """The loss of each batch of one source's texts, what the texts are called, and their number."""
+    tasks, data, source = _sources(config)
+    losses: list[Callable[[], Tensor]] = []
+    count = 0
+    for task in tasks:
+        prepared = _prepared(task, config, data, loaded, -(-config.texts // len(tasks)))
+        examples = sorted(prepared.train, key=len)[: config.texts - count]
+        count += len(examples)
+        for start in range(0, len(examples), config.batch_size):
+            losses.append(_loss(config, prepared, loaded, examples[start : start + config.batch_size], device))
+    if len(losses) < HELD_OUT:
+        raise UserError(
+            f"`data` gives {count} texts, fewer than {HELD_OUT} batches of {config.batch_size}; give more texts."
+        )
+    random.Random(config.seed).shuffle(losses)
+    return losses, source, count
+
+
+def _sources(config: FeedbackConfig) -> tuple[list[Task], Path | list[Row] | None, str]:
+    """The tasks whose texts are read, the `data` to read them from, and what they are called."""
+    if config.task:
+        return [resolve(name) for name in config.task], config.data, ", ".join(config.task)
+    if config.data is None:
+        return [books.TASK], None, "books"
+    if config.data.is_dir():
+        found = [name for name in of_families(META_TRAIN) if (config.data / name).is_dir()]
+        if not found:
+            raise UserError(
+                f"`data` {config.data} holds no text task for meta-training, such as {of_families(META_TRAIN)[0]}; name `task`."
+            )
+        return [resolve(name) for name in found], config.data, ", ".join(found)
+    if not is_file(config.data):
+        raise UserError(f"`data` {config.data} is neither a file of prompts nor a folder.")
+    task = Task(name="prompts", kind="classification", prompt="{text} {}", labels={0: "yes", 1: "no"})
+    return [task], [{"text": text} for text in _prompts(config.data)], "prompts of the user"
+
+
+def _prompts(path: Path) -> list[str]:
+    """The lines of a .txt file that are not blank, or the column `text` of a table."""
+    if path.suffix == ".txt":
+        with opened(path, "file of prompts") as file:
+            return [line.strip() for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]
+    table = Task(name="prompts", kind="generation", prompt="{text}", answer="text", files={"train": str(path)})
+    source = load(table, "train", None)
+    return [str(source.rows[index]["text"]) for index in source.usable]
+
+
+def _prepared(task: Task, config: FeedbackConfig, data: Any, loaded: LoadedModel, number: int) -> Prepared:
+    """Up to `number` training texts, encoded. Every row of a classification task gets the same label."""
+    rows = _rows(task, data, number, config.seed)
+    if task.kind == "classification":
+        task = task.model_copy(
+            update={"labels": {0: "yes", 1: "no"}, "label": "_label", "adapt": None, "unlabelled": ()}
+        )
+        rows = [{**row, "_label": 0} for row in rows]
+    task, held = in_memory(task, rows)
+    limit = min(config.max_length or loaded.context_length, loaded.context_length)
+    return prepare(task, loaded, data=held, train=len(rows), dev=0, test=0, seed=config.seed, max_length=limit)
+
+
+def _rows(task: Task, data: Any, number: int, seed: int) -> list[Row]:
+    """`number` of the task's training rows, or all if it has fewer."""
+    if isinstance(data, list):
+        rows = data
+    elif task.generate is not None:
+        return task.generate("train", number, seed)
+    else:
+        source = load(task, "train" if task.files else task.train_split, data)
+        rows = [checked(task, source.rows[index], source.where(index)) for index in source.usable]
+    return random.Random(seed).sample(rows, min(number, len(rows)))
+
+
+def _loss(
+    config: FeedbackConfig, prepared: Prepared, loaded: LoadedModel, examples: list, device: torch.device
+) -> Callable[[], Tensor]:
+    model: Any = loaded.model
+    if config.positions == "answer":
+        return lambda: prepared.loss(model, prepared.collate(examples).to(device))
+    if loaded.kind != "causal":
+        raise UserError(f"`positions` all is next-token loss, which a {loaded.kind} model does not have; use answer.")
+
+    def next_token() -> Tensor:
+        batch = prepared.prompts(examples).to(device)
+        targets = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)[:, 1:]
+        logits = last_logits(model, batch, batch["input_ids"].shape[1])[:, :-1]
+        return cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
+
+    return next_token

@@ -1,0 +1,126 @@
+"""The envelope of every tuner file: safetensors, with a JSON object under the metadata key `metazo`.
+
+Tuners come from strangers, so the header is checked against the bytes, and the metadata against the header, before a tensor
+is made.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from metazo.io.plain import is_name, is_plain, parse_json, shown
+from metazo.tuner.match import BlockSpec
+
+MAX_BYTES = 64 * 2**20
+"""Most bytes of a tuner: 35,000 blocks of the published form."""
+MAX_HEADER_BYTES = 4 * 2**20
+DTYPES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
+
+
+class BadFile(ValueError):
+    """A fault of a tuner's bytes."""
+
+
+def opened(data: bytes, version: int) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """(tensor entries of the header, the JSON object without its format_version, number of bytes of the tensors).
+
+    Raises BadFile for bytes that are cut short, are no tuner, or are of another format version.
+    """
+    if len(data) < 8:
+        raise BadFile("it is empty or cut short")
+    size = int.from_bytes(data[:8], "little")
+    if size > MAX_HEADER_BYTES:
+        raise BadFile(f"its header claims {size:,} bytes, more than the {MAX_HEADER_BYTES:,} allowed")
+    if 8 + size > len(data):
+        raise BadFile("it is cut short")
+    header = _json(data[8 : 8 + size], "header")
+    metadata = header.pop("__metadata__", None)
+    if not isinstance(metadata, dict) or not isinstance(metadata.get("metazo"), str):
+        raise BadFile("it has no `metazo` metadata, so it is some other safetensors file")
+    content = _json(metadata["metazo"], "metadata")
+    stated = content.pop("format_version", None)
+    if stated != version or isinstance(stated, bool):
+        raise BadFile(f"its format_version is {shown(stated)} and this metazo reads {version} only")
+    return header, content, len(data) - 8 - size
+
+
+def shapes(header: Mapping[str, Any], names: set[str], payload: int) -> dict[str, list[int]]:
+    """The shapes of exactly these tensors, all of one floating-point type and of `payload` bytes. Raises BadFile."""
+    if set(header) != names:
+        raise BadFile(f"its tensors are not exactly {', '.join(sorted(names))}")
+    found: dict[str, list[int]] = {}
+    for name, entry in header.items():
+        if not isinstance(entry, dict) or not is_shape(entry.get("shape")):
+            raise BadFile(f"tensor {name} has no valid shape")
+        found[name] = entry["shape"]
+    dtypes = {entry.get("dtype") for entry in header.values() if isinstance(entry.get("dtype"), str)}
+    if len(dtypes) != 1 or not dtypes <= set(DTYPES):
+        raise BadFile("its tensors are not all of one floating-point type")
+    if sum(math.prod(shape) for shape in found.values()) * DTYPES[dtypes.pop()] != payload:
+        raise BadFile("its size contradicts the shapes in its header; it is cut short or damaged")
+    return found
+
+
+def check_facts(content: Mapping[str, Any], names: set[str]) -> None:
+    """What every kind of tuner says of itself: exactly these fields, each of its type. Raises BadFile."""
+    if set(content) != names:
+        raise BadFile(f"its metadata lacks or adds {shown(', '.join(sorted(set(content) ^ names)))}")
+    for name, empty in (("base_model", ()), ("metazo_version", ("",)), ("licence", (None,))):
+        if not is_name(content[name]) and content[name] not in empty:
+            raise BadFile(f"{name} is {shown(content[name])}, not a line of text")
+    for name in ("recipe", "scores"):
+        if not isinstance(content[name], dict) or not is_plain(content[name]):
+            raise BadFile(f"{name} is not a plain table of text and numbers")
+
+
+def blocks(entries: Any) -> list[BlockSpec]:
+    """Block list from JSON; it checks that every tensor belongs to one block. Raises BadFile."""
+    found, seen = [], set()
+    for entry in entries if isinstance(entries, list) else []:
+        if not isinstance(entry, dict) or set(entry) != {"name", "tensors"} or not is_name(entry["name"]):
+            raise BadFile("its blocks are not each a name and a list of tensors")
+        tensors = []
+        for pair in entry["tensors"] if isinstance(entry["tensors"], list) else []:
+            if not isinstance(pair, list) or len(pair) != 2 or not is_name(pair[0]) or pair[0] in seen:
+                raise BadFile(f"block {shown(entry['name'])} lists a tensor without a name of its own")
+            if pair[1] is not None and not is_shape(pair[1]):
+                raise BadFile(f"tensor {shown(pair[0])} has no valid shape")
+            seen.add(pair[0])
+            tensors.append((pair[0], None if pair[1] is None else tuple(pair[1])))
+        if not tensors:
+            raise BadFile(f"block {shown(entry['name'])} has no tensors")
+        found.append(BlockSpec(entry["name"], tuple(tensors)))
+    if not found or len({block.name for block in found}) < len(found):
+        raise BadFile("it lists no blocks, or two of one name")
+    return found
+
+
+def finite(value: Any) -> Any:
+    """JSON values with null for figures that are NaN or infinite."""
+    if isinstance(value, dict):
+        return {str(key): finite(member) for key, member in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(member) for member in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def is_shape(value: Any) -> bool:
+    return isinstance(value, list) and len(value) <= 8 and all(type(n) is int and 0 <= n < 2**40 for n in value)
+
+
+def _json(text: str | bytes, what: str) -> dict[str, Any]:
+    try:
+        value = parse_json(text)
+    except ValueError as error:
+        raise BadFile(f"its {what} is not valid JSON") from error
+    if not isinstance(value, dict):
+        raise BadFile(f"its {what} is not a JSON object")
+    return value
+
+
+def metadata(content: Mapping[str, Any], version: int) -> dict[str, str]:
+    """The metadata of a file that `opened` reads."""
+    return {"metazo": json.dumps(finite({"format_version": version, **content}), allow_nan=False)}

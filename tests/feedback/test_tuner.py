@@ -1,0 +1,123 @@
+"""Files of feedback: exact round trips, the blocks they belong to, and refusals of everything broken."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from metazo.bench.architectures import build
+from metazo.errors import UserError
+from metazo.feedback.surrogates import MeanJacobian
+from metazo.feedback.tuner import FeedbackTuner, describe, is_feedback
+from metazo.optimizers.feedback import Feedback
+from metazo.tuner.file import Tuner
+
+WIDTH, RANK = 16, 2
+
+
+def make(name: str = "Llama", **facts) -> FeedbackTuner:
+    """Random maps for the tiny model of an architecture."""
+    info = describe(build(name).model, "base", **facts)
+    drawn = torch.Generator().manual_seed(0)
+    below = range(len(info.blocks) - 1)
+    return FeedbackTuner(
+        MeanJacobian(
+            {k: torch.randn(WIDTH, RANK, generator=drawn) for k in below},
+            {k: torch.randn(RANK, WIDTH, generator=drawn) for k in below},
+            {k: 0.5 + 0.25 * k for k in below},
+        ),
+        info,
+    )
+
+
+def test_a_round_trip_is_exact_and_trains(tmp_path: Path) -> None:
+    tuner = make(recipe={"texts": 3}, scores={"cosine": [0.5]}, licence="MIT")
+    tuner.save(tmp_path / "tuner.safetensors")
+    again = FeedbackTuner.load(tmp_path)
+    assert again.info == tuner.info and again.to_bytes() == tuner.to_bytes()
+    assert again.maps.trust == tuner.maps.trust
+    for kind in ("down", "up"):
+        one, two = getattr(again.maps, kind), getattr(tuner.maps, kind)
+        assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+    tiny = build("Llama")
+    optimizer = Feedback(tiny.model.named_parameters(), 1e-2, model=tiny.model, tuner=str(tmp_path))
+    before = tiny.answer().item()
+    losses = [optimizer.step(tiny.answer) for _ in range(8)]
+    assert losses[0] == pytest.approx(before) and losses[-1] < before
+
+
+def test_head_and_embeddings_of_a_model_may_differ_but_not_its_blocks() -> None:
+    make("BERT").check_fit(build("BERT, classifier").model)  # bert.encoder.layer in both, with another head
+    with pytest.raises(
+        UserError, match=r"feedback for base does not fit this model's blocks \(.* differ.*skip-feedback"
+    ):
+        make("BERT").check_fit(build("Llama").model)
+    tiny = build("Qwen2")  # Llama's blocks, with biases
+    with pytest.raises(UserError, match="q_proj.bias .* is not in the tuner"):
+        Feedback(tiny.model.named_parameters(), 1e-3, model=tiny.model, tuner=make("Llama"))
+
+
+def test_lora_factors_do_not_count() -> None:
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(build("Llama").model, peft.LoraConfig(r=2, target_modules="all-linear"))
+    assert any("lora_" in name for name, _ in adapted.named_parameters())
+    make("Llama").check_fit(adapted)
+
+
+def edited(edit, where: str = "metadata") -> bytes:
+    data = make().to_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    content = json.loads(header["__metadata__"]["metazo"])
+    edit(header if where == "header" else content)
+    if where == "metadata":
+        header["__metadata__"]["metazo"] = json.dumps(content)
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data[8 + size :]
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b"", "empty or cut short"),
+        (make().to_bytes()[:-4], "cut short or damaged"),
+        (edited(lambda c: c.update(kind="other")), "its metadata names another kind"),
+        (edited(lambda c: c.update(format_version=2)), "format_version is 2"),
+        (edited(lambda c: c.update(fingerprint="0" * 64)), "its fingerprint is not that of"),
+        (edited(lambda c: c["blocks"].pop()), "has maps for 2 blocks and names 2"),
+        (edited(lambda c: c.update(more=1)), "lacks or adds 'more'"),
+        (edited(lambda c: c.update(scores={"a": "\x1b[2J"})), "scores is not a plain table"),
+        (edited(lambda h: h["up"].update(shape=[2, 16, 2]), "header"), "shapes of down, up and trust contradict"),
+        (edited(lambda h: h.pop("trust"), "header"), "not exactly down, trust, up"),
+    ],
+)
+def test_a_broken_file_is_refused(data: bytes, why: str) -> None:
+    with pytest.raises(UserError, match=f"x is not feedback that can be used: .*{why}"):
+        FeedbackTuner.from_bytes(data, "x")
+
+
+def test_values_that_are_not_finite_are_refused() -> None:
+    tuner = make()
+    tuner.maps.down[0][0, 0] = float("nan")
+    with pytest.raises(UserError, match="tensor down holds NaN"):
+        FeedbackTuner.from_bytes(tuner.to_bytes(), "x")
+
+
+def test_the_two_kinds_of_tuner_are_told_apart() -> None:
+    from tests.tuner.test_file import make as make_scales
+
+    feedback, scales = make().to_bytes(), make_scales().to_bytes()
+    assert is_feedback(feedback) and not is_feedback(scales) and not is_feedback(b"nonsense")
+    with pytest.raises(UserError, match="it is a tuner of block scales"):
+        FeedbackTuner.from_bytes(scales, "x")
+    with pytest.raises(UserError, match="not a tuner that can be used"):
+        Tuner.from_bytes(feedback, "x")
+
+
+def test_a_method_without_its_tuner() -> None:
+    tiny = build("Llama")
+    with pytest.raises(UserError, match="feedback needs `tuner`: fit one with metazo meta-train --learn feedback"):
+        Feedback(tiny.model.named_parameters(), 1e-3, model=tiny.model)

@@ -1,0 +1,112 @@
+"""Feedback fitted as a user does it: from text of several sources, one seed one file, published, found and used."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+import metazo
+from metazo import zoo
+from metazo.errors import UserError
+from metazo.feedback.tuner import FeedbackTuner
+from metazo.meta.learn_feedback import FeedbackConfig
+from metazo.runs.config import FinetuneConfig
+from metazo.runs.finetune import run_settings
+
+SMALL = {"texts": 16, "batch_size": 4, "rank": 2, "max_length": 24}
+
+
+def learn(model: Path, out: Path, **changes) -> FeedbackTuner:
+    return metazo.meta_train(FeedbackConfig(model=str(model), out=out, **(SMALL | changes)))
+
+
+def rows_of(folder: Path, seed: int) -> Path:
+    """Training rows of cr, with labels drawn at random."""
+    drawn = random.Random(seed)
+    made = [{"text": f"it is item {n} and it works well", "label": drawn.randrange(2)} for n in range(20)]
+    (folder / "cr").mkdir(parents=True)
+    (folder / "cr" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_one_seed_gives_one_file_whatever_the_labels(kind: str, tiny, tmp_path: Path) -> None:
+    one = learn(tiny(kind), tmp_path / "1", data=rows_of(tmp_path / "a", 0))  # the meta-training tasks in the folder
+    assert one.info.recipe["source"] == "cr" and one.info.recipe["texts"] == 16
+    two = learn(tiny(kind), tmp_path / "2", data=rows_of(tmp_path / "b", 1), task=["cr"])
+    files = [(tmp_path / name / "tuner.safetensors").read_bytes() for name in "12"]
+    assert one.maps.trust == two.maps.trust and one.info.fingerprint == two.info.fingerprint
+    assert one.info.scores == two.info.scores
+    learn(tiny(kind), tmp_path / "3", data=tmp_path / "a")
+    assert (tmp_path / "3" / "tuner.safetensors").read_bytes() == files[0]
+    other = learn(tiny(kind), tmp_path / "4", data=tmp_path / "a", seed=1)
+    assert other.maps.trust != one.maps.trust
+
+
+def test_text_of_the_user_and_text_of_metazo(tiny, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("\n".join(f"prompt number {n}" for n in range(20)) + "\n\n")
+    mine = learn(tiny("llama"), tmp_path / "1", data=tmp_path / "mine.txt")
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps({"text": f"prompt number {n}"}) + "\n" for n in range(20)))
+    same = learn(tiny("llama"), tmp_path / "2", data=tmp_path / "mine.jsonl")
+    assert mine.maps.trust == same.maps.trust and mine.info.recipe["source"] == "prompts of the user"
+    assert learn(tiny("llama"), tmp_path / "3").info.recipe["source"] == "books"
+    every = learn(tiny("llama"), tmp_path / "4", data=tmp_path / "mine.txt", positions="all")
+    assert every.maps.trust != mine.maps.trust
+    names = [name for name in mine.info.scores if name.startswith("cosine of held-out errors with the feedback")]
+    assert len(mine.info.scores[names[0]]) == len(mine.maps.down) == len(mine.info.blocks) - 1
+
+
+def test_it_is_published_listed_found_and_used(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.delenv("METAZO_ZOO", raising=False)
+    learn(tiny("llama"), tmp_path / "fit")
+    name = zoo.push(tmp_path / "fit", base="tiny", licence="MIT")
+    assert name == "tiny/feedback-v1"
+    (found,) = [entry for entry in zoo.entries() if entry.where == "own"]
+    assert (found.entry.kind, found.entry.licence) == ("feedback", "MIT")
+    card = (found.path.parent / "card.md").read_text()
+    assert "--optimizer feedback --tuner tiny/feedback-v1" in card and "identity + rank 2" in card
+    assert "cosine of held-out errors with the skip rule" in card
+    assert zoo.pull(name).entry.kind == "feedback" and all(check.problem is None for check in zoo.verify())
+    common = dict(model=str(tiny("llama")), task="pico_topic", lr=1e-2, steps=2, batch_size=4, train_examples=16)
+    common |= dict(dev_examples=0, test_examples=8, keep="none", optimizer="feedback", max_length=64)
+    runs = {}
+    for how in (name, "tiny", "auto", str(tmp_path / "fit")):
+        out = tmp_path / f"run-{len(runs)}"
+        runs[how] = run_settings(FinetuneConfig(**common, tuner=how, out=out), Console(quiet=True))["test"]["loss"]
+        header = json.loads((out / "steps.jsonl").read_text().splitlines()[0])
+        assert len(header["tuner"]) == 64
+    assert len(set(runs.values())) == 1
+    with pytest.raises(UserError, match="does not fit this model's blocks .*take one that was fitted for this model"):
+        run_settings(FinetuneConfig(**common | {"model": str(tiny("opt"))}, tuner=name), Console(quiet=True))
+    with pytest.raises(UserError, match="is feedback, which goes with `optimizer='feedback'` alone"):
+        run_settings(FinetuneConfig(**common | {"optimizer": "mezo"}, tuner=name), Console(quiet=True))
+    with pytest.raises(UserError, match="is a tuner of block scales, which goes with methods that perturb weights"):
+        run_settings(FinetuneConfig(**common, tuner="pico/v2"), Console(quiet=True))
+    with pytest.raises(UserError, match="needs `tuner` .*`optimizer='skip-feedback'`"):
+        run_settings(FinetuneConfig(**common), Console(quiet=True))
+
+
+def test_bad_settings(tiny, tmp_path: Path) -> None:
+    model = tiny("llama")
+    with pytest.raises(UserError, match="`texts` 16 makes fewer than 4 batches of `batch_size` 8"):
+        FeedbackConfig(str(model), tmp_path / "x", texts=16, batch_size=8)
+    (tmp_path / "few.txt").write_text("one\ntwo\n")
+    with pytest.raises(UserError, match="`data` gives 2 texts, fewer than 4 batches of 4"):
+        learn(model, tmp_path / "x", data=tmp_path / "few.txt")
+    with pytest.raises(UserError, match="neither a file of prompts nor a folder"):
+        learn(model, tmp_path / "x", data=tmp_path / "none.txt")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no text task for meta-training"):
+        learn(model, tmp_path / "x", data=tmp_path / "empty")
+    with pytest.raises(UserError, match="`out` .* is not an empty folder"):
+        learn(model, tmp_path)
+    with pytest.raises(UserError, match="`positions` all is next-token loss, which a classifier model does not have"):
+        learn(tiny("bert"), tmp_path / "x", positions="all")
+    with pytest.raises(UserError, match="above the width of the stream"):
+        learn(model, tmp_path / "x", rank=4096)
+    assert not (tmp_path / "x").exists()
