@@ -59,8 +59,8 @@ def fit_jacobian(
             map's, over all held-out pairs.
 
     Returns: float32 factors (d, r) and (r, d), and the trust, by block index.
-    Cost: per batch one forward pass, and per block one run and `draws` backward passes. Memory: four (d, d) matrices in float64 per
-    block. Raises UserError for fewer than 4 batches or a rank above the width.
+    Cost: per batch one forward pass, and per block one run and `draws` backward passes. Memory: four (d, d) matrices in
+    float64 per block. Raises UserError for fewer than 4 batches or a rank above the width.
     """
     closures = list(closures)
     if len(closures) < HELD_OUT:
@@ -101,7 +101,7 @@ def fit_jacobian(
 
 
 def _draw(one: Pass, pooled: Tensor | None, generator: torch.Generator) -> Tensor:
-    """v (B, d): one draw per example, orthogonal to its pooled state; the same at each position that contributes to the loss."""
+    """v (B, d): one draw per example, orthogonal to its pooled state; it serves all positions with a loss."""
     delta = one.delta
     assert delta is not None
     v = torch.randn(len(delta), delta.shape[-1], generator=generator, dtype=torch.float64).to(delta)
@@ -124,7 +124,7 @@ class _Moments:
         self.ee, self.count = 0.0, 0
 
     def add(self, v: Tensor, errors: Tensor, carrying: Tensor) -> None:
-        """Args: v (B, d), of each example; errors (B, T, d), each paired with its example's v where `carrying` (B, T) is true."""
+        """Args: v (B, d), one per example; errors (B, T, d), each paired with its example's v if `carrying` (B, T)."""
         v, summed, times = v.double().cpu(), (errors * carrying[..., None]).sum(1).double().cpu(), carrying.sum(1).cpu()
         self.vv += (v * times[:, None]).t() @ v
         self.ve += v.t() @ summed

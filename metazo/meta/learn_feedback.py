@@ -1,8 +1,8 @@
 """Fit a feedback tuner from text alone: `metazo meta-train --learn feedback`, or `meta_train(FeedbackConfig(...))`.
 
 The texts are the passages that metazo carries (task books), a file of unlabelled prompts, or the training texts of tasks,
-whose labels are never read. Each text goes through the model as the tasks' own inputs do, which decides the positions
-that carry loss; what is fitted is described in metazo/feedback/jacobian.py. One seed gives one file.
+whose labels are never read. Each text goes through the model as an input of the task does, which decides the positions
+that contribute to the loss; what is fitted is described in metazo/feedback/jacobian.py. One seed gives one file.
 
 Where not to use: to gain over `skip-feedback` without a measurement of your own; see docs/feedback.md.
 """
@@ -63,7 +63,7 @@ class FeedbackConfig:
     max_length: int | None = 64
     """Longest input in tokens"""
     positions: Literal["answer", "all"] = "answer"
-    """Positions that carry loss: those of an answer or of the pooling, or of a causal model's next-token loss all"""
+    """Positions that contribute to the loss: those of an answer or of the pooling, or all (next-token loss of a causal model)"""
     rank: int = 16
     """Rank of the part beside the identity; 0 fits the trust alone"""
     ridge: float = 0.02

@@ -107,6 +107,6 @@ def test_bad_settings(tiny, tmp_path: Path) -> None:
         learn(model, tmp_path)
     with pytest.raises(UserError, match="`positions` all is next-token loss, which a classifier model does not have"):
         learn(tiny("bert"), tmp_path / "x", positions="all")
-    with pytest.raises(UserError, match="above the width of the stream"):
+    with pytest.raises(UserError, match="`rank` is 4096 and the model"):
         learn(model, tmp_path / "x", rank=4096)
     assert not (tmp_path / "x").exists()
