@@ -63,7 +63,7 @@ class FeedbackConfig:
     max_length: int | None = 64
     """Longest input in tokens"""
     positions: Literal["answer", "all"] = "answer"
-    """Positions that contribute to the loss: those of an answer or of the pooling, or all (next-token loss of a causal model)"""
+    """Positions that contribute to the loss: those of an answer or of the pooling, or all (next-token loss, causal models)"""
     rank: int = 16
     """Rank of the part beside the identity; 0 fits the trust alone"""
     ridge: float = 0.02
