@@ -36,7 +36,7 @@ class Job:
     info: dict[str, Any]
     trains: bool
     keep: Path | None = None
-    """Where its tuned model goes"""
+    """Folder of its tuned model"""
 
 
 def run(job: Job) -> Result:

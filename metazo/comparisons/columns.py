@@ -1,4 +1,4 @@
-"""The columns of a comparison: a method with its settings, by name or as a variant of one's own."""
+"""The columns of a comparison: a method with its settings, by name or as the user's own variant."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from metazo.optimizers.registry import method
 from metazo.runs.config import FinetuneConfig
 
 ZERO_SHOT = "zero-shot"
-RANDOM_TUNERS = 3  # several random starts, because one may be lucky (the published tuners hardly left their starts)
+RANDOM_TUNERS = (
+    3  # several, because one may be good by chance (the published tuners hardly differ from their random starts)
+)
 # Settings that the grid itself sets, equally for all columns.
 RESERVED = ("task", "out", "lr", "steps", "forwards", "seed", "resume", "optimizer", "data", "keep", "snapshot_every")
 
@@ -27,11 +29,11 @@ class Column:
     name: str
     """Its name in folders and tables"""
     optimizer: str = "mezo"
-    """Method, or zero-shot: the model as it is"""
+    """Method, or zero-shot: the model without training"""
     options: dict[str, Any] = field(default_factory=dict)
     """Settings of a run (as for metazo finetune), and hyperparameters of the method"""
     lrs: list[float] | None = None
-    """Learning rates that its search starts from; a single one is taken without a search"""
+    """Learning rates at which its search starts; a single one is used without a search"""
 
     @property
     def trains(self) -> bool:
@@ -82,7 +84,7 @@ CONTROLS = {
 
 
 def names() -> list[str]:
-    """Every name that `columns` takes."""
+    """Every name that `columns` accepts."""
     return list(dict.fromkeys([*methods(), *CONTROLS, "all"]))
 
 

@@ -129,7 +129,7 @@ class Pool:
         It blocks signals, and so do the workers that it forks, until they have decided what to do with them.
         """
         self.context.set_forkserver_preload([__name__])
-        resource_tracker.ensure_running()  # which would lift the mask below
+        resource_tracker.ensure_running()  # it would lift the mask below
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, ASKED)
         before = dict(os.environ)
         os.environ.update(dict.fromkeys(THREADS, str(self.threads)))  # read by libraries when they are loaded

@@ -48,7 +48,7 @@ class Console(rich.console.Console):
 
     @classmethod
     def of(cls, console: rich.console.Console | None) -> Console:
-        """The console itself; of rich's own console one that writes where it writes; a silent one of None."""
+        """The console itself; for rich's own console one with the same output; for None a silent one."""
         if console is None:
             return cls(quiet=True)
         return console if isinstance(console, cls) else cls(file=console.file, width=console.width, quiet=console.quiet)

@@ -1,4 +1,4 @@
-"""The ratio objective: perturb blocks where batches agree on the gradient, and not blocks with high curvature.
+"""The ratio objective: perturb blocks for which batches agree on the gradient, not blocks with high curvature.
 
 One step along u with block variances p_b = s_b^2, at its best learning rate, gains in proportion to S / T with
 S = sum p_b |g_b|^2, of the gradient that batches agree on, and T = sum p_b tr H_b. The objective is therefore to minimise
@@ -114,4 +114,4 @@ def measure(s: Situation) -> tuple[float, Tensor, Tensor]:
         return math.nan, nothing[0], nothing[1]
     own = stream_gradients(s.weights.tensors, s.sampled(), square)
     both = torch.tensor([agreement, curvature], dtype=torch.float64)
-    return loss + 0.0 * (other + own), both[0], both[1]  # not finite where any of the three is not
+    return loss + 0.0 * (other + own), both[0], both[1]  # not finite if any of the three is not

@@ -1,11 +1,10 @@
-"""The methods as their sources state them: names, docstrings and constructors, read without importing torch.
+"""Names, docstrings and constructors of the methods, read from their sources without importing torch.
 
-A command's help has a flag for each hyperparameter. To import the methods for it would take a hundred times as long as to
-read them: torch comes with them. `outlines` runs the class statements of this folder's files without what is in their
-functions, so that Python itself finds bases, signatures and defaults; tests/optimizers/test_outline.py compares them with
-the classes.
+A command's help has a flag for each hyperparameter. Importing the methods for it would import torch and take a hundred times
+as long as reading them. `outlines` runs the class statements of this folder's files without the bodies of functions, so that
+Python itself finds bases, signatures and defaults; tests/optimizers/test_outline.py compares them with the classes.
 
-Where not to use: for anything that calls a method. A hyperparameter whose default is no literal is not read.
+Where not to use: for anything that calls a method. A hyperparameter whose default is not a literal is not read.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ class _Anything(type):
 
 
 class Elsewhere(metaclass=_Anything):
-    """In place of what a file imports from outside this folder and the standard library, and of its attributes."""
+    """Replaces imports from outside this folder and the standard library, and their attributes."""
 
 
 def methods() -> dict[str, type[Method]]:
@@ -52,7 +51,7 @@ def outlines() -> dict[str, type[Method]]:
 
 
 def _read(stem: str, files: dict[str, dict[str, Any]], found: dict[str, type[Method]]) -> dict[str, Any]:
-    """The names that a file of this folder has for its class statements; its methods are added to `found`."""
+    """The names that the class statements of a file of this folder can use; its methods are added to `found`."""
     if stem in files:
         return files[stem]
     names: dict[str, Any] = {"__name__": PREFIX + stem}
@@ -76,7 +75,7 @@ def _read(stem: str, files: dict[str, dict[str, Any]], found: dict[str, type[Met
 
 
 def _outline(node: ast.ClassDef) -> Iterator[ast.stmt]:
-    """The statements of a class that its outline has."""
+    """The statements of a class that are kept in its outline."""
     for statement in node.body:
         if isinstance(statement, ast.FunctionDef) and statement.name == "__init__":
             statement.body = [ast.Expr(ast.Constant(...))]

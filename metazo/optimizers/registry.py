@@ -92,7 +92,7 @@ class Method:
     scale: Any = None
 
     def settle(self) -> None:
-        """Apply the update that waits for the next step, if one does."""
+        """Apply the update that waits for the next step, if there is one."""
 
     @property
     def notes(self) -> Sequence[str]:
@@ -116,7 +116,7 @@ class Method:
     def hyperparameters(cls) -> dict[str, inspect.Parameter]:
         """The method's own hyperparameters: the parameters of its constructor that not every method has.
 
-        They are those of its class and of its bases, up to the first constructor that passes nothing on.
+        They are those of its class and its bases, up to the first constructor that passes no further arguments on.
         """
         found: dict[str, inspect.Parameter] = {}
         for owner in cls.__mro__:
@@ -130,7 +130,7 @@ class Method:
 
     @classmethod
     def hint(cls, key: str) -> Any:
-        """The type of a hyperparameter, as the constructor states it."""
+        """The type of a hyperparameter in the constructor's signature."""
         for owner in cls.__mro__:
             hints = get_type_hints(owner.__init__) if "__init__" in vars(owner) else {}
             if key in hints:

@@ -17,11 +17,11 @@ from metazo.runs.setup import Setup
 from metazo.runs.unwritten import MemoryFolder
 
 GROWN = 100.0
-"""Norm of the trained weights, as a multiple of their norm at the start, above which a run has diverged although its loss is
-finite: a normalisation layer hides the size of the weights before it. Fine-tuning changes the norm by a few percent."""
+"""A run has diverged if the norm of the trained weights is above this multiple of their first norm, even if the loss is finite,
+because a normalisation layer hides the size of the weights before it. Fine-tuning changes the norm by a few percent."""
 WORSE, NATS = 10.0, 5.0
-"""Loss on dev, as a multiple of that before the first step and so far above it, beyond which a run has diverged: overfitting
-does not get there."""
+"""A run has diverged if the loss on dev is above this multiple of that before the first step and this many nats above it.
+Overfitting does not reach such a loss."""
 
 
 class Scores:
@@ -171,15 +171,15 @@ def _norm(model: nn.Module) -> float:
     norms = []
     for weights in (p.detach() for p in model.parameters() if p.requires_grad and p.numel()):
         norm = torch.linalg.vector_norm(weights, dtype=torch.promote_types(weights.dtype, torch.float32))
-        if norm.isinf():  # weights above 1e19, whose squares float32 does not hold
+        if norm.isinf():  # weights above 1e19, whose squares overflow float32
             norm = torch.linalg.vector_norm(weights, dtype=torch.float64)
         norms.append(float(norm))
     return math.hypot(*norms)
 
 
 def _start(loaded: LoadedModel) -> float:
-    """The norm that growth is measured by: that of the trained weights before the first step. Weights of a module of one's
-    own may begin at 0 and have any unit, so that they count as at least 1e4 each."""
+    """The norm relative to which growth is measured: that of the trained weights before the first step. The weights of the
+    user's own module may be 0 at first and have any unit, so that they count as at least 1e4 each."""
     norm = _norm(loaded.model)
     if loaded.kind != "own":
         return norm or 1.0

@@ -19,8 +19,8 @@ from metazo.tasks import Prepared
 from metazo.tasks.task import Task
 
 LONGEST = 40  # characters of a value that is written out
-# Fields of a transformers configuration that say where a model comes from, what its outputs are called or what a
-# call returns beside the logits. Everything else may change the numbers: activations, norms, rope, windows, scalings.
+# Fields of a transformers configuration for the origin of a model, the names of its outputs and the extra results of a
+# call beside the logits. Everything else may change the numbers: activations, norms, rope, windows, scalings.
 _INCIDENTAL = {
     "transformers_version", "architectures", "dtype", "torch_dtype", "id2label", "label2id", "use_cache", "return_dict",
     "output_hidden_states", "output_attentions", "initializer_range", "auto_map", "tokenizer_class", "pretraining_tp",

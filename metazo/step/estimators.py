@@ -1,4 +1,4 @@
-"""Estimators: where a step evaluates the loss, and how losses become coefficients of its directions.
+"""Estimators: the points at which a step evaluates the loss, and the coefficients of its directions from the losses.
 
 With d_k the direction of seed k, the gradient estimate is g = sum_k c_k d_k. An estimator lists probes (query, multiple
 of eps) and turns their losses, in that order, into c. The type of the losses is the estimator's, so a method cannot use a

@@ -7,7 +7,7 @@ passage is in one split only, but passages of one book are in all of them. The f
 
     python -m metazo.tasks.books --corpus DIR_WITH_gutenberg
 
-Where not to use it: with pico, whose pretraining text holds these books; it has never seen their kinds as labels.
+Where not to use it: with pico, whose pretraining text has these books, although not their kinds as labels.
 """
 
 from __future__ import annotations

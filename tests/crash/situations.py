@@ -1,5 +1,5 @@
-"""Situations that a run must handle, each tried many times: two processes in one
-folder, a lock of a killed process, a learning rate far too high, inputs that changed between two calls.
+"""Situations that a run must handle, each tried many times: two processes in one folder,
+a lock of a killed process, a learning rate far too high, inputs that changed between two calls.
 
     python -m tests.crash.situations --tries 10 --seed 1 --results tests/crash/situations.json --render docs/guarantees.md
 
@@ -123,7 +123,7 @@ def two_new_runs(folder: Path, dice: random.Random) -> bool:
     done = _pair(works, folder, dice)
     seed = json.loads((folder / "run/config.json").read_text())["seed"]
     tune(folder / "alone", seed=seed)
-    words = (f"on {socket.gethostname()}", "already holds a run", "holds a run that another process")
+    words = (f"on {socket.gethostname()}", "already holds a run", "has a run that another process")
     return _one_of_two(done, words) and evidence(folder / "run") == evidence(folder / "alone")
 
 

@@ -1,4 +1,4 @@
-"""Model folders of strangers: tokenizers, read as a run reads them, from the folder to the encoded rows of each task."""
+"""Model folders of strangers: tokenizers are loaded as in a run and encode the rows of each task."""
 
 from __future__ import annotations
 

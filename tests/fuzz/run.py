@@ -3,10 +3,10 @@
     python -m tests.fuzz.run --cases 10000 --start 7000000 --render docs/guarantees.md     all kinds, and the page's table
     python -m tests.fuzz.run --kind pth --mode bytes --only 4711        one case again
 
-`--cases 10000` reads 10,000 byte mutations and 2,500 documents of each kind. A command that was stopped goes on: what the
-results have of the same cases is not read again (but with `--again`).
-Case n of a kind is the same bytes on every machine. Each kind runs in a process of its own, whose memory may grow by
-256 MiB (1 GiB if it loads a model) over what it had after reading its sound files.
+`--cases 10000` reads 10,000 byte mutations and 2,500 documents of each kind. If a command was stopped, the same command
+continues: kinds whose results are already there are not read again (unless `--again` is given). Case n of a kind is the
+same bytes on every machine. Each kind runs in a process of its own, whose memory may grow by
+256 MiB (1 GiB if it loads a model) after it has read its valid files.
 """
 
 from __future__ import annotations

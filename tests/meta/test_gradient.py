@@ -193,7 +193,7 @@ print(growth(lambda: Teacher(tensors, lr=1e-3, steps=2).step(loss)))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of resident memory from /proc")
 def test_memory_of_a_meta_step():
-    """Beyond the weights (96 MiB): a few tensors of 4 MiB, where the teacher's step needs gradients and momentum."""
+    """Beyond the weights (96 MiB): a few tensors of 4 MiB, while the teacher's step needs gradients and momentum."""
 
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000", "OMP_NUM_THREADS": "1"}  # freed memory is returned
     command = [sys.executable, "-c", MEASURE]

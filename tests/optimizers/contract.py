@@ -97,7 +97,7 @@ IDS = (torch.arange(48).view(6, 8) * 7) % 24
 
 
 class MonkeySaddle(nn.Module):
-    """x^3 - 3 x y^2 at its saddle, where gradient and Hessian vanish."""
+    """x^3 - 3 x y^2 at its saddle, at which gradient and Hessian vanish."""
 
     def __init__(self):
         super().__init__()

@@ -99,7 +99,7 @@ def test_tied_weights_count_once(name):
     assert len({id(t.param) for t in optimizer.tensors}) == len(optimizer.tensors)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
-    groups = [{"params": named[:1]}, {"params": named[1:], "lr": 1e-4}]  # and where its two names are in two groups
+    groups = [{"params": named[:1]}, {"params": named[1:], "lr": 1e-4}]  # also if its two names are in two groups
     assert sum(len(group["params"]) for group in make(name, groups, 1e-3, **options).param_groups) == len(
         optimizer.tensors
     )

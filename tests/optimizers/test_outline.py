@@ -1,4 +1,4 @@
-"""The outlines of the methods say what the classes say, and are read without torch."""
+"""The outlines of the methods agree with the classes, and are read without torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from metazo.optimizers.registry import register
 
 
 def own() -> list[str]:
-    """The methods of the library: the outlines do not know those that a test may have registered."""
+    """The methods of the library: the outlines do not contain those that a test may have registered."""
     return [name for name, cls in METHODS.items() if cls.__module__.startswith("metazo.")]
 
 
@@ -40,7 +40,7 @@ def test_what_a_constructor_takes_from_elsewhere_is_no_type() -> None:
 
 
 def test_methods_of_a_process_that_has_imported_them_are_the_classes() -> None:
-    """So is one that was registered at run time."""
+    """A class that was registered at run time is found as well."""
 
     @register
     class Late(METHODS["mezo"]):

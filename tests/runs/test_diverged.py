@@ -1,4 +1,4 @@
-"""A learning rate far too high whose losses stay finite: the run says so, keeps no such weights, and ends with an error."""
+"""A learning rate far too high whose losses stay finite: the run reports it, keeps no such weights, and ends with an error."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def records(out: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("keep", ["best", "last"])
 @pytest.mark.parametrize("lr", [1e3, 1e20])
 def test_weights_that_grow_while_the_loss_is_finite(tmp_path: Path, keep: str, lr: float) -> None:
-    """pico's norms keep the loss at ln 2 whatever the size of the weights."""
+    """pico's norms keep the loss at ln 2 for weights of any size."""
     out = tmp_path / "run"
     with pytest.raises(UserError, match=r"norm of the trained weights is .* times that before.* lower `lr`"):
         tune(out, lr=lr, keep=keep)
@@ -52,7 +52,7 @@ def test_a_loss_far_above_the_first(tmp_path: Path) -> None:
 
 
 def test_evaluations_of_grown_weights_are_never_the_best(tmp_path: Path) -> None:
-    """The rate of LoRA's adapters rises to 1: the first evaluations are sound, and one of them is kept with a note."""
+    """The rate of LoRA's adapters rises to 1: the first evaluations are good, and one of them is kept with a note."""
     summary = tune(tmp_path / "run", lr=1.0, warmup=40, steps=40, lora=4, merge=True)
     grown = [row["step"] for row in records(tmp_path / "run") if "weights_grown" in row]
     assert grown and 0 < summary["kept_step"] < min(grown)
@@ -71,7 +71,7 @@ class Direction(nn.Module):
 
 
 def test_a_module_of_ones_own_may_grow_from_small_weights() -> None:
-    """Its weights have any unit; those above 1e6 on average are named."""
+    """Weights may have any unit; those above 1e6 on average are reported."""
     batches = [torch.arange(1.0, 9.0)] * 4
     loss = lambda module, batch: module(batch)  # noqa: E731
     settings: dict[str, Any] = {"loss": loss, "data": batches, "dev": batches[:1], "steps": 4, "keep": "last"}

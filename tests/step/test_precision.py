@@ -75,7 +75,7 @@ def test_small_float16_keeps_37_binary_places():
 
 @narrow
 def test_eight_bits_are_right_on_average(dtype):
-    """Against the same split in float64 arithmetic: within one unit, exact where nothing is lost, unbiased."""
+    """Against the same split in float64 arithmetic: within one unit, exact if nothing is lost, unbiased."""
     theta = torch.full((200_000,), 0.0123456789)
     weights, low = torch.empty_like(theta, dtype=dtype), torch.empty_like(theta, dtype=torch.int8)
     split(theta.clone(), weights, low, 0, 7)
