@@ -10,6 +10,7 @@ import torch
 from metazo.errors import UserError
 from metazo.io.files import is_file
 from metazo.io.plain import read_json, shown
+from metazo.models.describe import RECORD, describe
 from metazo.models.load import DTYPES, LoadedModel, context_length, load_model, set_pad
 from metazo.models.lora import add_adapters, merge_adapters, with_adapters
 from metazo.models.select import select_trainable
@@ -76,10 +77,12 @@ def load(name_or_path: str | Path, *, merge: bool = False, **options: Any) -> Lo
         return load_model(name_or_path, **options)
     base = _base_of(folder)
     try:
-        loaded = load_model(base, **dict[str, Any](options, trained_head=False))
+        loaded = load(base, merge=True, **dict[str, Any](options, trained_head=False))
     except UserError as error:
         raise UserError(f"{folder} has LoRA adapters, and their base model cannot be loaded: {error}") from error
     with_adapters(loaded, folder)
+    if is_file(folder / RECORD):
+        describe(loaded.model, read_json(folder / RECORD, "record of the training"))
     loaded.name, loaded.new_head = str(name_or_path), False
     if merge:
         loaded.model = merge_adapters(loaded.model)
@@ -128,4 +131,7 @@ def _base_of(folder: Path) -> str:
         )
     if not is_file(folder / "adapter_model.safetensors"):
         raise UserError(f"{folder} has no adapter_model.safetensors; save the adapters again with save_pretrained")
-    return base
+    if base == "pico" or Path(base).is_absolute() or is_file(Path(base) / "config.json"):
+        return base
+    above = [parent / base for parent in folder.absolute().parents]  # the project in which the run was started
+    return next((str(path) for path in above if is_file(path / "config.json")), base)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 from metazo.errors import UserError
@@ -10,6 +12,35 @@ from metazo.io.plain import is_name, is_plain
 
 with needs("llm"):
     from transformers import GenerationConfig
+
+RECORD = "metazo.json"
+"""File beside LoRA adapters, whose own files have no place for the record."""
+
+
+class AdapterFiles:
+    """What peft does not write beside the adapters: the record, and the base model's name as it was given.
+
+    peft names the folder of this machine that the base model was loaded from. It looks for a name on the Hub while it
+    saves, so the name is put into its files afterwards.
+    """
+
+    def __init__(self, record: dict[str, Any], base: str):
+        self.record, self.base = record, base
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        path, card = Path(folder) / "adapter_config.json", Path(folder) / "README.md"
+        settings = json.loads(path.read_text())
+        there = settings["base_model_name_or_path"]
+        path.write_text(json.dumps(settings | {"base_model_name_or_path": self.base}, indent=2) + "\n")
+        if there and card.is_file():
+            card.write_text(card.read_text().replace(there, self.base))
+        (Path(folder) / RECORD).write_text(json.dumps(self.record, indent=1) + "\n")
+
+
+def parts_of(model: Any, tokenizer: Any, base: str, record: dict[str, Any]) -> list[Any]:
+    """What is saved of a tuned model, in order: each has a save_pretrained. `base` is the name of the base model."""
+    adapters = hasattr(model, "get_base_model") and not base.startswith("memory:")
+    return [model, tokenizer, *([AdapterFiles(record, base)] if adapters else [])]
 
 
 def describe(model: Any, record: dict[str, Any]) -> None:

@@ -33,7 +33,7 @@ from metazo.io.lock import FolderLock
 from metazo.io.plain import is_name
 from metazo.io.tensorfile import weights_hash
 from metazo.models.assemble import as_loaded, assemble
-from metazo.models.describe import describe
+from metazo.models.describe import describe, parts_of
 from metazo.models.load import LoadedModel
 from metazo.models.lora import merge_adapters
 from metazo.models.sentence import Phrases, SentenceClassifier
@@ -167,9 +167,10 @@ def _replay(
     if merge:
         loaded.model = merge_adapters(loaded.model)
     if out is not None:
-        if isinstance(header.get("trained"), dict) and loaded.kind != "own":
-            describe(loaded.model, header["trained"])
-        _save(loaded, out)
+        record = header["trained"] if isinstance(header.get("trained"), dict) else {}
+        if record and loaded.kind != "own":
+            describe(loaded.model, record)
+        _save(loaded, out, record)
     return Replayed(count, seconds, weights, identical, differences, distance, loaded)
 
 
@@ -302,10 +303,11 @@ def _same(step: Step, again: Step | None, log: Path) -> None:
         )
 
 
-def _save(loaded: LoadedModel, out: Path) -> None:
+def _save(loaded: LoadedModel, out: Path, record: dict[str, Any]) -> None:
     temporary = out.with_name(f".{out.name[:60]}.{os.getpid()}.tmp")
     try:
-        parts = [StateFile(loaded.model)] if loaded.kind == "own" else [loaded.model, loaded.tokenizer]
+        own = loaded.kind == "own"
+        parts = [StateFile(loaded.model)] if own else parts_of(loaded.model, loaded.tokenizer, loaded.name, record)
         save_parts(temporary, *parts)
         (out / LOCK).unlink(missing_ok=True)
         os.replace(temporary, out)  # an empty folder is replaced; a folder with files is not

@@ -11,7 +11,7 @@ import torch
 from metazo.errors import UserError
 from metazo.io.extras import needs
 from metazo.models.assemble import assemble
-from metazo.models.describe import describe
+from metazo.models.describe import describe, parts_of
 from metazo.models.load import LoadedModel
 from metazo.models.sentence import SentenceClassifier
 from metazo.optimizers.registry import method
@@ -56,7 +56,7 @@ class Setup:
         if isinstance(self.prepared, OwnLoss):
             return [StateFile(self.loaded.model)]
         describe(self.loaded.model, self.prepared.record)
-        return [self.loaded.model, self.loaded.tokenizer]
+        return parts_of(self.loaded.model, self.loaded.tokenizer, self.config.model, self.prepared.record)
 
     def plan(self, config: FinetuneConfig) -> dict[str, Any]:
         """A description of the run and estimates of its memory and disk space, before it starts."""

@@ -5,18 +5,24 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+import metazo
 from metazo.errors import UserError
 from metazo.models.assemble import load
+from metazo.models.describe import RECORD
+from metazo.models.load import PICO
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import run_settings
 from metazo.runs.replay import replay
 from metazo.runs.setup import set_up
 from metazo.settings import build
+from metazo.steplog.format import scan
 from metazo.tasks import prepare, resolve
 from metazo.tasks.evaluate import evaluate
 
@@ -42,7 +48,8 @@ def test_only_the_adapters_are_trained_and_saved(tmp_path, optimizer):
     assert trained and all("lora_" in name for name in trained)
     summary = run_settings(config(tmp_path / "run", optimizer=optimizer, keep="best"))
     assert summary["dev"]["loss"] <= summary["before"]["loss"]
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    base = AutoModelForCausalLM.from_pretrained(PICO)
+    loaded = PeftModel.from_pretrained(base, str(tmp_path / "run" / "model"))
     moved = [p for name, p in loaded.named_parameters() if "lora_B" in name]
     assert moved and (summary["kept_step"] == 0 or any(bool(p.abs().max() > 0) for p in moved))
 
@@ -156,6 +163,48 @@ def test_adapters_without_their_base_or_of_another_kind(adapters, tmp_path):
     (folder / "adapter_config.json").write_text("{")
     with pytest.raises(UserError, match=r"adapter_config\.json"):
         load(folder)
+
+
+def test_adapters_that_are_moved_keep_the_record_of_their_rows(adapters, tmp_path):
+    """So that evaluation leaves out rows that were trained on, wherever the folder is."""
+    out, _ = adapters
+    shutil.copytree(out / "model", tmp_path / "moved")
+    record = load(tmp_path / "moved").model.config.metazo
+    assert record == scan(out / "steps.jsonl").header["trained"] | {} and record["task"] == "pico_sentiment"
+    again = replay(out / "steps.jsonl", "pico", tmp_path / "again")
+    assert again.identical and load(tmp_path / "again").model.config.metazo == record
+    (tmp_path / "moved" / RECORD).write_text('{"labels": 3}')
+    with pytest.raises(UserError, match="not written by metazo"):
+        load(tmp_path / "moved")
+
+
+def test_labels_of_moved_adapters_are_matched_by_name(tmp_path):
+    """A classifier's classes have the names of the labels, so that a task that lists them the other way scores the same."""
+    rows = [{"text": f"it was {word} {n}", "label": word} for n in range(20) for word in ("good", "bad")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = "kind: classification\nprompt: '{text} {}'\nfiles: {train: rows.jsonl}\nlabels: "
+    for name, labels in (("one", "{bad: bad, good: good}"), ("two", "{good: good, bad: bad}")):
+        (tmp_path / f"{name}.yaml").write_text(task + labels + "\n")
+    sizes = {"train_examples": 16, "dev_examples": 8, "test_examples": 16, "kind": "classifier"}
+    run_settings(config(tmp_path / "run", task=str(tmp_path / "one.yaml"), keep="last", lr=1e-4, **sizes))
+    moved = (tmp_path / "run/model").rename(tmp_path / "moved")
+    found = [
+        metazo.evaluate(moved, tmp_path / f"{name}.yaml", kind="classifier")["accuracy"] for name in ("one", "two")
+    ]
+    assert found[0] == found[1]
+
+
+def test_adapters_name_no_folder_of_this_machine(adapters):
+    out, _ = adapters
+    assert json.loads((out / "model/adapter_config.json").read_text())["base_model_name_or_path"] == "pico"
+    for path in (out / "model").iterdir():
+        assert str(Path(metazo.__file__).parent).encode() not in path.read_bytes()
+
+
+def test_adapters_on_adapters_are_loaded_on_what_they_were_trained_on(adapters, tmp_path):
+    out, _ = adapters
+    summary = run_settings(config(tmp_path / "on", model=str(out), keep="last", lr=1e-2, steps=3))
+    assert on_test(str(tmp_path / "on"))["loss"] == pytest.approx(summary["test"]["loss"], rel=1e-5)
 
 
 def test_merged_adapters_of_a_sentence_encoder(tmp_path, minilm):
