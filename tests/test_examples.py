@@ -33,6 +33,11 @@ def test_a_hugging_face_loop():
     assert before <= 0.6 and after >= 0.8, text
 
 
+def test_a_trainer_script():
+    before, after = map(float, re.findall(r"(\d\.\d+) (?:before|after)", run(EXAMPLES / "trainer.py")))
+    assert after < 0.75 * before
+
+
 def test_meta_training_and_publishing(tmp_path):
     text = run(EXAMPLES / "meta_train_and_publish.py", tmp_path)
     before, after = map(float, re.findall(r"(\d\.\d+) (?:before|after)", text))

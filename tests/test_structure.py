@@ -18,7 +18,7 @@ LAYERS = (
     "steplog tuner",
     "feedback",
     "optimizers zoo",
-    "pico recipes models",
+    "pico recipes models integrations",
     "tasks",
     "plots",
     "runs",

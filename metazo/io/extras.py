@@ -16,6 +16,7 @@ PURPOSES = {
     "meta": "gradients through several unrolled steps",
     "report": "plots and reports",
     "peft": "LoRA adapters",
+    "trainer": "training loops of transformers",
     "sign": "signatures",
 }
 """The purpose of each extra's packages."""

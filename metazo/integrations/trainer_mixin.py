@@ -1,0 +1,151 @@
+"""What a subclass of transformers.Trainer needs to train with forward passes only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from metazo import zoo
+from metazo.errors import UserError
+from metazo.optimizers import METHODS
+from metazo.optimizers.base import ZOOptimizer
+from metazo.optimizers.registry import method
+from metazo.tuner.scale import tuner_scale
+
+
+class ZOMixin:
+    """Makes a Trainer take zeroth-order steps: `class ZOSFTTrainer(ZOMixin, SFTTrainer)`.
+
+    Args:
+        optimizer_cls_and_kwargs: (method, settings), as Trainer's own argument; the method is a name (`"lozo"`) or a class of
+            metazo.optimizers. Without it the method is MeZO. The learning rate, the weight decay and the seed are those of
+            TrainingArguments unless the settings have them. `"tuner"` among the settings is a tuner by file, zoo name or
+            Hub id. A finished optimizer is given as `optimizers=(optimizer, scheduler)`.
+        All other arguments are the Trainer's.
+
+    What differs from the Trainer:
+
+    * A step evaluates the losses of its micro-batches at each probe, in evaluation mode and under inference mode. No backward
+      pass is run, and no gradient exists: `max_grad_norm` is set to 0, and no gradient norm is logged.
+    * `gradient_accumulation_steps` = k makes one step of k micro-batches, whose losses are combined as the Trainer combines
+      their gradients. The step has one perturbation, not k.
+    * The logged loss is the mean over the step's probes.
+
+    Checkpoints hold the whole state of the method, so that `resume_from_checkpoint` goes on bit for bit.
+
+    Raises UserError for float16 with a gradient scaler (`fp16`), DeepSpeed and FSDP, which this class does not support, and
+    for settings that the method does not have. Do not use it with a loss that is random, such as a sampled one: the probes
+    of a step must differ by the perturbation alone.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        settings: Any = self.args  # type: ignore[attr-defined]
+        for name in ("fp16", "deepspeed", "fsdp"):
+            if getattr(settings, name, None):
+                raise UserError(
+                    f"TrainingArguments has `{name}`, which {type(self).__name__} does not support: remove it."
+                )
+        settings.max_grad_norm = 0.0
+        self._micro_batches: list[dict[str, Any]] = []
+        given: Any = getattr(self, "optimizer", None)
+        if given is not None and not isinstance(given, TakenSteps):
+            if not isinstance(given, ZOOptimizer):
+                raise UserError(
+                    f"`optimizers` holds a {type(given).__name__}, which needs gradients: give an optimizer of "
+                    "metazo.optimizers, or use transformers.Trainer."
+                )
+            self.optimizer: Any = TakenSteps(given)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        if self.optimizer is None:
+            chosen, options = getattr(self, "optimizer_cls_and_kwargs", None) or ("mezo", {})
+            module = self.model if model is None else model  # type: ignore[attr-defined]
+            args: Any = self.args  # type: ignore[attr-defined]
+            common = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "seed": args.seed}
+            self.optimizer = TakenSteps(_build(chosen, module, common | dict(options)))
+        return self.optimizer
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Keep a micro-batch; with the last one of a step, take the step. Returns: its loss, and 0 for the others."""
+        trainer: Any = self
+        self._micro_batches.append(trainer._prepare_inputs(inputs))
+        device = trainer.args.device
+        if not trainer.accelerator.sync_gradients:
+            return torch.zeros((), device=device)
+        batches, self._micro_batches = self._micro_batches, []
+        module = model if trainer.args.n_gpu > 1 else trainer.accelerator.unwrap_model(model)
+        module.eval()
+
+        def total() -> Tensor:
+            losses = [self._loss(module, batch, num_items_in_batch) for batch in batches]
+            return torch.stack(losses).sum()
+
+        inner = self.optimizer
+        while not isinstance(inner, ZOOptimizer):  # accelerate's wrapper, then ours
+            inner = inner.optimizer
+        return torch.tensor(inner.step(total), device=device)
+
+    def _loss(self, module: nn.Module, batch: dict[str, Any], num_items_in_batch: Any) -> Tensor:
+        """A micro-batch's share of the loss of a step, scaled as the Trainer scales it before its backward pass."""
+        trainer: Any = self
+        with trainer.compute_loss_context_manager():
+            # A copy: compute_loss may take the labels out of it, and it is called once per probe.
+            loss = trainer.compute_loss(module, dict(batch), num_items_in_batch=num_items_in_batch)
+        if trainer.args.n_gpu > 1:
+            loss = loss.mean()
+        scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
+        if scaled is None:
+            by_model = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
+            scaled = by_model or trainer.compute_loss_func is not None
+        return (loss if scaled else loss / trainer.current_gradient_accumulation_steps).float()
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
+        """There is no gradient, so none is measured."""
+
+
+class TakenSteps(Optimizer):
+    """The optimizer that the Trainer sees: its `step()` does nothing, because `training_step` has taken the step."""
+
+    def __init__(self, optimizer: ZOOptimizer):
+        self.optimizer = optimizer
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "optimizer":  # not there before __init__, as in a copy
+            raise AttributeError(name)
+        return getattr(self.optimizer, name)
+
+    def step(self, closure: Any = None) -> None: ...
+
+    def zero_grad(self, set_to_none: bool = True) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state_dict)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        self.optimizer.add_param_group(param_group)
+
+
+def _build(chosen: Any, module: nn.Module, options: dict[str, Any]) -> ZOOptimizer:
+    cls = method(chosen) if isinstance(chosen, str) else chosen
+    if not (isinstance(cls, type) and issubclass(cls, ZOOptimizer)):
+        names = ", ".join(name for name, each in METHODS.items() if issubclass(each, ZOOptimizer))
+        raise UserError(
+            f"`optimizer_cls_and_kwargs` names {chosen!r}, which is not a zeroth-order method: choose {names}."
+        )
+    if (name := options.pop("tuner", None)) is not None:
+        options["scale"] = tuner_scale(zoo.load(name, report=lambda text: None), list(module.named_parameters()))
+    if cls.needs_model:
+        options["model"] = module
+    known: Iterable[str] = {"lr", "weight_decay", "model", *cls.common, *cls.hyperparameters()}
+    for name in options:
+        if name not in known:
+            raise UserError(f"`{name}` is not a setting of {cls.name}, which has {', '.join(sorted(known))}.")
+    return cls(module.named_parameters(), **options)

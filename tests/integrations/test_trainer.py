@@ -1,0 +1,164 @@
+"""ZOTrainer: the Trainer's loop around steps of forward passes, held to the same steps in a plain loop."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
+
+from metazo.errors import UserError
+from metazo.integrations import ZOTrainer
+from metazo.optimizers import LOZO, MeZO
+
+PICO = str(files("metazo.pico") / "model")
+ROWS = 12
+
+
+def model() -> nn.Module:
+    return AutoModelForCausalLM.from_pretrained(PICO, dtype=torch.float32)
+
+
+def rows() -> list[dict[str, Any]]:
+    tokens = torch.randint(5, 60, (ROWS, 9), generator=torch.Generator().manual_seed(0))
+    return [{"input_ids": row, "labels": row} for row in tokens]
+
+
+def trainer(out: Path, net: nn.Module, cls: type = ZOTrainer, **options: Any):
+    given = {key: options.pop(key) for key in ("optimizer_cls_and_kwargs", "callbacks", "optimizers") if key in options}
+    settings = {
+        "output_dir": str(out),
+        "max_steps": 6,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-4,
+        "lr_scheduler_type": "linear",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 3,
+    }
+    return cls(model=net, args=TrainingArguments(**(settings | options)), train_dataset=rows(), **given)
+
+
+class Batches(TrainerCallback):
+    """What the model was given, to take the same steps by hand."""
+
+    def __init__(self, net: nn.Module):
+        self.seen: list[torch.Tensor] = []
+        net.register_forward_pre_hook(self.see, with_kwargs=True)
+
+    def see(self, module, args, kwargs) -> None:
+        assert not module.training and torch.is_inference_mode_enabled()
+        self.seen.append(kwargs["input_ids"].clone())
+
+
+@pytest.fixture(autouse=True)
+def no_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args, **kwargs):
+        raise AssertionError("a backward pass was run")
+
+    monkeypatch.setattr(torch.Tensor, "backward", refuse)
+    monkeypatch.setattr(torch.autograd, "backward", refuse)
+    monkeypatch.setattr(torch.autograd, "grad", refuse)
+
+
+def test_a_run_is_the_plain_loop_over_the_trainers_batches(tmp_path: Path) -> None:
+    """Two micro-batches are one step whose loss is theirs over all tokens; rates are the Trainer's schedule."""
+    net, plain = model(), model().eval()
+    batches = Batches(net)
+    run = trainer(tmp_path, net, optimizer_cls_and_kwargs=("mezo", {"eps": 1e-3, "check_loss": False}))
+    run.train()
+    assert len(batches.seen) == 6 * 2 * 2, "two probes of two micro-batches per step"
+    optimizer = MeZO(plain.named_parameters(), lr=1e-4, eps=1e-3, seed=3, check_loss=False)
+    losses = []
+    for step in range(6):
+        pair = batches.seen[4 * step : 4 * step + 2]
+        assert torch.equal(pair[0], batches.seen[4 * step + 2])
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-4 * (6 - step) / 6
+        items = torch.tensor(sum(part[:, 1:].numel() for part in pair))
+
+        def total(pair=pair, items=items):
+            return torch.stack([plain(part, labels=part, num_items_in_batch=items).loss for part in pair]).sum()
+
+        losses.append(optimizer.step(total))
+    for (name, ours), theirs in zip(plain.named_parameters(), net.parameters()):
+        assert torch.equal(ours, theirs), name
+    logged = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    assert logged == pytest.approx(losses, rel=1e-3)
+    assert all("grad_norm" not in entry for entry in run.state.log_history)
+
+
+@pytest.mark.parametrize("method", [("lozo", {"interval": 2}), (LOZO, {"interval": 2}), ("mezo-adam", {})])
+def test_a_resumed_run_ends_in_the_same_bits(tmp_path: Path, method) -> None:
+    whole, half, rest = model(), model(), model()
+    trainer(tmp_path / "whole", whole, optimizer_cls_and_kwargs=method).train()
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 4
+
+    options = {"save_strategy": "steps", "save_steps": 4, "optimizer_cls_and_kwargs": method}
+    trainer(tmp_path / "parts", half, callbacks=[Stop()], **options).train()
+    trainer(tmp_path / "parts", rest, **options).train(resume_from_checkpoint=True)
+    assert not all(torch.equal(a, b) for a, b in zip(half.parameters(), whole.parameters()))
+    for (name, a), b in zip(whole.named_parameters(), rest.parameters()):
+        assert torch.equal(a, b), name
+
+
+def test_settings_come_from_the_arguments_and_a_finished_optimizer_is_taken(tmp_path: Path) -> None:
+    run = trainer(tmp_path, model(), weight_decay=0.1)
+    inner = run.create_optimizer().optimizer
+    assert type(inner) is MeZO and inner.param_groups[0]["weight_decay"] == 0.1
+    assert inner.param_groups[0]["lr"] == 1e-4 and inner.noise.run_seed == 3
+    net = model()
+    own = LOZO(net.named_parameters(), lr=1e-3)
+    run = trainer(tmp_path, net, optimizers=(own, None), max_steps=1)
+    run.train()
+    assert own.steps == 1
+
+
+def test_a_bfloat16_model_keeps_its_masters_in_checkpoints(tmp_path: Path) -> None:
+    net = AutoModelForCausalLM.from_pretrained(PICO, dtype=torch.bfloat16)
+    run = trainer(tmp_path, net, max_steps=2, save_strategy="steps", save_steps=2)
+    run.train()
+    saved = torch.load(tmp_path / "checkpoint-2" / "optimizer.pt", weights_only=True)
+    assert any(name.startswith("master/") for name in saved["zo"])
+
+
+def test_adapters_alone_move_in_a_peft_model(tmp_path: Path) -> None:
+    net = get_peft_model(model(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    before = {name: parameter.clone() for name, parameter in net.named_parameters()}
+    trainer(tmp_path, net, max_steps=2).train()
+    moved = {name for name, parameter in net.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved and all("lora_" in name for name in moved)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"optimizer_cls_and_kwargs": ("adamw", {})}, "adamw"),
+        ({"optimizer_cls_and_kwargs": (torch.optim.SGD, {})}, "not a zeroth-order method"),
+        ({"optimizer_cls_and_kwargs": ("mezo", {"rank": 3})}, "`rank` is not a setting of mezo"),
+        ({"optimizer_cls_and_kwargs": ("mezo", {"eps": 0.0})}, "eps must be above 0"),
+    ],
+)
+def test_bad_settings_are_one_sentence(tmp_path: Path, options, words) -> None:
+    with pytest.raises(UserError, match=words):
+        trainer(tmp_path, model(), **options).train()
+
+
+def test_first_order_optimizers_and_scalers_are_refused(tmp_path: Path) -> None:
+    net = model()
+    with pytest.raises(UserError, match="a SGD, which needs gradients"):
+        trainer(tmp_path, net, optimizers=(torch.optim.SGD(net.parameters(), 0.1), None))
+    with pytest.raises(UserError, match="`fp16`"):
+        trainer(tmp_path, net, fp16=True)
