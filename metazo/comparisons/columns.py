@@ -61,6 +61,11 @@ class Column:
         chosen = {**given, **{key: plain.pop(key) for key in list(plain) if key in own}}
         known = [name for name in FinetuneConfig.__dataclass_fields__ if name not in RESERVED]
         for key in plain:
+            if key == "patience" and plain[key] is not None:
+                raise UserError(
+                    f"Column {self.name!r}: `patience` ends runs before their budget, and a comparison gives every run "
+                    "the same budget; leave it out."
+                )
             if key in RESERVED:
                 raise UserError(f"Column {self.name!r}: {key!r} is set by the grid for all columns, not in options.")
             if key not in known:

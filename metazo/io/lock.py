@@ -25,20 +25,20 @@ _PATIENCE = 0.3  # seconds: long enough for a holder to remove the file, or to w
 class FolderLock:
     """The lock of a folder, which is made if it is missing; use as a context manager, or call `acquire` and `release`.
 
-    Args: folder; setting: the argument that names it, for messages.
+    Args: folder; setting: the argument that names it, for messages; patience: seconds to wait for another holder.
     Raises UserError if another process, or another call in this one, holds the lock: the message names its process id
     and host. A release removes the file, and the folder too if the lock made it and it is still empty.
     """
 
-    def __init__(self, folder: Path, setting: str = "out"):
-        self.folder, self.setting, self.made = folder, setting, False
+    def __init__(self, folder: Path, setting: str = "out", patience: float = _PATIENCE):
+        self.folder, self.setting, self.patience, self.made = folder, setting, patience, False
         self._lock: FileLock | None = None
 
     def acquire(self) -> FolderLock:
         try:
             self.made = not self.folder.exists()
             self.folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.folder / NAME, timeout=_PATIENCE)
+            lock = FileLock(self.folder / NAME, timeout=self.patience)
             lock.acquire()
         except Timeout:
             raise self._refused() from None

@@ -20,6 +20,10 @@ def select_trainable(model: nn.Module, train: list[str], freeze: list[str], amon
     for flag, patterns in (("`train`", train), ("`freeze`", freeze)):
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name, _ in named):
+                if tied := _tied(model, pattern):
+                    raise UserError(
+                        f"{flag} {pattern!r} names {tied[0]}, which is tied to {tied[1]}: name that instead."
+                    )
                 examples = ", ".join(name for name, _ in named[:3])
                 raise UserError(f"{flag} {pattern!r} names no tensor of the model; its tensors are {examples}, ...")
     for name, parameter in named:
@@ -30,3 +34,10 @@ def select_trainable(model: nn.Module, train: list[str], freeze: list[str], amon
     if not count:
         raise UserError("`train` and `freeze` leave no tensor to train.")
     return count
+
+
+def _tied(model: nn.Module, pattern: str) -> tuple[str, str] | None:
+    """A second name of a tensor that the pattern matches, and the name that the tensor goes by."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    every = model.named_parameters(remove_duplicate=False)
+    return next(((name, names[id(p)]) for name, p in every if fnmatchcase(name, pattern)), None)

@@ -51,7 +51,7 @@ class Comparison:
         task, column, (kind, _, rest) = file.parts[-3], file.parts[-2], file.stem.partition("-")
         if kind not in KINDS:
             return
-        seed, readable = rest.rpartition("-")[2], False
+        seed, readable, status = rest.rpartition("-")[2], False, "unreadable"
         try:
             if isinstance(result, UserError):
                 raise result
@@ -60,13 +60,14 @@ class Comparison:
             seed = str(info.get("seed", seed))
             self.infos.append(info)
             readable = True
+            status = "diverged" if info.get("status") == "diverged" else "failed"
             run = run_of(result)
         except (UserError, ValueError, TypeError, AttributeError) as error:
             text = str(error).replace(f"{file} ", "The file ").replace(str(file), file.name)
             if isinstance(error, TypeError | AttributeError):
                 text = "The file is not a result of a comparison: its fields are not valid."
             rate = f" (learning rate {rest.rpartition('-')[0]})" if kind == "search" else ""
-            self.failures.append(Failure(task, column, kind + rate, seed, text, readable))
+            self.failures.append(Failure(task, column, kind + rate, seed, text, readable, status))
         else:
             if kind != "search":
                 (self.runs if kind == "seed" else self.timed).setdefault((task, column), {})[run.seed] = run
@@ -90,7 +91,7 @@ class Comparison:
 
     def _unreadable(self, name: str, error: UserError) -> None:
         text = str(error).replace(f"{self.folder}/", "")
-        self.failures.append(Failure("all", "all", name, "", f"it cannot be read: {text}"))
+        self.failures.append(Failure("all", "all", name, "", f"it cannot be read: {text}", False, "unreadable"))
 
     def _order(self, first: list[str], place: int) -> list[str]:
         """Names in the grid's order, then names that only the folder has."""

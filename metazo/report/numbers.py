@@ -59,6 +59,8 @@ class Failure:
     seed: str
     reason: str
     readable: bool = True
+    status: str = "failed"
+    """failed, or diverged: the run itself ended so"""
 
 
 def number(value: Any) -> float | None:

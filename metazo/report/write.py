@@ -94,9 +94,7 @@ def runs_csv(data: Comparison) -> str:
                              info.get("metric"), run.majority, run.before, run.forwards, run.seconds, run.wall, run.memory,
                              run.trained, ""])  # fmt: skip
     for f in data.failures:
-        rows.append(
-            [f.task, f.column, f.kind, f.seed, "failed" if f.readable else "unreadable", *[None] * 12, f.reason]
-        )
+        rows.append([f.task, f.column, f.kind, f.seed, f.status, *[None] * 12, f.reason])
     return write_csv([heads, *rows])
 
 

@@ -16,12 +16,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 import pertnn_zoo
 from metazo.errors import UserError
 from metazo.feedback.tuner import FeedbackTuner
 from metazo.io.files import read_capped, safe_name, write_whole
+from metazo.io.lock import FolderLock
 from metazo.io.plain import parse_json
 from metazo.tuner.file import MAX_BYTES, Tuner
 from metazo.zoo.card import card_of
@@ -30,6 +29,8 @@ from metazo.zoo.signature import SUFFIX, check_signature
 
 FORMAT_VERSION = 1
 MAX_INDEX_BYTES = 4 * 2**20
+PATIENCE = 60.0
+"""Seconds that a push waits for another one into the same zoo."""
 Sign = Callable[[bytes, str], bytes]
 """From a file's content and name to the content of its signature (metazo/zoo/signature.py)."""
 FILES = {"tuner": "tuner.safetensors", "feedback": "tuner.safetensors", "log": "steps.jsonl"}
@@ -161,7 +162,7 @@ def add(
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".index.lock.tmp", timeout=60):
+        with FolderLock(folder, "zoo", PATIENCE):
             entries = read_index(folder)
             name = safe_name(f"{base}/{version or _next_version(base, entries, item)}", "zoo name")
             target = folder / name
@@ -176,8 +177,6 @@ def add(
             write_whole(found.path, data)
             write_whole(target / "card.md", card_of(item, name, entry.sha256, entry.licence).encode())
             write_index(folder, [*(other for other in entries if other.name != name), entry], sign)
-    except Timeout as error:
-        raise UserError(f"the zoo {folder} has been locked by another process for a minute") from error
     except OSError as error:
         raise UserError(f"the zoo {folder} cannot be written ({error.strerror or error})") from error
     return found

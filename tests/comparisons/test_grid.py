@@ -55,6 +55,7 @@ def test_a_variant_takes_settings_and_hyperparameters(tmp_path):
         ({"name": "a", "optimizer": "adamw"}, "optimizer 'adamw' is unknown"),
         ({"name": "a", "options": {"rnk": 2}}, "'rnk' is neither a setting of a run nor a hyperparameter of mezo"),
         ({"name": "a", "options": {"lr": 1e-3}}, "'lr' is set by the grid"),
+        ({"name": "a", "options": {"patience": 3}}, "`patience` ends runs before their budget"),
         ({"name": "a", "lrs": ["fast"]}, "lrs is a list of numbers above 0"),
         ({"name": "../a"}, "'../a' is refused"),
         ({"name": "a/b"}, "has a slash"),
@@ -81,6 +82,7 @@ def test_a_name_stands_once():
         ({"lrs": []}, "`lrs` is a list"),
         ({"config": {"batchsize": 4}}, "did you mean batch_size"),
         ({"config": {"seed": 4}}, "'seed' is set by the grid"),
+        ({"config": {"patience": 3}}, "`patience` ends runs before their budget"),
     ],
 )
 def test_grids_that_are_wrong(tmp_path, extra, words):

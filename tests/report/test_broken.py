@@ -15,7 +15,7 @@ from metazo.errors import UserError
 from metazo.report.analysis import Analysis
 from metazo.report.build import Report, build
 from metazo.report.comparison import Comparison
-from metazo.report.write import html, markdown, write
+from metazo.report.write import html, markdown, runs_csv, write
 from tests.report import synthetic
 
 COLUMN = {column.name: column for column in synthetic.COLUMNS}
@@ -97,6 +97,16 @@ def test_everything_failed(tmp_path: Path):
     report = made(tmp_path)
     assert report.headline is None and "no method won" in report.story.won
     assert "No room on the disk." in html(report)
+
+
+def test_the_csv_tells_failed_diverged_and_unreadable_runs_apart(tmp_path: Path):
+    folder = synthetic.write(tmp_path, [COLUMN["mezo"]], ["sst2"], 3)
+    for seed, status in enumerate(("failed", "diverged")):
+        run = synthetic.result(COLUMN["mezo"], "sst2", seed, status=status, reason="It is so.")
+        run.save(cell_path(folder, "sst2", "mezo", "seed", seed))
+    cell_path(folder, "sst2", "mezo", "seed", 2).write_text("{")
+    rows = runs_csv(made(folder).data).splitlines()
+    assert sorted(row.split(",")[4] for row in rows[1:]) == ["diverged", "failed", "unreadable"]
 
 
 def test_damaged_sigma_and_curve_leave_the_rest(tmp_path: Path):

@@ -147,7 +147,28 @@ def test_two_processes_pull_and_push_at_once(tmp_path: Path) -> None:
     assert names == sorted(f"other/v{number}" for number in range(1, 11))
     assert {check.problem for check in zoo.verify(tmp_path / "z")} == {None}
     assert len([found for found in zoo.tuners() if found.where == "cache"]) == 2
-    assert not [path for path in tmp_path.rglob("*.tmp") if "lock" not in path.name]
+    assert not list(tmp_path.rglob("*.tmp")) and not (tmp_path / "z/.lock").exists()
+
+
+def test_a_push_that_waits_too_long_names_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_tuner("other").save(tmp_path / "t.safetensors")
+    zoo.push(str(tmp_path / "t.safetensors"), tmp_path / "z")
+    before = (tmp_path / "z/index.json").read_bytes()
+    program = (
+        "import sys; from pathlib import Path; from metazo.io.lock import FolderLock;"
+        "lock = FolderLock(Path(sys.argv[1])).acquire(); print(1, flush=True); sys.stdin.read()"
+    )
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    holder = subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "z")], **pipes)
+    assert holder.stdout is not None and holder.stdout.readline()
+    monkeypatch.setattr("metazo.zoo.index.PATIENCE", 0.1)
+    with pytest.raises(UserError, match=f"in use by process {holder.pid} on "):
+        zoo.push(str(tmp_path / "t.safetensors"), tmp_path / "z")
+    assert (tmp_path / "z/index.json").read_bytes() == before
+    holder.kill()
+    holder.communicate()
+    zoo.push(str(tmp_path / "t.safetensors"), tmp_path / "z")
+    assert not (tmp_path / "z/.lock").exists()
 
 
 INDEXES: dict[str, tuple[Any, str]] = {
