@@ -79,7 +79,10 @@ def finetune(
     from metazo.runs.setup import set_up
 
     if dry_run:
-        plan = set_up(settings).plan(settings)
+        setup = set_up(settings)
+        plan = setup.plan(setup.config)
+        if setup.chosen:
+            plan["optimizer"] = setup.chosen
         _show_plan(plan, as_json)
         return
     console.say("metazo finetune", f"{settings.model} on {settings.task} with {settings.optimizer}", "bold")

@@ -11,11 +11,8 @@ from collections.abc import Generator
 
 from metazo.optimizers import METHODS
 
-# MeZO's best rate is near 500 / D for D trained weights: 3e-4 on a model of 1.6 million (measured here), 1e-6 on
-# RoBERTa-large and 1e-7 to 1e-8 on 13 billion (published). Other methods have a factor relative to that.
-MEZO_RATE = 500.0
-# A method's class gives the start of its search (search_rate, search_factor), chosen by hand: a search that starts far
-# from the best rate is extended, which costs runs and changes nothing else.
+# A method's class gives the start of its search (`expected_rate`), chosen by hand: a search that starts far from the best
+# rate is extended, which costs runs and changes nothing else.
 
 
 def start(optimizer: str, trained: int, energy: float = 1.0) -> list[float]:
@@ -23,8 +20,7 @@ def start(optimizer: str, trained: int, energy: float = 1.0) -> list[float]:
 
     Args: trained weights; energy: mean square of the method's direction, by which rates are compared.
     """
-    method = METHODS[optimizer]
-    centre = method.search_rate or method.search_factor * MEZO_RATE / trained / energy
+    centre = METHODS[optimizer].expected_rate(trained, energy)
     rung = round(2 * math.log10(centre))
     return [_rate(rung + offset) for offset in (-1, 0, 1)]
 

@@ -30,7 +30,7 @@ class FinetuneConfig:
     out: Path | None = setting(default=None, role="place")
     """Folder for config, log, metrics, plot and the tuned model"""
     optimizer: str = setting(default="mezo", role="method")
-    """Method"""
+    """Method; auto chooses one by objective, head, memory and model"""
     lr: float | None = setting(default=None, least=0, role="method")
     """Learning rate; by default the method's published one, which was chosen for models of billions of weights"""
     eps: float = setting(default=1e-3, above=0, role="method")

@@ -79,6 +79,8 @@ def tune(
         if not config.resume:
             _first_loss(setup, config)
         folder.begin()
+        if setup.chosen:
+            console.say("method:", setup.chosen)
         for name in ("trained weights", "effective learning rate", "steps", "memory", "disk"):
             console.say(f"{name}:", plan[name])
         for note in setup.prepared.notes:

@@ -36,6 +36,20 @@ def require_space(folder: Path, needed: int, what: str) -> None:
         )
 
 
+def free_memory(device: torch.device) -> int:
+    """Free bytes of the GPU, or of the machine within the limit of its control group (cgroup v2), if there is one."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    with suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = [next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))]
+    with suppress(OSError, ValueError):  # "max" is no number: no limit
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+        free.append(max(0, limit - used))
+    return min(free)
+
+
 def size(count: float) -> str:
     """A number of bytes as text, such as "1.5 MB"."""
     for unit in ("B", "kB", "MB", "GB"):

@@ -15,13 +15,16 @@ from metazo.models.describe import describe, parts_of
 from metazo.models.load import LoadedModel
 from metazo.models.sentence import SentenceClassifier
 from metazo.optimizers.registry import method
+from metazo.runs.choose import AUTO, check_open, choose
 from metazo.runs.config import FinetuneConfig
+from metazo.runs.folder import STEPS
 from metazo.runs.method import arguments, resolve_device
 from metazo.runs.own import OwnLoss, StateFile
 from metazo.runs.resources import size
 from metazo.runs.schedule import warmup_steps
 from metazo.runs.tuned import Given
 from metazo.step.precision import cost
+from metazo.steplog.format import scan
 from metazo.tasks import Prepared, prepare, resolve
 from metazo.tasks.classes import fit_head
 from metazo.tasks.closures import BatchLoss, FullLoss
@@ -44,6 +47,8 @@ class Setup:
     forwards: int
     device: torch.device
     limit: int
+    chosen: str | None = None
+    """What `optimizer='auto'` took, and why, in a sentence."""
 
     def evaluate(self, split: Literal["dev", "test"]) -> dict[str, float]:
         """Loss and metrics on a split."""
@@ -107,12 +112,16 @@ def _record_bytes(optimizer: Any) -> int:
 def set_up(config: FinetuneConfig, given: Given | None = None) -> Setup:
     """Load and check everything that a run needs and that is not `given`; writes nothing."""
     transformers_logging.disable_progress_bar()
-    given, device = given or Given(), resolve_device(config.device)
+    given, device, chosen = given or Given(), resolve_device(config.device), None
+    if config.optimizer == AUTO:
+        check_open(config)
     if given.own:
         loaded, trained = assemble(config, labels=None, device=device, given=given.loaded)
         prepared: Any = given.own
     else:
         loaded, trained, prepared = _task(config, given, device)
+    if config.optimizer == AUTO:
+        config, chosen = _chosen(config, loaded, prepared, device)
     if given.optimizer is None:
         config, optimizer = make_optimizer(config, loaded, prepared, device)
     else:
@@ -126,7 +135,19 @@ def set_up(config: FinetuneConfig, given: Given | None = None) -> Setup:
             f"`forwards` is {config.forwards} and a step of {config.optimizer} takes {a_step:g}; give more."
         )
     limit = min(config.max_length or loaded.context_length, loaded.context_length)
-    return Setup(config, loaded, prepared, optimizer, trained, steps, round(steps * a_step), device, limit)
+    return Setup(config, loaded, prepared, optimizer, trained, steps, round(steps * a_step), device, limit, chosen)
+
+
+def _chosen(
+    config: FinetuneConfig, loaded: LoadedModel, prepared: Any, device: torch.device
+) -> tuple[FinetuneConfig, str]:
+    """The settings with a method in the place of auto: that of the log if the run goes on, and why."""
+    if config.resume and config.out is not None and (log := config.out / STEPS).exists():
+        began = scan(log).header["settings"]
+        taken = {name: began[name] for name in ("optimizer", "scale", "lr", "schedule")}
+        return replace(config, **taken), f"auto took {taken['optimizer']} when the run began."
+    longest = sorted(prepared.train, key=len)[-config.batch_size :]
+    return choose(config, loaded.model, BatchLoss(loaded.model, prepared, longest, device), device)
 
 
 def _given_optimizer(
