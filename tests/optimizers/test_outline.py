@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -36,7 +37,7 @@ def test_an_outline_says_what_the_class_says(name: str) -> None:
 
 
 def test_what_a_constructor_takes_from_elsewhere_is_no_type() -> None:
-    assert outlines()["feedback"].hint("jacobian") == str | Elsewhere | None
+    assert outlines()["feedback"].hint("tuner") == str | Path | Elsewhere | None
 
 
 def test_methods_of_a_process_that_has_imported_them_are_the_classes() -> None:
