@@ -18,8 +18,9 @@ demo: .venv/.installed  ## meta-train, publish, fine-tune and compare on the emb
 bench: .venv/.installed  ## what a step costs beside its forward passes, on this machine: about half an hour
 	$(BIN)/metazo bench --out runs/bench
 
+# Files in their order, because xdist would put those with few tests last, and they are the slowest.
 test: lint  ## lint and the whole suite, offline
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/.installed  ## ruff and formatting
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

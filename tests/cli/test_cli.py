@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from metazo_cli.main import main
+from tests import warm
 
-START = "import sys; from metazo_cli.main import main; sys.argv[0] = 'metazo'; main()"
 TINY = ("--train-examples=32", "--dev-examples=16", "--test-examples=16", "--steps=2", "--lr=1e-4")
 
 
 def metazo(*arguments: str, ok: bool = True) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run([sys.executable, "-c", START, *arguments], capture_output=True, text=True, timeout=240)
+    done = warm.run("metazo", *arguments)
     assert "Traceback" not in done.stderr, done.stderr
     assert not ok or done.returncode == 0, done.stderr
     return done

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
+
+from tests import warm
 
 NAMES = (
     "two `finetune --resume` at once",
@@ -18,10 +17,8 @@ NAMES = (
 
 def test_situations_end_as_promised(tmp_path: Path) -> None:
     seed = time.time_ns() % 2**32
-    command = [sys.executable, "-m", "tests.crash.situations", "--tries=1", f"--seed={seed}"]
+    command = ["-m", "tests.crash.situations", "--tries=1", f"--seed={seed}"]
     command += [*(f"--only={name}" for name in NAMES), "--results", str(tmp_path / "found.json")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=280)
+    done = warm.run(*command, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, f"seed {seed}: {done.stderr[-2000:]}"
     assert f"| all | {len(NAMES)} | {len(NAMES)} |" in done.stdout, (seed, done.stdout)

@@ -6,7 +6,6 @@ import contextlib
 import importlib.util
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -25,6 +24,7 @@ from metazo.runs.finetune import run_settings
 from metazo.runs.replay import replay
 from metazo.settings import build
 from metazo.steplog.writer import StepLog
+from tests import warm
 
 ROOT = Path(__file__).parents[2]
 TOY = '''
@@ -91,8 +91,7 @@ def run(out: Path, **extra) -> Path:
 
 
 def test_its_hyperparameter_is_a_flag():
-    command = [sys.executable, "-m", "metazo_cli.main", "finetune", "--help"]
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "COLUMNS": "200"})
+    shown = warm.run("metazo", "finetune", "--help", environment={"COLUMNS": "200"})
     text = " ".join(shown.stdout.replace("│", " ").split())
     assert "--headroom" in text and "toy-clipped: 3.0" in text and "Largest coefficient" in text
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from metazo.runs.finetune import run_settings
 from metazo.runs.setup import set_up
 from metazo.settings import build
 from metazo.steplog.format import read
+from tests import warm
 
 SMALL = {
     "model": "pico",
@@ -101,19 +100,15 @@ def test_batches_walk_through_permutations():
     assert sorted(seen[:10]) == sorted(seen[10:20]) == list(range(10)) and seen[:10] != seen[10:20]
 
 
-START = "import sys; from metazo_cli.main import main; sys.argv = ['metazo', *sys.argv[1:]]; main()"
-
-
-def start(out: Path, *extra: str) -> subprocess.Popen:
+def start(out: Path, *extra: str) -> warm.Process:
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in SMALL.items()]
-    command = [sys.executable, "-c", START, "finetune", *flags, f"--out={out}", *extra]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return warm.Process("metazo", "finetune", *flags, f"--out={out}", *extra)
 
 
-def wait_for_steps(path: Path, count: int, process: subprocess.Popen) -> None:
+def wait_for_steps(path: Path, count: int, process: warm.Process) -> None:
     until = time.monotonic() + 120
     while not path.exists() or path.read_bytes().count(b"\n") <= count:
-        assert process.poll() is None and time.monotonic() < until, process.stderr and process.stderr.read()
+        assert process.poll() is None and time.monotonic() < until, process.communicate()
         time.sleep(0.005)
 
 

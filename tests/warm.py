@@ -1,0 +1,112 @@
+"""Processes that start warm: forked from a server that has imported what the commands use and taken a step.
+
+Each is a process of its own, with arguments, environment, folder, signals, output and exit code as from a shell. What it
+saves is the five seconds of CPU that python, torch, transformers and the kernels' cache take to start.
+
+Where not to use: to test what is imported, or what happens without a package.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from multiprocessing import forkserver, resource_tracker
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+CONTEXT = multiprocessing.get_context("forkserver")
+
+
+class Process:
+    """A started process: `metazo ARGUMENTS`, or `python ARGUMENTS` with a script, -m or -c."""
+
+    def __init__(self, *arguments: object, environment: Mapping[str, str] | None = None, cwd: Path | None = None):
+        self.told = Path(tempfile.mkdtemp(prefix="warm"))
+        started = ([*map(str, arguments)], self.told, {**os.environ, **(environment or {})}, cwd or Path.cwd())
+        _serve()
+        self.process = CONTEXT.Process(target=_run, args=started)
+        self.process.start()
+
+    @property
+    def pid(self) -> int:
+        assert self.process.pid is not None
+        return self.process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self.process.exitcode
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def wait(self, timeout: float = 280) -> int:
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            self.process.kill()
+            raise subprocess.TimeoutExpired(str(self.process), timeout)
+        return self.process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.process.kill()
+
+    def communicate(self, timeout: float = 280) -> tuple[str, str]:
+        """Standard output and standard error, at the process's end."""
+        self.wait(timeout)
+        return (self.told / "out").read_text(), (self.told / "err").read_text()
+
+
+def run(*arguments: object, timeout: float = 280, **options) -> subprocess.CompletedProcess[str]:
+    """As subprocess.run with captured text."""
+    process = Process(*arguments, **options)
+    out, err = process.communicate(timeout)
+    return subprocess.CompletedProcess([*map(str, arguments)], process.returncode or 0, out, err)
+
+
+def _serve() -> None:
+    """Start the server unless it runs. It keeps signals blocked, as that of a comparison's workers does, until a process
+    unblocks them.
+    """
+    CONTEXT.set_forkserver_preload([__name__, "tests.warm_server"])
+    resource_tracker.ensure_running()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+    try:
+        with contextlib.chdir(ROOT):  # which has this package
+            forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _run(arguments: list[str], told: Path, environment: dict[str, str], cwd: Path) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    for number, name in ((1, "out"), (2, "err")):
+        file = os.open(told / name, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+        os.dup2(file, number)
+        os.close(file)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    if arguments[0] == "metazo":
+        from metazo_cli.main import main
+
+        sys.argv = arguments
+        main()
+    elif arguments[0] == "-c":
+        sys.argv = ["-c", *arguments[2:]]
+        exec(arguments[1], {"__name__": "__main__"})
+    elif arguments[0] == "-m":
+        sys.argv = arguments[1:]
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = arguments
+        sys.path.insert(0, str(Path(arguments[0]).parent))
+        runpy.run_path(arguments[0], run_name="__main__")

@@ -1,0 +1,23 @@
+"""What the server of `tests.warm` does before it forks: import what a run imports, and take two steps."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+
+from metazo.io.terminal import Console
+from metazo.runs.config import FinetuneConfig
+from metazo.runs.finetune import run_settings
+
+threads = torch.get_num_threads()
+torch.set_num_threads(1)  # threads do not survive a fork: neither torch's nor those that load weights
+os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
+folder = Path(tempfile.mkdtemp())
+settings = {"steps": 2, "batch_size": 2, "train_examples": 8, "dev_examples": 4, "test_examples": 4}
+run_settings(FinetuneConfig("pico", "pico_sentiment", folder / "run", **settings), Console(quiet=True))
+shutil.rmtree(folder)
+torch.set_num_threads(threads)
