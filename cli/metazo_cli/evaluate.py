@@ -34,6 +34,9 @@ def evaluate(
     batch_size: Annotated[int | None, typer.Option(help="Examples per batch (default 32).", min=1)] = None,
     max_length: Annotated[int | None, typer.Option(help="Longest input in tokens.", min=1)] = None,
     kind: Annotated[str | None, typer.Option(help="auto, causal, masked or classifier (default auto).")] = None,
+    head: Annotated[
+        str | None, typer.Option(help="Head of a classifier: prototype or phrases are made from the task, untrained.")
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32 (default), bfloat16, float16 or float64; by default the run's.")
     ] = None,
@@ -68,6 +71,7 @@ def evaluate(
             eval_batch_size=batch_size,
             max_length=max_length,
             kind=kind,
+            head=head,
             dtype=dtype,
             device=device,
             seed=seed,

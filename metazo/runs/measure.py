@@ -11,7 +11,7 @@ from torch import nn
 from metazo.errors import UserError
 from metazo.models.assemble import as_loaded, load
 from metazo.models.describe import describe
-from metazo.models.load import LoadedModel
+from metazo.models.load import MADE, LoadedModel
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.folder import MODEL, STEPS, located, read_config, run_of
 from metazo.runs.method import resolve_device
@@ -19,6 +19,7 @@ from metazo.settings import build, with_role
 from metazo.steplog.format import scan
 from metazo.tasks import Task, in_memory, prepare, resolve
 from metazo.tasks import evaluate as scoring
+from metazo.tasks.classes import fit_head
 from metazo.tasks.data import VERSION
 
 # The settings of a run that decide which rows are scored, and how.
@@ -48,7 +49,8 @@ def evaluate(
             same; a note says so if it cannot be known.
         examples: largest number of rows of the split; by default the run's number, or 500 on dev and 1,000 on test.
         say: takes each note, a sentence.
-        settings: of FinetuneConfig: train_examples, max_length, kind, dtype, device, seed, eval_batch_size, ...
+        settings: of FinetuneConfig: train_examples, max_length, kind, head, dtype, device, seed, eval_batch_size, ...; the
+            heads prototype and phrases are made from training rows and label phrases, and need no training.
 
     Returns: "loss" (nats, mean over examples), the task's metrics (0 to 1; mcc -1 to 1), "examples", and for classification
     and choice "majority", the share of the most frequent answer.
@@ -94,6 +96,8 @@ def evaluate(
         max_length=config.max_length,
         k_per_class=config.k_per_class,
     )
+    if config.head in MADE and loaded.new_head:
+        fit_head(loaded, prepared, config.eval_batch_size)
     for note in [*prepared.notes, *(_doubts(trained, prepared.record) if run is not None else ())]:
         say(note)
     return scoring.evaluate(loaded.model, prepared, split, batch_size=config.eval_batch_size)
@@ -107,7 +111,8 @@ def _load(model: str | Path, config: FinetuneConfig, task: Task) -> LoadedModel:
         device=resolve_device(config.device),
         num_labels=len(task.labels) if task.kind == "classification" else None,
         seed=config.seed,
-        trained_head=True,
+        head=config.head,
+        trained_head=config.head not in MADE,
     )
 
 

@@ -59,6 +59,46 @@ def at_write(target: int, share: float, count: Callable[[int], None] = lambda n:
     os.write, Path.open = torn_write, torn_open  # type: ignore[assignment]
 
 
+_CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
+
+
+def at_change(target: int, folder: Path, count: Callable[[int], None] = lambda n: None) -> None:
+    """Die before the `target`-th change of a file under a folder, as the interpreter reports them (PEP 578): a file that is
+    opened for writing, renamed, removed or cut, a folder that is made or removed; and in the middle of a write to an open
+    file. What libraries in Rust write between two such changes is not counted.
+    """
+    changes, write, root = 0, os.write, os.path.realpath(folder)
+
+    def due() -> bool:
+        nonlocal changes
+        changes += 1
+        count(changes)
+        return changes == target
+
+    def inside(path: Any) -> bool:
+        return isinstance(path, int) or os.path.realpath(os.fsdecode(path)).startswith(root + os.sep)
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open":
+            path, _, flags = arguments
+            changed = flags & (os.O_WRONLY | os.O_RDWR) and not isinstance(path, int) and inside(path)
+        elif event in _CHANGES:  # a path that is relative to an open folder is that of shutil.rmtree
+            changed = inside(arguments[0]) or (event in ("os.remove", "os.rmdir") and arguments[-1] != -1)
+        else:
+            return
+        if changed and due():
+            die()
+
+    def torn_write(file: int, data: bytes) -> int:
+        if file > 2 and due():
+            write(file, data[: len(data) // 2])
+            die()
+        return write(file, data)
+
+    os.write = torn_write  # type: ignore[assignment]
+    sys.addaudithook(hook)
+
+
 class _Torn:
     """A new file that dies when it is complete: with `share` of its bytes written, none of them under its name."""
 

@@ -151,12 +151,19 @@ def imports(tree: ast.AST, inside: str | None = None) -> Iterator[tuple[str, str
             yield from ((alias.name.partition(".")[0], inside) for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and not node.level:
             yield str(node.module).partition(".")[0], inside
-        elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+        elif isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
             continue
-        elif isinstance(node, ast.With) and ast.unparse(node.items[0]).startswith("needs("):
-            yield from imports(node, ast.literal_eval(node.items[0].context_expr.args[0]))  # type: ignore[attr-defined]
-        else:
+        elif isinstance(node, ast.With) and (extra := needed(node.items[0].context_expr)) is not None:
+            yield from imports(node, extra)
+        elif not isinstance(node, ast.expr):
             yield from imports(node, inside)
+
+
+def needed(manager: ast.expr) -> str | None:
+    """The extra of `needs(EXTRA)`; None for any other expression."""
+    if not (isinstance(manager, ast.Call) and isinstance(manager.func, ast.Name) and manager.func.id == "needs"):
+        return None
+    return ast.literal_eval(manager.args[0])
 
 
 def test_every_import_of_an_optional_package_names_its_extra():

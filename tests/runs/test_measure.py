@@ -119,3 +119,16 @@ def test_what_cannot_be_evaluated(tmp_path, coin):
         evaluate("pico", "pico_sentiment", split="train")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="`task` is required"):
         evaluate("pico")
+
+
+@pytest.mark.parametrize("head", ["prototype", "phrases"])
+def test_a_head_that_is_made_from_the_task_is_evaluated_untrained(tmp_path: Path, minilm: Path, head: str) -> None:
+    words = {0: ("awful", "boring", "terrible", "bad"), 1: ("great", "wonderful", "lovely", "good")}
+    rows = [{"text": f"a {words[n % 2][n % 4]} film number {n}", "label": n % 2} for n in range(60)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = "kind: classification\nprompt: '{text}. It was {}.'\nlabels: [terrible, great]\nfiles: {train: rows.jsonl}\n"
+    (tmp_path / "own.yaml").write_text(task)
+    found = evaluate(minilm, tmp_path / "own.yaml", kind="classifier", head=head, train_examples=20, examples=20)
+    assert found["accuracy"] > 0.8 and found["examples"] == 20
+    with pytest.raises(UserError, match="no trained head"):
+        evaluate(minilm, tmp_path / "own.yaml", kind="classifier")
