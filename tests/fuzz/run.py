@@ -187,13 +187,16 @@ def markdown(table: dict[str, Any]) -> str:
         "| kind | by hand | byte mutations, read | documents, read | failures | slowest | memory |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name, modes in table["kinds"].items():
-        parts = [modes[mode] for mode in MODES]
-        hand, mutations, documents = parts
+    for name, modes in sorted(table["kinds"].items()):
+        parts = [modes[mode] for mode in MODES if mode in modes]
+
+        def read(mode: str, modes: dict[str, Any] = modes) -> str:
+            return f"{modes[mode]['cases']:,}, {modes[mode]['accepted']:,}" if mode in modes else ""
+
         rows.append(
-            f"| {name} | {hand['cases']} | {mutations['cases']:,}, {mutations['accepted']:,} | "
-            f"{documents['cases']:,}, {documents['accepted']:,} | {sum(len(part['failures']) for part in parts)} | "
-            f"{max(part['slowest'] for part in parts):.2f} s | {max(part['MiB'] for part in parts[:2]):.0f} MiB |"
+            f"| {name} | {modes.get('hostile', {}).get('cases', '')} | {read('bytes')} | {read('documents')} | "
+            f"{sum(len(part['failures']) for part in parts)} | {max(part['slowest'] for part in parts):.2f} s | "
+            f"{max((modes[mode]['MiB'] for mode in MODES[:2] if mode in modes), default=0):.0f} MiB |"
         )
     return "\n".join(rows)
 
