@@ -101,18 +101,21 @@ def measure_queries(
     device: str = "cpu",
     tick: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
-    """LOZO with several queries, one after the other and in one pass: rows of {case, seconds, ratio}.
+    """LOZO with several queries, and FZOO, one after the other and in one pass: rows of {case, seconds, ratio}.
 
-    ratio: the time over that of the step's forward passes, 2 per query, round by round.
+    ratio: the time over that of the step's forward passes (2 per query of LOZO, 9 for FZOO), round by round.
     """
     model = build(size, dtype, device)
     loss = lm_loss(model, shape)
     cases: dict[str, Callable[[], object]] = {FORWARDS: lambda: _forwards(loss)}
-    passes = {FORWARDS: 1}
+    passes: dict[str, float] = {FORWARDS: 1}  # in pairs of forward passes
     for count in queries:
         for form, way in (("weights", "one after the other"), ("activations", "in one pass")):
             name = f"{count} {'query' if count == 1 else 'queries'}, {way}"
             cases[name], passes[name] = _stepping(_ours("lozo", form=form, queries=count)(model), loss), count
+    members = {"dense signs, in turn": {}, "signs of rank 1, in turn": {"rank": 1, "probing": "in-turn"}}
+    for way, options in (members | {"signs of rank 1, in one pass": {"rank": 1, "probing": "together"}}).items():
+        cases[f"FZOO, {way}"], passes[f"FZOO, {way}"] = _stepping(_ours("fzoo", **options)(model), loss), 4.5
     samples = interleaved(cases, rounds, seconds=seconds, device=device, tick=tick)
     return [
         {

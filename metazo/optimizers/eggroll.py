@@ -27,10 +27,9 @@ from metazo.blocks import NamedTensor
 from metazo.errors import UserError
 from metazo.optimizers.base import State
 from metazo.optimizers.es import ES
-from metazo.optimizers.lozo import sides
 from metazo.optimizers.registry import Case, register
 from metazo.step.directions import Direction, Isotropic
-from metazo.step.lowrank import DrawnFactors
+from metazo.step.lowrank import DrawnFactors, within_sides
 
 
 @register
@@ -69,8 +68,7 @@ class EGGROLL(ES):
         super().__init__(params, lr, eps, population=population, antithetic=antithetic, shaping=shaping, **common)
 
     def init(self, tensors: Sequence[NamedTensor]) -> State:
-        shorter = {tensor.name: min(sides(tensor.param)) for tensor in tensors if tensor.param.ndim > 1}
-        self.ranks = {name: min(self.rank, side) for name, side in shorter.items() if side > 1}
+        self.ranks = within_sides(self.rank, tensors)
         return {}
 
     def propose(self, state: State, step: int, seeds: Sequence[int]) -> Direction:

@@ -95,5 +95,7 @@ class Verbs(Method):
         """As Method.resolve; it settles `probing` by evaluating the closure once."""
         options = super().resolve(options, model, closure)
         if cls.low_rank and (options.get("probing") or cls.default_probing) != "in-turn":
-            options["probing"] = probings.settle(cls(model.named_parameters(), **options), closure)
+            optimizer = cls(model.named_parameters(), **options)
+            if optimizer.probing != "in-turn":
+                options["probing"] = probings.settle(optimizer, closure)
         return options

@@ -137,8 +137,14 @@ class Projected(Factors):
         return stream.draw(tensor, self._right_shape(tensor), RIGHT, dtype)
 
 
+def within_sides(rank: int, tensors: Sequence[NamedTensor]) -> dict[str, int]:
+    """The rank of each matrix by name: `rank`, or its shorter side if that is smaller. Vectors are left out."""
+    shorter = {t.name: min(t.param.shape[0], math.prod(t.param.shape[1:])) for t in tensors if t.param.ndim > 1}
+    return {name: min(rank, side) for name, side in shorter.items() if side > 1}
+
+
 class DrawnFactors(Factors):
-    """U and V drawn, d = U V^T / sqrt(r): the mean square of an entry is 1 (EGGROLL).
+    """U and V drawn, d = U V^T / sqrt(r): the mean square of an entry is 1 (EGGROLL, FZOO with `rank`).
 
     Args: inner: the direction of all other tensors; ranks: r by tensor name.
     """

@@ -68,3 +68,42 @@ def test_equal_losses_move_nothing():
 def test_bad_hyperparameters(bad, word):
     with pytest.raises(UserError, match=word):
         FZOO([("w", weights())], **bad)
+
+
+def test_rank_one_signs_are_signs_and_have_the_identity_as_covariance():
+    """E[d d^T] = I, to 4 standard errors of the Monte Carlo mean (each product of two entries has variance 1)."""
+    p = torch.nn.Parameter(torch.zeros(3, 4, dtype=torch.float64))
+    optimizer = FZOO([("w", p)], rank=1, seed=5)
+    optimizer._prepare()
+    direction, (tensor,) = optimizer.propose(optimizer.zo_state, 0, []), optimizer.tensors
+    draws = torch.stack([direction.draw(optimizer.noise.stream(seed), tensor).flatten() for seed in range(4000)])
+    assert set(draws.flatten().tolist()) == {-1.0, 1.0}
+    assert all(torch.linalg.matrix_rank(d.view(3, 4)) == 1 for d in draws[:20])
+    covariance = draws.T @ draws / len(draws)
+    assert (covariance - torch.eye(12, dtype=torch.float64)).abs().max() < 4 / math.sqrt(len(draws))
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_together_and_in_turn_take_the_same_steps(rank):
+    torch.manual_seed(1)
+    nets = [torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 3)).double() for _ in "ab"]
+    nets[1].load_state_dict(nets[0].state_dict())
+    x, y = torch.randn(6, 5).double(), torch.randn(6, 3).double()
+    for net, probing in zip(nets, ("together", "in-turn")):
+        optimizer = FZOO(net.named_parameters(), lr=1e-6, queries=4, rank=rank, probing=probing, seed=2)
+        for _ in range(3):
+            optimizer.step(lambda net=net: (net(x) - y).square().mean())
+        assert optimizer.forwards == 15
+        assert ("probing" in optimizer.zo_state) == (probing == "together")
+    for (name, a), b in zip(nets[0].named_parameters(), nets[1].parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-13, msg=name)
+
+
+def test_dense_directions_are_evaluated_in_turn():
+    p = weights()
+    assert FZOO([("w", p)]).probing == "in-turn"
+    with pytest.raises(UserError, match="fzoo has dense noise"):
+        FZOO([("w", p)], probing="together")
+    for rank in (-1, 1.5):
+        with pytest.raises(UserError, match="`rank` must be a whole number"):
+            FZOO([("w", p)], rank=rank)
