@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from metazo.errors import UserError
@@ -34,6 +34,8 @@ class Column:
     """Settings of a run (as for metazo finetune), and hyperparameters of the method"""
     lrs: list[float] | None = None
     """Learning rates at which its search starts; a single one is used without a search"""
+    budget: int | None = None
+    """Forward passes per run, if not the grid's"""
 
     @property
     def trains(self) -> bool:
@@ -94,7 +96,7 @@ def names() -> list[str]:
 
 
 def resolve(entries: Sequence[str | dict[str, Any]], tuner: str | None = None) -> list[Column]:
-    """Columns from names and mappings (name, optimizer, options, lrs).
+    """Columns from names and mappings (name, optimizer, options, lrs, budget).
 
     random-tuner gives RANDOM_TUNERS columns; all gives every column. tuner: for the columns that need one and name none;
     by default one that fits is searched in the zoo. Raises UserError for an unknown or repeated column.
@@ -106,7 +108,7 @@ def resolve(entries: Sequence[str | dict[str, Any]], tuner: str | None = None) -
         for column in _named(entry) if isinstance(entry, str) else [_variant(entry)]:
             if column.trains and methods()[column.optimizer].needs_tuner and "tuner" not in column.options:
                 options = {"tuner": tuner or "auto", **column.options}
-                column = Column(column.name, column.optimizer, options, column.lrs)
+                column = replace(column, options=options)
             found.append(column)
     for column in found:
         safe_name(column.name, "column")
@@ -157,7 +159,11 @@ def _variant(entry: Any) -> Column:
     lrs = entry.get("lrs")
     if lrs is not None and not (isinstance(lrs, list) and lrs and all(_is_rate(lr) for lr in lrs)):
         raise UserError(f"Column {entry['name']!r}: lrs is a list of numbers above 0, not {lrs!r}.")
-    return Column(str(entry["name"]), optimizer, {**base.options, **options}, sorted(map(float, lrs)) if lrs else None)
+    budget = entry.get("budget")
+    if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or budget < 1):
+        raise UserError(f"Column {entry['name']!r}: budget is a whole number of at least 1, not {shown(budget)}.")
+    rates = sorted(map(float, lrs)) if lrs else None
+    return Column(str(entry["name"]), optimizer, {**base.options, **options}, rates, budget)
 
 
 def _is_rate(value: Any) -> bool:

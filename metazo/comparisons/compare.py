@@ -100,10 +100,11 @@ class _Comparison:
     def _size(self) -> tuple[int, float]:
         """Runs and forward passes, without extensions of the searches."""
         runs, forwards = 0, 0.0
-        for fact in self.facts.values():
+        for (_, name), fact in self.facts.items():
+            budget = self.grid.budget_of(self.grid.column(name))
             searches = len(fact.lrs) * self.grid.search_seeds if len(fact.lrs) > 1 else 0
             runs += searches + self.grid.seeds
-            forwards += (searches * self.grid.search_budget + self.grid.seeds) * self.grid.budget
+            forwards += (searches * self.grid.search_budget + self.grid.seeds) * budget
         return runs, forwards
 
     # -- the runs to do, column by column --------------------------------------------------------------------------
@@ -150,7 +151,7 @@ class _Comparison:
             taken = times.get(column.name)
             if taken and taken < FASTER * limit:
                 lr = self.searches[self.names[task]][column.name].lr
-                forwards = int(grid.budget * limit / taken)
+                forwards = int(grid.budget_of(column) * limit / taken)
                 extra.append([longer(run, forwards) for run in runs_of(grid, task, column, lr)])
         return extra
 

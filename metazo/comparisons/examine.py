@@ -16,8 +16,9 @@ from metazo.comparisons.grid import Grid, Run
 from metazo.comparisons.rates import start
 from metazo.errors import UserError
 from metazo.io.tensorfile import weights_hash
-from metazo.runs.batches import batch_indices
+from metazo.runs.batches import reader
 from metazo.runs.config import FinetuneConfig
+from metazo.runs.cost import measure
 from metazo.runs.header import tuner_hash
 from metazo.runs.inputs import data_hash, inputs
 from metazo.runs.setup import Setup, make_optimizer, set_up
@@ -35,7 +36,7 @@ class Facts:
 
     lrs: learning rates from which its search starts (empty for zero-shot); forward passes per step; number of trained
     weights; hashes of model, data and tuner; inputs: hash of the model's configuration and the task's definition; metric
-    of the task; seconds per forward pass over a training batch.
+    of the task; seconds per forward pass over a training batch; cost: see metazo.runs.cost, None for zero-shot.
     """
 
     lrs: list[float]
@@ -46,6 +47,7 @@ class Facts:
     metric: str | None
     forward_seconds: float
     bytes_on_disk: int
+    cost: dict[str, int] | None
 
 
 def examine(grid: Grid) -> dict[tuple[str, str], Facts]:
@@ -58,7 +60,7 @@ def examine(grid: Grid) -> dict[tuple[str, str], Facts]:
     for task in grid.tasks:
         loaded: dict[str, _Loaded] = {}
         for column in grid.resolved:
-            config = Run(task, column, "seed", 0, None, grid.budget).config(grid, grid.out / "running")
+            config = Run(task, column, "seed", 0, None, grid.budget_of(column)).config(grid, grid.out / "running")
             config = replace(config, steps=1, forwards=None)  # the length is checked below
             try:
                 found[task, column.name] = _facts(grid, column, config, loaded)
@@ -74,6 +76,7 @@ class _Loaded:
     data: str
     inputs: str
     seconds: float
+    loss: BatchLoss
 
 
 def _facts(grid: Grid, column: Column, config: FinetuneConfig, loaded: dict[str, _Loaded]) -> Facts:
@@ -85,7 +88,7 @@ def _facts(grid: Grid, column: Column, config: FinetuneConfig, loaded: dict[str,
     setup = base.setup
     config, optimizer = make_optimizer(config, setup.loaded, setup.prepared, setup.device)
     a_step = optimizer.forwards_per_step(config.accumulate)
-    shortest = round(grid.budget * grid.search_budget)
+    shortest = round(grid.budget_of(column) * grid.search_budget)
     if column.trains and shortest < a_step:
         raise UserError(f"{shortest} forward passes do not pay for one step ({a_step:g}); raise the budget.")
     if not setup.prepared.dev:
@@ -104,14 +107,14 @@ def _facts(grid: Grid, column: Column, config: FinetuneConfig, loaded: dict[str,
         metric=metric[0] if metric else None,
         forward_seconds=base.seconds,
         bytes_on_disk=setup.plan(config)["bytes on disk"],
+        cost=measure(setup.loaded.model, optimizer, base.loss).to_dict() if column.trains else None,
     )
 
 
 def _load(config: FinetuneConfig) -> _Loaded:
     setup = set_up(config)
     prepared, model = setup.prepared, setup.loaded.model
-    places = batch_indices(0, config.batch_size, len(prepared.train), config.seed)
-    loss = BatchLoss(model, prepared, [prepared.train[place] for place in places], setup.device)
+    loss = BatchLoss(model, prepared, reader(config, prepared.train)(0), setup.device)
     with torch.inference_mode():
         loss()
         taken = []
@@ -120,7 +123,7 @@ def _load(config: FinetuneConfig) -> _Loaded:
             float(loss())
             taken.append(time.perf_counter() - started)
     weights, text = weights_hash(model.named_parameters()), json.dumps(inputs(prepared, model), sort_keys=True)
-    return _Loaded(setup, weights, data_hash(prepared), sha256(text.encode()).hexdigest(), min(taken))
+    return _Loaded(setup, weights, data_hash(prepared), sha256(text.encode()).hexdigest(), min(taken), loss)
 
 
 def plan(grid: Grid, facts: dict[tuple[str, str], Facts]) -> dict[str, Any]:
@@ -132,11 +135,12 @@ def plan(grid: Grid, facts: dict[tuple[str, str], Facts]) -> dict[str, Any]:
     runs = {"search": 0, "seed": 0}
     forwards = seconds = 0.0
     for (_, name), fact in facts.items():
-        config = Run(grid.tasks[0], grid.column(name), "seed", 0, None, grid.budget).config(grid, Path())
+        column, budget = grid.column(name), grid.budget_of(grid.column(name))
+        config = Run(grid.tasks[0], column, "seed", 0, None, budget).config(grid, Path())
         searches = 0 if len(fact.lrs) < 2 else len(fact.lrs) * grid.search_seeds
         runs["search"] += searches
         runs["seed"] += grid.seeds
-        trained = (searches * grid.search_budget + grid.seeds) * grid.budget if fact.lrs else 0
+        trained = (searches * grid.search_budget + grid.seeds) * budget if fact.lrs else 0
         looks = (10 * (searches + grid.seeds) if fact.lrs else grid.seeds) * config.dev_examples
         looks += grid.seeds * config.test_examples
         forwards += trained

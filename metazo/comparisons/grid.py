@@ -32,7 +32,7 @@ class Grid:
     tasks: list[str]
     """Tasks by name, or YAML files of your own"""
     columns: list[Any]
-    """Methods: names, or mappings with name, optimizer, options and lrs; all means every method"""
+    """Methods: names, or mappings with name, optimizer, options, lrs and budget; all means every method"""
     budget: int
     """Forward passes per run"""
     out: Path = Path("runs/compare")
@@ -88,6 +88,10 @@ class Grid:
     def column(self, name: str) -> Column:
         return next(column for column in self.resolved if column.name == name)
 
+    def budget_of(self, column: Column) -> int:
+        """Forward passes per run of a column."""
+        return column.budget or self.budget
+
     def write(self) -> None:
         """grid.yaml: the grid with every column written out; a comparison can be run from it again."""
         plain = asdict(self) | {"columns": [asdict(column) for column in self.resolved]}
@@ -142,11 +146,11 @@ class Run:
 
 def runs_of(grid: Grid, task: str, column: Column, lr: float | None) -> list[Run]:
     """The reported runs of a column on a task at the learning rate that was chosen."""
-    return [Run(task, column, "seed", seed, lr, grid.budget) for seed in range(grid.seeds)]
+    return [Run(task, column, "seed", seed, lr, grid.budget_of(column)) for seed in range(grid.seeds)]
 
 
 def search_run(grid: Grid, task: str, column: Column, lr: float, seed: int) -> Run:
-    return Run(task, column, "search", seed, lr, max(1, round(grid.budget * grid.search_budget)))
+    return Run(task, column, "search", seed, lr, max(1, round(grid.budget_of(column) * grid.search_budget)))
 
 
 def longer(run: Run, forwards: int) -> Run:

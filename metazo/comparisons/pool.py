@@ -21,6 +21,7 @@ import torch
 
 from metazo.comparisons.cell import Job, failed, run, warm_up
 from metazo.comparisons.results import Result
+from metazo.models.frozen import share_between_runs
 from metazo.runs.interrupt import Interrupted
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
@@ -42,6 +43,7 @@ def _work(connection: Connection, threads: int, environment: dict[str, str]) -> 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKED)  # see Pool._warm
     torch.set_num_threads(threads)
+    share_between_runs()
     warm = False
     try:
         while True:

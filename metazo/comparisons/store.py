@@ -49,6 +49,7 @@ class Store:
             "metric": fact.metric,
             "budget": run.forwards if run.column.trains else 0,
             "trained_weights": fact.trained,
+            "cost": fact.cost,
             "configuration": configuration(config) | {"model": _last_part(config.model), "task": self.names[run.task]},
             "hashes": fact.hashes,
             "key": key(config, fact.hashes),
@@ -108,12 +109,12 @@ class Store:
     def _belongs(self, info: dict[str, Any], task: str, column: Column) -> bool:
         search = info["kind"] == "search"
         first, count = (SEARCH_SEED, self.grid.search_seeds) if search else (0, self.grid.seeds)
-        asked = search_run(self.grid, task, column, 1.0, 0).forwards if search else self.grid.budget
+        asked = search_run(self.grid, task, column, 1.0, 0).forwards if search else self.grid.budget_of(column)
         if not 0 <= info["seed"] - first < count or (info["kind"] == "time" and self.grid.time_budget is None):
             return False
         if info["kind"] != "time" and column.trains and info["budget"] != asked:
             return False
-        forwards = info["budget"] if column.trains else self.grid.budget
+        forwards = info["budget"] if column.trains else self.grid.budget_of(column)
         return same(info, self.job(Run(task, column, info["kind"], info["seed"], info["lr"], forwards)).info)
 
     def _aside(self, path: Path) -> Path:

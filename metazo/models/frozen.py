@@ -8,6 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metazo.io.tensorfile import weights_hash
+
+MOST_SHARED = 20_000  # inputs per model whose outputs are kept from one run to the next
+_shared: dict[str, dict[bytes, Tensor]] | None = None
+
+
+def share_between_runs() -> None:
+    """Keep the outputs of frozen layers for later runs of this process, on models with the same weights and configuration.
+
+    For a process that does one run after another, such as a worker of a comparison. Do not use it if the weights of frozen
+    layers are changed after `Split` is made: a later model with the original weights would get the changed outputs.
+    """
+    global _shared
+    _shared = {} if _shared is None else _shared
+
 
 def _stack(encoder: nn.Module) -> tuple[str, nn.ModuleList] | None:
     """The module name of the encoder's list of layers, and the list; None if there is no such list."""
@@ -53,8 +68,14 @@ class Split:
         self.lower = _with_layers(encoder, path, layers[:count])
         self.upper = _with_layers(encoder, path, layers[count:])
         self.upper._modules["embeddings"] = _Given()
-        self.known: dict[bytes, Tensor] = {}
+        self.known: dict[bytes, Tensor] = {} if _shared is None else _shared.setdefault(self._mark(count), {})
         self.last: tuple[Tensor, Tensor] | None = None  # a batch, and the output of the lower layers for it
+
+    def _mark(self, count: int) -> str:
+        """Everything that the output of the lower layers depends on, besides the input."""
+        named = [*self.lower.named_parameters(), *self.lower.named_buffers()]
+        device = next(self.lower.parameters()).device
+        return f"{weights_hash(named)} {count} {device} {self.lower.config.to_json_string(use_diff=False)}"
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor, **others: Tensor) -> Any:
         if self.last is None or self.last[0] is not input_ids:  # both probes of a step see the same tensors
@@ -74,6 +95,8 @@ class Split:
         row = {"input_ids": input_ids[index][real], **{name: value[index][real] for name, value in others.items()}}
         key = b"|".join(value.cpu().numpy().tobytes() for value in row.values())
         if key not in self.known:
+            if len(self.known) >= MOST_SHARED and _shared is not None:
+                self.known.clear()
             with torch.inference_mode(False), torch.no_grad():  # not an inference tensor: a gradient may pass by it
                 batch = {name: value.clone().unsqueeze(0) for name, value in row.items()}
                 mask = torch.ones_like(batch["input_ids"])

@@ -17,7 +17,7 @@ from metazo.io.extras import MissingPackage
 from metazo.io.tensorfile import weights_hash
 from metazo.io.terminal import Console
 from metazo.models.lora import merge_adapters
-from metazo.runs.batches import batch_indices
+from metazo.runs.batches import reader
 from metazo.runs.config import INCIDENTAL, FinetuneConfig
 from metazo.runs.diagnose import diagnose, memory_explained
 from metazo.runs.evaluations import Scores
@@ -116,9 +116,8 @@ def _from_anywhere(config: FinetuneConfig) -> FinetuneConfig:
 def _first_loss(setup: Setup, config: FinetuneConfig) -> None:
     """Raises UserError for a loss that is not finite before the first step, before anything is written."""
     prepared, model = setup.prepared, setup.loaded.model
-    places = batch_indices(0, config.batch_size, len(prepared.train), config.seed)
     with torch.inference_mode():
-        batch = prepared.collate([prepared.train[place] for place in places]).to(setup.device)
+        batch = prepared.collate(reader(config, prepared.train)(0)).to(setup.device)
         loss = float(prepared.loss(model, batch))
     if not math.isfinite(loss):
         raise UserError(
@@ -144,6 +143,7 @@ class _Run:
         self.on_step = on_step
         self.model: nn.Module = setup.loaded.model
         self.optimizer, self.prepared = setup.optimizer, setup.prepared
+        self.read = reader(config, setup.prepared.train)
         self.optimizer.max_loss = config.max_loss
         self.optimizer.defer = on_step is None  # who is called after a step may read the weights
         self.warmup = warmup_steps(config.warmup, setup.steps)
@@ -238,10 +238,8 @@ class _Run:
 
     def _closures(self, step: int) -> list[BatchLoss]:
         """The losses of the step's batches."""
-        config, train = self.config, self.prepared.train
-        parts = range(step * config.accumulate, (step + 1) * config.accumulate)
-        places = [batch_indices(part, config.batch_size, len(train), config.seed) for part in parts]
-        return [BatchLoss(self.model, self.prepared, [train[i] for i in batch], self.setup.device) for batch in places]
+        numbers = range(step * self.config.accumulate, (step + 1) * self.config.accumulate)
+        return [BatchLoss(self.model, self.prepared, self.read(number), self.setup.device) for number in numbers]
 
     def _after(self, step: Step, loss: float, closures: list[BatchLoss] | None = None) -> None:
         """Check a step that was taken (closures) or replayed, and evaluate if that is due."""

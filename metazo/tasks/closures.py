@@ -20,7 +20,8 @@ class BatchLoss:
 
     def __call__(self) -> Tensor:
         if self.batch is None:
-            self.batch = self.prepared.collate(self.examples).to(self.device)
+            with torch.inference_mode(False):  # not inference tensors: a gradient may pass by them later
+                self.batch = self.prepared.collate(self.examples).to(self.device)
         return self.prepared.loss(self.model, self.batch)
 
 

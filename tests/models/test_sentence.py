@@ -13,6 +13,7 @@ from torch.nn.functional import cosine_similarity
 from transformers import AutoModel
 
 from metazo.errors import UserError
+from metazo.models import frozen
 from metazo.models.load import LoadedModel, load_model
 from metazo.models.sentence import Prototypes, SentenceClassifier
 
@@ -158,3 +159,26 @@ def test_training_goes_on_above_the_cache(checkpoint: Path) -> None:
 
 def test_trained_embeddings_leave_nothing_to_cache(checkpoint: Path) -> None:
     assert classifier(load_model(checkpoint, num_labels=2)).cache_frozen() == 0
+
+
+def test_frozen_outputs_are_shared_between_runs_of_the_same_model(checkpoint: Path, monkeypatch) -> None:
+    monkeypatch.setattr(frozen, "_shared", None)
+    frozen.share_between_runs()
+
+    def cached(depth: int = 1, change: float = 0.0):
+        loaded = load_model(checkpoint, num_labels=2, seed=0)
+        model, ran = classifier(loaded), []
+        with torch.no_grad():
+            next(model.encoder.encoder.layer[0].parameters()).add_(change)
+        model.encoder.embeddings.requires_grad_(False)
+        for layer in model.encoder.encoder.layer[:depth]:
+            layer.requires_grad_(False)
+        model.cache_frozen()
+        model.encoder.embeddings.register_forward_hook(lambda *_: ran.append(1))
+        return model(**inputs(loaded)).logits, len(ran)
+
+    (first, ran), (again, free) = cached(), cached()
+    assert ran and not free and torch.equal(first, again)
+    assert cached(change=0.1)[1] and cached(depth=2)[1]  # other weights and other layers are computed
+    monkeypatch.setattr(frozen, "MOST_SHARED", 1)
+    assert torch.equal(cached(change=0.2)[0], cached(change=0.2)[0])  # a full store is emptied

@@ -1,4 +1,4 @@
-"""Feedback methods in the run loop: from settings to a tuned model, and resumed after a stop."""
+"""Feedback methods and the fused first-order step in the run loop: from settings to a tuned model, and resumed after a stop."""
 
 from __future__ import annotations
 
@@ -34,9 +34,10 @@ def test_a_run_learns_and_refuses_a_replay(tmp_path: Path) -> None:
         replay(tmp_path / "run" / "steps.jsonl", base="pico", out=tmp_path / "again")
 
 
-@pytest.mark.parametrize("optimizer", ["skip-feedback", "answer-column"])
+@pytest.mark.parametrize("optimizer", ["skip-feedback", "answer-column", "first-order-fused"])
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(optimizer: str, tmp_path: Path, monkeypatch) -> None:
-    method = {"momentum": 0.5, "momentum_rank": 4}
+    fused = optimizer == "first-order-fused"
+    method = {"normalise": True} if fused else {"momentum": 0.5, "momentum_rank": 4}
     run(tmp_path / "whole", optimizer=optimizer, steps=8, method=method)
 
     real, count = METHODS[optimizer].step, [0]

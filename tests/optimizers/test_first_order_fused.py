@@ -1,0 +1,147 @@
+"""The fused first-order step: beside plain SGD in float64, its memory, precision, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from metazo.bench.architectures import build
+from metazo.errors import UserError
+from metazo.optimizers import FirstOrderFused, FirstOrderSGD
+from metazo.optimizers.structured import FLOOR
+from metazo.runs.cost import measure
+from metazo.step.record import Step
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT-2", "BERT, classifier"])
+def test_steps_are_plain_sgd(name: str) -> None:
+    """Three steps beside torch's SGD on a copy; GPT-2's head is tied to its embedding."""
+    fused, plain = build(name), build(name)
+    optimizer = FirstOrderFused(fused.model.named_parameters(), 0.1, weight_decay=0.5)
+    named = list(plain.model.named_parameters())
+    exempt = ("bias", "layer_norm", "layernorm")
+    groups = [
+        {
+            "params": [p for key, p in named if any(part in key for part in exempt) == bare],
+            "weight_decay": 0.0 if bare else 0.5,
+        }
+        for bare in (False, True)
+    ]
+    torch_sgd = torch.optim.SGD(groups, lr=0.1)
+    for _ in range(3):
+        torch_sgd.zero_grad()
+        loss = plain.every()
+        loss.backward()
+        # torch adds wd theta to the gradient, which for plain SGD is the decoupled decay
+        torch_sgd.step()
+        assert optimizer.step(fused.every) == pytest.approx(float(loss.detach()), rel=1e-12)
+    for key, p in plain.model.named_parameters():
+        assert torch.allclose(fused.model.get_parameter(key), p, rtol=1e-9, atol=1e-10), key
+        assert fused.model.get_parameter(key).grad is None
+
+
+def test_closures_are_averaged() -> None:
+    model, both = nn.Linear(3, 2).double(), nn.Linear(3, 2).double()
+    both.load_state_dict(model.state_dict())
+    x = torch.randn(2, 4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    FirstOrderFused(model.named_parameters(), 0.1).step([lambda i=i: model(x[i]).square().mean() for i in range(2)])
+    FirstOrderFused(both.named_parameters(), 0.1).step(lambda: both(x).square().mean())
+    assert torch.allclose(model.weight, both.weight, atol=1e-14)
+
+
+def test_a_normalised_step_has_the_length_of_the_tensor_times_lr() -> None:
+    model = nn.Linear(3, 2).double()
+    with torch.no_grad():
+        model.bias.zero_()
+    before = copy.deepcopy(model)
+    x = torch.ones(4, 3, dtype=torch.float64)
+    before(x).square().mean().backward()
+    FirstOrderFused(model.named_parameters(), 0.01, normalise=True).step(lambda: model(x).square().mean())
+    for name, p in model.named_parameters():
+        old = before.get_parameter(name)
+        size = max(float(old.detach().norm()), FLOOR * math.sqrt(p.numel()))
+        assert torch.allclose(p, old.detach() - 0.01 * size * old.grad / old.grad.norm(), atol=1e-12), name
+
+
+class Deep(nn.Module):
+    def __init__(self, layers: int, width: int = 64):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(width, width) for _ in range(layers)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x).tanh()
+        return x.square().mean()
+
+
+def test_one_gradient_exists_at_a_time() -> None:
+    """A further layer costs its activation; with SGD it costs its gradient and momentum as well."""
+    x = torch.ones(1, 64)
+    taken = {}
+    for method in (FirstOrderFused, FirstOrderSGD):
+        peaks = []
+        for layers in (4, 12):
+            model = Deep(layers)
+            cost = measure(model, method(model.named_parameters(), lr=1e-3), lambda model=model: model(x))
+            peaks.append(cost.step_bytes - sum(4 * p.numel() for p in model.parameters()))
+        taken[method] = (peaks[1] - peaks[0]) / 8
+    layer = 4 * 64 * 65
+    assert taken[FirstOrderFused] < 0.2 * layer
+    assert taken[FirstOrderSGD] > 1.8 * layer
+
+
+def test_weights_of_16_bits_keep_what_they_cannot_show() -> None:
+    model = nn.Linear(8, 1, bias=False).bfloat16()
+    start = model.weight.detach().float().clone()
+    optimizer = FirstOrderFused(model.named_parameters(), 1e-5, precision="master")
+    for _ in range(1000):
+        optimizer.step(lambda: model(torch.ones(1, 8, dtype=torch.bfloat16)).sum())
+    assert torch.allclose(model.weight.detach().float() - start, torch.full((1, 8), -0.01), atol=4e-3)
+    assert not torch.equal(model.weight.detach().float(), start)
+
+
+def test_a_loss_that_is_not_finite_changes_nothing() -> None:
+    model = nn.Linear(2, 1)
+    before = model.weight.detach().clone()
+    optimizer = FirstOrderFused(model.named_parameters(), 0.1)
+    loss = optimizer.step(lambda: model(torch.full((1, 2), math.inf)).sum())
+    assert math.isnan(loss) and torch.equal(model.weight, before)
+    assert optimizer.last_step is not None and optimizer.last_step.coefficients == ()
+
+
+def test_a_gradient_that_is_not_finite_is_left_out() -> None:
+    model = nn.Linear(2, 1)
+    before = model.weight.detach().clone()
+    optimizer = FirstOrderFused(model.named_parameters(), 0.1)
+    # the root's derivative at 0 is infinite, and 0 * inf is not a number
+    optimizer.step(lambda: (0 * model(torch.zeros(1, 2)).sum()).square().sqrt())
+    assert torch.equal(model.weight, before)
+    assert optimizer.vanished == 2 and optimizer.notes
+
+
+def test_a_recorded_step_is_computed_again() -> None:
+    model = nn.Linear(2, 1)
+    optimizer = FirstOrderFused(model.named_parameters(), 0.1)
+    loss = lambda: model(torch.ones(1, 2)).square().sum()  # noqa: E731
+    with pytest.raises(UserError, match="first-order-fused cannot be replayed from its record"):
+        optimizer.step(replay=Step(0, (), (1.0,), (1.0,), (0.1,)))
+    again = copy.deepcopy(model)
+    optimizer.step(loss)
+    repeat = FirstOrderFused(again.named_parameters(), 0.5)
+    repeat.step(lambda: again(torch.ones(1, 2)).square().sum(), replay=optimizer.last_step)
+    assert torch.equal(again.weight, model.weight)
+    with pytest.raises(UserError, match="was recorded with loss"):
+        repeat.step(lambda: again(torch.zeros(1, 2)).square().sum(), replay=optimizer.last_step)
+
+
+def test_a_loss_without_a_graph_is_refused() -> None:
+    model = nn.Linear(2, 1)
+    optimizer = FirstOrderFused(model.named_parameters(), 0.1)
+    with pytest.raises(UserError, match="first-order-fused needs the loss as a tensor with a graph"):
+        optimizer.step(lambda: 1.0)
+    with pytest.raises(UserError, match="needs a closure"):
+        optimizer.step()

@@ -1,0 +1,69 @@
+"""Batches of similar length: the same examples as shuffled ones, a function of step and seed, with little padding."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from metazo.runs.batches import WINDOW, batch_indices, batch_indices_by_length
+from metazo.runs.config import FinetuneConfig
+from metazo.runs.finetune import run_settings
+from metazo.runs.replay import replay
+from metazo.steplog.format import header, read
+
+SIZE, EXAMPLES = 4, 50
+LENGTHS = np.random.default_rng(0).integers(3, 40, EXAMPLES).tolist()
+
+
+def window(number: int, seed: int = 1) -> list[list[int]]:
+    return [batch_indices_by_length(number * WINDOW + k, SIZE, LENGTHS, seed) for k in range(WINDOW)]
+
+
+@pytest.mark.parametrize("number", [0, 1, 7])
+def test_the_steps_of_a_window_read_what_shuffled_steps_read(number: int) -> None:
+    shuffled = [i for k in range(WINDOW) for i in batch_indices(number * WINDOW + k, SIZE, EXAMPLES, 1)]
+    assert Counter(i for batch in window(number) for i in batch) == Counter(shuffled)
+    assert all(len(batch) == SIZE for batch in window(number))
+
+
+def test_batches_do_not_overlap_in_length_and_their_order_is_drawn() -> None:
+    batches = sorted(window(0), key=lambda batch: max(LENGTHS[i] for i in batch))
+    for lower, upper in zip(batches, batches[1:]):
+        assert max(LENGTHS[i] for i in lower) <= min(LENGTHS[i] for i in upper)
+    orders = [[max(LENGTHS[i] for i in batch) for batch in window(number)] for number in range(20)]
+    assert sum(order == sorted(order) for order in orders) <= 1
+    # every place of the window gets short and long batches
+    assert np.ptp(np.mean([[sorted(order).index(x) for x in order] for order in orders], axis=0)) < 4
+
+
+def test_the_seed_decides() -> None:
+    assert window(0) == window(0) and window(0) != window(0, seed=2)
+
+
+def test_less_is_padding() -> None:
+    def padded(batches: list[list[int]]) -> int:
+        return sum(SIZE * max(LENGTHS[i] for i in batch) for batch in batches)
+
+    shuffled = [batch_indices(step, SIZE, EXAMPLES, 1) for step in range(WINDOW * 10)]
+    sorted_ = [batch for number in range(10) for batch in window(number)]
+    whole = sum(LENGTHS[i] for batch in sorted_ for i in batch)
+    assert padded(sorted_) < 1.15 * whole and padded(shuffled) > 1.4 * whole
+
+
+def test_a_run_records_the_choice_and_is_replayed(tmp_path: Path) -> None:
+    common = {"model": "pico", "task": "pico_sentiment", "lr": 1e-4, "steps": 10, "batch_size": 4, "train_examples": 40,
+              "dev_examples": 4, "test_examples": 4, "keep": "last"}  # fmt: skip
+    losses = {}
+    for batches in ("shuffled", "by-length"):
+        out = tmp_path / batches
+        run_settings(FinetuneConfig(**common, out=out, batches=batches), Console(quiet=True))
+        assert header(out / "steps.jsonl")["settings"]["batches"] == batches
+        losses[batches] = [step.losses for step in read(out / "steps.jsonl")]
+        replay(out / "steps.jsonl", base="pico", out=tmp_path / f"{batches} again")
+        again, first = (path / "model.safetensors" for path in (tmp_path / f"{batches} again", out / "model"))
+        assert again.read_bytes() == first.read_bytes()
+    assert losses["shuffled"] != losses["by-length"]

@@ -1,0 +1,51 @@
+"""The measured cost of a step: operations by count, memory by what tensors take."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from metazo.optimizers import FirstOrderAdamW, FirstOrderSGD, MeZO
+from metazo.runs.cost import measure
+
+WIDTH, ROWS = 32, 5
+
+
+def model() -> nn.Sequential:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        return nn.Sequential(*[nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(3)])
+
+
+def test_operations_are_those_of_the_products() -> None:
+    """Forward: 2 m n per row and layer. Backward: twice that, without the gradient of the first layer's input."""
+    net, x = model(), torch.ones(ROWS, WIDTH)
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    layer = 2 * ROWS * WIDTH * WIDTH
+    mezo = measure(net, MeZO(net.named_parameters(), lr=1e-3), lambda: net(x).square().mean())
+    sgd = measure(net, FirstOrderSGD(net.named_parameters(), lr=1e-3), lambda: net(x).square().mean())
+    assert mezo.forward_flops == sgd.forward_flops == 3 * layer
+    assert mezo.step_flops == 2 * 3 * layer
+    assert sgd.step_flops == (3 + 5) * layer
+    assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
+
+
+def test_frozen_layers_are_not_pulled_through() -> None:
+    net, x = model(), torch.ones(ROWS, WIDTH)
+    net[0].requires_grad_(False)
+    net[1].requires_grad_(False)
+    cost = measure(net, FirstOrderSGD(net.named_parameters(), lr=1e-3), lambda: net(x).square().mean())
+    assert cost.step_flops == 4 * 2 * ROWS * WIDTH * WIDTH
+
+
+def test_memory_is_weights_gradients_and_moments() -> None:
+    net, x = model(), torch.ones(1, WIDTH)
+    weights = sum(4 * p.numel() for p in net.parameters())
+    loss = lambda: net(x).square().mean()  # noqa: E731
+    mezo = measure(net, MeZO(net.named_parameters(), lr=1e-3), loss)
+    adamw = measure(net, FirstOrderAdamW(net.named_parameters(), lr=1e-3), loss)
+    assert weights <= mezo.inference_bytes <= 1.15 * weights
+    assert (
+        mezo.step_bytes < weights + 1.5 * 4 * WIDTH**2
+    )  # the check that weights are finite looks at one tensor at a time
+    assert 4 * weights <= adamw.step_bytes <= 5.5 * weights  # gradients, two moments, and what the update makes
