@@ -75,7 +75,7 @@ def warm_up(job: Job) -> None:
     """Take two steps that are not timed, so that imports, compiled kernels and the allocator are ready."""
     config = replace(job.config, forwards=None, steps=2, dev_examples=0, test_examples=0, keep="none", eval_every=2)
     try:
-        run_settings(config)
+        run_settings(config, plot=False)
     except (UserError, RuntimeError, OSError):
         pass  # the run itself reports it
     finally:
@@ -96,7 +96,7 @@ def failed(job: Job, reason: str | None, so_far: Result | None = None, *, status
 
 def _train(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
     began, computed = time.monotonic(), time.process_time()
-    summary = run_settings(job.config)
+    summary = run_settings(job.config, plot=False)
     wall, computed = time.monotonic() - began, time.process_time() - computed
     records = RunFolder.read_records(job.config.out)
     last = records[-1]

@@ -47,6 +47,8 @@ class Grid:
     """Number of seeds of a search: 1000, 1001, ...; their runs are not reported"""
     search_budget: float = 1.0
     """Forward passes per run of the search, as a fraction of the budget"""
+    search_config: dict[str, Any] = field(default_factory=dict)
+    """Settings of the search's runs alone, as for metazo finetune, such as eval_every"""
     extensions: int = 5
     """Most additional rates if the best rate of a search is its smallest or largest"""
     time_budget: float | str | None = None
@@ -82,7 +84,8 @@ class Grid:
             raise UserError("`tasks` is empty, and a comparison needs at least one; metazo tasks lists them.")
         if self.lrs is not None and (not self.lrs or min(self.lrs) <= 0):
             raise UserError(f"`lrs` is a list of numbers above 0, not {self.lrs}.")
-        Column("config", ZERO_SHOT, self.config).settings()
+        for name in ("config", "search_config"):
+            Column(name, ZERO_SHOT, getattr(self, name)).settings()
         self.resolved = resolve(self.columns, self.tuner)
 
     def column(self, name: str) -> Column:
@@ -134,8 +137,9 @@ class Run:
         elif grid.keep_models:
             own["keep"] = "last"
         layers: list[Mapping[str, Any]] = [{"model": grid.model, "data": grid.data}, OF_A_RUN, grid.config]
+        last = [grid.search_config] if self.kind == "search" else []
         try:
-            return build(FinetuneConfig, *layers, self.column.settings(), own)
+            return build(FinetuneConfig, *layers, self.column.settings(), *last, own)
         except UserError as error:
             raise UserError(f"Column {self.column.name!r}: {error}") from error
 

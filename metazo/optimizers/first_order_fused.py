@@ -19,7 +19,6 @@ of one batch do not fit (then checkpoint the layers, which costs one more forwar
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -71,11 +70,6 @@ class FirstOrderFused(ZOOptimizer):
     ):
         self.normalise = normalise
         super().__init__(params, lr, weight_decay=weight_decay, seed=seed, precision=precision)
-
-    @classmethod
-    def hyperparameters(cls) -> dict[str, inspect.Parameter]:
-        perturbing = inspect.signature(ZOOptimizer.__init__).parameters  # eps, noise, scale, ...: of no use here
-        return {key: p for key, p in super().hyperparameters().items() if key not in perturbing}
 
     def init(self, tensors: Sequence[NamedTensor]) -> State:
         return {"fused/vanished": torch.zeros((), dtype=torch.int64)}

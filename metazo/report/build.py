@@ -11,7 +11,7 @@ from typing import Literal
 from metazo.io.extras import needs
 from metazo.plots.style import svg
 
-from . import costs, figures, sigma, tables
+from . import costs, figures, rivals, sigma, tables
 from .analysis import Analysis
 from .comparison import CONTROL, Comparison
 from .numbers import Run, part
@@ -77,7 +77,14 @@ def build(data: Comparison, metric: Literal["loss", "accuracy"] | None = None) -
     if metric is None:
         metric = "accuracy" if names == {"accuracy"} else "loss"
     main, other = (by_loss, by_metric) if metric == "loss" else (by_metric, by_loss)
-    sections = [_results(main, other), _tests(main, other), _way(by_loss), _memory(main), _rates(data)]
+    sections = [
+        _results(main, other),
+        _tests(main, other),
+        _way(by_loss),
+        _rivals(by_loss),
+        _memory(main),
+        _rates(data),
+    ]
     sections += [_blocks(data), _holes(by_loss), _setting(data)]
     return Report(data, story(main, other), _headline(main), [section for section in sections if section.parts])
 
@@ -140,6 +147,24 @@ def _way(by_loss: Analysis) -> Section:
     if any(by_loss.time_budget(task) for task in data.tasks):
         section.add(costs.equal_time(by_loss))
     return section
+
+
+def _rivals(by_loss: Analysis) -> Section:
+    """Empty for results without a measured cost."""
+    section, data = Section("rivals", "Loss, work and memory", ""), by_loss.data
+    if not data.reference or not by_loss.tasks or not rivals.measured(data):
+        return section
+    section.add(
+        Picture(
+            "plane",
+            "Loss against work and memory",
+            "Left: mean loss on dev over tasks and seeds; a forward-equivalent is the work of one forward pass of "
+            f"{data.reference}. Right: loss on test at the end against the peak memory of a step.",
+            "Average loss of every column against its work and its peak memory; the numbers are in the table below.",
+            partial(rivals.plane, by_loss),
+        )
+    )
+    return section.add(rivals.table(by_loss))
 
 
 def _memory(main: Analysis) -> Section:

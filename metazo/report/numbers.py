@@ -42,6 +42,7 @@ class Run:
     cpu: float | None
     memory: float | None
     trained: float | None
+    steps: float | None
     info: dict[str, Any] = field(repr=False)
     sigma: dict[str, Any] | None = field(default=None, repr=False)
 
@@ -116,6 +117,7 @@ def run_of(result: Result) -> Run:
         cpu=number(train.get("cpu_seconds")),
         memory=number(train.get("peak_memory_bytes")),
         trained=number(train.get("trained_weights", info.get("trained_weights"))),
+        steps=number(train.get("steps")),
         info=info,
         sigma=part(train, "sigma") or None,
     )

@@ -36,9 +36,9 @@ from metazo.steplog.writer import StepLog
 from metazo.tasks.closures import BatchLoss
 
 
-def run_settings(config: FinetuneConfig, console: Console | None = None) -> dict[str, Any]:
+def run_settings(config: FinetuneConfig, console: Console | None = None, *, plot: bool = True) -> dict[str, Any]:
     """`tune` for a run that is described by its settings alone, without objects in memory. Returns its summary."""
-    return tune(config, console=console).summary
+    return tune(config, console=console, plot=plot).summary
 
 
 def tune(
@@ -48,11 +48,13 @@ def tune(
     *,
     on_step: Callable[[Step], None] | None = None,
     on_evaluation: Callable[[dict[str, Any]], None] | None = None,
+    plot: bool = True,
 ) -> Finetuned:
     """Run or resume the fine-tuning that `config` describes (see FinetuneConfig); `given` objects replace those that it
     names. `metazo.finetune` and the command line both call it.
 
-    The callbacks get the record of each step and of each evaluation. Without `config.out` nothing is written.
+    The callbacks get the record of each step and of each evaluation. Without `config.out` nothing is written; without `plot`
+    there is no curve.png.
     Raises UserError for bad input before anything is written, and Interrupted, with the run saved, if a signal stops it.
     """
     refuse_ranks("finetune")
@@ -90,7 +92,7 @@ def tune(
             try:
                 run.catch_up()
                 run.go_on()
-                summary = run.finish()
+                summary = run.finish(plot)
             finally:
                 setup.optimizer.settle()
                 run.log.close()
@@ -263,7 +265,7 @@ class _Run:
 
     # -- the end -------------------------------------------------------------------------------------------------
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self, plot: bool) -> dict[str, Any]:
         """Test, save the model, and write the summary; it is written last, so that a run with a summary is complete."""
         config, loaded, records = self.config, self.setup.loaded, self.scores.records
         self.optimizer.settle()
@@ -294,7 +296,8 @@ class _Run:
             "test": test,
             "notes": notes,
         }
-        self._plot(records)
+        if plot:
+            self._plot(records)
         self.folder.complete(summary)
         return summary
 

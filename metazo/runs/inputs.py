@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple
+from dataclasses import fields
 from hashlib import sha256
 from typing import Any
 
@@ -76,7 +76,8 @@ def data_hash(prepared: Prepared) -> str:
     found = sha256()
     for split in (prepared.train, prepared.dev, prepared.test):
         for example in split:
-            found.update(json.dumps(astuple(example)).encode() + b"\n")
+            values = [getattr(example, item.name) for item in fields(example)]
+            found.update(json.dumps(values).encode() + b"\n")
         found.update(b"\n")
     return found.hexdigest()
 

@@ -1,0 +1,214 @@
+"""Columns at their measured cost: average rank, work until the reference's final loss, memory beside inference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, median
+
+import numpy as np
+
+from metazo.io.extras import needs
+from metazo.plots.style import log_axis, look, styled
+
+from .analysis import Analysis
+from .comparison import UNTRAINED, Comparison
+from .figures import clipped, highlighted, name_points, shared_legend
+from .numbers import Run, number, part
+from .table import NONE, Cell, Table, count, loss, p_value
+from .tables import best_of, by_family
+
+with needs("report"):
+    from matplotlib.figure import Figure
+    from scipy.stats import rankdata
+
+TENTH = 0.1
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A column at its measured cost, over the tasks that count.
+
+    rank: mean over the cells (task, seed) that all columns have, 1 is best; equivalents: of a run, in forward passes of the
+    reference on the same batch, by operations; ratio: median over cells of the equivalents until the reference's final loss
+    on dev, by those of the reference's run (inf: more than half did not reach it); tenth: share of cells at or below 1/10;
+    memory: peak of a step by that of inference. None if the results hold no measured cost.
+    """
+
+    column: str
+    rank: float | None
+    equivalents: float | None
+    ratio: float | None
+    tenth: float | None
+    memory: float | None
+
+
+def rivals(analysis: Analysis) -> list[Rival]:
+    """Every column that trains, the best average rank first."""
+    data, ranked = analysis.data, ranks(analysis)
+    found = []
+    for column in by_family(data):
+        if data.family(column) == UNTRAINED:
+            continue
+        runs = [(task, run) for task in analysis.tasks for run in data.of(task, column)]
+        spent = [e for task, run in runs if (e := equivalents(data, task, run)) is not None]
+        ratios = [ratio for task in analysis.tasks for ratio in _ratios(data, task, column)]
+        above = [m for _, run in runs if (m := memory(run)) is not None]
+        found.append(
+            Rival(
+                column,
+                ranked.get(column),
+                median(spent) if spent else None,
+                median(ratios) if ratios else None,
+                fmean(ratio <= TENTH for ratio in ratios) if ratios else None,
+                median(above) if above else None,
+            )
+        )
+    return sorted(found, key=lambda rival: math.inf if rival.rank is None else rival.rank)
+
+
+def ranks(analysis: Analysis) -> dict[str, float]:
+    """Average rank by column over the cells (task, seed) in which every column has a run; a run that failed is last."""
+    data = analysis.data
+    columns = [column for column in data.columns if data.family(column) != UNTRAINED]
+    rows = []
+    for task in analysis.tasks:
+        sides = []
+        for column in columns:
+            values = {run.seed: run.value(analysis.measure) for run in data.of(task, column)}
+            sides.append(values | dict.fromkeys(data.failed(task, column), -analysis.sign * math.inf))
+        shared = set.intersection(*(set(side) for side in sides)) if sides else set()
+        rows += [[side[seed] for side in sides] for seed in sorted(shared)]
+    rows = [row for row in rows if None not in row]
+    if not rows:
+        return {}
+    places = rankdata(-analysis.sign * np.array(rows, dtype=float), axis=1)
+    return dict(zip(columns, places.mean(0).tolist()))
+
+
+def memory(run: Run) -> float | None:
+    """Peak memory of a step by that of inference."""
+    cost = part(run.info, "cost")
+    step, inference = number(cost.get("step_bytes")), number(cost.get("inference_bytes"))
+    return step / inference if step and inference else None
+
+
+def equivalents(data: Comparison, task: str, run: Run, forwards: float | None = None) -> float | None:
+    """A run's work up to so many of its own forward passes (by default all) in forward passes of the reference."""
+    operations = number(part(run.info, "cost").get("step_flops"))
+    of_reference = [part(other.info, "cost") for other in data.of(task, data.reference or "")]
+    one = next((flops for cost in of_reference if (flops := number(cost.get("forward_flops")))), None)
+    if operations is None or one is None or not run.steps or not run.forwards:
+        return None
+    share = 1.0 if forwards is None else forwards / run.forwards
+    return share * run.steps * operations / one
+
+
+def _ratios(data: Comparison, task: str, column: str) -> list[float]:
+    """By seed; cells without a finished run of the reference are left out, and a failed run did not reach it."""
+    theirs = {run.seed: run for run in data.of(task, data.reference or "") if run.curve}
+    found = [math.inf for seed in data.failed(task, column) if seed in theirs]
+    for run in data.of(task, column):
+        if run.seed not in theirs or not run.curve:
+            continue
+        whole, target = equivalents(data, task, theirs[run.seed]), theirs[run.seed].curve[-1].loss
+        first = next((point.forwards for point in run.curve if point.loss <= target), None)
+        spent = math.inf if first is None else equivalents(data, task, run, first)
+        if whole and spent is not None:
+            found.append(spent / whole)
+    return found
+
+
+def table(analysis: Analysis) -> Table:
+    """Empty if the results hold no measured cost."""
+    data, found = analysis.data, rivals(analysis)
+    made = Table(
+        "rivals",
+        "Columns at their measured cost",
+        f"Over the tasks that count, best average rank first. Rank: of the loss on test, mean over pairs of task and seed, 1 "
+        f"is the best of {len(found)}; p: paired with {data.reference}, Holm. Forward-equivalents: operations of a run by "
+        f"those of a forward pass of {data.reference} on the same batch; frozen layers are computed once and cost nothing. "
+        f"“Until {data.reference}’s final loss”: the share of {data.reference}’s own run that a column needs to come to the "
+        "loss on dev at its end, median over pairs (as fine as the spacing of evaluations), and the share of pairs that need "
+        "at most a tenth. Memory: most bytes of tensors in a step by most in inference, weights included.",
+        ["column", "rank", "p (Holm)", "loss (nats)", "accuracy (%)", "forward-equivalents",
+         f"until {data.reference}’s final loss", "pairs within 1/10 (%)", "memory (× inference)"],
+    )  # fmt: skip
+    if not any(rival.memory for rival in found):
+        return made
+    scores = Analysis(data, "metric")
+    averages = {rival.column: analysis.average(rival.column) for rival in found}
+    best = best_of(data, analysis.tasks, lambda c: v.mean if (v := averages.get(c)) else None, lower=True)
+    for rival in found:
+        average, score = averages[rival.column], scores.average(rival.column)
+        test = analysis.tests.get(rival.column)
+        made.add(
+            rival.column,
+            NONE if rival.rank is None else f"{rival.rank:.1f}",
+            p_value(test.holm) if test else NONE,
+            Cell(NONE if average is None else loss(average.mean), rival.column == best),
+            NONE if score is None else f"{100 * score.mean:.1f}",
+            NONE if rival.equivalents is None else count(rival.equivalents),
+            NONE if rival.ratio is None else f"{rival.ratio:.2f}" if math.isfinite(rival.ratio) else "not reached",
+            NONE if rival.tenth is None else f"{100 * rival.tenth:.0f}",
+            NONE if rival.memory is None else f"{rival.memory:.2f}",
+        )
+    return made
+
+
+def plane(analysis: Analysis) -> Figure:
+    """Left: mean loss on dev over tasks and seeds against forward-equivalents. Right: loss on test against memory."""
+    data, chosen = analysis.data, highlighted(analysis)
+    found = {rival.column: rival for rival in rivals(analysis)}
+    with styled():
+        figure = Figure(figsize=(11.5, 4.6), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        for column in [*(c for c in found if c not in chosen), *(c for c in chosen if c in found)]:
+            line = mean_curve(data, analysis.tasks, column)
+            if line is None:
+                continue
+            if column in chosen:
+                left.plot(*line, label=clipped(column), markevery=2, zorder=3, **look(chosen.index(column)))
+            else:
+                left.plot(*line, color="#bbbbbb", linewidth=0.9, label="others", zorder=1)
+        left.set_xscale("log")
+        left.set(xlabel="forward-equivalents (logarithmic)   ← better", ylabel="loss on dev, average (nats)")
+        points = [
+            (rival.memory, average.mean, column)
+            for column, rival in found.items()
+            if rival.memory and (average := analysis.average(column))
+        ]
+        for place, value, column in points:
+            style = look(chosen.index(column)) if column in chosen else {"color": "#888888", "marker": "o"}
+            right.plot(place, value, markersize=7, **style | {"linestyle": ""}, zorder=3)
+        right.set(
+            xlabel="peak memory by that of inference   ← better", ylabel="loss on test, average (nats)   ← better"
+        )
+        right.margins(x=0.15, y=0.1)
+        if points:
+            log_axis(left, "x")
+            name_points(right, points)
+        shared_legend(figure, [left])
+    return figure
+
+
+def mean_curve(
+    data: Comparison, tasks: Sequence[str], column: str, points: int = 40
+) -> tuple[list[float], list[float]] | None:
+    """Forward-equivalents and loss on dev, mean over all finished runs, at even shares of a run after its start."""
+    runs = [(task, run) for task in tasks for run in data.of(task, column) if len(run.curve) > 1]
+    spent = [equivalents(data, task, run) for task, run in runs]
+    if not runs or None in spent:
+        return None
+    shares = np.linspace(0, 1, points + 1)[1:]
+    losses = [
+        np.interp(shares, [p.forwards / run.curve[-1].forwards for p in run.curve], [p.loss for p in run.curve])
+        for _, run in runs
+    ]
+    return (shares * fmean(value for value in spent if value is not None)).tolist(), np.mean(losses, 0).tolist()
+
+
+def measured(data: Comparison) -> bool:
+    """Whether the results hold a measured cost."""
+    return any(part(info, "cost") for info in data.infos)

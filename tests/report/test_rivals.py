@@ -1,0 +1,127 @@
+"""Rank, work and memory of columns against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from metazo.comparisons.results import Result, cell_path
+from metazo.report import rivals
+from metazo.report.analysis import Analysis
+from metazo.report.build import build
+from metazo.report.comparison import Comparison
+from tests.report import synthetic
+from tests.report.synthetic import Column
+from tests.report.test_tables import row, set_curve
+
+FINALS = {"mezo": (0.5, 0.6, 0.7), "skip-feedback": (0.4, 0.6, 0.9), "first-order-adamw": (0.1, 0.2, 0.3)}
+CURVES = {  # on dev, 100 of its own forward passes between evaluations
+    "mezo": (0.69, 0.65, 0.6, 0.5),
+    "skip-feedback": (0.69, 0.5, 0.45, 0.4),
+    "first-order-adamw": (0.69, 0.68, 0.51, 0.3),
+}
+COSTS = {  # operations of a forward pass and of a step; memory of inference and of a step
+    "mezo": (10, 20, 1000, 1010),
+    "skip-feedback": (10, 30, 1000, 1050),
+    "first-order-adamw": (5, 15, 1000, 2000),
+}
+
+
+def save(folder: Path, name: str, seed: int, **info) -> Result:
+    column = Column(name, 0.5, optimizer=name)
+    result = synthetic.result(column, "sst2", seed, loss=FINALS[name][seed], **info)
+    names = ("forward_flops", "step_flops", "inference_bytes", "step_bytes")
+    result.run_info["cost"] = dict(zip(names, COSTS[name]))
+    set_curve(result, CURVES[name])
+    result.train_info["steps"] = 150 if name == "mezo" else 100
+    result.save(cell_path(folder, "sst2", name, "seed", seed))
+    return result
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name, finals in FINALS.items():
+        for seed in range(len(finals)):
+            save(tmp_path, name, seed)
+    return tmp_path
+
+
+def found(folder: Path) -> dict[str, rivals.Rival]:
+    return {rival.column: rival for rival in rivals.rivals(Analysis(Comparison(folder), "loss"))}
+
+
+def test_work_and_memory(folder: Path) -> None:
+    """mezo: 150 steps of 20 operations, a forward pass has 10; AdamW trains half of it: 100 steps of 15."""
+    by_name = found(folder)
+    assert {name: rival.equivalents for name, rival in by_name.items()} == {
+        "mezo": 300, "skip-feedback": 300, "first-order-adamw": 150,
+    }  # fmt: skip
+    assert [by_name[name].memory for name in CURVES] == [1.01, 1.05, 2.0]
+
+
+def test_ratio_is_of_the_references_work(folder: Path) -> None:
+    """mezo ends at 0.5: skip feedback is there at the first third of its 300, AdamW at the end of its 150."""
+    by_name = found(folder)
+    assert by_name["mezo"].ratio == 1.0
+    assert by_name["skip-feedback"].ratio == pytest.approx(1 / 3)
+    assert by_name["first-order-adamw"].ratio == pytest.approx(150 / 300)
+    assert all(rival.tenth == 0 for rival in by_name.values())
+
+
+def test_a_tenth_is_counted_by_pair(folder: Path) -> None:
+    result = save(folder, "skip-feedback", 2)
+    result.run_info["cost"]["step_flops"] = 9  # 100 of 300 forward passes at 9 / 30 of the work
+    result.save(cell_path(folder, "sst2", "skip-feedback", "seed", 2))
+    assert found(folder)["skip-feedback"].tenth == pytest.approx(1 / 3)
+
+
+def test_ranks_share_ties_and_put_failures_last(folder: Path) -> None:
+    """Seed by seed: AdamW is first, skip feedback second, level and last."""
+    by_name = found(folder)
+    assert [by_name[name].rank for name in FINALS] == pytest.approx([(3 + 2.5 + 2) / 3, (2 + 2.5 + 3) / 3, 1])
+    assert next(iter(by_name)) == "first-order-adamw"
+    save(folder, "first-order-adamw", 0, status="diverged", reason="Diverged.")
+    by_name = found(folder)
+    assert by_name["first-order-adamw"].rank == pytest.approx((3 + 1 + 1) / 3)
+    assert by_name["mezo"].rank == pytest.approx((2 + 2.5 + 2) / 3)
+    assert by_name["first-order-adamw"].ratio == pytest.approx(0.5)  # median of 1/2, 1/2 and never
+
+
+def test_a_column_that_does_not_reach_it_says_so(folder: Path) -> None:
+    for seed in range(3):
+        result = save(folder, "skip-feedback", seed)
+        set_curve(result, (0.69, 0.68, 0.67, 0.66))
+        result.save(cell_path(folder, "sst2", "skip-feedback", "seed", seed))
+    assert found(folder)["skip-feedback"].ratio == math.inf
+    table = rivals.table(Analysis(Comparison(folder), "loss"))
+    assert row(table, "skip-feedback")[6:8] == ["not reached", "0"]
+
+
+def test_the_table_and_the_picture_are_in_the_report(folder: Path) -> None:
+    report = build(Comparison(folder))
+    table = next(table for table in report.tables if table.name == "rivals")
+    assert row(table, "first-order-adamw") == [
+        "first-order-adamw",
+        "1.0",
+        "0.5",
+        "0.200",
+        "88.0",
+        "150",
+        "0.50",
+        "0",
+        "2.00",
+    ]
+    assert "skip-feedback" in next(picture for picture in report.pictures if picture.name == "plane").svg
+
+
+def test_older_results_have_neither(tmp_path: Path) -> None:
+    report = build(Comparison(synthetic.write(tmp_path, seeds=2)))
+    assert not {"rivals", "plane"} & {part.name for section in report.sections for part in section.parts}
+
+
+def test_the_mean_curve_is_over_equal_shares_of_the_runs(folder: Path) -> None:
+    spent, losses = rivals.mean_curve(Comparison(folder), ["sst2"], "mezo", points=6)
+    assert spent == pytest.approx([50, 100, 150, 200, 250, 300])
+    assert losses == pytest.approx([0.67, 0.65, 0.625, 0.6, 0.55, 0.5])
