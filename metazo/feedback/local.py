@@ -54,6 +54,7 @@ class LocalGradient:
             )
         self.recorder = Recorder(residual, names, min(inside), recompute)
         self.narrow = recompute  # run blocks at the last position alone if error is only there
+        self.at_last = False  # whether the block that ran last did so
         self.inside = {names[key] for key in names if key in block_of}
         self.untouched: list[str] = []
 
@@ -112,6 +113,7 @@ class LocalGradient:
                     self._compare(index, call, output)
         finally:
             watched.close()
+        self.at_last = output.shape[1] < leaf.shape[1]
         return leaf, output, watched
 
     def _compare(self, index: int, call: Call, output: Tensor | None) -> None:

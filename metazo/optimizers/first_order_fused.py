@@ -35,7 +35,7 @@ from metazo.optimizers.registry import register
 from metazo.optimizers.structured import FLOOR, NO_CLOSURE, REPLAY
 from metazo.step.lowrank import Held
 from metazo.step.record import Step
-from metazo.step.weights import Term
+from metazo.step.terms import Term
 
 
 @register

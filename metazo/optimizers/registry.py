@@ -94,6 +94,12 @@ class Method:
     noise: Any = None
     scale: Any = None
 
+    def measure_cost(self, closure: Callable[[], Any]) -> None:
+        """Measure the cost of a step, if `forwards_per_step` depends on the model and the loss.
+
+        Called once before the first step of a run. closure: the loss of one batch. The weights must not change.
+        """
+
     def settle(self) -> None:
         """Apply the update that waits for the next step, if there is one."""
 

@@ -21,6 +21,7 @@ single residual stream, dropout, or several processes. Methods that perturb weig
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -34,6 +35,7 @@ from metazo.feedback.local import LocalGradient
 from metazo.feedback.momentum import FactoredMomentum
 from metazo.feedback.residual import find_residual, linear_maps
 from metazo.feedback.surrogates import Surrogate
+from metazo.kernels.operations import count_operations
 from metazo.kernels.outer import plain_
 from metazo.optimizers.base import State, ZOOptimizer
 from metazo.optimizers.groups import Closure, listed
@@ -108,6 +110,7 @@ class Structured(ZOOptimizer):
             raise UserError(f"`momentum_rank` must be a whole number of at least 1, not {momentum_rank}.")
         self.model, self.normalise, self.recompute = model, normalise, recompute
         self.momentum, self.momentum_rank = momentum, momentum_rank
+        self.measured: float | None = None
         super().__init__(params, lr, weight_decay=weight_decay, seed=seed, precision=precision)
 
     def surrogate(self) -> Surrogate:
@@ -162,11 +165,28 @@ class Structured(ZOOptimizer):
             found.append(f"{self.vanished} updates of single tensors were left out: their estimate was not finite.")
         return found
 
+    def measure_cost(self, closure: Closure) -> None:
+        """If only the last position contributes to the loss, blocks run there alone, and the cost is measured on the batch."""
+        if not self.recompute:  # blocks run whole
+            return
+        self._prepare()
+        with self.weights.evaluating():
+            forward = count_operations(lambda: self._forward(closure))
+            step = count_operations(lambda: deque(self.local.gradients(self.local.capture([closure])), maxlen=0))
+        if self.local.at_last and forward:
+            self.measured = round(step / forward, 2)
+
+    @staticmethod
+    @torch.no_grad()
+    def _forward(closure: Closure) -> None:
+        closure()
+
     def forwards_per_step(self, closures: int = 1) -> float:
         """Cost in forward passes of the trained blocks, if every position contributes to the loss: the pass, running blocks
-        again, propagating errors, and gradients. It is about 1.5 if only the last position does.
+        again, propagating errors, and gradients. If only the last position does, the operations of a step by those of a
+        forward pass, after `measure_cost`.
         """
-        return (4 if self.recompute else 3) * closures
+        return (self.measured or (4 if self.recompute else 3)) * closures
 
     def step(  # type: ignore[override]
         self, closure: Closure | Sequence[Closure] | None = None, *, replay: Step | None = None
@@ -185,7 +205,8 @@ class Structured(ZOOptimizer):
             )
         with self.weights.evaluating():
             captured = self.local.capture(closures)
-        self.forwards += int(self.forwards_per_step(len(closures)))
+        cost = self.forwards_per_step(len(closures))
+        self.forwards += round((self.steps + 1) * cost) - round(self.steps * cost)  # whole numbers that add up
         loss = captured.loss
         if replay and replay.losses != (loss,):
             raise UserError(f"Step {self.steps} was recorded with loss {replay.losses[0]} and gives {loss} now.")

@@ -45,8 +45,8 @@ class FinetuneConfig:
     """Early stopping: number of evaluations in a row without a lower loss on dev after which the run ends; by default never"""
     batch_size: int = setting(default=16, least=1, role="data")
     """Examples per batch"""
-    batches: Literal["shuffled", "by-length"] = setting(default="shuffled", role="data")
-    """Choice of a batch's examples: at random, or of similar length, which saves padding"""
+    batches: Literal["by-length"] | None = setting(default=None, role="data")
+    """Choice of a batch's examples: by-length takes inputs of similar length, which saves padding; by default at random"""
     accumulate: int = setting(default=1, least=1, role="loop")
     """Batches per step, whose losses are averaged for the same probes"""
     schedule: Literal["constant", "linear", "cosine"] = setting(default="constant", role="method")

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+
+from metazo.kernels.operations import count_operations
 
 
 @dataclass(frozen=True)
@@ -46,42 +46,18 @@ def measure(model: nn.Module, optimizer: Any, loss: Callable[[], Tensor]) -> Cos
             loss()
 
     forward()  # what is cached is there
-    one = _flops(forward)
+    one = count_operations(forward)
     inference = own + _most(forward, device)
     taken = own + _most(lambda: [optimizer.step(loss) for _ in range(2)], device)
     if optimizer.replayable:
         flops = round(one * optimizer.forwards_per_step())
     else:
-        flops = _flops(lambda: optimizer.step(loss))
+        flops = count_operations(lambda: optimizer.step(loss))
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name in kept:
                 p.copy_(kept[name])
     return Cost(one, flops, inference, max(taken, inference))
-
-
-class _Operations(TorchDispatchMode):
-    """Counts by torch's formulas. Its own FlopCounterMode follows modules with hooks, which torch.autograd.grad refuses."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        formula = flop_registry.get(func._overloadpacket)
-        if formula is None:
-            with self:  # under inference mode a product comes as a composite operation
-                parts = func.decompose(*args, **kwargs)
-            if parts is not NotImplemented:
-                return parts
-        out = func(*args, **kwargs)
-        self.count += formula(*args, **kwargs, out_val=out) if formula else 0
-        return out
-
-
-def _flops(call: Callable[[], Any]) -> int:
-    with _Operations() as operations:
-        call()
-    return operations.count
 
 
 def _most(call: Callable[[], Any], device: torch.device) -> int:

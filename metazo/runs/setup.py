@@ -203,6 +203,7 @@ def make_optimizer(
     changed = {key: value for key, value in found.items() if key not in given or value is not given[key]}
     shared = {key: changed.pop(key) for key in list(changed) if key in FinetuneConfig.__dataclass_fields__}
     optimizer: Any = cls(loaded.model.named_parameters(), **found)
+    optimizer.measure_cost(batch)
     if optimizer.wants_full_closure:
         optimizer.full_closure = FullLoss(loaded.model, prepared, config.eval_batch_size, device)
     return replace(config, **shared, method=config.method | changed), optimizer

@@ -219,3 +219,51 @@ def test_settings_out_of_range(settings, sentence) -> None:
         SkipFeedback(tiny.model.named_parameters(), model=tiny.model, **settings)
     with pytest.raises(UserError, match="`positions` 'some' is unknown: choose carrying or all"):
         AnswerColumn(tiny.model.named_parameters(), model=tiny.model, positions="some")
+
+
+def test_the_cost_of_a_step_at_the_last_position_is_measured() -> None:
+    """Operations counted by hand, in units of two per multiplication of a weight and an entry."""
+    import transformers
+
+    d, f, keys, vocabulary, blocks, rows, length = 48, 80, 24, 101, 2, 3, 19
+    config = transformers.LlamaConfig(
+        hidden_size=d,
+        intermediate_size=f,
+        num_hidden_layers=blocks,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=vocabulary,
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    ids = torch.arange(rows * length).view(rows, length)
+    for name, p in model.named_parameters():
+        p.requires_grad_("layers" in name)
+
+    def loss(keep: int = 1) -> torch.Tensor:
+        return model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits.square().mean()
+
+    every, attention = rows * length, 4 * length * d
+    maps = 2 * (2 * d * d + 2 * d * keys + 3 * d * f)  # q and o, k and v, MLP
+    head = 2 * rows * d * vocabulary
+    forward = blocks * every * (maps + attention) + head
+    again = every * 2 * (d * d + 2 * d * keys) + rows * (maps + attention)  # to the keys and values, then one position
+    errors = rows * 2 * (2 * d * d + 3 * d * f) + every * 2 * 2 * d * keys + 2.5 * rows * attention
+    gradients = 2 * 2 * d * keys * every  # of k and v, whose factors are larger than they are
+    step = forward + head + blocks * (again + errors + gradients)
+
+    optimizer = SkipFeedback(model.named_parameters(), 1e-3, model=model)
+    before = weights(model)
+    optimizer.measure_cost(loss)
+    assert optimizer.forwards_per_step() == round(step / forward, 2) == 1.56
+    assert optimizer.forwards_per_step(3) == 3 * 1.56
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    for _ in range(25):
+        optimizer.step(loss)
+    assert optimizer.forwards == 39  # 25 * 1.56
+
+    every_position = SkipFeedback(model.named_parameters(), 1e-3, model=model)
+    every_position.measure_cost(lambda: loss(0))
+    assert every_position.forwards_per_step() == 4
+    kept = SkipFeedback(model.named_parameters(), 1e-3, model=model, recompute=False)
+    kept.measure_cost(loss)
+    assert kept.forwards_per_step() == 3

@@ -29,7 +29,7 @@ def run(out: Path, **settings):
 def test_a_run_learns_and_refuses_a_replay(tmp_path: Path) -> None:
     summary = run(tmp_path / "run", optimizer="answer-column", steps=8)
     assert summary["dev"]["loss"] < 0.8 * summary["before"]["loss"]
-    assert summary["forwards"] == 8 * 4
+    assert 8 < summary["forwards"] < 8 * 2  # label words: the last position contributes alone
     with pytest.raises(UserError, match="cannot be replayed: its method is 'answer-column'"):
         replay(tmp_path / "run" / "steps.jsonl", base="pico", out=tmp_path / "again")
 

@@ -1,0 +1,53 @@
+"""Counts the floating-point operations of matrix products and attention, by torch's formulas."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+
+def _attention(query: Any, key: Any, value: Any, *rest: Any, **named: Any) -> int:
+    return sdpa_flop_count(query.shape, key.shape, value.shape)
+
+
+def _attention_backward(above: Any, query: Any, key: Any, value: Any, *rest: Any, **named: Any) -> int:
+    return sdpa_backward_flop_count(above.shape, query.shape, key.shape, value.shape)
+
+
+_FORMULAS = {  # torch has none for its kernel on the CPU
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    **flop_registry,
+}
+
+
+class _Operations(TorchDispatchMode):
+    """torch's own FlopCounterMode follows modules with hooks, which torch.autograd.grad refuses."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        formula = _FORMULAS.get(func._overloadpacket)
+        if formula is None:
+            with self:  # under inference mode a product comes as a composite operation
+                parts = func.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
+        out = func(*args, **kwargs)
+        self.count += formula(*args, **kwargs, out_val=out) if formula else 0
+        return out
+
+
+def count_operations(call: Callable[[], Any]) -> int:
+    """Operations (multiplications and additions) of the products and the attention that a call computes.
+
+    Element-wise operations, norms and noise are not counted; neither are kernels that are not torch's.
+    """
+    with _Operations() as operations:
+        call()
+    return operations.count
