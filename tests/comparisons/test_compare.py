@@ -277,7 +277,7 @@ def test_dry_run_writes_nothing(tmp_path):
         ({"tasks": ["pico_topic", "pico_topic"]}, "is given twice"),
         (
             {"columns": [{"name": "a", "optimizer": "lozo", "options": {"rank": 0}}]},
-            "Column 'a' on pico_sentiment: rank must",
+            "Column 'a' on pico_sentiment: `rank` must",
         ),
         ({"columns": ["fzoo"], "budget": 3}, "3 forward passes do not pay for one step (9)"),
         ({"config": {**CONFIG, "dev_examples": 0}}, "no dev examples"),
