@@ -10,7 +10,7 @@ import typer
 from metazo.errors import UserError
 from metazo.io.terminal import print_json, print_line
 from metazo.meta.config import MetaConfig
-from metazo.meta.learn_feedback import FeedbackConfig
+from metazo.meta.feedback_config import FeedbackConfig
 from metazo.recipes import locate
 from metazo.settings import read_recipe
 

@@ -12,13 +12,13 @@ import typer
 from rich.table import Table
 
 from metazo.errors import UserError
-from metazo.feedback.tuner import FeedbackTuner
 from metazo.io.terminal import Console, print_json, print_line
 
 from .messages import in_flags
 
 if TYPE_CHECKING:
     from metazo import zoo as library
+    from metazo.feedback.tuner import FeedbackTuner
     from metazo.tuner.file import Tuner
 
 app = typer.Typer(help="Find, check, publish and import tuners.", no_args_is_help=True)
@@ -170,6 +170,8 @@ def _holds(entry: library.Entry) -> str:
 
 def _about(tuner: Tuner | FeedbackTuner) -> dict[str, Any]:
     """The metadata of a tuner, without the list of its blocks."""
+    from metazo.feedback.tuner import FeedbackTuner
+
     if isinstance(tuner, FeedbackTuner):
         width, rank = next(iter(tuner.maps.down.values())).shape
         return {**asdict(tuner.info), "blocks": len(tuner.info.blocks), "width": width, "rank": rank}

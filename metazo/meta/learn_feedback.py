@@ -12,9 +12,9 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,9 +26,9 @@ from metazo.feedback.tuner import FeedbackTuner, describe
 from metazo.io.files import is_file, opened, write_whole
 from metazo.io.lock import FolderLock
 from metazo.io.terminal import Console
+from metazo.meta.feedback_config import FeedbackConfig
 from metazo.models.load import LoadedModel, load_model
 from metazo.runs.method import resolve_device
-from metazo.settings import check_number, check_values
 from metazo.tasks import Prepared, Task, books, in_memory, prepare, resolve
 from metazo.tasks.prepared import last_logits
 from metazo.tasks.rows import checked, load
@@ -36,61 +36,6 @@ from metazo.tasks.task import Row
 from metazo.tasks.text import META_TRAIN, of_families
 
 TUNER, CONFIG = "tuner.safetensors", "config.json"
-BOUNDS: dict[str, dict[str, Any]] = {
-    "texts": {"least": 8, "most": 10**6}, "batch_size": {"least": 1, "most": 4096}, "max_length": {"least": 2},
-    "rank": {"least": 0, "most": 4096}, "ridge": {"least": 0, "most": 1e6}, "draws": {"least": 1, "most": 1024},
-    "seed": {"least": 0, "most": 2**63 - 1},
-}  # fmt: skip
-
-
-@dataclass
-class FeedbackConfig:
-    """Everything that decides a fit of feedback."""
-
-    model: str
-    """Folder or Hub id of the base model; pico is the small one that metazo carries"""
-    out: Path
-    """Folder for the tuner and settings"""
-    task: list[str] = field(default_factory=list)
-    """Task whose training texts are read, by name or a YAML file; several are mixed; labels are not read"""
-    data: Path | None = None
-    """File of unlabelled prompts (.txt with one per line; .jsonl, .csv, ... with a column `text`), or a folder with
-    <task>/<split>.jsonl; a folder without `task` stands for those of the text tasks for meta-training that it holds"""
-    texts: int = 1600
-    """Number of texts"""
-    batch_size: int = 16
-    """Texts per batch"""
-    max_length: int | None = 64
-    """Longest input in tokens"""
-    positions: Literal["answer", "all"] = "answer"
-    """Positions that contribute to the loss: those of an answer or of the pooling, or all (next-token loss, causal models)"""
-    rank: int = 16
-    """Rank of the part beside the identity; 0 fits the trust alone"""
-    ridge: float = 0.02
-    """Ridge of the regression, in units of the variance of a cotangent"""
-    draws: int = 4
-    """Random cotangents per text"""
-    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    """Type of the weights"""
-    device: str = "cpu"
-    """cpu, cuda, cuda:1, ..."""
-    seed: int = 0
-    """Seed of cotangents and of the choice of texts"""
-
-    def __post_init__(self) -> None:
-        check_values(self)
-        for name, bounds in BOUNDS.items():
-            if getattr(self, name) is not None:
-                check_number(name, getattr(self, name), **bounds)
-        if self.texts < HELD_OUT * self.batch_size:
-            raise UserError(
-                f"`texts` {self.texts} makes fewer than {HELD_OUT} batches of `batch_size` {self.batch_size}; give more texts."
-            )
-
-    def recipe(self) -> dict[str, Any]:
-        """The settings that made the tuner, without local paths, as a plain table."""
-        hidden = {"out", "data", "device", "model"}
-        return {key: value for key, value in asdict(self).items() if key not in hidden and value not in (None, [])}
 
 
 def learn_feedback(config: FeedbackConfig, *, console: Console | None = None) -> FeedbackTuner:
@@ -100,6 +45,10 @@ def learn_feedback(config: FeedbackConfig, *, console: Console | None = None) ->
     texts with the skip rule's and with the fitted map's.
     Raises UserError for bad settings, too few texts, a model without a residual stream, or a folder that is not empty.
     """
+    if config.texts < HELD_OUT * config.batch_size:
+        raise UserError(
+            f"`texts` {config.texts} makes fewer than {HELD_OUT} batches of `batch_size` {config.batch_size}; give more texts."
+        )
     if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
         raise UserError(f"`out` {config.out} is not an empty folder; choose another.")
     device = resolve_device(config.device)

@@ -20,8 +20,9 @@ from metazo.io.lock import FolderLock
 from metazo.io.terminal import Console
 from metazo.meta.config import MetaConfig
 from metazo.meta.dryrun import Plan, make_plan
+from metazo.meta.feedback_config import FeedbackConfig
 from metazo.meta.journal import METRICS, Progress, plot, row_of
-from metazo.meta.learn_feedback import FeedbackConfig, learn_feedback
+from metazo.meta.learn_feedback import learn_feedback
 from metazo.meta.loop import MetaRun, make_teacher, restarts
 from metazo.meta.order import Order, PreparedTask
 from metazo.meta.path import Online

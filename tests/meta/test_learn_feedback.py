@@ -13,7 +13,7 @@ import metazo
 from metazo import zoo
 from metazo.errors import UserError
 from metazo.feedback.tuner import FeedbackTuner
-from metazo.meta.learn_feedback import FeedbackConfig
+from metazo.meta.feedback_config import FeedbackConfig
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import run_settings
 
@@ -94,7 +94,7 @@ def test_it_is_published_listed_found_and_used(tiny, tmp_path: Path, monkeypatch
 def test_bad_settings(tiny, tmp_path: Path) -> None:
     model = tiny("llama")
     with pytest.raises(UserError, match="`texts` 16 makes fewer than 4 batches of `batch_size` 8"):
-        FeedbackConfig(str(model), tmp_path / "x", texts=16, batch_size=8)
+        learn(model, tmp_path / "x", texts=16, batch_size=8)
     (tmp_path / "few.txt").write_text("one\ntwo\n")
     with pytest.raises(UserError, match="`data` gives 2 texts, fewer than 4 batches of 4"):
         learn(model, tmp_path / "x", data=tmp_path / "few.txt")
