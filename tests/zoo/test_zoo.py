@@ -33,7 +33,7 @@ def test_push_then_find_load_verify(tmp_path: Path, home: Path) -> None:
     assert torch.equal(zoo.load("tiny/v1").pertnn.w1, make_tuner().pertnn.w1)
     assert torch.equal(zoo.load("tiny").pertnn.w1, make_tuner(seed=1).pertnn.w1)  # the last published
     assert zoo.load("tiny").info.licence == "Apache-2.0"
-    assert [check.problem for check in zoo.verify()] == [None] * len(zoo.tuners())  # the bundled ones as well
+    assert [check.problem for check in zoo.verify()] == [None] * len(zoo.entries())  # the bundled ones as well
 
 
 def test_find_by_fingerprint_comes_before_the_name(tmp_path: Path) -> None:
