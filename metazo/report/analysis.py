@@ -104,17 +104,16 @@ class Analysis:
         known = [(column, value) for column in self.data.columns if (value := self.average(column)) is not None]
         return sorted(known, key=lambda pair: -self.sign * pair[1].mean)
 
-    def gains(self, column: str) -> dict[str, list[float]]:
-        """By task, how much better each run of a column is than the reference's run with the same seed.
+    def gains(self, column: str, other: str) -> dict[str, list[float]]:
+        """By task, how much better each run of a column is than the other column's run with the same seed.
 
         If one run of a pair failed, the difference is -inf or +inf; pairs with a missing run or two failed runs are left out.
         """
-        data, reference = self.data, self.data.reference
+        data = self.data
         found: dict[str, list[float]] = {}
-        for task in self.tasks if reference else ():
-            assert reference is not None
+        for task in self.tasks:
             sides = []
-            for name in (column, reference):
+            for name in (column, other):
                 mine: dict[int, float | None] = {run.seed: run.value(self.measure) for run in data.of(task, name)}
                 sides.append(mine | dict.fromkeys(data.failed(task, name), None))
             ours, theirs = sides
@@ -132,9 +131,12 @@ class Analysis:
     @cached_property
     def tests(self) -> dict[str, Paired]:
         """The test of each column that trains against the reference, with p corrected by Holm over all of them."""
-        data = self.data
-        others = [c for c in data.columns if c != data.reference and data.family(c) != UNTRAINED]
-        found = {column: paired(gains) for column in others if (gains := self.gains(column))}
+        return self.against(self.data.reference) if self.data.reference else {}
+
+    def against(self, other: str) -> dict[str, Paired]:
+        """As `tests`, against any column."""
+        columns = [c for c in self.data.columns if c != other and self.data.family(c) != UNTRAINED]
+        found = {column: paired(gains) for column in columns if (gains := self.gains(column, other))}
         corrected = holm([test.p for test in found.values() if test.p is not None])
         return {column: replace(test, holm=p) for (column, test), p in zip(found.items(), corrected)}
 

@@ -164,7 +164,8 @@ def _rivals(by_loss: Analysis) -> Section:
             partial(rivals.plane, by_loss),
         )
     )
-    return section.add(rivals.table(by_loss))
+    best = rivals.rivals(by_loss)[0].column
+    return section.add(rivals.table(by_loss), tables.tests(by_loss, best, "tests-best"))
 
 
 def _memory(main: Analysis) -> Section:

@@ -127,17 +127,17 @@ def scores(analysis: Analysis) -> Table:
     return table
 
 
-def tests(analysis: Analysis) -> Table:
-    """The paired test of every column that trains against the reference."""
+def tests(analysis: Analysis, other: str | None = None, name: str = "") -> Table:
+    """The paired test of every column that trains against another one, by default the reference."""
     data = analysis.data
     measure = "loss" if analysis.measure == "loss" else metric_name(data, analysis.tasks)
     table = Table(
-        f"tests-{analysis.measure}",
-        f"Paired with {data.reference}, by {measure}",
+        name or f"tests-{analysis.measure}",
+        f"Paired with {other or data.reference}, by {measure}",
         "",
         ["column", "pairs n", "won, lost, tied", "gain", "95 % interval", "test", "p", "least p", "p (Holm)", "tasks won"],
     )  # fmt: skip
-    for column, test in analysis.tests.items():
+    for column, test in (analysis.against(other) if other else analysis.tests).items():
         interval = NONE
         if test.low is not None and test.high is not None:
             interval = f"{score(test.low, analysis.measure)} to {score(test.high, analysis.measure)}"
