@@ -49,10 +49,13 @@ class AtTime:
 
 
 class Analysis:
-    """The analysis by one measure, `loss` or `metric`; the tables use one of each."""
+    """The analysis by one measure, `loss` or `metric`; the tables use one of each.
 
-    def __init__(self, data: Comparison, measure: str):
-        self.data, self.measure = data, measure
+    needs_reference: whether a task counts only if the reference learns it.
+    """
+
+    def __init__(self, data: Comparison, measure: str, *, needs_reference: bool = True):
+        self.data, self.measure, self.needs_reference = data, measure, needs_reference
         self.sign = -1.0 if measure == "loss" else 1.0
 
     # -- which tasks count -------------------------------------------------------------------------------------------
@@ -81,7 +84,7 @@ class Analysis:
             return TaskVerdict(task, True, "")
         if not data.of(task, reference):
             return TaskVerdict(task, False, f"{reference}, the reference, has no finished run on it.")
-        if not learns(data, task, reference):
+        if self.needs_reference and not learns(data, task, reference):
             text = f"{reference}, the reference, ends no better than before training or than the commonest class."
             return TaskVerdict(task, False, text)
         note = (

@@ -81,7 +81,7 @@ def build(data: Comparison, metric: Literal["loss", "accuracy"] | None = None) -
         _results(main, other),
         _tests(main, other),
         _way(by_loss),
-        _rivals(by_loss),
+        _rivals(data),
         _memory(main),
         _rates(data),
     ]
@@ -149,9 +149,9 @@ def _way(by_loss: Analysis) -> Section:
     return section
 
 
-def _rivals(by_loss: Analysis) -> Section:
-    """Empty for results without a measured cost."""
-    section, data = Section("rivals", "Loss, work and memory", ""), by_loss.data
+def _rivals(data: Comparison) -> Section:
+    """Empty for results without a measured cost. A task counts here even if the reference does not learn it."""
+    section, by_loss = Section("rivals", "Loss, work and memory", ""), Analysis(data, "loss", needs_reference=False)
     if not data.reference or not by_loss.tasks or not rivals.measured(data):
         return section
     section.add(

@@ -126,8 +126,9 @@ def table(analysis: Analysis) -> Table:
     made = Table(
         "rivals",
         "Columns at their measured cost",
-        f"Over the tasks that count, best average rank first. Rank: of the loss on test, mean over pairs of task and seed, 1 "
-        f"is the best of {len(found)}; p: paired with {data.reference}, Holm. Forward-equivalents: operations of a run by "
+        f"Over the tasks that a column with gradients learns ({len(analysis.tasks)} of {len(data.tasks)}), whether or not "
+        f"{data.reference} does; best average rank first. Rank: of the loss on test, mean over pairs of task and seed, 1 is "
+        f"the best of {len(found)}; p: paired with {data.reference}, Holm. Forward-equivalents: operations of a run by "
         f"those of a forward pass of {data.reference} on the same batch; frozen layers are computed once and cost nothing. "
         f"“Until {data.reference}’s final loss”: the share of {data.reference}’s own run that a column needs to come to the "
         "loss on dev at its end, median over pairs (as fine as the spacing of evaluations), and the share of pairs that need "
@@ -137,7 +138,7 @@ def table(analysis: Analysis) -> Table:
     )  # fmt: skip
     if not any(rival.memory for rival in found):
         return made
-    scores = Analysis(data, "metric")
+    scores = Analysis(data, "metric", needs_reference=analysis.needs_reference)
     averages = {rival.column: analysis.average(rival.column) for rival in found}
     best = best_of(data, analysis.tasks, lambda c: v.mean if (v := averages.get(c)) else None, lower=True)
     for rival in found:

@@ -128,3 +128,15 @@ def test_the_mean_curve_is_over_equal_shares_of_the_runs(folder: Path) -> None:
     spent, losses = rivals.mean_curve(Comparison(folder), ["sst2"], "mezo", points=6)
     assert spent == pytest.approx([50, 100, 150, 200, 250, 300])
     assert losses == pytest.approx([0.67, 0.65, 0.625, 0.6, 0.55, 0.5])
+
+
+def test_a_task_counts_though_the_reference_does_not_learn_it(folder: Path) -> None:
+    for seed in range(3):
+        result = save(folder, "mezo", seed)
+        set_curve(result, (0.69, 0.69, 0.7, 0.7))
+        result.save(cell_path(folder, "sst2", "mezo", "seed", seed))
+    data = Comparison(folder)
+    assert not Analysis(data, "loss").tasks
+    assert Analysis(data, "loss", needs_reference=False).tasks == ["sst2"]
+    table = next(table for table in build(data).tables if table.name == "rivals")
+    assert row(table, "first-order-adamw")[1] == "1.0" and "whether or not mezo does" in table.note
