@@ -54,7 +54,7 @@ def cases(model: str, data: Path, tuner: FeedbackTuner, task: str, layers: int, 
     before = evaluate(net, prepared, "test", batch_size=50)
     for method, lr, seed in wanted:
         net.load_state_dict(start)
-        options = {"tuner": tuner} if method == "feedback" else {}
+        options: dict[str, Any] = {"tuner": tuner} if method == "feedback" else {}
         cls = Feedback if method == "feedback" else SkipFeedback
         optimizer = cls(net.named_parameters(), lr, model=net, recompute=False, seed=seed, **options)
         order, begun = random.Random(seed).sample(prepared.train, len(prepared.train)), time.process_time()

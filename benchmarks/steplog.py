@@ -100,7 +100,7 @@ def speeds(method: str, folder: Path, steps: int = 20) -> dict[str, float]:
     }  # fmt: skip
     config = build(FinetuneConfig, settings, {"tuner": "random:1" if method == "zo-finetuner" else None})
     setup = set_up(config)
-    optimizer, prepared, model = setup.optimizer, setup.prepared, setup.loaded.model
+    optimizer, prepared, model = setup.optimizer, setup.rows, setup.loaded.model
     assert isinstance(optimizer, ZOOptimizer)
     batch = prepared.collate(prepared.train[:16])
     run = [time.process_time()]

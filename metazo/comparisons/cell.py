@@ -38,10 +38,16 @@ class Job:
     keep: Path | None = None
     """Folder of its tuned model"""
 
+    @property
+    def out(self) -> Path:
+        """The folder of its run."""
+        assert self.config.out is not None
+        return self.config.out
+
 
 def run(job: Job) -> Result:
     """Do the job. A failed run is a result too; only Interrupted is raised."""
-    out = job.config.out
+    out = job.out
     shutil.rmtree(out, ignore_errors=True)
     started, meter, reason, parts = time.monotonic(), PeakMemory(), None, None
     status = "failed"
@@ -79,12 +85,12 @@ def warm_up(job: Job) -> None:
     except (UserError, RuntimeError, OSError):
         pass  # the run itself reports it
     finally:
-        shutil.rmtree(config.out, ignore_errors=True)
+        shutil.rmtree(job.out, ignore_errors=True)
 
 
 def failed(job: Job, reason: str | None, so_far: Result | None = None, *, status: str = "failed") -> Result:
     """The result of a run that failed or diverged: its records so far, and the reason."""
-    curve = so_far.train_info["curve"] if so_far else _curve(RunFolder.read_records(job.config.out))
+    curve = so_far.train_info["curve"] if so_far else _curve(RunFolder.read_records(job.out))
     last = curve[-1] if curve else {}
     train: dict[str, Any] = {name: last.get(name) for name in ("step", "forwards", "seconds")}
     train = {"curve": curve, "steps": train.pop("step"), **train}
@@ -98,7 +104,7 @@ def _train(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
     began, computed = time.monotonic(), time.process_time()
     summary = run_settings(job.config, plot=False)
     wall, computed = time.monotonic() - began, time.process_time() - computed
-    records = RunFolder.read_records(job.config.out)
+    records = RunFolder.read_records(job.out)
     last = records[-1]
     train = {
         "curve": _curve(records),
@@ -119,8 +125,8 @@ def _look(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
     began, computed = time.monotonic(), time.process_time()
     setup = set_up(replace(job.config, steps=1, forwards=None))
     model, size = setup.loaded.model, job.config.eval_batch_size
-    dev = evaluate(model, setup.prepared, "dev", batch_size=size) if setup.prepared.dev else {}
-    test = evaluate(model, setup.prepared, "test", batch_size=size) if setup.prepared.test else {}
+    dev = evaluate(model, setup.rows, "dev", batch_size=size) if setup.rows.dev else {}
+    test = evaluate(model, setup.rows, "test", batch_size=size) if setup.rows.test else {}
     point = {"step": 0, "forwards": 0, "seconds": 0.0, "train_loss": None, "lr": None, "dev": dev}
     train: dict[str, Any] = {"curve": [point], "steps": 0, "forwards": 0, "seconds": 0.0}
     train |= {"evaluation_seconds": round(time.monotonic() - began, 3), "trained_weights": 0, "sigma": None}

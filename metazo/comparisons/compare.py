@@ -176,7 +176,7 @@ class _Comparison:
                     if known is not None:
                         self._done(run, batch, known, False, queue, shown)
                     else:
-                        out[job.config.out] = run, batch
+                        out[job.out] = run, batch
                         pool.submit(job)
                 elif (flow := next(flows, None)) is not None:
                     self._go_on(flow, None, queue, shown)
@@ -191,7 +191,7 @@ class _Comparison:
             if not pool.running:
                 return
             for job, result in pool.collect(0.25):
-                run, batch = out.pop(job.config.out)
+                run, batch = out.pop(job.out)
                 if result is None:  # unfinished: no search may use it, and the next call repeats it
                     caught = caught or ["SIGTERM to a worker"]
                     continue

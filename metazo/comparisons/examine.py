@@ -113,7 +113,7 @@ def _facts(grid: Grid, column: Column, config: FinetuneConfig, loaded: dict[str,
 
 def _load(config: FinetuneConfig) -> _Loaded:
     setup = set_up(config)
-    prepared, model = setup.prepared, setup.loaded.model
+    prepared, model = setup.rows, setup.loaded.model
     loss = BatchLoss(model, prepared, reader(config, prepared.train)(0), setup.device)
     with torch.inference_mode():
         loss()

@@ -164,7 +164,7 @@ class Pool:
                 code = worker.process.exitcode
                 asked = code == STOPPED or code in [-number for number in ASKED]
                 result = None if asked else failed(job, _how(code))
-                shutil.rmtree(job.config.out, ignore_errors=True)
+                shutil.rmtree(job.out, ignore_errors=True)
             done.append((job, result))
         return done
 

@@ -119,7 +119,8 @@ class TakenSteps(Optimizer):
             raise AttributeError(name)
         return getattr(self.optimizer, name)
 
-    def step(self, closure: Any = None) -> None: ...
+    def step(self, closure: Any = None) -> Any:
+        return None
 
     def zero_grad(self, set_to_none: bool = True) -> None: ...
 

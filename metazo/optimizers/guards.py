@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import numbers
 import random
 import warnings
@@ -27,10 +28,9 @@ SHARE = 0.01  # times the spread of the probes' losses: a loss that varies by le
 
 def as_loss(value: Any) -> float:
     """The loss that a closure returned: a tensor of one entry, or a number. Raises UserError for anything else."""
-    single = isinstance(value, Tensor | np.ndarray) and np.prod(value.shape) == 1
-    real = isinstance(value, numbers.Real | np.number | np.bool_) or single
-    if real and not (value.is_complex() if isinstance(value, Tensor) else np.iscomplexobj(value)):
-        return float(value.item() if single else value)
+    number = value.item() if isinstance(value, Tensor | np.ndarray) and math.prod(value.shape) == 1 else value
+    if isinstance(number, numbers.Real | np.bool_):  # numpy's real numbers are registered as such
+        return float(number)
     raise UserError(f"The closure returned {described(value)}; {_remedy(value)}.")
 
 
@@ -181,7 +181,11 @@ def seen_modules(closures: Sequence[Callable[[], Any]]) -> tuple[list[str], list
                 dropout.append(shown)
             if module.training and isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
                 normed.append(shown)
-    return tuple([*names[:3], f"{len(names) - 3} more"] if len(names) > 3 else names for names in (dropout, normed))
+    return _first(dropout), _first(normed)
+
+
+def _first(names: list[str]) -> list[str]:
+    return [*names[:3], f"{len(names) - 3} more"] if len(names) > 3 else names
 
 
 def _models(closure: Callable[[], Any]) -> Iterator[nn.Module]:

@@ -65,11 +65,11 @@ def described(optimizer: Any) -> dict[str, Any]:
 def first_difference(first: dict[str, Any], other: dict[str, Any]) -> str:
     """The first difference in words; empty if there is none."""
     for key in [*first, *(key for key in other if key not in first)]:
-        here, there = first.get(key), other.get(key)
-        if here == there:
+        if first.get(key) == other.get(key):
             continue
         if key != "weights":
-            return f"{key} is {there} there and {here} on rank 0"
+            return f"{key} is {other.get(key)} there and {first.get(key)} on rank 0"
+        here, there = first[key], other[key]
         if list(here) != list(there):
             return f"it trains {len(there)} tensors and rank 0 trains {len(here)}, under other names"
         names = [name for name in here if here[name] != there[name]]

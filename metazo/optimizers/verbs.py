@@ -42,6 +42,7 @@ class Verbs(Method):
     eps: float
     noise: Noise
     loss_watch: LossWatch
+    probing: str
     param_groups: list[dict[str, Any]]
 
     def init(self, tensors: Sequence[NamedTensor]) -> State:

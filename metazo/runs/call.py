@@ -108,19 +108,19 @@ def _own(given, values, model, task, data, tokenizer, loss, dev, test) -> None:
     if values.get("lora"):
         raise UserError("`lora` cannot be combined with `loss`: put adapters on the module yourself.")
     most = values["steps"] * values.get("accumulate", 1) if values.get("steps") else None
-    splits = [own_batches(name, batches, most) for name, batches in (("data", data), ("dev", dev), ("test", test))]
-    if not splits[0]:
+    train, dev, test = (own_batches(*each, most) for each in (("data", data), ("dev", dev), ("test", test)))
+    if not train:
         raise UserError("`data` is missing: with `loss` it holds the training batches.")
-    given.own = OwnLoss(loss, *splits)
+    given.own = OwnLoss(loss, train, dev, test)
     given.loaded = as_loaded(model)
-    sizes = dict(zip(("train_examples", "dev_examples", "test_examples"), map(len, splits)))
+    sizes = dict(zip(("train_examples", "dev_examples", "test_examples"), map(len, (train, dev, test))))
     for name in ("batch_size", "eval_batch_size", "kind", "head", "dtype", "max_length", "k_per_class", *sizes):
         if name in values:
             raise UserError(
                 f"`{name}` cannot be combined with `loss`, which uses batches and model unchanged; leave it out."
             )
     values |= sizes | {"batch_size": 1, "eval_batch_size": 1, "task": given.own.task.name}
-    values.setdefault("keep", "best" if splits[1] else "last")
+    values.setdefault("keep", "best" if dev else "last")
     _describe_model(values, given.loaded)
 
 

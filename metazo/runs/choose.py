@@ -102,9 +102,13 @@ def saved_bytes(loss: Loss, model: nn.Module) -> tuple[bool, int]:
         if tensor.untyped_storage().data_ptr() not in own:
             total += tensor.numel() * tensor.element_size()
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda _: None):
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, _no_backward):
         value = loss()
     return isinstance(value, Tensor) and value.requires_grad, total
+
+
+def _no_backward(_: Any) -> Tensor:
+    raise AssertionError("No tensor was kept for a backward pass.")
 
 
 def _no_feedback(model: nn.Module, loss: Loss) -> str | None:

@@ -117,10 +117,9 @@ def _from_anywhere(config: FinetuneConfig) -> FinetuneConfig:
 
 def _first_loss(setup: Setup, config: FinetuneConfig) -> None:
     """Raises UserError for a loss that is not finite before the first step, before anything is written."""
-    prepared, model = setup.prepared, setup.loaded.model
+    first = reader(config, setup.prepared.train)(0)
     with torch.inference_mode():
-        batch = prepared.collate(reader(config, prepared.train)(0)).to(setup.device)
-        loss = float(prepared.loss(model, batch))
+        loss = float(BatchLoss(setup.loaded.model, setup.prepared, first, setup.device)())
     if not math.isfinite(loss):
         raise UserError(
             f"The loss of {config.model} on {config.task} is {loss} before the first step in `dtype` {config.dtype}; "
@@ -344,7 +343,7 @@ class _Run:
         found = self.folder.load_tensors(BEST)
         if found is None or found[0] != step:
             raise UserError(
-                f"{self.folder.path / BEST} is damaged or missing; rebuild the best weights, of step {step}, with metazo "
+                f"{self.config.out}/{BEST} is damaged or missing; rebuild the best weights, of step {step}, with metazo "
                 f"replay {self.log.path} --base {self.config.model} --to {step} --out FOLDER."
             )
         self._load_weights(found[1])

@@ -50,11 +50,17 @@ class Setup:
     chosen: str | None = None
     """What `optimizer='auto'` took, and why, in a sentence."""
 
+    @property
+    def rows(self) -> Prepared:
+        """The data of a run on a task."""
+        assert isinstance(self.prepared, Prepared)
+        return self.prepared
+
     def evaluate(self, split: Literal["dev", "test"]) -> dict[str, float]:
         """Loss and metrics on a split."""
         if isinstance(self.prepared, OwnLoss):
             return self.prepared.evaluate(self.loaded.model, split, self.device)
-        return evaluate(self.loaded.model, self.prepared, split, batch_size=self.config.eval_batch_size)
+        return evaluate(self.loaded.model, self.rows, split, batch_size=self.config.eval_batch_size)
 
     def parts(self) -> list[Any]:
         """The objects to save, each with a save_pretrained."""

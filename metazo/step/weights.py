@@ -177,15 +177,24 @@ class Weights:
 
     def _placed(self, tensor: NamedTensor, term: Term, stream: Stream, out: Tensor) -> bool:
         """As `_moved`, in one pass over the weights. Returns: False, with nothing done, if there is no kernel for this term."""
-        amount = term.direction.dense(tensor, term.amount) if isinstance(stream, PhiloxStream) else None
+        if not isinstance(stream, PhiloxStream):
+            return False
+        amount = term.along.dense(tensor, term.amount)
         low = self.storage[tensor.name].buffers["compensation"]
         return amount is not None and stream.place_split_(tensor, out, tensor.param.data, low, amount)
 
-    def _added(self, tensor: NamedTensor, term: Term, stream: Stream, amount: float, factor: float, seed: int) -> bool:
+    def _added(
+        self,
+        place: Compensated,
+        tensor: NamedTensor,
+        term: Term,
+        stream: Stream,
+        amount: float,
+        factor: float,
+        seed: int,
+    ) -> bool:
         """theta = factor * theta + amount * d of a compensated tensor in one pass; returns as `_placed`."""
-        multiple = term.direction.dense(tensor, amount) if isinstance(stream, PhiloxStream) else None
-        place = self.storage[tensor.name]
-        if multiple is None:
+        if not isinstance(stream, PhiloxStream) or (multiple := term.along.dense(tensor, amount)) is None:
             return False
         low = place.buffers["compensation"]
         return stream.add_split_(tensor, tensor.param.data, low, multiple, factor, seed ^ place.salt)
@@ -262,7 +271,7 @@ class Weights:
                 rounding = terms[0].seed if terms else 0
                 if len(touching) == 1 and isinstance(place, Compensated):
                     (k,) = touching
-                    if self._added(tensor, terms[k], streams[k], amounts[k], factor, rounding):
+                    if self._added(place, tensor, terms[k], streams[k], amounts[k], factor, rounding):
                         continue
                 for start, theta in self.edit_whole(tensor, rounding):
                     add_sum_(tensor, theta, terms, streams, amounts, factor, start)
