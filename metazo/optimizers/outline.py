@@ -13,6 +13,7 @@ import ast
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,11 +34,18 @@ class Elsewhere(metaclass=_Anything):
 
 
 def methods() -> dict[str, type[Method]]:
-    """Every method by name: the classes if they are imported or METAZO_METHODS names others, and else their outlines."""
-    if registry.METHODS or os.environ.get(registry.VARIABLE):
-        registry.load()
-        return registry.METHODS
-    return outlines()
+    """Every method by name: the classes if they are imported or METAZO_METHODS names others, and else their outlines.
+
+    If the source of a method cannot be read as an outline, the classes are imported: slower, and right.
+    """
+    if not registry.METHODS and not os.environ.get(registry.VARIABLE):
+        with suppress(Exception):
+            found = outlines()
+            for cls in found.values():
+                [cls.hint(key) for key in cls.hyperparameters()]  # a signature is read only now
+            return found
+    registry.load()
+    return registry.METHODS
 
 
 @cache

@@ -59,3 +59,19 @@ def test_outlines_are_read_without_torch() -> None:
     code = "import sys; from metazo.optimizers.outline import methods; print(len(methods()), 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.split() == [str(len(own())), "False"], done.stderr
+
+
+@pytest.mark.parametrize("spoilt", ["outline._read = None", "outline._literal = lambda value: value.missing"])
+def test_classes_are_imported_if_a_source_cannot_be_read(spoilt: str) -> None:
+    code = f"from metazo.optimizers import outline, registry; {spoilt}; print(outline.methods() is registry.METHODS)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["True"], done.stderr
+
+
+def test_classes_are_imported_if_a_signature_cannot_be_read() -> None:
+    code = (
+        "from metazo.optimizers import outline, registry; cls = outline.outlines()['lozo']; "
+        "cls.hint = classmethod(lambda cls, key: missing); print(outline.methods() is registry.METHODS)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["True"], done.stderr
