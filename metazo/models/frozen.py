@@ -75,7 +75,8 @@ class Split:
         """Everything that the output of the lower layers depends on, besides the input."""
         named = [*self.lower.named_parameters(), *self.lower.named_buffers()]
         device = next(self.lower.parameters()).device
-        return f"{weights_hash(named)} {count} {device} {self.lower.config.to_json_string(use_diff=False)}"
+        config: Any = self.lower.config
+        return f"{weights_hash(named)} {count} {device} {config.to_json_string(use_diff=False)}"
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor, **others: Tensor) -> Any:
         if self.last is None or self.last[0] is not input_ids:  # both probes of a step see the same tensors
