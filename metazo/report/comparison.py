@@ -18,6 +18,7 @@ from metazo.io.plain import read_yaml
 from .numbers import Failure, Run, part, run_of
 
 MAX_RUNS = 100_000
+WITHIN_BLOCKS = ("skip-feedback", "feedback", "answer-column")  # methods with gradients within one block at a time
 CONTROL, ZEROTH, FIRST, UNTRAINED = "control", "forward passes only", "gradients", "no training"
 
 
@@ -153,7 +154,8 @@ class Comparison:
         tuner = str(part(info, "configuration").get("tuner") or "")
         if column == "zero-shot" or optimizer == "zero-shot":
             return UNTRAINED
-        if optimizer.startswith("first-order") or column.startswith(("first-order", "lora-adam", "lora-first")):
+        named = column.startswith(("first-order", "lora-adam", "lora-first"))
+        if named or optimizer.startswith("first-order") or optimizer in WITHIN_BLOCKS:
             return FIRST
         return CONTROL if tuner.startswith("random") or column.startswith("random") else ZEROTH
 
