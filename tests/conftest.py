@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
 )  # the models are small, and threads that wait for a busy core cost minutes
+# A suite that was started in the background of a shell ignores Ctrl-C, as would every run that it starts and interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TEXT = (
     "the film was great . the film was terrible . a warm and funny story it was great",

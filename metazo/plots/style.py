@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,10 +88,18 @@ def short(value: float) -> str:
     return f"{value:.3g}"
 
 
+@contextmanager
+def unprintable() -> Iterator[None]:
+    """Leave out matplotlib's warning about a character that no font has: it would print the character itself."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph ", category=UserWarning)
+        yield
+
+
 def svg(figure: Figure) -> str:
     """The figure as SVG; the same figure gives the same text."""
     buffer = io.StringIO()
-    with styled():
+    with styled(), unprintable():
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return buffer.getvalue().replace(f"'{FONT}'", SHOWN_FONTS)
 
@@ -105,5 +114,5 @@ def save(figure: Figure, path: Path) -> None:
     if path.suffix == ".svg":
         path.write_text(svg(figure))
     else:
-        with styled():
+        with styled(), unprintable():
             figure.savefig(path, dpi=130, metadata={"Software": None})

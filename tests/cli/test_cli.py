@@ -101,7 +101,7 @@ def test_help_names_every_method_and_its_hyperparameters():
         (("--task=pico_sentimant",), "did you mean pico_sentiment"),
         (("--model=no/such-model",), "no/such-model"),
         (("--optimizer=adamw",), "--optimizer 'adamw' is unknown"),
-        (("--rank=2",), "--rank is not a hyperparameter of mezo; it belongs to lozo"),
+        (("--rank=2",), "--rank is not a hyperparameter of mezo; it belongs to eggroll, fzoo, lozo"),
         (("--optimizer=lozo", "--rank=0"), "rank must be"),
         (("--optimizer=lozo-m", "--rule=adam"), "use --optimizer lozo with --rule"),
         (("--optimizer=loren", "--queries=1"), "queries must be at least 2"),

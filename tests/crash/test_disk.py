@@ -130,7 +130,7 @@ def test_a_disk_that_fills_up_while_the_model_is_saved_leaves_nothing_behind(dis
         with pytest.raises(UserError, match="model cannot be written"):
             folder.save_model(loaded.model, loaded.tokenizer)
         with pytest.raises(UserError, match="nothing was left there"):
-            _save(loaded, disk / "again")
+            _save(loaded, disk / "again", {})
         assert {path.name for path in (disk / "run").iterdir()} == {"config.json", LOCK}, leave
         assert {path.name for path in disk.iterdir()} == {"run", "filler"}, leave
         filler.unlink()

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LinearLR
 
 from metazo.bench.architectures import build
-from metazo.optimizers import METHODS, MeZO
+from metazo.optimizers import METHODS, OPTIMIZERS, MeZO
 from metazo.optimizers.answer_column import AnswerColumn
 from metazo.optimizers.registry import load
 from metazo.optimizers.skip_feedback import SkipFeedback
@@ -35,7 +35,7 @@ by = pytest.mark.parametrize("by", COPIES)
 
 def begin(name: str, dtype: torch.dtype):
     problem = quadratic(dtype)
-    if issubclass(METHODS[name], torch.optim.Optimizer):
+    if name in OPTIMIZERS:
         return problem, make(name, problem.named(), case(name).quadratic, seed=3)
     return problem, METHODS[name](problem.named(), lr=1e-3)  # type: ignore[call-arg]
 

@@ -87,21 +87,24 @@ def no_line(path: Path, number: int) -> None:
 
 
 LEFT: dict[str, tuple[Callable[[Path], object], str]] = {
-    "as it died": (lambda out: None, "snapshot of step 12, 0 replayed"),
+    "as it died": (lambda out: None, "snapshot of step 12, 0 steps replayed"),
     "newest snapshot damaged": (
         lambda out: flip(out / "snapshot-00000012.safetensors"),
-        "snapshot of step 9, 3 replayed",
+        "snapshot of step 9, 3 steps replayed",
     ),
     "newest snapshot empty": (lambda out: (out / "snapshot-00000012.safetensors").write_bytes(b""), "of step 9, 3"),
-    "both damaged": (lambda out: [flip(path) for path in out.glob("snapshot*")], "snapshot of step 0, 12 replayed"),
+    "both damaged": (
+        lambda out: [flip(path) for path in out.glob("snapshot*")],
+        "snapshot of step 0, 12 steps replayed",
+    ),
     "log torn": (lambda out: cut(out / "steps.jsonl"), "which are dropped; 11 steps are intact"),
-    "metrics torn": (lambda out: cut(out / "metrics.jsonl"), "snapshot of step 9, 3 replayed"),
-    "an evaluation lost": (lambda out: no_line(out / "metrics.jsonl", 2), "snapshot of step 0, 12 replayed"),
-    "metrics lost": (lambda out: (out / "metrics.jsonl").unlink(), "snapshot of step 0, 12 replayed"),
-    "half a file left behind": (lambda out: (out / ".model.123.tmp").mkdir(), "snapshot of step 12, 0 replayed"),
+    "metrics torn": (lambda out: cut(out / "metrics.jsonl"), "snapshot of step 9, 3 steps replayed"),
+    "an evaluation lost": (lambda out: no_line(out / "metrics.jsonl", 2), "snapshot of step 0, 12 steps replayed"),
+    "metrics lost": (lambda out: (out / "metrics.jsonl").unlink(), "snapshot of step 0, 12 steps replayed"),
+    "half a file left behind": (lambda out: (out / ".model.123.tmp").mkdir(), "snapshot of step 12, 0 steps replayed"),
     "best weights lost": (
         lambda out: [path.unlink() for path in (out / "best.safetensors", out / "metrics.jsonl")],
-        "snapshot of step 0, 12 replayed",
+        "snapshot of step 0, 12 steps replayed",
     ),
 }
 
