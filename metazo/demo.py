@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import shutil
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -37,6 +38,11 @@ RATES = {
     "pico": {"mezo": 1e-4, "rms": 1e-4, "skip-feedback": 1e-2, "feedback": 1e-2, "first-order": 1e-3},
 }
 """One learning rate per method, falling to 0: chosen on other tasks (benchmarks/feedback.json, learning_rates.json)."""
+
+SHOWN = {
+    "mezo": "MeZO", "rms": "MeZO, RMS scale", "feedback": "feedback, learned from text",
+    "skip-feedback": "skip feedback, nothing learned", "first-order": "AdamW, first-order",
+}  # fmt: skip
 
 
 @dataclass
@@ -113,35 +119,33 @@ def _run(out: Path, console: Console, path: str | None, forwards: int, texts: in
         "skip-feedback": {"optimizer": "skip-feedback", "method": feedback},
         "first-order": {"optimizer": "first-order-adamw"},
     }
-    shown = {"mezo": "MeZO", "rms": "MeZO, RMS scale", "feedback": "feedback, learned from text",
-             "skip-feedback": "skip feedback, nothing learned", "first-order": "AdamW, first-order"}  # fmt: skip
-    losses: dict[str, list[tuple[float, float]]] = {}
-    accuracies: dict[str, list[tuple[float, float]]] = {}
     for method, settings in methods.items():
         folder = out / TASK / method
-        console.print(shown[method], style="bold")
+        console.print(SHOWN[method], style="bold")
         config = FinetuneConfig(
             model=source, task=TASK, out=folder, lr=RATES[demo.model][method], schedule="linear", forwards=forwards,
             seed=seed, train_examples=max(480, examples), dev_examples=examples, test_examples=examples, max_length=LENGTH,
             keep="last", snapshot_every=0, **(MINILM if path else {}), **settings,
         )  # fmt: skip
-        demo.runs[shown[method]] = run_settings(config, console)
-        records = RunFolder.read_records(folder)
-        losses[shown[method]] = [(record["forwards"], record["dev"]["loss"]) for record in records]
-        accuracies[shown[method]] = [(record["forwards"], record["dev"]["accuracy"]) for record in records]
-        demo.written[shown[method]] = folder
+        demo.runs[SHOWN[method]] = run_settings(config, console)
+        demo.written[SHOWN[method]] = folder
     plot = out / "demo.png"
-    title = (
-        f"Which kind of book is a passage from? {demo.model} on task {TASK}, one seed, a step counts its forward passes"
-    )
-    panels, units = (
-        {"loss": losses, "accuracy": accuracies},
-        {"loss": "loss on dev (nats)", "accuracy": "accuracy on dev"},
-    )
-    levels = {"loss": ("chance", 1.386), "accuracy": ("chance", 0.25)}
-    plot_curves(panels, plot, x="forward passes over a batch of 16", y=units, title=title, levels=levels)
+    draw(out, demo.model, plot)
     demo.written = {"plot": plot, "feedback": out / "feedback", "zoo": out / "zoo"} | demo.written
     return demo
+
+
+def draw(out: Path, model: str, plot: Path) -> None:
+    """Loss and accuracy on dev over forward passes, from the runs of a demo in `out`."""
+    panels: dict[str, dict[str, list[tuple[float, float]]]] = {"loss": {}, "accuracy": {}}
+    for method, shown in SHOWN.items():
+        records = RunFolder.read_records(out / TASK / method)
+        for name, lines in panels.items():
+            lines[shown] = [(record["forwards"], record["dev"][name]) for record in records]
+    title = f"Which kind of book is a passage from? {model} on task {TASK}, one seed"
+    levels = {"loss": ("chance", math.log(4)), "accuracy": ("chance", 1 / 4)}
+    units = {"loss": "loss on dev (nats)", "accuracy": "accuracy on dev"}
+    plot_curves(panels, plot, x="forward passes over a batch of 16", y=units, title=title, levels=levels, below=True)
 
 
 def clear(out: Path) -> None:

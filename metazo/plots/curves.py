@@ -33,10 +33,12 @@ def plot_curves(
     y: str | Mapping[str, str],
     title: str = "",
     levels: Mapping[str, tuple[str, float]] | None = None,
+    below: bool = False,
 ) -> None:
     """One panel per key, one line per label: (x, y) points. Written as PNG or SVG, by the ending of `path`.
 
-    y: the vertical axis with its unit, for all panels or by panel; levels: a named horizontal line by panel.
+    y: the vertical axis with its unit, for all panels or by panel; levels: a named horizontal line by panel; below: one legend
+    under the panels, which have the same lines, instead of one in each.
     """
     with styled():
         figure = Figure(figsize=(5.2 * len(panels), 3.8), layout="constrained")
@@ -48,7 +50,10 @@ def plot_curves(
                 axis.axhline(height, color="#666666", linewidth=1, label=label)
             axis.set(title=name, xlabel=x, ylabel=y if isinstance(y, str) else y[name])
             axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-            axis.legend()
+            if not below:
+                axis.legend()
+        if below:
+            figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3)
         if title:
             figure.suptitle(title, fontsize=11)
     save(figure, path)
