@@ -1,8 +1,8 @@
-"""Chooses the demo's learning rates from a grid for each method, on a separate seed, with the same tuner for all.
+"""Chooses learning rates on pico from a grid for each method, on a separate seed, with the same tuner for all.
 
-    python benchmarks/learning_rates.py --demo runs/demo --out benchmarks/learning_rates.json
+    python benchmarks/learning_rates.py --tuner TUNER --out benchmarks/learning_rates.json
 
-Each method runs both tasks of the demo at 1,000 forward passes for each rate. The chosen rate has the lowest mean of the
+Each method runs two tasks at 1,000 forward passes for each rate. The chosen rate has the lowest mean of the
 two losses on dev among those whose next higher rate has not diverged, because on another seed the best rate itself may
 diverge. No result is reported on the seed (1000). Results in the file of --out are kept: remove it for another tuner.
 """
@@ -15,12 +15,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from metazo.demo import TASKS
 from metazo.errors import UserError
 from metazo.io.files import write_whole
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import run_settings
 
+TASKS = ("pico_sentiment", "pico_topic")
 SEED, FORWARDS = 1000, 1000
 GRID = (7.5e-5, 1.5e-4, 2.1e-4, 3e-4, 4.2e-4, 6e-4)
 DIVERGED = 1e4  # the loss of a run that stopped because ten steps in a row were bad
@@ -28,13 +28,13 @@ DIVERGED = 1e4  # the loss of a run that stopped because ten steps in a row were
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--demo", type=Path, required=True, help="folder of a demo, for its tuner")
+    parser.add_argument("--tuner", type=Path, required=True, help="a tuner for pico, made by metazo meta-train")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     methods: dict[str, dict[str, Any]] = {
         "mezo": {},
         "mezo, RMS scale": {"scale": "rms"},
-        "tuner": {"tuner": str(args.demo / "meta" / "tuner.safetensors")},
+        "tuner": {"tuner": str(args.tuner)},
     }
     found: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
     for method, extra in methods.items():
