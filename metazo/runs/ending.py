@@ -1,0 +1,124 @@
+"""The end of a run: which weights are kept, the test, the saved model, the summary and the picture."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from torch import Tensor, nn
+
+from metazo.errors import UserError
+from metazo.io.extras import MissingPackage
+from metazo.io.tensorfile import weights_hash
+from metazo.io.terminal import Console
+from metazo.models.lora import merge_adapters
+from metazo.runs.config import FinetuneConfig
+from metazo.runs.evaluations import Scores
+from metazo.runs.folder import BEST, RunFolder
+from metazo.runs.monitor import Diverged
+from metazo.runs.resources import peak_memory
+from metazo.runs.setup import Setup
+from metazo.runs.unwritten import MemoryFolder, MemoryLog
+from metazo.steplog.writer import StepLog
+
+
+class Ending:
+    """The part of the loop's state (metazo/runs/finetune.py) that ends a run."""
+
+    config: FinetuneConfig
+    setup: Setup
+    folder: RunFolder | MemoryFolder
+    console: Console
+    model: nn.Module
+    optimizer: Any
+    prepared: Any
+    rates: list[float]
+    log: StepLog | MemoryLog
+    scores: Scores
+
+    def _load_weights(self, tensors: dict[str, Tensor]) -> None:
+        raise NotImplementedError
+
+    def finish(self, plot: bool) -> dict[str, Any]:
+        """Test, save the model, and write the summary; it is written last, so that a run with a summary is complete."""
+        config, loaded, records = self.config, self.setup.loaded, self.scores.records
+        self.optimizer.settle()
+        best = self.scores.best()
+        kept = best["step"] if config.keep == "best" else self.optimizer.steps
+        notes = [*self.prepared.notes, *self.optimizer.notes, *self._divergence(kept), *self._stopped_early()]
+        if config.keep == "best":
+            self._load_best(kept)
+        test = self.scores.on("test") if config.test_examples else {}
+        weights = weights_hash(self.model.named_parameters())
+        if config.merge:
+            loaded.model = merge_adapters(loaded.model)
+        if config.keep != "none":
+            self.folder.save_model(*self.setup.parts())
+        self.log.finish(kept, weights)
+        summary = {
+            "task": config.task,
+            "optimizer": config.optimizer,
+            "tuner": config.tuner,
+            "lr": self.rates[0],
+            "steps": self.optimizer.steps,
+            "forwards": self.optimizer.forwards,
+            "seconds": round(time.monotonic() - self.scores.started, 1),
+            "peak_memory_bytes": peak_memory(),
+            "before": records[0]["dev"],
+            "dev": best["dev"] if config.keep == "best" else records[-1]["dev"],
+            "kept_step": kept,
+            "test": test,
+            "notes": notes,
+        }
+        if plot:
+            self._plot(records)
+        self.folder.complete(summary)
+        return summary
+
+    def _plot(self, records: list[dict[str, Any]]) -> None:
+        if not isinstance(self.folder, RunFolder):
+            return
+        title = f"{self.config.task}, {self.config.optimizer}"
+        try:
+            from metazo.plots.curves import plot_run
+
+            plot_run(records, self.folder.path / "curve.png", title, self.prepared.task.metric)
+        except MissingPackage as missing:  # the run is complete without its picture
+            self.console.print(f"No curve.png: {missing}", style="yellow", soft_wrap=True)
+
+    def _divergence(self, kept: int) -> list[str]:
+        """A note if the run diverged after the evaluation that is kept. Raises Diverged if no evaluation can be kept."""
+        wrong = self.scores.diverged()
+        if wrong is None:
+            return []
+        config, last = self.config, self.optimizer.steps
+        advice = f"lower `lr` (now {self.rates[0]:g})"
+        if 0 < kept < last:
+            note = f"The run diverged: after step {last} {wrong}. The weights of step {kept} are kept; {advice}."
+            self.folder.say(note)
+            return [note]
+        self.log.sync()
+        sound = [record["step"] for record in self.scores.records if self.scores.usable(record)]
+        where = f"the last sound evaluation is that of step {sound[-1]}" if sound else "no evaluation is sound"
+        how = f": metazo replay {self.log.path} --base {config.model} --to STEP --out FOLDER gives the weights of any step"
+        raise Diverged(
+            f"The run diverged: after step {last} {wrong}; {advice} and choose another `out`. The step log is complete and "
+            f"{where}{how if self.optimizer.replayable and config.out else ''}."
+        )
+
+    def _stopped_early(self) -> list[str]:
+        taken, total = self.optimizer.steps, self.setup.steps
+        if taken == total:
+            return []
+        note = f"Stopped early after step {taken} of {total}: {self.config.patience} evaluations without a lower loss on dev."
+        self.folder.say(note)
+        return [note]
+
+    def _load_best(self, step: int) -> None:
+        found = self.folder.load_tensors(BEST)
+        if found is None or found[0] != step:
+            raise UserError(
+                f"{self.config.out}/{BEST} is damaged or missing; rebuild the best weights, of step {step}, with metazo "
+                f"replay {self.log.path} --base {self.config.model} --to {step} --out FOLDER."
+            )
+        self._load_weights(found[1])
