@@ -17,6 +17,7 @@ from typing import Any
 
 from metazo import zoo
 from metazo.errors import UserError
+from metazo.io.extras import needs
 from metazo.io.files import write_whole
 from metazo.io.lock import NAME as LOCK
 from metazo.io.lock import FolderLock
@@ -61,7 +62,8 @@ def find_minilm() -> str | None:
     """all-MiniLM-L6-v2 on this machine, as a Python package or in the Hub's cache; None if it is not here."""
     with suppress(ImportError, AttributeError):
         return str(importlib.import_module(PACKAGE).get_model_path())
-    from transformers.utils.hub import cached_file
+    with needs("llm"):
+        from transformers.utils.hub import cached_file
 
     found = cached_file(HUB_ID, "config.json", local_files_only=True, _raise_exceptions_for_missing_entries=False,
                         _raise_exceptions_for_connection_errors=False)  # fmt: skip

@@ -38,9 +38,9 @@ def test_import_push_list_show_pull_verify(tmp_path: Path, home: Path) -> None:
     assert "imported from" in run("show", "org/base")
     assert json.loads(run("show", "org/base", "--json"))["blocks"][0]["name"] == "norm.weight"
     assert Path(json.loads(run("pull", "org/base/v1", "--json"))["path"]).is_file()
-    assert "3 of 3 in order" in run("verify")
+    assert "4 of 4 in order" in run("verify")
     Path(entry["path"]).write_bytes(b"broken")
-    assert "2 of 3 in order" in run("verify", code=1)
+    assert "3 of 4 in order" in run("verify", code=1)
 
 
 def test_what_a_file_says_is_shown_and_not_obeyed(tmp_path: Path) -> None:
