@@ -55,7 +55,7 @@ def outlines() -> dict[str, type[Method]]:
     files: dict[str, dict[str, Any]] = {"registry": {"Method": Method}}
     for path in sorted(Path(__file__).parent.glob("*.py")):
         _read(path.stem, files, found)
-    return found
+    return dict(sorted(found.items(), key=lambda entry: entry[1].__module__))
 
 
 def _read(stem: str, files: dict[str, dict[str, Any]], found: dict[str, type[Method]]) -> dict[str, Any]:

@@ -226,6 +226,10 @@ def load() -> None:
 def _load_folder() -> None:
     for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
         importlib.import_module(f"metazo.optimizers.{module.name}")
+    for table in (METHODS, OPTIMIZERS):  # the same order whichever of them was imported first
+        ordered = sorted(table.items(), key=lambda entry: entry[1].__module__)
+        table.clear()
+        table.update(ordered)
 
 
 @cache

@@ -1,18 +1,11 @@
 """Base of the methods that use the network's structure: one forward pass, and errors propagated through single blocks.
 
-    theta_b <- (1 - lr wd) theta_b - lr max(|theta_b|, floor sqrt(n_b)) g_b / |g_b|        normalise=True, n_b entries
-    theta_b <- (1 - lr wd) theta_b - lr g_b                                                normalise=False
-
-per tensor b, with g the estimate of metazo/feedback/local.py. The normalised step is LARS (You, Gitman and Ginsburg 2017, arXiv
-1708.03888) with decoupled weight decay. |g_b| is computed from products of factors, so no gradient of a matrix is formed
-unless its factors are larger (metazo/feedback/factors.py).
-Differences from LARS: the norm of a tensor has a floor (as in Adafactor, Shazeer and Stern 2018, section 8), so that
-tensors that start at zero (biases, LoRA's B) learn; momentum acts on g before it is normalised.
+g of a tensor b is the estimate of metazo/feedback/local.py, and the step is that of metazo/optimizers/recomputed.py. |g_b| is
+computed from products of factors, so no gradient of a matrix is formed unless its factors are larger
+(metazo/feedback/factors.py). Momentum acts on g before it is normalised.
 
 The blocks are updated from the last to the first, each as soon as its estimate is computed, so that memory is needed for the
 weights, the blocks' inputs, and the graph and factors of one block at a time.
-
-A step cannot be replayed from its record, which has the loss alone: it is recomputed from its batch.
 
 Where not to use: with losses that are not differentiable in the last block's output, models that are a black box or have no
 single residual stream, dropout, or several processes. Methods that perturb weights work in these cases.
@@ -20,7 +13,7 @@ single residual stream, dropout, or several processes. Methods that perturb weig
 
 from __future__ import annotations
 
-import math
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -33,21 +26,17 @@ from metazo.errors import UserError
 from metazo.feedback.factors import Gradient
 from metazo.feedback.local import LocalGradient
 from metazo.feedback.momentum import FactoredMomentum
+from metazo.feedback.passes import Captured
 from metazo.feedback.residual import find_residual, linear_maps
 from metazo.feedback.surrogates import Surrogate
 from metazo.kernels.operations import count_operations
 from metazo.kernels.outer import plain_
-from metazo.optimizers.base import State, ZOOptimizer
-from metazo.optimizers.groups import Closure, listed
+from metazo.optimizers.base import State
+from metazo.optimizers.groups import Closure
+from metazo.optimizers.recomputed import Recomputed
 from metazo.step.directions import Sparse
 from metazo.step.lowrank import Held
-from metazo.step.record import Step
 from metazo.step.terms import Term
-
-FLOOR = 1e-3  # lower bound on the root mean square of a tensor in a normalised step
-
-REPLAY = "A step of {} cannot be replayed from its record: it is recomputed, which needs the model and the batches."
-NO_CLOSURE = "step() needs a closure that returns the loss as a tensor: step(lambda: model(**batch).loss)."
 
 
 class Products(Held):
@@ -65,7 +54,7 @@ class Products(Held):
         plain_(out, left, right, alpha, beta)
 
 
-class Structured(ZOOptimizer):
+class Structured(Recomputed):
     """Base of `SkipFeedback`, `Feedback` and `AnswerColumn`.
 
     Args:
@@ -85,9 +74,7 @@ class Structured(ZOOptimizer):
     """
 
     needs_model = True
-    replayable = False
     own_rule = "has its own step, normalised per tensor"
-    common = frozenset({"seed", "precision"})
     search_rate = 3e-3
 
     def __init__(
@@ -113,9 +100,9 @@ class Structured(ZOOptimizer):
         self.measured: float | None = None
         super().__init__(params, lr, weight_decay=weight_decay, seed=seed, precision=precision)
 
+    @abstractmethod
     def surrogate(self) -> Surrogate:
         """The error that each block's output gets."""
-        raise NotImplementedError
 
     def _find_blocks(self) -> None:
         names = {id(tensor.param): tensor.name for tensor in self.tensors}
@@ -133,10 +120,7 @@ class Structured(ZOOptimizer):
         names = {id(tensor.param): tensor.name for tensor in tensors}
         self.by_name = {tensor.name: tensor for tensor in tensors}
         self._find_blocks()
-        state = {
-            "feedback/reached": torch.zeros(len(tensors), dtype=torch.bool),
-            "feedback/vanished": torch.zeros((), dtype=torch.int64),
-        }
+        state = super().init(tensors) | {"feedback/reached": torch.zeros(len(tensors), dtype=torch.bool)}
         if not self.momentum:
             return state
         matrices = {names[id(m.weight)] for m in linear_maps(self.model) if id(m.weight) in names}
@@ -150,19 +134,13 @@ class Structured(ZOOptimizer):
         return [tensor.name for tensor, there in zip(self.tensors, self.zo_state["feedback/reached"]) if not there]
 
     @property
-    def vanished(self) -> int:
-        return int(self.zo_state["feedback/vanished"]) if self.steps else 0
-
-    @property
     def notes(self) -> list[str]:
-        found = []
+        found = super().notes
         if self.untouched:
             names, count = ", ".join(self.untouched[:3]), len(self.untouched)
             found.append(
                 f"{self.name} has no estimate for {count} trained tensors, which do not change, such as {names}."
             )
-        if self.vanished:
-            found.append(f"{self.vanished} updates of single tensors were left out: their estimate was not finite.")
         return found
 
     def measure_cost(self, closure: Closure) -> None:
@@ -188,41 +166,18 @@ class Structured(ZOOptimizer):
         """
         return (self.measured or (4 if self.recompute else 3)) * closures
 
-    def step(  # type: ignore[override]
-        self, closure: Closure | Sequence[Closure] | None = None, *, replay: Step | None = None
-    ) -> float:
-        """Take one step; see ZOOptimizer.step. A recorded step is recomputed from its closure, under its learning rates.
-
-        Raises UserError for a replay without a closure, or if the loss is not the recorded one.
-        """
-        self._prepare()
-        closures = listed(closure)
-        if not closures:
-            raise UserError(REPLAY.format(self.name) if replay else NO_CLOSURE)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            raise UserError(
-                f"{self.name} runs in one process, because processes exchange losses alone: start it without torchrun."
-            )
-        with self.weights.evaluating():
-            captured = self.local.capture(closures)
-        cost = self.forwards_per_step(len(closures))
-        self.forwards += round((self.steps + 1) * cost) - round(self.steps * cost)  # whole numbers that add up
-        loss = captured.loss
-        if replay and replay.losses != (loss,):
-            raise UserError(f"Step {self.steps} was recorded with loss {replay.losses[0]} and gives {loss} now.")
+    def look(self, closures: Sequence[Closure]) -> tuple[float, Captured | None]:
+        captured = self.local.capture(closures)
         reached = [tensor.name not in self.local.untouched for tensor in self.tensors]
         self.zo_state["feedback/reached"] |= torch.tensor(reached)
         deltas = [one.delta for one in captured.passes]
-        finite = abs(loss) <= self.max_loss and all(bool(d.isfinite().all()) for d in deltas)  # type: ignore[union-attr]
-        rates = replay.lr if replay else self.learning_rates(self.steps)
-        self.last_step = Step(self.steps, (), (loss,), (1.0,) if finite else (), rates)
-        self._record(self.last_step, replay)
-        if finite:
-            gradients = self.local.gradients(captured)
-            while (gradient := self._next(gradients)) is not None:
-                self._descend(gradient, rates)
-        self.steps += 1
-        return loss if finite else math.nan
+        finite = all(bool(delta.isfinite().all()) for delta in deltas)  # type: ignore[union-attr]
+        return captured.loss, captured if finite else None
+
+    def descend(self, found: Captured, rates: Sequence[float]) -> None:
+        gradients = self.local.gradients(found)
+        while (gradient := self._next(gradients)) is not None:
+            self._descend(gradient, rates)
 
     def _next(self, gradients: Iterator[tuple[int | None, Gradient]]) -> Gradient | None:
         """The next block's gradient, computed in the type of the forward pass."""
@@ -233,28 +188,12 @@ class Structured(ZOOptimizer):
     def _descend(self, gradient: Gradient, rates: Sequence[float]) -> None:
         if self.momentum:
             gradient = self.factored.update(self.zo_state, gradient)
-        factors = {name: self._factor(name, gradient) for name in gradient.names}
+        factors = {
+            name: self.factor(self.by_name[name], gradient.square_norm(name), self.normalise) for name in gradient.names
+        }
         moved = {name for name, factor in factors.items() if factor}
         gradient = gradient.scaled(factors)
         direction = Sparse(Products(gradient.left, gradient.right, gradient.whole), moved)
-        decay = {
-            name: 1 - rates[tensor.group] * float(self.param_groups[tensor.group]["weight_decay"])
-            for name, tensor in self.by_name.items()
-            if name in moved and self.decays(tensor)
-        }
+        decay = self.decay_factors([self.by_name[name] for name in moved], rates)
         seed = self.noise.seed(self.steps, 0)  # seed of the rounding of compensated weights
         self.weights.apply([Term(direction, seed, 1.0)], lambda tensor: rates[tensor.group], decay)
-
-    def _factor(self, name: str, gradient: Gradient) -> float:
-        """The factor of a tensor's estimate: 1, or the tensor's norm divided by the estimate's."""
-        square = gradient.square_norm(name)
-        if not math.isfinite(square):
-            self.zo_state["feedback/vanished"] += 1
-            return 0.0
-        if not self.normalise:
-            return 1.0
-        if square == 0:
-            return 0.0
-        tensor = self.by_name[name]
-        size = sum(float(torch.linalg.vector_norm(theta)) ** 2 for _, theta in self.weights.read(tensor))
-        return math.sqrt(max(size, FLOOR**2 * tensor.param.numel()) / square)

@@ -12,7 +12,7 @@ from torch import nn
 from metazo.bench.architectures import build
 from metazo.errors import UserError
 from metazo.optimizers import FirstOrderFused, FirstOrderSGD
-from metazo.optimizers.structured import FLOOR
+from metazo.optimizers.recomputed import FLOOR
 from metazo.runs.cost import measure
 from metazo.step.record import Step
 

@@ -10,8 +10,8 @@ import torch
 from metazo.bench.architectures import build
 from metazo.errors import UserError
 from metazo.optimizers.answer_column import AnswerColumn
+from metazo.optimizers.recomputed import FLOOR
 from metazo.optimizers.skip_feedback import SkipFeedback
-from metazo.optimizers.structured import FLOOR
 from metazo.step.record import Step
 
 
