@@ -13,19 +13,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from metazo.errors import UserError
 from metazo.feedback.residual import find_residual
 from metazo.feedback.surrogates import MeanJacobian
-from metazo.io.files import read_capped, write_whole
-from metazo.tuner.envelope import MAX_BYTES, BadFile, blocks, check_facts, metadata, opened, shapes
+from metazo.tuner.envelope import BadFile, TunerFile, blocks, check_facts, metadata, opened, shapes
 from metazo.tuner.match import BlockSpec, fingerprint, fit
 
 FORMAT_VERSION = 1
@@ -60,9 +57,10 @@ class FeedbackInfo:
 
 
 @dataclass
-class FeedbackTuner:
+class FeedbackTuner(TunerFile):
     """Maps by block index, `0` to `len(info.blocks) - 2`, and their metadata."""
 
+    called = "feedback tuner"
     maps: MeanJacobian
     info: FeedbackInfo
 
@@ -77,31 +75,13 @@ class FeedbackTuner:
         plain = {name: value.detach().float().cpu().contiguous() for name, value in tensors.items()}
         return safetensors.torch.save(plain, metadata(asdict(self.info), FORMAT_VERSION))
 
-    def save(self, path: str | Path) -> None:
-        """Write the tuner as safetensors, completely or not at all."""
-        data = self.to_bytes()
-        FeedbackTuner.from_bytes(data, f"feedback to be written to {path}")
-        write_whole(Path(path), data)
+    @classmethod
+    def checked(cls, data: bytes) -> FeedbackInfo:
+        return _checked(data)
 
     @classmethod
-    def load(cls, path: str | Path) -> FeedbackTuner:
-        """Read and check a file, or the `tuner.safetensors` of a folder. Raises UserError if it cannot be used."""
-        path = Path(path)
-        path = path / "tuner.safetensors" if path.is_dir() else path
-        return cls.from_bytes(read_capped(path, MAX_BYTES, "feedback tuner"), str(path))
-
-    @classmethod
-    def from_bytes(cls, data: bytes, origin: str) -> FeedbackTuner:
-        """Read and check bytes; `origin` names them in the message of the UserError."""
-        try:
-            info = _checked(data)
-            tensors = safetensors.torch.load(data)
-            for name, tensor in tensors.items():
-                if not torch.isfinite(tensor).all():
-                    raise BadFile(f"tensor {name} holds NaN or infinite values")
-            return cls(_maps(**tensors), info)
-        except (BadFile, SafetensorError) as error:
-            raise UserError(f"{origin} is not feedback that can be used: {error}") from error
+    def made(cls, tensors: dict[str, Tensor], info: FeedbackInfo) -> FeedbackTuner:
+        return cls(_maps(**tensors), info)
 
     def check_fit(self, model: nn.Module) -> None:
         """Raises UserError, which names the first differences, unless the model's blocks have the tuner's tensors."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from metazo.runs.unwritten import MemoryFolder, MemoryLog
 from metazo.steplog.writer import StepLog
 
 
-class Ending:
+class Ending(ABC):
     """The part of the loop's state (metazo/runs/finetune.py) that ends a run."""
 
     config: FinetuneConfig
@@ -36,8 +37,9 @@ class Ending:
     log: StepLog | MemoryLog
     scores: Scores
 
+    @abstractmethod
     def _load_weights(self, tensors: dict[str, Tensor]) -> None:
-        raise NotImplementedError
+        """Take up saved weights."""
 
     def finish(self, plot: bool) -> dict[str, Any]:
         """Test, save the model, and write the summary; it is written last, so that a run with a summary is complete."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 
@@ -20,12 +21,13 @@ class Factors(Direction):
 
     inner: Direction
 
+    @abstractmethod
     def is_matrix(self, tensor: NamedTensor) -> bool:
-        raise NotImplementedError
+        """Whether d has factors on this tensor."""
 
+    @abstractmethod
     def pair(self, stream: Stream, tensor: NamedTensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """U, (m, r), and V, (n, r), of a matrix."""
-        raise NotImplementedError
 
     def touches(self, tensor: NamedTensor) -> bool:
         return self.is_matrix(tensor) or self.inner.touches(tensor)

@@ -8,9 +8,17 @@ from __future__ import annotations
 
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from metazo.errors import UserError
+from metazo.io.files import read_capped, write_whole
 from metazo.io.plain import is_name, is_plain, parse_json, shown
 from metazo.tuner.match import BlockSpec
 
@@ -22,6 +30,52 @@ DTYPES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
 
 class BadFile(ValueError):
     """A fault of a tuner's bytes."""
+
+
+class TunerFile(ABC):
+    """A tuner of some kind, which is one file. `called`: what messages call it."""
+
+    called: ClassVar[str]
+
+    @abstractmethod
+    def to_bytes(self) -> bytes:
+        """The file's content, which is the same for equal tuners."""
+
+    @classmethod
+    @abstractmethod
+    def checked(cls, data: bytes) -> Any:
+        """The metadata, after everything in header and metadata is checked; no tensor is made. Raises BadFile."""
+
+    @classmethod
+    @abstractmethod
+    def made(cls, tensors: dict[str, Tensor], info: Any) -> Self:
+        """The tuner from its tensors, which are finite, and its metadata."""
+
+    def save(self, path: str | Path) -> None:
+        """Write the tuner as safetensors, completely or not at all."""
+        data = self.to_bytes()
+        self.from_bytes(data, f"{self.called} to be written to {path}")
+        write_whole(Path(path), data)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read and check a file, or the `tuner.safetensors` of a folder. Raises UserError if it cannot be used."""
+        path = Path(path)
+        path = path / "tuner.safetensors" if path.is_dir() else path
+        return cls.from_bytes(read_capped(path, MAX_BYTES, cls.called), str(path))
+
+    @classmethod
+    def from_bytes(cls, data: bytes, origin: str) -> Self:
+        """Read and check bytes; `origin` names them in the message of the UserError."""
+        try:
+            info = cls.checked(data)
+            tensors = safetensors.torch.load(data)
+            for name, tensor in tensors.items():
+                if not tensor.isfinite().all():
+                    raise BadFile(f"tensor {name} holds NaN or infinite values")
+            return cls.made(tensors, info)
+        except (BadFile, SafetensorError) as error:
+            raise UserError(f"{origin} is not a {cls.called} that can be used: {error}") from error
 
 
 def opened(data: bytes, version: int) -> tuple[dict[str, Any], dict[str, Any], int]:

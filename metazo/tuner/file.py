@@ -10,17 +10,14 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
-from safetensors import SafetensorError
+from torch import Tensor
 
 from metazo.errors import UserError
-from metazo.io.files import read_capped, write_whole
 from metazo.io.plain import shown
-from metazo.tuner.envelope import MAX_BYTES, BadFile, blocks, check_facts, metadata, opened, shapes
+from metazo.tuner.envelope import BadFile, TunerFile, blocks, check_facts, metadata, opened, shapes
 from metazo.tuner.match import BlockSpec, Match, NamedShapes, fingerprint, fit
 from metazo.tuner.networks import PertNN
 
@@ -69,9 +66,10 @@ class TunerInfo:
 
 
 @dataclass
-class Tuner:
+class Tuner(TunerFile):
     """PertNNs, one per block of `info.blocks`, and their metadata."""
 
+    called = "tuner"
     pertnn: PertNN
     info: TunerInfo
 
@@ -80,31 +78,13 @@ class Tuner:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.pertnn.state_dict().items()}
         return safetensors.torch.save(tensors, metadata(asdict(self.info), FORMAT_VERSION))
 
-    def save(self, path: str | Path) -> None:
-        """Write the tuner as safetensors, completely or not at all."""
-        data = self.to_bytes()
-        Tuner.from_bytes(data, f"tuner to be written to {path}")
-        write_whole(Path(path), data)
+    @classmethod
+    def checked(cls, data: bytes) -> TunerInfo:
+        return _checked(data)
 
     @classmethod
-    def load(cls, path: str | Path) -> Tuner:
-        """Read and check a tuner file, or the `tuner.safetensors` of a folder. Raises UserError if it cannot be used."""
-        path = Path(path)
-        path = path / "tuner.safetensors" if path.is_dir() else path
-        return cls.from_bytes(read_capped(path, MAX_BYTES, "tuner"), str(path))
-
-    @classmethod
-    def from_bytes(cls, data: bytes, origin: str) -> Tuner:
-        """Read and check a tuner's bytes; `origin` names them in the message of the UserError."""
-        try:
-            info = _checked(data)
-            tensors = safetensors.torch.load(data)
-            for name, tensor in tensors.items():
-                if not torch.isfinite(tensor).all():
-                    raise BadFile(f"tensor {name} holds NaN or infinite values")
-            return cls(PertNN.from_stacked(**tensors), info)
-        except (BadFile, SafetensorError) as error:
-            raise UserError(f"{origin} is not a tuner that can be used: {error}") from error
+    def made(cls, tensors: dict[str, Tensor], info: TunerInfo) -> Tuner:
+        return cls(PertNN.from_stacked(**tensors), info)
 
     def fits(self, named_shapes: NamedShapes) -> Match:
         """Compare with the parameters of a model, tied ones once; see `metazo.tuner.match.fit`."""

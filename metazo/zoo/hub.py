@@ -13,7 +13,7 @@ from metazo.errors import UserError
 from metazo.io.extras import needs
 from metazo.io.files import safe_name, write_whole
 from metazo.io.terminal import print_line
-from metazo.tuner.file import MAX_BYTES
+from metazo.tuner.envelope import MAX_BYTES
 
 with needs("llm"):
     import huggingface_hub

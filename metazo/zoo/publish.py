@@ -10,7 +10,8 @@ from pathlib import Path
 from metazo.errors import UserError
 from metazo.feedback.tuner import FeedbackInfo, FeedbackTuner
 from metazo.io.files import read_capped, safe_name
-from metazo.tuner.file import MAX_BYTES, Tuner, TunerInfo
+from metazo.tuner.envelope import MAX_BYTES
+from metazo.tuner.file import Tuner, TunerInfo
 from metazo.zoo.card import card_of
 from metazo.zoo.find import parsed
 from metazo.zoo.index import FILES, Sign, add, own_folder

@@ -16,7 +16,8 @@ from metazo.feedback.tuner import FeedbackTuner
 from metazo.io.files import read_capped, safe_name
 from metazo.io.redact import shown_address
 from metazo.io.terminal import print_line
-from metazo.tuner.file import MAX_BYTES, Tuner
+from metazo.tuner.envelope import MAX_BYTES
+from metazo.tuner.file import Tuner
 from metazo.zoo.download import download
 from metazo.zoo.find import checked, named, parsed, tuners
 from metazo.zoo.index import TUNER_FILE, Entry, Found, Item, add, cache_folder, read_index

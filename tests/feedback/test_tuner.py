@@ -95,7 +95,7 @@ def edited(edit, where: str = "metadata") -> bytes:
     ],
 )
 def test_a_broken_file_is_refused(data: bytes, why: str) -> None:
-    with pytest.raises(UserError, match=f"x is not feedback that can be used: .*{why}"):
+    with pytest.raises(UserError, match=f"x is not a feedback tuner that can be used: .*{why}"):
         FeedbackTuner.from_bytes(data, "x")
 
 
