@@ -55,6 +55,8 @@ MUTANTS = [
     Mutant("probe left on after an exception", "optimizers/base.py",
            "            return in_turn()\n        except BaseException:\n            self.weights.leave()\n",
            "            return in_turn()\n        except BaseException:\n"),
+    Mutant("a waiting update is lost", "step/weights.py", "            waiting.apply()\n", "            pass\n"),
+    Mutant("a waiting update is lost to the next probe", "step/weights.py", "waiting.apply_with(following)", "following.apply()"),
     Mutant("decay of a probe forgotten", "step/weights.py", "factor * folded[k]", "folded[k]"),
     Mutant("masters not read", "step/precision.py", "return self.buffers[\"master\"]", "return self.param.data"),
     Mutant("no masters for narrow weights", "step/precision.py", 'bfloat16: "master"', 'bfloat16: "in-place"'),
@@ -160,7 +162,7 @@ def main(words: list[str]) -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for part in ("metazo", "tests"):
+        for part in ("metazo", "cli", "tests", "benchmarks", "examples"):  # some tests read what is beside the library
             shutil.copytree(ROOT / part, folder / part)
         shutil.copy(ROOT / "pyproject.toml", folder)
         whole = [*CONTRACT, "tests/optimizers"]

@@ -110,6 +110,9 @@ def result_of(content: Any, path: Path) -> Result | UserError:
     return Result(**content)
 
 
+LARGEST_LOSS = 1e39  # above float32's largest number; pictures cannot have axes of any length
+
+
 @dataclass
 class Search:
     """The result of the search for a column's learning rate on a task.
@@ -162,6 +165,9 @@ def _search(content: Any) -> Search:
     for value in (*numbers, *map(float, found.losses), *found.seeds):
         if value is not None and (isinstance(value, bool) or not isinstance(value, _NUMBER)):
             raise ValueError(f"{shown(value)} is not a number")
+    for loss in found.losses.values():
+        if loss is not None and abs(loss) > LARGEST_LOSS:
+            raise ValueError(f"{shown(loss)} is larger than a loss can be")
     if None in (found.runs, found.forwards, found.budget) or (found.lr is not None and not 0 < found.lr < math.inf):
         raise ValueError(f"the learning rate, runs or forwards of a search are not valid ({shown(content)})")
     return found

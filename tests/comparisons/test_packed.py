@@ -114,3 +114,19 @@ def test_a_result_that_says_odd_things_is_no_result(tmp_path: Path) -> None:
         path.write_text(json.dumps({**content, "run_info": {**content["run_info"], name: value}}))
         with pytest.raises(UserError, match="is no result of a comparison: its " + name):
             Result.load(path)
+
+
+def test_a_search_with_losses_that_no_run_has_is_refused(tmp_path: Path) -> None:
+    """A picture whose axis is that long cannot be drawn."""
+    search = {
+        "lr": 1e-3,
+        "losses": {"0.001": -1e308},
+        "at_boundary": True,
+        "seeds": [9],
+        "runs": 1,
+        "forwards": 40,
+        "budget": 20,
+    }
+    (tmp_path / "search.json").write_text(json.dumps({"rte": {"mezo": search}}))
+    with pytest.raises(UserError, match="-1e\\+308 is larger than a loss can be"):
+        read_search(tmp_path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from metazo.feedback.surrogates import MeanJacobian
 from metazo.feedback.tuner import FeedbackTuner, describe, is_feedback
 from metazo.optimizers.feedback import Feedback
 from metazo.tuner.file import Tuner
+from tests.tuner.changed import changed
 
 WIDTH, RANK = 16, 2
 
@@ -68,15 +68,7 @@ def test_lora_factors_do_not_count() -> None:
 
 
 def edited(edit, where: str = "metadata") -> bytes:
-    data = make().to_bytes()
-    size = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + size])
-    content = json.loads(header["__metadata__"]["metazo"])
-    edit(header if where == "header" else content)
-    if where == "metadata":
-        header["__metadata__"]["metazo"] = json.dumps(content)
-    text = json.dumps(header).encode()
-    return len(text).to_bytes(8, "little") + text + data[8 + size :]
+    return changed(make().to_bytes(), edit, where)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -23,8 +22,8 @@ from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import run_settings
 from metazo.runs.replay import replay
 from metazo.settings import build
-from metazo.steplog.writer import StepLog
 from tests import warm
+from tests.optimizers.killed import killed_at
 
 ROOT = Path(__file__).parents[2]
 TOY = '''
@@ -118,19 +117,7 @@ def test_the_contract_suite_takes_it():
 
 def test_a_killed_run_resumes_and_a_log_replays_to_the_bit(tmp_path):
     whole = run(tmp_path / "whole")
-    pid = os.fork()
-    if pid == 0:
-        append = StepLog.append
-
-        def killing(self, record):
-            append(self, record)
-            if record.step == 4:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        StepLog.append = killing  # type: ignore[method-assign]
-        run(tmp_path / "cut")
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    killed_at(4, run, tmp_path / "cut")
     cut = run(tmp_path / "cut", resume=True)
     assert replay(whole / "steps.jsonl", "pico", tmp_path / "again").identical
     weights = [

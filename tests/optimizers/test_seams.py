@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-
 import pytest
 import torch
 from torch import nn
@@ -20,7 +17,7 @@ from metazo.settings import build
 from metazo.step.estimators import AtTheta
 from metazo.step.lowrank import Held
 from metazo.step.terms import Term
-from metazo.steplog.writer import StepLog
+from tests.optimizers.killed import killed_at
 
 RUN = {
     "model": "pico", "task": "pico_sentiment", "optimizer": "toy-feedback", "lr": 1e-2, "steps": 8, "batch_size": 2,
@@ -101,19 +98,7 @@ def run(out, **extra):
 
 def test_a_killed_run_computes_its_steps_again_and_a_log_is_refused(tmp_path):
     run(tmp_path / "whole")
-    pid = os.fork()
-    if pid == 0:
-        append = StepLog.append
-
-        def killing(self, record):
-            append(self, record)
-            if record.step == 4:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        StepLog.append = killing  # type: ignore[method-assign]
-        run(tmp_path / "cut")
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    killed_at(4, run, tmp_path / "cut")
     run(tmp_path / "cut", resume=True)
     for name in ("model/model.safetensors", "steps.jsonl"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from metazo.errors import UserError
 from metazo.tuner.file import BlockSpec, Tuner, TunerInfo, fingerprint
 from metazo.tuner.networks import PertNN
+from tests.tuner.changed import changed
 
 SHAPES = [("embed.weight", (10, 4)), ("layers.0.w", (4, 4)), ("layers.0.b", (4,)), ("norm", (4,))]
 
@@ -24,16 +24,7 @@ def make(shapes: list[tuple[str, Any]] = SHAPES, **info: Any) -> Tuner:
 
 
 def edited(edit: Callable[[dict[str, Any]], Any], where: str = "metadata") -> bytes:
-    """A tuner's bytes with the header, or the metadata in it, changed by `edit`."""
-    data = make().to_bytes()
-    size = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + size])
-    content = json.loads(header["__metadata__"]["metazo"])
-    edit(header if where == "header" else content)
-    if where == "metadata":
-        header["__metadata__"]["metazo"] = json.dumps(content)
-    text = json.dumps(header).encode()
-    return len(text).to_bytes(8, "little") + text + data[8 + size :]
+    return changed(make().to_bytes(), edit, where)
 
 
 def test_round_trip_is_exact(tmp_path: Path) -> None:
