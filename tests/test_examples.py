@@ -52,6 +52,11 @@ def test_a_task_of_your_own_on_the_command_line(tmp_path):
     assert after < 0.8 * before, summary
 
 
+def test_a_reward_on_generated_text():
+    before, after = map(float, re.findall(r"(\d\.\d+) (?:before|test)", run(EXAMPLES / "reward.py")))
+    assert after > before + 0.2
+
+
 def test_a_method_of_your_own(tmp_path):
     """Its flag, its log, and a replay that is bit-identical; tests/optimizers/test_own_method.py does the rest."""
     sizes = ["--train-examples", "16", "--dev-examples", "4", "--test-examples", "4", "--batch-size", "4"]

@@ -86,7 +86,7 @@ def _facts(grid: Grid, column: Column, config: FinetuneConfig, loaded: dict[str,
         loaded[mark] = _load(config)
     base = loaded[mark]
     setup = base.setup
-    config, optimizer = make_optimizer(config, setup.loaded, setup.prepared, setup.device)
+    config, optimizer = make_optimizer(config, setup.loaded, setup.data, setup.device)
     a_step = optimizer.forwards_per_step(config.accumulate)
     shortest = round(grid.budget_of(column) * grid.search_budget)
     if column.trains and shortest < a_step:
@@ -102,7 +102,7 @@ def _facts(grid: Grid, column: Column, config: FinetuneConfig, loaded: dict[str,
         lrs=lrs,
         a_step=a_step,
         trained=setup.trained if column.trains else 0,
-        hashes={"model": base.model, "data": base.data, "tuner": tuner},
+        hashes={"model": base.model, "data": base.data, "tuner": tuner} | _objective(setup),
         inputs=base.inputs,
         metric=metric[0] if metric else None,
         forward_seconds=base.seconds,
@@ -111,10 +111,16 @@ def _facts(grid: Grid, column: Column, config: FinetuneConfig, loaded: dict[str,
     )
 
 
+def _objective(setup: Setup) -> dict[str, str | None]:
+    """The hash of the objective's source, if it has one."""
+    source = setup.objective.source if setup.objective else None
+    return {"objective": source} if source else {}
+
+
 def _load(config: FinetuneConfig) -> _Loaded:
     setup = set_up(config)
     prepared, model = setup.rows, setup.loaded.model
-    loss = BatchLoss(model, prepared, reader(config, prepared.train)(0), setup.device)
+    loss = BatchLoss(model, setup.data, reader(config, prepared.train)(0), setup.device)
     with torch.inference_mode():
         loss()
         taken = []

@@ -34,6 +34,7 @@ class FirstOrder(Method):
 
     own_rule = "is a first-order method with a rule of its own"
     replayable = False
+    needs_gradient = True
 
     def __init__(
         self,

@@ -34,6 +34,7 @@ class Recomputed(ZOOptimizer):
     """Attribute vanished: the number of tensor updates left out because their estimate was not finite."""
 
     replayable = False
+    needs_gradient = True
     common = frozenset({"seed", "precision"})
 
     @abstractmethod

@@ -14,11 +14,9 @@ line, the workers of a comparison) imports them:
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import inspect
 import os
 import pkgutil
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -26,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, get_type_hints
 
 from metazo.errors import UserError
+from metazo.io.modules import import_from
 from metazo.step.record import Step
 
 if TYPE_CHECKING:  # the command line shows its flags without torch
@@ -78,6 +77,8 @@ class Method:
     """Whether the constructor takes the model, as `model`."""
     needs_tuner: bool = False
     """Whether the constructor must be given a tuner's scale."""
+    needs_gradient: bool = False
+    """Whether a step needs a loss with a gradient, so that `objective` cannot be set."""
     needs: tuple[str, ...] = ()
     """Hyperparameters that must be given: a comparison of all methods leaves the method out."""
     moments: int = 0
@@ -240,16 +241,8 @@ def _load_entries(entries: str) -> None:
 
 def load_entry(entry: str) -> None:
     """Import a module by name, or a file. Raises UserError if there is none, or it fails."""
-    path = Path(entry)
     try:
-        if path.suffix != ".py":
-            importlib.import_module(entry)
-            return
-        name = path.stem
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None and spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
+        import_from(entry)
     except (ImportError, OSError) as error:
         raise UserError(f"{VARIABLE} names {entry!r}, which cannot be imported: {error}.") from error
 

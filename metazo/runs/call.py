@@ -23,6 +23,7 @@ from metazo.runs.tuned import MEMORY, Finetuned, Given
 from metazo.settings import build, with_role
 from metazo.step.record import Step
 from metazo.tasks import TASKS, Task, in_memory, resolve
+from metazo.tasks.objectives import AnswerBatch
 
 # Settings of role "method" that the loop applies with every optimizer.
 OF_THE_LOOP = {"optimizer", "schedule", "warmup"}
@@ -39,6 +40,7 @@ def finetune(
     dev: Iterable[Any] | None = None,
     test: Iterable[Any] | None = None,
     out: str | Path | None = None,
+    objective: str | Callable[[nn.Module, AnswerBatch], float] | None = None,
     on_step: Callable[[Step], None] | None = None,
     on_evaluation: Callable[[dict[str, Any]], None] | None = None,
     console: Console | None = None,
@@ -60,6 +62,8 @@ def finetune(
         out: folder for everything that the command line writes, from which the run can be resumed and its log replayed;
             by default nothing is written. Settings and log name an object in memory as memory:...; to resume or to replay,
             give it again as it was before the first step.
+        objective: what is minimised in place of the task's loss: 1 - a metric (accuracy, f1, exact-match, ...), "file.py:name",
+            or a function (model, batch) -> number (`metazo.tasks.objectives`), for methods that need no gradient.
         on_step: called with the record of each step; on_evaluation: called with the record of each evaluation.
         console: shows plan, progress and warnings; by default nothing is shown.
         settings: fields of `metazo.runs.config.FinetuneConfig` (lr, eps, steps, batch_size, schedule, scale, keep,
@@ -80,7 +84,18 @@ def finetune(
     given = Given()
     values = _split(settings)
     values["out"] = None if out is None else Path(out)
+    if callable(objective):
+        given.objective, values["objective"] = (
+            objective,
+            MEMORY + getattr(objective, "__name__", type(objective).__name__),
+        )
+    else:
+        values["objective"] = objective
     if loss is not None:
+        if objective is not None:
+            raise UserError(
+                "`objective` cannot be combined with `loss`, which is minimised itself; leave one of them out."
+            )
         _own(given, values, model, task, data, tokenizer, loss, dev, test)
     else:
         if dev is not None or test is not None:

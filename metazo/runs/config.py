@@ -33,6 +33,9 @@ class FinetuneConfig:
     """Method; auto chooses one by objective, head, memory and model"""
     lr: float | None = setting(default=None, least=0, role="method")
     """Learning rate; by default the method's published one, which was chosen for models of billions of weights"""
+    objective: str | None = setting(default=None, role="data")
+    """What is minimised in place of the task's loss: 1 - a metric (accuracy, f1, exact-match, ...), or a function of your
+    own as module.py:function; for methods that need no gradient"""
     eps: float = setting(default=1e-3, above=0, role="method")
     """Length of a probe: the factor of the perturbation"""
     steps: int | None = setting(default=None, least=1, role="loop")

@@ -60,6 +60,7 @@ class Ending(ABC):
         summary = {
             "task": config.task,
             "optimizer": config.optimizer,
+            "objective": config.objective,
             "tuner": config.tuner,
             "lr": self.rates[0],
             "steps": self.optimizer.steps,
@@ -112,7 +113,10 @@ class Ending(ABC):
         taken, total = self.optimizer.steps, self.setup.steps
         if taken == total:
             return []
-        note = f"Stopped early after step {taken} of {total}: {self.config.patience} evaluations without a lower loss on dev."
+        note = (
+            f"Stopped early after step {taken} of {total}: {self.config.patience} evaluations without a lower "
+            f"{self.scores.minimised} on dev."
+        )
         self.folder.say(note)
         return [note]
 

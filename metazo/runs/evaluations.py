@@ -44,7 +44,8 @@ class Scores:
         self.on_record = on_record
         every = config.eval_every or max(1, setup.steps // 10)
         self.due = [*range(0, setup.steps, every), setup.steps]
-        self.metric = next(iter(setup.prepared.task.metric), None)
+        self.minimised = "objective" if config.objective else "loss"
+        self.metric = None if config.objective else next(iter(setup.prepared.task.metric), None)
         self.records: list[dict[str, Any]] = []
         self.losses: list[float] = []
         self.most = GROWN * _start(setup.loaded)
@@ -104,25 +105,28 @@ class Scores:
         return self.setup.evaluate(split)
 
     def best(self) -> dict[str, Any]:
-        """The record with the best metric on dev; ties are broken by the lowest loss, then by the earliest step."""
+        """The record with the best metric on dev (or the lowest objective, if there is one); ties are broken by the lowest
+        loss, then by the earliest step."""
         return max(self.records, key=self._merit)
 
     def latest(self) -> str:
         """The last evaluation as text."""
         dev = self.records[-1]["dev"] if self.records else {}
-        names = ("loss", *self.setup.prepared.task.metric)
+        names = dict.fromkeys((self.minimised, "loss", *self.setup.prepared.task.metric))
         return "dev " + "  ".join(f"{name} {dev[name]:.3f}" for name in names if name in dev)
 
     def usable(self, record: dict[str, Any]) -> bool:
         """Whether an evaluation may be the best: its weights and loss are finite, the weights have not grown beyond `GROWN`
         times their start, and the loss is not above `max_loss` (unless it was before the first step) or far above the start's.
         """
-        loss, first = (each["dev"].get("loss", 0.0) for each in (record, (self.records or [record])[0]))
+        loss, first = (each["dev"].get(self.minimised, 0.0) for each in (record, (self.records or [record])[0]))
         limit = self.config.max_loss if abs(first) <= self.config.max_loss else math.inf
         sound = record.get("weights_finite", True) and "weights_grown" not in record
         return sound and math.isfinite(loss) and abs(loss) <= limit and not self._worse(record)
 
     def _worse(self, record: dict[str, Any]) -> bool:
+        if self.minimised != "loss":  # an objective may have any unit
+            return False
         loss, first = (each["dev"].get("loss", 0.0) for each in (record, (self.records or [record])[0]))
         return loss > max(WORSE * abs(first), first + NATS)
 
@@ -131,7 +135,7 @@ class Scores:
         patience = self.config.patience
         if patience is None or not self.records:
             return False
-        losses = [record["dev"]["loss"] if self.usable(record) else math.inf for record in self.records]
+        losses = [record["dev"][self.minimised] if self.usable(record) else math.inf for record in self.records]
         return len(losses) - 1 - losses.index(min(losses)) >= patience
 
     def diverged(self) -> str | None:
@@ -144,12 +148,14 @@ class Scores:
         if "weights_grown" in last:
             return f"the norm of the trained weights is {last['weights_grown']:.3g} times that before the first step"
         before = f" and was {self.records[0]['dev']['loss']:.4g} before the first step" if self._worse(last) else ""
-        return f"the loss on dev is {last['dev']['loss']:.4g}{before}"
+        return f"the {self.minimised} on dev is {last['dev'][self.minimised]:.4g}{before}"
 
     def _merit(self, record: dict[str, Any]) -> tuple[float, ...]:
         if not self.usable(record):
             return (-math.inf,)
         loss = record["dev"].get("loss", math.inf)
+        if self.minimised != "loss":
+            return (-record["dev"].get(self.minimised, math.inf), -loss)
         return (record["dev"].get(self.metric, 0.0), -loss) if self.metric else (-loss,)
 
     def _sigma(self) -> dict[str, Any]:

@@ -109,14 +109,16 @@ def _from_anywhere(config: FinetuneConfig) -> FinetuneConfig:
     """A run that is resumed from another working directory finds its model, task and tuner (`located`)."""
     if not config.resume or config.out is None:
         return config
-    return replace(config, **located(asdict(config), config.out, ("model", "task", "tuner")))
+    return replace(config, **located(asdict(config), config.out, ("model", "task", "tuner", "objective")))
 
 
 def _first_loss(setup: Setup, config: FinetuneConfig) -> None:
     """Raises UserError for a loss that is not finite before the first step, before anything is written."""
     first = reader(config, setup.prepared.train)(0)
     with torch.inference_mode():
-        loss = float(BatchLoss(setup.loaded.model, setup.prepared, first, setup.device)())
+        loss = float(BatchLoss(setup.loaded.model, setup.data, first, setup.device)())
+    if config.objective is not None and not math.isfinite(loss):
+        raise UserError(f"`objective` {config.objective} is {loss} before the first step; it must be a finite number.")
     if not math.isfinite(loss):
         raise UserError(
             f"The loss of {config.model} on {config.task} is {loss} before the first step in `dtype` {config.dtype}; "
@@ -237,7 +239,7 @@ class _Run(Ending):
     def _closures(self, step: int) -> list[BatchLoss]:
         """The losses of the step's batches."""
         numbers = range(step * self.config.accumulate, (step + 1) * self.config.accumulate)
-        return [BatchLoss(self.model, self.prepared, self.read(number), self.setup.device) for number in numbers]
+        return [BatchLoss(self.model, self.setup.data, self.read(number), self.setup.device) for number in numbers]
 
     def _after(self, step: Step, loss: float, closures: list[BatchLoss] | None = None) -> None:
         """Check a step that was taken (closures) or replayed, and evaluate if that is due."""

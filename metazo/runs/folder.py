@@ -26,7 +26,7 @@ CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
 BEST, MODEL = "best.safetensors", "model"
 BELONGS = "belongs"  # key of the hashes in config.json
 STARTED = "started_in"  # key of the working directory in config.json: relative paths of the settings start there
-PATHS = ("model", "task", "data", "tuner", "zoo")  # settings that may be paths
+PATHS = ("model", "task", "data", "tuner", "zoo", "objective")  # settings that may be paths
 MAX_CONFIG_BYTES = 2**20
 _LEFT_BEHIND = ".*.tmp"  # files that a killed process was writing
 
@@ -64,10 +64,11 @@ def located(settings: Mapping[str, Any], run: Path, names: Iterable[str] = PATHS
         value = settings.get(name)
         if not isinstance(value, str | Path) or str(value) == "pico" or Path(value).is_absolute():
             continue
+        path, mark, function = str(value).rpartition(":") if name == "objective" else (str(value), "", "")
         for start in _starts(config, run):
             with suppress(OSError, ValueError):  # a name that no file can have
-                if start != Path.cwd() and (start / value).exists():
-                    found[name] = type(value)(start / value)
+                if start != Path.cwd() and path and (start / path).exists():
+                    found[name] = type(value)(f"{start / path}{mark}{function}")
                     break
     return found
 

@@ -32,6 +32,7 @@ def header(settings: dict[str, Any], setup: Setup) -> dict[str, Any]:
         "labels": len(task.labels) if isinstance(task, Task) and task.kind == "classification" else None,
         "task": task.name,
         "data": data_hash(setup.prepared) if isinstance(setup.prepared, Prepared) else None,
+        "objective": setup.objective.source if setup.objective else None,
         "split": VERSION,
         "trained": setup.prepared.record,
         "head": loaded.model.phrase_record() if isinstance(loaded.model, SentenceClassifier) else None,

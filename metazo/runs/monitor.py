@@ -82,6 +82,8 @@ class Watch:
             )
 
     def _divergence(self) -> tuple[str, str] | None:
+        if self.config.objective is not None:  # it may have any unit
+            return None
         start, now = fmean(self.first), fmean(list(self.losses)[-WINDOW // 2 :])
         if len(self.losses) < FIRST + WINDOW // 2 or now <= max(EXPLODED * start, start + 0.5):
             return None
@@ -93,6 +95,12 @@ class Watch:
     def _eps(self) -> tuple[str, str] | None:
         if len(self.hidden) < WINDOW or sum(self.hidden) <= WINDOW // 2:
             return None
+        if self.config.objective is not None:
+            return "eps", (
+                f"in {sum(self.hidden)} of the last {WINDOW} steps `objective` {self.config.objective} was equal at all "
+                f"probes, so that the weights did not move: raise `batch_size` (now {self.config.batch_size}) or `eps` (now "
+                f"{self.config.eps:g})."
+            )
         return "eps", (
             f"in {sum(self.hidden)} of the last {WINDOW} steps the losses of a step differed by no more than rounding, "
             f"{self.rounding(self.losses[-1]):.1e} at a loss of {self.losses[-1]:.4g} in {self.config.dtype}: `eps` "

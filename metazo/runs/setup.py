@@ -27,8 +27,9 @@ from metazo.step.precision import cost
 from metazo.steplog.format import scan
 from metazo.tasks import Prepared, prepare, resolve
 from metazo.tasks.classes import fit_head
-from metazo.tasks.closures import BatchLoss, FullLoss
+from metazo.tasks.closures import BatchLoss, Data, FullLoss
 from metazo.tasks.evaluate import evaluate
+from metazo.tasks.objectives import Minimised, Objective, find
 
 with needs("llm"):
     from transformers.utils import logging as transformers_logging
@@ -47,6 +48,8 @@ class Setup:
     forwards: int
     device: torch.device
     limit: int
+    objective: Objective | None = None
+    """What is minimised in place of the task's loss."""
     chosen: str | None = None
     """What `optimizer='auto'` took, and why, in a sentence."""
 
@@ -56,11 +59,21 @@ class Setup:
         assert isinstance(self.prepared, Prepared)
         return self.prepared
 
+    @property
+    def data(self) -> Data:
+        """What the losses of steps are computed on."""
+        return data(self.prepared, self.objective)
+
     def evaluate(self, split: Literal["dev", "test"]) -> dict[str, float]:
-        """Loss and metrics on a split."""
+        """Loss and metrics on a split, and "objective", the value that is minimised, if there is one."""
         if isinstance(self.prepared, OwnLoss):
             return self.prepared.evaluate(self.loaded.model, split, self.device)
-        return evaluate(self.loaded.model, self.rows, split, batch_size=self.config.eval_batch_size)
+        model, size, objective = self.loaded.model, self.config.eval_batch_size, self.objective
+        more = [objective.metric] if objective and objective.metric else []
+        found = evaluate(model, self.rows, split, batch_size=size, metrics=more)
+        if objective is None:
+            return found
+        return {"objective": objective.over(model, self.rows, split, found, size), **found}
 
     def parts(self) -> list[Any]:
         """The objects to save, each with a save_pretrained."""
@@ -121,17 +134,19 @@ def set_up(config: FinetuneConfig, given: Given | None = None) -> Setup:
     given, device, chosen = given or Given(), resolve_device(config.device), None
     if config.optimizer == AUTO:
         check_open(config)
+    objective = _objective(config, given)
     if given.own:
         loaded, trained = assemble(config, labels=None, device=device, given=given.loaded)
         prepared: Any = given.own
     else:
         loaded, trained, prepared = _task(config, given, device)
+    minimised = data(prepared, objective)
     if config.optimizer == AUTO:
-        config, chosen = _chosen(config, loaded, prepared, device)
+        config, chosen = _chosen(config, loaded, minimised, device)
     if given.optimizer is None:
-        config, optimizer = make_optimizer(config, loaded, prepared, device)
+        config, optimizer = make_optimizer(config, loaded, minimised, device)
     else:
-        optimizer, trained = _given_optimizer(given.optimizer, loaded, prepared, config, device)
+        optimizer, trained = _given_optimizer(given.optimizer, loaded, minimised, config, device)
     a_step = optimizer.forwards_per_step(config.accumulate)
     steps = int(config.forwards / a_step) if config.forwards else config.steps or 1000
     if config.epochs:
@@ -141,7 +156,29 @@ def set_up(config: FinetuneConfig, given: Given | None = None) -> Setup:
             f"`forwards` is {config.forwards} and a step of {config.optimizer} takes {a_step:g}; give more."
         )
     limit = min(config.max_length or loaded.context_length, loaded.context_length)
-    return Setup(config, loaded, prepared, optimizer, trained, steps, round(steps * a_step), device, limit, chosen)
+    return Setup(
+        config, loaded, prepared, optimizer, trained, steps, round(steps * a_step), device, limit, objective, chosen
+    )
+
+
+def data(prepared: Prepared | OwnLoss, objective: Objective | None) -> Data:
+    """What the losses of steps are computed on."""
+    return prepared if objective is None or isinstance(prepared, OwnLoss) else Minimised(prepared, objective)
+
+
+def _objective(config: FinetuneConfig, given: Given) -> Objective | None:
+    """What is minimised in place of the task's loss. Raises UserError if there is none of this name, or if the method needs
+    a gradient.
+    """
+    if config.objective is None:
+        return None
+    used = given.optimizer or (method(config.optimizer) if config.optimizer != AUTO else None)
+    if used is not None and used.needs_gradient:
+        raise UserError(
+            f"`optimizer` {config.optimizer} needs the gradient of the loss, and `objective` {config.objective} is only "
+            "evaluated; choose a method that probes, such as mezo."
+        )
+    return find(given.objective or config.objective, (given.task or resolve(config.task)).kind)
 
 
 def _chosen(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,10 +34,12 @@ class Given:
     rows: Mapping[str, Sequence[Any]] | None = None
     own: OwnLoss | None = None
     optimizer: Any = None
+    objective: Callable[..., Any] | None = None
 
     def check(self, config: FinetuneConfig) -> None:
         """Raises UserError if a setting is the name of an object in memory that is not given."""
         there = {"model": self.loaded, "task": self.task or self.own, "optimizer": self.optimizer}
+        there["objective"] = self.objective
         for name, value in there.items():
             if value is None and str(getattr(config, name)).startswith(MEMORY):
                 raise UserError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -32,12 +32,14 @@ def evaluate(
     *,
     batch_size: int = 32,
     limit: int | None = None,
+    metrics: Sequence[str] = (),
 ) -> dict[str, float]:
     """Loss and metrics of ``model`` on a split, or on its first ``limit`` examples.
 
     Returns "loss", the task's metrics (0 to 1; mcc -1 to 1), "examples", and for classification and choice "majority":
     the accuracy of always giving the commonest answer of these examples. Generated answers are greedy. Batches hold
     inputs of similar length and at most ``batch_size`` rows (unless one example has more); their order does not matter.
+    ``metrics`` names others of the task's kind that are computed as well.
     Runs in eval and inference mode; the model's mode is restored. A loss that is not finite is returned as it is, and
     such an example counts as answered wrongly. Raises UserError for an empty split, and for a head of prototypes or label
     phrases that is not made yet (`metazo.tasks.classes.fit_head`).
@@ -55,7 +57,7 @@ def evaluate(
     model.eval()
     try:
         with torch.inference_mode():
-            for places in _batches(examples, batch_size, prepared):
+            for places in batches(examples, batch_size, prepared):
                 chosen = [examples[place] for place in places]
                 loss, predicted = _batch(model, prepared, chosen, device)
                 for place, value, prediction in zip(places, loss.tolist(), predicted, strict=True):
@@ -65,7 +67,7 @@ def evaluate(
     result = {"loss": sum(losses) / len(losses)}
     generation = prepared.task.kind == "generation"
     accepted = [example.references if generation else example.targets for example in examples]
-    for metric in prepared.task.metric:
+    for metric in dict.fromkeys((*prepared.task.metric, *metrics)):
         result[metric] = METRICS[metric](predictions, accepted)
     if not generation:
         common = Counter(target for example in examples for target in example.targets)
@@ -73,7 +75,7 @@ def evaluate(
     return result | {"examples": float(len(examples))}
 
 
-def _batches(examples: list[Encoded], batch_size: int, prepared: Prepared) -> Iterator[list[int]]:
+def batches(examples: list[Encoded], batch_size: int, prepared: Prepared) -> Iterator[list[int]]:
     """Indices of examples by batches of at most ``batch_size`` rows; longest first: memory runs out at once or never."""
     by_option = not prepared.at_position and prepared.task.kind != "generation"
     places: list[int] = []
@@ -101,8 +103,13 @@ def _batch(
         losses = -scores.gather(1, batch["targets"][:, None])[:, 0]
     else:
         losses = cross_entropy(scores, batch["targets"], reduction="none")
+    return losses, highest(scores)
+
+
+def highest(scores: Tensor) -> list[int]:
+    """The class or choice with the highest of scores (B, C) in each row; NO_CLASS for a row that has none."""
     sound = ~scores.isnan().any(-1) & scores.amax(-1).isfinite()  # argmax would return the index of a NaN
-    return losses, scores.argmax(-1).masked_fill(~sound, NO_CLASS).tolist()
+    return scores.argmax(-1).masked_fill(~sound, NO_CLASS).tolist()
 
 
 def generate(
