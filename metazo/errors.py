@@ -22,7 +22,13 @@ class UserError(Exception):
     without a traceback and exits with code 2; library users may catch it. Faults of metazo itself raise other types.
     Whatever a file or a server put into it, the message is one line that a terminal shows as it is: line breaks become
     spaces, control characters are escaped, secrets are left out, and so is the middle of what is longer than LONGEST.
+
+    Attributes, for a run of several processes: shared, whether every process raised it; of_rank, the rank of the one process
+    that did, unless it is rank 0.
     """
+
+    shared = False
+    of_rank: int | None = None
 
     def __init__(self, message: object = "") -> None:
         text = without_secrets(" ".join(str(message).split()))

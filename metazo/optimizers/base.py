@@ -38,10 +38,11 @@ from torch.optim import Optimizer
 
 from metazo.blocks import check_names
 from metazo.errors import UserError
+from metazo.io import processes
 from metazo.noise import Noise, PhiloxNoise
 from metazo.optimizers import probing as probings
 from metazo.optimizers import ranks
-from metazo.optimizers.groups import Closure, listed, mean_over_processes, named_groups, trainable
+from metazo.optimizers.groups import Closure, listed, named_groups, trainable
 from metazo.optimizers.guards import LossWatch, check_weights
 from metazo.optimizers.verbs import DECAY_EXEMPT, State, Verbs
 from metazo.step.directions import Direction, Scaled
@@ -81,11 +82,15 @@ class ZOOptimizer(Verbs, Optimizer):
             metazo.optimizers.probing.
         check_every: steps between comparisons of seed, settings and weights over the processes of torch.distributed, the
             first step included; 0 for none. Each costs one pass over the weights.
+        probe_ranks: number of the processes of torch.distributed that divide the probes of a step; each closure is then the
+            loss of share `rank // probe_ranks` of the examples. 1: every process evaluates every probe. See
+            metazo.optimizers.ranks.
         check_loss: whether the first step evaluates its first probe twice, to warn about a loss that differs at the same
             weights. The extra evaluation changes neither the counters nor the global generators.
 
     Attributes: last_step, the Step record of the step just taken; forwards, closure evaluations so far; recorder,
-    called with each Step before the weights change; max_loss, above which a loss counts as not finite; defer (False):
+    called with each Step before the weights change; exchange, what the processes exchange
+    in a step (metazo.optimizers.ranks.Exchange); max_loss, above which a loss counts as not finite; defer (False):
     whether the update of a step may wait until the next step applies it together with its first probe. This saves a pass
     over the weights and changes no bit, but you must call `settle` before you read the weights between steps.
 
@@ -94,7 +99,9 @@ class ZOOptimizer(Verbs, Optimizer):
     """
 
     name = "base"
-    common = frozenset({"eps", "seed", "noise", "scale", "rule", "precision", "probing", "check_loss", "check_every"})
+    common = frozenset(
+        ["eps", "seed", "noise", "scale", "rule", "precision", "probing", "check_loss", "check_every", "probe_ranks"]
+    )
 
     def __init__(
         self,
@@ -111,6 +118,7 @@ class ZOOptimizer(Verbs, Optimizer):
         probing: str | None = None,
         check_loss: bool = True,
         check_every: int = 100,
+        probe_ranks: int = 1,
     ):
         _numbers(lr=lr, eps=eps, weight_decay=weight_decay)
         if eps == 0:
@@ -130,6 +138,7 @@ class ZOOptimizer(Verbs, Optimizer):
         if not isinstance(check_every, int) or check_every < 0:
             raise UserError(f"`check_every` must be a whole number of at least 0, not {check_every}.")
         self.check_every, self._compared = check_every, False
+        self.exchange = ranks.Exchange(probe_ranks)
         self.loss_watch = LossWatch(check_loss and self.replayable)
         self.zo_state: State = {}
         super().__init__(named_groups(params), {"lr": lr, "weight_decay": weight_decay})
@@ -160,11 +169,12 @@ class ZOOptimizer(Verbs, Optimizer):
         self._prepare()
         state, step = self.zo_state, self.steps
         due = self.check_every and (not self._compared or step % self.check_every == 0)
-        if due and replay is None and ranks.together():
+        if due and replay is None and processes.together():
             ranks.check_ranks(self)
             self._compared = True
         estimator, closures = self.estimator_for(state, step), listed(self.closure_for(state, step, closure))
         probes = len(estimator.probes())
+        self.exchange.check(probes)
         if replay is not None and (len(replay.seeds) < estimator.queries or len(replay.losses) < probes):
             raise UserError(
                 f"step {step} of the log has {len(replay.seeds)} seeds and {len(replay.losses)} losses, and a step of "
@@ -217,21 +227,27 @@ class ZOOptimizer(Verbs, Optimizer):
         closures: Sequence[Closure],
         replay: Step | None,
     ) -> list[float]:
-        """The losses of the step's probes, which are evaluated unless the step is a replay."""
+        """The losses of the step's probes, which are evaluated unless the step is a replay.
+
+        Weights in place keep the rounding of every move, so every process makes all of them, whether it owns the probe or
+        not; of other weights all processes make the last, because an update depends on the probe that it removes.
+        """
         probes, given = self.displacements(estimator, direction, seeds), replay.losses if replay else None
 
         def in_turn() -> list[float]:
             losses: list[float] = []
-            for terms, probe in zip(probes, estimator.probes()):
-                self.weights.visit(terms, probe.snapshot)
-                losses.append(self._evaluate(closures) if given is None else given[len(losses)])
+            for index, (terms, probe) in enumerate(zip(probes, estimator.probes())):
+                own = self.exchange.owns(index)
+                if own or given is not None or self.weights.in_place or index == len(probes) - 1:
+                    self.weights.visit(terms, probe.snapshot)
+                losses.append(given[index] if given is not None else self._evaluate(closures) if own else 0.0)
                 self.forwards += sum(getattr(evaluate, "batches", 1) for evaluate in closures)
             return losses
 
         try:
-            if "probing" in self.zo_state:
-                return probings.losses_together(self, probes, closures, in_turn, given)
-            return in_turn()
+            together = "probing" in self.zo_state
+            losses = probings.losses_together(self, probes, closures, in_turn, given) if together else in_turn()
+            return self.exchange.combined(losses) if given is None else losses
         except BaseException:
             self.weights.leave()
             raise
@@ -261,7 +277,7 @@ class ZOOptimizer(Verbs, Optimizer):
                     "choose master."
                 )
         self.loss_watch.evaluated(loss, lambda: self._again(closures), self.tensors[0].param.device)
-        return mean_over_processes(loss)
+        return loss
 
     def _again(self, closures: Sequence[Closure]) -> float:
         with self.evaluation(), self.weights.evaluating():

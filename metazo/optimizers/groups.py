@@ -1,11 +1,10 @@
-"""Parameter groups in torch's form, of named tensors; one or many closures; the mean loss over processes."""
+"""Parameter groups in torch's form, of named tensors; one or many closures."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from metazo.blocks import NamedTensor, named_tensors
@@ -39,13 +38,3 @@ def named_groups(params: Iterable) -> list[dict[str, Any]]:
                 named.append((name, param))
         group["params"] = named
     return groups
-
-
-def mean_over_processes(loss: float) -> float:
-    """The loss averaged over the processes if torch.distributed runs: one number is all that they exchange."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return loss
-    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
-    total = torch.tensor(loss, dtype=torch.float64, device=device)
-    torch.distributed.all_reduce(total)
-    return float(total) / torch.distributed.get_world_size()

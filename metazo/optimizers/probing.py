@@ -17,7 +17,7 @@ from torch import Tensor
 
 from metazo.blocks import NamedTensor
 from metazo.errors import UserError
-from metazo.optimizers.groups import Closure, mean_over_processes
+from metazo.optimizers.groups import Closure
 from metazo.step.batched import Branch, TooLarge
 from metazo.step.batched import losses as losses_at
 from metazo.step.estimators import mean
@@ -52,7 +52,7 @@ def losses_together(
     if form == IN_TURN or (given is not None and form == UNDECIDED and optimizer.probing == "auto"):
         return in_turn()
     try:
-        losses = list(given) if given is not None else _one_pass(optimizer, probes, closures)
+        losses = list(given) if given is not None else _own_losses(optimizer, probes, closures)
     except Exception as error:
         if form != UNDECIDED:
             raise
@@ -74,10 +74,17 @@ def _say(optimizer: Any, error: Exception, level: int) -> None:
         )
 
 
+def _own_losses(optimizer: Any, probes: Probes, closures: Sequence[Closure]) -> list[float]:
+    """The losses of the probes that this process owns, from one forward pass, and 0 for all others."""
+    own = [index for index in range(len(probes)) if optimizer.exchange.owns(index)]
+    found = dict(zip(own, _one_pass(optimizer, [probes[index] for index in own], closures)))
+    return [found.get(index, 0.0) for index in range(len(probes))]
+
+
 def _one_pass(optimizer: Any, probes: Probes, closures: Sequence[Closure]) -> list[float]:
     """The mean losses at all probes. Raises if the closures cannot be vectorised, or hide tensors that they use."""
     undecided = optimizer.zo_state["probing"] == UNDECIDED
-    limit = ROWS // len(probes) if optimizer.probing == "auto" and undecided else None
+    limit = ROWS // len(optimizer.estimator.probes()) if optimizer.probing == "auto" and undecided else None
     branches = [Branch([(optimizer.noise.stream(t.seed), t.along, t.amount) for t in terms]) for terms in probes]
 
     def evaluate() -> tuple[list[float], list[NamedTensor]]:
@@ -88,7 +95,7 @@ def _one_pass(optimizer: Any, probes: Probes, closures: Sequence[Closure]) -> li
     losses, unmet = evaluate()
     if undecided and used_unseen(unmet, lambda: evaluate()[0][0], losses[0]):
         raise RuntimeError(f"{unmet[0].name} is used where torch functions do not show it")
-    return [mean_over_processes(loss) for loss in losses]
+    return losses
 
 
 @torch.no_grad()

@@ -1,13 +1,21 @@
-"""Check that the processes of torch.distributed take the same steps, because they exchange only their losses.
+"""What the processes of torch.distributed exchange in a step, and the check that they take the same steps.
 
-Each process perturbs and updates its own copy of the weights, so seeds, settings and weights must be the same on all.
-Every `check_every` steps, and at the first, each process sends its settings and one checksum per trained tensor. It costs
-one pass over the weights, about as much as one update.
+Each process perturbs and updates its own copy of the weights, so that the losses are all that they need of each other. Of N
+processes, Q = `probe_ranks` divide the probes of a step, and N / Q divide its examples: rank r evaluates the probes
+r mod Q, r mod Q + Q, ... on share r div Q of the examples. It sends one vector, of 8 bytes per probe and 8 more: its losses, 0
+for the probes of others, and whether it was asked to stop. One all-reduce gives the sum over the processes, and the losses
+are this sum times Q / N. With Q = N they are, bit for bit, those of a single process, because every other summand is 0.
+
+Seeds, settings and weights must be the same on all processes. Every `check_every` steps, and at the first, they compare one
+hash of all of them; if it differs, they compare one checksum per trained tensor, to say what differs. This costs one pass
+over the weights, about as much as one update.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import json
+from collections.abc import Callable, Iterable, Sequence
+from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -15,9 +23,58 @@ from torch import Tensor
 
 from metazo.blocks import NamedTensor
 from metazo.errors import UserError
+from metazo.io import processes
 
 Chunks = Callable[[NamedTensor], Iterable[tuple[int, Tensor]]]
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def share(probe_ranks: int) -> tuple[int, int]:
+    """(index, number) of this process's share of the examples. Raises UserError if `probe_ranks` does not divide them."""
+    count = processes.world()
+    if count == 1:
+        return 0, 1
+    if count % probe_ranks:
+        raise UserError(
+            f"`probe_ranks` is {probe_ranks} and there are {count} processes: choose a number that divides {count}."
+        )
+    return processes.rank() // probe_ranks, count // probe_ranks
+
+
+class Exchange:
+    """The exchange of a step's losses.
+
+    Args: probe_ranks: the number of processes that divide the probes of a step; the others divide its examples.
+    Attributes: stop, to be set if this process was asked to stop; stopped, whether one of them was at the last exchange.
+    """
+
+    def __init__(self, probe_ranks: int = 1):
+        if not isinstance(probe_ranks, int) or probe_ranks < 1:
+            raise UserError(f"`probe_ranks` must be a whole number of at least 1, not {probe_ranks}.")
+        self.probe_ranks = probe_ranks
+        self.stop = self.stopped = False
+
+    def check(self, probes: int) -> None:
+        """Raises UserError if `probe_ranks` does not divide the processes, or if some would have no probe to evaluate."""
+        share(self.probe_ranks)
+        if processes.together() and self.probe_ranks > probes:
+            raise UserError(
+                f"`probe_ranks` is {self.probe_ranks} and the number of probes per step is {probes}: lower it."
+            )
+
+    def owns(self, probe: int) -> bool:
+        """Whether this process evaluates that probe of a step."""
+        return not processes.together() or (processes.rank() - probe) % self.probe_ranks == 0
+
+    def combined(self, losses: Sequence[float]) -> list[float]:
+        """The losses on all examples, from those of this process, which are 0 for probes that it does not own."""
+        if not processes.together():
+            self.stopped = self.stop
+            return list(losses)
+        _, shares = share(self.probe_ranks)
+        *sums, stops = processes.total([*losses, float(self.stop)])
+        self.stopped = stops > 0
+        return [value / shares for value in sums]
 
 
 def checksum(chunks: Iterable[tuple[int, Tensor]]) -> int:
@@ -30,23 +87,21 @@ def checksum(chunks: Iterable[tuple[int, Tensor]]) -> int:
     return total % 2**64
 
 
-def together() -> bool:
-    """Whether there are several processes."""
-    distributed = torch.distributed
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-
-
 def check_ranks(optimizer: Any) -> None:
     """Raises UserError on every rank if seeds, settings or trained weights differ between ranks."""
     mine = described(optimizer)
-    every: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(every, mine)
+    digest = blake2b(json.dumps(mine).encode(), digest_size=16).digest()
+    if len(set(processes.gathered(digest))) == 1:
+        return
+    every = processes.gathered(mine)
     for rank, other in enumerate(every):
         if difference := first_difference(every[0], other):
-            raise UserError(
+            error = UserError(
                 f"Rank {rank} takes other steps than rank 0: {difference}. Give every rank the same seed, settings and start "
                 "weights (load the same checkpoint), or set `check_every=0` if they are to differ."
             )
+            error.shared = True
+            raise error
 
 
 def described(optimizer: Any) -> dict[str, Any]:
@@ -59,6 +114,7 @@ def described(optimizer: Any) -> dict[str, Any]:
     groups = [{key: group.get(key) for key in ("lr", "weight_decay")} for group in optimizer.param_groups]
     parts = {"method": optimizer.name, "seed": optimizer.noise.run_seed, "noise": optimizer.noise.name}
     parts |= {"rule": repr(optimizer.rule), "scale": type(optimizer.scale).__name__, "parameter groups": str(groups)}
+    parts |= {"probe_ranks": optimizer.exchange.probe_ranks}
     return parts | plain | {"weights": {t.name: checksum(optimizer.weights.read(t)) for t in optimizer.tensors}}
 
 

@@ -1,8 +1,9 @@
-"""Two processes that should take the same steps: a difference is reported on both."""
+"""Two processes that should take the same steps: a difference is reported on both; divided probes give the serial run."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ import torch.distributed as dist
 from torch import multiprocessing, nn
 
 from metazo.errors import UserError
-from metazo.optimizers import MeZO
-from metazo.optimizers.ranks import checksum
+from metazo.optimizers import EGGROLL, ES, FZOO, LOREN, LOZO, HiZOO, MeZO, MeZOAdam, MeZOSVRG
+from metazo.optimizers.ranks import Exchange, checksum
+from metazo.step.estimators import AtTheta
 
 CASES = {
     "same": {},
@@ -22,6 +24,47 @@ CASES = {
     "later": {},
     "off": {"seed": 1, "check_every": 0},
 }
+DIVIDED: dict[str, tuple[Any, dict[str, Any]]] = {
+    "mezo": (MeZO, {}),
+    "n-spsa": (MeZO, {"queries": 3}),
+    "adam": (MeZOAdam, {"queries": 2}),
+    "fzoo": (FZOO, {"queries": 4, "lr": 1e-5}),
+    "loren": (LOREN, {"queries": 3}),
+    "es": (ES, {"population": 5}),
+    "hizoo": (HiZOO, {}),
+    "svrg": (MeZOSVRG, {}),
+    "lozo": (LOZO, {"queries": 2, "probing": "in-turn"}),
+    "together": (EGGROLL, {"population": 6}),
+    "bfloat16": (ES, {"population": 5}),
+    "compensated": (MeZO, {"queries": 2, "precision": "compensated-8"}),
+    "scaled": (MeZO, {"queries": 2, "scale": "rms"}),
+}
+
+
+def _divided(name: str, probe_ranks: int) -> dict[str, Any]:
+    """Records and weights of four steps."""
+    method, options = DIVIDED[name]
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 2)), torch.randn(4, 8)
+    if name in ("bfloat16", "compensated"):
+        model, x = model.bfloat16(), x.bfloat16()
+    optimizer = method(
+        model.named_parameters(), **{"lr": 1e-3, "check_every": 2} | options | {"probe_ranks": probe_ranks}
+    )
+    calls = 0
+
+    def loss() -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return model(x).float().square().mean()
+
+    optimizer.full_closure = loss
+    records = []
+    for _ in range(4):
+        optimizer.step(loss)
+        records.append(optimizer.last_step)
+    weights = {key: value.clone() for key, value in model.state_dict().items()}
+    return {"records": records, "weights": weights, "forwards": optimizer.forwards, "calls": calls}
 
 
 def _process(rank: int, folder: str) -> None:
@@ -45,14 +88,31 @@ def _process(rank: int, folder: str) -> None:
             said[name] = ""
         except UserError as error:
             said[name] = f"{optimizer.steps} {error}"
+    for name, probe_ranks in (("too many", 2), ("no divisor", 3)):
+        with pytest.raises(UserError) as raised:
+            optimizer = MeZO(model.named_parameters(), probe_ranks=probe_ranks, check_every=0)
+            optimizer.estimator = AtTheta()
+            optimizer.step(lambda: 1.0)
+        said[name] = str(raised.value)
+    exchange = Exchange()
+    exchange.stop = rank == 1
+    said["exchange"] = exchange.combined([1.0 + rank, 3.0 * rank]), exchange.stopped
+    said["divided"] = {name: _divided(name, 2) for name in DIVIDED}
     torch.save(said, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_ranks_that_differ_are_refused_on_both(tmp_path: Path):
-    multiprocessing.spawn(_process, (str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    assert first == second
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any]]:
+    folder: Path = tmp_path_factory.mktemp("ranks")
+    multiprocessing.spawn(_process, (str(folder),), nprocs=2)
+    first, second = (torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2))
+    return first, second
+
+
+def test_ranks_that_differ_are_refused_on_both(ranks):
+    first, second = ranks
+    assert all(first[name] == second[name] for name in CASES)
     assert first["same"] == first["off"] == ""
     for name, found in {
         "seed": "0 Rank 1 takes other steps than rank 0: seed is 1 there and 0 on rank 0",
@@ -62,6 +122,34 @@ def test_ranks_that_differ_are_refused_on_both(tmp_path: Path):
         "later": "2 Rank 1 takes other steps than rank 0: 1 of 2 trained tensors have other values, the first is weight",
     }.items():
         assert first[name].startswith(found), first[name]
+
+
+def test_the_losses_are_averaged_and_a_stop_is_heard_by_all(ranks):
+    assert [said["exchange"] for said in ranks] == [([1.5, 1.5], True)] * 2
+
+
+def test_probe_ranks_that_do_not_fit_are_refused(ranks):
+    for said in ranks:
+        assert "probe_ranks` is 3 and there are 2 processes" in said["no divisor"], said["no divisor"]
+        assert said["too many"] == "`probe_ranks` is 2 and the number of probes per step is 1: lower it."
+
+
+@pytest.mark.parametrize("name", DIVIDED)
+def test_divided_probes_give_the_serial_run(ranks, name):
+    """Bit for bit if the probes are evaluated in turn: also on both processes, and with fewer evaluations on each."""
+    serial, (first, second) = _divided(name, 1), (said["divided"][name] for said in ranks)
+    assert first["records"] == second["records"]
+    assert all(first["weights"][key].equal(value) for key, value in second["weights"].items())
+    assert first["forwards"] == second["forwards"] == serial["forwards"]
+    repeats = 3 if name == "together" else 1  # the first step looks twice
+    assert abs(first["calls"] - second["calls"]) <= 4 and first["calls"] < serial["calls"] + repeats
+    for key, value in serial["weights"].items():
+        if name == "together":  # another batch of branches rounds in another way
+            assert torch.allclose(value, first["weights"][key], atol=1e-5)
+        else:
+            assert value.equal(first["weights"][key]), key
+    if name != "together":
+        assert serial["records"] == first["records"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)

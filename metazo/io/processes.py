@@ -1,0 +1,168 @@
+"""The processes of torch.distributed: who they are, and what they tell each other besides the losses of a step.
+
+Every function gives the same result on all processes, and needs all of them to call it. In a single process none of them
+communicates. Objects are sent by pickle, so that the processes must trust each other, as torch.distributed expects.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, distributed
+
+from metazo.errors import UserError
+
+T = TypeVar("T")
+Tensors = tuple[int, dict[str, Tensor]]
+"""A step, and tensors by name."""
+
+
+class LostRank(UserError):
+    """Another process ended, or did not answer in time."""
+
+
+def together() -> bool:
+    """Whether there are several processes."""
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def rank() -> int:
+    return distributed.get_rank() if together() else 0
+
+
+def world() -> int:
+    """The number of processes."""
+    return distributed.get_world_size() if together() else 1
+
+
+def launched() -> int:
+    """The number of processes that torchrun or accelerate launch started, from the environment; 1 if neither did."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    return int(size) if "RANK" in os.environ and size.isdigit() else 1
+
+
+@contextmanager
+def joined(timeout: float) -> Iterator[None]:
+    """Meet the other processes that torchrun started, over gloo, for the length of the context.
+
+    It does nothing for a single process, or if the caller has met them already. timeout: seconds without an answer after
+    which a process counts as lost. A UserError that is raised on this process alone gets its rank as `of_rank`.
+    """
+    own = launched() > 1 and not distributed.is_initialized()
+    if own:
+        with _answered():
+            distributed.init_process_group("gloo", timeout=timedelta(seconds=timeout))
+    try:
+        yield
+    except UserError as error:
+        if rank() and not error.shared:
+            error.of_rank = rank()
+        raise
+    finally:
+        if own:
+            with suppress(RuntimeError):
+                distributed.destroy_process_group()
+
+
+@contextmanager
+def _answered() -> Iterator[None]:
+    """Turn the failure of an exchange into LostRank."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        late = "imed out" in text or "timeout" in text.lower()
+        what = "did not answer in time" if late else "has ended"
+        lost = LostRank(f"Another process of this run {what}, so that this one cannot go on.")
+        lost.shared = True
+        raise lost from error
+
+
+def total(values: Sequence[float]) -> list[float]:
+    """The sum over the processes of each number, in float64: one all-reduce of 8 bytes per number."""
+    if not together():
+        return list(values)
+    device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
+    sums = torch.tensor(values, dtype=torch.float64, device=device)
+    with _answered():
+        distributed.all_reduce(sums)
+    return sums.tolist()
+
+
+def gathered(value: T) -> list[T]:
+    """The values of all processes, by rank."""
+    if not together():
+        return [value]
+    found: list[Any] = [None] * world()
+    with _answered():
+        distributed.all_gather_object(found, value)
+    return found
+
+
+def from_first(compute: Callable[[], T]) -> T:
+    """The value that rank 0 computes, or the UserError that it raises."""
+    if not together():
+        return compute()
+    outcome: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            outcome[0] = compute()
+        except UserError as error:
+            outcome[1] = error
+    with _answered():
+        distributed.broadcast_object_list(outcome, 0)
+    if outcome[1] is not None:
+        raise _shared(outcome[1])
+    return outcome[0]
+
+
+def tensors_from_first(compute: Callable[[], Tensors | None]) -> Tensors | None:
+    """As `from_first`, for tensors, which are sent one by one."""
+    held: list[Tensors | None] = [None]
+
+    def outline() -> tuple[int, dict[str, tuple[torch.Size, torch.dtype]]] | None:
+        held[0] = compute()
+        return held[0] and (held[0][0], {name: (t.shape, t.dtype) for name, t in held[0][1].items()})
+
+    found = from_first(outline)
+    if found is None or not together():
+        return held[0]
+    step, shapes = found
+    own = held[0][1] if held[0] else {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
+    for tensor in own.values():
+        with _answered():
+            distributed.broadcast(tensor.reshape(-1).view(torch.uint8), 0)
+    return step, own
+
+
+def agreed(compute: Callable[[], T]) -> T:
+    """The value that this process computes; a UserError on some processes is raised on all of them."""
+    if not together():
+        return compute()
+    value, error = None, None
+    try:
+        value = compute()
+    except UserError as raised:
+        error = raised
+    failed = [(number, other) for number, other in enumerate(gathered(error)) if other is not None]
+    if failed:
+        number, other = failed[0]
+        raise _shared(other if len(failed) == world() else UserError(f"On rank {number}: {other}"))
+    return value  # type: ignore[return-value]
+
+
+def require_same(what: str, value: Any) -> None:
+    """Raises UserError on all processes if the value is not the same on all of them. what: its name, as a plural."""
+    odd = [number for number, other in enumerate(gathered(value)) if other != value] if together() else []
+    if any(gathered(bool(odd))):
+        raise _shared(UserError(f"The {what} differ between the processes of this run; give all of them the same."))
+
+
+def _shared(error: UserError) -> UserError:
+    error.shared = True
+    return error
