@@ -20,7 +20,7 @@ PURPOSES = {
     "sign": "signatures",
 }
 """The purpose of each extra's packages."""
-_INSTALLED_AS = {"sklearn": "scikit-learn", "minisign": "py-minisign"}
+_INSTALLED_AS = {"minisign": "py-minisign"}
 
 
 class MissingPackage(UserError):

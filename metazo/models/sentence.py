@@ -130,17 +130,20 @@ class SentenceClassifier(nn.Module):
     def device(self) -> torch.device:
         return self.encoder.device
 
-    def embed(self, input_ids: Tensor, attention_mask: Tensor, **others: Tensor) -> Tensor:
+    def embed(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
         """Pooled hidden states (B, d)."""
         run = self.encoder if self._split is None else self._split
+        others = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
         hidden = run(input_ids=input_ids, attention_mask=attention_mask, **others).last_hidden_state
         if self.pooling == "cls":
             return hidden[:, 0]
         weights = attention_mask.unsqueeze(-1).to(hidden.dtype)
         return (hidden * weights).sum(1) / weights.sum(1)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, **others: Tensor) -> SequenceClassifierOutput:
-        return SequenceClassifierOutput(logits=self.head(self.embed(input_ids, attention_mask, **others)))  # type: ignore[arg-type]
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> SequenceClassifierOutput:
+        return SequenceClassifierOutput(logits=self.head(self.embed(input_ids, attention_mask, token_type_ids)))  # type: ignore[arg-type]
 
     def cache_frozen(self) -> int:
         """Cache the output of the frozen lower layers for each input. Returns the number of these layers.
@@ -151,6 +154,12 @@ class SentenceClassifier(nn.Module):
         count = frozen_layers(self.encoder)
         self._split = Split(self.encoder, count) if count else None
         return count
+
+    def learn_frozen(self, batches: Iterable[Mapping[str, Tensor]]) -> None:
+        """Fill the cache of `cache_frozen` from batches as `fit_prototypes` takes them (see `Split.learn`)."""
+        if self._split is not None:
+            inputs = ({n: v.to(self.device) for n, v in batch.items() if n != "targets"} for batch in batches)
+            self._split.learn(inputs)
 
     def fit_prototypes(self, batches: Iterable[Mapping[str, Tensor]]) -> None:
         """Set a new prototype head from training batches (tensors (B, L) by name, and "targets", (B,)).
@@ -181,6 +190,7 @@ class SentenceClassifier(nn.Module):
         if len(phrases) != self.classes or (offset is not None and len(offset) != self.classes):
             raise UserError(f"the head has {self.classes} classes, and {len(phrases)} label phrases were given")
         batch = tokenizer(phrases, padding=True, truncation=True, return_tensors="pt").to(self.device)
+        self.learn_frozen([batch])
         with torch.no_grad():
             self.head.set(self.embed(**batch))
         self.phrases = phrases

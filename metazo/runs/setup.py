@@ -230,6 +230,8 @@ def _task(config: FinetuneConfig, given: Given, device: torch.device) -> tuple[L
         if config.lora and config.keep != "none" and not config.merge:
             raise UserError("`lora` on a sentence encoder can only be saved merged into its weights; add `merge=True`.")
         loaded.model.cache_frozen()
+        examples = [*prepared.dev, *prepared.test, *prepared.train]
+        loaded.model.learn_frozen(prepared.batches(examples, config.eval_batch_size))
         fit_head(loaded, prepared, config.eval_batch_size)
     return loaded, trained, prepared
 

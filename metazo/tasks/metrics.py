@@ -9,12 +9,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
-
-from metazo.io.extras import needs
-
-with needs("llm"):
-    from sklearn.metrics import f1_score, matthews_corrcoef
-
+from math import sqrt
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -28,12 +23,24 @@ def accuracy(predicted: Sequence[int], accepted: Sequence[Sequence[int]]) -> flo
 
 def macro_f1(predicted: Sequence[int], accepted: Sequence[Sequence[int]]) -> float:
     """Unweighted mean of F1 over the classes that occur or are predicted, as in scikit-learn."""
-    return float(f1_score([a[0] for a in accepted], list(predicted), average="macro"))
+    right, given, hits = _counts(predicted, accepted)
+    classes = right.keys() | given.keys()
+    return sum(2 * hits[c] / (right[c] + given[c]) for c in classes) / len(classes)
 
 
 def mcc(predicted: Sequence[int], accepted: Sequence[Sequence[int]]) -> float:
-    """Matthews correlation coefficient: 1 perfect, 0 no better than a constant."""
-    return float(matthews_corrcoef([a[0] for a in accepted], list(predicted)))
+    """Matthews correlation coefficient (for several classes: Gorodkin, 2004): 1 perfect, 0 no better than a constant."""
+    right, given, hits = _counts(predicted, accepted)
+    total = right.total()
+    covariance = hits.total() * total - sum(right[c] * given[c] for c in right)
+    variances = [total**2 - sum(n**2 for n in counts.values()) for counts in (right, given)]
+    return covariance / sqrt(variances[0] * variances[1]) if all(variances) else 0.0
+
+
+def _counts(predicted: Sequence[int], accepted: Sequence[Sequence[int]]) -> tuple[Counter[int], ...]:
+    """How often each class is the first accepted one, is predicted, and is both."""
+    pairs = [(a[0], p) for a, p in zip(accepted, predicted, strict=True)]
+    return Counter(a for a, _ in pairs), Counter(p for _, p in pairs), Counter(a for a, p in pairs if a == p)
 
 
 def normalise(text: str) -> str:

@@ -16,8 +16,8 @@ from metazo.io.extras import PURPOSES
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-IMPORTED_AS = {"scikit-learn": "sklearn", "py-minisign": "minisign", "pyyaml": "yaml"}
-BROUGHT_ALONG = {"llm": {"tokenizers", "scipy"}}  # by transformers and scikit-learn
+IMPORTED_AS = {"py-minisign": "minisign", "pyyaml": "yaml"}
+BROUGHT_ALONG = {"llm": {"tokenizers"}}  # by transformers
 COME_ALONG = {"triton", "llvmlite"}  # with torch and numba
 OWN = {"metazo", "metazo_cli", "pertnn_zoo"}
 COMMANDS = ("demo", "finetune", "replay", "log", "meta-train", "evaluate", "zoo", "tasks", "recipes", "bench", "compare",

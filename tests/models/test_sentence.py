@@ -16,6 +16,9 @@ from metazo.errors import UserError
 from metazo.models import frozen
 from metazo.models.load import LoadedModel, load_model
 from metazo.models.sentence import Prototypes, SentenceClassifier
+from metazo.tasks.encode import Encoded
+from metazo.tasks.prepared import Prepared
+from metazo.tasks.task import Task
 
 SENTENCES = ["the film was great", "a warm and funny story", "terrible", "the cat sat on the mat ."]
 
@@ -134,6 +137,52 @@ def test_frozen_layers_are_computed_once_and_change_nothing(checkpoint: Path) ->
     assert not ran
     model(input_ids=one["input_ids"].flip(1), attention_mask=one["attention_mask"].flip(1))
     assert len(ran) == 1  # a row never seen
+
+
+def test_inputs_learned_in_groups_have_the_bits_of_their_group_in_every_batch(checkpoint: Path) -> None:
+    def model_with_cache() -> SentenceClassifier:
+        model = classifier(load_model(checkpoint, num_labels=2, seed=0))
+        model.encoder.embeddings.requires_grad_(False)
+        model.encoder.encoder.layer[0].requires_grad_(False)
+        model.cache_frozen()
+        return model
+
+    loaded = load_model(checkpoint, num_labels=2, seed=0)
+    texts = [" ".join(SENTENCES[k % 4].split() * (1 + k % 3)) for k in range(12)]
+    batches = [dict(loaded.tokenizer(texts[k : k + 5], padding=True, return_tensors="pt")) for k in (0, 5, 10)]
+    expected = [classifier(loaded)(**batch).logits for batch in batches]
+    first, again = model_with_cache(), model_with_cache()
+    first.learn_frozen({**batch, "targets": torch.zeros(5)} for batch in batches)
+    again.learn_frozen(reversed(batches))  # the groups do not depend on the order
+    ran: list[int] = []
+    first.encoder.embeddings.register_forward_hook(lambda *_: ran.append(1))
+    for batch, logits in zip(batches, expected):
+        torch.testing.assert_close(first(**batch).logits, logits, rtol=1e-5, atol=1e-6)
+        assert torch.equal(first(**batch).logits, again(**batch).logits)
+    assert not ran
+
+
+def test_the_second_text_of_a_pair_has_its_own_segment(checkpoint: Path) -> None:
+    loaded = load_model(checkpoint, num_labels=2)
+    model = classifier(loaded)
+    batch = loaded.tokenizer(SENTENCES[:2], SENTENCES[2:], padding=True, return_tensors="pt")
+    assert batch["token_type_ids"].any()
+    hidden = model.encoder(**batch).last_hidden_state
+    mask = batch["attention_mask"].unsqueeze(-1)
+    examples = [
+        Encoded(row[real.bool()].tolist(), [0], types=types[real.bool()].tolist())
+        for row, real, types in zip(batch["input_ids"], batch["attention_mask"], batch["token_type_ids"])
+    ]
+    task = Task(
+        name="pairs", kind="classification", files={"train": "a.jsonl"}, labels={0: "no", 1: "yes"}, prompt="{a} {b} {}"
+    )
+    prepared = Prepared(task, "classifier", loaded.tokenizer, 1, [], True)
+    torch.testing.assert_close(
+        prepared.scores(model, prepared.collate(examples)),
+        model.head((hidden * mask).sum(1) / mask.sum(1)),
+        rtol=1e-5,
+        atol=1e-6,
+    )
 
 
 def test_training_goes_on_above_the_cache(checkpoint: Path) -> None:

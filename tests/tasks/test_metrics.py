@@ -1,8 +1,11 @@
-"""Metrics against examples computed by hand."""
+"""Metrics against examples computed by hand, and those of classes against scikit-learn."""
 
 from __future__ import annotations
 
+import random
+
 import pytest
+from sklearn.metrics import f1_score, matthews_corrcoef
 
 from metazo.tasks import metrics
 
@@ -58,6 +61,17 @@ def test_class_metrics_by_hand():
     assert metrics.macro_f1(predicted, right) == pytest.approx((0.8 + 0.5 + 2 / 3) / 3)
     assert metrics.mcc([0, 0, 1, 1], [[0], [0], [1], [0]]) == pytest.approx((1 * 2 - 1 * 0) / (2 * 1 * 2 * 3) ** 0.5)
     assert metrics.mcc([1, 1], [[0], [1]]) == 0
+
+
+@pytest.mark.parametrize(("classes", "count"), [(2, 3), (2, 40), (5, 7), (5, 200), (1, 4)])
+def test_class_metrics_are_those_of_scikit_learn(classes, count):
+    draw = random.Random(classes * count)
+    for _ in range(20):
+        right = [draw.randrange(classes) for _ in range(count)]
+        predicted = [draw.choice([label, draw.randrange(-1, classes)]) for label in right]  # -1 is no class
+        accepted = [[label] for label in right]
+        assert metrics.macro_f1(predicted, accepted) == pytest.approx(f1_score(right, predicted, average="macro"))
+        assert metrics.mcc(predicted, accepted) == pytest.approx(matthews_corrcoef(right, predicted))
 
 
 def test_a_prediction_is_right_if_any_accepted_class_is_it():
