@@ -15,7 +15,7 @@ PURPOSES = {
     "llm": "language models and their tasks",
     "meta": "gradients through several unrolled steps",
     "report": "plots and reports",
-    "peft": "LoRA adapters",
+    "peft": "adapters",
     "trainer": "training loops of transformers",
     "sign": "signatures",
 }

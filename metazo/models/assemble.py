@@ -3,32 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from metazo.errors import UserError
 from metazo.io.files import is_file
 from metazo.io.plain import read_json, shown
+from metazo.models.adapters import PEFT_TYPES, add_adapters, merge_adapters, trained_adapters, with_adapters
 from metazo.models.describe import RECORD, describe
 from metazo.models.load import DTYPES, LoadedModel, context_length, load_model, set_pad
-from metazo.models.lora import add_adapters, merge_adapters, with_adapters
 from metazo.models.select import select_trainable
+from metazo.models.wanted import Wanted
 
 ADAPTERS, MODEL = "adapter_config.json", "model"
-
-
-class Wanted(Protocol):
-    """The settings on which a run's model depends; `FinetuneConfig` has them."""
-
-    model: str
-    kind: Any
-    dtype: Any
-    head: Any
-    seed: int
-    lora: int
-    train: list[str]
-    freeze: list[str]
 
 
 def assemble(
@@ -37,18 +25,20 @@ def assemble(
     """The model of a run before its first step, and the number of its trained weights.
 
     labels: classes of a classification task. given: a model in memory, which replaces `wanted.model`.
-    A model that is itself LoRA adapters is merged first. With `lora` new adapters are trained instead of the weights;
-    `train` and `freeze` then select among them. Raises UserError as `load` and `select_trainable` do.
+    A model that is itself adapters is merged first; with `adapters` of the kind "continue" they are trained further instead.
+    Other `adapters` are new, and are trained instead of the weights; `train` and `freeze` then select among them.
+    Raises UserError as `load` and `select_trainable` do.
     """
-    if given is not None and not (
-        wanted.lora or wanted.train or wanted.freeze
-    ):  # the caller has chosen what is trained
+    adapter = wanted.adapters
+    if given is not None and not (adapter or wanted.train or wanted.freeze):  # the caller has chosen what is trained
         return given, select_trainable(
             given.model, [], [], [n for n, p in given.model.named_parameters() if p.requires_grad]
         )
+    going_on = adapter is not None and adapter.kind == "continue"
     loaded = given or load(
         wanted.model,
-        merge=True,
+        merge=not going_on,
+        train=going_on,
         kind=wanted.kind,
         dtype=wanted.dtype,
         device=device,
@@ -56,18 +46,23 @@ def assemble(
         head=wanted.head,
         seed=wanted.seed,
     )
-    adapters = add_adapters(loaded, wanted.lora, wanted.seed) if wanted.lora else None
-    return loaded, select_trainable(loaded.model, wanted.train, wanted.freeze, adapters)
+    if adapter is None:
+        return loaded, select_trainable(loaded.model, wanted.train, wanted.freeze, None)
+    if going_on and not hasattr(loaded.model, "get_base_model"):
+        raise UserError(f"`adapter='continue'` needs a folder of adapters as the model, and {loaded.name} is none.")
+    names = trained_adapters(loaded.model) if going_on else add_adapters(loaded, adapter, wanted.seed)
+    return loaded, select_trainable(loaded.model, wanted.train, wanted.freeze, names)
 
 
-def load(name_or_path: str | Path, *, merge: bool = False, **options: Any) -> LoadedModel:
+def load(name_or_path: str | Path, *, merge: bool = False, train: bool = False, **options: Any) -> LoadedModel:
     """Load a model with its tokenizer, as `metazo.models.load.load_model`, or the model of a run.
 
     name_or_path: a folder or Hub id of transformers, pico, the folder of a run (its kept model is loaded), or a folder of
-    LoRA adapters (their base model, which adapter_config.json names, is loaded with the adapters on it). merge: add
-    the adapters to the weights, so that the model is a plain one; the sums are rounded to its dtype. options: kind,
-    dtype, device, num_labels, head, seed, trained_head of `load_model`.
-    Raises UserError as `load_model` does, for adapters that are not LoRA's, and if their base model cannot be loaded.
+    adapters of peft (their base model, which adapter_config.json names, is loaded with the adapters on it). merge: add
+    the adapters to the weights, so that the model is a plain one; the sums are rounded to its dtype. train: leave the adapters
+    trainable. options: kind, dtype, device, num_labels, head, seed, trained_head of `load_model`.
+    Raises UserError as `load_model` does, for adapters of a kind that metazo does not load, and if their base model cannot
+    be loaded.
     """
     folder = Path(name_or_path).expanduser()
     if not is_file(folder / ADAPTERS) and any(is_file(folder / MODEL / name) for name in (ADAPTERS, "config.json")):
@@ -79,8 +74,8 @@ def load(name_or_path: str | Path, *, merge: bool = False, **options: Any) -> Lo
     try:
         loaded = load(base, merge=True, **dict[str, Any](options, trained_head=False))
     except UserError as error:
-        raise UserError(f"{folder} has LoRA adapters, and their base model cannot be loaded: {error}") from error
-    with_adapters(loaded, folder)
+        raise UserError(f"{folder} has adapters, and their base model cannot be loaded: {error}") from error
+    with_adapters(loaded, folder, train=train)
     if is_file(folder / RECORD):
         describe(loaded.model, read_json(folder / RECORD, "record of the training"))
     loaded.name, loaded.new_head = str(name_or_path), False
@@ -125,9 +120,9 @@ def _base_of(folder: Path) -> str:
         kind, base = found["peft_type"], found["base_model_name_or_path"]
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} does not name adapters and their base model ({error})") from error
-    if kind != "LORA" or not isinstance(base, str):
+    if kind not in PEFT_TYPES or not isinstance(base, str):
         raise UserError(
-            f"{path} has adapters of the kind {shown(kind)} on {shown(base)}; metazo loads only LoRA adapters"
+            f"{path} has adapters of the kind {shown(kind)} on {shown(base)}; metazo loads lora, dora, ia3, prefix and prompt"
         )
     if not is_file(folder / "adapter_model.safetensors"):
         raise UserError(f"{folder} has no adapter_model.safetensors; save the adapters again with save_pretrained")

@@ -120,8 +120,8 @@ def _own(given, values, model, task, data, tokenizer, loss, dev, test) -> None:
         raise UserError(f"`model` is {type(model).__name__} {str(model)[:80]!r}; with `loss` it must be an nn.Module.")
     if task is not None or tokenizer is not None:
         raise UserError("`task` and `tokenizer` cannot be combined with `loss`, which replaces both; leave them out.")
-    if values.get("lora"):
-        raise UserError("`lora` cannot be combined with `loss`: put adapters on the module yourself.")
+    if name := next((name for name in ("lora", "adapter") if values.get(name)), None):
+        raise UserError(f"`{name}` cannot be combined with `loss`: put adapters on the module yourself.")
     most = values["steps"] * values.get("accumulate", 1) if values.get("steps") else None
     train, dev, test = (own_batches(*each, most) for each in (("data", data), ("dev", dev), ("test", test)))
     if not train:
@@ -196,7 +196,7 @@ def _optimizer(given: Given, values: dict[str, Any], optimizer: Any) -> None:
             register(optimizer)
         values["optimizer"] = optimizer.name
     elif isinstance(optimizer, Method):
-        for name in (*with_role(FinetuneConfig, "method"), "lora", "train", "freeze"):
+        for name in (*with_role(FinetuneConfig, "method"), "lora", "adapter", "train", "freeze"):
             if name not in OF_THE_LOOP and values.get(name):
                 what = ", ".join(values["method"]) if name == "method" else name
                 raise UserError(

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from metazo.errors import UserError
 from metazo.io.redact import has_secret, shown_address
+from metazo.models.wanted import ALPHA, RANK, Adapter
 from metazo.settings import check_number, check_values, setting, with_role
 
 FIRST_ORDER = ("first-order-sgd", "first-order-adamw")
@@ -99,9 +100,17 @@ class FinetuneConfig:
     freeze: list[str] = setting(default_factory=list, role="model")
     """Patterns of names of tensors to freeze"""
     lora: int = setting(default=0, least=0, most=4096, role="model")
-    """Rank of LoRA adapters that are trained instead of the weights (needs the extra peft); 0: no adapters"""
+    """Rank of LoRA adapters that are trained instead of the weights, short for `adapter` lora and `adapter_rank`"""
+    adapter: Literal["lora", "dora", "ia3", "prefix", "prompt", "continue"] | None = setting(default=None, role="model")
+    """Adapters that are trained instead of the weights (needs the extra peft); continue trains those that the model is"""
+    adapter_rank: int | None = setting(default=None, least=1, most=4096, role="model")
+    """Rank of lora and dora, number of virtual tokens of prefix and prompt; by default 8"""
+    adapter_alpha: float | None = setting(default=None, above=0, role="model")
+    """Factor of lora and dora, which are multiplied by alpha / rank; by default 16"""
+    adapter_targets: list[str] | None = setting(default=None, role="model")
+    """Names of the layers that get adapters, such as q_proj; by default those that peft names for the architecture"""
     merge: bool = setting(default=False, role="service")
-    """Save a plain model with the LoRA adapters added to its weights, instead of the adapters alone"""
+    """Save a plain model with the adapters added to its weights, instead of the adapters alone"""
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = setting(default="float32", role="model")
     """Data type of the weights in the forward pass"""
     precision: Precision = setting(default="auto", role="method")
@@ -143,6 +152,7 @@ class FinetuneConfig:
             raise UserError("`patience` counts evaluations on dev and `dev_examples` is 0; leave one of them out.")
         if self.keep == "best" and self.dev_examples == 0:
             raise UserError("`keep='best'` chooses on dev examples and `dev_examples` is 0; use `keep='last'`.")
+        self._check_adapters()
         self.method = {key: tuple(value) if isinstance(value, list) else value for key, value in self.method.items()}
         if self.tuner is not None and has_secret(self.tuner):
             raise UserError(
@@ -151,6 +161,33 @@ class FinetuneConfig:
             )
         if self.tuner is not None and self.scale != "none":
             raise UserError("`tuner` and `scale` both set the block scales; give one of them.")
+
+    @property
+    def adapters(self) -> Adapter | None:
+        """The adapters that are trained instead of the weights."""
+        kind = "lora" if self.lora else self.adapter
+        if kind is None:
+            return None
+        rank, alpha = self.lora or self.adapter_rank or RANK, self.adapter_alpha or ALPHA
+        return Adapter(kind, rank, alpha, tuple(self.adapter_targets or ()))
+
+    def _check_adapters(self) -> None:
+        given = [name for name in ("adapter", "adapter_rank") if getattr(self, name) is not None]
+        if self.lora and given:
+            raise UserError(
+                f"`lora` is short for `adapter='lora'` with its rank, so `{given[0]}` cannot be given as well."
+            )
+        kind = "lora" if self.lora else self.adapter
+        unused = {
+            "adapter_rank": ("lora", "dora", "prefix", "prompt"),
+            "adapter_alpha": ("lora", "dora"),
+            "adapter_targets": ("lora", "dora", "ia3"),
+        }
+        for name, kinds in unused.items():
+            if getattr(self, name) is not None and kind not in kinds:
+                raise UserError(f"`{name}` is of adapters {', '.join(kinds)}, and `adapter` is {kind or 'not given'}.")
+        if self.merge and kind in ("prefix", "prompt"):
+            raise UserError(f"`merge` adds adapters to weights, and `adapter` {kind} is virtual tokens; leave it out.")
 
 
 INCIDENTAL = with_role(FinetuneConfig, "place", "machine", "service")

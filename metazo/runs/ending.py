@@ -12,10 +12,11 @@ from metazo.errors import UserError
 from metazo.io.extras import MissingPackage
 from metazo.io.tensorfile import weights_hash
 from metazo.io.terminal import Console
-from metazo.models.lora import merge_adapters
+from metazo.models.adapters import merge_adapters
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.evaluations import Scores
 from metazo.runs.folder import BEST, RunFolder
+from metazo.runs.model_card import ModelCard
 from metazo.runs.monitor import Diverged
 from metazo.runs.resources import peak_memory
 from metazo.runs.setup import Setup
@@ -54,9 +55,6 @@ class Ending(ABC):
         weights = weights_hash(self.model.named_parameters())
         if config.merge:
             loaded.model = merge_adapters(loaded.model)
-        if config.keep != "none":
-            self.folder.save_model(*self.setup.parts())
-        self.log.finish(kept, weights)
         summary = {
             "task": config.task,
             "optimizer": config.optimizer,
@@ -73,6 +71,9 @@ class Ending(ABC):
             "test": test,
             "notes": notes,
         }
+        if config.keep != "none":
+            self.folder.save_model(*self.setup.parts(), ModelCard(config, summary, self.setup.trained))
+        self.log.finish(kept, weights)
         if plot:
             self._plot(records)
         self.folder.complete(summary)

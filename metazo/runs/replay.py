@@ -32,10 +32,10 @@ from metazo.io.lock import NAME as LOCK
 from metazo.io.lock import FolderLock
 from metazo.io.plain import is_name
 from metazo.io.tensorfile import weights_hash
+from metazo.models.adapters import merge_adapters
 from metazo.models.assemble import as_loaded, assemble
 from metazo.models.describe import describe, parts_of
 from metazo.models.load import LoadedModel
-from metazo.models.lora import merge_adapters
 from metazo.models.sentence import Phrases, SentenceClassifier
 from metazo.optimizers import METHODS
 from metazo.runs.config import FinetuneConfig

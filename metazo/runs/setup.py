@@ -91,7 +91,7 @@ class Setup:
         state += self.optimizer.moments * trainable  # these are allocated at the first step
         snapshots = 3 * (trainable + state) if config.snapshot_every else 0  # two are kept while a third is written
         best = trainable if config.keep == "best" else 0
-        saved = 0 if config.keep == "none" else trainable if config.lora and not config.merge else weights
+        saved = 0 if config.keep == "none" else trainable if config.adapters and not config.merge else weights
         log = _record_bytes(self.optimizer) * self.steps
         group = self.optimizer.param_groups[0]
         return {
@@ -227,8 +227,10 @@ def _task(config: FinetuneConfig, given: Given, device: torch.device) -> tuple[L
         k_per_class=config.k_per_class,
     )
     if isinstance(loaded.model, SentenceClassifier):
-        if config.lora and config.keep != "none" and not config.merge:
-            raise UserError("`lora` on a sentence encoder can only be saved merged into its weights; add `merge=True`.")
+        if config.adapters and config.keep != "none" and not config.merge:
+            raise UserError(
+                "`adapter` on a sentence encoder can only be saved merged into its weights; add `merge=True`."
+            )
         loaded.model.cache_frozen()
         examples = [*prepared.dev, *prepared.test, *prepared.train]
         loaded.model.learn_frozen(prepared.batches(examples, config.eval_batch_size))

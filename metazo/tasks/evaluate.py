@@ -14,6 +14,7 @@ from metazo.errors import UserError
 from metazo.io.extras import needs
 from metazo.models.describe import plain_generation
 from metazo.models.sentence import Prototypes
+from metazo.models.virtual import virtual_tokens
 from metazo.tasks.encode import Encoded
 from metazo.tasks.metrics import METRICS
 from metazo.tasks.prepared import Prepared
@@ -117,8 +118,17 @@ def generate(
 ) -> list[str]:
     """Greedy answers to the examples' prompts, up to the task's stop text, the end of text or the length limit.
 
-    Only the end of text is taken from the checkpoint's generation config (`plain_generation`).
+    Only the end of text is taken from the checkpoint's generation config (`plain_generation`). With virtual tokens only
+    prompts of equal length are continued together, because peft counts positions from the padding on.
     """
+    if virtual_tokens(model) and len({len(example.ids) for example in examples}) > 1:
+        answers = {}
+        for length in {len(example.ids) for example in examples}:
+            places = [place for place, example in enumerate(examples) if len(example.ids) == length]
+            answers |= zip(
+                places, generate(model, prepared, [examples[place] for place in places], device), strict=True
+            )
+        return [answers[place] for place in range(len(examples))]
     task, tokenizer = prepared.task, prepared.tokenizer
     batch = prepared.prompts(examples).to(device)
     start = batch["input_ids"].shape[1]

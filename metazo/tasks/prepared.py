@@ -19,6 +19,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from metazo.io.extras import needs
+from metazo.models.virtual import virtual_tokens, with_virtual_tokens
 from metazo.tasks.encode import Encoded
 from metazo.tasks.task import Task
 
@@ -167,7 +168,7 @@ def _forward(model: nn.Module, inputs: dict[str, Any]) -> Any:
     accepted = inspect.signature(getattr(inner, "forward", inner)).parameters
     if not any(parameter.kind is parameter.VAR_POSITIONAL for parameter in accepted.values()):
         inputs = {name: value for name, value in inputs.items() if name in accepted}
-    return model(**inputs)
+    return with_virtual_tokens(model, inputs) if virtual_tokens(model) else model(**inputs)
 
 
 def last_logits(model: nn.Module, batch: Batch, keep: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""LoRA in a run: only adapters change, under any method; saved adapters load with transformers; refusals are one sentence."""
+"""Adapters in a run: only they change, under any method; saved adapters load with transformers; refusals are one sentence."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ from transformers import AutoModelForCausalLM
 
 import metazo
 from metazo.errors import UserError
+from metazo.models.adapters import add_adapters
 from metazo.models.assemble import load
 from metazo.models.describe import RECORD
 from metazo.models.load import PICO
+from metazo.models.virtual import with_virtual_tokens
+from metazo.models.wanted import Adapter
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import run_settings
 from metazo.runs.replay import replay
@@ -24,7 +27,7 @@ from metazo.runs.setup import set_up
 from metazo.settings import build
 from metazo.steplog.format import scan
 from metazo.tasks import prepare, resolve
-from metazo.tasks.evaluate import evaluate
+from metazo.tasks.evaluate import evaluate, generate
 
 SMALL = {
     "model": "pico", "task": "pico_sentiment", "lora": 4, "lr": 1e-3, "steps": 8, "train_examples": 64,
@@ -151,7 +154,7 @@ def test_adapters_without_their_base_or_of_another_kind(adapters, tmp_path):
     out, _ = adapters
     for change, said in (
         ({"base_model_name_or_path": str(tmp_path / "gone")}, r"their base model cannot be loaded: .*gone"),
-        ({"peft_type": "PREFIX_TUNING"}, "metazo loads only LoRA adapters"),
+        ({"peft_type": "POLY"}, "metazo loads lora, dora, ia3, prefix and prompt"),
         ({"r": 3}, "do not fit"),
     ):
         folder = tmp_path / "changed"
@@ -219,3 +222,122 @@ def test_merged_adapters_of_a_sentence_encoder(tmp_path, minilm):
     assert not any("lora_" in name for name, _ in loaded.model.named_parameters())
     prepared = prepare(resolve("sst2"), loaded, data=tmp_path, train=20, dev=8, test=8)
     assert evaluate(loaded.model, prepared, "test")["loss"] == pytest.approx(summary["test"]["loss"], rel=1e-4)
+
+
+KINDS = {"dora": "lora_magnitude_vector", "ia3": "ia3_l", "prefix": "prompt_encoder", "prompt": "prompt_encoder"}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def tuned(request, tmp_path_factory):
+    """A run with each kind of adapter but plain LoRA: the kind, its folder and its summary."""
+    out = tmp_path_factory.mktemp(request.param) / "run"
+    rank = {} if request.param == "ia3" else {"adapter_rank": 3}
+    extra = {"lora": 0, "adapter": request.param, "keep": "last", "steps": 4, "lr": 1e-2, **rank}
+    return request.param, out, run_settings(config(out, **extra))
+
+
+def test_every_kind_trains_its_tensors_alone_saves_and_loads(tuned, tmp_path):
+    kind, out, summary = tuned
+    base = {name: p.clone() for name, p in AutoModelForCausalLM.from_pretrained(PICO).named_parameters()}
+    loaded = load(out)
+    names = dict(loaded.model.named_parameters())
+    assert any(KINDS[kind] in name for name in names)
+    wrapped = "base_model." if kind in ("prefix", "prompt") else "base_model.model."
+    inner = {name.removeprefix(wrapped).replace("base_layer.", ""): p for name, p in names.items()}
+    assert base and all(torch.equal(base[name], inner[name]) for name in base), (
+        "the base model is untouched bit for bit"
+    )
+    assert on_test(str(out)) == summary["test"] != on_test("pico")
+    again = replay(out / "steps.jsonl", "pico", tmp_path / "again")
+    assert again.identical and on_test(str(tmp_path / "again")) == summary["test"]
+
+
+def test_every_kind_is_continued_and_merged_if_it_can_be(tuned, tmp_path):
+    """With adapter continue the run begins at the function that the adapters have, and writes the same tensors again."""
+    kind, out, summary = tuned
+    extra = {"lora": 0, "model": str(out), "keep": "last", "steps": 2}
+    on = run_settings(config(tmp_path / "on", adapter="continue", **extra))
+    assert on["before"] == summary["dev"]
+    assert replay(tmp_path / "on" / "steps.jsonl", str(out)).identical
+    trained = {name for name, p in set_up(config(tmp_path / "x", adapter="continue", **extra)).loaded.model.named_parameters()
+               if p.requires_grad}  # fmt: skip
+    assert trained and all(KINDS[kind] in name or "lora_" in name for name in trained)
+    if kind in ("prefix", "prompt"):
+        with pytest.raises(UserError, match="cannot be merged into the weights; continue them"):
+            load(out, merge=True)
+    else:
+        assert on_test(str(out), merge=True)["loss"] == pytest.approx(summary["test"]["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["prefix", "prompt"])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_padding_changes_nothing_after_virtual_tokens(tiny, kind, name):
+    """peft's own call counts the positions of a padded row from the padding on; an unpadded row is that call's."""
+    loaded = load(tiny(name))
+    add_adapters(loaded, Adapter(kind, 3), seed=4)
+    torch.manual_seed(0)
+    for key, parameter in loaded.model.named_parameters():
+        if "prompt_encoder" in key:
+            parameter.data.normal_(0, 0.5)
+    prepared = prepare(resolve("pico_span"), loaded, train=4, dev=6, test=0)
+    with torch.inference_mode():
+        alone = torch.stack([prepared.loss(loaded.model, prepared.collate([each])) for each in prepared.dev])
+        together = prepared.loss(loaded.model, prepared.collate(prepared.dev))
+        assert len({len(each) for each in prepared.dev}) > 1
+        assert float(together) == pytest.approx(float(alone.mean()), abs=2e-5)
+        row = prepared.collate(prepared.dev[:1])
+        theirs = loaded.model(input_ids=row["input_ids"], attention_mask=row["attention_mask"]).logits[:, -1]
+        ours = with_virtual_tokens(
+            loaded.model, {key: row[key] for key in ("input_ids", "attention_mask", "position_ids")}
+        )
+        assert torch.allclose(theirs, ours.logits[:, -1], atol=2e-5)
+        greedy = []
+        for each in prepared.dev[:2]:
+            ids = list(each.ids)
+            for _ in range(prepared.room):
+                tokens = torch.tensor([ids])
+                inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+                inputs["position_ids"] = torch.arange(len(ids))[None]
+                token = int(with_virtual_tokens(loaded.model, inputs).logits[0, -1].argmax())
+                if token == loaded.tokenizer.eos_token_id:
+                    break
+                ids.append(token)
+            text = loaded.tokenizer.decode(ids[len(each.ids) :], skip_special_tokens=True)
+            greedy.append(text.partition(".")[0].strip())
+        assert generate(loaded.model, prepared, prepared.dev)[:2] == greedy
+
+
+def test_settings_of_adapters_that_do_not_go_together(tmp_path, tiny):
+    for extra, said in (
+        ({"adapter": "dora"}, "`lora` is short for `adapter='lora'` with its rank, so `adapter` cannot"),
+        ({"lora": 0, "adapter": "ia3", "adapter_rank": 2}, "`adapter_rank` is of adapters lora, .*, and `adapter` is ia3"),
+        ({"lora": 0, "adapter_alpha": 2.0}, "and `adapter` is not given"),
+        ({"lora": 0, "adapter": "prompt", "merge": True}, "`adapter` prompt is virtual tokens"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=said):
+            config(tmp_path / "x", **extra)
+    for extra, said in (
+        (
+            {"adapter": "prompt", "model": str(tiny("roberta"))},
+            "need a causal model, and .* is a masked model; take lora",
+        ),
+        ({"adapter": "dora", "adapter_targets": ["nothing"]}, "`adapter` dora cannot be put on pico: Target modules"),
+        ({"adapter": "continue"}, "needs a folder of adapters as the model, and pico is none"),
+    ):
+        with pytest.raises(UserError, match=said):
+            set_up(config(tmp_path / "x", lora=0, **extra))
+
+
+def test_targets_and_alpha_reach_peft(tmp_path):
+    extra = {"lora": 0, "adapter": "lora", "adapter_rank": 2, "adapter_alpha": 6.0, "adapter_targets": ["q_proj"]}
+    model = set_up(config(tmp_path / "x", **extra)).loaded.model
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained and all(".q_proj." in name for name in trained)
+    assert {layer.scaling["default"] for layer in model.modules() if hasattr(layer, "lora_A")} == {3.0}
+
+
+def test_the_card_says_what_was_done(tuned):
+    kind, out, summary = tuned
+    card = (out / "model" / "README.md").read_text()
+    assert f"weights of {kind} adapters" in card and "| base model | pico |" in card and "library_name: peft" in card
+    assert f"| test, tuned | {summary['test']['loss']:.4g} |" in card and str(out) not in card

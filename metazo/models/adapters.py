@@ -1,0 +1,145 @@
+"""Adapters through peft, for any method: their tensors are trained, and the base model's are not.
+
+    lora      two factors of low rank beside a weight           Hu et al. 2021, arXiv 2106.09685
+    dora      the same, with a trained length per output        Liu et al. 2024, arXiv 2402.09353
+    ia3       factors of keys, values and activations           Liu et al. 2022, arXiv 2205.05638
+    prefix    trained keys and values before every layer        Li and Liang 2021, arXiv 2101.00190
+    prompt    trained embeddings before the input               Lester et al. 2021, arXiv 2104.08691
+
+prefix and prompt are virtual tokens. peft numbers the positions of a padded row from the padding on; here they follow the
+attention mask, so that padding changes no result (metazo/models/virtual.py).
+
+Where not to use: prefix and prompt on models other than causal ones, or if the adapters are to be merged into the weights.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from metazo.errors import UserError
+from metazo.io.extras import needs
+from metazo.models.load import LoadedModel
+from metazo.models.sentence import SentenceClassifier
+from metazo.models.wanted import VIRTUAL, Adapter
+
+TASK_TYPES = {"causal": "CAUSAL_LM", "classifier": "SEQ_CLS", "masked": None}
+PEFT_TYPES = {"LORA", "IA3", "PREFIX_TUNING", "PROMPT_TUNING"}
+
+
+def _peft() -> Any:
+    with needs("peft"):
+        import peft
+    return peft
+
+
+def add_adapters(loaded: LoadedModel, adapter: Adapter, seed: int) -> list[str]:
+    """Put adapters on a model, without targets on the layers that peft names for this architecture (lora and dora: on all
+    linear layers if it names none).
+
+    `loaded.model` becomes the wrapped model, except that a sentence encoder with its head gets the adapters in place. A
+    classifier's trained head is trained as well. Returns the names of the tensors to train. The adapters' initial values
+    are drawn from `seed`; lora, dora and ia3 leave the model's function unchanged, prefix and prompt do not.
+    Raises UserError for a kind that the model cannot have, and for targets that it has not.
+    """
+    peft, encoder = _peft(), isinstance(loaded.model, SentenceClassifier)
+    if adapter.kind in VIRTUAL and (encoder or loaded.kind != "causal"):
+        raise UserError(
+            f"`adapter` {adapter.kind} is made of virtual tokens, which need a causal model, and {loaded.name} is a "
+            f"{loaded.kind} model; take lora, dora or ia3."
+        )
+    config = _config(peft, loaded, adapter, None if encoder else TASK_TYPES[loaded.kind])
+    try:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for a deprecated name
+            torch.default_generator.manual_seed(seed)
+            if isinstance(loaded.model, SentenceClassifier):
+                peft.inject_adapter_in_model(config, loaded.model.encoder)
+                loaded.model.head.requires_grad_(True)
+                loaded.model.eval()
+            else:
+                loaded.model = peft.get_peft_model(loaded.model, config).eval()
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise UserError(f"`adapter` {adapter.kind} cannot be put on {loaded.name}: {_sentence(error)}.") from error
+    if adapter.kind in VIRTUAL:
+        loaded.context_length -= adapter.rank
+    return trained_adapters(loaded.model)
+
+
+def trained_adapters(model: nn.Module) -> list[str]:
+    """Names of the tensors that peft has left trainable."""
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def _config(peft: Any, loaded: LoadedModel, adapter: Adapter, task_type: str | None) -> Any:
+    model_type, targets = loaded.model.config.model_type, list(adapter.targets) or None
+    if adapter.kind in VIRTUAL:
+        cls = peft.PrefixTuningConfig if adapter.kind == "prefix" else peft.PromptTuningConfig
+        return cls(num_virtual_tokens=adapter.rank, task_type=task_type)
+    constants = peft.utils.constants
+    if adapter.kind == "ia3":
+        if targets is None and model_type not in constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING:
+            raise UserError(f"peft names no layers of a {model_type} model for ia3; name them with `adapter_targets`.")
+        return peft.IA3Config(target_modules=targets, feedforward_modules=[] if targets else None, task_type=task_type)
+    if targets is None and model_type not in constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
+        targets = "all-linear"  # type: ignore[assignment]
+    return peft.LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        target_modules=targets,
+        task_type=task_type,
+        use_dora=adapter.kind == "dora",
+    )
+
+
+def with_adapters(loaded: LoadedModel, folder: Path, *, train: bool = False) -> None:
+    """Put the adapters that a model's own save_pretrained wrote on the base model, which becomes the wrapped model.
+
+    train: whether the adapters are left trainable. Raises UserError for adapters that do not fit.
+    """
+    peft = _peft()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # as above
+            virtual = peft.PeftConfig.from_pretrained(str(folder)).is_prompt_learning
+            trainable = train and not virtual  # peft refuses to load virtual tokens as trainable
+            loaded.model = peft.PeftModel.from_pretrained(loaded.model, str(folder), is_trainable=trainable).eval()
+    except (ValueError, RuntimeError, KeyError, TypeError, OSError) as error:
+        raise UserError(f"the adapters in {folder} do not fit {loaded.name!r}: {_sentence(error)}") from error
+    config = loaded.model.active_peft_config
+    if virtual:
+        loaded.context_length -= config.num_virtual_tokens
+        config.inference_mode = not train
+        loaded.model.prompt_encoder.requires_grad_(train)
+
+
+def _sentence(error: Exception) -> str:
+    return " ".join(str(error).split()).split(". ")[0].rstrip(".")[:300]
+
+
+def merge_adapters(model: nn.Module) -> Any:
+    """The plain model with its adapters added to the weights, rounded to their dtype; changes the given model.
+
+    Raises UserError for virtual tokens, which are in no weight.
+    """
+    peft = _peft()
+    whole: Any = model
+    if isinstance(model, peft.PeftModel):
+        if whole.active_peft_config.is_prompt_learning:
+            raise UserError(
+                "prefix and prompt adapters are virtual tokens and cannot be merged into the weights; continue them with "
+                "`adapter='continue'`, or name their base model."
+            )
+        return whole.merge_and_unload().eval()
+    layers: list[tuple[str, Any]] = [
+        item for item in model.named_modules() if isinstance(item[1], peft.tuners.tuners_utils.BaseTunerLayer)
+    ]
+    for name, layer in layers:
+        layer.merge()
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, layer.get_base_layer())
+    return model
