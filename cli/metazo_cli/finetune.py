@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -72,13 +73,16 @@ def finetune(
         key: tuple(value) if isinstance(value, list) else value for key, value in own.items() if value not in (None, [])
     }
     settings = options.settings(FinetuneConfig, config, {**values, "method": own or None}, began)
-    console = Terminal(stderr=as_json)
+    first = os.environ.get("RANK", "0") == "0"  # the one process that says anything, if torchrun started several
+    console = Terminal(stderr=as_json, quiet=not first)
     if settings.out is None:
         raise UserError("`out` is required: name the folder for everything that the run writes.")
     from metazo.runs.finetune import tune
     from metazo.runs.setup import set_up
 
     if dry_run:
+        if not first:
+            return
         setup = set_up(settings)
         plan = setup.plan(setup.config)
         if setup.chosen:
@@ -88,7 +92,8 @@ def finetune(
     console.say("metazo finetune", f"{settings.model} on {settings.task} with {settings.optimizer}", "bold")
     summary = tune(settings, console=console).summary
     if as_json:
-        print_json(summary)
+        if first:
+            print_json(summary)
         return
     show_result(console, summary, settings)
 

@@ -87,9 +87,12 @@ def main() -> None:
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":  # once, if torchrun started several
             errors.say("error:", error, "bold red")
+        elif error.of_rank is not None:
+            errors.say(f"error of rank {error.of_rank}:", error, "bold red")
         sys.exit(2)
     except Interrupted as error:
-        errors.say("stopped:", error, "bold yellow")
+        if os.environ.get("RANK", "0") == "0":
+            errors.say("stopped:", error, "bold yellow")
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         errors.print("stopped.")

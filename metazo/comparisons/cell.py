@@ -155,7 +155,7 @@ def _sigma(records: list[dict[str, Any]]) -> dict[str, Any] | None:
 def _of_worker() -> dict[str, Any]:
     versions = environment(torch.device("cpu"))
     threads = versions.pop("threads")
-    del versions["device"], versions["processor"]  # the machine says them
+    del versions["device"], versions["processor"], versions["processes"]  # the machine says them
     return {"versions": versions, "machine": facts() | {"threads": threads}}
 
 

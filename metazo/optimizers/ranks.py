@@ -26,6 +26,8 @@ from metazo.errors import UserError
 from metazo.io import processes
 
 Chunks = Callable[[NamedTensor], Iterable[tuple[int, Tensor]]]
+UNEQUAL = ("forwards", "defer")
+"""Attributes of an optimizer that may differ between processes, because no bit of a step depends on them."""
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -109,7 +111,7 @@ def described(optimizer: Any) -> dict[str, Any]:
     plain = {
         key: value
         for key, value in vars(optimizer).items()
-        if not key.startswith("_") and key != "forwards" and isinstance(value, bool | int | float | str)
+        if not key.startswith("_") and key not in UNEQUAL and isinstance(value, bool | int | float | str)
     }
     groups = [{key: group.get(key) for key in ("lr", "weight_decay")} for group in optimizer.param_groups]
     parts = {"method": optimizer.name, "seed": optimizer.noise.run_seed, "noise": optimizer.noise.name}

@@ -1,4 +1,8 @@
-"""The examples that a step reads: a function of the step and the seed alone (and of the examples' lengths)."""
+"""The examples that a step reads: a function of the step and the seed alone (and of the examples' lengths).
+
+Processes divide them: each takes every so many examples of a batch, and its loss is weighted by their number, so that the mean
+over the processes is the loss of the whole batch.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from metazo.errors import UserError
 from metazo.runs.config import FinetuneConfig
+from metazo.runs.own import OwnBatch
+from metazo.tasks.closures import BatchLoss
 
 WINDOW = 8  # batches that are sorted together
 
@@ -50,3 +57,35 @@ def reader(config: FinetuneConfig, train: Sequence[Any]) -> Callable[[int], list
         return [train[place] for place in places]
 
     return read
+
+
+def check_shares(config: FinetuneConfig, own: bool, shares: int) -> None:
+    """Raises UserError if the batches of a step cannot be divided. own: they are batches of the caller, which are not cut."""
+    if own and config.accumulate % shares:
+        raise UserError(
+            f"`accumulate` is {config.accumulate} and {shares} processes divide the batches of a step, which are not cut: "
+            f"choose a multiple of {shares}, or a higher `probe_ranks`."
+        )
+    if config.objective is not None and shares > 1:
+        raise UserError(
+            f"`objective` {config.objective} is computed on whole batches, and {shares} processes divide them: choose a "
+            f"`probe_ranks` of {shares * config.probe_ranks}, so that they divide the probes."
+        )
+    if not own and config.batch_size < shares:
+        raise UserError(
+            f"`batch_size` is {config.batch_size} and {shares} processes divide its examples: choose {shares} or more, or a "
+            "higher `probe_ranks`."
+        )
+
+
+def step_losses(
+    config: FinetuneConfig, setup: Any, read: Callable[[int], list[Any]], step: int, share: tuple[int, int]
+) -> list[BatchLoss]:
+    """The losses of a step's batches, on this process's share of them: (index, number) of the shares."""
+    index, shares = share
+    batches = [read(number) for number in range(step * config.accumulate, (step + 1) * config.accumulate)]
+    fixed = setup.loaded.model, setup.data
+    if isinstance(batches[0][0], OwnBatch):
+        return [BatchLoss(*fixed, batch, setup.device, batches=shares) for batch in batches[index::shares]]
+    parts = [(batch[index::shares], len(batch)) for batch in batches]
+    return [BatchLoss(*fixed, part, setup.device, shares * len(part) / whole) for part, whole in parts]

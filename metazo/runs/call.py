@@ -79,7 +79,9 @@ def finetune(
         metazo.finetune(model, task, "lozo", tokenizer=tokenizer, data=dataset, rank=2, lr=1e-6, steps=1000, out="runs/a")
         metazo.finetune(net, loss=lambda net, batch: cross_entropy(net(batch[0]), batch[1]), data=loader, lr=1e-3, steps=500)
 
-    Do not use it for a loss that is random, or with several processes; use an optimizer in your own loop instead.
+    Every process of a script that torchrun started calls it with the same arguments; see docs/scale.md.
+
+    Do not use it for a loss that is random; use an optimizer in your own loop instead.
     """
     given = Given()
     values = _split(settings)

@@ -118,6 +118,10 @@ class FinetuneConfig:
     compensated keeps 16 or 8 bits with each narrow weight instead; autocast runs float32 weights in bfloat16"""
     device: str = setting(default="auto", role="machine")
     """Device: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one"""
+    probe_ranks: int = setting(default=1, least=1, role="machine")
+    """Under torchrun, the number of processes that divide the probes of a step; the others divide its examples"""
+    rank_timeout: float = setting(default=1800.0, above=0, most=1e6, role="machine")
+    """Under torchrun, seconds without an answer after which another process counts as lost"""
     eval_every: int | None = setting(default=None, least=1, role="loop")
     """Steps between evaluations on dev; by default a tenth of the run"""
     eval_batch_size: int = setting(default=32, least=1, role="evaluation")

@@ -20,6 +20,7 @@ from metazo.runs.model_card import ModelCard
 from metazo.runs.monitor import Diverged
 from metazo.runs.resources import peak_memory
 from metazo.runs.setup import Setup
+from metazo.runs.shared import SharedFolder, written
 from metazo.runs.unwritten import MemoryFolder, MemoryLog
 from metazo.steplog.writer import StepLog
 
@@ -29,7 +30,7 @@ class Ending(ABC):
 
     config: FinetuneConfig
     setup: Setup
-    folder: RunFolder | MemoryFolder
+    folder: RunFolder | SharedFolder | MemoryFolder
     console: Console
     model: nn.Module
     optimizer: Any
@@ -80,13 +81,14 @@ class Ending(ABC):
         return summary
 
     def _plot(self, records: list[dict[str, Any]]) -> None:
-        if not isinstance(self.folder, RunFolder):
+        folder = written(self.folder)
+        if folder is None:
             return
         title = f"{self.config.task}, {self.config.optimizer}"
         try:
             from metazo.plots.curves import plot_run
 
-            plot_run(records, self.folder.path / "curve.png", title, self.prepared.task.metric)
+            plot_run(records, folder.path / "curve.png", title, self.prepared.task.metric)
         except MissingPackage as missing:  # the run is complete without its picture
             self.console.print(f"No curve.png: {missing}", style="yellow", soft_wrap=True)
 

@@ -14,6 +14,7 @@ from metazo.models.load import LoadedModel
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.folder import RunFolder
 from metazo.runs.setup import Setup
+from metazo.runs.shared import SharedFolder
 from metazo.runs.unwritten import MemoryFolder
 
 GROWN = 100.0
@@ -36,7 +37,7 @@ class Scores:
         self,
         config: FinetuneConfig,
         setup: Setup,
-        folder: RunFolder | MemoryFolder,
+        folder: RunFolder | SharedFolder | MemoryFolder,
         keep_best: Callable[[int], None],
         on_record: Callable[[dict[str, Any]], None] | None = None,
     ):

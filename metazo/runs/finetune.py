@@ -12,24 +12,29 @@ import torch
 from torch import Tensor, nn
 
 from metazo.errors import UserError
+from metazo.io.processes import agreed, from_first, joined, rank, require_same, together
 from metazo.io.terminal import Console
-from metazo.runs.batches import reader
+from metazo.optimizers.ranks import share as share_of_rank
+from metazo.runs.batches import reader, step_losses
 from metazo.runs.config import INCIDENTAL, FinetuneConfig
 from metazo.runs.diagnose import diagnose, memory_explained
 from metazo.runs.ending import Ending
 from metazo.runs.evaluations import Scores
 from metazo.runs.folder import BEST, PATHS, STEPS, RunFolder, located
 from metazo.runs.header import header
+from metazo.runs.inputs import data_hash
 from metazo.runs.interrupt import Interrupted, interruptible
 from metazo.runs.monitor import Watch
 from metazo.runs.progress import progress
-from metazo.runs.resources import refuse_ranks, require_space
+from metazo.runs.resources import require_space
 from metazo.runs.schedule import share, warmup_steps
 from metazo.runs.setup import Setup, set_up
+from metazo.runs.shared import SharedFolder, losses_explained, run_folder, written
 from metazo.runs.tuned import Finetuned, Given
 from metazo.runs.unwritten import MemoryFolder, MemoryLog
 from metazo.step.record import Step
 from metazo.steplog.writer import StepLog
+from metazo.tasks import Prepared
 from metazo.tasks.closures import BatchLoss
 
 
@@ -51,32 +56,45 @@ def tune(
     names. `metazo.finetune` and the command line both call it.
 
     The callbacks get the record of each step and of each evaluation. Without `config.out` nothing is written; without `plot`
-    there is no curve.png.
+    there is no curve.png. Every process that torchrun started calls it: they divide the work, all return the result, and rank
+    0 alone writes and shows anything.
     Raises UserError for bad input before anything is written, and Interrupted, with the run saved, if a signal stops it.
     """
-    refuse_ranks("finetune")
-    console = Console.of(console)
     given = given or Given()
     given.check(config)
+    with joined(config.rank_timeout), losses_explained(config), memory_explained(config):
+        return _tune(config, given, Console.of(None if rank() else console), on_step, on_evaluation, plot)
 
+
+def _tune(
+    config: FinetuneConfig,
+    given: Given,
+    console: Console,
+    on_step: Callable[[Step], None] | None,
+    on_evaluation: Callable[[dict[str, Any]], None] | None,
+    plot: bool,
+) -> Finetuned:
     def say(text: str) -> None:
         console.print(text, style="yellow", soft_wrap=True)
 
-    with memory_explained(config), _folder(config, say) as folder:
+    with run_folder(config, say) as folder:
         if (summary := folder.summary()) is not None:
             say(f"The run in {config.out} is complete; this is its result.")
             return Finetuned(summary, config.out)
         here = _from_anywhere(config)
-        setup = set_up(here, given)
+        setup = agreed(lambda: set_up(here, given))
         if here != config:  # the names in the log stay those of the start
             setup.config = replace(setup.config, **{name: getattr(config, name) for name in PATHS})
             setup.loaded.name = setup.loaded.name.replace(here.model, config.model)
         config = setup.config
         plan = setup.plan(config)
-        if config.out is not None:
-            require_space(config.out, plan["bytes on disk"] - folder.used(), "The run")
+        if isinstance(setup.prepared, Prepared) and together():
+            require_same("rows of the task", data_hash(setup.prepared))
+        if (out := config.out) is not None:
+            needed = plan["bytes on disk"] - folder.used()
+            from_first(lambda: require_space(out, needed, "The run"))
         if not config.resume:
-            _first_loss(setup, config)
+            agreed(lambda: _first_loss(setup, config))
         folder.begin()
         if setup.chosen:
             console.say("method:", setup.chosen)
@@ -97,14 +115,6 @@ def tune(
         return Finetuned(summary, config.out, setup.loaded, history)
 
 
-def _folder(config: FinetuneConfig, say: Callable[[str], None]) -> RunFolder | MemoryFolder:
-    if config.out is not None:
-        return RunFolder(config.out, asdict(config), config.resume, incidental=INCIDENTAL, say=say)
-    if config.resume:
-        raise UserError("`resume=True` needs the folder of the run: give it as `out`.")
-    return MemoryFolder(say)
-
-
 def _from_anywhere(config: FinetuneConfig) -> FinetuneConfig:
     """A run that is resumed from another working directory finds its model, task and tuner (`located`)."""
     if not config.resume or config.out is None:
@@ -114,9 +124,9 @@ def _from_anywhere(config: FinetuneConfig) -> FinetuneConfig:
 
 def _first_loss(setup: Setup, config: FinetuneConfig) -> None:
     """Raises UserError for a loss that is not finite before the first step, before anything is written."""
-    first = reader(config, setup.prepared.train)(0)
+    first = step_losses(config, setup, reader(config, setup.prepared.train), 0, _share(setup))[0]
     with torch.inference_mode():
-        loss = float(BatchLoss(setup.loaded.model, setup.data, first, setup.device)())
+        loss = float(first())
     if config.objective is not None and not math.isfinite(loss):
         raise UserError(f"`objective` {config.objective} is {loss} before the first step; it must be a finite number.")
     if not math.isfinite(loss):
@@ -126,6 +136,11 @@ def _first_loss(setup: Setup, config: FinetuneConfig) -> None:
         )
 
 
+def _share(setup: Setup) -> tuple[int, int]:
+    """(index, number) of this process's share of the examples."""
+    return share_of_rank(setup.optimizer.exchange.probe_ranks) if together() else (0, 1)
+
+
 class _Run(Ending):
     """The state of the loop."""
 
@@ -133,7 +148,7 @@ class _Run(Ending):
         self,
         config: FinetuneConfig,
         setup: Setup,
-        folder: RunFolder | MemoryFolder,
+        folder: RunFolder | SharedFolder | MemoryFolder,
         console: Console,
         caught: list[str],
         on_step: Callable[[Step], None] | None,
@@ -143,7 +158,7 @@ class _Run(Ending):
         self.on_step = on_step
         self.model: nn.Module = setup.loaded.model
         self.optimizer, self.prepared = setup.optimizer, setup.prepared
-        self.read = reader(config, setup.prepared.train)
+        self.read, self.share = reader(config, setup.prepared.train), _share(setup)
         self.optimizer.max_loss = config.max_loss
         self.optimizer.defer = on_step is None  # who is called after a step may read the weights
         self.warmup = warmup_steps(config.warmup, setup.steps)
@@ -153,11 +168,22 @@ class _Run(Ending):
         self.scores = Scores(config, setup, folder, self._keep_best, on_evaluation)
 
     def _log(self) -> StepLog | MemoryLog:
-        if not isinstance(self.folder, RunFolder):
-            return MemoryLog()
-        decisive = {key: value for key, value in asdict(self.config).items() if key not in INCIDENTAL}
-        written = {"flush_every": self.config.flush_every, "fsync_every": self.config.fsync_every}
-        return StepLog(self.folder.path / STEPS, header(decisive, self.setup), **written, say=self.folder.say)
+        """The step log: in the folder on rank 0, and a copy of it in memory on the others."""
+        log: StepLog | MemoryLog = MemoryLog()
+        if self.config.out is None:
+            return log
+
+        def opened() -> list[Step]:
+            nonlocal log
+            folder = written(self.folder)
+            assert folder is not None
+            decisive = {key: value for key, value in asdict(self.config).items() if key not in INCIDENTAL}
+            every = {"flush_every": self.config.flush_every, "fsync_every": self.config.fsync_every}
+            log = StepLog(folder.path / STEPS, header(decisive, self.setup), **every, say=folder.say)
+            return log.steps
+
+        log.steps = from_first(opened)
+        return log
 
     # -- resuming --------------------------------------------------------------------------------------------------
 
@@ -221,6 +247,8 @@ class _Run(Ending):
                     break
                 self._set_rates(step)
                 closures = self._closures(step)
+                if together():
+                    optimizer.exchange.stop = bool(self.caught)
                 loss = optimizer.step(closures)
                 record = optimizer.last_step
                 assert record is not None
@@ -237,9 +265,7 @@ class _Run(Ending):
             group["lr"] = rate * share(self.config.schedule, step, self.setup.steps, self.warmup)
 
     def _closures(self, step: int) -> list[BatchLoss]:
-        """The losses of the step's batches."""
-        numbers = range(step * self.config.accumulate, (step + 1) * self.config.accumulate)
-        return [BatchLoss(self.model, self.setup.data, self.read(number), self.setup.device) for number in numbers]
+        return step_losses(self.config, self.setup, self.read, step, self.share)
 
     def _after(self, step: Step, loss: float, closures: list[BatchLoss] | None = None) -> None:
         """Check a step that was taken (closures) or replayed, and evaluate if that is due."""
@@ -253,10 +279,12 @@ class _Run(Ending):
         return diagnose(self.model, closures, self.setup.loaded.dtype)
 
     def _stop_if_asked(self, step: int) -> None:
-        if self.caught:
+        """Stop if a signal asked for it; several processes stop after the step in whose exchange one of them said so."""
+        if self.optimizer.exchange.stopped if together() else self.caught:
             if step == self.optimizer.steps == self.log.count and self.config.snapshot_every:
                 self._snapshot(step)
             saved = f"which is saved; continue with metazo finetune --resume {self.config.out}"
             if self.config.out is None:
                 saved = "whose weights are in the model in memory; nothing is written, because the run has no `out`"
-            raise Interrupted(f"{self.caught[0]} after step {step} of {self.setup.steps}, {saved}", self.caught[0])
+            name = self.caught[0] if self.caught else "SIGTERM"
+            raise Interrupted(f"{name} after step {step} of {self.setup.steps}, {saved}", name)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import metazo
+from metazo.io.processes import world
 from metazo.io.tensorfile import weights_hash
 from metazo.models.sentence import SentenceClassifier
 from metazo.optimizers.registry import Method
@@ -55,12 +56,13 @@ def tuner_hash(optimizer: Method) -> str | None:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Versions, threads and kind of device, on which the last bits of a result may depend."""
+    """Versions, threads, processes and kind of device, on which the last bits of a result may depend."""
     return {
         "metazo": metazo.__version__,
         "python": platform.python_version(),
         **versions(PACKAGES),
         "threads": torch.get_num_threads(),
+        "processes": world(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "processor": processor(),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import typing
 from typing import Any
 
@@ -14,6 +15,7 @@ from metazo.blocks import NamedTensor, partition, tensor_id
 from metazo.errors import UserError
 from metazo.feedback.tuner import FeedbackTuner, describe
 from metazo.io.plain import shown
+from metazo.io.processes import launched
 from metazo.optimizers import METHODS
 from metazo.optimizers.registry import method
 from metazo.runs.config import FinetuneConfig
@@ -118,6 +120,7 @@ def arguments(config: FinetuneConfig, model: nn.Module) -> dict[str, Any]:
         free = "`optimizer='mezo'` with `scale='rms'`" if "scale" in cls.common else "`optimizer='skip-feedback'`"
         raise UserError(f"`optimizer` {name} needs `tuner` (or use {free}, which needs none).")
     shared: dict[str, Any] = {"eps": config.eps, "seed": config.seed, "precision": config.precision}
+    shared["probe_ranks"] = config.probe_ranks
     if "scale" in cls.common:
         shared["scale"] = block_scale(config, model)
     if "tuner" in cls.common:
@@ -137,9 +140,14 @@ def build_optimizer(config: FinetuneConfig, model: nn.Module) -> Any:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device that a setting names. Raises UserError if it cannot be used."""
+    """The device that a setting names; under torchrun, each process of a machine has a GPU of its own.
+
+    Raises UserError if it cannot be used.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and launched() > 1:
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from metazo.errors import UserError
+from metazo.io.processes import gathered, rank, world
 from metazo.io.tensorfile import write_tensors
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -74,9 +75,11 @@ class OwnLoss:
 
     @torch.inference_mode()
     def evaluate(self, model: nn.Module, split: str, device: torch.device) -> dict[str, float]:
-        """ "loss", the mean over the batches of a split, and "batches", their number."""
+        """ "loss", the mean over the batches of a split, and "batches", their number. The processes of a run divide them."""
         batches: list[OwnBatch] = getattr(self, split)
-        losses = [float(self.loss(model, batch.to(device))) for batch in batches]
+        own = [float(self.loss(model, batch.to(device))) for batch in batches[rank() :: world()]]
+        each = gathered(own)
+        losses = [each[index % len(each)][index // len(each)] for index in range(len(batches))]
         return {"loss": sum(losses) / len(losses), "batches": float(len(losses))}
 
 

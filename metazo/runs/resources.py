@@ -20,7 +20,7 @@ def refuse_ranks(what: str) -> None:
     if "RANK" in os.environ and world.isdigit() and int(world) > 1:
         raise UserError(
             f"metazo {what} runs in one process, and torchrun started {world}; start it without torchrun, or with "
-            "--nproc-per-node 1 (the optimizers themselves average their losses over ranks)."
+            "--nproc-per-node 1 (metazo finetune and the optimizers themselves run on several)."
         )
 
 

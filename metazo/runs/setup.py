@@ -10,11 +10,14 @@ import torch
 
 from metazo.errors import UserError
 from metazo.io.extras import needs
+from metazo.io.processes import world
 from metazo.models.assemble import assemble
 from metazo.models.describe import describe, parts_of
 from metazo.models.load import LoadedModel
 from metazo.models.sentence import SentenceClassifier
+from metazo.optimizers.ranks import share
 from metazo.optimizers.registry import method
+from metazo.runs.batches import check_shares
 from metazo.runs.choose import AUTO, check_open, choose
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.folder import STEPS
@@ -70,7 +73,7 @@ class Setup:
             return self.prepared.evaluate(self.loaded.model, split, self.device)
         model, size, objective = self.loaded.model, self.config.eval_batch_size, self.objective
         more = [objective.metric] if objective and objective.metric else []
-        found = evaluate(model, self.rows, split, batch_size=size, metrics=more)
+        found = evaluate(model, self.rows, split, batch_size=size, metrics=more, divided=True)
         if objective is None:
             return found
         return {"objective": objective.over(model, self.rows, split, found, size), **found}
@@ -134,6 +137,7 @@ def set_up(config: FinetuneConfig, given: Given | None = None) -> Setup:
     given, device, chosen = given or Given(), resolve_device(config.device), None
     if config.optimizer == AUTO:
         check_open(config)
+    _check_processes(config, given)
     objective = _objective(config, given)
     if given.own:
         loaded, trained = assemble(config, labels=None, device=device, given=given.loaded)
@@ -159,6 +163,24 @@ def set_up(config: FinetuneConfig, given: Given | None = None) -> Setup:
     return Setup(
         config, loaded, prepared, optimizer, trained, steps, round(steps * a_step), device, limit, objective, chosen
     )
+
+
+def _check_processes(config: FinetuneConfig, given: Given) -> None:
+    """Raises UserError for a run that several processes cannot share."""
+    if world() == 1:
+        return
+    if config.optimizer == AUTO:
+        raise UserError("`optimizer` is auto, which chooses for one process; under torchrun, name a method.")
+    if not (given.optimizer or method(config.optimizer)).replayable:
+        raise UserError(
+            f"`optimizer` {config.optimizer} runs in one process, because processes exchange losses alone: start it without "
+            "torchrun, or choose another."
+        )
+    check_shares(config, given.own is not None, share(_probe_ranks(config, given.optimizer))[1])
+
+
+def _probe_ranks(config: FinetuneConfig, optimizer: Any) -> int:
+    return config.probe_ranks if optimizer is None else optimizer.exchange.probe_ranks
 
 
 def data(prepared: Prepared | OwnLoss, objective: Objective | None) -> Data:
@@ -202,7 +224,8 @@ def _given_optimizer(
     if not held or any(id(parameter) not in own for parameter in held):
         raise UserError("`optimizer` has tensors that are not the model's; make it from model.named_parameters().")
     if optimizer.wants_full_closure and optimizer.full_closure is None:
-        optimizer.full_closure = FullLoss(loaded.model, prepared, config.eval_batch_size, device)
+        own = share(_probe_ranks(config, optimizer))
+        optimizer.full_closure = FullLoss(loaded.model, prepared, config.eval_batch_size, device, own)
     return optimizer, sum(parameter.numel() for parameter in held if parameter.requires_grad)
 
 
@@ -245,12 +268,13 @@ def make_optimizer(
     dominant layer, the evaluation of probes), so that a replay needs neither.
     """
     cls, given = method(config.optimizer), arguments(config, loaded.model)
-    batch = BatchLoss(loaded.model, prepared, prepared.train[: config.batch_size], device)
+    own = share(config.probe_ranks)
+    batch = BatchLoss(loaded.model, prepared, prepared.train[: -(-config.batch_size // own[1])], device)
     found = cls.resolve(given, loaded.model, batch)
     changed = {key: value for key, value in found.items() if key not in given or value is not given[key]}
     shared = {key: changed.pop(key) for key in list(changed) if key in FinetuneConfig.__dataclass_fields__}
     optimizer: Any = cls(loaded.model.named_parameters(), **found)
     optimizer.measure_cost(batch)
     if optimizer.wants_full_closure:
-        optimizer.full_closure = FullLoss(loaded.model, prepared, config.eval_batch_size, device)
+        optimizer.full_closure = FullLoss(loaded.model, prepared, config.eval_batch_size, device, own)
     return replace(config, **shared, method=config.method | changed), optimizer

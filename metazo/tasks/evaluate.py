@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from metazo.errors import UserError
 from metazo.io.extras import needs
+from metazo.io.processes import gathered, rank, world
 from metazo.models.describe import plain_generation
 from metazo.models.sentence import Prototypes
 from metazo.models.virtual import virtual_tokens
@@ -34,13 +36,15 @@ def evaluate(
     batch_size: int = 32,
     limit: int | None = None,
     metrics: Sequence[str] = (),
+    divided: bool = False,
 ) -> dict[str, float]:
     """Loss and metrics of ``model`` on a split, or on its first ``limit`` examples.
 
     Returns "loss", the task's metrics (0 to 1; mcc -1 to 1), "examples", and for classification and choice "majority":
     the accuracy of always giving the commonest answer of these examples. Generated answers are greedy. Batches hold
     inputs of similar length and at most ``batch_size`` rows (unless one example has more); their order does not matter.
-    ``metrics`` names others of the task's kind that are computed as well.
+    ``metrics`` names others of the task's kind that are computed as well. ``divided``: the processes of torch.distributed,
+    all of which must call this, divide the batches, and all return the result of a single process.
     Runs in eval and inference mode; the model's mode is restored. A loss that is not finite is returned as it is, and
     such an example counts as answered wrongly. Raises UserError for an empty split, and for a head of prototypes or label
     phrases that is not made yet (`metazo.tasks.classes.fit_head`).
@@ -53,16 +57,20 @@ def evaluate(
         raise UserError("the head has no prototypes yet; make them with fit_head, or fine-tune the model first")
     device = next(model.parameters()).device
     training = model.training
+    first, ranks = (rank(), world()) if divided else (0, 1)
     losses = [0.0] * len(examples)
     predictions: list[Any] = [None] * len(examples)
     model.eval()
     try:
         with torch.inference_mode():
-            for places in batches(examples, batch_size, prepared):
+            own: list[tuple[int, float, Any]] = []
+            for places in islice(batches(examples, batch_size, prepared), first, None, ranks):
                 chosen = [examples[place] for place in places]
                 loss, predicted = _batch(model, prepared, chosen, device)
-                for place, value, prediction in zip(places, loss.tolist(), predicted, strict=True):
-                    losses[place], predictions[place] = value, prediction
+                own += zip(places, loss.tolist(), predicted, strict=True)
+        for found in gathered(own) if divided else [own]:
+            for place, value, prediction in found:
+                losses[place], predictions[place] = value, prediction
     finally:
         model.train(training)
     result = {"loss": sum(losses) / len(losses)}

@@ -146,7 +146,8 @@ def test_a_setting_of_meta_training_out_of_range_is_said(tmp_path, settings, wor
 
 
 def test_several_ranks_are_refused_before_anything_is_written_and_said_once(tmp_path, monkeypatch, capsys):
-    arguments = ["metazo", "finetune", "--model=pico", "--task=pico_sentiment", f"--out={tmp_path / 'run'}"]
+    arguments = ["metazo", "compare", "--model=pico", "--tasks=pico_sentiment", "--optimizers=mezo", "--budget=4"]
+    arguments.append(f"--out={tmp_path / 'run'}")
     monkeypatch.setattr("sys.argv", arguments)
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank, words in (("0", "torchrun started 2"), ("1", "")):

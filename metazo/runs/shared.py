@@ -1,0 +1,112 @@
+"""The folder of a run of several processes: rank 0 alone reads and writes it, and tells the others what it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from metazo.errors import UserError
+from metazo.io.processes import LostRank, Tensors, from_first, rank, tensors_from_first, together
+from metazo.runs.config import INCIDENTAL, FinetuneConfig
+from metazo.runs.folder import RunFolder
+from metazo.runs.unwritten import MemoryFolder
+
+
+class SharedFolder:
+    """A RunFolder on rank 0, with its methods on every rank.
+
+    Reading sends one message to every process. Writing sends none: if rank 0 fails to write, it ends, and the other
+    processes find out in their next exchange.
+
+    Args: path; make: gives the RunFolder, on rank 0 alone; say: called with each sentence for the user.
+    Raises UserError on every rank if `make` does on rank 0.
+    """
+
+    def __init__(self, path: Path, make: Callable[[], RunFolder], say: Callable[[str], None]):
+        self.path, self.say = path, say
+        self.own: RunFolder | MemoryFolder = MemoryFolder(say)
+        from_first(lambda: self._make(make))
+
+    def _make(self, make: Callable[[], RunFolder]) -> None:
+        self.own = make()
+
+    def __enter__(self) -> SharedFolder:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.own.__exit__(*exception)
+
+    def summary(self) -> dict[str, Any] | None:
+        return from_first(self.own.summary)
+
+    def used(self) -> int:
+        return from_first(self.own.used)
+
+    def begin(self) -> None:
+        from_first(self.own.begin)
+
+    def records(self) -> list[dict[str, Any]]:
+        return from_first(self.own.records)
+
+    def load_tensors(self, name: str) -> Tensors | None:
+        return tensors_from_first(lambda: self.own.load_tensors(name))
+
+    def load_snapshot(self, at_most: int) -> Tensors | None:
+        return tensors_from_first(lambda: self.own.load_snapshot(at_most))
+
+    def keep_records(self, records: list[dict[str, Any]]) -> None:
+        self.own.keep_records(records)
+
+    def record(self, **values: Any) -> None:
+        self.own.record(**values)
+
+    def save_tensors(self, name: str, step: int, tensors: Mapping[str, Tensor]) -> None:
+        if rank() == 0:
+            self.own.save_tensors(name, step, tensors)
+
+    def save_snapshot(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        self.own.save_snapshot(step, tensors)
+
+    def save_model(self, *parts: Any) -> None:
+        self.own.save_model(*parts)
+
+    def complete(self, summary: dict[str, Any]) -> None:
+        self.own.complete(summary)
+
+
+def written(folder: RunFolder | SharedFolder | MemoryFolder) -> RunFolder | None:
+    """The folder into which this process writes, if it writes into one."""
+    own = folder.own if isinstance(folder, SharedFolder) else folder
+    return own if isinstance(own, RunFolder) else None
+
+
+def run_folder(config: FinetuneConfig, say: Callable[[str], None]) -> RunFolder | SharedFolder | MemoryFolder:
+    """The folder of a run. Raises UserError if it cannot be used, or to resume a run that has none."""
+    if (out := config.out) is None:
+        if config.resume:
+            raise UserError("`resume=True` needs the folder of the run: give it as `out`.")
+        return MemoryFolder(say)
+
+    def make() -> RunFolder:
+        return RunFolder(out, asdict(config), config.resume, incidental=INCIDENTAL, say=say)
+
+    return SharedFolder(out, make, say) if together() else make()
+
+
+@contextmanager
+def losses_explained(config: FinetuneConfig) -> Iterator[None]:
+    """Adds to the report of a lost process how the run can continue."""
+    try:
+        yield
+    except LostRank as lost:
+        advice = "look at its message"
+        if config.out is not None:
+            advice += f", and continue with metazo finetune --resume {config.out}, with any number of processes"
+        error = LostRank(f"{lost} The steps so far are in the log: {advice}.")
+        error.shared = True
+        raise error from lost

@@ -1,0 +1,208 @@
+"""Runs of two real processes, as torchrun starts them: the command line is called with its environment."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import warnings
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import multiprocessing
+
+from metazo.errors import UserError
+from metazo.io.processes import LostRank
+from metazo.runs.config import FinetuneConfig
+from metazo.runs.finetune import run_settings, tune
+from metazo.runs.interrupt import Interrupted
+from metazo.settings import build
+from metazo.steplog.format import scan
+from metazo_cli.main import main
+
+SETTINGS: dict[str, Any] = {
+    "model": "pico", "task": "pico_sentiment", "steps": 6, "batch_size": 5, "train_examples": 8, "dev_examples": 8,
+    "test_examples": 4, "eval_batch_size": 2, "eval_every": 3, "snapshot_every": 2, "lr": 1e-4, "rank_timeout": 60.0,
+}  # fmt: skip
+PROBES: dict[str, Any] = {"optimizer": "es", "method": {"population": 4}, "probe_ranks": 2}
+ATOL = 1e-5  # of weights and losses after 6 steps, for another number of processes at the same batch
+
+
+def _config(out: Path, **settings: Any) -> FinetuneConfig:
+    return build(FinetuneConfig, {**SETTINGS, **settings, "out": out})
+
+
+def _stopped_at(step: int, by: int) -> Any:
+    return lambda record: os.kill(os.getpid(), by) if record.step + 1 == step else None
+
+
+def _main(arguments: list[str]) -> tuple[int, str]:
+    sys.argv = ["metazo", *arguments]
+    told = io.StringIO()
+    with redirect_stdout(told), redirect_stderr(told), pytest.raises(SystemExit) as ended:
+        main()
+    return int(ended.value.code or 0), told.getvalue()
+
+
+def _process(rank: int, folder: Path, ports: list[int]) -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
+    said: dict[str, Any] = {}
+
+    def meet() -> None:
+        os.environ["MASTER_PORT"] = str(ports.pop())
+
+    meet()
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in SETTINGS.items()]
+    said["examples"] = _main(["finetune", *flags, "--out", str(folder / "examples")])
+    meet()
+    found = tune(_config(folder / "probes", **PROBES), plot=False)
+    said["probes"] = {key: value.clone() for key, value in found.model.state_dict().items()}
+    meet()
+    try:
+        tune(_config(folder / "stopped"), on_step=_stopped_at(3, signal.SIGTERM) if rank else None)
+    except Interrupted as stopped:
+        said["stopped"] = str(stopped)
+    meet()
+    said["resumed"] = _main(["finetune", "--resume", str(folder / "resumed")])
+    for name, settings in {
+        "small": {"batch_size": 1},
+        "one process": {"optimizer": "first-order-sgd"},
+        "in use": {},
+        "other rows": {"train_examples": 8 + rank},
+        "objective": {"objective": "accuracy"},
+    }.items():
+        meet()
+        try:
+            tune(_config(folder / ("examples" if name == "in use" else name), **settings), plot=False)
+        except UserError as error:
+            said[name] = str(error), error.shared
+    meet()
+    began = time.monotonic()
+    try:
+        tune(_config(folder / "killed"), on_step=_stopped_at(3, signal.SIGKILL) if rank else _kept(said))
+    except LostRank as lost:
+        said["killed"] = str(lost), time.monotonic() - began
+    torch.save(said, folder / f"{rank}.pt")
+
+
+def _kept(said: dict[str, Any]) -> Any:
+    return lambda record: said.update(last=record.step)
+
+
+def _ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    found = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("several")
+    with pytest.raises(Interrupted):
+        tune(_config(folder / "resumed"), on_step=_stopped_at(3, signal.SIGTERM))
+    context, ports = multiprocessing.get_context("spawn"), _ports(12)
+    processes = [context.Process(target=_process, args=(rank, folder, ports)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, -signal.SIGKILL]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def said(folder: Path) -> dict[str, Any]:
+    return torch.load(folder / "0.pt", weights_only=False)
+
+
+@pytest.fixture(scope="module")
+def serial(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("serial") / "run"
+    run_settings(_config(out), plot=False)
+    return out
+
+
+def _same(first: Path, second: Path) -> None:
+    """The runs agree to ATOL in losses, evaluations and weights."""
+    steps = [scan(out / "steps.jsonl").steps for out in (first, second)]
+    for one, other in zip(*steps, strict=True):
+        assert one.seeds == other.seeds and one.losses == pytest.approx(other.losses, abs=ATOL)
+    dev = [
+        [json.loads(line)["dev"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+        for out in (first, second)
+    ]
+    for one, other in zip(*dev, strict=True):
+        assert one == pytest.approx(other, abs=ATOL)
+    weights = [load_file(out / "model" / "model.safetensors") for out in (first, second)]
+    assert all(weights[0][name].allclose(weights[1][name], rtol=0, atol=ATOL) for name in weights[0])
+
+
+def test_two_processes_divide_the_examples_of_a_batch(folder, said, serial):
+    """Five examples are three and two; the losses are those of one process, and rank 0 alone says so."""
+    code, told = said["examples"]
+    assert code == 0 and told.count("step 6/6") == 1 and "config, step log" in told
+    _same(folder / "examples", serial)
+    summaries = [json.loads((out / "summary.json").read_text()) for out in (folder / "examples", serial)]
+    assert summaries[0]["forwards"] == summaries[1]["forwards"]
+
+
+def test_two_processes_divide_the_probes_bit_for_bit(folder, said, tmp_path):
+    run_settings(_config(tmp_path / "run", **PROBES), plot=False)
+    first, second = (scan(out / "steps.jsonl") for out in (folder / "probes", tmp_path / "run"))
+    assert first.steps == second.steps and first.end == second.end
+    assert load_file(tmp_path / "run" / "model" / "model.safetensors").keys() <= said["probes"].keys()
+    for name, value in load_file(tmp_path / "run" / "model" / "model.safetensors").items():
+        assert value.equal(said["probes"][name]), name
+
+
+def test_a_signal_to_one_process_stops_both_after_the_same_step_and_one_process_continues(folder, said, serial):
+    assert said["stopped"].startswith("SIGTERM after step 4 of 6, which is saved")
+    steps = scan(folder / "stopped" / "steps.jsonl").steps
+    assert len(steps) == 4
+    run_settings(_config(folder / "stopped", resume=True), plot=False)
+    assert scan(folder / "stopped" / "steps.jsonl").steps[:4] == steps
+    _same(folder / "stopped", serial)
+
+
+def test_two_processes_continue_the_run_of_one(folder, said, serial):
+    code, told = said["resumed"]
+    assert code == 0 and "processes 1 then and 2 now" in told and "Resuming after step 3" in told
+    _same(folder / "resumed", serial)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    {
+        "small": "`batch_size` is 1 and 2 processes divide its examples: choose 2 or more",
+        "one process": "`optimizer` first-order-sgd runs in one process",
+        "in use": "already holds a run",
+        "other rows": "The rows of the task differ between the processes",
+        "objective": "choose a `probe_ranks` of 2",
+    }.items(),
+)
+def test_a_run_that_processes_cannot_share_is_refused_on_all_of_them(folder, said, name, words):
+    message, shared = said[name]
+    assert words in message and shared
+    assert name == "in use" or not (folder / name / "config.json").exists()
+
+
+def test_a_dead_process_ends_the_run_with_one_sentence_and_one_process_continues(folder, said, serial):
+    message, seconds = said["killed"]
+    assert message.startswith("Another process of this run has ended") and f"--resume {folder / 'killed'}" in message
+    assert seconds < 40 and said["last"] >= 2
+    run_settings(_config(folder / "killed", resume=True), plot=False)
+    _same(folder / "killed", serial)
