@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from metazo.errors import UserError as UserError
     from metazo.meta.config import MetaConfig as MetaConfig
     from metazo.meta.feedback_config import FeedbackConfig as FeedbackConfig
+    from metazo.meta.horizon_config import HorizonConfig as HorizonConfig
     from metazo.meta.train import meta_train as meta_train
     from metazo.models.assemble import load as load_model  # noqa: F401
     from metazo.optimizers.curvzo import CurvZO as CurvZO
@@ -68,6 +69,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Grid": "metazo.comparisons.grid",
     "FeedbackConfig": "metazo.meta.feedback_config",
+    "HorizonConfig": "metazo.meta.horizon_config",
     "MetaConfig": "metazo.meta.config",
     "Task": "metazo.tasks",
     "UserError": "metazo.errors",

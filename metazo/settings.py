@@ -7,7 +7,7 @@ import inspect
 import math
 import textwrap
 from collections.abc import Mapping
-from dataclasses import field, fields
+from dataclasses import field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -91,13 +91,14 @@ def with_role(config: type, *roles: str) -> tuple[str, ...]:
 
 @cache
 def help_of(config: type) -> dict[str, str]:
-    """The string under each field of a dataclass, by field name."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(config))).body[0].body  # type: ignore[attr-defined]
+    """The string under each field of a dataclass, by field name; a field without one takes that of the class it extends."""
     texts = {}
-    for statement, following in zip(body, body[1:]):
-        text = getattr(getattr(following, "value", None), "value", None)
-        if isinstance(statement, ast.AnnAssign) and isinstance(text, str):
-            texts[statement.target.id] = " ".join(text.split())  # type: ignore[union-attr]
+    for cls in reversed([cls for cls in config.__mro__ if is_dataclass(cls)]):
+        body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
+        for statement, following in zip(body, body[1:]):
+            text = getattr(getattr(following, "value", None), "value", None)
+            if isinstance(statement, ast.AnnAssign) and isinstance(text, str):
+                texts[statement.target.id] = " ".join(text.split())  # type: ignore[union-attr]
     return texts
 
 

@@ -11,13 +11,15 @@ from metazo.errors import UserError
 from metazo.io.terminal import print_json, print_line
 from metazo.meta.config import MetaConfig
 from metazo.meta.feedback_config import FeedbackConfig
+from metazo.meta.horizon_config import HorizonConfig
 from metazo.recipes import locate
 from metazo.settings import read_recipe
 
 from . import options
 from .messages import Terminal
 
-CONFIGS = {"scale": MetaConfig, "feedback": FeedbackConfig}
+CONFIGS: dict[str, type] = {"scale": MetaConfig, "horizon": HorizonConfig, "feedback": FeedbackConfig}
+FLAGS = {"scale": "--learn scale", "horizon": "--objective horizon", "feedback": "--learn feedback"}
 
 
 def meta_train(
@@ -40,13 +42,15 @@ def meta_train(
 
     metazo meta-train --model pico --task pico_topic --out runs/tuner
 
+    metazo meta-train --objective horizon --model pico --task pico_topic --task pico_span --out runs/horizon
+
     metazo meta-train --learn feedback --model pico --out runs/feedback
     """
     from metazo.meta.train import TUNER, dry, meta_train
 
     settings = _settings(learn, config, values)
     if dry_run:
-        if not isinstance(settings, MetaConfig):
+        if isinstance(settings, FeedbackConfig):
             raise UserError("--dry-run goes with --learn scale; a fit of feedback takes a minute or two.")
         plan = dry(settings)
         if as_json:
@@ -63,23 +67,36 @@ def meta_train(
     console.print(f"Publish it: metazo zoo push {path}", soft_wrap=True)
 
 
-def _settings(learn: str | None, config: Path | None, values: dict[str, Any]) -> MetaConfig | FeedbackConfig:
-    """The settings of what is learned. Raises UserError for a setting that belongs to the other kind alone."""
+def _settings(
+    learn: str | None, config: Path | None, values: dict[str, Any]
+) -> MetaConfig | HorizonConfig | FeedbackConfig:
+    """The settings of what is learned. Raises UserError for a setting that belongs to the other kinds alone."""
     recipe = read_recipe(locate(str(config))) if config else {}
     learn = learn or str(recipe.pop("learn", "scale"))
     recipe.pop("learn", None)
-    if learn not in CONFIGS:
-        raise UserError(f"`learn` {learn!r} is unknown: choose {' or '.join(CONFIGS)}.")
-    known = {item.name for item in options.fields(CONFIGS[learn])}
+    if learn not in ("scale", "feedback"):
+        raise UserError(f"`learn` {learn!r} is unknown: choose scale or feedback.")
     given = {key: value for key, value in values.items() if value is not None and value != []}
+    if learn == "scale" and given.get("objective", recipe.get("objective")) == "horizon":
+        learn = "horizon"
+    known = {item.name for item in options.fields(CONFIGS[learn])}
     for key in (*recipe, *given):
         if key not in known and any(key in other.__dataclass_fields__ for other in CONFIGS.values()):
-            raise UserError(f"`{key}` does not go with --learn {learn}; leave it out.")
+            raise UserError(f"`{key}` does not go with {FLAGS[learn]}; leave it out.")
     return options.build(CONFIGS[learn], recipe, given)  # type: ignore[return-value]
 
 
-_own = {item.name for item in options.fields(MetaConfig)}
+_scale = [item.name for item in options.fields(MetaConfig)]
+_every = [*_scale, *(item.name for item in options.fields(HorizonConfig))]
+_more = {
+    "objective": "; horizon: the loss at the end of whole runs, by evolution strategies",
+    "steps": "; with --objective horizon the pairs of runs, by default 120",
+}
 command = options.with_flags(
     meta_train,
-    [*options.flags(MetaConfig), *options.flags(FeedbackConfig, skip=tuple(_own), panel="With --learn feedback")],
+    [
+        *options.flags(MetaConfig, extra=_more),
+        *options.flags(HorizonConfig, skip=tuple(_scale), panel="With --objective horizon"),
+        *options.flags(FeedbackConfig, skip=tuple(_every), panel="With --learn feedback"),
+    ],
 )

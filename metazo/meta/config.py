@@ -16,18 +16,8 @@ MOST_BOUND = 20  # a factor of e^20 between block and RMS; a tuner file allows l
 
 
 @dataclass
-class MetaConfig:
-    """Everything that decides a meta-training run. The paper's own settings: recipe meta-published-copa.
-
-    The role of a setting says what a change of it affects: the tuner, whose file keeps these settings as its recipe, or the
-    base (model and tasks, which the file names by themselves), the place (paths), the machine, the service (how often files
-    are saved).
-
-    The defaults were chosen over the published objective, which put most of the perturbation into one block and diverged on
-    an earlier pico. They do not beat the hand rule: on pico_sentiment, 300 forward passes, 3 seeds, each at a learning rate of
-    its own (benchmarks/meta_objectives.json), a tuner from pico_topic ends at 0.056 (0.013), the RMS rule alone at 0.021
-    (0.006).
-    """
+class ScaleConfig:
+    """What every way to train a tuner of block scales is told."""
 
     model: str = setting(role="base")
     """Folder or Hub id of the base model; pico is the small one that metazo carries"""
@@ -37,10 +27,6 @@ class MetaConfig:
     """Folder for the tuner, settings, metrics and plot"""
     data: Path | None = setting(default=None, role="place")
     """Folder with <task>/<split>.jsonl; by default the Hub"""
-    steps: int | None = setting(default=None, least=1, role="tuner")
-    """Meta-steps; by default `epochs`"""
-    epochs: float = setting(default=3, above=0, most=1e6, role="tuner")
-    """Passes over the training examples, if `steps` is not given"""
     batch_size: int = setting(default=16, least=1, role="tuner")
     """Examples per batch"""
     train_examples: int = setting(default=1000, least=1, role="tuner")
@@ -53,6 +39,48 @@ class MetaConfig:
     """cpu, cuda, cuda:1, ..."""
     seed: int = setting(default=0, least=0, most=2**63 - 1, role="tuner")
     """Seed of networks, noise, data order and split"""
+    blocks: Literal["tensor", "layer"] = setting(default="tensor", role="tuner")
+    """Tensors that share one scale"""
+    normalise: bool = setting(default=True, role="tuner")
+    """Keep the mean square of sigma over all entries at 1"""
+    bound: float = setting(default=math.log(3), above=0, most=MOST_BOUND, role="tuner")
+    """Bound on the exponent by which sigma differs from the block's RMS, natural logarithm"""
+    eps: float = setting(default=1e-3, above=0, role="tuner")
+    """Length of the probe (published objective, horizon)"""
+    save_every: int = setting(default=100, least=1, role="service")
+    """Meta-steps between snapshots for `resume`"""
+    resume: bool = setting(default=False, role="place")
+    """Continue the run in `out`"""
+
+    def __post_init__(self) -> None:
+        check_values(self)
+        if not self.task:
+            raise UserError("`task` is missing: name at least one task to train on (metazo tasks lists them).")
+
+    def recipe(self) -> dict[str, Any]:
+        """The settings that made the tuner, without local paths, as a plain table."""
+        kept = with_role(type(self), "tuner")
+        return {key: value for key, value in asdict(self).items() if key in kept and value is not None}
+
+
+@dataclass
+class MetaConfig(ScaleConfig):
+    """Everything that decides a meta-training run. The paper's own settings: recipe meta-published-copa.
+
+    The role of a setting says what a change of it affects: the tuner, whose file keeps these settings as its recipe, or the
+    base (model and tasks, which the file names by themselves), the place (paths), the machine, the service (how often files
+    are saved).
+
+    The defaults were chosen over the published objective, which put most of the perturbation into one block and diverged on
+    an earlier pico. They do not beat the hand rule: on pico_sentiment, 300 forward passes, 3 seeds, each at a learning rate of
+    its own (benchmarks/meta_objectives.json), a tuner from pico_topic ends at 0.056 (0.013), the RMS rule alone at 0.021
+    (0.006).
+    """
+
+    steps: int | None = setting(default=None, least=1, role="tuner")
+    """Meta-steps; by default `epochs`"""
+    epochs: float = setting(default=3, above=0, most=1e6, role="tuner")
+    """Passes over the training examples, if `steps` is not given"""
 
     objective: Literal["ratio", "published"] = setting(default="ratio", role="tuner")
     """ratio: agreeing gradient over curvature; published: the loss behind one zeroth-order step"""
@@ -60,21 +88,13 @@ class MetaConfig:
     """Inputs of the networks"""
     parametrisation: Literal["rms_exp", "abs"] = setting(default="rms_exp", role="tuner")
     """Form of sigma: the block's RMS times a bounded exponential of the output, which starts at the RMS rule, or |output|"""
-    bound: float = setting(default=math.log(3), above=0, most=MOST_BOUND, role="tuner")
-    """Bound on that exponent, natural logarithm"""
-    blocks: Literal["tensor", "layer"] = setting(default="tensor", role="tuner")
-    """Tensors that share one scale"""
-    normalise: bool = setting(default=True, role="tuner")
-    """Keep the mean square of sigma over all entries at 1"""
     embedding_count: Literal["numel", "published"] = setting(default="numel", role="tuner")
-    """Number of entries that an embedding counts for in this mean: all of them, or 15 * batch size * width"""
+    """Number of entries that an embedding counts for if `normalise`: all of them, or 15 * batch size * width"""
     hidden: int = setting(default=64, least=1, most=65536, role="tuner")
     """Width of the networks"""
     statistics_every: int | None = setting(default=None, least=1, role="tuner")
     """Meta-steps between readings of block mean and variance; by default 1 for published features, else 10"""
 
-    eps: float = setting(default=1e-3, above=0, role="tuner")
-    """Length of the probe (published objective)"""
     lr_update: float = setting(default=1e-6, above=0, most=MOST_RATE, role="tuner")
     """Step size of the inner step (published objective); the meta-gradient is proportional to it"""
     queries: int = setting(default=1, least=1, role="tuner")
@@ -119,18 +139,12 @@ class MetaConfig:
     """Teacher steps between recorded weights"""
     trajectory: Path | None = setting(default=None, role="place")
     """Train along a path recorded before"""
-    save_every: int = setting(default=100, least=1, role="service")
-    """Meta-steps between snapshots for `resume`"""
-    resume: bool = setting(default=False, role="place")
-    """Continue the run in `out`"""
 
     def __post_init__(self) -> None:
-        check_values(self)
+        super().__post_init__()
         if self.momentum >= 1 or self.average >= 1:
             name = "momentum" if self.momentum >= 1 else "average"
             raise UserError(f"`{name}` must be below 1, not {getattr(self, name)}.")
-        if not self.task:
-            raise UserError("`task` is missing: name at least one task to train on (metazo tasks lists them).")
         if self.record is not None and self.trajectory is not None:
             raise UserError("`record` and `trajectory` both name the teacher's path; give one of them.")
         if self.unroll > 1 and self.objective != "published":
@@ -140,8 +154,3 @@ class MetaConfig:
     def reading(self) -> int:
         """Meta-steps between readings of the block statistics."""
         return self.statistics_every or (1 if self.features == "published" else 10)
-
-    def recipe(self) -> dict[str, Any]:
-        """The settings that made the tuner, without local paths, as a plain table."""
-        kept = with_role(MetaConfig, "tuner")
-        return {key: value for key, value in asdict(self).items() if key in kept and value is not None}

@@ -12,15 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import metazo
-from metazo.blocks import Block, named_tensors
+from metazo.blocks import named_tensors
 from metazo.errors import UserError
 from metazo.feedback.tuner import FeedbackTuner
 from metazo.io.extras import MissingPackage
 from metazo.io.lock import FolderLock
 from metazo.io.terminal import Console
+from metazo.meta import horizon_setup
 from metazo.meta.config import MetaConfig
 from metazo.meta.dryrun import Plan, make_plan
 from metazo.meta.feedback_config import FeedbackConfig
+from metazo.meta.horizon import HorizonRun
+from metazo.meta.horizon_config import HorizonConfig
+from metazo.meta.horizon_setup import HorizonPlan, spec
 from metazo.meta.journal import METRICS, Progress, plot, row_of
 from metazo.meta.learn_feedback import learn_feedback
 from metazo.meta.loop import MetaRun, make_teacher, restarts
@@ -36,16 +40,18 @@ from metazo.runs.monitor import Diverged
 from metazo.runs.resources import refuse_ranks, require_space
 from metazo.tasks import prepare, resolve
 from metazo.tuner.file import Tuner, TunerInfo
-from metazo.tuner.match import BlockSpec
 from metazo.tuner.networks import PertNN
 
 TUNER, CONFIG, _START = "tuner.safetensors", "config.json", "start.safetensors"
 
 
-def meta_train(config: MetaConfig | FeedbackConfig, *, console: Console | None = None) -> Tuner | FeedbackTuner:
+def meta_train(
+    config: MetaConfig | HorizonConfig | FeedbackConfig, *, console: Console | None = None
+) -> Tuner | FeedbackTuner:
     """Meta-train a tuner and write it to `config.out`.
 
-    Args: config: of a tuner of block scales, or of feedback (`learn_feedback`); console: shows progress; None: no output.
+    Args: config: of a tuner of block scales that is trained along a first-order path or over whole runs, or of feedback
+    (`learn_feedback`); console: shows progress; None: no output.
     Returns: the tuner, as written to tuner.safetensors.
     Raises UserError for bad settings, a folder that holds another run, a loss that is not finite at the first step, or
     a full disk; Interrupted after SIGINT or SIGTERM, once the state is saved.
@@ -59,8 +65,7 @@ def meta_train(config: MetaConfig | FeedbackConfig, *, console: Console | None =
         with suppress(UserError, OSError), FolderLock(config.out):  # a disk that may only be read; another at work
             _take_away(config.out)
         return Tuner.load(config.out / TUNER)
-    loaded, tasks, order = load(config)
-    plan = make_plan(config, loaded.model, tasks, order)
+    loaded, tasks, plan, make = _prepared(config)
     settings = {key: value for key, value in asdict(config).items() if key not in ("out", "resume", "device")}
     origin = belongs(loaded.model, [task.prepared for task in tasks])
     with RunFolder(config.out, settings, config.resume, belongs=origin, say=partial(say, console)) as folder:
@@ -73,7 +78,7 @@ def meta_train(config: MetaConfig | FeedbackConfig, *, console: Console | None =
         with interruptible() as caught:
             run = None
             try:
-                run = build(config, loaded, tasks, order, caught, console, origin)
+                run = make(caught, console, origin)
                 if config.resume and (snapshot := folder.load_snapshot(len(folder.records()))) is not None:
                     run.load(snapshot[1])
                     say(console, f"Going on after meta-step {run.steps} of {plan.steps}.")
@@ -85,12 +90,21 @@ def meta_train(config: MetaConfig | FeedbackConfig, *, console: Console | None =
         return finish(run, folder, loaded, console)
 
 
-def dry(config: MetaConfig) -> Plan:
+def _prepared(config: MetaConfig | HorizonConfig):
+    """Model, tasks, plan, and a function that makes the run from the signals caught, the console and the hashes of inputs."""
+    if isinstance(config, HorizonConfig):
+        loaded, tasks = horizon_setup.load_tasks(config)
+        plan = horizon_setup.make_plan(config, loaded.model, tasks)
+        return loaded, tasks, plan, lambda caught, console, origin: HorizonRun(tasks, config, caught)
+    loaded, tasks, order = load(config)
+    return loaded, tasks, make_plan(config, loaded.model, tasks, order), partial(build, config, loaded, tasks, order)
+
+
+def dry(config: MetaConfig | HorizonConfig) -> Plan | HorizonPlan:
     """The plan of a run; nothing is run or written. Raises UserError as `meta_train` does before its first step."""
     if config.out.exists() and not config.resume and (not config.out.is_dir() or any(config.out.iterdir())):
         raise UserError(f"`out` {config.out} is not an empty folder; choose another, or continue with `resume=True`.")
-    loaded, tasks, order = load(config)
-    return make_plan(config, loaded.model, tasks, order)
+    return _prepared(config)[2]
 
 
 def _clear(out: Path) -> None:
@@ -189,14 +203,16 @@ def build(
     return MetaRun(loaded.model, tensors, tasks, config, order=order, path=path)
 
 
-def train(run: MetaRun, folder: RunFolder, steps: int, caught: list[str], console: Console | None) -> None:
+def train(run: MetaRun | HorizonRun, folder: RunFolder, steps: int, caught: list[str], console: Console | None) -> None:
     """The loop, with metrics, progress and snapshots."""
     folder.keep_records(folder.records()[: run.steps])
     with Progress(console, steps, run.steps) as progress:
         while run.steps < steps:
-            row = row_of(run.step(), run.scale.blocks)
-            folder.record(**row)
-            progress.show(row, run.skipped)
+            step = run.step()
+            if step is not None:  # None: a signal was caught within the step, which is taken again on resuming
+                row = row_of(step, run.scale.blocks)
+                folder.record(**row)
+                progress.show(row, run.skipped)
             if caught:
                 folder.save_snapshot(run.steps, run.state())
                 raise Interrupted(
@@ -208,18 +224,18 @@ def train(run: MetaRun, folder: RunFolder, steps: int, caught: list[str], consol
                 folder.save_snapshot(run.steps, run.state())
 
 
-def finish(run: MetaRun, folder: RunFolder, loaded: LoadedModel, console: Console | None) -> Tuner:
+def finish(run: MetaRun | HorizonRun, folder: RunFolder, loaded: LoadedModel, console: Console | None) -> Tuner:
     """Write tuner and plot, and remove files that only a resumed run needs. Raises Diverged if the tuner is unusable."""
-    _judge(run)
+    (horizon_setup.judge if isinstance(run, HorizonRun) else _judge)(run)  # type: ignore[operator]
     try:
         picture = str(plot(folder.path))
     except MissingPackage as missing:  # the tuner is complete without its picture
         picture = f"no picture of sigma ({missing})"
-    tuner = make_tuner(run, loaded)
+    tuner = horizon_setup.make_tuner(run, loaded) if isinstance(run, HorizonRun) else make_tuner(run, loaded)
     tuner.save(folder.path / TUNER)
     _take_away(folder.path)
     if run.skipped:
-        say(console, f"{run.skipped} meta-steps were skipped because a loss was not finite.")
+        say(console, f"{run.skipped} meta-steps had a loss that was not finite.")
     say(console, f"Wrote {folder.path / TUNER}, {folder.metrics} and {picture}.")
     return tuner
 
@@ -263,10 +279,6 @@ def make_tuner(run: MetaRun, loaded: LoadedModel) -> Tuner:
         metazo_version=metazo.__version__,
     )
     return Tuner(PertNN.from_stacked(**weights), info)
-
-
-def spec(block: Block) -> BlockSpec:
-    return BlockSpec(block.name, [(tensor.name, tuple(tensor.param.shape)) for tensor in block.tensors])
 
 
 def say(console: Console | None, text: str) -> None:

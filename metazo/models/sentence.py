@@ -19,6 +19,7 @@ made once, before the first step, and then stay fixed.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -144,6 +145,15 @@ class SentenceClassifier(nn.Module):
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
     ) -> SequenceClassifierOutput:
         return SequenceClassifierOutput(logits=self.head(self.embed(input_ids, attention_mask, token_type_ids)))  # type: ignore[arg-type]
+
+    def with_new_head(self, classes: int) -> SentenceClassifier:
+        """A classifier of another number of classes on the same weights, with a new head of the same kind, prototypes or
+        label phrases, that is still to be made: one encoder for several tasks."""
+        encoder = copy.copy(self.encoder)  # its parameters are shared, its configuration is its own
+        encoder.config = copy.deepcopy(encoder.config)
+        encoder.config.num_labels = classes
+        encoder.config.id2label = {index: f"LABEL_{index}" for index in range(classes)}
+        return SentenceClassifier(encoder, type(self.head)(classes, encoder.config.hidden_size), self.pooling)
 
     def cache_frozen(self) -> int:
         """Cache the output of the frozen lower layers for each input. Returns the number of these layers.

@@ -1,0 +1,166 @@
+"""What a run over the horizon begins and ends with: model and tasks, the plan, and the tuner."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from torch import nn
+
+import metazo
+from metazo.blocks import Block, NamedTensor, named_tensors, partition, tensor_id
+from metazo.errors import UserError
+from metazo.meta.horizon import EVAL_BATCH, HorizonRun, HorizonTask
+from metazo.meta.horizon_config import HorizonConfig
+from metazo.models.load import MADE, LoadedModel, load_model
+from metazo.models.select import select_trainable
+from metazo.models.sentence import Prototypes, SentenceClassifier
+from metazo.runs.method import resolve_device
+from metazo.runs.monitor import Diverged
+from metazo.runs.resources import size
+from metazo.tasks import prepare, resolve
+from metazo.tasks.classes import fit_head
+from metazo.tuner.file import Tuner, TunerInfo
+from metazo.tuner.match import BlockSpec
+from metazo.tuner.networks import PertNN
+
+
+def load_tasks(config: HorizonConfig) -> tuple[LoadedModel, list[HorizonTask]]:
+    """The model with its trained tensors selected, and the tasks on it. Raises UserError."""
+    device = resolve_device(config.device)
+    resolved = [resolve(name) for name in config.task]
+    heads = {task.num_labels for task in resolved if task.kind == "classification"}
+    loaded = load_model(
+        config.model,
+        dtype=config.dtype,
+        device=device,
+        seed=config.seed,
+        num_labels=heads.pop() if len(heads) == 1 or (heads and config.head in MADE) else None,
+        head=config.head,
+    )
+    select_trainable(loaded.model, config.train, config.freeze)
+    tasks = []
+    for task in resolved:
+        own, model = loaded, loaded.model
+        if isinstance(model, SentenceClassifier) and isinstance(model.head, Prototypes) and task.num_labels:
+            own = replace(loaded, model=model.with_new_head(task.num_labels))
+        prepared = prepare(
+            task,
+            own,
+            data=config.data,
+            train=config.train_examples,
+            dev=config.eval_examples,
+            test=1,
+            seed=config.seed,
+            max_length=config.max_length,
+        )
+        if isinstance(own.model, SentenceClassifier):
+            own.model.cache_frozen()
+            fit_head(own, prepared, EVAL_BATCH)
+        if len(prepared.train) < config.batch_size:
+            raise UserError(
+                f"`batch_size` {config.batch_size} is more than the {len(prepared.train)} training examples of {task.name!r}."
+            )
+        if not prepared.dev:
+            raise UserError(f"Task {task.name!r} has no held-out examples by which a run could be judged.")
+        tasks.append(HorizonTask(task.name, own.model, prepared, device))
+    return loaded, tasks
+
+
+@dataclass(frozen=True)
+class HorizonPlan:
+    """Figures of a run; those in bytes have it in their name."""
+
+    model: str
+    tasks: list[str]
+    steps: int
+    updates: int
+    horizon: int
+    blocks: int
+    weights: int
+    forwards: int
+    """Forward passes of all runs, those that compare learning rates and the held-out losses included."""
+    memory_bytes: int
+    """Weights, their base values, and those of the members of truncated runs; without activations."""
+    disk_bytes: int
+
+    def sentence(self) -> str:
+        return (
+            f"{self.steps} pairs of runs of {self.horizon} steps on {', '.join(self.tasks)}, {self.updates} updates of "
+            f"{self.blocks} scales for {self.weights:,} weights, about {self.forwards:,} forward passes; about "
+            f"{size(self.memory_bytes)} of memory and activations, {size(self.disk_bytes)} of disk."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def make_plan(config: HorizonConfig, model: nn.Module, tasks: Sequence[HorizonTask]) -> HorizonPlan:
+    """The plan of a run."""
+    tensors = named_tensors(model)
+    weights = sum(tensor.param.numel() for tensor in tensors)
+    held = sum(math.ceil(len(task.prepared.dev) / EVAL_BATCH) for task in tasks) / len(tasks)
+    runs = -(-config.steps * config.window // config.horizon)
+    tried = min(runs, len(tasks)) * len(config.rates) if len(config.rates) > 1 else 0
+    forwards = 2 * config.steps * (2 * config.window + held) + tried * (2 * config.horizon + held)
+    members = 2 * config.pairs if config.truncation else 0
+    every = sum(parameter.numel() for parameter in model.parameters())
+    item = tensors[0].param.itemsize
+    return HorizonPlan(
+        model=config.model,
+        tasks=[task.name for task in tasks],
+        steps=config.steps,
+        updates=config.updates,
+        horizon=config.horizon,
+        blocks=len(partition(tensors, config.blocks)),
+        weights=weights,
+        forwards=round(forwards),
+        memory_bytes=(every + (1 + members) * weights) * item,
+        disk_bytes=3 * members * weights * item + 2**20,
+    )
+
+
+def judge(run: HorizonRun) -> None:
+    """Raises Diverged if the scales mean nothing."""
+    if 2 * run.skipped > run.steps or not bool(run.centre.isfinite().all()):
+        raise Diverged(
+            f"Meta-training diverged: the loss was not finite in {run.skipped} of {run.steps} pairs of runs; lower `rates`, "
+            f"`spread` or `lr_sigma`; the log and the last snapshot in {run.config.out} are kept; choose another `out`."
+        )
+
+
+def make_tuner(run: HorizonRun, loaded: LoadedModel) -> Tuner:
+    """The tuner of the centre of the search, with networks for the blocks of the whole model in float32."""
+    config, trained = run.config, run.networks(run.centre)
+    every = [NamedTensor(name, parameter, tensor_id(name)) for name, parameter in loaded.model.named_parameters()]
+    blocks = partition(every, config.blocks)
+    place = {block.name: index for index, block in enumerate(blocks)}
+    whole = PertNN(len(blocks), hidden=trained.hidden, seed=config.seed, zero_init=True)
+    rows = [place[block.name] for block in run.scale.blocks]
+    for name, value in trained.named_parameters():
+        getattr(whole, name).data[rows] = value.detach().float()
+    rates = {task.name: float(rate) for task, rate in zip(run.tasks, run.rates) if not math.isnan(rate)}
+    recipe = config.recipe() | {
+        "tasks": [task.name for task in run.tasks],
+        "skipped": run.skipped,
+        "rates of the tasks": rates,
+        "factor of the rates": math.exp(float(run.centre[-1])),
+    }
+    info = TunerInfo(
+        base_model=loaded.name,
+        blocks=[spec(block) for block in blocks],
+        by=config.blocks,
+        features="log",
+        parametrisation="rms_exp",
+        bound=config.bound,
+        normalise=config.normalise,
+        recipe=recipe,
+        metazo_version=metazo.__version__,
+    )
+    return Tuner(whole, info)
+
+
+def spec(block: Block) -> BlockSpec:
+    return BlockSpec(block.name, [(tensor.name, tuple(tensor.param.shape)) for tensor in block.tensors])

@@ -1,0 +1,249 @@
+"""Block scales learned over whole runs: what the pairs share, resume, the tuner's file, bad input."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+import metazo
+from metazo.errors import UserError
+from metazo.meta import horizon as module
+from metazo.meta.config import MetaConfig
+from metazo.meta.horizon import HorizonRun
+from metazo.meta.horizon_config import HorizonConfig
+from metazo.meta.horizon_setup import load_tasks
+from metazo.meta.train import dry, meta_train
+from metazo.runs.config import FinetuneConfig
+from metazo.runs.finetune import run_settings
+from metazo.runs.interrupt import Interrupted
+from metazo.step.scales import RMSScale, normalisation
+from metazo.tuner.file import Tuner
+from metazo_cli.meta_train import _settings
+
+
+@pytest.fixture
+def settings(tiny, tmp_path: Path):
+    def make(out: str = "out", kind: str = "llama", **changes) -> HorizonConfig:
+        values = {"task": ["pico_topic", "pico_sentiment"], "steps": 4, "pairs": 2, "horizon": 4, "batch_size": 4}
+        values |= {"train_examples": 16, "eval_examples": 8, "max_length": 96, "rates": [1e-4], "save_every": 2}
+        return HorizonConfig(model=str(tiny(kind)), out=tmp_path / out, **(values | changes))
+
+    return make
+
+
+def bytes_of(config: HorizonConfig) -> tuple[bytes, str]:
+    return (config.out / "tuner.safetensors").read_bytes(), (config.out / "metrics.jsonl").read_text()
+
+
+def test_the_result_is_an_ordinary_tuner_that_runs_use(settings, tmp_path: Path) -> None:
+    config = settings(rates=[1e-4, 1e-3])
+    tuner = meta_train(config)
+    assert isinstance(tuner, Tuner) and sorted(path.name for path in config.out.iterdir()) == [
+        *("config.json", "metrics.jsonl", "sigma.png", "tuner.safetensors")
+    ]
+    kept = Tuner.load(config.out)
+    assert kept.info.fingerprint and kept.info.recipe["objective"] == "horizon"
+    assert set(kept.info.recipe["rates of the tasks"]) == set(config.task) and "out" not in kept.info.recipe
+    assert bool(kept.pertnn.b2.any()), "the scales never moved"
+    common = dict(model=config.model, task="pico_cause", optimizer="mezo", lr=1e-4, steps=2, batch_size=4)
+    common |= dict(train_examples=16, dev_examples=0, test_examples=8, keep="none", max_length=96)
+    losses = {}
+    for name, how in {"tuner": {"tuner": str(config.out)}, "rms": {"scale": "rms"}}.items():
+        made = FinetuneConfig(**common, **how, out=tmp_path / name)
+        losses[name] = run_settings(made, metazo.io.terminal.Console(quiet=True))["test"]["loss"]
+    assert losses["tuner"] != losses["rms"]
+    rows = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(4)) and {row["task"] for row in rows[:2]} == set(config.task)
+
+
+def test_the_search_starts_at_the_rms_rule_or_flat(settings) -> None:
+    _, tasks = load_tasks(settings())
+    rms = HorizonRun(tasks, settings()).sigma()
+    rule = RMSScale()
+    rule.bind(HorizonRun(tasks, settings()).tensors)
+    found = rule.scales(rule.init(), 0, lambda tensor: [(0, tensor.param.detach())])
+    torch.testing.assert_close(rms, torch.tensor(list(found.values()), dtype=torch.float64))
+    flat = HorizonRun(tasks, settings(start="flat", bound=8.0)).sigma()
+    torch.testing.assert_close(flat, torch.ones_like(flat), rtol=1e-5, atol=0)
+    with pytest.raises(UserError, match="`start='flat'` needs a `bound` of at least"):
+        HorizonRun(tasks, settings(start="flat", bound=0.1))
+
+
+class Watch:
+    """Records, of every run: perturbations' seeds, batches, and the point of the search."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.runs: list[dict] = []
+        run, batch, optimizer = HorizonRun.run, module.HorizonTask.batch, module.MeZO
+
+        def watched(this, task, point, rate, seed, first, last, state=None):
+            self.runs.append({"point": point.clone(), "batches": [], "noise": [], "first": first, "task": task.name})
+            return run(this, task, point, rate, seed, first, last, state)
+
+        def read(task, step, count, seed):
+            found = batch(task, step, count, seed)
+            self.runs[-1]["batches"].append(found["input_ids"].tolist())
+            return found
+
+        def made(*args, **kwargs):
+            built = optimizer(*args, **kwargs)
+            built.recorder = lambda step: self.runs[-1]["noise"].append(step.seeds)
+            return built
+
+        monkeypatch.setattr(HorizonRun, "run", watched)
+        monkeypatch.setattr(module.HorizonTask, "batch", read)
+        monkeypatch.setattr(module, "MeZO", made)
+
+
+@pytest.mark.parametrize("truncation", [None, 2])
+def test_both_members_of_a_pair_have_the_same_noise_and_batches(settings, monkeypatch, truncation) -> None:
+    watch = Watch(monkeypatch)
+    meta_train(settings(truncation=truncation))
+    assert len(watch.runs) == 8
+    for plus, minus in zip(watch.runs[::2], watch.runs[1::2]):
+        assert plus["noise"] == minus["noise"] and plus["batches"] == minus["batches"]
+        assert len(plus["noise"]) == (truncation or 4) and plus["task"] == minus["task"]
+        assert not torch.equal(plus["point"], minus["point"])
+    of_pairs = [tuple(run["noise"]) for run in watch.runs[::2]]
+    assert len(set(of_pairs)) == 4, "another pair, or another part of the run, has other noise"
+    centres = [(plus["point"] + minus["point"]) / 2 for plus, minus in zip(watch.runs[::2], watch.runs[1::2])]
+    assert torch.allclose(centres[0], 0 * centres[0], atol=1e-12)
+    torch.testing.assert_close(centres[0], centres[1])
+    assert not torch.allclose(centres[1], centres[2]), "the update comes after the second pair"
+    assert [run["first"] for run in watch.runs[::2]] == ([0, 0, 2, 2] if truncation else [0] * 4)
+
+
+def test_truncated_runs_continue_as_the_whole_run_would(settings) -> None:
+    """With a spread of almost 0 and no update, the parts of a truncated run are the whole run, up to that spread."""
+    _, tasks = load_tasks(settings())
+    common = {"spread": 1e-12, "lr_sigma": 1e-12, "steps": 2, "pairs": 1, "rates": [1e-3]}
+    whole = HorizonRun(tasks, settings(**common))
+    parts = HorizonRun(tasks, settings(**common, truncation=2))
+    assert (first := parts.step()) and (second := parts.step()) and (once := whole.step())
+    assert first.task == second.task == once.task
+    assert abs(second.loss - once.loss) < 1e-6 < abs(first.loss - once.loss)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"truncation": 2, "steps": 6}, {"networks": 3, "rates": [1e-4, 1e-3], "shaping": "none"}]
+)
+def test_interrupted_in_a_pair_and_killed_it_resumes_bit_identically(settings, monkeypatch, changes) -> None:
+    meta_train(settings("whole", **changes))
+    run, calls = HorizonRun.run, []
+
+    def stops(this, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 6:  # the second member of the third pair, or earlier if rates are compared first
+            os.kill(os.getpid(), signal.SIGINT)
+        if len(calls) == 9:
+            raise MemoryError
+        return run(this, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(HorizonRun, "run", stops)
+        with pytest.raises(Interrupted, match="`resume=True`"):
+            meta_train(settings("parts", **changes))
+        with pytest.raises(MemoryError):
+            meta_train(settings("parts", resume=True, **changes))
+    assert not (settings("parts").out / "tuner.safetensors").exists()
+    meta_train(settings("parts", resume=True, **changes))
+    assert bytes_of(settings("whole")) == bytes_of(settings("parts"))
+
+
+def test_the_scales_follow_the_loss(settings, monkeypatch) -> None:
+    """If the held-out loss were the first scale, the search would lower it; two networks per block serve as well."""
+    for networks in (0, 4):
+        config = settings(steps=60, pairs=4, lr_sigma=0.2, shaping="rank", networks=networks)
+        _, tasks = load_tasks(config)
+
+        def fake(run, task, point, rate, seed, first, last, state=None):
+            made = run._scale(run.networks(point))
+            made.bind(run.tensors)
+            sigma = made.sigma(made.init() | {"scale/statistics": run.statistics})
+            return float(sigma[0] * normalisation(sigma, made.counts)), {}
+
+        monkeypatch.setattr(HorizonRun, "run", fake)
+        run = HorizonRun(tasks, config)
+        before = float(run.sigma()[0])
+        while run.steps < config.steps:
+            run.step()
+        assert float(run.sigma()[0]) < 0.6 * before
+
+
+def test_several_heads_on_one_encoder_and_frozen_layers(settings) -> None:
+    """Label phrases of tasks with other numbers of classes; what is frozen keeps the RMS rule in the file."""
+    changes = {"kind": "bert", "head": "phrases", "train": ["*layer.1.*"], "steps": 2, "max_length": 32}
+    config = settings(**changes)
+    loaded, tasks = load_tasks(config)
+    assert [task.model.classes for task in tasks] == [4, 2]
+    assert next(tasks[0].model.parameters()) is next(tasks[1].model.parameters())
+    tuner = meta_train(config)
+    moved = {block.name for block, value in zip(tuner.info.blocks, tuner.pertnn.b2) if value != 0}
+    assert moved == {name for name, p in loaded.model.named_parameters() if p.requires_grad}
+    assert tuner.fits((name, tuple(p.shape)) for name, p in loaded.model.named_parameters()).ok
+
+
+def test_losses_that_are_not_finite_are_counted(settings, monkeypatch) -> None:
+    run, calls = HorizonRun.run, []
+
+    def sometimes(this, *args, **kwargs):
+        calls.append(1)
+        found = run(this, *args, **kwargs)
+        return (math.nan, found[1]) if len(calls) == 3 else found
+
+    monkeypatch.setattr(HorizonRun, "run", sometimes)
+    assert meta_train(settings()).info.recipe["skipped"] == 1
+    monkeypatch.setattr(HorizonRun, "run", lambda *args, **kwargs: (math.nan, {}))
+    with pytest.raises(metazo.runs.monitor.Diverged, match="in 4 of 4 pairs of runs; lower `rates`"):
+        meta_train(settings("diverged"))
+    with pytest.raises(UserError, match="No learning rate of `rates` 0.1, 1 ends with a finite loss on task 'pico_"):
+        meta_train(settings("rates", rates=[0.1, 1.0]))
+    assert not settings("rates").out.exists()
+
+
+def test_the_plan_counts_forward_passes(settings, monkeypatch) -> None:
+    config = settings(truncation=2, rates=[1e-4, 1e-3])
+    plan = dry(config)
+    loaded, _ = load_tasks(config)
+    calls: list[int] = []
+    forward = type(loaded.model).forward
+
+    def counted(self, *args, **kwargs):
+        calls.append(1)
+        return forward(self, *args, **kwargs)
+
+    counted.__signature__ = inspect.signature(forward)
+    monkeypatch.setattr(type(loaded.model), "forward", counted)
+    meta_train(config)
+    assert plan.forwards == len(calls)
+
+
+def test_bad_settings_and_the_flags_of_the_command_line(settings, tmp_path: Path) -> None:
+    for changes, message in (
+        ({"horizon": 5, "truncation": 2}, "`truncation` 2 does not divide `horizon` 5"),
+        ({"steps": 3}, "`steps` 3 is not a multiple of `pairs` 2"),
+        ({"rates": []}, "`rates` is empty"),
+        ({"rates": [-1.0]}, "`rates` must be above 0, not -1"),
+        ({"task": []}, "`task` is missing"),
+    ):
+        with pytest.raises(UserError, match=message):
+            settings(**changes)
+    with pytest.raises(UserError, match="`batch_size` 99 is more than the 16 training examples"):
+        meta_train(settings(batch_size=99))
+    given = {"model": "pico", "task": ["pico_topic"], "out": tmp_path / "x"}
+    found = _settings(None, None, given | {"objective": "horizon", "pairs": 3, "rates": [1e-4]})
+    assert isinstance(found, HorizonConfig) and (found.pairs, found.steps) == (3, 120)
+    assert isinstance(_settings("scale", None, given), MetaConfig)
+    for words, extra in (
+        ("--objective horizon", {"objective": "horizon", "teacher": "adamw"}),
+        ("--learn scale", {"pairs": 3}),
+    ):
+        with pytest.raises(UserError, match=f"does not go with {words}; leave it out"):
+            _settings(None, None, given | extra)
