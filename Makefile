@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo bench test lint types hooks wheel clean
+.PHONY: demo bench test lint types site hooks wheel clean
 
 # torch first: otherwise the packages that need it pull the newest build, with gigabytes of CUDA packages.
 .venv/.installed: pyproject.toml constraints.txt
@@ -31,6 +31,9 @@ types: .venv/.lint  ## pyright
 .venv/.lint: .venv/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[lint]'
 	touch $@
+
+site: .venv/.installed  ## the documentation as a site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 hooks: .venv/.lint  ## run ruff and pyright before every commit
 	$(BIN)/pre-commit install

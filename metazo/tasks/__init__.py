@@ -4,7 +4,7 @@
     prepared = prepare(task, load_model("pico"), data=Path("data"), train=64)
     loss = prepared.loss(model, prepared.collate(prepared.train[:16]))
 
-A task of your own is one YAML file; README.md beside this file has a commented example.
+A task of your own is one YAML file; docs/own-task.md has a commented example.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A user's own task from one YAML file; README.md beside this file has a commented example."""
+"""A user's own task from one YAML file; docs/own-task.md has a commented example."""
 
 from __future__ import annotations
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-import metazo.tasks
 from metazo.errors import UserError
 from metazo.models.load import load_model
 from metazo.tasks import data, from_yaml, prepare, resolve
@@ -22,9 +21,9 @@ def save(tmp_path, text):
     return path
 
 
-def test_the_examples_of_the_readme_load_and_run(tmp_path, tiny):
-    readme = (Path(metazo.tasks.__file__).parent / "README.md").read_text()
-    own, hub = re.findall(r"```yaml\n(.*?)```", readme, flags=re.DOTALL)
+def test_the_examples_of_the_page_load_and_run(tmp_path, tiny):
+    page = Path(__file__).parents[2].joinpath("docs", "own-task.md").read_text()
+    own, hub = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
     (tmp_path / "reviews").mkdir()
     for name in ("train", "dev"):
         rows = [{"text": f"{name} {i}", "sentiment": ("negative", "positive")[i % 2]} for i in range(12)]
