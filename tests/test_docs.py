@@ -74,7 +74,7 @@ def test_the_commands_for_newcomers_run(tmp_path, monkeypatch, capsys):
                 main.main()
             assert not ended.value.code, (command, capsys.readouterr().err)
     assert json.loads((tmp_path / "runs/first/summary.json").read_text())["steps"] == 10
-    assert (tmp_path / "my_zoo/index.json").is_file() and (tmp_path / "runs/compare/report.html").is_file()
+    assert (tmp_path / "my_zoo/index.json").is_file() and list(tmp_path.glob("runs/compare/report/*.html"))
 
 
 @pytest.mark.parametrize("page", ["index", "feedback", "integrations"])
