@@ -55,7 +55,8 @@ def finetune(
     folder: Annotated[Path | None, typer.Argument(help="Folder of the run, with --resume.", show_default=False)] = None,
     config: Annotated[Path | None, typer.Option("--config", help="YAML recipe; flags override it.")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the plan with memory and disk use, and stop.")
+        bool,
+        typer.Option("--dry-run", help="Show the plan with memory, disk and time, and stop; no weights are loaded."),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     **values: Any,
@@ -75,20 +76,16 @@ def finetune(
     settings = options.settings(FinetuneConfig, config, {**values, "method": own or None}, began)
     first = os.environ.get("RANK", "0") == "0"  # the one process that says anything, if torchrun started several
     console = Terminal(stderr=as_json, quiet=not first)
+    if dry_run:
+        from metazo.runs.plan import dry_run as planned
+
+        if first:
+            _show_plan(planned(settings), as_json)
+        return
     if settings.out is None:
         raise UserError("`out` is required: name the folder for everything that the run writes.")
     from metazo.runs.finetune import tune
-    from metazo.runs.setup import set_up
 
-    if dry_run:
-        if not first:
-            return
-        setup = set_up(settings)
-        plan = setup.plan(setup.config)
-        if setup.chosen:
-            plan["optimizer"] = setup.chosen
-        _show_plan(plan, as_json)
-        return
     console.say("metazo finetune", f"{settings.model} on {settings.task} with {settings.optimizer}", "bold")
     summary = tune(settings, console=console).summary
     if as_json:
@@ -122,10 +119,12 @@ def _show_plan(plan: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(plan)
         return
-    table = Table("plan", "", title="Nothing is run or written")
+    table = Table("plan", "", title="Nothing is loaded, run or written")
     for name, value in plan.items():
-        if name != "bytes on disk":
+        if name not in ("bytes on disk", "bytes", "seconds per step", "notes"):
             table.add_row(name, Text(str(value)))
+    for note in plan["notes"]:
+        table.add_row("note", Text(note))
     Console().print(table)
 
 

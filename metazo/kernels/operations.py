@@ -25,10 +25,13 @@ _FORMULAS = {  # torch has none for its kernel on the CPU
 }
 
 
-class _Operations(TorchDispatchMode):
-    """torch's own FlopCounterMode follows modules with hooks, which torch.autograd.grad refuses."""
+class Operations(TorchDispatchMode):
+    """Counts while it is active. torch's own FlopCounterMode follows modules with hooks, which torch.autograd.grad refuses."""
 
     count = 0
+
+    def ran(self, given: Any, out: Any) -> None:
+        """Called after each operation with its arguments and its result; subclasses look at the tensors."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -40,6 +43,7 @@ class _Operations(TorchDispatchMode):
                 return parts
         out = func(*args, **kwargs)
         self.count += formula(*args, **kwargs, out_val=out) if formula else 0
+        self.ran((args, kwargs), out)
         return out
 
 
@@ -48,6 +52,6 @@ def count_operations(call: Callable[[], Any]) -> int:
 
     Element-wise operations, norms and noise are not counted; neither are kernels that are not torch's.
     """
-    with _Operations() as operations:
+    with Operations() as operations:
         call()
     return operations.count

@@ -64,13 +64,11 @@ def load(name_or_path: str | Path, *, merge: bool = False, train: bool = False, 
     Raises UserError as `load_model` does, for adapters of a kind that metazo does not load, and if their base model cannot
     be loaded.
     """
+    name_or_path = _of_run(name_or_path)
     folder = Path(name_or_path).expanduser()
-    if not is_file(folder / ADAPTERS) and any(is_file(folder / MODEL / name) for name in (ADAPTERS, "config.json")):
-        folder = folder / MODEL
-        name_or_path = folder
     if not is_file(folder / ADAPTERS):
         return load_model(name_or_path, **options)
-    base = _base_of(folder)
+    base = _named_in(folder)
     try:
         loaded = load(base, merge=True, **dict[str, Any](options, trained_head=False))
     except UserError as error:
@@ -112,7 +110,22 @@ def as_loaded(model: Any, tokenizer: Any = None) -> LoadedModel:
     return LoadedModel(model.eval(), tokenizer, kind, f"memory:{name}", dtype, context)  # type: ignore[arg-type]
 
 
-def _base_of(folder: Path) -> str:
+def base_of(name_or_path: str | Path) -> str:
+    """The folder or Hub id whose configuration and weights a model has: its own, or that of the base of LoRA adapters."""
+    name = _of_run(name_or_path)
+    folder = Path(name).expanduser()
+    return base_of(_named_in(folder)) if is_file(folder / ADAPTERS) else str(name)
+
+
+def _of_run(name_or_path: str | Path) -> str | Path:
+    """The kept model, if this is the folder of a run; else the same."""
+    folder = Path(name_or_path).expanduser()
+    if not is_file(folder / ADAPTERS) and any(is_file(folder / MODEL / name) for name in (ADAPTERS, "config.json")):
+        return folder / MODEL
+    return name_or_path
+
+
+def _named_in(folder: Path) -> str:
     """The base model that the adapters in a folder name."""
     path = folder / ADAPTERS
     try:

@@ -99,13 +99,13 @@ def load_model(
         raise UserError(f"unknown model kind {kind!r}; choose auto, {', '.join(KINDS)}")
     if head not in HEADS:
         raise UserError(f"unknown head {head!r}; choose {', '.join(HEADS)}")
-    _check_folder(source, name)
+    check_folder(source, name)
     notes: list[str] = []
-    with _explained(name):
+    with explained(name):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)  # without it, a terminal is asked
         check_config(config, name)
         check_tokenizer(Path(source).expanduser(), name)
-        chosen = _kind_of(config) if kind == "auto" else kind
+        chosen = kind_of(config) if kind == "auto" else kind
         if chosen != "classifier" and head != "auto":
             raise UserError(
                 f"head {head!r} is for classifiers and {name!r} is used as a {chosen} model; add kind classifier"
@@ -135,7 +135,7 @@ def load_model(
 
 
 @contextmanager
-def _explained(name: str) -> Iterator[None]:
+def explained(name: str) -> Iterator[None]:
     """Turn any error that a damaged checkpoint raises into one sentence; a tokenizer's panic is not an Exception."""
     try:
         yield
@@ -200,7 +200,7 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def _check_folder(source: str, name: str) -> None:
+def check_folder(source: str, name: str) -> None:
     """Distinguish a path from a Hub id ("name" or "owner/name") before the network is asked for it."""
     folder = Path(source).expanduser()
     if folder.is_dir():
@@ -210,7 +210,7 @@ def _check_folder(source: str, name: str) -> None:
         raise UserError(f"model folder {name!r} does not exist; check the path")
 
 
-def _kind_of(config: PreTrainedConfig) -> str:
+def kind_of(config: PreTrainedConfig) -> str:
     for architecture in config.architectures or ():
         if architecture.endswith(("ForCausalLM", "LMHeadModel")):
             return "causal"

@@ -241,7 +241,7 @@ class SentenceClassifier(nn.Module):
             raise UserError(
                 f"{HEAD_FILE} of {str(folder)!r} was not written by metazo: it has no matrix of weights or prototypes."
             )
-        model = cls(_encoder(str(folder), dtype), _head(kind, len(matrix), matrix.shape[1], dtype), pooling)
+        model = cls(_encoder(str(folder), dtype), new_head(kind, len(matrix), matrix.shape[1], dtype), pooling)
         model.head.load_state_dict(tensors)
         return model
 
@@ -250,13 +250,13 @@ class SentenceClassifier(nn.Module):
         """The encoder of a checkpoint with a new head; torch's global generator draws a linear one."""
         encoder = _encoder(source, dtype)
         encoder.config.num_labels = classes
-        return cls(encoder, _head(head, classes, encoder.config.hidden_size, dtype), pooling_of(source) or "mean")
+        return cls(encoder, new_head(head, classes, encoder.config.hidden_size, dtype), pooling_of(source) or "mean")
 
 
 _HEADS: dict[str, Any] = {"linear": nn.Linear, "prototype": Prototypes, "phrases": Phrases}
 
 
-def _head(kind: str, classes: int, width: int, dtype: torch.dtype) -> nn.Module:
+def new_head(kind: str, classes: int, width: int, dtype: torch.dtype) -> nn.Module:
     return nn.Linear(width, classes, dtype=dtype) if kind == "linear" else _HEADS[kind](classes, width)
 
 

@@ -135,6 +135,7 @@ class ZOOptimizer(Verbs, Optimizer):
         self.recorder: Callable[[Step], None] | None = None
         self.max_loss = sys.float_info.max
         self._ready = self._seen = False
+        self.checks_weights = True  # at the first step
         if not isinstance(check_every, int) or check_every < 0:
             raise UserError(f"`check_every` must be a whole number of at least 0, not {check_every}.")
         self.check_every, self._compared = check_every, False
@@ -166,7 +167,7 @@ class ZOOptimizer(Verbs, Optimizer):
         """
         if replay is not None and not self.replayable:
             raise UserError(f"A step of {self.name} does not follow from its record: it cannot be replayed.")
-        self._prepare()
+        self._prepare(stepping=True)
         state, step = self.zo_state, self.steps
         due = self.check_every and (not self._compared or step % self.check_every == 0)
         if due and replay is None and processes.together():
@@ -311,9 +312,15 @@ class ZOOptimizer(Verbs, Optimizer):
 
     # -- preparation, saving --------------------------------------------------------------------------------------
 
-    def _prepare(self) -> None:
-        """At the first step: by then the model is on its device and in its dtype."""
+    def _prepare(self, stepping: bool = False) -> None:
+        """At the first step: by then the model is on its device and in its dtype.
+
+        stepping: whether to refuse tensors without numbers (`checks_weights`); the size of the state is known without them.
+        """
         if self._ready:
+            if stepping and self.checks_weights:
+                check_weights(self.tensors)
+                self.checks_weights = False
             return
         self.tensors = [
             tensor
@@ -321,7 +328,9 @@ class ZOOptimizer(Verbs, Optimizer):
             for tensor in trainable(zip(group["param_names"], group["params"]), index)
         ]
         check_names(self.tensors)
-        check_weights(self.tensors)
+        if stepping and self.checks_weights:
+            check_weights(self.tensors)
+            self.checks_weights = False
         self.weights = Weights(self.tensors, self.noise, self.precision)
         if self.scale is not None:
             self.scale.bind(self.tensors)

@@ -64,7 +64,7 @@ class Recomputed(ZOOptimizer):
 
         Raises UserError for a replay without a closure, or if the loss is not the recorded one; and in several processes.
         """
-        self._prepare()
+        self._prepare(stepping=True)
         closures = listed(closure)
         if not closures:
             raise UserError((REPLAY if replay else NO_CLOSURE).format(self.name))

@@ -94,12 +94,12 @@ def saved_bytes(loss: Loss, model: nn.Module) -> tuple[bool, int]:
 
     Costs one forward pass and its memory. An upper bound: a tensor that several operations keep is counted for each of them.
     """
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
     total = 0
 
     def count(tensor: Tensor) -> None:
         nonlocal total
-        if tensor.untyped_storage().data_ptr() not in own:
+        if tensor.untyped_storage()._cdata not in own:
             total += tensor.numel() * tensor.element_size()
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, _no_backward):

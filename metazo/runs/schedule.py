@@ -1,9 +1,12 @@
-"""The learning rate over a run, as a fraction of `lr`: warmup, then a schedule over the rest."""
+"""The length of a run, and its learning rate as a fraction of `lr`: warmup, then a schedule over the rest."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+
+from metazo.errors import UserError
+from metazo.runs.config import FinetuneConfig
 
 # The fraction of `lr` as a function of progress after warmup, 0 to 1.
 SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -25,3 +28,18 @@ def share(schedule: str, step: int, total: int, warmup: int = 0) -> float:
     if step < warmup:
         return (step + 1) / (warmup + 1)
     return SCHEDULES[schedule]((step - warmup) / max(1, total - warmup))
+
+
+def number_of_steps(config: FinetuneConfig, a_step: float, examples: int) -> int:
+    """Steps of a run. a_step: forward passes of a step; examples: number of training examples.
+
+    Raises UserError if `forwards` does not suffice for one step.
+    """
+    if config.epochs:
+        return math.ceil(config.epochs * examples / (config.batch_size * config.accumulate))
+    steps = int(config.forwards / a_step) if config.forwards else config.steps or 1000
+    if steps == 0:
+        raise UserError(
+            f"`forwards` is {config.forwards} and a step of {config.optimizer} takes {a_step:g}; give more."
+        )
+    return steps

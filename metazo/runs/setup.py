@@ -1,8 +1,7 @@
-"""Set up a run: model, data, optimizer, length, and estimates of memory and disk space."""
+"""Set up a run: model, data, optimizer and length."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -23,10 +22,9 @@ from metazo.runs.config import FinetuneConfig
 from metazo.runs.folder import STEPS
 from metazo.runs.method import arguments, resolve_device
 from metazo.runs.own import OwnLoss, StateFile
-from metazo.runs.resources import size
-from metazo.runs.schedule import warmup_steps
+from metazo.runs.plan import plan, rows_of
+from metazo.runs.schedule import number_of_steps
 from metazo.runs.tuned import Given
-from metazo.step.precision import cost
 from metazo.steplog.format import scan
 from metazo.tasks import Prepared, prepare, resolve
 from metazo.tasks.classes import fit_head
@@ -87,48 +85,8 @@ class Setup:
 
     def plan(self, config: FinetuneConfig) -> dict[str, Any]:
         """A description of the run and estimates of its memory and disk space, before it starts."""
-        model = self.loaded.model
-        weights = sum(p.numel() * p.element_size() for p in model.parameters())
-        state = sum(tensor.numel() * tensor.element_size() for tensor in self.optimizer.tensors_state().values())
-        trainable = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-        state += self.optimizer.moments * trainable  # these are allocated at the first step
-        snapshots = 3 * (trainable + state) if config.snapshot_every else 0  # two are kept while a third is written
-        best = trainable if config.keep == "best" else 0
-        saved = 0 if config.keep == "none" else trainable if config.adapters and not config.merge else weights
-        log = _record_bytes(self.optimizer) * self.steps
-        group = self.optimizer.param_groups[0]
-        return {
-            "model": f"{self.loaded.name} ({self.loaded.kind}, {config.dtype}, {self.device})",
-            "task": f"{config.task}: {len(self.prepared.train)} train, {len(self.prepared.dev)} dev, "
-            f"{len(self.prepared.test)} test"
-            + (f"; inputs of at most {self.limit} tokens" if self.limit else " batches"),
-            "trained weights": f"{self.trained:,} of {sum(p.numel() for p in model.parameters()):,}",
-            "optimizer": config.optimizer + (f", tuner {config.tuner}" if config.tuner else ""),
-            "learning rate": f"{group['lr']:g} {config.schedule}"
-            + (f", {warmup_steps(config.warmup, self.steps):,} steps of warmup" if config.warmup else ""),
-            "effective learning rate": f"{group['lr'] * self.optimizer.energy:g} "
-            "(times the mean square of a direction's entries)",
-            "steps": f"{'at most ' if config.patience else ''}{self.steps:,}, {self.forwards:,} forward passes over "
-            f"{config.batch_size} examples",
-            "precision": self._precision(config),
-            "memory": f"weights {size(weights)}, optimizer {size(state)}, and the activations of one batch",
-            "disk": f"tuned model {size(saved)}; snapshots {size(snapshots)} and the best weights {size(best)} until the "
-            f"end; log {size(log)}",
-            "bytes on disk": saved + snapshots + best + log,
-        }
-
-    def _precision(self, config: FinetuneConfig) -> str:
-        if "precision" not in self.optimizer.common:
-            return f"weights updated in {config.dtype}"
-        trained = [parameter for parameter in self.loaded.model.parameters() if parameter.requires_grad]
-        words, more = cost(config.precision, trained)
-        return f"{words}: {size(more)}"
-
-
-def _record_bytes(optimizer: Any) -> int:
-    """Estimated bytes of a step in the log: losses, and a seed and a coefficient per query."""
-    estimator = getattr(optimizer, "estimator", None)
-    return 110 if estimator is None else 80 + 20 * (len(estimator.probes()) + 2 * estimator.queries)
+        rows = rows_of(config, self.prepared, self.limit)
+        return plan(config, self.loaded, self.optimizer, rows, self.steps, self.forwards)
 
 
 def set_up(config: FinetuneConfig, given: Given | None = None) -> Setup:
@@ -152,13 +110,7 @@ def set_up(config: FinetuneConfig, given: Given | None = None) -> Setup:
     else:
         optimizer, trained = _given_optimizer(given.optimizer, loaded, minimised, config, device)
     a_step = optimizer.forwards_per_step(config.accumulate)
-    steps = int(config.forwards / a_step) if config.forwards else config.steps or 1000
-    if config.epochs:
-        steps = math.ceil(config.epochs * len(prepared.train) / (config.batch_size * config.accumulate))
-    if steps == 0:
-        raise UserError(
-            f"`forwards` is {config.forwards} and a step of {config.optimizer} takes {a_step:g}; give more."
-        )
+    steps = number_of_steps(config, a_step, len(prepared.train))
     limit = min(config.max_length or loaded.context_length, loaded.context_length)
     return Setup(
         config, loaded, prepared, optimizer, trained, steps, round(steps * a_step), device, limit, objective, chosen

@@ -17,6 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 from torch._C import DisableTorchFunctionSubclass
 
@@ -108,8 +109,11 @@ class Scratch(Shown):
         self._make = make
 
     def make(self, tensor: NamedTensor) -> Tensor:
-        with DisableTorchFunctionSubclass():
-            return self._make(tensor)
+        # The substitute requires a gradient as the parameter does, although none is computed: for an input that is not
+        # contiguous, matmul would otherwise copy a weight once for each row of the batch. Tensors that are made in
+        # inference mode cannot require one.
+        with DisableTorchFunctionSubclass(), torch.inference_mode(False), torch.no_grad():
+            return self._make(tensor).requires_grad_(tensor.param.requires_grad)
 
 
 def of_compiler(error: Exception) -> bool:

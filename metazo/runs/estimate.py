@@ -1,0 +1,198 @@
+"""Memory, operations and time of a step before it is run: on torch's meta device, where tensors have shapes but no numbers.
+
+    inference   weights + buffers + most bytes of activations in a forward pass over the batch
+    peak        weights + buffers + state of the method and of its precision policy
+                + the same activations + a copy of the largest tensor, if weights are compensated
+    seconds     forwards * max(operations / rate, bytes of weights / bandwidth) + weights * passes / rate of noise
+
+Activations are counted by following each tensor that an operation makes until it is freed. Steps of methods that are not
+replayed (first-order, feedback) are run whole in this way, with their gradients. The rates are measured on the device in a
+fraction of a second: a product of matrices of the model's width, and noise added to weights. Left out: element-wise
+operations in the time, and in the memory kernels' own workspace, fragmentation of the allocator, and what python and the
+libraries take (about 0.5 GB on a CPU). tests/runs/test_estimate.py compares memory with what a step takes.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metazo.blocks import NamedTensor, tensor_id
+from metazo.kernels.operations import Operations
+from metazo.noise import Move, PhiloxNoise
+from metazo.step.precision import policy
+
+SAMPLE = 2**21
+"""Weights to which noise is added for a measurement."""
+
+
+class Followed(Operations):
+    """Counts the bytes of the tensors that operations make, until each is freed, and the operations of products.
+
+    A number that is read from a tensor on the meta device is 0: transformers asks whether a mask is all ones, and the answer
+    no gives the mask of a padded batch. Attention keeps no matrix of scores, as torch's fused kernels.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = self.most = 0
+        self.known: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return torch.zeros((), dtype=args[0].dtype).item()
+        if func is torch.ops.aten.scaled_dot_product_attention.default:
+            query, key, value = args[:3]
+            self.count += (
+                2 * query.numel() * key.shape[-2] + 2 * query[..., 0].numel() * key.shape[-2] * value.shape[-1]
+            )
+            out = query.new_empty((*query.shape[:-1], value.shape[-1]))
+            self.ran((args, kwargs), out)
+            return out
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def ran(self, given: Any, out: Any) -> None:
+        """Follow the results that have memory of their own; the others are views, or made in place."""
+        there = {tensor.untyped_storage()._cdata for tensor in _tensors(given)}
+        for tensor in _tensors(out):
+            storage = tensor.untyped_storage()
+            key, size = storage._cdata, storage.nbytes()
+            if key not in there and key not in self.known:
+                self.held += size
+                self.most = max(self.most, self.held)
+                self.known[key] = weakref.finalize(storage, self._free, key, size)
+
+    def _free(self, key: int, size: int) -> None:
+        self.held -= size
+        self.known.pop(key, None)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        return _tensors(list(value.values()))
+    return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, list | tuple) else []
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """weights, state, inference, peak: bytes (peak includes the weights). forward_operations: of a forward pass over the
+    batch. step_operations: of a step. notes: what could not be estimated, one sentence each.
+    """
+
+    weights: int
+    state: int
+    inference: int
+    peak: int
+    forward_operations: int
+    step_operations: int
+    notes: tuple[str, ...] = ()
+
+
+def weight_bytes(model: nn.Module) -> int:
+    return sum(map(_bytes, [*model.parameters(), *model.buffers()]))
+
+
+def state_bytes(optimizer: Any) -> int:
+    """Bytes of the state of a method and its precision policy, moments that are made at the first step included."""
+    held = sum(map(_bytes, optimizer.tensors_state().values()))
+    return held + optimizer.moments * sum(map(_bytes, _trained(optimizer)))
+
+
+def scratch_bytes(optimizer: Any) -> int:
+    """Bytes of the largest copy that a probe makes: one compensated tensor."""
+    precision = getattr(optimizer, "precision", "in-place")
+    copied = [p for p in _trained(optimizer) if policy(precision, p.dtype).startswith("compensated")]
+    return max(map(_bytes, copied), default=0)
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def estimate(model: nn.Module, optimizer: Any, loss: Callable[[], Any]) -> Estimate:
+    """The memory and the operations of a step; model, optimizer and the batch of the loss are on the meta device."""
+    weights, state = weight_bytes(model), state_bytes(optimizer)
+    with torch.inference_mode(), Followed() as forward:
+        loss()
+    inference, notes = weights + forward.most, []
+    if optimizer.replayable:
+        operations = round(forward.count * optimizer.forwards_per_step())
+        peak = inference + state + scratch_bytes(optimizer)
+    else:
+        try:
+            optimizer.checks_weights = False
+            held = state - optimizer.moments * sum(map(_bytes, _trained(optimizer)))  # moments are made within the step
+            with Followed() as step:
+                optimizer.step(loss)
+            operations, peak = step.count, weights + held + step.most
+        except Exception as error:
+            reason = str(error).splitlines()[0][:100]
+            notes.append(
+                f"the memory of a step beside inference is not known: it cannot be followed without weights ({reason})"
+            )
+            operations, peak = round(forward.count * optimizer.forwards_per_step()), inference + state
+    return Estimate(weights, state, inference, max(peak, inference), forward.count, operations, tuple(notes))
+
+
+def _trained(optimizer: Any) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+
+
+# -- time -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device does per second: operations of matrix products, bytes read, and weights that get noise added."""
+
+    operations: float
+    bytes: float
+    noise: float
+
+
+def measure_rates(device: torch.device, dtype: torch.dtype, width: int, rows: int) -> Rates:
+    """Rates of a device, measured: products (rows, width) x (width, width), reading a vector, noise added to float32."""
+    rows, width = max(1, min(rows, 2048)), max(64, min(width, 4096))
+    left, right = (torch.zeros(shape, dtype=dtype, device=device) for shape in ((rows, width), (width, width)))
+    vector = torch.zeros(SAMPLE * 4, device=device)
+    sample = torch.nn.Parameter(torch.zeros(SAMPLE, device=device))
+    moves = [Move(NamedTensor("sample", sample, tensor_id("sample")), sample.data, 1e-3)]
+    stream = PhiloxNoise(0).stream(1)
+    product = _seconds(lambda: left @ right, device)
+    read = _seconds(lambda: vector.sum(), device)
+    noise = _seconds(lambda: stream.add_all_(moves), device)
+    return Rates(2 * rows * width * width / product, vector.numel() * 4 / read, SAMPLE / noise)
+
+
+def _seconds(call: Callable[[], Any], device: torch.device) -> float:
+    """The shortest of several calls, after one that is not counted."""
+    best = float("inf")
+    with torch.no_grad():
+        for count in range(4):
+            started = time.perf_counter()
+            call()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if count:
+                best = min(best, time.perf_counter() - started)
+    return best
+
+
+def step_seconds(found: Estimate, optimizer: Any, rates: Rates) -> float:
+    """The estimated time of a step. A method that is not replayed makes one pass over the weights for its update, without
+    noise; the others one pass per probe and one for the update."""
+    trained = sum(p.numel() for p in _trained(optimizer))
+    forwards = optimizer.forwards_per_step()
+    computing = found.step_operations / rates.operations
+    reading = forwards * found.weights / rates.bytes
+    if not optimizer.replayable:
+        return max(computing, reading) + 3 * found.weights / rates.bytes
+    return max(computing, reading) + (forwards + 1) * trained / rates.noise

@@ -1,0 +1,248 @@
+"""The plan of a run before it starts: work, memory, disk and time. `dry_run` makes it without loading a weight.
+
+A dry run reads configurations, the headers of safetensors files, the tokenizer and the rows. The model is on the meta
+device (metazo/models/skeleton.py), and memory and operations are counted there (metazo/runs/estimate.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from metazo import zoo
+from metazo.errors import UserError
+from metazo.feedback.tuner import describe as describe_blocks
+from metazo.models.assemble import assemble, base_of
+from metazo.models.load import PICO, LoadedModel
+from metazo.models.skeleton import skeleton, stored
+from metazo.runs.choose import AUTO, check_open, choose
+from metazo.runs.config import FinetuneConfig
+from metazo.runs.estimate import Estimate, Followed, estimate, measure_rates, state_bytes, step_seconds, weight_bytes
+from metazo.runs.method import build_optimizer, resolve_device
+from metazo.runs.resources import free_memory, size
+from metazo.runs.schedule import number_of_steps, warmup_steps
+from metazo.step.precision import cost
+from metazo.tasks import Prepared, Task, prepare, resolve
+from metazo.tasks.closures import BatchLoss
+from metazo.tasks.prepared import last_logits
+
+META = torch.device("meta")
+ASSUMED = 256
+"""Tokens of an input, if the rows cannot be read and there is no `max_length`."""
+
+
+def written(config: FinetuneConfig, model: nn.Module, optimizer: Any, steps: int) -> dict[str, int]:
+    """Bytes of the files of a run: "model", "snapshots", "best" and "log", and "most", the largest size of the folder."""
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    snapshot = trained + state_bytes(optimizer)
+    snapshots = 3 * snapshot if config.snapshot_every else 0  # two are kept while a third is written
+    best = trained if config.keep == "best" else 0
+    saved = 0 if config.keep == "none" else trained if config.adapters and not config.merge else weights
+    log = record_bytes(optimizer) * steps
+    most = saved + snapshots + best + log
+    return {"model": saved, "snapshots": snapshots, "best": best, "log": log, "most": most}
+
+
+def record_bytes(optimizer: Any) -> int:
+    """Estimated bytes of a step in the log: losses, and a seed and a coefficient per query."""
+    estimator = getattr(optimizer, "estimator", None)
+    return 110 if estimator is None else 80 + 20 * (len(estimator.probes()) + 2 * estimator.queries)
+
+
+def plan(
+    config: FinetuneConfig, loaded: LoadedModel, optimizer: Any, rows: str, steps: int, forwards: int
+) -> dict[str, Any]:
+    """The part of a plan that a run shows when it starts. rows: a description of task and rows; forwards: of all steps."""
+    model, group = loaded.model, optimizer.param_groups[0]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    disk = written(config, model, optimizer, steps)
+    return {
+        "model": f"{loaded.name} ({loaded.kind}, {config.dtype}, {resolve_device(config.device)})",
+        "task": rows,
+        "trained weights": f"{sum(p.numel() for p in trained):,} of {sum(p.numel() for p in model.parameters()):,}",
+        "optimizer": config.optimizer + (f", tuner {config.tuner}" if config.tuner else ""),
+        "learning rate": f"{group['lr']:g} {config.schedule}"
+        + (f", {warmup_steps(config.warmup, steps):,} steps of warmup" if config.warmup else ""),
+        "effective learning rate": f"{group['lr'] * optimizer.energy:g} (times the mean square of a direction's entries)",
+        "steps": f"{'at most ' if config.patience else ''}{steps:,}, {forwards:,} forward passes over "
+        f"{config.batch_size} examples",
+        "precision": _precision(config, optimizer, trained),
+        "memory": f"weights {size(weight_bytes(model))}, optimizer {size(state_bytes(optimizer))}, and the activations of one "
+        "batch",
+        "disk": f"tuned model {size(disk['model'])}; snapshots {size(disk['snapshots'])} and the best weights "
+        f"{size(disk['best'])} until the end; log {size(disk['log'])}",
+        "bytes on disk": disk["most"],
+    }
+
+
+def _precision(config: FinetuneConfig, optimizer: Any, trained: list[torch.Tensor]) -> str:
+    if "precision" not in optimizer.common:
+        return f"weights updated in {config.dtype}"
+    words, more = cost(config.precision, trained)
+    return f"{words}: {size(more)}"
+
+
+def rows_of(config: FinetuneConfig, prepared: Any, limit: int) -> str:
+    """Task and rows in words."""
+    counts = f"{len(prepared.train)} train, {len(prepared.dev)} dev, {len(prepared.test)} test"
+    return f"{config.task}: {counts}" + (f"; inputs of at most {limit} tokens" if limit else " batches")
+
+
+# -- without weights --------------------------------------------------------------------------------------------------
+
+
+def dry_run(config: FinetuneConfig) -> dict[str, Any]:
+    """The plan of a run, without loading its weights.
+
+    In addition to the entries of `plan`: "time" of a step and of all steps, "tuners" of the zoo that fit, "weights on disk",
+    and "notes", sentences about what could not be read or estimated. "bytes" has the figures of the memory as numbers.
+    Raises UserError for settings that a run would refuse, except that rows, tokenizer and weights may be missing.
+    """
+    device, task = resolve_device(config.device), resolve(config.task)
+    labels = len(task.labels) if task.kind == "classification" else None
+    folder = base_of(config.model)
+    loaded = skeleton(folder, kind=config.kind, dtype=config.dtype, num_labels=labels, head=config.head)
+    loaded.name = config.model
+    notes = [f"{folder}: {note}." for note in loaded.notes] + _about_files(folder, loaded.model)
+    if config.objective is not None:
+        notes.append(
+            f"Memory and time are those of the task's loss; what `objective` {config.objective} adds is not known."
+        )
+    if config.adapters is not None and config.adapters.kind == "continue":
+        raise UserError(
+            "A dry run makes adapters from their settings; for adapters that exist, name their kind as `adapter`."
+        )
+    loaded, _ = assemble(config, labels=labels, device=META, given=loaded)
+    prepared, problem = _rows(config, task, loaded)
+    limit = min(config.max_length or loaded.context_length, loaded.context_length)
+    loss, length = _loss(config, loaded, prepared, limit)
+    if prepared is None:
+        notes.append(f"The rows were not read ({problem}); inputs of {length} tokens are assumed.")
+    chosen = None
+    if config.optimizer == AUTO:
+        check_open(config)
+        with Followed():  # masks ask for numbers
+            config, chosen = choose(config, loaded.model, loss, META, free_memory(device))
+    optimizer = build_optimizer(config, loaded.model)
+    if optimizer.wants_full_closure:
+        optimizer.full_closure = loss
+    a_step = optimizer.forwards_per_step(config.accumulate)
+    steps = number_of_steps(config, a_step, len(prepared.train) if prepared else config.train_examples)
+    rows = rows_of(config, prepared, limit) if prepared else f"{config.task}: rows not read"
+    found = plan(config, loaded, optimizer, rows, steps, round(steps * a_step))
+    if chosen:
+        found["optimizer"] = chosen
+    counted = estimate(loaded.model, optimizer, loss)
+    free = free_memory(device)
+    found["memory"] = _memory(config, counted, length, free)
+    width = getattr(loaded.model.config.get_text_config(), "hidden_size", 1024)
+    rates = measure_rates(device, loaded.dtype, width, config.batch_size * length)
+    seconds = step_seconds(counted, optimizer, rates) * config.accumulate
+    found["time"] = (
+        f"estimated {_time(seconds)} per step, {_time(seconds * steps)} for all, without evaluations, from speeds measured on "
+        f"this device: {rates.operations / 1e9:,.0f} billion operations, {size(rates.bytes)} and {rates.noise / 1e9:.2g} "
+        "billion weights with noise per second"
+    )
+    found["tuners"] = _tuners(config, loaded.model)
+    if counted.peak > free:
+        notes.append(f"The run does not fit: it takes {size(counted.peak)} and {size(free)} are free on {device}.")
+    found["notes"] = [*notes, *(f"{note[0].upper()}{note[1:]}." for note in counted.notes)]
+    found["bytes"] = {"weights": counted.weights, "inference": counted.inference, "peak": counted.peak, "free": free}
+    found["seconds per step"] = seconds
+    return found
+
+
+def _rows(config: FinetuneConfig, task: Task, loaded: LoadedModel) -> tuple[Prepared | None, str]:
+    """The encoded rows, or None and the reason why they cannot be read."""
+    if loaded.tokenizer is None:
+        return None, "there is no tokenizer"
+    try:
+        return prepare(
+            task,
+            loaded,
+            data=config.data,
+            train=config.train_examples,
+            dev=config.dev_examples,
+            test=config.test_examples,
+            seed=config.seed,
+            max_length=config.max_length,
+            k_per_class=config.k_per_class,
+        ), ""
+    except UserError as error:
+        return None, str(error).rstrip(".")
+
+
+def _loss(
+    config: FinetuneConfig, loaded: LoadedModel, prepared: Prepared | None, limit: int
+) -> tuple[Callable[[], Any], int]:
+    """A loss over the longest batch, on the meta device, and the length of its inputs in tokens."""
+    if prepared is not None:
+        longest = sorted(prepared.train, key=len)[-config.batch_size :]
+        batch = prepared.collate(longest)
+        length = batch["input_ids"].shape[1]
+        if "rows" not in batch:  # numbers that decide a shape
+            return BatchLoss(loaded.model, prepared, longest, META), length
+    else:
+        length = min(limit, config.max_length or ASSUMED)
+    rows = len(batch["input_ids"]) if prepared is not None else config.batch_size
+    keep = batch["answer"].shape[1] + 1 if prepared is not None else 1
+    return assumed_loss(loaded, rows, length, keep), length
+
+
+def assumed_loss(loaded: LoadedModel, rows: int, length: int, keep: int = 1) -> Callable[[], Any]:
+    """A forward pass over a padded batch (rows, length) on the meta device, with logits at `keep` positions."""
+    ids = torch.zeros(rows, length, dtype=torch.long, device=META)
+    batch: Any = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if loaded.kind == "causal":
+        batch["position_ids"] = torch.zeros_like(ids)
+        return lambda: last_logits(loaded.model, batch, keep).float().logsumexp(-1).mean()
+    return lambda: loaded.model(**batch).logits.float().logsumexp(-1).mean()
+
+
+def _about_files(folder: str, model: nn.Module) -> list[str]:
+    """A sentence about the weights on disk, from the headers of their files."""
+    path = PICO if folder == "pico" else Path(folder).expanduser()
+    if not path.is_dir():
+        return []
+    files = stored(path)
+    if files is None:
+        return [f"{folder} has no safetensors files; a run needs the weights."]
+    there = sum(torch.Size(shape).numel() for shape, _ in files.tensors.values())
+    dtypes = ", ".join(sorted({dtype for _, dtype in files.tensors.values()}))
+    needed = sum(parameter.numel() for parameter in model.parameters())
+    what = f"The weights on disk are {there:,} numbers ({dtypes}) in {files.files} files, {size(files.bytes)}"
+    less = f", and the model has {needed:,}; a new head or a missing file would explain it" if there < needed else ""
+    return [f"{what}{less}."]
+
+
+def _memory(config: FinetuneConfig, counted: Estimate, length: int, free: int) -> str:
+    more = counted.peak / counted.inference
+    return (
+        f"inference {size(counted.inference)} (weights {size(counted.weights)}); peak of a step {size(counted.peak)}, "
+        f"{more:.2f}x, with {config.optimizer} at {config.batch_size} inputs of {length} tokens; {size(free)} are free"
+    )
+
+
+def _tuners(config: FinetuneConfig, model: nn.Module) -> str:
+    """The tuners of the zoo that fit the model, in words."""
+    shapes = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
+    names = [f"{found.entry.name} (scale)" for found in zoo.find(shapes, zoo=config.zoo)]
+    try:
+        blocks = describe_blocks(model, "").fingerprint
+        fitted = [found for found in zoo.tuners(config.zoo, "feedback") if found.entry.fingerprint == blocks]
+        names += [f"{found.entry.name} (feedback)" for found in fitted]
+    except UserError:  # no residual stream, so no feedback
+        pass
+    return ", ".join(names) or "none in the zoo fits; metazo meta-train makes one"
+
+
+def _time(seconds: float) -> str:
+    for unit, length in (("ms", 1e-3), ("s", 1.0), ("min", 60.0), ("h", 3600.0)):
+        if seconds < {"ms": 1, "s": 100, "min": 6000}.get(unit, float("inf")):
+            return f"{seconds / length:.3g} {unit}"
+    raise AssertionError

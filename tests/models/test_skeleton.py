@@ -1,0 +1,88 @@
+"""Models without weights, and the headers of files whose data are holes."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+
+from metazo.errors import UserError
+from metazo.models.assemble import base_of
+from metazo.models.load import load_model
+from metazo.models.skeleton import skeleton, stored
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("llama", {}), ("opt", {"dtype": "bfloat16"}), ("bert_mlm", {}), ("roberta", {"num_labels": 3})],
+)
+def test_a_skeleton_has_the_tensors_of_the_model(tiny, name, options) -> None:
+    folder = tiny(name)
+    whole, bare = load_model(folder, **options), skeleton(folder, **options)
+
+    def facts(model):
+        return [(key, tuple(p.shape), p.dtype) for key, p in model.named_parameters()]
+
+    assert facts(bare.model) == facts(whole.model)
+    assert all(tensor.is_meta for tensor in [*bare.model.parameters(), *bare.model.buffers()])
+    assert (bare.kind, bare.context_length, bare.dtype) == (whole.kind, whole.context_length, whole.dtype)
+
+
+def test_a_skeleton_of_a_sentence_encoder(minilm) -> None:
+    whole, bare = load_model(minilm, num_labels=2), skeleton(minilm, num_labels=2)
+    assert [n for n, _ in bare.model.named_parameters()] == [n for n, _ in whole.model.named_parameters()]
+
+
+def test_without_a_tokenizer_a_skeleton_says_so(tiny, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((tiny("llama") / "config.json").read_bytes())
+    bare = skeleton(tmp_path)
+    assert bare.tokenizer is None and "tokenizer cannot be read" in bare.notes[0]
+
+
+def sparse(path: Path, shapes: dict[str, tuple[int, ...]], dtype: str = "BF16") -> None:
+    """A safetensors file whose data are a hole."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 2 * torch.Size(shape).numel()
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
+
+
+def test_headers_are_read_and_weights_are_not(tmp_path: Path) -> None:
+    sparse(tmp_path / "a.safetensors", {"x": (1000, 1000, 1000)})  # two GB, of which 4 kB exist
+    sparse(tmp_path / "b.safetensors", {"y": (5,)})
+    index = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    found = stored(tmp_path)
+    assert found is not None and found.tensors == {"x": ((1000, 1000, 1000), "BF16"), "y": ((5,), "BF16")}
+    assert found.files == 2 and 2_000_000_010 < found.bytes < 2_000_001_000
+
+
+def test_files_that_are_not_safetensors_are_refused(tmp_path: Path) -> None:
+    assert stored(tmp_path) is None
+    for data in (b"", b"\xff" * 100, struct.pack("<Q", 2) + b"[]", struct.pack("<Q", 9) + b'{"a": {}}'):
+        (tmp_path / "a.safetensors").write_bytes(data)
+        with pytest.raises(UserError, match="is not a safetensors file"):
+            stored(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"x": "../a.safetensors"}}')
+    with pytest.raises(UserError, match="does not say which file"):
+        stored(tmp_path)
+
+
+def test_the_base_of_a_run_and_of_adapters(tmp_path: Path, tiny) -> None:
+    assert base_of("pico") == "pico" and base_of("org/name") == "org/name"
+    model = tmp_path / "run" / "model"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text("{}")
+    assert base_of(tmp_path / "run") == str(model)
+    (model / "config.json").unlink()
+    (model / "adapter_model.safetensors").write_bytes(b"")
+    settings = {"peft_type": "LORA", "base_model_name_or_path": str(tiny("llama"))}
+    (model / "adapter_config.json").write_text(json.dumps(settings))
+    assert base_of(tmp_path / "run") == str(tiny("llama"))

@@ -1,0 +1,126 @@
+"""Estimates without weights, beside what the same steps take with them."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from metazo.models.load import LoadedModel
+from metazo.models.skeleton import skeleton
+from metazo.optimizers.registry import method
+from metazo.runs.config import FinetuneConfig
+from metazo.runs.cost import measure
+from metazo.runs.estimate import Estimate, Rates, estimate, step_seconds
+from metazo.runs.plan import assumed_loss, dry_run
+from tests.models.test_skeleton import sparse
+
+SMALL = LlamaConfig(
+    vocab_size=2000, hidden_size=64, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4,
+    num_key_value_heads=2, architectures=["LlamaForCausalLM"],
+)  # fmt: skip
+SHAPE = (4, 32)
+
+
+def with_weights(bare: LoadedModel) -> LoadedModel:
+    torch.manual_seed(0)
+    model = type(bare.model)(bare.model.config).to(bare.dtype).eval()  # type: ignore[operator]
+    return LoadedModel(model, None, bare.kind, bare.name, bare.dtype, bare.context_length)  # type: ignore[arg-type]
+
+
+def on_cpu(loaded: LoadedModel):
+    """The loss of `assumed_loss` over random tokens, left-padded, so that transformers makes the same mask."""
+    ids = torch.randint(0, 2000, SHAPE)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+
+    def loss():
+        out = loaded.model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=1
+        )
+        return out.logits.float().logsumexp(-1).mean()
+
+    return loss
+
+
+WIDE = LlamaConfig(
+    vocab_size=200_000, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+    num_key_value_heads=2, architectures=["LlamaForCausalLM"],
+)  # fmt: skip
+CASES = [
+    (SMALL, "mezo", "float32", {}, 0.1), (SMALL, "lozo", "float32", {}, 0.1), (SMALL, "mezo-momentum", "float32", {}, 0.1),
+    (SMALL, "mezo", "bfloat16", {"precision": "master"}, 0.1),
+    # chunks of a million weights count beside tensors of 13 million
+    (WIDE, "mezo", "bfloat16", {"precision": "compensated-16"}, 0.1),
+    (WIDE, "mezo", "bfloat16", {"precision": "compensated-8"}, 0.1),
+    # kernels of the CPU keep other tensors for the backward pass than those of the meta device
+    (SMALL, "first-order-adamw", "float32", {}, 0.25), (SMALL, "first-order-sgd", "float32", {}, 0.25),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("shape", "name", "dtype", "options", "tolerance"), CASES)
+def test_memory_is_that_of_a_step(shape: LlamaConfig, name: str, dtype: str, options: dict, tolerance: float) -> None:
+    bare = skeleton("small", config=shape, dtype=dtype)
+    whole = with_weights(bare)
+    options = {"lr": 1e-6, **options}
+    estimated = estimate(bare.model, method(name)(bare.model.named_parameters(), **options), assumed_loss(bare, *SHAPE))
+    optimizer = method(name)(whole.model.named_parameters(), **options)
+    measured = measure(whole.model, optimizer, on_cpu(whole))
+    assert estimated.inference == pytest.approx(measured.inference_bytes, rel=0.1)
+    assert estimated.peak == pytest.approx(measured.step_bytes, rel=tolerance)
+    assert estimated.forward_operations == pytest.approx(measured.forward_flops, rel=0.02)
+
+
+def test_time_is_the_larger_of_computing_and_reading() -> None:
+    class Two:
+        replayable, param_groups = True, [{"params": [torch.nn.Parameter(torch.zeros(10))]}]
+
+        def forwards_per_step(self) -> float:
+            return 2
+
+    figures = Estimate(weights=40, state=0, inference=0, peak=0, forward_operations=50, step_operations=100)
+    assert step_seconds(figures, Two(), Rates(operations=10, bytes=80, noise=10)) == 10 + 3
+    assert step_seconds(figures, Two(), Rates(operations=1000, bytes=8, noise=10)) == 10 + 3
+
+
+SEVENTY = LlamaConfig(
+    vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
+    num_key_value_heads=8, max_position_embeddings=131072, architectures=["LlamaForCausalLM"],
+)  # fmt: skip
+
+
+def test_a_plan_for_70_billion_weights_takes_seconds_and_no_memory(tmp_path: Path) -> None:
+    SEVENTY.save_pretrained(tmp_path)
+    names = {name: tuple(p.shape) for name, p in skeleton("x", config=SEVENTY).model.named_parameters()}
+    sparse(tmp_path / "model-1.safetensors", names)
+    index = {"weight_map": dict.fromkeys(names, "model-1.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = FinetuneConfig(str(tmp_path), "sst2", dtype="bfloat16", precision="compensated-8", max_length=128)
+    started = time.process_time()
+    found = dry_run(config)
+    assert time.process_time() - started < 5
+    weights = 70_553_706_496
+    assert found["trained weights"] == f"{weights:,} of {weights:,}"
+    assert found["bytes"]["weights"] == pytest.approx(2 * weights, rel=1e-6)
+    assert 3 * weights < found["bytes"]["peak"] < 3.1 * weights
+    assert any("The run does not fit" in note for note in found["notes"])
+    assert any("rows were not read (there is no tokenizer)" in note for note in found["notes"])
+    assert any(f"{weights:,} numbers (BF16) in 1 files" in note for note in found["notes"])
+    assert found["time"].startswith("estimated")
+
+
+@pytest.mark.parametrize(
+    "settings", [{"optimizer": "auto"}, {"lora": 2}, {"optimizer": "skip-feedback"}, {"scale": "rms"}]
+)
+def test_a_plan_of_every_kind(settings: dict) -> None:
+    found = dry_run(
+        FinetuneConfig("pico", "pico_sentiment", train_examples=64, dev_examples=8, test_examples=8, **settings)
+    )
+    assert found["bytes"]["peak"] >= found["bytes"]["inference"] > 6_272_640
+    assert found["task"].startswith("pico_sentiment: 64 train, 8 dev, 8 test")
+    assert ("pico/v" in found["tuners"]) == ("lora" not in settings)
