@@ -14,6 +14,28 @@ from torch import Tensor
 from metazo.errors import UserError
 
 
+class LocalShard(torch.nn.Parameter):
+    """The rows of a parameter that this process has, in the memory of the sharded parameter.
+
+    Attributes: start: index of their first entry in the flat whole parameter; whole: the shape of the whole parameter.
+    """
+
+    start: int
+    whole: torch.Size
+
+    def __new__(cls, rows: Tensor, requires_grad: bool, start: int, whole: torch.Size):
+        made = super().__new__(cls, rows, requires_grad)
+        made.start, made.whole = start, whole
+        return made
+
+    def __deepcopy__(self, memo: dict[int, object]) -> LocalShard:
+        made = LocalShard(self.data.clone(), self.requires_grad, self.start, self.whole)
+        return memo.setdefault(id(self), made)  # type: ignore[return-value]
+
+    def __reduce_ex__(self, protocol):
+        return LocalShard, (self.data, self.requires_grad, self.start, self.whole)
+
+
 @dataclass(frozen=True)
 class NamedTensor:
     """A trainable tensor. Its noise depends on its name alone, so freezing other tensors does not change it."""
@@ -22,6 +44,11 @@ class NamedTensor:
     param: torch.nn.Parameter
     id: int  # 64 bits of the hash of the name
     group: int = 0  # index of its parameter group
+
+    @property
+    def offset(self) -> int:
+        """Index of the first entry in the flat whole tensor; above 0 if this process has other rows than the first."""
+        return getattr(self.param, "start", 0)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@
 ZOTrainer     transformers.Trainer with forward passes only
 ZOMixin       the same for another subclass of Trainer: class ZOSFTTrainer(ZOMixin, SFTTrainer)
 Accumulated   an optimizer that drops no micro-batch under `accelerator.accumulate`
+local_parameters    the parameters of a sharded or offloaded model, for any optimizer of metazo
 
 Names are imported when they are first used.
 """
@@ -18,11 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from metazo.integrations.accumulate import Accumulated as Accumulated
+    from metazo.integrations.resident import local_parameters as local_parameters
     from metazo.integrations.trainer import ZOTrainer as ZOTrainer
     from metazo.integrations.trainer_mixin import ZOMixin as ZOMixin
 
 _HOMES = {"Accumulated": "accumulate", "ZOMixin": "trainer_mixin", "ZOTrainer": "trainer"}
-__all__ = ["Accumulated", "ZOMixin", "ZOTrainer"]
+_HOMES |= {"local_parameters": "resident"}
+__all__ = ["Accumulated", "ZOMixin", "ZOTrainer", "local_parameters"]
 
 
 def __getattr__(name: str) -> Any:

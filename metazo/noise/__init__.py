@@ -58,7 +58,10 @@ class Move(NamedTuple):
 
 
 class Stream(Protocol):
-    """The noise of one seed over all tensors. start: the first entry of a chunk in the flat tensor, a multiple of TILE."""
+    """The noise of one seed over all tensors. start: the first entry of a chunk in the flat tensor, a multiple of TILE.
+
+    A tensor that has only some rows (`LocalShard`) gets the numbers of its place in the whole tensor.
+    """
 
     seed: int
 
@@ -152,13 +155,18 @@ class PhiloxStream:
         start: int = 0,
     ) -> None:
         _check(start)
-        if kernels := self._kernels(out):
-            kernels.add_(self.distribution, out, alpha, beta, self.seed, tensor.id, purpose, start)
+        first, kernels = start + tensor.offset, self._kernels(out)
+        if kernels and (head := -first % TILE):
+            flat = out.view(-1)
+            self._plain(tensor, flat[:head], flat[:head], alpha, beta, purpose, first)
+            out, first = flat[head:], first + head
+        if kernels:
+            kernels.add_(self.distribution, out, alpha, beta, self.seed, tensor.id, purpose, first)
         else:
-            self._plain(tensor, out, out, alpha, beta, purpose, start)
+            self._plain(tensor, out, out, alpha, beta, purpose, first)
 
     def add_all_(self, moves: Sequence[Move], purpose: int = DENSE) -> None:
-        found = [self._kernels(move.out) for move in moves]
+        found = [None if move.tensor.offset else self._kernels(move.out) for move in moves]
         batch = next((kernels for kernels in found if hasattr(kernels, "add_all_")), None)
         if batch is not None:  # so that threads are woken only once
             fit = [(move.tensor.id, *move[1:]) for move, kernels in zip(moves, found) if kernels is batch]
@@ -177,10 +185,15 @@ class PhiloxStream:
         start: int = 0,
     ) -> None:
         _check(start)
-        if base.dtype == torch.float32 and (kernels := self._kernels(out, base)):
-            kernels.place_(self.distribution, out, base, alpha, self.seed, tensor.id, purpose, start)
+        first, kernels = start + tensor.offset, self._kernels(out, base) if base.dtype == torch.float32 else None
+        if kernels and (head := -first % TILE):
+            flat, source = out.view(-1), base.view(-1)
+            self._plain(tensor, flat[:head], source[:head], alpha, 1.0, purpose, first)
+            out, base, first = flat[head:], source[head:], first + head
+        if kernels:
+            kernels.place_(self.distribution, out, base, alpha, self.seed, tensor.id, purpose, first)
         else:
-            self._plain(tensor, out, base, alpha, 1.0, purpose, start)
+            self._plain(tensor, out, base, alpha, 1.0, purpose, first)
 
     def place_split_(self, tensor: NamedTensor, out: Tensor, weights: Tensor, low: Tensor, alpha: float) -> bool:
         """out = join(weights, low) + alpha * z on a whole tensor, rounded once, in one pass (cpu_split.py).
@@ -264,7 +277,7 @@ def add_two_all_(
     rest = list(range(len(moves)))
     if isinstance(first, PhiloxStream) and isinstance(second, PhiloxStream):
         same = (first.distribution, first.backend) == (second.distribution, second.backend)
-        found = [first._kernels(move.out) if same else None for move in moves]
+        found = [first._kernels(move.out) if same and not move.tensor.offset else None for move in moves]
         batch = next((kernels for kernels in found if hasattr(kernels, "add_two_all_")), None)
         if batch is not None:
             fit = [

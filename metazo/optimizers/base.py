@@ -43,7 +43,7 @@ from metazo.noise import Noise, PhiloxNoise
 from metazo.optimizers import probing as probings
 from metazo.optimizers import ranks
 from metazo.optimizers.groups import Closure, listed, named_groups, trainable
-from metazo.optimizers.guards import LossWatch, check_weights
+from metazo.optimizers.guards import LossWatch, check_shards, check_weights
 from metazo.optimizers.verbs import DECAY_EXEMPT, State, Verbs
 from metazo.step.directions import Direction, Scaled
 from metazo.step.estimators import Estimator
@@ -332,6 +332,7 @@ class ZOOptimizer(Verbs, Optimizer):
             check_weights(self.tensors)
             self.checks_weights = False
         self.weights = Weights(self.tensors, self.noise, self.precision)
+        check_shards(self)
         if self.scale is not None:
             self.scale.bind(self.tensors)
         self.zo_state = self.init(self.tensors) | self.rule.init(self.tensors)

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from metazo.blocks import NamedTensor
+from metazo.blocks import LocalShard, NamedTensor
 from metazo.errors import UserError
+from metazo.noise import PhiloxNoise
 
 NARROW = (torch.bfloat16, torch.float16)
 FIRST_STEPS = 20  # number of steps in which equal losses are counted
@@ -66,6 +67,30 @@ def check_weights(tensors: Sequence[NamedTensor]) -> None:
     raise UserError(f"{count} of {len(tensors)} trained tensors {what}, the first is {name}: {remedy}.")
 
 
+def check_shards(optimizer: Any) -> None:
+    """Raises UserError if the optimizer has a part that needs whole tensors, and some have only this process's rows."""
+    shards = [tensor.name for tensor in optimizer.tensors if isinstance(tensor.param, LocalShard)]
+    if not shards:
+        return
+    parts = {
+        f"{optimizer.name} computes with whole tensors": not optimizer.by_entry or optimizer.low_rank,
+        "`scale` reads statistics of whole tensors": optimizer.scale is not None,
+        f"`precision` {optimizer.precision} replaces weights that fully_shard gathers itself": any(
+            "compensation" in storage.buffers for storage in optimizer.weights.storage.values()
+        ),
+        "`probe_ranks` divides the probes, and a forward pass needs the rows of all processes": (
+            optimizer.exchange.probe_ranks > 1
+        ),
+        f"`noise` {optimizer.noise.name} has no order by entry": not isinstance(optimizer.noise, PhiloxNoise),
+    }
+    for reason, true in parts.items():
+        if true:
+            raise UserError(
+                f"{reason}, and {len(shards)} tensors are sharded over processes, the first is {shards[0]}: choose mezo, "
+                "mezo-momentum, mezo-adam, meazo, es, fzoo, hizoo or mezo-svrg with their own settings."
+            )
+
+
 def _unfit(param: Tensor) -> tuple[str, str] | None:
     """The fault of a parameter and its remedy, as two parts of a sentence."""
     kinds = {kind.__name__ for kind in type(param).__mro__}
@@ -74,12 +99,14 @@ def _unfit(param: Tensor) -> tuple[str, str] | None:
     if "DTensor" in kinds or "FlatParameter" in kinds or getattr(param, "_fsdp_flattened", False):
         return (
             "are sharded over processes (DTensor or FSDP)",
-            "give every process the whole model, as DDP does; losses are averaged without a wrapper",
+            "after fully_shard (FSDP2) pass metazo.integrations.local_parameters(model) to the optimizer, or give every "
+            "process the whole model, whose losses are averaged without a wrapper",
         )
     if param.device.type == "meta":
         return (
             "are offloaded or were never loaded (device meta)",
-            "load the model without `device_map` or cpu_offload, or freeze them with requires_grad_(False)",
+            "pass metazo.integrations.local_parameters(model) to the optimizer if accelerate offloads them, load the model "
+            "without `device_map`, or freeze them with requires_grad_(False)",
         )
     if is_traceable_wrapper_subclass(param):
         return (

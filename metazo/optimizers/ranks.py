@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metazo.blocks import NamedTensor
+from metazo.blocks import LocalShard, NamedTensor
 from metazo.errors import UserError
 from metazo.io import processes
 
@@ -107,7 +107,8 @@ def check_ranks(optimizer: Any) -> None:
 
 
 def described(optimizer: Any) -> dict[str, Any]:
-    """Everything that must be equal on all ranks, by name; "weights" has a checksum per trained tensor."""
+    """Everything that must be equal on all ranks, by name; "weights" has a checksum per trained tensor that is
+    not sharded."""
     plain = {
         key: value
         for key, value in vars(optimizer).items()
@@ -116,8 +117,10 @@ def described(optimizer: Any) -> dict[str, Any]:
     groups = [{key: group.get(key) for key in ("lr", "weight_decay")} for group in optimizer.param_groups]
     parts = {"method": optimizer.name, "seed": optimizer.noise.run_seed, "noise": optimizer.noise.name}
     parts |= {"rule": repr(optimizer.rule), "scale": type(optimizer.scale).__name__, "parameter groups": str(groups)}
+    whole = [tensor for tensor in optimizer.tensors if not isinstance(tensor.param, LocalShard)]
+    weights = {tensor.name: checksum(optimizer.weights.read(tensor)) for tensor in whole}
     parts |= {"probe_ranks": optimizer.exchange.probe_ranks}
-    return parts | plain | {"weights": {t.name: checksum(optimizer.weights.read(t)) for t in optimizer.tensors}}
+    return parts | plain | {"weights": weights}
 
 
 def first_difference(first: dict[str, Any], other: dict[str, Any]) -> str:

@@ -1,0 +1,218 @@
+"""Sharded and offloaded models: the steps are those of a plain model, bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, multiprocessing, nn
+
+from metazo.blocks import LocalShard, NamedTensor
+from metazo.errors import UserError
+from metazo.integrations import local_parameters
+from metazo.noise import Move, PhiloxNoise
+from metazo.optimizers import ES, FZOO, LOZO, MEAZO, HiZOO, MeZO, MeZOAdam, MeZOSVRG
+from metazo.optimizers.base import ZOOptimizer
+
+SHARDED: dict[str, tuple[Any, dict[str, Any]]] = {
+    "mezo": (MeZO, {"weight_decay": 0.1}),
+    "waiting": (MeZO, {"queries": 1}),
+    "adam": (MeZOAdam, {}),
+    "meazo": (MEAZO, {}),
+    "es": (ES, {"population": 4}),
+    "fzoo": (FZOO, {"queries": 3, "lr": 1e-5}),
+    "hizoo": (HiZOO, {"smoothing": 1e-2}),
+    "svrg": (MeZOSVRG, {}),
+    "bfloat16": (MeZO, {"queries": 2}),
+}
+IDS = torch.arange(20).view(2, 10) % 7
+
+
+def _llama(dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A Llama whose rows are cut at places that are no multiple of a tile of noise."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 131, "hidden_size": 36, "intermediate_size": 75, "num_hidden_layers": 2}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, tie_word_embeddings=False)).to(dtype).eval()
+
+
+def _steps(name: str, model: nn.Module, parameters: Iterable[tuple[str, Tensor]]) -> ZOOptimizer:
+    method, options = SHARDED[name]
+    optimizer = method(parameters, **{"lr": 1e-3, "check_every": 1} | options)
+    optimizer.defer = name == "waiting"
+
+    def loss() -> Tensor:
+        return model(input_ids=IDS, labels=IDS).loss.float()
+
+    optimizer.full_closure = loss
+    for _ in range(3):
+        optimizer.step(loss)
+    optimizer.settle()
+    return optimizer
+
+
+def _dtype(name: str) -> torch.dtype:
+    return torch.bfloat16 if name == "bfloat16" else torch.float32
+
+
+def _process(rank: int, folder: str) -> None:
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    mesh, said = init_device_mesh("cpu", (2,)), {}
+
+    def sharded(name: str) -> nn.Module:
+        model = _llama(_dtype(name))
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+
+    for name in SHARDED:
+        model = sharded(name)
+        parameters = local_parameters(model)
+        assert all(isinstance(parameter, LocalShard) for _, parameter in parameters)
+        optimizer = _steps(name, model, parameters)
+        weights = {key: parameter.full_tensor() for key, parameter in model.named_parameters()}  # type: ignore[operator]
+        said[name] = {"weights": weights, "step": optimizer.last_step}
+    refused = {}
+    model = sharded("mezo")
+    for name, (method, options) in {
+        "lozo": (LOZO, {}),
+        "scale": (MeZO, {"scale": "rms"}),
+        "probe_ranks": (MeZO, {"probe_ranks": 2}),
+    }.items():
+        with pytest.raises(UserError) as raised:
+            method(local_parameters(model), **options).step(lambda: 1.0)
+        refused[name] = str(raised.value)
+    with pytest.raises(UserError) as raised:
+        MeZO(local_parameters(sharded("bfloat16")), precision="compensated-8").step(lambda: 1.0)
+    refused["compensated"] = str(raised.value)
+    module = nn.Linear(4, 6)
+    module.weight = nn.Parameter(distribute_tensor(module.weight.detach(), mesh, [Shard(1)]))
+    with pytest.raises(UserError) as raised:
+        local_parameters(module)
+    torch.save({**said, "refused": refused | {"columns": str(raised.value)}}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("sharded")
+    multiprocessing.spawn(_process, (str(folder),), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_two_shards_take_the_steps_of_the_whole_model_bit_for_bit(ranks, name):
+    model = _llama(_dtype(name))
+    optimizer = _steps(name, model, model.named_parameters())
+    for said in ranks:
+        assert said[name]["step"] == optimizer.last_step
+        for key, parameter in model.named_parameters():
+            assert parameter.equal(said[name]["weights"][key]), key
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    {
+        "lozo": "lozo computes with whole tensors",
+        "scale": "`scale` reads statistics of whole tensors",
+        "probe_ranks": "`probe_ranks` divides the probes",
+        "compensated": "`precision` compensated-8 replaces weights",
+        "columns": "only rows can be trained",
+    }.items(),
+)
+def test_what_needs_whole_tensors_is_refused(ranks, name, words):
+    assert all(words in said["refused"][name] for said in ranks)
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_rows_get_the_noise_of_their_place(distribution, dtype):
+    whole = NamedTensor("w", nn.Parameter(torch.ones(200, 33, dtype=dtype)), 5)
+    first = 71
+    rows = LocalShard(torch.ones(129, 33, dtype=dtype), True, first * 33, torch.Size([200, 33]))
+    part, stream = NamedTensor("w", rows, 5), PhiloxNoise(1, distribution).stream(9)
+    assert stream.draw(part).equal(stream.draw(whole)[first:])
+    for form in ("one", "all"):
+        outs = [tensor.param.detach().clone() for tensor in (whole, part)]
+        for tensor, out in zip((whole, part), outs):
+            if form == "one":
+                stream.add_(tensor, out, 0.3, 0.7)
+            else:
+                stream.add_all_([Move(tensor, out, 0.3, 0.7)])
+        assert outs[1].equal(outs[0][first:])
+    bases, outs = [torch.full(t.param.shape, 0.1) for t in (whole, part)], [torch.ones(200, 33), torch.ones(129, 33)]
+    for tensor, base, out in zip((whole, part), bases, outs):
+        stream.place_(tensor, out, base, 0.3)
+    assert outs[1].equal(outs[0][first:])
+
+
+def test_copies_of_a_shard_know_their_place():
+    rows = LocalShard(torch.ones(2, 3), True, 6, torch.Size([4, 3]))
+    for made in (copy.deepcopy(rows), pickle.loads(pickle.dumps(rows))):
+        assert (made.start, made.whole, made.requires_grad) == (6, torch.Size([4, 3]), True) and made.equal(rows)
+
+
+def _offloaded(kind: str, model: nn.Module, folder: Path) -> nn.Module:
+    accelerate = pytest.importorskip("accelerate")
+    device = torch.device("cpu")
+    if kind == "main memory":
+        return accelerate.cpu_offload(model, execution_device=device)
+    if kind == "disk":
+        return accelerate.disk_offload(model, str(folder), execution_device=device)
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "disk"}
+    places |= {"lm_head": "disk", "model.rotary_emb": "cpu"}
+    return accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=str(folder))
+
+
+@pytest.mark.parametrize("dtype", ["mezo", "bfloat16"])
+@pytest.mark.parametrize("kind", ["main memory", "disk", "device_map"])
+def test_an_offloaded_model_takes_the_steps_of_a_plain_one_bit_for_bit(kind, dtype, tmp_path):
+    model, plain = _offloaded(kind, _llama(_dtype(dtype)), tmp_path), _llama(_dtype(dtype))
+    assert any(parameter.device.type == "meta" for parameter in model.parameters())
+    found = _steps(dtype, model, local_parameters(model))
+    wanted = _steps(dtype, plain, plain.named_parameters())
+    assert found.last_step == wanted.last_step
+    trained = dict(plain.named_parameters())
+    assert {name for name, _ in local_parameters(model)} == trained.keys()
+    assert all(value.equal(trained[name]) for name, value in local_parameters(model))
+    with torch.inference_mode():
+        assert model(input_ids=IDS).logits.equal(plain(input_ids=IDS).logits)
+
+
+def test_tied_weights_come_once_in_main_memory_and_are_refused_on_disk(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 31, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    config = LlamaConfig(**sizes, num_attention_heads=2, tie_word_embeddings=True)
+    model = _offloaded("main memory", LlamaForCausalLM(config), tmp_path)
+    assert [name for name, _ in local_parameters(model) if "embed" in name or "head" in name] == [
+        "model.embed_tokens.weight"
+    ]
+    with pytest.raises(UserError, match="are tied, and on disk they are two files"):
+        local_parameters(_offloaded("disk", LlamaForCausalLM(config), tmp_path))
+
+
+def test_a_checkpoint_is_not_changed(tmp_path):
+    from accelerate.utils import OffloadedWeightsLoader
+
+    model = _offloaded("main memory", nn.Sequential(nn.Linear(2, 2)), tmp_path)
+    hook = model[0]._hf_hook
+    index = {"0.weight": {"safetensors_file": "model.safetensors"}, "0.bias": {"safetensors_file": "model.safetensors"}}
+    hook.weights_map.dataset = OffloadedWeightsLoader(index=index)
+    with pytest.raises(
+        UserError, match=r"0.weight is offloaded to the checkpoint model.safetensors, which would be changed"
+    ):
+        local_parameters(model)
+    model.requires_grad_(False)
+    assert [parameter.device.type for _, parameter in local_parameters(model)] == ["meta", "meta"]
