@@ -114,8 +114,9 @@ class FinetuneConfig:
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = setting(default="float32", role="model")
     """Data type of the weights in the forward pass"""
     precision: Precision = setting(default="auto", role="method")
-    """Storage of the weights during a probe: auto perturbs float32 in place and keeps a float32 master of narrower weights;
-    compensated keeps 16 or 8 bits with each narrow weight instead; autocast runs float32 weights in bfloat16"""
+    """Storage of the weights during a probe: auto perturbs float32 in place, and for narrower weights takes the most exact of
+    master (a float32 copy), compensated-16 and compensated-8 (16 or 8 bits beside each weight) that the free memory allows;
+    autocast runs float32 weights in bfloat16"""
     device: str = setting(default="auto", role="machine")
     """Device: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one"""
     probe_ranks: int = setting(default=1, least=1, role="machine")

@@ -98,6 +98,8 @@ def _tune(
         folder.begin()
         if setup.chosen:
             console.say("method:", setup.chosen)
+        if setup.storage:
+            console.say("precision:", setup.storage)
         for name in ("trained weights", "effective learning rate", "steps", "memory", "disk"):
             console.say(f"{name}:", plan[name])
         for note in setup.prepared.notes:

@@ -22,6 +22,7 @@ from metazo.models.skeleton import skeleton, stored
 from metazo.runs.choose import AUTO, check_open, choose
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.estimate import Estimate, Followed, estimate, measure_rates, state_bytes, step_seconds, weight_bytes
+from metazo.runs.fit_precision import fit_precision
 from metazo.runs.method import build_optimizer, resolve_device
 from metazo.runs.resources import free_memory, size
 from metazo.runs.schedule import number_of_steps, warmup_steps
@@ -128,6 +129,8 @@ def dry_run(config: FinetuneConfig) -> dict[str, Any]:
         check_open(config)
         with Followed():  # masks ask for numbers
             config, chosen = choose(config, loaded.model, loss, META, free_memory(device))
+    free = free_memory(device)
+    config, storage = fit_precision(config, loaded.model, loss, free - weight_bytes(loaded.model))
     optimizer = build_optimizer(config, loaded.model)
     if optimizer.wants_full_closure:
         optimizer.full_closure = loss
@@ -137,8 +140,9 @@ def dry_run(config: FinetuneConfig) -> dict[str, Any]:
     found = plan(config, loaded, optimizer, rows, steps, round(steps * a_step))
     if chosen:
         found["optimizer"] = chosen
+    if storage:
+        found["precision"] = storage
     counted = estimate(loaded.model, optimizer, loss)
-    free = free_memory(device)
     found["memory"] = _memory(config, counted, length, free)
     width = getattr(loaded.model.config.get_text_config(), "hidden_size", 1024)
     rates = measure_rates(device, loaded.dtype, width, config.batch_size * length)

@@ -19,10 +19,12 @@ from metazo.optimizers.registry import method
 from metazo.runs.batches import check_shares
 from metazo.runs.choose import AUTO, check_open, choose
 from metazo.runs.config import FinetuneConfig
+from metazo.runs.fit_precision import fit_precision
 from metazo.runs.folder import STEPS
 from metazo.runs.method import arguments, resolve_device
 from metazo.runs.own import OwnLoss, StateFile
 from metazo.runs.plan import plan, rows_of
+from metazo.runs.resources import free_memory
 from metazo.runs.schedule import number_of_steps
 from metazo.runs.tuned import Given
 from metazo.steplog.format import scan
@@ -53,6 +55,8 @@ class Setup:
     """What is minimised in place of the task's loss."""
     chosen: str | None = None
     """What `optimizer='auto'` took, and why, in a sentence."""
+    storage: str | None = None
+    """What `precision='auto'` took for weights narrower than float32, and why, in a sentence."""
 
     @property
     def rows(self) -> Prepared:
@@ -105,6 +109,11 @@ def set_up(config: FinetuneConfig, given: Given | None = None) -> Setup:
     minimised = data(prepared, objective)
     if config.optimizer == AUTO:
         config, chosen = _chosen(config, loaded, minimised, device)
+    storage = None
+    if given.optimizer is None and world() == 1:  # processes on machines of different memory would choose differently
+        longest = sorted(prepared.train, key=len)[-config.batch_size :]
+        loss = BatchLoss(loaded.model, prepared, longest, device)
+        config, storage = fit_precision(config, loaded.model, loss, free_memory(device))
     if given.optimizer is None:
         config, optimizer = make_optimizer(config, loaded, minimised, device)
     else:
@@ -113,7 +122,18 @@ def set_up(config: FinetuneConfig, given: Given | None = None) -> Setup:
     steps = number_of_steps(config, a_step, len(prepared.train))
     limit = min(config.max_length or loaded.context_length, loaded.context_length)
     return Setup(
-        config, loaded, prepared, optimizer, trained, steps, round(steps * a_step), device, limit, objective, chosen
+        config,
+        loaded,
+        prepared,
+        optimizer,
+        trained,
+        steps,
+        round(steps * a_step),
+        device,
+        limit,
+        objective,
+        chosen,
+        storage,
     )
 
 

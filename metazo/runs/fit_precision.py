@@ -1,0 +1,86 @@
+"""`precision="auto"`: the most exact policy for weights narrower than float32 whose memory is free.
+
+    master          float32 beside each weight: 6 bytes per bfloat16 weight
+    compensated-16  the 16 bits below it: 4 bytes
+    compensated-8   8 of them, stochastically rounded: 3 bytes
+
+What must fit is the policy's bytes, the state of the method, a copy of the largest tensor (compensated policies), and the
+activations of a forward pass over the longest batch, which is followed once (metazo/runs/estimate.py). If nothing fits,
+compensated-8 is taken, and the note says what needs no memory beside inference: adapters, whose own weights are few.
+
+The choice is written into the step log, and a resumed run keeps it. Weights of float32 and float64 are perturbed in place, and
+nothing is chosen. Where not to use it: if runs on machines of different memory are to be bit-identical; name a policy then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from metazo.optimizers.registry import method
+from metazo.runs.config import FinetuneConfig
+from metazo.runs.estimate import Followed, scratch_bytes, state_bytes
+from metazo.runs.folder import STEPS
+from metazo.runs.method import build_optimizer
+from metazo.runs.resources import size
+from metazo.step.precision import DEFAULTS, POLICIES
+from metazo.steplog.format import scan
+
+ORDER = ("master", "compensated-16", "compensated-8")
+SHARE = 0.95  # of the free memory
+
+
+def fit_precision(
+    config: FinetuneConfig, model: nn.Module, loss: Callable[[], Any], free: int
+) -> tuple[FinetuneConfig, str | None]:
+    """The settings with a policy in the place of auto, and a sentence that says which and why; None if nothing was chosen.
+
+    Args: model: with its weights, or on the meta device; loss: of the longest batch; free: bytes beside the weights.
+    """
+    narrow = [p for p in model.parameters() if p.requires_grad and DEFAULTS.get(p.dtype) == "master"]
+    if config.precision != "auto" or not narrow or "precision" not in method(config.optimizer).common:
+        return config, None
+    if config.resume and config.out is not None and (log := config.out / STEPS).exists():
+        began = scan(log).header["settings"]["precision"]
+        return replace(config, precision=began), f"{began}, as when the run began."
+    with torch.inference_mode(), Followed() as forward:
+        loss()
+    needed = {name: forward.most + _needed(replace(config, precision=name), model) for name in ORDER}
+    fits = [name for name in ORDER if needed[name] <= SHARE * free]
+    taken = fits[0] if fits else ORDER[-1]
+    amounts = ", ".join(f"{name} {size(needed[name])}" for name in ORDER[: ORDER.index(taken) + 1])
+    why = f"{taken} ({POLICIES[taken].note}): beside the weights {amounts}; {size(free)} are free."
+    if not fits:
+        why += " None of them fits: train adapters (`adapter='lora'`), which need no memory beside inference."
+    return replace(config, precision=taken), why
+
+
+def _needed(config: FinetuneConfig, model: nn.Module) -> int:
+    """Bytes of a method's state under a policy, and of the largest copy that a probe makes, without allocating them."""
+    twin = _Twin(model)
+    if method(config.optimizer).needs_model:
+        trained = [p for p in twin.parameters() if p.requires_grad]
+        return sum(POLICIES[config.precision].bytes * p.numel() for p in trained)
+    optimizer = build_optimizer(config, twin)
+    return state_bytes(optimizer) + scratch_bytes(optimizer)
+
+
+class _Twin(nn.Module):
+    """The parameters of a model by name, on the meta device."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.named = [
+            (name, nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad))
+            for name, p in model.named_parameters()
+        ]
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
+        return iter(self.named)
+
+    def parameters(self, recurse: bool = True) -> Any:
+        return (p for _, p in self.named)

@@ -1,0 +1,68 @@
+"""The policy for narrow weights follows the free memory, is said, and is kept by a resumed run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from metazo.models.skeleton import skeleton
+from metazo.runs import fit_precision as module
+from metazo.runs.config import FinetuneConfig
+from metazo.runs.fit_precision import fit_precision
+from metazo.runs.plan import assumed_loss
+from metazo.steplog.format import scan
+
+RUN = {
+    "batch_size": 4, "steps": 3, "train_examples": 8, "dev_examples": 4, "test_examples": 0, "eval_every": 3, "lr": 1e-4,
+    "dtype": "bfloat16", "keep": "last",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bare():
+    return skeleton("pico", dtype="bfloat16")
+
+
+# Free bytes per weight beside the 2 of the weights. Activations and the copy of the largest tensor take less than 0.9.
+@pytest.mark.parametrize(
+    ("free", "taken"), [(6.0, "master"), (4.2, "compensated-16"), (2.4, "compensated-8"), (0.5, "compensated-8")]
+)
+def test_the_most_exact_policy_that_fits(bare, free: float, taken: str) -> None:
+    weights = sum(p.numel() for p in bare.model.parameters())
+    config = FinetuneConfig("pico", "pico_sentiment", dtype="bfloat16")
+    found, why = fit_precision(config, bare.model, assumed_loss(bare, 1, 4), round(free * weights))
+    assert found.precision == taken and why is not None and why.startswith(taken)
+    assert ("adapter" in why) == (free == 0.5)
+
+
+def test_nothing_is_chosen_for_wide_weights_or_a_named_policy(bare) -> None:
+    named = FinetuneConfig("pico", "pico_sentiment", dtype="bfloat16", precision="master")
+    assert fit_precision(named, bare.model, assumed_loss(bare, 1, 4), 0) == (named, None)
+    wide = FinetuneConfig("pico", "pico_sentiment")
+    model = skeleton("pico").model
+    assert fit_precision(wide, model, lambda: None, 0) == (wide, None)
+
+
+def test_a_resumed_run_keeps_what_the_log_says(tmp_path: Path, monkeypatch) -> None:
+    from metazo import finetune
+
+    monkeypatch.setattr("metazo.runs.setup.free_memory", lambda device: 3_200_000)  # 2 bytes per weight
+    run = finetune("pico", "pico_sentiment", out=tmp_path / "run", **RUN)
+    header = scan(tmp_path / "run" / "steps.jsonl").header
+    assert header["precision"] == header["settings"]["precision"] == "compensated-8"
+    (tmp_path / "run" / "summary.json").unlink()
+    monkeypatch.setattr("metazo.runs.setup.free_memory", lambda device: 10**12)
+    again = finetune("pico", "pico_sentiment", out=tmp_path / "run", resume=True, **RUN)
+    assert again.summary["dev"] == run.summary["dev"]
+    assert scan(tmp_path / "run" / "steps.jsonl").header["precision"] == "compensated-8"
+
+
+def test_a_log_from_before_the_choice_keeps_auto(tmp_path: Path, bare, monkeypatch) -> None:
+    """Logs of earlier versions say auto, which was a master."""
+    old = SimpleNamespace(header={"settings": {"precision": "auto"}})
+    (tmp_path / "steps.jsonl").write_bytes(b"")
+    monkeypatch.setattr(module, "scan", lambda path: old)
+    config = FinetuneConfig("pico", "pico_sentiment", dtype="bfloat16", out=tmp_path, resume=True)
+    assert fit_precision(config, bare.model, lambda: None, 0)[0].precision == "auto"
