@@ -16,6 +16,7 @@ PURPOSES = {
     "meta": "gradients through several unrolled steps",
     "report": "plots and reports",
     "peft": "adapters",
+    "quant": "quantised models",
     "trainer": "training loops of transformers",
     "sign": "signatures",
 }

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from metazo.io.files import whole_file
 
@@ -38,6 +39,8 @@ def weights_hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
     def row(item: tuple[str, Tensor]) -> str:
         name, tensor = item
+        if (kept := getattr(tensor, "stored_sha256", None)) is not None:  # its form in memory has no fixed bytes
+            return json.dumps([name, kept])
         return json.dumps([name, list(tensor.shape), str(tensor.dtype), sha256(_bytes(tensor)).hexdigest()])
 
     with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
@@ -45,6 +48,8 @@ def weights_hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def _bytes(tensor: Tensor) -> memoryview | bytes:
+    if is_traceable_wrapper_subclass(tensor):  # quantised: whole numbers and scales
+        return b"".join(_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
     flat = tensor.detach().cpu().contiguous().flatten()
     return flat.view(torch.uint8).numpy().data if flat.numel() else b""
 

@@ -13,6 +13,7 @@ from metazo.io.plain import read_json, shown
 from metazo.models.adapters import PEFT_TYPES, add_adapters, merge_adapters, trained_adapters, with_adapters
 from metazo.models.describe import RECORD, describe
 from metazo.models.load import DTYPES, LoadedModel, context_length, load_model, set_pad
+from metazo.models.quantize import quantised
 from metazo.models.select import select_trainable
 from metazo.models.wanted import Wanted
 
@@ -45,7 +46,12 @@ def assemble(
         num_labels=labels,
         head=wanted.head,
         seed=wanted.seed,
+        quantize=wanted.quantize,
+        revision=wanted.revision,
+        attn_implementation=wanted.attn_implementation,
+        device_map=wanted.device_map,
     )
+    _check_trainable(loaded, wanted)
     if adapter is None:
         return loaded, select_trainable(loaded.model, wanted.train, wanted.freeze, None)
     if going_on and not hasattr(loaded.model, "get_base_model"):
@@ -54,13 +60,29 @@ def assemble(
     return loaded, select_trainable(loaded.model, wanted.train, wanted.freeze, names)
 
 
+def _check_trainable(loaded: LoadedModel, wanted: Wanted) -> None:
+    """Raises UserError for a quantised model without adapters, or whose adapters are to be merged into it."""
+    names = quantised(loaded.model)
+    if not names:
+        return
+    if wanted.adapters is None:
+        raise UserError(
+            f"{loaded.name} is quantised, and {len(names)} of its tensors, such as {names[0]}, cannot be trained; train "
+            "adapters in full precision with `adapter='lora'`."
+        )
+    if wanted.merge:
+        raise UserError(
+            f"`merge`: {loaded.name} is quantised, and the sum would be rounded to whole numbers; leave it out."
+        )
+
+
 def load(name_or_path: str | Path, *, merge: bool = False, train: bool = False, **options: Any) -> LoadedModel:
     """Load a model with its tokenizer, as `metazo.models.load.load_model`, or the model of a run.
 
     name_or_path: a folder or Hub id of transformers, pico, the folder of a run (its kept model is loaded), or a folder of
     adapters of peft (their base model, which adapter_config.json names, is loaded with the adapters on it). merge: add
     the adapters to the weights, so that the model is a plain one; the sums are rounded to its dtype. train: leave the adapters
-    trainable. options: kind, dtype, device, num_labels, head, seed, trained_head of `load_model`.
+    trainable. options: kind, dtype, device, num_labels, head, seed, trained_head, quantize, ... of `load_model`.
     Raises UserError as `load_model` does, for adapters of a kind that metazo does not load, and if their base model cannot
     be loaded.
     """
@@ -68,14 +90,22 @@ def load(name_or_path: str | Path, *, merge: bool = False, train: bool = False, 
     folder = Path(name_or_path).expanduser()
     if not is_file(folder / ADAPTERS):
         return load_model(name_or_path, **options)
-    base = _named_in(folder)
+    base, revision = _named_in(folder)
+    record = read_json(folder / RECORD, "record of the training") if is_file(folder / RECORD) else None
+    if isinstance(record, dict) and record.get("quantize") in ("int8", "int4", "nf4"):
+        if merge:
+            raise UserError(
+                f"{folder} has adapters of a base that was quantised ({record['quantize']}), into which they cannot be merged; "
+                "continue them with `adapter='continue'`."
+            )
+        options |= {"quantize": record["quantize"]}
     try:
-        loaded = load(base, merge=True, **dict[str, Any](options, trained_head=False))
+        loaded = load(base, merge=True, **dict[str, Any](options, trained_head=False, revision=revision))
     except UserError as error:
         raise UserError(f"{folder} has adapters, and their base model cannot be loaded: {error}") from error
     with_adapters(loaded, folder, train=train)
-    if is_file(folder / RECORD):
-        describe(loaded.model, read_json(folder / RECORD, "record of the training"))
+    if record is not None:
+        describe(loaded.model, record)
     loaded.name, loaded.new_head = str(name_or_path), False
     if merge:
         loaded.model = merge_adapters(loaded.model)
@@ -114,7 +144,7 @@ def base_of(name_or_path: str | Path) -> str:
     """The folder or Hub id whose configuration and weights a model has: its own, or that of the base of LoRA adapters."""
     name = _of_run(name_or_path)
     folder = Path(name).expanduser()
-    return base_of(_named_in(folder)) if is_file(folder / ADAPTERS) else str(name)
+    return base_of(_named_in(folder)[0]) if is_file(folder / ADAPTERS) else str(name)
 
 
 def _of_run(name_or_path: str | Path) -> str | Path:
@@ -125,12 +155,12 @@ def _of_run(name_or_path: str | Path) -> str | Path:
     return name_or_path
 
 
-def _named_in(folder: Path) -> str:
-    """The base model that the adapters in a folder name."""
+def _named_in(folder: Path) -> tuple[str, str | None]:
+    """The base model that the adapters in a folder name, and its revision on the Hub."""
     path = folder / ADAPTERS
     try:
         found = read_json(path, "settings of adapters")
-        kind, base = found["peft_type"], found["base_model_name_or_path"]
+        kind, base, revision = found["peft_type"], found["base_model_name_or_path"], found.get("revision")
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} does not name adapters and their base model ({error})") from error
     if kind not in PEFT_TYPES or not isinstance(base, str):
@@ -140,6 +170,7 @@ def _named_in(folder: Path) -> str:
     if not is_file(folder / "adapter_model.safetensors"):
         raise UserError(f"{folder} has no adapter_model.safetensors; save the adapters again with save_pretrained")
     if base == "pico" or Path(base).is_absolute() or is_file(Path(base) / "config.json"):
-        return base
+        return base, revision if isinstance(revision, str) else None
     above = [parent / base for parent in folder.absolute().parents]  # the project in which the run was started
-    return next((str(path) for path in above if is_file(path / "config.json")), base)
+    near = next((str(path) for path in above if is_file(path / "config.json")), None)
+    return near or base, revision if near is None and isinstance(revision, str) else None

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from metazo.errors import UserError
 from metazo.io.extras import needs
@@ -103,11 +104,12 @@ def _growth(part: Any) -> int:
 
 def not_finite(model: nn.Module) -> list[str]:
     """A sentence about NaN or infinite weights, if there are any."""
-    bad = [
-        n
+    plain = (
+        (n, p.detach())
         for n, p in model.named_parameters()
-        if p.numel() and not torch.stack(torch.aminmax(p.detach())).isfinite().all()
-    ]
+        if p.numel() and p.is_floating_point() and not is_traceable_wrapper_subclass(p)
+    )
+    bad = [n for n, values in plain if not torch.stack(torch.aminmax(values)).isfinite().all()]
     if not bad:
         return []
     return [

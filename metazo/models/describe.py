@@ -24,23 +24,24 @@ class AdapterFiles:
     saves, so the name is put into its files afterwards.
     """
 
-    def __init__(self, record: dict[str, Any], base: str):
-        self.record, self.base = record, base
+    def __init__(self, record: dict[str, Any], base: str, revision: str | None = None):
+        self.record, self.base, self.revision = record, base, revision
 
     def save_pretrained(self, folder: str | Path) -> None:
         path, card = Path(folder) / "adapter_config.json", Path(folder) / "README.md"
         settings = json.loads(path.read_text())
         there = settings["base_model_name_or_path"]
-        path.write_text(json.dumps(settings | {"base_model_name_or_path": self.base}, indent=2) + "\n")
+        named = {"base_model_name_or_path": self.base, "revision": self.revision}
+        path.write_text(json.dumps(settings | named, indent=2) + "\n")
         if there and card.is_file():
             card.write_text(card.read_text().replace(there, self.base))
         (Path(folder) / RECORD).write_text(json.dumps(self.record, indent=1) + "\n")
 
 
-def parts_of(model: Any, tokenizer: Any, base: str, record: dict[str, Any]) -> list[Any]:
-    """What is saved of a tuned model, in order: each has a save_pretrained. `base` is the name of the base model."""
+def parts_of(model: Any, tokenizer: Any, base: str, record: dict[str, Any], revision: str | None = None) -> list[Any]:
+    """What is saved of a tuned model, in order: each has a save_pretrained. base, revision: of the base model."""
     adapters = hasattr(model, "get_base_model") and not base.startswith("memory:")
-    return [model, tokenizer, *([AdapterFiles(record, base)] if adapters else [])]
+    return [model, tokenizer, *([AdapterFiles(record, base, revision)] if adapters else [])]
 
 
 def describe(model: Any, record: dict[str, Any]) -> None:

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from metazo.errors import UserError
 from metazo.io.extras import needs
 from metazo.models.checks import check_config, check_tokenizer, not_finite
+from metazo.models.quantize import check_package, check_shapes, quantised, quantization, remember_stored
 from metazo.models.sentence import HEAD_FILE, SentenceClassifier, find, pooling_of, quiet
 
 with needs("llm"):
@@ -67,6 +69,8 @@ class LoadedModel:
     """Whether a classifier's head is not from the checkpoint: drawn from the seed, or still to be made from a task."""
     notes: list[str] = field(default_factory=list)
     """Sentences for the user: a new head, weights that are not finite."""
+    quantize: str | None = None
+    """How the weights of a full-precision checkpoint were quantised when it was loaded."""
 
 
 def load_model(
@@ -79,6 +83,10 @@ def load_model(
     head: str = "auto",
     seed: int = 0,
     trained_head: bool = False,
+    quantize: str | None = None,
+    revision: str | None = None,
+    attn_implementation: str | None = None,
+    device_map: str | None = None,
 ) -> LoadedModel:
     """Load a model for fine-tuning.
 
@@ -88,7 +96,9 @@ def load_model(
     class, "linear", "prototype" and "phrases" read pooled hidden states (`SentenceClassifier`; the last two are made by
     `metazo.tasks.classes.fit_head`), and "auto" takes linear for a sentence-transformers checkpoint, whose pooler was never
     trained, and checkpoint for every other. trained_head: refuse a classifier whose head would be new, because its
-    predictions are random. ``pico`` is the small model that metazo carries.
+    predictions are random. quantize: int8, int4 or nf4 (metazo/models/quantize.py); a quantised checkpoint stays as it is.
+    revision: branch, tag or commit of a model on the Hub. attn_implementation, device_map: as of `from_pretrained` of
+    transformers; with a device map `device` is not used. ``pico`` is the small model that metazo carries.
     Code from the Hub is never run. Raises UserError for a model, kind, dtype or device that is not there, and for a model
     type that is no causal, masked or classification model of text.
     """
@@ -102,8 +112,21 @@ def load_model(
     check_folder(source, name)
     notes: list[str] = []
     with explained(name):
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)  # without it, a terminal is asked
+        more: dict[str, Any] = {"revision": revision or "main", "attn_implementation": attn_implementation}
+        # without trust_remote_code a terminal is asked
+        config = AutoConfig.from_pretrained(source, revision=more["revision"], trust_remote_code=False)
         check_config(config, name)
+        check_package(config)
+        if quantize is not None and getattr(config, "quantization_config", None):
+            raise UserError(f"`quantize` {quantize}: {name!r} is quantised already; leave it out.")
+        if getattr(config, "quantization_config", None):
+            more["device_map"] = {"": device}  # a quantised model cannot be moved later
+        if quantize is not None:
+            more |= {"quantization_config": quantization(quantize, torch_dtype, device), "device_map": {"": device}}
+        if device_map is not None:
+            with needs("trainer"):
+                import accelerate  # noqa: F401
+            more["device_map"] = device_map
         check_tokenizer(Path(source).expanduser(), name)
         chosen = kind_of(config) if kind == "auto" else kind
         if chosen != "classifier" and head != "auto":
@@ -113,10 +136,10 @@ def load_model(
         with quiet(), torch.random.fork_rng(devices=[]):  # a new head follows the seed, not the global generator
             torch.default_generator.manual_seed(seed)
             if chosen == "classifier":
-                model, new = _classifier(source, config, torch_dtype, num_labels, head, name, notes)
+                model, new = _classifier(source, config, torch_dtype, num_labels, head, name, notes, more)
             else:
-                model, new = _language_model(source, config, torch_dtype, chosen, name), False
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+                model, new = _language_model(source, config, torch_dtype, chosen, name, more), False
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=more["revision"], trust_remote_code=False)
         if tokenizer(_EVERY, verbose=False)["input_ids"] is None:
             raise UserError(f"the tokenizer of {name!r} makes no tokens")
     if new and trained_head:
@@ -124,14 +147,17 @@ def load_model(
             f"there is no trained head of {model.config.num_labels} classes in {name!r}, so its answers would be random; "
             "fine-tune it first, or use the model as a language model with `kind` causal or masked"
         )
+    _check_places(model, name)
+    remember_stored(model)
     try:
-        model.to(device=torch.device(device))  # type: ignore[call-arg]
+        if "device_map" not in more and not quantised(model):
+            model.to(device=torch.device(device))  # type: ignore[call-arg]
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {str(device)!r} cannot be used: {_first_sentence(error)}") from error
     context = context_length(model, tokenizer)
     set_pad(tokenizer, model)
     notes += not_finite(model)
-    return LoadedModel(model.eval(), tokenizer, chosen, name, torch_dtype, context, new, notes)  # type: ignore[arg-type]
+    return LoadedModel(model.eval(), tokenizer, chosen, name, torch_dtype, context, new, notes, quantize)  # type: ignore[arg-type]
 
 
 @contextmanager
@@ -146,8 +172,21 @@ def explained(name: str) -> Iterator[None]:
         raise UserError(f"model {name!r} cannot be loaded: {_first_sentence(error)}") from None
 
 
-def _language_model(source: str, config: PreTrainedConfig, dtype: torch.dtype, kind: str, name: str) -> PreTrainedModel:
-    model, info = KINDS[kind].from_pretrained(source, config=config, dtype=dtype, output_loading_info=True)
+def _check_places(model: nn.Module, name: str) -> None:
+    """Raises UserError for weights that a device map has put on the disk or offloaded, and for layers nf4 cannot run."""
+    away = [key for key, parameter in model.named_parameters() if parameter.device.type == "meta"]
+    if away:
+        raise UserError(
+            f"`device_map` offloads {len(away)} tensors of {name!r}, such as {away[0]}, and metazo needs all of them on "
+            "devices; take a smaller model, `quantize`, or a larger device."
+        )
+    check_shapes(model)
+
+
+def _language_model(
+    source: str, config: PreTrainedConfig, dtype: torch.dtype, kind: str, name: str, more: dict[str, Any]
+) -> PreTrainedModel:
+    model, info = KINDS[kind].from_pretrained(source, config=config, dtype=dtype, output_loading_info=True, **more)
     if info["missing_keys"]:
         raise UserError(
             f"model {name!r} has no weights for {sorted(info['missing_keys'])[0]!r}, so it is no trained {kind} language "
@@ -164,6 +203,7 @@ def _classifier(
     head: str,
     name: str,
     notes: list[str],
+    more: dict[str, Any],
 ) -> tuple[PreTrainedModel | SentenceClassifier, bool]:
     """The model, and whether its head is new."""
     trained = sum(a.endswith("ForSequenceClassification") for a in config.architectures or ()) and config.num_labels
@@ -179,11 +219,16 @@ def _classifier(
         if classes is not None and config.num_labels != classes:
             config.num_labels = classes
         model, info = KINDS["classifier"].from_pretrained(
-            source, config=config, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
+            source, config=config, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True, **more
         )
         lost = [str(key if isinstance(key, str) else key[0]) for key in info["mismatched_keys"]]
         new = bool(lost or info["missing_keys"])
     else:
+        if set(more) - {"revision", "attn_implementation"} or more["attn_implementation"]:
+            raise UserError(
+                "`quantize`, `device_map` and `attn_implementation` cannot be used with a head on pooled hidden states; add "
+                "`head='checkpoint'`."
+            )
         model, lost, new = SentenceClassifier.new(source, head=head, classes=wanted, dtype=dtype), [], True
         model.config.id2label = {index: f"LABEL_{index}" for index in range(wanted)}
     if new and head not in MADE:

@@ -33,8 +33,13 @@ class Wanted(Protocol):
     dtype: Any
     head: Any
     seed: int
+    merge: bool
     train: list[str]
     freeze: list[str]
+    quantize: Any
+    revision: str | None
+    attn_implementation: str | None
+    device_map: str | None
 
     @property
     def adapters(self) -> Adapter | None: ...

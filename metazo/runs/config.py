@@ -101,6 +101,17 @@ class FinetuneConfig:
     """Patterns of names of tensors to freeze"""
     lora: int = setting(default=0, least=0, most=4096, role="model")
     """Rank of LoRA adapters that are trained instead of the weights, short for `adapter` lora and `adapter_rank`"""
+    quantize: Literal["int8", "int4", "nf4"] | None = setting(default=None, role="model")
+    """Quantise the linear layers of the base model when it is loaded (needs the extra quant), and train adapters in full
+    precision: int8 and int4 by torchao, nf4 by bitsandbytes"""
+    revision: str | None = setting(default=None, role="model")
+    """Branch, tag or commit of a model on the Hub; by default main"""
+    attn_implementation: str | None = setting(default=None, role="model")
+    """Attention of transformers: eager, sdpa, flash_attention_2, ...; by default the model's own"""
+    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = setting(
+        default=None, role="machine"
+    )
+    """Distribute the model over the GPUs by accelerate, instead of `device`"""
     adapter: Literal["lora", "dora", "ia3", "prefix", "prompt", "continue"] | None = setting(default=None, role="model")
     """Adapters that are trained instead of the weights (needs the extra peft); continue trains those that the model is"""
     adapter_rank: int | None = setting(default=None, least=1, most=4096, role="model")

@@ -23,7 +23,12 @@ from metazo.tasks.classes import fit_head
 from metazo.tasks.data import VERSION
 
 # The settings of a run that decide which rows are scored, and how.
-OF_A_RUN = set(with_role(FinetuneConfig, "data", "evaluation", "place", "machine")) | {"kind", "dtype"}
+OF_A_RUN = set(with_role(FinetuneConfig, "data", "evaluation", "place", "machine")) | {
+    "kind",
+    "dtype",
+    "quantize",
+    "revision",
+}
 
 
 def evaluate(
@@ -112,6 +117,9 @@ def _load(model: str | Path, config: FinetuneConfig, task: Task) -> LoadedModel:
         num_labels=len(task.labels) if task.kind == "classification" else None,
         seed=config.seed,
         head=config.head,
+        quantize=config.quantize,
+        revision=config.revision,
+        attn_implementation=config.attn_implementation,
         trained_head=config.head not in MADE,
     )
 

@@ -18,6 +18,7 @@ from metazo.errors import UserError
 from metazo.feedback.tuner import describe as describe_blocks
 from metazo.models.assemble import assemble, base_of
 from metazo.models.load import PICO, LoadedModel
+from metazo.models.quantize import bytes_of
 from metazo.models.skeleton import skeleton, stored
 from metazo.runs.choose import AUTO, check_open, choose
 from metazo.runs.config import FinetuneConfig
@@ -38,7 +39,7 @@ ASSUMED = 256
 
 def written(config: FinetuneConfig, model: nn.Module, optimizer: Any, steps: int) -> dict[str, int]:
     """Bytes of the files of a run: "model", "snapshots", "best" and "log", and "most", the largest size of the folder."""
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    weights = sum(map(bytes_of, model.parameters()))
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     snapshot = trained + state_bytes(optimizer)
     snapshots = 3 * snapshot if config.snapshot_every else 0  # two are kept while a third is written
@@ -113,6 +114,10 @@ def dry_run(config: FinetuneConfig) -> dict[str, Any]:
     if config.objective is not None:
         notes.append(
             f"Memory and time are those of the task's loss; what `objective` {config.objective} adds is not known."
+        )
+    if config.quantize is not None:
+        notes.append(
+            f"Memory and time are those of {config.dtype} weights; with `quantize` {config.quantize} it is less."
         )
     if config.adapters is not None and config.adapters.kind == "continue":
         raise UserError(

@@ -168,6 +168,7 @@ def _replay(
         loaded.model = merge_adapters(loaded.model)
     if out is not None:
         record = header["trained"] if isinstance(header.get("trained"), dict) else {}
+        record = record | ({"quantize": loaded.quantize} if loaded.quantize else {})
         if record and loaded.kind != "own":
             describe(loaded.model, record)
         _save(loaded, out, record)

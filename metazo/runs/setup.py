@@ -84,8 +84,9 @@ class Setup:
         """The objects to save, each with a save_pretrained."""
         if isinstance(self.prepared, OwnLoss):
             return [StateFile(self.loaded.model)]
-        describe(self.loaded.model, self.prepared.record)
-        return parts_of(self.loaded.model, self.loaded.tokenizer, self.config.model, self.prepared.record)
+        record = self.prepared.record | ({"quantize": self.loaded.quantize} if self.loaded.quantize else {})
+        describe(self.loaded.model, record)
+        return parts_of(self.loaded.model, self.loaded.tokenizer, self.config.model, record, self.config.revision)
 
     def plan(self, config: FinetuneConfig) -> dict[str, Any]:
         """A description of the run and estimates of its memory and disk space, before it starts."""

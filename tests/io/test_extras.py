@@ -133,12 +133,13 @@ def test_other_extras_missing(tmp_path):
     lines = {
         "peft": f"finetune --model pico --task pico_sentiment --lora 4 --out {tmp_path / 'run'}",
         "sign": f"zoo verify --zoo {ROOT / 'pertnn_zoo'} --key {key}",
+        "quant": f"finetune --model pico --task pico_sentiment --lora 4 --quantize int8 --out {tmp_path / 'run'}",
         "meta": f"meta-train --model pico --task pico_topic --objective published --unroll 2 --out {tmp_path / 'meta'}",
     }
     missing = set().union(*(EXTRAS[extra] for extra in lines)) - EXTRAS["llm"]
     done = without(missing, tmp_path, *(["metazo", *line.split()] for line in lines.values()))
     for (code, _, error), (extra, package) in zip(
-        done, [("peft", "peft"), ("sign", "py-minisign"), ("meta", "higher")]
+        done, [("peft", "peft"), ("sign", "py-minisign"), ("quant", "accelerate"), ("meta", "higher")]
     ):
         assert code == 2 and error == sentence(extra, package), error
     assert not (tmp_path / "run").exists()

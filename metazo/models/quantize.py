@@ -1,0 +1,103 @@
+"""Quantised base models, whose adapters are trained in full precision: torchao (int8, int4) and bitsandbytes (nf4).
+
+    int8    8-bit weights, one scale per output                            torchao, Int8WeightOnlyConfig
+    int4    4-bit weights, one scale and zero per 32 of a row; needs CUDA   torchao, Int4WeightOnlyConfig
+    nf4     4-bit NormalFloat, one scale per 64 weights                    bitsandbytes; Dettmers et al. 2023, arXiv 2305.14314
+
+Linear layers are quantised; embeddings, norms and the output layer are not. Activations have the run's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from metazo.errors import UserError
+from metazo.io.extras import needs
+from metazo.io.tensorfile import weights_hash
+
+GROUP = 32
+NF4_BLOCK = 64
+
+
+def quantization(kind: str, dtype: torch.dtype, device: torch.device | str) -> Any:
+    """transformers' configuration of a kind. Raises MissingPackage without the extra, and UserError for int4 without CUDA."""
+    with needs("llm"):
+        from transformers import BitsAndBytesConfig, TorchAoConfig
+    with needs("quant"):
+        import accelerate  # noqa: F401
+
+        if kind == "nf4":
+            import bitsandbytes  # noqa: F401
+
+            return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+        from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
+    if kind == "int8":
+        return TorchAoConfig(Int8WeightOnlyConfig())
+    if torch.device(device).type != "cuda":
+        raise UserError(
+            "`quantize='int4'` needs a CUDA device, because torchao's 4-bit kernels have no CPU form; take int8."
+        )
+    return TorchAoConfig(Int4WeightOnlyConfig(group_size=GROUP))
+
+
+def check_package(config: Any) -> None:
+    """Raises MissingPackage if a quantised checkpoint needs a package that is not installed."""
+    method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
+    with needs("quant"):
+        if method is not None:
+            import accelerate  # noqa: F401
+        if method == "torchao":
+            import torchao  # noqa: F401
+        elif method in ("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit"):
+            import bitsandbytes  # noqa: F401
+
+
+def is_quantised(tensor: Tensor) -> bool:
+    """Whether a parameter holds whole numbers with scales instead of its values."""
+    return is_traceable_wrapper_subclass(tensor) or not tensor.is_floating_point()
+
+
+def quantised(model: nn.Module) -> list[str]:
+    """Names of the quantised parameters."""
+    return [name for name, parameter in model.named_parameters() if is_quantised(parameter)]
+
+
+def check_shapes(model: nn.Module) -> None:
+    """Raises UserError for nf4 layers whose inputs are no multiple of the block on a CPU, whose kernel needs that."""
+    for name, module in model.named_modules():
+        width = getattr(module, "in_features", 0)
+        if type(module).__name__ == "Linear4bit" and width % NF4_BLOCK and module.weight.device.type == "cpu":
+            raise UserError(
+                f"`quantize='nf4'` on a CPU needs layers whose inputs are a multiple of {NF4_BLOCK}, and {name} has {width}; "
+                "take int8."
+            )
+
+
+def remember_stored(model: nn.Module) -> None:
+    """Keep the hash of every bitsandbytes parameter as it was loaded, for `metazo.io.tensorfile.weights_hash`: the kernels of
+    a CPU rearrange the stored numbers at the first use.
+    """
+    for _, parameter in model.named_parameters():
+        if getattr(parameter, "quant_state", None) is not None:
+            parameter.stored_sha256 = weights_hash((str(place), part) for place, part in enumerate(stored(parameter)))  # type: ignore[attr-defined]
+
+
+def bytes_of(tensor: Tensor) -> int:
+    """Bytes of memory of a parameter, quantised or not."""
+    return sum(part.numel() * part.element_size() for part in stored(tensor))
+
+
+def stored(tensor: Tensor) -> Iterator[Tensor]:
+    """The plain tensors of which a parameter is made: itself, or whole numbers and scales."""
+    if is_traceable_wrapper_subclass(tensor):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from stored(getattr(tensor, name))
+        return
+    yield tensor
+    if (scales := getattr(getattr(tensor, "quant_state", None), "absmax", None)) is not None:
+        yield scales

@@ -1,0 +1,145 @@
+"""Quantised bases: int8 and nf4 with adapters on a CPU, saved quantised folders, refusals in one sentence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("torchao", reason="torchao is not installed")
+pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import metazo
+from metazo.errors import UserError
+from metazo.models.assemble import load
+from metazo.models.load import PICO, load_model
+from metazo.models.quantize import bytes_of, quantised
+from metazo.runs.config import FinetuneConfig
+from metazo.runs.finetune import run_settings
+from metazo.runs.replay import replay
+from metazo.runs.setup import set_up
+from metazo.settings import build
+
+SMALL = {
+    "model": "pico", "task": "pico_sentiment", "lora": 4, "lr": 1e-3, "steps": 4, "train_examples": 32, "keep": "last",
+    "dev_examples": 16, "test_examples": 16, "eval_every": 4, "snapshot_every": 0,
+}  # fmt: skip
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def config(out: Path, **extra) -> FinetuneConfig:
+    return build(FinetuneConfig, SMALL, {"out": out, **extra})
+
+
+@pytest.fixture(scope="module")
+def wide(tiny, tmp_path_factory) -> Path:
+    """A Llama whose layers have inputs of a multiple of 64, with the tokenizer of the tiny one."""
+    folder = tmp_path_factory.mktemp("wide")
+    tokenizer = load_model(tiny("llama")).tokenizer
+    torch.manual_seed(3)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=256, **sizes)).save_pretrained(
+        folder
+    )
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def int8_run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("int8") / "run"
+    return out, run_settings(config(out, quantize="int8"))
+
+
+def test_int8_is_weight_only_with_one_scale_per_output() -> None:
+    """Against the definition: scale max |w| / 127.5 per row or near it, so every weight is off by at most about half of it."""
+    plain, loaded = load_model("pico").model, load_model("pico", quantize="int8")
+    names = quantised(loaded.model)
+    assert len(names) == 7 * 4 and all(name.endswith("proj.weight") for name in names)
+    for name in names[:3]:
+        weight, held = plain.get_parameter(name).detach(), loaded.model.get_parameter(name)
+        scale = weight.abs().amax(1, keepdim=True) / 127
+        assert ((held.dequantize() - weight).abs() <= 0.51 * scale).all()
+        assert bytes_of(held) == weight.numel() + 5 * len(weight)  # a float32 scale and an int8 zero point
+
+
+@pytest.mark.parametrize("optimizer", ["mezo", "lozo", "first-order-adamw"])
+def test_adapters_are_trained_in_float32_and_the_base_is_untouched(tmp_path: Path, optimizer: str) -> None:
+    setup = set_up(config(tmp_path / "x", quantize="int8", optimizer=optimizer))
+    trained = [p for p in setup.loaded.model.parameters() if p.requires_grad]
+    assert trained and all(p.dtype == torch.float32 for p in trained)
+    before = {
+        n: p.dequantize() for n, p in setup.loaded.model.named_parameters() if n.endswith("q_proj.base_layer.weight")
+    }
+    run_settings(config(tmp_path / "run", quantize="int8", optimizer=optimizer))
+    again = load(tmp_path / "run").model
+    assert before and all(torch.equal(again.get_parameter(name).dequantize(), value) for name, value in before.items())
+    assert any(float(p.abs().max()) > 0 for name, p in again.named_parameters() if "lora_B" in name)
+
+
+def test_a_run_is_evaluated_replayed_and_continued_on_the_same_quantised_base(int8_run, tmp_path: Path) -> None:
+    out, summary = int8_run
+    assert metazo.evaluate(out) == summary["test"]
+    assert (
+        quantised(load(out / "model").model)
+        and json.loads((out / "model/metazo.json").read_text())["quantize"] == "int8"
+    )
+    again = replay(out / "steps.jsonl", "pico", tmp_path / "again")
+    assert again.identical and metazo.evaluate(tmp_path / "again", "pico_sentiment", **_sizes()) == summary["test"]
+    on = run_settings(config(tmp_path / "on", model=str(out), lora=0, adapter="continue"))
+    assert on["before"] == summary["dev"]
+    assert json.loads((tmp_path / "on/model/metazo.json").read_text())["quantize"] == "int8"
+    with pytest.raises(UserError, match=r"a base that was quantised \(int8\), into which they cannot be merged"):
+        load(out, merge=True)
+
+
+def _sizes() -> dict[str, int]:
+    return {"train_examples": 32, "examples": 16}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_nf4_end_to_end(wide: Path, tmp_path: Path, dtype: str) -> None:
+    settings = {"model": str(wide), "quantize": "nf4", "dtype": dtype}
+    summary = run_settings(config(tmp_path / "run", **settings))
+    assert metazo.evaluate(tmp_path / "run") == summary["test"]
+    assert replay(tmp_path / "run" / "steps.jsonl", str(wide)).identical
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_saved_quantised_folder_is_a_model(wide: Path, tmp_path: Path, kind: str) -> None:
+    loaded = load_model(wide, quantize=kind)
+    loaded.model.save_pretrained(tmp_path / "q")
+    loaded.tokenizer.save_pretrained(tmp_path / "q")
+    again = load_model(tmp_path / "q")
+    ids = torch.arange(3, 20)[None]
+    with torch.inference_mode():
+        assert torch.equal(loaded.model(ids).logits, again.model(ids).logits)
+    summary = run_settings(config(tmp_path / "run", model=str(tmp_path / "q")))
+    assert metazo.evaluate(tmp_path / "run") == summary["test"]
+    for extra, said in (
+        ({"lora": 0}, r"is quantised, and \d+ of its tensors, such as .*, cannot be trained; train adapters"),
+        ({"merge": True}, "`merge`: .* is quantised"),
+        ({"quantize": "int8"}, "is quantised already; leave it out"),
+    ):
+        with pytest.raises(UserError, match=said):
+            set_up(config(tmp_path / "x", model=str(tmp_path / "q"), **extra))
+
+
+def test_what_a_cpu_cannot_do_is_one_sentence(tmp_path: Path, tiny) -> None:
+    with pytest.raises(UserError, match="`quantize='int4'` needs a CUDA device"):
+        set_up(config(tmp_path / "x", quantize="int4"))
+    with pytest.raises(UserError, match="multiple of 64, and model.layers.0.self_attn.q_proj has"):
+        set_up(config(tmp_path / "x", quantize="nf4"))
+    with pytest.raises(UserError, match="add `head='checkpoint'`"):
+        load_model(tiny("bert"), kind="classifier", head="linear", num_labels=2, quantize="int8")
+
+
+def test_the_plan_counts_the_bytes_of_whole_numbers(tmp_path: Path) -> None:
+    whole, small = (set_up(config(tmp_path / "x", quantize=kind)) for kind in (None, "int8"))
+    sizes = [sum(map(bytes_of, setup.loaded.model.parameters())) for setup in (whole, small)]
+    linear = sum(p.numel() for n, p in load_model(PICO).model.named_parameters() if n.endswith("proj.weight"))
+    assert 3 * linear * 0.9 < sizes[0] - sizes[1] < 3 * linear
