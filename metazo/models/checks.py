@@ -27,6 +27,7 @@ MAPPINGS = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, MODEL_FOR_
 MAX_LAYERS, MAX_WIDTH, MAX_TOKENS = 2000, 2**17, 2**22
 """Limits on a config: a larger number is a mistake or an attack, and would take hours or all memory before the weights are
 read."""
+_OTHER_INPUTS = ("vision_config", "audio_config", "image_size", "num_mel_bins", "feat_extract_norm")
 MAX_TOKENIZER_BYTES = 2**28
 MAX_GROWTH = 64
 
@@ -39,12 +40,10 @@ def check_config(config: PreTrainedConfig, name: str) -> None:
     what = None
     if config.is_encoder_decoder:
         what = "an encoder-decoder"
-    elif hasattr(config, "vision_config") or hasattr(config, "audio_config"):
+    elif any(hasattr(config, name) for name in _OTHER_INPUTS):
         what = "a model of images or sound"
     elif not known and not any(a.endswith("Model") for a in config.architectures or ()):
         what = "no model that transformers has as a causal, masked or classification model of text"
-    elif hasattr(config, "image_size") or hasattr(config, "num_mel_bins"):
-        what = "a model of images or sound"
     if what:
         raise UserError(
             f"{name!r} is a {config.model_type} model, which is {what}; metazo takes causal, masked and classification models "
