@@ -6,6 +6,7 @@ packages of each extra; `tests/io/test_extras.py` runs metazo without each of th
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -37,6 +38,9 @@ def needs(extra: str) -> Iterator[None]:
 
     Args: extra: a name of PURPOSES. Where not to use: around imports of metazo's own modules, or of packages of the core.
     """
+    if extra == "llm":  # transformers imports torchao if it is installed, which warns of kernels for other processors
+        for name in ("torchao", "torch.utils._pytree"):
+            logging.getLogger(name).setLevel(logging.ERROR)
     try:
         yield
     except ModuleNotFoundError as error:

@@ -6,7 +6,6 @@ lose the perturbation (huggingface/peft#3053, princeton-nlp/MeZO#42).
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -33,10 +32,6 @@ with needs("llm"):
         PreTrainedModel,
         PreTrainedTokenizerBase,
     )
-
-# transformers imports torchao if it is installed, which warns of kernels that are for other processors
-for _logger in ("torchao", "torch.utils._pytree"):
-    logging.getLogger(_logger).setLevel(logging.ERROR)
 
 Kind = Literal["causal", "masked", "classifier"]
 KINDS = {

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from metazo.blocks import NamedTensor, tensor_id
 from metazo.kernels.operations import Operations
+from metazo.models.quantize import bytes_of
 from metazo.noise import Move, PhiloxNoise
 from metazo.step.precision import policy
 
@@ -97,7 +98,7 @@ class Estimate:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    return sum(map(_bytes, [*model.parameters(), *model.buffers()]))
+    return sum(map(bytes_of, [*model.parameters(), *model.buffers()]))
 
 
 def state_bytes(optimizer: Any) -> int:
