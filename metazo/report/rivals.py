@@ -186,7 +186,7 @@ def plane(analysis: Analysis) -> Figure:
         right.set(
             xlabel="peak memory by that of inference   ← better", ylabel="loss on test, average (nats)   ← better"
         )
-        right.margins(x=0.15, y=0.1)
+        right.margins(x=0.3, y=0.1)
         if points:
             log_axis(left, "x")
             name_points(right, points)
