@@ -195,16 +195,26 @@ class PhiloxStream:
         else:
             self._plain(tensor, out, base, alpha, 1.0, purpose, first)
 
-    def place_split_(self, tensor: NamedTensor, out: Tensor, weights: Tensor, low: Tensor, alpha: float) -> bool:
+    def place_split_(
+        self,
+        tensor: NamedTensor,
+        out: Tensor,
+        weights: Tensor,
+        low: Tensor,
+        alpha: float,
+        rows: Tensor | None = None,
+    ) -> bool:
         """out = join(weights, low) + alpha * z on a whole tensor, rounded once, in one pass (cpu_split.py).
 
-        Returns: False, with nothing done, if there is no such kernel for these tensors.
+        rows: if given, only these rows of out must be written. Returns: False, with nothing done, if there is no such
+        kernel for these tensors.
         """
         kernels = self._split_kernels(weights, low)
         if kernels is None or out.dtype != weights.dtype or not out.is_contiguous():
             return False
         flat = out.view(-1), weights.view(-1), low.view(-1)
-        kernels.place_(self.distribution, *flat, alpha, self.seed, tensor.id, DENSE, 0)
+        spans = None if rows is None else _tiles(rows, weights.shape)
+        kernels.place_(self.distribution, *flat, alpha, self.seed, tensor.id, DENSE, 0, spans)
         return True
 
     def add_split_(
@@ -264,6 +274,17 @@ class PhiloxStream:
             flat[here : here + _CHUNK] = kept * beta + z * alpha
         if not out.is_contiguous():
             out.copy_(flat.view(out.shape))
+
+
+def _tiles(rows: Tensor, shape: torch.Size) -> list[tuple[int, int]] | None:
+    """The entries of the tiles that hold these rows of a tensor, as (first, end); None if they are most of the tensor."""
+    count, width = shape[0], shape[1:].numel()
+    wanted = np.unique(rows.numpy(force=True))
+    first = wanted[(wanted >= 0) & (wanted < count)] * width  # the function that reads the rows refuses all others
+    if not len(first) or 2 * len(first) * (width + TILE) > count * width:
+        return None
+    entries = np.minimum(first[:, None] + np.arange(0, width + TILE, TILE), first[:, None] + width - 1)
+    return [(tile * TILE, (tile + 1) * TILE) for tile in np.unique(entries // TILE).tolist()]
 
 
 def add_two_all_(

@@ -9,6 +9,8 @@ The result is bit-identical to `join` of metazo.kernels.splitfloat, cpu.add_ on 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -77,16 +79,19 @@ def place_(
     tensor_id: int,
     purpose: int,
     start: int,
+    spans: Sequence[tuple[int, int]] | None = None,
 ) -> None:
     """out = join(weights, low) + alpha * z[start : start + n], rounded once to nearest even, if supports(weights, low).
 
-    Args: out, weights: (n,), bfloat16 or float16; low: (n,), int16 or int8; start: a multiple of TILE.
+    Args: out, weights: (n,), bfloat16 or float16; low: (n,), int16 or int8; start: a multiple of TILE; spans: the entries
+    of out to write, as (first, end), each first a multiple of TILE; by default all.
     """
     layout, cut = LAYOUTS[weights.dtype], cpu._cut(len(weights))
+    spans = [(here, here + cut.step) for here in cut] if spans is None else spans
     arrays = cpu._array(out), weights.detach().view(torch.int16).numpy(), low.numpy()
     bits = layout.below, splitfloat._dropped(layout, low), np.float32(layout.scale)
     fixed = (np.float32(alpha), *bits, distribution == "gaussian", *cpu._counter(seed, tensor_id, purpose))
-    share(_place, [(*(array[here : here + cut.step] for array in arrays), start + here, *fixed) for here in cut])
+    share(_place, [(*(array[first:end] for array in arrays), start + first, *fixed) for first, end in spans])
 
 
 def add_(

@@ -20,6 +20,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 from torch._C import DisableTorchFunctionSubclass
+from torch.nn.functional import embedding
 
 from metazo.blocks import NamedTensor
 
@@ -102,18 +103,31 @@ class Shown(ABC):
 
 
 class Scratch(Shown):
-    """Args: tensors: the tensors to replace. make: returns the substitute for one, made anew at each call."""
+    """Args: tensors: the tensors to replace. make: returns the substitute for one, made anew at each call; its second
+    argument is the numbers of the rows that are read, or None for all of them.
+    """
 
-    def __init__(self, tensors: Sequence[NamedTensor], make: Callable[[NamedTensor], Tensor]):
+    def __init__(self, tensors: Sequence[NamedTensor], make: Callable[[NamedTensor, Tensor | None], Tensor]):
         super().__init__(tensors)
-        self._make = make
+        self._make, self._rows = make, None
 
     def make(self, tensor: NamedTensor) -> Tensor:
         # The substitute requires a gradient as the parameter does, although none is computed: for an input that is not
         # contiguous, matmul would otherwise copy a weight once for each row of the batch. Tensors that are made in
         # inference mode cannot require one.
         with DisableTorchFunctionSubclass(), torch.inference_mode(False), torch.no_grad():
-            return self._make(tensor).requires_grad_(tensor.param.requires_grad)
+            return self._make(tensor, self._rows).requires_grad_(tensor.param.requires_grad)
+
+    def use(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        self._rows = _looked_up(*args, **kwargs) if func is embedding else None
+        return super().use(func, args, kwargs)
+
+
+def _looked_up(
+    input: Tensor, weight: Tensor, padding_idx: Any = None, max_norm: float | None = None, *others: Any, **named: Any
+) -> Tensor | None:
+    """The rows that torch's `embedding` reads with these arguments; None if it changes the weights as well."""
+    return input if max_norm is None else None
 
 
 def of_compiler(error: Exception) -> bool:

@@ -160,11 +160,11 @@ class Weights:
         else:
             yield None
 
-    def _moved(self, tensor: NamedTensor) -> Tensor:
-        """round(theta + probe) of a compensated tensor, in new memory."""
+    def _moved(self, tensor: NamedTensor, rows: Tensor | None = None) -> Tensor:
+        """round(theta + probe) of a compensated tensor, in new memory; if `rows` are given, perhaps of these rows alone."""
         out, place = torch.empty_like(tensor.param.data), self.storage[tensor.name]
         terms = [(term, self.noise.stream(term.seed)) for term in self.probe if term.touches(tensor)]
-        if len(terms) == 1 and not self.at_snapshot and self._placed(tensor, *terms[0], out):
+        if len(terms) == 1 and not self.at_snapshot and self._placed(tensor, *terms[0], out, rows):
             return out
         for start, stop in chunks(tensor.param):
             theta = place.read(start, stop, self.room)
@@ -175,13 +175,13 @@ class Weights:
             out.view(-1)[start:stop].copy_(theta)
         return out
 
-    def _placed(self, tensor: NamedTensor, term: Term, stream: Stream, out: Tensor) -> bool:
+    def _placed(self, tensor: NamedTensor, term: Term, stream: Stream, out: Tensor, rows: Tensor | None) -> bool:
         """As `_moved`, in one pass over the weights. Returns: False, with nothing done, if there is no kernel for this term."""
         if not isinstance(stream, PhiloxStream):
             return False
         amount = term.along.dense(tensor, term.amount)
         low = self.storage[tensor.name].buffers["compensation"]
-        return amount is not None and stream.place_split_(tensor, out, tensor.param.data, low, amount)
+        return amount is not None and stream.place_split_(tensor, out, tensor.param.data, low, amount, rows)
 
     def _added(
         self,

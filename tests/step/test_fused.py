@@ -5,12 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
+from metazo.blocks import named_tensors
 from metazo.errors import UserError
-from metazo.noise import PhiloxNoise, PhiloxStream
+from metazo.noise import PhiloxNoise, PhiloxStream, cpu_split
 from metazo.optimizers import METHODS
 from metazo.optimizers.registry import Method
+from metazo.step.directions import Isotropic
 from metazo.step.rules import Momentum
+from metazo.step.terms import Term
+from metazo.step.weights import Weights
 
 
 def model(dtype: torch.dtype) -> nn.Module:
@@ -62,6 +67,25 @@ def test_one_pass_is_the_passes_one_by_one(named, precision, dtype, monkeypatch)
     expected, others, moved = run(method, dtype, **options)
     assert record == expected and all(torch.equal(a, b) for a, b in zip(weights, moved))
     assert all(torch.equal(state[key], others[key]) for key in others)
+
+
+@pytest.mark.parametrize("noise", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("width", [48, 2048, 3000])
+def test_a_lookup_gets_the_bits_of_the_whole_tensor_in_the_rows_that_it_reads(width, noise, monkeypatch):
+    parts, whole = [], cpu_split.place_
+    monkeypatch.setattr(cpu_split, "place_", lambda *args: whole(*args) or parts.append(args[-1] is not None))
+    table = nn.Embedding(3000, width).to(torch.bfloat16)
+    ids = torch.tensor([[0, 2999, 17, 18], [18, 42, 1500, 0]])
+    tensors = named_tensors(table.named_parameters())
+    weights = Weights(tensors, PhiloxNoise(5, noise), "compensated-8")
+    weights.visit([Term(Isotropic(), 2**40 + 3, 0.1)])
+    with torch.inference_mode(), weights.evaluating():
+        found, expected = table(ids), F.linear(torch.eye(3000, dtype=torch.bfloat16)[ids.flatten()], table.weight.T)
+        clipped = F.embedding(ids, table.weight, max_norm=1e9)  # this function may write every row that it reads
+    assert torch.equal(found.flatten(0, 1), expected) and torch.equal(found, clipped)
+    assert not torch.equal(found, table(ids)) and parts == [True, False, False]
+    with weights.evaluating(), pytest.raises(IndexError):
+        table(ids + 1)
 
 
 def test_plain_noise_takes_the_passes_one_by_one():

@@ -108,7 +108,7 @@ def test_one_copy_a_call_and_none_for_what_tells():
     weight = nn.Parameter(torch.ones(4, 4))
     calls: list[str] = []
     (tensor,) = named_tensors([("w", weight)])
-    with Scratch([tensor], lambda t: [calls.append(t.name), torch.full((4, 4), 2.0)][1]) as scratch:
+    with Scratch([tensor], lambda t, rows: [calls.append(t.name), torch.full((4, 4), 2.0)][1]) as scratch:
         assert weight.shape == (4, 4) and weight.dim() == 2 and weight.dtype == torch.float32 and weight.requires_grad
         assert weight.is_contiguous() and len(weight) == 4 and not calls and scratch.unmet() == [tensor]
         assert float(torch.stack([weight, weight]).sum()) == 64.0
@@ -166,7 +166,7 @@ def test_other_classes_of_tensors_are_seen_and_put_back():
     model.weight = Named(model.weight.detach())
     free = torch.ones(4, requires_grad=True)
     tensors = named_tensors([("w", model.weight), ("b", model.bias), ("free", free)])
-    with Scratch(tensors, lambda tensor: torch.full_like(tensor.param.data, 2.0)) as scratch:
+    with Scratch(tensors, lambda tensor, rows: torch.full_like(tensor.param.data, 2.0)) as scratch:
         assert float((model(torch.ones(4)) + free).sum()) == 4 * 8 + 8 + 8
         assert isinstance(model.weight, Named) and not scratch.unmet()
     assert [type(tensor.param) for tensor in tensors] == [Named, nn.Parameter, torch.Tensor]
@@ -178,6 +178,6 @@ def test_a_compiled_model_sees_the_probe():
     compiled = torch.compile(model, backend="eager")
     (weight,) = named_tensors([("weight", model.weight)])
     plain = compiled(torch.ones(4))
-    with Scratch([weight], lambda tensor: torch.full_like(tensor.param.data, 2.0)):
+    with Scratch([weight], lambda tensor, rows: torch.full_like(tensor.param.data, 2.0)):
         assert torch.equal(compiled(torch.ones(4)), 8 + model.bias)
     assert torch.equal(compiled(torch.ones(4)), plain)
