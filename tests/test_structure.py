@@ -20,6 +20,7 @@ LAYERS = (
     "optimizers zoo",
     "pico recipes models integrations",
     "tasks",
+    "micro",
     "plots",
     "runs",
     "meta comparisons",

@@ -12,6 +12,7 @@ from metazo.io.files import is_file
 from metazo.io.plain import read_json, shown
 from metazo.models.adapters import PEFT_TYPES, add_adapters, merge_adapters, trained_adapters, with_adapters
 from metazo.models.describe import RECORD, describe
+from metazo.models.embedded import EMBEDDED
 from metazo.models.load import DTYPES, LoadedModel, context_length, load_model, set_pad
 from metazo.models.quantize import quantised
 from metazo.models.select import select_trainable
@@ -169,7 +170,7 @@ def _named_in(folder: Path) -> tuple[str, str | None]:
         )
     if not is_file(folder / "adapter_model.safetensors"):
         raise UserError(f"{folder} has no adapter_model.safetensors; save the adapters again with save_pretrained")
-    if base == "pico" or Path(base).is_absolute() or is_file(Path(base) / "config.json"):
+    if base in EMBEDDED or Path(base).is_absolute() or is_file(Path(base) / "config.json"):
         return base, revision if isinstance(revision, str) else None
     above = [parent / base for parent in folder.absolute().parents]  # the project in which the run was started
     near = next((str(path) for path in above if is_file(path / "config.json")), None)

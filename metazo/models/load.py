@@ -18,6 +18,7 @@ from torch import nn
 from metazo.errors import UserError
 from metazo.io.extras import needs
 from metazo.models.checks import check_config, check_tokenizer, not_finite
+from metazo.models.embedded import EMBEDDED
 from metazo.models.quantize import check_package, check_shapes, quantised, quantization, remember_stored
 from metazo.models.sentence import HEAD_FILE, SentenceClassifier, find, pooling_of, quiet
 
@@ -50,7 +51,6 @@ MADE = ("prototype", "phrases")
 """Heads that `metazo.tasks.classes.fit_head` makes from a task."""
 _EVERY = "a Z 0 é 語 \U0001f642 \x00 \n"
 """Characters that a tokenizer may not know: one that cannot take them says so when it is loaded."""
-PICO = Path(__file__).parents[1] / "pico" / "model"
 
 
 @dataclass
@@ -98,13 +98,14 @@ def load_model(
     trained, and checkpoint for every other. trained_head: refuse a classifier whose head would be new, because its
     predictions are random. quantize: int8, int4 or nf4 (metazo/models/quantize.py); a quantised checkpoint stays as it is.
     revision: branch, tag or commit of a model on the Hub. attn_implementation, device_map: as of `from_pretrained` of
-    transformers; with a device map `device` is not used. ``pico`` is the small model that metazo carries.
+    transformers; with a device map `device` is not used. ``pico`` and ``micro`` are small models that metazo
+    carries.
     Code from the Hub is never run. Raises UserError for a model, kind, dtype or device that is not there, and for a model
     type that is no causal, masked or classification model of text.
     """
     name = str(name_or_path)
     torch_dtype = _dtype(dtype)
-    source = str(PICO) if name == "pico" else name
+    source = str(EMBEDDED.get(name, name))
     if kind not in (*KINDS, "auto"):
         raise UserError(f"unknown model kind {kind!r}; choose auto, {', '.join(KINDS)}")
     if head not in HEADS:

@@ -163,7 +163,7 @@ def train(model: LlamaForCausalLM, parts: list[tuple[torch.Tensor, int]], steps:
         if step % 100 == 99:
             first, second = losses.detach().split([rows * (CONTEXT - 1) for _, rows in parts])
             print(
-                f"step {step + 1}: English {first.mean():.3f}, grammar {second.mean():.3f} nats per token, "
+                f"step {step + 1}: English {first.mean():.3f}, tasks {second.mean():.3f} nats per token, "
                 f"{time.monotonic() - began:.0f} s",
                 flush=True,
             )

@@ -20,6 +20,7 @@ from metazo.io.lock import NAME as LOCK
 from metazo.io.lock import FolderLock
 from metazo.io.plain import MAX_JSON_BYTES, parse_json, shown
 from metazo.io.tensorfile import read_tensors, write_tensors
+from metazo.models.embedded import EMBEDDED
 from metazo.steplog.format import STEPS, change
 
 CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
@@ -62,7 +63,7 @@ def located(settings: Mapping[str, Any], run: Path, names: Iterable[str] = PATHS
     config = read_config(run)
     for name in names:
         value = settings.get(name)
-        if not isinstance(value, str | Path) or str(value) == "pico" or Path(value).is_absolute():
+        if not isinstance(value, str | Path) or str(value) in EMBEDDED or Path(value).is_absolute():
             continue
         path, mark, function = str(value).rpartition(":") if name == "objective" else (str(value), "", "")
         for start in _starts(config, run):

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from metazo.models.load import PICO, load_model
+from metazo.models.embedded import PICO
+from metazo.models.load import load_model
 from metazo.tasks import prepare
 from tests.fuzz.comparison_kinds import documents
 from tests.fuzz.kind import Kind, nested, to_json

@@ -17,7 +17,7 @@ from metazo.errors import UserError
 from metazo.models.adapters import add_adapters
 from metazo.models.assemble import load
 from metazo.models.describe import RECORD
-from metazo.models.load import PICO
+from metazo.models.embedded import PICO
 from metazo.models.virtual import with_virtual_tokens
 from metazo.models.wanted import Adapter
 from metazo.runs.config import FinetuneConfig

@@ -11,7 +11,8 @@ import pytest
 
 from metazo.errors import UserError
 from metazo.models.checks import _growth
-from metazo.models.load import PICO, load_model
+from metazo.models.embedded import PICO
+from metazo.models.load import load_model
 from metazo.tasks import prepare, resolve
 
 REPLACE = {"type": "Replace", "pattern": {"Regex": "."}, "content": "x" * 50}

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import metazo
 from metazo.errors import UserError
 from metazo.io.tensorfile import weights_hash
-from metazo.models.load import PICO, load_model
+from metazo.models.embedded import PICO
+from metazo.models.load import load_model
 from metazo.optimizers.registry import METHODS
 from metazo.runs.finetune import run_settings
 from metazo.runs.folder import RunFolder

@@ -11,7 +11,7 @@ import pytest
 
 import metazo
 from metazo.errors import UserError
-from metazo.models.load import PICO
+from metazo.models.embedded import PICO
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import run_settings
 from metazo.runs.folder import STARTED, located, read_config
