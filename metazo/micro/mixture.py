@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from metazo.pico.pretrain import SPECIAL, clean, read_corpus, rows_of, train
 from metazo.pico.score import perplexity
@@ -42,9 +42,10 @@ def instructions(folder: Path, task: str, split: str = "train") -> list[tuple[st
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with a begin token."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    """Byte-level BPE with a begin token. Words are cut as Qwen2's tokenizer cuts them: transformers takes that class, whatever
+    a saved tokenizer says, for every model of the type."""
+    tokenizer, own = Tokenizer(models.BPE()), Qwen2Tokenizer().backend_tokenizer
+    tokenizer.normalizer, tokenizer.pre_tokenizer = own.normalizer, own.pre_tokenizer
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
@@ -149,7 +150,7 @@ def main() -> None:
     shutil.rmtree(args.out, ignore_errors=True)
     new.rename(args.out)
     saved = Qwen2ForCausalLM.from_pretrained(args.out, dtype=torch.float32)
-    print(report(saved, tokenizer, held_out, args.tasks))
+    print(report(saved, AutoTokenizer.from_pretrained(args.out), held_out, args.tasks))
 
 
 if __name__ == "__main__":

@@ -20,10 +20,10 @@ from metazo.errors import UserError
 from metazo.io.extras import needs
 from metazo.io.plain import read_json
 from metazo.models.checks import check_config, check_tokenizer
+from metazo.models.embedded import EMBEDDED
 from metazo.models.load import (
     DTYPES,
     KINDS,
-    PICO,
     LoadedModel,
     check_folder,
     context_length,
@@ -66,7 +66,7 @@ def skeleton(
     Raises UserError as `load_model` does for a configuration that cannot be used.
     """
     name = str(name_or_path)
-    source, notes, given = str(PICO) if name == "pico" else name, [], config is not None
+    source, notes, given = str(EMBEDDED.get(name, name)), [], config is not None
     if not given:
         check_folder(source, name)
     with explained(name):

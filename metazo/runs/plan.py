@@ -17,7 +17,8 @@ from metazo import zoo
 from metazo.errors import UserError
 from metazo.feedback.tuner import describe as describe_blocks
 from metazo.models.assemble import assemble, base_of
-from metazo.models.load import PICO, LoadedModel
+from metazo.models.embedded import EMBEDDED
+from metazo.models.load import LoadedModel
 from metazo.models.quantize import bytes_of
 from metazo.models.skeleton import skeleton, stored
 from metazo.runs.choose import AUTO, check_open, choose
@@ -215,7 +216,7 @@ def assumed_loss(loaded: LoadedModel, rows: int, length: int, keep: int = 1) -> 
 
 def _about_files(folder: str, model: nn.Module) -> list[str]:
     """A sentence about the weights on disk, from the headers of their files."""
-    path = PICO if folder == "pico" else Path(folder).expanduser()
+    path = EMBEDDED.get(str(folder)) or Path(folder).expanduser()
     if not path.is_dir():
         return []
     files = stored(path)

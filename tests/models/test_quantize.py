@@ -16,7 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import metazo
 from metazo.errors import UserError
 from metazo.models.assemble import load
-from metazo.models.load import PICO, load_model
+from metazo.models.embedded import PICO
+from metazo.models.load import load_model
 from metazo.models.quantize import bytes_of, quantised
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import run_settings
