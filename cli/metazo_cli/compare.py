@@ -34,6 +34,9 @@ def compare(
         str | None, typer.Option(help="Learning rates from which every search starts, separated by commas.")
     ] = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Repeat failed runs.")] = False,
+    part: Annotated[
+        str | None, typer.Option(help="INDEX/COUNT, such as 0/16: a part of the grid, for job arrays (docs/scale.md).")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show runs, time and disk, and stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     **values: Any,
@@ -53,7 +56,7 @@ def compare(
         _show_plan(plan(settings, examine(settings)), as_json)
         return
     console = Terminal(stderr=as_json)
-    count = run(settings, console, retry_failed=retry_failed)
+    count = run(settings, console, retry_failed=retry_failed, part=part)
     if as_json:
         print_json(count)
         return
@@ -63,7 +66,8 @@ def compare(
     )
     if count["diverged"]:
         failed += f"; {count['diverged']} diverged"
-    console.print(f"{count['runs']} runs{kept}{failed}. Now: metazo report {settings.out}", soft_wrap=True)
+    then = f"metazo report {settings.out}" if part is None else "the same command without --part, after all parts"
+    console.print(f"{count['runs']} runs{kept}{failed}. Now: {then}", soft_wrap=True)
 
 
 def _show_plan(found: dict[str, Any], as_json: bool) -> None:

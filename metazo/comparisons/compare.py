@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 from collections import deque
 from collections.abc import Generator
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from metazo.comparisons.examine import Facts, examine
 from metazo.comparisons.grid import SEARCH_SEED, Grid, Run, longer, runs_of, search_run
 from metazo.comparisons.key import cores
 from metazo.comparisons.live import Progress
-from metazo.comparisons.packed import unpack
+from metazo.comparisons.packed import is_packed, unpack
 from metazo.comparisons.pool import Pool
 from metazo.comparisons.rates import walk
 from metazo.comparisons.results import Result, Search, read_search, write_search
@@ -26,6 +27,7 @@ from metazo.io.terminal import Console
 from metazo.runs.interrupt import Interrupted, interruptible
 from metazo.runs.resources import refuse_ranks
 
+PARTS = "parts"  # folder with the locks and the unfinished runs of parts of a grid
 FASTER = 0.95  # a run that takes less than this fraction of the time budget is continued
 
 Flow = Generator[list[Run], list[Result], None]
@@ -40,8 +42,14 @@ class _Batch:
     results: dict[Path, Result] = field(default_factory=dict)
 
 
-def compare(grid: Grid, console: Console | None = None, *, retry_failed: bool = False) -> dict[str, int]:
+def compare(
+    grid: Grid, console: Console | None = None, *, retry_failed: bool = False, part: str | None = None
+) -> dict[str, int]:
     """Do the runs of the grid that are not finished. Returns numbers of runs: done, of them kept, failed and diverged.
+
+    part: "INDEX/COUNT", such as 0/16: only every COUNT-th pair of a task and a column, from INDEX on. Several processes, on
+    any machines that share the folder, may do different parts at the same time; a call without `part` afterwards does what
+    is left, and what needs all of them: search.json and the time budget.
 
     kept: runs that an earlier call had finished. Raises UserError for bad input, before anything is written, and if a
     result cannot be written; Interrupted if a signal asked it to stop. In both cases finished runs are kept, and the same
@@ -49,21 +57,48 @@ def compare(grid: Grid, console: Console | None = None, *, retry_failed: bool = 
     """
     console = Console.of(console)
     refuse_ranks("compare")
-    FolderLock(grid.out).check()
+    chosen, folder = _chosen(grid, part), grid.out if part is None else grid.out / PARTS / part.replace("/", "-of-")
+    others = grid.out / PARTS
+    for lock in (folder, grid.out, *(sorted(others.iterdir()) if part is None and others.is_dir() else ())):
+        FolderLock(lock).check()
+    if part is not None and is_packed(grid.out):
+        raise UserError(f"`out` {grid.out} is packed: call metazo compare without `part` first.")
     facts = examine(grid)
-    with FolderLock(grid.out):
+    with FolderLock(folder):
         try:
-            return _Comparison(grid, facts, console, retry_failed).run()
+            return _Comparison(grid, facts, console, retry_failed, chosen, None if part is None else folder).run()
         except OSError as error:
             raise UserError(f"`out` {grid.out} cannot be used: {error.strerror or error}.") from error
 
 
-class _Comparison:
-    """The state of a running comparison."""
+def _chosen(grid: Grid, part: str | None) -> list[tuple[str, Column]]:
+    """The pairs of a task and a column that a part of the grid has. Raises UserError for a part that does not exist."""
+    pairs = [(task, column) for task in grid.tasks for column in grid.resolved]
+    if part is None:
+        return pairs
+    index, _, count = part.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise UserError(f"`part` is {part!r}; give INDEX/COUNT with an index from 0 to COUNT - 1, such as 0/16.")
+    return pairs[int(index) :: int(count)]
 
-    def __init__(self, grid: Grid, facts: dict[tuple[str, str], Facts], console: Console, retry_failed: bool):
-        self.grid, self.facts, self.console = grid, facts, console
-        self.store = Store(grid, facts, retry_failed)
+
+class _Comparison:
+    """The state of a running comparison.
+
+    pairs: the tasks and columns to run; part: the folder of a part of the grid, which leaves alone what parts share.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        facts: dict[tuple[str, str], Facts],
+        console: Console,
+        retry_failed: bool,
+        pairs: list[tuple[str, Column]],
+        part: Path | None,
+    ):
+        self.grid, self.facts, self.console, self.pairs, self.part = grid, facts, console, pairs, part
+        self.store = Store(grid, facts, retry_failed, (part or grid.out) / "running")
         self.names = self.store.names
         self.searches: dict[str, dict[str, Search]] = {name: {} for name in self.names.values()}
         self.results: dict[Path, Result] = {}
@@ -72,21 +107,23 @@ class _Comparison:
         grid = self.grid
         grid.write()
         self.store.clear()
-        unpack(grid.out)
-        self._remember(self.store.supersede())
+        if self.part is None:
+            unpack(grid.out)
+            self._remember(self.store.supersede())
         threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, cores() // grid.workers))
         with (
             Pool(grid.workers, threads) as pool,
             interruptible() as caught,
             Progress(self.console, *self._size()) as shown,
         ):
-            columns = [(task, column) for task in grid.tasks for column in grid.resolved]
-            self._drive((self._flow(task, column) for task, column in columns), pool, caught, shown)
-            if grid.time_budget is not None:
+            self._drive((self._flow(task, column) for task, column in self.pairs), pool, caught, shown)
+            if grid.time_budget is not None and self.part is None:
                 extra = [runs for task in grid.tasks for runs in self._extra(task)]
                 shown.extend(sum(map(len, extra)), sum(run.forwards for runs in extra for run in runs))
                 self._drive((_only(runs) for runs in extra), pool, caught, shown)
         self.store.clear()
+        if self.part is None:
+            shutil.rmtree(grid.out / PARTS, ignore_errors=True)
         return {"runs": shown.done, "kept": shown.kept, "failed": shown.failed, "diverged": shown.diverged}
 
     def _remember(self, superseded: set[tuple[str, str]]) -> None:
@@ -100,8 +137,8 @@ class _Comparison:
     def _size(self) -> tuple[int, float]:
         """Runs and forward passes, without extensions of the searches."""
         runs, forwards = 0, 0.0
-        for (_, name), fact in self.facts.items():
-            budget = self.grid.budget_of(self.grid.column(name))
+        for task, column in self.pairs:
+            fact, budget = self.facts[task, column.name], self.grid.budget_of(column)
             searches = len(fact.lrs) * self.grid.search_seeds if len(fact.lrs) > 1 else 0
             runs += searches + self.grid.seeds
             forwards += (searches * self.grid.search_budget + self.grid.seeds) * budget
@@ -134,7 +171,8 @@ class _Comparison:
                     search.lr, search.at_boundary = stop.value
                     break
         self.searches[self.names[task]][column.name] = search
-        write_search(self.grid.out, self.searches)
+        if self.part is None:
+            write_search(self.grid.out, self.searches)
         return search.lr
 
     def _extra(self, task: str) -> list[list[Run]]:

@@ -18,12 +18,12 @@ from metazo.tasks import resolve
 
 
 class Store:
-    """The results folder of a grid."""
+    """The results folder of a grid. running: the folder of unfinished runs."""
 
-    def __init__(self, grid: Grid, facts: dict[tuple[str, str], Facts], retry_failed: bool):
+    def __init__(self, grid: Grid, facts: dict[tuple[str, str], Facts], retry_failed: bool, running: Path):
         self.grid, self.facts, self.retry_failed = grid, facts, retry_failed
         self.names = {task: resolve(task).name for task in grid.tasks}
-        self.running = grid.out / "running"
+        self.running = running
 
     def clear(self) -> None:
         """Remove the files of runs that were stopped."""

@@ -288,3 +288,37 @@ def test_what_cannot_run_is_said_before_anything_is_written(tmp_path, extra, wor
     with pytest.raises(UserError) as error:
         compare(grid(tmp_path / "results", **extra))
     assert words in str(error.value) and not (tmp_path / "results").exists()
+
+
+def test_parts_of_a_grid_divide_it_and_a_call_without_part_does_the_rest(copy):
+    """Every second pair of task and column; the third missing run is left to the whole call."""
+    gone = [copy / "cells" / name for name in ("pico_sentiment/zero-shot", "pico_sentiment/mezo", "pico_topic/mezo")]
+    files = [path / "seed-1.json" for path in gone]
+    before, searches = cells(copy), read_search(copy)
+    for file in files:
+        file.unlink()
+    (copy / "search.json").unlink()
+    with FolderLock(copy / "parts" / "1-of-2"):
+        for part in (None, "1/2"):
+            with pytest.raises(UserError, match="in use by process"):
+                compare(grid(copy), part=part)
+        assert compare(grid(copy), part="0/2")["runs"] - compare(grid(copy), part="0/2")["kept"] == 0
+    assert [file.exists() for file in files] == [True, False, True]
+    assert not (copy / "search.json").exists()
+    with FolderLock(copy), pytest.raises(UserError, match="in use by process"):
+        compare(grid(copy), part="1/2")
+    count = compare(grid(copy))
+    assert count["runs"] - count["kept"] == 1 and not (copy / "parts").exists()
+    after = cells(copy)
+    again = {str(file.relative_to(copy)) for file in files}
+    assert {name for name in before if after[name] != before[name]} == again and read_search(copy) == searches
+    for name in again:
+        found, wanted = (json.loads(each[name][1]) for each in (after, before))
+        assert found["metrics"] == wanted["metrics"] and found["run_info"]["key"] == wanted["run_info"]["key"]
+
+
+@pytest.mark.parametrize("part", ["2/2", "1", "a/b", "-1/2", "/"])
+def test_a_part_that_does_not_exist_is_refused(tmp_path, part):
+    with pytest.raises(UserError, match="give INDEX/COUNT"):
+        compare(grid(tmp_path / "out"), part=part)
+    assert not (tmp_path / "out").exists()
