@@ -12,6 +12,8 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 from metazo.io.extras import PURPOSES
 
 ROOT = Path(__file__).parents[2]
@@ -109,40 +111,44 @@ def test_the_core_alone(tmp_path):
     assert not out.exists()
 
 
-def test_a_run_without_plots_is_whole(tmp_path):
-    """Without [report] a run has everything except its picture, and reports that; a report is refused."""
-    run = tmp_path / "run"
-    task = ["--model", "pico", "--task", "pico_sentiment", "--dev-examples", "4", "--test-examples", "4"]
-    fine, draw, report = without(
-        EXTRAS["report"] - EXTRAS["llm"],
-        tmp_path,
-        ["metazo", "finetune", *task, "--steps", "2", "--out", str(run)],
-        ["metazo", "log", "show", str(run), "--plot", str(tmp_path / "curve.png")],
-        ["metazo", "report", str(ROOT / "results" / "minilm"), "--out", str(tmp_path / "report")],
+@pytest.fixture(scope="module")
+def no_extras(tmp_path_factory) -> tuple[Path, dict[str, tuple[int, str, str]]]:
+    """A folder, and by command what it did there without every extra but [llm]; one process saves two starts."""
+    folder = tmp_path_factory.mktemp("extras")
+    key, run = folder / "key.pub", folder / "run"
+    key.write_text("untrusted comment: a key\nRWQf6LRCGA9i53mlYecO4IzT51TGPpvWucNSCh1CBM0QTaLn73Y7GFO3\n")
+    task = "--model pico --task pico_sentiment"
+    lines = {
+        "finetune": f"finetune {task} --dev-examples 4 --test-examples 4 --steps 2 --out {run}",
+        "show": f"log show {run} --plot {folder / 'curve.png'}",
+        "report": f"report {ROOT / 'results' / 'minilm'} --out {folder / 'report'}",
+        "peft": f"finetune {task} --lora 4 --out {folder / 'lora'}",
+        "sign": f"zoo verify --zoo {ROOT / 'pertnn_zoo'} --key {key}",
+        "meta": f"meta-train --model pico --task pico_topic --objective published --unroll 2 --out {folder / 'meta'}",
+    }
+    missing = set().union(*(EXTRAS[extra] for extra in EXTRAS)) - EXTRAS["llm"]
+    return folder, dict(
+        zip(lines, without(missing, folder, *(["metazo", *line.split()] for line in lines.values())), strict=True)
     )
+
+
+def test_a_run_without_plots_is_whole(no_extras):
+    """Without [report] a run has everything except its picture, and reports that; a report is refused."""
+    folder, done = no_extras
+    run, fine, draw, report = folder / "run", done["finetune"], done["show"], done["report"]
     assert fine[0] == 0 and sentence("report", "matplotlib")[7:] in fine[1], fine
     assert (run / "model").is_dir() and (run / "summary.json").is_file() and not (run / "curve.png").exists()
     assert (draw[0], draw[2]) == (2, sentence("report", "matplotlib"))
     assert report[0] == 2 and report[2].startswith("error: plots and reports need ") and "metazo[report]" in report[2]
 
 
-def test_other_extras_missing(tmp_path):
+@pytest.mark.parametrize(("extra", "package"), [("peft", "peft"), ("sign", "py-minisign"), ("meta", "higher")])
+def test_other_extras_missing(no_extras, extra, package):
     """LoRA, signatures and the unrolled objective each name their extra."""
-    key = tmp_path / "key.pub"
-    key.write_text("untrusted comment: a key\nRWQf6LRCGA9i53mlYecO4IzT51TGPpvWucNSCh1CBM0QTaLn73Y7GFO3\n")
-    lines = {
-        "peft": f"finetune --model pico --task pico_sentiment --lora 4 --out {tmp_path / 'run'}",
-        "sign": f"zoo verify --zoo {ROOT / 'pertnn_zoo'} --key {key}",
-        "quant": f"finetune --model pico --task pico_sentiment --lora 4 --quantize int8 --out {tmp_path / 'run'}",
-        "meta": f"meta-train --model pico --task pico_topic --objective published --unroll 2 --out {tmp_path / 'meta'}",
-    }
-    missing = set().union(*(EXTRAS[extra] for extra in lines)) - EXTRAS["llm"]
-    done = without(missing, tmp_path, *(["metazo", *line.split()] for line in lines.values()))
-    for (code, _, error), (extra, package) in zip(
-        done, [("peft", "peft"), ("sign", "py-minisign"), ("quant", "accelerate"), ("meta", "higher")]
-    ):
-        assert code == 2 and error == sentence(extra, package), error
-    assert not (tmp_path / "run").exists()
+    folder, done = no_extras
+    code, _, error = done[extra]
+    assert code == 2 and error == sentence(extra, package), error
+    assert not (folder / "lora").exists()
 
 
 def imports(tree: ast.AST, inside: str | None = None) -> Iterator[tuple[str, str | None]]:
