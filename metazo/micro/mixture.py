@@ -18,12 +18,15 @@ import time
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
+from metazo.io.extras import needs
 from metazo.pico.pretrain import SPECIAL, clean, read_corpus, rows_of, train
 from metazo.pico.score import perplexity
 from metazo.tasks import text
+
+with needs("llm"):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 CONTEXT = 256
 VOCABULARY = 2048
