@@ -159,12 +159,14 @@ class HorizonRun:
         optimizer = MeZO(named, lr, c.eps, seed=seed, scale=scale, check_loss=False)
         if state is not None:
             optimizer.load_tensors_state(state)
+        optimizer.defer = True  # the update waits for the next probe: two passes over the weights per step
         for step in range(first, last):
             if self.caught:
                 return None
             optimizer.param_groups[0]["lr"] = lr * share(c.schedule, step, c.horizon)
             batch = task.batch(step, c.batch_size, seed)
             optimizer.step(lambda batch=batch: task.loss(batch))
+        optimizer.settle()
         return task.held_out(), optimizer.tensors_state()
 
     def _seed(self, number: int) -> int:
