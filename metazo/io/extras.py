@@ -18,6 +18,7 @@ PURPOSES = {
     "report": "plots and reports",
     "peft": "adapters",
     "quant": "quantised models",
+    "track": "experiment trackers",
     "trainer": "training loops of transformers",
     "sign": "signatures",
 }

@@ -146,6 +146,11 @@ class FinetuneConfig:
     """Steps between writes of the step log to the operating system; a killed run computes later steps again"""
     fsync_every: int = setting(default=100, least=0, role="service")
     """Steps between syncs of the step log to the disk, against power loss (0: only at evaluations and snapshots)"""
+    track: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] | None = setting(default=None, role="service")
+    """Trackers that get losses, rates and evaluations, through accelerate (needs the extra track); TensorBoard's files are in
+    `out`/trackers, and W&B's as well"""
+    push: str | None = setting(default=None, role="service")
+    """Repository of the Hub, OWNER/NAME, to which the tuned model is uploaded with its card at the end"""
     max_loss: float = setting(default=1e4, above=0, role="loop")
     """Loss above which a step is skipped, as if it were not finite"""
     max_bad_steps: int = setting(default=10, least=1, role="service")
@@ -163,6 +168,10 @@ class FinetuneConfig:
         if len(lengths) > 1:
             raise UserError(
                 f"{' and '.join(f'`{name}`' for name in lengths)} set the length of the run; give one of them."
+            )
+        if self.push is not None and (self.keep == "none" or self.out is None):
+            raise UserError(
+                "`push` uploads the saved model: it needs `out`, and cannot be combined with `keep='none'`."
             )
         if self.patience is not None and self.dev_examples == 0:
             raise UserError("`patience` counts evaluations on dev and `dev_examples` is 0; leave one of them out.")

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from metazo.errors import UserError
 from metazo.io.extras import MissingPackage
+from metazo.io.processes import rank
 from metazo.io.tensorfile import weights_hash
 from metazo.io.terminal import Console
 from metazo.models.adapters import merge_adapters
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.evaluations import Scores
-from metazo.runs.folder import BEST, RunFolder
+from metazo.runs.folder import BEST, MODEL, RunFolder
 from metazo.runs.model_card import ModelCard
 from metazo.runs.monitor import Diverged
 from metazo.runs.resources import peak_memory
@@ -23,6 +24,7 @@ from metazo.runs.setup import Setup
 from metazo.runs.shared import SharedFolder, written
 from metazo.runs.unwritten import MemoryFolder, MemoryLog
 from metazo.steplog.writer import StepLog
+from metazo.tuner.hub import push_folder
 
 
 class Ending(ABC):
@@ -77,8 +79,19 @@ class Ending(ABC):
         self.log.finish(kept, weights)
         if plot:
             self._plot(records)
+        self._push()
         self.folder.complete(summary)
         return summary
+
+    def _push(self) -> None:
+        """Upload the saved model. Raises UserError, with everything saved, if that fails: a resumed run tries it again."""
+        if self.config.push is None or self.config.out is None or rank() > 0:
+            return
+        try:
+            address = push_folder(self.config.push, self.config.out / MODEL)
+        except UserError as error:
+            raise UserError(f"{error}. The run is saved; continue with `resume=True` to push it again.") from error
+        self.console.say("pushed:", address)
 
     def _plot(self, records: list[dict[str, Any]]) -> None:
         folder = written(self.folder)

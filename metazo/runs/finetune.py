@@ -30,12 +30,14 @@ from metazo.runs.resources import require_space
 from metazo.runs.schedule import share, warmup_steps
 from metazo.runs.setup import Setup, set_up
 from metazo.runs.shared import SharedFolder, losses_explained, run_folder, written
+from metazo.runs.track import Trackers, check
 from metazo.runs.tuned import Finetuned, Given
 from metazo.runs.unwritten import MemoryFolder, MemoryLog
 from metazo.step.record import Step
 from metazo.steplog.writer import StepLog
 from metazo.tasks import Prepared
 from metazo.tasks.closures import BatchLoss
+from metazo.tuner.hub import check_repository
 
 
 def run_settings(config: FinetuneConfig, console: Console | None = None, *, plot: bool = True) -> dict[str, Any]:
@@ -87,6 +89,7 @@ def _tune(
             setup.config = replace(setup.config, **{name: getattr(config, name) for name in PATHS})
             setup.loaded.name = setup.loaded.name.replace(here.model, config.model)
         config = setup.config
+        check_services(config)
         plan = setup.plan(config)
         if isinstance(setup.prepared, Prepared) and together():
             require_same("rows of the task", data_hash(setup.prepared))
@@ -113,8 +116,17 @@ def _tune(
             finally:
                 setup.optimizer.settle()
                 run.log.close()
+                run.trackers.finish()
         history = (run.log.steps, run.scores.records) if config.out is None else None
         return Finetuned(summary, config.out, setup.loaded, history)
+
+
+def check_services(config: FinetuneConfig) -> None:
+    """Raises UserError for a tracker that is not installed, or a repository that cannot be one, before the run begins."""
+    if config.track:
+        check(config.track)
+    if config.push is not None:
+        check_repository(config.push)
 
 
 def _from_anywhere(config: FinetuneConfig) -> FinetuneConfig:
@@ -157,7 +169,7 @@ class _Run(Ending):
         on_evaluation: Callable[[dict[str, Any]], None] | None,
     ):
         self.config, self.setup, self.folder, self.console, self.caught = config, setup, folder, console, caught
-        self.on_step = on_step
+        self.on_step, self.on_evaluation = on_step, on_evaluation
         self.model: nn.Module = setup.loaded.model
         self.optimizer, self.prepared = setup.optimizer, setup.prepared
         self.read, self.share = reader(config, setup.prepared.train), _share(setup)
@@ -167,7 +179,8 @@ class _Run(Ending):
         self.rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.log = self._log()
         self.watch = Watch(config, setup.steps, folder.say)
-        self.scores = Scores(config, setup, folder, self._keep_best, on_evaluation)
+        self.trackers = Trackers(config.track or () if rank() == 0 else (), config.out, asdict(config))
+        self.scores = Scores(config, setup, folder, self._keep_best, self._evaluated)
 
     def _log(self) -> StepLog | MemoryLog:
         """The step log: in the folder on rank 0, and a copy of it in memory on the others."""
@@ -255,12 +268,18 @@ class _Run(Ending):
                 record = optimizer.last_step
                 assert record is not None
                 self._after(record, loss, closures)
+                self.trackers.step(record)
                 if self.on_step:
                     self.on_step(record)
                 if self.config.snapshot_every and (step + 1) % self.config.snapshot_every == 0:
                     self._snapshot(step + 1)
                 show(step + 1, f"loss {loss:.4f}  lr {optimizer.param_groups[0]['lr']:.2g}  {self.scores.latest()}")
                 self._stop_if_asked(step + 1)
+
+    def _evaluated(self, record: dict[str, Any]) -> None:
+        self.trackers.evaluation(record)
+        if self.on_evaluation:
+            self.on_evaluation(record)
 
     def _set_rates(self, step: int) -> None:
         for group, rate in zip(self.optimizer.param_groups, self.rates):

@@ -20,11 +20,9 @@ from torch import Tensor
 from metazo.errors import UserError
 from metazo.io.files import read_capped, write_whole
 from metazo.io.plain import is_name, is_plain, parse_json, shown
+from metazo.tuner.limits import MAX_BYTES, MAX_HEADER_BYTES
 from metazo.tuner.match import BlockSpec
 
-MAX_BYTES = 64 * 2**20
-"""Most bytes of a tuner: 35,000 blocks of the published form."""
-MAX_HEADER_BYTES = 4 * 2**20
 DTYPES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
 
 
@@ -63,6 +61,26 @@ class TunerFile(ABC):
         path = Path(path)
         path = path / "tuner.safetensors" if path.is_dir() else path
         return cls.from_bytes(read_capped(path, MAX_BYTES, cls.called), str(path))
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *, revision: str | None = None) -> Self:
+        """A tuner from a folder, a file, or a repository of the Hub, whose file is checked like any other.
+
+        Raises UserError if it cannot be had or used. On huggingface_hub's ModelHubMixin (metazo/tuner/hub.py).
+        """
+        from metazo.tuner.hub import OnHub
+
+        return OnHub.from_pretrained(str(name), revision=revision, kind=cls).tuner  # type: ignore[return-value]
+
+    def push_to_hub(self, repository: str, **options: Any) -> str:
+        """Upload the tuner with a card to OWNER/NAME on the Hub, which is made if missing; returns the commit's address.
+
+        options: of ModelHubMixin.push_to_hub: private, branch, commit_message, ... Raises UserError if it is refused. A card
+        with recipe and scores is written by `metazo zoo push --to hub:OWNER/NAME`.
+        """
+        from metazo.tuner.hub import OnHub
+
+        return OnHub.of(self).push(repository, **options)
 
     @classmethod
     def from_bytes(cls, data: bytes, origin: str) -> Self:

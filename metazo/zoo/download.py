@@ -12,7 +12,7 @@ from urllib.parse import urljoin
 from metazo.errors import UserError
 from metazo.io.redact import shown_address
 from metazo.io.terminal import print_line
-from metazo.tuner.envelope import MAX_BYTES
+from metazo.tuner.limits import MAX_BYTES
 from metazo.zoo.address import split
 from metazo.zoo.connection import HEADER_BYTES, Exchange, Limits
 

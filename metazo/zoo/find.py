@@ -10,8 +10,8 @@ from pathlib import Path
 from metazo.errors import UserError
 from metazo.feedback.tuner import FeedbackTuner, is_feedback
 from metazo.io.files import read_capped
-from metazo.tuner.envelope import MAX_BYTES
 from metazo.tuner.file import Tuner
+from metazo.tuner.limits import MAX_BYTES
 from metazo.tuner.match import fingerprint
 from metazo.zoo.index import TUNER_FILE, Entry, Found, Item, folders, read_index
 from metazo.zoo.log import Log

@@ -22,8 +22,8 @@ from metazo.feedback.tuner import FeedbackTuner
 from metazo.io.files import read_capped, safe_name, write_whole
 from metazo.io.lock import FolderLock
 from metazo.io.plain import parse_json
-from metazo.tuner.envelope import MAX_BYTES
 from metazo.tuner.file import Tuner
+from metazo.tuner.limits import MAX_BYTES
 from metazo.zoo.card import card_of
 from metazo.zoo.log import Log
 from metazo.zoo.signature import SUFFIX, check_signature

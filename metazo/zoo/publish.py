@@ -10,8 +10,8 @@ from pathlib import Path
 from metazo.errors import UserError
 from metazo.feedback.tuner import FeedbackInfo, FeedbackTuner
 from metazo.io.files import read_capped, safe_name
-from metazo.tuner.envelope import MAX_BYTES
 from metazo.tuner.file import Tuner, TunerInfo
+from metazo.tuner.limits import MAX_BYTES
 from metazo.zoo.card import card_of
 from metazo.zoo.find import parsed
 from metazo.zoo.index import FILES, Sign, add, own_folder
@@ -46,7 +46,7 @@ def push(
     if version or sign:
         raise UserError("`version` and `sign` do not go with a Hub repository, which keeps its own revisions")
     repository = str(to).removeprefix("hub:")
-    from metazo.zoo.hub import hub_push
+    from metazo.tuner.hub import hub_push
 
     return hub_push(
         repository, data, front_matter(info) + card_of(item, repository, sha256(data).hexdigest(), info.licence)

@@ -16,8 +16,8 @@ from metazo.feedback.tuner import FeedbackTuner
 from metazo.io.files import read_capped, safe_name
 from metazo.io.redact import shown_address
 from metazo.io.terminal import print_line
-from metazo.tuner.envelope import MAX_BYTES
 from metazo.tuner.file import Tuner
+from metazo.tuner.limits import MAX_BYTES
 from metazo.zoo.download import download
 from metazo.zoo.find import checked, named, parsed, tuners
 from metazo.zoo.index import TUNER_FILE, Entry, Found, Item, add, cache_folder, read_index
@@ -123,7 +123,7 @@ def _read(source: str, zoo: str | Path | None, report: Report, kind: str) -> tup
         return _from_zoo(tuner, report)
     repository, _, revision = source.removeprefix("hub:").partition("@")
     if re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", repository) and ".." not in source:
-        from metazo.zoo.hub import hub_file
+        from metazo.tuner.hub import hub_file
 
         return read_capped(hub_file(repository, revision or None, report), MAX_BYTES, "tuner"), None
     known = ", ".join(sorted({found.entry.name for found in tuners(zoo, kind)})) or "none yet"

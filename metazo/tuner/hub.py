@@ -1,4 +1,4 @@
-"""Tuners on the Hugging Face Hub, through huggingface_hub, so that metazo never handles the token.
+"""Tuners and tuned models on the Hugging Face Hub, through huggingface_hub, so that metazo never handles the token.
 
 Errors get metazo's own messages, so that neither a token nor a server's text can reach a message.
 """
@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from metazo.errors import UserError
 from metazo.io.extras import needs
 from metazo.io.files import safe_name, write_whole
 from metazo.io.terminal import print_line
-from metazo.tuner.envelope import MAX_BYTES
+from metazo.tuner.limits import MAX_BYTES
 
 with needs("llm"):
     import huggingface_hub
@@ -57,6 +57,74 @@ def hub_push(repository: str, data: bytes, text: str) -> str:
         hub = huggingface_hub.HfApi()
         hub.create_repo(repository, exist_ok=True)
         return str(hub.create_commit(repository, operations, commit_message="Publish tuner").commit_url)
+    except Exception as error:  # as above
+        _refuse(repository, "pushed to", error)
+
+
+class OnHub(huggingface_hub.ModelHubMixin):
+    """A tuner with the Hub's own methods, on which `TunerFile.push_to_hub` and `from_pretrained` are built."""
+
+    tuner: Any  # no argument of __init__, which the mixin would write into a config.json
+
+    @classmethod
+    def of(cls, tuner: Any) -> OnHub:
+        found = cls()
+        found.tuner = tuner
+        return found
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        self.tuner.save(save_directory / _FILE)
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, revision: str | None, kind: Any, **others: Any) -> OnHub:
+        folder = Path(model_id).expanduser()
+        return cls.of(kind.load(folder if folder.exists() else hub_file(model_id, revision, lambda text: None)))
+
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> huggingface_hub.ModelCard:
+        info = self.tuner.info
+        licence = {"license": info.licence.lower()} if info.licence else {}
+        data = huggingface_hub.ModelCardData(
+            library_name="metazo", base_model=info.base_model, tags=["metazo", "tuner"], **licence
+        )
+        kind = type(self.tuner).__name__
+        return huggingface_hub.ModelCard(
+            f"---\n{data}\n---\n\nA {self.tuner.called} of metazo for {info.base_model}, for fine-tuning by forward passes.\n\n"
+            f"    from metazo.{kind_home(kind)} import {kind}\n    tuner = {kind}.from_pretrained(REPOSITORY)\n\n"
+            "On the command line: `metazo finetune --tuner REPOSITORY`.\n"
+        )
+
+    def push(self, repository: str, **options: Any) -> str:
+        """`push_to_hub` with metazo's messages; returns the address of the commit."""
+        try:
+            return str(self.push_to_hub(repository, **options))
+        except Exception as error:  # as above
+            _refuse(repository, "pushed to", error)
+
+
+def kind_home(kind: str) -> str:
+    """The module of a kind of tuner, below metazo."""
+    return {"Tuner": "tuner.file", "FeedbackTuner": "feedback.tuner"}[kind]
+
+
+def check_repository(repository: str) -> None:
+    """Raises UserError for a text that is not OWNER/NAME."""
+    try:
+        huggingface_hub.utils.validate_repo_id(repository)
+    except errors.HFValidationError:
+        repository_is_valid = False
+    else:
+        repository_is_valid = repository.count("/") == 1
+    if not repository_is_valid:
+        raise UserError(f"`push` {repository!r} is not the name of a repository of the Hub: give OWNER/NAME.")
+
+
+def push_folder(repository: str, folder: Path) -> str:
+    """Upload the files of a saved model to a Hub repository, which is made if missing; returns the address of the commit."""
+    try:
+        hub = huggingface_hub.HfApi()
+        hub.create_repo(repository, exist_ok=True)
+        done = hub.upload_folder(repo_id=repository, folder_path=folder, commit_message="Publish tuned model")
+        return str(done.commit_url)
     except Exception as error:  # as above
         _refuse(repository, "pushed to", error)
 

@@ -1,0 +1,184 @@
+"""Tuners and tuned models on the Hub's own methods, against a real local server that speaks its endpoints."""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+from collections.abc import Iterator
+from hashlib import sha256
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+
+from metazo.errors import UserError
+from metazo.models.load import PICO
+from metazo.runs.config import FinetuneConfig
+from metazo.runs.finetune import run_settings
+from metazo.tuner.file import Tuner
+from tests.zoo.conftest import make_tuner
+
+COMMIT = "b" * 40
+SMALL = {
+    "model": "pico", "task": "pico_sentiment", "lr": 1e-2, "lora": 2, "steps": 2, "batch_size": 4, "train_examples": 16,
+    "dev_examples": 4, "test_examples": 4, "eval_every": 2, "snapshot_every": 0, "keep": "last",
+}  # fmt: skip
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Repositories in memory: create, preupload, commit, HEAD and GET of files, and a repository's list of files."""
+
+    files: dict[str, dict[str, bytes]]
+    refuse = False
+
+    def do_POST(self) -> None:
+        size = self.headers.get("Content-Length")
+        body = self.rfile.read(int(size)) if size else self.chunks()
+        parts = self.path.split("?")[0].strip("/").split("/")
+        base = f"http://127.0.0.1:{self.server.server_address[1]}"  # type: ignore[index]
+        if self.refuse:
+            self.reply(403, {"error": "forbidden"})
+        elif parts[:3] == ["api", "repos", "create"]:
+            name = json.loads(body)
+            repository = f"{name['organization']}/{name['name']}"
+            self.files.setdefault(repository, {})
+            self.reply(200, {"url": f"{base}/{repository}"})
+        elif parts[-2:] == ["preupload", "main"]:
+            names = [each["path"] for each in json.loads(body)["files"]]
+            self.reply(200, {"files": [{"path": n, "uploadMode": "regular", "shouldIgnore": False} for n in names]})
+        elif parts[-2:] == ["commit", "main"]:
+            repository = "/".join(parts[2:4])
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    self.files[repository][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            self.reply(200, {"commitUrl": f"{base}/{repository}/commit/{COMMIT}", "commitOid": COMMIT})
+        else:
+            self.reply(200, {})
+
+    def do_HEAD(self) -> None:
+        self.get(body=False)
+
+    def do_GET(self) -> None:
+        self.get(body=True)
+
+    def get(self, body: bool) -> None:
+        parts = self.path.split("?")[0].strip("/").split("/")
+        content = self.files.get("/".join(parts[:2]), {}).get("/".join(parts[4:]))
+        if parts[2:3] != ["resolve"] or content is None or parts[3] not in ("main", "v2", COMMIT):
+            self.send_response(404)
+            self.send_header("X-Error-Code", "EntryNotFound")
+            self.send_header("X-Repo-Commit", COMMIT)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        self.send_response(200)
+        self.send_header("ETag", f'"{sha256(content).hexdigest()}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+    def chunks(self) -> bytes:
+        body = b""
+        while size := int(self.rfile.readline(), 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        return body
+
+    def reply(self, code: int, value: object) -> None:
+        data = json.dumps(value).encode()
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, format: str, *args: object) -> None: ...
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path: Path) -> Iterator[type[Hub]]:
+    """The server as the Hub of this process, with an empty cache."""
+    handler = type("OwnHub", (Hub,), {"files": {}})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads, server.block_on_close = True, False
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    address = f"http://127.0.0.1:{server.server_address[1]}"
+    constants = huggingface_hub.constants
+    for name, value in {
+        "ENDPOINT": address,
+        "HUGGINGFACE_CO_URL_TEMPLATE": address + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_CACHE": str(tmp_path / "cache"),
+        "HF_HUB_DISABLE_XET": True,
+    }.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    yield handler
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_tuner_is_pushed_with_a_card_and_loaded_again(hub) -> None:
+    tuner = make_tuner("org/base", seed=3, licence="Apache-2.0")
+    address = tuner.push_to_hub("org/tuner")
+    assert COMMIT in address
+    files = hub.files["org/tuner"]
+    assert files["tuner.safetensors"] == tuner.to_bytes()
+    card = files["README.md"].decode()
+    assert "base_model: org/base" in card and "license: apache-2.0" in card and "hf_secret" not in card
+    for revision in (None, "v2"):
+        assert Tuner.from_pretrained("org/tuner", revision=revision).to_bytes() == tuner.to_bytes()
+    with pytest.raises(UserError, match="org/other@main cannot be pulled"):
+        Tuner.from_pretrained("org/other")
+
+
+def test_a_tuner_from_a_folder(tmp_path: Path) -> None:
+    tuner = make_tuner()
+    tuner.save(tmp_path / "tuner.safetensors")
+    assert Tuner.from_pretrained(tmp_path).to_bytes() == tuner.to_bytes()
+
+
+def test_a_tuned_model_is_pushed_with_its_card(hub, tmp_path: Path) -> None:
+    run_settings(FinetuneConfig(**SMALL, out=tmp_path / "run", push="org/model"))
+    files = hub.files["org/model"]
+    saved = {path.name: path.read_bytes() for path in (tmp_path / "run" / "model").iterdir()}
+    assert {name: files[name] for name in saved} == saved and "adapter_model.safetensors" in files
+    card = files["README.md"].decode()
+    assert "| task | pico_sentiment" in card and "| method | mezo |" in card and str(tmp_path) not in card
+
+
+def test_a_refused_push_keeps_the_run_and_is_tried_again(hub, tmp_path: Path) -> None:
+    hub.refuse = True
+    settings = FinetuneConfig(**SMALL, out=tmp_path / "run", push="org/model")
+    with pytest.raises(
+        UserError, match=r"org/model cannot be pushed to: .*403.* The run is saved; continue with `resume=Tr"
+    ):
+        run_settings(settings)
+    assert (tmp_path / "run" / "model" / "adapter_model.safetensors").is_file()
+    hub.refuse = False
+    run_settings(FinetuneConfig(**SMALL, out=tmp_path / "run", push="org/model", resume=True))
+    assert "adapter_model.safetensors" in hub.files["org/model"] and (tmp_path / "run" / "summary.json").is_file()
+
+
+def test_a_model_of_a_revision(hub, tmp_path: Path) -> None:
+    """The files of another revision are asked for by that name; one that is not there is one sentence."""
+    from metazo.models.load import load_model
+
+    hub.files["org/pico"] = {path.name: path.read_bytes() for path in PICO.iterdir() if path.is_file()}
+    assert load_model("org/pico", revision="v2").model.config.model_type == "llama"
+    with pytest.raises(UserError, match="model 'org/pico' cannot be loaded"):
+        load_model("org/pico", revision="gone")
+
+
+def test_what_is_no_repository_is_refused_before_the_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="`push` 'model' is not the name of a repository of the Hub: give OWNER/NAME"):
+        run_settings(FinetuneConfig(**SMALL, out=tmp_path / "run", push="model"))
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match="`push` uploads the saved model"):
+        FinetuneConfig(**{**SMALL, "keep": "none"}, out=tmp_path / "run", push="a/b")
