@@ -1,6 +1,6 @@
 """Trains a small random model of each kind beyond plain text with MeZO, LOZO and a (random) tuner, and writes the table.
 
-.venv/bin/python benchmarks/models_beyond_text.py       # 2 minutes; docs/models_beyond_text.json and docs/integrations.md
+.venv/bin/python benchmarks/models_beyond_text.py       # a minute; docs/models_beyond_text.json and docs/integrations.md
 
 Each model is built from its configuration, with a batch of random inputs and targets, and takes `STEPS` steps of each method
 on that batch in evaluation mode. The last column is what `metazo finetune` says of the model: it trains causal, masked and

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 from tests import warm
 
 ROOT = Path(__file__).parents[1]
@@ -55,6 +57,12 @@ def test_a_task_of_your_own_on_the_command_line(tmp_path):
 def test_a_reward_on_generated_text():
     before, after = map(float, re.findall(r"(\d\.\d+) (?:before|test)", run(EXAMPLES / "reward.py")))
     assert after > before + 0.2
+
+
+def test_a_lightning_module():
+    pytest.importorskip("lightning", reason="lightning is not installed")
+    before, after = map(float, re.findall(r"accuracy (\d\.\d+) (?:before|after)", run(EXAMPLES / "lightning_loop.py")))
+    assert before < 0.8 and after > 0.9
 
 
 def test_a_method_of_your_own(tmp_path):

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 
+from metazo.io.modules import import_from
+
 ROOT = Path(__file__).parents[2]
-spec = importlib.util.spec_from_file_location("models_beyond_text", ROOT / "benchmarks" / "models_beyond_text.py")
-assert spec is not None and spec.loader is not None
-models = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(models)
+models = import_from(str(ROOT / "benchmarks" / "models_beyond_text.py"))
 FOUND = json.loads((ROOT / "docs" / "models_beyond_text.json").read_text())
 pytestmark = pytest.mark.filterwarnings("ignore")
 

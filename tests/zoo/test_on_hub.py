@@ -14,7 +14,7 @@ import huggingface_hub
 import pytest
 
 from metazo.errors import UserError
-from metazo.models.load import PICO
+from metazo.models.embedded import PICO
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import run_settings
 from metazo.tuner.file import Tuner
