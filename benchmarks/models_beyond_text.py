@@ -30,7 +30,7 @@ from metazo.tuner.scale import TunerScale
 ROOT = Path(__file__).parents[1]
 RESULT, PAGE = ROOT / "docs" / "models_beyond_text.json", ROOT / "docs" / "integrations.md"
 BEGIN, END = "<!-- models: made by benchmarks/models_beyond_text.py -->", "<!-- end of models -->"
-STEPS, RATES = 30, (1e-3,)
+STEPS, RATES = 30, (1e-3, 1e-2)
 IDS = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 WIDE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 VISION = {**WIDE, "image_size": 16, "patch_size": 8}

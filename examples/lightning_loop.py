@@ -1,4 +1,4 @@
-"""A LightningModule in manual optimization, trained by forward passes: Lightning's loop, loaders and logs, and no backward pass.
+"""A LightningModule in manual optimization, trained by forward passes: Lightning's loop, loaders and logs, no backward pass.
 
 python examples/lightning_loop.py          # needs lightning (pip install lightning)
 """
