@@ -140,8 +140,9 @@ class FinetuneConfig:
     """Examples per batch in evaluation"""
     keep: Literal["best", "last", "none"] = setting(default="best", role="loop")
     """Weights to save and test: the best on dev, as in the papers, the last, or none (the last are tested)"""
-    snapshot_every: int = setting(default=500, least=0, role="service")
-    """Steps between snapshots for `resume` (0: no snapshots; resuming replays the log from the base model)"""
+    snapshot_every: int | None = setting(default=None, least=0, role="service")
+    """Steps between snapshots for `resume` (0: none; resuming replays the log from the base model); by default 500 for methods
+    whose steps cannot be replayed, and none for all others"""
     flush_every: int = setting(default=1, least=1, role="service")
     """Steps between writes of the step log to the operating system; a killed run computes later steps again"""
     fsync_every: int = setting(default=100, least=0, role="service")

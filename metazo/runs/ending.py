@@ -16,7 +16,7 @@ from metazo.io.terminal import Console
 from metazo.models.adapters import merge_adapters
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.evaluations import Scores
-from metazo.runs.folder import BEST, MODEL, RunFolder
+from metazo.runs.folder import BEST, MODEL, SNAPSHOTS, RunFolder
 from metazo.runs.model_card import ModelCard
 from metazo.runs.monitor import Diverged
 from metazo.runs.resources import peak_memory
@@ -52,7 +52,7 @@ class Ending(ABC):
         best = self.scores.best()
         kept = best["step"] if config.keep == "best" else self.optimizer.steps
         notes = [*self.prepared.notes, *self.optimizer.notes, *self._divergence(kept), *self._stopped_early()]
-        if config.keep == "best":
+        if kept != self.optimizer.steps:
             self._load_best(kept)
         test = self.scores.on("test") if config.test_examples else {}
         weights = weights_hash(self.model.named_parameters())
@@ -74,6 +74,9 @@ class Ending(ABC):
             "test": test,
             "notes": notes,
         }
+        if self.optimizer.replayable:  # a kill from here on is made good from the log
+            self.log.sync()
+            self.folder.remove(BEST, SNAPSHOTS)
         if config.keep != "none":
             self.folder.save_model(*self.setup.parts(), ModelCard(config, summary, self.setup.trained))
         self.log.finish(kept, weights)
@@ -139,8 +142,9 @@ class Ending(ABC):
     def _load_best(self, step: int) -> None:
         found = self.folder.load_tensors(BEST)
         if found is None or found[0] != step:
+            self.folder.remove(BEST)
             raise UserError(
-                f"{self.config.out}/{BEST} is damaged or missing; rebuild the best weights, of step {step}, with metazo "
-                f"replay {self.log.path} --base {self.config.model} --to {step} --out FOLDER."
+                f"{self.config.out}/{BEST} is damaged; continue with `resume=True`, which makes the best weights (step {step}) "
+                "again from the log."
             )
         self._load_weights(found[1])

@@ -50,6 +50,7 @@ class Scores:
         self.records: list[dict[str, Any]] = []
         self.losses: list[float] = []
         self.most = GROWN * _start(setup.loaded)
+        self.lost: int | None = None  # the step of best weights whose file is missing, which a replay passes again
         self.evaluating = 0.0  # seconds, in this process
         self.started = time.monotonic()
 
@@ -77,6 +78,8 @@ class Scores:
             return
         if self.records and self.records[-1]["step"] >= step:
             self.losses = []
+            if step == self.lost:
+                self.keep_best(step)
             return
         optimizer, paused = self.setup.optimizer, time.monotonic()
         optimizer.settle()

@@ -20,14 +20,14 @@ from metazo.runs.config import INCIDENTAL, FinetuneConfig
 from metazo.runs.diagnose import diagnose, memory_explained
 from metazo.runs.ending import Ending
 from metazo.runs.evaluations import Scores
-from metazo.runs.folder import BEST, PATHS, STEPS, RunFolder, located
+from metazo.runs.folder import BEST, PATHS, SNAPSHOTS, STEPS, RunFolder, located
 from metazo.runs.header import header
 from metazo.runs.inputs import data_hash
 from metazo.runs.interrupt import Interrupted, interruptible
 from metazo.runs.monitor import Watch
 from metazo.runs.progress import progress
 from metazo.runs.resources import require_space
-from metazo.runs.schedule import share, warmup_steps
+from metazo.runs.schedule import share, snapshot_steps, warmup_steps
 from metazo.runs.setup import Setup, set_up
 from metazo.runs.shared import SharedFolder, losses_explained, run_folder, written
 from metazo.runs.track import Trackers, check
@@ -175,6 +175,7 @@ class _Run(Ending):
         self.read, self.share = reader(config, setup.prepared.train), _share(setup)
         self.optimizer.max_loss = config.max_loss
         self.optimizer.defer = on_step is None  # who is called after a step may read the weights
+        self.snapshot_every = snapshot_steps(config, self.optimizer.replayable)
         self.warmup = warmup_steps(config.warmup, setup.steps)
         self.rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.log = self._log()
@@ -205,7 +206,12 @@ class _Run(Ending):
     def catch_up(self) -> None:
         """Load a snapshot and replay the log after it; forward passes are needed only for evaluations that were lost."""
         steps = self.log.steps
-        snapshot = self.folder.load_snapshot(self.scores.take_up(len(steps)))
+        latest = self.scores.take_up(len(steps))
+        if self.config.keep == "best" and self.scores.records:
+            best = self.scores.best()["step"]
+            if self.folder.step_of(BEST) != best:  # the run died between two best weights, or while it saved the model
+                self.scores.lost, latest = best, min(latest, best)
+        snapshot = self.folder.load_snapshot(latest)
         done = self._load(*snapshot) if snapshot else 0
         if not self.optimizer.replayable:  # steps that need a gradient, for example, are computed again
             self.log.cut(done)
@@ -235,6 +241,8 @@ class _Run(Ending):
         state = {f"optimizer/{name}": tensor for name, tensor in self.optimizer.tensors_state().items()}
         losses = {"run/losses": torch.tensor(self.scores.losses, dtype=torch.float64)}
         self.log.sync()  # a snapshot is never ahead of the log
+        if self.optimizer.replayable:
+            self.folder.remove(SNAPSHOTS)
         self.folder.save_snapshot(step, self._weights() | state | losses)
 
     def _weights(self) -> dict[str, Tensor]:
@@ -249,6 +257,9 @@ class _Run(Ending):
 
     def _keep_best(self, step: int) -> None:
         if self.config.keep == "best":
+            if self.optimizer.replayable:
+                self.log.sync()
+                self.folder.remove(BEST)
             self.folder.save_tensors(BEST, step, self._weights())
 
     # -- training --------------------------------------------------------------------------------------------------
@@ -271,7 +282,7 @@ class _Run(Ending):
                 self.trackers.step(record)
                 if self.on_step:
                     self.on_step(record)
-                if self.config.snapshot_every and (step + 1) % self.config.snapshot_every == 0:
+                if self.snapshot_every and (step + 1) % self.snapshot_every == 0:
                     self._snapshot(step + 1)
                 show(step + 1, f"loss {loss:.4f}  lr {optimizer.param_groups[0]['lr']:.2g}  {self.scores.latest()}")
                 self._stop_if_asked(step + 1)
@@ -302,7 +313,7 @@ class _Run(Ending):
     def _stop_if_asked(self, step: int) -> None:
         """Stop if a signal asked for it; several processes stop after the step in whose exchange one of them said so."""
         if self.optimizer.exchange.stopped if together() else self.caught:
-            if step == self.optimizer.steps == self.log.count and self.config.snapshot_every:
+            if step == self.optimizer.steps == self.log.count and self.snapshot_every:
                 self._snapshot(step)
             saved = f"which is saved; continue with metazo finetune --resume {self.config.out}"
             if self.config.out is None:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from metazo.errors import UserError
@@ -25,6 +25,7 @@ from metazo.steplog.format import STEPS, change
 
 CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
 BEST, MODEL = "best.safetensors", "model"
+SNAPSHOTS = "snapshot-*.safetensors"
 BELONGS = "belongs"  # key of the hashes in config.json
 STARTED = "started_in"  # key of the working directory in config.json: relative paths of the settings start there
 PATHS = ("model", "task", "data", "tuner", "zoo", "objective")  # settings that may be paths
@@ -243,15 +244,29 @@ class RunFolder:
         self.say(f"{name} is damaged and is not used.")
         return None
 
-    def save_snapshot(self, step: int, tensors: Mapping[str, Tensor], keep: int = 2) -> None:
-        """Write a snapshot, completely or not at all; only the `keep` newest are kept."""
+    def step_of(self, name: str) -> int | None:
+        """The step of saved tensors, from the file's header alone; None if there is no such file, or it is no tensor file."""
+        with (
+            suppress(SafetensorError, OSError, ValueError, KeyError, TypeError),
+            safe_open(self.path / name, "pt") as file,
+        ):
+            return int(file.metadata()["step"])
+        return None
+
+    def remove(self, *patterns: str) -> None:
+        """Remove files that match, before others take their place."""
+        for pattern in patterns:
+            self._clear(pattern)
+
+    def save_snapshot(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """Write a snapshot, completely or not at all, and remove older ones."""
         self.save_tensors(f"snapshot-{step:08d}.safetensors", step, tensors)
-        for old in self.snapshots()[keep:]:
+        for old in self.snapshots()[1:]:
             old.unlink(missing_ok=True)
 
     def snapshots(self) -> list[Path]:
         """Snapshots, the newest first."""
-        return sorted(self.path.glob("snapshot-*.safetensors"), reverse=True)
+        return sorted(self.path.glob(SNAPSHOTS), reverse=True)
 
     def load_snapshot(self, at_most: int) -> tuple[int, dict[str, Tensor]] | None:
         """The newest undamaged snapshot that is not past step `at_most`."""
@@ -291,8 +306,7 @@ class RunFolder:
         self._clear_unneeded()
 
     def _clear_unneeded(self) -> None:
-        for pattern in ("snapshot-*.safetensors", BEST, _LEFT_BEHIND):
-            self._clear(pattern)
+        self.remove(SNAPSHOTS, BEST, _LEFT_BEHIND)
 
     def _tidy(self) -> None:
         """Remove files of a process that was killed after it wrote the summary, if the folder is writable and not in use."""

@@ -27,7 +27,7 @@ from metazo.runs.estimate import Estimate, Followed, estimate, measure_rates, st
 from metazo.runs.fit_precision import fit_precision
 from metazo.runs.method import build_optimizer, resolve_device
 from metazo.runs.resources import free_memory, size
-from metazo.runs.schedule import number_of_steps, warmup_steps
+from metazo.runs.schedule import number_of_steps, snapshot_steps, warmup_steps
 from metazo.step.precision import cost
 from metazo.tasks import Prepared, Task, prepare, resolve
 from metazo.tasks.closures import BatchLoss
@@ -39,15 +39,22 @@ ASSUMED = 256
 
 
 def written(config: FinetuneConfig, model: nn.Module, optimizer: Any, steps: int) -> dict[str, int]:
-    """Bytes of the files of a run: "model", "snapshots", "best" and "log", and "most", the largest size of the folder."""
+    """Bytes of the files of a run: "model", "snapshots", "best" and "log", and "most", the largest size of the folder.
+
+    If the log can be replayed, a file is removed before the next of its kind is written, and all are before the model is:
+    whatever a kill leaves is made again from the log.
+    """
     weights = sum(map(bytes_of, model.parameters()))
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     snapshot = trained + state_bytes(optimizer)
-    snapshots = 3 * snapshot if config.snapshot_every else 0  # two are kept while a third is written
+    snapshots = snapshot if snapshot_steps(config, optimizer.replayable) else 0
     best = trained if config.keep == "best" else 0
     saved = 0 if config.keep == "none" else trained if config.adapters and not config.merge else weights
     log = record_bytes(optimizer) * steps
-    most = saved + snapshots + best + log
+    together = max(snapshots + best, saved)
+    if not optimizer.replayable:  # the next is complete before the last is removed
+        together = max(2 * snapshots + best, snapshots + 2 * best, snapshots + best + saved)
+    most = together + log
     return {"model": saved, "snapshots": snapshots, "best": best, "log": log, "most": most}
 
 
@@ -77,8 +84,8 @@ def plan(
         "precision": _precision(config, optimizer, trained),
         "memory": f"weights {size(weight_bytes(model))}, optimizer {size(state_bytes(optimizer))}, and the activations of one "
         "batch",
-        "disk": f"tuned model {size(disk['model'])}; snapshots {size(disk['snapshots'])} and the best weights "
-        f"{size(disk['best'])} until the end; log {size(disk['log'])}",
+        "disk": f"at most {size(disk['most'])}: best weights {size(disk['best'])} and snapshot {size(disk['snapshots'])} until "
+        f"the end, then the tuned model {size(disk['model'])}; log {size(disk['log'])}",
         "bytes on disk": disk["most"],
     }
 

@@ -30,6 +30,16 @@ def share(schedule: str, step: int, total: int, warmup: int = 0) -> float:
     return SCHEDULES[schedule]((step - warmup) / max(1, total - warmup))
 
 
+SNAPSHOT_EVERY = 500
+
+
+def snapshot_steps(config: FinetuneConfig, replayable: bool) -> int:
+    """Steps between snapshots, 0 for none: a log whose steps can be replayed needs none."""
+    if config.snapshot_every is not None:
+        return config.snapshot_every
+    return 0 if replayable else SNAPSHOT_EVERY
+
+
 def number_of_steps(config: FinetuneConfig, a_step: float, examples: int) -> int:
     """Steps of a run. a_step: forward passes of a step; examples: number of training examples.
 

@@ -56,6 +56,12 @@ class SharedFolder:
     def load_tensors(self, name: str) -> Tensors | None:
         return tensors_from_first(lambda: self.own.load_tensors(name))
 
+    def step_of(self, name: str) -> int | None:
+        return from_first(lambda: self.own.step_of(name))
+
+    def remove(self, *patterns: str) -> None:
+        self.own.remove(*patterns)
+
     def load_snapshot(self, at_most: int) -> Tensors | None:
         return tensors_from_first(lambda: self.own.load_snapshot(at_most))
 

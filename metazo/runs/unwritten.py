@@ -44,6 +44,13 @@ class MemoryFolder:
     def load_tensors(self, name: str) -> tuple[int, dict[str, Tensor]] | None:
         return self.kept.get(name)
 
+    def step_of(self, name: str) -> int | None:
+        return self.kept[name][0] if name in self.kept else None
+
+    def remove(self, *patterns: str) -> None:
+        for pattern in patterns:
+            self.kept.pop(pattern, None)
+
     def save_snapshot(self, step: int, tensors: Mapping[str, Tensor]) -> None: ...
 
     def load_snapshot(self, at_most: int) -> None:

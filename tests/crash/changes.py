@@ -2,11 +2,12 @@
 
     python -m tests.crash.changes --case fzoo --case mezo-momentum --case first-order-adamw
 
-In order, a run of 4 steps with a snapshot and an evaluation every 2 writes: the lock, config.json, the header of the log;
-at an evaluation best.safetensors (if it is the best) and then its line in metrics.jsonl; at a step its line in the log, before
-the weights change; at a snapshot, after a sync of the log, the snapshot under another name, its own name, and the removal of
-the third last; at the end model/ under another name, the removal of an earlier model/, its own name, the last line of the log,
-curve.png, summary.json, and then the removal of snapshots, best weights and lock. Whatever is missing is made again from
+In order, a run of 4 steps with a snapshot and an evaluation every 2 writes: the lock, config.json, the header of the log; at
+an evaluation that is the best, the removal of best.safetensors and the new one; its line in metrics.jsonl; at a step its line
+in the log, before the weights change; at a snapshot, after a sync of the log, the removal of the last one (if the log can be
+replayed, otherwise at the end), the snapshot under another name, and its own name; at the end the removal of best weights and
+snapshots (if the log can be replayed), model/ under another name, the removal of an earlier model/, its own name, the last
+line of the log, curve.png, summary.json, and then the removal of what is left. Whatever is missing is made again from
 what is before it in this order; what is too much after summary.json is removed when the run is looked at again.
 """
 

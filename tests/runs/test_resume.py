@@ -8,9 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 
 from metazo.errors import UserError
+from metazo.io.tensorfile import read_tensors, write_tensors
 from metazo.io.terminal import Console
+from metazo.models.load import PICO
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.evaluations import Scores
 from metazo.runs.finetune import run_settings
@@ -54,7 +57,7 @@ class Death(BaseException):
 
 @pytest.fixture
 def dead(tmp_path, monkeypatch) -> Path:
-    """A run that was killed before the record of step 12: snapshots of 9 and 12, evaluations of 0, 4, 8, 12."""
+    """A run that was killed before the record of step 12: the snapshot of step 12, evaluations of 0, 4, 8, 12."""
     append = StepLog.append
 
     def dies(log: StepLog, step) -> None:
@@ -67,7 +70,7 @@ def dead(tmp_path, monkeypatch) -> Path:
         with pytest.raises(Death):
             tuned(tmp_path / "run")
     kept = sorted(path.name for path in (tmp_path / "run").glob("snapshot*"))
-    assert kept == ["snapshot-00000009.safetensors", "snapshot-00000012.safetensors"]
+    assert kept == ["snapshot-00000012.safetensors"]
     return tmp_path / "run"
 
 
@@ -81,6 +84,17 @@ def cut(path: Path, count: int = 7) -> None:
     path.write_bytes(path.read_bytes()[:-count])
 
 
+def flipped_step(path: Path) -> None:
+    """The same weights, said to be of another step."""
+    tensors, metadata = read_tensors(path)
+    write_tensors(path, tensors, metadata | {"step": str(int(metadata["step"]) + 1)})
+
+
+def weights_of(folder: Path) -> dict[str, list]:
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return {name: file.get_tensor(name).float().flatten()[:5].tolist() for name in file.keys()}  # noqa: SIM118
+
+
 def no_line(path: Path, number: int) -> None:
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:number] + lines[number + 1 :]))
@@ -88,24 +102,23 @@ def no_line(path: Path, number: int) -> None:
 
 LEFT: dict[str, tuple[Callable[[Path], object], str]] = {
     "as it died": (lambda out: None, "snapshot of step 12, 0 steps replayed"),
-    "newest snapshot damaged": (
-        lambda out: flip(out / "snapshot-00000012.safetensors"),
-        "snapshot of step 9, 3 steps replayed",
+    "snapshot damaged": (lambda out: flip(out / "snapshot-00000012.safetensors"), "step 0, 12 steps replayed"),
+    "snapshot empty": (
+        lambda out: (out / "snapshot-00000012.safetensors").write_bytes(b""),
+        "step 0, 12 steps replayed",
     ),
-    "newest snapshot empty": (lambda out: (out / "snapshot-00000012.safetensors").write_bytes(b""), "of step 9, 3"),
-    "both damaged": (
-        lambda out: [flip(path) for path in out.glob("snapshot*")],
-        "snapshot of step 0, 12 steps replayed",
-    ),
+    "snapshot lost": (lambda out: (out / "snapshot-00000012.safetensors").unlink(), "step 0, 12 steps replayed"),
     "log torn": (lambda out: cut(out / "steps.jsonl"), "which are dropped; 11 steps are intact"),
-    "metrics torn": (lambda out: cut(out / "metrics.jsonl"), "snapshot of step 9, 3 steps replayed"),
+    "metrics torn": (lambda out: cut(out / "metrics.jsonl"), "snapshot of step 0, 12 steps replayed"),
     "an evaluation lost": (lambda out: no_line(out / "metrics.jsonl", 2), "snapshot of step 0, 12 steps replayed"),
     "metrics lost": (lambda out: (out / "metrics.jsonl").unlink(), "snapshot of step 0, 12 steps replayed"),
     "half a file left behind": (lambda out: (out / ".model.123.tmp").mkdir(), "snapshot of step 12, 0 steps replayed"),
-    "best weights lost": (
+    "best weights lost": (lambda out: (out / "best.safetensors").unlink(), "steps replayed"),
+    "best weights lost with the metrics": (
         lambda out: [path.unlink() for path in (out / "best.safetensors", out / "metrics.jsonl")],
         "snapshot of step 0, 12 steps replayed",
     ),
+    "best weights of another step": (lambda out: flipped_step(out / "best.safetensors"), "steps replayed"),
 }
 
 
@@ -144,11 +157,17 @@ def test_a_death_after_the_summary_leaves_nothing_behind(dead, whole):
 
 
 def test_damaged_best_weights_are_said_with_the_way_out(dead):
-    flip(dead / "best.safetensors")
+    tensors, metadata = read_tensors(dead / "best.safetensors")
+    write_tensors(dead / "best.safetensors", tensors, metadata | {"step": "0"})
+    flip(dead / "best.safetensors")  # in its data, so that its header still says step 0
     with pytest.MonkeyPatch.context() as patched:  # no later evaluation is better, so the damaged file is needed
         patched.setattr(Scores, "_merit", lambda self, record: (-record["step"],))
-        with pytest.raises(UserError, match="metazo replay .* --to 0"):
+        with pytest.raises(UserError, match=r"best.safetensors is damaged.*`resume=True`.*\(step 0\)"):
             tuned(dead, resume=True)
+        said = tuned(dead, resume=True)
+    assert "12 steps replayed" in said or "14 steps replayed" in said
+    assert json.loads((dead / "summary.json").read_text())["kept_step"] == 0
+    assert weights_of(dead / "model") == weights_of(PICO)
 
 
 def test_changed_data_is_refused(dead):
