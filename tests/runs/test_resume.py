@@ -13,7 +13,7 @@ from safetensors import safe_open
 from metazo.errors import UserError
 from metazo.io.tensorfile import read_tensors, write_tensors
 from metazo.io.terminal import Console
-from metazo.models.load import PICO
+from metazo.models.embedded import PICO
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.evaluations import Scores
 from metazo.runs.finetune import run_settings
