@@ -123,6 +123,9 @@ def no_extras(tmp_path_factory) -> tuple[Path, dict[str, tuple[int, str, str]]]:
         "show": f"log show {run} --plot {folder / 'curve.png'}",
         "report": f"report {ROOT / 'results' / 'minilm'} --out {folder / 'report'}",
         "peft": f"finetune {task} --lora 4 --out {folder / 'lora'}",
+        "quant": f"finetune {task} --lora 4 --quantize int8 --out {folder / 'lora'}",
+        "trainer": f"finetune {task} --device-map auto --out {folder / 'lora'}",
+        "track": f"finetune {task} --track tensorboard --steps 2 --out {folder / 'lora'}",
         "sign": f"zoo verify --zoo {ROOT / 'pertnn_zoo'} --key {key}",
         "meta": f"meta-train --model pico --task pico_topic --objective published --unroll 2 --out {folder / 'meta'}",
     }
@@ -142,13 +145,22 @@ def test_a_run_without_plots_is_whole(no_extras):
     assert report[0] == 2 and report[2].startswith("error: plots and reports need ") and "metazo[report]" in report[2]
 
 
-@pytest.mark.parametrize(("extra", "package"), [("peft", "peft"), ("sign", "py-minisign"), ("meta", "higher")])
+PACKAGES = {"peft": "peft", "quant": "accelerate", "trainer": "accelerate", "sign": "py-minisign", "meta": "higher"}
+
+
+@pytest.mark.parametrize(("extra", "package"), PACKAGES.items())
 def test_other_extras_missing(no_extras, extra, package):
-    """LoRA, signatures and the unrolled objective each name their extra."""
+    """Adapters, quantised bases, device maps, signatures and the unrolled objective each name their extra."""
     folder, done = no_extras
     code, _, error = done[extra]
     assert code == 2 and error == sentence(extra, package), error
     assert not (folder / "lora").exists()
+
+
+def test_a_tracker_that_is_missing_is_named(no_extras):
+    code, _, error = no_extras[1]["track"]
+    said = "--track tensorboard needs the package tensorboard, which is not installed: pip install tensorboard."
+    assert (code, error) == (2, f"error: {said}\n")
 
 
 def imports(tree: ast.AST, inside: str | None = None) -> Iterator[tuple[str, str | None]]:
