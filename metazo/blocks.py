@@ -29,7 +29,7 @@ class LocalShard(torch.nn.Parameter):
         return made
 
     def __deepcopy__(self, memo: dict[int, object]) -> LocalShard:
-        made = LocalShard(self.data.clone(), self.requires_grad, self.start, self.whole)
+        made = LocalShard(self.data.clone(), self.requires_grad, self.start, self.whole)  # type: ignore[call-arg]
         return memo.setdefault(id(self), made)  # type: ignore[return-value]
 
     def __reduce_ex__(self, protocol):

@@ -82,7 +82,7 @@ def _rows(name: str, parameter: Any) -> nn.Parameter:
     first = min(mesh.get_local_rank(dimension) * most, rows)
     if len(local) != min(most, rows - first):
         raise UserError(f"{name} has {len(local)} rows on this process, in no order that is known: shard it evenly.")
-    return LocalShard(local, parameter.requires_grad, first * (parameter.numel() // rows), parameter.shape)
+    return LocalShard(local, parameter.requires_grad, first * (parameter.numel() // rows), parameter.shape)  # type: ignore[call-arg]
 
 
 def _offloaded(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -36,7 +36,7 @@ def test_every_setting_says_what_it_touches():
         "zoo",
         "data",
     ]
-    assert set(INCIDENTAL) == {*left_out, "merge", "probe_ranks", "rank_timeout"}
+    assert set(INCIDENTAL) == {*left_out, "merge", "probe_ranks", "rank_timeout", "device_map", "track", "push"}
 
 
 def test_every_setting_is_documented():
