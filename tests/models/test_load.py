@@ -171,7 +171,7 @@ def test_a_padding_token_without_an_embedding_is_not_used(tiny, tmp_path):
             transformers.WhisperConfig(encoder_layers=1, decoder_layers=1),
             "is a whisper model, which is an encoder-decoder",
         ),
-        (transformers.ViTConfig(), "is a vit model, which is no"),
+        (transformers.ViTConfig(), "is a vit model, which is a model of images or sound"),
         (transformers.CLIPConfig(), "is a clip model, which is a model of images or sound"),
         (transformers.LlavaConfig(), "is a llava model, which is a model of images or sound"),
         (
