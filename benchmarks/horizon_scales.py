@@ -102,7 +102,7 @@ def summary(rows: list[dict]) -> dict[str, Any]:
         both = sorted(set(cells[one]) & set(cells[other]))
         ratios = [cells[one][key] / cells[other][key] for key in both]
         if len(ratios) > 1:
-            p = float(wilcoxon([cells[one][key] - cells[other][key] for key in both]).pvalue)
+            p = float(wilcoxon([cells[one][key] - cells[other][key] for key in both])[1])
             found[f"{one} against {other}"] = {
                 "mean ratio": round(fmean(ratios), 4),
                 "wins": f"{sum(ratio < 1 for ratio in ratios)} of {len(ratios)}",

@@ -7,6 +7,8 @@ on that batch in evaluation mode. The last column is what `metazo finetune` says
 classification models of text, and refuses others by name.
 """
 
+# pyright: reportArgumentType=false, reportCallIssue=false
+# (settings are given as dictionaries, which pyright compares with every field of a configuration)
 from __future__ import annotations
 
 import json
@@ -160,7 +162,7 @@ METHODS: dict[str, Callable[[nn.Module, float], Any]] = {
 
 def trained(kind: Kind, method: str, steps: int = STEPS) -> tuple[float, float]:
     """(first loss, loss after the steps at the best of `RATES`), both without a probe."""
-    best = float("inf")
+    first = best = float("inf")
     for rate in RATES:
         model, batch = made(kind)
 

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import multiprocessing
+from torch.multiprocessing.spawn import spawn
 
 from metazo.io import processes
 from metazo.optimizers import FZOO, MeZO
@@ -101,7 +101,7 @@ def _process(rank: int, count: int, folder: str, steps: int) -> None:
 def measure(count: int, steps: int) -> dict[str, Any]:
     """The figures of the process that needs most processor time."""
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(_process, (count, folder, steps), nprocs=count)
+        spawn(_process, (count, folder, steps), nprocs=count)
         every = json.loads(Path(folder, "found.json").read_text())
     found = every[0]
     for name in ("examples", "probes"):

@@ -110,7 +110,7 @@ def with_adapters(loaded: LoadedModel, folder: Path, *, train: bool = False) -> 
             loaded.model = peft.PeftModel.from_pretrained(loaded.model, str(folder), is_trainable=trainable).eval()
     except (ValueError, RuntimeError, KeyError, TypeError, OSError) as error:
         raise UserError(f"the adapters in {folder} do not fit {loaded.name!r}: {_sentence(error)}") from error
-    config = loaded.model.active_peft_config
+    config: Any = loaded.model.active_peft_config
     if virtual:
         loaded.context_length -= config.num_virtual_tokens
         config.inference_mode = not train

@@ -74,7 +74,7 @@ def skeleton(
         check_config(config, name)
         chosen = kind_of(config) if kind == "auto" else kind
         with quiet(), torch.device("meta"):
-            model = _built(source, config, chosen, DTYPES[dtype], num_labels, head)
+            model: Any = _built(source, config, chosen, DTYPES[dtype], num_labels, head)
     tokenizer, problem = (None, None) if given else _tokenizer(source, name)
     if problem:
         notes.append(problem)

@@ -10,7 +10,7 @@ from torch import nn
 
 def virtual_tokens(model: nn.Module) -> int:
     """The number of virtual tokens that a model's adapter puts before its input; 0 for any other model."""
-    config = getattr(model, "active_peft_config", None)
+    config: Any = getattr(model, "active_peft_config", None)
     return config.num_virtual_tokens if getattr(config, "is_prompt_learning", False) else 0
 
 

@@ -39,7 +39,7 @@ class Wanted(Protocol):
     quantize: Any
     revision: str | None
     attn_implementation: str | None
-    device_map: str | None
+    device_map: Any
 
     @property
     def adapters(self) -> Adapter | None: ...

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -127,7 +128,7 @@ def new_model() -> LlamaForCausalLM:
     )
 
 
-def optimizers_of(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
+def optimizers_of(model: nn.Module) -> list[torch.optim.Optimizer]:
     """Muon (Jordan et al. 2024) for the matrices between the layers, AdamW for embedding and norms."""
     matrices, embeddings, norms = [], [], []
     for name, parameter in model.named_parameters():
@@ -139,7 +140,7 @@ def optimizers_of(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
     ]
 
 
-def train(model: LlamaForCausalLM, parts: list[tuple[torch.Tensor, int]], steps: int) -> None:
+def train(model: nn.Module, parts: list[tuple[torch.Tensor, int]], steps: int) -> None:
     """Pretrain under bfloat16 autocast; the learning rates warm up for 30 steps and fall linearly to zero.
 
     ``parts``: texts as from `rows_of`, and the number of their rows per batch. A text does not attend to the text before it

@@ -53,7 +53,7 @@ def plot_curves(
             if not below:
                 axis.legend()
         if below:
-            figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+            figure.legend(*figure.axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=3)
         if title:
             figure.suptitle(title, fontsize=11)
     save(figure, path)

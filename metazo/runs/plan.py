@@ -6,7 +6,7 @@ device (metazo/models/skeleton.py), and memory and operations are counted there 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ def plan(
     }
 
 
-def _precision(config: FinetuneConfig, optimizer: Any, trained: list[torch.Tensor]) -> str:
+def _precision(config: FinetuneConfig, optimizer: Any, trained: Sequence[torch.Tensor]) -> str:
     if "precision" not in optimizer.common:
         return f"weights updated in {config.dtype}"
     words, more = cost(config.precision, trained)
@@ -198,6 +198,7 @@ def _loss(
     config: FinetuneConfig, loaded: LoadedModel, prepared: Prepared | None, limit: int
 ) -> tuple[Callable[[], Any], int]:
     """A loss over the longest batch, on the meta device, and the length of its inputs in tokens."""
+    batch: dict[str, Any] = {}
     if prepared is not None:
         longest = sorted(prepared.train, key=len)[-config.batch_size :]
         batch = prepared.collate(longest)
