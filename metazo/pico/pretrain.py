@@ -14,6 +14,7 @@ import random
 import re
 import shutil
 import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -27,7 +28,13 @@ from metazo.pico.score import perplexity, score
 
 with needs("llm"):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        PreTrainedTokenizerFast,
+    )
 
 CONTEXT = 256
 VOCABULARY = 2048
@@ -62,8 +69,17 @@ def read_corpus(folder: Path) -> tuple[list[str], dict[str, str]]:
 def train_tokenizer(texts: list[str], generated: list[str]) -> PreTrainedTokenizerFast:
     """Byte-level BPE; the words of the grammar occur so often that each becomes one token, with its leading space."""
     words = [f" {word}" for word in grammar.vocabulary()]
+    often = [*words, *lexicon.NAMES]  # a name also starts a sentence
+    return train_bpe([*texts, *generated, *(f"{word}\n" * 20000 for word in often)])
+
+
+def train_bpe(texts: Iterable[str], like: PreTrainedTokenizerFast | None = None) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with a begin token; ``like``: a tokenizer whose way to cut words is taken."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if like is not None:
+        own = like.backend_tokenizer
+        tokenizer.normalizer, tokenizer.pre_tokenizer = own.normalizer, own.pre_tokenizer
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
@@ -71,8 +87,7 @@ def train_tokenizer(texts: list[str], generated: list[str]) -> PreTrainedTokeniz
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    often = [*words, *lexicon.NAMES]  # a name also starts a sentence
-    tokenizer.train_from_iterator([*texts, *generated, *(f"{word}\n" * 20000 for word in often)], trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     pad, bos, eos = SPECIAL
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, SPECIAL.index(bos))]
@@ -175,12 +190,18 @@ def order(rows: int, count: int) -> torch.Tensor:
     return torch.cat([torch.randperm(rows) for _ in range(count // rows + 1)])[:count]
 
 
-def report(model: LlamaForCausalLM, tokenizer, held_out: dict[str, str]) -> str:
-    """The card's tables: held-out perplexities and zero-shot accuracy of the generated tasks."""
+def perplexities(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held_out: dict[str, str]) -> list[str]:
+    """The card's table of held-out texts."""
     lines = ["| held-out text | perplexity per token | bits per character |", "|---|---|---|"]
     for name, text in held_out.items():
         per_token, bits = perplexity(model, tokenizer, text)
         lines.append(f"| {name} | {per_token:.2f} | {bits:.3f} |")
+    return lines
+
+
+def report(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held_out: dict[str, str]) -> str:
+    """The card's tables: held-out perplexities and zero-shot accuracy of the generated tasks."""
+    lines = perplexities(model, tokenizer, held_out)
     lines += ["", "| task | zero-shot loss | zero-shot accuracy (1,000 test rows) |", "|---|---|---|"]
     for task in grammar.TASKS:
         loss, accuracy = score(model, tokenizer, task, grammar.examples(task, "test", 1000))
@@ -188,34 +209,49 @@ def report(model: LlamaForCausalLM, tokenizer, held_out: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
+def arguments(description: str | None, folders: Sequence[str], steps: int) -> argparse.Namespace:
+    """The arguments of a program that makes a model; its threads and torch's seed are set by them."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in folders:
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    for name, default in {"steps": steps, "threads": 1, "seed": 0}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    torch.manual_seed(given.seed)
+    return given
+
+
+def make(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    parts: list[tuple[torch.Tensor, int]],
+    steps: int,
+    out: Path,
+) -> None:
+    """Train the model on rows of English and of tasks, and replace ``out`` by it in float16; a card there is kept."""
+    began, (english, tasks) = time.monotonic(), (rows for rows, _ in parts)
+    print(f"{english[0].numel():,} English tokens, {tasks[0].numel():,} of tasks, "
+          f"{model.num_parameters():,} parameters", flush=True)  # fmt: skip
+    train(model, parts, steps)
+    print(f"trained; {time.monotonic() - began:.0f} s", flush=True)
+    new = out.with_name(out.name + ".tmp")
+    shutil.rmtree(new, ignore_errors=True)
+    model.half().save_pretrained(new)
+    tokenizer.save_pretrained(new)
+    if (out / "card.md").exists():
+        shutil.copy(out / "card.md", new)
+    shutil.rmtree(out, ignore_errors=True)
+    new.rename(out)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-    began = time.monotonic()
+    args = arguments(__doc__, ("corpus", "out"), steps=2000)
     texts, held_out = read_corpus(args.corpus)
     generated = documents(args.seed, DOCUMENTS * args.steps)
     tokenizer = train_tokenizer(texts, ["".join(text) for text in generated[:50_000]])
     english, grammatical = rows_of([(text, "") for text in texts], tokenizer), rows_of(generated, tokenizer)
-    model = new_model()
-    print(f"{english[0].numel():,} English tokens, {grammatical[0].numel():,} of the grammar, "
-          f"{model.num_parameters():,} parameters", flush=True)  # fmt: skip
-    train(model, [(english, ENGLISH_ROWS), (grammatical, GRAMMAR_ROWS)], args.steps)
-    print(f"trained; {time.monotonic() - began:.0f} s in all", flush=True)
-    new = args.out.with_name(args.out.name + ".tmp")
-    shutil.rmtree(new, ignore_errors=True)
-    model.half().save_pretrained(new)
-    tokenizer.save_pretrained(new)
-    if (args.out / "card.md").exists():
-        shutil.copy(args.out / "card.md", new)
-    shutil.rmtree(args.out, ignore_errors=True)
-    new.rename(args.out)
+    make(new_model(), tokenizer, [(english, ENGLISH_ROWS), (grammatical, GRAMMAR_ROWS)], args.steps, args.out)
     saved = LlamaForCausalLM.from_pretrained(args.out, dtype=torch.float32)
     print(report(saved, tokenizer, held_out))
 

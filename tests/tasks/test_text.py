@@ -12,14 +12,6 @@ from metazo.tasks.classes import fit_head
 from metazo.tasks.evaluate import evaluate
 
 
-@pytest.fixture(scope="module")
-def data(shared):
-    folder = shared / "data" / "text"
-    if not folder.is_dir():
-        pytest.skip("the texts of the 22 tasks are not beside the checkout")
-    return folder
-
-
 def test_families_are_split_and_cover_every_task():
     assert len(text.TASKS) == 22 and len({task.family for task in text.TASKS}) == 17
     assert not {*text.META_TRAIN} & {*text.HELD_OUT}
@@ -27,26 +19,26 @@ def test_families_are_split_and_cover_every_task():
     assert sorted(names) == sorted(task.name for task in text.TASKS)
 
 
-def test_phrases_and_families_are_those_of_the_data(data):
+def test_phrases_and_families_are_those_of_the_data(text_data):
     for task in text.TASKS:
-        told = json.loads((data / task.name / "labels.json").read_text())
+        told = json.loads((text_data / task.name / "labels.json").read_text())
         assert list(task.labels.values()) == told["names"] and task.family == told["family"]
         assert task.phrase == told["prompt"].replace("{label}", "{}")
 
 
 @pytest.mark.parametrize("name", [task.name for task in text.TASKS if len(task.labels) < 20])
-def test_a_model_reads_the_rows(data, tiny, name):
+def test_a_model_reads_the_rows(text_data, tiny, name):
     task = next(task for task in text.TASKS if task.name == name)
     loaded = load_model(tiny("bert"), num_labels=task.num_labels)
-    ready = prepare(task, loaded, data=data, train=64, dev=8, test=8)
+    ready = prepare(task, loaded, data=text_data, train=64, dev=8, test=8)
     assert [len(ready.train), len(ready.dev), len(ready.test)] == [64, 8, 8]
 
 
-def test_label_phrases_alone_beat_the_majority_on_real_news(data, minilm):
+def test_label_phrases_alone_beat_the_majority_on_real_news(text_data, minilm):
     """Without training MiniLM distinguishes the topics of AG News, with a head made of the task's sentence."""
     task = next(task for task in text.TASKS if task.name == "ag_news")
     loaded = load_model(minilm, head="phrases", num_labels=4)
-    ready = prepare(task, loaded, data=data, train=64, dev=0, test=64, max_length=48)
+    ready = prepare(task, loaded, data=text_data, train=64, dev=0, test=64, max_length=48)
     fit_head(loaded, ready)
     result = evaluate(loaded.model, ready, "test")
     assert result["accuracy"] > 0.6 > 0.45 > result["majority"]
