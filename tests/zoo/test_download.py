@@ -5,11 +5,9 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from hashlib import sha256
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from metazo.errors import UserError
 from metazo.zoo import address as address_rules
 from metazo.zoo import download
 from tests.zoo.conftest import make_tuner
+from tests.zoo.server import Handler, Server, serving
 
 DATA = make_tuner().to_bytes()
 DIGEST = sha256(DATA).hexdigest()
@@ -40,20 +39,17 @@ ELSEWHERE = (
 """Addresses that are not public, in all their forms. 127.0.0.1 is the one that these tests may use."""
 
 
-class Server(BaseHTTPRequestHandler):
+class Faulty(Handler):
     """A server whose fault depends on the path."""
 
     sent: int
 
     def do_GET(self) -> None:
         path = self.path.split("?")[0]
-        self.server.asked.append(self.path)  # type: ignore[attr-defined]
+        self.server.requests.append(self.path)  # type: ignore[attr-defined]
         to = f"https://{self.path.partition('?')[2]}/x" if path == "/to" else REDIRECTS.get(path)
         if to is not None:
-            self.send_response(302)
-            self.send_header("Location", to)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
+            self.reply(302, Location=to)
             return
         if path == "/slow-headers":
             self.wfile.write(b"HTTP/1.0 200 OK\r\n")
@@ -113,18 +109,12 @@ class Server(BaseHTTPRequestHandler):
             self.wfile.write(piece)
             self.server.sent += len(piece)  # type: ignore[attr-defined]
 
-    def log_message(self, format: str, *args: object) -> None:
-        pass
 
-
-class QuietServer(ThreadingHTTPServer):
-    daemon_threads = True
-    block_on_close = False
+class QuietServer(Server):
     sent = 0
 
-    def __init__(self, *where: Any):
-        super().__init__(*where)
-        self.asked: list[str] = []
+    def __init__(self) -> None:
+        super().__init__(Faulty)
         self.connected: list[str] = []
 
     def handle_error(self, request: object, client_address: object) -> None:
@@ -133,18 +123,13 @@ class QuietServer(ThreadingHTTPServer):
 
 @pytest.fixture
 def server(loopback: None) -> Iterator[QuietServer]:
-    server = QuietServer(("127.0.0.1", 0), Server)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(QuietServer()) as server:
+        yield server
 
 
 @pytest.fixture
 def address(server: QuietServer) -> str:
-    return f"http://127.0.0.1:{server.server_address[1]}"
+    return server.address
 
 
 def files(home: Path) -> list[str]:
@@ -224,7 +209,7 @@ def test_no_address_that_is_not_public_is_connected_to(host: str, address: str, 
             refused = "cannot be pulled"
         with pytest.raises(UserError, match=refused):
             download.download(asked, len(DATA), lambda line: None)
-    assert not [path for path in server.asked if not path.startswith("/to")]
+    assert not [path for path in server.requests if not path.startswith("/to")]
 
 
 def test_this_machine_is_refused_by_every_name(monkeypatch: pytest.MonkeyPatch) -> None:

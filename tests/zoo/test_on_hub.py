@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import base64
 import json
-import threading
 from collections.abc import Iterator
 from hashlib import sha256
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import huggingface_hub
 import pytest
+import transformers
 
 from metazo.errors import UserError
 from metazo.models.embedded import PICO
@@ -19,6 +18,7 @@ from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import run_settings
 from metazo.tuner.file import Tuner
 from tests.zoo.conftest import make_tuner
+from tests.zoo.server import Handler, Server, serving
 
 COMMIT = "b" * 40
 SMALL = {
@@ -27,101 +27,68 @@ SMALL = {
 }  # fmt: skip
 
 
-class Hub(BaseHTTPRequestHandler):
+class Hub(Handler):
     """Repositories in memory: create, preupload, commit, HEAD and GET of files, and a repository's list of files."""
 
     files: dict[str, dict[str, bytes]]
     refuse = False
 
     def do_POST(self) -> None:
-        size = self.headers.get("Content-Length")
-        body = self.rfile.read(int(size)) if size else self.chunks()
+        body = self.given()
         parts = self.path.split("?")[0].strip("/").split("/")
-        base = f"http://127.0.0.1:{self.server.server_address[1]}"  # type: ignore[index]
+        base = self.server.address  # type: ignore[attr-defined]
         if self.refuse:
-            self.reply(403, {"error": "forbidden"})
+            self.answer(403, {"error": "forbidden"})
         elif parts[:3] == ["api", "repos", "create"]:
             name = json.loads(body)
             repository = f"{name['organization']}/{name['name']}"
             self.files.setdefault(repository, {})
-            self.reply(200, {"url": f"{base}/{repository}"})
+            self.answer(200, {"url": f"{base}/{repository}"})
         elif parts[-2:] == ["preupload", "main"]:
             names = [each["path"] for each in json.loads(body)["files"]]
-            self.reply(200, {"files": [{"path": n, "uploadMode": "regular", "shouldIgnore": False} for n in names]})
+            self.answer(200, {"files": [{"path": n, "uploadMode": "regular", "shouldIgnore": False} for n in names]})
         elif parts[-2:] == ["commit", "main"]:
             repository = "/".join(parts[2:4])
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     self.files[repository][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-            self.reply(200, {"commitUrl": f"{base}/{repository}/commit/{COMMIT}", "commitOid": COMMIT})
+            self.answer(200, {"commitUrl": f"{base}/{repository}/commit/{COMMIT}", "commitOid": COMMIT})
         else:
-            self.reply(200, {})
-
-    def do_HEAD(self) -> None:
-        self.get(body=False)
+            self.answer(200, {})
 
     def do_GET(self) -> None:
-        self.get(body=True)
-
-    def get(self, body: bool) -> None:
         parts = self.path.split("?")[0].strip("/").split("/")
         content = self.files.get("/".join(parts[:2]), {}).get("/".join(parts[4:]))
         if parts[2:3] != ["resolve"] or content is None or parts[3] not in ("main", "v2", COMMIT):
-            self.send_response(404)
-            self.send_header("X-Error-Code", "EntryNotFound")
-            self.send_header("X-Repo-Commit", COMMIT)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        self.send_response(200)
-        self.send_header("ETag", f'"{sha256(content).hexdigest()}"')
-        self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if body:
-            self.wfile.write(content)
+            self.reply(404, X_Error_Code="EntryNotFound", X_Repo_Commit=COMMIT)
+        else:
+            self.reply(200, content, ETag=f'"{sha256(content).hexdigest()}"', X_Repo_Commit=COMMIT)
 
-    def chunks(self) -> bytes:
-        body = b""
-        while size := int(self.rfile.readline(), 16):
-            body += self.rfile.read(size)
-            self.rfile.readline()
-        return body
+    do_HEAD = do_GET
 
-    def reply(self, code: int, value: object) -> None:
-        data = json.dumps(value).encode()
-        self.send_response(code)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, format: str, *args: object) -> None: ...
+    def answer(self, code: int, value: object) -> None:
+        self.reply(code, json.dumps(value).encode(), Content_Type="application/json")
 
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path: Path) -> Iterator[type[Hub]]:
     """The server as the Hub of this process, with an empty cache."""
     handler = type("OwnHub", (Hub,), {"files": {}})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.daemon_threads, server.block_on_close = True, False
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    address = f"http://127.0.0.1:{server.server_address[1]}"
+    server = Server(handler)
     constants = huggingface_hub.constants
     for name, value in {
-        "ENDPOINT": address,
-        "HUGGINGFACE_CO_URL_TEMPLATE": address + "/{repo_id}/resolve/{revision}/{filename}",
+        "ENDPOINT": server.address,
+        "HUGGINGFACE_CO_URL_TEMPLATE": server.address + "/{repo_id}/resolve/{revision}/{filename}",
         "HF_HUB_OFFLINE": False,
         "HF_HUB_CACHE": str(tmp_path / "cache"),
         "HF_HUB_DISABLE_XET": True,
     }.items():
         monkeypatch.setattr(constants, name, value)
+    # transformers keeps one client, whose address is that of its first use in this process
+    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    yield handler
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(server):
+        yield handler
 
 
 def test_a_tuner_is_pushed_with_a_card_and_loaded_again(hub) -> None:

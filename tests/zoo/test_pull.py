@@ -8,11 +8,9 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from hashlib import sha256
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -23,6 +21,7 @@ from metazo.io.redact import shown_address
 from metazo.tuner.file import Tuner
 from metazo.zoo.index import Entry, write_index
 from tests.zoo.conftest import make_tuner
+from tests.zoo.server import Handler, Server, serving
 
 DATA = make_tuner().to_bytes()
 DIGEST = sha256(DATA).hexdigest()
@@ -30,34 +29,21 @@ COMMIT = "a" * 40
 HUB_FILE = "/org/tuner/resolve/"
 
 
-class Server(BaseHTTPRequestHandler):
+class Answering(Handler):
     """Answers by path; /org/tuner/... as the Hub does."""
 
-    requests: list[str]
-
-    def do_HEAD(self) -> None:
-        self.answer(body=False)
-
     def do_GET(self) -> None:
-        self.answer(body=True)
-
-    def answer(self, body: bool) -> None:
         self.server.requests.append(f"{self.command} {self.path}")  # type: ignore[attr-defined]
         path = self.path.split("?")[0]
         if path.startswith(HUB_FILE) and path.endswith("/tuner.safetensors"):
             revision = path.removeprefix(HUB_FILE).split("/")[0]
             known = revision in ("v1", COMMIT)
-            self.send_response(200 if known else 404)
             if known:
-                self.send_header("ETag", f'"{DIGEST}"')
-                self.send_header("X-Repo-Commit", COMMIT)
+                self.reply(200, DATA, ETag=f'"{DIGEST}"', X_Repo_Commit=COMMIT)
             else:
-                self.send_header("X-Error-Code", "RevisionNotFound")
-            self.finish_with(DATA if known else b"", body)
+                self.reply(404, X_Error_Code="RevisionNotFound")
         elif path == "/elsewhere":
-            self.send_response(302)
-            self.send_header("Location", "https://192.0.2.1/tuner.safetensors")
-            self.finish_with(b"", body)
+            self.reply(302, Location="https://192.0.2.1/tuner.safetensors")
         elif path == "/huge":
             self.send_response(200)
             self.send_header("Content-Length", str(2**40))
@@ -79,20 +65,18 @@ class Server(BaseHTTPRequestHandler):
             self.wfile.flush()
             time.sleep(20)
         elif path == "/tuner.safetensors":
-            self.send_response(200)
-            self.finish_with(DATA, body)
+            self.reply(200, DATA)
         else:
-            self.send_response(404)
-            self.finish_with(b"", body)
+            self.reply(404)
+
+    do_HEAD = do_GET
 
     def do_POST(self) -> None:
         """The requests of an upload of small files to the Hub; the commit is kept."""
-        body = (
-            self.rfile.read(int(self.headers["Content-Length"])) if "Content-Length" in self.headers else self.chunks()
-        )
+        body = self.given()
         if self.path.startswith("/api/models/org/tuner/commit/"):
             self.server.requests.append(body.decode())  # type: ignore[attr-defined]
-        hub = f"http://127.0.0.1:{self.server.server_address[1]}"  # type: ignore[index]
+        hub = self.server.address  # type: ignore[attr-defined]
         answers = {
             "/api/repos/create": {"url": f"{hub}/org/tuner"},
             "/api/validate-yaml": {},
@@ -104,58 +88,32 @@ class Server(BaseHTTPRequestHandler):
             },
             "/api/models/org/tuner/commit/main": {"commitUrl": f"{hub}/org/tuner/commit/1", "commitOid": COMMIT},
         }
-        self.send_response(200 if self.path in answers else 404)
-        self.send_header("Content-Type", "application/json")
-        self.finish_with(json.dumps(answers.get(self.path)).encode(), body=True)
-
-    def chunks(self) -> bytes:
-        """A body in chunked transfer encoding."""
-        body = b""
-        while size := int(self.rfile.readline(), 16):
-            body += self.rfile.read(size)
-            self.rfile.readline()
-        return body
-
-    def finish_with(self, content: bytes, body: bool) -> None:
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if body:
-            self.wfile.write(content)
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
+        content = json.dumps(answers.get(self.path)).encode()
+        self.reply(200 if self.path in answers else 404, content, Content_Type="application/json")
 
 
 @pytest.fixture
-def server(loopback: None) -> Iterator[ThreadingHTTPServer]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    server.daemon_threads = True
-    server.block_on_close = False
-    server.requests = []  # type: ignore[attr-defined]
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+def server(loopback: None) -> Iterator[Server]:
+    with serving(Server(Answering)) as server:
+        yield server
 
 
 @pytest.fixture
-def address(server: ThreadingHTTPServer) -> str:
-    return f"http://127.0.0.1:{server.server_address[1]}"
+def address(server: Server) -> str:
+    return server.address
 
 
 def kept(home: Path) -> list[Path]:
     return [path for path in home.rglob("*") if path.is_file() and "lock" not in path.name] if home.exists() else []
 
 
-def test_pull_announces_checks_and_keeps(address: str, home: Path, server: ThreadingHTTPServer) -> None:
+def test_pull_announces_checks_and_keeps(address: str, home: Path, server: Server) -> None:
     lines: list[str] = []
     found = zoo.pull(f"{address}/tuner.safetensors?token=secret#sha256={DIGEST}", report=lines.append)
     assert found.path.read_bytes() == DATA
     assert lines == [f"pulling {address}/tuner.safetensors ({len(DATA):,} bytes)"]
     zoo.pull(f"{address}/tuner.safetensors#sha256={DIGEST}", report=lines.append)
-    assert len(lines) == len(server.requests) == 1  # type: ignore[attr-defined]  # the second came from the cache
+    assert len(lines) == len(server.requests) == 1  # the second came from the cache
     found.path.write_bytes(DATA[:-1])
     assert zoo.pull(f"{address}/tuner.safetensors#sha256={DIGEST}").path.read_bytes() == DATA
 
@@ -205,7 +163,7 @@ def test_index_with_an_address_is_checked_against_its_size_and_sha(address: str,
     assert zoo.pull("tiny/v1", tmp_path / "z").path.read_bytes() == DATA
 
 
-def test_killed_pull_leaves_no_half_file(address: str, home: Path, server: ThreadingHTTPServer) -> None:
+def test_killed_pull_leaves_no_half_file(address: str, home: Path, server: Server) -> None:
     program = (
         "import functools, ipaddress, sys; from metazo import zoo; from metazo.zoo import address;"
         "address.ALLOWED.append(ipaddress.ip_network('127.0.0.1/32'));"
@@ -219,7 +177,7 @@ def test_killed_pull_leaves_no_half_file(address: str, home: Path, server: Threa
     process.send_signal(signal.SIGKILL)
     process.wait(30)
     process.stdout.close()
-    assert server.requests and not kept(home)  # type: ignore[attr-defined]
+    assert server.requests and not kept(home)
 
 
 def run(address: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -256,12 +214,12 @@ def test_hub_push_without_the_hub() -> None:
         zoo.push(make_tuner(), "hub:org/tuner")
 
 
-def test_hub_push(address: str, tmp_path: Path, server: ThreadingHTTPServer) -> None:
+def test_hub_push(address: str, tmp_path: Path, server: Server) -> None:
     make_tuner("org/base").save(tmp_path / "tuner.safetensors")
     done = run(address, "push", str(tmp_path), "--to", "hub:org/tuner", "--licence", "Apache-2.0", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["published"] == f"{address}/org/tuner/commit/1"
-    lines = [json.loads(line) for line in server.requests[-1].splitlines()]  # type: ignore[attr-defined]
+    lines = [json.loads(line) for line in server.requests[-1].splitlines()]
     files = {
         line["value"]["path"]: base64.b64decode(line["value"]["content"]) for line in lines if line["key"] == "file"
     }

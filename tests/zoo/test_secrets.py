@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -15,45 +13,30 @@ import pytest
 from metazo.errors import UserError, without_secrets
 from metazo.runs.config import FinetuneConfig
 from tests.zoo.conftest import make_tuner
+from tests.zoo.server import Handler, Server, serving
 
 TOKEN = "hf_" + "Zq7" * 11
 STORED = "hf_" + "Yx4" * 11
 PASSWORD = "correct-horse"
 
 
-class Echo(BaseHTTPRequestHandler):
+class Echo(Handler):
     """A Hub that refuses everything and echoes each request in all parts of its response."""
 
     def answer(self) -> None:
         sent = str(self.headers.get("Authorization"))
-        self.server.seen.append(sent)  # type: ignore[attr-defined]
-        self.send_response(403)
-        for name in ("X-Error-Message", "X-Request-Id", "WWW-Authenticate"):
-            self.send_header(name, f"your header was {sent}")
+        self.server.requests.append(sent)  # type: ignore[attr-defined]
         body = f'{{"error": "{sent} is not welcome at {self.path}"}}'.encode()
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
+        echo = dict.fromkeys(("X_Error_Message", "X_Request_Id", "WWW_Authenticate"), f"your header was {sent}")
+        self.reply(403, body, Content_Type="application/json", **echo)
 
     do_GET = do_HEAD = do_POST = do_PUT = answer
 
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
 
 @pytest.fixture
-def server() -> Iterator[ThreadingHTTPServer]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Echo)
-    server.daemon_threads, server.block_on_close = True, False
-    server.seen = []  # type: ignore[attr-defined]
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+def server() -> Iterator[Server]:
+    with serving(Server(Echo)) as server:
+        yield server
 
 
 PROGRAM = """
@@ -70,10 +53,8 @@ for line in sys.stdin.read().splitlines():
 
 
 @pytest.mark.parametrize("where", ["environment", "stored"])
-def test_a_token_is_sent_to_the_hub_and_to_nothing_else(
-    where: str, tmp_path: Path, server: ThreadingHTTPServer
-) -> None:
-    address = f"http://127.0.0.1:{server.server_address[1]}"
+def test_a_token_is_sent_to_the_hub_and_to_nothing_else(where: str, tmp_path: Path, server: Server) -> None:
+    address = server.address
     host = address.removeprefix("http://")
     make_tuner().save(tmp_path / "t.safetensors")
     home = tmp_path / "hub"
@@ -99,7 +80,7 @@ def test_a_token_is_sent_to_the_hub_and_to_nothing_else(
     )  # fmt: skip
     assert done.stdout.count("done:") == 1, done.stdout + done.stderr
     assert done.stderr.count("metazo.errors.UserError") == len(lines) - 1, done.stderr
-    assert f"Bearer {token}" in server.seen  # type: ignore[attr-defined]  # it was sent, and echoed
+    assert f"Bearer {token}" in server.requests  # it was sent, and echoed
     written = "".join(
         path.read_text(errors="replace") for path in tmp_path.rglob("*") if path.is_file() and path != home / "token"
     )
