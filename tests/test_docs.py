@@ -79,8 +79,18 @@ def test_the_commands_for_newcomers_run(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "my_zoo/index.json").is_file() and list(tmp_path.glob("runs/rates/report/*.html"))
 
 
-@pytest.mark.parametrize("page", ["index", "feedback", "integrations"])
-def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
+@pytest.fixture
+def one_process():
+    """A group of torch.distributed that has this process alone."""
+    from torch import distributed
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("page", [page.stem for page in PAGES[1:] if blocks(page, "python")])
+def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch, request):
     """With a model and rows of the reader's own beside it, where a page says so."""
     import torch
     from transformers import TrainingArguments
@@ -97,9 +107,9 @@ def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
         "model": loaded.model, "rows": rows, "batch": batch, "loader": [batch] * 8,
         "args": TrainingArguments(str(tmp_path), per_device_train_batch_size=1, max_steps=2, report_to=[], learning_rate=1e-4),
     }  # fmt: skip
-    found = blocks(ROOT / "docs" / f"{page}.md", "python")
-    assert found
-    for code in found:
+    if page == "scale":
+        request.getfixturevalue("one_process")
+    for code in blocks(ROOT / "docs" / f"{page}.md", "python"):
         if "push_to_hub" in code:  # tests/zoo/test_on_hub.py runs it against a server
             continue
         exec(compile(code.replace("steps=100", "steps=4").replace("range(100)", "range(3)"), f"{page}.md", "exec"), own)

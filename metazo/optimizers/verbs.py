@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metazo.blocks import NamedTensor
+from metazo.blocks import LocalShard, NamedTensor
 from metazo.noise import Noise
 from metazo.optimizers import probing as probings
 from metazo.optimizers.groups import Closure
@@ -76,7 +76,9 @@ class Verbs(Method):
         ]
 
     def evaluation(self) -> AbstractContextManager:
-        return torch.inference_mode()
+        # fully_shard over one process cannot gather its weights under inference mode
+        sharded = any(isinstance(tensor.param, LocalShard) for tensor in self.tensors)
+        return torch.no_grad() if sharded else torch.inference_mode()
 
     def evaluate(self, closures: Sequence[Closure]) -> float:
         """The mean loss of the closures at the present weights, within `evaluation`."""
