@@ -1,4 +1,4 @@
-"""The plan of a meta-training run: its work, and the memory and disk that it will need."""
+"""The plan of a meta-training run of block scales: its work, and the memory and disk that it will need."""
 
 from __future__ import annotations
 
@@ -10,30 +10,42 @@ from torch import nn
 
 from metazo.blocks import named_tensors, partition
 from metazo.meta.config import MetaConfig
-from metazo.meta.loop import length, restarts
-from metazo.meta.order import Order, PreparedTask
+from metazo.meta.loop import length, order_of, restarts
+from metazo.meta.order import PreparedTask
 from metazo.meta.trajectory import disk_use
 from metazo.runs.resources import size
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """Figures of a run; those in bytes have it in their name."""
 
     model: str
     tasks: list[str]
     steps: int
-    steps_per_epoch: int
-    restart_steps: int
     blocks: int
     weights: int
     forwards: int
-    """Forward passes of all meta-steps."""
-    backwards: int
+    """Forward passes of all meta-steps, and of what is run before them."""
     memory_bytes: int
-    """Weights, the teacher's gradients and state, activations (estimated)."""
     disk_bytes: int
     """Peak size of the output folder and a recording."""
+
+    def sentence(self) -> str:
+        """The plan in words."""
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PathPlan(Plan):
+    """The plan of a run along a teacher's path: memory has the teacher's gradients and state, and activations (estimated)."""
+
+    steps_per_epoch: int
+    restart_steps: int
+    backwards: int
 
     def sentence(self) -> str:
         restart = f", restart every {self.restart_steps}" if self.restart_steps else ""
@@ -43,13 +55,10 @@ class Plan:
             f"backward passes; about {size(self.memory_bytes)} of memory, {size(self.disk_bytes)} of disk."
         )
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
-
-def make_plan(config: MetaConfig, model: nn.Module, tasks: Sequence[PreparedTask], order: Order) -> Plan:
+def make_plan(config: MetaConfig, model: nn.Module, tasks: Sequence[PreparedTask]) -> PathPlan:
     """The plan of a run. Activations are estimated for a transformer that keeps about 20 numbers per channel and layer."""
-    tensors = named_tensors(model)
+    tensors, order = named_tensors(model), order_of(config, tasks)
     weights = sum(tensor.param.numel() for tensor in tensors)
     item = tensors[0].param.itemsize
     held = weights * item
@@ -68,7 +77,7 @@ def make_plan(config: MetaConfig, model: nn.Module, tasks: Sequence[PreparedTask
     disk = 3 * state + (0 if recorded else held)  # two snapshots, and one that is being written
     if config.record is not None:
         disk += disk_use(tensors, config.teacher, restart or total, config.record_every)
-    return Plan(
+    return PathPlan(
         model=config.model,
         tasks=[task.name for task in tasks],
         steps=total,

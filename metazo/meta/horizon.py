@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -35,6 +34,7 @@ from metazo.errors import UserError
 from metazo.meta.evolution import Pairs
 from metazo.meta.horizon_config import HorizonConfig
 from metazo.meta.loop import MOST_SKIPPED, MetaStep
+from metazo.meta.order import PreparedTask
 from metazo.meta.path import load_weights, weights_of
 from metazo.meta.reset import Start
 from metazo.meta.teacher import load_optimizer_tensors, optimizer_tensors
@@ -42,33 +42,30 @@ from metazo.optimizers.mezo import MeZO
 from metazo.runs.batches import batch_indices_by_length
 from metazo.runs.schedule import share
 from metazo.step.scales import block_statistics, floored_rms, normalisation
-from metazo.tasks import Prepared
 from metazo.tasks.evaluate import evaluate
+from metazo.tasks.prepared import Batch, Prepared
 from metazo.tuner.networks import PertNN
 from metazo.tuner.scale import TunerScale
 
 EVAL_BATCH = 32  # examples per batch of the held-out loss
 
 
-@dataclass
-class HorizonTask:
-    """A task, its examples and the model that is run on it. Models of several tasks share their weights."""
+class HorizonTask(PreparedTask):
+    """A prepared task and the model that is run on it. Models of several tasks share their weights."""
 
-    name: str
-    model: nn.Module
-    prepared: Prepared
-    device: torch.device
+    def __init__(self, model: nn.Module, prepared: Prepared, device: torch.device | str = "cpu"):
+        super().__init__(prepared, device)
+        self.model, self.lengths = model, [len(example) for example in prepared.train]
 
-    def __post_init__(self) -> None:
-        self.lengths = [len(example) for example in self.prepared.train]
-
-    def batch(self, step: int, count: int, seed: int) -> Any:
+    def batch_at(self, step: int, count: int, seed: int) -> Batch:
         """The batch of a step of the run with this seed."""
-        chosen = batch_indices_by_length(step, count, self.lengths, seed)
-        return self.prepared.collate([self.prepared.train[index] for index in chosen]).to(self.device)
+        return self.batch(batch_indices_by_length(step, count, self.lengths, seed))
 
-    def loss(self, batch: Any) -> Tensor:
-        return self.prepared.loss(self.model, batch)
+    def step(self, optimizer: MeZO, step: int, count: int, seed: int, lr: float) -> None:
+        """One step of the optimizer on the batch of that number, at this learning rate."""
+        batch = self.batch_at(step, count, seed)
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step(lambda: self.prepared.loss(self.model, batch))
 
     def held_out(self) -> float:
         """The mean loss on the held-out examples."""
@@ -163,9 +160,7 @@ class HorizonRun:
         for step in range(first, last):
             if self.caught:
                 return None
-            optimizer.param_groups[0]["lr"] = lr * share(c.schedule, step, c.horizon)
-            batch = task.batch(step, c.batch_size, seed)
-            optimizer.step(lambda batch=batch: task.loss(batch))
+            task.step(optimizer, step, c.batch_size, seed, lr * share(c.schedule, step, c.horizon))
         optimizer.settle()
         return task.held_out(), optimizer.tensors_state()
 
@@ -213,30 +208,24 @@ class HorizonRun:
         age = int(self.age[pair])
         number = self.begun if age == 0 else int(self.number[pair])
         index = self._task(number)
-        rate, move, ends = self._rate(index), self.pairs.move(self.steps), []
-        for member, sign in enumerate((1.0, -1.0)) if rate is not None else ():
+        task, rate, move, ends = self.tasks[index], self._rate(index), self.pairs.move(self.steps), []
+        for member, sign in enumerate((1.0, -1.0)):
             state = self._put(pair, member) if age else self.base.restore()
-            found = self.run(
-                self.tasks[index],
-                self.centre + sign * move,
-                rate or 0.0,
-                self._seed(number),
-                age,
-                age + c.window,
-                state,
-            )
+            point, last = self.centre + sign * move, age + c.window
+            found = None if rate is None else self.run(task, point, rate, self._seed(number), age, last, state)
             if found is None:
-                break
-            kept = found[1] | weights_of(self.tensors) if c.truncation else {}
+                self.base.restore()
+                return None
+            kept = found[1] | weights_of(self.tensors) if last < c.horizon else {}
             ends.append((found[0], {name: value.clone() for name, value in kept.items()}))
         self.base.restore()
-        if len(ends) < 2:
-            return None
         if age == 0:
             self.begun += 1
             self.pairs.begin(pair)
         self.number[pair] = number
         self.age[pair] = (age + c.window) % c.horizon
+        of_pair = f"member{pair}."  # nothing is kept of a run that has ended
+        self.members = {name: value for name, value in self.members.items() if not name.startswith(of_pair)}
         for member, (_, kept) in enumerate(ends):
             self.members |= {f"member{pair}.{member}/{name}": value for name, value in kept.items()}
         plus, minus = ends[0][0], ends[1][0]
@@ -248,8 +237,8 @@ class HorizonRun:
             self._update()
         sigma = self.sigma()
         energy = self.scale.counts * sigma**2
-        mean, name = (plus + minus) / 2, self.tasks[index].name
-        return MetaStep(self.steps - 1, name, mean, mean, None, sigma, energy / energy.sum(), skipped)
+        mean = (plus + minus) / 2
+        return MetaStep(self.steps - 1, task.name, mean, mean, None, sigma, energy / energy.sum(), skipped)
 
     def _update(self) -> None:
         """One step of Adam along the estimate of the pairs."""

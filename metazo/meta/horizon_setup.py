@@ -4,87 +4,59 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 import metazo
-from metazo.blocks import Block, NamedTensor, named_tensors, partition, tensor_id
+from metazo.blocks import NamedTensor, named_tensors, partition, tensor_id
 from metazo.errors import UserError
+from metazo.io.terminal import Console
+from metazo.meta.dryrun import Plan
 from metazo.meta.horizon import EVAL_BATCH, HorizonRun, HorizonTask
 from metazo.meta.horizon_config import HorizonConfig
-from metazo.models.load import MADE, LoadedModel, load_model
+from metazo.meta.loading import load_base, prepare_task
+from metazo.models.load import LoadedModel
 from metazo.models.select import select_trainable
 from metazo.models.sentence import Prototypes, SentenceClassifier
 from metazo.runs.method import resolve_device
 from metazo.runs.monitor import Diverged
 from metazo.runs.resources import size
-from metazo.tasks import prepare, resolve
+from metazo.tasks import resolve
 from metazo.tasks.classes import fit_head
 from metazo.tuner.file import Tuner, TunerInfo
 from metazo.tuner.match import BlockSpec
 from metazo.tuner.networks import PertNN
 
 
-def load_tasks(config: HorizonConfig) -> tuple[LoadedModel, list[HorizonTask]]:
+def load(config: HorizonConfig) -> tuple[LoadedModel, list[HorizonTask]]:
     """The model with its trained tensors selected, and the tasks on it. Raises UserError."""
-    device = resolve_device(config.device)
-    resolved = [resolve(name) for name in config.task]
-    heads = {task.num_labels for task in resolved if task.kind == "classification"}
-    loaded = load_model(
-        config.model,
-        dtype=config.dtype,
-        device=device,
-        seed=config.seed,
-        num_labels=heads.pop() if len(heads) == 1 or (heads and config.head in MADE) else None,
-        head=config.head,
-    )
+    device, resolved = resolve_device(config.device), [resolve(name) for name in config.task]
+    loaded = load_base(config, resolved, device, config.head)
     select_trainable(loaded.model, config.train, config.freeze)
     tasks = []
     for task in resolved:
         own, model = loaded, loaded.model
         if isinstance(model, SentenceClassifier) and isinstance(model.head, Prototypes) and task.num_labels:
             own = replace(loaded, model=model.with_new_head(task.num_labels))
-        prepared = prepare(
-            task,
-            own,
-            data=config.data,
-            train=config.train_examples,
-            dev=config.eval_examples,
-            test=1,
-            seed=config.seed,
-            max_length=config.max_length,
-        )
+        prepared = prepare_task(config, task, own, config.eval_examples)
+        if not prepared.dev:
+            raise UserError(f"Task {task.name!r} has no held-out examples by which a run could be judged.")
         if isinstance(own.model, SentenceClassifier):
             own.model.cache_frozen()
             fit_head(own, prepared, EVAL_BATCH)
-        if len(prepared.train) < config.batch_size:
-            raise UserError(
-                f"`batch_size` {config.batch_size} is more than the {len(prepared.train)} training examples of {task.name!r}."
-            )
-        if not prepared.dev:
-            raise UserError(f"Task {task.name!r} has no held-out examples by which a run could be judged.")
-        tasks.append(HorizonTask(task.name, own.model, prepared, device))
+        tasks.append(HorizonTask(own.model, prepared, device))
     return loaded, tasks
 
 
-@dataclass(frozen=True)
-class HorizonPlan:
-    """Figures of a run; those in bytes have it in their name."""
+@dataclass(frozen=True, kw_only=True)
+class HorizonPlan(Plan):
+    """The plan of a run over the horizon. Its forward passes count all runs, those that compare learning rates and the
+    held-out losses included; its memory has the weights, their base values, and those of the members of truncated runs."""
 
-    model: str
-    tasks: list[str]
-    steps: int
     updates: int
     horizon: int
-    blocks: int
-    weights: int
-    forwards: int
-    """Forward passes of all runs, those that compare learning rates and the held-out losses included."""
-    memory_bytes: int
-    """Weights, their base values, and those of the members of truncated runs; without activations."""
-    disk_bytes: int
 
     def sentence(self) -> str:
         return (
@@ -92,9 +64,6 @@ class HorizonPlan:
             f"{self.blocks} scales for {self.weights:,} weights, about {self.forwards:,} forward passes; about "
             f"{size(self.memory_bytes)} of memory and activations, {size(self.disk_bytes)} of disk."
         )
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def make_plan(config: HorizonConfig, model: nn.Module, tasks: Sequence[HorizonTask]) -> HorizonPlan:
@@ -120,6 +89,18 @@ def make_plan(config: HorizonConfig, model: nn.Module, tasks: Sequence[HorizonTa
         memory_bytes=(every + (1 + members) * weights) * item,
         disk_bytes=3 * members * weights * item + 2**20,
     )
+
+
+def build(
+    config: HorizonConfig,
+    loaded: LoadedModel,
+    tasks: list[HorizonTask],
+    caught: Sequence[str] = (),
+    console: Console | None = None,
+    origin: dict[str, Any] | None = None,
+) -> HorizonRun:
+    """Make the run; it says nothing and reads no recording."""
+    return HorizonRun(tasks, config, caught)
 
 
 def judge(run: HorizonRun) -> None:
@@ -150,7 +131,7 @@ def make_tuner(run: HorizonRun, loaded: LoadedModel) -> Tuner:
     }
     info = TunerInfo(
         base_model=loaded.name,
-        blocks=[spec(block) for block in blocks],
+        blocks=[BlockSpec.of(block) for block in blocks],
         by=config.blocks,
         features="log",
         parametrisation="rms_exp",
@@ -160,7 +141,3 @@ def make_tuner(run: HorizonRun, loaded: LoadedModel) -> Tuner:
         metazo_version=metazo.__version__,
     )
     return Tuner(whole, info)
-
-
-def spec(block: Block) -> BlockSpec:
-    return BlockSpec(block.name, [(tensor.name, tuple(tensor.param.shape)) for tensor in block.tensors])

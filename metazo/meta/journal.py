@@ -26,6 +26,11 @@ COLLAPSED = 0.5  # fraction of the perturbation in one block
 _PLAIN_EVERY = 10.0  # seconds between lines if the output is not a terminal
 
 
+def say(console: Console | None, text: str) -> None:
+    if console is not None:
+        console.print(text, soft_wrap=True)
+
+
 def short_type(name: str) -> str:
     """A short name of a block type: its last module and parameter, such as `q_proj.weight`."""
     return ".".join(block_type(name).split(".")[-2:])

@@ -45,6 +45,11 @@ class MetaStep:
     skipped: bool
 
 
+def order_of(config: MetaConfig, tasks: Sequence[MetaTask]) -> Order:
+    """The batches of a run."""
+    return Order([len(task) for task in tasks], config.batch_size, config.seed)
+
+
 def restarts(config: MetaConfig, order: Order) -> int:
     """Meta-steps between restarts; 0: never."""
     return restart_steps(config.restart_every, order.steps_per_epoch)
@@ -87,7 +92,7 @@ class MetaRun:
         path: Path | None = None,
     ):
         self.model, self.tensors, self.tasks, self.config = model, tensors, tasks, config
-        self.order = order or Order([len(task) for task in tasks], config.batch_size, config.seed)
+        self.order = order or order_of(config, tasks)
         self.noise = noise or PhiloxNoise(config.seed)
         self.weights = Weights(tensors, self.noise, "in-place")
         published = config.embedding_count == "published"

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 
+from metazo.blocks import Block
+
 NamedShapes = Iterable[tuple[str, Sequence[int]]]
 """(name, shape) of each parameter, tied ones once: `((n, p.shape) for n, p in model.named_parameters())`."""
 
@@ -21,6 +23,11 @@ class BlockSpec:
 
     def __post_init__(self) -> None:
         self.tensors = [(name, None if shape is None else tuple(shape)) for name, shape in self.tensors]
+
+    @classmethod
+    def of(cls, block: Block) -> BlockSpec:
+        """The name and the tensors of a model's block."""
+        return cls(block.name, [(tensor.name, tuple(tensor.param.shape)) for tensor in block.tensors])
 
 
 @dataclass(frozen=True)

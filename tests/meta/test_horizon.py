@@ -18,7 +18,7 @@ from metazo.meta import horizon as module
 from metazo.meta.config import MetaConfig
 from metazo.meta.horizon import HorizonRun
 from metazo.meta.horizon_config import HorizonConfig
-from metazo.meta.horizon_setup import load_tasks
+from metazo.meta.horizon_setup import load
 from metazo.meta.train import dry, meta_train
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import run_settings
@@ -64,7 +64,7 @@ def test_the_result_is_an_ordinary_tuner_that_runs_use(settings, tmp_path: Path)
 
 
 def test_the_search_starts_at_the_rms_rule_or_flat(settings) -> None:
-    _, tasks = load_tasks(settings())
+    _, tasks = load(settings())
     rms = HorizonRun(tasks, settings()).sigma()
     rule = RMSScale()
     rule.bind(HorizonRun(tasks, settings()).tensors)
@@ -81,7 +81,7 @@ class Watch:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.runs: list[dict] = []
-        run, batch, optimizer = HorizonRun.run, module.HorizonTask.batch, module.MeZO
+        run, batch, optimizer = HorizonRun.run, module.HorizonTask.batch_at, module.MeZO
 
         def watched(this, task, point, rate, seed, first, last, state=None):
             self.runs.append({"point": point.clone(), "batches": [], "noise": [], "first": first, "task": task.name})
@@ -98,7 +98,7 @@ class Watch:
             return built
 
         monkeypatch.setattr(HorizonRun, "run", watched)
-        monkeypatch.setattr(module.HorizonTask, "batch", read)
+        monkeypatch.setattr(module.HorizonTask, "batch_at", read)
         monkeypatch.setattr(module, "MeZO", made)
 
 
@@ -122,7 +122,7 @@ def test_both_members_of_a_pair_have_the_same_noise_and_batches(settings, monkey
 
 def test_truncated_runs_continue_as_the_whole_run_would(settings) -> None:
     """With a spread of almost 0 and no update, the parts of a truncated run are the whole run, up to that spread."""
-    _, tasks = load_tasks(settings())
+    _, tasks = load(settings())
     common = {"spread": 1e-12, "lr_sigma": 1e-12, "steps": 2, "pairs": 1, "rates": [1e-3]}
     whole = HorizonRun(tasks, settings(**common))
     parts = HorizonRun(tasks, settings(**common, truncation=2))
@@ -161,7 +161,7 @@ def test_the_scales_follow_the_loss(settings, monkeypatch) -> None:
     """If the held-out loss were the first scale, the search would lower it; two networks per block serve as well."""
     for networks in (0, 4):
         config = settings(steps=60, pairs=4, lr_sigma=0.2, shaping="rank", networks=networks)
-        _, tasks = load_tasks(config)
+        _, tasks = load(config)
 
         def fake(run, task, point, rate, seed, first, last, state=None):
             made = run._scale(run.networks(point))
@@ -181,7 +181,7 @@ def test_several_heads_on_one_encoder_and_frozen_layers(settings) -> None:
     """Label phrases of tasks with other numbers of classes; what is frozen keeps the RMS rule in the file."""
     changes = {"kind": "bert", "head": "phrases", "train": ["*layer.1.*"], "steps": 2, "max_length": 32}
     config = settings(**changes)
-    loaded, tasks = load_tasks(config)
+    loaded, tasks = load(config)
     assert [task.model.classes for task in tasks] == [4, 2]
     assert next(tasks[0].model.parameters()) is next(tasks[1].model.parameters())
     tuner = meta_train(config)
@@ -211,7 +211,7 @@ def test_losses_that_are_not_finite_are_counted(settings, monkeypatch) -> None:
 def test_the_plan_counts_forward_passes(settings, monkeypatch) -> None:
     config = settings(truncation=2, rates=[1e-4, 1e-3])
     plan = dry(config)
-    loaded, _ = load_tasks(config)
+    loaded, _ = load(config)
     calls: list[int] = []
     forward = type(loaded.model).forward
 

@@ -16,7 +16,8 @@ from metazo.io.terminal import Console
 from metazo.meta.config import MetaConfig
 from metazo.meta.journal import row_of, warning
 from metazo.meta.loop import MetaRun
-from metazo.meta.train import build, dry, load, meta_train
+from metazo.meta.path_setup import build, load
+from metazo.meta.train import dry, meta_train
 from metazo.meta.trajectory import Trajectory
 from metazo.recipes import locate
 from metazo.runs.interrupt import Interrupted
@@ -70,7 +71,7 @@ def test_the_folder_holds_the_tuner_and_what_happened(settings, how: str):
         "sigma.png",
         "tuner.safetensors",
     ]
-    loaded, _, _ = load(config)
+    loaded, _ = load(config)
     kept = Tuner.load(out)
     assert kept.fits((name, tuple(p.shape)) for name, p in loaded.model.named_parameters()).ok
     for a, b in zip(weights(tuner), weights(kept)):
@@ -157,7 +158,7 @@ def test_a_recording_that_was_cut_is_gone_on_with(settings, tmp_path: Path, monk
     whole = settings("a", record=tmp_path / "whole", record_every=2)
     meta_train(whole)
     cut = settings("b", record=tmp_path / "cut", record_every=2)
-    loaded, tasks, order = load(cut)
+    loaded, tasks = load(cut)
     caught: list[str] = []
     loss = type(tasks[0]).loss
 
@@ -171,7 +172,7 @@ def test_a_recording_that_was_cut_is_gone_on_with(settings, tmp_path: Path, monk
     with monkeypatch.context() as patched:
         patched.setattr(type(tasks[0]), "loss", counted)
         with pytest.raises(Interrupted):
-            build(cut, loaded, tasks, order, caught)
+            build(cut, loaded, tasks, caught)
     with pytest.raises(UserError, match="not complete"):
         Trajectory.open(tmp_path / "cut")
     meta_train(cut)
@@ -243,8 +244,8 @@ def test_resume_with_other_settings_is_refused(settings, monkeypatch):
 def test_collapse_is_said(settings, monkeypatch):
     """If sigma of one block is a hundred times the others', it has more than half of the perturbation."""
     config = settings(blocks="layer")
-    loaded, tasks, order = load(config)
-    run = build(config, loaded, tasks, order)
+    loaded, tasks = load(config)
+    run = build(config, loaded, tasks)
     with torch.no_grad():
         run.pertnn.b2[0] += 100
     row = row_of(run.step(), run.scale.blocks)

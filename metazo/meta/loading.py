@@ -1,0 +1,39 @@
+"""The model and the tasks of a meta-training run of block scales."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from metazo.errors import UserError
+from metazo.meta.config import ScaleConfig
+from metazo.models.load import MADE, LoadedModel, load_model
+from metazo.tasks import Prepared, Task, prepare
+
+
+def load_base(config: ScaleConfig, tasks: Sequence[Task], device: torch.device, head: str = "auto") -> LoadedModel:
+    """The base model; a classifier has a head for the tasks' classes if all have the same number, or if the head is made anew
+    for each task. Raises UserError."""
+    classes = {task.num_labels for task in tasks if task.kind == "classification"}
+    count = next(iter(classes)) if len(classes) == 1 or (classes and head in MADE) else None
+    return load_model(config.model, dtype=config.dtype, device=device, seed=config.seed, num_labels=count, head=head)
+
+
+def prepare_task(config: ScaleConfig, task: Task, loaded: LoadedModel, held_out: int = 1) -> Prepared:
+    """The examples of a task, `held_out` of them in its split dev. Raises UserError if they do not fill a batch."""
+    prepared = prepare(
+        task,
+        loaded,
+        data=config.data,
+        train=config.train_examples,
+        dev=held_out,
+        test=1,
+        seed=config.seed,
+        max_length=config.max_length,
+    )
+    if len(prepared.train) < config.batch_size:
+        raise UserError(
+            f"`batch_size` {config.batch_size} is more than the {len(prepared.train)} training examples of {task.name!r}."
+        )
+    return prepared

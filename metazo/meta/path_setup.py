@@ -1,0 +1,127 @@
+"""What a run along a teacher's path begins and ends with: model and tasks, the run itself, and the tuner."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import metazo
+from metazo.blocks import named_tensors
+from metazo.io.lock import FolderLock
+from metazo.io.terminal import Console
+from metazo.meta.config import MetaConfig
+from metazo.meta.dryrun import make_plan as make_plan
+from metazo.meta.journal import say
+from metazo.meta.loading import load_base, prepare_task
+from metazo.meta.loop import MetaRun, make_teacher, order_of, restarts
+from metazo.meta.order import PreparedTask
+from metazo.meta.path import Online
+from metazo.meta.reset import Start
+from metazo.meta.trajectory import Recorded, Trajectory, belongs_to, record
+from metazo.models.load import LoadedModel
+from metazo.runs.inputs import belongs
+from metazo.runs.interrupt import Interrupted
+from metazo.runs.method import resolve_device
+from metazo.runs.monitor import Diverged
+from metazo.tasks import resolve
+from metazo.tuner.file import Tuner, TunerInfo
+from metazo.tuner.match import BlockSpec
+from metazo.tuner.networks import PertNN
+
+START = "start.safetensors"
+
+
+def load(config: MetaConfig) -> tuple[LoadedModel, list[PreparedTask]]:
+    """The model and the training sets. Raises UserError."""
+    resolved = [resolve(name) for name in config.task]
+    device = resolve_device(config.device)
+    loaded = load_base(config, resolved, device)
+    return loaded, [PreparedTask(prepare_task(config, task, loaded), device) for task in resolved]
+
+
+def build(
+    config: MetaConfig,
+    loaded: LoadedModel,
+    tasks: list[PreparedTask],
+    caught: list[str] | None = None,
+    console: Console | None = None,
+    origin: dict[str, Any] | None = None,
+) -> MetaRun:
+    """Make the run from its settings; records the teacher's path first if the settings ask for it.
+
+    origin: hashes of the inputs (`runs.inputs.belongs`), which must equal those of a recorded path.
+    """
+    tensors, order = named_tensors(loaded.model), order_of(config, tasks)
+    if config.record is None and config.trajectory is None:
+        start = Start(tensors, config.out / START)
+        path = Online(start, make_teacher(config, tensors, order), order, restarts(config, order), config.restart_model)
+        return MetaRun(loaded.model, tensors, tasks, config, order=order, path=path)
+    shared = ("seed", "batch_size", "train_examples", "max_length", "dtype")
+    settings = {name: getattr(config, name) for name in shared}
+    settings |= {name: getattr(config, name) for name in ("teacher", "teacher_lr", "momentum", "clip")}
+    origin = origin or belongs(loaded.model, [task.prepared for task in tasks])
+    identity = belongs_to(config.model, tasks, tensors, settings, origin)
+    folder = config.trajectory
+    if config.record is not None:
+        folder = config.record
+        teacher = make_teacher(config, tensors, order)
+
+        def report(step: int, loss: float) -> None:
+            if console is not None and (step + 1) % 100 == 0:
+                say(console, f"Teacher's step {step + 1} of {teacher.steps}, loss {loss:.4f}.")
+            if caught:
+                raise Interrupted(
+                    f"stopped after the teacher's step {step + 1}; continue with the same command and `resume=True`.",
+                    caught[0],
+                )
+
+        steps, every = teacher.steps, config.record_every
+        with FolderLock(folder, "record"):
+            record(
+                folder, loaded.model, tensors, tasks, teacher, order, identity, steps=steps, every=every, report=report
+            )
+    assert folder is not None
+    path = Recorded(Trajectory.open(folder, identity, say=partial(say, console)), tensors, tasks)
+    return MetaRun(loaded.model, tensors, tasks, config, order=order, path=path)
+
+
+def judge(run: MetaRun) -> None:
+    """Raises Diverged if the networks mean nothing."""
+    assert run.pertnn is not None
+    kept = f"the log and the last snapshot in {run.config.out} are kept; choose another `out`."
+    if not all(bool(weight.isfinite().all()) for weight in run.pertnn.parameters()):
+        raise Diverged(
+            f"Meta-training diverged: the networks are not finite after {run.steps} meta-steps; lower `lr_meta` (now "
+            f"{run.config.lr_meta:g}); {kept}"
+        )
+    if 2 * run.skipped > run.steps:
+        raise Diverged(
+            f"Meta-training diverged: the loss was not finite in {run.skipped} of {run.steps} meta-steps; lower `teacher_lr` "
+            f"(now {run.config.teacher_lr:g}) or, with the published objective, `lr_update` and `eps`; {kept}"
+        )
+
+
+def make_tuner(run: MetaRun, loaded: LoadedModel) -> Tuner:
+    """The current tuner of a run, with its networks in float32."""
+    config = run.config
+    assert run.pertnn is not None
+    weights = {name: value.detach().float().cpu() for name, value in run.pertnn.named_parameters()}
+    recipe = config.recipe() | {
+        "tasks": [task.name for task in run.tasks],
+        "steps": run.steps,
+        "skipped": run.skipped,
+        "teacher_path": "online" if isinstance(run.path, Online) else "recorded",
+    }
+    info = TunerInfo(
+        base_model=loaded.name,
+        blocks=[BlockSpec.of(block) for block in run.scale.blocks],
+        by=config.blocks,
+        features=config.features,
+        parametrisation=config.parametrisation,
+        bound=config.bound,
+        normalise=config.normalise,
+        embedding_count=config.embedding_count,
+        recipe=recipe,
+        metazo_version=metazo.__version__,
+    )
+    return Tuner(PertNN.from_stacked(**weights), info)
