@@ -4,11 +4,10 @@
 
 The twin of pico has every query projection times FACTOR and every key projection over FACTOR. It computes the same function,
 so nothing but the scale of the perturbation differs. Plain MeZO perturbs the small keys as strongly as all other weights.
-The horizon objective starts there as well (start "flat") and has to find the scales from runs on other tasks. Columns are
-MeZO on pico itself, and on the twin MeZO, the RMS rule, random networks, and the learned scales. Each takes its rate per task
-on seed 0 from the same grid, extended by factors of 3 if the best is at its end. Losses are those of the seeds 1 to 3.
-About 3 minutes of one core. Columns without a search are not measured
-again if --out has them.
+The horizon objective starts there as well (start "flat") and has to find the scales from runs on other tasks, in as many
+pairs of runs as the column says. Other columns are MeZO on pico itself, and on the twin MeZO, the RMS rule, and random
+networks. Each takes its rate per task on seed 0 from the same grid, extended by factors of 3 if the best is at its end.
+Losses are those of the seeds 1 to 3. About 6 minutes of one core; columns that --out has are not measured again.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import tempfile
 import time
 from pathlib import Path
@@ -25,10 +25,10 @@ from typing import Any, Literal
 import torch
 
 import metazo
+from metazo.meta.horizon import HorizonTask
 from metazo.meta.horizon_config import HorizonConfig
 from metazo.models.load import load_model
 from metazo.optimizers import MeZO
-from metazo.runs.batches import batch_indices_by_length
 from metazo.runs.schedule import share
 from metazo.tasks import prepare, resolve
 from metazo.tasks.evaluate import evaluate
@@ -39,8 +39,9 @@ from metazo.tuner.scale import TunerScale, tuner_scale
 FACTOR, BATCH, STEPS, LENGTH = 20.0, 4, 80, 96
 RATES, EXTENSIONS, TUNING, SEEDS = (1e-5, 3e-5, 1e-4, 3e-4), 2, 0, (1, 2, 3)
 META, TASKS = ["pico_topic", "pico_span"], ["pico_sentiment"]
-SEARCH: dict[str, Any] = {"steps": 40, "pairs": 4, "horizon": 24, "spread": 0.5, "lr_sigma": 0.5, "bound": 8.0}
-COLUMNS = ("mezo on pico", "mezo", "rms", "random", "horizon from flat")
+SEARCH: dict[str, Any] = {"pairs": 4, "horizon": 24, "spread": 0.5, "lr_sigma": 0.5, "bound": 8.0}
+SEARCHES = {f"horizon, {pairs} pairs": SEARCH | {"steps": pairs} for pairs in (40, 100)}
+COLUMNS = ("mezo on pico", "mezo", "rms", "random", *SEARCHES)
 
 
 def twin(folder: Path) -> float:
@@ -60,72 +61,88 @@ def twin(folder: Path) -> float:
     return float((after - before).abs().max() / before.abs().max())
 
 
-def learned(
-    model: Path | str, tasks: list[str], start: Literal["rms", "flat"], out: Path, search: dict[str, Any]
-) -> Tuner:
-    """Scales from runs on these tasks."""
+def searched(
+    model: Path | str, tasks: list[str], start: Literal["rms", "flat"], search: dict[str, Any]
+) -> tuple[Tuner, dict[str, Any]]:
+    """Scales from runs on these tasks, and how they were found."""
     data: dict[str, Any] = {"task": tasks, "train_examples": 400, "batch_size": BATCH, "max_length": LENGTH}
-    config = HorizonConfig(model=str(model), out=out, start=start, rates=list(RATES), **data, **search)
-    return metazo.meta_train(config)  # type: ignore[return-value]
+    began = time.process_time()
+    with tempfile.TemporaryDirectory() as name:
+        config = HorizonConfig(
+            model=str(model), out=Path(name) / "out", start=start, rates=list(RATES), **data, **search
+        )
+        tuner: Any = metazo.meta_train(config)
+    spent = round(time.process_time() - began, 1)
+    print(f"{spent:.0f} CPU seconds of meta-training", flush=True)
+    facts = {"search": search | {"tasks": tasks}, "cpu seconds": spent, "log sigma over RMS": over_rms(tuner)}
+    return tuner, facts
+
+
+def over_rms(tuner: Tuner) -> dict[str, float]:
+    """The logarithm of each block's scale over that of the RMS rule, of scales without networks; frozen blocks are left out."""
+    bound = tuner.info.bound
+    raw = zip(tuner.info.blocks, tuner.pertnn.b2.tolist(), strict=True)
+    return {block.name: round(bound * math.tanh(b / bound), 3) for block, b in raw if b}
+
+
+def keys(folder: Path, over: dict[str, float]) -> float:
+    """The mean logarithm of the scales of the keys, less that of the matrices that the twin shares with pico."""
+    logs: dict[bool, list[float]] = {True: [], False: []}
+    for name, parameter in load_model(str(folder)).model.named_parameters():
+        if parameter.dim() == 2 and "q_proj" not in name:
+            rms = parameter.detach().square().mean().sqrt().log()
+            logs["k_proj" in name].append(float(rms) + over.get(name, 0.0))
+    return round(fmean(logs[True]) - fmean(logs[False]), 2)
+
+
+def output(script: str, doc: str | None) -> Path:
+    """The file of --out, from the command line; one thread from now on."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(script).with_suffix(".json"))
+    torch.set_num_threads(1)
+    return parser.parse_args().out
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/rescaled_twins.json"))
-    given = parser.parse_args()
-    torch.set_num_threads(1)
-    began = time.process_time()
+    out = output(__file__, __doc__)
+    content: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"results": {}, "searches": {}}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "twin"
-        difference = twin(folder)
-        tuners = {"horizon from flat": learned(folder, META, "flat", Path(name) / "search", SEARCH)}
-        spent = time.process_time() - began
-        print(f"largest difference of logits {difference:.1e}; {spent:.0f} CPU seconds of meta-training", flush=True)
-        results: dict[str, Any] = {}
-        known = json.loads(given.out.read_text())["results"] if given.out.exists() else {}
-        for task in TASKS:
-            for column in COLUMNS:
-                if column in known.get(task, {}) and column not in tuners:
-                    results.setdefault(task, {})[column] = known[task][column]
-                    continue
+        content |= {"factor": FACTOR, "difference of logits": twin(folder)}
+        content["keys over other matrices, RMS rule"] = keys(folder, {})
+        for column in COLUMNS:
+            missing = [task for task in TASKS if column not in content["results"].get(task, {})]
+            tuner = None
+            if missing and column in SEARCHES:
+                tuner, facts = searched(folder, META, "flat", SEARCHES[column])
+                content["searches"][column] = facts
+            if column in SEARCHES:
+                facts = content["searches"][column]
+                facts["keys over other matrices"] = keys(folder, facts["log sigma over RMS"])
+            for task in missing:
                 model = "pico" if column == "mezo on pico" else folder
-                results.setdefault(task, {})[column] = measured(model, task, column, tuners)
-                print(task, column, results[task][column], flush=True)
-    scales = {
-        which: {block.name: round(b, 3) for block, b in zip(tuner.info.blocks, tuner.pertnn.b2.tolist())}
-        for which, tuner in tuners.items()
-    }
-    content = {
-        "factor": FACTOR,
-        "difference of logits": difference,
-        "search": SEARCH | {"tasks": META},
-        "cpu seconds of meta-training": round(spent, 1),
-        "results": results,
-        "log sigma over RMS": scales,
-    }
-    given.out.write_text(json.dumps(content, indent=1) + "\n")
+                content["results"].setdefault(task, {})[column] = measured(model, task, column, tuner)
+                print(task, column, content["results"][task][column], flush=True)
+            out.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def measured(model: Path | str, task: str, column: str, tuners: dict[str, Any]) -> dict[str, Any]:
-    """Rate, losses by rate on the tuning seed, losses of the seeds and their mean."""
+def measured(model: Path | str, task: str, column: str, tuner: Tuner | None) -> dict[str, Any]:
+    """Rate, losses by rate on the tuning seed, losses of the seeds and their mean. tuner: of a column that has one."""
     loaded = load_model(str(model))
     prepared = prepare(resolve(task), loaded, train=400, dev=128, test=1, max_length=LENGTH)
-    lengths = [len(example) for example in prepared.train]
 
     def run(lr: float, seed: int) -> float:
         own = copy.deepcopy(loaded.model)
+        case = HorizonTask(own, prepared)
         scale: Any = "rms" if column == "rms" else None
         if column == "random":
             scale = TunerScale(pertnn=PertNN(sum(1 for _ in own.parameters()), seed=seed))
-        elif column in tuners:
-            scale = tuner_scale(tuners[column], own.named_parameters())
+        elif tuner is not None:
+            scale = tuner_scale(tuner, own.named_parameters())
         optimizer = MeZO(own.named_parameters(), lr, seed=seed, scale=scale, check_loss=False)
         for step in range(STEPS):
-            optimizer.param_groups[0]["lr"] = lr * share("linear", step, STEPS)
-            chosen = batch_indices_by_length(step, BATCH, lengths, seed)
-            batch = prepared.collate([prepared.train[index] for index in chosen])
-            optimizer.step(lambda batch=batch: prepared.loss(own, batch))
-        value = evaluate(own, prepared, "dev")["loss"]
+            case.step(optimizer, step, BATCH, seed, lr * share("linear", step, STEPS))
+        value = case.held_out()
         return value if value == value else float("inf")
 
     grid = {lr: run(lr, TUNING) for lr in RATES}

@@ -35,14 +35,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from metazo.meta.horizon import HorizonTask
 from metazo.models.load import load_model
 from metazo.optimizers import MeZO
 from metazo.optimizers.meazo import MEAZO
-from metazo.runs.batches import batch_indices_by_length
 from metazo.runs.schedule import share
 from metazo.tasks import get, prepare
 from metazo.tasks.classes import fit_head
-from metazo.tasks.evaluate import evaluate
 
 META = (
     "airline_sentiment",
@@ -55,10 +54,12 @@ META = (
     "search_snippets",
 )
 HELD_OUT = ("banking77", "dailydialog_act", "ag_news", "subj", "stackoverflow_sentiment", "sms_spam")
+KINDS = {"meta": META, "held-out": HELD_OUT}
 RATES = tuple(1e-4 * 2**power for power in range(6))
 EXTENSIONS = 2  # halvings of the lowest rate of a held-out task, as long as it is the best
 SEEDS = {"meta": (0,), "held-out": (0, 1)}
 BATCH, STEPS, LENGTH, EPS, PROBES = 8, 150, 16, 1e-3, 12
+FLOOR = 0.05  # of the agreement of slopes
 PROBE_FORWARDS = 4 * PROBES + 2
 
 
@@ -68,40 +69,34 @@ class Case:
     def __init__(self, model: str, data: Path, name: str):
         task = get(name)
         loaded = load_model(model, num_labels=task.num_labels, head="phrases")
-        self.prepared = prepare(task, loaded, data=data, train=512, dev=128, test=0, max_length=LENGTH)
+        prepared = prepare(task, loaded, data=data, train=512, dev=128, test=0, max_length=LENGTH)
         self.net: Any = loaded.model.eval().requires_grad_(False)
         self.net.encoder.encoder.layer[-2:].requires_grad_(True)
         self.net.cache_frozen()
-        fit_head(loaded, self.prepared, 32)
+        fit_head(loaded, prepared, 32)
+        self.task = HorizonTask(self.net, prepared)
         self.start = {name: value.clone() for name, value in self.net.state_dict().items()}
-        self.lengths = [len(example) for example in self.prepared.train]
-        self.before = evaluate(self.net, self.prepared, "dev", batch_size=64)["loss"]
-
-    def batch(self, step: int, seed: int) -> Any:
-        chosen = batch_indices_by_length(step, BATCH, self.lengths, seed)
-        return self.prepared.collate([self.prepared.train[index] for index in chosen])
+        self.before = self.task.held_out()
 
     def run(self, lr: float, seed: int, steps: int = STEPS, method: type = MeZO, scale: Any = None) -> float:
         """The loss on held-out examples after `steps` steps."""
         self.net.load_state_dict(self.start)
         optimizer = method(self.net.named_parameters(), lr, EPS, seed=seed, scale=scale, check_loss=False)
         for step in range(steps):
-            optimizer.param_groups[0]["lr"] = lr * share("linear", step, steps)
-            batch = self.batch(step, seed)
-            optimizer.step(lambda batch=batch: self.prepared.loss(self.net, batch))
-        return evaluate(self.net, self.prepared, "dev", batch_size=64)["loss"]
+            self.task.step(optimizer, step, BATCH, seed, lr * share("linear", step, steps))
+        return self.task.held_out()
 
     def probes(self, seed: int) -> dict[str, list[float]]:
         """Slopes and curvatures at the base weights, per direction: c1, h1 on one batch and c2, h2 on another."""
         self.net.load_state_dict(self.start)
-        batches = [self.batch(1000 + place, seed) for place in (0, 1)]
+        batches = [self.task.batch_at(1000 + place, BATCH, seed) for place in (0, 1)]
         found: dict[str, list[float]] = defaultdict(list)
         with torch.inference_mode():
-            levels = [float(self.prepared.loss(self.net, batch)) for batch in batches]
+            levels = [float(self.task.prepared.loss(self.net, batch)) for batch in batches]
         for place, batch in enumerate(batches, 1):
             probe = MeZO(self.net.named_parameters(), 0.0, EPS, seed=seed + 10**6, check_loss=False)
             for _ in range(PROBES):  # the same directions on both batches; at rate 0 the weights stay
-                probe.step(lambda batch=batch: self.prepared.loss(self.net, batch))
+                probe.step(lambda batch=batch: self.task.prepared.loss(self.net, batch))
                 plus, minus = probe.last_step.losses
                 found[f"c{place}"].append((plus - minus) / (2 * EPS))
                 found[f"h{place}"].append((plus + minus - 2 * levels[place - 1]) / EPS**2)
@@ -115,45 +110,49 @@ def features(probes: dict[str, list[float]]) -> tuple[float, float, float]:
     return (
         math.sqrt(square),
         max(float(h.mean()), 0.1 * float(np.abs(h).mean())),
-        max(float((c1 * c2).mean()) / square, 0.05),
+        max(float((c1 * c2).mean()) / square, FLOOR),
     )
+
+
+def grids(rows: list[dict[str, Any]]) -> dict[str, dict[float, dict[int, float]]]:
+    """Losses of the grid by task, rate and seed, in the order of the rates that have been run with every seed."""
+    found: dict[str, dict[float, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    for row in rows:
+        if row["rule"] == "grid":
+            found[row["task"]][row["lr"]][row["seed"]] = row["loss"]
+    seeds = {task: len(SEEDS[kind]) for kind, tasks in KINDS.items() for task in tasks}
+    whole = {
+        task: {lr: losses for lr, losses in sorted(rates.items()) if len(losses) == seeds[task]}
+        for task, rates in found.items()
+    }
+    return {task: grid for task, grid in whole.items() if grid}
+
+
+def lowest(grid: dict[float, dict[int, float]]) -> float:
+    """The rate of the lowest mean loss."""
+    return min(grid, key=lambda rate: fmean(grid[rate].values()))
 
 
 def best_rates(rows: list[dict[str, Any]]) -> dict[str, float]:
     """The rate of the lowest loss of each task, between the rates of the grid: the vertex of a parabola in log rate."""
-    grid: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows:
-        if row["rule"] == "grid":
-            grid[row["task"]][row["lr"]].append(row["loss"])
     found = {}
-    for task, losses in grid.items():
-        rates = sorted(losses)
-        means = [fmean(losses[rate]) for rate in rates]
-        place = int(np.argmin(means))
-        logs = [math.log(rate) for rate in rates]
+    for task, grid in grids(rows).items():
+        rates = list(grid)
+        place = rates.index(lowest(grid))
+        found[task] = rates[place]
         if 0 < place < len(rates) - 1:
-            curve = np.polyfit(logs[place - 1 : place + 2], means[place - 1 : place + 2], 2)
+            near = rates[place - 1 : place + 2]
+            curve = np.polyfit(np.log(near), [fmean(grid[rate].values()) for rate in near], 2)
             found[task] = math.exp(-curve[1] / (2 * curve[0]))
-        else:
-            found[task] = rates[place]
     return found
 
 
 def grid_of(rows: list[dict[str, Any]], task: str) -> list[float]:
     """The rates of a task's grid: RATES, and half the lowest rate if that is the best so far."""
-    losses: dict[float, list[float]] = defaultdict(list)
-    for row in rows:
-        if (row["rule"], row["task"]) == ("grid", task):
-            losses[row["lr"]].append(row["loss"])
-    rates = sorted({*RATES, *losses})
-    whole = task in HELD_OUT and all(len(losses[rate]) == len(SEEDS["held-out"]) for rate in rates)
-    if (
-        whole
-        and rates[0] > RATES[0] / 2**EXTENSIONS * 1.01
-        and min(rates, key=lambda rate: fmean(losses[rate])) == rates[0]
-    ):
-        return [rates[0] / 2, *rates]
-    return rates
+    grid = grids(rows).get(task, {})
+    rates = sorted({*RATES, *grid})
+    further = task in HELD_OUT and set(RATES) <= set(grid) and rates[0] > RATES[0] / 2**EXTENSIONS * 1.01
+    return [rates[0] / 2, *rates] if further and lowest(grid) == rates[0] else rates
 
 
 def fitted(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -195,8 +194,7 @@ def measure(model: str, data: Path, rows: list[dict[str, Any]]) -> Iterator[dict
         known = {
             (row["rule"], row["task"], row.get("lr") if row["rule"] == "grid" else None, row["seed"]) for row in rows
         }
-        kinds = {"meta": META, "held-out": HELD_OUT} if stage == "grid" else {"held-out": HELD_OUT}
-        for kind, tasks in kinds.items():
+        for kind, tasks in (KINDS if stage == "grid" else {"held-out": HELD_OUT}).items():
             for task in tasks:
                 jobs: list[tuple[str, float | None, int]] = []
                 for seed in SEEDS[kind]:
@@ -223,17 +221,13 @@ def measure(model: str, data: Path, rows: list[dict[str, Any]]) -> Iterator[dict
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Ratio to the best rate's loss by rule and cell, and the fraction of cells within 5 %."""
-    grid: dict[tuple[str, float], dict[int, float]] = defaultdict(dict)
-    for row in rows:
-        if row["rule"] == "grid" and row["kind"] == "held-out":
-            grid[row["task"], row["lr"]][row["seed"]] = row["loss"]
+    grid = grids(rows)
+    best = {task: lowest(grid[task]) for task in HELD_OUT if grid.get(task)}
     ratios: dict[str, dict[str, float]] = defaultdict(dict)
     for row in rows:
-        if row["rule"] in ("grid", "probes"):
-            continue
-        rates = {lr: losses for (task, lr), losses in grid.items() if task == row["task"]}
-        best = min(rates, key=lambda lr: fmean(rates[lr].values()))
-        ratios[row["rule"]][f"{row['task']}/{row['seed']}"] = round(row["loss"] / rates[best][row["seed"]], 4)
+        if row["rule"] not in ("grid", "probes"):
+            task, seed = row["task"], row["seed"]
+            ratios[row["rule"]][f"{task}/{seed}"] = round(row["loss"] / grid[task][best[task]][seed], 4)
     return {
         rule: {
             "within 5 %": round(fmean(ratio <= 1.05 for ratio in cells.values()), 3),
@@ -243,6 +237,17 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         }
         for rule, cells in ratios.items()
     }
+
+
+def precision(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """How often the agreement of the slopes is at its floor, and the largest ratio of a task's curvatures between seeds."""
+    found: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
+    for row in rows:
+        if row["rule"] == "probes":
+            found[row["task"]].append(features(row["probes"]))
+    floor = [agreement == FLOOR for seen in found.values() for _, _, agreement in seen]
+    spread = [max(h for _, h, _ in seen) / min(h for _, h, _ in seen) for seen in found.values()]
+    return {"agreement at its floor": f"{sum(floor)} of {len(floor)}", "ratio of curvatures": round(max(spread), 1)}
 
 
 def main() -> None:
@@ -267,6 +272,7 @@ def main() -> None:
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
     whole = any(row["rule"] == "default" for row in rows)
     content = {"best rates": best_rates(rows), "rules": fitted(rows) if whole else {}, "summary": summary(rows)}
+    content["precision"] = precision(rows) if whole else {}
     path.write_text(json.dumps(content | {"runs": rows}).replace('{"task"', '\n{"task"') + "\n")
 
 
