@@ -23,6 +23,7 @@ from metazo.errors import UserError
 from metazo.feedback.residual import find_residual
 from metazo.feedback.surrogates import MeanJacobian
 from metazo.tuner.envelope import BadFile, TunerFile, blocks, check_facts, metadata, opened, shapes
+from metazo.tuner.markdown import figure, licence, table, text
 from metazo.tuner.match import BlockSpec, fingerprint, fit
 
 FORMAT_VERSION = 1
@@ -82,6 +83,37 @@ class FeedbackTuner(TunerFile):
     @classmethod
     def made(cls, tensors: dict[str, Tensor], info: FeedbackInfo) -> FeedbackTuner:
         return cls(_maps(**tensors), info)
+
+    def card(self, name: str, sha256: str) -> str:
+        """The card of the tuner published under `name`, in Markdown."""
+        info, maps = self.info, self.maps
+        width, rank = next(iter(maps.down.values())).shape
+        return f"""# {text(name)}
+
+Feedback for {text(info.base_model)}: the mean Jacobians of its blocks, fitted without labels. Method `feedback` multiplies the
+error after the last block by them to estimate the error at every lower block.
+
+| | |
+|---|---|
+| base model | {text(info.base_model)} |
+| maps | {len(maps.down)}, for the outputs of all blocks but the last; identity + rank {rank}, width {width} |
+| trust, from the lowest block up | {", ".join(figure(float(maps.trust[index])) for index in sorted(maps.trust))} |
+| licence | {licence(info.licence)} |
+| fingerprint | {info.fingerprint} |
+| sha256 | {sha256} |
+| written by | metazo {text(info.metazo_version) or "(version not recorded)"} |
+
+## Use
+
+    metazo finetune --model {text(info.base_model)} --task TASK --optimizer feedback --tuner {text(name)}
+
+It fits {text(info.base_model)} and every model whose blocks have the same tensor names and shapes. The control is
+`--optimizer skip-feedback`, which needs no tuner.
+
+## Recipe
+{table(info.recipe)}
+## Scores
+{table(info.scores)}"""
 
     def check_fit(self, model: nn.Module) -> None:
         """Raises UserError, which names the first differences, unless the model's blocks have the tuner's tensors."""

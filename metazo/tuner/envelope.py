@@ -10,6 +10,7 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -21,6 +22,7 @@ from metazo.errors import UserError
 from metazo.io.files import read_capped, write_whole
 from metazo.io.plain import is_name, is_plain, parse_json, shown
 from metazo.tuner.limits import MAX_BYTES, MAX_HEADER_BYTES
+from metazo.tuner.markdown import front_matter
 from metazo.tuner.match import BlockSpec
 
 DTYPES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
@@ -34,6 +36,7 @@ class TunerFile(ABC):
     """A tuner of some kind, which is one file. `called`: what messages call it."""
 
     called: ClassVar[str]
+    info: Any
 
     @abstractmethod
     def to_bytes(self) -> bytes:
@@ -48,6 +51,10 @@ class TunerFile(ABC):
     @abstractmethod
     def made(cls, tensors: dict[str, Tensor], info: Any) -> Self:
         """The tuner from its tensors, which are finite, and its metadata."""
+
+    @abstractmethod
+    def card(self, name: str, sha256: str) -> str:
+        """The card of the tuner published under `name`, in Markdown: the base model, its use, recipe and scores."""
 
     def save(self, path: str | Path) -> None:
         """Write the tuner as safetensors, completely or not at all."""
@@ -66,21 +73,32 @@ class TunerFile(ABC):
     def from_pretrained(cls, name: str | Path, *, revision: str | None = None) -> Self:
         """A tuner from a folder, a file, or a repository of the Hub, whose file is checked like any other.
 
-        Raises UserError if it cannot be had or used. On huggingface_hub's ModelHubMixin (metazo/tuner/hub.py).
+        Raises UserError if it cannot be had or used.
         """
-        from metazo.tuner.hub import OnHub
+        path = Path(name).expanduser()
+        if path.exists():
+            return cls.load(path)
+        from metazo.tuner.hub import hub_file
 
-        return OnHub.from_pretrained(str(name), revision=revision, kind=cls).tuner  # type: ignore[return-value]
+        return cls.load(hub_file(str(name), revision, lambda said: None))
 
-    def push_to_hub(self, repository: str, **options: Any) -> str:
-        """Upload the tuner with a card to OWNER/NAME on the Hub, which is made if missing; returns the commit's address.
+    def push_to_hub(self, repository: str, *, private: bool | None = None, branch: str | None = None) -> str:
+        """Upload the tuner with its card to OWNER/NAME on the Hub, which is made if missing; returns the commit's address.
 
-        options: of ModelHubMixin.push_to_hub: private, branch, commit_message, ... Raises UserError if it is refused. A card
-        with recipe and scores is written by `metazo zoo push --to hub:OWNER/NAME`.
+        private: for a repository that is made. branch: by default main. Raises UserError if it is refused. On the methods of
+        huggingface_hub, with the arguments of its mixin; not on the mixin itself, which writes a card of its own and a
+        config.json that no tuner has.
         """
-        from metazo.tuner.hub import OnHub
+        from metazo.tuner.hub import hub_push
 
-        return OnHub.of(self).push(repository, **options)
+        if Path(self.info.base_model).is_absolute():
+            raise UserError(
+                f"the base model of the {self.called} is the path of a folder, {self.info.base_model}, which means nothing to "
+                "others; publish it with `metazo zoo push --to hub:OWNER/NAME --name MODEL`"
+            )
+        data = self.to_bytes()
+        text = front_matter(self.info.base_model, self.info.licence) + self.card(repository, sha256(data).hexdigest())
+        return hub_push(repository, data, text, private=private, branch=branch)
 
     @classmethod
     def from_bytes(cls, data: bytes, origin: str) -> Self:

@@ -18,6 +18,7 @@ from torch import Tensor
 from metazo.errors import UserError
 from metazo.io.plain import shown
 from metazo.tuner.envelope import BadFile, TunerFile, blocks, check_facts, metadata, opened, shapes
+from metazo.tuner.markdown import licence, table, text
 from metazo.tuner.match import BlockSpec, Match, NamedShapes, fingerprint, fit
 from metazo.tuner.networks import PertNN
 
@@ -85,6 +86,42 @@ class Tuner(TunerFile):
     @classmethod
     def made(cls, tensors: dict[str, Tensor], info: TunerInfo) -> Tuner:
         return cls(PertNN.from_stacked(**tensors), info)
+
+    def card(self, name: str, sha256: str) -> str:
+        """The card of the tuner published under `name`, in Markdown."""
+        info = self.info
+        scale = (
+            "abs(PertNN)" if info.parametrisation == "abs" else f"RMS * exp(PertNN), exponent within {info.bound:.3g}"
+        )
+        tensors = sum(len(block.tensors) for block in info.blocks)
+        return f"""# {text(name)}
+
+A tuner for {text(info.base_model)}: it learned how strongly to perturb each block of the model's weights when the
+model is fine-tuned with forward passes only (zeroth-order).
+
+| | |
+|---|---|
+| base model | {text(info.base_model)} |
+| blocks | {len(info.blocks)}, by {info.by}, {tensors} tensors |
+| inputs | {info.features} |
+| scale | {scale}{", normalised" if info.normalise else ""} |
+| embeddings count as | {info.embedding_count} |
+| licence | {licence(info.licence)} |
+| fingerprint | {info.fingerprint or "none: the shapes of the base model are not known, it is matched by names"} |
+| sha256 | {sha256} |
+| written by | metazo {text(info.metazo_version) or "(version not recorded)"} |
+
+## Use
+
+    metazo zoo show {text(name)}
+    metazo finetune --model {text(info.base_model)} --task TASK --tuner {text(name)}
+
+It fits {text(info.base_model)} and every model with the same tensor names and shapes.
+
+## Recipe
+{table(info.recipe)}
+## Scores
+{table(info.scores)}"""
 
     def fits(self, named_shapes: NamedShapes) -> Match:
         """Compare with the parameters of a model, tied ones once; see `metazo.tuner.match.fit`."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from metazo.errors import UserError
 from metazo.io.extras import needs
@@ -47,7 +47,7 @@ def hub_file(repository: str, revision: str | None, report: Callable[[str], None
         _refuse(name, "pulled", error)
 
 
-def hub_push(repository: str, data: bytes, text: str) -> str:
+def hub_push(repository: str, data: bytes, text: str, *, private: bool | None = None, branch: str | None = None) -> str:
     """Upload a tuner and its card to a Hub repository, which is made if missing; returns the address of the commit."""
     operations = [
         huggingface_hub.CommitOperationAdd(_FILE, data),
@@ -55,55 +55,13 @@ def hub_push(repository: str, data: bytes, text: str) -> str:
     ]
     try:
         hub = huggingface_hub.HfApi()
-        hub.create_repo(repository, exist_ok=True)
-        return str(hub.create_commit(repository, operations, commit_message="Publish tuner").commit_url)
+        hub.create_repo(repository, exist_ok=True, private=private)
+        if branch is not None:
+            hub.create_branch(repository, branch=branch, exist_ok=True)
+        done = hub.create_commit(repository, operations, commit_message="Publish tuner", revision=branch)
+        return str(done.commit_url)
     except Exception as error:  # as above
         _refuse(repository, "pushed to", error)
-
-
-class OnHub(huggingface_hub.ModelHubMixin):
-    """A tuner with the Hub's own methods, on which `TunerFile.push_to_hub` and `from_pretrained` are built."""
-
-    tuner: Any  # no argument of __init__, which the mixin would write into a config.json
-
-    @classmethod
-    def of(cls, tuner: Any) -> OnHub:
-        found = cls()
-        found.tuner = tuner
-        return found
-
-    def _save_pretrained(self, save_directory: Path) -> None:
-        self.tuner.save(save_directory / _FILE)
-
-    @classmethod
-    def _from_pretrained(cls, *, model_id: str, revision: str | None, kind: Any, **others: Any) -> OnHub:
-        folder = Path(model_id).expanduser()
-        return cls.of(kind.load(folder if folder.exists() else hub_file(model_id, revision, lambda text: None)))
-
-    def generate_model_card(self, *args: Any, **kwargs: Any) -> huggingface_hub.ModelCard:
-        info = self.tuner.info
-        licence = {"license": info.licence.lower()} if info.licence else {}
-        data = huggingface_hub.ModelCardData(
-            library_name="metazo", base_model=info.base_model, tags=["metazo", "tuner"], **licence
-        )
-        kind = type(self.tuner).__name__
-        return huggingface_hub.ModelCard(
-            f"---\n{data}\n---\n\nA {self.tuner.called} of metazo for {info.base_model}, for fine-tuning by forward passes.\n\n"
-            f"    from metazo.{kind_home(kind)} import {kind}\n    tuner = {kind}.from_pretrained(REPOSITORY)\n\n"
-            "On the command line: `metazo finetune --tuner REPOSITORY`.\n"
-        )
-
-    def push(self, repository: str, **options: Any) -> str:
-        """`push_to_hub` with metazo's messages; returns the address of the commit."""
-        try:
-            return str(self.push_to_hub(repository, **options))
-        except Exception as error:  # as above
-            _refuse(repository, "pushed to", error)
-
-
-def kind_home(kind: str) -> str:
-    """The module of a kind of tuner, below metazo."""
-    return {"Tuner": "tuner.file", "FeedbackTuner": "feedback.tuner"}[kind]
 
 
 def check_repository(repository: str) -> None:

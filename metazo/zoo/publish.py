@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from hashlib import sha256
 from pathlib import Path
 
 from metazo.errors import UserError
-from metazo.feedback.tuner import FeedbackInfo, FeedbackTuner
+from metazo.feedback.tuner import FeedbackTuner
 from metazo.io.files import read_capped, safe_name
-from metazo.tuner.file import Tuner, TunerInfo
+from metazo.tuner.file import Tuner
 from metazo.tuner.limits import MAX_BYTES
-from metazo.zoo.card import card_of
 from metazo.zoo.find import parsed
 from metazo.zoo.index import FILES, Sign, add, own_folder
 from metazo.zoo.log import Log
@@ -45,12 +43,7 @@ def push(
         return add(item, data, _folder(to), base, version, sign=sign).entry.name
     if version or sign:
         raise UserError("`version` and `sign` do not go with a Hub repository, which keeps its own revisions")
-    repository = str(to).removeprefix("hub:")
-    from metazo.tuner.hub import hub_push
-
-    return hub_push(
-        repository, data, front_matter(info) + card_of(item, repository, sha256(data).hexdigest(), info.licence)
-    )
+    return item.push_to_hub(str(to).removeprefix("hub:"))
 
 
 def push_log(
@@ -88,13 +81,3 @@ def _read(path: Path) -> Tuner | FeedbackTuner:
 
 def _folder(to: str | Path | None) -> Path:
     return Path(to) if to else own_folder()
-
-
-def front_matter(info: TunerInfo | FeedbackInfo) -> str:
-    """The YAML metadata at the head of a card, for the Hub."""
-    licence = f"license: {_yaml(info.licence.lower())}\n" if info.licence else ""
-    return f"---\nlibrary_name: metazo\nbase_model: {_yaml(info.base_model)}\n{licence}tags: [metazo, tuner]\n---\n"
-
-
-def _yaml(value: str) -> str:
-    return "'" + value.replace("'", "''") + "'"

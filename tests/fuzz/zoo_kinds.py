@@ -18,11 +18,10 @@ from torch import nn
 
 from metazo import zoo
 from metazo.tuner.file import BlockSpec, Tuner, TunerInfo
+from metazo.tuner.markdown import front_matter
 from metazo.tuner.networks import PertNN
 from metazo.zoo.address import split
-from metazo.zoo.card import card
 from metazo.zoo.index import read_index
-from metazo.zoo.publish import front_matter
 from tests.fuzz.kind import Kind, nested, to_json
 from tests.fuzz.mutations import CANARY, altered
 
@@ -90,11 +89,11 @@ INFO = {"base_model": "org/base", "licence": "MIT", "metazo_version": "0.1.0",
 def read_card(folder: Path) -> None:
     """The card of a tuner that loads: only its own Markdown, for all texts."""
     found = Tuner.load(folder / "tuner.safetensors")
-    text = card(found.info, "a/v1", "0" * 64)
+    text = found.card("a/v1", "0" * 64)
     assert "<" not in text and text.replace("\n", "").isprintable()
     for line in text.split("\n## Recipe\n")[1].splitlines():
         assert line in ("", "## Scores", "Not recorded.") or (line.startswith("|") and line.count("|") == 3), line
-    about = yaml.safe_load(front_matter(found.info).strip("-\n"))
+    about = yaml.safe_load(front_matter(found.info.base_model, found.info.licence).strip("-\n"))
     assert about["base_model"] == found.info.base_model and about["library_name"] == "metazo" and len(about) <= 4
 
 

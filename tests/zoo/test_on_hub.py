@@ -98,7 +98,10 @@ def test_a_tuner_is_pushed_with_a_card_and_loaded_again(hub) -> None:
     files = hub.files["org/tuner"]
     assert files["tuner.safetensors"] == tuner.to_bytes()
     card = files["README.md"].decode()
-    assert "base_model: org/base" in card and "license: apache-2.0" in card and "hf_secret" not in card
+    assert "base_model: 'org/base'" in card and "license: 'apache-2.0'" in card and "hf_secret" not in card
+    assert sha256(tuner.to_bytes()).hexdigest() in card and "## Scores" in card
+    with pytest.raises(UserError, match="is the path of a folder, /models/base"):
+        make_tuner("/models/base").push_to_hub("org/tuner")
     for revision in (None, "v2"):
         assert Tuner.from_pretrained("org/tuner", revision=revision).to_bytes() == tuner.to_bytes()
     with pytest.raises(UserError, match="org/other@main cannot be pulled"):
