@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from types import ModuleType
-from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -17,13 +16,12 @@ from metazo.blocks import NamedTensor
 from metazo.errors import UserError
 from metazo.noise import philox
 from metazo.noise.philox import TILE
+from metazo.noise.protocol import DENSE, INITIAL, LEFT, RIGHT, Move, Noise, Stream
 from metazo.noise.reference import Draw, TorchOrderNoise
 
 __all__ = ["TILE", "Draw", "Move", "Noise", "PhiloxNoise", "PhiloxStream", "Stream", "TorchOrderNoise"]
-__all__ += ["add_two_all_", "backends"]
+__all__ += ["DENSE", "INITIAL", "LEFT", "RIGHT", "add_two_all_", "backends"]
 
-# The purpose of a number, so that two draws for one tensor and seed are never the same.
-DENSE, LEFT, RIGHT, INITIAL = 0, 1, 2, 3
 _SEEDS, _UNIFORM, _LOW = 0xFFFF0001, 0xFFFF0002, 0xFFFFFFFF
 _COMPILERS = {"cpu": "numba", "cuda": "triton"}
 _SPLIT = "cpu_split"  # the kernels for weights in two parts
@@ -46,83 +44,6 @@ def backends() -> dict[str, str]:
         device: _COMPILERS[device] if isinstance(kernels, ModuleType) else f"plain torch, much slower: {kernels}"
         for device, kernels in found.items()
     }
-
-
-class Move(NamedTuple):
-    """out = beta * out + alpha * d of a tensor; out has its shape."""
-
-    tensor: NamedTensor
-    out: Tensor
-    alpha: float
-    beta: float = 1.0
-
-
-class Stream(Protocol):
-    """The noise of one seed over all tensors. start: the first entry of a chunk in the flat tensor, a multiple of TILE.
-
-    A tensor that has only some rows (`LocalShard`) gets the numbers of its place in the whole tensor.
-    """
-
-    seed: int
-
-    def draw(
-        self,
-        tensor: NamedTensor,
-        shape: tuple[int, ...] | None = None,
-        purpose: int = DENSE,
-        dtype: torch.dtype | None = None,
-        start: int = 0,
-        count: int | None = None,
-    ) -> Tensor:
-        """Numbers of that shape (default: the tensor's; with count: (count,)), in dtype (default: the tensor's, at
-        least float32)."""
-        ...
-
-    def add_(
-        self,
-        tensor: NamedTensor,
-        out: Tensor,
-        alpha: float,
-        beta: float = 1.0,
-        purpose: int = DENSE,
-        start: int = 0,
-    ) -> None:
-        """out = beta * out + alpha * z[start : start + out.numel()], in place, rounded once."""
-        ...
-
-    def add_all_(self, moves: Sequence[Move], purpose: int = DENSE) -> None:
-        """add_ on whole tensors."""
-        ...
-
-    def square(self, tensor: NamedTensor) -> float:
-        """|z|^2 over a whole tensor: a draw of it."""
-        ...
-
-    def place_(
-        self,
-        tensor: NamedTensor,
-        out: Tensor,
-        base: Tensor,
-        alpha: float,
-        purpose: int = DENSE,
-        start: int = 0,
-    ) -> None:
-        """out = base + alpha * z[start : start + out.numel()], rounded to out's type once. base: float32, out's shape."""
-        ...
-
-
-class Noise(Protocol):
-    """Seeds for steps and queries, uniforms for masks, and the stream of a seed."""
-
-    name: str
-    run_seed: int
-
-    def seed(self, step: int, query: int = 0) -> int: ...
-    def uniform(self, step: int, count: int) -> np.ndarray: ...
-    def stream(self, seed: int) -> Stream: ...
-    def expect(self, seed: int, draws: Iterable[Draw]) -> None:
-        """Announce the draws of a seed, in the order of the published code; noise from a single generator is drawn now."""
-        ...
 
 
 class PhiloxStream:
@@ -155,15 +76,11 @@ class PhiloxStream:
         start: int = 0,
     ) -> None:
         _check(start)
-        first, kernels = start + tensor.offset, self._kernels(out)
-        if kernels and (head := -first % TILE):
-            flat = out.view(-1)
-            self._plain(tensor, flat[:head], flat[:head], alpha, beta, purpose, first)
-            out, first = flat[head:], first + head
-        if kernels:
-            kernels.add_(self.distribution, out, alpha, beta, self.seed, tensor.id, purpose, first)
-        else:
-            self._plain(tensor, out, out, alpha, beta, purpose, first)
+        for kernels, first, (part,) in _at_tiles(self._kernels(out), start + tensor.offset, out):
+            if kernels is None:
+                self._plain(tensor, part, part, alpha, beta, purpose, first)
+            else:
+                kernels.add_(self.distribution, part, alpha, beta, self.seed, tensor.id, purpose, first)
 
     def add_all_(self, moves: Sequence[Move], purpose: int = DENSE) -> None:
         found = [None if move.tensor.offset else self._kernels(move.out) for move in moves]
@@ -185,15 +102,12 @@ class PhiloxStream:
         start: int = 0,
     ) -> None:
         _check(start)
-        first, kernels = start + tensor.offset, self._kernels(out, base) if base.dtype == torch.float32 else None
-        if kernels and (head := -first % TILE):
-            flat, source = out.view(-1), base.view(-1)
-            self._plain(tensor, flat[:head], source[:head], alpha, 1.0, purpose, first)
-            out, base, first = flat[head:], source[head:], first + head
-        if kernels:
-            kernels.place_(self.distribution, out, base, alpha, self.seed, tensor.id, purpose, first)
-        else:
-            self._plain(tensor, out, base, alpha, 1.0, purpose, first)
+        fit = self._kernels(out, base) if base.dtype == torch.float32 else None
+        for kernels, first, (part, source) in _at_tiles(fit, start + tensor.offset, out, base):
+            if kernels is None:
+                self._plain(tensor, part, source, alpha, 1.0, purpose, first)
+            else:
+                kernels.place_(self.distribution, part, source, alpha, self.seed, tensor.id, purpose, first)
 
     def place_split_(
         self,
@@ -209,6 +123,7 @@ class PhiloxStream:
         rows: if given, only these rows of out must be written. Returns: False, with nothing done, if there is no such
         kernel for these tensors.
         """
+        _whole(tensor)
         kernels = self._split_kernels(weights, low)
         if kernels is None or out.dtype != weights.dtype or not out.is_contiguous():
             return False
@@ -221,6 +136,7 @@ class PhiloxStream:
         self, tensor: NamedTensor, weights: Tensor, low: Tensor, alpha: float, beta: float, rounding: int
     ) -> bool:
         """weights, low = split(beta * join(weights, low) + alpha * z), as `place_split_`."""
+        _whole(tensor)
         kernels = self._split_kernels(weights, low)
         if kernels is None:
             return False
@@ -236,6 +152,7 @@ class PhiloxStream:
 
     def dot(self, tensor: NamedTensor, other: Tensor) -> float:
         """<z, other> over a whole tensor, summed in float64, without storing z."""
+        _whole(tensor)
         kernels = self._kernels(other)
         if kernels is not None and hasattr(kernels, "dot"):
             return kernels.dot(self.distribution, other, self.seed, tensor.id, DENSE)
@@ -247,7 +164,8 @@ class PhiloxStream:
         return total
 
     def square(self, tensor: NamedTensor) -> float:
-        """|z|^2, summed in float64, without storing z."""
+        """|z|^2 over a whole tensor, summed in float64, without storing z."""
+        _whole(tensor)
         kernels, size = self._kernels(tensor.param.data), tensor.param.numel()
         if kernels is not None and hasattr(kernels, "square"):
             return kernels.square(self.distribution, size, self.seed, tensor.id, DENSE)
@@ -274,6 +192,25 @@ class PhiloxStream:
             flat[here : here + _CHUNK] = kept * beta + z * alpha
         if not out.is_contiguous():
             out.copy_(flat.view(out.shape))
+
+
+def _at_tiles(
+    kernels: ModuleType | None, first: int, *tensors: Tensor
+) -> Iterator[tuple[ModuleType | None, int, list[Tensor]]]:
+    """Parts of tensors that begin at entry `first` of the whole tensor, each with its first entry and its kernels.
+
+    Kernels begin at a tile. A shard may begin within one: the rest of that tile is a part without kernels.
+    """
+    if kernels is not None and (head := -first % TILE):
+        flat = [tensor.view(-1) for tensor in tensors]
+        yield None, first, [values[:head] for values in flat]
+        first, tensors = first + head, tuple(values[head:] for values in flat)
+    yield kernels, first, list(tensors)
+
+
+def _whole(tensor: NamedTensor) -> None:
+    if tensor.offset:
+        raise ValueError(f"{tensor.name} is a shard, and this needs a whole tensor")
 
 
 def _tiles(rows: Tensor, shape: torch.Size) -> list[tuple[int, int]] | None:

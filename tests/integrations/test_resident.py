@@ -82,7 +82,7 @@ def _process(rank: int, folder: str) -> None:
         assert all(isinstance(parameter, LocalShard) for _, parameter in parameters)
         optimizer = _steps(name, model, parameters)
         weights = {key: parameter.full_tensor() for key, parameter in model.named_parameters()}  # type: ignore[operator]
-        said[name] = {"weights": weights, "step": optimizer.last_step}
+        said[name] = {"weights": weights, "step": optimizer.last_step.to_dict()}
     refused = {}
     model = sharded("mezo")
     for name, (method, options) in {
@@ -108,7 +108,7 @@ def _process(rank: int, folder: str) -> None:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("sharded")
     multiprocessing.spawn(_process, (str(folder),), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
 @pytest.mark.parametrize("name", SHARDED)
@@ -116,7 +116,7 @@ def test_two_shards_take_the_steps_of_the_whole_model_bit_for_bit(ranks, name):
     model = _llama(_dtype(name))
     optimizer = _steps(name, model, model.named_parameters())
     for said in ranks:
-        assert said[name]["step"] == optimizer.last_step
+        assert said[name]["step"] == optimizer.last_step.to_dict()
         for key, parameter in model.named_parameters():
             assert parameter.equal(said[name]["weights"][key]), key
 
@@ -155,6 +155,20 @@ def test_rows_get_the_noise_of_their_place(distribution, dtype):
     for tensor, base, out in zip((whole, part), bases, outs):
         stream.place_(tensor, out, base, 0.3)
     assert outs[1].equal(outs[0][first:])
+
+
+def test_a_shard_is_refused_by_what_sums_over_whole_tensors():
+    rows = NamedTensor("w", LocalShard(torch.ones(2, 3), True, 6, torch.Size([4, 3])), 5)
+    stream, bits = PhiloxNoise(1).stream(9), torch.zeros(2, 3, dtype=torch.int16)
+    narrow = torch.ones(2, 3, dtype=torch.bfloat16)
+    for call in (
+        lambda: stream.square(rows),
+        lambda: stream.dot(rows, torch.ones(2, 3)),
+        lambda: stream.place_split_(rows, narrow.clone(), narrow, bits, 0.3),
+        lambda: stream.add_split_(rows, narrow, bits, 0.3, 1.0, 0),
+    ):
+        with pytest.raises(ValueError, match="w is a shard"):
+            call()
 
 
 def test_copies_of_a_shard_know_their_place():

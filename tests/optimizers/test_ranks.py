@@ -62,7 +62,7 @@ def _divided(name: str, probe_ranks: int) -> dict[str, Any]:
     records = []
     for _ in range(4):
         optimizer.step(loss)
-        records.append(optimizer.last_step)
+        records.append(optimizer.last_step.to_dict())
     weights = {key: value.clone() for key, value in model.state_dict().items()}
     return {"records": records, "weights": weights, "forwards": optimizer.forwards, "calls": calls}
 
@@ -106,7 +106,7 @@ def _process(rank: int, folder: str) -> None:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any]]:
     folder: Path = tmp_path_factory.mktemp("ranks")
     multiprocessing.spawn(_process, (str(folder),), nprocs=2)
-    first, second = (torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2))
+    first, second = (torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2))
     return first, second
 
 

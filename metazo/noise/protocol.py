@@ -1,0 +1,93 @@
+"""What a source of noise can do: the protocols that steps and methods use. PhiloxNoise and TorchOrderNoise are the sources."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metazo.blocks import NamedTensor
+from metazo.noise.reference import Draw
+
+# The purpose of a number, so that two draws for one tensor and seed are never the same.
+DENSE, LEFT, RIGHT, INITIAL = 0, 1, 2, 3
+
+
+class Move(NamedTuple):
+    """out = beta * out + alpha * d of a tensor; out has its shape."""
+
+    tensor: NamedTensor
+    out: Tensor
+    alpha: float
+    beta: float = 1.0
+
+
+class Stream(Protocol):
+    """The noise of one seed over all tensors. start: the first entry of a chunk in the flat tensor, a multiple of TILE.
+
+    A tensor that has only some rows (`LocalShard`) gets the numbers of its place in the whole tensor.
+    """
+
+    seed: int
+
+    def draw(
+        self,
+        tensor: NamedTensor,
+        shape: tuple[int, ...] | None = None,
+        purpose: int = DENSE,
+        dtype: torch.dtype | None = None,
+        start: int = 0,
+        count: int | None = None,
+    ) -> Tensor:
+        """Numbers of that shape (default: the tensor's; with count: (count,)), in dtype (default: the tensor's, at
+        least float32)."""
+        ...
+
+    def add_(
+        self,
+        tensor: NamedTensor,
+        out: Tensor,
+        alpha: float,
+        beta: float = 1.0,
+        purpose: int = DENSE,
+        start: int = 0,
+    ) -> None:
+        """out = beta * out + alpha * z[start : start + out.numel()], in place, rounded once."""
+        ...
+
+    def add_all_(self, moves: Sequence[Move], purpose: int = DENSE) -> None:
+        """add_ on whole tensors."""
+        ...
+
+    def square(self, tensor: NamedTensor) -> float:
+        """|z|^2 over a whole tensor: a draw of it."""
+        ...
+
+    def place_(
+        self,
+        tensor: NamedTensor,
+        out: Tensor,
+        base: Tensor,
+        alpha: float,
+        purpose: int = DENSE,
+        start: int = 0,
+    ) -> None:
+        """out = base + alpha * z[start : start + out.numel()], rounded to out's type once. base: float32, out's shape."""
+        ...
+
+
+class Noise(Protocol):
+    """Seeds for steps and queries, uniforms for masks, and the stream of a seed."""
+
+    name: str
+    run_seed: int
+
+    def seed(self, step: int, query: int = 0) -> int: ...
+    def uniform(self, step: int, count: int) -> np.ndarray: ...
+    def stream(self, seed: int) -> Stream: ...
+    def expect(self, seed: int, draws: Iterable[Draw]) -> None:
+        """Announce the draws of a seed, in the order of the published code; noise from a single generator is drawn now."""
+        ...
