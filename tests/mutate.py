@@ -3,8 +3,8 @@
     python tests/mutate.py [words of mutants to run]
 
 Each mutant is a line of metazo replaced in a copy of the checkout, on which the contract suite runs for the methods that
-use the line; faults that survive are tried against all tests of the optimizers. Prints a table; about fifteen minutes.
-Exits with an error if a fault survives, or cannot be planted because its text is no longer in the file.
+use the line; faults that survive are tried against all tests of the mutant's room (by default, the optimizers). Prints a
+table; about fifteen minutes. Exits with an error if a fault survives, or cannot be planted because its text is no longer in the file.
 """
 
 # ruff: noqa: E501 (one mutant, one line)
@@ -39,6 +39,7 @@ class Mutant:
     old: str
     new: str
     methods: str = "mezo"
+    room: str = "tests/optimizers"
 
 
 MUTANTS = [
@@ -60,16 +61,21 @@ MUTANTS = [
     Mutant("decay of a probe forgotten", "step/weights.py", "factor * folded[k]", "folded[k]"),
     Mutant("masters not read", "step/precision.py", "return self.buffers[\"master\"]", "return self.param.data"),
     Mutant("no masters for narrow weights", "step/precision.py", 'bfloat16: "master"', 'bfloat16: "in-place"'),
-    Mutant("masters not saved", "optimizers/base.py", "return self.zo_state | kept |", "return self.zo_state |"),
+    Mutant("masters not saved", "optimizers/saving.py", "return self.zo_state | kept |", "return self.zo_state |"),
     Mutant("weights not settled on masters", "step/precision.py", "        self.param.data.copy_(self.theta)", "        pass"),
     Mutant("not finite is not noticed", "optimizers/base.py", "finite = all(abs(loss) <= self.max_loss for loss in losses)", "finite = True"),
     Mutant("step not counted", "optimizers/base.py", "self.steps += 1", "self.steps += 0"),
-    Mutant("step not restored", "optimizers/base.py", 'self.steps, self.forwards = (int(n) for n in state["counters"])', "pass"),
-    Mutant("state not restored", "optimizers/base.py", "value.copy_(state[name])", "pass", "mezo-momentum"),
+    Mutant("step not restored", "optimizers/saving.py", 'self.steps, self.forwards = (int(n) for n in state["counters"])', "pass"),
+    Mutant("state not restored", "optimizers/saving.py", "value.copy_(state[name])", "pass", "mezo-momentum"),
     Mutant("record's learning rate ignored", "optimizers/base.py", "replay.lr if replay else ", ""),
     Mutant("losses not shared", "optimizers/base.py", "return self.exchange.combined(losses) if", "return losses if"),
     Mutant("losses summed over processes", "optimizers/ranks.py", "[value / shares for", "[value for"),
     Mutant("probe of another process", "optimizers/ranks.py", "% self.probe_ranks == 0", "% self.probe_ranks == 1"),
+    Mutant("stop of one process is not heard", "optimizers/ranks.py", "self.stopped = stops > 0", "self.stopped = stops > 1"),
+    Mutant("a shard gets the noise of the first rows", "noise/__init__.py", "start + tensor.offset", "start", room="tests/integrations"),
+    Mutant("a shard's first tile is not cut", "noise/__init__.py", "(head := -first % TILE)", "(head := 0)", room="tests/integrations"),
+    Mutant("a shard is given to what needs whole tensors", "noise/__init__.py", "    if tensor.offset:\n        raise", "    if False:\n        raise", room="tests/integrations"),
+    Mutant("a group that is frozen is refused", "optimizers/groups.py", "if any(param.requires_grad for _, param in named) else []", ""),
     Mutant("moves of others left out", "optimizers/base.py", "self.weights.in_place or index", "index"),
     Mutant("last move left out", "optimizers/base.py", " or index == len(probes) - 1", ""),
     Mutant("closures summed", "optimizers/verbs.py", "for evaluate in closures) / len(closures)", "for evaluate in closures)"),
@@ -168,19 +174,18 @@ def main(words: list[str]) -> None:
         for part in ("metazo", "cli", "tests", "benchmarks", "examples"):  # some tests read what is beside the library
             shutil.copytree(ROOT / part, folder / part)
         shutil.copy(ROOT / "pyproject.toml", folder)
-        whole = [*CONTRACT, "tests/optimizers"]
-        if failing := run(folder, whole, None):
+        chosen = [mutant for mutant in MUTANTS if not words or any(word in mutant.what for word in words)]
+        rooms = sorted({mutant.room for mutant in chosen})
+        if failing := run(folder, [*CONTRACT, *rooms], None):
             sys.exit(f"{failing} fails on the library as it is: what it says of mutants would mean nothing")
         counts = {"contract": 0, "other tests": 0, "survived": 0}
-        for mutant in MUTANTS:
-            if words and not any(word in mutant.what for word in words):
-                continue
+        for mutant in chosen:
             path = folder / "metazo" / mutant.file
             text = path.read_text()
             path.write_text(text.replace(mutant.old, mutant.new))
             killer, by = run(folder, CONTRACT, mutant.methods), "contract"
             if killer is None:
-                killer, by = run(folder, whole, None), "other tests"
+                killer, by = run(folder, [*CONTRACT, mutant.room], None), "other tests"
             path.write_text(text)
             counts[by if killer else "survived"] += 1
             print(f"| {mutant.what} | {by if killer else 'SURVIVED'} | {killer or ''} |", flush=True)

@@ -3,8 +3,8 @@
     optimizer = metazo.optimizers.MeZO(model.named_parameters(), lr=1e-6, eps=1e-3)
     loss = optimizer.step(lambda: model(**batch).loss)          # runs forward only
 
-The base owns seeds, probing, the update in place, block scales, the reduction of losses over processes, the step record
-and saving. A method file holds the paper's mathematics in three verbs:
+The base owns seeds, probing, the update in place, block scales, the reduction of losses over processes and the step record;
+saving.py is how its state is stored. A method file holds the paper's mathematics in three verbs:
 
     init(tensors) -> State                       all state as tensors by name, saved as they are
     propose(state, step, seeds) -> Direction     the direction to probe; drawing it later writes no state
@@ -44,13 +44,13 @@ from metazo.optimizers import probing as probings
 from metazo.optimizers import ranks
 from metazo.optimizers.groups import Closure, listed, named_groups, trainable
 from metazo.optimizers.guards import LossWatch, check_shards, check_weights
+from metazo.optimizers.saving import Saving
 from metazo.optimizers.verbs import DECAY_EXEMPT, State, Verbs
 from metazo.step.directions import Direction, Scaled
 from metazo.step.estimators import Estimator
 from metazo.step.record import Step, Update
 from metazo.step.rules import Rule
 from metazo.step.scales import BlockScale, RMSScale
-from metazo.step.substitute import used_unseen
 from metazo.step.terms import Term
 from metazo.step.weights import Weights
 
@@ -63,7 +63,7 @@ def _numbers(**values: float) -> None:
             raise UserError(f"`{name}` must be a finite number of at least 0, not {value}.")
 
 
-class ZOOptimizer(Verbs, Optimizer):
+class ZOOptimizer(Saving, Verbs, Optimizer):
     """Base of every method.
 
     Args:
@@ -241,7 +241,7 @@ class ZOOptimizer(Verbs, Optimizer):
                 own = self.exchange.owns(index)
                 if own or given is not None or self.weights.in_place or index == len(probes) - 1:
                     self.weights.visit(terms, probe.snapshot)
-                losses.append(given[index] if given is not None else self._evaluate(closures) if own else 0.0)
+                losses.append(given[index] if given is not None else probings.evaluated(self, closures) if own else 0.0)
                 self.forwards += sum(getattr(evaluate, "batches", 1) for evaluate in closures)
             return losses
 
@@ -262,27 +262,6 @@ class ZOOptimizer(Verbs, Optimizer):
         except BaseException:
             self.weights.leave()
             raise
-
-    def _evaluate(self, closures: Sequence[Closure]) -> float:
-        if not closures:
-            raise UserError("step() needs a closure that returns the loss: step(lambda: model(**batch).loss).")
-        with self.evaluation(), self.weights.evaluating() as scratch:
-            loss = self.evaluate(closures)
-        if scratch is not None and not self._seen and math.isfinite(loss):
-            self._seen, unmet = True, scratch.unmet()
-            if used_unseen(unmet, lambda: self._again(closures), loss):
-                names = ", ".join(tensor.name for tensor in unmet[:3])
-                raise UserError(
-                    f"`precision` {self.precision} replaces weights in calls of torch functions, and the model uses "
-                    f"{len(unmet)} tensors outside of such calls (in compiled, scripted or foreign code), such as {names}: "
-                    "choose master."
-                )
-        self.loss_watch.evaluated(loss, lambda: self._again(closures), self.tensors[0].param.device)
-        return loss
-
-    def _again(self, closures: Sequence[Closure]) -> float:
-        with self.evaluation(), self.weights.evaluating():
-            return self.evaluate(closures)
 
     def _apply(self, terms: list[Term], coefficients: Sequence[float], learning_rates: Sequence[float]) -> None:
         factor = self.rule.begin(self.zo_state, coefficients)
@@ -310,27 +289,25 @@ class ZOOptimizer(Verbs, Optimizer):
         if self._ready:
             self.weights.settle()
 
-    # -- preparation, saving --------------------------------------------------------------------------------------
+    # -- preparation ----------------------------------------------------------------------------------------------
 
     def _prepare(self, stepping: bool = False) -> None:
         """At the first step: by then the model is on its device and in its dtype.
 
         stepping: whether to refuse tensors without numbers (`checks_weights`); the size of the state is known without them.
         """
-        if self._ready:
-            if stepping and self.checks_weights:
-                check_weights(self.tensors)
-                self.checks_weights = False
-            return
-        self.tensors = [
-            tensor
-            for index, group in enumerate(self.param_groups)
-            for tensor in trainable(zip(group["param_names"], group["params"]), index)
-        ]
-        check_names(self.tensors)
+        if not self._ready:
+            self.tensors = [
+                tensor
+                for index, group in enumerate(self.param_groups)
+                for tensor in trainable(zip(group["param_names"], group["params"]), index)
+            ]
+            check_names(self.tensors)
         if stepping and self.checks_weights:
             check_weights(self.tensors)
             self.checks_weights = False
+        if self._ready:
+            return
         self.weights = Weights(self.tensors, self.noise, self.precision)
         check_shards(self)
         if self.scale is not None:
@@ -346,34 +323,3 @@ class ZOOptimizer(Verbs, Optimizer):
         if getattr(self, "_ready", False):
             raise UserError("Parameter groups must be added before the first step.")
         super().add_param_group(param_group)
-
-    def tensors_state(self) -> State:
-        """All state as tensors by name, masters and compensation included, ready to be stored as safetensors."""
-        self._prepare()
-        self.settle()
-        counters = torch.tensor([self.steps, self.forwards], dtype=torch.int64)
-        storage = self.weights.storage.items()
-        kept = {f"{kind}/{name}": value for name, stored in storage for kind, value in stored.buffers.items()}
-        return self.zo_state | kept | {"counters": counters}
-
-    def load_tensors_state(self, state: State) -> None:
-        """Load a `tensors_state`. Raises UserError if names or shapes are not those of this optimizer."""
-        self._prepare()
-        present = self.tensors_state()
-        if {k: v.shape for k, v in present.items()} != {k: v.shape for k, v in state.items()}:
-            odd = sorted(set(present) ^ set(state)) or ["a shape"]
-            raise UserError(
-                f"The saved state is not of this optimizer ({self.name}): {odd[0]} differs. Load it into the method and model "
-                "that saved it."
-            )
-        for name, value in present.items():
-            value.copy_(state[name])
-        self.steps, self.forwards = (int(n) for n in state["counters"])
-
-    def state_dict(self) -> dict[str, Any]:
-        """State in torch's form. The method's tensors are under "zo", so that torch does not cast them to the weights' type."""
-        return super().state_dict() | {"zo": {k: v.clone() for k, v in self.tensors_state().items()}}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict({k: v for k, v in state_dict.items() if k != "zo"})
-        self.load_tensors_state(state_dict["zo"])

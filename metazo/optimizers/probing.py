@@ -8,6 +8,7 @@ except for rounding.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -39,6 +40,30 @@ def check(probing: str, low_rank: bool, name: str) -> str:
     if probing == "together" and not low_rank:
         raise UserError(f"`probing` together needs low-rank directions, and {name} has dense noise: choose in-turn.")
     return probing if low_rank else "in-turn"
+
+
+def evaluated(optimizer: Any, closures: Sequence[Closure]) -> float:
+    """The mean loss at the probe that is applied, under the checks of the first evaluations."""
+    if not closures:
+        raise UserError("step() needs a closure that returns the loss: step(lambda: model(**batch).loss).")
+    with optimizer.evaluation(), optimizer.weights.evaluating() as scratch:
+        loss = optimizer.evaluate(closures)
+    if scratch is not None and not optimizer._seen and math.isfinite(loss):
+        optimizer._seen, unmet = True, scratch.unmet()
+        if used_unseen(unmet, lambda: _again(optimizer, closures), loss):
+            names = ", ".join(tensor.name for tensor in unmet[:3])
+            raise UserError(
+                f"`precision` {optimizer.precision} replaces weights in calls of torch functions, and the model uses "
+                f"{len(unmet)} tensors outside of such calls (in compiled, scripted or foreign code), such as {names}: "
+                "choose master."
+            )
+    optimizer.loss_watch.evaluated(loss, lambda: _again(optimizer, closures), optimizer.tensors[0].param.device)
+    return loss
+
+
+def _again(optimizer: Any, closures: Sequence[Closure]) -> float:
+    with optimizer.evaluation(), optimizer.weights.evaluating():
+        return optimizer.evaluate(closures)
 
 
 def losses_together(
