@@ -87,10 +87,19 @@ def summary(losses: Losses) -> dict[str, Any]:
         found[column] = {"losses": means, "rates": {task: best(losses, task, column) for task in whole}}
     for one, other in (("rms", "mezo"), ("horizon", "mezo"), ("horizon", "rms")) if whole else ():
         ratios = [a / b for a, b in zip(cells[one], cells[other], strict=True)]
-        p = float(wilcoxon(cells[one], cells[other])[1])
+        test: Any = wilcoxon(cells[one], cells[other])
         wins = f"{sum(ratio < 1 for ratio in ratios)} of {len(ratios)}"
-        found[f"{one} against {other}"] = {"mean ratio": round(fmean(ratios), 4), "wins": wins, "p": round(p, 3)}
+        found[f"{one} against {other}"] = {
+            "mean ratio": round(fmean(ratios), 4),
+            "wins": wins,
+            "p": round(float(test.pvalue), 3),
+        }
     return found
+
+
+def write(path: Path, facts: dict[str, Any], losses: Losses, rows: list[dict[str, Any]]) -> None:
+    content = facts | {"summary": summary(losses), "runs": rows}
+    path.write_text(json.dumps(content).replace('{"task": "', '\n{"task": "') + "\n")
 
 
 def main() -> None:
@@ -109,8 +118,8 @@ def main() -> None:
     for row in measure(given.model, Path(given.data), tuner, losses):
         rows.append(row)
         print(row, flush=True)
-        content = facts | {"summary": summary(losses), "runs": rows}
-        given.out.write_text(json.dumps(content).replace('{"task": "', '\n{"task": "') + "\n")
+        write(given.out, facts, losses, rows)
+    write(given.out, facts, losses, rows)
     for name, found in summary(losses).items():
         print(name, found)
 

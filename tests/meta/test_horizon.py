@@ -16,15 +16,19 @@ import metazo
 from metazo.errors import UserError
 from metazo.meta import horizon as module
 from metazo.meta.config import MetaConfig
+from metazo.meta.evolution import Pairs
 from metazo.meta.horizon import HorizonRun
 from metazo.meta.horizon_config import HorizonConfig
 from metazo.meta.horizon_setup import load
 from metazo.meta.train import dry, meta_train
+from metazo.optimizers.mezo import MeZO
+from metazo.runs.batches import batch_indices_by_length
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import run_settings
 from metazo.runs.interrupt import Interrupted
 from metazo.step.scales import RMSScale, normalisation
 from metazo.tuner.file import Tuner
+from metazo.tuner.scale import TunerScale
 from metazo_cli.meta_train import _settings
 
 
@@ -129,6 +133,53 @@ def test_truncated_runs_continue_as_the_whole_run_would(settings) -> None:
     assert (first := parts.step()) and (second := parts.step()) and (once := whole.step())
     assert first.task == second.task == once.task
     assert abs(second.loss - once.loss) < 1e-6 < abs(first.loss - once.loss)
+
+
+def test_a_run_is_mezo_with_the_scales_and_the_rate_of_its_point(settings) -> None:
+    """By hand: batches by length, a rate that falls linearly from its product with the factor, the mean loss on dev."""
+    config = settings(horizon=3)
+    loaded, tasks = load(config)
+    run, task = HorizonRun(tasks, config), tasks[0]
+    point = torch.linspace(-0.5, 0.5, len(run.centre), dtype=torch.float64)
+    point[-1] = math.log(2)
+    found = run.run(task, point, 1e-3, 7, 0, 3)
+    after = {name: value.clone() for name, value in loaded.model.state_dict().items()}
+    run.base.restore()
+    scale = TunerScale(
+        pertnn=run.networks(point), normalise=True, features="log", parametrisation="rms_exp", bound=config.bound
+    )
+    optimizer = MeZO(loaded.model.named_parameters(), 1.0, config.eps, seed=7, scale=scale)
+    for step, rate in enumerate((2e-3, 4e-3 / 3, 2e-3 / 3)):
+        places = batch_indices_by_length(step, 4, [len(example) for example in task.prepared.train], 7)
+        batch = task.prepared.collate([task.prepared.train[place] for place in places])
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step(lambda batch=batch: task.prepared.loss(loaded.model, batch))
+    for name, value in loaded.model.state_dict().items():
+        torch.testing.assert_close(value, after[name], rtol=1e-6, atol=1e-8)
+    with torch.no_grad():
+        expected = [float(task.prepared.loss(loaded.model, task.prepared.collate([one]))) for one in task.prepared.dev]
+    assert found is not None and found[0] == pytest.approx(sum(expected) / 8, rel=1e-5)
+
+
+def test_the_rate_is_the_best_and_the_updates_shrink(settings, monkeypatch) -> None:
+    config = settings(rates=[1e-4, 1e-3, 1e-2, 1e-1], lr_sigma=0.1)
+    _, tasks = load(config)
+    run, seen = HorizonRun(tasks, config), []
+
+    def fake(this, task, point, rate, seed, first, last, state=None):
+        seen.append((seed, point.tolist(), rate))
+        return {1e-4: 3.0, 1e-3: math.nan, 1e-2: 1.0, 1e-1: 2.0}[rate], {}
+
+    monkeypatch.setattr(HorizonRun, "run", fake)
+    monkeypatch.setattr(Pairs, "gradient", lambda pairs: torch.ones_like(pairs.spread))
+    run.step()
+    compared = seen[:4]
+    assert {rate for _, _, rate in compared} == set(config.rates) and {rate for _, _, rate in seen[4:]} == {1e-2}
+    assert len({seed for seed, _, _ in compared}) == 1 and not any(any(point) for _, point, _ in compared)
+    while run.steps < 4:
+        run.step()
+    # Adam moves by its rate along a constant gradient: 0.1 in the first of two updates, half of it in the second
+    torch.testing.assert_close(run.centre, torch.full_like(run.centre, -0.15), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(
