@@ -79,6 +79,17 @@ def test_probes_together_refuse_them_as_well():
         optimizer.step(lambda: model(x))
 
 
+def test_a_group_may_be_frozen_whole():
+    problem = quadratic(torch.float32)
+    kept = nn.Parameter(torch.ones(3), requires_grad=False)
+    optimizer = MeZO([{"params": [("kept", kept)]}, {"params": list(problem.named_parameters())}], lr=0.05, seed=3)
+    twin = quadratic(torch.float32)
+    other = MeZO(twin.named_parameters(), lr=0.05, seed=3)
+    optimizer.step(problem), other.step(twin)
+    assert kept.equal(torch.ones(3)) and all(map(torch.equal, problem.parameters(), twin.parameters()))
+    assert not all(map(torch.equal, problem.parameters(), quadratic(torch.float32).parameters()))
+
+
 def test_meta_weights_are_refused_by_name_and_a_frozen_one_is_not():
     for model in (nn.Linear(4, 4, device="meta"), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, device="meta"))):
         count = len(list(model.parameters()))
