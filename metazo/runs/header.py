@@ -30,7 +30,7 @@ def header(settings: dict[str, Any], setup: Setup) -> dict[str, Any]:
         "model": loaded.name,
         "weights": weights_hash(loaded.model.named_parameters()),
         **(inputs(setup.prepared, loaded.model) if isinstance(setup.prepared, Prepared) else {}),
-        "labels": len(task.labels) if isinstance(task, Task) and task.kind == "classification" else None,
+        "labels": task.num_labels if isinstance(task, Task) else None,
         "task": task.name,
         "data": data_hash(setup.prepared) if isinstance(setup.prepared, Prepared) else None,
         "objective": setup.objective.source if setup.objective else None,

@@ -13,11 +13,12 @@ from metazo.models.assemble import as_loaded, load
 from metazo.models.describe import describe
 from metazo.models.load import MADE, LoadedModel
 from metazo.runs.config import FinetuneConfig
+from metazo.runs.examples import prepared_task
 from metazo.runs.folder import MODEL, STEPS, located, read_config, run_of
 from metazo.runs.method import resolve_device
 from metazo.settings import build, with_role
 from metazo.steplog.format import scan
-from metazo.tasks import Task, in_memory, prepare, resolve
+from metazo.tasks import Task, in_memory, resolve
 from metazo.tasks import evaluate as scoring
 from metazo.tasks.classes import fit_head
 from metazo.tasks.data import VERSION
@@ -90,17 +91,7 @@ def evaluate(
     trained = _trained(run) if run is not None else None
     if trained and not getattr(loaded.model.config, "metazo", None):  # adapters have no config of their own
         describe(loaded.model, trained)
-    prepared = prepare(
-        chosen,
-        loaded,
-        data=rows or config.data,
-        train=config.train_examples,
-        dev=config.dev_examples,
-        test=config.test_examples,
-        seed=config.seed,
-        max_length=config.max_length,
-        k_per_class=config.k_per_class,
-    )
+    prepared = prepared_task(config, chosen, loaded, rows)
     if config.head in MADE and loaded.new_head:
         fit_head(loaded, prepared, config.eval_batch_size)
     for note in [*prepared.notes, *(_doubts(trained, prepared.record) if run is not None else ())]:
@@ -114,7 +105,7 @@ def _load(model: str | Path, config: FinetuneConfig, task: Task) -> LoadedModel:
         kind=config.kind,
         dtype=config.dtype,
         device=resolve_device(config.device),
-        num_labels=len(task.labels) if task.kind == "classification" else None,
+        num_labels=task.num_labels,
         seed=config.seed,
         head=config.head,
         quantize=config.quantize,

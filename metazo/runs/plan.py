@@ -24,12 +24,13 @@ from metazo.models.skeleton import skeleton, stored
 from metazo.runs.choose import AUTO, check_open, choose
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.estimate import Estimate, Followed, estimate, measure_rates, state_bytes, step_seconds, weight_bytes
+from metazo.runs.examples import longest_batch, longest_input, prepared_task
 from metazo.runs.fit_precision import fit_precision
 from metazo.runs.method import build_optimizer, resolve_device
 from metazo.runs.resources import free_memory, size
 from metazo.runs.schedule import number_of_steps, snapshot_steps, warmup_steps
 from metazo.step.precision import cost
-from metazo.tasks import Prepared, Task, prepare, resolve
+from metazo.tasks import Prepared, Task, resolve
 from metazo.tasks.closures import BatchLoss
 from metazo.tasks.prepared import last_logits
 
@@ -114,7 +115,7 @@ def dry_run(config: FinetuneConfig) -> dict[str, Any]:
     Raises UserError for settings that a run would refuse, except that rows, tokenizer and weights may be missing.
     """
     device, task = resolve_device(config.device), resolve(config.task)
-    labels = len(task.labels) if task.kind == "classification" else None
+    labels = task.num_labels
     folder = base_of(config.model)
     loaded = skeleton(folder, kind=config.kind, dtype=config.dtype, num_labels=labels, head=config.head)
     loaded.name = config.model
@@ -133,7 +134,7 @@ def dry_run(config: FinetuneConfig) -> dict[str, Any]:
         )
     loaded, _ = assemble(config, labels=labels, device=META, given=loaded)
     prepared, problem = _rows(config, task, loaded)
-    limit = min(config.max_length or loaded.context_length, loaded.context_length)
+    limit = longest_input(config, loaded)
     loss, length = _loss(config, loaded, prepared, limit)
     if prepared is None:
         notes.append(f"The rows were not read ({problem}); inputs of {length} tokens are assumed.")
@@ -179,17 +180,7 @@ def _rows(config: FinetuneConfig, task: Task, loaded: LoadedModel) -> tuple[Prep
     if loaded.tokenizer is None:
         return None, "there is no tokenizer"
     try:
-        return prepare(
-            task,
-            loaded,
-            data=config.data,
-            train=config.train_examples,
-            dev=config.dev_examples,
-            test=config.test_examples,
-            seed=config.seed,
-            max_length=config.max_length,
-            k_per_class=config.k_per_class,
-        ), ""
+        return prepared_task(config, task, loaded), ""
     except UserError as error:
         return None, str(error).rstrip(".")
 
@@ -200,7 +191,7 @@ def _loss(
     """A loss over the longest batch, on the meta device, and the length of its inputs in tokens."""
     batch: dict[str, Any] = {}
     if prepared is not None:
-        longest = sorted(prepared.train, key=len)[-config.batch_size :]
+        longest = longest_batch(config, prepared.train)
         batch = prepared.collate(longest)
         length = batch["input_ids"].shape[1]
         if "rows" not in batch:  # numbers that decide a shape

@@ -19,6 +19,7 @@ from metazo.optimizers.registry import method
 from metazo.runs.batches import check_shares
 from metazo.runs.choose import AUTO, check_open, choose
 from metazo.runs.config import FinetuneConfig
+from metazo.runs.examples import longest_batch, longest_input, prepared_task
 from metazo.runs.fit_precision import fit_precision
 from metazo.runs.folder import STEPS
 from metazo.runs.method import arguments, resolve_device
@@ -28,7 +29,7 @@ from metazo.runs.resources import free_memory
 from metazo.runs.schedule import number_of_steps
 from metazo.runs.tuned import Given
 from metazo.steplog.format import scan
-from metazo.tasks import Prepared, prepare, resolve
+from metazo.tasks import Prepared, resolve
 from metazo.tasks.classes import fit_head
 from metazo.tasks.closures import BatchLoss, Data, FullLoss
 from metazo.tasks.evaluate import evaluate
@@ -112,8 +113,7 @@ def set_up(config: FinetuneConfig, given: Given | None = None) -> Setup:
         config, chosen = _chosen(config, loaded, minimised, device)
     storage = None
     if given.optimizer is None and world() == 1:  # processes on machines of different memory would choose differently
-        longest = sorted(prepared.train, key=len)[-config.batch_size :]
-        loss = BatchLoss(loaded.model, prepared, longest, device)
+        loss = BatchLoss(loaded.model, prepared, longest_batch(config, prepared.train), device)
         config, storage = fit_precision(config, loaded.model, loss, free_memory(device))
     if given.optimizer is None:
         config, optimizer = make_optimizer(config, loaded, minimised, device)
@@ -121,7 +121,6 @@ def set_up(config: FinetuneConfig, given: Given | None = None) -> Setup:
         optimizer, trained = _given_optimizer(given.optimizer, loaded, minimised, config, device)
     a_step = optimizer.forwards_per_step(config.accumulate)
     steps = number_of_steps(config, a_step, len(prepared.train))
-    limit = min(config.max_length or loaded.context_length, loaded.context_length)
     return Setup(
         config,
         loaded,
@@ -131,7 +130,7 @@ def set_up(config: FinetuneConfig, given: Given | None = None) -> Setup:
         steps,
         round(steps * a_step),
         device,
-        limit,
+        longest_input(config, loaded),
         objective,
         chosen,
         storage,
@@ -184,8 +183,8 @@ def _chosen(
         began = scan(log).header["settings"]
         taken = {name: began[name] for name in ("optimizer", "scale", "lr", "schedule")}
         return replace(config, **taken), f"auto took {taken['optimizer']} when the run began."
-    longest = sorted(prepared.train, key=len)[-config.batch_size :]
-    return choose(config, loaded.model, BatchLoss(loaded.model, prepared, longest, device), device)
+    loss = BatchLoss(loaded.model, prepared, longest_batch(config, prepared.train), device)
+    return choose(config, loaded.model, loss, device)
 
 
 def _given_optimizer(
@@ -205,23 +204,13 @@ def _given_optimizer(
 def _task(config: FinetuneConfig, given: Given, device: torch.device) -> tuple[LoadedModel, int, Prepared]:
     """A language model, the number of its trained weights, and the rows of a task."""
     task = given.task or resolve(config.task)
-    labels = len(task.labels) if task.kind == "classification" else None
+    labels = task.num_labels
     loaded, trained = assemble(config, labels=labels, device=device, given=given.loaded)
     if given.loaded and loaded.kind == "classifier" and labels != loaded.model.config.num_labels:
         raise UserError(
             f"`model` has a head of {loaded.model.config.num_labels} classes, and task {task.name!r} has {labels or 'none'}."
         )
-    prepared = prepare(
-        task,
-        loaded,
-        data=given.rows if given.rows is not None else config.data,
-        train=config.train_examples,
-        dev=config.dev_examples,
-        test=config.test_examples,
-        seed=config.seed,
-        max_length=config.max_length,
-        k_per_class=config.k_per_class,
-    )
+    prepared = prepared_task(config, task, loaded, given.rows)
     if isinstance(loaded.model, SentenceClassifier):
         if config.adapters and config.keep != "none" and not config.merge:
             raise UserError(

@@ -159,7 +159,7 @@ class Task(BaseModel):
     @property
     def num_labels(self) -> int | None:
         """Classes of a classification task; None for the other kinds."""
-        return len(self.labels) or None
+        return len(self.labels) if self.kind == "classification" else None
 
     def read(self) -> set[str]:
         """Columns that the prompt and the other templates read."""

@@ -1,0 +1,36 @@
+"""The examples of a run: the splits that its settings name, encoded for its model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from metazo.models.load import LoadedModel
+from metazo.runs.config import FinetuneConfig
+from metazo.tasks import Prepared, Task, prepare
+from metazo.tasks.encode import Encoded
+from metazo.tasks.rows import Rows
+
+
+def prepared_task(config: FinetuneConfig, task: Task, loaded: LoadedModel, rows: Rows | None = None) -> Prepared:
+    """The task's splits for a model. rows: in memory, in place of `config.data`. Raises UserError as `prepare` does."""
+    return prepare(
+        task,
+        loaded,
+        data=config.data if rows is None else rows,
+        train=config.train_examples,
+        dev=config.dev_examples,
+        test=config.test_examples,
+        seed=config.seed,
+        max_length=config.max_length,
+        k_per_class=config.k_per_class,
+    )
+
+
+def longest_batch(config: FinetuneConfig, train: Sequence[Encoded]) -> list[Encoded]:
+    """The `batch_size` longest training examples, on which the memory of a run is estimated."""
+    return sorted(train, key=len)[-config.batch_size :]
+
+
+def longest_input(config: FinetuneConfig, loaded: LoadedModel) -> int:
+    """Most tokens of an input; 0 for a model without a tokenizer."""
+    return min(config.max_length or loaded.context_length, loaded.context_length)
