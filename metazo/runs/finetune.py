@@ -30,14 +30,13 @@ from metazo.runs.resources import require_space
 from metazo.runs.schedule import share, snapshot_steps, warmup_steps
 from metazo.runs.setup import Setup, set_up
 from metazo.runs.shared import SharedFolder, losses_explained, run_folder, written
-from metazo.runs.track import Trackers, check
+from metazo.runs.track import Trackers
 from metazo.runs.tuned import Finetuned, Given
 from metazo.runs.unwritten import MemoryFolder, MemoryLog
 from metazo.step.record import Step
 from metazo.steplog.writer import StepLog
 from metazo.tasks import Prepared
 from metazo.tasks.closures import BatchLoss
-from metazo.tuner.hub import check_repository
 
 
 def run_settings(config: FinetuneConfig, console: Console | None = None, *, plot: bool = True) -> dict[str, Any]:
@@ -89,7 +88,6 @@ def _tune(
             setup.config = replace(setup.config, **{name: getattr(config, name) for name in PATHS})
             setup.loaded.name = setup.loaded.name.replace(here.model, config.model)
         config = setup.config
-        check_services(config)
         plan = setup.plan(config)
         if isinstance(setup.prepared, Prepared) and together():
             require_same("rows of the task", data_hash(setup.prepared))
@@ -119,14 +117,6 @@ def _tune(
                 run.trackers.finish()
         history = (run.log.steps, run.scores.records) if config.out is None else None
         return Finetuned(summary, config.out, setup.loaded, history)
-
-
-def check_services(config: FinetuneConfig) -> None:
-    """Raises UserError for a tracker that is not installed, or a repository that cannot be one, before the run begins."""
-    if config.track:
-        check(config.track)
-    if config.push is not None:
-        check_repository(config.push)
 
 
 def _from_anywhere(config: FinetuneConfig) -> FinetuneConfig:

@@ -16,22 +16,25 @@ from torch import nn
 from metazo import zoo
 from metazo.errors import UserError
 from metazo.feedback.tuner import describe as describe_blocks
+from metazo.io.processes import launched
 from metazo.models.assemble import assemble, base_of
 from metazo.models.embedded import EMBEDDED
 from metazo.models.load import LoadedModel
 from metazo.models.quantize import bytes_of
 from metazo.models.skeleton import skeleton, stored
-from metazo.runs.choose import AUTO, check_open, choose
+from metazo.runs.choose import AUTO, choose
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.estimate import Estimate, Followed, estimate, measure_rates, state_bytes, step_seconds, weight_bytes
 from metazo.runs.examples import longest_batch, longest_input, prepared_task
 from metazo.runs.fit_precision import fit_precision
 from metazo.runs.method import build_optimizer, resolve_device
-from metazo.runs.resources import free_memory, size
+from metazo.runs.preconditions import check_saved, check_settings
+from metazo.runs.resources import free_memory, require_space, size
 from metazo.runs.schedule import number_of_steps, snapshot_steps, warmup_steps
 from metazo.step.precision import cost
 from metazo.tasks import Prepared, Task, resolve
 from metazo.tasks.closures import BatchLoss
+from metazo.tasks.encode import Encoder
 from metazo.tasks.prepared import last_logits
 
 META = torch.device("meta")
@@ -112,35 +115,34 @@ def dry_run(config: FinetuneConfig) -> dict[str, Any]:
 
     In addition to the entries of `plan`: "time" of a step and of all steps, "tuners" of the zoo that fit, "weights on disk",
     and "notes", sentences about what could not be read or estimated. "bytes" has the figures of the memory as numbers.
-    Raises UserError for settings that a run would refuse, except that rows, tokenizer and weights may be missing.
+    Raises UserError for settings that a run would refuse, except that rows, tokenizer and weights may be missing, and that a
+    finished or interrupted run may be in `out`.
     """
+    objective = check_settings(config)
     device, task = resolve_device(config.device), resolve(config.task)
     labels = task.num_labels
     folder = base_of(config.model)
     loaded = skeleton(folder, kind=config.kind, dtype=config.dtype, num_labels=labels, head=config.head)
     loaded.name = config.model
     notes = [f"{folder}: {note}." for note in loaded.notes] + _about_files(folder, loaded.model)
-    if config.objective is not None:
-        notes.append(
-            f"Memory and time are those of the task's loss; what `objective` {config.objective} adds is not known."
-        )
-    if config.quantize is not None:
-        notes.append(
-            f"Memory and time are those of {config.dtype} weights; with `quantize` {config.quantize} it is less."
-        )
+    notes += _not_counted(config, loaded.model)
     if config.adapters is not None and config.adapters.kind == "continue":
         raise UserError(
             "A dry run makes adapters from their settings; for adapters that exist, name their kind as `adapter`."
         )
     loaded, _ = assemble(config, labels=labels, device=META, given=loaded)
+    check_saved(config, loaded)
     prepared, problem = _rows(config, task, loaded)
     limit = longest_input(config, loaded)
     loss, length = _loss(config, loaded, prepared, limit)
+    if objective is not None:
+        loss = _without_gradient(loss)
     if prepared is None:
         notes.append(f"The rows were not read ({problem}); inputs of {length} tokens are assumed.")
+    else:
+        notes += prepared.notes
     chosen = None
     if config.optimizer == AUTO:
-        check_open(config)
         with Followed():  # masks ask for numbers
             config, chosen = choose(config, loaded.model, loss, META, free_memory(device))
     free = free_memory(device)
@@ -167,6 +169,11 @@ def dry_run(config: FinetuneConfig) -> dict[str, Any]:
         "billion weights with noise per second"
     )
     found["tuners"] = _tuners(config, loaded.model)
+    if config.out is not None:
+        try:
+            require_space(config.out, found["bytes on disk"], "The run")
+        except UserError as error:
+            notes.append(str(error))
     if counted.peak > free:
         notes.append(f"The run does not fit: it takes {size(counted.peak)} and {size(free)} are free on {device}.")
     found["notes"] = [*notes, *(f"{note[0].upper()}{note[1:]}." for note in counted.notes)]
@@ -175,10 +182,37 @@ def dry_run(config: FinetuneConfig) -> dict[str, Any]:
     return found
 
 
+def _not_counted(config: FinetuneConfig, model: nn.Module) -> list[str]:
+    """Sentences about settings whose effect on memory and time is not counted."""
+    notes = []
+    if config.objective is not None:
+        notes.append(
+            f"Memory and time are those of the task's loss; what `objective` {config.objective} adds is not known."
+        )
+    whole = f"Memory and time are those of {config.dtype} weights"
+    if config.quantize is not None:
+        notes.append(f"{whole}; with `quantize` {config.quantize} the memory is less.")
+    elif getattr(model.config, "quantization_config", None):
+        notes.append(
+            f"{whole}; the checkpoint is quantised, so that the memory is less, and adapters alone are trained."
+        )
+    if (processes := launched()) > 1:
+        notes.append(f"Memory and time are those of one process that does the work of all {processes}.")
+    if config.device_map is not None:
+        notes.append(f"Memory is that of all devices together; `device_map` {config.device_map} divides the weights.")
+    return notes
+
+
+def _without_gradient(loss: Callable[[], Any]) -> Callable[[], Any]:
+    """An objective has no gradient, so the choice of a method must not find one."""
+    return lambda: loss().detach()
+
+
 def _rows(config: FinetuneConfig, task: Task, loaded: LoadedModel) -> tuple[Prepared | None, str]:
     """The encoded rows, or None and the reason why they cannot be read."""
     if loaded.tokenizer is None:
         return None, "there is no tokenizer"
+    Encoder(task, loaded, config.max_length)  # raises UserError for a task that the model cannot do, whatever its rows
     try:
         return prepared_task(config, task, loaded), ""
     except UserError as error:

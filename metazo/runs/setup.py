@@ -16,8 +16,7 @@ from metazo.models.load import LoadedModel
 from metazo.models.sentence import SentenceClassifier
 from metazo.optimizers.ranks import share
 from metazo.optimizers.registry import method
-from metazo.runs.batches import check_shares
-from metazo.runs.choose import AUTO, check_open, choose
+from metazo.runs.choose import AUTO, choose
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.examples import longest_batch, longest_input, prepared_task
 from metazo.runs.fit_precision import fit_precision
@@ -25,6 +24,7 @@ from metazo.runs.folder import STEPS
 from metazo.runs.method import arguments, resolve_device
 from metazo.runs.own import OwnLoss, StateFile
 from metazo.runs.plan import plan, rows_of
+from metazo.runs.preconditions import check_saved, check_settings
 from metazo.runs.resources import free_memory
 from metazo.runs.schedule import number_of_steps
 from metazo.runs.tuned import Given
@@ -33,7 +33,7 @@ from metazo.tasks import Prepared, resolve
 from metazo.tasks.classes import fit_head
 from metazo.tasks.closures import BatchLoss, Data, FullLoss
 from metazo.tasks.evaluate import evaluate
-from metazo.tasks.objectives import Minimised, Objective, find
+from metazo.tasks.objectives import Minimised, Objective
 
 with needs("llm"):
     from transformers.utils import logging as transformers_logging
@@ -99,10 +99,7 @@ def set_up(config: FinetuneConfig, given: Given | None = None) -> Setup:
     """Load and check everything that a run needs and that is not `given`; writes nothing."""
     transformers_logging.disable_progress_bar()
     given, device, chosen = given or Given(), resolve_device(config.device), None
-    if config.optimizer == AUTO:
-        check_open(config)
-    _check_processes(config, given)
-    objective = _objective(config, given)
+    objective = check_settings(config, given)
     if given.own:
         loaded, trained = assemble(config, labels=None, device=device, given=given.loaded)
         prepared: Any = given.own
@@ -137,42 +134,9 @@ def set_up(config: FinetuneConfig, given: Given | None = None) -> Setup:
     )
 
 
-def _check_processes(config: FinetuneConfig, given: Given) -> None:
-    """Raises UserError for a run that several processes cannot share."""
-    if world() == 1:
-        return
-    if config.optimizer == AUTO:
-        raise UserError("`optimizer` is auto, which chooses for one process; under torchrun, name a method.")
-    if not (given.optimizer or method(config.optimizer)).replayable:
-        raise UserError(
-            f"`optimizer` {config.optimizer} runs in one process, because processes exchange losses alone: start it without "
-            "torchrun, or choose another."
-        )
-    check_shares(config, given.own is not None, share(_probe_ranks(config, given.optimizer))[1])
-
-
-def _probe_ranks(config: FinetuneConfig, optimizer: Any) -> int:
-    return config.probe_ranks if optimizer is None else optimizer.exchange.probe_ranks
-
-
 def data(prepared: Prepared | OwnLoss, objective: Objective | None) -> Data:
     """What the losses of steps are computed on."""
     return prepared if objective is None or isinstance(prepared, OwnLoss) else Minimised(prepared, objective)
-
-
-def _objective(config: FinetuneConfig, given: Given) -> Objective | None:
-    """What is minimised in place of the task's loss. Raises UserError if there is none of this name, or if the method needs
-    a gradient.
-    """
-    if config.objective is None:
-        return None
-    used = given.optimizer or (method(config.optimizer) if config.optimizer != AUTO else None)
-    if used is not None and used.needs_gradient:
-        raise UserError(
-            f"`optimizer` {config.optimizer} needs the gradient of the loss, and `objective` {config.objective} is only "
-            "evaluated; choose a method that probes, such as mezo."
-        )
-    return find(given.objective or config.objective, (given.task or resolve(config.task)).kind)
 
 
 def _chosen(
@@ -196,7 +160,7 @@ def _given_optimizer(
     if not held or any(id(parameter) not in own for parameter in held):
         raise UserError("`optimizer` has tensors that are not the model's; make it from model.named_parameters().")
     if optimizer.wants_full_closure and optimizer.full_closure is None:
-        own = share(_probe_ranks(config, optimizer))
+        own = share(optimizer.exchange.probe_ranks)
         optimizer.full_closure = FullLoss(loaded.model, prepared, config.eval_batch_size, device, own)
     return optimizer, sum(parameter.numel() for parameter in held if parameter.requires_grad)
 
@@ -206,16 +170,13 @@ def _task(config: FinetuneConfig, given: Given, device: torch.device) -> tuple[L
     task = given.task or resolve(config.task)
     labels = task.num_labels
     loaded, trained = assemble(config, labels=labels, device=device, given=given.loaded)
+    check_saved(config, loaded)
     if given.loaded and loaded.kind == "classifier" and labels != loaded.model.config.num_labels:
         raise UserError(
             f"`model` has a head of {loaded.model.config.num_labels} classes, and task {task.name!r} has {labels or 'none'}."
         )
     prepared = prepared_task(config, task, loaded, given.rows)
     if isinstance(loaded.model, SentenceClassifier):
-        if config.adapters and config.keep != "none" and not config.merge:
-            raise UserError(
-                "`adapter` on a sentence encoder can only be saved merged into its weights; add `merge=True`."
-            )
         loaded.model.cache_frozen()
         examples = [*prepared.dev, *prepared.test, *prepared.train]
         loaded.model.learn_frozen(prepared.batches(examples, config.eval_batch_size))

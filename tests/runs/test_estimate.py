@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import LlamaConfig
 
+from metazo.errors import UserError
 from metazo.models.load import LoadedModel
 from metazo.models.skeleton import skeleton
 from metazo.optimizers.registry import method
@@ -17,6 +19,7 @@ from metazo.runs.config import FinetuneConfig
 from metazo.runs.cost import measure
 from metazo.runs.estimate import Estimate, Rates, estimate, step_seconds
 from metazo.runs.plan import assumed_loss, dry_run
+from metazo.runs.setup import set_up
 from tests.models.test_skeleton import sparse
 
 SMALL = LlamaConfig(
@@ -124,3 +127,46 @@ def test_a_plan_of_every_kind(settings: dict) -> None:
     assert found["bytes"]["peak"] >= found["bytes"]["inference"] > 6_272_640
     assert found["task"].startswith("pico_sentiment: 64 train, 8 dev, 8 test")
     assert ("pico/v" in found["tuners"]) == ("lora" not in settings)
+
+
+PICO = {"model": "pico", "task": "pico_sentiment", "train_examples": 64, "dev_examples": 8, "test_examples": 8}
+REFUSED: list[tuple[dict, str]] = [
+    ({"objective": "nosuch"}, "`objective` 'nosuch' is no metric of a classification task"),
+    ({"objective": "accuracy", "optimizer": "first-order-sgd"}, "needs the gradient of the loss"),
+    ({"track": ["mlflow"]}, "`track` mlflow needs the package mlflow"),
+    ({"push": "bad//name", "out": Path("new")}, "bad//name"),
+    ({"quantize": "int8"}, "train adapters in full precision"),
+    ({"quantize": "int8", "lora": 2, "merge": True}, "`merge` would round"),
+    ({"max_length": 5000}, "5000 is more than the context"),
+    ({"train": ["nosuch"]}, "nosuch"),
+]
+
+
+@pytest.mark.parametrize(("settings", "words"), REFUSED)
+def test_a_plan_and_a_run_refuse_the_same_settings(settings: dict, words: str, monkeypatch) -> None:
+    monkeypatch.setattr("metazo.runs.track.find_spec", lambda name: None)
+    for refuses in (dry_run, set_up):
+        with pytest.raises(UserError, match=words):
+            refuses(FinetuneConfig(**PICO, **settings))
+
+
+@pytest.mark.parametrize(("objective", "name"), [("accuracy", "mezo"), (None, "first-order-adamw")])
+def test_a_plan_chooses_the_method_that_a_run_chooses(objective: str | None, name: str) -> None:
+    config = FinetuneConfig(**PICO, optimizer="auto", objective=objective)
+    assert dry_run(config)["optimizer"].startswith(f"auto takes {name}")
+    assert set_up(config).config.optimizer == name
+
+
+def test_a_plan_says_what_it_does_not_count(monkeypatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    config = FinetuneConfig(**PICO, objective="accuracy", device_map="auto", out=Path("new"))
+    notes = " ".join(dry_run(config)["notes"])
+    for words in (
+        "what `objective` accuracy adds",
+        "of one process that does the work of all 4",
+        "`device_map` auto",
+        "are free;",
+    ):
+        assert words in notes

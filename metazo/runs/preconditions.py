@@ -1,0 +1,88 @@
+"""Settings that no run can have, found before a model is loaded; a dry run refuses them as a run does."""
+
+from __future__ import annotations
+
+from metazo.errors import UserError
+from metazo.io.processes import world
+from metazo.models.load import DTYPES, LoadedModel
+from metazo.models.quantize import quantization
+from metazo.models.sentence import SentenceClassifier
+from metazo.optimizers.ranks import share
+from metazo.optimizers.registry import method
+from metazo.runs.batches import check_shares
+from metazo.runs.choose import AUTO, check_open
+from metazo.runs.config import FinetuneConfig
+from metazo.runs.method import resolve_device
+from metazo.runs.track import check as check_trackers
+from metazo.runs.tuned import Given
+from metazo.tasks import resolve
+from metazo.tasks.objectives import Objective, find
+from metazo.tuner.hub import check_repository
+
+
+def check_settings(config: FinetuneConfig, given: Given | None = None) -> Objective | None:
+    """Raises UserError for settings that no run can have. Returns what is minimised in place of the task's loss.
+
+    given: objects in memory, which replace those that the settings name.
+    """
+    given = given or Given()
+    if config.optimizer == AUTO:
+        check_open(config)
+    _check_processes(config, given)
+    if config.quantize is not None and given.loaded is None:
+        _check_quantised(config)
+    if config.track:
+        check_trackers(config.track)
+    if config.push is not None:
+        check_repository(config.push)
+    return _objective(config, given)
+
+
+def check_saved(config: FinetuneConfig, loaded: LoadedModel) -> None:
+    """Raises UserError for adapters that could not be saved at the end."""
+    plain = config.merge or config.keep == "none"
+    if isinstance(loaded.model, SentenceClassifier) and config.adapters and not plain:
+        raise UserError("`adapter` on a sentence encoder can only be saved merged into its weights; add `merge=True`.")
+
+
+def _check_quantised(config: FinetuneConfig) -> None:
+    if config.adapters is None:
+        raise UserError(
+            f"`quantize` {config.quantize} leaves weights that cannot be trained; train adapters in full precision with "
+            "`adapter='lora'`."
+        )
+    if config.merge:
+        raise UserError(
+            f"`merge` would round the sum of `quantize` {config.quantize} weights and adapters to whole numbers; leave it out."
+        )
+    quantization(str(config.quantize), DTYPES[config.dtype], resolve_device(config.device))
+
+
+def _check_processes(config: FinetuneConfig, given: Given) -> None:
+    """Raises UserError for a run that several processes cannot share."""
+    if world() == 1:
+        return
+    if config.optimizer == AUTO:
+        raise UserError("`optimizer` is auto, which chooses for one process; under torchrun, name a method.")
+    if not (given.optimizer or method(config.optimizer)).replayable:
+        raise UserError(
+            f"`optimizer` {config.optimizer} runs in one process, because processes exchange losses alone: start it without "
+            "torchrun, or choose another."
+        )
+    ranks = config.probe_ranks if given.optimizer is None else given.optimizer.exchange.probe_ranks
+    check_shares(config, given.own is not None, share(ranks)[1])
+
+
+def _objective(config: FinetuneConfig, given: Given) -> Objective | None:
+    """What is minimised in place of the task's loss. Raises UserError if there is none of this name, or if the method needs
+    a gradient.
+    """
+    if config.objective is None:
+        return None
+    used = given.optimizer or (method(config.optimizer) if config.optimizer != AUTO else None)
+    if used is not None and used.needs_gradient:
+        raise UserError(
+            f"`optimizer` {config.optimizer} needs the gradient of the loss, and `objective` {config.objective} is only "
+            "evaluated; choose a method that probes, such as mezo."
+        )
+    return find(given.objective or config.objective, (given.task or resolve(config.task)).kind)
