@@ -124,7 +124,7 @@ def resolve(entries: Sequence[str | dict[str, Any]], tuner: str | None = None) -
 
 def _named(name: str) -> list[Column]:
     if name == "all":
-        left_out = {"all", *(key for key, cls in methods().items() if cls.needs_tuner or cls.needs)}
+        left_out = {"all", *(key for key, cls in methods().items() if cls.needs_tuner)}
         own = [each for each in names() if each not in left_out]
         return [column for each in own for column in _named(each)]
     if name == "random-tuner":

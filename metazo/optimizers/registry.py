@@ -79,8 +79,6 @@ class Method:
     """Whether the constructor must be given a tuner's scale."""
     needs_gradient: bool = False
     """Whether a step needs a loss with a gradient, so that `objective` cannot be set."""
-    needs: tuple[str, ...] = ()
-    """Hyperparameters that must be given: a comparison of all methods leaves the method out."""
     moments: int = 0
     """Copies of the weights that are allocated at the first step, and that `tensors_state` does not contain before it."""
     contract_case: Case = Case()

@@ -103,9 +103,6 @@ def arguments(config: FinetuneConfig, model: nn.Module) -> dict[str, Any]:
             owners = [other for other in METHODS if key in METHODS[other].hyperparameters()]
             where = f"it belongs to {', '.join(owners)}" if owners else f"{name} has {', '.join(own) or 'none'}"
             raise UserError(f"`{key}` is not a hyperparameter of {name}; {where}.")
-    for key in cls.needs:
-        if key not in chosen:
-            raise UserError(f"`optimizer` {name} needs `{key}`, which has no default.")
     chosen = {key: _option(name, key, value) for key, value in chosen.items()}
     settings: dict[str, Any] = {"weight_decay": config.weight_decay}
     if config.lr is not None:

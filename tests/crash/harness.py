@@ -37,9 +37,12 @@ from typing import Any
 import torch
 
 import metazo
+from metazo.feedback.surrogates import MeanJacobian
+from metazo.feedback.tuner import FeedbackTuner, describe
 from metazo.io.terminal import Console
 from metazo.meta.config import MetaConfig
 from metazo.meta.train import meta_train
+from metazo.models.load import load_model
 from metazo.optimizers import METHODS, ZOOptimizer
 from metazo.optimizers.first_order import FirstOrder
 from metazo.runs.config import FinetuneConfig
@@ -63,7 +66,7 @@ OWN: dict[str, dict[str, Any]] = {
     "mezo-svrg": {"method": {"interval": 3}},
 }
 META = {"model": "pico", "task": ["pico_topic"], "steps": 6, "batch_size": 2, "train_examples": 8, "save_every": 2}
-CASES = [*(name for name, cls in METHODS.items() if not cls.needs), "meta-train", "meta-train, recorded"]
+CASES = [*METHODS, "meta-train", "meta-train, recorded"]
 
 
 def run(case: str, out: Path, resume: bool, console: Console) -> None:
@@ -73,7 +76,21 @@ def run(case: str, out: Path, resume: bool, console: Console) -> None:
         meta_train(build(MetaConfig, META, recorded, {"out": out, "resume": resume}), console=console)
         return
     settings = {**COMMON, "optimizer": case, **OWN.get(case, {})}
+    if METHODS[case].needs_tuner and "tuner" not in settings:
+        settings["tuner"] = str(random_maps(out.with_name("maps.safetensors")))
     run_settings(build(FinetuneConfig, settings, {"out": out, "resume": resume}), console)
+
+
+def random_maps(path: Path) -> Path:
+    """A feedback tuner for pico, whose maps are random; all runs of a case share its file."""
+    if not path.exists():
+        model = load_model("pico").model
+        info, width = describe(model, "pico"), model.config.hidden_size
+        drawn, below = torch.Generator().manual_seed(0), range(len(info.blocks) - 1)
+        down = {block: torch.randn(width, 2, generator=drawn) / width for block in below}
+        up = {block: torch.randn(2, width, generator=drawn) / width for block in below}
+        FeedbackTuner(MeanJacobian(down, up, dict.fromkeys(below, 0.5)), info).save(path)
+    return path
 
 
 def evidence(out: Path) -> dict[str, bytes]:
