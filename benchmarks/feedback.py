@@ -26,7 +26,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 from transformers import AutoTokenizer
 
-from metazo.models.sentence import SHARPNESS, Prototypes, SentenceClassifier
+from metazo.models.heads import SHARPNESS, Prototypes
+from metazo.models.sentence import SentenceClassifier
 from metazo.optimizers import METHODS
 from metazo.optimizers.answer_column import AnswerColumn
 from metazo.optimizers.mezo import MeZO

@@ -51,7 +51,7 @@ def evaluate(
     metazo evaluate --model pico --task pico_sentiment --task pico_topic
     """
     from metazo.errors import UserError
-    from metazo.runs.folder import read_config, run_of
+    from metazo.runs.locate import read_config, run_of
     from metazo.runs.measure import evaluate as score
 
     if (run is None) == (model is None):

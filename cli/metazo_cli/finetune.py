@@ -97,7 +97,7 @@ def finetune(
 
 def _began(folder: Path | None, values: dict[str, Any]) -> dict[str, Any]:
     """The settings with which a resumed run began; its folder is added to `values`."""
-    from metazo.runs.folder import located, read_config
+    from metazo.runs.locate import located, read_config
 
     if not values["resume"]:
         if folder is not None:

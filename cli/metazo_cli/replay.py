@@ -30,8 +30,8 @@ def replay(
 
     metazo replay runs/a/steps.jsonl --base pico --out tuned
     """
-    from metazo.runs.folder import STEPS
     from metazo.runs.replay import replay as run
+    from metazo.steplog.format import STEPS
 
     path = log / STEPS if log.is_dir() else log
     with Progress(console=Console(), disable=as_json) as bar:

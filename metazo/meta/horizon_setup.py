@@ -17,9 +17,10 @@ from metazo.meta.dryrun import Plan
 from metazo.meta.horizon import EVAL_BATCH, HorizonRun, HorizonTask
 from metazo.meta.horizon_config import HorizonConfig
 from metazo.meta.loading import load_base, prepare_task
+from metazo.models.heads import Prototypes
 from metazo.models.load import LoadedModel
 from metazo.models.select import select_trainable
-from metazo.models.sentence import Prototypes, SentenceClassifier
+from metazo.models.sentence import SentenceClassifier
 from metazo.runs.method import resolve_device
 from metazo.runs.monitor import Diverged
 from metazo.runs.resources import size

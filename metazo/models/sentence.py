@@ -5,16 +5,7 @@ Sentence-transformers checkpoints (all-MiniLM-L6-v2 and its kin) carry their kno
 pooler of transformers' own BERT classifier, a dense layer over the first token, was never trained there, and
 zeroth-order steps do not train it either: on SST-2 its output hardly changes, while first-order training does train it.
 
-The prototype head is Snell et al., "Prototypical networks for few-shot learning" (2017, arXiv 1703.05175), with cosine
-in place of the distance: a class is the mean direction of its training examples, and
-
-    logit_k = 20 cos(embedding, prototype_k) - mean over the training examples of the same
-
-It has no parameters, so only the encoder is trained, and the loss at step 0 is already below chance.
-
-The head of label phrases has the embedding of a phrase in place of each prototype ("this review is positive"), so it
-reads no training label, only texts for the calibrating mean. Both are functions of the base encoder's weights: they are
-made once, before the first step, and then stay fixed.
+The heads of prototypes and of label phrases are in metazo/models/heads.py.
 """
 
 from __future__ import annotations
@@ -30,11 +21,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 
 from metazo.errors import UserError
 from metazo.io.extras import needs
 from metazo.models.frozen import Split, frozen_layers
+from metazo.models.heads import HEADS, Phrases, Prototypes, new_head
 
 with needs("llm"):
     from transformers import AutoModel, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -44,63 +35,7 @@ with needs("llm"):
 
 HEAD_FILE = "head.safetensors"
 POOLING_FILE = "1_Pooling/config.json"
-SHARPNESS = 20.0
 _POOLINGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
-
-
-class Prototypes(nn.Module):
-    """Fixed label prototypes: buffers ``prototypes`` (C, d), of unit length, and ``offset`` (C,), float32."""
-
-    prototypes: Tensor
-    offset: Tensor
-
-    def __init__(self, classes: int, width: int):
-        super().__init__()
-        self.register_buffer("prototypes", torch.zeros(classes, width))
-        self.register_buffer("offset", torch.zeros(classes))
-
-    @property
-    def fitted(self) -> bool:
-        """Whether the prototypes are set."""
-        return bool(self.prototypes.any())
-
-    def calibrate(self, embeddings: Tensor) -> None:
-        """Set the offset to the mean logits of embeddings (N, d)."""
-        self.offset.copy_(SHARPNESS * (normalize(embeddings.float(), dim=1) @ self.prototypes.T).mean(0))
-
-    def fit(self, embeddings: Tensor, labels: Tensor) -> None:
-        """Set the prototypes from embeddings (N, d) and their classes (N,). Raises UserError for a class without an example."""
-        directions = normalize(embeddings.float(), dim=1)
-        for label in range(len(self.prototypes)):
-            if not (labels == label).any():
-                raise UserError(
-                    f"`head='prototype'`: no training example has class {label}; take more with `train_examples`."
-                )
-            self.prototypes[label] = normalize(directions[labels == label].mean(0), dim=0)
-        self.calibrate(embeddings)
-
-    def forward(self, embeddings: Tensor) -> Tensor:
-        return SHARPNESS * normalize(embeddings.float(), dim=1) @ self.prototypes.T - self.offset
-
-
-class Phrases(Prototypes):
-    """Prototypes that are the embeddings of label phrases: ``fit`` reads the embeddings and not the labels."""
-
-    def set(self, phrases: Tensor) -> None:
-        """Set the prototypes from the phrases' embeddings (C, d), in class order; the offset is 0 until `calibrate`.
-
-        Raises UserError for phrases that the encoder does not tell apart.
-        """
-        directions = normalize(phrases.float(), dim=1)
-        close = torch.triu(directions @ directions.T > 1 - 1e-6, diagonal=1).nonzero()
-        if len(close):
-            first, second = close[0].tolist()
-            raise UserError(f"`head` phrases: the phrases of classes {first} and {second} have the same embedding; "
-                            "choose label words that differ")  # fmt: skip
-        self.prototypes.copy_(directions)
-
-    def fit(self, embeddings: Tensor, labels: Tensor) -> None:
-        self.calibrate(embeddings)
 
 
 class SentenceClassifier(nn.Module):
@@ -218,7 +153,7 @@ class SentenceClassifier(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         folder = Path(folder)
         self.encoder.save_pretrained(folder)
-        kind = next(name for name, head in _HEADS.items() if type(self.head) is head)
+        kind = next(name for name, head in HEADS.items() if type(self.head) is head)
         head = {name: value.contiguous() for name, value in self.head.state_dict().items()}
         save_file(head, folder / HEAD_FILE, {"head": kind})
         (folder / POOLING_FILE).parent.mkdir(exist_ok=True)
@@ -237,7 +172,7 @@ class SentenceClassifier(nn.Module):
             kind = (file.metadata() or {}).get("head", "linear")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
         matrix = tensors.get("weight", tensors.get("prototypes"))
-        if matrix is None or matrix.ndim != 2 or kind not in _HEADS:
+        if matrix is None or matrix.ndim != 2 or kind not in HEADS:
             raise UserError(
                 f"{HEAD_FILE} of {str(folder)!r} was not written by metazo: it has no matrix of weights or prototypes."
             )
@@ -251,13 +186,6 @@ class SentenceClassifier(nn.Module):
         encoder = _encoder(source, dtype)
         encoder.config.num_labels = classes
         return cls(encoder, new_head(head, classes, encoder.config.hidden_size, dtype), pooling_of(source) or "mean")
-
-
-_HEADS: dict[str, Any] = {"linear": nn.Linear, "prototype": Prototypes, "phrases": Phrases}
-
-
-def new_head(kind: str, classes: int, width: int, dtype: torch.dtype) -> nn.Module:
-    return nn.Linear(width, classes, dtype=dtype) if kind == "linear" else _HEADS[kind](classes, width)
 
 
 def _encoder(source: str, dtype: torch.dtype) -> PreTrainedModel:

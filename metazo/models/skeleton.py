@@ -21,6 +21,7 @@ from metazo.io.extras import needs
 from metazo.io.plain import read_json
 from metazo.models.checks import check_config, check_tokenizer
 from metazo.models.embedded import EMBEDDED
+from metazo.models.heads import new_head
 from metazo.models.load import (
     DTYPES,
     KINDS,
@@ -31,7 +32,7 @@ from metazo.models.load import (
     kind_of,
     set_pad,
 )
-from metazo.models.sentence import SentenceClassifier, new_head, pooling_of, quiet
+from metazo.models.sentence import SentenceClassifier, pooling_of, quiet
 
 with needs("llm"):
     from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig

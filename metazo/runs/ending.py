@@ -16,7 +16,8 @@ from metazo.io.terminal import Console
 from metazo.models.adapters import merge_adapters
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.evaluations import Scores
-from metazo.runs.folder import BEST, MODEL, SNAPSHOTS, RunFolder
+from metazo.runs.folder import BEST, SNAPSHOTS, RunFolder
+from metazo.runs.locate import MODEL
 from metazo.runs.model_card import ModelCard
 from metazo.runs.monitor import Diverged
 from metazo.runs.resources import peak_memory

@@ -20,10 +20,11 @@ from metazo.runs.config import INCIDENTAL, FinetuneConfig
 from metazo.runs.diagnose import diagnose, memory_explained
 from metazo.runs.ending import Ending
 from metazo.runs.evaluations import Scores
-from metazo.runs.folder import BEST, PATHS, SNAPSHOTS, STEPS, RunFolder, located
+from metazo.runs.folder import BEST, SNAPSHOTS, RunFolder
 from metazo.runs.header import header
 from metazo.runs.inputs import data_hash
 from metazo.runs.interrupt import Interrupted, interruptible
+from metazo.runs.locate import PATHS, from_anywhere
 from metazo.runs.monitor import Watch
 from metazo.runs.progress import progress
 from metazo.runs.resources import require_space
@@ -34,6 +35,7 @@ from metazo.runs.track import Trackers
 from metazo.runs.tuned import Finetuned, Given
 from metazo.runs.unwritten import MemoryFolder, MemoryLog
 from metazo.step.record import Step
+from metazo.steplog.format import STEPS
 from metazo.steplog.writer import StepLog
 from metazo.tasks import Prepared
 from metazo.tasks.closures import BatchLoss
@@ -82,7 +84,7 @@ def _tune(
         if (summary := folder.summary()) is not None:
             say(f"The run in {config.out} is complete; this is its result.")
             return Finetuned(summary, config.out)
-        here = _from_anywhere(config)
+        here = from_anywhere(config)
         setup = agreed(lambda: set_up(here, given))
         if here != config:  # the names in the log stay those of the start
             setup.config = replace(setup.config, **{name: getattr(config, name) for name in PATHS})
@@ -117,13 +119,6 @@ def _tune(
                 run.trackers.finish()
         history = (run.log.steps, run.scores.records) if config.out is None else None
         return Finetuned(summary, config.out, setup.loaded, history)
-
-
-def _from_anywhere(config: FinetuneConfig) -> FinetuneConfig:
-    """A run that is resumed from another working directory finds its model, task and tuner (`located`)."""
-    if not config.resume or config.out is None:
-        return config
-    return replace(config, **located(asdict(config), config.out, ("model", "task", "tuner", "objective")))
 
 
 def _first_loss(setup: Setup, config: FinetuneConfig) -> None:

@@ -24,11 +24,10 @@ from torch import nn
 from metazo.optimizers.registry import method
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.estimate import Followed, scratch_bytes, state_bytes
-from metazo.runs.folder import STEPS
 from metazo.runs.method import build_optimizer
 from metazo.runs.resources import size
 from metazo.step.precision import DEFAULTS, POLICIES
-from metazo.steplog.format import scan
+from metazo.steplog.format import STEPS, scan
 
 ORDER = ("master", "compensated-16", "compensated-8")
 SHARE = 0.95  # of the free memory

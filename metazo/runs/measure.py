@@ -14,10 +14,10 @@ from metazo.models.describe import describe
 from metazo.models.load import MADE, LoadedModel
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.examples import prepared_task
-from metazo.runs.folder import MODEL, STEPS, located, read_config, run_of
+from metazo.runs.locate import MODEL, located, read_config, run_of
 from metazo.runs.method import resolve_device
 from metazo.settings import build, with_role
-from metazo.steplog.format import scan
+from metazo.steplog.format import STEPS, scan
 from metazo.tasks import Task, in_memory, resolve
 from metazo.tasks import evaluate as scoring
 from metazo.tasks.classes import fit_head

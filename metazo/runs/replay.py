@@ -16,18 +16,15 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from metazo import zoo
 from metazo.errors import UserError
 from metazo.io.extras import needs
-from metazo.io.files import is_file
 from metazo.io.lock import NAME as LOCK
 from metazo.io.lock import FolderLock
 from metazo.io.plain import is_name
@@ -35,28 +32,24 @@ from metazo.io.tensorfile import weights_hash
 from metazo.models.adapters import merge_adapters
 from metazo.models.assemble import as_loaded, assemble
 from metazo.models.describe import describe, parts_of
+from metazo.models.heads import Phrases
 from metazo.models.load import LoadedModel
-from metazo.models.sentence import Phrases, SentenceClassifier
-from metazo.optimizers import METHODS
+from metazo.models.sentence import SentenceClassifier
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.folder import save_parts
-from metazo.runs.header import environment, tuner_hash
+from metazo.runs.header import tuner_hash
 from metazo.runs.inputs import architecture
 from metazo.runs.method import build_optimizer, resolve_device
 from metazo.runs.own import StateFile
 from metazo.runs.resources import refuse_ranks
-from metazo.runs.tuned import MEMORY, Given
+from metazo.runs.tuned import Given
+from metazo.runs.verify import check_same, distance, environment_changes, replayable_header
 from metazo.settings import build, check_path
-from metazo.step.record import Step
 from metazo.steplog.format import Scan, change, scan
-from metazo.steplog.format import differences as log_differences
 from metazo.tuner.file import Tuner
 
 with needs("llm"):
     from transformers.utils import logging as transformers_logging
-
-DRIFT = 1e-4  # largest relative difference of coefficients from the log's that can be due to rounding on another device
-_NEEDED = {"weights": str, "method": str, "settings": dict}
 
 
 @dataclass
@@ -109,7 +102,7 @@ def replay(
     for name, path in (("log", log), ("base", base if isinstance(base, str) else ""), ("out", out or "")):
         check_path(name, path)
     found = scan(log).sound()
-    header = _checked(found, optimizer)
+    header = replayable_header(found, optimizer)
     given, base = _in_memory(base, tokenizer, optimizer)
     if out is None:
         return _replay(found, header, base, given, None, to, tuner, zoo_folder, device, merge, tick)
@@ -147,13 +140,13 @@ def _replay(
         if not all(math.isfinite(rate) and rate >= 0 for rate in step.lr):
             raise UserError(f"{log} cannot be replayed: the learning rate of step {step.step} is {list(step.lr)[:3]}.")
         optimizer.step(replay=step)
-        _same(step, optimizer.last_step, log)
+        check_same(step, optimizer.last_step, log)
         tick(step.step + 1, count)
     seconds = time.monotonic() - started
     weights = weights_hash(loaded.model.named_parameters())
     known = found.end is not None and found.end["weights"] is not None and count == kept
     identical = weights == found.end["weights"] if known and found.end else None
-    differences = _environment(header, found, loaded)
+    differences = environment_changes(header, found, loaded)
     if not all(bool(p.isfinite().all()) for p in loaded.model.parameters() if p.requires_grad):
         raise UserError(
             f"{log} cannot be replayed to step {count}: the weights are not finite there; take an earlier `to`."
@@ -163,7 +156,7 @@ def _replay(
             f"{log} leads to weights with the hash {weights[:16]}..., not to those that the run kept, in the same environment: "
             "the header does not say how the run was made (its method, a setting or a rate was changed)."
         )
-    distance = _distance(loaded.model, log) if identical is False else None
+    apart = distance(loaded.model, log) if identical is False else None
     if merge:
         loaded.model = merge_adapters(loaded.model)
     if out is not None:
@@ -172,35 +165,7 @@ def _replay(
         if record and loaded.kind != "own":
             describe(loaded.model, record)
         _save(loaded, out, record)
-    return Replayed(count, seconds, weights, identical, differences, distance, loaded)
-
-
-def _environment(header: dict[str, Any], found: Scan, loaded: LoadedModel) -> list[str]:
-    """Differences from the recorded environment, which may change the last bits; empty only if all of it is equal."""
-    then = header.get("environment")
-    now = environment(next(loaded.model.parameters()).device)
-    if not isinstance(then, dict):
-        return ["the log does not record its environment"]
-    words = [f"{name} {old} then and {new} now" for name, old, new in log_differences(then, now)]
-    if found.end is not None and found.end.get("mixed"):
-        words.append("the run was resumed in another environment")
-    return words
-
-
-def _distance(model: nn.Module, log: Path) -> float | None:
-    """The relative Euclidean distance of the weights from those in the run's folder, if these exist and fit."""
-    saved = log.parent / "model" / "model.safetensors"
-    if not is_file(saved):
-        return None
-    apart = size = 0.0
-    with suppress(SafetensorError, OSError, RuntimeError), safe_open(saved, "pt") as file:
-        names = set(file.keys())
-        for name, parameter in model.named_parameters():
-            if name in names:
-                kept = file.get_tensor(name).double()
-                apart += float((parameter.detach().cpu().double() - kept).square().sum())
-                size += float(kept.square().sum())
-    return math.sqrt(apart / size) if size else None
+    return Replayed(count, seconds, weights, identical, differences, apart, loaded)
 
 
 def _in_memory(base: str | LoadedModel | nn.Module, tokenizer: Any, optimizer: Any) -> tuple[Given, str]:
@@ -210,32 +175,6 @@ def _in_memory(base: str | LoadedModel | nn.Module, tokenizer: Any, optimizer: A
     if isinstance(base, LoadedModel):
         return Given(loaded=base, optimizer=optimizer), base.name
     return Given(optimizer=optimizer), base
-
-
-def _checked(found: Scan, optimizer: Any) -> dict[str, Any]:
-    """The header. Raises UserError if an entry that a replay needs is missing, or if the run cannot be replayed."""
-    header = found.header
-    for key, kind in _NEEDED.items():
-        if not isinstance(header.get(key), kind):
-            raise UserError(f"{found.path} cannot be replayed: its header has no {key!r}.")
-    if header["method"].startswith(MEMORY) and optimizer is None:
-        raise UserError(
-            f"{found.path} is of a run whose optimizer was an object in memory ({header['method']}): give a new one over the "
-            "base model's tensors as `optimizer`."
-        )
-    method = optimizer or METHODS.get(header["method"])
-    if method is None or not method.replayable:
-        known = ", ".join(name for name, cls in METHODS.items() if cls.replayable)
-        raise UserError(
-            f"{found.path} cannot be replayed: its method is {header['method']!r}, and the methods whose steps follow from "
-            f"their record are {known}."
-        )
-    if header["settings"].get("head") == "prototype":
-        raise UserError(
-            f"{found.path} cannot be replayed: its classification head was made from the training data (`head='prototype'`), "
-            "which is not in the log."
-        )
-    return header
 
 
 def _rebuilt(
@@ -290,18 +229,6 @@ def _tuner(header: dict[str, Any], zoo_folder: Path | None) -> str | None:
         if known.path.is_file() and weights_hash(Tuner.load(known.path).pertnn.named_parameters()) == wanted:
             return str(known.path)
     raise UserError(f"The log's tuner (called {name!r} there) is not in the zoo folders; give its location as `tuner`.")
-
-
-def _same(step: Step, again: Step | None, log: Path) -> None:
-    """Raises UserError if coefficients differ from the log's by more than the rounding of another device."""
-    assert again is not None
-    pairs = list(zip(step.coefficients, again.coefficients))
-    near = all(math.isfinite(a) and abs(a - b) <= DRIFT * abs(a) for a, b in pairs)
-    if len(step.coefficients) != len(again.coefficients) or not near:
-        raise UserError(
-            f"Step {step.step} of {log} cannot be reproduced: its coefficients are {list(step.coefficients)[:3]}, and "
-            f"{list(again.coefficients)[:3]} in the replay; the log was made by another method or version than its header says."
-        )
 
 
 def _save(loaded: LoadedModel, out: Path, record: dict[str, Any]) -> None:

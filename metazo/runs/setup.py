@@ -20,7 +20,6 @@ from metazo.runs.choose import AUTO, choose
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.examples import longest_batch, longest_input, prepared_task
 from metazo.runs.fit_precision import fit_precision
-from metazo.runs.folder import STEPS
 from metazo.runs.method import arguments, resolve_device
 from metazo.runs.own import OwnLoss, StateFile
 from metazo.runs.plan import plan, rows_of
@@ -28,7 +27,7 @@ from metazo.runs.preconditions import check_saved, check_settings
 from metazo.runs.resources import free_memory
 from metazo.runs.schedule import number_of_steps
 from metazo.runs.tuned import Given
-from metazo.steplog.format import scan
+from metazo.steplog.format import STEPS, scan
 from metazo.tasks import Prepared, resolve
 from metazo.tasks.classes import fit_head
 from metazo.tasks.closures import BatchLoss, Data, FullLoss

@@ -15,10 +15,10 @@ from metazo.errors import UserError
 from metazo.models.assemble import load
 from metazo.models.load import LoadedModel
 from metazo.runs.config import FinetuneConfig
-from metazo.runs.folder import STEPS, RunFolder
+from metazo.runs.folder import RunFolder
 from metazo.runs.own import OwnLoss
 from metazo.step.record import Step
-from metazo.steplog.format import scan
+from metazo.steplog.format import STEPS, scan
 from metazo.tasks import Task
 
 MEMORY = "memory:"

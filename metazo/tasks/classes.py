@@ -53,7 +53,8 @@ def fit_head(loaded: LoadedModel, prepared: Prepared, batch_size: int = 32) -> N
     """Make a head of prototypes from the training examples, or one of label phrases from the phrases and the training
     texts (their labels are not read). Any other head, and one that is already made, stays as it is.
     """
-    from metazo.models.sentence import Phrases, SentenceClassifier
+    from metazo.models.heads import Phrases
+    from metazo.models.sentence import SentenceClassifier
 
     model = loaded.model
     if not isinstance(model, SentenceClassifier):

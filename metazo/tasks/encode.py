@@ -16,7 +16,7 @@ from string import ascii_uppercase
 from typing import TYPE_CHECKING, Any
 
 from metazo.errors import UserError
-from metazo.io.plain import shown
+from metazo.tasks.accepted import choices_of, references_of
 from metazo.tasks.chat import check_chat, render, write
 from metazo.tasks.task import Row, Task, columns, halves
 
@@ -127,7 +127,7 @@ class Encoder:
             target = [self.task.label_index(row[self.task.label], where)]
             return self._classified(row, target)
         if self.task.kind == "choice":
-            choices, targets = self._choices(row, where)
+            choices, targets = choices_of(self.task, row, where)
             if self.task.letters:
                 listed = "\n".join(f"{letter}. {text}" for letter, text in zip(ascii_uppercase, choices))
                 row = {**row, "choices": listed}
@@ -137,7 +137,7 @@ class Encoder:
                 tokens = [tuple(option) for option in example.options if option]
                 self.alike += len(set(tokens)) < len(tokens)
             return example
-        references = self._references(row, where)
+        references = references_of(self.task, row, where)
         example = self._continued(row, [references[0] + (self.task.stop or "")], [0])
         if example is not None:
             if not example.options[0]:
@@ -216,43 +216,6 @@ class Encoder:
         return dict(
             self.tokenizer(*(template.format(**row) for template in self.templates), **self._own, verbose=False)
         )
-
-    def _choices(self, row: Row, where: str) -> tuple[list[str], list[int]]:
-        names = self.task.choices
-        texts = row[names[0]] if len(names) == 1 else [row[name] for name in names]
-        right = row[self.task.label]
-        targets = right if isinstance(right, list) else [right]
-        texts = ["" if text is None else str(text) for text in texts] if isinstance(texts, list) else texts
-        if not isinstance(texts, list) or sum(bool(text.strip()) for text in texts) < 2:
-            raise UserError(
-                f"{where}: {names[0]!r} must hold a list of two or more choices that are not blank, found {shown(texts)}"
-                if len(names) == 1
-                else f"{where}: two or more of the choices {', '.join(names)} must not be blank, found {shown(texts)}"
-            )
-        if self.task.letters and len(texts) > len(ascii_uppercase):
-            raise UserError(f"{where} has {len(texts)} choices, more than there are letters; leave out `letters`")
-        if not targets or not all(isinstance(i, int) and 0 <= i < len(texts) for i in targets):
-            raise UserError(
-                f"{where}: {self.task.label!r} is {right!r}, not the number of a choice from 0 to {len(texts) - 1}"
-            )
-        targets = [int(i) for i in targets if texts[i].strip()]
-        if not targets:
-            raise UserError(f"{where}: {self.task.label!r} is {right!r}, a choice that is blank")
-        return texts, targets
-
-    def _references(self, row: Row, where: str) -> list[str]:
-        if self.task.messages is not None:
-            return [row[self.task.messages][-1]["content"]]
-        name, _, inner = self.task.answer.partition(".")
-        value = row[name]
-        if inner:
-            value = value.get(inner) if isinstance(value, dict) else None
-        answers = [value] if isinstance(value, str | int | float) else value
-        if not isinstance(answers, list) or not answers or not all(isinstance(a, str | int | float) for a in answers):
-            raise UserError(
-                f"{where}: {self.task.answer!r} must hold an answer or a list of them, found {shown(value)}"
-            )
-        return [str(answer) for answer in answers]
 
     # -- tokens -------------------------------------------------------------------------------------------------------
 

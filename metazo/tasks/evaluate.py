@@ -15,7 +15,7 @@ from metazo.errors import UserError
 from metazo.io.extras import needs
 from metazo.io.processes import gathered, rank, world
 from metazo.models.describe import plain_generation
-from metazo.models.sentence import Prototypes
+from metazo.models.heads import Prototypes
 from metazo.models.virtual import virtual_tokens
 from metazo.tasks.encode import Encoded
 from metazo.tasks.metrics import METRICS

@@ -14,8 +14,9 @@ from transformers import AutoModel
 
 from metazo.errors import UserError
 from metazo.models import frozen
+from metazo.models.heads import Prototypes
 from metazo.models.load import LoadedModel, load_model
-from metazo.models.sentence import Prototypes, SentenceClassifier
+from metazo.models.sentence import SentenceClassifier
 from metazo.tasks.encode import Encoded
 from metazo.tasks.prepared import Prepared
 from metazo.tasks.task import Task

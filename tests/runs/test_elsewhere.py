@@ -14,7 +14,7 @@ from metazo.errors import UserError
 from metazo.models.embedded import PICO
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import run_settings
-from metazo.runs.folder import STARTED, located, read_config
+from metazo.runs.locate import STARTED, located, read_config
 from metazo.runs.replay import replay
 from metazo.settings import build
 from metazo.steplog.format import scan

@@ -11,8 +11,8 @@ from torch.nn.functional import cosine_similarity
 
 from metazo.errors import UserError
 from metazo.models.describe import describe
+from metazo.models.heads import Phrases
 from metazo.models.load import load_model
-from metazo.models.sentence import Phrases
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import run_settings
 from metazo.runs.replay import replay

@@ -1,0 +1,79 @@
+"""Find the folder of a run, its settings, and the files that these name, from any working directory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from metazo.errors import UserError
+from metazo.io.files import is_file, read_capped
+from metazo.io.plain import parse_json
+from metazo.models.embedded import EMBEDDED
+from metazo.runs.config import FinetuneConfig
+from metazo.steplog.format import STEPS
+
+CONFIG, MODEL = "config.json", "model"
+STARTED = "started_in"  # key of the working directory in config.json: relative paths of the settings start there
+PATHS = ("model", "task", "data", "tuner", "zoo", "objective")  # settings that may be paths
+MAX_CONFIG_BYTES = 2**20
+
+
+def run_of(path: Path) -> Path | None:
+    """The folder of the run to which a path (the folder itself, or its kept model) belongs; None if there is no run."""
+    for folder in (path, path.parent if path.name == MODEL else path):
+        if is_file(folder / CONFIG) and is_file(folder / STEPS):
+            return folder
+    return None
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The settings of the run in a folder. Raises UserError if the folder holds no run."""
+    if not is_file(path / CONFIG):
+        raise UserError(f"{path} holds no run (no {CONFIG}).")
+    try:
+        found = parse_json(read_capped(path / CONFIG, MAX_CONFIG_BYTES, "settings of the run"))
+    except ValueError as error:
+        raise UserError(f"{path / CONFIG} is damaged, so the run cannot continue: {error}.") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path / CONFIG} is damaged, so the run cannot continue: it is not a mapping of settings.")
+    return found
+
+
+def located(settings: Mapping[str, Any], run: Path, names: Iterable[str] = PATHS) -> dict[str, Any]:
+    """Settings of the run in a folder whose relative paths can be used from any working directory.
+
+    A path is looked up from the directory in which the run was started, then from the same directory if it was moved
+    together with the run. If it is in neither, the setting stays as it is: a name, or a path from here.
+    """
+    found = dict(settings)
+    config = read_config(run)
+    for name in names:
+        value = settings.get(name)
+        if not isinstance(value, str | Path) or str(value) in EMBEDDED or Path(value).is_absolute():
+            continue
+        path, mark, function = str(value).rpartition(":") if name == "objective" else (str(value), "", "")
+        for start in _starts(config, run):
+            with suppress(OSError, ValueError):  # a name that no file can have
+                if start != Path.cwd() and path and (start / path).exists():
+                    found[name] = type(value)(f"{start / path}{mark}{function}")
+                    break
+    return found
+
+
+def _starts(config: Mapping[str, Any], run: Path) -> list[Path]:
+    """The directory that the relative paths of a run start in: the recorded one, and where it is now by the run's `out`."""
+    started, out = config.get(STARTED), Path(str(config.get("out")))
+    if not isinstance(started, str) or not Path(started).is_absolute():
+        return []
+    moved = run.absolute().parents[len(out.parts) - 1 :][:1] if not out.is_absolute() and ".." not in out.parts else ()
+    return [Path(started), *moved]
+
+
+def from_anywhere(config: FinetuneConfig) -> FinetuneConfig:
+    """A run that is resumed from another working directory finds its model, task and tuner (`located`)."""
+    if not config.resume or config.out is None:
+        return config
+    return replace(config, **located(asdict(config), config.out, ("model", "task", "tuner", "objective")))

@@ -1,0 +1,90 @@
+"""The checks of a replay: that a log can be replayed, and that its steps and weights are those of the run."""
+
+from __future__ import annotations
+
+import math
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from metazo.errors import UserError
+from metazo.io.files import is_file
+from metazo.models.load import LoadedModel
+from metazo.optimizers import METHODS
+from metazo.runs.header import environment
+from metazo.runs.tuned import MEMORY
+from metazo.step.record import Step
+from metazo.steplog.format import Scan
+from metazo.steplog.format import differences as log_differences
+
+DRIFT = 1e-4  # largest relative difference of coefficients from the log's that can be due to rounding on another device
+_NEEDED = {"weights": str, "method": str, "settings": dict}
+
+
+def replayable_header(found: Scan, optimizer: Any) -> dict[str, Any]:
+    """The header. Raises UserError if an entry that a replay needs is missing, or if the run cannot be replayed."""
+    header = found.header
+    for key, kind in _NEEDED.items():
+        if not isinstance(header.get(key), kind):
+            raise UserError(f"{found.path} cannot be replayed: its header has no {key!r}.")
+    if header["method"].startswith(MEMORY) and optimizer is None:
+        raise UserError(
+            f"{found.path} is of a run whose optimizer was an object in memory ({header['method']}): give a new one over the "
+            "base model's tensors as `optimizer`."
+        )
+    method = optimizer or METHODS.get(header["method"])
+    if method is None or not method.replayable:
+        known = ", ".join(name for name, cls in METHODS.items() if cls.replayable)
+        raise UserError(
+            f"{found.path} cannot be replayed: its method is {header['method']!r}, and the methods whose steps follow from "
+            f"their record are {known}."
+        )
+    if header["settings"].get("head") == "prototype":
+        raise UserError(
+            f"{found.path} cannot be replayed: its classification head was made from the training data (`head='prototype'`), "
+            "which is not in the log."
+        )
+    return header
+
+
+def environment_changes(header: dict[str, Any], found: Scan, loaded: LoadedModel) -> list[str]:
+    """Differences from the recorded environment, which may change the last bits; empty only if all of it is equal."""
+    then = header.get("environment")
+    now = environment(next(loaded.model.parameters()).device)
+    if not isinstance(then, dict):
+        return ["the log does not record its environment"]
+    words = [f"{name} {old} then and {new} now" for name, old, new in log_differences(then, now)]
+    if found.end is not None and found.end.get("mixed"):
+        words.append("the run was resumed in another environment")
+    return words
+
+
+def distance(model: nn.Module, log: Path) -> float | None:
+    """The relative Euclidean distance of the weights from those in the run's folder, if these exist and fit."""
+    saved = log.parent / "model" / "model.safetensors"
+    if not is_file(saved):
+        return None
+    apart = size = 0.0
+    with suppress(SafetensorError, OSError, RuntimeError), safe_open(saved, "pt") as file:
+        names = set(file.keys())
+        for name, parameter in model.named_parameters():
+            if name in names:
+                kept = file.get_tensor(name).double()
+                apart += float((parameter.detach().cpu().double() - kept).square().sum())
+                size += float(kept.square().sum())
+    return math.sqrt(apart / size) if size else None
+
+
+def check_same(step: Step, again: Step | None, log: Path) -> None:
+    """Raises UserError if coefficients differ from the log's by more than the rounding of another device."""
+    assert again is not None
+    pairs = list(zip(step.coefficients, again.coefficients))
+    near = all(math.isfinite(a) and abs(a - b) <= DRIFT * abs(a) for a, b in pairs)
+    if len(step.coefficients) != len(again.coefficients) or not near:
+        raise UserError(
+            f"Step {step.step} of {log} cannot be reproduced: its coefficients are {list(step.coefficients)[:3]}, and "
+            f"{list(again.coefficients)[:3]} in the replay; the log was made by another method or version than its header says."
+        )
