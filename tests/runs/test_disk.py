@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -24,34 +25,43 @@ class Death(BaseException):
 
 
 @pytest.fixture
-def largest(monkeypatch):
-    """The largest size of each run's folder: it is measured whenever tensors or a model were written, under any name."""
-    sizes: list[int] = []
+def sizes(monkeypatch) -> list[tuple[str, int]]:
+    """The size of the run's folder whenever a file is complete under a temporary name and has not yet replaced an earlier one,
+    with the name of the file.
+    """
+    found: list[tuple[str, int]] = []
+    replace, save = os.replace, folder.save_parts
 
-    def measured(write):
-        def then(path, *args, **kwargs):
-            write(path, *args, **kwargs)
-            run = next(parent for parent in path.parents if parent.name == "run")
-            sizes.append(sum(file.stat().st_size for file in run.rglob("*") if file.is_file()))
+    def note(path: Path) -> None:
+        run = next((parent for parent in path.parents if parent.name == "run"), None)
+        if run is not None:
+            found.append((path.name, sum(file.stat().st_size for file in run.rglob("*") if file.is_file())))
 
-        return then
+    def replaced(source, target, **kwargs):
+        note(Path(target))
+        replace(source, target, **kwargs)
 
-    monkeypatch.setattr(folder, "write_tensors", measured(folder.write_tensors))
-    monkeypatch.setattr(folder, "save_parts", measured(folder.save_parts))
-    return sizes
+    def saved(path, *parts):
+        save(path, *parts)
+        note(path)
+
+    monkeypatch.setattr(os, "replace", replaced)
+    monkeypatch.setattr(folder, "save_parts", saved)
+    return found
 
 
-def test_a_run_takes_no_more_disk_than_its_weights_and_its_plan(tmp_path: Path, largest) -> None:
+def test_a_run_takes_no_more_disk_than_its_weights_and_its_plan(tmp_path: Path, sizes) -> None:
     finetune("pico", "pico_sentiment", out=tmp_path / "run", **RUN)
-    assert len(largest) > 3  # several best weights, and the model
-    assert max(largest) <= 1.2 * TRAINED
+    assert [name for name, _ in sizes].count(folder.BEST) > 1  # best weights that replace others
+    assert TRAINED < max(size for _, size in sizes) <= 1.2 * TRAINED
     plan = set_up(FinetuneConfig("pico", "pico_sentiment", **RUN)).plan(FinetuneConfig("pico", "pico_sentiment", **RUN))
     assert plan["bytes on disk"] <= 1.2 * TRAINED
 
 
-def test_a_snapshot_is_one_and_first_order_keeps_what_it_needs(tmp_path: Path, largest) -> None:
+def test_a_run_with_snapshots_keeps_one_beside_the_best_weights(tmp_path: Path, sizes) -> None:
     finetune("pico", "pico_sentiment", out=tmp_path / "run", snapshot_every=2, **RUN)
-    assert 1.9 * TRAINED < max(largest) < 2.2 * TRAINED  # the best weights and a snapshot
+    assert sum(name.startswith("snapshot") for name, _ in sizes) == 4
+    assert 1.9 * TRAINED < max(size for _, size in sizes) < 2.2 * TRAINED
 
 
 @pytest.fixture(scope="module")
