@@ -114,12 +114,8 @@ def load_model(
     notes: list[str] = []
     with explained(name):
         more: dict[str, Any] = {"revision": revision or "main", "attn_implementation": attn_implementation}
-        # without trust_remote_code a terminal is asked
-        config = AutoConfig.from_pretrained(source, revision=more["revision"], trust_remote_code=False)
-        check_config(config, name)
+        config, chosen = configuration(source, name, kind, head, quantize, revision)
         check_package(config)
-        if quantize is not None and getattr(config, "quantization_config", None):
-            raise UserError(f"`quantize` {quantize}: {name!r} is quantised already; leave it out.")
         if getattr(config, "quantization_config", None):
             more["device_map"] = {"": device}  # a quantised model cannot be moved later
         if quantize is not None:
@@ -129,11 +125,6 @@ def load_model(
                 import accelerate  # noqa: F401
             more["device_map"] = device_map
         check_tokenizer(Path(source).expanduser(), name)
-        chosen = kind_of(config) if kind == "auto" else kind
-        if chosen != "classifier" and head != "auto":
-            raise UserError(
-                f"head {head!r} is for classifiers and {name!r} is used as a {chosen} model; add kind classifier"
-            )
         with quiet(), torch.random.fork_rng(devices=[]):  # a new head follows the seed, not the global generator
             torch.default_generator.manual_seed(seed)
             if chosen == "classifier":
@@ -159,6 +150,23 @@ def load_model(
     set_pad(tokenizer, model)
     notes += not_finite(model)
     return LoadedModel(model.eval(), tokenizer, chosen, name, torch_dtype, context, new, notes, quantize)  # type: ignore[arg-type]
+
+
+def configuration(
+    source: str, name: str, kind: str, head: str, quantize: str | None, revision: str | None
+) -> tuple[PreTrainedConfig, str]:
+    """The configuration of a checkpoint and the kind of its model. Raises UserError for settings that it does not allow."""
+    # without trust_remote_code a terminal is asked
+    config = AutoConfig.from_pretrained(source, revision=revision or "main", trust_remote_code=False)
+    check_config(config, name)
+    if quantize is not None and getattr(config, "quantization_config", None):
+        raise UserError(f"`quantize` {quantize}: {name!r} is quantised already; leave it out.")
+    chosen = kind_of(config) if kind == "auto" else kind
+    if chosen != "classifier" and head != "auto":
+        raise UserError(
+            f"head {head!r} is for classifiers and {name!r} is used as a {chosen} model; add kind classifier"
+        )
+    return config, chosen
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from metazo.models.load import (
     KINDS,
     LoadedModel,
     check_folder,
+    configuration,
     context_length,
     explained,
     kind_of,
@@ -35,7 +36,7 @@ from metazo.models.load import (
 from metazo.models.sentence import SentenceClassifier, pooling_of, quiet
 
 with needs("llm"):
-    from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig
+    from transformers import AutoModel, AutoTokenizer, PreTrainedConfig
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors format itself on a header."""
@@ -59,10 +60,13 @@ def skeleton(
     dtype: str = "float32",
     num_labels: int | None = None,
     head: str = "auto",
+    quantize: str | None = None,
+    revision: str | None = None,
 ) -> LoadedModel:
     """The model that `load_model` would load, with all tensors on the meta device.
 
-    Args: config: a configuration in the place of the folder's, in which case no file is read; the others as for `load_model`.
+    Args: config: a configuration in the place of the folder's, in which case no file is read; the others as for `load_model`
+    (quantize is checked, and the skeleton has full precision).
     The tokenizer is None if it is not read, with a note that says why; the context length is then the configuration's.
     Raises UserError as `load_model` does for a configuration that cannot be used.
     """
@@ -71,12 +75,14 @@ def skeleton(
     if not given:
         check_folder(source, name)
     with explained(name):
-        config = config or AutoConfig.from_pretrained(source, trust_remote_code=False)
-        check_config(config, name)
-        chosen = kind_of(config) if kind == "auto" else kind
+        if config is None:
+            config, chosen = configuration(source, name, kind, head, quantize, revision)
+        else:
+            check_config(config, name)
+            chosen = kind_of(config) if kind == "auto" else kind
         with quiet(), torch.device("meta"):
             model: Any = _built(source, config, chosen, DTYPES[dtype], num_labels, head)
-    tokenizer, problem = (None, None) if given else _tokenizer(source, name)
+    tokenizer, problem = (None, None) if given else _tokenizer(source, name, revision)
     if problem:
         notes.append(problem)
     if tokenizer is not None:
@@ -103,11 +109,11 @@ def _built(
     return SentenceClassifier(encoder, top, pooling or "mean")
 
 
-def _tokenizer(source: str, name: str) -> tuple[Any, str | None]:
+def _tokenizer(source: str, name: str, revision: str | None) -> tuple[Any, str | None]:
     try:
         with explained(name):
             check_tokenizer(Path(source).expanduser(), name)
-            return AutoTokenizer.from_pretrained(source, trust_remote_code=False), None
+            return AutoTokenizer.from_pretrained(source, revision=revision or "main", trust_remote_code=False), None
     except UserError as error:
         return None, f"its tokenizer cannot be read, and a run needs it ({error})"
 

@@ -122,7 +122,15 @@ def dry_run(config: FinetuneConfig) -> dict[str, Any]:
     device, task = resolve_device(config.device), resolve(config.task)
     labels = task.num_labels
     folder = base_of(config.model)
-    loaded = skeleton(folder, kind=config.kind, dtype=config.dtype, num_labels=labels, head=config.head)
+    loaded = skeleton(
+        folder,
+        kind=config.kind,
+        dtype=config.dtype,
+        num_labels=labels,
+        head=config.head,
+        quantize=config.quantize,
+        revision=config.revision,
+    )
     loaded.name = config.model
     notes = [f"{folder}: {note}." for note in loaded.notes] + _about_files(folder, loaded.model)
     notes += _not_counted(config, loaded.model)

@@ -139,6 +139,7 @@ REFUSED: list[tuple[dict, str]] = [
     ({"quantize": "int8", "lora": 2, "merge": True}, "`merge` would round"),
     ({"max_length": 5000}, "5000 is more than the context"),
     ({"train": ["nosuch"]}, "nosuch"),
+    ({"head": "prototype"}, "head 'prototype' is for classifiers"),
 ]
 
 
