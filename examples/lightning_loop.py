@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-import lightning
+import lightning  # pyright: ignore[reportMissingImports]
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy

@@ -32,10 +32,13 @@ def quantization(kind: str, dtype: torch.dtype, device: torch.device | str) -> A
         import accelerate  # noqa: F401
 
         if kind == "nf4":
-            import bitsandbytes  # noqa: F401
+            import bitsandbytes  # noqa: F401  # pyright: ignore[reportMissingImports]
 
             return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-        from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
+        from torchao.quantization import (  # pyright: ignore[reportMissingImports]
+            Int4WeightOnlyConfig,
+            Int8WeightOnlyConfig,
+        )
     if kind == "int8":
         return TorchAoConfig(Int8WeightOnlyConfig())
     if torch.device(device).type != "cuda":
@@ -52,9 +55,9 @@ def check_package(config: Any) -> None:
         if method is not None:
             import accelerate  # noqa: F401
         if method == "torchao":
-            import torchao  # noqa: F401
+            import torchao  # noqa: F401  # pyright: ignore[reportMissingImports]
         elif method in ("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit"):
-            import bitsandbytes  # noqa: F401
+            import bitsandbytes  # noqa: F401  # pyright: ignore[reportMissingImports]
 
 
 def is_quantised(tensor: Tensor) -> bool:

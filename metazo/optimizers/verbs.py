@@ -39,6 +39,7 @@ class Verbs(Method):
     default_probing = "in-turn"
     deferrable = False
     """Whether `propose` and `update` neither read nor change the weights, so that an update may wait for the next probe."""
+    tensors: Sequence[NamedTensor]
     estimator: Estimator = TwoPoint()
     default_rule: Rule = SGD()
 

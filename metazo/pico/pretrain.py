@@ -190,7 +190,7 @@ def order(rows: int, count: int) -> torch.Tensor:
     return torch.cat([torch.randperm(rows) for _ in range(count // rows + 1)])[:count]
 
 
-def perplexities(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held_out: dict[str, str]) -> list[str]:
+def perplexities(model: nn.Module, tokenizer: PreTrainedTokenizerBase, held_out: dict[str, str]) -> list[str]:
     """The card's table of held-out texts."""
     lines = ["| held-out text | perplexity per token | bits per character |", "|---|---|---|"]
     for name, text in held_out.items():

@@ -37,13 +37,14 @@ def push(
     tuner = tuner if isinstance(tuner, Tuner | FeedbackTuner) else _read(Path(tuner))
     base = safe_name(base, "`name`") if base else zoo_base(tuner.info.base_model)
     info = replace(tuner.info, base_model=base, licence=licence or tuner.info.licence)
-    data = replace(tuner, info=info).to_bytes()  # type: ignore[arg-type]
+    published = replace(tuner, info=info)  # type: ignore[arg-type]
+    data = published.to_bytes()
     item = parsed(data, "the tuner to be published")
     if not str(to or "").startswith("hub:"):
         return add(item, data, _folder(to), base, version, sign=sign).entry.name
     if version or sign:
         raise UserError("`version` and `sign` do not go with a Hub repository, which keeps its own revisions")
-    return item.push_to_hub(str(to).removeprefix("hub:"))
+    return published.push_to_hub(str(to).removeprefix("hub:"))
 
 
 def push_log(
