@@ -158,8 +158,7 @@ def agreed(compute: Callable[[], T]) -> T:
 
 def require_same(what: str, value: Any) -> None:
     """Raises UserError on all processes if the value is not the same on all of them. what: its name, as a plural."""
-    odd = [number for number, other in enumerate(gathered(value)) if other != value] if together() else []
-    if any(gathered(bool(odd))):
+    if any(other != value for other in gathered(value)):  # true on all processes if on one
         raise _shared(UserError(f"The {what} differ between the processes of this run; give all of them the same."))
 
 
