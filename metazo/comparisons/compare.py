@@ -57,29 +57,40 @@ def compare(
     """
     console = Console.of(console)
     refuse_ranks("compare")
-    chosen, folder = _chosen(grid, part), grid.out if part is None else grid.out / PARTS / part.replace("/", "-of-")
-    others = grid.out / PARTS
-    for lock in (folder, grid.out, *(sorted(others.iterdir()) if part is None and others.is_dir() else ())):
+    chosen, own = _chosen(grid, part)
+    folder = grid.out / own
+    for lock in (folder, *_others(grid.out, folder)):
         FolderLock(lock).check()
     if part is not None and is_packed(grid.out):
         raise UserError(f"`out` {grid.out} is packed: call metazo compare without `part` first.")
     facts = examine(grid)
     with FolderLock(folder):
+        for lock in _others(grid.out, folder):  # a call that began at the same time
+            FolderLock(lock).check()
         try:
             return _Comparison(grid, facts, console, retry_failed, chosen, None if part is None else folder).run()
         except OSError as error:
             raise UserError(f"`out` {grid.out} cannot be used: {error.strerror or error}.") from error
 
 
-def _chosen(grid: Grid, part: str | None) -> list[tuple[str, Column]]:
-    """The pairs of a task and a column that a part of the grid has. Raises UserError for a part that does not exist."""
+def _others(out: Path, own: Path) -> list[Path]:
+    """The folders that no other call may hold while one holds its own: a whole call excludes every part, a part the whole."""
+    parts = out / PARTS
+    return [out] if own != out else sorted(parts.iterdir()) if parts.is_dir() else []
+
+
+def _chosen(grid: Grid, part: str | None) -> tuple[list[tuple[str, Column]], str]:
+    """The pairs of a task and a column that a part of the grid has, and the part's folder within that of the results.
+
+    Raises UserError for a part that does not exist.
+    """
     pairs = [(task, column) for task in grid.tasks for column in grid.resolved]
     if part is None:
-        return pairs
+        return pairs, ""
     index, _, count = part.partition("/")
     if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
         raise UserError(f"`part` is {part!r}; give INDEX/COUNT with an index from 0 to COUNT - 1, such as 0/16.")
-    return pairs[int(index) :: int(count)]
+    return pairs[int(index) :: int(count)], f"{PARTS}/{int(index)}-of-{int(count)}"
 
 
 class _Comparison:

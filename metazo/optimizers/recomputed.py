@@ -21,6 +21,7 @@ import torch
 
 from metazo.blocks import NamedTensor
 from metazo.errors import UserError
+from metazo.io import processes
 from metazo.optimizers.base import State, ZOOptimizer
 from metazo.optimizers.groups import Closure, listed
 from metazo.step.record import Step
@@ -68,7 +69,7 @@ class Recomputed(ZOOptimizer):
         closures = listed(closure)
         if not closures:
             raise UserError((REPLAY if replay else NO_CLOSURE).format(self.name))
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if processes.together():
             raise UserError(
                 f"{self.name} runs in one process, because processes exchange losses alone: start it without torchrun."
             )

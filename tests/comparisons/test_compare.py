@@ -299,7 +299,7 @@ def test_parts_of_a_grid_divide_it_and_a_call_without_part_does_the_rest(copy):
         file.unlink()
     (copy / "search.json").unlink()
     with FolderLock(copy / "parts" / "1-of-2"):
-        for part in (None, "1/2"):
+        for part in (None, "1/2", "01/02"):
             with pytest.raises(UserError, match="in use by process"):
                 compare(grid(copy), part=part)
         assert compare(grid(copy), part="0/2")["runs"] - compare(grid(copy), part="0/2")["kept"] == 0
