@@ -34,7 +34,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.optim import Optimizer
 
 from metazo.blocks import check_names
 from metazo.errors import UserError
@@ -63,7 +62,7 @@ def _numbers(**values: float) -> None:
             raise UserError(f"`{name}` must be a finite number of at least 0, not {value}.")
 
 
-class ZOOptimizer(Saving, Verbs, Optimizer):
+class ZOOptimizer(Verbs, Saving):
     """Base of every method.
 
     Args:
