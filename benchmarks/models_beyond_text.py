@@ -3,8 +3,8 @@
 .venv/bin/python benchmarks/models_beyond_text.py       # a minute; docs/models_beyond_text.json and docs/integrations.md
 
 Each model is built from its configuration, with a batch of random inputs and targets, and takes `STEPS` steps of each method
-on that batch in evaluation mode. The last column is what `metazo finetune` says of the model: it trains causal, masked and
-classification models of text, and refuses others by name.
+on that batch in evaluation mode. The last column is what `metazo finetune` says of the model: it trains causal, masked,
+classification and sequence-to-sequence models of text, and refuses others by name.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false

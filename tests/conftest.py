@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from string import printable
 
 import pytest
 
@@ -52,7 +53,8 @@ def minilm() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Folder of a tiny random model with a byte-level BPE tokenizer: gpt2, opt, llama, roberta, bert or bert_mlm."""
+    """Folder of a tiny random model: gpt2, opt, llama, roberta, bert, bert_mlm or bart with a byte-level BPE tokenizer, or t5
+    with a unigram tokenizer."""
     made: dict[str, Path] = {}
 
     def folder(name: str) -> Path:
@@ -64,11 +66,46 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return folder
 
 
+_BART = {
+    "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_position_embeddings": 256, "decoder_start_token_id": 2,
+}  # fmt: skip
+
+
+def _save_t5(folder: Path) -> None:
+    """A T5 of version 1.1 with a tokenizer as T5's: unigram pieces, a space before the first word, `</s>` at the end."""
+    import torch
+    import transformers as hf
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+    words = [f"▁{word}" for word in dict.fromkeys(" ".join(TEXT).split())]
+    letters = [("▁", -8.0), *((letter, -8.0) for letter in printable.strip())]
+    special = [(token, 0.0) for token in ("<pad>", "</s>", "<unk>")]
+    raw = Tokenizer(models.Unigram([*special, *((word, -4.0) for word in words), *letters], unk_id=2))
+    raw.pre_tokenizer = pre_tokenizers.Metaspace()
+    raw.decoder = decoders.Metaspace()
+    raw.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
+    )
+    names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    hf.PreTrainedTokenizerFast(tokenizer_object=raw, **names).save_pretrained(folder)
+    config = hf.T5Config(
+        vocab_size=raw.get_vocab_size(), d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, decoder_start_token_id=0,
+        relative_attention_num_buckets=8, relative_attention_max_distance=12, feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False, n_positions=256,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(1)
+        hf.T5ForConditionalGeneration(config).save_pretrained(folder)
+
+
 def _save(name: str, folder: Path) -> None:
     import torch
     import transformers as hf
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+    if name == "t5":
+        return _save_t5(folder)
     special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -80,7 +117,7 @@ def _save(name: str, folder: Path) -> None:
         show_progress=False,
     )
     raw.train_from_iterator(TEXT * 3, trainer)
-    pair = name.startswith(("bert", "roberta"))
+    pair = name.startswith(("bert", "roberta", "bart"))
     raw.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>" if pair else "<s> $A",
         pair="<s> $A </s> $B:1 </s>:1" if pair else "<s> $A $B",
@@ -102,9 +139,12 @@ def _save(name: str, folder: Path) -> None:
         "llama": lambda: (hf.LlamaForCausalLM, hf.LlamaConfig(max_position_embeddings=256, **wide)),
         "roberta": lambda: (hf.RobertaForMaskedLM, hf.RobertaConfig(max_position_embeddings=258, **wide)),
         "bert": lambda: (hf.BertModel, hf.BertConfig(max_position_embeddings=256, **wide)),
+        "bart": lambda: (hf.BartForConditionalGeneration, hf.BartConfig(**_BART, **ids)),
         "bert_mlm": lambda: (hf.BertForMaskedLM, hf.BertConfig(max_position_embeddings=256, **wide)),
     }
     kind, config = configs[name]()
+    if name == "bart":
+        config.init_std = 0.3
     config.initializer_range = 0.3  # large weights, so that the random model's logits differ by more than rounding
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(1)

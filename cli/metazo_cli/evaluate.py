@@ -33,7 +33,9 @@ def evaluate(
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Examples per batch (default 32).", min=1)] = None,
     max_length: Annotated[int | None, typer.Option(help="Longest input in tokens.", min=1)] = None,
-    kind: Annotated[str | None, typer.Option(help="auto, causal, masked or classifier (default auto).")] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="auto, causal, masked, classifier or seq2seq (default auto).")
+    ] = None,
     head: Annotated[
         str | None, typer.Option(help="Head of a classifier: prototype or phrases are made from the task, untrained.")
     ] = None,

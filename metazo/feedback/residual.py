@@ -72,8 +72,15 @@ def find_residual(model: nn.Module) -> Residual:
     The candidates are the outermost `nn.ModuleList`s whose members are all of one class and have at least two linear maps
     each. Exactly one must have most of the parameters of all candidates.
 
-    Raises UserError if there is no candidate, or if there are two stacks of comparable size (an encoder and a decoder).
+    Raises UserError if there is no candidate, if there are two stacks of comparable size, and for an encoder-decoder, whatever
+    the sizes of its stacks: the decoder reads the encoder's output in every block, which is no residual stream.
     """
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(
+            f"{type(model).__name__} is a {config.model_type} model, an encoder-decoder, and feedback methods follow one "  # type: ignore[union-attr]
+            "residual stream; choose a method that perturbs weights, such as mezo, or first-order-fused."
+        )
     candidates: list[tuple[int, str, nn.ModuleList]] = []
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{path}.") for _, path, _ in candidates)

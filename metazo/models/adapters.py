@@ -27,7 +27,7 @@ from metazo.models.load import LoadedModel
 from metazo.models.sentence import SentenceClassifier
 from metazo.models.wanted import VIRTUAL, Adapter
 
-TASK_TYPES = {"causal": "CAUSAL_LM", "classifier": "SEQ_CLS", "masked": None}
+TASK_TYPES = {"causal": "CAUSAL_LM", "classifier": "SEQ_CLS", "masked": None, "seq2seq": "SEQ_2_SEQ_LM"}
 PEFT_TYPES = {"LORA", "IA3", "PREFIX_TUNING", "PROMPT_TUNING"}
 
 

@@ -11,6 +11,7 @@ from metazo.errors import UserError
 from metazo.io.files import is_file
 from metazo.io.plain import read_json, shown
 from metazo.models.adapters import PEFT_TYPES, add_adapters, merge_adapters, trained_adapters, with_adapters
+from metazo.models.checks import check_config
 from metazo.models.describe import RECORD, describe
 from metazo.models.embedded import EMBEDDED
 from metazo.models.load import DTYPES, LoadedModel, context_length, load_model, set_pad
@@ -117,6 +118,7 @@ ENDINGS = {
     "causal": ("ForCausalLM", "LMHeadModel"),
     "masked": ("ForMaskedLM",),
     "classifier": ("ForSequenceClassification", "SentenceClassifier"),
+    "seq2seq": ("ForConditionalGeneration", "MTModel"),
 }
 
 
@@ -124,7 +126,7 @@ def as_loaded(model: Any, tokenizer: Any = None) -> LoadedModel:
     """A model in memory as `load` gives one; it is put into eval mode. Without a tokenizer it may be any module, of kind "own".
 
     Raises UserError for weights of a type that metazo does not train, and with a tokenizer for a class that is not a causal,
-    masked or classification model of transformers.
+    masked, classification or sequence-to-sequence model of transformers.
     """
     inner = getattr(model, "get_base_model", lambda: model)()  # the model inside a peft wrapper
     name = type(inner).__name__
@@ -133,7 +135,11 @@ def as_loaded(model: Any, tokenizer: Any = None) -> LoadedModel:
         raise UserError(f"`model` has weights of type {dtype}; metazo trains {', '.join(DTYPES)}.")
     kind = next((kind for kind, endings in ENDINGS.items() if name.endswith(endings)), None) if tokenizer else "own"
     if kind is None:
-        raise UserError(f"`model` is a {name}, not a causal, masked or classification model of transformers; use one.")
+        raise UserError(
+            f"`model` is a {name}, not a causal, masked, classification or sequence-to-sequence model of transformers; use one."
+        )
+    if kind == "seq2seq":  # models of images and speech have such names too
+        check_config(inner.config, name)
     context = 0
     if tokenizer is not None:
         context = context_length(inner, tokenizer)

@@ -19,40 +19,61 @@ with needs("llm"):
     from transformers import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
         MODEL_FOR_MASKED_LM_MAPPING,
+        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
         MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
         PreTrainedConfig,
     )
 
-MAPPINGS = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING)
+DECODERS_OR_ENCODERS = (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+)
 MAX_LAYERS, MAX_WIDTH, MAX_TOKENS = 2000, 2**17, 2**22
 """Limits on a config: a larger number is a mistake or an attack, and would take hours or all memory before the weights are
 read."""
+_LAYERS = (
+    *("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+    *("num_decoder_layers", "encoder_layers", "decoder_layers"),
+)
+_WIDTHS = (
+    *("hidden_size", "n_embd", "d_model", "intermediate_size", "num_attention_heads"),
+    *("d_ff", "encoder_ffn_dim", "decoder_ffn_dim", "encoder_attention_heads", "decoder_attention_heads"),
+)
 _OTHER_INPUTS = ("vision_config", "audio_config", "image_size", "num_mel_bins", "feat_extract_norm")
+_REFUSED = {
+    "encoder-decoder": "two models put together",
+    "prophetnet": "an encoder-decoder whose losses depend on the padding of a batch",
+    "t5gemma2": "a model of images or sound",
+}
 MAX_TOKENIZER_BYTES = 2**28
 MAX_GROWTH = 64
 
 
 def check_config(config: PreTrainedConfig, name: str) -> None:
     """Refuse a model that is not a language model or classifier of text, and sizes that no real model has."""
+    mappings = (MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,) if config.is_encoder_decoder else DECODERS_OR_ENCODERS
     known = any(
-        type(config) in kind for kind in MAPPINGS
+        type(config) in kind for kind in mappings
     )  # not by their keys, which import every model of transformers
     what = None
-    if config.is_encoder_decoder:
-        what = "an encoder-decoder"
-    elif any(hasattr(config, name) for name in _OTHER_INPUTS):
+    if any(hasattr(config, name) for name in _OTHER_INPUTS):
         what = "a model of images or sound"
-    elif not known and not any(a.endswith("Model") for a in config.architectures or ()):
-        what = "no model that transformers has as a causal, masked or classification model of text"
+    elif config.model_type in _REFUSED:
+        what = _REFUSED[config.model_type]
+    elif not known and (config.is_encoder_decoder or not any(a.endswith("Model") for a in config.architectures or ())):
+        what = (
+            "no model that transformers has as a causal, masked, classification or sequence-to-sequence model of text"
+        )
     if what:
         raise UserError(
-            f"{name!r} is a {config.model_type} model, which is {what}; metazo takes causal, masked and classification models "
-            "of text"
+            f"{name!r} is a {config.model_type} model, which is {what}; metazo takes causal, masked, classification and "
+            "sequence-to-sequence models of text"
         )
     text = config.get_text_config()
     for names, limit, unit in (
-        (("num_hidden_layers", "n_layer", "n_layers", "num_layers"), MAX_LAYERS, "layers"),
-        (("hidden_size", "n_embd", "d_model", "intermediate_size", "num_attention_heads"), MAX_WIDTH, "units"),
+        (_LAYERS, MAX_LAYERS, "layers"),
+        (_WIDTHS, MAX_WIDTH, "units"),
         (("vocab_size", "max_position_embeddings", "n_positions"), MAX_TOKENS, "rows"),
     ):
         for key in names:
@@ -61,6 +82,26 @@ def check_config(config: PreTrainedConfig, name: str) -> None:
                 raise UserError(
                     f"the config of {name!r} has {key} {value:,}, and metazo builds at most {limit:,} {unit}; check config.json"
                 )
+
+
+def kind_of(config: PreTrainedConfig, kind: str, name: str) -> str:
+    """The kind of model to load: `kind`, or for "auto" that of the class which the checkpoint was saved as; without a head, an
+    encoder-decoder is seq2seq and any other model a classifier. Raises UserError for a kind that it cannot be.
+    """
+    if kind == "auto":
+        endings = {
+            "causal": ("ForCausalLM", "LMHeadModel"),
+            "masked": "ForMaskedLM",
+            "classifier": "ForSequenceClassification",
+        }
+        saved_as = (kind for cls in config.architectures or () for kind, end in endings.items() if cls.endswith(end))
+        return next(saved_as, "seq2seq" if config.is_encoder_decoder else "classifier")
+    if kind != "classifier" and (kind == "seq2seq") != config.is_encoder_decoder:
+        what = "an encoder-decoder" if config.is_encoder_decoder else "no encoder-decoder"
+        raise UserError(
+            f"`kind` {kind}: {name!r} is a {config.model_type} model, which is {what}; leave `kind` out or name another."
+        )
+    return kind
 
 
 def check_tokenizer(folder: Path, name: str) -> None:

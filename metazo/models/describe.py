@@ -67,9 +67,10 @@ def describe(model: Any, record: dict[str, Any]) -> None:
     config.metazo = {key: value for key, value in record.items() if key not in ("labels", "eos")}
 
 
-def plain_generation(model: Any, tokenizer: Any, max_new_tokens: int) -> GenerationConfig:
+def plain_generation(model: Any, tokenizer: Any, max_new_tokens: int, start: int | None = None) -> GenerationConfig:
     """Greedy search that ends at the tokenizer's or the model's end of text. The rest of the checkpoint's own generation
-    config (a repetition penalty, suppressed tokens, a temperature) is ignored.
+    config (a repetition penalty, suppressed tokens, a temperature) is ignored. start: first token of an encoder-decoder's
+    decoder.
     """
     there = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = there if isinstance(there, list) else [there]
@@ -81,4 +82,5 @@ def plain_generation(model: Any, tokenizer: Any, max_new_tokens: int) -> Generat
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=ends or None,
         bos_token_id=tokenizer.bos_token_id,
+        decoder_start_token_id=start,
     )

@@ -17,7 +17,7 @@ from torch import nn
 
 from metazo.errors import UserError
 from metazo.io.extras import needs
-from metazo.models.checks import check_config, check_tokenizer, not_finite
+from metazo.models.checks import check_config, check_tokenizer, kind_of, not_finite
 from metazo.models.embedded import EMBEDDED
 from metazo.models.quantize import check_package, check_shapes, quantised, quantization, remember_stored
 from metazo.models.sentence import HEAD_FILE, SentenceClassifier, find, pooling_of, quiet
@@ -27,6 +27,7 @@ with needs("llm"):
         AutoConfig,
         AutoModelForCausalLM,
         AutoModelForMaskedLM,
+        AutoModelForSeq2SeqLM,
         AutoModelForSequenceClassification,
         AutoTokenizer,
         PreTrainedConfig,
@@ -34,11 +35,12 @@ with needs("llm"):
         PreTrainedTokenizerBase,
     )
 
-Kind = Literal["causal", "masked", "classifier"]
+Kind = Literal["causal", "masked", "classifier", "seq2seq"]
 KINDS = {
     "causal": AutoModelForCausalLM,
     "masked": AutoModelForMaskedLM,
     "classifier": AutoModelForSequenceClassification,
+    "seq2seq": AutoModelForSeq2SeqLM,
 }
 DTYPES = {
     "float32": torch.float32,
@@ -90,18 +92,18 @@ def load_model(
 ) -> LoadedModel:
     """Load a model for fine-tuning.
 
-    kind: "causal", "masked", "classifier", or "auto": what the checkpoint was saved as; a checkpoint without a language
-    model head becomes a classifier. A classifier whose checkpoint has no head of ``num_labels`` classes gets a new one,
-    drawn from ``seed`` without touching torch's global generator. head: a classifier's; "checkpoint" is transformers' own
-    class, "linear", "prototype" and "phrases" read pooled hidden states (`SentenceClassifier`; the last two are made by
-    `metazo.tasks.classes.fit_head`), and "auto" takes linear for a sentence-transformers checkpoint, whose pooler was never
-    trained, and checkpoint for every other. trained_head: refuse a classifier whose head would be new, because its
-    predictions are random. quantize: int8, int4 or nf4 (metazo/models/quantize.py); a quantised checkpoint stays as it is.
-    revision: branch, tag or commit of a model on the Hub. attn_implementation, device_map: as of `from_pretrained` of
-    transformers; with a device map `device` is not used. ``pico`` and ``micro`` are small models that metazo
-    carries.
+    kind: "causal", "masked", "classifier", "seq2seq", or "auto": what the checkpoint was saved as. Without a head, an
+    encoder-decoder is seq2seq and any other checkpoint a classifier. A classifier whose checkpoint has no head of
+    ``num_labels`` classes gets a new one, drawn from ``seed`` without touching torch's global generator. head: a
+    classifier's; "checkpoint" is transformers' own class, "linear", "prototype" and "phrases" read pooled hidden states
+    (`SentenceClassifier`; the last two are made by `metazo.tasks.classes.fit_head`), and "auto" takes linear for a
+    sentence-transformers checkpoint, whose pooler was never trained, and checkpoint for every other. trained_head: refuse a
+    classifier whose head would be new, because its predictions are random. quantize: int8, int4 or nf4
+    (metazo/models/quantize.py); a quantised checkpoint stays as it is. revision: branch, tag or commit of a model on the
+    Hub. attn_implementation, device_map: as of `from_pretrained` of transformers; with a device map `device` is not used.
+    ``pico`` and ``micro`` are small models that metazo carries.
     Code from the Hub is never run. Raises UserError for a model, kind, dtype or device that is not there, and for a model
-    type that is no causal, masked or classification model of text.
+    type that is no causal, masked, classification or sequence-to-sequence model of text.
     """
     name = str(name_or_path)
     torch_dtype = _dtype(dtype)
@@ -161,7 +163,7 @@ def configuration(
     check_config(config, name)
     if quantize is not None and getattr(config, "quantization_config", None):
         raise UserError(f"`quantize` {quantize}: {name!r} is quantised already; leave it out.")
-    chosen = kind_of(config) if kind == "auto" else kind
+    chosen = kind_of(config, kind, name)
     if chosen != "classifier" and head != "auto":
         raise UserError(
             f"head {head!r} is for classifiers and {name!r} is used as a {chosen} model; add kind classifier"
@@ -262,15 +264,6 @@ def check_folder(source: str, name: str) -> None:
             raise UserError(f"model folder {name!r} has no config.json; name a folder written by save_pretrained")
     elif folder.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
         raise UserError(f"model folder {name!r} does not exist; check the path")
-
-
-def kind_of(config: PreTrainedConfig) -> str:
-    for architecture in config.architectures or ():
-        if architecture.endswith(("ForCausalLM", "LMHeadModel")):
-            return "causal"
-        if architecture.endswith("ForMaskedLM"):
-            return "masked"
-    return "classifier"
 
 
 def _first_sentence(error: BaseException) -> str:

@@ -19,7 +19,7 @@ from torch import nn
 from metazo.errors import UserError
 from metazo.io.extras import needs
 from metazo.io.plain import read_json
-from metazo.models.checks import check_config, check_tokenizer
+from metazo.models.checks import check_config, check_tokenizer, kind_of
 from metazo.models.embedded import EMBEDDED
 from metazo.models.heads import new_head
 from metazo.models.load import (
@@ -30,7 +30,6 @@ from metazo.models.load import (
     configuration,
     context_length,
     explained,
-    kind_of,
     set_pad,
 )
 from metazo.models.sentence import SentenceClassifier, pooling_of, quiet
@@ -79,7 +78,7 @@ def skeleton(
             config, chosen = configuration(source, name, kind, head, quantize, revision)
         else:
             check_config(config, name)
-            chosen = kind_of(config) if kind == "auto" else kind
+            chosen = kind_of(config, kind, name)
         with quiet(), torch.device("meta"):
             model: Any = _built(source, config, chosen, DTYPES[dtype], num_labels, head)
     tokenizer, problem = (None, None) if given else _tokenizer(source, name, revision)

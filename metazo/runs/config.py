@@ -90,7 +90,7 @@ class FinetuneConfig:
     """Few-shot: number of training examples per class, and of dev examples per class unless their number is given"""
     max_length: int | None = setting(default=None, least=1, role="data")
     """Longest input in tokens; by default the model's context"""
-    kind: Literal["auto", "causal", "masked", "classifier"] = setting(default="auto", role="model")
+    kind: Literal["auto", "causal", "masked", "classifier", "seq2seq"] = setting(default="auto", role="model")
     """Kind of model; auto follows its architecture"""
     head: Literal["auto", "checkpoint", "linear", "prototype", "phrases"] = setting(default="auto", role="model")
     """Head of a classifier: that of transformers' own class (checkpoint), or on pooled hidden states a linear layer, fixed

@@ -242,15 +242,26 @@ def _loss(
         length = min(limit, config.max_length or ASSUMED)
     rows = len(batch["input_ids"]) if prepared is not None else config.batch_size
     keep = batch["answer"].shape[1] + 1 if prepared is not None else 1
-    return assumed_loss(loaded, rows, length, keep), length
+    answers = len(batch["answer"]) if prepared is not None else rows
+    return assumed_loss(loaded, rows, length, keep, answers), length
 
 
-def assumed_loss(loaded: LoadedModel, rows: int, length: int, keep: int = 1) -> Callable[[], Any]:
-    """A forward pass over a padded batch (rows, length) on the meta device, with logits at `keep` positions."""
+def assumed_loss(
+    loaded: LoadedModel, rows: int, length: int, keep: int = 1, answers: int | None = None
+) -> Callable[[], Any]:
+    """A forward pass over a padded batch (rows, length) on the meta device, with logits at `keep` positions. answers: rows of
+    a decoder that reads them beside the prompts, by default as many.
+    """
     ids = torch.zeros(rows, length, dtype=torch.long, device=META)
     batch: Any = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if loaded.kind == "seq2seq":
+        answers = answers or rows
+        batch["decoder_input_ids"] = ids.new_zeros(answers, keep)
+        if answers != rows:
+            batch["prompt"] = ids.new_zeros(answers)
     if loaded.kind == "causal":
         batch["position_ids"] = torch.zeros_like(ids)
+    if loaded.kind in ("causal", "seq2seq"):
         return lambda: last_logits(loaded.model, batch, keep).float().logsumexp(-1).mean()
     return lambda: loaded.model(**batch).logits.float().logsumexp(-1).mean()
 

@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 from metazo.errors import UserError
 from metazo.tasks.accepted import choices_of, references_of
 from metazo.tasks.chat import check_chat, render, write
+from metazo.tasks.seq2seq import Decoder
 from metazo.tasks.task import Row, Task, columns, halves
+from metazo.tasks.words import check_words, filled_words
 
 if TYPE_CHECKING:
     from metazo.models.load import LoadedModel
@@ -61,13 +63,19 @@ class Encoder:
             raise UserError(
                 f"max_length {self.limit} is more than the context of {loaded.name} ({loaded.context_length} tokens)"
             )
-        if task.kind != "classification" and loaded.kind != "causal":
+        self.answers = loaded.kind in ("causal", "seq2seq")
+        """Whether the model continues a prompt with an answer of any length."""
+        if task.kind != "classification" and not self.answers:
             raise UserError(
-                f"task {task.name!r} is a {task.kind} task and needs a causal language model; "
+                f"task {task.name!r} is a {task.kind} task and needs a causal or sequence-to-sequence language model; "
                 f"{loaded.name} was loaded as {loaded.kind}"
             )
-        self.room = min(task.max_new_tokens, self.limit // 2)
-        """Most tokens of a generated answer; prompts leave room for them."""
+        self.decoder = (
+            Decoder(task, loaded.model, self.tokenizer, loaded.name, self.limit) if self.kind == "seq2seq" else None
+        )
+        self.start = self.decoder.start if self.decoder else []
+        self.room = self.decoder.room if self.decoder else min(task.max_new_tokens, self.limit // 2)
+        """Most tokens of a generated answer; the prompts of a causal model leave room for them."""
         self.chat = task.messages is not None
         template = task.masked if task.masked is not None and self.kind == "masked" else task.prompt
         if self.chat:
@@ -78,9 +86,9 @@ class Encoder:
         if self.kind == "classifier":
             self.templates = (f"{{{_CHAT}}}",) if self.chat else task.classifier
             self.columns = [name for text in self.templates for name in columns(text) if name]
-        if self.kind == "causal" and columns(self.after):
+        if self.answers and columns(self.after):
             raise UserError(
-                f"the prompt of task {task.name!r} has {{{columns(self.after)[0]}}} after {{}}, and a causal model reads "
+                f"the prompt of task {task.name!r} has {{{columns(self.after)[0]}}} after {{}}, and a {self.kind} model reads "
                 "only what is before its answer; move {} to the end of the prompt"
             )
         self.joint = before[len(before.rstrip(" ")) :] if mark else "" if before[-1:].isspace() else " "
@@ -91,7 +99,7 @@ class Encoder:
         self.alike = 0
         """Number of rows that have two choices with the same tokens."""
         self.name, self.rows = loaded.name, _embedding_rows(loaded)
-        self.at_position = self.kind != "causal"
+        self.at_position = not self.answers
         """The classes are scored by the logits of one position, not by the likelihood of whole words."""
         if self.kind == "classifier":
             head = loaded.model.config.num_labels
@@ -101,11 +109,10 @@ class Encoder:
                     f"load the model with num_labels={task.num_labels}"
                 )
         elif self.kind == "masked":
-            self._masked_words(loaded.name)
+            self.words = filled_words(task, self.tokenizer, loaded.name)
         else:
-            self._causal_words()
-        if self.words:
-            self._check_words(loaded.name)
+            self._answer_words()
+        check_words(task, self.tokenizer, self.words, loaded.name)
 
     def __call__(self, row: Row, where: str) -> Encoded | None:
         """Encode one row; None if it does not fit even with an empty context. ``where`` names the row in errors."""
@@ -138,7 +145,8 @@ class Encoder:
                 self.alike += len(set(tokens)) < len(tokens)
             return example
         references = references_of(self.task, row, where)
-        example = self._continued(row, [references[0] + (self.task.stop or "")], [0])
+        stop = "" if self.decoder else self.task.stop or ""
+        example = self._continued(row, [references[0] + stop], [0])
         if example is not None:
             if not example.options[0]:
                 raise UserError(f"{where}: {self.task.answer!r} is empty, and without an end-of-text token or `stop` "
@@ -158,10 +166,8 @@ class Encoder:
     # -- the three kinds of input -----------------------------------------------------------------------------------
 
     def _classified(self, row: Row, target: list[int]) -> Encoded | None:
-        if self.kind == "causal":
-            room = self.limit - max(len(word) for word in self.words)
-            fitted = self._fit(row, lambda r: {"input_ids": self._ids(self._prompt(r))}, room)
-            return fitted and Encoded(fitted[0]["input_ids"], target, self.words, shortened=fitted[1])
+        if self.answers:
+            return self._answered(row, target, self.words, max(len(word) for word in self.words))
         if self.kind == "classifier":
             fitted = self._fit(row, self._texts, self.limit, keep="start")
             return fitted and Encoded(
@@ -179,7 +185,16 @@ class Encoder:
         longest = max(len(option) for option in options)
         if self.task.kind == "generation":
             longest = max(longest, self.room)
-        fitted = self._fit(row, lambda r: {"input_ids": self._ids(self._prompt(r))}, self.limit - longest)
+        return self._answered(row, targets, options, longest)
+
+    def _answered(self, row: Row, targets: list[int], options: list[list[int]], longest: int) -> Encoded | None:
+        """A prompt and the answers to it. longest: tokens to leave room for, in the context of the prompt or of the decoder."""
+        room = self.limit - longest
+        if self.decoder:
+            if len(self.decoder.start) - 1 + longest > self.limit:
+                return None
+            room = self.limit
+        fitted = self._fit(row, lambda r: {"input_ids": self._ids(self._prompt(r))}, room)
         return fitted and Encoded(fitted[0]["input_ids"], targets, options, shortened=fitted[1])
 
     def _fit(
@@ -232,8 +247,10 @@ class Encoder:
     def _continuation(self, prompt: str, text: str) -> list[int]:
         """Tokens of ``text`` after ``prompt``, tokenised together, so that they are the tokens the model saw in training.
 
-        A blank choice has none, even if the tokenizer makes one of the space before it.
+        A blank choice has none, even if the tokenizer makes one of the space before it. A decoder of its own reads no prompt.
         """
+        if self.decoder:
+            return self.decoder.tokens(text)
         end = self.tokenizer.eos_token_id
         ends = [end] if self.task.kind == "generation" and self.task.stop is None and end is not None else []
         if not text or (self.task.kind == "choice" and not text.strip()):
@@ -245,7 +262,7 @@ class Encoder:
             ids = self._plain(self.joint + text)
         return ids + ends
 
-    def _causal_words(self) -> None:
+    def _answer_words(self) -> None:
         if self.task.kind != "classification":
             return
         example = render(self.tokenizer, [{"role": "user", "content": "x"}], "a chat") if self.chat else "x"
@@ -256,36 +273,6 @@ class Encoder:
                 raise UserError(f"label word {word!r} of task {self.task.name!r} makes no tokens with this tokenizer")
         firsts = {word[0] for word in self.words}
         self.at_position = all(len(word) == 1 for word in self.words) and len(firsts) == len(self.words)
-
-    def _masked_words(self, name: str) -> None:
-        if self.tokenizer.mask_token_id is None:
-            raise UserError(f"the tokenizer of {name} has no mask token; a masked model needs one")
-        for word in self.task.labels.values():
-            for text in (f" {word}", word):
-                ids = self._plain(text)
-                if len(ids) == 1 and ids[0] != self.tokenizer.unk_token_id:
-                    self.words.append(ids)
-                    break
-            else:
-                raise UserError(
-                    f"label word {word!r} of task {self.task.name!r} is not one token of {name}; "
-                    "a masked model fills one token, so choose another word"
-                )
-
-    def _check_words(self, name: str) -> None:
-        """Refuse label words that are the same tokens or unknown, because their scores would be equal."""
-        seen: dict[tuple[int, ...], str] = {}
-        for word, ids in zip(self.task.labels.values(), self.words, strict=True):
-            if self.tokenizer.unk_token_id in ids and self.tokenizer.unk_token_id is not None:
-                raise UserError(
-                    f"label word {word!r} of task {self.task.name!r} has a token that {name} does not know; choose another word"
-                )
-            if tuple(ids) in seen:
-                raise UserError(
-                    f"label words {seen[tuple(ids)]!r} and {word!r} of task {self.task.name!r} are the same tokens for {name}; "
-                    "choose words that differ"
-                )
-            seen[tuple(ids)] = word
 
     @property
     def _own(self) -> dict[str, bool]:

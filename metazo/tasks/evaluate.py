@@ -139,12 +139,14 @@ def generate(
         return [answers[place] for place in range(len(examples))]
     task, tokenizer = prepared.task, prepared.tokenizer
     batch = prepared.prompts(examples).to(device)
-    start = batch["input_ids"].shape[1]
+    start = len(prepared.start) or batch["input_ids"].shape[1]
     stopping = StoppingCriteriaList([_StopText(tokenizer, task.stop)] if task.stop else [])
     inner: Any = getattr(model, "get_base_model", lambda: model)()
     own = inner.generation_config
     # generate() merges the model's config into any other
-    inner.generation_config = plain_generation(inner, tokenizer, prepared.room)
+    inner.generation_config = plain_generation(
+        inner, tokenizer, prepared.room, prepared.start[0] if prepared.start else None
+    )
     try:
         tokens = model.generate(  # type: ignore[operator]
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], stopping_criteria=stopping

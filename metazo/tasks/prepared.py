@@ -3,7 +3,7 @@
 Only the logits that are needed are computed: the base model runs, and the (large) output layer is applied to the label
 position alone, or to the answer's positions. Batches of causal models are padded on the left, so that these are the
 last positions and ``logits_to_keep`` (transformers) selects them; position ids follow the attention mask, so padding
-changes no result.
+changes no result. The decoder of a sequence-to-sequence model has a batch of its own (metazo/tasks/seq2seq.py).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from metazo.io.extras import needs
 from metazo.models.virtual import virtual_tokens, with_virtual_tokens
 from metazo.tasks.encode import Encoded
+from metazo.tasks.seq2seq import decoder_inputs, decoder_logits
 from metazo.tasks.task import Task
 
 if TYPE_CHECKING:  # tasks can be listed and checked without transformers
@@ -45,7 +46,7 @@ class Prepared:
 
     task: Task
     kind: str
-    """The model's kind: causal, masked or classifier."""
+    """The model's kind: causal, masked, classifier or seq2seq."""
     tokenizer: PreTrainedTokenizerBase
     room: int
     """Most tokens of a generated answer; with its prompt it fits into the context."""
@@ -64,6 +65,8 @@ class Prepared:
     """Sentences for the user: smaller splits, shortened or dropped examples."""
     order: list[int] | None = None
     """Column of the classifier's head for each class; None if they are in class order."""
+    start: list[int] = field(default_factory=list)
+    """Tokens that the decoder of a sequence-to-sequence model reads before an answer."""
     record: dict[str, Any] = field(default_factory=dict)
     """The record in the config of a model trained on this (`metazo.models.describe.describe`), as JSON values."""
 
@@ -78,28 +81,40 @@ class Prepared:
         input_ids, attention_mask (R, L); targets (B,); and token_type_ids (R, L), position_ids (R, L), mask_at (B,),
         answer (R, A): tokens to score at the row's end, padded with -100 on the left; rows (B,): rows per example.
         R is B, except that options scored by likelihood take one row each: every option for a classification or with
-        ``every_option``, else only the correct one.
+        ``every_option``, else only the correct one. A sequence-to-sequence model has the rows in decoder_input_ids
+        (`decoder_inputs`), input_ids and attention_mask (B, L), and, unless R is B, prompt (R,): the example of each row.
         """
         if not examples:
             raise ValueError("an empty batch")
         targets = torch.tensor([example.targets[0] for example in examples])
-        if self.kind != "causal":
+        if self.kind not in ("causal", "seq2seq"):
             return self._right_padded(examples, targets)
         if self.task.kind == "classification" and self.at_position:
-            return Batch(targets=targets, **self._left_padded([example.ids for example in examples]))
+            return Batch(targets=targets, **self.prompts(examples), **self._decoder([[]] * len(examples)))
         every = every_option or self.task.kind == "classification"
         chosen = [e.options if every else [e.options[e.targets[0]]] for e in examples]
-        rows = [e.ids + option for e, options in zip(examples, chosen, strict=True) for option in options]
-        answers = [torch.tensor(option, dtype=torch.long) for options in chosen for option in options]
+        rows = torch.tensor([len(options) for options in chosen])
+        flat = [option for options in chosen for option in options]
+        if self.kind == "seq2seq":
+            batch = Batch(targets=targets, rows=rows, **self.prompts(examples), **self._decoder(flat))
+            if bool((rows != 1).any()):
+                batch["prompt"] = torch.arange(len(examples)).repeat_interleave(rows)
+            return batch
+        answers = [torch.tensor(option, dtype=torch.long) for option in flat]
         return Batch(
             targets=targets,
-            rows=torch.tensor([len(options) for options in chosen]),
+            rows=rows,
             answer=pad_sequence(answers, batch_first=True, padding_value=-100, padding_side="left"),
-            **self._left_padded(rows),
+            **self._left_padded([e.ids + option for e, options in zip(examples, chosen) for option in options]),
         )
 
     def prompts(self, examples: Sequence[Encoded]) -> Batch:
-        """The prompts alone, padded on the left, to be continued (causal models)."""
+        """The prompts alone, to be continued: input_ids and attention_mask (B, L), padded on the left and with position_ids for
+        a causal model, padded on the right for the encoder of a sequence-to-sequence model.
+        """
+        if self.kind == "seq2seq":
+            ids, mask = self._pad([torch.tensor(example.ids, dtype=torch.long) for example in examples], "right")
+            return Batch(input_ids=ids, attention_mask=mask)
         return Batch(**self._left_padded([example.ids for example in examples]))
 
     def scores(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -132,12 +147,20 @@ class Prepared:
     def _likelihoods(self, model: nn.Module, batch: Batch) -> Tensor:
         """Log-likelihood (R,) of each row's answer tokens: summed for label words, the mean for everything else."""
         answer = batch["answer"]
-        logits = last_logits(model, batch, answer.shape[1] + 1)[:, :-1].float()
+        length = answer.shape[1]
+        if self.kind == "seq2seq":
+            logits = last_logits(model, batch, length).float()
+        else:
+            logits = last_logits(model, batch, length + 1)[:, :-1].float()
         losses = cross_entropy(logits.transpose(1, 2), answer, reduction="none", ignore_index=-100)
         total, count = -losses.sum(-1), (answer != -100).sum(-1)
         if self.task.kind == "classification":
             return total
         return (total / count.clamp(min=1)).masked_fill(count == 0, -torch.inf)
+
+    def _decoder(self, options: list[list[int]]) -> dict[str, Tensor]:
+        """What the decoder reads; {} for a causal model."""
+        return decoder_inputs(self.start, options, self.tokenizer.pad_token_id) if self.kind == "seq2seq" else {}  # type: ignore[arg-type]
 
     def _left_padded(self, rows: list[list[int]]) -> dict[str, Tensor]:
         ids, mask = self._pad([torch.tensor(row, dtype=torch.long) for row in rows], "left")
@@ -185,6 +208,8 @@ _of_class = lru_cache(64)(_accepted)  # a method of a class outlives its models;
 
 def last_logits(model: nn.Module, batch: Batch, keep: int) -> Tensor:
     """Logits (R, keep, V) of the last positions; a model that cannot skip the others computes them all."""
+    if "decoder_input_ids" in batch:
+        return decoder_logits(model, batch, keep)
     return _forward(model, _inputs(batch) | {"logits_to_keep": keep, "use_cache": False}).logits[:, -keep:]
 
 

@@ -51,7 +51,15 @@ def prepare(
         order, note = head_order(loaded.model.config, task)
         notes += [note] if note else []
     out = Prepared(
-        task, loaded.kind, loaded.tokenizer, encoder.room, encoder.words, encoder.at_position, notes=notes, order=order
+        task,
+        loaded.kind,
+        loaded.tokenizer,
+        encoder.room,
+        encoder.words,
+        encoder.at_position,
+        notes=notes,
+        order=order,
+        start=encoder.start,
     )
     for split in SPLITS:
         _encode(out, split, encoder, drawn.rows[split])
@@ -60,8 +68,9 @@ def prepare(
     out.record = {"task": task.name, **drawn.record}
     if loaded.kind == "classifier":
         out.record["labels"] = class_names(task, order)
-    if task.kind == "generation" and task.stop is None and loaded.tokenizer.eos_token_id is not None:
-        out.record["eos"] = loaded.tokenizer.eos_token_id
+    end, to_end = loaded.tokenizer.eos_token_id, task.stop is None or loaded.kind == "seq2seq"
+    if task.kind == "generation" and to_end and end is not None:
+        out.record["eos"] = end
     return out
 
 

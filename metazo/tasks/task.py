@@ -5,7 +5,8 @@ strings over the row's columns; ``{}`` marks the place of the model's answer (th
 
     "{sentence} It was {}."          labels {0: terrible, 1: great}
 
-A causal model reads the text before ``{}`` and continues it; a masked model gets its mask token there.
+A causal model reads the text before ``{}`` and continues it, a sequence-to-sequence model gives it to its encoder, and a masked
+model gets its mask token there.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ class Task(BaseModel):
     metric: tuple[Metric, ...] = ()
     """Metrics, with the main one first; by default accuracy or F1."""
     stop: str | None = None
-    """Text that ends a generated answer; by default the model's end-of-text token."""
+    """Text that ends a generated answer; by default the model's end-of-text token, which a sequence-to-sequence model always
+    ends with."""
     max_new_tokens: int = Field(default=50, ge=1)
     """Upper limit on a generated answer, in tokens."""
     hub: str | None = None

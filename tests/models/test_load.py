@@ -78,7 +78,8 @@ def test_bad_requests_are_one_clear_sentence(tiny, tmp_path):
     folder = tiny("gpt2")
     for arguments, words in [
         (dict(name_or_path=folder, dtype="int8"), "unknown dtype 'int8'"),
-        (dict(name_or_path=folder, kind="seq2seq"), "unknown model kind 'seq2seq'"),
+        (dict(name_or_path=folder, kind="encoder"), "unknown model kind 'encoder'"),
+        (dict(name_or_path=folder, kind="seq2seq"), "`kind` seq2seq: .* is a gpt2 model, which is no encoder-decoder"),
         (dict(name_or_path=folder, device="nowhere"), "device 'nowhere' cannot be used"),
         (dict(name_or_path=tmp_path / "absent"), "does not exist"),
         (dict(name_or_path=tmp_path), "no config.json"),
@@ -165,12 +166,19 @@ def test_a_padding_token_without_an_embedding_is_not_used(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (transformers.T5Config(num_layers=1, d_model=8), "is a t5 model, which is an encoder-decoder"),
-        (transformers.BartConfig(encoder_layers=1, decoder_layers=1), "is a bart model, which is an encoder-decoder"),
+        (transformers.ProphetNetConfig(), "is a prophetnet model, which is an encoder-decoder whose losses depend on"),
         (
             transformers.WhisperConfig(encoder_layers=1, decoder_layers=1),
-            "is a whisper model, which is an encoder-decoder",
+            "is a whisper model, which is a model of images or sound",
         ),
+        (
+            transformers.EncoderDecoderConfig(
+                encoder=transformers.BertConfig().to_dict(), decoder=transformers.BertConfig().to_dict()
+            ),
+            "is a encoder-decoder model, which is two models put together",
+        ),
+        (transformers.T5Config(d_ff=10**7), "has d_ff 10,000,000, and metazo builds at most 131,072 units"),
+        (transformers.BartConfig(decoder_layers=10**5), "has decoder_layers 100,000"),
         (transformers.ViTConfig(), "is a vit model, which is a model of images or sound"),
         (transformers.CLIPConfig(), "is a clip model, which is a model of images or sound"),
         (transformers.LlavaConfig(), "is a llava model, which is a model of images or sound"),
@@ -182,7 +190,7 @@ def test_a_padding_token_without_an_embedding_is_not_used(tiny, tmp_path):
     ],
     ids=lambda value: getattr(value, "model_type", None),
 )
-def test_models_that_are_none_of_the_three_kinds_are_refused_by_name(tiny, tmp_path, config, words):
+def test_models_that_are_none_of_the_four_kinds_are_refused_by_name(tiny, tmp_path, config, words):
     shutil.copytree(tiny("gpt2"), tmp_path, dirs_exist_ok=True)
     config.save_pretrained(tmp_path)
     for kind in ("auto", "classifier"):

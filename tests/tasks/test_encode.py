@@ -134,9 +134,9 @@ def test_record_accepts_every_entity_that_is_an_answer(gpt2):
 @pytest.mark.parametrize(
     ("model", "task", "words"),
     [
-        ("roberta", get("squad"), "is a generation task and needs a causal language model"),
-        ("bert", get("squad"), "is a generation task and needs a causal language model"),
-        ("bert", get("copa"), "is a choice task and needs a causal language model"),
+        ("roberta", get("squad"), "is a generation task and needs a causal or sequence-to-sequence language model"),
+        ("bert", get("squad"), "is a generation task and needs a causal or sequence-to-sequence language model"),
+        ("bert", get("copa"), "is a choice task and needs a causal or sequence-to-sequence language model"),
         ("bert", get("cb"), "has 2 classes, but task 'cb' has 3; load the model with num_labels=3"),
         ("roberta", get("trec"), "label word 'Expression' of task 'trec' is not one token"),
     ],

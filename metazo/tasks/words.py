@@ -1,0 +1,45 @@
+"""The label words of a classification task as tokens: one token each for a masked model, and all of them different."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from metazo.errors import UserError
+from metazo.tasks.task import Task
+
+
+def filled_words(task: Task, tokenizer: Any, name: str) -> list[list[int]]:
+    """The one token of each label word in the place of a mask. Raises UserError for a word of several or unknown tokens."""
+    if tokenizer.mask_token_id is None:
+        raise UserError(f"the tokenizer of {name} has no mask token; a masked model needs one")
+    words = []
+    for word in task.labels.values():
+        for text in (f" {word}", word):
+            ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+            if len(ids) == 1 and ids[0] != tokenizer.unk_token_id:
+                words.append(ids)
+                break
+        else:
+            raise UserError(
+                f"label word {word!r} of task {task.name!r} is not one token of {name}; "
+                "a masked model fills one token, so choose another word"
+            )
+    return words
+
+
+def check_words(task: Task, tokenizer: Any, words: Sequence[list[int]], name: str) -> None:
+    """Refuse label words that are the same tokens or unknown, because their scores would be equal. words: [] if a head
+    scores the classes."""
+    seen: dict[tuple[int, ...], str] = {}
+    for word, ids in zip(task.labels.values(), words):
+        if tokenizer.unk_token_id in ids and tokenizer.unk_token_id is not None:
+            raise UserError(
+                f"label word {word!r} of task {task.name!r} has a token that {name} does not know; choose another word"
+            )
+        if tuple(ids) in seen:
+            raise UserError(
+                f"label words {seen[tuple(ids)]!r} and {word!r} of task {task.name!r} are the same tokens for {name}; "
+                "choose words that differ"
+            )
+        seen[tuple(ids)] = word
