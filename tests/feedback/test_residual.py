@@ -41,8 +41,21 @@ def test_two_stacks_are_refused() -> None:
     import transformers
 
     config = transformers.T5Config(d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4, vocab_size=31)
+    model = transformers.T5ForConditionalGeneration(config)
+    pair = nn.ModuleDict({"encoder": model.encoder, "decoder": model.decoder})
+    with pytest.raises(UserError, match="two stacks of blocks, decoder.block and encoder.block"):
+        find_residual(pair)
+
+
+@pytest.mark.parametrize("layers", [(2, 2), (12, 1), (1, 12)])
+def test_an_encoder_decoder_is_refused_whatever_its_two_stacks(layers: tuple[int, int]) -> None:
+    import transformers
+
+    config = transformers.T5Config(
+        d_model=16, d_kv=4, d_ff=24, num_layers=layers[0], num_decoder_layers=layers[1], num_heads=4, vocab_size=31
+    )
     with pytest.raises(
-        UserError, match="two stacks of blocks, .*decoder.block.* and .*encoder.block|encoder.block.* and"
+        UserError, match="T5ForConditionalGeneration is a t5 model, an encoder-decoder, and .* such as mezo"
     ):
         find_residual(transformers.T5ForConditionalGeneration(config))
 
