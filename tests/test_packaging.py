@@ -27,8 +27,8 @@ def test_every_data_file_is_in_the_wheel():
                 assert found, f"{package}/{inside} would be left out of the wheel"
 
 
-APART = {"quant"}
-"""Extras that `all` leaves out: gigabytes of kernels for hardware that most machines do not have."""
+APART = {"quant", "ray"}
+"""Extras that `all` leaves out: gigabytes of kernels for hardware that most machines do not have, and a cluster's software."""
 
 
 def test_every_extra_is_in_all_and_every_package_is_pinned():

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, median
 
+from metazo.comparisons.cluster import RayPool, ray_module
 from metazo.comparisons.columns import Column
 from metazo.comparisons.examine import Facts, examine
 from metazo.comparisons.grid import SEARCH_SEED, Grid, Run, longer, runs_of, search_run
@@ -25,6 +26,7 @@ from metazo.errors import UserError
 from metazo.io.lock import FolderLock
 from metazo.io.terminal import Console
 from metazo.runs.interrupt import Interrupted, interruptible
+from metazo.runs.method import resolve_device
 from metazo.runs.resources import refuse_ranks
 
 PARTS = "parts"  # folder with the locks and the unfinished runs of parts of a grid
@@ -57,6 +59,8 @@ def compare(
     """
     console = Console.of(console)
     refuse_ranks("compare")
+    if grid.engine == "ray":
+        ray_module()
     chosen, own = _chosen(grid, part)
     folder = grid.out / own
     for lock in (folder, *_others(grid.out, folder)):
@@ -71,6 +75,17 @@ def compare(
             return _Comparison(grid, facts, console, retry_failed, chosen, None if part is None else folder).run()
         except OSError as error:
             raise UserError(f"`out` {grid.out} cannot be used: {error.strerror or error}.") from error
+
+
+def _pool(grid: Grid, console: Console) -> Pool | RayPool:
+    """What does the runs. Both engines give a run the same number of threads, on which its last bits may depend."""
+    threads = grid.cpus_per_run or int(os.environ.get("OMP_NUM_THREADS") or max(1, cores() // grid.workers))
+    if grid.engine == "processes":
+        return Pool(grid.workers, threads)
+    gpus = grid.gpus_per_run
+    if gpus is None:
+        gpus = float(resolve_device(grid.config.get("device", "auto")).type == "cuda")
+    return RayPool(grid.workers, threads, gpus, lambda note: console.say("note:", note))
 
 
 def _others(out: Path, own: Path) -> list[Path]:
@@ -121,9 +136,8 @@ class _Comparison:
         if self.part is None:
             unpack(grid.out)
             self._remember(self.store.supersede())
-        threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, cores() // grid.workers))
         with (
-            Pool(grid.workers, threads) as pool,
+            _pool(grid, self.console) as pool,
             interruptible() as caught,
             Progress(self.console, *self._size()) as shown,
         ):
@@ -212,7 +226,7 @@ class _Comparison:
 
     # -- running them ----------------------------------------------------------------------------------------------
 
-    def _drive(self, flows, pool: Pool, caught: list[str], shown: Progress) -> None:
+    def _drive(self, flows, pool: Pool | RayPool, caught: list[str], shown: Progress) -> None:
         """Keep the workers busy with the runs of the flows, in their order, until no run is left."""
         queue: deque[tuple[Run, _Batch]] = deque()
         out: dict[Path, tuple[Run, _Batch]] = {}

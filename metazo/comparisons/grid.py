@@ -58,7 +58,13 @@ class Grid:
     tuner: str | None = None
     """Tuner of the columns that need one; by default one from the zoo"""
     workers: int = 1
-    """Number of parallel processes; the cores are divided among them"""
+    """Number of parallel runs; the cores are divided among them"""
+    engine: Literal["processes", "ray"] = "processes"
+    """Parallel runs are processes of this machine, or tasks of ray, which repeats those of a worker that dies"""
+    cpus_per_run: int | None = None
+    """Cores and threads of each run; by default this machine's cores divided by `workers`"""
+    gpus_per_run: float | None = None
+    """GPUs of each task of ray, a whole number or a fraction below 1; by default 1 if the device is a GPU"""
     keep_models: bool = False
     """Keep the tuned model of each reported run, under RESULTS/models"""
     config: dict[str, Any] = field(default_factory=dict)
@@ -72,6 +78,9 @@ class Grid:
         check_number("extensions", self.extensions, least=0, most=MOST_EXTENSIONS)
         check_number("search_seeds", self.search_seeds, most=SEARCH_SEED)
         check_number("workers", self.workers, most=MOST_WORKERS)
+        if self.cpus_per_run is not None:
+            check_number("cpus_per_run", self.cpus_per_run, least=1, most=MOST_WORKERS)
+        self._check_gpus()
         if not 0 < self.search_budget <= 1:
             raise UserError(
                 f"`search_budget` is a fraction of the budget above 0 and up to 1, not {self.search_budget}."
@@ -87,6 +96,17 @@ class Grid:
         for name in ("config", "search_config"):
             Column(name, ZERO_SHOT, getattr(self, name)).settings()
         self.resolved = resolve(self.columns, self.tuner)
+
+    def _check_gpus(self) -> None:
+        gpus = self.gpus_per_run
+        if gpus is None:
+            return
+        if self.engine != "ray":
+            raise UserError(
+                "`gpus_per_run` is for `engine` ray; with processes, all runs share the device that they name."
+            )
+        if not 0 <= gpus < math.inf or (gpus > 1 and gpus != int(gpus)):
+            raise UserError(f"`gpus_per_run` is a whole number, or a fraction from 0 to 1, not {gpus:g}.")
 
     def column(self, name: str) -> Column:
         return next(column for column in self.resolved if column.name == name)

@@ -21,6 +21,7 @@ PURPOSES = {
     "track": "experiment trackers",
     "trainer": "training loops of transformers",
     "sign": "signatures",
+    "ray": "comparisons on a cluster of ray",
 }
 """The purpose of each extra's packages."""
 _INSTALLED_AS = {"minisign": "py-minisign"}
