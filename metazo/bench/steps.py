@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from metazo.tuner.scale import TunerScale
 
 LR = 1e-7
 FORWARDS, PASSES, PUBLISHED = "two forwards", "three plain passes", "published loop"
+APART = ("7B", "8B")  # sizes at which the buffers of several methods do not fit beside each other
 DOUBLE = "one forward of twice the batch"
 
 
@@ -66,28 +68,34 @@ def measure(
     device: str = "cpu",
     tick: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
-    """Rows of {case, seconds, ratio}; ratio is the time over that of two forward passes, round by round."""
+    """Rows of {case, seconds, ratio}; ratio is the time over that of two forward passes, round by round.
+
+    Methods are interleaved with each other, or each with the forward passes alone if the size is in APART.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
         model = build(size, dtype, device)
         loss = lm_loss(model, shape)
-        cases: dict[str, Callable[[], object]] = {FORWARDS: lambda: _forwards(loss), PASSES: lambda: _passes(model)}
+        floor: dict[str, Callable[[], object]] = {FORWARDS: lambda: _forwards(loss), PASSES: lambda: _passes(model)}
         if "LOZO, activations" in methods:  # the limit set by memory, with a third of the passes
             twice = lm_loss(model, (2 * shape[0], shape[1]))
-            cases[DOUBLE] = lambda: _forward(twice)
-        for name in methods:
-            cases[name] = _stepping(make(name, model), loss)
-        samples = interleaved(cases, rounds, seconds=seconds, device=device, tick=tick)
+            floor[DOUBLE] = lambda: _forward(twice)
+        rows: dict[str, dict[str, Any]] = {}
+        for group in [[name] for name in methods] if size in APART else [methods]:
+            cases = floor | {name: _stepping(make(name, model), loss) for name in group}
+            samples = interleaved(cases, rounds, seconds=seconds, device=device, tick=tick)
+            for name in cases:
+                row = {"case": name, "seconds": spread(samples[name]), "ratio": spread(ratios(samples, name, FORWARDS))}
+                rows.setdefault(name, row)
+            if {PUBLISHED, "MeZO"} <= set(group):
+                over = f"{PUBLISHED} / MeZO"
+                rows[over] = {"case": over, "ratio": spread(ratios(samples, PUBLISHED, "MeZO"))}
+            del cases
+            gc.collect()  # an optimizer and its buffers refer to each other
     finally:
         torch.set_num_threads(before)
-    rows = [
-        {"case": name, "seconds": spread(samples[name]), "ratio": spread(ratios(samples, name, FORWARDS))}
-        for name in cases
-    ]
-    if {PUBLISHED, "MeZO"} <= set(methods):
-        rows.append({"case": f"{PUBLISHED} / MeZO", "ratio": spread(ratios(samples, PUBLISHED, "MeZO"))})
-    return rows
+    return list(rows.values())
 
 
 def measure_queries(

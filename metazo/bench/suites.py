@@ -16,7 +16,13 @@ from metazo.bench.models import Shape
 from metazo.errors import UserError
 
 SHAPES: tuple[Shape, ...] = ((1, 32), (8, 64), (16, 128))
-LARGE = ("369M", "1B", "1.3B", "8B")  # a step of the published loop would take longer than all other cases together
+LARGE = (
+    "369M",
+    "1B",
+    "1.3B",
+    "7B",
+    "8B",
+)  # a step of the published loop would take longer than all other cases together
 
 Rows = list[dict[str, Any]]
 Measurement = Callable[..., Rows]
@@ -98,6 +104,9 @@ def _memory(s: Settings) -> dict[str, Measurement]:
     if not s.quick:
         narrow = partial(memory.measure, size, SHAPES[0], list(steps.NARROW), dtype="bfloat16", device=s.device)
         made[f"{size}-{shown(SHAPES[0])}-bfloat16"] = narrow
+        if s.cuda:
+            whole = partial(memory.measure, "7B", SHAPES[0], list(steps.NARROW), dtype="bfloat16", device=s.device)
+            made[f"7B-{shown(SHAPES[0])}-bfloat16"] = whole
     return made
 
 
@@ -127,8 +136,12 @@ def _queries(s: Settings) -> dict[str, Measurement]:
 
 
 def _precision(s: Settings) -> dict[str, Measurement]:
-    methods = list(steps.NARROW)
-    return {f"{s.size}-{shown(x)}-bfloat16": _timed(s, s.size, x, methods, dtype="bfloat16") for x in s.shapes[:2]}
+    methods, sizes = list(steps.NARROW), (s.size, "7B") if s.cuda and not s.quick else (s.size,)
+    return {
+        f"{size}-{shown(x)}-bfloat16": _timed(s, size, x, methods, dtype="bfloat16")
+        for size in sizes
+        for x in s.shapes[:2]
+    }
 
 
 SUITES = {

@@ -1,8 +1,8 @@
 """Add a product of two thin factors to a matrix: out = beta * out + alpha * left right^T.
 
 torch's addmm does the same, but at rank 2 it reaches a third of the speed of memory, because it is made for ranks in the
-hundreds. The compiled loop (numba, on the CPU) reads and writes each weight once at the speed of memory; `plain_` is the
-same in torch, for other devices.
+hundreds. The compiled loop (numba, on the CPU) reads and writes each weight once at the speed of memory, and outer_cuda.py
+does the same on a GPU; `plain_` is the same in torch, for other devices and types.
 """
 
 # pyright: reportCallIssue=false, reportPossiblyUnboundVariable=false
@@ -23,6 +23,11 @@ try:
 except ImportError:  # numba is not installed; `metazo env` reports it
     kernel, share, JOB_ENTRIES = None, None, 0
 
+try:
+    from metazo.kernels import outer_cuda
+except ImportError:  # triton is not installed; `metazo env` reports it
+    outer_cuda = None
+
 _COLUMNS = 1024  # entries of a row that fit the first-level cache together with those of V
 _COMPILED = (torch.float32, torch.float64)
 
@@ -42,9 +47,12 @@ def add_product_(out: Tensor, left: Tensor, right: Tensor, alpha: float, beta: f
 def add_products_(products: Sequence[Product]) -> None:
     """add_product_ for each; those that the compiled loop supports share one call of it."""
     compiled = [product for product in products if kernel and _fits(product[0])]
+    on_cuda = [product for product in products if _fits_cuda(product[0], product[0], product[2])]
     for product in products:
-        if not (kernel and _fits(product[0])):
+        if not (kernel and _fits(product[0])) and not _fits_cuda(product[0], product[0], product[2]):
             plain_(*product)
+    if outer_cuda and on_cuda:
+        outer_cuda.place_products_([(out, out, u, v, alpha, beta) for out, u, v, alpha, beta in on_cuda])
     if share and compiled:
         share(_add_rows, (job for product in compiled for job in _jobs(*product)))
 
@@ -59,12 +67,26 @@ def add_product_pairs_(firsts: Sequence[Product], seconds: Sequence[Product]) ->
         raise ValueError("a pair of products is added to one matrix, the second with `beta` 1")
     pairs = list(zip(firsts, seconds))
     compiled = [pair for pair in pairs if kernel and _fits(pair[0][0])]
-    for first, second in pairs:
-        if not (kernel and _fits(first[0])):
-            plain_(*first)
-            plain_(*second)
+    rest = [pair for pair in pairs if not (kernel and _fits(pair[0][0]))]
+    for products in zip(*rest):
+        add_products_(products)
     if share and compiled:
         share(_add_rows, (job for first, second in compiled for job in _jobs(*first, second)))
+
+
+def place_products_(placements: Sequence[tuple[Tensor, Tensor, Tensor, Tensor, float]]) -> list[bool]:
+    """out = base + alpha * left right^T, rounded once, for each (out, base, left, right, alpha) with a kernel for it.
+
+    Returns: for each, whether there was one; if not, nothing was done.
+    """
+    fit = [_fits_cuda(out, base, right) for out, base, _, right, _ in placements]
+    if outer_cuda and any(fit):
+        outer_cuda.place_products_([(*place, 1.0) for place, fits in zip(placements, fit) if fits])
+    return fit
+
+
+def _fits_cuda(out: Tensor, base: Tensor, right: Tensor) -> bool:
+    return outer_cuda is not None and outer_cuda.supports(out, base, right)
 
 
 def _fits(out: Tensor) -> bool:

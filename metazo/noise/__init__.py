@@ -16,15 +16,15 @@ from metazo.blocks import NamedTensor
 from metazo.errors import UserError
 from metazo.noise import philox
 from metazo.noise.philox import TILE
-from metazo.noise.protocol import DENSE, INITIAL, LEFT, RIGHT, Move, Noise, Stream
+from metazo.noise.protocol import DENSE, INITIAL, LEFT, RIGHT, Move, Noise, Place, Stream
 from metazo.noise.reference import Draw, TorchOrderNoise
 
-__all__ = ["TILE", "Draw", "Move", "Noise", "PhiloxNoise", "PhiloxStream", "Stream", "TorchOrderNoise"]
+__all__ = ["TILE", "Draw", "Move", "Noise", "PhiloxNoise", "Place", "PhiloxStream", "Stream", "TorchOrderNoise"]
 __all__ += ["DENSE", "INITIAL", "LEFT", "RIGHT", "add_two_all_", "backends"]
 
 _SEEDS, _UNIFORM, _LOW = 0xFFFF0001, 0xFFFF0002, 0xFFFFFFFF
 _COMPILERS = {"cpu": "numba", "cuda": "triton"}
-_SPLIT = "cpu_split"  # the kernels for weights in two parts
+_SPLIT = ("cpu_split", "cuda_split")  # the kernels for weights in two parts
 _CHUNK = 1 << 20  # entries drawn at once by the plain backend, a multiple of TILE
 
 
@@ -32,7 +32,7 @@ _CHUNK = 1 << 20  # entries drawn at once by the plain backend, a multiple of TI
 def _compiled(device: str) -> ModuleType | ImportError | None:
     """The kernels for a kind of device, imported when they are first needed; or why there are none."""
     try:
-        return importlib.import_module(f"metazo.noise.{device}") if device in (*_COMPILERS, _SPLIT) else None
+        return importlib.import_module(f"metazo.noise.{device}") if device in (*_COMPILERS, *_SPLIT) else None
     except ImportError as error:
         return error
 
@@ -109,6 +109,20 @@ class PhiloxStream:
             else:
                 kernels.place_(self.distribution, part, source, alpha, self.seed, tensor.id, purpose, first)
 
+    def place_all_(self, places: Sequence[Place]) -> None:
+        found = [None if place.tensor.offset else self._kernels(place.out, place.base) for place in places]
+        batch = next((kernels for kernels in found if hasattr(kernels, "place_all_")), None)
+        fit = [
+            batch is not None and found[k] is batch and places[k].base.dtype == torch.float32
+            for k in range(len(places))
+        ]
+        if batch is not None:  # one launch
+            together = [(place.tensor.id, *place[1:]) for place, fits in zip(places, fit) if fits]
+            batch.place_all_(self.distribution, together, self.seed, DENSE)
+        for place, fits in zip(places, fit):
+            if not fits:
+                self.place_(*place)
+
     def place_split_(
         self,
         tensor: NamedTensor,
@@ -128,7 +142,7 @@ class PhiloxStream:
         if kernels is None or out.dtype != weights.dtype or not out.is_contiguous():
             return False
         flat = out.view(-1), weights.view(-1), low.view(-1)
-        spans = None if rows is None else _tiles(rows, weights.shape)
+        spans = None if rows is None or weights.device.type != "cpu" else _tiles(rows, weights.shape)
         kernels.place_(self.distribution, *flat, alpha, self.seed, tensor.id, DENSE, 0, spans)
         return True
 
@@ -156,12 +170,12 @@ class PhiloxStream:
         kernels = self._kernels(other)
         if kernels is not None and hasattr(kernels, "dot"):
             return kernels.dot(self.distribution, other, self.seed, tensor.id, DENSE)
-        total, flat = 0.0, other.reshape(-1)
-        for start in range(0, flat.numel(), _CHUNK):
-            chunk = flat[start : start + _CHUNK]
-            z = self.draw(tensor, start=start, count=chunk.numel())
-            total += float(torch.dot(z.double(), chunk.double()))
-        return total
+        flat, chunk = other.reshape(-1), _chunk(other)
+        sums = [
+            torch.dot(self.draw(tensor, start=start, count=len(part)).double(), part.double())
+            for start, part in zip(range(0, flat.numel(), chunk), flat.split(chunk))
+        ]
+        return sum(torch.stack(sums).tolist()) if sums else 0.0  # a GPU is asked once
 
     def square(self, tensor: NamedTensor) -> float:
         """|z|^2 over a whole tensor, summed in float64, without storing z."""
@@ -169,10 +183,10 @@ class PhiloxStream:
         kernels, size = self._kernels(tensor.param.data), tensor.param.numel()
         if kernels is not None and hasattr(kernels, "square"):
             return kernels.square(self.distribution, size, self.seed, tensor.id, DENSE)
-        ranges = [(start, min(_CHUNK, size - start)) for start in range(0, size, _CHUNK)]
-        return sum(
-            float(self.draw(tensor, start=start, count=count).double().square().sum()) for start, count in ranges
-        )
+        chunk = _chunk(tensor.param)
+        ranges = [(start, min(chunk, size - start)) for start in range(0, size, chunk)]
+        sums = [self.draw(tensor, start=start, count=count).double().square().sum() for start, count in ranges]
+        return sum(torch.stack(sums).tolist()) if sums else 0.0
 
     def _kernels(self, *tensors: Tensor) -> ModuleType | None:
         """The compiled kernels that support these tensors, or None."""
@@ -206,6 +220,11 @@ def _at_tiles(
         yield None, first, [values[:head] for values in flat]
         first, tensors = first + head, tuple(values[head:] for values in flat)
     yield kernels, first, list(tensors)
+
+
+def _chunk(tensor: Tensor) -> int:
+    """Entries summed at once."""
+    return 16 * _CHUNK if tensor.is_cuda else _CHUNK
 
 
 def _whole(tensor: NamedTensor) -> None:

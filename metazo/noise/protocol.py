@@ -25,6 +25,15 @@ class Move(NamedTuple):
     beta: float = 1.0
 
 
+class Place(NamedTuple):
+    """out = base + alpha * d of a tensor, rounded to out's type once; out and base have its shape, base is float32."""
+
+    tensor: NamedTensor
+    out: Tensor
+    base: Tensor
+    alpha: float
+
+
 class Stream(Protocol):
     """The noise of one seed over all tensors. start: the first entry of a chunk in the flat tensor, a multiple of TILE.
 
@@ -76,6 +85,10 @@ class Stream(Protocol):
         start: int = 0,
     ) -> None:
         """out = base + alpha * z[start : start + out.numel()], rounded to out's type once. base: float32, out's shape."""
+        ...
+
+    def place_all_(self, places: Sequence[Place]) -> None:
+        """place_ on whole tensors."""
         ...
 
 

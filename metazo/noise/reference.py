@@ -78,6 +78,10 @@ class TorchOrderStream:
     def dot(self, tensor: NamedTensor, other: Tensor) -> float:
         return float((self.whole(tensor, None, 0).double() * other.double()).sum())
 
+    def place_all_(self, places) -> None:
+        for place in places:
+            self.place_(*place)
+
     def place_(
         self,
         tensor: NamedTensor,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from metazo.blocks import NamedTensor, chunk_of, chunks
 from metazo.kernels.outer import Product
-from metazo.noise import DENSE, Draw, Move, Stream
+from metazo.noise import DENSE, Draw, Move, Place, Stream
 
 
 def in_chunks(tensor: NamedTensor, out: Tensor, start: int = 0) -> Iterator[tuple[int, Tensor]]:
@@ -94,6 +94,11 @@ class Direction(ABC):
             self.add_(stream, tensor, moved, alpha, 1.0, start)
             chunk_of(out, start, moved).copy_(moved)
 
+    def place_all_(self, stream: Stream, places: Sequence[Place]) -> None:
+        """place_ on several tensors. Subclasses may do all of them at once if that is faster."""
+        for place in places:
+            self.place_(stream, *place)
+
 
 class Isotropic(Direction):
     """d = z, the noise itself."""
@@ -115,6 +120,9 @@ class Isotropic(Direction):
 
     def place_(self, stream, tensor, out, base, alpha) -> None:
         stream.place_(tensor, out, base, alpha)
+
+    def place_all_(self, stream, places) -> None:
+        stream.place_all_(places)
 
     def draw(self, stream, tensor, dtype=None, start=0, count=None) -> Tensor:
         return stream.draw(tensor, dtype=dtype, start=start, count=count)
@@ -149,6 +157,9 @@ class Scaled(Direction):
 
     def place_(self, stream, tensor, out, base, alpha) -> None:
         self.inner.place_(stream, tensor, out, base, alpha * self.scales[tensor.name])
+
+    def place_all_(self, stream, places) -> None:
+        self.inner.place_all_(stream, [p._replace(alpha=p.alpha * self.scales[p.tensor.name]) for p in places])
 
     def factors(self, stream, tensor) -> tuple[Tensor, Tensor] | None:
         pair = self.inner.factors(stream, tensor)
@@ -247,6 +258,12 @@ class Sparse(Direction):
             self.inner.place_(stream, tensor, out, base, alpha)
         else:
             out.copy_(base)
+
+    def place_all_(self, stream, places) -> None:
+        self.inner.place_all_(stream, [place for place in places if self.touches(place.tensor)])
+        for place in places:
+            if not self.touches(place.tensor):
+                place.out.copy_(place.base)
 
     def draw(self, stream, tensor, dtype=None, start=0, count=None) -> Tensor:
         if self.touches(tensor):

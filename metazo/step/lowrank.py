@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from metazo.blocks import NamedTensor, chunk_of
-from metazo.kernels.outer import Product, add_product_, add_products_
+from metazo.kernels.outer import Product, add_product_, add_products_, place_products_
 from metazo.noise import LEFT, RIGHT, Draw, Move, Stream
 from metazo.step.directions import Direction
 
@@ -64,6 +64,15 @@ class Factors(Direction):
 
     def place_(self, stream, tensor, out, base, alpha) -> None:
         (super() if self.is_matrix(tensor) else self.inner).place_(stream, tensor, out, base, alpha)
+
+    def place_all_(self, stream, places) -> None:
+        self.inner.place_all_(stream, [place for place in places if not self.is_matrix(place.tensor)])
+        matrices = [place for place in places if self.is_matrix(place.tensor)]
+        pairs = self.pairs(stream, [Move(place.tensor, place.base, place.alpha) for place in matrices])
+        products = [(place.out, place.base, *pair, place.alpha) for place, pair in zip(matrices, pairs)]
+        for place, placed in zip(matrices, place_products_(products)):
+            if not placed:
+                self.place_(stream, *place)
 
     def draw(self, stream, tensor, dtype=None, start=0, count=None) -> Tensor:
         if not self.is_matrix(tensor):

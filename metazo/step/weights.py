@@ -18,7 +18,7 @@ from torch import Tensor
 
 from metazo.blocks import NamedTensor, chunk_of, chunks
 from metazo.errors import UserError
-from metazo.noise import Move, Noise, PhiloxStream, Stream
+from metazo.noise import Move, Noise, PhiloxStream, Place, Stream
 from metazo.step.directions import in_chunks
 from metazo.step.pending import Pending
 from metazo.step.precision import Compensated, InPlace, Master, Storage, storage
@@ -73,12 +73,18 @@ class Weights:
         ]
         self._shift([change for change in changes if change.amount != 0])
         streams = [self.noise.stream(term.seed) for term in wanted]
+        together: list[list[Place]] = [[] for _ in wanted]
         for tensor in self.masters:
-            touching = [(term, stream) for term, stream in zip(wanted, streams) if term.touches(tensor)]
-            if touching:
-                self._place(tensor, touching)
+            touching = [k for k, term in enumerate(wanted) if term.touches(tensor)]
+            if len(touching) == 1:
+                (k,) = touching
+                together[k].append(Place(tensor, tensor.param.data, self._theta(tensor), wanted[k].amount))
+            elif touching:
+                self._place_sum(tensor, [(wanted[k], streams[k]) for k in touching])
             elif self.probe:
                 self.storage[tensor.name].settle()
+        for term, stream, places in zip(wanted, streams, together):
+            term.along.place_all_(stream, places)
         self.probe = wanted
 
     def _shift(self, changes: Sequence[Term]) -> None:
@@ -109,13 +115,9 @@ class Weights:
         assert theta is not None
         return theta
 
-    def _place(self, tensor: NamedTensor, terms: Sequence[tuple[Term, Stream]]) -> None:
+    def _place_sum(self, tensor: NamedTensor, terms: Sequence[tuple[Term, Stream]]) -> None:
         """Weights = round(master + sum of terms)."""
         master = self._theta(tensor)
-        if len(terms) == 1:
-            ((term, stream),) = terms
-            term.along.place_(stream, tensor, tensor.param.data, master, term.amount)
-            return
         for start, chunk in in_chunks(tensor, master):
             moved = chunk.clone()
             for term, stream in terms:
@@ -258,15 +260,18 @@ class Weights:
             folded = [0.0] * len(terms)
         self.probe = ()
         streams = [self.noise.stream(term.seed) for term in terms]
-        moves: list[list[Move]] = [[] for _ in terms]  # for weights in place, all at once
+        moves: list[list[Move]] = [[] for _ in terms]  # for theta that is one tensor, all at once
+        changed = []
         for tensor in self.tensors:
             factor, place = decay.get(tensor.name, 1.0), self.storage[tensor.name]
             amounts = [-rate(tensor) * term.amount for term in terms]
             touching = [k for k, term in enumerate(terms) if term.touches(tensor)]
-            if isinstance(place, InPlace) and touching:
+            if place.theta is not None and touching:
+                removed = folded if isinstance(place, InPlace) else [0.0] * len(terms)
                 for k in touching:
-                    amount = amounts[k] - factor * folded[k]
+                    amount = amounts[k] - factor * removed[k]
                     moves[k].append(Move(tensor, place.theta, amount, factor if k == touching[0] else 1.0))
+                changed.append(place)
             elif factor != 1.0 or touching:
                 rounding = terms[0].seed if terms else 0
                 if len(touching) == 1 and isinstance(place, Compensated):
@@ -275,12 +280,14 @@ class Weights:
                         continue
                 for start, theta in self.edit_whole(tensor, rounding):
                     add_sum_(tensor, theta, terms, streams, amounts, factor, start)
-        if self.defer and len(terms) == 1 and moves[0]:
+        if self.defer and len(terms) == 1 and moves[0] and not self.masters:
             self.pending = Pending.of(terms[0].along, streams[0], moves[0])
             if self.pending:
                 return
         for term, stream, together in zip(terms, streams, moves):
             term.along.add_all_(stream, together)
+        for place in changed:
+            place.settle()
 
     def gradient(self, terms: Sequence[Term]) -> Estimate:
         """The estimate, a sum of terms, to be added to a buffer for every tensor, in order."""
