@@ -25,7 +25,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
     if not every:
         return
     across = max(len(suites) for _, suites in every)
-    size = (6.4 * across, 4.2 * len(every))
+    most = max(len(parts) for _, suites in every for parts in suites.values())
+    size = (max(6.4, 1.4 * most) * across, 4.2 * len(every))
     drawing, axes = plt.subplots(len(every), across, figsize=size, squeeze=False, layout="constrained")
     for row, (label, suites) in zip(axes, every):
         for axis in row[len(suites) :]:

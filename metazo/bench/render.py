@@ -2,7 +2,8 @@
 
     python -m metazo.bench.render benchmarks/speed.json docs/speed.md
 
-writes the tables between `<!-- speed -->` and `<!-- end of speed -->` of each document, and speed.png beside the first.
+writes the tables between `<!-- speed -->` and `<!-- end of speed -->` of each document, and the picture of the document's
+name beside it (docs/speed.png).
 """
 
 from __future__ import annotations
@@ -155,15 +156,18 @@ def _measured(there: dict[str, Any]) -> str:
     )
 
 
-PICTURE = """![Step over two forwards by shape and by model size](speed.png)
+PICTURE = """![Step over two forwards by shape and by model size]({picture})
 
 *Step / (2 × forward), medians with quartiles. 1 is the cost of the forward passes alone; the dashed line adds three plain
 passes over the weights, the lower bound of a method that moves them in place.*"""
 
 
-def markdown(result: dict[str, Any]) -> str:
-    picture = [PICTURE] if any("steps" in there["suites"] for there in result["processors"]) else []
-    return "\n\n".join([*picture, *(table.markdown() for table in tables(result)), sentence(result)])
+def markdown(result: dict[str, Any], picture: str = "speed.png") -> str:
+    """The tables below the picture of that name."""
+    shown = (
+        [PICTURE.format(picture=picture)] if any("steps" in there["suites"] for there in result["processors"]) else []
+    )
+    return "\n\n".join([*shown, *(table.markdown() for table in tables(result)), sentence(result)])
 
 
 def placed(document: str, name: str, text: str) -> str:
@@ -179,8 +183,9 @@ def main() -> None:
     given = parser.parse_args()
     result = measurements.read(given.figures)
     for document in given.documents:
-        document.write_text(placed(document.read_text(), "speed", markdown(result)))
-    picture.plot(result, given.documents[0].with_name("speed.png"))
+        drawn = document.with_suffix(".png")
+        document.write_text(placed(document.read_text(), "speed", markdown(result, drawn.name)))
+        picture.plot(result, drawn)
 
 
 if __name__ == "__main__":

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
-from importlib.metadata import version
 from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+import metazo
 from metazo.errors import UserError
 from metazo.feedback.residual import find_residual
 from metazo.feedback.surrogates import MeanJacobian
@@ -44,7 +44,7 @@ class FeedbackInfo:
     """How it was fitted."""
     scores: dict[str, Any] = field(default_factory=dict)
     """Measurements with it, beside the skip rule."""
-    metazo_version: str = field(default_factory=lambda: version("metazo"))
+    metazo_version: str = metazo.__version__
     """Version of metazo that wrote the file."""
     licence: str | None = None
     """Licence of the tuner; None if none was stated, in which case nobody may republish it."""

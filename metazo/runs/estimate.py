@@ -163,14 +163,15 @@ def measure_rates(device: torch.device, dtype: torch.dtype, width: int, rows: in
     """Rates of a device, measured: products (rows, width) x (width, width), reading a vector, noise added to float32."""
     rows, width = max(1, min(rows, 2048)), max(64, min(width, 4096))
     left, right = (torch.zeros(shape, dtype=dtype, device=device) for shape in ((rows, width), (width, width)))
-    vector = torch.zeros(SAMPLE * 4, device=device)
-    sample = torch.nn.Parameter(torch.zeros(SAMPLE, device=device))
+    size = 32 * SAMPLE if device.type == "cuda" else SAMPLE  # on a GPU, so that a launch is a small part of the time
+    vector = torch.zeros(4 * SAMPLE if device.type == "cpu" else size, device=device)
+    sample = torch.nn.Parameter(torch.zeros(size, device=device))
     moves = [Move(NamedTensor("sample", sample, tensor_id("sample")), sample.data, 1e-3)]
     stream = PhiloxNoise(0).stream(1)
     product = _seconds(lambda: left @ right, device)
     read = _seconds(lambda: vector.sum(), device)
     noise = _seconds(lambda: stream.add_all_(moves), device)
-    return Rates(2 * rows * width * width / product, vector.numel() * 4 / read, SAMPLE / noise)
+    return Rates(2 * rows * width * width / product, vector.numel() * 4 / read, size / noise)
 
 
 def _seconds(call: Callable[[], Any], device: torch.device) -> float:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field, fields
-from importlib.metadata import version
 from typing import Any
 
 import safetensors.torch
 from torch import Tensor
 
+import metazo
 from metazo.errors import UserError
 from metazo.io.plain import shown
 from metazo.tuner.envelope import BadFile, TunerFile, blocks, check_facts, metadata, opened, shapes
@@ -55,7 +55,7 @@ class TunerInfo:
     """How it was trained."""
     scores: dict[str, Any] = field(default_factory=dict)
     """Measurements with the tuner."""
-    metazo_version: str = field(default_factory=lambda: version("metazo"))
+    metazo_version: str = metazo.__version__
     """Version of metazo that wrote the file."""
     licence: str | None = None
     """Licence of the tuner; None if none was stated, in which case nobody may republish it."""

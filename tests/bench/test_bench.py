@@ -259,10 +259,12 @@ def test_the_loss_needs_no_gradient_and_leaves_the_generator_alone():
         assert 7 < float(loss()) < 10  # ln 4096 is 8.3
 
 
-def test_the_page_of_figures_is_rendered_from_the_committed_json():
-    """By `python -m metazo.bench.render benchmarks/speed.json docs/speed.md`; every suite is there."""
-    page, result = (ROOT / "docs" / "speed.md").read_text(), measurements.read(ROOT / "benchmarks" / "speed.json")
-    assert render.placed(page, "speed", render.markdown(result)) == page
+@pytest.mark.parametrize(("figures", "document"), [("speed", "speed"), ("speed_gpu", "speed-gpu")])
+def test_the_page_of_figures_is_rendered_from_the_committed_json(figures, document):
+    """By `python -m metazo.bench.render benchmarks/speed.json docs/speed.md`, and so for a GPU."""
+    page = (ROOT / "docs" / f"{document}.md").read_text()
+    result = measurements.read(ROOT / "benchmarks" / f"{figures}.json")
+    assert render.placed(page, "speed", render.markdown(result, f"{document}.png")) == page
     assert render.placed(page, "speed", "") != page
     for there in result["processors"]:
         assert set(there["suites"]) <= set(suites.SUITES) and not there["environment"]["quick"]
