@@ -8,8 +8,8 @@ import torch
 from metazo.blocks import NamedTensor, tensor_id
 from metazo.kernels.outer import add_products_, place_products_
 from metazo.noise import Move, PhiloxNoise, Place, add_two_all_, cpu_split, philox
+from tests.noise.interpreted import DTYPES, PURPOSE, SEED, TENSOR
 from tests.noise.test_split import weights
-from tests.noise.test_triton import DTYPES, PURPOSE, SEED, TENSOR
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 KINDS = tuple(philox.DISTRIBUTIONS)
@@ -20,14 +20,14 @@ def named(values: torch.Tensor, name: str = "w") -> NamedTensor:
     return NamedTensor(name, torch.nn.Parameter(values), tensor_id(name))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("start", [0, 6 * philox.TILE])
 @pytest.mark.parametrize("size", [1, 77, 2048, 4099, 100_003])
 @pytest.mark.parametrize("kind", KINDS)
 def test_kernels_agree_with_the_definition_to_the_last_bit(kind, size, start, dtype):
     from metazo.noise import cuda
 
-    base, type = torch.linspace(-3, 3, size), getattr(torch, dtype)
+    base, type = torch.linspace(-3, 3, size), dtype
     added = torch.full((size + 1,), 7.0, dtype=type, device="cuda")
     added[:size] = base
     placed = torch.full((size + 1,), 7.0, dtype=type, device="cuda")
@@ -50,13 +50,13 @@ def test_a_tensor_of_more_than_2_to_the_31_entries(kind):
         assert torch.equal(w.param.data[first:stop].cpu(), z.bfloat16()), first
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, "float64"])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_stream_makes_the_numbers_of_the_cpu(kind, dtype):
     """Whole tensors, parts of one, tensors that are not contiguous, several in one call, and sums without storing z."""
     stream, values = (
         PhiloxNoise(0, kind).stream(9),
-        torch.linspace(-1, 1, 60 * 77).view(60, 77).to(getattr(torch, dtype)),
+        torch.linspace(-1, 1, 60 * 77).view(60, 77).to(dtype),
     )
     there, here = named(values.cuda()), named(values.clone())
     assert torch.equal(stream.draw(there).cpu(), stream.draw(here))

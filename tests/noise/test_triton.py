@@ -11,71 +11,13 @@ import sys
 import pytest
 import torch
 
+from metazo.kernels.outer import add_product_
 from metazo.kernels.splitfloat import plain_join
 from metazo.noise import cpu_split, philox
+from tests.noise.interpreted import DTYPES, MATRICES, PURPOSE, SEED, SIZES, STARTS, TENSOR, matrix
 from tests.noise.test_split import weights
 
 pytest.importorskip("triton", reason="triton is not installed")
-
-# Words above 2^31 in every place: triton's integers are signed, and it compiles again for a wider one.
-SEED, TENSOR, PURPOSE = 0xF23456789ABCDEF0, 0xFEDCBA9876543210, 0xFFFF0001
-SIZES, STARTS = (77, 4099), (0, 6 * philox.TILE)
-DTYPES = ("float32", "float16", "bfloat16")
-
-INTERPRET = f"""
-import sys, torch
-from metazo.noise import cuda
-results = {{}}
-for distribution in ("gaussian", "rademacher"):
-    for size in {SIZES}:
-        for start in {STARTS}:
-            for dtype in {DTYPES}:
-                base = torch.linspace(-3, 3, size)
-                added, placed = base.clone().to(getattr(torch, dtype)), torch.zeros(size + 1, dtype=getattr(torch, dtype))
-                noise = ({SEED}, {TENSOR}, {PURPOSE}, start)
-                cuda.add_(distribution, added, 0.3, 0.7, *noise)
-                cuda.place_(distribution, placed[:size], base, 0.3, *noise)
-                results[distribution, size, start, dtype] = added, placed
-torch.save(results, sys.argv[1])
-"""
-
-MANY = f"""
-import sys, torch
-from metazo.noise import cuda
-sizes, results = (3, 4099, 1, 2048, 9001), {{}}
-for distribution in ("gaussian", "rademacher"):
-    for dtype in {DTYPES}:
-        bases = [torch.linspace(-3, 3, size + 1)[1:] for size in sizes]
-        outs = [torch.zeros(size + 2, dtype=getattr(torch, dtype)) for size in sizes]
-        inner = [out[1:-1] for out in outs]
-        placed = [base.clone().to(getattr(torch, dtype)) for base in bases]
-        both = [base.clone().to(getattr(torch, dtype)) for base in bases]
-        numbers = [{TENSOR} + k for k in range(5)], inner, bases, [0.1 * k for k in range(5)]
-        cuda.place_all_(distribution, list(zip(*numbers)), {SEED}, {PURPOSE})
-        added = [(id, out, a, 0.7) for id, out, a in zip(numbers[0], placed, numbers[3])]
-        cuda.add_all_(distribution, added, {SEED}, {PURPOSE})
-        moves = [(id, out, a, 0.7, 0.3 - a) for id, out, a in zip(numbers[0], both, numbers[3])]
-        cuda.add_two_all_(distribution, moves, ({SEED}, {SEED} + 1), {PURPOSE})
-        results[distribution, dtype] = outs, placed, both
-torch.save(results, sys.argv[1])
-"""
-
-SPLIT = f"""
-import sys, torch
-from metazo.noise import cuda_split
-from tests.noise.test_split import weights
-results = {{}}
-for distribution in ("gaussian", "rademacher"):
-    for high in (torch.bfloat16, torch.float16):
-        for low in (torch.int16, torch.int8):
-            for start in {STARTS}:
-                (w, rest), noise = weights(4099, high, low), ({SEED}, {TENSOR}, {PURPOSE}, start)
-                out = torch.zeros(4100, dtype=high)
-                cuda_split.place_(distribution, out[:-1], w, rest, 0.3, *noise)
-                cuda_split.add_(distribution, w, rest, 0.3, 0.7, *noise, {SEED} + 5)
-                results[distribution, high, low, start] = out, w, rest
-torch.save(results, sys.argv[1])
-"""
 
 COMPILE = """
 import json, triton
@@ -101,67 +43,81 @@ print(json.dumps(found))
 """
 
 
-def run(code: str, *arguments: str, **environment: str) -> str:
-    command, environment = [sys.executable, "-c", code, *arguments], os.environ | environment
+def run(*command: str, **environment: str) -> str:
+    command, environment = (sys.executable, *command), os.environ | environment
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def truncated(values: torch.Tensor) -> torch.Tensor:
-    """To bfloat16 towards zero, as the interpreter does it."""
-    return (values.view(torch.int32) & -65536).view(torch.float32).to(torch.bfloat16)
+def narrowed(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rounded to dtype as the interpreter does it: to bfloat16 towards zero."""
+    if dtype != torch.bfloat16:
+        return values.to(dtype)
+    return (values.view(torch.int32) & -65536).view(torch.float32).to(dtype)
 
 
-def test_interpreted_kernels_agree_to_the_last_bit(tmp_path):
-    run(INTERPRET, str(tmp_path / "results.pt"), TRITON_INTERPRET="1")
-    results = torch.load(tmp_path / "results.pt", weights_only=True)
-    assert len(results) == 2 * len(SIZES) * len(STARTS) * len(DTYPES)
-    for (distribution, size, start, dtype), (added, placed) in results.items():
-        z = philox.DISTRIBUTIONS[distribution](SEED, TENSOR, PURPOSE, start, start + size)
-        base = torch.linspace(-3, 3, size)
-        rounded = truncated if dtype == "bfloat16" else (lambda values, type=added.dtype: values.to(type))
-        stored = base.to(added.dtype).float()
-        assert torch.equal(added, rounded(stored * 0.7 + z * 0.3)), (distribution, size, start, dtype)
-        assert torch.equal(placed[:size], rounded(base + z * 0.3)), (distribution, size, start, dtype)
+def noise(kind: str, size: int, start: int = 0, more: int = 0, tensor: int = TENSOR) -> torch.Tensor:
+    return philox.DISTRIBUTIONS[kind](SEED + more, tensor, PURPOSE, start, start + size)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """What the kernels write in the interpreter."""
+    path = tmp_path_factory.mktemp("triton") / "results.pt"
+    run("-m", "tests.noise.interpreted", str(path), TRITON_INTERPRET="1")
+    return torch.load(path, weights_only=True)
+
+
+def test_interpreted_kernels_agree_to_the_last_bit(results):
+    found = results["noise_on_one_tensor"]
+    assert len(found) == 2 * len(SIZES) * len(STARTS) * len(DTYPES)
+    for (kind, size, start, dtype), (added, placed) in found.items():
+        z, base = noise(kind, size, start), torch.linspace(-3, 3, size)
+        assert torch.equal(added, narrowed(base.to(dtype).float() * 0.7 + z * 0.3, dtype)), (kind, size, start, dtype)
+        assert torch.equal(placed[:size], narrowed(base + z * 0.3, dtype)), (kind, size, start, dtype)
         assert placed[size] == 0  # nothing is written beyond the end
 
 
-def test_all_tensors_in_one_launch(tmp_path):
+def test_all_tensors_in_one_launch(results):
     """Placed, added, and with two seeds; nothing is written on either side of a tensor that is part of another."""
-    run(MANY, str(tmp_path / "results.pt"), TRITON_INTERPRET="1")
-    for (distribution, dtype), lists in torch.load(tmp_path / "results.pt", weights_only=True).items():
+    found = results["noise_on_all_tensors"]
+    assert len(found) == 2 * len(DTYPES)
+    for (kind, dtype), lists in found.items():
         for k, (out, added, both) in enumerate(zip(*lists, strict=True)):
             size, alpha = len(added), 0.1 * k
-            first, second = (
-                philox.DISTRIBUTIONS[distribution](SEED + more, TENSOR + k, PURPOSE, 0, size) for more in (0, 1)
-            )
+            first, second = (noise(kind, size, more=more, tensor=TENSOR + k) for more in (0, 1))
             base = torch.linspace(-3, 3, size + 1)[1:]
-            rounded = truncated if dtype == "bfloat16" else (lambda values, type=out.dtype: values.to(type))
-            once = rounded(base.to(out.dtype).float() * 0.7 + first * alpha)
-            assert torch.equal(added, once), (distribution, size, dtype)
-            assert torch.equal(both, rounded(once.float() + second * (0.3 - alpha))), (distribution, size, dtype)
-            assert torch.equal(out[1:-1], rounded(base + first * alpha)) and out[0] == out[-1] == 0
+            once = narrowed(base.to(dtype).float() * 0.7 + first * alpha, dtype)
+            assert torch.equal(added, once), (kind, size, dtype)
+            assert torch.equal(both, narrowed(once.float() + second * (0.3 - alpha), dtype)), (kind, size, dtype)
+            assert torch.equal(out[1:-1], narrowed(base + first * alpha, dtype)) and out[0] == out[-1] == 0
 
 
-def test_noise_on_split_weights(tmp_path):
-    run(SPLIT, str(tmp_path / "results.pt"), TRITON_INTERPRET="1")
-    results = torch.load(tmp_path / "results.pt", weights_only=True)
-    assert len(results) == 16
-    for (distribution, high, low, start), (out, w, rest) in results.items():
-        (wide, other), noise = weights(4099, high, low), (SEED, TENSOR, PURPOSE, start)
-        z = philox.DISTRIBUTIONS[distribution](*noise, start + 4099)
-        moved = plain_join(wide, other) + z * 0.3
-        rounded = truncated(moved) if high == torch.bfloat16 else moved.to(high)
-        assert torch.equal(out[:-1].view(torch.int16), rounded.view(torch.int16)) and out[-1] == 0
-        cpu_split.plain_add_(distribution, wide, other, 0.3, 0.7, *noise, SEED + 5)
+def test_noise_on_split_weights(results):
+    found = results["noise_on_split_weights"]
+    assert len(found) == 16
+    for (kind, high, low, start), (out, w, rest) in found.items():
+        wide, other = weights(2051, high, low)
+        moved = plain_join(wide, other) + noise(kind, 2051, start) * 0.3
+        assert torch.equal(out[:-1].view(torch.int16), narrowed(moved, high).view(torch.int16)) and out[-1] == 0
+        cpu_split.plain_add_(kind, wide, other, 0.3, 0.7, SEED, TENSOR, PURPOSE, start, SEED + 5)
         assert torch.equal(w.view(torch.int16), wide.view(torch.int16)) and torch.equal(rest, other)
+
+
+def test_products_of_factors_are_those_of_the_compiled_loop(results):
+    assert len(results["products"]) == 8
+    for (rank, dtype), outs in results["products"].items():
+        for (rows, columns), out in zip(MATRICES, outs, strict=True):
+            base, left, right = matrix(rows, columns, rank)
+            add_product_(base, left, right, 0.3, 0.7)
+            assert torch.equal(out[1:-1].view(base.shape), base.to(dtype)) and out[0] == out[-1] == 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="triton brings its assembler for Linux only")
 def test_compiled_kernels_fuse_nothing_and_round_to_nearest():
     """The instructions for a GPU (sm_90); compiling them needs no GPU."""
-    found = json.loads(run(COMPILE, TRITON_INTERPRET="0"))
+    found = json.loads(run("-c", COMPILE, TRITON_INTERPRET="0"))
     for kind, code in found.items():
         assert not re.search(r"\bfma\.|ftz|approx", code), kind
         assert set(re.findall(r"\b(?:add|sub|mul)\.\S*f32", code)) <= {"add.rn.f32", "sub.rn.f32", "mul.rn.f32"}, kind
