@@ -11,6 +11,7 @@ import transformers as hf
 from rich.console import Console
 from safetensors.torch import load_file
 
+import metazo
 from metazo.blocks import named_tensors, partition
 from metazo.comparisons.cell import run as run_cell
 from metazo.comparisons.examine import examine
@@ -49,8 +50,8 @@ def run(out: Path, model: Path, **extra) -> dict:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_mezo_lowers_the_loss_of_a_real_task(tiny, shared, tmp_path, name):
-    settings = {"task": "squad", "data": shared / "data", "steps": 60, "batch_size": 16, "train_examples": 32,
-                "dev_examples": 16, "max_length": 96, "eval_every": 60}  # fmt: skip
+    settings = {"task": "squad", "data": shared / "data", "steps": 30, "batch_size": 8, "train_examples": 32,
+                "dev_examples": 16, "max_length": 96, "eval_every": 30}  # fmt: skip
     summary = run(tmp_path / "run", tiny(name), **settings)
     assert summary["dev"]["loss"] < summary["before"]["loss"] - 0.1
     assert set(summary["dev"]) >= {"f1", "exact_match"}
@@ -211,6 +212,24 @@ def test_probes_as_activations_have_the_losses_of_the_weight_form(exact):
     model.load_state_dict(state)
     assert found[0][0] != found[0][1]
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_in_memory_is_trained_and_forward_passes_alone_minimise_a_metric(tiny):
+    model = hf.AutoModelForSeq2SeqLM.from_pretrained(tiny("bart"))
+    tokenizer = hf.AutoTokenizer.from_pretrained(tiny("bart"))
+    before = model.lm_head.weight.clone()
+    sizes = {"train_examples": 8, "dev_examples": 4, "test_examples": 4, "max_length": 96, "batch_size": 4, "steps": 2}
+    tuned = metazo.finetune(model, "pico_span", tokenizer=tokenizer, lr=1e-3, scale="rms", keep="last", **sizes)
+    assert tuned.model is model and not torch.equal(model.lm_head.weight, before)
+    scored = metazo.finetune(model, "pico_span", tokenizer=tokenizer, lr=1e-3, objective="exact-match", **sizes)
+    assert scored.summary["before"]["objective"] == 1 - scored.summary["before"]["exact_match"]
+
+
+@pytest.mark.parametrize("optimizer", ["first-order-fused", "auto", "fzoo", "eggroll", "mezo-svrg", "dominant-layer"])
+def test_methods_that_need_no_residual_stream_run(tiny, tmp_path, optimizer):
+    own = {"scale": "none", "lr": None} if optimizer == "auto" else {"scale": "none"}
+    summary = run(tmp_path / "run", tiny("t5"), optimizer=optimizer, steps=2, eval_every=2, keep="none", **own)
+    assert torch.tensor([summary["dev"]["loss"], summary["test"]["loss"]]).isfinite().all()
 
 
 def test_a_comparison_examines_and_runs_it(tiny, tmp_path):
