@@ -111,6 +111,20 @@ def partition(tensors: Sequence[NamedTensor], by: str = "tensor") -> list[Block]
     return [Block(name, tuple(members)) for name, members in blocks.items()]
 
 
+OUTSIDE = -1
+"""The depth of a block outside the numbered layers."""
+
+
+def place_of(block: str) -> tuple[int, str]:
+    """Depth and kind of a block: `model.layers.3.mlp.up_proj.weight` is at 3 and of kind `mlp.up_proj`.
+
+    The first number between dots is the depth, and the name before it is left out. Without a number the depth is OUTSIDE.
+    """
+    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", block)
+    kind = (block[found.end() :] if found else block).removesuffix(".weight")
+    return (int(found[1]) if found else OUTSIDE), kind or "layer"
+
+
 CHUNK = 1 << 20  # entries of a chunk, about: the largest temporary that a step makes
 _CHUNK_ON_GPU = 16 * CHUNK  # a GPU takes less time for a chunk of 2^20 than the processor for its launch
 ALIGN = 2048  # noise can begin at multiples of this (noise.TILE)

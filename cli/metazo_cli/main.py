@@ -49,6 +49,7 @@ COMMANDS = {
     "zoo": "zoo.app",
     "tasks": "tasks.tasks",
     "recipes": "recipes.recipes",
+    "blocks": "blocks.command",
     "bench": "bench.bench",
     "compare": "compare.command",
     "report": "report.report",

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from metazo.blocks import OUTSIDE, place_of
 from metazo.io.extras import needs
 from metazo.plots.style import log_axis, short, styled
 
@@ -18,17 +18,6 @@ with needs("report"):
     from matplotlib.figure import Figure
 
 TIMES = 4
-OUTSIDE = -1  # the depth of a block outside the numbered layers
-
-
-def place_of(block: str) -> tuple[int, str]:
-    """Depth and kind of a block: `model.layers.3.mlp.up_proj.weight` is at 3 and of kind `mlp.up_proj`.
-
-    The first number between dots is the depth, and the name before it is left out. Without a number the depth is OUTSIDE.
-    """
-    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", block)
-    kind = (block[found.end() :] if found else block).removesuffix(".weight")
-    return (int(found[1]) if found else OUTSIDE), kind or "layer"
 
 
 @dataclass(frozen=True)

@@ -154,6 +154,7 @@ COMMANDS: dict[str, list[list[str]]] = {
     "zoo import": [["bad.pth", "--base-model", NAME], [NAME, "--base-model", "x"]],
     "tasks": [["task.yaml"], ["task.yaml", "--json"], [NAME], ["bad.yaml"], []],
     "recipes": [[NAME], []],
+    "blocks": [[NAME], ["pico", "--by", NAME], ["pico", "--train", NAME], ["pico", "--plot", NAME]],
     "bench": [["--suite", NAME, "--out", "bench"], ["--out", "a.jsonl"], ["--device", NAME]],
     "compare": [["grid-bad.yaml"], ["columns.yaml", "--dry-run"], ["columns.yaml", "--dry-run", "--json"],
                 ["bad.yaml"], ["--tasks", NAME, "--model", "pico", "--optimizers", NAME, "--budget", "9"]],

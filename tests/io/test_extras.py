@@ -22,8 +22,8 @@ IMPORTED_AS = {"py-minisign": "minisign", "pyyaml": "yaml"}
 BROUGHT_ALONG = {"llm": {"tokenizers"}}  # by transformers
 COME_ALONG = {"triton", "llvmlite"}  # with torch and numba
 OWN = {"metazo", "metazo_cli", "pertnn_zoo"}
-COMMANDS = ("demo", "finetune", "replay", "log", "meta-train", "evaluate", "zoo", "tasks", "recipes", "bench", "compare",
-            "report", "env")  # fmt: skip
+COMMANDS = ("demo", "finetune", "replay", "log", "meta-train", "evaluate", "zoo", "tasks", "recipes", "blocks", "bench",
+            "compare", "report", "env")  # fmt: skip
 
 # Runs the command lines given as JSON, metazo or a script, in one process.
 RUNNER = """
@@ -100,7 +100,7 @@ def test_the_core_alone(tmp_path):
     ]
     fails = [["finetune", *model], ["meta-train", *model], ["evaluate", *model[:4]], ["demo", "--out", str(out)],
              ["compare", *model[:2], "--tasks", "pico_sentiment", "--optimizers", "mezo", *model[4:]],
-             ["bench", "--quick", "--out", str(out)]]  # fmt: skip
+             ["bench", "--quick", "--out", str(out)], ["blocks", "pico"]]  # fmt: skip
     lines = [plain, *(["metazo", *line] for line in [*works, *fails])]
     (code, shown, error), *rest = without(set().union(*EXTRAS.values()), tmp_path, *lines)
     assert code == 0 and float(shown.split()[-1]) >= 0.95, error

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from metazo.blocks import OUTSIDE, place_of
 from metazo.plots.curves import plot_curves, plot_run
 from metazo.plots.style import look, svg
-from metazo.report.sigma import OUTSIDE, picture, place_of, read
+from metazo.report.sigma import picture, read
 from tests.report.synthetic import BLOCKS
 
 
