@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
 from metazo.bench.hessian import BlockNorms
 from metazo.blocks import OUTSIDE, Block, place_of
+from metazo.errors import UserError
 from metazo.io.extras import needs
 from metazo.plots.style import log_axis, short, styled
 
@@ -34,7 +36,7 @@ def partition_picture(blocks: Sequence[Block], title: str) -> Figure:
         width = 2.2 + 0.08 * max(map(len, kinds)) + max(2.0, 0.16 * len(depths))
         figure = Figure(figsize=(min(width, 12), 1.6 + 0.2 * len(kinds)), layout="constrained")
         axes = figure.subplots()
-        _map(figure, axes, values, np.nanmin(values), "entries", None)
+        _map(figure, axes, values, np.nanmin(values), "entries", "auto")
         every = max(1, len(depths) // 12)
         shown = [place for place, depth in enumerate(depths) if depth == OUTSIDE or depth % every == 0]
         axes.set_xticks(shown, ["–" if depths[place] == OUTSIDE else str(depths[place]) for place in shown])
@@ -44,17 +46,20 @@ def partition_picture(blocks: Sequence[Block], title: str) -> Figure:
 
 
 def hessian_picture(found: BlockNorms, title: str) -> Figure:
-    """Two heat maps of blocks by blocks: their shares of the squared norm, and squares per entry over their mean."""
+    """Two heat maps of blocks by blocks: their shares of the squared norm, and squares per entry over their mean.
+
+    Raises UserError for a Hessian of zeros.
+    """
+    if not float(found.norms.sum()) > 0:
+        raise UserError("Every second derivative of the loss is 0, so there is nothing to draw; leave `plot` out.")
     norms, counts = found.norms.numpy(), np.array(found.entries, dtype=float)
     shares = norms / norms.sum()
     density = shares / np.outer(counts, counts) * counts.sum() ** 2
-    labels = [
-        kind if depth == OUTSIDE else f"{depth} {kind}" for depth, kind in map(place_of, found.names)
-    ]  # 3 mlp.gate
+    labels = [kind if depth == OUTSIDE else f"{depth} {kind}" for depth, kind in map(place_of, found.names)]
     every = -(-len(labels) // LABELS)
     side = 1.4 + 0.06 * max(map(len, labels)) + 0.13 * len(labels) / every
     with styled():
-        figure = Figure(figsize=(2 * side + 1.6, side + 0.4), layout="constrained")
+        figure = Figure(figsize=(2 * side + 1.6, side + 0.4), layout="compressed")
         left, right = figure.subplots(1, 2, sharey=True)
         for axes, values, name in (
             (left, shares, "share of the squared norm"),
@@ -68,7 +73,9 @@ def hessian_picture(found: BlockNorms, title: str) -> Figure:
     return figure
 
 
-def _map(figure: Figure, axes: Axes, values: np.ndarray, low: float, label: str, aspect: str | None) -> None:
+def _map(
+    figure: Figure, axes: Axes, values: np.ndarray, low: float, label: str, aspect: Literal["equal", "auto"]
+) -> None:
     """A heat map on a logarithmic scale from `low`, with its colour bar."""
     high = float(np.nanmax(values))
     low, high = (low / 1.05, high * 1.05) if not low < high else (low, high)
@@ -78,7 +85,7 @@ def _map(figure: Figure, axes: Axes, values: np.ndarray, low: float, label: str,
         np.maximum(values, low),
         norm=LogNorm(low, high),
         cmap="cividis",
-        aspect=aspect or "auto",
+        aspect=aspect,
         interpolation="nearest",
     )
     log_axis(figure.colorbar(image, ax=axes, label=label, pad=0.02).ax, "y", short)

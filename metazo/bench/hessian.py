@@ -98,7 +98,8 @@ def block_norms(
     Args: loss: returns a scalar with a graph, the same one at each call; it is called once. draws: random vectors per block, at
     least 2. seed: of the random signs. tick: called after each product, of which there are `products(blocks, draws, limit)`.
     A product costs about two backward passes, and the graph of the gradient is kept in memory.
-    Raises UserError for weights narrower than float32, a loss without a graph, and one that cannot be differentiated twice.
+    Raises UserError for weights narrower than float32, a loss without a graph, and one that cannot be differentiated twice
+    or whose second derivatives are not finite.
     """
     if draws < 2:
         raise UserError(f"`draws` is {draws}; at least 2 are needed for a standard error.")
@@ -127,6 +128,10 @@ def block_norms(
                 samples[draw, :, column] = product(column, signs)
                 tick()
         samples = (samples + samples.mT) / 2
+    if not bool(samples.isfinite().all()):
+        raise UserError(
+            "Second derivatives of the loss are not finite at these weights; use `dtype` float64 or other weights."
+        )
     return BlockNorms([block.name for block in blocks], entries, samples, exact)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks import hessian_blocks
+from metazo.bench.heatmaps import hessian_picture
 from metazo.bench.hessian import BlockNorms, block_norms, products
 from metazo.blocks import named_tensors, partition
 from metazo.errors import UserError
@@ -140,6 +143,8 @@ def test_what_is_refused() -> None:
         def backward(ctx, g):
             raise RuntimeError("derivative for once_backward is not implemented")
 
+    with pytest.raises(UserError, match="not finite"):
+        block_norms(lambda: model() + (model.a * math.inf).pow(2).sum(), blocks(model))
     with pytest.raises(UserError, match="cannot be differentiated twice .*once_backward"):
         block_norms(lambda: Once.apply(model.a), blocks(model))
 
@@ -148,3 +153,13 @@ def test_a_hessian_of_zeros_has_no_share() -> None:
     model = nn.Linear(2, 1).double()
     found = block_norms(lambda: model(torch.ones(1, 2, dtype=torch.float64)).sum(), blocks(model))
     assert isinstance(found, BlockNorms) and math.isnan(found.share) and found.norms.abs().max() == 0
+    with pytest.raises(UserError, match="is 0, so there is nothing to draw"):
+        hessian_picture(found, "")
+
+
+def test_the_document_has_the_table_of_the_file() -> None:
+    rows = json.loads(hessian_blocks.RESULT.read_text())
+    assert hessian_blocks.table(rows) in (hessian_blocks.ROOT / "docs" / "meta-learning.md").read_text()
+    assert {row["model"] for row in rows} == {"pico", *hessian_blocks.SHAPES} and not any(
+        row[name]["exact"] for row in rows for name in hessian_blocks.MEASURED
+    )
