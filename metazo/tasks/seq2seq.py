@@ -54,8 +54,7 @@ class Decoder:
     def __init__(self, task: Task, model: Any, tokenizer: Any, name: str, limit: int):
         self.tokenizer, self.generated = tokenizer, task.kind == "generation"
         self.stop = task.stop or ""
-        marks = self._marks()
-        self.before, self.after = marks
+        self.before, self.after = self._marks()
         self.start = [decoder_start(model, name), *([] if self.generated else self.before)]
         self.room = min(task.max_new_tokens + len(self.before), limit - 1)
 
@@ -102,6 +101,7 @@ def decoder_logits(model: nn.Module, batch: dict[str, Tensor], keep: int) -> Ten
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     if "prompt" in batch:
         read = network.get_encoder()(**inputs)
-        read["last_hidden_state"] = read.last_hidden_state[batch["prompt"]]
+        hidden = read.last_hidden_state  # on another device than the batch, if a device map says so
+        read["last_hidden_state"] = hidden[batch["prompt"].to(hidden.device)]
         inputs = {"encoder_outputs": read, "attention_mask": inputs["attention_mask"][batch["prompt"]]}
     return network(**inputs, decoder_input_ids=batch["decoder_input_ids"], use_cache=False).logits[:, -keep:]
