@@ -25,7 +25,16 @@ NF4_BLOCK = 64
 
 
 def quantization(kind: str, dtype: torch.dtype, device: torch.device | str) -> Any:
-    """transformers' configuration of a kind. Raises MissingPackage without the extra, and UserError for int4 without CUDA."""
+    """transformers' configuration of a kind.
+
+    Raises MissingPackage without the extra, and UserError for int4 without CUDA or bfloat16.
+    """
+    if kind == "int4" and torch.device(device).type != "cuda":
+        raise UserError(
+            "`quantize='int4'` needs a CUDA device, because torchao's 4-bit kernels have no CPU form; take int8."
+        )
+    if kind == "int4" and dtype != torch.bfloat16:
+        raise UserError(f"`quantize='int4'` computes in bfloat16, and `dtype` is {str(dtype).removeprefix('torch.')}.")
     with needs("llm"):
         from transformers import BitsAndBytesConfig, TorchAoConfig
     with needs("quant"):
@@ -41,11 +50,8 @@ def quantization(kind: str, dtype: torch.dtype, device: torch.device | str) -> A
         )
     if kind == "int8":
         return TorchAoConfig(Int8WeightOnlyConfig())
-    if torch.device(device).type != "cuda":
-        raise UserError(
-            "`quantize='int4'` needs a CUDA device, because torchao's 4-bit kernels have no CPU form; take int8."
-        )
-    return TorchAoConfig(Int4WeightOnlyConfig(group_size=GROUP))
+    # the default format needs mslk, another package of kernels; this one needs torch alone
+    return TorchAoConfig(Int4WeightOnlyConfig(group_size=GROUP, int4_packing_format="tile_packed_to_4d"))
 
 
 def check_package(config: Any) -> None:

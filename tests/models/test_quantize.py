@@ -18,7 +18,7 @@ from metazo.errors import UserError
 from metazo.models.assemble import load
 from metazo.models.embedded import PICO
 from metazo.models.load import load_model
-from metazo.models.quantize import bytes_of, quantised
+from metazo.models.quantize import bytes_of, quantised, quantization
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import run_settings
 from metazo.runs.replay import replay
@@ -133,6 +133,8 @@ def test_a_saved_quantised_folder_is_a_model(wide: Path, tmp_path: Path, kind: s
 def test_what_a_cpu_cannot_do_is_one_sentence(tmp_path: Path, tiny) -> None:
     with pytest.raises(UserError, match="`quantize='int4'` needs a CUDA device"):
         set_up(config(tmp_path / "x", quantize="int4"))
+    with pytest.raises(UserError, match="`quantize='int4'` computes in bfloat16, and `dtype` is float32"):
+        quantization("int4", torch.float32, "cuda")
     with pytest.raises(UserError, match="multiple of 64, and model.layers.0.self_attn.q_proj has"):
         set_up(config(tmp_path / "x", quantize="nf4"))
     with pytest.raises(UserError, match="add `head='checkpoint'`"):
