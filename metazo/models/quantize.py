@@ -96,8 +96,34 @@ def remember_stored(model: nn.Module) -> None:
             parameter.stored_sha256 = weights_hash((str(place), part) for place, part in enumerate(stored(parameter)))  # type: ignore[attr-defined]
 
 
+def expect_bytes(model: nn.Module, kind: str) -> None:
+    """Note on each linear layer of a skeleton the bytes that its weights will have when they are loaded quantised.
+
+    model: a transformers model, or a classifier with a new head over one, on the meta device. The layers are those that
+    transformers would quantise: not the output layer, tied weights or the last module.
+    """
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    base: Any = getattr(model, "encoder", model)
+    kept = get_keys_to_not_convert(base)
+    for name, module in base.named_modules():
+        if isinstance(module, nn.Linear) and not any(key in name for key in kept):
+            module.weight.expected_bytes = _quantised_bytes(*module.weight.shape, kind)  # type: ignore[attr-defined]
+
+
+def _quantised_bytes(rows: int, columns: int, kind: str) -> int:
+    if kind == "int8":
+        return rows * (columns + 5)  # a scale in float32 and a zero
+    if kind == "nf4":
+        return -(-rows * columns // 2) + 4 * -(-rows * columns // NF4_BLOCK)
+    rows, columns = -(-rows // 8) * 8, -(-columns // 1024) * 1024  # int4: tiles of torch's kernel
+    return rows * columns // 2 + 4 * rows * (columns // GROUP)  # a scale and a zero in bfloat16
+
+
 def bytes_of(tensor: Tensor) -> int:
-    """Bytes of memory of a parameter, quantised or not."""
+    """Bytes of memory of a parameter, quantised or not, or to be quantised (expect_bytes)."""
+    if (expected := getattr(tensor, "expected_bytes", None)) is not None:
+        return expected
     return sum(part.numel() * part.element_size() for part in stored(tensor))
 
 

@@ -32,6 +32,7 @@ from metazo.models.load import (
     explained,
     set_pad,
 )
+from metazo.models.quantize import expect_bytes
 from metazo.models.sentence import SentenceClassifier, pooling_of, quiet
 
 with needs("llm"):
@@ -65,7 +66,7 @@ def skeleton(
     """The model that `load_model` would load, with all tensors on the meta device.
 
     Args: config: a configuration in the place of the folder's, in which case no file is read; the others as for `load_model`
-    (quantize is checked, and the skeleton has full precision).
+    (quantize is checked, and the skeleton has full precision and the bytes of memory that the weights will have).
     The tokenizer is None if it is not read, with a note that says why; the context length is then the configuration's.
     Raises UserError as `load_model` does for a configuration that cannot be used.
     """
@@ -81,6 +82,8 @@ def skeleton(
             chosen = kind_of(config, kind, name)
         with quiet(), torch.device("meta"):
             model: Any = _built(source, config, chosen, DTYPES[dtype], num_labels, head)
+            if quantize is not None:
+                expect_bytes(model, quantize)
     tokenizer, problem = (None, None) if given else _tokenizer(source, name, revision)
     if problem:
         notes.append(problem)

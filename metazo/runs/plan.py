@@ -199,7 +199,9 @@ def _not_counted(config: FinetuneConfig, model: nn.Module) -> list[str]:
         )
     whole = f"Memory and time are those of {config.dtype} weights"
     if config.quantize is not None:
-        notes.append(f"{whole}; with `quantize` {config.quantize} the memory is less.")
+        notes.append(
+            f"The time is that of {config.dtype} weights; what `quantize` {config.quantize} adds is not known."
+        )
     elif getattr(model.config, "quantization_config", None):
         notes.append(
             f"{whole}; the checkpoint is quantised, so that the memory is less, and adapters alone are trained."

@@ -19,6 +19,7 @@ from metazo.models.assemble import load
 from metazo.models.embedded import PICO
 from metazo.models.load import load_model
 from metazo.models.quantize import bytes_of, quantised, quantization
+from metazo.models.skeleton import skeleton
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import run_settings
 from metazo.runs.replay import replay
@@ -54,6 +55,15 @@ def wide(tiny, tmp_path_factory) -> Path:
 def int8_run(tmp_path_factory):
     out = tmp_path_factory.mktemp("int8") / "run"
     return out, run_settings(config(out, quantize="int8"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_skeleton_has_the_bytes_of_the_loaded_model(kind, dtype) -> None:
+    real, plan = (load("micro", quantize=kind, dtype=dtype).model for load in (load_model, skeleton))
+    found = {name: bytes_of(parameter) for name, parameter in real.named_parameters()}
+    assert found == {name: bytes_of(parameter) for name, parameter in plan.named_parameters()}
+    assert sum(found.values()) < sum(p.numel() * p.element_size() for p in plan.parameters())
 
 
 def test_int8_is_weight_only_with_one_scale_per_output() -> None:
