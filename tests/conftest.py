@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Callable
@@ -16,6 +17,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
 )  # the models are small, and threads that wait for a busy core cost minutes
+gc.set_threshold(50_000)  # with torch and transformers imported, a full collection takes 0.2 s and finds little
 # A suite that was started in the background of a shell ignores Ctrl-C, as would every run that it starts and interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

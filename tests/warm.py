@@ -16,9 +16,13 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from multiprocessing import forkserver, resource_tracker
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
+
+from torch.multiprocessing import start_processes
 
 ROOT = Path(__file__).parents[1]
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -70,6 +74,23 @@ def run(*arguments: object, timeout: float = 280, **options) -> subprocess.Compl
     process = Process(*arguments, **options)
     out, err = process.communicate(timeout)
     return subprocess.CompletedProcess([*map(str, arguments)], process.returncode or 0, out, err)
+
+
+def ranks(function: Callable[..., None], *arguments: Any, join: bool = True) -> list[BaseProcess]:
+    """Run `function(rank, *arguments)` in two processes; join: raise the error of one that fails, else return at once."""
+    _serve()
+    told = (dict(os.environ), function, arguments)
+    context = start_processes(_rank, told, nprocs=2, join=False, start_method="forkserver")
+    while join and not context.join():
+        pass
+    return context.processes
+
+
+def _rank(rank: int, environment: dict[str, str], function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    function(rank, *arguments)
 
 
 def _serve() -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import shutil
 import tempfile
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -12,7 +15,10 @@ import torch
 from metazo.io.terminal import Console
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import run_settings
+from metazo_cli.main import COMMANDS
 
+for command in COMMANDS.values():
+    import_module(f"metazo_cli.{command.partition('.')[0]}")
 threads = torch.get_num_threads()
 torch.set_num_threads(1)  # threads do not survive a fork: neither torch's nor those that load weights
 os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
@@ -21,3 +27,6 @@ settings = {"steps": 2, "batch_size": 2, "train_examples": 8, "dev_examples": 4,
 run_settings(FinetuneConfig("pico", "pico_sentiment", folder / "run", **settings), Console(quiet=True))
 shutil.rmtree(folder)
 torch.set_num_threads(threads)
+gc.collect()
+gc.freeze()  # a collection in a forked process would touch, and so copy, every object of the server
+atexit.register(gc.unfreeze)  # some libraries print a warning if their objects are not collected at the end

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -75,6 +76,7 @@ def _mount(words: Sequence[str] = ()) -> None:
 
 
 def main() -> None:
+    gc.set_threshold(50_000)  # collections while torch and transformers are imported take a second and find nothing
     from metazo.runs.interrupt import Interrupted
 
     errors = messages.Terminal(stderr=True)

@@ -37,7 +37,13 @@ class RandomTokens:
 
 
 def measure(
-    size: str, shape: Shape, *, rounds: int = 5, device: str = "cpu", tick: Callable[[], None] = lambda: None
+    size: str,
+    shape: Shape,
+    *,
+    rounds: int = 5,
+    seconds: float = 10.0,
+    device: str = "cpu",
+    tick: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
     """Rows of {case, seconds, ratio}, ratio to the bare passes; published objective, with the step of its teacher."""
     model = build(size, "float32", device)
@@ -54,7 +60,7 @@ def measure(
     )
     run = MetaRun(model, named_tensors(model), [RandomTokens(loss, shape[0])], config)
     cases = {PASSES: lambda: _passes(model, loss), META: run.step}
-    samples = interleaved(cases, rounds, seconds=10.0, device=device, tick=tick)
+    samples = interleaved(cases, rounds, seconds=seconds, device=device, tick=tick)
     return [
         {"case": name, "seconds": spread(samples[name]), "ratio": spread(ratios(samples, name, PASSES))}
         for name in cases

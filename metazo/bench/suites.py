@@ -54,6 +54,11 @@ class Settings:
         return SHAPES[:1] if self.quick else SHAPES
 
     @property
+    def seconds(self) -> float:
+        """Time that a measurement takes at least."""
+        return 0.0 if self.quick else 10.0
+
+    @property
     def threads(self) -> list[int]:
         """Thread counts to compare; quick: torch's own; on a GPU they do not matter."""
         cores = os.cpu_count() or 1
@@ -70,8 +75,7 @@ class Part:
 
 
 def _timed(s: Settings, size: str, shape: Shape, methods: Sequence[str], **how: Any) -> Measurement:
-    seconds = 0.0 if s.quick else 10.0
-    how = {"rounds": s.rounds, "seconds": seconds, "dtype": s.dtype, "device": s.device} | how
+    how = {"rounds": s.rounds, "seconds": s.seconds, "dtype": s.dtype, "device": s.device} | how
     return partial(steps.measure, size, shape, methods, **how)
 
 
@@ -111,7 +115,7 @@ def _memory(s: Settings) -> dict[str, Measurement]:
 
 
 def _meta(s: Settings) -> dict[str, Measurement]:
-    how = {"rounds": s.rounds, "device": s.device}
+    how = {"rounds": s.rounds, "seconds": s.seconds, "device": s.device}
     return {f"{s.size}-{shown(shape)}": partial(meta.measure, s.size, shape, **how) for shape in s.shapes[:2]}
 
 
@@ -131,7 +135,7 @@ def _threads(s: Settings) -> dict[str, Measurement]:
 
 def _queries(s: Settings) -> dict[str, Measurement]:
     shapes = s.shapes if s.quick else ((1, 32), (2, 64), (8, 64))
-    how = {"rounds": s.rounds, "seconds": 0.0 if s.quick else 10.0, "dtype": s.dtype, "device": s.device}
+    how = {"rounds": s.rounds, "seconds": s.seconds, "dtype": s.dtype, "device": s.device}
     return {f"{s.size}-{shown(shape)}": partial(steps.measure_queries, s.size, shape, **how) for shape in shapes}
 
 

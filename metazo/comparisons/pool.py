@@ -6,6 +6,7 @@ threads that a fork would lose, and no CUDA context.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import shutil
@@ -35,6 +36,7 @@ def _work(connection: Connection, threads: int, environment: dict[str, str]) -> 
 
     environment: of the process that starts it; the server's is that of the first start.
     """
+    gc.freeze()  # a collection would touch, and so copy, every object that the server has imported
     os.environ.clear()
     os.environ.update(environment)
     parent = multiprocessing.parent_process()

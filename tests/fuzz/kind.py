@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,18 @@ class Kind:
     """Well-formed files with odd values."""
     read: Callable[[Path], object]
     """Reads the case in the folder, and checks the result."""
-    hostile: dict[str, bytes] = field(default_factory=dict)
-    """Bombs and other files made by hand, by name; each must be refused."""
+    by_hand: Callable[[], dict[str, bytes]] = dict
+    """Makes bombs and other files, by name, which takes seconds; each must be refused."""
     around: dict[str, bytes] = field(default_factory=dict)
     """Other files in the folder."""
     share: int = 100
     """Number of documents per run of the suite; byte mutations are one and a half times as many."""
     growth: int = 256
     """MiB by which the address space may grow after the process begins to read hostile files."""
+
+    @cached_property
+    def hostile(self) -> dict[str, bytes]:
+        return self.by_hand()
 
     def set_up(self, folder: Path) -> None:
         for name, content in self.around.items():

@@ -97,7 +97,7 @@ def replayed_kind() -> Kind:
         [as_log(replayed())],
         documents([replayed()]).map(as_log),
         read_replayed,
-        {
+        lambda: {
             f"{name}: {value}": with_setting(name, value)
             for name in ("queries", "lora", "weight_decay", "eps")
             for value in (10**9, 10**70, 1e308, -1, "²")
@@ -113,7 +113,7 @@ KINDS: dict[str, Kind | Callable[[], Kind]] = {
         [SOUND],
         documents([RECORDS, RECORDS[:3]]).map(as_log),
         read_shown,
-        {},
+        dict,
         {"sound.jsonl": as_log([*RECORDS[:3], RECORDS[3] | {"losses": [1e308, 1e308, 1e308]}])},
         share=20,
     ),
@@ -123,7 +123,7 @@ KINDS: dict[str, Kind | Callable[[], Kind]] = {
         [to_json(SUMMARY)],
         documents([SUMMARY]).map(to_json),
         read_summary,
-        DEEP,
+        lambda: DEEP,
         {"run/config.json": b"{}"},
     ),
 }  # fmt: skip

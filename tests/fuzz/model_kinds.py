@@ -78,7 +78,7 @@ def tokenizer_kind() -> Kind:
         [to_json(sound())],
         documents([sound(), {key: value for key, value in sound().items() if key != "decoder"}]).map(to_json),
         read_tokenizer,
-        {
+        lambda: {
             "deep": nested(b"[", b"]", 400_000),
             "list": b"[]",
             "an id of 2^31": with_part(added_tokens=[{"id": 2**31, "content": "x"}]),

@@ -112,6 +112,7 @@ def worker(name: str, modes: list[str], start: int, cases: int) -> None:
         inside = Path(folder) / "inside"
         inside.mkdir()
         warm_up(kind, inside)
+        _ = kind.hostile  # made before memory is limited: some take more
         limit_memory(kind.growth)
         outcomes = {mode: fuzz(kind, mode, start, cases, inside) for mode in modes}
         left = [path.name for path in Path(folder).iterdir() if path != inside]

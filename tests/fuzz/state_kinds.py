@@ -160,7 +160,7 @@ KINDS: dict[str, Kind] = {
         [as_log(RECORDS), as_log(RECORDS[:-1])],
         altered([RECORDS, RECORDS[:3]]).map(as_log),
         read_log,
-        {
+        lambda: {
             "deep": b'{"metazo_steps":1,"a":' + nested(b"[", b"]", 100_000) + b"}\n",
             "one long line": b'{"metazo_steps":1,"a":"' + b"x" * 20_000_000,
             "huge integer": as_log([HEADER]) + b'{"step":' + b"9" * 100_000 + b',"crc":1}\n',
@@ -177,7 +177,7 @@ KINDS: dict[str, Kind] = {
         [to_json(CONFIG), json.dumps(CONFIG, indent=2).encode()],
         altered([CONFIG]).map(to_json),
         read_config,
-        {"deep": nested(b"[", b"]", 400_000), "list": b"[]", "large": b'{"a":"' + b"x" * 9_000_000 + b'"}',
+        lambda: {"deep": nested(b"[", b"]", 400_000), "list": b"[]", "large": b'{"a":"' + b"x" * 9_000_000 + b'"}',
          "huge integer": to_json(CONFIG).replace(b'"seed": 0', b'"seed": ' + b"9" * 50_000)},
     ),
     "metrics": Kind(
@@ -191,7 +191,7 @@ KINDS: dict[str, Kind] = {
         [snapshot()],
         altered([snapshot_header()]).map(snapshot_with),
         read_snapshot,
-        {},
+        dict,
         {"config.json": b"{}", "snapshot-00000003.safetensors": snapshot(3)},
     ),
     "signature": Kind(
@@ -201,7 +201,7 @@ KINDS: dict[str, Kind] = {
             lambda lines: "\n".join(map(str, lines)).encode("utf-8", "surrogatepass")
         ),
         read_signature,
-        {"empty": b"", "large": SIGNATURE * 10_000, "lines": b"\n" * 8000},
+        lambda: {"empty": b"", "large": SIGNATURE * 10_000, "lines": b"\n" * 8000},
         {"index.json": SIGNED},
     ),
     "model": Kind(
@@ -209,7 +209,7 @@ KINDS: dict[str, Kind] = {
         [to_json(MODEL)],
         altered([MODEL]).map(to_json),
         read_model,
-        {
+        lambda: {
             "code of its own": to_json(MODEL | {"model_type": "x", "auto_map": {"AutoConfig": "x.C"}}),
             "many layers": to_json(MODEL | {"num_hidden_layers": 10**7}),
             "wide": to_json(MODEL | {"hidden_size": 10**18}),

@@ -201,7 +201,7 @@ KINDS: dict[str, Kind] = {
         TUNERS,
         altered([opened(data) for data in TUNERS]).map(lambda tree: closed(tree, PAYLOAD)),
         read_tuner,
-        {
+        lambda: {
             "header bomb": struct.pack("<Q", 2**63) + b"{" * 100,
             "header of 4 MB": padded(b"[" * 4_000_000),
             "many keys": padded(LAUGHS.encode()),
@@ -223,7 +223,7 @@ KINDS: dict[str, Kind] = {
         [to_json(INDEX), json.dumps(INDEX, indent=1).encode(), to_json(REMOTE)],
         altered([INDEX, REMOTE]).map(to_json),
         read_zoo,
-        {
+        lambda: {
             "deep": nested(b"[", b"]", 500_000),
             "climbing": index(name="../../x"),
             "absolute": index(name="/etc/x"),
@@ -243,7 +243,7 @@ KINDS: dict[str, Kind] = {
         PTHS,
         programs(),
         read_pth,
-        {
+        lambda: {
             "a call": _rezipped(pickle.dumps({"w": Evil()}, 2)),
             "a bare call": pickle.dumps({"w": Evil()}, 4),
             "zip bomb": _zip_bomb(),

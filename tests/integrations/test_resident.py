@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, multiprocessing, nn
+from torch import Tensor, nn
 
 from metazo.blocks import LocalShard, NamedTensor
 from metazo.errors import UserError
@@ -19,6 +19,7 @@ from metazo.integrations import local_parameters
 from metazo.noise import Move, PhiloxNoise
 from metazo.optimizers import ES, FZOO, LOZO, MEAZO, HiZOO, MeZO, MeZOAdam, MeZOSVRG
 from metazo.optimizers.base import ZOOptimizer
+from tests import warm
 
 SHARDED: dict[str, tuple[Any, dict[str, Any]]] = {
     "mezo": (MeZO, {"weight_decay": 0.1}),
@@ -107,7 +108,7 @@ def _process(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("sharded")
-    multiprocessing.spawn(_process, (str(folder),), nprocs=2)
+    warm.ranks(_process, str(folder))
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 

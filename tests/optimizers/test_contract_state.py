@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load, save
-from torch import multiprocessing
 
 from metazo.step.record import Step
+from tests import warm
 from tests.optimizers.contract import NAMES, Toy, case, make, quadratic, take
 
 every_method = pytest.mark.parametrize("name", NAMES)
@@ -143,7 +143,7 @@ def _process(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def ends(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     folder = tmp_path_factory.mktemp("processes")
-    multiprocessing.spawn(_process, (str(folder),), nprocs=2)
+    warm.ranks(_process, str(folder))
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 

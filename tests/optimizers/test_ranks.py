@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import multiprocessing, nn
+from torch import nn
 
 from metazo.errors import UserError
 from metazo.optimizers import EGGROLL, ES, FZOO, LOREN, LOZO, HiZOO, MeZO, MeZOAdam, MeZOSVRG
 from metazo.optimizers.ranks import Exchange, checksum
 from metazo.step.estimators import AtTheta
+from tests import warm
 
 CASES = {
     "same": {},
@@ -105,7 +106,7 @@ def _process(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any]]:
     folder: Path = tmp_path_factory.mktemp("ranks")
-    multiprocessing.spawn(_process, (str(folder),), nprocs=2)
+    warm.ranks(_process, str(folder))
     first, second = (torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2))
     return first, second
 

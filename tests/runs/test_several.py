@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import multiprocessing
 
 from metazo.errors import UserError
 from metazo.io.processes import LostRank
@@ -27,6 +26,7 @@ from metazo.runs.interrupt import Interrupted
 from metazo.settings import build
 from metazo.steplog.format import scan
 from metazo_cli.main import main
+from tests import warm
 
 SETTINGS: dict[str, Any] = {
     "model": "pico", "task": "pico_sentiment", "steps": 6, "batch_size": 5, "train_examples": 8, "dev_examples": 8,
@@ -114,10 +114,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("several")
     with pytest.raises(Interrupted):
         tune(_config(folder / "resumed"), on_step=_stopped_at(3, signal.SIGTERM))
-    context, ports = multiprocessing.get_context("spawn"), _ports(12)
-    processes = [context.Process(target=_process, args=(rank, folder, ports)) for rank in range(2)]
-    for process in processes:
-        process.start()
+    processes = warm.ranks(_process, folder, _ports(12), join=False)
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0, -signal.SIGKILL]
