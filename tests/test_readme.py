@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests import warm
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -19,7 +19,7 @@ PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "tests/golden/READM
 def test_the_example_learns():
     code = re.search(r"```python\n(.*?)```", README, re.DOTALL)
     assert code is not None and len(code[1].strip().splitlines()) <= 24
-    done = subprocess.run([sys.executable, "-c", code[1]], capture_output=True, text=True, timeout=120)
+    done = warm.run("-c", code[1])
     assert done.returncode == 0, done.stderr
     assert float(done.stdout.split()[-1]) >= 0.95
 

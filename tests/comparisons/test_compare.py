@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +27,7 @@ from metazo.io.lock import FolderLock
 from metazo.runs.folder import RunFolder
 from metazo.settings import build
 from metazo_cli.compare import command
+from tests import warm
 
 CONFIG = {
     "train_examples": 32,
@@ -45,9 +45,8 @@ TINY = {
 }  # fmt: skip
 
 
-def start(*arguments: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "metazo_cli.main", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(*arguments: object) -> warm.Process:
+    return warm.Process("metazo", *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -170,10 +169,10 @@ def test_killed_stopped_and_continued(tmp_path):
     )
 
 
-def wait_for(process: subprocess.Popen[str], what: Callable[[], object]) -> None:
+def wait_for(process: warm.Process, what: Callable[[], object]) -> None:
     until = time.monotonic() + 280
     while not what():
-        assert process.poll() is None and time.monotonic() < until, process.stderr and process.stderr.read()
+        assert process.poll() is None and time.monotonic() < until, process.communicate()
         time.sleep(0.02)
 
 
