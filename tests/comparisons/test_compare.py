@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -254,6 +255,7 @@ def test_a_full_disk_leaves_results_that_say_so(tmp_path):
         assert compare(settings, retry_failed=True)["failed"] == 0
         assert (small / "results/models/pico_topic/mezo/seed-1/config.json").is_file()
     finally:
+        gc.collect()  # errors keep files open
         subprocess.run(["umount", str(small)], check=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -40,6 +41,7 @@ def disk(tmp_path) -> Iterator[Path]:
     if made.returncode:
         pytest.skip(f"cannot mount a small file system: {made.stderr.strip()}")
     yield place
+    gc.collect()  # errors keep files open
     subprocess.run(["umount", str(place)], check=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 from collections.abc import Callable, Iterator
 from hashlib import sha256
@@ -28,6 +29,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     if made.returncode:
         pytest.skip(f"cannot mount a small file system: {made.stderr.strip()}")
     yield place
+    gc.collect()  # errors keep files open
     subprocess.run(["umount", str(place)], check=True)
 
 
