@@ -18,9 +18,10 @@ demo: .venv/.installed  ## fit feedback, publish it, fine-tune and compare on a 
 bench: .venv/.installed  ## what a step costs beside its forward passes, on this machine: about half an hour
 	$(BIN)/metazo bench --out runs/bench
 
-# Files in their order, because xdist would put those with few tests last, and they are the slowest.
+# Files in their order, because xdist would put those with few tests last, and they are the slowest. Compiled modules are
+# kept even if the environment asks for the opposite: the suite starts python about a hundred times.
 test: lint  ## lint and the whole suite, offline
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/.installed  ## ruff and formatting
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

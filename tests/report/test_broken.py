@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +13,7 @@ from metazo.report.analysis import Analysis
 from metazo.report.build import Report, build
 from metazo.report.comparison import Comparison
 from metazo.report.write import html, markdown, runs_csv, write
+from tests import warm
 from tests.report import synthetic
 
 COLUMN = {column.name: column for column in synthetic.COLUMNS}
@@ -124,8 +122,7 @@ def test_damaged_sigma_and_curve_leave_the_rest(tmp_path: Path):
 def test_empty_folder_is_one_sentence_and_exit_code_2(tmp_path: Path):
     with pytest.raises(UserError, match="holds no results"):
         Comparison(tmp_path)
-    command = [sys.executable, "-m", "metazo_cli.main", "report", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"})
+    done = warm.run("metazo", "report", tmp_path, environment={"COLUMNS": "200"})
     assert done.returncode == 2 and "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
     assert "holds no results of metazo compare" in done.stderr
 

@@ -40,7 +40,8 @@ def server() -> Iterator[Server]:
 
 
 PROGRAM = """
-import sys, traceback
+import gc, sys, traceback
+gc.set_threshold(50_000)  # as metazo_cli.main.main
 from metazo_cli.main import _mount, app
 _mount()
 for line in sys.stdin.read().splitlines():
