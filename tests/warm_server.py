@@ -7,7 +7,6 @@ import gc
 import os
 import shutil
 import tempfile
-from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -15,10 +14,7 @@ import torch
 from metazo.io.terminal import Console
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import run_settings
-from metazo_cli.main import COMMANDS
 
-for command in COMMANDS.values():
-    import_module(f"metazo_cli.{command.partition('.')[0]}")
 threads = torch.get_num_threads()
 torch.set_num_threads(1)  # threads do not survive a fork: neither torch's nor those that load weights
 os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
