@@ -17,7 +17,7 @@ RUN = ("index", "one-gpu", "provider", "researcher")
 """Pages for newcomers: their commands run, one after the other in one folder."""
 SHORTER = {
     "--forwards 1000": "--forwards 20", "--forwards 200": "--forwards 20", "--steps 1000": "--steps 10",
-    "--steps 200": "--steps 10", "--texts 200": "--texts 20", "--steps 20 ": "--steps 4 ", "--batch-size 64": "--batch-size 8",
+    "--steps 200": "--steps 10", "--texts 200": "--texts 64", "--steps 20 ": "--steps 4 ", "--batch-size 64": "--batch-size 8",
     "--optimizers mezo,mezo-rms --budget 200 --seeds 2": "--optimizers mezo --budget 4 --seeds 1 --lrs 3e-4 --extensions 0",
     "compare --model pico --tasks pico_sentiment": "compare --dry-run --model pico --tasks pico_sentiment",
     "report runs/compare": "report runs/rates",
