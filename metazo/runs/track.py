@@ -37,12 +37,16 @@ class Trackers:
         PartialState()  # accelerate's trackers ask it which process is the first
         folder = (out or Path()).absolute() / FOLDER
         os.environ.setdefault("WANDB_DIR", str(folder))
+        os.environ.setdefault("TRACKIO_DIR", str(folder))
+        os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
         folder.mkdir(parents=True, exist_ok=True)
         run = out.name if out else "metazo"
         plain = {key: value if isinstance(value, int | float | str) else str(value) for key, value in settings.items()}
         for name in names:
             cls = LOGGER_TYPE_TO_CLASS[name]
-            where = {"logging_dir": folder} if cls.requires_logging_directory else {}
+            where: dict[str, Any] = {"logging_dir": folder} if cls.requires_logging_directory else {}
+            if name == "mlflow":  # its experiment has no name by default, and artifacts would be in the working folder
+                where = {"experiment_name": "metazo", "logging_dir": str(folder)}
             tracker = cls(run_name=run, **where)
             if hasattr(tracker, "start"):
                 tracker.start()

@@ -31,6 +31,21 @@ def test_tensorboard_has_the_figures_of_the_log_and_the_evaluations(tmp_path: Pa
     assert plain.summary["test"] == tuned.summary["test"], "a tracker changes no number"
 
 
+def test_mlflow_in_the_folder_of_the_run(tmp_path: Path, monkeypatch) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    settings = {key: value for key, value in SMALL.items() if key not in ("model", "task")}
+    tuned = metazo.finetune("pico", "pico_sentiment", out=tmp_path / "run", track=["mlflow"], **settings)
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/run/trackers/mlflow.db")
+    (experiment,) = (found for found in client.search_experiments() if found.name == "metazo")
+    (run,) = client.search_runs([experiment.experiment_id])
+    sent = [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, "train/loss")]
+    assert sent == [(n + 1, pytest.approx(loss)) for n, loss in enumerate(tuned.losses)]
+    assert run.data.params["optimizer"] == "mezo" and run.info.status == "FINISHED"
+    assert [path.name for path in tmp_path.iterdir()] == ["run"], "nothing is written into the working folder"
+
+
 def test_wandb_offline(tmp_path: Path, monkeypatch) -> None:
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
