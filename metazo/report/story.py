@@ -85,6 +85,8 @@ def _won(analysis: Analysis) -> str:
     data, ranked = analysis.data, forward_only(analysis)
     if not analysis.tasks:
         return "No task counts in the averages (see “Which tasks count”), so no method won; the tables show each task."
+    if not any(data.family(column) in FORWARD_ONLY for column in data.columns):
+        return "Every method here takes gradients, so no method that learns from forward passes alone won."
     if not ranked:
         return "No method that learns from forward passes alone finished all its runs, so no method won."
     (best, found), others = ranked[0], ranked[1:]
