@@ -73,9 +73,9 @@ def _bare(config: FinetuneConfig, by: str, task: str | None) -> list[Any]:
     from metazo.tasks import resolve
 
     labels = resolve(task).num_labels if task else None
+    folder, revision = base_of(config.model, config.revision)
     loaded = skeleton(
-        base_of(config.model), kind=config.kind, dtype=config.dtype, num_labels=labels, head=config.head,
-        revision=config.revision,
+        folder, kind=config.kind, dtype=config.dtype, num_labels=labels, head=config.head, revision=revision
     )  # fmt: skip
     loaded, _ = assemble(config, labels=labels, device=torch.device("meta"), given=loaded)
     return partition(named_tensors(loaded.model), by)

@@ -147,11 +147,13 @@ def as_loaded(model: Any, tokenizer: Any = None) -> LoadedModel:
     return LoadedModel(model.eval(), tokenizer, kind, f"memory:{name}", dtype, context)  # type: ignore[arg-type]
 
 
-def base_of(name_or_path: str | Path) -> str:
-    """The folder or Hub id whose configuration and weights a model has: its own, or that of the base of LoRA adapters."""
+def base_of(name_or_path: str | Path, revision: str | None = None) -> tuple[str, str | None]:
+    """The folder or Hub id, and the revision, whose configuration and weights a model has: its own, or those of the base of
+    LoRA adapters.
+    """
     name = _of_run(name_or_path)
     folder = Path(name).expanduser()
-    return base_of(_named_in(folder)[0]) if is_file(folder / ADAPTERS) else str(name)
+    return base_of(*_named_in(folder)) if is_file(folder / ADAPTERS) else (str(name), revision)
 
 
 def _of_run(name_or_path: str | Path) -> str | Path:

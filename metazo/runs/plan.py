@@ -121,7 +121,7 @@ def dry_run(config: FinetuneConfig) -> dict[str, Any]:
     objective = check_settings(config)
     device, task = resolve_device(config.device), resolve(config.task)
     labels = task.num_labels
-    folder = base_of(config.model)
+    folder, revision = base_of(config.model, config.revision)
     loaded = skeleton(
         folder,
         kind=config.kind,
@@ -129,7 +129,7 @@ def dry_run(config: FinetuneConfig) -> dict[str, Any]:
         num_labels=labels,
         head=config.head,
         quantize=config.quantize,
-        revision=config.revision,
+        revision=revision,
     )
     loaded.name = config.model
     notes = [f"{folder}: {note}." for note in loaded.notes] + _about_files(folder, loaded.model)

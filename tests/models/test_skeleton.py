@@ -76,13 +76,17 @@ def test_files_that_are_not_safetensors_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_base_of_a_run_and_of_adapters(tmp_path: Path, tiny) -> None:
-    assert base_of("pico") == "pico" and base_of("org/name") == "org/name"
+    assert base_of("pico") == ("pico", None) and base_of("org/name", "v1") == ("org/name", "v1")
     model = tmp_path / "run" / "model"
     model.mkdir(parents=True)
     (model / "config.json").write_text("{}")
-    assert base_of(tmp_path / "run") == str(model)
+    assert base_of(tmp_path / "run") == (str(model), None)
     (model / "config.json").unlink()
     (model / "adapter_model.safetensors").write_bytes(b"")
     settings = {"peft_type": "LORA", "base_model_name_or_path": str(tiny("llama"))}
     (model / "adapter_config.json").write_text(json.dumps(settings))
-    assert base_of(tmp_path / "run") == str(tiny("llama"))
+    assert base_of(tmp_path / "run", "main") == (str(tiny("llama")), None)
+    (model / "adapter_config.json").write_text(
+        json.dumps(settings | {"base_model_name_or_path": "a/b", "revision": "v1"})
+    )
+    assert base_of(tmp_path / "run") == ("a/b", "v1")
