@@ -50,7 +50,8 @@ def on_disk(size: str, folder: Path) -> LlamaForCausalLM:
         )
         offload_weight(values if parameter.ndim == 1 else values.mul_(0.02), name, folder, index)
     save_offload_index(index, folder)
-    return accelerate.disk_offload(model.eval(), folder, execution_device=torch.device("cpu"))
+    accelerate.disk_offload(model.eval(), folder, execution_device=torch.device("cpu"))
+    return model
 
 
 def loss_of(model: LlamaForCausalLM) -> Callable[[], torch.Tensor]:

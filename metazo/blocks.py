@@ -125,6 +125,22 @@ def place_of(block: str) -> tuple[int, str]:
     return (int(found[1]) if found else OUTSIDE), kind or "layer"
 
 
+def places_of(blocks: Sequence[str]) -> list[tuple[int, str]]:
+    """`place_of` each block, and no two alike: if layers of an encoder and of a decoder have the same numbers, a kind begins
+    with the part of the name before the number that tells them apart (`decoder layer.0.SelfAttention.q`).
+    """
+    places = [place_of(block) for block in blocks]
+    if len(set(places)) == len(places):
+        return places
+    stems = [re.split(r"(?:^|\.)\d+(?:\.|$)", block)[0].split(".") for block in blocks]
+    layers = [stem for stem, (depth, _) in zip(stems, places) if depth != OUTSIDE]
+    shared = set.intersection(*map(set, layers)) if layers else set()
+    return [
+        (depth, kind if depth == OUTSIDE else " ".join([*(part for part in stem if part not in shared), kind]))
+        for stem, (depth, kind) in zip(stems, places)
+    ]
+
+
 CHUNK = 1 << 20  # entries of a chunk, about: the largest temporary that a step makes
 _CHUNK_ON_GPU = 16 * CHUNK  # a GPU takes less time for a chunk of 2^20 than the processor for its launch
 ALIGN = 2048  # noise can begin at multiples of this (noise.TILE)

@@ -46,21 +46,23 @@ def blocks(
     """
     if plot is not None and plot.suffix not in (".png", ".svg"):
         raise UserError(f"`plot` {str(plot)!r} must end in .png or .svg.")
+    if plot is not None and (plot.is_dir() or not plot.parent.is_dir()):
+        raise UserError(f"`plot` {str(plot)!r} is no file in a folder that exists; name another, or make the folder.")
     if hessian and values["task"] is None:
         raise UserError("--hessian is that of a loss, so it needs `task`.")
     settings = options.settings(FinetuneConfig, None, {"model": model, **values, "task": values["task"] or "sst2"})
     console = Terminal(stderr=as_json)
     cut, found = _measured(settings, by, draws, console) if hessian else (_bare(settings, by, values["task"]), None)
+    if as_json:
+        print_json(_record(settings, by, cut, found))
+    else:
+        _show(console, settings, cut, found)
     if plot is not None:
         from metazo.bench.heatmaps import hessian_picture, partition_picture
         from metazo.plots.style import save
 
         title = f"{model}: {len(cut)} blocks by {by}"
         save(hessian_picture(found, _sentence(found)) if found else partition_picture(cut, title), plot)
-    if as_json:
-        print_json(_record(settings, by, cut, found))
-    else:
-        _show(console, settings, cut, found)
 
 
 def _bare(config: FinetuneConfig, by: str, task: str | None) -> list[Any]:
@@ -154,8 +156,10 @@ def _percent(share: float) -> str:
     return f"{100 * share:.2g} %" if share < 0.1 else f"{100 * share:.1f} %"
 
 
-_helps = {"task": " (with --hessian)"}
+_task = options.parameter(
+    "task", str, "Task, by name or as a YAML file: its loss with --hessian, else its number of classes for a new head"
+)
 command = options.with_flags(
     blocks,
-    [flag for flag in options.flags(FinetuneConfig, extra=_helps) if flag.name in (*MODEL, *LOSS)],
+    [_task, *(flag for flag in options.flags(FinetuneConfig, skip=("task",)) if flag.name in (*MODEL, *LOSS))],
 )

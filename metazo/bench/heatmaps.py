@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from metazo.bench.hessian import BlockNorms
-from metazo.blocks import OUTSIDE, Block, place_of
+from metazo.blocks import OUTSIDE, Block, places_of
 from metazo.errors import UserError
 from metazo.io.extras import needs
 from metazo.plots.style import log_axis, short, styled
@@ -25,7 +25,7 @@ EMPTY = "#f2f2f2"
 
 def partition_picture(blocks: Sequence[Block], title: str) -> Figure:
     """A heat map of the blocks' numbers of entries: a row per kind of block, a column per layer."""
-    places = [place_of(block.name) for block in blocks]
+    places = places_of([block.name for block in blocks])
     depths = sorted({depth for depth, _ in places})
     inside = {kind for depth, kind in places if depth != OUTSIDE}
     kinds = sorted(dict.fromkeys(kind for _, kind in places), key=lambda kind: kind not in inside)
@@ -55,7 +55,7 @@ def hessian_picture(found: BlockNorms, title: str) -> Figure:
     norms, counts = found.norms.numpy(), np.array(found.entries, dtype=float)
     shares = norms / norms.sum()
     density = shares / np.outer(counts, counts) * counts.sum() ** 2
-    labels = [kind if depth == OUTSIDE else f"{depth} {kind}" for depth, kind in map(place_of, found.names)]
+    labels = [kind if depth == OUTSIDE else f"{depth} {kind}" for depth, kind in places_of(found.names)]
     every = -(-len(labels) // LABELS)
     side = 1.4 + 0.06 * max(map(len, labels)) + 0.13 * len(labels) / every
     with styled():

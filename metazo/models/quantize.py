@@ -102,9 +102,10 @@ def expect_bytes(model: nn.Module, kind: str) -> None:
     model: a transformers model, or a classifier with a new head over one, on the meta device. The layers are those that
     transformers would quantise: not the output layer, tied weights or the last module.
     """
+    from transformers import PreTrainedModel
     from transformers.quantizers.base import get_keys_to_not_convert
 
-    base: Any = getattr(model, "encoder", model)
+    base: Any = model if isinstance(model, PreTrainedModel) else model.encoder
     kept = get_keys_to_not_convert(base)
     for name, module in base.named_modules():
         if isinstance(module, nn.Linear) and not any(key in name for key in kept):

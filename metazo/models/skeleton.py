@@ -8,6 +8,7 @@ dtypes.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,7 @@ def skeleton(
             chosen = kind_of(config, kind, name)
         with quiet(), torch.device("meta"):
             model: Any = _built(source, config, chosen, DTYPES[dtype], num_labels, head)
+            _keep_wide(model, DTYPES[dtype])
             if quantize is not None:
                 expect_bytes(model, quantize)
     tokenizer, problem = (None, None) if given else _tokenizer(source, name, revision)
@@ -109,6 +111,15 @@ def _built(
     encoder = AutoModel.from_config(config, dtype=dtype)
     top = new_head("linear" if head == "auto" else head, config.num_labels, config.hidden_size, dtype)
     return SentenceClassifier(encoder, top, pooling or "mean")
+
+
+def _keep_wide(model: Any, dtype: torch.dtype) -> None:
+    """Give the weights that transformers keeps in float32 beside narrower ones that type (`wo` of T5 beside float16)."""
+    base = model.encoder if isinstance(model, SentenceClassifier) else model
+    wide = base._get_dtype_plan(dtype)
+    for name, parameter in base.named_parameters():
+        if any(re.search(part.replace("*", ".*"), name) for part in wide):  # as transformers finds them
+            parameter.data = parameter.data.float()
 
 
 def _tokenizer(source: str, name: str, revision: str | None) -> tuple[Any, str | None]:

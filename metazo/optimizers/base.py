@@ -47,6 +47,7 @@ from metazo.optimizers.saving import Saving
 from metazo.optimizers.verbs import DECAY_EXEMPT, State, Verbs
 from metazo.step.directions import Direction, Scaled
 from metazo.step.estimators import Estimator
+from metazo.step.precision import check_used
 from metazo.step.record import Step, Update
 from metazo.step.rules import Rule
 from metazo.step.scales import BlockScale, RMSScale
@@ -168,6 +169,8 @@ class ZOOptimizer(Verbs, Saving):
             raise UserError(f"A step of {self.name} does not follow from its record: it cannot be replayed.")
         self._prepare(stepping=True)
         state, step = self.zo_state, self.steps
+        if replay is None and step == 0:
+            check_used(self.precision, [tensor.param for tensor in self.tensors])
         due = self.check_every and (not self._compared or step % self.check_every == 0)
         if due and replay is None and processes.together():
             ranks.check_ranks(self)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from metazo.blocks import OUTSIDE, place_of
+from metazo.blocks import OUTSIDE, places_of
 from metazo.io.extras import needs
 from metazo.plots.style import log_axis, short, styled
 
@@ -35,7 +35,7 @@ def read(sigma: dict[str, Any]) -> Scales:
     try:
         values = np.array(sigma["values"], dtype=float)
         steps = [int(step) for step in sigma["steps"]]
-        places = [place_of(str(block)) for block in sigma["blocks"]]
+        places = places_of([str(block) for block in sigma["blocks"]])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"sigma cannot be read: {error}") from error
     if values.ndim != 2 or values.shape != (len(steps), len(places)) or not values.size:

@@ -26,7 +26,7 @@ from metazo.runs.config import FinetuneConfig
 from metazo.runs.estimate import Followed, scratch_bytes, state_bytes
 from metazo.runs.method import build_optimizer
 from metazo.runs.resources import size
-from metazo.step.precision import DEFAULTS, POLICIES
+from metazo.step.precision import DEFAULTS, POLICIES, check_used
 from metazo.steplog.format import STEPS, scan
 
 ORDER = ("master", "compensated-16", "compensated-8")
@@ -40,10 +40,17 @@ def fit_precision(
 
     Args: model: with its weights, or on the meta device; loss: of the longest batch; free: bytes beside the weights.
     """
-    narrow = [p for p in model.parameters() if p.requires_grad and DEFAULTS.get(p.dtype) == "master"]
-    if config.precision != "auto" or not narrow or "precision" not in method(config.optimizer).common:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    narrow = [p for p in trained if DEFAULTS.get(p.dtype) == "master"]
+    log = config.out / STEPS if config.resume and config.out is not None else None
+    log = log if log and log.exists() else None  # of a run that has begun
+    if "precision" not in method(config.optimizer).common:
         return config, None
-    if config.resume and config.out is not None and (log := config.out / STEPS).exists():
+    if log is None:
+        check_used(config.precision, trained)
+    if config.precision != "auto" or not narrow:
+        return config, None
+    if log is not None:
         began = scan(log).header["settings"]["precision"]
         return replace(config, precision=began), f"{began}, as when the run began."
     with torch.inference_mode(), Followed() as forward:

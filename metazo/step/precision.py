@@ -62,6 +62,20 @@ def policy(precision: str, dtype: torch.dtype) -> str:
     return precision
 
 
+def check_used(precision: str, params: Iterable[Tensor]) -> None:
+    """Refuse a precision that would change nothing. Not for a replay: logs of such runs exist, and they replay in place.
+
+    Raises UserError if the precision is compensated and none of the trained weights is narrower than float32.
+    """
+    types = {param.dtype for param in params}
+    if precision.startswith("compensated") and types and types.isdisjoint(LAYOUTS):
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in types))
+        raise UserError(
+            f"`precision` {precision} keeps bits below bfloat16 or float16 weights, and the trained weights are {names}, as "
+            "those of adapters always are: leave out `precision`, or train the weights themselves with `dtype` bfloat16."
+        )
+
+
 def cost(precision: str, params: Iterable[Tensor]) -> tuple[str, int]:
     """The policy of a precision for these weights in words, with its extra bytes per weight."""
     counts: Counter[str] = Counter()

@@ -37,12 +37,6 @@ class Weights:
         self.tensors, self.noise = tensors, noise
         self.storage: dict[str, Storage] = {tensor.name: storage(tensor, precision) for tensor in tensors}
         self.autocast = precision == "autocast"
-        if precision.startswith("compensated") and not any(isinstance(s, Compensated) for s in self.storage.values()):
-            types = ", ".join(sorted({str(tensor.param.dtype).removeprefix("torch.") for tensor in tensors}))
-            raise UserError(
-                f"`precision` {precision} keeps bits below bfloat16 or float16 weights, and the trained weights are {types}: "
-                "set `dtype` bfloat16, or leave out `precision`."
-            )
         self.in_place, self.masters, self.compensated = (
             [tensor for tensor in tensors if isinstance(self.storage[tensor.name], kind)]
             for kind in (InPlace, Master, Compensated)

@@ -83,6 +83,10 @@ def test_an_estimate_has_its_error_and_a_table(metazo) -> None:
     [
         (("pico", "--hessian"), "--hessian is that of a loss, so it needs --task"),
         (("pico", "--plot", "a.txt"), "--plot 'a.txt' must end in .png or .svg"),
+        (
+            ("pico", "--plot", "no/such/folder/a.png"),
+            "--plot 'no/such/folder/a.png' is no file in a folder that exists",
+        ),
         (("pico", "--by", "head"), "by 'head' are unknown"),
         (("pico", "--train", "nosuch"), "nosuch"),
         (("pico", "--hessian", "--task", "pico_topic", "--dtype", "bfloat16"), "use --dtype float32 or float64"),

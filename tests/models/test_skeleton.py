@@ -12,12 +12,19 @@ import torch
 from metazo.errors import UserError
 from metazo.models.assemble import base_of
 from metazo.models.load import load_model
+from metazo.models.quantize import expect_bytes
 from metazo.models.skeleton import skeleton, stored
 
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("llama", {}), ("opt", {"dtype": "bfloat16"}), ("bert_mlm", {}), ("roberta", {"num_labels": 3})],
+    [
+        ("llama", {}),
+        ("opt", {"dtype": "bfloat16"}),
+        ("bert_mlm", {}),
+        ("roberta", {"num_labels": 3}),
+        ("t5", {"dtype": "float16"}),  # of which transformers keeps some weights in float32
+    ],
 )
 def test_a_skeleton_has_the_tensors_of_the_model(tiny, name, options) -> None:
     folder = tiny(name)
@@ -34,6 +41,14 @@ def test_a_skeleton_has_the_tensors_of_the_model(tiny, name, options) -> None:
 def test_a_skeleton_of_a_sentence_encoder(minilm) -> None:
     whole, bare = load_model(minilm, num_labels=2), skeleton(minilm, num_labels=2)
     assert [n for n, _ in bare.model.named_parameters()] == [n for n, _ in whole.model.named_parameters()]
+
+
+def test_the_layers_of_an_encoder_and_of_a_decoder_will_be_quantised(tiny) -> None:
+    model = skeleton(tiny("t5")).model
+    expect_bytes(model, "int8")
+    linear = {name: module.weight for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    expected = {name for name, weight in linear.items() if hasattr(weight, "expected_bytes")}
+    assert expected == linear.keys() - {"lm_head"} and any(name.startswith("decoder") for name in expected)
 
 
 def test_without_a_tokenizer_a_skeleton_says_so(tiny, tmp_path: Path) -> None:

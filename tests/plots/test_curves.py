@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from metazo.blocks import OUTSIDE, place_of
+from metazo.blocks import OUTSIDE, place_of, places_of
 from metazo.plots.curves import plot_curves, plot_run
 from metazo.plots.style import look, svg
 from metazo.report.sigma import picture, read
@@ -48,6 +48,15 @@ def test_no_two_lines_look_alike():
 )
 def test_depth_and_kind_of_a_block(block: str, place: tuple[int, str]):
     assert place_of(block) == place
+
+
+def test_layers_of_an_encoder_and_a_decoder_are_told_apart():
+    blocks = ["model.shared.weight", "model.encoder.layers.0.fc1.weight", "model.decoder.layers.0.fc1.weight"]
+    assert places_of(blocks) == [(OUTSIDE, "model.shared"), (0, "encoder fc1"), (0, "decoder fc1")]
+    assert places_of(blocks[:2]) == [place_of(block) for block in blocks[:2]]
+    assert places_of(["encoder.block.1", "decoder.block.1"]) == [(1, "encoder layer"), (1, "decoder layer")]
+    scales = read({"blocks": blocks, "steps": [0], "values": [[1.0, 2.0, 4.0]]})
+    assert np.count_nonzero(np.isfinite(scales.values)) == 3
 
 
 def test_sigma_by_kind_and_depth():

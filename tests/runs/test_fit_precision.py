@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from metazo.errors import UserError
 from metazo.models.skeleton import skeleton
 from metazo.runs import fit_precision as module
 from metazo.runs.config import FinetuneConfig
@@ -43,6 +44,15 @@ def test_nothing_is_chosen_for_wide_weights_or_a_named_policy(bare) -> None:
     wide = FinetuneConfig("pico", "pico_sentiment")
     model = skeleton("pico").model
     assert fit_precision(wide, model, lambda: None, 0) == (wide, None)
+
+
+def test_a_compensation_of_wide_weights_is_refused_unless_its_run_has_begun(tmp_path: Path) -> None:
+    model = skeleton("pico").model
+    config = FinetuneConfig("pico", "pico_sentiment", precision="compensated-8", out=tmp_path, resume=True)
+    with pytest.raises(UserError, match="`precision` compensated-8 .* the trained weights are float32"):
+        fit_precision(config, model, lambda: None, 0)
+    (tmp_path / "steps.jsonl").write_bytes(b"")
+    assert fit_precision(config, model, lambda: None, 0) == (config, None)
 
 
 def test_a_resumed_run_keeps_what_the_log_says(tmp_path: Path, monkeypatch) -> None:

@@ -191,6 +191,24 @@ def test_narrow_weights_beside_wide_ones():
     assert sum(key.startswith("compensation/") for key in optimizer.tensors_state()) == len(optimizer.tensors) - 1
 
 
+def test_a_compensation_of_wide_weights_is_refused_and_its_logs_replay():
+    """Earlier versions took it and perturbed float32 weights in place, so that their logs replay."""
+    first, second, plain = (nn.Linear(8, 8) for _ in range(3))
+    for model in (second, plain):
+        model.load_state_dict(first.state_dict())
+    one, two = (
+        MeZO(model.named_parameters(), lr=1e-2, precision=precision)
+        for model, precision in ((second, "compensated-8"), (plain, "auto"))
+    )
+    with pytest.raises(UserError, match="`precision` compensated-8 keeps bits .* the trained weights are float32"):
+        one.step(lambda: second(torch.ones(1, 8)).square().sum())
+    assert torch.equal(second.weight, first.weight) and one.steps == 0
+    two.step(lambda: plain(torch.ones(1, 8)).square().sum())
+    one.step(replay=two.last_step)
+    torch.testing.assert_close(second.weight, plain.weight)
+    assert not torch.equal(second.weight, first.weight)
+
+
 def test_autocast_is_for_the_forward_alone():
     model, seen = nn.Linear(8, 8), []
     optimizer = MeZO(model.named_parameters(), lr=1e-3, precision="autocast", check_loss=False)
