@@ -102,8 +102,9 @@ def expect_bytes(model: nn.Module, kind: str) -> None:
     model: a transformers model, or a classifier with a new head over one, on the meta device. The layers are those that
     transformers would quantise: not the output layer, tied weights or the last module.
     """
-    from transformers import PreTrainedModel
-    from transformers.quantizers.base import get_keys_to_not_convert
+    with needs("llm"):
+        from transformers import PreTrainedModel
+        from transformers.quantizers.base import get_keys_to_not_convert
 
     base: Any = model if isinstance(model, PreTrainedModel) else model.encoder
     kept = get_keys_to_not_convert(base)

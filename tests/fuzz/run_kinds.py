@@ -56,7 +56,7 @@ def as_yaml(tree: Any) -> bytes:
 def read_recipes(folder: Path) -> None:
     found = read_recipe(folder / "recipe.yaml")
     config = build(MetaConfig if isinstance(found.get("task"), list) else FinetuneConfig, found, {})
-    assert isinstance(config.model, str) and isinstance(config.out, Path)
+    assert isinstance(config.model, str) and isinstance(config.out, Path | None)  # without a folder nothing is written
 
 
 # -- tasks and rows ----------------------------------------------------------------------------------------------------
