@@ -196,6 +196,8 @@ def _rates(data: Comparison) -> Section:
             partial(figures.sensitivity, data),
         )
         section.add(picture)
+    if figures.searched(data):
+        section.add(costs.by_rate(data))
     return section.add(costs.search(data))
 
 

@@ -144,6 +144,22 @@ def search(data: Comparison) -> Table:
     return table
 
 
+def by_rate(data: Comparison) -> Table:
+    rates = sorted({float(r) for found in data.searches.values() for item in found.values() for r in item.losses})
+    table = Table(
+        "by-rate",
+        "Loss by learning rate",
+        "Mean loss on dev (nats) at the end of the search's runs; “failed”: a run at this rate failed.",
+        ["task", "column", *(f"{rate:g}" for rate in rates)],
+    )
+    for task in data.tasks:
+        for column in by_family(data):
+            if (item := data.searches.get(task, {}).get(column)) is not None and len(item.losses) > 1:
+                found = {float(rate): "failed" if value is None else loss(value) for rate, value in item.losses.items()}
+                table.add(task, column, *(found.get(rate, NONE) for rate in rates))
+    return table
+
+
 def failures(data: Comparison) -> Table:
     table = Table(
         "failures",

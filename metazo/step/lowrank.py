@@ -68,10 +68,12 @@ class Factors(Direction):
     def place_all_(self, stream, places) -> None:
         self.inner.place_all_(stream, [place for place in places if not self.is_matrix(place.tensor)])
         matrices = [place for place in places if self.is_matrix(place.tensor)]
-        pairs = self.pairs(stream, [Move(place.tensor, place.base, place.alpha) for place in matrices])
-        products = [(place.out, place.base, *pair, place.alpha) for place, pair in zip(matrices, pairs)]
-        for place, placed in zip(matrices, place_products_(products)):
-            if not placed:
+        together = [place for place in matrices if place.out.is_cuda]  # elsewhere there is no kernel for them
+        pairs = self.pairs(stream, [Move(place.tensor, place.base, place.alpha) for place in together])
+        products = [(place.out, place.base, *pair, place.alpha) for place, pair in zip(together, pairs)]
+        placed = {id(place) for place, done in zip(together, place_products_(products)) if done}
+        for place in matrices:
+            if id(place) not in placed:
                 self.place_(stream, *place)
 
     def draw(self, stream, tensor, dtype=None, start=0, count=None) -> Tensor:

@@ -123,7 +123,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def said(folder: Path) -> dict[str, Any]:
-    return torch.load(folder / "0.pt", weights_only=False)
+    return torch.load(folder / "0.pt", weights_only=True)
 
 
 @pytest.fixture(scope="module")
