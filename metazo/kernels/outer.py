@@ -46,13 +46,17 @@ def add_product_(out: Tensor, left: Tensor, right: Tensor, alpha: float, beta: f
 
 def add_products_(products: Sequence[Product]) -> None:
     """add_product_ for each; those that the compiled loop supports share one call of it."""
-    compiled = [product for product in products if kernel and _fits(product[0])]
-    on_cuda = [product for product in products if _fits_cuda(product[0], product[0], product[2])]
+    compiled, on_cuda = [], []
     for product in products:
-        if not (kernel and _fits(product[0])) and not _fits_cuda(product[0], product[0], product[2]):
+        out, left, right, alpha, beta = product
+        if kernel and _fits(out):
+            compiled.append(product)
+        elif _fits_cuda(out, out, right):
+            on_cuda.append((out, out, left, right, alpha, beta))
+        else:
             plain_(*product)
     if outer_cuda and on_cuda:
-        outer_cuda.place_products_([(out, out, u, v, alpha, beta) for out, u, v, alpha, beta in on_cuda])
+        outer_cuda.place_products_(on_cuda)
     if share and compiled:
         share(_add_rows, (job for product in compiled for job in _jobs(*product)))
 
