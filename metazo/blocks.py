@@ -6,34 +6,75 @@ import hashlib
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from metazo.errors import UserError
 
 
-class LocalShard(torch.nn.Parameter):
-    """The rows of a parameter that this process has, in the memory of the sharded parameter.
+@dataclass(frozen=True, eq=False)
+class Runs:
+    """The entries of a shard in order, as runs of consecutive entries of the whole tensor.
 
-    Attributes: start: index of their first entry in the flat whole parameter; whole: the shape of the whole parameter.
+    here: (n + 1,), int64: the first entry of each of n runs in the flat shard, and the number of entries. there: (n,), int64:
+    the first entry of each run in the flat whole tensor. kept: the two on a device, by device.
     """
 
-    start: int
-    whole: torch.Size
+    here: np.ndarray
+    there: np.ndarray
+    kept: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
-    def __new__(cls, rows: Tensor, requires_grad: bool, start: int, whole: torch.Size):
-        made = super().__new__(cls, rows, requires_grad)
-        made.start, made.whole = start, whole
+    def part(self, start: int, stop: int) -> Runs:
+        """The runs of entries start .. stop - 1 of the shard, counted from start."""
+        if start == 0 and stop == self.here[-1]:
+            return self
+        first, last = np.searchsorted(self.here, start, "right") - 1, np.searchsorted(self.here, stop)
+        here = np.clip(self.here[first : last + 1], start, stop)
+        return Runs(here - start, self.there[first:last] + (here - self.here[first : last + 1])[:-1])
+
+
+def runs_of(places: Sequence[np.ndarray], whole: Sequence[int]) -> Runs:
+    """The runs of a shard. places: for each dimension of the whole tensor, the positions that the shard has, increasing."""
+    cut = max(
+        (k for k, found in enumerate(places) if len(found) < whole[k]), default=0
+    )  # the last that is not complete
+    rows = np.zeros(1, np.int64)
+    for found, size in zip(places[:cut], whole):
+        rows = (rows[:, None] * size + found).reshape(-1)
+    inner, found = math.prod(whole[cut + 1 :]), places[cut]
+    firsts = np.flatnonzero(np.diff(found, prepend=-2) != 1)
+    lengths = np.diff(firsts, append=len(found)) * inner
+    there = (rows[:, None] * whole[cut] + found[firsts]).reshape(-1) * inner
+    return Runs(np.concatenate([[0], np.cumsum(np.tile(lengths, len(rows)))]), there)
+
+
+class LocalShard(torch.nn.Parameter):
+    """The entries of a parameter that this process has, in the memory of the sharded parameter.
+
+    Attributes: places: for each dimension of the whole parameter, the positions that this process has, increasing, int64;
+    whole: the shape of the whole parameter; runs: its entries as runs of the flat whole parameter; source: the sharded
+    parameter, None in a copy.
+    """
+
+    places: tuple[np.ndarray, ...]
+    whole: torch.Size
+    runs: Runs
+    source: Tensor | None = None
+
+    def __new__(cls, local: Tensor, requires_grad: bool, places: Sequence[np.ndarray], whole: torch.Size):
+        made = super().__new__(cls, local, requires_grad)
+        made.places, made.whole, made.runs = tuple(places), whole, runs_of(places, whole)
         return made
 
     def __deepcopy__(self, memo: dict[int, object]) -> LocalShard:
-        made = LocalShard(self.data.clone(), self.requires_grad, self.start, self.whole)  # type: ignore[call-arg]
+        made = LocalShard(self.data.clone(), self.requires_grad, self.places, self.whole)  # type: ignore[call-arg]
         return memo.setdefault(id(self), made)  # type: ignore[return-value]
 
     def __reduce_ex__(self, protocol):
-        return LocalShard, (self.data, self.requires_grad, self.start, self.whole)
+        return LocalShard, (self.data, self.requires_grad, self.places, self.whole)
 
 
 @dataclass(frozen=True)
@@ -46,9 +87,9 @@ class NamedTensor:
     group: int = 0  # index of its parameter group
 
     @property
-    def offset(self) -> int:
-        """Index of the first entry in the flat whole tensor; above 0 if this process has other rows than the first."""
-        return getattr(self.param, "start", 0)
+    def runs(self) -> Runs | None:
+        """If this process has a shard of the tensor: its entries as runs of the flat whole tensor."""
+        return getattr(self.param, "runs", None)
 
 
 @dataclass(frozen=True)

@@ -76,11 +76,11 @@ def run(*arguments: object, timeout: float = 280, **options) -> subprocess.Compl
     return subprocess.CompletedProcess([*map(str, arguments)], process.returncode or 0, out, err)
 
 
-def ranks(function: Callable[..., None], *arguments: Any, join: bool = True) -> list[BaseProcess]:
-    """Run `function(rank, *arguments)` in two processes; join: raise the error of one that fails, else return at once."""
+def ranks(function: Callable[..., None], *arguments: Any, count: int = 2, join: bool = True) -> list[BaseProcess]:
+    """Run `function(rank, *arguments)` in `count` processes; join: raise the error of one that fails, else return at once."""
     _serve()
     told = (dict(os.environ), function, arguments)
-    context = start_processes(_rank, told, nprocs=2, join=False, start_method="forkserver")
+    context = start_processes(_rank, told, nprocs=count, join=False, start_method="forkserver")
     while join and not context.join():
         pass
     return context.processes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from itertools import combinations
 from pathlib import Path
@@ -21,20 +22,24 @@ def local_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
         fully_shard(model)                                           # or accelerate.dispatch_model, cpu_offload, disk_offload
         optimizer = metazo.MeZO(local_parameters(model), lr=1e-6)
 
-    * A parameter of `fully_shard` (FSDP2), or another DTensor that is cut into rows (`Shard(0)`), is a `LocalShard`: the rows
-      of this process, in the same memory. Each process makes the noise of its own rows, so that the weights are those of a
-      model that is not sharded, bit for bit, if the losses are. `reshard_after_forward` is turned on in every module,
-      because a forward pass would otherwise use the rows that it gathered before the probe.
+    * A parameter that is a DTensor is a `LocalShard`: the entries of this process, in the same memory. `fully_shard` (FSDP2)
+      makes such parameters, and so do tensor parallelism by `parallelize_module` or transformers (5.23, `DistributedConfig`
+      with tp_size) and both together. Each process makes the noise of its own entries, so that the weights are those of a
+      model that is not sharded, bit for bit, if the losses are. All processes of a tensor-parallel group must evaluate the
+      same batch; the mean of the losses over all processes is then the loss over the batches.
+    * `reshard_after_forward` is turned on in every module of `fully_shard`, because a forward pass would otherwise use the
+      rows that it gathered before the probe.
     * A parameter that accelerate offloads to main memory is the tensor there, and one that it offloads to disk is its file in
       the offload folder, mapped into memory and changed in place. The forward pass loads what is there.
     * All other parameters are given as they are.
 
-    A tied parameter comes once. The optimizer's state is that of this process's rows.
-    Raises UserError for another kind of sharding, for weights that accelerate reads from a checkpoint, which must not change,
-    and for tied weights on disk, which are several files. A process that is killed leaves a probe in the offload folder:
-    do not use the folder again.
+    A tied parameter comes once. The optimizer's state is that of this process's shards: each process saves and loads its own.
+    Raises UserError for partial sums, for shards whose places are not known, for weights that accelerate reads from a
+    checkpoint, which must not change, and for tied weights on disk, which are several files. A process that is killed leaves
+    a probe in the offload folder: do not use the folder again.
     """
     _reshard(model)
+    _check_plan(model)
     offloaded = dict(_offloaded(model))
     _check_ties(offloaded)
     found, seen = [], set()
@@ -42,7 +47,7 @@ def local_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
         if name in offloaded:
             local: nn.Parameter = offloaded[name]
         elif hasattr(parameter, "placements"):
-            local = _rows(name, parameter)
+            local = _shard(name, parameter)
         else:
             local = parameter
         key = (local.data_ptr(), local.shape) if local.numel() and name in offloaded else id(parameter)
@@ -53,7 +58,11 @@ def local_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def _reshard(model: nn.Module) -> None:
-    """Have every module of `fully_shard` gather its rows in each forward pass again."""
+    """Have every module of `fully_shard` gather its shards in each forward pass again.
+
+    The first time that a module is gathered, torch may give its shards other memory, if they were loaded after `fully_shard`.
+    Here this comes before their addresses are taken.
+    """
     if not torch.distributed.is_available():
         return
     from torch.distributed.fsdp import FSDPModule
@@ -61,28 +70,62 @@ def _reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_reshard_after_forward(True, recurse=False)
+            module.unshard()
             module.reshard()
 
 
-def _rows(name: str, parameter: Any) -> nn.Parameter:
-    """This process's rows of a DTensor."""
-    from torch.distributed.tensor import Replicate, Shard
+def _check_plan(model: nn.Module) -> None:
+    """Raises UserError for parts of weights, made by transformers, that do not say which entries they are.
 
-    mesh, cuts = parameter.device_mesh, [(k, p) for k, p in enumerate(parameter.placements) if type(p) is not Replicate]
+    Early versions 5 of transformers made plain tensors under tensor parallelism; version 5.23 makes DTensors.
+    """
+    plan: dict[str, str] = (
+        getattr(model, "_tp_plan", None) if (getattr(model, "_tp_size", None) or 1) > 1 else None
+    ) or {}
+    for name, parameter in model.named_parameters():
+        module = re.sub(r"\.\d+(?=\.)", ".*", name.rpartition(".")[0])
+        divided = parameter.ndim > 1 and "wise" in plan.get(module, "") and not hasattr(parameter, "placements")
+        if divided and parameter.requires_grad:
+            raise UserError(
+                f"transformers keeps a part of {name} on each process ({plan[module]}) as a plain tensor, so that its place in "
+                "the whole tensor is not known: use transformers 5.23 or later, whose parts are DTensors, or freeze it."
+            )
+
+
+def _shard(name: str, parameter: Any) -> nn.Parameter:
+    """This process's entries of a DTensor."""
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    mesh, placements = parameter.device_mesh, parameter.placements
     local = parameter.to_local().detach()
-    if not cuts:
-        return nn.Parameter(local, parameter.requires_grad)
-    (dimension, cut), rows = cuts[0], parameter.shape[0] if parameter.ndim else 1
-    if len(cuts) > 1 or type(cut) is not Shard or cut.dim != 0 or not local.is_contiguous():
+    places = [np.arange(size) for size in parameter.shape]
+    for dimension, placement in enumerate(placements):
+        if type(placement) in (Shard, _StridedShard) and mesh.get_coordinate() is not None:
+            stretches = _pieces(places[placement.dim], getattr(placement, "split_factor", 1))
+            count, rank = mesh.size(dimension), mesh.get_local_rank(dimension)
+            places[placement.dim] = np.concatenate([_pieces(stretch, count)[rank] for stretch in stretches])
+        elif type(placement) is not Replicate:
+            raise UserError(
+                f"{name} is placed as {placements} on {mesh}, and only shards and replicas on the processes of the mesh can be "
+                "trained: distribute it as Shard or Replicate, or freeze it."
+            )
+    if local.shape != tuple(map(len, places)) or not local.is_contiguous():
         raise UserError(
-            f"{name} is sharded as {parameter.placements}, and only rows can be trained (Shard(0), as fully_shard makes "
-            "them): shard it in this way, or freeze it."
+            f"{name} has {tuple(local.shape)} of {tuple(parameter.shape)} entries on this process, in another order than "
+            f"{placements} says: distribute it with torch's distribute_tensor, or freeze it."
         )
-    most = -(-rows // mesh.size(dimension))
-    first = min(mesh.get_local_rank(dimension) * most, rows)
-    if len(local) != min(most, rows - first):
-        raise UserError(f"{name} has {len(local)} rows on this process, in no order that is known: shard it evenly.")
-    return LocalShard(local, parameter.requires_grad, first * (parameter.numel() // rows), parameter.shape)  # type: ignore[call-arg]
+    if all(type(placement) is Replicate for placement in placements):
+        return nn.Parameter(local, parameter.requires_grad)
+    shard = LocalShard(local, parameter.requires_grad, places, parameter.shape)  # type: ignore[call-arg]
+    shard.source = parameter
+    return shard
+
+
+def _pieces(places: np.ndarray, count: int) -> list[np.ndarray]:
+    """Cut as torch.chunk does, with empty pieces at the end if there are too few places."""
+    most = -(-len(places) // count)
+    return [places[k * most : (k + 1) * most] for k in range(count)]
 
 
 def _offloaded(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -47,15 +47,16 @@ def table(head: Sequence[int], integers: Sequence[Sequence[int]], floats: Sequen
     rows = np.concatenate([np.array(integers, np.int64), np.array(floats, np.float32).view(np.int32)], axis=1)
     first = np.zeros((1, rows.shape[1]), np.int64)
     first[0, : len(head)] = head
-    return _on_device(np.concatenate([first, rows]), device)
+    return on_device(np.concatenate([first, rows]), device)
 
 
 @lru_cache(maxsize=64)
 def ends(programs: tuple[int, ...], device: torch.device) -> Tensor:
     """The first program after each row, of the numbers of programs of each row."""
-    return _on_device(np.cumsum(programs), device)
+    return on_device(np.cumsum(programs), device)
 
 
-def _on_device(values: np.ndarray, device: torch.device) -> Tensor:
+def on_device(values: np.ndarray, device: torch.device) -> Tensor:
+    """An array on a device. Does not wait for the device."""
     host = torch.from_numpy(values)
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from types import ModuleType
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metazo.blocks import NamedTensor
+from metazo.blocks import NamedTensor, Runs
 from metazo.errors import UserError
 from metazo.noise import philox
 from metazo.noise.philox import TILE
@@ -60,7 +60,9 @@ class PhiloxStream:
         count: int | None = None,
     ) -> Tensor:
         param = tensor.param
-        if shape is None:
+        if shape is not None:
+            _whole(tensor)
+        else:
             shape = tuple(param.shape) if count is None else (count,)
         out = torch.zeros(shape, dtype=dtype or torch.promote_types(param.dtype, torch.float32), device=param.device)
         self.add_(tensor, out, 1.0, 1.0, purpose, start)
@@ -76,18 +78,24 @@ class PhiloxStream:
         start: int = 0,
     ) -> None:
         _check(start)
-        for kernels, first, (part,) in _at_tiles(self._kernels(out), start + tensor.offset, out):
-            if kernels is None:
-                self._plain(tensor, part, part, alpha, beta, purpose, first)
-            else:
-                kernels.add_(self.distribution, part, alpha, beta, self.seed, tensor.id, purpose, first)
+        kernels, runs = self._kernels(out), _runs(tensor, start, out)
+        if kernels is None:
+            self._plain(tensor, out, out, alpha, beta, purpose, start)
+        elif runs is None:
+            kernels.add_(self.distribution, out, alpha, beta, self.seed, tensor.id, purpose, start)
+        else:
+            _shards(kernels).add_all_(self.distribution, [(tensor.id, out, alpha, beta, runs)], self.seed, purpose)
 
     def add_all_(self, moves: Sequence[Move], purpose: int = DENSE) -> None:
-        found = [None if move.tensor.offset else self._kernels(move.out) for move in moves]
+        found = [self._kernels(move.out) for move in moves]
         batch = next((kernels for kernels in found if hasattr(kernels, "add_all_")), None)
         if batch is not None:  # so that threads are woken only once
-            fit = [(move.tensor.id, *move[1:]) for move, kernels in zip(moves, found) if kernels is batch]
-            batch.add_all_(self.distribution, fit, self.seed, purpose)
+            fit = [move for move, kernels in zip(moves, found) if kernels is batch]
+            whole = [(move.tensor.id, *move[1:]) for move in fit if move.tensor.runs is None]
+            batch.add_all_(self.distribution, whole, self.seed, purpose)
+            shards = [(move.tensor.id, *move[1:], runs) for move in fit if (runs := move.tensor.runs) is not None]
+            if shards:
+                _shards(batch).add_all_(self.distribution, shards, self.seed, purpose)
         for move, kernels in zip(moves, found):
             if kernels is None or kernels is not batch:
                 self.add_(*move, purpose)
@@ -102,23 +110,29 @@ class PhiloxStream:
         start: int = 0,
     ) -> None:
         _check(start)
-        fit = self._kernels(out, base) if base.dtype == torch.float32 else None
-        for kernels, first, (part, source) in _at_tiles(fit, start + tensor.offset, out, base):
-            if kernels is None:
-                self._plain(tensor, part, source, alpha, 1.0, purpose, first)
-            else:
-                kernels.place_(self.distribution, part, source, alpha, self.seed, tensor.id, purpose, first)
+        kernels = self._kernels(out, base) if base.dtype == torch.float32 else None
+        runs = _runs(tensor, start, out)
+        if kernels is None:
+            self._plain(tensor, out, base, alpha, 1.0, purpose, start)
+        elif runs is None:
+            kernels.place_(self.distribution, out, base, alpha, self.seed, tensor.id, purpose, start)
+        else:
+            _shards(kernels).place_all_(self.distribution, [(tensor.id, out, base, alpha, runs)], self.seed, purpose)
 
     def place_all_(self, places: Sequence[Place]) -> None:
-        found = [None if place.tensor.offset else self._kernels(place.out, place.base) for place in places]
+        found = [self._kernels(place.out, place.base) for place in places]
         batch = next((kernels for kernels in found if hasattr(kernels, "place_all_")), None)
         fit = [
             batch is not None and found[k] is batch and places[k].base.dtype == torch.float32
             for k in range(len(places))
         ]
         if batch is not None:  # one launch
-            together = [(place.tensor.id, *place[1:]) for place, fits in zip(places, fit) if fits]
-            batch.place_all_(self.distribution, together, self.seed, DENSE)
+            together = [place for place, fits in zip(places, fit) if fits]
+            whole = [(place.tensor.id, *place[1:]) for place in together if place.tensor.runs is None]
+            batch.place_all_(self.distribution, whole, self.seed, DENSE)
+            shards = [(p.tensor.id, *p[1:], runs) for p in together if (runs := p.tensor.runs) is not None]
+            if shards:
+                _shards(batch).place_all_(self.distribution, shards, self.seed, DENSE)
         for place, fits in zip(places, fit):
             if not fits:
                 self.place_(*place)
@@ -201,25 +215,31 @@ class PhiloxStream:
         flat, source = out.reshape(-1), base.reshape(-1)
         for here in range(0, flat.numel(), _CHUNK):
             kept = source[here : here + _CHUNK].to(wide)
-            first = start + here
-            z = sample(self.seed, tensor.id, purpose, first, first + kept.numel(), out.device).to(wide)
-            flat[here : here + _CHUNK] = kept * beta + z * alpha
+            z = [
+                sample(self.seed, tensor.id, purpose, first, last, out.device)
+                for first, last in _spans(tensor, start + here, kept.numel())
+            ]
+            flat[here : here + _CHUNK] = kept * beta + torch.cat(z).to(wide) * alpha
         if not out.is_contiguous():
             out.copy_(flat.view(out.shape))
 
 
-def _at_tiles(
-    kernels: ModuleType | None, first: int, *tensors: Tensor
-) -> Iterator[tuple[ModuleType | None, int, list[Tensor]]]:
-    """Parts of tensors that begin at entry `first` of the whole tensor, each with its first entry and its kernels.
+def _shards(kernels: ModuleType) -> ModuleType:
+    """The kernels for shards that belong to those for whole tensors."""
+    return importlib.import_module(f"{kernels.__name__}_shards")
 
-    Kernels begin at a tile. A shard may begin within one: the rest of that tile is a part without kernels.
-    """
-    if kernels is not None and (head := -first % TILE):
-        flat = [tensor.view(-1) for tensor in tensors]
-        yield None, first, [values[:head] for values in flat]
-        first, tensors = first + head, tuple(values[head:] for values in flat)
-    yield kernels, first, list(tensors)
+
+def _runs(tensor: NamedTensor, start: int, out: Tensor) -> Runs | None:
+    """The runs of `out`, which has the entries of a shard from start; None if the tensor is whole."""
+    return None if tensor.runs is None else tensor.runs.part(start, start + out.numel())
+
+
+def _spans(tensor: NamedTensor, start: int, count: int) -> list[tuple[int, int]]:
+    """Where `count` entries from start are in the whole tensor, as (first, end) of each run."""
+    if tensor.runs is None:
+        return [(start, start + count)]
+    runs = tensor.runs.part(start, start + count)
+    return list(zip(runs.there.tolist(), (runs.there + np.diff(runs.here)).tolist()))
 
 
 def _chunk(tensor: Tensor) -> int:
@@ -228,7 +248,7 @@ def _chunk(tensor: Tensor) -> int:
 
 
 def _whole(tensor: NamedTensor) -> None:
-    if tensor.offset:
+    if tensor.runs is not None:
         raise ValueError(f"{tensor.name} is a shard, and this needs a whole tensor")
 
 
@@ -254,7 +274,7 @@ def add_two_all_(
     rest = list(range(len(moves)))
     if isinstance(first, PhiloxStream) and isinstance(second, PhiloxStream):
         same = (first.distribution, first.backend) == (second.distribution, second.backend)
-        found = [first._kernels(move.out) if same and not move.tensor.offset else None for move in moves]
+        found = [first._kernels(move.out) if same and move.tensor.runs is None else None for move in moves]
         batch = next((kernels for kernels in found if hasattr(kernels, "add_two_all_")), None)
         if batch is not None:
             fit = [

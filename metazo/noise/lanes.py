@@ -103,11 +103,11 @@ def normals(z, words, chunk, c1, c2, c3, k0, k1):
 
 
 @njit(inline="always")
-def signs(z, words, chunk, c1, c2, c3, k0, k1):
-    """The next 256 signs: four bits of each of the 64 words that the eight chunks of a tile share."""
-    if chunk % 8 == 0:
+def signs(z, words, fresh, chunk, c1, c2, c3, k0, k1):
+    """The next 256 signs: four bits of each of the 64 words that the eight chunks of a tile share; fresh: make these first."""
+    if fresh:
         for lane in range(16):
-            w0, w1, w2, w3 = _philox(_u64(2 * chunk + lane), c1, c2, c3, k0, k1)
+            w0, w1, w2, w3 = _philox(_u64(2 * (chunk - chunk % 8) + lane), c1, c2, c3, k0, k1)
             words[lane], words[lane + 16], words[lane + 32], words[lane + 48] = w0, w1, w2, w3
     for i in range(4):
         shift = _u32(4 * (chunk % 8) + i)
@@ -118,11 +118,17 @@ def signs(z, words, chunk, c1, c2, c3, k0, k1):
 @njit(inline="always")
 def numbers(z, words, gaussian, chunk, purpose, id0, id1, k0, k1):
     """Write numbers 256 chunk .. of a tensor into z. A tile's chunks of signs must be requested in order, with one `words`."""
+    numbers_from(z, words, chunk % 8 == 0, gaussian, chunk, purpose, id0, id1, k0, k1)
+
+
+@njit(inline="always")
+def numbers_from(z, words, fresh, gaussian, chunk, purpose, id0, id1, k0, k1):
+    """As `numbers`, from any chunk of a tile, which must be given as fresh, as must the first chunk of the tiles after it."""
     c1, c2, c3, k0, k1 = _u64(purpose), _u64(id0), _u64(id1), _u64(k0), _u64(k1)
     if gaussian:
         normals(z, words, chunk, c1, c2, c3, k0, k1)
     else:
-        signs(z, words, chunk, c1, c2, c3, k0, k1)
+        signs(z, words, fresh, chunk, c1, c2, c3, k0, k1)
 
 
 @njit(inline="always")

@@ -37,7 +37,7 @@ class Place(NamedTuple):
 class Stream(Protocol):
     """The noise of one seed over all tensors. start: the first entry of a chunk in the flat tensor, a multiple of TILE.
 
-    A tensor that has only some rows (`LocalShard`) gets the numbers of its place in the whole tensor.
+    The entries of a shard (`LocalShard`) get the numbers of their places in the whole tensor; start counts the shard's own.
     """
 
     seed: int

@@ -42,7 +42,7 @@ from metazo.noise import Noise, PhiloxNoise
 from metazo.optimizers import probing as probings
 from metazo.optimizers import ranks
 from metazo.optimizers.groups import Closure, listed, named_groups, trainable
-from metazo.optimizers.guards import LossWatch, check_shards, check_weights
+from metazo.optimizers.guards import LossWatch, check_moved, check_shards, check_weights
 from metazo.optimizers.saving import Saving
 from metazo.optimizers.verbs import DECAY_EXEMPT, State, Verbs
 from metazo.step.directions import Direction, Scaled
@@ -163,7 +163,8 @@ class ZOOptimizer(Verbs, Saving):
         exception in the closure puts the weights back too. Masters and compensated weights are put back bit for bit;
         weights in place keep the rounding of adding and removing the probe, about 3e-8 of them in float32. Raises
         UserError for a replay of a method whose steps do not follow from their records, for a closure that returns no
-        number, for weights without numbers on this device, and if processes differ in seed, settings or weights.
+        number, for weights without numbers on this device, for shards that were moved, and if processes differ in seed,
+        settings or weights.
         """
         if replay is not None and not self.replayable:
             raise UserError(f"A step of {self.name} does not follow from its record: it cannot be replayed.")
@@ -171,6 +172,8 @@ class ZOOptimizer(Verbs, Saving):
         state, step = self.zo_state, self.steps
         if replay is None and step == 0:
             check_used(self.precision, [tensor.param for tensor in self.tensors])
+        if step < 2 or step % 100 == 0:  # torch may move shards in the first forward pass
+            check_moved(self.tensors)
         due = self.check_every and (not self._compared or step % self.check_every == 0)
         if due and replay is None and processes.together():
             ranks.check_ranks(self)

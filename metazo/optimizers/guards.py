@@ -68,17 +68,17 @@ def check_weights(tensors: Sequence[NamedTensor]) -> None:
 
 
 def check_shards(optimizer: Any) -> None:
-    """Raises UserError if the optimizer has a part that needs whole tensors, and some have only this process's rows."""
+    """Raises UserError if the optimizer has a part that needs whole tensors, and this process has only shards of some."""
     shards = [tensor.name for tensor in optimizer.tensors if isinstance(tensor.param, LocalShard)]
     if not shards:
         return
     parts = {
         f"{optimizer.name} computes with whole tensors": not optimizer.by_entry or optimizer.low_rank,
         "`scale` reads statistics of whole tensors": optimizer.scale is not None,
-        f"`precision` {optimizer.precision} replaces weights that fully_shard gathers itself": any(
+        f"`precision` {optimizer.precision} replaces weights, and a forward pass uses shards in ways of its own": any(
             "compensation" in storage.buffers for storage in optimizer.weights.storage.values()
         ),
-        "`probe_ranks` divides the probes, and a forward pass needs the rows of all processes": (
+        "`probe_ranks` divides the probes, and a forward pass needs the shards of all processes": (
             optimizer.exchange.probe_ranks > 1
         ),
         f"`noise` {optimizer.noise.name} has no order by entry": not isinstance(optimizer.noise, PhiloxNoise),
@@ -91,6 +91,17 @@ def check_shards(optimizer: Any) -> None:
             )
 
 
+def check_moved(tensors: Sequence[NamedTensor]) -> None:
+    """Raises UserError if a sharded parameter has moved to other memory, so that changes of its shard would not reach it."""
+    for tensor in tensors:
+        source = getattr(tensor.param, "source", None)
+        if source is not None and source.to_local().data_ptr() != tensor.param.data_ptr():
+            raise UserError(
+                f"{tensor.name} has moved to other memory since local_parameters(model) was called: call it when the model is "
+                "loaded, on its device and in its dtype, and make the optimizer from what it returns."
+            )
+
+
 def _unfit(param: Tensor) -> tuple[str, str] | None:
     """The fault of a parameter and its remedy, as two parts of a sentence."""
     kinds = {kind.__name__ for kind in type(param).__mro__}
@@ -99,8 +110,8 @@ def _unfit(param: Tensor) -> tuple[str, str] | None:
     if "DTensor" in kinds or "FlatParameter" in kinds or getattr(param, "_fsdp_flattened", False):
         return (
             "are sharded over processes (DTensor or FSDP)",
-            "after fully_shard (FSDP2) pass metazo.integrations.local_parameters(model) to the optimizer, or give every "
-            "process the whole model, whose losses are averaged without a wrapper",
+            "after fully_shard (FSDP2) or tensor parallelism pass metazo.integrations.local_parameters(model) to the "
+            "optimizer, or give every process the whole model, whose losses are averaged without a wrapper",
         )
     if param.device.type == "meta":
         return (

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
+from metazo.blocks import NamedTensor
 from metazo.errors import UserError
 from metazo.optimizers.verbs import State
 from metazo.step.weights import Weights
+
+
+def checksum_of_shards(tensors: Sequence[NamedTensor]) -> int:
+    """63 bits of a hash of the entries that this process has of each sharded tensor."""
+    found = hashlib.blake2b(digest_size=8)
+    for tensor in tensors:
+        if tensor.runs is not None:
+            found.update(tensor.name.encode() + tensor.runs.here.tobytes() + tensor.runs.there.tobytes())
+    return int.from_bytes(found.digest(), "little") >> 1
 
 
 class Saving(Optimizer):
@@ -25,18 +36,28 @@ class Saving(Optimizer):
     _prepare: Callable[[], None]
 
     def tensors_state(self) -> State:
-        """All state as tensors by name, masters and compensation included, ready to be stored as safetensors."""
+        """All state as tensors by name, masters and compensation included, ready to be stored as safetensors.
+
+        Of a sharded model it is the state of this process's shards, with a checksum of their places.
+        """
         self._prepare()
         self.settle()
         counters = torch.tensor([self.steps, self.forwards], dtype=torch.int64)
         storage = self.weights.storage.items()
         kept = {f"{kind}/{name}": value for name, stored in storage for kind, value in stored.buffers.items()}
+        if any(tensor.runs is not None for tensor in self.weights.tensors):
+            kept["shards"] = torch.tensor(checksum_of_shards(self.weights.tensors))
         return self.zo_state | kept | {"counters": counters}
 
     def load_tensors_state(self, state: State) -> None:
-        """Load a `tensors_state`. Raises UserError if names or shapes are not those of this optimizer."""
+        """Load a `tensors_state`. Raises UserError if names, shapes or the places of shards are not those of this optimizer."""
         self._prepare()
         present = self.tensors_state()
+        if "shards" in present and present["shards"] != state.get("shards", present["shards"]):
+            raise UserError(
+                "The saved state is of other shards of the weights: load on each process the state that it saved itself, with "
+                "as many processes and the model divided in the same way."
+            )
         if {k: v.shape for k, v in present.items()} != {k: v.shape for k, v in state.items()}:
             odd = sorted(set(present) ^ set(state)) or ["a shape"]
             raise UserError(

@@ -34,7 +34,7 @@ class Verbs(Method):
     low_rank = False
     """Whether the method's directions have factors on matrices, so that probes can be evaluated together."""
     by_entry = False
-    """Whether every entry of state and update depends on that entry alone, so that a process may have some rows of a tensor.
+    """Whether every entry of state and update depends on that entry alone, so that a process may have a shard of a tensor.
     A subclass that computes with whole tensors sets it to False."""
     default_probing = "in-turn"
     deferrable = False

@@ -8,15 +8,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from metazo.blocks import LocalShard, NamedTensor
+from metazo.blocks import LocalShard
 from metazo.errors import UserError
 from metazo.integrations import local_parameters
-from metazo.noise import Move, PhiloxNoise
 from metazo.optimizers import ES, FZOO, LOZO, MEAZO, HiZOO, MeZO, MeZOAdam, MeZOSVRG
 from metazo.optimizers.base import ZOOptimizer
 from tests import warm
@@ -65,7 +65,7 @@ def _dtype(name: str) -> torch.dtype:
 
 def _process(rank: int, folder: str) -> None:
     from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+    from torch.distributed.tensor import init_device_mesh
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
@@ -97,11 +97,7 @@ def _process(rank: int, folder: str) -> None:
     with pytest.raises(UserError) as raised:
         MeZO(local_parameters(sharded("bfloat16")), precision="compensated-8").step(lambda: 1.0)
     refused["compensated"] = str(raised.value)
-    module = nn.Linear(4, 6)
-    module.weight = nn.Parameter(distribute_tensor(module.weight.detach(), mesh, [Shard(1)]))
-    with pytest.raises(UserError) as raised:
-        local_parameters(module)
-    torch.save({**said, "refused": refused | {"columns": str(raised.value)}}, f"{folder}/{rank}.pt")
+    torch.save({**said, "refused": refused}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -129,53 +125,18 @@ def test_two_shards_take_the_steps_of_the_whole_model_bit_for_bit(ranks, name):
         "scale": "`scale` reads statistics of whole tensors",
         "probe_ranks": "`probe_ranks` divides the probes",
         "compensated": "`precision` compensated-8 replaces weights",
-        "columns": "only rows can be trained",
     }.items(),
 )
 def test_what_needs_whole_tensors_is_refused(ranks, name, words):
     assert all(words in said["refused"][name] for said in ranks)
 
 
-@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_rows_get_the_noise_of_their_place(distribution, dtype):
-    whole = NamedTensor("w", nn.Parameter(torch.ones(200, 33, dtype=dtype)), 5)
-    first = 71
-    rows = LocalShard(torch.ones(129, 33, dtype=dtype), True, first * 33, torch.Size([200, 33]))
-    part, stream = NamedTensor("w", rows, 5), PhiloxNoise(1, distribution).stream(9)
-    assert stream.draw(part).equal(stream.draw(whole)[first:])
-    for form in ("one", "all"):
-        outs = [tensor.param.detach().clone() for tensor in (whole, part)]
-        for tensor, out in zip((whole, part), outs):
-            if form == "one":
-                stream.add_(tensor, out, 0.3, 0.7)
-            else:
-                stream.add_all_([Move(tensor, out, 0.3, 0.7)])
-        assert outs[1].equal(outs[0][first:])
-    bases, outs = [torch.full(t.param.shape, 0.1) for t in (whole, part)], [torch.ones(200, 33), torch.ones(129, 33)]
-    for tensor, base, out in zip((whole, part), bases, outs):
-        stream.place_(tensor, out, base, 0.3)
-    assert outs[1].equal(outs[0][first:])
-
-
-def test_a_shard_is_refused_by_what_sums_over_whole_tensors():
-    rows = NamedTensor("w", LocalShard(torch.ones(2, 3), True, 6, torch.Size([4, 3])), 5)
-    stream, bits = PhiloxNoise(1).stream(9), torch.zeros(2, 3, dtype=torch.int16)
-    narrow = torch.ones(2, 3, dtype=torch.bfloat16)
-    for call in (
-        lambda: stream.square(rows),
-        lambda: stream.dot(rows, torch.ones(2, 3)),
-        lambda: stream.place_split_(rows, narrow.clone(), narrow, bits, 0.3),
-        lambda: stream.add_split_(rows, narrow, bits, 0.3, 1.0, 0),
-    ):
-        with pytest.raises(ValueError, match="w is a shard"):
-            call()
-
-
 def test_copies_of_a_shard_know_their_place():
-    rows = LocalShard(torch.ones(2, 3), True, 6, torch.Size([4, 3]))
+    places = (np.arange(2, 4), np.arange(3))
+    rows = LocalShard(torch.ones(2, 3), True, places, torch.Size([4, 3]))
     for made in (copy.deepcopy(rows), pickle.loads(pickle.dumps(rows))):
-        assert (made.start, made.whole, made.requires_grad) == (6, torch.Size([4, 3]), True) and made.equal(rows)
+        assert (made.runs.there.tolist(), made.whole, made.requires_grad) == ([6], torch.Size([4, 3]), True)
+        assert made.equal(rows)
 
 
 def _offloaded(kind: str, model: nn.Module, folder: Path) -> nn.Module:

@@ -8,10 +8,13 @@ The kernels are imported when they are needed: test modules use its numbers, als
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from itertools import product
 
+import numpy as np
 import torch
 
+from metazo.blocks import runs_of
 from metazo.noise import philox
 from tests.noise.test_split import weights
 
@@ -54,6 +57,39 @@ def noise_on_all_tensors() -> dict:
     return found
 
 
+def shards() -> list[tuple[torch.Size, tuple[np.ndarray, ...]]]:
+    """Whole shapes, and the positions per dimension that a shard has: columns, rows from the middle of a tile, blocks of
+    both, and positions with a gap."""
+    cut = ((3, 700), np.arange(3), np.arange(300, 600)), ((5, 500), np.arange(3, 5), np.arange(500))
+    cut += ((4, 700), np.arange(1, 3), np.arange(40, 290)), ((2, 90), np.arange(2), np.r_[3:20, 60:90])
+    return [(torch.Size(shape), places) for shape, *places in cut]
+
+
+def piece(whole: torch.Tensor, places: Sequence[np.ndarray]) -> torch.Tensor:
+    """The shard of a tensor, by indices."""
+    return whole[np.ix_(*places)].contiguous()
+
+
+def noise_on_shards() -> dict:
+    """Added, to float16 placed. Each shard is the inner part of a longer vector."""
+    from metazo.noise import cuda_shards
+
+    found, alphas = {}, [0.1 * (k + 1) for k in range(4)]
+    runs, ids = [runs_of(places, shape) for shape, places in shards()], [TENSOR + k for k in range(4)]
+    for kind, dtype in product(KINDS, DTYPES):
+        bases = [piece(torch.linspace(-3, 3, shape.numel()).view(shape), places).view(-1) for shape, places in shards()]
+        longer = [torch.zeros(len(base) + 2, dtype=dtype) for base in bases]
+        outs = [out[1:-1] for out in longer]
+        if dtype == torch.float16:
+            cuda_shards.place_all_(kind, list(zip(ids, outs, bases, alphas, runs)), SEED, PURPOSE)
+        else:
+            for out, base in zip(outs, bases):
+                out.copy_(base)
+            cuda_shards.add_all_(kind, list(zip(ids, outs, alphas, [0.7] * 4, runs)), SEED, PURPOSE)
+        found[kind, dtype] = longer
+    return found
+
+
 def noise_on_split_weights() -> dict:
     from metazo.noise import cuda_split
 
@@ -91,5 +127,5 @@ def products() -> dict:
 
 
 if __name__ == "__main__":
-    made = (noise_on_one_tensor, noise_on_all_tensors, noise_on_split_weights, products)
+    made = (noise_on_one_tensor, noise_on_all_tensors, noise_on_shards, noise_on_split_weights, products)
     torch.save({make.__name__: make() for make in made}, sys.argv[1])

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from metazo.blocks import NamedTensor, tensor_id
+from metazo.blocks import LocalShard, NamedTensor, tensor_id
 from metazo.kernels.outer import add_products_, place_products_
 from metazo.noise import Move, PhiloxNoise, Place, add_two_all_, cpu_split, philox
-from tests.noise.interpreted import DTYPES, PURPOSE, SEED, TENSOR
+from tests.noise.interpreted import DTYPES, PURPOSE, SEED, TENSOR, piece, shards
 from tests.noise.test_split import weights
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
@@ -37,6 +37,24 @@ def test_kernels_agree_with_the_definition_to_the_last_bit(kind, size, start, dt
     assert torch.equal(added[:size].cpu(), (base.to(type).float() * 0.7 + z * 0.3).to(type))
     assert torch.equal(placed[:size].cpu(), (base + z * 0.3).to(type))
     assert added[size] == placed[size] == 7  # nothing is written beyond the end
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_shards_get_the_noise_of_their_places(kind, dtype):
+    stream, moves, wanted = PhiloxNoise(0, kind).stream(9), [], []
+    for k, (shape, places) in enumerate(shards()):
+        whole = named(torch.ones(shape, dtype=dtype), f"w{k}")
+        shard = NamedTensor(
+            whole.name, LocalShard(piece(whole.param.data, places).cuda(), True, places, shape), whole.id
+        )
+        wanted.append(piece(stream.draw(whole), places))
+        assert torch.equal(stream.draw(shard).cpu(), wanted[-1])
+        moves.append(Move(shard, shard.param.data, 0.3, 0.7))
+    stream.add_all_(moves)
+    wide = torch.promote_types(dtype, torch.float32)
+    for move, z in zip(moves, wanted, strict=True):
+        assert torch.equal(move.out.cpu(), (torch.ones_like(z) * 0.7 + z.to(wide) * 0.3).to(dtype))
 
 
 @pytest.mark.parametrize("kind", KINDS)

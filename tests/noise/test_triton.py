@@ -14,7 +14,7 @@ import torch
 from metazo.kernels.outer import add_product_
 from metazo.kernels.splitfloat import plain_join
 from metazo.noise import cpu_split, philox
-from tests.noise.interpreted import DTYPES, MATRICES, PURPOSE, SEED, SIZES, STARTS, TENSOR, matrix
+from tests.noise.interpreted import DTYPES, MATRICES, PURPOSE, SEED, SIZES, STARTS, TENSOR, matrix, piece, shards
 from tests.noise.test_split import weights
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -22,7 +22,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 COMPILE = """
 import json, triton
 from triton.backends.compiler import GPUTarget
-from metazo.noise import cuda, cuda_split
+from metazo.noise import cuda, cuda_shards, cuda_split
 integers = dict.fromkeys(("size", "first", "purpose", "id0", "id1", "k0", "k1"), "i32")
 found = {}
 def compiled(name, kernel, types, **constants):
@@ -36,6 +36,8 @@ for gaussian, out in ((True, "fp32"), (True, "bf16"), (False, "fp16")):
     compiled(f"one {gaussian} {out}", cuda._one, types, **how)
     types = {"table": "*i64", "ends": "*i64", "like": "*" + out, "base_like": "*fp32"}
     compiled(f"many {gaussian} {out}", cuda._many, types, two=True, aligned=True, **how)
+    types = {"table": "*i64", "ends": "*i64", "like": "*" + out, "base_like": "*fp32"}
+    compiled(f"shards {gaussian} {out}", cuda_shards._shards, types, gaussian=gaussian, blocks=32 if gaussian else 16)
     types = {"out": "*bf16", "weights": "*i16", "low": "*i8", "dither": "i32", **integers}
     types |= dict.fromkeys(("alpha", "beta", "scale", "inverse"), "fp32")
     compiled(f"split {gaussian}", cuda_split._split, types, store=gaussian, below=16, dropped=8, **how)
@@ -94,6 +96,18 @@ def test_all_tensors_in_one_launch(results):
             assert torch.equal(out[1:-1], narrowed(base + first * alpha, dtype)) and out[0] == out[-1] == 0
 
 
+def test_noise_on_shards(results):
+    """As a slice of the whole tensor's; nothing is written on either side of a shard that is part of another."""
+    found = results["noise_on_shards"]
+    assert len(found) == 2 * len(DTYPES)
+    for (kind, dtype), outs in found.items():
+        for k, ((shape, places), out) in enumerate(zip(shards(), outs, strict=True)):
+            z = piece(noise(kind, shape.numel(), tensor=TENSOR + k).view(shape), places).view(-1) * (0.1 * (k + 1))
+            base = piece(torch.linspace(-3, 3, shape.numel()).view(shape), places).view(-1)
+            moved = base + z if dtype == torch.float16 else base.to(dtype).float() * 0.7 + z
+            assert torch.equal(out[1:-1], narrowed(moved, dtype)) and out[0] == out[-1] == 0, (kind, k, dtype)
+
+
 def test_noise_on_split_weights(results):
     found = results["noise_on_split_weights"]
     assert len(found) == 16
@@ -121,7 +135,7 @@ def test_compiled_kernels_fuse_nothing_and_round_to_nearest():
     for kind, code in found.items():
         assert not re.search(r"\bfma\.|ftz|approx", code), kind
         assert set(re.findall(r"\b(?:add|sub|mul)\.\S*f32", code)) <= {"add.rn.f32", "sub.rn.f32", "mul.rn.f32"}, kind
-    for kernel in ("one", "many"):
+    for kernel in ("one", "many", "shards"):
         assert "sqrt.rn.f32" in found[f"{kernel} True fp32"] and "cvt.rn.bf16.f32" in found[f"{kernel} True bf16"]
         assert "cvt.rn.f16.f32" in found[f"{kernel} False fp16"]
     assert "cvt.rn.bf16.f32" in found["split False"]

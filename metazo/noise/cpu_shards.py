@@ -1,0 +1,105 @@
+"""Noise on shards of tensors, on the CPU with numba: as cpu.py, run by run.
+
+A run may begin and end anywhere: the chunks of noise at its two ends are made whole, and their numbers outside are not used.
+"""
+
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
+# (pyright checks numba intrinsics as the Python functions that they are before compilation)
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+from torch import Tensor
+
+from metazo.blocks import Runs
+from metazo.kernels.parallel import kernel, share
+from metazo.kernels.vectors import widest
+from metazo.noise import cpu, lanes, philox
+from metazo.noise.lanes import CHUNK, WORDS, fetch, narrow, numbers_from, widen
+
+_u64 = np.uint64
+
+
+def _kernel(function):
+    return kernel(function, lanes, philox)
+
+
+@_kernel
+def _add(out, here, there, alpha, beta, gaussian, purpose, id0, id1, k0, k1):
+    """out = beta * out + alpha * z: run r begins at here[r] in out and has the elements there[r] .. of the whole tensor."""
+    widest()
+    z, words = np.empty(CHUNK, np.float32), np.empty(WORDS, np.uint32)
+    for run in range(there.size):
+        done, stop, before = here[run], here[run + 1], there[run] - here[run]
+        while done < stop:
+            chunk = (before + done) // CHUNK
+            first = chunk * CHUNK - before  # the place in out of the chunk's first number, which may be outside
+            fresh = done == here[run] or chunk % 8 == 0
+            numbers_from(z, words, fresh, gaussian, chunk, purpose, id0, id1, k0, k1)
+            fetch(out, done)
+            skip, count = done - first, min(first + CHUNK, stop) - done
+            for i in range(count):
+                e = _u64(done + i)
+                out[e] = narrow(beta * widen(out[e]) + alpha * z[_u64(skip + i)], out[e])
+            done += count
+
+
+@_kernel
+def _place(out, base, here, there, alpha, gaussian, purpose, id0, id1, k0, k1):
+    """out = base + alpha * z, as _add."""
+    widest()
+    z, words = np.empty(CHUNK, np.float32), np.empty(WORDS, np.uint32)
+    for run in range(there.size):
+        done, stop, before = here[run], here[run + 1], there[run] - here[run]
+        while done < stop:
+            chunk = (before + done) // CHUNK
+            first = chunk * CHUNK - before
+            fresh = done == here[run] or chunk % 8 == 0
+            numbers_from(z, words, fresh, gaussian, chunk, purpose, id0, id1, k0, k1)
+            fetch(base, done)
+            fetch(out, done)
+            skip, count = done - first, min(first + CHUNK, stop) - done
+            for i in range(count):
+                e = _u64(done + i)
+                out[e] = narrow(base[e] + alpha * z[_u64(skip + i)], out[e])
+            done += count
+
+
+def add_all_(
+    distribution: str, moves: Iterable[tuple[int, Tensor, float, float, Runs]], seed: int, purpose: int
+) -> None:
+    """out = beta * out + alpha * z on shards, given as (tensor id, out, alpha, beta, runs of out), if cpu.supports(out)."""
+
+    def jobs() -> Iterator[tuple]:
+        for tensor_id, out, alpha, beta, runs in moves:
+            array, number = cpu._array(out), cpu._number(out)
+            fixed = (number(alpha), number(beta), distribution == "gaussian", *cpu._counter(seed, tensor_id, purpose))
+            for first, stop, part in _parts(runs):
+                yield array[first:stop], part.here, part.there, *fixed
+
+    share(_add, jobs())
+
+
+def place_all_(
+    distribution: str, places: Iterable[tuple[int, Tensor, Tensor, float, Runs]], seed: int, purpose: int
+) -> None:
+    """out = base + alpha * z on shards, given as (tensor id, out, base, alpha, runs of out), if cpu.supports(out, base)."""
+
+    def jobs() -> Iterator[tuple]:
+        for tensor_id, out, base, alpha, runs in places:
+            to, origin = cpu._array(out), cpu._array(base)
+            fixed = (cpu._number(base)(alpha), distribution == "gaussian", *cpu._counter(seed, tensor_id, purpose))
+            for first, stop, part in _parts(runs):
+                yield to[first:stop], origin[first:stop], part.here, part.there, *fixed
+
+    share(_place, jobs())
+
+
+def _parts(runs: Runs) -> Iterator[tuple[int, int, Runs]]:
+    """The parts of a shard that threads take: (first, end, runs)."""
+    cut = cpu._cut(size := int(runs.here[-1]))
+    for first in cut:
+        stop = min(first + cut.step, size)
+        yield first, stop, runs.part(first, stop)
