@@ -56,7 +56,10 @@ def finetune(
     config: Annotated[Path | None, typer.Option("--config", help="YAML recipe; flags override it.")] = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Show the plan with memory, disk and time, and stop; no weights are loaded."),
+        typer.Option(
+            "--dry-run",
+            help="Show the plan with memory, disk and time, and stop; no weights are loaded. With --resume, show what is left.",
+        ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     **values: Any,
@@ -121,7 +124,7 @@ def _show_plan(plan: dict[str, Any], as_json: bool) -> None:
         return
     table = Table("plan", "", title="Nothing is loaded, run or written")
     for name, value in plan.items():
-        if name not in ("bytes on disk", "bytes", "seconds per step", "notes"):
+        if isinstance(value, str):
             table.add_row(name, Text(str(value)))
     for note in plan["notes"]:
         table.add_row("note", Text(note))

@@ -52,7 +52,8 @@ class RunFolder:
 
     Args: path; config: the run's settings, as JSON values; resume: continue the run in the folder; incidental: settings
     that may change on resuming; belongs: hashes of everything that the run's numbers depend on, by name, kept beside the
-    settings and compared when the run is resumed; say: called with each sentence for the user.
+    settings and compared when the run is resumed; say: called with each sentence for the user; look: with resume, only check
+    that the run can be resumed, and change nothing.
     One process at a time writes into the folder: it is locked from `begin` (or from here, if an unfinished run is
     resumed) to `close`; use it as a context manager.
     Raises UserError if the folder holds a run and resume is off, holds another run, or is in use.
@@ -67,6 +68,7 @@ class RunFolder:
         incidental: Iterable[str] = (),
         belongs: Mapping[str, Any] | None = None,
         say: Callable[[str], None] = lambda text: None,
+        look: bool = False,
     ):
         self.path, self.metrics, self.say = path, path / METRICS, say
         self.resume, self.lock = resume, FolderLock(path)
@@ -77,6 +79,9 @@ class RunFolder:
             raise UserError(f"`out` {path} is a file; name a folder.")
         if resume:
             self._compare(read_config(path), set(incidental))
+            if look:
+                self.lock.check()
+                return
             if self.summary() is not None:
                 self._tidy()
                 return

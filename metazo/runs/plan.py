@@ -27,6 +27,8 @@ from metazo.runs.config import FinetuneConfig
 from metazo.runs.estimate import Estimate, Followed, estimate, measure_rates, state_bytes, step_seconds, weight_bytes
 from metazo.runs.examples import longest_batch, longest_input, prepared_task
 from metazo.runs.fit_precision import fit_precision
+from metazo.runs.left import Begun
+from metazo.runs.locate import from_anywhere
 from metazo.runs.method import build_optimizer, resolve_device
 from metazo.runs.preconditions import check_saved, check_settings
 from metazo.runs.resources import free_memory, require_space, size
@@ -115,9 +117,13 @@ def dry_run(config: FinetuneConfig) -> dict[str, Any]:
 
     In addition to the entries of `plan`: "time" of a step and of all steps, "tuners" of the zoo that fit, "weights on disk",
     and "notes", sentences about what could not be read or estimated. "bytes" has the figures of the memory as numbers.
+    With `resume`, "left", "time" and "disk" are those of the rest of the run in `out`, whose folder is not changed.
     Raises UserError for settings that a run would refuse, except that rows, tokenizer and weights may be missing, and that a
-    finished or interrupted run may be in `out`.
+    finished or interrupted run may be in `out`; with `resume`, if that run cannot be resumed.
     """
+    more: list[str] = []
+    begun = Begun(config, more.append) if config.resume else None
+    config = from_anywhere(config)
     objective = check_settings(config)
     device, task = resolve_device(config.device), resolve(config.task)
     labels = task.num_labels
@@ -149,6 +155,8 @@ def dry_run(config: FinetuneConfig) -> dict[str, Any]:
         notes.append(f"The rows were not read ({problem}); inputs of {length} tokens are assumed.")
     else:
         notes += prepared.notes
+        if begun is not None:
+            begun.check_data(prepared)
     chosen = None
     if config.optimizer == AUTO:
         with Followed():  # masks ask for numbers
@@ -177,14 +185,16 @@ def dry_run(config: FinetuneConfig) -> dict[str, Any]:
         "billion weights with noise per second"
     )
     found["tuners"] = _tuners(config, loaded.model)
-    if config.out is not None:
+    if begun is not None:
+        found |= begun.left(task, optimizer.replayable, steps, a_step, seconds, found["bytes on disk"], _time)
+    elif config.out is not None:
         try:
             require_space(config.out, found["bytes on disk"], "The run")
         except UserError as error:
             notes.append(str(error))
     if counted.peak > free:
         notes.append(f"The run does not fit: it takes {size(counted.peak)} and {size(free)} are free on {device}.")
-    found["notes"] = [*notes, *(f"{note[0].upper()}{note[1:]}." for note in counted.notes)]
+    found["notes"] = [*notes, *more, *(f"{note[0].upper()}{note[1:]}." for note in counted.notes)]
     found["bytes"] = {"weights": counted.weights, "inference": counted.inference, "peak": counted.peak, "free": free}
     found["seconds per step"] = seconds
     return found

@@ -45,7 +45,7 @@ class StepLog:
             write_whole(path, line(header, 0)[0])
         found = scan(path).sound()
         wanted = json.loads(json.dumps(header))
-        _compare(found, wanted, say)
+        compare(found, wanted, say)
         self.others = path.with_name(ENVIRONMENTS)  # environments of steps, other than the header's
         if found.end is None and environment_changes(found.header.get("environment"), wanted.get("environment", {})):
             write_whole(self.others, json.dumps(wanted["environment"]).encode())
@@ -113,7 +113,8 @@ def environment_changes(then: Any, now: dict[str, Any]) -> list[tuple[str, Any, 
     return [change for change in differences(then, now) if change[0] in then] if isinstance(then, dict) else []
 
 
-def _compare(found: Scan, wanted: dict[str, Any], say: Callable[[str], None]) -> None:
+def compare(found: Scan, wanted: dict[str, Any], say: Callable[[str], None]) -> None:
+    """Raises UserError if a log is of another run than `wanted`, the header of a run that is resumed."""
     there = found.header
     for key in {**there, **wanted}:
         if there.get(key) == wanted.get(key):

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from metazo import zoo
-from metazo.runs.evaluations import _sound
 from metazo.runs.folder import RunFolder
+from metazo.runs.records import _sound
 from metazo.step.record import Step
 from metazo.steplog.format import encode, header, line, read, scan
 from metazo.zoo.card import log_card

@@ -13,8 +13,8 @@ from torch import nn
 import metazo
 from metazo.errors import UserError
 from metazo.runs.config import FinetuneConfig
-from metazo.runs.evaluations import GROWN
 from metazo.runs.finetune import run_settings
+from metazo.runs.records import GROWN
 from metazo.settings import build
 from metazo.steplog.format import scan
 
