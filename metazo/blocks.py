@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from metazo.errors import UserError
 
@@ -109,24 +110,33 @@ def tensor_id(name: str) -> int:
 
 
 def named_tensors(named: torch.nn.Module | Iterable[tuple[str, Tensor]], group: int = 0) -> list[NamedTensor]:
-    """The trainable tensors in order; a tied tensor once, under its first name.
+    """The trainable tensors in order; a tied tensor once, under its first name, and none without entries.
 
     Raises UserError if no tensor is trainable or two tensors share a name.
     """
+    tensors = trained(named, group)
+    check_names(tensors)
+    return tensors
+
+
+def trained(named: torch.nn.Module | Iterable[tuple[str, Tensor]], group: int = 0) -> list[NamedTensor]:
+    """As `named_tensors`, unchecked, and perhaps none. A shard is one of them even if this process has no entries of it."""
     pairs = named.named_parameters() if isinstance(named, torch.nn.Module) else named
     seen: set[int] = set()
     tensors: list[NamedTensor] = []
     for name, param in pairs:
         if param.requires_grad and id(param) not in seen:
             seen.add(id(param))
-            tensors.append(NamedTensor(name, param, tensor_id(name), group))  # type: ignore[arg-type]
-    check_names(tensors)
+            if isinstance(param, LocalShard) or is_lazy(param) or param.numel():
+                tensors.append(NamedTensor(name, param, tensor_id(name), group))  # type: ignore[arg-type]
     return tensors
 
 
 def check_names(tensors: Sequence[NamedTensor]) -> None:
     if not tensors:
-        raise UserError("No tensor is trainable: every parameter is frozen; pass at least one with requires_grad=True.")
+        raise UserError(
+            "No tensor is trainable: every parameter is frozen or empty; pass at least one with requires_grad=True."
+        )
     names = [tensor.name for tensor in tensors]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)

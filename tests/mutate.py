@@ -79,7 +79,7 @@ MUTANTS = [
     Mutant("a run's first words are those of the run before it", "noise/cpu_shards.py", "fresh = done == here[run] or chunk % 8 == 0\n            numbers_from(z, words, fresh, gaussian, chunk, purpose, id0, id1, k0, k1)\n            fetch(out, done)", "fresh = chunk % 8 == 0\n            numbers_from(z, words, fresh, gaussian, chunk, purpose, id0, id1, k0, k1)\n            fetch(out, done)", room="tests/noise/test_shards.py"),
     Mutant("a shard is given to what needs whole tensors", "noise/__init__.py", "    if tensor.runs is not None:\n        raise", "    if False:\n        raise", room="tests/noise/test_shards.py"),
     Mutant("a state of other shards is loaded", "optimizers/saving.py", 'present["shards"] != state', 'False and state', room="tests/integrations/test_tensor_parallel.py"),
-    Mutant("a group that is frozen is refused", "optimizers/groups.py", "if any(param.requires_grad for _, param in named) else []", ""),
+    Mutant("a tensor without entries is trained", "blocks.py", "is_lazy(param) or param.numel()", "True"),
     Mutant("moves of others left out", "optimizers/base.py", "self.weights.in_place or index", "index"),
     Mutant("last move left out", "optimizers/base.py", " or index == len(probes) - 1", ""),
     Mutant("closures summed", "optimizers/verbs.py", "for evaluate in closures) / len(closures)", "for evaluate in closures)"),

@@ -35,13 +35,13 @@ from typing import Any
 
 import torch
 
-from metazo.blocks import check_names
+from metazo.blocks import check_names, trained
 from metazo.errors import UserError
 from metazo.io import processes
 from metazo.noise import Noise, PhiloxNoise
 from metazo.optimizers import probing as probings
 from metazo.optimizers import ranks
-from metazo.optimizers.groups import Closure, listed, named_groups, trainable
+from metazo.optimizers.groups import Closure, listed, named_groups
 from metazo.optimizers.guards import LossWatch, check_moved, check_shards, check_weights
 from metazo.optimizers.saving import Saving
 from metazo.optimizers.verbs import DECAY_EXEMPT, State, Verbs
@@ -305,7 +305,7 @@ class ZOOptimizer(Verbs, Saving):
             self.tensors = [
                 tensor
                 for index, group in enumerate(self.param_groups)
-                for tensor in trainable(zip(group["param_names"], group["params"]), index)
+                for tensor in trained(zip(group["param_names"], group["params"]), index)
             ]
             check_names(self.tensors)
         if stepping and self.checks_weights:

@@ -7,18 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from metazo.blocks import NamedTensor, named_tensors
-
 Closure = Callable[[], Tensor | float]
 
 
 def listed(closure: Closure | Sequence[Closure] | None) -> Sequence[Closure]:
     return [closure] if callable(closure) else list(closure or ())
-
-
-def trainable(named: Iterable[tuple[str, Tensor]], group: int) -> list[NamedTensor]:
-    named = list(named)
-    return named_tensors(named, group) if any(param.requires_grad for _, param in named) else []
 
 
 def named_groups(params: Iterable) -> list[dict[str, Any]]:

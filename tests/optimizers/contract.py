@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from metazo.blocks import trained
 from metazo.optimizers import OPTIMIZERS, ZOOptimizer
 from metazo.optimizers.registry import Case
 from metazo.step.record import Step
@@ -30,7 +31,7 @@ def make(name: str, named: Sequence, lr: float, **options) -> ZOOptimizer:
     """The method over (name, parameter) pairs, or over parameter groups of them."""
     if OPTIMIZERS[name].needs_tuner:
         pairs = [pair for entry in named for pair in (entry["params"] if isinstance(entry, dict) else [entry])]
-        options.setdefault("scale", tuner_scale(len({id(p) for _, p in pairs if p.requires_grad})))
+        options.setdefault("scale", tuner_scale(len(trained(pairs))))
     if name == "mezo-svrg":
         options.setdefault("mini_lr", lr)
     if OPTIMIZERS[name].needs_model:

@@ -12,6 +12,7 @@ import re
 
 import pytest
 import torch
+from torch import nn
 
 from metazo.optimizers import OPTIMIZERS
 from metazo.optimizers.base import DECAY_EXEMPT
@@ -103,6 +104,31 @@ def test_tied_weights_count_once(name):
     assert sum(len(group["params"]) for group in make(name, groups, 1e-3, **options).param_groups) == len(
         optimizer.tensors
     )
+
+
+@every_method
+@pytest.mark.parametrize("compat", ["paper", "official"])
+def test_tensors_without_entries_change_nothing(name, compat):
+    """With the method's own settings, and with block scales if it takes them."""
+    kinds = (
+        [{"compat": compat}] if "compat" in OPTIMIZERS[name].hyperparameters() else [{}] if compat == "paper" else []
+    )
+    kinds += [{"scale": "rms"}] if compat == "paper" and case(name).scaled and not OPTIMIZERS[name].needs_tuner else []
+    for options in kinds:
+        found = []
+        for shapes in ((), ((0, 4), (4, 0), (0,), (3, 0, 2))):
+            problem = quadratic(torch.float32)
+            empty = [(f"layers.0.empty{k}", nn.Parameter(torch.empty(shape))) for k, shape in enumerate(shapes)]
+            optimizer = make(name, [*empty[:2], *problem.named(), *empty[2:]], 1e-3, **options)
+            for _ in range(3):
+                take(optimizer, problem)
+            state = optimizer.state_dict()
+            optimizer.load_state_dict(state)
+            found.append((problem.copies(), optimizer.last_step, state["zo"].keys()))
+        assert (
+            all(torch.equal(one, other) for one, other in zip(found[0][0], found[1][0]))
+            and found[0][1:] == found[1][1:]
+        )
 
 
 @every_method
