@@ -46,7 +46,7 @@ def local_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     for name, parameter in model.named_parameters():
         if name in offloaded:
             local: nn.Parameter = offloaded[name]
-        elif hasattr(parameter, "placements"):
+        elif parameter.requires_grad and hasattr(parameter, "placements"):
             local = _shard(name, parameter)
         else:
             local = parameter
@@ -98,13 +98,14 @@ def _shard(name: str, parameter: Any) -> nn.Parameter:
     from torch.distributed.tensor.placement_types import _StridedShard
 
     mesh, placements = parameter.device_mesh, parameter.placements
+    here = mesh.get_coordinate()  # None if this process is not on the mesh
     local = parameter.to_local().detach()
     places = [np.arange(size) for size in parameter.shape]
     for dimension, placement in enumerate(placements):
-        if type(placement) in (Shard, _StridedShard) and mesh.get_coordinate() is not None:
+        if type(placement) in (Shard, _StridedShard) and here is not None:
             stretches = _pieces(places[placement.dim], getattr(placement, "split_factor", 1))
-            count, rank = mesh.size(dimension), mesh.get_local_rank(dimension)
-            places[placement.dim] = np.concatenate([_pieces(stretch, count)[rank] for stretch in stretches])
+            parts = [_pieces(stretch, mesh.size(dimension))[here[dimension]] for stretch in stretches]
+            places[placement.dim] = np.concatenate(parts)
         elif type(placement) is not Replicate:
             raise UserError(
                 f"{name} is placed as {placements} on {mesh}, and only shards and replicas on the processes of the mesh can be "

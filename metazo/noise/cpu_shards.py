@@ -31,13 +31,16 @@ def _add(out, here, there, alpha, beta, gaussian, purpose, id0, id1, k0, k1):
     """out = beta * out + alpha * z: run r begins at here[r] in out and has the elements there[r] .. of the whole tensor."""
     widest()
     z, words = np.empty(CHUNK, np.float32), np.empty(WORDS, np.uint32)
+    made = -1  # the chunk of z
     for run in range(there.size):
         done, stop, before = here[run], here[run + 1], there[run] - here[run]
         while done < stop:
             chunk = (before + done) // CHUNK
             first = chunk * CHUNK - before  # the place in out of the chunk's first number, which may be outside
-            fresh = done == here[run] or chunk % 8 == 0
-            numbers_from(z, words, fresh, gaussian, chunk, purpose, id0, id1, k0, k1)
+            if chunk != made:
+                fresh = done == here[run] or chunk % 8 == 0
+                numbers_from(z, words, fresh, gaussian, chunk, purpose, id0, id1, k0, k1)
+                made = chunk
             fetch(out, done)
             skip, count = done - first, min(first + CHUNK, stop) - done
             for i in range(count):
@@ -51,13 +54,16 @@ def _place(out, base, here, there, alpha, gaussian, purpose, id0, id1, k0, k1):
     """out = base + alpha * z, as _add."""
     widest()
     z, words = np.empty(CHUNK, np.float32), np.empty(WORDS, np.uint32)
+    made = -1  # the chunk of z
     for run in range(there.size):
         done, stop, before = here[run], here[run + 1], there[run] - here[run]
         while done < stop:
             chunk = (before + done) // CHUNK
             first = chunk * CHUNK - before
-            fresh = done == here[run] or chunk % 8 == 0
-            numbers_from(z, words, fresh, gaussian, chunk, purpose, id0, id1, k0, k1)
+            if chunk != made:
+                fresh = done == here[run] or chunk % 8 == 0
+                numbers_from(z, words, fresh, gaussian, chunk, purpose, id0, id1, k0, k1)
+                made = chunk
             fetch(base, done)
             fetch(out, done)
             skip, count = done - first, min(first + CHUNK, stop) - done

@@ -90,6 +90,12 @@ def test_a_group_may_be_frozen_whole():
     assert not all(map(torch.equal, problem.parameters(), quadratic(torch.float32).parameters()))
 
 
+def test_nothing_to_train_is_refused():
+    for weight in (nn.Parameter(torch.ones(2), requires_grad=False), nn.Parameter(torch.empty(0, 4))):
+        with pytest.raises(UserError, match="No tensor is trainable: every parameter is frozen or empty"):
+            MeZO([("w", weight)]).step(lambda: 1.0)
+
+
 def test_meta_weights_are_refused_by_name_and_a_frozen_one_is_not():
     for model in (nn.Linear(4, 4, device="meta"), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, device="meta"))):
         count = len(list(model.parameters()))
