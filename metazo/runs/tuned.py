@@ -37,7 +37,13 @@ class Given:
     objective: Callable[..., Any] | None = None
 
     def check(self, config: FinetuneConfig) -> None:
-        """Raises UserError if a setting is the name of an object in memory that is not given."""
+        """Raises UserError if a setting is the name of an object in memory that is not given, or the model is sharded."""
+        named = self.loaded.model.named_parameters() if self.loaded else ()
+        if (name := next((name for name, parameter in named if hasattr(parameter, "placements")), None)) is not None:
+            raise UserError(
+                f"`model` is sharded over processes ({name} is a DTensor), and a run needs whole weights: take "
+                "the steps in a loop of your own, with an optimizer over metazo.integrations.local_parameters(model)."
+            )
         there = {"model": self.loaded, "task": self.task or self.own, "optimizer": self.optimizer}
         there["objective"] = self.objective
         for name, value in there.items():

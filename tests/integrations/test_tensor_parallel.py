@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+import metazo
 from metazo.blocks import LocalShard
 from metazo.errors import UserError
 from metazo.integrations import local_parameters
@@ -151,6 +152,8 @@ def _refused(folder: str) -> dict[str, str]:
         "odd": lambda: local_parameters(odd),
         "plain": lambda: local_parameters(plain),
     }
+    rows = [{"input_ids": IDS, "labels": IDS}]
+    cases["run"] = lambda: metazo.finetune(model, loss=lambda net, batch: net(**batch).loss, data=rows, steps=1)
     moved = MeZO(local_parameters(model))
     cases["moved"] = lambda: (model.double(), moved.step(lambda: 1.0))
     cases["frozen"] = lambda: local_parameters(partial.requires_grad_(False))
@@ -301,6 +304,7 @@ def test_places_are_those_of_torch():
         "partial": "only shards and replicas on the processes of the mesh can be trained",
         "odd": "in another order than",
         "plain": "use transformers 5.23 or later, whose parts are DTensors, or freeze it",
+        "run": "`model` is sharded over processes (model.embed_tokens.weight is a DTensor)",
         "frozen": "accepted",
         "moved": "model.embed_tokens.weight has moved to other memory since local_parameters(model) was called",
         "unknown": "1 of 1 trained tensors have other values, the first is weight",
