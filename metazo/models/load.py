@@ -262,6 +262,8 @@ def check_folder(source: str, name: str) -> None:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UserError(f"model folder {name!r} has no config.json; name a folder written by save_pretrained")
+    elif folder.is_file():
+        raise UserError(f"model {name!r} is a file; name the folder that holds it and its config.json")
     elif folder.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
         raise UserError(f"model folder {name!r} does not exist; check the path")
 

@@ -22,8 +22,6 @@ from metazo.runs.unwritten import MemoryFolder
 class Scores(Records):
     """Evaluates on dev, and keeps the records in metrics.jsonl.
 
-    Args: keep_best: called with the step if the weights are the best so far, before the record is written; on_record: called
-    with each record.
     Attributes: losses, of the training steps since the last evaluation.
     """
 
@@ -32,12 +30,9 @@ class Scores(Records):
         config: FinetuneConfig,
         setup: Setup,
         folder: RunFolder | SharedFolder | MemoryFolder,
-        keep_best: Callable[[int], None],
-        on_record: Callable[[dict[str, Any]], None] | None = None,
     ):
         super().__init__(config, next(iter(setup.prepared.task.metric), None), setup.steps)
-        self.setup, self.folder, self.keep_best = setup, folder, keep_best
-        self.on_record = on_record
+        self.setup, self.folder = setup, folder
         self.losses: list[float] = []
         self.most = GROWN * _start(setup.loaded)
         self.lost: int | None = None  # the step of best weights whose file is missing, which a replay passes again
@@ -51,14 +46,20 @@ class Scores(Records):
         if self.records:
             self.started -= self.records[-1]["seconds"]
 
-    def evaluate_if_due(self, step: int) -> None:
-        """Record mean training loss, metrics on dev, and block scales, if an evaluation is due and has no record."""
+    def evaluate_if_due(
+        self, step: int, keep_best: Callable[[int], None], on_record: Callable[[dict[str, Any]], None]
+    ) -> None:
+        """Record mean training loss, metrics on dev, and block scales, if an evaluation is due and has no record.
+
+        Args: keep_best: called with the step if the weights are the best so far, before the record is written; on_record:
+        called with the record. They are not kept: a run that its scores refer to would hold the model after its end.
+        """
         if step not in self.due:
             return
         if self.records and self.records[-1]["step"] >= step:
             self.losses = []
             if step == self.lost:
-                self.keep_best(step)
+                keep_best(step)
             return
         optimizer, paused = self.setup.optimizer, time.monotonic()
         optimizer.settle()
@@ -77,11 +78,10 @@ class Scores(Records):
             record["weights_grown"] = float(f"{GROWN * norm / self.most:.3g}")
         self.losses = []
         if self.usable(record) and all(self._merit(record) > self._merit(other) for other in self.records):
-            self.keep_best(step)
+            keep_best(step)
         self.folder.record(**record)
         self.records.append(record)
-        if self.on_record:
-            self.on_record(record)
+        on_record(record)
         self.evaluating += time.monotonic() - paused
 
     def on(self, split: Literal["dev", "test"]) -> dict[str, float]:

@@ -166,7 +166,7 @@ class _Run(Ending):
         self.log = self._log()
         self.watch = Watch(config, setup.steps, folder.say)
         self.trackers = Trackers(config.track or () if rank() == 0 else (), config.out, asdict(config))
-        self.scores = Scores(config, setup, folder, self._keep_best, self._evaluated)
+        self.scores = Scores(config, setup, folder)
 
     def _log(self) -> StepLog | MemoryLog:
         """The step log: in the folder on rank 0, and a copy of it in memory on the others."""
@@ -208,7 +208,7 @@ class _Run(Ending):
             )
         for record in steps[:done]:
             self.watch.see(record)
-        self.scores.evaluate_if_due(done)
+        self._evaluate_if_due(done)
         for record in steps[done:]:
             self._set_rates(record.step)
             self._after(record, self.optimizer.step(self._closures(record.step), replay=record))
@@ -272,6 +272,9 @@ class _Run(Ending):
                 show(step + 1, f"loss {loss:.4f}  lr {optimizer.param_groups[0]['lr']:.2g}  {self.scores.latest()}")
                 self._stop_if_asked(step + 1)
 
+    def _evaluate_if_due(self, step: int) -> None:
+        self.scores.evaluate_if_due(step, self._keep_best, self._evaluated)
+
     def _evaluated(self, record: dict[str, Any]) -> None:
         self.trackers.evaluation(record)
         if self.on_evaluation:
@@ -289,7 +292,7 @@ class _Run(Ending):
         if step.coefficients:
             self.scores.losses.append(loss)
         self.watch.see(step, partial(self._diagnosis, closures) if closures else None)
-        self.scores.evaluate_if_due(step.step + 1)
+        self._evaluate_if_due(step.step + 1)
 
     def _diagnosis(self, closures: list[BatchLoss]) -> str:
         self.optimizer.settle()

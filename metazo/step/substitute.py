@@ -67,18 +67,15 @@ class Shown(ABC):
         return self
 
     def __exit__(self, *error: object) -> None:
+        watched: Any
+        for watched in {type(tensor.param) for tensor in self.tensors.values()}:
+            watched.shown = None  # a class lives on until Python searches for cycles, and must not keep the weights
         for tensor, kind in zip(self.tensors.values(), self.classes):
             tensor.param.__class__ = kind
         self.classes.clear()
 
     def _watched(self, kind: type) -> type:
-        def __torch_function__(cls: type, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-            if reads_numbers(func):
-                return self.use(func, args, kwargs or {})
-            with DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
-
-        return type(kind.__name__, (kind,), {"__torch_function__": classmethod(__torch_function__)})
+        return type(kind.__name__, (kind,), {"__torch_function__": classmethod(_show), "shown": self})
 
     def unmet(self) -> list[NamedTensor]:
         """The tensors that no function was seen to use."""
@@ -100,6 +97,14 @@ class Shown(ABC):
         if isinstance(value, list | tuple):
             return type(value)(self._seen(item, made) for item in value)
         return value
+
+
+def _show(cls: Any, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+    """`__torch_function__` of the watched classes."""
+    if reads_numbers(func):
+        return cls.shown.use(func, args, kwargs or {})
+    with DisableTorchFunctionSubclass():
+        return func(*args, **(kwargs or {}))
 
 
 class Scratch(Shown):

@@ -83,7 +83,8 @@ def load(task: Task, split: str, data: Path | Rows | None) -> Source:
 def _find(task: Task, split: str, data: Path) -> Path:
     """``DIR/<task>/<split>.jsonl``; a split with a longer Hub name (validation_matched) may be called validation."""
     if not data.is_dir():
-        raise UserError(f"data folder {data} does not exist; `data` names a folder that holds {task.name}/train.jsonl")
+        found = "is a file" if data.is_file() else "does not exist"
+        raise UserError(f"data folder {data} {found}; `data` names a folder that holds {task.name}/train.jsonl")
     folder = data / task.name
     if not folder.is_dir():
         found = ", ".join(sorted(entry.parent.name for entry in data.glob("*/train.jsonl"))) or "none"

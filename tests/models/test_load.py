@@ -82,6 +82,7 @@ def test_bad_requests_are_one_clear_sentence(tiny, tmp_path):
         (dict(name_or_path=folder, kind="seq2seq"), "`kind` seq2seq: .* is a gpt2 model, which is no encoder-decoder"),
         (dict(name_or_path=folder, device="nowhere"), "device 'nowhere' cannot be used"),
         (dict(name_or_path=tmp_path / "absent"), "does not exist"),
+        (dict(name_or_path=folder / "config.json"), "is a file; name the folder that holds it"),
         (dict(name_or_path=tmp_path), "no config.json"),
         (dict(name_or_path="nobody/no-such-model"), "'nobody/no-such-model' cannot be loaded"),
     ]:

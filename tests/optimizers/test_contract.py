@@ -7,8 +7,10 @@ what these three files notice.
 
 from __future__ import annotations
 
+import gc
 import math
 import re
+import weakref
 
 import pytest
 import torch
@@ -282,3 +284,25 @@ def test_closures_are_averaged(name):
         points.append(problem.flat().detach())
     torch.testing.assert_close(points[0], points[1], rtol=1e-6, atol=1e-8)
     assert not torch.equal(points[0], quadratic().flat())
+
+
+@pytest.mark.parametrize("precision", ["default", "compensated-8"])
+@every_method
+def test_the_weights_are_freed_with_the_optimizer_and_the_model(name, precision):
+    """At once: weights that wait for Python's search for cycles are still there while the next model is loaded."""
+    if precision != "default" and "precision" not in OPTIMIZERS[name].common:
+        pytest.skip("has no precision policies")
+    options = {} if precision == "default" else {"precision": precision}
+
+    def trained() -> weakref.ref:
+        model = llama().to(torch.bfloat16 if options else torch.float32)
+        optimizer = make(name, list(model.named_parameters()), 1e-4, **options)
+        for _ in range(2):
+            take(optimizer, lambda: model(input_ids=IDS, labels=IDS).loss)
+        return weakref.ref(model.lm_head.weight)
+
+    gc.disable()
+    try:
+        assert trained()() is None
+    finally:
+        gc.enable()

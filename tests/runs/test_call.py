@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
+import weakref
 
 import pytest
 import torch
@@ -185,6 +187,36 @@ def test_what_the_caller_froze_stays_frozen():
     metazo.finetune(model, "pico_sentiment", tokenizer=tokenizer, **SIZES, keep="last")
     moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert moved and all("layers.0" in name for name in moved)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "changes"),
+    [
+        ("mezo", {}),
+        ("mezo", {"precision": "compensated-8", "dtype": "bfloat16"}),
+        ("mezo", {"adapter": "lora", "scale": "rms"}),
+        ("lozo", {"form": "activations"}),
+        ("mezo-svrg", {}),
+        ("loren", {}),
+        ("curvzo", {}),
+        ("skip-feedback", {"lr": 1e-3}),
+        ("first-order-adamw", {}),
+        ("first-order-fused", {"lr": 1e-3}),
+    ],
+    ids=lambda given: given if isinstance(given, str) else "-".join(map(str, given.values())) or "default",
+)
+def test_the_model_of_a_run_is_freed_when_nobody_needs_it(optimizer, changes):
+    """At once, without Python's search for cycles: otherwise a second run would hold two models."""
+    gc.disable()
+    try:
+        tuned = metazo.finetune(
+            "pico", "pico_sentiment", optimizer, **SIZES | {"steps": 2, "dev_examples": 4, "test_examples": 4} | changes
+        )
+        seen = [weakref.ref(tuned.model), *map(weakref.ref, tuned.model.parameters())]
+        del tuned
+        assert not any(kept() is not None for kept in seen)
+    finally:
+        gc.enable()
 
 
 def test_a_complete_run_gives_its_kept_model(tmp_path):

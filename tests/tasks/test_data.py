@@ -173,6 +173,8 @@ def test_missing_places_are_one_clear_sentence(tmp_path):
         draw(tmp_path)
     with pytest.raises(UserError, match="does not exist"):
         draw(tmp_path / "absent")
+    with pytest.raises(UserError, match="is a file; `data` names a folder"):
+        draw(tmp_path / "other" / "train.jsonl")
     write(tmp_path, train=GOOD)
     with pytest.raises(UserError, match=r"needs validation\.jsonl in"):
         draw(tmp_path)
