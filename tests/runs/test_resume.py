@@ -185,8 +185,8 @@ def test_a_signal_during_the_replay_stops_it_without_harm(dead, whole, monkeypat
 
     see = Scores.evaluate_if_due
 
-    def press(scores: Scores, step: int) -> None:
-        see(scores, step)
+    def press(scores: Scores, step: int, *callbacks) -> None:
+        see(scores, step, *callbacks)
         if step == 10:
             os.kill(os.getpid(), signal.SIGTERM)
 
