@@ -39,9 +39,8 @@ class Runs:
 
 def runs_of(places: Sequence[np.ndarray], whole: Sequence[int]) -> Runs:
     """The runs of a shard. places: for each dimension of the whole tensor, the positions that the shard has, increasing."""
-    cut = max(
-        (k for k, found in enumerate(places) if len(found) < whole[k]), default=0
-    )  # the last that is not complete
+    incomplete = [k for k, found in enumerate(places) if len(found) < whole[k]]
+    cut = incomplete[-1] if incomplete else 0  # a run does not go beyond one position of the dimensions before it
     rows = np.zeros(1, np.int64)
     for found, size in zip(places[:cut], whole):
         rows = (rows[:, None] * size + found).reshape(-1)

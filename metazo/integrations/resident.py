@@ -79,9 +79,8 @@ def _check_plan(model: nn.Module) -> None:
 
     Early versions 5 of transformers made plain tensors under tensor parallelism; version 5.23 makes DTensors.
     """
-    plan: dict[str, str] = (
-        getattr(model, "_tp_plan", None) if (getattr(model, "_tp_size", None) or 1) > 1 else None
-    ) or {}
+    parallel = (getattr(model, "_tp_size", None) or 1) > 1
+    plan: dict[str, str] = (parallel and getattr(model, "_tp_plan", None)) or {}
     for name, parameter in model.named_parameters():
         module = re.sub(r"\.\d+(?=\.)", ".*", name.rpartition(".")[0])
         divided = parameter.ndim > 1 and "wise" in plan.get(module, "") and not hasattr(parameter, "placements")
