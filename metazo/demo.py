@@ -129,7 +129,7 @@ def _run(out: Path, console: Console, path: str | None, forwards: int, texts: in
             seed=seed, train_examples=max(480, examples), dev_examples=examples, test_examples=examples, max_length=LENGTH,
             keep="last", snapshot_every=0, **(MINILM if path else {}), **settings,
         )  # fmt: skip
-        demo.runs[SHOWN[method]] = run_settings(config, console)
+        demo.runs[SHOWN[method]] = run_settings(config, console, plot=True)
         demo.written[SHOWN[method]] = folder
     plot = out / "demo.png"
     draw(out, demo.model, plot)

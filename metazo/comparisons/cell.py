@@ -81,7 +81,7 @@ def warm_up(job: Job) -> None:
     """Take two steps that are not timed, so that imports, compiled kernels and the allocator are ready."""
     config = replace(job.config, forwards=None, steps=2, dev_examples=0, test_examples=0, keep="none", eval_every=2)
     try:
-        run_settings(config, plot=False)
+        run_settings(config)
     except (UserError, RuntimeError, OSError):
         pass  # the run itself reports it
     finally:
@@ -102,7 +102,7 @@ def failed(job: Job, reason: str | None, so_far: Result | None = None, *, status
 
 def _train(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
     began, computed = time.monotonic(), time.process_time()
-    summary = run_settings(job.config, plot=False)
+    summary = run_settings(job.config)
     wall, computed = time.monotonic() - began, time.process_time() - computed
     records = RunFolder.read_records(job.out)
     last = records[-1]

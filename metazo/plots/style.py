@@ -15,6 +15,7 @@ from metazo.io.extras import needs
 with needs("report"):
     import matplotlib
     from matplotlib.axes import Axes
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -114,5 +115,6 @@ def save(figure: Figure, path: Path) -> None:
     if path.suffix == ".svg":
         path.write_text(svg(figure))
     else:
-        with styled(), unprintable():
-            figure.savefig(path, dpi=130, metadata={"Software": None})
+        with styled(), unprintable():  # not by savefig, which draws a figure with a layout twice
+            figure.set_dpi(130)
+            FigureCanvasAgg(figure).print_png(path, metadata={"Software": None}, pil_kwargs={"compress_level": 3})

@@ -67,6 +67,8 @@ OWN: dict[str, dict[str, Any]] = {
 }
 SNAPSHOTS = ("mezo-adam", "lozo-m", "hizoo", "es")
 """Replayable methods whose runs have snapshots; by default their logs are replayed from the base model."""
+PICTURED = ("mezo", "fzoo")
+"""Cases whose runs draw curve.png at their end."""
 META = {"model": "pico", "task": ["pico_topic"], "steps": 6, "batch_size": 2, "train_examples": 8, "save_every": 2}
 CASES = [*METHODS, "meta-train", "meta-train, recorded"]
 
@@ -81,7 +83,7 @@ def run(case: str, out: Path, resume: bool, console: Console) -> None:
     settings = {**COMMON, "optimizer": case, "snapshot_every": every, **OWN.get(case, {})}
     if METHODS[case].needs_tuner and "tuner" not in settings:
         settings["tuner"] = str(random_maps(out.with_name("maps.safetensors")))
-    run_settings(build(FinetuneConfig, settings, {"out": out, "resume": resume}), console)
+    run_settings(build(FinetuneConfig, settings, {"out": out, "resume": resume}), console, plot=case in PICTURED)
 
 
 def random_maps(path: Path) -> Path:

@@ -61,7 +61,7 @@ def test_the_result_is_an_ordinary_tuner_that_runs_use(settings, tmp_path: Path)
     losses = {}
     for name, how in {"tuner": {"tuner": str(config.out)}, "rms": {"scale": "rms"}}.items():
         made = FinetuneConfig(**common, **how, out=tmp_path / name)
-        losses[name] = run_settings(made, metazo.io.terminal.Console(quiet=True), plot=False)["test"]["loss"]
+        losses[name] = run_settings(made, metazo.io.terminal.Console(quiet=True))["test"]["loss"]
     assert losses["tuner"] != losses["rms"]
     rows = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(4)) and {row["task"] for row in rows[:2]} == set(config.task)

@@ -77,9 +77,7 @@ def test_it_is_published_listed_found_and_used(tiny, tmp_path: Path, monkeypatch
     runs = {}
     for how in (name, "tiny", "auto", str(tmp_path / "fit")):
         out = tmp_path / f"run-{len(runs)}"
-        runs[how] = run_settings(FinetuneConfig(**common, tuner=how, out=out), Console(quiet=True), plot=False)["test"][
-            "loss"
-        ]
+        runs[how] = run_settings(FinetuneConfig(**common, tuner=how, out=out), Console(quiet=True))["test"]["loss"]
         header = json.loads((out / "steps.jsonl").read_text().splitlines()[0])
         assert len(header["tuner"]) == 64
     assert len(set(runs.values())) == 1

@@ -49,7 +49,7 @@ def test_only_the_adapters_are_trained_and_saved(tmp_path, optimizer):
     setup = set_up(config(tmp_path / "x", optimizer=optimizer))
     trained = [name for name, p in setup.loaded.model.named_parameters() if p.requires_grad]
     assert trained and all("lora_" in name for name in trained)
-    summary = run_settings(config(tmp_path / "run", optimizer=optimizer, keep="best"), plot=False)
+    summary = run_settings(config(tmp_path / "run", optimizer=optimizer, keep="best"))
     assert summary["dev"]["loss"] <= summary["before"]["loss"]
     base = AutoModelForCausalLM.from_pretrained(PICO)
     loaded = PeftModel.from_pretrained(base, str(tmp_path / "run" / "model"))
@@ -77,14 +77,14 @@ def test_without_peft_there_is_one_sentence(tmp_path, monkeypatch):
 
 
 def test_keep_none_saves_no_model_and_tests_the_last_weights(tmp_path):
-    plain = run_settings(config(tmp_path / "none", lora=0, keep="none", lr=1e-4), plot=False)
-    last = run_settings(config(tmp_path / "last", lora=0, keep="last", lr=1e-4), plot=False)
+    plain = run_settings(config(tmp_path / "none", lora=0, keep="none", lr=1e-4))
+    last = run_settings(config(tmp_path / "last", lora=0, keep="last", lr=1e-4))
     assert not (tmp_path / "none" / "model").exists() and (tmp_path / "last" / "model").is_dir()
     assert plain["test"] == last["test"] and plain["dev"] == last["dev"]
 
 
 def test_seconds_are_those_of_training_and_scales_are_recorded(tmp_path):
-    run_settings(config(tmp_path / "run", lora=0, scale="rms", lr=1e-4, keep="none"), plot=False)
+    run_settings(config(tmp_path / "run", lora=0, scale="rms", lr=1e-4, keep="none"))
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert records[0]["seconds"] < 0.5 and "sigma" not in records[0]
     assert len(records[-1]["sigma"]) == len(set(records[-1]["sigma"])) > 10
@@ -108,7 +108,7 @@ PARTS = {"whole": {}, "train": {"train": ["*layers.0*"]}, "freeze": {"freeze": [
 
 @pytest.mark.parametrize("extra", PARTS.values(), ids=PARTS)
 def test_a_replay_trains_the_tensors_that_the_run_trained(tmp_path, extra):
-    run_settings(config(tmp_path / "run", keep="last", **extra), plot=False)
+    run_settings(config(tmp_path / "run", keep="last", **extra))
     done = replay(tmp_path / "run" / "steps.jsonl", "pico", tmp_path / "again")
     assert done.identical
     trained = {name for name, p in done.loaded.model.named_parameters() if p.requires_grad}
@@ -121,7 +121,7 @@ def test_a_replay_trains_the_tensors_that_the_run_trained(tmp_path, extra):
 def adapters(tmp_path_factory):
     """A LoRA run on pico and its summary."""
     out = tmp_path_factory.mktemp("lora") / "run"
-    return out, run_settings(config(out, keep="last", lr=1e-2), plot=False)
+    return out, run_settings(config(out, keep="last", lr=1e-2))
 
 
 def on_test(model: str, merge: bool = False) -> dict[str, float]:
@@ -134,16 +134,14 @@ def test_the_folder_of_a_lora_run_is_a_model(adapters, tmp_path):
     out, summary = adapters
     assert on_test(str(out)) == on_test(str(out / "model")) == summary["test"] != on_test("pico")
     assert on_test(str(out), merge=True)["loss"] == pytest.approx(summary["test"]["loss"], rel=1e-4)
-    again = run_settings(config(tmp_path / "on", model=str(out), lora=0, lr=1e-4, steps=2), plot=False)
+    again = run_settings(config(tmp_path / "on", model=str(out), lora=0, lr=1e-4, steps=2))
     assert again["before"]["loss"] == pytest.approx(summary["dev"]["loss"], rel=1e-4)
     assert (tmp_path / "on" / "model" / "config.json").is_file(), "a plain model, the adapters merged"
 
 
 def test_merged_saving(adapters, tmp_path):
     _, summary = adapters
-    assert (
-        run_settings(config(tmp_path / "run", keep="last", lr=1e-2, merge=True), plot=False)["test"] == summary["test"]
-    )
+    assert run_settings(config(tmp_path / "run", keep="last", lr=1e-2, merge=True))["test"] == summary["test"]
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", dtype=torch.float32)
     assert not any("lora_" in name for name, _ in merged.named_parameters())
     assert on_test(str(tmp_path / "run"))["loss"] == pytest.approx(summary["test"]["loss"], rel=1e-4)
@@ -191,7 +189,7 @@ def test_labels_of_moved_adapters_are_matched_by_name(tmp_path):
     for name, labels in (("one", "{bad: bad, good: good}"), ("two", "{good: good, bad: bad}")):
         (tmp_path / f"{name}.yaml").write_text(task + labels + "\n")
     sizes = {"train_examples": 16, "dev_examples": 8, "test_examples": 16, "kind": "classifier"}
-    run_settings(config(tmp_path / "run", task=str(tmp_path / "one.yaml"), keep="last", lr=1e-4, **sizes), plot=False)
+    run_settings(config(tmp_path / "run", task=str(tmp_path / "one.yaml"), keep="last", lr=1e-4, **sizes))
     moved = (tmp_path / "run/model").rename(tmp_path / "moved")
     found = [
         metazo.evaluate(moved, tmp_path / f"{name}.yaml", kind="classifier")["accuracy"] for name in ("one", "two")
@@ -208,7 +206,7 @@ def test_adapters_name_no_folder_of_this_machine(adapters):
 
 def test_adapters_on_adapters_are_loaded_on_what_they_were_trained_on(adapters, tmp_path):
     out, _ = adapters
-    summary = run_settings(config(tmp_path / "on", model=str(out), keep="last", lr=1e-2, steps=3), plot=False)
+    summary = run_settings(config(tmp_path / "on", model=str(out), keep="last", lr=1e-2, steps=3))
     assert on_test(str(tmp_path / "on"))["loss"] == pytest.approx(summary["test"]["loss"], rel=1e-5)
 
 
@@ -219,7 +217,7 @@ def test_merged_adapters_of_a_sentence_encoder(tmp_path, minilm):
         (tmp_path / "sst2" / f"{split}.jsonl").write_text("\n".join(rows))
     extra = {"model": str(minilm), "task": "sst2", "data": tmp_path, "head": "linear", "train": ["*layer.5.*", "head*"]}
     sizes = {"train_examples": 20, "dev_examples": 8, "test_examples": 8}
-    summary = run_settings(config(tmp_path / "run", merge=True, keep="last", steps=4, **sizes, **extra), plot=False)
+    summary = run_settings(config(tmp_path / "run", merge=True, keep="last", steps=4, **sizes, **extra))
     loaded = load(tmp_path / "run", num_labels=2)
     assert not any("lora_" in name for name, _ in loaded.model.named_parameters())
     prepared = prepare(resolve("sst2"), loaded, data=tmp_path, train=20, dev=8, test=8)
@@ -235,7 +233,7 @@ def tuned(request, tmp_path_factory):
     out = tmp_path_factory.mktemp(request.param) / "run"
     rank = {} if request.param == "ia3" else {"adapter_rank": 3}
     extra = {"lora": 0, "adapter": request.param, "keep": "last", "steps": 4, "lr": 1e-2, **rank}
-    return request.param, out, run_settings(config(out, **extra), plot=False)
+    return request.param, out, run_settings(config(out, **extra))
 
 
 def test_every_kind_trains_its_tensors_alone_saves_and_loads(tuned, tmp_path):
@@ -258,7 +256,7 @@ def test_every_kind_is_continued_and_merged_if_it_can_be(tuned, tmp_path):
     """With adapter continue the run begins at the function that the adapters have, and writes the same tensors again."""
     kind, out, summary = tuned
     extra = {"lora": 0, "model": str(out), "keep": "last", "steps": 2}
-    on = run_settings(config(tmp_path / "on", adapter="continue", **extra), plot=False)
+    on = run_settings(config(tmp_path / "on", adapter="continue", **extra))
     assert on["before"] == summary["dev"]
     assert replay(tmp_path / "on" / "steps.jsonl", str(out)).identical
     trained = {name for name, p in set_up(config(tmp_path / "x", adapter="continue", **extra)).loaded.model.named_parameters()

@@ -54,7 +54,7 @@ def wide(tiny, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def int8_run(tmp_path_factory):
     out = tmp_path_factory.mktemp("int8") / "run"
-    return out, run_settings(config(out, quantize="int8"), plot=False)
+    return out, run_settings(config(out, quantize="int8"))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -86,7 +86,7 @@ def test_adapters_are_trained_in_float32_and_the_base_is_untouched(tmp_path: Pat
     before = {
         n: p.dequantize() for n, p in setup.loaded.model.named_parameters() if n.endswith("q_proj.base_layer.weight")
     }
-    run_settings(config(tmp_path / "run", quantize="int8", optimizer=optimizer), plot=False)
+    run_settings(config(tmp_path / "run", quantize="int8", optimizer=optimizer))
     again = load(tmp_path / "run").model
     assert before and all(torch.equal(again.get_parameter(name).dequantize(), value) for name, value in before.items())
     assert any(float(p.abs().max()) > 0 for name, p in again.named_parameters() if "lora_B" in name)
@@ -101,7 +101,7 @@ def test_a_run_is_evaluated_replayed_and_continued_on_the_same_quantised_base(in
     )
     again = replay(out / "steps.jsonl", "pico", tmp_path / "again")
     assert again.identical and metazo.evaluate(tmp_path / "again", "pico_sentiment", **_sizes()) == summary["test"]
-    on = run_settings(config(tmp_path / "on", model=str(out), lora=0, adapter="continue"), plot=False)
+    on = run_settings(config(tmp_path / "on", model=str(out), lora=0, adapter="continue"))
     assert on["before"] == summary["dev"]
     assert json.loads((tmp_path / "on/model/metazo.json").read_text())["quantize"] == "int8"
     with pytest.raises(UserError, match=r"a base that was quantised \(int8\), into which they cannot be merged"):
@@ -115,7 +115,7 @@ def _sizes() -> dict[str, int]:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_nf4_end_to_end(wide: Path, tmp_path: Path, dtype: str) -> None:
     settings = {"model": str(wide), "quantize": "nf4", "dtype": dtype}
-    summary = run_settings(config(tmp_path / "run", **settings), plot=False)
+    summary = run_settings(config(tmp_path / "run", **settings))
     assert metazo.evaluate(tmp_path / "run") == summary["test"]
     assert replay(tmp_path / "run" / "steps.jsonl", str(wide)).identical
 
@@ -129,7 +129,7 @@ def test_a_saved_quantised_folder_is_a_model(wide: Path, tmp_path: Path, kind: s
     ids = torch.arange(3, 20)[None]
     with torch.inference_mode():
         assert torch.equal(loaded.model(ids).logits, again.model(ids).logits)
-    summary = run_settings(config(tmp_path / "run", model=str(tmp_path / "q")), plot=False)
+    summary = run_settings(config(tmp_path / "run", model=str(tmp_path / "q")))
     assert metazo.evaluate(tmp_path / "run") == summary["test"]
     for extra, said in (
         ({"lora": 0}, r"is quantised, and \d+ of its tensors, such as .*, cannot be trained; train adapters"),

@@ -85,7 +85,7 @@ def toy(tmp_path_factory):
 
 
 def run(out: Path, **extra) -> Path:
-    run_settings(build(FinetuneConfig, RUN, {"out": out}, extra), plot=False)
+    run_settings(build(FinetuneConfig, RUN, {"out": out}, extra))
     return out
 
 

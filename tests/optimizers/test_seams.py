@@ -93,7 +93,7 @@ def test_the_update_is_the_gradient(precision):
 
 
 def run(out, **extra):
-    return run_settings(build(FinetuneConfig, RUN, {"out": out}, extra), plot=False)
+    return run_settings(build(FinetuneConfig, RUN, {"out": out}, extra))
 
 
 def test_a_killed_run_computes_its_steps_again_and_a_log_is_refused(tmp_path):

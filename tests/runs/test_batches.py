@@ -60,7 +60,7 @@ def test_a_run_records_the_choice_and_is_replayed(tmp_path: Path) -> None:
     losses = {}
     for batches in (None, "by-length"):
         out = tmp_path / str(batches)
-        run_settings(FinetuneConfig(**common, out=out, batches=batches), Console(quiet=True), plot=False)
+        run_settings(FinetuneConfig(**common, out=out, batches=batches), Console(quiet=True))
         assert header(out / "steps.jsonl")["settings"]["batches"] == batches
         losses[batches] = [step.losses for step in read(out / "steps.jsonl")]
         replay(out / "steps.jsonl", base="pico", out=tmp_path / f"{batches} again")

@@ -127,11 +127,11 @@ def header(out: Path) -> dict:
 def test_a_run_records_what_was_taken_as_if_it_had_been_named(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(choose, "free_memory", lambda device: LITTLE)
     shown = io.StringIO()
-    run_settings(settings(**COMMON, out=tmp_path / "auto"), Console(file=shown), plot=False)
+    run_settings(settings(**COMMON, out=tmp_path / "auto"), Console(file=shown))
     assert "auto takes answer-column" in " ".join(shown.getvalue().split())
     taken = {"optimizer": "answer-column", "lr": 3e-3, "schedule": "linear"}
     named = settings(**COMMON, **taken, out=tmp_path / "named")
-    run_settings(named, Console(quiet=True), plot=False)
+    run_settings(named, Console(quiet=True))
     assert header(tmp_path / "auto") == header(tmp_path / "named")
     one, two = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("auto", "named"))
     assert one["test"] == two["test"] and one["optimizer"] == "answer-column"

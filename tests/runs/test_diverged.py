@@ -25,7 +25,7 @@ SMALL: dict[str, Any] = {
 
 
 def tune(out: Path, **settings: Any) -> dict[str, Any]:
-    return run_settings(build(FinetuneConfig, SMALL, {"out": out, **settings}), plot=False)
+    return run_settings(build(FinetuneConfig, SMALL, {"out": out, **settings}))
 
 
 def records(out: Path) -> list[dict[str, Any]]:

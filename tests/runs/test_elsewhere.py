@@ -37,7 +37,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     rows = [{"text": f"the soup {n} was {n % 2}", "label": n % 2} for n in range(24)]
     (folder / "tasks/rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.chdir(folder)
-    run_settings(build(FinetuneConfig, SETTINGS), plot=False)
+    run_settings(build(FinetuneConfig, SETTINGS))
     return folder
 
 
@@ -60,7 +60,7 @@ def test_from_another_folder(project: Path, moved: bool, monkeypatch: pytest.Mon
     assert metazo.evaluate(run) == before
     assert replay(run / "steps.jsonl", str(project / "models/base"), Path("again")).identical
     unfinished(run)
-    run_settings(build(FinetuneConfig, SETTINGS, {"out": run, "resume": True}), plot=False)
+    run_settings(build(FinetuneConfig, SETTINGS, {"out": run, "resume": True}))
     assert (run / "steps.jsonl").read_bytes() == log
     assert metazo.evaluate(run) == before
 
@@ -98,5 +98,5 @@ def test_a_run_of_an_earlier_version_has_no_working_directory(project: Path) -> 
     config.pop(STARTED)
     Path("runs/a/config.json").write_text(json.dumps(config))
     unfinished(Path("runs/a"))
-    run_settings(build(FinetuneConfig, SETTINGS, {"resume": True}), plot=False)
+    run_settings(build(FinetuneConfig, SETTINGS, {"resume": True}))
     assert scan(Path("runs/a/steps.jsonl")).sound().end is not None

@@ -54,13 +54,13 @@ def files(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("scale", ["none", "rms"])
 def test_one_seed_one_result_and_another_seed_another(tmp_path, scale):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        run_settings(config(tmp_path / name, scale=scale, seed=seed), plot=False)
+        run_settings(config(tmp_path / name, scale=scale, seed=seed))
     assert files(tmp_path / "a") == files(tmp_path / "b")
     assert files(tmp_path / "a")["log"] != files(tmp_path / "c")["log"]
 
 
 def test_output_folder(tmp_path):
-    summary = run_settings(config(tmp_path / "run", keep="last"))
+    summary = run_settings(config(tmp_path / "run", keep="last"), plot=True)
     assert summary["forwards"] == 48 and summary["steps"] == 24
     assert (tmp_path / "run" / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["test"]["loss"] == summary["test"]["loss"]
@@ -73,7 +73,7 @@ def test_output_folder(tmp_path):
 
 def test_first_order_learns_and_beats_the_majority(tmp_path):
     sizes = {"steps": 80, "batch_size": 16, "train_examples": 400, "dev_examples": 32, "test_examples": 200}
-    summary = run_settings(config(tmp_path / "fo", optimizer="first-order-adamw", lr=1e-3, **sizes), plot=False)
+    summary = run_settings(config(tmp_path / "fo", optimizer="first-order-adamw", lr=1e-3, **sizes))
     assert summary["test"]["accuracy"] > summary["test"]["majority"] + 0.2
     assert summary["dev"]["loss"] < 0.7 * summary["before"]["loss"]
 
@@ -85,12 +85,12 @@ def test_freeze_and_train_select_by_pattern(tmp_path):
 
 
 def test_accumulation_takes_other_examples_and_as_many_more_forwards(tmp_path):
-    summary = run_settings(config(tmp_path / "run", accumulate=3, steps=4), plot=False)
+    summary = run_settings(config(tmp_path / "run", accumulate=3, steps=4))
     assert summary["forwards"] == 24
 
 
 def test_schedule(tmp_path):
-    run_settings(config(tmp_path / "run", schedule="linear"), plot=False)
+    run_settings(config(tmp_path / "run", schedule="linear"))
     rates = [step.lr[0] for step in read(tmp_path / "run" / "steps.jsonl")]
     assert rates == pytest.approx([1e-4 * (1 - step / 24) for step in range(24)])
 
@@ -150,13 +150,13 @@ def test_nan_before_the_first_step_leaves_nothing(tmp_path):
 
 
 def test_folders_that_hold_something(tmp_path):
-    run_settings(config(tmp_path / "run", steps=2), plot=False)
+    run_settings(config(tmp_path / "run", steps=2))
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     with pytest.raises(UserError, match="already holds a run"):
         run_settings(config(tmp_path / "run"))
     with pytest.raises(UserError, match="`lr` was 0.0001 .* is 0.01 now"):
         run_settings(config(tmp_path / "run", lr=1e-2, steps=2, resume=True))
-    again = run_settings(config(tmp_path / "run", steps=2, resume=True), plot=False)
+    again = run_settings(config(tmp_path / "run", steps=2, resume=True))
     assert again == json.loads((tmp_path / "run" / "summary.json").read_text()), "a complete run is not run again"
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     with pytest.raises(UserError, match="holds no run"):

@@ -41,7 +41,7 @@ def run(task: Path, out: Path, **extra) -> dict:
         "eval_every": 4, "train_examples": 200, "dev_examples": 40, "test_examples": 40, "keep": "last",
         "max_length": 40, "eval_batch_size": 16, "snapshot_every": 0,
     }  # fmt: skip
-    return run_settings(build(FinetuneConfig, settings, extra), plot=False)
+    return run_settings(build(FinetuneConfig, settings, extra))
 
 
 @pytest.fixture(scope="module")

@@ -62,9 +62,7 @@ def test_a_step_that_is_skipped_leaves_the_weights_and_a_record(tmp_path, optimi
         run_settings(config(out=tmp_path / "run", optimizer=optimizer, max_loss=1e-3, max_bad_steps=4))
     steps = read(tmp_path / "run" / "steps.jsonl")
     assert [step.coefficients for step in steps] == [()] * 4 and all(max(step.losses) > 1e-3 for step in steps)
-    run_settings(
-        config(out=tmp_path / "all", optimizer=optimizer, max_loss=1e-3, max_bad_steps=9, keep="last"), plot=False
-    )
+    run_settings(config(out=tmp_path / "all", optimizer=optimizer, max_loss=1e-3, max_bad_steps=9, keep="last"))
     kept = load_model(tmp_path / "all" / "model").model
     for a, b in zip(kept.parameters(), load_model("pico").model.parameters()):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6 if optimizer == "mezo" else 0)
@@ -139,10 +137,10 @@ def test_a_probe_that_leads_too_far_is_told():
 
 def test_an_eps_below_rounding_is_said_with_figures(tmp_path):
     said = console()
-    run_settings(config(out=tmp_path / "small", eps=1e-8, lr=1e-8, steps=101), said, plot=False)
+    run_settings(config(out=tmp_path / "small", eps=1e-8, lr=1e-8, steps=101), said)
     assert "`eps` 1e-08 is too small for this precision" in said.export_text()
     said = console()
-    run_settings(config(out=tmp_path / "usual", lr=1e-8, steps=101), said, plot=False)
+    run_settings(config(out=tmp_path / "usual", lr=1e-8, steps=101), said)
     assert "too small" not in said.export_text()
 
 

@@ -34,7 +34,7 @@ OWN = {
 
 
 def tuned(out: Path, **settings) -> Path:
-    run_settings(build(FinetuneConfig, SMALL, {"out": out, **settings}), plot=False)
+    run_settings(build(FinetuneConfig, SMALL, {"out": out, **settings}))
     return out
 
 

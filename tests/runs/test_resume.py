@@ -32,7 +32,7 @@ SETTINGS = {
 def tuned(out: Path, **settings) -> str:
     """Runs to the end. Returns: the messages."""
     console = Console(file=io.StringIO(), width=400)
-    run_settings(build(FinetuneConfig, SETTINGS, {"out": out, **settings}), console, plot=False)
+    run_settings(build(FinetuneConfig, SETTINGS, {"out": out, **settings}), console)
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 

@@ -58,9 +58,7 @@ def test_warmup_is_a_share_below_1_and_a_number_of_steps_from_1_on():
 
 
 def test_epochs_set_the_length(tmp_path):
-    summary = run_settings(
-        config(tmp_path / "run", steps=None, epochs=1.5, train_examples=10, accumulate=2, lr=0.0), plot=False
-    )
+    summary = run_settings(config(tmp_path / "run", steps=None, epochs=1.5, train_examples=10, accumulate=2, lr=0.0))
     assert summary["steps"] == 4  # 15 examples, 4 per step
     with pytest.raises(UserError, match="`steps` and `epochs` set the length"):
         config(tmp_path, epochs=1.0)
@@ -71,7 +69,7 @@ def test_patience_ends_the_run_after_so_many_evaluations_without_a_lower_loss(tm
 
     The method is first-order, so that no probe leaves rounding errors in the weights.
     """
-    summary = run_settings(config(tmp_path / "run", optimizer="first-order-sgd", lr=0.0, patience=3), plot=False)
+    summary = run_settings(config(tmp_path / "run", optimizer="first-order-sgd", lr=0.0, patience=3))
     assert summary["steps"] == 6 and "Stopped early after step 6 of 12" in summary["notes"][-1]
     losses = [json.loads(row)["dev"]["loss"] for row in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert len(losses) == 4 and losses.index(min(losses)) == 0
@@ -86,7 +84,7 @@ def test_patience_ends_the_run_after_so_many_evaluations_without_a_lower_loss(tm
     ],
 )
 def test_stopped_and_resumed_is_bit_identical(tmp_path, settings, monkeypatch):
-    run_settings(config(tmp_path / "whole", **settings), plot=False)
+    run_settings(config(tmp_path / "whole", **settings))
     stop = _Run._stop_if_asked
 
     def stopping(self, step):
@@ -98,7 +96,7 @@ def test_stopped_and_resumed_is_bit_identical(tmp_path, settings, monkeypatch):
         patched.setattr(_Run, "_stop_if_asked", stopping)
         with pytest.raises(Interrupted):
             run_settings(config(tmp_path / "cut", **settings))
-    run_settings(config(tmp_path / "cut", resume=True, **settings), plot=False)
+    run_settings(config(tmp_path / "cut", resume=True, **settings))
     for name in ("steps.jsonl", "model/model.safetensors"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     if "warmup" in settings:
@@ -164,7 +162,7 @@ def test_several_ranks_are_refused_before_anything_is_written_and_said_once(tmp_
 def test_markup_in_names_is_text(tmp_path, capsys):
     """[/red] closes a style that is not open, which rich refuses to print."""
     out = tmp_path / "[/red]"
-    summary = run_settings(config(out, steps=2, lr=0.0), Console(width=200), plot=False)
+    summary = run_settings(config(out, steps=2, lr=0.0), Console(width=200))
     assert summary["steps"] == 2 and (out / "model").is_dir()
-    assert run_settings(config(out, steps=2, lr=0.0, resume=True), Console(width=200), plot=False) == summary
+    assert run_settings(config(out, steps=2, lr=0.0, resume=True), Console(width=200)) == summary
     assert "[/red]" in capsys.readouterr().out

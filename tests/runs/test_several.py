@@ -129,7 +129,7 @@ def said(folder: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def serial(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("serial") / "run"
-    run_settings(_config(out), plot=False)
+    run_settings(_config(out))
     return out
 
 
@@ -158,7 +158,7 @@ def test_two_processes_divide_the_examples_of_a_batch(folder, said, serial):
 
 
 def test_two_processes_divide_the_probes_bit_for_bit(folder, said, tmp_path):
-    run_settings(_config(tmp_path / "run", **PROBES), plot=False)
+    run_settings(_config(tmp_path / "run", **PROBES))
     first, second = (scan(out / "steps.jsonl") for out in (folder / "probes", tmp_path / "run"))
     assert first.steps == second.steps and first.end == second.end
     assert load_file(tmp_path / "run" / "model" / "model.safetensors").keys() <= said["probes"].keys()
@@ -170,7 +170,7 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step_and_one_process_
     assert said["stopped"].startswith("SIGTERM after step 4 of 6, which is saved")
     steps = scan(folder / "stopped" / "steps.jsonl").steps
     assert len(steps) == 4
-    run_settings(_config(folder / "stopped", resume=True), plot=False)
+    run_settings(_config(folder / "stopped", resume=True))
     assert scan(folder / "stopped" / "steps.jsonl").steps[:4] == steps
     _same(folder / "stopped", serial)
 
@@ -201,5 +201,5 @@ def test_a_dead_process_ends_the_run_with_one_sentence_and_one_process_continues
     message, seconds = said["killed"]
     assert message.startswith("Another process of this run has ended") and f"--resume {folder / 'killed'}" in message
     assert seconds < 40 and said["last"] >= 2
-    run_settings(_config(folder / "killed", resume=True), plot=False)
+    run_settings(_config(folder / "killed", resume=True))
     _same(folder / "killed", serial)

@@ -23,7 +23,7 @@ COMMON = {
 
 
 def run(out: Path, **settings):
-    return run_settings(FinetuneConfig(**{**COMMON, "out": out} | settings), Console(quiet=True), plot=False)
+    return run_settings(FinetuneConfig(**{**COMMON, "out": out} | settings), Console(quiet=True))
 
 
 def test_a_run_learns_and_refuses_a_replay(tmp_path: Path) -> None:

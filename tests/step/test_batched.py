@@ -210,7 +210,7 @@ def test_a_run_settles_its_form_and_the_log_names_it(tmp_path, batch_size, form)
         "pico", "pico_topic", optimizer="lozo", method={"form": "auto"}, out=tmp_path / "run", batch_size=batch_size,
         train_examples=40, dev_examples=8, test_examples=8, keep="last", steps=3, lr=1e-4,
     )  # fmt: skip
-    run_settings(config, plot=False)
+    run_settings(config)
     log = tmp_path / "run" / "steps.jsonl"
     assert json.loads(log.read_text().splitlines()[0])["settings"]["method"]["form"] == form
     replay(log, "pico", tmp_path / "again")

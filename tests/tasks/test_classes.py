@@ -136,7 +136,7 @@ def test_a_run_on_label_phrases_is_saved_and_replayed(sentence, rows, tmp_path):
     config = FinetuneConfig(
         str(sentence), str(path), tmp_path / "run", steps=3, batch_size=4, data=rows, head="phrases", lr=1e-3, **sizes
     )
-    summary = run_settings(config, plot=False)
+    summary = run_settings(config)
     again = replay(tmp_path / "run" / "steps.jsonl", str(sentence), tmp_path / "again")
     assert again.identical
     spoken = from_yaml(path)
