@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import metazo
+from tests import warm
 
 ROOT = Path(__file__).parents[1]
 
@@ -66,7 +67,8 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 
 def test_star_import_and_help() -> None:
-    text = python("import metazo; help(metazo); from metazo import *; print(callable(MeZO) and callable(finetune))")
+    code = "import metazo; help(metazo); from metazo import *; print(callable(MeZO) and callable(finetune))"
+    text = warm.run("-c", code).stdout
     assert (
         text.splitlines()[-1] == "True"
         and "forward passes only" in text

@@ -9,6 +9,7 @@ Where not to use: to test what is imported, or what happens without a package.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import multiprocessing
 import os
 import runpy
@@ -20,8 +21,10 @@ from collections.abc import Callable, Mapping
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+from huggingface_hub import constants
 from torch.multiprocessing import start_processes
 
 ROOT = Path(__file__).parents[1]
@@ -34,7 +37,7 @@ class Process:
     def __init__(self, *arguments: object, environment: Mapping[str, str] | None = None, cwd: Path | None = None):
         self.told = Path(tempfile.mkdtemp(prefix="warm"))
         started = ([*map(str, arguments)], self.told, {**os.environ, **(environment or {})}, cwd or Path.cwd())
-        _serve()
+        serve()
         self.process = CONTEXT.Process(target=_run, args=started)
         self.process.start()
 
@@ -63,10 +66,15 @@ class Process:
     def kill(self) -> None:
         self.process.kill()
 
+    def shown(self) -> str:
+        """Standard output so far."""
+        out = self.told / "out"
+        return out.read_text() if out.exists() else ""
+
     def communicate(self, timeout: float = 280) -> tuple[str, str]:
         """Standard output and standard error, at the process's end."""
         self.wait(timeout)
-        return (self.told / "out").read_text(), (self.told / "err").read_text()
+        return self.shown(), (self.told / "err").read_text()
 
 
 def run(*arguments: object, timeout: float = 280, **options) -> subprocess.CompletedProcess[str]:
@@ -78,7 +86,7 @@ def run(*arguments: object, timeout: float = 280, **options) -> subprocess.Compl
 
 def ranks(function: Callable[..., None], *arguments: Any, count: int = 2, join: bool = True) -> list[BaseProcess]:
     """Run `function(rank, *arguments)` in `count` processes; join: raise the error of one that fails, else return at once."""
-    _serve()
+    serve()
     told = (dict(os.environ), function, arguments)
     context = start_processes(_rank, told, nprocs=count, join=False, start_method="forkserver")
     while join and not context.join():
@@ -93,9 +101,9 @@ def _rank(rank: int, environment: dict[str, str], function: Callable[..., None],
     function(rank, *arguments)
 
 
-def _serve() -> None:
-    """Start the server unless it runs. It keeps signals blocked, as that of a comparison's workers does, until a process
-    unblocks them.
+def serve() -> None:
+    """Start the server unless it runs; the workers of comparisons in this process are then forked from it too. It keeps
+    signals blocked, as that of a comparison's workers does, until a process unblocks them.
     """
     CONTEXT.set_forkserver_preload([__name__, "tests.warm_server"])
     resource_tracker.ensure_running()
@@ -107,9 +115,33 @@ def _serve() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
+def _fork(program: str | bytes, arguments: list[str], kept: list[int]) -> int:
+    """In the place of `spawnv_passfds`: start a server for the workers of this process as a fork of it. A cold one, which
+    would import what is imported here, takes four seconds of CPU. It is a child process as the cold one would be, and has
+    none of this process's files: a lock or the end of a pipe that it kept would outlive this process.
+    """
+    child = os.fork()
+    if child:
+        return child
+    try:
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for file in map(int, os.listdir("/dev/fd")):
+            if file > 2 and file not in (nothing, *kept):
+                with contextlib.suppress(OSError):  # the listing's own
+                    os.dup2(nothing, file)  # not closed: its number must not be that of another file
+        exec(arguments[-1], {})
+    finally:
+        os._exit(0)
+
+
 def _run(arguments: list[str], told: Path, environment: dict[str, str], cwd: Path) -> None:
+    forkserver.util = SimpleNamespace(**vars(forkserver.util) | {"spawnv_passfds": _fork})  # type: ignore[attr-defined]
+    hub = {name: value for name, value in environment.items() if name.startswith("HF_")}
+    changed = any(os.environ.get(name) != value for name, value in hub.items())
     os.environ.clear()
     os.environ.update(environment)
+    if changed:  # what the library of the Hub read when the server imported it
+        importlib.reload(constants)
     os.chdir(cwd)
     for number, name in ((1, "out"), (2, "err")):
         file = os.open(told / name, os.O_CREAT | os.O_WRONLY | os.O_APPEND)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from hashlib import sha256
@@ -17,6 +15,7 @@ from metazo import zoo
 from metazo.errors import UserError
 from metazo.zoo import address as address_rules
 from metazo.zoo import download
+from tests import warm
 from tests.zoo.conftest import make_tuner
 from tests.zoo.server import Handler, Server, serving
 
@@ -281,9 +280,8 @@ def test_two_processes_pull_the_same_address_at_once(address: str, home: Path) -
         "address.ALLOWED.append(ipaddress.ip_network('127.0.0.1/32')); "
         "print(zoo.pull(sys.argv[1], report=lambda line: None).path)"
     )
-    command = [sys.executable, "-c", program, f"{address}/t#sha256={DIGEST}"]
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    told = [process.communicate(timeout=120)[0].strip() for process in running]
+    running = [warm.Process("-c", program, f"{address}/t#sha256={DIGEST}") for _ in range(2)]
+    told = [process.communicate()[0].strip() for process in running]
     assert [process.returncode for process in running] == [0, 0] and told[0] == told[1]
     assert Path(told[0]).read_bytes() == DATA and files(home) == ["card.md", "index.json", "tuner.safetensors"]
     assert {check.problem for check in zoo.verify() if check.where == "cache"} == {None}

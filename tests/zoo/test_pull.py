@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-import os
-import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from hashlib import sha256
@@ -20,6 +17,7 @@ from metazo.errors import UserError
 from metazo.io.redact import shown_address
 from metazo.tuner.file import Tuner
 from metazo.zoo.index import Entry, write_index
+from tests import warm
 from tests.zoo.conftest import make_tuner
 from tests.zoo.server import Handler, Server, serving
 
@@ -169,14 +167,16 @@ def test_killed_pull_leaves_no_half_file(address: str, home: Path, server: Serve
         "address.ALLOWED.append(ipaddress.ip_network('127.0.0.1/32'));"
         "zoo.pull(sys.argv[1], report=functools.partial(print, flush=True))"
     )
-    process = subprocess.Popen([sys.executable, "-c", program, f"{address}/slow"], stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    assert process.stdout.readline().startswith(b"pulling")
+    process = warm.Process("-c", program, f"{address}/slow")
+    until = time.monotonic() + 60
+    while not (shown := process.shown()):
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.01)
+    assert shown.startswith("pulling")
     time.sleep(0.2)
     assert process.poll() is None  # it is waiting for the rest
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait(30)
-    process.stdout.close()
     assert server.requests and not kept(home)
 
 
@@ -187,10 +187,7 @@ def run(address: str, *arguments: str, **environment: str) -> subprocess.Complet
         "try:\n    app(standalone_mode=False)\nexcept UserError as e:\n    print(e, file=sys.stderr); sys.exit(2)"
     )
     known = {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_secret", "HF_HUB_DISABLE_XET": "1"}
-    return subprocess.run(
-        [sys.executable, "-c", program, *arguments], env=os.environ | known | environment, text=True,
-        capture_output=True, timeout=120,
-    )  # fmt: skip
+    return warm.run("-c", program, *arguments, environment=known | environment)
 
 
 def test_hub_pull_with_revision(address: str, home: Path) -> None:

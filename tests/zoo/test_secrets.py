@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +9,7 @@ import pytest
 
 from metazo.errors import UserError, without_secrets
 from metazo.runs.config import FinetuneConfig
+from tests import warm
 from tests.zoo.conftest import make_tuner
 from tests.zoo.server import Handler, Server, serving
 
@@ -40,11 +38,10 @@ def server() -> Iterator[Server]:
 
 
 PROGRAM = """
-import gc, sys, traceback
-gc.set_threshold(50_000)  # as metazo_cli.main.main
+import sys, traceback
 from metazo_cli.main import _mount, app
 _mount()
-for line in sys.stdin.read().splitlines():
+for line in sys.argv[1:]:
     try:
         app(line.split(), standalone_mode=False)
         print("done:", line.split()[0])
@@ -75,10 +72,7 @@ def test_a_token_is_sent_to_the_hub_and_to_nothing_else(where: str, tmp_path: Pa
     ]
     known = {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
              "HF_HOME": str(home), "HF_TOKEN": TOKEN if where == "environment" else ""}  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], input="\n".join(lines), env=os.environ | known, text=True, capture_output=True,
-        timeout=250, cwd=tmp_path,
-    )  # fmt: skip
+    done = warm.run("-c", PROGRAM, *lines, environment=known, cwd=tmp_path)
     assert done.stdout.count("done:") == 1, done.stdout + done.stderr
     assert done.stderr.count("metazo.errors.UserError") == len(lines) - 1, done.stderr
     assert f"Bearer {token}" in server.requests  # it was sent, and echoed

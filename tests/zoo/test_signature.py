@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import pytest
 from metazo import zoo
 from metazo.errors import UserError
 from metazo.zoo.signature import check_signature, signer
+from tests import warm
 from tests.zoo.conftest import make_tuner
 from tests.zoo.test_cli import run
 
@@ -143,7 +142,7 @@ def test_without_the_extra_one_sentence(tmp_path: Path, keys: tuple[Path, Path])
         "try:\n    zoo.pull('a/v1', sys.argv[1], key='k')\nexcept Exception as e:\n    print(type(e).__name__, e)"
     )
     signed(tmp_path / "z", keys[0])
-    done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "z")], capture_output=True, text=True)
+    done = warm.run("-c", program, tmp_path / "z")
     assert done.stdout.strip() == (
         "MissingPackage signatures need py-minisign, which is not installed: pip install 'metazo[sign]'"
     )

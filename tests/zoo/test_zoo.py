@@ -16,6 +16,7 @@ from metazo.errors import UserError
 from metazo.io.files import safe_name
 from metazo.tuner.file import Tuner
 from metazo.zoo.index import read_index
+from tests import warm
 from tests.zoo.conftest import SHAPES, make_tuner
 
 
@@ -141,8 +142,8 @@ def test_two_processes_pull_and_push_at_once(tmp_path: Path) -> None:
         "[zoo.push(sys.argv[2], sys.argv[3]) for _ in range(5)]"
     )
     paths = [str(tmp_path / "0.safetensors"), str(tmp_path / "1.safetensors")]
-    running = [subprocess.Popen([sys.executable, "-c", program, paths[0], path, str(tmp_path / "z")]) for path in paths]
-    assert [process.wait(120) for process in running] == [0, 0]
+    running = [warm.Process("-c", program, paths[0], path, tmp_path / "z") for path in paths]
+    assert [process.wait() for process in running] == [0, 0]
     names = sorted(entry.name for entry in read_index(tmp_path / "z"))
     assert names == sorted(f"other/v{number}" for number in range(1, 11))
     assert {check.problem for check in zoo.verify(tmp_path / "z")} == {None}
