@@ -22,7 +22,9 @@ def bench(
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Measure small models and one shape, as a check.")] = False,
     device: Annotated[str, typer.Option(help="cpu, or cuda for bfloat16 models of 134M, 1.3B and 8B.")] = "cpu",
-    rounds: Annotated[int, typer.Option(help="Least number of rounds per median.", min=5)] = 5,
+    rounds: Annotated[
+        int | None, typer.Option(help="Least number of rounds per median: 5 by default, and 2 with --quick.", min=5)
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for speed.json, speed.md and speed.png.")] = Path("runs/bench"),
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -44,7 +46,7 @@ def bench(
         raise UserError(f"--out {out} is a file; name a folder.")
     if suite == ["feedback"]:
         return _feedback(out, quick, as_json)
-    settings = suites.Settings(quick, device, rounds)
+    settings = suites.Settings(quick, device, rounds or (2 if quick else 5))
     chosen = suites.selected(suites.parts(settings), suite or [])
     console = Terminal(stderr=as_json)
     columns = (
