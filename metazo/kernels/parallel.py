@@ -56,6 +56,12 @@ def share(run: Callable[..., object], jobs: Iterable[tuple]) -> None:
     Waking a thread takes as long as adding noise to a small matrix, so pass all jobs that can run together in one call.
     The jobs of an iterator are made while others run.
     """
+    threads = torch.get_num_threads()
+    most = min(threads, len(jobs)) if isinstance(jobs, Sized) else threads
+    if most <= 1:
+        for job in jobs:
+            run(*job)
+        return
     left, lock = iter(jobs), Lock()
 
     def work() -> None:
@@ -66,8 +72,6 @@ def share(run: Callable[..., object], jobs: Iterable[tuple]) -> None:
                 return
             run(*job)
 
-    threads = torch.get_num_threads()
-    most = min(threads, len(jobs)) if isinstance(jobs, Sized) else threads
     helpers = [_pool(threads - 1).submit(work) for _ in range(most - 1)]
     try:
         work()

@@ -10,36 +10,40 @@ from tests.optimizers.contract import IDS, NAMES, MonkeySaddle, case, llama, mak
 every_method = pytest.mark.parametrize("name", NAMES)
 
 
-def descend(name: str, problem, lr: float, steps: int, **options) -> float:
-    """Loss at the end as a fraction of that at the start."""
-    start = float(problem().detach())
-    optimizer = make(name, problem.named(), lr, **options)
-    for _ in range(steps):
-        take(optimizer, problem)
-    return float(problem().detach()) / start
+def falls(name: str, problem, lr: float, share: float, steps: int = 100, loss=None, **options) -> bool:
+    """Whether the loss is below this share of that at the start after some steps, or for slow methods after twice as many."""
+    loss = loss or problem
+    start = float(loss().detach())
+    optimizer = make(name, list(problem.named_parameters()), lr, **options)
+    for _ in range(2):
+        for _ in range(steps):
+            take(optimizer, loss)
+        if float(loss().detach()) < share * start:
+            return True
+    return False
 
 
 @every_method
 def test_quadratic(name):
-    assert descend(name, quadratic(), case(name).quadratic, 200) < 0.2
+    assert falls(name, quadratic(), case(name).quadratic, 0.2)
 
 
 @every_method
 def test_ill_conditioned_quadratic(name):
     """Curvatures 1 to 100."""
-    assert descend(name, stiff(), case(name).stiff, 200) < 0.3
+    assert falls(name, stiff(), case(name).stiff, 0.3)
 
 
 @every_method
 def test_rademacher(name):
-    assert descend(name, quadratic(), case(name).quadratic, 200, noise="rademacher") < 0.3
+    assert falls(name, quadratic(), case(name).quadratic, 0.3, noise="rademacher")
 
 
 @every_method
 def test_block_scale(name):
     if not case(name).scaled:
         pytest.skip("brings its own block scale")
-    assert descend(name, quadratic(), case(name).quadratic, 200, scale="rms") < 0.3
+    assert falls(name, quadratic(), case(name).quadratic, 0.3, scale="rms")
 
 
 @every_method
@@ -67,11 +71,7 @@ def test_tiny_llama(name):
         return model(input_ids=IDS, labels=IDS).loss
 
     with torch.no_grad():
-        start = float(loss())
-        optimizer = make(name, list(model.named_parameters()), case(name).llama)
-        for _ in range(40):
-            take(optimizer, loss)
-        assert float(loss()) < 0.97 * start
+        assert falls(name, model, case(name).llama, 0.97, 20, loss)
 
 
 @every_method
