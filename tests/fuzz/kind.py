@@ -45,7 +45,9 @@ class Kind:
 
     def case(self, folder: Path, content: bytes) -> Callable[[Path], object]:
         """Put a case into the folder; returns its reader."""
-        (folder / self.file).write_bytes(content)
+        path = folder / self.file
+        path.unlink(missing_ok=True)  # some file systems flush a file that is emptied and written again
+        path.write_bytes(content)
         return self.read
 
 
