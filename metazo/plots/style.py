@@ -16,6 +16,7 @@ with needs("report"):
     import matplotlib
     from matplotlib.axes import Axes
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -100,8 +101,8 @@ def unprintable() -> Iterator[None]:
 def svg(figure: Figure) -> str:
     """The figure as SVG; the same figure gives the same text."""
     buffer = io.StringIO()
-    with styled(), unprintable():
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    with styled(), unprintable():  # not by savefig, which draws a figure with a layout twice
+        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
     return buffer.getvalue().replace(f"'{FONT}'", SHOWN_FONTS)
 
 
@@ -115,6 +116,6 @@ def save(figure: Figure, path: Path) -> None:
     if path.suffix == ".svg":
         path.write_text(svg(figure))
     else:
-        with styled(), unprintable():  # not by savefig, which draws a figure with a layout twice
+        with styled(), unprintable():  # as in svg()
             figure.set_dpi(130)
             FigureCanvasAgg(figure).print_png(path, metadata={"Software": None}, pil_kwargs={"compress_level": 3})
