@@ -14,7 +14,7 @@ import torch
 from metazo.kernels.outer import add_product_
 from metazo.kernels.splitfloat import plain_join
 from metazo.noise import cpu_split, philox
-from tests.noise.interpreted import DTYPES, MATRICES, PURPOSE, SEED, SIZES, STARTS, TENSOR, matrix, piece, shards
+from tests.noise.interpreted import DTYPES, MATRICES, PLACES, PURPOSE, SEED, TENSOR, matrix, piece, shards
 from tests.noise.test_split import weights
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -73,7 +73,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 def test_interpreted_kernels_agree_to_the_last_bit(results):
     found = results["noise_on_one_tensor"]
-    assert len(found) == 2 * len(SIZES) * len(STARTS) * len(DTYPES)
+    assert len(found) == 2 * len(PLACES) * len(DTYPES)
     for (kind, size, start, dtype), (added, placed) in found.items():
         z, base = noise(kind, size, start), torch.linspace(-3, 3, size)
         assert torch.equal(added, narrowed(base.to(dtype).float() * 0.7 + z * 0.3, dtype)), (kind, size, start, dtype)
@@ -84,7 +84,7 @@ def test_interpreted_kernels_agree_to_the_last_bit(results):
 def test_all_tensors_in_one_launch(results):
     """Placed, added, and with two seeds; nothing is written on either side of a tensor that is part of another."""
     found = results["noise_on_all_tensors"]
-    assert len(found) == 2 * len(DTYPES)
+    assert len(found) == len(DTYPES) + 1
     for (kind, dtype), lists in found.items():
         for k, (out, added, both) in enumerate(zip(*lists, strict=True)):
             size, alpha = len(added), 0.1 * k
@@ -110,7 +110,7 @@ def test_noise_on_shards(results):
 
 def test_noise_on_split_weights(results):
     found = results["noise_on_split_weights"]
-    assert len(found) == 16
+    assert len(found) == 8
     for (kind, high, low, start), (out, w, rest) in found.items():
         wide, other = weights(2051, high, low)
         moved = plain_join(wide, other) + noise(kind, 2051, start) * 0.3
