@@ -63,7 +63,9 @@ def test_every_command_parses(page, command, tmp_path, monkeypatch):
 
 def test_the_commands_for_newcomers_run(tmp_path, monkeypatch, capsys):
     from metazo_cli import main
+    from tests import warm
 
+    warm.serve()
     monkeypatch.chdir(tmp_path)
     for page in RUN:
         for command in commands(ROOT / "docs" / f"{page}.md"):
