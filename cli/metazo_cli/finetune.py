@@ -79,6 +79,9 @@ def finetune(
     settings = options.settings(FinetuneConfig, config, {**values, "method": own or None}, began)
     first = os.environ.get("RANK", "0") == "0"  # the one process that says anything, if torchrun started several
     console = Terminal(stderr=as_json, quiet=not first)
+    from metazo.runs.names import check_names
+
+    check_names(settings, data=not dry_run)
     if dry_run:
         from metazo.runs.plan import dry_run as planned
 

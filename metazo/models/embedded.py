@@ -1,10 +1,24 @@
-"""The models that metazo carries, by name."""
+"""The models that metazo carries, by name, and the folders of others."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from metazo.errors import UserError
+
 _HERE = Path(__file__).parents[1]
 PICO = _HERE / "pico" / "model"
 EMBEDDED = {"pico": PICO, "micro": _HERE / "micro" / "model"}
 """Name and folder; every place that takes a model takes one of these names."""
+
+
+def check_folder(source: str, name: str) -> None:
+    """Distinguish a path from a Hub id ("name" or "owner/name") before the network is asked for it."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"model folder {name!r} has no config.json; name a folder written by save_pretrained")
+    elif folder.is_file():
+        raise UserError(f"model {name!r} is a file; name the folder that holds it and its config.json")
+    elif folder.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
+        raise UserError(f"model folder {name!r} does not exist; check the path")

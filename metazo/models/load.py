@@ -18,7 +18,7 @@ from torch import nn
 from metazo.errors import UserError
 from metazo.io.extras import needs
 from metazo.models.checks import check_config, check_tokenizer, kind_of, not_finite
-from metazo.models.embedded import EMBEDDED
+from metazo.models.embedded import EMBEDDED, check_folder
 from metazo.models.quantize import check_package, check_shapes, quantised, quantization, remember_stored
 from metazo.models.sentence import HEAD_FILE, SentenceClassifier, find, pooling_of, quiet
 
@@ -254,18 +254,6 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
     if dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}; choose {', '.join(DTYPES)}")
     return DTYPES[dtype]
-
-
-def check_folder(source: str, name: str) -> None:
-    """Distinguish a path from a Hub id ("name" or "owner/name") before the network is asked for it."""
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UserError(f"model folder {name!r} has no config.json; name a folder written by save_pretrained")
-    elif folder.is_file():
-        raise UserError(f"model {name!r} is a file; name the folder that holds it and its config.json")
-    elif folder.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
-        raise UserError(f"model folder {name!r} does not exist; check the path")
 
 
 def _first_sentence(error: BaseException) -> str:

@@ -21,13 +21,12 @@ from metazo.errors import UserError
 from metazo.io.extras import needs
 from metazo.io.plain import read_json
 from metazo.models.checks import check_config, check_tokenizer, kind_of
-from metazo.models.embedded import EMBEDDED
+from metazo.models.embedded import EMBEDDED, check_folder
 from metazo.models.heads import new_head
 from metazo.models.load import (
     DTYPES,
     KINDS,
     LoadedModel,
-    check_folder,
     configuration,
     context_length,
     explained,

@@ -248,6 +248,11 @@ def load_entry(entry: str) -> None:
 def method(name: str) -> type[Method]:
     """The class of a method. Raises UserError for an unknown name."""
     load()
-    if name not in METHODS:
-        raise UserError(f"`optimizer` {name!r} is unknown; choose one of {', '.join(METHODS)}.")
+    require(name, METHODS)
     return METHODS[name]
+
+
+def require(name: str, known: Mapping[str, type[Method]]) -> None:
+    """Raises UserError for a name that is not one of the known methods."""
+    if name not in known:
+        raise UserError(f"`optimizer` {name!r} is unknown; choose one of {', '.join(known)}.")

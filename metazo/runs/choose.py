@@ -32,7 +32,6 @@ from metazo.optimizers.registry import method
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.resources import free_memory, size
 
-AUTO = "auto"
 SHARE = 0.8  # of the free memory that first-order training may take
 LEFT_OPEN = {"tuner": None, "scale": "none", "rule": "method", "noise": "method", "probing": "method"}
 """Settings that belong to a method, with the values that leave them open."""

@@ -13,6 +13,7 @@ from metazo.settings import check_number, check_values, setting, with_role
 
 FIRST_ORDER = ("first-order-sgd", "first-order-adamw")
 MOST_FIRST_ORDER = 1e30  # a larger learning rate overflows in torch's own optimizers
+AUTO = "auto"  # in the place of a method
 Precision = Literal["auto", "in-place", "master", "compensated-16", "compensated-8", "autocast"]
 
 

@@ -22,8 +22,8 @@ from metazo.models.embedded import EMBEDDED
 from metazo.models.load import LoadedModel
 from metazo.models.quantize import bytes_of
 from metazo.models.skeleton import skeleton, stored
-from metazo.runs.choose import AUTO, choose
-from metazo.runs.config import FinetuneConfig
+from metazo.runs.choose import choose
+from metazo.runs.config import AUTO, FinetuneConfig
 from metazo.runs.estimate import Estimate, Followed, estimate, measure_rates, state_bytes, step_seconds, weight_bytes
 from metazo.runs.examples import longest_batch, longest_input, prepared_task
 from metazo.runs.fit_precision import fit_precision

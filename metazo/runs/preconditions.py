@@ -10,8 +10,8 @@ from metazo.models.sentence import SentenceClassifier
 from metazo.optimizers.ranks import share
 from metazo.optimizers.registry import method
 from metazo.runs.batches import check_shares
-from metazo.runs.choose import AUTO, check_open
-from metazo.runs.config import FinetuneConfig
+from metazo.runs.choose import check_open
+from metazo.runs.config import AUTO, FinetuneConfig
 from metazo.runs.method import resolve_device
 from metazo.runs.track import check as check_trackers
 from metazo.runs.tuned import Given

@@ -16,8 +16,8 @@ from metazo.models.load import LoadedModel
 from metazo.models.sentence import SentenceClassifier
 from metazo.optimizers.ranks import share
 from metazo.optimizers.registry import method
-from metazo.runs.choose import AUTO, choose
-from metazo.runs.config import FinetuneConfig
+from metazo.runs.choose import choose
+from metazo.runs.config import AUTO, FinetuneConfig
 from metazo.runs.examples import longest_batch, longest_input, prepared_task
 from metazo.runs.fit_precision import fit_precision
 from metazo.runs.method import arguments, resolve_device

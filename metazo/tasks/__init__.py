@@ -4,26 +4,39 @@
     prepared = prepare(task, load_model("pico"), data=Path("data"), train=64)
     loss = prepared.loss(model, prepared.collate(prepared.train[:16]))
 
-A task of your own is one YAML file; docs/own-task.md has a commented example.
+A task of your own is one YAML file; docs/own-task.md has a commented example. Names that need torch are imported when they are
+first used.
 """
 
 from __future__ import annotations
 
 import difflib
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from metazo.errors import UserError
 from metazo.tasks import answers, books, generated, glue, superglue, text
 from metazo.tasks.custom import from_yaml
-from metazo.tasks.prepared import Batch, Prepared
 from metazo.tasks.rows import in_memory
-from metazo.tasks.splits import prepare
 from metazo.tasks.task import Task
+
+if TYPE_CHECKING:
+    from metazo.tasks.prepared import Batch as Batch
+    from metazo.tasks.prepared import Prepared as Prepared
+    from metazo.tasks.splits import prepare as prepare
 
 __all__ = ["TASKS", "Batch", "Prepared", "Task", "from_yaml", "get", "in_memory", "names", "prepare", "resolve"]
 
+_HOMES = {"Batch": "prepared", "Prepared": "prepared", "prepare": "splits"}
 _ALL = (*glue.TASKS, *superglue.TASKS, *answers.TASKS, *generated.TASKS, *text.TASKS, books.TASK)
 TASKS: dict[str, Task] = {task.name: task for task in _ALL}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 
 def names() -> list[str]:

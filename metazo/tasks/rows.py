@@ -74,13 +74,13 @@ def load(task: Task, split: str, data: Path | Rows | None) -> Source:
     if task.files:
         return _read(task, Path(task.files[split]))  # type: ignore[index]
     if data is not None:
-        return _read(task, _find(task, split, Path(data)))
+        return _read(task, find(task, split, Path(data)))
     if task.hub is None:
         raise UserError(f"task {task.name!r} names neither files nor a Hub data set; give its rows with `data=DIR`")
     return _from_hub(task, split)
 
 
-def _find(task: Task, split: str, data: Path) -> Path:
+def find(task: Task, split: str, data: Path) -> Path:
     """``DIR/<task>/<split>.jsonl``; a split with a longer Hub name (validation_matched) may be called validation."""
     if not data.is_dir():
         found = "is a file" if data.is_file() else "does not exist"

@@ -1,0 +1,26 @@
+"""Names in the settings of a run, checked without torch, so that a mistyped one is reported at once."""
+
+from __future__ import annotations
+
+from metazo.models.embedded import EMBEDDED, check_folder
+from metazo.optimizers.outline import methods
+from metazo.optimizers.registry import require
+from metazo.runs.config import AUTO, FinetuneConfig
+from metazo.tasks import resolve
+from metazo.tasks.rows import find
+
+
+def check_names(config: FinetuneConfig, data: bool = True) -> None:
+    """Raises UserError for a method or task that is not known, and for a model's folder or data that are not there.
+
+    data: whether the task's rows must be there, which a dry run does without. A run that is resumed may name folders that have
+    moved (metazo/runs/locate.py), so its names are not checked here.
+    """
+    if config.resume:
+        return
+    if config.optimizer != AUTO:
+        require(config.optimizer, methods())
+    task = resolve(config.task)
+    if data and config.data is not None and not task.files and task.generate is None:
+        find(task, "train", config.data)
+    check_folder(str(EMBEDDED.get(config.model, config.model)), config.model)
