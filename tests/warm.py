@@ -13,6 +13,7 @@ import importlib
 import multiprocessing
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -81,6 +82,7 @@ def run(*arguments: object, timeout: float = 280, **options) -> subprocess.Compl
     """As subprocess.run with captured text."""
     process = Process(*arguments, **options)
     out, err = process.communicate(timeout)
+    shutil.rmtree(process.told)
     return subprocess.CompletedProcess([*map(str, arguments)], process.returncode or 0, out, err)
 
 
