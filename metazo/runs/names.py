@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from metazo.models.embedded import EMBEDDED, check_folder
 from metazo.optimizers.outline import methods
 from metazo.optimizers.registry import require
@@ -13,10 +15,10 @@ from metazo.tasks.rows import find
 def check_names(config: FinetuneConfig, data: bool = True) -> None:
     """Raises UserError for a method or task that is not known, and for a model's folder or data that are not there.
 
-    data: whether the task's rows must be there, which a dry run does without. A run that is resumed may name folders that have
-    moved (metazo/runs/locate.py), so its names are not checked here.
+    data: whether the task's rows must be there, which a dry run does without. Nothing is checked here of a run that is resumed,
+    whose folders may have moved (metazo/runs/locate.py), or that torchrun started: its processes agree on errors later.
     """
-    if config.resume:
+    if config.resume or "RANK" in os.environ:
         return
     if config.optimizer != AUTO:
         require(config.optimizer, methods())
