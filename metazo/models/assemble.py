@@ -14,9 +14,10 @@ from metazo.models.adapters import PEFT_TYPES, add_adapters, merge_adapters, tra
 from metazo.models.checks import check_config
 from metazo.models.describe import RECORD, describe
 from metazo.models.embedded import EMBEDDED
-from metazo.models.load import DTYPES, LoadedModel, context_length, load_model, set_pad
+from metazo.models.load import DTYPES, LoadedModel, load_model
 from metazo.models.quantize import quantised
 from metazo.models.select import select_trainable
+from metazo.models.tokenizer import context_length, set_pad
 from metazo.models.wanted import Wanted
 
 ADAPTERS, MODEL = "adapter_config.json", "model"

@@ -1,10 +1,6 @@
-"""Checks of a checkpoint that anybody may have written: the kind of model, its sizes, its token ids, its weights."""
+"""Checks of a checkpoint that anybody may have written: the kind of model, its sizes, its weights."""
 
 from __future__ import annotations
-
-from math import prod
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -12,8 +8,6 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from metazo.errors import UserError
 from metazo.io.extras import needs
-from metazo.io.files import read_capped
-from metazo.io.plain import parse_json
 
 with needs("llm"):
     from transformers import (
@@ -46,8 +40,6 @@ _REFUSED = {
     "prophetnet": "an encoder-decoder whose losses depend on the padding of a batch",
     "t5gemma2": "a model of images or sound",
 }
-MAX_TOKENIZER_BYTES = 2**28
-MAX_GROWTH = 64
 
 
 def check_config(config: PreTrainedConfig, name: str) -> None:
@@ -102,44 +94,6 @@ def kind_of(config: PreTrainedConfig, kind: str, name: str) -> str:
             f"`kind` {kind}: {name!r} is a {config.model_type} model, which is {what}; leave `kind` out or name another."
         )
     return kind
-
-
-def check_tokenizer(folder: Path, name: str) -> None:
-    """Refuse a token id far beyond any vocabulary, which makes the tokenizer take memory until the process is killed."""
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        return
-    content = parse_json(read_capped(path, MAX_TOKENIZER_BYTES, "tokenizer"))
-    model = content.get("model") if isinstance(content, dict) else None
-    vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else []
-    added = content.get("added_tokens") if isinstance(content, dict) else None
-    ids += [token.get("id") for token in added or () if isinstance(token, dict)]
-    largest = max((value for value in ids if isinstance(value, int)), default=0)
-    if largest > MAX_TOKENS:
-        raise UserError(
-            f"the tokenizer of {name!r} has the token id {largest:,}; metazo takes at most {MAX_TOKENS:,} tokens"
-        )
-    longer = _growth(content)
-    if longer > MAX_GROWTH:
-        raise UserError(
-            f"the tokenizer of {name!r} may make a text {longer:,} times as long, and metazo allows {MAX_GROWTH}; check the "
-            "normalizer and the post_processor in its tokenizer.json"
-        )
-
-
-def _growth(part: Any) -> int:
-    """How many times as long the steps of a tokenizer may make a text: by what they put in place of a character, before
-    every text, or as copies of it. The product over all of them; a step of a known tokenizer makes 1 to 3."""
-    if isinstance(part, list):
-        return prod(min(_growth(each), MAX_GROWTH + 1) for each in part[: MAX_GROWTH + 1])
-    if not isinstance(part, dict):
-        return 1
-    own = max(len(text) if isinstance(text := part.get(key), str) else 1 for key in ("content", "prepend"))
-    if part.get("type") == "TemplateProcessing":
-        own = max(len(part[key]) // 8 if isinstance(part.get(key), list) else 1 for key in ("single", "pair"))
-    steps = [part.get(key) for key in ("normalizer", "post_processor", "normalizers", "processors")]
-    return min(max(1, own) * _growth([step for step in steps if isinstance(step, dict | list)]), 10**9)
 
 
 def not_finite(model: nn.Module) -> list[str]:

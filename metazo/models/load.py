@@ -17,10 +17,11 @@ from torch import nn
 
 from metazo.errors import UserError
 from metazo.io.extras import needs
-from metazo.models.checks import check_config, check_tokenizer, kind_of, not_finite
+from metazo.models.checks import check_config, kind_of, not_finite
 from metazo.models.embedded import EMBEDDED, check_folder
 from metazo.models.quantize import check_package, check_shapes, quantised, quantization, remember_stored
 from metazo.models.sentence import HEAD_FILE, SentenceClassifier, find, pooling_of, quiet
+from metazo.models.tokenizer import context_length, read_tokenizer, set_pad
 
 with needs("llm"):
     from transformers import (
@@ -29,7 +30,6 @@ with needs("llm"):
         AutoModelForMaskedLM,
         AutoModelForSeq2SeqLM,
         AutoModelForSequenceClassification,
-        AutoTokenizer,
         PreTrainedConfig,
         PreTrainedModel,
         PreTrainedTokenizerBase,
@@ -51,8 +51,6 @@ DTYPES = {
 HEADS = ("auto", "checkpoint", "linear", "prototype", "phrases")
 MADE = ("prototype", "phrases")
 """Heads that `metazo.tasks.classes.fit_head` makes from a task."""
-_EVERY = "a Z 0 é 語 \U0001f642 \x00 \n"
-"""Characters that a tokenizer may not know: one that cannot take them says so when it is loaded."""
 
 
 @dataclass
@@ -126,16 +124,13 @@ def load_model(
             with needs("trainer"):
                 import accelerate  # noqa: F401
             more["device_map"] = device_map
-        check_tokenizer(Path(source).expanduser(), name)
+        tokenizer = read_tokenizer(source, name, more["revision"])
         with quiet(), torch.random.fork_rng(devices=[]):  # a new head follows the seed, not the global generator
             torch.default_generator.manual_seed(seed)
             if chosen == "classifier":
                 model, new = _classifier(source, config, torch_dtype, num_labels, head, name, notes, more)
             else:
                 model, new = _language_model(source, config, torch_dtype, chosen, name, more), False
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=more["revision"], trust_remote_code=False)
-        if tokenizer(_EVERY, verbose=False)["input_ids"] is None:
-            raise UserError(f"the tokenizer of {name!r} makes no tokens")
     if new and trained_head:
         raise UserError(
             f"there is no trained head of {model.config.num_labels} classes in {name!r}, so its answers would be random; "
@@ -259,28 +254,3 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
 def _first_sentence(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text.split(". ")[0].rstrip(".")[:300]
-
-
-def set_pad(tokenizer: Any, model: PreTrainedModel | SentenceClassifier) -> None:
-    """Set the padding token. Padding is masked out, so any token serves: the tokenizer's own, end of text, unknown, or 0.
-
-    The config follows the tokenizer: classifiers find the last token of a row by the config's padding token.
-    """
-    encoder = model.encoder if isinstance(model, SentenceClassifier) else model
-    embeddings: Any = encoder.get_input_embeddings()
-    rows = embeddings.weight.shape[0]
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:  # a token that was added without an embedding
-        tokens = (tokenizer.eos_token, tokenizer.unk_token, tokenizer.convert_ids_to_tokens(0))
-        tokenizer.pad_token = next(t for t in tokens if t and tokenizer.convert_tokens_to_ids(t) < rows)
-    for config in (model.config, model.config.get_text_config()):
-        config.pad_token_id = tokenizer.pad_token_id
-
-
-def context_length(model: PreTrainedModel | SentenceClassifier, tokenizer: PreTrainedTokenizerBase) -> int:
-    config = model.config.get_text_config()
-    limits = [tokenizer.model_max_length]
-    for name in ("max_position_embeddings", "n_positions"):
-        limits.append(getattr(config, name, None) or limits[0])
-    if config.model_type in ("roberta", "xlm-roberta", "camembert", "longformer", "roberta-prelayernorm"):
-        limits[1] -= (getattr(config, "pad_token_id", 0) or 0) + 1  # their positions start after the padding index
-    return int(min(limits))

@@ -20,7 +20,7 @@ from torch import nn
 from metazo.errors import UserError
 from metazo.io.extras import needs
 from metazo.io.plain import read_json
-from metazo.models.checks import check_config, check_tokenizer, kind_of
+from metazo.models.checks import check_config, kind_of
 from metazo.models.embedded import EMBEDDED, check_folder
 from metazo.models.heads import new_head
 from metazo.models.load import (
@@ -28,15 +28,14 @@ from metazo.models.load import (
     KINDS,
     LoadedModel,
     configuration,
-    context_length,
     explained,
-    set_pad,
 )
 from metazo.models.quantize import expect_bytes
 from metazo.models.sentence import SentenceClassifier, pooling_of, quiet
+from metazo.models.tokenizer import context_length, read_tokenizer, set_pad
 
 with needs("llm"):
-    from transformers import AutoModel, AutoTokenizer, PreTrainedConfig
+    from transformers import AutoModel, PreTrainedConfig
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors format itself on a header."""
@@ -124,8 +123,7 @@ def _keep_wide(model: Any, dtype: torch.dtype) -> None:
 def _tokenizer(source: str, name: str, revision: str | None) -> tuple[Any, str | None]:
     try:
         with explained(name):
-            check_tokenizer(Path(source).expanduser(), name)
-            return AutoTokenizer.from_pretrained(source, revision=revision or "main", trust_remote_code=False), None
+            return read_tokenizer(source, name, revision), None
     except UserError as error:
         return None, f"its tokenizer cannot be read, and a run needs it ({error})"
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from metazo.errors import UserError
-from metazo.models.checks import _growth
 from metazo.models.embedded import PICO
 from metazo.models.load import load_model
+from metazo.models.tokenizer import _growth
 from metazo.tasks import prepare, resolve
 
 REPLACE = {"type": "Replace", "pattern": {"Regex": "."}, "content": "x" * 50}

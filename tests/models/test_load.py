@@ -90,6 +90,16 @@ def test_bad_requests_are_one_clear_sentence(tiny, tmp_path):
             load_model(**arguments)
 
 
+def test_a_folder_without_a_tokenizer_says_so(tiny, tmp_path):
+    """transformers makes a tokenizer of special tokens alone, and every label word would be blamed."""
+    folder = shutil.copytree(tiny("gpt2"), tmp_path / "model")
+    for path in folder.glob("*"):
+        if path.name not in ("config.json", "model.safetensors"):
+            path.unlink()
+    with pytest.raises(UserError, match="has no tokenizer; write it there"):
+        load_model(folder)
+
+
 @pytest.mark.parametrize("broken", ["model.safetensors", "config.json", "tokenizer.json"])
 def test_a_truncated_file_is_a_user_error(tiny, tmp_path, broken):
     folder = shutil.copytree(tiny("gpt2"), tmp_path / "model")

@@ -1,0 +1,96 @@
+"""The tokenizer of a checkpoint that anybody may have written, and what it and its model must agree on."""
+
+from __future__ import annotations
+
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from metazo.errors import UserError
+from metazo.io.extras import needs
+from metazo.io.files import read_capped
+from metazo.io.plain import parse_json
+from metazo.models.checks import MAX_TOKENS
+from metazo.models.sentence import SentenceClassifier
+
+with needs("llm"):
+    from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+MAX_TOKENIZER_BYTES = 2**28
+MAX_GROWTH = 64
+_EVERY = "a Z 0 é 語 \U0001f642 \x00 \n"
+"""Characters that a tokenizer may not know: one that cannot take them says so when it is loaded."""
+
+
+def read_tokenizer(source: str, name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or Hub id. Raises UserError for one that has no vocabulary or could exhaust the memory."""
+    _check_size(Path(source).expanduser(), name)
+    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision or "main", trust_remote_code=False)
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes such a one if there are no files
+        raise UserError(f"{name!r} has no tokenizer; write it there with tokenizer.save_pretrained")
+    if tokenizer(_EVERY, verbose=False)["input_ids"] is None:
+        raise UserError(f"the tokenizer of {name!r} makes no tokens")
+    return tokenizer
+
+
+def _check_size(folder: Path, name: str) -> None:
+    """Refuse a token id far beyond any vocabulary, which makes the tokenizer take memory until the process is killed."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return
+    content = parse_json(read_capped(path, MAX_TOKENIZER_BYTES, "tokenizer"))
+    model = content.get("model") if isinstance(content, dict) else None
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else []
+    added = content.get("added_tokens") if isinstance(content, dict) else None
+    ids += [token.get("id") for token in added or () if isinstance(token, dict)]
+    largest = max((value for value in ids if isinstance(value, int)), default=0)
+    if largest > MAX_TOKENS:
+        raise UserError(
+            f"the tokenizer of {name!r} has the token id {largest:,}; metazo takes at most {MAX_TOKENS:,} tokens"
+        )
+    longer = _growth(content)
+    if longer > MAX_GROWTH:
+        raise UserError(
+            f"the tokenizer of {name!r} may make a text {longer:,} times as long, and metazo allows {MAX_GROWTH}; check the "
+            "normalizer and the post_processor in its tokenizer.json"
+        )
+
+
+def _growth(part: Any) -> int:
+    """How many times as long the steps of a tokenizer may make a text: by what they put in place of a character, before
+    every text, or as copies of it. The product over all of them; a step of a known tokenizer makes 1 to 3."""
+    if isinstance(part, list):
+        return prod(min(_growth(each), MAX_GROWTH + 1) for each in part[: MAX_GROWTH + 1])
+    if not isinstance(part, dict):
+        return 1
+    own = max(len(text) if isinstance(text := part.get(key), str) else 1 for key in ("content", "prepend"))
+    if part.get("type") == "TemplateProcessing":
+        own = max(len(part[key]) // 8 if isinstance(part.get(key), list) else 1 for key in ("single", "pair"))
+    steps = [part.get(key) for key in ("normalizer", "post_processor", "normalizers", "processors")]
+    return min(max(1, own) * _growth([step for step in steps if isinstance(step, dict | list)]), 10**9)
+
+
+def set_pad(tokenizer: Any, model: PreTrainedModel | SentenceClassifier) -> None:
+    """Set the padding token. Padding is masked out, so any token serves: the tokenizer's own, end of text, unknown, or 0.
+
+    The config follows the tokenizer: classifiers find the last token of a row by the config's padding token.
+    """
+    encoder = model.encoder if isinstance(model, SentenceClassifier) else model
+    embeddings: Any = encoder.get_input_embeddings()
+    rows = embeddings.weight.shape[0]
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:  # a token that was added without an embedding
+        tokens = (tokenizer.eos_token, tokenizer.unk_token, tokenizer.convert_ids_to_tokens(0))
+        tokenizer.pad_token = next(t for t in tokens if t and tokenizer.convert_tokens_to_ids(t) < rows)
+    for config in (model.config, model.config.get_text_config()):
+        config.pad_token_id = tokenizer.pad_token_id
+
+
+def context_length(model: PreTrainedModel | SentenceClassifier, tokenizer: PreTrainedTokenizerBase) -> int:
+    config = model.config.get_text_config()
+    limits = [tokenizer.model_max_length]
+    for name in ("max_position_embeddings", "n_positions"):
+        limits.append(getattr(config, name, None) or limits[0])
+    if config.model_type in ("roberta", "xlm-roberta", "camembert", "longformer", "roberta-prelayernorm"):
+        limits[1] -= (getattr(config, "pad_token_id", 0) or 0) + 1  # their positions start after the padding index
+    return int(min(limits))
