@@ -100,6 +100,7 @@ def _rank(rank: int, environment: dict[str, str], function: Callable[..., None],
     os.environ.clear()
     os.environ.update(environment)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    _renew_pool()
     function(rank, *arguments)
 
 
@@ -115,6 +116,13 @@ def serve() -> None:
             forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _renew_pool() -> None:
+    """Torch's thread pool does not survive a fork, and if two threads are the first to ask for a new one, one may fail."""
+    import torch
+
+    torch.set_num_threads(torch.get_num_threads())
 
 
 def _fork(program: str | bytes, arguments: list[str], kept: list[int]) -> int:
@@ -150,6 +158,7 @@ def _run(arguments: list[str], told: Path, environment: dict[str, str], cwd: Pat
         os.dup2(file, number)
         os.close(file)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    _renew_pool()
     if arguments[0] == "metazo":
         from metazo_cli.main import main
 
