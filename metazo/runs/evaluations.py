@@ -35,7 +35,6 @@ class Scores(Records):
         self.setup, self.folder = setup, folder
         self.losses: list[float] = []
         self.most = GROWN * _start(setup.loaded)
-        self.lost: int | None = None  # the step of best weights whose file is missing, which a replay passes again
         self.evaluating = 0.0  # seconds, in this process
         self.started = time.monotonic()
 

@@ -193,11 +193,7 @@ class _Run(Ending):
     def catch_up(self) -> None:
         """Load a snapshot and replay the log after it; forward passes are needed only for evaluations that were lost."""
         steps = self.log.steps
-        latest = self.scores.take_up(self.folder.records(), len(steps))
-        if self.config.keep == "best" and self.scores.records:
-            best = self.scores.best()["step"]
-            if self.folder.step_of(BEST) != best:  # the run died between two best weights, or while it saved the model
-                self.scores.lost, latest = best, min(latest, best)
+        latest = self.scores.take_up(self.folder.records(), len(steps), self.folder.step_of(BEST))
         snapshot = self.folder.load_snapshot(latest)
         done = self._load(*snapshot) if snapshot else 0
         if not self.optimizer.replayable:  # steps that need a gradient, for example, are computed again

@@ -42,11 +42,7 @@ class Begun:
     def begin_at(self, records: Records, replayable: bool) -> tuple[int, int]:
         """The step after which the run goes on, and that of the snapshot from which it is resumed. Takes up the records."""
         written = len(self.log.steps) if self.log else 0
-        latest = records.take_up(self.folder.records(), written)
-        if self.config.keep == "best" and records.records:
-            best = records.best()["step"]
-            if self.folder.step_of(BEST) != best:
-                latest = min(latest, best)
+        latest = records.take_up(self.folder.records(), written, self.folder.step_of(BEST))
         found = (self.folder.step_of(path.name) for path in self.folder.snapshots())
         snapshot = next((step for step in found if step is not None and step <= latest), 0)
         done = written if replayable else snapshot

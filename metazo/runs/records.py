@@ -20,7 +20,8 @@ class Records:
     """What the evaluations of a run say: which were taken, which was the best, and whether the run has stalled or diverged.
 
     Args: metric: of the task, by which the best is chosen; None for the loss. steps: of the whole run.
-    Attributes: due, the steps after which an evaluation is due; records, one per line of metrics.jsonl.
+    Attributes: due, the steps after which an evaluation is due; records, one per line of metrics.jsonl; lost, the step of best
+    weights whose file is missing, which a replay passes again.
     """
 
     def __init__(self, config: FinetuneConfig, metric: str | None, steps: int):
@@ -30,17 +31,22 @@ class Records:
         self.minimised = "objective" if config.objective else "loss"
         self.metric = None if config.objective else metric
         self.records: list[dict[str, Any]] = []
+        self.lost: int | None = None
 
-    def take_up(self, found: Iterable[dict[str, Any]], steps: int) -> int:
-        """Take the records of a run whose log holds so many steps.
+    def take_up(self, found: Iterable[dict[str, Any]], steps: int, kept: int | None) -> int:
+        """Take the records of a run whose log holds so many steps. kept: the step of the best weights that are on disk.
 
-        Returns: the last step whose snapshot may be used to resume: it is not past an evaluation whose record was lost.
+        Returns: the last step whose snapshot may be used to resume: it is not past an evaluation whose record was lost, nor
+        past best weights that were lost, because the run died between two of them or while it saved the model.
         """
         for record, step in zip(found, self.due):
             if not (_sound(record) and record["step"] == step <= steps):
                 break
             self.records.append(record)
-        return min([steps, *(due - 1 for due in self.due[len(self.records) :])])
+        latest = min([steps, *(due - 1 for due in self.due[len(self.records) :])])
+        if self.config.keep == "best" and self.records and (best := self.best()["step"]) != kept:
+            self.lost, latest = best, min(latest, best)
+        return latest
 
     def best(self) -> dict[str, Any]:
         """The record with the best metric on dev (or the lowest objective, if there is one); ties are broken by the lowest
