@@ -21,10 +21,10 @@ from metazo.models.load import LoadedModel
 from metazo.models.skeleton import skeleton
 from metazo.recipes import locate
 from metazo.runs.config import FinetuneConfig
+from metazo.runs.dryrun import META, assumed_loss
 from metazo.runs.estimate import Estimate, estimate, scratch_bytes, state_bytes
 from metazo.runs.fit_precision import ORDER, SHARE
 from metazo.runs.method import build_optimizer
-from metazo.runs.plan import META, assumed_loss
 from metazo.settings import build, read_recipe
 from metazo.tuner.match import fingerprint
 

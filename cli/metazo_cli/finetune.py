@@ -79,11 +79,11 @@ def finetune(
     settings = options.settings(FinetuneConfig, config, {**values, "method": own or None}, began)
     first = os.environ.get("RANK", "0") == "0"  # the one process that says anything, if torchrun started several
     console = Terminal(stderr=as_json, quiet=not first)
-    from metazo.runs.names import check_names
+    from metazo.runs.names import check_names  # before torch is imported
 
     check_names(settings, data=not dry_run)
     if dry_run:
-        from metazo.runs.plan import dry_run as planned
+        from metazo.runs.dryrun import dry_run as planned
 
         if first:
             _show_plan(planned(settings), as_json)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from metazo.runs.resources import size
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class Plan(ABC):
     """Figures of a run; those in bytes have it in their name."""
 
     model: str
@@ -31,9 +32,9 @@ class Plan:
     disk_bytes: int
     """Peak size of the output folder and a recording."""
 
+    @abstractmethod
     def sentence(self) -> str:
         """The plan in words."""
-        raise NotImplementedError
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -13,9 +13,9 @@ from metazo.blocks import named_tensors, partition
 from metazo.feedback.residual import find_residual
 from metazo.recipes import locate
 from metazo.runs.config import FinetuneConfig
+from metazo.runs.dryrun import dry_run
 from metazo.runs.estimate import Rates, step_seconds
 from metazo.runs.method import build_optimizer
-from metazo.runs.plan import dry_run
 from metazo.settings import build, read_recipe
 from metazo.step.precision import POLICIES
 

@@ -17,8 +17,8 @@ from metazo.models.skeleton import skeleton
 from metazo.optimizers.registry import method
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.cost import measure
+from metazo.runs.dryrun import assumed_loss, dry_run
 from metazo.runs.estimate import Estimate, Rates, estimate, step_seconds
-from metazo.runs.plan import assumed_loss, dry_run
 from metazo.runs.setup import set_up
 from tests.models.test_skeleton import sparse
 

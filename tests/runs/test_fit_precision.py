@@ -11,8 +11,8 @@ from metazo.errors import UserError
 from metazo.models.skeleton import skeleton
 from metazo.runs import fit_precision as module
 from metazo.runs.config import FinetuneConfig
+from metazo.runs.dryrun import assumed_loss
 from metazo.runs.fit_precision import fit_precision
-from metazo.runs.plan import assumed_loss
 from metazo.steplog.format import scan
 
 RUN = {

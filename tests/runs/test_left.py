@@ -12,8 +12,8 @@ import pytest
 from metazo.errors import UserError
 from metazo.io.lock import FolderLock
 from metazo.runs.config import FinetuneConfig
+from metazo.runs.dryrun import dry_run
 from metazo.runs.finetune import tune
-from metazo.runs.plan import dry_run
 from metazo.steplog.format import STEPS
 
 STOPPED = 5  # steps before the interruption

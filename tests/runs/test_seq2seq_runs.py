@@ -23,9 +23,9 @@ from metazo.models.load import load_model
 from metazo.optimizers import LOZO, MeZO
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.cost import measure
+from metazo.runs.dryrun import dry_run
 from metazo.runs.finetune import run_settings
 from metazo.runs.measure import evaluate
-from metazo.runs.plan import dry_run
 from metazo.runs.replay import replay
 from metazo.runs.setup import set_up
 from metazo.settings import build
