@@ -19,10 +19,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
 )  # the models are small, and threads that wait for a busy core cost minutes
-# A run syncs about thirty files, and a disk takes 5 ms for each; memory takes none. A passed test leaves no files there.
-_MEMORY = Path("/dev/shm")
+# A run syncs about thirty files, and a disk takes 5 ms for each; memory takes none. The workers of xdist inherit the folder.
+_MEMORY, _ours = Path("/dev/shm"), None
 if "TMPDIR" not in os.environ and os.access(_MEMORY, os.W_OK) and shutil.disk_usage(_MEMORY).free > 4 << 30:
-    os.environ["TMPDIR"], tempfile.tempdir = str(_MEMORY), None
+    _ours = os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="metazo-tests-", dir=_MEMORY)
+    tempfile.tempdir = None
 gc.set_threshold(50_000)  # with torch and transformers imported, a full collection takes 0.2 s and finds little
 # A suite that was started in the background of a shell ignores Ctrl-C, as would every run that it starts and interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -32,6 +33,12 @@ TEXT = (
     "Yes No Maybe . Does this mean that the cat sat on the mat is true ? Yes or No ? Suppose we can infer that",
     "Question: who sat on the mat ? Answer: the cat . Context: the dog ran to the park . so because the grass",
 )
+
+
+def pytest_sessionfinish(exitstatus: int) -> None:
+    """Give the memory of the temporary files back, unless a test failed and somebody may look at them."""
+    if _ours is not None and exitstatus != pytest.ExitCode.TESTS_FAILED:
+        shutil.rmtree(_ours, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

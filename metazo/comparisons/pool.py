@@ -44,7 +44,9 @@ def _work(connection: Connection, threads: int, environment: dict[str, str]) -> 
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKED)  # see Pool._warm
-    torch.set_num_threads(threads)
+    torch.set_num_threads(
+        threads
+    )  # before a thread uses torch: if two ask at once for a new pool after a fork, one may fail
     share_between_runs()
     warm = False
     try:
