@@ -17,30 +17,30 @@ from metazo.errors import UserError
 
 
 @dataclass(frozen=True, eq=False)
-class Runs:
-    """The entries of a shard in order, as runs of consecutive entries of the whole tensor.
+class Spans:
+    """The entries of a shard in order, as spans of consecutive entries of the whole tensor.
 
-    here: (n + 1,), int64: the first entry of each of n runs in the flat shard, and the number of entries. there: (n,), int64:
-    the first entry of each run in the flat whole tensor. kept: the two on a device, by device.
+    here: (n + 1,), int64: the first entry of each of n spans in the flat shard, and the number of entries. there: (n,), int64:
+    the first entry of each span in the flat whole tensor. kept: the two on a device, by device.
     """
 
     here: np.ndarray
     there: np.ndarray
     kept: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
-    def part(self, start: int, stop: int) -> Runs:
-        """The runs of entries start .. stop - 1 of the shard, counted from start."""
+    def part(self, start: int, stop: int) -> Spans:
+        """The spans of entries start .. stop - 1 of the shard, counted from start."""
         if start == 0 and stop == self.here[-1]:
             return self
         first, last = np.searchsorted(self.here, start, "right") - 1, np.searchsorted(self.here, stop)
         here = np.clip(self.here[first : last + 1], start, stop)
-        return Runs(here - start, self.there[first:last] + (here - self.here[first : last + 1])[:-1])
+        return Spans(here - start, self.there[first:last] + (here - self.here[first : last + 1])[:-1])
 
 
-def runs_of(places: Sequence[np.ndarray], whole: Sequence[int]) -> Runs:
-    """The runs of a shard. places: for each dimension of the whole tensor, the positions that the shard has, increasing."""
+def spans_of(places: Sequence[np.ndarray], whole: Sequence[int]) -> Spans:
+    """The spans of a shard. places: for each dimension of the whole tensor, the positions that the shard has, increasing."""
     incomplete = [k for k, found in enumerate(places) if len(found) < whole[k]]
-    cut = incomplete[-1] if incomplete else 0  # a run does not go beyond one position of the dimensions before it
+    cut = incomplete[-1] if incomplete else 0  # a span does not go beyond one position of the dimensions before it
     rows = np.zeros(1, np.int64)
     for found, size in zip(places[:cut], whole):
         rows = (rows[:, None] * size + found).reshape(-1)
@@ -48,25 +48,25 @@ def runs_of(places: Sequence[np.ndarray], whole: Sequence[int]) -> Runs:
     firsts = np.flatnonzero(np.diff(found, prepend=-2) != 1)
     lengths = np.diff(firsts, append=len(found)) * inner
     there = (rows[:, None] * whole[cut] + found[firsts]).reshape(-1) * inner
-    return Runs(np.concatenate([[0], np.cumsum(np.tile(lengths, len(rows)))]), there)
+    return Spans(np.concatenate([[0], np.cumsum(np.tile(lengths, len(rows)))]), there)
 
 
 class LocalShard(torch.nn.Parameter):
     """The entries of a parameter that this process has, in the memory of the sharded parameter.
 
     Attributes: places: for each dimension of the whole parameter, the positions that this process has, increasing, int64;
-    whole: the shape of the whole parameter; runs: its entries as runs of the flat whole parameter; source: the sharded
+    whole: the shape of the whole parameter; spans: its entries as spans of the flat whole parameter; source: the sharded
     parameter, None in a copy.
     """
 
     places: tuple[np.ndarray, ...]
     whole: torch.Size
-    runs: Runs
+    spans: Spans
     source: Tensor | None = None
 
     def __new__(cls, local: Tensor, requires_grad: bool, places: Sequence[np.ndarray], whole: torch.Size):
         made = super().__new__(cls, local, requires_grad)
-        made.places, made.whole, made.runs = tuple(places), whole, runs_of(places, whole)
+        made.places, made.whole, made.spans = tuple(places), whole, spans_of(places, whole)
         return made
 
     def __deepcopy__(self, memo: dict[int, object]) -> LocalShard:
@@ -87,9 +87,9 @@ class NamedTensor:
     group: int = 0  # index of its parameter group
 
     @property
-    def runs(self) -> Runs | None:
-        """If this process has a shard of the tensor: its entries as runs of the flat whole tensor."""
-        return getattr(self.param, "runs", None)
+    def spans(self) -> Spans | None:
+        """If this process has a shard of the tensor: its entries as spans of the flat whole tensor."""
+        return getattr(self.param, "spans", None)
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ ALIGN = 2048  # noise can begin at multiples of this (noise.TILE)
 
 
 def chunks(param: Tensor) -> Iterator[tuple[int, int]]:
-    """(start, stop) of the chunks that a tensor is worked on in: flat runs of whole rows, CHUNK entries or less.
+    """(start, stop) of the chunks that a tensor is worked on in: flat spans of whole rows, CHUNK entries or less.
 
     On a GPU they may have 16 times as many. A row is all but the first dimension. If ALIGN rows have more entries, a chunk
     is longer.

@@ -1,6 +1,7 @@
-"""Noise on shards of tensors, on the CPU with numba: as cpu.py, run by run.
+"""Noise on shards of tensors, on the CPU with numba: as cpu.py, span by span.
 
-A run may begin and end anywhere: the chunks of noise at its two ends are made whole, and their numbers outside are not used.
+A span may begin and end anywhere: the chunks of noise at its two ends are made whole, and their numbers outside are not used.
+The two loops are written out: with their common part as a function they take up to a third longer (benchmarks/shards.py).
 """
 
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
@@ -13,7 +14,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from torch import Tensor
 
-from metazo.blocks import Runs
+from metazo.blocks import Spans
 from metazo.kernels.parallel import kernel, share
 from metazo.kernels.vectors import widest
 from metazo.noise import cpu, lanes, philox
@@ -28,17 +29,17 @@ def _kernel(function):
 
 @_kernel
 def _add(out, here, there, alpha, beta, gaussian, purpose, id0, id1, k0, k1):
-    """out = beta * out + alpha * z: run r begins at here[r] in out and has the elements there[r] .. of the whole tensor."""
+    """out = beta * out + alpha * z: span r begins at here[r] in out and has the elements there[r] .. of the whole tensor."""
     widest()
     z, words = np.empty(CHUNK, np.float32), np.empty(WORDS, np.uint32)
     made = -1  # the chunk of z
-    for run in range(there.size):
-        done, stop, before = here[run], here[run + 1], there[run] - here[run]
+    for span in range(there.size):
+        done, stop, before = here[span], here[span + 1], there[span] - here[span]
         while done < stop:
             chunk = (before + done) // CHUNK
             first = chunk * CHUNK - before  # the place in out of the chunk's first number, which may be outside
             if chunk != made:
-                fresh = done == here[run] or chunk % 8 == 0
+                fresh = done == here[span] or chunk % 8 == 0
                 numbers_from(z, words, fresh, gaussian, chunk, purpose, id0, id1, k0, k1)
                 made = chunk
             fetch(out, done)
@@ -55,13 +56,13 @@ def _place(out, base, here, there, alpha, gaussian, purpose, id0, id1, k0, k1):
     widest()
     z, words = np.empty(CHUNK, np.float32), np.empty(WORDS, np.uint32)
     made = -1  # the chunk of z
-    for run in range(there.size):
-        done, stop, before = here[run], here[run + 1], there[run] - here[run]
+    for span in range(there.size):
+        done, stop, before = here[span], here[span + 1], there[span] - here[span]
         while done < stop:
             chunk = (before + done) // CHUNK
             first = chunk * CHUNK - before
             if chunk != made:
-                fresh = done == here[run] or chunk % 8 == 0
+                fresh = done == here[span] or chunk % 8 == 0
                 numbers_from(z, words, fresh, gaussian, chunk, purpose, id0, id1, k0, k1)
                 made = chunk
             fetch(base, done)
@@ -74,38 +75,38 @@ def _place(out, base, here, there, alpha, gaussian, purpose, id0, id1, k0, k1):
 
 
 def add_all_(
-    distribution: str, moves: Iterable[tuple[int, Tensor, float, float, Runs]], seed: int, purpose: int
+    distribution: str, moves: Iterable[tuple[int, Tensor, float, float, Spans]], seed: int, purpose: int
 ) -> None:
-    """out = beta * out + alpha * z on shards, given as (tensor id, out, alpha, beta, runs of out), if cpu.supports(out)."""
+    """out = beta * out + alpha * z on shards, given as (tensor id, out, alpha, beta, spans of out), if cpu.supports(out)."""
 
     def jobs() -> Iterator[tuple]:
-        for tensor_id, out, alpha, beta, runs in moves:
+        for tensor_id, out, alpha, beta, spans in moves:
             array, number = cpu._array(out), cpu._number(out)
             fixed = (number(alpha), number(beta), distribution == "gaussian", *cpu._counter(seed, tensor_id, purpose))
-            for first, stop, part in _parts(runs):
+            for first, stop, part in _parts(spans):
                 yield array[first:stop], part.here, part.there, *fixed
 
     share(_add, jobs())
 
 
 def place_all_(
-    distribution: str, places: Iterable[tuple[int, Tensor, Tensor, float, Runs]], seed: int, purpose: int
+    distribution: str, places: Iterable[tuple[int, Tensor, Tensor, float, Spans]], seed: int, purpose: int
 ) -> None:
-    """out = base + alpha * z on shards, given as (tensor id, out, base, alpha, runs of out), if cpu.supports(out, base)."""
+    """out = base + alpha * z on shards, given as (tensor id, out, base, alpha, spans of out), if cpu.supports(out, base)."""
 
     def jobs() -> Iterator[tuple]:
-        for tensor_id, out, base, alpha, runs in places:
+        for tensor_id, out, base, alpha, spans in places:
             to, origin = cpu._array(out), cpu._array(base)
             fixed = (cpu._number(base)(alpha), distribution == "gaussian", *cpu._counter(seed, tensor_id, purpose))
-            for first, stop, part in _parts(runs):
+            for first, stop, part in _parts(spans):
                 yield to[first:stop], origin[first:stop], part.here, part.there, *fixed
 
     share(_place, jobs())
 
 
-def _parts(runs: Runs) -> Iterator[tuple[int, int, Runs]]:
-    """The parts of a shard that threads take: (first, end, runs)."""
-    cut = cpu._cut(size := int(runs.here[-1]))
+def _parts(spans: Spans) -> Iterator[tuple[int, int, Spans]]:
+    """The parts of a shard that threads take: (first, end, spans)."""
+    cut = cpu._cut(size := int(spans.here[-1]))
     for first in cut:
         stop = min(first + cut.step, size)
-        yield first, stop, runs.part(first, stop)
+        yield first, stop, spans.part(first, stop)

@@ -1,6 +1,6 @@
 """Noise on shards of tensors, on CUDA with triton: as cuda.py, with one launch for all shards of the same types.
 
-The twin of cpu_shards.py, bit for bit. A program has one tile of one run; its numbers outside the run are not used.
+The twin of cpu_shards.py, bit for bit. A program has one tile of one span; its numbers outside the span are not used.
 """
 
 # pyright: reportCallIssue=false, reportIndexIssue=false, reportGeneralTypeIssues=false, reportOptionalSubscript=false
@@ -18,12 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from metazo.blocks import Runs
+from metazo.blocks import Spans
 from metazo.kernels.launches import as_float, ends, find, int64, on_device, table
 from metazo.noise import cuda
 from metazo.noise.cuda import normal_pair, normal_places, sign_places, sign_rows, words
 
-_FEWEST = 32  # Philox blocks per program, 256 normals, for short runs
+_FEWEST = 32  # Philox blocks per program, 256 normals, for short spans
 
 
 @triton.jit
@@ -46,9 +46,9 @@ def _shards(table, ends, like, base_like, gaussian: tl.constexpr, blocks: tl.con
     there = tl.load(row + 3).to(tl.pointer_type(tl.int64))
     tiles, id = tl.load(row + 4), tl.load(row + 5)
     alpha, beta = as_float(tl.load(row + 6)), as_float(tl.load(row + 7))
-    run = (program - begin) // tiles
-    first, stop = tl.load(here + run), tl.load(here + run + 1)
-    before = tl.load(there + run) - first
+    span = (program - begin) // tiles
+    first, stop = tl.load(here + span), tl.load(here + span + 1)
+    before = tl.load(there + span) - first
     entries = blocks * (8 if gaussian else 128)
     tile = (before + first) // entries + (program - begin) % tiles
     start = tile * entries - before  # the place in out of the tile's first number
@@ -68,29 +68,29 @@ def _shards(table, ends, like, base_like, gaussian: tl.constexpr, blocks: tl.con
             _blend(out, base, place + 16 * i, first, stop, sign_rows(word, blocks), alpha, beta)
 
 
-Row = tuple[int, Tensor, Tensor, float, float, Runs]
-"""(tensor id, out, base, alpha, beta, runs of out)"""
+Row = tuple[int, Tensor, Tensor, float, float, Spans]
+"""(tensor id, out, base, alpha, beta, spans of out)"""
 
 
 def add_all_(
-    distribution: str, moves: Iterable[tuple[int, Tensor, float, float, Runs]], seed: int, purpose: int
+    distribution: str, moves: Iterable[tuple[int, Tensor, float, float, Spans]], seed: int, purpose: int
 ) -> None:
-    """out = beta * out + alpha * z on shards, given as (tensor id, out, alpha, beta, runs of out), if cuda.supports(out)."""
-    _launch(distribution, [(id, out, out, alpha, beta, runs) for id, out, alpha, beta, runs in moves], seed, purpose)
+    """out = beta * out + alpha * z on shards, given as (tensor id, out, alpha, beta, spans of out), if cuda.supports(out)."""
+    _launch(distribution, [(id, out, out, alpha, beta, spans) for id, out, alpha, beta, spans in moves], seed, purpose)
 
 
 def place_all_(
-    distribution: str, places: Iterable[tuple[int, Tensor, Tensor, float, Runs]], seed: int, purpose: int
+    distribution: str, places: Iterable[tuple[int, Tensor, Tensor, float, Spans]], seed: int, purpose: int
 ) -> None:
-    """out = base + alpha * z on shards, given as (tensor id, out, base, alpha, runs of out), if cuda.supports(out, base)."""
-    _launch(distribution, [(id, out, base, alpha, 1.0, runs) for id, out, base, alpha, runs in places], seed, purpose)
+    """out = base + alpha * z on shards, given as (tensor id, out, base, alpha, spans of out), if cuda.supports(out, base)."""
+    _launch(distribution, [(id, out, base, alpha, 1.0, spans) for id, out, base, alpha, spans in places], seed, purpose)
 
 
 def _launch(distribution: str, rows: Sequence[Row], seed: int, purpose: int) -> None:
-    """One launch for all shards of the same types and about the same length of runs, from a table of int64 on the device.
+    """One launch for all shards of the same types and about the same length of spans, from a table of int64 on the device.
 
-    Row 0: number of shards, purpose, seed. A row per shard: addresses of out, base and the two tables of its runs, programs
-    per run, id, and the bits of alpha and beta.
+    Row 0: number of shards, purpose, seed. A row per shard: addresses of out, base and the two tables of its spans, programs
+    per span, id, and the bits of alpha and beta.
     """
     gaussian, most, _ = cuda.cut(distribution)
     alike = defaultdict(list)
@@ -98,11 +98,11 @@ def _launch(distribution: str, rows: Sequence[Row], seed: int, purpose: int) -> 
         if row[1].numel():
             alike[row[1].device, row[1].dtype, row[2].dtype, _blocks(row[5], most) if gaussian else most].append(row)
     for (device, _, _, blocks), group in alike.items():
-        kept = [_on(runs, device) for *_, runs in group]  # until the launch
-        tiles = [_tiles(runs, blocks * (8 if gaussian else 128)) for *_, runs in group]
+        kept = [_on(spans, device) for *_, spans in group]  # until the launch
+        tiles = [_tiles(spans, blocks * (8 if gaussian else 128)) for *_, spans in group]
         integers = [
-            (out.data_ptr(), base.data_ptr(), *(part.data_ptr() for part in runs), count, int64(id))
-            for (id, out, base, *_), runs, count in zip(group, kept, tiles)
+            (out.data_ptr(), base.data_ptr(), *(part.data_ptr() for part in spans), count, int64(id))
+            for (id, out, base, *_), spans, count in zip(group, kept, tiles)
         ]
         programs = tuple(count * len(row[5].there) for count, row in zip(tiles, group))
         with torch.cuda.device_of(group[0][1]):
@@ -112,19 +112,19 @@ def _launch(distribution: str, rows: Sequence[Row], seed: int, purpose: int) -> 
             )  # fmt: skip
 
 
-def _blocks(runs: Runs, most: int) -> int:
-    """Philox blocks of normals per program: a power of two that fits the longest run, within limits."""
-    longest = int(np.diff(runs.here).max())
+def _blocks(spans: Spans, most: int) -> int:
+    """Philox blocks of normals per program: a power of two that fits the longest span, within limits."""
+    longest = int(np.diff(spans.here).max())
     return min(max(triton.next_power_of_2(-(-longest // 8)), _FEWEST), most)
 
 
-def _tiles(runs: Runs, entries: int) -> int:
-    """The most tiles of so many entries of the whole tensor that a run touches."""
-    return int(((runs.there + np.diff(runs.here) - 1) // entries - runs.there // entries).max()) + 1
+def _tiles(spans: Spans, entries: int) -> int:
+    """The most tiles of so many entries of the whole tensor that a span touches."""
+    return int(((spans.there + np.diff(spans.here) - 1) // entries - spans.there // entries).max()) + 1
 
 
-def _on(runs: Runs, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The tables of runs on a device, kept from one launch to the next."""
-    if device not in runs.kept:
-        runs.kept[device] = on_device(runs.here, device), on_device(runs.there, device)
-    return runs.kept[device]
+def _on(spans: Spans, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The tables of spans on a device, kept from one launch to the next."""
+    if device not in spans.kept:
+        spans.kept[device] = on_device(spans.here, device), on_device(spans.there, device)
+    return spans.kept[device]

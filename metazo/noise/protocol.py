@@ -56,13 +56,7 @@ class Stream(Protocol):
         ...
 
     def add_(
-        self,
-        tensor: NamedTensor,
-        out: Tensor,
-        alpha: float,
-        beta: float = 1.0,
-        purpose: int = DENSE,
-        start: int = 0,
+        self, tensor: NamedTensor, out: Tensor, alpha: float, beta: float = 1.0, purpose: int = DENSE, start: int = 0
     ) -> None:
         """out = beta * out + alpha * z[start : start + out.numel()], in place, rounded once."""
         ...
@@ -76,13 +70,7 @@ class Stream(Protocol):
         ...
 
     def place_(
-        self,
-        tensor: NamedTensor,
-        out: Tensor,
-        base: Tensor,
-        alpha: float,
-        purpose: int = DENSE,
-        start: int = 0,
+        self, tensor: NamedTensor, out: Tensor, base: Tensor, alpha: float, purpose: int = DENSE, start: int = 0
     ) -> None:
         """out = base + alpha * z[start : start + out.numel()], rounded to out's type once. base: float32, out's shape."""
         ...

@@ -56,13 +56,7 @@ class TorchOrderStream:
         return numbers.to(dtype or numbers.dtype, copy=True)
 
     def add_(
-        self,
-        tensor: NamedTensor,
-        out: Tensor,
-        alpha: float,
-        beta: float = 1.0,
-        purpose: int = 0,
-        start: int = 0,
+        self, tensor: NamedTensor, out: Tensor, alpha: float, beta: float = 1.0, purpose: int = 0, start: int = 0
     ) -> None:
         shape = tuple(out.shape) if purpose else None
         numbers = self.whole(tensor, shape, purpose).view(-1)[start : start + out.numel()]
@@ -83,13 +77,7 @@ class TorchOrderStream:
             self.place_(*place)
 
     def place_(
-        self,
-        tensor: NamedTensor,
-        out: Tensor,
-        base: Tensor,
-        alpha: float,
-        purpose: int = 0,
-        start: int = 0,
+        self, tensor: NamedTensor, out: Tensor, base: Tensor, alpha: float, purpose: int = 0, start: int = 0
     ) -> None:
         moved = base.clone()
         self.add_(tensor, moved, alpha, 1.0, purpose, start)

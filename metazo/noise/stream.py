@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metazo.blocks import NamedTensor, Runs
+from metazo.blocks import NamedTensor, Spans
 from metazo.noise import philox
 from metazo.noise.philox import TILE
 from metazo.noise.protocol import DENSE, Move, Place, Stream
@@ -64,31 +64,25 @@ class PhiloxStream:
         return out
 
     def add_(
-        self,
-        tensor: NamedTensor,
-        out: Tensor,
-        alpha: float,
-        beta: float = 1.0,
-        purpose: int = DENSE,
-        start: int = 0,
+        self, tensor: NamedTensor, out: Tensor, alpha: float, beta: float = 1.0, purpose: int = DENSE, start: int = 0
     ) -> None:
         _check(start)
-        kernels, runs = self._kernels(out), _runs(tensor, start, out)
+        kernels, spans = self._kernels(out), _part(tensor, start, out)
         if kernels is None:
             self._plain(tensor, out, out, alpha, beta, purpose, start)
-        elif runs is None:
+        elif spans is None:
             kernels.add_(self.distribution, out, alpha, beta, self.seed, tensor.id, purpose, start)
         else:
-            _shards(kernels).add_all_(self.distribution, [(tensor.id, out, alpha, beta, runs)], self.seed, purpose)
+            _shards(kernels).add_all_(self.distribution, [(tensor.id, out, alpha, beta, spans)], self.seed, purpose)
 
     def add_all_(self, moves: Sequence[Move], purpose: int = DENSE) -> None:
         found = [self._kernels(move.out) for move in moves]
         batch = next((kernels for kernels in found if hasattr(kernels, "add_all_")), None)
         if batch is not None:  # so that threads are woken only once
             fit = [move for move, kernels in zip(moves, found) if kernels is batch]
-            whole = [(move.tensor.id, *move[1:]) for move in fit if move.tensor.runs is None]
+            whole = [(move.tensor.id, *move[1:]) for move in fit if move.tensor.spans is None]
             batch.add_all_(self.distribution, whole, self.seed, purpose)
-            shards = [(move.tensor.id, *move[1:], runs) for move in fit if (runs := move.tensor.runs) is not None]
+            shards = [(move.tensor.id, *move[1:], spans) for move in fit if (spans := move.tensor.spans) is not None]
             if shards:
                 _shards(batch).add_all_(self.distribution, shards, self.seed, purpose)
         for move, kernels in zip(moves, found):
@@ -96,23 +90,17 @@ class PhiloxStream:
                 self.add_(*move, purpose)
 
     def place_(
-        self,
-        tensor: NamedTensor,
-        out: Tensor,
-        base: Tensor,
-        alpha: float,
-        purpose: int = DENSE,
-        start: int = 0,
+        self, tensor: NamedTensor, out: Tensor, base: Tensor, alpha: float, purpose: int = DENSE, start: int = 0
     ) -> None:
         _check(start)
         kernels = self._kernels(out, base) if base.dtype == torch.float32 else None
-        runs = _runs(tensor, start, out)
+        spans = _part(tensor, start, out)
         if kernels is None:
             self._plain(tensor, out, base, alpha, 1.0, purpose, start)
-        elif runs is None:
+        elif spans is None:
             kernels.place_(self.distribution, out, base, alpha, self.seed, tensor.id, purpose, start)
         else:
-            _shards(kernels).place_all_(self.distribution, [(tensor.id, out, base, alpha, runs)], self.seed, purpose)
+            _shards(kernels).place_all_(self.distribution, [(tensor.id, out, base, alpha, spans)], self.seed, purpose)
 
     def place_all_(self, places: Sequence[Place]) -> None:
         found = [self._kernels(place.out, place.base) for place in places]
@@ -123,9 +111,9 @@ class PhiloxStream:
         ]
         if batch is not None:  # one launch
             together = [place for place, fits in zip(places, fit) if fits]
-            whole = [(place.tensor.id, *place[1:]) for place in together if place.tensor.runs is None]
+            whole = [(place.tensor.id, *place[1:]) for place in together if place.tensor.spans is None]
             batch.place_all_(self.distribution, whole, self.seed, DENSE)
-            shards = [(p.tensor.id, *p[1:], runs) for p in together if (runs := p.tensor.runs) is not None]
+            shards = [(p.tensor.id, *p[1:], spans) for p in together if (spans := p.tensor.spans) is not None]
             if shards:
                 _shards(batch).place_all_(self.distribution, shards, self.seed, DENSE)
         for place, fits in zip(places, fit):
@@ -133,13 +121,7 @@ class PhiloxStream:
                 self.place_(*place)
 
     def place_split_(
-        self,
-        tensor: NamedTensor,
-        out: Tensor,
-        weights: Tensor,
-        low: Tensor,
-        alpha: float,
-        rows: Tensor | None = None,
+        self, tensor: NamedTensor, out: Tensor, weights: Tensor, low: Tensor, alpha: float, rows: Tensor | None = None
     ) -> bool:
         """out = join(weights, low) + alpha * z on a whole tensor, rounded once, in one pass (cpu_split.py).
 
@@ -212,7 +194,7 @@ class PhiloxStream:
             kept = source[here : here + _CHUNK].to(wide)
             z = [
                 sample(self.seed, tensor.id, purpose, first, last, out.device)
-                for first, last in _spans(tensor, start + here, kept.numel())
+                for first, last in _places(tensor, start + here, kept.numel())
             ]
             flat[here : here + _CHUNK] = kept * beta + torch.cat(z).to(wide) * alpha
         if not out.is_contiguous():
@@ -224,17 +206,17 @@ def _shards(kernels: ModuleType) -> ModuleType:
     return importlib.import_module(f"{kernels.__name__}_shards")
 
 
-def _runs(tensor: NamedTensor, start: int, out: Tensor) -> Runs | None:
-    """The runs of `out`, which has the entries of a shard from start; None if the tensor is whole."""
-    return None if tensor.runs is None else tensor.runs.part(start, start + out.numel())
+def _part(tensor: NamedTensor, start: int, out: Tensor) -> Spans | None:
+    """The spans of `out`, which has the entries of a shard from start; None if the tensor is whole."""
+    return None if tensor.spans is None else tensor.spans.part(start, start + out.numel())
 
 
-def _spans(tensor: NamedTensor, start: int, count: int) -> list[tuple[int, int]]:
-    """Where `count` entries from start are in the whole tensor, as (first, end) of each run."""
-    if tensor.runs is None:
+def _places(tensor: NamedTensor, start: int, count: int) -> list[tuple[int, int]]:
+    """Where `count` entries from start are in the whole tensor, as (first, end) of each span."""
+    if tensor.spans is None:
         return [(start, start + count)]
-    runs = tensor.runs.part(start, start + count)
-    return list(zip(runs.there.tolist(), (runs.there + np.diff(runs.here)).tolist()))
+    spans = tensor.spans.part(start, start + count)
+    return list(zip(spans.there.tolist(), (spans.there + np.diff(spans.here)).tolist()))
 
 
 def _chunk(tensor: Tensor) -> int:
@@ -243,7 +225,7 @@ def _chunk(tensor: Tensor) -> int:
 
 
 def _whole(tensor: NamedTensor) -> None:
-    if tensor.runs is not None:
+    if tensor.spans is not None:
         raise ValueError(f"{tensor.name} is a shard, and this needs a whole tensor")
 
 
@@ -269,7 +251,7 @@ def add_two_all_(
     rest = list(range(len(moves)))
     if isinstance(first, PhiloxStream) and isinstance(second, PhiloxStream):
         same = (first.distribution, first.backend) == (second.distribution, second.backend)
-        found = [first._kernels(move.out) if same and move.tensor.runs is None else None for move in moves]
+        found = [first._kernels(move.out) if same and move.tensor.spans is None else None for move in moves]
         batch = next((kernels for kernels in found if hasattr(kernels, "add_two_all_")), None)
         if batch is not None:
             fit = [

@@ -19,8 +19,8 @@ def checksum_of_shards(tensors: Sequence[NamedTensor]) -> int:
     """63 bits of a hash of the entries that this process has of each sharded tensor."""
     found = hashlib.blake2b(digest_size=8)
     for tensor in tensors:
-        if tensor.runs is not None:
-            found.update(tensor.name.encode() + tensor.runs.here.tobytes() + tensor.runs.there.tobytes())
+        if tensor.spans is not None:
+            found.update(tensor.name.encode() + tensor.spans.here.tobytes() + tensor.spans.there.tobytes())
     return int.from_bytes(found.digest(), "little") >> 1
 
 
@@ -45,7 +45,7 @@ class Saving(Optimizer):
         counters = torch.tensor([self.steps, self.forwards], dtype=torch.int64)
         storage = self.weights.storage.items()
         kept = {f"{kind}/{name}": value for name, stored in storage for kind, value in stored.buffers.items()}
-        if any(tensor.runs is not None for tensor in self.weights.tensors):
+        if any(tensor.spans is not None for tensor in self.weights.tensors):
             kept["shards"] = torch.tensor(checksum_of_shards(self.weights.tensors))
         return self.zo_state | kept | {"counters": counters}
 

@@ -135,7 +135,7 @@ def test_copies_of_a_shard_know_their_place():
     places = (np.arange(2, 4), np.arange(3))
     rows = LocalShard(torch.ones(2, 3), True, places, torch.Size([4, 3]))
     for made in (copy.deepcopy(rows), pickle.loads(pickle.dumps(rows))):
-        assert (made.runs.there.tolist(), made.whole, made.requires_grad) == ([6], torch.Size([4, 3]), True)
+        assert (made.spans.there.tolist(), made.whole, made.requires_grad) == ([6], torch.Size([4, 3]), True)
         assert made.equal(rows)
 
 

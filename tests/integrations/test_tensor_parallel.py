@@ -141,10 +141,8 @@ def _refused(folder: str) -> dict[str, str]:
     partial, odd, plain = nn.Linear(4, 8), nn.Linear(4, 8), _whole(folder)
     partial.weight = nn.Parameter(DTensor.from_local(torch.ones(8, 4), mesh, [Partial()]))
     odd.weight = nn.Parameter(DTensor.from_local(torch.ones(4, 2).t(), mesh, [Shard(0)]))
-    plain._tp_size, plain._tp_plan = (
-        COUNT,
-        {"model.layers.*.self_attn.o_proj": "rowwise"},
-    )  # as transformers 5.0 leaves it
+    plain._tp_size = COUNT  # as transformers 5.0 leaves it
+    plain._tp_plan = {"model.layers.*.self_attn.o_proj": "rowwise"}
     cases: dict[str, Callable[[], object]] = {
         "DTensor": lambda: MeZO(model.named_parameters()).step(lambda: 1.0),
         "lozo": lambda: LOZO(local_parameters(model)).step(lambda: 1.0),
@@ -290,7 +288,7 @@ def test_places_are_those_of_torch():
             module.weight = nn.Parameter(distribute_tensor(whole, mesh, layout, src_data_rank=None))
             ((_, local),) = local_parameters(module)
             assert isinstance(local, LocalShard)
-            lengths = zip(local.runs.there.tolist(), np.diff(local.runs.here).tolist())
+            lengths = zip(local.spans.there.tolist(), np.diff(local.spans.here).tolist())
             assert [n for first, length in lengths for n in range(first, first + length)] == local.flatten().tolist()
     finally:
         dist.destroy_process_group()

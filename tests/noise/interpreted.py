@@ -1,4 +1,4 @@
-"""Runs the triton kernels in triton's interpreter, without a GPU, and saves what they wrote; test_triton.py checks it.
+"""Spans the triton kernels in triton's interpreter, without a GPU, and saves what they wrote; test_triton.py checks it.
 
     TRITON_INTERPRET=1 python -m tests.noise.interpreted FILE
 
@@ -14,7 +14,7 @@ from itertools import product
 import numpy as np
 import torch
 
-from metazo.blocks import runs_of
+from metazo.blocks import spans_of
 from metazo.noise import philox
 from tests.noise.test_split import weights
 
@@ -76,17 +76,17 @@ def noise_on_shards() -> dict:
     from metazo.noise import cuda_shards
 
     found, alphas = {}, [0.1 * (k + 1) for k in range(4)]
-    runs, ids = [runs_of(places, shape) for shape, places in shards()], [TENSOR + k for k in range(4)]
+    spans, ids = [spans_of(places, shape) for shape, places in shards()], [TENSOR + k for k in range(4)]
     for kind, dtype in product(KINDS, DTYPES):
         bases = [piece(torch.linspace(-3, 3, shape.numel()).view(shape), places).view(-1) for shape, places in shards()]
         longer = [torch.zeros(len(base) + 2, dtype=dtype) for base in bases]
         outs = [out[1:-1] for out in longer]
         if dtype == torch.float16:
-            cuda_shards.place_all_(kind, list(zip(ids, outs, bases, alphas, runs)), SEED, PURPOSE)
+            cuda_shards.place_all_(kind, list(zip(ids, outs, bases, alphas, spans)), SEED, PURPOSE)
         else:
             for out, base in zip(outs, bases):
                 out.copy_(base)
-            cuda_shards.add_all_(kind, list(zip(ids, outs, alphas, [0.7] * 4, runs)), SEED, PURPOSE)
+            cuda_shards.add_all_(kind, list(zip(ids, outs, alphas, [0.7] * 4, spans)), SEED, PURPOSE)
         found[kind, dtype] = longer
     return found
 

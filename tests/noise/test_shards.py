@@ -1,4 +1,4 @@
-"""Shards of tensors: their runs, and their noise, which is a slice of the whole tensor's, bit for bit."""
+"""Shards of tensors: their spans, and their noise, which is a slice of the whole tensor's, bit for bit."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from metazo.blocks import LocalShard, NamedTensor, runs_of
+from metazo.blocks import LocalShard, NamedTensor, spans_of
 from metazo.noise import TILE, Move, PhiloxNoise, Place, add_two_all_
 from tests.noise.interpreted import piece
 
@@ -43,9 +43,9 @@ def shard(case: str, values: Tensor, name: str = "w") -> NamedTensor:
 def test_runs_are_the_entries_in_order(case):
     shape, places = CASES[case]
     wanted = piece(torch.arange(np.prod(shape)).view(shape), places).flatten().tolist()
-    runs = runs_of(places, shape)
+    spans = spans_of(places, shape)
     for start, stop in ((0, len(wanted)), (len(wanted) // 3, len(wanted) // 2), (1, len(wanted))):
-        part = runs.part(start, max(start, stop)) if wanted else runs
+        part = spans.part(start, max(start, stop)) if wanted else spans
         found = [
             n
             for first, here, end in zip(part.there, part.here, part.here[1:])
@@ -53,7 +53,7 @@ def test_runs_are_the_entries_in_order(case):
         ]
         assert found == wanted[start:stop]
         assert (np.diff(part.here) > 0).all()
-        assert (part.there[1:] > part.there[:-1] + np.diff(part.here)[:-1]).all()  # no two runs could be one
+        assert (part.there[1:] > part.there[:-1] + np.diff(part.here)[:-1]).all()  # no two spans could be one
 
 
 @each_case
