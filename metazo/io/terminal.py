@@ -45,6 +45,7 @@ class Console(rich.console.Console):
     def __init__(self, **settings: Any) -> None:
         defaults: dict[str, Any] = {"markup": False, "highlight": False, "emoji": False}
         super().__init__(**defaults | settings)
+        self._said: set[tuple[str, str]] = set()
 
     @classmethod
     def of(cls, console: rich.console.Console | None) -> Console:
@@ -60,8 +61,11 @@ class Console(rich.console.Console):
     def print(self, *objects: Any, **options: Any) -> None:
         super().print(*(self.worded(item) if isinstance(item, str) else item for item in objects), **options)
 
-    def say(self, label: str, text: object, style: str = "dim") -> None:
-        """`label` in a style, and the text behind it, on one line however long."""
+    def say(self, label: str, text: object, style: str = "dim", once: bool = False) -> None:
+        """`label` in a style, and the text behind it, on one line however long. once: unless it has been shown before."""
+        if once and (label, str(text)) in self._said:
+            return
+        self._said.add((label, str(text)))
         shown = Text.assemble((escaped(label), style), " ", escaped(self.worded(str(text))))
         super().print(shown, soft_wrap=True)
 

@@ -19,7 +19,7 @@ from metazo.errors import UserError
 from metazo.io.extras import needs
 from metazo.models.checks import check_config, kind_of, not_finite
 from metazo.models.embedded import EMBEDDED, check_folder
-from metazo.models.quantize import check_package, check_shapes, quantised, quantization, remember_stored
+from metazo.models.quantize import check_package, check_shapes, left_over, quantised, quantization, remember_stored
 from metazo.models.sentence import HEAD_FILE, SentenceClassifier, find, pooling_of, quiet
 from metazo.models.tokenizer import context_length, read_tokenizer, set_pad
 
@@ -137,6 +137,7 @@ def load_model(
             "fine-tune it first, or use the model as a language model with `kind` causal or masked"
         )
     _check_places(model, name)
+    notes += left_over(model, quantize, name) if quantize else []
     remember_stored(model)
     try:
         if "device_map" not in more and not quantised(model):

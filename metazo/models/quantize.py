@@ -31,7 +31,8 @@ def quantization(kind: str, dtype: torch.dtype, device: torch.device | str) -> A
     """
     if kind == "int4" and torch.device(device).type != "cuda":
         raise UserError(
-            "`quantize='int4'` needs a CUDA device, because torchao's 4-bit kernels have no CPU form; take int8."
+            "`quantize='int4'` needs a CUDA device: torchao has such kernels for a processor only as a prototype, whose models "
+            "cannot be saved. Take nf4, which has 4 bits too, or int8."
         )
     if kind == "int4" and dtype != torch.bfloat16:
         raise UserError(f"`quantize='int4'` computes in bfloat16, and `dtype` is {str(dtype).removeprefix('torch.')}.")
@@ -76,6 +77,35 @@ def quantised(model: nn.Module) -> list[str]:
     return [name for name, parameter in model.named_parameters() if is_quantised(parameter)]
 
 
+def left_over(model: nn.Module, kind: str, name: str) -> list[str]:
+    """A note if less than half of the weights were quantised, or would be (expect_bytes); embeddings and output layer apart.
+
+    Raises UserError if none was: the layers of GPT-2 and fused experts are not `torch.nn.Linear`.
+    """
+    base: Any = getattr(model, "encoder", model)
+    apart = [layer for layer in (base.get_input_embeddings(), base.get_output_embeddings()) if layer is not None]
+    ends = {id(parameter) for layer in apart for parameter in layer.parameters()}
+    done, whole, kept = 0, 0, {}
+    for key, parameter in base.named_parameters():
+        if id(parameter) in ends:
+            continue
+        size = getattr(getattr(parameter, "quant_state", None), "shape", parameter.shape).numel()
+        whole += size
+        if is_quantised(parameter) or hasattr(parameter, "expected_bytes"):
+            done += size
+        else:
+            kept[key] = size
+    if 2 * done > whole:
+        return []
+    largest = max(kept, key=lambda key: kept[key])
+    if not done:
+        raise UserError(
+            f"`quantize` {kind} finds no linear layer in {name!r} that it can quantise (its largest weight is {largest}); "
+            + ("leave it out." if kind == "nf4" else "leave it out, or try nf4.")
+        )
+    return [f"`quantize` {kind} leaves {1 - done / whole:.0%} of the weights as they are, such as {largest}."]
+
+
 def check_shapes(model: nn.Module) -> None:
     """Raises UserError for nf4 layers whose inputs are no multiple of the block on a CPU, whose kernel needs that."""
     for name, module in model.named_modules():
@@ -100,16 +130,18 @@ def expect_bytes(model: nn.Module, kind: str) -> None:
     """Note on each linear layer of a skeleton the bytes that its weights will have when they are loaded quantised.
 
     model: a transformers model, or a classifier with a new head over one, on the meta device. The layers are those that
-    transformers would quantise: not the output layer, tied weights or the last module.
+    transformers would quantise: not the output layer, tied weights or the last module; GPT-2's Conv1D by bitsandbytes alone.
     """
     with needs("llm"):
         from transformers import PreTrainedModel
+        from transformers.pytorch_utils import Conv1D
         from transformers.quantizers.base import get_keys_to_not_convert
 
     base: Any = model if isinstance(model, PreTrainedModel) else model.encoder
     kept = get_keys_to_not_convert(base)
+    layers = (nn.Linear, Conv1D) if kind == "nf4" else nn.Linear
     for name, module in base.named_modules():
-        if isinstance(module, nn.Linear) and not any(key in name for key in kept):
+        if isinstance(module, layers) and not any(key in name for key in kept):
             module.weight.expected_bytes = _quantised_bytes(*module.weight.shape, kind)  # type: ignore[attr-defined]
 
 

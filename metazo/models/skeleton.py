@@ -30,7 +30,7 @@ from metazo.models.load import (
     configuration,
     explained,
 )
-from metazo.models.quantize import expect_bytes
+from metazo.models.quantize import expect_bytes, left_over
 from metazo.models.sentence import SentenceClassifier, pooling_of, quiet
 from metazo.models.tokenizer import context_length, read_tokenizer, set_pad
 
@@ -84,6 +84,7 @@ def skeleton(
             _keep_wide(model, DTYPES[dtype])
             if quantize is not None:
                 expect_bytes(model, quantize)
+                notes += left_over(model, quantize, name)
     tokenizer, problem = (None, None) if given else _tokenizer(source, name, revision)
     if problem:
         notes.append(problem)

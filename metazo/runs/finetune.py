@@ -108,7 +108,7 @@ def _tune(
         for name in ("trained weights", "effective learning rate", "steps", "memory", "disk"):
             console.say(f"{name}:", plan[name])
         for note in setup.prepared.notes:
-            console.say("note:", note)
+            console.say("note:", note, once=True)  # not for each run of a demo
         with interruptible() as caught:
             run = _Run(config, setup, folder, console, caught, on_step, on_evaluation)
             try:

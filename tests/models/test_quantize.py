@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 pytest.importorskip("torchao", reason="torchao is not installed")
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import metazo
 from metazo.errors import UserError
@@ -52,18 +53,48 @@ def wide(tiny, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def gpt2(tiny, tmp_path_factory) -> Path:
+    """A GPT-2 of the same width, whose layers are Conv1D instead of linear."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    tokenizer = load_model(tiny("gpt2")).tokenizer
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=64, n_layer=2, n_head=2)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
 def int8_run(tmp_path_factory):
     out = tmp_path_factory.mktemp("int8") / "run"
     return out, run_settings(config(out, quantize="int8"))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", ["int8", "nf4"])
-def test_a_skeleton_has_the_bytes_of_the_loaded_model(kind, dtype) -> None:
-    real, plan = (load("micro", quantize=kind, dtype=dtype).model for load in (load_model, skeleton))
+@pytest.mark.parametrize(("name", "kind"), [("micro", "int8"), ("micro", "nf4"), ("gpt2", "nf4")])
+def test_a_skeleton_has_the_bytes_of_the_loaded_model(name, kind, dtype, gpt2) -> None:
+    model = gpt2 if name == "gpt2" else name
+    real, plan = (load(model, quantize=kind, dtype=dtype).model for load in (load_model, skeleton))
     found = {name: bytes_of(parameter) for name, parameter in real.named_parameters()}
     assert found == {name: bytes_of(parameter) for name, parameter in plan.named_parameters()}
     assert sum(found.values()) < sum(p.numel() * p.element_size() for p in plan.parameters())
+
+
+@pytest.mark.parametrize("read", [load_model, skeleton])
+def test_a_model_that_is_hardly_quantised_says_so(read, gpt2, wide, tmp_path: Path) -> None:
+    """torchao takes linear layers alone: none of a GPT-2, and the attention but not the fused experts of a Mixtral."""
+    with pytest.raises(
+        UserError, match=r"finds no linear layer in .* that it can quantise \(its largest weight is .*wpe"
+    ):
+        read(gpt2, quantize="int8")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tokenizer = load_model(wide).tokenizer
+    mixtral = MixtralForCausalLM(
+        MixtralConfig(vocab_size=len(tokenizer), num_local_experts=8, num_key_value_heads=2, **sizes)
+    )
+    mixtral.save_pretrained(tmp_path / "mixtral")
+    tokenizer.save_pretrained(tmp_path / "mixtral")
+    notes = read(tmp_path / "mixtral", quantize="int8").notes
+    assert any(re.search(r"leaves 92% of the weights as they are, such as .*experts", note) for note in notes), notes
+    assert not any("as they are" in note for note in read(wide, quantize="int8").notes)
 
 
 def test_int8_is_weight_only_with_one_scale_per_output() -> None:

@@ -1,0 +1,38 @@
+"""The console: labels and texts on one line, notes that several runs share, nothing that a terminal would obey."""
+
+from __future__ import annotations
+
+import io
+
+import rich.console
+
+from metazo.io.terminal import Console
+
+
+def shown(*calls: tuple[str, object, bool]) -> str:
+    console = Console(file=io.StringIO(), width=20)
+    for label, text, once in calls:
+        console.say(label, text, once=once)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_note_is_shown_once_if_asked_and_every_time_otherwise() -> None:
+    assert shown(("note:", "a", True), ("note:", "a", True)) == "note: a\n"
+    assert shown(("note:", "a", False), ("note:", "a", True)) == "note: a\n"
+    assert shown(("note:", "a", True), ("note:", "b", True), ("memory:", "a", True)) == "note: a\nnote: b\nmemory: a\n"
+    assert shown(("steps:", 3, False), ("steps:", 3, False)) == "steps: 3\n" * 2
+
+
+def test_consoles_do_not_share_what_they_have_shown() -> None:
+    assert shown(("note:", "a", True)) == shown(("note:", "a", True)) == "note: a\n"
+
+
+def test_a_text_is_one_line_however_long_and_no_command_to_the_terminal() -> None:
+    assert shown(("note:", "word " * 20, False)).count("\n") == 1
+    assert "\x1b" not in shown(("note:", "\x1b[31mred", False))
+
+
+def test_a_console_of_rich_becomes_one_of_metazo() -> None:
+    target = io.StringIO()
+    Console.of(rich.console.Console(file=target)).say("note:", "[bold]", once=True)
+    assert target.getvalue() == "note: [bold]\n"
