@@ -5,10 +5,10 @@ from __future__ import annotations
 from metazo.integrations.trainer_mixin import ZOMixin
 from metazo.io.extras import needs
 
+with needs("trainer"):
+    import accelerate  # noqa: F401  (before Trainer, which cannot be imported without it and does not name it)
 with needs("llm"):
     from transformers import Trainer
-with needs("trainer"):
-    import accelerate  # noqa: F401  (Trainer needs it, and would say so late)
 
 
 class ZOTrainer(ZOMixin, Trainer):

@@ -42,8 +42,17 @@ class ZOMixin:
     of a step must differ by the perturbation alone.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args: Any, optimizer_cls_and_kwargs: Any = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)  # without the method, which not every subclass of Trainer takes
+        if optimizer_cls_and_kwargs is not None:
+            if getattr(self, "optimizer", None) is not None:
+                raise UserError("`optimizers` and `optimizer_cls_and_kwargs` both give an optimizer: leave one out.")
+            if not isinstance(optimizer_cls_and_kwargs, tuple | list) or len(optimizer_cls_and_kwargs) != 2:
+                raise UserError(
+                    f"`optimizer_cls_and_kwargs` is {optimizer_cls_and_kwargs!r}: give a method and its settings, such as "
+                    '("mezo", {"eps": 1e-3}).'
+                )
+            self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs
         settings: Any = self.args  # type: ignore[attr-defined]
         for name in ("fp16", "deepspeed", "fsdp"):
             if getattr(settings, name, None):

@@ -13,14 +13,14 @@ from metazo.io.plain import read_json, shown
 from metazo.models.adapters import PEFT_TYPES, add_adapters, merge_adapters, trained_adapters, with_adapters
 from metazo.models.checks import check_config
 from metazo.models.describe import RECORD, describe
-from metazo.models.embedded import EMBEDDED
+from metazo.models.embedded import ADAPTERS, EMBEDDED
 from metazo.models.load import DTYPES, LoadedModel, load_model
 from metazo.models.quantize import quantised
 from metazo.models.select import select_trainable
 from metazo.models.tokenizer import context_length, set_pad
 from metazo.models.wanted import Wanted
 
-ADAPTERS, MODEL = "adapter_config.json", "model"
+MODEL = "model"
 
 
 def assemble(
@@ -110,6 +110,7 @@ def load(name_or_path: str | Path, *, merge: bool = False, train: bool = False, 
     if record is not None:
         describe(loaded.model, record)
     loaded.name, loaded.new_head = str(name_or_path), False
+    loaded.adapted = None if merge else (base, revision)
     if merge:
         loaded.model = merge_adapters(loaded.model)
     return loaded

@@ -10,6 +10,8 @@ _HERE = Path(__file__).parents[1]
 PICO = _HERE / "pico" / "model"
 EMBEDDED = {"pico": PICO, "micro": _HERE / "micro" / "model"}
 """Name and folder; every place that takes a model takes one of these names."""
+ADAPTERS = "adapter_config.json"
+"""The settings of peft's adapters: a folder that has them needs no config.json, because they name their base model."""
 
 
 def check_folder(source: str, name: str) -> None:

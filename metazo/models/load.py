@@ -71,6 +71,8 @@ class LoadedModel:
     """Sentences for the user: a new head, weights that are not finite."""
     quantize: str | None = None
     """How the weights of a full-precision checkpoint were quantised when it was loaded."""
+    adapted: tuple[str, str | None] | None = None
+    """Name and revision of the base model, if the model is saved adapters on it: what they name when they are saved again."""
 
 
 def load_model(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
-from metazo.models.embedded import EMBEDDED, check_folder
+from metazo.models.embedded import ADAPTERS, EMBEDDED, check_folder
 from metazo.optimizers.outline import methods
 from metazo.optimizers.registry import require
 from metazo.runs.config import AUTO, FinetuneConfig
@@ -25,4 +26,5 @@ def check_names(config: FinetuneConfig, data: bool = True) -> None:
     task = resolve(config.task)
     if data and config.data is not None and not task.files and task.generate is None:
         find(task, "train", config.data)
-    check_folder(str(EMBEDDED.get(config.model, config.model)), config.model)
+    if not (Path(config.model).expanduser() / ADAPTERS).is_file():
+        check_folder(str(EMBEDDED.get(config.model, config.model)), config.model)

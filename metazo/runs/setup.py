@@ -86,7 +86,8 @@ class Setup:
             return [StateFile(self.loaded.model)]
         record = self.prepared.record | ({"quantize": self.loaded.quantize} if self.loaded.quantize else {})
         describe(self.loaded.model, record)
-        return parts_of(self.loaded.model, self.loaded.tokenizer, self.config.model, record, self.config.revision)
+        base, revision = self.loaded.adapted or (self.config.model, self.config.revision)
+        return parts_of(self.loaded.model, self.loaded.tokenizer, base, record, revision)
 
     def plan(self, config: FinetuneConfig) -> dict[str, Any]:
         """A description of the run and estimates of its memory and disk space, before it starts."""

@@ -10,10 +10,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from metazo.errors import UserError
-from metazo.integrations import ZOTrainer
+from metazo.integrations import ZOMixin, ZOTrainer
 from metazo.optimizers import LOZO, MeZO
 
 PICO = str(files("metazo.pico") / "model")
@@ -147,6 +147,7 @@ def test_adapters_alone_move_in_a_peft_model(tmp_path: Path) -> None:
     [
         ({"optimizer_cls_and_kwargs": ("adamw", {})}, "adamw"),
         ({"optimizer_cls_and_kwargs": (torch.optim.SGD, {})}, "not a zeroth-order method"),
+        ({"optimizer_cls_and_kwargs": "mezo"}, "is 'mezo': give a method and its settings"),
         ({"optimizer_cls_and_kwargs": ("mezo", {"rank": 3})}, "`rank` is not a setting of mezo"),
         ({"optimizer_cls_and_kwargs": ("mezo", {"eps": 0.0})}, "eps.? must be above 0"),
     ],
@@ -154,6 +155,29 @@ def test_adapters_alone_move_in_a_peft_model(tmp_path: Path) -> None:
 def test_bad_settings_are_one_sentence(tmp_path: Path, options, words) -> None:
     with pytest.raises(UserError, match=words):
         trainer(tmp_path, model(), **options).train()
+
+
+class Narrow(Trainer):
+    """Takes no `optimizer_cls_and_kwargs`, as TRL's DPOTrainer and GRPOTrainer."""
+
+    def __init__(self, model=None, args=None, train_dataset=None, optimizers=(None, None)):
+        super().__init__(model=model, args=args, train_dataset=train_dataset, optimizers=optimizers)
+
+
+class ZONarrow(ZOMixin, Narrow):
+    pass
+
+
+def test_a_trainer_without_the_argument_takes_a_method(tmp_path: Path) -> None:
+    method: Any = ("lozo", {"rank": 2})
+    nets = model(), model()
+    trainer(tmp_path / "a", nets[0], ZONarrow, max_steps=2, optimizer_cls_and_kwargs=method).train()
+    trainer(tmp_path / "b", nets[1], max_steps=2, optimizer_cls_and_kwargs=method).train()
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(nets[0].parameters(), nets[1].parameters()))
+    net = model()
+    with pytest.raises(UserError, match="both give an optimizer"):
+        finished = MeZO(net.named_parameters())
+        trainer(tmp_path, net, ZONarrow, optimizer_cls_and_kwargs=method, optimizers=(finished, None))
 
 
 def test_first_order_optimizers_and_scalers_are_refused(tmp_path: Path) -> None:

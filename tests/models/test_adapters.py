@@ -22,6 +22,7 @@ from metazo.models.virtual import with_virtual_tokens
 from metazo.models.wanted import Adapter
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import run_settings
+from metazo.runs.names import check_names
 from metazo.runs.replay import replay
 from metazo.runs.setup import set_up
 from metazo.settings import build
@@ -256,9 +257,14 @@ def test_every_kind_is_continued_and_merged_if_it_can_be(tuned, tmp_path):
     """With adapter continue the run begins at the function that the adapters have, and writes the same tensors again."""
     kind, out, summary = tuned
     extra = {"lora": 0, "model": str(out), "keep": "last", "steps": 2}
+    check_names(
+        config(tmp_path / "on", adapter="continue", **extra | {"model": str(out / "model")})
+    )  # the command line's
     on = run_settings(config(tmp_path / "on", adapter="continue", **extra))
     assert on["before"] == summary["dev"]
-    assert replay(tmp_path / "on" / "steps.jsonl", str(out)).identical
+    assert on_test(str(tmp_path / "on")) == on["test"], "the adapters that were continued are applied once"
+    again = tmp_path / "again"
+    assert replay(tmp_path / "on" / "steps.jsonl", str(out), again).identical and on_test(str(again)) == on["test"]
     trained = {name for name, p in set_up(config(tmp_path / "x", adapter="continue", **extra)).loaded.model.named_parameters()
                if p.requires_grad}  # fmt: skip
     assert trained and all(KINDS[kind] in name or "lora_" in name for name in trained)
