@@ -107,6 +107,12 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return {key.replace("-", "_"): value for key, value in read_yaml(path, "recipe").items()}
 
 
+@cache
+def _checker(config: type) -> TypeAdapter[Any]:
+    """pydantic's validator of a dataclass; made once, because that takes 10 ms or more."""
+    return TypeAdapter(with_config(ConfigDict(arbitrary_types_allowed=True))(config))
+
+
 def build(config: type[Config], *layers: Mapping[str, Any]) -> Config:
     """A config from layers of settings, of which later ones override earlier ones (recipe, then flags); None means not given.
 
@@ -124,8 +130,7 @@ def build(config: type[Config], *layers: Mapping[str, Any]) -> Config:
         if key not in known:
             raise UserError(f"{shown(key)} is not a setting; the settings are {', '.join(known)}.")
     try:
-        strict = with_config(ConfigDict(arbitrary_types_allowed=True))(config)
-        return TypeAdapter(strict).validate_python(values)
+        return _checker(config).validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"]) or "settings"

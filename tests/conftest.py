@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import shutil
@@ -24,6 +25,16 @@ _MEMORY, _ours = Path("/dev/shm"), None
 if "TMPDIR" not in os.environ and os.access(_MEMORY, os.W_OK) and shutil.disk_usage(_MEMORY).free > 4 << 30:
     _ours = os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="metazo-tests-", dir=_MEMORY)
     tempfile.tempdir = None
+
+
+def _give_back(owner: int) -> None:
+    if os.getpid() == owner:  # not a process that was forked
+        shutil.rmtree(str(_ours), ignore_errors=True)
+
+
+# At the end of the process, because a test runs pytest within this one, and multiprocessing removes a folder of its own there.
+if _ours is not None:
+    atexit.register(_give_back, os.getpid())
 gc.set_threshold(50_000)  # with torch and transformers imported, a full collection takes 0.2 s and finds little
 # A suite that was started in the background of a shell ignores Ctrl-C, as would every run that it starts and interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -36,9 +47,8 @@ TEXT = (
 
 
 def pytest_sessionfinish(exitstatus: int) -> None:
-    """Give the memory of the temporary files back, unless a test failed and somebody may look at them."""
-    if _ours is not None and exitstatus != pytest.ExitCode.TESTS_FAILED:
-        shutil.rmtree(_ours, ignore_errors=True)
+    if exitstatus == pytest.ExitCode.TESTS_FAILED:
+        atexit.unregister(_give_back)  # somebody may look at the files
 
 
 @pytest.fixture(scope="session")

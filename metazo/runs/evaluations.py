@@ -71,9 +71,10 @@ class Scores(Records):
             "dev": self.on("dev") if self.config.dev_examples else {},
             **self._sigma(),
         }
-        if not _all_finite(self.setup.loaded.model):
+        norm = _norm(self.setup.loaded.model)
+        if not (math.isfinite(norm) or _all_finite(self.setup.loaded.model)):
             record["weights_finite"] = False
-        elif (norm := _norm(self.setup.loaded.model)) > self.most:
+        elif norm > self.most:
             record["weights_grown"] = float(f"{GROWN * norm / self.most:.3g}")
         self.losses = []
         if self.usable(record) and all(self._merit(record) > self._merit(other) for other in self.records):
