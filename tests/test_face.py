@@ -95,13 +95,14 @@ def test_mistyped_names_are_reported_without_torch() -> None:
     code = (
         "import sys; from metazo_cli.main import main\n"
         "run = ['finetune', '--model', 'pico', '--task', 'sst2', '--out', 'x']\n"
-        "for more in (['--task', 'sst3'], ['--optimizer', 'meso'], ['--model', '/no/such'], ['--data', '/no/such'], None):\n"
+        "for more in (['--task', 'sst3'], ['--optimizer', 'meso'], ['--model', '/no/such'], ['--data', '/no/such'],"
+        " ['--rank', '2'], None):\n"
         "    sys.argv = ['metazo', *(['tasks'] if more is None else run + more)]\n"
         "    try: main()\n"
         "    except SystemExit as end: print(more, end.code, 'torch' in sys.modules)\n"
     )
     lines = [line for line in python(code).splitlines() if line.endswith("False")]
-    assert [line.split()[-2] for line in lines] == ["2", "2", "2", "2", "0"], lines
+    assert [line.split()[-2] for line in lines] == ["2", "2", "2", "2", "2", "0"], lines
 
 
 def test_help_and_light_commands_do_not_load_torch() -> None:

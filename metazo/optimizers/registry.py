@@ -17,7 +17,7 @@ import importlib
 import inspect
 import os
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -256,3 +256,13 @@ def require(name: str, known: Mapping[str, type[Method]]) -> None:
     """Raises UserError for a name that is not one of the known methods."""
     if name not in known:
         raise UserError(f"`optimizer` {name!r} is unknown; choose one of {', '.join(known)}.")
+
+
+def require_own(name: str, options: Iterable[str], known: Mapping[str, type[Method]]) -> None:
+    """Raises UserError for an option that is not a hyperparameter of the method with that name."""
+    own = known[name].hyperparameters()
+    for key in options:
+        if key not in own:
+            owners = [other for other in known if key in known[other].hyperparameters()]
+            where = f"it belongs to {', '.join(owners)}" if owners else f"{name} has {', '.join(own) or 'none'}"
+            raise UserError(f"`{key}` is not a hyperparameter of {name}; {where}.")

@@ -17,7 +17,7 @@ from metazo.feedback.tuner import FeedbackTuner, describe
 from metazo.io.plain import shown
 from metazo.io.processes import launched
 from metazo.optimizers import METHODS
-from metazo.optimizers.registry import method
+from metazo.optimizers.registry import method, require_own
 from metazo.runs.config import FinetuneConfig
 from metazo.settings import MOST, check_number
 from metazo.step.rules import RULES
@@ -97,12 +97,8 @@ def _seed(spec: str) -> int:
 def arguments(config: FinetuneConfig, model: nn.Module) -> dict[str, Any]:
     """The keyword arguments of the method's constructor. Raises UserError for settings that it does not take."""
     name, cls = config.optimizer, method(config.optimizer)
-    own, chosen = cls.hyperparameters(), cls.translate(config.method)
-    for key in chosen:
-        if key not in own:
-            owners = [other for other in METHODS if key in METHODS[other].hyperparameters()]
-            where = f"it belongs to {', '.join(owners)}" if owners else f"{name} has {', '.join(own) or 'none'}"
-            raise UserError(f"`{key}` is not a hyperparameter of {name}; {where}.")
+    chosen = cls.translate(config.method)
+    require_own(name, chosen, METHODS)
     chosen = {key: _option(name, key, value) for key, value in chosen.items()}
     settings: dict[str, Any] = {"weight_decay": config.weight_decay}
     if config.lr is not None:
