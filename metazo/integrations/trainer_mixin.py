@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -31,15 +33,18 @@ class ZOMixin:
 
     * A step evaluates the losses of its micro-batches at each probe, in evaluation mode and under inference mode. No backward
       pass is run, and no gradient exists: `max_grad_norm` is set to 0, and no gradient norm is logged.
-    * `gradient_accumulation_steps` = k makes one step of k micro-batches, whose losses are combined as the Trainer combines
-      their gradients. The step has one perturbation, not k.
-    * The logged loss is the mean over the step's probes.
+    * `gradient_accumulation_steps` = k makes one step of k micro-batches, whose loss is the mean over all their tokens or
+      examples. The step has one perturbation, not k. (The Trainer adds up the k losses of a model that takes
+      `num_items_in_batch` and ignores it, as BERT's classifiers do; here that would be k times the learning rate.)
+    * The logged loss is the mean over the step's probes, and so are the metrics of TRL's trainers; their count of tokens has
+      those of every probe.
 
     Checkpoints hold the whole state of the method, so that `resume_from_checkpoint` goes on bit for bit.
 
     Raises UserError for float16 with a gradient scaler (`fp16`), DeepSpeed and FSDP, which this class does not support, and
     for settings that the method does not have. Do not use it with a loss that is random, such as a sampled one: the probes
-    of a step must differ by the perturbation alone.
+    of a step must differ by the perturbation alone. Nor with a surrogate whose gradient is meant and whose value is not, such
+    as GRPO's or PPO's: it is the same at every probe, so that nothing moves, and a warning says so at the first step.
     """
 
     def __init__(self, *args: Any, optimizer_cls_and_kwargs: Any = None, **kwargs: Any):
@@ -61,6 +66,9 @@ class ZOMixin:
                 )
         settings.max_grad_norm = 0.0
         self._micro_batches: list[dict[str, Any]] = []
+        self._divides: bool | None = (
+            None  # whether the model's loss is divided by num_items_in_batch; found at the first step
+        )
         given: Any = getattr(self, "optimizer", None)
         if given is not None and not isinstance(given, TakenSteps):
             if not isinstance(given, ZOOptimizer):
@@ -89,15 +97,38 @@ class ZOMixin:
         batches, self._micro_batches = self._micro_batches, []
         module = model if trainer.args.n_gpu > 1 else trainer.accelerator.unwrap_model(model)
         module.eval()
+        # TRL's trainers ask this flag of the whole model whether they train, and sort their metrics by it
+        module.training = hasattr(self, "_metrics")
+        count = num_items_in_batch
+        if count is not None and (len(batches) > 1 or trainer.accelerator.num_processes > 1):
+            if self._divides is None:
+                self._divides = self._divided(module, batches[0], count)
+            count = None if self._divides is False else count
+        seen: list[Tensor] = []
 
         def total() -> Tensor:
-            losses = [self._loss(module, batch, num_items_in_batch) for batch in batches]
-            return torch.stack(losses).sum()
+            losses = [self._loss(module, batch, count) for batch in batches]
+            seen.append(torch.stack(losses).sum())
+            return seen[-1]
 
         inner = self.optimizer
         while not isinstance(inner, ZOOptimizer):  # accelerate's wrapper, then ours
             inner = inner.optimizer
-        return torch.tensor(inner.step(total), device=device)
+        first = not inner.steps
+        loss = inner.step(total)
+        if first and len(seen) > 1 and len({float(each) for each in seen}) == 1:
+            warnings.warn(
+                f"The loss is {float(seen[0]):g} at every probe of the first step, so that nothing moves. A surrogate, such as "
+                "GRPO's, says nothing by its value: take the reward itself. If the loss is none, `eps` is too small.",
+                stacklevel=2,
+            )
+        return torch.tensor(loss, device=device)
+
+    def _divided(self, module: nn.Module, batch: dict[str, Any], count: Any) -> bool | None:
+        """Whether the loss depends on the count that it is to be divided by. None: this loss of 0 or NaN cannot tell."""
+        with torch.inference_mode():
+            once, twice = (float(self._loss(module, batch, number)) for number in (count, 2 * count))
+        return once != twice if math.isfinite(once) and once else None
 
     def _loss(self, module: nn.Module, batch: dict[str, Any], num_items_in_batch: Any) -> Tensor:
         """A micro-batch's share of the loss of a step, scaled as the Trainer scales it before its backward pass."""
@@ -109,8 +140,8 @@ class ZOMixin:
             loss = loss.mean()
         scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
         if scaled is None:
-            by_model = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
-            scaled = by_model or trainer.compute_loss_func is not None
+            takes = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
+            scaled = takes and num_items_in_batch is not None
         return (loss if scaled else loss / trainer.current_gradient_accumulation_steps).float()
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
@@ -152,6 +183,10 @@ def _build(chosen: Any, module: nn.Module, options: dict[str, Any]) -> ZOOptimiz
         )
     if (name := options.pop("tuner", None)) is not None:
         options["scale"] = tuner_scale(zoo.load(name, report=lambda text: None), list(module.named_parameters()))
+    if cls.needs_tuner and "scale" not in options:
+        raise UserError(
+            f"{cls.name} needs a tuner: add `tuner`, a file, a name of the zoo or a Hub id, to its settings."
+        )
     if cls.needs_model:
         options["model"] = module
     known: Iterable[str] = {"lr", "weight_decay", "model", *cls.common, *cls.hyperparameters()}

@@ -115,6 +115,11 @@ def with_adapters(loaded: LoadedModel, folder: Path, *, train: bool = False) -> 
         loaded.context_length -= config.num_virtual_tokens
         config.inference_mode = not train
         loaded.model.prompt_encoder.requires_grad_(train)
+        if train and getattr(
+            config, "prefix_projection", False
+        ):  # saved are the projected tokens, without the projection
+            for holder in (config, *loaded.model.prompt_encoder.values()):
+                holder.prefix_projection = False
 
 
 def _sentence(error: Exception) -> str:

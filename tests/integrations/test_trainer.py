@@ -10,7 +10,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from metazo.errors import UserError
 from metazo.integrations import ZOMixin, ZOTrainer
@@ -30,7 +36,11 @@ def rows() -> list[dict[str, Any]]:
 
 
 def trainer(out: Path, net: nn.Module, cls: type = ZOTrainer, **options: Any):
-    given = {key: options.pop(key) for key in ("optimizer_cls_and_kwargs", "callbacks", "optimizers") if key in options}
+    given = {
+        key: options.pop(key)
+        for key in ("optimizer_cls_and_kwargs", "callbacks", "optimizers", "compute_loss_func")
+        if key in options
+    }
     settings = {
         "output_dir": str(out),
         "max_steps": 6,
@@ -76,6 +86,7 @@ def test_a_run_is_the_plain_loop_over_the_trainers_batches(tmp_path: Path) -> No
     batches = Batches(net)
     run = trainer(tmp_path, net, optimizer_cls_and_kwargs=("mezo", {"eps": 1e-3, "check_loss": False}))
     run.train()
+    assert torch.equal(batches.seen.pop(0), batches.seen.pop(0)), "whether the model divides by the number of tokens"
     assert len(batches.seen) == 6 * 2 * 2, "two probes of two micro-batches per step"
     optimizer = MeZO(plain.named_parameters(), lr=1e-4, eps=1e-3, seed=3, check_loss=False)
     losses = []
@@ -95,6 +106,63 @@ def test_a_run_is_the_plain_loop_over_the_trainers_batches(tmp_path: Path) -> No
     logged = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
     assert logged == pytest.approx(losses, rel=1e-3)
     assert all("grad_norm" not in entry for entry in run.state.log_history)
+
+
+@pytest.mark.parametrize("by_function", [False, True])
+def test_a_model_that_ignores_the_number_of_items_has_the_mean_loss(tmp_path: Path, tiny, by_function: bool) -> None:
+    """BERT's classifier takes the number and returns a mean; the sum of the micro-batches would be three times the loss."""
+    net = AutoModelForSequenceClassification.from_pretrained(tiny("bert"), num_labels=2)
+    data = [{"input_ids": row["input_ids"], "labels": k % 2} for k, row in enumerate(rows())]
+    options: dict[str, Any] = {"gradient_accumulation_steps": 3, "max_steps": 2, "learning_rate": 0.0}
+    given = {
+        "compute_loss_func": lambda out, labels, num_items_in_batch=None: nn.functional.cross_entropy(
+            out.logits, labels
+        )
+    }
+    run = trainer(tmp_path, net, **options, **(given if by_function else {}))
+    run.train_dataset = data
+    run.train()
+    with torch.inference_mode():
+        ids, labels = torch.stack([row["input_ids"] for row in data]), torch.tensor([row["labels"] for row in data])
+        whole = float(net.eval()(input_ids=ids, labels=labels).loss)  # the two steps see all twelve examples
+    logged = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    assert sum(logged) / 2 == pytest.approx(whole, rel=2e-3)
+
+
+def test_a_trainer_that_sorts_its_metrics_by_the_mode_of_the_model_finds_it_training(tmp_path: Path) -> None:
+    """As TRL's do; all modules within the model are in evaluation mode."""
+    modes = []
+
+    class Sorting(ZOTrainer):
+        _metrics = None
+
+        def compute_loss(self, model, *args, **kwargs):
+            modes.append((model.training, any(part.training for part in model.children())))
+            return super().compute_loss(model, *args, **kwargs)
+
+        def log(self, logs, *args, **kwargs):
+            modes.append((self.model.training, False))
+            super().log(logs, *args, **kwargs)
+
+    run = trainer(tmp_path, model(), Sorting, max_steps=1)
+    run.train()
+    assert set(modes[:-1]) == {(True, False)}
+    modes.clear()
+    run.evaluate(rows())
+    assert set(modes) == {(False, False)}
+
+
+def test_a_surrogate_whose_value_says_nothing_is_warned_of_once(tmp_path: Path) -> None:
+    class Surrogate(ZOTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            likelihood = -super().compute_loss(model, inputs, *args, **kwargs)
+            return -(likelihood - likelihood.detach()).exp()
+
+    with pytest.warns(
+        UserWarning, match=r"The loss is -1 at every probe of the first step, so that nothing moves"
+    ) as seen:
+        trainer(tmp_path, model(), Surrogate, max_steps=2).train()
+    assert sum("every probe" in str(each.message) for each in seen) == 1
 
 
 @pytest.mark.parametrize("method", [("lozo", {"interval": 2}), (LOZO, {"interval": 2}), ("mezo-adam", {})])
@@ -149,6 +217,7 @@ def test_adapters_alone_move_in_a_peft_model(tmp_path: Path) -> None:
         ({"optimizer_cls_and_kwargs": (torch.optim.SGD, {})}, "not a zeroth-order method"),
         ({"optimizer_cls_and_kwargs": "mezo"}, "is 'mezo': give a method and its settings"),
         ({"optimizer_cls_and_kwargs": ("mezo", {"rank": 3})}, "`rank` is not a setting of mezo"),
+        ({"optimizer_cls_and_kwargs": ("zo-finetuner", {})}, "zo-finetuner needs a tuner: add `tuner`"),
         ({"optimizer_cls_and_kwargs": ("mezo", {"eps": 0.0})}, "eps.? must be above 0"),
     ],
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, PrefixTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import metazo
@@ -18,6 +18,7 @@ from metazo.models.adapters import add_adapters
 from metazo.models.assemble import load
 from metazo.models.describe import RECORD
 from metazo.models.embedded import PICO
+from metazo.models.load import load_model
 from metazo.models.virtual import with_virtual_tokens
 from metazo.models.wanted import Adapter
 from metazo.runs.config import FinetuneConfig
@@ -273,6 +274,23 @@ def test_every_kind_is_continued_and_merged_if_it_can_be(tuned, tmp_path):
             load(out, merge=True)
     else:
         assert on_test(str(out), merge=True)["loss"] == pytest.approx(summary["test"]["loss"], rel=1e-4)
+
+
+def test_a_prefix_that_was_saved_projected_is_continued_without_the_projection(tmp_path):
+    """peft saves the projected tokens and not the network that made them; they are what is trained on."""
+    base = AutoModelForCausalLM.from_pretrained(PICO, dtype=torch.float32)
+    torch.manual_seed(0)
+    made = get_peft_model(base, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, prefix_projection=True))
+    made.save_pretrained(tmp_path / "made")
+    load_model("pico").tokenizer.save_pretrained(tmp_path / "made")
+    ids = torch.arange(5, 12)[None]
+    with torch.inference_mode():
+        wanted = made.eval()(ids).logits
+        assert torch.allclose(load(tmp_path / "made").model(ids).logits, wanted, atol=1e-5)
+    extra = {"lora": 0, "model": str(tmp_path / "made"), "keep": "last", "steps": 2, "lr": 1e-2}
+    on = run_settings(config(tmp_path / "on", adapter="continue", **extra))
+    assert on["before"] != on["dev"] and on_test(str(tmp_path / "on")) == on["test"]
+    assert replay(tmp_path / "on" / "steps.jsonl", str(tmp_path / "made")).identical
 
 
 @pytest.mark.parametrize("kind", ["prefix", "prompt"])
