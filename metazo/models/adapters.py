@@ -118,7 +118,8 @@ def with_adapters(loaded: LoadedModel, folder: Path, *, train: bool = False) -> 
         if train and getattr(
             config, "prefix_projection", False
         ):  # saved are the projected tokens, without the projection
-            for holder in (config, *loaded.model.prompt_encoder.values()):
+            encoders: Any = loaded.model.prompt_encoder
+            for holder in (config, *encoders.values()):
                 holder.prefix_projection = False
 
 
