@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -44,7 +43,7 @@ class ZOMixin:
     Raises UserError for float16 with a gradient scaler (`fp16`), DeepSpeed and FSDP, which this class does not support, and
     for settings that the method does not have. Do not use it with a loss that is random, such as a sampled one: the probes
     of a step must differ by the perturbation alone. Nor with a surrogate whose gradient is meant and whose value is not, such
-    as GRPO's or PPO's: it is the same at every probe, so that nothing moves, and a warning says so at the first step.
+    as GRPO's or PPO's: it is the same at every probe, so that nothing moves, and a warning says so after 20 steps.
     """
 
     def __init__(self, *args: Any, optimizer_cls_and_kwargs: Any = None, **kwargs: Any):
@@ -66,9 +65,7 @@ class ZOMixin:
                 )
         settings.max_grad_norm = 0.0
         self._micro_batches: list[dict[str, Any]] = []
-        self._divides: bool | None = (
-            None  # whether the model's loss is divided by num_items_in_batch; found at the first step
-        )
+        self._divides: bool | None = None  # whether the loss is divided by num_items_in_batch: see _divided
         given: Any = getattr(self, "optimizer", None)
         if given is not None and not isinstance(given, TakenSteps):
             if not isinstance(given, ZOOptimizer):
@@ -103,29 +100,21 @@ class ZOMixin:
         if count is not None and (len(batches) > 1 or trainer.accelerator.num_processes > 1):
             if self._divides is None:
                 self._divides = self._divided(module, batches[0], count)
-            count = None if self._divides is False else count
-        seen: list[Tensor] = []
+            if self._divides is False:
+                count = None
 
         def total() -> Tensor:
             losses = [self._loss(module, batch, count) for batch in batches]
-            seen.append(torch.stack(losses).sum())
-            return seen[-1]
+            return torch.stack(losses).sum()
 
         inner = self.optimizer
         while not isinstance(inner, ZOOptimizer):  # accelerate's wrapper, then ours
             inner = inner.optimizer
-        first = not inner.steps
-        loss = inner.step(total)
-        if first and len(seen) > 1 and len({float(each) for each in seen}) == 1:
-            warnings.warn(
-                f"The loss is {float(seen[0]):g} at every probe of the first step, so that nothing moves. A surrogate, such as "
-                "GRPO's, says nothing by its value: take the reward itself. If the loss is none, `eps` is too small.",
-                stacklevel=2,
-            )
-        return torch.tensor(loss, device=device)
+        return torch.tensor(inner.step(total), device=device)
 
     def _divided(self, module: nn.Module, batch: dict[str, Any], count: Any) -> bool | None:
-        """Whether the loss depends on the count that it is to be divided by. None: this loss of 0 or NaN cannot tell."""
+        """Whether the loss is divided by the count of items, which a model may take and ignore; asked until a batch whose
+        loss is neither 0 nor NaN tells. Two forward passes that `forwards` does not count."""
         with torch.inference_mode():
             once, twice = (float(self._loss(module, batch, number)) for number in (count, 2 * count))
         return once != twice if math.isfinite(once) and once else None

@@ -115,9 +115,8 @@ def with_adapters(loaded: LoadedModel, folder: Path, *, train: bool = False) -> 
         loaded.context_length -= config.num_virtual_tokens
         config.inference_mode = not train
         loaded.model.prompt_encoder.requires_grad_(train)
-        if train and getattr(
-            config, "prefix_projection", False
-        ):  # saved are the projected tokens, without the projection
+        # peft saves the projected tokens without the network that projected them
+        if train and getattr(config, "prefix_projection", False):
             encoders: Any = loaded.model.prompt_encoder
             for holder in (config, *encoders.values()):
                 holder.prefix_projection = False

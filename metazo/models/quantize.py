@@ -82,7 +82,7 @@ def left_over(model: nn.Module, kind: str, name: str) -> list[str]:
 
     Raises UserError if none was: the layers of GPT-2 and fused experts are not `torch.nn.Linear`.
     """
-    base: Any = getattr(model, "encoder", model)
+    base = _transformer(model)
     apart = [layer for layer in (base.get_input_embeddings(), base.get_output_embeddings()) if layer is not None]
     ends = {id(parameter) for layer in apart for parameter in layer.parameters()}
     done, whole, kept = 0, 0, {}
@@ -104,6 +104,13 @@ def left_over(model: nn.Module, kind: str, name: str) -> list[str]:
             + ("leave it out." if kind == "nf4" else "leave it out, or try nf4.")
         )
     return [f"`quantize` {kind} leaves {1 - done / whole:.0%} of the weights as they are, such as {largest}."]
+
+
+def _transformer(model: nn.Module) -> Any:
+    """The model of transformers, without the head of a classifier that reads its hidden states."""
+    from transformers import PreTrainedModel
+
+    return model if isinstance(model, PreTrainedModel) else model.encoder
 
 
 def check_shapes(model: nn.Module) -> None:
@@ -133,11 +140,10 @@ def expect_bytes(model: nn.Module, kind: str) -> None:
     transformers would quantise: not the output layer, tied weights or the last module; GPT-2's Conv1D by bitsandbytes alone.
     """
     with needs("llm"):
-        from transformers import PreTrainedModel
         from transformers.pytorch_utils import Conv1D
         from transformers.quantizers.base import get_keys_to_not_convert
 
-    base: Any = model if isinstance(model, PreTrainedModel) else model.encoder
+    base = _transformer(model)
     kept = get_keys_to_not_convert(base)
     layers = (nn.Linear, Conv1D) if kind == "nf4" else nn.Linear
     for name, module in base.named_modules():

@@ -148,7 +148,7 @@ class LossWatch:
 
     A loss that differs when it is evaluated twice at the same weights: this needs one more evaluation at the first step,
     which is not counted in `forwards`, and restores the global generators. BatchNorm in train mode, whose running statistics
-    change with every probe. Losses in bfloat16 or float16 that are exactly equal in most of the first FIRST_STEPS steps.
+    change with every probe. Losses of all probes that are exactly equal in most of the first FIRST_STEPS steps.
 
     Args: repeat: whether to evaluate once more.
     """
@@ -182,11 +182,20 @@ class LossWatch:
             return
         self.steps += 1
         self.equal += spread == 0 and len(losses) > 1
-        if self.steps == FIRST_STEPS and self.narrow is not None and self.equal > FIRST_STEPS // 2:
+        if self.steps == FIRST_STEPS and self.equal > FIRST_STEPS // 2:
+            cause = (
+                "`eps` is too small, the loss changes in leaps (as an accuracy over few examples), or its gradient is meant "
+                "and not its value (as in GRPO's and PPO's surrogates; take the reward itself)."
+            )
+            if self.narrow is not None:
+                dtype = str(self.narrow).removeprefix("torch.")
+                cause = (
+                    f"the loss is computed in {dtype}, which is too coarse. Compute the loss in float32 (logits.float()), or "
+                    "raise `eps`."
+                )
             warnings.warn(
                 f"In {self.equal} of the first {FIRST_STEPS} steps the losses of all probes were exactly equal, so that the "
-                f"weights did not move: the loss is computed in {str(self.narrow).removeprefix('torch.')}, which is too "
-                "coarse. Compute the loss in float32 (logits.float()), or raise `eps`.",
+                f"weights did not move: {cause}",
                 stacklevel=5,
             )
 

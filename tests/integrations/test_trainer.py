@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
@@ -21,6 +23,7 @@ from transformers import (
 from metazo.errors import UserError
 from metazo.integrations import ZOMixin, ZOTrainer
 from metazo.optimizers import LOZO, MeZO
+from tests import warm
 
 PICO = str(files("metazo.pico") / "model")
 ROWS = 12
@@ -108,25 +111,56 @@ def test_a_run_is_the_plain_loop_over_the_trainers_batches(tmp_path: Path) -> No
     assert all("grad_norm" not in entry for entry in run.state.log_history)
 
 
-@pytest.mark.parametrize("by_function", [False, True])
-def test_a_model_that_ignores_the_number_of_items_has_the_mean_loss(tmp_path: Path, tiny, by_function: bool) -> None:
-    """BERT's classifier takes the number and returns a mean; the sum of the micro-batches would be three times the loss."""
-    net = AutoModelForSequenceClassification.from_pretrained(tiny("bert"), num_labels=2)
-    data = [{"input_ids": row["input_ids"], "labels": k % 2} for k, row in enumerate(rows())]
-    options: dict[str, Any] = {"gradient_accumulation_steps": 3, "max_steps": 2, "learning_rate": 0.0}
-    given = {
-        "compute_loss_func": lambda out, labels, num_items_in_batch=None: nn.functional.cross_entropy(
-            out.logits, labels
-        )
-    }
-    run = trainer(tmp_path, net, **options, **(given if by_function else {}))
-    run.train_dataset = data
+def classified(out: Path, folder: Path, micro_batches: int, **options: Any) -> list[float]:
+    """Logged losses of two steps over all rows by BERT's classifier, which takes the number of items and returns a mean."""
+    net = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
+    with torch.no_grad():
+        net.classifier.weight.fill_(0.1)  # a new one is random
+    run = trainer(out, net, gradient_accumulation_steps=micro_batches, max_steps=2, learning_rate=0.0, **options)
+    run.train_dataset = [{"input_ids": row["input_ids"], "labels": k % 2} for k, row in enumerate(rows())]
     run.train()
+    return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+
+
+def mean_of_all(folder: Path) -> float:
+    """The loss of that classifier over all rows, which each of two equal steps has in the mean."""
+    net = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2).eval()
     with torch.inference_mode():
-        ids, labels = torch.stack([row["input_ids"] for row in data]), torch.tensor([row["labels"] for row in data])
-        whole = float(net.eval()(input_ids=ids, labels=labels).loss)  # the two steps see all twelve examples
-    logged = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
-    assert sum(logged) / 2 == pytest.approx(whole, rel=2e-3)
+        net.classifier.weight.fill_(0.1)
+        ids = torch.stack([row["input_ids"] for row in rows()])
+        return float(net(input_ids=ids, labels=torch.arange(ROWS) % 2).loss)
+
+
+def plain_mean(out, labels, num_items_in_batch=None):
+    return nn.functional.cross_entropy(out.logits, labels)
+
+
+@pytest.mark.parametrize("function", [None, plain_mean])
+def test_a_model_that_ignores_the_number_of_items_has_the_mean_loss(tmp_path: Path, tiny, function) -> None:
+    """The sum of the micro-batches, which the Trainer takes, would be three times the loss."""
+    losses = classified(tmp_path, tiny("bert"), 3, compute_loss_func=function)
+    assert sum(losses) / 2 == pytest.approx(mean_of_all(tiny("bert")), rel=2e-3)
+
+
+def _process(rank: int, folder: str, out: str) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "x",
+        "MASTER_PORT": "1",
+    }
+    dist.init_process_group("gloo", init_method=f"file://{out}/meeting", rank=rank, world_size=2)
+    losses = classified(Path(out), Path(folder), 1, per_device_train_batch_size=3)
+    if rank == 0:
+        torch.save(losses, Path(out) / "losses")
+    dist.destroy_process_group()
+
+
+def test_it_has_the_mean_loss_over_processes(tmp_path: Path, tiny) -> None:
+    """The Trainer multiplies it by their number, because it expects that the model divides by the items of all of them."""
+    warm.ranks(_process, str(tiny("bert")), str(tmp_path))
+    assert sum(torch.load(tmp_path / "losses")) / 2 == pytest.approx(mean_of_all(tiny("bert")), rel=2e-3)
 
 
 def test_a_trainer_that_sorts_its_metrics_by_the_mode_of_the_model_finds_it_training(tmp_path: Path) -> None:
@@ -150,19 +184,6 @@ def test_a_trainer_that_sorts_its_metrics_by_the_mode_of_the_model_finds_it_trai
     modes.clear()
     run.evaluate(rows())
     assert set(modes) == {(False, False)}
-
-
-def test_a_surrogate_whose_value_says_nothing_is_warned_of_once(tmp_path: Path) -> None:
-    class Surrogate(ZOTrainer):
-        def compute_loss(self, model, inputs, *args, **kwargs):
-            likelihood = -super().compute_loss(model, inputs, *args, **kwargs)
-            return -(likelihood - likelihood.detach()).exp()
-
-    with pytest.warns(
-        UserWarning, match=r"The loss is -1 at every probe of the first step, so that nothing moves"
-    ) as seen:
-        trainer(tmp_path, model(), Surrogate, max_steps=2).train()
-    assert sum("every probe" in str(each.message) for each in seen) == 1
 
 
 @pytest.mark.parametrize("method", [("lozo", {"interval": 2}), (LOZO, {"interval": 2}), ("mezo-adam", {})])

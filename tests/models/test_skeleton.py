@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import MixtralConfig
 
 from metazo.errors import UserError
 from metazo.models.assemble import base_of
@@ -49,6 +50,24 @@ def test_the_layers_of_an_encoder_and_of_a_decoder_will_be_quantised(tiny) -> No
     linear = {name: module.weight for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     expected = {name for name, weight in linear.items() if hasattr(weight, "expected_bytes")}
     assert expected == linear.keys() - {"lm_head"} and any(name.startswith("decoder") for name in expected)
+
+
+def test_how_much_of_a_model_quantisation_leaves_is_said(tiny) -> None:
+    """GPT-2 has no linear layers; of Mixtral the experts and the router are left."""
+    with pytest.raises(
+        UserError, match=r"`quantize` int8 finds no linear layer in .* \(its largest weight is .*wpe.weight\)"
+    ):
+        skeleton(tiny("gpt2"), quantize="int8")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    mixtral = MixtralConfig(vocab_size=99, num_local_experts=8, num_key_value_heads=2, **sizes)
+    attention, experts, router, norms = 4 * 64 * 64, 8 * 3 * 64 * 128, 8 * 64, 2 * 64
+    left = 1 - 2 * attention / (2 * (attention + experts + router + norms) + 64)
+    notes = skeleton("mixtral", config=mixtral, quantize="nf4").notes
+    assert notes == [
+        f"`quantize` nf4 leaves {left:.0%} of the weights as they are, such as model.layers.0.mlp.experts.gate_up_proj."
+    ]
+    for name in ("llama", "t5", "bart"):  # of an encoder-decoder both halves count
+        assert not skeleton(tiny(name), quantize="int8").notes, name
 
 
 def test_without_a_tokenizer_a_skeleton_says_so(tiny, tmp_path: Path) -> None:

@@ -226,3 +226,18 @@ def test_narrow_losses_that_are_equal_are_counted():
         texts = [str(one.message) for one in found]
         assert len(texts) == expected
         assert not expected or (f"In {equal} of the first 20 steps" in texts[0] and "bfloat16" in texts[0])
+
+
+@pytest.mark.parametrize("cls", [MeZO, FZOO])
+def test_a_surrogate_whose_value_says_nothing_is_found(cls):
+    """exp(log p - log p without its gradient) is 1 at every weight; a loss that is equal in half of the steps is not named."""
+    problem = quadratic(torch.float32)
+    optimizer = cls(problem.named(), lr=1e-3)
+    with pytest.warns(UserWarning, match=r"In 20 of the first 20 steps .* its gradient is meant and not its value"):
+        for _ in range(FIRST_STEPS + 5):
+            optimizer.step(lambda: (problem() - problem().detach()).exp())
+    optimizer = cls(problem.named(), lr=0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(FIRST_STEPS + 5):
+            optimizer.step(problem if step % 2 else lambda: torch.tensor(1.0))
