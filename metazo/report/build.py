@@ -165,7 +165,7 @@ def _rivals(data: Comparison) -> Section:
         )
     )
     best = rivals.rivals(by_loss)[0].column
-    return section.add(rivals.table(by_loss), tables.tests(by_loss, best, "tests-best"))
+    return section.add(rivals.table(by_loss), tables.tests(by_loss, best, "tests-best"), rivals.pairs(by_loss))
 
 
 def _memory(main: Analysis) -> Section:

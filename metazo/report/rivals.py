@@ -23,6 +23,7 @@ with needs("report"):
     from matplotlib.figure import Figure
     from scipy.stats import rankdata
 
+LEVEL = 1.1  # times the other's loss: about as good
 TENTH = 0.1
 
 
@@ -155,6 +156,39 @@ def table(analysis: Analysis) -> Table:
             NONE if rival.tenth is None else f"{100 * rival.tenth:.0f}",
             NONE if rival.memory is None else f"{rival.memory:.2f}",
         )
+    return made
+
+
+def pairs(analysis: Analysis) -> Table:
+    """Every two columns that train, in the pairs of task and seed that both have; a run that failed loses."""
+    data, order = analysis.data, [rival.column for rival in rivals(analysis)]
+    losses = {
+        column: {
+            (task, seed): value
+            for task in analysis.tasks
+            for seed, value in (
+                {run.seed: run.value("loss") for run in data.of(task, column)}
+                | dict.fromkeys(data.failed(task, column), math.inf)
+            ).items()
+            if value is not None
+        }
+        for column in order
+    }
+    made = Table(
+        "pairs",
+        "Every two columns",
+        "Number of pairs of task and seed in which the row's loss on test is lower than the column's, and in brackets in which "
+        f"it is at most {LEVEL} times the column's.",
+        ["column", *order],
+    )
+    for row in order:
+        cells = []
+        for other in order:
+            both = [(losses[row][cell], losses[other][cell]) for cell in losses[row].keys() & losses[other].keys()]
+            won = sum(ours < theirs for ours, theirs in both)
+            level = sum(ours <= LEVEL * theirs for ours, theirs in both if math.isfinite(ours))
+            cells.append(NONE if row == other else f"{won} ({level})")
+        made.add(row, *cells)
     return made
 
 

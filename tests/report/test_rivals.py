@@ -119,6 +119,19 @@ def test_the_table_and_the_picture_are_in_the_report(folder: Path) -> None:
     assert "skip-feedback" in next(picture for picture in report.pictures if picture.name == "plane").svg
 
 
+def test_every_two_columns_are_counted_by_pair(folder: Path) -> None:
+    """mezo has 0.5, 0.6 and 0.7, skip feedback 0.4, 0.6 and 0.9: one won, one level, one lost by more than a tenth."""
+    table = rivals.pairs(Analysis(Comparison(folder), "loss"))
+    assert row(table, "skip-feedback") == ["skip-feedback", "0 (0)", "1 (2)", "–"]
+    assert row(table, "mezo") == ["mezo", "0 (0)", "–", "1 (2)"]
+    assert row(table, "first-order-adamw") == ["first-order-adamw", "–", "3 (3)", "3 (3)"]
+    for name in ("first-order-adamw", "mezo"):
+        save(folder, name, 0, status="diverged", reason="Diverged.")
+    table = rivals.pairs(Analysis(Comparison(folder), "loss"))
+    assert row(table, "first-order-adamw")[table.headings.index("mezo")] == "2 (2)"  # of two failures none is level
+    assert row(table, "skip-feedback")[table.headings.index("first-order-adamw")] == "1 (1)"
+
+
 def test_older_results_have_neither(tmp_path: Path) -> None:
     report = build(Comparison(synthetic.write(tmp_path, seeds=2)))
     assert not {"rivals", "plane"} & {part.name for section in report.sections for part in section.parts}
