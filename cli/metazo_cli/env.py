@@ -24,6 +24,7 @@ def facts() -> dict[str, str]:
 
     found = {"python": platform.python_version(), "system": system()}
     found["cores"], found["torch threads"] = str(os.cpu_count()), str(torch.get_num_threads())
+    found["waiting threads"] = os.environ.get("OMP_WAIT_POLICY", "").lower() or "as OpenMP does"
     found["cuda"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     found |= {f"noise on {device}": how for device, how in backends().items()}
     if found["noise on cpu"] == "numba":

@@ -77,6 +77,9 @@ def _mount(words: Sequence[str] = ()) -> None:
 
 def main() -> None:
     gc.set_threshold(50_000)  # collections while torch and transformers are imported take a second and find nothing
+    # Read when torch is loaded. Threads that wait actively, as is OpenMP's default, take the cores from the threads that they
+    # wait for if other processes run: a step of pico takes 3.7 s instead of 0.14 s (benchmarks/waiting.py).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from metazo.runs.interrupt import Interrupted
 
     errors = messages.Terminal(stderr=True)
