@@ -108,7 +108,8 @@ def left_over(model: nn.Module, kind: str, name: str) -> list[str]:
 
 def _transformer(model: nn.Module) -> Any:
     """The model of transformers, without the head of a classifier that reads its hidden states."""
-    from transformers import PreTrainedModel
+    with needs("llm"):
+        from transformers import PreTrainedModel
 
     return model if isinstance(model, PreTrainedModel) else model.encoder
 
