@@ -83,12 +83,13 @@ class SentenceClassifier(nn.Module):
 
     def with_new_head(self, classes: int) -> SentenceClassifier:
         """A classifier of another number of classes on the same weights, with a new head of the same kind, prototypes or
-        label phrases, that is still to be made: one encoder for several tasks."""
+        label phrases, that is still to be made: one encoder for several tasks. It is in this one's mode."""
         encoder = copy.copy(self.encoder)  # its parameters are shared, its configuration is its own
         encoder.config = copy.deepcopy(encoder.config)
         encoder.config.num_labels = classes
         encoder.config.id2label = {index: f"LABEL_{index}" for index in range(classes)}
-        return SentenceClassifier(encoder, type(self.head)(classes, encoder.config.hidden_size), self.pooling)
+        made = SentenceClassifier(encoder, type(self.head)(classes, encoder.config.hidden_size), self.pooling)
+        return made.train(self.training)
 
     def cache_frozen(self) -> int:
         """Cache the output of the frozen lower layers for each input. Returns the number of these layers.

@@ -45,7 +45,7 @@ def evaluate(
     inputs of similar length and at most ``batch_size`` rows (unless one example has more); their order does not matter.
     ``metrics`` names others of the task's kind that are computed as well. ``divided``: the processes of torch.distributed,
     all of which must call this, divide the batches, and all return the result of a single process.
-    Runs in eval and inference mode; the model's mode is restored. A loss that is not finite is returned as it is, and
+    Runs in eval and inference mode; the mode of every module is restored. A loss that is not finite is returned as it is, and
     such an example counts as answered wrongly. Raises UserError for an empty split, and for a head of prototypes or label
     phrases that is not made yet (`metazo.tasks.classes.fit_head`).
     """
@@ -56,7 +56,7 @@ def evaluate(
     if isinstance(head, Prototypes) and not head.fitted:
         raise UserError("the head has no prototypes yet; make them with fit_head, or fine-tune the model first")
     device = next(model.parameters()).device
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     first, ranks = (rank(), world()) if divided else (0, 1)
     losses = [0.0] * len(examples)
     predictions: list[Any] = [None] * len(examples)
@@ -72,7 +72,8 @@ def evaluate(
             for place, value, prediction in found:
                 losses[place], predictions[place] = value, prediction
     finally:
-        model.train(training)
+        for module, training in modes:  # which may differ: a frozen part is often in evaluation mode
+            module.training = training
     result = {"loss": sum(losses) / len(losses)}
     generation = prepared.task.kind == "generation"
     accepted = [example.references if generation else example.targets for example in examples]

@@ -235,6 +235,9 @@ def test_several_heads_on_one_encoder_and_frozen_layers(settings) -> None:
     loaded, tasks = load(config)
     assert [task.model.classes for task in tasks] == [4, 2]
     assert next(tasks[0].model.parameters()) is next(tasks[1].model.parameters())
+    for task in tasks:
+        task.held_out()
+        assert not any(part.training for part in task.model.modules()), "runs have dropout"
     tuner = meta_train(config)
     moved = {block.name for block, value in zip(tuner.info.blocks, tuner.pertnn.b2) if value != 0}
     assert moved == {name for name, p in loaded.model.named_parameters() if p.requires_grad}

@@ -53,12 +53,14 @@ def test_limit_takes_the_first_examples_and_their_majority(tiny):
     assert some == evaluate(network, prepared) and some["examples"] == 5
 
 
-def test_the_mode_is_put_back_and_nothing_is_trained(tiny):
+def test_every_mode_is_put_back_and_nothing_is_trained(tiny):
     network, prepared = ready(tiny)
     before = {name: value.clone() for name, value in network.state_dict().items()}
     network.train()
+    next(iter(network.children())).eval()
+    modes = [module.training for module in network.modules()]
     evaluate(network, prepared)
-    assert network.training
+    assert [module.training for module in network.modules()] == modes and len(set(modes)) == 2
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
