@@ -35,15 +35,15 @@ class ZOMixin:
     * `gradient_accumulation_steps` = k makes one step of k micro-batches, whose loss is the mean over all their tokens or
       examples. The step has one perturbation, not k. (The Trainer adds up the k losses of a model that takes
       `num_items_in_batch` and ignores it, as BERT's classifiers do; here that would be k times the learning rate.)
-    * The logged loss is the mean over the step's probes, and so are the metrics of TRL's trainers; their count of tokens has
-      those of every probe.
+    * The logged loss is the mean over the step's probes, and so are the metrics of TRL's trainers.
 
     Checkpoints hold the whole state of the method, so that `resume_from_checkpoint` goes on bit for bit.
 
-    Raises UserError for float16 with a gradient scaler (`fp16`), DeepSpeed and FSDP, which this class does not support, and
-    for settings that the method does not have. Do not use it with a loss that is random, such as a sampled one: the probes
-    of a step must differ by the perturbation alone. Nor with a surrogate whose gradient is meant and whose value is not, such
-    as GRPO's or PPO's: it is the same at every probe, so that nothing moves, and a warning says so after 20 steps.
+    Raises UserError for float16 with a gradient scaler (`fp16`), DeepSpeed, FSDP and NEFTune's noise, which this class does not
+    support, and for settings that the method does not have. Do not use it with a loss that is random, such as a sampled one:
+    the probes of a step must differ by the perturbation alone. Nor with a surrogate whose gradient is meant and whose value
+    is not, such as GRPO's or PPO's: it is the same at every probe, so that nothing moves, and a warning says so after 20
+    steps.
     """
 
     def __init__(self, *args: Any, optimizer_cls_and_kwargs: Any = None, **kwargs: Any):
@@ -58,7 +58,7 @@ class ZOMixin:
                 )
             self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs
         settings: Any = self.args  # type: ignore[attr-defined]
-        for name in ("fp16", "deepspeed", "fsdp"):
+        for name in ("fp16", "deepspeed", "fsdp", "neftune_noise_alpha"):
             if getattr(settings, name, None):
                 raise UserError(
                     f"TrainingArguments has `{name}`, which {type(self).__name__} does not support: remove it."
@@ -81,7 +81,8 @@ class ZOMixin:
             module = self.model if model is None else model  # type: ignore[attr-defined]
             args: Any = self.args  # type: ignore[attr-defined]
             common = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "seed": args.seed}
-            self.optimizer = TakenSteps(_build(chosen, module, common | dict(options)))
+            decayed = self.get_decay_parameter_names(module)  # type: ignore[attr-defined]
+            self.optimizer = TakenSteps(_build(chosen, module, common | dict(options), decayed))
         return self.optimizer
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -97,6 +98,7 @@ class ZOMixin:
         # TRL's trainers ask this flag of the whole model whether they train, and sort their metrics by it
         module.training = hasattr(self, "_metrics")
         count = num_items_in_batch
+        tokens = getattr(self, "_total_train_tokens", None)  # of TRL's trainers, which add a batch's at each evaluation
         if count is not None and (len(batches) > 1 or trainer.accelerator.num_processes > 1):
             if self._divides is None:
                 self._divides = self._divided(module, batches[0], count)
@@ -104,6 +106,8 @@ class ZOMixin:
                 count = None
 
         def total() -> Tensor:
+            if tokens is not None:
+                self._total_train_tokens = tokens
             losses = [self._loss(module, batch, count) for batch in batches]
             return torch.stack(losses).sum()
 
@@ -163,7 +167,8 @@ class TakenSteps(Optimizer):
         self.optimizer.add_param_group(param_group)
 
 
-def _build(chosen: Any, module: nn.Module, options: dict[str, Any]) -> ZOOptimizer:
+def _build(chosen: Any, module: nn.Module, options: dict[str, Any], decayed: Iterable[str]) -> ZOOptimizer:
+    """The method with its settings; weight decay is for the parameters named `decayed`, as in the Trainer."""
     cls = method(chosen) if isinstance(chosen, str) else chosen
     if not (isinstance(cls, type) and issubclass(cls, ZOOptimizer)):
         names = ", ".join(name for name, each in METHODS.items() if issubclass(each, ZOOptimizer))
@@ -182,4 +187,11 @@ def _build(chosen: Any, module: nn.Module, options: dict[str, Any]) -> ZOOptimiz
     for name in options:
         if name not in known:
             raise UserError(f"`{name}` is not a setting of {cls.name}, which has {', '.join(sorted(known))}.")
-    return cls(module.named_parameters(), **options)
+    parameters: Iterable = module.named_parameters()
+    if options["weight_decay"]:
+        named, decayed = list(parameters), set(decayed)
+        parameters = [
+            {"params": [pair for pair in named if pair[0] in decayed]},
+            {"params": [pair for pair in named if pair[0] not in decayed], "weight_decay": 0.0},
+        ]
+    return cls(parameters, **options)

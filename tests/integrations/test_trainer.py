@@ -164,13 +164,15 @@ def test_it_has_the_mean_loss_over_processes(tmp_path: Path, tiny) -> None:
 
 
 def test_a_trainer_that_sorts_its_metrics_by_the_mode_of_the_model_finds_it_training(tmp_path: Path) -> None:
-    """As TRL's do; all modules within the model are in evaluation mode."""
+    """As TRL's do; all modules within the model are in evaluation mode. They also count tokens in each evaluation."""
     modes = []
 
     class Sorting(ZOTrainer):
         _metrics = None
+        _total_train_tokens = 7
 
         def compute_loss(self, model, *args, **kwargs):
+            self._total_train_tokens += 18
             modes.append((model.training, any(part.training for part in model.children())))
             return super().compute_loss(model, *args, **kwargs)
 
@@ -180,7 +182,7 @@ def test_a_trainer_that_sorts_its_metrics_by_the_mode_of_the_model_finds_it_trai
 
     run = trainer(tmp_path, model(), Sorting, max_steps=1)
     run.train()
-    assert set(modes[:-1]) == {(True, False)}
+    assert set(modes[:-1]) == {(True, False)} and run._total_train_tokens == 7 + 2 * 18
     modes.clear()
     run.evaluate(rows())
     assert set(modes) == {(False, False)}
@@ -206,8 +208,13 @@ def test_a_resumed_run_ends_in_the_same_bits(tmp_path: Path, method) -> None:
 def test_settings_come_from_the_arguments_and_a_finished_optimizer_is_taken(tmp_path: Path) -> None:
     run = trainer(tmp_path, model(), weight_decay=0.1)
     inner = run.create_optimizer().optimizer
-    assert type(inner) is MeZO and inner.param_groups[0]["weight_decay"] == 0.1
-    assert inner.param_groups[0]["lr"] == 1e-4 and inner.noise.run_seed == 3
+    assert type(inner) is MeZO and inner.param_groups[0]["lr"] == 1e-4 and inner.noise.run_seed == 3
+    decays = {name: group["weight_decay"] for group in inner.param_groups for name in group["param_names"]}
+    theirs = Trainer(model(), TrainingArguments(str(tmp_path), weight_decay=0.1, use_cpu=True, report_to=[]))
+    names = {id(parameter): name for name, parameter in theirs.model.named_parameters()}
+    groups = theirs.create_optimizer().param_groups
+    assert decays == {names[id(p)]: g["weight_decay"] for g in groups for p in g["params"]}
+    assert decays["model.norm.weight"] == 0.0
     net = model()
     own = LOZO(net.named_parameters(), lr=1e-3)
     run = trainer(tmp_path, net, optimizers=(own, None), max_steps=1)
@@ -274,5 +281,6 @@ def test_first_order_optimizers_and_scalers_are_refused(tmp_path: Path) -> None:
     net = model()
     with pytest.raises(UserError, match="a SGD, which needs gradients"):
         trainer(tmp_path, net, optimizers=(torch.optim.SGD(net.parameters(), 0.1), None))
-    with pytest.raises(UserError, match="`fp16`"):
-        trainer(tmp_path, net, fp16=True)
+    for name, value in (("fp16", True), ("neftune_noise_alpha", 5.0)):
+        with pytest.raises(UserError, match=f"`{name}`"):
+            trainer(tmp_path, net, **{name: value})
