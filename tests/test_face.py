@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import os
 import subprocess
 import sys
 import tomllib
@@ -106,19 +105,21 @@ def test_mistyped_names_are_reported_without_torch() -> None:
     assert [line.split()[-2] for line in lines] == ["2", "2", "2", "2", "2", "0"], lines
 
 
-def test_threads_wait_without_work_unless_the_user_says_otherwise() -> None:
+def test_beside_other_work_threads_wait_without_using_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     """Set before torch is loaded, which reads it then."""
     code = (
         "import os, sys; from metazo_cli.main import main\n"
         "assert 'torch' not in sys.modules\n"
+        "os.getloadavg = lambda: (LOAD * os.cpu_count(), 0.0, 0.0)\n"
         "sys.argv = ['metazo', '--version']\n"
         "try: main()\n"
-        "except SystemExit: print(os.environ['OMP_WAIT_POLICY'])"
+        "except SystemExit: print(os.environ.get('OMP_WAIT_POLICY'))"
     )
-    for given, wanted in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "active"}, "active")):
-        environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"} | given
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment)
-        assert done.stdout.split()[-1] == wanted
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    for load, given, wanted in (("0.6", None, "PASSIVE"), ("0.4", None, "None"), ("2", "active", "active")):
+        if given:
+            monkeypatch.setenv("OMP_WAIT_POLICY", given)
+        assert python(code.replace("LOAD", load)).split()[-1] == wanted
 
 
 def test_help_and_light_commands_do_not_load_torch() -> None:

@@ -75,11 +75,20 @@ def _mount(words: Sequence[str] = ()) -> None:
         _add(name)
 
 
+def _yield_to_others() -> None:
+    """If other processes run, have torch's threads wait for each other without using the cores (read when torch is loaded).
+
+    OpenMP's threads wait actively by default, and so take time from the threads that they wait for: 297 instead of 109 ms per
+    step of pico beside three processes on two cores. With nothing else to do it is faster by up to 15 %
+    (benchmarks/waiting.py).
+    """
+    if hasattr(os, "getloadavg") and 2 * os.getloadavg()[0] > (os.cpu_count() or 1):
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def main() -> None:
     gc.set_threshold(50_000)  # collections while torch and transformers are imported take a second and find nothing
-    # Read when torch is loaded. Threads that wait actively, as is OpenMP's default, take the cores from the threads that they
-    # wait for if other processes run: a step of pico takes 3.7 s instead of 0.14 s (benchmarks/waiting.py).
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    _yield_to_others()
     from metazo.runs.interrupt import Interrupted
 
     errors = messages.Terminal(stderr=True)
