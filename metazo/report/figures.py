@@ -156,18 +156,30 @@ def frontier(points: Sequence[tuple[float, float, str]], higher: bool) -> list[t
 
 
 def name_points(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
-    """Write a name beside each point where it covers no other name or point; in a crowded place, further off with a line."""
+    """Write a name beside each point within the axes, where it covers no other name or point; in a crowded place, further off
+    with a line.
+    """
     size = 8.5
     axes.figure.draw_without_rendering()  # type: ignore[union-attr]
     scale = 72 / axes.figure.dpi  # points of type in a pixel
     places = [axes.transData.transform((memory, value)) * scale for memory, value, _ in points]
     taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in places]
-    for (memory, value, column), (x, y) in sorted(zip(points, places), key=lambda pair: (-pair[0][0], pair[0][1])):
+    left, low, right, high = (edge * scale for edge in axes.get_window_extent().extents)
+    middle = (low + high) / 2
+
+    def outermost(
+        pair: tuple[tuple[float, float, str], Any],
+    ) -> tuple[float, float]:  # so that the lines of a stack do not cross
+        return -pair[0][0], -abs(pair[1][1] - middle)
+
+    for (memory, value, column), (x, y) in sorted(zip(points, places), key=outermost):
         width, height = 0.58 * size * len(clipped(column)), 1.15 * size
         near = [(dx, dy) for dy in (5, -5, 0) for dx in (7, -7 - width)]
-        far = [(dx, sign * dy) for dy in range(12, 120, 4) for sign in (1, -1) for dx in (14, -14 - width)]
+        inward = 1 if y < middle else -1
+        far = [(dx, sign * dy) for dy in range(12, 120, 4) for sign in (inward, -inward) for dx in (14, -14 - width)]
         boxes = [(x + dx, y + dy - height / 2, x + dx + width, y + dy + height / 2) for dx, dy in (*near, *far)]
-        box = next((box for box in boxes if not any(map(partial(overlap, box), taken))), boxes[0])
+        inside = [box for box in boxes if left < box[0] and low < box[1] and box[2] < right and box[3] < high]
+        box = next((box for box in inside if not any(map(partial(overlap, box), taken))), (inside or boxes)[0])
         taken.append(box)
         dx, dy = box[0] - x, box[1] - y + height / 2
         line = (
