@@ -107,7 +107,7 @@ class ZOMixin:
 
         def total() -> Tensor:
             if tokens is not None:
-                self._total_train_tokens = tokens
+                trainer._total_train_tokens = tokens
             losses = [self._loss(module, batch, count) for batch in batches]
             return torch.stack(losses).sum()
 
