@@ -62,11 +62,6 @@ class Gradient:
         """The whole gradient of a tensor, for tests and measurements."""
         return self.whole[name] if name in self.whole else self.left[name] @ self.right[name].t()
 
-    def scaled(self, factors: dict[str, float]) -> Gradient:
-        """Each tensor's gradient times that tensor's number; the larger factors are shared, not copied."""
-        left = {name: value * factors[name] for name, value in self.left.items()}
-        return Gradient(left, dict(self.right), {name: value * factors[name] for name, value in self.whole.items()})
-
 
 def product_square_norm(left: Tensor, right: Tensor) -> float:
     """|left right^T|^2 in the Frobenius norm, without the product: (m, R), (n, R); R^2 (m + n) multiplications."""

@@ -68,9 +68,12 @@ class LocalGradient:
     def gradients(self, captured: Captured) -> Iterator[tuple[int | None, Gradient]]:
         """(block index, its gradient): (None, the tail's) first, then from the last block to the first.
 
-        A block's weights may be changed after its gradient was yielded, because no later gradient depends on them.
+        A block's weights may be changed after its gradient was yielded, because no later gradient depends on them. Drop it
+        before you ask for the next: then one block's gradient or graph exists at a time.
         """
-        yield None, captured.tail
+        tail, captured.tail = captured.tail, Gradient()
+        yield None, tail
+        del tail
         pulled = [one.delta for one in captured.passes]
         for index in range(len(self.residual.blocks) - 1, self.recorder.lowest - 1, -1):
             errors = [
@@ -81,6 +84,7 @@ class LocalGradient:
                 pulled, gradient = self._pull(index, captured, errors)
                 if self.trained[index]:
                     yield index, gradient
+                del gradient  # before the next block's graph
 
     def _pull(self, index: int, captured: Captured, errors: Sequence[Tensor]) -> tuple[list[Tensor], Gradient]:
         """The error at a block's input, and the block's gradient."""
@@ -91,6 +95,7 @@ class LocalGradient:
             (pulled,), gradient = watched.pull([output], [error], [leaf], self.trained[index])
             below.append(pulled)
             total.add(gradient)
+            del leaf, output, gradient
         total.settle()
         return below, total
 

@@ -11,6 +11,7 @@ for pooled encoders, classification heads, and masked and causal language models
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -69,16 +70,19 @@ class Watched:
         factored = {name for name, *_ in self.calls}
         rest = [p for p in params if self.names[id(p)] not in factored]
         inputs = [*leaves, *(edge for _, _, edge, _ in self.calls), *rest]
-        found = torch.autograd.grad(outputs, inputs, errors, allow_unused=True)
-        below = [torch.zeros_like(leaf) if e is None else e for leaf, e in zip(leaves, found)]
-        gradient = Gradient()
-        for (name, entry, _, entered), error in zip(self.calls, found[len(leaves) :]):
+        found = deque(torch.autograd.grad(outputs, inputs, errors, allow_unused=True))
+        inputs.clear()
+        below = [torch.zeros_like(leaf) if (e := found.popleft()) is None else e for leaf in leaves]
+        gradient, calls = Gradient(), deque(self.calls)
+        self.calls.clear()
+        while calls:  # each is dropped before the next: its factors may be copies
+            name, entry, _, entered = calls.popleft()
+            error = found.popleft()
             if error is not None:
                 gradient.add_product(name, *_factors(entry, error, entered))
-        for param, value in zip(rest, found[len(found) - len(rest) :] if rest else ()):
-            if value is not None:
+        for param in rest:
+            if (value := found.popleft()) is not None:
                 gradient.add_whole(self.names[id(param)], value)
-        self.calls.clear()
         return below, gradient
 
 

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from metazo.blocks import NamedTensor
+from metazo.blocks import NamedTensor, chunk_of
 from metazo.errors import UserError
 from metazo.feedback.factors import Gradient
 from metazo.feedback.local import LocalGradient
@@ -40,18 +40,29 @@ from metazo.step.terms import Term
 
 
 class Products(Held):
-    """`Held` for factors of high rank: it uses torch's matrix product, because the compiled loop is made for low ranks."""
+    """A gradient times a number per tensor. Factors of high rank use torch's matrix product, because the compiled loop is
+    made for low ranks. What is multiplied exists for one tensor at a time.
+    """
+
+    def __init__(self, gradient: Gradient, numbers: Mapping[str, float]):
+        super().__init__(gradient.left, gradient.right, gradient.whole)
+        self.numbers = numbers
+
+    def factors(self, stream, tensor) -> tuple[Tensor, Tensor] | None:
+        found = super().factors(stream, tensor)
+        return None if found is None else (found[0] * self.numbers[tensor.name], found[1])
 
     def add_(self, stream, tensor, out, alpha, beta=1.0, start=0) -> None:
-        left = self.left.get(tensor.name)
+        number, left = self.numbers[tensor.name], self.left.get(tensor.name)
         if left is None:
-            return super().add_(stream, tensor, out, alpha, beta, start)
+            out.mul_(beta).add_(chunk_of(self.whole[tensor.name], start, out) * number, alpha=alpha)
+            return
         right = self.right[tensor.name]
         if out.shape != tensor.param.shape:
             first = start // len(right)
             out = out.view(-1, len(right))
             left = left[first : first + len(out)]
-        plain_(out, left, right, alpha, beta)
+        plain_(out, left * number, right, alpha, beta)
 
 
 class Structured(Recomputed):
@@ -176,13 +187,16 @@ class Structured(Recomputed):
 
     def descend(self, found: Captured, rates: Sequence[float]) -> None:
         gradients = self.local.gradients(found)
-        while (gradient := self._next(gradients)) is not None:
-            self._descend(gradient, rates)
+        while self._next(gradients, rates):
+            pass
 
-    def _next(self, gradients: Iterator[tuple[int | None, Gradient]]) -> Gradient | None:
-        """The next block's gradient, computed in the type of the forward pass."""
+    def _next(self, gradients: Iterator[tuple[int | None, Gradient]], rates: Sequence[float]) -> bool:
+        """Take the next block's gradient, computed in the type of the forward pass, and drop it. False if there is none."""
         with self.weights.evaluating():
-            return next(gradients, (None, None))[1]
+            gradient = next(gradients, (None, None))[1]
+        if gradient is not None:
+            self._descend(gradient, rates)
+        return gradient is not None
 
     @torch.no_grad()
     def _descend(self, gradient: Gradient, rates: Sequence[float]) -> None:
@@ -192,8 +206,7 @@ class Structured(Recomputed):
             name: self.factor(self.by_name[name], gradient.square_norm(name), self.normalise) for name in gradient.names
         }
         moved = {name for name, factor in factors.items() if factor}
-        gradient = gradient.scaled(factors)
-        direction = Sparse(Products(gradient.left, gradient.right, gradient.whole), moved)
+        direction = Sparse(Products(gradient, factors), moved)
         decay = self.decay_factors([self.by_name[name] for name in moved], rates)
         seed = self.noise.seed(self.steps, 0)  # seed of the rounding of compensated weights
         self.weights.apply([Term(direction, seed, 1.0)], lambda tensor: rates[tensor.group], decay)

@@ -236,7 +236,7 @@ def test_factors_larger_than_their_product_are_settled() -> None:
     assert set(gradient.left) == {"small"} and torch.equal(gradient.whole["large"], product)
 
 
-def test_gradients_add_and_scale() -> None:
+def test_gradients_add() -> None:
     one, two = Gradient(), Gradient()
     a, b = torch.randn(4, 2), torch.randn(3, 2)
     for gradient in (one, two):
@@ -244,7 +244,5 @@ def test_gradients_add_and_scale() -> None:
         gradient.add_whole("n", torch.ones(3))
     one.add(two)
     assert torch.allclose(one.dense("w"), 2 * a @ b.t()) and one.dense("n").tolist() == [2, 2, 2]
-    scaled = one.scaled({"w": 3.0, "n": -1.0})
-    assert torch.allclose(scaled.dense("w"), 6 * a @ b.t()) and scaled.dense("n").tolist() == [-2, -2, -2]
     assert one.square_norm("w") == pytest.approx(float(one.dense("w").square().sum()), rel=1e-5)
     assert one.square_norm("n") == 12
