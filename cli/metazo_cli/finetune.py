@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import os
 import re
+import sys
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -93,7 +95,8 @@ def finetune(
     from metazo.runs.finetune import tune
 
     console.say("metazo finetune", f"{settings.model} on {settings.task} with {settings.optimizer}", "bold")
-    summary = tune(settings, console=console).summary
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():  # an objective may print
+        summary = tune(settings, console=console).summary
     if as_json:
         if first:
             print_json(summary)

@@ -89,6 +89,7 @@ def _yield_to_others() -> None:
 def main() -> None:
     gc.set_threshold(50_000)  # collections while torch and transformers are imported take a second and find nothing
     _yield_to_others()
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch's profiler warns of memory from before it began
     from metazo.runs.interrupt import Interrupted
 
     errors = messages.Terminal(stderr=True)

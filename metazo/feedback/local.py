@@ -35,14 +35,13 @@ class LocalGradient:
         recompute: run a block again when its gradient is computed (memory of one block's graph), or keep the graphs of all
             blocks from the lowest trained one (one forward pass less).
 
-    Attributes: untouched: names of the trained tensors without an estimate at the last capture, which are those before
-        the first block, such as embeddings.
-    Raises UserError if no trained tensor is in a block.
+    Raises UserError if no trained tensor is in a block, or one is in two.
     """
 
     def __init__(self, residual: Residual, names: Names, surrogate: Surrogate, recompute: bool = True):
         self.residual, self.names, self.surrogate, self.recompute = residual, names, surrogate, recompute
         block_of = residual.block_of()
+        _check_apart(residual, names)
         self.trained = {
             index: [p for p in block.parameters() if id(p) in names] for index, block in enumerate(residual.blocks)
         }
@@ -55,15 +54,10 @@ class LocalGradient:
         self.recorder = Recorder(residual, names, min(inside), recompute)
         self.narrow = recompute  # run blocks at the last position alone if error is only there
         self.at_last = False  # whether the block that ran last did so
-        self.inside = {names[key] for key in names if key in block_of}
-        self.untouched: list[str] = []
 
     def capture(self, closures: Sequence[Closure]) -> Captured:
         """Loss, delta and recorded blocks: one forward pass per closure and a backward pass through the tail."""
-        captured = self.recorder.capture(closures)
-        reached = self.inside | set(captured.tail.names)
-        self.untouched = [name for name in self.names.values() if name not in reached]
-        return captured
+        return self.recorder.capture(closures)
 
     def gradients(self, captured: Captured) -> Iterator[tuple[int | None, Gradient]]:
         """(block index, its gradient): (None, the tail's) first, then from the last block to the first.
@@ -140,3 +134,16 @@ class LocalGradient:
                 f"Block {index} of {self.residual.path} gives a different output when it runs again: switch dropout off "
                 "(model.eval())."
             )
+
+
+def _check_apart(residual: Residual, names: Names) -> None:
+    """Raises UserError for a trained tensor of two blocks, which would be changed before its second gradient is computed."""
+    seen: dict[int, int] = {}
+    for index, block in enumerate(residual.blocks):
+        for parameter in block.parameters():
+            if seen.setdefault(id(parameter), index) != index and id(parameter) in names:
+                raise UserError(
+                    f"{names[id(parameter)]} belongs to blocks {seen[id(parameter)]} and {index} of {residual.path}, and "
+                    "feedback updates block by block: freeze it, or choose a first-order method, or one that perturbs weights, "
+                    "such as mezo."
+                )

@@ -48,8 +48,12 @@ class Watched:
     def _hook(self, entry: LinearMap, name: str):
         def watch(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             if torch.is_grad_enabled() and output.requires_grad:
-                # the edge refers to the present output, even if later code changes it in place
-                self.calls.append((name, entry, get_gradient_edge(output), args[0].detach()))
+                # The edge refers to the present output, even if later code changes it in place. If the output is a view of a
+                # matrix, that change makes another view of it, and only the matrix stays in the graph.
+                base = output._base
+                whole = base is not None and base.numel() == output.numel() and base.shape[-1] == output.shape[-1]
+                edge = get_gradient_edge(base if base is not None and whole else output)
+                self.calls.append((name, entry, edge, args[0].detach()))
 
         return watch
 
@@ -157,15 +161,17 @@ class Recorder:
         self.outside = [params[key] for key in names if key in params and key not in inside]
         self.passes: list[Pass] = []
         self.compared = False  # whether the last block was run twice and compared, which is done once
+        self.depth = self.begun = 0  # calls of ancestors that are going on; passes begun in the outermost of them
 
     def capture(self, closures: Sequence[Closure]) -> Captured:
         """Run the closures; the loss is their mean.
 
-        Raises UserError if the stream does not run, does not run as a chain, or the loss does not depend on it.
+        Raises UserError if the stream does not run, does not run as a chain, or runs twice in one call of the model, and if the
+        loss does not depend on it.
         """
         loss, tail, passes = 0.0, Gradient(), []
         for closure in closures:
-            self.passes = []
+            self.passes, self.depth, self.begun = [], 0, 0
             watched = Watched(self.maps, self.names)
             try:
                 with torch.no_grad(), self._hooks():
@@ -195,7 +201,8 @@ class Recorder:
 
     @contextmanager
     def _hooks(self) -> Iterator[None]:
-        handles = [m.register_forward_pre_hook(_grad_off) for m in self.residual.ancestors]
+        handles = [m.register_forward_pre_hook(self._enter) for m in self.residual.ancestors]
+        handles += [m.register_forward_hook(self._leave) for m in self.residual.ancestors]
         for index in range(self.lowest, len(self.residual.blocks)):
             block = self.residual.blocks[index]
             handles.append(block.register_forward_pre_hook(self._before(index), with_kwargs=True))
@@ -209,10 +216,24 @@ class Recorder:
                 if call.watched is not None:
                     call.watched.close()
 
+    def _enter(self, module: nn.Module, args: tuple) -> None:
+        torch.set_grad_enabled(False)
+        self.begun = self.begun if self.depth else 0
+        self.depth += 1
+
+    def _leave(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self.depth -= 1
+
     def _before(self, index: int):
         def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-            if index == self.lowest:
+            if index == self.lowest and not (self.depth and self.begun):
                 self.passes.append(Pass())
+                self.begun += 1
+            elif index == self.lowest or index in self.passes[-1].calls:
+                raise UserError(
+                    f"Block {index} of {self.residual.path} runs more than once in a forward pass, and feedback gives a block "
+                    "one error: choose a first-order method, or one that perturbs weights, such as mezo."
+                )
             hidden = args[0] if args else kwargs[_HIDDEN]
             kwargs = {name: _without_cache(value, index) for name, value in kwargs.items()}
             args = tuple(_without_cache(value, index) for value in args)
@@ -255,10 +276,6 @@ class Recorder:
             )
 
 
-def _grad_off(module: nn.Module, args: tuple) -> None:
-    torch.set_grad_enabled(False)
-
-
 def _without_cache(value: Any, index: int) -> Any:
     """None for a cache of keys and values, to which a second run of a block would add twice; any other argument unchanged.
 
@@ -266,6 +283,10 @@ def _without_cache(value: Any, index: int) -> Any:
     """
     if not (hasattr(value, "get_seq_length") and hasattr(value, "update")):
         return value
-    if value.get_seq_length(index):
+    try:
+        before = value.get_seq_length(index)
+    except ValueError as error:  # transformers' caches of states without positions, as Mamba's
+        raise UserError("Feedback runs blocks twice: call the model with `use_cache=False`.") from error
+    if before:
         raise UserError("Feedback needs the whole input in one forward pass: call the model without `past_key_values`.")
     return None

@@ -101,6 +101,11 @@ def load(name_or_path: str | Path, *, merge: bool = False, train: bool = False, 
                 f"{folder} has adapters of a base that was quantised ({record['quantize']}), into which they cannot be merged; "
                 "continue them with `adapter='continue'`."
             )
+        if options.get("quantize") not in (None, record["quantize"]):
+            raise UserError(
+                f"`quantize` {options['quantize']}: the adapters in {folder} belong to a base that was quantised to "
+                f"{record['quantize']}; leave it out."
+            )
         options |= {"quantize": record["quantize"]}
     try:
         loaded = load(base, merge=True, **dict[str, Any](options, trained_head=False, revision=revision))

@@ -89,7 +89,7 @@ def left_over(model: nn.Module, kind: str, name: str) -> list[str]:
     for key, parameter in base.named_parameters():
         if id(parameter) in ends:
             continue
-        size = getattr(getattr(parameter, "quant_state", None), "shape", parameter.shape).numel()
+        size = entries(parameter)
         whole += size
         if is_quantised(parameter) or hasattr(parameter, "expected_bytes"):
             done += size
@@ -100,8 +100,8 @@ def left_over(model: nn.Module, kind: str, name: str) -> list[str]:
     largest = max(kept, key=lambda key: kept[key])
     if not done:
         raise UserError(
-            f"`quantize` {kind} finds no linear layer in {name!r} that it can quantise (its largest weight is {largest}); "
-            + ("leave it out." if kind == "nf4" else "leave it out, or try nf4.")
+            f"`quantize` {kind} finds no linear layer in {name!r} that it can quantise (its largest weight beside embeddings "
+            f"and head is {largest}); " + ("leave it out." if kind == "nf4" else "leave it out, or try nf4.")
         )
     return [f"`quantize` {kind} leaves {1 - done / whole:.0%} of the weights as they are, such as {largest}."]
 
@@ -159,6 +159,11 @@ def _quantised_bytes(rows: int, columns: int, kind: str) -> int:
         return -(-rows * columns // 2) + 4 * -(-rows * columns // NF4_BLOCK)
     rows, columns = -(-rows // 8) * 8, -(-columns // 1024) * 1024  # int4: tiles of torch's kernel
     return rows * columns // 2 + 4 * rows * (columns // GROUP)  # a scale and a zero in bfloat16
+
+
+def entries(parameter: Tensor) -> int:
+    """Number of weights of a parameter, also if two of them share a byte."""
+    return getattr(getattr(parameter, "quant_state", None), "shape", parameter.shape).numel()
 
 
 def bytes_of(tensor: Tensor) -> int:

@@ -68,7 +68,8 @@ class ZOOptimizer(Verbs, Saving):
 
     Args:
         params: `model.named_parameters()`, or parameter groups as dicts with "params" (named) and their own "lr" and
-            "weight_decay". Unnamed tensors are named by position. Tied weights count once, frozen ones are left out.
+            "weight_decay". Unnamed tensors are named by position. Tied weights count once. Those that are frozen at the
+            first step are left out; freezing one later raises UserError, and unfreezing one has no effect.
         lr: learning rate. With D trainable weights the estimate is about sqrt(D) times as long as the gradient, so a good
             learning rate is two to four orders of magnitude below that of first-order training.
         eps: length of the probe in units of the direction.
@@ -312,6 +313,10 @@ class ZOOptimizer(Verbs, Saving):
             check_weights(self.tensors)
             self.checks_weights = False
         if self._ready:
+            if stepping and (frozen := [tensor.name for tensor in self.tensors if not tensor.param.requires_grad]):
+                raise UserError(
+                    f"{frozen[0]} was frozen after the first step, when an optimizer takes up its tensors: make a new one."
+                )
             return
         self.weights = Weights(self.tensors, self.noise, self.precision)
         check_shards(self)

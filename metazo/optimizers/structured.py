@@ -7,7 +7,8 @@ computed from products of factors, so no gradient of a matrix is formed unless i
 The blocks are updated from the last to the first, each as soon as its estimate is computed, so that memory is needed for the
 weights, the blocks' inputs, and the graph and factors of one block at a time.
 
-Where not to use: with losses that are not differentiable in the last block's output, models that are a black box or have no
+Where not to use: with losses that are not differentiable in the last block's output, or of which a term does not pass through
+it (a router's own loss is left out), models that are a black box or have no
 single residual stream, dropout, or several processes. Methods that perturb weights work in these cases.
 """
 
@@ -130,6 +131,7 @@ class Structured(Recomputed):
     def init(self, tensors: Sequence[NamedTensor]) -> State:
         names = {id(tensor.param): tensor.name for tensor in tensors}
         self.by_name = {tensor.name: tensor for tensor in tensors}
+        self.place = {tensor.name: place for place, tensor in enumerate(tensors)}
         self._find_blocks()
         state = super().init(tensors) | {"feedback/reached": torch.zeros(len(tensors), dtype=torch.bool)}
         if not self.momentum:
@@ -147,6 +149,8 @@ class Structured(Recomputed):
     @property
     def notes(self) -> list[str]:
         found = super().notes
+        if getattr(getattr(self.model, "config", None), "output_router_logits", False):
+            found.append(f"{self.name} leaves out the router's own loss, which is not in the last block's output.")
         if self.untouched:
             names, count = ", ".join(self.untouched[:3]), len(self.untouched)
             found.append(
@@ -179,8 +183,6 @@ class Structured(Recomputed):
 
     def look(self, closures: Sequence[Closure]) -> tuple[float, Captured | None]:
         captured = self.local.capture(closures)
-        reached = [tensor.name not in self.local.untouched for tensor in self.tensors]
-        self.zo_state["feedback/reached"] |= torch.tensor(reached)
         deltas = [one.delta for one in captured.passes]
         finite = all(bool(delta.isfinite().all()) for delta in deltas)  # type: ignore[union-attr]
         return captured.loss, captured if finite else None
@@ -200,6 +202,7 @@ class Structured(Recomputed):
 
     @torch.no_grad()
     def _descend(self, gradient: Gradient, rates: Sequence[float]) -> None:
+        self.zo_state["feedback/reached"][[self.place[name] for name in gradient.names]] = True
         if self.momentum:
             gradient = self.factored.update(self.zo_state, gradient)
         factors = {

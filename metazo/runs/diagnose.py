@@ -40,6 +40,8 @@ def diagnose(model: nn.Module, closures: Sequence[Callable[[], Any]], dtype: tor
     finally:
         for hook in hooks:
             hook.remove()
+    if not found and not math.isfinite(fmean(losses)):
+        return "every module of the model gives finite values, so it comes from the loss, or the objective, itself."
     if not found:
         return (
             f"without the probe the loss is {fmean(losses):.4g}, so the probe is too long: lower `eps`, and `lr` if the "

@@ -79,23 +79,14 @@ class Ending(ABC):
             self.log.sync()
             self.folder.remove(BEST, SNAPSHOTS)
         if config.keep != "none":
-            self.folder.save_model(*self.setup.parts(), ModelCard(config, summary, self.setup.trained))
+            card = ModelCard(config, summary, self.setup.trained, self.setup.loaded.quantize)
+            self.folder.save_model(*self.setup.parts(), card)
         self.log.finish(kept, weights)
         if plot:
             self._plot(records)
-        self._push()
+        summary |= push(self.config, self.console)
         self.folder.complete(summary)
         return summary
-
-    def _push(self) -> None:
-        """Upload the saved model. Raises UserError, with everything saved, if that fails: a resumed run tries it again."""
-        if self.config.push is None or self.config.out is None or rank() > 0:
-            return
-        try:
-            address = push_folder(self.config.push, self.config.out / MODEL)
-        except UserError as error:
-            raise UserError(f"{error}. The run is saved; continue with `resume=True` to push it again.") from error
-        self.console.say("pushed:", address)
 
     def _plot(self, records: list[dict[str, Any]]) -> None:
         folder = written(self.folder)
@@ -149,3 +140,29 @@ class Ending(ABC):
                 "again from the log."
             )
         self._load_weights(found[1])
+
+
+def push(config: FinetuneConfig, console: Console) -> dict[str, Any]:
+    """Upload the saved model, if the settings say so. Returns: {"pushed": repository} then, for the summary.
+
+    Raises UserError, with everything saved, if that fails: a resumed run tries it again.
+    """
+    if config.push is None or config.out is None:
+        return {}
+    if rank() == 0:
+        try:
+            address = push_folder(config.push, config.out / MODEL)
+        except UserError as error:
+            raise UserError(f"{error}. The run is saved; continue with `resume=True` to push it again.") from error
+        console.say("pushed:", address)
+    return {"pushed": config.push}
+
+
+def push_kept(config: FinetuneConfig, summary: dict[str, Any], folder: Any, console: Console) -> None:
+    """Upload the model of a complete run, unless it is in this repository already, which the summary then says."""
+    if summary.get("pushed") == config.push:
+        return
+    if config.out is not None and not (config.out / MODEL).is_dir():
+        raise UserError(f"`push`: the run in {config.out} has kept no model; rebuild it with metazo replay.")
+    summary |= push(config, console)
+    folder.complete(summary)

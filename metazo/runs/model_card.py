@@ -15,11 +15,12 @@ from metazo.runs.config import FinetuneConfig
 class ModelCard:
     """Writes the card beside a saved model.
 
-    summary: of the run (`summary.json`). trained: number of trained weights. Paths are reduced to their last name.
+    summary: of the run (`summary.json`). trained: number of trained weights. quantize: how the base was quantised when it
+    was loaded. Paths are reduced to their last name.
     """
 
-    def __init__(self, config: FinetuneConfig, summary: Mapping[str, Any], trained: int):
-        self.config, self.summary, self.trained = config, summary, trained
+    def __init__(self, config: FinetuneConfig, summary: Mapping[str, Any], trained: int, quantize: str | None = None):
+        self.config, self.summary, self.trained, self.quantize = config, summary, trained, quantize
 
     def save_pretrained(self, folder: str | Path) -> None:
         (Path(folder) / "README.md").write_text(self.text())
@@ -40,6 +41,7 @@ class ModelCard:
             "steps": f"{summary['steps']:,}; the weights are those of step {summary['kept_step']:,}",
             "forward passes": f"{summary['forwards']:,} over {config.batch_size} examples",
             "dtype, seed": f"{config.dtype}, {config.seed}",
+            **({"base quantised to": self.quantize} if self.quantize else {}),
             "written by": f"metazo {metazo.__version__}",
         }
         library = "peft" if adapter else "transformers"
@@ -66,7 +68,8 @@ class ModelCard:
     def _use(self, adapters: bool) -> str:
         load = "import metazo\n\nloaded = metazo.load_model(FOLDER_OR_HUB_ID)  # loaded.model, loaded.tokenizer\n"
         if adapters:
-            return load + "# or with peft: PeftModel.from_pretrained(base, FOLDER_OR_HUB_ID)\n"
+            base = f"base, quantised to {self.quantize} as here" if self.quantize else "base"
+            return load + f"# or with peft: PeftModel.from_pretrained({base}, FOLDER_OR_HUB_ID)\n"
         return load + "# or with transformers: AutoModel and its kin, .from_pretrained(FOLDER_OR_HUB_ID)\n"
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from metazo.models.load import LoadedModel
-from metazo.models.quantize import bytes_of
+from metazo.models.quantize import bytes_of, entries
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.estimate import state_bytes, weight_bytes
 from metazo.runs.method import resolve_device
@@ -54,7 +54,7 @@ def plan(
     return {
         "model": f"{loaded.name} ({loaded.kind}, {config.dtype}, {resolve_device(config.device)})",
         "task": rows,
-        "trained weights": f"{sum(p.numel() for p in trained):,} of {sum(p.numel() for p in model.parameters()):,}",
+        "trained weights": f"{sum(map(entries, trained)):,} of {sum(map(entries, model.parameters())):,}",
         "optimizer": config.optimizer + (f", tuner {config.tuner}" if config.tuner else ""),
         "learning rate": f"{group['lr']:g} {config.schedule}"
         + (f", {warmup_steps(config.warmup, steps):,} steps of warmup" if config.warmup else ""),

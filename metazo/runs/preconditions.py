@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from metazo.errors import UserError
 from metazo.io.processes import world
+from metazo.models.adapters import PEFT_TYPES
 from metazo.models.load import DTYPES, LoadedModel
 from metazo.models.quantize import quantization
 from metazo.models.sentence import SentenceClassifier
@@ -41,6 +42,13 @@ def check_settings(config: FinetuneConfig, given: Given | None = None) -> Object
 def check_saved(config: FinetuneConfig, loaded: LoadedModel) -> None:
     """Raises UserError for adapters that could not be saved at the end."""
     plain = config.merge or config.keep == "none"
+    for adapter in getattr(loaded.model, "peft_config", {}).values():
+        kind = getattr(adapter.peft_type, "value", adapter.peft_type)
+        if kind not in PEFT_TYPES and not plain and config.out is not None:
+            raise UserError(
+                f"`model` has adapters of the kind {kind}, which metazo trains and cannot load again: leave out `out`, or add "
+                "`keep='none'`, and save them yourself by save_pretrained."
+            )
     if isinstance(loaded.model, SentenceClassifier) and config.adapters and not plain:
         raise UserError("`adapter` on a sentence encoder can only be saved merged into its weights; add `merge=True`.")
 

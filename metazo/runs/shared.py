@@ -15,6 +15,8 @@ from metazo.io.processes import LostRank, Tensors, from_first, rank, tensors_fro
 from metazo.runs.config import INCIDENTAL, FinetuneConfig
 from metazo.runs.folder import RunFolder
 from metazo.runs.unwritten import MemoryFolder
+from metazo.steplog.format import STEPS
+from metazo.tasks.objectives import ObjectiveFailed
 
 
 class SharedFolder:
@@ -106,9 +108,16 @@ def run_folder(config: FinetuneConfig, say: Callable[[str], None]) -> RunFolder 
 
 @contextmanager
 def losses_explained(config: FinetuneConfig) -> Iterator[None]:
-    """Adds to the report of a lost process how the run can continue."""
+    """Adds to the report of a lost process, or of a function of the user's that failed, how the run can continue."""
     try:
         yield
+    except ObjectiveFailed as failed:
+        if config.out is None or not (config.out / STEPS).exists():
+            raise
+        raise UserError(
+            f"{failed} The steps before are in the log: continue with `resume=True`, or, if the function must change, rebuild "
+            "the weights with metazo replay and start a new run from them."
+        ) from failed
     except LostRank as lost:
         advice = "look at its message"
         if config.out is not None:

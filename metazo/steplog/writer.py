@@ -146,6 +146,11 @@ def compare(found: Scan, wanted: dict[str, Any], say: Callable[[str], None]) -> 
                 f"split into train, dev and test, and this metazo has version {wanted.get('split', 1)}; resume it with the "
                 "metazo that began it, or start it again"
             )
+        if key == "objective" and there.get(key) and wanted.get(key):  # hashes of its file
+            raise UserError(
+                f"{found.path.name} belongs to another run: the file of its `objective` has changed; put it back, or rebuild "
+                "the weights so far with metazo replay and start a new run from them."
+            )
         name, old, new = (key, there.get(key), wanted.get(key))
         if isinstance(old, dict) and isinstance(new, dict):
             changed = differences(old, new)

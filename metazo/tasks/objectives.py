@@ -83,6 +83,10 @@ class AnswerBatch:
 Function = Callable[[nn.Module, AnswerBatch], Any]
 
 
+class ObjectiveFailed(UserError):
+    """The function of an objective failed, or did not return one number."""
+
+
 @dataclass(frozen=True)
 class Objective:
     """An objective by name, its function, and what it is made of.
@@ -97,15 +101,15 @@ class Objective:
     source: str | None = None
 
     def __call__(self, model: nn.Module, batch: AnswerBatch) -> float:
-        """The value on a batch. Raises UserError if the function fails or does not return one number."""
+        """The value on a batch. Raises ObjectiveFailed if the function fails or does not return one number."""
         try:
             with torch.no_grad():
                 return as_loss(self.function(model, batch))
         except UserError as error:
             text = str(error).replace("The closure returned", f"`objective` {self.name} returned")
-            raise UserError(text) from error
+            raise ObjectiveFailed(text) from error
         except Exception as error:
-            raise UserError(
+            raise ObjectiveFailed(
                 f"`objective` {self.name} failed{_place(error)}: {type(error).__name__}: {error}."
             ) from error
 

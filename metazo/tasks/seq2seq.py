@@ -56,7 +56,7 @@ class Decoder:
         self.stop = task.stop or ""
         self.before, self.after = self._marks()
         self.start = [decoder_start(model, name), *([] if self.generated else self.before)]
-        self.room = min(task.max_new_tokens + len(self.before), limit - 1)
+        self.room = min(task.max_new_tokens, limit - 1)
 
     def _marks(self) -> tuple[list[int], list[int]]:
         """The special tokens before and after a target text."""

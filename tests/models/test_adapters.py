@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel, PrefixTuningConfig, get_peft_model
+from peft import PeftModel, PrefixTuningConfig, PromptEncoderConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import metazo
@@ -291,6 +291,15 @@ def test_a_prefix_that_was_saved_projected_is_continued_without_the_projection(t
     on = run_settings(config(tmp_path / "on", adapter="continue", **extra))
     assert on["before"] != on["dev"] and on_test(str(tmp_path / "on")) == on["test"]
     assert replay(tmp_path / "on" / "steps.jsonl", str(tmp_path / "made")).identical
+
+
+def test_adapters_that_could_not_be_loaded_again_are_refused_before_they_are_trained(tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(PICO, dtype=torch.float32)
+    made = get_peft_model(base, PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with pytest.raises(UserError, match="adapters of the kind P_TUNING, which metazo trains and cannot load again"):
+        tokenizer = load_model("pico").tokenizer
+        metazo.finetune(made, "pico_topic", tokenizer=tokenizer, steps=1, lr=1e-3, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("kind", ["prefix", "prompt"])

@@ -129,8 +129,14 @@ def test_a_run_is_evaluated_replayed_and_continued_on_the_same_quantised_base(in
     on = run_settings(config(tmp_path / "on", model=str(out), lora=0, adapter="continue"))
     assert on["before"] == summary["dev"]
     assert json.loads((tmp_path / "on/model/metazo.json").read_text())["quantize"] == "int8"
+    for folder in (out, tmp_path / "on"):
+        card = (folder / "model/README.md").read_text()
+        assert "| base quantised to | int8 |" in card and "from_pretrained(base, quantised to int8 as here," in card
     with pytest.raises(UserError, match=r"a base that was quantised \(int8\), into which they cannot be merged"):
         load(out, merge=True)
+    other = config(tmp_path / "other", model=str(out), lora=0, adapter="continue", quantize="nf4")
+    with pytest.raises(UserError, match="belong to a base that was quantised to int8; leave it out"):
+        run_settings(other)
 
 
 def _sizes() -> dict[str, int]:
@@ -142,6 +148,9 @@ def test_nf4_end_to_end(wide: Path, tmp_path: Path, dtype: str) -> None:
     settings = {"model": str(wide), "quantize": "nf4", "dtype": dtype}
     summary = run_settings(config(tmp_path / "run", **settings))
     assert metazo.evaluate(tmp_path / "run") == summary["test"]
+    whole = sum(p.numel() for p in load_model(wide).model.parameters())
+    setup = set_up(config(tmp_path / "again", **settings))
+    assert setup.plan(setup.config)["trained weights"] == f"{setup.trained:,} of {whole + setup.trained:,}"
     assert replay(tmp_path / "run" / "steps.jsonl", str(wide)).identical
 
 

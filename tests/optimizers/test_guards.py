@@ -241,3 +241,15 @@ def test_a_surrogate_whose_value_says_nothing_is_found(cls):
         warnings.simplefilter("error")
         for step in range(FIRST_STEPS + 5):
             optimizer.step(problem if step % 2 else lambda: torch.tensor(1.0))
+
+
+def test_a_tensor_frozen_after_the_first_step_is_refused() -> None:
+    """Its probes would go on; nothing has moved when it is refused."""
+    model = torch.nn.Linear(3, 2)
+    optimizer = MeZO(model.named_parameters(), lr=0.1)
+    optimizer.step(lambda: model.weight.sum() + model.bias.sum())
+    model.weight.requires_grad_(False)
+    before = model.weight.clone()
+    with pytest.raises(UserError, match="weight was frozen after the first step"):
+        optimizer.step(lambda: model.weight.sum())
+    assert torch.equal(model.weight, before)

@@ -267,3 +267,120 @@ def test_the_cost_of_a_step_at_the_last_position_is_measured() -> None:
     kept = SkipFeedback(model.named_parameters(), 1e-3, model=model, recompute=False)
     kept.measure_cost(loss)
     assert kept.forwards_per_step() == 3
+
+
+class Block(torch.nn.Module):
+    """Two linear layers; the activation changes the output of the first in place."""
+
+    def __init__(self, inplace: bool):
+        super().__init__()
+        self.up, self.act = torch.nn.Linear(6, 8), torch.nn.ReLU(inplace=inplace)
+        self.down = torch.nn.Linear(8, 6)
+
+    def forward(self, hidden_states):
+        return hidden_states + self.down(self.act(self.up(hidden_states)))
+
+
+class Stack(torch.nn.Module):
+    def __init__(self, times: int = 1, inplace: bool = False):
+        super().__init__()
+        self.blocks, self.times = torch.nn.ModuleList(Block(inplace) for _ in range(3)), times
+
+    def forward(self, hidden):
+        for _ in range(self.times):
+            for block in self.blocks:
+                hidden = block(hidden)
+        return hidden
+
+
+def stack(**options) -> tuple[Stack, torch.Tensor]:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        return Stack(**options).double(), torch.randn(2, 3, 6, dtype=torch.float64)
+
+
+def exact(model, loss) -> None:
+    """A plain step of answer-column over all positions is one along the gradient of autograd."""
+    before = weights(model)
+    true = torch.autograd.grad(loss(), list(model.parameters()))
+    optimizer = AnswerColumn(model.named_parameters(), 1.0, model=model, positions="all", normalise=False)
+    optimizer.step(loss)
+    for (name, p), gradient in zip(model.named_parameters(), true, strict=True):
+        assert torch.allclose(p.detach(), before[name] - gradient, atol=1e-12) and gradient.any(), name
+    assert optimizer.untouched == []
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_an_output_that_is_changed_in_place_keeps_its_gradient(inplace: bool) -> None:
+    model, hidden = stack(inplace=inplace)
+    exact(model, lambda: model(hidden).square().mean())
+
+
+def test_two_forward_passes_in_one_closure_add_up() -> None:
+    model, hidden = stack()
+    exact(model, lambda: model(hidden).square().mean() + model(hidden + 1).abs().mean())
+
+
+def test_blocks_that_run_twice_and_weights_of_two_blocks_are_refused() -> None:
+    model, hidden = stack(times=2)
+    before = weights(model)
+    for make in (SkipFeedback, AnswerColumn):
+        with pytest.raises(UserError, match="Block 0 of blocks runs more than once in a forward pass"):
+            make(model.named_parameters(), 0.1, model=model).step(lambda: model(hidden).square().mean())
+    assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
+    model, hidden = stack()
+    model.blocks[2].up.weight = model.blocks[0].up.weight
+    with pytest.raises(UserError, match=r"blocks.0.up.weight belongs to blocks 0 and 2 of blocks"):
+        SkipFeedback(model.named_parameters(), 0.1, model=model).step(lambda: model(hidden).square().mean())
+    model.blocks[0].up.weight.requires_grad_(False)
+    SkipFeedback(model.named_parameters(), 0.1, model=model).step(lambda: model(hidden).square().mean())
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_albert_is_refused(groups: int) -> None:
+    import transformers
+
+    sizes = {
+        "hidden_size": 16,
+        "embedding_size": 8,
+        "intermediate_size": 24,
+        "num_attention_heads": 2,
+        "vocab_size": 40,
+    }
+    config = transformers.AlbertConfig(**sizes, num_hidden_layers=4, num_hidden_groups=groups)
+    model = transformers.AlbertForSequenceClassification(config).eval()
+    ids = torch.arange(12).view(2, 6) + 3
+    with pytest.raises(UserError, match="runs more than once in a forward pass"):
+        AnswerColumn(model.named_parameters(), 0.1, model=model).step(
+            lambda: model(input_ids=ids, labels=torch.tensor([0, 1])).loss
+        )
+
+
+def test_every_matrix_of_deberta_has_its_gradient() -> None:
+    """It divides the output of pos_q_proj in place."""
+    import transformers
+
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 2,
+        "vocab_size": 40,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        config = transformers.DebertaConfig(**sizes, relative_attention=True, pos_att_type=["c2p", "p2c"])
+        model = transformers.DebertaForSequenceClassification(config).double().eval()
+    for name, p in model.named_parameters():
+        p.requires_grad_("encoder.layer" in name)
+    ids = torch.arange(12).view(2, 6) + 3
+    loss = lambda: model(input_ids=ids, labels=torch.tensor([0, 1])).loss  # noqa: E731
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    before, true = weights(model), torch.autograd.grad(loss(), [p for _, p in named])
+    optimizer = AnswerColumn(named, 1.0, model=model, positions="all", normalise=False)
+    optimizer.step(loss)
+    assert optimizer.untouched == [] and any("pos_q_proj" in name for name, _ in named)
+    for (name, p), gradient in zip(named, true, strict=True):
+        assert torch.allclose(p.detach(), before[name] - gradient, atol=1e-6 * float(gradient.abs().max()) + 1e-12), (
+            name
+        )

@@ -132,7 +132,7 @@ def test_a_changed_module_is_refused_on_resuming(tmp_path: Path, module: Path) -
     with pytest.raises(KeyboardInterrupt):
         metazo.finetune("pico", "pico_span", on_step=stop, **settings)
     module.write_text(CODE + "\n# another\n")
-    with pytest.raises(UserError, match="belongs to another run: its objective is"):
+    with pytest.raises(UserError, match="the file of its `objective` has changed"):
         metazo.finetune("pico", "pico_span", resume=True, **settings)
 
 
@@ -223,3 +223,42 @@ def _nan(model, batch) -> float:
 
 
 _nan.__name__ = "nan"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_function_that_fails_in_mid_run_leaves_the_steps_and_says_how_to_continue(tmp_path: Path) -> None:
+    path, settings = tmp_path / "late.py", {**SIZES, "max_bad_steps": 1}
+    for name, value, words in (
+        (
+            "fails",
+            "1 / 0",
+            "late.py: ZeroDivisionError: division by zero. The steps before are in the log: continue with",
+        ),
+        (
+            "nan",
+            "float('nan')",
+            "every module of the model gives finite values, so it comes from the loss, or the objective",
+        ),
+    ):
+        path.write_text(
+            f"calls = []\ndef {name}(model, batch):\n    print('seen')\n    calls.append(1)\n"
+            f"    return {value} if len(calls) > 30 else 1.0 + len(calls) % 2\n"
+        )
+        with pytest.raises(UserError, match=words):
+            metazo.finetune(
+                "pico", "pico_span", objective=f"{path}:{name}", out=tmp_path / name, **settings | {"steps": 40}
+            )
+        assert len((tmp_path / name / "steps.jsonl").read_text().splitlines()) > 2
+
+
+def test_what_a_function_prints_is_not_in_the_json(tmp_path: Path, capsys, monkeypatch) -> None:
+    from metazo_cli.main import main
+
+    (tmp_path / "loud.py").write_text("def loud(model, batch):\n    print('HEARD')\n    return len(batch) + 0.0\n")
+    flags = [part for key, value in SIZES.items() for part in (f"--{key.replace('_', '-')}", str(value))]
+    words = ["--model", "pico", "--task", "pico_span", "--objective", f"{tmp_path}/loud.py:loud", "--json", *flags]
+    monkeypatch.setattr("sys.argv", ["metazo", "finetune", *words, "--out", str(tmp_path / "run")])
+    with pytest.raises(SystemExit) as end, pytest.warns(UserWarning):
+        main()
+    said = capsys.readouterr()
+    assert end.value.code in (0, None) and json.loads(said.out)["steps"] == 4 and "HEARD" in said.err

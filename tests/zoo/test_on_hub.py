@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -134,6 +135,18 @@ def test_a_refused_push_keeps_the_run_and_is_tried_again(hub, tmp_path: Path) ->
     hub.refuse = False
     run_settings(FinetuneConfig(**SMALL, out=tmp_path / "run", push="org/model", resume=True))
     assert "adapter_model.safetensors" in hub.files["org/model"] and (tmp_path / "run" / "summary.json").is_file()
+
+
+def test_a_complete_run_is_pushed_once_to_a_repository(hub, tmp_path: Path) -> None:
+    run_settings(FinetuneConfig(**SMALL, out=tmp_path / "run"))
+    assert not hub.files
+    for name in ("org/late", "org/second"):
+        again = FinetuneConfig(**SMALL, out=tmp_path / "run", push=name, resume=True)
+        assert run_settings(again)["pushed"] == name and "README.md" in hub.files.pop(name)
+        assert run_settings(again)["pushed"] == name and not hub.files
+    shutil.rmtree(tmp_path / "run" / "model")
+    with pytest.raises(UserError, match="has kept no model"):
+        run_settings(FinetuneConfig(**SMALL, out=tmp_path / "run", push="org/third", resume=True))
 
 
 def test_a_model_of_a_revision(hub, tmp_path: Path) -> None:
