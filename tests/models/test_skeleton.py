@@ -55,7 +55,7 @@ def test_the_layers_of_an_encoder_and_of_a_decoder_will_be_quantised(tiny) -> No
 def test_how_much_of_a_model_quantisation_leaves_is_said(tiny) -> None:
     """GPT-2 has no linear layers; of Mixtral the experts and the router are left."""
     with pytest.raises(
-        UserError, match=r"`quantize` int8 finds no linear layer in .* \(its largest weight beside embeddings and head is .*wpe.weight\)"
+        UserError, match=r"`quantize` int8 finds no linear layer in .* \(its largest weight beside .* is .*wpe.weight\)"
     ):
         skeleton(tiny("gpt2"), quantize="int8")
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
