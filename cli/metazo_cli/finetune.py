@@ -147,8 +147,10 @@ def show_result(console: Console, summary: dict[str, Any], settings: FinetuneCon
     for label, part in parts.items():
         table.add_row(label, *(f"{part[name]:.4g}" if name in part else "" for name in names))
     console.print(table)
-    parts = "metrics and plot" if settings.keep == "none" else "metrics, plot and model"
-    console.print(f"{summary['seconds']:.0f} s; config, step log, {parts} are in {settings.out}", soft_wrap=True)
+    assert settings.out is not None
+    there = {"metrics": True, "plot": (settings.out / "curve.png").exists(), "model": settings.keep != "none"}
+    *parts, last = ["config", "step log", *(name for name, made in there.items() if made)]
+    console.print(f"{summary['seconds']:.0f} s; {', '.join(parts)} and {last} are in {settings.out}", soft_wrap=True)
 
 
 _flags = options.flags(FinetuneConfig, skip=("method",), extra={"optimizer": ": " + ", ".join(methods())})
