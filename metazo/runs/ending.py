@@ -84,7 +84,7 @@ class Ending(ABC):
         self.log.finish(kept, weights)
         if plot:
             self._plot(records)
-        summary |= push(self.config, self.console)
+        push(self.config, summary, self.console)
         self.folder.complete(summary)
         return summary
 
@@ -142,27 +142,22 @@ class Ending(ABC):
         self._load_weights(found[1])
 
 
-def push(config: FinetuneConfig, console: Console) -> dict[str, Any]:
-    """Upload the saved model, if the settings say so. Returns: {"pushed": repository} then, for the summary.
+def push(config: FinetuneConfig, summary: dict[str, Any], console: Console) -> bool:
+    """Upload the saved model to the repository of the settings, unless the summary says that it is there already, and say so
+    in the summary. Returns whether the summary has changed.
 
     Raises UserError, with everything saved, if that fails: a resumed run tries it again.
     """
-    if config.push is None or config.out is None:
-        return {}
+    there = summary.get("pushed", [])
+    if config.push is None or config.out is None or config.push in there:
+        return False
     if rank() == 0:
+        if not (config.out / MODEL).is_dir():
+            raise UserError(f"`push`: the run in {config.out} has kept no model; rebuild it with metazo replay.")
         try:
             address = push_folder(config.push, config.out / MODEL)
         except UserError as error:
             raise UserError(f"{error}. The run is saved; continue with `resume=True` to push it again.") from error
         console.say("pushed:", address)
-    return {"pushed": config.push}
-
-
-def push_kept(config: FinetuneConfig, summary: dict[str, Any], folder: Any, console: Console) -> None:
-    """Upload the model of a complete run, unless it is in this repository already, which the summary then says."""
-    if summary.get("pushed") == config.push:
-        return
-    if config.out is not None and not (config.out / MODEL).is_dir():
-        raise UserError(f"`push`: the run in {config.out} has kept no model; rebuild it with metazo replay.")
-    summary |= push(config, console)
-    folder.complete(summary)
+    summary["pushed"] = [*there, config.push]
+    return True

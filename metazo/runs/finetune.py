@@ -18,7 +18,7 @@ from metazo.optimizers.ranks import share as share_of_rank
 from metazo.runs.batches import reader, step_losses
 from metazo.runs.config import INCIDENTAL, FinetuneConfig
 from metazo.runs.diagnose import diagnose, memory_explained
-from metazo.runs.ending import Ending, push_kept
+from metazo.runs.ending import Ending, push
 from metazo.runs.evaluations import Scores
 from metazo.runs.folder import BEST, SNAPSHOTS, RunFolder
 from metazo.runs.header import header
@@ -85,7 +85,8 @@ def _tune(
     with run_folder(config, say) as folder:
         if (summary := folder.summary()) is not None:
             say(f"The run in {config.out} is complete; this is its result.")
-            push_kept(config, summary, folder, console)
+            if push(config, summary, console):
+                folder.complete(summary)
             return Finetuned(summary, config.out)
         here = from_anywhere(config)
         setup = agreed(lambda: set_up(here, given))

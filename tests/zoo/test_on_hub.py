@@ -142,9 +142,11 @@ def test_a_complete_run_is_pushed_once_to_a_repository(hub, tmp_path: Path) -> N
     assert not hub.files
     for name in ("org/late", "org/second"):
         again = FinetuneConfig(**SMALL, out=tmp_path / "run", push=name, resume=True)
-        assert run_settings(again)["pushed"] == name and "README.md" in hub.files.pop(name)
-        assert run_settings(again)["pushed"] == name and not hub.files
+        assert run_settings(again)["pushed"][-1] == name and "README.md" in hub.files.pop(name)
+        assert run_settings(again)["pushed"][-1] == name and not hub.files
     shutil.rmtree(tmp_path / "run" / "model")
+    for name in (None, "org/late"):  # nothing is to be done
+        run_settings(FinetuneConfig(**SMALL, out=tmp_path / "run", push=name, resume=True))
     with pytest.raises(UserError, match="has kept no model"):
         run_settings(FinetuneConfig(**SMALL, out=tmp_path / "run", push="org/third", resume=True))
 
