@@ -1,6 +1,6 @@
 """A MeZO step beside other work on the machine, by how the threads of torch wait for each other.
 
-    python benchmarks/waiting.py        # ten minutes; nothing else should run
+    python benchmarks/waiting.py        # a quarter of an hour; nothing else should run
 
 Threads that wait actively (OpenMP's default) use the time that the thread they wait for needs. Each sample is a process of its
 own; settings take turns. Cases are pico at (16, 24) and a Llama of 134 million weights at (1, 32) and (8, 64). Writes medians
@@ -57,8 +57,8 @@ def measured(case: str, setting: str, seconds: float) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=3.0)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=4.0)
     parser.add_argument("--case", choices=CASES, help="measure this case in this process alone")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/waiting.json"))
     given = parser.parse_args()

@@ -148,9 +148,9 @@ def show_result(console: Console, summary: dict[str, Any], settings: FinetuneCon
         table.add_row(label, *(f"{part[name]:.4g}" if name in part else "" for name in names))
     console.print(table)
     assert settings.out is not None
-    there = {"metrics": True, "plot": (settings.out / "curve.png").exists(), "model": settings.keep != "none"}
-    *parts, last = ["config", "step log", *(name for name, made in there.items() if made)]
-    console.print(f"{summary['seconds']:.0f} s; {', '.join(parts)} and {last} are in {settings.out}", soft_wrap=True)
+    made = {"plot": (settings.out / "curve.png").exists(), "model": settings.keep != "none"}
+    files = ", ".join(["config", "step log", "metrics", *(name for name in made if made[name])])
+    console.print(f"{summary['seconds']:.0f} s; {files}: in {settings.out}", soft_wrap=True)
 
 
 _flags = options.flags(FinetuneConfig, skip=("method",), extra={"optimizer": ": " + ", ".join(methods())})

@@ -51,9 +51,9 @@ class Watched:
                 # The edge refers to the present output, even if later code changes it in place. If the output is a view of a
                 # matrix, that change makes another view of it, and only the matrix stays in the graph.
                 base = output._base
-                whole = base is not None and base.numel() == output.numel() and base.shape[-1] == output.shape[-1]
-                edge = get_gradient_edge(base if base is not None and whole else output)
-                self.calls.append((name, entry, edge, args[0].detach()))
+                if base is None or base.numel() != output.numel() or base.shape[-1] != output.shape[-1]:
+                    base = output
+                self.calls.append((name, entry, get_gradient_edge(base), args[0].detach()))
 
         return watch
 
@@ -218,7 +218,8 @@ class Recorder:
 
     def _enter(self, module: nn.Module, args: tuple) -> None:
         torch.set_grad_enabled(False)
-        self.begun = self.begun if self.depth else 0
+        if not self.depth:
+            self.begun = 0
         self.depth += 1
 
     def _leave(self, module: nn.Module, args: tuple, output: Any) -> None:

@@ -42,7 +42,7 @@ from metazo.noise import Noise, PhiloxNoise
 from metazo.optimizers import probing as probings
 from metazo.optimizers import ranks
 from metazo.optimizers.groups import Closure, listed, named_groups
-from metazo.optimizers.guards import LossWatch, check_moved, check_shards, check_weights
+from metazo.optimizers.guards import LossWatch, check_moved, check_shards, check_trained, check_weights
 from metazo.optimizers.saving import Saving
 from metazo.optimizers.verbs import DECAY_EXEMPT, State, Verbs
 from metazo.step.directions import Direction, Scaled
@@ -313,10 +313,8 @@ class ZOOptimizer(Verbs, Saving):
             check_weights(self.tensors)
             self.checks_weights = False
         if self._ready:
-            if stepping and (frozen := [tensor.name for tensor in self.tensors if not tensor.param.requires_grad]):
-                raise UserError(
-                    f"{frozen[0]} was frozen after the first step, when an optimizer takes up its tensors: make a new one."
-                )
+            if stepping:
+                check_trained(self.tensors)
             return
         self.weights = Weights(self.tensors, self.noise, self.precision)
         check_shards(self)

@@ -67,6 +67,15 @@ def check_weights(tensors: Sequence[NamedTensor]) -> None:
     raise UserError(f"{count} of {len(tensors)} trained tensors {what}, the first is {name}: {remedy}.")
 
 
+def check_trained(tensors: Sequence[NamedTensor]) -> None:
+    """Raises UserError for a tensor that was frozen after the first step, whose probes and updates would go on."""
+    frozen = next((tensor.name for tensor in tensors if not tensor.param.requires_grad), None)
+    if frozen is not None:
+        raise UserError(
+            f"{frozen} was frozen after the first step, when an optimizer takes up its tensors: make a new one."
+        )
+
+
 def check_shards(optimizer: Any) -> None:
     """Raises UserError if the optimizer has a part that needs whole tensors, and this process has only shards of some."""
     shards = [tensor.name for tensor in optimizer.tensors if isinstance(tensor.param, LocalShard)]

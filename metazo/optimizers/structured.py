@@ -7,9 +7,9 @@ computed from products of factors, so no gradient of a matrix is formed unless i
 The blocks are updated from the last to the first, each as soon as its estimate is computed, so that memory is needed for the
 weights, the blocks' inputs, and the graph and factors of one block at a time.
 
-Where not to use: with losses that are not differentiable in the last block's output, or of which a term does not pass through
-it (a router's own loss is left out), models that are a black box or have no
-single residual stream, dropout, or several processes. Methods that perturb weights work in these cases.
+Where not to use: with losses that are not differentiable in the last block's output, or have a term that does not pass
+through it (a router's own loss, which is left out); with models that are a black box, have no single residual stream or run a
+block twice; with dropout; in several processes. Methods that perturb weights work in these cases.
 """
 
 from __future__ import annotations

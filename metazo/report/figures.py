@@ -166,13 +166,9 @@ def name_points(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
     taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in places]
     left, low, right, high = (edge * scale for edge in axes.get_window_extent().extents)
     middle = (low + high) / 2
-
-    def outermost(
-        pair: tuple[tuple[float, float, str], Any],
-    ) -> tuple[float, float]:  # so that the lines of a stack do not cross
-        return -pair[0][0], -abs(pair[1][1] - middle)
-
-    for (memory, value, column), (x, y) in sorted(zip(points, places), key=outermost):
+    # From the edge of the figure to its middle, so that the lines of a stack do not cross.
+    outermost = sorted(zip(points, places), key=lambda pair: (-pair[0][0], -abs(pair[1][1] - middle)))
+    for (memory, value, column), (x, y) in outermost:
         width, height = 0.58 * size * len(clipped(column)), 1.15 * size
         near = [(dx, dy) for dy in (5, -5, 0) for dx in (7, -7 - width)]
         inward = 1 if y < middle else -1

@@ -68,8 +68,8 @@ class ModelCard:
     def _use(self, adapters: bool) -> str:
         load = "import metazo\n\nloaded = metazo.load_model(FOLDER_OR_HUB_ID)  # loaded.model, loaded.tokenizer\n"
         if adapters:
-            base = f"base, quantised to {self.quantize} as here" if self.quantize else "base"
-            return load + f"# or with peft: PeftModel.from_pretrained({base}, FOLDER_OR_HUB_ID)\n"
+            base = f", on a base that is quantised to {self.quantize}" if self.quantize else ""
+            return load + f"# or with peft{base}: PeftModel.from_pretrained(base, FOLDER_OR_HUB_ID)\n"
         return load + "# or with transformers: AutoModel and its kin, .from_pretrained(FOLDER_OR_HUB_ID)\n"
 
 

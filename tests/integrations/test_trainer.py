@@ -160,7 +160,9 @@ def _process(rank: int, folder: str, out: str) -> None:
 def test_it_has_the_mean_loss_over_processes(tmp_path: Path, tiny) -> None:
     """The Trainer multiplies it by their number, because it expects that the model divides by the items of all of them."""
     warm.ranks(_process, str(tiny("bert")), str(tmp_path))
-    assert sum(torch.load(tmp_path / "losses")) / 2 == pytest.approx(mean_of_all(tiny("bert")), rel=2e-3)
+    assert sum(torch.load(tmp_path / "losses", weights_only=True)) / 2 == pytest.approx(
+        mean_of_all(tiny("bert")), rel=2e-3
+    )
 
 
 def test_a_trainer_that_sorts_its_metrics_by_the_mode_of_the_model_finds_it_training(tmp_path: Path) -> None:

@@ -140,7 +140,7 @@ def test_a_run_without_plots_is_whole(no_extras):
     folder, done = no_extras
     run, fine, draw, report = folder / "run", done["finetune"], done["show"], done["report"]
     assert fine[0] == 0 and sentence("report", "matplotlib")[7:] in fine[1], fine
-    assert "config, step log, metrics and model are in" in " ".join(fine[1].split()), fine
+    assert "config, step log, metrics, model: in" in " ".join(fine[1].split()), fine
     assert (run / "model").is_dir() and (run / "summary.json").is_file() and not (run / "curve.png").exists()
     assert (draw[0], draw[2]) == (2, sentence("report", "matplotlib"))
     assert report[0] == 2 and report[2].startswith("error: plots and reports need ") and "metazo[report]" in report[2]

@@ -131,7 +131,7 @@ def test_a_run_is_evaluated_replayed_and_continued_on_the_same_quantised_base(in
     assert json.loads((tmp_path / "on/model/metazo.json").read_text())["quantize"] == "int8"
     for folder in (out, tmp_path / "on"):
         card = (folder / "model/README.md").read_text()
-        assert "| base quantised to | int8 |" in card and "from_pretrained(base, quantised to int8 as here," in card
+        assert "| base quantised to | int8 |" in card and "peft, on a base that is quantised to int8:" in card
     with pytest.raises(UserError, match=r"a base that was quantised \(int8\), into which they cannot be merged"):
         load(out, merge=True)
     other = config(tmp_path / "other", model=str(out), lora=0, adapter="continue", quantize="nf4")

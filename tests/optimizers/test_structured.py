@@ -384,3 +384,35 @@ def test_every_matrix_of_deberta_has_its_gradient() -> None:
         assert torch.allclose(p.detach(), before[name] - gradient, atol=1e-6 * float(gradient.abs().max()) + 1e-12), (
             name
         )
+
+
+def test_the_routers_own_loss_is_left_out_with_a_note() -> None:
+    import transformers
+
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "vocab_size": 40,
+    }
+    more = {"num_key_value_heads": 2, "num_local_experts": 4}
+    for own in (False, True):
+        config = transformers.MixtralConfig(**sizes, **more, output_router_logits=own)
+        model = transformers.MixtralForCausalLM(config).eval()
+        ids = torch.arange(12).view(2, 6) + 3
+        optimizer = AnswerColumn(model.named_parameters(), 1e-3, model=model)
+        optimizer.step(lambda model=model, ids=ids: model(input_ids=ids, labels=ids, use_cache=False).loss)
+        assert any("leaves out the router's own loss" in note for note in optimizer.notes) == own
+
+
+def test_a_cache_of_states_is_refused() -> None:
+    import transformers
+
+    config = transformers.MambaConfig(hidden_size=16, state_size=4, num_hidden_layers=2, vocab_size=40)
+    model = transformers.MambaForCausalLM(config).eval()
+    ids = torch.arange(12).view(2, 6) + 3
+    optimizer = SkipFeedback(model.named_parameters(), 1e-3, model=model)
+    with pytest.raises(UserError, match="call the model with `use_cache=False`"):
+        optimizer.step(lambda: model(input_ids=ids, labels=ids, use_cache=True).loss)
+    optimizer.step(lambda: model(input_ids=ids, labels=ids, use_cache=False).loss)

@@ -6,12 +6,16 @@ import math
 from pathlib import Path
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from metazo.comparisons.results import Result, cell_path
 from metazo.report import rivals
 from metazo.report.analysis import Analysis
 from metazo.report.build import build
 from metazo.report.comparison import Comparison
+from metazo.report.figures import name_points
 from tests.report import synthetic
 from tests.report.synthetic import Column
 from tests.report.test_tables import row, set_curve
@@ -153,3 +157,20 @@ def test_a_task_counts_though_the_reference_does_not_learn_it(folder: Path) -> N
     assert Analysis(data, "loss", needs_reference=False).tasks == ["sst2"]
     table = next(table for table in build(data).tables if table.name == "rivals")
     assert row(table, "first-order-adamw")[1] == "1.0" and "whether or not mezo does" in table.note
+
+
+@pytest.mark.parametrize("height", [0.92, 0.05])
+def test_names_of_a_stack_of_points_are_within_the_axes_and_apart(height: float) -> None:
+    """Fifteen columns with the memory of inference and nearly one loss, at the top or at the bottom."""
+    figure = Figure(figsize=(6, 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.set(xlim=(0.8, 1.6), ylim=(0, 1))
+    name_points(axes, [(1.0, height + 0.003 * k, f"column-{k}") for k in range(15)] + [(1.4, 0.5, "another")])
+    figure.draw_without_rendering()
+    boxes, bounds = [Text.get_window_extent(name) for name in axes.texts], axes.get_window_extent()  # without the lines
+    assert len(boxes) == 16
+    assert all(
+        bounds.x0 <= box.x0 and box.x1 <= bounds.x1 and bounds.y0 <= box.y0 and box.y1 <= bounds.y1 for box in boxes
+    )
+    assert not any(a.overlaps(b) for k, a in enumerate(boxes) for b in boxes[:k])
