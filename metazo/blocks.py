@@ -55,19 +55,30 @@ class LocalShard(torch.nn.Parameter):
     """The entries of a parameter that this process has, in the memory of the sharded parameter.
 
     Attributes: places: for each dimension of the whole parameter, the positions that this process has, increasing, int64;
-    whole: the shape of the whole parameter; spans: its entries as spans of the flat whole parameter; source: the sharded
-    parameter, None in a copy.
+    whole: the shape of the whole parameter; spans: its entries as spans of the flat whole parameter; sides: the rows of the
+    whole matrix (`sides_of`) that this process has, and the places within a row, by device; source: the sharded parameter,
+    None in a copy.
     """
 
     places: tuple[np.ndarray, ...]
     whole: torch.Size
     spans: Spans
+    sides: dict[torch.device, tuple[Tensor, Tensor]]
     source: Tensor | None = None
 
     def __new__(cls, local: Tensor, requires_grad: bool, places: Sequence[np.ndarray], whole: torch.Size):
         made = super().__new__(cls, local, requires_grad)
-        made.places, made.whole, made.spans = tuple(places), whole, spans_of(places, whole)
+        made.places, made.whole, made.spans, made.sides = tuple(places), whole, spans_of(places, whole), {}
         return made
+
+    def cut(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows of U, (m, r), and of V, (n, r), whose product is this process's part of U V^T."""
+        if left.device not in self.sides:
+            rows, *others = self.places
+            columns = np.ravel_multi_index(np.ix_(*others), self.whole[1:]).reshape(-1)
+            self.sides[left.device] = tuple(torch.from_numpy(found).to(left.device) for found in (rows, columns))  # type: ignore[assignment]
+        rows, columns = self.sides[left.device]
+        return left[rows], right[columns]
 
     def __deepcopy__(self, memo: dict[int, object]) -> LocalShard:
         made = LocalShard(self.data.clone(), self.requires_grad, self.places, self.whole)  # type: ignore[call-arg]
@@ -75,6 +86,12 @@ class LocalShard(torch.nn.Parameter):
 
     def __reduce_ex__(self, protocol):
         return LocalShard, (self.data, self.requires_grad, self.places, self.whole)
+
+
+def sides_of(param: Tensor) -> tuple[int, int]:
+    """Rows, and entries per row, of a tensor as a matrix; of a shard, those of the whole tensor."""
+    shape = getattr(param, "whole", param.shape)
+    return shape[0], math.prod(shape[1:])
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,8 @@ def assemble(
         revision=wanted.revision,
         attn_implementation=wanted.attn_implementation,
         device_map=wanted.device_map,
+        tensor_parallel=wanted.tensor_parallel,
+        fsdp=wanted.fsdp,
     )
     _check_trainable(loaded, wanted)
     if adapter is None:
@@ -94,6 +96,10 @@ def load(name_or_path: str | Path, *, merge: bool = False, train: bool = False, 
     if not is_file(folder / ADAPTERS):
         return load_model(name_or_path, **options)
     base, revision = _named_in(folder)
+    if options.get("tensor_parallel", 1) * options.get("fsdp", 1) > 1:
+        raise UserError(
+            f"{folder} has adapters, which cannot be used together with `tensor_parallel` or `fsdp`: merge them first."
+        )
     record = read_json(folder / RECORD, "record of the training") if is_file(folder / RECORD) else None
     if isinstance(record, dict) and record.get("quantize") in ("int8", "int4", "nf4"):
         if merge:

@@ -19,6 +19,7 @@ from metazo.errors import UserError
 from metazo.io.extras import needs
 from metazo.models.checks import check_config, kind_of, not_finite
 from metazo.models.embedded import EMBEDDED, check_folder
+from metazo.models.parts import divided, loading
 from metazo.models.quantize import check_package, check_shapes, left_over, quantised, quantization, remember_stored
 from metazo.models.sentence import HEAD_FILE, SentenceClassifier, find, pooling_of, quiet
 from metazo.models.tokenizer import context_length, read_tokenizer, set_pad
@@ -89,6 +90,8 @@ def load_model(
     revision: str | None = None,
     attn_implementation: str | None = None,
     device_map: str | None = None,
+    tensor_parallel: int = 1,
+    fsdp: int = 1,
 ) -> LoadedModel:
     """Load a model for fine-tuning.
 
@@ -101,6 +104,7 @@ def load_model(
     classifier whose head would be new, because its predictions are random. quantize: int8, int4 or nf4
     (metazo/models/quantize.py); a quantised checkpoint stays as it is. revision: branch, tag or commit of a model on the
     Hub. attn_implementation, device_map: as of `from_pretrained` of transformers; with a device map `device` is not used.
+    tensor_parallel, fsdp: number of processes that divide the model (metazo/models/parts.py), all of which load it.
     ``pico`` and ``micro`` are small models that metazo carries.
     Code from the Hub is never run. Raises UserError for a model, kind, dtype or device that is not there, and for a model
     type that is no causal, masked, classification or sequence-to-sequence model of text.
@@ -126,6 +130,7 @@ def load_model(
             with needs("trainer"):
                 import accelerate  # noqa: F401
             more["device_map"] = device_map
+        more |= loading(tensor_parallel, fsdp, config, name)
         tokenizer = read_tokenizer(source, name, more["revision"])
         with quiet(), torch.random.fork_rng(devices=[]):  # a new head follows the seed, not the global generator
             torch.default_generator.manual_seed(seed)
@@ -142,7 +147,7 @@ def load_model(
     notes += left_over(model, quantize, name) if quantize else []
     remember_stored(model)
     try:
-        if "device_map" not in more and not quantised(model):
+        if "device_map" not in more and not divided(model) and not quantised(model):
             model.to(device=torch.device(device))  # type: ignore[call-arg]
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {str(device)!r} cannot be used: {_first_sentence(error)}") from error
@@ -235,8 +240,8 @@ def _classifier(
     else:
         if set(more) - {"revision", "attn_implementation"} or more["attn_implementation"]:
             raise UserError(
-                "`quantize`, `device_map` and `attn_implementation` cannot be used with a head on pooled hidden states; add "
-                "`head='checkpoint'`."
+                "`quantize`, `device_map`, `attn_implementation`, `tensor_parallel` and `fsdp` cannot be used with a head on "
+                "pooled hidden states; add `head='checkpoint'`."
             )
         model, lost, new = SentenceClassifier.new(source, head=head, classes=wanted, dtype=dtype), [], True
         model.config.id2label = {index: f"LABEL_{index}" for index in range(wanted)}

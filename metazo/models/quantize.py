@@ -69,7 +69,12 @@ def check_package(config: Any) -> None:
 
 def is_quantised(tensor: Tensor) -> bool:
     """Whether a parameter holds whole numbers with scales instead of its values."""
-    return is_traceable_wrapper_subclass(tensor) or not tensor.is_floating_point()
+    return _packed(tensor) or not tensor.is_floating_point()
+
+
+def _packed(tensor: Tensor) -> bool:
+    """Whether a tensor is made of others; a DTensor, which is a part of a tensor, holds its values."""
+    return is_traceable_wrapper_subclass(tensor) and not hasattr(tensor, "placements")
 
 
 def quantised(model: nn.Module) -> list[str]:
@@ -175,7 +180,7 @@ def bytes_of(tensor: Tensor) -> int:
 
 def stored(tensor: Tensor) -> Iterator[Tensor]:
     """The plain tensors of which a parameter is made: itself, or whole numbers and scales."""
-    if is_traceable_wrapper_subclass(tensor):
+    if _packed(tensor):
         for name in tensor.__tensor_flatten__()[0]:
             yield from stored(getattr(tensor, name))
         return

@@ -40,6 +40,8 @@ class Wanted(Protocol):
     revision: str | None
     attn_implementation: str | None
     device_map: Any
+    tensor_parallel: int
+    fsdp: int
 
     @property
     def adapters(self) -> Adapter | None: ...

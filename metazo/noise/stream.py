@@ -55,9 +55,7 @@ class PhiloxStream:
         count: int | None = None,
     ) -> Tensor:
         param = tensor.param
-        if shape is not None:
-            _whole(tensor)
-        else:
+        if shape is None:
             shape = tuple(param.shape) if count is None else (count,)
         out = torch.zeros(shape, dtype=dtype or torch.promote_types(param.dtype, torch.float32), device=param.device)
         self.add_(tensor, out, 1.0, 1.0, purpose, start)
@@ -67,7 +65,7 @@ class PhiloxStream:
         self, tensor: NamedTensor, out: Tensor, alpha: float, beta: float = 1.0, purpose: int = DENSE, start: int = 0
     ) -> None:
         _check(start)
-        kernels, spans = self._kernels(out), _part(tensor, start, out)
+        kernels, spans = self._kernels(out), _part(tensor, purpose, start, out)
         if kernels is None:
             self._plain(tensor, out, out, alpha, beta, purpose, start)
         elif spans is None:
@@ -80,9 +78,10 @@ class PhiloxStream:
         batch = next((kernels for kernels in found if hasattr(kernels, "add_all_")), None)
         if batch is not None:  # so that threads are woken only once
             fit = [move for move, kernels in zip(moves, found) if kernels is batch]
-            whole = [(move.tensor.id, *move[1:]) for move in fit if move.tensor.spans is None]
+            placed = [(move, _spans(move.tensor, purpose)) for move in fit]
+            whole = [(move.tensor.id, *move[1:]) for move, spans in placed if spans is None]
             batch.add_all_(self.distribution, whole, self.seed, purpose)
-            shards = [(move.tensor.id, *move[1:], spans) for move in fit if (spans := move.tensor.spans) is not None]
+            shards = [(move.tensor.id, *move[1:], spans) for move, spans in placed if spans is not None]
             if shards:
                 _shards(batch).add_all_(self.distribution, shards, self.seed, purpose)
         for move, kernels in zip(moves, found):
@@ -94,7 +93,7 @@ class PhiloxStream:
     ) -> None:
         _check(start)
         kernels = self._kernels(out, base) if base.dtype == torch.float32 else None
-        spans = _part(tensor, start, out)
+        spans = _part(tensor, purpose, start, out)
         if kernels is None:
             self._plain(tensor, out, base, alpha, 1.0, purpose, start)
         elif spans is None:
@@ -194,7 +193,7 @@ class PhiloxStream:
             kept = source[here : here + _CHUNK].to(wide)
             z = [
                 sample(self.seed, tensor.id, purpose, first, last, out.device)
-                for first, last in _places(tensor, start + here, kept.numel())
+                for first, last in _places(tensor, purpose, start + here, kept.numel())
             ]
             flat[here : here + _CHUNK] = kept * beta + torch.cat(z).to(wide) * alpha
         if not out.is_contiguous():
@@ -206,16 +205,25 @@ def _shards(kernels: ModuleType) -> ModuleType:
     return importlib.import_module(f"{kernels.__name__}_shards")
 
 
-def _part(tensor: NamedTensor, start: int, out: Tensor) -> Spans | None:
-    """The spans of `out`, which has the entries of a shard from start; None if the tensor is whole."""
-    return None if tensor.spans is None else tensor.spans.part(start, start + out.numel())
+def _spans(tensor: NamedTensor, purpose: int) -> Spans | None:
+    """The spans of a shard; None if the numbers are not divided: those of a whole tensor, and of the factors of any tensor,
+    which every process needs whole.
+    """
+    return tensor.spans if purpose == DENSE else None
 
 
-def _places(tensor: NamedTensor, start: int, count: int) -> list[tuple[int, int]]:
-    """Where `count` entries from start are in the whole tensor, as (first, end) of each span."""
-    if tensor.spans is None:
+def _part(tensor: NamedTensor, purpose: int, start: int, out: Tensor) -> Spans | None:
+    """The spans of `out`, which has the numbers from start, if they are divided."""
+    spans = _spans(tensor, purpose)
+    return None if spans is None else spans.part(start, start + out.numel())
+
+
+def _places(tensor: NamedTensor, purpose: int, start: int, count: int) -> list[tuple[int, int]]:
+    """Where `count` numbers from start are among all of the tensor, as (first, end) of each span."""
+    spans = _spans(tensor, purpose)
+    if spans is None:
         return [(start, start + count)]
-    spans = tensor.spans.part(start, start + count)
+    spans = spans.part(start, start + count)
     return list(zip(spans.there.tolist(), (spans.there + np.diff(spans.here)).tolist()))
 
 

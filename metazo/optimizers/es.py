@@ -39,7 +39,7 @@ class ES(ZOOptimizer):
 
     name, paper = "es", "arXiv 2509.24372"
     search_factor = 3.0
-    by_entry = True
+    shardable = True
     contract_case = Case(quadratic=0.05, stiff=0.03, llama=4e-3, saddle=0.05, options={"population": 8})
 
     def __init__(

@@ -56,7 +56,7 @@ class FZOO(ZOOptimizer):
 
     name, paper = "fzoo", "arXiv 2506.09034"
     low_rank = True  # if `rank` says so
-    by_entry = True  # if rank is 0
+    shardable = True  # if rank is 0
     default_probing = "auto"
     contract_case = Case(quadratic=1e-4, stiff=5e-5, llama=4e-6, saddle=1e-4, options={"queries": 4})
 

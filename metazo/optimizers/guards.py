@@ -77,12 +77,20 @@ def check_trained(tensors: Sequence[NamedTensor]) -> None:
 
 
 def check_shards(optimizer: Any) -> None:
-    """Raises UserError if the optimizer has a part that needs whole tensors, and this process has only shards of some."""
+    """Raises UserError if the optimizer has a part that needs whole tensors, and this process has only shards of some.
+
+    Where the probing is to be chosen, it is in turn.
+    """
     shards = [tensor.name for tensor in optimizer.tensors if isinstance(tensor.param, LocalShard)]
     if not shards:
         return
+    if optimizer.probing == "auto":
+        optimizer.probing = "in-turn"
     parts = {
-        f"{optimizer.name} computes with whole tensors": not optimizer.by_entry or optimizer.low_rank,
+        f"{optimizer.name} computes with whole tensors": not optimizer.shardable,
+        "`probing` together replaces calls of torch functions, and a forward pass uses shards in ways of its own": (
+            optimizer.probing == "together"
+        ),
         "`scale` reads statistics of whole tensors": optimizer.scale is not None,
         f"`precision` {optimizer.precision} replaces weights, and a forward pass uses shards in ways of its own": any(
             "compensation" in storage.buffers for storage in optimizer.weights.storage.values()
@@ -96,7 +104,8 @@ def check_shards(optimizer: Any) -> None:
         if true:
             raise UserError(
                 f"{reason}, and {len(shards)} tensors are sharded over processes, the first is {shards[0]}: choose mezo, "
-                "mezo-momentum, mezo-adam, meazo, es, fzoo, hizoo or mezo-svrg with their own settings."
+                "mezo-momentum, mezo-adam, meazo, lozo, lozo-m, es, eggroll, fzoo, hizoo or mezo-svrg, with probes in turn and "
+                "their own settings."
             )
 
 

@@ -89,7 +89,7 @@ class HiZOO(CurvatureScaled):
     """
 
     name, paper = "hizoo", "arXiv 2402.15173"
-    by_entry = True
+    shardable = True
     contract_case = Case(stiff=3e-3, llama=4e-3, along="sign", options={"smoothing": 1e-3})
 
     def __init__(

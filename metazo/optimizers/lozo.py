@@ -39,14 +39,13 @@ prefixes and LoRA factors, whose smaller side is close to the rank already. Rade
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from metazo.blocks import NamedTensor
+from metazo.blocks import NamedTensor, sides_of
 from metazo.errors import UserError
 from metazo.noise import RIGHT, Draw
 from metazo.optimizers.base import State, ZOOptimizer
@@ -80,7 +79,7 @@ class LOZO(ZOOptimizer):
 
     name, paper = "lozo", "arXiv 2410.07698"
     deferrable = True
-    low_rank = True
+    low_rank = shardable = True
     contract_case = Case(quadratic=0.02, stiff=4e-4, llama=1e-3, options={"interval": 5})
 
     def __init__(
@@ -119,7 +118,7 @@ class LOZO(ZOOptimizer):
         group = self.param_groups[-1]
         for name, param in zip(group["param_names"], group["params"]):
             if param.requires_grad and self.is_matrix(param):
-                self.check_rank(name, min(sides(param)))
+                self.check_rank(name, min(sides_of(param)))
 
     def check_rank(self, name: str, side: int) -> None:
         if self.rank > side:
@@ -128,11 +127,11 @@ class LOZO(ZOOptimizer):
             )
 
     def is_matrix(self, param: Tensor) -> bool:
-        return param.ndim > 1 and min(sides(param)) > 1
+        return param.ndim > 1 and min(sides_of(param)) > 1
 
     def init(self, tensors: Sequence[NamedTensor]) -> State:
         matrices = [tensor for tensor in tensors if self.is_matrix(tensor.param)]
-        return {f"V/{tensor.name}": zeros(tensor, (sides(tensor.param)[1], self.rank)) for tensor in matrices}
+        return {f"V/{tensor.name}": zeros(tensor, (sides_of(tensor.param)[1], self.rank)) for tensor in matrices}
 
     def propose(self, state: State, step: int, seeds: Sequence[int]) -> LowRank:
         """Draw V again every `interval` steps, from the stream of the step's first seed."""
@@ -182,7 +181,7 @@ class LOZOM(LOZO):
         state = super().init(tensors)
         for tensor in tensors:
             if f"V/{tensor.name}" in state:
-                state[f"N/{tensor.name}"] = zeros(tensor, (tensor.param.shape[0], self.rank))
+                state[f"N/{tensor.name}"] = zeros(tensor, (sides_of(tensor.param)[0], self.rank))
             else:
                 state[f"m/{tensor.name}"] = zeros(tensor, tuple(tensor.param.shape))
         return state | {"updates": torch.zeros((), dtype=torch.int64)}
@@ -219,11 +218,6 @@ class LOZOM(LOZO):
 def folder(state: State, name: str) -> State:
     """The state tensors `name/<tensor>`, by tensor."""
     return {key[len(name) + 1 :]: value for key, value in state.items() if key.startswith(f"{name}/")}
-
-
-def sides(param: Tensor) -> tuple[int, int]:
-    """Rows, and entries per row."""
-    return param.shape[0], math.prod(param.shape[1:])
 
 
 def zeros(tensor: NamedTensor, shape: tuple[int, ...]) -> Tensor:

@@ -32,7 +32,7 @@ class MeZO(ZOOptimizer):
     name, paper = "mezo", "arXiv 2305.17333"
 
     deferrable = True
-    by_entry = True
+    shardable = True
 
     def __init__(self, params: Iterable, lr: float = 1e-6, eps: float = 1e-3, *, queries: int = 1, **common):
         self.estimator = TwoPoint(queries)

@@ -84,7 +84,7 @@ class MeZOSVRG(ZOOptimizer):
     name, paper = "mezo-svrg", "arXiv 2404.08080"
     estimator = ControlVariate()
     wants_full_closure = True
-    by_entry = True
+    shardable = True
     contract_case = Case(quadratic=0.015, llama=4e-3, options={"interval": 3})
 
     def __init__(

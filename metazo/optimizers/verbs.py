@@ -33,9 +33,9 @@ class Verbs(Method):
 
     low_rank = False
     """Whether the method's directions have factors on matrices, so that probes can be evaluated together."""
-    by_entry = False
-    """Whether every entry of state and update depends on that entry alone, so that a process may have a shard of a tensor.
-    A subclass that computes with whole tensors sets it to False."""
+    shardable = False
+    """Whether a process may have a shard of a tensor: every entry of state and update depends on that entry alone, or on
+    factors of a matrix, which every process makes whole. A subclass that computes with whole tensors sets it to False."""
     default_probing = "in-turn"
     deferrable = False
     """Whether `propose` and `update` neither read nor change the weights, so that an update may wait for the next probe."""

@@ -33,11 +33,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from metazo.blocks import NamedTensor
+from metazo.blocks import NamedTensor, sides_of
 from metazo.errors import UserError
 from metazo.noise import LEFT, Draw
 from metazo.optimizers.base import State, Update, ZOOptimizer
-from metazo.optimizers.lozo import folder, sides, zeros
+from metazo.optimizers.lozo import folder, zeros
 from metazo.optimizers.registry import Case, register
 from metazo.step.directions import Direction, Isotropic, Sparse
 from metazo.step.estimators import OneSided
@@ -122,8 +122,8 @@ class ZOMuon(ZOOptimizer):
         super().__init__(params, lr, eps, **common)
 
     def init(self, tensors: Sequence[NamedTensor]) -> State:
-        matrices = [tensor for tensor in tensors if tensor.param.ndim > 1 and min(sides(tensor.param)) > 1]
-        rows = {tensor: sides(tensor.param)[0] for tensor in matrices}
+        matrices = [tensor for tensor in tensors if tensor.param.ndim > 1 and min(sides_of(tensor.param)) > 1]
+        rows = {tensor: sides_of(tensor.param)[0] for tensor in matrices}
         return {f"P/{tensor.name}": zeros(tensor, (m, min(self.rank, m))) for tensor, m in rows.items()}
 
     def propose(self, state: State, step: int, seeds: Sequence[int]) -> Direction:

@@ -133,6 +133,11 @@ class FinetuneConfig:
     """Device: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one"""
     probe_ranks: int = setting(default=1, least=1, role="machine")
     """Under torchrun, the number of processes that divide the probes of a step; the others divide its examples"""
+    tensor_parallel: int = setting(default=1, least=1, role="machine")
+    """Under torchrun, the number of processes that divide every matrix product, so that no device holds the whole model"""
+    fsdp: int = setting(default=1, least=1, role="machine")
+    """Under torchrun, the number of processes, or of groups of `tensor_parallel` processes, that divide the weights
+    (fully_shard); each has its own examples"""
     rank_timeout: float = setting(default=1800.0, above=0, most=1e6, role="machine")
     """Under torchrun, seconds without an answer after which another process counts as lost"""
     eval_every: int | None = setting(default=None, least=1, role="loop")

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from metazo.errors import UserError
+from metazo.models.parts import divided, forward_only, whole
 from metazo.runs.config import FinetuneConfig
 
 
-@torch.inference_mode()
 def diagnose(model: nn.Module, closures: Sequence[Callable[[], Any]], dtype: torch.dtype) -> str:
     """A sentence that says why the loss is not finite. It costs a forward pass, and one module's pass in float32.
 
@@ -25,7 +25,7 @@ def diagnose(model: nn.Module, closures: Sequence[Callable[[], Any]], dtype: tor
     """
     limit, name = torch.finfo(dtype).max, str(dtype).removeprefix("torch.")
     narrow = dtype.itemsize < 4
-    for key, parameter in model.named_parameters():
+    for key, parameter in whole(model):
         largest = float(parameter.abs().max()) if parameter.numel() else 0.0
         if not largest < limit:
             cure = "use `dtype` bfloat16 or float32." if dtype == torch.float16 else "the run has diverged; lower `lr`."
@@ -36,7 +36,8 @@ def diagnose(model: nn.Module, closures: Sequence[Callable[[], Any]], dtype: tor
         for key, module in model.named_modules(remove_duplicate=True)
     ]
     try:
-        losses = [float(closure()) for closure in closures]
+        with forward_only(model):
+            losses = [float(closure()) for closure in closures]
     finally:
         for hook in hooks:
             hook.remove()
@@ -48,13 +49,19 @@ def diagnose(model: nn.Module, closures: Sequence[Callable[[], Any]], dtype: tor
             "loss has grown."
         )
     where, module, args, kwargs = found[0]
-    if narrow and _finite(output := _wide(module)(*_wide(args), **_wide(kwargs))):
+    if narrow and not divided(model) and _finite(output := _output(module, args, kwargs)):
         largest = max(float(value.abs().max()) for value in _floats(output))
         return (
             f"overflow of {name}: {where} gives up to {largest:.3g}, and the largest {name} is {limit:.3g}. "
             "float32 can represent it, so the run has not diverged. Use `dtype` bfloat16 or float32."
         )
     return f"{where} gives values that are not finite from finite ones: the run has diverged; lower `lr`."
+
+
+@torch.inference_mode()
+def _output(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """What the module gives in float32."""
+    return _wide(module)(*_wide(args), **_wide(kwargs))
 
 
 class _Finder:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from metazo.errors import UserError
 from metazo.io.extras import MissingPackage
 from metazo.io.processes import rank
-from metazo.io.tensorfile import weights_hash
 from metazo.io.terminal import Console
 from metazo.models.adapters import merge_adapters
+from metazo.models.parts import hash_of
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.evaluations import Scores
 from metazo.runs.folder import BEST, SNAPSHOTS, RunFolder
@@ -56,7 +56,7 @@ class Ending(ABC):
         if kept != self.optimizer.steps:
             self._load_best(kept)
         test = self.scores.on("test") if config.test_examples else {}
-        weights = weights_hash(self.model.named_parameters())
+        weights = hash_of(self.model)
         if config.merge:
             loaded.model = merge_adapters(loaded.model)
         summary = {

@@ -31,6 +31,8 @@ from metazo.step.precision import policy
 
 SAMPLE = 2**21
 """Weights to which noise is added for a measurement."""
+PATIENCE = 0.1
+"""Seconds that a measured product may take, about."""
 
 
 class Followed(Operations):
@@ -160,8 +162,17 @@ class Rates:
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype, width: int, rows: int) -> Rates:
-    """Rates of a device, measured: products (rows, width) x (width, width), reading a vector, noise added to float32."""
+    """Rates of a device, measured: products (rows, width) x (width, width), reading a vector, noise added to float32.
+
+    The products are smaller if these would take long: a processor without instructions for a 16-bit type takes a hundred times
+    longer than for float32.
+    """
     rows, width = max(1, min(rows, 2048)), max(64, min(width, 4096))
+    if device.type == "cpu":
+        small = torch.zeros((64, 64), dtype=dtype)
+        seconds = _seconds(lambda: small @ small, device) * rows * width * width / 64**3
+        if seconds > PATIENCE:
+            rows, width = (max(64, int(size * (PATIENCE / seconds) ** (1 / 3))) for size in (rows, width))
     left, right = (torch.zeros(shape, dtype=dtype, device=device) for shape in ((rows, width), (width, width)))
     size = 32 * SAMPLE if device.type == "cuda" else SAMPLE  # on a GPU, so that a launch is a small part of the time
     vector = torch.zeros(4 * SAMPLE if device.type == "cpu" else size, device=device)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from metazo.models.load import LoadedModel
+from metazo.models.parts import whole
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.folder import RunFolder
 from metazo.runs.records import GROWN, Records
@@ -104,13 +105,19 @@ class Scores(Records):
 
 def _all_finite(model: nn.Module) -> bool:
     """Whether every trained weight is finite."""
-    return all(bool(p.detach().isfinite().all()) for p in model.parameters() if p.requires_grad)
+    return all(bool(values.isfinite().all()) for values in _trained(model))
+
+
+def _trained(model: nn.Module) -> Iterator[Tensor]:
+    """The values of the trained weights, tensor by tensor; all processes go through them."""
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.numel()}
+    return (values for name, values in whole(model) if name in trained)
 
 
 def _norm(model: nn.Module) -> float:
     """Euclidean norm of all trained weights."""
     norms = []
-    for weights in (p.detach() for p in model.parameters() if p.requires_grad and p.numel()):
+    for weights in _trained(model):
         norm = torch.linalg.vector_norm(weights, dtype=torch.promote_types(weights.dtype, torch.float32))
         if norm.isinf():  # weights above 1e19, whose squares overflow float32
             norm = torch.linalg.vector_norm(weights, dtype=torch.float64)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from metazo.errors import UserError
+from metazo.integrations.resident import local_parameters
 from metazo.io.processes import agreed, from_first, joined, rank, require_same, together
 from metazo.io.terminal import Console
+from metazo.models.parts import divided, forward_only
 from metazo.optimizers.ranks import share as share_of_rank
 from metazo.runs.batches import reader, step_losses
 from metazo.runs.config import INCIDENTAL, FinetuneConfig
@@ -128,7 +130,7 @@ def _tune(
 def _first_loss(setup: Setup, config: FinetuneConfig) -> None:
     """Raises UserError for a loss that is not finite before the first step, before anything is written."""
     first = step_losses(config, setup, reader(config, setup.prepared.train), 0, _share(setup))[0]
-    with torch.inference_mode():
+    with forward_only(setup.loaded.model):
         loss = float(first())
     if config.objective is not None and not math.isfinite(loss):
         raise UserError(f"`objective` {config.objective} is {loss} before the first step; it must be a finite number.")
@@ -141,7 +143,9 @@ def _first_loss(setup: Setup, config: FinetuneConfig) -> None:
 
 def _share(setup: Setup) -> tuple[int, int]:
     """(index, number) of this process's share of the examples."""
-    return share_of_rank(setup.optimizer.exchange.probe_ranks) if together() else (0, 1)
+    if not together():
+        return 0, 1
+    return share_of_rank(setup.optimizer.exchange.probe_ranks * setup.config.tensor_parallel)
 
 
 class _Run(Ending):
@@ -178,13 +182,15 @@ class _Run(Ending):
         if self.config.out is None:
             return log
 
+        decisive = {key: value for key, value in asdict(self.config).items() if key not in INCIDENTAL}
+        first = header(decisive, self.setup)
+
         def opened() -> list[Step]:
             nonlocal log
             folder = written(self.folder)
             assert folder is not None
-            decisive = {key: value for key, value in asdict(self.config).items() if key not in INCIDENTAL}
             every = {"flush_every": self.config.flush_every, "fsync_every": self.config.fsync_every}
-            log = StepLog(folder.path / STEPS, header(decisive, self.setup), **every, say=folder.say)
+            log = StepLog(folder.path / STEPS, first, **every, say=folder.say)
             return log.steps
 
         log.steps = from_first(opened)
@@ -233,10 +239,14 @@ class _Run(Ending):
     def _weights(self) -> dict[str, Tensor]:
         """The trained weights by name; all others are those of the base model."""
         self.optimizer.settle()
-        return {f"weights/{name}": p for name, p in self.model.named_parameters() if p.requires_grad}
+        return {f"weights/{name}": p for name, p in self._held() if p.requires_grad}
+
+    def _held(self) -> Iterable[tuple[str, Tensor]]:
+        """The parameters that this process holds; of a divided model the parts."""
+        return local_parameters(self.model) if divided(self.model) else self.model.named_parameters()
 
     def _load_weights(self, tensors: dict[str, Tensor]) -> None:
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self._held():
             if (saved := tensors.get(f"weights/{name}")) is not None:
                 parameter.data.copy_(saved)
 

@@ -10,6 +10,7 @@ import torch
 import metazo
 from metazo.io.processes import world
 from metazo.io.tensorfile import weights_hash
+from metazo.models.parts import hash_of
 from metazo.models.sentence import SentenceClassifier
 from metazo.optimizers.registry import Method
 from metazo.runs.inputs import data_hash, inputs
@@ -24,11 +25,12 @@ PACKAGES = ("torch", "transformers", "numpy", "numba")
 
 
 def header(settings: dict[str, Any], setup: Setup) -> dict[str, Any]:
-    """The header of a run's step log, with the `settings` that affect results. Call it before the first step."""
+    """The header of a run's step log, with the `settings` that affect results. Call it before the first step,
+    in all processes."""
     loaded, optimizer, task = setup.loaded, setup.optimizer, setup.prepared.task
     return {
         "model": loaded.name,
-        "weights": weights_hash(loaded.model.named_parameters()),
+        "weights": hash_of(loaded.model),
         **(inputs(setup.prepared, loaded.model) if isinstance(setup.prepared, Prepared) else {}),
         "labels": task.num_labels if isinstance(task, Task) else None,
         "task": task.name,

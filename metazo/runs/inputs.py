@@ -24,7 +24,7 @@ LONGEST = 40  # characters of a value that is written out
 _INCIDENTAL = {
     "transformers_version", "architectures", "dtype", "torch_dtype", "id2label", "label2id", "use_cache", "return_dict",
     "output_hidden_states", "output_attentions", "initializer_range", "auto_map", "tokenizer_class", "pretraining_tp",
-    "task_specific_params", "finetuning_task", "problem_type", "name_or_path",
+    "task_specific_params", "finetuning_task", "problem_type", "name_or_path", "distributed_config",
 }  # fmt: skip
 # Settings of generation that greedy decoding does not read; the length is the task's own.
 _SAMPLING = {

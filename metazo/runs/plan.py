@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from metazo.models.load import LoadedModel
+from metazo.models.parts import divided, held_bytes
 from metazo.models.quantize import bytes_of, entries
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.estimate import state_bytes, weight_bytes
@@ -28,7 +29,7 @@ def written(config: FinetuneConfig, model: nn.Module, optimizer: Any, steps: int
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     snapshot = trained + state_bytes(optimizer)
     snapshots = snapshot if snapshot_steps(config, optimizer.replayable) else 0
-    best = trained if config.keep == "best" else 0
+    best = trained if config.keep == "best" and not divided(model) else 0  # its parts are kept in main memory
     saved = 0 if config.keep == "none" else trained if config.adapters and not config.merge else weights
     log = record_bytes(optimizer) * steps
     together = max(snapshots + best, saved)
@@ -63,12 +64,17 @@ def plan(
         "steps": f"{'at most ' if config.patience else ''}{steps:,}, {forwards:,} forward passes over "
         f"{config.batch_size} examples",
         "precision": _precision(config, optimizer, trained),
-        "memory": f"weights {size(weight_bytes(model))}, optimizer {size(state_bytes(optimizer))}, and the activations of one "
-        "batch",
+        "memory": f"weights {_held(model)}, optimizer {size(state_bytes(optimizer))}, and the activations of one batch",
         "disk": f"at most {size(disk['most'])}: best weights {size(disk['best'])} and snapshot {size(disk['snapshots'])} until "
         f"the end, then the tuned model {size(disk['model'])}; log {size(disk['log'])}",
         "bytes on disk": disk["most"],
     }
+
+
+def _held(model: nn.Module) -> str:
+    """The memory of the weights in words."""
+    part = f"{size(held_bytes(model))} on this process, of " if divided(model) else ""
+    return part + size(weight_bytes(model))
 
 
 def _precision(config: FinetuneConfig, optimizer: Any, trained: Sequence[torch.Tensor]) -> str:

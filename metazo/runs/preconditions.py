@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from metazo.errors import UserError
 from metazo.io.processes import world
+from metazo.models import parts
 from metazo.models.adapters import PEFT_TYPES
 from metazo.models.load import DTYPES, LoadedModel
 from metazo.models.quantize import quantization
@@ -68,8 +69,11 @@ def _check_quantised(config: FinetuneConfig) -> None:
 
 def _check_processes(config: FinetuneConfig, given: Given) -> None:
     """Raises UserError for a run that several processes cannot share."""
+    parts.check(config.tensor_parallel, config.fsdp)
     if world() == 1:
         return
+    if config.tensor_parallel * config.fsdp > 1:
+        _check_divided(config, given)
     if config.optimizer == AUTO:
         raise UserError("`optimizer` is auto, which chooses for one process; under torchrun, name a method.")
     if not (given.optimizer or method(config.optimizer)).replayable:
@@ -78,7 +82,24 @@ def _check_processes(config: FinetuneConfig, given: Given) -> None:
             "torchrun, or choose another."
         )
     ranks = config.probe_ranks if given.optimizer is None else given.optimizer.exchange.probe_ranks
-    check_shares(config, given.own is not None, share(ranks)[1])
+    check_shares(config, given.own is not None, share(ranks * config.tensor_parallel)[1])
+
+
+def _check_divided(config: FinetuneConfig, given: Given) -> None:
+    """Raises UserError for settings that a model in parts cannot have."""
+    settings = ("tensor_parallel", "fsdp")
+    named = " and ".join(f"`{name}`" for name in settings if getattr(config, name) > 1)
+    if given.loaded is not None or given.optimizer is not None:
+        raise UserError(f"{named} divide a model when it is loaded: give its name, and the method's, not objects.")
+    unfit: dict[str, object] = {
+        "adapter": config.adapters,
+        "quantize": config.quantize,
+        "device_map": config.device_map,
+        "snapshot_every": config.snapshot_every,
+    }
+    for name, value in unfit.items():
+        if value:
+            raise UserError(f"`{name}` cannot be used together with {named}; leave one of them out.")
 
 
 def _objective(config: FinetuneConfig, given: Given) -> Objective | None:

@@ -8,11 +8,13 @@ from typing import Any, Literal
 import torch
 
 from metazo.errors import UserError
+from metazo.integrations.resident import local_parameters
 from metazo.io.extras import needs
 from metazo.io.processes import world
 from metazo.models.assemble import assemble
 from metazo.models.describe import describe, parts_of
 from metazo.models.load import LoadedModel
+from metazo.models.parts import divided
 from metazo.models.sentence import SentenceClassifier
 from metazo.optimizers.ranks import share
 from metazo.optimizers.registry import method
@@ -191,13 +193,17 @@ def make_optimizer(
     dominant layer, the evaluation of probes), so that a replay needs neither.
     """
     cls, given = method(config.optimizer), arguments(config, loaded.model)
-    own = share(config.probe_ranks)
+    own = share(config.probe_ranks * config.tensor_parallel)
     batch = BatchLoss(loaded.model, prepared, prepared.train[: -(-config.batch_size // own[1])], device)
     found = cls.resolve(given, loaded.model, batch)
     changed = {key: value for key, value in found.items() if key not in given or value is not given[key]}
     shared = {key: changed.pop(key) for key in list(changed) if key in FinetuneConfig.__dataclass_fields__}
-    optimizer: Any = cls(loaded.model.named_parameters(), **found)
+    apart = divided(loaded.model)
+    optimizer: Any = cls(local_parameters(loaded.model) if apart else loaded.model.named_parameters(), **found)
     optimizer.measure_cost(batch)
-    if optimizer.wants_full_closure:
-        optimizer.full_closure = FullLoss(loaded.model, prepared, config.eval_batch_size, device, own)
+    if (
+        optimizer.wants_full_closure
+    ):  # processes that gather weights from each other make the same number of forward passes
+        full = (0, 1) if apart else own
+        optimizer.full_closure = FullLoss(loaded.model, prepared, config.eval_batch_size, device, full)
     return replace(config, **shared, method=config.method | changed), optimizer

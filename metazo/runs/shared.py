@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import Tensor
@@ -23,14 +24,17 @@ class SharedFolder:
     """A RunFolder on rank 0, with its methods on every rank.
 
     Reading sends one message to every process. Writing sends none: if rank 0 fails to write, it ends, and the other
-    processes find out in their next exchange.
+    processes find out in their next exchange. If the model is divided over the processes, each keeps its part of the best
+    weights in main memory; after a kill they are made again from the log.
 
-    Args: path; make: gives the RunFolder, on rank 0 alone; say: called with each sentence for the user.
+    Args: path; make: gives the RunFolder, on rank 0 alone; say: called with each sentence for the user; parts: whether the
+    model is divided.
     Raises UserError on every rank if `make` does on rank 0.
     """
 
-    def __init__(self, path: Path, make: Callable[[], RunFolder], say: Callable[[str], None]):
+    def __init__(self, path: Path, make: Callable[[], RunFolder], say: Callable[[str], None], parts: bool = False):
         self.path, self.say = path, say
+        self.parts = MemoryFolder(say) if parts else None
         self.own: RunFolder | MemoryFolder = MemoryFolder(say)
         from_first(lambda: self._make(make))
 
@@ -56,9 +60,13 @@ class SharedFolder:
         return from_first(self.own.records)
 
     def load_tensors(self, name: str) -> Tensors | None:
+        if self.parts is not None:
+            return self.parts.load_tensors(name)
         return tensors_from_first(lambda: self.own.load_tensors(name))
 
     def step_of(self, name: str) -> int | None:
+        if self.parts is not None:
+            return self.parts.step_of(name)
         return from_first(lambda: self.own.step_of(name))
 
     def remove(self, *patterns: str) -> None:
@@ -74,13 +82,18 @@ class SharedFolder:
         self.own.record(**values)
 
     def save_tensors(self, name: str, step: int, tensors: Mapping[str, Tensor]) -> None:
-        if rank() == 0:
+        if self.parts is not None:
+            self.parts.save_tensors(name, step, {key: tensor.detach().cpu() for key, tensor in tensors.items()})
+        elif rank() == 0:
             self.own.save_tensors(name, step, tensors)
 
     def save_snapshot(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         self.own.save_snapshot(step, tensors)
 
     def save_model(self, *parts: Any) -> None:
+        if self.parts is not None and rank():  # rank 0 gathers the weights
+            with TemporaryDirectory() as nothing:
+                parts[0].save_pretrained(nothing)
         self.own.save_model(*parts)
 
     def complete(self, summary: dict[str, Any]) -> None:
@@ -103,7 +116,7 @@ def run_folder(config: FinetuneConfig, say: Callable[[str], None]) -> RunFolder 
     def make() -> RunFolder:
         return RunFolder(out, asdict(config), config.resume, incidental=INCIDENTAL, say=say)
 
-    return SharedFolder(out, make, say) if together() else make()
+    return SharedFolder(out, make, say, config.tensor_parallel * config.fsdp > 1) if together() else make()
 
 
 @contextmanager

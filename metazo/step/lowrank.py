@@ -10,7 +10,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from metazo.blocks import NamedTensor, chunk_of
+from metazo.blocks import LocalShard, NamedTensor, chunk_of, sides_of
 from metazo.kernels.outer import Product, add_product_, add_products_, place_products_
 from metazo.noise import LEFT, RIGHT, Draw, Move, Stream
 from metazo.step.directions import Direction
@@ -27,7 +27,7 @@ class Factors(Direction):
 
     @abstractmethod
     def pair(self, stream: Stream, tensor: NamedTensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """U, (m, r), and V, (n, r), of a matrix."""
+        """U, (m, r), and V, (n, r), of a matrix; those of the whole matrix if this process has a shard of it."""
 
     def touches(self, tensor: NamedTensor) -> bool:
         return self.is_matrix(tensor) or self.inner.touches(tensor)
@@ -39,7 +39,7 @@ class Factors(Direction):
 
     def add_(self, stream, tensor, out, alpha, beta=1.0, start=0) -> None:
         if self.is_matrix(tensor):
-            add_to_rows_(tensor, out, *self.pair(stream, tensor, out.dtype), alpha, beta, start)
+            add_to_rows_(tensor, out, *cut(tensor, *self.pair(stream, tensor, out.dtype)), alpha, beta, start)
         else:
             self.inner.add_(stream, tensor, out, alpha, beta, start)
 
@@ -59,8 +59,8 @@ class Factors(Direction):
         return rest[0], [*rest[1], *products]
 
     def pairs(self, stream: Stream, matrices: Sequence[Move]) -> list[tuple[Tensor, Tensor]]:
-        """The pair of each move's tensor, in the type of the tensor to which it is added."""
-        return [self.pair(stream, move.tensor, move.out.dtype) for move in matrices]
+        """The pair of each move's tensor, cut to a shard, in the type of the tensor to which it is added."""
+        return [cut(move.tensor, *self.pair(stream, move.tensor, move.out.dtype)) for move in matrices]
 
     def place_(self, stream, tensor, out, base, alpha) -> None:
         (super() if self.is_matrix(tensor) else self.inner).place_(stream, tensor, out, base, alpha)
@@ -107,7 +107,7 @@ class LowRank(Factors):
         return stream.draw(tensor, self._left_shape(tensor), LEFT, dtype)
 
     def _left_shape(self, tensor: NamedTensor) -> tuple[int, int]:
-        return tensor.param.shape[0], self.right[tensor.name].shape[1]
+        return sides_of(tensor.param)[0], self.right[tensor.name].shape[1]
 
     def pairs(self, stream: Stream, matrices: Sequence[Move]) -> list[tuple[Tensor, Tensor]]:
         """As in the base class; all U are drawn in one call, into one allocation."""
@@ -119,7 +119,7 @@ class LowRank(Factors):
             drawn = memory.split([rows * rank for rows, rank in shapes])
             lefts += [left.view(shape) for left, shape in zip(drawn, shapes)]
         stream.add_all_([Move(move.tensor, left, 1.0) for move, left in zip(matrices, lefts)], LEFT)
-        return [(left, self.right[move.tensor.name]) for move, left in zip(matrices, lefts)]
+        return [cut(move.tensor, left, self.right[move.tensor.name]) for move, left in zip(matrices, lefts)]
 
 
 class Projected(Factors):
@@ -135,7 +135,7 @@ class Projected(Factors):
         return tensor.name in self.basis
 
     def _right_shape(self, tensor: NamedTensor) -> tuple[int, int]:
-        return math.prod(tensor.param.shape[1:]), self.basis[tensor.name].shape[1]
+        return sides_of(tensor.param)[1], self.basis[tensor.name].shape[1]
 
     def draws(self, tensor: NamedTensor) -> Iterable[Draw]:
         if tensor.name in self.basis:
@@ -152,7 +152,7 @@ class Projected(Factors):
 
 def within_sides(rank: int, tensors: Sequence[NamedTensor]) -> dict[str, int]:
     """The rank of each matrix by name: `rank`, or its shorter side if that is smaller. Vectors are left out."""
-    shorter = {t.name: min(t.param.shape[0], math.prod(t.param.shape[1:])) for t in tensors if t.param.ndim > 1}
+    shorter = {t.name: min(sides_of(t.param)) for t in tensors if t.param.ndim > 1}
     return {name: min(rank, side) for name, side in shorter.items() if side > 1}
 
 
@@ -169,8 +169,8 @@ class DrawnFactors(Factors):
         return tensor.name in self.ranks
 
     def _shapes(self, tensor: NamedTensor) -> tuple[tuple[int, int], tuple[int, int]]:
-        rank = self.ranks[tensor.name]
-        return (tensor.param.shape[0], rank), (math.prod(tensor.param.shape[1:]), rank)
+        rows, columns = sides_of(tensor.param)
+        return (rows, self.ranks[tensor.name]), (columns, self.ranks[tensor.name])
 
     def draws(self, tensor: NamedTensor) -> Iterable[Draw]:
         if tensor.name not in self.ranks:
@@ -208,7 +208,7 @@ class Held(Direction):
         if left is None:
             out.mul_(beta).add_(chunk_of(self.whole[tensor.name], start, out), alpha=alpha)
         else:
-            add_to_rows_(tensor, out, left, self.right[tensor.name], alpha, beta, start)
+            add_to_rows_(tensor, out, *cut(tensor, left, self.right[tensor.name]), alpha, beta, start)
 
     def draw(self, stream, tensor, dtype=None, start=0, count=None) -> Tensor:
         return added_to_zeros(self, stream, tensor, dtype, start, count)
@@ -221,6 +221,11 @@ def added_to_zeros(direction: Direction, stream, tensor: NamedTensor, dtype, sta
     out = torch.zeros(param.shape if count is None else (count,), dtype=dtype, device=param.device)
     direction.add_(stream, tensor, out, 1.0, 1.0, start)
     return out
+
+
+def cut(tensor: NamedTensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of U and V that belong to the entries of the tensor that this process has."""
+    return tensor.param.cut(left, right) if isinstance(tensor.param, LocalShard) else (left, right)
 
 
 def add_to_rows_(

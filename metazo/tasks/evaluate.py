@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from metazo.errors import UserError
 from metazo.io.extras import needs
 from metazo.io.processes import gathered, rank, world
+from metazo.models import parts
 from metazo.models.describe import plain_generation
 from metazo.models.heads import Prototypes
 from metazo.models.virtual import virtual_tokens
@@ -44,7 +45,8 @@ def evaluate(
     the accuracy of always giving the commonest answer of these examples. Generated answers are greedy. Batches hold
     inputs of similar length and at most ``batch_size`` rows (unless one example has more); their order does not matter.
     ``metrics`` names others of the task's kind that are computed as well. ``divided``: the processes of torch.distributed,
-    all of which must call this, divide the batches, and all return the result of a single process.
+    all of which must call this, divide the batches, and all return the result of a single process. A model that is itself
+    divided is evaluated by all of them on all batches.
     Runs in eval and inference mode; the mode of every module is restored. A loss that is not finite is returned as it is, and
     such an example counts as answered wrongly. Raises UserError for an empty split, and for a head of prototypes or label
     phrases that is not made yet (`metazo.tasks.classes.fit_head`).
@@ -57,12 +59,13 @@ def evaluate(
         raise UserError("the head has no prototypes yet; make them with fit_head, or fine-tune the model first")
     device = next(model.parameters()).device
     modes = [(module, module.training) for module in model.modules()]
+    divided = divided and not parts.divided(model)
     first, ranks = (rank(), world()) if divided else (0, 1)
     losses = [0.0] * len(examples)
     predictions: list[Any] = [None] * len(examples)
     model.eval()
     try:
-        with torch.inference_mode():
+        with parts.forward_only(model):
             own: list[tuple[int, float, Any]] = []
             for places in islice(batches(examples, batch_size, prepared), first, None, ranks):
                 chosen = [examples[place] for place in places]

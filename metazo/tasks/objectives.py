@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from metazo.errors import UserError
 from metazo.io.modules import import_from
+from metazo.models.parts import forward_only
 from metazo.optimizers.guards import as_loss
 from metazo.tasks.encode import Encoded
 from metazo.tasks.evaluate import batches, generate, highest
@@ -121,7 +122,7 @@ class Objective:
             return 1.0 - found[self.metric]
         examples = getattr(prepared, split)
         device, total = next(model.parameters()).device, 0.0
-        with torch.inference_mode():
+        with forward_only(model):
             for places in batches(examples, batch_size, prepared):
                 total += len(places) * self(model, AnswerBatch(prepared, [examples[place] for place in places], device))
         return total / len(examples)

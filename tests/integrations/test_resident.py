@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from metazo.blocks import LocalShard
 from metazo.errors import UserError
 from metazo.integrations import local_parameters
-from metazo.optimizers import ES, FZOO, LOZO, MEAZO, HiZOO, MeZO, MeZOAdam, MeZOSVRG
+from metazo.optimizers import EGGROLL, ES, FZOO, LOZO, LOZOM, MEAZO, CurvZO, HiZOO, MeZO, MeZOAdam, MeZOSVRG
 from metazo.optimizers.base import ZOOptimizer
 from tests import warm
 
@@ -31,6 +31,13 @@ SHARDED: dict[str, tuple[Any, dict[str, Any]]] = {
     "hizoo": (HiZOO, {"smoothing": 1e-2}),
     "svrg": (MeZOSVRG, {}),
     "bfloat16": (MeZO, {"queries": 2}),
+    "lozo": (LOZO, {"interval": 2, "weight_decay": 0.1}),
+    "lozo waiting": (LOZO, {"interval": 2}),
+    "lozo rademacher": (LOZO, {"queries": 2, "noise": "rademacher"}),
+    "lozo-m": (LOZOM, {"interval": 2}),
+    "eggroll": (EGGROLL, {"population": 4, "rank": 2, "probing": "in-turn"}),
+    "fzoo of rank 2": (FZOO, {"queries": 3, "lr": 1e-5, "rank": 2, "probing": "in-turn"}),
+    "lozo bfloat16": (LOZO, {"interval": 2}),
 }
 IDS = torch.arange(20).view(2, 10) % 7
 
@@ -47,7 +54,7 @@ def _llama(dtype: torch.dtype = torch.float32) -> nn.Module:
 def _steps(name: str, model: nn.Module, parameters: Iterable[tuple[str, Tensor]]) -> ZOOptimizer:
     method, options = SHARDED[name]
     optimizer = method(parameters, **{"lr": 1e-3, "check_every": 1} | options)
-    optimizer.defer = name == "waiting"
+    optimizer.defer = "waiting" in name
 
     def loss() -> Tensor:
         return model(input_ids=IDS, labels=IDS).loss.float()
@@ -60,7 +67,7 @@ def _steps(name: str, model: nn.Module, parameters: Iterable[tuple[str, Tensor]]
 
 
 def _dtype(name: str) -> torch.dtype:
-    return torch.bfloat16 if name == "bfloat16" else torch.float32
+    return torch.bfloat16 if "bfloat16" in name else torch.float32
 
 
 def _process(rank: int, folder: str) -> None:
@@ -87,7 +94,8 @@ def _process(rank: int, folder: str) -> None:
     refused = {}
     model = sharded("mezo")
     for name, (method, options) in {
-        "lozo": (LOZO, {}),
+        "curvzo": (CurvZO, {}),
+        "probing": (EGGROLL, {}),
         "scale": (MeZO, {"scale": "rms"}),
         "probe_ranks": (MeZO, {"probe_ranks": 2}),
     }.items():
@@ -121,7 +129,8 @@ def test_two_shards_take_the_steps_of_the_whole_model_bit_for_bit(ranks, name):
 @pytest.mark.parametrize(
     ("name", "words"),
     {
-        "lozo": "lozo computes with whole tensors",
+        "curvzo": "curvzo computes with whole tensors",
+        "probing": "`probing` together replaces calls of torch functions",
         "scale": "`scale` reads statistics of whole tensors",
         "probe_ranks": "`probe_ranks` divides the probes",
         "compensated": "`precision` compensated-8 replaces weights",

@@ -1,0 +1,129 @@
+"""Runs whose model is divided over processes, as torchrun starts them: they are the runs of one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from metazo.errors import UserError
+from metazo.runs.config import FinetuneConfig
+from metazo.runs.finetune import run_settings, tune
+from metazo.runs.interrupt import Interrupted
+from metazo.runs.replay import replay
+from metazo.settings import build
+from metazo.steplog.format import scan
+from tests import warm
+from tests.runs.test_several import _main, _ports, _stopped_at
+
+COUNT = 4
+SETTINGS: dict[str, Any] = {
+    "model": "micro", "task": "pico_sentiment", "steps": 6, "batch_size": 6, "train_examples": 12, "dev_examples": 7,
+    "test_examples": 4, "eval_batch_size": 2, "eval_every": 2, "lr": 1e-4, "rank_timeout": 60.0,
+}  # fmt: skip
+RUNS: dict[str, dict[str, Any]] = {
+    "both": {"tensor_parallel": 2, "fsdp": 2},
+    "sharded": {"fsdp": 4, "optimizer": "lozo", "method": {"interval": 4}},
+    "svrg": {"fsdp": 4, "optimizer": "mezo-svrg", "method": {"interval": 3}, "batch_size": 4},
+    "bfloat16": {"tensor_parallel": 2, "fsdp": 2, "dtype": "bfloat16"},
+}
+"""Settings by the name of the run; those of one process are the same without the division."""
+LOSSES = 2e-5  # the order of the sums within matrix products differs; in bfloat16 the logits do
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "product": (
+        {"tensor_parallel": 2},
+        "there are 4 processes: start torchrun with 2, or choose numbers whose product",
+    ),
+    "adapter": ({"fsdp": 4, "adapter": "lora"}, "`adapter` cannot be used together with `fsdp`"),
+    "method": ({"fsdp": 4, "optimizer": "curvzo"}, "curvzo computes with whole tensors"),
+    "heads": ({"model": "pico", "tensor_parallel": 4}, "`tensor_parallel` is 4 and pico has num_attention_heads 5"),
+}
+
+
+def _config(out: Path, **settings: Any) -> FinetuneConfig:
+    return build(FinetuneConfig, {**SETTINGS, **settings, "out": out})
+
+
+def _process(rank: int, folder: Path, ports: list[int]) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(COUNT), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
+    said: dict[str, Any] = {}
+    for name, settings in RUNS.items():
+        os.environ["MASTER_PORT"] = str(ports.pop())
+        tune(_config(folder / name, **settings), plot=False)
+    os.environ["MASTER_PORT"] = str(ports.pop())
+    with pytest.raises(Interrupted):
+        tune(_config(folder / "stopped", **RUNS["both"]), on_step=_stopped_at(3, signal.SIGTERM) if rank == 1 else None)
+    os.environ["MASTER_PORT"] = str(ports.pop())
+    said["resumed"] = _main(["finetune", "--resume", str(folder / "stopped")])
+    for name, (settings, _) in REFUSED.items():
+        os.environ["MASTER_PORT"] = str(ports.pop())
+        try:
+            tune(_config(folder / name, **settings), plot=False)
+        except UserError as error:
+            said[name] = str(error)
+    torch.save(said, folder / f"{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("divided")
+    warm.ranks(_process, folder, _ports(12), count=COUNT)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def said(folder: Path) -> list[dict[str, Any]]:
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(COUNT)]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_divided_run_is_the_run_of_one_process(folder, tmp_path, name):
+    one = {key: value for key, value in RUNS[name].items() if key not in ("tensor_parallel", "fsdp")}
+    run_settings(_config(tmp_path / "one", **one))
+    logs = [scan(out / "steps.jsonl") for out in (folder / name, tmp_path / "one")]
+    assert logs[0].header["weights"] == logs[1].header["weights"]
+    assert logs[0].header["architecture"] == logs[1].header["architecture"]
+    for ours, theirs in zip(logs[0].steps, logs[1].steps, strict=True):
+        assert ours.seeds == theirs.seeds
+        assert ours.losses == pytest.approx(theirs.losses, abs=0.02 if name == "bfloat16" else LOSSES)
+    weights = [load_file(out / "model" / "model.safetensors") for out in (folder / name, tmp_path / "one")]
+    assert weights[0].keys() == weights[1].keys()
+    for key, value in (
+        weights[0].items() if name != "bfloat16" else ()
+    ):  # whose differences of losses are those of rounding
+        torch.testing.assert_close(value, weights[1][key], rtol=0, atol=1e-5)
+    saved = [json.loads((out / "model" / "config.json").read_text()) for out in (folder / name, tmp_path / "one")]
+    assert saved[0] == saved[1]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_one_process_replays_the_log_of_a_divided_run_bit_for_bit(folder, tmp_path, name):
+    replay(folder / name / "steps.jsonl", "micro", tmp_path / "again")
+    saved, again = (load_file(out / "model.safetensors") for out in (folder / name / "model", tmp_path / "again"))
+    assert all(value.equal(again[key]) for key, value in saved.items())
+
+
+def test_a_divided_run_that_was_stopped_goes_on_bit_for_bit(folder, said):
+    code, told = said[0]["resumed"]
+    assert code == 0 and "Resuming after step 4" in told
+    assert scan(folder / "stopped" / "steps.jsonl").steps == scan(folder / "both" / "steps.jsonl").steps
+    saved, whole = (load_file(folder / name / "model" / "model.safetensors") for name in ("stopped", "both"))
+    assert all(value.equal(whole[key]) for key, value in saved.items())
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_divided_run_cannot_have_is_refused_on_all_processes(folder, said, name):
+    assert all(REFUSED[name][1] in each[name] for each in said)
+    assert not (folder / name / "config.json").exists()
+
+
+def test_one_process_cannot_divide_a_model(tmp_path):
+    with pytest.raises(UserError, match="there is one process: start torchrun with 2"):
+        run_settings(_config(tmp_path / "run", tensor_parallel=2))
