@@ -47,16 +47,21 @@ def launched() -> int:
 
 
 @contextmanager
-def joined(timeout: float) -> Iterator[None]:
+def joined(timeout: float, *, tensors: bool = False) -> Iterator[None]:
     """Meet the other processes that torchrun started, over gloo, for the length of the context.
 
     It does nothing for a single process, or if the caller has met them already. timeout: seconds without an answer after
-    which a process counts as lost. A UserError that is raised on this process alone gets its rank as `of_rank`.
+    which a process counts as lost. tensors: whether a forward pass exchanges tensors, which NCCL sends between GPUs. A
+    UserError that is raised on this process alone gets its rank as `of_rank`.
     """
     own = launched() > 1 and not distributed.is_initialized()
     if own:
+        backend = "gloo"
+        if tensors and torch.cuda.is_available():
+            backend = "cpu:gloo,cuda:nccl"
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         with _answered():
-            distributed.init_process_group("gloo", timeout=timedelta(seconds=timeout))
+            distributed.init_process_group(backend, timeout=timedelta(seconds=timeout))
     try:
         yield
     except UserError as error:
@@ -75,12 +80,17 @@ def _answered() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        text = str(error)
-        late = "imed out" in text or "timeout" in text.lower()
-        what = "did not answer in time" if late else "has ended"
-        lost = LostRank(f"Another process of this run {what}, so that this one cannot go on.")
-        lost.shared = True
-        raise lost from error
+        raise lost(error) from error
+
+
+def lost(error: RuntimeError) -> LostRank:
+    """What the failure of an exchange means."""
+    text = str(error)
+    late = "imed out" in text or "timeout" in text.lower()
+    what = "did not answer in time" if late else "has ended"
+    found = LostRank(f"Another process of this run {what}, so that this one cannot go on.")
+    found.shared = True
+    return found
 
 
 def total(values: Sequence[float]) -> list[float]:

@@ -73,7 +73,8 @@ def dry_run(config: FinetuneConfig) -> dict[str, Any]:
     notes += _not_counted(config, loaded.model)
     if config.adapters is not None and config.adapters.kind == "continue":
         raise UserError(
-            "A dry run makes adapters from their settings; for adapters that exist, name their kind as `adapter`."
+            "`adapter` continue has no dry run, because adapters that exist are not read: for their memory, name their kind as "
+            "`adapter` and their rank as `adapter_rank`."
         )
     loaded, _ = assemble(config, labels=labels, device=META, given=loaded)
     check_saved(config, loaded)
@@ -93,7 +94,9 @@ def dry_run(config: FinetuneConfig) -> dict[str, Any]:
         with Followed():  # masks ask for numbers
             config, chosen = choose(config, loaded.model, loss, META, free_memory(device))
     free = free_memory(device)
-    config, storage = fit_precision(config, loaded.model, loss, free - weight_bytes(loaded.model))
+    parts, storage = config.tensor_parallel * config.fsdp, None
+    if parts == 1:  # as in a run
+        config, storage = fit_precision(config, loaded.model, loss, free - weight_bytes(loaded.model))
     optimizer = build_optimizer(config, loaded.model)
     if optimizer.wants_full_closure:
         optimizer.full_closure = loss
@@ -123,8 +126,14 @@ def dry_run(config: FinetuneConfig) -> dict[str, Any]:
             require_space(config.out, found["bytes on disk"], "The run")
         except UserError as error:
             notes.append(str(error))
-    if counted.peak > free:
-        notes.append(f"The run does not fit: it takes {size(counted.peak)} and {size(free)} are free on {device}.")
+    divided = counted.weights + counted.state  # over the processes, but for small tensors
+    each = counted.peak - divided + divided // parts
+    if parts > 1:
+        notes.append(
+            f"Of {parts} processes each takes about {size(each)}; the memory and the time above are those of one."
+        )
+    if each > free:
+        notes.append(f"The run does not fit: it takes {size(each)} and {size(free)} are free on {device}.")
     found["notes"] = [*notes, *more, *(f"{note[0].upper()}{note[1:]}." for note in counted.notes)]
     found["bytes"] = {"weights": counted.weights, "inference": counted.inference, "peak": counted.peak, "free": free}
     found["seconds per step"] = seconds

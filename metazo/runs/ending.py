@@ -19,7 +19,7 @@ from metazo.runs.evaluations import Scores
 from metazo.runs.folder import BEST, SNAPSHOTS, RunFolder
 from metazo.runs.locate import MODEL
 from metazo.runs.model_card import ModelCard
-from metazo.runs.monitor import Diverged
+from metazo.runs.monitor import Diverged, Watch
 from metazo.runs.resources import peak_memory
 from metazo.runs.setup import Setup
 from metazo.runs.shared import SharedFolder, written
@@ -41,6 +41,7 @@ class Ending(ABC):
     rates: list[float]
     log: StepLog | MemoryLog
     scores: Scores
+    watch: Watch
 
     @abstractmethod
     def _load_weights(self, tensors: dict[str, Tensor]) -> None:
@@ -52,7 +53,13 @@ class Ending(ABC):
         self.optimizer.settle()
         best = self.scores.best()
         kept = best["step"] if config.keep == "best" else self.optimizer.steps
-        notes = [*self.prepared.notes, *self.optimizer.notes, *self._divergence(kept), *self._stopped_early()]
+        notes = [
+            *self.prepared.notes,
+            *self.optimizer.notes,
+            *self.watch.notes,
+            *self._divergence(kept),
+            *self._stopped_early(),
+        ]
         if kept != self.optimizer.steps:
             self._load_best(kept)
         test = self.scores.on("test") if config.test_examples else {}

@@ -69,7 +69,8 @@ def tune(
     """
     given = given or Given()
     given.check(config)
-    with joined(config.rank_timeout), losses_explained(config), memory_explained(config):
+    parts = config.tensor_parallel * config.fsdp > 1
+    with joined(config.rank_timeout, tensors=parts), losses_explained(config), memory_explained(config):
         return _tune(config, given, Console.of(None if rank() else console), on_step, on_evaluation, plot)
 
 

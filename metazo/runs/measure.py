@@ -77,10 +77,14 @@ def evaluate(
         model = run / MODEL
         settings_then = located(read_config(run), run)
         began = {name: value for name, value in settings_then.items() if name in OF_A_RUN - {"out", "resume"}}
+    called = model.name if isinstance(model, LoadedModel) else str(model)
+    if task is None and run is None:
+        raise UserError(
+            f"{called} is not the folder of a run, whose task could be taken: check the name, or give `task`."
+        )
     name = str(task) if isinstance(task, str | Path) else task.name if task else None
     folder = data if isinstance(data, str | Path) else None
     given = settings | {"task": name, f"{split}_examples": examples, "data": folder}
-    called = model.name if isinstance(model, LoadedModel) else str(model)
     fixed = {"model": called, "out": Path(), "keep": "last", "resume": False}
     config = build(FinetuneConfig, began, given, fixed)
     chosen = task if isinstance(task, Task) else resolve(config.task)

@@ -43,6 +43,7 @@ class Watch:
         self.hidden: deque[bool] = deque(maxlen=WINDOW)  # whether rounding hides the difference of losses
         self.first: list[float] = []
         self.bad = 0
+        self.probed = self.still = 0  # steps with several losses, and those of them whose losses were exactly equal
         self.said: set[str] = set()
 
     def see(self, step: Step, explain: Callable[[], str] | None = None) -> None:
@@ -56,12 +57,24 @@ class Watch:
         if len(self.first) < FIRST:
             self.first.append(loss)
         if len(step.losses) > 1:
+            self.probed += 1
+            self.still += len(set(step.losses)) == 1
             self.hidden.append(max(step.losses) - min(step.losses) <= self.rounding(loss))
         warnings = [] if explain is None else [self._divergence(), self._eps(), self._plateau(step.step + 1)]
         for name, text in filter(None, warnings):
             if name not in self.said:
                 self.said.add(name)
                 self.say(f"Step {step.step + 1}: {text}")
+
+    @property
+    def notes(self) -> list[str]:
+        """A sentence for the summary if most steps did not move the weights."""
+        if 2 * self.still <= self.probed:
+            return []
+        return [
+            f"In {self.still} of {self.probed} steps the losses of all probes were exactly equal, so that the weights did not "
+            "move: `eps` is too small, or what is minimised changes in leaps."
+        ]
 
     def rounding(self, loss: float) -> float:
         """The error that rounding in the forward pass may cause in a difference between two losses of this size."""

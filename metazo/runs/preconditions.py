@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from metazo.errors import UserError
 from metazo.io.processes import world
-from metazo.models import parts
 from metazo.models.adapters import PEFT_TYPES
 from metazo.models.load import DTYPES, LoadedModel
 from metazo.models.quantize import quantization
@@ -69,7 +68,6 @@ def _check_quantised(config: FinetuneConfig) -> None:
 
 def _check_processes(config: FinetuneConfig, given: Given) -> None:
     """Raises UserError for a run that several processes cannot share."""
-    parts.check(config.tensor_parallel, config.fsdp)
     if world() == 1:
         return
     if config.tensor_parallel * config.fsdp > 1:

@@ -14,6 +14,7 @@ from metazo.io.processes import world
 from metazo.models.assemble import assemble
 from metazo.models.describe import describe, parts_of
 from metazo.models.load import LoadedModel
+from metazo.models.parts import check as check_processes
 from metazo.models.parts import divided
 from metazo.models.sentence import SentenceClassifier
 from metazo.optimizers.ranks import share
@@ -101,6 +102,7 @@ def set_up(config: FinetuneConfig, given: Given | None = None) -> Setup:
     """Load and check everything that a run needs and that is not `given`; writes nothing."""
     transformers_logging.disable_progress_bar()
     given, device, chosen = given or Given(), resolve_device(config.device), None
+    check_processes(config.tensor_parallel, config.fsdp)
     objective = check_settings(config, given)
     if given.own:
         loaded, trained = assemble(config, labels=None, device=device, given=given.loaded)

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from metazo.errors import UserError
-from metazo.io.processes import LostRank, Tensors, from_first, rank, tensors_from_first, together
+from metazo.io.processes import LostRank, Tensors, from_first, lost, rank, tensors_from_first, together
 from metazo.runs.config import INCIDENTAL, FinetuneConfig
 from metazo.runs.folder import RunFolder
 from metazo.runs.unwritten import MemoryFolder
@@ -131,10 +131,22 @@ def losses_explained(config: FinetuneConfig) -> Iterator[None]:
             f"{failed} The steps before are in the log: continue with `resume=True`, or, if the function must change, rebuild "
             "the weights with metazo replay and start a new run from them."
         ) from failed
-    except LostRank as lost:
-        advice = "look at its message"
-        if config.out is not None:
-            advice += f", and continue with metazo finetune --resume {config.out}, with any number of processes"
-        error = LostRank(f"{lost} The steps so far are in the log: {advice}.")
-        error.shared = True
-        raise error from lost
+    except RuntimeError as error:
+        exchange = any(
+            word in str(error).lower() for word in ("gloo", "nccl", "connection", "timed out")
+        )  # in a forward pass
+        if config.tensor_parallel * config.fsdp == 1 or not exchange:
+            raise
+        raise _with_advice(lost(error), config) from error
+    except LostRank as error:
+        raise _with_advice(error, config) from error
+
+
+def _with_advice(error: LostRank, config: FinetuneConfig) -> LostRank:
+    """The report of a lost process, with how the run can continue."""
+    advice = "look at its message"
+    if config.out is not None:
+        advice += f", and continue with metazo finetune --resume {config.out}, with any number of processes"
+    told = LostRank(f"{error} The steps so far are in the log: {advice}.")
+    told.shared = True
+    return told

@@ -41,8 +41,8 @@ class Given:
         named = self.loaded.model.named_parameters() if self.loaded else ()
         if (name := next((name for name, parameter in named if hasattr(parameter, "placements")), None)) is not None:
             raise UserError(
-                f"`model` is sharded over processes ({name} is a DTensor), and a run needs whole weights: take "
-                "the steps in a loop of your own, with an optimizer over metazo.integrations.local_parameters(model)."
+                f"`model` is sharded over processes ({name} is a DTensor): give its name with `tensor_parallel` or `fsdp`, or "
+                "take the steps in a loop of your own, with an optimizer over metazo.integrations.local_parameters(model)."
             )
         there = {"model": self.loaded, "task": self.task or self.own, "optimizer": self.optimizer}
         there["objective"] = self.objective
