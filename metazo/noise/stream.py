@@ -55,6 +55,8 @@ class PhiloxStream:
         count: int | None = None,
     ) -> Tensor:
         param = tensor.param
+        if shape is not None and purpose == DENSE:
+            _whole(tensor)
         if shape is None:
             shape = tuple(param.shape) if count is None else (count,)
         out = torch.zeros(shape, dtype=dtype or torch.promote_types(param.dtype, torch.float32), device=param.device)

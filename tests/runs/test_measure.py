@@ -117,7 +117,7 @@ def test_what_cannot_be_evaluated(tmp_path, coin):
         evaluate(tmp_path / "none")
     with pytest.raises(UserError, match="`split` 'train'"):
         evaluate("pico", "pico_sentiment", split="train")  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="`task` is required"):
+    with pytest.raises(UserError, match="pico is not the folder of a run, whose task could be taken"):
         evaluate("pico")
 
 
