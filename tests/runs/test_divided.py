@@ -24,12 +24,12 @@ from tests.runs.test_several import _main, _ports, _stopped_at
 
 COUNT = 4
 SETTINGS: dict[str, Any] = {
-    "model": "micro", "task": "pico_sentiment", "steps": 6, "batch_size": 6, "train_examples": 12, "dev_examples": 7,
-    "test_examples": 4, "eval_batch_size": 2, "eval_every": 2, "lr": 1e-4, "rank_timeout": 60.0,
+    "model": "micro", "task": "pico_sentiment", "steps": 4, "batch_size": 6, "train_examples": 8, "dev_examples": 5,
+    "test_examples": 2, "eval_batch_size": 8, "eval_every": 2, "lr": 1e-4, "rank_timeout": 60.0,
 }  # fmt: skip
 RUNS: dict[str, dict[str, Any]] = {
     "both": {"tensor_parallel": 2, "fsdp": 2},
-    "sharded": {"fsdp": 4, "optimizer": "lozo", "method": {"interval": 4}},
+    "sharded": {"fsdp": 4, "optimizer": "lozo", "method": {"interval": 3}},
     "svrg": {"fsdp": 4, "optimizer": "mezo-svrg", "method": {"interval": 3}, "batch_size": 4},
     "bfloat16": {"tensor_parallel": 2, "fsdp": 2, "dtype": "bfloat16"},
 }
@@ -59,7 +59,7 @@ def _process(rank: int, folder: Path, ports: list[int]) -> None:
         tune(_config(folder / name, **settings), plot=False)
     os.environ["MASTER_PORT"] = str(ports.pop())
     with pytest.raises(Interrupted):
-        tune(_config(folder / "stopped", **RUNS["both"]), on_step=_stopped_at(3, signal.SIGTERM) if rank == 1 else None)
+        tune(_config(folder / "stopped", **RUNS["both"]), on_step=_stopped_at(2, signal.SIGTERM) if rank == 1 else None)
     os.environ["MASTER_PORT"] = str(ports.pop())
     said["resumed"] = _main(["finetune", "--resume", str(folder / "stopped")])
     for name, (settings, _) in REFUSED.items():
@@ -112,7 +112,7 @@ def test_one_process_replays_the_log_of_a_divided_run_bit_for_bit(folder, tmp_pa
 
 def test_a_divided_run_that_was_stopped_goes_on_bit_for_bit(folder, said):
     code, told = said[0]["resumed"]
-    assert code == 0 and "Resuming after step 4" in told
+    assert code == 0 and "Resuming after step 3" in told
     assert scan(folder / "stopped" / "steps.jsonl").steps == scan(folder / "both" / "steps.jsonl").steps
     saved, whole = (load_file(folder / name / "model" / "model.safetensors") for name in ("stopped", "both"))
     assert all(value.equal(whole[key]) for key, value in saved.items())
