@@ -34,8 +34,8 @@ THREADS = 8  # tensors that are hashed at once; each is copied to memory if its 
 def weights_hash(tensors: Iterable[tuple[str, Tensor]], *, at_once: bool = True) -> str:
     """sha256 over names, shapes, dtypes and bytes, in hexadecimal: a hash over the lines `name shape dtype sha256`.
 
-    Several tensors are hashed at once, without a copy of tensors on the CPU: 1 to 2 GB/s per core; one
-    by one unless `at_once`, for tensors that are made as they are asked for.
+    Several tensors are hashed at once, without a copy of tensors on the CPU: 1 to 2 GB/s per core; one by one unless `at_once`,
+    for tensors that are made as they are asked for.
     """
 
     def row(item: tuple[str, Tensor]) -> str:

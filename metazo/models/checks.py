@@ -100,7 +100,9 @@ def kind_of(config: PreTrainedConfig, kind: str, name: str) -> str:
 def not_finite(model: nn.Module) -> list[str]:
     """A sentence about NaN or infinite weights, if there are any."""
     plain = (
-        (n, p) for n, p in whole(model) if p.numel() and p.is_floating_point() and not is_traceable_wrapper_subclass(p)
+        (n, p.detach())
+        for n, p in whole(model)
+        if p.numel() and p.is_floating_point() and not is_traceable_wrapper_subclass(p)
     )
     bad = [n for n, values in plain if not torch.stack(torch.aminmax(values)).isfinite().all()]
     if not bad:

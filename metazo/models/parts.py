@@ -59,10 +59,11 @@ def divided(model: nn.Module) -> bool:
 
 
 def whole(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Name and values of every parameter. Parts are gathered, one tensor at a time: all processes go through all of them."""
+    """Name and values of every parameter. Parts are gathered, one tensor at a time: all processes go through all of them.
+    A parameter that is not divided is given as it is.
+    """
     for name, parameter in model.named_parameters():
-        values = parameter.detach()
-        yield name, values.full_tensor() if hasattr(parameter, "placements") else values  # type: ignore[operator]
+        yield name, parameter.detach().full_tensor() if hasattr(parameter, "placements") else parameter  # type: ignore[operator]
 
 
 def held_bytes(model: nn.Module) -> int:

@@ -26,7 +26,7 @@ def diagnose(model: nn.Module, closures: Sequence[Callable[[], Any]], dtype: tor
     limit, name = torch.finfo(dtype).max, str(dtype).removeprefix("torch.")
     narrow = dtype.itemsize < 4
     for key, parameter in whole(model):
-        largest = float(parameter.abs().max()) if parameter.numel() else 0.0
+        largest = float(parameter.detach().abs().max()) if parameter.numel() else 0.0
         if not largest < limit:
             cure = "use `dtype` bfloat16 or float32." if dtype == torch.float16 else "the run has diverged; lower `lr`."
             return f"{key} holds {largest:.3g}, out of the range of {name} (to {limit:.3g}): {cure}"

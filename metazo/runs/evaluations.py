@@ -111,7 +111,7 @@ def _all_finite(model: nn.Module) -> bool:
 def _trained(model: nn.Module) -> Iterator[Tensor]:
     """The values of the trained weights, tensor by tensor; all processes go through them."""
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.numel()}
-    return (values for name, values in whole(model) if name in trained)
+    return (values.detach() for name, values in whole(model) if name in trained)
 
 
 def _norm(model: nn.Module) -> float:
