@@ -161,6 +161,14 @@ class Rates:
     noise: float
 
 
+def affordable(rows: int, width: int, seconds: float) -> tuple[int, int]:
+    """The sizes of a product that takes PATIENCE, in the same proportions, if one of these sizes takes `seconds`."""
+    if seconds <= PATIENCE:
+        return rows, width
+    factor = (PATIENCE / seconds) ** (1 / 3)
+    return max(64, int(rows * factor)), max(64, int(width * factor))
+
+
 def measure_rates(device: torch.device, dtype: torch.dtype, width: int, rows: int) -> Rates:
     """Rates of a device, measured: products (rows, width) x (width, width), reading a vector, noise added to float32.
 
@@ -171,8 +179,7 @@ def measure_rates(device: torch.device, dtype: torch.dtype, width: int, rows: in
     if device.type == "cpu":
         small = torch.zeros((64, 64), dtype=dtype)
         seconds = _seconds(lambda: small @ small, device) * rows * width * width / 64**3
-        if seconds > PATIENCE:
-            rows, width = (max(64, int(size * (PATIENCE / seconds) ** (1 / 3))) for size in (rows, width))
+        rows, width = affordable(rows, width, seconds)
     left, right = (torch.zeros(shape, dtype=dtype, device=device) for shape in ((rows, width), (width, width)))
     size = 32 * SAMPLE if device.type == "cuda" else SAMPLE  # on a GPU, so that a launch is a small part of the time
     vector = torch.zeros(4 * SAMPLE if device.type == "cpu" else size, device=device)

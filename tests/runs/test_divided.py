@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from metazo.errors import UserError
+from metazo.io.processes import LostRank
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import run_settings, tune
 from metazo.runs.interrupt import Interrupted
@@ -69,12 +70,20 @@ def _process(rank: int, folder: Path, ports: list[int]) -> None:
         except UserError as error:
             said[name] = str(error)
     torch.save(said, folder / f"{rank}.pt")
+    os.environ["MASTER_PORT"] = str(ports.pop())
+    try:
+        tune(_config(folder / "killed", **RUNS["both"]), on_step=_stopped_at(2, signal.SIGKILL) if rank == 3 else None)
+    except LostRank as error:
+        torch.save(said | {"killed": str(error)}, folder / f"{rank}.pt")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("divided")
-    warm.ranks(_process, folder, _ports(12), count=COUNT)
+    processes = warm.ranks(_process, folder, _ports(14), count=COUNT, join=False)
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0, -signal.SIGKILL]
     return folder
 
 
@@ -116,6 +125,12 @@ def test_a_divided_run_that_was_stopped_goes_on_bit_for_bit(folder, said):
     assert scan(folder / "stopped" / "steps.jsonl").steps == scan(folder / "both" / "steps.jsonl").steps
     saved, whole = (load_file(folder / name / "model" / "model.safetensors") for name in ("stopped", "both"))
     assert all(value.equal(whole[key]) for key, value in saved.items())
+
+
+def test_a_dead_process_ends_a_divided_run_with_one_sentence(folder, said):
+    for each in said[:3]:
+        assert each["killed"].startswith("Another process of this run has ended") and "--resume" in each["killed"]
+    assert len(scan(folder / "killed" / "steps.jsonl").steps) >= 1
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -18,7 +18,7 @@ from metazo.optimizers.registry import method
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.cost import measure
 from metazo.runs.dryrun import assumed_loss, dry_run
-from metazo.runs.estimate import Estimate, Rates, estimate, step_seconds
+from metazo.runs.estimate import PATIENCE, Estimate, Rates, affordable, estimate, step_seconds
 from metazo.runs.setup import set_up
 from tests.models.test_skeleton import sparse
 
@@ -115,6 +115,28 @@ def test_a_plan_for_70_billion_weights_takes_seconds_and_no_memory(tmp_path: Pat
     assert any("rows were not read (there is no tokenizer)" in note for note in found["notes"])
     assert any(f"{weights:,} numbers (BF16) in 1 files" in note for note in found["notes"])
     assert found["time"].startswith("estimated")
+
+
+def test_the_measured_product_is_as_large_as_patience_allows() -> None:
+    assert affordable(2048, 4096, PATIENCE) == (2048, 4096)
+    rows, width = affordable(2048, 4096, 80.0)  # bfloat16 on a processor without instructions for it
+    assert 0.9 < (rows * width * width) / (2048 * 4096 * 4096) / (PATIENCE / 80.0) <= 1
+    assert affordable(512, 1024, 1e9) == (64, 64)
+
+
+def test_a_plan_of_a_divided_model_says_what_each_process_takes() -> None:
+    sizes = {"train_examples": 8, "dev_examples": 4, "test_examples": 4}
+    whole = dry_run(FinetuneConfig("micro", "pico_sentiment", **sizes))
+    found = dry_run(FinetuneConfig("micro", "pico_sentiment", tensor_parallel=2, fsdp=2, **sizes))
+    assert found["bytes"] == whole["bytes"] | {"free": found["bytes"]["free"]}
+    each = next(note for note in found["notes"] if note.startswith("Of 4 processes each takes about"))
+    share = whole["bytes"]["peak"] - 0.75 * whole["bytes"]["weights"]
+    assert float(each.split("about ")[1].split(" MB")[0]) == pytest.approx(share / 1e6, abs=0.1)
+
+
+def test_a_plan_of_adapters_that_exist_is_refused_with_what_to_name() -> None:
+    with pytest.raises(UserError, match="`adapter` continue has no dry run.*name their kind"):
+        dry_run(FinetuneConfig("pico", "pico_sentiment", adapter="continue"))
 
 
 @pytest.mark.parametrize(

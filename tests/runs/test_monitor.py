@@ -87,6 +87,18 @@ def test_bad_steps_are_counted_in_a_row_and_across_a_resume():
         watch.see(bad, lambda: "why.")
 
 
+def test_a_run_whose_weights_did_not_move_says_so_in_its_summary(tmp_path):
+    """Half of the steps are not most of them; steps from the log count as others do, so a resumed run says the same."""
+    watch = Watch(config(), 100, lambda text: None)
+    for record in (step(0, 0.5, 0.5), step(1, 0.5, 0.4), step(2, 0.5)):
+        watch.see(record)
+    assert not watch.notes
+    watch.see(step(3, 0.6, 0.6))
+    assert watch.notes[0].startswith("In 2 of 3 steps the losses of all probes were exactly equal")
+    summary = run_settings(config(out=tmp_path / "run", eps=1e-12))
+    assert any(note.startswith("In 6 of 6 steps") for note in summary["notes"])
+
+
 # -- causes --------------------------------------------------------------------------------------------------------------
 
 
