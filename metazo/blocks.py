@@ -6,7 +6,7 @@ import hashlib
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -35,6 +35,11 @@ class Spans:
         first, last = np.searchsorted(self.here, start, "right") - 1, np.searchsorted(self.here, stop)
         here = np.clip(self.here[first : last + 1], start, stop)
         return Spans(here - start, self.there[first:last] + (here - self.here[first : last + 1])[:-1])
+
+    def entries(self) -> np.ndarray:
+        """The place of each entry in the flat whole tensor, increasing: (entries,), int64."""
+        lengths = np.diff(self.here)
+        return np.repeat(self.there - self.here[:-1], lengths) + np.arange(self.here[-1])
 
 
 def spans_of(places: Sequence[np.ndarray], whole: Sequence[int]) -> Spans:
@@ -80,6 +85,15 @@ class LocalShard(torch.nn.Parameter):
         rows, columns = self.sides[left.device]
         return left[rows], right[columns]
 
+    def gathered(self, values: Tensor) -> Tensor:
+        """The whole tensor of which this process has `values`, in the shape of this shard. All processes call it at once."""
+        from torch.distributed.tensor import DTensor
+
+        assert isinstance(self.source, DTensor)
+        source = self.source
+        size = {"shape": source.shape, "stride": source.stride()}  # the parts may be unequal
+        return DTensor.from_local(values, source.device_mesh, source.placements, run_check=False, **size).full_tensor()
+
     def __deepcopy__(self, memo: dict[int, object]) -> LocalShard:
         made = LocalShard(self.data.clone(), self.requires_grad, self.places, self.whole)  # type: ignore[call-arg]
         return memo.setdefault(id(self), made)  # type: ignore[return-value]
@@ -88,9 +102,14 @@ class LocalShard(torch.nn.Parameter):
         return LocalShard, (self.data, self.requires_grad, self.places, self.whole)
 
 
+def shape_of(param: Tensor) -> torch.Size:
+    """The shape of a tensor; of a shard, that of the whole tensor."""
+    return getattr(param, "whole", param.shape)
+
+
 def sides_of(param: Tensor) -> tuple[int, int]:
     """Rows, and entries per row, of a tensor as a matrix; of a shard, those of the whole tensor."""
-    shape = getattr(param, "whole", param.shape)
+    shape = shape_of(param)
     return shape[0], math.prod(shape[1:])
 
 
@@ -108,6 +127,13 @@ class NamedTensor:
         """If this process has a shard of the tensor: its entries as spans of the flat whole tensor."""
         return getattr(self.param, "spans", None)
 
+    @property
+    def entire(self) -> NamedTensor:
+        """The tensor as its noise sees it if no process has a shard of it: whole, with a parameter that has no memory."""
+        if self.spans is None:
+            return self
+        return replace(self, param=self.param.data.new_empty(1).expand(shape_of(self.param)))
+
 
 @dataclass(frozen=True)
 class Block:
@@ -118,7 +144,7 @@ class Block:
 
     @property
     def numel(self) -> int:
-        return sum(tensor.param.numel() for tensor in self.tensors)
+        return sum(shape_of(tensor.param).numel() for tensor in self.tensors)
 
 
 def tensor_id(name: str) -> int:

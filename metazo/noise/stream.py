@@ -170,9 +170,9 @@ class PhiloxStream:
         return sum(torch.stack(sums).tolist()) if sums else 0.0  # a GPU is asked once
 
     def square(self, tensor: NamedTensor) -> float:
-        """|z|^2 over a whole tensor, summed in float64, without storing z."""
-        _whole(tensor)
-        kernels, size = self._kernels(tensor.param.data), tensor.param.numel()
+        """|z|^2 over a whole tensor, of a shard too, summed in float64, without storing z."""
+        kernels, tensor = self._kernels(tensor.param.data), tensor.entire
+        size = tensor.param.numel()
         if kernels is not None and hasattr(kernels, "square"):
             return kernels.square(self.distribution, size, self.seed, tensor.id, DENSE)
         chunk = _chunk(tensor.param)

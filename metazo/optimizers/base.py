@@ -212,7 +212,7 @@ class ZOOptimizer(Verbs, Saving):
     def _scaled(self, direction: Direction, state: State, step: int) -> tuple[Direction, dict[str, float] | None]:
         if self.scale is None:
             return direction, None
-        scales = self.scale.scales(state, step, self.weights.read)
+        scales = self.scale.scales(state, step, self.weights.whole)
         return Scaled(direction, scales), scales
 
     @staticmethod

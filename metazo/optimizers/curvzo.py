@@ -35,7 +35,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from metazo.blocks import NamedTensor
+from metazo.blocks import NamedTensor, shape_of
 from metazo.errors import UserError
 from metazo.optimizers.base import State, Update, ZOOptimizer
 from metazo.optimizers.registry import Case, register
@@ -97,6 +97,7 @@ class CurvZO(ZOOptimizer):
     """
 
     name, paper = "curvzo", "arXiv 2603.21725"
+    shardable = True
     contract_case = Case(quadratic=0.03, stiff=4e-4)
     first_score, first_magnitude = 1.0, 0.0
     """S_b and the moving average of c^2 at the start."""
@@ -196,5 +197,5 @@ class CurvZO(ZOOptimizer):
 
     def observed(self, state: State, squares: torch.Tensor, c: float) -> torch.Tensor:
         """s_b of the tensors that took part, from their |z_b|^2."""
-        sizes = torch.tensor([tensor.param.numel() for tensor in self.selected(state)])
+        sizes = torch.tensor([shape_of(tensor.param).numel() for tensor in self.selected(state)])
         return squares / sizes * (c**2 / max(float(state["magnitude"]), 1e-300))

@@ -86,26 +86,45 @@ def check_shards(optimizer: Any) -> None:
         return
     if optimizer.probing == "auto":
         optimizer.probing = "in-turn"
-    parts = {
-        f"{optimizer.name} computes with whole tensors": not optimizer.shardable,
-        "`probing` together replaces calls of torch functions, and a forward pass uses shards in ways of its own": (
-            optimizer.probing == "together"
+    compensated = any("compensation" in storage.buffers for storage in optimizer.weights.storage.values())
+    copied = any(isinstance(tensor.param, LocalShard) and tensor.param.source is None for tensor in optimizer.tensors)
+    parts = [
+        (
+            not optimizer.shardable,
+            f"{optimizer.name} computes with whole tensors",
+            "choose another method, such as mezo",
         ),
-        "`scale` reads statistics of whole tensors": optimizer.scale is not None,
-        f"`precision` {optimizer.precision} replaces weights, and a forward pass uses shards in ways of its own": any(
-            "compensation" in storage.buffers for storage in optimizer.weights.storage.values()
+        (
+            optimizer.probing == "together",
+            "`probing` together replaces calls of torch functions, and a forward pass uses shards in ways of its own",
+            "choose `probing` in-turn",
         ),
-        "`probe_ranks` divides the probes, and a forward pass needs the shards of all processes": (
-            optimizer.exchange.probe_ranks > 1
+        (
+            optimizer.scale is not None and copied,
+            "`scale` gathers the shards of all processes, and these are copies that know of no others",
+            "make the optimizer from local_parameters(model)",
         ),
-        f"`noise` {optimizer.noise.name} has no order by entry": not isinstance(optimizer.noise, PhiloxNoise),
-    }
-    for reason, true in parts.items():
+        (
+            compensated,
+            f"`precision` {optimizer.precision} replaces weights, and a forward pass uses shards in ways of its own",
+            "choose `precision` master",
+        ),
+        (
+            optimizer.exchange.probe_ranks > 1,
+            "`probe_ranks` divides the probes, and a forward pass needs the shards of all processes",
+            "choose `probe_ranks` 1",
+        ),
+        (
+            not isinstance(optimizer.noise, PhiloxNoise),
+            f"`noise` {optimizer.noise.name} has no order by entry",
+            "choose gaussian or rademacher",
+        ),
+    ]
+    for true, reason, remedy in parts:
         if true:
+            count = len(shards)
             raise UserError(
-                f"{reason}, and {len(shards)} tensors are sharded over processes, the first is {shards[0]}: choose mezo, "
-                "mezo-momentum, mezo-adam, meazo, lozo, lozo-m, es, eggroll, fzoo, hizoo or mezo-svrg, with probes in turn and "
-                "their own settings."
+                f"{reason}, and {count} tensors are sharded over processes, the first is {shards[0]}: {remedy}."
             )
 
 

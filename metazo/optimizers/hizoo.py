@@ -38,6 +38,7 @@ from torch import Tensor
 
 from metazo.blocks import NamedTensor, chunk_of
 from metazo.errors import UserError
+from metazo.noise import Stream
 from metazo.optimizers.base import State, Update, ZOOptimizer
 from metazo.optimizers.registry import Case, register
 from metazo.step.directions import Diagonal, Direction, Isotropic, drawn
@@ -64,8 +65,8 @@ class CurvatureScaled(ZOOptimizer):
         """H^-1/2 in the tensor's shape, or count entries of it from start."""
 
     @abstractmethod
-    def absorb(self, tensor: NamedTensor, noise: Iterable[tuple[int, Tensor]], second: float) -> None:
-        """H <- (1 - a) H + a k H z^2 with k = |second| / (2 eps^2). noise: z in chunks, which may be overwritten."""
+    def absorb(self, tensor: NamedTensor, stream: Stream, second: float) -> None:
+        """H <- (1 - a) H + a k H z^2 with k = |second| / (2 eps^2), z the noise of the stream."""
 
     def propose(self, state: State, step: int, seeds: Sequence[int]) -> Direction:
         return Diagonal(Isotropic(), self.inverse_root)
@@ -74,7 +75,7 @@ class CurvatureScaled(ZOOptimizer):
         self.weights.leave()  # the probe must be removed with the old H
         stream = self.noise.stream(seeds[0])
         for tensor in self.tensors:
-            self.absorb(tensor, drawn(stream, tensor), ThreeLosses().second_difference(losses))
+            self.absorb(tensor, stream, ThreeLosses().second_difference(losses))
         return Update(self.estimator.coefficients(losses, self.eps))
 
 
@@ -113,9 +114,9 @@ class HiZOO(CurvatureScaled):
         whole = self.zo_state[f"H/{tensor.name}"]
         return (whole if count is None else whole.view(-1)[start : start + count]).rsqrt()
 
-    def absorb(self, tensor: NamedTensor, noise: Iterable[tuple[int, Tensor]], second: float) -> None:
+    def absorb(self, tensor: NamedTensor, stream: Stream, second: float) -> None:
         a, eps = self.smoothing, self.eps
-        for start, z in noise:
+        for start, z in drawn(stream, tensor):
             curvature = chunk_of(self.zo_state[f"H/{tensor.name}"], start, z)
             z = z.to(curvature.dtype)
             curvature.mul_(z.square_().mul_(a * abs(second) / (2 * eps**2)).add_(1 - a))

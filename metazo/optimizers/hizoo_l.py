@@ -18,15 +18,18 @@ Where not to use: if curvature follows neither rows nor columns, or with Rademac
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from metazo.blocks import NamedTensor, chunk_of
+from metazo.blocks import NamedTensor, chunk_of, sides_of
+from metazo.noise import Stream
 from metazo.optimizers.base import State
 from metazo.optimizers.hizoo import CurvatureScaled
 from metazo.optimizers.registry import Case, register
+from metazo.step.directions import drawn
+from metazo.step.lowrank import cut
 
 
 @register
@@ -38,18 +41,18 @@ class HiZOOL(CurvatureScaled):
     """
 
     name = "hizoo-l"
+    shardable = True
     contract_case = Case(stiff=3e-3, llama=4e-3, along="sign", options={"smoothing": 1e-3})
 
     def init(self, tensors: Sequence[NamedTensor]) -> State:
         state = {}
         for tensor in tensors:
-            param, dtype = tensor.param, torch.promote_types(tensor.param.dtype, torch.float32)
-            if param.ndim > 1:
-                rows = param.detach().flatten(1)
-                state[f"R/{tensor.name}"] = torch.ones_like(rows[:, 0], dtype=dtype).clone()
-                state[f"C/{tensor.name}"] = torch.ones_like(rows[0], dtype=dtype).clone()
+            if tensor.param.ndim > 1:
+                rows, columns = sides_of(tensor.param)
+                state[f"R/{tensor.name}"] = _ones(tensor, (rows,))
+                state[f"C/{tensor.name}"] = _ones(tensor, (columns,))
             else:
-                state[f"H/{tensor.name}"] = torch.ones_like(param, dtype=dtype)
+                state[f"H/{tensor.name}"] = _ones(tensor, tensor.param.shape)
         return state
 
     def inverse_root(self, tensor: NamedTensor, start: int = 0, count: int | None = None) -> Tensor:
@@ -58,25 +61,30 @@ class HiZOOL(CurvatureScaled):
             return (whole if count is None else whole[start : start + count]).rsqrt()
         rows, columns = self.zo_state[f"R/{tensor.name}"], self.zo_state[f"C/{tensor.name}"]
         scaled = (rows / rows.mean()).rsqrt_()
+        left, right = cut(tensor, scaled, columns.rsqrt())
         if count is None:
-            return torch.outer(scaled, columns.rsqrt()).view(tensor.param.shape)
-        first = start // len(columns)
-        return torch.outer(scaled[first : first + count // len(columns)], columns.rsqrt()).view(-1)
+            return torch.outer(left, right).view(tensor.param.shape)
+        first = start // len(right)
+        return torch.outer(left[first : first + count // len(right)], right).view(-1)
 
-    def absorb(self, tensor: NamedTensor, noise: Iterable[tuple[int, Tensor]], second: float) -> None:
+    def absorb(self, tensor: NamedTensor, stream: Stream, second: float) -> None:
         a, scale = self.smoothing, abs(second) / (2 * self.eps**2)
         whole = self.zo_state.get(f"H/{tensor.name}")
         if whole is not None:
-            for start, z in noise:
+            for start, z in drawn(stream, tensor):
                 chunk_of(whole, start, z).mul_(z.square_().mul_(a * scale).add_(1 - a))
             return
         rows, columns = self.zo_state[f"R/{tensor.name}"], self.zo_state[f"C/{tensor.name}"]
         scale = scale / float(rows.mean())
         by_row, by_column = torch.empty_like(rows), torch.zeros_like(columns)
-        for start, z in noise:
+        for start, z in drawn(stream, tensor.entire):  # of a shard too: R and C are means over whole rows and columns
             square = z.square_().view(-1, len(columns))
             place = slice(start // len(columns), start // len(columns) + len(square))
             torch.mv(square, columns, out=by_row[place])
             by_column.addmv_(square.t(), rows[place])
         rows.mul_(by_row.div_(len(columns)).mul_(a * scale).add_(1 - a))
         columns.mul_(by_column.div_(len(rows)).mul_(a * scale).add_(1 - a))
+
+
+def _ones(tensor: NamedTensor, shape: tuple[int, ...]) -> Tensor:
+    return torch.ones(shape, dtype=torch.promote_types(tensor.param.dtype, torch.float32), device=tensor.param.device)

@@ -41,7 +41,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from metazo.blocks import NamedTensor, chunks
+from metazo.blocks import NamedTensor, chunks, shape_of
 from metazo.errors import UserError
 from metazo.noise import INITIAL, Stream
 from metazo.optimizers.base import State, Update, ZOOptimizer
@@ -58,6 +58,7 @@ def score(d: Tensor, a: Tensor, damping: float) -> Tensor:
 
 def drawn_rows(direction: Direction, stream: Stream, tensor: NamedTensor, like: Tensor) -> Iterator[Tensor]:
     """d of a tensor as rows of `like`'s length and dtype, a few at a time: (rows, n)."""
+    tensor = tensor.entire
     ranges: list[tuple[int, int | None]] = [(0, None)]
     if tensor.param.ndim > 1:
         ranges = [(start, stop - start) for start, stop in chunks(tensor.param)]
@@ -66,8 +67,9 @@ def drawn_rows(direction: Direction, stream: Stream, tensor: NamedTensor, like: 
 
 
 def row_length(tensor: NamedTensor) -> int:
-    """Entries of a row: n of an (m, n) matrix; all of a tensor of one dimension."""
-    return max(tensor.param.numel() // (tensor.param.shape[0] if tensor.param.ndim > 1 else 1), 1)
+    """Entries of a row: n of an (m, n) matrix; all of a tensor of one dimension. Those of the whole tensor, of a shard too."""
+    shape = shape_of(tensor.param)
+    return max(shape[1 if len(shape) > 1 else 0 :].numel(), 1)
 
 
 @register
@@ -86,6 +88,7 @@ class LOREN(ZOOptimizer):
     """
 
     name, paper = "loren", "arXiv 2511.07971"
+    shardable = True
     contract_case = Case(quadratic=0.02, stiff=4e-4, llama=2e-4, options={"queries": 4})
 
     def __init__(
@@ -134,6 +137,6 @@ class LOREN(ZOOptimizer):
             total = torch.zeros_like(a)
             for c, stream in zip(coefficients, streams):
                 for d in drawn_rows(direction, stream, tensor, a):
-                    total.add_(score(d, a, self.damping), alpha=c * self.eps * len(a) / tensor.param.numel())
+                    total.add_(score(d, a, self.damping), alpha=c * self.eps * len(a) / shape_of(tensor.param).numel())
             a.sub_(total, alpha=self.lr_cov)
         return Update(coefficients)

@@ -89,7 +89,7 @@ class ZOMuon(ZOOptimizer):
     """
 
     name, paper = "zo-muon", "arXiv 2602.17155"
-    low_rank = True
+    low_rank = shardable = True
     search_rate = 1e-2
     contract_case = Case(
         quadratic=0.05, stiff=0.03, llama=0.02, saddle=0.5, along="free",

@@ -12,6 +12,8 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from metazo.blocks import NamedTensor, chunk_of, chunks
@@ -190,7 +192,8 @@ class Reflected(Direction):
 
         B u = u - (1 + sqrt(rho / (rho + s))) a (a.u) / s,    s = |a|^2        so that B B^T = rho (rho I + a a^T)^-1
 
-    B leaves vectors orthogonal to a unchanged and maps a to -sqrt(rho / (rho + s)) a.
+    B leaves vectors orthogonal to a unchanged and maps a to -sqrt(rho / (rho + s)) a. a.u needs whole rows, so a process with a
+    shard of a tensor draws all rows of which it has a part.
 
     Args: inner: the direction d'. vector: gives the vector a of a tensor; its length divides the tensor's number of entries
         (one B per row if it is the length of a row). damping: rho > 0.
@@ -206,6 +209,8 @@ class Reflected(Direction):
         return self.inner.draws(tensor)
 
     def draw(self, stream, tensor, dtype=None, start=0, count=None) -> Tensor:
+        if tensor.spans is not None:
+            return self._own_entries(stream, tensor, dtype, start, count)
         noise = self.inner.draw(stream, tensor, dtype, start, count)
         a = self.vector(tensor).to(noise.dtype)
         square = float(a @ a)
@@ -221,6 +226,19 @@ class Reflected(Direction):
                 product += float(self.inner.draw(stream, tensor, noise.dtype, first, stop - first) @ a[first:stop])
             noise.sub_(a[start : start + len(noise)], alpha=factor * product)
         return noise
+
+    def _own_entries(self, stream, tensor: NamedTensor, dtype, start: int, count: int | None) -> Tensor:
+        """`draw` for a shard, from the chunks of the whole tensor in which it has entries."""
+        param, spans, whole = tensor.param, tensor.spans, tensor.entire
+        assert spans is not None
+        places = spans.part(start, start + (param.numel() if count is None else count)).entries()
+        own = param.data.new_empty(len(places), dtype=dtype or torch.promote_types(param.dtype, torch.float32))
+        for first, stop in chunks(whole.param):
+            low, high = np.searchsorted(places, [first, stop])
+            if low < high:
+                index = torch.from_numpy(places[low:high] - first).to(own.device)
+                own[low:high] = self.draw(stream, whole, own.dtype, first, stop - first)[index]
+        return own if count is not None else own.view(param.shape)
 
 
 class Sparse(Direction):

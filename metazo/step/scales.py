@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from metazo.blocks import Block, NamedTensor, partition
+from metazo.blocks import Block, NamedTensor, partition, shape_of
 
 State = dict[str, Tensor]
 Theta = Callable[[NamedTensor], Iterable[tuple[int, Tensor]]]
-"""The weights of a tensor, in chunks: (start, entries)."""
+"""The weights of a whole tensor, in chunks: (start, entries)."""
 
 STATISTICS_EVERY = 50  # steps; sigma moves by 0.07% (RMS), 0.8% (tuner) in the mean: benchmarks/statistics_every.py
 _RUN = 1 << 18  # entries
@@ -80,9 +80,10 @@ def entry_counts(blocks: Sequence[Block], embedding_rows: int | None = None) -> 
     """
 
     def count(tensor: NamedTensor) -> int:
-        if embedding_rows is not None and "embed" in tensor.name and tensor.param.ndim > 1:
-            return embedding_rows * tensor.param.shape[1]
-        return tensor.param.numel()
+        shape = shape_of(tensor.param)
+        if embedding_rows is not None and "embed" in tensor.name and len(shape) > 1:
+            return embedding_rows * shape[1]
+        return shape.numel()
 
     return torch.tensor([sum(count(tensor) for tensor in block.tensors) for block in blocks], dtype=torch.float64)
 

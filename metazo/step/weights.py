@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from metazo.blocks import NamedTensor, chunk_of, chunks
+from metazo.blocks import LocalShard, NamedTensor, chunk_of, chunks
 from metazo.errors import UserError
 from metazo.noise import Move, Noise, PhiloxStream, Place, Stream
 from metazo.step.directions import in_chunks
@@ -216,6 +216,16 @@ class Weights:
             return
         for start, stop in ranges:
             yield start, place.read(start, stop, self.room)
+
+    def whole(self, tensor: NamedTensor) -> Iterator[tuple[int, Tensor]]:
+        """As `read`, but all of a tensor of which this process has a shard; every process must then call it."""
+        theta = self.storage[tensor.name].theta
+        if not isinstance(tensor.param, LocalShard) or theta is None:
+            yield from self.read(tensor)
+            return
+        self.settle()
+        gathered = tensor.param.gathered(theta.detach())
+        yield from ((start, gathered.view(-1)[start:stop]) for start, stop in chunks(gathered))
 
     def edit(self, tensor: NamedTensor, seed: int = 0) -> Iterator[tuple[int, Tensor]]:
         """As `read`, for changes in place; a change is stored when the next chunk is requested.

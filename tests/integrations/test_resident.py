@@ -17,8 +17,25 @@ from torch import Tensor, nn
 from metazo.blocks import LocalShard
 from metazo.errors import UserError
 from metazo.integrations import local_parameters
-from metazo.optimizers import EGGROLL, ES, FZOO, LOZO, LOZOM, MEAZO, CurvZO, HiZOO, MeZO, MeZOAdam, MeZOSVRG
+from metazo.noise import PhiloxNoise, TorchOrderNoise
+from metazo.optimizers import (
+    EGGROLL,
+    ES,
+    FZOO,
+    LOREN,
+    LOZO,
+    LOZOM,
+    MEAZO,
+    CurvZO,
+    HiZOO,
+    HiZOOL,
+    MeZO,
+    MeZOAdam,
+    MeZOSVRG,
+    ZOMuon,
+)
 from metazo.optimizers.base import ZOOptimizer
+from metazo.step.scales import RMSScale
 from tests import warm
 
 SHARDED: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -38,6 +55,16 @@ SHARDED: dict[str, tuple[Any, dict[str, Any]]] = {
     "eggroll": (EGGROLL, {"population": 4, "rank": 2, "probing": "in-turn"}),
     "fzoo of rank 2": (FZOO, {"queries": 3, "lr": 1e-5, "rank": 2, "probing": "in-turn"}),
     "lozo bfloat16": (LOZO, {"interval": 2}),
+    "zo-muon": (ZOMuon, {"lr": 1e-2, "rank": 4, "interval": 2}),
+    "hizoo-l": (HiZOOL, {"smoothing": 1e-2}),
+    "hizoo-l bfloat16": (HiZOOL, {"smoothing": 1e-2}),
+    "curvzo": (CurvZO, {"adapt_every": 2}),
+    "curvzo by plain noise": (CurvZO, {"noise": PhiloxNoise(backend="torch")}),
+    "loren": (LOREN, {"lr_cov": 0.1, "eps": 1e-2}),
+    "loren bfloat16": (LOREN, {"lr_cov": 0.1, "eps": 1e-2, "momentum": 0}),
+    "rms": (MeZO, {"scale": "rms"}),
+    "rms of layers": (LOZO, {"scale": RMSScale(by="layer", every=2, embedding_rows=30)}),
+    "rms bfloat16": (MeZO, {"scale": RMSScale(every=1)}),
 }
 IDS = torch.arange(20).view(2, 10) % 7
 
@@ -94,14 +121,18 @@ def _process(rank: int, folder: str) -> None:
     refused = {}
     model = sharded("mezo")
     for name, (method, options) in {
-        "curvzo": (CurvZO, {}),
+        "loren": (LOREN, {"compat": "official"}),
         "probing": (EGGROLL, {}),
-        "scale": (MeZO, {"scale": "rms"}),
+        "noise": (MeZO, {"noise": TorchOrderNoise(0)}),
         "probe_ranks": (MeZO, {"probe_ranks": 2}),
     }.items():
         with pytest.raises(UserError) as raised:
             method(local_parameters(model), **options).step(lambda: 1.0)
         refused[name] = str(raised.value)
+    copies = [(name, copy.deepcopy(parameter)) for name, parameter in local_parameters(model)]
+    with pytest.raises(UserError) as raised:
+        MeZO(copies, scale="rms").step(lambda: 1.0)
+    refused["copies"] = str(raised.value)
     with pytest.raises(UserError) as raised:
         MeZO(local_parameters(sharded("bfloat16")), precision="compensated-8").step(lambda: 1.0)
     refused["compensated"] = str(raised.value)
@@ -129,9 +160,10 @@ def test_two_shards_take_the_steps_of_the_whole_model_bit_for_bit(ranks, name):
 @pytest.mark.parametrize(
     ("name", "words"),
     {
-        "curvzo": "curvzo computes with whole tensors",
+        "loren": "loren computes with whole tensors",
         "probing": "`probing` together replaces calls of torch functions",
-        "scale": "`scale` reads statistics of whole tensors",
+        "copies": "`scale` gathers the shards of all processes, and these are copies",
+        "noise": "has no order by entry",
         "probe_ranks": "`probe_ranks` divides the probes",
         "compensated": "`precision` compensated-8 replaces weights",
     }.items(),

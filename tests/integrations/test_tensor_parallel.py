@@ -18,7 +18,7 @@ import metazo
 from metazo.blocks import LocalShard
 from metazo.errors import UserError
 from metazo.integrations import local_parameters
-from metazo.optimizers import CurvZO, MeZO
+from metazo.optimizers import LOREN, MeZO
 from metazo.optimizers.base import ZOOptimizer
 from tests import warm
 from tests.integrations.test_resident import SHARDED
@@ -145,7 +145,7 @@ def _refused(folder: str) -> dict[str, str]:
     plain._tp_plan = {"model.layers.*.self_attn.o_proj": "rowwise"}
     cases: dict[str, Callable[[], object]] = {
         "DTensor": lambda: MeZO(model.named_parameters()).step(lambda: 1.0),
-        "curvzo": lambda: CurvZO(local_parameters(model)).step(lambda: 1.0),
+        "loren": lambda: LOREN(local_parameters(model), compat="official").step(lambda: 1.0),
         "partial": lambda: local_parameters(partial),
         "odd": lambda: local_parameters(odd),
         "plain": lambda: local_parameters(plain),
@@ -299,7 +299,7 @@ def test_places_are_those_of_torch():
     ("name", "words"),
     {
         "DTensor": "or tensor parallelism pass metazo.integrations.local_parameters(model)",
-        "curvzo": "curvzo computes with whole tensors",
+        "loren": "loren computes with whole tensors",
         "partial": "only shards and replicas on the processes of the mesh can be trained",
         "odd": "in another order than",
         "plain": "use transformers 5.23 or later, whose parts are DTensors, or freeze it",

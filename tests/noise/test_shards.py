@@ -51,9 +51,17 @@ def test_runs_are_the_entries_in_order(case):
             for first, here, end in zip(part.there, part.here, part.here[1:])
             for n in range(first, first + end - here)
         ]
-        assert found == wanted[start:stop]
+        assert found == wanted[start:stop] == part.entries().tolist()
         assert (np.diff(part.here) > 0).all()
         assert (part.there[1:] > part.there[:-1] + np.diff(part.here)[:-1]).all()  # no two spans could be one
+
+
+@each_case
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_the_square_of_a_shards_noise_is_that_of_the_whole_tensor(case, backend):
+    values = torch.zeros(CASES[case][0])
+    stream = PhiloxNoise(1, "gaussian", backend).stream(9)
+    assert stream.square(shard(case, values)) == stream.square(named(values)) > 0
 
 
 @each_case
@@ -113,7 +121,6 @@ def test_a_shard_is_refused_by_what_needs_whole_tensors():
     stream, narrow = PhiloxNoise(1).stream(9), torch.ones(2, 3, dtype=torch.bfloat16)
     for tensor in (rows, first):
         for call in (
-            lambda: stream.square(tensor),
             lambda: stream.dot(tensor, torch.ones(2, 3)),
             lambda: stream.draw(tensor, (3,)),
             lambda: stream.place_split_(tensor, narrow.clone(), narrow, torch.zeros(2, 3, dtype=torch.int16), 0.3),

@@ -30,7 +30,7 @@ SETTINGS: dict[str, Any] = {
 }  # fmt: skip
 RUNS: dict[str, dict[str, Any]] = {
     "both": {"tensor_parallel": 2, "fsdp": 2},
-    "sharded": {"fsdp": 4, "optimizer": "lozo", "method": {"interval": 3}},
+    "sharded": {"fsdp": 4, "optimizer": "lozo", "method": {"interval": 3}, "scale": "rms"},
     "svrg": {"fsdp": 4, "optimizer": "mezo-svrg", "method": {"interval": 3}, "batch_size": 4},
     "bfloat16": {"tensor_parallel": 2, "fsdp": 2, "dtype": "bfloat16"},
 }
@@ -42,7 +42,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "there are 4 processes: start torchrun with 2, or choose numbers whose product",
     ),
     "adapter": ({"fsdp": 4, "adapter": "lora"}, "`adapter` cannot be used together with `fsdp`"),
-    "method": ({"fsdp": 4, "optimizer": "curvzo"}, "curvzo computes with whole tensors"),
+    "method": (
+        {"fsdp": 4, "optimizer": "loren", "method": {"compat": "official"}},
+        "loren computes with whole tensors",
+    ),
     "heads": ({"model": "pico", "tensor_parallel": 4}, "`tensor_parallel` is 4 and pico has num_attention_heads 5"),
 }
 

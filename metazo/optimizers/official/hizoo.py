@@ -3,14 +3,13 @@ bfloat16, and weight decay on every tensor."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
-from torch import Tensor
 
 from metazo.blocks import NamedTensor, chunk_of
+from metazo.noise import Stream
 from metazo.optimizers.hizoo import HiZOO
 from metazo.optimizers.registry import official
+from metazo.step.directions import drawn
 
 
 @official(HiZOO)
@@ -21,9 +20,9 @@ class OfficialHiZOO(HiZOO):
     def decays(self, tensor: NamedTensor) -> bool:
         return True
 
-    def absorb(self, tensor: NamedTensor, noise: Iterable[tuple[int, Tensor]], second: float) -> None:
+    def absorb(self, tensor: NamedTensor, stream: Stream, second: float) -> None:
         a, eps = self.smoothing, self.eps
-        for start, z in noise:
+        for start, z in drawn(stream, tensor):
             curvature = chunk_of(self.zo_state[f"H/{tensor.name}"], start, z)
             z = z.to(curvature.dtype)
             # in this order, so that it underflows exactly if the published code does

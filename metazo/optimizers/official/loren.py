@@ -33,6 +33,8 @@ class MatrixMomentum(Momentum):
 
 @official(LOREN)
 class OfficialLOREN(LOREN):
+    shardable = False  # one direction per tensor, and a that is read and changed between queries
+
     def heavy_ball(self, momentum: float) -> Rule:
         return MatrixMomentum(momentum)
 
