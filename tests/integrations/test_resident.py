@@ -27,15 +27,20 @@ from metazo.optimizers import (
     LOZOM,
     MEAZO,
     CurvZO,
+    DominantLayer,
     HiZOO,
     HiZOOL,
     MeZO,
     MeZOAdam,
     MeZOSVRG,
+    ZOFinetuner,
     ZOMuon,
 )
 from metazo.optimizers.base import ZOOptimizer
+from metazo.optimizers.registry import METHODS, load
 from metazo.step.scales import RMSScale
+from metazo.tuner.networks import PertNN
+from metazo.tuner.scale import TunerScale
 from tests import warm
 
 SHARDED: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -62,6 +67,9 @@ SHARDED: dict[str, tuple[Any, dict[str, Any]]] = {
     "curvzo by plain noise": (CurvZO, {"noise": PhiloxNoise(backend="torch")}),
     "loren": (LOREN, {"lr_cov": 0.1, "eps": 1e-2}),
     "loren bfloat16": (LOREN, {"lr_cov": 0.1, "eps": 1e-2, "momentum": 0}),
+    **{f"{method.name} official": (method, {"compat": "official"}) for method in (CurvZO, FZOO, HiZOO, LOZO)},
+    "dominant layer": (DominantLayer, {"layer": 1}),
+    "tuner": (ZOFinetuner, {"scale": TunerScale(pertnn=PertNN(21, seed=1), every=1)}),
     "rms": (MeZO, {"scale": "rms"}),
     "rms of layers": (LOZO, {"scale": RMSScale(by="layer", every=2, embedding_rows=30)}),
     "rms bfloat16": (MeZO, {"scale": RMSScale(every=1)}),
@@ -170,6 +178,12 @@ def test_two_shards_take_the_steps_of_the_whole_model_bit_for_bit(ranks, name):
 )
 def test_what_needs_whole_tensors_is_refused(ranks, name, words):
     assert all(words in said["refused"][name] for said in ranks)
+
+
+def test_every_zeroth_order_method_is_among_them():
+    load()
+    zeroth_order = {name for name, method in METHODS.items() if method.replayable}
+    assert zeroth_order == {method.name for method, _ in SHARDED.values()} | {"mezo-momentum"}  # a rule, as adam
 
 
 def test_copies_of_a_shard_know_their_place():
