@@ -70,14 +70,15 @@ def test_accuracy_of_a_task_is_the_cards(micro, text_data, name):
 
 
 def test_one_seed_one_result(micro):
+    """That another seed gives another is tested with pico. A step takes up to 15 s here: Muon calculates in bfloat16."""
     rows = rows_of([("I like it.\nThis review is", " positive"), ("Home again.", "")] * 400, micro.tokenizer)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     results = []
-    for seed in (0, 0, 1):
-        torch.manual_seed(seed)
+    for _ in range(2):
+        torch.manual_seed(0)
         model = mixture.new_model()
         train(model, [(rows, 1), (rows, 1)], 1)
         results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     torch.set_num_threads(threads)
-    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
+    assert torch.equal(*results)

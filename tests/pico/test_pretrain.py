@@ -60,7 +60,7 @@ def test_one_seed_one_result(tokenizer):
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
         model = pretrain.new_model()
-        pretrain.train(model, [(rows, 1), (rows, 2)], 3)
+        pretrain.train(model, [(rows, 1), (rows, 2)], 1)
         results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     torch.set_num_threads(threads)
     assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])

@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from metazo.report.statistics import average, holm, paired, sign_flips, signed_rank
 
@@ -44,6 +45,17 @@ def test_signed_rank_is_the_sum_of_ranks_over_all_sign_flips():
 
     assert signed_rank(differences) == (pytest.approx(flips(differences, positive)), "Wilcoxon")
     assert signed_rank(np.array([1.0, 2, 3, 4, 5, math.inf]))[0] == 2 / 64
+
+
+@pytest.mark.parametrize("count", [6, 9, 13, 14, 24])
+def test_signed_rank_is_scipys_with_and_without_ties(count):
+    generator = np.random.default_rng(count)
+    for step in (0.0, 0.5):  # rounded to steps, many are equal in size
+        differences = generator.normal(0.4, 1, count)
+        if step:
+            differences = np.round(differences / step) * step
+            differences[differences == 0] = step
+        assert signed_rank(differences)[0] == pytest.approx(stats.wilcoxon(differences).pvalue, rel=1e-12)
 
 
 def test_few_pairs_are_tested_by_sign_flips_and_cannot_be_significant():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,8 @@ from tests.runs.test_several import _main, _ports, _stopped_at
 
 COUNT = 4
 SETTINGS: dict[str, Any] = {
-    "model": "micro", "task": "pico_sentiment", "steps": 4, "batch_size": 6, "train_examples": 8, "dev_examples": 5,
-    "test_examples": 2, "eval_batch_size": 8, "eval_every": 2, "lr": 1e-4, "rank_timeout": 60.0,
+    "task": "pico_sentiment", "steps": 4, "batch_size": 6, "train_examples": 8, "dev_examples": 5,
+    "test_examples": 2, "eval_batch_size": 8, "eval_every": 2, "lr": 1e-4, "rank_timeout": 250.0,
 }  # fmt: skip
 RUNS: dict[str, dict[str, Any]] = {
     "both": {"tensor_parallel": 2, "fsdp": 2},
@@ -50,40 +51,51 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-def _config(out: Path, **settings: Any) -> FinetuneConfig:
-    return build(FinetuneConfig, {**SETTINGS, **settings, "out": out})
+def _config(out: Path, base: Path, /, **settings: Any) -> FinetuneConfig:
+    return build(FinetuneConfig, {**SETTINGS, "model": str(base), **settings, "out": out})
 
 
-def _process(rank: int, folder: Path, ports: list[int]) -> None:
+def _process(rank: int, folder: Path, model: Path, ports: list[int]) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(COUNT), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
     said: dict[str, Any] = {}
     for name, settings in RUNS.items():
         os.environ["MASTER_PORT"] = str(ports.pop())
-        tune(_config(folder / name, **settings), plot=False)
+        tune(_config(folder / name, model, **settings), plot=False)
     os.environ["MASTER_PORT"] = str(ports.pop())
     with pytest.raises(Interrupted):
-        tune(_config(folder / "stopped", **RUNS["both"]), on_step=_stopped_at(2, signal.SIGTERM) if rank == 1 else None)
+        tune(
+            _config(folder / "stopped", model, **RUNS["both"]),
+            on_step=_stopped_at(2, signal.SIGTERM) if rank == 1 else None,
+        )
     os.environ["MASTER_PORT"] = str(ports.pop())
     said["resumed"] = _main(["finetune", "--resume", str(folder / "stopped")])
     for name, (settings, _) in REFUSED.items():
         os.environ["MASTER_PORT"] = str(ports.pop())
         try:
-            tune(_config(folder / name, **settings), plot=False)
+            tune(_config(folder / name, model, **settings), plot=False)
         except UserError as error:
             said[name] = str(error)
     torch.save(said, folder / f"{rank}.pt")
     os.environ["MASTER_PORT"] = str(ports.pop())
     try:
-        tune(_config(folder / "killed", **RUNS["both"]), on_step=_stopped_at(2, signal.SIGKILL) if rank == 3 else None)
+        tune(
+            _config(folder / "killed", model, **RUNS["both"]),
+            on_step=_stopped_at(2, signal.SIGKILL) if rank == 3 else None,
+        )
     except LostRank as error:
         torch.save(said | {"killed": str(error)}, folder / f"{rank}.pt")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(tiny: Callable[[str], Path]) -> Path:
+    return tiny("llama")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
     folder = tmp_path_factory.mktemp("divided")
-    processes = warm.ranks(_process, folder, _ports(14), count=COUNT, join=False)
+    processes = warm.ranks(_process, folder, model, _ports(14), count=COUNT, join=False)
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0, 0, 0, -signal.SIGKILL]
@@ -96,15 +108,15 @@ def said(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_divided_run_is_the_run_of_one_process(folder, tmp_path, name):
+def test_a_divided_run_is_the_run_of_one_process(folder, model, tmp_path, name):
     one = {key: value for key, value in RUNS[name].items() if key not in ("tensor_parallel", "fsdp")}
-    run_settings(_config(tmp_path / "one", **one))
+    run_settings(_config(tmp_path / "one", model, **one))
     logs = [scan(out / "steps.jsonl") for out in (folder / name, tmp_path / "one")]
     assert logs[0].header["weights"] == logs[1].header["weights"]
     assert logs[0].header["architecture"] == logs[1].header["architecture"]
     for ours, theirs in zip(logs[0].steps, logs[1].steps, strict=True):
         assert ours.seeds == theirs.seeds
-        assert ours.losses == pytest.approx(theirs.losses, abs=0.02 if name == "bfloat16" else LOSSES)
+        assert ours.losses == pytest.approx(theirs.losses, abs=0.06 if name == "bfloat16" else LOSSES)
     weights = [load_file(out / "model" / "model.safetensors") for out in (folder / name, tmp_path / "one")]
     assert weights[0].keys() == weights[1].keys()
     for key, value in (
@@ -116,8 +128,8 @@ def test_a_divided_run_is_the_run_of_one_process(folder, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_one_process_replays_the_log_of_a_divided_run_bit_for_bit(folder, tmp_path, name):
-    replay(folder / name / "steps.jsonl", "micro", tmp_path / "again")
+def test_one_process_replays_the_log_of_a_divided_run_bit_for_bit(folder, model, tmp_path, name):
+    replay(folder / name / "steps.jsonl", str(model), tmp_path / "again")
     saved, again = (load_file(out / "model.safetensors") for out in (folder / name / "model", tmp_path / "again"))
     assert all(value.equal(again[key]) for key, value in saved.items())
 
@@ -142,6 +154,6 @@ def test_what_a_divided_run_cannot_have_is_refused_on_all_processes(folder, said
     assert not (folder / name / "config.json").exists()
 
 
-def test_one_process_cannot_divide_a_model(tmp_path):
+def test_one_process_cannot_divide_a_model(model, tmp_path):
     with pytest.raises(UserError, match="there is one process: start torchrun with 2"):
-        run_settings(_config(tmp_path / "run", tensor_parallel=2))
+        run_settings(_config(tmp_path / "run", model, tensor_parallel=2))
