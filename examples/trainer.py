@@ -17,7 +17,7 @@ from metazo.integrations import ZOTrainer  # 1: was `from transformers import Tr
 from metazo.pico.grammar import examples  # replace it by rows of your own
 
 name = sys.argv[1] if len(sys.argv) > 1 else str(files("metazo.pico") / "model")
-model = AutoModelForCausalLM.from_pretrained(name)
+model = AutoModelForCausalLM.from_pretrained(name, dtype="float32")
 tokenizer = AutoTokenizer.from_pretrained(name)
 tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 
