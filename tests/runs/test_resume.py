@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -55,23 +56,28 @@ class Death(BaseException):
     """Ends a run immediately, as a kill does: nothing is caught, saved or flushed."""
 
 
-@pytest.fixture
-def dead(tmp_path, monkeypatch) -> Path:
+@pytest.fixture(scope="module")
+def died(tmp_path_factory) -> Path:
     """A run that was killed before the record of step 12: the snapshot of step 12, evaluations of 0, 4, 8, 12."""
-    append = StepLog.append
+    out, append = tmp_path_factory.mktemp("died") / "run", StepLog.append
 
     def dies(log: StepLog, step) -> None:
         if step.step == 12:
             raise Death
         append(log, step)
 
-    with monkeypatch.context() as patched:
+    with pytest.MonkeyPatch.context() as patched:
         patched.setattr(StepLog, "append", dies)
         with pytest.raises(Death):
-            tuned(tmp_path / "run")
-    kept = sorted(path.name for path in (tmp_path / "run").glob("snapshot*"))
-    assert kept == ["snapshot-00000012.safetensors"]
-    return tmp_path / "run"
+            tuned(out)
+    assert [path.name for path in out.glob("snapshot*")] == ["snapshot-00000012.safetensors"]
+    return out
+
+
+@pytest.fixture
+def dead(died, tmp_path) -> Path:
+    """A copy of that run, to be damaged."""
+    return shutil.copytree(died, tmp_path / "run")
 
 
 def flip(path: Path) -> None:
