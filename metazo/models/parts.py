@@ -7,6 +7,7 @@ of such a model are DTensors.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -40,6 +41,8 @@ def loading(tensor_parallel: int, fsdp: int, config: Any, name: str) -> dict[str
     """
     if tensor_parallel * fsdp == 1:
         return {}
+    if tensor_parallel > 1 and fsdp > 1:  # each process would warn that parts are gathered in two operations instead of one
+        logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     for heads in ("num_attention_heads", "num_key_value_heads"):
         if (count := getattr(config.get_text_config(), heads, None)) and count % tensor_parallel:
             raise UserError(
