@@ -41,7 +41,9 @@ def loading(tensor_parallel: int, fsdp: int, config: Any, name: str) -> dict[str
     """
     if tensor_parallel * fsdp == 1:
         return {}
-    if tensor_parallel > 1 and fsdp > 1:  # each process would warn that parts are gathered in two operations instead of one
+    if (
+        tensor_parallel > 1 and fsdp > 1
+    ):  # each process would warn that parts are gathered in two operations instead of one
         logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     for heads in ("num_attention_heads", "num_key_value_heads"):
         if (count := getattr(config.get_text_config(), heads, None)) and count % tensor_parallel:
@@ -50,7 +52,7 @@ def loading(tensor_parallel: int, fsdp: int, config: Any, name: str) -> dict[str
             )
     try:
         with needs("llm"):
-            from transformers.distributed import DistributedConfig
+            from transformers.distributed import DistributedConfig  # type: ignore[attr-defined]
         return {"distributed_config": DistributedConfig(tp_size=tensor_parallel, fsdp_size=fsdp)}
     except (ImportError, TypeError) as error:
         raise UserError("`tensor_parallel` and `fsdp` need transformers 5.23 or later: upgrade it.") from error

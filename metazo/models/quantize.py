@@ -181,7 +181,7 @@ def bytes_of(tensor: Tensor) -> int:
 def stored(tensor: Tensor) -> Iterator[Tensor]:
     """The plain tensors of which a parameter is made: itself, or whole numbers and scales."""
     if _packed(tensor):
-        for name in tensor.__tensor_flatten__()[0]:
+        for name in tensor.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
             yield from stored(getattr(tensor, name))
         return
     yield tensor
