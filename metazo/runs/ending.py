@@ -23,6 +23,7 @@ from metazo.runs.monitor import Diverged, Watch
 from metazo.runs.resources import peak_memory
 from metazo.runs.setup import Setup
 from metazo.runs.shared import SharedFolder, written
+from metazo.runs.track import Trackers
 from metazo.runs.unwritten import MemoryFolder, MemoryLog
 from metazo.steplog.writer import StepLog
 from metazo.tuner.hub import push_folder
@@ -42,6 +43,7 @@ class Ending(ABC):
     log: StepLog | MemoryLog
     scores: Scores
     watch: Watch
+    trackers: Trackers
 
     @abstractmethod
     def _load_weights(self, tensors: dict[str, Tensor]) -> None:
@@ -57,6 +59,7 @@ class Ending(ABC):
             *self.prepared.notes,
             *self.optimizer.notes,
             *self.watch.notes,
+            *self.trackers.notes,
             *self._divergence(kept),
             *self._stopped_early(),
         ]

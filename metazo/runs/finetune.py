@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -85,7 +86,7 @@ def _tune(
     def say(text: str) -> None:
         console.print(text, style="yellow", soft_wrap=True)
 
-    with run_folder(config, say) as folder:
+    with run_folder(config, say) as folder, ExitStack() as stack:
         if (summary := folder.summary()) is not None:
             say(f"The run in {config.out} is complete; this is its result.")
             if push(config, summary, console):
@@ -105,6 +106,10 @@ def _tune(
             from_first(lambda: require_space(out, needed, "The run"))
         if not config.resume:
             agreed(lambda: _first_loss(setup, config))
+        named = config.track or () if rank() == 0 else ()
+        trackers = stack.enter_context(Trackers(named, config.out, asdict(config), say))
+        if not config.resume:
+            agreed(trackers.start)
         folder.begin()
         if setup.chosen:
             console.say("method:", setup.chosen)
@@ -115,7 +120,7 @@ def _tune(
         for note in setup.prepared.notes:
             console.say("note:", note, once=True)  # not for each run of a demo
         with interruptible() as caught:
-            run = _Run(config, setup, folder, console, caught, on_step, on_evaluation)
+            run = _Run(config, setup, folder, console, caught, trackers, on_step, on_evaluation)
             try:
                 run.catch_up()
                 run.go_on()
@@ -123,7 +128,6 @@ def _tune(
             finally:
                 setup.optimizer.settle()
                 run.log.close()
-                run.trackers.finish()
         history = (run.log.steps, run.scores.records) if config.out is None else None
         return Finetuned(summary, config.out, setup.loaded, history)
 
@@ -159,11 +163,12 @@ class _Run(Ending):
         folder: RunFolder | SharedFolder | MemoryFolder,
         console: Console,
         caught: list[str],
+        trackers: Trackers,
         on_step: Callable[[Step], None] | None,
         on_evaluation: Callable[[dict[str, Any]], None] | None,
     ):
         self.config, self.setup, self.folder, self.console, self.caught = config, setup, folder, console, caught
-        self.on_step, self.on_evaluation = on_step, on_evaluation
+        self.trackers, self.on_step, self.on_evaluation = trackers, on_step, on_evaluation
         self.model: nn.Module = setup.loaded.model
         self.optimizer, self.prepared = setup.optimizer, setup.prepared
         self.read, self.share = reader(config, setup.prepared.train), _share(setup)
@@ -174,7 +179,6 @@ class _Run(Ending):
         self.rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.log = self._log()
         self.watch = Watch(config, setup.steps, folder.say)
-        self.trackers = Trackers(config.track or () if rank() == 0 else (), config.out, asdict(config))
         self.scores = Scores(config, setup, folder)
 
     def _log(self) -> StepLog | MemoryLog:
@@ -209,6 +213,7 @@ class _Run(Ending):
             self.log.cut(done)
             steps = steps[:done]
         self.scores.settle(len(steps))
+        agreed(partial(self.trackers.start, len(steps)))
         if steps:
             self.folder.say(
                 f"Resuming after step {len(steps)}: snapshot of step {done}, {len(steps) - done} steps replayed."

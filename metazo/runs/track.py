@@ -1,57 +1,115 @@
 """Experiment trackers through accelerate: TensorBoard, Weights & Biases, Trackio, MLflow.
 
-Every step's mean loss and learning rate, and every evaluation, are sent as they happen; steps that are replayed are not sent
-again. The step log and metrics.jsonl are written in any case, and no number of a run depends on a tracker.
+Every step's mean loss and learning rate, and every evaluation, are sent as they happen. A resumed run goes on in the same run
+of the tracker; replayed steps are not sent again, so that those which a tracker had not sent when the process was killed are
+missing there. The step log and metrics.jsonl are written in any case, and no number of a run depends on a tracker: one that
+fails on the way is left out from then on.
 """
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+from uuid import uuid4
 
+from metazo.errors import UserError
 from metazo.io.extras import MissingPackage, needs
 from metazo.step.record import Step
 
-FOLDER = "trackers"
+FOLDER, RUNS = "trackers", "runs.json"
 
 
 class Trackers:
     """The trackers of a run; without names nothing is done.
 
     Args: names: of `track`; out: the run's folder, in which local files are written; settings: of the run, kept by the
-    trackers. Raises MissingPackage for a tracker that is not installed.
+    trackers; say: shows a sentence. Raises MissingPackage for a tracker that is not installed.
+    Attributes: notes: what failed, one sentence each.
     """
 
-    def __init__(self, names: Sequence[str], out: Path | None, settings: Mapping[str, Any]):
-        self.started: list[Any] = []
-        if not names:
-            return
+    def __init__(self, names: Sequence[str], out: Path | None, settings: Mapping[str, Any], say: Callable[[str], None]):
         check(names)
+        self.names, self.run, self.say = names, out.name if out else "metazo", say
+        self.folder = (out or Path()).absolute() / FOLDER
+        plain = {key: value if isinstance(value, int | float | str) else str(value) for key, value in settings.items()}
+        self.settings = {key: value for key, value in plain.items() if value is not None}
+        self.started: dict[str, Any] = {}
+        self.notes: list[str] = []
+
+    def __enter__(self) -> Trackers:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.finish()
+
+    def start(self, after: int = 0) -> None:
+        """Start all trackers; after: number of steps that an earlier process has taken.
+
+        Raises UserError, and leaves nothing behind of a run that has not begun, if one does not start.
+        """
+        if not self.names or self.started:
+            return
         with needs("track"):
             from accelerate import PartialState
-            from accelerate.tracking import LOGGER_TYPE_TO_CLASS
         PartialState()  # accelerate's trackers ask it which process is the first
-        folder = (out or Path()).absolute() / FOLDER
-        os.environ.setdefault("WANDB_DIR", str(folder))
-        os.environ.setdefault("TRACKIO_DIR", str(folder))
-        os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
-        folder.mkdir(parents=True, exist_ok=True)
-        run = out.name if out else "metazo"
-        plain = {key: value if isinstance(value, int | float | str) else str(value) for key, value in settings.items()}
-        for name in names:
-            cls = LOGGER_TYPE_TO_CLASS[name]
-            where: dict[str, Any] = {"logging_dir": folder} if cls.requires_logging_directory else {}
-            if name == "mlflow":  # its experiment has no name by default, and artifacts would be in the working folder
-                where = {"experiment_name": "metazo", "logging_dir": str(folder)}
-            tracker = cls(run_name=run, **where)
-            if hasattr(tracker, "start"):
-                tracker.start()
-            tracker.store_init_configuration({key: value for key, value in plain.items() if value is not None})
-            self.started.append(tracker)
+        os.environ.setdefault("WANDB_DIR", str(self.folder))
+        os.environ.setdefault("TRACKIO_DIR", str(self.folder))
+        os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{self.folder / 'mlflow.db'}")
+        new = [folder for folder in (self.folder, self.folder.parent) if not folder.exists()]
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            known = self._known()
+            for name in self.names:
+                try:
+                    self.started[name] = self._open(name, known, after)
+                except Exception as error:
+                    raise UserError(
+                        f"`track` {name} does not start ({_short(error)}): set it up, or leave it out."
+                    ) from error
+            (self.folder / RUNS).write_text(json.dumps(known))
+        except BaseException:
+            self.finish()
+            for folder in new:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        if after:
+            self.say(
+                f"Trackers go on after step {after}; steps that a kill kept them from sending are in the step log alone."
+            )
+
+    def _known(self) -> dict[str, str]:
+        """The names under which the trackers know this run, of an earlier process if there was one."""
+        with suppress(OSError, ValueError):
+            found = json.loads((self.folder / RUNS).read_text())
+            return {str(key): str(value) for key, value in found.items()}
+        return {"id": uuid4().hex[:8]}
+
+    def _open(self, name: str, known: dict[str, str], after: int) -> Any:
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+        same: dict[str, Any] = {"resume": "allow"}
+        where: dict[str, dict[str, Any]] = {
+            "tensorboard": {"logging_dir": self.folder, "purge_step": after + 1 if after else None},
+            "wandb": {"id": known["id"], **same},
+            "trackio": {"name": f"{self.run}-{known['id']}", **same},
+            # its experiment has no name by default, and artifacts would be in the working folder
+            "mlflow": {"experiment_name": "metazo", "logging_dir": str(self.folder), "run_id": known.get("mlflow")},
+        }
+        tracker = LOGGER_TYPE_TO_CLASS[name](run_name=self.run, **where[name])
+        if hasattr(tracker, "start"):
+            tracker.start()
+        if name == "mlflow":
+            known["mlflow"] = tracker.tracker.info.run_id
+        if not after:
+            tracker.store_init_configuration(self.settings)
+        return tracker
 
     def step(self, step: Step) -> None:
         if self.started:
@@ -61,21 +119,38 @@ class Trackers:
         self._log({f"dev/{name}": value for name, value in record["dev"].items()}, record["step"])
 
     def finish(self) -> None:
-        for tracker in self.started:
-            tracker.finish()
-        self.started = []
+        for name, tracker in self.started.items():
+            try:
+                tracker.finish()
+            except Exception as error:  # the run's own files are whole
+                self.say(f"`track` {name} was not closed ({_short(error)}); it may lack the last steps.")
+        self.started = {}
 
     def _log(self, values: dict[str, float], step: int) -> None:
-        for tracker in self.started if values else ():
-            tracker.log(values, step=step)
+        for name, tracker in list(self.started.items()) if values else ():
+            try:
+                tracker.log(values, step=step)
+            except Exception as error:
+                del self.started[name]
+                self.notes.append(
+                    f"`track` {name} failed at step {step} ({_short(error)}); the run goes on without it."
+                )
+                self.say(self.notes[-1])
+
+
+def _short(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
 
 
 def check(names: Sequence[str]) -> None:
     """Raises MissingPackage, a UserError, for a tracker that is not installed."""
     for name in names:
-        if find_spec(name) is None:
+        found = find_spec(name)
+        if found is None or found.origin is None:  # a folder of that name, as W&B itself makes, is no package
             raise MissingPackage(
                 f"`track` {name} needs the package {name}, which is not installed: pip install {name}."
             )
-    with needs("track"):
-        import accelerate  # noqa: F401
+    if names:
+        with needs("track"):
+            import accelerate  # noqa: F401

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import io
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 import metazo
 from metazo.errors import UserError
+from metazo.io.terminal import Console
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import run_settings
+from metazo.steplog.writer import StepLog
 
 SMALL = {
     "model": "pico", "task": "pico_sentiment", "lr": 1e-4, "steps": 4, "batch_size": 4, "train_examples": 16,
@@ -62,3 +69,86 @@ def test_an_absent_tracker_is_one_sentence_before_anything_is_written(tmp_path: 
     with pytest.raises(UserError, match="`track` mlflow needs the package mlflow, .*: pip install mlflow"):
         run_settings(FinetuneConfig(**SMALL, out=tmp_path / "run", track=["mlflow"]))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def tracker(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """A tracker of accelerate's kind in the place of W&B's, whose package tests do not need: what it was given and sent."""
+    tracking = pytest.importorskip("accelerate.tracking")
+    seen: dict[str, Any] = {"starts": [], "sent": [], "refuses": None, "fails at": None}
+
+    class Plain(tracking.GeneralTracker):
+        name, requires_logging_directory, main_process_only = "wandb", False, False
+        tracker = None
+
+        def __init__(self, run_name: str, **given: Any):
+            super().__init__()
+            seen["starts"].append(given)
+
+        def start(self) -> None:
+            if seen["refuses"]:
+                raise ConnectionError(seen["refuses"])
+
+        def log(self, values: dict, step: int | None = None, **more: Any) -> None:
+            if step == seen["fails at"]:
+                raise ConnectionError("no route to the server")
+            if "train/loss" in values:
+                seen["sent"].append(step)
+
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", Plain)
+    monkeypatch.setattr("metazo.runs.track.find_spec", lambda name: SimpleNamespace(origin="here"))
+    yield seen
+
+
+def test_a_tracker_that_does_not_start_leaves_nothing_behind(tmp_path: Path, tracker: dict[str, Any]) -> None:
+    tracker["refuses"] = "no API key"
+    with pytest.raises(UserError, match=r"`track` wandb does not start \(ConnectionError: no API key\): set it up"):
+        run_settings(FinetuneConfig(**SMALL, out=tmp_path / "run", track=["wandb"]))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tracker_that_fails_on_the_way_is_left_out(tmp_path: Path, tracker: dict[str, Any]) -> None:
+    tracker["fails at"] = 3
+    summary = run_settings(FinetuneConfig(**SMALL, out=tmp_path / "run", track=["wandb"]))
+    assert tracker["sent"] == [1, 2]
+    assert "`track` wandb failed at step 3 (ConnectionError: no route to the server)" in "".join(summary["notes"])
+    assert summary["test"] == run_settings(FinetuneConfig(**SMALL))["test"]
+
+
+@pytest.mark.parametrize("optimizer", ["mezo", "first-order-adamw"])
+def test_a_resumed_run_goes_on_in_the_same_run_of_the_tracker(
+    tmp_path: Path, tracker: dict[str, Any], monkeypatch: pytest.MonkeyPatch, optimizer: str
+) -> None:
+    class Death(BaseException):
+        pass
+
+    def dies(log: StepLog, step: Any) -> None:
+        if step.step == 2:
+            raise Death
+        append(log, step)
+
+    append = StepLog.append
+    config = FinetuneConfig(**{**SMALL, "optimizer": optimizer}, out=tmp_path / "run", track=["wandb"])
+    with monkeypatch.context() as patched:
+        patched.setattr(StepLog, "append", dies)
+        with pytest.raises(Death):
+            run_settings(config)
+    console = Console(file=io.StringIO(), width=400)
+    config.resume = True
+    run_settings(config, console)
+    first, second = tracker["starts"]
+    assert first == second and first["resume"] == "allow" and len(first["id"]) == 8
+    replayed = optimizer == "mezo"
+    assert tracker["sent"] == [1, 2, 3, 4] if replayed else [1, 2, 1, 2, 3, 4]  # W&B keeps one value for each step
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert ("Trackers go on after step 2; steps that a kill kept them from sending" in shown) == replayed
+
+
+def test_a_folder_of_its_name_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """W&B makes a folder `wandb` where it runs."""
+    if "mlflow" in sys.modules:
+        pytest.skip("mlflow is installed")
+    (tmp_path / "mlflow").mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    with pytest.raises(UserError, match="`track` mlflow needs the package mlflow"):
+        run_settings(FinetuneConfig(**SMALL, out=tmp_path / "run", track=["mlflow"]))
