@@ -24,10 +24,12 @@ from metazo.errors import UserError
 from metazo.feedback.jacobian import HELD_OUT, fit_jacobian
 from metazo.feedback.tuner import FeedbackTuner, describe
 from metazo.io.files import is_file, opened, write_whole
+from metazo.io.lock import NAME as LOCK
 from metazo.io.lock import FolderLock
 from metazo.io.terminal import Console
 from metazo.meta.feedback_config import FeedbackConfig
 from metazo.models.load import LoadedModel, load_model
+from metazo.runs.interrupt import Interrupted
 from metazo.runs.method import resolve_device
 from metazo.tasks import Prepared, Task, books, in_memory, prepare, resolve
 from metazo.tasks.prepared import last_logits
@@ -43,18 +45,34 @@ def learn_feedback(config: FeedbackConfig, *, console: Console | None = None) ->
 
     Returns: the tuner as written. Its scores have, per block from the lowest up, the cosine of the exact errors of held-out
     texts with the skip rule's and with the fitted map's.
-    Raises UserError for bad settings, too few texts, a model without a residual stream, or a folder that is not empty.
+    Raises UserError for bad settings, too few texts, a model without a residual stream, or a folder that is not empty or in
+    use; Interrupted after SIGINT, with nothing written.
     """
-    if config.texts < HELD_OUT * config.batch_size:
+    if -(-config.texts // config.batch_size) < HELD_OUT:
         raise UserError(
-            f"`texts` {config.texts} makes fewer than {HELD_OUT} batches of `batch_size` {config.batch_size}; give more texts."
+            f"`texts` {config.texts} makes fewer than {HELD_OUT} batches of `batch_size` {config.batch_size}; give more texts, "
+            f"at least {(HELD_OUT - 1) * config.batch_size + 1}."
         )
-    if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
-        raise UserError(f"`out` {config.out} is not an empty folder; choose another.")
+    FolderLock(config.out).check()
+    _check_empty(config.out)
+    with FolderLock(config.out):
+        _check_empty(config.out)  # another process may have filled it in between
+        try:
+            return _fit(config, console)
+        except KeyboardInterrupt:
+            raise Interrupted("SIGINT in the middle of the fit, of which nothing is written; start it again.") from None
+
+
+def _check_empty(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(path.name != LOCK for path in out.iterdir())):
+        raise UserError(f"`out` {out} is not an empty folder; choose another.")
+
+
+def _fit(config: FeedbackConfig, console: Console | None) -> FeedbackTuner:
     device = resolve_device(config.device)
     loaded = load_model(config.model, dtype=config.dtype, device=device, seed=config.seed, num_labels=2)
     info = describe(loaded.model, loaded.name)
-    losses, source, count = _losses(config, loaded, device)
+    losses, source, count = _losses(config, loaded, device, console)
     if console is not None:
         console.print(f"Fitting maps of {len(info.blocks) - 1} blocks on {count:,} texts of {source}.", soft_wrap=True)
     cosines: dict[int, tuple[float, float]] = {}
@@ -70,17 +88,16 @@ def learn_feedback(config: FeedbackConfig, *, console: Console | None = None) ->
         for place, kind in enumerate(kinds)
     }
     tuner = FeedbackTuner(maps, info)
-    with FolderLock(config.out):
-        tuner.save(config.out / TUNER)
-        settings = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}
-        write_whole(config.out / CONFIG, (json.dumps({"learn": "feedback", **settings}, indent=1) + "\n").encode())
+    tuner.save(config.out / TUNER)
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}
+    write_whole(config.out / CONFIG, (json.dumps({"learn": "feedback", **settings}, indent=1) + "\n").encode())
     if console is not None:
         console.print(f"Wrote {config.out / TUNER}.", soft_wrap=True)
     return FeedbackTuner.load(config.out / TUNER)
 
 
 def _losses(
-    config: FeedbackConfig, loaded: LoadedModel, device: torch.device
+    config: FeedbackConfig, loaded: LoadedModel, device: torch.device, console: Console | None
 ) -> tuple[list[Callable[[], Tensor]], str, int]:
     """The loss of each batch of one source's texts, what the texts are called, and their number."""
     tasks, data, source = _sources(config)
@@ -88,13 +105,16 @@ def _losses(
     count = 0
     for task in tasks:
         prepared = _prepared(task, config, data, loaded, -(-config.texts // len(tasks)))
+        for note in prepared.notes if console is not None else ():
+            console.print(f"note: {note}", soft_wrap=True)
         examples = sorted(prepared.train, key=len)[: config.texts - count]
         count += len(examples)
         for start in range(0, len(examples), config.batch_size):
             losses.append(_loss(config, prepared, loaded, examples[start : start + config.batch_size], device))
     if len(losses) < HELD_OUT:
         raise UserError(
-            f"`data` gives {count} texts, fewer than {HELD_OUT} batches of {config.batch_size}; give more texts."
+            f"`data` gives {count} texts, fewer than {HELD_OUT} batches of {config.batch_size}; give more texts, or a smaller "
+            "`batch_size`."
         )
     random.Random(config.seed).shuffle(losses)
     return losses, source, count
@@ -123,7 +143,15 @@ def _prompts(path: Path) -> list[str]:
     """The lines of a .txt file that are not blank, or the column `text` of a table."""
     if path.suffix == ".txt":
         with opened(path, "file of prompts") as file:
-            return [line.strip() for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]
+            content = file.read()
+        try:
+            found = [line.strip() for line in content.decode("utf-8-sig").splitlines() if line.strip()]
+        except UnicodeDecodeError as error:
+            line = content[: error.start].count(b"\n") + 1
+            raise UserError(f"`data` {path} is not text in UTF-8 (line {line}); save it as UTF-8.") from error
+        if not found:
+            raise UserError(f"`data` {path} has no line with text; give a file of prompts, one per line.")
+        return found
     table = Task(name="prompts", kind="generation", prompt="{text}", answer="text", files={"train": str(path)})
     source = load(table, "train", None)
     return [str(source.rows[index]["text"]) for index in source.usable]

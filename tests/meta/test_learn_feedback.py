@@ -16,6 +16,7 @@ from metazo.feedback.tuner import FeedbackTuner
 from metazo.meta.feedback_config import FeedbackConfig
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import run_settings
+from metazo.runs.interrupt import Interrupted
 
 SMALL = {"texts": 16, "batch_size": 4, "rank": 2, "max_length": 24}
 
@@ -110,3 +111,40 @@ def test_bad_settings(tiny, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="`rank` is 4096 and the model"):
         learn(model, tmp_path / "x", rank=4096)
     assert not (tmp_path / "x").exists()
+
+
+def test_what_is_no_text_in_utf_8_is_refused_by_line(tiny, tmp_path: Path) -> None:
+    for name, content, words in (
+        ("latin.txt", "one\ntwo\ncafé\n".encode("latin-1"), r"latin\.txt is not text in UTF-8 \(line 3\)"),
+        ("utf16.txt", "one\ntwo\n".encode("utf-16"), r"utf16\.txt is not text in UTF-8 \(line 1\)"),
+        ("blank.txt", b"\n \n", r"blank\.txt has no line with text"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=words):
+            learn(tiny("llama"), tmp_path / "x", data=tmp_path / name)
+    assert not (tmp_path / "x").exists()
+    (tmp_path / "mark.txt").write_text("\ufeff" + "\n".join(f"prompt number {n}" for n in range(20)))
+    (tmp_path / "plain.txt").write_text("\n".join(f"prompt number {n}" for n in range(20)))
+    scores = [
+        learn(tiny("llama"), tmp_path / name, data=tmp_path / f"{name}.txt").info.scores for name in ("mark", "plain")
+    ]
+    assert scores[0] == scores[1]
+
+
+def test_a_second_fit_in_the_folder_is_refused_and_an_interrupted_one_leaves_nothing(
+    tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = []
+
+    def in_the_middle(*args, **kwargs):
+        with pytest.raises(UserError, match="is in use by process"):
+            learn(tiny("llama"), tmp_path / "x", seed=1)
+        said.append("refused")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("metazo.meta.learn_feedback.fit_jacobian", in_the_middle)
+        with pytest.raises(Interrupted, match="of which nothing is written; start it again"):
+            learn(tiny("llama"), tmp_path / "x")
+    assert said == ["refused"] and not (tmp_path / "x").exists()
+    learn(tiny("llama"), tmp_path / "x")
