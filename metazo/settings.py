@@ -133,7 +133,9 @@ def build(config: type[Config], *layers: Mapping[str, Any]) -> Config:
         return _checker(config).validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"]) or "settings"
+        name = (
+            ".".join(part for part in first["loc"] if isinstance(part, str)) or "settings"
+        )  # without places in a list
         if first["type"] in ("missing", "missing_argument"):
             raise UserError(f"`{name}` is required.") from error
         raise UserError(

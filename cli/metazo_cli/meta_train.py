@@ -71,7 +71,8 @@ def _settings(
     learn: str | None, config: Path | None, values: dict[str, Any]
 ) -> MetaConfig | HorizonConfig | FeedbackConfig:
     """The settings of what is learned. Raises UserError for a setting that belongs to the other kinds alone."""
-    recipe = read_recipe(locate(str(config))) if config else {}
+    path = locate(str(config)) if config else None
+    recipe = read_recipe(path) if path else {}
     learn = learn or str(recipe.pop("learn", "scale"))
     recipe.pop("learn", None)
     if learn not in ("scale", "feedback"):
@@ -83,7 +84,7 @@ def _settings(
     for key in (*recipe, *given):
         if key not in known and any(key in other.__dataclass_fields__ for other in CONFIGS.values()):
             raise UserError(f"`{key}` does not go with {FLAGS[learn]}; leave it out.")
-    return options.build(CONFIGS[learn], recipe, given)  # type: ignore[return-value]
+    return options.build_from(CONFIGS[learn], path, recipe, given)  # type: ignore[return-value]
 
 
 _scale = [item.name for item in options.fields(MetaConfig)]

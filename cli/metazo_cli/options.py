@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 
+from metazo.errors import UserError
 from metazo.recipes import locate
 from metazo.settings import build, help_of, read_recipe
 
@@ -94,4 +95,22 @@ def settings(
 ) -> Config:
     """The config from a recipe and flags. A flag overrides the recipe, and both override the settings of a resumed run."""
     flagged = {key: value for key, value in values.items() if value is not None and value != []}
-    return build(config, began or {}, read_recipe(locate(str(recipe))) if recipe else {}, flagged)
+    path = locate(str(recipe)) if recipe else None
+    return build_from(config, path, read_recipe(path) if path else {}, flagged, began or {})
+
+
+def build_from(
+    config: type[Config],
+    path: Path | None,
+    recipe: Mapping[str, Any],
+    flagged: Mapping[str, Any],
+    *before: Mapping[str, Any],
+) -> Config:
+    """`build`; a setting of the recipe is called by its name there and not by its flag."""
+    try:
+        return build(config, *before, recipe, flagged)
+    except UserError as error:
+        found = re.match(r"[`'](\w+)(?:\.\w+)*[`']", str(error))
+        if found is None or found[1] not in recipe or found[1] in flagged:
+            raise
+        raise UserError(f"recipe {path}: {found[1]}{str(error)[found.end() :]}") from error

@@ -56,7 +56,7 @@ def run(job: Job) -> Result:
     except Interrupted:
         raise
     except Diverged as error:
-        status, reason = "diverged", f"Diverged: {error}"
+        status, reason = "diverged", f"Diverged: {error.what}"
     except UserError as error:
         reason = str(error)
     except Exception as error:  # a method, a driver or a full disk may raise anything, and the other runs must continue

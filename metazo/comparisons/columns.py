@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -61,21 +61,28 @@ class Column:
                 f"Column {self.name!r}: method is {shown(given)}, and must be a mapping of hyperparameters."
             )
         chosen = {**given, **{key: plain.pop(key) for key in list(plain) if key in own}}
-        known = [name for name in FinetuneConfig.__dataclass_fields__ if name not in RESERVED]
-        for key in plain:
-            if key == "patience" and plain[key] is not None:
-                raise UserError(
-                    f"Column {self.name!r}: `patience` ends runs before their budget, and a comparison gives every run "
-                    "the same budget; leave it out."
-                )
-            if key in RESERVED:
-                raise UserError(f"Column {self.name!r}: {key!r} is set by the grid for all columns, not in options.")
-            if key not in known:
-                raise UserError(
-                    f"Column {self.name!r}: {key!r} is neither a setting of a run nor a hyperparameter of "
-                    f"{self.optimizer}{_nearest(key, [*known, *own])}."
-                )
+        kinds = (
+            f"neither a setting of a run nor a hyperparameter of {self.optimizer}" if own else "not a setting of a run"
+        )
+        check_settings(f"Column {self.name!r}", plain, kinds, own)
         return plain | ({"method": chosen} if chosen else {})
+
+
+def check_settings(
+    where: str, settings: Mapping[str, Any], unknown: str = "not a setting of a run", own: Iterable[str] = ()
+) -> None:
+    """Raises UserError for settings that the runs of a comparison cannot have. where: what holds them, for the message."""
+    known = [name for name in FinetuneConfig.__dataclass_fields__ if name not in RESERVED]
+    for key, value in settings.items():
+        if key == "patience" and value is not None:
+            raise UserError(
+                f"{where}: `patience` ends runs before their budget, and a comparison gives every run the same budget; "
+                "leave it out."
+            )
+        if key in RESERVED:
+            raise UserError(f"{where}: {key!r} is set by the grid for all columns, not in options.")
+        if key not in known:
+            raise UserError(f"{where}: {key!r} is {unknown}{_nearest(key, [*known, *own])}.")
 
 
 MOST_COLUMNS = 1000

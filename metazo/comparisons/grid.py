@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
-from metazo.comparisons.columns import ZERO_SHOT, Column, resolve
+from metazo.comparisons.columns import Column, check_settings, resolve
 from metazo.errors import UserError
 from metazo.io.files import write_whole
 from metazo.runs.config import FinetuneConfig
@@ -94,7 +94,7 @@ class Grid:
         if self.lrs is not None and (not self.lrs or min(self.lrs) <= 0):
             raise UserError(f"`lrs` is a list of numbers above 0, not {self.lrs}.")
         for name in ("config", "search_config"):
-            Column(name, ZERO_SHOT, getattr(self, name)).settings()
+            check_settings(name, {key.replace("-", "_"): value for key, value in getattr(self, name).items()})
         self.resolved = resolve(self.columns, self.tuner)
 
     def _check_gpus(self) -> None:

@@ -48,9 +48,11 @@ def read_json(path: Path, what: str, limit: int = MAX_JSON_BYTES, finite: bool =
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key is given twice")
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {shown(key)} is given twice")
+        found[key] = value
     return found
 
 
@@ -95,7 +97,11 @@ class Loader(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         found = super().construct_mapping(node, deep)
         if len(found) < len(node.value):
-            raise yaml.MarkedYAMLError(problem="a key is given twice", problem_mark=node.start_mark)
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            place = next(place for place, key in enumerate(keys) if key in keys[:place])
+            raise yaml.MarkedYAMLError(
+                problem=f"the key {shown(keys[place])} is given twice", problem_mark=node.value[place][0].start_mark
+            )
         return found
 
 

@@ -90,14 +90,16 @@ def _won(analysis: Analysis) -> str:
     if not ranked:
         return "No method that learns from forward passes alone finished all its runs, so no method won."
     (best, found), others = ranked[0], ranked[1:]
+    counted, every = len(analysis.tasks), len(data.tasks)
+    on = f" on the {counted} of {every} tasks that count ({listed(analysis.tasks)})" if counted < every else ""
     if not others:
         return (
-            f"Only {best} learns from forward passes alone and finished on every task: {amount(analysis, found.mean)}."
+            f"Only {best} learns from forward passes alone and finished every run{on}: {amount(analysis, found.mean)}."
         )
     among = "Of the methods that learn from forward passes alone, " if _has_gradients(analysis) else ""
     plain = ", the reference method," if best == data.reference else ""
     random = ", whose scales are random numbers," if data.family(best) == CONTROL else ""
-    text = f"{among}{best}{plain}{random} came first: {amount(analysis, found.mean)}, against "
+    text = f"{among}{best}{plain}{random} came first{on}: {amount(analysis, found.mean)}, against "
     shown = loss if analysis.measure == "loss" else share
     base = next((value for column, value in others if column == data.reference), None)
     if base is None:

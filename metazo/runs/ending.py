@@ -125,9 +125,11 @@ class Ending(ABC):
         sound = [record["step"] for record in self.scores.records if self.scores.usable(record)]
         where = f"the last sound evaluation is that of step {sound[-1]}" if sound else "no evaluation is sound"
         how = f": metazo replay {self.log.path} --base {config.model} --to STEP --out FOLDER gives the weights of any step"
+        what = f"The run diverged: after step {last} {wrong}"
         raise Diverged(
-            f"The run diverged: after step {last} {wrong}; {advice} and choose another `out`. The step log is complete and "
-            f"{where}{how if self.optimizer.replayable and config.out else ''}."
+            f"{what}; {advice} and choose another `out`. The step log is complete and {where}"
+            f"{how if self.optimizer.replayable and config.out else ''}.",
+            f"{what}; {advice}.",
         )
 
     def _stopped_early(self) -> list[str]:

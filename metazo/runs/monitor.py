@@ -28,7 +28,14 @@ WIDE_ERROR, NARROW_ERROR = 8, 1
 
 
 class Diverged(UserError):
-    """A run whose losses or weights are no longer finite. Its step log is intact."""
+    """A run whose losses or weights are no longer finite. Its step log is intact.
+
+    what: what happened, without the advice for the run's folder, which a comparison removes.
+    """
+
+    def __init__(self, message: str, what: str):
+        super().__init__(message)
+        self.what = what
 
 
 class Watch:
@@ -88,10 +95,14 @@ class Watch:
         if self.bad == 1:
             self.say(f"Step {step.step + 1} was skipped because a loss was {found}: {explain()}")
         if self.bad >= self.config.max_bad_steps:
-            raise Diverged(
+            what = (
                 f"The run stopped at step {step.step + 1}: the losses of {self.bad} steps in a row were not finite or above "
-                f"`max_loss` {self.config.max_loss:g}, the last {found}; {explain()} The weights are those before these "
-                "steps, and the log is intact: metazo replay --to STEP gives the weights of any step."
+                f"`max_loss` {self.config.max_loss:g}, the last {found}; {explain()}"
+            )
+            raise Diverged(
+                f"{what} The weights are those before these steps, and the log is intact: metazo replay --to STEP gives the "
+                "weights of any step.",
+                what,
             )
 
     def _divergence(self) -> tuple[str, str] | None:

@@ -188,6 +188,29 @@ def test_demo(tmp_path):
     assert "left alone" in refused("demo", "--out", str(tmp_path / "mine"), "--overwrite")
 
 
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("columns: mezo", "r.yaml: columns is 'mezo': Input should be a valid list."),
+        ("columns: [mezo]\nseeds: -2", "r.yaml: seeds must be at least 1, not -2."),
+        ("seedz: 3", "r.yaml: seedz is not a setting; the settings are model, tasks"),
+        (
+            "columns: [mezo]\nconfig: {batch_sizes: 4}",
+            "error: config: 'batch_sizes' is not a setting of a run (did you mean batch_size",
+        ),
+    ],
+)
+def test_a_setting_of_a_recipe_is_called_by_its_name_there(tmp_path, content, sentence):
+    (tmp_path / "r.yaml").write_text(f"tasks: [pico_topic]\nbudget: 4\n{content}\n")
+    said = refused("compare", str(tmp_path / "r.yaml"), "--model=pico", "--out", str(tmp_path / "out"))
+    assert sentence in " ".join(said.split())
+
+
+def test_an_entry_of_a_list_has_the_flags_name(tmp_path):
+    said = refused("finetune", "--model=pico", "--task=pico_topic", "--track=nosuch", "--out", str(tmp_path / "out"))
+    assert "--track is 'nosuch': Input should be 'tensorboard'" in " ".join(said.split())
+
+
 def test_env_tasks_recipes_version():
     found = json.loads(metazo("env", "--json").stdout)
     assert found["torch"].startswith("2.") and found["kernels' vectors"] in ("128 bits", "256 bits", "512 bits")

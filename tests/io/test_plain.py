@@ -50,7 +50,7 @@ def test_json_within_them(tmp_path: Path) -> None:
         ("a: " + deep(70), "nested more than 64"),
         ("a: " + deep(5_000), "nested too deeply"),
         ("a: &x [1]\nb: [*x, *x]", "anchor or alias"),
-        ("a: 1\na: 2", "given twice"),
+        ("a: 1\nb: {c: 1}\na: 2", "line 3 is not valid YAML: the key 'a' is given twice"),
         ("a: 1" + "0" * 400, "more than 256 bits"),
         ("a: " + "x" * 200_000, "larger than the 131,072 bytes"),
     ],

@@ -12,6 +12,7 @@ from metazo.report import costs, tables
 from metazo.report.analysis import Analysis, band
 from metazo.report.build import build
 from metazo.report.comparison import Comparison
+from metazo.report.story import story
 from metazo.report.table import Table, loss
 from tests.report import synthetic
 from tests.report.synthetic import Column
@@ -125,6 +126,10 @@ def test_tasks_that_show_nothing_do_not_count(tmp_path: Path):
     assert "gradients" in analysis.verdicts[1].reason and "mezo" in analysis.verdicts[2].reason
     assert dict(analysis.ranking)["mezo"].mean == 0.5
     assert row(tables.tasks(analysis), "hopeless")[4] == "no"
+    won = story(analysis, analysis).won
+    assert (
+        "Only mezo learns from forward passes alone and finished every run on the 1 of 3 tasks that count (good)" in won
+    )
 
 
 def test_accuracy_must_beat_the_commonest_class_by_two_standard_errors(tmp_path: Path):
