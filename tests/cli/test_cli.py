@@ -196,7 +196,7 @@ def test_demo(tmp_path):
         ("seedz: 3", "r.yaml: seedz is not a setting; the settings are model, tasks"),
         (
             "columns: [mezo]\nconfig: {batch_sizes: 4}",
-            "error: config: 'batch_sizes' is not a setting of a run (did you mean batch_size",
+            "config: 'batch_sizes' is not a setting of a run (did you mean",
         ),
     ],
 )
