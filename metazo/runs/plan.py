@@ -65,10 +65,16 @@ def plan(
         f"{config.batch_size} examples",
         "precision": _precision(config, optimizer, trained),
         "memory": f"weights {_held(model)}, optimizer {size(state_bytes(optimizer))}, and the activations of one batch",
-        "disk": f"at most {size(disk['most'])}: best weights {size(disk['best'])} and snapshot {size(disk['snapshots'])} until "
-        f"the end, then the tuned model {size(disk['model'])}; log {size(disk['log'])}",
+        "disk": f"at most {size(disk['most'])}: {_files(disk)}; log {size(disk['log'])}",
         "bytes on disk": disk["most"],
     }
+
+
+def _files(disk: dict[str, int]) -> str:
+    """The large files of a run in words."""
+    names = {"best": "best weights", "snapshots": "snapshot"}
+    before = [f"{words} {size(disk[name])}" for name, words in names.items() if disk[name]]
+    return (f"{' and '.join(before)} until the end, then " if before else "") + f"the tuned model {size(disk['model'])}"
 
 
 def _held(model: nn.Module) -> str:
