@@ -105,8 +105,9 @@ def _losses(
     count = 0
     for task in tasks:
         prepared = _prepared(task, config, data, loaded, -(-config.texts // len(tasks)))
-        for note in prepared.notes if console is not None else ():
-            console.print(f"note: {note}", soft_wrap=True)
+        for note in prepared.notes:
+            if console is not None:
+                console.print(f"note: {note}", soft_wrap=True)
         examples = sorted(prepared.train, key=len)[: config.texts - count]
         count += len(examples)
         for start in range(0, len(examples), config.batch_size):

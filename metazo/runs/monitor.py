@@ -30,12 +30,12 @@ WIDE_ERROR, NARROW_ERROR = 8, 1
 class Diverged(UserError):
     """A run whose losses or weights are no longer finite. Its step log is intact.
 
-    what: what happened, without the advice for the run's folder, which a comparison removes.
+    what: what happened, without the advice for the run's folder, which a comparison removes; by default the message.
     """
 
-    def __init__(self, message: str, what: str):
+    def __init__(self, message: str, what: str | None = None):
         super().__init__(message)
-        self.what = what
+        self.what = what or message
 
 
 class Watch:
