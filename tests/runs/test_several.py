@@ -30,7 +30,7 @@ from tests import warm
 
 SETTINGS: dict[str, Any] = {
     "model": "pico", "task": "pico_sentiment", "steps": 6, "batch_size": 5, "train_examples": 8, "dev_examples": 8,
-    "test_examples": 4, "eval_batch_size": 2, "eval_every": 3, "snapshot_every": 2, "lr": 1e-4, "rank_timeout": 60.0,
+    "test_examples": 4, "eval_batch_size": 2, "eval_every": 3, "snapshot_every": 2, "lr": 1e-4, "rank_timeout": 250.0,
 }  # fmt: skip
 PROBES: dict[str, Any] = {"optimizer": "es", "method": {"population": 4}, "probe_ranks": 2}
 ATOL = 1e-5  # of weights and losses after 6 steps, for another number of processes at the same batch
