@@ -40,7 +40,8 @@ def weights_hash(tensors: Iterable[tuple[str, Tensor]], *, at_once: bool = True)
 
     def row(item: tuple[str, Tensor]) -> str:
         name, tensor = item
-        if (kept := getattr(tensor, "stored_sha256", None)) is not None:  # its form in memory has no fixed bytes
+        kept = getattr(getattr(tensor, "quant_state", None), "stored_sha256", None)
+        if kept is not None:  # its form in memory has no fixed bytes
             return json.dumps([name, kept])
         return json.dumps([name, list(tensor.shape), str(tensor.dtype), sha256(_bytes(tensor)).hexdigest()])
 

@@ -15,7 +15,7 @@ from metazo.models.checks import check_config
 from metazo.models.describe import RECORD, describe
 from metazo.models.embedded import ADAPTERS, EMBEDDED
 from metazo.models.load import DTYPES, LoadedModel, load_model
-from metazo.models.quantize import quantised
+from metazo.models.quantize import quantised, remember_stored
 from metazo.models.select import select_trainable
 from metazo.models.tokenizer import context_length, set_pad
 from metazo.models.wanted import Wanted
@@ -157,6 +157,7 @@ def as_loaded(model: Any, tokenizer: Any = None) -> LoadedModel:
     if tokenizer is not None:
         context = context_length(inner, tokenizer)
         set_pad(tokenizer, inner)
+    remember_stored(model)
     return LoadedModel(model.eval(), tokenizer, kind, f"memory:{name}", dtype, context)  # type: ignore[arg-type]
 
 

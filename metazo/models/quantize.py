@@ -132,11 +132,13 @@ def check_shapes(model: nn.Module) -> None:
 
 def remember_stored(model: nn.Module) -> None:
     """Keep the hash of every bitsandbytes parameter as it was loaded, for `metazo.io.tensorfile.weights_hash`: the kernels of
-    a CPU rearrange the stored numbers at the first use.
+    a CPU rearrange the stored numbers at the first use. A hash that is kept already stays.
     """
     for _, parameter in model.named_parameters():
-        if getattr(parameter, "quant_state", None) is not None:
-            parameter.stored_sha256 = weights_hash((str(place), part) for place, part in enumerate(stored(parameter)))  # type: ignore[attr-defined]
+        state = getattr(parameter, "quant_state", None)
+        if state is not None and not hasattr(state, "stored_sha256"):
+            # on the state, which copies of the parameter share: peft replaces the weights under DoRA by copies
+            state.stored_sha256 = weights_hash((str(place), part) for place, part in enumerate(stored(parameter)))
 
 
 def expect_bytes(model: nn.Module, kind: str) -> None:

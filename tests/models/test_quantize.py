@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -18,10 +19,11 @@ from metazo.errors import UserError
 from metazo.models.assemble import load
 from metazo.models.embedded import PICO
 from metazo.models.load import load_model
+from metazo.models.parts import hash_of
 from metazo.models.quantize import bytes_of, quantised, quantization
 from metazo.models.skeleton import skeleton
 from metazo.runs.config import FinetuneConfig
-from metazo.runs.finetune import run_settings
+from metazo.runs.finetune import run_settings, tune
 from metazo.runs.replay import replay
 from metazo.runs.setup import set_up
 from metazo.settings import build
@@ -152,6 +154,40 @@ def test_nf4_end_to_end(wide: Path, tmp_path: Path, dtype: str) -> None:
     setup = set_up(config(tmp_path / "again", **settings))
     assert setup.plan(setup.config)["trained weights"] == f"{setup.trained:,} of {whole + setup.trained:,}"
     assert replay(tmp_path / "run" / "steps.jsonl", str(wide)).identical
+
+
+def stopped(out: Path, **extra) -> None:
+    """A run that ends after its second step."""
+
+    def stop(step) -> None:
+        if step.step == 1:
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        tune(config(out, **extra), on_step=stop, plot=False)
+
+
+def test_nf4_under_dora_is_hashed_as_it_is_on_disk(wide: Path, tmp_path: Path) -> None:
+    """peft replaces the weights under DoRA, and bitsandbytes their form at the first forward pass."""
+    plain = load_model(wide, quantize="nf4")
+    plain.model.save_pretrained(tmp_path / "q")
+    plain.tokenizer.save_pretrained(tmp_path / "q")
+    dora = {"lora": 0, "adapter": "dora", "adapter_rank": 2}
+    for name, extra in (
+        ("fresh", {"model": str(wide), "quantize": "nf4", **dora}),
+        ("saved", {"model": str(tmp_path / "q"), **dora}),
+        ("on", {"model": str(tmp_path / "fresh"), "lora": 0, "adapter": "continue"}),
+    ):
+        model = set_up(config(tmp_path / "x", **extra)).loaded.model
+        states = [p.quant_state for p in model.parameters() if hasattr(p, "quant_state")]
+        assert len(states) == 14 and all(hasattr(state, "stored_sha256") for state in states)
+        before = hash_of(model)
+        with torch.inference_mode():
+            model(torch.arange(3, 20)[None])
+        assert before == hash_of(model) == hash_of(copy.deepcopy(model))
+        stopped(tmp_path / name, **extra)
+        assert run_settings(config(tmp_path / name, resume=True, **extra))["steps"] == 4
+        assert replay(tmp_path / name / "steps.jsonl", extra["model"]).identical
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
