@@ -15,7 +15,7 @@ from metazo.models.checks import check_config
 from metazo.models.describe import RECORD, describe
 from metazo.models.embedded import ADAPTERS, EMBEDDED
 from metazo.models.load import DTYPES, LoadedModel, load_model
-from metazo.models.quantize import quantised, remember_stored
+from metazo.models.quantize import quantised, remember_stored, repeated
 from metazo.models.select import select_trainable
 from metazo.models.tokenizer import context_length, set_pad
 from metazo.models.wanted import Wanted
@@ -158,7 +158,8 @@ def as_loaded(model: Any, tokenizer: Any = None) -> LoadedModel:
         context = context_length(inner, tokenizer)
         set_pad(tokenizer, inner)
     remember_stored(model)
-    return LoadedModel(model.eval(), tokenizer, kind, f"memory:{name}", dtype, context)  # type: ignore[arg-type]
+    _, quantize = repeated(inner, dtype)
+    return LoadedModel(model.eval(), tokenizer, kind, f"memory:{name}", dtype, context, quantize=quantize)  # type: ignore[arg-type]
 
 
 def base_of(name_or_path: str | Path, revision: str | None = None) -> tuple[str, str | None]:

@@ -21,13 +21,16 @@ class AdapterFiles:
     """What peft does not write beside the adapters: the record, and the base model's name as it was given.
 
     peft names the folder of this machine that the base model was loaded from. It looks for a name on the Hub while it
-    saves, so the name is put into its files afterwards.
+    saves, so the name is put into its files afterwards. base: None for a model in memory, of which peft's name is all there is.
     """
 
-    def __init__(self, record: dict[str, Any], base: str, revision: str | None = None):
+    def __init__(self, record: dict[str, Any], base: str | None, revision: str | None = None):
         self.record, self.base, self.revision = record, base, revision
 
     def save_pretrained(self, folder: str | Path) -> None:
+        (Path(folder) / RECORD).write_text(json.dumps(self.record, indent=1) + "\n")
+        if self.base is None:
+            return
         path, card = Path(folder) / "adapter_config.json", Path(folder) / "README.md"
         settings = json.loads(path.read_text())
         there = settings["base_model_name_or_path"]
@@ -35,13 +38,13 @@ class AdapterFiles:
         path.write_text(json.dumps(settings | named, indent=2) + "\n")
         if there and card.is_file():
             card.write_text(card.read_text().replace(there, self.base))
-        (Path(folder) / RECORD).write_text(json.dumps(self.record, indent=1) + "\n")
 
 
 def parts_of(model: Any, tokenizer: Any, base: str, record: dict[str, Any], revision: str | None = None) -> list[Any]:
     """What is saved of a tuned model, in order: each has a save_pretrained. base, revision: of the base model."""
-    adapters = hasattr(model, "get_base_model") and not base.startswith("memory:")
-    return [model, tokenizer, *([AdapterFiles(record, base, revision)] if adapters else [])]
+    adapters = hasattr(model, "get_base_model")
+    known = None if base.startswith("memory:") else base
+    return [model, tokenizer, *([AdapterFiles(record, known, revision)] if adapters else [])]
 
 
 def describe(model: Any, record: dict[str, Any]) -> None:

@@ -55,6 +55,24 @@ def quantization(kind: str, dtype: torch.dtype, device: torch.device | str) -> A
     return TorchAoConfig(Int4WeightOnlyConfig(group_size=GROUP, int4_packing_format="tile_packed_to_4d"))
 
 
+def repeated(model: nn.Module, dtype: torch.dtype) -> tuple[bool, str | None]:
+    """Whether a transformers model in memory was quantised when it was loaded, from a checkpoint that is not, and the kind with
+    which `load_model` would do the same again, if there is one.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None or quantizer.pre_quantized:
+        return False, None
+    found = quantizer.quantization_config.to_dict()
+    for kind in ("int8", "int4", "nf4"):
+        try:
+            made = quantization(kind, dtype, next(model.parameters()).device)
+        except UserError:  # not on this device, or a package that is not installed
+            continue
+        if found == made.to_dict():
+            return True, kind
+    return True, None
+
+
 def check_package(config: Any) -> None:
     """Raises MissingPackage if a quantised checkpoint needs a package that is not installed."""
     method = (getattr(config, "quantization_config", None) or {}).get("quant_method")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from metazo.errors import UserError
 from metazo.io.processes import world
 from metazo.models.adapters import PEFT_TYPES
 from metazo.models.load import DTYPES, LoadedModel
-from metazo.models.quantize import quantization
+from metazo.models.quantize import quantization, repeated
 from metazo.models.sentence import SentenceClassifier
 from metazo.optimizers.ranks import share
 from metazo.optimizers.registry import method
@@ -42,6 +44,12 @@ def check_settings(config: FinetuneConfig, given: Given | None = None) -> Object
 def check_saved(config: FinetuneConfig, loaded: LoadedModel) -> None:
     """Raises UserError for adapters that could not be saved at the end."""
     plain = config.merge or config.keep == "none"
+    base: Any = getattr(loaded.model, "get_base_model", lambda: loaded.model)()
+    if loaded.quantize is None and config.out is not None and not plain and repeated(base, loaded.dtype)[0]:
+        raise UserError(
+            "`model` was quantised with settings that metazo does not have, so it could not load the adapters on this base: "
+            "save the quantised model by save_pretrained and give its folder, or load it with metazo.load_model(quantize=...)."
+        )
     for adapter in getattr(loaded.model, "peft_config", {}).values():
         kind = getattr(adapter.peft_type, "value", adapter.peft_type)
         if kind not in PEFT_TYPES and not plain and config.out is not None:

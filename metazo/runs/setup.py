@@ -29,7 +29,7 @@ from metazo.runs.plan import plan, rows_of
 from metazo.runs.preconditions import check_saved, check_settings
 from metazo.runs.resources import free_memory
 from metazo.runs.schedule import number_of_steps
-from metazo.runs.tuned import Given
+from metazo.runs.tuned import MEMORY, Given
 from metazo.steplog.format import STEPS, scan
 from metazo.tasks import Prepared, resolve
 from metazo.tasks.classes import fit_head
@@ -89,7 +89,9 @@ class Setup:
             return [StateFile(self.loaded.model)]
         record = self.prepared.record | ({"quantize": self.loaded.quantize} if self.loaded.quantize else {})
         describe(self.loaded.model, record)
-        base, revision = self.loaded.adapted or (self.config.model, self.config.revision)
+        in_memory = self.config.model.startswith(MEMORY)  # a `LoadedModel` has the name by which it was loaded
+        name = self.loaded.name if in_memory else self.config.model
+        base, revision = self.loaded.adapted or (name, self.config.revision)
         return parts_of(self.loaded.model, self.loaded.tokenizer, base, record, revision)
 
     def plan(self, config: FinetuneConfig) -> dict[str, Any]:

@@ -12,7 +12,15 @@ import torch
 pytest.importorskip("torchao", reason="torchao is not installed")
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    BitsAndBytesConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 import metazo
 from metazo.errors import UserError
@@ -188,6 +196,34 @@ def test_nf4_under_dora_is_hashed_as_it_is_on_disk(wide: Path, tmp_path: Path) -
         stopped(tmp_path / name, **extra)
         assert run_settings(config(tmp_path / name, resume=True, **extra))["steps"] == 4
         assert replay(tmp_path / name / "steps.jsonl", extra["model"]).identical
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_quantised_model_in_memory_is_saved_with_its_quantisation(
+    wide: Path, tmp_path: Path, kind: str, whole: bool
+) -> None:
+    settings = {name: value for name, value in SMALL.items() if name not in ("model", "task")} | {"lr": 1e-2}
+    named = run_settings(config(tmp_path / "named", model=str(wide), quantize=kind, lr=1e-2))
+    loaded = load_model(wide, quantize=kind)
+    given = (loaded, None) if whole else (loaded.model, loaded.tokenizer)
+    tuned = metazo.finetune(given[0], "pico_sentiment", tokenizer=given[1], out=tmp_path / "run", **settings)
+    assert tuned.summary["test"] == named["test"] == metazo.evaluate(tmp_path / "run")
+    records = [json.loads((tmp_path / name / "model/metazo.json").read_text()) for name in ("named", "run")]
+    assert records[0] == records[1] and records[0]["quantize"] == kind
+    assert quantised(load(tmp_path / "run").model)
+    again = (load_model(wide, quantize=kind), None) if whole else (load_model(wide, quantize=kind).model, given[1])
+    assert replay(tmp_path / "run/steps.jsonl", again[0], tmp_path / "again", tokenizer=again[1]).identical
+    assert json.loads((tmp_path / "again/metazo.json").read_text())["quantize"] == kind
+
+
+def test_a_model_in_memory_that_cannot_be_quantised_again_is_refused(wide: Path, tmp_path: Path) -> None:
+    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    model = LlamaForCausalLM.from_pretrained(wide, quantization_config=how, dtype=torch.float32)
+    given = {"tokenizer": load_model(wide).tokenizer, "lora": 2, "steps": 1, "lr": 1e-3, "train_examples": 32}
+    with pytest.raises(UserError, match="`model` was quantised with settings that metazo does not have"):
+        metazo.finetune(model, "pico_sentiment", out=tmp_path / "run", **given)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
