@@ -24,6 +24,7 @@ from torch import nn
 from metazo.errors import UserError
 from metazo.io.extras import needs
 from metazo.models.load import LoadedModel
+from metazo.models.quantize import HEADS, quantised
 from metazo.models.sentence import SentenceClassifier
 from metazo.models.wanted import VIRTUAL, Adapter
 
@@ -52,6 +53,11 @@ def add_adapters(loaded: LoadedModel, adapter: Adapter, seed: int) -> list[str]:
             f"`adapter` {adapter.kind} is made of virtual tokens, which need a causal model, and {loaded.name} is a "
             f"{loaded.kind} model; take lora, dora or ia3."
         )
+    if loaded.kind == "classifier" and (name := next((n for n in quantised(loaded.model) if _of_head(n)), None)):
+        raise UserError(
+            f"the head of {loaded.name} is quantised ({name}) and would be trained beside the adapters; take the checkpoint in "
+            "full precision, of which `quantize` leaves the head as it is."
+        )
     config = _config(peft, loaded, adapter, None if encoder else TASK_TYPES[loaded.kind])
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -68,6 +74,10 @@ def add_adapters(loaded: LoadedModel, adapter: Adapter, seed: int) -> list[str]:
     if adapter.kind in VIRTUAL:
         loaded.context_length -= adapter.rank
     return trained_adapters(loaded.model)
+
+
+def _of_head(name: str) -> bool:
+    return name.split(".")[0] in HEADS
 
 
 def trained_adapters(model: nn.Module) -> list[str]:

@@ -20,7 +20,15 @@ from metazo.io.extras import needs
 from metazo.models.checks import check_config, kind_of, not_finite
 from metazo.models.embedded import EMBEDDED, check_folder
 from metazo.models.parts import divided, loading
-from metazo.models.quantize import check_package, check_shapes, left_over, quantised, quantization, remember_stored
+from metazo.models.quantize import (
+    check_package,
+    check_shapes,
+    kept_whole,
+    left_over,
+    quantised,
+    quantization,
+    remember_stored,
+)
 from metazo.models.sentence import HEAD_FILE, SentenceClassifier, find, pooling_of, quiet
 from metazo.models.tokenizer import context_length, read_tokenizer, set_pad
 
@@ -125,7 +133,9 @@ def load_model(
         if getattr(config, "quantization_config", None):
             more["device_map"] = {"": device}  # a quantised model cannot be moved later
         if quantize is not None:
-            more |= {"quantization_config": quantization(quantize, torch_dtype, device), "device_map": {"": device}}
+            kept = _kept_whole(config) if chosen == "classifier" else None
+            how = quantization(quantize, torch_dtype, device, kept)
+            more |= {"quantization_config": how, "device_map": {"": device}}
         if device_map is not None:
             with needs("trainer"):
                 import accelerate  # noqa: F401
@@ -195,6 +205,11 @@ def _check_places(model: nn.Module, name: str) -> None:
             "devices; take a smaller model, `quantize`, or a larger device."
         )
     check_shapes(model)
+
+
+def _kept_whole(config: PreTrainedConfig) -> list[str] | None:
+    with quiet(), torch.device("meta"):
+        return kept_whole(KINDS["classifier"].from_config(config))
 
 
 def _language_model(

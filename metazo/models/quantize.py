@@ -20,12 +20,14 @@ from metazo.errors import UserError
 from metazo.io.extras import needs
 from metazo.io.tensorfile import weights_hash
 
+HEADS = ("classifier", "score")
+"""Names of the layers that peft trains beside the adapters of a classifier."""
 GROUP = 32
 NF4_BLOCK = 64
 
 
-def quantization(kind: str, dtype: torch.dtype, device: torch.device | str) -> Any:
-    """transformers' configuration of a kind.
+def quantization(kind: str, dtype: torch.dtype, device: torch.device | str, kept: list[str] | None = None) -> Any:
+    """transformers' configuration of a kind. kept: layers that are not quantised, in the place of transformers' own choice.
 
     Raises MissingPackage without the extra, and UserError for int4 without CUDA or bfloat16.
     """
@@ -44,15 +46,31 @@ def quantization(kind: str, dtype: torch.dtype, device: torch.device | str) -> A
         if kind == "nf4":
             import bitsandbytes  # noqa: F401  # pyright: ignore[reportMissingImports]
 
-            return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+            return BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=kept
+            )
         from torchao.quantization import (  # pyright: ignore[reportMissingImports]
             Int4WeightOnlyConfig,
             Int8WeightOnlyConfig,
         )
     if kind == "int8":
-        return TorchAoConfig(Int8WeightOnlyConfig())
+        return TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=kept)
     # the default format needs mslk, another package of kernels; this one needs torch alone
-    return TorchAoConfig(Int4WeightOnlyConfig(group_size=GROUP, int4_packing_format="tile_packed_to_4d"))
+    int4 = Int4WeightOnlyConfig(group_size=GROUP, int4_packing_format="tile_packed_to_4d")
+    return TorchAoConfig(int4, modules_to_not_convert=kept)
+
+
+def kept_whole(model: nn.Module) -> list[str] | None:
+    """The layers to leave in full precision so that a classifier's head can be trained; None if transformers leaves the head
+    by itself, as it does for one without a bias (it takes the last parameter for the name of a layer).
+    """
+    with needs("llm"):
+        from transformers.quantizers.base import get_keys_to_not_convert
+        from transformers.quantizers.quantizers_utils import should_convert_module
+
+    kept = get_keys_to_not_convert(model)
+    heads = [name for name, _ in model.named_children() if name in HEADS and should_convert_module(name, kept)]
+    return [*kept, *heads] if heads else None
 
 
 def repeated(model: nn.Module, dtype: torch.dtype) -> tuple[bool, str | None]:
@@ -63,9 +81,11 @@ def repeated(model: nn.Module, dtype: torch.dtype) -> tuple[bool, str | None]:
     if quantizer is None or quantizer.pre_quantized:
         return False, None
     found = quantizer.quantization_config.to_dict()
+    kept = next((found[name] for name in ("llm_int8_skip_modules", "modules_to_not_convert") if found.get(name)), None)
+    kept = kept if kept and set(kept) & set(HEADS) else None
     for kind in ("int8", "int4", "nf4"):
         try:
-            made = quantization(kind, dtype, next(model.parameters()).device)
+            made = quantization(kind, dtype, next(model.parameters()).device, kept)
         except UserError:  # not on this device, or a package that is not installed
             continue
         if found == made.to_dict():
@@ -170,7 +190,7 @@ def expect_bytes(model: nn.Module, kind: str) -> None:
         from transformers.quantizers.base import get_keys_to_not_convert
 
     base = _transformer(model)
-    kept = get_keys_to_not_convert(base)
+    kept = kept_whole(base) or get_keys_to_not_convert(base)
     layers = (nn.Linear, Conv1D) if kind == "nf4" else nn.Linear
     for name, module in base.named_modules():
         if isinstance(module, layers) and not any(key in name for key in kept):

@@ -13,6 +13,8 @@ pytest.importorskip("torchao", reason="torchao is not installed")
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 
 from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
     BitsAndBytesConfig,
     GPT2Config,
     GPT2LMHeadModel,
@@ -244,6 +246,42 @@ def test_a_saved_quantised_folder_is_a_model(wide: Path, tmp_path: Path, kind: s
     ):
         with pytest.raises(UserError, match=said):
             set_up(config(tmp_path / "x", model=str(tmp_path / "q"), **extra))
+
+
+@pytest.fixture(scope="module")
+def classifier(wide: Path, tmp_path_factory) -> Path:
+    """A BERT classifier, whose head has a bias: transformers quantises such a head by itself."""
+    folder = tmp_path_factory.mktemp("bert")
+    tokenizer = load_model(wide).tokenizer
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    BertForSequenceClassification(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_the_head_of_a_classifier_is_trained_in_full_precision(classifier: Path, tmp_path: Path, kind: str) -> None:
+    real, plan = (load(classifier, quantize=kind).model for load in (load_model, skeleton))
+    assert {n: bytes_of(p) for n, p in real.named_parameters()} == {n: bytes_of(p) for n, p in plan.named_parameters()}
+    assert quantised(real) and not any("classifier" in name for name in quantised(real))
+    settings = {"model": str(classifier), "quantize": kind, "lr": 1e-2}
+    run_settings(config(tmp_path / "whole", **settings))
+    stopped(tmp_path / "run", **settings)
+    summary = run_settings(config(tmp_path / "run", resume=True, **settings))
+    assert summary["test"] == metazo.evaluate(tmp_path / "run") == metazo.evaluate(tmp_path / "whole")
+    head = load(tmp_path / "run", num_labels=2).model.get_base_model().classifier.weight
+    assert head.dtype == torch.float32 and not torch.equal(head, real.classifier.weight)
+    assert replay(tmp_path / "run/steps.jsonl", str(classifier)).identical
+
+
+def test_a_head_that_was_saved_quantised_is_refused(classifier: Path, tmp_path: Path) -> None:
+    how = quantization("int8", torch.float32, "cpu")
+    model = BertForSequenceClassification.from_pretrained(classifier, quantization_config=how, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "q")
+    load_model(classifier).tokenizer.save_pretrained(tmp_path / "q")
+    with pytest.raises(UserError, match="the head of .* is quantised \\(classifier"):
+        run_settings(config(tmp_path / "run", model=str(tmp_path / "q")))
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_a_cpu_cannot_do_is_one_sentence(tmp_path: Path, tiny) -> None:
