@@ -35,6 +35,7 @@ def assemble(
     """
     adapter = wanted.adapters
     if given is not None and not (adapter or wanted.train or wanted.freeze):  # the caller has chosen what is trained
+        _check_merge(given, wanted)
         return given, select_trainable(
             given.model, [], [], [n for n, p in given.model.named_parameters() if p.requires_grad]
         )
@@ -68,14 +69,16 @@ def assemble(
 def _check_trainable(loaded: LoadedModel, wanted: Wanted) -> None:
     """Raises UserError for a quantised model without adapters, or whose adapters are to be merged into it."""
     names = quantised(loaded.model)
-    if not names:
-        return
-    if wanted.adapters is None:
+    if names and wanted.adapters is None:
         raise UserError(
             f"{loaded.name} is quantised, and {len(names)} of its tensors, such as {names[0]}, cannot be trained; train "
             "adapters in full precision with `adapter='lora'`."
         )
-    if wanted.merge:
+    _check_merge(loaded, wanted)
+
+
+def _check_merge(loaded: LoadedModel, wanted: Wanted) -> None:
+    if wanted.merge and quantised(loaded.model):
         raise UserError(
             f"`merge`: {loaded.name} is quantised, and the sum would be rounded to whole numbers; leave it out."
         )

@@ -67,11 +67,16 @@ def _check_quantised(config: FinetuneConfig) -> None:
             f"`quantize` {config.quantize} leaves weights that cannot be trained; train adapters in full precision with "
             "`adapter='lora'`."
         )
-    if config.merge:
+    check_merge(config)
+    quantization(str(config.quantize), DTYPES[config.dtype], resolve_device(config.device))
+
+
+def check_merge(config: FinetuneConfig) -> None:
+    """Raises UserError for adapters that are to be merged into quantised weights."""
+    if config.merge and config.quantize is not None:
         raise UserError(
             f"`merge` would round the sum of `quantize` {config.quantize} weights and adapters to whole numbers; leave it out."
         )
-    quantization(str(config.quantize), DTYPES[config.dtype], resolve_device(config.device))
 
 
 def _check_processes(config: FinetuneConfig, given: Given) -> None:

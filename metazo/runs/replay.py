@@ -41,6 +41,7 @@ from metazo.runs.header import tuner_hash
 from metazo.runs.inputs import architecture
 from metazo.runs.method import build_optimizer, resolve_device
 from metazo.runs.own import StateFile
+from metazo.runs.preconditions import check_merge
 from metazo.runs.resources import refuse_ranks
 from metazo.runs.tuned import Given
 from metazo.runs.verify import check_same, distance, environment_changes, replayable_header
@@ -132,7 +133,7 @@ def _replay(
     count = kept if to is None else to
     if not 0 <= count <= len(found.steps):
         raise UserError(f"`to` is {count} and the log has {len(found.steps)} steps; give 0 to {len(found.steps)}.")
-    loaded, optimizer = _rebuilt(header, base, given, tuner, zoo_folder, device)
+    loaded, optimizer = _rebuilt(header, base, given, tuner, zoo_folder, device, merge)
     started = time.monotonic()
     for step in found.steps[:count]:
         if len(step.lr) != len(optimizer.param_groups):
@@ -178,12 +179,19 @@ def _in_memory(base: str | LoadedModel | nn.Module, tokenizer: Any, optimizer: A
 
 
 def _rebuilt(
-    header: dict[str, Any], base: str, given: Given, tuner: str | None, zoo_folder: Path | None, device: str
+    header: dict[str, Any],
+    base: str,
+    given: Given,
+    tuner: str | None,
+    zoo_folder: Path | None,
+    device: str,
+    merge: bool,
 ) -> tuple[LoadedModel, Any]:
     """Base model and optimizer as the run had them before its first step."""
     settings = header["settings"] | {"model": base, "out": Path(), "optimizer": header["method"]}
     settings["tuner"] = tuner or _tuner(header, zoo_folder)
-    config = build(FinetuneConfig, settings)
+    config = build(FinetuneConfig, settings | {"merge": merge})
+    check_merge(config)
     loaded, _ = assemble(config, labels=header.get("labels"), device=resolve_device(device), given=given.loaded)
     _make_head(loaded, header.get("head"))
     weights = weights_hash(loaded.model.named_parameters())

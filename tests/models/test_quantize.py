@@ -248,6 +248,26 @@ def test_a_saved_quantised_folder_is_a_model(wide: Path, tmp_path: Path, kind: s
             set_up(config(tmp_path / "x", model=str(tmp_path / "q"), **extra))
 
 
+@pytest.mark.parametrize("adapter", ["lora", "ia3"])
+def test_a_replay_does_not_merge_into_whole_numbers(wide: Path, tmp_path: Path, adapter: str) -> None:
+    settings = {"model": str(wide), "quantize": "int8", "lora": 0, "adapter": adapter}
+    run_settings(config(tmp_path / "run", **settings))
+    log = tmp_path / "run/steps.jsonl"
+    said = "`merge` would round the sum of `quantize` int8 weights and adapters to whole numbers; leave it out"
+    with pytest.raises(UserError, match=said):
+        run_settings(config(tmp_path / "x", merge=True, **settings))
+    with pytest.raises(UserError, match=said):
+        replay(log, str(wide), tmp_path / "merged", merge=True)
+    with pytest.raises(UserError, match=said):
+        replay(log, load_model(wide, quantize="int8"), tmp_path / "merged", merge=True)
+    assert not (tmp_path / "merged").exists()
+    own = load(tmp_path / "run")
+    own.model.requires_grad_(False)
+    next(p for n, p in own.model.named_parameters() if "default" in n).requires_grad_(True)
+    with pytest.raises(UserError, match="`merge`: .* is quantised"):  # adapters of the caller's own
+        metazo.finetune(own, "pico_sentiment", merge=True, lr=1e-3, steps=1, train_examples=32)
+
+
 @pytest.fixture(scope="module")
 def classifier(wide: Path, tmp_path_factory) -> Path:
     """A BERT classifier, whose head has a bias: transformers quantises such a head by itself."""
