@@ -14,11 +14,15 @@ Where not to use: prefix and prompt on models other than causal ones, or if the 
 
 from __future__ import annotations
 
+import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from metazo.errors import UserError
@@ -30,6 +34,23 @@ from metazo.models.wanted import VIRTUAL, Adapter
 
 TASK_TYPES = {"causal": "CAUSAL_LM", "classifier": "SEQ_CLS", "masked": None, "seq2seq": "SEQ_2_SEQ_LM"}
 PEFT_TYPES = {"LORA", "IA3", "PREFIX_TUNING", "PROMPT_TUNING"}
+WEIGHTS = "adapter_model.safetensors"
+AGAIN = "copy the adapters again, or save them again with save_pretrained"
+_OF_DEVELOPERS = (
+    "Model has `tie_word_embeddings=True` and a tied layer is part of the adapter",
+    "Model with `tie_word_embeddings=True` and the ",
+    "Found missing adapter keys",  # an error of ours
+)
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Without the warnings of peft that tell a user nothing."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for a deprecated name
+        for message in _OF_DEVELOPERS:
+            warnings.filterwarnings("ignore", re.escape(message))
+        yield
 
 
 def _peft() -> Any:
@@ -60,8 +81,7 @@ def add_adapters(loaded: LoadedModel, adapter: Adapter, seed: int) -> list[str]:
         )
     config = _config(peft, loaded, adapter, None if encoder else TASK_TYPES[loaded.kind])
     try:
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for a deprecated name
+        with torch.random.fork_rng(devices=[]), quiet_peft():
             torch.default_generator.manual_seed(seed)
             if isinstance(loaded.model, SentenceClassifier):
                 peft.inject_adapter_in_model(config, loaded.model.encoder)
@@ -111,15 +131,25 @@ def with_adapters(loaded: LoadedModel, folder: Path, *, train: bool = False) -> 
 
     train: whether the adapters are left trainable. Raises UserError for adapters that do not fit.
     """
-    peft = _peft()
+    peft, names = _peft(), _tensors_of(folder / WEIGHTS)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # as above
+        with quiet_peft():
             virtual = peft.PeftConfig.from_pretrained(str(folder)).is_prompt_learning
             trainable = train and not virtual  # peft refuses to load virtual tokens as trainable
             loaded.model = peft.PeftModel.from_pretrained(loaded.model, str(folder), is_trainable=trainable).eval()
-    except (ValueError, RuntimeError, KeyError, TypeError, OSError) as error:
+            # peft only warns of missing tensors, and says nothing of unknown ones; this gives both
+            found = loaded.model.load_adapter(str(folder), "default", is_trainable=trainable)
+    except KeyError as error:  # a head, or virtual tokens
+        raise UserError(f"{folder / WEIGHTS} has no tensor {error.args[0]!r}; {AGAIN}.") from error
+    except (ValueError, RuntimeError, TypeError, OSError) as error:
         raise UserError(f"the adapters in {folder} do not fit {loaded.name!r}: {_sentence(error)}") from error
+    missing, unknown = (
+        ([], sorted(names - {"prompt_embeddings"})) if virtual else (found.missing_keys, found.unexpected_keys)
+    )
+    for wrong, what in ((missing, "has no tensor"), (unknown, f"does not fit {loaded.name!r}, which has no tensor")):
+        if wrong:
+            more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            raise UserError(f"{folder / WEIGHTS} {what} {wrong[0].replace('.default', '')!r}{more}; {AGAIN}.")
     config: Any = loaded.model.active_peft_config
     if virtual:
         loaded.context_length -= config.num_virtual_tokens
@@ -130,6 +160,15 @@ def with_adapters(loaded: LoadedModel, folder: Path, *, train: bool = False) -> 
             encoders: Any = loaded.model.prompt_encoder
             for holder in (config, *encoders.values()):
                 holder.prefix_projection = False
+
+
+def _tensors_of(path: Path) -> set[str]:
+    """Names of the tensors in a file of adapters. Raises UserError for a file that is damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            return set(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged ({_sentence(error)}); {AGAIN}.") from error
 
 
 def _sentence(error: Exception) -> str:
@@ -149,7 +188,8 @@ def merge_adapters(model: nn.Module) -> Any:
                 "prefix and prompt adapters are virtual tokens and cannot be merged into the weights; continue them with "
                 "`adapter='continue'`, or name their base model."
             )
-        return whole.merge_and_unload().eval()
+        with quiet_peft():
+            return whole.merge_and_unload().eval()
     layers: list[tuple[str, Any]] = [
         item for item in model.named_modules() if isinstance(item[1], peft.tuners.tuners_utils.BaseTunerLayer)
     ]

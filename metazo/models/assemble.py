@@ -10,7 +10,7 @@ import torch
 from metazo.errors import UserError
 from metazo.io.files import is_file
 from metazo.io.plain import read_json, shown
-from metazo.models.adapters import PEFT_TYPES, add_adapters, merge_adapters, trained_adapters, with_adapters
+from metazo.models.adapters import PEFT_TYPES, WEIGHTS, add_adapters, merge_adapters, trained_adapters, with_adapters
 from metazo.models.checks import check_config
 from metazo.models.describe import RECORD, describe
 from metazo.models.embedded import ADAPTERS, EMBEDDED
@@ -99,6 +99,8 @@ def load(name_or_path: str | Path, *, merge: bool = False, train: bool = False, 
     if not is_file(folder / ADAPTERS):
         return load_model(name_or_path, **options)
     base, revision = _named_in(folder)
+    if read_json(folder / ADAPTERS, "settings of adapters").get("task_type") == "SEQ_CLS":  # they have a head
+        options["kind"] = "classifier" if options.get("kind", "auto") == "auto" else options["kind"]
     if options.get("tensor_parallel", 1) * options.get("fsdp", 1) > 1:
         raise UserError(
             f"{folder} has adapters, which cannot be used together with `tensor_parallel` or `fsdp`: merge them first."
@@ -116,6 +118,8 @@ def load(name_or_path: str | Path, *, merge: bool = False, train: bool = False, 
                 f"{record['quantize']}; leave it out."
             )
         options |= {"quantize": record["quantize"]}
+    if isinstance(record, dict) and isinstance(record.get("labels"), list) and options.get("kind") == "classifier":
+        options["num_labels"] = options.get("num_labels") or len(record["labels"])
     try:
         loaded = load(base, merge=True, **dict[str, Any](options, trained_head=False, revision=revision))
     except UserError as error:
@@ -194,8 +198,8 @@ def _named_in(folder: Path) -> tuple[str, str | None]:
         raise UserError(
             f"{path} has adapters of the kind {shown(kind)} on {shown(base)}; metazo loads lora, dora, ia3, prefix and prompt"
         )
-    if not is_file(folder / "adapter_model.safetensors"):
-        raise UserError(f"{folder} has no adapter_model.safetensors; save the adapters again with save_pretrained")
+    if not is_file(folder / WEIGHTS):
+        raise UserError(f"{folder} has no {WEIGHTS}; save the adapters again with save_pretrained")
     if base in EMBEDDED or Path(base).is_absolute() or is_file(Path(base) / "config.json"):
         return base, revision if isinstance(revision, str) else None
     above = [parent / base for parent in folder.absolute().parents]  # the project in which the run was started

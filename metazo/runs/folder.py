@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -36,8 +37,11 @@ def save_parts(folder: Path, *parts: Any) -> None:
     The libraries that write tensors and tokenizers are in Rust and report a full disk as an exception of their own.
     """
     try:
-        for part in parts:
-            part.save_pretrained(folder)
+        with warnings.catch_warnings():
+            # peft's, of a base that is named as metazo's own models are
+            warnings.filterwarnings("ignore", "Could not find a config file in ")
+            for part in parts:
+                part.save_pretrained(folder)
     except OSError:
         raise
     except Exception as error:  # tokenizers raises Exception itself

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel, PrefixTuningConfig, PromptEncoderConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import metazo
@@ -168,6 +171,51 @@ def test_adapters_without_their_base_or_of_another_kind(adapters, tmp_path):
     (folder / "adapter_config.json").write_text("{")
     with pytest.raises(UserError, match=r"adapter_config\.json"):
         load(folder)
+
+
+def test_a_file_of_adapters_that_is_damaged_or_of_other_tensors_is_named(adapters, tuned, tmp_path):
+    kind, virtual, _ = tuned
+    for out, key in ((adapters[0], "q_proj.lora_A"), (virtual, "prompt_embeddings" if kind[0] == "p" else "layers.1.")):
+        folder = tmp_path / out.name
+        shutil.copytree(out / "model", folder, dirs_exist_ok=True)
+        file = folder / "adapter_model.safetensors"
+        whole, tensors = file.read_bytes(), load_file(file)
+        for damaged in (b"", whole[:5], whole[:100], whole[:-10]):
+            file.write_bytes(damaged)
+            with pytest.raises(
+                UserError, match=r"adapter_model\.safetensors is damaged \(.*\); copy the adapters again"
+            ):
+                load(folder)
+        less = {name: tensor for name, tensor in tensors.items() if key not in name}
+        save_file(less, file)
+        first = next(name for name in tensors if name not in less)
+        with pytest.raises(UserError, match=r"adapter_model\.safetensors has no tensor '.*" + re.escape(key)):
+            load(folder)
+        with pytest.raises(UserError, match="has no tensor"):
+            run_settings(config(tmp_path / "on", model=str(folder), lora=0, adapter="continue"))
+        save_file(tensors | {"base_model.model.model.layers.9.lora_A.weight": tensors[first].clone()}, file)
+        with pytest.raises(UserError, match="does not fit .*, which has no tensor 'base_model.model.model.layers.9"):
+            load(folder)
+        save_file(tensors, file)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            load(folder)
+
+
+def test_a_trained_head_that_is_lacking_is_named(tmp_path):
+    run_settings(config(tmp_path / "run", kind="classifier", keep="last", steps=1))
+    file = tmp_path / "run/model/adapter_model.safetensors"
+    assert load(tmp_path / "run").model.config.num_labels == 2, "adapters with a head are a classifier"
+    save_file({name: tensor for name, tensor in load_file(file).items() if "score" not in name}, file)
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors has no tensor '.*score.weight'"):
+        load(tmp_path / "run")
+
+
+@pytest.mark.filterwarnings("error:Could not find", "error:Model with", "error:Model has")
+def test_warnings_of_peft_that_are_no_use_are_not_shown(adapters, tmp_path):
+    extra = {"keep": "last", "steps": 1, "dev_examples": 8, "test_examples": 8}
+    run_settings(config(tmp_path / "on", model=str(adapters[0]), lora=0, adapter="continue", **extra))
+    run_settings(config(tmp_path / "tied", adapter_targets=["embed_tokens"], merge=True, **extra))
 
 
 def test_adapters_that_are_moved_keep_the_record_of_their_rows(adapters, tmp_path):
