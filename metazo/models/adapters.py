@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from metazo.errors import UserError
 from metazo.io.extras import needs
@@ -79,6 +79,12 @@ def add_adapters(loaded: LoadedModel, adapter: Adapter, seed: int) -> list[str]:
             f"the head of {loaded.name} is quantised ({name}) and would be trained beside the adapters; take the checkpoint in "
             "full precision, of which `quantize` leaves the head as it is."
         )
+    if adapter.kind in VIRTUAL and adapter.rank >= loaded.context_length:
+        raise UserError(
+            f"`adapter_rank` is {adapter.rank} tokens, which leave no room for an input: the context of {loaded.name} has "
+            f"{loaded.context_length}; choose a smaller number."
+        )
+    _check_targets(loaded, adapter)
     config = _config(peft, loaded, adapter, None if encoder else TASK_TYPES[loaded.kind])
     try:
         with torch.random.fork_rng(devices=[]), quiet_peft():
@@ -94,6 +100,20 @@ def add_adapters(loaded: LoadedModel, adapter: Adapter, seed: int) -> list[str]:
     if adapter.kind in VIRTUAL:
         loaded.context_length -= adapter.rank
     return trained_adapters(loaded.model)
+
+
+def _check_targets(loaded: LoadedModel, adapter: Adapter) -> None:
+    """Raises UserError for a target that is the name, or the end of the name, of no layer: peft ignores it beside others."""
+    layers = dict(loaded.model.named_modules())
+    for target in adapter.targets:
+        if not any(name == target or name.endswith(f".{target}") for name in layers):
+            weights = {name: getattr(layer, "weight", None) for name, layer in layers.items()}
+            matrices = [name for name, weight in weights.items() if isinstance(weight, Tensor) and weight.dim() == 2]
+            there = list(dict.fromkeys(name.rpartition(".")[2] for name in matrices))
+            raise UserError(
+                f"`adapter_targets` {target}: no layer of {loaded.name} has this name; its layers are {', '.join(there[:8])}"
+                f"{', ...' if len(there) > 8 else ''}."
+            )
 
 
 def _of_head(name: str) -> bool:

@@ -402,7 +402,19 @@ def test_settings_of_adapters_that_do_not_go_together(tmp_path, tiny):
             {"adapter": "prompt", "model": str(tiny("roberta"))},
             "need a causal model, and .* is a masked model; take lora",
         ),
-        ({"adapter": "dora", "adapter_targets": ["nothing"]}, "`adapter` dora cannot be put on pico: Target modules"),
+        (
+            {"adapter": "dora", "adapter_targets": ["nothing"]},
+            "`adapter_targets` nothing: no layer of pico has this name; its layers are .*q_proj, k_proj",
+        ),
+        (
+            {"adapter": "lora", "adapter_targets": ["q_proj", "not_there"]},
+            "`adapter_targets` not_there: no layer of pico",
+        ),
+        (
+            {"adapter": "prefix", "adapter_rank": 300},
+            "`adapter_rank` is 300 tokens, which leave no room for an input: the context of pico has 256",
+        ),
+        ({"adapter": "prompt", "adapter_rank": 256}, "`adapter_rank` is 256 tokens"),
         ({"adapter": "continue"}, "needs a folder of adapters as the model, and pico is none"),
     ):
         with pytest.raises(UserError, match=said):
