@@ -14,8 +14,8 @@ from metazo.models.adapters import PEFT_TYPES, WEIGHTS, add_adapters, merge_adap
 from metazo.models.checks import check_config
 from metazo.models.describe import RECORD, describe
 from metazo.models.embedded import ADAPTERS, EMBEDDED
-from metazo.models.load import DTYPES, LoadedModel, load_model
-from metazo.models.quantize import quantised, remember_stored, repeated
+from metazo.models.load import DTYPES, NEW_HEAD, LoadedModel, load_model
+from metazo.models.quantize import QUANTISED, quantised, remember_stored, repeated
 from metazo.models.select import select_trainable
 from metazo.models.tokenizer import context_length, set_pad
 from metazo.models.wanted import Wanted
@@ -106,7 +106,12 @@ def load(name_or_path: str | Path, *, merge: bool = False, train: bool = False, 
             f"{folder} has adapters, which cannot be used together with `tensor_parallel` or `fsdp`: merge them first."
         )
     record = read_json(folder / RECORD, "record of the training") if is_file(folder / RECORD) else None
-    if isinstance(record, dict) and record.get("quantize") in ("int8", "int4", "nf4"):
+    if isinstance(record, dict) and record.get("quantize") is not None:
+        if record["quantize"] not in QUANTISED:
+            raise UserError(
+                f"{folder / RECORD} has quantize {shown(record['quantize'])}, and this version of metazo quantises to "
+                f"{', '.join(QUANTISED)}; copy the folder again, or use the version that wrote it."
+            )
         if merge:
             raise UserError(
                 f"{folder} has adapters of a base that was quantised ({record['quantize']}), into which they cannot be merged; "
@@ -127,6 +132,8 @@ def load(name_or_path: str | Path, *, merge: bool = False, train: bool = False, 
     with_adapters(loaded, folder, train=train)
     if record is not None:
         describe(loaded.model, record)
+    if any(".modules_to_save." in name for name, _ in loaded.model.named_parameters()):  # the head is in the file
+        loaded.notes = [note for note in loaded.notes if NEW_HEAD not in note]
     loaded.name, loaded.new_head = str(name_or_path), False
     loaded.adapted = None if merge else (base, revision)
     if merge:

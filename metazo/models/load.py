@@ -60,6 +60,7 @@ DTYPES = {
 HEADS = ("auto", "checkpoint", "linear", "prototype", "phrases")
 MADE = ("prototype", "phrases")
 """Heads that `metazo.tasks.classes.fit_head` makes from a task."""
+NEW_HEAD = "gets a new head of"
 
 
 @dataclass
@@ -262,7 +263,7 @@ def _classifier(
         model.config.id2label = {index: f"LABEL_{index}" for index in range(wanted)}
     if new and head not in MADE:
         old = f" in place of the trained one of {trained} classes" if trained and (lost or head == "linear") else ""
-        notes.append(f"{name} gets a new head of {wanted} classes{old}: its first answers are random")
+        notes.append(f"{name} {NEW_HEAD} {wanted} classes{old}: its first answers are random")
     return model, new
 
 

@@ -20,6 +20,7 @@ from metazo.errors import UserError
 from metazo.io.extras import needs
 from metazo.io.tensorfile import weights_hash
 
+QUANTISED = ("int8", "int4", "nf4")
 HEADS = ("classifier", "score")
 """Names of the layers that peft trains beside the adapters of a classifier."""
 GROUP = 32
@@ -29,8 +30,13 @@ NF4_BLOCK = 64
 def quantization(kind: str, dtype: torch.dtype, device: torch.device | str, kept: list[str] | None = None) -> Any:
     """transformers' configuration of a kind. kept: layers that are not quantised, in the place of transformers' own choice.
 
-    Raises MissingPackage without the extra, and UserError for int4 without CUDA or bfloat16.
+    Raises MissingPackage without the extra, and UserError for float64, and for int4 without CUDA or bfloat16.
     """
+    if dtype == torch.float64:  # neither package has kernels for it
+        raise UserError(
+            f"`quantize` {kind} computes in float32, bfloat16 or float16, and `dtype` is float64; choose one of these or leave "
+            "`quantize` out."
+        )
     if kind == "int4" and torch.device(device).type != "cuda":
         raise UserError(
             "`quantize='int4'` needs a CUDA device: torchao has such kernels for a processor only as a prototype, whose models "
@@ -83,7 +89,7 @@ def repeated(model: nn.Module, dtype: torch.dtype) -> tuple[bool, str | None]:
     found = quantizer.quantization_config.to_dict()
     kept = next((found[name] for name in ("llm_int8_skip_modules", "modules_to_not_convert") if found.get(name)), None)
     kept = kept if kept and set(kept) & set(HEADS) else None
-    for kind in ("int8", "int4", "nf4"):
+    for kind in QUANTISED:
         try:
             made = quantization(kind, dtype, next(model.parameters()).device, kept)
         except UserError:  # not on this device, or a package that is not installed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +11,7 @@ from torch import nn
 
 from metazo.errors import UserError
 from metazo.models.assemble import as_loaded, load
+from metazo.models.checks import not_finite
 from metazo.models.describe import describe
 from metazo.models.load import MADE, LoadedModel
 from metazo.runs.config import FinetuneConfig
@@ -54,7 +56,7 @@ def evaluate(
         split: dev or test. Rows that the model was trained on are in neither, if metazo trained it and its data are the
             same; a note says so if it cannot be known.
         examples: largest number of rows of the split; by default the run's number, or 500 on dev and 1,000 on test.
-        say: takes each note, a sentence.
+        say: takes each note, a sentence; one if the loss is not finite.
         settings: of FinetuneConfig: train_examples, max_length, kind, head, dtype, device, seed, eval_batch_size, ...; the
             heads prototype and phrases are made from training rows and label phrases, and need no training.
 
@@ -100,7 +102,14 @@ def evaluate(
         fit_head(loaded, prepared, config.eval_batch_size)
     for note in [*prepared.notes, *(_doubts(trained, prepared.record) if run is not None else ())]:
         say(note)
-    return scoring.evaluate(loaded.model, prepared, split, batch_size=config.eval_batch_size)
+    found = scoring.evaluate(loaded.model, prepared, split, batch_size=config.eval_batch_size)
+    if not math.isfinite(found["loss"]):
+        dtype = str(loaded.dtype).removeprefix("torch.")
+        where = "".join(f" ({which})" for which in not_finite(loaded.model))
+        say(
+            f"The loss is not finite ({found['loss']}), so the weights of {called} are damaged or too large for {dtype}{where}."
+        )
+    return found
 
 
 def _load(model: str | Path, config: FinetuneConfig, task: Task) -> LoadedModel:

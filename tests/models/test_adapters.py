@@ -211,6 +211,24 @@ def test_a_trained_head_that_is_lacking_is_named(tmp_path):
         load(tmp_path / "run")
 
 
+def test_an_evaluation_notes_a_loss_that_is_not_finite_and_no_new_head(tmp_path):
+    run_settings(config(tmp_path / "run", kind="classifier", keep="last", steps=1))
+
+    def notes(model) -> str:
+        said: list[str] = []
+        metazo.evaluate(model, say=said.append)
+        return "\n".join(said)
+
+    assert "new head" not in notes(tmp_path / "run"), "the trained head is in the file"
+    assert "not finite" not in notes(tmp_path / "run")
+    file = tmp_path / "run/model/adapter_model.safetensors"
+    tensors = load_file(file)
+    next(iter(tensors.values())).fill_(torch.nan)
+    save_file(tensors, file)
+    said = r"The loss is not finite \(nan\), so the weights of .*model are damaged or too large for float32 \(1 of"
+    assert re.search(said, notes(tmp_path / "run"))
+
+
 @pytest.mark.filterwarnings("error:Could not find", "error:Model with", "error:Model has")
 def test_warnings_of_peft_that_are_no_use_are_not_shown(adapters, tmp_path):
     extra = {"keep": "last", "steps": 1, "dev_examples": 8, "test_examples": 8}

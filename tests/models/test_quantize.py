@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,7 @@ from metazo.models.parts import hash_of
 from metazo.models.quantize import bytes_of, quantised, quantization
 from metazo.models.skeleton import skeleton
 from metazo.runs.config import FinetuneConfig
+from metazo.runs.dryrun import dry_run
 from metazo.runs.finetune import run_settings, tune
 from metazo.runs.replay import replay
 from metazo.runs.setup import set_up
@@ -149,6 +151,17 @@ def test_a_run_is_evaluated_replayed_and_continued_on_the_same_quantised_base(in
     other = config(tmp_path / "other", model=str(out), lora=0, adapter="continue", quantize="nf4")
     with pytest.raises(UserError, match="belong to a base that was quantised to int8; leave it out"):
         run_settings(other)
+
+
+def test_a_record_of_an_unknown_quantisation_is_refused(int8_run, tmp_path: Path) -> None:
+    shutil.copytree(int8_run[0] / "model", tmp_path / "model")
+    path = tmp_path / "model/metazo.json"
+    for value in ("int3", 8, ["int8"]):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"quantize": value}))
+        with pytest.raises(
+            UserError, match=r"metazo\.json has quantize .*, and this version of metazo quantises to int8"
+        ):
+            load(tmp_path / "model")
 
 
 def _sizes() -> dict[str, int]:
@@ -305,6 +318,15 @@ def test_a_head_that_was_saved_quantised_is_refused(classifier: Path, tmp_path: 
 
 
 def test_what_a_cpu_cannot_do_is_one_sentence(tmp_path: Path, tiny) -> None:
+    for kind in ("int8", "nf4"):
+        wanted = config(tmp_path / "x", quantize=kind, dtype="float64")
+        for run in (
+            run_settings,
+            dry_run,
+            lambda config: load_model("micro", quantize=config.quantize, dtype="float64"),
+        ):
+            with pytest.raises(UserError, match=f"`quantize` {kind} computes in float32, .* and `dtype` is float64"):
+                run(wanted)
     with pytest.raises(UserError, match="`quantize='int4'` needs a CUDA device"):
         set_up(config(tmp_path / "x", quantize="int4"))
     with pytest.raises(UserError, match="`quantize='int4'` computes in bfloat16, and `dtype` is float32"):
