@@ -112,7 +112,7 @@ def _check_targets(loaded: LoadedModel, adapter: Adapter) -> None:
             there = list(dict.fromkeys(name.rpartition(".")[2] for name in matrices))
             raise UserError(
                 f"`adapter_targets` {target}: no layer of {loaded.name} has this name; its layers are {', '.join(there[:8])}"
-                f"{', ...' if len(there) > 8 else ''}."
+                f"{' and others' if len(there) > 8 else ''}."
             )
 
 
