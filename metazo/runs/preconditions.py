@@ -34,6 +34,8 @@ def check_settings(config: FinetuneConfig, given: Given | None = None) -> Object
     _check_processes(config, given)
     if config.quantize is not None and given.loaded is None:
         _check_quantised(config)
+    if given.loaded is not None and config.out is not None and config.keep != "none":
+        _check_repeated(config, given.loaded)
     if config.track:
         check_trackers(config.track)
     if config.push is not None:
@@ -44,12 +46,6 @@ def check_settings(config: FinetuneConfig, given: Given | None = None) -> Object
 def check_saved(config: FinetuneConfig, loaded: LoadedModel) -> None:
     """Raises UserError for adapters that could not be saved at the end."""
     plain = config.merge or config.keep == "none"
-    base: Any = getattr(loaded.model, "get_base_model", lambda: loaded.model)()
-    if loaded.quantize is None and config.out is not None and not plain and repeated(base, loaded.dtype)[0]:
-        raise UserError(
-            "`model` was quantised with settings that metazo does not have, so it could not load the adapters on this base: "
-            "save the quantised model by save_pretrained and give its folder, or load it with metazo.load_model(quantize=...)."
-        )
     for adapter in getattr(loaded.model, "peft_config", {}).values():
         kind = getattr(adapter.peft_type, "value", adapter.peft_type)
         if kind not in PEFT_TYPES and not plain and config.out is not None:
@@ -69,6 +65,17 @@ def _check_quantised(config: FinetuneConfig) -> None:
         )
     check_merge(config)
     quantization(str(config.quantize), DTYPES[config.dtype], resolve_device(config.device))
+
+
+def _check_repeated(config: FinetuneConfig, loaded: LoadedModel) -> None:
+    """Raises UserError for a base in memory on which saved adapters could not be loaded again."""
+    base: Any = getattr(loaded.model, "get_base_model", lambda: loaded.model)()
+    adapted = config.adapters is not None or base is not loaded.model
+    if adapted and loaded.quantize is None and repeated(base, loaded.dtype)[0]:
+        raise UserError(
+            "`model` was quantised with settings that metazo does not have, so it could not load the adapters on this base: "
+            "save the quantised model by save_pretrained and give its folder, or load it with metazo.load_model(quantize=...)."
+        )
 
 
 def check_merge(config: FinetuneConfig) -> None:

@@ -239,6 +239,12 @@ def test_a_model_in_memory_that_cannot_be_quantised_again_is_refused(wide: Path,
     with pytest.raises(UserError, match="`model` was quantised with settings that metazo does not have"):
         metazo.finetune(model, "pico_sentiment", out=tmp_path / "run", **given)
     assert not (tmp_path / "run").exists()
+    model = model.requires_grad_(False)
+    model.model.norm.requires_grad_(True)  # saved whole, with its configuration, and not as adapters
+    metazo.finetune(
+        model, "pico_sentiment", out=tmp_path / "run", **given | {"lora": 0}, dev_examples=8, test_examples=8
+    )
+    assert quantised(load(tmp_path / "run").model)
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
