@@ -183,7 +183,11 @@ def with_adapters(loaded: LoadedModel, folder: Path, *, train: bool = False) -> 
 
 
 def _tensors_of(path: Path) -> set[str]:
-    """Names of the tensors in a file of adapters. Raises UserError for a file that is damaged."""
+    """Names of the tensors in a file of adapters; none if there is no such file, as beside an old `adapter_model.bin`, which
+    peft reads. Raises UserError for a file that is damaged.
+    """
+    if not path.exists():
+        return set()
     try:
         with safe_open(path, "pt") as file:
             return set(file.keys())

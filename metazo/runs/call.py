@@ -158,7 +158,7 @@ def _model(given: Given, values: dict[str, Any], model: Any, tokenizer: Any) -> 
         )
     else:
         given.loaded = as_loaded(model, tokenizer)
-    for name in ("kind", "head", "dtype"):
+    for name in ("kind", "head", "dtype", "quantize"):
         if name in values:
             raise UserError(
                 f"`{name}` cannot be combined with a model in memory, which is used unchanged; leave it out."

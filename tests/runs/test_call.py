@@ -225,6 +225,13 @@ def test_a_complete_run_gives_its_kept_model(tmp_path):
     assert again.summary == first.summary and weights(again.model) == weights(first.model)
 
 
+@pytest.mark.parametrize("name", ["kind", "head", "dtype", "quantize"])
+def test_settings_of_loading_do_not_go_with_a_model_in_memory(name):
+    values = {"kind": "causal", "head": "linear", "dtype": "bfloat16", "quantize": "int8"}
+    with pytest.raises(UserError, match=f"`{name}` cannot be combined with a model in memory"):
+        metazo.finetune(metazo.load_model("pico"), "pico_sentiment", **{name: values[name]}, **SIZES)
+
+
 def test_the_command_line_refuses_to_resume_what_it_cannot_name(tmp_path):
     model, tokenizer = in_memory()
     tuned = metazo.finetune(model, "pico_sentiment", tokenizer=tokenizer, out=tmp_path / "run", **SIZES)
