@@ -158,7 +158,7 @@ def with_adapters(loaded: LoadedModel, folder: Path, *, train: bool = False) -> 
             trainable = train and not virtual  # peft refuses to load virtual tokens as trainable
             loaded.model = peft.PeftModel.from_pretrained(loaded.model, str(folder), is_trainable=trainable).eval()
             # peft only warns of missing tensors, and says nothing of unknown ones; this gives both
-            found = loaded.model.load_adapter(str(folder), "default", is_trainable=trainable)
+            found: Any = loaded.model.load_adapter(str(folder), "default", is_trainable=trainable)  # type: ignore[operator]
     except KeyError as error:  # a head, or virtual tokens
         raise UserError(f"{folder / WEIGHTS} has no tensor {error.args[0]!r}; {AGAIN}.") from error
     except (ValueError, RuntimeError, TypeError, OSError) as error:

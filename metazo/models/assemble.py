@@ -172,7 +172,7 @@ def as_loaded(model: Any, tokenizer: Any = None) -> LoadedModel:
         context = context_length(inner, tokenizer)
         set_pad(tokenizer, inner)
     remember_stored(model)
-    _, quantize = repeated(inner, dtype)
+    _, quantize = repeated(inner, dtype)  # type: ignore[arg-type]
     return LoadedModel(model.eval(), tokenizer, kind, f"memory:{name}", dtype, context, quantize=quantize)  # type: ignore[arg-type]
 
 
