@@ -92,8 +92,8 @@ class Trackers:
         return {"id": uuid4().hex[:8]}
 
     def _open(self, name: str, known: dict[str, str], after: int) -> Any:
-        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-
+        with needs("track"):
+            from accelerate.tracking import LOGGER_TYPE_TO_CLASS
         same: dict[str, Any] = {"resume": "allow"}
         where: dict[str, dict[str, Any]] = {
             "tensorboard": {"logging_dir": self.folder, "purge_step": after + 1 if after else None},

@@ -70,7 +70,8 @@ def test_accuracy_of_a_task_is_the_cards(micro, text_data, name):
 
 
 def test_one_seed_one_result(micro):
-    """That another seed gives another is tested with pico. A step takes up to 15 s here: Muon calculates in bfloat16."""
+    """That another seed gives another is tested with pico. With one layer, because Muon calculates in bfloat16, which takes up
+    to a minute for all of them on a processor without 16-bit arithmetic."""
     rows = rows_of([("I like it.\nThis review is", " positive"), ("Home again.", "")] * 400, micro.tokenizer)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -78,6 +79,7 @@ def test_one_seed_one_result(micro):
     for _ in range(2):
         torch.manual_seed(0)
         model = mixture.new_model()
+        del model.model.layers[1:]
         train(model, [(rows, 1), (rows, 1)], 1)
         results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     torch.set_num_threads(threads)
