@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from metazo.errors import UserError
 from metazo.io.extras import needs
 from metazo.models.load import LoadedModel
-from metazo.models.quantize import HEADS, quantised
+from metazo.models.quantize import heads_of, quantised
 from metazo.models.sentence import SentenceClassifier
 from metazo.models.wanted import VIRTUAL, Adapter
 
@@ -74,7 +74,8 @@ def add_adapters(loaded: LoadedModel, adapter: Adapter, seed: int) -> list[str]:
             f"`adapter` {adapter.kind} is made of virtual tokens, which need a causal model, and {loaded.name} is a "
             f"{loaded.kind} model; take lora, dora or ia3."
         )
-    if loaded.kind == "classifier" and (name := next((n for n in quantised(loaded.model) if _of_head(n)), None)):
+    heads = heads_of(loaded.model) if loaded.kind == "classifier" and not encoder else []
+    if name := next((name for name in quantised(loaded.model) if name.split(".")[0] in heads), None):
         raise UserError(
             f"the head of {loaded.name} is quantised ({name}) and would be trained beside the adapters; take the checkpoint in "
             "full precision, of which `quantize` leaves the head as it is."
@@ -86,6 +87,8 @@ def add_adapters(loaded: LoadedModel, adapter: Adapter, seed: int) -> list[str]:
         )
     _check_targets(loaded, adapter)
     config = _config(peft, loaded, adapter, None if encoder else TASK_TYPES[loaded.kind])
+    if heads:  # peft itself knows those named classifier and score
+        config.modules_to_save = heads
     try:
         with torch.random.fork_rng(devices=[]), quiet_peft():
             torch.default_generator.manual_seed(seed)
@@ -114,10 +117,6 @@ def _check_targets(loaded: LoadedModel, adapter: Adapter) -> None:
                 f"`adapter_targets` {target}: no layer of {loaded.name} has this name; its layers are {', '.join(there[:8])}"
                 f"{' and others' if len(there) > 8 else ''}."
             )
-
-
-def _of_head(name: str) -> bool:
-    return name.split(".")[0] in HEADS
 
 
 def trained_adapters(model: nn.Module) -> list[str]:

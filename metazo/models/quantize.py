@@ -21,8 +21,6 @@ from metazo.io.extras import needs
 from metazo.io.tensorfile import weights_hash
 
 QUANTISED = ("int8", "int4", "nf4")
-HEADS = ("classifier", "score")
-"""Names of the layers that peft trains beside the adapters of a classifier."""
 GROUP = 32
 NF4_BLOCK = 64
 
@@ -66,6 +64,17 @@ def quantization(kind: str, dtype: torch.dtype, device: torch.device | str, kept
     return TorchAoConfig(int4, modules_to_not_convert=kept)
 
 
+def heads_of(model: nn.Module) -> list[str]:
+    """Names of the layers of a classifier that are outside its base model, such as `classifier`, `score`, BART's
+    `classification_head`, DistilBERT's `pre_classifier`: they are new if the checkpoint is of another kind. None of others.
+    """
+    if not type(model).__name__.endswith("ForSequenceClassification"):
+        return []
+    layers = [name for name, layer in model.named_children() if next(layer.parameters(), None) is not None]
+    prefix = getattr(model, "base_model_prefix", None)
+    return [name for name in layers if name != prefix] if prefix in layers else []
+
+
 def kept_whole(model: nn.Module) -> list[str] | None:
     """The layers to leave in full precision so that a classifier's head can be trained; None if transformers leaves the head
     by itself, as it does for one without a bias (it takes the last parameter for the name of a layer).
@@ -75,7 +84,7 @@ def kept_whole(model: nn.Module) -> list[str] | None:
         from transformers.quantizers.quantizers_utils import should_convert_module
 
     kept = get_keys_to_not_convert(model)
-    heads = [name for name, _ in model.named_children() if name in HEADS and should_convert_module(name, kept)]
+    heads = [name for name in heads_of(model) if should_convert_module(name, kept)]
     return [*kept, *heads] if heads else None
 
 
@@ -88,7 +97,7 @@ def repeated(model: nn.Module, dtype: torch.dtype) -> tuple[bool, str | None]:
         return False, None
     found = quantizer.quantization_config.to_dict()
     kept = next((found[name] for name in ("llm_int8_skip_modules", "modules_to_not_convert") if found.get(name)), None)
-    kept = kept if kept and set(kept) & set(HEADS) else None
+    kept = kept if kept and set(kept) & set(heads_of(model)) else None
     for kind in QUANTISED:
         try:
             made = quantization(kind, dtype, next(model.parameters()).device, kept)

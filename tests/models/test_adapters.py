@@ -452,3 +452,30 @@ def test_the_card_says_what_was_done(tuned):
     card = (out / "model" / "README.md").read_text()
     assert f"weights of {kind} adapters" in card and "| base model | pico |" in card and "library_name: peft" in card
     assert f"| test, tuned | {summary['test']['loss']:.4g} |" in card and str(out) not in card
+
+
+@pytest.mark.parametrize("name", ["bart", "distilbert", "roberta"])
+def test_a_new_head_of_any_name_is_trained_and_saved(name: str, tiny, tmp_path: Path) -> None:
+    """peft knows heads named classifier and score; BART's classification_head and DistilBERT's pre_classifier it leaves out."""
+    if name == "distilbert":
+        import transformers as hf
+
+        base = tmp_path / "base"
+        tokenizer = hf.AutoTokenizer.from_pretrained(tiny("roberta"))
+        sizes = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64, "max_position_embeddings": 256}
+        torch.manual_seed(0)
+        hf.DistilBertForMaskedLM(hf.DistilBertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(base)
+        tokenizer.save_pretrained(base)
+    else:
+        base = tiny(name)
+    settings = {"train_examples": 16, "dev_examples": 4, "test_examples": 8, "batch_size": 4, "steps": 3, "seed": 3}
+    settings |= {"kind": "classifier", "adapter": "lora", "lr": 1e-2, "out": tmp_path / "run"}
+    tuned = metazo.finetune(str(base), "pico_sentiment", "first-order-adamw", **settings)
+    trained = {name for name, parameter in tuned.model.named_parameters() if parameter.requires_grad}
+    heads = {"bart": ["classification_head"], "distilbert": ["pre_classifier", "classifier"], "roberta": ["classifier"]}
+    assert all(any(f".{head}." in each for each in trained) for head in heads[name])
+    ids = torch.tensor([[0, 7, 9, 8, 2]])
+    with torch.inference_mode():
+        wanted = tuned.model(input_ids=ids).logits
+        for seed in (0, 9):  # of the head that the file's replaces
+            assert metazo.load_model(tmp_path / "run", seed=seed).model(input_ids=ids).logits.equal(wanted)
