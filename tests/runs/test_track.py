@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -146,9 +146,9 @@ def test_a_resumed_run_goes_on_in_the_same_run_of_the_tracker(
 
 def test_a_folder_of_its_name_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """W&B makes a folder `wandb` where it runs."""
-    if "mlflow" in sys.modules:
+    if find_spec("mlflow") is not None:
         pytest.skip("mlflow is installed")
     (tmp_path / "mlflow").mkdir()
-    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match="`track` mlflow needs the package mlflow"):
         run_settings(FinetuneConfig(**SMALL, out=tmp_path / "run", track=["mlflow"]))
