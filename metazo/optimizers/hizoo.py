@@ -105,10 +105,11 @@ class HiZOO(CurvatureScaled):
         super().__init__(params, lr, eps, **common)
 
     def init(self, tensors: Sequence[NamedTensor]) -> State:
-        return {f"H/{tensor.name}": _ones(tensor, self._dtype(tensor)) for tensor in tensors}
+        return {f"H/{tensor.name}": ones(tensor, tensor.param.shape, self._dtype(tensor)) for tensor in tensors}
 
-    def _dtype(self, tensor: NamedTensor) -> torch.dtype:
-        return torch.promote_types(tensor.param.dtype, torch.float32)
+    def _dtype(self, tensor: NamedTensor) -> torch.dtype | None:
+        """The dtype of H; None: the tensor's, at least float32."""
+        return None
 
     def inverse_root(self, tensor: NamedTensor, start: int = 0, count: int | None = None) -> Tensor:
         whole = self.zo_state[f"H/{tensor.name}"]
@@ -122,5 +123,7 @@ class HiZOO(CurvatureScaled):
             curvature.mul_(z.square_().mul_(a * abs(second) / (2 * eps**2)).add_(1 - a))
 
 
-def _ones(tensor: NamedTensor, dtype: torch.dtype) -> Tensor:
-    return torch.ones(tensor.param.shape, dtype=dtype, device=tensor.param.device)
+def ones(tensor: NamedTensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+    """Ones on the tensor's device; dtype: by default the tensor's, at least float32."""
+    wide = torch.promote_types(tensor.param.dtype, torch.float32)
+    return torch.ones(shape, dtype=dtype or wide, device=tensor.param.device)

@@ -26,7 +26,7 @@ from torch import Tensor
 from metazo.blocks import NamedTensor, chunk_of, sides_of
 from metazo.noise import Stream
 from metazo.optimizers.base import State
-from metazo.optimizers.hizoo import CurvatureScaled
+from metazo.optimizers.hizoo import CurvatureScaled, ones
 from metazo.optimizers.registry import Case, register
 from metazo.step.directions import drawn
 from metazo.step.lowrank import cut
@@ -49,10 +49,10 @@ class HiZOOL(CurvatureScaled):
         for tensor in tensors:
             if tensor.param.ndim > 1:
                 rows, columns = sides_of(tensor.param)
-                state[f"R/{tensor.name}"] = _ones(tensor, (rows,))
-                state[f"C/{tensor.name}"] = _ones(tensor, (columns,))
+                state[f"R/{tensor.name}"] = ones(tensor, (rows,))
+                state[f"C/{tensor.name}"] = ones(tensor, (columns,))
             else:
-                state[f"H/{tensor.name}"] = _ones(tensor, tensor.param.shape)
+                state[f"H/{tensor.name}"] = ones(tensor, tensor.param.shape)
         return state
 
     def inverse_root(self, tensor: NamedTensor, start: int = 0, count: int | None = None) -> Tensor:
@@ -84,7 +84,3 @@ class HiZOOL(CurvatureScaled):
             by_column.addmv_(square.t(), rows[place])
         rows.mul_(by_row.div_(len(columns)).mul_(a * scale).add_(1 - a))
         columns.mul_(by_column.div_(len(rows)).mul_(a * scale).add_(1 - a))
-
-
-def _ones(tensor: NamedTensor, shape: tuple[int, ...]) -> Tensor:
-    return torch.ones(shape, dtype=torch.promote_types(tensor.param.dtype, torch.float32), device=tensor.param.device)

@@ -106,7 +106,7 @@ def signed_rank(differences: np.ndarray) -> tuple[float, str]:
     """Two-sided p of Wilcoxon's signed-rank test; exact up to 13 pairs, and up to 50 pairs without ties. No difference is 0.
 
     The few pairs are counted here: scipy has the same p, but with ties it evaluates the statistic of every flip of signs
-    in turn, which made a report take half a minute.
+    in turn, which took most of the time of a report.
     """
     if len(differences) <= ENUMERATED:
         ranks, sums = stats.rankdata(np.abs(differences)), np.zeros(1)

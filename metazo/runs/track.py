@@ -21,6 +21,7 @@ from uuid import uuid4
 
 from metazo.errors import UserError
 from metazo.io.extras import MissingPackage, needs
+from metazo.runs.folder import CONFIG
 from metazo.step.record import Step
 
 FOLDER, RUNS = "trackers", "runs.json"
@@ -62,7 +63,7 @@ class Trackers:
         os.environ.setdefault("WANDB_DIR", str(self.folder))
         os.environ.setdefault("TRACKIO_DIR", str(self.folder))
         os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{self.folder / 'mlflow.db'}")
-        new = [folder for folder in (self.folder, self.folder.parent) if not folder.exists()]
+        new, made = not self.folder.exists(), not self.folder.parent.exists()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             known = self._known()
@@ -76,8 +77,13 @@ class Trackers:
             (self.folder / RUNS).write_text(json.dumps(known))
         except BaseException:
             self.finish()
-            for folder in new:
-                shutil.rmtree(folder, ignore_errors=True)
+            if (
+                new and not (self.folder.parent / CONFIG).exists()
+            ):  # not of a run that another process has begun meanwhile
+                shutil.rmtree(self.folder, ignore_errors=True)
+            if made:
+                with suppress(OSError):  # not empty
+                    self.folder.parent.rmdir()
             raise
         if after:
             self.say(

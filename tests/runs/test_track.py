@@ -75,7 +75,7 @@ def test_an_absent_tracker_is_one_sentence_before_anything_is_written(tmp_path: 
 def tracker(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     """A tracker of accelerate's kind in the place of W&B's, whose package tests do not need: what it was given and sent."""
     tracking = pytest.importorskip("accelerate.tracking")
-    seen: dict[str, Any] = {"starts": [], "sent": [], "refuses": None, "fails at": None}
+    seen: dict[str, Any] = {"starts": [], "sent": [], "refuses": None, "fails at": None, "begins": None}
 
     class Plain(tracking.GeneralTracker):
         name, requires_logging_directory, main_process_only = "wandb", False, False
@@ -86,6 +86,8 @@ def tracker(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
             seen["starts"].append(given)
 
         def start(self) -> None:
+            if seen["begins"]:
+                seen["begins"].write_text("{}")
             if seen["refuses"]:
                 raise ConnectionError(seen["refuses"])
 
@@ -105,6 +107,10 @@ def test_a_tracker_that_does_not_start_leaves_nothing_behind(tmp_path: Path, tra
     with pytest.raises(UserError, match=r"`track` wandb does not start \(ConnectionError: no API key\): set it up"):
         run_settings(FinetuneConfig(**SMALL, out=tmp_path / "run", track=["wandb"]))
     assert not (tmp_path / "run").exists()
+    tracker["begins"] = tmp_path / "run" / "config.json"  # another process begins a run there meanwhile
+    with pytest.raises(UserError, match="does not start"):
+        run_settings(FinetuneConfig(**SMALL, out=tmp_path / "run", track=["wandb"]))
+    assert (tmp_path / "run" / "config.json").exists() and (tmp_path / "run" / "trackers").exists()
 
 
 def test_a_tracker_that_fails_on_the_way_is_left_out(tmp_path: Path, tracker: dict[str, Any]) -> None:
