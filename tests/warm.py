@@ -20,7 +20,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from multiprocessing import forkserver, resource_tracker
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -86,14 +85,21 @@ def run(*arguments: object, timeout: float = 280, **options) -> subprocess.Compl
     return subprocess.CompletedProcess([*map(str, arguments)], process.returncode or 0, out, err)
 
 
-def ranks(function: Callable[..., None], *arguments: Any, count: int = 2, join: bool = True) -> list[BaseProcess]:
-    """Run `function(rank, *arguments)` in `count` processes; join: raise the error of one that fails, else return at once."""
+def ranks(function: Callable[..., None], *arguments: Any, count: int = 2, killed: int | None = None) -> None:
+    """Run `function(rank, *arguments)` in `count` processes and raise the error of one that fails, whose end ends the others.
+    killed: the rank that must end by SIGKILL.
+    """
     serve()
     told = (dict(os.environ), function, arguments)
     context = start_processes(_rank, told, nprocs=count, join=False, start_method="forkserver")
-    while join and not context.join():
+    assert context is not None
+    if killed is not None:
+        context.sentinels.pop(context.processes[killed].sentinel)
+    while not context.join():
         pass
-    return context.processes
+    if killed is not None:
+        context.processes[killed].join()
+        assert context.processes[killed].exitcode == -signal.SIGKILL
 
 
 def _rank(rank: int, environment: dict[str, str], function: Callable[..., None], arguments: tuple[Any, ...]) -> None:

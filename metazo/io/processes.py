@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -60,10 +60,10 @@ def joined(timeout: float, *, tensors: bool = False) -> Iterator[None]:
         if tensors and torch.cuda.is_available():
             backend = "cpu:gloo,cuda:nccl"
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        with _answered():
-            distributed.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        _meet(backend, timeout)
     try:
-        yield
+        with _groups_wait(timeout) if own else nullcontext():
+            yield
     except UserError as error:
         if rank() and not error.shared:
             error.of_rank = rank()
@@ -72,6 +72,37 @@ def joined(timeout: float, *, tensors: bool = False) -> Iterator[None]:
         if own:
             with suppress(RuntimeError):
                 distributed.destroy_process_group()
+
+
+def _meet(backend: str, timeout: float) -> None:
+    """Raises UserError, with the rank of this process, if the processes cannot meet."""
+    try:
+        distributed.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    except (RuntimeError, ValueError) as error:  # ValueError: the environment lacks something
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        why = f"{error}; start them with torchrun or accelerate launch"
+        if "EADDRINUSE" in why:
+            why = "another program uses the port: give torchrun another --master-port"
+        elif _late(error):
+            why = f"there was no answer within {timeout:g} seconds: look at the messages of the others"
+        found = UserError(f"The processes of this run cannot meet at {address} (MASTER_ADDR, MASTER_PORT): {why}.")
+        found.of_rank = int(own) if (own := os.environ["RANK"]).isdigit() else 0
+        raise found from error
+
+
+@contextmanager
+def _groups_wait(seconds: float) -> Iterator[None]:
+    """Groups of processes that are made within the context, as the meshes of a divided model make them, wait as long as given:
+    by torch's default they wait 30 minutes, however long the processes as a whole do.
+    """
+    module, limit = distributed.distributed_c10d, timedelta(seconds=seconds)
+    names = ("default_pg_timeout", "default_pg_nccl_timeout")
+    before = {name: getattr(module, name) for name in names}
+    vars(module).update(dict.fromkeys(names, limit))
+    try:
+        yield
+    finally:
+        vars(module).update(before)
 
 
 @contextmanager
@@ -85,12 +116,14 @@ def _answered() -> Iterator[None]:
 
 def lost(error: RuntimeError) -> LostRank:
     """What the failure of an exchange means."""
-    text = str(error)
-    late = "imed out" in text or "timeout" in text.lower()
-    what = "did not answer in time" if late else "has ended"
+    what = "did not answer in time" if _late(error) else "has ended"
     found = LostRank(f"Another process of this run {what}, so that this one cannot go on.")
     found.shared = True
     return found
+
+
+def _late(error: Exception) -> bool:
+    return any(word in str(error).lower() for word in ("timed out", "timeout"))
 
 
 def total(values: Sequence[float]) -> list[float]:

@@ -55,13 +55,25 @@ def _config(out: Path, base: Path, /, **settings: Any) -> FinetuneConfig:
     return build(FinetuneConfig, {**SETTINGS, "model": str(base), **settings, "out": out})
 
 
+def _waiting() -> set[float]:
+    """Seconds that the groups of processes wait."""
+    from torch.distributed.distributed_c10d import _world
+
+    backends = [group._get_backend(torch.device("cpu")) for group in _world.pg_map]
+    return {backend.options._timeout.total_seconds() for backend in backends}
+
+
 def _process(rank: int, folder: Path, model: Path, ports: list[int]) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(COUNT), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
     said: dict[str, Any] = {}
     for name, settings in RUNS.items():
         os.environ["MASTER_PORT"] = str(ports.pop())
-        tune(_config(folder / name, model, **settings), plot=False)
+        tune(
+            _config(folder / name, model, **settings),
+            on_evaluation=lambda _: said.update(waiting=_waiting()),
+            plot=False,
+        )
     os.environ["MASTER_PORT"] = str(ports.pop())
     with pytest.raises(Interrupted):
         tune(
@@ -95,10 +107,7 @@ def model(tiny: Callable[[str], Path]) -> Path:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
     folder = tmp_path_factory.mktemp("divided")
-    processes = warm.ranks(_process, folder, model, _ports(14), count=COUNT, join=False)
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0, 0, 0, -signal.SIGKILL]
+    warm.ranks(_process, folder, model, _ports(14), count=COUNT, killed=3)
     return folder
 
 
@@ -132,6 +141,10 @@ def test_one_process_replays_the_log_of_a_divided_run_bit_for_bit(folder, model,
     replay(folder / name / "steps.jsonl", str(model), tmp_path / "again")
     saved, again = (load_file(out / "model.safetensors") for out in (folder / name / "model", tmp_path / "again"))
     assert all(value.equal(again[key]) for key, value in saved.items())
+
+
+def test_every_exchange_of_a_divided_run_waits_as_long_as_the_run_says(said):
+    assert all(each["waiting"] == {SETTINGS["rank_timeout"]} for each in said)
 
 
 def test_a_divided_run_that_was_stopped_goes_on_bit_for_bit(folder, said):

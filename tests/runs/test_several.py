@@ -5,21 +5,23 @@ from __future__ import annotations
 import io
 import json
 import os
+import random
 import signal
 import socket
 import sys
 import time
 import warnings
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from metazo.errors import UserError
-from metazo.io.processes import LostRank
+from metazo.io.processes import LostRank, joined
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import run_settings, tune
 from metazo.runs.interrupt import Interrupted
@@ -100,13 +102,15 @@ def _kept(said: dict[str, Any]) -> Any:
 
 
 def _ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    found = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return found
+    """Free ports below those that Linux gives to connections, which would take one before it is used."""
+    return [port for port in random.SystemRandom().sample(range(15_000, 32_000), 4 * count) if _free(port)][:count]
+
+
+def _free(port: int) -> bool:
+    with socket.socket() as one, suppress(OSError):
+        one.bind(("127.0.0.1", port))
+        return True
+    return False
 
 
 @pytest.fixture(scope="module")
@@ -114,10 +118,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("several")
     with pytest.raises(Interrupted):
         tune(_config(folder / "resumed"), on_step=_stopped_at(3, signal.SIGTERM))
-    processes = warm.ranks(_process, folder, _ports(12), join=False)
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0, -signal.SIGKILL]
+    warm.ranks(_process, folder, _ports(12), killed=1)
     return folder
 
 
@@ -203,3 +204,29 @@ def test_a_dead_process_ends_the_run_with_one_sentence_and_one_process_continues
     assert seconds < 40 and said["last"] >= 2
     run_settings(_config(folder / "killed", resume=True))
     _same(folder / "killed", serial)
+
+
+def _refused(*, rank: str, port: str | None, timeout: float = 60.0) -> UserError:
+    """What a process of two says that cannot meet the other."""
+    environment = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"} | (
+        {"MASTER_PORT": port} if port else {}
+    )
+    with mock.patch.dict(os.environ, environment), pytest.raises(UserError) as caught, joined(timeout):
+        pass
+    return caught.value
+
+
+def test_processes_that_cannot_meet_say_why():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        found = _refused(rank="0", port=str(port))
+    assert str(found) == (
+        f"The processes of this run cannot meet at 127.0.0.1:{port} (MASTER_ADDR, MASTER_PORT): another program uses the "
+        "port: give torchrun another --master-port."
+    )
+    found = _refused(rank="1", port=str(_ports(1)[0]), timeout=1.0)
+    assert "there was no answer within 1 seconds" in str(found) and found.of_rank == 1
+    for found in (_refused(rank="1", port=None), _refused(rank="x", port="x")):
+        assert "start them with torchrun or accelerate launch" in str(found) and found.of_rank is not None
