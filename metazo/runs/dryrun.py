@@ -23,7 +23,7 @@ from metazo.models.load import LoadedModel
 from metazo.models.skeleton import skeleton, stored
 from metazo.runs.choose import choose
 from metazo.runs.config import AUTO, FinetuneConfig
-from metazo.runs.estimate import Estimate, Followed, estimate, measure_rates, step_seconds, weight_bytes
+from metazo.runs.estimate import Estimate, Followed, estimate, look_ahead, measure_rates, step_seconds, weight_bytes
 from metazo.runs.examples import longest_batch, longest_input, prepared_task
 from metazo.runs.fit_precision import fit_precision
 from metazo.runs.left import Begun
@@ -80,7 +80,7 @@ def dry_run(config: FinetuneConfig) -> dict[str, Any]:
     check_saved(config, loaded)
     prepared, problem = _rows(config, task, loaded)
     limit = longest_input(config, loaded)
-    loss, length = _loss(config, loaded, prepared, limit)
+    loss, length, at_last = _loss(config, loaded, prepared, limit)
     if objective is not None:
         loss = _without_gradient(loss)
     if prepared is None:
@@ -100,6 +100,7 @@ def dry_run(config: FinetuneConfig) -> dict[str, Any]:
     optimizer = build_optimizer(config, loaded.model)
     if optimizer.wants_full_closure:
         optimizer.full_closure = loss
+    look_ahead(optimizer, loss, at_last)
     a_step = optimizer.forwards_per_step(config.accumulate)
     steps = number_of_steps(config, a_step, len(prepared.train) if prepared else config.train_examples)
     rows = rows_of(config, prepared, limit) if prepared else f"{config.task}: rows not read"
@@ -181,21 +182,22 @@ def _rows(config: FinetuneConfig, task: Task, loaded: LoadedModel) -> tuple[Prep
 
 def _loss(
     config: FinetuneConfig, loaded: LoadedModel, prepared: Prepared | None, limit: int
-) -> tuple[Callable[[], Any], int]:
-    """A loss over the longest batch, on the meta device, and the length of its inputs in tokens."""
+) -> tuple[Callable[[], Any], int, bool]:
+    """A loss over the longest batch, on the meta device; the length of its inputs in tokens; and whether it reads the last
+    position alone."""
     batch: dict[str, Any] = {}
     if prepared is not None:
         longest = longest_batch(config, prepared.train)
         batch = prepared.collate(longest)
         length = batch["input_ids"].shape[1]
         if "rows" not in batch:  # numbers that decide a shape
-            return BatchLoss(loaded.model, prepared, longest, META), length
+            return BatchLoss(loaded.model, prepared, longest, META), length, loaded.kind == "causal"
     else:
         length = min(limit, config.max_length or ASSUMED)
     rows = len(batch["input_ids"]) if prepared is not None else config.batch_size
     keep = batch["answer"].shape[1] + 1 if prepared is not None else 1
     answers = len(batch["answer"]) if prepared is not None else rows
-    return assumed_loss(loaded, rows, length, keep, answers), length
+    return assumed_loss(loaded, rows, length, keep, answers), length, keep == 1
 
 
 def assumed_loss(
@@ -236,8 +238,9 @@ def _about_files(folder: str, model: nn.Module) -> list[str]:
 
 def _memory(config: FinetuneConfig, counted: Estimate, length: int, free: int) -> str:
     more = counted.peak / counted.inference
+    peak = "peak of a step at least" if counted.notes else "peak of a step"
     return (
-        f"inference {size(counted.inference)} (weights {size(counted.weights)}); peak of a step {size(counted.peak)}, "
+        f"inference {size(counted.inference)} (weights {size(counted.weights)}); {peak} {size(counted.peak)}, "
         f"{more:.2f}x, with {config.optimizer} at {config.batch_size} inputs of {length} tokens; {size(free)} are free"
     )
 

@@ -16,17 +16,20 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental import _config as fx
 
 from metazo.blocks import NamedTensor, tensor_id
 from metazo.kernels.operations import Operations
 from metazo.models.quantize import bytes_of
 from metazo.noise import Move, PhiloxNoise
+from metazo.optimizers.structured import Structured
 from metazo.step.precision import policy
 
 SAMPLE = 2**21
@@ -39,7 +42,8 @@ class Followed(Operations):
     """Counts the bytes of the tensors that operations make, until each is freed, and the operations of products.
 
     A number that is read from a tensor on the meta device is 0: transformers asks whether a mask is all ones, and the answer
-    no gives the mask of a padded batch. Attention keeps no matrix of scores, as torch's fused kernels.
+    no gives the mask of a padded batch. Tensors that are compared are close. Attention keeps no matrix of scores, as torch's
+    fused kernels.
     """
 
     def __init__(self) -> None:
@@ -50,6 +54,8 @@ class Followed(Operations):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return torch.zeros((), dtype=args[0].dtype).item()
+        if func is torch.ops.aten.allclose.default and args[0].is_meta:
+            return True
         if func is torch.ops.aten.scaled_dot_product_attention.default:
             query, key, value = args[:3]
             self.count += (
@@ -120,6 +126,24 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
+def look_ahead(optimizer: Any, loss: Callable[[], Any], at_last: bool) -> None:
+    """Measure what a run measures before its first step. at_last: whether the loss reads the last position of its inputs
+    alone, which the numbers would tell.
+    """
+    if isinstance(optimizer, Structured):
+        optimizer.tensors_state()
+        optimizer.local.narrow &= at_last
+    with suppress(Exception), _numberless():  # what cannot be followed is in the notes of `estimate`
+        optimizer.measure_cost(loss)
+
+
+@contextmanager
+def _numberless() -> Iterator[Followed]:
+    """Operations that depend on numbers take a mask to be true everywhere."""
+    with Followed() as followed, fx.patch(meta_nonzero_assume_all_nonzero=True):  # type: ignore[attr-defined]
+        yield followed
+
+
 def estimate(model: nn.Module, optimizer: Any, loss: Callable[[], Any]) -> Estimate:
     """The memory and the operations of a step; model, optimizer and the batch of the loss are on the meta device."""
     weights, state = weight_bytes(model), state_bytes(optimizer)
@@ -133,7 +157,7 @@ def estimate(model: nn.Module, optimizer: Any, loss: Callable[[], Any]) -> Estim
         try:
             optimizer.checks_weights = False
             held = state - optimizer.moments * sum(map(_bytes, _trained(optimizer)))  # moments are made within the step
-            with Followed() as step:
+            with _numberless() as step:
                 optimizer.step(loss)
             operations, peak = step.count, weights + held + step.most
         except Exception as error:

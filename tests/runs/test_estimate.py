@@ -18,7 +18,7 @@ from metazo.optimizers.registry import method
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.cost import measure
 from metazo.runs.dryrun import assumed_loss, dry_run
-from metazo.runs.estimate import PATIENCE, Estimate, Rates, affordable, estimate, step_seconds
+from metazo.runs.estimate import PATIENCE, Estimate, Rates, affordable, estimate, look_ahead, step_seconds
 from metazo.runs.setup import set_up
 from tests.models.test_skeleton import sparse
 
@@ -35,7 +35,7 @@ def with_weights(bare: LoadedModel) -> LoadedModel:
     return LoadedModel(model, None, bare.kind, bare.name, bare.dtype, bare.context_length)  # type: ignore[arg-type]
 
 
-def on_cpu(loaded: LoadedModel):
+def on_cpu(loaded: LoadedModel, keep: int = 1):
     """The loss of `assumed_loss` over random tokens, left-padded, so that transformers makes the same mask."""
     ids = torch.randint(0, 2000, SHAPE)
     mask = torch.ones_like(ids)
@@ -44,7 +44,7 @@ def on_cpu(loaded: LoadedModel):
 
     def loss():
         out = loaded.model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=1
+            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=keep
         )
         return out.logits.float().logsumexp(-1).mean()
 
@@ -77,6 +77,36 @@ def test_memory_is_that_of_a_step(shape: LlamaConfig, name: str, dtype: str, opt
     assert estimated.inference == pytest.approx(measured.inference_bytes, rel=0.1)
     assert estimated.peak == pytest.approx(measured.step_bytes, rel=tolerance)
     assert estimated.forward_operations == pytest.approx(measured.forward_flops, rel=0.02)
+
+
+@pytest.mark.parametrize("keep", [1, 8])
+@pytest.mark.parametrize("name", ["skip-feedback", "answer-column"])
+def test_memory_of_a_structured_estimate_is_that_of_a_step(name: str, keep: int) -> None:
+    """A graph of one block: of its last position alone if the loss reads no other."""
+    bare = skeleton("small", config=SMALL)
+    whole = with_weights(bare)
+    steps = [
+        (found.model, method(name)(found.model.named_parameters(), lr=1e-6, model=found.model))  # type: ignore[call-arg]
+        for found in (bare, whole)
+    ]
+    loss = assumed_loss(bare, *SHAPE, keep)
+    look_ahead(steps[0][1], loss, at_last=keep == 1)
+    steps[1][1].measure_cost(on_cpu(whole, keep))
+    estimated, measured = estimate(*steps[0], loss), measure(*steps[1], on_cpu(whole, keep))
+    costs = [optimizer.forwards_per_step() for _, optimizer in steps]
+    assert costs[0] == pytest.approx(costs[1], rel=0.02) and (costs[1] == 4) == (keep == 8)
+    assert not estimated.notes and estimated.inference == pytest.approx(measured.inference_bytes, rel=0.05)
+    more = measured.step_bytes - measured.inference_bytes
+    assert estimated.peak - estimated.inference == pytest.approx(more, rel=0.1)
+
+
+def test_a_step_that_cannot_be_followed_has_a_least_peak(monkeypatch) -> None:
+    def fails(self, *arguments):
+        raise NotImplementedError("no numbers")
+
+    monkeypatch.setattr("metazo.optimizers.structured.Structured.look", fails)
+    found = dry_run(FinetuneConfig(**PICO, optimizer="skip-feedback"))
+    assert "peak of a step at least" in found["memory"] and "(no numbers)" in found["notes"][-1]
 
 
 def test_time_is_the_larger_of_computing_and_reading() -> None:
