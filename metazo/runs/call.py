@@ -19,7 +19,7 @@ from metazo.optimizers.registry import load as load_methods
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import tune
 from metazo.runs.own import Loss, OwnLoss, own_batches
-from metazo.runs.tuned import MEMORY, Finetuned, Given
+from metazo.runs.tuned import MEMORY, AsGiven, Finetuned, Given
 from metazo.settings import build, with_role
 from metazo.step.record import Step
 from metazo.tasks import TASKS, Task, in_memory, resolve
@@ -72,8 +72,9 @@ def finetune(
     Returns: Finetuned: model, tokenizer, summary, steps, losses, evaluations, out. The model is in eval mode and has the
     weights that `keep` selects: the best on dev (default), or the last.
 
-    Raises UserError for bad input, before anything is written or trained; Interrupted if a signal stops the run, with the
-    run saved in `out`. A callback may raise anything: the steps so far are in the log.
+    Raises UserError for bad input, before anything is written or trained, and with a model in memory as it was given;
+    Interrupted if a signal stops the run, with the run saved in `out`. A callback may raise anything: the steps so far are
+    in the log.
 
         metazo.finetune("pico", "pico_sentiment", lr=1e-4, steps=100)
         metazo.finetune(model, task, "lozo", tokenizer=tokenizer, data=dataset, rank=2, lr=1e-6, steps=1000, out="runs/a")
@@ -83,7 +84,21 @@ def finetune(
 
     Do not use it for a loss that is random; use an optimizer in your own loop instead.
     """
-    given = Given()
+    held = model.model if isinstance(model, LoadedModel) else model
+    before, given = AsGiven(held) if isinstance(held, nn.Module) else None, Given()
+    try:
+        config = _described(given, model, task, optimizer, data, tokenizer, loss, dev, test, out, objective, settings)
+        return tune(config, given, console, on_step=on_step, on_evaluation=on_evaluation)
+    except BaseException:
+        if before is not None and not given.begun:
+            before.restore()
+        raise
+
+
+def _described(
+    given: Given, model, task, optimizer, data, tokenizer, loss, dev, test, out, objective, settings
+) -> FinetuneConfig:
+    """The settings of a call of `finetune`; its objects in memory are put into `given`."""
     values = _split(settings)
     values["out"] = None if out is None else Path(out)
     if callable(objective):
@@ -105,7 +120,7 @@ def finetune(
         _model(given, values, model, tokenizer)
         _task(given, values, task, data)
     _optimizer(given, values, optimizer)
-    return tune(build(FinetuneConfig, values), given, console, on_step=on_step, on_evaluation=on_evaluation)
+    return build(FinetuneConfig, values)
 
 
 def _split(settings: dict[str, Any]) -> dict[str, Any]:

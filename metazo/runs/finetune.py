@@ -121,6 +121,7 @@ def _tune(
             console.say("note:", note, once=True)  # not for each run of a demo
         with interruptible() as caught:
             run = _Run(config, setup, folder, console, caught, trackers, on_step, on_evaluation)
+            given.begun = True
             try:
                 run.catch_up()
                 run.go_on()

@@ -35,6 +35,8 @@ class Given:
     own: OwnLoss | None = None
     optimizer: Any = None
     objective: Callable[..., Any] | None = None
+    begun: bool = False
+    """Whether the run has come to its steps: before, a refusal leaves the model as it was given."""
 
     def check(self, config: FinetuneConfig) -> None:
         """Raises UserError if a setting is the name of an object in memory that is not given, or the model is sharded."""
@@ -52,6 +54,28 @@ class Given:
                     f"`{name}` of this run was an object in memory ({getattr(config, name)}), which is in no file: resume from "
                     "Python, with metazo.finetune(..., resume=True) and the same object as it was at the start."
                 )
+
+
+class AsGiven:
+    """A model in memory as the caller gave it, to be restored after a refusal: adapters are put between its layers, its
+    tensors are selected for training, and it is put into eval mode, before everything is known to be right.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.modules = [
+            (module, set(vars(module)), dict(module._modules), module.training) for module in model.modules()
+        ]
+        self.trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+
+    def restore(self) -> None:
+        for module, names, parts, training in self.modules:
+            for name in set(vars(module)) - names:  # peft's own settings
+                delattr(module, name)
+            module._modules.clear()
+            module._modules.update(parts)
+            module.training = training
+        for parameter, wanted in self.trained:
+            parameter.requires_grad_(wanted)
 
 
 @dataclass

@@ -179,6 +179,32 @@ def test_lora_on_a_model_in_memory():
     assert all("lora_" in name for name, p in tuned.model.named_parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"lora": 2, "rank": 3},
+        {"adapter": "prefix", "adapter_rank": 2, "optimizer": "unknown"},
+        {"adapter": "ia3", "max_length": 1},
+        {"train": ["*q_proj*"], "optimizer": "fzoo", "steps": None, "forwards": 2},
+    ],
+)
+def test_a_refused_run_leaves_the_model_as_it_was_given(wrong):
+    model, tokenizer = in_memory()
+    model.train()
+    next(model.parameters()).requires_grad_(False)
+
+    def state():
+        tensors = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        return tensors, {name: module.training for name, module in model.named_modules()}, set(vars(model))
+
+    before = state(), weights(model)
+    with pytest.raises(UserError):
+        metazo.finetune(model, "pico_sentiment", tokenizer=tokenizer, **SIZES | wrong)
+    assert (state(), weights(model)) == before
+    ids = {"input_ids": torch.arange(8)[None]}
+    assert torch.equal(model.eval()(**ids).logits, in_memory()[0].eval()(**ids).logits)
+
+
 def test_what_the_caller_froze_stays_frozen():
     model, tokenizer = in_memory()
     for name, parameter in model.named_parameters():
