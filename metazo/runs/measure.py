@@ -14,8 +14,10 @@ from metazo.models.assemble import as_loaded, load
 from metazo.models.checks import not_finite
 from metazo.models.describe import describe
 from metazo.models.load import MADE, LoadedModel
+from metazo.optimizers import METHODS
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.examples import prepared_task
+from metazo.runs.folder import SUMMARY
 from metazo.runs.locate import MODEL, located, read_config, run_of
 from metazo.runs.method import resolve_device
 from metazo.settings import build, with_role
@@ -75,7 +77,7 @@ def evaluate(
     began: dict[str, Any] = {}
     if run is not None:
         if not (run / MODEL).is_dir():
-            raise UserError(f"{run} has no model (it has not ended, or `keep='none'`); rebuild it with metazo replay.")
+            raise _no_model(run)
         model = run / MODEL
         settings_then = located(read_config(run), run)
         began = {name: value for name, value in settings_then.items() if name in OF_A_RUN - {"out", "resume"}}
@@ -110,6 +112,22 @@ def evaluate(
             f"The loss is not finite ({found['loss']}), so the weights of {called} are damaged or too large for {dtype}{where}."
         )
     return found
+
+
+def _no_model(run: Path) -> UserError:
+    """Why a run has no kept model, and how to get one."""
+    config, log = read_config(run), run / STEPS
+    replay = f"metazo replay {log} --base {config.get('model')} --out FOLDER"
+    where = f"{replay} makes it again from the log"
+    if (name := config.get("optimizer")) in METHODS and not METHODS[str(name)].replayable:
+        where = f"the steps of {name} cannot be replayed, so repeat the run in another folder"
+    if config.get("keep") == "none":
+        return UserError(f"{run} was run with --keep none, so it has no model; {where}.")
+    if (run / SUMMARY).exists():
+        return UserError(f"{run} has ended and its folder {MODEL} is gone; {where}.")
+    return UserError(
+        f"{run} has not ended, and a run has a model when it ends; continue it with metazo finetune --resume {run}."
+    )
 
 
 def _load(model: str | Path, config: FinetuneConfig, task: Task) -> LoadedModel:

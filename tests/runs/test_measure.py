@@ -112,9 +112,21 @@ def test_rows_and_a_model_in_memory(coin):
 
 
 def test_what_cannot_be_evaluated(tmp_path, coin):
-    run(coin, tmp_path / "none", keep="none", steps=1)
-    with pytest.raises(UserError, match="has no model"):
-        evaluate(tmp_path / "none")
+    out, gradient = tmp_path / "none", tmp_path / "gradient"
+    run(coin, out, keep="none", steps=1, optimizer="mezo")
+    again = "metazo replay .*steps.jsonl --base pico --out FOLDER makes it again"
+    with pytest.raises(UserError, match=f"was run with --keep none, so it has no model; {again}"):
+        evaluate(out)
+    run(coin, gradient, keep="none", steps=1)
+    with pytest.raises(UserError, match="the steps of first-order-adamw cannot be replayed, so repeat the run"):
+        evaluate(gradient)
+    config = out / "config.json"
+    config.write_text(config.read_text().replace('"keep": "none"', '"keep": "last"'))
+    with pytest.raises(UserError, match=f"has ended and its folder model is gone; {again}"):
+        evaluate(out)
+    (out / "summary.json").unlink()
+    with pytest.raises(UserError, match="has not ended.*metazo finetune --resume .*none.$"):
+        evaluate(out)
     with pytest.raises(UserError, match="`split` 'train'"):
         evaluate("pico", "pico_sentiment", split="train")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="pico is not the folder of a run, whose task could be taken"):
