@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean, median
 
 from .analysis import Analysis
-from .comparison import CONTROL, FIRST, UNTRAINED
+from .comparison import CONTROL, FIRST, UNTRAINED, Comparison
 from .statistics import Average, Paired
 from .table import count, loss, p_value, share
 from .tables import FORWARD_ONLY, metric_name
@@ -48,17 +48,29 @@ def some(number: int, noun: str) -> str:
 
 def _compared(analysis: Analysis, model: str) -> str:
     data = analysis.data
-    budgets = {i.get("budget") for i in data.infos if i.get("kind") == "seed"} - {0, None}
-    budget = next(iter(budgets)) if len(budgets) == 1 else None
-    work = f" of {count(budget)} forward passes per run" if isinstance(budget, int) else " of forward passes"
     ways = sum(data.family(column) != UNTRAINED for column in data.columns)
     seeds = len(data.seeds)
     repeated = f"every run was repeated with {seeds} random seeds" if seeds > 1 else "there is one random seed"
     return (
         f"{some(ways, 'way')} of fine-tuning the language model {model} on {some(len(data.tasks), 'task')} "
-        f"({listed(data.tasks)}). All had the same budget{work} (one forward pass computes the model’s loss on a "
+        f"({listed(data.tasks)}). {_budgets(data)} (one forward pass computes the model’s loss on a "
         f"batch of examples), and {repeated}."
     )
+
+
+def _budgets(data: Comparison) -> str:
+    """Forward passes per run: a column may have its own, and parts of a grid may be of an earlier one."""
+    columns: dict[str, set[int]] = {}
+    for info in data.infos:
+        if info.get("kind") == "seed" and isinstance(budget := info.get("budget"), int) and budget:
+            columns.setdefault(str(info.get("column")), set()).add(budget)
+    every = sorted(set().union(*columns.values()))
+    if len(every) < 2:
+        return "All had the same budget of " + (
+            f"{count(every[0])} forward passes per run" if every else "forward passes"
+        )
+    each = [f"{' or '.join(map(count, sorted(found)))} for {column}" for column, found in columns.items()]
+    return f"They had different budgets of forward passes per run, {listed(each)}"
 
 
 def forward_only(analysis: Analysis) -> list[tuple[str, Average]]:

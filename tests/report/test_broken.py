@@ -151,3 +151,16 @@ def test_a_busy_machine_is_said(tmp_path: Path):
         result.save(cell_path(tmp_path / name, "sst2", "mezo", "seed", 0))
         told = str(made(tmp_path / name).story.facts)
         assert ("runs took 2.5 times their processor time" in told) is (name == "busy")
+
+
+def test_budgets_that_differ_are_said(tmp_path: Path):
+    """Columns may have their own, and parts of a grid may have been run before it was changed."""
+    for name, seed, budget in (("mezo", 0, 2000), ("mezo", 1, 4000), ("lozo", 0, 2000), ("zero-shot", 0, 0)):
+        result = synthetic.result(COLUMN.get(name, COLUMN["mezo"]), "sst2", seed)
+        result.run_info |= {"budget": budget, "column": name}
+        result.save(cell_path(tmp_path, "sst2", name, "seed", seed))
+    told = made(tmp_path).story.compared
+    assert "different budgets of forward passes per run, 2,000 for lozo and 2,000 or 4,000 for mezo (" in told
+    assert "same budget" not in told
+    cell_path(tmp_path, "sst2", "mezo", "seed", 1).unlink()
+    assert "All had the same budget of 2,000 forward passes per run (" in made(tmp_path).story.compared
