@@ -69,9 +69,7 @@ class Store:
         for place in (path, self._aside(path)):  # a column that is asked for again gets its results back
             if place.exists():
                 found = Result.load(place)
-                if found.run_info.get("key") == job.info["key"] and not (
-                    self.retry_failed and found.run_info["status"] == "failed"
-                ):
+                if same(found.run_info, job.info) and not (self.retry_failed and found.run_info["status"] == "failed"):
                     if place != path:
                         path.parent.mkdir(parents=True, exist_ok=True)
                         os.replace(place, path)

@@ -147,6 +147,20 @@ def test_a_changed_grid_runs_what_changed_and_puts_the_rest_aside(copy):
     assert {name: text for name, (_, text) in cells(copy).items()} == {name: text for name, (_, text) in before.items()}
 
 
+@pytest.mark.parametrize("part", [None, "0/1"])
+def test_a_result_of_another_model_configuration_or_task_definition_is_not_used_again(copy, part):
+    """Weights and rows, and so the key, may be the same."""
+    path = copy / "cells/pico_topic/mezo/seed-1.json"
+    right = path.read_bytes()
+    other = Result.load(path)
+    other.run_info["inputs"], other.metrics["dev"]["loss"] = "0" * 64, 0.125
+    other.save(path)
+    count = compare(grid(copy), part=part)
+    assert count["runs"] - count["kept"] == 1
+    assert Result.load(path).metrics == json.loads(right)["metrics"]
+    assert Result.load(copy / "superseded/pico_topic/mezo/seed-1.json").metrics == other.metrics
+
+
 def test_killed_stopped_and_continued(tmp_path):
     out = tmp_path / "results"
     settings = grid(out, tasks=["pico_topic"], columns=[TINY["columns"][1]], seeds=6)
