@@ -63,6 +63,14 @@ def finetune(
             help="Show the plan with memory, disk and time, and stop; no weights are loaded. With --resume, show what is left.",
         ),
     ] = False,
+    race: Annotated[
+        str | None,
+        typer.Option(
+            "--race",
+            help="Learning rates, separated by commas, that race over the first steps; the best takes the rest of the run.",
+        ),
+    ] = None,
+    race_steps: Annotated[int, typer.Option("--race-steps", min=1, help="Steps of each round of the race.")] = 12,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     **values: Any,
 ) -> None:
@@ -87,6 +95,10 @@ def finetune(
     if dry_run:
         from metazo.runs.dryrun import dry_run as planned
 
+        if race is not None:
+            raise UserError(
+                "--race has no dry run; give one of its rates as --lr, with which memory and time are the same."
+            )
         if first:
             _show_plan(planned(settings), as_json)
         return
@@ -96,12 +108,28 @@ def finetune(
 
     console.say("metazo finetune", f"{settings.model} on {settings.task} with {settings.optimizer}", "bold")
     with redirect_stdout(sys.stderr) if as_json else nullcontext():  # an objective may print
-        summary = tune(settings, console=console).summary
+        if race is None:
+            summary = tune(settings, console=console).summary
+        else:
+            from metazo.runs.race import race as raced
+
+            settings.lr = values["lr"]  # that of a recipe gives way
+            summary = raced(settings, _rates(race), race_steps, console).summary
     if as_json:
         if first:
             print_json(summary)
         return
     show_result(console, summary, settings)
+
+
+def _rates(text: str) -> list[float]:
+    """The numbers of --race. Raises UserError for anything else."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(
+            f"--race is {text!r}; give learning rates separated by commas, such as 1e-4,4e-4,1.6e-3."
+        ) from None
 
 
 def _began(folder: Path | None, values: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
@@ -35,7 +35,7 @@ from metazo.runs.schedule import share, snapshot_steps, warmup_steps
 from metazo.runs.setup import Setup, set_up
 from metazo.runs.shared import SharedFolder, losses_explained, run_folder, written
 from metazo.runs.track import Trackers
-from metazo.runs.tuned import Finetuned, Given
+from metazo.runs.tuned import WHOLE, Finetuned, Given, Part
 from metazo.runs.unwritten import MemoryFolder, MemoryLog
 from metazo.step.record import Step
 from metazo.steplog.format import STEPS
@@ -59,9 +59,10 @@ def tune(
     on_step: Callable[[Step], None] | None = None,
     on_evaluation: Callable[[dict[str, Any]], None] | None = None,
     plot: bool = True,
+    part: Part = WHOLE,
 ) -> Finetuned:
-    """Run or resume the fine-tuning that `config` describes (see FinetuneConfig); `given` objects replace those that it
-    names. `metazo.finetune` and the command line both call it.
+    """Run or resume the fine-tuning that `config` describes (see FinetuneConfig), or a part of it; `given` objects replace
+    those that it names. `metazo.finetune` and the command line both call it.
 
     The callbacks get the record of each step and of each evaluation. Without `config.out` nothing is written; without `plot`
     there is no curve.png. Every process that torchrun started calls it: they divide the work, all return the result, and rank
@@ -72,7 +73,7 @@ def tune(
     given.check(config)
     parts = config.tensor_parallel * config.fsdp > 1
     with joined(config.rank_timeout, tensors=parts), losses_explained(config), memory_explained(config):
-        return _tune(config, given, Console.of(None if rank() else console), on_step, on_evaluation, plot)
+        return _tune(config, given, Console.of(None if rank() else console), on_step, on_evaluation, plot, part)
 
 
 def _tune(
@@ -82,6 +83,7 @@ def _tune(
     on_step: Callable[[Step], None] | None,
     on_evaluation: Callable[[dict[str, Any]], None] | None,
     plot: bool,
+    part: Part,
 ) -> Finetuned:
     def say(text: str) -> None:
         console.print(text, style="yellow", soft_wrap=True)
@@ -98,6 +100,7 @@ def _tune(
             setup.config = replace(setup.config, **{name: getattr(config, name) for name in PATHS})
             setup.loaded.name = setup.loaded.name.replace(here.model, config.model)
         config = setup.config
+        part.apply(setup)
         plan = setup.plan(config)
         if isinstance(setup.prepared, Prepared) and together():
             require_same("rows of the task", data_hash(setup.prepared))
@@ -123,9 +126,11 @@ def _tune(
             run = _Run(config, setup, folder, console, caught, trackers, on_step, on_evaluation)
             given.begun = True
             try:
-                run.catch_up()
-                run.go_on()
-                summary = run.finish(plot)
+                if part.stop is not None:
+                    run.scores.due.clear()
+                run.catch_up(part.start)
+                run.go_on(part.stop)
+                summary = run.finish(plot) if part.stop is None else {"steps": setup.steps}
             finally:
                 setup.optimizer.settle()
                 run.log.close()
@@ -204,9 +209,13 @@ class _Run(Ending):
 
     # -- resuming --------------------------------------------------------------------------------------------------
 
-    def catch_up(self) -> None:
-        """Load a snapshot and replay the log after it; forward passes are needed only for evaluations that were lost."""
-        steps = self.log.steps
+    def catch_up(self, start: Sequence[Step] = ()) -> None:
+        """Load a snapshot and replay the log after it; forward passes are needed only for evaluations that were lost.
+        start: steps with which a new log begins.
+        """
+        steps = [*self.log.steps, *start]
+        for record in start:
+            self.log.append(record)
         latest = self.scores.take_up(self.folder.records(), len(steps), self.folder.step_of(BEST))
         snapshot = self.folder.load_snapshot(latest)
         done = self._load(*snapshot) if snapshot else 0
@@ -216,8 +225,9 @@ class _Run(Ending):
         self.scores.settle(len(steps))
         agreed(partial(self.trackers.start, len(steps)))
         if steps:
+            what = "Going on" if start else "Resuming"
             self.folder.say(
-                f"Resuming after step {len(steps)}: snapshot of step {done}, {len(steps) - done} steps replayed."
+                f"{what} after step {len(steps)}: snapshot of step {done}, {len(steps) - done} steps replayed."
             )
         for record in steps[:done]:
             self.watch.see(record)
@@ -266,8 +276,9 @@ class _Run(Ending):
 
     # -- training --------------------------------------------------------------------------------------------------
 
-    def go_on(self) -> None:
-        optimizer, total = self.optimizer, self.setup.steps
+    def go_on(self, stop: int | None = None) -> None:
+        """Take the steps that are left, or those up to `stop`."""
+        optimizer, total = self.optimizer, self.setup.steps if stop is None else stop
         optimizer.recorder = self.log.append
         with progress(self.console, total, optimizer.steps) as show:
             for step in range(optimizer.steps, total):

@@ -78,6 +78,34 @@ class AsGiven:
             parameter.requires_grad_(wanted)
 
 
+@dataclass(frozen=True)
+class Part:
+    """Part of a run. start: the steps that were taken, which are replayed; stop: the step to stop at, without evaluations and
+    an end; spent: how many steps fewer than its settings say the run has; least: how many it must have.
+    """
+
+    start: Sequence[Step] = ()
+    stop: int | None = None
+    spent: int = 0
+    least: int = 0
+
+    def apply(self, setup: Any) -> None:
+        """Raises UserError if no step is left, or if steps of the method cannot be replayed."""
+        if self.stop is not None and not setup.optimizer.replayable:
+            raise UserError(
+                f"A race replays steps from their records, and those of {setup.config.optimizer} cannot be: give `lr`."
+            )
+        if setup.steps < self.spent + self.least:
+            raise UserError(
+                f"The race takes {self.spent + self.least} steps before one rate is left, and the run has {setup.steps}: give "
+                "more steps, fewer rates, or shorter rounds."
+            )
+        setup.steps -= self.spent
+
+
+WHOLE = Part()
+
+
 @dataclass
 class Finetuned:
     """The result of `metazo.finetune`."""

@@ -1,0 +1,114 @@
+"""A race of learning rates at the start of a run: successive halving (Jamieson and Talwalkar 2016, arXiv 1502.07943).
+
+Every rate has an arm: the first steps of the run at that rate, with the same weights, noise and batches as the other arms. In
+a round each arm takes some steps, and its score is the mean loss of their probes; the better half goes on, until one is left.
+Its steps are the first steps of the run, so the log is that of a run at the rate that won.
+
+A step follows from its record without a forward pass: an arm is kept as its records, and nothing is copied. The steps of the
+others are taken from the run, which has the forward passes of its settings in all.
+
+Differences from the paper: an arm goes on where it stopped, and every round has the same number of steps. Do not use it for
+methods whose steps cannot be replayed, or where loading the model takes longer than the steps of a round: every arm loads it
+again in every round. A rate that looks best in a few steps may be too high for the whole run, so take rates a factor of 4
+apart. docs/meta-learning.md has what it found on 14 tasks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from statistics import fmean
+
+from metazo.errors import UserError
+from metazo.io.processes import launched
+from metazo.io.terminal import Console
+from metazo.runs.config import FinetuneConfig
+from metazo.runs.finetune import tune
+from metazo.runs.interrupt import Interrupted
+from metazo.runs.monitor import Diverged
+from metazo.runs.shared import run_folder
+from metazo.runs.tuned import Finetuned, Part
+from metazo.step.record import Step
+
+ROUND = 12
+"""Steps of a round."""
+
+
+@dataclass
+class Arm:
+    """A learning rate, its steps so far, and its score in the last round."""
+
+    rate: float
+    steps: list[Step] = field(default_factory=list)
+    score: float = math.inf
+
+
+def half(count: int) -> int:
+    return -(-count // 2)
+
+
+def lengths(arms: int, length: int) -> tuple[int, int]:
+    """(steps that the arm which wins takes in the race, steps of all others), with rounds of `length` steps."""
+    won = others = 0
+    while arms > 1:
+        won, others, arms = won + length, others + (arms - 1) * length, half(arms)
+    return won, others
+
+
+def race(
+    config: FinetuneConfig, rates: Sequence[float], length: int = ROUND, console: Console | None = None
+) -> Finetuned:
+    """Run the fine-tuning that `config` describes at the rate that wins.
+
+    rates: at least two; length: steps of a round.
+    Raises UserError for bad input, or if no rate has finite losses, with nothing written; Interrupted if a signal stops it: in
+    the race nothing is written, later the run is saved and is continued with `resume`.
+    """
+    _check(config, rates)
+    say = Console.of(console).say
+    arms, (least, spent), total = [Arm(float(rate)) for rate in rates], lengths(len(rates), length), 0
+    while len(arms) > 1:
+        for arm in arms:
+            total = max(total, _go_on(config, arm, Part(arm.steps, len(arm.steps) + length, spent, least)))
+        say("race:", ", ".join(f"{arm.rate:g} {arm.score:.4f}" for arm in arms))
+        arms = sorted(arms, key=lambda arm: arm.score)[: half(len(arms))]
+    won = arms[0]
+    if not math.isfinite(won.score):
+        raise UserError("No rate of the race has finite losses; give lower ones.")
+    say("learning rate:", f"{won.rate:g} won the race, which took {spent} steps more than its own {len(won.steps)}")
+    run = replace(config, lr=won.rate, steps=total, forwards=None, epochs=None)
+    return tune(run, console=console, part=Part(won.steps))
+
+
+def _check(config: FinetuneConfig, rates: Sequence[float]) -> None:
+    if len(set(rates)) < 2 or len(set(rates)) < len(rates) or not all(0 < rate < math.inf for rate in rates):
+        raise UserError(
+            f"A race needs at least two different learning rates above 0, not {', '.join(map(str, rates))}."
+        )
+    if config.lr is not None:
+        raise UserError("`lr` is what the race finds; leave it out.")
+    if config.resume:
+        raise UserError("A run that is resumed has its learning rate already; leave the race out.")
+    if launched() > 1:
+        raise UserError("A race runs in one process; under torchrun give `lr`.")
+    with run_folder(config, lambda text: None):  # raises UserError for a folder that is in use, before the race
+        pass
+
+
+def _go_on(config: FinetuneConfig, arm: Arm, part: Part) -> int:
+    """Take the steps of a round. Returns: the steps of the run, 0 if the arm has diverged."""
+    quiet = replace(config, lr=arm.rate, out=None, track=None, push=None, keep="last")
+    try:
+        found = tune(quiet, plot=False, part=part)
+    except Diverged:
+        arm.score = math.inf
+        return 0
+    except Interrupted as stopped:
+        by = str(stopped).split()[0]
+        raise Interrupted(f"{by} in the race, of which nothing is written: start it again.", by) from stopped
+    assert found.history is not None
+    arm.steps = found.history[0]
+    taken = arm.steps[len(part.start) :]
+    arm.score = fmean(fmean(step.losses) if step.coefficients else math.inf for step in taken)
+    return found.summary["steps"]
