@@ -19,6 +19,7 @@ from metazo.optimizers.registry import load as load_methods
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import tune
 from metazo.runs.own import Loss, OwnLoss, own_batches
+from metazo.runs.race import race as run_race
 from metazo.runs.tuned import MEMORY, AsGiven, Finetuned, Given
 from metazo.settings import build, with_role
 from metazo.step.record import Step
@@ -41,6 +42,7 @@ def finetune(
     test: Iterable[Any] | None = None,
     out: str | Path | None = None,
     objective: str | Callable[[nn.Module, AnswerBatch], float] | None = None,
+    race: Sequence[float] | None = None,
     on_step: Callable[[Step], None] | None = None,
     on_evaluation: Callable[[dict[str, Any]], None] | None = None,
     console: Console | None = None,
@@ -64,6 +66,7 @@ def finetune(
             give it again as it was before the first step.
         objective: what is minimised in place of the task's loss: 1 - a metric (accuracy, f1, exact-match, ...), "file.py:name",
             or a function (model, batch) -> number (`metazo.tasks.objectives`), for methods that need no gradient.
+        race: learning rates, of which one is found over the first steps, instead of `lr` (`metazo.runs.race`).
         on_step: called with the record of each step; on_evaluation: called with the record of each evaluation.
         console: shows plan, progress and warnings; by default nothing is shown.
         settings: fields of `metazo.runs.config.FinetuneConfig` (lr, eps, steps, batch_size, schedule, scale, keep,
@@ -88,7 +91,9 @@ def finetune(
     before, given = AsGiven(held) if isinstance(held, nn.Module) else None, Given()
     try:
         config = _described(given, model, task, optimizer, data, tokenizer, loss, dev, test, out, objective, settings)
-        return tune(config, given, console, on_step=on_step, on_evaluation=on_evaluation)
+        if race is None:
+            return tune(config, given, console, on_step=on_step, on_evaluation=on_evaluation)
+        return run_race(config, race, console=console, given=given, on_step=on_step, on_evaluation=on_evaluation)
     except BaseException:
         if before is not None and not given.begun:
             before.restore()

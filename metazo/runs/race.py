@@ -19,6 +19,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
+from typing import Any
 
 from metazo.errors import UserError
 from metazo.io.processes import launched
@@ -28,7 +29,7 @@ from metazo.runs.finetune import tune
 from metazo.runs.interrupt import Interrupted
 from metazo.runs.monitor import Diverged
 from metazo.runs.shared import run_folder
-from metazo.runs.tuned import Finetuned, Part
+from metazo.runs.tuned import Finetuned, Given, Part
 from metazo.step.record import Step
 
 ROUND = 12
@@ -57,31 +58,43 @@ def lengths(arms: int, length: int) -> tuple[int, int]:
 
 
 def race(
-    config: FinetuneConfig, rates: Sequence[float], length: int = ROUND, console: Console | None = None
+    config: FinetuneConfig,
+    rates: Sequence[float],
+    length: int = ROUND,
+    console: Console | None = None,
+    given: Given | None = None,
+    **callbacks: Any,
 ) -> Finetuned:
     """Run the fine-tuning that `config` describes at the rate that wins.
 
-    rates: at least two; length: steps of a round.
+    rates: at least two; length: steps of a round; console, given, callbacks: as for `tune`. The callbacks get the steps that
+    come after the race.
     Raises UserError for bad input, or if no rate has finite losses, with nothing written; Interrupted if a signal stops it: in
     the race nothing is written, later the run is saved and is continued with `resume`.
     """
-    _check(config, rates)
+    given = given or Given()
+    _check(config, rates, given)
     say = Console.of(console).say
     arms, (least, spent), total = [Arm(float(rate)) for rate in rates], lengths(len(rates), length), 0
     while len(arms) > 1:
         for arm in arms:
-            total = max(total, _go_on(config, arm, Part(arm.steps, len(arm.steps) + length, spent, least)))
+            part = Part(arm.steps, len(arm.steps) + length, spent, least)
+            total = max(total, _go_on(config, arm, part, given))
         say("race:", ", ".join(f"{arm.rate:g} {arm.score:.4f}" for arm in arms))
         arms = sorted(arms, key=lambda arm: arm.score)[: half(len(arms))]
     won = arms[0]
     if not math.isfinite(won.score):
         raise UserError("No rate of the race has finite losses; give lower ones.")
-    say("learning rate:", f"{won.rate:g} won the race, which took {spent} steps more than its own {len(won.steps)}")
+    say("learning rate:", f"{won.rate:g}, which won the race; steps of the others: {spent}")
     run = replace(config, lr=won.rate, steps=total, forwards=None, epochs=None)
-    return tune(run, console=console, part=Part(won.steps))
+    return tune(run, given, console, part=Part(won.steps), **callbacks)
 
 
-def _check(config: FinetuneConfig, rates: Sequence[float]) -> None:
+def _check(config: FinetuneConfig, rates: Sequence[float], given: Given) -> None:
+    if given.loaded is not None or given.optimizer is not None:
+        raise UserError(
+            "A race loads the model for every rate: give model and optimizer by name, or `lr` for objects in memory."
+        )
     if len(set(rates)) < 2 or len(set(rates)) < len(rates) or not all(0 < rate < math.inf for rate in rates):
         raise UserError(
             f"A race needs at least two different learning rates above 0, not {', '.join(map(str, rates))}."
@@ -96,11 +109,11 @@ def _check(config: FinetuneConfig, rates: Sequence[float]) -> None:
         pass
 
 
-def _go_on(config: FinetuneConfig, arm: Arm, part: Part) -> int:
+def _go_on(config: FinetuneConfig, arm: Arm, part: Part, given: Given) -> int:
     """Take the steps of a round. Returns: the steps of the run, 0 if the arm has diverged."""
     quiet = replace(config, lr=arm.rate, out=None, track=None, push=None, keep="last")
     try:
-        found = tune(quiet, plot=False, part=part)
+        found = tune(quiet, given, plot=False, part=part)
     except Diverged:
         arm.score = math.inf
         return 0

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from metazo import finetune, load_model
 from metazo.errors import UserError
 from metazo.io.terminal import Console
 from metazo.runs.config import FinetuneConfig
@@ -65,9 +66,7 @@ def test_the_run_is_that_of_the_rate_that_wins_from_the_first_step(settings, tmp
     console = Console(file=io.StringIO(), width=200)
     found = race(settings(out=tmp_path / "race", **options), RATES, 3, console)
     told = console.file.getvalue()  # type: ignore[attr-defined]
-    assert (
-        f"{won:g} won the race, which took 9 steps more than its own 6" in told and f"{won:g} {first[won]:.4f}" in told
-    )
+    assert f"{won:g}, which won the race; steps of the others: 9" in told and f"{won:g} {first[won]:.4f}" in told
     assert found.summary["lr"] == won and found.summary["steps"] == steps
     run_settings(settings(steps=steps, forwards=None, lr=won, out=tmp_path / "plain", **options))
     assert (log := scan(tmp_path / "race/steps.jsonl").steps) == scan(tmp_path / "plain/steps.jsonl").steps
@@ -128,6 +127,18 @@ def test_what_is_no_race_is_one_sentence(settings, tmp_path, rates, length, give
     assert not (tmp_path / "run").exists()
 
 
+def test_from_python_with_rows_in_memory(tiny):
+    rows = [{"sentence": f"it was {word} .", "label": label} for word, label in (("great", 1), ("terrible", 0))] * 8
+    sizes = {"train_examples": 8, "dev_examples": 4, "test_examples": 4, "batch_size": 2, "steps": 30}
+    seen: list[int] = []
+    found = finetune(
+        str(tiny("llama")), "sst2", data=rows, race=(1e-4, 1e-3), on_step=lambda step: seen.append(step.step), **sizes
+    )
+    assert found.summary["lr"] in (1e-4, 1e-3) and seen == list(range(12, 18)) and len(found.losses) == 18
+    with pytest.raises(UserError, match="give model and optimizer by name, or `lr` for objects in memory"):
+        finetune(load_model(str(tiny("llama"))), "sst2", data=rows, race=(1e-4, 1e-3), **sizes)
+
+
 def test_a_folder_in_use_is_refused_before_the_race(settings, tmp_path, monkeypatch):
     (tmp_path / "something").touch()
     monkeypatch.setattr("metazo.runs.race.tune", lambda *arguments, **options: pytest.fail("it ran"))
@@ -136,18 +147,12 @@ def test_a_folder_in_use_is_refused_before_the_race(settings, tmp_path, monkeypa
 
 
 def test_the_flag(tmp_path):
-    (tmp_path / "small.yaml").write_text(
-        "{model: pico, task: pico_topic, lr: 7.0, steps: 6, train_examples: 8, dev_examples: 4, test_examples: 4, batch_size: 2}"
-    )
-    done = metazo(
-        "finetune",
-        f"--config={tmp_path / 'small.yaml'}",
-        "--race=1e-4,2e-4",
-        "--race-steps=1",
-        f"--out={tmp_path / 'a'}",
-    )
-    assert done.returncode == 0 and "won the race, which took 1 steps more than its own 1" in done.stdout
-    assert json.loads((tmp_path / "a/summary.json").read_text())["steps"] == 5
+    recipe, out = tmp_path / "small.yaml", tmp_path / "a"
+    sizes = "steps: 6, train_examples: 8, dev_examples: 4, test_examples: 4, batch_size: 2"
+    recipe.write_text(f"{{model: pico, task: pico_topic, lr: 7.0, {sizes}}}")
+    done = metazo("finetune", f"--config={recipe}", "--race=1e-4,2e-4", "--race-steps=1", f"--out={out}")
+    assert done.returncode == 0 and "which won the race; steps of the others: 1" in done.stdout
+    assert json.loads((out / "summary.json").read_text())["steps"] == 5
     one = ("finetune", "--model=pico", "--task=pico_topic", f"--out={tmp_path / 'run'}")
     assert "--race is '1e-4;1e-3'" in refused(*one, "--race=1e-4;1e-3").replace("\n", " ")
     assert "--race has no dry run" in refused(*one, "--race=1e-4,1e-3", "--dry-run")
