@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +21,7 @@ import metazo
 from metazo.errors import UserError
 from metazo.feedback.residual import find_residual
 from metazo.feedback.surrogates import MeanJacobian
-from metazo.tuner.envelope import BadFile, TunerFile, blocks, check_facts, metadata, opened, shapes
+from metazo.tuner.envelope import BadFile, TunerFile, blocks, check_facts, opened, packed, shapes
 from metazo.tuner.markdown import figure, licence, table, text
 from metazo.tuner.match import BlockSpec, fingerprint, fit
 
@@ -74,7 +73,7 @@ class FeedbackTuner(TunerFile):
             "trust": torch.tensor([float(self.maps.trust[index]) for index in order]),
         }
         plain = {name: value.detach().float().cpu().contiguous() for name, value in tensors.items()}
-        return safetensors.torch.save(plain, metadata(asdict(self.info), FORMAT_VERSION))
+        return packed(plain, asdict(self.info), FORMAT_VERSION)
 
     @classmethod
     def checked(cls, data: bytes) -> FeedbackInfo:

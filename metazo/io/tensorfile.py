@@ -28,6 +28,7 @@ _NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+SEAL = "sha256"  # key of the metadata
 THREADS = 8  # tensors that are hashed at once; each is copied to memory if its device is not the CPU
 
 
@@ -60,8 +61,19 @@ def _bytes(tensor: Tensor) -> memoryview | bytes:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write the file completely or not at all; extra memory: one tensor. Raises UserError if the disk is full."""
-    metadata = dict(metadata or {})
-    metadata["sha256"] = _seal(tensors, metadata)
+    with whole_file(path) as file:
+        file.write(_header(tensors, metadata or {}))
+        for tensor in tensors.values():
+            file.write(_bytes(tensor))
+
+
+def to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """The content of such a file: the same bytes for the same tensors, which the library's own writer does not promise."""
+    return b"".join([_header(tensors, metadata), *map(_bytes, tensors.values())])
+
+
+def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    metadata = {**metadata, SEAL: seal(tensors, metadata)}
     header: dict[str, object] = {"__metadata__": metadata}
     end = 0
     for name, tensor in tensors.items():
@@ -69,22 +81,18 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the format requires aligned data
-    with whole_file(path) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors.values():
-            file.write(_bytes(tensor))
+    return len(text).to_bytes(8, "little") + text
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors and the metadata. Raises SafetensorError if they have changed since they were written."""
     with safe_open(path, "pt") as file:
         tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    seal = metadata.pop("sha256", None)
-    if seal != _seal(tensors, metadata):
+    if metadata.pop(SEAL, None) != seal(tensors, metadata):
         raise SafetensorError("its content has changed since it was written")
     return tensors, metadata
 
 
-def _seal(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+def seal(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     """sha256 over tensors and metadata, in hexadecimal."""
     return sha256(json.dumps([weights_hash(sorted(tensors.items())), sorted(metadata.items())]).encode()).hexdigest()

@@ -21,6 +21,7 @@ from torch import Tensor
 from metazo.errors import UserError
 from metazo.io.files import read_capped, write_whole
 from metazo.io.plain import is_name, is_plain, parse_json, shown
+from metazo.io.tensorfile import SEAL, seal, to_bytes
 from metazo.tuner.limits import MAX_BYTES, MAX_HEADER_BYTES
 from metazo.tuner.markdown import front_matter
 from metazo.tuner.match import BlockSpec
@@ -106,6 +107,7 @@ class TunerFile(ABC):
         try:
             info = cls.checked(data)
             tensors = safetensors.torch.load(data)
+            _check_seal(data, tensors)
             for name, tensor in tensors.items():
                 if not tensor.isfinite().all():
                     raise BadFile(f"tensor {name} holds NaN or infinite values")
@@ -211,6 +213,15 @@ def _json(text: str | bytes, what: str) -> dict[str, Any]:
     return value
 
 
-def metadata(content: Mapping[str, Any], version: int) -> dict[str, str]:
-    """The metadata of a file that `opened` reads."""
-    return {"metazo": json.dumps(finite({"format_version": version, **content}), allow_nan=False)}
+def packed(tensors: Mapping[str, Tensor], content: Mapping[str, Any], version: int) -> bytes:
+    """A file that `opened` reads, sealed by a hash of its tensors and metadata."""
+    about = {"metazo": json.dumps(finite({"format_version": version, **content}), allow_nan=False)}
+    return to_bytes(tensors, about)
+
+
+def _check_seal(data: bytes, tensors: Mapping[str, Tensor]) -> None:
+    """Raises BadFile if the numbers are not those that were written; files of early versions have no seal."""
+    about = dict(_json(data[8 : 8 + int.from_bytes(data[:8], "little")], "header")["__metadata__"])
+    stated = about.pop(SEAL, None)
+    if stated is not None and stated != seal(tensors, about):
+        raise BadFile("its content has changed since it was written, so it is damaged: get it again")

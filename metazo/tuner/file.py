@@ -11,13 +11,12 @@ import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-import safetensors.torch
 from torch import Tensor
 
 import metazo
 from metazo.errors import UserError
 from metazo.io.plain import shown
-from metazo.tuner.envelope import BadFile, TunerFile, blocks, check_facts, metadata, opened, shapes
+from metazo.tuner.envelope import BadFile, TunerFile, blocks, check_facts, opened, packed, shapes
 from metazo.tuner.markdown import licence, table, text
 from metazo.tuner.match import BlockSpec, Match, NamedShapes, fingerprint, fit
 from metazo.tuner.networks import PertNN
@@ -77,7 +76,7 @@ class Tuner(TunerFile):
     def to_bytes(self) -> bytes:
         """The file's content, which is the same for equal tuners. Figures that are NaN or infinite become null."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.pertnn.state_dict().items()}
-        return safetensors.torch.save(tensors, metadata(asdict(self.info), FORMAT_VERSION))
+        return packed(tensors, asdict(self.info), FORMAT_VERSION)
 
     @classmethod
     def checked(cls, data: bytes) -> TunerInfo:

@@ -91,6 +91,13 @@ def test_a_broken_file_is_refused(data: bytes, why: str) -> None:
         FeedbackTuner.from_bytes(data, "x")
 
 
+def test_numbers_that_have_changed_are_refused() -> None:
+    data = bytearray(make().to_bytes())
+    data[-4] ^= 1
+    with pytest.raises(UserError, match="x is not a feedback tuner .* has changed since it was written"):
+        FeedbackTuner.from_bytes(bytes(data), "x")
+
+
 def test_values_that_are_not_finite_are_refused() -> None:
     tuner = make()
     tuner.maps.down[0][0, 0] = float("nan")

@@ -152,6 +152,24 @@ def test_broken_file_is_refused(name: str, tmp_path: Path) -> None:
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("place", [-1, -9, -40])
+def test_numbers_that_have_changed_are_refused(place: int) -> None:
+    data = bytearray(make().to_bytes())
+    data[place] ^= 1  # the lowest bit of a number, or one of its exponent: still finite
+    with pytest.raises(
+        UserError, match="x is not a tuner that can be used: its content has changed since it was written"
+    ):
+        Tuner.from_bytes(bytes(data), "x")
+
+
+def test_facts_that_have_changed_are_refused_and_a_file_without_a_seal_is_read() -> None:
+    data = edited(set_to("base_model", "another"))
+    with pytest.raises(UserError, match="has changed"):
+        Tuner.from_bytes(data, "x")
+    unsealed = changed(data, lambda header: header["__metadata__"].pop("sha256"), "header")
+    assert Tuner.from_bytes(unsealed, "x").info.base_model == "another"
+
+
 def test_infinite_weights_are_refused(tmp_path: Path) -> None:
     tuner = make()
     torch.nn.init.constant_(tuner.pertnn.w2, math.inf)
