@@ -28,7 +28,7 @@ from metazo.tuner.match import BlockSpec, fingerprint, fit
 FORMAT_VERSION = 1
 KIND = "feedback"
 TENSORS = {"down", "up", "trust"}
-_ADAPTERS = "lora_"
+_ADAPTERS = ("lora_", "ia3_")  # in names of peft; the weight beside them is that of `base_layer`
 
 
 @dataclass
@@ -133,12 +133,14 @@ def describe(model: nn.Module, base_model: str, **facts: Any) -> FeedbackInfo:
 
 
 def block_shapes(model: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
-    """Names within the list of blocks, and shapes, of all tensors of the blocks; LoRA factors are left out."""
+    """Names within the list of blocks, and shapes, of all tensors of the blocks; peft's adapters are left out."""
     residual = find_residual(model)
     prefix = f"{residual.path}."
     named = ((name, tuple(parameter.shape)) for name, parameter in model.named_parameters())
     return [
-        (name.removeprefix(prefix), shape) for name, shape in named if name.startswith(prefix) and _ADAPTERS not in name
+        (name.removeprefix(prefix).replace(".base_layer.", "."), shape)
+        for name, shape in named
+        if name.startswith(prefix) and not any(part in name for part in _ADAPTERS)
     ]
 
 

@@ -60,11 +60,18 @@ def test_head_and_embeddings_of_a_model_may_differ_but_not_its_blocks() -> None:
         Feedback(tiny.model.named_parameters(), 1e-3, model=tiny.model, tuner=make("Llama"))
 
 
-def test_lora_factors_do_not_count() -> None:
-    peft = pytest.importorskip("peft")
-    adapted = peft.get_peft_model(build("Llama").model, peft.LoraConfig(r=2, target_modules="all-linear"))
-    assert any("lora_" in name for name, _ in adapted.named_parameters())
+@pytest.mark.parametrize("kind", ["LoraConfig", "DoRA", "IA3Config"])
+def test_adapters_do_not_count(kind: str) -> None:
+    peft, targets = pytest.importorskip("peft"), ["q_proj", "v_proj", "down_proj"]
+    config = {
+        "LoraConfig": lambda: peft.LoraConfig(r=2, target_modules="all-linear"),
+        "DoRA": lambda: peft.LoraConfig(r=2, target_modules=targets, use_dora=True),
+        "IA3Config": lambda: peft.IA3Config(target_modules=targets, feedforward_modules=["down_proj"]),
+    }[kind]()
+    adapted = peft.get_peft_model(build("Llama").model, config)
+    assert any(".base_layer." in name for name, _ in adapted.named_parameters())
     make("Llama").check_fit(adapted)
+    assert describe(adapted, "x").fingerprint == describe(build("Llama").model, "x").fingerprint
 
 
 def edited(edit, where: str = "metadata") -> bytes:
