@@ -5,7 +5,7 @@ a round each arm takes some steps, and its score is the mean loss of their probe
 Its steps are the first steps of the run, so the log is that of a run at the rate that won.
 
 A step follows from its record without a forward pass: an arm is kept as its records, and nothing is copied. The steps of the
-others are taken from the run, which has the forward passes of its settings in all.
+others are taken from the run, which has the forward passes of its settings in all; its summary counts its own alone.
 
 Differences from the paper: an arm goes on where it stopped, and every round has the same number of steps. Do not use it for
 methods whose steps cannot be replayed, or where loading the model takes longer than the steps of a round: every arm loads it
@@ -80,7 +80,7 @@ def race(
         for arm in arms:
             part = Part(arm.steps, len(arm.steps) + length, spent, least)
             total = max(total, _go_on(config, arm, part, given))
-        say("race:", ", ".join(f"{arm.rate:g} {arm.score:.4f}" for arm in arms))
+            say("race:", f"rate {arm.rate:g}, loss {arm.score:.4f} in steps {len(part.start) + 1} to {part.stop}")
         arms = sorted(arms, key=lambda arm: arm.score)[: half(len(arms))]
     won = arms[0]
     if not math.isfinite(won.score):

@@ -66,7 +66,10 @@ def test_the_run_is_that_of_the_rate_that_wins_from_the_first_step(settings, tmp
     console = Console(file=io.StringIO(), width=200)
     found = race(settings(out=tmp_path / "race", **options), RATES, 3, console)
     told = console.file.getvalue()  # type: ignore[attr-defined]
-    assert f"{won:g}, which won the race; steps of the others: 9" in told and f"{won:g} {first[won]:.4f}" in told
+    assert (
+        f"{won:g}, which won the race; steps of the others: 9" in told
+        and f"rate {won:g}, loss {first[won]:.4f} in steps 1 to 3" in told
+    )
     assert found.summary["lr"] == won and found.summary["steps"] == steps
     run_settings(settings(steps=steps, forwards=None, lr=won, out=tmp_path / "plain", **options))
     assert (log := scan(tmp_path / "race/steps.jsonl").steps) == scan(tmp_path / "plain/steps.jsonl").steps
