@@ -91,6 +91,20 @@ def summary(rows: list[dict[str, Any]], kind: str, key: str) -> dict[str, Any]:
     return found
 
 
+def one_rate(grid: dict[str, dict[float, dict[int, float]]], kind: str) -> dict[str, Any]:
+    """The same figures without a race: every rate that the grids of all tasks share, for all tasks."""
+    found = {}
+    for rate in sorted(set.intersection(*(set(grid[task]) for tasks in KINDS.values() for task in tasks))):
+        best = {task: grid[task][lowest(grid[task])] for task in KINDS[kind]}
+        ratios = [grid[task][rate][seed] / loss for task, losses in best.items() for seed, loss in losses.items()]
+        found[f"{rate:g}"] = {
+            "within 5 %": round(fmean(ratio <= 1.05 for ratio in ratios), 3),
+            "mean ratio": round(fmean(ratios), 4),
+            "largest ratio": round(max(ratios), 4),
+        }
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("model", "data"):
@@ -120,19 +134,23 @@ def main() -> None:
                 row["best rate, rest of the run"] = round(shorter / of_best, 4)
                 rows.append(row | {"cpu_seconds": round(time.process_time() - begun, 1)})
                 print(rows[-1], flush=True)
-                write(given.out, rows)
-    write(given.out, rows)
+                write(given.out, rows, grid)
+    write(given.out, rows, grid)
     for kind in KINDS:
         for key in ("ratio", "winner, whole run", "best rate, rest of the run"):
             for name, found in summary(rows, kind, key).items():
                 print(f"{kind}, {name}, {key}: {found}")
+        for rate, found in one_rate(grid, kind).items():
+            print(f"{kind}, no race, {rate} for all tasks: {found}")
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
+def write(path: Path, rows: list[dict[str, Any]], grid: dict[str, dict[float, dict[int, float]]]) -> None:
     found = {
         kind: {key: summary(rows, kind, key) for key in ("ratio", "winner, whole run", "best rate, rest of the run")}
         for kind in KINDS
     }
+    for kind in KINDS:
+        found[kind]["one rate for all tasks"] = one_rate(grid, kind)
     path.write_text(json.dumps({"summary": found, "runs": rows}).replace('{"task"', '\n{"task"') + "\n")
 
 

@@ -70,7 +70,9 @@ def finetune(
             help="Learning rates, separated by commas, that race over the first steps; the best takes the rest of the run.",
         ),
     ] = None,
-    race_steps: Annotated[int, typer.Option("--race-steps", min=1, help="Steps of each round of the race.")] = 12,
+    race_steps: Annotated[
+        int | None, typer.Option("--race-steps", min=1, help="Steps of each round of the race, by default 12.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     **values: Any,
 ) -> None:
@@ -92,6 +94,8 @@ def finetune(
     from metazo.runs.names import check_names  # before torch is imported
 
     check_names(settings, data=not dry_run)
+    if race_steps is not None and race is None:
+        raise UserError("--race-steps is the length of a round of --race, which is not given; leave it out.")
     if dry_run:
         from metazo.runs.dryrun import dry_run as planned
 
@@ -111,10 +115,11 @@ def finetune(
         if race is None:
             summary = tune(settings, console=console).summary
         else:
+            from metazo.runs.race import ROUND
             from metazo.runs.race import race as raced
 
             settings.lr = values["lr"]  # that of a recipe gives way
-            summary = raced(settings, _rates(race), race_steps, console).summary
+            summary = raced(settings, _rates(race), race_steps or ROUND, console).summary
     if as_json:
         if first:
             print_json(summary)

@@ -56,7 +56,9 @@ def test_steps_that_are_spent_are_those_of_the_arms_that_lose(arms: int, length:
     assert lengths(arms, length) == (taken[0], sum(taken.values()) - taken[0])
 
 
-@pytest.mark.parametrize("options", [{}, {"optimizer": "mezo-momentum"}, {"optimizer": "lozo", "scale": "rms"}])
+@pytest.mark.parametrize(
+    "options", [{"patience": 9}, {"optimizer": "mezo-momentum"}, {"optimizer": "lozo", "scale": "rms"}]
+)
 def test_the_run_is_that_of_the_rate_that_wins_from_the_first_step(settings, tmp_path, options):
     steps = 24 - 9
     arms = {rate: tune(settings(steps=steps, forwards=None, lr=rate, **options)).history[0] for rate in RATES}  # type: ignore[index]
@@ -158,5 +160,6 @@ def test_the_flag(tmp_path):
     assert json.loads((out / "summary.json").read_text())["steps"] == 5
     one = ("finetune", "--model=pico", "--task=pico_topic", f"--out={tmp_path / 'run'}")
     assert "--race is '1e-4;1e-3'" in refused(*one, "--race=1e-4;1e-3").replace("\n", " ")
+    assert "--race-steps is the length of a round of --race, which is not given" in refused(*one, "--race-steps=3")
     assert "--race has no dry run" in refused(*one, "--race=1e-4,1e-3", "--dry-run")
     assert "--lr is what the race finds" in refused(*one, "--race=1e-4,1e-3", "--lr=1e-3")
