@@ -35,13 +35,17 @@ def save_parts(folder: Path, *parts: Any) -> None:
     """Call `save_pretrained` of each object on a folder. Raises OSError if the disk is full or read-only.
 
     The libraries that write tensors and tokenizers are in Rust and report a full disk as an exception of their own.
+    Files of safetensors 0.8 can be read by their owner alone (its issue 782); here by all who can read the folder.
     """
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         with warnings.catch_warnings():
             # peft's, of a base that is named as metazo's own models are
             warnings.filterwarnings("ignore", "Could not find a config file in ")
             for part in parts:
                 part.save_pretrained(folder)
+        for file in folder.rglob("*.safetensors"):
+            file.chmod(folder.stat().st_mode & 0o666)
     except OSError:
         raise
     except Exception as error:  # tokenizers raises Exception itself

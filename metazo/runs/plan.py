@@ -18,13 +18,18 @@ from metazo.runs.resources import size
 from metazo.runs.schedule import snapshot_steps, warmup_steps
 from metazo.step.precision import cost
 
+SMALL_FILES = 150_000
+"""Bytes of settings, metrics, summary, card and picture: at most, for a run with a few hundred evaluations."""
 
-def written(config: FinetuneConfig, model: nn.Module, optimizer: Any, steps: int) -> dict[str, int]:
-    """Bytes of the files of a run: "model", "snapshots", "best" and "log", and "most", the largest size of the folder.
+
+def written(config: FinetuneConfig, loaded: LoadedModel, optimizer: Any, steps: int) -> dict[str, int]:
+    """Bytes of the files of a run: "model" (its weights), "snapshots", "best", "log" and "others", and "most", the largest
+    size of the folder.
 
     If the log can be replayed, a file is removed before the next of its kind is written, and all are before the model is:
     whatever a kill leaves is made again from the log.
     """
+    model = loaded.model
     weights = sum(map(bytes_of, model.parameters()))
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     snapshot = trained + state_bytes(optimizer)
@@ -35,8 +40,15 @@ def written(config: FinetuneConfig, model: nn.Module, optimizer: Any, steps: int
     together = max(snapshots + best, saved)
     if not optimizer.replayable:  # the next is complete before the last is removed
         together = max(2 * snapshots + best, snapshots + 2 * best, snapshots + best + saved)
-    most = together + log
-    return {"model": saved, "snapshots": snapshots, "best": best, "log": log, "most": most}
+    others = SMALL_FILES + (tokenizer_bytes(loaded.tokenizer) if saved else 0)
+    most = together + log + others
+    return {"model": saved, "snapshots": snapshots, "best": best, "log": log, "others": others, "most": most}
+
+
+def tokenizer_bytes(tokenizer: Any) -> int:
+    """Bytes of a tokenizer's files; an estimate if it is not one of the library tokenizers."""
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    return 20 * len(tokenizer or ()) if fast is None else len(fast.to_str(pretty=True).encode())
 
 
 def record_bytes(optimizer: Any) -> int:
@@ -51,7 +63,7 @@ def plan(
     """The part of a plan that a run shows when it starts. rows: a description of task and rows; forwards: of all steps."""
     model, group = loaded.model, optimizer.param_groups[0]
     trained = [p for p in model.parameters() if p.requires_grad]
-    disk = written(config, model, optimizer, steps)
+    disk = written(config, loaded, optimizer, steps)
     return {
         "model": f"{loaded.name} ({loaded.kind}, {config.dtype}, {resolve_device(config.device)})",
         "task": rows,
@@ -65,7 +77,7 @@ def plan(
         f"{config.batch_size} examples",
         "precision": _precision(config, optimizer, trained),
         "memory": f"weights {_held(model)}, optimizer {size(state_bytes(optimizer))}, and the activations of one batch",
-        "disk": f"at most {size(disk['most'])}: {_files(disk)}; log {size(disk['log'])}",
+        "disk": f"at most {size(disk['most'])}: {_files(disk)}; log {size(disk['log'])}; other files {size(disk['others'])}",
         "bytes on disk": disk["most"],
     }
 

@@ -58,6 +58,22 @@ def test_a_run_takes_no_more_disk_than_its_weights_and_its_plan(tmp_path: Path, 
     assert plan["bytes on disk"] <= 1.2 * TRAINED
 
 
+def test_the_plan_of_adapters_counts_the_files_that_are_larger_than_they(tmp_path: Path) -> None:
+    out, settings = tmp_path / "run", RUN | {"adapter": "lora"}
+    finetune("pico", "pico_sentiment", out=out, **settings)
+    taken = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    config = FinetuneConfig("pico", "pico_sentiment", **settings)
+    assert taken <= set_up(config).plan(config)["bytes on disk"] <= 1.5 * taken
+    weights = (out / "model" / "adapter_model.safetensors").stat().st_size
+    assert taken > 2 * weights
+
+
+def test_whoever_can_read_the_folder_can_read_the_weights(tmp_path: Path) -> None:
+    finetune("pico", "pico_sentiment", out=tmp_path / "run", **RUN)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "run" / "model").iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"] == 0o666 & tmp_path.joinpath("run").stat().st_mode
+
+
 def test_a_run_with_snapshots_keeps_one_beside_the_best_weights(tmp_path: Path, sizes) -> None:
     finetune("pico", "pico_sentiment", out=tmp_path / "run", snapshot_every=2, **RUN)
     assert sum(name.startswith("snapshot") for name, _ in sizes) == 4
