@@ -3,6 +3,10 @@
 The numbers are those of philox.py, bit for bit (tests/noise). Every loop is written for LLVM's vectoriser. 32 Philox blocks
 are computed side by side in 64-bit lanes, of which only the low halves count, so that a product needs no shuffles and
 independent chains of ten rounds hide each other's latency. Their 256 numbers go to a buffer in the first-level cache.
+
+What is called for each number is inlined by numba, because LLVM would not vectorise the call. What is called for each chunk is
+inlined by LLVM (`forceinline`): it is compiled once in a process, not again in every loop that uses it, and has the vectors
+that it asks for itself.
 """
 
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
@@ -15,7 +19,7 @@ from numba import njit, types
 from numba.extending import overload
 
 from metazo.kernels.casts import as_bits, as_float, from_half, to_half
-from metazo.kernels.vectors import prefetch
+from metazo.kernels.vectors import prefetch, widest
 from metazo.noise import philox as definition
 
 CHUNK = 256  # numbers in the buffer
@@ -89,9 +93,10 @@ def _normal_pair(word):
     return as_float(as_bits(first) ^ (word & _SIGN)), as_float(as_bits(second) ^ ((word << _u32(1)) & _SIGN))
 
 
-@njit(inline="always")
+@njit(forceinline=True)
 def normals(z, words, chunk, c1, c2, c3, k0, k1):
     """The 256 normals of 32 blocks. Block 16 i + lane has the numbers at 128 i + lane, 16 apart."""
+    widest()
     for block in range(32):
         w0, w1, w2, w3 = _philox(_u64(32 * chunk + block), c1, c2, c3, k0, k1)
         words[block], words[block + 32], words[block + 64], words[block + 96] = w0, w1, w2, w3
@@ -102,9 +107,10 @@ def normals(z, words, chunk, c1, c2, c3, k0, k1):
                 z[place], z[place + _u64(16)] = _normal_pair(words[_u64(32 * word + 16 * half + lane)])
 
 
-@njit(inline="always")
+@njit(forceinline=True)
 def signs(z, words, fresh, chunk, c1, c2, c3, k0, k1):
     """The next 256 signs: four bits of each of the 64 words that the eight chunks of a tile share; fresh: make these first."""
+    widest()
     if fresh:
         for lane in range(16):
             w0, w1, w2, w3 = _philox(_u64(2 * (chunk - chunk % 8) + lane), c1, c2, c3, k0, k1)
@@ -115,13 +121,13 @@ def signs(z, words, fresh, chunk, c1, c2, c3, k0, k1):
             z[64 * i + lane] = as_float(((words[lane] << shift) & _SIGN) | _ONE)
 
 
-@njit(inline="always")
+@njit(forceinline=True)
 def numbers(z, words, gaussian, chunk, purpose, id0, id1, k0, k1):
     """Write numbers 256 chunk .. of a tensor into z. A tile's chunks of signs must be requested in order, with one `words`."""
     numbers_from(z, words, chunk % 8 == 0, gaussian, chunk, purpose, id0, id1, k0, k1)
 
 
-@njit(inline="always")
+@njit(forceinline=True)
 def numbers_from(z, words, fresh, gaussian, chunk, purpose, id0, id1, k0, k1):
     """As `numbers`, from any chunk of a tile, which must be given as fresh, as must the first chunk of the tiles after it."""
     c1, c2, c3, k0, k1 = _u64(purpose), _u64(id0), _u64(id1), _u64(k0), _u64(k1)
@@ -131,7 +137,7 @@ def numbers_from(z, words, fresh, gaussian, chunk, purpose, id0, id1, k0, k1):
         signs(z, words, fresh, chunk, c1, c2, c3, k0, k1)
 
 
-@njit(inline="always")
+@njit(forceinline=True)
 def fetch(array, here):
     """Prefetch a chunk of the array, some chunks after the one that begins here.
 

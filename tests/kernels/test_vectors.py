@@ -59,6 +59,23 @@ def test_every_kernel_asks():
         assert "widest" in function.py_func.__code__.co_names, function
 
 
+def test_noise_is_made_in_full_registers():
+    """Loops that are compiled apart from the kernel (lanes.py) have its vectors, and a call for each number has none."""
+    if binding.get_default_triple().split("-")[0] != "x86_64":
+        pytest.skip("the names of registers and instructions are those of x86-64")
+    from metazo.noise import cpu
+
+    loop = njit(nogil=True, error_model="numpy")(
+        cpu._add.py_func
+    )  # not from the cache, where machine code has no listing
+    loop(np.zeros(512, np.float32), 0, np.float32(1), np.float32(1), True, 0, 1, 2, 3, 4)
+    (machine,) = loop.inspect_asm().values()
+    full = {512: "zmm", 256: "ymm", 128: "xmm"}[WIDTH]
+    lines = [line for line in machine.splitlines() if full in line]
+    assert sum("pmuludq" in line for line in lines) >= 20  # two for each of ten rounds of Philox
+    assert any("sqrtps" in line for line in lines)  # of Box-Muller
+
+
 def test_code_of_another_width_or_of_other_sources_is_kept_under_another_name(monkeypatch, tmp_path):
     def name() -> str:
         def loop(x):
