@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,15 +24,17 @@ class ZOMixin:
 
     Args:
         optimizer_cls_and_kwargs: (method, settings), as Trainer's own argument; the method is a name (`"lozo"`) or a class of
-            metazo.optimizers. Without it the method is MeZO. The learning rate, the weight decay and the seed are those of
-            TrainingArguments unless the settings have them. `"tuner"` among the settings is a tuner by file, zoo name or
-            Hub id. A finished optimizer is given as `optimizers=(optimizer, scheduler)`.
+            metazo.optimizers. Without it the method is MeZO. The learning rate, the weight decay, the seed, and for
+            mezo-adam the betas and epsilon, are those of TrainingArguments unless the settings have them. `"tuner"` among
+            the settings is a tuner by file, zoo name or Hub id. A finished optimizer is given as
+            `optimizers=(optimizer, scheduler)`.
         All other arguments are the Trainer's.
 
     What differs from the Trainer:
 
     * A step evaluates the losses of its micro-batches at each probe, in evaluation mode and under inference mode. No backward
-      pass is run, and no gradient exists: `max_grad_norm` is set to 0, and no gradient norm is logged.
+      pass is run, and no gradient exists: `max_grad_norm` is set to 0, and no gradient norm is logged. A warning names it, and
+      `optim` with its arguments, if they were given.
     * `gradient_accumulation_steps` = k makes one step of k micro-batches, whose loss is the mean over all their tokens or
       examples. The step has one perturbation, not k. (The Trainer adds up the k losses of a model that takes
       `num_items_in_batch` and ignores it, as BERT's classifiers do; here that would be k times the learning rate.)
@@ -63,8 +66,12 @@ class ZOMixin:
                 raise UserError(
                     f"TrainingArguments has `{name}`, which {type(self).__name__} does not support: remove it."
                 )
+        _say_unused(settings)
         settings.max_grad_norm = 0.0
         self._micro_batches: list[dict[str, Any]] = []
+        self._began: Any = (
+            None  # the state of the Trainer's loop that the micro-batches are of; every call of train makes one
+        )
         self._divides: bool | None = None  # whether the loss is divided by num_items_in_batch: see _divided
         given: Any = getattr(self, "optimizer", None)
         if given is not None and not isinstance(given, TakenSteps):
@@ -81,6 +88,7 @@ class ZOMixin:
             module = self.model if model is None else model  # type: ignore[attr-defined]
             args: Any = self.args  # type: ignore[attr-defined]
             common = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "seed": args.seed}
+            common |= _moments(chosen, args)
             decayed = self.get_decay_parameter_names(module)  # type: ignore[attr-defined]
             self.optimizer = TakenSteps(_build(chosen, module, common | dict(options), decayed))
         return self.optimizer
@@ -88,6 +96,8 @@ class ZOMixin:
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Keep a micro-batch; with the last one of a step, take the step. Returns: its loss, and 0 for the others."""
         trainer: Any = self
+        if self._began is not trainer.state:  # a loop that was stopped within a step has left micro-batches
+            self._micro_batches, self._began = [], trainer.state
         self._micro_batches.append(trainer._prepare_inputs(inputs))
         device = trainer.args.device
         if not trainer.accelerator.sync_gradients:
@@ -141,6 +151,34 @@ class ZOMixin:
         """There is no gradient, so none is measured."""
 
 
+def _given(settings: Any, name: str) -> bool:
+    """Whether a field of TrainingArguments has another value than its default."""
+    value, default = getattr(settings, name, None), type(settings).__dataclass_fields__[name].default
+    return str(getattr(value, "value", value)) != str(getattr(default, "value", default))
+
+
+def _say_unused(settings: Any) -> None:
+    for name in ("optim", "optim_args", "optim_target_modules", "max_grad_norm"):
+        if name in type(settings).__dataclass_fields__ and _given(settings, name):
+            warnings.warn(
+                f"TrainingArguments has `{name}`, which changes nothing here: there is no gradient, and the method is that of "
+                "`optimizer_cls_and_kwargs`.",
+                stacklevel=3,
+            )
+
+
+def _moments(chosen: Any, settings: Any) -> dict[str, Any]:
+    """The settings of Adam's moments that were given, for a method that has such moments."""
+    cls = method(chosen) if isinstance(chosen, str) else chosen
+    known = cls.hyperparameters() if isinstance(cls, type) and issubclass(cls, ZOOptimizer) else ()
+    found: dict[str, Any] = {}
+    if "betas" in known and (_given(settings, "adam_beta1") or _given(settings, "adam_beta2")):
+        found["betas"] = (settings.adam_beta1, settings.adam_beta2)
+    if "betas" in known and _given(settings, "adam_epsilon"):
+        found["stability"] = settings.adam_epsilon
+    return found
+
+
 class TakenSteps(Optimizer):
     """The optimizer that the Trainer sees: its `step()` does nothing, because `training_step` has taken the step."""
 
@@ -180,6 +218,11 @@ def _build(chosen: Any, module: nn.Module, options: dict[str, Any], decayed: Ite
     if cls.needs_tuner and "scale" not in options:
         raise UserError(
             f"{cls.name} needs a tuner: add `tuner`, a file, a name of the zoo or a Hub id, to its settings."
+        )
+    if cls.wants_full_closure:
+        raise UserError(
+            f"{cls.name} needs the loss over all training examples, which a Trainer does not give: make the optimizer, set its "
+            "`full_closure`, and give it as `optimizers=(optimizer, scheduler)`."
         )
     if cls.needs_model:
         options["model"] = module

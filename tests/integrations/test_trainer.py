@@ -286,3 +286,48 @@ def test_first_order_optimizers_and_scalers_are_refused(tmp_path: Path) -> None:
     for name, value in (("fp16", True), ("neftune_noise_alpha", 5.0)):
         with pytest.raises(UserError, match=f"`{name}`"):
             trainer(tmp_path, net, **{name: value})
+
+
+class Stop(TrainerCallback):
+    """Stops the first loop after the first micro-batch of a step."""
+
+    def __init__(self):
+        self.done = False
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        if not self.done and state.global_step == 2:
+            self.done = control.should_training_stop = True
+
+
+def test_micro_batches_of_a_loop_that_was_stopped_are_not_in_the_next(tmp_path):
+    stop, net = Stop(), model()
+    given = trainer(tmp_path, net, callbacks=[stop])
+    given.train()
+    assert stop.done and given.state.global_step == 2
+    seen = Batches(net).seen
+    given.train()
+    assert (
+        len(seen) == 1 + 6 * 2 * 2 + 2
+    )  # the check of the loss, steps of two probes of two batches, and _divided's two
+    assert len({tuple(batch.shape) for batch in seen}) == 1
+
+
+@pytest.mark.parametrize("name,value", [("max_grad_norm", 0.5), ("optim", "sgd"), ("optim_args", "a=1")])
+def test_settings_that_change_nothing_are_named(tmp_path, name, value):
+    with pytest.warns(UserWarning, match=f"`{name}`, which changes nothing"):
+        trainer(tmp_path, model(), **{name: value})
+
+
+def test_moments_of_adam_are_those_of_the_arguments(tmp_path):
+    settings = {"adam_beta1": 0.5, "adam_beta2": 0.6, "adam_epsilon": 1e-2}
+    plain = {"optimizer_cls_and_kwargs": ("mezo-adam", {})}
+    rule = trainer(tmp_path, model(), **plain, **settings).create_optimizer().optimizer.rule
+    assert (rule.betas, rule.stability) == ((0.5, 0.6), 1e-2)
+    own = {"optimizer_cls_and_kwargs": ("mezo-adam", {"betas": (0.1, 0.2)})}
+    assert trainer(tmp_path, model(), **own, **settings).create_optimizer().optimizer.rule.betas == (0.1, 0.2)
+    trainer(tmp_path, model(), **settings).create_optimizer()  # MeZO has none
+
+
+def test_a_method_that_needs_the_loss_over_all_examples_is_refused(tmp_path):
+    with pytest.raises(UserError, match="mezo-svrg needs the loss over all training examples"):
+        trainer(tmp_path, model(), optimizer_cls_and_kwargs=("mezo-svrg", {})).create_optimizer()
