@@ -170,6 +170,7 @@ class ZOOptimizer(Verbs, Saving):
         if replay is not None and not self.replayable:
             raise UserError(f"A step of {self.name} does not follow from its record: it cannot be replayed.")
         self._prepare(stepping=True)
+        self.weights.follow()
         state, step = self.zo_state, self.steps
         if replay is None and step == 0:
             check_used(self.precision, [tensor.param for tensor in self.tensors])

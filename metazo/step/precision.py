@@ -134,7 +134,7 @@ class Master:
     """Theta in float32; the weights are its rounding."""
 
     def __init__(self, tensor: NamedTensor):
-        self.param = tensor.param
+        self.param, self.version = tensor.param, _version(tensor.param)
         self.buffers = {"master": tensor.param.detach().to(torch.float32, copy=True)}
 
     @property
@@ -149,6 +149,21 @@ class Master:
 
     def settle(self) -> None:
         self.param.data.copy_(self.theta)
+
+    def follow(self) -> bool:
+        """Between steps: take up weights that somebody else has changed. Returns: whether they were.
+
+        torch counts changes of a parameter, but not those through `param.data`, by which metazo makes its own.
+        """
+        before, self.version = self.version, _version(self.param)
+        if self.version == before or torch.equal(self.param.data, self.theta.to(self.param.dtype)):
+            return False
+        self.theta.copy_(self.param.data)
+        return True
+
+
+def _version(param: Tensor) -> int:
+    return 0 if param.is_inference() else param._version
 
 
 class Compensated:

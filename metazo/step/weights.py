@@ -9,6 +9,7 @@ functions that use them get perturbed copies.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -48,6 +49,16 @@ class Weights:
         self.at_snapshot = False  # theta and the snapshot have changed places
         self.defer = False  # whether an update may wait for the next probe; see metazo/step/pending.py
         self.pending: Pending | None = None
+
+    def follow(self) -> None:
+        """Before a step: masters of weights that were changed since the last one, as by load_state_dict, begin anew."""
+        changed = [name for name, place in self.storage.items() if isinstance(place, Master) and place.follow()]
+        if changed:
+            warnings.warn(
+                f"{len(changed)} trained tensors were changed since the last step, the first is {changed[0]}: their float32 "
+                "masters begin anew from them.",
+                stacklevel=4,
+            )
 
     # -- probing --------------------------------------------------------------------------------------------------
 

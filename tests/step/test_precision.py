@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -166,6 +168,35 @@ def test_compensated_runs_resume_and_replay(name, precision):
     for a, b, c in zip(problem.parameters(), twin.parameters(), again.parameters()):
         assert torch.equal(a, b) and torch.equal(a, c)
     assert any(not torch.equal(p, s) for p, s in zip(problem.parameters(), quadratic(torch.bfloat16).parameters()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_weights_that_were_loaded_between_steps_are_gone_on_from(dtype):
+    """By load_state_dict, after which a master was written over them; a checkpoint of the same weights keeps its bits."""
+
+    def build() -> tuple[nn.Module, MeZO]:
+        torch.manual_seed(0)
+        module = nn.Linear(4, 2).to(dtype)
+        return module, MeZO(module.named_parameters(), lr=1e-3, seed=1)
+
+    x = torch.ones(3, 4, dtype=dtype)
+    module, optimizer = build()
+
+    def loss():
+        return module(x).float().square().mean()
+
+    optimizer.step(loss)
+    theta = {name: place.theta.clone() for name, place in optimizer.weights.storage.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        module.load_state_dict({name: tensor.clone() for name, tensor in module.state_dict().items()})
+        optimizer.weights.follow()
+    assert all(torch.equal(theta[name], place.theta) for name, place in optimizer.weights.storage.items())
+    module.load_state_dict({name: torch.zeros_like(tensor) for name, tensor in module.state_dict().items()})
+    with pytest.warns(UserWarning, match="begin anew") if dtype == torch.bfloat16 else nullcontext():
+        value = optimizer.step(loss)
+    assert value < 1e-4
+    assert max(float(p.abs().max()) for p in module.parameters()) < 1e-3
 
 
 def test_sixteen_bits_take_the_steps_of_a_master():
