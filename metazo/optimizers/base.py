@@ -41,12 +41,12 @@ from metazo.io import processes
 from metazo.noise import Noise, PhiloxNoise
 from metazo.optimizers import probing as probings
 from metazo.optimizers import ranks
-from metazo.optimizers.groups import Closure, listed, named_groups
+from metazo.optimizers.groups import Closure, check_group, listed, named_groups
 from metazo.optimizers.guards import LossWatch, check_moved, check_shards, check_trained, check_weights
 from metazo.optimizers.saving import Saving
 from metazo.optimizers.verbs import DECAY_EXEMPT, State, Verbs
 from metazo.step.directions import Direction, Scaled
-from metazo.step.estimators import Estimator
+from metazo.step.estimators import Estimator, balanced
 from metazo.step.precision import check_used
 from metazo.step.record import Step, Update
 from metazo.step.rules import Rule
@@ -59,8 +59,12 @@ __all__ = ["DECAY_EXEMPT", "State", "Step", "Update", "ZOOptimizer"]
 
 def _numbers(**values: float) -> None:
     for name, value in values.items():
-        if not math.isfinite(value) or value < 0:
-            raise UserError(f"`{name}` must be a finite number of at least 0, not {value}.")
+        try:
+            fits = math.isfinite(value) and value >= 0
+        except TypeError:
+            fits = False
+        if not fits:
+            raise UserError(f"`{name}` must be a finite number of at least 0, not {value!r}.")
 
 
 class ZOOptimizer(Verbs, Saving):
@@ -131,6 +135,10 @@ class ZOOptimizer(Verbs, Saving):
         self.noise: Noise = PhiloxNoise(seed, noise) if isinstance(noise, str) else noise
         self.scale = RMSScale() if scale == "rms" else scale
         self.rule = rule or self.default_rule
+        if self.rule.divides and balanced(self.estimator):
+            raise UserError(
+                f"`rule` meazo divides a step by the sum of its coefficients, which is 0 for {self.name}: choose another."
+            )
         self.steps = self.forwards = 0
         self.last_step: Step | None = None
         self.recorder: Callable[[Step], None] | None = None
@@ -331,4 +339,6 @@ class ZOOptimizer(Verbs, Saving):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if getattr(self, "_ready", False):
             raise UserError("Parameter groups must be added before the first step.")
+        check_group(param_group)
+        _numbers(**{name: param_group[name] for name in ("lr", "weight_decay") if name in param_group})
         super().add_param_group(param_group)

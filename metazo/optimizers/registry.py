@@ -99,6 +99,10 @@ class Method:
         Called once before the first step of a run. closure: the loss of one batch. The weights must not change.
         """
 
+    def forwards_in(self, steps: int, closures: int = 1) -> float:
+        """Forward passes of the first steps of a run, if each probe evaluates `closures`."""
+        return steps * self.forwards_per_step(closures)  # type: ignore[attr-defined]
+
     def settle(self) -> None:
         """Apply the update that waits for the next step, if there is one."""
 

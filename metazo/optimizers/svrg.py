@@ -151,8 +151,15 @@ class MeZOSVRG(ZOOptimizer):
         return _missing if self.full_closure is None else self.full_closure
 
     def forwards_per_step(self, closures: int = 1) -> float:
-        full = 2 * sum(getattr(part, "batches", 1) for part in listed(self.full_closure))
-        return (full + 4 * closures * (self.interval - 1)) / self.interval
+        return self.forwards_in(self.interval, closures) / self.interval
+
+    def forwards_in(self, steps: int, closures: int = 1) -> float:
+        """The first step is a full one."""
+        full, count = (
+            2 * sum(getattr(part, "batches", 1) for part in listed(self.full_closure)),
+            -(-steps // self.interval),
+        )
+        return full * count + 4 * closures * (steps - count)
 
     def learning_rates(self, step: int) -> tuple[float, ...]:
         rates, first = super().learning_rates(step), self.defaults["lr"]

@@ -6,7 +6,9 @@ device (metazo/models/skeleton.py), and memory and operations are counted there 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,11 +100,13 @@ def dry_run(config: FinetuneConfig) -> dict[str, Any]:
     if parts == 1:  # as in a run
         config, storage = fit_precision(config, loaded.model, loss, free - weight_bytes(loaded.model))
     optimizer = build_optimizer(config, loaded.model)
+    examples = len(prepared.train) if prepared else config.train_examples
     if optimizer.wants_full_closure:
-        optimizer.full_closure = loss
+        optimizer.full_closure = partial(loss)
+        optimizer.full_closure.batches = math.ceil(examples / config.batch_size)
     look_ahead(optimizer, loss, at_last)
-    a_step = optimizer.forwards_per_step(config.accumulate)
-    steps = number_of_steps(config, a_step, len(prepared.train) if prepared else config.train_examples)
+    steps = number_of_steps(config, optimizer, examples)
+    a_step = optimizer.forwards_in(steps, config.accumulate) / steps
     rows = rows_of(config, prepared, limit) if prepared else f"{config.task}: rows not read"
     found = plan(config, loaded, optimizer, rows, steps, round(steps * a_step))
     if chosen:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 from metazo.errors import UserError
 from metazo.runs.config import FinetuneConfig
@@ -40,16 +41,20 @@ def snapshot_steps(config: FinetuneConfig, replayable: bool) -> int:
     return 0 if replayable else SNAPSHOT_EVERY
 
 
-def number_of_steps(config: FinetuneConfig, a_step: float, examples: int) -> int:
-    """Steps of a run. a_step: forward passes of a step; examples: number of training examples.
+def number_of_steps(config: FinetuneConfig, optimizer: Any, examples: int) -> int:
+    """Steps of a run; with `forwards` as many as these pay for. examples: number of training examples.
 
     Raises UserError if `forwards` does not suffice for one step.
     """
     if config.epochs:
         return math.ceil(config.epochs * examples / (config.batch_size * config.accumulate))
-    steps = int(config.forwards / a_step) if config.forwards else config.steps or 1000
+    if not config.forwards:
+        return config.steps or 1000
+    a_step = optimizer.forwards_per_step(config.accumulate)
+    steps, most = int(config.forwards / a_step), config.forwards * (1 + 1e-9)
+    while steps and optimizer.forwards_in(steps, config.accumulate) > most:  # the first steps may take more than others
+        steps -= 1
     if steps == 0:
-        raise UserError(
-            f"`forwards` is {config.forwards} and a step of {config.optimizer} takes {a_step:g}; give more."
-        )
+        first = optimizer.forwards_in(1, config.accumulate)
+        raise UserError(f"`forwards` is {config.forwards} and a step of {config.optimizer} takes {first:g}; give more.")
     return steps

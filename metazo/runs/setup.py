@@ -122,8 +122,7 @@ def set_up(config: FinetuneConfig, given: Given | None = None) -> Setup:
         config, optimizer = make_optimizer(config, loaded, minimised, device)
     else:
         optimizer, trained = _given_optimizer(given.optimizer, loaded, minimised, config, device)
-    a_step = optimizer.forwards_per_step(config.accumulate)
-    steps = number_of_steps(config, a_step, len(prepared.train))
+    steps = number_of_steps(config, optimizer, len(prepared.train))
     return Setup(
         config,
         loaded,
@@ -131,7 +130,7 @@ def set_up(config: FinetuneConfig, given: Given | None = None) -> Setup:
         optimizer,
         trained,
         steps,
-        round(steps * a_step),
+        round(optimizer.forwards_in(steps, config.accumulate)),
         device,
         longest_input(config, loaded),
         objective,
@@ -167,7 +166,7 @@ def _given_optimizer(
         raise UserError("`optimizer` has tensors that are not the model's; make it from model.named_parameters().")
     if optimizer.wants_full_closure and optimizer.full_closure is None:
         own = share(optimizer.exchange.probe_ranks)
-        optimizer.full_closure = FullLoss(loaded.model, prepared, config.eval_batch_size, device, own)
+        optimizer.full_closure = FullLoss(loaded.model, prepared, config.batch_size, device, own)
     return optimizer, sum(parameter.numel() for parameter in held if parameter.requires_grad)
 
 
@@ -209,5 +208,5 @@ def make_optimizer(
         optimizer.wants_full_closure
     ):  # processes that gather weights from each other make the same number of forward passes
         full = (0, 1) if apart else own
-        optimizer.full_closure = FullLoss(loaded.model, prepared, config.eval_batch_size, device, full)
+        optimizer.full_closure = FullLoss(loaded.model, prepared, config.batch_size, device, full)
     return replace(config, **shared, method=config.method | changed), optimizer

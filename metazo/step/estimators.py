@@ -41,6 +41,11 @@ class Estimator(Protocol):
         ...
 
 
+def balanced(estimator: Estimator) -> bool:
+    """Whether the coefficients of every step add up to 0."""
+    return getattr(estimator, "balanced", False)
+
+
 def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
@@ -145,6 +150,7 @@ class LeaveOneOut:
     """One-sided probes, each compared with the mean of the others (RLOO): c_k = (f_k - mean f) / (eps (K - 1)), K = queries."""
 
     queries: int = 6
+    balanced = True
 
     def __post_init__(self):
         check_queries(self.queries, 2, " to leave one out")
@@ -189,6 +195,10 @@ class Population:
     members: int = 30
     antithetic: bool = False
     shaping: str = "z-score"
+
+    @property
+    def balanced(self) -> bool:
+        return not self.antithetic
 
     def __post_init__(self):
         least = 4 if self.antithetic else 2

@@ -27,6 +27,8 @@ Add = Callable[[Tensor, float, float], None]
 class Rule(ABC):
     fused = False
     """True: the rule keeps no buffer of the weights' size, so the update regenerates g in place."""
+    divides = False
+    """True: the rule divides by the sum of the coefficients, so that it must not be 0 by construction."""
 
     def init(self, tensors: Sequence[NamedTensor]) -> State:
         return {}
@@ -127,6 +129,7 @@ class ScalarMoment(Rule):
     beta: float = 0.999
     stability: float = 1e-8
     fused = True
+    divides = True
 
     def __post_init__(self):
         if not 0 <= self.beta < 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 import warnings
 from fractions import Fraction
@@ -253,3 +254,22 @@ def test_a_tensor_frozen_after_the_first_step_is_refused() -> None:
     with pytest.raises(UserError, match="weight was frozen after the first step"):
         optimizer.step(lambda: model.weight.sum())
     assert torch.equal(model.weight, before)
+
+
+@pytest.mark.parametrize("key", ["eps", "weigth_decay", "betas"])
+def test_a_group_has_no_settings_that_would_change_nothing(key):
+    layer = nn.Linear(2, 2)
+    groups = [{"params": [("weight", layer.weight)], key: 0.5}, {"params": [("bias", layer.bias)]}]
+    with pytest.raises(UserError, match=f"group has '{key}'; of their own, groups have params, lr, weight_decay"):
+        MeZO(groups)
+
+
+@pytest.mark.parametrize("setting", ["lr", "eps", "weight_decay"])
+@pytest.mark.parametrize("value", ["1e-3", None, math.nan, -1.0])
+def test_numbers_are_finite_and_at_least_0(setting, value):
+    layer = nn.Linear(2, 2)
+    with pytest.raises(UserError, match=f"`{setting}` must be a finite number"):
+        MeZO(layer.named_parameters(), **{setting: value})
+    if setting != "eps":
+        with pytest.raises(UserError, match=f"`{setting}` must be a finite number"):
+            MeZO([{"params": [("weight", layer.weight)], setting: value}])

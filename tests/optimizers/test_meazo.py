@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from metazo.errors import UserError
-from metazo.optimizers import FZOO, LOZO, MEAZO, MeZO
+from metazo.optimizers import FZOO, LOZO, MEAZO, METHODS, MeZO
 from metazo.step.rules import ScalarMoment
 from tests.optimizers.montecarlo import Linear
 
@@ -72,3 +72,12 @@ def test_as_a_rule_it_scales_the_plain_step(cls, own, dtype):
 def test_bad_hyperparameters(own, words):
     with pytest.raises(UserError, match=words):
         MEAZO(Linear().named_parameters(), **own)
+
+
+@pytest.mark.parametrize("name,options", [("loren", {}), ("es", {}), ("eggroll", {"antithetic": False})])
+def test_refused_where_the_coefficients_add_up_to_0(name, options):
+    """Their sum is rounding, by which the step was divided: weights were 20,000 times as long after three steps."""
+    layer = torch.nn.Linear(2, 2)
+    with pytest.raises(UserError, match=f"which is 0 for {name}"):
+        METHODS[name](layer.named_parameters(), rule=ScalarMoment(), **options)
+    METHODS["es"](layer.named_parameters(), rule=ScalarMoment(), antithetic=True)

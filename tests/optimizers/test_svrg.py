@@ -165,6 +165,17 @@ def test_full_closure_counts_its_batches():
     assert optimizer.forwards == 14 + 4 + 10
 
 
+@pytest.mark.parametrize("interval", [1, 2, 3])
+def test_forwards_of_the_first_steps_are_known_before(interval):
+    model = Sum()
+    optimizer = make(model, interval=interval)
+    optimizer.full_closure = [model.full] * 5
+    for steps in range(1, 8):
+        optimizer.step(model)
+        assert optimizer.forwards == optimizer.forwards_in(steps)
+    assert optimizer.forwards_per_step() == pytest.approx((10 + 4 * (interval - 1)) / interval)
+
+
 def test_needs_a_full_closure():
     model = Sum()
     with pytest.raises(UserError, match="full_closure"):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from metazo import finetune
 from metazo.errors import UserError
 from metazo.meta.config import MetaConfig
 from metazo.runs.config import FinetuneConfig
@@ -55,6 +56,22 @@ def test_warmup_rises_evenly_and_then_the_schedule_runs_over_the_rest():
 
 def test_warmup_is_a_share_below_1_and_a_number_of_steps_from_1_on():
     assert [warmup_steps(warmup, 30) for warmup in (None, 0, 0.1, 0.11, 1, 7, 99)] == [0, 0, 3, 4, 1, 7, 30]
+
+
+@pytest.mark.parametrize("evaluated", [4, 64])
+def test_a_budget_holds_if_steps_cost_different_numbers_of_forwards(evaluated):
+    """Two passes over four batches in every other step of SVRG; batches of an evaluation have nothing to do with it."""
+    settings = {
+        "train_examples": 32,
+        "batch_size": 8,
+        "eval_batch_size": evaluated,
+        "dev_examples": 4,
+        "test_examples": 4,
+    }
+    run = finetune(
+        "pico", "pico_sentiment", optimizer="mezo-svrg", forwards=21, eval_every=9, max_length=40, **settings
+    )
+    assert (run.summary["steps"], run.summary["forwards"]) == (3, 8 + 4 + 8)
 
 
 def test_epochs_set_the_length(tmp_path):
