@@ -9,7 +9,6 @@ is the allocator's. Elsewhere it is getrusage's, which cannot be reset.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import subprocess
 import sys
@@ -22,6 +21,7 @@ import torch
 
 from metazo.bench.models import Shape, build, lm_loss, weight_bytes
 from metazo.bench.steps import METHODS, make
+from metazo.io.allocator import give_back
 
 FIRST_ORDER = "AdamW, first-order"
 MEASURED = [*METHODS, FIRST_ORDER]
@@ -63,10 +63,7 @@ def _reset(device: str) -> None:
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
         return
-    with suppress(
-        OSError, AttributeError
-    ):  # return freed memory to the system (glibc), because steps could reuse it unseen
-        ctypes.CDLL(None).malloc_trim(0)
+    give_back()  # steps could use freed memory again, unseen
     with suppress(OSError):
         _CLEAR.write_text("5")
 

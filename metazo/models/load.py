@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from metazo.errors import UserError
+from metazo.io.allocator import give_back
 from metazo.io.extras import needs
 from metazo.models.checks import check_config, kind_of, not_finite
 from metazo.models.embedded import EMBEDDED, check_folder
@@ -165,6 +166,7 @@ def load_model(
     context = context_length(model, tokenizer)
     set_pad(tokenizer, model)
     notes += not_finite(model)
+    give_back()
     return LoadedModel(model.eval(), tokenizer, chosen, name, torch_dtype, context, new, notes, quantize)  # type: ignore[arg-type]
 
 

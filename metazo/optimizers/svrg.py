@@ -73,7 +73,8 @@ class MeZOSVRG(ZOOptimizer):
 
     Args:
         lr: learning rate of full steps; 1e-3, 1e-4, 1e-5 in the published sweep.
-        mini_lr: learning rate of the steps between; 1e-5, 1e-6 in the published sweep. Schedulers act on both.
+        mini_lr: learning rate of the steps between; 1e-5, 1e-6 in the published sweep. Schedulers act on both. A search
+            (metazo compare) chooses lr alone.
         interval: q, steps from one pass over all examples to the next; 2 as published.
         anneal: divisor of both rates when the loss rises; 5 in the published scripts.
         epoch_steps: steps per epoch, for annealing; 0 for none.

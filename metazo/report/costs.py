@@ -50,11 +50,12 @@ def reach(analysis: Analysis) -> Table:
 def equal_time(analysis: Analysis) -> Table:
     data = analysis.data
     marks = {"exact": "", "read off": "", "ended": " †"}
+    longer = "; faster columns continued until the time was used" if data.grid.get("time_budget") else ""
     table = Table(
         "time",
         "Loss at equal time (nats, lower is better)",
         "Mean over seeds of the last loss on dev within the time of the second row, which counts training without "
-        "evaluation. Values of slower columns are read off their curves; faster columns continued until the time was used. "
+        f"evaluation. Values of slower columns are read off their curves{longer}. "
         "† The runs ended before nine tenths of the time were used, so more time might have helped.",
         ["column", *data.tasks],
     )

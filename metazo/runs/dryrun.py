@@ -30,7 +30,7 @@ from metazo.runs.examples import longest_batch, longest_input, prepared_task
 from metazo.runs.fit_precision import fit_precision
 from metazo.runs.left import Begun
 from metazo.runs.locate import from_anywhere
-from metazo.runs.method import build_optimizer, resolve_device
+from metazo.runs.method import build_optimizer, resolve_device, unused
 from metazo.runs.plan import plan, rows_of
 from metazo.runs.preconditions import check_saved, check_settings
 from metazo.runs.resources import free_memory, require_space, size
@@ -95,6 +95,7 @@ def dry_run(config: FinetuneConfig) -> dict[str, Any]:
     if config.optimizer == AUTO:
         with Followed():  # masks ask for numbers
             config, chosen = choose(config, loaded.model, loss, META, free_memory(device))
+    notes += unused(config)
     free = free_memory(device)
     parts, storage = config.tensor_parallel * config.fsdp, None
     if parts == 1:  # as in a run
@@ -155,7 +156,8 @@ def _not_counted(config: FinetuneConfig, model: nn.Module) -> list[str]:
     whole = f"Memory and time are those of {config.dtype} weights"
     if config.quantize is not None:
         notes.append(
-            f"The time is that of {config.dtype} weights; what `quantize` {config.quantize} adds is not known."
+            f"The time is that of {config.dtype} weights; what `quantize` {config.quantize} adds is not known. Loading takes "
+            f"up to the memory of {config.dtype} weights, until they are quantised."
         )
     elif getattr(model.config, "quantization_config", None):
         notes.append(

@@ -28,6 +28,7 @@ from metazo.runs.header import header
 from metazo.runs.inputs import data_hash
 from metazo.runs.interrupt import Interrupted, interruptible
 from metazo.runs.locate import PATHS, from_anywhere
+from metazo.runs.method import unused
 from metazo.runs.monitor import Watch
 from metazo.runs.progress import progress
 from metazo.runs.resources import require_space
@@ -120,7 +121,8 @@ def _tune(
             console.say("precision:", setup.storage)
         for name in ("trained weights", "effective learning rate", "steps", "memory", "disk"):
             console.say(f"{name}:", plan[name])
-        for note in setup.prepared.notes:
+        idle = unused(replace(here, optimizer=config.optimizer)) if given.optimizer is None else []
+        for note in [*setup.prepared.notes, *idle]:
             console.say("note:", note, once=True)  # not for each run of a demo
         with interruptible() as caught:
             run = _Run(config, setup, folder, console, caught, trackers, on_step, on_evaluation)

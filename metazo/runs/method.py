@@ -16,6 +16,7 @@ from metazo.errors import UserError
 from metazo.feedback.tuner import FeedbackTuner, describe
 from metazo.io.plain import shown
 from metazo.io.processes import launched
+from metazo.models.embedded import EMBEDDED
 from metazo.optimizers import METHODS
 from metazo.optimizers.registry import method, require_own
 from metazo.runs.config import FinetuneConfig
@@ -122,6 +123,27 @@ def arguments(config: FinetuneConfig, model: nn.Module) -> dict[str, Any]:
     if cls.needs_model:
         settings["model"] = model
     return settings | {key: value for key, value in shared.items() if key in cls.common} | chosen
+
+
+def unused(config: FinetuneConfig) -> list[str]:
+    """A sentence about each setting that was given and changes nothing with the others."""
+    cls, usual = method(config.optimizer), FinetuneConfig.__dataclass_fields__
+    common = [name for name in ("eps", "noise", "probing", "precision") if name not in cls.common]
+    alone = {
+        "statistics_every": (config.scale == "none" and config.tuner is None, "without `scale` or `tuner`"),
+        "allow_partial": (config.tuner is None, "without `tuner`"),
+        "zoo": (config.tuner is None, "without `tuner`"),
+        "merge": (not config.adapters, "without adapters"),
+        "probe_ranks": (launched() == 1, "in one process"),
+        "revision": (config.model in EMBEDDED, f"for the embedded model {config.model}"),
+    }
+    reasons = dict.fromkeys(common, f"with `optimizer` {config.optimizer}")
+    reasons |= {name: why for name, (idle, why) in alone.items() if idle}
+    return [
+        f"`{name}` changes nothing {why}."
+        for name, why in reasons.items()
+        if getattr(config, name) != usual[name].default
+    ]
 
 
 def build_optimizer(config: FinetuneConfig, model: nn.Module) -> Any:

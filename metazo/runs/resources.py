@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
 import shutil
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 
 from metazo.errors import UserError
+from metazo.io.allocator import give_back
 
 
 def refuse_ranks(what: str) -> None:
@@ -80,8 +80,7 @@ class PeakMemory:
 
     def __init__(self):
         gc.collect()
-        with suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)
+        give_back()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import csv
 import json
+import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from metazo.errors import UserError
 from metazo.io.extras import needs
 from metazo.io.files import is_file
-from metazo.io.plain import shown
+from metazo.io.plain import parse_json, shown
 from metazo.tasks.task import Row, Task, same_value
 
 MAX_ROW = 2**20
@@ -137,6 +138,9 @@ def _text_rows(task: Task, path: Path) -> Iterator[Row]:
 def _table(task: Task, path: Path, reader: csv.DictReader[str]) -> Iterator[Row]:
     """Rows of CSV. Every value is text, so class and choice numbers are converted."""
     try:
+        twice = next((name for name, count in Counter(reader.fieldnames or ()).items() if count > 1), None)
+        if twice is not None:
+            raise UserError(f"data file {path} has the column {shown(twice)} twice; rename one")
         for number, row in enumerate(reader, 1):
             where = f"{path}, row {number}"
             if None in row or None in row.values():
@@ -158,11 +162,11 @@ def _with_label(task: Task, row: Row, where: str) -> Row:
 
 def _json_list(path: Path, text: str) -> Iterator[Row]:
     try:
-        rows = json.load(StringIO(text))
+        rows = parse_json(text)
     except json.JSONDecodeError as error:
         raise UserError(f"data file {path}: not a JSON list ({error.msg} at line {error.lineno})") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"data file {path}: a number or the nesting in it is beyond what can be read") from error
+    except ValueError as error:
+        raise UserError(f"data file {path} is beyond what can be read: {error}") from error
     for number, row in enumerate(rows, 1):
         yield _object(row, f"{path}, row {number}")
 
@@ -171,11 +175,11 @@ def _parse(line: str, where: str) -> Row:
     if len(line) == MAX_ROW:
         raise UserError(f"{where} is longer than {MAX_ROW:,} characters; is this a file of one JSON object per line?")
     try:
-        return _object(json.loads(line), where)
+        return _object(parse_json(line), where)
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not a JSON object ({error.msg} at column {error.colno})") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: a number, a character or the nesting in it is beyond what can be read") from error
+    except ValueError as error:
+        raise UserError(f"{where} is beyond what can be read: {error}") from error
 
 
 def _object(row: Any, where: str) -> Row:
@@ -252,6 +256,8 @@ def checked(task: Task, row: Row, where: str) -> Row:
             kind = type(adapted[name]).__name__
             hint = "; a chat is named by `messages`" if kind == "list" else ""
             raise UserError(f"{where}: {name!r} holds a {kind}, and a prompt takes text or numbers{hint}")
+        if isinstance(adapted[name], float) and not math.isfinite(adapted[name]):
+            raise UserError(f"{where}: {name!r} is {adapted[name]}, which is how some programs write an empty cell")
     if task.kind == "classification":
         task.label_index(adapted[task.label], where)
     if task.kind == "choice" and len(task.choices) == 1:

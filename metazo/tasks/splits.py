@@ -81,6 +81,9 @@ def _encode(out: Prepared, split: str, encoder: Encoder, rows: list[tuple[str, R
     encoded = [encoder(row, where) for where, row in rows]
     kept = [example for example in encoded if example is not None]
     setattr(out, split, kept)
+    for name in dict.fromkeys(encoder.columns):
+        if blank := sum(not str(row.get(name, "-")).strip() for _, row in rows):
+            out.notes.append(f"{task.name}: {name!r} is blank in {blank} of {len(rows)} {split} rows")
     out.shortened[split] = sum(example.shortened for example in kept)
     out.dropped[split] = len(encoded) - len(kept)
     if out.shortened[split]:

@@ -20,8 +20,10 @@ from metazo.io.tensorfile import weights_hash
 from metazo.models.embedded import PICO
 from metazo.models.load import load_model
 from metazo.optimizers.registry import METHODS
+from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import run_settings
 from metazo.runs.folder import RunFolder
+from metazo.runs.method import unused
 from metazo.runs.replay import replay
 from metazo.settings import build
 from metazo.steplog.format import scan
@@ -320,3 +322,21 @@ def test_rows_that_are_wrong():
     ):
         with pytest.raises(UserError, match=said):
             metazo.finetune(loaded, TASK, data=data, **SIZES)
+
+
+@pytest.mark.parametrize(
+    "settings,words",
+    [
+        ({"optimizer": "first-order-adamw", "eps": 0.1}, "`eps` changes nothing with `optimizer` first-order-adamw."),
+        (
+            {"optimizer": "skip-feedback", "precision": "master"},
+            "`precision` changes nothing with `optimizer` skip-feedback.",
+        ),
+        ({"statistics_every": 7}, "`statistics_every` changes nothing without `scale` or `tuner`."),
+        ({"merge": True}, "`merge` changes nothing without adapters."),
+        ({"statistics_every": 7, "scale": "rms", "eps": 0.1}, None),
+        ({"lora": 2, "merge": True}, None),
+    ],
+)
+def test_settings_that_change_nothing_are_named(settings, words):
+    assert unused(FinetuneConfig("pico", "pico_sentiment", **settings)) == ([words] if words else [])

@@ -15,7 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metazo.errors import UserError
+from metazo.models.load import load_model
 from metazo.tasks import data, get
+from metazo.tasks.rows import in_memory
+from metazo.tasks.splits import prepare
 from metazo.tasks.task import Task
 
 TASK = Task(name="toy", kind="classification", prompt="{text} It was", labels={0: "terrible", 1: "great"})
@@ -151,6 +154,11 @@ GOOD = [{"text": "a", "label": 0}] * 20
         ('{"text": "a", "label": 0}\n{"text": \n', r"train.jsonl, line 2: not a JSON object \(Expecting value"),
         ("[1, 2]\n", "line 1: one JSON object with named columns was expected"),
         (GOOD[:1], "too few for 10 train and 5 dev"),
+        (
+            '{"text": "a", "text": "b", "label": 0}\n',
+            "line 1 is beyond what can be read: the key 'text' is given twice",
+        ),
+        ('{"text": NaN, "label": 0}\n', "row 1: 'text' is nan"),
     ],
 )
 def test_bad_files_are_one_clear_sentence(tmp_path, train, words):
@@ -158,6 +166,22 @@ def test_bad_files_are_one_clear_sentence(tmp_path, train, words):
     with pytest.raises(UserError, match=words) as raised:
         draw(tmp_path)
     assert "\n" not in str(raised.value)
+
+
+def test_a_table_with_a_column_twice(tmp_path):
+    write(tmp_path, train=GOOD, validation=GOOD)
+    (tmp_path / "toy" / "train.jsonl").unlink()
+    (tmp_path / "toy" / "train.csv").write_text("text,text,label\n" + "a,b,0\n" * 20)
+    with pytest.raises(UserError, match="train.csv has the column 'text' twice"):
+        draw(tmp_path)
+
+
+def test_blank_texts_are_counted():
+    mixed = [{"text": " " if i % 5 == 0 else f"good {i}", "label": i % 2} for i in range(40)]
+    task, found = in_memory(TASK, {"train": mixed, "validation": mixed[1:5]})
+    notes = prepare(task, load_model("pico"), data=found, train=40, dev=2, test=2).notes
+    assert "toy: 'text' is blank in 8 of 39 train rows" in notes
+    assert not any("blank" in note and "train" not in note for note in notes)
 
 
 def test_a_line_that_is_not_text(tmp_path):
