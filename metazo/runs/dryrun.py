@@ -103,8 +103,8 @@ def dry_run(config: FinetuneConfig) -> dict[str, Any]:
     optimizer = build_optimizer(config, loaded.model)
     examples = len(prepared.train) if prepared else config.train_examples
     if optimizer.wants_full_closure:
-        optimizer.full_closure = partial(loss)
-        optimizer.full_closure.batches = math.ceil(examples / config.batch_size)
+        over_all: Any = partial(loss)
+        optimizer.full_closure, over_all.batches = over_all, math.ceil(examples / config.batch_size)
     look_ahead(optimizer, loss, at_last)
     steps = number_of_steps(config, optimizer, examples)
     a_step = optimizer.forwards_in(steps, config.accumulate) / steps
