@@ -50,7 +50,7 @@ class ScaleConfig:
     save_every: int = setting(default=100, least=1, role="service")
     """Meta-steps between snapshots for `resume`"""
     resume: bool = setting(default=False, role="place")
-    """Continue the run in `out`"""
+    """Continue the run in `out`: give the whole command of its start again, with this"""
 
     def __post_init__(self) -> None:
         check_values(self)

@@ -126,6 +126,8 @@ class ZOOptimizer(Verbs, Saving):
         probe_ranks: int = 1,
     ):
         _numbers(lr=lr, eps=eps, weight_decay=weight_decay)
+        if not isinstance(seed, int) or not 0 <= seed < 2**64:
+            raise UserError(f"`seed` must be a whole number of 0 to 2^64 - 1, not {seed!r}.")
         if eps == 0:
             raise UserError("`eps` must be above 0; at 0 the losses of the two probes would not differ.")
         if scale is not None and not isinstance(scale, BlockScale) and scale != "rms":

@@ -61,10 +61,25 @@ def check_weights(tensors: Sequence[NamedTensor]) -> None:
     """Raises UserError if trained tensors have no numbers on this device, or have a form that a step cannot change."""
     found = [(tensor.name, reason) for tensor in tensors if (reason := _unfit(tensor.param))]
     if not found:
+        _check_apart(tensors)
         return
     name, (what, remedy) = found[0]
     count = sum(reason[0] == what for _, reason in found)
     raise UserError(f"{count} of {len(tensors)} trained tensors {what}, the first is {name}: {remedy}.")
+
+
+def _check_apart(tensors: Sequence[NamedTensor]) -> None:
+    """Raises UserError for two parameters with the same memory, which every probe and every update would move twice."""
+    spans = sorted(
+        (tensor.param.data_ptr(), tensor.param.numel() * tensor.param.element_size(), tensor.name)
+        for tensor in tensors
+        if tensor.param.numel() and tensor.param.is_contiguous() and tensor.param.data_ptr()
+    )
+    for (first, length, one), (second, _, other) in zip(spans, spans[1:]):
+        if second < first + length:
+            raise UserError(
+                f"{one} and {other} are two parameters in the same memory: make them one, or leave one out."
+            )
 
 
 def check_trained(tensors: Sequence[NamedTensor]) -> None:
@@ -164,6 +179,8 @@ def _unfit(param: Tensor) -> tuple[str, str] | None:
     if param.is_complex() or param.layout != torch.strided:
         kind = str(param.dtype if param.is_complex() else param.layout).removeprefix("torch.")
         return f"are of the kind {kind}", "only dense tensors of real numbers can be trained; freeze the others"
+    if any(step == 0 and size > 1 for step, size in zip(param.stride(), param.shape)):
+        return "have entries that share memory (expanded tensors)", "pass a copy, such as weight.clone()"
     return None
 
 
@@ -181,11 +198,12 @@ def generators_kept(device: torch.device) -> Iterator[None]:
 
 
 class LossWatch:
-    """Watches the losses of an optimizer's first steps, and warns once about each of three faults.
+    """Watches the losses of an optimizer, and warns once about each of four faults.
 
     A loss that differs when it is evaluated twice at the same weights: this needs one more evaluation at the first step,
     which is not counted in `forwards`, and restores the global generators. BatchNorm in train mode, whose running statistics
-    change with every probe. Losses of all probes that are exactly equal in most of the first FIRST_STEPS steps.
+    change with every probe. Losses of all probes that are exactly equal in most of the first FIRST_STEPS steps. Losses that
+    are not finite in as many steps in a row.
 
     Args: repeat: whether to evaluate once more.
     """
@@ -194,7 +212,7 @@ class LossWatch:
         self.repeat = repeat
         self.gap: float | None = None
         self.narrow: torch.dtype | None = None
-        self.steps = self.equal = 0
+        self.steps = self.equal = self.lost = 0
 
     def loss(self, value: Any) -> float:
         """The loss that a closure returned, as a number."""
@@ -211,6 +229,13 @@ class LossWatch:
 
     def stepped(self, losses: Sequence[float], closures: Sequence[Callable[[], Any]]) -> None:
         """Called after each step with the losses of its probes."""
+        self.lost = 0 if all(map(math.isfinite, losses)) else self.lost + 1
+        if self.lost == FIRST_STEPS:
+            warnings.warn(
+                f"The loss was not finite in {FIRST_STEPS} steps in a row (now {losses[0]:g}); such a step changes nothing. "
+                "Look at the loss at the weights as they are, or lower `lr` or `eps` and begin anew.",
+                stacklevel=5,
+            )
         spread = max(losses) - min(losses)
         if self.gap is not None:
             self._judge(self.gap, spread, max(map(abs, losses)), closures)

@@ -73,5 +73,9 @@ class Saving(Optimizer):
         return super().state_dict() | {"zo": {k: v.clone() for k, v in self.tensors_state().items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if "zo" not in state_dict:
+            raise UserError(
+                "The state is not of an optimizer of metazo, such as that of a run with gradients: begin anew."
+            )
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "zo"})
         self.load_tensors_state(state_dict["zo"])

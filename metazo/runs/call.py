@@ -19,6 +19,7 @@ from metazo.optimizers.registry import load as load_methods
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import tune
 from metazo.runs.own import Loss, OwnLoss, own_batches
+from metazo.runs.race import ROUND
 from metazo.runs.race import race as run_race
 from metazo.runs.tuned import MEMORY, AsGiven, Finetuned, Given
 from metazo.settings import build, with_role
@@ -43,6 +44,7 @@ def finetune(
     out: str | Path | None = None,
     objective: str | Callable[[nn.Module, AnswerBatch], float] | None = None,
     race: Sequence[float] | None = None,
+    race_steps: int | None = None,
     on_step: Callable[[Step], None] | None = None,
     on_evaluation: Callable[[dict[str, Any]], None] | None = None,
     console: Console | None = None,
@@ -67,6 +69,7 @@ def finetune(
         objective: what is minimised in place of the task's loss: 1 - a metric (accuracy, f1, exact-match, ...), "file.py:name",
             or a function (model, batch) -> number (`metazo.tasks.objectives`), for methods that need no gradient.
         race: learning rates, of which one is found over the first steps, instead of `lr` (`metazo.runs.race`).
+        race_steps: steps of each of its rounds, by default 12.
         on_step: called with the record of each step; on_evaluation: called with the record of each evaluation.
         console: shows plan, progress and warnings; by default nothing is shown.
         settings: fields of `metazo.runs.config.FinetuneConfig` (lr, eps, steps, batch_size, schedule, scale, keep,
@@ -91,9 +94,19 @@ def finetune(
     before, given = AsGiven(held) if isinstance(held, nn.Module) else None, Given()
     try:
         config = _described(given, model, task, optimizer, data, tokenizer, loss, dev, test, out, objective, settings)
+        if race is None and race_steps is not None:
+            raise UserError("`race_steps` is the length of a round of `race`, which is not given; leave it out.")
         if race is None:
             return tune(config, given, console, on_step=on_step, on_evaluation=on_evaluation)
-        return run_race(config, race, console=console, given=given, on_step=on_step, on_evaluation=on_evaluation)
+        return run_race(
+            config,
+            race,
+            race_steps or ROUND,
+            console=console,
+            given=given,
+            on_step=on_step,
+            on_evaluation=on_evaluation,
+        )
     except BaseException:
         if before is not None and not given.begun:
             before.restore()

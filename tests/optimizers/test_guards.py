@@ -273,3 +273,36 @@ def test_numbers_are_finite_and_at_least_0(setting, value):
     if setting != "eps":
         with pytest.raises(UserError, match=f"`{setting}` must be a finite number"):
             MeZO([{"params": [("weight", layer.weight)], setting: value}])
+
+
+def test_losses_that_stay_infinite_are_named_once():
+    optimizer = MeZO(quadratic(torch.float32).named(), lr=1e-3)
+    with pytest.warns(
+        UserWarning, match="not finite in 20 steps in a row .now nan.; such a step changes nothing"
+    ) as found:
+        for _ in range(2 * FIRST_STEPS):
+            optimizer.step(lambda: math.nan)
+    assert len(found) == 1
+
+
+def test_parameters_that_share_memory_are_refused():
+    memory = torch.zeros(6)
+    one, other = nn.Parameter(memory[:4]), nn.Parameter(memory[2:])
+    with pytest.raises(UserError, match="one and other are two parameters in the same memory"):
+        MeZO([("one", one), ("other", other)]).step(lambda: one.sum() + other.sum())
+    wide = nn.Parameter(torch.zeros(1, 3).expand(2, 3))
+    with pytest.raises(UserError, match="share memory .expanded tensors., the first is wide"):
+        MeZO([("wide", wide)]).step(wide.sum)
+    MeZO([("one", nn.Parameter(memory[:3])), ("other", nn.Parameter(memory[3:]))]).step(lambda: memory.sum())
+
+
+@pytest.mark.parametrize("seed", [1.5, "x", -1, 2**64])
+def test_seeds_are_whole_numbers(seed):
+    with pytest.raises(UserError, match="`seed` must be a whole number"):
+        MeZO(nn.Linear(2, 2).named_parameters(), seed=seed)
+
+
+def test_the_state_of_another_optimizer_is_refused():
+    layer = nn.Linear(2, 2)
+    with pytest.raises(UserError, match="not of an optimizer of metazo"):
+        MeZO(layer.named_parameters()).load_state_dict(torch.optim.AdamW(layer.parameters()).state_dict())

@@ -142,6 +142,19 @@ def test_from_python_with_rows_in_memory(tiny):
     assert found.summary["lr"] in (1e-4, 1e-3) and seen == list(range(12, 18)) and len(found.losses) == 18
     with pytest.raises(UserError, match="give model and optimizer by name, or `lr` for objects in memory"):
         finetune(load_model(str(tiny("llama"))), "sst2", data=rows, race=(1e-4, 1e-3), **sizes)
+    with pytest.raises(UserError, match="`race_steps` is the length of a round of `race`"):
+        finetune(str(tiny("llama")), "sst2", data=rows, race_steps=2, **sizes)
+    seen.clear()
+    finetune(
+        str(tiny("llama")),
+        "sst2",
+        data=rows,
+        race=(1e-4, 1e-3),
+        race_steps=1,
+        on_step=lambda step: seen.append(step.step),
+        **sizes,
+    )
+    assert seen[0] == 1
 
 
 def test_a_folder_in_use_is_refused_before_the_race(settings, tmp_path, monkeypatch):
