@@ -69,9 +69,7 @@ class ZOMixin:
         _say_unused(settings)
         settings.max_grad_norm = 0.0
         self._micro_batches: list[dict[str, Any]] = []
-        self._began: Any = (
-            None  # the state of the Trainer's loop that the micro-batches are of; every call of train makes one
-        )
+        self._began: Any = None  # the Trainer's state that the micro-batches belong to; every call of train makes one
         self._divides: bool | None = None  # whether the loss is divided by num_items_in_batch: see _divided
         given: Any = getattr(self, "optimizer", None)
         if given is not None and not isinstance(given, TakenSteps):

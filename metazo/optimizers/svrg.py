@@ -156,11 +156,9 @@ class MeZOSVRG(ZOOptimizer):
 
     def forwards_in(self, steps: int, closures: int = 1) -> float:
         """The first step is a full one."""
-        full, count = (
-            2 * sum(getattr(part, "batches", 1) for part in listed(self.full_closure)),
-            -(-steps // self.interval),
-        )
-        return full * count + 4 * closures * (steps - count)
+        batches = sum(getattr(part, "batches", 1) for part in listed(self.full_closure))
+        full = -(-steps // self.interval)
+        return 2 * batches * full + 4 * closures * (steps - full)
 
     def learning_rates(self, step: int) -> tuple[float, ...]:
         rates, first = super().learning_rates(step), self.defaults["lr"]
