@@ -181,7 +181,7 @@ class TakenSteps(Optimizer):
     """The optimizer that the Trainer sees: its `step()` does nothing, because `training_step` has taken the step."""
 
     def __init__(self, optimizer: ZOOptimizer):
-        self.optimizer = optimizer
+        self.optimizer, self.taken = optimizer, optimizer.steps
 
     def __getattr__(self, name: str) -> Any:
         if name == "optimizer":  # not there before __init__, as in a copy
@@ -189,7 +189,11 @@ class TakenSteps(Optimizer):
         return getattr(self.optimizer, name)
 
     def step(self, closure: Any = None) -> Any:
-        return None
+        if self.optimizer.steps == self.taken:
+            raise UserError(
+                "No step was taken: a subclass must not replace the `training_step` of ZOMixin, which takes it."
+            )
+        self.taken = self.optimizer.steps
 
     def zero_grad(self, set_to_none: bool = True) -> None: ...
 

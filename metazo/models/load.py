@@ -166,7 +166,8 @@ def load_model(
     context = context_length(model, tokenizer)
     set_pad(tokenizer, model)
     notes += not_finite(model)
-    give_back()
+    if quantize:
+        give_back()
     return LoadedModel(model.eval(), tokenizer, chosen, name, torch_dtype, context, new, notes, quantize)  # type: ignore[arg-type]
 
 

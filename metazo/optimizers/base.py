@@ -49,7 +49,7 @@ from metazo.step.directions import Direction, Scaled
 from metazo.step.estimators import Estimator, balanced
 from metazo.step.precision import check_used
 from metazo.step.record import Step, Update
-from metazo.step.rules import Rule
+from metazo.step.rules import Rule, named_rule
 from metazo.step.scales import BlockScale, RMSScale
 from metazo.step.terms import Term
 from metazo.step.weights import Weights
@@ -81,7 +81,8 @@ class ZOOptimizer(Verbs, Saving):
         seed: of the run; every step's noise follows from it.
         noise: "gaussian", "rademacher", or a noise source.
         scale: block scales: None, "rms", or a BlockScale (a tuner's).
-        rule: how the estimate changes the weights (metazo.step.rules); None takes the method's own.
+        rule: how the estimate changes the weights: a Rule of metazo.step.rules or its name ("adam"); None takes the method's
+            own.
         precision: how theta is stored while it is probed; see metazo.step.precision.
         probing: "in-turn", or for low-rank directions "together" or "auto"; None takes the method's own. See
             metazo.optimizers.probing.
@@ -118,7 +119,7 @@ class ZOOptimizer(Verbs, Saving):
         seed: int = 0,
         noise: str | Noise = "gaussian",
         scale: str | BlockScale | None = None,
-        rule: Rule | None = None,
+        rule: str | Rule | None = None,
         precision: str = "auto",
         probing: str | None = None,
         check_loss: bool = True,
@@ -136,7 +137,7 @@ class ZOOptimizer(Verbs, Saving):
         self.probing = probings.check(probing or self.default_probing, self.low_rank, self.name)
         self.noise: Noise = PhiloxNoise(seed, noise) if isinstance(noise, str) else noise
         self.scale = RMSScale() if scale == "rms" else scale
-        self.rule = rule or self.default_rule
+        self.rule = named_rule(rule) if isinstance(rule, str) else rule or self.default_rule
         if self.rule.divides and balanced(self.estimator):
             raise UserError(
                 f"`rule` meazo divides a step by the sum of its coefficients, which is 0 for {self.name}: choose another."

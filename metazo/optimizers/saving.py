@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from metazo.blocks import NamedTensor
 from metazo.errors import UserError
+from metazo.noise import Noise
 from metazo.optimizers.verbs import State
 from metazo.step.weights import Weights
 
@@ -30,6 +31,8 @@ class Saving(Optimizer):
     name: str
     steps: int
     forwards: int
+    noise: Noise
+    eps: float
     weights: Weights
     zo_state: State
     settle: Callable[[], None]
@@ -69,13 +72,28 @@ class Saving(Optimizer):
         self.steps, self.forwards = (int(n) for n in state["counters"])
 
     def state_dict(self) -> dict[str, Any]:
-        """State in torch's form. The method's tensors are under "zo", so that torch does not cast them to the weights' type."""
-        return super().state_dict() | {"zo": {k: v.clone() for k, v in self.tensors_state().items()}}
+        """State in torch's form, with the settings that the noise follows from under "run". The method's tensors are under
+        "zo", so that torch does not cast them to the weights' type.
+        """
+        tensors = {name: value.clone() for name, value in self.tensors_state().items()}
+        return super().state_dict() | {"zo": tensors, "run": self._run()}
+
+    def _run(self) -> dict[str, Any]:
+        seed = getattr(self.noise, "run_seed", None)
+        return {"method": self.name, "noise": self.noise.name, "seed": seed, "eps": self.eps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a `state_dict`. Raises UserError for the state of another optimizer, or of one with other settings of noise."""
         if "zo" not in state_dict:
             raise UserError(
                 "The state is not of an optimizer of metazo, such as that of a run with gradients: begin anew."
             )
-        super().load_state_dict({k: v for k, v in state_dict.items() if k != "zo"})
+        saved = state_dict.get("run", {})  # which states of earlier versions have not
+        for name, value in self._run().items():
+            if saved.get(name, value) != value:
+                raise UserError(
+                    f"The saved state is of a run with {name} {saved[name]}, and this optimizer has {name} {value}: make the "
+                    "optimizer with what the run had, or begin anew."
+                )
+        super().load_state_dict({key: value for key, value in state_dict.items() if key not in ("zo", "run")})
         self.load_tensors_state(state_dict["zo"])

@@ -108,9 +108,10 @@ class Adam(Rule):
 
     def apply(self, tensor, start, theta, add, lr, decay, state) -> None:
         first, second = self.betas
-        gradient = torch.zeros_like(theta)
+        m = chunk_of(state[f"first_moment/{tensor.name}"], start, theta)
+        gradient = torch.zeros_like(m)
         add(gradient, 1.0, 1.0)
-        m = chunk_of(state[f"first_moment/{tensor.name}"], start, theta).lerp_(gradient, 1 - first)
+        m.lerp_(gradient, 1 - first)
         v = chunk_of(state[f"second_moment/{tensor.name}"], start, theta)
         v.mul_(second).addcmul_(gradient, gradient, value=1 - second)
         count = float(state["adam_steps"])
@@ -151,3 +152,10 @@ class ScalarMoment(Rule):
 
 
 RULES = {"sgd": SGD, "momentum": Momentum, "adam": Adam, "meazo": ScalarMoment}
+
+
+def named_rule(name: str) -> Rule:
+    """The rule of this name with its usual hyperparameters. Raises UserError for an unknown name."""
+    if name not in RULES:
+        raise UserError(f"`rule` {name!r} is unknown: choose {', '.join(RULES)}, or pass a Rule.")
+    return RULES[name]()

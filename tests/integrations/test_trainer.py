@@ -329,3 +329,12 @@ def test_moments_of_adam_are_those_of_the_arguments(tmp_path):
 def test_a_method_that_needs_the_loss_over_all_examples_is_refused(tmp_path):
     with pytest.raises(UserError, match="mezo-svrg needs the loss over all training examples"):
         trainer(tmp_path, model(), optimizer_cls_and_kwargs=("mezo-svrg", {})).create_optimizer()
+
+
+def test_a_subclass_that_takes_no_step_is_refused(tmp_path):
+    class Own(ZOTrainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            return self.compute_loss(model, inputs).detach()
+
+    with pytest.raises(UserError, match="No step was taken: a subclass must not replace the `training_step`"):
+        trainer(tmp_path, model(), Own).train()

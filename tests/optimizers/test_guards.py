@@ -15,6 +15,7 @@ from torch import nn
 from metazo.errors import UserError
 from metazo.optimizers import FZOO, LOZO, METHODS, MeZO
 from metazo.optimizers.guards import FIRST_STEPS, as_loss, check_weights
+from metazo.step.rules import Adam
 from tests.optimizers.contract import NAMES, case, make, quadratic, take
 
 
@@ -306,3 +307,41 @@ def test_the_state_of_another_optimizer_is_refused():
     layer = nn.Linear(2, 2)
     with pytest.raises(UserError, match="not of an optimizer of metazo"):
         MeZO(layer.named_parameters()).load_state_dict(torch.optim.AdamW(layer.parameters()).state_dict())
+
+
+@pytest.mark.parametrize(
+    "other,words",
+    [
+        ({"seed": 4}, "with seed 3, and this optimizer has seed 4"),
+        ({"eps": 0.1}, "with eps 0.001"),
+        ({"noise": "rademacher"}, "with noise philox4x32-10/gaussian/2"),
+    ],
+)
+def test_the_state_of_another_run_is_refused(other, words):
+    layer = nn.Linear(2, 2)
+    made = MeZO(layer.named_parameters(), seed=3)
+    made.step(lambda: layer.weight.sum())
+    state = made.state_dict()
+    with pytest.raises(UserError, match=words):
+        MeZO(layer.named_parameters(), **({"seed": 3} | other)).load_state_dict(state)
+    with pytest.raises(UserError, match="with method mezo, and this optimizer has method fzoo"):
+        FZOO(layer.named_parameters(), seed=3).load_state_dict(state)
+    del state["run"]  # as of earlier versions
+    again = MeZO(layer.named_parameters(), **({"seed": 3} | other))
+    again.load_state_dict(state)
+    assert again.steps == 1
+
+
+def test_a_rule_may_be_given_by_its_name():
+    layer = nn.Linear(2, 2)
+    assert MeZO(layer.named_parameters(), rule="adam").rule == Adam()
+    with pytest.raises(UserError, match="`rule` 'adamw' is unknown: choose sgd, momentum, adam, meazo"):
+        MeZO(layer.named_parameters(), rule="adamw")
+
+
+@pytest.mark.parametrize("name", ["mezo-adam", "mezo-momentum"])
+def test_rules_with_buffers_take_narrow_weights_in_place(name):
+    layer = nn.Linear(2, 2).to(torch.bfloat16)
+    optimizer = METHODS[name](layer.named_parameters(), lr=0.1, precision="in-place")
+    optimizer.step(lambda: layer(torch.ones(1, 2, dtype=torch.bfloat16)).float().sum())
+    assert all(bool(p.isfinite().all()) and p.dtype == torch.bfloat16 for p in layer.parameters())
