@@ -31,6 +31,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -127,7 +128,7 @@ class ZOOptimizer(Verbs, Saving):
         probe_ranks: int = 1,
     ):
         _numbers(lr=lr, eps=eps, weight_decay=weight_decay)
-        if not isinstance(seed, int) or not 0 <= seed < 2**64:
+        if not isinstance(seed, Integral) or not 0 <= seed < 2**64:
             raise UserError(f"`seed` must be a whole number of 0 to 2^64 - 1, not {seed!r}.")
         if eps == 0:
             raise UserError("`eps` must be above 0; at 0 the losses of the two probes would not differ.")
@@ -135,7 +136,7 @@ class ZOOptimizer(Verbs, Saving):
             raise UserError(f"`scale` {scale!r} is unknown: choose rms, or pass a tuner.")
         self.eps, self.precision = eps, precision
         self.probing = probings.check(probing or self.default_probing, self.low_rank, self.name)
-        self.noise: Noise = PhiloxNoise(seed, noise) if isinstance(noise, str) else noise
+        self.noise: Noise = PhiloxNoise(int(seed), noise) if isinstance(noise, str) else noise
         self.scale = RMSScale() if scale == "rms" else scale
         self.rule = named_rule(rule) if isinstance(rule, str) else rule or self.default_rule
         if self.rule.divides and balanced(self.estimator):

@@ -301,6 +301,7 @@ def test_parameters_that_share_memory_are_refused():
 def test_seeds_are_whole_numbers(seed):
     with pytest.raises(UserError, match="`seed` must be a whole number"):
         MeZO(nn.Linear(2, 2).named_parameters(), seed=seed)
+    assert MeZO(nn.Linear(2, 2).named_parameters(), seed=np.int64(3)).noise.run_seed == 3
 
 
 def test_the_state_of_another_optimizer_is_refused():
