@@ -12,6 +12,7 @@ from metazo.tasks.encode import Encoder
 from metazo.tasks.prepared import Prepared
 from metazo.tasks.rows import Rows
 from metazo.tasks.task import Row, Task
+from metazo.tasks.words import beginnings
 
 if TYPE_CHECKING:
     from metazo.models.load import LoadedModel
@@ -63,6 +64,11 @@ def prepare(
     )
     for split in SPLITS:
         _encode(out, split, encoder, drawn.rows[split])
+    for short, long in beginnings(task, encoder.words):
+        notes.append(
+            f"{task.name}: label word {short!r} begins {long!r} for {loaded.name}, which can never be the likelier one; "
+            "choose words of which none begins another"
+        )
     if encoder.alike:
         notes.append(f"{task.name}: {encoder.alike} rows have two choices that are the same tokens for {loaded.name}")
     out.record = {"task": task.name, **drawn.record}

@@ -43,3 +43,9 @@ def check_words(task: Task, tokenizer: Any, words: Sequence[list[int]], name: st
                 "choose words that differ"
             )
         seen[tuple(ids)] = word
+
+
+def beginnings(task: Task, words: Sequence[list[int]]) -> list[tuple[str, str]]:
+    """Pairs of label words of which the first begins the second, as tokens: their likelihoods are not comparable."""
+    named = list(zip(task.labels.values(), words))
+    return [(a, b) for a, one in named for b, other in named if len(one) < len(other) and other[: len(one)] == one]

@@ -184,6 +184,15 @@ def test_blank_texts_are_counted():
     assert not any("blank" in note and "train" not in note for note in notes)
 
 
+def test_a_label_word_that_begins_another_is_named():
+    """The likelihood of the longer one is that of the shorter times that of its rest, so it is never predicted."""
+    mixed = [{"text": f"good {i}", "label": i % 2} for i in range(40)]
+    for words, expected in ((("good", "good fun"), True), (("good", "bad"), False)):
+        task, found = in_memory(TASK.model_copy(update={"labels": dict(enumerate(words))}), mixed)
+        notes = prepare(task, load_model("pico"), data=found, train=20, dev=2, test=2).notes
+        assert any("'good' begins 'good fun' for pico" in note for note in notes) == expected
+
+
 def test_a_line_that_is_not_text(tmp_path):
     write(tmp_path, train=GOOD, validation=GOOD)
     (tmp_path / "toy" / "train.jsonl").write_bytes(b'{"text": "\xff"}\n')
