@@ -172,7 +172,8 @@ class ZOOptimizer(Verbs, Saving):
                 `forwards` and not called.
 
         Returns: the loss at theta if the method evaluates it, else the mean over its probes. If a loss is not finite, the
-        weights are put back, the step is recorded without coefficients, and the loss returned is not finite either. An
+        weights are put back, the step is recorded without coefficients, and the loss returned is not finite either; of a
+        step that `max_loss` refuses it is the loss. An
         exception in the closure puts the weights back too. Masters and compensated weights are put back bit for bit;
         weights in place keep the rounding of adding and removing the probe, about 3e-8 of them in float32. Raises
         UserError for a replay of a method whose steps do not follow from their records, for a closure that returns no
@@ -220,7 +221,7 @@ class ZOOptimizer(Verbs, Saving):
         else:
             self.weights.leave()
         self.steps += 1
-        return estimator.loss(losses) if finite else sum(losses)
+        return estimator.loss(losses) if all(map(math.isfinite, losses)) else sum(losses)
 
     def _scaled(self, direction: Direction, state: State, step: int) -> tuple[Direction, dict[str, float] | None]:
         if self.scale is None:

@@ -35,6 +35,7 @@ for momentum is too much (momentum=0 saves it). Under Rademacher noise the Gauss
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
@@ -110,6 +111,11 @@ class LOREN(ZOOptimizer):
             raise UserError(f"`lr_cov` must be a finite number of at least 0, not {lr_cov}.")
         self.estimator = LeaveOneOut(queries)
         self.damping, self.lr_cov = damping, lr_cov
+        if common.get("rule") is not None and momentum != 0.9:
+            warnings.warn(
+                f"`momentum` {momentum:g} changes nothing: it is that of loren's own rule, which `rule` replaces.",
+                stacklevel=2,
+            )
         if common.get("rule") is None:
             common["rule"] = self.heavy_ball(momentum) if momentum else SGD()
         super().__init__(params, lr, eps, **common)

@@ -39,6 +39,7 @@ prefixes and LoRA factors, whose smaller side is close to the rank already. Rade
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -102,6 +103,8 @@ class LOZO(ZOOptimizer):
             raise UserError(f"`form` {form!r} is unknown: choose weights, activations or auto.")
         self.estimator = TwoPoint(queries)
         self.rank, self.interval, self.energy = rank, interval, float(rank)
+        if form != "weights" and common.get("probing", FORMS[form]) != FORMS[form]:
+            warnings.warn(f"`form` {form} changes nothing: `probing` {common['probing']} decides.", stacklevel=2)
         common.setdefault("probing", FORMS[form])
         super().__init__(params, lr, eps, **common)
 

@@ -17,7 +17,9 @@ from metazo.models.parts import divided, forward_only, whole
 from metazo.runs.config import FinetuneConfig
 
 
-def diagnose(model: nn.Module, closures: Sequence[Callable[[], Any]], dtype: torch.dtype) -> str:
+def diagnose(
+    model: nn.Module, closures: Sequence[Callable[[], Any]], dtype: torch.dtype, max_loss: float = math.inf
+) -> str:
     """A sentence that says why the loss is not finite. It costs a forward pass, and one module's pass in float32.
 
     It distinguishes weights out of the dtype's range; a probe that is too long; an overflow of a narrow dtype (a module's
@@ -43,6 +45,11 @@ def diagnose(model: nn.Module, closures: Sequence[Callable[[], Any]], dtype: tor
             hook.remove()
     if not found and not math.isfinite(fmean(losses)):
         return "every module of the model gives finite values, so it comes from the loss, or the objective, itself."
+    if not found and fmean(losses) > max_loss:
+        return (
+            f"without a probe the loss is {fmean(losses):.4g}, above `max_loss` ({max_loss:g}): raise it if such losses are "
+            "right, or lower `lr` if the loss has grown."
+        )
     if not found:
         return (
             f"without the probe the loss is {fmean(losses):.4g}, so the probe is too long: lower `eps`, and `lr` if the "

@@ -326,7 +326,7 @@ class _Run(Ending):
 
     def _diagnosis(self, closures: list[BatchLoss]) -> str:
         self.optimizer.settle()
-        return diagnose(self.model, closures, self.setup.loaded.dtype)
+        return diagnose(self.model, closures, self.setup.loaded.dtype, self.config.max_loss)
 
     def _stop_if_asked(self, step: int) -> None:
         """Stop if a signal asked for it; several processes stop after the step in whose exchange one of them said so."""

@@ -21,7 +21,7 @@ from metazo.optimizers import METHODS
 from metazo.optimizers.registry import method, require_own
 from metazo.runs.config import FinetuneConfig
 from metazo.settings import MOST, check_number
-from metazo.step.rules import RULES
+from metazo.step.rules import named_rule
 from metazo.step.scales import STATISTICS_EVERY, BlockScale, RMSScale
 from metazo.tuner.file import Tuner
 from metazo.tuner.networks import PertNN
@@ -109,7 +109,7 @@ def arguments(config: FinetuneConfig, model: nn.Module) -> dict[str, Any]:
     if config.rule != "method":
         if cls.own_rule:
             raise UserError(f"`rule` {config.rule} under `optimizer` {name}, which {cls.own_rule}.")
-        settings["rule"] = RULES[config.rule]()
+        settings["rule"] = named_rule(config.rule)
     if cls.needs_tuner and config.tuner is None and config.scale == "none":
         free = "`optimizer='mezo'` with `scale='rms'`" if "scale" in cls.common else "`optimizer='skip-feedback'`"
         raise UserError(f"`optimizer` {name} needs `tuner` (or use {free}, which needs none).")

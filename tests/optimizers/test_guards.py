@@ -346,3 +346,28 @@ def test_rules_with_buffers_take_narrow_weights_in_place(name):
     optimizer = METHODS[name](layer.named_parameters(), lr=0.1, precision="in-place")
     optimizer.step(lambda: layer(torch.ones(1, 2, dtype=torch.bfloat16)).float().sum())
     assert all(bool(p.isfinite().all()) and p.dtype == torch.bfloat16 for p in layer.parameters())
+
+
+def test_a_loss_that_max_loss_refuses_is_returned_as_it_is():
+    """The mean over the probes, as for any step; it was their sum."""
+    problem = quadratic()
+    optimizer = make("mezo", problem.named(), 1e-3)
+    optimizer.max_loss = 1e-9
+    value = optimizer.step(problem)
+    assert value == sum(optimizer.last_step.losses) / 2 and not optimizer.last_step.coefficients
+
+
+@pytest.mark.parametrize(
+    "name,options,words",
+    [
+        ("loren", {"rule": "momentum", "momentum": 0.5}, "`momentum` 0.5 changes nothing"),
+        (
+            "lozo",
+            {"form": "activations", "probing": "in-turn"},
+            "`form` activations changes nothing: `probing` in-turn",
+        ),
+    ],
+)
+def test_hyperparameters_that_another_one_replaces_are_named(name, options, words):
+    with pytest.warns(UserWarning, match=words):
+        METHODS[name](nn.Linear(2, 2).named_parameters(), **options)

@@ -127,6 +127,13 @@ SEVENTY = LlamaConfig(
 )  # fmt: skip
 
 
+def test_the_plan_of_svrg_has_the_steps_and_forwards_of_the_run() -> None:
+    """Two passes over four batches in every other step: as in tests/runs/test_schedule.py."""
+    sizes = {"train_examples": 32, "batch_size": 8, "dev_examples": 4, "test_examples": 4, "max_length": 40}
+    found = dry_run(FinetuneConfig("pico", "pico_sentiment", optimizer="mezo-svrg", forwards=21, **sizes))
+    assert found["steps"].startswith("3, 20 forward passes")
+
+
 def test_a_plan_for_70_billion_weights_takes_seconds_and_no_memory(tmp_path: Path) -> None:
     SEVENTY.save_pretrained(tmp_path)
     names = {name: tuple(p.shape) for name, p in skeleton("x", config=SEVENTY).model.named_parameters()}

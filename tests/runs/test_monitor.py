@@ -234,3 +234,9 @@ def test_a_real_end_of_memory_in_mid_run_leaves_the_log_whole(tmp_path):
     found = scan(out / "steps.jsonl")
     assert found.torn == 0 and len(found.steps) in (5, 6)
     assert json.loads((out / "config.json").read_text())["eval_batch_size"] == 256
+
+
+def test_a_loss_above_max_loss_without_a_probe_is_not_put_on_the_probe():
+    text = diagnose(torch.nn.Linear(1, 1), [lambda: 3.0], torch.float32, 2.5)
+    assert "without a probe the loss is 3, above `max_loss` (2.5)" in text and "eps" not in text
+    assert "lower `eps`" in diagnose(torch.nn.Linear(1, 1), [lambda: 3.0], torch.float32, 3.5)
