@@ -148,7 +148,12 @@ class Block:
 
 
 def tensor_id(name: str) -> int:
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+    """64 bits of the hash of the name, without what torch.compile puts in it: a compiled model has the noise of the model."""
+    return int.from_bytes(hashlib.blake2b(uncompiled(name).encode(), digest_size=8).digest(), "little")
+
+
+def uncompiled(name: str) -> str:
+    return name.replace("_orig_mod.", "")
 
 
 def named_tensors(named: torch.nn.Module | Iterable[tuple[str, Tensor]], group: int = 0) -> list[NamedTensor]:
@@ -179,7 +184,7 @@ def check_names(tensors: Sequence[NamedTensor]) -> None:
         raise UserError(
             "No tensor is trainable: every parameter is frozen or empty; pass at least one with requires_grad=True."
         )
-    names = [tensor.name for tensor in tensors]
+    names = [uncompiled(tensor.name) for tensor in tensors]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise UserError(f"Two tensors are named {twice!r}: noise depends on the name, so give each its own.")

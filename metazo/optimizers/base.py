@@ -43,7 +43,8 @@ from metazo.noise import Noise, PhiloxNoise
 from metazo.optimizers import probing as probings
 from metazo.optimizers import ranks
 from metazo.optimizers.groups import Closure, check_group, listed, named_groups
-from metazo.optimizers.guards import LossWatch, check_moved, check_shards, check_trained, check_weights
+from metazo.optimizers.guards import check_moved, check_shards, check_trained, check_weights
+from metazo.optimizers.loss_watch import LossWatch
 from metazo.optimizers.saving import Saving
 from metazo.optimizers.verbs import DECAY_EXEMPT, State, Verbs
 from metazo.step.directions import Direction, Scaled

@@ -13,7 +13,7 @@ from metazo.blocks import LocalShard, NamedTensor
 from metazo.noise import Noise
 from metazo.optimizers import probing as probings
 from metazo.optimizers.groups import Closure
-from metazo.optimizers.guards import LossWatch
+from metazo.optimizers.loss_watch import LossWatch
 from metazo.optimizers.registry import Method
 from metazo.step.directions import Direction, Isotropic
 from metazo.step.estimators import Estimator, TwoPoint

@@ -151,10 +151,13 @@ class Analysis:
         return fmean(ends) if ends else None
 
     def reached(self, task: str, column: str) -> Reached | None:
-        """The point at which a column's runs were first evaluated at or below the reference's final loss."""
+        """The point at which a column's runs were first evaluated at or below the reference's final loss.
+
+        None if that loss is no lower than before training, which every run has reached when it begins.
+        """
         target = self.target(task)
         curves = [run.curve for run in self.data.of(task, column) if run.curve]
-        if target is None or not curves:
+        if target is None or not curves or target >= fmean(curve[0].loss for curve in curves):
             return None
         firsts = [next((p.forwards for p in curve if p.loss <= target), math.inf) for curve in curves]
         return Reached(median(firsts), sum(map(math.isfinite, firsts)), len(firsts))

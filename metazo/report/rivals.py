@@ -107,8 +107,11 @@ def equivalents(data: Comparison, task: str, run: Run, forwards: float | None = 
 
 
 def _ratios(data: Comparison, task: str, column: str) -> list[float]:
-    """By seed; cells without a finished run of the reference are left out, and a failed run did not reach it."""
-    theirs = {run.seed: run for run in data.of(task, data.reference or "") if run.curve}
+    """By seed; a failed run did not reach it. Cells without a finished run of the reference are left out, and so are those in
+    which it ends no lower than it began.
+    """
+    runs = [run for run in data.of(task, data.reference or "") if run.curve]
+    theirs = {run.seed: run for run in runs if run.curve[-1].loss < run.curve[0].loss}
     found = [math.inf for seed in data.failed(task, column) if seed in theirs]
     for run in data.of(task, column):
         if run.seed not in theirs or not run.curve:
@@ -132,8 +135,9 @@ def table(analysis: Analysis) -> Table:
         f"the best of {len(found)}; p: paired with {data.reference}, Holm. Forward-equivalents: operations of a run by "
         f"those of a forward pass of {data.reference} on the same batch; frozen layers are computed once and cost nothing. "
         f"“Until {data.reference}’s final loss”: the share of {data.reference}’s own run that a column needs to come to the "
-        "loss on dev at its end, median over pairs (as fine as the spacing of evaluations), and the share of pairs that need "
-        "at most a tenth. Memory: most bytes of tensors in a step by most in inference, weights included.",
+        "loss on dev at its end, median over the pairs in which that is lower than before training (as fine as the spacing of "
+        "evaluations), and the share of them that need at most a tenth. Memory: most bytes of tensors in a step by most in "
+        "inference, weights included.",
         ["column", "rank", "p (Holm)", "loss (nats)", "accuracy (%)", "forward-equivalents",
          f"until {data.reference}’s final loss", "pairs within 1/10 (%)", "memory (× inference)"],
     )  # fmt: skip

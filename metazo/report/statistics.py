@@ -75,7 +75,8 @@ def paired(gains: Mapping[str, Sequence[float]]) -> Paired:
     """Test gains by task; inf: the reference failed and the method finished, -inf: the other way round.
 
     From ENOUGH pairs on, Wilcoxon's signed-rank test over all pairs of task and seed (a failure ranks as the largest
-    difference, pairs without difference are left out); with fewer, the exact sign-flip permutation test of the mean.
+    difference, pairs without difference are left out); with fewer, the exact sign-flip permutation test of the mean. A task
+    on which a run of the method failed is not won.
     """
     everything = np.array([gain for group in gains.values() for gain in group], dtype=float)
     finite = [[gain for gain in group if math.isfinite(gain)] for group in gains.values()]
@@ -85,7 +86,6 @@ def paired(gains: Mapping[str, Sequence[float]]) -> Paired:
     p, test = None, "no pairs"
     if len(everything):
         p, test = signed_rank(moved) if len(moved) >= ENOUGH else sign_flips(moved)
-    means = [fmean(group) for group in finite]
     return Paired(
         pairs=len(everything),
         wins=int((everything > 0).sum()),
@@ -97,8 +97,8 @@ def paired(gains: Mapping[str, Sequence[float]]) -> Paired:
         test=test,
         p=p,
         least=2.0 ** (1 - len(moved)) if len(moved) else None,
-        tasks=len(means),
-        tasks_won=sum(value > 0 for value in means),
+        tasks=len(gains),
+        tasks_won=sum(sum(group) > 0 for group in gains.values()),
     )
 
 

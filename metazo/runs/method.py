@@ -135,6 +135,7 @@ def unused(config: FinetuneConfig) -> list[str]:
         "zoo": (config.tuner is None, "without `tuner`"),
         "merge": (not config.adapters, "without adapters"),
         "probe_ranks": (launched() == 1, "in one process"),
+        "device_map": (not torch.accelerator.is_available(), "without a GPU"),
         "revision": (config.model in EMBEDDED, f"for the embedded model {config.model}"),
     }
     reasons = dict.fromkeys(common, f"with `optimizer` {config.optimizer}")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 
-from metazo.blocks import Block
+from metazo.blocks import Block, uncompiled
 
 NamedShapes = Iterable[tuple[str, Sequence[int]]]
 """(name, shape) of each parameter, tied ones once: `((n, p.shape) for n, p in model.named_parameters())`."""
@@ -74,7 +74,7 @@ def fingerprint(named_shapes: Iterable[tuple[str, Sequence[int] | None]]) -> str
 
 def plain_name(name: str) -> str:
     """A tensor's name in the model itself, without what torch.compile, peft and DataParallel or DDP add to it."""
-    name = name.replace("_orig_mod.", "").replace(".base_layer.", ".")
+    name = uncompiled(name).replace(".base_layer.", ".")
     for prefix in ("module.", "base_model.model."):
         name = name.removeprefix(prefix)
     return name

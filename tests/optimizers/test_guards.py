@@ -215,6 +215,17 @@ def test_batch_norm_in_train_mode_is_named():
         MeZO(model.named_parameters()).step(lambda: model(x).square().mean() + model[0](x).mean())
 
 
+def test_spectral_norm_in_train_mode_is_named():
+    model = nn.Sequential(nn.Linear(8, 8), nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)))
+    x = torch.randn(16, 8)
+    with pytest.warns(UserWarning, match=r"1.parametrizations.weight.0 \(_SpectralNorm\) is in train mode"):
+        MeZO(model.named_parameters()).step(lambda: model(x).square().mean())
+    model.eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        MeZO(model.named_parameters()).step(lambda: model(x).square().mean())
+
+
 def test_narrow_losses_that_are_equal_are_counted():
     problem = quadratic(torch.float32)
     for dtype, expected in ((torch.bfloat16, 1), (torch.float32, 0)):

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from metazo.comparisons.results import Result, cell_path
-from metazo.report import rivals
+from metazo.report import costs, rivals
 from metazo.report.analysis import Analysis
 from metazo.report.build import build
 from metazo.report.comparison import Comparison
@@ -101,6 +101,27 @@ def test_a_column_that_does_not_reach_it_says_so(folder: Path) -> None:
     assert found(folder)["skip-feedback"].ratio == math.inf
     table = rivals.table(Analysis(Comparison(folder), "loss"))
     assert row(table, "skip-feedback")[6:8] == ["not reached", "0"]
+
+
+def test_a_reference_that_ends_above_its_start_gives_no_loss_to_reach(folder: Path) -> None:
+    """Every column has reached it before its first step: 0 forward passes are no figure of it."""
+    for seed in range(3):
+        result = save(folder, "mezo", seed)
+        set_curve(result, (0.69, 0.65, 0.68, 0.7 if seed else 0.6))
+        result.save(cell_path(folder, "sst2", "mezo", "seed", seed))
+    by_name = found(folder)
+    assert by_name["mezo"].ratio == 1.0 and by_name["skip-feedback"].ratio == pytest.approx(1 / 3)  # of seed 0 alone
+    for seed in range(3):
+        result = save(folder, "mezo", seed)
+        set_curve(result, (0.69, 0.65, 0.68, 0.7))
+        result.save(cell_path(folder, "sst2", "mezo", "seed", seed))
+    assert {rival.ratio for rival in found(folder).values()} == {None}
+    analysis = Analysis(Comparison(folder), "loss", needs_reference=False)
+    assert {cell.text for cell in row_cells(costs.reach(analysis), "mezo")} == {"–"}
+
+
+def row_cells(table, name):
+    return next(cells[1:] for cells in table.rows if cells[0].text == name)
 
 
 def test_the_table_and_the_picture_are_in_the_report(folder: Path) -> None:

@@ -70,6 +70,6 @@ def test_a_failure_is_a_lost_pair_and_is_not_in_the_gain():
     assert (found.pairs, found.wins, found.losses, found.ties) == (6, 4, 1, 1)
     assert found.gain == pytest.approx((0.25 + 0.2) / 2)
     assert found.least == 1 / 16  # a tie is no evidence
-    assert (found.tasks, found.tasks_won) == (2, 2)
+    assert (found.tasks, found.tasks_won) == (2, 1)  # a failure wins no task
     assert paired({"a": [-math.inf, -math.inf]}).gain is None
     assert paired({"a": [0.0]}).p == 1.0

@@ -334,6 +334,11 @@ def test_rows_that_are_wrong():
         ),
         ({"statistics_every": 7}, "`statistics_every` changes nothing without `scale` or `tuner`."),
         ({"merge": True}, "`merge` changes nothing without adapters."),
+        pytest.param(
+            {"device_map": "auto"},
+            "`device_map` changes nothing without a GPU.",
+            marks=pytest.mark.skipif(torch.accelerator.is_available(), reason="without a GPU"),
+        ),
         ({"statistics_every": 7, "scale": "rms", "eps": 0.1}, None),
         ({"lora": 2, "merge": True}, None),
     ],

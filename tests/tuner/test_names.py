@@ -40,6 +40,18 @@ def test_a_tuner_fits_a_wrapped_model(kind):
     assert sigmas[0] == sigmas[1] and len(set(sigmas[0])) == 4
 
 
+def test_a_compiled_model_has_the_noise_of_the_model():
+    weights, x = [], torch.linspace(-1, 1, 12).reshape(3, 4)
+    for wrap in (lambda module: module, WRAPPED["torch.compile"]):
+        module = model()
+        wrapped = wrap(module)
+        optimizer = MeZO(wrapped.named_parameters(), lr=0.1)
+        for _ in range(3):
+            optimizer.step(lambda: wrapped(x).square().mean())
+        weights.append([p.detach().clone() for p in module.parameters()])
+    assert all(map(torch.equal, *weights)) and not torch.equal(weights[0][0], model()[0].weight)
+
+
 def test_peft_names_and_what_is_in_no_tuner():
     assert plain_name("base_model.model.model.layers.0.q.base_layer.weight") == "model.layers.0.q.weight"
     assert plain_name("module.x.module.weight") == "x.module.weight"

@@ -1,0 +1,147 @@
+"""Watches the losses of an optimizer for what makes a step follow noise instead of the weights."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import random
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import _SpectralNorm
+
+from metazo.optimizers.guards import as_loss
+
+NARROW = (torch.bfloat16, torch.float16)
+FIRST_STEPS = 20  # number of steps in which equal losses are counted
+ROUNDING = 4 * torch.finfo(torch.float32).eps  # relative; sums of the same numbers in two orders differ by less
+SHARE = 0.01  # times the spread of the probes' losses: a loss that varies by less does no harm
+
+
+@contextmanager
+def generators_kept(device: torch.device) -> Iterator[None]:
+    """Restore the global generators of torch, numpy and Python after an evaluation."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        kept = np.random.get_state(), random.getstate()
+        try:
+            yield
+        finally:
+            np.random.set_state(kept[0])
+            random.setstate(kept[1])
+
+
+class LossWatch:
+    """Watches the losses of an optimizer, and warns once about each of four faults.
+
+    A loss that differs when it is evaluated twice at the same weights: this needs one more evaluation at the first step,
+    which is not counted in `forwards`, and restores the global generators. BatchNorm and spectral_norm in train mode, whose
+    statistics change with every probe. Losses of all probes that are exactly equal in most of the first FIRST_STEPS steps.
+    Losses that are not finite in as many steps in a row.
+
+    Args: repeat: whether to evaluate once more.
+    """
+
+    def __init__(self, repeat: bool):
+        self.repeat = repeat
+        self.gap: float | None = None
+        self.narrow: torch.dtype | None = None
+        self.steps = self.equal = self.lost = 0
+
+    def loss(self, value: Any) -> float:
+        """The loss that a closure returned, as a number."""
+        if isinstance(value, Tensor) and value.dtype in NARROW:
+            self.narrow = value.dtype
+        return as_loss(value)
+
+    def evaluated(self, loss: float, again: Callable[[], float], device: torch.device) -> None:
+        """Called with the first loss of a step. again: evaluates the same loss at the same weights."""
+        if self.repeat:
+            self.repeat = False
+            with generators_kept(device):
+                self.gap = abs(again() - loss)
+
+    def stepped(self, losses: Sequence[float], closures: Sequence[Callable[[], Any]]) -> None:
+        """Called after each step with the losses of its probes."""
+        self.lost = 0 if all(map(math.isfinite, losses)) else self.lost + 1
+        if self.lost == FIRST_STEPS:
+            warnings.warn(
+                f"The loss was not finite in {FIRST_STEPS} steps in a row (now {losses[0]:g}); such a step changes nothing. "
+                "Look at the loss at the weights as they are, or lower `lr` or `eps` and begin anew.",
+                stacklevel=5,
+            )
+        spread = max(losses) - min(losses)
+        if self.gap is not None:
+            self._judge(self.gap, spread, max(map(abs, losses)), closures)
+            self.gap = None
+        if self.steps == FIRST_STEPS:
+            return
+        self.steps += 1
+        self.equal += spread == 0 and len(losses) > 1
+        if self.steps == FIRST_STEPS and self.equal > FIRST_STEPS // 2:
+            cause = (
+                "`eps` is too small, the loss changes in leaps (as an accuracy over few examples), or its gradient is meant "
+                "and not its value (as in GRPO's and PPO's surrogates; take the reward itself)."
+            )
+            if self.narrow is not None:
+                dtype = str(self.narrow).removeprefix("torch.")
+                cause = (
+                    f"the loss is computed in {dtype}, which is too coarse. Compute the loss in float32 (logits.float()), or "
+                    "raise `eps`."
+                )
+            warnings.warn(
+                f"In {self.equal} of the first {FIRST_STEPS} steps the losses of all probes were exactly equal, so that the "
+                f"weights did not move: {cause}",
+                stacklevel=5,
+            )
+
+    @staticmethod
+    def _judge(gap: float, spread: float, size: float, closures: Sequence[Callable[[], Any]]) -> None:
+        random_modules, normed = seen_modules(closures)
+        if gap > max(ROUNDING * size, SHARE * spread):
+            named = f" In train mode are {', '.join(random_modules)}: call model.eval()." if random_modules else ""
+            warnings.warn(
+                f"The loss differs by {gap:.3g} when it is evaluated twice at the same weights, and the losses of the probes "
+                f"by {spread:.3g}: the step follows this noise. Turn off dropout and sampling, and use one batch per "
+                f"step.{named}",
+                stacklevel=6,
+            )
+        if normed:
+            warnings.warn(
+                f"{', '.join(normed)} is in train mode: every probe changes its statistics. Call model.eval().",
+                stacklevel=6,
+            )
+
+
+def seen_modules(closures: Sequence[Callable[[], Any]]) -> tuple[list[str], list[str]]:
+    """Names of modules in train mode among the closures and the variables of the closures: of dropout, and of those whose
+    forward pass changes their statistics (BatchNorm and others; the vectors of spectral_norm).
+    """
+    dropout: list[str] = []
+    normed: list[str] = []
+    for model in {id(model): model for closure in closures for model in _models(closure)}.values():
+        for name, module in model.named_modules():
+            shown = f"{name or 'the model'} ({type(module).__name__})"
+            if module.training and isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+                dropout.append(shown)
+            if module.training and (isinstance(module, _SpectralNorm) or getattr(module, "track_running_stats", False)):
+                normed.append(shown)
+    return _first(dropout), _first(normed)
+
+
+def _first(names: list[str]) -> list[str]:
+    return [*names[:3], f"{len(names) - 3} more"] if len(names) > 3 else names
+
+
+def _models(closure: Callable[[], Any]) -> Iterator[nn.Module]:
+    function = getattr(closure, "func", closure)
+    candidates = [closure, getattr(function, "__self__", None), *getattr(closure, "args", ())]
+    if inspect.isfunction(function) or inspect.ismethod(function):
+        found = inspect.getclosurevars(function)
+        candidates += [*found.nonlocals.values(), *found.globals.values()]
+    yield from (value for value in candidates if isinstance(value, nn.Module))
