@@ -14,7 +14,8 @@ from torch import nn
 
 from metazo.errors import UserError
 from metazo.optimizers import FZOO, LOZO, METHODS, MeZO
-from metazo.optimizers.guards import FIRST_STEPS, as_loss, check_weights
+from metazo.optimizers.guards import as_loss, check_weights
+from metazo.optimizers.loss_watch import FIRST_STEPS
 from metazo.step.rules import Adam
 from tests.optimizers.contract import NAMES, case, make, quadratic, take
 
