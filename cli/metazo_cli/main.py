@@ -97,6 +97,7 @@ def main() -> None:
         _mount(sys.argv[1:])
     command = typer.main.get_command(app)
     messages.know(command, sys.argv[1:])
+    messages.plain_warnings()
     try:
         code = command(prog_name="metazo", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)

@@ -7,9 +7,12 @@ The library names Python arguments: `dev_examples`, `keep='last'`, `resume=True`
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import metazo
 from metazo.io.terminal import Console
 
 _SETTING = re.compile(r"`([a-z]\w*)(?:=(['\"]?)([^`'\"]*)\2)?`")
@@ -27,6 +30,20 @@ def know(command: Any, words: Sequence[str]) -> None:
     for parameter in command.params:
         if parameter.param_type_name == "option":
             _flags[parameter.name] = (parameter.opts[0], next(iter(parameter.secondary_opts), None))
+
+
+def plain_warnings() -> None:
+    """From here on, show what metazo warns of as a sentence with flags, and other warnings as Python does."""
+    usual, own = warnings.formatwarning, str(Path(metazo.__file__).parent)
+
+    def formatted(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        if filename.startswith(own):
+            return f"warning: {in_flags(str(message))}\n"
+        return usual(message, category, filename, lineno, line)
+
+    warnings.formatwarning = formatted
 
 
 def in_flags(text: str) -> str:

@@ -140,9 +140,10 @@ class ZOOptimizer(Verbs, Saving):
         self.noise: Noise = PhiloxNoise(int(seed), noise) if isinstance(noise, str) else noise
         self.scale = RMSScale() if scale == "rms" else scale
         self.rule = named_rule(rule) if isinstance(rule, str) else rule or self.default_rule
-        if self.rule.divides and balanced(self.estimator):
+        if self.rule.divides and (balanced(self.estimator) or not self.proportional):
+            why = "which is 0" if self.proportional else "and they do not set the length of a step"
             raise UserError(
-                f"`rule` meazo divides a step by the sum of its coefficients, which is 0 for {self.name}: choose another."
+                f"`rule` meazo divides a step by the sum of its coefficients, {why} for {self.name}: choose another."
             )
         self.steps = self.forwards = 0
         self.last_step: Step | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -31,19 +32,28 @@ def check_group(group: Mapping[str, Any]) -> None:
 
 
 def named_groups(params: Iterable) -> list[dict[str, Any]]:
-    """Parameter groups of (name, parameter) pairs in which each tensor occurs once."""
+    """Parameter groups of (name, parameter) pairs in which each tensor occurs once, under its first name (tied weights).
+
+    Raises UserError for one name in two groups, whose settings a tensor cannot both have, and for an empty group beside others.
+    """
     entries = list(params)
     groups = [dict(entry) for entry in entries] if entries and isinstance(entries[0], dict) else [{"params": entries}]
-    seen: set[int] = set()
+    seen: dict[int, tuple[str, int]] = {}
     position = 0
-    for group in groups:
+    for index, group in enumerate(groups):
         members = group["params"]
         named = []
         for member in [members] if isinstance(members, Tensor) else list(members):
             name, param = member if isinstance(member, tuple) else (f"param.{position}", member)
             position += 1
             if id(param) not in seen:
-                seen.add(id(param))
+                seen[id(param)] = name, index
                 named.append((name, param))
+            elif (first := seen[id(param)])[1] != index and (first[0] == name or name == f"param.{position - 1}"):
+                raise UserError(f"{first[0]} is in two parameter groups: leave it out of one.")
+            elif first[1] != index:
+                warnings.warn(f"{name} is tied to {first[0]}, whose parameter group holds for both.", stacklevel=4)
+        if not named and len(groups) > 1:
+            raise UserError(f"Parameter group {index + 1} has no tensor of its own: leave it out.")
         group["params"] = named
     return groups

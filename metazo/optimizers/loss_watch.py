@@ -37,12 +37,13 @@ def generators_kept(device: torch.device) -> Iterator[None]:
 
 
 class LossWatch:
-    """Watches the losses of an optimizer, and warns once about each of four faults.
+    """Watches the losses of an optimizer, and warns once about each of five faults.
 
     A loss that differs when it is evaluated twice at the same weights: this needs one more evaluation at the first step,
     which is not counted in `forwards`, and restores the global generators. BatchNorm and spectral_norm in train mode, whose
-    statistics change with every probe. Losses of all probes that are exactly equal in most of the first FIRST_STEPS steps.
-    Losses that are not finite in as many steps in a row.
+    statistics change with every probe, and embeddings with max_norm, whose weights do. Losses of all probes that are exactly
+    equal in most of the first FIRST_STEPS steps, or later in as many steps in a row. Losses that are not finite in as many
+    steps in a row.
 
     Args: repeat: whether to evaluate once more.
     """
@@ -51,7 +52,7 @@ class LossWatch:
         self.repeat = repeat
         self.gap: float | None = None
         self.narrow: torch.dtype | None = None
-        self.steps = self.equal = self.lost = 0
+        self.steps = self.equal = self.still = self.lost = 0
 
     def loss(self, value: Any) -> float:
         """The loss that a closure returned, as a number."""
@@ -79,10 +80,19 @@ class LossWatch:
         if self.gap is not None:
             self._judge(self.gap, spread, max(map(abs, losses)), closures)
             self.gap = None
+        alike = spread == 0 and len(losses) > 1
+        self.still = self.still + 1 if alike and self.steps == FIRST_STEPS else 0
+        if self.still == FIRST_STEPS and self.equal <= FIRST_STEPS // 2:
+            warnings.warn(
+                f"In {FIRST_STEPS} steps in a row the losses of all probes were exactly equal, so that the weights do not "
+                "move: the model may have other parameters than the optimizer now (as after load_state_dict with "
+                "assign=True), or its loss may be constant.",
+                stacklevel=5,
+            )
         if self.steps == FIRST_STEPS:
             return
         self.steps += 1
-        self.equal += spread == 0 and len(losses) > 1
+        self.equal += alike
         if self.steps == FIRST_STEPS and self.equal > FIRST_STEPS // 2:
             cause = (
                 "`eps` is too small, the loss changes in leaps (as an accuracy over few examples), or its gradient is meant "
@@ -102,7 +112,7 @@ class LossWatch:
 
     @staticmethod
     def _judge(gap: float, spread: float, size: float, closures: Sequence[Callable[[], Any]]) -> None:
-        random_modules, normed = seen_modules(closures)
+        random_modules, normed, bounded = seen_modules(closures)
         if gap > max(ROUNDING * size, SHARE * spread):
             named = f" In train mode are {', '.join(random_modules)}: call model.eval()." if random_modules else ""
             warnings.warn(
@@ -116,14 +126,21 @@ class LossWatch:
                 f"{', '.join(normed)} is in train mode: every probe changes its statistics. Call model.eval().",
                 stacklevel=6,
             )
+        if bounded:
+            warnings.warn(
+                f"{', '.join(bounded)} has max_norm, by which every forward pass shortens the rows that it reads, those of a "
+                "probe as well: set max_norm to None.",
+                stacklevel=6,
+            )
 
 
-def seen_modules(closures: Sequence[Callable[[], Any]]) -> tuple[list[str], list[str]]:
-    """Names of modules in train mode among the closures and the variables of the closures: of dropout, and of those whose
-    forward pass changes their statistics (BatchNorm and others; the vectors of spectral_norm).
+def seen_modules(closures: Sequence[Callable[[], Any]]) -> tuple[list[str], list[str], list[str]]:
+    """Names of modules among the closures and the variables of the closures: in train mode those of dropout and those whose
+    forward pass changes their statistics (BatchNorm and others; the vectors of spectral_norm), and embeddings with max_norm.
     """
     dropout: list[str] = []
     normed: list[str] = []
+    bounded: list[str] = []
     for model in {id(model): model for closure in closures for model in _models(closure)}.values():
         for name, module in model.named_modules():
             shown = f"{name or 'the model'} ({type(module).__name__})"
@@ -131,7 +148,9 @@ def seen_modules(closures: Sequence[Callable[[], Any]]) -> tuple[list[str], list
                 dropout.append(shown)
             if module.training and (isinstance(module, _SpectralNorm) or getattr(module, "track_running_stats", False)):
                 normed.append(shown)
-    return _first(dropout), _first(normed)
+            if getattr(module, "max_norm", None) is not None and isinstance(module, nn.Embedding | nn.EmbeddingBag):
+                bounded.append(shown)
+    return _first(dropout), _first(normed), _first(bounded)
 
 
 def _first(names: list[str]) -> list[str]:

@@ -7,8 +7,8 @@ a step length from one number of state.
 
 Adam's second moment of a zeroth-order estimate is mostly determined by the size of g and hardly by single weights; MEAZO
 keeps only the size of g. The rule is `rule="meazo"` (metazo.step.rules.ScalarMoment), which works with every method that
-has no rule of its own and whose coefficients do not add up to 0, as those of LOREN and of ES without pairs do; this class
-is MeZO with that rule.
+has no rule of its own and whose steps are multiples of their coefficients (not ZO-Muon and SVRG), which do not add up to 0 (not
+LOREN, and not ES without pairs); this class is MeZO with that rule.
 
 We did not have the paper's text, but a public restatement of its algorithm. It has 1 - beta^(t-1) in v^ with steps counted
 from 2, which is the same. It does not give beta and stability: 0.999 and 1e-8 are Adam's.

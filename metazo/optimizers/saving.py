@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
-from metazo.blocks import NamedTensor
+from metazo.blocks import NamedTensor, uncompiled
 from metazo.errors import UserError
 from metazo.noise import Noise
 from metazo.optimizers.verbs import State
+from metazo.step.estimators import Estimator
+from metazo.step.rules import Rule
 from metazo.step.weights import Weights
+
+NEUTRAL = {"self", "args", "kwargs", "params", "defaults", "lr", "weight_decay", "model", "common"}
+"""Parameters of a constructor that are no hyperparameters of the method's own."""
 
 
 def checksum_of_shards(tensors: Sequence[NamedTensor]) -> int:
@@ -35,6 +42,10 @@ class Saving(Optimizer):
     eps: float
     weights: Weights
     zo_state: State
+    common: frozenset[str]
+    rule: Rule
+    estimator: Estimator
+    _ready: bool
     settle: Callable[[], None]
     _prepare: Callable[[], None]
 
@@ -76,14 +87,27 @@ class Saving(Optimizer):
         "zo", so that torch does not cast them to the weights' type.
         """
         tensors = {name: value.clone() for name, value in self.tensors_state().items()}
-        return super().state_dict() | {"zo": tensors, "run": self._run()}
+        return super().state_dict() | {"zo": tensors, "run": self._run(), "own": self._own()}
+
+    def _own(self) -> dict[str, Any]:
+        """The method's own hyperparameters, those of its rule and its estimator included, as far as they are plain values."""
+        names = {name for cls in type(self).__mro__ for name in inspect.signature(cls.__init__).parameters}
+        own = {name: getattr(self, name, None) for name in sorted(names - self.common - NEUTRAL)}
+        plain = {name: value for name, value in own.items() if isinstance(value, int | float | str)}
+        parts = {"rule": repr(self.rule), "estimator": repr(self.estimator)}
+        return plain | {name: shown for name, shown in parts.items() if " at 0x" not in shown}
 
     def _run(self) -> dict[str, Any]:
         seed = getattr(self.noise, "run_seed", None)
         return {"method": self.name, "noise": self.noise.name, "seed": seed, "eps": self.eps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a `state_dict`. Raises UserError for the state of another optimizer, or of one with other settings of noise."""
+        """Load a `state_dict`; lr, weight_decay and the names of tensors are the saved ones, as torch does it, and the method's
+        own hyperparameters those of this optimizer, with a warning for each that the saved run had otherwise.
+
+        Raises UserError for the state of another optimizer, of one with other settings of noise, and of one whose tensors have
+        the same names in another order. What is refused changes nothing.
+        """
         if "zo" not in state_dict:
             raise UserError(
                 "The state is not of an optimizer of metazo, such as that of a run with gradients: begin anew."
@@ -95,5 +119,29 @@ class Saving(Optimizer):
                     f"The saved state is of a run with {name} {saved[name]}, and this optimizer has {name} {value}: make the "
                     "optimizer with what the run had, or begin anew."
                 )
-        super().load_state_dict({key: value for key, value in state_dict.items() if key not in ("zo", "run")})
-        self.load_tensors_state(state_dict["zo"])
+        self._check_order(state_dict["param_groups"])
+        for name, value in self._own().items():
+            if (other := state_dict.get("own", {}).get(name, value)) != value:
+                warnings.warn(
+                    f"The saved state is of a run with {name} {other}, and this optimizer has {value}, which holds from here "
+                    "on.",
+                    stacklevel=2,
+                )
+        groups, ready = self.param_groups, self._ready
+        super().load_state_dict({key: value for key, value in state_dict.items() if key not in ("zo", "run", "own")})
+        try:
+            self.load_tensors_state(state_dict["zo"])
+        except UserError:
+            self.param_groups, self._ready = groups, ready
+            raise
+
+    def _check_order(self, saved: Sequence[dict[str, Any]]) -> None:
+        """Raises UserError if a tensor has another position in the saved state, by which torch would give it another's."""
+        own = [uncompiled(name) for group in self.param_groups for name in group["param_names"]]
+        theirs = [uncompiled(name) for group in saved for name in group.get("param_names", ())]
+        for position, (name, other) in enumerate(zip(own, theirs)):
+            if name != other and name in theirs:
+                raise UserError(
+                    f"The saved state has {other} where this optimizer has {name} (tensor {position + 1}): pass the tensors in "
+                    "the order in which the run had them."
+                )

@@ -14,6 +14,7 @@ block twice; with dropout; in several processes. Methods that perturb weights wo
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -107,6 +108,8 @@ class Structured(Recomputed):
             raise UserError(f"`momentum` must be at least 0 and below 1, not {momentum}.")
         if not isinstance(momentum_rank, int) or momentum_rank < 1:
             raise UserError(f"`momentum_rank` must be a whole number of at least 1, not {momentum_rank}.")
+        if momentum_rank != 16 and not momentum:
+            warnings.warn(f"`momentum_rank` {momentum_rank} changes nothing without `momentum`.", stacklevel=2)
         self.model, self.normalise, self.recompute = model, normalise, recompute
         self.momentum, self.momentum_rank = momentum, momentum_rank
         self.measured: float | None = None

@@ -32,6 +32,7 @@ gbar's own variance is MeZO's on the full data, so do not expect first-order SVR
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
@@ -85,6 +86,9 @@ class MeZOSVRG(ZOOptimizer):
     name, paper = "mezo-svrg", "arXiv 2404.08080"
     estimator = ControlVariate()
     wants_full_closure = True
+    proportional = (
+        False  # the coefficients are of the difference alone, which goes to 0, and gbar is in the step as well
+    )
     shardable = True
     contract_case = Case(quadratic=0.015, llama=4e-3, options={"interval": 3})
 
@@ -110,12 +114,16 @@ class MeZOSVRG(ZOOptimizer):
             raise UserError(f"`anneal` must be a finite number of at least 1, not {anneal}.")
         if snapshot not in ("theta", "weights"):
             raise UserError(f"`snapshot` {snapshot!r} is unknown: choose theta or weights.")
+        if anneal != 5 and not epoch_steps:
+            warnings.warn(f"`anneal` {anneal:g} changes nothing without `epoch_steps`.", stacklevel=2)
         self.mini_lr, self.interval, self.anneal, self.epoch_steps = mini_lr, interval, anneal, epoch_steps
         self.snapshot = snapshot
         self.full_closure: Closure | Sequence[Closure] | None = None
         super().__init__(params, lr, eps, **common)
 
     def init(self, tensors: Sequence[NamedTensor]) -> State:
+        if self.snapshot == "weights" and all(tensor.param.dtype == self.weights.dtype(tensor) for tensor in tensors):
+            warnings.warn("`snapshot` weights changes nothing: theta has the dtype of the weights.", stacklevel=2)
         self.weights.snapshot = {tensor.name: self._room(tensor) for tensor in tensors}
         self._keep()
         return {f"snapshot/{name}": value for name, value in self.weights.snapshot.items()} | {

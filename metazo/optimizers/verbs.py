@@ -37,6 +37,8 @@ class Verbs(Method):
     """Whether a process may have a shard of a tensor: every entry of state and update depends on that entry alone, or on
     factors of a matrix, which every process makes whole. A subclass that computes with whole tensors sets it to False."""
     default_probing = "in-turn"
+    proportional = True
+    """Whether a step is a multiple of its coefficients, so that a rule may divide it by them."""
     deferrable = False
     """Whether `propose` and `update` neither read nor change the weights, so that an update may wait for the next probe."""
     tensors: Sequence[NamedTensor]

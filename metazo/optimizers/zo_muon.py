@@ -90,6 +90,7 @@ class ZOMuon(ZOOptimizer):
 
     name, paper = "zo-muon", "arXiv 2602.17155"
     low_rank = shardable = True
+    proportional = False  # msign makes a step as long for any coefficients
     search_rate = 1e-2
     contract_case = Case(
         quadratic=0.05, stiff=0.03, llama=0.02, saddle=0.5, along="free",

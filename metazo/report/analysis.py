@@ -42,10 +42,13 @@ class Reached:
 
 @dataclass(frozen=True)
 class AtTime:
-    """Losses at a time budget. kind: `exact`, `read off` a slower run's curve, `ended` before the time was up."""
+    """Losses at a time budget. kind: `exact`, `read off` a slower run's curve, `ended` before the time was up; runs: the
+    number of all, failed ones included.
+    """
 
     losses: tuple[float, ...]
     kind: str
+    runs: int
 
 
 class Analysis:
@@ -156,10 +159,14 @@ class Analysis:
         None if that loss is no lower than before training, which every run has reached when it begins.
         """
         target = self.target(task)
+        starts = [run.curve[0].loss for run in self.data.of(task, self.data.reference or "") if run.curve]
         curves = [run.curve for run in self.data.of(task, column) if run.curve]
-        if target is None or not curves or target >= fmean(curve[0].loss for curve in curves):
+        if target is None or target >= fmean(starts):
             return None
         firsts = [next((p.forwards for p in curve if p.loss <= target), math.inf) for curve in curves]
+        firsts += [math.inf] * len(self.data.failed(task, column))
+        if not firsts:
+            return None
         return Reached(median(firsts), sum(map(math.isfinite, firsts)), len(firsts))
 
     def time_budget(self, task: str) -> float | None:
@@ -182,7 +189,8 @@ class Analysis:
         if not losses:
             return None
         last = median(curve[-1].seconds for curve in curves)
-        return AtTime(losses, "read off" if last > budget else "ended" if last < 0.9 * budget else "exact")
+        kind = "read off" if last > budget else "ended" if last < 0.9 * budget else "exact"
+        return AtTime(losses, kind, len(curves) + len(self.data.failed(task, column)))
 
 
 def learns(data: Comparison, task: str, column: str) -> bool:

@@ -158,8 +158,9 @@ def _rivals(data: Comparison) -> Section:
         Picture(
             "plane",
             "Loss against work and memory",
-            "Left: mean loss on dev over tasks and seeds; a forward-equivalent is the work of one forward pass of "
-            f"{data.reference}. Right: loss on test at the end against the peak memory of a step.",
+            "Left: mean loss on dev over seeds and tasks, of columns with a finished run on each task; a forward-equivalent "
+            f"is the work of one forward pass of {data.reference}. Right: loss on test at the end against the peak memory of "
+            "a step.",
             "Average loss of every column against its work and its peak memory; the numbers are in the table below.",
             partial(rivals.plane, by_loss),
         )

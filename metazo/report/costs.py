@@ -21,7 +21,8 @@ def reach(analysis: Analysis) -> Table:
         "reach",
         f"Forward passes until {data.reference}’s final loss",
         f"Median over seeds of the first evaluation whose loss on dev was at or below {data.reference}’s mean at the end "
-        "(second row). In brackets: the number of runs that reached it, if not all did; “not reached”: more than half did not. "
+        "(second row). In brackets: the number of runs that reached it, if not all did; failed runs did not; “not reached”: "
+        "more than half did not. "
         "The figures are as fine as the spacing of evaluations. There are none if that loss is no lower than before training.",
         ["column", *data.tasks],
     )
@@ -56,7 +57,7 @@ def equal_time(analysis: Analysis) -> Table:
         "Loss at equal time (nats, lower is better)",
         "Mean over seeds of the last loss on dev within the time of the second row, which counts training without "
         f"evaluation. Values of slower columns are read off their curves{longer}. "
-        "† The runs ended before nine tenths of the time were used, so more time might have helped.",
+        "† The runs ended before nine tenths of the time were used, so more time might have helped. (n of m): of n of m runs.",
         ["column", *data.tasks],
     )
     budgets = {task: analysis.time_budget(task) for task in data.tasks}
@@ -72,6 +73,8 @@ def equal_time(analysis: Analysis) -> Table:
         for task in data.tasks:
             at = found[task][column]
             text = NONE if at is None else loss(fmean(at.losses)) + marks[at.kind]
+            if at is not None and len(at.losses) < at.runs:
+                text += f" ({len(at.losses)} of {at.runs})"
             cells.append(Cell(text, best[task] == column))
         table.add(column, *cells)
     return table

@@ -13,9 +13,10 @@ from metazo.io.extras import needs
 from metazo.plots.style import log_axis, look, styled
 
 from .analysis import Analysis
-from .comparison import UNTRAINED, Comparison
+from .comparison import FIRST, UNTRAINED, Comparison
 from .figures import clipped, highlighted, name_points, shared_legend
 from .numbers import Run, number, part
+from .story import listed
 from .table import NONE, Cell, Table, count, loss, p_value
 from .tables import best_of, by_family
 
@@ -127,17 +128,23 @@ def _ratios(data: Comparison, task: str, column: str) -> list[float]:
 def table(analysis: Analysis) -> Table:
     """Empty if the results hold no measured cost."""
     data, found = analysis.data, rivals(analysis)
+    over = f"the tasks that a column with gradients learns ({len(analysis.tasks)} of {len(data.tasks)})"
+    gradients = [column for column in data.columns if data.family(column) == FIRST]
+    if not any(data.of(task, column) for task in data.tasks for column in gradients):
+        over = f"all tasks with runs ({len(analysis.tasks)} of {len(data.tasks)}; no column is trained with gradients)"
+    shaky = [rival.column for rival in found if not data.steady(rival.column, analysis.tasks)]
     made = Table(
         "rivals",
         "Columns at their measured cost",
-        f"Over the tasks that a column with gradients learns ({len(analysis.tasks)} of {len(data.tasks)}), whether or not "
-        f"{data.reference} does; best average rank first. Rank: of the loss on test, mean over pairs of task and seed, 1 is "
-        f"the best of {len(found)}; p: paired with {data.reference}, Holm. Forward-equivalents: operations of a run by "
-        f"those of a forward pass of {data.reference} on the same batch; frozen layers are computed once and cost nothing. "
+        f"Over {over}, whether or not {data.reference} does; best average rank first. Rank: of the loss on test, mean over "
+        f"pairs of task and seed, 1 is the best of {len(found)}; p: paired with {data.reference}, Holm. "
+        f"Forward-equivalents: operations of a run by those of a forward pass of {data.reference} on the same batch; frozen "
+        "layers are computed once and cost nothing. "
         f"“Until {data.reference}’s final loss”: the share of {data.reference}’s own run that a column needs to come to the "
         "loss on dev at its end, median over the pairs in which that is lower than before training (as fine as the spacing of "
         "evaluations), and the share of them that need at most a tenth. Memory: most bytes of tensors in a step by most in "
-        "inference, weights included.",
+        "inference, weights included."
+        + (f" {listed(shaky)}: some runs failed, so that averages are over the others only." if shaky else ""),
         ["column", "rank", "p (Holm)", "loss (nats)", "accuracy (%)", "forward-equivalents",
          f"until {data.reference}’s final loss", "pairs within 1/10 (%)", "memory (× inference)"],
     )  # fmt: skip
@@ -235,17 +242,23 @@ def plane(analysis: Analysis) -> Figure:
 def mean_curve(
     data: Comparison, tasks: Sequence[str], column: str, points: int = 40
 ) -> tuple[list[float], list[float]] | None:
-    """Forward-equivalents and loss on dev, mean over all finished runs, at even shares of a run after its start."""
-    runs = [(task, run) for task in tasks for run in data.of(task, column) if len(run.curve) > 1]
-    spent = [equivalents(data, task, run) for task, run in runs]
-    if not runs or None in spent:
-        return None
+    """Forward-equivalents and loss on dev at even shares of a run after its start: mean over tasks of the mean over finished
+    runs. None for a column that has no finished run on one of the tasks, because its mean would be over others.
+    """
     shares = np.linspace(0, 1, points + 1)[1:]
-    losses = [
-        np.interp(shares, [p.forwards / run.curve[-1].forwards for p in run.curve], [p.loss for p in run.curve])
-        for _, run in runs
-    ]
-    return (shares * fmean(value for value in spent if value is not None)).tolist(), np.mean(losses, 0).tolist()
+    work, curves = [], []
+    for task in tasks:
+        runs = [run for run in data.of(task, column) if len(run.curve) > 1]
+        spent = [value for run in runs if (value := equivalents(data, task, run)) is not None]
+        if not runs or len(spent) < len(runs):
+            return None
+        losses = [
+            np.interp(shares, [p.forwards / run.curve[-1].forwards for p in run.curve], [p.loss for p in run.curve])
+            for run in runs
+        ]
+        work.append(fmean(spent))
+        curves.append(np.mean(losses, 0))
+    return (shares * fmean(work)).tolist(), np.mean(curves, 0).tolist()
 
 
 def measured(data: Comparison) -> bool:

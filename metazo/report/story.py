@@ -189,10 +189,13 @@ def _cautions(analysis: Analysis, other: Analysis) -> list[tuple[str, str]]:
     if out:
         parts.append(f"{listed(out)}: not in the averages (“Which tasks count” says why).")
     shaky = [column for column in data.columns if not data.steady(column, analysis.tasks)]
-    if shaky:
+    without = [column for column in shaky if analysis.average(column) is None]
+    if shaky := [column for column in shaky if column not in without]:
         parts.append(
             f"{listed(shaky)}: some runs failed, so the average is over the others only and is not ranked first."
         )
+    if without:
+        parts.append(f"{listed(without)}: no run finished on one of the tasks, so there is no average.")
     edges = {c for found in data.searches.values() for c, search in found.items() if search.at_boundary}
     if edges:
         parts.append(

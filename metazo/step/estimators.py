@@ -55,7 +55,11 @@ MOST_QUERIES = 2**16
 
 
 def check_queries(queries: int, least: int = 1, why: str = "") -> None:
-    """Raises UserError for a number of queries below `least` (`why` completes the message) or above MOST_QUERIES."""
+    """Raises UserError for no whole number of queries, or one below `least` (`why` completes the message) or above
+    MOST_QUERIES.
+    """
+    if not isinstance(queries, int):
+        raise UserError(f"`queries` must be a whole number, not {queries!r}.")
     if not least <= queries <= MOST_QUERIES:
         wanted = f"at least {least}{why}" if queries < least else f"at most {MOST_QUERIES:,}"
         raise UserError(f"`queries` must be {wanted}, not {queries}.")

@@ -96,8 +96,11 @@ class Adam(Rule):
     stability: float = 1e-8
 
     def __post_init__(self):
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise UserError(f"`betas` must be in [0, 1), not {self.betas}.")
+        pair = isinstance(self.betas, tuple | list) and len(self.betas) == 2
+        if not pair or not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"`betas` must be two numbers of at least 0 and below 1, not {self.betas}.")
+        if not 0 < self.stability < math.inf:
+            raise UserError(f"`stability` must be a finite number above 0, not {self.stability}.")
 
     def init(self, tensors: Sequence[NamedTensor]) -> State:
         return _buffers(tensors, "first_moment", "second_moment") | {"adam_steps": torch.zeros((), dtype=torch.float64)}
@@ -135,8 +138,8 @@ class ScalarMoment(Rule):
     def __post_init__(self):
         if not 0 <= self.beta < 1:
             raise UserError(f"`beta` must be at least 0 and below 1, not {self.beta}.")
-        if not self.stability > 0:
-            raise UserError(f"`stability` must be above 0, not {self.stability}.")
+        if not 0 < self.stability < math.inf:
+            raise UserError(f"`stability` must be a finite number above 0, not {self.stability}.")
 
     def init(self, tensors: Sequence[NamedTensor]) -> State:
         return {"meazo/moment": torch.zeros((), dtype=torch.float64), "meazo/steps": torch.zeros((), dtype=torch.int64)}

@@ -37,6 +37,7 @@ class Weights:
     def __init__(self, tensors: Sequence[NamedTensor], noise: Noise, precision: str = "auto"):
         self.tensors, self.noise = tensors, noise
         self.storage: dict[str, Storage] = {tensor.name: storage(tensor, precision) for tensor in tensors}
+        self.dtypes = {tensor.name: tensor.param.dtype for tensor in tensors}
         self.autocast = precision == "autocast"
         self.in_place, self.masters, self.compensated = (
             [tensor for tensor in tensors if isinstance(self.storage[tensor.name], kind)]
@@ -51,7 +52,17 @@ class Weights:
         self.pending: Pending | None = None
 
     def follow(self) -> None:
-        """Before a step: masters of weights that were changed since the last one, as by load_state_dict, begin anew."""
+        """Before a step: masters of weights that were changed since the last one, as by load_state_dict, begin anew.
+
+        Raises UserError if a weight has another dtype now, for which its theta would be stored in another way.
+        """
+        for tensor in self.tensors:
+            was, now = (str(kind).removeprefix("torch.") for kind in (self.dtypes[tensor.name], tensor.param.dtype))
+            if was != now:
+                raise UserError(
+                    f"{tensor.name} was {was} when the optimizer took up its tensors (at the first step, or when a state was "
+                    f"loaded) and is {now} now: make the optimizer when the model has its dtype."
+                )
         changed = [name for name, place in self.storage.items() if isinstance(place, Master) and place.follow()]
         if changed:
             warnings.warn(

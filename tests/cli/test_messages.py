@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
+import warnings
 
+import pytest
 import typer
 
+from metazo.runs import setup
 from metazo_cli import main, messages
 
 
@@ -33,3 +36,15 @@ def test_notes_are_translated_as_errors_are(capsys) -> None:
     shown("", "finetune")
     messages.Terminal(file=sys.stdout, width=80).print("lower `lr`", markup=False)
     assert capsys.readouterr().out == "lower --lr\n"
+
+
+def test_what_metazo_warns_of_is_a_sentence_and_other_warnings_name_their_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # put back afterwards
+    shown("", "finetune")
+    messages.plain_warnings()
+    given = Warning("`anneal` 50 changes nothing without `epoch_steps`.")
+    text = "warning: --anneal 50 changes nothing without --epoch-steps.\n"
+    assert warnings.formatwarning(given, UserWarning, setup.__file__, 205) == text
+    assert warnings.formatwarning(given, UserWarning, "other.py", 7).startswith("other.py:7: UserWarning: `anneal` 50")

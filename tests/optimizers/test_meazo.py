@@ -81,3 +81,24 @@ def test_refused_where_the_coefficients_add_up_to_0(name, options):
     with pytest.raises(UserError, match=f"which is 0 for {name}"):
         METHODS[name](layer.named_parameters(), rule=ScalarMoment(), **options)
     METHODS["es"](layer.named_parameters(), rule=ScalarMoment(), antithetic=True)
+
+
+@pytest.mark.parametrize("name", ["zo-muon", "mezo-svrg"])
+def test_refused_where_a_step_does_not_grow_with_its_coefficients(name):
+    layer = torch.nn.Linear(4, 4)
+    with pytest.raises(UserError, match=f"they do not set the length of a step for {name}"):
+        METHODS[name](layer.named_parameters(), rule="meazo")
+
+
+def test_msign_makes_steps_as_long_on_every_slope():
+    """So that dividing by the coefficients would make them short where the loss is steep."""
+    lengths = []
+    for steepness in (1.0, 1e3):
+        torch.manual_seed(0)
+        weight = torch.nn.Parameter(torch.zeros(8, 8, dtype=torch.float64))
+        target = torch.randn(8, 8, dtype=torch.float64)
+        optimizer = METHODS["zo-muon"]([("weight", weight)], lr=0.1, rank=4, msign="svd")
+        optimizer.step(lambda: steepness * (weight * target).sum())
+        lengths.append(float(weight.detach().norm()))
+    assert lengths[1] == pytest.approx(lengths[0], rel=1e-6)
+    assert lengths[0] == pytest.approx(0.1 * 2, rel=1e-6)  # lr sqrt(rank)

@@ -283,3 +283,9 @@ def test_annealing_divides_both_rates_when_the_loss_rises():
 def test_bad_hyperparameters(settings, words):
     with pytest.raises(UserError, match=words):
         MeZOSVRG(Sum().named_parameters(), **settings)
+
+
+def test_a_snapshot_in_the_dtype_of_theta_is_named_as_without_effect():
+    optimizer = make(Sum(torch.float32), snapshot="weights")
+    with pytest.warns(UserWarning, match="`snapshot` weights changes nothing: theta has the dtype of the weights"):
+        optimizer.tensors_state()

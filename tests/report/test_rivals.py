@@ -168,6 +168,47 @@ def test_the_mean_curve_is_over_equal_shares_of_the_runs(folder: Path) -> None:
     assert losses == pytest.approx([0.67, 0.65, 0.625, 0.6, 0.55, 0.5])
 
 
+def test_a_column_without_a_run_on_one_of_the_tasks_has_no_mean_curve(folder: Path) -> None:
+    """It would be over other tasks than the others' means: the best of them, if it failed on a hard task."""
+    for name in ("mezo", "skip-feedback"):
+        for seed in range(3):
+            column = Column(name, 0.5, optimizer=name)
+            status = {} if name == "mezo" else {"status": "failed", "reason": "It stopped."}
+            result = synthetic.result(column, "rte", seed, loss=0.5, **status)
+            result.run_info["cost"] = dict(zip(("forward_flops", "step_flops"), COSTS[name]))
+            set_curve(result, (0.69, 0.6, 0.6, 0.6))
+            result.save(cell_path(folder, "rte", name, "seed", seed))
+    data = Comparison(folder)
+    assert rivals.mean_curve(data, ["sst2", "rte"], "skip-feedback") is None
+    _, losses = rivals.mean_curve(data, ["sst2", "rte"], "mezo", points=3)
+    assert losses == pytest.approx([(0.65 + 0.6) / 2, 0.6, (0.5 + 0.6) / 2])
+    data.runs["rte", "mezo"].pop(0)  # a task weighs as much with two runs as with three
+    assert rivals.mean_curve(data, ["sst2", "rte"], "mezo", points=3)[1] == pytest.approx(losses)
+    told = build(data).story.facts[-1][1]
+    assert "skip-feedback: no run finished on one of the tasks, so there is no average" in told
+
+
+def test_failed_runs_are_in_the_denominators_and_named(folder: Path) -> None:
+    save(folder, "skip-feedback", 1, status="failed", reason="It stopped.")
+    analysis = Analysis(Comparison(folder), "loss")
+    assert row(costs.reach(analysis), "skip-feedback")[1] == "100 (2 of 3)"
+    assert row(costs.equal_time(analysis), "skip-feedback")[1].endswith(" (2 of 3)")
+    assert not row(costs.equal_time(analysis), "mezo")[1].endswith(")")
+    assert "skip-feedback: some runs failed, so that averages are over the others only" in rivals.table(analysis).note
+    for seed in (0, 2):
+        save(folder, "skip-feedback", seed, status="failed", reason="It stopped.")
+    analysis = Analysis(Comparison(folder), "loss")
+    assert row(costs.reach(analysis), "skip-feedback")[1] == "not reached (0 of 3)"
+
+
+def test_without_a_column_with_gradients_the_table_says_so(folder: Path) -> None:
+    for name in ("first-order-adamw", "skip-feedback"):
+        for seed in range(3):
+            cell_path(folder, "sst2", name, "seed", seed).unlink()
+    note = rivals.table(Analysis(Comparison(folder), "loss", needs_reference=False)).note
+    assert note.startswith("Over all tasks with runs (1 of 1; no column is trained with gradients)")
+
+
 def test_a_task_counts_though_the_reference_does_not_learn_it(folder: Path) -> None:
     for seed in range(3):
         result = save(folder, "mezo", seed)
