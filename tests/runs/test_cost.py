@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+
 import torch
 from torch import nn
 
 from metazo.optimizers import FirstOrderAdamW, FirstOrderSGD, MeZO
+from metazo.runs import cost
 from metazo.runs.cost import measure
 
 WIDTH, ROWS = 32, 5
@@ -49,3 +52,19 @@ def test_memory_is_weights_gradients_and_moments() -> None:
         mezo.step_bytes < weights + 1.5 * 4 * WIDTH**2
     )  # the check that weights are finite looks at one tensor at a time
     assert 4 * weights <= adamw.step_bytes <= 5.5 * weights  # gradients, two moments, and what the update makes
+
+
+def test_garbage_of_earlier_work_is_no_memory_of_a_step() -> None:
+    """Tensors in reference cycles are freed by the next collection, which may come within the measured call."""
+
+    class Node:
+        pass
+
+    def measured() -> int:
+        return cost._most(lambda: (gc.collect(), torch.empty(1000)), torch.device("cpu"))
+
+    clean = measured()
+    node = Node()
+    node.itself, node.tensor = node, torch.empty(10**6)
+    del node
+    assert measured() == clean == 4000
