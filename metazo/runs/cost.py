@@ -63,7 +63,7 @@ def measure(model: nn.Module, optimizer: Any, loss: Callable[[], Tensor]) -> Cos
 
 def _most(call: Callable[[], Any], device: torch.device) -> int:
     """Most bytes of tensors that a call holds at once, beyond those there were before it."""
-    gc.collect()  # a collection within the call would count what it frees of earlier work against the call
+    gc.collect()  # within the call, a collection would count as negative what it frees of another measured call
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
