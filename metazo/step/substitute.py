@@ -5,7 +5,9 @@ made for that call, and freed after it: one tensor of extra memory, and the weig
 no access to modules; linear, embedding, norms, tied weights and plain arithmetic are all calls of torch functions.
 
 A use that is not a call of a torch function is not replaced: scripted code, and extensions that read the memory. `unmet`
-lists the tensors that were never replaced, and `used_unseen` finds out whether they are used. torch.compile cannot trace
+lists the tensors that were never replaced, and `used_unseen` finds out whether they are used. Not found is a second use out
+of sight of a tensor that is seen in another, as of an embedding tied to a scripted head: the probe is in the first alone.
+torch.compile cannot trace
 the substitution: it fails, which `of_compiler` tells from a failure of the model, or it compiles again for each `Scratch`
 until it gives up.
 """
