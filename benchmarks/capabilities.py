@@ -24,6 +24,7 @@ from metazo.bench.models import SIZES
 from metazo.blocks import named_tensors, partition
 from metazo.errors import UserError
 from metazo.optimizers import OPTIMIZERS, ZOOptimizer
+from metazo.runs.cost import most_bytes
 from metazo.step.rules import RULES
 from metazo.tuner.networks import PertNN
 from metazo.tuner.scale import TunerScale
@@ -111,12 +112,7 @@ def extra_memory(name: str) -> tuple[float, float]:
     state = sum(tensor.numel() * tensor.element_size() for tensor in optimizer.tensors_state().values())
     peak = 0
     for _ in range(2):  # with some methods the second step is of another kind
-        with torch.profiler.profile(profile_memory=True) as profile:
-            optimizer.step(lambda: next(losses))
-        events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
-        memory = [event for event in events if event.name() == "[memory]"]
-        moves = sorted((event.start_ns(), event.nbytes()) for event in memory)  # type: ignore[attr-defined]
-        peak = max(peak, *itertools.accumulate((size for _, size in moves), initial=0))
+        peak = max(peak, most_bytes(lambda: optimizer.step(lambda: next(losses))))
     return state / weights, peak / weights
 
 

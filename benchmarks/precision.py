@@ -36,6 +36,7 @@ from metazo.models.load import LoadedModel
 from metazo.models.wanted import Adapter
 from metazo.noise import PhiloxNoise
 from metazo.optimizers import MeZO
+from metazo.runs.cost import most_bytes
 from metazo.runs.resources import PeakMemory
 
 RESULT = Path(__file__).with_suffix(".json")
@@ -133,11 +134,7 @@ def memory(optimizer: MeZO | PublishedLoop, closure: Callable[[], Tensor], weigh
 
 def _peak(run: Callable[[], object]) -> int:
     run()
-    with torch.profiler.profile(profile_memory=True) as profile:
-        run()
-    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
-    moves = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")  # type: ignore[attr-defined]
-    return max(itertools.accumulate((size for _, size in moves), initial=0))
+    return most_bytes(run)
 
 
 def cost(dtype: str, precision: str, size: str = SIZE, rounds: int = ROUNDS) -> dict[str, Any]:

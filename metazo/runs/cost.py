@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,6 +12,8 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from metazo.kernels.operations import count_operations
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ def measure(model: nn.Module, optimizer: Any, loss: Callable[[], Tensor]) -> Cos
 
     forward()  # what is cached is there
     one = count_operations(forward)
-    inference = own + _most(forward, device)
-    taken = own + _most(lambda: [optimizer.step(loss) for _ in range(2)], device)
+    inference = own + most_bytes(forward, device)
+    taken = own + most_bytes(lambda: [optimizer.step(loss) for _ in range(2)], device)
     if optimizer.replayable:
         flops = round(one * optimizer.forwards_per_step())
     else:
@@ -61,9 +62,8 @@ def measure(model: nn.Module, optimizer: Any, loss: Callable[[], Tensor]) -> Cos
     return Cost(one, flops, inference, max(taken, inference))
 
 
-def _most(call: Callable[[], Any], device: torch.device) -> int:
-    """Most bytes of tensors that a call holds at once, beyond those there were before it."""
-    gc.collect()  # within the call, a collection would count as negative what it frees of another measured call
+def most_bytes(call: Callable[[], Any], device: torch.device = CPU) -> int:
+    """Most bytes of tensors that a call holds at once, of those that it makes itself."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -73,9 +73,24 @@ def _most(call: Callable[[], Any], device: torch.device) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
     results: Any = profiler.profiler
-    found = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
+    sizes: dict[int, int] = {}
     held = most = 0
-    for event in sorted(found, key=lambda event: event.start_ns()):
-        held += event.nbytes()
+    for event in sorted(_allocations(results.kineto_results.experimental_event_tree()), key=lambda e: e.start_time_ns):
+        place, size = event.extra_fields.ptr, event.extra_fields.alloc_size
+        if size > 0:
+            sizes[place] = size
+            held += size
+        else:  # of a tensor from before the call, the profiler may know the size of another one that was there
+            held -= sizes.pop(place, 0)
         most = max(most, held)
     return most
+
+
+def _allocations(events: Sequence[Any]) -> Iterator[Any]:
+    """The allocations and releases among the events of a profile, in any order."""
+    waiting = list(events)
+    while waiting:
+        event = waiting.pop()
+        waiting.extend(event.children)
+        if event.name == "[memory]":
+            yield event

@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from metazo.optimizers import FirstOrderAdamW, FirstOrderSGD, MeZO
-from metazo.runs import cost
-from metazo.runs.cost import measure
+from metazo.runs.cost import measure, most_bytes
 
 WIDTH, ROWS = 32, 5
 
@@ -56,7 +55,7 @@ def test_memory_is_weights_gradients_and_moments() -> None:
 
 def test_garbage_of_earlier_measurements_is_no_memory_of_a_step() -> None:
     """Tensors in reference cycles are freed by the next collection, which may come within a measured call. The profiler knows
-    the sizes of those that were made in another measured call, and counts them as less than nothing.
+    the sizes of those that were made in another measured call, and its sum is less by them.
     """
 
     class Node:
@@ -67,8 +66,17 @@ def test_garbage_of_earlier_measurements_is_no_memory_of_a_step() -> None:
         node.itself, node.tensor = node, torch.empty(10**6)  # type: ignore[attr-defined]
 
     def measured() -> int:
-        return cost._most(lambda: (gc.collect(), torch.empty(1000)), torch.device("cpu"))
+        return most_bytes(lambda: (gc.collect(), torch.empty(1000)))
 
     assert measured() == 4000
-    cost._most(leave, torch.device("cpu"))
+    most_bytes(leave)
     assert measured() == 4000
+
+
+def test_sizes_that_the_profiler_kept_from_an_earlier_profile_are_not_used() -> None:
+    """It keeps the size of a tensor that is freed between two profiles, for whatever has that place later."""
+    kept: list[torch.Tensor] = []
+    most_bytes(lambda: kept.append(torch.empty(10**6)))
+    kept.clear()  # unseen by the profiler
+    later = [torch.empty(10**6)]  # likely in the same place
+    assert most_bytes(lambda: (later.clear(), torch.empty(1000))) == 4000
