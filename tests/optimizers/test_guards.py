@@ -395,6 +395,14 @@ def test_hyperparameters_of_another_kind_are_refused(name, options, words):
         METHODS[name](nn.Linear(2, 2).named_parameters(), **options)
 
 
+def test_numbers_of_numpy_are_numbers():
+    layer = nn.Linear(2, 2)
+    optimizer = MeZO(layer.named_parameters(), queries=np.int64(2))  # type: ignore[arg-type]
+    optimizer.step(lambda: layer(torch.ones(2)).sum())
+    assert optimizer.forwards == 4
+    METHODS["mezo-adam"](layer.named_parameters(), betas=(np.float32(0.5), np.float64(0.9)), stability=np.float64(1e-6))
+
+
 def test_a_rule_may_be_given_by_its_name():
     layer = nn.Linear(2, 2)
     assert MeZO(layer.named_parameters(), rule="adam").rule == Adam()
