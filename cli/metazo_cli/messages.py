@@ -6,6 +6,7 @@ The library names Python arguments: `dev_examples`, `keep='last'`, `resume=True`
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections.abc import Sequence
@@ -34,7 +35,7 @@ def know(command: Any, words: Sequence[str]) -> None:
 
 def plain_warnings() -> None:
     """From here on, show what metazo warns of as a sentence with flags, and other warnings as Python does."""
-    usual, own = warnings.formatwarning, str(Path(metazo.__file__).parent)
+    usual, own = warnings.formatwarning, os.path.join(Path(metazo.__file__).parent, "")
 
     def formatted(
         message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None

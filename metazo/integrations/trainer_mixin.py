@@ -235,8 +235,9 @@ def _build(chosen: Any, module: nn.Module, options: dict[str, Any], decayed: Ite
     parameters: Iterable = module.named_parameters()
     if options["weight_decay"]:
         named, decayed = list(parameters), set(decayed)
-        parameters = [
+        groups: list[dict[str, Any]] = [
             {"params": [pair for pair in named if pair[0] in decayed]},
             {"params": [pair for pair in named if pair[0] not in decayed], "weight_decay": 0.0},
         ]
+        parameters = [group for group in groups if group["params"]]
     return cls(parameters, **options)

@@ -153,10 +153,7 @@ def _prompts(path: Path) -> list[str]:
         if not found:
             raise UserError(f"`data` {path} has no line with text; give a file of prompts, one per line.")
         return found
-    table = Task(
-        name="prompts", kind="generation", prompt="{text}", files={"train": str(path)},
-        adapt=lambda row: row | {"answer": "none"},  # texts alone are read
-    )  # fmt: skip
+    table = Task(name="prompts", kind="generation", prompt="{text}", answer="text", files={"train": str(path)})
     source = load(table, "train", None)
     return [str(source.rows[index]["text"]) for index in source.usable]
 

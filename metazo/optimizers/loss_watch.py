@@ -81,12 +81,14 @@ class LossWatch:
             self._judge(self.gap, spread, max(map(abs, losses)), closures)
             self.gap = None
         alike = spread == 0 and len(losses) > 1
-        self.still = self.still + 1 if alike and self.steps == FIRST_STEPS else 0
-        if self.still == FIRST_STEPS and self.equal <= FIRST_STEPS // 2:
+        later = self.steps == FIRST_STEPS and self.equal <= FIRST_STEPS // 2
+        self.still = self.still + 1 if later and alike and losses[0] != 0 else 0  # 0 is where many losses end
+        if self.still == FIRST_STEPS:
+            self.equal = FIRST_STEPS  # said once
             warnings.warn(
                 f"In {FIRST_STEPS} steps in a row the losses of all probes were exactly equal, so that the weights do not "
-                "move: the model may have other parameters than the optimizer now (as after load_state_dict with "
-                "assign=True), or its loss may be constant.",
+                "move: the loss changes in leaps or has come to its end, or the model has other parameters than the optimizer "
+                "now (as after load_state_dict with assign=True).",
                 stacklevel=5,
             )
         if self.steps == FIRST_STEPS:

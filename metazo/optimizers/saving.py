@@ -90,12 +90,16 @@ class Saving(Optimizer):
         return super().state_dict() | {"zo": tensors, "run": self._run(), "own": self._own()}
 
     def _own(self) -> dict[str, Any]:
-        """The method's own hyperparameters, those of its rule and its estimator included, as far as they are plain values."""
+        """A method's own hyperparameters, those of its rule and its estimator included, as far as they are plain values. None
+        of methods and rules from elsewhere, whose attributes may be anything.
+        """
+        if not all(type(part).__module__.startswith("metazo.") for part in (self, self.rule, self.estimator)):
+            return {}
         names = {name for cls in type(self).__mro__ for name in inspect.signature(cls.__init__).parameters}
         own = {name: getattr(self, name, None) for name in sorted(names - self.common - NEUTRAL)}
-        plain = {name: value for name, value in own.items() if isinstance(value, int | float | str)}
-        parts = {"rule": repr(self.rule), "estimator": repr(self.estimator)}
-        return plain | {name: shown for name, shown in parts.items() if " at 0x" not in shown}
+        kinds = (int, float, str)  # as Python's own, so that torch loads them with weights_only
+        plain = {name: kind(value) for name, value in own.items() for kind in kinds if isinstance(value, kind)}
+        return plain | {"rule": repr(self.rule), "estimator": repr(self.estimator)}
 
     def _run(self) -> dict[str, Any]:
         seed = getattr(self.noise, "run_seed", None)
@@ -120,13 +124,6 @@ class Saving(Optimizer):
                     "optimizer with what the run had, or begin anew."
                 )
         self._check_order(state_dict["param_groups"])
-        for name, value in self._own().items():
-            if (other := state_dict.get("own", {}).get(name, value)) != value:
-                warnings.warn(
-                    f"The saved state is of a run with {name} {other}, and this optimizer has {value}, which holds from here "
-                    "on.",
-                    stacklevel=2,
-                )
         groups, ready = self.param_groups, self._ready
         super().load_state_dict({key: value for key, value in state_dict.items() if key not in ("zo", "run", "own")})
         try:
@@ -134,6 +131,13 @@ class Saving(Optimizer):
         except UserError:
             self.param_groups, self._ready = groups, ready
             raise
+        for name, value in self._own().items():
+            if (other := state_dict.get("own", {}).get(name, value)) != value:
+                warnings.warn(
+                    f"The saved state is of a run with {name} {other}, and this optimizer has {value}, which holds from here "
+                    "on.",
+                    stacklevel=3,
+                )
 
     def _check_order(self, saved: Sequence[dict[str, Any]]) -> None:
         """Raises UserError if a tensor has another position in the saved state, by which torch would give it another's."""

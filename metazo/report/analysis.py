@@ -190,7 +190,8 @@ class Analysis:
             return None
         last = median(curve[-1].seconds for curve in curves)
         kind = "read off" if last > budget else "ended" if last < 0.9 * budget else "exact"
-        return AtTime(losses, kind, len(curves) + len(self.data.failed(task, column)))
+        failed = self.data.failed(task, column, "time" if timed else "seed")
+        return AtTime(losses, kind, len(curves) + len(failed))
 
 
 def learns(data: Comparison, task: str, column: str) -> bool:

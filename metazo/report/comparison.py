@@ -130,9 +130,9 @@ class Comparison:
         found = (run.value(measure) for run in self.of(task, column))
         return [value for value in found if value is not None]
 
-    def failed(self, task: str, column: str) -> dict[int, str]:
+    def failed(self, task: str, column: str, kind: str = "seed") -> dict[int, str]:
         """Reasons, by seed, why runs of a cell failed; unreadable files are not included."""
-        mine = [f for f in self.failures if (f.task, f.column, f.kind) == (task, column, "seed") and f.readable]
+        mine = [f for f in self.failures if (f.task, f.column, f.kind) == (task, column, kind) and f.readable]
         return {int(failure.seed): failure.reason for failure in mine if failure.seed.isdigit()}
 
     def steady(self, column: str, tasks: Iterable[str]) -> bool:

@@ -130,9 +130,14 @@ def table(analysis: Analysis) -> Table:
     data, found = analysis.data, rivals(analysis)
     over = f"the tasks that a column with gradients learns ({len(analysis.tasks)} of {len(data.tasks)})"
     gradients = [column for column in data.columns if data.family(column) == FIRST]
+    none = "is trained with gradients" if not gradients else "with gradients has finished"
     if not any(data.of(task, column) for task in data.tasks for column in gradients):
-        over = f"all tasks with runs ({len(analysis.tasks)} of {len(data.tasks)}; no column is trained with gradients)"
-    shaky = [rival.column for rival in found if not data.steady(rival.column, analysis.tasks)]
+        over = f"all tasks with runs ({len(analysis.tasks)} of {len(data.tasks)}; no column {none})"
+    shaky = [
+        rival.column
+        for rival in found
+        if not data.steady(rival.column, analysis.tasks) and analysis.average(rival.column) is not None
+    ]
     made = Table(
         "rivals",
         "Columns at their measured cost",

@@ -98,8 +98,14 @@ def paired(gains: Mapping[str, Sequence[float]]) -> Paired:
         p=p,
         least=2.0 ** (1 - len(moved)) if len(moved) else None,
         tasks=len(gains),
-        tasks_won=sum(sum(group) > 0 for group in gains.values()),
+        tasks_won=sum(_won(group) for group in gains.values()),
     )
+
+
+def _won(gains: Sequence[float]) -> bool:
+    """Whether a task is won: no run of the method failed, and the mean gain over pairs without a failure is above 0."""
+    finite = [gain for gain in gains if math.isfinite(gain)]
+    return -math.inf not in gains and (fmean(finite) > 0 if finite else bool(gains))
 
 
 def signed_rank(differences: np.ndarray) -> tuple[float, str]:

@@ -96,9 +96,13 @@ class Adam(Rule):
     stability: float = 1e-8
 
     def __post_init__(self):
-        pair = isinstance(self.betas, tuple | list) and len(self.betas) == 2
-        if not pair or not all(0 <= beta < 1 for beta in self.betas):
+        try:
+            first, second = map(float, self.betas)
+        except (TypeError, ValueError):
+            first = second = math.nan
+        if not (0 <= first < 1 and 0 <= second < 1):
             raise UserError(f"`betas` must be two numbers of at least 0 and below 1, not {self.betas}.")
+        object.__setattr__(self, "betas", (first, second))
         if not 0 < self.stability < math.inf:
             raise UserError(f"`stability` must be a finite number above 0, not {self.stability}.")
 

@@ -61,14 +61,14 @@ class Weights:
             if was != now:
                 raise UserError(
                     f"{tensor.name} was {was} when the optimizer took up its tensors (at the first step, or when a state was "
-                    f"loaded) and is {now} now: make the optimizer when the model has its dtype."
+                    f"saved or loaded) and is {now} now: make the optimizer when the model has its dtype."
                 )
         changed = [name for name, place in self.storage.items() if isinstance(place, Master) and place.follow()]
         if changed:
             warnings.warn(
                 f"{len(changed)} trained tensors were changed since the last step, the first is {changed[0]}: their float32 "
                 "masters begin anew from them.",
-                stacklevel=4,
+                stacklevel=5,
             )
 
     # -- probing --------------------------------------------------------------------------------------------------

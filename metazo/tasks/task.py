@@ -131,8 +131,8 @@ class Task(BaseModel):
             raise ValueError("classifier takes one or two templates")
         if not self.columns:
             raise ValueError(f"the prompt {self.prompt!r} names no {{column}}")
-        if self._right in self.read():
-            raise ValueError(f"a prompt reads {{{self._right}}}, which holds the answer: the model would be told it")
+        if self.kind != "generation" and self.label in self.read():
+            raise ValueError(f"a prompt reads {{{self.label}}}, which holds the answer: the model would be told it")
         for texts in filter(None, ((self.prompt,), (self.masked,) if self.masked else (), self.classifier)):
             if self.context and self.context not in [name for text in texts for name in columns(text)]:
                 raise ValueError(f"context is {self.context!r}, which is not a column of {' '.join(texts)!r}")
@@ -171,19 +171,11 @@ class Task(BaseModel):
         listed = {"choices"} if self.letters else set()
         return {name for template in templates for name in columns(template) if name} - listed
 
-    @property
-    def _right(self) -> str:
-        """The column that holds the answer."""
-        return self.answer.partition(".")[0] if self.kind == "generation" else self.label
-
     def required(self) -> set[str]:
         """Every column that a row must have (after ``adapt``), whatever the model's kind."""
-        needed = self.read() | ({self.messages} if self.messages is not None else set())
-        if self.kind == "choice":
-            needed |= {*self.choices}
-        if self.kind != "generation" or self.messages is None:  # the answer of a chat is its last message
-            needed.add(self._right)
-        return needed
+        own = {"classification": (self.label,), "choice": (self.label, *self.choices)}
+        answer = () if self.messages else (self.answer.partition(".")[0],)
+        return self.read() | {*own.get(self.kind, answer)} | ({self.messages} if self.messages else set())
 
     def label_index(self, value: Any, where: str) -> int:
         """Class number of a label value. Raises UserError naming ``where`` for a value outside the set."""

@@ -217,6 +217,9 @@ def test_settings_come_from_the_arguments_and_a_finished_optimizer_is_taken(tmp_
     groups = theirs.create_optimizer().param_groups
     assert decays == {names[id(p)]: g["weight_decay"] for g in groups for p in g["params"]}
     assert decays["model.norm.weight"] == 0.0
+    plain = torch.nn.Sequential(torch.nn.Linear(4, 4, bias=False))  # no parameter without decay
+    (group,) = trainer(tmp_path, plain, weight_decay=0.1).create_optimizer().optimizer.param_groups
+    assert group["param_names"] == ["0.weight"] and group["weight_decay"] == 0.1
     net = model()
     own = LOZO(net.named_parameters(), lr=1e-3)
     run = trainer(tmp_path, net, optimizers=(own, None), max_steps=1)

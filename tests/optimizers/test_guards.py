@@ -248,6 +248,16 @@ def test_weights_that_no_longer_reach_the_loss_are_named_later_as_well():
         optimizer.step(lambda: model(x).square().mean())
 
 
+def test_a_loss_that_has_come_to_0_is_no_fault():
+    weight = nn.Parameter(torch.tensor([0.3]))
+    optimizer = MeZO([("weight", weight)], lr=0.05, eps=1e-3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(20 * FIRST_STEPS):
+            optimizer.step(lambda: torch.relu(1.0 - weight).sum())
+    assert optimizer.last_step.losses == (0.0, 0.0)
+
+
 def test_narrow_losses_that_are_equal_are_counted():
     problem = quadratic(torch.float32)
     for dtype, expected in ((torch.bfloat16, 1), (torch.float32, 0)):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import io
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -106,3 +108,32 @@ def test_a_model_that_has_another_dtype_than_at_the_first_step_is_refused(name, 
     with pytest.raises(UserError, match=words):
         optimizer.step(lambda: sum(p.float().square().sum() for p in model.parameters()))
     assert all(map(torch.equal, kept, weights(model)))
+
+
+def test_a_state_is_read_with_weights_only_and_numbers_of_numpy_are_those_of_python():
+    model, file = net(), io.BytesIO()
+    made = METHODS["lozo-m"](model.named_parameters(), lr=0.01, momentum=np.float64(0.5))
+    steps(model, made)
+    torch.save(made.state_dict(), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        METHODS["lozo-m"](net().named_parameters(), lr=0.01, momentum=0.5).load_state_dict(state)
+        first = METHODS["mezo-adam"](model.named_parameters(), betas=[np.float64(0.9), 0.999])
+        METHODS["mezo-adam"](net().named_parameters(), betas=(0.9, 0.999)).load_state_dict(first.state_dict())
+
+
+def test_attributes_of_a_users_own_method_are_not_compared():
+    class Own(MeZO):
+        def __init__(self, *arguments, temperature=1.0, **settings):
+            super().__init__(*arguments, **settings)
+            self.temperature = temperature
+
+    model = net()
+    made = Own(model.named_parameters(), lr=0.01)
+    steps(model, made)
+    made.temperature = 0.5  # annealed in the run
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Own(net().named_parameters(), lr=0.01).load_state_dict(made.state_dict())

@@ -207,6 +207,9 @@ def test_without_a_column_with_gradients_the_table_says_so(folder: Path) -> None
             cell_path(folder, "sst2", name, "seed", seed).unlink()
     note = rivals.table(Analysis(Comparison(folder), "loss", needs_reference=False)).note
     assert note.startswith("Over all tasks with runs (1 of 1; no column is trained with gradients)")
+    save(folder, "first-order-adamw", 0, status="diverged", reason="It diverged.")
+    note = rivals.table(Analysis(Comparison(folder), "loss", needs_reference=False)).note
+    assert "no column with gradients has finished" in note and "some runs failed" not in note
 
 
 def test_a_task_counts_though_the_reference_does_not_learn_it(folder: Path) -> None:

@@ -72,4 +72,7 @@ def test_a_failure_is_a_lost_pair_and_is_not_in_the_gain():
     assert found.least == 1 / 16  # a tie is no evidence
     assert (found.tasks, found.tasks_won) == (2, 1)  # a failure wins no task
     assert paired({"a": [-math.inf, -math.inf]}).gain is None
+    assert (
+        paired({"a": [-0.1, -0.1, math.inf], "b": [math.inf]}).tasks_won == 1
+    )  # a lost task is not won by one failure
     assert paired({"a": [0.0]}).p == 1.0

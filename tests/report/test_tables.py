@@ -91,7 +91,13 @@ def test_equal_time_reads_slow_runs_off_their_curves(folder: Path):
     set_curve(longer, (0.69, 0.3), step_seconds=4.0)
     longer.save(cell_path(folder, "sst2", "lozo", "time", 0))
     at = Analysis(Comparison(folder), "loss").at_time("sst2", "lozo")
-    assert at is not None and at.losses == (0.3,) and at.kind == "ended"
+    assert at is not None and at.losses == (0.3,) and at.kind == "ended" and at.runs == 1
+    failed = synthetic.result(mezo, "sst2", 1, "time", status="failed", reason="It stopped.")
+    failed.save(cell_path(folder, "sst2", "lozo", "time", 1))
+    stopped = synthetic.result(mezo, "sst2", 0, status="failed", reason="It stopped.")
+    stopped.save(cell_path(folder, "sst2", "lozo", "seed", 0))  # of another kind: does not count
+    analysis = Analysis(Comparison(folder), "loss")
+    assert row(costs.equal_time(analysis), "lozo")[1].endswith("(1 of 2)")
 
 
 def test_time_of_a_run_and_of_everything(folder: Path):

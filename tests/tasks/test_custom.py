@@ -72,10 +72,6 @@ def test_the_name_defaults_to_the_file_name(tmp_path):
         (MINIMAL + "context: title\n", "context is 'title', which is not a column of"),
         (MINIMAL.replace("{text}?", "text?"), r"names no \{column\}"),
         (MINIMAL.replace("{text}?", "{text} {label}?"), r"reads \{label\}, which holds the answer"),
-        (
-            "kind: generation\nprompt: '{question} {reply}'\nanswer: reply.0\nfiles: {train: x.jsonl}\n",
-            r"reads \{reply\}, which holds the answer",
-        ),
         (MINIMAL + "metric: f1\n", "metric f1 is not one of accuracy, macro_f1, mcc"),
         (MINIMAL + "files: {validation: x.jsonl}\n", "files must name the train file"),
         (MINIMAL + "files: {dev: x.jsonl}\n", "files.dev"),
