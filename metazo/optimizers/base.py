@@ -174,13 +174,12 @@ class ZOOptimizer(Verbs, Saving):
                 `forwards` and not called.
 
         Returns: the loss at theta if the method evaluates it, else the mean over its probes. If a loss is not finite, the
-        weights are put back, the step is recorded without coefficients, and the loss returned is not finite either; of a
-        step that `max_loss` refuses it is the loss. An
-        exception in the closure puts the weights back too. Masters and compensated weights are put back bit for bit;
-        weights in place keep the rounding of adding and removing the probe, about 3e-8 of them in float32. Raises
-        UserError for a replay of a method whose steps do not follow from their records, for a closure that returns no
-        number, for weights without numbers on this device, for shards that were moved, and if processes differ in seed,
-        settings or weights.
+        weights are put back, the step is recorded without coefficients, and the loss returned is not finite either; of a step
+        that `max_loss` refuses it is the loss. An exception in the closure puts the weights back too. Masters and compensated
+        weights are put back bit for bit; weights in place keep the rounding of adding and removing the probe, about 3e-8 of
+        them in float32. Raises UserError for a replay of a method whose steps do not follow from their records, for a closure
+        that returns no number, for weights without numbers on this device, for shards that were moved, and if processes
+        differ in seed, settings or weights.
         """
         if replay is not None and not self.replayable:
             raise UserError(f"A step of {self.name} does not follow from its record: it cannot be replayed.")

@@ -53,6 +53,7 @@ class LossWatch:
         self.gap: float | None = None
         self.narrow: torch.dtype | None = None
         self.steps = self.equal = self.still = self.lost = 0
+        self.said = False  # that the losses of the probes are equal
 
     def loss(self, value: Any) -> float:
         """The loss that a closure returned, as a number."""
@@ -81,10 +82,10 @@ class LossWatch:
             self._judge(self.gap, spread, max(map(abs, losses)), closures)
             self.gap = None
         alike = spread == 0 and len(losses) > 1
-        later = self.steps == FIRST_STEPS and self.equal <= FIRST_STEPS // 2
+        later = self.steps == FIRST_STEPS and not self.said
         self.still = self.still + 1 if later and alike and losses[0] != 0 else 0  # 0 is where many losses end
         if self.still == FIRST_STEPS:
-            self.equal = FIRST_STEPS  # said once
+            self.said = True
             warnings.warn(
                 f"In {FIRST_STEPS} steps in a row the losses of all probes were exactly equal, so that the weights do not "
                 "move: the loss changes in leaps or has come to its end, or the model has other parameters than the optimizer "
@@ -96,6 +97,7 @@ class LossWatch:
         self.steps += 1
         self.equal += alike
         if self.steps == FIRST_STEPS and self.equal > FIRST_STEPS // 2:
+            self.said = True
             cause = (
                 "`eps` is too small, the loss changes in leaps (as an accuracy over few examples), or its gradient is meant "
                 "and not its value (as in GRPO's and PPO's surrogates; take the reward itself)."

@@ -22,8 +22,8 @@ def reach(analysis: Analysis) -> Table:
         f"Forward passes until {data.reference}’s final loss",
         f"Median over seeds of the first evaluation whose loss on dev was at or below {data.reference}’s mean at the end "
         "(second row). In brackets: the number of runs that reached it, if not all did; failed runs did not; “not reached”: "
-        "more than half did not. "
-        "The figures are as fine as the spacing of evaluations. There are none if that loss is no lower than before training.",
+        "more than half did not. The figures are as fine as the spacing of evaluations. There are none if that loss is no "
+        "lower than before training.",
         ["column", *data.tasks],
     )
     targets = {task: analysis.target(task) for task in data.tasks}

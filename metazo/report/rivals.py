@@ -107,12 +107,16 @@ def equivalents(data: Comparison, task: str, run: Run, forwards: float | None = 
     return share * run.steps * operations / one
 
 
+def _descents(data: Comparison, task: str) -> list[Run]:
+    """The reference's runs that end lower than they began: any run has reached the end of the others when it begins."""
+    return [run for run in data.of(task, data.reference or "") if run.curve and run.curve[-1].loss < run.curve[0].loss]
+
+
 def _ratios(data: Comparison, task: str, column: str) -> list[float]:
-    """By seed; a failed run did not reach it. Cells without a finished run of the reference are left out, and so are those in
-    which it ends no lower than it began.
+    """By seed; a failed run did not reach it. Cells without a run of the reference that ends lower than it began are left
+    out.
     """
-    runs = [run for run in data.of(task, data.reference or "") if run.curve]
-    theirs = {run.seed: run for run in runs if run.curve[-1].loss < run.curve[0].loss}
+    theirs = {run.seed: run for run in _descents(data, task)}
     found = [math.inf for seed in data.failed(task, column) if seed in theirs]
     for run in data.of(task, column):
         if run.seed not in theirs or not run.curve:
@@ -138,6 +142,8 @@ def table(analysis: Analysis) -> Table:
         for rival in found
         if not data.steady(rival.column, analysis.tasks) and analysis.average(rival.column) is not None
     ]
+    every = sum(len(data.of(task, data.reference or "")) for task in analysis.tasks)
+    lower = sum(len(_descents(data, task)) for task in analysis.tasks)
     made = Table(
         "rivals",
         "Columns at their measured cost",
@@ -146,9 +152,9 @@ def table(analysis: Analysis) -> Table:
         f"Forward-equivalents: operations of a run by those of a forward pass of {data.reference} on the same batch; frozen "
         "layers are computed once and cost nothing. "
         f"“Until {data.reference}’s final loss”: the share of {data.reference}’s own run that a column needs to come to the "
-        "loss on dev at its end, median over the pairs in which that is lower than before training (as fine as the spacing of "
-        "evaluations), and the share of them that need at most a tenth. Memory: most bytes of tensors in a step by most in "
-        "inference, weights included."
+        f"loss on dev at its end, median over the pairs in which that is lower than before training ({lower} of {every}; as "
+        "fine as the spacing of evaluations), and the share of them that need at most a tenth. Memory: most bytes of "
+        "tensors in a step by most in inference, weights included."
         + (f" {listed(shaky)}: some runs failed, so that averages are over the others only." if shaky else ""),
         ["column", "rank", "p (Holm)", "loss (nats)", "accuracy (%)", "forward-equivalents",
          f"until {data.reference}’s final loss", "pairs within 1/10 (%)", "memory (× inference)"],

@@ -246,6 +246,10 @@ def test_weights_that_no_longer_reach_the_loss_are_named_later_as_well():
             optimizer.step(lambda: model(x).square().mean())
     with pytest.warns(UserWarning, match="exactly equal, so that the weights do not move: .*assign=True"):
         optimizer.step(lambda: model(x).square().mean())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2 * FIRST_STEPS):  # said once
+            optimizer.step(lambda: model(x).square().mean())
 
 
 def test_a_loss_that_has_come_to_0_is_no_fault():

@@ -111,6 +111,7 @@ def test_a_reference_that_ends_above_its_start_gives_no_loss_to_reach(folder: Pa
         result.save(cell_path(folder, "sst2", "mezo", "seed", seed))
     by_name = found(folder)
     assert by_name["mezo"].ratio == 1.0 and by_name["skip-feedback"].ratio == pytest.approx(1 / 3)  # of seed 0 alone
+    assert "lower than before training (1 of 3;" in rivals.table(Analysis(Comparison(folder), "loss")).note
     for seed in range(3):
         result = save(folder, "mezo", seed)
         set_curve(result, (0.69, 0.65, 0.68, 0.7))
