@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 try:
-    from metazo.kernels.parallel import JOB_ENTRIES, kernel, share
+    from metazo.kernels.parallel import kernel, share
+    from metazo.kernels.pieces import JOB_ENTRIES, groups, matrix
     from metazo.kernels.vectors import widest
 except ImportError:  # numba is not installed; `metazo env` reports it
-    kernel, share, JOB_ENTRIES = None, None, 0
+    kernel = None
 
 try:
     from metazo.kernels import outer_cuda
@@ -57,8 +58,8 @@ def add_products_(products: Sequence[Product]) -> None:
             plain_(*product)
     if outer_cuda and on_cuda:
         outer_cuda.place_products_(on_cuda)
-    if share and compiled:
-        share(_add_rows, (job for product in compiled for job in _jobs(*product)))
+    if compiled:
+        _add(compiled)
 
 
 def add_product_pairs_(firsts: Sequence[Product], seconds: Sequence[Product]) -> None:
@@ -74,8 +75,8 @@ def add_product_pairs_(firsts: Sequence[Product], seconds: Sequence[Product]) ->
     rest = [pair for pair in pairs if not (kernel and _fits(pair[0][0]))]
     for products in zip(*rest):
         add_products_(products)
-    if share and compiled:
-        share(_add_rows, (job for first, second in compiled for job in _jobs(*first, second)))
+    if compiled:
+        _add([first for first, _ in compiled], [second for _, second in compiled])
 
 
 def place_products_(placements: Sequence[tuple[Tensor, Tensor, Tensor, Tensor, float]]) -> list[bool]:
@@ -105,47 +106,77 @@ def plain_(out: Tensor, left: Tensor, right: Tensor, alpha: float, beta: float) 
         out.copy_(rows.view(out.shape))
 
 
-def _jobs(
-    out: Tensor, left: Tensor, right: Tensor, alpha: float, beta: float, then: Product | None = None
-) -> list[tuple]:
-    rows = out.detach().numpy().reshape(len(left), -1)  # a view; numpy's calls take a third of the time of torch's
-    columns, factors = _factors(out, left, right, alpha)
-    scalars, rank = (rows.dtype.type(beta), rows.dtype.type(1)), len(columns)
-    if then is not None:
-        more, others = _factors(out, *then[1:4])
-        columns, factors = np.concatenate([columns, more]), np.concatenate([factors, others], axis=1)
-    step = max(JOB_ENTRIES // rows.shape[1], 1)
-    return [
-        (rows[start : start + step], factors[start : start + step], columns, rank, *scalars)
-        for start in range(0, len(rows), step)
-    ]
+def _add(products: Sequence[Product], then: Sequence[Product] = ()) -> None:
+    """add_products_ by the compiled loop; a call of it takes rows of several matrices. then: the second product of each."""
+    kinds: dict[torch.dtype, tuple[list[tuple], list[tuple]]] = {}
+    alive = []  # until the loop has ended, because it knows addresses alone
+    for product, second in zip(products, then or [None] * len(products)):
+        out, left, right, alpha, beta = product
+        rows, amounts = kinds.setdefault(out.dtype, ([], []))
+        factors = [_factor(factor, out.dtype) for factor in (left, right, *(second[1:3] if second else ()))]
+        alive += factors  # until the loop has ended
+        left, right, *more = factors
+        other, columns, further = (*more, more[0].shape[1]) if second else (left, right, 0)
+        width, height, rank = out.element_size(), len(left), left.shape[1]
+        step = max(JOB_ENTRIES // (length := out.numel() // height), 32)
+        for start in range(0, height, step):
+            count, there = min(step, height - start), width * start
+            first = left.data_ptr() + there * rank, right.data_ptr(), rank
+            last = other.data_ptr() + there * further, columns.data_ptr(), further
+            rows.append((out.data_ptr() + there * length, count, length, *first, *last))
+            amounts.append((alpha, beta, second[3] if second else 0.0))
+    jobs = []
+    for dtype, (rows, amounts) in kinds.items():
+        like = torch.empty(0, dtype=dtype).numpy()
+        fixed = np.array(rows, np.int64), np.array(amounts, like.dtype), like, like.dtype.type(1)
+        jobs += [(*fixed, first, last) for first, last in groups([row[1] * row[2] for row in rows])]
+    share(_add_rows, jobs)
+    del alive
 
 
-def _factors(out: Tensor, left: Tensor, right: Tensor, alpha: float) -> tuple[np.ndarray, np.ndarray]:
-    """The rows of V^T, and alpha U, in the type of out."""
-    u, v = (factor.detach().to(out.dtype).numpy() for factor in (left, right))
-    return np.ascontiguousarray(v.T), u * u.dtype.type(alpha)
+def _factor(factor: Tensor, dtype: torch.dtype) -> Tensor:
+    return factor if factor.dtype == dtype and factor.is_contiguous() else factor.to(dtype).contiguous()
 
 
-def _loop(out: Any, left: Any, columns: Any, cut: Any, beta: Any, one: Any) -> None:
-    """out = beta * out + left columns, two terms of a sum at a time; the terms from `cut` on are summed separately."""
+def _loop(rows: Any, amounts: Any, like: Any, one: Any, begin: Any, end: Any) -> None:
+    """out = beta * out + alpha * left right^T + again * other columns^T for rows begin .. end of the tables that _add makes,
+    two terms of a sum at a time; the two products are summed separately.
+    """
     widest()
-    for first in range(0, out.shape[1], _COLUMNS):
-        last = min(first + _COLUMNS, out.shape[1])
-        for i in range(out.shape[0]):
-            row, kept, k = out[i, first:last], beta, 0
-            while k < left.shape[1]:
-                a, u = left[i, k], columns[k, first:last]
-                if k + 1 < left.shape[1] and k + 1 != cut:
-                    b, v = left[i, k + 1], columns[k + 1, first:last]
-                    for j in range(row.size):
-                        row[j] = kept * row[j] + (a * u[j] + b * v[j])
-                    k += 2
-                else:
-                    for j in range(row.size):
-                        row[j] = kept * row[j] + a * u[j]
-                    k += 1
-                kept = one
+    for piece in range(begin, end):
+        height, length, rank, further = rows[piece, 1], rows[piece, 2], rows[piece, 5], rows[piece, 8]
+        out = matrix(rows[piece, 0], height, length, like)
+        left, right = matrix(rows[piece, 3], height, rank, like), matrix(rows[piece, 4], length, rank, like)
+        other, columns = matrix(rows[piece, 6], height, further, like), matrix(rows[piece, 7], length, further, like)
+        alpha, beta, again = amounts[piece, 0], amounts[piece, 1], amounts[piece, 2]
+        # V^T and alpha U for the entries at hand
+        across = np.empty((rank + further, min(length, _COLUMNS)), like.dtype)
+        along = np.empty(rank + further, like.dtype)
+        for first in range(0, length, _COLUMNS):
+            count = min(_COLUMNS, length - first)
+            for j in range(count):
+                for k in range(rank):
+                    across[k, j] = right[first + j, k]
+                for k in range(further):
+                    across[rank + k, j] = columns[first + j, k]
+            for i in range(height):
+                for k in range(rank):
+                    along[k] = left[i, k] * alpha
+                for k in range(further):
+                    along[rank + k] = other[i, k] * again
+                row, kept, k = out[i, first : first + count], beta, 0
+                while k < along.size:
+                    a, u = along[k], across[k, :count]
+                    if k + 1 < along.size and k + 1 != rank:
+                        b, v = along[k + 1], across[k + 1, :count]
+                        for j in range(row.size):
+                            row[j] = kept * row[j] + (a * u[j] + b * v[j])
+                        k += 2
+                    else:
+                        for j in range(row.size):
+                            row[j] = kept * row[j] + a * u[j]
+                        k += 1
+                    kept = one
 
 
 _add_rows = kernel(_loop) if kernel else _loop

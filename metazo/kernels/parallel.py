@@ -18,10 +18,8 @@ from types import ModuleType
 import torch
 from numba import njit
 
-from metazo.kernels import casts, vectors
+from metazo.kernels import casts, pieces, vectors
 from metazo.kernels.vectors import PREFERENCE
-
-JOB_ENTRIES = 1 << 18  # entries of a tensor per job of a thread
 
 
 def kernel(function: Callable, *sources: ModuleType) -> Callable:
@@ -31,7 +29,7 @@ def kernel(function: Callable, *sources: ModuleType) -> Callable:
         own file alone, so the name of its cache has a checksum of these modules and the width of vectors.
     """
     checksum = zlib.crc32(PREFERENCE.encode())
-    for source in (casts, vectors, *sources):
+    for source in (casts, pieces, vectors, *sources):
         checksum = zlib.crc32(Path(str(source.__file__)).read_bytes(), checksum)
     function.__qualname__ += f"-{checksum:08x}"
     try:

@@ -8,13 +8,14 @@ The numbers are those of philox.py, bit for bit (tests/noise). lanes.py makes th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from llvmlite import binding
 
-from metazo.kernels.parallel import JOB_ENTRIES, kernel, share
+from metazo.kernels.parallel import kernel, share
+from metazo.kernels.pieces import at, groups, pieces
 from metazo.kernels.vectors import widest
 from metazo.noise import lanes
 from metazo.noise import philox as definition
@@ -25,6 +26,7 @@ _u64 = np.uint64
 _DTYPES = {torch.float32: None, torch.float64: None, torch.bfloat16: torch.uint16}
 if binding.get_host_cpu_features().get("f16c", binding.get_default_triple().startswith("aarch64")):
     _DTYPES[torch.float16] = torch.int16  # without the instruction LLVM would call a function that does not exist
+_LIKE = {dtype: torch.empty(0, dtype=bits or dtype).numpy() for dtype, bits in _DTYPES.items()}
 
 
 def _kernel(function):
@@ -32,34 +34,40 @@ def _kernel(function):
 
 
 @_kernel
-def _add(out, start, alpha, beta, gaussian, purpose, id0, id1, k0, k1):
-    """out = beta * out + alpha * z for elements start .. of a tensor, start a multiple of TILE."""
+def _add(rows, amounts, like, gaussian, purpose, k0, k1, first, last):
+    """out = beta * out + alpha * z for rows first .. last of the tables that _jobs makes. like: an array of out's type."""
     widest()
     z, words = np.empty(CHUNK, np.float32), np.empty(WORDS, np.uint32)
-    for here in range(0, out.size, CHUNK):
-        fetch(out, here)
-        numbers(z, words, gaussian, (start + here) // CHUNK, purpose, id0, id1, k0, k1)
-        for i in range(min(CHUNK, out.size - here)):
-            e = _u64(here + i)  # unsigned, because numba checks a signed index for being negative
-            out[e] = narrow(beta * widen(out[e]) + alpha * z[i], out[e])
+    for r in range(first, last):
+        out, start, id0, id1 = at(rows[r, 0], rows[r, 1], like), rows[r, 2], rows[r, 3], rows[r, 4]
+        alpha, beta = amounts[r, 0], amounts[r, 1]
+        for here in range(0, out.size, CHUNK):
+            fetch(out, here)
+            numbers(z, words, gaussian, (start + here) // CHUNK, purpose, id0, id1, k0, k1)
+            for i in range(min(CHUNK, out.size - here)):
+                e = _u64(here + i)  # unsigned, because numba checks a signed index for being negative
+                out[e] = narrow(beta * widen(out[e]) + alpha * z[i], out[e])
 
 
 @_kernel
-def _add_two(out, start, alpha, beta, again, gaussian, purpose, id0, id1, k0, k1, l0, l1):
+def _add_two(rows, amounts, like, gaussian, purpose, k0, k1, l0, l1, first, last):
     """_add for the seed of k, then out = out + again * z for the seed of l, while the chunk is in the cache."""
     widest()
     z, words, others = np.empty(CHUNK, np.float32), np.empty(WORDS, np.uint32), np.empty(WORDS, np.uint32)
-    for here in range(0, out.size, CHUNK):
-        fetch(out, here)
-        chunk, count = (start + here) // CHUNK, min(CHUNK, out.size - here)
-        numbers(z, words, gaussian, chunk, purpose, id0, id1, k0, k1)
-        for i in range(count):
-            e = _u64(here + i)
-            out[e] = narrow(beta * widen(out[e]) + alpha * z[i], out[e])
-        numbers(z, others, gaussian, chunk, purpose, id0, id1, l0, l1)
-        for i in range(count):
-            e = _u64(here + i)
-            out[e] = narrow(widen(out[e]) + again * z[i], out[e])
+    for r in range(first, last):
+        out, start, id0, id1 = at(rows[r, 0], rows[r, 1], like), rows[r, 2], rows[r, 3], rows[r, 4]
+        alpha, beta, again = amounts[r, 0], amounts[r, 1], amounts[r, 2]
+        for here in range(0, out.size, CHUNK):
+            fetch(out, here)
+            chunk, count = (start + here) // CHUNK, min(CHUNK, out.size - here)
+            numbers(z, words, gaussian, chunk, purpose, id0, id1, k0, k1)
+            for i in range(count):
+                e = _u64(here + i)
+                out[e] = narrow(beta * widen(out[e]) + alpha * z[i], out[e])
+            numbers(z, others, gaussian, chunk, purpose, id0, id1, l0, l1)
+            for i in range(count):
+                e = _u64(here + i)
+                out[e] = narrow(widen(out[e]) + again * z[i], out[e])
 
 
 @_kernel
@@ -78,7 +86,10 @@ def _place(out, base, start, alpha, gaussian, purpose, id0, id1, k0, k1):
 
 def supports(*tensors: torch.Tensor) -> bool:
     """Whether the kernels support these tensors: contiguous, in main memory, of a known floating type."""
-    return all(t.device.type == "cpu" and t.dtype in _DTYPES and t.is_contiguous() for t in tensors)
+    for tensor in tensors:  # not `all`: a step asks for every tensor in every pass
+        if tensor.dtype not in _DTYPES or tensor.device.type != "cpu" or not tensor.is_contiguous():
+            return False
+    return True
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:
@@ -87,9 +98,12 @@ def _array(tensor: torch.Tensor) -> np.ndarray:
     return (flat if bits is None else flat.view(bits)).numpy()
 
 
+def _words(seed: int) -> tuple[int, int]:
+    return seed & definition._LOW, seed >> 32 & definition._LOW
+
+
 def _counter(seed: int, tensor_id: int, purpose: int) -> tuple[int, ...]:
-    low = definition._LOW
-    return purpose, tensor_id & low, tensor_id >> 32 & low, seed & low, seed >> 32 & low
+    return purpose, *_words(tensor_id), *_words(seed)
 
 
 @_kernel
@@ -117,43 +131,45 @@ def _squares(size, sums, place, start, gaussian, purpose, id0, id1, k0, k1):
     sums[place] = lanes.sum()
 
 
-def _cut(size: int) -> range:
-    """Starts of the chunks of an array that threads take: equally many per thread; a small array is one chunk."""
-    threads = torch.get_num_threads()
-    if size <= JOB_ENTRIES // 2 or threads == 1:
-        return range(0, size, max(size, 1))
-    count = threads * -(-size // (threads * JOB_ENTRIES))
-    return range(0, size, -(-size // (count * definition.TILE)) * definition.TILE)
+def _jobs(moves: Sequence[tuple], *fixed: object, start: int = 0) -> list[tuple]:
+    """The arguments of calls of _add and _add_two, of which each takes pieces of several tensors.
 
-
-def _add_jobs(
-    distribution: str, out: torch.Tensor, alpha: float, beta: float, seed: int, tensor_id: int, purpose: int, start: int
-) -> list[tuple]:
-    number, array, cut = _number(out), _array(out), _cut(out.numel())
-    fixed = (number(alpha), number(beta), distribution == "gaussian", *_counter(seed, tensor_id, purpose))
-    return [(array[here : here + cut.step], start + here, *fixed) for here in cut]
+    moves: (tensor id, out, *amounts). A row of the tables is a piece: (address, size, the first element's place in the whole
+    tensor, the id in two words), and its amounts.
+    """
+    kinds: dict[torch.dtype, tuple[list[tuple], list[tuple]]] = {}
+    for tensor_id, out, *amounts in moves:
+        rows, numbers = kinds.setdefault(out.dtype, ([], []))
+        address, width, size, cut = out.data_ptr(), out.element_size(), out.numel(), pieces(out.numel())
+        ids = _words(tensor_id)
+        for here in cut:
+            rows.append((address + width * here, min(cut.step, size - here), start + here, *ids))
+            numbers.append(amounts)
+    jobs = []
+    for dtype, (rows, numbers) in kinds.items():
+        table = np.array(rows, np.int64), np.array(numbers, np.float64 if dtype == torch.float64 else np.float32)
+        jobs += [(*table, _LIKE[dtype], *fixed, first, last) for first, last in groups([size for _, size, *_ in rows])]
+    return jobs
 
 
 def add_(
     distribution: str, out: torch.Tensor, alpha: float, beta: float, seed: int, tensor_id: int, purpose: int, start: int
 ) -> None:
     """out = beta * out + alpha * z[start : start + out.numel()], in place, if supports(out)."""
-    share(_add, _add_jobs(distribution, out, alpha, beta, seed, tensor_id, purpose, start))
+    fixed = distribution == "gaussian", purpose, *_words(seed)
+    share(_add, _jobs([(tensor_id, out, alpha, beta)], *fixed, start=start))
 
 
 def add_all_(
-    distribution: str, moves: Iterable[tuple[int, torch.Tensor, float, float]], seed: int, purpose: int
+    distribution: str, moves: Sequence[tuple[int, torch.Tensor, float, float]], seed: int, purpose: int
 ) -> None:
     """add_ on whole tensors, given as (tensor id, out, alpha, beta), if supports(out)."""
-    parts = (
-        _add_jobs(distribution, out, alpha, beta, seed, tensor_id, purpose, 0) for tensor_id, out, alpha, beta in moves
-    )
-    share(_add, (job for jobs in parts for job in jobs))
+    share(_add, _jobs(moves, distribution == "gaussian", purpose, *_words(seed)))
 
 
 def add_two_all_(
     distribution: str,
-    moves: Iterable[tuple[int, torch.Tensor, float, float, float]],
+    moves: Sequence[tuple[int, torch.Tensor, float, float, float]],
     seeds: tuple[int, int],
     purpose: int,
 ) -> None:
@@ -162,15 +178,7 @@ def add_two_all_(
     moves: (tensor id, out, alpha, beta, again). The result is bit-identical to add_all_ with the first seed, then with the
     second, because the sum between the two is rounded to out's type.
     """
-
-    def jobs() -> Iterator[tuple]:
-        for tensor_id, out, alpha, beta, again in moves:
-            number, array, cut = _number(out), _array(out), _cut(out.numel())
-            scalars = (number(alpha), number(beta), number(again), distribution == "gaussian")
-            fixed = (*scalars, *_counter(seeds[0], tensor_id, purpose), *_counter(seeds[1], tensor_id, purpose)[3:])
-            yield from ((array[here : here + cut.step], here, *fixed) for here in cut)
-
-    share(_add_two, jobs())
+    share(_add_two, _jobs(moves, distribution == "gaussian", purpose, *_words(seeds[0]), *_words(seeds[1])))
 
 
 def place_(
@@ -185,7 +193,7 @@ def place_(
 ) -> None:
     """out = base + alpha * z, rounded once, if supports(out, base)."""
     fixed = (_number(base)(alpha), distribution == "gaussian", *_counter(seed, tensor_id, purpose))
-    to, origin, cut = _array(out), _array(base), _cut(out.numel())
+    to, origin, cut = _array(out), _array(base), pieces(out.numel())
     share(
         _place,
         [(to[here : here + cut.step], origin[here : here + cut.step], start + here, *fixed) for here in cut],
@@ -194,7 +202,7 @@ def place_(
 
 def dot(distribution: str, other: torch.Tensor, seed: int, tensor_id: int, purpose: int) -> float:
     """<z, other> over a whole tensor, if supports(other); products in other's type, at least float32."""
-    array, cut = _array(other), _cut(other.numel())
+    array, cut = _array(other), pieces(other.numel())
     sums = np.zeros(len(cut))
     fixed = (distribution == "gaussian", *_counter(seed, tensor_id, purpose))
     share(_dot, [(array[here : here + cut.step], sums, k, here, *fixed) for k, here in enumerate(cut)])
@@ -203,7 +211,7 @@ def dot(distribution: str, other: torch.Tensor, seed: int, tensor_id: int, purpo
 
 def square(distribution: str, size: int, seed: int, tensor_id: int, purpose: int) -> float:
     """|z|^2 over a tensor of that size; products in float64."""
-    cut = _cut(size)
+    cut = pieces(size)
     sums, fixed = np.zeros(len(cut)), (distribution == "gaussian", *_counter(seed, tensor_id, purpose))
     share(_squares, [(min(cut.step, size - here), sums, k, here, *fixed) for k, here in enumerate(cut)])
     return float(sums.sum())

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from metazo.blocks import Spans
 from metazo.kernels.parallel import kernel, share
+from metazo.kernels.pieces import pieces
 from metazo.kernels.vectors import widest
 from metazo.noise import cpu, lanes, philox
 from metazo.noise.lanes import CHUNK, WORDS, fetch, narrow, numbers_from, widen
@@ -106,7 +107,7 @@ def place_all_(
 
 def _parts(spans: Spans) -> Iterator[tuple[int, int, Spans]]:
     """The parts of a shard that threads take: (first, end, spans)."""
-    cut = cpu._cut(size := int(spans.here[-1]))
+    cut = pieces(size := int(spans.here[-1]))
     for first in cut:
         stop = min(first + cut.step, size)
         yield first, stop, spans.part(first, stop)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from metazo.kernels import splitfloat
 from metazo.kernels.parallel import kernel, share
+from metazo.kernels.pieces import pieces
 from metazo.kernels.splitfloat import LAYOUTS, joined, parted
 from metazo.kernels.vectors import widest
 from metazo.noise import cpu, lanes, philox
@@ -86,7 +87,7 @@ def place_(
     Args: out, weights: (n,), bfloat16 or float16; low: (n,), int16 or int8; start: a multiple of TILE; spans: the entries
     of out to write, as (first, end), each first a multiple of TILE; by default all.
     """
-    layout, cut = LAYOUTS[weights.dtype], cpu._cut(len(weights))
+    layout, cut = LAYOUTS[weights.dtype], pieces(len(weights))
     spans = [(here, here + cut.step) for here in cut] if spans is None else spans
     arrays = cpu._array(out), weights.detach().view(torch.int16).numpy(), low.numpy()
     bits = layout.below, splitfloat._dropped(layout, low), np.float32(layout.scale)
@@ -110,7 +111,7 @@ def add_(
 
     Args: as place_; rounding: the seed of `split`.
     """
-    layout, cut = LAYOUTS[weights.dtype], cpu._cut(len(weights))
+    layout, cut = LAYOUTS[weights.dtype], pieces(len(weights))
     arrays = weights.detach().view(torch.int16).numpy(), low.numpy()
     bits = layout.below, splitfloat._dropped(layout, low), np.float32(layout.scale), np.float32(1 / layout.scale)
     scalars = np.float32(alpha), np.float32(beta), *bits, np.int32(splitfloat._folded(rounding))

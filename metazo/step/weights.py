@@ -57,8 +57,8 @@ class Weights:
         Raises UserError if a weight has another dtype now, for which its theta would be stored in another way.
         """
         for tensor in self.tensors:
-            was, now = (str(kind).removeprefix("torch.") for kind in (self.dtypes[tensor.name], tensor.param.dtype))
-            if was != now:
+            if tensor.param.dtype != self.dtypes[tensor.name]:
+                was, now = (str(kind).removeprefix("torch.") for kind in (self.dtypes[tensor.name], tensor.param.dtype))
                 raise UserError(
                     f"{tensor.name} was {was} when the optimizer took up its tensors (at the first step, or when a state was "
                     f"saved or loaded) and is {now} now: make the optimizer when the model has its dtype."

@@ -68,7 +68,9 @@ def test_noise_is_made_in_full_registers():
     loop = njit(nogil=True, error_model="numpy")(
         cpu._add.py_func
     )  # not from the cache, where machine code has no listing
-    loop(np.zeros(512, np.float32), 0, np.float32(1), np.float32(1), True, 0, 1, 2, 3, 4)
+    out = np.zeros(512, np.float32)
+    rows, amounts = np.array([[out.ctypes.data, 512, 0, 1, 2]]), np.ones((1, 2), np.float32)
+    loop(rows, amounts, out[:0], True, 0, 3, 4, 0, 1)
     (machine,) = loop.inspect_asm().values()
     full = {512: "zmm", 256: "ymm", 128: "xmm"}[WIDTH]
     lines = [line for line in machine.splitlines() if full in line]
