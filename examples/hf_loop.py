@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from metazo.optimizers import MeZO
 from metazo.pico.grammar import examples  # replace it by rows of your own: {"sentence": text, "label": 0 or 1}
 
-STEPS, BATCH = 150, 16
+STEPS, BATCH = 100, 16
 name = sys.argv[1] if len(sys.argv) > 1 else str(files("metazo.pico") / "model")
 model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()  # eval: no dropout between two losses
 tokenizer = AutoTokenizer.from_pretrained(name)

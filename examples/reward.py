@@ -38,7 +38,7 @@ if __name__ == "__main__":
         scale="rms",
         lr=0.03,  # a reward changes in steps: the probe and the rate are longer than for a loss
         eps=0.03,
-        steps=15,
+        steps=10,
         batch_size=32,
         dev_examples=32,
         test_examples=64,

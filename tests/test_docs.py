@@ -73,6 +73,7 @@ def test_the_commands_for_newcomers_run(tmp_path, monkeypatch, capsys):
                 command = command.replace(long, short)
             if command.startswith(("metazo finetune", "metazo meta-train --model")) and "--resume" not in command:
                 command += f" {SMALL}" if "finetune" in command else " --train-examples 64"
+                command += " --batch-size 4" * ("--batch-size" not in command)
             monkeypatch.setattr(sys, "argv", shlex.split(command))
             with pytest.raises(SystemExit) as ended:
                 main.main()

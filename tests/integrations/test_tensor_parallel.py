@@ -25,10 +25,13 @@ from tests.integrations.test_resident import SHARDED
 
 COUNT = 4
 """Processes; two of them for tensor parallelism if the others are for fully_shard."""
+LAYOUTS = dict.fromkeys(("torch", "torch and fully_shard", "transformers", "transformers and fully_shard"), COUNT)
+LAYOUTS |= {"torch by two": 2}
+"""The processes of each layout."""
+ALL = "torch by two"  # the layout in which every method takes its steps
 IDS = torch.arange(20).view(2, 10) % 7
-LAYOUTS = ("torch", "torch and fully_shard", "transformers", "transformers and fully_shard")
 METHODS = SHARDED | {"rademacher": (MeZO, {"noise": "rademacher", "queries": 2})}
-FEW = ("mezo", "rademacher", "lozo")  # in the layouts other than "torch"
+FEW = ("mezo", "rademacher", "lozo")  # in the other layouts
 
 
 def _scripted(probe: int) -> float:
@@ -56,7 +59,8 @@ def _sharded(layout: str, folder: str, dtype: torch.dtype = torch.float32) -> nn
         config = DistributedConfig(**sizes)
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, distributed_config=config).eval()
     both = "fully_shard" in layout
-    mesh = init_device_mesh("cpu", (2, 2) if both else (1, COUNT), mesh_dim_names=("fsdp", "tp"))
+    sizes = (2, 2) if both else (1, LAYOUTS[layout])
+    mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("fsdp", "tp"))
     model = _whole(folder, dtype)
     columns, rows = ColwiseParallel(output_layouts=Replicate()), RowwiseParallel(input_layouts=Replicate())
     plan = {"model.embed_tokens": columns if both else rows, "lm_head": columns}
@@ -167,12 +171,12 @@ def _refused(folder: str) -> dict[str, str]:
     return said
 
 
-def _process(rank: int, folder: str) -> None:
+def _process(rank: int, folder: str, count: int) -> None:
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(COUNT), LOCAL_RANK=str(rank))
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=COUNT)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(count), LOCAL_RANK=str(rank))
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting-{count}", rank=rank, world_size=count)
     said: dict[Any, Any] = {}
-    for layout in LAYOUTS:
+    for layout in (layout for layout, processes in LAYOUTS.items() if processes == count):
         model = _sharded(layout, folder)
         parameters = dict(local_parameters(model))
         start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
@@ -185,18 +189,20 @@ def _process(rank: int, folder: str) -> None:
 
         said["shards of", layout] = [name for name, p in parameters.items() if isinstance(p, LocalShard)]
         said["trained", layout] = _trained(model, parameters.items())
-        for name in FEW if layout != "torch" else [name for name in METHODS if "bfloat16" not in name]:
+        for name in FEW if layout != ALL else [name for name in METHODS if "bfloat16" not in name]:
             said[layout, name] = _steps_of(name, model, again().items())
         if layout == "transformers":
             model.save_pretrained(f"{folder}/saved")
-        if layout == "torch":
+        if layout == ALL:
             for name in (name for name in METHODS if "bfloat16" in name):
                 narrow = _sharded(layout, folder, torch.bfloat16)
                 said[layout, name] = _steps_of(name, narrow, local_parameters(narrow))
         if layout == "torch and fully_shard":
             again()
             said["resumed"] = _resumed(rank, model)
-    torch.save(said | {"refused": _refused(folder)}, f"{folder}/{rank}.pt")
+        if layout == "torch":
+            said["refused"] = _refused(folder)
+    torch.save(said, f"{folder}/{rank}-of-{count}.pt")
     dist.destroy_process_group()
 
 
@@ -214,9 +220,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def ranks(folder: str) -> list[dict[Any, Any]]:
-    warm.ranks(_process, folder, count=COUNT)
-    return [torch.load(f"{folder}/{rank}.pt", weights_only=True) for rank in range(COUNT)]
+def ranks(folder: str) -> dict[str, list[dict[Any, Any]]]:
+    """What each process has said, by layout."""
+    said = {}
+    for count in set(LAYOUTS.values()):
+        warm.ranks(_process, folder, count, count=count)
+        said[count] = [torch.load(f"{folder}/{rank}-of-{count}.pt", weights_only=True) for rank in range(count)]
+    return {layout: said[count] for layout, count in LAYOUTS.items()}
 
 
 @pytest.fixture(scope="module")
@@ -230,9 +240,9 @@ def unsharded(folder: str) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_probes_and_steps_are_those_of_the_whole_model_bit_for_bit(ranks, unsharded, layout):
-    names = [name for name in METHODS if (layout, name) in ranks[0]]
-    assert set(names) == set(METHODS if layout == "torch" else FEW)
-    for said in ranks:
+    names = [name for name in METHODS if (layout, name) in ranks[layout][0]]
+    assert set(names) == set(METHODS if layout == ALL else FEW)
+    for said in ranks[layout]:
         assert {"model.embed_tokens.weight", "model.layers.0.mlp.down_proj.weight"} <= set(said["shards of", layout])
         for name in names:
             found, wanted = said[layout, name], unsharded[name]
@@ -252,9 +262,9 @@ def test_losses_of_a_model_in_parts_are_those_of_the_whole_model(ranks, folder, 
     """They differ in the order of the sums within matrix products alone, and all processes have the same ones."""
     model = _whole(folder)
     wanted = _trained(model, model.named_parameters())
-    for said in ranks:
+    for said in ranks[layout]:
         found = said["trained", layout]
-        assert found["losses"] == ranks[0]["trained", layout]["losses"]
+        assert found["losses"] == ranks[layout][0]["trained", layout]["losses"]
         assert found["losses"] == pytest.approx(wanted["losses"], rel=0, abs=2e-6)
         for key, value in wanted["weights"].items():
             torch.testing.assert_close(found["weights"][key], value, rtol=0, atol=1e-5)
@@ -265,7 +275,7 @@ def test_a_saved_state_goes_on_bit_for_bit_and_is_of_one_process(ranks, folder):
     optimizer = _optimizer("adam", model.named_parameters())
     _take(optimizer, 2)
     _take(optimizer, 2)
-    for said in ranks:
+    for said in ranks["torch and fully_shard"]:
         for key, value in _gathered(model).items():
             assert said["resumed"]["weights"][key].equal(value)
         assert said["resumed"]["refused"].startswith("The saved state is of other shards of the weights")
@@ -310,4 +320,4 @@ def test_places_are_those_of_torch():
     }.items(),
 )
 def test_what_is_not_known_or_needs_whole_tensors_is_refused(ranks, name, words):
-    assert all(words in said["refused"][name] for said in ranks)
+    assert all(words in said["refused"][name] for said in ranks["torch"])
