@@ -137,7 +137,7 @@ def _lines(results: Path) -> list[bytes]:
     except lzma.LZMAError as error:
         raise UserError(f"{path} is damaged: {error}; get it again.") from error
     lines = data.splitlines()
-    if len(data) > MAX_BYTES or any(len(line) > MAX_JSON_BYTES for line in lines):
+    if len(data) > MAX_BYTES or max(map(len, lines), default=0) > MAX_JSON_BYTES:
         raise UserError(f"{path} holds more than a comparison may; is it the right file?")
     if not decompressor.eof or (sha256(data).hexdigest(), len(lines)) != (about.get("sha256"), about.get("runs")):
         raise UserError(f"{path} is not the file that {COMPARISON} describes; get both again.")

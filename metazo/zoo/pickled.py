@@ -83,19 +83,18 @@ _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 def read(data: bytes) -> Any:
     """The pickle's content as dicts, lists, tuples, numbers, text and the records above. Raises Refused."""
     machine = _Machine()
-    where = "at its start"
+    last = None
     try:
-        for count, (opcode, argument, position) in enumerate(_opcodes(data)):
-            where = f"opcode {opcode.name} at byte {position}"
+        for count, last in enumerate(_opcodes(data)):
+            opcode, argument, _ = last
             if count >= MAX_OPCODES:
                 raise Refused(f"has more than {MAX_OPCODES:,} opcodes")
             if opcode.name == "STOP":
                 return machine.pop()
             machine.run(opcode.name, argument)
-    except Refused as error:
-        raise Refused(f"{error} ({where})") from error
     except ValueError as error:
-        raise Refused(f"is damaged after {where}") from error
+        where = f"opcode {last[0].name} at byte {last[2]}" if last else "at its start"
+        raise Refused(f"{error} ({where})" if isinstance(error, Refused) else f"is damaged after {where}") from error
     raise Refused("ends without STOP")
 
 
@@ -118,6 +117,13 @@ class _Machine:
         if len(self.stack) <= (self.marks[-1] if self.marks else 0):
             raise Refused("takes from an empty stack")
         return self.stack.pop()
+
+    def pop_last(self, count: int) -> tuple[Any, ...]:
+        if len(self.stack) - count < (self.marks[-1] if self.marks else 0):
+            raise Refused("takes from an empty stack")
+        members = tuple(self.stack[-count:])
+        del self.stack[-count:]
+        return members
 
     def pop_mark(self) -> list[Any]:
         """Pop everything above the last mark, and the mark."""
@@ -144,8 +150,7 @@ class _Machine:
         elif name in _EMPTY:
             self.stack.append(_EMPTY[name]())
         elif name in _TUPLES:
-            members = [self.pop() for _ in range(_TUPLES[name])]
-            self.stack.append(tuple(reversed(members)))
+            self.stack.append(self.pop_last(_TUPLES[name]))
         elif name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
             value = self.pop()
             self.stack.append(value)

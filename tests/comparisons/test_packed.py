@@ -15,6 +15,7 @@ from metazo.errors import UserError
 from metazo.report.build import build
 from metazo.report.comparison import Comparison
 from metazo.report.write import curves_csv, html, markdown, runs_csv
+from tests.fuzz.kind import zeros
 from tests.report import synthetic
 
 COLUMNS = synthetic.COLUMNS[:3]
@@ -89,7 +90,10 @@ def test_damaged_and_hostile_packs_are_one_sentence(tmp_path: Path) -> None:
         (folder / RUNS).write_bytes(data)
         with pytest.raises(UserError, match=r"runs\.jsonl\.xz"):
             list(read_runs(folder))
-    for count, data in ((1, bytes(2**27)), (1, b"[" * 10**5), (1, b"[]"), (1, b"{}"), (1, b'{"file": 3}')):
+    (folder / RUNS).write_bytes(zeros(128))
+    with pytest.raises(UserError, match=r"runs\.jsonl\.xz holds more than a comparison may"):
+        list(read_runs(folder))
+    for count, data in ((1, b"[" * 10**5), (1, b"[]"), (1, b"{}"), (1, b'{"file": 3}')):
         forged(folder, data, count)
         with pytest.raises(UserError, match=r"runs\.jsonl\.xz"):
             list(read_runs(folder))

@@ -20,7 +20,7 @@ from metazo.report.build import build as build_report
 from metazo.report.comparison import Comparison
 from metazo.report.write import blocks, curves_csv, markdown, runs_csv
 from metazo.settings import build, read_recipe
-from tests.fuzz.kind import Kind, nested, to_json
+from tests.fuzz.kind import Kind, nested, to_json, zeros
 from tests.fuzz.mutations import altered, numbered
 from tests.fuzz.run_kinds import YAML_BOMBS
 from tests.report import synthetic
@@ -145,7 +145,7 @@ KINDS: dict[str, Kind] = {
         documents([LINES]).map(packed),
         read_packed,
         lambda: {
-            "zeros": lzma.compress(bytes(2**28), preset=0), "lines": lzma.compress(b"\n" * 2**22, preset=0), "nothing": b"",
+            "zeros": zeros(256), "lines": lzma.compress(b"\n" * 2**22, preset=0), "nothing": b"",
         },
         share=10,
     ),

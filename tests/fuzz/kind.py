@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import lzma
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 from hypothesis import strategies as st
 
@@ -59,3 +61,24 @@ def to_json(tree: Any) -> bytes:
 
 def nested(opening: bytes, closing: bytes, depth: int) -> bytes:
     return opening * depth + closing * depth
+
+
+def zeros(mebibytes: int) -> bytes:
+    """An xz file of so many zeros (at most 65,535 MiB), of one block whose chunks repeat; lzma takes 10 s for each GiB."""
+    chunk = lzma.compress(bytes(2**20), lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2, "preset": 0}])[:-1]
+    flags, block = b"\0\0", _sealed(b"\2\0\x21\1\x16" + bytes(3))  # no checksum; LZMA2 with a dictionary of 8 MiB
+    content = chunk * mebibytes + b"\0"
+    index = b"\0\1" + _number(len(block) + len(content)) + _number(mebibytes * 2**20)
+    index = _sealed(index + bytes(-len(index) % 4))
+    footer = (len(index) // 4 - 1).to_bytes(4, "little") + flags
+    whole = b"\xfd7zXZ\0" + flags + crc32(flags).to_bytes(4, "little") + block + content + bytes(-len(content) % 4)
+    return whole + index + crc32(footer).to_bytes(4, "little") + footer + b"YZ"
+
+
+def _sealed(part: bytes) -> bytes:
+    return part + crc32(part).to_bytes(4, "little")
+
+
+def _number(value: int) -> bytes:
+    """Seven bits for each byte, the lowest first."""
+    return bytes([value]) if value < 128 else bytes([value % 128 + 128]) + _number(value // 128)

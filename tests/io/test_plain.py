@@ -48,7 +48,8 @@ def test_json_within_them(tmp_path: Path) -> None:
     ("text", "words"),
     [
         ("a: " + deep(70), "nested more than 64"),
-        ("a: " + deep(5_000), "nested too deeply"),
+        ("a: " + deep(5_000), "line 1 is not valid YAML: it is nested more than 64"),
+        ("- " * 5_000, "nested too deeply"),
         ("a: &x [1]\nb: [*x, *x]", "anchor or alias"),
         ("a: 1\nb: {c: 1}\na: 2", "line 3 is not valid YAML: the key 'a' is given twice"),
         ("a: 1" + "0" * 400, "more than 256 bits"),

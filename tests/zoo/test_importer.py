@@ -182,6 +182,8 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "tuple key": (b"\x80\x02})K\x01s.", "plain key"),
     "deep": (b"\x80\x02" + b")" + b"\x85" * 300_000 + b".", "dictionary of networks"),
     "deep lists": (b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".", "dictionary of networks"),
+    "tuple of nothing": (b"\x80\x02N\x86.", "takes from an empty stack"),
+    "tuple from below a mark": (b"\x80\x02N(\x85.", "takes from an empty stack"),
     "many opcodes": (b"\x80\x02" + b"N" * 1_100_000 + b".", "more than 1,000,000 opcodes"),
     "laughs": (b"\x80\x02" + b")" + b"q\x00h\x00\x86" * 3000 + b"X\x01\x00\x00\x00ab.", "state of an object"),
     "no stop": (b"\x80\x02}", "damaged"),
