@@ -65,7 +65,9 @@ def main() -> None:
     parser.add_argument("--case", action="append", choices=CASES, help="may be repeated; by default all")
     parser.add_argument("--offset", type=int, default=0, help="first change")
     parser.add_argument("--stride", type=int, default=1, help="every so many changes")
+    parser.add_argument("--model", default="pico", help="folder of another model")
     options = parser.parse_args()
+    harness.use(options.model)
     torch.set_num_threads(1)  # threads do not survive a fork
     os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
     harness.COMMON.update(SHORT)

@@ -7,6 +7,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ def at_line(target: int, count: Callable[[int], None] = lambda n: None) -> None:
                 die()
         return local
 
-    sys.settrace(lambda frame, event, arg: local if _COUNTED.search(frame.f_code.co_filename) else None)
+    counted = cache(lambda name: bool(_COUNTED.search(name)))
+    sys.settrace(lambda frame, event, arg: local if counted(frame.f_code.co_filename) else None)
 
 
 def at_write(target: int, share: float, count: Callable[[int], None] = lambda n: None) -> None:

@@ -53,7 +53,7 @@ from tests.crash.deaths import at_line, at_write
 from tests.crash.table import MODES, lost, render, table
 
 STEPS = 12
-COMMON = {
+COMMON: dict[str, Any] = {
     "model": "pico", "task": "pico_sentiment", "steps": STEPS, "batch_size": 2, "train_examples": 12, "dev_examples": 4,
     "test_examples": 4, "eval_every": 4, "lr": 1e-4, "schedule": "cosine",
 }  # fmt: skip
@@ -69,7 +69,9 @@ SNAPSHOTS = ("mezo-adam", "lozo-m", "hizoo", "es")
 """Replayable methods whose runs have snapshots; by default their logs are replayed from the base model."""
 PICTURED = ("mezo", "fzoo")
 """Cases whose runs draw curve.png at their end."""
-META = {"model": "pico", "task": ["pico_topic"], "steps": 6, "batch_size": 2, "train_examples": 8, "save_every": 2}
+META: dict[str, Any] = {
+    "model": "pico", "task": ["pico_topic"], "steps": 6, "batch_size": 2, "train_examples": 8, "save_every": 2,
+}  # fmt: skip
 CASES = [*METHODS, "meta-train", "meta-train, recorded"]
 
 
@@ -86,11 +88,16 @@ def run(case: str, out: Path, resume: bool, console: Console) -> None:
     run_settings(build(FinetuneConfig, settings, {"out": out, "resume": resume}), console, plot=case in PICTURED)
 
 
+def use(model: str) -> None:
+    """Let the runs have another model than pico: a smaller one is killed and resumed in the same places in less time."""
+    COMMON["model"] = META["model"] = model
+
+
 def random_maps(path: Path) -> Path:
-    """A feedback tuner for pico, whose maps are random; all runs of a case share its file."""
+    """A feedback tuner for the model, whose maps are random; all runs of a case share its file."""
     if not path.exists():
-        model = load_model("pico").model
-        info, width = describe(model, "pico"), model.config.hidden_size
+        model = load_model(COMMON["model"]).model
+        info, width = describe(model, COMMON["model"]), model.config.hidden_size
         drawn, below = torch.Generator().manual_seed(0), range(len(info.blocks) - 1)
         down = {block: torch.randn(width, 2, generator=drawn) / width for block in below}
         up = {block: torch.randn(2, width, generator=drawn) / width for block in below}
@@ -273,9 +280,11 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--case", action="append", choices=CASES, help="may be repeated; by default all")
+    parser.add_argument("--model", default="pico", help="folder of another model")
     parser.add_argument("--results", type=Path, required=True, help="JSON; kills are added to it")
     parser.add_argument("--render", type=Path, help="a page whose table is made anew")
     options = parser.parse_args()
+    use(options.model)
     rows = json.loads(options.results.read_text())["kills"] if options.results.exists() else []
 
     def keep(more: list[dict[str, Any]]) -> None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from tests import warm
 from tests.crash.table import lost
 
 
-def test_killed_runs_end_in_the_same_bytes(tmp_path):
+def test_killed_runs_end_in_the_same_bytes(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     seed = time.time_ns() % 2**32
-    command = ["-m", "tests.crash.harness", "--kills=8", f"--seed={seed}"]
+    command = ["-m", "tests.crash.harness", "--kills=8", f"--seed={seed}", f"--model={tiny('llama')}"]
     command += ["--case=mezo", "--case=lozo-m", "--case=first-order-adamw", "--results", str(tmp_path / "kills.json")]
     root = Path(__file__).parents[2]
     done = warm.run(*command, cwd=root)
