@@ -48,9 +48,10 @@ def run(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("method", OPTIMIZERS)
-def test_every_method_is_rebuilt_to_the_bit(tmp_path, method):
-    out = tuned(tmp_path / "run", optimizer=method, **OWN.get(method, {}))
-    done = replay(out / "steps.jsonl", "pico", tmp_path / "again")
+def test_every_method_is_rebuilt_to_the_bit(tiny, tmp_path, method):
+    model = str(tiny("llama"))
+    out = tuned(tmp_path / "run", model=model, optimizer=method, **OWN.get(method, {}))
+    done = replay(out / "steps.jsonl", model, tmp_path / "again")
     assert done.identical and weights(tmp_path / "again") == weights(out / "model")
 
 
