@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -38,12 +39,18 @@ CONFIG = {
     "batch_size": 4,
     "eval_every": 4,
 }
-TINY = {
-    "model": "pico", "tasks": ["pico_sentiment", "pico_topic"], "budget": 12, "seeds": 2, "workers": 1, "config": CONFIG,
+TINY: dict[str, Any] = {
+    "tasks": ["pico_sentiment", "pico_topic"], "budget": 12, "seeds": 2, "workers": 1, "config": CONFIG,
     "columns": ["zero-shot", {"name": "mezo", "lrs": [1e-3]},
                 {"name": "sgd", "optimizer": "first-order-sgd", "lrs": [1e-3, 1e-2]}],
     "extensions": 1,
 }  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small(tiny: Callable[[str], Path]) -> None:
+    """Comparisons are of a model of two layers, unless a test needs runs that take time or space."""
+    TINY["model"] = str(tiny("llama"))
 
 
 def start(*arguments: object) -> warm.Process:
@@ -163,7 +170,7 @@ def test_a_result_of_another_model_configuration_or_task_definition_is_not_used_
 
 def test_killed_stopped_and_continued(tmp_path):
     out = tmp_path / "results"
-    settings = grid(out, tasks=["pico_topic"], columns=[TINY["columns"][1]], seeds=6)
+    settings = grid(out, model="pico", tasks=["pico_topic"], columns=[TINY["columns"][1]], seeds=6)
     settings.write()
     process = start("compare", out / "grid.yaml")
     wait_for(process, lambda: len(cells(out)) >= 2)
@@ -257,6 +264,7 @@ def test_a_full_disk_leaves_results_that_say_so(tmp_path):
         (small / "ballast").write_bytes(b"0" * 26_000_000)
         settings = grid(
             small / "results",
+            model="pico",
             columns=TINY["columns"][:2],
             tasks=["pico_topic"],
             workers=1,

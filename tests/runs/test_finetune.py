@@ -20,6 +20,7 @@ from metazo.settings import build
 from metazo.steplog.format import read
 from tests import warm
 
+LONG = 60  # steps of a small model: a second, enough for a signal to arrive in mid-run
 SMALL = {
     "model": "pico",
     "task": "pico_sentiment",
@@ -52,9 +53,9 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("scale", ["none", "rms"])
-def test_one_seed_one_result_and_another_seed_another(tmp_path, scale):
+def test_one_seed_one_result_and_another_seed_another(tiny, tmp_path, scale):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        run_settings(config(tmp_path / name, scale=scale, seed=seed))
+        run_settings(config(tmp_path / name, model=str(tiny("llama")), scale=scale, seed=seed))
     assert files(tmp_path / "a") == files(tmp_path / "b")
     assert files(tmp_path / "a")["log"] != files(tmp_path / "c")["log"]
 
@@ -72,7 +73,7 @@ def test_output_folder(tmp_path):
 
 
 def test_first_order_learns_and_beats_the_majority(tmp_path):
-    sizes = {"steps": 80, "batch_size": 16, "train_examples": 400, "dev_examples": 32, "test_examples": 200}
+    sizes = {"steps": 30, "batch_size": 16, "train_examples": 400, "dev_examples": 16, "test_examples": 64}
     summary = run_settings(config(tmp_path / "fo", optimizer="first-order-adamw", lr=1e-3, **sizes))
     assert summary["test"]["accuracy"] > summary["test"]["majority"] + 0.2
     assert summary["dev"]["loss"] < 0.7 * summary["before"]["loss"]
@@ -100,10 +101,10 @@ def test_batches_walk_through_permutations():
     assert sorted(seen[:10]) == sorted(seen[10:20]) == list(range(10)) and seen[:10] != seen[10:20]
 
 
-def start(out: Path, *extra: str) -> warm.Process:
-    flags = [f"--{key.replace('_', '-')}={value}" for key, value in SMALL.items()]
-    slow = "--batch-size=16"  # enough for a signal to arrive in mid-run
-    return warm.Process("metazo", "finetune", *flags, slow, f"--out={out}", *extra)
+def start(model: Path, out: Path, *extra: str) -> warm.Process:
+    long = {"model": model, "batch_size": 16, "steps": LONG}
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in (SMALL | long).items()]
+    return warm.Process("metazo", "finetune", *flags, f"--out={out}", *extra)
 
 
 def wait_for_steps(path: Path, count: int, process: warm.Process) -> None:
@@ -116,20 +117,20 @@ def wait_for_steps(path: Path, count: int, process: warm.Process) -> None:
 @pytest.mark.parametrize(
     ("extra", "count"), [(("--scale=rms",), 4), (("--optimizer=mezo-adam", "--schedule=cosine"), 17)]
 )
-def test_killed_and_resumed_is_bit_identical(tmp_path, extra, count):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert start(whole, *extra).wait() == 0
-    process = start(cut, *extra)
+def test_killed_and_resumed_is_bit_identical(tiny, tmp_path, extra, count):
+    model, whole, cut = tiny("llama"), tmp_path / "whole", tmp_path / "cut"
+    assert start(model, whole, *extra).wait() == 0
+    process = start(model, cut, *extra)
     wait_for_steps(cut / "steps.jsonl", count, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert len((cut / "steps.jsonl").read_bytes().splitlines()) < 26
-    assert start(cut, *extra, "--resume").wait() == 0
+    assert len((cut / "steps.jsonl").read_bytes().splitlines()) < LONG + 2
+    assert start(model, cut, *extra, "--resume").wait() == 0
     assert files(whole) == files(cut)
 
 
-def test_sigterm_finishes_the_step_and_says_how_to_go_on(tmp_path):
-    process = start(tmp_path / "run")
+def test_sigterm_finishes_the_step_and_says_how_to_go_on(tiny, tmp_path):
+    process = start(tiny("llama"), tmp_path / "run")
     wait_for_steps(tmp_path / "run" / "steps.jsonl", 2, process)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)

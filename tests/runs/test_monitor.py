@@ -147,12 +147,12 @@ def test_a_probe_that_leads_too_far_is_told():
 # -- warnings ------------------------------------------------------------------------------------------------------------
 
 
-def test_an_eps_below_rounding_is_said_with_figures(tmp_path):
-    said = console()
-    run_settings(config(out=tmp_path / "small", eps=1e-8, lr=1e-8, steps=101), said)
+def test_an_eps_below_rounding_is_said_with_figures(tiny, tmp_path):
+    said, model = console(), str(tiny("llama"))
+    run_settings(config(model=model, out=tmp_path / "small", eps=1e-8, lr=1e-8, steps=101), said)
     assert "`eps` 1e-08 is too small for this precision" in said.export_text()
     said = console()
-    run_settings(config(out=tmp_path / "usual", lr=1e-8, steps=101), said)
+    run_settings(config(model=model, out=tmp_path / "usual", lr=1e-8, steps=101), said)
     assert "too small" not in said.export_text()
 
 
