@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors import safe_open
@@ -14,7 +15,6 @@ from safetensors import safe_open
 from metazo.errors import UserError
 from metazo.io.tensorfile import read_tensors, write_tensors
 from metazo.io.terminal import Console
-from metazo.models.embedded import PICO
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.evaluations import Scores
 from metazo.runs.finetune import run_settings
@@ -23,11 +23,18 @@ from metazo.settings import build
 from metazo.steplog.inspect import repair
 from metazo.steplog.writer import StepLog
 
-SETTINGS = {
-    "model": "pico", "task": "pico_sentiment", "lr": 1e-4, "steps": 14, "batch_size": 2, "train_examples": 8,
+SETTINGS: dict[str, Any] = {
+    "task": "pico_sentiment", "lr": 1e-4, "steps": 14, "batch_size": 2, "train_examples": 8,
     "dev_examples": 4, "test_examples": 4, "eval_every": 4, "snapshot_every": 3, "schedule": "linear", "scale": "rms",
     "optimizer": "hizoo",
 }  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def base(tiny: Callable[[str], Path]) -> Path:
+    """The base model of these runs, of two layers."""
+    SETTINGS["model"] = str(tiny("llama"))
+    return tiny("llama")
 
 
 def tuned(out: Path, **settings) -> str:
@@ -162,7 +169,7 @@ def test_a_death_after_the_summary_leaves_nothing_behind(dead, whole):
     assert not (dead / "best.safetensors").exists()
 
 
-def test_damaged_best_weights_are_said_with_the_way_out(dead):
+def test_damaged_best_weights_are_said_with_the_way_out(dead, base):
     tensors, metadata = read_tensors(dead / "best.safetensors")
     write_tensors(dead / "best.safetensors", tensors, metadata | {"step": "0"})
     flip(dead / "best.safetensors")  # in its data, so that its header still says step 0
@@ -173,7 +180,7 @@ def test_damaged_best_weights_are_said_with_the_way_out(dead):
         said = tuned(dead, resume=True)
     assert "12 steps replayed" in said or "14 steps replayed" in said
     assert json.loads((dead / "summary.json").read_text())["kept_step"] == 0
-    assert weights_of(dead / "model") == weights_of(PICO)
+    assert weights_of(dead / "model") == weights_of(base)
 
 
 def test_changed_data_is_refused(dead):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -35,10 +36,13 @@ def test_a_run_learns_and_refuses_a_replay(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["skip-feedback", "answer-column", "first-order-fused"])
-def test_a_run_that_was_stopped_ends_as_one_that_was_not(optimizer: str, tmp_path: Path, monkeypatch) -> None:
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(
+    optimizer: str, tiny: Callable[[str], Path], tmp_path: Path, monkeypatch
+) -> None:
+    settings = {"model": str(tiny("llama")), "optimizer": optimizer, "steps": 8}
     fused = optimizer == "first-order-fused"
     method = {"normalise": True} if fused else {"momentum": 0.5, "momentum_rank": 4}
-    run(tmp_path / "whole", optimizer=optimizer, steps=8, method=method)
+    run(tmp_path / "whole", **settings, method=method)
 
     real, count = METHODS[optimizer].step, [0]
 
@@ -50,10 +54,10 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(optimizer: str, tmp_pat
 
     monkeypatch.setattr(METHODS[optimizer], "step", stops)
     with suppress(BaseException):  # the loop may end with any exception
-        run(tmp_path / "cut", optimizer=optimizer, steps=8, method=method)
+        run(tmp_path / "cut", **settings, method=method)
     assert count[0] == 7 and not (tmp_path / "cut" / "summary.json").exists()
     monkeypatch.setattr(METHODS[optimizer], "step", real)
-    run(tmp_path / "cut", optimizer=optimizer, steps=8, method=method, resume=True)
+    run(tmp_path / "cut", **settings, method=method, resume=True)
     one, two = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "cut"))
     assert one.keys() == two.keys() and all(bool((one[key] == two[key]).all()) for key in one)
     first, second = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "cut"))
