@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,15 @@ METHODS = {
 }
 
 
+MODEL = ["pico"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def model(tiny: Callable[[str], Path]) -> None:
+    """These runs are of a model of two layers."""
+    MODEL[0] = str(tiny("llama"))
+
+
 class Stop(Exception):
     pass
 
@@ -32,7 +42,7 @@ class Stop(Exception):
 def _config(name: str, out: Path) -> FinetuneConfig:
     options: dict[str, Any] = {"steps": 8, "eval_every": 4, "batch_size": 2} | METHODS[name]
     rows = {"train_examples": 8, "dev_examples": 4, "test_examples": 4}
-    return FinetuneConfig("pico", "pico_sentiment", out, optimizer=name.partition(",")[0], lr=1e-5, **rows, **options)
+    return FinetuneConfig(MODEL[0], "pico_sentiment", out, optimizer=name.partition(",")[0], lr=1e-5, **rows, **options)
 
 
 def _interrupted(name: str, out: Path) -> FinetuneConfig:
@@ -56,7 +66,7 @@ def _content(folder: Path) -> dict[str, tuple[int, bytes]]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(model: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("left")
 
 

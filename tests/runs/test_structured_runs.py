@@ -39,7 +39,7 @@ def test_a_run_learns_and_refuses_a_replay(tmp_path: Path) -> None:
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(
     optimizer: str, tiny: Callable[[str], Path], tmp_path: Path, monkeypatch
 ) -> None:
-    settings = {"model": str(tiny("llama")), "optimizer": optimizer, "steps": 8}
+    settings = {"model": str(tiny("llama")), "optimizer": optimizer, "steps": 8, "keep": "last"}
     fused = optimizer == "first-order-fused"
     method = {"normalise": True} if fused else {"momentum": 0.5, "momentum_rank": 4}
     run(tmp_path / "whole", **settings, method=method)
