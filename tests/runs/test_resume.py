@@ -24,7 +24,7 @@ from metazo.steplog.inspect import repair
 from metazo.steplog.writer import StepLog
 
 SETTINGS: dict[str, Any] = {
-    "task": "pico_sentiment", "lr": 1e-4, "steps": 14, "batch_size": 2, "train_examples": 8,
+    "task": "pico_sentiment", "lr": 1e-3, "seed": 3, "steps": 14, "batch_size": 2, "train_examples": 8,
     "dev_examples": 4, "test_examples": 4, "eval_every": 4, "snapshot_every": 3, "schedule": "linear", "scale": "rms",
     "optimizer": "hizoo",
 }  # fmt: skip
@@ -56,6 +56,7 @@ def results(out: Path) -> tuple[bytes, bytes, list, dict]:
 def whole(tmp_path_factory) -> tuple:
     out = tmp_path_factory.mktemp("whole") / "run"
     tuned(out)
+    assert json.loads((out / "summary.json").read_text())["kept_step"] == 8  # neither the base model nor the last step
     return results(out)
 
 
