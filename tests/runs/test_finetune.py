@@ -20,7 +20,7 @@ from metazo.settings import build
 from metazo.steplog.format import read
 from tests import warm
 
-LONG = 60  # steps of a small model: a second, enough for a signal to arrive in mid-run
+LONG = 150  # steps of a small model: a second or two, enough for a signal to arrive in mid-run
 SMALL = {
     "model": "pico",
     "task": "pico_sentiment",
