@@ -48,14 +48,11 @@ def test_there_are_commands_to_check():
 @pytest.mark.parametrize(("page", "command"), ALL, ids=lambda text: text[:60])
 def test_every_command_parses(page, command, tmp_path, monkeypatch):
     """Its flags exist and its values are of their types; names in capitals and `...` stand for the reader's own."""
-    import typer
-
     from metazo_cli import main
 
     monkeypatch.chdir(tmp_path)
     words = shlex.split(command.replace(" ...", "").replace("$MINILM", "pico"))[1:]
-    main._mount(words)
-    found, name = typer.main.get_command(main.app), "metazo"
+    found, name = main.command_line(words), "metazo"
     while hasattr(found, "commands"):
         found, name, words = found.commands[words[0]], words[0], words[1:]
     found.make_context(name, words)

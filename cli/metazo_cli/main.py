@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
+from typing import Any
 
 import typer
 
@@ -18,14 +19,6 @@ from metazo.io.terminal import print_line
 
 from . import messages
 
-app = typer.Typer(
-    name="metazo",
-    help="Fine-tune language models with forward passes only: learned and hand-made zeroth-order optimizers.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
 
 def _version(wanted: bool) -> None:
     if wanted:
@@ -33,7 +26,6 @@ def _version(wanted: bool) -> None:
         raise typer.Exit()
 
 
-@app.callback()
 def _main(
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show the version."),
 ) -> None:
@@ -60,19 +52,32 @@ COMMANDS = {
 
 
 @cache
-def _add(name: str) -> None:
-    module, _, attribute = COMMANDS[name].partition(".")
-    found = getattr(import_module(f"metazo_cli.{module}"), attribute)
-    if isinstance(found, typer.Typer):
-        app.add_typer(found, name=name)
-    else:
-        app.command(name)(found)
+def _built(names: Sequence[str]) -> Any:
+    app = typer.Typer(
+        name="metazo",
+        help="Fine-tune language models with forward passes only: learned and hand-made zeroth-order optimizers.",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+        callback=_main,
+    )
+    for name in names:
+        module, _, attribute = COMMANDS[name].partition(".")
+        found = getattr(import_module(f"metazo_cli.{module}"), attribute)
+        if isinstance(found, typer.Typer):
+            app.add_typer(found, name=name)
+        else:
+            app.command(name)(found)
+    return typer.main.get_command(app)
 
 
-def _mount(words: Sequence[str] = ()) -> None:
-    """Add the command that is called, or all for help and for a name that is none: their modules take seconds to import."""
-    for name in words[:1] if words and words[0] in COMMANDS else COMMANDS:
-        _add(name)
+def command_line(words: Sequence[str] = ()) -> Any:
+    """The command line for these words: with the one command that they call, and with all commands for help or for a name that
+    is none. The modules of all take seconds to import.
+    """
+    if list(words) == ["--version"]:
+        return _built(())
+    return _built(tuple(words[:1] if words and words[0] in COMMANDS else COMMANDS))
 
 
 def _yield_to_others() -> None:
@@ -93,9 +98,7 @@ def main() -> None:
     from metazo.runs.interrupt import Interrupted
 
     errors = messages.Terminal(stderr=True)
-    if sys.argv[1:] != ["--version"]:
-        _mount(sys.argv[1:])
-    command = typer.main.get_command(app)
+    command = command_line(sys.argv[1:])
     messages.know(command, sys.argv[1:])
     messages.plain_warnings()
     try:

@@ -80,9 +80,9 @@ def _check(value: Any, finite: bool) -> None:
 class Loader(yaml.SafeLoader):
     """Plain YAML: no tags of Python, no anchors, no key twice."""
 
-    def fetch_flow_collection_start(self, token: Any) -> None:
+    def fetch_flow_collection_start(self, TokenClass: Any) -> None:
         """Refuse deep lists here: PyYAML looks a thousand characters ahead, and at each of them goes through all open ones."""
-        super().fetch_flow_collection_start(token)
+        super().fetch_flow_collection_start(TokenClass)
         if self.flow_level > MAX_DEPTH + 1:
             raise yaml.MarkedYAMLError(
                 problem=f"it is nested more than {MAX_DEPTH} levels deep", problem_mark=self.get_mark()

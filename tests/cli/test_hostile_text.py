@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import typer
 import yaml
 from rich.text import Text
 
@@ -166,8 +165,7 @@ PRINTS = ("log show", "log diff", "tasks", "report", "zoo show", "zoo list", "co
 
 
 def commands() -> Iterator[str]:
-    main._mount()
-    for name, command in typer.main.get_command(main.app).commands.items():  # type: ignore[attr-defined]
+    for name, command in main.command_line().commands.items():
         yield from (f"{name} {inner}" for inner in command.commands) if hasattr(command, "commands") else (name,)
 
 

@@ -6,15 +6,13 @@ import sys
 import warnings
 
 import pytest
-import typer
 
 from metazo.runs import setup
 from metazo_cli import main, messages
 
 
 def shown(text: str, *words: str) -> str:
-    main._mount()
-    messages.know(typer.main.get_command(main.app), words)
+    messages.know(main.command_line(), words)
     return messages.in_flags(text)
 
 

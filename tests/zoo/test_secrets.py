@@ -39,11 +39,10 @@ def server() -> Iterator[Server]:
 
 PROGRAM = """
 import sys, traceback
-from metazo_cli.main import _mount, app
-_mount()
+from metazo_cli.main import command_line
 for line in sys.argv[1:]:
     try:
-        app(line.split(), standalone_mode=False)
+        command_line()(line.split(), standalone_mode=False)
         print("done:", line.split()[0])
     except BaseException:  # the whole chain, which the command line itself never prints
         traceback.print_exc()
