@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from importlib.resources import files
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,18 @@ from metazo.integrations import ZOMixin, ZOTrainer
 from metazo.optimizers import LOZO, MeZO
 from tests import warm
 
-PICO = str(files("metazo.pico") / "model")
+MODEL = [""]
 ROWS = 12
 
 
+@pytest.fixture(scope="module", autouse=True)
+def small(tiny: Callable[[str], Path]) -> None:
+    """The language model of these loops is one of two layers."""
+    MODEL[0] = str(tiny("llama"))
+
+
 def model() -> nn.Module:
-    return AutoModelForCausalLM.from_pretrained(PICO, dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(MODEL[0], dtype=torch.float32)
 
 
 def rows() -> list[dict[str, Any]]:
@@ -228,7 +234,7 @@ def test_settings_come_from_the_arguments_and_a_finished_optimizer_is_taken(tmp_
 
 
 def test_a_bfloat16_model_keeps_its_masters_in_checkpoints(tmp_path: Path) -> None:
-    net = AutoModelForCausalLM.from_pretrained(PICO, dtype=torch.bfloat16)
+    net = AutoModelForCausalLM.from_pretrained(MODEL[0], dtype=torch.bfloat16)
     run = trainer(tmp_path, net, max_steps=2, save_strategy="steps", save_steps=2)
     run.train()
     saved = torch.load(tmp_path / "checkpoint-2" / "optimizer.pt", weights_only=True)

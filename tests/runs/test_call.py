@@ -6,6 +6,8 @@ import copy
 import gc
 import json
 import weakref
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +19,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import metazo
 from metazo.errors import UserError
 from metazo.io.tensorfile import weights_hash
-from metazo.models.embedded import PICO
 from metazo.models.load import load_model
 from metazo.optimizers.registry import METHODS
 from metazo.runs.config import FinetuneConfig
@@ -28,13 +29,21 @@ from metazo.runs.replay import replay
 from metazo.settings import build
 from metazo.steplog.format import scan
 
-SIZES = {"train_examples": 32, "dev_examples": 16, "test_examples": 16, "lr": 1e-4, "steps": 6, "eval_every": 3}
+SIZES = {"train_examples": 32, "dev_examples": 8, "test_examples": 8, "lr": 1e-4, "steps": 6, "eval_every": 3}
+SIZES |= {"keep": "last"}  # the best weights of a model that knows nothing may be those before the first step
 TASK = metazo.Task(name="words", kind="classification", prompt="{text}. It was {}.", labels=["terrible", "great"])
 ROWS = [{"text": f"the {n}th soup was {'warm' if n % 2 else 'cold'}", "label": n % 2} for n in range(40)]
+MODEL = ["pico"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small(tiny: Callable[[str], Path]) -> None:
+    """The language model of these runs is one of two layers."""
+    MODEL[0] = str(tiny("llama"))
 
 
 def in_memory() -> tuple[nn.Module, object]:
-    return AutoModelForCausalLM.from_pretrained(PICO, dtype=torch.float32), AutoTokenizer.from_pretrained(PICO)
+    return AutoModelForCausalLM.from_pretrained(MODEL[0], dtype=torch.float32), AutoTokenizer.from_pretrained(MODEL[0])
 
 
 def weights(model: nn.Module) -> str:
@@ -42,9 +51,9 @@ def weights(model: nn.Module) -> str:
 
 
 def test_by_names_it_is_the_run_of_the_command_line(tmp_path):
-    given = {"model": "pico", "task": "pico_sentiment", "optimizer": "lozo", "method": {"rank": 3}}
+    given = {"model": MODEL[0], "task": "pico_sentiment", "optimizer": "lozo", "method": {"rank": 3}}
     summary = run_settings(build(metazo.runs.config.FinetuneConfig, SIZES, given, {"out": tmp_path / "cli"}))
-    tuned = metazo.finetune("pico", "pico_sentiment", "lozo", rank=3, out=tmp_path / "call", **SIZES)
+    tuned = metazo.finetune(MODEL[0], "pico_sentiment", "lozo", rank=3, out=tmp_path / "call", **SIZES)
     model = tmp_path / "cli" / "model" / "model.safetensors"
     assert model.read_bytes() == (tmp_path / "call" / "model" / "model.safetensors").read_bytes()
     assert (tmp_path / "cli" / "steps.jsonl").read_bytes() == (tmp_path / "call" / "steps.jsonl").read_bytes()
@@ -54,14 +63,17 @@ def test_by_names_it_is_the_run_of_the_command_line(tmp_path):
 
 
 def test_a_model_in_memory_is_trained_in_place_and_nothing_is_written(tmp_path, monkeypatch):
+    """Its weights are in the end the best, those of the evaluation in between."""
     monkeypatch.chdir(tmp_path)
+    settings = SIZES | {"keep": "best", "lr": 1e-3, "seed": 5}
     model, tokenizer = in_memory()
     seen, evaluated = [], []
     tuned = metazo.finetune(
-        model, "pico_sentiment", tokenizer=tokenizer, on_step=seen.append, on_evaluation=evaluated.append, **SIZES
+        model, "pico_sentiment", tokenizer=tokenizer, on_step=seen.append, on_evaluation=evaluated.append, **settings
     )
-    named = metazo.finetune("pico", "pico_sentiment", out=tmp_path / "run", **SIZES)
+    named = metazo.finetune(MODEL[0], "pico_sentiment", out=tmp_path / "run", **settings)
     assert tuned.model is model and weights(model) == weights(named.model) and tuned.tokenizer is tokenizer
+    assert named.summary["kept_step"] == 3
     assert tuned.summary["test"] == named.summary["test"]
     assert seen == tuned.steps == named.steps and evaluated == tuned.evaluations
     assert [record["step"] for record in evaluated] == [0, 3, 6]
@@ -78,9 +90,9 @@ def test_rows_in_memory(tmp_path, kind):
     if kind == "splits":
         (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[:8]))
         files["test"] = str(tmp_path / "test.jsonl")
-    sizes = {**SIZES, "train_examples": 16, "dev_examples": 8, "test_examples": 8}
-    tuned = metazo.finetune("pico", TASK, data=data, **sizes)
-    same = metazo.finetune("pico", TASK.model_copy(update={"files": files}), **sizes)
+    sizes = {**SIZES, "train_examples": 16}
+    tuned = metazo.finetune(MODEL[0], TASK, data=data, **sizes)
+    same = metazo.finetune(MODEL[0], TASK.model_copy(update={"files": files}), **sizes)
     assert weights(tuned.model) == weights(same.model) and tuned.summary["test"] == same.summary["test"]
 
 
@@ -145,14 +157,14 @@ def test_an_optimizer_in_memory(tmp_path):
     optimizer = metazo.LOZO(head, lr=1e-3, rank=2, seed=5)
     tuned = metazo.finetune(
         model, "pico_sentiment", optimizer, tokenizer=tokenizer, out=tmp_path / "run",
-        **{name: value for name, value in SIZES.items() if name != "lr"}, keep="last", schedule="linear",
+        **{name: value for name, value in SIZES.items() if name != "lr"}, schedule="linear",
     )  # fmt: skip
     moved = {name for name, tensor in tuned.model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert moved == {name for name, _ in head} and optimizer.steps == 6
     log = tmp_path / "run" / "steps.jsonl"
     assert scan(log).header["method"] == "memory:lozo" and [step.lr[0] for step in tuned.steps][3] == 0.5e-3
     with pytest.raises(UserError, match="optimizer was an object in memory"):
-        replay(log, "pico")
+        replay(log, MODEL[0])
     base, _ = in_memory()
     fresh = metazo.LOZO([(n, p) for n, p in base.named_parameters() if "mlp" in n], lr=1.0, rank=2, seed=5)
     assert replay(log, base, tokenizer=tokenizer, optimizer=fresh).identical
@@ -167,10 +179,10 @@ def test_a_class_of_ones_own(monkeypatch):
 
     monkeypatch.setattr("metazo.optimizers.registry.METHODS", METHODS)
     try:
-        half = metazo.finetune("pico", "pico_sentiment", Halved, share=0.5, **SIZES)
+        half = metazo.finetune(MODEL[0], "pico_sentiment", Halved, share=0.5, **SIZES)
     finally:
         METHODS.pop("halved-mezo"), metazo.optimizers.OPTIMIZERS.pop("halved-mezo")
-    same = metazo.finetune("pico", "pico_sentiment", metazo.MeZO, **{**SIZES, "lr": 0.5e-4})
+    same = metazo.finetune(MODEL[0], "pico_sentiment", metazo.MeZO, **{**SIZES, "lr": 0.5e-4})
     assert weights(half.model) == weights(same.model)
 
 
@@ -212,7 +224,7 @@ def test_what_the_caller_froze_stays_frozen():
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("layers.0" in name)
     before = copy.deepcopy(model.state_dict())
-    metazo.finetune(model, "pico_sentiment", tokenizer=tokenizer, **SIZES, keep="last")
+    metazo.finetune(model, "pico_sentiment", tokenizer=tokenizer, **SIZES)
     moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert moved and all("layers.0" in name for name in moved)
 
@@ -238,7 +250,10 @@ def test_the_model_of_a_run_is_freed_when_nobody_needs_it(optimizer, changes):
     gc.disable()
     try:
         tuned = metazo.finetune(
-            "pico", "pico_sentiment", optimizer, **SIZES | {"steps": 2, "dev_examples": 4, "test_examples": 4} | changes
+            MODEL[0],
+            "pico_sentiment",
+            optimizer,
+            **SIZES | {"steps": 2, "dev_examples": 4, "test_examples": 4} | changes,
         )
         seen = [weakref.ref(tuned.model), *map(weakref.ref, tuned.model.parameters())]
         del tuned
@@ -248,8 +263,8 @@ def test_the_model_of_a_run_is_freed_when_nobody_needs_it(optimizer, changes):
 
 
 def test_a_complete_run_gives_its_kept_model(tmp_path):
-    first = metazo.finetune("pico", "pico_sentiment", out=tmp_path / "run", **SIZES)
-    again = metazo.finetune("pico", "pico_sentiment", out=tmp_path / "run", resume=True, **SIZES)
+    first = metazo.finetune(MODEL[0], "pico_sentiment", out=tmp_path / "run", **SIZES)
+    again = metazo.finetune(MODEL[0], "pico_sentiment", out=tmp_path / "run", resume=True, **SIZES)
     assert again.summary == first.summary and weights(again.model) == weights(first.model)
 
 
