@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import Qwen2Config
 
 from metazo.micro import mixture
 from metazo.models.embedded import EMBEDDED
@@ -62,24 +63,30 @@ def test_the_mixture_asks_as_metazo_does(micro, text_data):
         assert {micro.tokenizer.decode(option) for option in options} == answers
 
 
-@pytest.mark.parametrize("name", ["mr", "snips"])
+# One that it has not seen, answered at one position, and one of the mixture, answered by the likelihood of whole phrases: the
+# one that costs least of each, but for mpqa, at which it is no better than chance.
+@pytest.mark.parametrize("name", ["mr", "sarcasm_headlines"])
 def test_accuracy_of_a_task_is_the_cards(micro, text_data, name):
     ready = prepare(TASK[name], micro, data=text_data, train=8, dev=0, test=300)
     result = evaluate(micro.model, ready, "test")
     assert card(name)[2:] == [f"{result['accuracy']:.3f}", f"{result['majority']:.3f}"]
 
 
-def test_one_seed_one_result(micro):
-    """That another seed gives another is tested with pico. With one layer, because Muon calculates in bfloat16, which takes up
-    to a minute for all of them on a processor without 16-bit arithmetic."""
-    rows = rows_of([("I like it.\nThis review is", " positive"), ("Home again.", "")] * 400, micro.tokenizer)
+def test_one_seed_one_result(micro, monkeypatch):
+    """That another seed gives another is tested with pico. Of short rows, one layer and a fraction of the width, because Muon
+    calculates in bfloat16, which takes up to a minute for all of it on a processor without 16-bit arithmetic."""
+    small = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
+    monkeypatch.setattr(mixture, "Qwen2Config", lambda **told: Qwen2Config(**told | small))
+    texts = [("I like it a lot.\nThis review is", " positive"), ("Home again.", "")] * 400  # each row begins elsewhere in them
+    rows = rows_of(texts, micro.tokenizer)[:, :, :32]
+    assert len(rows[0].unique(dim=0)) > 5
+    rows[0] %= 128
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     results = []
     for _ in range(2):
         torch.manual_seed(0)
         model = mixture.new_model()
-        del model.model.layers[1:]
         train(model, [(rows, 1), (rows, 1)], 1)
         results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     torch.set_num_threads(threads)

@@ -84,7 +84,7 @@ def test_a_few_first_order_steps_learn_topic(tokenizer):
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
     test = grammar.examples("pico_topic", "test", 200)
     before = score(model, tokenizer, "pico_topic", test)
-    train = grammar.examples("pico_topic", "train", 640)
+    train = grammar.examples("pico_topic", "train", 320)
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     for i in range(0, len(train), 16):
         loss_and_hits(model, encode("pico_topic", train[i : i + 16], tokenizer))[0].backward()

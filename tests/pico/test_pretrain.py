@@ -53,13 +53,15 @@ def test_a_text_does_not_see_the_text_before_it(tokenizer):
 
 
 def test_one_seed_one_result(tokenizer):
-    rows = pretrain.rows_of(TEXTS * 200, tokenizer)
+    """Short rows and one layer, because bfloat16 is slow on a processor without 16-bit arithmetic."""
+    rows = pretrain.rows_of(TEXTS * 200, tokenizer)[:, :, :32]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     results = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
         model = pretrain.new_model()
+        del model.model.layers[1:]
         pretrain.train(model, [(rows, 1), (rows, 2)], 1)
         results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     torch.set_num_threads(threads)
