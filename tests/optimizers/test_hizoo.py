@@ -13,7 +13,7 @@ from metazo.errors import UserError
 from metazo.noise import PhiloxNoise
 from metazo.optimizers import HiZOO, HiZOOL
 from metazo.step.rules import Adam
-from tests.optimizers.montecarlo import Linear, assert_mean, estimates
+from tests.optimizers.montecarlo import Linear, assert_mean, linear_estimates
 
 HESSIAN = torch.tensor([[4.0, 1.0, 0.5], [1.0, 2.0, -0.5], [0.5, -0.5, 0.4]], dtype=torch.float64)
 
@@ -84,7 +84,7 @@ def test_mean_of_the_estimate_is_the_gradient_over_h():
     curvature = {name: torch.linspace(0.5, 3, p.numel()).view(p.shape).double() for name, p in model.named_parameters()}
     for name, value in curvature.items():
         optimizer.zo_state[f"H/{name}"].copy_(value)
-    for name, found in estimates(optimizer, model, 800).items():
+    for name, found in linear_estimates(optimizer, model, 800).items():
         assert_mean(found, model.slopes[name] / curvature[name])
 
 

@@ -13,7 +13,7 @@ from metazo.errors import UserError
 from metazo.noise import LEFT, RIGHT, PhiloxNoise, TorchOrderNoise
 from metazo.optimizers import LOZO, LOZOM
 from metazo.step.rules import Adam, Momentum
-from tests.optimizers.montecarlo import Linear, assert_mean, estimates
+from tests.optimizers.montecarlo import Linear, assert_mean, linear_estimates
 
 
 class Probed:
@@ -37,7 +37,7 @@ def cosine(a, b) -> float:
 def test_mean_is_rank_times_the_gradient(noise, rank, queries):
     model = Linear()
     optimizer = LOZO(model.named_parameters(), lr=1.0, eps=1e-2, rank=rank, interval=1, noise=noise, queries=queries)
-    found = estimates(optimizer, model, 800)
+    found = linear_estimates(optimizer, model, 800)
     assert_mean(found["weight"], rank * model.slopes["weight"])
     assert_mean(found["bias"], model.slopes["bias"])
 
@@ -45,7 +45,7 @@ def test_mean_is_rank_times_the_gradient(noise, rank, queries):
 def test_mean_within_an_interval_is_in_the_subspace_of_v():
     model = Linear()
     optimizer = LOZO(model.named_parameters(), lr=1.0, eps=1e-2, interval=10**6)
-    found = estimates(optimizer, model, 800)["weight"]
+    found = linear_estimates(optimizer, model, 800)["weight"]
     v = optimizer.tensors_state()["V/weight"]
     assert_mean(found, model.slopes["weight"] @ v @ v.t())
 
@@ -55,7 +55,7 @@ def test_block_scales_enter_squared():
     optimizer = LOZO(model.named_parameters(), lr=1.0, eps=1e-2, interval=1, scale="rms", seed=5)
     optimizer.step(model)
     sigma = optimizer.scale.scales(optimizer.zo_state, 0, optimizer.weights.read)
-    found = estimates(optimizer, model, 1600)
+    found = linear_estimates(optimizer, model, 1600)
     for name, factor in (("weight", 2.0), ("bias", 1.0)):
         assert_mean(found[name], factor * sigma[name] ** 2 * model.slopes[name])
 
