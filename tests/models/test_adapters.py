@@ -36,7 +36,7 @@ from metazo.tasks.evaluate import evaluate, generate
 
 SMALL = {
     "model": "pico", "task": "pico_sentiment", "lora": 4, "lr": 1e-3, "steps": 8, "train_examples": 64,
-    "dev_examples": 32, "test_examples": 32, "eval_every": 4, "snapshot_every": 0,
+    "dev_examples": 8, "test_examples": 8, "batch_size": 4, "eval_every": 4, "snapshot_every": 0,
 }  # fmt: skip
 
 
@@ -131,7 +131,7 @@ def adapters(tmp_path_factory):
 
 def on_test(model: str, merge: bool = False) -> dict[str, float]:
     loaded = load(model, merge=merge)
-    rows = {"train": 64, "dev": 32, "test": 32}
+    rows = {split: SMALL[f"{split}_examples"] for split in ("train", "dev", "test")}
     return evaluate(loaded.model, prepare(resolve("pico_sentiment"), loaded, **rows), "test")
 
 
