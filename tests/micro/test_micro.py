@@ -77,7 +77,10 @@ def test_one_seed_one_result(micro, monkeypatch):
     calculates in bfloat16, which takes up to a minute for all of it on a processor without 16-bit arithmetic."""
     small = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
     monkeypatch.setattr(mixture, "Qwen2Config", lambda **told: Qwen2Config(**told | small))
-    texts = [("I like it a lot.\nThis review is", " positive"), ("Home again.", "")] * 400  # each row begins elsewhere in them
+    texts = [
+        ("I like it a lot.\nThis review is", " positive"),
+        ("Home again.", ""),
+    ] * 400  # each row begins elsewhere in them
     rows = rows_of(texts, micro.tokenizer)[:, :, :32]
     assert len(rows[0].unique(dim=0)) > 5
     rows[0] %= 128

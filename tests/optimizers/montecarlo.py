@@ -48,7 +48,7 @@ def estimates(optimizer, model: nn.Module, steps: int, before=None) -> dict[str,
 
 
 def linear_estimates(optimizer, model: Linear, steps: int, taken: int = 10) -> dict[str, Tensor]:
-    """As `estimates`, in a third of the time: the method's own seeds, directions and coefficients, at losses that are worked out
+    """As `estimates`, in a third of the time: from the method's own seeds, directions and coefficients, at losses worked out
     from the slopes. The first steps are taken as well, and must give these estimates.
     """
     first = optimizer.steps
@@ -69,7 +69,9 @@ def linear_estimates(optimizer, model: Linear, steps: int, taken: int = 10) -> d
         probes = optimizer.displacements(estimator, along, seeds)
         losses = [base + sum(term.amount * rises[term.seed] for term in probe) for probe in probes]
         terms = optimizer._terms(optimizer.update(state, step, seeds, losses), seeds, along, scales)
-        found.append(sum(t.amount * (drawn[t.seed] if t.direction is along else draw(t.direction, t.seed)) for t in terms))
+        found.append(
+            sum(t.amount * (drawn[t.seed] if t.direction is along else draw(t.direction, t.seed)) for t in terms)
+        )
     parts = torch.stack(found).split([tensor.param.numel() for tensor in optimizer.tensors], 1)
     whole = {t.name: part.view(-1, *t.param.shape) for t, part in zip(optimizer.tensors, parts, strict=True)}
     for name, values in steps_taken.items():
