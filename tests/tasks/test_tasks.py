@@ -40,14 +40,9 @@ def test_an_unknown_task_names_the_nearest():
         get("xxxxxxxx")
 
 
-@pytest.fixture(scope="module")
-def stories(shared):
-    return load_model(shared / "models" / "stories260k")
-
-
 @pytest.mark.parametrize("name", [*REAL, "pico_topic", "pico_cause", "pico_span"])
-def test_real_rows_with_a_real_causal_model(shared, stories, name):
-    loaded = stories
+def test_real_rows_with_a_real_causal_model(shared, name):
+    loaded = load_model(shared / "models" / "stories260k")
     ready = prepare(get(name), loaded, data=shared / "data", train=24, dev=8, test=8, max_length=256)
     drawn = [len(getattr(ready, split)) + ready.dropped[split] for split in ("train", "dev", "test")]
     assert drawn == [24, 8, 8] and (name == "gsm8k" or not any(ready.dropped.values()))
