@@ -109,16 +109,20 @@ def plain_(out: Tensor, left: Tensor, right: Tensor, alpha: float, beta: float) 
 def _add(products: Sequence[Product], then: Sequence[Product] = ()) -> None:
     """add_products_ by the compiled loop; a call of it takes rows of several matrices. then: the second product of each."""
     kinds: dict[torch.dtype, tuple[list[tuple], list[tuple]]] = {}
-    alive = []  # until the loop has ended, because it knows addresses alone
+    alive = []  # factors, until this function ends, because the loop knows addresses alone
     for product, second in zip(products, then or [None] * len(products)):
         out, left, right, alpha, beta = product
         rows, amounts = kinds.setdefault(out.dtype, ([], []))
         factors = [_factor(factor, out.dtype) for factor in (left, right, *(second[1:3] if second else ()))]
-        alive += factors  # until the loop has ended
+        alive += factors
         left, right, *more = factors
         other, columns, further = (*more, more[0].shape[1]) if second else (left, right, 0)
-        width, height, rank = out.element_size(), len(left), left.shape[1]
-        step = max(JOB_ENTRIES // (length := out.numel() // height), 32)
+        width, (height, rank), length = out.element_size(), left.shape, len(right)
+        if out.numel() != height * length or right.shape[1] != rank or columns.shape[1] != (further or rank):
+            raise ValueError("the factors of a product do not fit its matrix")
+        if (len(other), len(columns)) != (height, length):
+            raise ValueError("the factors of a second product do not fit its matrix")
+        step = max(JOB_ENTRIES // length, 32)
         for start in range(0, height, step):
             count, there = min(step, height - start), width * start
             first = left.data_ptr() + there * rank, right.data_ptr(), rank
@@ -131,7 +135,6 @@ def _add(products: Sequence[Product], then: Sequence[Product] = ()) -> None:
         fixed = np.array(rows, np.int64), np.array(amounts, like.dtype), like, like.dtype.type(1)
         jobs += [(*fixed, first, last) for first, last in groups([row[1] * row[2] for row in rows])]
     share(_add_rows, jobs)
-    del alive
 
 
 def _factor(factor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -144,7 +144,7 @@ def new_model() -> LlamaForCausalLM:
 
 
 def optimizers_of(model: nn.Module) -> list[torch.optim.Optimizer]:
-    """Muon (Jordan et al. 2024) for the matrices between the layers, AdamW for embedding and norms."""
+    """Muon (Jordan et al. 2024) for the matrices, also for an untied head, AdamW for embedding, biases and norms."""
     matrices, embeddings, norms = [], [], []
     for name, parameter in model.named_parameters():
         (norms if parameter.ndim == 1 else embeddings if "embed" in name else matrices).append(parameter)

@@ -63,6 +63,19 @@ def test_does_not_depend_on_threads_nor_on_company():
         assert all(torch.equal(a[0], b[0]) for a, b in zip(one, found[0]))
 
 
+@pytest.mark.parametrize("shapes", [((6, 2), (7, 2)), ((5, 2), (8, 2)), ((6, 2), (8, 3)), ((4, 2), (12, 2))], ids=str)
+def test_factors_that_do_not_fit_are_refused(shapes):
+    """The loop would read memory beyond them."""
+    out, good = torch.zeros(6, 8), (torch.ones(6, 2), torch.ones(8, 2))
+    left, right = map(torch.ones, shapes)
+    if left.shape != (4, 2):  # 4 times 12 entries are as many as those of the matrix
+        with pytest.raises(ValueError, match="do not fit"):
+            add_product_(out, left, right, 1.0, 1.0)
+    with pytest.raises(ValueError, match="do not fit"):
+        add_product_pairs_([(out, *good, 1.0, 1.0)], [(out, left, right, 1.0, 1.0)])
+    assert not out.any()
+
+
 def test_a_matrix_that_is_not_contiguous():
     out, left, right = operands((60, 50), 2, torch.float32)
     turned = out.t().contiguous().t()
