@@ -64,13 +64,12 @@ def test_noise_is_made_in_full_registers():
     if binding.get_default_triple().split("-")[0] != "x86_64":
         pytest.skip("the names of registers and instructions are those of x86-64")
     from metazo.noise import cpu
+    from metazo.noise.lanes import CHUNK, WORDS
 
-    loop = njit(nogil=True, error_model="numpy")(
-        cpu._add.py_func
-    )  # not from the cache, where machine code has no listing
-    out = np.zeros(512, np.float32)
-    rows, amounts = np.array([[out.ctypes.data, 512, 0, 1, 2]]), np.ones((1, 2), np.float32)
-    loop(rows, amounts, out[:0], True, 0, 3, 4, 0, 1)
+    # not from the cache, where machine code has no listing
+    loop = njit(nogil=True, error_model="numpy")(cpu._add_to.py_func)
+    z, words = np.zeros(CHUNK, np.float32), np.zeros(WORDS, np.uint32)
+    loop(np.zeros(512, np.float32), z, words, 0, np.float32(1), np.float32(1), True, 0, 1, 2, 3, 4)
     (machine,) = loop.inspect_asm().values()
     full = {512: "zmm", 256: "ymm", 128: "xmm"}[WIDTH]
     lines = [line for line in machine.splitlines() if full in line]
