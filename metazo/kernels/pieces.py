@@ -16,9 +16,8 @@ from numba import njit, types
 from numba.extending import intrinsic
 from numba.np.numpy_support import carray
 
-from metazo.blocks import ALIGN
-
 JOB_ENTRIES = 1 << 18  # entries of a job of a thread
+ALIGN = 2048  # a piece begins at a multiple of this (noise.TILE), where noise can begin
 
 
 @intrinsic
@@ -45,9 +44,7 @@ def matrix(address, rows, columns, like):
 
 
 def pieces(size: int) -> range:
-    """Starts of the pieces of a tensor that threads take, equally many per thread; a small tensor is one piece. They are
-    multiples of ALIGN, where noise can begin.
-    """
+    """Starts of the pieces of a tensor that threads take, equally many per thread; a small tensor is one piece."""
     threads = torch.get_num_threads()
     if size <= JOB_ENTRIES // 2 or threads == 1:
         return range(0, size, max(size, 1))
