@@ -6,17 +6,8 @@ import time
 from collections import Counter
 
 import pytest
-import torch
 
 from metazo.kernels.parallel import share
-
-
-@pytest.fixture(params=[1, 2, 4])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("form", [list, iter, lambda jobs: (job for job in jobs)])
