@@ -88,7 +88,7 @@ def _llama(dtype: torch.dtype = torch.float32) -> nn.Module:
 
 
 def _steps(name: str, model: nn.Module, parameters: Iterable[tuple[str, Tensor]]) -> ZOOptimizer:
-    """Three steps. Probes in place leave their rounding in the weights, so most methods need not evaluate the model there."""
+    """Three steps. Probes in place leave their rounding in the weights, so that a wrong one shows without the model's loss."""
     method, options = SHARDED[name]
     optimizer = method(parameters, **{"lr": 1e-3, "check_every": 1, "check_loss": False} | options)
     optimizer.defer = "waiting" in name
