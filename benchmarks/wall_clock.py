@@ -125,7 +125,18 @@ def main() -> None:
         print(f"{name}: {result['seconds']} s, {result['ratio']} of its forward passes\n{result['parts']}")
     if given.out:
         facts = {"environment": environment("cpu", "float32", False), "load": round(os.getloadavg()[0], 1)}
-        given.out.write_text(json.dumps({"forwards": FORWARDS, **facts, "runs": found}, indent=1) + "\n")
+        add(given.out, {**facts, "runs": found})
+
+
+def add(file: Path, machine: dict[str, Any]) -> None:
+    """Write what this machine took to the file, beside other processors and in place of an earlier result of its own."""
+
+    def processor(of: dict[str, Any]) -> tuple[str, str]:
+        return of["environment"]["cpu"], of["environment"]["microarchitecture"]
+
+    before = json.loads(file.read_text())["machines"] if file.exists() else []
+    others = [other for other in before if processor(other) != processor(machine)]
+    file.write_text(json.dumps({"forwards": FORWARDS, "machines": [*others, machine]}, indent=1) + "\n")
 
 
 def summary(rounds: list[dict[str, float]]) -> dict[str, Any]:

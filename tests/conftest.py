@@ -46,6 +46,12 @@ TEXT = (
 )
 
 
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # what was imported stays, and a full collection, which some tests make, need not look at it again
+    atexit.register(gc.unfreeze)  # some libraries print a warning if their objects are not collected at the end
+
+
 def pytest_sessionfinish(exitstatus: int) -> None:
     if exitstatus == pytest.ExitCode.TESTS_FAILED:
         atexit.unregister(_give_back)  # somebody may look at the files

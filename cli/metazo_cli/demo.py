@@ -17,7 +17,7 @@ from .messages import Terminal
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for all output.")] = Path("runs/demo"),
     model: Annotated[str, typer.Option(help="MiniLM, pico, or auto: MiniLM if it is on this machine.")] = "auto",
-    forwards: Annotated[int, typer.Option(help="Forward passes per fine-tuning run.", min=20)] = 300,
+    forwards: Annotated[int, typer.Option(help="Forward passes per fine-tuning run.", min=6)] = 300,
     texts: Annotated[int, typer.Option(help="Passages without labels that feedback is fitted on.", min=64)] = 160,
     examples: Annotated[int, typer.Option(help="Examples of dev and of test each.", min=4)] = 120,
     seed: Annotated[int, typer.Option(help="Seed of all random numbers.")] = 0,

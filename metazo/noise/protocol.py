@@ -42,6 +42,10 @@ class Stream(Protocol):
 
     seed: int
 
+    def prepare(self, draws: Iterable[Draw]) -> None:
+        """Announce what is drawn next, about in this order, so that it can be drawn together."""
+        ...
+
     def draw(
         self,
         tensor: NamedTensor,

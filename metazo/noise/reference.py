@@ -40,6 +40,9 @@ class TorchOrderStream:
             )
         return self.drawn[key]
 
+    def prepare(self, draws: Iterable[Draw]) -> None:
+        """Nothing to do: what is drawn is kept."""
+
     def draw(
         self,
         tensor: NamedTensor,

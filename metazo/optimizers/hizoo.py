@@ -38,7 +38,7 @@ from torch import Tensor
 
 from metazo.blocks import NamedTensor, chunk_of
 from metazo.errors import UserError
-from metazo.noise import Stream
+from metazo.noise import DENSE, Stream
 from metazo.optimizers.base import State, Update, ZOOptimizer
 from metazo.optimizers.registry import Case, register
 from metazo.step.directions import Diagonal, Direction, Isotropic, drawn
@@ -74,6 +74,7 @@ class CurvatureScaled(ZOOptimizer):
     def update(self, state: State, step: int, seeds: Sequence[int], losses: Sequence[float]) -> Update:
         self.weights.leave()  # the probe must be removed with the old H
         stream = self.noise.stream(seeds[0])
+        stream.prepare((tensor, None, DENSE) for tensor in self.tensors)
         for tensor in self.tensors:
             self.absorb(tensor, stream, ThreeLosses().second_difference(losses))
         return Update(self.estimator.coefficients(losses, self.eps))

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from metazo.blocks import NamedTensor, sides_of
 from metazo.errors import UserError
-from metazo.noise import LEFT, Draw
+from metazo.noise import LEFT, RIGHT, Draw
 from metazo.optimizers.base import State, Update, ZOOptimizer
 from metazo.optimizers.lozo import folder, zeros
 from metazo.optimizers.registry import Case, register
@@ -133,6 +133,7 @@ class ZOMuon(ZOOptimizer):
         if step % self.interval == 0:
             stream = self.noise.stream(seeds[0])
             self.noise.expect(seeds[0], self._draws(direction))
+            stream.prepare(draw for draw in self._draws(direction) if draw[2] == LEFT)
             for tensor in self.tensors:
                 if (basis := direction.basis.get(tensor.name)) is not None:
                     basis.copy_(haar_basis(stream.draw(tensor, tuple(basis.shape), LEFT, basis.dtype)))
@@ -149,6 +150,8 @@ class ZOMuon(ZOOptimizer):
         coefficients = self.estimator.coefficients(losses, self.eps)
         basis, streams = folder(state, "P"), [self.noise.stream(seed) for seed in seeds]
         direction, signs = Projected(Isotropic(), basis), {}
+        for stream in streams:
+            stream.prepare(draw for tensor in self.tensors for draw in direction.draws(tensor) if draw[2] == RIGHT)
         for tensor in self.tensors:
             if tensor.name in basis:
                 dtype = basis[tensor.name].dtype

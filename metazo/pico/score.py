@@ -59,14 +59,14 @@ def loss_and_hits(model, batch: Encoded) -> tuple[Tensor, Tensor]:
     per token of the candidates. Generation: mean loss of the answer's tokens; correct if greedy decoding
     would give the answer.
     """
-    logits = model(input_ids=batch.ids, use_cache=False).logits
+    hidden, head = model.model(input_ids=batch.ids, use_cache=False).last_hidden_state, model.get_output_embeddings()
     if batch.words is not None and batch.labels is not None:
         last = torch.tensor([start - 1 for start, _ in batch.spans])
-        scores = logits[torch.arange(len(last)), last][:, batch.words].float()
+        scores = head(hidden[torch.arange(len(last)), last])[:, batch.words].float()
         return F.cross_entropy(scores, batch.labels), scores.argmax(1) == batch.labels
     rows = [i for i, (start, end) in enumerate(batch.spans) for _ in range(start, end)]
     places = [t for start, end in batch.spans for t in range(start, end)]
-    picked, target = logits[rows, [t - 1 for t in places]].float(), batch.ids[rows, places]
+    picked, target = head(hidden[rows, [t - 1 for t in places]]).float(), batch.ids[rows, places]
     token_loss = F.cross_entropy(picked, target, reduction="none")
     owner = torch.tensor(rows)
     count = torch.zeros(len(batch.spans)).index_add(0, owner, torch.ones(len(rows)))

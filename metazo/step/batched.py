@@ -63,6 +63,8 @@ class Branches(Shown):
         positions: int | None,
     ):
         super().__init__(t for t in tensors if any(direction.touches(t) for _, direction in vectors))
+        for stream, direction in vectors:
+            stream.prepare(draw for tensor in tensors for draw in direction.draws(tensor))
         self.vectors, self.positions = vectors, positions
         self.query, self.amount = query, amount
 

@@ -75,10 +75,13 @@ class Direction(ABC):
     ) -> None:
         """out = beta * out + alpha * d, in place; out: in the tensor's shape, or a chunk of it."""
         for first, chunk in in_chunks(tensor, out, start):
-            chunk.mul_(beta).add_(draw_like(self, stream, tensor, chunk, first), alpha=alpha)
+            if beta != 1.0:
+                chunk.mul_(beta)
+            chunk.add_(draw_like(self, stream, tensor, chunk, first), alpha=alpha)
 
     def add_all_(self, stream: Stream, moves: Sequence[Move]) -> None:
         """add_ on several whole tensors that d touches. Subclasses may do all of them at once if that is faster."""
+        stream.prepare(draw for move in moves for draw in self.draws(move.tensor))
         for move in moves:
             self.add_(stream, *move)
 
@@ -98,6 +101,7 @@ class Direction(ABC):
 
     def place_all_(self, stream: Stream, places: Sequence[Place]) -> None:
         """place_ on several tensors. Subclasses may do all of them at once if that is faster."""
+        stream.prepare(draw for place in places for draw in self.draws(place.tensor))
         for place in places:
             self.place_(stream, *place)
 

@@ -60,6 +60,7 @@ class Factors(Direction):
 
     def pairs(self, stream: Stream, matrices: Sequence[Move]) -> list[tuple[Tensor, Tensor]]:
         """The pair of each move's tensor, cut to a shard, in the type of the tensor to which it is added."""
+        stream.prepare(draw for move in matrices for draw in self.draws(move.tensor))
         return [cut(move.tensor, *self.pair(stream, move.tensor, move.out.dtype)) for move in matrices]
 
     def place_(self, stream, tensor, out, base, alpha) -> None:

@@ -323,4 +323,7 @@ class Weights:
 
     def gradient(self, terms: Sequence[Term]) -> Estimate:
         """The estimate, a sum of terms, to be added to a buffer for every tensor, in order."""
-        return Estimate(terms, [self.noise.stream(term.seed) for term in terms])
+        streams = [self.noise.stream(term.seed) for term in terms]
+        for term, stream in zip(terms, streams):
+            stream.prepare(draw for tensor in self.tensors for draw in term.along.draws(tensor))
+        return Estimate(terms, streams)
