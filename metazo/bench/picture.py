@@ -15,7 +15,9 @@ _MARKS = (("#000000", "s"), ("#0072B2", "o"), ("#56B4E9", "^"), ("#D55E00", "D")
 def plot(result: dict[str, Any], path: Path) -> None:
     """Plot steps by shape and by model size, as dots with quartiles above the bound set by memory; written as PNG."""
     with needs("report"):
-        from matplotlib import pyplot as plt
+        from matplotlib.figure import Figure
+
+        from metazo.plots.style import png
 
     every = [
         (label, {name: there["suites"][name] for name in ("steps", "scaling") if name in there["suites"]})
@@ -27,8 +29,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
     across = max(len(suites) for _, suites in every)
     most = max(len(parts) for _, suites in every for parts in suites.values())
     size = (max(6.4, 1.4 * most) * across, 4.2 * len(every))
-    drawing, axes = plt.subplots(len(every), across, figsize=size, squeeze=False, layout="constrained")
-    for row, (label, suites) in zip(axes, every):
+    drawing = Figure(figsize=size, layout="constrained")
+    for row, (label, suites) in zip(drawing.subplots(len(every), across, squeeze=False), every):
         for axis in row[len(suites) :]:
             axis.axis("off")
         for axis, (name, parts) in zip(row, suites.items()):
@@ -42,8 +44,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
             axis.set_ylim(bottom=0.8)
             axis.grid(axis="y", alpha=0.25)
             axis.legend(frameon=False, fontsize=8)
-    drawing.savefig(path, dpi=130, metadata={"Software": None})
-    plt.close(drawing)
+    png(drawing, path)
 
 
 def _dots(axis: Any, parts: dict[str, Any]) -> None:

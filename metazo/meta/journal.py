@@ -132,24 +132,25 @@ def warning(row: dict[str, Any]) -> str:
 def plot(folder: Path) -> Path:
     """Sigma by block type over meta-steps, from the metrics, as PNG."""
     with needs("report"):
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+
+        from metazo.plots.style import log_axis, look, png, styled, unprintable
 
     rows = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    steps = [row["step"] for row in rows]
-    names = list(rows[0]["sigma"])
-    for index, name in enumerate(names):
-        style = ("-", "--", ":", "-.")[index // 10 % 4]
-        axes.plot(steps, [row["sigma"][name] for row in rows], style, label=short_type(name), linewidth=1.3)
-    axes.set(xlabel="meta-step", ylabel="normalised sigma (geometric mean by block type)", yscale="log")
-    axes.axhline(1, color="0.7", linewidth=0.8, zorder=0)
-    axes.grid(alpha=0.2)
-    if len(names) <= 40:
-        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    steps, names = [row["step"] for row in rows], list(rows[0]["sigma"])
     path = folder / PLOT
-    with whole_file(path) as file:
-        figure.savefig(file, format="png", dpi=120)
+    with styled(), unprintable(), whole_file(path) as file:
+        figure = Figure(figsize=(9, 5), layout="constrained")
+        axes = figure.subplots()
+        for index, name in enumerate(names):
+            sigma, label = [row["sigma"][name] for row in rows], short_type(name)
+            axes.plot(steps, sigma, label=label, markevery=max(len(rows) // 8, 1), **look(index))
+        axes.set(xlabel="meta-step", ylabel="normalised sigma (geometric mean by block type)")
+        log_axis(axes, "y")
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        axes.axhline(1, color="#666666", linewidth=0.8, zorder=0)
+        if len(names) <= 40:
+            axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+        png(figure, file, 120)
     return path

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from metazo.io.extras import needs
 
@@ -116,6 +116,11 @@ def save(figure: Figure, path: Path) -> None:
     if path.suffix == ".svg":
         path.write_text(svg(figure))
     else:
-        with styled(), unprintable():  # as in svg()
-            figure.set_dpi(130)
-            FigureCanvasAgg(figure).print_png(path, metadata={"Software": None}, pil_kwargs={"compress_level": 3})
+        with styled(), unprintable():
+            png(figure, path)
+
+
+def png(figure: Figure, file: Path | BinaryIO, dpi: int = 130) -> None:
+    """Write PNG without dates, drawn once as by svg()."""
+    figure.set_dpi(dpi)
+    FigureCanvasAgg(figure).print_png(file, metadata={"Software": None}, pil_kwargs={"compress_level": 3})
