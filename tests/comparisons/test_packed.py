@@ -81,7 +81,7 @@ def forged(folder: Path, data: bytes, runs: int) -> None:
     (folder / COMPARISON).write_text(json.dumps(about))
 
 
-def test_damaged_and_hostile_packs_are_one_sentence(tmp_path: Path) -> None:
+def test_damaged_and_hostile_packs_are_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = comparison(tmp_path)
     pack(folder)
     whole, about = (folder / RUNS).read_bytes(), (folder / COMPARISON).read_bytes()
@@ -90,7 +90,12 @@ def test_damaged_and_hostile_packs_are_one_sentence(tmp_path: Path) -> None:
         (folder / RUNS).write_bytes(data)
         with pytest.raises(UserError, match=r"runs\.jsonl\.xz"):
             list(read_runs(folder))
-    (folder / RUNS).write_bytes(zeros(128))
+    (folder / RUNS).write_bytes(whole)
+    with monkeypatch.context() as patched:  # too many lines, none of which is too long
+        patched.setattr("metazo.comparisons.packed.MAX_BYTES", len(lines) - 1)
+        with pytest.raises(UserError, match=r"runs\.jsonl\.xz holds more than a comparison may"):
+            list(read_runs(folder))
+    (folder / RUNS).write_bytes(zeros(128))  # one long line
     with pytest.raises(UserError, match=r"runs\.jsonl\.xz holds more than a comparison may"):
         list(read_runs(folder))
     for count, data in ((1, b"[" * 10**5), (1, b"[]"), (1, b"{}"), (1, b'{"file": 3}')):

@@ -247,10 +247,9 @@ KINDS: dict[str, Kind] = {
             "a call": _rezipped(pickle.dumps({"w": Evil()}, 2)),
             "a bare call": pickle.dumps({"w": Evil()}, 4),
             "zip bomb": _zip_bomb(),
-            "opcodes": _rezipped(b"\x80\x02" + b"]" * 1_100_000 + b"."),
+            "opcodes": _rezipped(b"\x80\x02" + b"]" * 16_000_000 + b"."),
             "nested": _rezipped(b"\x80\x02" + b")" + b"\x85" * 900_000 + b"."),
             "doubling": _rezipped(b"\x80\x02)" + b"q\0h\0\x86" * 300_000 + b"."),
-            "16 MB of opcodes": _rezipped(b"\x80\x02" + b"N0" * 499_000 + b"}" * 15_000_000 + b"."),
         },
     ),
 }  # fmt: skip
