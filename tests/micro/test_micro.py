@@ -63,7 +63,7 @@ def test_the_mixture_asks_as_metazo_does(micro, text_data):
         assert {micro.tokenizer.decode(option) for option in options} == answers
 
 
-@pytest.mark.parametrize("name", ["mpqa", "sarcasm_headlines"])  # a new task, and one of the mixture
+@pytest.mark.parametrize("name", ["mpqa", "snips"])  # a new task, and one of the mixture
 def test_accuracy_of_a_task_is_the_cards(micro, text_data, name):
     ready = prepare(TASK[name], micro, data=text_data, train=8, dev=0, test=300)
     result = evaluate(micro.model, ready, "test")
