@@ -130,12 +130,10 @@ def main() -> None:
 
 def add(file: Path, machine: dict[str, Any]) -> None:
     """Write what this machine took to the file, beside other processors and in place of an earlier result of its own."""
-
-    def processor(of: dict[str, Any]) -> tuple[str, str]:
-        return of["environment"]["cpu"], of["environment"]["microarchitecture"]
+    from metazo.bench.measurements import same_processor
 
     before = json.loads(file.read_text())["machines"] if file.exists() else []
-    others = [other for other in before if processor(other) != processor(machine)]
+    others = [other for other in before if not same_processor(other["environment"], machine["environment"])]
     file.write_text(json.dumps({"forwards": FORWARDS, "machines": [*others, machine]}, indent=1) + "\n")
 
 

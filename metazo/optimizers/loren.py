@@ -138,7 +138,7 @@ class LOREN(ZOOptimizer):
     def update(self, state: State, step: int, seeds: Sequence[int], losses: Sequence[float]) -> Update:
         coefficients = self.estimator.coefficients(losses, self.eps)
         direction, streams = self.propose(state, step, seeds), [self.noise.stream(seed) for seed in seeds]
-        for stream in streams:
+        for stream in streams if self.lr_cov else ():
             stream.prepare(draw for tensor in self.tensors for draw in direction.draws(tensor))
         for tensor in self.tensors if self.lr_cov else ():
             a = state[f"a/{tensor.name}"]
