@@ -46,6 +46,13 @@ TEXT = (
 )
 
 
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if hasattr(session.config, "workerinput"):  # a worker of xdist
+        from tests import warm
+
+        warm.begin()
+
+
 def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()  # what was imported stays, and a full collection, which some tests make, need not look at it again

@@ -1,7 +1,8 @@
 """Processes that start warm: forked from a server that has imported what the commands use and taken a step.
 
 Each is a process of its own, with arguments, environment, folder, signals, output and exit code as from a shell. What it
-saves is the five seconds of CPU that python, torch, transformers and the kernels' cache take to start.
+saves is the five seconds of CPU that python, torch, transformers and the kernels' cache take to start. The server is a fork
+of the worker of the suite that begins with it (`begin`), and starts cold in a session without workers.
 
 Where not to use: to test what is imported, or what happens without a package.
 """
@@ -124,6 +125,24 @@ def serve() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
+def begin() -> None:
+    """At the start of a worker of the whole suite, before any test: the server as a fork of this process, which has to import
+    the same.
+    """
+    importlib.import_module("tests.warm_server")
+    kept = forkserver.util
+    forkserver.util = _forking()
+    try:
+        serve()
+    finally:
+        forkserver.util = kept
+
+
+def _forking() -> Any:
+    """The server's module of utilities, with a fork in the place of a cold start."""
+    return SimpleNamespace(**vars(forkserver.util) | {"spawnv_passfds": _fork})
+
+
 def _renew_pool() -> None:
     """Torch's thread pool does not survive a fork, and if two threads are the first to ask for a new one, one may fail."""
     import torch
@@ -132,14 +151,15 @@ def _renew_pool() -> None:
 
 
 def _fork(program: str | bytes, arguments: list[str], kept: list[int]) -> int:
-    """In the place of `spawnv_passfds`: start a server for the workers of this process as a fork of it. A cold one, which
-    would import what is imported here, takes four seconds of CPU. It is a child process as the cold one would be, and has
-    none of this process's files: a lock or the end of a pipe that it kept would outlive this process.
+    """In the place of `spawnv_passfds`: start a server as a fork of this process. A cold one, which would import what is
+    imported here, takes four seconds of CPU. It is a child process as the cold one would be, and has none of this process's
+    files: a lock or the end of a pipe that it kept would outlive this process.
     """
     child = os.fork()
     if child:
         return child
     try:
+        forkserver._forkserver.__init__()  # its lock is held where this process begins
         nothing = os.open(os.devnull, os.O_RDWR)
         for file in map(int, os.listdir("/dev/fd")):
             if file > 2 and file not in (nothing, *kept):
@@ -151,7 +171,7 @@ def _fork(program: str | bytes, arguments: list[str], kept: list[int]) -> int:
 
 
 def _run(arguments: list[str], told: Path, environment: dict[str, str], cwd: Path) -> None:
-    forkserver.util = SimpleNamespace(**vars(forkserver.util) | {"spawnv_passfds": _fork})  # type: ignore[attr-defined]
+    forkserver.util = _forking()  # for the workers of this process
     hub = {name: value for name, value in environment.items() if name.startswith("HF_")}
     changed = any(os.environ.get(name) != value for name, value in hub.items())
     os.environ.clear()
@@ -163,6 +183,7 @@ def _run(arguments: list[str], told: Path, environment: dict[str, str], cwd: Pat
         file = os.open(told / name, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
         os.dup2(file, number)
         os.close(file)
+    sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # pytest has put others in their place
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     _renew_pool()
     if arguments[0] == "metazo":

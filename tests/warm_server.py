@@ -1,4 +1,6 @@
-"""What the server of `tests.warm` does before it forks: import what a run imports, and take two steps."""
+"""What happens before the server of `tests.warm` forks, in it or in the process that it is a fork of: what a run imports is
+imported, and two steps are taken.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +24,7 @@ folder = Path(tempfile.mkdtemp())
 settings = {"steps": 2, "batch_size": 2, "train_examples": 8, "dev_examples": 4, "test_examples": 4}
 run_settings(FinetuneConfig("pico", "pico_sentiment", folder / "run", **settings), Console(quiet=True))
 shutil.rmtree(folder)
+del os.environ["HF_DEACTIVATE_ASYNC_LOAD"]
 torch.set_num_threads(threads)
 gc.collect()
 gc.freeze()  # a collection in a forked process would touch, and so copy, every object of the server

@@ -161,7 +161,8 @@ def _jobs(moves: Sequence[tuple], *fixed: object, start: int = 0) -> list[tuple]
             numbers.append(amounts)
     jobs = []
     for dtype, (rows, numbers) in kinds.items():
-        table = np.array(rows, np.int64), np.array(numbers, np.float64 if dtype == torch.float64 else np.float32)
+        with np.errstate(over="ignore"):  # in a run that diverges amounts exceed float32, and are infinite
+            table = np.array(rows, np.int64), np.array(numbers, np.float64 if dtype == torch.float64 else np.float32)
         jobs += [(*table, _LIKE[dtype], *fixed, first, last) for first, last in groups([size for _, size, *_ in rows])]
     return jobs
 

@@ -95,7 +95,8 @@ def test_a_run_whose_weights_did_not_move_says_so_in_its_summary(tmp_path):
     assert not watch.notes
     watch.see(step(3, 0.6, 0.6))
     assert watch.notes[0].startswith("In 2 of 3 steps the losses of all probes were exactly equal")
-    summary = run_settings(config(out=tmp_path / "run", eps=1e-12))
+    # At eps 1e-12 a weight near 0 moves, and on some processors a loss by its last bit, which eps divides.
+    summary = run_settings(config(out=tmp_path / "run", eps=1e-30))
     assert any(note.startswith("In 6 of 6 steps") for note in summary["notes"])
 
 
