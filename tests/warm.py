@@ -183,7 +183,8 @@ def _run(arguments: list[str], told: Path, environment: dict[str, str], cwd: Pat
         file = os.open(told / name, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
         os.dup2(file, number)
         os.close(file)
-    sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # pytest has put others in their place
+    # pytest has put others in their place
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     _renew_pool()
     if arguments[0] == "metazo":

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+import metazo.plots.curves  # noqa: F401
+import metazo_cli.main  # noqa: F401
 from metazo.io.terminal import Console
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import run_settings

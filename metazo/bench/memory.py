@@ -1,19 +1,19 @@
 """Peak memory above inference, with one process per method.
 
-    python -m metazo.bench.memory METHOD SIZE BATCH LENGTH DTYPE DEVICE      prints one line of JSON
-
-The child loads the kernels on a tiny model, runs forward passes on the real one, notes the peak, takes three steps and
-notes the peak again. On Linux the peak is the kernel's high-water mark of resident memory, reset in between; on CUDA it
-is the allocator's. Elsewhere it is getrusage's, which cannot be reset.
+Every process is forked from a server that has imported what it needs and has used nothing of it. It loads the kernels on a tiny
+model, runs forward passes on the real one, notes the peak, takes three steps and notes the peak again. On Linux the peak is the
+kernel's high-water mark of resident memory, reset in between; on CUDA it is the allocator's. Elsewhere it is getrusage's, which
+cannot be reset.
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
+import multiprocessing
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +38,37 @@ def measure(
     tick: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
     """Rows of {case, weights, inference, above, fixed}, in bytes; above is at the peak of three steps, fixed is what
-    loading the method's kernels costs once, for any model. Raises RuntimeError if a child process fails.
+    loading the method's kernels, with the library that compiles them, costs once for any model. Raises RuntimeError if a
+    child process fails.
     """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
     rows = []
     for method in methods:
-        command = [sys.executable, "-m", __spec__.name, method, size, *map(str, shape), dtype, device]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"the measurement of {method} ended with {done.returncode}: {done.stderr[-2000:]}")
-        rows.append(json.loads(done.stdout.splitlines()[-1]))
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=_tell, args=(theirs, method, size, shape, dtype, device), daemon=True)
+        process.start()
+        theirs.close()
+        found = None
+        with suppress(EOFError):  # it was killed
+            found = ours.recv()
+        process.join()
+        if not isinstance(found, dict):
+            raise RuntimeError(f"the measurement of {method} ended with {process.exitcode}: {found}")
+        rows.append(found)
         tick()
     return rows
+
+
+def _tell(connection: Connection, *measured: Any) -> None:
+    """In a process of its own: send the row, or the text of the error."""
+    try:
+        connection.send(child(*measured))
+    except Exception:
+        connection.send(traceback.format_exc()[-2000:])
+        sys.exit(1)
+    except KeyboardInterrupt:  # the parent says so
+        sys.exit(1)
 
 
 def _make(method: str, model: Any) -> Any:
@@ -80,7 +100,7 @@ def _peak(device: str) -> int:
 
 
 def child(method: str, size: str, shape: Shape, dtype: str, device: str) -> dict[str, Any]:
-    """The measurement in the child process of `measure`."""
+    """The measurement of one method, in a process of its own: peaks of a process only grow."""
 
     def steps(of: Any, count: int) -> int:
         _reset(device)
@@ -105,8 +125,3 @@ def child(method: str, size: str, shape: Shape, dtype: str, device: str) -> dict
     above = steps(model, 3) - inference
     row = {"weights": weight_bytes(model), "inference": inference, "above": above, "fixed": fixed}
     return {"case": method, **row}
-
-
-if __name__ == "__main__":
-    _method, _size, _batch, _length, _dtype, _device = sys.argv[1:]
-    print(json.dumps(child(_method, _size, (int(_batch), int(_length)), _dtype, _device)))
