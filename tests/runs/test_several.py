@@ -11,7 +11,8 @@ import socket
 import sys
 import time
 import warnings
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,6 +20,7 @@ from unittest import mock
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed import TCPStore
 
 from metazo.errors import UserError
 from metazo.io.processes import LostRank, joined
@@ -57,7 +59,7 @@ def _main(arguments: list[str]) -> tuple[int, str]:
 def _process(rank: int, folder: Path, ports: list[int]) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
+    _as_torchrun(rank, 2)
     said: dict[str, Any] = {}
 
     def meet() -> None:
@@ -97,13 +99,26 @@ def _process(rank: int, folder: Path, ports: list[int]) -> None:
     torch.save(said, folder / f"{rank}.pt")
 
 
+def _as_torchrun(rank: int, count: int) -> None:
+    """Its environment. The processes meet at a store of the process that starts them, for which they need not wait."""
+    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1"}
+    os.environ |= {name: str(value) for name, value in own.items()} | {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+
+
+@contextmanager
+def meetings(count: int) -> Iterator[list[int]]:
+    """Ports of stores at which processes can meet, one for each time."""
+    stores = [TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in range(count)]
+    yield [store.port for store in stores]
+
+
 def _kept(said: dict[str, Any]) -> Any:
     return lambda record: said.update(last=record.step)
 
 
-def _ports(count: int) -> list[int]:
-    """Free ports below those that Linux gives to connections, which would take one before it is used."""
-    return [port for port in random.SystemRandom().sample(range(15_000, 32_000), 4 * count) if _free(port)][:count]
+def _free_port() -> int:
+    """A port below those that Linux gives to connections, which would take one before it is used."""
+    return next(port for port in random.SystemRandom().sample(range(15_000, 32_000), 100) if _free(port))
 
 
 def _free(port: int) -> bool:
@@ -118,7 +133,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("several")
     with pytest.raises(Interrupted):
         tune(_config(folder / "resumed"), on_step=_stopped_at(3, signal.SIGTERM))
-    warm.ranks(_process, folder, _ports(12), killed=1)
+    with meetings(12) as ports:
+        warm.ranks(_process, folder, ports, killed=1)
     return folder
 
 
@@ -226,7 +242,7 @@ def test_processes_that_cannot_meet_say_why():
         f"The processes of this run cannot meet at 127.0.0.1:{port} (MASTER_ADDR, MASTER_PORT): another program uses the "
         "port: give torchrun another --master-port."
     )
-    found = _refused(rank="1", port=str(_ports(1)[0]), timeout=1.0)
+    found = _refused(rank="1", port=str(_free_port()), timeout=1.0)
     assert "there was no answer within 1 seconds" in str(found) and found.of_rank == 1
     for found in (_refused(rank="1", port=None), _refused(rank="x", port="x")):
         assert "start them with torchrun or accelerate launch" in str(found) and found.of_rank is not None
