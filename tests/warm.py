@@ -19,13 +19,14 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from huggingface_hub import constants
+from torch.distributed import TCPStore
 from torch.multiprocessing import start_processes
 
 ROOT = Path(__file__).parents[1]
@@ -86,26 +87,38 @@ def run(*arguments: object, timeout: float = 280, **options) -> subprocess.Compl
     return subprocess.CompletedProcess([*map(str, arguments)], process.returncode or 0, out, err)
 
 
+@contextlib.contextmanager
+def meetings(count: int) -> Iterator[list[int]]:
+    """Ports of stores at which processes can meet, one for each time."""
+    stores = [TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in range(count)]
+    yield [store.port for store in stores]
+
+
 def ranks(function: Callable[..., None], *arguments: Any, count: int = 2, killed: int | None = None) -> None:
     """Run `function(rank, *arguments)` in `count` processes and raise the error of one that fails, whose end ends the others.
+    They have the environment that torchrun gives; as with torchrun, they meet at a store of the process that starts them, for
+    which they need not wait.
     killed: the rank that must end by SIGKILL.
     """
     serve()
-    told = (dict(os.environ), function, arguments)
-    context = start_processes(_rank, told, nprocs=count, join=False, start_method="forkserver")
-    assert context is not None
-    if killed is not None:
-        context.sentinels.pop(context.processes[killed].sentinel)
-    while not context.join():
-        pass
-    if killed is not None:
-        context.processes[killed].join()
-        assert context.processes[killed].exitcode == -signal.SIGKILL
+    with meetings(1) as (port,):
+        shared = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = os.environ | {name: str(value) for name, value in shared.items()}
+        told = (environment | {"TORCHELASTIC_USE_AGENT_STORE": "True"}, function, arguments)
+        context = start_processes(_rank, told, nprocs=count, join=False, start_method="forkserver")
+        assert context is not None
+        if killed is not None:
+            context.sentinels.pop(context.processes[killed].sentinel)
+        while not context.join():
+            pass
+        if killed is not None:
+            context.processes[killed].join()
+            assert context.processes[killed].exitcode == -signal.SIGKILL
 
 
 def _rank(rank: int, environment: dict[str, str], function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     os.environ.clear()
-    os.environ.update(environment)
+    os.environ.update(environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     _renew_pool()
     function(rank, *arguments)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from itertools import product
 from typing import Any
@@ -173,8 +172,7 @@ def _refused(folder: str) -> dict[str, str]:
 
 def _process(rank: int, folder: str, count: int) -> None:
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(count), LOCAL_RANK=str(rank))
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting-{count}", rank=rank, world_size=count)
+    dist.init_process_group("gloo")
     said: dict[Any, Any] = {}
     for layout in (layout for layout, processes in LAYOUTS.items() if processes == count):
         model = _sharded(layout, folder)

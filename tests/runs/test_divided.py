@@ -22,7 +22,7 @@ from metazo.runs.replay import replay
 from metazo.settings import build
 from metazo.steplog.format import scan
 from tests import warm
-from tests.runs.test_several import _as_torchrun, _main, _stopped_at, meetings
+from tests.runs.test_several import _main, _stopped_at
 
 COUNT = 4
 SETTINGS: dict[str, Any] = {
@@ -65,7 +65,6 @@ def _waiting() -> set[float]:
 
 def _process(rank: int, folder: Path, model: Path, ports: list[int]) -> None:
     torch.set_num_threads(1)
-    _as_torchrun(rank, COUNT)
     said: dict[str, Any] = {}
     for name, settings in RUNS.items():
         os.environ["MASTER_PORT"] = str(ports.pop())
@@ -107,7 +106,7 @@ def model(tiny: Callable[[str], Path]) -> Path:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
     folder = tmp_path_factory.mktemp("divided")
-    with meetings(14) as ports:
+    with warm.meetings(14) as ports:
         warm.ranks(_process, folder, model, ports, count=COUNT, killed=3)
     return folder
 

@@ -11,8 +11,7 @@ import socket
 import sys
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,7 +19,6 @@ from unittest import mock
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.distributed import TCPStore
 
 from metazo.errors import UserError
 from metazo.io.processes import LostRank, joined
@@ -59,7 +57,6 @@ def _main(arguments: list[str]) -> tuple[int, str]:
 def _process(rank: int, folder: Path, ports: list[int]) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    _as_torchrun(rank, 2)
     said: dict[str, Any] = {}
 
     def meet() -> None:
@@ -99,19 +96,6 @@ def _process(rank: int, folder: Path, ports: list[int]) -> None:
     torch.save(said, folder / f"{rank}.pt")
 
 
-def _as_torchrun(rank: int, count: int) -> None:
-    """Its environment. The processes meet at a store of the process that starts them, for which they need not wait."""
-    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1"}
-    os.environ |= {name: str(value) for name, value in own.items()} | {"TORCHELASTIC_USE_AGENT_STORE": "True"}
-
-
-@contextmanager
-def meetings(count: int) -> Iterator[list[int]]:
-    """Ports of stores at which processes can meet, one for each time."""
-    stores = [TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in range(count)]
-    yield [store.port for store in stores]
-
-
 def _kept(said: dict[str, Any]) -> Any:
     return lambda record: said.update(last=record.step)
 
@@ -133,7 +117,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("several")
     with pytest.raises(Interrupted):
         tune(_config(folder / "resumed"), on_step=_stopped_at(3, signal.SIGTERM))
-    with meetings(12) as ports:
+    with warm.meetings(12) as ports:
         warm.ranks(_process, folder, ports, killed=1)
     return folder
 
