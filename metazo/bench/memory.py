@@ -8,7 +8,7 @@ cannot be reset.
 
 from __future__ import annotations
 
-import multiprocessing
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -21,6 +21,7 @@ import torch
 
 from metazo.bench.models import Shape, build, lm_loss, weight_bytes
 from metazo.bench.steps import METHODS, make
+from metazo.io import forked
 from metazo.io.allocator import give_back
 
 FIRST_ORDER = "AdamW, first-order"
@@ -41,9 +42,7 @@ def measure(
     loading the method's kernels, with the library that compiles them, costs once for any model. Raises RuntimeError if a
     child process fails.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    rows = []
+    context, rows = forked.context(__name__), []
     for method in methods:
         ours, theirs = context.Pipe(duplex=False)
         process = context.Process(target=_tell, args=(theirs, method, size, shape, dtype, device), daemon=True)
@@ -62,12 +61,12 @@ def measure(
 
 def _tell(connection: Connection, *measured: Any) -> None:
     """In a process of its own: send the row, or the text of the error."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends this process
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, forked.STOPPING)
     try:
         connection.send(child(*measured))
     except Exception:
         connection.send(traceback.format_exc()[-2000:])
-        sys.exit(1)
-    except KeyboardInterrupt:  # the parent says so
         sys.exit(1)
 
 

@@ -14,7 +14,6 @@ import signal
 import threading
 import time
 from dataclasses import dataclass, field
-from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
@@ -22,11 +21,11 @@ import torch
 
 from metazo.comparisons.cell import Job, failed, run, warm_up
 from metazo.comparisons.results import Result
+from metazo.io import forked
 from metazo.models.frozen import share_between_runs
 from metazo.runs.interrupt import Interrupted
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
-ASKED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # if one of these ends a worker, its job is not at fault
 STOPPED = 128 + signal.SIGTERM  # exit code of a worker that was asked to stop
 GRACE = 5.0  # seconds that a worker has to stop when asked
 
@@ -43,7 +42,7 @@ def _work(connection: Connection, threads: int, environment: dict[str, str]) -> 
     assert parent is not None
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKED)  # see Pool._warm
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, forked.STOPPING)
     torch.set_num_threads(
         threads
     )  # before a thread uses torch: if two ask at once for a new pool after a fork, one may fail
@@ -79,7 +78,6 @@ class Pool:
 
     def __init__(self, workers: int, threads: int):
         self.size, self.threads = workers, threads
-        self.context = multiprocessing.get_context("forkserver")
         self.workers: list[_Worker] = []
 
     def __enter__(self) -> Pool:
@@ -120,31 +118,14 @@ class Pool:
         free.job, free.since = job, time.monotonic()
 
     def _start(self) -> _Worker:
-        self._warm()
-        ours, theirs = self.context.Pipe()
+        context = forked.context(__name__, dict.fromkeys(THREADS, str(self.threads)))
+        ours, theirs = context.Pipe()
         environment = os.environ | dict.fromkeys(THREADS, str(self.threads))
-        process = self.context.Process(target=_work, args=(theirs, self.threads, environment), daemon=True)
+        process = context.Process(target=_work, args=(theirs, self.threads, environment), daemon=True)
         process.start()
         theirs.close()
         self.workers.append(_Worker(process, ours))
         return self.workers[-1]
-
-    def _warm(self) -> None:
-        """Start the server unless it runs.
-
-        It blocks signals, and so do the workers that it forks, until they have decided what to do with them.
-        """
-        self.context.set_forkserver_preload([__name__])
-        resource_tracker.ensure_running()  # it would lift the mask below
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, ASKED)
-        before = dict(os.environ)
-        os.environ.update(dict.fromkeys(THREADS, str(self.threads)))  # read by libraries when they are loaded
-        try:
-            forkserver.ensure_running()
-        finally:
-            for name in THREADS:
-                os.environ.pop(name) if name not in before else os.environ.update({name: before[name]})
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def collect(self, timeout: float) -> list[tuple[Job, Result | None]]:
         """Results that arrive within `timeout` seconds; a job whose process died has failed.
@@ -166,7 +147,7 @@ class Pool:
                 worker.process.join()
                 self.workers.remove(worker)
                 code = worker.process.exitcode
-                asked = code == STOPPED or code in [-number for number in ASKED]
+                asked = code == STOPPED or code in [-number for number in forked.STOPPING]  # its job is not at fault
                 result = None if asked else failed(job, _how(code))
                 shutil.rmtree(job.out, ignore_errors=True)
             done.append((job, result))

@@ -1,0 +1,34 @@
+"""Processes that are forked from a server with the imports that they share: each of them would take seconds to import them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Mapping
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.context import ForkServerContext
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def context(module: str, environment: Mapping[str, str] | None = None) -> ForkServerContext:
+    """The context whose processes are forked from a server that has imported `module`; it is started unless it runs.
+
+    The server blocks the signals in STOPPING, and so do the processes until they have decided what to do with them: Ctrl-C
+    reaches all of a group, and would show the traceback of an import. environment: variables that libraries read when they are
+    imported.
+    """
+    made = multiprocessing.get_context("forkserver")
+    made.set_forkserver_preload([module])
+    resource_tracker.ensure_running()  # it would lift the mask below
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    before = dict(os.environ)
+    os.environ.update(environment or {})
+    try:
+        forkserver.ensure_running()
+    finally:
+        for name in environment or {}:
+            os.environ.pop(name) if name not in before else os.environ.update({name: before[name]})
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    return made
