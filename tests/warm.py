@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from multiprocessing import forkserver, resource_tracker
+from multiprocessing import forkserver
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +28,8 @@ from typing import Any
 from huggingface_hub import constants
 from torch.distributed import TCPStore
 from torch.multiprocessing import start_processes
+
+from metazo.io import forked
 
 ROOT = Path(__file__).parents[1]
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -125,17 +127,9 @@ def _rank(rank: int, environment: dict[str, str], function: Callable[..., None],
 
 
 def serve() -> None:
-    """Start the server unless it runs; the workers of comparisons in this process are then forked from it too. It keeps
-    signals blocked, as that of a comparison's workers does, until a process unblocks them.
-    """
-    CONTEXT.set_forkserver_preload([__name__, "tests.warm_server"])
-    resource_tracker.ensure_running()
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
-    try:
-        with contextlib.chdir(ROOT):  # which has this package
-            forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    """Start the server unless it runs; the workers of comparisons in this process are then forked from it too."""
+    with contextlib.chdir(ROOT):  # which has this package
+        forked.context(__name__, "tests.warm_server")
 
 
 def begin() -> None:

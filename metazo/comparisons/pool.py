@@ -118,7 +118,7 @@ class Pool:
         free.job, free.since = job, time.monotonic()
 
     def _start(self) -> _Worker:
-        context = forked.context(__name__, dict.fromkeys(THREADS, str(self.threads)))
+        context = forked.context(__name__, environment=dict.fromkeys(THREADS, str(self.threads)))
         ours, theirs = context.Pipe()
         environment = os.environ | dict.fromkeys(THREADS, str(self.threads))
         process = context.Process(target=_work, args=(theirs, self.threads, environment), daemon=True)

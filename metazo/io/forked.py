@@ -12,15 +12,15 @@ from multiprocessing.context import ForkServerContext
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-def context(module: str, environment: Mapping[str, str] | None = None) -> ForkServerContext:
-    """The context whose processes are forked from a server that has imported `module`; it is started unless it runs.
+def context(*modules: str, environment: Mapping[str, str] | None = None) -> ForkServerContext:
+    """The context whose processes are forked from a server that has imported the modules; it is started unless it runs.
 
     The server blocks the signals in STOPPING, and so do the processes until they have decided what to do with them: Ctrl-C
     reaches all of a group, and would show the traceback of an import. environment: variables that libraries read when they are
     imported.
     """
     made = multiprocessing.get_context("forkserver")
-    made.set_forkserver_preload([module])
+    made.set_forkserver_preload([*modules])
     resource_tracker.ensure_running()  # it would lift the mask below
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     before = dict(os.environ)

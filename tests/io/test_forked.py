@@ -2,25 +2,61 @@
 
 from __future__ import annotations
 
-import os
-import signal
-from multiprocessing.connection import Connection
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 from metazo.io import forked
 
+IMPORTED = """
+import os, signal
 
-def _blocked(connection: Connection) -> None:
-    connection.send({int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, ())})
+pid, kept = os.getpid(), os.environ["KEPT"]
+blocked = sorted(map(int, signal.pthread_sigmask(signal.SIG_BLOCK, ())))
+
+def tell(connection):
+    connection.send([pid, os.getppid(), kept, blocked, sorted(map(int, signal.pthread_sigmask(signal.SIG_BLOCK, ())))])
+"""
+PARENT = """
+import json, os, signal
+from metazo.io import forked
+
+if __name__ == "__main__":
+    before = dict(os.environ), signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    found = []
+    for _ in range(2):
+        context = forked.context("imported", environment={"KEPT": "server's", "NEW": "1"})
+        assert (dict(os.environ), signal.pthread_sigmask(signal.SIG_BLOCK, ())) == before
+        import imported_late
+        ours, theirs = context.Pipe(duplex=False)
+        context.Process(target=imported_late.tell, args=(theirs,)).start()
+        found.append(ours.recv())
+    print(json.dumps(found))
+"""
+LATE = """
+def tell(connection):
+    import imported
+
+    imported.tell(connection)
+"""
 
 
-def test_signals_wait_in_the_process_and_nothing_changes_in_its_parent(monkeypatch):
-    monkeypatch.setenv("METAZO_TEST_KEPT", "1")
-    before, mask = dict(os.environ), signal.pthread_sigmask(signal.SIG_BLOCK, ())
-    context = forked.context(__name__, {"METAZO_TEST_KEPT": "2", "METAZO_TEST_NEW": "3"})
-    assert dict(os.environ) == before and signal.pthread_sigmask(signal.SIG_BLOCK, ()) == mask
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_blocked, args=(theirs,))
-    process.start()
-    assert {int(number) for number in forked.STOPPING} <= ours.recv()
-    process.join()
-    assert process.exitcode == 0
+def test_the_server_imports_once_with_signals_blocked_and_its_parent_is_as_before(tmp_path: Path):
+    """In a parent without a server: the suite's own has one."""
+    for name, text in (("imported", IMPORTED), ("imported_late", LATE), ("parent", PARENT)):
+        (tmp_path / f"{name}.py").write_text(text)
+    done = subprocess.run(
+        [sys.executable, "parent.py"],
+        cwd=tmp_path,
+        env={"KEPT": "parent's"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = json.loads(done.stdout)
+    stopping = {int(number) for number in forked.STOPPING}
+    for server, parent, kept, at_import, in_process in (first, second):
+        assert server == parent == first[0] and kept == "server's"
+        assert stopping <= set(at_import) and stopping <= set(in_process)
