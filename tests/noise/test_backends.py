@@ -112,6 +112,16 @@ def test_what_is_not_finite_stays_so(dtype):
         assert placed[0].isnan() and torch.equal(placed[1:], special.to(dtype)[1:])
 
 
+@pytest.mark.filterwarnings("error")
+def test_an_amount_beyond_float32_is_infinite_without_a_word():
+    """As in a run that diverges, which has a message of its own."""
+    w = tensor(131)
+    for stream in streams("rademacher"):
+        out = random(131)
+        stream.add_(w, out, 1e39)
+        assert out.isinf().all() and torch.equal(out.sign(), stream.draw(w).sign())
+
+
 def test_narrow_rounding_is_to_nearest_even():
     base = torch.arange(1 << 16, dtype=torch.int32).mul(65537).view(torch.float32)  # all exponents, many ties
     for dtype in (torch.bfloat16, torch.float16):
