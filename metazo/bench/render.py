@@ -138,8 +138,13 @@ _MAKERS = {
 
 def sentence(result: dict[str, Any]) -> str:
     """Machines, versions, dates and load, for the notes below the tables."""
-    every = [_measured(there) for there in result["processors"] if there["suites"]]
-    return ". ".join([*every, "Medians with quartiles in brackets, of at least 5 interleaved rounds."])
+    found = [there for there in result["processors"] if there["suites"]]
+    rows = [
+        row for there in found for suite in there["suites"].values() for part in suite.values() for row in part["rows"]
+    ]
+    rounds = [row[key]["rounds"] for row in rows for key in ("ratio", "rate") if key in row]
+    medians = [f"Medians with quartiles in brackets, of at least {min(rounds)} interleaved rounds."] if rounds else []
+    return ". ".join([*map(_measured, found), *medians]).removesuffix(".") + "."
 
 
 def _measured(there: dict[str, Any]) -> str:
@@ -159,7 +164,7 @@ def _measured(there: dict[str, Any]) -> str:
 PICTURE = """![Step over two forwards by shape and by model size]({picture})
 
 *Step / (2 × forward), medians with quartiles. 1 is the cost of the forward passes alone; the dashed line adds three plain
-passes over the weights, the lower bound of a method that moves them in place.*"""
+passes over the weights, as many as a step in place makes whose update does not wait for the next probe.*"""
 
 
 def markdown(result: dict[str, Any], picture: str = "speed.png") -> str:

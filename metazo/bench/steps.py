@@ -153,7 +153,9 @@ def _forwards(loss: Callable[[], Tensor]) -> float:
 
 @torch.no_grad()
 def _passes(model: nn.Module) -> None:
-    """Read and write every weight three times and do nothing else: the lower bound that memory sets for a step's own work."""
+    """Read and write every weight three times and do nothing else: what memory alone takes of a step in place, or three
+    halves of it if the update waits for the next probe.
+    """
     for _ in range(3):
         for parameter in model.parameters():
             parameter.data.mul_(1.0)

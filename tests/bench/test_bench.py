@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from metazo.bench import measurements, picture, render, suites
+from metazo.bench import measurements, memory, picture, render, suites
 from metazo.bench.models import SIZES, build, lm_loss
 from metazo.bench.processors import labels
 from metazo.bench.published import PublishedLoop
@@ -106,7 +106,8 @@ def test_a_quick_run_has_every_suite(quick: Path):
     assert all(row["ratio"]["rounds"] >= 2 for row in rows.values())
     assert rows[FORWARDS]["ratio"]["median"] == 1 and rows[PUBLISHED]["ratio"]["median"] > 1
     assert (quick / "speed.png").stat().st_size > 10_000
-    assert "| MeZO, Rademacher |" in (quick / "speed.md").read_text()
+    shown = (quick / "speed.md").read_text()
+    assert "| MeZO, Rademacher |" in shown and "of at least 2 interleaved rounds." in shown
 
 
 def test_memory_sees_the_moments_of_adam(quick: Path):
@@ -117,6 +118,15 @@ def test_memory_sees_the_moments_of_adam(quick: Path):
     assert first["weights"] == zeroth["weights"] > 3e7
     assert first["above"] > 2.5 * first["weights"]
     assert zeroth["above"] < 0.2 * zeroth["weights"]
+
+
+def test_a_measurement_of_memory_that_fails_says_why_and_one_of_memory_alone_speaks_of_no_rounds(quick: Path):
+    with pytest.raises(RuntimeError, match="(?s)measurement of nothing ended with 1: .*KeyError: 'nothing'"):
+        memory.measure("1M", (1, 4), ["nothing"])
+    result = measurements.read(quick / "speed.json")
+    (there,) = result["processors"]
+    there["suites"] = {"memory": there["suites"]["memory"]}
+    assert "rounds" not in render.sentence(result) and not render.sentence(result).endswith("..")
 
 
 def test_figures_name_the_machine_by_kind_alone(quick: Path):
