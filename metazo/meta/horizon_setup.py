@@ -26,6 +26,7 @@ from metazo.runs.monitor import Diverged
 from metazo.runs.resources import size
 from metazo.tasks import resolve
 from metazo.tasks.classes import fit_head
+from metazo.tasks.evaluate import batches
 from metazo.tuner.file import Tuner, TunerInfo
 from metazo.tuner.match import BlockSpec
 from metazo.tuner.networks import PertNN
@@ -71,7 +72,7 @@ def make_plan(config: HorizonConfig, model: nn.Module, tasks: Sequence[HorizonTa
     """The plan of a run."""
     tensors = named_tensors(model)
     weights = sum(tensor.param.numel() for tensor in tensors)
-    held = sum(math.ceil(len(task.prepared.dev) / EVAL_BATCH) for task in tasks) / len(tasks)
+    held = sum(len([*batches(task.prepared.dev, EVAL_BATCH, task.prepared)]) for task in tasks) / len(tasks)
     runs = -(-config.steps * config.window // config.horizon)
     tried = min(runs, len(tasks)) * len(config.rates) if len(config.rates) > 1 else 0
     forwards = 2 * config.steps * (2 * config.window + held) + tried * (2 * config.horizon + held)

@@ -38,7 +38,8 @@ from metazo.runs.schedule import number_of_steps
 from metazo.tasks import Prepared, Task, resolve
 from metazo.tasks.closures import BatchLoss
 from metazo.tasks.encode import Encoder
-from metazo.tasks.prepared import last_logits
+from metazo.tasks.options import arranged
+from metazo.tasks.prepared import last_logits, option_likelihoods
 
 META = torch.device("meta")
 ASSUMED = 256
@@ -198,6 +199,10 @@ def _loss(
         length = batch["input_ids"].shape[1]
         if "rows" not in batch:  # numbers that decide a shape
             return BatchLoss(loaded.model, prepared, longest, META), length, loaded.kind == "causal"
+        if "node_ids" in batch:
+            there = batch.to(META)
+            inputs, keep, *_ = arranged(loaded.model, there)
+            return lambda: option_likelihoods(loaded.model, there).mean(), inputs["input_ids"].shape[1], keep == 1
     else:
         length = min(limit, config.max_length or ASSUMED)
     rows = len(batch["input_ids"]) if prepared is not None else config.batch_size

@@ -90,17 +90,26 @@ def evaluate(
 
 def batches(examples: list[Encoded], batch_size: int, prepared: Prepared) -> Iterator[list[int]]:
     """Indices of examples by batches of at most ``batch_size`` rows; longest first: memory runs out at once or never."""
-    by_option = not prepared.at_position and prepared.task.kind != "generation"
     places: list[int] = []
     rows = 0
     for place in sorted(range(len(examples)), key=lambda place: -len(examples[place])):
-        own = len(examples[place].options) if by_option else 1
+        own = _rows(examples[place], prepared)
         if places and rows + own > batch_size:
             yield places
             places, rows = [], 0
         places.append(place)
         rows += own
     yield places
+
+
+def _rows(example: Encoded, prepared: Prepared) -> int:
+    """The rows as which an example counts: one for each option of several tokens, or for each node of its tree
+    (metazo/tasks/options.py), if these are more.
+    """
+    if prepared.at_position or prepared.task.kind == "generation":
+        return 1
+    nodes = sum(max(len(option) - 1, 0) for option in example.options)
+    return max(nodes, len(example.options)) if nodes or prepared.kind == "seq2seq" else 1
 
 
 def _batch(

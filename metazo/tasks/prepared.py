@@ -22,6 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from metazo.io.extras import needs
 from metazo.models.virtual import virtual_tokens, with_virtual_tokens
 from metazo.tasks.encode import Encoded
+from metazo.tasks.options import arranged, trees
 from metazo.tasks.seq2seq import decoder_inputs, decoder_logits
 from metazo.tasks.task import Task
 
@@ -79,10 +80,11 @@ class Prepared:
         """Pad ``examples`` to the longest. Tensors, for B examples in R rows of L tokens:
 
         input_ids, attention_mask (R, L); targets (B,); and token_type_ids (R, L), position_ids (R, L), mask_at (B,),
-        answer (R, A): tokens to score at the row's end, padded with -100 on the left; rows (B,): rows per example.
-        R is B, except that options scored by likelihood take one row each: every option for a classification or with
-        ``every_option``, else only the correct one. A sequence-to-sequence model has the rows in decoder_input_ids
-        (`decoder_inputs`), input_ids and attention_mask (B, L), and, unless R is B, prompt (R,): the example of each row.
+        answer (R, A): tokens to score at the row's end, padded with -100 on the left; rows (B,): options per example.
+        R is B, unless options are scored by likelihood: every option for a classification or with ``every_option``, else only
+        the correct one. A causal model has then the prompts (B, L) and the tensors of `options.trees`. A
+        sequence-to-sequence model has the rows in decoder_input_ids (`decoder_inputs`), input_ids and attention_mask (B, L),
+        and, unless R is B, prompt (R,): the example of each row.
         """
         if not examples:
             raise ValueError("an empty batch")
@@ -100,12 +102,15 @@ class Prepared:
             if bool((rows != 1).any()):
                 batch["prompt"] = torch.arange(len(examples)).repeat_interleave(rows)
             return batch
+        if bool((rows != 1).any()):
+            answers = trees([e.options for e in examples], self.tokenizer.pad_token_id)  # type: ignore[arg-type]
+            return Batch(targets=targets, rows=rows, **self.prompts(examples), **answers)
         answers = [torch.tensor(option, dtype=torch.long) for option in flat]
         return Batch(
             targets=targets,
             rows=rows,
             answer=pad_sequence(answers, batch_first=True, padding_value=-100, padding_side="left"),
-            **self._left_padded([e.ids + option for e, options in zip(examples, chosen) for option in options]),
+            **self._left_padded([e.ids + option for e, option in zip(examples, flat, strict=True)]),
         )
 
     def prompts(self, examples: Sequence[Encoded]) -> Batch:
@@ -130,8 +135,10 @@ class Prepared:
             words = torch.tensor([word[0] for word in self.words], device=batch["input_ids"].device)
             logits = _mask_logits(model, batch) if self.kind == "masked" else last_logits(model, batch, 1)[:, -1]
             return logits[:, words].float()
-        rows = self._likelihoods(model, batch).split(batch["rows"].tolist())
-        return pad_sequence(list(rows), batch_first=True, padding_value=-torch.inf)
+        likelihoods, rows = self._likelihoods(model, batch), batch["rows"].tolist()
+        if len(set(rows)) == 1:  # vmap has no rule for padding
+            return likelihoods.unflatten(0, (-1, rows[0]))
+        return pad_sequence(list(likelihoods.split(rows)), batch_first=True, padding_value=-torch.inf)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean loss over the batch's examples, a float32 scalar, differentiable while grad is on.
@@ -148,12 +155,15 @@ class Prepared:
         """Log-likelihood (R,) of each row's answer tokens: summed for label words, the mean for everything else."""
         answer = batch["answer"]
         length = answer.shape[1]
-        if self.kind == "seq2seq":
-            logits = last_logits(model, batch, length).float()
+        if "node_ids" in batch:
+            each = option_likelihoods(model, batch)
         else:
-            logits = last_logits(model, batch, length + 1)[:, :-1].float()
-        losses = cross_entropy(logits.transpose(1, 2), answer, reduction="none", ignore_index=-100)
-        total, count = -losses.sum(-1), (answer != -100).sum(-1)
+            if self.kind == "seq2seq":
+                logits = last_logits(model, batch, length).float()
+            else:
+                logits = last_logits(model, batch, length + 1)[:, :-1].float()
+            each = -cross_entropy(logits.transpose(1, 2), answer, reduction="none", ignore_index=-100)
+        total, count = each.sum(-1), (answer != -100).sum(-1)
         if self.task.kind == "classification":
             return total
         return (total / count.clamp(min=1)).masked_fill(count == 0, -torch.inf)
@@ -211,6 +221,14 @@ def last_logits(model: nn.Module, batch: Batch, keep: int) -> Tensor:
     if "decoder_input_ids" in batch:
         return decoder_logits(model, batch, keep)
     return _forward(model, _inputs(batch) | {"logits_to_keep": keep, "use_cache": False}).logits[:, -keep:]
+
+
+def option_likelihoods(model: nn.Module, batch: Batch) -> Tensor:
+    """Log-likelihood (R, A) of each token of the options in a batch with trees; 0 where an option has none."""
+    answer = batch["answer"]
+    inputs, keep, rows, read_at = arranged(model, batch)
+    logits = last_logits(model, Batch(inputs), keep).float()
+    return logits.log_softmax(-1)[rows, read_at, answer.clamp(min=0)].masked_fill(answer == -100, 0.0)
 
 
 def _mask_logits(model: nn.Module, batch: Batch) -> Tensor:

@@ -97,7 +97,7 @@ def test_every_run_of_the_grid_is_there_and_complete(done):
         if info["column"] == "zero-shot":
             assert points == [0] and metrics["dev"] == metrics["before"] and info["lr"] is None
         else:
-            assert points[0] == 0 and points[-1] == train["forwards"] == 12 and train["peak_memory_bytes"] > 1e6
+            assert points[0] == 0 and points[-1] == train["forwards"] == 12 and train["peak_memory_bytes"] > 5e5
             assert train["seconds"] > 0 and metrics["dev"]["loss"] == train["curve"][-1]["dev"]["loss"]
         if info["kind"] == "seed":
             assert 0.2 < metrics["majority"]["test"] < 1 and 0 <= metrics["test"]["accuracy"] <= 1
