@@ -11,10 +11,14 @@ shared by norm and update. Only the products of one block exist at a time.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+_CANCELLED = 1e-3  # share of the parts' own squares below which the sum of parts is computed in float64
+_NOISE = 1e-11  # share below which a sum of float32 products, about 30 roundings of the parts, has no direction
 
 
 @dataclass
@@ -64,5 +68,15 @@ class Gradient:
 
 
 def product_square_norm(left: Tensor, right: Tensor) -> float:
-    """|left right^T|^2 in the Frobenius norm, without the product: (m, R), (n, R); R^2 (m + n) multiplications."""
-    return float(((left.t() @ left) * (right.t() @ right)).sum(dtype=torch.float64))
+    """|left right^T|^2 in the Frobenius norm, without the product: (m, R), (n, R); R^2 (m + n) multiplications.
+
+    0 if the R parts cancel to the rounding of their sum, whose direction is then noise.
+    """
+    own, other = left.t() @ left, right.t() @ right
+    found = float((own * other).sum(dtype=torch.float64))
+    apart = float((own.diagonal() * other.diagonal()).sum(dtype=torch.float64))  # the sum of the parts' own squares
+    if found > _CANCELLED * apart or not math.isfinite(found):
+        return found
+    left, right = left.double(), right.double()  # rounding of the Gram matrices would decide, even the sign
+    found = float(((left.t() @ left) * (right.t() @ right)).sum())
+    return found if found > _NOISE * apart else 0.0

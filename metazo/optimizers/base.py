@@ -27,6 +27,7 @@ follow from the losses (a gradient, feedback from forward hooks) sets `replayabl
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -79,7 +80,8 @@ class ZOOptimizer(Verbs, Saving):
         lr: learning rate. With D trainable weights the estimate is about sqrt(D) times as long as the gradient, so a good
             learning rate is two to four orders of magnitude below that of first-order training.
         eps: length of the probe in units of the direction.
-        weight_decay: theta <- (1 - lr weight_decay) theta - ..., for names without bias, layer_norm, layernorm.
+        weight_decay: theta <- (1 - lr weight_decay) theta - ..., for names without bias, layer_norm, layernorm. The
+            weight_decay of a parameter group's own acts on all of its tensors.
         seed: of the run; every step's noise follows from it.
         noise: "gaussian", "rademacher", or a noise source.
         scale: block scales: None, "rms", or a BlockScale (a tuner's).
@@ -138,8 +140,14 @@ class ZOOptimizer(Verbs, Saving):
         self.eps, self.precision = eps, precision
         self.probing = probings.check(probing or self.default_probing, self.low_rank, self.name)
         self.noise: Noise = PhiloxNoise(int(seed), noise) if isinstance(noise, str) else noise
-        self.scale = RMSScale() if scale == "rms" else scale
-        self.rule = named_rule(rule) if isinstance(rule, str) else rule or self.default_rule
+        if not hasattr(self.noise, "stream"):
+            raise UserError(f"`noise` {noise!r} is unknown: choose gaussian or rademacher, or pass a noise source.")
+        self.scale = RMSScale() if scale == "rms" else copy.copy(scale)  # it is bound to the tensors of one optimizer
+        if rule is not None and self.own_rule:
+            raise UserError(f"`rule` cannot be set for {self.name}, which {self.own_rule}.")
+        self.rule = named_rule(rule) if isinstance(rule, str) else self.default_rule if rule is None else rule
+        if not isinstance(self.rule, Rule):
+            raise UserError(f"`rule` {rule!r} is no rule: name one, or pass an instance of one of metazo.step.rules.")
         if self.rule.divides and (balanced(self.estimator) or not self.proportional):
             why = "which is 0" if self.proportional else "and they do not set the length of a step"
             raise UserError(
@@ -157,6 +165,7 @@ class ZOOptimizer(Verbs, Saving):
         self.exchange = ranks.Exchange(probe_ranks)
         self.loss_watch = LossWatch(check_loss and self.replayable)
         self.zo_state: State = {}
+        self.own_decay: set[int] = set()
         super().__init__(named_groups(params), {"lr": lr, "weight_decay": weight_decay})
 
     # -- the step -------------------------------------------------------------------------------------------------
@@ -347,4 +356,6 @@ class ZOOptimizer(Verbs, Saving):
             raise UserError("Parameter groups must be added before the first step.")
         check_group(param_group)
         _numbers(**{name: param_group[name] for name in ("lr", "weight_decay") if name in param_group})
+        if "weight_decay" in param_group:
+            self.own_decay.add(len(self.param_groups))
         super().add_param_group(param_group)

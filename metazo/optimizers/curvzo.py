@@ -15,9 +15,12 @@ therefore divides by pi_b / (1 - prod (1 - pi)). Linearised, with d_b entries an
 
     E |c v_b / pi_b|^2 = ((d_b + 2) |g_b|^2 + d_b sum_{a != b} pi_a |g_a|^2) / pi_b,
 
-so no choice of pi lowers the variance of one update below MeZO's: a small pi_b adds variance on tensor b. The floor bounds
-this. CurvZO saves a share 1 - budget of the work of probing. The scores of all tensors, also of those with a small gradient,
-contain the same sum pi_a |g_a|^2, so probabilities differ less than gradients do.
+of which MeZO is the case pi = 1. If pi_b grows with |g_b|^2 / d_b, as it does here, the sum over b is never below MeZO's
+(Chebyshev's inequality: 1 / pi falls and pi |g|^2 / d grows), and a small pi_b adds variance on tensor b. The floor bounds
+this. CurvZO saves a share 1 - budget of the work of probing. Probabilities that fall with the gradient, the opposite of the
+paper's, can lower the variance: 95 instead of 202 |g|^2 if one of 20 tensors of 10 entries has the whole gradient and takes
+part with 0.25. The scores of all tensors, also of those with a small gradient, contain the same sum pi_a |g_a|^2, so
+probabilities differ less than gradients do.
 
 We did not have the paper's text: rule, score and propositions follow summaries of it. `compat="official"` (formerly
 `score="release"`) follows a port of the authors' anonymous release step for step; official/curvzo.py lists the differences.
@@ -71,8 +74,10 @@ def sample(pi: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
 
 def next_fraction(scores: np.ndarray, fraction: float, floor: float) -> float:
     """The budget moved by a tenth towards effective support and flatness of the scores, within BUDGET_RANGE."""
-    count = len(scores)
-    v = scores / scores.mean()
+    count, mean = len(scores), scores.mean()
+    if not mean > 0:  # no step has told tensors apart
+        return fraction
+    v = scores / mean
     effective = np.sqrt(v).sum() ** 2 / v.sum()
     p = v / v.sum()
     entropy = -(p * np.log(np.maximum(p, 1e-300))).sum() / math.log(count) if count > 1 else 1.0

@@ -8,7 +8,8 @@ fine-tuning beyond reinforcement learning", arXiv 2509.24372).
 
 The factor 1 / eps of the gradient estimate is part of lr, as in 2509.24372. Shaping removes the scale of the loss: on a
 linear loss with gradient g, the mean of the estimate is a times g / |g|, with a = E[std of N standard normals] under
-z-scores and a = 1 / (2 sqrt(pi)) under ranks (tests/optimizers/test_es.py). The loss need not be differentiable.
+z-scores and a = 1 / (2 sqrt(pi)) under ranks. Pairs have E[rms of N / 2 standard normals] and
+((N - 2) / (2 sqrt(pi)) + 1 / sqrt(2 pi)) / (N - 1) (tests/optimizers/test_es.py). The loss need not be differentiable.
 
 Differences from the papers: rewards are minus the loss, and one batch is evaluated by all members of a step; equal losses
 share the mean of their ranks (1703.03864 breaks ties by order); Adam is applied only if `rule` names it.

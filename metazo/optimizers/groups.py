@@ -34,9 +34,12 @@ def check_group(group: Mapping[str, Any]) -> None:
 def named_groups(params: Iterable) -> list[dict[str, Any]]:
     """Parameter groups of (name, parameter) pairs in which each tensor occurs once, under its first name (tied weights).
 
-    Raises UserError for one name in two groups, whose settings a tensor cannot both have, and for an empty group beside others.
+    Raises UserError if there is no tensor, for one name in two groups, whose settings a tensor cannot both have, and for an
+    empty group beside others.
     """
     entries = list(params)
+    if not entries:
+        raise UserError("`params` has no tensor: pass `model.named_parameters()`, or a part of it.")
     groups = [dict(entry) for entry in entries] if entries and isinstance(entries[0], dict) else [{"params": entries}]
     seen: dict[int, tuple[str, int]] = {}
     position = 0

@@ -51,5 +51,5 @@ class MEAZO(MeZO):
         stability: float = 1e-8,
         **common,
     ):
-        common.setdefault("rule", ScalarMoment(beta, stability))
+        self.default_rule = ScalarMoment(beta, stability)
         super().__init__(params, lr, eps, **common)

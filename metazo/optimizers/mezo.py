@@ -53,7 +53,7 @@ class MeZOMomentum(MeZO):
     contract_case = Case(quadratic=0.005, stiff=2e-4, llama=3e-4, saddle=0.005)
 
     def __init__(self, params: Iterable, lr: float = 1e-6, eps: float = 1e-3, *, momentum: float = 0.9, **common):
-        common.setdefault("rule", Momentum(momentum))
+        self.default_rule = Momentum(momentum)
         super().__init__(params, lr, eps, **common)
 
 
@@ -81,5 +81,5 @@ class MeZOAdam(MeZO):
         stability: float = 1e-8,
         **common,
     ):
-        common.setdefault("rule", Adam(betas, stability))
+        self.default_rule = Adam(betas, stability)
         super().__init__(params, lr, eps, **common)

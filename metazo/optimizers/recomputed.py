@@ -29,6 +29,7 @@ from metazo.step.record import Step
 REPLAY = "A step of {} cannot be replayed from its record: it is recomputed, which needs the model and the batches."
 NO_CLOSURE = "{}.step() needs a closure that returns the loss as a tensor: step(lambda: model(**batch).loss)."
 FLOOR = 1e-3  # lower bound on the root mean square of a tensor in a normalised step
+SOLVED = 1e24  # size of theta over that of an estimate, from which on the estimate is left out of a normalised step
 
 
 class Recomputed(ZOOptimizer):
@@ -91,7 +92,8 @@ class Recomputed(ZOOptimizer):
     def factor(self, tensor: NamedTensor, square: float, normalise: bool) -> float:
         """The factor of an estimate g in the update of its tensor, before the learning rate; 0 if it is left out.
 
-        square: |g|^2, which is counted as vanished if it is not finite.
+        square: |g|^2, which is counted as vanished if it is not finite. A normalised step keeps the tensor where g is so short
+        that numbers of float32 do not hold its direction: the examples are solved.
         """
         if not math.isfinite(square):
             self.zo_state["vanished"] += 1
@@ -101,7 +103,8 @@ class Recomputed(ZOOptimizer):
         if not square:
             return 0.0
         size = sum(float(torch.linalg.vector_norm(theta)) ** 2 for _, theta in self.weights.read(tensor))
-        return math.sqrt(max(size, FLOOR**2 * tensor.param.numel()) / square)
+        factor = math.sqrt(max(size, FLOOR**2 * tensor.param.numel()) / square)
+        return factor if factor < SOLVED else 0.0
 
     def decay_factors(self, tensors: Sequence[NamedTensor], rates: Sequence[float]) -> dict[str, float]:
         """1 - lr wd by name, of the tensors that weight decay acts on."""

@@ -16,6 +16,7 @@ from metazo.errors import UserError
 from metazo.noise import Noise
 from metazo.optimizers.verbs import State
 from metazo.step.estimators import Estimator
+from metazo.step.precision import policy
 from metazo.step.rules import Rule
 from metazo.step.weights import Weights
 
@@ -40,6 +41,7 @@ class Saving(Optimizer):
     forwards: int
     noise: Noise
     eps: float
+    precision: str
     weights: Weights
     zo_state: State
     common: frozenset[str]
@@ -99,7 +101,14 @@ class Saving(Optimizer):
         own = {name: getattr(self, name, None) for name in sorted(names - self.common - NEUTRAL)}
         kinds = (int, float, str)  # as Python's own, so that torch loads them with weights_only
         plain = {name: kind(value) for name, value in own.items() for kind in kinds if isinstance(value, kind)}
-        return plain | {"rule": repr(self.rule), "estimator": repr(self.estimator)}
+        scale, types = getattr(self, "scale", None), {tensor.param.dtype for tensor in self.weights.tensors}
+        precision = sorted({policy(self.precision, dtype) for dtype in types})
+        return plain | {
+            "rule": repr(self.rule),
+            "estimator": repr(self.estimator),
+            "scale": "none" if scale is None else scale.label(),
+            "precision": ", ".join(precision),
+        }
 
     def _run(self) -> dict[str, Any]:
         seed = getattr(self.noise, "run_seed", None)

@@ -34,7 +34,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -74,8 +74,8 @@ class MeZOSVRG(ZOOptimizer):
 
     Args:
         lr: learning rate of full steps; 1e-3, 1e-4, 1e-5 in the published sweep.
-        mini_lr: learning rate of the steps between; 1e-5, 1e-6 in the published sweep. Schedulers act on both. A search
-            (metazo compare) chooses lr alone.
+        mini_lr: learning rate of the steps between, of all parameter groups; 1e-5, 1e-6 in the published sweep. Schedulers
+            act on both, and a group with lr 0 does not move. A search (metazo compare) chooses lr alone.
         interval: q, steps from one pass over all examples to the next; 2 as published.
         anneal: divisor of both rates when the loss rises; 5 in the published scripts.
         epoch_steps: steps per epoch, for annealing; 0 for none.
@@ -168,13 +168,20 @@ class MeZOSVRG(ZOOptimizer):
         full = -(-steps // self.interval)
         return 2 * batches * full + 4 * closures * (steps - full)
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        added = self.param_groups[-1]
+        added.setdefault("initial_lr", added["lr"])  # torch's name for the rate before any schedule; it is saved
+
     def learning_rates(self, step: int) -> tuple[float, ...]:
-        rates, first = super().learning_rates(step), self.defaults["lr"]
-        ratio, floor = 1.0, FLOOR
+        """A schedule changes the rate of mini steps by the same factor as a group's lr."""
+        rates, floor = super().learning_rates(step), FLOOR
         if not self.is_full():
-            ratio, floor = self.mini_lr / first if first else 0.0, MINI_FLOOR
+            firsts = [float(group.get("initial_lr", self.defaults["lr"])) for group in self.param_groups]
+            rates = tuple(rate * (self.mini_lr / first if first else 0.0) for rate, first in zip(rates, firsts))
+            floor = MINI_FLOOR
         annealed = float(self.zo_state["svrg/annealed"])
-        return tuple(max(rate * ratio * annealed, min(rate * ratio, floor)) for rate in rates)
+        return tuple(max(rate * annealed, min(rate, floor)) for rate in rates)
 
     def update(self, state: State, step: int, seeds: Sequence[int], losses: Sequence[float]) -> Update:
         estimator = self.estimator_for(state, step)

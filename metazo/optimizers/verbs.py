@@ -49,6 +49,7 @@ class Verbs(Method):
     noise: Noise
     loss_watch: LossWatch
     probing: str
+    own_decay: set[int]
     param_groups: list[dict[str, Any]]
 
     def init(self, tensors: Sequence[NamedTensor]) -> State:
@@ -88,8 +89,8 @@ class Verbs(Method):
         return sum(self.loss_watch.loss(evaluate()) for evaluate in closures) / len(closures)
 
     def decays(self, tensor: NamedTensor) -> bool:
-        """Whether weight decay acts on a tensor: MeZO's name rule, unless a method has its own."""
-        return not any(part in tensor.name for part in DECAY_EXEMPT)
+        """Whether weight decay acts on a tensor: MeZO's name rule, unless a method or the tensor's group has its own."""
+        return tensor.group in self.own_decay or not any(part in tensor.name for part in DECAY_EXEMPT)
 
     def forwards_per_step(self, closures: int = 1) -> float:
         """Mean number of closure evaluations per step, if each probe evaluates `closures`."""

@@ -237,6 +237,8 @@ def _optimizer(given: Given, values: dict[str, Any], optimizer: Any) -> None:
                 raise UserError(
                     f"`{what}` cannot be combined with an optimizer in memory, which has its own; leave it out."
                 )
+        if optimizer.steps:
+            raise UserError(f"`optimizer` has taken {optimizer.steps} steps already: give a new one.")
         given.optimizer = optimizer
         values |= {"optimizer": MEMORY + optimizer.name, "lr": float(optimizer.param_groups[0]["lr"])}  # type: ignore[attr-defined]
         values |= {name: getattr(optimizer, name) for name in ("eps", "precision") if hasattr(optimizer, name)}

@@ -140,7 +140,7 @@ def _narrow(x: Tensor, first: Tensor) -> Tensor:
 
 
 def _linear(mode: Branches, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
-    factors = mode.factors(weight)
+    factors = None if id(input) in mode.tensors else mode.factors(weight)
     if factors is None:
         return None
     mode.check(input.numel() // input.shape[-1])
@@ -162,7 +162,7 @@ def _embedding(mode: Branches, input: Tensor, weight: Tensor, *args: Any, **kwar
 
 
 def _addmm(mode: Branches, bias: Tensor, input: Tensor, weight: Tensor, *, beta: float = 1, alpha: float = 1):
-    factors = mode.factors(weight)
+    factors = None if id(input) in mode.tensors else mode.factors(weight)
     if factors is None or beta != 1 or alpha != 1:
         return None
     mode.check(len(input))

@@ -153,7 +153,8 @@ class Master:
     def follow(self) -> bool:
         """Between steps: take up weights that somebody else has changed. Returns: whether they were.
 
-        torch counts changes of a parameter, but not those through `param.data`, by which metazo makes its own.
+        torch counts changes of a parameter, but not those through `param.data`, by which metazo makes its own: other memory
+        is noticed (`param.data = ...`, vector_to_parameters), and numbers written to `param.data` are not.
         """
         before, self.version = self.version, _version(self.param)
         if self.version == before or torch.equal(self.param.data, self.theta.to(self.param.dtype)):
@@ -162,8 +163,8 @@ class Master:
         return True
 
 
-def _version(param: Tensor) -> int:
-    return 0 if param.is_inference() else param._version
+def _version(param: Tensor) -> tuple[int, int]:
+    return 0 if param.is_inference() else param._version, param.data_ptr()
 
 
 class Compensated:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from metazo.blocks import Block, NamedTensor, partition, shape_of
+from metazo.errors import UserError
 
 State = dict[str, Tensor]
 Theta = Callable[[NamedTensor], Iterable[tuple[int, Tensor]]]
@@ -105,7 +106,9 @@ class BlockScale:
     embedding_rows: int | None = None
 
     def bind(self, tensors: Sequence[NamedTensor]) -> None:
-        """Set the tensors to scale; the optimizer calls it once."""
+        """Set the tensors to scale; the optimizer calls it once. Raises UserError for `every` below 1."""
+        if not isinstance(self.every, int) or self.every < 1:
+            raise UserError(f"`every` of a scale must be a whole number of at least 1, not {self.every!r}.")
         self.blocks = partition(tensors, self.by)
         self.counts = entry_counts(self.blocks, self.embedding_rows)
 
@@ -128,6 +131,10 @@ class BlockScale:
         state["scale/sigma"].copy_(sigma)
         scaled = (sigma * normalisation(sigma, self.counts) if self.normalise else sigma).tolist()
         return {tensor.name: value for block, value in zip(self.blocks, scaled) for tensor in block.tensors}
+
+    def label(self) -> str:
+        """The settings in one line; scales with other labels scale in another way."""
+        return repr(self)
 
     def observe(self, state: State, plus: float, minus: float) -> None:
         """Store the losses of this step for the next."""

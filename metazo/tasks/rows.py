@@ -5,10 +5,8 @@ Every row is checked, so that a bad one is named whether or not it would have be
 
 from __future__ import annotations
 
-import csv
 import json
 import math
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +16,7 @@ from metazo.errors import UserError
 from metazo.io.extras import needs
 from metazo.io.files import is_file
 from metazo.io.plain import parse_json, shown
+from metazo.tasks.tables import table
 from metazo.tasks.task import Row, Task, same_value
 
 MAX_ROW = 2**20
@@ -57,8 +56,10 @@ def in_memory(task: Task, data: Any) -> tuple[Task, Rows]:
     for name, rows in splits.items():
         if name not in ("train", "validation", "test"):
             raise UserError(f"`data` has the split {shown(name)}; the splits are train, validation and test")
-        if not hasattr(rows, "column_names") and not isinstance(rows, list | tuple):
-            raise UserError(f"`data` has a {type(rows).__name__} as {name} rows; rows are a list of dicts or a Dataset")
+        if not hasattr(rows, "__len__") or not (hasattr(rows, "column_names") or isinstance(rows, list | tuple)):
+            raise UserError(
+                f"`data` has {name} rows of the type {type(rows).__name__}; rows are a list of dicts or a Dataset"
+            )
         if not len(rows):
             raise UserError(f"`data` has no {name} rows")
     if "train" not in splits:
@@ -70,7 +71,7 @@ def in_memory(task: Task, data: Any) -> tuple[Task, Rows]:
 def load(task: Task, split: str, data: Path | Rows | None) -> Source:
     """The rows of ``split``, from memory, the task's own files, ``data/<task>/``, or the Hub, in this order."""
     if isinstance(data, Mapping):
-        rows = [_object(row, f"{split}, row {number}") for number, row in enumerate(data[split], 1)]
+        rows = [_object(_plain(row), f"{split}, row {number}") for number, row in enumerate(data[split], 1)]
         return _whole(task, f"the {split} rows in memory", rows)
     if task.files:
         return _read(task, Path(task.files[split]))  # type: ignore[index]
@@ -123,7 +124,7 @@ def _whole(task: Task, name: str, rows: list[Row]) -> Source:
 def _text_rows(task: Task, path: Path) -> Iterator[Row]:
     with path.open(encoding="utf-8-sig", newline="") as file:  # a byte-order mark does not belong to the first row
         if path.suffix in (".csv", ".tsv"):
-            yield from _table(task, path, csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
+            yield from table(task, path, file)
             return
         number = 0
         while line := file.readline(MAX_ROW):
@@ -133,31 +134,6 @@ def _text_rows(task: Task, path: Path) -> Iterator[Row]:
                 return
             if line.strip():
                 yield _parse(line, f"{path}, line {number}")
-
-
-def _table(task: Task, path: Path, reader: csv.DictReader[str]) -> Iterator[Row]:
-    """Rows of CSV. Every value is text, so class and choice numbers are converted."""
-    try:
-        twice = next((name for name, count in Counter(reader.fieldnames or ()).items() if count > 1), None)
-        if twice is not None:
-            raise UserError(f"data file {path} has the column {shown(twice)} twice; rename one")
-        for number, row in enumerate(reader, 1):
-            where = f"{path}, row {number}"
-            if None in row or None in row.values():
-                raise UserError(f"{where} has another number of cells than the header has columns")
-            yield _with_label(task, dict(row), where)
-    except csv.Error as error:
-        raise UserError(f"data file {path}, row {reader.line_num}: not CSV ({error})") from error
-
-
-def _with_label(task: Task, row: Row, where: str) -> Row:
-    text = row.get(task.label)
-    if task.kind == "choice" and isinstance(text, str) and text.strip().lstrip("-").isdigit():
-        return row | {task.label: int(text)}
-    for value in (*task.labels, *task.unlabelled):
-        if not isinstance(value, str) and text == ("" if value is None else str(value)):
-            return row | {task.label: value}
-    return row
 
 
 def _json_list(path: Path, text: str) -> Iterator[Row]:
@@ -189,12 +165,26 @@ def _object(row: Any, where: str) -> Row:
     if not isinstance(row, dict):
         raise UserError(f"{where}: one JSON object with named columns was expected, found {shown(row, 60)}")
     try:
-        size = len(json.dumps(row, ensure_ascii=False).encode())  # refuses lone surrogates, as tokenizers do
-    except (ValueError, RecursionError) as error:
+        size = len(
+            json.dumps(row, ensure_ascii=False, default=str).encode()
+        )  # refuses lone surrogates, as tokenizers do
+    except (TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{where}: a number, a character or the nesting in it is beyond what can be read") from error
     if size > 4 * MAX_ROW:
         raise UserError(f"{where} is longer than {MAX_ROW:,} characters; split it into shorter rows")
     return row
+
+
+def _plain(row: Any) -> Any:
+    """Numbers and arrays of numpy and torch in a row as Python's. Dates and the like stay, and are refused where a prompt needs
+    them."""
+
+    def item(value: Any) -> Any:
+        return value.tolist() if hasattr(value, "tolist") and hasattr(value, "dtype") else value
+
+    if not isinstance(row, Mapping):
+        return row
+    return {str(name): [item(each) for each in v] if isinstance(v, list) else item(v) for name, v in row.items()}
 
 
 def _parquet(path: Path) -> list[Row]:

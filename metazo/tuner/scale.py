@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -83,6 +84,13 @@ class TunerScale(BlockScale):
             raise UserError(f"The tuner has no network for any trained block, such as {names[0]!r}.")
         self.known = torch.tensor(known)
         self.rows = torch.tensor([row_of[names[i]] for i in known])
+
+    def label(self) -> str:
+        assert self.pertnn is not None
+        values = torch.cat([weight.detach().double().flatten().cpu() for weight in self.pertnn.parameters()])
+        digest = hashlib.blake2b(values.numpy().tobytes(), digest_size=4).hexdigest()
+        rest = (self.by, self.normalise, self.every, self.features, self.parametrisation, round(self.bound, 6))
+        return f"TunerScale{rest} of networks {digest}"
 
     def raw(self, state: State) -> Tensor:
         """Raw outputs for the trained blocks that have a network; differentiable in the networks' weights."""

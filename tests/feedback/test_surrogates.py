@@ -246,3 +246,19 @@ def test_gradients_add() -> None:
     assert torch.allclose(one.dense("w"), 2 * a @ b.t()) and one.dense("n").tolist() == [2, 2, 2]
     assert one.square_norm("w") == pytest.approx(float(one.dense("w").square().sum()), rel=1e-5)
     assert one.square_norm("n") == 12
+
+
+def test_the_norm_of_parts_that_cancel_is_that_of_their_sum():
+    """Two positions with nearly opposite parts; float32 Gram matrices gave squares below 0."""
+    generator = torch.Generator().manual_seed(0)
+    for distance in (1e-1, 1e-2, 1e-3, 1e-4):
+        for _ in range(50):
+            left, right = (torch.randn(64, 1, generator=generator) for _ in range(2))
+            change = distance * torch.randn(64, 1, generator=generator)
+            left, right = torch.cat([left, -left - change], 1), torch.cat([right, right], 1)
+            exact = float((left.double() @ right.double().t()).square().sum())
+            assert product_square_norm(left, right) == pytest.approx(exact, rel=2e-3)
+    left[:, 1] = -left[:, 0]
+    assert product_square_norm(left, right) == 0.0
+    left[:, 1] *= 1 + 1e-6  # the difference is less than the rounding of a step's products
+    assert product_square_norm(left, right) == 0.0

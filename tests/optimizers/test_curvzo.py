@@ -103,6 +103,40 @@ def test_block_estimator_is_unbiased_and_its_variance_exact():
         assert abs(squares.mean() - expected) < 5 * spread and spread < 0.05 * expected, b
 
 
+def second_moment(pi: np.ndarray, sizes: np.ndarray, energy: np.ndarray) -> float:
+    """The sum over tensors of the second moment in the module's docstring, with independent inclusions."""
+    others = (pi * energy).sum() - pi * energy
+    return float((((sizes + 2) * energy + sizes * others) / pi).sum())
+
+
+def test_only_probabilities_against_the_gradient_lower_the_variance():
+    generator = np.random.RandomState(0)
+    for _ in range(200):  # probabilities that grow with |g|^2 / d
+        sizes, energy = generator.randint(1, 50, 8), generator.exponential(size=8) ** 3
+        pi = np.empty(8)
+        pi[np.argsort(energy / sizes)] = np.sort(generator.uniform(0.05, 1, 8))
+        assert second_moment(pi, sizes, energy) >= second_moment(np.ones(8), sizes, energy)
+    sizes, energy = np.full(20, 10), np.eye(20)[0]
+    pi = np.where(energy, 0.25, 1.0)
+    assert second_moment(np.ones(20), sizes, energy) == pytest.approx(202)
+    assert second_moment(pi, sizes, energy) == pytest.approx(95.5)
+    n, slope = 60_000, np.zeros((20, 10))
+    slope[0, 0] = 1
+    v = generator.randn(n, 20, 10) * (generator.rand(n, 20) < pi)[..., None]
+    squares = (((v * slope).sum((1, 2))[:, None, None] * v / pi[:, None]) ** 2).sum((1, 2))
+    assert abs(squares.mean() - 95.5) < 5 * squares.std() / math.sqrt(n) < 10
+
+
+def test_losses_that_are_equal_leave_the_budget():
+    model = torch.nn.Linear(3, 2)
+    optimizer = CurvZO(model.named_parameters(), lr=1e-3, beta=1.0, budget=1.0, adapt_every=1, check_loss=False)
+    optimizer.step(lambda: 1.0)
+    assert float(optimizer.zo_state["fraction"]) == 1.0
+    before = model.weight.clone()
+    optimizer.step(lambda: model.weight.square().sum())
+    assert not torch.equal(model.weight, before)
+
+
 def test_entry_wise_variance():
     """Def. 3.1 as printed, one mask per entry: E g_i^2 = (3 g_i^2 + sum_{j != i} pi_j g_j^2) / pi_i."""
     generator = torch.Generator().manual_seed(1)

@@ -10,13 +10,17 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import vector_to_parameters
 
 from metazo.errors import UserError
-from metazo.optimizers import FZOO, LOZO, METHODS, MeZO
+from metazo.optimizers import FZOO, LOZO, METHODS, OPTIMIZERS, MeZO
 from metazo.optimizers.guards import as_loss, check_weights
 from metazo.optimizers.loss_watch import FIRST_STEPS
 from metazo.step.rules import Adam
+from metazo.step.scales import RMSScale
+from metazo.tuner.networks import PertNN
+from metazo.tuner.scale import TunerScale
 from tests.optimizers.contract import NAMES, case, make, quadratic, take
 
 
@@ -456,3 +460,79 @@ def test_a_loss_that_max_loss_refuses_is_returned_as_it_is():
 def test_hyperparameters_that_another_one_replaces_are_named(name, options, words):
     with pytest.warns(UserWarning, match=words):
         METHODS[name](nn.Linear(2, 2).named_parameters(), **options)
+
+
+def test_a_rule_of_its_own_stays_and_no_other_takes_its_place():
+    named = [*nn.Linear(3, 2).named_parameters()]
+    adam = OPTIMIZERS["mezo-adam"](named, betas=(0.1, 0.2), rule=None)
+    assert repr(adam.rule) == repr(Adam((0.1, 0.2)))
+    for name in ("mezo-adam", "mezo-momentum", "meazo", "lozo-m"):
+        with pytest.raises(UserError, match="`rule` cannot be set for " + name):
+            OPTIMIZERS[name](named, rule="momentum")
+    with pytest.raises(UserError, match="is no rule: name one"):
+        MeZO(named, rule=Adam)
+    with pytest.raises(UserError, match="`noise` None is unknown"):
+        MeZO(named, noise=None)
+    with pytest.raises(UserError, match="`params` has no tensor"):
+        MeZO([])
+
+
+def test_the_weight_decay_of_a_group_acts_on_all_of_its_tensors():
+    model = nn.Linear(3, 2)
+    before = model.bias.detach().clone()
+    groups = [{"params": [("bias", model.bias)], "weight_decay": 0.5}, {"params": [("weight", model.weight)]}]
+    optimizer = MeZO(groups, lr=0.1, check_loss=False)
+    for _ in range(2):
+        optimizer.step(lambda: 1.0)
+        optimizer.load_state_dict(optimizer.state_dict())
+    torch.testing.assert_close(model.bias, before * 0.95**2)
+
+
+def test_one_scale_object_serves_two_optimizers():
+    def weights(shared: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        models = [nn.Linear(4, 2), nn.Sequential(nn.Linear(4, 64), nn.Linear(64, 2))]
+        scale = RMSScale(every=1)
+        optimizers = [MeZO(m.named_parameters(), lr=1e-2, scale=scale if shared else RMSScale(every=1)) for m in models]
+        for _ in range(3):
+            for model, optimizer in zip(models, optimizers):
+                optimizer.step(lambda model=model: model(torch.ones(4)).square().sum())
+        return [p.detach() for m in models for p in m.parameters()]
+
+    assert all(torch.equal(a, b) for a, b in zip(weights(True), weights(False), strict=True))
+    optimizer = MeZO(nn.Linear(2, 2).named_parameters(), scale=RMSScale(every=0))
+    with pytest.raises(UserError, match="`every` of a scale must be"):
+        optimizer.step(lambda: 1.0)
+
+
+def test_a_state_of_other_scales_or_precision_is_named():
+    model = nn.Linear(4, 2)
+
+    def make(**settings):
+        return MeZO(model.named_parameters(), check_loss=False, **settings)
+
+    def tuner(seed: int) -> TunerScale:
+        return TunerScale(pertnn=PertNN(2, seed=seed))
+
+    for own, other, name in (
+        ({"scale": tuner(0)}, {"scale": tuner(1)}, "scale"),
+        ({"scale": tuner(0)}, {"scale": "rms"}, "scale"),
+        ({"scale": RMSScale(every=7)}, {"scale": "rms"}, "scale"),
+        ({"precision": "autocast"}, {}, "precision"),
+    ):
+        state = make(**own).state_dict()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            make(**own).load_state_dict(state)
+        with pytest.warns(UserWarning, match=f"of a run with {name} "):
+            make(**other).load_state_dict(state)
+
+
+def test_masters_follow_weights_in_other_memory():
+    model = nn.Linear(4, 2).bfloat16()
+    optimizer = MeZO(model.named_parameters(), lr=0.0, check_loss=False)
+    optimizer.step(lambda: model(torch.ones(4, dtype=torch.bfloat16)).float().sum())
+    vector_to_parameters(torch.full((10,), 0.25, dtype=torch.bfloat16), model.parameters())
+    with pytest.warns(UserWarning):
+        optimizer.step(lambda: model(torch.ones(4, dtype=torch.bfloat16)).float().sum())
+    assert (model.weight == 0.25).all()

@@ -6,9 +6,12 @@ import math
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 from metazo.bench.architectures import build
 from metazo.errors import UserError
+from metazo.models.load import load_model
+from metazo.optimizers import FirstOrderFused
 from metazo.optimizers.answer_column import AnswerColumn
 from metazo.optimizers.recomputed import FLOOR
 from metazo.optimizers.skip_feedback import SkipFeedback
@@ -416,3 +419,20 @@ def test_a_cache_of_states_is_refused() -> None:
     with pytest.raises(UserError, match="call the model with `use_cache=False`"):
         optimizer.step(lambda: model(input_ids=ids, labels=ids, use_cache=True).loss)
     optimizer.step(lambda: model(input_ids=ids, labels=ids, use_cache=False).loss)
+
+
+@pytest.mark.parametrize("cls", [SkipFeedback, FirstOrderFused])
+def test_examples_that_are_solved_do_not_make_weights_infinite(cls) -> None:
+    """Normalised steps raise the margin without end, until the gradient has no numbers in float32."""
+    model = load_model("pico").model
+    ids, target = torch.tensor([[5, 17, 33, 90, 12, 44, 7, 61]]), torch.tensor([0])
+    more = {"model": model} if cls is SkipFeedback else {"normalise": True}
+    optimizer = cls(model.named_parameters(), lr=1e-2, **more)
+    losses = [
+        optimizer.step(lambda: cross_entropy(model(input_ids=ids).logits[:, -1, [100, 200]].float(), target))
+        for _ in range(100)
+    ]
+    assert losses[-1] == 0.0 and all(parameter.isfinite().all() for parameter in model.parameters())
+    before = weights(model)
+    optimizer.step(lambda: cross_entropy(model(input_ids=ids).logits[:, -1, [100, 200]].float(), target))
+    assert all(torch.equal(before[name], value) for name, value in weights(model).items())

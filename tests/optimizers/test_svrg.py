@@ -289,3 +289,30 @@ def test_a_snapshot_in_the_dtype_of_theta_is_named_as_without_effect():
     optimizer = make(Sum(torch.float32), snapshot="weights")
     with pytest.warns(UserWarning, match="`snapshot` weights changes nothing: theta has the dtype of the weights"):
         optimizer.tensors_state()
+
+
+def test_mini_steps_have_their_own_rate_in_every_group_under_a_schedule_and_after_loading():
+    def make_one(lr: float) -> tuple[MeZOSVRG, torch.optim.lr_scheduler.LambdaLR]:
+        model = nn.Linear(3, 2)
+        groups = [{"params": [("w", model.weight)], "lr": 1e-2}, {"params": [("b", model.bias)]}]
+        optimizer = MeZOSVRG(groups, lr, mini_lr=1e-3, interval=2)
+        optimizer.full_closure = lambda: model(torch.ones(3)).square().sum()
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+
+    def rates(optimizer, schedule, steps: int) -> list[tuple[float, ...]]:
+        found = []
+        for _ in range(steps):
+            optimizer.step(optimizer.full_closure)
+            found.append(optimizer.last_step.lr)
+            schedule.step()
+        return found
+
+    optimizer, schedule = make_one(1e-4)
+    expected = [(1e-2, 1e-4), (1e-3 / 2, 1e-3 / 2), (1e-2 / 3, 1e-4 / 3), (1e-3 / 4, 1e-3 / 4)]
+    for own, right in zip(rates(optimizer, schedule, 2), expected[:2], strict=True):
+        assert own == pytest.approx(right, rel=1e-12)
+    other, again = make_one(5e-6)
+    other.load_state_dict(optimizer.state_dict())
+    again.load_state_dict(schedule.state_dict())
+    for own, right in zip(rates(other, again, 2), expected[2:], strict=True):
+        assert own == pytest.approx(right, rel=1e-12)

@@ -333,7 +333,7 @@ def test_rows_that_are_wrong():
         ([], "no train rows"),
         ([*ROWS[:3], {"text": "x"}], "row 4.*'label'"),
         (["x"], "row 1.*JSON object"),
-        (iter(ROWS), "as train rows"),
+        (iter(ROWS), "train rows of the type"),
     ):
         with pytest.raises(UserError, match=said):
             metazo.finetune(loaded, TASK, data=data, **SIZES)
@@ -360,3 +360,16 @@ def test_rows_that_are_wrong():
 )
 def test_settings_that_change_nothing_are_named(settings, words):
     assert unused(FinetuneConfig("pico", "pico_sentiment", **settings)) == ([words] if words else [])
+
+
+def test_an_optimizer_that_has_taken_steps_is_refused():
+    model = torch.nn.Linear(4, 2)
+    optimizer = metazo.MeZO(model.named_parameters(), lr=0.1)
+
+    def loss(network, batch):
+        return network(batch).square().mean()
+
+    settings = {"optimizer": optimizer, "loss": loss, "data": [torch.ones(3, 4)], "steps": 3}
+    assert len(metazo.finetune(model, **settings).steps) == 3
+    with pytest.raises(UserError, match="`optimizer` has taken 3 steps already"):
+        metazo.finetune(model, **settings)

@@ -239,3 +239,28 @@ def test_factors_of_scaled_directions():
     u, v = direction.factors(stream, weight)  # type: ignore[misc]
     torch.testing.assert_close(u @ v.t(), direction.draw(stream, weight))
     assert direction.factors(stream, bias) is None
+
+
+class Pool(nn.Module):
+    """Learned queries that are the input of a linear layer, and are used without it as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.q = nn.Parameter(torch.randn(4, 16))
+        self.first, self.second = nn.Linear(16, 16), nn.Parameter(torch.randn(16, 16))
+
+    def forward(self, x):
+        q = self.q + self.first(self.q) + torch.addmm(self.first.bias, self.q, self.second)
+        return (torch.softmax(q @ x.transpose(1, 2), -1) @ x).mean((1, 2))
+
+
+def test_a_trained_tensor_that_is_an_input_is_probed():
+    x, found = torch.randn(8, 6, 16, dtype=torch.float64), []
+    for form in ("weights", "activations"):
+        torch.manual_seed(1)
+        model = Pool().double()
+        optimizer = LOZO(model.named_parameters(), lr=1e-3, eps=0.1, form=form, check_loss=False)
+        for _ in range(3):
+            optimizer.step(lambda model=model: model(x).square().mean())
+        found.append((optimizer.last_step.losses, *model.parameters()))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-10)

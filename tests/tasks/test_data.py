@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import datetime
 import json
 import tempfile
 from pathlib import Path
@@ -11,13 +12,14 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metazo.errors import UserError
 from metazo.models.load import load_model
 from metazo.tasks import data, get
-from metazo.tasks.rows import in_memory
+from metazo.tasks.rows import in_memory, load
 from metazo.tasks.splits import prepare
 from metazo.tasks.task import Task
 
@@ -397,3 +399,45 @@ def test_too_many_choices_and_labels_are_refused(tmp_path):
         draw(tmp_path, task)
     with pytest.raises(ValueError, match="3,000 labels were given; at most 1,000"):
         Task(name="toy", kind="classification", prompt="{text}", labels=[f"w{i}" for i in range(3000)])  # type: ignore[arg-type]
+
+
+def _table_task(folder: Path, name: str, text: str) -> list[dict]:
+    (folder / name).write_text(text)
+    task = Task(name="q", kind="classification", prompt="{text} It was", labels=["bad", "good"])
+    return list(load(task.model_copy(update={"files": {"train": folder / name}}), "train", None).rows)
+
+
+def test_quotation_marks_in_unquoted_tables(tmp_path):
+    lines = [(f'"hello {i}' if i in (3, 9) else f'the "film" {i}', i % 2) for i in range(20)]
+    plain = [{"text": text, "label": label} for text, label in lines]
+    tsv = "text\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in lines)
+    assert _table_task(tmp_path, "a.tsv", tsv) == plain
+    one = tsv.replace('"hello 9', "hello 9")  # a single mark, to the end of the file
+    assert [row["text"] for row in _table_task(tmp_path, "c.tsv", one)][3] == '"hello 3'
+    closed = tsv.replace('"hello 9', 'hello 9"')  # two marks that look like the ends of one cell
+    assert len(_table_task(tmp_path, "d.tsv", closed)) == 20
+    quoted = [{"text": 'a "b"\n\tc', "label": 0}, {"text": "d, e", "label": 1}] * 4
+    for name in ("e.tsv", "e.csv"):
+        with (tmp_path / name).open("w", newline="") as file:
+            writer = csv.DictWriter(file, ["text", "label"], delimiter="\t" if name.endswith("tsv") else ",")
+            writer.writeheader()
+            writer.writerows(quoted)
+        assert _table_task(tmp_path, name, (tmp_path / name).read_text()) == quoted
+    for bad in (tsv, one):
+        with pytest.raises(UserError, match="line 5: a quotation mark opens a cell"):
+            _table_task(tmp_path, "f.csv", bad.replace("\t", ","))
+
+
+def test_rows_in_memory_with_values_that_are_not_json():
+    when = datetime.datetime(2026, 1, 1)
+    rows = [{"text": np.str_(f"film {i}"), "label": np.int64(i % 2), "when": when, "x": np.ones(2)} for i in range(20)]
+    task = Task(name="q", kind="classification", prompt="{text} It was", labels=["bad", "good"])
+    own, splits = in_memory(task, rows)
+    found = load(own, "train", splits)
+    assert [row["label"] for row in found.rows] == [i % 2 for i in range(20)] and len(found.usable) == 20
+    dated = Task(name="q", kind="classification", prompt="{when} It was", labels=["bad", "good"])
+    with pytest.raises(UserError, match="'when' holds a datetime, and a prompt takes text or numbers"):
+        load(in_memory(dated, rows)[0], "train", splits)
+    stream = Dataset.from_list([{"text": "a", "label": 0}]).to_iterable_dataset()
+    with pytest.raises(UserError, match="`data` has train rows of the type IterableDataset"):
+        in_memory(task, stream)
