@@ -16,7 +16,7 @@ from metazo.errors import UserError
 from metazo.io.extras import needs
 from metazo.io.files import is_file
 from metazo.io.plain import parse_json, shown
-from metazo.tasks.tables import table
+from metazo.tasks.delimited import table
 from metazo.tasks.task import Row, Task, same_value
 
 MAX_ROW = 2**20
