@@ -35,10 +35,10 @@ class ZOMixin:
     * A step evaluates the losses of its micro-batches at each probe, in evaluation mode and under inference mode. No backward
       pass is run, and no gradient exists: `max_grad_norm` is set to 0, and no gradient norm is logged. A warning names it, and
       `optim` with its arguments, if they were given.
-    * `gradient_accumulation_steps` = k makes one step of k micro-batches under one perturbation, not k. Its loss is the mean over
-      all their tokens if the model divides by `num_items_in_batch`, as causal language models do, and else the mean of the
-      k losses, in which the examples of a smaller last micro-batch weigh more. (The Trainer adds up the k losses of a model that
-      takes `num_items_in_batch` and ignores it, as BERT's classifiers do; here that would be k times the learning rate.)
+    * `gradient_accumulation_steps` = k makes one step of k micro-batches under one perturbation, not k. Its loss is the mean
+      over all their tokens if the model divides by `num_items_in_batch`, as causal language models do, and else the mean of
+      the k losses, in which the examples of a smaller last micro-batch weigh more. (The Trainer adds up the k losses of a
+      model that takes `num_items_in_batch` and ignores it, as BERT's classifiers do; here that would be k times the rate.)
     * The logged loss is the mean over the step's probes, and so are the metrics of TRL's trainers.
 
     Checkpoints hold the whole state of the method, so that `resume_from_checkpoint` goes on bit for bit.
