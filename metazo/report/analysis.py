@@ -139,12 +139,16 @@ class Analysis:
         """The test of each column that trains against the reference, with p corrected by Holm over all of them."""
         return self.against(self.data.reference) if self.data.reference else {}
 
-    def against(self, other: str) -> dict[str, Paired]:
-        """As `tests`, against any column."""
+    def against(self, other: str, chosen: bool = False) -> dict[str, Paired]:
+        """As `tests`, against any column. chosen: it was chosen by these runs, so that the tests are some of those of all pairs
+        of columns, and p is corrected for as many.
+        """
         columns = [c for c in self.data.columns if c != other and self.data.family(c) != UNTRAINED]
         found = {column: paired(gains) for column in columns if (gains := self.gains(column, other))}
-        corrected = holm([test.p for test in found.values() if test.p is not None])
-        return {column: replace(test, holm=p) for (column, test), p in zip(found.items(), corrected)}
+        values = {column: test.p for column, test in found.items() if test.p is not None}
+        family = len(values) * (len(values) + 1) // 2 if chosen else len(values)
+        corrected = dict(zip(values, holm([*values.values()], family)))
+        return {column: replace(test, holm=corrected.get(column)) for column, test in found.items()}
 
     # -- how much it takes -------------------------------------------------------------------------------------------
 

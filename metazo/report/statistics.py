@@ -137,11 +137,16 @@ def sign_flips(differences: np.ndarray) -> tuple[float, str]:
     return float(result.pvalue), "sign flips"
 
 
-def holm(values: Sequence[float]) -> list[float]:
-    """Holm's (1979) step-down correction: adjusted p values to compare with 0.05, for the whole family."""
+def holm(values: Sequence[float], family: int | None = None) -> list[float]:
+    """Holm's (1979) step-down correction: adjusted p values to compare with 0.05, for the whole family.
+
+    family: the number of tests, if there are more than the given ones; the others then count as if their p were larger, which
+    makes the adjusted values no smaller than those of the whole family.
+    """
+    family = len(values) if family is None else family
     order = sorted(range(len(values)), key=values.__getitem__)
     corrected, so_far = [0.0] * len(values), 0.0
     for rank, place in enumerate(order):
-        so_far = max(so_far, min(1.0, (len(values) - rank) * values[place]))
+        so_far = max(so_far, min(1.0, (family - rank) * values[place]))
         corrected[place] = so_far
     return corrected

@@ -144,7 +144,8 @@ def _tested(analysis: Analysis, column: str, test: Paired) -> str:
     text = f"In {some(test.pairs, 'pair')} of runs with the same task and seed, {column} was better than "
     text += f"{analysis.data.reference} in {test.wins} and worse in {test.losses}. "
     if test.p is None or test.holm is None or test.least is None or test.least > SURE:
-        least = f": {some(test.pairs, 'pair')} cannot give p below {p_value(test.least)}" if test.least else ""
+        differ = some(test.wins + test.losses, "pair")
+        least = f": {differ} that differ cannot give p below {p_value(test.least)}" if test.least else ""
         return f"{text}These are too few pairs to rule out chance, whatever the result{least}."
     others = f"After correction for {len(analysis.tests)} comparisons, " if len(analysis.tests) > 1 else ""
     p = p_value(test.holm)

@@ -128,16 +128,16 @@ def scores(analysis: Analysis) -> Table:
 
 
 def tests(analysis: Analysis, other: str | None = None, name: str = "") -> Table:
-    """The paired test of every column that trains against another one, by default the reference."""
+    """The paired test of every column that trains against the reference, or against another that was chosen by these runs."""
     data = analysis.data
     measure = "loss" if analysis.measure == "loss" else metric_name(data, analysis.tasks)
     table = Table(
         name or f"tests-{analysis.measure}",
         f"Paired with {other or data.reference}, by {measure}",
-        "",
+        f"{other} was chosen by its rank in these runs, so p is corrected for all pairs of columns." if other else "",
         ["column", "pairs n", "won, lost, tied", "gain", "95 % interval", "test", "p", "least p", "p (Holm)", "tasks won"],
     )  # fmt: skip
-    for column, test in (analysis.against(other) if other else analysis.tests).items():
+    for column, test in (analysis.against(other, chosen=True) if other else analysis.tests).items():
         interval = NONE
         if test.low is not None and test.high is not None:
             interval = f"{score(test.low, analysis.measure)} to {score(test.high, analysis.measure)}"

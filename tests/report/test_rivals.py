@@ -141,6 +141,10 @@ def test_the_table_and_the_picture_are_in_the_report(folder: Path) -> None:
     ]
     against = next(table for table in report.tables if table.name == "tests-best")
     assert against.title == "Paired with first-order-adamw, by loss"
+    assert (
+        against.note
+        == "first-order-adamw was chosen by its rank in these runs, so p is corrected for all pairs of columns."
+    )
     assert row(against, "mezo")[1:4] == ["3", "0, 3, 0", "-0.400"]
     assert "skip-feedback" in next(picture for picture in report.pictures if picture.name == "plane").svg
 
