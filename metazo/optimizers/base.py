@@ -158,6 +158,7 @@ class ZOOptimizer(Verbs, Saving):
         self.recorder: Callable[[Step], None] | None = None
         self.max_loss = sys.float_info.max
         self._ready = self._seen = False
+        self._unrecorded: tuple[Step, list[Term] | None, Estimator] | None = None
         self.checks_weights = True  # at the first step
         if not isinstance(check_every, int) or check_every < 0:
             raise UserError(f"`check_every` must be a whole number of at least 0, not {check_every}.")
@@ -184,7 +185,8 @@ class ZOOptimizer(Verbs, Saving):
 
         Returns: the loss at theta if the method evaluates it, else the mean over its probes. If a loss is not finite, the
         weights are put back, the step is recorded without coefficients, and the loss returned is not finite either; of a step
-        that `max_loss` refuses it is the loss. An exception in the closure puts the weights back too. Masters and compensated
+        that `max_loss` refuses it is the loss. After an exception in the recorder the next call records and takes the same step
+        again, without evaluating it. An exception in the closure puts the weights back too. Masters and compensated
         weights are put back bit for bit; weights in place keep the rounding of adding and removing the probe, about 3e-8 of
         them in float32. Raises UserError for a replay of a method whose steps do not follow from their records, for a closure
         that returns no number, for weights without numbers on this device, for shards that were moved, and if processes
@@ -193,6 +195,8 @@ class ZOOptimizer(Verbs, Saving):
         if replay is not None and not self.replayable:
             raise UserError(f"A step of {self.name} does not follow from its record: it cannot be replayed.")
         self._prepare(stepping=True)
+        if self._unrecorded is not None and replay is None:
+            return self._finish(self._unrecorded)
         self.weights.follow()
         state, step = self.zo_state, self.steps
         if replay is None and step == 0:
@@ -223,15 +227,24 @@ class ZOOptimizer(Verbs, Saving):
         update = self.update(state, step, seeds, losses) if finite else Update(())
         sigma = tuple(state["scale/sigma"].tolist()) if self.scale is not None else ()
         self.last_step = Step(step, tuple(seeds), tuple(losses), tuple(update.coefficients), learning_rates, sigma)
-        self._record(self.last_step, replay)
-        if finite:
-            self._apply(self._terms(update, seeds, direction, scales), update.coefficients, learning_rates)
-            if self.scale is not None:
-                self.scale.observe(state, *estimator.plus_minus(losses))
-        else:
+        terms = self._terms(update, seeds, direction, scales) if finite else None
+        return self._finish((self.last_step, terms, estimator), replay)
+
+    def _finish(self, taken: tuple[Step, list[Term] | None, Estimator], replay: Step | None = None) -> float:
+        """Record a step, and move the weights along its terms, if its losses are finite. Its state is new already, so if the
+        recorder fails, the next call of `step` goes on from here.
+        """
+        (record, terms, estimator), self._unrecorded = taken, taken
+        self._record(record, replay)
+        self._unrecorded = None
+        if terms is None:
             self.weights.leave()
+        else:
+            self._apply(terms, record.coefficients, record.lr)
+            if self.scale is not None:
+                self.scale.observe(self.zo_state, *estimator.plus_minus(record.losses))
         self.steps += 1
-        return estimator.loss(losses) if all(map(math.isfinite, losses)) else sum(losses)
+        return estimator.loss(record.losses) if all(map(math.isfinite, record.losses)) else sum(record.losses)
 
     def _scaled(self, direction: Direction, state: State, step: int) -> tuple[Direction, dict[str, float] | None]:
         if self.scale is None:

@@ -48,6 +48,7 @@ class Saving(Optimizer):
     rule: Rule
     estimator: Estimator
     _ready: bool
+    _unrecorded: Any
     settle: Callable[[], None]
     _prepare: Callable[[], None]
 
@@ -83,6 +84,7 @@ class Saving(Optimizer):
         for name, value in present.items():
             value.copy_(state[name])
         self.steps, self.forwards = (int(n) for n in state["counters"])
+        self._unrecorded = None
 
     def state_dict(self) -> dict[str, Any]:
         """State in torch's form, with the settings that the noise follows from under "run". The method's tensors are under

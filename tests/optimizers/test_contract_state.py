@@ -38,6 +38,40 @@ def run(name: str, dtype: torch.dtype, seed: int = 3) -> tuple[Toy, list[Step]]:
 
 
 @every_method
+@both_dtypes
+def test_a_record_that_could_not_be_written_is_written_by_the_next_call(name, dtype):
+    """The state is that of one step, and the closure is not called again."""
+    expected, records = run(name, dtype)
+    problem, optimizer = start(name, dtype)
+    written: list[Step] = []
+    full = False
+
+    def recorder(step: Step) -> None:
+        if full:
+            raise OSError("no space left on device")
+        written.append(step)
+
+    optimizer.recorder = recorder
+    for _ in range(MIDDLE):
+        take(optimizer, problem)
+    before, full = problem.copies(), True
+    with pytest.raises(OSError, match="no space left"):
+        take(optimizer, problem)
+    full = False
+    assert (
+        all(torch.allclose(a, b, atol=1e-5) for a, b in zip(problem.parameters(), before)) and optimizer.steps == MIDDLE
+    )
+    evaluated = optimizer.forwards
+    take(optimizer, problem)
+    assert optimizer.forwards == evaluated and written[-1] == records[MIDDLE] and optimizer.steps == MIDDLE + 1
+    for _ in range(MIDDLE + 1, STEPS):
+        take(optimizer, problem)
+    if dtype == torch.bfloat16:  # float32 weights in place keep the rounding of a probe that was removed by itself
+        assert same(problem, expected) and written == records
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(problem.parameters(), expected.parameters()))
+
+
+@every_method
 def test_two_runs_are_equal_and_seeds_differ(name):
     first, records = run(name, torch.float32)
     second, others = run(name, torch.float32)
