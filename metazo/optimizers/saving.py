@@ -108,7 +108,7 @@ class Saving(Optimizer):
         return plain | {
             "rule": repr(self.rule),
             "estimator": repr(self.estimator),
-            "scale": "none" if scale is None else scale.label(),
+            "scale": "none" if scale is None else scale.identity(),
             "precision": ", ".join(precision),
         }
 

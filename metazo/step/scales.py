@@ -132,8 +132,8 @@ class BlockScale:
         scaled = (sigma * normalisation(sigma, self.counts) if self.normalise else sigma).tolist()
         return {tensor.name: value for block, value in zip(self.blocks, scaled) for tensor in block.tensors}
 
-    def label(self) -> str:
-        """The settings in one line; scales with other labels scale in another way."""
+    def identity(self) -> str:
+        """The settings in one line; scales with another line differ."""
         return repr(self)
 
     def observe(self, state: State, plus: float, minus: float) -> None:

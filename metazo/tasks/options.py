@@ -8,7 +8,7 @@ none, so that answers of one token, such as letters, need no tree. A node sees t
 prompts of P cost B (P + nodes) tokens, not R (P + A). Results differ from those of a row for each answer (`apart`) by rounding.
 
 Where not to use: with models whose attention is not a function of the mask and the positions that are given, such as
-sliding windows, ALiBi, recurrent layers and virtual tokens. Answers of several tokens have a row each there.
+sliding windows, ALiBi, recurrent layers and virtual tokens, or with many long answers. They have a row each there.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ TREES = {
     "falcon", "gemma", "gemma2", "gpt2", "gpt_neox", "gptj", "llama", "mistral", "olmo2", "opt", "phi", "phi3", "qwen2",
     "qwen3", "smollm3", "stablelm",
 }  # fmt: skip
+SHORT = 1024  # tokens of a prompt with its tree that are always one row
 _MASKS = ("sdpa", "eager")  # implementations of attention that take any mask
 
 
@@ -82,15 +83,18 @@ def trees(options: Sequence[Sequence[Sequence[int]]], pad: int) -> dict[str, Ten
 
 def arranged(model: nn.Module, batch: dict[str, Tensor]) -> Arranged:
     """The inputs of a model for what `trees` returns, with the prompts' input_ids, attention_mask and position_ids (B, P),
-    padded on the left: one row for each prompt if the model takes its tree, else one for each answer.
+    padded on the left: one row for each prompt if the model takes its tree and it is not too large, else one for each answer.
     """
-    nodes, longest = batch["node_ids"].shape[1], batch["answer"].shape[1]
-    if not nodes or takes_trees(model, batch["input_ids"].shape[1] + longest):
+    (count, length), nodes = batch["input_ids"].shape, batch["node_ids"].shape[1]
+    answers, longest = batch["answer"].shape
+    # the work and the mask of attention grow with the square of a row, so long answers are better apart
+    short = length + nodes <= SHORT or count * (length + nodes) ** 2 <= answers * (length + longest) ** 2
+    if not nodes or (short and takes_trees(model, length + longest)):
         inputs = joined(batch, additive=model.config._attn_implementation == "eager") if nodes else prompts(batch)
         return Arranged(inputs, 1 + nodes, batch["prompt"][:, None], batch["read_at"])
-    rows, places = torch.arange(len(batch["answer"])), torch.arange(longest)
     device = batch["answer"].device
-    return Arranged(apart(batch), longest, rows[:, None].to(device), places.to(device))
+    rows, places = torch.arange(answers, device=device), torch.arange(longest, device=device)
+    return Arranged(apart(batch), longest, rows[:, None], places)
 
 
 def takes_trees(model: nn.Module, length: int) -> bool:

@@ -85,7 +85,7 @@ class TunerScale(BlockScale):
         self.known = torch.tensor(known)
         self.rows = torch.tensor([row_of[names[i]] for i in known])
 
-    def label(self) -> str:
+    def identity(self) -> str:
         assert self.pertnn is not None
         values = torch.cat([weight.detach().double().flatten().cpu() for weight in self.pertnn.parameters()])
         digest = hashlib.blake2b(values.numpy().tobytes(), digest_size=4).hexdigest()

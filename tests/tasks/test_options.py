@@ -94,6 +94,14 @@ def test_beginnings_that_answers_share_are_one_node():
     assert found["read_at"].tolist() == [[0, 1, 2, 0], [0, 1, 2, 3], [0, 0, 0, 0]]
 
 
+def test_many_long_answers_have_rows_of_their_own():
+    model = architectures.build("Llama").model
+    long = [[[5] * 200 + [k] for k in range(3, 11)] for _ in PROMPTS]  # 8 answers begin alike: 200 nodes
+    apart = [[[k] * 200 for k in range(3, 11)] for _ in PROMPTS]  # 1,592 nodes
+    assert arranged(model, batch(long)).inputs["input_ids"].shape == (3, 206)
+    assert arranged(model, batch(apart)).inputs["input_ids"].shape == (24, 205)
+
+
 def test_gradients_are_those_of_separate_rows():
     model = architectures.build("Llama").model
 
