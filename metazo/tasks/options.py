@@ -81,7 +81,7 @@ def trees(options: Sequence[Sequence[Sequence[int]]], pad: int) -> dict[str, Ten
     }
 
 
-def arranged(model: nn.Module, batch: dict[str, Tensor]) -> Arranged:
+def arranged(model: Any, batch: dict[str, Tensor]) -> Arranged:
     """The inputs of a model for what `trees` returns, with the prompts' input_ids, attention_mask and position_ids (B, P),
     padded on the left: one row for each prompt if the model takes its tree and it is not too large, else one for each answer.
     """
