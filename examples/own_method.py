@@ -72,5 +72,5 @@ class OwnMEAZO(MeZO):
         stability: float = 1e-8,
         **common,
     ):
-        common.setdefault("rule", ScalarSecondMoment(beta, stability))
+        self.default_rule = ScalarSecondMoment(beta, stability)
         super().__init__(params, lr, eps, **common)
