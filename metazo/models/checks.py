@@ -36,6 +36,10 @@ _WIDTHS = (
     *("d_ff", "encoder_ffn_dim", "decoder_ffn_dim", "encoder_attention_heads", "decoder_attention_heads"),
 )
 _OTHER_INPUTS = ("vision_config", "audio_config", "image_size", "num_mel_bins", "feat_extract_norm")
+_PADDED = {
+    *("bart", "camembert", "data2vec-text", "recurrent_gemma", "roberta", "roberta-prelayernorm", "roformer", "rwkv"),
+    *("xlm", "xlm-roberta", "xlm-roberta-xl"),
+}
 _REFUSED = {
     "encoder-decoder": "two models put together",
     "prophetnet": "an encoder-decoder whose losses depend on the padding of a batch",
@@ -88,7 +92,14 @@ def kind_of(config: PreTrainedConfig, kind: str, name: str) -> str:
             "classifier": "ForSequenceClassification",
         }
         saved_as = (kind for cls in config.architectures or () for kind, end in endings.items() if cls.endswith(end))
-        return next(saved_as, "seq2seq" if config.is_encoder_decoder else "classifier")
+        kind = next(saved_as, "seq2seq" if config.is_encoder_decoder else "classifier")
+        if kind != "causal":
+            return kind
+    if kind == "causal" and config.model_type in _PADDED:
+        raise UserError(
+            f"{name!r} is a {config.model_type} model, whose scores as a causal model depend on the padding of a batch or on "
+            "positions of its own; take it as masked, a classifier or sequence-to-sequence, or choose another model."
+        )
     if kind != "classifier" and (kind == "seq2seq") != config.is_encoder_decoder:
         what = "an encoder-decoder" if config.is_encoder_decoder else "no encoder-decoder"
         raise UserError(

@@ -89,7 +89,7 @@ def set_pad(tokenizer: Any, model: PreTrainedModel | SentenceClassifier) -> None
 def context_length(model: PreTrainedModel | SentenceClassifier, tokenizer: PreTrainedTokenizerBase) -> int:
     config = model.config.get_text_config()
     limits = [tokenizer.model_max_length]
-    for name in ("max_position_embeddings", "n_positions"):
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
         limits.append(getattr(config, name, None) or limits[0])
     if config.model_type in ("roberta", "xlm-roberta", "camembert", "longformer", "roberta-prelayernorm"):
         limits[1] -= (getattr(config, "pad_token_id", 0) or 0) + 1  # their positions start after the padding index

@@ -237,7 +237,7 @@ class Encoder:
     def _ids(self, text: str) -> list[int]:
         """Token ids with special tokens, but without the end-of-text token that some causal tokenizers append."""
         ids = self.tokenizer(text, **self._own, verbose=False)["input_ids"]
-        if self.kind == "causal" and len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
+        if self.kind == "causal" and not self.chat and len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
             ids = ids[:-1]
         return list(ids)
 

@@ -13,7 +13,8 @@ from math import sqrt
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
+_NUMBER = re.compile(r"(?:(?<!\d)-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")  # the 5 of 12-5 is not negative
+_ANSWER = re.compile(r"answer is:?", re.IGNORECASE)
 
 
 def accuracy(predicted: Sequence[int], accepted: Sequence[Sequence[int]]) -> float:
@@ -58,12 +59,15 @@ def token_f1(predicted: str, answer: str) -> float:
 
 
 def number(text: str) -> str:
-    """The number a worked answer ends with: the first after "####" or "answer is", else the last one; else the text."""
-    marked = re.split(r"####|answer is:?", text)
-    found = _NUMBER.findall(marked[-1])
-    if found:
-        return repr(float(found[0 if len(marked) > 1 else -1].replace(",", "")))
-    return normalise(marked[-1])
+    """The number a worked answer gives: the first after the first "####", or else "answer is"; else the last one; else the
+    text.
+    """
+    _, mark, answer = text.partition("####")
+    if not mark:
+        _, mark, answer = _ANSWER.sub("####", text).partition("####")
+    answer = answer if mark else text
+    found = _NUMBER.findall(answer)
+    return repr(float(found[0 if mark else -1].replace(",", ""))) if found else normalise(answer)
 
 
 def _best(score: Callable[[str, str], float]) -> Callable[[Sequence[str | None], Sequence[Sequence[str]]], float]:

@@ -94,7 +94,9 @@ def arranged(model: Any, batch: dict[str, Tensor]) -> Arranged:
         return Arranged(inputs, 1 + nodes, batch["prompt"][:, None], batch["read_at"])
     device = batch["answer"].device
     rows, places = torch.arange(answers, device=device), torch.arange(longest, device=device)
-    return Arranged(apart(batch), longest, rows[:, None], places)
+    inputs, own = apart(batch), (batch["answer"] != -100).sum(1, keepdim=True)
+    keep = min(longest, inputs["input_ids"].shape[1])
+    return Arranged(inputs, keep, rows[:, None], (places + keep - own.clamp(min=1)).clamp(max=keep - 1))
 
 
 def takes_trees(model: nn.Module, length: int) -> bool:
@@ -104,9 +106,9 @@ def takes_trees(model: nn.Module, length: int) -> bool:
     config: Any = getattr(model, "config", None)
     if getattr(config, "model_type", None) not in TREES or getattr(config, "_attn_implementation", None) not in _MASKS:
         return False
-    if virtual_tokens(model) or getattr(config, "alibi", False):
+    if virtual_tokens(model) or getattr(config, "alibi", False) or getattr(config, "use_bidirectional_attention", None):
         return False
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    window = getattr(config, "sliding_window", None)  # some models follow it whatever `use_sliding_window` says
     return window is None or length <= window
 
 
@@ -140,14 +142,19 @@ def joined(batch: dict[str, Tensor], additive: bool = False) -> dict[str, Tensor
 
 
 def apart(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A row for each answer: input_ids, attention_mask, position_ids (R, P + A - 1)."""
-    prompt, before = batch["prompt"], batch["answer"][:, :-1]
+    """A row for each answer: input_ids, attention_mask, position_ids (R, L), padded on the left, L at most P + A - 1."""
+    prompt, answer = batch["prompt"], batch["answer"]
+    before = torch.cat([answer[:, 1:], answer.new_full((len(answer), 1), -100)], dim=1)  # -100 from the last token on
+    before = answer.masked_fill(before == -100, -100)[:, :-1]
     mask = torch.cat([batch["attention_mask"][prompt], (before != -100).long()], dim=1)
-    return {
-        "input_ids": torch.cat([batch["input_ids"][prompt], before.clamp(min=0)], dim=1),
-        "attention_mask": mask,
-        "position_ids": (mask.cumsum(-1) - 1).clamp(min=0),
-    }
+    ids = torch.cat([batch["input_ids"][prompt], before.clamp(min=0)], dim=1)
+    places = torch.arange(mask.shape[1], device=mask.device) - (before == -100).sum(1, keepdim=True)
+    places = places % mask.shape[1]  # padding behind an answer goes to the front of its row
+    ids, mask = ids.gather(1, places), mask.gather(1, places)
+    if not mask.is_meta:  # no row is longer than the longest prompt with its own answer, which fits into the context
+        longest = int(mask.sum(1).max())
+        ids, mask = ids[:, -longest:], mask[:, -longest:]
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
 
 
 def _padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -213,6 +214,14 @@ def test_a_config_without_a_padding_token_is_no_traceback(tmp_path, tiny):
     shutil.copytree(tiny("gpt2"), tmp_path, dirs_exist_ok=True)
     config = transformers.RwkvConfig(vocab_size=382, hidden_size=16, num_hidden_layers=2, attention_hidden_size=16)
     transformers.RwkvForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="is a rwkv model, whose scores as a causal model depend on the padding"):
+        load_model(tmp_path)
+    config = transformers.GPTNeoXConfig(vocab_size=382, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+    config.intermediate_size = 32
+    transformers.GPTNeoXForCausalLM(config).save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    settings.pop("pad_token_id", None)
+    (tmp_path / "config.json").write_text(json.dumps(settings))
     assert load_model(tmp_path).kind == "causal"
 
 
@@ -250,3 +259,13 @@ def test_a_saved_model_says_what_it_was_trained_on(tiny, tmp_path):
     assert load_model(save(causal, tmp_path / "causal")).model.generation_config.eos_token_id == [5, 2]
     with pytest.raises(UserError, match="training data was not written by metazo"):
         describe(causal.model, {"labels": ["a\x1b[2J"]})
+
+
+def test_causal_models_whose_scores_depend_on_padding_are_refused(tmp_path):
+    config = transformers.RobertaConfig(
+        vocab_size=300, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, is_decoder=True
+    )
+    transformers.RobertaForCausalLM(config).save_pretrained(tmp_path)
+    for kind in ("auto", "causal"):
+        with pytest.raises(UserError, match="roberta model, whose scores as a causal model depend on the padding"):
+            load_model(tmp_path, kind=kind)

@@ -293,3 +293,13 @@ def test_without_a_context_the_longest_column_is_shortened(gpt2):
     encoder = Encoder(task, gpt2, 80)
     shown = text(gpt2, encoder({"context": LONG, "question": "who sat?", "answer": "me"}, "row 1").ids)
     assert "Question: who sat? Context:" in shown and encoder.cut == {"context": 1}
+
+
+def test_an_end_of_text_that_the_template_wrote_stays_in_the_prompt(tiny):
+    loaded = load_model(tiny("gpt2"))
+    loaded.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}" + "{{ eos_token }}{% endfor %}"
+    task = Task(name="c", kind="classification", messages="chat", label="label", labels=["the cat", "the dog"])
+    row = {"chat": [{"role": "user", "content": "who sat on the mat ?"}], "label": 0}
+    example = Encoder(task, loaded)(row, "row 1")
+    end = loaded.tokenizer.eos_token_id
+    assert example.ids[-1] == end and all(end not in option for option in example.options)

@@ -76,3 +76,14 @@ def test_class_metrics_are_those_of_scikit_learn(classes, count):
 
 def test_a_prediction_is_right_if_any_accepted_class_is_it():
     assert metrics.accuracy([2, 0], [[1, 2], [1, 2]]) == 0.5
+
+
+def test_the_number_is_the_first_after_the_first_mark():
+    text = "so #### 7\n\nQuestion: 3 apples\n#### 9"
+    assert metrics.exact_number([text], [["x #### 7"]]) == 1.0
+    assert metrics.number("The Answer Is 5 because 3") == "5.0"
+    assert (
+        metrics.number("12-5") == "5.0"
+        and metrics.number("it is -5") == "-5.0"
+        and metrics.number("a, 1,200.5") == "1200.5"
+    )

@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import SmolLM3Config, SmolLM3ForCausalLM
 
 from metazo.bench import architectures
 from metazo.models.load import load_model
@@ -100,6 +101,26 @@ def test_many_long_answers_have_rows_of_their_own():
     apart = [[[k] * 200 for k in range(3, 11)] for _ in PROMPTS]  # 1,592 nodes
     assert arranged(model, batch(long)).inputs["input_ids"].shape == (3, 206)
     assert arranged(model, batch(apart)).inputs["input_ids"].shape == (24, 205)
+
+
+def test_windows_hold_whatever_the_flag_says():
+    config = SmolLM3Config(**architectures.CAUSAL["SmolLM3"][2] | {"sliding_window": 5, "use_sliding_window": False})
+    config.layer_types = ["sliding_attention"] * config.num_hidden_layers
+    torch.manual_seed(0)
+    model = SmolLM3ForCausalLM(config).eval()
+    assert not takes_trees(model, 10)
+    with torch.no_grad():
+        close(option_likelihoods(model, batch(ANSWERS)), plain(model, ANSWERS))
+
+
+def test_rows_of_their_own_are_no_longer_than_the_longest():
+    """A long prompt with short answers beside a short prompt with long ones, in a context that holds each."""
+    model = architectures.build("GPT-Neo", dtype=torch.float32).model
+    answers = [[[5, 6], [7, 6]], [[4] * 8, [6] * 7, []], [[7, 8], [7, 9], [12, 13, 14]]]
+    found = arranged(model, batch(answers))
+    assert found.inputs["input_ids"].shape == (8, 10) and found.keep == 8
+    with torch.no_grad():
+        close(option_likelihoods(model, batch(answers)), plain(model, answers))
 
 
 def test_gradients_are_those_of_separate_rows():
