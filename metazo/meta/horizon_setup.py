@@ -73,7 +73,7 @@ def make_plan(config: HorizonConfig, model: nn.Module, tasks: Sequence[HorizonTa
     tensors = named_tensors(model)
     weights = sum(tensor.param.numel() for tensor in tensors)
     held = sum(len([*batches(task.prepared.dev, EVAL_BATCH, task.prepared)]) for task in tasks) / len(tasks)
-    runs = -(-config.steps * config.window // config.horizon)
+    runs = config.pairs * -(-config.updates * config.window // config.horizon)  # each of the pairs begins its own
     tried = min(runs, len(tasks)) * len(config.rates) if len(config.rates) > 1 else 0
     forwards = 2 * config.steps * (2 * config.window + held) + tried * (2 * config.horizon + held)
     members = 2 * config.pairs if config.truncation else 0

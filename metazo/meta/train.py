@@ -51,7 +51,9 @@ def meta_train(
     console = None if console is None else Console.of(console)
     if isinstance(config, FeedbackConfig):
         return learn_feedback(config, console=console)
+    settings = {key: value for key, value in asdict(config).items() if key not in ("out", "resume", "device")}
     if config.resume and (config.out / TUNER).exists():
+        RunFolder(config.out, settings, resume=True, look=True)  # raises UserError if the settings are others
         say(console, f"The run in {config.out} is complete; this is its tuner.")
         with suppress(UserError, OSError), FolderLock(config.out):  # a disk that may only be read; another at work
             _take_away(config.out)
@@ -59,7 +61,6 @@ def meta_train(
     setup = _setup(config)
     loaded, tasks = setup.load(config)
     plan = setup.make_plan(config, loaded.model, tasks)
-    settings = {key: value for key, value in asdict(config).items() if key not in ("out", "resume", "device")}
     origin = belongs(loaded.model, [task.prepared for task in tasks])
     with RunFolder(config.out, settings, config.resume, belongs=origin, say=partial(say, console)) as folder:
         require_space(config.out, plan.disk_bytes - folder.used(), "This run")

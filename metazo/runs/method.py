@@ -60,14 +60,19 @@ def block_scale(config: FinetuneConfig, model: nn.Module) -> BlockScale | None:
 
 
 def _tuner(config: FinetuneConfig, model: nn.Module) -> Tuner:
-    """The tuner that `tuner` names; "auto" takes the first tuner in the zoo that was made for a model of these shapes."""
+    """The tuner that `tuner` names; "auto" takes the first in the zoo for a model of these shapes, in its last version."""
     if config.tuner != "auto":
         return zoo.load(str(config.tuner), config.zoo, report=lambda text: None)
     shapes = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
     found = [tuner for tuner in zoo.find(shapes, zoo=config.zoo) if tuner.why != "base model"]
     if not found:
         raise UserError("`tuner='auto'` found no tuner for this model's tensors; metazo zoo list shows all tuners.")
-    return Tuner.load(found[0].path)
+
+    def series(tuner: zoo.Found) -> tuple:
+        return tuner.why, tuner.folder, tuner.entry.name.rpartition("/")[0]
+
+    versions = [tuner for tuner in found if series(tuner) == series(found[0])]
+    return Tuner.load(versions[-1].path)
 
 
 def _feedback(config: FinetuneConfig, model: nn.Module) -> FeedbackTuner:

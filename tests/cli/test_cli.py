@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from metazo.models.load import load_model
+from metazo.runs.config import FinetuneConfig
+from metazo.runs.method import _tuner
+from metazo.tuner.file import Tuner
 from metazo_cli.main import main
 from tests import warm
 
@@ -57,6 +62,19 @@ def published(tmp_path_factory) -> Path:
 
 def finetune(out: Path, *extra: str) -> tuple[str, ...]:
     return ("finetune", "--model=pico", "--task=pico_sentiment", f"--out={out}", *TINY, *extra)
+
+
+def test_auto_takes_the_last_version_of_a_tuner(published, tmp_path):
+    zoo = tmp_path / "zoo"
+    shutil.copytree(published, zoo)
+    tuner = Tuner.load(next(zoo.rglob("*.safetensors")))
+    weights = {name: value + 1 for name, value in tuner.pertnn.state_dict().items()}
+    tuner.pertnn.load_state_dict(weights)
+    (tmp_path / "tuner.safetensors").write_bytes(tuner.to_bytes())
+    metazo("zoo", "push", str(tmp_path / "tuner.safetensors"), "--to", str(zoo), "--name", "pico")
+    model = load_model("pico").model
+    found = _tuner(FinetuneConfig(model="pico", task="pico_topic", tuner="auto", zoo=zoo, out=tmp_path / "run"), model)
+    assert all(torch.equal(weights[name], value) for name, value in found.pertnn.state_dict().items())
 
 
 def test_meta_train_push_finetune_evaluate(published, tmp_path):

@@ -239,6 +239,8 @@ def test_resume_with_other_settings_is_refused(settings, monkeypatch):
     tuner = meta_train(settings(resume=True))
     again = meta_train(settings(resume=True))
     assert all(torch.equal(a, b) for a, b in zip(weights(tuner), weights(again))), "a complete run is not run again"
+    with pytest.raises(UserError, match="`lr_meta` was .* when the run in"):
+        meta_train(settings(resume=True, lr_meta=0.3))
 
 
 def test_collapse_is_said(settings, monkeypatch):
