@@ -30,6 +30,7 @@ def replay(
 
     metazo replay runs/a/steps.jsonl --base pico --out tuned
     """
+    from metazo.models.embedded import ADAPTERS
     from metazo.runs.replay import replay as run
     from metazo.steplog.format import STEPS
 
@@ -59,4 +60,5 @@ def replay(
         f"({'; '.join(done.differences)}); {distance}",
         None: "the log does not record the hash of these weights",
     }[done.identical]
-    print_line(f"{done.steps:,} steps in {done.seconds:.1f} s; {verdict}; the model is in {out}")
+    what = "adapters, not merged into their base, are" if (out / ADAPTERS).is_file() else "model is"
+    print_line(f"{done.steps:,} steps in {done.seconds:.1f} s; {verdict}; the {what} in {out}")

@@ -63,6 +63,13 @@ class ScaleConfig:
         return {key: value for key, value in asdict(self).items() if key in kept and value is not None}
 
 
+_OF = {
+    "published": ("lr_update", "queries", "eps", "detach_kappa", "separate_batch"),
+    "ratio": ("entropy", "floor", "average"),
+}
+"""Settings that one objective alone reads."""
+
+
 @dataclass
 class MetaConfig(ScaleConfig):
     """Everything that decides a meta-training run. The paper's own settings: recipe meta-published-copa.
@@ -134,7 +141,7 @@ class MetaConfig(ScaleConfig):
     """Whether a restart resets the losses that the networks take as inputs"""
 
     record: Path | None = setting(default=None, role="place")
-    """Record the teacher's path in this folder first, then train along it"""
+    """Record the teacher's path up to its first restart in this folder, then train along it, again and again"""
     record_every: int = setting(default=10, least=1, role="tuner")
     """Teacher steps between recorded weights"""
     trajectory: Path | None = setting(default=None, role="place")
@@ -149,6 +156,24 @@ class MetaConfig(ScaleConfig):
             raise UserError("`record` and `trajectory` both name the teacher's path; give one of them.")
         if self.unroll > 1 and self.objective != "published":
             raise UserError("`unroll` goes with `objective='published'`; the ratio objective takes no inner step.")
+        for name, why in self._unread().items():
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise UserError(f"`{name}` {getattr(self, name)} changes nothing with {why}; leave it out.")
+
+    def _unread(self) -> dict[str, str]:
+        """Settings that the others leave without effect, and which others."""
+        other = "published" if self.objective == "ratio" else "ratio"
+        found = dict.fromkeys(_OF[other], f"`objective` {self.objective}, which does not read it")
+        if self.teacher != "sgd":
+            found["momentum"] = f"`teacher` {self.teacher}, which has its own"
+        if self.record is not None or self.trajectory is not None:
+            found["restart_model"] = "a recording, which is of one path from the base model and repeats"
+        if self.trajectory is not None:
+            found |= dict.fromkeys(("restart_every", "record_every"), "`trajectory`, which has that of the recording")
+        return found
+
+    def recipe(self) -> dict[str, Any]:
+        return {name: value for name, value in super().recipe().items() if name not in self._unread()}
 
     @property
     def reading(self) -> int:

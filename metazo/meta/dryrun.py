@@ -47,9 +47,14 @@ class PathPlan(Plan):
     steps_per_epoch: int
     restart_steps: int
     backwards: int
+    recorded: tuple[int, int, int] | None
+    """Steps of the recording that the run makes first, the examples in them, and those of the tasks."""
 
     def sentence(self) -> str:
         restart = f", restart every {self.restart_steps}" if self.restart_steps else ""
+        if self.recorded:
+            steps, used, examples = self.recorded
+            restart = f", along a recording of {steps} that repeats, with {used:,} of {examples:,} examples"
         return (
             f"{self.steps} meta-steps on {', '.join(self.tasks)} ({self.steps_per_epoch} an epoch{restart}), "
             f"{self.blocks} blocks of {self.weights:,} weights, {self.forwards:,} forward and {self.backwards:,} "
@@ -78,6 +83,11 @@ def make_plan(config: MetaConfig, model: nn.Module, tasks: Sequence[PreparedTask
     disk = 3 * state + (0 if recorded else held)  # two snapshots, and one that is being written
     if config.record is not None:
         disk += disk_use(tensors, config.teacher, restart or total, config.record_every)
+    passes, path = 0 if recorded else total, None
+    if config.record is not None:
+        passes = restart or total
+        used = {(task, example) for task, rows in map(order.batch, range(passes)) for example in rows}
+        path = (passes, len(used), sum(map(len, tasks)))
     return PathPlan(
         model=config.model,
         tasks=[task.name for task in tasks],
@@ -86,8 +96,9 @@ def make_plan(config: MetaConfig, model: nn.Module, tasks: Sequence[PreparedTask
         restart_steps=restart,
         blocks=len(partition(tensors, config.blocks)),
         weights=weights,
-        forwards=total * (forwards + backwards + (0 if recorded else 1)),
-        backwards=total * (backwards + (0 if recorded else 1)),
+        forwards=total * (forwards + backwards) + passes,
+        backwards=total * backwards + passes,
+        recorded=path,
         memory_bytes=memory,
         disk_bytes=disk,
     )

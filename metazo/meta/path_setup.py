@@ -112,6 +112,8 @@ def make_tuner(run: MetaRun, loaded: LoadedModel) -> Tuner:
         "skipped": run.skipped,
         "teacher_path": "online" if isinstance(run.path, Online) else "recorded",
     }
+    if isinstance(run.path, Recorded):
+        recipe["teacher_steps"] = len(run.path.trajectory.log)
     info = TunerInfo(
         base_model=loaded.name,
         blocks=[BlockSpec.of(block) for block in run.scale.blocks],

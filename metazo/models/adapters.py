@@ -69,6 +69,11 @@ def add_adapters(loaded: LoadedModel, adapter: Adapter, seed: int) -> list[str]:
     Raises UserError for a kind that the model cannot have, and for targets that it has not.
     """
     peft, encoder = _peft(), isinstance(loaded.model, SentenceClassifier)
+    if hasattr(loaded.model, "get_base_model"):
+        raise UserError(
+            f"`adapter` {adapter.kind}: {loaded.name} has adapters in memory; train them by `adapter='continue'`, or load it "
+            "with `merge=True` first."
+        )
     if adapter.kind in VIRTUAL and (encoder or loaded.kind != "causal"):
         raise UserError(
             f"`adapter` {adapter.kind} is made of virtual tokens, which need a causal model, and {loaded.name} is a "

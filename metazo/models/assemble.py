@@ -185,6 +185,11 @@ def base_of(name_or_path: str | Path, revision: str | None = None) -> tuple[str,
     return base_of(*_named_in(folder)) if is_file(folder / ADAPTERS) else (str(name), revision)
 
 
+def has_adapters(name_or_path: str | Path) -> bool:
+    """Whether this is a folder of adapters, or of a run that kept adapters."""
+    return is_file(Path(_of_run(name_or_path)).expanduser() / ADAPTERS)
+
+
 def _of_run(name_or_path: str | Path) -> str | Path:
     """The kept model, if this is the folder of a run; else the same."""
     folder = Path(name_or_path).expanduser()

@@ -65,10 +65,10 @@ class Ending(ABC):
         ]
         if kept != self.optimizer.steps:
             self._load_best(kept)
-        test = self.scores.on("test") if config.test_examples else {}
         weights = hash_of(self.model)
-        if config.merge:
+        if config.merge:  # before the test, which is of the model that is saved: the sums are rounded to its dtype
             loaded.model = merge_adapters(loaded.model)
+        test = self.scores.on("test") if config.test_examples else {}
         summary = {
             "task": config.task,
             "optimizer": config.optimizer,

@@ -13,7 +13,7 @@ from metazo.io.tensorfile import weights_hash
 from metazo.models.parts import hash_of
 from metazo.models.sentence import SentenceClassifier
 from metazo.optimizers.registry import Method
-from metazo.runs.inputs import data_hash, inputs
+from metazo.runs.inputs import data_hash, inputs, tokenizer_hash
 from metazo.runs.machine import processor, versions
 from metazo.tasks import Prepared, Task
 from metazo.tasks.data import VERSION
@@ -32,6 +32,7 @@ def header(settings: dict[str, Any], setup: Setup) -> dict[str, Any]:
         "model": loaded.name,
         "weights": hash_of(loaded.model),
         **(inputs(setup.prepared, loaded.model) if isinstance(setup.prepared, Prepared) else {}),
+        "tokenizer": tokenizer_hash(loaded.tokenizer) if loaded.tokenizer is not None else None,
         "labels": task.num_labels if isinstance(task, Task) else None,
         "task": task.name,
         "data": data_hash(setup.prepared) if isinstance(setup.prepared, Prepared) else None,

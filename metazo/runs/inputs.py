@@ -38,6 +38,8 @@ _SAMPLING = {
     "max_length",
     "max_new_tokens",
 }
+# Cases, numbers, spaces, accents, other scripts, signs and a line break: what tokenizers split and normalise differently.
+_TEXT = "Ab aB 1234567.89  I'd go,\tcafé naïve\nÜber straße; привет 東京 नमस्ते مرحبا 👍🏽 ½ ﬁ <s> def f(x): return x"
 # Fields of a task that name the source of its rows; the rows themselves are hashed.
 _SOURCES = {"name", "hub", "config", "revision", "train_split", "test_split", "files", "dev_rows", "unlabelled"}
 
@@ -69,6 +71,12 @@ def belongs(model: nn.Module, tasks: Sequence[Prepared]) -> dict[str, Any]:
         found[f"data of {prepared.task.name}"] = f"sha256:{data_hash(prepared)}"
         found |= {f"{name} of {prepared.task.name}": v for name, v in definition(prepared.task, model).items()}
     return found
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """sha256 over the vocabulary and the tokens of a text of many scripts, which no version of a library writes otherwise."""
+    found = [sorted(tokenizer.get_vocab().items()), tokenizer(_TEXT)["input_ids"]]
+    return sha256(json.dumps(found).encode()).hexdigest()
 
 
 def data_hash(prepared: Prepared) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 from metazo.errors import UserError
 from metazo.io.processes import world
 from metazo.models.adapters import PEFT_TYPES
+from metazo.models.assemble import has_adapters
 from metazo.models.load import DTYPES, LoadedModel
 from metazo.models.quantize import quantization, repeated
 from metazo.models.sentence import SentenceClassifier
@@ -46,6 +47,8 @@ def check_settings(config: FinetuneConfig, given: Given | None = None) -> Object
 def check_saved(config: FinetuneConfig, loaded: LoadedModel) -> None:
     """Raises UserError for adapters that could not be saved at the end."""
     plain = config.merge or config.keep == "none"
+    if not plain and config.out is not None:
+        check_named(config, loaded)
     for adapter in getattr(loaded.model, "peft_config", {}).values():
         kind = getattr(adapter.peft_type, "value", adapter.peft_type)
         if kind not in PEFT_TYPES and not plain and config.out is not None:
@@ -55,6 +58,18 @@ def check_saved(config: FinetuneConfig, loaded: LoadedModel) -> None:
             )
     if isinstance(loaded.model, SentenceClassifier) and config.adapters and not plain:
         raise UserError("`adapter` on a sentence encoder can only be saved merged into its weights; add `merge=True`.")
+
+
+def check_named(config: FinetuneConfig, loaded: LoadedModel) -> None:
+    """Raises UserError for new adapters on a model of adapters: the sum that they belong to is in no folder that they could
+    name, and on either part alone peft would read another model.
+    """
+    new = config.adapters is not None and config.adapters.kind != "continue"
+    if new and has_adapters(loaded.name):
+        raise UserError(
+            f"`model` {loaded.name} has adapters, and new ones on it could not name their base model: continue these with "
+            "`adapter='continue'`, or add `merge=True` to save a plain model."
+        )
 
 
 def _check_quantised(config: FinetuneConfig) -> None:

@@ -81,7 +81,10 @@ def race(
             part = Part(arm.steps, len(arm.steps) + length, spent, least)
             total = max(total, _go_on(config, arm, part, given))
             say("race:", f"rate {arm.rate:g}, loss {arm.score:.4f} in steps {len(part.start) + 1} to {part.stop}")
-        arms = sorted(arms, key=lambda arm: arm.score)[: half(len(arms))]
+        ranked, number = sorted(arms, key=lambda arm: arm.score), half(len(arms))
+        arms = ranked[:number]
+        if equal := [f"{arm.rate:g}" for arm in ranked[number:] if arm.score == arms[-1].score < math.inf]:
+            say("race:", f"rate {', '.join(equal)} ties with {arms[-1].rate:g}, which was named first and goes on")
     won = arms[0]
     if not math.isfinite(won.score):
         raise UserError("No rate of the race has finite losses; give lower ones.")

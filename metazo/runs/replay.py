@@ -38,10 +38,10 @@ from metazo.models.sentence import SentenceClassifier
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.folder import save_parts
 from metazo.runs.header import tuner_hash
-from metazo.runs.inputs import architecture
+from metazo.runs.inputs import architecture, tokenizer_hash
 from metazo.runs.method import build_optimizer, resolve_device
 from metazo.runs.own import StateFile
-from metazo.runs.preconditions import check_merge
+from metazo.runs.preconditions import check_merge, check_named
 from metazo.runs.resources import refuse_ranks
 from metazo.runs.tuned import Given
 from metazo.runs.verify import check_same, distance, environment_changes, replayable_header
@@ -133,7 +133,7 @@ def _replay(
     count = kept if to is None else to
     if not 0 <= count <= len(found.steps):
         raise UserError(f"`to` is {count} and the log has {len(found.steps)} steps; give 0 to {len(found.steps)}.")
-    loaded, optimizer = _rebuilt(header, base, given, tuner, zoo_folder, device, merge)
+    loaded, optimizer = _rebuilt(header, base, given, tuner, zoo_folder, device, merge, saved=out is not None)
     started = time.monotonic()
     for step in found.steps[:count]:
         if len(step.lr) != len(optimizer.param_groups):
@@ -186,6 +186,7 @@ def _rebuilt(
     zoo_folder: Path | None,
     device: str,
     merge: bool,
+    saved: bool,
 ) -> tuple[LoadedModel, Any]:
     """Base model and optimizer as the run had them before its first step."""
     settings = header["settings"] | {"model": base, "out": Path(), "optimizer": header["method"]}
@@ -193,6 +194,12 @@ def _rebuilt(
     config = build(FinetuneConfig, settings | {"merge": merge})
     check_merge(config)
     loaded, _ = assemble(config, labels=header.get("labels"), device=resolve_device(device), given=given.loaded)
+    if saved and not merge:
+        check_named(config, loaded)
+    if loaded.tokenizer is not None and header.get("tokenizer") not in (None, tokenizer_hash(loaded.tokenizer)):
+        raise UserError(
+            f"`base` {base} is not the base model of this log: its tokenizer has other tokens or splits text in another way."
+        )
     _make_head(loaded, header.get("head"))
     weights = weights_hash(loaded.model.named_parameters())
     if weights != header["weights"]:

@@ -32,8 +32,10 @@ def settings(tiny, tmp_path: Path):
 
     def make(out: str = "out", **changes) -> MetaConfig:
         values = {"task": ["pico_topic"], "steps": 6, "batch_size": 4, "train_examples": 16, "max_length": 128}
-        values |= {"lr_update": 1e-3, "hidden": 8, "save_every": 2, "restart_every": 0.75}
-        values |= {"objective": "published", "features": "published", "parametrisation": "abs"}
+        values |= {"hidden": 8, "save_every": 2, "objective": "published", "features": "published"}
+        values |= {} if "trajectory" in changes else {"restart_every": 0.75}
+        values |= {} if changes.get("objective") == "ratio" else {"lr_update": 1e-3}
+        values |= {"parametrisation": "abs"}
         values |= {"meta_optimizer": "sgd", "lr_meta": 0.1}
         return MetaConfig(model=str(tiny("llama")), out=tmp_path / out, **(values | changes))
 
@@ -145,7 +147,7 @@ def test_a_recorded_path_with_every_step_equals_the_teacher_beside(settings, tmp
     online = meta_train(settings("online", **common))
     path = tmp_path / "path"
     recorded = meta_train(settings("recorded", record=path, record_every=1, **common))
-    again = meta_train(settings("again", trajectory=path, **common))
+    again = meta_train(settings("again", trajectory=path, dtype="float64"))
     trajectory = Trajectory.open(path)
     assert trajectory.manifest["snapshots"] == list(range(6)) and len(trajectory.log) == 6
     for a, b, c in zip(weights(online), weights(recorded), weights(again)):
@@ -255,10 +257,11 @@ def test_collapse_is_said(settings, monkeypatch):
     assert row["largest_block"] in warning(row)
 
 
-def test_the_plan_counts_forward_passes(settings, monkeypatch):
+@pytest.mark.parametrize("path", [[], ["record"]])
+def test_the_plan_counts_forward_passes(settings, monkeypatch, tmp_path: Path, path):
     from metazo.meta.order import PreparedTask
 
-    config = settings(queries=3, restart_every=0)
+    config = settings(queries=3, **{name: tmp_path / name for name in path}, restart_every=0 if not path else 0.75)
     plan = dry(config)
     assert not config.out.exists()
     calls = []
@@ -267,6 +270,27 @@ def test_the_plan_counts_forward_passes(settings, monkeypatch):
     meta_train(config, console=Console(quiet=True))
     assert plan.forwards == len(calls)
     assert plan.steps == 6 and plan.steps_per_epoch == 4
+    assert plan.recorded == ((3, 12, 16) if path else None)
+    assert ("along a recording of 3 that repeats, with 12 of 16 examples" in plan.sentence()) == bool(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"restart_every": 2.0, "trajectory": "x"}, "`restart_every` 2.0 changes nothing with `trajectory`"),
+        ({"record_every": 5, "trajectory": "x"}, "`record_every` 5 changes nothing with `trajectory`"),
+        ({"restart_model": False, "record": "x"}, "`restart_model` False changes nothing with a recording"),
+        ({"objective": "ratio", "lr_update": 1e-3}, "`lr_update` 0.001 changes nothing with `objective` ratio"),
+        ({"objective": "ratio", "queries": 2}, "`queries` 2 changes nothing"),
+        ({"entropy": 0.0}, "`entropy` 0.0 changes nothing with `objective` published"),
+        ({"teacher": "adamw", "momentum": 0.5}, "`momentum` 0.5 changes nothing with `teacher` adamw"),
+    ],
+)
+def test_a_setting_without_effect_is_refused_and_is_not_in_the_recipe(settings, changes, said):
+    with pytest.raises(UserError, match=said):
+        settings(**changes)
+    name = said.split("`")[1]
+    assert name not in settings(**{key: value for key, value in changes.items() if key != name}).recipe()
 
 
 def test_the_published_recipe_is_a_config():
@@ -275,11 +299,13 @@ def test_the_published_recipe_is_a_config():
 
 
 def test_the_recipe_is_every_setting_that_makes_the_tuner(tmp_path):
-    """All of them but paths, the machine, how often files are saved, and what the tuner's file names itself."""
+    """All of them but paths, the machine, how often files are saved, what the tuner's file names itself, and those of the
+    other objective."""
     config = build_config(
         MetaConfig, {"model": "pico", "task": ["pico_topic"], "out": tmp_path, "device": "cpu", "steps": 3}
     )
     left_out = {"model", "task", "out", "data", "device", "record", "trajectory", "save_every", "resume"}
+    left_out |= {"lr_update", "queries", "eps", "detach_kappa", "separate_batch"}
     unset = {item.name for item in fields(MetaConfig) if getattr(config, item.name) is None}
     assert config.recipe().keys() == {item.name for item in fields(MetaConfig)} - left_out - unset
     assert config.recipe()["steps"] == 3 and "statistics_every" in unset

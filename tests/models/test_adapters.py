@@ -33,6 +33,7 @@ from metazo.settings import build
 from metazo.steplog.format import scan
 from metazo.tasks import prepare, resolve
 from metazo.tasks.evaluate import evaluate, generate
+from tests.cli.test_cli import metazo as command
 
 SMALL = {
     "model": "pico", "task": "pico_sentiment", "lora": 4, "lr": 1e-3, "steps": 8, "train_examples": 64,
@@ -146,10 +147,13 @@ def test_the_folder_of_a_lora_run_is_a_model(adapters, tmp_path):
 
 def test_merged_saving(adapters, tmp_path):
     _, summary = adapters
-    assert run_settings(config(tmp_path / "run", keep="last", lr=1e-2, merge=True))["test"] == summary["test"]
+    again = run_settings(config(tmp_path / "run", keep="last", lr=1e-2, merge=True))
+    assert again["test"]["loss"] == pytest.approx(summary["test"]["loss"], rel=1e-5)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", dtype=torch.float32)
     assert not any("lora_" in name for name, _ in merged.named_parameters())
     assert on_test(str(tmp_path / "run"))["loss"] == pytest.approx(summary["test"]["loss"], rel=1e-4)
+    shown = command("replay", str(tmp_path / "run"), "--base", "pico", "--out", str(tmp_path / "apart")).stdout
+    assert "the adapters, not merged into their base, are in" in shown
     done = replay(tmp_path / "run" / "steps.jsonl", "pico", tmp_path / "again", merge=True)
     same = [(folder / "model.safetensors").read_bytes() for folder in (tmp_path / "run" / "model", tmp_path / "again")]
     assert done.identical and same[0] == same[1]
@@ -272,10 +276,37 @@ def test_adapters_name_no_folder_of_this_machine(adapters):
         assert str(Path(metazo.__file__).parent).encode() not in path.read_bytes()
 
 
-def test_adapters_on_adapters_are_loaded_on_what_they_were_trained_on(adapters, tmp_path):
+def test_new_adapters_on_adapters_are_saved_merged_or_not_at_all(adapters, tmp_path, monkeypatch):
+    """peft would put them on the adapters' folder as their base, which transformers reads as another model."""
     out, _ = adapters
-    summary = run_settings(config(tmp_path / "on", model=str(out), keep="last", lr=1e-2, steps=3))
+    extra = {"model": str(out), "keep": "last", "lr": 1e-2, "steps": 3}
+    with pytest.raises(UserError, match="has adapters, and new ones on it could not name their base model: continue"):
+        run_settings(config(tmp_path / "on", **extra))
+    assert not (tmp_path / "on").exists()
+    with pytest.raises(UserError, match="has adapters in memory; train them by `adapter='continue'`"):
+        metazo.finetune(load(out), "pico_sentiment", lora=4, lr=1e-3, steps=1)
+    summary = run_settings(config(tmp_path / "merged", merge=True, **extra))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "merged" / "model", dtype=torch.float32).eval()
+    ours, ids = load(tmp_path / "merged"), torch.arange(5, 25)[None]
+    assert torch.equal(theirs(ids).logits, ours.model(ids).logits)
+    assert on_test(str(tmp_path / "merged"))["loss"] == pytest.approx(summary["test"]["loss"], rel=1e-5)
+    with pytest.raises(UserError, match="could not name their base model"):
+        replay(tmp_path / "merged/steps.jsonl", str(out), tmp_path / "again")
+    assert replay(tmp_path / "merged/steps.jsonl", str(out), tmp_path / "again", merge=True).identical
+
+    monkeypatch.setattr("metazo.runs.preconditions.check_named", lambda *given: None)  # as earlier versions saved them
+    summary = run_settings(config(tmp_path / "on", **extra))
     assert on_test(str(tmp_path / "on"))["loss"] == pytest.approx(summary["test"]["loss"], rel=1e-5)
+
+
+def test_the_test_of_a_run_is_of_the_merged_model(tmp_path):
+    """In bfloat16 the sums are rounded, and the figures would be of another model than the one that is saved."""
+    extra = {"dtype": "bfloat16", "merge": True, "keep": "last", "lr": 3e-3}
+    summary = run_settings(config(tmp_path / "run", optimizer="first-order-adamw", test_examples=32, **extra))
+    loaded = load(tmp_path / "run", dtype="bfloat16")
+    rows = {split: SMALL[f"{split}_examples"] for split in ("train", "dev")}
+    found = evaluate(loaded.model, prepare(resolve("pico_sentiment"), loaded, test=32, **rows), "test")
+    assert found == summary["test"]
 
 
 def test_merged_adapters_of_a_sentence_encoder(tmp_path, minilm):

@@ -79,6 +79,12 @@ def test_the_run_is_that_of_the_rate_that_wins_from_the_first_step(settings, tmp
     assert same_bits(tmp_path / "race", tmp_path / "plain")
 
 
+def test_rates_that_cannot_be_told_apart_are_named(settings):
+    console = Console(file=io.StringIO(), width=200)
+    race(settings(), (1e-20, 2e-20, 1e-2), 1, console)
+    assert "rate 2e-20 ties with 1e-20, which was named first and goes on" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
 def test_a_run_that_is_killed_before_it_has_its_first_steps_ends_the_same(settings, tmp_path):
     race(settings(out=tmp_path / "run"), RATES[:2], 3)
     wanted = {name: value.clone() for name, value in weights(tmp_path / "run").items()}

@@ -95,6 +95,19 @@ def test_another_base_model_is_refused(run, tiny, tmp_path):
     assert not (tmp_path / "again").exists()
 
 
+def test_a_base_with_another_tokenizer_is_refused(run, tmp_path):
+    loaded, base = load_model("pico"), tmp_path / "base"
+    loaded.model.save_pretrained(base)
+    loaded.tokenizer.save_pretrained(base)
+    assert replay(run / "steps.jsonl", str(base)).identical, "the same in another folder"
+    file = base / "tokenizer.json"
+    settings = json.loads(file.read_text())
+    settings["normalizer"] = {"type": "Lowercase"}
+    file.write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="its tokenizer has other tokens or splits text in another way"):
+        replay(run / "steps.jsonl", str(base), tmp_path / "again")
+
+
 def test_the_tuner_is_found_by_its_hash_and_another_refused(tmp_path):
     out = tuned(tmp_path / "run", optimizer="mezo", tuner="pico")
     assert replay(out / "steps.jsonl", "pico").identical
