@@ -108,6 +108,23 @@ def kind_of(config: PreTrainedConfig, kind: str, name: str) -> str:
     return kind
 
 
+@torch.no_grad()
+def check_float64(model: nn.Module, kind: str, name: str) -> None:
+    """Raises UserError for a causal model in float64 whose padded rows are NaN: the eager attention of several models takes
+    the softmax in float32, in which the float64 number that hides padding is minus infinity.
+    """
+    tensor = next(model.parameters(), None)
+    if kind != "causal" or tensor is None or tensor.dtype != torch.float64 or tensor.device.type == "meta":
+        return
+    tokens = torch.zeros(1, 2, dtype=torch.long, device=tensor.device)
+    padded = torch.tensor([[0, 1]], device=tensor.device)
+    if not bool(model(input_ids=tokens, attention_mask=padded).logits[0, -1].isfinite().all()):
+        raise UserError(
+            f"`dtype` float64: the attention of {name!r} is NaN for inputs with padding, because its softmax is in float32; "
+            "choose float32, or another `attn_implementation` if the model has one."
+        )
+
+
 def not_finite(model: nn.Module) -> list[str]:
     """A sentence about NaN or infinite weights, if there are any."""
     plain = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from metazo.errors import UserError
 from metazo.tasks.classes import class_names, head_order
@@ -69,6 +69,13 @@ def prepare(
             f"{task.name}: label word {short!r} begins {long!r} for {loaded.name}, which can never be the likelier one; "
             "choose words of which none begins another"
         )
+    lengths = [len(example) for split in SPLITS for example in getattr(out, split)]
+    if (turn := _longrope(loaded.model.config)) and min(lengths, default=turn) <= turn < max(lengths, default=0):
+        notes.append(
+            f"{task.name}: {sum(length > turn for length in lengths)} inputs are longer than {turn} tokens, from where on "
+            f"{loaded.name} scales positions otherwise (longrope), for all rows of a batch: scores of shorter inputs depend on "
+            f"the batch; `max_length` {turn} avoids it"
+        )
     if encoder.alike:
         notes.append(f"{task.name}: {encoder.alike} rows have two choices that are the same tokens for {loaded.name}")
     out.record = {"task": task.name, **drawn.record}
@@ -78,6 +85,15 @@ def prepare(
     if task.kind == "generation" and to_end and end is not None:
         out.record["eos"] = end
     return out
+
+
+def _longrope(config: Any) -> int | None:
+    """Longest batch that a model with longrope (Phi-3) computes with its factors for short inputs; None for other models."""
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    kinds = [rope, *(part for part in rope.values() if isinstance(part, dict))]  # in some models by type of layer
+    return next(
+        (kind["original_max_position_embeddings"] for kind in kinds if kind.get("rope_type") == "longrope"), None
+    )
 
 
 def _encode(out: Prepared, split: str, encoder: Encoder, rows: list[tuple[str, Row]]) -> None:

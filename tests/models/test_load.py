@@ -8,8 +8,10 @@ import shutil
 import pytest
 import torch
 import transformers
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from metazo.errors import UserError
+from metazo.models.assemble import as_loaded
 from metazo.models.describe import describe
 from metazo.models.load import load_model
 
@@ -269,3 +271,21 @@ def test_causal_models_whose_scores_depend_on_padding_are_refused(tmp_path):
     for kind in ("auto", "causal"):
         with pytest.raises(UserError, match="roberta model, whose scores as a causal model depend on the padding"):
             load_model(tmp_path, kind=kind)
+
+
+def test_float64_is_refused_for_attention_whose_padded_rows_are_nan(tmp_path):
+    tokenizer = load_model("pico").tokenizer
+    config = Gemma2Config(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, max_position_embeddings=64, pad_token_id=0,
+    )  # fmt: skip
+    model = Gemma2ForCausalLM(config)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    said = "`dtype` float64: the attention of .* is NaN for inputs with padding"
+    assert load_model(tmp_path).dtype == torch.float32
+    with pytest.raises(UserError, match=said):
+        load_model(tmp_path, dtype="float64")
+    with pytest.raises(UserError, match=said):
+        as_loaded(model.double(), tokenizer)
+    assert load_model("pico", dtype="float64").dtype == torch.float64

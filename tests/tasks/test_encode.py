@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import pytest
 import tokenizers
+import torch
 import transformers
 from tokenizers import models, trainers
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
+from transformers import Phi3Config, Phi3ForCausalLM
 
 from metazo.errors import UserError
+from metazo.models.assemble import as_loaded
 from metazo.models.load import load_model
-from metazo.tasks import get
+from metazo.tasks import get, prepare, resolve
 from metazo.tasks.encode import Encoder
 from metazo.tasks.task import Task
 
@@ -303,3 +306,25 @@ def test_an_end_of_text_that_the_template_wrote_stays_in_the_prompt(tiny):
     example = Encoder(task, loaded)(row, "row 1")
     end = loaded.tokenizer.eos_token_id
     assert example.ids[-1] == end and all(end not in option for option in example.options)
+
+
+def test_a_model_whose_longest_row_changes_the_others_says_so(tiny):
+    """Phi-3 with longrope: transformers takes the factors for long inputs for the whole batch."""
+    tokenizer = load_model(tiny("llama")).tokenizer
+    factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "rope_type": "longrope", "rope_theta": 1e4}
+    for turn in (8, 60, 255):
+        config = Phi3Config(
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+            max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+            original_max_position_embeddings=turn, rope_parameters=factors,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        loaded = as_loaded(Phi3ForCausalLM(config).double(), tokenizer)
+        ready = prepare(resolve("pico_span"), loaded, train=8, dev=8, test=8)
+        said = [note for note in ready.notes if "scales positions otherwise (longrope)" in note]
+        with torch.no_grad():
+            rows = sorted(ready.train, key=len)
+            alone, together = (ready.loss(loaded.model, ready.collate([rows[0], *more])) for more in ([], [rows[-1]]))
+            last = ready.loss(loaded.model, ready.collate([rows[-1]]))
+        apart = abs(float(together) - float(alone + last) / 2)
+        assert len(said) == (turn == 60) and (apart > 1e-7) == (turn == 60), (turn, apart, said, list(map(len, rows)))
