@@ -26,7 +26,7 @@ class FolderLock:
     """The lock of a folder, which is made if it is missing; use as a context manager, or call `acquire` and `release`.
 
     Args: folder; setting: the argument that names it, for messages; patience: seconds to wait for another holder.
-    Raises UserError if another process, or another call in this one, holds the lock: the message names its process id
+    Raises UserError if another process, or another call in this one, holds the lock: with filelock 4 the message names its id
     and host. A release removes the file, and the folder too if the lock made it and it is still empty.
     """
 

@@ -284,8 +284,11 @@ def test_float64_is_refused_for_attention_whose_padded_rows_are_nan(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     said = "`dtype` float64: the attention of .* is NaN for inputs with padding"
     assert load_model(tmp_path).dtype == torch.float32
+    ids, mask = torch.zeros(1, 2, dtype=torch.long), torch.tensor([[0, 1]])
+    if model.double()(input_ids=ids, attention_mask=mask).logits[0, 1].isfinite().all():
+        pytest.skip("this version of transformers computes padded rows in float64 too")
     with pytest.raises(UserError, match=said):
         load_model(tmp_path, dtype="float64")
     with pytest.raises(UserError, match=said):
-        as_loaded(model.double(), tokenizer)
+        as_loaded(model, tokenizer)
     assert load_model("pico", dtype="float64").dtype == torch.float64

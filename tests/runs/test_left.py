@@ -127,7 +127,7 @@ def test_a_folder_that_cannot_be_resumed_is_refused_and_left_as_it_is(folder):
     with pytest.raises(UserError, match="`lr` was 1e-05 when the run"):
         dry_run(replace(config, lr=2e-5))
     (out / ".lock").unlink()
-    with FolderLock(out), pytest.raises(UserError, match="is in use by process"):
+    with FolderLock(out), pytest.raises(UserError, match="is in use by (another )?process"):
         dry_run(config)
     lines = (out / STEPS).read_bytes().splitlines(keepends=True)
     before = _content(out)

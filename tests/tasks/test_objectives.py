@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from statistics import fmean
 
@@ -258,7 +259,8 @@ def test_what_a_function_prints_is_not_in_the_json(tmp_path: Path, capsys, monke
     flags = [part for key, value in SIZES.items() for part in (f"--{key.replace('_', '-')}", str(value))]
     words = ["--model", "pico", "--task", "pico_span", "--objective", f"{tmp_path}/loud.py:loud", "--json", *flags]
     monkeypatch.setattr("sys.argv", ["metazo", "finetune", *words, "--out", str(tmp_path / "run")])
-    with pytest.raises(SystemExit) as end, pytest.warns(UserWarning):
+    with pytest.raises(SystemExit) as end, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         main()
     said = capsys.readouterr()
     assert end.value.code in (0, None) and json.loads(said.out)["steps"] == 4 and "HEARD" in said.err

@@ -86,7 +86,7 @@ def hub(monkeypatch, tmp_path: Path) -> Iterator[type[Hub]]:
     }.items():
         monkeypatch.setattr(constants, name, value)
     # transformers keeps one client, whose address is that of its first use in this process
-    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
+    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     with serving(server):
         yield handler

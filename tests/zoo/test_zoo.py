@@ -17,6 +17,7 @@ from metazo.io.files import safe_name
 from metazo.tuner.file import Tuner
 from metazo.zoo.index import read_index
 from tests import warm
+from tests.io.test_lock import named
 from tests.zoo.conftest import SHAPES, make_tuner
 
 
@@ -163,7 +164,7 @@ def test_a_push_that_waits_too_long_names_the_other(tmp_path: Path, monkeypatch:
     holder = subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "z")], **pipes)
     assert holder.stdout is not None and holder.stdout.readline()
     monkeypatch.setattr("metazo.zoo.index.PATIENCE", 0.1)
-    with pytest.raises(UserError, match=f"in use by process {holder.pid} on "):
+    with pytest.raises(UserError, match=f"in use by {named(holder.pid, ' on ')}"):
         zoo.push(str(tmp_path / "t.safetensors"), tmp_path / "z")
     assert (tmp_path / "z/index.json").read_bytes() == before
     holder.kill()
