@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo bench test lint types site hooks wheel clean
+.PHONY: demo bench test oldest lint types site hooks wheel clean
 
 # torch first: otherwise the packages that need it pull the newest build, with gigabytes of CUDA packages.
 .venv/.installed: pyproject.toml constraints.txt
@@ -22,6 +22,15 @@ bench: .venv/.installed  ## what a step costs beside its forward passes, on this
 # kept even if the environment asks for the opposite: the suite starts python about a hundred times.
 test: lint  ## lint and the whole suite, offline
 	HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+.venv-oldest/.installed: pyproject.toml
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check uv
+	.venv-oldest/bin/uv pip install --quiet --python .venv-oldest/bin/python --resolution lowest-direct --editable '.[test]'
+	touch $@
+
+oldest: .venv-oldest/.installed  ## the suite with the oldest versions in pyproject.toml, torch with gigabytes of CUDA packages
+	HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE= .venv-oldest/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/.installed  ## ruff and formatting
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -43,4 +52,4 @@ wheel: .venv/.installed
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf .venv build dist *.egg-info runs/demo
+	rm -rf .venv .venv-oldest build dist *.egg-info runs/demo

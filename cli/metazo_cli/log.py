@@ -95,11 +95,13 @@ def verify(log: LogArgument, as_json: JsonOption = False) -> None:
     from metazo.steplog.inspect import verify as check
 
     path = _file(log)
-    wrong, steps = check(path), len(scan(path).steps)
+    wrong, found = check(path), scan(path)
+    steps = len(found.steps)
     if as_json:
-        print_json({"steps": steps, "wrong": wrong})
+        print_json({"steps": steps, "complete": found.end is not None, "wrong": wrong})
     else:
-        print_line(f"{path}: {steps} whole steps, " + ("; ".join(wrong) or "in order"))
+        end = "" if found.end else "; no last line: the run is not finished, or the end was cut off"
+        print_line(f"{path}: {steps} whole steps, " + ("; ".join(wrong) or "in order") + end)
     if wrong:
         raise typer.Exit(1)
 

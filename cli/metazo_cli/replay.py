@@ -48,10 +48,13 @@ def replay(
         "identical": done.identical,
         "differences": done.differences,
         "distance": done.distance,
+        "notes": done.notes,
     }
     if as_json:
         print_json(result)
         return
+    for note in done.notes:
+        print_line(f"note: {note}")
     apart = done.distance
     distance = "how near they are is not known" if apart is None else f"the relative distance is {apart:.1e}"
     verdict = {

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from metazo.errors import UserError
+from metazo.io.processes import world
 from metazo.models.parts import divided, forward_only, whole
 from metazo.runs.config import FinetuneConfig
 
@@ -43,16 +44,17 @@ def diagnose(
     finally:
         for hook in hooks:
             hook.remove()
+    of = " on the examples of this process" if world() > 1 else ""
     if not found and not math.isfinite(fmean(losses)):
         return "every module of the model gives finite values, so it comes from the loss, or the objective, itself."
     if not found and fmean(losses) > max_loss:
         return (
-            f"without a probe the loss is {fmean(losses):.4g}, above `max_loss` ({max_loss:g}): raise it if such losses are "
+            f"without a probe the loss{of} is {fmean(losses):.4g}, above `max_loss` ({max_loss:g}): raise it if such losses are "
             "right, or lower `lr` if the loss has grown."
         )
     if not found:
         return (
-            f"without the probe the loss is {fmean(losses):.4g}, so the probe is too long: lower `eps`, and `lr` if the "
+            f"without the probe the loss{of} is {fmean(losses):.4g}, so the probe is too long: lower `eps`, and `lr` if the "
             "loss has grown."
         )
     where, module, args, kwargs = found[0]

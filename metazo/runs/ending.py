@@ -16,7 +16,7 @@ from metazo.models.adapters import merge_adapters
 from metazo.models.parts import hash_of
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.evaluations import Scores
-from metazo.runs.folder import BEST, SNAPSHOTS, RunFolder
+from metazo.runs.folder import BEST, SNAPSHOTS, SUMMARY, RunFolder
 from metazo.runs.locate import MODEL
 from metazo.runs.model_card import ModelCard
 from metazo.runs.monitor import Diverged, Watch
@@ -94,8 +94,9 @@ class Ending(ABC):
         self.log.finish(kept, weights)
         if plot:
             self._plot(records)
-        push(self.config, summary, self.console)
         self.folder.complete(summary)
+        if push(self.config, summary, self.console):
+            self.folder.complete(summary)
         return summary
 
     def _plot(self, records: list[dict[str, Any]]) -> None:
@@ -169,7 +170,9 @@ def push(config: FinetuneConfig, summary: dict[str, Any], console: Console) -> b
         try:
             address = push_folder(config.push, config.out / MODEL)
         except UserError as error:
-            raise UserError(f"{error}. The run is saved; continue with `resume=True` to push it again.") from error
+            raise UserError(
+                f"{error}. The run is complete ({config.out / SUMMARY}); continue with `resume=True` to push it again."
+            ) from error
         console.say("pushed:", address)
     summary["pushed"] = [*there, config.push]
     return True

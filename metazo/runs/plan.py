@@ -30,7 +30,8 @@ def written(config: FinetuneConfig, loaded: LoadedModel, optimizer: Any, steps: 
     whatever a kill leaves is made again from the log.
     """
     model = loaded.model
-    weights = sum(map(bytes_of, model.parameters()))
+    once = not divided(model)  # transformers writes the tied tensors of a divided model under each of their names
+    weights = sum(bytes_of(parameter) for _, parameter in model.named_parameters(remove_duplicate=once))
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     snapshot = trained + state_bytes(optimizer)
     snapshots = snapshot if snapshot_steps(config, optimizer.replayable) else 0

@@ -16,7 +16,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ from metazo.runs.own import StateFile
 from metazo.runs.preconditions import check_merge, check_named
 from metazo.runs.resources import refuse_ranks
 from metazo.runs.tuned import Given
-from metazo.runs.verify import check_same, distance, environment_changes, replayable_header
+from metazo.runs.verify import check_same, distance, end_of, environment_changes, replayable_header
 from metazo.settings import build, check_path
 from metazo.steplog.format import Scan, change, scan
 from metazo.tuner.file import Tuner
@@ -71,6 +71,8 @@ class Replayed:
     """Relative Euclidean distance of all weights from those in the run's own folder, if they are not identical."""
     loaded: LoadedModel
     """The model in memory."""
+    notes: list[str] = field(default_factory=list)
+    """What the log lacks, in sentences: the end of its run, or part of a line."""
 
 
 def replay(
@@ -128,7 +130,7 @@ def _replay(
     merge: bool,
     tick: Callable[[int, int], None],
 ) -> Replayed:
-    log = found.path
+    log, notes = found.path, end_of(found, to)
     kept = found.end["kept"] if found.end else len(found.steps)
     count = kept if to is None else to
     if not 0 <= count <= len(found.steps):
@@ -166,7 +168,7 @@ def _replay(
         if record and loaded.kind != "own":
             describe(loaded.model, record)
         _save(loaded, out, record)
-    return Replayed(count, seconds, weights, identical, differences, apart, loaded)
+    return Replayed(count, seconds, weights, identical, differences, apart, loaded, notes)
 
 
 def _in_memory(base: str | LoadedModel | nn.Module, tokenizer: Any, optimizer: Any) -> tuple[Given, str]:

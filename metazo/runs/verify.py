@@ -14,6 +14,7 @@ from metazo.errors import UserError
 from metazo.io.files import is_file
 from metazo.models.load import LoadedModel
 from metazo.optimizers import METHODS
+from metazo.runs.folder import SUMMARY
 from metazo.runs.header import environment
 from metazo.runs.tuned import MEMORY
 from metazo.step.record import Step
@@ -48,6 +49,22 @@ def replayable_header(found: Scan, optimizer: Any) -> dict[str, Any]:
             "which is not in the log."
         )
     return header
+
+
+def end_of(found: Scan, to: int | None) -> list[str]:
+    """What the end of a log lacks, in sentences. Raises UserError if the run beside it is complete, so that the step whose
+    weights it kept was in the line that is missing, and `to` names no other.
+    """
+    notes = [f"{found.torn} bytes of a torn line at its end were left out."] if found.torn else []
+    if found.end is not None:
+        return notes
+    if to is None and is_file(found.path.parent / SUMMARY):
+        raise UserError(
+            f"{found.path} has lost its end, which names the step whose weights the run kept: resume the run, "
+            "which computes what is lost again, or give `to`."
+        )
+    what = "The log has no last line, because its run is not finished or its end was cut off"
+    return [*notes, what + (f": these are the weights of its last step, {len(found.steps)}." if to is None else ".")]
 
 
 def environment_changes(header: dict[str, Any], found: Scan, loaded: LoadedModel) -> list[str]:

@@ -112,7 +112,7 @@ class Scan:
         if self.damage:
             raise UserError(
                 f"{self.path} is damaged: {self.damage}. The {len(self.steps)} steps before are intact; metazo log repair "
-                "keeps them and puts the rest aside, and `resume=True` computes it again."
+                "keeps them and puts the rest aside, and the run computes it again if it is resumed."
             )
         return self
 

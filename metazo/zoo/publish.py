@@ -64,6 +64,10 @@ def push_log(
         raise UserError("a step log (`log`) goes into a zoo folder; to the Hub, upload the file by hand")
     path = Path(log)
     read = Log.from_bytes(read_capped(path / FILES["log"] if path.is_dir() else path, MAX_BYTES, "step log"), str(log))
+    if read.end is None:
+        raise UserError(
+            f"{log} has no last line, which names the weights that the run kept; resume the run to finish it."
+        )
     base = zoo_base(read.base_model)
     read = read.published(base)
     task = re.sub(r"[^A-Za-z0-9._+-]+", "-", str(read.header.get("task", "model")))[:40]
