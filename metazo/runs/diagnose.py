@@ -49,7 +49,7 @@ def diagnose(
         return "every module of the model gives finite values, so it comes from the loss, or the objective, itself."
     if not found and fmean(losses) > max_loss:
         return (
-            f"without a probe the loss{of} is {fmean(losses):.4g}, above `max_loss` ({max_loss:g}): raise it if such losses are "
+            f"without a probe the loss{of} is {fmean(losses):.4g}, above `max_loss` ({max_loss:g}): raise it if they are "
             "right, or lower `lr` if the loss has grown."
         )
     if not found:

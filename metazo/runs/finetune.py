@@ -39,7 +39,7 @@ from metazo.runs.track import Trackers
 from metazo.runs.tuned import WHOLE, Finetuned, Given, Part
 from metazo.runs.unwritten import MemoryFolder, MemoryLog
 from metazo.step.record import Step
-from metazo.steplog.format import STEPS, scan
+from metazo.steplog.format import STEPS
 from metazo.steplog.writer import StepLog
 from metazo.tasks import Prepared
 from metazo.tasks.closures import BatchLoss
@@ -90,7 +90,7 @@ def _tune(
         console.print(text, style="yellow", soft_wrap=True)
 
     with run_folder(config, say) as folder, ExitStack() as stack:
-        if (summary := folder.summary()) is not None and from_first(lambda: _has_its_log(config, say)):
+        if (summary := folder.summary()) is not None:
             say(f"The run in {config.out} is complete; this is its result.")
             if push(config, summary, console):
                 folder.complete(summary)
@@ -138,22 +138,6 @@ def _tune(
                 run.log.close()
         history = (run.log.steps, run.scores.records) if config.out is None else None
         return Finetuned(summary, config.out, setup.loaded, history)
-
-
-def _has_its_log(config: FinetuneConfig, say: Callable[[str], None]) -> bool:
-    """Whether the log of a complete run is whole. Raises UserError if it is damaged; steps that it has lost at its end are
-    computed again.
-    """
-    if (
-        config.out is None or not (log := config.out / STEPS).exists()
-    ):  # it may be kept elsewhere, and the result is here
-        return True
-    if (found := scan(log).sound()).end is not None and not found.torn:
-        return True
-    say(
-        f"The run in {config.out} is complete, but its log ends after step {len(found.steps)}: the rest is computed again."
-    )
-    return False
 
 
 def _first_loss(setup: Setup, config: FinetuneConfig) -> None:

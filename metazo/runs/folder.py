@@ -22,7 +22,7 @@ from metazo.io.lock import FolderLock
 from metazo.io.plain import MAX_JSON_BYTES, parse_json, shown
 from metazo.io.tensorfile import read_tensors, write_tensors
 from metazo.runs.locate import CONFIG, MODEL, STARTED, read_config
-from metazo.steplog.format import change
+from metazo.steplog.format import STEPS, change, scan
 
 METRICS, SUMMARY = "metrics.jsonl", "summary.json"
 BEST = "best.safetensors"
@@ -253,11 +253,21 @@ class RunFolder:
             shutil.rmtree(temporary, ignore_errors=True)
 
     def summary(self) -> dict[str, Any] | None:
-        """The result of a complete run; None if there is none or it has not the form of one."""
+        """The result of a complete run; None if there is none, if it has not the form of one, or if the log has lost its end,
+        which is then computed again. Raises UserError if the log is damaged.
+        """
+        found = None
         with suppress(UserError, ValueError):
             found = parse_json(read_capped(self.path / SUMMARY, MAX_JSON_BYTES, "summary"))
-            return found if _is_summary(found) else None
-        return None
+        return found if _is_summary(found) and self._log_is_whole() else None
+
+    def _log_is_whole(self) -> bool:
+        if not (self.path / STEPS).exists():  # meta-training has none, and that of a run may be kept elsewhere
+            return True
+        found = scan(self.path / STEPS).sound()
+        if found.end is None:
+            self.say(f"The log of this complete run ends after step {len(found.steps)}: the rest is computed again.")
+        return found.end is not None
 
     def complete(self, summary: dict[str, Any]) -> None:
         """Write the result, and remove the files that only a resumed run needs."""

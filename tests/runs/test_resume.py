@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,11 @@ from metazo.io.tensorfile import read_tensors, write_tensors
 from metazo.io.terminal import Console
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.evaluations import Scores
-from metazo.runs.finetune import run_settings
+from metazo.runs.finetune import run_settings, tune
 from metazo.runs.interrupt import Interrupted
+from metazo.runs.replay import replay
 from metazo.settings import build
+from metazo.steplog.format import scan
 from metazo.steplog.inspect import repair
 from metazo.steplog.writer import StepLog
 
@@ -168,6 +172,49 @@ def test_a_death_after_the_summary_leaves_nothing_behind(dead, whole):
     tuned(dead, resume=True)
     assert results(dead) == whole and not list(dead.glob("snapshot*")) and not list(dead.glob(".*"))
     assert not (dead / "best.safetensors").exists()
+
+
+@pytest.mark.parametrize("lines", [1, 4])
+def test_a_complete_run_whose_log_lost_its_end_computes_it_again(dead, whole, lines):
+    """A log that is damaged and repaired is one, too; without an end it does not say which weights were kept."""
+    tuned(dead, resume=True)
+    log, base = dead / "steps.jsonl", scan(dead / "steps.jsonl").header["model"]
+    kept = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(b"".join(kept[:-lines]))
+    for path in (log, dead):
+        with pytest.raises(UserError, match="has lost its end, which names the step whose weights the run kept"):
+            replay(path if path == log else path / "steps.jsonl", base)
+    assert replay(log, base, to=2).notes == [
+        "The log has no last line, because its run is not finished or its end was cut off."
+    ]
+    assert "ends after step" in tuned(dead, resume=True) and results(dead) == whole
+    flip(log)
+    with pytest.raises(UserError, match="is damaged: line .* metazo log repair"):
+        tuned(dead, resume=True)
+
+
+def test_the_log_of_an_unfinished_run_says_so(dead):
+    shutil.copy(dead / "steps.jsonl", dead.parent / "steps.jsonl")
+    cut(dead.parent / "steps.jsonl")
+    done = replay(dead.parent / "steps.jsonl", scan(dead / "steps.jsonl").header["model"])
+    assert done.identical is None and "bytes of a torn line at its end were left out." in done.notes[0]
+    assert done.notes[1].endswith("these are the weights of its last step, 11.")
+
+
+@pytest.mark.parametrize(("precision", "optimizer"), [("compensated-8", "mezo"), ("compensated-16", "skip-feedback")])
+def test_a_snapshot_holds_the_bits_below_bfloat16(tmp_path, precision, optimizer):
+    settings = {"model": "pico", "task": "pico_sentiment", "lr": 1e-4, "steps": 6, "batch_size": 4, "snapshot_every": 2}
+    settings |= {"train_examples": 16, "dev_examples": 4, "test_examples": 4, "eval_every": 3, "keep": "last"}
+    settings |= {"dtype": "bfloat16", "precision": precision, "optimizer": optimizer}
+    run_settings(build(FinetuneConfig, settings, {"out": tmp_path / "whole"}))
+    with pytest.raises(Interrupted):
+        tune(
+            build(FinetuneConfig, settings, {"out": tmp_path / "cut"}),
+            on_step=lambda step: os.kill(os.getpid(), signal.SIGTERM) if step.step == 2 else None,
+        )
+    run_settings(build(FinetuneConfig, settings, {"out": tmp_path / "cut", "resume": True}))
+    a, b = ((tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "cut"))
+    assert a == b
 
 
 def test_damaged_best_weights_are_said_with_the_way_out(dead, base):

@@ -128,13 +128,15 @@ def test_a_refused_push_keeps_the_run_and_is_tried_again(hub, tmp_path: Path) ->
     hub.refuse = True
     settings = FinetuneConfig(**SMALL, out=tmp_path / "run", push="org/model")
     with pytest.raises(
-        UserError, match=r"org/model cannot be pushed to: .*403.* The run is saved; continue with `resume=Tr"
+        UserError, match=r"org/model cannot be pushed to: .*403.* The run is complete \(.*\); continue with `resume=Tr"
     ):
         run_settings(settings)
     assert (tmp_path / "run" / "model" / "adapter_model.safetensors").is_file()
+    assert "pushed" not in json.loads((tmp_path / "run" / "summary.json").read_text())
     hub.refuse = False
     run_settings(FinetuneConfig(**SMALL, out=tmp_path / "run", push="org/model", resume=True))
-    assert "adapter_model.safetensors" in hub.files["org/model"] and (tmp_path / "run" / "summary.json").is_file()
+    assert "adapter_model.safetensors" in hub.files["org/model"]
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["pushed"] == ["org/model"]
 
 
 def test_a_complete_run_is_pushed_once_to_a_repository(hub, tmp_path: Path) -> None:
