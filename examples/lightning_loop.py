@@ -22,20 +22,15 @@ class Classifier(lightning.LightningModule):
         super().__init__()
         self.automatic_optimization = False  # Lightning would call backward()
         self.net = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 2))
-        self.zo = metazo.MeZO(self.net.named_parameters(), lr=0.1, eps=1e-3, scale="rms", seed=0)
 
-    def configure_optimizers(self) -> None:
-        return None  # the step is taken below; the optimizer's state is saved with the module's
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return metazo.MeZO(self.net.named_parameters(), lr=0.1, eps=1e-3, scale="rms", seed=0)
 
     def training_step(self, batch: list[Tensor], index: int) -> None:
         x, y = batch
-        self.log("loss", self.zo.step(lambda: cross_entropy(self.net(x), y)), prog_bar=True)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["zo"] = self.zo.state_dict()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.zo.load_state_dict(checkpoint["zo"])
+        # Lightning's wrapper of the optimizer counts the step, for max_steps and checkpoints, and saves its state with them
+        loss: Any = self.optimizers().step(lambda: cross_entropy(self.net(x), y))  # type: ignore[union-attr]
+        self.log("loss", loss, prog_bar=True)
 
 
 def accuracy(model: Classifier) -> float:
@@ -55,4 +50,4 @@ if __name__ == "__main__":
         enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(model, DataLoader(TensorDataset(x, y), batch_size=64))
-    print(f"accuracy {accuracy(model):.2f} after {trainer.global_step or model.zo.steps} steps")
+    print(f"accuracy {accuracy(model):.2f} after {trainer.global_step} steps")

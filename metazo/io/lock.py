@@ -26,8 +26,8 @@ class FolderLock:
     """The lock of a folder, which is made if it is missing; use as a context manager, or call `acquire` and `release`.
 
     Args: folder; setting: the argument that names it, for messages; patience: seconds to wait for another holder.
-    Raises UserError if another process, or another call in this one, holds the lock: with filelock 4 the message names its id
-    and host. A release removes the file, and the folder too if the lock made it and it is still empty.
+    Raises UserError if another process, or another call in this one, holds the lock: with a new filelock (4.2.11) the message
+    names its id and host. A release removes the file, and the folder too if the lock made it and it is still empty.
     """
 
     def __init__(self, folder: Path, setting: str = "out", patience: float = _PATIENCE):

@@ -43,7 +43,7 @@ from metazo.io import processes
 from metazo.noise import Noise, PhiloxNoise
 from metazo.optimizers import probing as probings
 from metazo.optimizers import ranks
-from metazo.optimizers.groups import Closure, check_group, listed, named_groups
+from metazo.optimizers.groups import Closure, check_group, listed, named_groups, named_members
 from metazo.optimizers.guards import check_moved, check_shards, check_trained, check_weights
 from metazo.optimizers.loss_watch import LossWatch
 from metazo.optimizers.saving import Saving
@@ -99,12 +99,14 @@ class ZOOptimizer(Verbs, Saving):
             weights. The extra evaluation changes neither the counters nor the global generators.
 
     Attributes: last_step, the Step record of the step just taken; forwards, closure evaluations so far; recorder,
-    called with each Step before the weights change; exchange, what the processes exchange
+    called with each Step before the weights change (they are at a probe then); exchange, what the processes exchange
     in a step (metazo.optimizers.ranks.Exchange); max_loss, above which a loss counts as not finite; defer (False):
     whether the update of a step may wait until the next step applies it together with its first probe. This saves a pass
     over the weights and changes no bit, but you must call `settle` before you read the weights between steps.
 
-    Raises UserError for hyperparameters out of range. Do not use it with dropout or with a loss that is random in another
+    Raises UserError for hyperparameters out of range. Weights of bfloat16 and float16 have float32 masters: change them between
+    steps under torch.no_grad() (or by load_state_dict), because what is written to `param.data` is undone by the next step.
+    Do not use it with dropout or with a loss that is random in another
     way: the evaluations of a step must differ by the probe alone.
     """
 
@@ -166,7 +168,6 @@ class ZOOptimizer(Verbs, Saving):
         self.exchange = ranks.Exchange(probe_ranks)
         self.loss_watch = LossWatch(check_loss and self.replayable)
         self.zo_state: State = {}
-        self.own_decay: set[int] = set()
         super().__init__(named_groups(params), {"lr": lr, "weight_decay": weight_decay})
 
     # -- the step -------------------------------------------------------------------------------------------------
@@ -220,14 +221,18 @@ class ZOOptimizer(Verbs, Saving):
         for seed in seeds:
             self.noise.expect(seed, (draw for tensor in self.tensors for draw in direction.draws(tensor)))
         losses = self._probe(estimator, direction, seeds, closures, replay)
-        if replay is None:
-            self.loss_watch.stepped(losses, closures)
-        learning_rates = replay.lr if replay else self.learning_rates(step)
-        finite = all(abs(loss) <= self.max_loss for loss in losses)  # False for NaN as well
-        update = self.update(state, step, seeds, losses) if finite else Update(())
-        sigma = tuple(state["scale/sigma"].tolist()) if self.scale is not None else ()
-        self.last_step = Step(step, tuple(seeds), tuple(losses), tuple(update.coefficients), learning_rates, sigma)
-        terms = self._terms(update, seeds, direction, scales) if finite else None
+        try:
+            if replay is None:
+                self.loss_watch.stepped(losses, closures)
+            learning_rates = replay.lr if replay else self.learning_rates(step)
+            finite = all(abs(loss) <= self.max_loss for loss in losses)  # False for NaN as well
+            update = self.update(state, step, seeds, losses) if finite else Update(())
+            sigma = tuple(state["scale/sigma"].tolist()) if self.scale is not None else ()
+            self.last_step = Step(step, tuple(seeds), tuple(losses), tuple(update.coefficients), learning_rates, sigma)
+            terms = self._terms(update, seeds, direction, scales) if finite else None
+        except BaseException:  # a warning that is an error, a rate that is no number
+            self.weights.leave()
+            raise
         return self._finish((self.last_step, terms, estimator), replay)
 
     def _finish(self, taken: tuple[Step, list[Term] | None, Estimator], replay: Step | None = None) -> float:
@@ -368,7 +373,9 @@ class ZOOptimizer(Verbs, Saving):
         if getattr(self, "_ready", False):
             raise UserError("Parameter groups must be added before the first step.")
         check_group(param_group)
+        members = param_group["params"]
+        start = sum(len(group["params"]) for group in self.param_groups)
+        param_group["params"] = named_members([members] if isinstance(members, torch.Tensor) else members, start)
         _numbers(**{name: param_group[name] for name in ("lr", "weight_decay") if name in param_group})
-        if "weight_decay" in param_group:
-            self.own_decay.add(len(self.param_groups))
+        param_group.setdefault("own_decay", "weight_decay" in param_group)  # in the group, with which it is saved
         super().add_param_group(param_group)

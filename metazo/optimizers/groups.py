@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from metazo.errors import UserError
 
@@ -19,7 +19,7 @@ def listed(closure: Closure | Sequence[Closure] | None) -> Sequence[Closure]:
 
 OWN = ("params", "lr", "weight_decay")
 """What a parameter group may have of its own; torch and its schedulers add the others."""
-ADDED = ("param_names", "initial_lr", "name")
+ADDED = ("param_names", "initial_lr", "name", "own_lr", "own_decay")
 
 
 def check_group(group: Mapping[str, Any]) -> None:
@@ -31,13 +31,18 @@ def check_group(group: Mapping[str, Any]) -> None:
         )
 
 
+def named_members(members: Iterable, start: int) -> list[tuple[str, Tensor]]:
+    """Tensors with their names; those without one are named by their position, counted from `start`."""
+    return [member if isinstance(member, tuple) else (f"param.{start + i}", member) for i, member in enumerate(members)]
+
+
 def named_groups(params: Iterable) -> list[dict[str, Any]]:
     """Parameter groups of (name, parameter) pairs in which each tensor occurs once, under its first name (tied weights).
 
     Raises UserError if there is no tensor, for one name in two groups, whose settings a tensor cannot both have, and for an
     empty group beside others.
     """
-    entries = list(params)
+    entries = [] if isinstance(params, nn.Module) else list(params)
     if not entries:
         raise UserError("`params` has no tensor: pass `model.named_parameters()`, or a part of it.")
     groups = [dict(entry) for entry in entries] if entries and isinstance(entries[0], dict) else [{"params": entries}]

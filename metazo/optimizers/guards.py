@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -61,16 +62,43 @@ def check_weights(tensors: Sequence[NamedTensor]) -> None:
 
 def _check_apart(tensors: Sequence[NamedTensor]) -> None:
     """Raises UserError for two parameters with the same memory, which every probe and every update would move twice."""
-    spans = sorted(
-        (tensor.param.data_ptr(), tensor.param.numel() * tensor.param.element_size(), tensor.name)
-        for tensor in tensors
-        if tensor.param.numel() and tensor.param.is_contiguous() and tensor.param.data_ptr()
+    held = sorted(
+        ((tensor.param.data_ptr(), tensor.name, tensor.param) for tensor in tensors if tensor.param.numel()),
+        key=lambda item: item[:2],
     )
-    for (first, length, one), (second, _, other) in zip(spans, spans[1:]):
-        if second < first + length:
-            raise UserError(
-                f"{one} and {other} are two parameters in the same memory: make them one, or leave one out."
-            )
+    held = [item for item in held if item[0]]
+    end, cluster = 0, list[tuple[int, str, Tensor]]()  # parameters whose spans of memory touch each other
+    for item in [*held, (sys.maxsize, "", torch.empty(0))]:
+        if item[0] >= end:
+            _check_entries(cluster)
+            cluster = []
+        cluster.append(item)
+        end = max(end, item[0] + _span(item[2]))
+
+
+def _span(param: Tensor) -> int:
+    """Bytes from the first to behind the last entry."""
+    return (1 + sum((size - 1) * step for size, step in zip(param.shape, param.stride()))) * param.element_size()
+
+
+def _check_entries(cluster: Sequence[tuple[int, str, Tensor]]) -> None:
+    """Raises UserError if two parameters have an entry in common, or one has two entries in the same place. Spans that touch
+    are looked at entry by entry, because those of slices may have nothing in common.
+    """
+    if len(cluster) < 2 and all(param.is_contiguous() for _, _, param in cluster):
+        return
+    size, first = cluster[0][2].element_size(), cluster[0][0]
+    length = max(place + _span(param) for place, _, param in cluster) - first
+    owner = torch.zeros(-(-length // size), dtype=torch.int32)
+    for number, (place, name, param) in enumerate(cluster, 1):
+        own = owner.as_strided(param.shape, param.stride(), (place - first) // size)
+        other = int(own.max())
+        if other or param.element_size() != size:
+            one = cluster[other - 1 if other else 0][1]
+            raise UserError(f"{one} and {name} are two parameters in the same memory: make them one, or leave one out.")
+        own.fill_(number)
+        if int((owner == number).sum()) != param.numel():
+            raise UserError(f"{name} has entries that share memory (a view that overlaps itself): pass a copy.")
 
 
 def check_trained(tensors: Sequence[NamedTensor]) -> None:

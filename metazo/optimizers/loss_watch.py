@@ -7,7 +7,7 @@ import math
 import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -165,6 +165,10 @@ def _models(closure: Callable[[], Any]) -> Iterator[nn.Module]:
     function = getattr(closure, "func", closure)
     candidates = [closure, getattr(function, "__self__", None), *getattr(closure, "args", ())]
     if inspect.isfunction(function) or inspect.ismethod(function):
-        found = inspect.getclosurevars(function)
-        candidates += [*found.nonlocals.values(), *found.globals.values()]
+        code = inspect.unwrap(getattr(function, "__func__", function))
+        for cell in getattr(code, "__closure__", None) or ():
+            with suppress(ValueError):  # a variable that has no value yet
+                candidates.append(cell.cell_contents)
+        names = getattr(getattr(code, "__code__", None), "co_names", ())
+        candidates += [code.__globals__[name] for name in names if name in code.__globals__]
     yield from (value for value in candidates if isinstance(value, nn.Module))

@@ -142,6 +142,8 @@ class Saving(Optimizer):
         except UserError:
             self.param_groups, self._ready = groups, ready
             raise
+        for before, group in zip(groups, self.param_groups):
+            group.setdefault("own_decay", before["own_decay"])  # which states of earlier versions have not
         for name, value in self._own().items():
             if (other := state_dict.get("own", {}).get(name, value)) != value:
                 warnings.warn(

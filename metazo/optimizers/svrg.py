@@ -171,13 +171,14 @@ class MeZOSVRG(ZOOptimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         added = self.param_groups[-1]
-        added.setdefault("initial_lr", added["lr"])  # torch's name for the rate before any schedule; it is saved
+        added.setdefault("own_lr", added["lr"])  # before any schedule; torch's schedulers use initial_lr in other ways
 
     def learning_rates(self, step: int) -> tuple[float, ...]:
         """A schedule changes the rate of mini steps by the same factor as a group's lr."""
         rates, floor = super().learning_rates(step), FLOOR
         if not self.is_full():
-            firsts = [float(group.get("initial_lr", self.defaults["lr"])) for group in self.param_groups]
+            before = self.defaults["lr"]  # states of earlier versions have torch's name
+            firsts = [float(group.get("own_lr", group.get("initial_lr", before))) for group in self.param_groups]
             rates = tuple(rate * (self.mini_lr / first if first else 0.0) for rate, first in zip(rates, firsts))
             floor = MINI_FLOOR
         annealed = float(self.zo_state["svrg/annealed"])

@@ -49,7 +49,6 @@ class Verbs(Method):
     noise: Noise
     loss_watch: LossWatch
     probing: str
-    own_decay: set[int]
     param_groups: list[dict[str, Any]]
 
     def init(self, tensors: Sequence[NamedTensor]) -> State:
@@ -90,7 +89,8 @@ class Verbs(Method):
 
     def decays(self, tensor: NamedTensor) -> bool:
         """Whether weight decay acts on a tensor: MeZO's name rule, unless a method or the tensor's group has its own."""
-        return tensor.group in self.own_decay or not any(part in tensor.name for part in DECAY_EXEMPT)
+        own = self.param_groups[tensor.group].get("own_decay", False)
+        return own or not any(part in tensor.name for part in DECAY_EXEMPT)
 
     def forwards_per_step(self, closures: int = 1) -> float:
         """Mean number of closure evaluations per step, if each probe evaluates `closures`."""

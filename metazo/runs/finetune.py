@@ -17,6 +17,7 @@ from metazo.integrations.resident import local_parameters
 from metazo.io.processes import agreed, from_first, joined, rank, require_same, together
 from metazo.io.terminal import Console
 from metazo.models.parts import divided, forward_only
+from metazo.optimizers.guards import as_loss
 from metazo.optimizers.ranks import share as share_of_rank
 from metazo.runs.batches import reader, step_losses
 from metazo.runs.config import INCIDENTAL, FinetuneConfig
@@ -144,7 +145,7 @@ def _first_loss(setup: Setup, config: FinetuneConfig) -> None:
     """Raises UserError for a loss that is not finite before the first step, before anything is written."""
     first = step_losses(config, setup, reader(config, setup.prepared.train), 0, _share(setup))[0]
     with forward_only(setup.loaded.model):
-        loss = float(first())
+        loss = as_loss(first())
     if config.objective is not None and not math.isfinite(loss):
         raise UserError(f"`objective` {config.objective} is {loss} before the first step; it must be a finite number.")
     if not math.isfinite(loss):

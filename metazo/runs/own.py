@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from metazo.errors import UserError
 from metazo.io.processes import gathered, rank, world
 from metazo.io.tensorfile import write_tensors
+from metazo.optimizers.guards import as_loss
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -33,6 +34,8 @@ class OwnBatch:
 
 
 def _moved(value: Any, device: torch.device | str) -> Any:
+    if isinstance(value, Mapping) and not isinstance(value, dict) and callable(getattr(value, "to", None)):
+        return value.to(device)  # a BatchEncoding, a TensorDict
     if isinstance(value, Mapping):
         return {key: _moved(item, device) for key, item in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -77,7 +80,7 @@ class OwnLoss:
     def evaluate(self, model: nn.Module, split: str, device: torch.device) -> dict[str, float]:
         """ "loss", the mean over the batches of a split, and "batches", their number. The processes of a run divide them."""
         batches: list[OwnBatch] = getattr(self, split)
-        own = [float(self.loss(model, batch.to(device))) for batch in batches[rank() :: world()]]
+        own = [as_loss(self.loss(model, batch.to(device))) for batch in batches[rank() :: world()]]
         each = gathered(own)
         losses = [each[index % len(each)][index // len(each)] for index in range(len(batches))]
         return {"loss": sum(losses) / len(losses), "batches": float(len(losses))}

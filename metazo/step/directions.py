@@ -22,8 +22,8 @@ from metazo.noise import DENSE, Draw, Move, Place, Stream
 
 
 def in_chunks(tensor: NamedTensor, out: Tensor, start: int = 0) -> Iterator[tuple[int, Tensor]]:
-    """`out` in chunks, as (start, entries); one chunk if `out` is a chunk already or is not contiguous."""
-    if out.numel() < tensor.param.numel() or not out.is_contiguous():
+    """`out` in chunks, as (start, entries); one if `out` is a chunk already, or if it or the parameter is not contiguous."""
+    if out.numel() < tensor.param.numel() or not (out.is_contiguous() and tensor.param.is_contiguous()):
         yield start, out
         return
     ranges = list(chunks(tensor.param))

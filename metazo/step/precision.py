@@ -154,7 +154,8 @@ class Master:
         """Between steps: take up weights that somebody else has changed. Returns: whether they were.
 
         torch counts changes of a parameter, but not those through `param.data`, by which metazo makes its own: other memory
-        is noticed (`param.data = ...`, vector_to_parameters), and numbers written to `param.data` are not.
+        is noticed (`param.data = ...`, vector_to_parameters), and numbers written to `param.data` are not, and are
+        undone by the next step.
         """
         before, self.version = self.version, _version(self.param)
         if self.version == before or torch.equal(self.param.data, self.theta.to(self.param.dtype)):

@@ -233,7 +233,10 @@ class Weights:
         self.settle()
         place = self.storage[tensor.name]
         ranges = list(chunks(tensor.param))
-        if place.theta is not None and (len(ranges) == 1 or not place.theta.is_contiguous()):
+        whole = len(ranges) == 1 or not (
+            tensor.param.is_contiguous() and (place.theta is None or place.theta.is_contiguous())
+        )
+        if place.theta is not None and whole:
             yield 0, place.theta
             return
         for start, stop in ranges:

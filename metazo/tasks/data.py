@@ -217,6 +217,10 @@ def _fit(
     if "train" in shared or not fixed:
         sizes["train"] = available - sum(sizes[s] for s in sizes if s != "train") if wanted["train"] else 0
     if min(sizes.values()) < 0 or sum(sizes.values()) > available or (wanted["train"] and sizes["train"] < 1):
+        if not available and task.unlabelled:
+            raise UserError(
+                f"task {task.name!r} has no labelled train row: all are `unlabelled` or have no {task.label!r}."
+            )
         raise UserError(
             f"task {task.name!r} has {available} labelled train rows, too few for {_listed(wanted)}; give more rows"
         )

@@ -30,6 +30,7 @@ from metazo.runs.folder import RunFolder
 from metazo.settings import build
 from metazo_cli.compare import command
 from tests import warm
+from tests.io.test_lock import named
 
 CONFIG = {
     "train_examples": 32,
@@ -201,7 +202,7 @@ def wait_for(process: warm.Process, what: Callable[[], object]) -> None:
 
 
 def test_two_at_once_are_refused(copy):
-    with FolderLock(copy), pytest.raises(UserError, match=f"in use by process {os.getpid()} on "):
+    with FolderLock(copy), pytest.raises(UserError, match=f"in use by {named(os.getpid(), ' on ')}"):
         compare(grid(copy))
 
 
@@ -325,12 +326,12 @@ def test_parts_of_a_grid_divide_it_and_a_call_without_part_does_the_rest(copy):
     (copy / "search.json").unlink()
     with FolderLock(copy / "parts" / "1-of-2"):
         for part in (None, "1/2", "01/02"):
-            with pytest.raises(UserError, match="in use by process"):
+            with pytest.raises(UserError, match="in use by (another )?process"):
                 compare(grid(copy), part=part)
         assert compare(grid(copy), part="0/2")["runs"] - compare(grid(copy), part="0/2")["kept"] == 0
     assert [file.exists() for file in files] == [True, False, True]
     assert not (copy / "search.json").exists()
-    with FolderLock(copy), pytest.raises(UserError, match="in use by process"):
+    with FolderLock(copy), pytest.raises(UserError, match="in use by (another )?process"):
         compare(grid(copy), part="1/2")
     count = compare(grid(copy))
     assert count["runs"] - count["kept"] == 1 and not (copy / "parts").exists()

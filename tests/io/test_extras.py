@@ -66,6 +66,7 @@ def without(missing: set[str], folder: Path, *lines: list[str]) -> list[tuple[in
     """
     site = folder / "site"
     site.mkdir()
+    missing = missing | ({"scikit_learn", "sklearn"} if "scipy" in missing else set())  # which cannot do without it
     names = missing | {name.replace("-", "_") for name, package in IMPORTED_AS.items() if package in missing}
     for path in [Path(path) for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]:
         for item in path.iterdir():

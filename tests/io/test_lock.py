@@ -14,7 +14,8 @@ import pytest
 from metazo.errors import UserError
 from metazo.io.lock import NAME, FolderLock
 
-NAMED = int(filelock.__version__.split(".")[0]) >= 4  # earlier versions empty the file of a lock that they are refused
+# earlier versions, and among them 4.2.0, empty the file of a lock that they are refused
+NAMED = tuple(map(int, filelock.__version__.split(".")[:3])) >= (4, 2, 11)
 HOLD = "import sys, time; from pathlib import Path; from metazo.io.lock import FolderLock\n"
 HOLD += "lock = FolderLock(Path(sys.argv[1])).acquire(); print('held', flush=True); time.sleep(60)"
 

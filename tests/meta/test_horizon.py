@@ -130,7 +130,8 @@ def test_truncated_runs_continue_as_the_whole_run_would(settings) -> None:
     common = {"spread": 1e-12, "lr_sigma": 1e-12, "steps": 2, "pairs": 1, "rates": [1e-3]}
     whole = HorizonRun(tasks, settings(**common))
     parts = HorizonRun(tasks, settings(**common, truncation=2))
-    assert (first := parts.step()) and (second := parts.step()) and (once := whole.step())
+    first, second, once = parts.step(), parts.step(), whole.step()
+    assert first is not None and second is not None and once is not None
     assert first.task == second.task == once.task
     assert abs(second.loss - once.loss) < 1e-6 < abs(first.loss - once.loss)
 

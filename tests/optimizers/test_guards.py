@@ -346,6 +346,70 @@ def test_parameters_that_share_memory_are_refused():
     with pytest.raises(UserError, match="share memory .expanded tensors., the first is wide"):
         MeZO([("wide", wide)]).step(wide.sum)
     MeZO([("one", nn.Parameter(memory[:3])), ("other", nn.Parameter(memory[3:]))]).step(lambda: memory.sum())
+    tied = nn.Parameter(torch.randn(4, 6))
+    square = torch.randn(8, 10)
+    for pair in ((tied, nn.Parameter(tied.data.t())), (nn.Parameter(square[:, :6]), nn.Parameter(square[:, 4:]))):
+        with pytest.raises(UserError, match="are two parameters in the same memory"):
+            MeZO([("one", pair[0]), ("other", pair[1])]).step(lambda: square.sum())
+    for view in (torch.randn(80).as_strided((10, 20), (5, 1)), torch.randn(9).as_strided((3, 3), (2, 2))):
+        with pytest.raises(UserError, match="own has entries that share memory"):
+            MeZO([("own", nn.Parameter(view))]).step(view.sum)
+    apart = [
+        ("left", nn.Parameter(square[:, :4])),
+        ("right", nn.Parameter(square[:, 4:])),
+        ("turned", nn.Parameter(tied.data.t())),
+    ]
+    MeZO(apart).step(lambda: square.sum())
+
+
+def test_a_module_is_asked_for_its_parameters_and_added_ones_are_named_by_position():
+    model = nn.Linear(2, 2)
+    with pytest.raises(UserError, match="pass `model.named_parameters\\(\\)`"):
+        MeZO(model)
+    optimizer = MeZO(model.parameters())
+    optimizer.add_param_group({"params": nn.Parameter(torch.ones(2))})
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
+    assert [group["param_names"] for group in optimizer.param_groups] == [
+        ["param.0", "param.1"],
+        ["param.2"],
+        ["param.3"],
+    ]
+
+
+def test_what_fails_after_the_probes_leaves_the_weights():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double()
+    x, before = torch.randn(5, 3).double(), [p.detach().clone() for p in model.parameters()]
+    optimizer = MeZO(model.named_parameters(), lr=1e-3, eps=1e-3)
+    with warnings.catch_warnings(), pytest.raises(UserWarning, match="is in train mode"):
+        warnings.simplefilter("error")
+        optimizer.step(lambda: model(x).square().sum())
+    for now, then in zip(model.parameters(), before):
+        torch.testing.assert_close(now, then, rtol=0, atol=1e-12)
+    assert optimizer.steps == 0
+
+
+def test_a_closure_with_a_variable_that_has_no_value_yet():
+    weight = nn.Parameter(torch.ones(3))
+
+    def closure() -> Tensor:
+        if weight.sum() > 1e9:
+            print(later)
+        return weight.sum()
+
+    MeZO([("w", weight)], lr=1e-3).step(closure)
+    later = 1
+
+
+@pytest.mark.parametrize("name", ["mezo-momentum", "lozo", "hizoo", "loren"])
+def test_narrow_slices_of_more_than_a_chunk_take_their_steps(name):
+    torch.manual_seed(0)
+    whole = torch.randn(1500, 1000, dtype=torch.bfloat16)
+    slices = {kind: nn.Parameter(part) for kind, part in (("slice", whole[:, :800]), ("copy", whole[:, :800].clone()))}
+    for param in slices.values():
+        optimizer = METHODS[name]([("w", param)], lr=1e-2, check_loss=False)
+        for _ in range(2):
+            optimizer.step(lambda param=param: param.float().square().mean())
+    assert torch.equal(slices["slice"], slices["copy"])
 
 
 @pytest.mark.parametrize("seed", [1.5, "x", -1, 2**64])
@@ -486,6 +550,10 @@ def test_the_weight_decay_of_a_group_acts_on_all_of_its_tensors():
         optimizer.step(lambda: 1.0)
         optimizer.load_state_dict(optimizer.state_dict())
     torch.testing.assert_close(model.bias, before * 0.95**2)
+    other = MeZO([{"params": [("bias", model.bias)]}, {"params": [("weight", model.weight)]}], lr=0.1, check_loss=False)
+    other.load_state_dict(optimizer.state_dict())
+    other.step(lambda: 1.0)
+    torch.testing.assert_close(model.bias, before * 0.95**3)
 
 
 def test_one_scale_object_serves_two_optimizers():

@@ -291,6 +291,25 @@ def test_a_snapshot_in_the_dtype_of_theta_is_named_as_without_effect():
         optimizer.tensors_state()
 
 
+def test_mini_steps_follow_schedulers_that_begin_elsewhere():
+    """OneCycleLR calls a 25th of its peak initial_lr, and a rate that was set before LambdaLR is its start."""
+    model = nn.Linear(3, 2)
+    optimizer = MeZOSVRG(model.named_parameters(), 1e-3, mini_lr=1e-5, interval=2)
+    optimizer.full_closure = lambda: model(torch.ones(3)).square().sum()
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=20, cycle_momentum=False)
+    found = []
+    for _ in range(19):
+        optimizer.step(optimizer.full_closure)
+        found.append((optimizer.last_step.lr[0], optimizer.param_groups[0]["lr"]))
+        schedule.step()
+    for step, (rate, full) in enumerate(found):
+        assert rate == pytest.approx(full / 100 if step % 2 else full)
+    other = MeZOSVRG(model.named_parameters(), 1e-2, mini_lr=1e-3, interval=2)
+    other.param_groups[0]["lr"] = 1e-3
+    torch.optim.lr_scheduler.LambdaLR(other, lambda step: 1.0)
+    assert other.learning_rates(0) == (1e-3,)
+
+
 def test_mini_steps_have_their_own_rate_in_every_group_under_a_schedule_and_after_loading():
     def make_one(lr: float) -> tuple[MeZOSVRG, torch.optim.lr_scheduler.LambdaLR]:
         model = nn.Linear(3, 2)

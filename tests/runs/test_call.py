@@ -14,7 +14,7 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict
 from torch import nn
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding
 
 import metazo
 from metazo.errors import UserError
@@ -360,6 +360,17 @@ def test_rows_that_are_wrong():
 )
 def test_settings_that_change_nothing_are_named(settings, words):
     assert unused(FinetuneConfig("pico", "pico_sentiment", **settings)) == ([words] if words else [])
+
+
+def test_batches_keep_their_type_and_losses_are_numbers():
+    def run(loss, **extra):
+        data = [BatchEncoding({"x": torch.ones(2, 3), "y": torch.zeros(2, dtype=torch.long)})] * 2
+        return metazo.finetune(nn.Linear(3, 2), loss=loss, data=data, lr=1e-3, steps=2, **extra)
+
+    assert run(lambda model, batch: nn.functional.cross_entropy(model(batch.x), batch.y)).summary["steps"] == 2
+    for wrong in (lambda model, batch: None, lambda model, batch: model(batch.x)):
+        with pytest.raises(UserError, match="The closure returned"):
+            run(wrong)
 
 
 def test_an_optimizer_that_has_taken_steps_is_refused():

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 
 from metazo.errors import UserError
+from metazo.io.lock import NAME as LOCK
 from metazo.io.lock import FolderLock
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.dryrun import dry_run
 from metazo.runs.finetune import tune
 from metazo.steplog.format import STEPS
+from tests.io.test_lock import NAMED
 
 STOPPED = 5  # steps before the interruption
 METHODS = {
@@ -61,7 +63,9 @@ def _interrupted(name: str, out: Path) -> FinetuneConfig:
 
 def _content(folder: Path) -> dict[str, tuple[int, bytes]]:
     return {
-        path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in sorted(folder.rglob("*")) if path.is_file()
+        path.name: (path.stat().st_mtime_ns, path.read_bytes())
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and (path.name != LOCK or NAMED)
     }
 
 

@@ -97,8 +97,9 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not_and_its_log_replays(
     run(tmp_path / "cut", tiny(name), **settings, resume=True)
     whole, cut = ((tmp_path / out / "model" / "model.safetensors").read_bytes() for out in ("whole", "cut"))
     assert whole == cut and (tmp_path / "whole" / "model" / "model.safetensors").stat().st_size > 0
-    replay(tmp_path / "whole" / "steps.jsonl", base=str(tiny(name)), out=tmp_path / "again")
-    kept = json.loads((tmp_path / "whole" / "summary.json").read_text())["kept_step"]
+    summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
+    replay(tmp_path / "whole" / "steps.jsonl", base=str(tiny(name)), out=tmp_path / "again", to=summary["steps"])
+    kept = summary["kept_step"]
     replay(tmp_path / "whole" / "steps.jsonl", base=str(tiny(name)), out=tmp_path / "kept", to=kept)
     one, two = (load_file(tmp_path / out / "model.safetensors") for out in ("whole/model", "kept"))
     assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
