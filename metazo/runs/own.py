@@ -34,8 +34,9 @@ class OwnBatch:
 
 
 def _moved(value: Any, device: torch.device | str) -> Any:
-    if isinstance(value, Mapping) and not isinstance(value, dict) and callable(getattr(value, "to", None)):
-        return value.to(device)  # a BatchEncoding, a TensorDict
+    move: Any = getattr(value, "to", None)
+    if isinstance(value, Mapping) and not isinstance(value, dict) and callable(move):  # a BatchEncoding, a TensorDict
+        return move(device)
     if isinstance(value, Mapping):
         return {key: _moved(item, device) for key, item in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
