@@ -373,9 +373,8 @@ class ZOOptimizer(Verbs, Saving):
         if getattr(self, "_ready", False):
             raise UserError("Parameter groups must be added before the first step.")
         check_group(param_group)
-        members = param_group["params"]
-        start = sum(len(group["params"]) for group in self.param_groups)
-        param_group["params"] = named_members([members] if isinstance(members, torch.Tensor) else members, start)
+        before = sum(len(group["params"]) for group in self.param_groups)
+        param_group["params"] = named_members(param_group["params"], before)
         _numbers(**{name: param_group[name] for name in ("lr", "weight_decay") if name in param_group})
         param_group.setdefault("own_decay", "weight_decay" in param_group)  # in the group, with which it is saved
         super().add_param_group(param_group)

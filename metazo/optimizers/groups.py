@@ -31,8 +31,9 @@ def check_group(group: Mapping[str, Any]) -> None:
         )
 
 
-def named_members(members: Iterable, start: int) -> list[tuple[str, Tensor]]:
-    """Tensors with their names; those without one are named by their position, counted from `start`."""
+def named_members(members: Tensor | Iterable, start: int) -> list[tuple[str, Tensor]]:
+    """The tensors of a group with their names; those without one are named by their position, counted from `start`."""
+    members = [members] if isinstance(members, Tensor) else members
     return [member if isinstance(member, tuple) else (f"param.{start + i}", member) for i, member in enumerate(members)]
 
 
@@ -49,10 +50,8 @@ def named_groups(params: Iterable) -> list[dict[str, Any]]:
     seen: dict[int, tuple[str, int]] = {}
     position = 0
     for index, group in enumerate(groups):
-        members = group["params"]
         named = []
-        for member in [members] if isinstance(members, Tensor) else list(members):
-            name, param = member if isinstance(member, tuple) else (f"param.{position}", member)
+        for name, param in named_members(group["params"], position):
             position += 1
             if id(param) not in seen:
                 seen[id(param)] = name, index

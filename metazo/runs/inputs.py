@@ -74,7 +74,7 @@ def belongs(model: nn.Module, tasks: Sequence[Prepared]) -> dict[str, Any]:
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """sha256 over the vocabulary and the tokens of a text of many scripts, which no version of a library writes otherwise."""
+    """sha256 over the vocabulary and the tokens of a text of many scripts, whatever files they came from."""
     found = [sorted(tokenizer.get_vocab().items()), tokenizer(_TEXT)["input_ids"]]
     return sha256(json.dumps(found).encode()).hexdigest()
 
