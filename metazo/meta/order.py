@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from metazo.errors import UserError
-from metazo.tasks.prepared import Batch, Prepared, last_logits
+from metazo.tasks.prepared import Batch, Prepared
 
 _OTHER = 1 << 20  # separates the random numbers of second batches from those of epochs
 
@@ -68,7 +68,7 @@ def with_sampled_labels(prepared: Prepared, model: nn.Module, batch: Batch, gene
         drawn = torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0]
         return Batch(batch | {"targets": drawn.to(batch["targets"].device)})
     answer = batch["answer"]
-    logits = last_logits(model, batch, answer.shape[1] + 1)[:, :-1].float().cpu()
+    logits = prepared.answer_logits(model, batch).cpu()
     drawn = torch.multinomial(logits.softmax(-1).flatten(0, 1), 1, generator=generator).view(answer.shape)
     return Batch(batch | {"answer": torch.where(answer == -100, answer, drawn.to(answer.device))})
 

@@ -214,7 +214,11 @@ def _task(given: Given, values: dict[str, Any], task: Any, data: Any) -> None:
     if isinstance(data, str | Path) or data is None:
         values["data"] = None if data is None else Path(data)
     else:
-        found = task if isinstance(task, Task) else resolve(task or "")
+        if task is None:
+            raise UserError(
+                "`task` is missing: with rows as `data`, name a task that reads such rows, or describe them by a metazo.Task."
+            )
+        found = task if isinstance(task, Task) else resolve(task)
         given.task, given.rows = in_memory(found, data)
     if isinstance(task, Task) and TASKS.get(task.name) is not task:
         given.task = given.task or task

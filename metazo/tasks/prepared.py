@@ -154,19 +154,22 @@ class Prepared:
     def _likelihoods(self, model: nn.Module, batch: Batch) -> Tensor:
         """Log-likelihood (R,) of each row's answer tokens: summed for label words, the mean for everything else."""
         answer = batch["answer"]
-        length = answer.shape[1]
         if "node_ids" in batch:
             each = option_likelihoods(model, batch)
         else:
-            if self.kind == "seq2seq":
-                logits = last_logits(model, batch, length).float()
-            else:
-                logits = last_logits(model, batch, length + 1)[:, :-1].float()
-            each = -cross_entropy(logits.transpose(1, 2), answer, reduction="none", ignore_index=-100)
+            logits = self.answer_logits(model, batch).transpose(1, 2)
+            each = -cross_entropy(logits, answer, reduction="none", ignore_index=-100)
         total, count = each.sum(-1), (answer != -100).sum(-1)
         if self.task.kind == "classification":
             return total
         return (total / count.clamp(min=1)).masked_fill(count == 0, -torch.inf)
+
+    def answer_logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Float32 logits (R, A, V) of each token of a batch's answers, given those before it."""
+        length = batch["answer"].shape[1]
+        if self.kind == "seq2seq":  # the decoder reads its start and the answer without the last token
+            return last_logits(model, batch, length).float()
+        return last_logits(model, batch, length + 1)[:, :-1].float()
 
     def _decoder(self, options: list[list[int]]) -> dict[str, Tensor]:
         """What the decoder reads; {} for a causal model."""

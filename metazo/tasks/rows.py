@@ -57,8 +57,9 @@ def in_memory(task: Task, data: Any) -> tuple[Task, Rows]:
         if name not in ("train", "validation", "test"):
             raise UserError(f"`data` has the split {shown(name)}; the splits are train, validation and test")
         if not hasattr(rows, "__len__") or not (hasattr(rows, "column_names") or isinstance(rows, list | tuple)):
+            hint = ': give `.to_dict("records")` of it' if hasattr(rows, "to_dict") and hasattr(rows, "columns") else ""
             raise UserError(
-                f"`data` has {name} rows of the type {type(rows).__name__}; rows are a list of dicts or a Dataset"
+                f"`data` has {name} rows of the type {type(rows).__name__}; rows are a list of dicts or a Dataset{hint}"
             )
         if not len(rows):
             raise UserError(f"`data` has no {name} rows")

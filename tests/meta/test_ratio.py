@@ -109,9 +109,18 @@ def test_curvature_is_the_trace_of_the_fisher_information():
     torch.testing.assert_close(agreement, torch.stack([g.square().sum() for g in gradient]))
 
 
-@pytest.mark.parametrize("name", ["pico_topic", "pico_cause", "pico_span"])
-def test_labels_are_sampled_from_the_model(tiny, name: str):
-    loaded = load_model(tiny("llama"))
+SAMPLED = [
+    ("pico_topic", "llama"),
+    ("pico_cause", "llama"),
+    ("pico_span", "llama"),
+    ("pico_cause", "bart"),
+    ("pico_span", "t5"),
+]
+
+
+@pytest.mark.parametrize("name, model", SAMPLED)
+def test_labels_are_sampled_from_the_model(tiny, name: str, model: str):
+    loaded = load_model(tiny(model))
     prepared = prepare(resolve(name), loaded, train=8, dev=1, test=1, max_length=128)
     batch = prepared.collate(prepared.train)
     key = "targets" if prepared.task.kind == "classification" else "answer"
@@ -128,6 +137,26 @@ def test_labels_are_sampled_from_the_model(tiny, name: str):
         assert torch.isfinite(prepared.loss(loaded.model, drawn))
     loss = PreparedTask(prepared).sampled_loss(loaded.model, list(range(8)), torch.Generator().manual_seed(0))
     assert float(loss().detach()) == pytest.approx(float(prepared.loss(loaded.model, again).detach()), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "bart", "t5"])
+def test_the_logits_of_an_answer_are_those_of_its_row_alone(tiny, name: str):
+    loaded = load_model(tiny(name))
+    prepared = prepare(resolve("pico_span"), loaded, train=4, dev=1, test=1, max_length=128)
+    with torch.no_grad():
+        for encoded, found, answer in zip(
+            prepared.train,
+            prepared.answer_logits(loaded.model, batch := prepared.collate(prepared.train)),
+            batch["answer"],
+            strict=True,
+        ):
+            ids, told = encoded.ids, answer[answer != -100].tolist()
+            if name == "llama":
+                expected = loaded.model(torch.tensor([ids + told])).logits[0, len(ids) - 1 : -1]
+            else:
+                read = torch.tensor([[*prepared.start, *told[:-1]]])
+                expected = loaded.model(torch.tensor([ids]), decoder_input_ids=read).logits[0, -len(told) :]
+            torch.testing.assert_close(found[answer != -100], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_batches_are_a_function_of_the_step():

@@ -16,6 +16,7 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import metazo
 from metazo.errors import UserError
 from metazo.models.load import load_model
 from metazo.tasks import data, get
@@ -441,3 +442,7 @@ def test_rows_in_memory_with_values_that_are_not_json():
     stream = Dataset.from_list([{"text": "a", "label": 0}]).to_iterable_dataset()
     with pytest.raises(UserError, match="`data` has train rows of the type IterableDataset"):
         in_memory(task, stream)
+    with pytest.raises(UserError, match=r'of the type DataFrame.*Dataset: give `.to_dict\("records"\)` of it'):
+        in_memory(task, Dataset.from_list([{"text": "a", "label": 0}]).to_pandas())
+    with pytest.raises(UserError, match="`task` is missing: with rows as `data`, name a task"):
+        metazo.finetune("pico", data=rows)
