@@ -107,7 +107,7 @@ def _facts(grid: Grid, column: Column, config: FinetuneConfig, loaded: dict[str,
         metric=metric[0] if metric else None,
         forward_seconds=base.seconds,
         bytes_on_disk=setup.plan(config)["bytes on disk"],
-        cost=measure(setup.loaded.model, optimizer, base.loss).to_dict() if column.trains else None,
+        cost=measure(setup.loaded.model, optimizer, base.loss, config.accumulate).to_dict() if column.trains else None,
     )
 
 

@@ -32,8 +32,8 @@ class Cost:
         return asdict(self)
 
 
-def measure(model: nn.Module, optimizer: Any, loss: Callable[[], Tensor]) -> Cost:
-    """The cost of the optimizer's steps on a loss; the model's weights are put back.
+def measure(model: nn.Module, optimizer: Any, loss: Callable[[], Tensor], accumulate: int = 1) -> Cost:
+    """The cost of the optimizer's steps on a loss, evaluated `accumulate` times for each; the model's weights are put back.
 
     The operations of a method that only evaluates losses are those of its forward passes (`forwards_per_step`), because its
     first steps need not be like the others. Memory is of the first two steps, so that state which the first one makes is
@@ -50,11 +50,12 @@ def measure(model: nn.Module, optimizer: Any, loss: Callable[[], Tensor]) -> Cos
     forward()  # what is cached is there
     one = count_operations(forward)
     inference = own + most_bytes(forward, device)
-    taken = own + most_bytes(lambda: [optimizer.step(loss) for _ in range(2)], device)
+    losses = [loss] * accumulate
+    taken = own + most_bytes(lambda: [optimizer.step(losses) for _ in range(2)], device)
     if optimizer.replayable:
-        flops = round(one * optimizer.forwards_per_step())
+        flops = round(one * optimizer.forwards_per_step(accumulate))
     else:
-        flops = count_operations(lambda: optimizer.step(loss))
+        flops = count_operations(lambda: optimizer.step(losses))
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name in kept:

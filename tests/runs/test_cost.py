@@ -29,6 +29,9 @@ def test_operations_are_those_of_the_products() -> None:
     assert mezo.forward_flops == sgd.forward_flops == 3 * layer
     assert mezo.step_flops == 2 * 3 * layer
     assert sgd.step_flops == (3 + 5) * layer
+    for method, one in ((MeZO, mezo), (FirstOrderSGD, sgd)):
+        four = measure(net, method(net.named_parameters(), lr=1e-3), lambda: net(x).square().mean(), accumulate=4)
+        assert (four.forward_flops, four.step_flops) == (3 * layer, 4 * one.step_flops)
     assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
 
 
