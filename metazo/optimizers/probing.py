@@ -124,14 +124,19 @@ def _one_pass(optimizer: Any, probes: Probes, closures: Sequence[Closure]) -> li
 
 
 @torch.no_grad()
-def settle(optimizer: Any, closure: Closure) -> str:
-    """The probing that the optimizer settles on for this closure, found by evaluating it once; no weights are moved."""
+def first_pass(optimizer: Any, closure: Closure) -> None:
+    """Evaluate the probes of a first step together, and move no weights. Raises as `_one_pass`."""
     optimizer._prepare()
     seeds = [optimizer.noise.seed(0, query) for query in range(optimizer.estimator.queries)]
     direction = optimizer.propose(optimizer.zo_state, 0, seeds)
+    _one_pass(optimizer, optimizer.displacements(optimizer.estimator, direction, seeds), [closure])
+
+
+def settle(optimizer: Any, closure: Closure) -> str:
+    """The probing that the optimizer settles on for this closure, found by evaluating it once; no weights are moved."""
     try:
-        _one_pass(optimizer, optimizer.displacements(optimizer.estimator, direction, seeds), [closure])
+        first_pass(optimizer, closure)
     except Exception as error:
-        _say(optimizer, error, 5)
+        _say(optimizer, error, 4)
         return "in-turn"
     return "together"

@@ -115,7 +115,7 @@ def dry_run(config: FinetuneConfig) -> dict[str, Any]:
         found["optimizer"] = chosen
     if storage:
         found["precision"] = storage
-    counted = estimate(loaded.model, optimizer, loss)
+    counted = estimate(loaded.model, optimizer, loss, config.accumulate)
     found["memory"] = _memory(config, counted, length, free)
     width = getattr(loaded.model.config.get_text_config(), "hidden_size", 1024)
     rates = measure_rates(device, loaded.dtype, width, config.batch_size * length)

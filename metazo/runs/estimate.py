@@ -5,11 +5,13 @@
                 + the same activations + a copy of the largest tensor, if weights are compensated
     seconds     forwards * max(operations / rate, bytes of weights / bandwidth) + weights * passes / rate of noise
 
-Activations are counted by following each tensor that an operation makes until it is freed. Steps of methods that are not
-replayed (first-order, feedback) are run whole in this way, with their gradients. The rates are measured on the device in a
-fraction of a second: a product of matrices of the model's width, and noise added to weights. Left out: element-wise
-operations in the time, and in the memory kernels' own workspace, fragmentation of the allocator, and what python and the
-libraries take (about 0.5 GB on a CPU). tests/runs/test_estimate.py compares memory with what a step takes.
+Activations are counted by following each tensor that an operation makes until it is freed, and those of probes that are
+evaluated together in their one pass. Steps of methods that are not replayed (first-order, feedback) are run whole in this
+way, with their gradients, and twice, because moments that the first step makes at its end lie beside the activations of the
+second. The rates are measured on the device in a fraction of a second: a product of matrices of the model's width, and noise
+added to weights. Left out: element-wise operations in the time, and in the memory kernels' own workspace, fragmentation of
+the allocator, chunks of noise (a few MB), and what python and the libraries take (about 0.5 GB on a CPU).
+tests/runs/test_estimate.py compares memory with what a step takes.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ from metazo.blocks import NamedTensor, tensor_id
 from metazo.kernels.operations import Operations
 from metazo.models.quantize import bytes_of
 from metazo.noise import Move, PhiloxNoise
+from metazo.optimizers.probing import first_pass
 from metazo.optimizers.structured import Structured
+from metazo.step.batched import TooLarge
 from metazo.step.precision import policy
 
 SAMPLE = 2**21
@@ -144,8 +148,10 @@ def _numberless() -> Iterator[Followed]:
         yield followed
 
 
-def estimate(model: nn.Module, optimizer: Any, loss: Callable[[], Any]) -> Estimate:
-    """The memory and the operations of a step; model, optimizer and the batch of the loss are on the meta device."""
+def estimate(model: nn.Module, optimizer: Any, loss: Callable[[], Any], accumulate: int = 1) -> Estimate:
+    """The memory of a step of `accumulate` micro-batches, and the operations for one of them; model, optimizer and the batch
+    of the loss are on the meta device.
+    """
     weights, state = weight_bytes(model), state_bytes(optimizer)
     with torch.inference_mode(), Followed() as forward:
         loss()
@@ -153,20 +159,37 @@ def estimate(model: nn.Module, optimizer: Any, loss: Callable[[], Any]) -> Estim
     if optimizer.replayable:
         operations = round(forward.count * optimizer.forwards_per_step())
         peak = inference + state + scratch_bytes(optimizer)
+        if "probing" in getattr(optimizer, "zo_state", {}):
+            peak = max(peak, weights + state + _together(optimizer, loss, notes))
     else:
         try:
             optimizer.checks_weights = False
             held = state - optimizer.moments * sum(map(_bytes, _trained(optimizer)))  # moments are made within the step
             with _numberless() as step:
-                optimizer.step(loss)
-            operations, peak = step.count, weights + held + step.most
+                for _ in range(2):
+                    optimizer.step([loss] * accumulate)
+            operations, peak = step.count // (2 * accumulate), weights + held + step.most
         except Exception as error:
-            reason = str(error).splitlines()[0][:100]
-            notes.append(
-                f"the memory of a step beside inference is not known: it cannot be followed without weights ({reason})"
-            )
+            notes.append(_unknown("a step", error))
             operations, peak = round(forward.count * optimizer.forwards_per_step()), inference + state
     return Estimate(weights, state, inference, max(peak, inference), forward.count, operations, tuple(notes))
+
+
+def _together(optimizer: Any, loss: Callable[[], Any], notes: list[str]) -> int:
+    """Most bytes of the pass in which probes are evaluated together; 0 if they are evaluated in turn."""
+    try:
+        with _numberless() as step:
+            first_pass(optimizer, loss)
+    except Exception as error:
+        if optimizer.probing == "together" and not isinstance(error, TooLarge):
+            notes.append(_unknown("probes that are evaluated together", error))
+        return 0
+    return step.most
+
+
+def _unknown(what: str, error: Exception) -> str:
+    reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
+    return f"the memory of {what} beside inference is not known: it cannot be followed without weights ({reason})"
 
 
 def _trained(optimizer: Any) -> list[Tensor]:

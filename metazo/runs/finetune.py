@@ -217,8 +217,6 @@ class _Run(Ending):
         start: steps with which a new log begins.
         """
         steps = [*self.log.steps, *start]
-        for record in start:
-            self.log.append(record)
         latest = self.scores.take_up(self.folder.records(), len(steps), self.folder.step_of(BEST))
         snapshot = self.folder.load_snapshot(latest)
         done = self._load(*snapshot) if snapshot else 0
@@ -236,6 +234,10 @@ class _Run(Ending):
             self.watch.see(record)
         self._evaluate_if_due(done)
         for record in steps[done:]:
+            if record.step >= self.log.count:  # of `start`
+                if self.scores.stalled():
+                    return
+                self.log.append(record)
             self._set_rates(record.step)
             self._after(record, self.optimizer.step(self._closures(record.step), replay=record))
             self._stop_if_asked(record.step + 1)

@@ -55,7 +55,7 @@ def fit_precision(
         return replace(config, precision=began), f"{began}, as when the run began."
     with torch.inference_mode(), Followed() as forward:
         loss()
-    needed = {name: forward.most + _needed(replace(config, precision=name), model) for name in ORDER}
+    needed = {name: _needed(replace(config, precision=name), model, forward.most) for name in ORDER}
     fits = [name for name in ORDER if needed[name] <= SHARE * free]
     taken = fits[0] if fits else ORDER[-1]
     amounts = ", ".join(f"{name} {size(needed[name])}" for name in ORDER[: ORDER.index(taken) + 1])
@@ -65,14 +65,18 @@ def fit_precision(
     return replace(config, precision=taken), why
 
 
-def _needed(config: FinetuneConfig, model: nn.Module) -> int:
-    """Bytes of a method's state under a policy, and of the largest copy that a probe makes, without allocating them."""
+def _needed(config: FinetuneConfig, model: nn.Module, activations: int) -> int:
+    """Bytes of a method's state under a policy, of the largest copy that a probe makes, and of the activations of the probes
+    that are evaluated at once, without allocating them.
+    """
     twin = _Twin(model)
     if method(config.optimizer).needs_model:
         trained = [p for p in twin.parameters() if p.requires_grad]
-        return sum(POLICIES[config.precision].bytes * p.numel() for p in trained)
+        return activations + sum(POLICIES[config.precision].bytes * p.numel() for p in trained)
     optimizer = build_optimizer(config, twin)
-    return state_bytes(optimizer) + scratch_bytes(optimizer)
+    together = getattr(optimizer, "probing", "in-turn") == "together"
+    at_once = len(optimizer.estimator.probes()) if together else 1
+    return at_once * activations + state_bytes(optimizer) + scratch_bytes(optimizer)
 
 
 class _Twin(nn.Module):

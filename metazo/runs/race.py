@@ -24,6 +24,7 @@ from typing import Any
 from metazo.errors import UserError
 from metazo.io.processes import launched
 from metazo.io.terminal import Console
+from metazo.optimizers import METHODS
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import tune
 from metazo.runs.interrupt import Interrupted
@@ -106,6 +107,11 @@ def _check(config: FinetuneConfig, rates: Sequence[float], given: Given) -> None
         raise UserError("`lr` is what the race finds; leave it out.")
     if config.resume:
         raise UserError("A run that is resumed has its learning rate already; leave the race out.")
+    if config.forwards is not None and getattr(METHODS.get(config.optimizer), "wants_full_closure", False):
+        raise UserError(
+            f"`forwards` cannot be kept in a race with {config.optimizer}, which passes over all training examples again in "
+            "every round: give `steps`, or `lr` in place of the race."
+        )
     if launched() > 1:
         raise UserError("A race runs in one process; under torchrun give `lr`.")
     with run_folder(config, lambda text: None):  # raises UserError for a folder that is in use, before the race

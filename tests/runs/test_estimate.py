@@ -63,6 +63,7 @@ CASES = [
     (WIDE, "mezo", "bfloat16", {"precision": "compensated-8"}, 0.1),
     # kernels of the CPU keep other tensors for the backward pass than those of the meta device
     (SMALL, "first-order-adamw", "float32", {}, 0.25), (SMALL, "first-order-sgd", "float32", {}, 0.25),
+    (SMALL, "lozo", "float32", {"probing": "together", "queries": 2}, 0.05), (SMALL, "eggroll", "float32", {}, 0.05),
 ]  # fmt: skip
 
 
@@ -77,6 +78,19 @@ def test_memory_is_that_of_a_step(shape: LlamaConfig, name: str, dtype: str, opt
     assert estimated.inference == pytest.approx(measured.inference_bytes, rel=0.1)
     assert estimated.peak == pytest.approx(measured.step_bytes, rel=tolerance)
     assert estimated.forward_operations == pytest.approx(measured.forward_flops, rel=0.02)
+
+
+def test_the_second_step_and_micro_batches_take_more() -> None:
+    """AdamW's moments lie beside the activations from the second step on, and gradients beside those of later micro-batches."""
+    bare = skeleton("small", config=SMALL)
+    loss, peaks = assumed_loss(bare, *SHAPE), []
+    for accumulate in (1, 4):
+        optimizer = method("first-order-adamw")(bare.model.named_parameters(), lr=1e-6)
+        found = estimate(bare.model, optimizer, loss, accumulate)
+        assert found.step_operations == pytest.approx(3 * found.forward_operations, rel=0.1)
+        peaks.append(found.peak)
+    weights, activations = found.weights, found.inference - found.weights
+    assert 4 * weights + activations < peaks[0] < peaks[1]
 
 
 @pytest.mark.parametrize("keep", [1, 8])

@@ -38,6 +38,19 @@ def test_the_most_exact_policy_that_fits(bare, free: float, taken: str) -> None:
     assert ("adapter" in why) == (free == 0.5)
 
 
+def test_probes_that_are_evaluated_together_have_activations_each(bare) -> None:
+    """EGGROLL's 32 probes need 31 forward passes more than the same probes in turn."""
+    needed = {
+        probing: module._needed(
+            FinetuneConfig("pico", "pico_sentiment", optimizer="eggroll", precision="master", probing=probing),
+            bare.model,
+            10**6,
+        )
+        for probing in ("together", "in-turn")
+    }
+    assert needed["together"] - needed["in-turn"] == 31 * 10**6 + 8  # and the choice itself, which is state
+
+
 def test_nothing_is_chosen_for_wide_weights_or_a_named_policy(bare) -> None:
     named = FinetuneConfig("pico", "pico_sentiment", dtype="bfloat16", precision="master")
     assert fit_precision(named, bare.model, assumed_loss(bare, 1, 4), 0) == (named, None)

@@ -79,6 +79,15 @@ def test_the_run_is_that_of_the_rate_that_wins_from_the_first_step(settings, tmp
     assert same_bits(tmp_path / "race", tmp_path / "plain")
 
 
+def test_a_run_without_patience_stops_within_the_steps_of_the_race(settings, tmp_path):
+    options = {"patience": 1, "eval_every": 1, "keep": "last"}
+    found = race(settings(out=tmp_path / "race", **options), RATES, 3)
+    run_settings(settings(steps=15, forwards=None, lr=found.summary["lr"], out=tmp_path / "plain", **options))
+    logs = [scan(tmp_path / name / "steps.jsonl").steps for name in ("race", "plain")]
+    assert logs[0] == logs[1] and 1 <= len(logs[0]) < 6 and found.summary["steps"] == len(logs[0])
+    assert same_bits(tmp_path / "race", tmp_path / "plain")
+
+
 def test_rates_that_cannot_be_told_apart_are_named(settings):
     console = Console(file=io.StringIO(), width=200)
     race(settings(), (1e-20, 2e-20, 1e-2), 1, console)
@@ -129,6 +138,7 @@ def test_a_race_that_is_stopped_writes_nothing(settings, tmp_path, monkeypatch):
         (RATES, 3, {"lr": 1e-3}, "`lr` is what the race finds"),
         (RATES, 3, {"resume": True}, "has its learning rate already"),
         (RATES, 8, {"forwards": 48}, "takes 40 steps before one rate is left, and the run has 24"),
+        (RATES, 3, {"optimizer": "mezo-svrg", "forwards": 480}, "`forwards` cannot be kept in a race with mezo-svrg"),
         (RATES, 3, {"optimizer": "first-order-sgd"}, "those of first-order-sgd cannot be: give `lr`"),
     ],
 )
