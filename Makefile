@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo bench test oldest lint types site hooks wheel clean
+.PHONY: demo bench test oldest arm lint types site hooks wheel clean
 
 # torch first: otherwise the packages that need it pull the newest build, with gigabytes of CUDA packages.
 .venv/.installed: pyproject.toml constraints.txt
@@ -31,6 +31,10 @@ test: lint  ## lint and the whole suite, offline
 
 oldest: .venv-oldest/.installed  ## the suite with the oldest versions in pyproject.toml, torch with gigabytes of CUDA packages
 	HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE= .venv-oldest/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+arm: .venv/.installed  ## the tests of noise and kernels, compiled for ARM and emulated: 3 minutes
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check unicorn==2.1.4 capstone==5.0.7
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p tests.arm tests/kernels tests/noise
 
 lint: .venv/.installed  ## ruff and formatting
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
