@@ -171,7 +171,8 @@ class MeZOSVRG(ZOOptimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         added = self.param_groups[-1]
-        added.setdefault("own_lr", added["lr"])  # before any schedule; torch's schedulers use initial_lr in other ways
+        # before any schedule; torch's schedulers use initial_lr in other ways, and fill a tensor lr in place
+        added.setdefault("own_lr", float(added["lr"]))
 
     def learning_rates(self, step: int) -> tuple[float, ...]:
         """A schedule changes the rate of mini steps by the same factor as a group's lr."""

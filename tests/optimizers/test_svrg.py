@@ -310,11 +310,12 @@ def test_mini_steps_follow_schedulers_that_begin_elsewhere():
     assert other.learning_rates(0) == (1e-3,)
 
 
-def test_mini_steps_have_their_own_rate_in_every_group_under_a_schedule_and_after_loading():
+@pytest.mark.parametrize("number", [float, lambda lr: torch.tensor(lr, dtype=torch.float64)], ids=["float", "tensor"])
+def test_mini_steps_have_their_own_rate_in_every_group_under_a_schedule_and_after_loading(number):
     def make_one(lr: float) -> tuple[MeZOSVRG, torch.optim.lr_scheduler.LambdaLR]:
         model = nn.Linear(3, 2)
-        groups = [{"params": [("w", model.weight)], "lr": 1e-2}, {"params": [("b", model.bias)]}]
-        optimizer = MeZOSVRG(groups, lr, mini_lr=1e-3, interval=2)
+        groups = [{"params": [("w", model.weight)], "lr": number(1e-2)}, {"params": [("b", model.bias)]}]
+        optimizer = MeZOSVRG(groups, number(lr), mini_lr=1e-3, interval=2)
         optimizer.full_closure = lambda: model(torch.ones(3)).square().sum()
         return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
 
