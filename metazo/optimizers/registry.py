@@ -82,6 +82,8 @@ class Method:
     moments: int = 0
     """Copies of the weights that are allocated at the first step, and that `tensors_state` does not contain before it."""
     contract_case: Case = Case()
+    compat: str = "paper"
+    """"official" for a class of metazo/optimizers/official, whose constructor does not keep the argument of this name."""
 
     steps: int
     forwards: int
@@ -213,7 +215,7 @@ def official(method: type[Method]) -> Callable[[M], M]:
     """Class decorator: compat="official" of the method gives this subclass."""
 
     def add(cls: M) -> M:
-        OFFICIAL[method] = cls
+        OFFICIAL[method], cls.compat = cls, "official"
         return cls
 
     return add

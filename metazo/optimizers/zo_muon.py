@@ -27,7 +27,7 @@ dimension of LoRA factors and other matrices with few rows, because P then spans
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -64,6 +64,9 @@ def exact_sign(g: Tensor) -> Tensor:
     u, s, v = torch.linalg.svd(g, full_matrices=False)
     kept = s > s[0] * max(g.shape) * torch.finfo(g.dtype).eps
     return u[:, kept] @ v[kept]
+
+
+SIGNS: dict[str, Callable[[Tensor], Tensor]] = {"newton-schulz": newton_schulz, "svd": exact_sign}
 
 
 def haar_basis(gaussian: Tensor) -> Tensor:
@@ -113,12 +116,12 @@ class ZOMuon(ZOOptimizer):
         for key, value in (("rank", rank), ("interval", interval)):
             if not isinstance(value, int) or value < 1:
                 raise UserError(f"`{key}` must be a whole number of at least 1, not {value}.")
-        if msign not in ("newton-schulz", "svd"):
-            raise UserError(f"`msign` {msign!r} is unknown: choose newton-schulz or svd.")
+        if msign not in SIGNS:
+            raise UserError(f"`msign` {msign!r} is unknown: choose {' or '.join(SIGNS)}.")
         if not (math.isfinite(vector_rate) and vector_rate >= 0):
             raise UserError(f"`vector_rate` must be a finite number of at least 0, not {vector_rate}.")
         self.rank, self.interval, self.vector_rate = rank, interval, vector_rate
-        self.msign = newton_schulz if msign == "newton-schulz" else exact_sign
+        self.msign, self.sign = msign, SIGNS[msign]
         self.estimator = OneSided(queries)
         super().__init__(params, lr, eps, **common)
 
@@ -156,7 +159,7 @@ class ZOMuon(ZOOptimizer):
             if tensor.name in basis:
                 dtype = basis[tensor.name].dtype
                 g = sum(c * direction.right(stream, tensor, dtype) for c, stream in zip(coefficients, streams))
-                signs[tensor.name] = self.msign(g.t()).t()  # type: ignore[union-attr]
+                signs[tensor.name] = self.sign(g.t()).t()  # type: ignore[union-attr]
         vectors = Sparse(Isotropic(), [tensor.name for tensor in self.tensors if tensor.name not in basis])
         terms = [Term(Held(basis, signs, {}), seeds[0], 1.0)] if signs else []
         return Update(

@@ -43,6 +43,9 @@ def weights(model: nn.Module) -> list[torch.Tensor]:
         ("lozo", {"interval": 7}, {"interval": 8}, "interval 7, and this optimizer has 8"),
         ("curvzo", {"budget": 0.5}, {}, "budget 0.5, and this optimizer has 0.4"),
         ("mezo", {"queries": 2}, {}, r"estimator TwoPoint\(queries=2\)"),
+        ("hizoo", {"compat": "official"}, {}, "compat official, and this optimizer has paper"),
+        ("lozo-m", {}, {"compat": "official"}, "compat paper, and this optimizer has official"),
+        ("zo-muon", {"msign": "svd"}, {}, "msign svd, and this optimizer has newton-schulz"),
     ],
 )
 def test_other_hyperparameters_than_the_runs_are_named(name, run, other, words):

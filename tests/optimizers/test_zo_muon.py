@@ -88,7 +88,7 @@ def test_the_subspace_estimate_is_the_projected_gradient_in_the_mean(monkeypatch
     """Without msign, E[P g] = P P^T grad, and over new P it is (r / m) grad."""
     model = Linear()
     optimizer = ZOMuon(model.named_parameters(), lr=1.0, eps=1e-2, rank=1, interval=1, queries=2, vector_rate=1.0)
-    optimizer.msign = lambda g: g
+    optimizer.sign = lambda g: g
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     moves: dict[str, list[torch.Tensor]] = {name: [] for name in start}
     for _ in range(1500):
