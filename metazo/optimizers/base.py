@@ -91,7 +91,7 @@ class ZOOptimizer(Verbs, Saving):
         probing: "in-turn", or for low-rank directions "together" or "auto"; None takes the method's own. See
             metazo.optimizers.probing.
         check_every: steps between comparisons of seed, settings and weights over the processes of torch.distributed, the
-            first step included; 0 for none. Each costs one pass over the weights.
+            first step included; 0 for none. Each costs one pass over the weights. It must be the same on all processes.
         probe_ranks: number of the processes of torch.distributed that divide the probes of a step; each closure is then the
             loss of share `rank // probe_ranks` of the examples. 1: every process evaluates every probe. See
             metazo.optimizers.ranks.
@@ -204,9 +204,11 @@ class ZOOptimizer(Verbs, Saving):
             check_used(self.precision, [tensor.param for tensor in self.tensors])
         if step < 2 or step % 100 == 0:  # torch may move shards in the first forward pass
             check_moved(self.tensors)
-        due = self.check_every and (not self._compared or step % self.check_every == 0)
-        if due and replay is None and processes.together():
-            ranks.check_ranks(self)
+        if replay is None and processes.together():
+            if not self._compared:
+                ranks.check_exchange(self)
+            if self.check_every and (not self._compared or step % self.check_every == 0):
+                ranks.check_ranks(self)
             self._compared = True
         estimator, closures = self.estimator_for(state, step), listed(self.closure_for(state, step, closure))
         probes = len(estimator.probes())

@@ -8,7 +8,9 @@ are this sum times Q / N. With Q = N they are, bit for bit, those of a single pr
 
 Seeds, settings and weights must be the same on all processes. Every `check_every` steps, and at the first, they compare one
 hash of all of them; if it differs, they compare one checksum per trained tensor, to say what differs. This costs one pass
-over the weights, about as much as one update.
+over the weights, about as much as one update. What the exchange itself depends on, the number of losses and `check_every`, is
+compared once, before the first step, also if `check_every` is 0: otherwise processes would wait for each other for nothing, or
+torch would end one of them.
 """
 
 from __future__ import annotations
@@ -89,21 +91,37 @@ def checksum(chunks: Iterable[tuple[int, Tensor]]) -> int:
     return total % 2**64
 
 
+def check_exchange(optimizer: Any) -> None:
+    """Raises UserError on every rank if they would not exchange the same numbers in a step."""
+    mine = {"check_every": optimizer.check_every, "probes per step": len(optimizer.estimator.probes())}
+    _refuse(processes.gathered(mine), "Give every rank the same settings.")
+
+
 def check_ranks(optimizer: Any) -> None:
     """Raises UserError on every rank if seeds, settings or trained weights differ between ranks."""
     mine = described(optimizer)
     digest = blake2b(json.dumps(mine).encode(), digest_size=16).digest()
     if len(set(processes.gathered(digest))) == 1:
         return
-    every = processes.gathered(mine)
+    _refuse(
+        processes.gathered(mine),
+        "Give every rank the same seed, settings and start weights (load the same checkpoint), or set `check_every=0` if they "
+        "are to differ.",
+    )
+
+
+def _refuse(every: Sequence[dict[str, Any]], remedy: str) -> None:
     for rank, other in enumerate(every):
         if difference := first_difference(every[0], other):
-            error = UserError(
-                f"Rank {rank} takes other steps than rank 0: {difference}. Give every rank the same seed, settings and start "
-                "weights (load the same checkpoint), or set `check_every=0` if they are to differ."
-            )
+            error = UserError(f"Rank {rank} takes other steps than rank 0: {difference}. {remedy}")
             error.shared = True
             raise error
+
+
+def shown(part: Any) -> str:
+    """The settings of a rule or an estimator; of one from elsewhere that does not show them, the name of its class, because
+    Python's own text has its address, which differs between processes."""
+    return type(part).__qualname__ if type(part).__repr__ is object.__repr__ else repr(part)
 
 
 def described(optimizer: Any) -> dict[str, Any]:
@@ -114,9 +132,10 @@ def described(optimizer: Any) -> dict[str, Any]:
         for key, value in vars(optimizer).items()
         if not key.startswith("_") and key not in UNEQUAL and isinstance(value, bool | int | float | str)
     }
-    groups = [{key: group.get(key) for key in ("lr", "weight_decay")} for group in optimizer.param_groups]
-    parts = {"method": optimizer.name, "seed": optimizer.noise.run_seed, "noise": optimizer.noise.name}
-    parts |= {"rule": repr(optimizer.rule), "scale": type(optimizer.scale).__name__, "parameter groups": str(groups)}
+    groups = [{key: float(group[key]) for key in ("lr", "weight_decay")} for group in optimizer.param_groups]
+    parts = {"method": type(optimizer).__qualname__, "seed": optimizer.noise.run_seed, "noise": optimizer.noise.name}
+    parts |= {"estimator": shown(optimizer.estimator), "rule": shown(optimizer.rule), "parameter groups": str(groups)}
+    parts |= {"scale": "none" if optimizer.scale is None else optimizer.scale.identity()}
     whole = [tensor for tensor in optimizer.tensors if not isinstance(tensor.param, LocalShard)]
     weights = {tensor.name: checksum(optimizer.weights.read(tensor)) for tensor in whole}
     parts |= {"probe_ranks": optimizer.exchange.probe_ranks}

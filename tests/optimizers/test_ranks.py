@@ -11,9 +11,10 @@ import torch.distributed as dist
 from torch import nn
 
 from metazo.errors import UserError
-from metazo.optimizers import EGGROLL, ES, FZOO, LOREN, LOZO, HiZOO, MeZO, MeZOAdam, MeZOSVRG
+from metazo.optimizers import EGGROLL, ES, FZOO, LOREN, LOZO, HiZOO, MeZO, MeZOAdam, MeZOSVRG, ZOMuon
 from metazo.optimizers.ranks import Exchange, checksum
 from metazo.step.estimators import AtTheta
+from metazo.step.scales import RMSScale
 from tests import warm
 
 CASES = {
@@ -24,6 +25,20 @@ CASES = {
     "weights": {},
     "later": {},
     "off": {"seed": 1, "check_every": 0},
+}
+# A method, the settings of both ranks, and the difference.
+UNLIKE: dict[str, tuple[Any, dict[str, Any], dict[str, Any], str]] = {
+    "shaping": (ES, {}, {"shaping": "rank"}, "estimator is Population(members=30, antithetic=False, shaping='rank')"),
+    "compat": (FZOO, {}, {"compat": "official"}, "method is OfficialFZOO there and FZOO"),
+    "msign": (ZOMuon, {"rank": 2}, {"rank": 2, "msign": "svd"}, "msign is svd there and newton-schulz"),
+    "scale": (
+        MeZO,
+        {"scale": "rms"},
+        {"scale": RMSScale(every=1)},
+        "scale is RMSScale(by='tensor', normalise=True, every=1,",
+    ),
+    "queries": (MeZO, {"check_every": 0}, {"check_every": 0, "queries": 2}, "probes per step is 4 there and 2"),
+    "check_every": (MeZO, {"check_every": 0}, {"check_every": 5}, "check_every is 5 there and 0"),
 }
 DIVIDED: dict[str, tuple[Any, dict[str, Any]]] = {
     "mezo": (MeZO, {}),
@@ -89,6 +104,10 @@ def _process(rank: int, folder: str) -> None:
             said[name] = ""
         except UserError as error:
             said[name] = f"{optimizer.steps} {error}"
+    for name, (method, *options, _) in UNLIKE.items():
+        with pytest.raises(UserError) as raised:
+            method(nn.Linear(3, 2).named_parameters(), **options[rank]).step(lambda: 1.0)
+        said[name] = str(raised.value)
     for name, probe_ranks in (("too many", 2), ("no divisor", 3)):
         with pytest.raises(UserError) as raised:
             optimizer = MeZO(model.named_parameters(), probe_ranks=probe_ranks, check_every=0)
@@ -123,6 +142,9 @@ def test_ranks_that_differ_are_refused_on_both(ranks):
         "later": "2 Rank 1 takes other steps than rank 0: 1 of 2 trained tensors have other values, the first is weight",
     }.items():
         assert first[name].startswith(found), first[name]
+    for name, (*_, found) in UNLIKE.items():
+        assert first[name] == second[name]
+        assert first[name].startswith(f"Rank 1 takes other steps than rank 0: {found}"), first[name]
 
 
 def test_the_losses_are_averaged_and_a_stop_is_heard_by_all(ranks):
