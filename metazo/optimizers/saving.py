@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import inspect
 import warnings
@@ -135,15 +136,19 @@ class Saving(Optimizer):
                     "optimizer with what the run had, or begin anew."
                 )
         self._check_order(state_dict["param_groups"])
-        groups, ready = self.param_groups, self._ready
+        self.settle()
+        before = {**vars(self), "scale": copy.copy(vars(self).get("scale"))}  # which is bound to the tensors
+        groups = self.param_groups
         super().load_state_dict({key: value for key, value in state_dict.items() if key not in ("zo", "run", "own")})
+        named = [[group["param_names"] for group in present] for present in (groups, self.param_groups)]
+        self._ready = self._ready and named[0] == named[1]  # under other names, tensors and state are made anew
         try:
             self.load_tensors_state(state_dict["zo"])
         except UserError:
-            self.param_groups, self._ready = groups, ready
+            vars(self).update(before)
             raise
-        for before, group in zip(groups, self.param_groups):
-            group.setdefault("own_decay", before["own_decay"])  # which states of earlier versions have not
+        for earlier, group in zip(groups, self.param_groups):
+            group.setdefault("own_decay", earlier["own_decay"])  # which states of earlier versions have not
         for name, value in self._own().items():
             if (other := state_dict.get("own", {}).get(name, value)) != value:
                 warnings.warn(

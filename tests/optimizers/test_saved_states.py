@@ -71,24 +71,35 @@ def test_tensors_in_another_order_are_refused(name):
         turned.load_state_dict(made.state_dict())
 
 
-def test_a_refused_state_changes_nothing():
+@pytest.mark.parametrize(("stepped", "scale"), [(False, None), (True, None), (True, "rms")])
+def test_a_refused_state_changes_nothing(stepped, scale):
     model, other = net(), nn.ModuleDict({"c": nn.Linear(3, 3), "b": nn.Linear(4, 4, bias=False)})
-    made = METHODS["mezo-adam"](model.named_parameters(), lr=0.01)
+    made = METHODS["mezo-adam"](model.named_parameters(), lr=0.01, scale=scale)
     steps(model, made)
     pairs = list(other.named_parameters())[::2]  # two tensors, of which one has another shape
-    fresh = METHODS["mezo-adam"](pairs, lr=5.0)
+    fresh = METHODS["mezo-adam"](pairs, lr=5.0, scale=scale)
+    if stepped:
+        fresh.step(lambda: other["b"].weight.square().sum())
     with pytest.raises(UserError, match="differs"):
         fresh.load_state_dict(made.state_dict())
     assert fresh.param_groups[0]["lr"] == 5.0 and fresh.param_groups[0]["param_names"] == [name for name, _ in pairs]
+    fresh.step(lambda: other["b"].weight.square().sum())
+    assert fresh.steps == 1 + stepped and "first_moment/c.weight" in fresh.tensors_state()
 
 
-def test_names_of_the_run_hold_for_tensors_without_names():
-    """Their noise is that of the run, to the bit."""
+@pytest.mark.parametrize(
+    ("name", "options", "stepped"),
+    [("mezo", {}, False), ("mezo", {}, True), ("mezo-adam", {}, True), ("fzoo", {"rank": 1, "scale": "rms"}, True)],
+)
+def test_names_of_the_run_hold_for_tensors_without_names(name, options, stepped):
+    """Their noise is that of the run, to the bit, also after steps of the optimizer into which the state is loaded."""
     model, other = net(), net()
-    made = MeZO(model.named_parameters(), lr=0.01)
+    made = METHODS[name](model.named_parameters(), lr=1e-4, **options)
     steps(model, made)
+    unnamed = METHODS[name](other.parameters(), lr=1e-4, **options)
+    if stepped:
+        steps(other, unnamed, 1)
     other.load_state_dict(model.state_dict())
-    unnamed = MeZO(other.parameters(), lr=0.01)
     unnamed.load_state_dict(copy.deepcopy(made.state_dict()))
     steps(model, made)
     steps(other, unnamed)
