@@ -91,7 +91,8 @@ class Method:
     recorder: Callable[[Step], None] | None
     max_loss: float
     defer: bool = False
-    """If true, a step's update may wait for the next step; `settle` is called before the weights are read."""
+    """If true, a step's update may wait for the next step; `settle` is called before the weights are read or changed, and
+    before the optimizer is copied."""
     noise: Any = None
     scale: Any = None
 
@@ -171,7 +172,15 @@ class Method:
         return super().__new__(cls)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For pickle and copy.deepcopy: everything except callbacks and hooks, which belong to this process and this model."""
+        """For pickle and copy.deepcopy: everything except callbacks and hooks, which belong to this process and this model.
+
+        Raises UserError if an update waits, because it would change the weights of the original and not those of the copy.
+        """
+        if getattr(vars(self).get("weights"), "pending", None) is not None:
+            raise UserError(
+                "The update of the last step waits (`defer`) and a copy would lose it: call optimizer.settle() before you copy "
+                "or pickle the model and the optimizer."
+            )
         state = {key: value for key, value in vars(self).items() if not key.startswith("_optimizer_")}
         state.pop("step", None)  # the wrapper of a learning rate scheduler
         return state | {key: None for key in ("recorder", "full_closure") if key in state}

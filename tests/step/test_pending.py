@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
 
+from metazo.errors import UserError
 from metazo.kernels import outer
 from metazo.noise import cpu
 from metazo.optimizers import LOZO, MeZO
@@ -74,6 +78,9 @@ def test_whoever_asks_the_optimizer_for_weights_gets_them_with_the_update():
         optimizer.step(lambda net=net: loss(net))
     assert waiting.weights.pending is not None
     assert not torch.equal(nets[0].weight, nets[1].weight), "the update waits"
+    for copied in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(UserError, match=r"waits \(`defer`\) .* call optimizer.settle\(\) before"):
+            copied((nets[0], waiting))
     (tensor,) = waiting.tensors
     for _, theta in waiting.weights.read(tensor):
         assert torch.equal(theta, nets[1].weight)
@@ -81,6 +88,7 @@ def test_whoever_asks_the_optimizer_for_weights_gets_them_with_the_update():
     plain.step(lambda: loss(nets[1]))
     waiting.state_dict()
     assert torch.equal(nets[0].weight, nets[1].weight)
+    copy.deepcopy(waiting)
 
 
 def test_a_closure_that_fails_leaves_the_weights_of_the_last_step():
