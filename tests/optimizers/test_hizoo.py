@@ -223,6 +223,17 @@ def test_save_and_load_in_mid_run_is_bit_identical(cls, rule, dtype):
             assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters()))
 
 
+def test_a_single_number_has_a_whole_curvature_in_compensated_precision():
+    found = []
+    for cls in (HiZOO, HiZOOL):
+        number = torch.nn.Parameter(torch.tensor(0.5, dtype=torch.bfloat16))
+        optimizer = cls([("number", number)], lr=0.05, smoothing=0.1, precision="compensated-16")
+        for _ in range(3):
+            optimizer.step(lambda number=number: number.float() ** 4)
+        found.append((number.item(), optimizer.zo_state["H/number"].item()))
+    assert found[0] == found[1] and found[0][0] < 0.5 and found[0][1] != 1
+
+
 @pytest.mark.parametrize("cls", [HiZOO, HiZOOL])
 @pytest.mark.parametrize("smoothing", [-1e-8, 1.0, math.nan])
 def test_bad_smoothing(cls, smoothing):
