@@ -129,6 +129,18 @@ def test_momentum_is_torch_s_once_a_batch():
     torch.testing.assert_close(heavy.data, theta, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("compat", ["paper", "official"])
+def test_a_kernel_is_the_matrix_of_its_rows(compat):
+    found = []
+    for shape in ((2, 9), (2, 1, 3, 3)):
+        weight = parameter(*shape, value=0.1)
+        optimizer = LOREN([("w", weight)], lr=1e-3, eps=0.1, lr_cov=0.1, compat=compat)
+        for _ in range(3):
+            optimizer.step(lambda weight=weight: weight.exp().sum())
+        found.append((weight.data.view(-1), optimizer.zo_state["a/w"]))
+    assert all(map(torch.equal, *found)) and not found[0][0].equal(torch.full((18,), 0.1, dtype=torch.float64))
+
+
 @pytest.mark.parametrize(
     "bad, word",
     [({"queries": 1}, "queries"), ({"damping": 0}, "damping"), ({"damping": math.nan}, "damping"),

@@ -1,6 +1,6 @@
 """LOREN as published, with faults 1 to 7 of metazo/optimizers/loren.py: one reflected direction per tensor, a score so small
 that a does not change in float32, momentum applied once per query, a that changes between queries, and weight decay on
-every tensor."""
+every tensor. The rows of a tensor of more than two dimensions, on which the published code fails, are as in that file."""
 
 from __future__ import annotations
 
@@ -63,6 +63,6 @@ class OfficialLOREN(LOREN):
                 a = self.zo_state[f"a/{tensor.name}"]
                 d = direction.draw(stream, tensor, a.dtype).view(1, -1)
                 lost = score(d, a.repeat(d.numel() // len(a)), self.damping) * (self.eps**2 * math.sqrt(self.damping))
-                shift = lost.view(tensor.param.shape).sum(0)
+                shift = lost.view(tensor.param.shape).sum(0).view(-1)  # one number if the tensor has one dimension
                 decay = self.lr_cov * float(self.param_groups[tensor.group]["weight_decay"])
                 a.mul_(1 - decay).sub_(shift, alpha=self.lr_cov * term.amount * self.eps)
