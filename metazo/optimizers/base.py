@@ -44,7 +44,7 @@ from metazo.noise import Noise, PhiloxNoise
 from metazo.optimizers import probing as probings
 from metazo.optimizers import ranks
 from metazo.optimizers.groups import Closure, check_group, listed, named_groups, named_members
-from metazo.optimizers.guards import check_moved, check_shards, check_trained, check_weights
+from metazo.optimizers.guards import check_moved, check_reach, check_shards, check_trained, check_weights
 from metazo.optimizers.loss_watch import LossWatch
 from metazo.optimizers.saving import Saving
 from metazo.optimizers.verbs import DECAY_EXEMPT, State, Verbs
@@ -190,10 +190,10 @@ class ZOOptimizer(Verbs, Saving):
         weights are put back, the step is recorded without coefficients, and the loss returned is not finite either; of a step
         that `max_loss` refuses it is the loss. After an exception in the recorder the next call records and takes the same step
         again, without evaluating it. An exception in the closure puts the weights back too. Masters and compensated
-        weights are put back bit for bit; weights in place keep the rounding of adding and removing the probe, about 3e-8 of
-        them in float32. Raises UserError for a replay of a method whose steps do not follow from their records, for a closure
-        that returns no number, for weights without numbers on this device, for shards that were moved, and if processes
-        differ in seed, settings or weights.
+        weights are put back bit for bit; weights in place keep the rounding of adding and removing the probe, in float32 up to
+        6e-8 (2^-24) of the larger of weight and probe. Raises UserError for a replay of a method whose steps do not follow from
+        their records, for a closure that returns no number, for weights without numbers on this device, for shards that were
+        moved, and if processes differ in seed, settings or weights.
         """
         if replay is not None and not self.replayable:
             raise UserError(f"A step of {self.name} does not follow from its record: it cannot be replayed.")
@@ -380,5 +380,6 @@ class ZOOptimizer(Verbs, Saving):
         before = sum(len(group["params"]) for group in self.param_groups)
         param_group["params"] = named_members(param_group["params"], before)
         _numbers(**{name: param_group[name] for name in ("lr", "weight_decay") if name in param_group})
+        check_reach(self.eps, param_group["params"])
         param_group.setdefault("own_decay", "weight_decay" in param_group)  # in the group, with which it is saved
         super().add_param_group(param_group)

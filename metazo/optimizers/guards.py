@@ -101,6 +101,21 @@ def _check_entries(cluster: Sequence[tuple[int, str, Tensor]]) -> None:
             raise UserError(f"{name} has entries that share memory (a view that overlaps itself): pass a copy.")
 
 
+REACH = 10  # the largest of a billion normal numbers is 6
+
+
+def check_reach(eps: float, named: Sequence[tuple[str, Tensor]]) -> None:
+    """Raises UserError if a probe is beyond the range of a trained tensor's dtype, which would leave weights that are NaN."""
+    for name, param in named:
+        floating = isinstance(param, Tensor) and param.is_floating_point()  # torch refuses what is no tensor
+        if floating and param.requires_grad and REACH * eps > torch.finfo(param.dtype).max:
+            dtype = str(param.dtype).removeprefix("torch.")
+            raise UserError(
+                f"`eps` is {eps:g}, and a probe of that length is beyond the range of {name} ({dtype}): choose a smaller one, "
+                "such as 1e-3."
+            )
+
+
 def check_trained(tensors: Sequence[NamedTensor]) -> None:
     """Raises UserError for a tensor that was frozen after the first step, whose probes and updates would go on."""
     frozen = next((tensor.name for tensor in tensors if not tensor.param.requires_grad), None)

@@ -316,6 +316,16 @@ def test_a_group_has_no_settings_that_would_change_nothing(key):
         MeZO(groups)
 
 
+@pytest.mark.parametrize(("dtype", "eps"), [(torch.float32, 1e39), (torch.float16, 1e4)])
+def test_a_probe_beyond_the_range_of_the_weights_is_refused(dtype, eps):
+    """It left weights that are NaN."""
+    layer = nn.Linear(2, 2).to(dtype)
+    kind = str(dtype).removeprefix("torch.")
+    with pytest.raises(UserError, match=rf"`eps` is 1.*beyond the range of weight \({kind}\): choose a smaller one"):
+        MeZO(layer.named_parameters(), eps=eps)
+    MeZO(layer.double().named_parameters(), eps=eps)
+
+
 @pytest.mark.parametrize("setting", ["lr", "eps", "weight_decay"])
 @pytest.mark.parametrize("value", ["1e-3", None, math.nan, -1.0])
 def test_numbers_are_finite_and_at_least_0(setting, value):
