@@ -43,7 +43,8 @@ class LossWatch:
     which is not counted in `forwards`, and restores the global generators. BatchNorm and spectral_norm in train mode, whose
     statistics change with every probe, and embeddings with max_norm, whose weights do. Losses of all probes that are exactly
     equal in most of the first FIRST_STEPS steps, or later in as many steps in a row. Losses that are not finite in as many
-    steps in a row.
+    steps in a row. Probes that are evaluated together need no look at the modules: max_norm then shortens copies of the rows,
+    and what is random or changes its statistics cannot be vectorised, so that the probes are evaluated in turn.
 
     Args: repeat: whether to evaluate once more.
     """

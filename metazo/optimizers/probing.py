@@ -71,15 +71,21 @@ def losses_together(
 ) -> list[float]:
     """The losses of all probes from one forward pass, or from `in_turn`; the first call settles which of them a run uses.
 
-    given: the losses of a replayed step, or None.
+    given: the losses of a replayed step, or None. Raises UserError for a loss that is no number, and if a closure after the
+    first cannot be vectorised.
     """
     form: Tensor = optimizer.zo_state["probing"]
     if form == IN_TURN or (given is not None and form == UNDECIDED and optimizer.probing == "auto"):
         return in_turn()
+    if given is None and not closures:
+        return in_turn()  # it says what is missing
     try:
         losses = list(given) if given is not None else _own_losses(optimizer, probes, closures)
+    except UserError:
+        raise
     except Exception as error:
         if form != UNDECIDED:
+            _check_alone(optimizer, closures, error)
             raise
         form.fill_(IN_TURN)
         _say(optimizer, error, 7)
@@ -89,12 +95,29 @@ def losses_together(
     return losses
 
 
+def _check_alone(optimizer: Any, closures: Sequence[Closure], error: Exception) -> None:
+    """Raises UserError if closures that failed together can be evaluated alone, and otherwise the error that this gives.
+
+    Other errors than torch's are the closure's own, and a lack of memory has its own advice.
+    """
+    if isinstance(error, RuntimeError) and "memory" not in str(error):
+        _again(optimizer, closures)
+        raise UserError(
+            f"{optimizer.name} evaluates its probes together since the first step, and this closure cannot be vectorised "
+            f'({_reason(error)}): make the optimizer with `probing="in-turn"`.'
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return str(error).split("\n")[0].split(". ")[0].rstrip(" .")  # vmap goes on with advice for its own callers
+
+
 def _say(optimizer: Any, error: Exception, level: int) -> None:
     """Warn about the reason for evaluating in turn, except for a batch that is too large for "auto"."""
     if not isinstance(error, TooLarge):
-        reason = str(error).split("\n")[0]
         warnings.warn(
-            f"{optimizer.name} falls back to evaluating its probes in turn: the closure cannot be vectorised ({reason}).",
+            f"{optimizer.name} falls back to evaluating its probes in turn: the closure cannot be vectorised "
+            f"({_reason(error)}).",
             stacklevel=level,
         )
 
@@ -107,7 +130,9 @@ def _own_losses(optimizer: Any, probes: Probes, closures: Sequence[Closure]) -> 
 
 
 def _one_pass(optimizer: Any, probes: Probes, closures: Sequence[Closure]) -> list[float]:
-    """The mean losses at all probes. Raises if the closures cannot be vectorised, or hide tensors that they use."""
+    """The mean losses at all probes. Raises if the closures cannot be vectorised, or hide tensors that they use, and UserError
+    for a loss that is no number.
+    """
     undecided = optimizer.zo_state["probing"] == UNDECIDED
     limit = ROWS // len(optimizer.estimator.probes()) if optimizer.probing == "auto" and undecided else None
     branches = [Branch([(optimizer.noise.stream(t.seed), t.along, t.amount) for t in terms]) for terms in probes]
@@ -115,7 +140,8 @@ def _one_pass(optimizer: Any, probes: Probes, closures: Sequence[Closure]) -> li
     def evaluate() -> tuple[list[float], list[NamedTensor]]:
         with optimizer.evaluation(), optimizer.weights.evaluating():
             found = [losses_at(closure, optimizer.tensors, branches, limit) for closure in closures]
-        return [mean(values) for values in zip(*(losses for losses, _ in found))], found[0][1]
+        numbers = [[optimizer.loss_watch.loss(value) for value in values] for values, _ in found]
+        return [mean(values) for values in zip(*numbers)], found[0][1]
 
     losses, unmet = evaluate()
     if undecided and used_unseen(unmet, lambda: evaluate()[0][0], losses[0]):

@@ -202,7 +202,7 @@ def losses(
     tensors: Sequence[NamedTensor],
     branches: Sequence[Branch],
     positions: int | None = None,
-) -> tuple[list[float], list[NamedTensor]]:
+) -> tuple[list[Tensor], list[NamedTensor]]:
     """The losses of a closure at the branches, from one forward pass, and the tensors that the closure was not seen to use.
 
     Raises RuntimeError if the closure cannot be vectorised, TooLarge if its batch is above `positions`.
@@ -235,4 +235,4 @@ def losses(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="There is a performance drop")
         values = vmap(at)(amounts, queries)
-    return [float(value) for value in values], unmet
+    return list(values), unmet

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import types
 import warnings
 from fractions import Fraction
@@ -78,12 +79,37 @@ def test_first_order_methods_ask_for_a_tensor_with_a_gradient(name):
 
 
 def test_probes_together_refuse_them_as_well():
-    model = nn.Linear(3, 2)
-    x = torch.ones(4, 3)
+    model, x = nn.Linear(3, 2), torch.ones(4, 3)
     optimizer = LOZO(model.named_parameters(), probing="together")
-    with warnings.catch_warnings(), pytest.raises(UserError, match=r"shape \(4, 2\).*mean"):
-        warnings.simplefilter("ignore")
-        optimizer.step(lambda: model(x))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):  # at the first step and later
+            with pytest.raises(UserError, match=r"^The closure returned a tensor of shape \(4, 2\).*mean"):
+                optimizer.step(lambda: model(x))
+            optimizer.step(lambda: model(x).sum())
+    with pytest.raises(UserError, match="^The closure returned a dict"):
+        optimizer.step(lambda: {"a": model(x).sum()})
+    with pytest.raises(UserError, match="needs a closure"):
+        optimizer.step(None)
+
+
+LATER = {
+    "calling .item() on a Tensor": lambda loss: loss.item(),
+    "the closure returns float, not a tensor": lambda loss: 0.5,
+}
+
+
+@pytest.mark.parametrize("reason", LATER)
+def test_a_later_closure_that_cannot_be_vectorised_is_refused_and_its_own_errors_are_not(reason):
+    model, x = nn.Linear(3, 2), torch.ones(4, 3)
+    optimizer = LOZO(model.named_parameters(), lr=1e-3, probing="together")
+    optimizer.step(lambda: model(x).sum())
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(UserError, match=rf'cannot be vectorised \(.*{re.escape(reason)}\): .*`probing="in-turn"`'):
+        optimizer.step(lambda: LATER[reason](model(x).sum()))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        optimizer.step(lambda: model(x[:, :2]).sum())
+    assert all(map(torch.equal, before, model.parameters())) and optimizer.steps == 1
 
 
 def test_a_group_may_be_frozen_whole():
