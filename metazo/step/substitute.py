@@ -25,12 +25,16 @@ from torch._C import DisableTorchFunctionSubclass
 from torch.nn.functional import embedding
 
 from metazo.blocks import NamedTensor
+from metazo.errors import UserError
 
 # Calls that do not read a tensor's numbers. Properties do not read them either, except for these views.
 _TELLING = ("size", "dim", "ndimension", "numel", "nelement", "stride", "element_size", "is_contiguous", "data_ptr")
 _TELLING += ("is_floating_point", "is_complex", "is_signed", "storage_offset", "requires_grad_", "get_device")
 _METADATA = frozenset(getattr(Tensor, name) for name in (*_TELLING, "__hash__", "__len__"))
 _VIEWS = frozenset(getattr(Tensor, name).__get__ for name in ("data", "T", "mT", "H", "mH", "real"))
+
+# The errors of making a tensor within a transform of torch.func, which has no public way to ask for one.
+_IN_TRANSFORM = ("functorch transform", "Tensor that doesn't have storage")
 
 
 def reads_numbers(func: Any) -> bool:
@@ -123,7 +127,15 @@ class Scratch(Shown):
         # contiguous, matmul would otherwise copy a weight once for each row of the batch. Tensors that are made in
         # inference mode cannot require one.
         with DisableTorchFunctionSubclass(), torch.inference_mode(False), torch.no_grad():
-            return self._make(tensor, self._rows).requires_grad_(tensor.param.requires_grad)
+            try:
+                return self._make(tensor, self._rows).requires_grad_(tensor.param.requires_grad)
+            except RuntimeError as error:
+                if not any(words in str(error) for words in _IN_TRANSFORM):
+                    raise
+                raise UserError(
+                    f"`precision` compensated replaces {tensor.name} within the forward pass, which torch.func (vmap, grad, "
+                    "jvp) in the model does not allow: choose master."
+                ) from error
 
     def use(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         self._rows = _looked_up(*args, **kwargs) if func is embedding else None

@@ -153,6 +153,17 @@ def test_a_closure_that_fails_leaves_everything():
     assert torch.equal(model.weight.detach(), start) and type(model.weight) is nn.Parameter  # no substitution is active
 
 
+@pytest.mark.parametrize("transform", [torch.func.vmap, lambda layer: torch.func.grad(lambda x: layer(x).sum())])
+def test_a_transform_within_the_model_is_refused_with_what_to_choose(transform):
+    model, x = nn.Linear(4, 3).to(B16), torch.ones(2, 4, dtype=B16)
+    optimizer = MeZO(model.named_parameters(), precision="compensated-16")
+    with pytest.raises(
+        UserError, match=r"replaces weight within the forward pass, which torch.func .*: choose master\.$"
+    ):
+        optimizer.step(lambda: transform(model)(x).sum())
+    MeZO(model.named_parameters(), precision="master").step(lambda: transform(model)(x).sum())
+
+
 class Named(nn.Parameter):
     """A parameter with functions of its own."""
 
