@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any, Literal
 
 import numpy as np
@@ -129,8 +130,8 @@ class CurvZO(ZOOptimizer):
         for name, value in {"beta": beta, "magnitude_beta": magnitude_beta}.items():
             if not 0 < value <= 1:
                 raise UserError(f"`{name}` must be in (0, 1], not {value}.")
-        if adapt_every < 0:
-            raise UserError(f"`adapt_every` must be at least 0, not {adapt_every}.")
+        if not isinstance(adapt_every, Integral) or adapt_every < 0:
+            raise UserError(f"`adapt_every` must be a whole number of at least 0, not {adapt_every}.")
         self.budget, self.floor, self.adapt_every = budget, floor, adapt_every
         self.beta, self.magnitude_beta = beta, magnitude_beta
         super().__init__(params, lr, eps, **common)

@@ -181,7 +181,8 @@ def test_budget_moves_towards_what_is_wanted():
     "bad, word",
     [({"budget": 0}, "budget"), ({"budget": 1.5}, "budget"), ({"budget": math.nan}, "budget"),
      ({"floor": 0}, "floor"), ({"floor": 0.5}, "floor"), ({"beta": 0}, "beta"), ({"magnitude_beta": 2}, "magnitude"),
-     ({"adapt_every": -1}, "adapt_every"), ({"score": "x"}, "score"), ({"eps": 0}, "eps")],
+     ({"adapt_every": -1}, "adapt_every"), ({"adapt_every": 2.5}, "adapt_every` must be a whole"),
+     ({"adapt_every": math.nan}, "adapt_every` must be a whole"), ({"score": "x"}, "score"), ({"eps": 0}, "eps")],
 )  # fmt: skip
 def test_bad_hyperparameters(bad, word):
     with pytest.raises(UserError, match=word):
