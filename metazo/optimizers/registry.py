@@ -166,6 +166,10 @@ class Method:
         compat = options.get("compat", "paper")
         if compat not in ("paper", "official"):
             raise UserError(f"`compat` {compat!r} is unknown: choose paper or official.")
+        for key in [key for key, value in options.items() if isinstance(value, str) or not hasattr(value, "__float__")]:
+            own = cls.hyperparameters().get(key)
+            if own is not None and own.annotation in (float, int, "float", "int"):  # texts under postponed annotations
+                raise UserError(f"`{key}` must be a number, not {options[key]!r}.")
         if compat == "official" and "compat" in cls.hyperparameters():
             importlib.import_module(f"metazo.optimizers.official.{cls.__module__.rpartition('.')[2]}")
             return super().__new__(OFFICIAL.get(cls, cls))  # type: ignore[arg-type]

@@ -363,6 +363,17 @@ def test_numbers_are_finite_and_at_least_0(setting, value):
             MeZO([{"params": [("weight", layer.weight)], setting: value}])
 
 
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [("mezo-momentum", "momentum"), ("hizoo", "smoothing"), ("mezo-svrg", "mini_lr"), ("zo-muon", "vector_rate"),
+     ("meazo", "beta"), ("es", "population")],
+)  # fmt: skip
+@pytest.mark.parametrize("value", [None, "0.9"])
+def test_hyperparameters_that_are_no_numbers_are_named(name, option, value):
+    with pytest.raises(UserError, match=f"^`{option}` must be a number, not {value!r}"):
+        METHODS[name](nn.Linear(2, 2).named_parameters(), **{option: value})
+
+
 def test_losses_that_stay_infinite_are_named_once():
     optimizer = MeZO(quadratic(torch.float32).named(), lr=1e-3)
     with pytest.warns(
