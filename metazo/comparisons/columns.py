@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -164,8 +166,8 @@ def _variant(entry: Any) -> Column:
     if not isinstance(options, dict):
         raise UserError(f"Column {entry['name']!r}: options is a mapping of settings, not {options!r}.")
     lrs = entry.get("lrs")
-    if lrs is not None and not (isinstance(lrs, list) and lrs and all(_is_rate(lr) for lr in lrs)):
-        raise UserError(f"Column {entry['name']!r}: lrs is a list of numbers above 0, not {lrs!r}.")
+    if lrs is not None:
+        check_rates(f"Column {entry['name']!r}: lrs", lrs)
     budget = entry.get("budget")
     if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or budget < 1):
         raise UserError(f"Column {entry['name']!r}: budget is a whole number of at least 1, not {shown(budget)}.")
@@ -173,8 +175,20 @@ def _variant(entry: Any) -> Column:
     return Column(str(entry["name"]), optimizer, {**base.options, **options}, rates, budget)
 
 
+def check_rates(where: str, lrs: Any) -> None:
+    """Raises UserError for what is no list of learning rates, and for a rate that is there twice.
+
+    Rates are compared as they are written in the names of files, with six digits. where: what holds them, for the message.
+    """
+    if not (isinstance(lrs, list) and lrs and all(_is_rate(lr) for lr in lrs)):
+        raise UserError(f"{where} is a list of finite numbers above 0, not {shown(lrs)}.")
+    name, count = Counter(f"{lr:g}" for lr in lrs).most_common(1)[0]
+    if count > 1:
+        raise UserError(f"{where} has the rate {name} {count} times (six digits count); give each rate once.")
+
+
 def _is_rate(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
 
 
 def _nearest(name: Any, known: Iterable[str]) -> str:

@@ -128,6 +128,7 @@ class _Comparison:
         self.names = self.store.names
         self.searches: dict[str, dict[str, Search]] = {name: {} for name in self.names.values()}
         self.results: dict[Path, Result] = {}
+        self.waiting = 0  # flows whose runs are not all done
 
     def run(self) -> dict[str, int]:
         grid = self.grid
@@ -252,6 +253,10 @@ class _Comparison:
                     caught[0].split()[0],
                 )
             if not pool.running:
+                if self.waiting:
+                    raise RuntimeError(
+                        f"Columns that wait for a result that no run gives: {self.waiting}. Two of their runs have one path."
+                    )
                 return
             for job, result in pool.collect(0.25):
                 run, batch = out.pop(job.out)
@@ -270,6 +275,7 @@ class _Comparison:
         if results is not None and runs[0].kind == "search":
             shown.extend(len(runs), sum(run.forwards for run in runs))
         batch = _Batch(flow, runs)
+        self.waiting += 1
         queue.extendleft((run, batch) for run in reversed(runs))
 
     def _done(self, run: Run, batch: _Batch, result: Result, ran: bool, queue: deque, shown: Progress) -> None:
@@ -277,6 +283,7 @@ class _Comparison:
         self.results[path] = batch.results[path] = result
         shown.add(result, ran)
         if len(batch.results) == len(batch.runs):
+            self.waiting -= 1
             self._go_on(batch.flow, [batch.results[self.store.path(each)] for each in batch.runs], queue, shown)
 
 

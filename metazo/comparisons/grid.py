@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
-from metazo.comparisons.columns import Column, check_settings, resolve
+from metazo.comparisons.columns import Column, check_rates, check_settings, resolve
 from metazo.errors import UserError
 from metazo.io.files import write_whole
 from metazo.runs.config import FinetuneConfig
@@ -91,8 +91,8 @@ class Grid:
             self.time_budget = _seconds(self.time_budget)
         if not self.tasks:
             raise UserError("`tasks` is empty, and a comparison needs at least one; metazo tasks lists them.")
-        if self.lrs is not None and (not self.lrs or min(self.lrs) <= 0):
-            raise UserError(f"`lrs` is a list of numbers above 0, not {self.lrs}.")
+        if self.lrs is not None:
+            check_rates("`lrs`", self.lrs)
         for name in ("config", "search_config"):
             check_settings(name, {key.replace("-", "_"): value for key, value in getattr(self, name).items()})
         self.resolved = resolve(self.columns, self.tuner)

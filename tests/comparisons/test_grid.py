@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import yaml
@@ -56,7 +57,9 @@ def test_a_variant_takes_settings_and_hyperparameters(tmp_path):
         ({"name": "a", "options": {"rnk": 2}}, "'rnk' is neither a setting of a run nor a hyperparameter of mezo"),
         ({"name": "a", "options": {"lr": 1e-3}}, "'lr' is set by the grid"),
         ({"name": "a", "options": {"patience": 3}}, "`patience` ends runs before their budget"),
-        ({"name": "a", "lrs": ["fast"]}, "lrs is a list of numbers above 0"),
+        ({"name": "a", "lrs": ["fast"]}, "lrs is a list of finite numbers above 0"),
+        ({"name": "a", "lrs": [10**400]}, "lrs is a list of finite numbers above 0"),
+        ({"name": "a", "lrs": [1e-3, 3e-3, 1e-3]}, "Column 'a': lrs has the rate 0.001 2 times"),
         ({"name": "../a"}, "'../a' is refused"),
         ({"name": "a/b"}, "has a slash"),
         ({"name": "a", "options": [1]}, "options is a mapping"),
@@ -80,6 +83,10 @@ def test_a_name_stands_once():
         ({"search_budget": 2}, "`search_budget` is a fraction"),
         ({"time_budget": "soon"}, "`time_budget` is a number of seconds above 0, or the word reference"),
         ({"lrs": []}, "`lrs` is a list"),
+        ({"lrs": [1e-3, math.nan]}, "`lrs` is a list of finite numbers above 0, not [0.001, nan]"),
+        ({"lrs": [math.inf]}, "`lrs` is a list of finite numbers above 0, not [inf]"),
+        ({"lrs": [1e-3, 1e-3, 3e-3]}, "`lrs` has the rate 0.001 2 times"),
+        ({"lrs": [1e-3, 1.0000001e-3]}, "`lrs` has the rate 0.001 2 times"),
         ({"config": {"batchsize": 4}}, "did you mean batch_size"),
         ({"config": {"seed": 4}}, "'seed' is set by the grid"),
         ({"config": {"patience": 3}}, "`patience` ends runs before their budget"),

@@ -1,0 +1,98 @@
+"""Which runs a comparison does, which rate a search chooses and which results are kept, without models or training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from metazo.comparisons import compare as module
+from metazo.comparisons.cell import Job
+from metazo.comparisons.compare import compare
+from metazo.comparisons.examine import Facts
+from metazo.comparisons.grid import Grid
+from metazo.comparisons.packed import read_results
+from metazo.comparisons.results import Result
+from metazo.settings import build
+
+GRID: dict[str, Any] = {"model": "pico", "tasks": ["pico_sentiment"], "columns": ["mezo"], "budget": 40, "seeds": 3}
+Dev = Callable[[float], dict[str, float]]
+
+
+class Instant:
+    """A pool whose runs end at once, with the scores that `dev` gives their learning rate.
+
+    left: number of runs after which a worker is asked to stop.
+    """
+
+    def __init__(self, dev: Dev, left: float):
+        self.dev, self.left, self.jobs = dev, left, []
+
+    def __enter__(self) -> Instant:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    @property
+    def idle(self) -> bool:
+        return not self.jobs
+
+    @property
+    def running(self) -> list[tuple[Job, float]]:
+        return [(job, 0.0) for job in self.jobs]
+
+    def submit(self, job: Job) -> None:
+        self.jobs.append(job)
+
+    def collect(self, timeout: float) -> list[tuple[Job, Result | None]]:
+        job, self.left = self.jobs.pop(), self.left - 1
+        if self.left < 0:
+            return [(job, None)]
+        if job.keep is not None:
+            job.keep.mkdir(parents=True, exist_ok=True)
+            (job.keep / "rate").write_text(str(job.info["lr"]))
+        train = {"forwards": 40, "seconds": 1.0, "wall_seconds": 1.0, "curve": []}
+        return [(job, Result(job.info, train, {"dev": self.dev(job.info["lr"])}))]
+
+
+def best_at(best: float) -> Dev:
+    return lambda lr: {"loss": abs(math.log10(lr / best))}
+
+
+SMALL = best_at(1e-3)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch) -> Callable[..., dict[str, int]]:
+    """Compare with runs that end at once, in one folder."""
+
+    def examine(grid: Grid) -> dict[tuple[str, str], Facts]:
+        rates = {column.name: column.lrs or grid.lrs or [1e-3] for column in grid.resolved}
+        return {
+            (task, name): Facts(lrs, 2, 1, {}, "", None, 1.0, 0, None)
+            for task in grid.tasks
+            for name, lrs in rates.items()
+        }
+
+    def call(dev: Dev = SMALL, left: float = math.inf, part: str | None = None, **extra) -> dict[str, int]:
+        monkeypatch.setattr(module, "examine", examine)
+        monkeypatch.setattr(module, "_pool", lambda grid, console: Instant(dev, left))
+        return compare(build(Grid, GRID, {"out": tmp_path}, extra), part=part)
+
+    return call
+
+
+def rates(out: Path, kind: str = "seed") -> dict[int, float]:
+    """The learning rates of the results by seed."""
+    return {result.run_info["seed"]: result.run_info["lr"] for result in read_results(out, kind)}
+
+
+def test_a_column_that_waits_for_a_result_that_no_run_gives_is_an_error(run, monkeypatch):
+    """Two runs of one path give one result, and the column must not vanish."""
+    monkeypatch.setattr("metazo.comparisons.grid.check_rates", lambda where, lrs: None)
+    with pytest.raises(RuntimeError, match="wait for a result that no run gives: 1"):
+        run(lrs=[1e-3, 1e-3, 3e-3])
