@@ -94,7 +94,9 @@ class Grid:
         if self.lrs is not None:
             check_rates("`lrs`", self.lrs)
         for name in ("config", "search_config"):
-            check_settings(name, {key.replace("-", "_"): value for key, value in getattr(self, name).items()})
+            settings = {key.replace("-", "_"): value for key, value in getattr(self, name).items()}
+            check_settings(name, settings)
+            setattr(self, name, settings)
         self.resolved = resolve(self.columns, self.tuner)
 
     def _check_gpus(self) -> None:

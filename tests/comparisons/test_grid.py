@@ -98,6 +98,13 @@ def test_grids_that_are_wrong(tmp_path, extra, words):
     assert words in str(error.value)
 
 
+def test_settings_of_runs_may_have_hyphens(tmp_path):
+    settings = grid(tmp_path, config={"batch-size": 4}, search_config={"eval-every": 5})
+    reported, searched = (Run("pico_sentiment", settings.resolved[0], kind, 0, 1e-3, 40) for kind in ("seed", "search"))
+    assert reported.config(settings, tmp_path).batch_size == 4
+    assert searched.config(settings, tmp_path).eval_every == 5
+
+
 def test_a_grid_is_written_out_so_that_it_runs_again(tmp_path):
     first = grid(tmp_path, columns=["random-tuner", {"name": "lozo", "lrs": [1e-3]}], time_budget="reference")
     first.write()
