@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
 from datetime import UTC, datetime
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +66,14 @@ class Store:
         return Job(config, info, run.column.trains, kept)
 
     def known(self, run: Run, job: Job) -> Result | None:
-        """The result of an earlier call, or a failure without a run if the search left no learning rate."""
+        """The result of an earlier call, or a failure without a run if the search left no learning rate.
+
+        A result of another grid that is in the run's place is put aside.
+        """
         path = self.path(run)
-        for place in (path, self._aside(path)):  # a column that is asked for again gets its results back
+        if path.exists() and not same(there := Result.load(path).run_info, job.info):
+            self._put_aside(path, there)
+        for place in (path, *self._aside(path)):  # a column that is asked for again gets its results back
             if place.exists():
                 found = Result.load(place)
                 if same(found.run_info, job.info) and not (self.retry_failed and found.run_info["status"] == "failed"):
@@ -81,26 +88,23 @@ class Store:
         return None
 
     def save(self, run: Run, result: Result) -> None:
-        path = self.path(run)
-        if path.exists() and not same(Result.load(path).run_info, result.run_info):
-            self._put_aside(path)
-        result.save(path)
+        result.save(self.path(run))
 
     # -- results of another grid -----------------------------------------------------------------------------------
 
     def supersede(self) -> set[tuple[str, str]]:
         """Move results that the grid does not ask for to RESULTS/superseded, so that no report mixes two grids.
 
-        Returns task and column of each moved result.
+        A result that the grid asks for again is moved back by `known`. Returns task and column of each moved result.
         """
         moved = set()
         wanted = {
             (name, column.name): (task, column) for task, name in self.names.items() for column in self.grid.resolved
         }
         for path in sorted((self.grid.out / "cells").glob("*/*/*.json")):
-            place = path.parts[-3], path.parts[-2]
-            if place not in wanted or not self._belongs(Result.load(path).run_info, *wanted[place]):
-                self._put_aside(path)
+            place, info = (path.parts[-3], path.parts[-2]), Result.load(path).run_info
+            if place not in wanted or not self._belongs(info, *wanted[place]):
+                self._put_aside(path, info)
                 moved.add(place)
         return moved
 
@@ -115,13 +119,21 @@ class Store:
         forwards = info["budget"] if column.trains else self.grid.budget_of(column)
         return same(info, self.job(Run(task, column, info["kind"], info["seed"], info["lr"], forwards)).info)
 
-    def _aside(self, path: Path) -> Path:
-        return self.grid.out / "superseded" / path.relative_to(self.grid.out / "cells")
+    def _aside(self, path: Path) -> Iterator[Path]:
+        """The results that were put aside from a path. Those that earlier versions moved have the file's own name."""
+        folder = self._superseded(path)
+        yield folder / path.name
+        yield from sorted(folder.glob(f"{path.stem}-*.json"))
 
-    def _put_aside(self, path: Path) -> None:
-        target = self._aside(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(path, target)
+    def _put_aside(self, path: Path, info: dict[str, Any]) -> None:
+        """Move a result aside. Its identity is a part of its new name, so that results of several grids remain."""
+        folder = self._superseded(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        identity = sha256(ascii((info.get("key"), info.get("inputs"))).encode()).hexdigest()
+        os.replace(path, folder / f"{path.stem}-{identity[:16]}.json")
+
+    def _superseded(self, path: Path) -> Path:
+        return self.grid.out / "superseded" / path.parent.relative_to(self.grid.out / "cells")
 
 
 def same(found: dict[str, Any], wanted: dict[str, Any]) -> bool:

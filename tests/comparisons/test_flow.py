@@ -96,3 +96,20 @@ def test_a_column_that_waits_for_a_result_that_no_run_gives_is_an_error(run, mon
     monkeypatch.setattr("metazo.comparisons.grid.check_rates", lambda where, lrs: None)
     with pytest.raises(RuntimeError, match="wait for a result that no run gives: 1"):
         run(lrs=[1e-3, 1e-3, 3e-3])
+
+
+def test_grids_that_alternate_get_their_results_back(run, tmp_path):
+    """Each grid's results remain, however often another one took their place."""
+    first, second = {"lrs": [1e-3]}, {"lrs": [1e-4]}
+    for settings in (first, second, {"config": {"batch_size": 4}}):
+        assert run(**settings)["kept"] == 0
+    for settings in (first, second, first):
+        assert run(**settings)["kept"] == 3 and set(rates(tmp_path).values()) == set(settings["lrs"])
+
+
+def test_a_result_that_an_earlier_version_put_aside_is_found(run, tmp_path):
+    run(lrs=[1e-3])
+    run(lrs=[1e-4])
+    (aside,) = (tmp_path / "superseded").rglob("seed-2-*.json")
+    aside.rename(aside.with_name("seed-2.json"))
+    assert run(lrs=[1e-3])["kept"] == 3
