@@ -196,6 +196,7 @@ class _Comparison:
                 except StopIteration as stop:
                     search.lr, search.at_boundary = stop.value
                     break
+        self.store.settle(task, column, search.lr)
         self.searches[self.names[task]][column.name] = search
         if self.part is None:
             write_search(self.grid.out, self.searches)

@@ -108,6 +108,17 @@ class Store:
                 moved.add(place)
         return moved
 
+    def settle(self, task: str, column: Column, lr: float | None) -> None:
+        """Put aside a column's reported results that are not of the learning rate that its search chose.
+
+        They go before the column's runs start, so that no mean is over two rates if the comparison is stopped.
+        """
+        folder = self.grid.out / "cells" / self.names[task] / column.name
+        for path in sorted([*folder.glob("seed-*.json"), *folder.glob("time-*.json")]):
+            info = Result.load(path).run_info
+            if info["lr"] != lr or not self._belongs(info, task, column):
+                self._put_aside(path, info)
+
     def _belongs(self, info: dict[str, Any], task: str, column: Column) -> bool:
         search = info["kind"] == "search"
         first, count = (SEARCH_SEED, self.grid.search_seeds) if search else (0, self.grid.seeds)

@@ -16,6 +16,7 @@ from metazo.comparisons.examine import Facts
 from metazo.comparisons.grid import Grid
 from metazo.comparisons.packed import read_results
 from metazo.comparisons.results import Result
+from metazo.runs.interrupt import Interrupted
 from metazo.settings import build
 
 GRID: dict[str, Any] = {"model": "pico", "tasks": ["pico_sentiment"], "columns": ["mezo"], "budget": 40, "seeds": 3}
@@ -113,3 +114,26 @@ def test_a_result_that_an_earlier_version_put_aside_is_found(run, tmp_path):
     (aside,) = (tmp_path / "superseded").rglob("seed-2-*.json")
     aside.rename(aside.with_name("seed-2.json"))
     assert run(lrs=[1e-3])["kept"] == 3
+
+
+@pytest.mark.parametrize("part", [None, "0/1"])
+@pytest.mark.parametrize(
+    ("dev", "after", "runs"),
+    [(SMALL, {"lrs": [1e-4]}, 1), (best_at(1e-4), {"lrs": [1e-3, 1e-4, 1e-5]}, 4)],
+    ids=["another rate", "another search"],
+)
+def test_a_stopped_comparison_has_no_results_of_two_rates(run, tmp_path, part, dev, after, runs):
+    run(lrs=[1e-3])
+    with pytest.raises(Interrupted):
+        run(dev, left=runs, part=part, **after)
+    assert rates(tmp_path) == {0: 1e-4}
+    assert run(dev, **after)["kept"] == runs and rates(tmp_path) == dict.fromkeys(range(3), 1e-4)
+
+
+def test_a_stopped_comparison_has_no_longer_runs_of_another_rate(run, tmp_path):
+    """All that finish before the time budget continue."""
+    run(lrs=[1e-3], time_budget=2)
+    assert rates(tmp_path, "time") == dict.fromkeys(range(3), 1e-3)
+    with pytest.raises(Interrupted):
+        run(left=1, lrs=[1e-4], time_budget=2)
+    assert rates(tmp_path, "time") == {}
