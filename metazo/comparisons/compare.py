@@ -187,7 +187,7 @@ class _Comparison:
             wanted = next(walker)
             while True:
                 results = yield [search_run(grid, task, column, lr, seed) for lr in wanted for seed in seeds]
-                losses = {lr: _mean_loss([r for r in results if r.run_info["lr"] == lr]) for lr in wanted}
+                losses = {lr: fmean(r.minimised for r in results if r.run_info["lr"] == lr) for lr in wanted}
                 search.losses |= {f"{lr:g}": loss if math.isfinite(loss) else None for lr, loss in losses.items()}
                 search.runs += len(results)
                 search.forwards += sum(result.train_info.get("forwards") or 0 for result in results)
@@ -290,9 +290,3 @@ class _Comparison:
 
 def _only(runs: list[Run]) -> Flow:
     yield runs
-
-
-def _mean_loss(results: list[Result]) -> float:
-    """Mean final loss on dev; inf if a run failed."""
-    losses = [result.metrics["dev"]["loss"] if result.finished else math.inf for result in results]
-    return fmean(losses)

@@ -1,8 +1,9 @@
 """The search for a learning rate: a grid in factors of about 3, extended until the best rate is inside it.
 
-A grid is used and not a sampler because the loss has one minimum in the learning rate, rises steeply to its right, and a
-factor of 3 is finer than the spread over seeds resolves. The cost is counted. Every method gets the same search, unless a
-recipe names the rates of a column (`lrs`), which may be closer together.
+The best rate has the lowest loss on dev at the end of its runs, or the lowest objective if they have one, as a mean over the
+search's seeds. A grid is used and not a sampler because the loss has one minimum in the learning rate, rises steeply to its
+right, and a factor of 3 is finer than the spread over seeds resolves. The cost is counted. Every method gets the same
+search, unless a recipe names the rates of a column (`lrs`), which may be closer together.
 """
 
 from __future__ import annotations

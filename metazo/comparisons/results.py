@@ -49,8 +49,8 @@ class Result:
         peak of its allocator),
         sigma: None, or {"blocks": [name...], "steps": [...], "values": [[sigma of each block] for each step]}.
         A run that failed or diverged keeps what it has; values it has not reached are None and the curve ends early.
-    metrics: before, dev, test: {loss, metric..., examples}; before is dev before training; majority {dev, test}:
-        accuracy of the commonest answer. All None for a run that failed or diverged.
+    metrics: before, dev, test: {loss, metric..., examples}, and objective if the run has one; before is dev before
+        training; majority {dev, test}: accuracy of the commonest answer. All None for a run that failed or diverged.
     """
 
     run_info: dict[str, Any]
@@ -60,6 +60,14 @@ class Result:
     @property
     def finished(self) -> bool:
         return self.run_info["status"] == "finished"
+
+    @property
+    def minimised(self) -> float:
+        """The objective on dev at the end, or the loss if the run has no objective; inf if it did not finish."""
+        if not self.finished:
+            return math.inf
+        dev = self.metrics["dev"]
+        return dev["objective"] if "objective" in dev else dev["loss"]
 
     def to_bytes(self) -> bytes:
         return (json.dumps(_plain(asdict(self)), indent=1, allow_nan=False) + "\n").encode()
@@ -117,9 +125,9 @@ LARGEST_LOSS = 1e39  # above float32's largest number; pictures cannot have axes
 class Search:
     """The result of the search for a column's learning rate on a task.
 
-    lr: the chosen rate, None if every rate failed; losses: mean dev loss by learning rate ("%g"), None if a run failed;
-    at_boundary: the chosen rate is the smallest or largest tried, so that a better one may be outside; seeds: of the
-    search; runs, forwards: its cost; budget: forward passes of each of its runs.
+    lr: the chosen rate, None if every rate failed; losses: mean dev loss by learning rate ("%g"), or mean objective on dev
+    if the runs have one, None if a run failed; at_boundary: the chosen rate is the smallest or largest tried, so that a
+    better one may be outside; seeds: of the search; runs, forwards: its cost; budget: forward passes of each of its runs.
     """
 
     lr: float | None

@@ -82,7 +82,8 @@ class Store:
                         os.replace(place, path)
                     return found
         if run.column.trains and run.lr is None:
-            result = failed(job, "No learning rate of the search gave a finite loss on dev.")
+            minimised = "objective" if job.config.objective else "loss"
+            result = failed(job, f"No learning rate of the search gave a finite {minimised} on dev.")
             self.save(run, result)
             return result
         return None

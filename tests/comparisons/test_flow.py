@@ -15,7 +15,7 @@ from metazo.comparisons.compare import compare
 from metazo.comparisons.examine import Facts
 from metazo.comparisons.grid import Grid
 from metazo.comparisons.packed import read_results
-from metazo.comparisons.results import Result
+from metazo.comparisons.results import Result, read_search
 from metazo.runs.interrupt import Interrupted
 from metazo.settings import build
 
@@ -137,3 +137,12 @@ def test_a_stopped_comparison_has_no_longer_runs_of_another_rate(run, tmp_path):
     with pytest.raises(Interrupted):
         run(left=1, lrs=[1e-4], time_budget=2)
     assert rates(tmp_path, "time") == {}
+
+
+def test_a_search_chooses_by_the_objective_of_its_runs(run, tmp_path):
+    """The loss is lowest at another rate."""
+    dev: Dev = lambda lr: best_at(1e-3)(lr) | {"objective": abs(math.log10(lr / 1e-2)) - 5}  # noqa: E731
+    run(dev, lrs=[1e-4, 1e-3, 1e-2], config={"objective": "accuracy"})
+    search = read_search(tmp_path)["pico_sentiment"]["mezo"]
+    assert (search.lr, search.losses["0.01"], search.at_boundary) == (1e-2, -5, False)
+    assert set(rates(tmp_path).values()) == {1e-2}
