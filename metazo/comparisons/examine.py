@@ -21,6 +21,7 @@ from metazo.runs.config import FinetuneConfig
 from metazo.runs.cost import measure
 from metazo.runs.header import tuner_hash
 from metazo.runs.inputs import data_hash, inputs
+from metazo.runs.plan import tokenizer_bytes, written
 from metazo.runs.setup import Setup, make_optimizer, set_up
 from metazo.settings import with_role
 from metazo.tasks import resolve
@@ -36,7 +37,8 @@ class Facts:
 
     lrs: learning rates from which its search starts (empty for zero-shot); forward passes per step; number of trained
     weights; hashes of model, data and tuner; inputs: hash of the model's configuration and the task's definition; metric
-    of the task; seconds per forward pass over a training batch; cost: see metazo.runs.cost, None for zero-shot.
+    of the task; seconds per forward pass over a training batch; bytes_on_disk: of a run while it is in progress;
+    bytes_kept: of the model that stays of a reported run; cost: see metazo.runs.cost, None for zero-shot.
     """
 
     lrs: list[float]
@@ -47,6 +49,7 @@ class Facts:
     metric: str | None
     forward_seconds: float
     bytes_on_disk: int
+    bytes_kept: int
     cost: dict[str, int] | None
 
 
@@ -98,6 +101,8 @@ def _facts(grid: Grid, column: Column, config: FinetuneConfig, loaded: dict[str,
     if column.trains:
         lrs = column.lrs or grid.lrs or start(config.optimizer, setup.trained, optimizer.energy)
     metric = setup.prepared.task.metric
+    disk = written(config, setup.loaded, optimizer, config.steps or 1)
+    keeps = column.trains and grid.keep_models
     return Facts(
         lrs=lrs,
         a_step=a_step,
@@ -106,7 +111,8 @@ def _facts(grid: Grid, column: Column, config: FinetuneConfig, loaded: dict[str,
         inputs=base.inputs,
         metric=metric[0] if metric else None,
         forward_seconds=base.seconds,
-        bytes_on_disk=setup.plan(config)["bytes on disk"],
+        bytes_on_disk=disk["most"],
+        bytes_kept=disk["model"] + tokenizer_bytes(setup.loaded.tokenizer) if keeps else 0,
         cost=measure(setup.loaded.model, optimizer, base.loss, config.accumulate).to_dict() if column.trains else None,
     )
 
@@ -160,5 +166,6 @@ def plan(grid: Grid, facts: dict[tuple[str, str], Facts]) -> dict[str, Any]:
         "learning rates": {f"{task}, {name}": fact.lrs for (task, name), fact in facts.items() if fact.lrs},
         "seconds": seconds / grid.workers,
         "bytes on disk": 12_000 * sum(runs.values())
+        + grid.seeds * sum(fact.bytes_kept for fact in facts.values())
         + grid.workers * max(fact.bytes_on_disk for fact in facts.values()),
     }

@@ -61,14 +61,14 @@ class Store:
             "status": "finished",
             "reason": None,
         }
-        keep = self.grid.out / "models" / self.names[run.task] / run.column.name / path.stem
-        kept = keep if self.grid.keep_models and run.kind != "search" and run.column.trains else None
-        return Job(config, info, run.column.trains, kept)
+        kept = self.grid.keep_models and run.kind != "search" and run.column.trains
+        return Job(config, info, run.column.trains, self._model(path) if kept else None)
 
     def known(self, run: Run, job: Job) -> Result | None:
         """The result of an earlier call, or a failure without a run if the search left no learning rate.
 
-        A result of another grid that is in the run's place is put aside.
+        A result without the model that the grid wants to keep does not count. A result of another grid that is in the run's
+        place is put aside.
         """
         path = self.path(run)
         if path.exists() and not same(there := Result.load(path).run_info, job.info):
@@ -76,10 +76,11 @@ class Store:
         for place in (path, *self._aside(path)):  # a column that is asked for again gets its results back
             if place.exists():
                 found = Result.load(place)
-                if same(found.run_info, job.info) and not (self.retry_failed and found.run_info["status"] == "failed"):
+                again = self.retry_failed and found.run_info["status"] == "failed"
+                lacks = job.keep is not None and found.finished and not self._model(place).is_dir()
+                if same(found.run_info, job.info) and not again and not lacks:
                     if place != path:
-                        path.parent.mkdir(parents=True, exist_ok=True)
-                        os.replace(place, path)
+                        self._move(place, path)
                     return found
         if run.column.trains and run.lr is None:
             minimised = "objective" if job.config.objective else "loss"
@@ -138,11 +139,24 @@ class Store:
         yield from sorted(folder.glob(f"{path.stem}-*.json"))
 
     def _put_aside(self, path: Path, info: dict[str, Any]) -> None:
-        """Move a result aside. Its identity is a part of its new name, so that results of several grids remain."""
-        folder = self._superseded(path)
-        folder.mkdir(parents=True, exist_ok=True)
+        """Move a result and its model aside. Its identity is a part of its new name, so that those of several grids remain."""
         identity = sha256(ascii((info.get("key"), info.get("inputs"))).encode()).hexdigest()
-        os.replace(path, folder / f"{path.stem}-{identity[:16]}.json")
+        self._move(path, self._superseded(path) / f"{path.stem}-{identity[:16]}.json")
+
+    def _move(self, path: Path, target: Path) -> None:
+        """Move a result, and before it its model, so that no result has the model of another run."""
+        for old, new in ((self._model(path), self._model(target)), (path, target)):
+            if old.exists():
+                new.parent.mkdir(parents=True, exist_ok=True)
+                if new.is_dir():
+                    shutil.rmtree(new)
+                os.replace(old, new)
+
+    def _model(self, path: Path) -> Path:
+        """The folder of a result's tuned model; beside the result if that was put aside."""
+        cells = self.grid.out / "cells"
+        folder = self.grid.out / "models" / path.relative_to(cells) if path.is_relative_to(cells) else path
+        return folder.with_suffix("")
 
     def _superseded(self, path: Path) -> Path:
         return self.grid.out / "superseded" / path.parent.relative_to(self.grid.out / "cells")

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from metazo.comparisons.cell import Job, configuration
 from metazo.comparisons.compare import compare
+from metazo.comparisons.examine import examine, plan
 from metazo.comparisons.grid import Grid, Run
 from metazo.comparisons.packed import read_results
 from metazo.comparisons.pool import Pool
@@ -295,6 +296,12 @@ def test_dry_run_writes_nothing(tmp_path):
     plan = json.loads(done.stdout)
     assert plan["seconds"] > 0 and plan["runs"].startswith("4 of the searches") and not (tmp_path / "results").exists()
     assert plan["learning rates"]["pico_topic, sgd"] == [1e-3, 1e-2]
+
+
+def test_the_planned_disk_has_the_models_that_are_kept(tmp_path):
+    found = grid(tmp_path, tasks=["pico_topic"], columns=["zero-shot", "mezo"], seeds=20, keep_models=True)
+    size = sum(path.stat().st_size for path in Path(TINY["model"]).iterdir())
+    assert 0.95 * 20 * size < plan(found, examine(found))["bytes on disk"] < 1.05 * 20 * size + 10**6
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ class Instant:
 
 
 def best_at(best: float) -> Dev:
-    return lambda lr: {"loss": abs(math.log10(lr / best))}
+    return lambda lr: {"loss": abs(math.log10((lr or best) / best))}
 
 
 SMALL = best_at(1e-3)
@@ -74,7 +74,7 @@ def run(tmp_path, monkeypatch) -> Callable[..., dict[str, int]]:
     def examine(grid: Grid) -> dict[tuple[str, str], Facts]:
         rates = {column.name: column.lrs or grid.lrs or [1e-3] for column in grid.resolved}
         return {
-            (task, name): Facts(lrs, 2, 1, {}, "", None, 1.0, 0, None)
+            (task, name): Facts(lrs, 2, 1, {}, "", None, 1.0, 0, 0, None)
             for task in grid.tasks
             for name, lrs in rates.items()
         }
@@ -146,3 +146,22 @@ def test_a_search_chooses_by_the_objective_of_its_runs(run, tmp_path):
     search = read_search(tmp_path)["pico_sentiment"]["mezo"]
     assert (search.lr, search.losses["0.01"], search.at_boundary) == (1e-2, -5, False)
     assert set(rates(tmp_path).values()) == {1e-2}
+
+
+def test_a_finished_run_whose_model_is_wanted_and_not_there_is_done_again(run, tmp_path):
+    columns = ["mezo", "zero-shot"]  # which has no tuned model
+    run(columns=columns)
+    assert run(columns=columns, keep_models=True)["kept"] == 3
+    assert len(list((tmp_path / "models/pico_sentiment/mezo").iterdir())) == 3
+    assert run(columns=columns, keep_models=True)["kept"] == 6
+
+
+def test_models_are_put_aside_and_come_back_with_their_results(run, tmp_path):
+    def kept() -> set[str]:
+        return {path.read_text() for path in (tmp_path / "models").rglob("rate")}
+
+    run(lrs=[1e-3], keep_models=True)
+    run(lrs=[1e-4], keep_models=True)
+    assert kept() == {"0.0001"}
+    assert run(lrs=[1e-3], keep_models=True)["kept"] == 3 and kept() == {"0.001"}
+    assert run(lrs=[1e-4])["kept"] == 3 and kept() == {"0.0001"}
