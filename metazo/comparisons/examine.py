@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 import torch
 
 from metazo.comparisons.columns import Column
-from metazo.comparisons.grid import Grid, Run
+from metazo.comparisons.grid import Grid, Run, search_run
 from metazo.comparisons.rates import start
 from metazo.errors import UserError
 from metazo.io.tensorfile import weights_hash
@@ -63,13 +65,31 @@ def examine(grid: Grid) -> dict[tuple[str, str], Facts]:
     for task in grid.tasks:
         loaded: dict[str, _Loaded] = {}
         for column in grid.resolved:
+            where = f"Column {column.name!r} on {task}"
             config = Run(task, column, "seed", 0, None, grid.budget_of(column)).config(grid, grid.out / "running")
             config = replace(config, steps=1, forwards=None)  # the length is checked below
-            try:
-                found[task, column.name] = _facts(grid, column, config, loaded)
-            except UserError as error:
-                raise UserError(f"Column {column.name!r} on {task}: {error}") from error
+            with _naming(where):
+                fact = found[task, column.name] = _facts(grid, column, config, loaded)
+            if grid.search_config and len(fact.lrs) > 1:
+                run = search_run(grid, task, column, fact.lrs[0], config.seed)
+                config = replace(
+                    run.config(grid, grid.out / "running"),
+                    steps=1,
+                    forwards=None,
+                    test_examples=config.test_examples,  # not 0, so that model and data are shared if nothing else differs
+                )
+                with _naming(f"{where}, with `search_config`"):
+                    _check_length(run.forwards, _made(config, loaded)[3])
     return found
+
+
+@contextmanager
+def _naming(where: str) -> Iterator[None]:
+    """Puts what is examined before the message of a UserError."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 @dataclass
@@ -82,20 +102,32 @@ class _Loaded:
     loss: BatchLoss
 
 
-def _facts(grid: Grid, column: Column, config: FinetuneConfig, loaded: dict[str, _Loaded]) -> Facts:
+def _made(config: FinetuneConfig, loaded: dict[str, _Loaded]) -> tuple[_Loaded, FinetuneConfig, Any, float]:
+    """Model and data of a run, which are loaded once for all runs that share them; its settings with what was chosen for
+    model and data; its optimizer; and the forward passes of a step.
+    """
     loading = {name: value for name, value in asdict(config).items() if name not in OPTIMIZING}
     mark = json.dumps(loading, default=str)
     if mark not in loaded:
         loaded[mark] = _load(config)
     base = loaded[mark]
     setup = base.setup
-    config, optimizer = make_optimizer(config, setup.loaded, setup.data, setup.device)
-    a_step = optimizer.forwards_per_step(config.accumulate)
-    shortest = round(grid.budget_of(column) * grid.search_budget)
-    if column.trains and shortest < a_step:
-        raise UserError(f"{shortest} forward passes do not pay for one step ({a_step:g}); raise the budget.")
     if not setup.prepared.dev:
         raise UserError("there are no dev examples to choose learning rates on; raise dev_examples.")
+    config, optimizer = make_optimizer(config, setup.loaded, setup.data, setup.device)
+    return base, config, optimizer, optimizer.forwards_per_step(config.accumulate)
+
+
+def _check_length(forwards: int, a_step: float) -> None:
+    if forwards < a_step:
+        raise UserError(f"{forwards} forward passes do not pay for one step ({a_step:g}); raise the budget.")
+
+
+def _facts(grid: Grid, column: Column, config: FinetuneConfig, loaded: dict[str, _Loaded]) -> Facts:
+    base, config, optimizer, a_step = _made(config, loaded)
+    setup = base.setup
+    if column.trains:
+        _check_length(round(grid.budget_of(column) * grid.search_budget), a_step)
     tuner = tuner_hash(optimizer)
     lrs: list[float] = []
     if column.trains:

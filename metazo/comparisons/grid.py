@@ -163,7 +163,8 @@ class Run:
         try:
             return build(FinetuneConfig, *layers, self.column.settings(), *last, own)
         except UserError as error:
-            raise UserError(f"Column {self.column.name!r}: {error}") from error
+            where = ", with `search_config`" if last and grid.search_config else ""
+            raise UserError(f"Column {self.column.name!r}{where}: {error}") from error
 
     def __str__(self) -> str:
         rate = "" if self.lr is None else f", lr {self.lr:g}"

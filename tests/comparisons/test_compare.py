@@ -315,6 +315,18 @@ def test_the_planned_disk_has_the_models_that_are_kept(tmp_path):
         ),
         ({"columns": ["fzoo"], "budget": 3}, "3 forward passes do not pay for one step (9)"),
         ({"config": {**CONFIG, "dev_examples": 0}}, "no dev examples"),
+        (
+            {"columns": TINY["columns"][2:], "search_config": {"dev_examples": 0}},
+            "Column 'sgd' on pico_sentiment, with `search_config`: there are no dev examples",
+        ),
+        (
+            {"columns": TINY["columns"][2:], "search_config": {"accumulate": 13}},
+            "with `search_config`: 12 forward passes do not pay for one step",
+        ),
+        (
+            {"columns": TINY["columns"][2:], "search_config": {"eval_every": 0}},
+            "Column 'sgd', with `search_config`: `eval_every` must be at least 1, not 0",
+        ),
         ({"columns": [{"name": "a", "options": {"dtype": "float8"}}]}, "Column 'a': `dtype` is 'float8'"),
     ],
 )
