@@ -17,8 +17,8 @@ from .statistics import Average, Paired, average, holm, paired
 RULE = (
     "A task counts in averages and tests if two columns learn it: the best one trained with gradients, and the reference. "
     "Learning means that the mean loss on dev at the end is below that before training and, if the task has classes, "
-    "that the accuracy at the end is above the share of the commonest class by more than two standard errors for that many "
-    "examples, sqrt(p (1 - p) / n)."
+    "that the accuracy on test is above the share of the commonest class by more than two standard errors for that many "
+    "test examples, sqrt(p (1 - p) / n)."
 )
 
 
@@ -90,12 +90,12 @@ class Analysis:
         if self.needs_reference and not learns(data, task, reference):
             text = f"{reference}, the reference, ends no better than before training or than the commonest class."
             return TaskVerdict(task, False, text)
-        notes = []
-        if not gradients:
-            notes.append("No column trained with gradients, so it is not known whether the model can learn the task.")
-        if any(run.majority is not None and run.accuracy is None for run in data.of(task, reference)):
-            notes.append("The results have no accuracy to compare with the share of the commonest class.")
-        return TaskVerdict(task, True, " ".join(notes))
+        note = (
+            ""
+            if gradients
+            else "No column trained with gradients, so it is not known whether the model can learn the task."
+        )
+        return TaskVerdict(task, True, note)
 
     # -- who is better -----------------------------------------------------------------------------------------------
 
@@ -184,19 +184,17 @@ class Analysis:
     def at_time(self, task: str, column: str) -> AtTime | None:
         """Loss on dev of a column's runs at the time budget: the last evaluation within it."""
         budget = self.time_budget(task)
-        timed, failed = self.data.timed.get((task, column), {}), self.data.failed(task, column, "time")
-        continued = bool(timed or failed)  # beyond the runs of equal forward passes
-        if not continued:
-            failed = self.data.failed(task, column)
-        curves = [run.curve for run in (timed.values() if continued else self.data.of(task, column)) if run.curve]
-        if budget is None or not (curves or failed):
+        timed = self.data.timed.get((task, column), {})
+        curves = [run.curve for run in (timed.values() if timed else self.data.of(task, column)) if run.curve]
+        if budget is None or not curves:
             return None
         within = [[point.loss for point in curve if point.seconds <= budget] for curve in curves]
         losses = tuple(points[-1] for points in within if points)
         if not losses:
-            return AtTime((), "exact", len(failed)) if not curves else None
+            return None
         last = median(curve[-1].seconds for curve in curves)
         kind = "read off" if last > budget else "ended" if last < 0.9 * budget else "exact"
+        failed = self.data.failed(task, column, "time" if timed else "seed")
         return AtTime(losses, kind, len(curves) + len(failed))
 
 
@@ -206,12 +204,16 @@ def learns(data: Comparison, task: str, column: str) -> bool:
     ends = [(run.curve[-1].loss, run.before) for run in runs if run.curve and run.before is not None]
     if ends and fmean(end for end, _ in ends) >= fmean(before for _, before in ends):
         return False
-    known = [run for run in runs if run.accuracy is not None and run.majority is not None and run.examples]
+    known = [run for run in runs if accuracy(run) is not None and run.majority is not None and run.examples]
     if not known:
         return bool(runs)
     share = fmean(run.majority for run in known if run.majority is not None)
     error = math.sqrt(share * (1 - share) / known[0].examples)
-    return fmean(run.accuracy for run in known if run.accuracy is not None) > share + 2 * error
+    return fmean(value for run in known if (value := accuracy(run)) is not None) > share + 2 * error
+
+
+def accuracy(run: Run) -> float | None:
+    return run.metric if run.info.get("metric") == "accuracy" else None
 
 
 def band(runs: Sequence[Run], axis: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

@@ -175,17 +175,6 @@ class Comparison:
         known = [r.before for column in self.columns for r in self.of(task, column) if r.before is not None]
         return fmean(known) if known else None
 
-    @cached_property
-    def on(self) -> str:
-        """The split of the final scores, in words: test, dev if nothing was tested, or which columns have which."""
-        splits = {
-            column: {run.split for task in self.tasks for run in self.of(task, column)} for column in self.columns
-        }
-        untested = [column for column, found in splits.items() if "dev" in found]
-        if not untested or not any("test" in found for found in splits.values()):
-            return "dev" if untested else "test"
-        return f"test (but on dev for {', '.join(untested)}, whose scores cannot be compared with the others)"
-
     def majority(self, task: str) -> float | None:
         """Fraction of the commonest class, on the reported split."""
         known = [r.majority for column in self.columns for r in self.of(task, column) if r.majority is not None]

@@ -38,7 +38,6 @@ def headline(analysis: Analysis) -> Figure:
     data, percent = analysis.data, analysis.measure != "loss"
     rows = analysis.ranking[::-1]
     factor = 100 if percent else 1
-    least = -1.0 if "mcc" in {data.metric_of(task) for task in analysis.tasks} else 0.0
     with styled():
         figure = Figure(
             figsize=(7.6, 1.1 + (0.29 if len(rows) <= 12 else 0.215) * max(4, len(rows))), layout="constrained"
@@ -47,12 +46,11 @@ def headline(analysis: Analysis) -> Figure:
         for place, (column, found) in enumerate(rows):
             colour, marker, label = FAMILIES[data.family(column)]
             if found.low is not None and found.high is not None:
-                low, high = max(found.low, least if percent else 0.0), min(found.high, 1.0) if percent else found.high
+                low, high = max(found.low, 0.0), min(found.high, 1.0) if percent else found.high
                 axes.plot([factor * low, factor * high], [place] * 2, color=colour, linewidth=2.2)
-            dot = {"marker": marker, "color": colour, "markersize": 7.5, "linestyle": ""}
-            axes.plot([], [], label=label, **dot)
-            hollow = {} if data.steady(column, analysis.tasks) else {"markerfacecolor": "white"}
-            axes.plot(factor * found.mean, place, **dot, **hollow)
+            axes.plot(
+                factor * found.mean, place, marker=marker, color=colour, markersize=7.5, linestyle="", label=label
+            )
             if column == data.reference:
                 axes.axvline(factor * found.mean, color="#444444", linewidth=1, linestyle="--", zorder=0)
         axes.set_yticks(range(len(rows)), [clipped(column) for column, _ in rows])
@@ -62,7 +60,7 @@ def headline(analysis: Analysis) -> Figure:
         axes.grid(axis="y", visible=False)
         better = "→ better" if percent else "← better"
         axes.set_xlabel(
-            f"{metric_name(data, analysis.tasks) if percent else 'loss (nats)'} on {data.on.split()[0]}, average   {better}"
+            f"{metric_name(data, analysis.tasks) if percent else 'loss (nats)'} on test, average   {better}"
         )
         handles = dict(zip(*reversed(axes.get_legend_handles_labels())))
         legend = [label for *_, label in FAMILIES.values() if label in handles]
@@ -133,8 +131,7 @@ def pareto(analysis: Analysis) -> Figure:
             colour, marker, label = FAMILIES[data.family(column)]
             axes.plot(memory, value, marker=marker, color=colour, markersize=8, linestyle="", label=label, zorder=3)
         axes.set_xlabel("peak memory of a run (MB, logarithmic)   ← better")
-        what = f"{metric_name(data, analysis.tasks) if percent else 'loss'} on {data.on.split()[0]}, average"
-        what += "" if percent else " (nats)"
+        what = f"{metric_name(data, analysis.tasks)} on test, average" if percent else "loss on test, average (nats)"
         axes.set_ylabel(f"{what}   {'→' if percent else '←'} better")
         axes.set_xscale("log")
         axes.margins(x=0.12, y=0.1)

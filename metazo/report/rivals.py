@@ -18,7 +18,7 @@ from .figures import clipped, highlighted, name_points, shared_legend
 from .numbers import Run, number, part
 from .story import listed
 from .table import NONE, Cell, Table, count, loss, p_value
-from .tables import best_of, by_family, metric_name
+from .tables import best_of, by_family
 
 with needs("report"):
     from matplotlib.figure import Figure
@@ -147,8 +147,8 @@ def table(analysis: Analysis) -> Table:
     made = Table(
         "rivals",
         "Columns at their measured cost",
-        f"Over {over}, whether or not {data.reference} does; best average rank first. Rank: of the loss on {data.on}, mean "
-        f"over pairs of task and seed, 1 is the best of {len(found)}; p: paired with {data.reference}, Holm. "
+        f"Over {over}, whether or not {data.reference} does; best average rank first. Rank: of the loss on test, mean over "
+        f"pairs of task and seed, 1 is the best of {len(found)}; p: paired with {data.reference}, Holm. "
         f"Forward-equivalents: operations of a run by those of a forward pass of {data.reference} on the same batch; frozen "
         "layers are computed once and cost nothing. "
         f"“Until {data.reference}’s final loss”: the share of {data.reference}’s own run that a column needs to come to the "
@@ -156,7 +156,7 @@ def table(analysis: Analysis) -> Table:
         "fine as the spacing of evaluations), and the share of them that need at most a tenth. Memory: most bytes of "
         "tensors in a step by most in inference, weights included."
         + (f" {listed(shaky)}: some runs failed, so that averages are over the others only." if shaky else ""),
-        ["column", "rank", "p (Holm)", "loss (nats)", metric_name(data, analysis.tasks), "forward-equivalents",
+        ["column", "rank", "p (Holm)", "loss (nats)", "accuracy (%)", "forward-equivalents",
          f"until {data.reference}’s final loss", "pairs within 1/10 (%)", "memory (× inference)"],
     )  # fmt: skip
     if not any(rival.memory for rival in found):
@@ -199,8 +199,8 @@ def pairs(analysis: Analysis) -> Table:
     made = Table(
         "pairs",
         "Every two columns",
-        f"Number of pairs of task and seed in which the row's loss on {data.on} is lower than the column's, and in brackets in "
-        f"which it is at most {LEVEL} times the column's.",
+        "Number of pairs of task and seed in which the row's loss on test is lower than the column's, and in brackets in which "
+        f"it is at most {LEVEL} times the column's.",
         ["column", *order],
     )
     for row in order:
@@ -215,7 +215,7 @@ def pairs(analysis: Analysis) -> Table:
 
 
 def plane(analysis: Analysis) -> Figure:
-    """Left: mean loss on dev over tasks and seeds against forward-equivalents. Right: loss at the end against memory."""
+    """Left: mean loss on dev over tasks and seeds against forward-equivalents. Right: loss on test against memory."""
     data, chosen = analysis.data, highlighted(analysis)
     found = {rival.column: rival for rival in rivals(analysis)}
     with styled():
@@ -240,8 +240,7 @@ def plane(analysis: Analysis) -> Figure:
             style = look(chosen.index(column)) if column in chosen else {"color": "#888888", "marker": "o"}
             right.plot(place, value, markersize=7, **style | {"linestyle": ""}, zorder=3)
         right.set(
-            xlabel="peak memory by that of inference   ← better",
-            ylabel=f"loss on {data.on.split()[0]}, average (nats)   ← better",
+            xlabel="peak memory by that of inference   ← better", ylabel="loss on test, average (nats)   ← better"
         )
         right.margins(x=0.3, y=0.1)
         if points:

@@ -54,7 +54,7 @@ def summary(main: Analysis, other: Analysis) -> Table:
     table = Table(
         "summary",
         "All columns, best first",
-        f"Averages over the tasks that count ({len(main.tasks)} of {len(data.tasks)}), on {data.on}, ± the standard deviation "
+        f"Averages over the tasks that count ({len(main.tasks)} of {len(data.tasks)}), on test, ± the standard deviation "
         f"over seeds; ordered by {'loss' if main.measure == 'loss' else named}. {BOLD} {paired_note}"
         "Time without evaluations and memory above the idle process: medians over runs.",
         ["column", "what it is", "trains with", f"{named}", "loss (nats)",
@@ -96,9 +96,7 @@ def scores(analysis: Analysis) -> Table:
     named = {task: "nats" if measure == "loss" else metric_name(data, [task]) for task in tasks}
     shared = next(iter(named.values())) if len(set(named.values())) == 1 else ""
     title = (
-        f"Loss on {data.on} by task (nats, lower is better)"
-        if measure == "loss"
-        else f"{shared or 'score'} on {data.on} by task"
+        "Loss on test by task (nats, lower is better)" if measure == "loss" else f"{shared or 'Score'} on test by task"
     )
     left_out = [task for task in tasks if task not in analysis.tasks]
     table = Table(

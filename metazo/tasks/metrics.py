@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import re
 import string
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from decimal import MAX_PREC, Context, Decimal
-from math import isfinite, sqrt
+from math import sqrt
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -69,11 +67,7 @@ def number(text: str) -> str:
         _, mark, answer = _ANSWER.sub("####", text).partition("####")
     answer = answer if mark else text
     found = _NUMBER.findall(answer)
-    if not found:
-        return normalise(answer)
-    value = Decimal(found[0 if mark else -1].replace(",", "")).normalize(Context(prec=MAX_PREC))
-    short = len(value.as_tuple().digits) <= sys.float_info.dig and isfinite(float(value))  # a float holds it
-    return repr(float(value)) if short else format(value, "f")
+    return repr(float(found[0 if mark else -1].replace(",", ""))) if found else normalise(answer)
 
 
 def _best(score: Callable[[str, str], float]) -> Callable[[Sequence[str | None], Sequence[Sequence[str]]], float]:
