@@ -9,11 +9,15 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from math import sqrt
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
-_NUMBER = re.compile(r"(?:(?<!\d)-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")  # the 5 of 12-5 is not negative
+# Digits with all that joins them to other digits, so that no part of 3:30 is taken; the 5 of 12-5 is not negative.
+_DIGITS = re.compile(r"(?:(?<!\d)-)?(?:\d+|(?<!\.)\.\d+)(?:[.,:/]\d+|[eE][+-]?\d+)*")
+# Three digits of an exponent at most, because a number is written out in full.
+_NUMBER = re.compile(r"-?(?:\d+(?:,\d+)*(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,3})?")
 _ANSWER = re.compile(r"answer is:?", re.IGNORECASE)
 
 
@@ -61,13 +65,25 @@ def token_f1(predicted: str, answer: str) -> float:
 def number(text: str) -> str:
     """The number a worked answer gives: the first after the first "####", or else "answer is"; else the last one; else the
     text.
+
+    5, -5, .5, 1,234.50 and 1e3 are numbers, and equal ones give the same text. Digits in any other form (3:30, 1/2,
+    1.000.000) are given as they are written, so that they agree with the same writing alone.
     """
     _, mark, answer = text.partition("####")
     if not mark:
         _, mark, answer = _ANSWER.sub("####", text).partition("####")
     answer = answer if mark else text
-    found = _NUMBER.findall(answer)
-    return repr(float(found[0 if mark else -1].replace(",", ""))) if found else normalise(answer)
+    found = _DIGITS.findall(answer)
+    if not found:
+        return normalise(answer)
+    written = found[0 if mark else -1]
+    return _in_full(written.replace(",", "")) if _NUMBER.fullmatch(written) else written
+
+
+def _in_full(written: str) -> str:
+    """A number as text with all its digits, which a float has not: 18.0 for 18, 18.00 and 1.8e1."""
+    whole, _, rest = f"{Decimal(written) or Decimal():f}".partition(".")  # -0 is 0
+    return f"{whole}.{rest.rstrip('0') or '0'}"
 
 
 def _best(score: Callable[[str, str], float]) -> Callable[[Sequence[str | None], Sequence[Sequence[str]]], float]:

@@ -54,6 +54,33 @@ def test_exact_number_compares_values_not_digits():
     )
 
 
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("12345678901234568", "12345678901234568.0"),  # no float
+        ("007", "7.0"),
+        ("-0.0", "0.0"),
+        ("1e3", "1000.0"),
+        ("It is 2.5E-3.", "0.0025"),
+        ("It is ...5", "5.0"),  # the dots are no decimal point
+        ("1.50, 2", "2.0"),
+        ("1.000.000", "1.000.000"),
+        ("It starts at 3:30.", "3:30"),
+        ("The answer is 1/2", "1/2"),
+        ("#### 1.234,56", "1.234,56"),
+        ("1e9999", "1e9999"),
+    ],
+)
+def test_numbers_are_exact_and_other_forms_stay_text(text, number):
+    assert metrics.number(text) == number
+
+
+def test_numbers_of_many_digits_and_other_forms_agree_with_themselves_alone():
+    assert metrics.exact_number(["12345678901234567"], [["#### 12345678901234568"]]) == 0
+    assert metrics.exact_number(["0.1e1", "at 3:30"], [["#### 1"], ["#### 3:30"]]) == 1
+    assert metrics.exact_number(["1.000.000", "3:30", "1/2"], [["#### 0"], ["#### 30"], ["#### 2"]]) == 0
+
+
 def test_class_metrics_by_hand():
     predicted, right = [0, 0, 1, 1, 2, 2], [[0], [0], [1], [0], [2], [1]]
     assert metrics.accuracy(predicted, right) == pytest.approx(4 / 6)
