@@ -18,7 +18,7 @@ from .figures import clipped, highlighted, name_points, shared_legend
 from .numbers import Run, number, part
 from .story import listed
 from .table import NONE, Cell, Table, count, loss, p_value
-from .tables import best_of, by_family
+from .tables import best_of, by_family, metric_name
 
 with needs("report"):
     from matplotlib.figure import Figure
@@ -156,7 +156,7 @@ def table(analysis: Analysis) -> Table:
         "fine as the spacing of evaluations), and the share of them that need at most a tenth. Memory: most bytes of "
         "tensors in a step by most in inference, weights included."
         + (f" {listed(shaky)}: some runs failed, so that averages are over the others only." if shaky else ""),
-        ["column", "rank", "p (Holm)", "loss (nats)", "accuracy (%)", "forward-equivalents",
+        ["column", "rank", "p (Holm)", "loss (nats)", metric_name(data, analysis.tasks), "forward-equivalents",
          f"until {data.reference}’s final loss", "pairs within 1/10 (%)", "memory (× inference)"],
     )  # fmt: skip
     if not any(rival.memory for rival in found):

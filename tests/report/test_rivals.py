@@ -139,6 +139,10 @@ def test_the_table_and_the_picture_are_in_the_report(folder: Path) -> None:
         "0",
         "2.00",
     ]
+    assert table.headings[4] == "accuracy (%)"
+    for info in report.data.infos:
+        info["metric"] = "f1"
+    assert rivals.table(Analysis(report.data, "loss")).headings[4] == "F1 (× 100)"
     against = next(table for table in report.tables if table.name == "tests-best")
     assert against.title == "Paired with first-order-adamw, by loss"
     assert (
