@@ -94,7 +94,7 @@ def _headline(main: Analysis) -> Picture | None:
         return None
     best = ", ".join(f"{column} {score(found.mean, main.measure)}" for column, found in main.ranking[:5])
     what = "loss" if main.measure == "loss" else tables.metric_name(main.data, main.tasks)
-    steady = all(main.data.steady(column, main.tasks) for column in main.data.columns)
+    steady = all(main.data.steady(column, main.tasks) for column, _ in main.ranking)
     return Picture(
         "headline",
         f"Average {what} on test of every column",

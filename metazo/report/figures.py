@@ -13,7 +13,7 @@ from metazo.plots.style import COLOURS, cut, log_axis, look, short, styled
 
 from .analysis import Analysis, band
 from .comparison import CONTROL, FIRST, UNTRAINED, ZEROTH, Comparison
-from .tables import by_family, metric_name
+from .tables import by_family, metric_name, worst
 
 with needs("report"):
     from matplotlib.axes import Axes
@@ -38,6 +38,8 @@ def headline(analysis: Analysis) -> Figure:
     data, percent = analysis.data, analysis.measure != "loss"
     rows = analysis.ranking[::-1]
     factor = 100 if percent else 1
+    handles: dict[str, Any] = {}
+    least = worst(data, analysis.tasks) if percent else 0.0
     with styled():
         figure = Figure(
             figsize=(7.6, 1.1 + (0.29 if len(rows) <= 12 else 0.215) * max(4, len(rows))), layout="constrained"
@@ -46,11 +48,15 @@ def headline(analysis: Analysis) -> Figure:
         for place, (column, found) in enumerate(rows):
             colour, marker, label = FAMILIES[data.family(column)]
             if found.low is not None and found.high is not None:
-                low, high = max(found.low, 0.0), min(found.high, 1.0) if percent else found.high
+                low, high = max(found.low, least), min(found.high, 1.0) if percent else found.high
                 axes.plot([factor * low, factor * high], [place] * 2, color=colour, linewidth=2.2)
-            axes.plot(
-                factor * found.mean, place, marker=marker, color=colour, markersize=7.5, linestyle="", label=label
+            steady = data.steady(column, analysis.tasks)
+            hollow = {} if steady else {"markerfacecolor": "white", "markeredgewidth": 1.5}
+            (dot,) = axes.plot(
+                factor * found.mean, place, marker=marker, color=colour, markersize=7.5, linestyle="", **hollow
             )
+            if steady or label not in handles:
+                handles[label] = dot
             if column == data.reference:
                 axes.axvline(factor * found.mean, color="#444444", linewidth=1, linestyle="--", zorder=0)
         axes.set_yticks(range(len(rows)), [clipped(column) for column, _ in rows])
@@ -62,7 +68,6 @@ def headline(analysis: Analysis) -> Figure:
         axes.set_xlabel(
             f"{metric_name(data, analysis.tasks) if percent else 'loss (nats)'} on test, average   {better}"
         )
-        handles = dict(zip(*reversed(axes.get_legend_handles_labels())))
         legend = [label for *_, label in FAMILIES.values() if label in handles]
         figure.legend(
             [handles[label] for label in legend], legend, loc="outside upper left", ncols=len(legend), fontsize=9

@@ -27,6 +27,11 @@ def metric_name(data: Comparison, tasks: Iterable[str]) -> str:
     return METRICS.get(next(iter(names)), next(iter(names))) if len(names) == 1 else "score (× 100)"
 
 
+def worst(data: Comparison, tasks: Iterable[str]) -> float:
+    """The least that an average score over tasks can be: a Matthews correlation may be negative."""
+    return -1.0 if any(data.metric_of(task) == "mcc" for task in tasks) else 0.0
+
+
 def by_family(data: Comparison) -> list[str]:
     """The columns in the grid's order, with those that train with forward passes only first."""
     order = (ZEROTH, CONTROL, FIRST, UNTRAINED)

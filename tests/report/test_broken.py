@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from metazo.comparisons.results import cell_path
 from metazo.errors import UserError
+from metazo.report import figures
 from metazo.report.analysis import Analysis
 from metazo.report.build import Report, build
 from metazo.report.comparison import Comparison
@@ -132,6 +134,26 @@ def test_out_that_is_a_file(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):
         write(build(Comparison(folder)), tmp_path / "file")
+
+
+def test_the_first_picture_marks_columns_with_failed_runs_and_shows_negative_scores(tmp_path: Path):
+    folder = synthetic.write(tmp_path, [COLUMN["mezo"], COLUMN["lozo"]], ["sst2"], 3)
+    failed = synthetic.result(COLUMN["lozo"], "sst2", 0, status="diverged", reason="It diverged.")
+    failed.save(cell_path(folder, "sst2", "lozo", "seed", 0))
+    data = Comparison(folder)
+    report = build(data)
+    assert report.headline and "Hollow dot: some" in report.headline.caption
+    analysis = Analysis(data, "loss")
+    (axes,) = figures.headline(analysis).axes
+    dots = [line for line in axes.lines if line.get_marker() == "o"]  # the best column is the last
+    assert [column for column, _ in analysis.ranking] == ["lozo", "mezo"]
+    assert [dot.get_markerfacecolor() == dot.get_color() for dot in dots] == [True, False]
+    for info in data.infos:
+        info["metric"] = "mcc"
+    for seed, run in data.runs["sst2", "mezo"].items():
+        data.runs["sst2", "mezo"][seed] = replace(run, metric=-0.3 + 0.01 * seed)
+    (axes,) = figures.headline(Analysis(data, "metric")).axes
+    assert min(min(line.get_xdata()) for line in axes.lines if len(line.get_xdata()) == 2) < -29
 
 
 def test_measures_that_disagree_are_said(tmp_path: Path):
