@@ -42,8 +42,8 @@ class Reached:
 
 @dataclass(frozen=True)
 class AtTime:
-    """Losses at a time budget. kind: `exact`, `read off` a slower run's curve, `ended` before the time was up; runs: the
-    number of all, failed ones included.
+    """Losses at a time budget, of the runs that have one. kind: `exact`, `read off` a slower run's curve, `ended` before the
+    time was up; runs: the number of all, failed ones included.
     """
 
     losses: tuple[float, ...]
@@ -182,19 +182,23 @@ class Analysis:
         return median(seconds) if seconds else None
 
     def at_time(self, task: str, column: str) -> AtTime | None:
-        """Loss on dev of a column's runs at the time budget: the last evaluation within it."""
+        """Loss on dev of a column's runs at the time budget: the last evaluation within it. None without any run.
+
+        The runs are those continued to the time budget if there are any, be it failed ones.
+        """
         budget = self.time_budget(task)
         timed = self.data.timed.get((task, column), {})
-        curves = [run.curve for run in (timed.values() if timed else self.data.of(task, column)) if run.curve]
-        if budget is None or not curves:
+        failed = self.data.failed(task, column, "time")
+        runs = list(timed.values())
+        if not timed and not failed:
+            runs, failed = self.data.of(task, column), self.data.failed(task, column)
+        curves = [run.curve for run in runs if run.curve]
+        if budget is None or not (curves or failed):
             return None
         within = [[point.loss for point in curve if point.seconds <= budget] for curve in curves]
         losses = tuple(points[-1] for points in within if points)
-        if not losses:
-            return None
-        last = median(curve[-1].seconds for curve in curves)
+        last = median(curve[-1].seconds for curve in curves) if curves else budget
         kind = "read off" if last > budget else "ended" if last < 0.9 * budget else "exact"
-        failed = self.data.failed(task, column, "time" if timed else "seed")
         return AtTime(losses, kind, len(curves) + len(failed))
 
 

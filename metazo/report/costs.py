@@ -65,14 +65,19 @@ def equal_time(analysis: Analysis) -> Table:
     columns = [column for column in by_family(data) if data.family(column) != UNTRAINED]
     found = {task: {c: analysis.at_time(task, c) for c in columns} for task in data.tasks}
     best = {
-        t: best_of(data, [t], lambda c, t=t: fmean(f.losses) if (f := found[t].get(c)) else None, lower=True)
+        t: best_of(
+            data,
+            [t],
+            lambda c, t=t: fmean(f.losses) if (f := found[t].get(c)) and len(f.losses) == f.runs else None,
+            lower=True,
+        )
         for t in data.tasks
     }
     for column in columns:
         cells = []
         for task in data.tasks:
             at = found[task][column]
-            text = NONE if at is None else loss(fmean(at.losses)) + marks[at.kind]
+            text = loss(fmean(at.losses)) + marks[at.kind] if at and at.losses else NONE
             if at is not None and len(at.losses) < at.runs:
                 text += f" ({len(at.losses)} of {at.runs})"
             cells.append(Cell(text, best[task] == column))

@@ -98,6 +98,10 @@ def test_equal_time_reads_slow_runs_off_their_curves(folder: Path):
     stopped.save(cell_path(folder, "sst2", "lozo", "seed", 0))  # of another kind: does not count
     analysis = Analysis(Comparison(folder), "loss")
     assert row(costs.equal_time(analysis), "lozo")[1].endswith("(1 of 2)")
+    failed = synthetic.result(mezo, "sst2", 0, "time", status="diverged", reason="It diverged.")
+    failed.save(cell_path(folder, "sst2", "lozo", "time", 0))
+    table = costs.equal_time(Analysis(Comparison(folder), "loss"))
+    assert row(table, "lozo")[1] == "– (0 of 2)"  # not the loss of the runs that were not continued
 
 
 def test_time_of_a_run_and_of_everything(folder: Path):
