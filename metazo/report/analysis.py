@@ -83,19 +83,29 @@ class Analysis:
             text = f"{named} (see the rule), so the others cannot be expected to learn it."
             return TaskVerdict(task, False, text)
         reference = data.reference
+        note = self._unchecked(task, gradients)
         if reference is None:
-            return TaskVerdict(task, True, "")
+            return TaskVerdict(task, True, note)
         if not data.of(task, reference):
             return TaskVerdict(task, False, f"{reference}, the reference, has no finished run on it.")
         if self.needs_reference and not learns(data, task, reference):
             text = f"{reference}, the reference, ends no better than before training or than the commonest class."
             return TaskVerdict(task, False, text)
-        note = (
-            ""
-            if gradients
-            else "No column trained with gradients, so it is not known whether the model can learn the task."
-        )
         return TaskVerdict(task, True, note)
+
+    def _unchecked(self, task: str, gradients: Sequence[str]) -> str:
+        """What is not known of a task that counts."""
+        data, reference, notes = self.data, self.data.reference, []
+        if reference and not gradients:
+            notes.append("No column trained with gradients, so it is not known whether the model can learn the task.")
+        judged = dict.fromkeys([*gradients, *([reference] if reference and self.needs_reference else [])])
+        blind = [c for c in judged if data.has_classes(task) and not any(map(_has_share, data.of(task, c)))]
+        if blind:
+            notes.append(
+                f"Not checked: whether {', '.join(blind)} is above the commonest class, because its results hold no "
+                "accuracy or no share of that class."
+            )
+        return " ".join(notes)
 
     # -- who is better -----------------------------------------------------------------------------------------------
 
@@ -208,16 +218,17 @@ def learns(data: Comparison, task: str, column: str) -> bool:
     ends = [(run.curve[-1].loss, run.before) for run in runs if run.curve and run.before is not None]
     if ends and fmean(end for end, _ in ends) >= fmean(before for _, before in ends):
         return False
-    known = [run for run in runs if accuracy(run) is not None and run.majority is not None and run.examples]
+    known = [run for run in runs if _has_share(run)]
     if not known:
         return bool(runs)
     share = fmean(run.majority for run in known if run.majority is not None)
     error = math.sqrt(share * (1 - share) / known[0].examples)
-    return fmean(value for run in known if (value := accuracy(run)) is not None) > share + 2 * error
+    return fmean(run.accuracy for run in known if run.accuracy is not None) > share + 2 * error
 
 
-def accuracy(run: Run) -> float | None:
-    return run.metric if run.info.get("metric") == "accuracy" else None
+def _has_share(run: Run) -> bool:
+    """Whether a run can be compared with the commonest class. Accuracy need not be the task's first metric."""
+    return run.accuracy is not None and run.majority is not None and run.examples > 0
 
 
 def band(runs: Sequence[Run], axis: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

@@ -175,6 +175,9 @@ class Comparison:
         known = [r.before for column in self.columns for r in self.of(task, column) if r.before is not None]
         return fmean(known) if known else None
 
+    def has_classes(self, task: str) -> bool:
+        return any(r.majority is not None or r.accuracy is not None for c in self.columns for r in self.of(task, c))
+
     def majority(self, task: str) -> float | None:
         """Fraction of the commonest class, on the reported split."""
         known = [r.majority for column in self.columns for r in self.of(task, column) if r.majority is not None]

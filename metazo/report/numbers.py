@@ -24,13 +24,15 @@ class Point:
 class Run:
     """A finished run.
 
-    loss, metric: of the kept weights on `split` (test, or dev if nothing was tested); majority: of the same split;
-    wall, cpu: seconds with loading and evaluation, by the clock and of the processor.
+    loss, metric, accuracy: of the kept weights on `split` (test, or dev if nothing was tested); majority: of the same split;
+    accuracy: None if the task has none; before: loss on dev before training; wall, cpu: seconds with loading and
+    evaluation, by the clock and of the processor.
     """
 
     seed: int
     loss: float
     metric: float | None
+    accuracy: float | None
     before: float | None
     majority: float | None
     examples: int
@@ -106,6 +108,7 @@ def run_of(result: Result) -> Run:
         seed=int(seed),
         loss=loss,
         metric=value,
+        accuracy=number(scores.get("accuracy")),
         before=number(part(metrics, "before").get("loss")),
         majority=share if (share := number(part(metrics, "majority").get(split))) is None or 0 <= share <= 1 else None,
         examples=max(0, int(number(scores.get("examples")) or 0)),

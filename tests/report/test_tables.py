@@ -153,6 +153,17 @@ def test_accuracy_must_beat_the_commonest_class_by_two_standard_errors(tmp_path:
         result.metrics["test"]["accuracy"] = accuracy
         result.save(cell_path(tmp_path, "sst2", "mezo", "seed", 0))
         assert Analysis(Comparison(tmp_path), "loss").verdicts[0].counts is learnt
+        assert "Not checked" not in Analysis(Comparison(tmp_path), "loss").verdicts[0].reason
+
+
+def test_accuracy_is_checked_beside_another_metric_or_said_to_be_unchecked(tmp_path: Path):
+    for accuracy, counts, said in ((0.55, False, False), (0.56, True, False), (None, True, True)):
+        result = synthetic.result(synthetic.COLUMNS[0], "sst2", 0, loss=0.5, metric="mcc")
+        result.metrics["test"] |= {"mcc": 0.0, "accuracy": accuracy}
+        result.save(cell_path(tmp_path, "sst2", "mezo", "seed", 0))
+        verdict = Analysis(Comparison(tmp_path), "loss").verdicts[0]
+        assert verdict.counts is counts
+        assert ("Not checked: whether mezo is above the commonest class" in verdict.reason) is said
 
 
 @pytest.mark.parametrize(
