@@ -16,7 +16,8 @@ from .statistics import Average, Paired, average, holm, paired
 
 RULE = (
     "A task counts in averages and tests if two columns learn it: the best one trained with gradients, and the reference. "
-    "Learning means that the mean loss on dev at the end is below that before training and, if the task has classes, "
+    "Learning means that the mean loss on dev (or objective, if the runs minimise one) at the end is below that before "
+    "training and, if the task has classes, "
     "that the accuracy on test is above the share of the commonest class by more than two standard errors for that many "
     "test examples, sqrt(p (1 - p) / n)."
 )
@@ -213,10 +214,11 @@ class Analysis:
 
 
 def learns(data: Comparison, task: str, column: str) -> bool:
-    """Whether a column's runs on a task end below the loss before training and above the commonest class; see RULE."""
+    """Whether a column's runs on a task end below their start and above the commonest class; see RULE."""
     runs = data.of(task, column)
-    ends = [(run.curve[-1].loss, run.before) for run in runs if run.curve and run.before is not None]
-    if ends and fmean(end for end, _ in ends) >= fmean(before for _, before in ends):
+    ways = [(run.start, run.curve[-1].minimised) for run in runs if run.curve]
+    falls = [start - end for start, end in ways if start is not None and end is not None]
+    if falls and fmean(falls) <= 0:
         return False
     known = [run for run in runs if _has_share(run)]
     if not known:

@@ -147,6 +147,11 @@ class Comparison:
     def label(self, column: str) -> str:
         return str(self.first_info.get(column, {}).get("label") or column)
 
+    def objectives(self) -> dict[str, str]:
+        """The objective, by column, of columns that minimise one in place of the loss."""
+        found = {c: part(self.first_info.get(c), "configuration").get("objective") for c in self.columns}
+        return {column: str(objective) for column, objective in found.items() if objective}
+
     def family(self, column: str) -> str:
         """How a column trains: by forward passes only, as a control for these, by gradients, or not at all."""
         info = self.first_info.get(column, {})

@@ -12,12 +12,15 @@ from metazo.comparisons.results import Result
 
 @dataclass(frozen=True)
 class Point:
-    """One evaluation on dev; seconds without evaluations; metric: the task's first, None if it has none."""
+    """One evaluation on dev; seconds without evaluations; metric: the task's first, None if it has none; minimised: the
+    objective of a run that has one, else the loss.
+    """
 
     forwards: float
     seconds: float
     loss: float
     metric: float | None
+    minimised: float | None
 
 
 @dataclass(frozen=True)
@@ -25,8 +28,8 @@ class Run:
     """A finished run.
 
     loss, metric, accuracy: of the kept weights on `split` (test, or dev if nothing was tested); majority: of the same split;
-    accuracy: None if the task has none; before: loss on dev before training; wall, cpu: seconds with loading and
-    evaluation, by the clock and of the processor.
+    accuracy: None if the task has none; before: loss on dev before training; start: of what is minimised, the same; wall,
+    cpu: seconds with loading and evaluation, by the clock and of the processor.
     """
 
     seed: int
@@ -34,6 +37,7 @@ class Run:
     metric: float | None
     accuracy: float | None
     before: float | None
+    start: float | None
     majority: float | None
     examples: int
     split: str
@@ -80,6 +84,10 @@ def part(content: Any, *keys: str) -> dict[str, Any]:
     return dict(content) if isinstance(content, Mapping) else {}
 
 
+def _minimised(scores: Mapping[str, Any]) -> float | None:
+    return number(scores.get("objective", scores.get("loss")))
+
+
 def _points(curve: Any, metric: str | None) -> Iterator[Point]:
     """The points of a curve up to the first whose numbers are not finite."""
     for entry in curve if isinstance(curve, list) else ():
@@ -87,7 +95,7 @@ def _points(curve: Any, metric: str | None) -> Iterator[Point]:
         forwards, seconds, loss = number(entry.get("forwards")), number(entry.get("seconds")), number(dev.get("loss"))
         if forwards is None or seconds is None or loss is None:
             return
-        yield Point(forwards, seconds, loss, number(dev.get(metric)) if metric else None)
+        yield Point(forwards, seconds, loss, number(dev.get(metric)) if metric else None, _minimised(dev))
 
 
 def run_of(result: Result) -> Run:
@@ -110,6 +118,7 @@ def run_of(result: Result) -> Run:
         metric=value,
         accuracy=number(scores.get("accuracy")),
         before=number(part(metrics, "before").get("loss")),
+        start=_minimised(part(metrics, "before")),
         majority=share if (share := number(part(metrics, "majority").get(split))) is None or 0 <= share <= 1 else None,
         examples=max(0, int(number(scores.get("examples")) or 0)),
         split=split,

@@ -202,6 +202,12 @@ def _cautions(analysis: Analysis, other: Analysis) -> list[tuple[str, str]]:
         parts.append(
             f"{listed(sorted(edges))}: the learning rate is at the edge of the tried rates, so a better one may exist."
         )
+    if others := data.objectives():
+        named = listed(list(dict.fromkeys(others.values())))
+        parts.append(
+            f"{listed(list(others))}: training minimised an objective ({named}) and not the loss, so that losses, and the "
+            "work and time until a loss, say little about it."
+        )
     busy = data.busy()
     if busy and busy > BUSY:
         parts.append(
@@ -229,7 +235,7 @@ def _terms(analysis: Analysis) -> list[tuple[str, str]]:
         "needs backward passes, which take several times the memory; one such step is counted as three forward passes.",
         "Accuracy": f"The number of correct answers per 100 questions on which the model was not trained.{guess}",
         "Loss": "The mean negative log-probability of the correct answers, in nats: 0 is certain and correct, and lower is "
-        "better. Training minimises it, and it changes before the accuracy does.",
+        f"better. {'It' if data.objectives() else 'Training minimises it, and it'} changes before the accuracy does.",
         "Seed": "The seed fixes the random choices of a run. Repeating a run with other seeds shows how much of a "
         "difference is due to chance. The bars in the picture are 95 % intervals of the average over seeds.",
         reference: f"The method with which the others are compared: {mezo}",

@@ -166,6 +166,21 @@ def test_measures_that_disagree_are_said(tmp_path: Path):
     assert "By accuracy (%), lozo is first." in build(Comparison(tmp_path), "loss").story.facts[-1][1]
 
 
+def test_runs_that_minimise_an_objective_are_judged_by_it_and_named(tmp_path: Path):
+    """The reference's loss rises while its objective falls."""
+    for objective, counts in ((0.3, True), (0.5, False)):
+        run = synthetic.result(COLUMN["mezo"], "sst2", 0, loss=0.2)
+        run.run_info["configuration"] |= {"objective": "accuracy"}
+        run.train_info["curve"][-1]["dev"] |= {"loss": 0.9, "objective": objective}
+        run.metrics["before"] |= {"objective": 0.45}
+        run.save(cell_path(tmp_path, "sst2", "mezo", "seed", 0))
+        data = Comparison(tmp_path)
+        assert Analysis(data, "loss").verdicts[0].counts is counts
+    report = build(data)
+    assert "mezo: training minimised an objective (accuracy) and not the loss" in report.story.facts[-1][1]
+    assert "Training minimises it" not in dict(report.story.terms)["Loss"]
+
+
 def test_a_busy_machine_is_said(tmp_path: Path):
     for name, cpu in (("calm", 20.0), ("busy", 10.0)):
         result = synthetic.result(COLUMN["mezo"], "sst2", 0)
