@@ -18,8 +18,8 @@ RULE = (
     "A task counts in averages and tests if two columns learn it: the best one trained with gradients, and the reference. "
     "Learning means that the mean loss on dev (or objective, if the runs minimise one) at the end is below that before "
     "training and, if the task has classes, "
-    "that the accuracy on test is above the share of the commonest class by more than two standard errors for that many "
-    "test examples, sqrt(p (1 - p) / n)."
+    "that the accuracy on test (on dev, if no run was tested) is above the share of the commonest class by more than two "
+    "standard errors for that many examples, sqrt(p (1 - p) / n)."
 )
 
 
@@ -131,7 +131,7 @@ class Analysis:
         for task in self.tasks:
             sides = []
             for name in (column, other):
-                mine: dict[int, float | None] = {run.seed: run.value(self.measure) for run in data.of(task, name)}
+                mine: dict[int, float | None] = {**data.by_seed(task, name, self.measure)}
                 sides.append(mine | dict.fromkeys(data.failed(task, name), None))
             ours, theirs = sides
             gains = [self._gain(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]

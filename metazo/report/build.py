@@ -97,7 +97,7 @@ def _headline(main: Analysis) -> Picture | None:
     steady = all(main.data.steady(column, main.tasks) for column, _ in main.ranking)
     return Picture(
         "headline",
-        f"Average {what} on test of every column",
+        f"Average {what} on {main.data.split(main.tasks)} of every column",
         "Dot: average over the tasks that count. Bar: 95 % interval over seeds; no bar means one seed. "
         + ("" if steady else "Hollow dot: some of the column’s runs failed. ")
         + (f"Dashed line: {main.data.reference}." if main.data.reference else ""),
@@ -159,8 +159,8 @@ def _rivals(data: Comparison) -> Section:
             "plane",
             "Loss against work and memory",
             "Left: mean loss on dev over seeds and tasks, of columns with a finished run on each task; a forward-equivalent "
-            f"is the work of one forward pass of {data.reference}. Right: loss on test at the end against the peak memory of "
-            "a step.",
+            f"is the work of one forward pass of {data.reference}. Right: loss on {data.split(by_loss.tasks)} at the end "
+            "against the peak memory of a step.",
             "Average loss of every column against its work and its peak memory; the numbers are in the table below.",
             partial(rivals.plane, by_loss),
         )

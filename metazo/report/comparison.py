@@ -126,9 +126,34 @@ class Comparison:
         return [run for _, run in sorted(self.runs.get((task, column), {}).items())]
 
     def values(self, task: str, column: str, measure: str) -> list[float]:
-        """`loss` or `metric` of each finished run of a cell."""
-        found = (run.value(measure) for run in self.of(task, column))
-        return [value for value in found if value is not None]
+        """`loss` or `metric` of each finished run of a cell that has it on the task's split."""
+        return list(self.by_seed(task, column, measure).values())
+
+    def by_seed(self, task: str, column: str, measure: str) -> dict[int, float]:
+        runs = [run for run in self.of(task, column) if run.split == self.split_of(task)]
+        return {run.seed: value for run in runs if (value := run.value(measure)) is not None}
+
+    def split_of(self, task: str) -> str:
+        """The split on which scores on a task are compared: test if any run was tested, else dev."""
+        return "dev" if self._splits.get(task) == {"dev"} else "test"
+
+    @cached_property
+    def _splits(self) -> dict[str, set[str]]:
+        found: dict[str, set[str]] = {}
+        for (task, _), runs in self.runs.items():
+            found.setdefault(task, set()).update(run.split for run in runs.values())
+        return found
+
+    def split(self, tasks: Iterable[str]) -> str:
+        """The split of the scores on these tasks, in words."""
+        return " or ".join(sorted({self.split_of(task) for task in tasks}, reverse=True)) or "test"
+
+    def untested(self, tasks: Iterable[str]) -> list[str]:
+        """Columns with runs on these tasks that were scored on dev alone, although runs of other columns were tested. Scores
+        on dev and on test must not be compared.
+        """
+        tested = [task for task in tasks if self.split_of(task) == "test"]
+        return [c for c in self.columns if any(run.split == "dev" for task in tested for run in self.of(task, c))]
 
     def failed(self, task: str, column: str, kind: str = "seed") -> dict[int, str]:
         """Reasons, by seed, why runs of a cell failed; unreadable files are not included."""
@@ -185,7 +210,8 @@ class Comparison:
 
     def majority(self, task: str) -> float | None:
         """Fraction of the commonest class, on the reported split."""
-        known = [r.majority for column in self.columns for r in self.of(task, column) if r.majority is not None]
+        runs = [r for column in self.columns for r in self.of(task, column) if r.split == self.split_of(task)]
+        known = [run.majority for run in runs if run.majority is not None]
         return fmean(known) if known else None
 
 

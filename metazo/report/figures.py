@@ -51,7 +51,7 @@ def headline(analysis: Analysis) -> Figure:
                 low, high = max(found.low, least), min(found.high, 1.0) if percent else found.high
                 axes.plot([factor * low, factor * high], [place] * 2, color=colour, linewidth=2.2)
             steady = data.steady(column, analysis.tasks)
-            hollow = {} if steady else {"markerfacecolor": "white", "markeredgewidth": 1.5}
+            hollow: dict[str, Any] = {} if steady else {"markerfacecolor": "white", "markeredgewidth": 1.5}
             (dot,) = axes.plot(
                 factor * found.mean, place, marker=marker, color=colour, markersize=7.5, linestyle="", **hollow
             )
@@ -65,9 +65,8 @@ def headline(analysis: Analysis) -> Figure:
         axes.set_ylim(-0.6, len(rows) - 0.4)
         axes.grid(axis="y", visible=False)
         better = "→ better" if percent else "← better"
-        axes.set_xlabel(
-            f"{metric_name(data, analysis.tasks) if percent else 'loss (nats)'} on test, average   {better}"
-        )
+        what = metric_name(data, analysis.tasks) if percent else "loss (nats)"
+        axes.set_xlabel(f"{what} on {data.split(analysis.tasks)}, average   {better}")
         legend = [label for *_, label in FAMILIES.values() if label in handles]
         figure.legend(
             [handles[label] for label in legend], legend, loc="outside upper left", ncols=len(legend), fontsize=9
@@ -136,7 +135,12 @@ def pareto(analysis: Analysis) -> Figure:
             colour, marker, label = FAMILIES[data.family(column)]
             axes.plot(memory, value, marker=marker, color=colour, markersize=8, linestyle="", label=label, zorder=3)
         axes.set_xlabel("peak memory of a run (MB, logarithmic)   ← better")
-        what = f"{metric_name(data, analysis.tasks)} on test, average" if percent else "loss on test, average (nats)"
+        split = data.split(analysis.tasks)
+        what = (
+            f"{metric_name(data, analysis.tasks)} on {split}, average"
+            if percent
+            else f"loss on {split}, average (nats)"
+        )
         axes.set_ylabel(f"{what}   {'→' if percent else '←'} better")
         axes.set_xscale("log")
         axes.margins(x=0.12, y=0.1)

@@ -18,7 +18,7 @@ from .figures import clipped, highlighted, name_points, shared_legend
 from .numbers import Run, number, part
 from .story import listed
 from .table import NONE, Cell, Table, count, loss, p_value
-from .tables import best_of, by_family, metric_name
+from .tables import best_of, by_family, metric_name, split_note
 
 with needs("report"):
     from matplotlib.figure import Figure
@@ -71,18 +71,19 @@ def rivals(analysis: Analysis) -> list[Rival]:
 
 
 def ranks(analysis: Analysis) -> dict[str, float]:
-    """Average rank by column over the cells (task, seed) in which every column has a run; a run that failed is last."""
-    data = analysis.data
-    columns = [column for column in data.columns if data.family(column) != UNTRAINED]
+    """Average rank by column over the cells (task, seed) in which every column has a run; a run that failed is last. Columns
+    with runs that were not tested, although others were, have none.
+    """
+    data, untested = analysis.data, analysis.data.untested(analysis.tasks)
+    columns = [column for column in data.columns if data.family(column) != UNTRAINED and column not in untested]
     rows = []
     for task in analysis.tasks:
         sides = []
         for column in columns:
-            values = {run.seed: run.value(analysis.measure) for run in data.of(task, column)}
+            values = data.by_seed(task, column, analysis.measure)
             sides.append(values | dict.fromkeys(data.failed(task, column), -analysis.sign * math.inf))
         shared = set.intersection(*(set(side) for side in sides)) if sides else set()
         rows += [[side[seed] for side in sides] for seed in sorted(shared)]
-    rows = [row for row in rows if None not in row]
     if not rows:
         return {}
     places = rankdata(-analysis.sign * np.array(rows, dtype=float), axis=1)
@@ -142,20 +143,22 @@ def table(analysis: Analysis) -> Table:
         for rival in found
         if not data.steady(rival.column, analysis.tasks) and analysis.average(rival.column) is not None
     ]
+    split, ranked = data.split(analysis.tasks), sum(rival.rank is not None for rival in found) or len(found)
     every = sum(len(data.of(task, data.reference or "")) for task in analysis.tasks)
     lower = sum(len(_descents(data, task)) for task in analysis.tasks)
     made = Table(
         "rivals",
         "Columns at their measured cost",
-        f"Over {over}, whether or not {data.reference} does; best average rank first. Rank: of the loss on test, mean over "
-        f"pairs of task and seed, 1 is the best of {len(found)}; p: paired with {data.reference}, Holm. "
+        f"Over {over}, whether or not {data.reference} does; best average rank first. Rank: of the loss on {split}, mean over "
+        f"pairs of task and seed, 1 is the best of {ranked}; p: paired with {data.reference}, Holm. "
         f"Forward-equivalents: operations of a run by those of a forward pass of {data.reference} on the same batch; frozen "
         "layers are computed once and cost nothing. "
         f"“Until {data.reference}’s final loss”: the share of {data.reference}’s own run that a column needs to come to the "
         f"loss on dev at its end, median over the pairs in which that is lower than before training ({lower} of {every}; as "
         "fine as the spacing of evaluations), and the share of them that need at most a tenth. Memory: most bytes of "
         "tensors in a step by most in inference, weights included."
-        + (f" {listed(shaky)}: some runs failed, so that averages are over the others only." if shaky else ""),
+        + (f" {listed(shaky)}: some runs failed, so that averages are over the others only." if shaky else "")
+        + split_note(data, analysis.tasks),
         ["column", "rank", "p (Holm)", "loss (nats)", metric_name(data, analysis.tasks), "forward-equivalents",
          f"until {data.reference}’s final loss", "pairs within 1/10 (%)", "memory (× inference)"],
     )  # fmt: skip
@@ -189,18 +192,16 @@ def pairs(analysis: Analysis) -> Table:
             (task, seed): value
             for task in analysis.tasks
             for seed, value in (
-                {run.seed: run.value("loss") for run in data.of(task, column)}
-                | dict.fromkeys(data.failed(task, column), math.inf)
+                data.by_seed(task, column, "loss") | dict.fromkeys(data.failed(task, column), math.inf)
             ).items()
-            if value is not None
         }
         for column in order
     }
     made = Table(
         "pairs",
         "Every two columns",
-        "Number of pairs of task and seed in which the row's loss on test is lower than the column's, and in brackets in which "
-        f"it is at most {LEVEL} times the column's.",
+        f"Number of pairs of task and seed in which the row's loss on {data.split(analysis.tasks)} is lower than the column's, "
+        f"and in brackets in which it is at most {LEVEL} times the column's. {NONE}: there is no pair.",
         ["column", *order],
     )
     for row in order:
@@ -209,13 +210,13 @@ def pairs(analysis: Analysis) -> Table:
             both = [(losses[row][cell], losses[other][cell]) for cell in losses[row].keys() & losses[other].keys()]
             won = sum(ours < theirs for ours, theirs in both)
             level = sum(ours <= LEVEL * theirs for ours, theirs in both if math.isfinite(ours))
-            cells.append(NONE if row == other else f"{won} ({level})")
+            cells.append(f"{won} ({level})" if both and row != other else NONE)
         made.add(row, *cells)
     return made
 
 
 def plane(analysis: Analysis) -> Figure:
-    """Left: mean loss on dev over tasks and seeds against forward-equivalents. Right: loss on test against memory."""
+    """Left: mean loss on dev over tasks and seeds against forward-equivalents. Right: final loss against memory."""
     data, chosen = analysis.data, highlighted(analysis)
     found = {rival.column: rival for rival in rivals(analysis)}
     with styled():
@@ -240,7 +241,8 @@ def plane(analysis: Analysis) -> Figure:
             style = look(chosen.index(column)) if column in chosen else {"color": "#888888", "marker": "o"}
             right.plot(place, value, markersize=7, **style | {"linestyle": ""}, zorder=3)
         right.set(
-            xlabel="peak memory by that of inference   ← better", ylabel="loss on test, average (nats)   ← better"
+            xlabel="peak memory by that of inference   ← better",
+            ylabel=f"loss on {data.split(analysis.tasks)}, average (nats)   ← better",
         )
         right.margins(x=0.3, y=0.1)
         if points:

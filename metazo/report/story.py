@@ -84,7 +84,10 @@ def amount(analysis: Analysis, value: float) -> str:
     if analysis.measure == "loss":
         return f"an average loss of {loss(value)}"
     named = metric_name(analysis.data, analysis.tasks)
-    return f"{share(value)} of 100 test questions right" if named.startswith("accuracy") else f"{named} {share(value)}"
+    split = analysis.data.split(analysis.tasks)
+    return (
+        f"{share(value)} of 100 {split} questions right" if named.startswith("accuracy") else f"{named} {share(value)}"
+    )
 
 
 def _unfinished(analysis: Analysis) -> str:
@@ -99,15 +102,14 @@ def _won(analysis: Analysis) -> str:
         return "No task counts in the averages (see “Which tasks count”), so no method won; the tables show each task."
     if not any(data.family(column) in FORWARD_ONLY for column in data.columns):
         return "Every method here takes gradients, so no method that learns from forward passes alone won."
+    finished = "finished and tested" if data.untested(analysis.tasks) else "finished"
     if not ranked:
-        return "No method that learns from forward passes alone finished all its runs, so no method won."
+        return f"No method that learns from forward passes alone {finished} all its runs, so no method won."
     (best, found), others = ranked[0], ranked[1:]
     counted, every = len(analysis.tasks), len(data.tasks)
     on = f" on the {counted} of {every} tasks that count ({listed(analysis.tasks)})" if counted < every else ""
     if not others:
-        return (
-            f"Only {best} learns from forward passes alone and finished every run{on}: {amount(analysis, found.mean)}."
-        )
+        return f"Only {best} learns from forward passes alone and {finished} every run{on}: {amount(analysis, found.mean)}."
     among = "Of the methods that learn from forward passes alone, " if _has_gradients(analysis) else ""
     plain = ", the reference method," if best == data.reference else ""
     random = ", whose scales are random numbers," if data.family(best) == CONTROL else ""
@@ -197,6 +199,13 @@ def _cautions(analysis: Analysis, other: Analysis) -> list[tuple[str, str]]:
         )
     if without:
         parts.append(f"{listed(without)}: no run finished on one of the tasks, so there is no average.")
+    if untested := data.untested(data.tasks):
+        parts.append(f"{listed(untested)}: scored on dev, not on test as the others, and so not compared with them.")
+    if on_dev := [task for task in data.tasks if data.split_of(task) == "dev"]:
+        parts.append(
+            f"No run on {listed(on_dev)} was tested, so its scores are on dev. They may be too good, because dev also "
+            "chooses learning rates and the weights that are kept."
+        )
     edges = {c for found in data.searches.values() for c, search in found.items() if search.at_boundary}
     if edges:
         parts.append(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean, median
 
 from .analysis import RULE, Analysis
@@ -25,6 +25,18 @@ def metric_name(data: Comparison, tasks: Iterable[str]) -> str:
     """The main metric of tasks, in words and with its unit; `score` if they differ."""
     names = {name for task in tasks if (name := data.metric_of(task))}
     return METRICS.get(next(iter(names)), next(iter(names))) if len(names) == 1 else "score (× 100)"
+
+
+def split_note(data: Comparison, tasks: Sequence[str]) -> str:
+    """Which scores are on dev beside others on test; empty if all are on one split."""
+    on_dev, untested = [task for task in tasks if data.split_of(task) == "dev"], data.untested(tasks)
+    note = f" No run on {', '.join(on_dev)} was tested: its scores are on dev." if 0 < len(on_dev) < len(tasks) else ""
+    if untested:
+        note += (
+            f" Runs of {', '.join(untested)} were not tested, although others were: their scores are on dev, marked (dev) by "
+            "task, and are in no average, rank or test, because scores on dev and on test cannot be compared."
+        )
+    return note
 
 
 def worst(data: Comparison, tasks: Iterable[str]) -> float:
@@ -59,9 +71,9 @@ def summary(main: Analysis, other: Analysis) -> Table:
     table = Table(
         "summary",
         "All columns, best first",
-        f"Averages over the tasks that count ({len(main.tasks)} of {len(data.tasks)}), on test, ± the standard deviation "
-        f"over seeds; ordered by {'loss' if main.measure == 'loss' else named}. {BOLD} {paired_note}"
-        "Time without evaluations and memory above the idle process: medians over runs.",
+        f"Averages over the tasks that count ({len(main.tasks)} of {len(data.tasks)}), on {data.split(main.tasks)}, ± the "
+        f"standard deviation over seeds; ordered by {'loss' if main.measure == 'loss' else named}. {BOLD} {paired_note}"
+        f"Time without evaluations and memory above the idle process: medians over runs.{split_note(data, data.tasks)}",
         ["column", "what it is", "trains with", f"{named}", "loss (nats)",
          *([f"better than {data.reference}", "p (Holm)"] if data.reference else []), "time of a run (s)",
          "peak memory (MB)"],
@@ -100,15 +112,16 @@ def scores(analysis: Analysis) -> Table:
     tasks = [task for task in data.tasks if measure == "loss" or data.metric_of(task)]
     named = {task: "nats" if measure == "loss" else metric_name(data, [task]) for task in tasks}
     shared = next(iter(named.values())) if len(set(named.values())) == 1 else ""
-    title = (
-        "Loss on test by task (nats, lower is better)" if measure == "loss" else f"{shared or 'Score'} on test by task"
-    )
+    split = data.split(tasks)
+    by_task = f"on {split} by task"
+    title = f"Loss {by_task} (nats, lower is better)" if measure == "loss" else f"{shared or 'Score'} {by_task}"
     left_out = [task for task in tasks if task not in analysis.tasks]
     table = Table(
         "loss" if measure == "loss" else "metric",
         title[0].upper() + title[1:],
         f"Mean ± standard deviation over {len(data.seeds)} seeds; (n of m): n of m runs finished. {BOLD}"
-        + (f" Not in the average: {', '.join(left_out)}." if left_out else ""),
+        + (f" Not in the average: {', '.join(left_out)}." if left_out else "")
+        + split_note(data, tasks),
         ["column", *(t if shared else f"{t}, {named[t]}" for t in tasks), "average"],
     )
     values = {task: {c: data.values(task, c, measure) for c in data.columns} for task in tasks}
@@ -119,10 +132,13 @@ def scores(analysis: Analysis) -> Table:
     overall = best_of(data, analysis.tasks, lambda c: v.mean if (v := analysis.average(c)) else None, measure == "loss")
     for column in by_family(data):
         wanted = 1 if data.family(column) == UNTRAINED else len(data.seeds)
-        cells = [
-            Cell(over_seeds(values[t][column], measure, max(wanted, len(values[t][column]))), best[t] == column)
-            for t in tasks
-        ]
+        cells = []
+        for t in tasks:
+            known, mark = values[t][column], ""
+            if not known and column in data.untested([t]):
+                on_dev = (run.value(measure) for run in data.of(t, column))
+                known, mark = [value for value in on_dev if value is not None], " (dev)"
+            cells.append(Cell(over_seeds(known, measure, max(wanted, len(known))) + mark, best[t] == column))
         table.add(column, *cells, _average(analysis, column, overall))
     if measure == "metric":
         shares = {task: data.majority(task) for task in tasks}
