@@ -136,8 +136,9 @@ def search(data: Comparison) -> Table:
     table = Table(
         "search",
         "Learning rates: the search’s choices and costs",
-        "Chosen by the mean loss on dev over the search’s own seeds. ⚠ edge: the best rate is the smallest or largest tried, "
-        "so a better one may be outside, and the column may be underrated. No runs: the rate was given.",
+        "Chosen by the mean loss on dev (or objective, if there is one) over the search’s own seeds. ⚠ edge: "
+        "the best rate is the smallest or largest tried, so a better one may be outside, and the column may be underrated. "
+        "No runs: the rate was given.",
         ["column", *data.tasks, "runs of the search", "forward passes of the search"],
     )
     for column in by_family(data):
