@@ -99,7 +99,9 @@ class Analysis:
         data, reference, notes = self.data, self.data.reference, []
         if reference and not gradients:
             notes.append("No column trained with gradients, so it is not known whether the model can learn the task.")
-        judged = dict.fromkeys([*gradients, *([reference] if reference and self.needs_reference else [])])
+        judged: list[str] = list(gradients)
+        if reference and self.needs_reference and reference not in judged:
+            judged.append(reference)
         blind = [c for c in judged if data.has_classes(task) and not any(map(_has_share, data.of(task, c)))]
         if blind:
             notes.append(
