@@ -32,7 +32,10 @@ _TRIPLE = "aarch64-unknown-linux-gnu"
 
 llvm.initialize_all_targets()
 llvm.initialize_all_asmprinters()
-assert "numba" not in sys.modules, "numba asks for the processor when it is imported: import tests.arm before it"
+if "numba" in sys.modules:
+    sys.exit(
+        "numba asks for the processor when it is imported, and it has been: start Python anew with tests.arm first."
+    )
 llvm.get_process_triple = llvm.get_default_triple = lambda: _TRIPLE
 llvm.get_host_cpu_name = lambda: CPU
 llvm.get_host_cpu_features = lambda: FeatureMap(neon=True)
@@ -124,22 +127,16 @@ class Processor:
 
 @cache
 def _libraries() -> list[tuple[int, int]]:
-    """Addresses of this processor's own machine code: what is executable and comes from a file."""
-    found = []
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        span, rights, *_, name = line.split(maxsplit=5) if line.count(" ") > 5 else (*line.split(), "")
-        if "x" in rights and name.startswith("/"):
-            found.append(tuple(int(end, 16) for end in span.split("-")))
-    return found
+    """Addresses of this processor's own machine code: what is executable and comes from a file. All of it that a loop calls is
+    there before the first one runs.
+    """
+    found = re.findall(r"^(\w+)-(\w+) ..x.*?(?= /)", Path("/proc/self/maps").read_text(), re.M)
+    return [(int(first, 16), int(end, 16)) for first, end in found]
 
 
 @cache
 def processor() -> Processor:
     return Processor()
-
-
-def _bits(value: Any, width: int) -> int:
-    return int.from_bytes(np.array(value).tobytes()[:width], sys.byteorder)
 
 
 def _emulated(dispatcher: Any, *arguments: Any) -> Any:
@@ -150,28 +147,29 @@ def _emulated(dispatcher: Any, *arguments: Any) -> Any:
         dispatcher.compile(signature)
     compiled = dispatcher.overloads[signature]
     result, error = np.zeros(8, np.uint64), np.zeros(1, np.uint64)
-    places: list[tuple[bool, int]] = [(False, result.ctypes.data), (False, error.ctypes.data)]
+    words, floats, rest = (
+        [result.ctypes.data, error.ctypes.data],
+        [],
+        [],
+    )  # in registers, eight of each at most; on the stack
     for argument, kind in zip(arguments, signature):
         if isinstance(kind, types.Array):
-            numbers = [0, 0, argument.size, argument.itemsize, argument.ctypes.data, *argument.shape, *argument.strides]
-            places += [(False, number) for number in numbers]
+            given = [0, 0, argument.size, argument.itemsize, argument.ctypes.data, *argument.shape, *argument.strides]
         elif isinstance(kind, types.Float):
-            places.append((True, _bits({32: np.float32, 64: np.float64}[kind.bitwidth](argument), 8)))
+            given = [int.from_bytes(np.array(argument, str(kind)).tobytes(), sys.byteorder)]
         elif isinstance(kind, types.Integer | types.Boolean):
-            places.append((False, int(argument) & (1 << 64) - 1))
+            given = [int(argument) & (1 << 64) - 1]
         else:
-            raise NotImplementedError(f"an argument of the type {kind}")
-    words = [bits for is_float, bits in places if not is_float]
-    floats = [bits for is_float, bits in places if is_float]
-    rest, seen = [], {False: 0, True: 0}
-    for is_float, bits in places:  # the first eight of each kind are in registers, the others on the stack, in order
-        seen[is_float] += 1
-        if seen[is_float] > 8:
-            rest.append(bits)
-    arm_processor = processor()
-    with arm_processor.lock:
+            raise TypeError(
+                f"{dispatcher.__name__} has an argument of the type {kind}, which cannot be given to the emulator"
+            )
+        registers = floats if isinstance(kind, types.Float) else words
+        free = 8 - len(registers)
+        registers += given[:free]
+        rest += given[free:]
+    with processor().lock:
         address = compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name)
-        if status := arm_processor.call(address, words[:8], floats[:8], rest):
+        if status := processor().call(address, words, floats, rest):
             raise RuntimeError(f"{dispatcher.__name__} ended with status {status}")
     kind = compiled.signature.return_type
     if kind == types.none:
