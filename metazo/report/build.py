@@ -193,7 +193,7 @@ def _rates(data: Comparison) -> Section:
             "Loss against learning rate",
             "Ring: the chosen rate; square: chosen at the edge of the tried rates. Cross: a run at this rate failed. "
             "The vertical axis ends a third above the loss before training.",
-            "Loss on dev at the end of the search's runs against learning rate, one panel per column, one line per task.",
+            "What the search compares on dev against learning rate, one panel per column, one line per task.",
             partial(figures.sensitivity, data),
         )
         section.add(picture)

@@ -155,11 +155,12 @@ def search(data: Comparison) -> Table:
 
 
 def by_rate(data: Comparison) -> Table:
+    named = "".join(f" Of {column}: the objective ({what})." for column, what in data.objectives().items())
     rates = sorted({float(r) for found in data.searches.values() for item in found.values() for r in item.losses})
     table = Table(
         "by-rate",
         "Loss by learning rate",
-        "Mean loss on dev (nats) at the end of the search's runs; “failed”: a run at this rate failed.",
+        "Mean loss on dev (nats) at the end of the search's runs; “failed”: a run at this rate failed." + named,
         ["task", "column", *(f"{rate:g}" for rate in rates)],
     )
     for task in data.tasks:

@@ -210,8 +210,10 @@ def searched(data: Comparison) -> list[str]:
 
 
 def sensitivity(data: Comparison) -> Figure:
-    """Loss of the search against learning rate, one panel per column and one line per task; the chosen rate has a ring."""
-    columns = searched(data)
+    """What the search compares (the loss, or an objective) against learning rate, one panel per column and one line per task;
+    the chosen rate has a ring.
+    """
+    columns, objectives = searched(data), data.objectives()
     with styled():
         figure, panels = grid(columns, 2.7, 2.1, across=4)
         for axes, column in zip(panels, columns):
@@ -228,7 +230,8 @@ def sensitivity(data: Comparison) -> Figure:
                     label = "chosen, at the edge" if found.at_boundary else "chosen"
                     axes.plot(found.lr, known[found.lr], marker=shape, color="#000000", label=label, **ring)
                     least = min(least, *known.values())
-                    highest = max(highest, 1.3 * (data.before(task) or 3 * known[found.lr]))
+                    start = None if column in objectives else data.before(task)
+                    highest = max(highest, 1.3 * (start or 3 * known[found.lr]))
                 failed = [float(rate) for rate, value in found.losses.items() if value is None]
                 transform = axes.get_xaxis_transform()
                 axes.plot(
@@ -241,7 +244,8 @@ def sensitivity(data: Comparison) -> Figure:
                     markersize=6,
                 )
             cut(axes, least, highest)
-            axes.set(title=clipped(column), ylabel="loss on dev (nats)", xlabel="learning rate")
+            what = "objective on dev" if column in objectives else "loss on dev (nats)"
+            axes.set(title=clipped(column), ylabel=what, xlabel="learning rate")
             log_axis(axes, "x")
             axes.tick_params(labelsize=8)
         shared_legend(figure, panels)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from metazo.comparisons.results import cell_path
+from metazo.comparisons.results import cell_path, write_search
 from metazo.errors import UserError
-from metazo.report import figures
+from metazo.report import costs, figures
 from metazo.report.analysis import Analysis
 from metazo.report.build import Report, build
 from metazo.report.comparison import Comparison
@@ -179,6 +179,10 @@ def test_runs_that_minimise_an_objective_are_judged_by_it_and_named(tmp_path: Pa
     report = build(data)
     assert "mezo: training minimised an objective (accuracy) and not the loss" in report.story.facts[-1][1]
     assert "Training minimises it" not in dict(report.story.terms)["Loss"]
+    write_search(tmp_path, {"sst2": {"mezo": synthetic.searched(COLUMN["mezo"])}})
+    data = Comparison(tmp_path)
+    assert figures.sensitivity(data).axes[0].get_ylabel() == "objective on dev"
+    assert costs.by_rate(data).note.endswith("Of mezo: the objective (accuracy).")
 
 
 def test_a_busy_machine_is_said(tmp_path: Path):
