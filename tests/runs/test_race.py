@@ -79,7 +79,7 @@ def test_the_run_is_that_of_the_rate_that_wins_from_the_first_step(settings, tmp
     assert same_bits(tmp_path / "race", tmp_path / "plain")
 
 
-def test_a_run_without_patience_stops_within_the_steps_of_the_race(settings, tmp_path):
+def test_patience_counts_within_the_steps_of_the_race(settings, tmp_path):
     options = {"patience": 1, "eval_every": 1, "keep": "last"}
     found = race(settings(out=tmp_path / "race", **options), RATES, 3)
     run_settings(settings(steps=15, forwards=None, lr=found.summary["lr"], out=tmp_path / "plain", **options))
