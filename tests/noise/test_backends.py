@@ -276,3 +276,14 @@ def test_dot_and_square_are_those_of_what_is_drawn(distribution, dtype, size, th
             assert abs(found[-1] - wanted) <= 1e-6 * scale
             assert stream.square(w) == pytest.approx(stream.draw(w).double().square().sum().item(), rel=1e-12)
     assert found[2] == pytest.approx(found[0], rel=1e-6, abs=1e-9)
+
+
+def test_no_noise_is_calculated_for_tensors_without_numbers(monkeypatch):
+    """A dry run follows steps on the meta device; EGGROLL's draws took minutes for a model of 7B."""
+    monkeypatch.setattr("metazo.noise.philox.words", None)
+    meta = NamedTensor("w", torch.nn.Parameter(torch.zeros(3, 1000, device="meta")), tensor_id("w"))
+    for backend in ("auto", "torch"):
+        stream = PhiloxNoise(5, "gaussian", backend).stream(SEED)
+        assert stream.draw(meta).is_meta
+        stream.add_all_([Move(meta, meta.param.data, 1.0)])
+        stream.place_(meta, meta.param.data, meta.param.data, 1.0)
