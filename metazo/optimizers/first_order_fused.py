@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metazo.blocks import NamedTensor
+from metazo.blocks import NamedTensor, chunks
 from metazo.errors import UserError
 from metazo.optimizers.groups import Closure
 from metazo.optimizers.recomputed import Recomputed
@@ -102,7 +102,16 @@ class FirstOrderFused(Recomputed):
                 handle.remove()
 
     def _descend(self, tensor: NamedTensor, gradient: Tensor, rates: Sequence[float]) -> None:
-        square = float(torch.linalg.vector_norm(gradient, dtype=torch.float64)) ** 2
+        square = _square(gradient)
         if factor := self.factor(tensor, square, self.normalise):
             term = Term(Held({}, {}, {tensor.name: gradient}), self.noise.seed(self.steps, 0), factor)
             self.weights.apply([term], lambda _: rates[tensor.group], self.decay_factors([tensor], rates))
+
+
+def _square(gradient: Tensor) -> float:
+    """|g|^2 in float64, a chunk at a time, because torch copies a tensor that it sums in another dtype."""
+    if gradient.is_meta:  # a dry run
+        return 1.0
+    flat = gradient.reshape(-1)
+    norms = [torch.linalg.vector_norm(flat[start:stop], dtype=torch.float64) for start, stop in chunks(gradient)]
+    return float(torch.stack(norms).square().sum()) if norms else 0.0
