@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from metazo.blocks import chunks
 from metazo.models.load import LoadedModel
 from metazo.models.parts import whole
 from metazo.runs.config import FinetuneConfig
@@ -109,9 +110,12 @@ def _all_finite(model: nn.Module) -> bool:
 
 
 def _trained(model: nn.Module) -> Iterator[Tensor]:
-    """The values of the trained weights, tensor by tensor; all processes go through them."""
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.numel()}
-    return (values.detach() for name, values in whole(model) if name in trained)
+    """The values of the trained weights, in chunks, so that what is made of them is small; all processes go through them."""
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for name, values in whole(model):
+        if name in trained:
+            flat = values.detach().reshape(-1)
+            yield from (flat[start:stop] for start, stop in chunks(values))
 
 
 def _norm(model: nn.Module) -> float:

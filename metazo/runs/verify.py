@@ -10,6 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from metazo.blocks import chunks
 from metazo.errors import UserError
 from metazo.io.files import is_file
 from metazo.models.load import LoadedModel
@@ -89,9 +90,13 @@ def distance(model: nn.Module, log: Path) -> float | None:
         names = set(file.keys())
         for name, parameter in model.named_parameters():
             if name in names:
-                kept = file.get_tensor(name).double()
-                apart += float((parameter.detach().cpu().double() - kept).square().sum())
-                size += float(kept.square().sum())
+                kept, again = file.get_tensor(name), parameter.detach().cpu()
+                if kept.shape != again.shape:
+                    return None
+                for start, stop in chunks(kept):
+                    part = kept.view(-1)[start:stop].double()
+                    apart += float((again.reshape(-1)[start:stop].double() - part).square().sum())
+                    size += float(part.square().sum())
     return math.sqrt(apart / size) if size else None
 
 
