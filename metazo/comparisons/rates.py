@@ -17,6 +17,10 @@ from metazo.optimizers import METHODS
 # rate is extended, which costs runs and changes nothing else.
 
 
+RUNG = 3.5
+"""The factor between neighbours on the ladder is at most 10/3."""
+
+
 def start(optimizer: str, trained: int, energy: float = 1.0) -> list[float]:
     """Three rates around the method's expected best rate.
 
@@ -44,7 +48,8 @@ def walk(lrs: list[float], extensions: int) -> Generator[list[float], dict[float
     """Yields rates to try and is sent their losses (inf if a run failed); returns the best rate and whether it is at a
     boundary: whether all `extensions` were used up before there was a tried rate on both sides of it.
 
-    Of equal losses the smaller rate is taken. If every rate failed, the next one is smaller by a factor of ten.
+    Of equal losses the smaller rate is taken. If every rate failed, the next one is smaller by a factor of ten, and the rate
+    between is tried before the search ends.
     """
     losses: dict[float, float] = {}
     wanted = sorted(lrs)
@@ -53,11 +58,19 @@ def walk(lrs: list[float], extensions: int) -> Generator[list[float], dict[float
         lr = best(losses)
         if lr is None:
             wanted = [float(f"{min(losses) / 10:.2g}")]
-        elif lr not in (min(losses), max(losses)):
-            return lr, False
-        else:
+        elif lr in (min(losses), max(losses)):
             wanted = [beyond(lr, lr == max(losses) and len(losses) > 1)]
+        elif _gap_above(lr, losses):
+            wanted = [beyond(lr, up=True)]
+        else:
+            return lr, False
     return best(losses), True
+
+
+def _gap_above(lr: float, losses: dict[float, float]) -> bool:
+    """Whether the next rate that was tried failed and is further away than a rung, as after a division by ten."""
+    above = min(other for other in losses if other > lr)
+    return math.isinf(losses[above]) and above > RUNG * lr
 
 
 def best(losses: dict[float, float]) -> float | None:

@@ -3,6 +3,10 @@
 With m = L R^T and g = l r^T, the sum is [mu L, l] [R, r]^T. QR decompositions of both sides and a singular value
 decomposition of the small product give its best approximation of rank r (Eckart and Young 1936). The rest is lost, so the
 momentum is slightly shorter than the exact one. Memory: r (m + n) numbers per matrix.
+
+The gradient of a batch with more positions than m n / (m + n) comes as a whole matrix. A large one is approximated by a
+randomised range finder (Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.1), because the decomposition of a matrix
+takes 30 times as long as its gradient.
 """
 
 from __future__ import annotations
@@ -16,6 +20,8 @@ from metazo.blocks import NamedTensor
 from metazo.feedback.factors import Gradient
 
 State = dict[str, Tensor]
+DIRECT = 256  # the shorter side of a matrix up to which it is decomposed
+MORE, POWERS = 8, 2  # columns beyond the rank, and repetitions, of the range finder
 
 
 class FactoredMomentum:
@@ -50,12 +56,29 @@ class FactoredMomentum:
             right.copy_(new_right)
             out.add_product(name, kept, right)
         for name, value in gradient.whole.items():
-            if name in self.matrices:  # a whole matrix: its factors are found by a decomposition
+            if name in self.matrices and min(value.shape) <= DIRECT:
                 u, values, vt = torch.linalg.svd(value, full_matrices=False)
                 out.add(self.update(state, Gradient({name: u * values}, {name: vt.t()})))
+            elif name in self.matrices:
+                left, right = state[f"momentum/left/{name}"], state[f"momentum/right/{name}"]
+                moved = torch.addmm(value.to(left.dtype), left, right.t(), alpha=self.momentum)
+                for old, new in zip((left, right), approximated(moved, left.shape[1])):
+                    old.copy_(new)
+                out.add_product(name, left, right)
             else:
                 out.add_whole(name, state[f"momentum/{name}"].mul_(self.momentum).add_(value))
         return out
+
+
+def approximated(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Nearly the best factors of a rank for a matrix, (m, n) -> (m, rank) and (n, rank); always the same for one matrix."""
+    start = torch.randn(matrix.shape[1], rank + MORE, generator=torch.Generator().manual_seed(0))
+    q, _ = torch.linalg.qr(matrix @ start.to(matrix))
+    for _ in range(POWERS):
+        p, _ = torch.linalg.qr(matrix.t() @ q)
+        q, _ = torch.linalg.qr(matrix @ p)
+    u, values, vt = torch.linalg.svd(q.t() @ matrix, full_matrices=False)
+    return q @ (u[:, :rank] * values[:rank]), vt[:rank].t()
 
 
 def truncated(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -39,6 +39,8 @@ class Layout:
 
 
 LAYOUTS = {torch.bfloat16: Layout(16, 1.0), torch.float16: Layout(13, 2.0**112)}
+HALF_TOP = 2.0**-96
+"""Infinity of float16 as such a float32, 2^16 / scale. Larger numbers become it; their exponent has no room."""
 _SIGN, _MAGNITUDE = -(1 << 31), (1 << 31) - 1
 _MULTIPLIERS = (0x7FEB352D, -0x7B935975)  # Wellons' lowbias32, with arithmetic shifts
 
@@ -63,7 +65,8 @@ def split(theta: Tensor, weights: Tensor, low: Tensor, start: int, seed: int) ->
 
     With 16 bits this is exact, except for float16 below 2^-14, for which theta is a multiple of 2^-37. With 8 bits theta is
     first rounded stochastically, so that changes smaller than their unit (2^-8 of the weights') survive on average; the
-    dither is a hash of seed and element, the same on every device. theta may be overwritten.
+    dither is a hash of seed and element, the same on every device. float16 above 65536 becomes infinite. theta may be
+    overwritten.
     """
     if not (_compiled(weights, low) and theta.is_contiguous() and theta.dtype == torch.float32):
         plain_split(theta, weights, low, start, seed)
@@ -103,7 +106,8 @@ def plain_join(weights: Tensor, low: Tensor) -> Tensor:
 def plain_split(theta: Tensor, weights: Tensor, low: Tensor, start: int, seed: int) -> None:
     """`split` with torch alone. theta is overwritten."""
     layout = LAYOUTS[weights.dtype]
-    bits = theta.mul_(1 / layout.scale).view(torch.int32)
+    scaled = theta.mul_(1 / layout.scale)
+    bits = (scaled.clamp_(-HALF_TOP, HALF_TOP) if layout.below == 13 else scaled).view(torch.int32)
     dropped = _dropped(layout, low)
     if dropped:
         bits += dither(start, bits.numel(), seed, dropped, bits.device)
@@ -123,6 +127,7 @@ def dither(start: int, count: int, seed: int, bits: int, device: torch.device | 
     return (x ^ x >> 15).bitwise_and_((1 << bits) - 1)
 
 
+_TOP_OF_HALF, _INFINITE = np.float32(HALF_TOP), np.float32(np.inf)
 _i16, _i32, _u32, _u64 = np.int16, np.int32, np.uint32, np.uint64
 _M0, _M1 = (_i32(m) for m in _MULTIPLIERS)
 _FIFTEEN, _SIXTEEN, _LOW, _TOP, _REST = _i32(15), _i32(16), _i32(0x7FFF), _i32(_SIGN), _i32(_MAGNITUDE)
@@ -135,7 +140,10 @@ def _joined(high: Any, low: Any, below: int, dropped: int, scale: Any) -> Any:
 
 
 def _parted(theta: Any, element: Any, below: int, dropped: int, scale: Any, seed: Any) -> Any:
-    bits, up, down, one = _i32(as_bits(theta * scale)), _i32(below), _i32(dropped), _i32(1)
+    scaled, top = theta * scale, _TOP_OF_HALF if below == 13 else _INFINITE
+    scaled = top if scaled > top else scaled  # NaN stays
+    scaled = -top if scaled < -top else scaled
+    bits, up, down, one = _i32(as_bits(scaled)), _i32(below), _i32(dropped), _i32(1)
     if dropped:
         x = _i32(_i32(element) ^ seed)
         x = _i32(_i32(x ^ shift_right(x, _SIXTEEN)) * _M0)

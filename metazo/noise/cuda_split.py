@@ -22,6 +22,7 @@ from metazo.noise import cuda
 from metazo.noise.cuda import normal_pair, normal_places, sign_places, sign_rows, words
 
 _M0, _M1 = (tl.constexpr(m) for m in splitfloat._MULTIPLIERS)
+_HALF_TOP = tl.constexpr(splitfloat.HALF_TOP)
 
 
 @triton.jit
@@ -33,7 +34,11 @@ def _joined(high, low, below: tl.constexpr, dropped: tl.constexpr, scale):
 
 @triton.jit
 def _parted(theta, element, below: tl.constexpr, dropped: tl.constexpr, inverse, dither):
-    bits = (theta * inverse).to(tl.int32, bitcast=True)
+    scaled = theta * inverse
+    if below == 13:  # float16: infinity where the exponent has no room; NaN stays
+        scaled = tl.where(scaled > _HALF_TOP, _HALF_TOP, scaled)
+        scaled = tl.where(scaled < -_HALF_TOP, -_HALF_TOP, scaled)
+    bits = scaled.to(tl.int32, bitcast=True)
     if dropped:
         x = element.to(tl.int32) ^ dither
         x = (x ^ (x >> 16)) * tl.full((), _M0, tl.int32)

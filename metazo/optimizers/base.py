@@ -43,7 +43,7 @@ from metazo.io import processes
 from metazo.noise import Noise, PhiloxNoise
 from metazo.optimizers import probing as probings
 from metazo.optimizers import ranks
-from metazo.optimizers.groups import Closure, check_group, listed, named_groups, named_members
+from metazo.optimizers.groups import Closure, check_group, check_rates, listed, named_groups, named_members
 from metazo.optimizers.guards import check_moved, check_reach, check_shards, check_trained, check_weights
 from metazo.optimizers.loss_watch import LossWatch
 from metazo.optimizers.saving import Saving
@@ -83,7 +83,7 @@ class ZOOptimizer(Verbs, Saving):
         weight_decay: theta <- (1 - lr weight_decay) theta - ..., for names without bias, layer_norm, layernorm. The
             weight_decay of a parameter group's own acts on all of its tensors.
         seed: of the run; every step's noise follows from it.
-        noise: "gaussian", "rademacher", or a noise source.
+        noise: "gaussian", "rademacher", or a noise source, which has a seed of its own.
         scale: block scales: None, "rms", or a BlockScale (a tuner's).
         rule: how the estimate changes the weights: a Rule of metazo.step.rules or its name ("adam"); None takes the method's
             own.
@@ -143,6 +143,8 @@ class ZOOptimizer(Verbs, Saving):
             raise UserError(f"`scale` {scale!r} is unknown: choose rms, or pass a tuner.")
         self.eps, self.precision = eps, precision
         self.probing = probings.check(probing or self.default_probing, self.low_rank, self.name)
+        if not isinstance(noise, str) and seed not in (0, getattr(noise, "run_seed", 0)):
+            raise UserError(f"`seed` {seed} would change nothing beside a noise source: give it the seed instead.")
         self.noise: Noise = PhiloxNoise(int(seed), noise) if isinstance(noise, str) else noise
         if not hasattr(self.noise, "stream"):
             raise UserError(f"`noise` {noise!r} is unknown: choose gaussian or rademacher, or pass a noise source.")
@@ -201,6 +203,7 @@ class ZOOptimizer(Verbs, Saving):
         if self._unrecorded is not None and replay is None:
             return self._finish(self._unrecorded)
         self.weights.follow()
+        check_rates(self.param_groups)
         state, step = self.zo_state, self.steps
         if replay is None and step == 0:
             check_used(self.precision, [tensor.param for tensor in self.tensors])

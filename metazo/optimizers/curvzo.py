@@ -158,8 +158,12 @@ class CurvZO(ZOOptimizer):
             "magnitude": numbers(self.first_magnitude),
         }
 
+    def uniforms(self, step: int) -> np.ndarray:
+        """The numbers in [0, 1) that choose the tensors of a step, (M,), float64."""
+        return self.noise.uniform(step, len(self.tensors))
+
     def propose(self, state: State, step: int, seeds: Sequence[int]) -> Direction:
-        pi, selected = self.choose(state, self.noise.uniform(step, len(self.tensors)))
+        pi, selected = self.choose(state, self.uniforms(step))
         state["pi"].copy_(torch.from_numpy(pi))
         state["selected"].copy_(torch.from_numpy(selected))
         return self.sparse(state)

@@ -7,6 +7,7 @@ activations.
 
 from __future__ import annotations
 
+import math
 import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor
 
 from metazo.errors import UserError
+from metazo.io import processes
 from metazo.optimizers.base import DECAY_EXEMPT
-from metazo.optimizers.groups import Closure, listed
+from metazo.optimizers.groups import Closure, check_rates, listed
 from metazo.optimizers.guards import as_loss
 from metazo.optimizers.registry import Method, register
 from metazo.step.record import Step
@@ -69,10 +71,26 @@ class FirstOrder(Method):
         return self.inner.param_groups
 
     def step(self, closure: Closure | Sequence[Closure], *, replay: Step | None = None) -> float:
-        """One update; closures are averaged. A loss that is not finite changes nothing."""
+        """One update; closures are averaged. A loss or gradient that is not finite changes nothing; NaN is returned then.
+
+        Gradients that are there before are dropped. Raises UserError in several processes, for a replay, and for a loss
+        without a graph.
+        """
         if replay is not None:
             raise UserError(f"A step of {self.name} does not follow from its record: it cannot be replayed.")
-        closures, total = listed(closure), 0.0
+        if processes.together():
+            raise UserError(
+                f"{self.name} runs in one process, because processes exchange losses alone: start it without torchrun."
+            )
+        check_rates(self.param_groups)
+        self.inner.zero_grad(set_to_none=True)
+        try:
+            return self._step(listed(closure))
+        finally:
+            self.inner.zero_grad(set_to_none=True)
+
+    def _step(self, closures: Sequence[Closure]) -> float:
+        total = 0.0
         with torch.enable_grad():
             for evaluate in closures:
                 loss: Any = evaluate()
@@ -85,17 +103,17 @@ class FirstOrder(Method):
                 loss.backward()
                 total += float(loss.detach())
         self.forwards += FORWARDS_PER_STEP * len(closures)
-        finite = abs(total) <= self.max_loss  # False for NaN as well
+        length = torch.nn.utils.clip_grad_norm_([param for _, param in self.named], self.clip)
+        solid = math.isfinite(length)
+        finite = abs(total) <= self.max_loss and solid  # False for NaN as well
         rates = tuple(float(group["lr"]) for group in self.param_groups)
         self.last_step = Step(self.steps, (), (total,), (1.0,) if finite else (), rates)
         if self.recorder is not None:
             self.recorder(self.last_step)
         if finite:
-            torch.nn.utils.clip_grad_norm_([param for _, param in self.named], self.clip)
             self.inner.step()
-        self.inner.zero_grad(set_to_none=True)
         self.steps += 1
-        return total
+        return total if solid or not math.isfinite(total) else math.nan
 
     def tensors_state(self) -> dict[str, Tensor]:
         state: dict[str, Tensor] = {"counters": torch.tensor([self.steps, self.forwards], dtype=torch.int64)}

@@ -94,6 +94,8 @@ class FirstOrderFused(Recomputed):
             assert gradient is not None
             self._descend(of[id(param)], gradient, rates)
 
+        for tensor in self.tensors:
+            tensor.param.grad = None  # of a backward pass that was not ours
         handles = [tensor.param.register_post_accumulate_grad_hook(update) for tensor in self.tensors]
         try:
             yield

@@ -8,7 +8,7 @@ of their losses.
 
 sigma is about eps times the length of the gradient, so this is normalised descent: the length of a step does not depend
 on the slope, and lr is eps times the learning rate of normalised descent. If all losses are equal (sigma = 0), no weight
-moves.
+moves, but by weight decay.
 
 The losses, the signs, K = 8, eps = 1e-3 and the normalisation by the standard deviation are the same in the published code
 and in a summary of the paper. The factor 1 / eps in g and K - 1 in sigma are from the summary alone.

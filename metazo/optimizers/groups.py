@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from metazo.errors import UserError
 
 Closure = Callable[[], Tensor | float]
+ROUNDING = 1e-12
+"""How far a schedule that ends at 0 may be below it."""
 
 
 def listed(closure: Closure | Sequence[Closure] | None) -> Sequence[Closure]:
@@ -29,6 +32,21 @@ def check_group(group: Mapping[str, Any]) -> None:
         raise UserError(
             f"A parameter group has {other!r}; of their own, groups have {', '.join(OWN)}, and all else is the optimizer's."
         )
+
+
+def check_rates(groups: Iterable[Mapping[str, Any]]) -> None:
+    """Raises UserError for a learning rate or weight decay that a schedule or a script made no number, or negative."""
+    for index, group in enumerate(groups):
+        for name in ("lr", "weight_decay"):
+            try:
+                fits = math.isfinite(group[name]) and group[name] > -ROUNDING
+            except TypeError:
+                fits = False
+            if not fits:
+                raise UserError(
+                    f"`{name}` of parameter group {index + 1} is {group[name]!r} now; it must be a finite number of at least "
+                    "0. The weights were not moved."
+                )
 
 
 def named_members(members: Tensor | Iterable, start: int) -> list[tuple[str, Tensor]]:

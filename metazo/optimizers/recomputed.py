@@ -23,7 +23,8 @@ from metazo.blocks import NamedTensor
 from metazo.errors import UserError
 from metazo.io import processes
 from metazo.optimizers.base import State, ZOOptimizer
-from metazo.optimizers.groups import Closure, listed
+from metazo.optimizers.groups import Closure, check_rates, listed
+from metazo.step.precision import check_used
 from metazo.step.record import Step
 
 REPLAY = "A step of {} cannot be replayed from its record: it is recomputed, which needs the model and the batches."
@@ -74,20 +75,25 @@ class Recomputed(ZOOptimizer):
             raise UserError(
                 f"{self.name} runs in one process, because processes exchange losses alone: start it without torchrun."
             )
+        self.weights.follow()
+        if self.steps == 0 and replay is None:
+            check_used(self.precision, [tensor.param for tensor in self.tensors])
+        check_rates(self.param_groups)
         with self.weights.evaluating():
             loss, found = self.look(closures)
         cost = self.forwards_per_step(len(closures))
         self.forwards += round((self.steps + 1) * cost) - round(self.steps * cost)  # whole numbers that add up
         if replay and replay.losses != (loss,):
             raise UserError(f"Step {self.steps} was recorded with loss {replay.losses[0]} and gives {loss} now.")
-        usable = found is not None and abs(loss) <= self.max_loss  # false for nan
+        fits = abs(loss) <= self.max_loss  # false for nan
+        usable = found is not None and fits
         rates = replay.lr if replay else self.learning_rates(self.steps)
         self.last_step = Step(self.steps, (), (loss,), (1.0,) if usable else (), rates)
         self._record(self.last_step, replay)
         if usable:
             self.descend(found, rates)
         self.steps += 1
-        return loss if usable else math.nan
+        return loss if usable or not fits else math.nan
 
     def factor(self, tensor: NamedTensor, square: float, normalise: bool) -> float:
         """The factor of an estimate g in the update of its tensor, before the learning rate; 0 if it is left out.

@@ -21,14 +21,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 from metazo.errors import UserError
 from metazo.io.modules import import_from
 from metazo.step.record import Step
 
 if TYPE_CHECKING:  # the command line shows its flags without torch
-    from torch import Tensor, nn
+    from torch import nn
 
 VARIABLE = "METAZO_METHODS"
 # MeZO's best rate is near 500 / D for D trained weights: 3e-4 on a model of 1.6 million (measured here), 1e-6 on
@@ -188,17 +188,6 @@ class Method:
         state = {key: value for key, value in vars(self).items() if not key.startswith("_optimizer_")}
         state.pop("step", None)  # the wrapper of a learning rate scheduler
         return state | {key: None for key in ("recorder", "full_closure") if key in state}
-
-
-class Optimizing(Protocol):
-    """The interface that the loop needs of an optimizer, in addition to `Method`."""
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]: ...
-    def step(self, closure: Any, *, replay: Step | None = None) -> float: ...
-    def forwards_per_step(self, closures: int = 1) -> float: ...
-    def tensors_state(self) -> dict[str, Tensor]: ...
-    def load_tensors_state(self, state: dict[str, Tensor]) -> None: ...
 
 
 METHODS: dict[str, type[Method]] = {}

@@ -175,12 +175,17 @@ class MeZOSVRG(ZOOptimizer):
         added.setdefault("own_lr", float(added["lr"]))
 
     def learning_rates(self, step: int) -> tuple[float, ...]:
-        """A schedule changes the rate of mini steps by the same factor as a group's lr."""
+        """A schedule changes the rate of mini steps by the same factor as a group's lr. A group that began at 0 has no such
+        factor: its mini steps take `mini_lr` as soon as its lr is above 0.
+        """
         rates, floor = super().learning_rates(step), FLOOR
         if not self.is_full():
             before = self.defaults["lr"]  # states of earlier versions have torch's name
             firsts = [float(group.get("own_lr", group.get("initial_lr", before))) for group in self.param_groups]
-            rates = tuple(rate * (self.mini_lr / first if first else 0.0) for rate, first in zip(rates, firsts))
+            rates = tuple(
+                rate * (self.mini_lr / first) if first else self.mini_lr * (rate > 0)
+                for rate, first in zip(rates, firsts)
+            )
             floor = MINI_FLOOR
         annealed = float(self.zo_state["svrg/annealed"])
         return tuple(max(rate * annealed, min(rate, floor)) for rate in rates)

@@ -161,7 +161,8 @@ class Analysis:
         values = {column: test.p for column, test in found.items() if test.p is not None}
         family = len(values) * (len(values) + 1) // 2 if chosen else len(values)
         corrected = dict(zip(values, holm([*values.values()], family)))
-        return {column: replace(test, holm=corrected.get(column)) for column, test in found.items()}
+        least = dict(zip(values, holm([found[column].least or 1.0 for column in values], family)))
+        return {c: replace(test, holm=corrected.get(c), least_holm=least.get(c)) for c, test in found.items()}
 
     # -- how much it takes -------------------------------------------------------------------------------------------
 

@@ -52,8 +52,8 @@ class Paired:
     """A method against the reference over pairs of runs with the same task and seed.
 
     gain: mean over tasks of how much better the method is (positive: better), of the pairs that both finished, with
-    its 95 % interval over seeds; p: two-sided; holm: p corrected for all methods tested; least: the smallest p that
-    so many pairs can give.
+    its 95 % interval over seeds; p: two-sided; holm: p corrected for all methods tested; least, least_holm: the smallest
+    p and holm that so many pairs can give.
     """
 
     pairs: int
@@ -67,6 +67,7 @@ class Paired:
     p: float | None
     least: float | None
     holm: float | None = None
+    least_holm: float | None = None
     tasks: int = 0
     tasks_won: int = 0
 

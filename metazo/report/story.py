@@ -145,9 +145,12 @@ def _tested(analysis: Analysis, column: str, test: Paired) -> str:
     """A paired test in words."""
     text = f"In {some(test.pairs, 'pair')} of runs with the same task and seed, {column} was better than "
     text += f"{analysis.data.reference} in {test.wins} and worse in {test.losses}. "
-    if test.p is None or test.holm is None or test.least is None or test.least > SURE:
-        differ = some(test.wins + test.losses, "pair")
-        least = f": {differ} that differ cannot give p below {p_value(test.least)}" if test.least else ""
+    if test.holm is None or test.least is None or test.least_holm is None or test.least_holm > SURE:
+        differ, least = some(test.wins + test.losses, "pair"), ""
+        if test.least:
+            least = f": {differ} that differ cannot give p below {p_value(test.least)}"
+            if test.least <= SURE:
+                least += f", which correction for {len(analysis.tests)} comparisons makes {p_value(test.least_holm)}"
         return f"{text}These are too few pairs to rule out chance, whatever the result{least}."
     others = f"After correction for {len(analysis.tests)} comparisons, " if len(analysis.tests) > 1 else ""
     p = p_value(test.holm)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -205,6 +206,8 @@ class Reflected(Direction):
 
     def __init__(self, inner: Direction, vector: Callable[[NamedTensor], Tensor], damping: float):
         self.inner, self.vector, self.damping = inner, vector, damping
+        self.along: tuple[Any, ...] = ()
+        """Which chunk comes next of a long row that is drawn chunk by chunk, with its a, and what each chunk takes of a."""
 
     def touches(self, tensor: NamedTensor) -> bool:
         return self.inner.touches(tensor)
@@ -216,20 +219,24 @@ class Reflected(Direction):
         if tensor.spans is not None:
             return self._own_entries(stream, tensor, dtype, start, count)
         noise = self.inner.draw(stream, tensor, dtype, start, count)
-        a = self.vector(tensor).to(noise.dtype)
-        square = float(a @ a)
-        if not square > 0:
-            return noise
-        factor = (1 + math.sqrt(self.damping / (self.damping + square))) / square
-        if noise.numel() % len(a) == 0:
-            rows = noise.view(-1, len(a))
-            rows.addr_(rows @ a, a, alpha=-factor)
-        else:  # the chunk is part of one long row, and the product with a needs the whole row
-            product = 0.0
-            for first, stop in chunks(tensor.param):
-                product += float(self.inner.draw(stream, tensor, noise.dtype, first, stop - first) @ a[first:stop])
-            noise.sub_(a[start : start + len(noise)], alpha=factor * product)
-        return noise
+        stop = start + len(noise)
+        if start and self.along and self.along[0] == (stream.seed, tensor.id, noise.dtype, start):
+            _, a, amount = self.along
+        else:
+            a = self.vector(tensor).to(noise.dtype)
+            square = float(a @ a)
+            if not square > 0:
+                return noise
+            factor = (1 + math.sqrt(self.damping / (self.damping + square))) / square
+            if noise.numel() % len(a) == 0:
+                rows = noise.view(-1, len(a))
+                return rows.addr_(rows @ a, a, alpha=-factor).view_as(noise)
+            # the chunk is part of one long row, and the product with a needs the whole row
+            drawn = ((self.inner.draw(stream, tensor, noise.dtype, i, j - i), i, j) for i, j in chunks(tensor.param))
+            amount = factor * sum(float(part @ a[i:j]) for part, i, j in drawn)
+        unfinished = stop < tensor.param.numel()
+        self.along = ((stream.seed, tensor.id, noise.dtype, stop), a, amount) if unfinished else ()
+        return noise.sub_(a[start:stop], alpha=amount)
 
     def _own_entries(self, stream, tensor: NamedTensor, dtype, start: int, count: int | None) -> Tensor:
         """`draw` for a shard, from the chunks of the whole tensor in which it has entries."""

@@ -178,7 +178,9 @@ def z_scores(losses: Sequence[float]) -> list[float]:
     """(L - mean) / standard deviation of the population; zeros if no loss differs."""
     centre = mean(losses)
     spread = math.sqrt(mean([(loss - centre) ** 2 for loss in losses]))
-    return [(loss - centre) / spread if spread > 0 else 0.0 for loss in losses]
+    if spread == 0 or min(losses) == max(losses):  # the mean of equal numbers may differ from them by rounding
+        return [0.0] * len(losses)
+    return [(loss - centre) / spread for loss in losses]
 
 
 def centred_ranks(losses: Sequence[float]) -> list[float]:

@@ -63,9 +63,10 @@ def policy(precision: str, dtype: torch.dtype) -> str:
 
 
 def check_used(precision: str, params: Iterable[Tensor]) -> None:
-    """Refuse a precision that would change nothing. Not for a replay: logs of such runs exist, and they replay in place.
+    """Refuse a precision that would change nothing, or lose bits. Not for a replay: logs of such runs exist.
 
-    Raises UserError if the precision is compensated and none of the trained weights is narrower than float32.
+    Raises UserError if the precision is compensated and none of the trained weights is narrower than float32, and for
+    masters of float64 weights.
     """
     types = {param.dtype for param in params}
     if precision.startswith("compensated") and types and types.isdisjoint(LAYOUTS):
@@ -74,6 +75,8 @@ def check_used(precision: str, params: Iterable[Tensor]) -> None:
             f"`precision` {precision} keeps bits below bfloat16 or float16 weights, and the trained weights are {names}, as "
             "those of adapters always are: leave out `precision`, or train the weights themselves with `dtype` bfloat16."
         )
+    if precision == "master" and torch.float64 in types:
+        raise UserError("`precision` master keeps float32, which is less than the float64 weights have: leave it out.")
 
 
 def cost(precision: str, params: Iterable[Tensor]) -> tuple[str, int]:

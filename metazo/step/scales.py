@@ -124,12 +124,20 @@ class BlockScale:
         raise TypeError("BlockScale itself has no scales: use RMSScale or TunerScale.")
 
     def scales(self, state: State, step: int, theta: Theta) -> dict[str, float]:
-        """kappa sigma_b by tensor name for this step; updates the state."""
+        """kappa sigma_b by tensor name for this step; updates the state. Raises UserError if one is not finite."""
         if step % self.every == 0:
             state["scale/statistics"].copy_(block_statistics(self.blocks, theta))
         sigma = self.sigma(state)
         state["scale/sigma"].copy_(sigma)
         scaled = (sigma * normalisation(sigma, self.counts) if self.normalise else sigma).tolist()
+        for block, value in zip(self.blocks, scaled):
+            if not math.isfinite(value):
+                raise UserError(
+                    f"The scale of block {block.name} is not finite at step {step}, after losses of "
+                    f"{' and '.join(f'{loss:g}' for loss in state['scale/losses'][:2].tolist())}; the weights were not moved. "
+                    "Networks of float16 overflow at losses above 65504, and networks that give only 0 have no direction: "
+                    "choose another tuner or `scale`."
+                )
         return {tensor.name: value for block, value in zip(self.blocks, scaled) for tensor in block.tensors}
 
     def identity(self) -> str:

@@ -64,3 +64,9 @@ def test_the_start_follows_the_number_of_weights_and_the_size_of_the_direction()
     assert start("mezo", 355_000_000) == [3e-7, 1e-6, 3e-6]
     assert start("mezo", 1_600_000, energy=10.0) == [1e-5, 3e-5, 1e-4]
     assert start("first-order-adamw", 10) == start("first-order-adamw", 10**9)
+
+
+def test_the_rate_between_the_best_and_one_ten_times_larger_that_failed_is_tried():
+    cliff = lambda lr: math.inf if lr > 5e-6 else valley(3e-6)(lr)  # noqa: E731
+    (best, at_boundary), tried = search([1e-5, 3e-5, 1e-4], cliff)
+    assert (best, at_boundary) == (3e-6, False) and tried[3:] == [1e-6, 3e-7, 3e-6]

@@ -100,7 +100,7 @@ def noise_on_split_weights() -> dict:
         w, rest = weights(2051, high, low)
         out = torch.zeros(2052, dtype=high)
         cuda_split.place_(kind, out[:-1], w, rest, 0.3, SEED, TENSOR, PURPOSE, start)
-        cuda_split.add_(kind, w, rest, 0.3, 0.7, SEED, TENSOR, PURPOSE, start, SEED + 5)
+        cuda_split.add_(kind, w, rest, 0.3, 1.7, SEED, TENSOR, PURPOSE, start, SEED + 5)
         found[kind, high, low, start] = out, w, rest
     return found
 

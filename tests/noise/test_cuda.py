@@ -105,8 +105,8 @@ def test_noise_on_split_weights(kind, start, high, low):
     cpu_split.plain_place_(kind, outs[0], *here, 0.3, *noise)
     cuda_split.place_(kind, outs[1], *there, 0.3, *noise)
     assert torch.equal(outs[0].view(torch.int16), outs[1].cpu().view(torch.int16))
-    cpu_split.plain_add_(kind, *here, 0.3, 0.7, *noise, SEED + 5)
-    cuda_split.add_(kind, *there, 0.3, 0.7, *noise, SEED + 5)
+    cpu_split.plain_add_(kind, *here, 0.3, 1.7, *noise, SEED + 5)
+    cuda_split.add_(kind, *there, 0.3, 1.7, *noise, SEED + 5)
     assert all(torch.equal(a.view(b.dtype), b) for a, b in zip((part.cpu() for part in there), here))
 
 

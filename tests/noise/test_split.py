@@ -16,9 +16,10 @@ each_layout = pytest.mark.parametrize(
 
 
 def weights(size: int, high: torch.dtype, low: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random weights of many magnitudes with nonzero bits below them."""
+    """Random weights of many magnitudes with nonzero bits below them, the first ones beyond the range of float16."""
     generator = torch.Generator().manual_seed(size)
     theta = torch.randn(size, generator=generator) * 10 ** (torch.rand(size, generator=generator) * 6 - 5)
+    theta[:3] = torch.tensor([7e4, -1e6, 1e38])[:size]
     narrow, rest = torch.empty(size, dtype=high), torch.empty(size, dtype=low)
     split(theta, narrow, rest, 0, 1)
     return narrow, rest

@@ -187,3 +187,10 @@ def test_budget_moves_towards_what_is_wanted():
 def test_bad_hyperparameters(bad, word):
     with pytest.raises(UserError, match=word):
         CurvZO(problem()[0], **bad)
+
+
+def test_the_official_floor_is_none():
+    named = [("w", torch.nn.Parameter(torch.zeros(3)))]
+    with pytest.warns(UserWarning, match="`floor` 0.3 changes nothing with `compat` official"):
+        assert CurvZO(named, budget=0.4, floor=0.3, compat="official").floor == 0.0
+    assert CurvZO(named, budget=0.04, compat="official").budget == 0.04

@@ -109,7 +109,7 @@ def test_a_loss_that_is_not_finite_changes_nothing() -> None:
     before = model.weight.detach().clone()
     optimizer = FirstOrderFused(model.named_parameters(), 0.1)
     loss = optimizer.step(lambda: model(torch.full((1, 2), math.inf)).sum())
-    assert math.isnan(loss) and torch.equal(model.weight, before)
+    assert not math.isfinite(loss) and torch.equal(model.weight, before)
     assert optimizer.last_step is not None and optimizer.last_step.coefficients == ()
 
 
@@ -145,3 +145,39 @@ def test_a_loss_without_a_graph_is_refused() -> None:
         optimizer.step(lambda: 1.0)
     with pytest.raises(UserError, match="needs a closure"):
         optimizer.step()
+
+
+def test_a_gradient_that_was_there_before_is_dropped() -> None:
+    model, twin = nn.Linear(2, 1), nn.Linear(2, 1)
+    twin.load_state_dict(model.state_dict())
+    model.weight.grad = torch.full((1, 2), 100.0)
+    for each in (model, twin):
+        FirstOrderFused(each.named_parameters(), 0.1).step(lambda each=each: each(torch.ones(1, 2)).square().sum())
+    assert torch.equal(model.weight, twin.weight)
+
+
+def test_a_loss_above_the_limit_is_returned_and_changes_nothing() -> None:
+    model = nn.Linear(2, 1)
+    before = model.weight.detach().clone()
+    optimizer = FirstOrderFused(model.named_parameters(), 0.1)
+    optimizer.max_loss = 1.0
+    assert optimizer.step(lambda: model(torch.ones(1, 2)).sum() * 0 + 3.0) == 3.0
+    assert torch.equal(model.weight, before)
+
+
+def test_weights_that_were_loaded_between_steps_are_gone_on_from() -> None:
+    model = nn.Linear(4, 1, bias=False).bfloat16()
+    optimizer = FirstOrderFused(model.named_parameters(), 1e-3)
+    loss = lambda: model(torch.ones(1, 4).bfloat16()).square().sum() * 0  # noqa: E731
+    optimizer.step(loss)
+    model.load_state_dict({"weight": torch.full((1, 4), 5.0)})
+    optimizer.step(loss)
+    assert torch.equal(model.weight.data, torch.full((1, 4), 5.0).bfloat16())
+
+
+def test_a_precision_without_effect_is_refused() -> None:
+    model = nn.Linear(2, 1)
+    with pytest.raises(UserError, match="`precision` compensated-16 keeps bits below bfloat16"):
+        FirstOrderFused(model.named_parameters(), precision="compensated-16").step(
+            lambda: model(torch.ones(1, 2)).sum()
+        )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import vector_to_parameters
 
 from metazo.errors import UserError
+from metazo.noise import PhiloxNoise
 from metazo.optimizers import FZOO, LOZO, METHODS, OPTIMIZERS, MeZO
 from metazo.optimizers.guards import as_loss, check_weights
 from metazo.optimizers.loss_watch import FIRST_STEPS
@@ -651,3 +652,41 @@ def test_masters_follow_weights_in_other_memory():
     with pytest.warns(UserWarning):
         optimizer.step(lambda: model(torch.ones(4, dtype=torch.bfloat16)).float().sum())
     assert (model.weight == 0.25).all()
+
+
+@pytest.mark.parametrize("setting", ["lr", "weight_decay"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1e-2, "0.1"])
+@pytest.mark.parametrize("name", ["mezo", "first-order-sgd", "first-order-fused"])
+def test_a_rate_that_a_schedule_made_no_number_is_refused(name, setting, value):
+    p = nn.Parameter(torch.ones(3))
+    optimizer = METHODS[name]([("p", p)], lr=1e-2)
+    optimizer.param_groups[0][setting] = value
+    with pytest.raises(UserError, match=re.escape(f"`{setting}` of parameter group 1 is {value!r} now")):
+        optimizer.step(lambda: p.square().sum())
+    assert torch.equal(p, torch.ones(3))
+
+
+def test_a_schedule_may_end_a_rounding_below_0():
+    p = nn.Parameter(torch.ones(3))
+    optimizer = MeZO([("p", p)], lr=1e-2)
+    optimizer.param_groups[0]["lr"] = -1e-19
+    optimizer.step(lambda: p.square().sum())
+
+
+def test_a_seed_beside_a_noise_source_is_refused():
+    named = [("p", nn.Parameter(torch.ones(3)))]
+    with pytest.raises(UserError, match="`seed` 7 would change nothing beside a noise source"):
+        MeZO(named, seed=7, noise=PhiloxNoise(5))
+    assert (
+        MeZO(named, seed=5, noise=PhiloxNoise(5)).noise.run_seed
+        == MeZO(named, noise=PhiloxNoise(5)).noise.run_seed
+        == 5
+    )
+
+
+def test_masters_of_float64_weights_are_refused():
+    p = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    with pytest.raises(
+        UserError, match="`precision` master keeps float32, which is less than the float64 weights have"
+    ):
+        MeZO([("p", p)], precision="master").step(lambda: p.sum())

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from metazo.blocks import named_tensors
+from metazo.blocks import ALIGN, chunks, named_tensors
 from metazo.errors import UserError
 from metazo.noise import PhiloxNoise
 from metazo.optimizers.loren import LOREN, score
@@ -150,3 +150,26 @@ def test_a_kernel_is_the_matrix_of_its_rows(compat):
 def test_bad_hyperparameters(bad, word):
     with pytest.raises(UserError, match=word):
         LOREN([("w", parameter(3))], **bad)
+
+
+def test_a_row_of_several_chunks_is_drawn_once_for_its_product(monkeypatch):
+    """The chunks are those of the whole row, and their number of draws grows with the row, not with its square."""
+    monkeypatch.setattr("metazo.blocks.CHUNK", ALIGN)
+    (tensor,) = named_tensors([("w", torch.nn.Parameter(torch.zeros(6 * ALIGN)))])
+    a, stream, drawn = torch.linspace(-1, 1, 6 * ALIGN), PhiloxNoise(0).stream(3), []
+
+    class Counted(Isotropic):
+        def draw(self, *given):
+            drawn.append(1)
+            return super().draw(*given)
+
+    whole = Reflected(Isotropic(), lambda _: a, 0.1).draw(stream, tensor)
+    direction = Reflected(Counted(), lambda _: a, 0.1)
+    for _ in range(2):  # a later pass takes a as it is then
+        ranges = list(chunks(tensor.param))
+        parts = [direction.draw(stream, tensor, None, start, stop - start) for start, stop in ranges]
+        torch.testing.assert_close(torch.cat(parts), Reflected(Isotropic(), lambda _: a, 0.1).draw(stream, tensor))
+        assert len(ranges) > 5 and len(drawn) == 2 * len(ranges)
+        drawn.clear()
+        a.neg_().mul_(3)
+    assert not torch.equal(whole, torch.cat(parts))

@@ -9,7 +9,10 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from metazo.bench.architectures import build
+from metazo.blocks import named_tensors
 from metazo.errors import UserError
+from metazo.feedback.factors import Gradient
+from metazo.feedback.momentum import FactoredMomentum
 from metazo.models.load import load_model
 from metazo.optimizers import FirstOrderFused
 from metazo.optimizers.answer_column import AnswerColumn
@@ -170,7 +173,7 @@ def test_a_loss_that_is_not_finite_changes_nothing() -> None:
     tiny = build("Llama")
     before = weights(tiny.model)
     optimizer = SkipFeedback(tiny.model.named_parameters(), 1e-3, model=tiny.model)
-    assert math.isnan(optimizer.step(lambda: tiny.answer() * math.inf))
+    assert optimizer.step(lambda: tiny.answer() * math.inf) == math.inf
     assert optimizer.last_step.coefficients == () and optimizer.steps == 1
     assert all(torch.equal(before[name], p) for name, p in tiny.model.named_parameters())
 
@@ -436,3 +439,23 @@ def test_examples_that_are_solved_do_not_make_weights_infinite(cls) -> None:
     before = weights(model)
     optimizer.step(lambda: cross_entropy(model(input_ids=ids).logits[:, -1, [100, 200]].float(), target))
     assert all(torch.equal(before[name], value) for name, value in weights(model).items())
+
+
+@pytest.mark.parametrize("shape", [(300, 400), (500, 300)])
+def test_momentum_of_a_whole_matrix_is_nearly_its_best_approximation(shape: tuple[int, int]) -> None:
+    """Beside the singular value decomposition, on a matrix whose singular values fall slowly."""
+    generator = torch.Generator().manual_seed(1)
+    kept = torch.randn(shape[0], 4, generator=generator), torch.randn(shape[1], 4, generator=generator)
+    (tensor,) = named_tensors([("w", torch.nn.Parameter(torch.zeros(shape)))])
+    momentum = FactoredMomentum(0.9, 4, ["w"])
+    state = momentum.init([tensor])
+    state["momentum/left/w"].copy_(kept[0])
+    state["momentum/right/w"].copy_(kept[1])
+    twin = {name: value.clone() for name, value in state.items()}
+    gradient = torch.randn(shape, generator=generator)
+    wanted = 0.9 * kept[0] @ kept[1].t() + gradient
+    found = momentum.update(state, Gradient({}, {}, {"w": gradient}))
+    lost = torch.linalg.svdvals(wanted)[4:].square().sum().sqrt()
+    assert float((found.dense("w") - wanted).norm() / lost) == pytest.approx(1, abs=1e-3)
+    momentum.update(twin, Gradient({}, {}, {"w": gradient}))
+    assert all(torch.equal(value, twin[name]) for name, value in state.items())

@@ -336,3 +336,13 @@ def test_mini_steps_have_their_own_rate_in_every_group_under_a_schedule_and_afte
     again.load_state_dict(schedule.state_dict())
     for own, right in zip(rates(other, again, 2), expected[2:], strict=True):
         assert own == pytest.approx(right, rel=1e-12)
+
+
+def test_a_rate_that_began_at_nothing_has_mini_steps_too():
+    model = Sum()
+    optimizer, rates = make(model, interval=2, lr=0.0, mini_lr=0.01), []
+    for lr in (0.0, 0.0, 0.1, 0.1):
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step(model)
+        rates.append(optimizer.last_step.lr[0])
+    assert rates == [0.0, 0.0, 0.1, 0.01]

@@ -67,6 +67,7 @@ def test_failed_missing_not_a_number_and_torn(tmp_path: Path):
         (["lozo", "fzoo"], 5, "no finished column mezo"),
         (["mezo", "tuner"], 1, "too few pairs to rule out chance"),
         (["mezo", "tuner"], 5, "cannot give p below 0.0625"),
+        (["mezo", "tuner", "lozo", "fzoo"], 6, "p below 0.0312, which correction for 3 comparisons makes 0.0938"),
         (["first-order-adamw"], 2, "no two methods"),
         (["zero-shot"], 1, "no two methods"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
@@ -66,6 +67,18 @@ def test_compiled_forms_are_the_plain_ones_to_the_last_bit(dtype, low_dtype, thr
             assert torch.equal(found.view(torch.int16), plain.view(torch.int16)) and torch.equal(kept, rest)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("low_dtype", [torch.int16, torch.int8])
+def test_float16_beyond_its_range_is_infinite(low_dtype):
+    """Its exponent went into the sign bit, and 1e6 became -0.0002."""
+    theta = torch.tensor([65519.0, 65520.0, 7e4, -1e6, 1e38, math.inf, -math.inf, math.nan])
+    for form in (split, plain_split):
+        weights, low = torch.empty_like(theta, dtype=torch.float16), torch.empty_like(theta, dtype=low_dtype)
+        form(theta.clone(), weights, low, 0, 0)
+        assert torch.equal(weights[:-1], theta[:-1].half()) and bool(weights[-1].isnan())
+        kept = join(weights, low).half()  # as a probe gives it to the model
+        assert torch.equal(kept[:-1], weights[:-1]) and not bool(kept[-1].isfinite())
 
 
 def test_small_float16_keeps_37_binary_places():

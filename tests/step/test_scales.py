@@ -200,3 +200,16 @@ def test_what_rare_readings_do_to_sigma_was_measured():
         assert row["1"]["largest"] == 0 < row[str(STATISTICS_EVERY)]["mean"] < 0.01
     found = benchmark.differences("rms", steps=3)
     assert found["1"]["largest"] == 0 and 0 < found["50"]["largest"] < 0.01
+
+
+@pytest.mark.parametrize(("half", "zero", "loss"), [(True, False, 7e4), (False, True, 1.0)])
+def test_a_scale_that_is_not_finite_is_refused_before_the_weights_move(half, zero, loss):
+    """Networks of float16 overflow, and those that give 0 have no direction."""
+    networks = PertNN(1, zero_init=zero)
+    p = torch.nn.Parameter(torch.randn(4, 4))
+    scale = TunerScale(pertnn=networks.half() if half else networks, every=1)
+    optimizer = MeZO([("a.weight", p)], lr=0.0, scale=scale, check_loss=False)
+    with pytest.raises(UserError, match="The scale of block a.weight is not finite at step"):
+        for _ in range(2):
+            optimizer.step(lambda: torch.tensor(loss))
+    assert bool(p.isfinite().all())

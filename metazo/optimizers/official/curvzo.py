@@ -9,6 +9,7 @@ uniform numbers are drawn before the step's seed.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -38,21 +39,27 @@ def probabilities(scores: np.ndarray, fraction: float) -> np.ndarray:
 class OfficialCurvZO(CurvZO):
     first_score, first_magnitude = 0.01, 1e-8
 
-    def __init__(self, *args, **options):
-        super().__init__(*args, **options)
+    def __init__(self, *args, floor: float = 0.05, **options):
+        if floor not in (0.05, 0.0):
+            warnings.warn(
+                f"`floor` {floor:g} changes nothing with `compat` official, which has no floor.", stacklevel=2
+            )
+        super().__init__(*args, floor=min(0.05, options.get("budget", 0.05)), **options)
         self.floor = 0.0
-        self.uniforms: np.ndarray | None = None  # for the step whose seed is drawn
+        self.drawn: np.ndarray | None = None  # for the step whose seed is drawn
 
     def draw_seeds(self, step: int, queries: int) -> list[int]:
-        self.uniforms = self.noise.uniform(step, len(self.tensors))
+        self.drawn = super().uniforms(step)
         return super().draw_seeds(step, queries)
 
+    def uniforms(self, step: int) -> np.ndarray:
+        drawn, self.drawn = self.drawn, None
+        return super().uniforms(step) if drawn is None else drawn
+
     def propose(self, state: State, step: int, seeds: Sequence[int]) -> Direction:
-        uniforms, self.uniforms = self.uniforms, None
-        pi, selected = self.choose(state, self.noise.uniform(step, len(self.tensors)) if uniforms is None else uniforms)
-        state["pi"].copy_(torch.from_numpy(pi))
-        state["selected"].copy_(torch.from_numpy(selected))
-        return self.sparse(state)
+        direction = super().propose(state, step, seeds)
+        self.taking_part = frozenset(tensor.name for tensor in self.selected(state))
+        return direction
 
     def choose(self, state: State, uniforms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         pi = probabilities(state["score"].numpy(), float(state["fraction"]))
@@ -65,7 +72,7 @@ class OfficialCurvZO(CurvZO):
         return np.maximum(pi, 1e-8)
 
     def decays(self, tensor: NamedTensor) -> bool:
-        return tensor in self.selected(self.zo_state) and super().decays(tensor)
+        return tensor.name in self.taking_part and super().decays(tensor)
 
     def size(self, c: float) -> float:
         return abs(c)

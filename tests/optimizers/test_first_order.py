@@ -1,0 +1,54 @@
+"""Training with gradients: which gradients a step takes, and which it refuses."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from metazo.errors import UserError
+from metazo.io import processes
+from metazo.optimizers.first_order import FirstOrderAdamW, FirstOrderSGD
+
+each = pytest.mark.parametrize("cls", [FirstOrderSGD, FirstOrderAdamW])
+
+
+def pair(*numbers: float) -> nn.Parameter:
+    return nn.Parameter(torch.tensor(numbers))
+
+
+@each
+def test_a_step_takes_its_own_gradient_alone(cls) -> None:
+    """Not one of another backward pass, nor that of a step which could not be recorded."""
+    p, twin = pair(0.01, 0.02), pair(0.01, 0.02)
+    optimizer, other = cls([("p", p)], lr=0.1), cls([("p", twin)], lr=0.1)
+
+    def fail(step) -> None:
+        raise OSError
+
+    p.grad, optimizer.recorder = torch.full((2,), 100.0), fail
+    with pytest.raises(OSError):
+        optimizer.step(lambda: p.square().sum())
+    assert p.grad is None
+    optimizer.recorder = None
+    optimizer.step(lambda: p.square().sum())
+    other.step(lambda: twin.square().sum())
+    assert torch.equal(p, twin)
+
+
+@each
+def test_a_gradient_that_is_not_finite_changes_nothing(cls) -> None:
+    p = pair(0.0, 0.02)  # the root's derivative at 0 is infinite
+    optimizer = cls([("p", p)], lr=0.1)
+    assert math.isnan(optimizer.step(lambda: p.abs().sqrt().sum()))
+    assert torch.equal(p, pair(0.0, 0.02)) and optimizer.last_step.coefficients == ()
+
+
+@each
+def test_several_processes_are_refused(cls, monkeypatch) -> None:
+    monkeypatch.setattr(processes, "together", lambda: True)
+    p = pair(1.0)
+    with pytest.raises(UserError, match="runs in one process"):
+        cls([("p", p)], lr=0.1).step(lambda: p.sum())
