@@ -28,6 +28,7 @@ Names are imported when they are first used: `import metazo` by itself loads nei
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -92,6 +93,8 @@ def __getattr__(name: str) -> Any:
         return getattr(import_module(_HOMES[name]), "load" if name in ("load_model", "load_tuner") else name)
     if name[:1].isupper() and name in _optimizers():
         return getattr(import_module("metazo.optimizers"), name)
+    if not name.startswith("_") and find_spec(f"metazo.{name}"):
+        return import_module(f"metazo.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

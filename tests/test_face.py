@@ -141,3 +141,11 @@ def test_help_and_light_commands_do_not_load_torch() -> None:
         and "--rank" in shown
         and "lozo: 2" in " ".join(shown.replace("│", "").split())
     )
+
+
+def test_packages_are_attributes() -> None:
+    """As the docstring of the optimizers shows them; what does not exist is no attribute."""
+    code = (
+        "import metazo; print(metazo.optimizers.MeZO.__name__, hasattr(metazo, 'nothing'), hasattr(metazo, '_nothing'))"
+    )
+    assert python(code).split() == ["MeZO", "False", "False"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.optim import Optimizer
 
 from metazo import zoo
 from metazo.errors import UserError
+from metazo.io.files import is_file
 from metazo.optimizers import METHODS
 from metazo.optimizers.base import ZOOptimizer
 from metazo.optimizers.registry import method
@@ -34,7 +36,8 @@ class ZOMixin:
 
     * A step evaluates the losses of its micro-batches at each probe, in evaluation mode and under inference mode. No backward
       pass is run, and no gradient exists: `max_grad_norm` is set to 0, and no gradient norm is logged. A warning names it, and
-      `optim` with its arguments, if they were given.
+      `optim` with its arguments, if they were given. (first-order-fused, skip-feedback, feedback and answer-column are taken
+      too, and compute gradients, one tensor or block at a time.)
     * `gradient_accumulation_steps` = k makes one step of k micro-batches under one perturbation, not k. Its loss is the mean
       over all their tokens if the model divides by `num_items_in_batch`, as causal language models do, and else the mean of
       the k losses, in which the examples of a smaller last micro-batch weigh more. (The Trainer adds up the k losses of a
@@ -43,11 +46,11 @@ class ZOMixin:
 
     Checkpoints hold the whole state of the method, so that `resume_from_checkpoint` goes on bit for bit.
 
-    Raises UserError for float16 with a gradient scaler (`fp16`), DeepSpeed, FSDP and NEFTune's noise, which this class does not
-    support, and for settings that the method does not have. Do not use it with a loss that is random, such as a sampled one:
-    the probes of a step must differ by the perturbation alone. Nor with a surrogate whose gradient is meant and whose value
-    is not, such as GRPO's or PPO's: it is the same at every probe, so that nothing moves, and a warning says so after 20
-    steps.
+    Raises UserError for a checkpoint without it (`save_only_model`), whose steps would repeat the noise of the first ones; for
+    float16 with a gradient scaler (`fp16`), DeepSpeed, FSDP and NEFTune's noise, which this class does not support; and for
+    settings that the method does not have. Do not use it with a loss that is random, such as a sampled one: the probes of a
+    step must differ by the perturbation alone. Nor with a surrogate whose gradient is meant and whose value is not, such as
+    GRPO's or PPO's: it is the same at every probe, so that nothing moves, and a warning says so after 20 steps.
     """
 
     def __init__(self, *args: Any, optimizer_cls_and_kwargs: Any = None, **kwargs: Any):
@@ -146,6 +149,14 @@ class ZOMixin:
             scaled = takes and num_items_in_batch is not None
         return (loss if scaled else loss / trainer.current_gradient_accumulation_steps).float()
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and not is_file(Path(checkpoint) / "optimizer.pt"):
+            raise UserError(
+                f"{checkpoint} has no state of the optimizer (`save_only_model`): the steps would repeat the noise of the "
+                "first ones. Load the model from it and start a new run with another `seed`."
+            )
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
         """There is no gradient, so none is measured."""
 
@@ -212,7 +223,8 @@ def _build(chosen: Any, module: nn.Module, options: dict[str, Any], decayed: Ite
     """The method with its settings; weight decay is for the parameters named `decayed`, as in the Trainer."""
     cls = method(chosen) if isinstance(chosen, str) else chosen
     if not (isinstance(cls, type) and issubclass(cls, ZOOptimizer)):
-        names = ", ".join(name for name, each in METHODS.items() if issubclass(each, ZOOptimizer))
+        zeroth = (name for name, each in METHODS.items() if issubclass(each, ZOOptimizer) and not each.needs_gradient)
+        names = ", ".join(zeroth)
         raise UserError(
             f"`optimizer_cls_and_kwargs` names {chosen!r}, which is not a zeroth-order method: choose {names}."
         )

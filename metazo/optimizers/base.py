@@ -106,8 +106,9 @@ class ZOOptimizer(Verbs, Saving):
     change them (the update that waits would be added to weights that were loaded), and before you copy or pickle the
     optimizer, which raises UserError otherwise.
 
-    Raises UserError for hyperparameters out of range. Weights of bfloat16 and float16 have float32 masters: change them between
-    steps under torch.no_grad() (or by load_state_dict), because what is written to `param.data` is undone by the next step.
+    Raises UserError for hyperparameters out of range. Weights of bfloat16 and float16 have float32 masters, or bits below them:
+    change them between steps under torch.no_grad() (or by load_state_dict), because what is written to `param.data` is not
+    noticed, and is undone by the next step if there are masters.
     Do not use it with dropout or with a loss that is random in another
     way: the evaluations of a step must differ by the probe alone.
     """

@@ -16,6 +16,7 @@ torch would end one of them.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from hashlib import blake2b
 from typing import Any
@@ -92,7 +93,16 @@ def checksum(chunks: Iterable[tuple[int, Tensor]]) -> int:
 
 
 def check_exchange(optimizer: Any) -> None:
-    """Raises UserError on every rank if they would not exchange the same numbers in a step."""
+    """Raises UserError on every rank if they would not exchange the same numbers in a step; warns about names of
+    DistributedDataParallel, which give another noise than the model's own.
+    """
+    if all(tensor.name.startswith("module.") for tensor in optimizer.tensors):
+        warnings.warn(
+            "All names of the weights begin with `module.`, as those of DistributedDataParallel, and the noise follows from "
+            "the names: give the optimizer the parameters of the model inside (`model.module`, or the model before "
+            "`accelerator.prepare`) for the steps that one process would take.",
+            stacklevel=4,
+        )
     mine = {"check_every": optimizer.check_every, "probes per step": len(optimizer.estimator.probes())}
     _refuse(processes.gathered(mine), "Give every rank the same settings.")
 

@@ -84,6 +84,7 @@ class Saving(Optimizer):
             )
         for name, value in present.items():
             value.copy_(state[name])
+        self.weights.take_up()
         self.steps, self.forwards = (int(n) for n in state["counters"])
         self._unrecorded = None
 

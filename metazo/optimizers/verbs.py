@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from metazo.blocks import LocalShard, NamedTensor
+from metazo.errors import UserError
 from metazo.noise import Noise
 from metazo.optimizers import probing as probings
 from metazo.optimizers.groups import Closure
@@ -85,7 +86,15 @@ class Verbs(Method):
 
     def evaluate(self, closures: Sequence[Closure]) -> float:
         """The mean loss of the closures at the present weights, within `evaluation`."""
-        return sum(self.loss_watch.loss(evaluate()) for evaluate in closures) / len(closures)
+        try:
+            return sum(self.loss_watch.loss(evaluate()) for evaluate in closures) / len(closures)
+        except RuntimeError as error:
+            if "does not require grad" not in str(error):
+                raise
+            raise UserError(
+                "The closure computes a gradient, by backward() or torch.autograd, and a loss has none here: let it return the "
+                "loss alone, `step(lambda: model(**batch).loss)`."
+            ) from error
 
     def decays(self, tensor: NamedTensor) -> bool:
         """Whether weight decay acts on a tensor: MeZO's name rule, unless a method or the tensor's group has its own."""

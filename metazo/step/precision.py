@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -175,9 +175,13 @@ class Compensated:
     """Theta is the weights and the bits below them; it exists one chunk at a time."""
 
     theta = None
+    version: tuple[int, int] | None = None
+    """Of the weights that the bits belong to; None of a copy, whose weights are those that it was made with."""
+    loaded = False
+    """Whether a state was loaded since the last step, to which weights may belong that are loaded after it."""
 
     def __init__(self, tensor: NamedTensor, dtype: torch.dtype):
-        self.param, self.salt = tensor.param, tensor.id
+        self.param, self.salt, self.version = tensor.param, tensor.id, _version(tensor.param)
         self.buffers = {"compensation": torch.zeros_like(tensor.param, dtype=dtype)}
 
     def read(self, start: int, stop: int, room: Tensor | None = None) -> Tensor:
@@ -191,6 +195,21 @@ class Compensated:
 
     def settle(self) -> None:
         pass
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"version": None}
+
+    def follow(self) -> bool:
+        """As `Master.follow`; what is kept of weights that were changed is nothing. Weights that are loaded after a state and
+        before a step are taken for those of the state, if they can be.
+        """
+        before, self.version = self.version, _version(self.param)
+        loaded, self.loaded = self.loaded, False
+        low = self.buffers["compensation"]
+        if before in (None, self.version) or (loaded and not bool(((self.param.data == 0) & (low < 0)).any())):
+            return False
+        low.zero_()
+        return True
 
 
 def storage(tensor: NamedTensor, precision: str) -> InPlace | Master | Compensated:

@@ -52,7 +52,7 @@ class Weights:
         self.pending: Pending | None = None
 
     def follow(self) -> None:
-        """Before a step: masters of weights that were changed since the last one, as by load_state_dict, begin anew.
+        """Before a step: what is kept of weights that were changed since the last one, as by load_state_dict, begins anew.
 
         Raises UserError if a weight has another dtype now, for which its theta would be stored in another way.
         """
@@ -63,13 +63,20 @@ class Weights:
                     f"{tensor.name} was {was} when the optimizer took up its tensors (at the first step, or when a state was "
                     f"saved or loaded) and is {now} now: make the optimizer when the model has its dtype."
                 )
-        changed = [name for name, place in self.storage.items() if isinstance(place, Master) and place.follow()]
+        kept = ((name, place) for name, place in self.storage.items() if isinstance(place, Master | Compensated))
+        changed = [name for name, place in kept if place.follow()]
         if changed:
             warnings.warn(
                 f"{len(changed)} trained tensors were changed since the last step, the first is {changed[0]}: their float32 "
-                "masters begin anew from them.",
+                "masters, or the bits that are kept below them, begin anew from them.",
                 stacklevel=5,
             )
+
+    def take_up(self) -> None:
+        """After a state was loaded: weights that are loaded next belong to it."""
+        for place in self.storage.values():
+            if isinstance(place, Compensated):
+                place.loaded = True
 
     # -- probing --------------------------------------------------------------------------------------------------
 

@@ -339,3 +339,17 @@ def test_a_subclass_that_takes_no_step_is_refused(tmp_path):
 
     with pytest.raises(UserError, match="No step was taken: a subclass must not replace the `training_step`"):
         trainer(tmp_path, model(), Own).train()
+
+
+def test_a_checkpoint_without_the_optimizer_is_refused(tmp_path: Path) -> None:
+    """Its steps would repeat the noise of the first ones."""
+    options = {"save_strategy": "steps", "save_steps": 2, "save_only_model": True}
+    trainer(tmp_path, model(), **options).train()
+    with pytest.raises(UserError, match="has no state of the optimizer \\(`save_only_model`\\)"):
+        trainer(tmp_path, model(), **options).train(resume_from_checkpoint=True)
+
+
+def test_the_methods_that_are_named_need_no_gradients(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not a zeroth-order method: choose curvzo") as refused:
+        trainer(tmp_path, model(), optimizer_cls_and_kwargs=("first-order-sgd", {})).create_optimizer()
+    assert "feedback" not in str(refused.value) and "first-order-fused" not in str(refused.value)

@@ -690,3 +690,16 @@ def test_masters_of_float64_weights_are_refused():
         UserError, match="`precision` master keeps float32, which is less than the float64 weights have"
     ):
         MeZO([("p", p)], precision="master").step(lambda: p.sum())
+
+
+def test_a_closure_that_calls_backward_is_refused():
+    p = nn.Parameter(torch.ones(3))
+
+    def closure():
+        loss = p.square().sum()
+        loss.backward()
+        return loss
+
+    with pytest.raises(UserError, match=r"The closure computes a gradient, by backward\(\)"):
+        MeZO([("p", p)], lr=1e-2).step(closure)
+    assert torch.allclose(p, torch.ones(3))

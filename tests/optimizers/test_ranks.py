@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch import nn
 
 from metazo.errors import UserError
+from metazo.io import processes
 from metazo.optimizers import EGGROLL, ES, FZOO, LOREN, LOZO, HiZOO, MeZO, MeZOAdam, MeZOSVRG, ZOMuon
-from metazo.optimizers.ranks import Exchange, checksum
+from metazo.optimizers.ranks import Exchange, check_exchange, checksum
 from metazo.step.estimators import AtTheta
 from metazo.step.scales import RMSScale
 from tests import warm
@@ -184,3 +185,13 @@ def test_the_checksum_notices_bits_and_places_and_no_chunks(dtype):
     swapped[[5, 6]] = values[[6, 5]]
     flipped[2999] = torch.nextafter(flipped[2999].float(), torch.tensor(9.0)) if dtype != torch.bfloat16 else 9.0
     assert whole != checksum([(0, swapped)]) and whole != checksum([(0, flipped)])
+
+
+def test_names_of_distributed_data_parallel_are_warned_of(monkeypatch):
+    """Their noise is another than that of the run of one process."""
+    monkeypatch.setattr(processes, "gathered", lambda mine: [mine, mine])
+    named = [("module.w", torch.nn.Parameter(torch.ones(3)))]
+    optimizer = MeZO(named)
+    optimizer.step(lambda: named[0][1].sum())
+    with pytest.warns(UserWarning, match="All names of the weights begin with `module.`"):
+        check_exchange(optimizer)

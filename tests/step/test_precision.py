@@ -304,3 +304,61 @@ def test_the_measurement():
     assert benchmark.table(result).count("\n") == len(benchmark.ARMS) + 1
     found = benchmark.exactness("bfloat16", "compensated-16", steps=10)
     assert found["drift"] == 0 and found["cosine"] > 0.999 and found["weights_cosine"] < 0.9
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("precision", COMPENSATED)
+def test_compensation_of_weights_that_were_changed_begins_anew(precision, dtype):
+    """A remainder below 0 that was kept for another weight made a NaN of a 0."""
+    weight = nn.Parameter(torch.randn(64, generator=torch.Generator().manual_seed(0)).to(dtype))
+    optimizer = MeZO([("w", weight)], lr=1e-3, precision=precision)
+
+    def loss():
+        return weight.float().square().mean()
+
+    for _ in range(3):
+        optimizer.step(loss)
+    low = optimizer.tensors_state()["compensation/w"]
+    assert bool((low < 0).any())
+    with torch.no_grad():
+        weight.mul_(torch.arange(64) % 2)
+    with pytest.warns(UserWarning, match="the bits that are kept below them, begin anew"):
+        value = optimizer.step(loss)
+    assert value == pytest.approx(float(loss()), rel=0.1) and bool(weight.isfinite().all())
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_weights_that_are_loaded_beside_a_state_keep_its_compensation(before):
+    """In either order, as frameworks load them; weights that cannot be those of the state begin anew."""
+
+    def start():
+        weight = nn.Parameter(torch.randn(64, generator=torch.Generator().manual_seed(0)).bfloat16())
+        return weight, MeZO([("w", weight)], lr=1e-3, precision="compensated-16")
+
+    def take(weight, optimizer):
+        optimizer.step(lambda: weight.float().square().mean())
+
+    weight, optimizer = start()
+    for _ in range(3):
+        take(weight, optimizer)
+    kept, state = weight.detach().clone(), optimizer.state_dict()
+    take(weight, optimizer)
+    again, other = start()
+    take(again, other)
+    for loading in (before, not before):
+        if loading:
+            with torch.no_grad():
+                again.copy_(kept)
+        else:
+            other.load_state_dict(state)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        take(again, other)
+    assert torch.equal(weight, again)
+    assert torch.equal(optimizer.tensors_state()["compensation/w"], other.tensors_state()["compensation/w"])
+    other.load_state_dict(state)
+    with torch.no_grad():
+        again.zero_()
+    with pytest.warns(UserWarning, match="begin anew"):
+        take(again, other)
+    assert bool(again.isfinite().all())
