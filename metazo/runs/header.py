@@ -13,7 +13,7 @@ from metazo.io.tensorfile import weights_hash
 from metazo.models.parts import hash_of
 from metazo.models.sentence import SentenceClassifier
 from metazo.optimizers.registry import Method
-from metazo.runs.inputs import data_hash, inputs, tokenizer_hash
+from metazo.runs.inputs import data_hash, inputs, own_inputs, tokenizer_hash
 from metazo.runs.machine import processor, versions
 from metazo.tasks import Prepared, Task
 from metazo.tasks.data import VERSION
@@ -31,7 +31,7 @@ def header(settings: dict[str, Any], setup: Setup) -> dict[str, Any]:
     return {
         "model": loaded.name,
         "weights": hash_of(loaded.model),
-        **(inputs(setup.prepared, loaded.model) if isinstance(setup.prepared, Prepared) else {}),
+        **_inputs(setup),
         "tokenizer": tokenizer_hash(loaded.tokenizer) if loaded.tokenizer is not None else None,
         "labels": task.num_labels if isinstance(task, Task) else None,
         "task": task.name,
@@ -47,6 +47,12 @@ def header(settings: dict[str, Any], setup: Setup) -> dict[str, Any]:
         "settings": settings,
         "environment": environment(setup.device),
     }
+
+
+def _inputs(setup: Setup) -> dict[str, Any]:
+    if isinstance(setup.prepared, Prepared):
+        return inputs(setup.prepared, setup.loaded.model)
+    return own_inputs(setup.prepared, setup.loaded.model, setup.device)
 
 
 def tuner_hash(optimizer: Method) -> str | None:

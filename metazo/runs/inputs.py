@@ -12,9 +12,14 @@ from dataclasses import fields
 from hashlib import sha256
 from typing import Any
 
-from torch import nn
+import numpy as np
+import torch
+from torch import Tensor, nn
 
 from metazo.io.tensorfile import weights_hash
+from metazo.models.parts import forward_only
+from metazo.optimizers.guards import as_loss
+from metazo.runs.own import OwnBatch, OwnLoss
 from metazo.tasks import Prepared
 from metazo.tasks.task import Task
 
@@ -71,6 +76,48 @@ def belongs(model: nn.Module, tasks: Sequence[Prepared]) -> dict[str, Any]:
         found[f"data of {prepared.task.name}"] = f"sha256:{data_hash(prepared)}"
         found |= {f"{name} of {prepared.task.name}": v for name, v in definition(prepared.task, model).items()}
     return found
+
+
+def own_inputs(own: OwnLoss, model: nn.Module, device: torch.device) -> dict[str, Any]:
+    """As `inputs`, for a loss of the caller's own: the hash of the batches of each split, and the loss of the first batch at
+    the start weights to three digits, because the function itself cannot be compared.
+    """
+    splits = {"data": own.train, "dev": own.dev, "test": own.test}
+    found = {f"batches of `{name}`": f"sha256:{batches_hash(split)}" for name, split in splits.items()}
+    with forward_only(model):
+        first = as_loss(own.loss(model, own.train[0].to(device)))
+    return {"own": found | {"loss of the first batch": f"{first:.3g}"}}
+
+
+def batches_hash(batches: Sequence[OwnBatch]) -> str:
+    """sha256 over the tensors, arrays and plain values of batches, in order; of an object of another type, over its class."""
+    found = sha256()
+
+    def take(value: Any) -> None:
+        if isinstance(value, Tensor):
+            value = value.detach().cpu()
+            found.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            if value.layout == torch.strided and value.numel():
+                found.update(value.contiguous().reshape(-1).view(torch.uint8).numpy())
+        elif isinstance(value, np.ndarray) and value.dtype != object:
+            found.update(f"{value.dtype}{value.shape}".encode() + value.tobytes())
+        elif isinstance(value, Mapping):
+            for key in value:
+                take(key)
+                take(value[key])
+        elif isinstance(value, list | tuple):
+            found.update(f"{len(value)} items".encode())
+            for item in value:
+                take(item)
+        elif value is None or isinstance(value, bool | int | float | complex | str | bytes):
+            found.update(repr(value).encode())
+        else:
+            found.update(type(value).__qualname__.encode())
+        found.update(b"\n")
+
+    for batch in batches:
+        take(batch.content)
+    return found.hexdigest()
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

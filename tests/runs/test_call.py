@@ -143,6 +143,14 @@ def test_a_run_on_a_loss_of_its_own_is_resumed_and_replayed(tmp_path):
     done = replay(tmp_path / "cut" / "steps.jsonl", net(), tmp_path / "again")
     assert done.identical and weights(done.loaded.model) == weights(whole.model)
     assert saved == (tmp_path / "again" / "model.safetensors").read_bytes()
+    (tmp_path / "cut" / "summary.json").unlink()  # as if it were not complete
+    for change, words in {
+        "data": ({"data": batches()[::-1]}, "the batches of `data` changed"),
+        "dev": ({"dev": batches()[3:5]}, "the batches of `dev` changed"),
+        "loss": ({"loss": lambda *given: 5 * loss(*given)}, "loss of the first batch was '"),
+    }.values():
+        with pytest.raises(UserError, match=words):
+            metazo.finetune(net(), out=tmp_path / "cut", resume=True, **(given | change))
     other = net()
     with torch.no_grad():
         other[0].weight[0, 0] += 1
