@@ -39,7 +39,7 @@ from metazo.meta.path import load_weights, weights_of
 from metazo.meta.reset import Start
 from metazo.meta.teacher import load_optimizer_tensors, optimizer_tensors
 from metazo.optimizers.mezo import MeZO
-from metazo.runs.batches import batch_indices_by_length
+from metazo.runs.batches import ORDER, batch_indices_by_length
 from metazo.runs.schedule import share
 from metazo.step.scales import block_statistics, floored_rms, normalisation
 from metazo.tasks.evaluate import evaluate
@@ -268,7 +268,7 @@ class HorizonRun:
     def state(self) -> dict[str, Tensor]:
         """The whole state on which later steps depend, as tensors by name, not copied."""
         out = {"centre": self.centre, "sums": self.pairs.sums, "losses": self.pairs.losses, "rates": self.rates}
-        out |= {"age": self.age, "number": self.number}
+        out |= {"age": self.age, "number": self.number, "order": torch.tensor(ORDER)}
         out |= {f"meta/{key}": value for key, value in optimizer_tensors(self.optimizer, ["centre"]).items()}
         counters = torch.tensor([self.steps, self.skipped, self.in_a_row, self.begun])
         return {name: value.detach() for name, value in out.items()} | self.members | {"counters": counters}
@@ -276,6 +276,11 @@ class HorizonRun:
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Load a `state`. Raises UserError if it does not belong to this run."""
         own = {name: value for name, value in self.state().items() if not name.startswith(("meta/", "member"))}
+        if int(tensors.get("order", 1)) != ORDER:
+            raise UserError(
+                "The snapshot is of a metazo that had another order of batches of similar length: resume the run with that "
+                "metazo, or start it again in another `out`."
+            )
         odd = [name for name, value in own.items() if name not in tensors or tensors[name].shape != value.shape]
         if odd:
             raise UserError(f"The snapshot is not of this run: {odd[0]} differs; start in another `out`.")

@@ -16,7 +16,9 @@ from metazo.runs.config import FinetuneConfig
 from metazo.runs.own import OwnBatch
 from metazo.tasks.closures import BatchLoss
 
-WINDOW = 8  # batches that are sorted together
+WINDOW = 8  # most batches that are sorted together
+ORDER = 2
+"""Version of the order of batches by length, part of a step log's header. Version 1 sorted windows over several epochs."""
 
 
 def batch_indices(step: int, batch_size: int, examples: int, seed: int) -> list[int]:
@@ -35,14 +37,27 @@ def batch_indices(step: int, batch_size: int, examples: int, seed: int) -> list[
 def batch_indices_by_length(step: int, batch_size: int, lengths: Sequence[int], seed: int) -> list[int]:
     """As `batch_indices`, with examples of similar length in a batch, so that little of it is padding.
 
-    The examples of WINDOW steps are those of `batch_indices`; they are sorted by length, cut into WINDOW batches, and the
-    batches are taken in an order that the seed decides. lengths: of the inputs, in tokens. Returns: batch_size indices.
+    The examples of up to WINDOW steps within an epoch are those of `batch_indices`; they are sorted by length, cut into
+    batches, and the batches are taken in an order that the seed decides. The last window of an epoch may be shorter. A batch
+    that begins in one epoch and ends in the next is that of `batch_indices`, because sorting would put the copies of an
+    example side by side. lengths: of the inputs, in tokens. Returns: batch_size indices.
     """
-    window, place = divmod(step, WINDOW)
-    drawn = batch_indices(window, WINDOW * batch_size, len(lengths), seed)
+    examples = len(lengths)
+    epoch = step * batch_size // examples
+    first, end = -(-epoch * examples // batch_size), (epoch + 1) * examples // batch_size  # steps within the epoch
+    if step >= end:
+        return batch_indices(step, batch_size, examples, seed)
+    first += (step - first) // WINDOW * WINDOW
+    count = min(WINDOW, end - first)
+    drawn = [place for k in range(count) for place in batch_indices(first + k, batch_size, examples, seed)]
     drawn.sort(key=lengths.__getitem__)
-    batch = int(np.random.default_rng([seed, window, WINDOW]).permutation(WINDOW)[place])
+    batch = int(np.random.default_rng([seed, first, WINDOW]).permutation(count)[step - first])
     return drawn[batch * batch_size : (batch + 1) * batch_size]
+
+
+def order_of(config: FinetuneConfig) -> dict[str, int]:
+    """The version of the order of the batches as a field of a step log's header, if the run's order has versions."""
+    return {"order": ORDER} if config.batches == "by-length" else {}
 
 
 def reader(config: FinetuneConfig, train: Sequence[Any]) -> Callable[[int], list[Any]]:

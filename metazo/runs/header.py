@@ -13,6 +13,7 @@ from metazo.io.tensorfile import weights_hash
 from metazo.models.parts import hash_of
 from metazo.models.sentence import SentenceClassifier
 from metazo.optimizers.registry import Method
+from metazo.runs.batches import order_of
 from metazo.runs.inputs import data_hash, inputs, own_inputs, tokenizer_hash
 from metazo.runs.machine import processor, versions
 from metazo.tasks import Prepared, Task
@@ -38,6 +39,7 @@ def header(settings: dict[str, Any], setup: Setup) -> dict[str, Any]:
         "data": data_hash(setup.prepared) if isinstance(setup.prepared, Prepared) else None,
         "objective": setup.objective.source if setup.objective else None,
         "split": VERSION,
+        **order_of(setup.config),
         "trained": setup.prepared.record,
         "head": loaded.model.phrase_record() if isinstance(loaded.model, SentenceClassifier) else None,
         "method": settings["optimizer"],

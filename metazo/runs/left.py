@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from metazo.errors import UserError
+from metazo.runs.batches import order_of
 from metazo.runs.config import INCIDENTAL, FinetuneConfig
 from metazo.runs.folder import BEST, RunFolder
 from metazo.runs.inputs import data_hash
@@ -37,7 +38,8 @@ class Begun:
     def check_data(self, prepared: Prepared) -> None:
         """Raises UserError if the examples are not those with which the run began."""
         if self.log is not None and self.log.header.get("data") is not None:
-            compare(self.log, self.log.header | {"data": data_hash(prepared), "split": VERSION}, self.say)
+            now = {"data": data_hash(prepared), "split": VERSION, **order_of(self.config)}
+            compare(self.log, self.log.header | now, self.say)
 
     def begin_at(self, records: Records, replayable: bool) -> tuple[int, int]:
         """The step after which the run goes on, and that of the snapshot from which it is resumed. Takes up the records."""

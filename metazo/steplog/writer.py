@@ -146,6 +146,12 @@ def compare(found: Scan, wanted: dict[str, Any], say: Callable[[str], None]) -> 
                 f"split into train, dev and test, and this metazo has version {wanted.get('split', 1)}; resume it with the "
                 "metazo that began it, or start it again"
             )
+        if key == "order" and key in wanted:
+            raise UserError(
+                f"{found.path.name} cannot be continued: its batches of similar length are in the order of version "
+                f"{there.get(key, 1)}, and this metazo has version {wanted[key]}; resume it with the metazo that began "
+                "it, or start it again"
+            )
         if key == "objective" and there.get(key) and wanted.get(key):  # hashes of its file
             raise UserError(
                 f"{found.path.name} belongs to another run: the file of its `objective` has changed; put it back, or rebuild "

@@ -209,6 +209,13 @@ def test_interrupted_in_a_pair_and_killed_it_resumes_bit_identically(settings, m
     assert bytes_of(settings("whole")) == bytes_of(settings("parts"))
 
 
+def test_a_snapshot_with_another_order_of_batches_is_refused(settings) -> None:
+    run = HorizonRun(load(config := settings())[1], config)
+    old = {name: value for name, value in run.state().items() if name != "order"}
+    with pytest.raises(UserError, match="another order of batches of similar length"):
+        run.load(old)
+
+
 def test_the_scales_follow_the_loss(settings, monkeypatch) -> None:
     """If the held-out loss were the first scale, the search would lower it; two networks per block serve as well."""
     for networks in (0, 4):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from metazo.runs.batches import WINDOW, batch_indices, batch_indices_by_length
+from metazo.runs.batches import ORDER, WINDOW, batch_indices, batch_indices_by_length
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import run_settings
 from metazo.runs.replay import replay
@@ -20,21 +21,37 @@ LENGTHS = np.random.default_rng(0).integers(3, 40, EXAMPLES).tolist()
 
 
 def window(number: int, seed: int = 1) -> list[list[int]]:
-    return [batch_indices_by_length(number * WINDOW + k, SIZE, LENGTHS, seed) for k in range(WINDOW)]
+    """The first window of an epoch, of an even number: the 50 examples of two epochs are 25 batches."""
+    first = number // 2 * 25
+    return [batch_indices_by_length(first + k, SIZE, LENGTHS, seed) for k in range(WINDOW)]
 
 
-@pytest.mark.parametrize("number", [0, 1, 7])
+@pytest.mark.parametrize("number", [0, 2, 6])
 def test_the_steps_of_a_window_read_what_shuffled_steps_read(number: int) -> None:
-    shuffled = [i for k in range(WINDOW) for i in batch_indices(number * WINDOW + k, SIZE, EXAMPLES, 1)]
+    shuffled = [i for k in range(WINDOW) for i in batch_indices(number // 2 * 25 + k, SIZE, EXAMPLES, 1)]
     assert Counter(i for batch in window(number) for i in batch) == Counter(shuffled)
     assert all(len(batch) == SIZE for batch in window(number))
+
+
+@pytest.mark.parametrize(("examples", "size"), [(32, 16), (50, 4), (1000, 16), (24, 16), (10, 16), (7, 7)])
+def test_an_epoch_reads_every_example_once_and_no_batch_within_it_has_one_twice(examples: int, size: int) -> None:
+    lengths = [5 + i % 30 for i in range(examples)]
+    steps = math.lcm(examples, size) // size * 2  # whole epochs
+    read = [batch_indices_by_length(step, size, lengths, 0) for step in range(steps)]
+    assert set(Counter(i for batch in read for i in batch).values()) == {steps * size // examples}
+    assert len({i for batch in read[: -(-examples // size)] for i in batch}) == examples
+    for step, batch in enumerate(read):
+        if step * size // examples == ((step + 1) * size - 1) // examples:
+            assert len(set(batch)) == size
+        else:
+            assert batch == batch_indices(step, size, examples, 0)
 
 
 def test_batches_do_not_overlap_in_length_and_their_order_is_drawn() -> None:
     batches = sorted(window(0), key=lambda batch: max(LENGTHS[i] for i in batch))
     for lower, upper in zip(batches, batches[1:]):
         assert max(LENGTHS[i] for i in lower) <= min(LENGTHS[i] for i in upper)
-    orders = [[max(LENGTHS[i] for i in batch) for batch in window(number)] for number in range(20)]
+    orders = [[max(LENGTHS[i] for i in batch) for batch in window(number)] for number in range(0, 40, 2)]
     assert sum(order == sorted(order) for order in orders) <= 1
     # every place of the window gets short and long batches
     assert np.ptp(np.mean([[sorted(order).index(x) for x in order] for order in orders], axis=0)) < 4
@@ -49,7 +66,7 @@ def test_less_is_padding() -> None:
         return sum(SIZE * max(LENGTHS[i] for i in batch) for batch in batches)
 
     shuffled = [batch_indices(step, SIZE, EXAMPLES, 1) for step in range(WINDOW * 10)]
-    sorted_ = [batch for number in range(10) for batch in window(number)]
+    sorted_ = [batch_indices_by_length(step, SIZE, LENGTHS, 1) for step in range(WINDOW * 10)]
     whole = sum(LENGTHS[i] for batch in sorted_ for i in batch)
     assert padded(sorted_) < 1.15 * whole and padded(shuffled) > 1.4 * whole
 
@@ -62,6 +79,7 @@ def test_a_run_records_the_choice_and_is_replayed(tmp_path: Path) -> None:
         out = tmp_path / str(batches)
         run_settings(FinetuneConfig(**common, out=out, batches=batches), Console(quiet=True))
         assert header(out / "steps.jsonl")["settings"]["batches"] == batches
+        assert header(out / "steps.jsonl").get("order") == (ORDER if batches else None)
         losses[batches] = [step.losses for step in read(out / "steps.jsonl")]
         replay(out / "steps.jsonl", base="pico", out=tmp_path / f"{batches} again")
         again, first = (path / "model.safetensors" for path in (tmp_path / f"{batches} again", out / "model"))

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from metazo.errors import UserError
 from metazo.io.tensorfile import read_tensors, write_tensors
 from metazo.io.terminal import Console
+from metazo.runs.batches import ORDER
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.evaluations import Scores
 from metazo.runs.finetune import run_settings, tune
@@ -269,3 +270,10 @@ def test_a_run_of_an_older_split_is_refused_by_its_version_and_one_of_the_same_r
     StepLog(tmp_path / "steps.jsonl", now).close()
     with pytest.raises(UserError, match="drawn by version 1 of the split .* this metazo has version 2"):
         StepLog(tmp_path / "steps.jsonl", {**now, "data": "b" * 64})
+
+
+def test_a_run_with_batches_of_an_older_order_is_refused(tmp_path):
+    header = {"task": "t", "settings": {"seed": 0, "batches": "by-length"}}
+    StepLog(tmp_path / "steps.jsonl", header).close()
+    with pytest.raises(UserError, match="similar length are in the order of version 1, and this metazo has version 2"):
+        StepLog(tmp_path / "steps.jsonl", {**header, "order": ORDER})
