@@ -243,13 +243,16 @@ def _classifier(
 ) -> tuple[PreTrainedModel | SentenceClassifier, bool]:
     """The model, and whether its head is new."""
     trained = sum(a.endswith("ForSequenceClassification") for a in config.architectures or ()) and config.num_labels
+    revision = more["revision"]
     if head == "auto":
-        if find(source, HEAD_FILE):
-            model = SentenceClassifier.from_pretrained(source, dtype=dtype)
+        saved = find(source, HEAD_FILE, revision)
+        if saved:
+            _check_pooled(more)
+            model = SentenceClassifier.from_pretrained(source, dtype=dtype, revision=revision)
             if classes in (None, model.classes):
                 return model, False
             trained = model.classes
-        head = "linear" if (not trained or find(source, HEAD_FILE)) and pooling_of(source) else "checkpoint"
+        head = "linear" if (not trained or saved) and pooling_of(source, revision) else "checkpoint"
     wanted = classes or config.num_labels or 2
     if head == "checkpoint":
         if classes is not None and config.num_labels != classes:
@@ -260,17 +263,23 @@ def _classifier(
         lost = [str(key if isinstance(key, str) else key[0]) for key in info["mismatched_keys"]]
         new = bool(lost or info["missing_keys"])
     else:
-        if set(more) - {"revision", "attn_implementation"} or more["attn_implementation"]:
-            raise UserError(
-                "`quantize`, `device_map`, `attn_implementation`, `tensor_parallel` and `fsdp` cannot be used with a head on "
-                "pooled hidden states; add `head='checkpoint'`."
-            )
-        model, lost, new = SentenceClassifier.new(source, head=head, classes=wanted, dtype=dtype), [], True
+        _check_pooled(more)
+        model = SentenceClassifier.new(source, head=head, classes=wanted, dtype=dtype, revision=revision)
+        lost, new = [], True
         model.config.id2label = {index: f"LABEL_{index}" for index in range(wanted)}
     if new and head not in MADE:
         old = f" in place of the trained one of {trained} classes" if trained and (lost or head == "linear") else ""
         notes.append(f"{name} {NEW_HEAD} {wanted} classes{old}: its first answers are random")
     return model, new
+
+
+def _check_pooled(more: dict[str, Any]) -> None:
+    """Raises UserError for options of transformers that `SentenceClassifier` does not have."""
+    if set(more) - {"revision", "attn_implementation"} or more["attn_implementation"]:
+        raise UserError(
+            "`quantize`, `device_map`, `attn_implementation`, `tensor_parallel` and `fsdp` cannot be used with a head on "
+            "pooled hidden states; leave them out, or add `head='checkpoint'`."
+        )
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:

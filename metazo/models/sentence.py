@@ -162,9 +162,11 @@ class SentenceClassifier(nn.Module):
         (folder / POOLING_FILE).write_text(json.dumps({mode: True}))
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> SentenceClassifier:
-        """Read what `save_pretrained` wrote: a folder, or a repository of the Hub."""
-        path, pooling = find(str(folder), HEAD_FILE), pooling_of(str(folder))
+    def from_pretrained(
+        cls, folder: str | Path, *, dtype: torch.dtype = torch.float32, revision: str = "main"
+    ) -> SentenceClassifier:
+        """Read what `save_pretrained` wrote: a folder, or a repository of the Hub at a branch, tag or commit."""
+        path, pooling = find(str(folder), HEAD_FILE, revision), pooling_of(str(folder), revision)
         if path is None or pooling is None:
             raise UserError(
                 f"{str(folder)!r} needs {HEAD_FILE} and {POOLING_FILE} beside the encoder; name a folder that has them."
@@ -177,21 +179,26 @@ class SentenceClassifier(nn.Module):
             raise UserError(
                 f"{HEAD_FILE} of {str(folder)!r} was not written by metazo: it has no matrix of weights or prototypes."
             )
-        model = cls(_encoder(str(folder), dtype), new_head(kind, len(matrix), matrix.shape[1], dtype), pooling)
+        model = cls(
+            _encoder(str(folder), dtype, revision), new_head(kind, len(matrix), matrix.shape[1], dtype), pooling
+        )
         model.head.load_state_dict(tensors)
         return model
 
     @classmethod
-    def new(cls, source: str, *, head: str, classes: int, dtype: torch.dtype) -> SentenceClassifier:
+    def new(
+        cls, source: str, *, head: str, classes: int, dtype: torch.dtype, revision: str = "main"
+    ) -> SentenceClassifier:
         """The encoder of a checkpoint with a new head; torch's global generator draws a linear one."""
-        encoder = _encoder(source, dtype)
+        encoder = _encoder(source, dtype, revision)
         encoder.config.num_labels = classes
-        return cls(encoder, new_head(head, classes, encoder.config.hidden_size, dtype), pooling_of(source) or "mean")
+        top = new_head(head, classes, encoder.config.hidden_size, dtype)
+        return cls(encoder, top, pooling_of(source, revision) or "mean")
 
 
-def _encoder(source: str, dtype: torch.dtype) -> PreTrainedModel:
+def _encoder(source: str, dtype: torch.dtype, revision: str) -> PreTrainedModel:
     with quiet():  # of a pooler that is missing or left out
-        return AutoModel.from_pretrained(source, dtype=dtype)
+        return AutoModel.from_pretrained(source, dtype=dtype, revision=revision)
 
 
 @contextmanager
@@ -208,20 +215,24 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def find(source: str, name: str) -> Path | None:
+def find(source: str, name: str, revision: str = "main") -> Path | None:
     """The path of a file of a folder or Hub repository; None if there is no such file."""
     found = cached_file(
-        source, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+        source,
+        name,
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
     )
     return Path(found) if found else None
 
 
-def pooling_of(source: str) -> str | None:
+def pooling_of(source: str, revision: str = "main") -> str | None:
     """The pooling that a sentence-transformers checkpoint names; None if it names none.
 
     Raises UserError for a pooling that metazo does not know.
     """
-    path = find(source, POOLING_FILE)
+    path = find(source, POOLING_FILE, revision)
     if path is None:
         return None
     try:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from torch.nn.functional import cosine_similarity
 from transformers import AutoModel
 
@@ -232,3 +233,40 @@ def test_frozen_outputs_are_shared_between_runs_of_the_same_model(checkpoint: Pa
     assert cached(change=0.1)[1] and cached(depth=2)[1]  # other weights and other layers are computed
     monkeypatch.setattr(frozen, "MOST_SHARED", 1)
     assert torch.equal(cached(change=0.2)[0], cached(change=0.2)[0])  # a full store is emptied
+
+
+@pytest.fixture
+def on_hub(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, SentenceClassifier]:
+    """A repository in the cache of the Hub, whose revisions main and v1 are classifiers with other weights and pooling."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    repository, found = tmp_path / "cache" / "models--a--b", {}
+    for number, (revision, mode) in enumerate((("main", "mean_tokens"), ("v1", "cls_token"))):
+        pooling(checkpoint, mode)
+        loaded = load_model(checkpoint, num_labels=2, seed=number)
+        found[revision] = classifier(loaded)
+        for parameter in found[revision].encoder.parameters():
+            parameter.data.add_(number)
+        snapshot = repository / "snapshots" / (str(number) * 40)
+        found[revision].save_pretrained(snapshot)
+        loaded.tokenizer.save_pretrained(snapshot)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / revision).write_text(snapshot.name)
+    return found
+
+
+@pytest.mark.parametrize("revision", ["main", "v1"])
+def test_weights_head_and_pooling_are_of_the_revision(on_hub: dict[str, SentenceClassifier], revision: str) -> None:
+    saved = on_hub[revision]
+    for options in ({}, {"head": "linear", "num_labels": 3}):  # with the head of the file, and with a new one
+        model = classifier(load_model("a/b", kind="classifier", revision=revision, **options))
+        assert model.pooling == saved.pooling
+        torch.testing.assert_close(model.encoder.state_dict(), saved.encoder.state_dict())
+        assert options or torch.equal(model.head.state_dict()["weight"], saved.head.state_dict()["weight"])
+
+
+def test_options_that_a_saved_classifier_does_not_have_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    loaded = load_model(checkpoint, num_labels=2)
+    loaded.model.save_pretrained(tmp_path / "saved")
+    loaded.tokenizer.save_pretrained(tmp_path / "saved")
+    with pytest.raises(UserError, match="`attn_implementation`.* cannot be used with a head on pooled hidden states"):
+        load_model(tmp_path / "saved", kind="classifier", attn_implementation="eager")
