@@ -18,7 +18,7 @@ from metazo.optimizers.registry import METHODS, Method, register
 from metazo.optimizers.registry import load as load_methods
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import tune
-from metazo.runs.own import Loss, OwnLoss, own_batches
+from metazo.runs.own import Loss, OwnLoss, own_batches, training_batches
 from metazo.runs.race import ROUND
 from metazo.runs.race import race as run_race
 from metazo.runs.tuned import MEMORY, AsGiven, Finetuned, Given
@@ -62,7 +62,8 @@ def finetune(
             (DatasetDict) of train and, if there are any, validation and test; by default the task's own rows. With
             `loss`, the training batches: a list, a DataLoader (read once), or an endless iterable.
         loss: (model, batch) -> scalar tensor, the mean loss of a batch, computed without dropout or other randomness.
-        dev, test: with `loss`, the batches that choose the kept weights, and the batches of the final test.
+        dev, test: with `loss`, the batches that choose the kept weights, and the batches of the final test; iterables are read
+            to their end.
         out: folder for everything that the command line writes, from which the run can be resumed and its log replayed;
             by default nothing is written. Settings and log name an object in memory as memory:...; to resume or to replay,
             give it again as it was before the first step.
@@ -158,7 +159,7 @@ def _own(given, values, model, task, data, tokenizer, loss, dev, test) -> None:
     if name := next((name for name in ("lora", "adapter") if values.get(name)), None):
         raise UserError(f"`{name}` cannot be combined with `loss`: put adapters on the module yourself.")
     most = values["steps"] * values.get("accumulate", 1) if values.get("steps") else None
-    train, dev, test = (own_batches(*each, most) for each in (("data", data), ("dev", dev), ("test", test)))
+    train, dev, test = training_batches(data, most), own_batches("dev", dev), own_batches("test", test)
     if not train:
         raise UserError("`data` is missing: with `loss` it holds the training batches.")
     given.own = OwnLoss(loss, train, dev, test)

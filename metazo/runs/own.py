@@ -87,23 +87,38 @@ class OwnLoss:
         return {"loss": sum(losses) / len(losses), "batches": float(len(losses))}
 
 
-def own_batches(name: str, batches: Iterable[Any] | None, most: int | None = None) -> list[OwnBatch]:
-    """The batches of a split: all of a sequence or DataLoader, the first `most` of an iterable without a length.
-
-    Raises UserError for an object that is not an iterable of batches, is empty, or has no end.
+def training_batches(batches: Iterable[Any] | None, most: int | None) -> list[OwnBatch]:
+    """The training batches: all of a sequence or DataLoader, the first `most` of an iterable without a length, which may be
+    endless. Raises UserError as `own_batches` does, and for an iterable without a length if `most` is None.
     """
+    if _has_length(batches) or not isinstance(batches, Iterable):
+        return own_batches("data", batches)
+    if most is None:
+        raise UserError("`data` has no length, so the number of its batches must be known: give `steps`.")
+    return own_batches("data", islice(batches, most))
+
+
+def own_batches(name: str, batches: Iterable[Any] | None) -> list[OwnBatch]:
+    """All batches of a split. Raises UserError for an object that is not an iterable of batches, or is empty."""
     if batches is None:
         return []
     if isinstance(batches, str | bytes | Mapping) or not isinstance(batches, Iterable):
         raise UserError(
             f"`{name}` is a {type(batches).__name__}; with `loss` it must be a list or DataLoader of batches."
         )
-    if most is None and not hasattr(batches, "__len__"):
-        raise UserError(f"`{name}` has no length, so the number of its batches must be known: give `steps`.")
-    found = [OwnBatch(item) for item in (batches if hasattr(batches, "__len__") else islice(batches, most))]
+    found = [OwnBatch(item) for item in batches]
     if not found:
         raise UserError(f"`{name}` has no batches; give at least one.")
     return found
+
+
+def _has_length(batches: Any) -> bool:
+    """Whether `len` works; a DataLoader over an iterable data set has the method, which raises TypeError."""
+    try:
+        len(batches)
+    except TypeError:
+        return False
+    return True
 
 
 class StateFile:

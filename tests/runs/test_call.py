@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import json
 import weakref
 from collections.abc import Callable
@@ -121,6 +122,27 @@ def test_a_module_with_a_loss_of_its_own():
     assert metazo.finetune(net(), loss=loss, data=loader, lr=1e-3, steps=3).summary["steps"] == 3
     endless = iter(lambda: data[0], None)
     assert metazo.finetune(net(), loss=loss, data=endless, lr=1e-3, steps=3).summary["forwards"] == 6
+
+
+class Endless(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        for number in itertools.count():
+            assert number < 1000, "the data set is read past the steps"
+            yield batches(1)[0]
+
+
+def test_an_endless_data_set_in_a_loader_is_read_as_far_as_the_steps_go():
+    loader = torch.utils.data.DataLoader(Endless(), batch_size=None)
+    assert metazo.finetune(net(), loss=loss, data=loader, lr=1e-3, steps=3, accumulate=2).summary["forwards"] == 12
+    with pytest.raises(UserError, match="`data` has no length.*give `steps`"):
+        metazo.finetune(net(), loss=loss, data=loader, lr=1e-3, forwards=6)
+
+
+@pytest.mark.parametrize("length", [{"steps": 2}, {"forwards": 4}])
+def test_dev_and_test_are_read_to_their_end(length):
+    splits = {name: iter(batches(number)) for name, number in (("dev", 7), ("test", 5))}
+    tuned = metazo.finetune(net(), loss=loss, data=batches(), lr=1e-3, **splits, **length)
+    assert (tuned.summary["dev"]["batches"], tuned.summary["test"]["batches"]) == (7, 5)
 
 
 def test_a_run_on_a_loss_of_its_own_is_resumed_and_replayed(tmp_path):
