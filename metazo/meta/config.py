@@ -134,7 +134,7 @@ class MetaConfig(ScaleConfig):
     restart_every: float = setting(default=0.5, least=0, most=1e6, role="tuner")
     """Epochs between restarts; 0: never. Few, because the networks learn nothing once the teacher's loss is 0"""
     restart_model: bool = setting(default=True, role="tuner")
-    """Whether a restart resets weights and teacher"""
+    """Whether a restart resets the weights and the teacher's momentum; its learning rate starts anew in either case"""
     restart_sigma: bool = setting(default=False, role="tuner")
     """Whether a restart resets the networks' input sigma to 1"""
     restart_losses: bool = setting(default=False, role="tuner")

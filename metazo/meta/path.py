@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from metazo.blocks import NamedTensor
+from metazo.errors import UserError
 from metazo.meta.gradient import Loss
 from metazo.meta.order import Order
 from metazo.meta.reset import Start, due
@@ -40,7 +41,8 @@ class Path(Protocol):
 class Online:
     """A teacher that steps after every meta-step.
 
-    Args: every: meta-steps between restarts (0: never); restart_model: whether they reset weights and teacher.
+    Args: every: meta-steps between restarts (0: never), at which the schedule of the teacher's rate starts anew;
+    restart_model: whether they also reset the weights and the teacher's momentum.
     """
 
     def __init__(self, start: Start, teacher: Teacher, order: Order, every: int, restart_model: bool = True):
@@ -48,7 +50,10 @@ class Online:
         self.restart_model = restart_model
 
     def begin(self, step: int) -> bool:
-        if not (self.restarts(step) and self.restart_model):
+        if not self.restarts(step):
+            return False
+        if not self.restart_model:
+            self.teacher.taken = 0  # its rate has fallen to 0, at which it would stay
             return False
         self.start.restore()
         self.teacher.restart()
@@ -67,6 +72,11 @@ class Online:
         return weights_of(self.teacher.tensors) | {f"teacher/{k}": v for k, v in self.teacher.state().items()}
 
     def load(self, state: dict[str, Tensor]) -> None:
+        if self.every and int(state["teacher/taken"]) > self.every:
+            raise UserError(
+                "The snapshot is of a metazo that left the teacher's rate at 0 after the first restart if `restart_model` is "
+                "off: start the run again in another `out`."
+            )
         load_weights(self.teacher.tensors, state)
         self.teacher.load({k.removeprefix("teacher/"): v for k, v in state.items() if k.startswith("teacher/")})
 

@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from metazo.blocks import named_tensors
 from metazo.errors import UserError
 from metazo.io.terminal import Console
 from metazo.meta.config import MetaConfig
 from metazo.meta.journal import row_of, warning
 from metazo.meta.loop import MetaRun
+from metazo.meta.path import Online
 from metazo.meta.path_setup import build, load
 from metazo.meta.train import dry, meta_train
 from metazo.meta.trajectory import Trajectory
@@ -139,6 +141,22 @@ def test_killed_between_snapshots_is_bit_identical_too(settings, tmp_path: Path,
     for a, b in zip(weights(whole), weights(resumed)):
         assert torch.equal(a, b)
     assert (tmp_path / "whole" / "metrics.jsonl").read_text() == (tmp_path / "parts" / "metrics.jsonl").read_text()
+
+
+def test_a_restart_without_the_model_starts_the_teachers_rate_anew(settings):
+    config = settings(restart_model=False)
+    loaded, tasks = load(config)
+    run = MetaRun(loaded.model, named_tensors(loaded.model), tasks, config)
+    assert isinstance(run.path, Online) and run.path.every == 3
+    rates = []
+    for _ in range(8):
+        run.step()
+        rates.append(run.path.teacher.optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.01 * (1 - step % 3 / 3) for step in range(8)])
+    run.load(run.state())
+    old = run.state() | {"teacher/taken": torch.tensor(8)}  # of a metazo that did not start it anew
+    with pytest.raises(UserError, match="left the teacher's rate at 0"):
+        run.load(old)
 
 
 def test_a_recorded_path_with_every_step_equals_the_teacher_beside(settings, tmp_path: Path):
