@@ -22,6 +22,10 @@ MOST = 10**9  # the largest whole number of a setting that has no bound of its o
 LONGEST_NAME, LONGEST_PATH = 255, 4000  # bytes, as on Linux
 
 
+class Unset(int):
+    """The default of a number that gives way to what is there. The same number, if somebody sets it, is a plain int."""
+
+
 def setting(
     *,
     role: str,

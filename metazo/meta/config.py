@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from metazo.errors import UserError
-from metazo.settings import check_values, setting, with_role
+from metazo.settings import Unset, check_values, setting, with_role
 
 MOST_RATE = 1e30  # a larger learning rate overflows in torch's own optimizers
 MOST_UNROLLED = 32  # the graph of every inner step is kept, and a deep graph overflows Python's stack
@@ -29,7 +29,7 @@ class ScaleConfig:
     """Folder with <task>/<split>.jsonl; by default the Hub"""
     batch_size: int = setting(default=16, least=1, role="tuner")
     """Examples per batch"""
-    train_examples: int = setting(default=1000, least=1, role="tuner")
+    train_examples: int = setting(default=Unset(1000), least=1, role="tuner")
     """Training examples of each task"""
     max_length: int | None = setting(default=None, least=1, role="tuner")
     """Longest input in tokens; by default the model's context"""

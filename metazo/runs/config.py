@@ -9,7 +9,7 @@ from typing import Any, Literal
 from metazo.errors import UserError
 from metazo.io.redact import has_secret, shown_address
 from metazo.models.wanted import ALPHA, RANK, Adapter
-from metazo.settings import check_number, check_values, setting, with_role
+from metazo.settings import Unset, check_number, check_values, setting, with_role
 
 FIRST_ORDER = ("first-order-sgd", "first-order-adamw")
 MOST_FIRST_ORDER = 1e30  # a larger learning rate overflows in torch's own optimizers
@@ -81,11 +81,11 @@ class FinetuneConfig:
     """Hyperparameters of the method by name; on the command line each is a flag"""
     data: Path | None = setting(default=None, role="place")
     """Folder with <task>/<split>.jsonl; by default the Hub"""
-    train_examples: int = setting(default=1000, least=1, role="data")
+    train_examples: int = setting(default=Unset(1000), least=1, role="data")
     """Number of training examples"""
-    dev_examples: int = setting(default=500, least=0, role="data")
+    dev_examples: int = setting(default=Unset(500), least=0, role="data")
     """Number of examples for choosing the checkpoint"""
-    test_examples: int = setting(default=1000, least=0, role="data")
+    test_examples: int = setting(default=Unset(1000), least=0, role="data")
     """Number of examples for the final test"""
     k_per_class: int | None = setting(default=None, least=1, role="data")
     """Few-shot: number of training examples per class, and of dev examples per class unless their number is given"""

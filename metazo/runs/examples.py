@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from metazo.models.load import LoadedModel
 from metazo.runs.config import FinetuneConfig
@@ -11,8 +11,15 @@ from metazo.tasks.encode import Encoded
 from metazo.tasks.rows import Rows
 
 
-def prepared_task(config: FinetuneConfig, task: Task, loaded: LoadedModel, rows: Rows | None = None) -> Prepared:
-    """The task's splits for a model. rows: in memory, in place of `config.data`. Raises UserError as `prepare` does."""
+def prepared_task(
+    config: FinetuneConfig,
+    task: Task,
+    loaded: LoadedModel,
+    rows: Rows | None = None,
+    recorded: Collection[str] = (),
+) -> Prepared:
+    """The task's splits for a model. rows: in memory, in place of `config.data`; recorded: splits whose sizes are those of the
+    model's record, if that is of the same rows. Raises UserError as `prepare` does."""
     return prepare(
         task,
         loaded,
@@ -23,6 +30,7 @@ def prepared_task(config: FinetuneConfig, task: Task, loaded: LoadedModel, rows:
         seed=config.seed,
         max_length=config.max_length,
         k_per_class=config.k_per_class,
+        recorded=recorded,
     )
 
 

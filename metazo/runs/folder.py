@@ -21,7 +21,8 @@ from metazo.io.lock import NAME as LOCK
 from metazo.io.lock import FolderLock
 from metazo.io.plain import MAX_JSON_BYTES, parse_json, shown
 from metazo.io.tensorfile import read_tensors, write_tensors
-from metazo.runs.locate import CONFIG, MODEL, STARTED, read_config
+from metazo.runs.locate import CONFIG, MODEL, STARTED, UNSET, read_config
+from metazo.settings import Unset
 from metazo.steplog.format import STEPS, change, scan
 
 METRICS, SUMMARY = "metrics.jsonl", "summary.json"
@@ -81,6 +82,7 @@ class RunFolder:
         self.path, self.metrics, self.say = path, path / METRICS, say
         self.resume, self.lock = resume, FolderLock(path)
         self.config: dict[str, Any] = json.loads(json.dumps(config, default=str))
+        self.config[UNSET] = [name for name, value in config.items() if isinstance(value, Unset)]
         if belongs is not None:
             self.config[BELONGS] = json.loads(json.dumps(belongs, default=str))
         if path.exists() and not path.is_dir():
@@ -138,7 +140,7 @@ class RunFolder:
             raise UserError(
                 f"The run in {self.path} cannot continue: {what} since it began; put it back, or choose another `out`."
             )
-        incidental = incidental | {BELONGS, STARTED}
+        incidental = incidental | {BELONGS, STARTED, UNSET}
         for key in sorted({*found, *self.config} - incidental):
             old, new = found.get(key), self.config.get(key)
             if old != new:

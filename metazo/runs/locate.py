@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,12 @@ from metazo.io.files import is_file, read_capped
 from metazo.io.plain import parse_json
 from metazo.models.embedded import EMBEDDED
 from metazo.runs.config import FinetuneConfig
+from metazo.settings import Unset
 from metazo.steplog.format import STEPS
 
 CONFIG, MODEL = "config.json", "model"
 STARTED = "started_in"  # key of the working directory in config.json: relative paths of the settings start there
+UNSET = "unset"  # key of the names of the settings in config.json that nobody set (`Unset`)
 PATHS = ("model", "task", "data", "tuner", "zoo", "objective")  # settings that may be paths
 MAX_CONFIG_BYTES = 2**20
 
@@ -40,6 +42,17 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"{path / CONFIG} is damaged, so the run cannot continue: it is not a mapping of settings.")
     return found
+
+
+def unset_in(found: Mapping[str, Any]) -> dict[str, Unset]:
+    """The settings in a config.json that nobody set (`Unset`). A file of an earlier version does not name them: there a number
+    that equals such a default counted as the default.
+    """
+    defaults = {item.name: item.default for item in fields(FinetuneConfig) if isinstance(item.default, Unset)}
+    named = found.get(UNSET)
+    if not isinstance(named, list):
+        named = [name for name, default in defaults.items() if found.get(name) == default]
+    return {name: default for name, default in defaults.items() if name in named and found.get(name) == default}
 
 
 def located(settings: Mapping[str, Any], run: Path, names: Iterable[str] = PATHS) -> dict[str, Any]:
@@ -73,7 +86,11 @@ def _starts(config: Mapping[str, Any], run: Path) -> list[Path]:
 
 
 def from_anywhere(config: FinetuneConfig) -> FinetuneConfig:
-    """A run that is resumed from another working directory finds its model, task and tuner (`located`)."""
+    """A run that is resumed from another working directory finds its model, task and tuner (`located`), and the sizes that
+    nobody set when it began are those that nobody set."""
     if not config.resume or config.out is None:
         return config
-    return replace(config, **located(asdict(config), config.out, ("model", "task", "tuner", "objective")))
+    settings = asdict(config)
+    settings |= {name: int(value) for name, value in settings.items() if isinstance(value, Unset)}
+    settings |= unset_in(read_config(config.out))
+    return replace(config, **located(settings, config.out, ("model", "task", "tuner", "objective")))

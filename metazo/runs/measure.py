@@ -18,14 +18,14 @@ from metazo.optimizers import METHODS
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.examples import prepared_task
 from metazo.runs.folder import SUMMARY
-from metazo.runs.locate import MODEL, located, read_config, run_of
+from metazo.runs.locate import MODEL, located, read_config, run_of, unset_in
 from metazo.runs.method import resolve_device
 from metazo.settings import build, with_role
 from metazo.steplog.format import STEPS, scan
 from metazo.tasks import Task, in_memory, resolve
 from metazo.tasks import evaluate as scoring
 from metazo.tasks.classes import fit_head
-from metazo.tasks.data import VERSION
+from metazo.tasks.data import SPLITS, VERSION
 
 # The settings of a run that decide which rows are scored, and how.
 OF_A_RUN = set(with_role(FinetuneConfig, "data", "evaluation", "place", "machine")) | {
@@ -80,7 +80,8 @@ def evaluate(
             raise _no_model(run)
         model = run / MODEL
         settings_then = located(read_config(run), run)
-        began = {name: value for name, value in settings_then.items() if name in OF_A_RUN - {"out", "resume"}}
+        left = OF_A_RUN - {"out", "resume"} - unset_in(settings_then).keys()
+        began = {name: value for name, value in settings_then.items() if name in left}
     called = model.name if isinstance(model, LoadedModel) else str(model)
     if task is None and run is None:
         raise UserError(
@@ -99,7 +100,8 @@ def evaluate(
     trained = _trained(run) if run is not None else None
     if trained and not getattr(loaded.model.config, "metazo", None):  # adapters have no config of their own
         describe(loaded.model, trained)
-    prepared = prepared_task(config, chosen, loaded, rows)
+    recorded = [split for split in SPLITS if run is not None and given.get(f"{split}_examples") is None]
+    prepared = prepared_task(config, chosen, loaded, rows, recorded)
     if config.head in MADE and loaded.new_head:
         fit_head(loaded, prepared, config.eval_batch_size)
     for note in [*prepared.notes, *(_doubts(trained, prepared.record) if run is not None else ())]:

@@ -22,6 +22,7 @@ from uuid import uuid4
 from metazo.errors import UserError
 from metazo.io.extras import MissingPackage, needs
 from metazo.runs.folder import CONFIG
+from metazo.settings import Unset
 from metazo.step.record import Step
 
 FOLDER, RUNS = "trackers", "runs.json"
@@ -40,6 +41,7 @@ class Trackers:
         self.names, self.run, self.say = names, out.name if out else "metazo", say
         self.folder = (out or Path()).absolute() / FOLDER
         plain = {key: value if isinstance(value, int | float | str) else str(value) for key, value in settings.items()}
+        plain |= {key: int(value) for key, value in plain.items() if isinstance(value, Unset)}  # for files of YAML
         self.settings = {key: value for key, value in plain.items() if value is not None}
         self.started: dict[str, Any] = {}
         self.notes: list[str] = []

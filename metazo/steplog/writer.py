@@ -138,8 +138,8 @@ def compare(found: Scan, wanted: dict[str, Any], say: Callable[[str], None]) -> 
             what = ", ".join(f"{name} {old} then and {new} now" for name, old, new in changes)
             say(f"The run began with other versions ({what}): later steps may differ in their last bits.")
             continue
-        if key in ADDED and key not in there and there.get("data") == wanted.get("data"):
-            continue  # an old log that lacks the key has the same examples
+        if (key == "trained" or (key in ADDED and key not in there)) and there.get("data") == wanted.get("data"):
+            continue  # the examples are the same; older logs lack the key, or record the sizes that were asked for
         if key == "data" and there.get("split", 1) != wanted.get("split", 1):
             raise UserError(
                 f"{found.path.name} cannot be continued: its examples were drawn by version {there.get('split', 1)} of the "

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,15 @@ from typing import Any
 import numpy as np
 
 from metazo.errors import UserError
+from metazo.settings import Unset
 from metazo.tasks.rows import Rows, Source, checked, load
 from metazo.tasks.task import Row, Task
 
 SPLITS = ("train", "dev", "test")
-DEFAULTS = {"train": 1000, "dev": 500, "test": 1000}
-"""The papers' sizes. A size that the user sets is kept; sizes left at these defaults are reduced to fit."""
+DEFAULTS = {"train": Unset(1000), "dev": Unset(500), "test": Unset(1000)}
+"""The papers' sizes. A size that the user sets is kept; sizes that are `Unset` are reduced to fit."""
 VERSION = 2
+MOST_DRAWN = 2**20  # rows of a generator among which those of a rare class are looked for
 
 
 @dataclass
@@ -50,33 +52,39 @@ def draw(
     seed: int,
     k_per_class: int | None = None,
     record: Mapping[str, Any] | None = None,
+    recorded: Collection[str] = (),
 ) -> Drawn:
-    """Draw the splits. ``record`` is the record of a model that was trained on the same rows (`Drawn.record`), or None."""
+    """Draw the splits. ``record`` is the record of a model that was trained on the same rows (`Drawn.record`), or None; if it
+    is of the same rows, unset sizes and those of the splits ``recorded`` are taken from it.
+    """
     wanted = {"train": train, "dev": dev, "test": test}
     if min(wanted.values()) < 0:
         raise UserError(f"the split sizes must not be negative, found train {train}, dev {dev}, test {test}")
-    if dev == DEFAULTS["dev"] and task.dev_rows:
-        wanted["dev"] = dev = min(dev, task.dev_rows)
+    unset = {split for split, size in wanted.items() if isinstance(size, Unset)}
+    if "dev" in unset and task.dev_rows:
+        wanted["dev"] = min(dev, task.dev_rows)
     if k_per_class is not None and (task.kind != "classification" or k_per_class < 1):
         raise UserError(f"`k_per_class` is {k_per_class} and task {task.name!r} a {task.kind} task; it draws one or more "
                         "rows of each class of a classification task")  # fmt: skip
     if task.generate is not None:
-        return _generated(task, wanted, seed, k_per_class)
+        return _generated(task, wanted, unset, seed, k_per_class)
     names = _sources(task)
     sources = {name: load(task, name, data) for name in dict.fromkeys(names.values())}
     source, notes = sources[names["train"]], list[str]()
     record = _same_rows(task, source, record)
     if record:
         seed, k_per_class = record["seed"], k_per_class or record["k_per_class"]
-        wanted |= {split: record[split] for split in SPLITS if wanted[split] == DEFAULTS[split]}
+        wanted |= {split: record[split] for split in SPLITS if split in unset or split in recorded}
     order = _order(len(source.usable), seed, "train")
     own = [split for split in SPLITS if split != "train" and names[split] == names["train"]]
     few = _few(task, source, order, k_per_class) if k_per_class else None
     if few is not None:
         wanted["train"] = len(few)
-        if wanted["dev"] == DEFAULTS["dev"]:
+        if "dev" in unset and wanted["dev"] == DEFAULTS["dev"]:
             wanted["dev"] = min(len(few), wanted["dev"])
-    sizes = _fit(len(source.usable), {s: wanted[s] for s in ("train", *own)}, task, record, few is not None, notes)
+    asked = {s for s in SPLITS if s not in unset or wanted[s] != DEFAULTS[s]} | ({"dev"} if task.dev_rows else set())
+    shared = {s: wanted[s] for s in ("train", *own)}
+    sizes = _fit(len(source.usable), shared, asked, task, record, few is not None, notes)
     parts = {"train": few if few is not None else order[: sizes["train"]]}
     taken = {*parts["train"], *(_trained(task, source, record) if record else ())}
     parts |= _from_the_end([i for i in order if i not in taken], {s: sizes[s] for s in own})
@@ -108,21 +116,43 @@ def _sources(task: Task) -> dict[str, str]:
     return {"train": "train", "dev": dev, "test": next((n for n in ("test", "validation") if n in files), "train")}
 
 
-def _generated(task: Task, wanted: dict[str, int], seed: int, k_per_class: int | None) -> Drawn:
-    """Rows of a grammar. Each split has its own words or templates, so the splits' rows differ at any size."""
+def _generated(task: Task, wanted: dict[str, int], unset: set[str], seed: int, k_per_class: int | None) -> Drawn:
+    """Rows of a generator, such as a grammar. Each split has its own, so the splits' rows differ at any size."""
     assert task.generate is not None
     if k_per_class:
-        wanted |= {"train": k_per_class * len(task.labels)}
-        wanted["dev"] = wanted["train"] if wanted["dev"] == DEFAULTS["dev"] else wanted["dev"]
-    # the number of dev rows is in this call because it was in version 1, whose train rows must not change
-    train = task.generate("train", wanted["train"] + (0 if k_per_class else wanted["dev"]), seed)
+        train = _few_generated(task, k_per_class, seed)
+        wanted |= {"train": len(train)} | ({"dev": len(train)} if "dev" in unset else {})
+    else:
+        # the number of dev rows is in this call because it was in version 1, whose train rows must not change
+        train = task.generate("train", wanted["train"] + wanted["dev"], seed)[: wanted["train"]]
     rows = {
-        "train": train[: wanted["train"]],
+        "train": train,
         "dev": task.generate("validation", wanted["dev"], seed),
         "test": task.generate("test", wanted["test"], seed),
     }
     placed = {s: [(f"{task.name}, {s} row {i + 1}", row) for i, row in enumerate(rows[s])] for s in SPLITS}
-    return Drawn(placed, {"version": VERSION, "seed": seed, "k_per_class": k_per_class, "rows": 0, **wanted})
+    record = {"version": VERSION, "seed": seed, "k_per_class": k_per_class, "rows": 0}
+    drawn = Drawn(placed, record | {split: len(rows[split]) for split in SPLITS})
+    for split in SPLITS:
+        if len(rows[split]) < wanted[split]:
+            drawn.notes.append(
+                f"{task.name}: {split} has {len(rows[split])} rows instead of {wanted[split]}, all there are"
+            )
+    drawn.notes += _remarks(task, drawn)
+    return drawn
+
+
+def _few_generated(task: Task, k: int, seed: int) -> list[Row]:
+    """k rows of every class; if the generator does not balance its rows, the first ones of a draw that has enough."""
+    assert task.generate is not None
+    number = k * len(task.labels)
+    while True:
+        rows = task.generate("train", number, seed)
+        source = Source(f"the train split of {task.name}", rows, list(range(len(rows))))
+        counts = Counter(map(_label_of(task, source), source.usable))
+        if len(rows) < number or number >= MOST_DRAWN or all(counts[i] >= k for i in range(len(task.labels))):
+            return [rows[i] for i in _few(task, source, source.usable, k)]
+        number *= 4
 
 
 def _rows(task: Task, source: Source, places: list[int]) -> list[tuple[str, Row]]:
@@ -197,16 +227,22 @@ def _from_the_end(free: list[int], sizes: dict[str, int]) -> dict[str, list[int]
 
 
 def _fit(
-    available: int, wanted: dict[str, int], task: Task, record: dict[str, Any] | None, few: bool, notes: list[str]
+    available: int,
+    wanted: dict[str, int],
+    asked: set[str],
+    task: Task,
+    record: dict[str, Any] | None,
+    few: bool,
+    notes: list[str],
 ) -> dict[str, int]:
-    """Sizes that fit into ``available`` rows. Sizes left at their defaults are reduced, in proportion; sizes that the user
-    set are reduced only if they do not fit by themselves.
+    """Sizes that fit into ``available`` rows. Sizes left at their defaults are reduced, in proportion; those of the splits
+    that are ``asked`` for are reduced only if they do not fit by themselves.
     """
     total = sum(wanted.values())
     if total <= available:
         return wanted
     fixed = {"train"} if few or record else set()
-    asked = {s for s in wanted if wanted[s] != DEFAULTS[s] or (s == "dev" and task.dev_rows) or s in fixed}
+    asked = {s for s in wanted if s in asked or s in fixed}
     if sum(wanted[s] for s in asked) + len([s for s in wanted if s not in asked and wanted[s]]) > available:
         asked = fixed
     sizes = {s: wanted[s] for s in asked}

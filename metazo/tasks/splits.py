@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ def prepare(
     seed: int = 0,
     max_length: int | None = None,
     k_per_class: int | None = None,
+    recorded: Collection[str] = (),
 ) -> Prepared:
     """Draw and encode the splits of ``task`` for ``loaded``.
 
@@ -37,14 +39,15 @@ def prepare(
     rows, sizes left at these defaults are reduced and sizes that the caller sets are kept, and ``notes`` says so.
     ``k_per_class`` draws that many train rows of every class, and as many dev rows if ``dev`` is not given (as LM-BFF, arXiv
     2012.15723). ``max_length`` limits an input, in tokens; the model's context is the default. A model that was fine-
-    tuned on the task by metazo gets the split of that run, and no row that it was trained on is a dev or test row.
+    tuned on the task by metazo gets the split of that run, and no row that it was trained on is a dev or test row;
+    ``recorded`` names splits that have the size of that run although one is set.
     Raises UserError for data that is missing, malformed or does not fit, and for a task that the model cannot do.
     """
     encoder = Encoder(task, loaded, max_length)
     known = getattr(loaded.model.config, "metazo", None)
     record = known if isinstance(known, dict) else None
     drawn = draw(
-        task, data, train=train, dev=dev, test=test, seed=seed, k_per_class=k_per_class, record=record
+        task, data, train=train, dev=dev, test=test, seed=seed, k_per_class=k_per_class, record=record, recorded=recorded
     )  # fmt: skip
     notes = [*loaded.notes, *drawn.notes]
     order = None

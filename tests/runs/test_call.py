@@ -311,7 +311,7 @@ def test_the_command_line_refuses_to_resume_what_it_cannot_name(tmp_path):
     (tmp_path / "run" / "summary.json").unlink()
     found = json.loads((tmp_path / "run" / "config.json").read_text())
     assert found["model"] == "memory:LlamaForCausalLM" and tuned.out == tmp_path / "run"
-    del found["started_in"]  # the working directory, which is no setting
+    del found["started_in"], found["unset"]  # which are no settings
     with pytest.raises(UserError, match=r"`model` of this run was an object in memory .* resume=True"):
         run_settings(build(metazo.runs.config.FinetuneConfig, found, {"out": tmp_path / "run", "resume": True}))
 

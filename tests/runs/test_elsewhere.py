@@ -14,7 +14,7 @@ from metazo.errors import UserError
 from metazo.models.embedded import PICO
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import run_settings
-from metazo.runs.locate import STARTED, located, read_config
+from metazo.runs.locate import STARTED, UNSET, located, read_config
 from metazo.runs.replay import replay
 from metazo.settings import build
 from metazo.steplog.format import scan
@@ -100,3 +100,28 @@ def test_a_run_of_an_earlier_version_has_no_working_directory(project: Path) -> 
     unfinished(Path("runs/a"))
     run_settings(build(FinetuneConfig, SETTINGS, {"resume": True}))
     assert scan(Path("runs/a/steps.jsonl")).sound().end is not None
+
+
+@pytest.mark.parametrize("size", [{"dev_examples": 500}, {}])
+def test_a_size_that_equals_the_default_is_set_if_it_was_when_the_run_began(project: Path, size: dict) -> None:
+    out = Path("runs/few")
+    settings = {name: value for name, value in SETTINGS.items() if name not in ("dev_examples", "train_examples")}
+    settings |= {"out": out, "k_per_class": 2} | size
+    summary = run_settings(build(FinetuneConfig, settings))
+    assert (summary["dev"]["examples"] == 4) == (not size)  # as many as train rows, unless their number is given
+    assert read_config(out)["dev_examples"] == 500
+    assert metazo.evaluate(out, split="dev") == summary["dev"]
+    log = (out / "steps.jsonl").read_bytes()
+    unfinished(out)
+    plain = {name: value for name, value in read_config(out).items() if name not in (STARTED, UNSET)}
+    resumed = build(FinetuneConfig, plain, {"resume": True})  # as the command line does, with all sizes set
+    run_settings(resumed)
+    assert (out / "steps.jsonl").read_bytes() == log
+    unfinished(out)
+    (out / "config.json").write_text(json.dumps(plain))  # of an earlier version, in which it was the default
+    if size:
+        with pytest.raises(UserError, match="belongs to another run"):
+            run_settings(resumed)
+    else:
+        run_settings(resumed)
+        assert (out / "steps.jsonl").read_bytes() == log

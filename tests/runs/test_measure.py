@@ -81,6 +81,18 @@ def test_no_sizes_bring_training_rows_into_a_split(learned, coin, tmp_path, monk
                 assert len(scored[-1]) >= 30 and not scored[-1] & trained, (folder, given, split)
 
 
+def test_a_number_of_examples_that_equals_the_default_is_given(learned):
+    out, _ = learned
+    assert evaluate(out, examples=1000)["examples"] == evaluate(out, examples=999)["examples"] > 40
+
+
+def test_a_run_whose_sizes_did_not_fit_is_scored_on_its_own_rows(coin, tmp_path):
+    summary = run(coin, tmp_path / "run", train_examples=1000, dev_examples=500, test_examples=1000)
+    assert summary["test"]["examples"] == 120
+    assert evaluate(tmp_path / "run") == summary["test"]
+    assert evaluate(tmp_path / "run", split="dev") == summary["dev"]
+
+
 def test_other_settings_win_and_notes_are_said(learned, coin, tmp_path):
     out, _ = learned
     assert evaluate(out, examples=10)["examples"] == 10

@@ -270,6 +270,10 @@ def test_a_run_of_an_older_split_is_refused_by_its_version_and_one_of_the_same_r
     StepLog(tmp_path / "steps.jsonl", now).close()
     with pytest.raises(UserError, match="drawn by version 1 of the split .* this metazo has version 2"):
         StepLog(tmp_path / "steps.jsonl", {**now, "data": "b" * 64})
+    of_fewer = {**now, "trained": {"seed": 0, "train": 1600}}  # than were asked for, which older logs record
+    StepLog(tmp_path / "steps.jsonl", of_fewer).close()
+    StepLog(tmp_path / "other.jsonl", {**now, "trained": {"seed": 0, "train": 5000}}).close()
+    StepLog(tmp_path / "other.jsonl", of_fewer).close()
 
 
 def test_a_run_with_batches_of_an_older_order_is_refused(tmp_path):

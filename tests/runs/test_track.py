@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 
 import metazo
 from metazo.errors import UserError
 from metazo.io.terminal import Console
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import run_settings
+from metazo.runs.track import Trackers
 from metazo.steplog.writer import StepLog
 
 SMALL = {
@@ -69,6 +72,11 @@ def test_an_absent_tracker_is_one_sentence_before_anything_is_written(tmp_path: 
     with pytest.raises(UserError, match="`track` mlflow needs the package mlflow, .*: pip install mlflow"):
         run_settings(FinetuneConfig(**SMALL, out=tmp_path / "run", track=["mlflow"]))
     assert not (tmp_path / "run").exists()
+
+
+def test_the_settings_of_a_tracker_are_plain_yaml() -> None:
+    trackers = Trackers((), None, asdict(FinetuneConfig("pico", "pico_sentiment")), print)
+    assert yaml.safe_load(yaml.safe_dump(trackers.settings))["train_examples"] == 1000
 
 
 @pytest.fixture

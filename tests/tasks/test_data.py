@@ -248,7 +248,7 @@ def test_an_evaluation_of_other_sizes_scores_no_row_that_was_trained_on(
         write(Path(folder), train=rows(200), validation=rows(60, 1000))
         run = data.draw(task, Path(folder), train=train, dev=dev, test=test, seed=3)
         record = {"task": "toy", **json.loads(json.dumps(run.record))}
-        sizes = {"train": 1000, "dev": other_dev, "test": other_test, "seed": 0, "record": record}
+        sizes = {"train": data.DEFAULTS["train"], "dev": other_dev, "test": other_test, "seed": 0, "record": record}
         later = data.draw(task, Path(folder), **sizes)
     trained, scored = texts(run.rows)["train"], texts(later.rows)
     assert not {*trained} & {*scored["dev"], *scored["test"]}
@@ -284,7 +284,13 @@ def test_all_rows_used_they_are_those_of_version_1(tmp_path):
     assert found["train"] + found["dev"] == [f"text {i}" for i in order]
 
 
-@pytest.mark.parametrize(("train", "dev", "found"), [(1000, 10, (70, 10)), (50, 500, (50, 30)), (1000, 500, (54, 26))])
+TRAIN, DEV = data.DEFAULTS["train"], data.DEFAULTS["dev"]
+
+
+@pytest.mark.parametrize(
+    ("train", "dev", "found"),
+    [(TRAIN, 10, (70, 10)), (50, DEV, (50, 30)), (TRAIN, DEV, (54, 26)), (TRAIN, 50, (30, 50)), (1000, DEV, (54, 26))],
+)
 def test_a_size_that_is_asked_for_is_kept(tmp_path, train, dev, found):
     write(tmp_path, train=rows(80), validation=rows(9, 100))
     splits, notes = draw(tmp_path, train=train, dev=dev, test=9)
@@ -295,21 +301,25 @@ def test_a_size_that_is_asked_for_is_kept(tmp_path, train, dev, found):
 def test_the_papers_dev_size_gives_way_to_one_that_is_asked_for(tmp_path):
     write(tmp_path, train=rows(100), validation=rows(9, 100))
     task = TASK.model_copy(update={"dev_rows": 10})
-    assert [len(draw(tmp_path, task, dev=size)[0]["dev"]) for size in (500, 40)] == [10, 40]
+    assert [len(draw(tmp_path, task, dev=size)[0]["dev"]) for size in (DEV, 40)] == [10, 40]
 
 
 def test_few_shot_rows_are_so_many_of_each_class(tmp_path):
     write(
         tmp_path, train=[{"text": f"text {i}", "label": int(i % 10 == 0)} for i in range(100)], validation=rows(9, 200)
     )
-    found = data.draw(TASK, tmp_path, train=1000, dev=500, test=9, seed=1, k_per_class=4)
+    found = data.draw(TASK, tmp_path, train=TRAIN, dev=DEV, test=9, seed=1, k_per_class=4)
     labels = [row["label"] for _, row in found.rows["train"]]
     assert (labels.count(0), labels.count(1), len(found.rows["dev"])) == (4, 4, 8)
-    again, other = (data.draw(TASK, tmp_path, train=1000, dev=500, test=9, seed=seed, k_per_class=4) for seed in (1, 2))
+    again, other = (
+        data.draw(TASK, tmp_path, train=TRAIN, dev=DEV, test=9, seed=seed, k_per_class=4) for seed in (1, 2)
+    )
     assert texts(again.rows) == texts(found.rows) and texts(other.rows)["train"] != texts(found.rows)["train"]
     assert not {*texts(found.rows)["train"]} & {*texts(found.rows)["dev"]}
+    few = [data.draw(TASK, tmp_path, train=TRAIN, dev=dev, test=9, seed=1, k_per_class=4) for dev in (499, 500)]
+    assert [len(each.rows["dev"]) for each in few] == [92, 92]
     with pytest.raises(UserError, match=r"`k_per_class` is 11, and .* has 10 rows of the class 1"):
-        data.draw(TASK, tmp_path, train=1000, dev=500, test=9, seed=1, k_per_class=11)
+        data.draw(TASK, tmp_path, train=TRAIN, dev=DEV, test=9, seed=1, k_per_class=11)
 
 
 def test_a_class_without_train_rows_and_rows_in_two_splits_are_said(tmp_path):
