@@ -18,7 +18,7 @@ from metazo.comparisons.grid import Grid, Run, search_run
 from metazo.comparisons.rates import start
 from metazo.errors import UserError
 from metazo.io.tensorfile import weights_hash
-from metazo.runs.batches import reader
+from metazo.runs.batches import order_of, reader
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.cost import measure
 from metazo.runs.header import tuner_hash
@@ -139,7 +139,7 @@ def _facts(grid: Grid, column: Column, config: FinetuneConfig, loaded: dict[str,
         lrs=lrs,
         a_step=a_step,
         trained=setup.trained if column.trains else 0,
-        hashes={"model": base.model, "data": base.data, "tuner": tuner} | _objective(setup),
+        hashes={"model": base.model, "data": base.data, "tuner": tuner} | _objective(setup) | of_order(config),
         inputs=base.inputs,
         metric=metric[0] if metric else None,
         forward_seconds=base.seconds,
@@ -147,6 +147,11 @@ def _facts(grid: Grid, column: Column, config: FinetuneConfig, loaded: dict[str,
         bytes_kept=disk["model"] + tokenizer_bytes(setup.loaded.tokenizer) if keeps else 0,
         cost=measure(setup.loaded.model, optimizer, base.loss, config.accumulate).to_dict() if column.trains else None,
     )
+
+
+def of_order(config: FinetuneConfig) -> dict[str, str | None]:
+    """So that runs with batches in another order are not continued."""
+    return {name: str(version) for name, version in order_of(config).items()}
 
 
 def _objective(setup: Setup) -> dict[str, str | None]:

@@ -11,12 +11,15 @@ import yaml
 from metazo import recipes
 from metazo.comparisons import columns
 from metazo.comparisons.columns import resolve
+from metazo.comparisons.examine import of_order
 from metazo.comparisons.grid import Grid, Run
 from metazo.comparisons.key import key
 from metazo.comparisons.packed import read_results
 from metazo.comparisons.results import Result, cell_path
 from metazo.errors import UserError
 from metazo.optimizers import OPTIMIZERS
+from metazo.runs.batches import ORDER
+from metazo.runs.config import FinetuneConfig
 from metazo.settings import build, read_recipe
 
 
@@ -149,3 +152,9 @@ def test_the_grids_that_come_along(name):
         Run(made.tasks[0], column, "seed", 0, 1e-3, made.budget).config(made, made.out)
     assert f"metazo compare {name}" in recipes.text(name)
     assert "../" not in recipes.text(name)  # a path that is beside the author's checkout alone
+
+
+def test_runs_with_batches_in_another_order_are_not_continued(tmp_path):
+    config = FinetuneConfig("pico", "pico_sentiment", tmp_path, batches="by-length")
+    assert of_order(config) == {"order": str(ORDER)}
+    assert of_order(FinetuneConfig("pico", "pico_sentiment", tmp_path)) == {}  # the key of results that are there
