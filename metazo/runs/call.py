@@ -7,7 +7,6 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from metazo.errors import UserError
@@ -18,6 +17,7 @@ from metazo.optimizers.registry import METHODS, Method, register
 from metazo.optimizers.registry import load as load_methods
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import tune
+from metazo.runs.method import resolve_device
 from metazo.runs.own import Loss, OwnLoss, own_batches, training_batches
 from metazo.runs.race import ROUND
 from metazo.runs.race import race as run_race
@@ -27,6 +27,8 @@ from metazo.step.record import Step
 from metazo.tasks import TASKS, Task, in_memory, resolve
 from metazo.tasks.objectives import AnswerBatch
 
+# Settings of loading a model by its name.
+OF_LOADING = ("kind", "head", "dtype", "quantize", "revision", "attn_implementation", "device_map")
 # Settings of role "method" that the loop applies with every optimizer.
 OF_THE_LOOP = {"optimizer", "schedule", "warmup"}
 
@@ -70,7 +72,7 @@ def finetune(
         objective: what is minimised in place of the task's loss: 1 - a metric (accuracy, f1, exact-match, ...), "file.py:name",
             or a function (model, batch) -> number (`metazo.tasks.objectives`), for methods that need no gradient.
         race: learning rates, of which one is found over the first steps, instead of `lr` (`metazo.runs.race`).
-        race_steps: steps of each of its rounds, by default 12.
+        race_steps: steps of each of its rounds, at least 1, by default 12.
         on_step: called with the record of each step; on_evaluation: called with the record of each evaluation.
         console: shows plan, progress and warnings; by default nothing is shown.
         settings: fields of `metazo.runs.config.FinetuneConfig` (lr, eps, steps, batch_size, schedule, scale, keep,
@@ -97,12 +99,14 @@ def finetune(
         config = _described(given, model, task, optimizer, data, tokenizer, loss, dev, test, out, objective, settings)
         if race is None and race_steps is not None:
             raise UserError("`race_steps` is the length of a round of `race`, which is not given; leave it out.")
+        if race_steps is not None and race_steps < 1:
+            raise UserError(f"`race_steps` is {race_steps} and a round of `race` has steps; choose 1 or more.")
         if race is None:
             return tune(config, given, console, on_step=on_step, on_evaluation=on_evaluation)
         return run_race(
             config,
             race,
-            race_steps or ROUND,
+            ROUND if race_steps is None else race_steps,
             console=console,
             given=given,
             on_step=on_step,
@@ -165,8 +169,8 @@ def _own(given, values, model, task, data, tokenizer, loss, dev, test) -> None:
     given.own = OwnLoss(loss, train, dev, test)
     given.loaded = as_loaded(model)
     sizes = dict(zip(("train_examples", "dev_examples", "test_examples"), map(len, (train, dev, test))))
-    for name in ("batch_size", "eval_batch_size", "kind", "head", "dtype", "max_length", "k_per_class", *sizes):
-        if name in values:
+    for name in ("batch_size", "batches", "eval_batch_size", "max_length", "k_per_class", *sizes, *OF_LOADING):
+        if values.get(name) is not None:
             raise UserError(
                 f"`{name}` cannot be combined with `loss`, which uses batches and model unchanged; leave it out."
             )
@@ -192,8 +196,8 @@ def _model(given: Given, values: dict[str, Any], model: Any, tokenizer: Any) -> 
         )
     else:
         given.loaded = as_loaded(model, tokenizer)
-    for name in ("kind", "head", "dtype", "quantize"):
-        if name in values:
+    for name in OF_LOADING:
+        if values.get(name) is not None:
             raise UserError(
                 f"`{name}` cannot be combined with a model in memory, which is used unchanged; leave it out."
             )
@@ -204,9 +208,9 @@ def _describe_model(values: dict[str, Any], loaded: LoadedModel) -> None:
     """The settings that follow from a model in memory."""
     name = loaded.name if loaded.name.startswith(MEMORY) else MEMORY + type(loaded.model).__name__
     dtype = next(name for name, dtype in DTYPES.items() if dtype == loaded.dtype)
-    device = str(next(loaded.model.parameters()).device)
-    values |= {"model": name, "dtype": dtype, "device": values.get("device") or device}
-    loaded.model.to(torch.device(values["device"]))  # type: ignore[call-arg]
+    device = values.get("device") or str(next(loaded.model.parameters()).device)
+    values |= {"model": name, "dtype": dtype, "device": device}
+    loaded.model.to(resolve_device(device))  # type: ignore[call-arg]
 
 
 def _task(given: Given, values: dict[str, Any], task: Any, data: Any) -> None:

@@ -34,6 +34,10 @@ OF_A_RUN = set(with_role(FinetuneConfig, "data", "evaluation", "place", "machine
     "quantize",
     "revision",
 }
+# The settings that an evaluation reads: of loading, and of the rows.
+OF_LOADING = ("kind", "dtype", "quantize", "revision", "attn_implementation", "device")
+OF_ROWS = ("train_examples", "dev_examples", "test_examples", "k_per_class", "max_length", "eval_batch_size")
+READ = (*OF_LOADING, *OF_ROWS, "head", "seed")
 
 
 def evaluate(
@@ -59,12 +63,14 @@ def evaluate(
             same; a note says so if it cannot be known.
         examples: largest number of rows of the split; by default the run's number, or 500 on dev and 1,000 on test.
         say: takes each note, a sentence; one if the loss is not finite.
-        settings: of FinetuneConfig: train_examples, max_length, kind, head, dtype, device, seed, eval_batch_size, ...; the
-            heads prototype and phrases are made from training rows and label phrases, and need no training.
+        settings: of FinetuneConfig: train_examples, dev_examples, test_examples, k_per_class, max_length, eval_batch_size,
+            seed and head, and, unless the model is in memory, kind, dtype, quantize, revision, attn_implementation and device.
+            The heads prototype and phrases are made from training rows and label phrases, and need no training.
 
     Returns: "loss" (nats, mean over examples), the task's metrics (0 to 1; mcc -1 to 1), "examples", and for classification
     and choice "majority", the share of the most frequent answer.
-    Raises UserError for a run without a kept model, a classifier without a trained head, and as `load` and `prepare` do.
+    Raises UserError for other settings, a run without a kept model, a classifier without a trained head, and as `load` and
+    `prepare` do.
 
         metazo.evaluate("runs/a")                                   # the run's own test rows
         metazo.evaluate("pico", "pico_sentiment", split="dev", examples=100)
@@ -73,6 +79,7 @@ def evaluate(
         raise UserError(f"`split` {split!r}: choose dev or test.")
     if isinstance(model, nn.Module):
         model = as_loaded(model, tokenizer)
+    _check(settings, isinstance(model, LoadedModel))
     run = None if isinstance(model, LoadedModel) else run_of(Path(model))
     began: dict[str, Any] = {}
     if run is not None:
@@ -89,7 +96,9 @@ def evaluate(
         )
     name = str(task) if isinstance(task, str | Path) else task.name if task else None
     folder = data if isinstance(data, str | Path) else None
-    given = settings | {"task": name, f"{split}_examples": examples, "data": folder}
+    given = settings | {"task": name, "data": folder}
+    if examples is not None:
+        given[f"{split}_examples"] = examples
     fixed = {"model": called, "out": Path(), "keep": "last", "resume": False}
     config = build(FinetuneConfig, began, given, fixed)
     chosen = task if isinstance(task, Task) else resolve(config.task)
@@ -114,6 +123,17 @@ def evaluate(
             f"The loss is not finite ({found['loss']}), so the weights of {called} are damaged or too large for {dtype}{where}."
         )
     return found
+
+
+def _check(settings: dict[str, Any], given: bool) -> None:
+    """Raises UserError for a setting that an evaluation does not read. given: whether the model is in memory."""
+    for name in (name for name, value in settings.items() if value is not None):
+        if name not in READ:
+            raise UserError(f"`{name}` changes nothing in an evaluation, which reads {', '.join(READ)}; leave it out.")
+        if given and name in OF_LOADING:
+            raise UserError(
+                f"`{name}` cannot be combined with a model in memory, which is used unchanged; leave it out."
+            )
 
 
 def _no_model(run: Path) -> UserError:

@@ -298,11 +298,30 @@ def test_a_complete_run_gives_its_kept_model(tmp_path):
     assert again.summary == first.summary and weights(again.model) == weights(first.model)
 
 
-@pytest.mark.parametrize("name", ["kind", "head", "dtype", "quantize"])
-def test_settings_of_loading_do_not_go_with_a_model_in_memory(name):
-    values = {"kind": "causal", "head": "linear", "dtype": "bfloat16", "quantize": "int8"}
+OF_LOADING = {
+    "kind": "causal", "head": "linear", "dtype": "bfloat16", "quantize": "int8", "revision": "main",
+    "attn_implementation": "eager", "device_map": "auto",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, value", OF_LOADING.items())
+def test_settings_of_loading_do_not_go_with_a_model_in_memory(name, value):
     with pytest.raises(UserError, match=f"`{name}` cannot be combined with a model in memory"):
-        metazo.finetune(metazo.load_model("pico"), "pico_sentiment", **{name: values[name]}, **SIZES)
+        metazo.finetune(metazo.load_model("pico"), "pico_sentiment", **{name: value}, **SIZES)
+
+
+@pytest.mark.parametrize("name, value", (OF_LOADING | {"batches": "by-length"}).items())
+def test_settings_of_loading_and_of_rows_do_not_go_with_a_loss(name, value):
+    with pytest.raises(UserError, match=f"`{name}` cannot be combined with `loss`"):
+        metazo.finetune(net(), loss=loss, data=batches(1), steps=1, **{name: value})
+
+
+def test_the_device_of_a_model_in_memory_may_be_chosen_automatically():
+    there = "cuda" if torch.cuda.is_available() else "cpu"
+    tuned = metazo.finetune(net(), loss=loss, data=batches(1), steps=1, lr=1e-3, device="auto")
+    assert next(tuned.model.parameters()).device.type == there
+    with pytest.raises(UserError, match="`device` 'nonsense' cannot be used here"):
+        metazo.finetune(net(), loss=loss, data=batches(1), steps=1, lr=1e-3, device="nonsense")
 
 
 def test_the_command_line_refuses_to_resume_what_it_cannot_name(tmp_path):

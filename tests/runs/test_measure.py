@@ -123,6 +123,30 @@ def test_rows_and_a_model_in_memory(coin):
     assert there == evaluate("pico", coin, examples=20)
 
 
+@pytest.mark.parametrize(
+    "name, value",
+    {
+        "objective": "accuracy", "lora": 4, "adapter": "lora", "optimizer": "hizoo", "steps": 5, "train": ["*"], "merge": True,
+        "device_map": "auto", "tensor_parallel": 2, "batches": "by-length", "no_setting": 1,
+    }.items(),  # fmt: skip
+)
+def test_settings_that_an_evaluation_does_not_read_are_refused(name, value):
+    with pytest.raises(UserError, match=f"`{name}` changes nothing in an evaluation, which reads kind, .*leave it out"):
+        evaluate("pico", "pico_sentiment", examples=4, **{name: value})
+
+
+@pytest.mark.parametrize(
+    "name, value", [("dtype", "bfloat16"), ("attn_implementation", "eager"), ("revision", "main"), ("device", "cpu")]
+)
+def test_settings_of_loading_are_refused_for_a_model_in_memory(name, value):
+    with pytest.raises(UserError, match=f"`{name}` cannot be combined with a model in memory"):
+        evaluate(load_model("pico"), "pico_sentiment", examples=4, **{name: value})
+
+
+def test_the_size_of_the_split_may_be_given_as_a_setting():
+    assert evaluate("pico", "pico_sentiment", test_examples=6)["examples"] == 6
+
+
 def test_what_cannot_be_evaluated(tmp_path, coin):
     out, gradient = tmp_path / "none", tmp_path / "gradient"
     run(coin, out, keep="none", steps=1, optimizer="mezo")

@@ -160,6 +160,9 @@ def test_from_python_with_rows_in_memory(tiny):
         finetune(load_model(str(tiny("llama"))), "sst2", data=rows, race=(1e-4, 1e-3), **sizes)
     with pytest.raises(UserError, match="`race_steps` is the length of a round of `race`"):
         finetune(str(tiny("llama")), "sst2", data=rows, race_steps=2, **sizes)
+    for number in (0, -3):
+        with pytest.raises(UserError, match=f"`race_steps` is {number} and .*choose 1 or more"):
+            finetune(str(tiny("llama")), "sst2", data=rows, race=(1e-4, 1e-3), race_steps=number, **sizes)
     seen.clear()
     finetune(
         str(tiny("llama")),

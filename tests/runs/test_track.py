@@ -41,6 +41,14 @@ def test_tensorboard_has_the_figures_of_the_log_and_the_evaluations(tmp_path: Pa
     assert plain.summary["test"] == tuned.summary["test"], "a tracker changes no number"
 
 
+def test_a_tracker_needs_the_folder_of_the_run(tmp_path: Path, monkeypatch) -> None:
+    """Files in the working folder would be shared by all runs that start there."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="`track` tensorboard keeps its files in `out`, which is not given"):
+        FinetuneConfig(**SMALL, track=["tensorboard"])
+    assert not list(tmp_path.iterdir())
+
+
 def test_mlflow_in_the_folder_of_the_run(tmp_path: Path, monkeypatch) -> None:
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
