@@ -62,6 +62,10 @@ HEADS = ("auto", "checkpoint", "linear", "prototype", "phrases")
 MADE = ("prototype", "phrases")
 """Heads that `metazo.tasks.classes.fit_head` makes from a task."""
 NEW_HEAD = "gets a new head of"
+NOT_POOLED = (
+    "`quantize`, `device_map`, `attn_implementation`, `tensor_parallel` and `fsdp` cannot be used with a head on pooled hidden "
+    "states; add `head='checkpoint'`."
+)
 
 
 @dataclass
@@ -276,10 +280,7 @@ def _classifier(
 def _check_pooled(more: dict[str, Any]) -> None:
     """Raises UserError for options of transformers that `SentenceClassifier` does not have."""
     if set(more) - {"revision", "attn_implementation"} or more["attn_implementation"]:
-        raise UserError(
-            "`quantize`, `device_map`, `attn_implementation`, `tensor_parallel` and `fsdp` cannot be used with a head on "
-            "pooled hidden states; leave them out, or add `head='checkpoint'`."
-        )
+        raise UserError(NOT_POOLED)
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:

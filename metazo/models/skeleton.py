@@ -26,12 +26,13 @@ from metazo.models.heads import new_head
 from metazo.models.load import (
     DTYPES,
     KINDS,
+    NOT_POOLED,
     LoadedModel,
     configuration,
     explained,
 )
 from metazo.models.quantize import expect_bytes, left_over
-from metazo.models.sentence import SentenceClassifier, pooling_of, quiet
+from metazo.models.sentence import HEAD_FILE, SentenceClassifier, find, pooling_of, quiet
 from metazo.models.tokenizer import context_length, read_tokenizer, set_pad
 
 with needs("llm"):
@@ -61,11 +62,13 @@ def skeleton(
     head: str = "auto",
     quantize: str | None = None,
     revision: str | None = None,
+    attn_implementation: str | None = None,
 ) -> LoadedModel:
     """The model that `load_model` would load, with all tensors on the meta device.
 
     Args: config: a configuration in the place of the folder's, in which case no file is read; the others as for `load_model`
-    (quantize is checked, and the skeleton has full precision and the bytes of memory that the weights will have).
+    (quantize is checked, and the skeleton has full precision and the bytes of memory that the weights will have;
+    attn_implementation is checked, and one that is not eager is sdpa here, which has no kernel that the meta device lacks).
     The tokenizer is None if it is not read, with a note that says why; the context length is then the configuration's.
     Raises UserError as `load_model` does for a configuration that cannot be used.
     """
@@ -80,7 +83,7 @@ def skeleton(
             check_config(config, name)
             chosen = kind_of(config, kind, name)
         with quiet(), torch.device("meta"):
-            model: Any = _built(source, config, chosen, DTYPES[dtype], num_labels, head)
+            model: Any = _built(source, config, chosen, DTYPES[dtype], num_labels, head, attn_implementation)
             _keep_wide(model, DTYPES[dtype])
             if quantize is not None:
                 expect_bytes(model, quantize)
@@ -96,20 +99,38 @@ def skeleton(
 
 
 def _built(
-    source: str, config: PreTrainedConfig, kind: str, dtype: torch.dtype, classes: int | None, head: str
+    source: str,
+    config: PreTrainedConfig,
+    kind: str,
+    dtype: torch.dtype,
+    classes: int | None,
+    head: str,
+    attention: str | None,
 ) -> nn.Module:
     if kind != "classifier":
-        return KINDS[kind].from_config(config, dtype=dtype)
+        return _with_head(config, kind, dtype, attention)
     config.num_labels = classes or config.num_labels or 2
     pooling = (
         pooling_of(source) if head in ("auto", "linear", "prototype", "phrases") and Path(source).is_dir() else None
     )
     trained = any(a.endswith("ForSequenceClassification") for a in config.architectures or ())
     if head == "checkpoint" or (head == "auto" and (trained or not pooling)):
-        return KINDS[kind].from_config(config, dtype=dtype)
+        return _with_head(config, kind, dtype, attention)
+    if attention is not None and not find(source, HEAD_FILE):
+        raise UserError(NOT_POOLED)
     encoder = AutoModel.from_config(config, dtype=dtype)
     top = new_head("linear" if head == "auto" else head, config.num_labels, config.hidden_size, dtype)
     return SentenceClassifier(encoder, top, pooling or "mean")
+
+
+def _with_head(config: PreTrainedConfig, kind: str, dtype: torch.dtype, attention: str | None) -> nn.Module:
+    """A model of transformers' own class. Raises what transformers does for an attention that it does not have."""
+    if attention is None:
+        return KINDS[kind].from_config(config, dtype=dtype)
+    model = KINDS[kind].from_config(config, dtype=dtype, attn_implementation=attention)
+    if attention != "eager" and model._supports_sdpa:
+        model.set_attn_implementation("sdpa")
+    return model
 
 
 def _keep_wide(model: Any, dtype: torch.dtype) -> None:

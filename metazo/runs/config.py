@@ -181,7 +181,9 @@ class FinetuneConfig:
                 "`push` uploads the saved model: it needs `out`, and cannot be combined with `keep='none'`."
             )
         if self.track and self.out is None:
-            raise UserError(f"`track` {', '.join(self.track)} keeps its files in `out`, which is not given; give a folder.")
+            raise UserError(
+                f"`track` {', '.join(self.track)} keeps its files in `out`, which is not given; give a folder."
+            )
         if self.patience is not None and self.dev_examples == 0:
             raise UserError("`patience` counts evaluations on dev and `dev_examples` is 0; leave one of them out.")
         if self.keep == "best" and self.dev_examples == 0:

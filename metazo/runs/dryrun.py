@@ -70,6 +70,7 @@ def dry_run(config: FinetuneConfig) -> dict[str, Any]:
         head=config.head,
         quantize=config.quantize,
         revision=revision,
+        attn_implementation=config.attn_implementation,
     )
     loaded.name = config.model
     notes = [f"{folder}: {note}." for note in loaded.notes] + _about_files(folder, loaded.model)

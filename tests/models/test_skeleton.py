@@ -42,6 +42,11 @@ def test_a_skeleton_has_the_tensors_of_the_model(tiny, name, options) -> None:
 def test_a_skeleton_of_a_sentence_encoder(minilm) -> None:
     whole, bare = load_model(minilm, num_labels=2), skeleton(minilm, num_labels=2)
     assert [n for n, _ in bare.model.named_parameters()] == [n for n, _ in whole.model.named_parameters()]
+    for load in (load_model, skeleton):
+        with pytest.raises(
+            UserError, match="`attn_implementation`, .* cannot be used with a head on pooled hidden states"
+        ):
+            load(minilm, num_labels=2, attn_implementation="eager")
 
 
 def test_the_layers_of_an_encoder_and_of_a_decoder_will_be_quantised(tiny) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from pathlib import Path
@@ -37,9 +38,9 @@ def with_weights(bare: LoadedModel) -> LoadedModel:
     return LoadedModel(model, None, bare.kind, bare.name, bare.dtype, bare.context_length)  # type: ignore[arg-type]
 
 
-def on_cpu(loaded: LoadedModel, keep: int = 1):
+def on_cpu(loaded: LoadedModel, keep: int = 1, shape: tuple[int, int] = SHAPE):
     """The loss of `assumed_loss` over random tokens, left-padded, so that transformers makes the same mask."""
-    ids = torch.randint(0, 2000, SHAPE)
+    ids = torch.randint(0, 2000, shape)
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -81,6 +82,21 @@ def test_memory_is_that_of_a_step(shape: LlamaConfig, name: str, dtype: str, opt
     assert estimated.inference == pytest.approx(measured.inference_bytes, rel=0.1)
     assert estimated.peak == pytest.approx(measured.step_bytes, rel=tolerance)
     assert estimated.forward_operations == pytest.approx(measured.forward_flops, rel=0.02)
+
+
+def test_eager_attention_keeps_the_matrix_of_its_scores() -> None:
+    """sdpa does not, and is what other kernels are counted as."""
+    shape, found = (4, 256), {}
+    for name in ("sdpa", "flex_attention", "eager"):
+        bare = skeleton("small", config=copy.deepcopy(SMALL), attn_implementation=name)
+        found[name] = estimate(bare.model, method("mezo")(bare.model.named_parameters()), assumed_loss(bare, *shape))
+    whole = with_weights(bare)
+    assert whole.model.config._attn_implementation == "eager"
+    measured = measure(whole.model, method("mezo")(whole.model.named_parameters()), on_cpu(whole, shape=shape))
+    assert found["eager"].inference == pytest.approx(measured.inference_bytes, rel=0.02)
+    scores = shape[0] * SMALL.num_attention_heads * shape[1] ** 2 * 4
+    assert found["eager"].inference > found["sdpa"].inference + scores
+    assert found["flex_attention"].inference == found["sdpa"].inference
 
 
 def test_a_dry_run_edits_one_chunk_of_a_compensated_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,13 +241,14 @@ PICO = {"model": "pico", "task": "pico_sentiment", "train_examples": 64, "dev_ex
 REFUSED: list[tuple[dict, str]] = [
     ({"objective": "nosuch"}, "`objective` 'nosuch' is no metric of a classification task"),
     ({"objective": "accuracy", "optimizer": "first-order-sgd"}, "needs the gradient of the loss"),
-    ({"track": ["mlflow"]}, "`track` mlflow needs the package mlflow"),
+    ({"track": ["mlflow"], "out": Path("new")}, "`track` mlflow needs the package mlflow"),
     ({"push": "bad//name", "out": Path("new")}, "bad//name"),
     ({"quantize": "int8"}, "train adapters in full precision"),
     ({"quantize": "int8", "lora": 2, "merge": True}, "`merge` would round"),
     ({"max_length": 5000}, "5000 is more than the context"),
     ({"train": ["nosuch"]}, "nosuch"),
     ({"head": "prototype"}, "head 'prototype' is for classifiers"),
+    ({"attn_implementation": "nonsense"}, 'attn_implementation="nonsense"` is not supported'),
 ]
 
 

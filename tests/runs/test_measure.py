@@ -123,13 +123,13 @@ def test_rows_and_a_model_in_memory(coin):
     assert there == evaluate("pico", coin, examples=20)
 
 
-@pytest.mark.parametrize(
-    "name, value",
-    {
-        "objective": "accuracy", "lora": 4, "adapter": "lora", "optimizer": "hizoo", "steps": 5, "train": ["*"], "merge": True,
-        "device_map": "auto", "tensor_parallel": 2, "batches": "by-length", "no_setting": 1,
-    }.items(),  # fmt: skip
-)
+NOT_READ = {
+    "objective": "accuracy", "lora": 4, "adapter": "lora", "optimizer": "hizoo", "steps": 5, "train": ["*"], "merge": True,
+    "device_map": "auto", "tensor_parallel": 2, "batches": "by-length", "no_setting": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, value", NOT_READ.items())
 def test_settings_that_an_evaluation_does_not_read_are_refused(name, value):
     with pytest.raises(UserError, match=f"`{name}` changes nothing in an evaluation, which reads kind, .*leave it out"):
         evaluate("pico", "pico_sentiment", examples=4, **{name: value})
