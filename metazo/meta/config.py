@@ -109,7 +109,7 @@ class MetaConfig(ScaleConfig):
     unroll: int = setting(default=1, least=1, most=MOST_UNROLLED, role="tuner")
     """Inner steps; more than 1 unrolls them on `higher`, for small models (published objective)"""
     detach_kappa: bool = setting(default=True, role="tuner")
-    """Treat the normalisation as constant in the meta-gradient, as published"""
+    """Treat the normalisation as constant in the meta-gradient, as published (published objective with `normalise`)"""
     separate_batch: bool = setting(default=False, role="tuner")
     """Measure the meta-loss on another batch than the inner step's (published objective)"""
     entropy: float = setting(default=0.1, least=0, most=1e6, role="tuner")
@@ -166,6 +166,15 @@ class MetaConfig(ScaleConfig):
         found = dict.fromkeys(_OF[other], f"`objective` {self.objective}, which does not read it")
         if self.teacher != "sgd":
             found["momentum"] = f"`teacher` {self.teacher}, which has its own"
+        if self.steps is not None:
+            found["epochs"] = "`steps`, which set the length of the run"
+        if self.parametrisation == "abs":
+            found["bound"] = "`parametrisation` abs, which has no bound"
+        if not self.normalise:
+            found.setdefault("detach_kappa", "`normalise` False, without which there is no normalisation to detach")
+        if not self.restart_every:
+            restarts = ("restart_model", "restart_sigma", "restart_losses")
+            found |= dict.fromkeys(restarts, "`restart_every` 0, without which there is no restart")
         if self.record is not None or self.trajectory is not None:
             found["restart_model"] = "a recording, which is of one path from the base model and repeats"
         if self.trajectory is not None:

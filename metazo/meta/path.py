@@ -79,6 +79,11 @@ class Online:
             )
         load_weights(self.teacher.tensors, state)
         self.teacher.load({k.removeprefix("teacher/"): v for k, v in state.items() if k.startswith("teacher/")})
+        if self.restart_model and 0 < self.every < self.teacher.taken:
+            raise UserError(
+                f"The snapshot's teacher has taken {self.teacher.taken} steps without a restart, and `restart_every` means "
+                f"one every {self.every}: an earlier version of metazo took it for never; start in another `out`."
+            )
 
 
 def weights_of(tensors: Sequence[NamedTensor]) -> dict[str, Tensor]:

@@ -41,8 +41,8 @@ def put(tensors: Sequence[NamedTensor], path: Path, prefix: str = "") -> None:
 
 
 def restart_steps(epochs: float, steps_per_epoch: int) -> int:
-    """Meta-steps between restarts; 0: never."""
-    return round(epochs * steps_per_epoch) if epochs else 0
+    """Meta-steps between restarts; 0: never, which only 0 epochs mean."""
+    return max(1, round(epochs * steps_per_epoch)) if epochs else 0
 
 
 def due(step: int, every: int) -> bool:

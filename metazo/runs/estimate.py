@@ -46,8 +46,8 @@ class Followed(Operations):
     """Counts the bytes of the tensors that operations make, until each is freed, and the operations of products.
 
     A number that is read from a tensor on the meta device is 0: transformers asks whether a mask is all ones, and the answer
-    no gives the mask of a padded batch. Tensors that are compared are close. Attention by sdpa keeps no matrix of scores, as torch's
-    fused kernels.
+    no gives the mask of a padded batch. Tensors that are compared are close. Attention by sdpa keeps no matrix of scores, as
+    torch's fused kernels.
     """
 
     def __init__(self) -> None:

@@ -228,7 +228,7 @@ def a_rate_far_too_high(folder: Path, dice: random.Random) -> bool:
 def a_meta_rate_far_too_high(folder: Path, dice: random.Random) -> bool:
     """Meta-training ends with an error that names the rate and no tuner, or with a tuner whose networks are finite."""
     name, rate = dice.choice(["lr_meta", "teacher_lr"]), 10 ** dice.uniform(2, 29)
-    settings = {name: rate, "seed": dice.randrange(10**6), "restart_model": False, "restart_every": 0, "clip": 1e9}
+    settings = {name: rate, "seed": dice.randrange(10**6), "restart_every": 0, "clip": 1e9}
     try:
         tuner = meta(folder / "run", **settings)
     except UserError as error:

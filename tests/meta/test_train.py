@@ -19,6 +19,7 @@ from metazo.meta.journal import row_of, warning
 from metazo.meta.loop import MetaRun
 from metazo.meta.path import Online
 from metazo.meta.path_setup import build, load
+from metazo.meta.reset import restart_steps
 from metazo.meta.train import dry, meta_train
 from metazo.meta.trajectory import Trajectory
 from metazo.recipes import locate
@@ -26,6 +27,7 @@ from metazo.runs.interrupt import Interrupted
 from metazo.settings import build as build_config
 from metazo.settings import read_recipe
 from metazo.tuner.file import Tuner
+from metazo_cli.meta_train import _settings as of_flags
 
 
 @pytest.fixture
@@ -302,6 +304,12 @@ def test_the_plan_counts_forward_passes(settings, monkeypatch, tmp_path: Path, p
         ({"objective": "ratio", "queries": 2}, "`queries` 2 changes nothing"),
         ({"entropy": 0.0}, "`entropy` 0.0 changes nothing with `objective` published"),
         ({"teacher": "adamw", "momentum": 0.5}, "`momentum` 0.5 changes nothing with `teacher` adamw"),
+        ({"epochs": 7}, "`epochs` 7.* changes nothing with `steps`"),
+        ({"parametrisation": "abs", "bound": 5.0}, "`bound` 5.0 changes nothing with `parametrisation` abs"),
+        ({"normalise": False, "detach_kappa": False}, "`detach_kappa` False changes nothing with `normalise` False"),
+        ({"restart_every": 0, "restart_losses": True}, "`restart_losses` True changes nothing with `restart_every` 0"),
+        ({"restart_every": 0, "restart_sigma": True}, "`restart_sigma` True changes nothing with `restart_every` 0"),
+        ({"restart_every": 0, "restart_model": False}, "`restart_model` False changes nothing with `restart_every` 0"),
     ],
 )
 def test_a_setting_without_effect_is_refused_and_is_not_in_the_recipe(settings, changes, said):
@@ -314,6 +322,26 @@ def test_a_setting_without_effect_is_refused_and_is_not_in_the_recipe(settings, 
 def test_the_published_recipe_is_a_config():
     config = build_config(MetaConfig, read_recipe(locate("meta-published-copa")), {"out": "somewhere"})
     assert (config.objective, config.embedding_count, config.restart_every) == ("published", "published", 5)
+    shorter = of_flags(None, Path("meta-published-copa"), {"out": Path("somewhere"), "steps": 10})
+    assert isinstance(shorter, MetaConfig) and shorter.steps == 10 and "epochs" not in shorter.recipe()
+
+
+def test_only_0_epochs_mean_that_there_is_no_restart():
+    assert [restart_steps(*each) for each in ((0, 1), (0.5, 1), (0.1, 4), (0.5, 4), (3, 4))] == [0, 1, 1, 2, 12]
+
+
+def test_a_run_that_never_restarted_does_not_go_on_with_restarts(settings, monkeypatch):
+    """Half an epoch of one batch was rounded to no restart at all."""
+    StopsAt(monkeypatch, 4)
+    one_batch = {"train_examples": 4, "restart_every": 0.5}
+    monkeypatch.setattr("metazo.meta.loop.restart_steps", lambda *given: 0)
+    with pytest.raises(Interrupted):
+        meta_train(settings(**one_batch))
+    monkeypatch.undo()
+    with pytest.raises(
+        UserError, match="`restart_every` means one every 1: an earlier version of metazo took it for never"
+    ):
+        meta_train(settings(resume=True, **one_batch))
 
 
 def test_the_recipe_is_every_setting_that_makes_the_tuner(tmp_path):
@@ -323,7 +351,7 @@ def test_the_recipe_is_every_setting_that_makes_the_tuner(tmp_path):
         MetaConfig, {"model": "pico", "task": ["pico_topic"], "out": tmp_path, "device": "cpu", "steps": 3}
     )
     left_out = {"model", "task", "out", "data", "device", "record", "trajectory", "save_every", "resume"}
-    left_out |= {"lr_update", "queries", "eps", "detach_kappa", "separate_batch"}
+    left_out |= {"lr_update", "queries", "eps", "detach_kappa", "separate_batch", "epochs"}
     unset = {item.name for item in fields(MetaConfig) if getattr(config, item.name) is None}
     assert config.recipe().keys() == {item.name for item in fields(MetaConfig)} - left_out - unset
     assert config.recipe()["steps"] == 3 and "statistics_every" in unset
