@@ -29,7 +29,7 @@ class FeedbackConfig:
     """File of unlabelled prompts (.txt with one per line; .jsonl, .csv, ... with a column `text`), or a folder with
     <task>/<split>.jsonl; a folder without `task` stands for those of the text tasks for meta-training that it holds"""
     texts: int = 1600
-    """Number of texts"""
+    """Number of texts, divided evenly among the tasks"""
     batch_size: int = 16
     """Texts per batch"""
     max_length: int | None = 64

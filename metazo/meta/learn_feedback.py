@@ -99,17 +99,21 @@ def _fit(config: FeedbackConfig, console: Console | None) -> FeedbackTuner:
 def _losses(
     config: FeedbackConfig, loaded: LoadedModel, device: torch.device, console: Console | None
 ) -> tuple[list[Callable[[], Tensor]], str, int]:
-    """The loss of each batch of one source's texts, what the texts are called, and their number."""
-    tasks, data, source = _sources(config)
+    """The loss of each batch of the sources' texts, what the sources are called that gave any, and the number of texts."""
+    tasks, data, names = _sources(config)
     losses: list[Callable[[], Tensor]] = []
-    count = 0
-    for task in tasks:
-        prepared = _prepared(task, config, data, loaded, -(-config.texts // len(tasks)))
+    count, used = 0, []
+    each, left = divmod(config.texts, len(tasks))
+    for place, (task, name) in enumerate(zip(tasks, names)):
+        if (number := each + (place < left)) == 0:
+            break
+        prepared = _prepared(task, config, data, loaded, number)
         for note in prepared.notes:
             if console is not None:
                 console.print(f"note: {note}", soft_wrap=True)
-        examples = sorted(prepared.train, key=len)[: config.texts - count]
+        examples = sorted(prepared.train, key=len)
         count += len(examples)
+        used += [name] if examples else []
         for start in range(0, len(examples), config.batch_size):
             losses.append(_loss(config, prepared, loaded, examples[start : start + config.batch_size], device))
     if len(losses) < HELD_OUT:
@@ -118,26 +122,26 @@ def _losses(
             "`batch_size`."
         )
     random.Random(config.seed).shuffle(losses)
-    return losses, source, count
+    return losses, ", ".join(used), count
 
 
-def _sources(config: FeedbackConfig) -> tuple[list[Task], Path | list[Row] | None, str]:
-    """The tasks whose texts are read, the `data` to read them from, and what they are called."""
+def _sources(config: FeedbackConfig) -> tuple[list[Task], Path | list[Row] | None, list[str]]:
+    """The tasks whose texts are read, the `data` to read them from, and what each is called."""
     if config.task:
-        return [resolve(name) for name in config.task], config.data, ", ".join(config.task)
+        return [resolve(name) for name in config.task], config.data, config.task
     if config.data is None:
-        return [books.TASK], None, "books"
+        return [books.TASK], None, ["books"]
     if config.data.is_dir():
         found = [name for name in of_families(META_TRAIN) if (config.data / name).is_dir()]
         if not found:
             raise UserError(
                 f"`data` {config.data} holds no text task for meta-training, such as {of_families(META_TRAIN)[0]}; name `task`."
             )
-        return [resolve(name) for name in found], config.data, ", ".join(found)
+        return [resolve(name) for name in found], config.data, found
     if not is_file(config.data):
         raise UserError(f"`data` {config.data} is neither a file of prompts nor a folder.")
     task = Task(name="prompts", kind="classification", prompt="{text} {}", labels={0: "yes", 1: "no"})
-    return [task], [{"text": text} for text in _prompts(config.data)], "prompts of the user"
+    return [task], [{"text": text} for text in _prompts(config.data)], ["prompts of the user"]
 
 
 def _prompts(path: Path) -> list[str]:

@@ -7,16 +7,20 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 import metazo
 from metazo import zoo
 from metazo.errors import UserError
 from metazo.feedback.tuner import FeedbackTuner
+from metazo.meta import learn_feedback
 from metazo.meta.feedback_config import FeedbackConfig
+from metazo.models.load import load_model
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import run_settings
 from metazo.runs.interrupt import Interrupted
+from metazo.tasks import resolve
 
 SMALL = {"texts": 16, "batch_size": 4, "rank": 2, "max_length": 24}
 
@@ -59,6 +63,25 @@ def test_text_of_the_user_and_text_of_metazo(tiny, tmp_path: Path) -> None:
     assert every.maps.trust != mine.maps.trust
     names = [name for name in mine.info.scores if name.startswith("cosine of held-out errors with the feedback")]
     assert len(mine.info.scores[names[0]]) == len(mine.maps.down) == len(mine.info.blocks) - 1
+
+
+GENERATED = ["pico_sentiment", "pico_topic", "pico_entail", "pico_span", "pico_cause", "pico_sentiment", "pico_topic"]
+
+
+@pytest.mark.parametrize("number, used", [(3, [6, 5, 5]), (7, [3, 3, 2, 2, 2, 2, 2]), (20, [1] * 16)])
+def test_texts_are_divided_among_the_tasks(number: int, used: list[int], tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As evenly as possible, of every length, and tasks without a text are not named."""
+    given, tasks = [], (GENERATED * 3)[:number]
+    monkeypatch.setattr(
+        learn_feedback, "_loss", lambda config, prepared, loaded, examples, device: given.append(examples)
+    )
+    config = FeedbackConfig(model="tiny", out=Path("unused"), task=tasks, texts=16, batch_size=16)
+    monkeypatch.setattr(learn_feedback, "HELD_OUT", 1)
+    _, source, count = learn_feedback._losses(config, load_model(tiny("llama")), torch.device("cpu"), None)
+    assert [len(examples) for examples in given] == used and count == 16
+    assert source == ", ".join(tasks[: len(used)])
+    drawn = learn_feedback._prepared(resolve(tasks[1]), config, None, load_model(tiny("llama")), used[1]).train
+    assert given[1] == sorted(drawn, key=len), "none is left out because it is long"
 
 
 def test_it_is_published_listed_found_and_used(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
