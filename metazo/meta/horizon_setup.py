@@ -76,7 +76,7 @@ def make_plan(config: HorizonConfig, model: nn.Module, tasks: Sequence[HorizonTa
     runs = config.pairs * -(-config.updates * config.window // config.horizon)  # each of the pairs begins its own
     tried = min(runs, len(tasks)) * len(config.rates) if len(config.rates) > 1 else 0
     forwards = 2 * config.steps * (2 * config.window + held) + tried * (2 * config.horizon + held)
-    members = 2 * config.pairs if config.truncation else 0
+    members = 2 * config.pairs if config.window < config.horizon else 0
     every = sum(parameter.numel() for parameter in model.parameters())
     item = tensors[0].param.itemsize
     return HorizonPlan(

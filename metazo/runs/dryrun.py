@@ -120,7 +120,7 @@ def dry_run(config: FinetuneConfig) -> dict[str, Any]:
     found["memory"] = _memory(config, counted, length, free)
     width = getattr(loaded.model.config.get_text_config(), "hidden_size", 1024)
     rates = measure_rates(device, loaded.dtype, width, config.batch_size * length)
-    seconds = step_seconds(counted, optimizer, rates) * config.accumulate
+    seconds = step_seconds(counted, optimizer, rates, config.accumulate)
     found["time"] = (
         f"estimated {_time(seconds)} per step, {_time(seconds * steps)} for all, without evaluations, from speeds measured on "
         f"this device: {rates.operations / 1e9:,.0f} billion operations, {size(rates.bytes)} and {rates.noise / 1e9:.2g} "

@@ -3,7 +3,7 @@
     inference   weights + buffers + most bytes of activations in a forward pass over the batch
     peak        weights + buffers + state of the method and of its precision policy
                 + the same activations + a copy of the largest tensor, if weights are compensated
-    seconds     forwards * max(operations / rate, bytes of weights / bandwidth) + weights * passes / rate of noise
+    seconds     batches * forwards * max(operations / rate, bytes of weights / bandwidth) + weights * passes / rate of noise
 
 Activations are counted by following each tensor that an operation makes until it is freed, and those of probes that are
 evaluated together in their one pass. Steps of methods that are not replayed (first-order, feedback) are run whole in this
@@ -253,13 +253,14 @@ def _seconds(call: Callable[[], Any], device: torch.device) -> float:
     return best
 
 
-def step_seconds(found: Estimate, optimizer: Any, rates: Rates) -> float:
-    """The estimated time of a step. A method that is not replayed makes one pass over the weights for its update, without
-    noise; the others one pass per probe and one for the update."""
+def step_seconds(found: Estimate, optimizer: Any, rates: Rates, accumulate: int = 1) -> float:
+    """The estimated time of a step of `accumulate` micro-batches. A method that is not replayed makes one pass over the weights
+    for its update, without noise; the others one pass per probe, which all micro-batches share, and one for the update."""
     trained = sum(p.numel() for p in _trained(optimizer))
     forwards = optimizer.forwards_per_step()
     computing = found.step_operations / rates.operations
     reading = forwards * found.weights / rates.bytes
+    passing = accumulate * max(computing, reading)
     if not optimizer.replayable:
-        return max(computing, reading) + 3 * found.weights / rates.bytes
-    return max(computing, reading) + (forwards + 1) * trained / rates.noise
+        return passing + 3 * found.weights / rates.bytes
+    return passing + (forwards + 1) * trained / rates.noise

@@ -16,6 +16,7 @@ from metazo.optimizers.registry import Method
 from metazo.runs.batches import order_of
 from metazo.runs.inputs import data_hash, inputs, own_inputs, tokenizer_hash
 from metazo.runs.machine import processor, versions
+from metazo.runs.schedule import COUNTING
 from metazo.tasks import Prepared, Task
 from metazo.tasks.data import VERSION
 
@@ -46,6 +47,7 @@ def header(settings: dict[str, Any], setup: Setup) -> dict[str, Any]:
         "noise": optimizer.noise.name if optimizer.noise else None,
         "tuner": tuner_hash(optimizer),
         "precision": settings["precision"],
+        "counting": COUNTING,
         "settings": settings,
         "environment": environment(setup.device),
     }

@@ -289,6 +289,12 @@ def test_the_plan_counts_forward_passes(settings, monkeypatch, changes) -> None:
     assert plan.forwards == len(calls)
 
 
+def test_a_truncation_as_long_as_the_run_keeps_no_member(settings) -> None:
+    whole, same, half = (dry(settings(truncation=steps)) for steps in (None, 4, 2))
+    assert (whole.memory_bytes, whole.disk_bytes) == (same.memory_bytes, same.disk_bytes)
+    assert half.memory_bytes > whole.memory_bytes and half.disk_bytes > whole.disk_bytes
+
+
 def test_bad_settings_and_the_flags_of_the_command_line(settings, tmp_path: Path) -> None:
     for changes, message in (
         ({"horizon": 5, "truncation": 2}, "`truncation` 2 does not divide `horizon` 5"),

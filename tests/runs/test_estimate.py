@@ -168,6 +168,8 @@ def test_time_is_the_larger_of_computing_and_reading() -> None:
     figures = Estimate(weights=40, state=0, inference=0, peak=0, forward_operations=50, step_operations=100)
     assert step_seconds(figures, Two(), Rates(operations=10, bytes=80, noise=10)) == 10 + 3
     assert step_seconds(figures, Two(), Rates(operations=1000, bytes=8, noise=10)) == 10 + 3
+    once = step_seconds(figures, Two(), Rates(operations=10, bytes=80, noise=10), accumulate=8)
+    assert once == 8 * 10 + 3, "the noise is added once for all micro-batches"
 
 
 SEVENTY = LlamaConfig(

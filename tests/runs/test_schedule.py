@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 
+import metazo
 from metazo import finetune
 from metazo.errors import UserError
 from metazo.meta.config import MetaConfig
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import _Run, run_settings
 from metazo.runs.interrupt import Interrupted
-from metazo.runs.schedule import SCHEDULES, share, warmup_steps
+from metazo.runs.schedule import SCHEDULES, number_of_steps, share, warmup_steps
 from metazo.settings import build
-from metazo.steplog.format import read
+from metazo.steplog.format import line, read, scan
 from metazo_cli.main import main
 
 SETTINGS = {
@@ -58,6 +60,15 @@ def test_warmup_is_a_share_below_1_and_a_number_of_steps_from_1_on():
     assert [warmup_steps(warmup, 30) for warmup in (None, 0, 0.1, 0.11, 1, 7, 99)] == [0, 0, 3, 4, 1, 7, 30]
 
 
+def test_a_share_of_100_is_a_whole_number_whatever_rounding_does():
+    """0.07 * 100 is 7.000000000000001."""
+    for number in range(1, 120):
+        once = FinetuneConfig("pico", "pico_sentiment", epochs=number / 100, batch_size=1)
+        assert number_of_steps(once, None, 100) == number
+        assert number >= 100 or warmup_steps(number / 100, 100) == number
+    assert warmup_steps(0.0701, 100) == 8
+
+
 @pytest.mark.parametrize("evaluated", [4, 64])
 def test_a_budget_holds_if_steps_cost_different_numbers_of_forwards(evaluated):
     """Two passes over four batches in every other step of SVRG; batches of an evaluation have nothing to do with it."""
@@ -72,6 +83,48 @@ def test_a_budget_holds_if_steps_cost_different_numbers_of_forwards(evaluated):
         "pico", "pico_sentiment", optimizer="mezo-svrg", forwards=21, eval_every=9, max_length=40, **settings
     )
     assert (run.summary["steps"], run.summary["forwards"]) == (3, 8 + 4 + 8)
+
+
+@pytest.mark.parametrize("forwards, steps", [(2, 1), (5, 1), (6, 2), (7, 2), (8, 3), (12, 4), (13, 4), (14, 5)])
+def test_a_first_step_that_takes_less_than_others_is_paid_for(forwards, steps):
+    """With one batch a full step of SVRG takes 2 passes, and the step after it 4."""
+    optimizer = metazo.MeZOSVRG(torch.nn.Linear(2, 2).named_parameters())
+    optimizer.full_closure = lambda: 0.0
+    assert [optimizer.forwards_in(number) for number in (1, 2, 3, 4, 5)] == [2, 6, 8, 12, 14]
+    settings = {"optimizer": "mezo-svrg", "forwards": forwards}
+    assert number_of_steps(FinetuneConfig("pico", "pico_sentiment", **settings), optimizer, 16) == steps
+    with pytest.raises(UserError, match="`forwards` is 1 and a step of mezo-svrg takes 2; give more"):
+        number_of_steps(FinetuneConfig("pico", "pico_sentiment", **settings | {"forwards": 1}), optimizer, 16)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            {"steps": None, "epochs": 0.28, "train_examples": 25, "batch_size": 1},
+            "counted 8 steps, 0 of them warmup, in",
+        ),
+        ({"steps": 100, "warmup": 0.07}, "counted 100 steps, 8 of them warmup, in place of 100 and 7"),
+        ({"steps": None, "optimizer": "mezo-svrg", "forwards": 8, "batch_size": 8}, "counted 2 steps, 0 of them"),
+    ],
+)
+def test_a_run_of_a_version_that_counted_otherwise_is_not_resumed(settings, words, tmp_path, monkeypatch):
+    def stopping(self, step):
+        raise Interrupted("SIGTERM", "SIGTERM")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(_Run, "_stop_if_asked", stopping)
+        with pytest.raises(Interrupted):
+            run_settings(config(tmp_path / "run", **settings))
+    log = tmp_path / "run/steps.jsonl"
+    shutil.copytree(tmp_path / "run", tmp_path / "now")
+    began = scan(log).header
+    assert began.pop("counting") == 2
+    log.write_bytes(line(began, 0)[0])
+    with pytest.raises(UserError, match=f"begun by an earlier version of metazo, which {words}"):
+        run_settings(config(tmp_path / "run", resume=True, **settings))
+    if "steps" not in settings:
+        assert run_settings(config(tmp_path / "now", resume=True, **settings))["steps"] < 8
 
 
 def test_epochs_set_the_length(tmp_path):
