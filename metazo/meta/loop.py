@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -141,7 +142,7 @@ class MetaRun:
 
     def _model_losses(self, situation: Situation):
         task, indices, other = self._batches
-        return (lambda model: task.loss(model, indices)), (lambda model: task.loss(model, other))
+        return (lambda model: task.loss(model, indices)), (lambda model: task.loss(model, other()))
 
     def step(self) -> MetaStep:
         """One update of the networks and one step of the teacher.
@@ -158,7 +159,7 @@ class MetaRun:
             statistics = block_statistics(self.scale.blocks, self.weights.read)
             for each in self.states:
                 each["scale/statistics"].copy_(statistics)
-        other = self.order.other(step, number, indices)
+        other = cache(lambda: self.order.other(step, number, indices))  # not every objective reads it
         self._batches = task, indices, other
         sigma = self.scale.learned(state)
         situation = Situation(
@@ -170,7 +171,7 @@ class MetaRun:
             root=self.root,
             seed=lambda query: self.noise.seed(step, query),
             loss=lambda: task.loss(self.model, indices),
-            other=lambda: task.loss(self.model, other),
+            other=lambda: task.loss(self.model, other()),
             sampled=lambda: task.sampled_loss(self.model, indices, self._generator(step)),
             examples=len(indices),
             state=state,

@@ -102,7 +102,11 @@ class Order:
 
     def other(self, step: int, task: int, first: Sequence[int]) -> list[int]:
         """A second batch for the step: examples of the same task that are not in the first batch, if there are enough."""
-        rest = np.setdiff1d(np.arange(self.sizes[task]), first)
+        taken = sorted(set(first))
+        if self.sizes[task] - len(taken) < self.batch_size:
+            taken = []
         rng = np.random.default_rng([self.seed, step, _OTHER])
-        pool = rest if len(rest) >= self.batch_size else np.arange(self.sizes[task])
-        return rng.choice(pool, self.batch_size, replace=False).tolist()
+        chosen = rng.choice(self.sizes[task] - len(taken), self.batch_size, replace=False)  # among those not taken
+        for index in taken:
+            chosen[chosen >= index] += 1
+        return chosen.tolist()

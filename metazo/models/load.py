@@ -64,7 +64,7 @@ MADE = ("prototype", "phrases")
 NEW_HEAD = "gets a new head of"
 NOT_POOLED = (
     "`quantize`, `device_map`, `attn_implementation`, `tensor_parallel` and `fsdp` cannot be used with a head on pooled hidden "
-    "states; add `head='checkpoint'`."
+    "states; leave them out, or add `head='checkpoint'`."
 )
 
 

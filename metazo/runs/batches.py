@@ -7,6 +7,7 @@ over the processes is the loss of the whole batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -28,10 +29,13 @@ def batch_indices(step: int, batch_size: int, examples: int, seed: int) -> list[
     one. Returns: batch_size indices.
     """
     places = range(step * batch_size, (step + 1) * batch_size)
-    orders = {
-        epoch: np.random.default_rng([seed, epoch]).permutation(examples) for epoch in {p // examples for p in places}
-    }
+    orders = {epoch: _order(epoch, examples, seed) for epoch in {p // examples for p in places}}
     return [int(orders[place // examples][place % examples]) for place in places]
+
+
+@lru_cache(maxsize=2)  # a batch may begin in one epoch and end in the next
+def _order(epoch: int, examples: int, seed: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(examples)
 
 
 def batch_indices_by_length(step: int, batch_size: int, lengths: Sequence[int], seed: int) -> list[int]:

@@ -79,7 +79,7 @@ class Scores(Records):
         elif norm > self.most:
             record["weights_grown"] = float(f"{GROWN * norm / self.most:.3g}")
         self.losses = []
-        if self.usable(record) and all(self._merit(record) > self._merit(other) for other in self.records):
+        if self.better(record):
             keep_best(step)
         self.folder.record(**record)
         self.records.append(record)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable
+from itertools import islice
 from statistics import fmean, variance
 
 import torch
@@ -108,7 +109,7 @@ class Watch:
     def _divergence(self) -> tuple[str, str] | None:
         if self.config.objective is not None:  # it may have any unit
             return None
-        start, now = fmean(self.first), fmean(list(self.losses)[-WINDOW // 2 :])
+        start, now = fmean(self.first), fmean(islice(reversed(self.losses), WINDOW // 2))
         if len(self.losses) < FIRST + WINDOW // 2 or now <= max(EXPLODED * start, start + 0.5):
             return None
         return "divergence", (

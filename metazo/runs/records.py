@@ -30,8 +30,30 @@ class Records:
         self.due = [*range(0, steps, every), steps]
         self.minimised = "objective" if config.objective else "loss"
         self.metric = None if config.objective else metric
-        self.records: list[dict[str, Any]] = []
+        self.records = []
         self.lost: int | None = None
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        return self._records
+
+    @records.setter
+    def records(self, records: list[dict[str, Any]]) -> None:
+        self._records = records
+        self._seen = self._best = self._lowest = 0
+
+    def _see(self) -> None:
+        """Compare the records that were appended since the last call: the place of the best, and of the lowest loss."""
+        for place in range(self._seen, len(self.records)):
+            record = self.records[place]
+            if self._merit(record) > self._merit(self.records[self._best]):
+                self._best = place
+            if self._minimum(record) < self._minimum(self.records[self._lowest]):
+                self._lowest = place
+        self._seen = len(self.records)
+
+    def _minimum(self, record: dict[str, Any]) -> float:
+        return record["dev"].get(self.minimised, math.inf) if self.usable(record) else math.inf
 
     def take_up(self, found: Iterable[dict[str, Any]], steps: int, kept: int | None) -> int:
         """Take the records of a run whose log holds so many steps. kept: the step of the best weights that are on disk.
@@ -51,7 +73,12 @@ class Records:
     def best(self) -> dict[str, Any]:
         """The record with the best metric on dev (or the lowest objective, if there is one); ties are broken by the lowest
         loss, then by the earliest step."""
-        return max(self.records, key=self._merit)
+        self._see()
+        return self.records[self._best]
+
+    def better(self, record: dict[str, Any]) -> bool:
+        """Whether an evaluation is usable and better than all records."""
+        return self.usable(record) and (not self.records or self._merit(record) > self._merit(self.best()))
 
     def usable(self, record: dict[str, Any]) -> bool:
         """Whether an evaluation may be the best: its weights and loss are finite, the weights have not grown beyond `GROWN`
@@ -73,8 +100,8 @@ class Records:
         patience = self.config.patience
         if patience is None or not self.records:
             return False
-        losses = [record["dev"][self.minimised] if self.usable(record) else math.inf for record in self.records]
-        return len(losses) - 1 - losses.index(min(losses)) >= patience
+        self._see()
+        return len(self.records) - 1 - self._lowest >= patience
 
     def diverged(self) -> str | None:
         """The fault of the last evaluation in words; None if it has none."""

@@ -170,6 +170,8 @@ def _few(task: Task, source: Source, order: list[int], k: int) -> list[int]:
     left, chosen = dict.fromkeys(range(len(task.labels)), k), []
     label = _label_of(task, source)
     for i in order:
+        if len(chosen) == k * len(left):  # the other rows are not read
+            break
         if left[label(i)]:
             left[label(i)] -= 1
             chosen.append(i)

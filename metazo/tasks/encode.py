@@ -181,7 +181,8 @@ class Encoder:
 
     def _continued(self, row: Row, texts: list[str], targets: list[int]) -> Encoded | None:
         whole = self._prompt(row)
-        options = [self._continuation(whole, text) for text in texts]
+        start = [] if self.decoder else self._ids(whole)
+        options = [self._continuation(whole, start, text) for text in texts]
         longest = max(len(option) for option in options)
         if self.task.kind == "generation":
             longest = max(longest, self.room)
@@ -244,10 +245,11 @@ class Encoder:
     def _plain(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
-    def _continuation(self, prompt: str, text: str) -> list[int]:
+    def _continuation(self, prompt: str, start: list[int], text: str) -> list[int]:
         """Tokens of ``text`` after ``prompt``, tokenised together, so that they are the tokens the model saw in training.
 
-        A blank choice has none, even if the tokenizer makes one of the space before it. A decoder of its own reads no prompt.
+        start: tokens of the prompt alone. A blank choice has none, even if the tokenizer makes one of the space before it. A
+        decoder of its own reads no prompt.
         """
         if self.decoder:
             return self.decoder.tokens(text)
@@ -255,7 +257,7 @@ class Encoder:
         ends = [end] if self.task.kind == "generation" and self.task.stop is None and end is not None else []
         if not text or (self.task.kind == "choice" and not text.strip()):
             return ends
-        start, whole = self._ids(prompt), self._ids(prompt + self.joint + text)
+        whole = self._ids(prompt + self.joint + text)
         if whole[: len(start)] == start and len(whole) > len(start):
             ids = whole[len(start) :]
         else:  # the tokenizer merges characters across the boundary
@@ -267,7 +269,8 @@ class Encoder:
             return
         example = render(self.tokenizer, [{"role": "user", "content": "x"}], "a chat") if self.chat else "x"
         probe = self.before.format(**dict.fromkeys(self.columns, example))
-        self.words = [self._continuation(probe, word) for word in self.task.labels.values()]
+        start = [] if self.decoder else self._ids(probe)
+        self.words = [self._continuation(probe, start, word) for word in self.task.labels.values()]
         for word, ids in zip(self.task.labels.values(), self.words, strict=True):
             if not ids:
                 raise UserError(f"label word {word!r} of task {self.task.name!r} makes no tokens with this tokenizer")

@@ -153,7 +153,7 @@ def generate(
     task, tokenizer = prepared.task, prepared.tokenizer
     batch = prepared.prompts(examples).to(device)
     start = len(prepared.start) or batch["input_ids"].shape[1]
-    stopping = StoppingCriteriaList([_StopText(tokenizer, task.stop)] if task.stop else [])
+    stopping = StoppingCriteriaList([_StopText(tokenizer, task.stop, start)] if task.stop else [])
     inner: Any = getattr(model, "get_base_model", lambda: model)()
     own = inner.generation_config
     # generate() merges the model's config into any other
@@ -171,11 +171,23 @@ def generate(
 
 
 class _StopText(StoppingCriteria):
-    """Ends a row as soon as its newest token holds the stop text."""
+    """Ends a row as soon as its newest tokens hold the stop text. start: the position of the first token of an answer."""
 
-    def __init__(self, tokenizer: Any, stop: str):
-        self.tokenizer, self.stop = tokenizer, stop
+    def __init__(self, tokenizer: Any, stop: str, start: int):
+        self.tokenizer, self.stop, self.start = tokenizer, stop, start
+        self.most = len(stop.encode())  # tokens of the stop text, each of which has a byte of it
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
         newest = self.tokenizer.batch_decode(input_ids[:, -1:])
-        return torch.tensor([self.stop in text for text in newest], device=input_ids.device)
+        ended = [self.stop in text for text in newest]
+        if self.most > 1:
+            answers = input_ids[:, self.start :]
+            last = self.tokenizer.batch_decode(
+                answers[:, -self.most - 1 :]
+            )  # with one before, whose space may be left out
+            ended = [done or self._holds(row, text) for done, row, text in zip(ended, answers, last, strict=True)]
+        return torch.tensor(ended, device=input_ids.device)
+
+    def _holds(self, answer: Tensor, last: str) -> bool:
+        """Whether the text that `generate` will cut at the stop text holds it. last: the end of the text, read first."""
+        return self.stop in last and self.stop in self.tokenizer.decode(answer, skip_special_tokens=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -172,3 +173,15 @@ def test_batches_are_a_function_of_the_step():
     task, first = order.batch(2)
     other = order.other(2, task, first)
     assert not set(first) & set(other) and len(other) == 3
+
+
+@pytest.mark.parametrize("size, batch", [(10, 3), (10, 5), (7, 4), (4, 4), (20_000, 16)])
+def test_a_second_batch_is_drawn_from_the_examples_that_are_not_in_the_first(size: int, batch: int):
+    """As numpy draws from a list of them, which would be as long as the training set."""
+    order = Order([size], batch, seed=3)
+    for step in range(20):
+        _, first = order.batch(step)
+        rest = np.setdiff1d(np.arange(size), first)
+        pool = rest if len(rest) >= batch else np.arange(size)
+        drawn = np.random.default_rng([3, step, 1 << 20]).choice(pool, batch, replace=False)
+        assert order.other(step, 0, first) == drawn.tolist()

@@ -17,6 +17,7 @@ from metazo.io.terminal import Console
 from metazo.meta.config import MetaConfig
 from metazo.meta.journal import row_of, warning
 from metazo.meta.loop import MetaRun
+from metazo.meta.order import Order
 from metazo.meta.path import Online
 from metazo.meta.path_setup import build, load
 from metazo.meta.reset import restart_steps
@@ -215,6 +216,16 @@ def test_nan_at_the_first_step_leaves_nothing(settings, monkeypatch):
     with pytest.raises(UserError, match="not finite at the first step"):
         meta_train(config)
     assert not config.out.exists()
+
+
+@pytest.mark.parametrize("changes, batches", [({}, 0), ({"separate_batch": True, "queries": 2}, 1)])
+def test_a_second_batch_is_drawn_if_it_is_read(settings, monkeypatch, changes, batches):
+    drawn, other = [], Order.other
+    monkeypatch.setattr(Order, "other", lambda *given: drawn.append(given) or other(*given))
+    config = settings(**changes)
+    config.out.mkdir()
+    build(config, *load(config)).step()
+    assert len(drawn) == batches
 
 
 def test_nan_later_is_skipped_and_counted(settings, monkeypatch):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from metazo.runs.batches import ORDER, WINDOW, batch_indices, batch_indices_by_length
+from metazo.runs.batches import ORDER, WINDOW, _order, batch_indices, batch_indices_by_length
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import run_settings
 from metazo.runs.replay import replay
@@ -59,6 +59,18 @@ def test_batches_do_not_overlap_in_length_and_their_order_is_drawn() -> None:
 
 def test_the_seed_decides() -> None:
     assert window(0) == window(0) and window(0) != window(0, seed=2)
+
+
+def test_the_order_of_an_epoch_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """13 examples in batches of 4: the fourth batch begins in one epoch and ends in the next."""
+    orders = [np.random.default_rng([5, epoch]).permutation(13).tolist() for epoch in range(3)]
+    drawn, real = [], np.random.default_rng
+    _order.cache_clear()
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: drawn.append(seed) or real(seed))
+    batches = [batch_indices(step, 4, 13, 5) for step in range(9)]
+    assert [i for batch in batches for i in batch] == [i for order in orders for i in order][:36]
+    assert drawn == [[5, 0], [5, 1], [5, 2]]
+    assert batch_indices(1, 4, 13, 6) != batches[1] == batch_indices(1, 4, 13, 5)
 
 
 def test_less_is_padding() -> None:

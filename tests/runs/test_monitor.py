@@ -174,6 +174,23 @@ def test_divergence_and_plateau_are_said_once_and_progress_is_not():
     assert "the loss diverges" in text and "lower `lr`" in text
 
 
+def test_a_step_reads_the_last_losses_alone(monkeypatch):
+    """The window of a plateau may have 400,000 losses."""
+    watch, said = Watch(config(), 1000, lambda text: None), []
+    for number in range(150):
+        watch.see(step(number, 1.0, 1.0 + number / 100))
+    monkeypatch.setattr("metazo.runs.monitor.fmean", lambda losses: said.append(list(losses)) or 9.9)
+    watch.first = [1.0] * 20
+
+    class Watched(type(watch.losses)):
+        def __iter__(self):
+            pytest.fail("all losses were read")
+
+    watch.losses = Watched(watch.losses, maxlen=watch.losses.maxlen)
+    assert watch._divergence() is None
+    assert sorted(said[1]) == sorted(1.0 + number / 200 for number in range(100, 150))
+
+
 def test_warnings_of_a_resumed_run_are_those_of_the_whole(tmp_path):
     dice = random.Random(1)
     flat = [step(n, 0.7 + dice.gauss(0, 0.1), 0.7) for n in range(400)]

@@ -322,6 +322,15 @@ def test_few_shot_rows_are_so_many_of_each_class(tmp_path):
         data.draw(TASK, tmp_path, train=TRAIN, dev=DEV, test=9, seed=1, k_per_class=11)
 
 
+def test_few_shot_rows_are_looked_for_until_every_class_is_full(tmp_path, monkeypatch):
+    write(tmp_path, train=rows(1000), validation=rows(9, 2000))
+    read, real = [], data.checked
+    monkeypatch.setattr(data, "checked", lambda *given: read.append(given) or real(*given))
+    source = load(TASK, TASK.train_split, tmp_path)
+    chosen = data._few(TASK, source, list(range(1000)), 3)
+    assert len(chosen) == 6 and len(read) == max(chosen) + 1 < 20
+
+
 def test_a_class_without_train_rows_and_rows_in_two_splits_are_said(tmp_path):
     write(tmp_path, train=[{"text": f"t{i % 20}", "label": 0} for i in range(40)], validation=rows(9, 100))
     _, notes = draw(tmp_path, train=30, dev=10)

@@ -121,6 +121,17 @@ def test_choices_follow_the_prompt(gpt2):
     assert [text(gpt2, option) for option in example.options] == [" it was great.", " the dog ran."]
 
 
+def test_a_prompt_is_tokenised_once_for_all_choices(gpt2, monkeypatch):
+    names = tuple(f"c{number}" for number in range(8))
+    encoder = Encoder(Task(name="c", kind="choice", prompt="{text}: {}", choices=names), gpt2)
+    row = {"text": "the cat", "label": 0} | {name: f"it was {name}" for name in names}
+    asked, ids = [], encoder._ids
+    monkeypatch.setattr(encoder, "_ids", lambda text: asked.append(text) or ids(text))
+    example = encoder(row, "row 1")
+    assert [text(gpt2, option) for option in example.options] == [f" it was {name}" for name in names]
+    assert asked.count("the cat:") == 2, "before the choices, and to see whether it fits"
+
+
 def test_record_accepts_every_entity_that_is_an_answer(gpt2):
     row = {
         "passage": "A cat and a dog.\n@highlight\nThe cat sat.",

@@ -119,6 +119,33 @@ def test_generation_takes_nothing_of_the_checkpoints_generation_config_but_its_e
     assert network.generation_config is config and config.repetition_penalty == 5.0
 
 
+@pytest.mark.parametrize("stop", ["\n", "###", "\n\nQ:", " was great", "é"])
+@pytest.mark.parametrize("model", ["gpt2", "t5"])
+def test_a_stop_text_of_several_tokens_ends_generation(tiny, monkeypatch, model, stop):
+    """Not before the text is there, and not because the prompt ends with it; the answer is that of generating on."""
+    network, prepared = ready(tiny, model, "pico_span", train=2, dev=0, test=2)
+    prepared.task = prepared.task.model_copy(update={"stop": stop})
+    tokenizer, steps = prepared.tokenizer, []
+    told = tokenizer(f"the cat sat {stop} and it was {stop} good", add_special_tokens=False)["input_ids"]
+    texts = [tokenizer.decode(told[: count + 1], skip_special_tokens=True) for count in range(len(told))]
+    assert stop in texts[-1] or model == "t5"  # which writes no line breaks
+
+    def told_token_by_token(input_ids, attention_mask, stopping_criteria):
+        found = torch.tensor([prepared.start] * 2, dtype=torch.long) if prepared.start else input_ids
+        for token in told:
+            found = torch.cat([found, found.new_full((2, 1), token)], dim=1)
+            steps.append(tokenizer.decode(found[0, -len(steps) - 1 :], skip_special_tokens=True))
+            if bool(stopping_criteria(found, None).all()):
+                break
+        return found
+
+    for example in prepared.test:
+        example.ids = [*example.ids, *tokenizer(f" so{stop}", add_special_tokens=False)["input_ids"]]
+    monkeypatch.setattr(network, "generate", told_token_by_token)
+    assert generate(network, prepared, prepared.test) == [texts[-1].partition(stop)[0].strip()] * 2
+    assert steps == [text for place, text in enumerate(texts) if not place or stop not in texts[place - 1]]
+
+
 def test_an_answer_ends_at_the_models_own_end_of_text(tiny):
     """The model's first token becomes its end of text, so every answer that starts with it is empty."""
     network, prepared = ready(tiny, "gpt2", "pico_span", train=2, dev=0, test=2)
