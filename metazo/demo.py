@@ -22,12 +22,13 @@ from metazo.io.files import write_whole
 from metazo.io.lock import NAME as LOCK
 from metazo.io.lock import FolderLock
 from metazo.io.terminal import Console
-from metazo.meta.learn_feedback import TUNER, FeedbackConfig, learn_feedback
+from metazo.meta.learn_feedback import FeedbackConfig, learn_feedback
 from metazo.plots.curves import plot_curves
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import run_settings
 from metazo.runs.folder import RunFolder
 from metazo.runs.resources import refuse_ranks
+from metazo.tuner.limits import TUNER
 
 MARKER = "demo.json"
 TASK = "books"

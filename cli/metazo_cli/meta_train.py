@@ -46,7 +46,8 @@ def meta_train(
 
     metazo meta-train --learn feedback --model pico --out runs/feedback
     """
-    from metazo.meta.train import TUNER, dry, meta_train
+    from metazo.meta.train import dry, meta_train
+    from metazo.tuner.limits import TUNER
 
     settings = _settings(learn, config, values)
     if dry_run:

@@ -30,14 +30,14 @@ from metazo.io.terminal import Console
 from metazo.meta.feedback_config import FeedbackConfig
 from metazo.models.load import LoadedModel, load_model
 from metazo.runs.interrupt import Interrupted
+from metazo.runs.locate import CONFIG
 from metazo.runs.method import resolve_device
 from metazo.tasks import Prepared, Task, books, in_memory, prepare, resolve
 from metazo.tasks.prepared import last_logits
 from metazo.tasks.rows import checked, load
 from metazo.tasks.task import Row
 from metazo.tasks.text import META_TRAIN, of_families
-
-TUNER, CONFIG = "tuner.safetensors", "config.json"
+from metazo.tuner.limits import TUNER
 
 
 def learn_feedback(config: FeedbackConfig, *, console: Console | None = None) -> FeedbackTuner:

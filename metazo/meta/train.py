@@ -30,10 +30,10 @@ from metazo.models.load import LoadedModel
 from metazo.runs.folder import RunFolder
 from metazo.runs.inputs import belongs
 from metazo.runs.interrupt import Interrupted, interruptible
+from metazo.runs.locate import CONFIG
 from metazo.runs.resources import refuse_ranks, require_space
 from metazo.tuner.file import Tuner
-
-TUNER, CONFIG = "tuner.safetensors", "config.json"
+from metazo.tuner.limits import TUNER
 
 
 def meta_train(

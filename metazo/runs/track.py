@@ -21,7 +21,7 @@ from uuid import uuid4
 
 from metazo.errors import UserError
 from metazo.io.extras import MissingPackage, needs
-from metazo.runs.folder import CONFIG
+from metazo.runs.locate import CONFIG
 from metazo.settings import Unset
 from metazo.step.record import Step
 

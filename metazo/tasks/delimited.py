@@ -54,12 +54,12 @@ def table(task: Task, path: Path, file: TextIO) -> Iterator[Row]:
             where = f"{path}, row {number}"
             if None in row or None in row.values():
                 raise UserError(f"{where} has another number of cells than the header has columns")
-            yield _with_label(task, dict(row), where)
+            yield _with_label(task, dict(row))
     except csv.Error as error:
         raise UserError(f"data file {path}, row {reader.line_num}: not CSV ({error})") from error
 
 
-def _with_label(task: Task, row: Row, where: str) -> Row:
+def _with_label(task: Task, row: Row) -> Row:
     text = row.get(task.label)
     if task.kind == "choice" and isinstance(text, str) and text.strip().lstrip("-").isdigit():
         return row | {task.label: int(text)}

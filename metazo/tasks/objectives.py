@@ -33,8 +33,6 @@ from metazo.tasks.metrics import METRICS
 from metazo.tasks.prepared import Batch, Prepared
 from metazo.tasks.task import METRICS_OF
 
-NAMES = tuple(name.replace("_", "-") for name in METRICS)
-
 
 class AnswerBatch:
     """A batch of B rows as an objective gets it.

@@ -22,7 +22,7 @@ from metazo.errors import UserError
 from metazo.io.files import read_capped, write_whole
 from metazo.io.plain import is_name, is_plain, parse_json, shown
 from metazo.io.tensorfile import SEAL, seal, to_bytes
-from metazo.tuner.limits import MAX_BYTES, MAX_HEADER_BYTES
+from metazo.tuner.limits import MAX_BYTES, MAX_HEADER_BYTES, TUNER
 from metazo.tuner.markdown import front_matter
 from metazo.tuner.match import BlockSpec
 
@@ -67,7 +67,7 @@ class TunerFile(ABC):
     def load(cls, path: str | Path) -> Self:
         """Read and check a file, or the `tuner.safetensors` of a folder. Raises UserError if it cannot be used."""
         path = Path(path)
-        path = path / "tuner.safetensors" if path.is_dir() else path
+        path = path / TUNER if path.is_dir() else path
         return cls.from_bytes(read_capped(path, MAX_BYTES, cls.called), str(path))
 
     @classmethod

@@ -13,27 +13,25 @@ from metazo.errors import UserError
 from metazo.io.extras import needs
 from metazo.io.files import safe_name, write_whole
 from metazo.io.terminal import print_line
-from metazo.tuner.limits import MAX_BYTES
+from metazo.tuner.limits import MAX_BYTES, TUNER
 
 with needs("llm"):
     import huggingface_hub
     from huggingface_hub import errors
-
-_FILE = "tuner.safetensors"
 
 
 def hub_file(repository: str, revision: str | None, report: Callable[[str], None] = print_line) -> Path:
     """Path in the Hub's cache of a repository's tuner.safetensors, whose size is shown and limited before it is read."""
     name = f"{repository}@{safe_name(revision or 'main', 'revision')}"
     try:
-        cached = huggingface_hub.try_to_load_from_cache(repository, _FILE, revision=revision)
+        cached = huggingface_hub.try_to_load_from_cache(repository, TUNER, revision=revision)
         if isinstance(cached, str) and (huggingface_hub.is_offline_mode() or _is_commit(revision)):
             return Path(cached)
-        about = huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(repository, _FILE, revision=revision))
+        about = huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(repository, TUNER, revision=revision))
         if about.size is None or about.size > MAX_BYTES:
             raise UserError(f"{name} has a tuner of {about.size or 'unknown'} bytes, more than {MAX_BYTES:,}; refused")
         report(f"pulling {name} ({about.size:,} bytes)")
-        path = Path(huggingface_hub.hf_hub_download(repository, _FILE, revision=about.commit_hash or revision))
+        path = Path(huggingface_hub.hf_hub_download(repository, TUNER, revision=about.commit_hash or revision))
         if (
             about.commit_hash
         ):  # pinned to the announced file; the revision's name is noted, so that the file is found offline
@@ -50,7 +48,7 @@ def hub_file(repository: str, revision: str | None, report: Callable[[str], None
 def hub_push(repository: str, data: bytes, text: str, *, private: bool | None = None, branch: str | None = None) -> str:
     """Upload a tuner and its card to a Hub repository, which is made if missing; returns the address of the commit."""
     operations = [
-        huggingface_hub.CommitOperationAdd(_FILE, data),
+        huggingface_hub.CommitOperationAdd(TUNER, data),
         huggingface_hub.CommitOperationAdd("README.md", text.encode()),
     ]
     try:
@@ -97,7 +95,7 @@ def _refuse(name: str, done: str, error: Exception) -> NoReturn:
         (errors.GatedRepoError, "the repository is gated; accept its terms on the Hub and log in with `hf auth login`"),
         (errors.RepositoryNotFoundError, "there is no such repository, or it is private: log in with `hf auth login`"),
         (errors.RevisionNotFoundError, "the repository has no such revision"),
-        (errors.EntryNotFoundError, f"the repository holds no {_FILE}"),
+        (errors.EntryNotFoundError, f"the repository holds no {TUNER}"),
         (errors.HFValidationError, "this is not a valid repository name"),
     ]
     status = getattr(getattr(error, "response", None), "status_code", None)

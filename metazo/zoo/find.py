@@ -11,9 +11,9 @@ from metazo.errors import UserError
 from metazo.feedback.tuner import FeedbackTuner, is_feedback
 from metazo.io.files import read_capped
 from metazo.tuner.file import Tuner
-from metazo.tuner.limits import MAX_BYTES
+from metazo.tuner.limits import MAX_BYTES, TUNER
 from metazo.tuner.match import fingerprint
-from metazo.zoo.index import TUNER_FILE, Entry, Found, Item, folders, read_index
+from metazo.zoo.index import Entry, Found, Item, folders, read_index
 from metazo.zoo.log import Log
 
 
@@ -117,7 +117,7 @@ def verify(zoo: str | Path | None = None, key: str | None = None) -> list[Check]
         held = [Found(entry, folder, where) for entry in read_index(folder, key)]
         checks.extend(Check(found.entry.name, where, folder, _problem(found)) for found in held)
         listed = {found.path for found in held}
-        for path in sorted(folder.rglob(TUNER_FILE)) if folder.is_dir() else []:
+        for path in sorted(folder.rglob(TUNER)) if folder.is_dir() else []:
             if path not in listed:
                 name = path.parent.relative_to(folder).as_posix()
                 checks.append(Check(name, where, folder, "is not in index.json"))

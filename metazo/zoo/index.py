@@ -22,8 +22,9 @@ from metazo.feedback.tuner import FeedbackTuner
 from metazo.io.files import read_capped, safe_name, write_whole
 from metazo.io.lock import FolderLock
 from metazo.io.plain import parse_json
+from metazo.steplog.format import STEPS
 from metazo.tuner.file import Tuner
-from metazo.tuner.limits import MAX_BYTES
+from metazo.tuner.limits import MAX_BYTES, TUNER
 from metazo.zoo.card import card_of
 from metazo.zoo.log import Log
 from metazo.zoo.signature import SUFFIX, check_signature
@@ -34,9 +35,8 @@ PATIENCE = 60.0
 """Seconds that a push waits for another one into the same zoo."""
 Sign = Callable[[bytes, str], bytes]
 """From a file's content and name to the content of its signature (metazo/zoo/signature.py)."""
-FILES = {"tuner": "tuner.safetensors", "feedback": "tuner.safetensors", "log": "steps.jsonl"}
+FILES = {"tuner": TUNER, "feedback": TUNER, "log": STEPS}
 Item = Tuner | FeedbackTuner | Log
-TUNER_FILE = FILES["tuner"]
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from metazo.io.files import read_capped, safe_name
 from metazo.io.redact import shown_address
 from metazo.io.terminal import print_line
 from metazo.tuner.file import Tuner
-from metazo.tuner.limits import MAX_BYTES
+from metazo.tuner.limits import MAX_BYTES, TUNER
 from metazo.zoo.download import download
 from metazo.zoo.find import checked, named, parsed, tuners
-from metazo.zoo.index import TUNER_FILE, Entry, Found, Item, add, cache_folder, read_index
+from metazo.zoo.index import Entry, Found, Item, add, cache_folder, read_index
 from metazo.zoo.log import Log
 
 Report = Callable[[str], None]
@@ -137,13 +137,13 @@ def _local(path: Path, report: Report) -> tuple[bytes, Entry | None]:
     """A tuner file, a folder with tuner.safetensors, or a zoo folder that holds one tuner."""
     if not path.is_dir():
         return read_capped(path, MAX_BYTES, "tuner"), None
-    if (path / TUNER_FILE).exists():
-        return read_capped(path / TUNER_FILE, MAX_BYTES, "tuner"), None
+    if (path / TUNER).exists():
+        return read_capped(path / TUNER, MAX_BYTES, "tuner"), None
     entries = read_index(path)
     if len(entries) == 1:
         return _from_zoo(Found(entries[0], path, "zoo"), report)
     names = ", ".join(entry.name for entry in entries)
-    hint = f"it is a zoo of {names}: name one and pass `zoo` {path}" if names else f"it has no {TUNER_FILE}"
+    hint = f"it is a zoo of {names}: name one and pass `zoo` {path}" if names else f"it has no {TUNER}"
     raise UserError(f"`tuner` {path} is a folder that holds no single tuner; {hint}")
 
 
