@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -115,3 +116,15 @@ def test_a_file_name_has_one_meaning() -> None:
     # a file of optimizers/official is the published code of the method of its name
     stems = [path.stem for path in (ROOT / "metazo").rglob("*.py") if path.parent.name != "official"]
     assert {stem for stem in stems if stems.count(stem) > 1} <= meant
+
+
+def test_the_name_of_a_file_is_defined_once():
+    """A second definition would have to be changed with the first."""
+    found: dict[str, set[str]] = {}
+    for name, path in modules().items():
+        values = [node.value for node in ast.parse(path.read_text()).body if isinstance(node, ast.Assign)]
+        constants = [item.value for value in values for item in ast.walk(value) if isinstance(item, ast.Constant)]
+        for constant in constants:
+            if isinstance(constant, str) and re.fullmatch(r"[\w-]+\.(safetensors|jsonl?|png)", constant):
+                found.setdefault(constant, set()).add(name)
+    assert len(found) > 5 and {file: names for file, names in found.items() if len(names) > 1} == {}

@@ -20,8 +20,9 @@ from metazo.io.files import whole_file
 from metazo.io.terminal import Console
 from metazo.meta.loop import MetaStep
 from metazo.meta.ratio import block_type
+from metazo.runs.folder import METRICS
 
-METRICS, PLOT = "metrics.jsonl", "sigma.png"
+PLOT = "sigma.png"
 COLLAPSED = 0.5  # fraction of the perturbation in one block
 _PLAIN_EVERY = 10.0  # seconds between lines if the output is not a terminal
 

@@ -22,12 +22,12 @@ from metazo.meta.dryrun import Plan
 from metazo.meta.feedback_config import FeedbackConfig
 from metazo.meta.horizon import HorizonRun
 from metazo.meta.horizon_config import HorizonConfig
-from metazo.meta.journal import METRICS, Progress, plot, row_of, say
+from metazo.meta.journal import Progress, plot, row_of, say
 from metazo.meta.learn_feedback import learn_feedback
 from metazo.meta.loop import MetaRun
 from metazo.meta.path_setup import START
 from metazo.models.load import LoadedModel
-from metazo.runs.folder import RunFolder
+from metazo.runs.folder import METRICS, RunFolder
 from metazo.runs.inputs import belongs
 from metazo.runs.interrupt import Interrupted, interruptible
 from metazo.runs.locate import CONFIG
