@@ -72,18 +72,13 @@ class Online:
         return weights_of(self.teacher.tensors) | {f"teacher/{k}": v for k, v in self.teacher.state().items()}
 
     def load(self, state: dict[str, Tensor]) -> None:
-        if self.every and int(state["teacher/taken"]) > self.every:
+        if 0 < self.every < (taken := int(state["teacher/taken"])):
             raise UserError(
-                "The snapshot is of a metazo that left the teacher's rate at 0 after the first restart if `restart_model` is "
-                "off: start the run again in another `out`."
+                f"The snapshot's teacher has taken {taken} steps since its rate last started anew, which it does every "
+                f"{self.every} steps (`restart_every`), and did not in an earlier version of metazo: start in another `out`."
             )
         load_weights(self.teacher.tensors, state)
         self.teacher.load({k.removeprefix("teacher/"): v for k, v in state.items() if k.startswith("teacher/")})
-        if self.restart_model and 0 < self.every < self.teacher.taken:
-            raise UserError(
-                f"The snapshot's teacher has taken {self.teacher.taken} steps without a restart, and `restart_every` means "
-                f"one every {self.every}: an earlier version of metazo took it for never; start in another `out`."
-            )
 
 
 def weights_of(tensors: Sequence[NamedTensor]) -> dict[str, Tensor]:
