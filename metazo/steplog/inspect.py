@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -109,7 +111,7 @@ def _flat_differences(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, A
 
 
 def repair(path: Path) -> tuple[int, int, Path | None]:
-    """Keep the intact lines of a damaged or torn log; the rest is moved to a file beside it.
+    """Keep the intact lines of a damaged or torn log; the rest is moved to a new file beside it.
 
     Returns: number of intact steps, number of moved bytes, and the path of the file that holds them.
     """
@@ -119,7 +121,8 @@ def repair(path: Path) -> tuple[int, int, Path | None]:
         rest = file.read()
     if not rest:
         return len(found.steps), 0, None
-    aside = path.with_name(path.name + ".damaged")
+    names = (path.with_name(f"{path.name}.damaged" + (f"-{n}" if n > 1 else "")) for n in count(1))
+    aside = next(name for name in names if not os.path.lexists(name))  # what was put aside before is kept
     write_whole(aside, rest)
     lines = LineFile(path)
     lines.cut(found.size)

@@ -103,6 +103,10 @@ def test_repair_keeps_what_is_whole_and_the_rest_beside(tmp_path):
     path.write_bytes(b"".join(lines[:6]) + b"garbage\n" + b"".join(lines[6:]))
     count, rest, aside = repair(path)
     assert (count, read(path)) == (5, STEPS[:5]) and aside is not None and len(aside.read_bytes()) == rest
+    path.write_bytes(path.read_bytes() + b"more")
+    again = repair(path)[2]
+    assert again is not None and again != aside and again.read_bytes() == b"more"
+    assert len(aside.read_bytes()) == rest, "what was put aside before is kept"
     log = StepLog(path, HEADER)
     for step in STEPS[5:]:
         log.append(step)
