@@ -46,6 +46,7 @@ def header(settings: dict[str, Any], setup: Setup) -> dict[str, Any]:
         "method": settings["optimizer"],
         "noise": optimizer.noise.name if optimizer.noise else None,
         "tuner": tuner_hash(optimizer),
+        "trust": trust_hash(optimizer),
         "precision": settings["precision"],
         "counting": COUNTING,
         "settings": settings,
@@ -60,12 +61,22 @@ def _inputs(setup: Setup) -> dict[str, Any]:
 
 
 def tuner_hash(optimizer: Method) -> str | None:
-    """The hash of the networks that choose the block scales, or of the feedback maps, if there are any."""
+    """The hash of the networks that choose the block scales, or of the feedback maps, if there are any. That of the maps' trust
+    is apart, so that runs and comparisons of earlier versions, which do not have it, go on."""
     networks, maps = getattr(optimizer.scale, "pertnn", None), getattr(optimizer, "jacobian", None)
     if maps is not None:
         kinds = (("down", maps.down), ("up", maps.up))
         return weights_hash((f"{kind}/{index}", value) for kind, held in kinds for index, value in sorted(held.items()))
     return None if networks is None else weights_hash(networks.named_parameters())
+
+
+def trust_hash(optimizer: Method) -> str | None:
+    """The hash of the trust in each of the feedback maps, if there are any."""
+    maps = getattr(optimizer, "jacobian", None)
+    if maps is None:
+        return None
+    trust = {str(index): torch.tensor(float(value)) for index, value in sorted(maps.trust.items())}
+    return weights_hash(trust.items())
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -12,11 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors import safe_open
 
 from metazo.errors import UserError
+from metazo.feedback.surrogates import MeanJacobian
+from metazo.feedback.tuner import FeedbackTuner, describe
 from metazo.io.tensorfile import read_tensors, write_tensors
 from metazo.io.terminal import Console
+from metazo.models.load import load_model
 from metazo.runs.batches import ORDER
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.evaluations import Scores
@@ -24,7 +28,7 @@ from metazo.runs.finetune import run_settings, tune
 from metazo.runs.interrupt import Interrupted
 from metazo.runs.replay import replay
 from metazo.settings import build
-from metazo.steplog.format import scan
+from metazo.steplog.format import line, scan
 from metazo.steplog.inspect import repair
 from metazo.steplog.writer import StepLog
 
@@ -163,6 +167,32 @@ def test_a_damaged_log_is_refused_repaired_and_gone_on_with(dead, whole):
     assert 0 < steps < 12 and aside is not None
     tuned(dead, resume=True)
     assert results(dead) == whole
+
+
+def test_feedback_with_another_trust_is_another_tuner(tmp_path, monkeypatch):
+    info = describe(load_model(SETTINGS["model"]).model, "base")
+    below, width = range(len(info.blocks) - 1), load_model(SETTINGS["model"]).model.config.hidden_size
+    ones = [{k: torch.ones(*shape) for k in below} for shape in ((width, 1), (1, width))]
+    tuners = [FeedbackTuner(MeanJacobian(*ones, {k: trust for k in below}), info) for trust in (0.5, 0.25)]
+    settings = {"optimizer": "feedback", "scale": "none", "tuner": str(tmp_path / "t.safetensors"), "steps": 3}
+    out = tmp_path / "feedback"
+
+    def dies(log: StepLog, step) -> None:
+        raise Death
+
+    tuners[0].save(tmp_path / "t.safetensors")
+    monkeypatch.setattr(StepLog, "append", dies)
+    with pytest.raises(Death):
+        tuned(out, **settings)
+    monkeypatch.undo()
+    tuners[1].save(tmp_path / "t.safetensors")
+    with pytest.raises(UserError, match="belongs to another run: its trust is"):
+        tuned(out, **settings, resume=True)
+    begun = scan(out / "steps.jsonl").header
+    begun.pop("trust")  # as an earlier version wrote it
+    (out / "steps.jsonl").write_bytes(line(begun, 0)[0])
+    tuned(out, **settings, resume=True)
+    assert len(scan(out / "steps.jsonl").steps) == 3
 
 
 def test_a_death_after_the_summary_leaves_nothing_behind(dead, whole):
