@@ -22,7 +22,7 @@ from metazo.errors import UserError
 from metazo.feedback.residual import find_residual
 from metazo.feedback.surrogates import MeanJacobian
 from metazo.tuner.envelope import BadFile, TunerFile, blocks, check_facts, opened, packed, shapes
-from metazo.tuner.markdown import figure, licence, table, text
+from metazo.tuner.markdown import figure, licence, table, text, word
 from metazo.tuner.match import BlockSpec, fingerprint, fit
 
 FORMAT_VERSION = 1
@@ -87,6 +87,7 @@ class FeedbackTuner(TunerFile):
         """The card of the tuner published under `name`, in Markdown."""
         info, maps = self.info, self.maps
         width, rank = next(iter(maps.down.values())).shape
+        model = word(info.base_model, "MODEL")
         return f"""# {text(name)}
 
 Feedback for {text(info.base_model)}: the mean Jacobians of its blocks, fitted without labels. Method `feedback` multiplies the
@@ -104,7 +105,7 @@ error after the last block by them to estimate the error at every lower block.
 
 ## Use
 
-    metazo finetune --model {text(info.base_model)} --task TASK --optimizer feedback --tuner {text(name)}
+    metazo finetune --model {model} --task TASK --optimizer feedback --tuner {word(name, "NAME")}
 
 It fits {text(info.base_model)} and every model whose blocks have the same tensor names and shapes. The control is
 `--optimizer skip-feedback`, which needs no tuner.

@@ -17,7 +17,7 @@ import metazo
 from metazo.errors import UserError
 from metazo.io.plain import shown
 from metazo.tuner.envelope import BadFile, TunerFile, blocks, check_facts, opened, packed, shapes
-from metazo.tuner.markdown import licence, table, text
+from metazo.tuner.markdown import licence, table, text, word
 from metazo.tuner.match import BlockSpec, Match, NamedShapes, fingerprint, fit
 from metazo.tuner.networks import PertNN
 
@@ -112,8 +112,8 @@ model is fine-tuned with forward passes only (zeroth-order).
 
 ## Use
 
-    metazo zoo show {text(name)}
-    metazo finetune --model {text(info.base_model)} --task TASK --tuner {text(name)}
+    metazo zoo show {word(name, "NAME")}
+    metazo finetune --model {word(info.base_model, "MODEL")} --task TASK --tuner {word(name, "NAME")}
 
 It fits {text(info.base_model)} and every model with the same tensor names and shapes.
 

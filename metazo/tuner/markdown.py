@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 
@@ -37,7 +38,15 @@ def licence(stated: str | None) -> str:
     return text(stated) if stated else "none stated: it may not be republished"
 
 
+_MARKUP = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "|": "&#124;", "`": "&#96;"} | {c: f"\\{c}" for c in "\\[]()!*~#"}
+
+
 def text(value: Any) -> str:
-    """Escape text so that it stays in its cell and is not markup."""
-    line = " ".join(str(value).split())
-    return line.replace("&", "&amp;").replace("<", "&lt;").replace("|", "&#124;").replace("`", "&#96;")
+    """Escape text so that it stays in its cell and is not markup. A bare address is left, which leads to what it shows."""
+    line = " ".join(str(value).split()).translate(str.maketrans(_MARKUP))
+    return re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", line)  # within a word it is not markup
+
+
+def word(value: Any, instead: str) -> str:
+    """A name for a command of a card, where nothing can be escaped; `instead` if it is more than a name."""
+    return str(value) if re.fullmatch(r"[A-Za-z0-9/][A-Za-z0-9._+@:/-]*", str(value)) else instead

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from metazo.feedback.tuner import FeedbackTuner
 from metazo.tuner.file import Tuner
 from metazo.tuner.markdown import licence as stated
-from metazo.tuner.markdown import table, text
+from metazo.tuner.markdown import table, text, word
 from metazo.zoo.log import Log
 
 
@@ -19,10 +21,11 @@ def log_card(log: Log, name: str, sha256: str, licence: str | None) -> str:
     header, rates = log.header, [rate for step in log.steps for rate in step.lr]
     kept = log.end["kept"] if log.end else len(log.steps)
     weights = (log.end or {}).get("weights") or "not recorded: the run was not finished"
+    row, option, about = _tuner(header)
     return f"""# {text(name)}
 
-{text(header["model"])} fine-tuned by {len(log.steps):,} zeroth-order steps, published as its step log: {len(log.data):,}
-bytes that rebuild the model from the base model, without a forward pass.
+A model fine-tuned from {text(header["model"])} by {len(log.steps):,} zeroth-order steps, published as its step log:
+{len(log.data):,} bytes that rebuild the model from the base model, without a forward pass.
 
 | | |
 |---|---|
@@ -30,7 +33,7 @@ bytes that rebuild the model from the base model, without a forward pass.
 | sha256 of its weights | {text(header["weights"])} |
 | task | {text(header.get("task", ""))} |
 | method | {text(header["method"])} |
-| steps | {len(log.steps):,}, of which the first {kept:,} make the model |
+{row}| steps | {len(log.steps):,}, of which the first {kept:,} make the model |
 | learning rate | {min(rates, default=0):.3g} to {max(rates, default=0):.3g} |
 | precision | {text(header.get("precision", ""))} |
 | sha256 of the model's weights | {text(weights)} |
@@ -39,10 +42,22 @@ bytes that rebuild the model from the base model, without a forward pass.
 
 ## Use
 
-    metazo zoo pull {text(name)}
-    metazo replay LOG --base {text(header["model"])} --out DIR
+    metazo zoo pull {word(name, "NAME")}
+    metazo replay LOG --base {word(header["model"], "MODEL")}{option} --out DIR
 
-LOG is the path that the first command prints.
+LOG is the path that the first command prints.{about}
 
 ## Settings
 {table({"": header.get("settings") or {}})}"""
+
+
+def _tuner(header: dict[str, Any]) -> tuple[str, str, str]:
+    """The row of the table, the option of metazo replay and the sentence about the tuner of a run, which are empty without."""
+    settings = header.get("settings")
+    name = settings.get("tuner") if isinstance(settings, dict) else None
+    if name is None:
+        return "", "", ""
+    row = f"| tuner | {text(name)}, whose networks have the sha256 {text(header.get('tuner'))} |\n"
+    if str(name).startswith("random:"):
+        return row, f" --tuner {word(name, 'TUNER')}", ""
+    return row, " --tuner TUNER", " TUNER is the tuner in the table: its name in a zoo, or its file."

@@ -184,3 +184,15 @@ def test_missing_file_and_unwritable_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         make().save(tmp_path / "file" / "t.safetensors")
+
+
+def test_texts_in_a_card_are_not_markup() -> None:
+    odd = "[click](javascript:1) ![x](http://evil) <b>&amp; `c` | *d* ~e _f_ a_b #"
+    tuner = make(recipe={odd: odd})
+    tuner.info.base_model = "a b;c"
+    card = tuner.card("x y", "0" * 64)
+    shown = (
+        r"\[click\]\(javascript:1\) \!\[x\]\(http://evil\) &lt;b&gt;&amp;amp; &#96;c&#96; &#124; \*d\* \~e \_f\_ a_b \#"
+    )
+    assert f"| {shown} | {shown} |\n" in card
+    assert "    metazo finetune --model MODEL --task TASK --tuner NAME\n" in card  # nothing can be escaped there
