@@ -29,7 +29,7 @@ from metazo.runs.header import header
 from metazo.runs.inputs import data_hash
 from metazo.runs.interrupt import Interrupted, interruptible
 from metazo.runs.locate import PATHS, from_anywhere
-from metazo.runs.method import unused
+from metazo.runs.method import auto_tuner, unused
 from metazo.runs.monitor import Watch
 from metazo.runs.progress import progress
 from metazo.runs.resources import require_space
@@ -120,6 +120,9 @@ def _tune(
             console.say("method:", setup.chosen)
         if setup.storage:
             console.say("precision:", setup.storage)
+        if config.tuner == "auto" and given.optimizer is None:
+            found = auto_tuner(replace(here, optimizer=config.optimizer), setup.loaded.model)
+            console.say("tuner:", f"{found.entry.name} in {found.folder}")
         for name in ("trained weights", "effective learning rate", "steps", "memory", "disk"):
             console.say(f"{name}:", plan[name])
         idle = unused(replace(here, optimizer=config.optimizer)) if given.optimizer is None else []

@@ -60,33 +60,42 @@ def block_scale(config: FinetuneConfig, model: nn.Module) -> BlockScale | None:
 
 
 def _tuner(config: FinetuneConfig, model: nn.Module) -> Tuner:
-    """The tuner that `tuner` names; "auto" takes the first in the zoo for a model of these shapes, in its last version."""
+    """The tuner that `tuner` names, or that `auto_tuner` finds."""
     if config.tuner != "auto":
         return zoo.load(str(config.tuner), config.zoo, report=lambda text: None)
-    shapes = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
-    found = [tuner for tuner in zoo.find(shapes, zoo=config.zoo) if tuner.why != "base model"]
+    found = zoo.opened(auto_tuner(config, model), report=lambda text: None)
+    assert isinstance(found, Tuner)
+    return found
+
+
+def _feedback(config: FinetuneConfig, model: nn.Module) -> FeedbackTuner:
+    """The feedback that `tuner` names, or that `auto_tuner` finds."""
+    if config.tuner != "auto":
+        return zoo.load_feedback(str(config.tuner), config.zoo, report=lambda text: None)
+    found = zoo.opened(auto_tuner(config, model), report=lambda text: None)
+    assert isinstance(found, FeedbackTuner)
+    return found
+
+
+def auto_tuner(config: FinetuneConfig, model: nn.Module) -> zoo.Found:
+    """What `tuner='auto'` takes: the first tuner that fits, of the kind of the method, in its last version. The zoo that `zoo`
+    names comes first, then the user's own, the bundled one and the cache. Raises UserError if none fits."""
+    if "tuner" in method(config.optimizer).common:
+        blocks = describe(model, "").fingerprint
+        found = [tuner for tuner in zoo.tuners(config.zoo, "feedback") if tuner.entry.fingerprint == blocks]
+        what = "feedback for this model's blocks; fit it with metazo meta-train --learn feedback."
+    else:
+        shapes = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
+        found = [tuner for tuner in zoo.find(shapes, zoo=config.zoo) if tuner.why != "base model"]
+        found.sort(key=lambda tuner: tuner.where != "zoo")  # a match by shapes elsewhere is no reason to leave it
+        what = "tuner for this model's tensors; metazo zoo list shows all tuners."
     if not found:
-        raise UserError("`tuner='auto'` found no tuner for this model's tensors; metazo zoo list shows all tuners.")
+        raise UserError(f"`tuner='auto'` found no {what}")
 
     def series(tuner: zoo.Found) -> tuple:
         return tuner.why, tuner.folder, tuner.entry.name.rpartition("/")[0]
 
-    versions = [tuner for tuner in found if series(tuner) == series(found[0])]
-    return Tuner.load(versions[-1].path)
-
-
-def _feedback(config: FinetuneConfig, model: nn.Module) -> FeedbackTuner:
-    """The feedback that `tuner` names; "auto" takes the last in the zoo that was fitted for a model of these blocks."""
-    source = str(config.tuner)
-    if source == "auto":
-        wanted = describe(model, "").fingerprint
-        found = [tuner for tuner in zoo.tuners(config.zoo, "feedback") if tuner.entry.fingerprint == wanted]
-        if not found:
-            raise UserError(
-                "`tuner='auto'` found no feedback for this model's blocks; fit it with metazo meta-train --learn feedback."
-            )
-        source = str(found[-1].path)
-    return zoo.load_feedback(source, config.zoo, report=lambda text: None)
+    return [tuner for tuner in found if series(tuner) == series(found[0])][-1]
 
 
 def _every_tensor(model: nn.Module) -> list[NamedTensor]:
@@ -95,9 +104,12 @@ def _every_tensor(model: nn.Module) -> list[NamedTensor]:
 
 def _seed(spec: str) -> int:
     try:
-        return int(spec.removeprefix("random:"))
+        seed = int(spec.removeprefix("random:"))
     except ValueError:
-        raise UserError(f"`tuner` {spec!r}: random: is followed by a whole number, its seed.") from None
+        seed = -1
+    if not 0 <= seed < 2**64:
+        raise UserError(f"`tuner` {shown(spec)}: random: is followed by a whole number, its seed, from 0 to 2**64 - 1.")
+    return seed
 
 
 def arguments(config: FinetuneConfig, model: nn.Module) -> dict[str, Any]:

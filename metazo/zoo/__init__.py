@@ -6,7 +6,7 @@ from metazo.zoo.index import Entry, Found
 from metazo.zoo.log import Log
 from metazo.zoo.publish import push, push_log
 from metazo.zoo.signature import signer
-from metazo.zoo.sources import load, load_feedback, pull, read
+from metazo.zoo.sources import load, load_feedback, opened, pull, read
 
 __all__ = [
     "Check",
@@ -20,6 +20,7 @@ __all__ = [
     "load_feedback",
     "model_shapes",
     "named",
+    "opened",
     "pull",
     "push",
     "push_log",

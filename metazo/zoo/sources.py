@@ -64,6 +64,12 @@ def read(source: str | Path, zoo: str | Path | None = None, report: Report = pri
     return _fetch(str(source), zoo, report, None)[1]
 
 
+def opened(found: Found, report: Report = print_line) -> Item:
+    """The tuner or log of an entry, as `find` gives it, checked against its index. Raises UserError."""
+    data, entry = _from_zoo(found, report)
+    return checked(data, entry, f"{entry.kind} {entry.name}")
+
+
 def pull(
     source: str | Path, zoo: str | Path | None = None, report: Report = print_line, key: str | None = None
 ) -> Found:
@@ -71,9 +77,10 @@ def pull(
 
     key: a public key; if given, `source` must be a name in a zoo folder (`zoo`, or the user's own) whose index it signed.
     """
-    data, item = _fetch(str(source), zoo, report, key)
+    data, item, entry = _fetch(str(source), zoo, report, key)
     base = item.base_model if isinstance(item, Log) else item.info.base_model
-    return add(item, data, cache_folder(), zoo_base(base), sha256(data).hexdigest()[:16])
+    version, licence = sha256(data).hexdigest()[:16], entry.licence if entry else None
+    return add(item, data, cache_folder(), zoo_base(base), version, licence)
 
 
 def zoo_base(base_model: str) -> str:
@@ -89,7 +96,8 @@ def zoo_base(base_model: str) -> str:
 
 def _fetch(
     source: str, zoo: str | Path | None, report: Report, key: str | None, kind: str = "tuner"
-) -> tuple[bytes, Item]:
+) -> tuple[bytes, Item, Entry | None]:
+    """The bytes that `source` names, what they are, and their index entry if they have one."""
     address, _, wanted = source.partition("#sha256=")
     wanted = wanted.lower()
     if wanted and not re.fullmatch("[0-9a-f]{64}", wanted):
@@ -107,8 +115,8 @@ def _fetch(
     if wanted and found != wanted:
         raise UserError(f"{shown_address(address)} has sha256 {found} and not the {wanted} asked for; it is refused")
     if entry is not None:
-        return data, checked(data, entry, f"{entry.kind} {entry.name}")
-    return data, parsed(data, shown_address(address))
+        return data, checked(data, entry, f"{entry.kind} {entry.name}"), entry
+    return data, parsed(data, shown_address(address)), None
 
 
 def _read(source: str, zoo: str | Path | None, report: Report, kind: str) -> tuple[bytes, Entry | None]:

@@ -8,15 +8,23 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from metazo import zoo
+from metazo.errors import UserError
+from metazo.feedback.surrogates import MeanJacobian
+from metazo.feedback.tuner import FeedbackTuner, describe
+from metazo.io.terminal import Console
 from metazo.models.load import load_model
 from metazo.runs.config import FinetuneConfig
-from metazo.runs.method import _tuner
+from metazo.runs.finetune import run_settings
+from metazo.runs.method import _feedback, _tuner, auto_tuner
 from metazo.tuner.file import Tuner
+from metazo.tuner.match import BlockSpec
 from metazo_cli.main import main
 from tests import warm
 
@@ -65,16 +73,68 @@ def finetune(out: Path, *extra: str) -> tuple[str, ...]:
 
 
 def test_auto_takes_the_last_version_of_a_tuner(published, tmp_path):
-    zoo = tmp_path / "zoo"
-    shutil.copytree(published, zoo)
-    tuner = Tuner.load(next(zoo.rglob("*.safetensors")))
+    mine = tmp_path / "zoo"
+    shutil.copytree(published, mine)
+    tuner = Tuner.load(next(mine.rglob("*.safetensors")))
     weights = {name: value + 1 for name, value in tuner.pertnn.state_dict().items()}
     tuner.pertnn.load_state_dict(weights)
     (tmp_path / "tuner.safetensors").write_bytes(tuner.to_bytes())
-    metazo("zoo", "push", str(tmp_path / "tuner.safetensors"), "--to", str(zoo), "--name", "pico")
+    metazo("zoo", "push", str(tmp_path / "tuner.safetensors"), "--to", str(mine), "--name", "pico")
     model = load_model("pico").model
-    found = _tuner(FinetuneConfig(model="pico", task="pico_topic", tuner="auto", zoo=zoo, out=tmp_path / "run"), model)
+    found = _tuner(FinetuneConfig(model="pico", task="pico_topic", tuner="auto", zoo=mine, out=tmp_path / "run"), model)
     assert all(torch.equal(weights[name], value) for name, value in found.pertnn.state_dict().items())
+
+
+def pushed_feedback(model, base: str, zoo_folder: Path, trust: float) -> str:
+    """Feedback for the model, all of whose maps have this trust; returns its name."""
+    info, width = describe(model, base), model.config.hidden_size
+    below = range(len(info.blocks) - 1)
+    maps = [{k: torch.ones(*shape) for k in below} for shape in ((width, 1), (1, width))]
+    return zoo.push(FeedbackTuner(MeanJacobian(*maps, dict.fromkeys(below, trust)), info), zoo_folder)
+
+
+def test_auto_takes_the_last_feedback_of_the_first_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.delenv("METAZO_ZOO", raising=False)
+    model = load_model("pico").model
+    for base, folder, trust in (("pico", "zoo", 0.1), ("pico", "zoo", 0.2), ("a/stranger", "hf/metazo/cache", 0.9)):
+        pushed_feedback(model, base, tmp_path / folder, trust)
+    config = FinetuneConfig("pico", "pico_topic", out=tmp_path / "run", tuner="auto", optimizer="feedback")
+    for folder, trust in ((tmp_path / "zoo", 0.2), (None, 0.9)):
+        assert _feedback(replace(config, zoo=folder), model).maps.trust[0] == pytest.approx(trust)
+
+
+def test_auto_takes_a_match_by_names_in_the_zoo_that_is_named(published, tmp_path):
+    tuner = Tuner.load(next(published.rglob("tuner.safetensors")))
+    unknown = [BlockSpec(block.name, [(name, None) for name, _ in block.tensors]) for block in tuner.info.blocks]
+    zoo.push(replace(tuner, info=replace(tuner.info, blocks=unknown)), tmp_path / "zoo")
+    config = FinetuneConfig("pico", "pico_topic", out=tmp_path / "run", tuner="auto", zoo=tmp_path / "zoo")
+    assert auto_tuner(config, load_model("pico").model).folder == tmp_path / "zoo"  # the bundled one matches by shapes
+
+
+@pytest.mark.parametrize(("optimizer", "read"), [("feedback", _feedback), ("zo-finetuner", _tuner)])
+def test_auto_checks_the_file_as_if_it_were_named(published, optimizer, read, tmp_path):
+    shutil.copytree(published, tmp_path / "zoo")
+    model, name = load_model("pico").model, "pico/v1"
+    if optimizer == "feedback":
+        name = pushed_feedback(model, "pico", tmp_path / "zoo", 0.5)
+    path = tmp_path / "zoo" / name / "tuner.safetensors"
+    found = zoo.read(path)
+    replace(found, info=replace(found.info, recipe={"changed": 1})).save(path)
+    for tuner in ("auto", name):
+        config = FinetuneConfig(
+            "pico", "pico_topic", out=tmp_path / "run", tuner=tuner, zoo=tmp_path / "zoo", optimizer=optimizer
+        )
+        with pytest.raises(UserError, match="and the zoo index says .* it is refused"):
+            read(config, model)
+
+
+def test_auto_says_what_it_took(published, tmp_path):
+    console = Console(file=io.StringIO(), width=400)
+    settings = {"train_examples": 4, "dev_examples": 2, "test_examples": 0, "steps": 1, "lr": 1e-4, "batch_size": 2}
+    config = FinetuneConfig("pico", "pico_topic", out=tmp_path / "run", tuner="auto", zoo=published, **settings)
+    run_settings(config, console)
+    assert f"tuner: pico/v1 in {published}" in console.file.getvalue()
 
 
 def test_meta_train_push_finetune_evaluate(published, tmp_path):
@@ -133,6 +193,8 @@ def test_help_names_every_method_and_its_hyperparameters():
         (("--device=cuda:9",), "--device 'cuda:9' cannot be used"),
         (("--optimizer=zo-finetuner",), "needs --tuner"),
         (("--tuner=random:x",), "followed by a whole number"),
+        (("--tuner=random:-1",), "'random:-1': random: is followed by a whole number, its seed, from 0 to 2**64 - 1"),
+        (("--tuner=random:99999999999999999999999",), "followed by a whole number"),
         (("--config=/no/such.yaml",), "is not a file"),
         (("--schedule=step",), "--schedule is 'step'"),
         (("--data=/no/such/folder", "--task=sst2"), "/no/such/folder"),
