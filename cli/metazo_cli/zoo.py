@@ -105,7 +105,7 @@ def push(
     from metazo import zoo as library
     from metazo.zoo.index import own_folder
 
-    signing = library.signer(sign, _password) if sign else None
+    signing = library.signer(sign, _password) if sign is not None else None
     if (tuner is None) == (log is None):
         raise UserError("give either a tuner or --log RUN/steps.jsonl")
     if log is not None:
@@ -121,7 +121,7 @@ def push(
 
 @app.command()
 def verify(zoo: ZooOption = None, key: KeyOption = None, as_json: JsonOption = False) -> None:
-    """Hash and check all files of the zoo folders again; the exit code is 1 if a file is not in order."""
+    """Hash and check all files of the zoo folders again; the exit code is 1 if something is wrong."""
     from metazo import zoo as library
 
     checks = library.verify(zoo, key)
@@ -129,9 +129,12 @@ def verify(zoo: ZooOption = None, key: KeyOption = None, as_json: JsonOption = F
     if as_json:
         print_json([{**asdict(check), "folder": str(check.folder)} for check in checks])
     else:
-        _print_table(("name", "where", "state"), [(c.name, c.where, c.problem or "in order") for c in checks])
+        rows = [(c.name, c.where, c.problem or c.note or "in order") for c in checks]
+        _print_table(("name", "where", "state"), rows)
+        unseen = sum(not check.seen for check in checks)
+        more = f", {unseen} not checked" if unseen else ""
         signed = "; the index is signed by the key" if key else ""
-        print_line(f"{len(checks) - len(bad)} of {len(checks)} in order{signed}")
+        print_line(f"{len(checks) - len(bad) - unseen} of {len(checks)} in order{more}{signed}")
     if bad:
         raise typer.Exit(1)
 

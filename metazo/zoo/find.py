@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -13,8 +14,10 @@ from metazo.io.files import read_capped
 from metazo.tuner.file import Tuner
 from metazo.tuner.limits import MAX_BYTES, TUNER
 from metazo.tuner.match import fingerprint
-from metazo.zoo.index import Entry, Found, Item, folders, read_index
+from metazo.zoo.card import card_of
+from metazo.zoo.index import CARD, INDEX, Entry, Found, Item, folders, read_index
 from metazo.zoo.log import Log
+from metazo.zoo.signature import NEW, SUFFIX
 
 
 def entries(zoo: str | Path | None = None, key: str | None = None) -> list[Found]:
@@ -80,7 +83,7 @@ def parsed(data: bytes, origin: str) -> Item:
 
 
 def checked(data: bytes, entry: Entry, origin: str) -> Item:
-    """The tuner or log in `data`, whose size, sha256, format, fingerprint and block count are checked against the index."""
+    """The tuner or log in `data`; everything that the index says of it is checked, except a log's licence."""
     if len(data) != entry.size:
         raise UserError(f"{origin} has {len(data):,} bytes and the zoo index says {entry.size:,}; it is refused")
     found = sha256(data).hexdigest()
@@ -94,41 +97,86 @@ def checked(data: bytes, entry: Entry, origin: str) -> Item:
     tuner = {"tuner": Tuner, "feedback": FeedbackTuner}[entry.kind].from_bytes(data, origin)
     if (tuner.info.fingerprint, len(tuner.info.blocks)) != (entry.fingerprint, entry.blocks):
         raise UserError(f"{origin} has another fingerprint or number of blocks than the zoo index says; it is refused")
+    for name in ("base_model", "licence"):
+        said, listed = getattr(tuner.info, name), getattr(entry, name)
+        if said != listed:
+            raise UserError(f"{origin} says {name} {said!r} and the zoo index says {listed!r}; it is refused")
     return tuner
 
 
 @dataclass(frozen=True)
 class Check:
-    """Outcome of `verify` for one tuner: `problem` is None if the tuner is in order."""
+    """Outcome of `verify` for one tuner or file."""
 
     name: str
     where: str
     folder: Path
     problem: str | None
+    """What is wrong; None if nothing was found."""
+    note: str | None = None
+    """What was not checked."""
+    seen: bool = True
+    """Whether the file was read: not if it is elsewhere, or nothing that metazo reads."""
 
 
 def verify(zoo: str | Path | None = None, key: str | None = None) -> list[Check]:
-    """Read and hash all files of the zoo folders again; also report tuner files that no index lists.
+    """Read and hash all files of the zoo folders again; also report files that no index lists.
 
-    `key` as for `entries`. Raises UserError if an index cannot be read or its signature does not match.
+    A card that is not the one that this metazo writes for its file has a note, because another version may have written it.
+    Files directly in a zoo folder, such as a README, have a note, and those in folders below are a problem; hidden ones in the
+    zoo folder, such as .git, are left out. `key` as for `entries`. Raises UserError if an index cannot be read, names a
+    tuner twice, or has no signature that matches.
     """
     checks = []
     for where, folder in folders(zoo)[:1] if key is not None else folders(zoo):
         held = [Found(entry, folder, where) for entry in read_index(folder, key)]
-        checks.extend(Check(found.entry.name, where, folder, _problem(found)) for found in held)
-        listed = {found.path for found in held}
-        for path in sorted(folder.rglob(TUNER)) if folder.is_dir() else []:
-            if path not in listed:
-                name = path.parent.relative_to(folder).as_posix()
-                checks.append(Check(name, where, folder, "is not in index.json"))
+        checks.extend(map(_check, held))
+        checks.extend(_unlisted(folder, where, held))
     return checks
 
 
-def _problem(tuner: Found) -> str | None:
+def _check(tuner: Found) -> Check:
+    about = (tuner.entry.name, tuner.where, tuner.folder)
     if tuner.entry.url is not None and not tuner.path.exists():
-        return None  # the file is elsewhere and is checked when it is pulled
+        return Check(*about, None, "not here, not checked", seen=False)
     try:
-        checked(read_capped(tuner.path, MAX_BYTES, "tuner"), tuner.entry, str(tuner.path))
+        item = checked(read_capped(tuner.path, MAX_BYTES, "tuner"), tuner.entry, str(tuner.path))
     except UserError as error:
-        return str(error)
-    return None
+        return Check(*about, str(error))
+    return Check(*about, None, _about_card(tuner, item))
+
+
+def _about_card(tuner: Found, item: Item) -> str | None:
+    card = card_of(item, tuner.entry.name, tuner.entry.sha256, tuner.entry.licence)
+    try:
+        there = read_capped(tuner.path.with_name(CARD), MAX_BYTES, "card")
+    except UserError:
+        return f"in order; {CARD} is missing or cannot be read"
+    if there == card.encode():
+        return None
+    return f"in order; {CARD} is not what this metazo writes for it: another version wrote it, or it was changed"
+
+
+def _unlisted(folder: Path, where: str, held: Sequence[Found]) -> Iterator[Check]:
+    """The files of a zoo folder that its index does not list; those of the Python package of the bundled zoo are left out."""
+    listed = {found.path for found in held} | {found.path.with_name(CARD) for found in held}
+    for path in sorted(folder.rglob("*")) if folder.is_dir() else []:
+        inside = path.relative_to(folder)
+        above, name = len(inside.parts) == 1, inside.as_posix()
+        if path in listed or path.is_dir() or inside.parts[0].startswith(".") or re.fullmatch(r"\..*\.tmp", path.name):
+            continue
+        if name == f"{INDEX}{NEW}":
+            yield Check(
+                name,
+                where,
+                folder,
+                f"is left of a push that was cut off; remove it if `metazo zoo verify --key KEY` finds {INDEX} in order, which "
+                "else says what to do",
+            )
+        elif name in (INDEX, f"{INDEX}{SUFFIX}") or (where == "bundled" and (above or "__pycache__" in inside.parts)):
+            continue
+        elif above and path.name != TUNER:
+            yield Check(name, where, folder, None, f"not in {INDEX}, not checked", seen=False)
+        else:
+            called = inside.parent.as_posix() if path.name == TUNER else name
+            yield Check(called, where, folder, f"is not in {INDEX}")

@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -27,16 +27,15 @@ from metazo.tuner.file import Tuner
 from metazo.tuner.limits import MAX_BYTES, TUNER
 from metazo.zoo.card import card_of
 from metazo.zoo.log import Log
-from metazo.zoo.signature import SUFFIX, check_signature
+from metazo.zoo.signature import INDEX_BYTES, NEW, SUFFIX, Signer, check_signature, signed
 
 FORMAT_VERSION = 1
-MAX_INDEX_BYTES = 4 * 2**20
+INDEX = "index.json"
 PATIENCE = 60.0
 """Seconds that a push waits for another one into the same zoo."""
-Sign = Callable[[bytes, str], bytes]
-"""From a file's content and name to the content of its signature (metazo/zoo/signature.py)."""
 FILES = {"tuner": TUNER, "feedback": TUNER, "log": STEPS}
 Item = Tuner | FeedbackTuner | Log
+CARD = "card.md"
 
 
 @dataclass(frozen=True)
@@ -109,20 +108,35 @@ def read_index(folder: Path, key: str | None = None) -> list[Entry]:
 
     key: a public key; if given, there must be an index with a signature by that key.
     """
-    path = folder / "index.json"
+    path = folder / INDEX
     if key is None and not path.exists():
         return []
-    data = read_capped(path, MAX_INDEX_BYTES, "zoo index")
+    data = read_capped(path, INDEX_BYTES, "zoo index")
     if key is not None:
         check_signature(data, path, key)
+    return _entries(data, path)
+
+
+def _entries(data: bytes, path: Path) -> list[Entry]:
     try:
         content = parse_json(data)
     except ValueError as error:
-        raise UserError(f"zoo index {path} is not valid JSON; restore it or push its tuners again") from error
+        raise UserError(
+            f"zoo index {path} is not valid JSON; restore it from a copy, or remove it with its signature and push the files "
+            "of the folder again, each with its `version`"
+        ) from error
     tuners = content.get("tuners") if isinstance(content, dict) else None
     if not isinstance(tuners, list) or content.get("format_version") != FORMAT_VERSION:
         raise UserError(f"zoo index {path} is not of format_version {FORMAT_VERSION} with a list of tuners")
-    return [_entry(item, f"zoo index {path}, entry {number}") for number, item in enumerate(tuners)]
+    found: dict[str, Entry] = {}
+    for number, item in enumerate(tuners):
+        entry = _entry(item, f"zoo index {path}, entry {number}")
+        if entry.name in found:
+            raise UserError(
+                f"zoo index {path}, entry {number}: {entry.name} is listed twice; remove one of both entries"
+            )
+        found[entry.name] = entry
+    return list(found.values())
 
 
 def _entry(item: Any, origin: str) -> Entry:
@@ -153,13 +167,14 @@ def add(
     base: str,
     version: str | None = None,
     licence: str | None = None,
-    sign: Sign | None = None,
+    sign: Signer | None = None,
 ) -> Found:
     """Write a tuner's bytes (or a log's), its card and its index entry into a zoo folder; the entry last.
 
     `version` None takes the next of v1, v2, ... (feedback-v1, ...). Several processes may add at once. Adding the same
-    bytes under the same name again changes nothing. `sign` makes a signature of the new index; a zoo that has one is left alone
-    without it. Raises UserError if the folder cannot be written or a link in it leads out of it.
+    bytes under the same name again changes nothing, except that a log gets the licence, if one is stated. `sign` makes a
+    signature of the new index; a zoo that has one is left alone without it, or if the one that it has is not by the same key.
+    Raises UserError if the folder cannot be written or a link in it leads out of it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -169,15 +184,22 @@ def add(
             target = folder / name
             if not target.resolve().is_relative_to(folder.resolve()):
                 raise UserError(f"{target} leads out of the zoo through a link; remove the link")
-            if sign is None and (folder / f"index.json{SUFFIX}").exists():
-                raise UserError(f"the zoo {folder} is signed; give `sign` KEY, or remove its index.json{SUFFIX}")
+            if there := signed(folder / INDEX):
+                if sign is None:
+                    raise UserError(f"the zoo {folder} is signed; give `sign` KEY, or remove its {' and '.join(there)}")
+                sign.check(folder / INDEX)
             entry = _entry_of(item, name, data, licence)
-            if any(other.name == name and other.sha256 != entry.sha256 for other in entries):
+            held = next((other for other in entries if other.name == name), None)
+            if held is not None and held.sha256 != entry.sha256:
                 raise UserError(f"{name} is already in the zoo {folder}; publish under another `version`")
+            if held is not None:  # the licence of a log is in the index alone
+                entry = replace(entry, url=held.url, licence=entry.licence or held.licence)
+            after = [entry if other is held else other for other in entries] + ([entry] if held is None else [])
+            index_bytes(folder, after)  # refused before anything is written
             found = Found(entry, folder, "own")
             write_whole(found.path, data)
-            write_whole(target / "card.md", card_of(item, name, entry.sha256, entry.licence).encode())
-            write_index(folder, [*(other for other in entries if other.name != name), entry], sign)
+            write_whole(target / CARD, card_of(item, name, entry.sha256, entry.licence).encode())
+            write_index(folder, after, sign)
     except OSError as error:
         raise UserError(f"the zoo {folder} cannot be written ({error.strerror or error})") from error
     return found
@@ -193,13 +215,40 @@ def _entry_of(item: Item, name: str, data: bytes, licence: str | None) -> Entry:
     return Entry(blocks=len(info.blocks), kind=kind, **known, **common)
 
 
-def write_index(folder: Path, entries: Sequence[Entry], sign: Sign | None = None) -> None:
-    """Write a folder's index.json, and then its signature."""
+def index_bytes(folder: Path, entries: Sequence[Entry]) -> bytes:
+    """The content of a folder's index.json. Raises UserError for entries that could not be read again."""
     content = {"format_version": FORMAT_VERSION, "tuners": [asdict(entry) for entry in entries]}
     data = (json.dumps(content, indent=1) + "\n").encode()
-    write_whole(folder / "index.json", data)
-    if sign is not None:
-        write_whole(folder / f"index.json{SUFFIX}", sign(data, "index.json"))
+    if len(data) > INDEX_BYTES:
+        raise UserError(f"the index of the zoo {folder} would have more than {INDEX_BYTES:,} bytes; begin another zoo")
+    _entries(data, folder / INDEX)
+    return data
+
+
+def write_index(folder: Path, entries: Sequence[Entry], sign: Signer | None = None) -> None:
+    """Write a folder's index.json, and its signature. If the signature cannot be written, the index is put back.
+
+    The signature is made and written beside before the index is replaced. A process that is killed between the two
+    replacements leaves the new index with the old signature, and the new signature in index.json.minisig.new.
+    """
+    path, data = folder / INDEX, index_bytes(folder, entries)
+    if sign is None:
+        write_whole(path, data)
+        return
+    new = folder / f"{INDEX}{NEW}"
+    write_whole(new, sign(data, INDEX))
+    before = path.read_bytes() if path.exists() else None
+    try:
+        write_whole(path, data)
+        os.replace(new, folder / f"{INDEX}{SUFFIX}")
+    except BaseException:
+        if new.exists():  # else both were replaced
+            if before is None:
+                path.unlink(missing_ok=True)
+            elif path.read_bytes() != before:
+                write_whole(path, before)
+            new.unlink()
+        raise
 
 
 def _next_version(base: str, entries: Sequence[Entry], item: Item) -> str:

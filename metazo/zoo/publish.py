@@ -9,11 +9,13 @@ from pathlib import Path
 from metazo.errors import UserError
 from metazo.feedback.tuner import FeedbackTuner
 from metazo.io.files import read_capped, safe_name
+from metazo.io.plain import is_name, shown
 from metazo.tuner.file import Tuner
 from metazo.tuner.limits import MAX_BYTES
 from metazo.zoo.find import parsed
-from metazo.zoo.index import FILES, Sign, add, own_folder
+from metazo.zoo.index import FILES, add, own_folder
 from metazo.zoo.log import Log
+from metazo.zoo.signature import Signer
 from metazo.zoo.sources import zoo_base
 
 
@@ -24,7 +26,7 @@ def push(
     base: str | None = None,
     version: str | None = None,
     licence: str | None = None,
-    sign: Sign | None = None,
+    sign: Signer | None = None,
 ) -> str:
     """Publish a tuner of either kind, a tuner file or a folder that holds one; returns its published name or address.
 
@@ -34,6 +36,7 @@ def push(
     sign: signs the zoo's index (`metazo.zoo.signature.signer`).
     Raises UserError if the tuner is unfit, the name is taken by another tuner, or the zoo cannot be written.
     """
+    _check_licence(licence)
     tuner = tuner if isinstance(tuner, Tuner | FeedbackTuner) else _read(Path(tuner))
     base = safe_name(base, "`name`") if base else zoo_base(tuner.info.base_model)
     info = replace(tuner.info, base_model=base, licence=licence or tuner.info.licence)
@@ -54,7 +57,7 @@ def push_log(
     name: str | None = None,
     version: str | None = None,
     licence: str | None = None,
-    sign: Sign | None = None,
+    sign: Signer | None = None,
 ) -> str:
     """Publish a fine-tuned model as the step log of its run; returns its name in the zoo folder `to`.
 
@@ -62,6 +65,7 @@ def push_log(
     """
     if str(to or "").startswith("hub:"):
         raise UserError("a step log (`log`) goes into a zoo folder; to the Hub, upload the file by hand")
+    _check_licence(licence)
     path = Path(log)
     read = Log.from_bytes(read_capped(path / FILES["log"] if path.is_dir() else path, MAX_BYTES, "step log"), str(log))
     if read.end is None:
@@ -74,6 +78,13 @@ def push_log(
     return add(
         read, read.data, _folder(to), safe_name(name or f"{base}-{task}", "`name`"), version, licence, sign
     ).entry.name
+
+
+def _check_licence(licence: str | None) -> None:
+    if licence is not None and not (is_name(licence) and licence.strip()):
+        raise UserError(
+            f"`licence` is {shown(licence)}, not a line of text; give its name, such as 'Apache-2.0', or leave it out."
+        )
 
 
 def _read(path: Path) -> Tuner | FeedbackTuner:

@@ -15,6 +15,7 @@ from metazo.runs.finetune import run_settings
 from metazo.runs.replay import replay
 from metazo.step.record import Step
 from metazo.steplog.format import encode, line, scan
+from metazo.zoo.index import read_index
 from metazo.zoo.log import Log
 from tests.zoo.conftest import make_tuner
 from tests.zoo.test_cli import run
@@ -126,3 +127,36 @@ def test_a_changed_log_in_a_zoo_is_refused(tmp_path: Path) -> None:
     assert "bytes and the zoo index says" in (check.problem or "")
     with pytest.raises(UserError, match="it is refused"):
         zoo.pull("mine/v1", tmp_path / "z")
+
+
+def test_the_licence_is_kept(tmp_path: Path) -> None:
+    """It is in the index alone: a pull keeps it, and so does the same log pushed again without one."""
+    path = tmp_path / "steps.jsonl"
+    path.write_bytes(log_bytes())
+
+    def push(*licence: str) -> str | None:
+        run("push", "--log", path, "--to", tmp_path / "z", "--version", "v1", *licence)
+        (entry,) = read_index(tmp_path / "z")
+        assert f"| licence | {entry.licence} |" in (tmp_path / "z" / entry.name / "card.md").read_text()
+        return entry.licence
+
+    assert push("--licence", "MIT") == push() == "MIT" and push("--licence", "GPL-3.0") == "GPL-3.0"
+    for _ in range(2):
+        assert json.loads(run("pull", "tiny-mine/v1", "--zoo", tmp_path / "z", "--json"))["licence"] == "GPL-3.0"
+    pulled = zoo.pull("tiny-mine/v1#sha256=" + read_index(tmp_path / "z")[0].sha256)  # from the cache
+    assert pulled.entry.licence == "GPL-3.0"
+
+
+@pytest.mark.parametrize(
+    ("tuner", "row", "option"),
+    [
+        (None, "", "--base tiny --out DIR"),
+        ("auto", "| tuner | auto, whose networks have the sha256 cccc", "--base tiny --tuner TUNER --out DIR"),
+        ("random:3", "| tuner | random:3, whose networks", "--base tiny --tuner random:3 --out DIR"),
+    ],
+)
+def test_the_card_says_how_to_give_the_tuner(tuner: str | None, row: str, option: str, tmp_path: Path) -> None:
+    path = tmp_path / "steps.jsonl"
+    path.write_bytes(log_bytes(HEADER | {"settings": {"tuner": tuner}, "tuner": "c" * 64 if tuner else None}))
+    card = (tmp_path / "z" / zoo.push_log(path, tmp_path / "z") / "card.md").read_text()
+    assert row in card and f"    metazo replay LOG {option}\n" in card and ("TUNER is" in card) == (tuner == "auto")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +93,109 @@ def test_a_signed_zoo_stays_signed(tmp_path: Path, keys: tuple[Path, Path]) -> N
         zoo.push(make_tuner(seed=1), tmp_path / "z")
     assert signed(tmp_path / "z", secret, seed=1) == "tiny/v2"
     assert [check.problem for check in zoo.verify(tmp_path / "z", str(public))] == [None, None]
+
+
+def changed_index(folder: Path) -> None:
+    """The licence in the index is another."""
+    path = folder / "index.json"
+    content = json.loads(path.read_text())
+    content["tuners"][0]["licence"] = "MIT"
+    path.write_text(json.dumps(content))
+
+
+def cut_signature(folder: Path) -> None:
+    path = folder / "index.json.minisig"
+    path.write_bytes(path.read_bytes()[:-30])
+
+
+@pytest.mark.parametrize("change", [changed_index, cut_signature, None])
+def test_what_another_changed_or_signed_is_not_signed_again(
+    change: Callable[[Path], None] | None, tmp_path: Path, keys: tuple[Path, Path]
+) -> None:
+    folder, (secret, public) = tmp_path / "z", keys
+    signed(folder, secret)
+    if change is None:
+        secret, public = write(tmp_path, "other")
+    else:
+        change(folder)
+    before = (folder / "index.json").read_bytes()
+    with pytest.raises(UserError, match="is refused: .* remove index.json.minisig and push again, which signs it anew"):
+        signed(folder, secret, seed=1)
+    assert (folder / "index.json").read_bytes() == before and not (folder / "tiny/v2").exists()
+    (folder / "index.json.minisig").unlink()
+    assert signed(folder, secret, seed=1) == "tiny/v2"
+    assert not [name for name in os.listdir(folder) if name.endswith(".new")]
+    assert zoo.pull("tiny/v2", folder, key=str(public)).path.is_file()
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_push_that_is_killed_between_index_and_signature_says_so(
+    number: int, tmp_path: Path, keys: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, (secret, public) = tmp_path / "z", keys
+    for seed in range(number - 1):
+        signed(folder, secret, seed=seed)
+    replace = os.replace
+
+    def dies(source: Any, target: Any) -> None:
+        if str(target).endswith(".minisig"):
+            os._exit(0)
+        replace(source, target)
+
+    if (child := os.fork()) == 0:
+        monkeypatch.setattr(os, "replace", dies)
+        signed(folder, secret, seed=5)
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+    words = "the last push was cut off .* rename it to index.json.minisig"
+    for call in (lambda: signed(folder, secret, seed=6), lambda: zoo.verify(folder, str(public))):
+        with pytest.raises(UserError, match=words):
+            call()
+    with pytest.raises(UserError, match="is signed; give `sign` KEY, or remove its index.json.minisig"):
+        zoo.push(make_tuner(seed=7), folder)
+    told = {check.name: check.problem or "" for check in zoo.verify(folder)}
+    assert "a push that was cut off" in told["index.json.minisig.new"]
+    replace(folder / "index.json.minisig.new", folder / "index.json.minisig")
+    assert len(zoo.verify(folder, str(public))) == number
+    assert signed(folder, secret, seed=6) == f"tiny/v{number + 1}"
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_if_the_signature_cannot_be_replaced_the_index_is_put_back(
+    number: int, tmp_path: Path, keys: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, (secret, public) = tmp_path / "z", keys
+    for seed in range(number):
+        signed(folder, secret, seed=seed)
+    replace = os.replace
+
+    def full(source: Any, target: Any) -> None:
+        if str(target).endswith(".minisig"):
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(UserError, match="No space left"):
+        signed(folder, secret, seed=5)
+    monkeypatch.undo()
+    assert not (folder / "index.json.minisig.new").exists() and (folder / "index.json").exists() == bool(number)
+    if number:
+        zoo.pull("tiny/v1", folder, key=str(public))
+
+
+def test_an_empty_key_and_a_signature_that_leads_nowhere_are_refused(tmp_path: Path, keys: tuple[Path, Path]) -> None:
+    folder = tmp_path / "z"
+    make_tuner().save(tmp_path / "t.safetensors")
+    with pytest.raises(UserError, match="`sign` is not a file"):
+        run("push", tmp_path / "t.safetensors", "--to", folder, "--sign", "")
+    assert not folder.exists()
+    signed(folder, keys[0])
+    (folder / "index.json.minisig").unlink()
+    (folder / "index.json.minisig").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="is signed; give `sign` KEY"):
+        zoo.push(make_tuner(seed=1), folder)
+    with pytest.raises(UserError, match="is not signed: there is no index.json.minisig beside it; restore"):
+        signed(folder, keys[0], seed=1)
 
 
 def test_command_line_and_password(tmp_path: Path, keys: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:

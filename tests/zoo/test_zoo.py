@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from metazo import zoo
 from metazo.errors import UserError
 from metazo.io.files import safe_name
 from metazo.tuner.file import Tuner
-from metazo.zoo.index import read_index
+from metazo.zoo.index import read_index, write_index
 from tests import warm
 from tests.io.test_lock import named
 from tests.zoo.conftest import SHAPES, make_tuner
+from tests.zoo.test_cli import run
+from tests.zoo.test_log import log_bytes
 
 
 def test_push_then_find_load_verify(tmp_path: Path, home: Path) -> None:
@@ -120,6 +123,97 @@ def test_verify_names_each_kind_of_damage(tmp_path: Path) -> None:
         zoo.load("tiny/v2", folder)
 
 
+def rewritten(folder: Path, **fields: Any) -> None:
+    """The index with other fields of its first entry."""
+    path = folder / "index.json"
+    content = json.loads(path.read_text())
+    content["tuners"][0] |= fields
+    path.write_text(json.dumps(content))
+
+
+def test_verify_says_what_it_did_not_see(tmp_path: Path) -> None:
+    folder = tmp_path / "z"
+    for seed in range(3):
+        zoo.push(make_tuner(seed=seed), folder)
+    rewritten(folder, url="https://example.org/t")
+    (folder / "tiny/v1/tuner.safetensors").unlink()
+    (folder / "tiny/v2/card.md").write_text("# a better tuner")
+    (folder / "tiny/v3/card.md").unlink()
+    (folder / "tiny/v3/notes.txt").write_text("x")
+    (folder / "README.md").write_text("x")
+    (folder / ".git").mkdir()
+    (folder / ".git/config").write_text("x")
+    found = {
+        check.name: (check.problem, check.note, check.seen) for check in zoo.verify(folder) if check.where == "zoo"
+    }
+    assert found.pop("tiny/v1") == (None, "not here, not checked", False)
+    assert found.pop("README.md") == (None, "not in index.json, not checked", False)
+    assert found.pop("tiny/v3/notes.txt") == ("is not in index.json", None, True)
+    (problem, changed, _), (_, missing, _) = found.pop("tiny/v2"), found.pop("tiny/v3")
+    assert problem is None and "card.md is not what this metazo writes" in str(changed)
+    assert "card.md is missing" in str(missing) and not found
+    shown = run("verify", "--zoo", folder, code=1)
+    count = 2 + len(zoo.entries(folder))  # and two files
+    assert f"{count - 3} of {count} in order, 2 not checked" in shown and "not here, not checked" in shown
+
+
+def test_the_bundled_cards_are_what_this_metazo_writes() -> None:
+    assert {(check.problem, check.note) for check in zoo.verify()} == {(None, None)}
+
+
+@pytest.mark.parametrize(("fields", "words"), [
+    ({"licence": "MIT"}, "says licence None and the zoo index says 'MIT'"),
+    ({"base_model": "pico"}, "says base_model 'tiny' and the zoo index says 'pico'"),
+])  # fmt: skip
+def test_an_index_that_contradicts_its_file_is_refused(fields: dict[str, Any], words: str, tmp_path: Path) -> None:
+    zoo.push(make_tuner(), tmp_path / "z")
+    rewritten(tmp_path / "z", **fields)
+    assert words in str(zoo.verify(tmp_path / "z")[0].problem)
+    with pytest.raises(UserError, match=words):
+        zoo.load("tiny/v1", tmp_path / "z")
+
+
+@pytest.mark.parametrize("licence", ["", " ", "MIT\nGPL", "x" * 600])
+def test_a_licence_that_is_no_line_of_text_is_refused(licence: str, tmp_path: Path) -> None:
+    path = tmp_path / "steps.jsonl"
+    path.write_bytes(log_bytes())
+    for push in (lambda: zoo.push(make_tuner(), tmp_path / "z", licence=licence),
+                 lambda: zoo.push_log(path, tmp_path / "z", licence=licence)):  # fmt: skip
+        with pytest.raises(UserError, match="`licence` is .* not a line of text; give its name"):
+            push()
+    assert not (tmp_path / "z").exists()
+
+
+def test_an_index_that_could_not_be_read_is_not_written(tmp_path: Path) -> None:
+    zoo.push(make_tuner(), tmp_path / "z")
+    (entry,) = read_index(tmp_path / "z")
+    before = (tmp_path / "z/index.json").read_bytes()
+    for entries in ([replace(entry, licence="")], [entry, entry]):
+        with pytest.raises(UserError, match="licence is not a line of text|is listed twice"):
+            write_index(tmp_path / "z", entries)
+    assert (tmp_path / "z/index.json").read_bytes() == before
+
+
+def test_a_damaged_index_is_made_again_as_its_message_says(tmp_path: Path) -> None:
+    for seed in range(2):
+        zoo.push(make_tuner(seed=seed), tmp_path / "z")
+    before = (tmp_path / "z/index.json").read_bytes()
+    (tmp_path / "z/index.json").write_bytes(before[:-9])
+    with pytest.raises(UserError, match="remove it with its signature and push the files .* each with its `version`"):
+        zoo.push(make_tuner(seed=2), tmp_path / "z")
+    (tmp_path / "z/index.json").unlink()
+    for version in ("v1", "v2"):
+        zoo.push(tmp_path / "z/tiny" / version, tmp_path / "z", version=version)
+    assert (tmp_path / "z/index.json").read_bytes() == before
+
+
+def test_a_tuner_that_is_pushed_again_keeps_its_place(tmp_path: Path) -> None:
+    """The last one is what `tuner='auto'` and the name of a base model take."""
+    for seed in (0, 1, 0):
+        zoo.push(make_tuner(seed=seed), tmp_path / "z", version=f"v{seed}")
+    assert [entry.name for entry in read_index(tmp_path / "z")] == ["tiny/v0", "tiny/v1"]
+
+
 def test_pull_of_a_folder_keeps_a_copy_that_the_fingerprint_finds(tmp_path: Path, home: Path) -> None:
     zoo.push(make_tuner(), tmp_path / "z")
     found = zoo.pull(tmp_path / "z")
@@ -180,13 +274,15 @@ INDEXES: dict[str, tuple[Any, str]] = {
     "climbing name": ("../../x", "refused"),
     "absolute name": ("/etc/x", "refused"),
     "number": (7, "not a line of text"),
+    "a name twice": ("tiny/v2", "entry 1: tiny/v2 is listed twice"),
 }
 
 
 @pytest.mark.parametrize("case", INDEXES)
 def test_broken_index_is_refused(case: str, tmp_path: Path) -> None:
     content, words = INDEXES[case]
-    zoo.push(make_tuner(), tmp_path / "z")
+    for seed in range(2):
+        zoo.push(make_tuner(seed=seed), tmp_path / "z")
     path = tmp_path / "z" / "index.json"
     if not isinstance(content, dict | list):
         name, content = content, json.loads(path.read_text())
