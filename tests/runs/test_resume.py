@@ -99,7 +99,7 @@ def dead(died, tmp_path) -> Path:
 
 def flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
+    data[len(data) * 3 // 4] ^= 1  # behind a header
     path.write_bytes(data)
 
 
