@@ -13,6 +13,7 @@ import torch
 
 from metazo import zoo
 from metazo.runs.folder import RunFolder
+from metazo.runs.locate import unset_in
 from metazo.runs.records import _sound
 from metazo.step.record import Step
 from metazo.steplog.format import encode, header, line, read, scan
@@ -84,7 +85,9 @@ METRICS: list[dict[str, Any]] = [
 
 
 def read_config(folder: Path) -> None:
-    assert RunFolder(folder, CONFIG, resume=True).config == CONFIG
+    found = RunFolder(folder, CONFIG, resume=True).config
+    assert {name: found[name] for name in CONFIG} == CONFIG
+    unset_in(found)
 
 
 def read_metrics(folder: Path) -> None:
