@@ -172,7 +172,11 @@ def _prepared(task: Task, config: FeedbackConfig, data: Any, loaded: LoadedModel
         rows = [{**row, "_label": 0} for row in rows]
     task, held = in_memory(task, rows)
     limit = min(config.max_length or loaded.context_length, loaded.context_length)
-    return prepare(task, loaded, data=held, train=len(rows), dev=0, test=0, seed=config.seed, max_length=limit)
+    found = prepare(task, loaded, data=held, train=len(rows), dev=0, test=0, seed=config.seed, max_length=limit)
+    found.notes[:] = [
+        note for note in found.notes if "no train row has the class" not in note
+    ]  # the label is not theirs
+    return found
 
 
 def _rows(task: Task, data: Any, number: int, seed: int) -> list[Row]:

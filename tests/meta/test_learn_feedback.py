@@ -84,6 +84,12 @@ def test_texts_are_divided_among_the_tasks(number: int, used: list[int], tiny, m
     assert given[1] == sorted(drawn, key=len), "none is left out because it is long"
 
 
+def test_nothing_is_said_of_labels_that_are_not_the_texts_own(tiny) -> None:
+    config = FeedbackConfig(model="tiny", out=Path("unused"), task=["pico_topic"])
+    prepared = learn_feedback._prepared(resolve("pico_topic"), config, None, load_model(tiny("llama")), 8)
+    assert len(prepared.train) == 8 and not any("class" in note for note in prepared.notes)
+
+
 def test_it_is_published_listed_found_and_used(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.delenv("METAZO_ZOO", raising=False)
