@@ -139,7 +139,7 @@ def _facts(grid: Grid, column: Column, config: FinetuneConfig, loaded: dict[str,
         lrs=lrs,
         a_step=a_step,
         trained=setup.trained if column.trains else 0,
-        hashes={"model": base.model, "data": base.data, "tuner": tuner} | _objective(setup) | of_order(config),
+        hashes={"model": base.model, "data": base.data, "tuner": tuner} | _objective(setup) | of_order(setup),
         inputs=base.inputs,
         metric=metric[0] if metric else None,
         forward_seconds=base.seconds,
@@ -149,9 +149,9 @@ def _facts(grid: Grid, column: Column, config: FinetuneConfig, loaded: dict[str,
     )
 
 
-def of_order(config: FinetuneConfig) -> dict[str, str | None]:
+def of_order(setup: Setup) -> dict[str, str | None]:
     """So that runs with batches in another order are not continued."""
-    return {name: str(version) for name, version in order_of(config).items()}
+    return {name: str(version) for name, version in order_of(setup.config, len(setup.prepared.train)).items()}
 
 
 def _objective(setup: Setup) -> dict[str, str | None]:

@@ -55,13 +55,16 @@ def batch_indices_by_length(step: int, batch_size: int, lengths: Sequence[int], 
     count = min(WINDOW, end - first)
     drawn = [place for k in range(count) for place in batch_indices(first + k, batch_size, examples, seed)]
     drawn.sort(key=lengths.__getitem__)
-    batch = int(np.random.default_rng([seed, first, WINDOW]).permutation(count)[step - first])
+    batch = int(np.random.default_rng([seed, first // WINDOW, WINDOW]).permutation(count)[step - first])
     return drawn[batch * batch_size : (batch + 1) * batch_size]
 
 
-def order_of(config: FinetuneConfig) -> dict[str, int]:
-    """The version of the order of the batches as a field of a step log's header, if the run's order has versions."""
-    return {"order": ORDER} if config.batches == "by-length" else {}
+def order_of(config: FinetuneConfig, examples: int) -> dict[str, int]:
+    """The version of the order of the batches as a field of a step log's header, if the run's order has versions: it has one
+    in batches by length, unless an epoch is a whole number of windows.
+    """
+    versions = config.batches == "by-length" and examples % (WINDOW * config.batch_size)
+    return {"order": ORDER} if versions else {}
 
 
 def reader(config: FinetuneConfig, train: Sequence[Any]) -> Callable[[int], list[Any]]:

@@ -40,7 +40,7 @@ def header(settings: dict[str, Any], setup: Setup) -> dict[str, Any]:
         "data": data_hash(setup.prepared) if isinstance(setup.prepared, Prepared) else None,
         "objective": setup.objective.source if setup.objective else None,
         "split": VERSION,
-        **order_of(setup.config),
+        **order_of(setup.config, len(setup.prepared.train)),
         "trained": setup.prepared.record,
         "head": loaded.model.phrase_record() if isinstance(loaded.model, SentenceClassifier) else None,
         "method": settings["optimizer"],

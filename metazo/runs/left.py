@@ -38,7 +38,7 @@ class Begun:
     def check_data(self, prepared: Prepared) -> None:
         """Raises UserError if the examples are not those with which the run began."""
         if self.log is not None and self.log.header.get("data") is not None:
-            now = {"data": data_hash(prepared), "split": VERSION, **order_of(self.config)}
+            now = {"data": data_hash(prepared), "split": VERSION, **order_of(self.config, len(prepared.train))}
             compare(self.log, self.log.header | now, self.say)
 
     def begin_at(self, records: Records, replayable: bool) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -155,6 +156,9 @@ def test_the_grids_that_come_along(name):
 
 
 def test_runs_with_batches_in_another_order_are_not_continued(tmp_path):
-    config = FinetuneConfig("pico", "pico_sentiment", tmp_path, batches="by-length")
-    assert of_order(config) == {"order": str(ORDER)}
-    assert of_order(FinetuneConfig("pico", "pico_sentiment", tmp_path)) == {}  # the key of results that are there
+    def order(examples: int, **settings):
+        config = FinetuneConfig("pico", "pico_sentiment", tmp_path, **settings)
+        return of_order(SimpleNamespace(config=config, prepared=SimpleNamespace(train=[0] * examples)))
+
+    assert order(500, batches="by-length") == {"order": str(ORDER)}
+    assert order(500) == order(640, batches="by-length") == {}  # the key of results that are there

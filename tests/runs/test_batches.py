@@ -97,3 +97,18 @@ def test_a_run_records_the_choice_and_is_replayed(tmp_path: Path) -> None:
         again, first = (path / "model.safetensors" for path in (tmp_path / f"{batches} again", out / "model"))
         assert again.read_bytes() == first.read_bytes()
     assert losses[None] != losses["by-length"]
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_where_an_epoch_is_a_whole_number_of_windows_batches_by_length_are_those_of_earlier_versions(seed: int) -> None:
+    """results/real and results/micro-feedback were made with 640 rows and batches of 16."""
+    lengths = [5 + place * 7 % 12 for place in range(640)]
+
+    def before(step: int) -> list[int]:
+        window, place = divmod(step, WINDOW)
+        drawn = sorted(batch_indices(window, WINDOW * 16, 640, seed), key=lengths.__getitem__)
+        batch = int(np.random.default_rng([seed, window, WINDOW]).permutation(WINDOW)[place])
+        return drawn[batch * 16 : (batch + 1) * 16]
+
+    for step in range(130):
+        assert batch_indices_by_length(step, 16, lengths, seed) == before(step)
