@@ -39,8 +39,8 @@ class Layout:
 
 
 LAYOUTS = {torch.bfloat16: Layout(16, 1.0), torch.float16: Layout(13, 2.0**112)}
-HALF_TOP = 2.0**-96
-"""Infinity of float16 as such a float32, 2^16 / scale. Larger numbers become it; their exponent has no room."""
+HALF_TOP = (127 - 96) << 23
+"""Infinity of float16 as the bits of such a float32, 2^16 / scale. Larger numbers become it; their exponent has no room."""
 _SIGN, _MAGNITUDE = -(1 << 31), (1 << 31) - 1
 _MULTIPLIERS = (0x7FEB352D, -0x7B935975)  # Wellons' lowbias32, with arithmetic shifts
 
@@ -106,14 +106,16 @@ def plain_join(weights: Tensor, low: Tensor) -> Tensor:
 def plain_split(theta: Tensor, weights: Tensor, low: Tensor, start: int, seed: int) -> None:
     """`split` with torch alone. theta is overwritten."""
     layout = LAYOUTS[weights.dtype]
-    scaled = theta.mul_(1 / layout.scale)
-    bits = (scaled.clamp_(-HALF_TOP, HALF_TOP) if layout.below == 13 else scaled).view(torch.int32)
+    bits = theta.mul_(1 / layout.scale).view(torch.int32)
     dropped = _dropped(layout, low)
     if dropped:
         bits += dither(start, bits.numel(), seed, dropped, bits.device)
         bits &= -1 << dropped
-    high = (bits & _MAGNITUDE).add_(1 << (layout.below - 1)).bitwise_right_shift_(layout.below)
-    low.copy_((bits & _MAGNITUDE).sub_(high << layout.below).bitwise_right_shift_(dropped))
+    magnitude = bits & _MAGNITUDE
+    if layout.below == 13:
+        magnitude.clamp_(max=HALF_TOP)
+    high = (magnitude + (1 << (layout.below - 1))).bitwise_right_shift_(layout.below)
+    low.copy_(magnitude.sub_(high << layout.below).bitwise_right_shift_(dropped))
     weights.view(torch.int16).copy_(high.bitwise_or_((bits >> 16) & -(1 << 15)))
 
 
@@ -127,9 +129,9 @@ def dither(start: int, count: int, seed: int, bits: int, device: torch.device | 
     return (x ^ x >> 15).bitwise_and_((1 << bits) - 1)
 
 
-_TOP_OF_HALF, _INFINITE = np.float32(HALF_TOP), np.float32(np.inf)
 _i16, _i32, _u32, _u64 = np.int16, np.int32, np.uint32, np.uint64
 _M0, _M1 = (_i32(m) for m in _MULTIPLIERS)
+_HALF_TOP = _i32(HALF_TOP)
 _FIFTEEN, _SIXTEEN, _LOW, _TOP, _REST = _i32(15), _i32(16), _i32(0x7FFF), _i32(_SIGN), _i32(_MAGNITUDE)
 
 
@@ -140,17 +142,14 @@ def _joined(high: Any, low: Any, below: int, dropped: int, scale: Any) -> Any:
 
 
 def _parted(theta: Any, element: Any, below: int, dropped: int, scale: Any, seed: Any) -> Any:
-    scaled, top = theta * scale, _TOP_OF_HALF if below == 13 else _INFINITE
-    scaled = top if scaled > top else scaled  # NaN stays
-    scaled = -top if scaled < -top else scaled
-    bits, up, down, one = _i32(as_bits(scaled)), _i32(below), _i32(dropped), _i32(1)
+    bits, up, down, one = _i32(as_bits(theta * scale)), _i32(below), _i32(dropped), _i32(1)
     if dropped:
         x = _i32(_i32(element) ^ seed)
         x = _i32(_i32(x ^ shift_right(x, _SIXTEEN)) * _M0)
         x = _i32(_i32(x ^ shift_right(x, _SIXTEEN)) * _M1)
         x = _i32(_i32(x ^ shift_right(x, _FIFTEEN)) & _i32(shift_left(one, down) - one))
         bits = _i32(_i32(bits + x) & shift_left(_i32(-1), down))
-    magnitude = _i32(bits & _REST)
+    magnitude = min(_i32(bits & _REST), _HALF_TOP if below == 13 else _REST)
     high = shift_right(_i32(magnitude + shift_left(one, _i32(up - one))), up)
     low = shift_right(_i32(magnitude - shift_left(high, up)), down)
     return _i16(high | _i32(shift_right(bits, _SIXTEEN) & _i32(-0x8000))), low

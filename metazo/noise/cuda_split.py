@@ -34,11 +34,7 @@ def _joined(high, low, below: tl.constexpr, dropped: tl.constexpr, scale):
 
 @triton.jit
 def _parted(theta, element, below: tl.constexpr, dropped: tl.constexpr, inverse, dither):
-    scaled = theta * inverse
-    if below == 13:  # float16: infinity where the exponent has no room; NaN stays
-        scaled = tl.where(scaled > _HALF_TOP, _HALF_TOP, scaled)
-        scaled = tl.where(scaled < -_HALF_TOP, -_HALF_TOP, scaled)
-    bits = scaled.to(tl.int32, bitcast=True)
+    bits = (theta * inverse).to(tl.int32, bitcast=True)
     if dropped:
         x = element.to(tl.int32) ^ dither
         x = (x ^ (x >> 16)) * tl.full((), _M0, tl.int32)
@@ -46,6 +42,8 @@ def _parted(theta, element, below: tl.constexpr, dropped: tl.constexpr, inverse,
         x = (x ^ (x >> 15)) & ((1 << dropped) - 1)
         bits = (bits + x) & (-1 << dropped)
     magnitude = bits & 0x7FFFFFFF
+    if below == 13:  # float16: infinity where the exponent has no room
+        magnitude = tl.minimum(magnitude, _HALF_TOP)
     high = (magnitude + (1 << (below - 1))) >> below
     low = (magnitude - (high << below)) >> dropped
     return (high | ((bits >> 16) & -0x8000)).to(tl.int16), low
