@@ -116,7 +116,7 @@ def plain_split(theta: Tensor, weights: Tensor, low: Tensor, start: int, seed: i
         magnitude.clamp_(max=HALF_TOP)
     high = (magnitude + (1 << (layout.below - 1))).bitwise_right_shift_(layout.below)
     low.copy_(magnitude.sub_(high << layout.below).bitwise_right_shift_(dropped))
-    weights.view(torch.int16).copy_(high.bitwise_or_((bits >> 16) & -(1 << 15)))
+    weights.view(torch.int16).copy_(high.bitwise_or_(bits.bitwise_right_shift_(16).bitwise_and_(-(1 << 15))))
 
 
 def dither(start: int, count: int, seed: int, bits: int, device: torch.device | str = "cpu") -> Tensor:
