@@ -6,7 +6,7 @@ momentum is slightly shorter than the exact one. Memory: r (m + n) numbers per m
 
 The gradient of a batch with more positions than m n / (m + n) comes as a whole matrix. A large one is approximated by a
 randomised range finder (Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.1), because the decomposition of a matrix
-takes 30 times as long as its gradient.
+takes much longer than its gradient.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import typing
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 from metazo import zoo
 from metazo.blocks import NamedTensor, partition, tensor_id
 from metazo.errors import UserError
-from metazo.feedback.tuner import FeedbackTuner, describe
+from metazo.feedback.tuner import describe
 from metazo.io.plain import shown
 from metazo.io.processes import launched
 from metazo.models.embedded import EMBEDDED
@@ -23,7 +24,6 @@ from metazo.runs.config import FinetuneConfig
 from metazo.settings import MOST, check_number
 from metazo.step.rules import named_rule
 from metazo.step.scales import STATISTICS_EVERY, BlockScale, RMSScale
-from metazo.tuner.file import Tuner
 from metazo.tuner.networks import PertNN
 from metazo.tuner.scale import TunerScale, tuner_scale
 
@@ -53,28 +53,17 @@ def block_scale(config: FinetuneConfig, model: nn.Module) -> BlockScale | None:
         blocks = partition(_every_tensor(model))
         networks = PertNN(len(blocks), seed=_seed(config.tuner))
         return TunerScale(pertnn=networks, networks=[b.name for b in blocks], every=every or STATISTICS_EVERY)
-    tuner = _tuner(config, model)
+    tuner = tuner_of(config, model, zoo.load)
     batch = config.batch_size * config.accumulate
     partial = config.allow_partial
     return tuner_scale(tuner, model.named_parameters(), allow_partial=partial, every=every, batch_size=batch)
 
 
-def _tuner(config: FinetuneConfig, model: nn.Module) -> Tuner:
-    """The tuner that `tuner` names, or that `auto_tuner` finds."""
+def tuner_of(config: FinetuneConfig, model: nn.Module, load: Callable[..., Any]) -> Any:
+    """What `tuner` names, read by `load`, or what `auto_tuner` finds: a Tuner, or feedback, whichever the method takes."""
     if config.tuner != "auto":
-        return zoo.load(str(config.tuner), config.zoo, report=lambda text: None)
-    found = zoo.opened(auto_tuner(config, model), report=lambda text: None)
-    assert isinstance(found, Tuner)
-    return found
-
-
-def _feedback(config: FinetuneConfig, model: nn.Module) -> FeedbackTuner:
-    """The feedback that `tuner` names, or that `auto_tuner` finds."""
-    if config.tuner != "auto":
-        return zoo.load_feedback(str(config.tuner), config.zoo, report=lambda text: None)
-    found = zoo.opened(auto_tuner(config, model), report=lambda text: None)
-    assert isinstance(found, FeedbackTuner)
-    return found
+        return load(str(config.tuner), config.zoo, report=lambda text: None)
+    return zoo.opened(auto_tuner(config, model), report=lambda text: None)
 
 
 def auto_tuner(config: FinetuneConfig, model: nn.Module) -> zoo.Found:
@@ -135,7 +124,7 @@ def arguments(config: FinetuneConfig, model: nn.Module) -> dict[str, Any]:
     if "scale" in cls.common:
         shared["scale"] = block_scale(config, model)
     if "tuner" in cls.common:
-        shared["tuner"] = _feedback(config, model)
+        shared["tuner"] = tuner_of(config, model, zoo.load_feedback)
     shared |= {key: value for key in ("noise", "probing") if (value := getattr(config, key)) != "method"}
     if cls.needs_model:
         settings["model"] = model

@@ -22,7 +22,7 @@ from metazo.io.terminal import Console
 from metazo.models.load import load_model
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import run_settings
-from metazo.runs.method import _feedback, _tuner, auto_tuner
+from metazo.runs.method import auto_tuner, tuner_of
 from metazo.tuner.file import Tuner
 from metazo.tuner.match import BlockSpec
 from metazo_cli.main import main
@@ -81,7 +81,8 @@ def test_auto_takes_the_last_version_of_a_tuner(published, tmp_path):
     (tmp_path / "tuner.safetensors").write_bytes(tuner.to_bytes())
     metazo("zoo", "push", str(tmp_path / "tuner.safetensors"), "--to", str(mine), "--name", "pico")
     model = load_model("pico").model
-    found = _tuner(FinetuneConfig(model="pico", task="pico_topic", tuner="auto", zoo=mine, out=tmp_path / "run"), model)
+    config = FinetuneConfig(model="pico", task="pico_topic", tuner="auto", zoo=mine, out=tmp_path / "run")
+    found = tuner_of(config, model, zoo.load)
     assert all(torch.equal(weights[name], value) for name, value in found.pertnn.state_dict().items())
 
 
@@ -101,7 +102,7 @@ def test_auto_takes_the_last_feedback_of_the_first_folder(tmp_path, monkeypatch)
         pushed_feedback(model, base, tmp_path / folder, trust)
     config = FinetuneConfig("pico", "pico_topic", out=tmp_path / "run", tuner="auto", optimizer="feedback")
     for folder, trust in ((tmp_path / "zoo", 0.2), (None, 0.9)):
-        assert _feedback(replace(config, zoo=folder), model).maps.trust[0] == pytest.approx(trust)
+        assert tuner_of(replace(config, zoo=folder), model, zoo.load_feedback).maps.trust[0] == pytest.approx(trust)
 
 
 def test_auto_takes_a_match_by_names_in_the_zoo_that_is_named(published, tmp_path):
@@ -112,8 +113,8 @@ def test_auto_takes_a_match_by_names_in_the_zoo_that_is_named(published, tmp_pat
     assert auto_tuner(config, load_model("pico").model).folder == tmp_path / "zoo"  # the bundled one matches by shapes
 
 
-@pytest.mark.parametrize(("optimizer", "read"), [("feedback", _feedback), ("zo-finetuner", _tuner)])
-def test_auto_checks_the_file_as_if_it_were_named(published, optimizer, read, tmp_path):
+@pytest.mark.parametrize(("optimizer", "load"), [("feedback", zoo.load_feedback), ("zo-finetuner", zoo.load)])
+def test_auto_checks_the_file_as_if_it_were_named(published, optimizer, load, tmp_path):
     shutil.copytree(published, tmp_path / "zoo")
     model, name = load_model("pico").model, "pico/v1"
     if optimizer == "feedback":
@@ -126,7 +127,7 @@ def test_auto_checks_the_file_as_if_it_were_named(published, optimizer, read, tm
             "pico", "pico_topic", out=tmp_path / "run", tuner=tuner, zoo=tmp_path / "zoo", optimizer=optimizer
         )
         with pytest.raises(UserError, match="and the zoo index says .* it is refused"):
-            read(config, model)
+            tuner_of(config, model, load)
 
 
 def test_auto_says_what_it_took(published, tmp_path):

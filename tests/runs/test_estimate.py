@@ -100,7 +100,7 @@ def test_eager_attention_keeps_the_matrix_of_its_scores() -> None:
 
 
 def test_a_dry_run_edits_one_chunk_of_a_compensated_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The plan of LOMO for a model of 7B took 44 s, in which all 6,400 chunks of its weights were split."""
+    """The plan of LOMO split every chunk of the weights of a model, and one takes the memory that all take in turn."""
     written, write = [], Compensated.write
 
     def counted(self: Compensated, start: int, *given: Any) -> None:
