@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -148,12 +149,18 @@ def _chosen(
     config: FinetuneConfig, loaded: LoadedModel, prepared: Any, device: torch.device
 ) -> tuple[FinetuneConfig, str]:
     """The settings with a method in the place of auto: that of the log if the run goes on, and why."""
-    if config.resume and config.out is not None and (log := config.out / STEPS).exists():
+    if log := _log_to_continue(config):
         began = scan(log).header["settings"]
         taken = {name: began[name] for name in ("optimizer", "scale", "lr", "schedule")}
         return replace(config, **taken), f"auto took {taken['optimizer']} when the run began."
     loss = BatchLoss(loaded.model, prepared, longest_batch(config, prepared.train), device)
     return choose(config, loaded.model, loss, device)
+
+
+def _log_to_continue(config: FinetuneConfig) -> Path | None:
+    """The step log of the run that goes on, if one does."""
+    log = config.out / STEPS if config.resume and config.out is not None else None
+    return log if log is not None and log.exists() else None
 
 
 def _given_optimizer(
@@ -185,7 +192,8 @@ def _task(config: FinetuneConfig, given: Given, device: torch.device) -> tuple[L
         loaded.model.cache_frozen()
         examples = [*prepared.dev, *prepared.test, *prepared.train]
         loaded.model.learn_frozen(prepared.batches(examples, config.eval_batch_size))
-        fit_head(loaded, prepared, config.eval_batch_size)
+        log = _log_to_continue(config)
+        fit_head(loaded, prepared, config.eval_batch_size, scan(log).header.get("head") if log else None)
     return loaded, trained, prepared
 
 

@@ -49,9 +49,14 @@ def _plain(label: object) -> str:
     return str(label).strip().casefold()
 
 
-def fit_head(loaded: LoadedModel, prepared: Prepared, batch_size: int = 32) -> None:
+def fit_head(
+    loaded: LoadedModel, prepared: Prepared, batch_size: int = 32, record: dict[str, Any] | None = None
+) -> None:
     """Make a head of prototypes from the training examples, or one of label phrases from the phrases and the training
     texts (their labels are not read). Any other head, and one that is already made, stays as it is.
+
+    record: `SentenceClassifier.phrase_record` of a run that goes on. If it has the task's phrases, the head takes its
+    offset, which another processor would calculate with other last bits.
     """
     from metazo.models.heads import Phrases
     from metazo.models.sentence import SentenceClassifier
@@ -59,7 +64,11 @@ def fit_head(loaded: LoadedModel, prepared: Prepared, batch_size: int = 32) -> N
     model = loaded.model
     if not isinstance(model, SentenceClassifier):
         return
-    if isinstance(model.head, Phrases) and not model.head.fitted:
-        words = prepared.task.labels.values()
-        model.set_phrases(loaded.tokenizer, [prepared.task.phrase.format(word) for word in words])
-    model.fit_prototypes(prepared.batches(prepared.train, batch_size))
+    examples = prepared.train
+    if isinstance(model.head, Phrases):
+        if not model.head.fitted:
+            phrases = [prepared.task.phrase.format(word) for word in prepared.task.labels.values()]
+            same = record is not None and record["phrases"] == phrases
+            model.set_phrases(loaded.tokenizer, phrases, record["offset"] if same else None)  # type: ignore[index]
+        examples = sorted(examples, key=len, reverse=True)  # less padding; the mean does not depend on the order
+    model.fit_prototypes(prepared.batches(examples, batch_size))

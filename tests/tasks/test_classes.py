@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from metazo.models.load import load_model
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import run_settings
 from metazo.runs.replay import replay
+from metazo.steplog.writer import StepLog
 from metazo.tasks import from_yaml, prepare
 from metazo.tasks.classes import class_names, fit_head, head_order
 from metazo.tasks.evaluate import evaluate
@@ -147,3 +149,33 @@ def test_a_run_on_label_phrases_is_saved_and_replayed(sentence, rows, tmp_path):
         ready = prepare(spoken, loaded, data=rows)  # sizes of the run, from the model
         assert [len(ready.train), len(ready.dev), len(ready.test)] == [12, 6, 10]
         assert evaluate(loaded.model, ready, "test") == pytest.approx(summary["test"], abs=1e-6)
+
+
+def test_a_run_on_label_phrases_goes_on_where_the_offset_has_other_last_bits(sentence, rows, tmp_path, monkeypatch):
+    """On another processor; the run takes the offset of its log. Other phrases are another run."""
+    path = rows / "rev.yaml"
+    text = (
+        'kind: classification\nprompt: "{text}. {}"\nlabels: {neg: terrible, pos: great}\nphrase: "the film was {}"\n'
+    )
+    path.write_text(text)
+    config = FinetuneConfig(
+        str(sentence), str(path), tmp_path / "run", steps=4, batch_size=4, data=rows, head="phrases", lr=1e-3,
+        train_examples=12, dev_examples=6, test_examples=10,
+    )  # fmt: skip
+    whole = run_settings(replace(config, out=tmp_path / "whole"))
+    append, calibrate = StepLog.append, Phrases.calibrate
+
+    def dying(log, step):
+        if step.step == 2:
+            raise KeyboardInterrupt
+        append(log, step)
+
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        killed.setattr(StepLog, "append", dying)
+        run_settings(config)
+    monkeypatch.setattr(Phrases, "calibrate", lambda head, texts: calibrate(head, texts.roll(1, 1)))
+    path.write_text(text.replace("the film was", "that was"))
+    with pytest.raises(UserError, match="belongs to another run"):
+        run_settings(replace(config, resume=True))
+    path.write_text(text)
+    assert run_settings(replace(config, resume=True))["test"] == whole["test"]
