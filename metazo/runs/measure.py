@@ -33,6 +33,7 @@ OF_A_RUN = set(with_role(FinetuneConfig, "data", "evaluation", "place", "machine
     "dtype",
     "quantize",
     "revision",
+    "attn_implementation",
 }
 # The settings that an evaluation reads: of loading, and of the rows.
 OF_LOADING = ("kind", "dtype", "quantize", "revision", "attn_implementation", "device")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from metazo.errors import UserError
 from metazo.feedback.tuner import FeedbackTuner
 from metazo.io.files import read_capped, safe_name
 from metazo.io.plain import is_name, shown
+from metazo.optimizers.registry import METHODS, load
 from metazo.tuner.file import Tuner
 from metazo.tuner.limits import MAX_BYTES
 from metazo.zoo.find import parsed
@@ -62,6 +64,7 @@ def push_log(
     """Publish a fine-tuned model as the step log of its run; returns its name in the zoo folder `to`.
 
     The header is published as well, with paths reduced to their last name. name: by default base model and task.
+    Raises UserError if the run is not finished, or if the log cannot be replayed.
     """
     if str(to or "").startswith("hub:"):
         raise UserError("a step log (`log`) goes into a zoo folder; to the Hub, upload the file by hand")
@@ -72,12 +75,27 @@ def push_log(
         raise UserError(
             f"{log} has no last line, which names the weights that the run kept; resume the run to finish it."
         )
+    if why := _not_replayable(read.header):
+        raise UserError(f"{log} cannot be published, because its model cannot be rebuilt from it: {why}. "
+                        "Publish the model itself.")  # fmt: skip
     base = zoo_base(read.base_model)
     read = read.published(base)
     task = re.sub(r"[^A-Za-z0-9._+-]+", "-", str(read.header.get("task", "model")))[:40]
     return add(
         read, read.data, _folder(to), safe_name(name or f"{base}-{task}", "`name`"), version, licence, sign
     ).entry.name
+
+
+def _not_replayable(header: dict[str, Any]) -> str | None:
+    """Why `metazo replay` refuses a log, if the reason is in its header. A method of one's own is taken at its word."""
+    load()
+    method = METHODS.get(header["method"])
+    if method is not None and not method.replayable:
+        return f"the steps of {header['method']} do not follow from their record"
+    settings = header.get("settings")
+    if isinstance(settings, dict) and settings.get("head") == "prototype":
+        return "its classification head was made from the training data (head prototype)"
+    return None
 
 
 def _check_licence(licence: str | None) -> None:

@@ -56,6 +56,15 @@ def test_a_run_is_scored_on_its_own_rows(learned):
     assert evaluate(out, split="dev") == summary["dev"]
 
 
+def test_a_run_is_scored_with_its_own_attention(coin, tmp_path, monkeypatch):
+    run(coin, tmp_path / "run", attn_implementation="eager", steps=1)
+    seen, real = [], scoring.evaluate
+    monkeypatch.setattr(scoring, "evaluate", lambda model, *a, **k: seen.append(model) or real(model, *a, **k))
+    evaluate(tmp_path / "run")
+    evaluate(tmp_path / "run", attn_implementation="sdpa")
+    assert [model.config._attn_implementation for model in seen] == ["eager", "sdpa"]
+
+
 def ids(examples: list) -> set[tuple[int, ...]]:
     return {tuple(example.ids) for example in examples}
 

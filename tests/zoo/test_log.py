@@ -107,6 +107,8 @@ def damaged(data: bytes) -> bytes:
         (log_bytes(HEADER | {"settings": json.loads("[" * 50 + "]" * 50)}), "no plain table"),
         (log_bytes(HEADER | {"task": "\x1b[2J"}), "no plain table"),
         (b"{}", "is not a step log"),
+        (log_bytes(HEADER | {"method": "first-order-adamw"}), "steps of first-order-adamw do not follow"),
+        (log_bytes(HEADER | {"settings": {"head": "prototype"}}), "head was made from the training data"),
     ],
 )
 def test_what_cannot_be_published(data: bytes, words: str, tmp_path: Path) -> None:
