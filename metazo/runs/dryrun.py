@@ -23,6 +23,7 @@ from metazo.models.assemble import assemble, base_of
 from metazo.models.embedded import EMBEDDED
 from metazo.models.load import LoadedModel
 from metazo.models.skeleton import skeleton, stored
+from metazo.runs.batches import padding
 from metazo.runs.choose import choose
 from metazo.runs.config import AUTO, FinetuneConfig
 from metazo.runs.estimate import Estimate, Followed, estimate, look_ahead, measure_rates, step_seconds, weight_bytes
@@ -90,7 +91,7 @@ def dry_run(config: FinetuneConfig) -> dict[str, Any]:
     if prepared is None:
         notes.append(f"The rows were not read ({problem}); inputs of {length} tokens are assumed.")
     else:
-        notes += prepared.notes
+        notes += prepared.notes + padding(config, prepared.train)
         if begun is not None:
             begun.check_data(prepared)
     chosen = None

@@ -19,7 +19,7 @@ from metazo.io.terminal import Console
 from metazo.models.parts import divided, forward_only
 from metazo.optimizers.guards import as_loss
 from metazo.optimizers.ranks import share as share_of_rank
-from metazo.runs.batches import reader, step_losses
+from metazo.runs.batches import padding, reader, step_losses
 from metazo.runs.config import INCIDENTAL, FinetuneConfig
 from metazo.runs.diagnose import diagnose, memory_explained
 from metazo.runs.ending import Ending, push
@@ -126,6 +126,8 @@ def _tune(
         for name in ("trained weights", "effective learning rate", "steps", "memory", "disk"):
             console.say(f"{name}:", plan[name])
         idle = unused(replace(here, optimizer=config.optimizer)) if given.optimizer is None else []
+        if isinstance(setup.prepared, Prepared):
+            idle += padding(config, setup.prepared.train)
         for note in [*setup.prepared.notes, *idle]:
             console.say("note:", note, once=True)  # not for each run of a demo
         with interruptible() as caught:

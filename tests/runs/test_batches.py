@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import io
+import json
 import math
+import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from rich.console import Console
 
-from metazo.runs.batches import ORDER, WINDOW, _order, batch_indices, batch_indices_by_length
+from metazo.io.terminal import Console
+from metazo.runs.batches import ORDER, WINDOW, _order, batch_indices, batch_indices_by_length, padding
 from metazo.runs.config import FinetuneConfig
+from metazo.runs.dryrun import dry_run
 from metazo.runs.finetune import run_settings
 from metazo.runs.replay import replay
 from metazo.steplog.format import header, read
@@ -112,3 +117,28 @@ def test_where_an_epoch_is_a_whole_number_of_windows_batches_by_length_are_those
 
     for step in range(130):
         assert batch_indices_by_length(step, 16, lengths, seed) == before(step)
+
+
+def test_padding_is_said_where_batches_by_length_would_save_a_quarter() -> None:
+    """Half of the inputs have 10 tokens and half 40: a batch of 4 is 40 long if one of them is, or in 15 of 16 batches."""
+    config = FinetuneConfig("pico", "pico_sentiment", batch_size=4)
+    mixed, even = [[0] * (10, 40)[k % 2] for k in range(128)], [[0] * (36, 40)[k % 2] for k in range(128)]
+    [said] = padding(config, mixed)
+    found = [int(number) for number in re.findall(r"(\d+) %", said)]
+    assert abs(found[0] - 34) <= 3 and found[1] < 12, said  # 1 - 25 / (40 - 30 / 16) is 0.34
+    for settings, train in (({}, even), ({"batches": "by-length"}, mixed), ({"batch_size": 1}, mixed), ({}, mixed[:6])):
+        assert padding(replace(config, **settings), train) == []
+
+
+def test_a_run_and_its_plan_say_what_is_padding(tmp_path: Path) -> None:
+    rows = [{"text": "good " * (1, 30)[k // 2 % 2], "label": k % 2} for k in range(40)]
+    settings = {"train_examples": 24, "dev_examples": 8, "test_examples": 8, "batch_size": 4, "steps": 1, "lr": 1e-3}
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "t.yaml").write_text(
+        "kind: classification\nprompt: '{text}. It was {}.'\nlabels: [terrible, great]\nfiles: {train: rows.jsonl}\n"
+    )
+    config = FinetuneConfig("pico", str(tmp_path / "t.yaml"), tmp_path / "run", **settings)
+    assert any("are padding; with `batches` by-length" in note for note in dry_run(config)["notes"])
+    console = Console(file=io.StringIO(), width=400)
+    run_settings(config, console)
+    assert "are padding; with `batches` by-length" in console.file.getvalue()  # type: ignore[attr-defined]
