@@ -17,7 +17,7 @@ from llvmlite import binding
 from metazo.kernels.parallel import kernel, share
 from metazo.kernels.pieces import at, groups, pieces
 from metazo.kernels.vectors import widest
-from metazo.noise import lanes
+from metazo.noise import lanes, wide
 from metazo.noise import philox as definition
 from metazo.noise.lanes import CHUNK, WORDS, fetch, narrow, numbers, widen
 
@@ -30,7 +30,7 @@ _LIKE = {dtype: torch.empty(0, dtype=bits or dtype).numpy() for dtype, bits in _
 
 
 def _kernel(function):
-    return kernel(function, lanes, definition)
+    return kernel(function, lanes, wide, definition)
 
 
 @_kernel

@@ -18,14 +18,14 @@ from metazo.blocks import Spans
 from metazo.kernels.parallel import kernel, share
 from metazo.kernels.pieces import pieces
 from metazo.kernels.vectors import widest
-from metazo.noise import cpu, lanes, philox
+from metazo.noise import cpu, lanes, philox, wide
 from metazo.noise.lanes import CHUNK, WORDS, fetch, narrow, numbers_from, widen
 
 _u64 = np.uint64
 
 
 def _kernel(function):
-    return kernel(function, lanes, philox)
+    return kernel(function, lanes, wide, philox)
 
 
 @_kernel

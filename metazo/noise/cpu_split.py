@@ -20,14 +20,14 @@ from metazo.kernels.parallel import kernel, share
 from metazo.kernels.pieces import pieces
 from metazo.kernels.splitfloat import LAYOUTS, joined, parted
 from metazo.kernels.vectors import widest
-from metazo.noise import cpu, lanes, philox
+from metazo.noise import cpu, lanes, philox, wide
 from metazo.noise.lanes import CHUNK, WORDS, fetch, narrow, numbers
 
 _u64 = np.uint64
 
 
 def _kernel(function):
-    return kernel(function, lanes, philox, splitfloat)
+    return kernel(function, lanes, wide, philox, splitfloat)
 
 
 @_kernel

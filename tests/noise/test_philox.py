@@ -167,3 +167,17 @@ def test_unknown_distribution_is_named():
 def test_the_name_tells_distribution_and_version():
     assert PhiloxNoise(0).name == "philox4x32-10/gaussian/2"
     assert PhiloxNoise(0, "rademacher").name == "philox4x32-10/rademacher/2"
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_the_loops_and_the_explicit_vectors_make_the_numbers_of_the_definition(wide, monkeypatch):
+    """A processor takes one of the two forms (`lanes._WIDE`); both can be compiled for every processor."""
+    monkeypatch.setattr(lanes, "_WIDE", wide)
+    normals = njit(error_model="numpy")(lanes.normals.py_func)
+    z, words = np.empty(lanes.CHUNK, np.float32), np.empty(lanes.WORDS, np.uint32)
+    for chunk, purpose, tensor, seed in ((0, 0, 0, 0), (1, 3, 7, 9), ((1 << 27) - 1, 15, (1 << 64) - 1, (1 << 64) - 1)):
+        places = purpose, tensor & 0xFFFFFFFF, tensor >> 32, seed & 0xFFFFFFFF, seed >> 32
+        normals(z, words, chunk, *map(np.uint64, places))
+        first = chunk * lanes.CHUNK
+        expected = philox.gaussian(seed, tensor, purpose, first, first + lanes.CHUNK)
+        assert np.array_equal(z.view(np.uint32), expected.numpy().view(np.uint32)), (chunk, seed)

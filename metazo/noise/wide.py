@@ -1,0 +1,159 @@
+"""The normals of a chunk as explicit vectors, for processors with vector registers of 512 bits.
+
+LLVM makes vectors of the loops in lanes.py as well, but of one register, and a number passes through about 80 cycles of
+instructions of which each needs the one before: the processor sees too few of the next vectors to fill them. Here every
+instruction is written for several registers (all 32 blocks of a chunk, then two of their four words), so that there is always
+another one to begin. The numbers are those of lanes.py and philox.py, bit for bit (tests/noise).
+"""
+
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
+# (pyright checks numba intrinsics as the Python functions that they are before compilation)
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from metazo.noise import philox as definition
+
+_BLOCKS = 32  # of a chunk
+_INT, _LONG, _FLOAT = ir.IntType(32), ir.IntType(64), ir.FloatType()
+
+
+class _Vector:
+    """An LLVM vector with operators; a plain number stands for a vector of it."""
+
+    def __init__(self, builder: ir.IRBuilder, value: Any):
+        self.builder, self.value = builder, value
+
+    def number(self, value: float) -> _Vector:
+        """A vector of this number, as long as this one."""
+        kind = self.value.type
+        return _Vector(self.builder, ir.Constant(kind, [value] * kind.count))
+
+    def _with(self, instruction: str, other: _Vector | float) -> _Vector:
+        other = other if isinstance(other, _Vector) else self.number(other)
+        return _Vector(self.builder, getattr(self.builder, instruction)(self.value, other.value))
+
+    def __add__(self, other: _Vector | float) -> _Vector:
+        return self._with("fadd" if self.value.type.element == _FLOAT else "add", other)
+
+    def __sub__(self, other: _Vector | float) -> _Vector:
+        return self._with("fsub" if self.value.type.element == _FLOAT else "sub", other)
+
+    def __mul__(self, other: _Vector | float) -> _Vector:
+        return self._with("fmul" if self.value.type.element == _FLOAT else "mul", other)
+
+    def __and__(self, other: _Vector | float) -> _Vector:
+        return self._with("and_", other)
+
+    def __or__(self, other: _Vector | float) -> _Vector:
+        return self._with("or_", other)
+
+    def __xor__(self, other: _Vector | float) -> _Vector:
+        return self._with("xor", other)
+
+    def __lshift__(self, count: int) -> _Vector:
+        return self._with("shl", count)
+
+    def __rshift__(self, count: int) -> _Vector:
+        return self._with("lshr", count)
+
+    def to(self, instruction: str, element: ir.Type) -> _Vector:
+        """Every number converted."""
+        kind = ir.VectorType(element, self.value.type.count)
+        return _Vector(self.builder, getattr(self.builder, instruction)(self.value, kind))
+
+    def root(self) -> _Vector:
+        kind = self.value.type
+        name = f"llvm.sqrt.v{kind.count}f32"
+        function = cgutils.get_or_insert_function(self.builder.module, ir.FunctionType(kind, [kind]), name)
+        return _Vector(self.builder, self.builder.call(function, [self.value]))
+
+    def chosen(self, places: Sequence[int], other: _Vector | None = None) -> _Vector:
+        """The numbers at these places, counted through this vector and then the other."""
+        mask = ir.Constant(ir.VectorType(_INT, len(places)), list(places))
+        return _Vector(self.builder, self.builder.shuffle_vector(self.value, (other or self).value, mask))
+
+    def and_then(self, other: _Vector) -> _Vector:
+        """The numbers of this vector and of the other, of equal length."""
+        return self.chosen(range(2 * self.value.type.count), other)
+
+
+def _everywhere(builder: ir.IRBuilder, value: Any) -> _Vector:
+    """A value that is known at run time, for each of the blocks."""
+    kind = ir.VectorType(value.type, _BLOCKS)
+    nothing, first = ir.Constant(kind, ir.Undefined), ir.Constant(_INT, 0)
+    zeros = ir.Constant(ir.VectorType(_INT, _BLOCKS), [0] * _BLOCKS)
+    return _Vector(builder, builder.shuffle_vector(builder.insert_element(nothing, value, first), nothing, zeros))
+
+
+def _philox(builder: ir.IRBuilder, chunk: Any, others: list[Any], keys: list[Any]) -> list[_Vector]:
+    """The four words of a chunk's blocks, (32,) each, as `philox.philox`. others: the counter without its first word."""
+    order = _Vector(builder, ir.Constant(ir.VectorType(_LONG, _BLOCKS), list(range(_BLOCKS))))
+    c0 = _everywhere(builder, builder.mul(chunk, ir.Constant(_LONG, _BLOCKS))) + order
+    c1, c2, c3 = (_everywhere(builder, value) for value in others)
+    k0, k1 = keys
+    for _ in range(10):  # in 64-bit lanes, of which only the low halves count
+        p0, p1 = (c0 & definition._LOW) * definition._M0, (c2 & definition._LOW) * definition._M1
+        c0, c2 = (p1 >> 32) ^ c1 ^ _everywhere(builder, k0), (p0 >> 32) ^ c3 ^ _everywhere(builder, k1)
+        c1, c3 = p1, p0
+        k0, k1 = (builder.add(k, ir.Constant(_LONG, w)) for k, w in ((k0, definition._W0), (k1, definition._W1)))
+    return [_low_halves(word) for word in (c0, c1, c2, c3)]
+
+
+def _low_halves(word: _Vector) -> _Vector:
+    """The low 32 bits of each number, chosen from pairs of registers: a truncation takes three instructions in place of one."""
+    halves = _Vector(word.builder, word.builder.bitcast(word.value, ir.VectorType(_INT, 2 * _BLOCKS)))
+    registers = [halves.chosen(range(k, k + 16)) for k in range(0, 2 * _BLOCKS, 16)]
+    even = [a.chosen(range(0, 32, 2), b) for a, b in zip(registers[::2], registers[1::2])]
+    return even[0].and_then(even[1])
+
+
+def _normal_pair(word: _Vector) -> tuple[_Vector, _Vector]:
+    """`philox.normal_pair` in the order of its operations."""
+    v = (word & 0x3FFFFFFE) | 1
+    bits = v.to("sitofp", _FLOAT).to("bitcast", _INT)
+    y = ((bits & 0x7FFFFF) | 0x3F800000).to("bitcast", _FLOAT)
+    y = y.number(2.0) - y
+    radius = (
+        (bits.number(definition.TOP_BITS) - bits).to("sitofp", _FLOAT) * definition.UNIT
+        - y * _polynomial(definition.Q, y)
+    ).root()
+    a = (v * definition.STRIDE).to("sitofp", _FLOAT) * definition.ANGLE
+    a2 = a * a
+    c, s = _polynomial(definition.C, a2), _polynomial(definition.S, a2) * a
+    signs = [(word << shift) & 0x80000000 for shift in (0, 1)]
+    first, second = ((radius * side).to("bitcast", _INT) ^ sign for side, sign in zip((c - s, c + s), signs))
+    return first.to("bitcast", _FLOAT), second.to("bitcast", _FLOAT)
+
+
+def _polynomial(coefficients: tuple[float, ...], x: _Vector) -> _Vector:
+    value = x * coefficients[0] + coefficients[1]
+    for coefficient in coefficients[2:]:
+        value = value * x + coefficient
+    return value
+
+
+@intrinsic
+def wide_normals(typing_context, z, chunk, c1, c2, c3, k0, k1):
+    """Write the 256 normals of a chunk to z, float32; chunk, c1 .. k1: uint64, of which all but the chunk are below 2^32."""
+
+    def generate(context, builder, signature, arguments):
+        data = cgutils.create_struct_proxy(signature.args[0])(context, builder, arguments[0]).data
+        words = _philox(builder, arguments[1], arguments[2:5], arguments[5:])
+        kind, lanes = ir.VectorType(_FLOAT, definition.LANES).as_pointer(), definition.LANES
+        for word in (0, 2):
+            for odd, numbers in enumerate(_normal_pair(words[word].and_then(words[word + 1]))):
+                for k in range(4):  # of this word and the next, blocks 0 to 15 and 16 to 31
+                    place = 128 * (k % 2) + 32 * (word + k // 2) + lanes * odd
+                    target = builder.bitcast(builder.gep(data, [ir.Constant(_LONG, place)]), kind)
+                    builder.store(numbers.chosen(range(lanes * k, lanes * (k + 1))).value, target, align=4)
+        return context.get_dummy_value()
+
+    return types.none(z, *[types.uint64] * 6), generate
