@@ -19,9 +19,9 @@ from metazo.kernels.pieces import at, groups, pieces
 from metazo.kernels.vectors import widest
 from metazo.noise import lanes, wide
 from metazo.noise import philox as definition
-from metazo.noise.lanes import CHUNK, WORDS, fetch, narrow, numbers, widen
+from metazo.noise.lanes import CHUNK, WORDS, added, fetch, narrow, numbers, widen
 
-_u64 = np.uint64
+_u64, _ONE = np.uint64, np.float32(1)
 
 _DTYPES = {torch.float32: None, torch.float64: None, torch.bfloat16: torch.uint16}
 if binding.get_host_cpu_features().get("f16c", binding.get_default_triple().startswith("aarch64")):
@@ -39,7 +39,10 @@ def _add_to(out, z, words, start, alpha, beta, gaussian, purpose, id0, id1, k0, 
     widest()
     for here in range(0, out.size, CHUNK):
         fetch(out, here)
-        numbers(z, words, gaussian, (start + here) // CHUNK, purpose, id0, id1, k0, k1)
+        chunk = (start + here) // CHUNK
+        if added(out, here, alpha, beta, gaussian, chunk, purpose, id0, id1, k0, k1):
+            continue
+        numbers(z, words, gaussian, chunk, purpose, id0, id1, k0, k1)
         for i in range(min(CHUNK, out.size - here)):
             e = _u64(here + i)  # unsigned, because numba checks a signed index for being negative
             out[e] = narrow(beta * widen(out[e]) + alpha * z[i], out[e])
@@ -52,6 +55,9 @@ def _add_two_to(out, z, words, others, start, alpha, beta, again, gaussian, purp
     for here in range(0, out.size, CHUNK):
         fetch(out, here)
         chunk, count = (start + here) // CHUNK, min(CHUNK, out.size - here)
+        if added(out, here, alpha, beta, gaussian, chunk, purpose, id0, id1, k0, k1):
+            added(out, here, again, _ONE, gaussian, chunk, purpose, id0, id1, l0, l1)
+            continue
         numbers(z, words, gaussian, chunk, purpose, id0, id1, k0, k1)
         for i in range(count):
             e = _u64(here + i)
