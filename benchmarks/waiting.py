@@ -1,10 +1,10 @@
 """A MeZO step beside other work on the machine, by how the threads of torch wait for each other.
 
-    python benchmarks/waiting.py        # a quarter of an hour; nothing else should run
+    python benchmarks/waiting.py        # 20 minutes; nothing else should run
 
 Threads that wait actively (OpenMP's default) use the time that the thread they wait for needs. Each sample is a process of its
 own; settings take turns. Cases are pico at (16, 24) and a Llama of 134 million weights at (1, 32) and (8, 64). Writes medians
-with quartiles to benchmarks/waiting.json, and prints a table.
+with quartiles to benchmarks/waiting.json, beside those of other processors, and prints a table.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from pathlib import Path
 
 import torch
 
-from metazo.bench.measurements import environment
+from metazo.bench.measurements import environment, same_processor
 from metazo.bench.models import build, lm_loss
 from metazo.bench.timing import spread
 from metazo.models.load import load_model
 from metazo.optimizers import MeZO
 
 SETTINGS = {
-    "active": {"OMP_WAIT_POLICY": ""},
+    "active": {"OMP_WAIT_POLICY": "", "GOMP_SPINCOUNT": ""},
+    "briefly": {"GOMP_SPINCOUNT": "2000"},
     "passive": {"OMP_WAIT_POLICY": "PASSIVE"},
     "one thread": {"OMP_NUM_THREADS": "1"},
 }
@@ -70,14 +71,14 @@ def main() -> None:
     print(f"| case | other processes | {' | '.join(SETTINGS)} |\n|---|---|{'---|' * len(SETTINGS)}")
     for case in CASES:
         for busy in BUSY:
-            others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)]
+            busy_ones = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)]
             try:
                 found: dict[str, list[float]] = {setting: [] for setting in SETTINGS}
                 for _ in range(given.rounds):
                     for setting, samples in found.items():
                         samples.append(measured(case, setting, given.seconds))
             finally:
-                for other in others:
+                for other in busy_ones:
                     other.kill()
             row = {
                 "case": case,
@@ -87,7 +88,10 @@ def main() -> None:
             rows.append(row)
             cells = [f"{1e3 * value['median']:.0f} ms" for value in row["seconds"].values()]
             print(f"| {case} | {busy} | {' | '.join(cells)} |", flush=True)
-    text = json.dumps({"environment": environment("cpu", "float32", False), "rows": rows})
+    own = {"environment": environment("cpu", "float32", False), "rows": rows}
+    before = json.loads(given.out.read_text())["machines"] if given.out.exists() else []
+    others = [machine for machine in before if not same_processor(machine["environment"], own["environment"])]
+    text = json.dumps({"machines": [*others, own]})
     given.out.write_text(text.replace('{"case"', '\n{"case"') + "\n")
 
 

@@ -113,14 +113,20 @@ def test_beside_other_work_threads_wait_without_using_the_cores(monkeypatch: pyt
         "os.getloadavg = lambda: (LOAD * os.cpu_count(), 0.0, 0.0)\n"
         "sys.argv = ['metazo', '--version']\n"
         "try: main()\n"
-        "except SystemExit: print(os.environ['TORCH_CPP_LOG_LEVEL'], os.environ.get('OMP_WAIT_POLICY'))"
+        "except SystemExit: print(*map(os.environ.get, ('TORCH_CPP_LOG_LEVEL', 'OMP_WAIT_POLICY', 'GOMP_SPINCOUNT')))"
     )
-    for name in ("OMP_WAIT_POLICY", "TORCH_CPP_LOG_LEVEL"):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "TORCH_CPP_LOG_LEVEL"):
         monkeypatch.delenv(name, raising=False)
-    for load, given, wanted in (("0.6", None, "PASSIVE"), ("0.4", None, "None"), ("2", "active", "active")):
-        if given:
-            monkeypatch.setenv("OMP_WAIT_POLICY", given)
-        assert python(code.replace("LOAD", load)).split()[-2:] == ["ERROR", wanted]
+    for load, given, wanted in (
+        ("0.6", {}, ["PASSIVE", "None"]),
+        ("0.4", {}, ["None", "2000"]),
+        ("2", {"OMP_WAIT_POLICY": "active"}, ["active", "None"]),
+        ("2", {"GOMP_SPINCOUNT": "7"}, ["None", "7"]),
+    ):
+        with monkeypatch.context() as told:
+            for name, value in given.items():
+                told.setenv(name, value)
+            assert python(code.replace("LOAD", load)).split()[-3:] == ["ERROR", *wanted]
 
 
 def test_help_and_light_commands_do_not_load_torch() -> None:

@@ -81,14 +81,18 @@ def command_line(words: Sequence[str] = ()) -> Any:
 
 
 def _yield_to_others() -> None:
-    """If other processes run, have torch's threads wait for each other without using the cores (read when torch is loaded).
+    """Have torch's threads wait for each other without using the cores for long (read when torch is loaded).
 
-    OpenMP's threads wait actively by default, and so take time from the threads that they wait for: 297 instead of 109 ms per
-    step of pico beside three processes on two cores. With nothing else to do it is faster by up to 15 %
-    (benchmarks/waiting.py).
+    OpenMP's threads wait actively by default, and so take time from the threads that they wait for if other processes run.
+    GNU's OpenMP, which torch has on Linux, is told to sleep after a short while, which takes no longer if nothing else runs.
+    If the machine is busy already, threads do not wait actively at all (benchmarks/waiting.py). What the user set is kept.
     """
+    if "OMP_WAIT_POLICY" in os.environ or "GOMP_SPINCOUNT" in os.environ:
+        return
     if hasattr(os, "getloadavg") and 2 * os.getloadavg()[0] > (os.cpu_count() or 1):
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    else:
+        os.environ["GOMP_SPINCOUNT"] = "2000"
 
 
 def main() -> None:
