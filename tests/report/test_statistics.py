@@ -77,6 +77,27 @@ def test_few_pairs_are_tested_by_sign_flips_and_cannot_be_significant():
     assert (found.p, found.least, found.test) == (0.0625, 0.0625, "sign flips")
 
 
+def gains_of(counts: list[tuple[int, int]], examples: int) -> list[float]:
+    """Differences of accuracies, as fractions of the examples that are right."""
+    return [ours / examples - theirs / examples for theirs, ours in counts]
+
+
+def test_equal_differences_of_accuracies_tie_though_they_were_rounded():
+    before, after = [136, 163, 166, 167, 139, 139, 153, 175], [139, 165, 170, 170, 141, 137, 155, 174]
+    counts = [ours - theirs for theirs, ours in zip(before, after)]
+    ranks = stats.rankdata(np.abs(counts))
+    found = paired({"task": gains_of([*zip(before, after)], 200)})
+    assert found.p == flips(np.array(counts, float), lambda values: ranks[values > 0].sum()) == 0.078125
+    for examples in (100, 120, 300, 700):  # few pairs: 1 + 1 - 2 is no gain, whatever its last bit is
+        few = [(67, 68), (83, 84), (91, 89)]
+        found = paired({"task": gains_of(few, examples)})
+        assert (found.p, found.tasks_won) == (1.0, 0), examples
+        assert paired({"task": gains_of([*few, (71, 74)], examples)}).p == flips(np.array([1.0, 1, -2, 3]), np.sum)
+    tiny = [1e-14, -2e-14, 3e-14, 5e-14, 7e-14, 9e-14]  # the size of the whole decides what is rounding
+    assert (paired({"task": tiny}).losses, paired({"task": tiny}).p) == (1, paired({"task": [1, -2, 3, 5, 7, 9]}).p)
+    assert paired({"task": [0.5, 1e-17, -1e-17]}).ties == 2
+
+
 def test_a_failure_is_a_lost_pair_and_is_not_in_the_gain():
     found = paired({"a": [0.5, -math.inf, 0.0], "b": [math.inf, 0.1, 0.3]})
     assert (found.pairs, found.wins, found.losses, found.ties) == (6, 4, 1, 1)
