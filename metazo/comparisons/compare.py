@@ -203,7 +203,15 @@ class _Comparison:
         return search.lr
 
     def _extra(self, task: str) -> list[list[Run]]:
-        """Yields the longer runs of methods that finish before the time budget of a task is used up."""
+        """The longer runs of methods that finish before the time budget of a task is used up.
+
+        Longer runs of an earlier call, with another time budget, are put aside: equal times are read off what is there.
+        """
+        extra = self._longer(task)
+        self.store.settle_longer(task, [run for runs in extra for run in runs])
+        return extra
+
+    def _longer(self, task: str) -> list[list[Run]]:
         grid = self.grid
         times = {column.name: self._seconds(task, column) for column in grid.resolved if column.trains}
         limit = times.get(grid.reference) if grid.time_budget == "reference" else grid.time_budget

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -13,11 +14,13 @@ from typing import Any
 
 import torch
 
+import metazo
 from metazo.comparisons.columns import Column
 from metazo.comparisons.grid import Grid, Run, search_run
 from metazo.comparisons.rates import start
 from metazo.errors import UserError
 from metazo.io.tensorfile import weights_hash
+from metazo.optimizers.registry import Method
 from metazo.runs.batches import order_of, reader
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.cost import measure
@@ -38,7 +41,7 @@ class Facts:
     """Facts about a column on a task before it runs.
 
     lrs: learning rates from which its search starts (empty for zero-shot); forward passes per step; number of trained
-    weights; hashes of model, data and tuner; inputs: hash of the model's configuration and the task's definition; metric
+    weights; hashes of model, data, tuner and the user's own files; inputs: hash of the model's configuration and the task's definition; metric
     of the task; seconds per forward pass over a training batch; bytes_on_disk: of a run while it is in progress;
     bytes_kept: of the model that stays of a reported run; cost: see metazo.runs.cost, None for zero-shot.
     """
@@ -139,7 +142,10 @@ def _facts(grid: Grid, column: Column, config: FinetuneConfig, loaded: dict[str,
         lrs=lrs,
         a_step=a_step,
         trained=setup.trained if column.trains else 0,
-        hashes={"model": base.model, "data": base.data, "tuner": tuner} | _objective(setup) | of_order(setup),
+        hashes={"model": base.model, "data": base.data, "tuner": tuner}
+        | _objective(setup)
+        | of_order(setup)
+        | of_method(type(optimizer)),
         inputs=base.inputs,
         metric=metric[0] if metric else None,
         forward_seconds=base.seconds,
@@ -158,6 +164,19 @@ def _objective(setup: Setup) -> dict[str, str | None]:
     """The hash of the objective's source, if it has one."""
     source = setup.objective.source if setup.objective else None
     return {"objective": source} if source else {}
+
+
+def of_method(method: type[Method]) -> dict[str, str | None]:
+    """The hash of the files of a method's class and its bases that are not metazo's own, if there are any, so that results
+    of another version of the user's method are not used again.
+    """
+    own: dict[Path, bytes] = {}
+    for cls in method.__mro__:
+        with suppress(TypeError, OSError):  # a class that no file defines
+            path = Path(inspect.getfile(cls)).resolve()
+            if issubclass(cls, Method) and not path.is_relative_to(Path(metazo.__file__).resolve().parent):
+                own[path] = path.read_bytes()
+    return {"method": sha256(b"".join(own.values())).hexdigest()} if own else {}
 
 
 def _load(config: FinetuneConfig) -> _Loaded:

@@ -16,7 +16,7 @@ INCIDENTAL = with_role(FinetuneConfig, "place", "machine", "service", "evaluatio
 
 
 def key(config: FinetuneConfig, hashes: dict[str, str | None]) -> str:
-    """sha256 over the settings that differ from the defaults and the hashes of model, data and tuner.
+    """sha256 over the settings that differ from the defaults and the hashes of model, data, tuner and the user's own files.
 
     Settings at their default are left out, so that old results keep their key if a setting is added later.
     """

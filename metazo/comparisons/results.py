@@ -36,8 +36,8 @@ class Result:
     run_info: task, column, kind ("search", "seed", "time"), seed, lr, model, optimizer, label (the column in words),
         metric (name of the task's first metric, None for a pure language-model loss), budget (forward passes asked for),
         cost (of a step on a batch, see metazo.runs.cost; absent in older results, None without training),
-        configuration (the FinetuneConfig of the run), hashes {model, data, tuner} (sha256, or what the Hub calls the
-        version), key (hash of configuration and hashes: the run is not repeated while it and `inputs` are the
+        configuration (the FinetuneConfig of the run), hashes {model, data, tuner; objective and method if
+        their files are the user's own} (sha256, or what the Hub calls the version), key (hash of configuration and hashes: the run is not repeated while it and `inputs` are the
         same), inputs (hash of the model's configuration and the task's definition; absent in older results), versions,
         machine {cores, threads, system, cpu, gpu}, workers, started (UTC), status ("finished",
         "failed" or "diverged": losses or weights that are not finite at the end), reason (a sentence if it did not finish).

@@ -121,6 +121,14 @@ class Store:
             if info["lr"] != lr or not self._belongs(info, task, column):
                 self._put_aside(path, info)
 
+    def settle_longer(self, task: str, asked: list[Run]) -> None:
+        """Put aside a task's runs to a time budget that are not among those asked for."""
+        keys = {self.path(run): self.job(run).info for run in asked}
+        for path in sorted((self.grid.out / "cells" / self.names[task]).glob("*/time-*.json")):
+            info = Result.load(path).run_info
+            if path not in keys or not same(info, keys[path]):
+                self._put_aside(path, info)
+
     def _belongs(self, info: dict[str, Any], task: str, column: Column) -> bool:
         search = info["kind"] == "search"
         first, count = (SEARCH_SEED, self.grid.search_seeds) if search else (0, self.grid.seeds)

@@ -139,6 +139,18 @@ def test_a_stopped_comparison_has_no_longer_runs_of_another_rate(run, tmp_path):
     assert rates(tmp_path, "time") == {}
 
 
+def test_longer_runs_of_another_time_budget_are_put_aside(run, tmp_path):
+    """Every run takes a second. Within a budget that a run nearly uses up, no longer run may give the loss."""
+    run(time_budget=2)
+    longer = {path: path.read_bytes() for path in (tmp_path / "cells").rglob("time-*.json")}
+    run(time_budget=1)
+    assert len(longer) == 3 and not any(path.exists() for path in longer)
+    with pytest.raises(Interrupted):
+        run(left=1, time_budget=4)
+    assert [result.run_info["budget"] for result in read_results(tmp_path, "time")] == [160]
+    assert run(time_budget=2)["kept"] == 6 and {path: path.read_bytes() for path in longer} == longer
+
+
 def test_a_search_chooses_by_the_objective_of_its_runs(run, tmp_path):
     """The loss is lowest at another rate."""
     dev: Dev = lambda lr: best_at(1e-3)(lr) | {"objective": abs(math.log10(lr / 1e-2)) - 5}  # noqa: E731

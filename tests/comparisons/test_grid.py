@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,13 +14,13 @@ import yaml
 from metazo import recipes
 from metazo.comparisons import columns
 from metazo.comparisons.columns import resolve
-from metazo.comparisons.examine import of_order
+from metazo.comparisons.examine import of_method, of_order
 from metazo.comparisons.grid import Grid, Run
 from metazo.comparisons.key import key
 from metazo.comparisons.packed import read_results
 from metazo.comparisons.results import Result, cell_path
 from metazo.errors import UserError
-from metazo.optimizers import OPTIMIZERS
+from metazo.optimizers import OPTIMIZERS, registry
 from metazo.runs.batches import ORDER
 from metazo.runs.config import FinetuneConfig
 from metazo.settings import build, read_recipe
@@ -162,3 +164,18 @@ def test_runs_with_batches_in_another_order_are_not_continued(tmp_path):
 
     assert order(500, batches="by-length") == {"order": str(ORDER)}
     assert order(500) == order(640, batches="by-length") == {}  # the key of results that are there
+
+
+def test_results_of_another_version_of_the_users_method_are_not_used_again(tmp_path, monkeypatch):
+    path, text = tmp_path / "keyed_method.py", (Path(__file__).parents[2] / "examples" / "own_method.py").read_text()
+    path.write_text(text.replace("own-meazo", "keyed-meazo"))
+    monkeypatch.setattr(registry, "METHODS", {**registry.METHODS})
+    monkeypatch.setattr(registry, "OPTIMIZERS", {**registry.OPTIMIZERS})
+    monkeypatch.setitem(sys.modules, path.stem, None)
+    registry.load_entry(str(path))
+    own = registry.METHODS["keyed-meazo"]
+    before = of_method(own)
+    path.write_text(path.read_text() + "\n")
+    assert before["method"] != of_method(own)["method"]
+    supplied = [cls for cls in registry.METHODS.values() if cls.__module__.startswith("metazo.")]
+    assert len(supplied) > 20 and not any(map(of_method, supplied))  # the keys of results that are there
