@@ -71,6 +71,8 @@ class Paired:
     least_holm: float | None = None
     tasks: int = 0
     tasks_won: int = 0
+    better: bool = False
+    """Whether the sum of signed ranks is above 0, as the mean need not be if a few differences are large"""
 
 
 def paired(gains: Mapping[str, Sequence[float]]) -> Paired:
@@ -102,6 +104,7 @@ def paired(gains: Mapping[str, Sequence[float]]) -> Paired:
         least=2.0 ** (1 - len(moved)) if len(moved) else None,
         tasks=len(gains),
         tasks_won=sum(_won(group) for group in gains.values()),
+        better=bool((stats.rankdata(np.abs(moved)) * np.sign(moved)).sum() > 0),
     )
 
 

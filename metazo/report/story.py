@@ -126,6 +126,8 @@ def _won(analysis: Analysis) -> str:
         test = analysis.tests.get(best)
         if test is None or test.holm is None or test.holm >= SURE:
             text += " The difference may be due to chance."
+        elif not test.better:
+            text += f" But most pairs of runs go the other way: {best} was worse in {test.losses} of {test.pairs}."
     return text
 
 
@@ -155,6 +157,11 @@ def _tested(analysis: Analysis, column: str, test: Paired) -> str:
     others = f"After correction for {len(analysis.tests)} comparisons, " if len(analysis.tests) > 1 else ""
     p = p_value(test.holm)
     text += f"{others}p {p if p.startswith('<') else f'= {p}'}: "
+    if test.holm < SURE and test.gain is not None and test.better != (test.gain > 0):
+        return text + (
+            "the pairs differ beyond chance on these tasks and this model, but in the other direction than the averages, which "
+            "a few large differences decide."
+        )
     if test.holm < SURE:
         return text + "the difference is unlikely to be chance on these tasks and this model; others were not tried."
     return text + f"no evidence that either is better (the usual limit is {SURE:g})."

@@ -77,6 +77,20 @@ def test_small_comparisons_do_not_claim_too_much(tmp_path: Path, columns: list[s
     assert says in made(folder).story.facts[0][1]
 
 
+def test_a_lead_that_one_pair_decides_is_not_called_sure(tmp_path: Path):
+    """lozo has the lower mean and loses 11 of 12 pairs, which is beyond chance."""
+    for seed in range(12):
+        for name, loss in (("mezo", 0.4 if seed else 0.75), ("lozo", 0.41 + 0.001 * seed if seed else 0.4)):
+            synthetic.result(COLUMN[name], "sst2", seed, loss=loss).save(
+                cell_path(tmp_path, "sst2", name, "seed", seed)
+            )
+    told = build(Comparison(tmp_path), "loss").story
+    assert told.won.startswith("lozo came first") and "due to chance" not in told.won
+    assert told.won.endswith("But most pairs of runs go the other way: lozo was worse in 11 of 12.")
+    assert "p = 0.0342: the pairs differ beyond chance" in told.facts[0][1]
+    assert "in the other direction than the averages" in told.facts[0][1] and "unlikely" not in told.facts[0][1]
+
+
 def test_without_grid_and_search(tmp_path: Path):
     folder = synthetic.write(tmp_path, [COLUMN["mezo"], COLUMN["tuner"]], ["sst2"], 2, search=False, grid=False)
     assert made(folder).data.columns == ["mezo", "tuner"]
