@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from metazo.comparisons.columns import names
-from metazo.comparisons.grid import Grid
+from metazo.comparisons.grid import Grid, pairs_of
 from metazo.io.terminal import Console, print_json
 
 from . import options
@@ -53,7 +53,8 @@ def compare(
     flags = {**values, "tasks": _listed(tasks), "columns": _listed(columns), "lrs": _listed(lrs)}
     settings = options.settings(Grid, grid, flags)
     if dry_run:
-        _show_plan(plan(settings, examine(settings)), as_json)
+        pairs_of(settings, part)  # a part that does not exist is refused before models are loaded
+        _show_plan(plan(settings, examine(settings), part), as_json)
         return
     console = Terminal(stderr=as_json)
     count = run(settings, console, retry_failed=retry_failed, part=part)

@@ -64,11 +64,13 @@ def _choices(hint: Any) -> str:
 
 
 def _plain(hint: Any) -> tuple[Any, bool]:
-    """The type for typer to parse, and whether the flag may be repeated. Choices are parsed as text and checked later."""
+    """The type for typer to parse, and whether the flag may be repeated. Choices, and what may be a number or text, are parsed
+    as text and checked later."""
     if typing.get_origin(hint) is Annotated:
         hint = typing.get_args(hint)[0]
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        hint = next(kind for kind in typing.get_args(hint) if kind is not type(None))
+        kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+        hint = str if str in kinds else kinds[0]
     if typing.get_origin(hint) in (list, tuple):
         return _plain(typing.get_args(hint)[0])[0], True
     if typing.get_origin(hint) is Literal:

@@ -14,7 +14,7 @@ from statistics import fmean, median
 from metazo.comparisons.cluster import RayPool, ray_module
 from metazo.comparisons.columns import Column
 from metazo.comparisons.examine import Facts, examine
-from metazo.comparisons.grid import SEARCH_SEED, Grid, Run, longer, runs_of, search_run
+from metazo.comparisons.grid import PARTS, SEARCH_SEED, Grid, Run, longer, pairs_of, parts_in, runs_of, search_run
 from metazo.comparisons.key import cores
 from metazo.comparisons.live import Progress
 from metazo.comparisons.packed import is_packed, unpack
@@ -29,7 +29,6 @@ from metazo.runs.interrupt import Interrupted, interruptible
 from metazo.runs.method import resolve_device
 from metazo.runs.resources import refuse_ranks
 
-PARTS = "parts"  # folder with the locks and the unfinished runs of parts of a grid
 FASTER = 0.95  # a run that takes less than this fraction of the time budget is continued
 
 Flow = Generator[list[Run], list[Result], None]
@@ -61,7 +60,7 @@ def compare(
     refuse_ranks("compare")
     if grid.engine == "ray":
         ray_module()
-    chosen, own = _chosen(grid, part)
+    chosen, own = pairs_of(grid, part)
     folder = grid.out / own
     for lock in (folder, *_others(grid.out, folder)):
         FolderLock(lock).check()
@@ -90,22 +89,7 @@ def _pool(grid: Grid, console: Console) -> Pool | RayPool:
 
 def _others(out: Path, own: Path) -> list[Path]:
     """The folders that no other call may hold while one holds its own: a whole call excludes every part, a part the whole."""
-    parts = out / PARTS
-    return [out] if own != out else sorted(parts.iterdir()) if parts.is_dir() else []
-
-
-def _chosen(grid: Grid, part: str | None) -> tuple[list[tuple[str, Column]], str]:
-    """The pairs of a task and a column that a part of the grid has, and the part's folder within that of the results.
-
-    Raises UserError for a part that does not exist.
-    """
-    pairs = [(task, column) for task in grid.tasks for column in grid.resolved]
-    if part is None:
-        return pairs, ""
-    index, _, count = part.partition("/")
-    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-        raise UserError(f"`part` is {part!r}; give INDEX/COUNT with an index from 0 to COUNT - 1, such as 0/16.")
-    return pairs[int(index) :: int(count)], f"{PARTS}/{int(index)}-of-{int(count)}"
+    return [out] if own != out else parts_in(out)
 
 
 class _Comparison:

@@ -16,7 +16,7 @@ import torch
 
 import metazo
 from metazo.comparisons.columns import Column
-from metazo.comparisons.grid import Grid, Run, search_run
+from metazo.comparisons.grid import Grid, Run, pairs_of, search_run
 from metazo.comparisons.rates import start
 from metazo.errors import UserError
 from metazo.io.tensorfile import weights_hash
@@ -194,12 +194,14 @@ def _load(config: FinetuneConfig) -> _Loaded:
     return _Loaded(setup, weights, data_hash(prepared), sha256(text.encode()).hexdigest(), min(taken), loss)
 
 
-def plan(grid: Grid, facts: dict[tuple[str, str], Facts]) -> dict[str, Any]:
-    """The work and resources of a grid of which nothing is done yet: runs, forward passes, time, disk.
+def plan(grid: Grid, facts: dict[tuple[str, str], Facts], part: str | None = None) -> dict[str, Any]:
+    """The work and resources of a grid, or of a part of it, of which nothing is done yet: runs, forward passes, time, disk.
 
     The searches are counted without their extensions. The time is that of the forward passes, including evaluation (ten
     times on dev, once on test), plus a tenth for the steps, divided by the number of workers.
     """
+    mine = {(task, column.name) for task, column in pairs_of(grid, part)[0]}
+    facts = {pair: fact for pair, fact in facts.items() if pair in mine}
     runs = {"search": 0, "seed": 0}
     forwards = seconds = 0.0
     for (_, name), fact in facts.items():
@@ -214,8 +216,8 @@ def plan(grid: Grid, facts: dict[tuple[str, str], Facts]) -> dict[str, Any]:
         forwards += trained
         seconds += (1.1 * trained + looks / config.batch_size) * fact.forward_seconds
     return {
-        "columns": ", ".join(column.name for column in grid.resolved),
-        "tasks": ", ".join(grid.tasks),
+        "columns": ", ".join(dict.fromkeys(name for _, name in facts)),
+        "tasks": ", ".join(dict.fromkeys(task for task, _ in facts)),
         "runs": f"{runs['search']} of the searches (and up to {grid.extensions} more for each), {runs['seed']} reported",
         "forward passes": f"{forwards:,.0f} over a batch",
         "time": f"about {seconds / grid.workers / 60:.0f} min with `workers` {grid.workers}, from a forward pass measured here",
@@ -223,5 +225,5 @@ def plan(grid: Grid, facts: dict[tuple[str, str], Facts]) -> dict[str, Any]:
         "seconds": seconds / grid.workers,
         "bytes on disk": 12_000 * sum(runs.values())
         + grid.seeds * sum(fact.bytes_kept for fact in facts.values())
-        + grid.workers * max(fact.bytes_on_disk for fact in facts.values()),
+        + grid.workers * max((fact.bytes_on_disk for fact in facts.values()), default=0),
     }

@@ -14,11 +14,16 @@ import yaml
 from metazo.comparisons.columns import Column, check_rates, check_settings, resolve
 from metazo.errors import UserError
 from metazo.io.files import write_whole
+from metazo.io.plain import shown
 from metazo.runs.config import FinetuneConfig
 from metazo.settings import build, check_number, check_values
+from metazo.tasks import resolve as task_of
 
 MOST_EXTENSIONS, MOST_WORKERS = 100, 1024
 SEARCH_SEED = 1000  # searches count from here, reported runs from 0
+REFERENCE = "mezo"
+GRID = "grid.yaml"
+PARTS = "parts"  # folder with the locks and the unfinished runs of parts of a grid
 # The grid sets the budgets; a run's result is the only thing that is kept of it.
 OF_A_RUN: dict[str, Any] = {"keep": "none", "snapshot_every": 0}
 
@@ -29,8 +34,8 @@ class Grid:
 
     model: str
     """Folder or Hub id of the model; pico is the small one that metazo carries"""
-    tasks: list[str]
-    """Tasks by name, or YAML files of your own"""
+    tasks: list[Any]
+    """Tasks by name, or YAML files of your own; or mappings with name and file, as grid.yaml has them"""
     columns: list[Any]
     """Methods: names, or mappings with name, optimizer, options, lrs and budget; all means every method"""
     budget: int
@@ -53,7 +58,7 @@ class Grid:
     """Most additional rates if the best rate of a search is its smallest or largest"""
     time_budget: float | str | None = None
     """Seconds of training up to which fast methods continue; or the word reference: the time of the reference"""
-    reference: str = "mezo"
+    reference: str = REFERENCE
     """Column with which the others are compared"""
     tuner: str | None = None
     """Tuner of the columns that need one; by default one from the zoo"""
@@ -91,6 +96,7 @@ class Grid:
             self.time_budget = _seconds(self.time_budget)
         if not self.tasks:
             raise UserError("`tasks` is empty, and a comparison needs at least one; metazo tasks lists them.")
+        self.tasks = [_task(entry) for entry in self.tasks]
         if self.lrs is not None:
             check_rates("`lrs`", self.lrs)
         for name in ("config", "search_config"):
@@ -98,6 +104,7 @@ class Grid:
             check_settings(name, settings)
             setattr(self, name, settings)
         self.resolved = resolve(self.columns, self.tuner)
+        self._check_reference()
 
     def _check_gpus(self) -> None:
         gpus = self.gpus_per_run
@@ -110,6 +117,15 @@ class Grid:
         if not 0 <= gpus < math.inf or (gpus > 1 and gpus != int(gpus)):
             raise UserError(f"`gpus_per_run` is a whole number, or a fraction from 0 to 1, not {gpus:g}.")
 
+    def _check_reference(self) -> None:
+        """The default may be no column: then nothing is tested against it."""
+        named = [column.name for column in self.resolved]
+        if self.reference not in named and (self.reference != REFERENCE or self.time_budget == "reference"):
+            taken = ", and `time_budget` takes its time" if self.time_budget == "reference" else ""
+            raise UserError(
+                f"`reference` is {shown(self.reference)}, which is no column{taken}; name one of {', '.join(named)}."
+            )
+
     def column(self, name: str) -> Column:
         return next(column for column in self.resolved if column.name == name)
 
@@ -118,11 +134,25 @@ class Grid:
         return column.budget or self.budget
 
     def write(self) -> None:
-        """grid.yaml: the grid with every column written out; a comparison can be run from it again."""
+        """grid.yaml: the grid with every column written out; a comparison can be run from it again.
+
+        A task of a file is written with its name, so that the report needs no file that may be elsewhere by then.
+        """
         plain = asdict(self) | {"columns": [asdict(column) for column in self.resolved]}
+        named = [(task_of(task).name, task) for task in self.tasks]
+        plain["tasks"] = [task if name == task else {"name": name, "file": task} for name, task in named]
         plain |= {name: str(plain[name]) for name in ("out", "data") if plain[name] is not None}
         text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=110)
-        write_whole(self.out / "grid.yaml", text.encode())
+        write_whole(self.out / GRID, text.encode())
+
+
+def _task(entry: Any) -> str:
+    """The name or file of an entry of `tasks`."""
+    if isinstance(entry, Mapping) and set(entry) == {"name", "file"}:
+        entry = entry["file"]
+    if not isinstance(entry, str | Path):
+        raise UserError(f"`tasks`: {shown(entry)} is neither a name or a file nor a mapping with name and file.")
+    return str(entry)
 
 
 def _seconds(text: Any) -> float:
@@ -169,6 +199,25 @@ class Run:
     def __str__(self) -> str:
         rate = "" if self.lr is None else f", lr {self.lr:g}"
         return f"{self.task}, {self.column.name}{rate}, {self.kind} {self.seed}"
+
+
+def pairs_of(grid: Grid, part: str | None) -> tuple[list[tuple[str, Column]], str]:
+    """The pairs of a task and a column that a part of the grid has, and the part's folder within that of the results.
+
+    Raises UserError for a part that does not exist.
+    """
+    pairs = [(task, column) for task in grid.tasks for column in grid.resolved]
+    if part is None:
+        return pairs, ""
+    index, _, count = part.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise UserError(f"`part` is {part!r}; give INDEX/COUNT with an index from 0 to COUNT - 1, such as 0/16.")
+    return pairs[int(index) :: int(count)], f"{PARTS}/{int(index)}-of-{int(count)}"
+
+
+def parts_in(out: Path) -> list[Path]:
+    """The folders of the parts of a grid that were begun and not yet taken over by a whole call."""
+    return sorted((out / PARTS).iterdir()) if (out / PARTS).is_dir() else []
 
 
 def runs_of(grid: Grid, task: str, column: Column, lr: float | None) -> list[Run]:

@@ -1,8 +1,9 @@
 """A finished comparison in two files instead of one file per run; both forms are read in the same way.
 
-    RESULTS/grid.yaml          as it was
+    RESULTS/grid.yaml          as it was; the report needs it only if an earlier version of metazo packed the results
     RESULTS/runs.jsonl.xz      one line per run: {"file": "<task>/<column>/<name>.json", "run_info", "train_info", "metrics"}
-    RESULTS/comparison.json    {"format_version": 1, "runs": number, "sha256": of the lines, "search": search.json}
+    RESULTS/comparison.json    {"format_version": 1, "runs": number, "sha256": of the lines, "search": search.json,
+                                "grid": grid.yaml}
 
 `xz -dc runs.jsonl.xz | jq` reads the runs without metazo. A comparison is unpacked before it continues.
 """
@@ -17,10 +18,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from metazo.comparisons.grid import GRID, parts_in
 from metazo.comparisons.results import COMPARISON, PARTS, SEARCH, Result, read_search, result_of, write_search
 from metazo.errors import UserError
 from metazo.io.files import read_capped, write_whole
-from metazo.io.plain import MAX_JSON_BYTES, parse_json, read_json
+from metazo.io.lock import FolderLock
+from metazo.io.plain import MAX_JSON_BYTES, parse_json, read_json, read_yaml
 
 RUNS = "runs.jsonl.xz"
 FORMAT_VERSION = 1
@@ -69,8 +72,16 @@ def read_results(results: Path, *kinds: str) -> Iterator[Result]:
 def pack(results: Path) -> tuple[int, int]:
     """Pack the runs of a comparison and remove their own files; returns bytes before and after.
 
-    Raises UserError if it is packed already, or if a file is not a result as metazo wrote it, because it would be lost.
+    Raises UserError if it is packed already, if a comparison is running in the folder, or if a file is not a result as metazo
+    wrote it, because it would be lost.
     """
+    with FolderLock(results, "results"):
+        for part in parts_in(results):
+            FolderLock(part, "results").check()
+        return _pack(results)
+
+
+def _pack(results: Path) -> tuple[int, int]:
     if is_packed(results):
         raise UserError(f"{results} is packed already; there is nothing to do.")
     lines, before = [], 0
@@ -90,13 +101,21 @@ def pack(results: Path) -> tuple[int, int]:
         raise UserError(f"{results} holds {len(data):,} bytes of results; at most {MAX_BYTES:,} can be packed.")
     search = read_json(results / SEARCH, "search results") if (results / SEARCH).exists() else {}
     about = {"format_version": FORMAT_VERSION, "runs": len(lines), "sha256": sha256(data).hexdigest(), "search": search}
-    packed, index = lzma.compress(data, preset=9), (json.dumps(about, indent=1) + "\n").encode()
+    about |= {"grid": read_yaml(results / GRID, "grid")} if (results / GRID).exists() else {}
+    packed, index = lzma.compress(data, preset=9), (json.dumps(about, indent=1, default=str) + "\n").encode()
     write_whole(results / COMPARISON, index)
     write_whole(results / RUNS, packed)
     list(read_runs(results))  # all runs are read back before anything is removed
     shutil.rmtree(results / "cells")
     (results / SEARCH).unlink(missing_ok=True)
     return before, len(packed) + len(index)
+
+
+def packed_grid(results: Path) -> dict[str, Any]:
+    """The grid of a packed comparison as grid.yaml had it; empty if it is not packed, or an earlier version packed it."""
+    about = read_json(results / COMPARISON, "comparison") if is_packed(results) else {}
+    grid = about.get("grid")
+    return grid if isinstance(grid, dict) else {}
 
 
 def unpack(results: Path) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from metazo.comparisons.grid import SEARCH_SEED
-from metazo.comparisons.packed import read_runs
+from metazo.comparisons.grid import GRID, SEARCH_SEED
+from metazo.comparisons.packed import packed_grid, read_runs
 from metazo.comparisons.results import KINDS, SEARCH, Result, Search, read_search
 from metazo.errors import UserError
 from metazo.io.files import is_file
@@ -41,7 +41,7 @@ class Comparison:
             self._read(path, result)
         self.grid = self._grid()
         self.searches = self._searches()
-        self.tasks = self._order([_task_name(str(task)) for task in _items(self.grid.get("tasks"))], 0)
+        self.tasks = self._order([_task_name(task) for task in _items(self.grid.get("tasks"))], 0)
         columns = [c.get("name") if isinstance(c, Mapping) else c for c in _items(self.grid.get("columns"))]
         self.columns = self._order([str(name) for name in columns if name], 1)
         wanted = str(self.grid.get("reference") or "mezo")
@@ -75,12 +75,12 @@ class Comparison:
         self._seen.add((task, column, kind, seed))
 
     def _grid(self) -> dict[str, Any]:
-        if not is_file(path := self.folder / "grid.yaml"):
-            return {}
+        if not is_file(path := self.folder / GRID):
+            return packed_grid(self.folder)
         try:
             return read_yaml(path, "grid")
         except UserError as error:
-            self._unreadable("grid.yaml", error)
+            self._unreadable(GRID, error)
             return {}
 
     def _searches(self) -> dict[str, dict[str, Search]]:
@@ -110,9 +110,7 @@ class Comparison:
     def _missing(self) -> Iterator[tuple[str, str, int]]:
         wanted = len(self.tasks) * len(self.columns) * len(self.seeds)
         if wanted > MAX_RUNS:
-            raise UserError(
-                f"{self.folder / 'grid.yaml'} asks for {wanted:,} runs; a report takes at most {MAX_RUNS:,}"
-            )
+            raise UserError(f"{self.folder / GRID} asks for {wanted:,} runs; a report takes at most {MAX_RUNS:,}")
         for task in self.tasks:
             for column in self.columns:
                 for seed in self.seeds:
@@ -215,8 +213,11 @@ class Comparison:
         return fmean(known) if known else None
 
 
-def _task_name(entry: str) -> str:
-    """The name of a task in a grid, whose entry may be a YAML file."""
+def _task_name(entry: Any) -> str:
+    """The name of a task in a grid, whose entry has it, or may be a YAML file in grids of earlier versions."""
+    if isinstance(entry, Mapping) and "name" in entry:
+        return str(entry["name"])
+    entry = str(entry)
     if not entry.endswith((".yaml", ".yml")):
         return entry
     try:

@@ -216,6 +216,11 @@ def _cautions(analysis: Analysis, other: Analysis) -> list[tuple[str, str]]:
             f"No run on {listed(on_dev)} was tested, so its scores are on dev. They may be too good, because dev also "
             "chooses learning rates and the weights that are kept."
         )
+    if not data.grid:
+        parts.append(
+            "grid.yaml is missing or cannot be read, so it is not known which runs were asked for, which column is the reference "
+            f"({data.reference or 'none'} was taken) and what the time budget is."
+        )
     edges = {c for found in data.searches.values() for c, search in found.items() if search.at_boundary}
     if edges:
         parts.append(

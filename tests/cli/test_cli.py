@@ -287,6 +287,14 @@ def test_a_setting_of_a_recipe_is_called_by_its_name_there(tmp_path, content, se
     assert sentence in " ".join(said.split())
 
 
+def test_a_number_or_a_word_is_a_flag(tmp_path):
+    arguments = ("compare", "--model=pico", "--tasks=pico_topic", "--budget=4", "--optimizers=lozo", "--dry-run")
+    said = refused(*arguments, "--time-budget=reference")
+    assert "--reference is 'mezo', which is no column, and --time-budget takes its time" in " ".join(said.split())
+    said = refused(*arguments, "--time-budget=soon")
+    assert "--time-budget is a number of seconds above 0, or the word reference, not 'soon'." in " ".join(said.split())
+
+
 def test_an_entry_of_a_list_has_the_flags_name(tmp_path):
     said = refused("finetune", "--model=pico", "--task=pico_topic", "--track=nosuch", "--out", str(tmp_path / "out"))
     assert "--track is 'nosuch': Input should be 'tensorboard'" in " ".join(said.split())

@@ -296,6 +296,13 @@ def test_dry_run_writes_nothing(tmp_path):
     plan = json.loads(done.stdout)
     assert plan["seconds"] > 0 and plan["runs"].startswith("4 of the searches") and not (tmp_path / "results").exists()
     assert plan["learning rates"]["pico_topic, sgd"] == [1e-3, 1e-2]
+    done = CliRunner().invoke(app, [*arguments, "--part=5/6"])
+    part = json.loads(done.stdout)
+    assert (part["columns"], part["tasks"], part["seconds"] < plan["seconds"]) == ("sgd", "pico_topic", True)
+    assert [*part["learning rates"]] == ["pico_topic, sgd"]
+    assert "give INDEX/COUNT" in str(CliRunner().invoke(app, [*arguments, "--part=99/3"]).exception)
+    part = json.loads(CliRunner().invoke(app, [*arguments, "--part=6/7"]).stdout)  # there are six pairs
+    assert (part["columns"], part["seconds"]) == ("", 0)
 
 
 def test_the_planned_disk_has_the_models_that_are_kept(tmp_path):

@@ -93,6 +93,13 @@ def test_a_name_stands_once():
         ({"lrs": [math.inf]}, "`lrs` is a list of finite numbers above 0, not [inf]"),
         ({"lrs": [1e-3, 1e-3, 3e-3]}, "`lrs` has the rate 0.001 2 times"),
         ({"lrs": [1e-3, 1.0000001e-3]}, "`lrs` has the rate 0.001 2 times"),
+        ({"tasks": [3]}, "`tasks`: 3 is neither a name or a file nor a mapping with name and file"),
+        ({"tasks": [{"name": "a"}]}, "`tasks`: {'name': 'a'} is neither a name"),
+        ({"reference": "mezoo"}, "`reference` is 'mezoo', which is no column; name one of mezo."),
+        (
+            {"columns": ["lozo", "fzoo"], "time_budget": "reference"},
+            "`reference` is 'mezo', which is no column, and `time_budget` takes its time; name one of lozo, fzoo.",
+        ),
         ({"config": {"batchsize": 4}}, "did you mean batch_size"),
         ({"config": {"seed": 4}}, "'seed' is set by the grid"),
         ({"config": {"patience": 3}}, "`patience` ends runs before their budget"),
@@ -112,10 +119,28 @@ def test_settings_of_runs_may_have_hyphens(tmp_path):
 
 
 def test_a_grid_is_written_out_so_that_it_runs_again(tmp_path):
-    first = grid(tmp_path, columns=["random-tuner", {"name": "lozo", "lrs": [1e-3]}], time_budget="reference")
+    own = {"name": "lozo", "lrs": [1e-3]}
+    first = grid(tmp_path, columns=["random-tuner", own], time_budget="reference", reference="lozo")
     first.write()
     again = build(Grid, yaml.safe_load((tmp_path / "grid.yaml").read_text()))
     assert again.resolved == first.resolved and again.time_budget == "reference"
+
+
+def test_a_time_budget_may_be_a_number_in_text(tmp_path):
+    assert grid(tmp_path, time_budget="8").time_budget == 8.0
+
+
+def test_a_grid_names_the_tasks_of_files(tmp_path, monkeypatch):
+    """The report finds the runs of a task by its name, wherever the file is by then."""
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(
+        "name: films\nkind: classification\nprompt: '{text} {}'\nlabels: [bad, good]\nfiles: {train: rows.jsonl}\n"
+    )
+    first = grid(tmp_path / "a", tasks=["mine.yaml", "pico_topic"])
+    first.write()
+    again = yaml.safe_load((tmp_path / "a" / "grid.yaml").read_text())
+    assert again["tasks"] == [{"name": "films", "file": "mine.yaml"}, "pico_topic"]
+    assert build(Grid, again).tasks == first.tasks
 
 
 def test_the_key_follows_what_is_computed_and_nothing_else(tmp_path):

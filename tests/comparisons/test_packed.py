@@ -8,10 +8,12 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
+import yaml
 
 from metazo.comparisons.packed import RUNS, is_packed, pack, read_runs, unpack
 from metazo.comparisons.results import COMPARISON, Result, cell_path, read_search
 from metazo.errors import UserError
+from metazo.io.lock import FolderLock
 from metazo.report.build import build
 from metazo.report.comparison import Comparison
 from metazo.report.write import curves_csv, html, markdown, runs_csv
@@ -73,6 +75,34 @@ def test_nothing_is_packed_that_would_not_come_back(tmp_path: Path) -> None:
     pack(folder)
     with pytest.raises(UserError, match="is packed already"):
         pack(folder)
+
+
+def test_two_files_are_all_that_is_shared(tmp_path: Path) -> None:
+    """They have the grid, without which the report knows no reference and no time budget."""
+    folder = comparison(tmp_path)
+    grid = yaml.safe_load((folder / "grid.yaml").read_text()) | {"reference": COLUMNS[1].name, "time_budget": 9}
+    (folder / "grid.yaml").write_text(yaml.safe_dump(grid))
+    pack(folder)
+    whole = build(Comparison(folder))
+    (folder / "grid.yaml").unlink()
+    again = build(Comparison(folder))
+    assert again.data.reference == COLUMNS[1].name and again.story == whole.story and again.tables == whole.tables
+    about = json.loads((folder / COMPARISON).read_text())
+    (folder / COMPARISON).write_text(json.dumps({name: value for name, value in about.items() if name != "grid"}))
+    assert "grid.yaml is missing or cannot be read" in build(Comparison(folder)).story.facts[-1][1]
+
+
+def test_nothing_is_packed_while_a_comparison_runs(tmp_path: Path) -> None:
+    folder = comparison(tmp_path)
+    before = files(folder)
+    for held in (folder, folder / "parts" / "1-of-2"):
+        with FolderLock(held), pytest.raises(UserError, match="is in use by"):
+            pack(folder)
+        assert before.items() <= files(folder).items() and not is_packed(folder)
+    pack(folder)
+    with pytest.raises(UserError, match="holds no results"):
+        pack(tmp_path / "nothing")
+    assert not (tmp_path / "nothing").exists()
 
 
 def forged(folder: Path, data: bytes, runs: int) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from metazo.comparisons.results import cell_path, write_search
 from metazo.errors import UserError
@@ -94,6 +95,15 @@ def test_a_lead_that_one_pair_decides_is_not_called_sure(tmp_path: Path):
 def test_without_grid_and_search(tmp_path: Path):
     folder = synthetic.write(tmp_path, [COLUMN["mezo"], COLUMN["tuner"]], ["sst2"], 2, search=False, grid=False)
     assert made(folder).data.columns == ["mezo", "tuner"]
+
+
+def test_a_task_of_a_file_has_its_name_wherever_the_file_is(tmp_path: Path):
+    folder = synthetic.write(tmp_path, [COLUMN["mezo"], COLUMN["lozo"]], ["films", "rte"], 2)
+    grid = yaml.safe_load((folder / "grid.yaml").read_text())
+    grid["tasks"] = [{"name": "films", "file": "nowhere/mine.yaml"}, "rte"]
+    (folder / "grid.yaml").write_text(yaml.safe_dump(grid))
+    data = Comparison(folder)
+    assert data.tasks == ["films", "rte"] and data.missing == []
 
 
 def test_a_grid_that_is_still_running(tmp_path: Path):
