@@ -11,7 +11,7 @@ import json
 import math
 import shutil
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +80,13 @@ def run_demo(
     texts: int = 160,
     seed: int = 0,
     examples: int = 120,
+    overwrite: bool = False,
 ) -> Demo:
     """Run the main job into `out`.
 
     Args: model: "MiniLM", "pico", or "auto" for the first of them that is here; texts: unlabelled passages to fit feedback
-    on; examples: of dev and of test each.
-    Raises UserError if the folder holds something or is in use, or the model is not here.
+    on; examples: of dev and of test each; overwrite: replace a former demo in `out`, after everything else was checked.
+    Raises UserError if the folder holds something or is in use, the model is not here, or a number is out of its bounds.
     """
     refuse_ranks("demo")
     if model not in ("auto", *RATES):
@@ -93,45 +94,54 @@ def run_demo(
     path = None if model == "pico" else find_minilm()
     if path is None and model == "MiniLM":
         raise UserError(f"{HUB_ID} is not on this machine: download it from the Hub once, or choose `model='pico'`.")
+    demo = Demo("pico" if path is None else "MiniLM")
+    source = path or "pico"
+    fitting = FeedbackConfig(source, out / "feedback", texts=texts, max_length=LENGTH, rank=16, seed=seed)
+    runs = _configs(out, demo.model, source, forwards, seed, examples)
     FolderLock(out).check()
+    if overwrite:
+        clear(out)
     if out.exists() and any(path.name != LOCK for path in out.iterdir()):
         raise UserError(
             f"`out` {out} is not empty; choose another folder, or replace an earlier demo with `overwrite=True`."
         )
     with FolderLock(out):
-        return _run(out, console, path, forwards, texts, seed, examples)
+        what = {"model": demo.model, "forwards": forwards, "texts": texts, "seed": seed}
+        write_whole(out / MARKER, json.dumps(what).encode())
+        return _run(demo, out, console, fitting, runs)
 
 
-def _run(out: Path, console: Console, path: str | None, forwards: int, texts: int, seed: int, examples: int) -> Demo:
-    demo, source = Demo("pico" if path is None else "MiniLM"), path or "pico"
-    what = {"model": demo.model, "forwards": forwards, "texts": texts, "seed": seed}
-    write_whole(out / MARKER, json.dumps(what).encode())
-    console.rule(f"1  fit feedback for {demo.model} on {texts} passages, without their labels")
-    learn_feedback(
-        FeedbackConfig(source, out / "feedback", texts=texts, max_length=LENGTH, rank=16, seed=seed), console=console
-    )
-    console.rule("2  publish it into a zoo of one's own")
-    name = zoo.push(out / "feedback" / TUNER, out / "zoo", base=demo.model)
-    console.print(f"{name} is in {out / 'zoo'}")
-    console.rule(f"3  fine-tune on {TASK}, {forwards:,} forward passes each")
+def _configs(out: Path, model: str, source: str, forwards: int, seed: int, examples: int) -> dict[str, FinetuneConfig]:
+    """The settings of each run by method; that of feedback gets its tuner later."""
     feedback = {"recompute": False}
     methods: dict[str, dict[str, Any]] = {
         "mezo": {"optimizer": "mezo"},
         "rms": {"optimizer": "mezo", "scale": "rms"},
-        "feedback": {"optimizer": "feedback", "tuner": name, "zoo": out / "zoo", "method": feedback},
+        "feedback": {"optimizer": "feedback", "zoo": out / "zoo", "method": feedback},
         "skip-feedback": {"optimizer": "skip-feedback", "method": feedback},
         "first-order": {"optimizer": "first-order-adamw"},
     }
-    for method, settings in methods.items():
-        folder = out / TASK / method
-        console.print(SHOWN[method], style="bold")
-        config = FinetuneConfig(
-            model=source, task=TASK, out=folder, lr=RATES[demo.model][method], schedule="linear", forwards=forwards,
+    return {
+        method: FinetuneConfig(
+            model=source, task=TASK, out=out / TASK / method, lr=RATES[model][method], schedule="linear", forwards=forwards,
             seed=seed, train_examples=max(480, examples), dev_examples=examples, test_examples=examples, max_length=LENGTH,
-            keep="last", snapshot_every=0, **(MINILM if path else {}), **settings,
-        )  # fmt: skip
+            keep="last", snapshot_every=0, **(MINILM if model == "MiniLM" else {}), **settings,
+        )
+        for method, settings in methods.items()
+    }  # fmt: skip
+
+
+def _run(demo: Demo, out: Path, console: Console, fitting: FeedbackConfig, runs: dict[str, FinetuneConfig]) -> Demo:
+    console.rule(f"1  fit feedback for {demo.model} on {fitting.texts} passages, without their labels")
+    learn_feedback(fitting, console=console)
+    console.rule("2  publish it into a zoo of one's own")
+    name = zoo.push(out / "feedback" / TUNER, out / "zoo", base=demo.model)
+    console.print(f"{name} is in {out / 'zoo'}")
+    console.rule(f"3  fine-tune on {TASK}, {runs['mezo'].forwards:,} forward passes each")
+    for method, config in (runs | {"feedback": replace(runs["feedback"], tuner=name)}).items():
+        console.print(SHOWN[method], style="bold")
         demo.runs[SHOWN[method]] = run_settings(config, console, plot=True)
-        demo.written[SHOWN[method]] = folder
+        demo.written[SHOWN[method]] = out / TASK / method
     plot = out / "demo.png"
     draw(out, demo.model, plot)
     demo.written = {"plot": plot, "feedback": out / "feedback", "zoo": out / "zoo"} | demo.written

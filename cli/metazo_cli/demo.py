@@ -25,13 +25,12 @@ def demo(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Fit feedback from text, publish it, and fine-tune on a real task with forward passes and with gradients."""
-    from metazo.demo import clear, run_demo
+    from metazo.demo import run_demo
 
-    if overwrite:
-        clear(out)
     started = time.monotonic()
     console = Terminal(stderr=as_json)
-    result = run_demo(out, console, model=model, forwards=forwards, texts=texts, seed=seed, examples=examples)
+    settings = {"forwards": forwards, "texts": texts, "seed": seed, "examples": examples}
+    result = run_demo(out, console, model=model, overwrite=overwrite, **settings)
     if as_json:
         print_json({"model": result.model, "runs": result.runs})
         return

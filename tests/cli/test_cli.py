@@ -264,6 +264,12 @@ def test_demo(tmp_path):
     assert {run["forwards"] for run in shown["runs"].values()} == {6, 8}  # of steps that take 3 and 2
     assert (tmp_path / "demo" / "demo.png").is_file() and (tmp_path / "demo" / "zoo" / "index.json").is_file()
     assert "not empty" in refused("demo", "--out", str(tmp_path / "demo"))
+    for wrong, words in (
+        ("--model=nonsense", "--model 'nonsense' is unknown"),
+        ("--seed=-1", "--seed must be at least 0"),
+    ):
+        assert words in refused("demo", "--out", str(tmp_path / "demo"), *small, wrong, "--overwrite")
+        assert (tmp_path / "demo" / "demo.png").is_file()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "x").write_text("x")
     assert "left alone" in refused("demo", "--out", str(tmp_path / "mine"), "--overwrite")
