@@ -22,6 +22,11 @@ RANDOM_TUNERS = (
 )
 # Settings that the grid itself sets, equally for all columns.
 RESERVED = ("task", "out", "lr", "steps", "forwards", "seed", "resume", "optimizer", "data", "keep", "snapshot_every")
+# Settings that make no sense in a comparison, and why.
+OUTSIDE = {
+    "track": "keeps its files in the folder of each run, which a comparison removes, and metazo report has the curves",
+    "push": "uploads the model of one run, and all runs of a comparison would go to the same repository",
+}
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,8 @@ def check_settings(
                 f"{where}: `patience` ends runs before their budget, and a comparison gives every run the same budget; "
                 "leave it out."
             )
+        if key in OUTSIDE and value:
+            raise UserError(f"{where}: `{key}` {OUTSIDE[key]}; leave it out.")
         if key in RESERVED:
             raise UserError(f"{where}: {key!r} is set by the grid for all columns, not in options.")
         if key not in known:

@@ -33,7 +33,7 @@ from metazo.tasks import resolve
 from metazo.tasks.closures import BatchLoss
 
 # Settings of the optimizer alone; if any other setting differs, model and data are loaded anew.
-OPTIMIZING = with_role(FinetuneConfig, "method", "loop", "service")
+OPTIMIZING = with_role(FinetuneConfig, "method", "loop", "service", "limit")
 
 
 @dataclass
@@ -41,9 +41,9 @@ class Facts:
     """Facts about a column on a task before it runs.
 
     lrs: learning rates from which its search starts (empty for zero-shot); forward passes per step; number of trained
-    weights; hashes of model, data, tuner and the user's own files; inputs: hash of the model's configuration and the task's definition; metric
-    of the task; seconds per forward pass over a training batch; bytes_on_disk: of a run while it is in progress;
-    bytes_kept: of the model that stays of a reported run; cost: see metazo.runs.cost, None for zero-shot.
+    weights; hashes of model, data, tuner and the user's own files; inputs: hash of the model's configuration and the task's
+    definition; metric of the task; seconds per forward pass over a training batch; bytes_on_disk: of a run while it is in
+    progress; bytes_kept: of the model that stays of a reported run; cost: see metazo.runs.cost, None for zero-shot.
     """
 
     lrs: list[float]

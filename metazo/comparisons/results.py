@@ -37,10 +37,11 @@ class Result:
         metric (name of the task's first metric, None for a pure language-model loss), budget (forward passes asked for),
         cost (of a step on a batch, see metazo.runs.cost; absent in older results, None without training),
         configuration (the FinetuneConfig of the run), hashes {model, data, tuner; objective and method if
-        their files are the user's own} (sha256, or what the Hub calls the version), key (hash of configuration and hashes: the run is not repeated while it and `inputs` are the
-        same), inputs (hash of the model's configuration and the task's definition; absent in older results), versions,
-        machine {cores, threads, system, cpu, gpu}, workers, started (UTC), status ("finished",
-        "failed" or "diverged": losses or weights that are not finite at the end), reason (a sentence if it did not finish).
+        their files are the user's own} (sha256, or what the Hub calls the version), key (hash of configuration and hashes:
+        the run is not repeated while it and `inputs` are the same), inputs (hash of the model's configuration and the task's
+        definition; absent in older results), versions, machine {cores, threads, system, cpu, gpu},
+        workers, started (UTC), status ("finished", "failed" or "diverged": losses or weights that are not finite at the end),
+        reason (a sentence if it did not finish).
     train_info: curve, a list of {step, forwards, seconds, train_loss, lr, dev {loss, metric..., majority, examples}}
         from step 0 (before training) on; `seconds` is the time of training without evaluation; steps, forwards, seconds
         (of the whole run, without evaluation), evaluation_seconds (and loading), cpu_seconds (of all of it, over all

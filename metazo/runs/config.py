@@ -160,7 +160,7 @@ class FinetuneConfig:
     """Repository of the Hub, OWNER/NAME, to which the tuned model is uploaded with its card at the end"""
     max_loss: float = setting(default=1e4, above=0, role="loop")
     """Loss above which a step is skipped, as if it were not finite"""
-    max_bad_steps: int = setting(default=10, least=1, role="service")
+    max_bad_steps: int = setting(default=10, least=1, role="limit")
     """Number of skipped steps in a row after which the run stops"""
     seed: int = setting(default=0, least=0, most=2**63 - 1, role="data")
     """Seed of noise, data order, split and a new head"""
@@ -226,5 +226,5 @@ class FinetuneConfig:
             raise UserError(f"`merge` adds adapters to weights, and `adapter` {kind} is virtual tokens; leave it out.")
 
 
-INCIDENTAL = with_role(FinetuneConfig, "place", "machine", "service")
-"""Settings of places and saving, which do not affect results: a run may be resumed with other values."""
+INCIDENTAL = with_role(FinetuneConfig, "place", "machine", "service", "limit")
+"""Settings of places, saving and giving up, which do not affect the steps: a run may be resumed with other values."""

@@ -102,6 +102,8 @@ def test_a_name_stands_once():
         ),
         ({"config": {"batchsize": 4}}, "did you mean batch_size"),
         ({"config": {"seed": 4}}, "'seed' is set by the grid"),
+        ({"config": {"track": ["tensorboard"]}}, "config: `track` keeps its files in the folder of each run"),
+        ({"search_config": {"push": "me/model"}}, "search_config: `push` uploads the model of one run"),
         ({"config": {"patience": 3}}, "`patience` ends runs before their budget"),
     ],
 )
@@ -109,6 +111,10 @@ def test_grids_that_are_wrong(tmp_path, extra, words):
     with pytest.raises(UserError) as error:
         grid(tmp_path, **extra)
     assert words in str(error.value)
+
+
+def test_what_is_left_out_may_be_written(tmp_path):
+    assert grid(tmp_path, config={"track": None, "push": None}).config["push"] is None
 
 
 def test_settings_of_runs_may_have_hyphens(tmp_path):
@@ -151,6 +157,7 @@ def test_the_key_follows_what_is_computed_and_nothing_else(tmp_path):
         return key(Run("pico_sentiment", column, "seed", 0, 1e-3, 40).config(settings, tmp_path / str(extra)), hashes)
 
     assert of() == of(eval_batch_size=8) == of(max_length=None)
+    assert of() == of(max_bad_steps=10) != of(max_bad_steps=1)  # which decides whether a run ends as diverged
     assert of() != of(batch_size=8) and of() != of(scale="rms")
     plain = Run("pico_sentiment", settings.resolved[0], "seed", 0, 1e-3, 40).config(settings, tmp_path)
     assert key(plain, hashes) != key(plain, {**hashes, "data": "c"})

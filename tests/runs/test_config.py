@@ -23,7 +23,9 @@ def test_a_flag_wins_over_the_recipe(tmp_path):
 
 def test_every_setting_says_what_it_touches():
     roles = {item.name: item.metadata["role"] for item in fields(FinetuneConfig)}
-    assert set(roles.values()) == {"model", "data", "method", "loop", "evaluation", "place", "machine", "service"}
+    assert set(roles.values()) == {
+        *("model", "data", "method", "loop", "evaluation", "place", "machine", "service", "limit")
+    }
     # Old step logs do not have these in their header, and must still be resumed.
     left_out = [
         "out",
