@@ -62,7 +62,9 @@ def plot_curves(
 def plot_run(records: Sequence[dict[str, Any]], path: Path, title: str, metrics: Sequence[str] = ()) -> None:
     """The curves of one run from its metrics.jsonl: loss on train and dev, and the dev metric beside it."""
     losses = {
-        "train (mean since the point before)": [(r["forwards"], r["train_loss"]) for r in records if r["train_loss"]],
+        "train (mean since the point before)": [
+            (r["forwards"], r["train_loss"]) for r in records if r["train_loss"] is not None
+        ],
         "dev": [(r["forwards"], r["dev"]["loss"]) for r in records if "loss" in r["dev"]],
     }
     panels = {"loss": {label: points for label, points in losses.items() if points}}

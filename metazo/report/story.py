@@ -218,8 +218,8 @@ def _cautions(analysis: Analysis, other: Analysis) -> list[tuple[str, str]]:
         )
     if not data.grid:
         parts.append(
-            "grid.yaml is missing or cannot be read, so it is not known which runs were asked for, which column is the reference "
-            f"({data.reference or 'none'} was taken) and what the time budget is."
+            "grid.yaml is missing or cannot be read, so it is not known which runs were asked for, which column is the "
+            f"reference ({data.reference or 'none'} was taken) and what the time budget is."
         )
     edges = {c for found in data.searches.values() for c, search in found.items() if search.at_boundary}
     if edges:

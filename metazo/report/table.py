@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from statistics import fmean, stdev
 
 NONE = "–"
+_NUMBER = r"[-+]?(\d[\d.,]*(e[-+]?\d+)?|inf|nan)"
+_FORMULA = re.compile(r"[=@+\-\t\r]")  # how a text begins that a spreadsheet computes
+_FIGURES = re.compile(rf"{_NUMBER}(( ± | to ){_NUMBER})?( \((\d+ of \d+|dev)\))*")
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,8 @@ def write_csv(rows: Sequence[Sequence[object]]) -> str:
 
 
 def _harmless(value: object) -> object:
-    return f"'{value}" if isinstance(value, str) and re.match(r"[=@+\-\t](?![\d.])", value) else value
+    formula = isinstance(value, str) and _FORMULA.match(value) and not _FIGURES.fullmatch(value)
+    return f"'{value}" if formula else value
 
 
 def escape_markdown(text: str) -> str:

@@ -33,6 +33,14 @@ def test_a_runs_curve_has_units_and_its_majority_class(tmp_path: Path):
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_train_loss_of_0_is_a_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    drawn = {}
+    monkeypatch.setattr("metazo.plots.curves.plot_curves", lambda panels, path, **how: drawn.update(panels))
+    losses = [None, 0.5, 0.0, 0.0]
+    plot_run([{"forwards": n, "train_loss": loss, "dev": {}} for n, loss in enumerate(losses)], tmp_path / "x.svg", "")
+    assert drawn["loss"]["train (mean since the point before)"] == [(1, 0.5), (2, 0.0), (3, 0.0)]
+
+
 def test_no_two_lines_look_alike():
     assert len({tuple(map(str, look(index).values())) for index in range(35)}) == 35
 

@@ -17,6 +17,7 @@ from PIL import Image
 from metazo.comparisons.results import Result, cell_path
 from metazo.report.build import Report, build
 from metazo.report.comparison import Comparison
+from metazo.report.table import write_csv
 from metazo.report.write import html, markdown, runs_csv, write
 from tests.report import synthetic
 
@@ -122,6 +123,23 @@ def test_names_and_reasons_are_text_wherever_they_stand(tmp_path: Path):
         assert widths == {len(table.headings) + 1}, table.name
     cells = [cell for row in csv.reader(runs_csv(report.data).splitlines()) for cell in row]
     assert "'=cmd()<b>" in cells and not any(cell.startswith(("=", "@", "+")) for cell in cells)
+
+
+def test_formulas_are_marked_in_csv_and_numbers_are_not() -> None:
+    formulas = [
+        "=1+1|cmd",
+        "-2+3+cmd|' /C calc'!A0",
+        "+1-1",
+        "@SUM(1)",
+        "\t=1",
+        "-1-1",
+        "-.5+x",
+        "-2.1 to =1",
+        "-1 (dev)=",
+    ]
+    figures = ["-0.5", "-2.1 to 0.3", "-1.2 ± 0.3 (4 of 5)", "+3", "-1e-05", "-1,234", "-0.2 (dev)", "-inf", "a=b"]
+    cells = [row[0] for row in csv.reader(write_csv([[text] for text in formulas + figures]).splitlines())]
+    assert cells == [f"'{text}" for text in formulas] + figures
 
 
 def test_runs_csv_holds_what_was_measured(report: Report, folder: Path):
