@@ -17,7 +17,6 @@ from metazo.io.files import write_whole
 from metazo.io.plain import shown
 from metazo.runs.config import FinetuneConfig
 from metazo.settings import build, check_number, check_values
-from metazo.tasks import resolve as task_of
 
 MOST_EXTENSIONS, MOST_WORKERS = 100, 1024
 SEARCH_SEED = 1000  # searches count from here, reported runs from 0
@@ -138,6 +137,8 @@ class Grid:
 
         A task of a file is written with its name, so that the report needs no file that may be elsewhere by then.
         """
+        from metazo.tasks import resolve as task_of  # the command line shows its flags without numpy
+
         plain = asdict(self) | {"columns": [asdict(column) for column in self.resolved]}
         named = [(task_of(task).name, task) for task in self.tasks]
         plain["tasks"] = [task if name == task else {"name": name, "file": task} for name, task in named]
