@@ -20,7 +20,7 @@ from metazo.errors import UserError
 from metazo.io import processes
 from metazo.optimizers.base import DECAY_EXEMPT
 from metazo.optimizers.groups import Closure, check_rates, listed
-from metazo.optimizers.guards import as_loss
+from metazo.optimizers.guards import NO_GRADIENT, as_loss
 from metazo.optimizers.registry import Method, register
 from metazo.step.record import Step
 
@@ -73,8 +73,8 @@ class FirstOrder(Method):
     def step(self, closure: Closure | Sequence[Closure], *, replay: Step | None = None) -> float:
         """One update; closures are averaged. A loss or gradient that is not finite changes nothing; NaN is returned then.
 
-        Gradients that are there before are dropped. Raises UserError in several processes, for a replay, and for a loss
-        without a graph.
+        Gradients that are there before are dropped. Raises UserError in several processes, for a replay, for a loss without a
+        graph, and if no trained tensor gets a gradient.
         """
         if replay is not None:
             raise UserError(f"A step of {self.name} does not follow from its record: it cannot be replayed.")
@@ -102,6 +102,8 @@ class FirstOrder(Method):
                 loss = loss.reshape(()) / len(closures)
                 loss.backward()
                 total += float(loss.detach())
+        if all(param.grad is None for _, param in self.named):
+            raise UserError(NO_GRADIENT.format(self.name))
         self.forwards += FORWARDS_PER_STEP * len(closures)
         length = torch.nn.utils.clip_grad_norm_([param for _, param in self.named], self.clip)
         solid = math.isfinite(length)

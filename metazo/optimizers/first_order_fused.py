@@ -25,6 +25,7 @@ from torch import Tensor
 from metazo.blocks import NamedTensor, chunks
 from metazo.errors import UserError
 from metazo.optimizers.groups import Closure
+from metazo.optimizers.guards import NO_GRADIENT
 from metazo.optimizers.recomputed import Recomputed
 from metazo.optimizers.registry import register
 from metazo.step.lowrank import Held
@@ -42,7 +43,7 @@ class FirstOrderFused(Recomputed):
 
     Several closures are averaged as one loss, whose graphs exist at the same time: the activations of all of them are kept.
     Attribute vanished: the number of tensor updates left out because their gradient was not finite.
-    Raises UserError for a closure whose loss has no graph, and in several processes.
+    Raises UserError for a closure whose loss has no graph, if no trained tensor gets a gradient, and in several processes.
     """
 
     name, paper = "first-order-fused", "arXiv 2306.09782"
@@ -72,8 +73,10 @@ class FirstOrderFused(Recomputed):
         return float(total.detach()), total
 
     def descend(self, found: Tensor, rates: Sequence[float]) -> None:
-        with torch.enable_grad(), self._updating(rates):
+        with torch.enable_grad(), self._updating(rates) as reached:
             found.backward()
+        if not reached:
+            raise UserError(NO_GRADIENT.format(self.name))
 
     def _loss(self, value: Any) -> Tensor:
         if not isinstance(value, Tensor) or not value.requires_grad:
@@ -84,21 +87,24 @@ class FirstOrderFused(Recomputed):
         return value.reshape(())
 
     @contextmanager
-    def _updating(self, rates: Sequence[float]) -> Iterator[None]:
-        """While this is open, a gradient that is complete updates its tensor and is dropped."""
-        of = {id(tensor.param): tensor for tensor in self.tensors}
+    def _updating(self, rates: Sequence[float]) -> Iterator[set[str]]:
+        """While this is open, a gradient that is complete updates its tensor and is dropped. Yields their names."""
+        of, reached = {id(tensor.param): tensor for tensor in self.tensors}, set[str]()
 
         @torch.no_grad()
         def update(param: Tensor) -> None:
             gradient, param.grad = param.grad, None
-            assert gradient is not None
-            self._descend(of[id(param)], gradient, rates)
+            if (
+                gradient is not None
+            ):  # a layer without a backward pass passes on none, and torch calls the hook all the same
+                reached.add(of[id(param)].name)
+                self._descend(of[id(param)], gradient, rates)
 
         for tensor in self.tensors:
             tensor.param.grad = None  # of a backward pass that was not ours
         handles = [tensor.param.register_post_accumulate_grad_hook(update) for tensor in self.tensors]
         try:
-            yield
+            yield reached
         finally:
             for handle in handles:
                 handle.remove()

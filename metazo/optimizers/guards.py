@@ -18,6 +18,12 @@ from metazo.blocks import LocalShard, NamedTensor
 from metazo.errors import UserError
 from metazo.noise import PhiloxNoise
 
+NO_GRADIENT = (
+    "No trained tensor gets a gradient from the loss, so that {} would train nothing: remove what cuts the graph (.detach(), "
+    "or a layer without a backward pass, such as bitsandbytes' 4-bit layers that have run in eval mode on a CPU), or choose a "
+    "method that needs no gradient, such as mezo."
+)
+
 
 def as_loss(value: Any) -> float:
     """The loss that a closure returned: a tensor of one entry, or a number. Raises UserError for anything else."""

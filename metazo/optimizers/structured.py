@@ -35,6 +35,7 @@ from metazo.kernels.operations import count_operations
 from metazo.kernels.outer import plain_
 from metazo.optimizers.base import State
 from metazo.optimizers.groups import Closure
+from metazo.optimizers.guards import NO_GRADIENT
 from metazo.optimizers.recomputed import Recomputed
 from metazo.step.directions import Sparse
 from metazo.step.lowrank import Held
@@ -83,7 +84,7 @@ class Structured(Recomputed):
     Attributes: untouched, names of trained tensors that the estimate does not reach, after the first step; vanished, the
     number of tensor updates left out because their estimate was not finite.
 
-    Raises UserError if the model has no residual stream, or no trained tensor is in its blocks.
+    Raises UserError if the model has no residual stream, if no trained tensor is in its blocks, or if none gets a gradient.
     """
 
     needs_model = True
@@ -194,6 +195,8 @@ class Structured(Recomputed):
         gradients = self.local.gradients(found)
         while self._next(gradients, rates):
             pass
+        if not bool(self.zo_state["feedback/reached"].any()):
+            raise UserError(NO_GRADIENT.format(self.name))
 
     def _next(self, gradients: Iterator[tuple[int | None, Gradient]], rates: Sequence[float]) -> bool:
         """Take the next block's gradient, computed in the type of the forward pass, and drop it. False if there is none."""

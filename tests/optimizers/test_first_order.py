@@ -11,6 +11,7 @@ from torch import nn
 from metazo.errors import UserError
 from metazo.io import processes
 from metazo.optimizers.first_order import FirstOrderAdamW, FirstOrderSGD
+from tests.kernels.test_operations import Cut
 
 each = pytest.mark.parametrize("cls", [FirstOrderSGD, FirstOrderAdamW])
 
@@ -52,3 +53,15 @@ def test_several_processes_are_refused(cls, monkeypatch) -> None:
     p = pair(1.0)
     with pytest.raises(UserError, match="runs in one process"):
         cls([("p", p)], lr=0.1).step(lambda: p.sum())
+
+
+@each
+def test_a_loss_that_gives_no_trained_tensor_a_gradient_is_refused(cls) -> None:
+    p, bias = pair(1.0), pair(1.0)
+    optimizer = cls([("p", p)], lr=0.1)
+    with pytest.raises(UserError, match=f"No trained tensor gets a gradient .* {cls.name} would train nothing"):
+        optimizer.step(lambda: (Cut.apply(p) + bias).sum())
+    assert optimizer.steps == optimizer.forwards == 0 and torch.equal(p, pair(1.0))
+    optimizer = cls([("p", p), ("bias", bias)], lr=0.1)  # one of two is enough
+    optimizer.step(lambda: (Cut.apply(p) + bias).sum())
+    assert torch.equal(p, pair(1.0)) and not torch.equal(bias, pair(1.0))

@@ -15,6 +15,7 @@ from metazo.optimizers import FirstOrderFused, FirstOrderSGD
 from metazo.optimizers.recomputed import FLOOR
 from metazo.runs.cost import measure
 from metazo.step.record import Step
+from tests.kernels.test_operations import Cut
 
 
 @pytest.mark.parametrize("name", ["Llama", "GPT-2", "BERT, classifier"])
@@ -181,3 +182,15 @@ def test_a_precision_without_effect_is_refused() -> None:
         FirstOrderFused(model.named_parameters(), precision="compensated-16").step(
             lambda: model(torch.ones(1, 2)).sum()
         )
+
+
+def test_a_tensor_that_gets_no_gradient_is_left_as_it_is_and_a_step_of_none_is_refused() -> None:
+    model = nn.Linear(2, 1)
+    before = model.weight.detach().clone()
+    cut = lambda: Cut.apply(model(torch.ones(1, 2)))  # noqa: E731
+    FirstOrderFused(model.named_parameters(), 0.1).step(lambda: (cut() + model.bias).sum())
+    assert torch.equal(model.weight, before)
+    bias = model.bias.detach().clone()
+    with pytest.raises(UserError, match="No trained tensor gets a gradient .* first-order-fused would train nothing"):
+        FirstOrderFused(model.named_parameters(), 0.1).step(lambda: cut().sum())
+    assert torch.equal(model.weight, before) and torch.equal(model.bias, bias)

@@ -19,6 +19,7 @@ from metazo.optimizers.answer_column import AnswerColumn
 from metazo.optimizers.recomputed import FLOOR
 from metazo.optimizers.skip_feedback import SkipFeedback
 from metazo.step.record import Step
+from tests.kernels.test_operations import Cut
 
 
 def weights(model) -> dict[str, torch.Tensor]:
@@ -319,6 +320,31 @@ def exact(model, loss) -> None:
 @pytest.mark.parametrize("inplace", [False, True])
 def test_an_output_that_is_changed_in_place_keeps_its_gradient(inplace: bool) -> None:
     model, hidden = stack(inplace=inplace)
+    exact(model, lambda: model(hidden).square().mean())
+
+
+class CutBlock(Block):
+    """No gradient passes its layers."""
+
+    def forward(self, hidden_states):
+        return hidden_states + Cut.apply(self.up(hidden_states))[..., :6]
+
+
+@pytest.mark.parametrize("cls", [AnswerColumn, SkipFeedback])
+def test_blocks_without_a_backward_pass_are_refused(cls) -> None:
+    model, hidden = stack()
+    model.blocks = torch.nn.ModuleList(CutBlock(False) for _ in range(3)).double()
+    before = weights(model)
+    optimizer = cls(model.named_parameters(), 1e-2, model=model)
+    with pytest.raises(UserError, match=f"No trained tensor gets a gradient .* {cls.name} would train nothing"):
+        optimizer.step(lambda: model(hidden).square().mean())
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_a_number_without_dimensions_is_trained() -> None:
+    model, hidden = stack()
+    model.blocks[0].register_parameter("gain", torch.nn.Parameter(torch.tensor(0.5, dtype=torch.float64)))
+    model.blocks[0].register_forward_hook(lambda block, args, out: args[0] + block.gain * (out - args[0]))
     exact(model, lambda: model(hidden).square().mean())
 
 
