@@ -219,7 +219,7 @@ class Reflected(Direction):
         if tensor.spans is not None:
             return self._own_entries(stream, tensor, dtype, start, count)
         noise = self.inner.draw(stream, tensor, dtype, start, count)
-        stop = start + len(noise)
+        stop = start + noise.numel()
         if start and self.along and self.along[0] == (stream.seed, tensor.id, noise.dtype, start):
             _, a, amount = self.along
         else:

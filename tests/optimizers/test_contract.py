@@ -286,6 +286,30 @@ def test_closures_are_averaged(name):
     assert not torch.equal(points[0], quadratic().flat())
 
 
+@every_method
+def test_a_number_without_dimensions_is_trained(name):
+    """As CLIP's logit_scale; the steps are repeated until every method has chosen its layer."""
+    model, x = Scaled(), torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    optimizer = make(name, list(model.named_parameters()), 1e-2)
+    for _ in range(20):
+        take(optimizer, lambda: model(x))
+    assert all(p.isfinite().all() for p in model.parameters()) and model.layers[0].scale != 1.0
+
+
+class Scaled(nn.Module):
+    """A number without dimensions beside a matrix."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.Module()
+        layer.scale, layer.w = nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.ones(3, 4))
+        self.layers = nn.ModuleList([layer])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        layer = self.layers[0]
+        return (x @ layer.w.t() * layer.scale).square().mean()
+
+
 @pytest.mark.parametrize("precision", ["default", "compensated-8"])
 @every_method
 def test_the_weights_are_freed_with_the_optimizer_and_the_model(name, precision):

@@ -141,6 +141,18 @@ def test_a_kernel_is_the_matrix_of_its_rows(compat):
     assert all(map(torch.equal, *found)) and not found[0][0].equal(torch.full((18,), 0.1, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("compat", ["paper", "official"])
+def test_a_number_without_dimensions_is_a_row_of_one_entry(compat):
+    found = []
+    for shape in ((), (1,)):
+        weight = torch.nn.Parameter(torch.full(shape, 0.1, dtype=torch.float64))
+        optimizer = LOREN([("w", weight)], lr=1e-3, eps=0.1, lr_cov=0.1, compat=compat)
+        for _ in range(3):
+            optimizer.step(lambda weight=weight: weight.exp().sum())
+        found.append((weight.data.view(-1), optimizer.zo_state["a/w"]))
+    assert all(map(torch.equal, *found)) and found[0][0].item() != 0.1
+
+
 @pytest.mark.parametrize(
     "bad, word",
     [({"queries": 1}, "queries"), ({"damping": 0}, "damping"), ({"damping": math.nan}, "damping"),
