@@ -6,13 +6,14 @@ import inspect
 import math
 import random
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.utils.parametrizations import _SpectralNorm
 
 from metazo.optimizers.guards import as_loss
@@ -52,6 +53,7 @@ class LossWatch:
     def __init__(self, repeat: bool):
         self.repeat = repeat
         self.gap: float | None = None
+        self.ran: list[nn.Module] = []  # the modules that ran, for the names in a warning
         self.narrow: torch.dtype | None = None
         self.steps = self.equal = self.still = self.lost = 0
         self.said = False  # that the losses of the probes are equal
@@ -66,8 +68,9 @@ class LossWatch:
         """Called with the first loss of a step. again: evaluates the same loss at the same weights."""
         if self.repeat:
             self.repeat = False
-            with generators_kept(device):
+            with generators_kept(device), modules_seen() as ran:
                 self.gap = abs(again() - loss)
+            self.ran = outermost(ran.values())
 
     def stepped(self, losses: Sequence[float], closures: Sequence[Callable[[], Any]]) -> None:
         """Called after each step with the losses of its probes."""
@@ -80,8 +83,8 @@ class LossWatch:
             )
         spread = max(losses) - min(losses)
         if self.gap is not None:
-            self._judge(self.gap, spread, max(map(abs, losses)), closures)
-            self.gap = None
+            self._judge(self.gap, spread, max(map(abs, losses)), [*_models(closures), *self.ran])
+            self.gap, self.ran = None, []
         alike = spread == 0 and len(losses) > 1
         later = self.steps == FIRST_STEPS and not self.said
         self.still = self.still + 1 if later and alike and losses[0] != 0 else 0  # 0 is where many losses end
@@ -116,8 +119,8 @@ class LossWatch:
             )
 
     @staticmethod
-    def _judge(gap: float, spread: float, size: float, closures: Sequence[Callable[[], Any]]) -> None:
-        random_modules, normed, bounded = seen_modules(closures)
+    def _judge(gap: float, spread: float, size: float, models: Iterable[nn.Module]) -> None:
+        random_modules, normed, bounded = named_faults(models)
         if gap > max(ROUNDING * size, SHARE * spread):
             named = f" In train mode are {', '.join(random_modules)}: call model.eval()." if random_modules else ""
             warnings.warn(
@@ -139,15 +142,43 @@ class LossWatch:
             )
 
 
-def seen_modules(closures: Sequence[Callable[[], Any]]) -> tuple[list[str], list[str], list[str]]:
-    """Names of modules among the closures and the variables of the closures: in train mode those of dropout and those whose
-    forward pass changes their statistics (BatchNorm and others; the vectors of spectral_norm), and embeddings with max_norm.
+@contextmanager
+def modules_seen() -> Iterator[dict[int, nn.Module]]:
+    """The modules that run while this is open, by id. Within a compiled model none is seen."""
+    ran: dict[int, nn.Module] = {}
+
+    def see(module: nn.Module, args: Any) -> None:
+        ran.setdefault(id(module), module)
+
+    handle = register_module_forward_pre_hook(see)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"Using `torch.compile\(module\)` when there are global hooks")
+            yield ran
+    finally:
+        handle.remove()
+
+
+def outermost(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Those that are not part of another of them."""
+    modules = list(modules)
+    parts = {id(part) for module in modules for part in module.modules() if part is not module}
+    return [module for module in modules if id(module) not in parts]
+
+
+def named_faults(models: Iterable[nn.Module]) -> tuple[list[str], list[str], list[str]]:
+    """Names of modules: in train mode those of dropout and those whose forward pass changes their statistics (BatchNorm and
+    others; the vectors of spectral_norm), and embeddings with max_norm. Each is named by the first of the models that has it.
     """
     dropout: list[str] = []
     normed: list[str] = []
     bounded: list[str] = []
-    for model in {id(model): model for closure in closures for model in _models(closure)}.values():
+    seen: set[int] = set()
+    for model in models:
         for name, module in model.named_modules():
+            if id(module) in seen:
+                continue
+            seen.add(id(module))
             shown = f"{name or 'the model'} ({type(module).__name__})"
             if module.training and isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
                 dropout.append(shown)
@@ -162,7 +193,13 @@ def _first(names: list[str]) -> list[str]:
     return [*names[:3], f"{len(names) - 3} more"] if len(names) > 3 else names
 
 
-def _models(closure: Callable[[], Any]) -> Iterator[nn.Module]:
+def _models(closures: Iterable[Callable[[], Any]]) -> Iterator[nn.Module]:
+    """The modules among closures and their variables, whose names a user knows."""
+    for closure in closures:
+        yield from _models_of(closure)
+
+
+def _models_of(closure: Callable[[], Any]) -> Iterator[nn.Module]:
     function = getattr(closure, "func", closure)
     candidates = [closure, getattr(function, "__self__", None), *getattr(closure, "args", ())]
     if inspect.isfunction(function) or inspect.ismethod(function):

@@ -247,6 +247,38 @@ def test_batch_norm_in_train_mode_is_named():
         MeZO(model.named_parameters()).step(lambda: model(x).square().mean() + model[0](x).mean())
 
 
+class Holder:
+    """Keeps a model where the variables of a closure do not show it."""
+
+    def __init__(self, model: nn.Module, x: Tensor):
+        self.held, self.x = {"model": model}, x
+
+    def loss(self) -> Tensor:
+        return self.held["model"](self.x).square().mean()
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("how", ["a bound method", "a helper", "a part of it before", "compiled"])
+def test_batch_norm_is_named_if_the_closure_reaches_the_model_by_others(how, train):
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)).train(train)
+    holder = Holder(model, torch.randn(16, 8))
+    closures = {
+        "a bound method": holder.loss,
+        "a helper": lambda: holder.loss(),
+        "a part of it before": lambda: holder.held["model"][1](holder.x).mean() + holder.loss(),
+        "compiled": holder.loss,
+    }
+    if how == "compiled":  # torch warns of hooks at a compiled model, which are ours here
+        holder.held["model"] = torch.compile(model, backend="eager")
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        MeZO(model.named_parameters()).step(closures[how])
+    name = "_orig_mod.1" if how == "compiled" else "1"
+    said = [f"{name} (BatchNorm1d) is in train mode: every probe changes its statistics. Call model.eval()."]
+    assert [str(one.message) for one in found] == (said if train else [])
+    assert not torch.nn.modules.module._global_forward_pre_hooks
+
+
 def test_spectral_norm_in_train_mode_is_named():
     model = nn.Sequential(nn.Linear(8, 8), nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)))
     x = torch.randn(16, 8)
