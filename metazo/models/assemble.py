@@ -15,7 +15,7 @@ from metazo.models.checks import check_config, check_float64
 from metazo.models.describe import RECORD, describe
 from metazo.models.embedded import ADAPTERS, EMBEDDED
 from metazo.models.load import DTYPES, NEW_HEAD, LoadedModel, load_model
-from metazo.models.quantize import QUANTISED, quantised, remember_stored, repeated
+from metazo.models.quantize import QUANTISED, keep_unpacked, quantised, remember_stored, repeated
 from metazo.models.select import select_trainable
 from metazo.models.tokenizer import context_length, set_pad
 from metazo.models.wanted import Wanted
@@ -167,6 +167,7 @@ def as_loaded(model: Any, tokenizer: Any = None) -> LoadedModel:
         )
     if kind == "seq2seq":  # models of images and speech have such names too
         check_config(inner.config, name)
+    keep_unpacked(model)
     context = 0
     if tokenizer is not None:
         context = context_length(inner, tokenizer)

@@ -24,6 +24,7 @@ from metazo.models.parts import divided, loading
 from metazo.models.quantize import (
     check_package,
     check_shapes,
+    keep_unpacked,
     kept_whole,
     left_over,
     quantised,
@@ -162,6 +163,7 @@ def load_model(
     _check_places(model, name)
     notes += left_over(model, quantize, name) if quantize else []
     remember_stored(model)
+    keep_unpacked(model)
     try:
         if "device_map" not in more and not divided(model) and not quantised(model):
             model.to(device=torch.device(device))  # type: ignore[call-arg]

@@ -9,6 +9,7 @@ Linear layers are quantised; embeddings, norms and the output layer are not. Act
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -181,6 +182,26 @@ def check_shapes(model: nn.Module) -> None:
                 f"`quantize='nf4'` on a CPU needs layers whose inputs are a multiple of {NF4_BLOCK}, and {name} has {width}; "
                 "take int8."
             )
+
+
+def keep_unpacked(model: nn.Module) -> None:
+    """Keep bitsandbytes from packing the 4-bit weights of a CPU, as it does on processors with AVX512-BF16 at the first forward
+    pass in eval mode, for good: the kernel of packed weights computes in bfloat16, whatever the run's dtype, and no gradient
+    passes it. Warns about layers that are packed already.
+    """
+    packed = []
+    modules: Iterator[tuple[str, Any]] = model.named_modules()
+    for name, module in modules:
+        if getattr(module, "support_avx512bf16_for_cpu", None) is not None:
+            module.support_avx512bf16_for_cpu = False
+            if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
+                packed.append(name)
+    if packed:
+        warnings.warn(
+            f"{len(packed)} 4-bit layers, such as {packed[0]}, have run in eval mode on this CPU: bitsandbytes computes "
+            "them in bfloat16 from then on, and no gradient passes them. Load the model again, and do not run it before.",
+            stacklevel=3,
+        )
 
 
 def remember_stored(model: nn.Module) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
+from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from metazo.errors import UserError
+from metazo.models import load
 from metazo.models.assemble import as_loaded
 from metazo.models.describe import describe
 from metazo.models.load import load_model
@@ -292,3 +295,55 @@ def test_float64_is_refused_for_attention_whose_padded_rows_are_nan(tmp_path):
     with pytest.raises(UserError, match=said):
         as_loaded(model, tokenizer)
     assert load_model("pico", dtype="float64").dtype == torch.float64
+
+
+class Linear4bit(nn.Linear):
+    """In the place of bitsandbytes' layer, with what it does to its weights on a processor with AVX512-BF16."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes, bias=False)
+        self.support_avx512bf16_for_cpu = True
+        self.weight.requires_grad_(False).quant_state = SimpleNamespace()
+
+    def forward(self, x):
+        state = self.weight.quant_state
+        if self.support_avx512bf16_for_cpu and not self.training and not x.requires_grad:
+            state.packing_format_for_cpu = True
+        if getattr(state, "packing_format_for_cpu", False):
+            return super().forward(x.detach().bfloat16().float())
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("by", ["as_loaded", "load_model"])
+def test_four_bit_layers_of_a_processor_are_kept_from_bfloat16(tiny, monkeypatch, by):
+    """Their kernel for eval mode has no gradient, and would be that of train mode from then on."""
+
+    def quantised(*args):
+        model = original(*args)
+        model.model.layers[1].mlp.down_proj = Linear4bit(*model.model.layers[1].mlp.down_proj.weight.shape[::-1])
+        return model
+
+    original = load._language_model
+    monkeypatch.setattr(load, "_language_model", quantised)
+    if by == "as_loaded":
+        monkeypatch.setattr(load, "keep_unpacked", lambda model: None)
+    loaded = load_model(tiny("llama"))
+    if by == "as_loaded":
+        loaded = as_loaded(loaded.model, loaded.tokenizer)
+    layer, ids = loaded.model.model.layers[1].mlp.down_proj, torch.arange(3, 9)[None]
+    loaded.model.requires_grad_(False)
+    with torch.inference_mode():
+        before = loaded.model.eval()(ids).logits
+    assert not hasattr(layer.weight.quant_state, "packing_format_for_cpu")
+    x = torch.ones(1, layer.in_features, requires_grad=True)
+    assert torch.autograd.grad(layer(x).sum(), x)[0].any()
+    assert torch.equal(loaded.model(ids).logits, before)
+
+
+def test_four_bit_layers_that_have_run_before_are_warned_about(tiny):
+    loaded = load_model(tiny("llama"))
+    loaded.model.lm_head = Linear4bit(*loaded.model.lm_head.weight.shape[::-1]).eval()
+    with torch.inference_mode():
+        loaded.model(torch.arange(3, 9)[None])
+    with pytest.warns(UserWarning, match="1 4-bit layers, such as lm_head, have run in eval mode on this CPU"):
+        as_loaded(loaded.model, loaded.tokenizer)

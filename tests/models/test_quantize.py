@@ -13,6 +13,7 @@ import torch
 pytest.importorskip("torchao", reason="torchao is not installed")
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 
+from bitsandbytes.functional import dequantize_4bit
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -188,6 +189,35 @@ def stopped(out: Path, **extra) -> None:
 
     with pytest.raises(RuntimeError, match="stop"):
         tune(config(out, **extra), on_step=stop, plot=False)
+
+
+def test_nf4_on_a_cpu_computes_in_the_dtype_of_the_run(wide: Path) -> None:
+    """In eval mode, before and after: bitsandbytes would take a kernel in bfloat16 without a gradient."""
+    model = load_model(wide, quantize="nf4").model
+    plain, ids = load_model(wide).model, torch.arange(3, 20)[None]
+    with torch.no_grad():
+        for name in quantised(model):
+            held = model.get_parameter(name)
+            plain.get_parameter(name).copy_(dequantize_4bit(held.data, held.quant_state))
+        for _ in range(2):
+            torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "optimizer", ["first-order-adamw", "first-order-fused", "skip-feedback", "answer-column", "mezo"]
+)
+def test_every_adapter_on_nf4_is_trained(wide: Path, tmp_path: Path, optimizer: str) -> None:
+    extra = {
+        "model": str(wide),
+        "quantize": "nf4",
+        "lora": 0,
+        "adapter": "lora",
+        "adapter_rank": 2,
+        "optimizer": optimizer,
+    }
+    run_settings(config(tmp_path / "run", lr=1e-2, **extra))
+    adapters = {n: p for n, p in load(tmp_path / "run").model.named_parameters() if "lora_B" in n}
+    assert len(adapters) > 2 and all(p.any() for p in adapters.values())
 
 
 def test_nf4_under_dora_is_hashed_as_it_is_on_disk(wide: Path, tmp_path: Path) -> None:
