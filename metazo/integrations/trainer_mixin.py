@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,16 @@ from torch.optim import Optimizer
 
 from metazo import zoo
 from metazo.errors import UserError
+from metazo.io.extras import needs
 from metazo.io.files import is_file
+from metazo.models.quantize import keep_unpacked
 from metazo.optimizers import METHODS
 from metazo.optimizers.base import ZOOptimizer
 from metazo.optimizers.registry import method
 from metazo.tuner.scale import tuner_scale
+
+with needs("llm"):
+    from transformers import PreTrainedModel
 
 
 class ZOMixin:
@@ -43,8 +50,11 @@ class ZOMixin:
       the k losses, in which the examples of a smaller last micro-batch weigh more. (The Trainer adds up the k losses of a
       model that takes `num_items_in_batch` and ignores it, as BERT's classifiers do; here that would be k times the rate.)
     * The logged loss is the mean over the step's probes, and so are the metrics of TRL's trainers.
+    * The parameters of a loss that the trainer has (`loss`, a module or a dict, as in sentence-transformers) are trained
+      as well, under names that begin with `loss.`; those of a second model in it, such as a guide, are not.
 
-    Checkpoints hold the whole state of the method, so that `resume_from_checkpoint` goes on bit for bit.
+    Checkpoints hold the whole state of the method and the parameters of the loss, so that `resume_from_checkpoint` goes on bit
+    for bit.
 
     Raises UserError for a checkpoint without it (`save_only_model`), whose steps would repeat the noise of the first ones; for
     float16 with a gradient scaler (`fp16`), DeepSpeed, FSDP and NEFTune's noise, which this class does not support; and for
@@ -72,6 +82,7 @@ class ZOMixin:
                 )
         _say_unused(settings)
         settings.max_grad_norm = 0.0
+        keep_unpacked(self.model)  # type: ignore[attr-defined]
         self._micro_batches: list[dict[str, Any]] = []
         self._began: Any = None  # the Trainer's state that the micro-batches belong to; every call of train makes one
         self._divides: bool | None = None  # whether the loss is divided by num_items_in_batch: see _divided
@@ -88,11 +99,16 @@ class ZOMixin:
         if self.optimizer is None:
             chosen, options = getattr(self, "optimizer_cls_and_kwargs", None) or ("mezo", {})
             module = self.model if model is None else model  # type: ignore[attr-defined]
+            keep_unpacked(module)  # `model_init` makes one for each run
             args: Any = self.args  # type: ignore[attr-defined]
             common = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "seed": args.seed}
             common |= _moments(chosen, args)
-            decayed = self.get_decay_parameter_names(module)  # type: ignore[attr-defined]
-            self.optimizer = TakenSteps(_build(chosen, module, common | dict(options), decayed))
+            decayed = set(self.get_decay_parameter_names(module))  # type: ignore[attr-defined]
+            own: dict[str, nn.Parameter] = {}
+            for prefix, loss in _losses(getattr(self, "loss", None)):
+                own |= {prefix + name: parameter for name, parameter in _own_parameters(loss, module)}
+                decayed |= {prefix + name for name in self.get_decay_parameter_names(loss)}  # type: ignore[attr-defined]
+            self.optimizer = TakenSteps(_build(chosen, module, own, common | dict(options), decayed), own)
         return self.optimizer
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -123,6 +139,11 @@ class ZOMixin:
             losses = [self._loss(module, batch, count) for batch in batches]
             return torch.stack(losses).sum()
 
+        def again() -> Tensor:
+            with self._metrics_kept():
+                return total()
+
+        total.again = again  # type: ignore[attr-defined]
         inner = self.optimizer
         while not isinstance(inner, ZOOptimizer):  # accelerate's wrapper, then ours
             inner = inner.optimizer
@@ -131,9 +152,19 @@ class ZOMixin:
     def _divided(self, module: nn.Module, batch: dict[str, Any], count: Any) -> bool | None:
         """Whether the loss is divided by the count of items, which a model may take and ignore; asked until a batch whose
         loss is neither 0 nor NaN tells. Two forward passes that `forwards` does not count."""
-        with torch.inference_mode():
+        with torch.inference_mode(), self._metrics_kept():
             once, twice = (float(self._loss(module, batch, number)) for number in (count, 2 * count))
         return once != twice if math.isfinite(once) and once else None
+
+    @contextmanager
+    def _metrics_kept(self) -> Iterator[None]:
+        """Leave the metrics of TRL's trainers as they are: what is evaluated meanwhile is not one of the step's probes."""
+        kept = copy.deepcopy(getattr(self, "_metrics", None))
+        try:
+            yield
+        finally:
+            if kept is not None:
+                self._metrics = kept
 
     def _loss(self, module: nn.Module, batch: dict[str, Any], num_items_in_batch: Any) -> Tensor:
         """A micro-batch's share of the loss of a step, scaled as the Trainer scales it before its backward pass."""
@@ -189,11 +220,34 @@ def _moments(chosen: Any, settings: Any) -> dict[str, Any]:
     return found
 
 
-class TakenSteps(Optimizer):
-    """The optimizer that the Trainer sees: its `step()` does nothing, because `training_step` has taken the step."""
+def _losses(loss: Any) -> Iterator[tuple[str, nn.Module]]:
+    """The losses of a trainer, a module or a dict of them, with the beginning of their parameters' names."""
+    for key, module in loss.items() if isinstance(loss, Mapping) else [("", loss)]:
+        if isinstance(module, nn.Module):
+            yield f"loss.{key}." if key else "loss.", module
 
-    def __init__(self, optimizer: ZOOptimizer):
-        self.optimizer, self.taken = optimizer, optimizer.steps
+
+def _own_parameters(loss: nn.Module, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters of a loss that are trained: neither the model's nor of another model of its kind, such as a guide."""
+    kind = tuple(
+        cls for cls in type(model).__mro__ if issubclass(cls, nn.Module) and cls.__module__.split(".")[0] != "torch"
+    )
+    models = [
+        model,
+        *(part for part in loss.modules() if isinstance(part, (*kind, PreTrainedModel)) and part is not loss),
+    ]
+    apart = {id(parameter) for each in models for parameter in each.parameters()}
+    return [(name, p) for name, p in loss.named_parameters() if p.requires_grad and id(p) not in apart]
+
+
+class TakenSteps(Optimizer):
+    """The optimizer that the Trainer sees: its `step()` does nothing, because `training_step` has taken the step.
+
+    Args: optimizer; own: the parameters of a loss, which the Trainer's checkpoint of the model does not hold, by name.
+    """
+
+    def __init__(self, optimizer: ZOOptimizer, own: Mapping[str, nn.Parameter] | None = None):
+        self.optimizer, self.taken, self.own = optimizer, optimizer.steps, dict(own or {})
 
     def __getattr__(self, name: str) -> Any:
         if name == "optimizer":  # not there before __init__, as in a copy
@@ -210,17 +264,27 @@ class TakenSteps(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None: ...
 
     def state_dict(self) -> dict[str, Any]:
-        return self.optimizer.state_dict()
+        own = {name: parameter.detach() for name, parameter in self.own.items()}
+        return self.optimizer.state_dict() | ({"loss": own} if own else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state_dict)
+        state = dict(state_dict)
+        for name, value in state.pop("loss", {}).items():
+            if name in self.own:  # of other tensors the method itself says so
+                self.own[name].data.copy_(value)
+        self.optimizer.load_state_dict(state)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         self.optimizer.add_param_group(param_group)
 
 
-def _build(chosen: Any, module: nn.Module, options: dict[str, Any], decayed: Iterable[str]) -> ZOOptimizer:
-    """The method with its settings; weight decay is for the parameters named `decayed`, as in the Trainer."""
+def _build(
+    chosen: Any, module: nn.Module, own: Mapping[str, nn.Parameter], options: dict[str, Any], decayed: set[str]
+) -> ZOOptimizer:
+    """The method with its settings. own: parameters beside the model's; weight decay is for those named `decayed`, as in the
+    Trainer.
+    """
+    parameters: Iterable = [*module.named_parameters(), *own.items()]
     cls = method(chosen) if isinstance(chosen, str) else chosen
     if not (isinstance(cls, type) and issubclass(cls, ZOOptimizer)):
         zeroth = (name for name, each in METHODS.items() if issubclass(each, ZOOptimizer) and not each.needs_gradient)
@@ -229,7 +293,7 @@ def _build(chosen: Any, module: nn.Module, options: dict[str, Any], decayed: Ite
             f"`optimizer_cls_and_kwargs` names {chosen!r}, which is not a zeroth-order method: choose {names}."
         )
     if (name := options.pop("tuner", None)) is not None:
-        options["scale"] = tuner_scale(zoo.load(name, report=lambda text: None), list(module.named_parameters()))
+        options["scale"] = tuner_scale(zoo.load(name, report=lambda text: None), parameters)
     if cls.needs_tuner and "scale" not in options:
         raise UserError(
             f"{cls.name} needs a tuner: add `tuner`, a file, a name of the zoo or a Hub id, to its settings."
@@ -240,14 +304,18 @@ def _build(chosen: Any, module: nn.Module, options: dict[str, Any], decayed: Ite
             "`full_closure`, and give it as `optimizers=(optimizer, scheduler)`."
         )
     if cls.needs_model:
+        if own:
+            raise UserError(
+                f"{cls.name} trains a model alone, and the loss has parameters of its own, such as {next(iter(own))}: freeze "
+                "them (requires_grad_(False)), or choose another method."
+            )
         options["model"] = module
     known: Iterable[str] = {"lr", "weight_decay", "model", *cls.common, *cls.hyperparameters()}
     for name in options:
         if name not in known:
             raise UserError(f"`{name}` is not a setting of {cls.name}, which has {', '.join(sorted(known))}.")
-    parameters: Iterable = module.named_parameters()
     if options["weight_decay"]:
-        named, decayed = list(parameters), set(decayed)
+        named = parameters
         groups: list[dict[str, Any]] = [
             {"params": [pair for pair in named if pair[0] in decayed]},
             {"params": [pair for pair in named if pair[0] not in decayed], "weight_decay": 0.0},

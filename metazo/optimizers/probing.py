@@ -62,8 +62,9 @@ def evaluated(optimizer: Any, closures: Sequence[Closure]) -> float:
 
 
 def _again(optimizer: Any, closures: Sequence[Closure]) -> float:
+    """The loss once more, for a check. A closure that notes what it computes may have an `again`, which notes nothing."""
     with optimizer.evaluation(), optimizer.weights.evaluating():
-        return optimizer.evaluate(closures)
+        return optimizer.evaluate([getattr(closure, "again", closure) for closure in closures])
 
 
 def losses_together(

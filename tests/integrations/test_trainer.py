@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,116 @@ def test_a_trainer_that_sorts_its_metrics_by_the_mode_of_the_model_finds_it_trai
     modes.clear()
     run.evaluate(rows())
     assert set(modes) == {(False, False)}
+
+
+@pytest.mark.parametrize("precision", ["in-place", "compensated-8"])
+def test_the_metrics_of_a_step_are_those_of_its_probes_alone(tmp_path: Path, precision: str) -> None:
+    """The check of the loss, and the question whether the model divides by the number of items, evaluate it as well."""
+
+    class Noting(ZOTrainer):
+        _metrics = None
+        evaluated = 0
+
+        def compute_loss(self, *args, **kwargs):
+            self.evaluated += 1
+            loss = super().compute_loss(*args, **kwargs)
+            self._metrics["train"]["loss"].append(float(loss))
+            return loss
+
+    net = model().bfloat16() if precision == "compensated-8" else model()
+    run = trainer(tmp_path, net, Noting, max_steps=1, optimizer_cls_and_kwargs=("mezo", {"precision": precision}))
+    run._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
+    run.train()
+    probes = run._metrics["train"]["loss"]
+    assert len(probes) == 2 * 2 and run.evaluated > 2 * 2 + 2
+    (logged,) = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    assert sum(probes) / 2 == pytest.approx(logged, rel=1e-2)
+    run._metrics["train"]["loss"].append(0.0)  # new ones of the next steps are added
+    assert len(run._metrics["train"]["loss"]) == 5
+
+
+class Classes(nn.Module):
+    """A loss with a layer of its own, which holds the model, and a guide that is not trained, as in sentence-transformers."""
+
+    def __init__(self, net: nn.Module, guide: nn.Module):
+        super().__init__()
+        self.model, self.guide = net, guide
+        self.classifier, self.fixed = nn.Linear(64, 3), nn.Linear(3, 3).requires_grad_(False)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        found = self.fixed(self.classifier(self.model(input_ids).logits[:, -1, :64].float()))
+        return found.square().mean() + self.guide(input_ids).logits.float().square().mean()
+
+
+class WithLoss(ZOTrainer):
+    loss: Any = None
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        losses = self.loss.values() if isinstance(self.loss, dict) else [self.loss]
+        return torch.stack([loss(inputs["input_ids"]) for loss in losses]).sum()
+
+
+def with_loss(out: Path, several: bool, **options: Any):
+    """A trainer whose loss has parameters, or one with a dict of such losses."""
+    torch.manual_seed(0)
+    net, guide = model(), model()
+    run = trainer(out, net, WithLoss, max_steps=4, weight_decay=0.1, **options)
+    run.loss = {"a": Classes(net, guide), "b": Classes(net, guide)} if several else Classes(net, guide)
+    return run, list(run.loss.values()) if several else [run.loss]
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_the_parameters_of_a_loss_are_trained(tmp_path: Path, several: bool) -> None:
+    run, losses = with_loss(tmp_path, several)
+    before = [{name: p.detach().clone() for name, p in loss.named_parameters()} for loss in losses]
+    run.train()
+    for loss, old in zip(losses, before):
+        moved = {name for name, p in loss.named_parameters() if not torch.equal(p, old[name])}
+        assert {"classifier.weight", "classifier.bias", "model.model.norm.weight"} <= moved
+        assert not any(name.startswith(("guide.", "fixed.")) for name in moved)
+    decays = {name: g["weight_decay"] for g in run.optimizer.optimizer.param_groups for name in g["param_names"]}
+    own = [name for name in decays if name.startswith("loss.")]
+    assert own == [
+        f"loss.{key}classifier.{x}" for x in ("weight", "bias") for key in (("a.", "b.") if several else ("",))
+    ]
+    assert all(decays[name] == (0.1 if name.endswith("weight") else 0.0) for name in own)
+    assert set(decays) - set(own) == {name for name, _ in run.model.named_parameters()}
+
+
+def test_a_resumed_run_has_the_parameters_of_the_loss(tmp_path: Path) -> None:
+    whole, (there,) = with_loss(tmp_path / "whole", False, save_strategy="steps", save_steps=2)
+    whole.train()
+    rest, (here,) = with_loss(tmp_path / "whole", False)
+    first = here.classifier.weight.detach().clone()
+    rest.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert rest.state.global_step == 4
+    assert all(map(torch.equal, there.parameters(), here.parameters())) and not torch.equal(
+        here.classifier.weight, first
+    )
+
+
+def test_a_method_that_needs_the_model_refuses_the_parameters_of_a_loss(tmp_path: Path) -> None:
+    run, _ = with_loss(tmp_path, False, optimizer_cls_and_kwargs=("skip-feedback", {}))
+    with pytest.raises(
+        UserError, match="the loss has parameters of its own, such as loss.classifier.weight: freeze them"
+    ):
+        run.create_optimizer()
+
+
+def test_four_bit_layers_of_a_processor_are_kept_from_bfloat16(tmp_path: Path) -> None:
+    """Those of the model and of each that `model_init` makes."""
+
+    def made() -> nn.Module:
+        net = model()
+        net.lm_head.support_avx512bf16_for_cpu = True
+        net.lm_head.weight.quant_state = None
+        return net
+
+    run = trainer(tmp_path, made(), max_steps=1)
+    assert not run.model.lm_head.support_avx512bf16_for_cpu
+    run.model = made()
+    run.create_optimizer()
+    assert not run.model.lm_head.support_avx512bf16_for_cpu
 
 
 @pytest.mark.parametrize("method", [("lozo", {"interval": 2}), (LOZO, {"interval": 2}), ("mezo-adam", {})])
