@@ -7,7 +7,7 @@ import inspect
 import math
 import textwrap
 from collections.abc import Mapping
-from dataclasses import field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -136,12 +136,45 @@ def build(config: type[Config], *layers: Mapping[str, Any]) -> Config:
     try:
         return _checker(config).validate_python(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = (
-            ".".join(part for part in first["loc"] if isinstance(part, str)) or "settings"
-        )  # without places in a list
-        if first["type"] in ("missing", "missing_argument"):
-            raise UserError(f"`{name}` is required.") from error
-        raise UserError(
-            f"`{name}` is {shown(first['input'])}: {first['msg'].removeprefix('Value error, ')}."
-        ) from error
+        raise _refusal(error) from error
+
+
+def _refusal(error: ValidationError) -> UserError:
+    """What pydantic found first, as a sentence."""
+    first = error.errors()[0]
+    name = ".".join(part for part in first["loc"] if isinstance(part, str)) or "settings"  # without places in a list
+    if first["type"] in ("missing", "missing_argument"):
+        return UserError(f"`{name}` is required.")
+    return UserError(f"`{name}` is {shown(first['input'])}: {first['msg'].removeprefix('Value error, ')}.")
+
+
+@cache
+def _types(config: type) -> TypeAdapter[Any]:
+    """pydantic's validator of the types of a dataclass's fields, without the checks of its `__post_init__`."""
+    bare = dataclass(type(config.__name__, (config,), {"__post_init__": lambda self: None}))
+    return TypeAdapter(with_config(ConfigDict(arbitrary_types_allowed=True))(bare))
+
+
+def check_types(config: Any) -> None:
+    """Give each field of a settings dataclass the value that `build` would: Path("x") for "x". For its `__post_init__`.
+
+    Raises UserError as `build` does; a path is a text as well.
+    """
+    given = {
+        item.name: _text(value)
+        for item in fields(config)
+        if (value := getattr(config, item.name)) is not item.default and not isinstance(value, Unset)
+    }
+    try:
+        made = _types(type(config)).validate_python(given)
+    except ValidationError as error:
+        raise _refusal(error) from error
+    for name in given:
+        setattr(config, name, getattr(made, name))
+
+
+def _text(value: Any) -> Any:
+    """The value with paths as text."""
+    if isinstance(value, list | tuple):
+        return [_text(member) for member in value]
+    return str(value) if isinstance(value, Path) else value

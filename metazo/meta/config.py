@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from metazo.errors import UserError
-from metazo.settings import Unset, check_values, setting, with_role
+from metazo.settings import Unset, check_types, check_values, setting, with_role
 
 MOST_RATE = 1e30  # a larger learning rate overflows in torch's own optimizers
 MOST_UNROLLED = 32  # the graph of every inner step is kept, and a deep graph overflows Python's stack
@@ -53,6 +53,9 @@ class ScaleConfig:
     """Continue the run in `out`: give the whole command of its start again, with this"""
 
     def __post_init__(self) -> None:
+        self.task = [self.task] if isinstance(self.task, str | Path) else self.task
+        self.device = str(self.device)
+        check_types(self)
         check_values(self)
         if not self.task:
             raise UserError("`task` is missing: name at least one task to train on (metazo tasks lists them).")
@@ -148,6 +151,10 @@ class MetaConfig(ScaleConfig):
     """Train along a path recorded before"""
 
     def __post_init__(self) -> None:
+        if self.objective == "horizon":
+            raise UserError(
+                "`objective` 'horizon' has settings of its own; make a HorizonConfig instead of a MetaConfig."
+            )
         super().__post_init__()
         if self.momentum >= 1 or self.average >= 1:
             name = "momentum" if self.momentum >= 1 else "average"

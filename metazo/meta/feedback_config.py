@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from metazo.settings import check_number, check_values
+from metazo.settings import check_number, check_types, check_values
 
 BOUNDS: dict[str, dict[str, Any]] = {
     "texts": {"least": 8, "most": 10**6}, "batch_size": {"least": 1, "most": 4096}, "max_length": {"least": 2},
@@ -50,6 +50,9 @@ class FeedbackConfig:
     """Seed of cotangents and of the choice of texts"""
 
     def __post_init__(self) -> None:
+        self.task = [self.task] if isinstance(self.task, str | Path) else self.task
+        self.device = str(self.device)
+        check_types(self)
         check_values(self)
         for name, bounds in BOUNDS.items():
             if getattr(self, name) is not None:
