@@ -95,6 +95,20 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, metadata
 
 
+def check_tensors(path: Path) -> None:
+    """Raises SafetensorError if the file cannot be read or has changed since it was written; memory: one tensor."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+        stated = metadata.pop(SEAL, None)
+        found = ((name, file.get_tensor(name)) for name in sorted(file.keys()))
+        if stated != _sealed(weights_hash(found, at_once=False), metadata):
+            raise SafetensorError("its content has changed since it was written")
+
+
 def seal(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     """sha256 over tensors and metadata, in hexadecimal."""
-    return sha256(json.dumps([weights_hash(sorted(tensors.items())), sorted(metadata.items())]).encode()).hexdigest()
+    return _sealed(weights_hash(sorted(tensors.items())), metadata)
+
+
+def _sealed(weights: str, metadata: Mapping[str, str]) -> str:
+    return sha256(json.dumps([weights, sorted(metadata.items())]).encode()).hexdigest()

@@ -11,11 +11,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from metazo.blocks import NamedTensor
@@ -23,7 +25,8 @@ from metazo.errors import UserError
 from metazo.io.files import write_whole
 from metazo.io.lock import NAME as LOCK
 from metazo.io.lock import FolderLock
-from metazo.io.tensorfile import read_tensors, write_tensors
+from metazo.io.plain import parse_json
+from metazo.io.tensorfile import check_tensors, read_tensors, write_tensors
 from metazo.meta.gradient import Loss
 from metazo.meta.order import MetaTask, Order
 from metazo.meta.path import load_weights, weights_of
@@ -83,7 +86,7 @@ def record(
     """Run the teacher for `steps` steps from the model's weights and record its path, or continue such a recording.
 
     report: called with (step, loss) after each step. The weights are left at the end of the path. Raises UserError
-    before the first step if the folder holds something else or the disk is too small.
+    before the first step if the folder holds something else or a damaged recording, or if the disk is too small.
     """
     manifest_path = folder / _MANIFEST
     manifest: dict[str, Any] = {**identity, "steps": steps, "every": every, "snapshots": [], "complete": False}
@@ -105,9 +108,13 @@ def record(
     lines: list[str] = []
     if manifest["snapshots"]:
         first = manifest["snapshots"][-1]
+        _check_weights(folder, [first])
         put(tensors, folder / snapshot_name(first), "theta/")
-        teacher.load(read_tensors(folder / _teacher_name(first))[0])
-        lines = (folder / _LOG).read_text().splitlines()[:first]
+        try:
+            teacher.load(read_tensors(folder / _teacher_name(first))[0])
+        except (SafetensorError, OSError) as error:
+            raise _damaged(folder, f"{_teacher_name(first)} cannot be read ({error})") from error
+        lines = [json.dumps(row) for row in _read_log(folder, manifest, first)]
         _drop_earlier(folder, manifest["snapshots"])
     write_whole(folder / _LOG, "".join(line + "\n" for line in lines).encode())
     with (folder / _LOG).open("a") as log:
@@ -154,7 +161,10 @@ class Trajectory:
         identity: dict[str, Any] | None = None,
         say: Callable[[str], None] = lambda text: None,
     ) -> Trajectory:
-        """Open a recording. Raises UserError if it is missing, incomplete, damaged, or of another identity."""
+        """Open a recording, and read all of it once to see that it is as it was written.
+
+        Raises UserError if it is missing, incomplete, damaged, or of another identity.
+        """
         manifest = _read_manifest(folder)
         if identity is not None:
             _compare(manifest, identity, folder)
@@ -164,16 +174,10 @@ class Trajectory:
                     "task; a change of them would not be noticed."
                 )
         FolderLock(folder, "trajectory").check()
-        if not manifest.get("complete"):
+        if not manifest["complete"]:
             raise UserError(f"The recording in {folder} is not complete; continue with `record` {folder}.")
-        try:
-            log = [json.loads(line) for line in (folder / _LOG).read_text().splitlines()]
-        except (OSError, ValueError) as error:
-            raise UserError(f"{folder / _LOG} cannot be read ({error}); record again.") from error
-        missing = [step for step in manifest["snapshots"] if not (folder / snapshot_name(step)).is_file()]
-        if missing or len(log) != manifest["steps"]:
-            odd = snapshot_name(missing[0]) if missing else _LOG
-            raise UserError(f"The recording in {folder} is damaged: {odd} is missing or cut short; record again.")
+        log = _read_log(folder, manifest, manifest["steps"])
+        _check_weights(folder, manifest["snapshots"])
         return cls(folder, manifest, log)
 
 
@@ -219,12 +223,73 @@ def _plain(loss: float) -> float | None:
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text())
+        manifest = parse_json((folder / _MANIFEST).read_bytes())
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} holds no recording of a teacher ({_MANIFEST}: {error}).") from error
     if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
         raise UserError(f"{folder / _MANIFEST} is not a recording that this version of metazo reads.")
+    steps, kept, tasks = (manifest.get(key) for key in ("steps", "snapshots", "tasks"))
+    sound = (
+        all(_is_count(number) for number in (steps, manifest.get("every")))
+        and isinstance(manifest.get("complete"), bool)
+        and isinstance(tasks, dict)
+        and all(map(_is_count, tasks.values()))
+        and isinstance(kept, list)
+        and all(type(step) is int and 0 <= step < steps for step in kept)
+        and kept == sorted(set(kept))
+        and (kept[:1] == [0] or not (kept or manifest["complete"]))
+    )
+    if not sound:
+        raise _damaged(folder, f"{_MANIFEST} is not that of a recording")
     return manifest
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _read_log(folder: Path, manifest: dict[str, Any], count: int) -> list[dict[str, Any]]:
+    """The first lines of the log; those of a complete recording are all. Raises UserError if one of them is not sound."""
+    try:
+        lines = (folder / _LOG).read_bytes().splitlines()
+    except OSError as error:
+        raise _damaged(folder, f"{_LOG} cannot be read ({error})") from error
+    if len(lines) < count or (manifest["complete"] and len(lines) > count):
+        raise _damaged(folder, f"{_LOG} has {len(lines)} lines and not {count}")
+    rows = []
+    for step, line in enumerate(lines[:count]):
+        row = None
+        with suppress(ValueError):
+            row = parse_json(line)
+        if not _is_row(row, step, manifest["tasks"]):
+            raise _damaged(folder, f"line {step + 1} of {_LOG} is not a batch of that step")
+        rows.append(row)
+    return rows
+
+
+def _is_row(row: Any, step: int, sizes: dict[str, int]) -> bool:
+    """Whether this is a line of the log for this step: a batch of a task, of which the sizes are given by name."""
+    if not isinstance(row, dict) or row.get("step") != step or row.get("task") not in list(sizes):
+        return False
+    examples = row.get("examples")
+    return (
+        isinstance(examples, list)
+        and examples != []
+        and all(type(example) is int and 0 <= example < sizes[row["task"]] for example in examples)
+    )
+
+
+def _check_weights(folder: Path, steps: Sequence[int]) -> None:
+    """Raises UserError if the weights before one of these steps are not those that were recorded."""
+    for step in steps:
+        try:
+            check_tensors(folder / snapshot_name(step))
+        except (SafetensorError, OSError) as error:
+            raise _damaged(folder, f"{snapshot_name(step)} cannot be read ({error})") from error
+
+
+def _damaged(folder: Path, what: str) -> UserError:
+    return UserError(f"The recording in {folder} is damaged: {what}; remove the folder and record again.")
 
 
 def _compare(present: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
