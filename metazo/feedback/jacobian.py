@@ -68,11 +68,15 @@ def fit_jacobian(
             f"Fitting feedback needs at least {HELD_OUT} batches, and {len(closures)} were given; give more."
         )
     residual = find_residual(model)
+    if lowest > len(residual.blocks) - 2:
+        raise UserError("The last block needs no feedback and there is no other; choose an earlier `lowest` block.")
     recorder = Recorder(residual, {}, lowest)
     generator = torch.Generator().manual_seed(seed)
     fits: dict[int, _Fit] = {}
     for number, closure in enumerate(closures):
         for one in recorder.capture([closure]).passes:
+            if rank > (width := one.delta.shape[-1]):  # type: ignore[union-attr]
+                raise UserError(f"`rank` is {rank} and the model's width is {width}; choose at most that.")
             carrying = one.delta.ne(0).any(-1)  # type: ignore[union-attr]
             pooled = _pooled(residual.blocks, one, carrying) if orthogonal else None
             vectors = [_draw(one, pooled, generator) for _ in range(draws)]
@@ -84,12 +88,6 @@ def fit_jacobian(
                 sums = fit.held_out if number % HELD_OUT == HELD_OUT - 1 else fit.fitted
                 for v, error in zip(vectors, errors):
                     sums.add(v, error, carrying)
-    if not fits:
-        raise UserError("The last block needs no feedback and there is no other; choose an earlier `lowest` block.")
-    if rank > next(iter(fits.values())).width:
-        raise UserError(
-            f"`rank` is {rank} and the model's width is {next(iter(fits.values())).width}; choose at most that."
-        )
     solved = {index: fit.solve(rank, ridge) for index, fit in sorted(fits.items())}
     if cosines is not None:
         cosines |= {index: fit.cosines(*solved[index][:2]) for index, fit in sorted(fits.items())}
@@ -98,6 +96,13 @@ def fit_jacobian(
         {index: up.float() for index, (_, up, _) in solved.items()},
         {index: trust for index, (_, _, trust) in solved.items()},
     )
+
+
+def stream_width(model: nn.Module, closure: Closure) -> int:
+    """Width of the hidden states between blocks, found by one call of the closure."""
+    delta = Recorder(find_residual(model), {}, 0).capture([closure]).passes[0].delta
+    assert delta is not None
+    return delta.shape[-1]
 
 
 def _draw(one: Pass, pooled: Tensor | None, generator: torch.Generator) -> Tensor:

@@ -59,6 +59,6 @@ class FeedbackConfig:
                 check_number(name, getattr(self, name), **bounds)
 
     def recipe(self) -> dict[str, Any]:
-        """The settings that made the tuner, without local paths, as a plain table."""
-        hidden = {"out", "data", "device", "model"}
+        """The settings that made the tuner, without local paths, as a plain table; the fit adds the names of the tasks."""
+        hidden = {"out", "data", "device", "model", "task"}
         return {key: value for key, value in asdict(self).items() if key not in hidden and value not in (None, [])}

@@ -10,13 +10,14 @@ from typing import Any
 from torch import nn
 
 import metazo
-from metazo.blocks import NamedTensor, named_tensors, partition, tensor_id
+from metazo.blocks import Block, NamedTensor, named_tensors, partition, tensor_id
 from metazo.errors import UserError
 from metazo.io.terminal import Console
 from metazo.meta.dryrun import Plan
 from metazo.meta.horizon import EVAL_BATCH, HorizonRun, HorizonTask
 from metazo.meta.horizon_config import HorizonConfig
 from metazo.meta.loading import load_base, prepare_task
+from metazo.meta.trial import check_file
 from metazo.models.heads import Prototypes
 from metazo.models.load import LoadedModel
 from metazo.models.select import select_trainable
@@ -29,7 +30,7 @@ from metazo.tasks.classes import fit_head
 from metazo.tasks.evaluate import batches
 from metazo.tuner.file import Tuner, TunerInfo
 from metazo.tuner.match import BlockSpec
-from metazo.tuner.networks import PertNN
+from metazo.tuner.networks import NUMBERS_PER_UNIT, PertNN
 
 
 def load(config: HorizonConfig) -> tuple[LoadedModel, list[HorizonTask]]:
@@ -37,6 +38,9 @@ def load(config: HorizonConfig) -> tuple[LoadedModel, list[HorizonTask]]:
     device, resolved = resolve_device(config.device), [resolve(name) for name in config.task]
     loaded = load_base(config, resolved, device, config.head)
     select_trainable(loaded.model, config.train, config.freeze)
+    blocks = _blocks(loaded, config)
+    smallest = Tuner(PertNN(len(blocks), hidden=1), _info(config, loaded, blocks, config.recipe()))
+    check_file(smallest, "networks", config.networks, 1, 4 * len(blocks) * NUMBERS_PER_UNIT)
     tasks = []
     for task in resolved:
         own, model = loaded, loaded.model
@@ -117,8 +121,7 @@ def judge(run: HorizonRun) -> None:
 def make_tuner(run: HorizonRun, loaded: LoadedModel) -> Tuner:
     """The tuner of the centre of the search, with networks for the blocks of the whole model in float32."""
     config, trained = run.config, run.networks(run.centre)
-    every = [NamedTensor(name, parameter, tensor_id(name)) for name, parameter in loaded.model.named_parameters()]
-    blocks = partition(every, config.blocks)
+    blocks = _blocks(loaded, config)
     place = {block.name: index for index, block in enumerate(blocks)}
     whole = PertNN(len(blocks), hidden=trained.hidden, seed=config.seed, zero_init=True)
     rows = [place[block.name] for block in run.scale.blocks]
@@ -131,7 +134,17 @@ def make_tuner(run: HorizonRun, loaded: LoadedModel) -> Tuner:
         "rates of the tasks": rates,
         "factor of the rates": math.exp(float(run.centre[-1])),
     }
-    info = TunerInfo(
+    return Tuner(whole, _info(config, loaded, blocks, recipe))
+
+
+def _blocks(loaded: LoadedModel, config: HorizonConfig) -> list[Block]:
+    """The blocks of the whole model."""
+    every = [NamedTensor(name, parameter, tensor_id(name)) for name, parameter in loaded.model.named_parameters()]
+    return partition(every, config.blocks)
+
+
+def _info(config: HorizonConfig, loaded: LoadedModel, blocks: list[Block], recipe: dict[str, Any]) -> TunerInfo:
+    return TunerInfo(
         base_model=loaded.name,
         blocks=[BlockSpec.of(block) for block in blocks],
         by=config.blocks,
@@ -142,4 +155,3 @@ def make_tuner(run: HorizonRun, loaded: LoadedModel) -> Tuner:
         recipe=recipe,
         metazo_version=metazo.__version__,
     )
-    return Tuner(whole, info)

@@ -21,13 +21,15 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from metazo.errors import UserError
-from metazo.feedback.jacobian import HELD_OUT, fit_jacobian
-from metazo.feedback.tuner import FeedbackTuner, describe
+from metazo.feedback.jacobian import HELD_OUT, fit_jacobian, stream_width
+from metazo.feedback.surrogates import MeanJacobian
+from metazo.feedback.tuner import FeedbackInfo, FeedbackTuner, describe
 from metazo.io.files import is_file, opened, write_whole
 from metazo.io.lock import NAME as LOCK
 from metazo.io.lock import FolderLock
 from metazo.io.terminal import Console
 from metazo.meta.feedback_config import FeedbackConfig
+from metazo.meta.trial import check_file, check_name
 from metazo.models.load import LoadedModel, load_model
 from metazo.runs.interrupt import Interrupted
 from metazo.runs.locate import CONFIG
@@ -71,15 +73,17 @@ def _check_empty(out: Path) -> None:
 def _fit(config: FeedbackConfig, console: Console | None) -> FeedbackTuner:
     device = resolve_device(config.device)
     loaded = load_model(config.model, dtype=config.dtype, device=device, seed=config.seed, num_labels=2)
+    check_name(loaded.name)
     info = describe(loaded.model, loaded.name)
     losses, source, count = _losses(config, loaded, device, console)
+    info.recipe = {"learn": "feedback", **config.recipe(), "texts": count, "source": source}
+    _check_file(config, info, stream_width(loaded.model.eval(), losses[0]))
     if console is not None:
         console.print(f"Fitting maps of {len(info.blocks) - 1} blocks on {count:,} texts of {source}.", soft_wrap=True)
     cosines: dict[int, tuple[float, float]] = {}
     maps = fit_jacobian(
         loaded.model.eval(), losses, rank=config.rank, ridge=config.ridge, draws=config.draws, seed=config.seed, cosines=cosines
     )  # fmt: skip
-    info.recipe = {"learn": "feedback", **config.recipe(), "texts": count, "source": source}
     kinds = ("skip rule", "feedback")
     info.scores = {
         f"cosine of held-out errors with the {kind}, from the lowest block up": [
@@ -94,6 +98,13 @@ def _fit(config: FeedbackConfig, console: Console | None) -> FeedbackTuner:
     if console is not None:
         console.print(f"Wrote {config.out / TUNER}.", soft_wrap=True)
     return FeedbackTuner.load(config.out / TUNER)
+
+
+def _check_file(config: FeedbackConfig, info: FeedbackInfo, width: int) -> None:
+    """Raises UserError if the tuner's file would be refused by its reader."""
+    if below := range(len(info.blocks) - 1):  # a single block is refused by the fit
+        down, up, trust = (dict.fromkeys(below, value) for value in (torch.zeros(width, 0), torch.zeros(0, width), 0.0))
+        check_file(FeedbackTuner(MeanJacobian(down, up, trust), info), "rank", config.rank, 0, 8 * width * len(below))
 
 
 def _losses(
@@ -128,7 +139,8 @@ def _losses(
 def _sources(config: FeedbackConfig) -> tuple[list[Task], Path | list[Row] | None, list[str]]:
     """The tasks whose texts are read, the `data` to read them from, and what each is called."""
     if config.task:
-        return [resolve(name) for name in config.task], config.data, config.task
+        tasks = [resolve(name) for name in config.task]
+        return tasks, config.data, [task.name for task in tasks]  # not the place of a task's file
     if config.data is None:
         return [books.TASK], None, ["books"]
     if config.data.is_dir():

@@ -8,6 +8,7 @@ import torch
 
 from metazo.errors import UserError
 from metazo.meta.config import ScaleConfig
+from metazo.meta.trial import check_name
 from metazo.models.load import MADE, LoadedModel, load_model
 from metazo.tasks import Prepared, Task, prepare
 
@@ -17,7 +18,9 @@ def load_base(config: ScaleConfig, tasks: Sequence[Task], device: torch.device, 
     for each task. Raises UserError."""
     classes = {task.num_labels for task in tasks if task.kind == "classification"}
     count = next(iter(classes)) if len(classes) == 1 or (classes and head in MADE) else None
-    return load_model(config.model, dtype=config.dtype, device=device, seed=config.seed, num_labels=count, head=head)
+    loaded = load_model(config.model, dtype=config.dtype, device=device, seed=config.seed, num_labels=count, head=head)
+    check_name(loaded.name)
+    return loaded
 
 
 def prepare_task(config: ScaleConfig, task: Task, loaded: LoadedModel, held_out: int = 1) -> Prepared:

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import metazo
-from metazo.blocks import named_tensors
+from metazo.blocks import named_tensors, partition
 from metazo.io.lock import FolderLock
 from metazo.io.terminal import Console
 from metazo.meta.config import MetaConfig
@@ -18,6 +18,7 @@ from metazo.meta.order import PreparedTask
 from metazo.meta.path import Online
 from metazo.meta.reset import Start
 from metazo.meta.trajectory import Recorded, Trajectory, belongs_to, record
+from metazo.meta.trial import check_file
 from metazo.models.load import LoadedModel
 from metazo.runs.inputs import belongs
 from metazo.runs.interrupt import Interrupted
@@ -26,7 +27,7 @@ from metazo.runs.monitor import Diverged
 from metazo.tasks import resolve
 from metazo.tuner.file import Tuner, TunerInfo
 from metazo.tuner.match import BlockSpec
-from metazo.tuner.networks import PertNN
+from metazo.tuner.networks import NUMBERS_PER_UNIT, PertNN
 
 START = "start.safetensors"
 
@@ -36,6 +37,9 @@ def load(config: MetaConfig) -> tuple[LoadedModel, list[PreparedTask]]:
     resolved = [resolve(name) for name in config.task]
     device = resolve_device(config.device)
     loaded = load_base(config, resolved, device)
+    blocks = [BlockSpec.of(block) for block in partition(named_tensors(loaded.model), config.blocks)]
+    smallest = Tuner(PertNN(len(blocks), hidden=1), _info(config, loaded, blocks, config.recipe()))
+    check_file(smallest, "hidden", config.hidden, 1, 4 * len(blocks) * NUMBERS_PER_UNIT)
     return loaded, [PreparedTask(prepare_task(config, task, loaded), device) for task in resolved]
 
 
@@ -114,9 +118,14 @@ def make_tuner(run: MetaRun, loaded: LoadedModel) -> Tuner:
     }
     if isinstance(run.path, Recorded):
         recipe["teacher_steps"] = len(run.path.trajectory.log)
-    info = TunerInfo(
+    info = _info(config, loaded, [BlockSpec.of(block) for block in run.scale.blocks], recipe)
+    return Tuner(PertNN.from_stacked(**weights), info)
+
+
+def _info(config: MetaConfig, loaded: LoadedModel, blocks: list[BlockSpec], recipe: dict[str, Any]) -> TunerInfo:
+    return TunerInfo(
         base_model=loaded.name,
-        blocks=[BlockSpec.of(block) for block in run.scale.blocks],
+        blocks=blocks,
         by=config.blocks,
         features=config.features,
         parametrisation=config.parametrisation,
@@ -126,4 +135,3 @@ def make_tuner(run: MetaRun, loaded: LoadedModel) -> Tuner:
         recipe=recipe,
         metazo_version=metazo.__version__,
     )
-    return Tuner(PertNN.from_stacked(**weights), info)

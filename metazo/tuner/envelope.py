@@ -58,8 +58,13 @@ class TunerFile(ABC):
         """The card of the tuner published under `name`, in Markdown: the base model, its use, recipe and scores."""
 
     def save(self, path: str | Path) -> None:
-        """Write the tuner as safetensors, completely or not at all."""
+        """Write the tuner as safetensors, completely or not at all. Raises UserError if it could not be loaded again."""
         data = self.to_bytes()
+        if len(data) > MAX_BYTES:
+            raise UserError(
+                f"The {self.called} to be written to {path} has {len(data):,} bytes, and one may have {MAX_BYTES:,}; make one "
+                "of smaller networks or maps."
+            )
         self.from_bytes(data, f"{self.called} to be written to {path}")
         write_whole(Path(path), data)
 

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 SequentialWeights = tuple[Tensor, Tensor, Tensor, Tensor]
 """w1 (hidden, features), b1 (hidden,), w2 (1, hidden), b2 (1,): the tensors of one Linear-Tanh-Linear."""
+NUMBERS_PER_UNIT = 7
+"""Numbers of each hidden unit of a network of five features: w1, b1, w2."""
 
 
 class PertNN(nn.Module):

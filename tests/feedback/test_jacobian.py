@@ -162,8 +162,11 @@ def test_settings_that_cannot_be_fitted() -> None:
     model, _, closures = stack(True, 4, 3)
     with pytest.raises(UserError, match="at least 4 batches, and 2 were given"):
         fit_jacobian(model, closures[:2])
+    run = []
+    counted = [lambda closure=closure: run.append(1) or closure() for closure in closures]
     with pytest.raises(UserError, match="`rank` is 7 and the model.s width is 6"):
-        fit_jacobian(model, closures, rank=7)
+        fit_jacobian(model, counted, rank=7)
+    assert len(run) == 1, "it is known after the first batch"
     with pytest.raises(UserError, match="The last block needs no feedback"):
         fit_jacobian(model, closures, lowest=2)
 

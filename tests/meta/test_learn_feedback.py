@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -140,6 +141,39 @@ def test_bad_settings(tiny, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="`rank` is 4096 and the model"):
         learn(model, tmp_path / "x", rank=4096)
     assert not (tmp_path / "x").exists()
+
+
+def test_the_tuner_names_the_task_of_a_file_and_not_its_place(tiny, tmp_path: Path) -> None:
+    (tmp_path / "secret place").mkdir()
+    rows = tmp_path / "secret place" / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": f"review number {n}", "label": n % 2}) + "\n" for n in range(20)))
+    task = tmp_path / "secret place" / "reviews.yaml"
+    task.write_text(
+        "name: reviews\nkind: classification\nprompt: '{text}'\nlabels: {0: bad, 1: good}\nlabel: label\n"
+        f"files: {{train: {rows}}}\n"
+    )
+    tuner = learn(tiny("llama"), tmp_path / "x", task=[str(task)])
+    assert tuner.info.recipe["source"] == "reviews" and "task" not in tuner.info.recipe
+    assert "secret" not in tuner.card("x", "0") + json.dumps([tuner.info.recipe, tuner.info.scores])
+    assert b"secret" not in (tmp_path / "x" / "tuner.safetensors").read_bytes()
+
+
+def test_a_file_that_no_reader_takes_is_refused_before_the_fit(tiny, tmp_path: Path, monkeypatch) -> None:
+    for module in ("meta.trial", "tuner.envelope"):
+        monkeypatch.setattr(f"metazo.{module}.MAX_BYTES", 72_400)
+    with monkeypatch.context() as patched:
+        patched.setattr("metazo.meta.learn_feedback.fit_jacobian", None)
+        with pytest.raises(
+            UserError, match="`rank` is 31, which makes a file of up to .* bytes, and a feedback tuner may"
+        ) as found:
+            learn(tiny("llama"), tmp_path / "x", rank=31)
+        odd = tmp_path / "a\u00a0b"
+        odd.symlink_to(tiny("llama"))
+        with pytest.raises(UserError, match="`model` .* a tuner names its base model in at most 512 that can be shown"):
+            learn(odd, tmp_path / "x")
+    most = int(re.search("at most ([0-9]+)", str(found.value))[1])
+    assert 0 < most < 31 and not (tmp_path / "x").exists()
+    learn(tiny("llama"), tmp_path / "x", rank=most)
 
 
 def test_what_is_no_text_in_utf_8_is_refused_by_line(tiny, tmp_path: Path) -> None:

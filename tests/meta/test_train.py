@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -357,6 +358,35 @@ def test_bad_input_is_refused_in_one_sentence(settings, tmp_path: Path):
     with pytest.raises(UserError, match="give one of them"):
         settings(record=tmp_path, trajectory=tmp_path)
     assert not (tmp_path / "fresh").exists()
+
+
+def test_a_file_that_no_reader_takes_is_refused_before_the_first_step(settings, tmp_path: Path, monkeypatch):
+    for module in ("meta.trial", "tuner.envelope"):
+        monkeypatch.setattr(f"metazo.{module}.MAX_BYTES", 90_000)
+    with pytest.raises(
+        UserError, match="`hidden` is 999, which makes a file of up to .* bytes, and a tuner may have 90,000"
+    ) as said:
+        meta_train(settings(hidden=999))
+    most = int(re.search("at most ([0-9]+)", str(said.value))[1])
+    assert 0 < most < 999 and not (tmp_path / "out").exists()
+    meta_train(settings(hidden=most, steps=1))
+    horizon = HorizonConfig(settings().model, ["pico_topic"], tmp_path / "h", networks=most + 1, batch_size=4)
+    with pytest.raises(UserError, match=f"`networks` is {most + 1}, which makes a file"):
+        dry(horizon)
+
+
+@pytest.mark.parametrize("name", ["a\u00a0b", "x/" * 256 + "y"])
+def test_a_model_whose_name_no_tuner_holds_is_refused_before_the_first_step(settings, tmp_path: Path, name: str):
+    odd = tmp_path / name
+    odd.parent.mkdir(parents=True, exist_ok=True)
+    odd.symlink_to(settings().model)
+    for config in (
+        replace(settings(), model=str(odd)),
+        HorizonConfig(str(odd), ["pico_topic"], tmp_path / "out", batch_size=4),
+    ):
+        with pytest.raises(UserError, match="`model` .* a tuner names its base model in at most 512 that can be shown"):
+            meta_train(config)
+        assert not config.out.exists()
 
 
 def test_resume_with_other_settings_is_refused(settings, monkeypatch):

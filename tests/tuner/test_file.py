@@ -178,6 +178,18 @@ def test_infinite_weights_are_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_tuner_that_no_reader_takes_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = len(make().to_bytes())
+    monkeypatch.setattr("metazo.tuner.envelope.MAX_BYTES", size)
+    make().save(tmp_path / "t.safetensors")
+    monkeypatch.setattr("metazo.tuner.envelope.MAX_BYTES", size - 1)
+    with pytest.raises(
+        UserError, match=f"has {size:,} bytes, and one may have {size - 1:,}; make one of smaller networks"
+    ):
+        make().save(tmp_path / "u.safetensors")
+    assert not (tmp_path / "u.safetensors").exists()
+
+
 def test_missing_file_and_unwritable_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not a file"):
         Tuner.load(tmp_path / "none.safetensors")
