@@ -16,6 +16,10 @@ from metazo.meta.order import PreparedTask
 from metazo.meta.trajectory import disk_use
 from metazo.runs.resources import size
 
+UNROLLED_STEP = 4
+"""Copies of the weights that each unrolled step keeps: its new weights, its noise, and the weights of L+ and L-. The outer
+gradient takes 3 more, and each query leaves one until Python frees it; measured by tests/meta/test_gradient.py."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(ABC):
@@ -74,11 +78,12 @@ def make_plan(config: MetaConfig, model: nn.Module, tasks: Sequence[PreparedTask
     if config.objective == "ratio":
         forwards, backwards, extra = 1, 3, 1
     else:
-        unrolled = config.unroll + 1 if config.unroll > 1 else 0
+        unrolled = UNROLLED_STEP * config.unroll + 3 + config.queries if config.unroll > 1 else 0
         forwards, backwards, extra = 2 * config.unroll * config.queries, config.queries, unrolled
     teacher = 0 if config.trajectory is not None else 1
     longest = max((len(example) for task in tasks for example in task.prepared.train), default=1)
-    memory = held * (1 + max((1 + moments) * teacher, extra)) + _activations(model, config.batch_size, longest) * item
+    copies = 1 + moments * teacher + max(teacher, extra)  # weights, moments, and gradients or what the meta-step holds
+    memory = held * copies + _activations(model, config.batch_size, longest) * item
     state = held * (1 + (0 if recorded else moments))
     disk = 3 * state + (0 if recorded else held)  # two snapshots, and one that is being written
     if config.record is not None:

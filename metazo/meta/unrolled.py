@@ -2,8 +2,8 @@
 
 `higher` 0.2.1 patches modules by slicing `ModuleList`, which transformers 5 no longer allows. The model is therefore
 wrapped first: a small module owns the parameters under flat names and calls the model through
-`torch.func.functional_call`; `higher` unrolls that module. Memory grows with K copies of the weights, so this is for
-small models and for tests of gradient.py.
+`torch.func.functional_call`; `higher` unrolls that module. Each of K steps keeps four copies of the weights until the gradient
+is taken (its new weights, its noise, and the weights of L+ and L-), so this is for small models and for tests of gradient.py.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def unrolled_steps(
 class UnrolledLoss:
     """The loss after K zeroth-order steps on one batch, through `unrolled_steps`; arguments as OneStepLoss.
 
-    Where not to use: on large models, because the memory grows with K copies of the weights.
+    Where not to use: on large models, because the memory grows with 4 K copies of the weights.
     """
 
     model: nn.Module

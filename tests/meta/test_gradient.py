@@ -12,11 +12,15 @@ from torch.func import functional_call
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from metazo.blocks import named_tensors, partition
+from metazo.meta.config import MetaConfig
+from metazo.meta.dryrun import make_plan
 from metazo.meta.gradient import Redraw, one_step, stream_gradients
+from metazo.meta.path_setup import build, load
 from metazo.meta.unrolled import unrolled_steps
 from metazo.noise import PhiloxNoise, TorchOrderNoise
 from metazo.step.scales import normalisation
 from metazo.step.weights import Weights
+from tests.feedback.test_memory import most
 
 EPS, LR_UPDATE = 1e-3, 2e-3
 IDS = torch.arange(24).view(3, 8) % 11
@@ -161,6 +165,7 @@ from metazo.meta.gradient import one_step
 from metazo.meta.teacher import Teacher
 from metazo.noise import PhiloxNoise
 from metazo.step.weights import Weights
+from tests.feedback.test_memory import most
 
 torch.set_num_threads(1)
 model = nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(24)))  # 96 MiB in tensors of 4 MiB
@@ -201,3 +206,21 @@ def test_memory_of_a_meta_step():
     meta, teacher = map(float, run.stdout.split())
     assert teacher > 150, "the teacher holds a gradient and a momentum for every weight"
     assert meta < 30, f"{meta:.0f} MiB: more than the gradient and noise of a few tensors"
+
+
+def test_the_plan_knows_the_memory_of_unrolled_steps(tiny, tmp_path):
+    """Tensors in memory at the peak of a meta-step: the weights, the teacher's momentum, and what the step adds to them."""
+    found = []
+    for steps, queries in ((2, 1), (4, 2)):
+        out = tmp_path / f"{steps}-{queries}"
+        out.mkdir()
+        config = MetaConfig(str(tiny("llama")), "pico_topic", out, objective="published", unroll=steps, queries=queries,
+                            batch_size=1, steps=1, train_examples=4)  # fmt: skip
+        loaded, tasks = load(config)
+        held = sum(tensor.param.numel() * 4 for tensor in named_tensors(loaded.model))
+        run = build(config, loaded, tasks)
+        run.step()
+        found.append((most(run.step) / held + 2, make_plan(config, loaded.model, tasks).memory_bytes / held))
+    (one, planned), (more, planned_more) = found
+    assert planned_more - planned == pytest.approx(more - one, rel=0.05)
+    assert planned == pytest.approx(one, rel=0.1)
