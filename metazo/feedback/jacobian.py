@@ -60,7 +60,7 @@ def fit_jacobian(
 
     Returns: float32 factors (d, r) and (r, d), and the trust, by block index.
     Cost: per batch one forward pass, and per block one run and `draws` backward passes. Memory: four (d, d) matrices in
-    float64 per block. Raises UserError for fewer than 4 batches or a rank above the width.
+    float64 per block. Raises UserError for fewer than 4 batches, a rank above the width, or without a ridge too few pairs.
     """
     closures = list(closures)
     if len(closures) < HELD_OUT:
@@ -157,6 +157,11 @@ class _Fit:
     def solve(self, rank: int, ridge: float) -> tuple[Tensor, Tensor, float]:
         """(V, U, t): B_l as the identity plus V U of that rank, and the trust t on the pairs that are held out."""
         eye, sums = torch.eye(self.width, dtype=torch.float64), self.fitted
+        if rank and not ridge and (found := int(torch.linalg.matrix_rank(sums.vv, hermitian=True))) < self.width:
+            raise UserError(
+                f"`ridge` is 0 and the cotangents span {found} of the {self.width} dimensions of the hidden states, too few "
+                "for the maps; choose a `ridge` above 0, or more texts or `draws`."
+            )
         u, s, vt = torch.linalg.svd(torch.linalg.solve(sums.vv + ridge * sums.count * eye, sums.ve) - eye)
         down, up = u[:, :rank] * s[:rank], vt[:rank]
         return down, up, self.held_out.trust(eye + down @ up)

@@ -18,6 +18,8 @@ from metazo.blocks import Block
 from metazo.io.extras import needs
 from metazo.io.files import whole_file
 from metazo.io.terminal import Console
+from metazo.meta.config import MetaConfig
+from metazo.meta.horizon_config import HorizonConfig
 from metazo.meta.loop import MetaStep
 from metazo.meta.ratio import block_type
 from metazo.runs.folder import METRICS
@@ -68,8 +70,8 @@ def _finite(value: float | None) -> float | None:
 class Progress:
     """Shows a live panel on a terminal, a line every ten seconds elsewhere, and nothing without a console."""
 
-    def __init__(self, console: Console | None, total: int, first: int = 0):
-        self.console, self.total, self.first = console, total, first
+    def __init__(self, console: Console | None, config: MetaConfig | HorizonConfig, total: int, first: int = 0):
+        self.console, self.config, self.total, self.first = console, config, total, first
         self.smooth: float | None = None
         self.began = self.told = time.monotonic()
         self.warned = False
@@ -98,7 +100,7 @@ class Progress:
             self.console.print(self._headline(row, skipped))
         if row["largest_share"] > COLLAPSED and not self.warned:
             self.warned = True
-            self.console.print(warning(row), style="yellow")
+            self.console.print(warning(row, self.config), style="yellow")
 
     def _headline(self, row: dict[str, Any], skipped: int) -> str:
         done = row["step"] + 1
@@ -118,15 +120,21 @@ class Progress:
         width = round(40 * done / self.total)
         lines = [Text(f"[{'=' * width}{' ' * (40 - width)}] {self._headline(row, skipped)}")]
         if row["largest_share"] > COLLAPSED:
-            lines.append(Text(warning(row), style="yellow"))
+            lines.append(Text(warning(row, self.config), style="yellow"))
         return Group(*lines, table)
 
 
-def warning(row: dict[str, Any]) -> str:
-    """The collapse warning."""
+def warning(row: dict[str, Any], config: MetaConfig | HorizonConfig) -> str:
+    """The collapse warning, with those remedies that the run's settings allow."""
+    if isinstance(config, HorizonConfig):
+        remedy = "Lower `spread`, `lr_sigma` or `bound`"
+    else:
+        own = "raise `entropy`" if config.objective == "ratio" else "average more `queries`"
+        bound = "lower `bound`" if config.parametrisation == "rms_exp" else "use `parametrisation='rms_exp'`"
+        remedy = f"Lower `lr_meta`, {own}, or {bound}"
     return (
         f"Collapse: {row['largest_block']} holds {row['largest_share']:.0%} of the perturbation at meta-step "
-        f"{row['step'] + 1}. Lower `lr_meta`, average more `queries`, or use `parametrisation='rms_exp'`."
+        f"{row['step'] + 1}. {remedy}."
     )
 
 

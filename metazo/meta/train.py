@@ -115,7 +115,7 @@ def _take_away(out: Path) -> None:
 def train(run: MetaRun | HorizonRun, folder: RunFolder, steps: int, caught: list[str], console: Console | None) -> None:
     """The loop, with metrics, progress and snapshots."""
     folder.keep_records(folder.records()[: run.steps])
-    with Progress(console, steps, run.steps) as progress:
+    with Progress(console, run.config, steps, run.steps) as progress:
         while run.steps < steps:
             step = run.step()
             if step is not None:  # None: a signal was caught within the step, which is taken again on resuming

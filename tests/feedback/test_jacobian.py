@@ -167,6 +167,13 @@ def test_settings_that_cannot_be_fitted() -> None:
     with pytest.raises(UserError, match="`rank` is 7 and the model.s width is 6"):
         fit_jacobian(model, counted, rank=7)
     assert len(run) == 1, "it is known after the first batch"
+    few = [lambda x=x: model(x).square().mean() for x in torch.randn(4, 1, 2, WIDTH, dtype=torch.float64)]
+    with pytest.raises(
+        UserError, match="`ridge` is 0 and the cotangents span 3 of the 6 dimensions of the hidden states"
+    ):
+        fit_jacobian(model, few, rank=2, ridge=0.0, draws=1)
+    fit_jacobian(model, few, rank=2, ridge=0.0, draws=2)
+    fit_jacobian(model, few, rank=2, draws=1)
     with pytest.raises(UserError, match="The last block needs no feedback"):
         fit_jacobian(model, closures, lowest=2)
 
