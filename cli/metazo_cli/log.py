@@ -15,6 +15,7 @@ from metazo.steplog.format import STEPS, Scan, scan
 app = typer.Typer(help="Show, verify, compare and repair step logs.", no_args_is_help=True)
 
 DRAWN = 1e30
+MOST_SHOWN = 64  # numbers of a list; a step may have 131,072 losses
 LogArgument = Annotated[Path, typer.Argument(help="A step log, or the folder of a run.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
@@ -70,7 +71,8 @@ def tell(found: Scan, last: int, console: Console) -> None:
 
 def _shown(value: Any) -> str:
     if isinstance(value, list | tuple):
-        return ", ".join(map(_shown, value))
+        rest = f", ... ({len(value):,} in all)" if len(value) > MOST_SHOWN else ""
+        return ", ".join(map(_shown, value[:MOST_SHOWN])) + rest
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 

@@ -212,6 +212,8 @@ class Population:
         if not isinstance(self.members, int) or self.members < least or (self.antithetic and self.members % 2):
             even = "an even number" if self.antithetic else "a whole number"
             raise UserError(f"`population` must be {even} of at least {least}, not {self.members}.")
+        if self.members > MOST_QUERIES:
+            raise UserError(f"`population` must be at most {MOST_QUERIES:,}, not {self.members}.")
         if self.shaping not in SHAPINGS:
             raise UserError(f"`shaping` {self.shaping!r} is unknown: choose {' or '.join(SHAPINGS)}.")
 

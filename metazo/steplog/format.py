@@ -34,11 +34,15 @@ from typing import Any
 from metazo.errors import UserError
 from metazo.io.files import opened
 from metazo.io.plain import parse_json
+from metazo.step.estimators import MOST_QUERIES
 from metazo.step.record import Step
 
 STEPS = "steps.jsonl"  # the log in the folder of a run
 VERSION = 1
-MAX_LINE = 1 << 20  # bytes; a longer line does not belong to a log
+MAX_LINE = 128 * MOST_QUERIES
+"""Most bytes of a line. A query takes at most 96: a seed of 20 digits, two losses and a coefficient of 24 characters."""
+MAX_NESTED = 1 << 20
+"""Most bytes of a line that is not four lists of numbers, as a step is: others may take 30 times their bytes of memory."""
 
 
 def _plain(value: float) -> float | str:
@@ -78,7 +82,17 @@ def line(record: dict[str, Any], chain: int) -> tuple[bytes, int]:
     """A record as a line, and the checksum for the next line."""
     body = json.dumps(record, separators=(",", ":"), allow_nan=False).encode()[:-1]
     chain = zlib.crc32(body, chain)
-    return body + b',"crc":%d}\n' % chain, chain
+    data = body + b',"crc":%d}\n' % chain
+    if _too_long(data):
+        raise UserError(
+            f"A line of the step log would have {len(data):,} bytes, and at most {MAX_LINE:,} are read (of a header "
+            f"{MAX_NESTED:,}): choose fewer queries per step, or shorter settings."
+        )
+    return data, chain
+
+
+def _too_long(data: bytes) -> bool:
+    return len(data) > MAX_LINE or (len(data) > MAX_NESTED and data.count(b"[") + data.count(b"{") > 5)
 
 
 def unpacked(data: bytes, chain: int) -> tuple[dict[str, Any], int]:
@@ -87,6 +101,8 @@ def unpacked(data: bytes, chain: int) -> tuple[dict[str, Any], int]:
     after = zlib.crc32(body, chain)
     if not mark or tail != b"%d}\n" % after:
         raise ValueError("its checksum does not follow from the lines before")
+    if _too_long(data):
+        raise ValueError(f"it has {len(data):,} bytes")
     return parse_json(body + b"}"), after
 
 

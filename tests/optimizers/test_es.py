@@ -140,6 +140,7 @@ def test_eggroll_together_is_in_turn(antithetic):
     ("own", "words"),
     [
         ({"population": 1}, "population"),
+        ({"population": 2**16 + 2, "antithetic": True}, "at most 65,536"),
         ({"population": 5, "antithetic": True}, "even"),
         ({"population": 2, "antithetic": True}, "at least 4"),
         ({"shaping": "none"}, "shaping"),

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import math
+import sys
+import tracemalloc
+import zlib
 from dataclasses import replace
 
 import pytest
@@ -10,10 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metazo.errors import UserError
+from metazo.io.terminal import Console
+from metazo.step.estimators import MOST_QUERIES
 from metazo.step.record import Step
-from metazo.steplog.format import line, read, scan
+from metazo.steplog.format import MAX_LINE, MAX_NESTED, line, read, scan
 from metazo.steplog.inspect import diff, repair
 from metazo.steplog.writer import StepLog
+from metazo_cli.log import tell
 
 HEADER = {"method": "mezo", "seed": 3}
 STEPS = [Step(i, (i * 7919,), (0.1 * i, 1 / 3), (math.pi * i,), (1e-6,)) for i in range(20)]
@@ -29,6 +36,38 @@ def written(tmp_path, steps=STEPS):
 
 def test_reads_back_bit_for_bit(tmp_path):
     assert read(written(tmp_path)) == STEPS
+
+
+def test_a_step_of_the_most_queries_reads_back(tmp_path):
+    """The longest seeds and numbers that there are; a line that could not be read is not written."""
+    n, longest = MOST_QUERIES, -sys.float_info.min
+    assert len(repr(longest)) == 24 and len(repr(2**64 - 1)) == 20
+    step = Step(0, (2**64 - 1,) * n, (longest,) * (2 * n), (longest,) * n, (longest,) * 9)
+    log = StepLog(tmp_path / "log", HEADER)
+    log.append(step)
+    assert read(log.path) == [step]
+    with pytest.raises(UserError, match=f"bytes, and at most {MAX_LINE:,} are read.*choose fewer queries"):
+        log.finish(0, "0" * MAX_LINE)
+
+
+def test_a_long_list_is_shown_shortened(tmp_path):
+    step, text = Step(0, (1,), (0.5,) * 2 * MOST_QUERIES, (2.0,), (1e-6,)), io.StringIO()
+    tell(scan(written(tmp_path, [step])), 1, Console(file=text, width=300))
+    assert "(131,072 in all)" in text.getvalue() and len(text.getvalue()) < 10_000
+
+
+@pytest.mark.parametrize("inner", ["[]", "{}"])
+def test_a_long_line_that_would_take_many_times_its_bytes_is_damage(tmp_path, inner):
+    head, chain = line({"metazo_steps": 1}, 0)
+    body = b'{"step":[' + f"{inner},".encode() * MAX_NESTED + b"0]"
+    bad = body + b',"crc":%d}\n' % zlib.crc32(body, chain)
+    (tmp_path / "log").write_bytes(head + bad + b"x\n")
+    tracemalloc.start()
+    assert f"line 2 is bad (it has {len(bad):,} bytes)" in (scan(tmp_path / "log").damage or "")
+    assert tracemalloc.get_traced_memory()[1] < 8 * len(bad)
+    tracemalloc.stop()
+    with pytest.raises(UserError, match=f"of a header {MAX_NESTED:,}"):
+        StepLog(tmp_path / "other", HEADER | {"settings": {"train": [[]] * MAX_NESTED}})
 
 
 def test_losses_that_are_not_finite(tmp_path):
