@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
@@ -48,10 +48,12 @@ def setting(
 
 def check_values(config: Any) -> None:
     """Raises UserError for a number of a settings dataclass that is not finite or out of its bounds, and for a text or path
-    that is not UTF-8 or has a component longer than a file name may be.
+    that is not UTF-8 or has a component longer than a file name may be, and for True or False as a number.
     """
+    types = _types(type(config))
     for item in fields(config):
         value, bounds = getattr(config, item.name), item.metadata
+        check_flag(item.name, value, types[item.name])
         if isinstance(value, int | float) and not isinstance(value, bool):
             most = bounds.get("most") or (MOST if isinstance(value, int) else None)
             check_number(item.name, value, least=bounds.get("least"), above=bounds.get("above"), most=most)
@@ -74,6 +76,35 @@ def check_number(
         wanted = f"at most {most:,}" if isinstance(most, int) else f"at most {most:g}"
     if wanted is not None:
         raise UserError(f"`{name}` must be {wanted}, not {shown(value)}.")
+
+
+def check_flag(name: str, value: Any, wanted: Any) -> None:
+    """Raises UserError for True or False, also within a list or mapping, if `wanted`, a type, has numbers and no flags: both
+    are ints in Python, and 1 and 0 to pydantic.
+    """
+    kinds = _kinds(wanted)
+    if kinds & {int, float} and not kinds & {bool, Any, object} and (flag := _flag(value)) is not None:
+        raise UserError(f"`{name}` must be a number, not {flag}; YAML reads yes, on, no and off as True and False too.")
+
+
+def _kinds(wanted: Any) -> set[Any]:
+    """The types that a type is made of."""
+    parts = get_args(wanted)
+    if get_origin(wanted) is Literal or not parts:
+        return set(map(type, parts)) or {wanted}
+    parts = [part for part in parts if not isinstance(part, list)]  # of a function's arguments
+    return set[Any]().union(*map(_kinds, parts))
+
+
+def _flag(value: Any) -> bool | None:
+    """The first True or False in a value, if there is one."""
+    if isinstance(value, bool):
+        return value
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return next((flag for part in parts if (flag := _flag(part)) is not None), None)
+
+
+_types = cache(get_type_hints)
 
 
 def check_path(name: str, value: str | Path) -> None:
@@ -133,6 +164,7 @@ def build(config: type[Config], *layers: Mapping[str, Any]) -> Config:
     for key in values:
         if key not in known:
             raise UserError(f"{shown(key)} is not a setting; the settings are {', '.join(known)}.")
+        check_flag(key, values[key], _types(config)[key])
     try:
         return _checker(config).validate_python(values)
     except ValidationError as error:

@@ -63,7 +63,7 @@ __all__ = ["DECAY_EXEMPT", "State", "Step", "Update", "ZOOptimizer"]
 def _numbers(**values: float) -> None:
     for name, value in values.items():
         try:
-            fits = math.isfinite(value) and value >= 0
+            fits = math.isfinite(value) and value >= 0 and not isinstance(value, bool)
         except TypeError:
             fits = False
         if not fits:
@@ -136,7 +136,7 @@ class ZOOptimizer(Verbs, Saving):
         probe_ranks: int = 1,
     ):
         _numbers(lr=lr, eps=eps, weight_decay=weight_decay)
-        if not isinstance(seed, Integral) or not 0 <= seed < 2**64:
+        if not isinstance(seed, Integral) or isinstance(seed, bool) or not 0 <= seed < 2**64:
             raise UserError(f"`seed` must be a whole number of 0 to 2^64 - 1, not {seed!r}.")
         if eps == 0:
             raise UserError("`eps` must be above 0; at 0 the losses of the two probes would not differ.")
@@ -167,7 +167,7 @@ class ZOOptimizer(Verbs, Saving):
         self._ready = self._seen = False
         self._unrecorded: tuple[Step, list[Term] | None, Estimator] | None = None
         self.checks_weights = True  # at the first step
-        if not isinstance(check_every, int) or check_every < 0:
+        if not isinstance(check_every, int) or isinstance(check_every, bool) or check_every < 0:
             raise UserError(f"`check_every` must be a whole number of at least 0, not {check_every}.")
         self.check_every, self._compared = check_every, False
         self.exchange = ranks.Exchange(probe_ranks)

@@ -54,7 +54,7 @@ class Exchange:
     """
 
     def __init__(self, probe_ranks: int = 1):
-        if not isinstance(probe_ranks, int) or probe_ranks < 1:
+        if not isinstance(probe_ranks, int) or isinstance(probe_ranks, bool) or probe_ranks < 1:
             raise UserError(f"`probe_ranks` must be a whole number of at least 1, not {probe_ranks}.")
         self.probe_ranks = probe_ranks
         self.stop = self.stopped = False

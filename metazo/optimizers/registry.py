@@ -166,7 +166,8 @@ class Method:
         compat = options.get("compat", "paper")
         if compat not in ("paper", "official"):
             raise UserError(f"`compat` {compat!r} is unknown: choose paper or official.")
-        for key in [key for key, value in options.items() if isinstance(value, str) or not hasattr(value, "__float__")]:
+        odd = [k for k, value in options.items() if isinstance(value, str | bool) or not hasattr(value, "__float__")]
+        for key in odd:
             own = cls.hyperparameters().get(key)
             if own is not None and own.annotation in (float, int, "float", "int"):  # texts under postponed annotations
                 raise UserError(f"`{key}` must be a number, not {options[key]!r}.")

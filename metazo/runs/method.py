@@ -21,7 +21,7 @@ from metazo.models.embedded import EMBEDDED
 from metazo.optimizers import METHODS
 from metazo.optimizers.registry import method, require_own
 from metazo.runs.config import FinetuneConfig
-from metazo.settings import MOST, check_number
+from metazo.settings import MOST, check_flag, check_number
 from metazo.step.rules import named_rule
 from metazo.step.scales import STATISTICS_EVERY, BlockScale, RMSScale
 from metazo.tuner.networks import PertNN
@@ -31,6 +31,7 @@ from metazo.tuner.scale import TunerScale, tuner_scale
 def _option(name: str, key: str, value: Any) -> Any:
     """A hyperparameter's value, converted if it is a number or a flag. Raises UserError for what is neither."""
     wanted = METHODS[name].hint(key)
+    check_flag(key, value, wanted)
     if not set(typing.get_args(wanted) or (wanted,)) <= {int, float, bool, type(None)}:
         return value
     try:

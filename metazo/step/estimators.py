@@ -59,7 +59,7 @@ def check_queries(queries: int, least: int = 1, why: str = "") -> None:
     """Raises UserError for no whole number of queries, or one below `least` (`why` completes the message) or above
     MOST_QUERIES.
     """
-    if not isinstance(queries, Integral):
+    if not isinstance(queries, Integral) or isinstance(queries, bool):
         raise UserError(f"`queries` must be a whole number, not {queries!r}.")
     if not least <= queries <= MOST_QUERIES:
         wanted = f"at least {least}{why}" if queries < least else f"at most {MOST_QUERIES:,}"

@@ -19,6 +19,7 @@ from metazo.noise import PhiloxNoise
 from metazo.optimizers import FZOO, LOZO, METHODS, OPTIMIZERS, MeZO
 from metazo.optimizers.guards import as_loss, check_weights
 from metazo.optimizers.loss_watch import FIRST_STEPS
+from metazo.step.estimators import TwoPoint
 from metazo.step.rules import Adam
 from metazo.step.scales import RMSScale
 from metazo.tuner.networks import PertNN
@@ -386,7 +387,7 @@ def test_a_probe_beyond_the_range_of_the_weights_is_refused(dtype, eps):
 
 
 @pytest.mark.parametrize("setting", ["lr", "eps", "weight_decay"])
-@pytest.mark.parametrize("value", ["1e-3", None, math.nan, -1.0])
+@pytest.mark.parametrize("value", ["1e-3", None, math.nan, -1.0, True])
 def test_numbers_are_finite_and_at_least_0(setting, value):
     layer = nn.Linear(2, 2)
     with pytest.raises(UserError, match=f"`{setting}` must be a finite number"):
@@ -399,9 +400,9 @@ def test_numbers_are_finite_and_at_least_0(setting, value):
 @pytest.mark.parametrize(
     ("name", "option"),
     [("mezo-momentum", "momentum"), ("hizoo", "smoothing"), ("mezo-svrg", "mini_lr"), ("zo-muon", "vector_rate"),
-     ("meazo", "beta"), ("es", "population")],
+     ("meazo", "beta"), ("es", "population"), ("lozo", "rank"), ("fzoo", "queries")],
 )  # fmt: skip
-@pytest.mark.parametrize("value", [None, "0.9"])
+@pytest.mark.parametrize("value", [None, "0.9", True])
 def test_hyperparameters_that_are_no_numbers_are_named(name, option, value):
     with pytest.raises(UserError, match=f"^`{option}` must be a number, not {value!r}"):
         METHODS[name](nn.Linear(2, 2).named_parameters(), **{option: value})
@@ -492,7 +493,15 @@ def test_narrow_slices_of_more_than_a_chunk_take_their_steps(name):
     assert torch.equal(slices["slice"], slices["copy"])
 
 
-@pytest.mark.parametrize("seed", [1.5, "x", -1, 2**64])
+@pytest.mark.parametrize("setting", ["check_every", "probe_ranks"])
+def test_counts_are_no_flags(setting):
+    with pytest.raises(UserError, match=f"`{setting}` must be a whole number of at least ., not True"):
+        MeZO(nn.Linear(2, 2).named_parameters(), **{setting: True})
+    with pytest.raises(UserError, match="`queries` must be a whole number, not True"):
+        TwoPoint(True)
+
+
+@pytest.mark.parametrize("seed", [1.5, "x", -1, 2**64, True])
 def test_seeds_are_whole_numbers(seed):
     with pytest.raises(UserError, match="`seed` must be a whole number"):
         MeZO(nn.Linear(2, 2).named_parameters(), seed=seed)

@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import fields
 
 import pytest
+import torch
 
+from metazo.comparisons.grid import Grid
 from metazo.errors import UserError
 from metazo.runs.config import INCIDENTAL, FinetuneConfig
+from metazo.runs.method import arguments
 from metazo.settings import build, help_of, read_recipe
 
 BASE = {"model": "pico", "task": "pico_sentiment", "out": "runs/x"}
@@ -61,6 +64,43 @@ def test_every_setting_is_documented():
 def test_bad_settings(extra, words):
     with pytest.raises(UserError, match=words.replace("(", r"\(")):
         build(FinetuneConfig, BASE, extra)
+
+
+@pytest.mark.parametrize("text", ["lora: true", "lr: yes", "steps: on", "seed: no", "batch_size: [true]"])
+def test_a_flag_is_no_number(tmp_path, text):
+    """Python's True is 1, and so it was to pydantic."""
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    key, (value,) = next((key, [value]) for key, value in read_recipe(path).items())
+    with pytest.raises(UserError, match=f"`{key}` must be a number, not (True|False); YAML reads yes, on"):
+        build(FinetuneConfig, BASE, read_recipe(path))
+    with pytest.raises(UserError, match=f"`{key}` must be a number, not"):
+        FinetuneConfig(**BASE, **{key: value})
+
+
+def test_flags_remain_flags_and_their_numbers():
+    config = build(
+        FinetuneConfig, BASE, {"merge": True, "allow_partial": 1, "method": {"antithetic": False}, "lora": 1}
+    )
+    assert (config.merge, config.allow_partial, config.method, config.lora) == (True, True, {"antithetic": False}, 1)
+    with pytest.raises(UserError, match="`lrs` must be a number, not True"):
+        build(Grid, {"model": "pico", "tasks": ["pico_topic"], "columns": ["mezo"], "budget": 9, "lrs": [1e-3, True]})
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options", "sentence"),
+    [
+        ("lozo", {"rank": True}, "`rank` must be a number, not True"),
+        ("mezo-adam", {"betas": [False, 0.9]}, "`betas` must be a number, not False"),
+        ("dominant-layer", {"layer": True}, "`layer` must be a number, not True"),
+    ],
+)
+def test_a_flag_is_no_hyperparameter(optimizer, options, sentence):
+    config = build(FinetuneConfig, BASE, {"optimizer": optimizer, "method": options})
+    with pytest.raises(UserError, match=sentence):
+        arguments(config, torch.nn.Linear(2, 2))
+    config = build(FinetuneConfig, BASE, {"optimizer": "es", "method": {"antithetic": True, "population": 4}})
+    assert arguments(config, torch.nn.Linear(2, 2))["antithetic"] is True
 
 
 def test_what_is_required():
