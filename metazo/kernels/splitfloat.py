@@ -48,6 +48,7 @@ _MULTIPLIERS = (0x7FEB352D, -0x7B935975)  # Wellons' lowbias32, with arithmetic 
 def join(weights: Tensor, low: Tensor, room: Tensor | None = None) -> Tensor:
     """Theta, float32, of narrow weights and the signed bits below them (int16, or int8: the upper ones of those).
 
+    float16 below 2^-14 passes through numbers below 2^-126: a thread that `flushes` would make it 0, here and in `split`.
     Shapes: all (n,). room: float32 memory to use, of at least n entries: allocating memory for every chunk costs as much
     time as filling it.
     """
@@ -74,6 +75,11 @@ def split(theta: Tensor, weights: Tensor, low: Tensor, start: int, seed: int) ->
     layout, arrays = LAYOUTS[weights.dtype], (theta.numpy(), weights.view(torch.int16).numpy(), low.numpy())
     fixed = (layout.below, _dropped(layout, low), np.float32(1 / layout.scale), np.int32(_folded(seed)))
     share(_split, [(*cut, start + first, *fixed) for first, cut in _cuts(*arrays)])  # type: ignore[misc]
+
+
+def flushes() -> bool:
+    """Whether this thread takes float32 numbers below 2^-126 for 0, as after torch.set_flush_denormal(True)."""
+    return float(torch.tensor(1e-40, dtype=torch.float32, device="cpu") * 1) == 0
 
 
 def _compiled(weights: Tensor, low: Tensor) -> bool:

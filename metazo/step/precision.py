@@ -19,7 +19,7 @@ from torch import Tensor
 
 from metazo.blocks import NamedTensor
 from metazo.errors import UserError
-from metazo.kernels.splitfloat import LAYOUTS, join, split
+from metazo.kernels.splitfloat import LAYOUTS, flushes, join, split
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,15 @@ def check_used(precision: str, params: Iterable[Tensor]) -> None:
         )
     if precision == "master" and torch.float64 in types:
         raise UserError("`precision` master keeps float32, which is less than the float64 weights have: leave it out.")
+
+
+def check_flushing(compensated: Iterable[Tensor]) -> None:
+    """Raises UserError if this thread would make small ones of these weights 0. torch's switch for it is not that of a GPU."""
+    if any(param.dtype == torch.float16 and param.device.type == "cpu" for param in compensated) and flushes():
+        raise UserError(
+            "`precision` compensated would lose float16 weights below 6.1e-5, because this thread takes the smallest numbers "
+            "for 0: call torch.set_flush_denormal(False), or choose master."
+        )
 
 
 def cost(precision: str, params: Iterable[Tensor]) -> tuple[str, int]:

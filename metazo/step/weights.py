@@ -22,7 +22,7 @@ from metazo.errors import UserError
 from metazo.noise import Move, Noise, PhiloxStream, Place, Stream
 from metazo.step.directions import in_chunks
 from metazo.step.pending import Pending
-from metazo.step.precision import Compensated, InPlace, Master, Storage, storage
+from metazo.step.precision import Compensated, InPlace, Master, Storage, check_flushing, storage
 from metazo.step.substitute import Scratch, of_compiler
 from metazo.step.terms import Estimate, Term, add_sum_
 
@@ -54,8 +54,10 @@ class Weights:
     def follow(self) -> None:
         """Before a step: what is kept of weights that were changed since the last one, as by load_state_dict, begins anew.
 
-        Raises UserError if a weight has another dtype now, for which its theta would be stored in another way.
+        Raises UserError if a weight has another dtype now, for which its theta would be stored in another way, and if its
+        theta cannot be calculated in this thread.
         """
+        check_flushing(tensor.param for tensor in self.compensated)
         for tensor in self.tensors:
             if tensor.param.dtype != self.dtypes[tensor.name]:
                 was, now = (str(kind).removeprefix("torch.") for kind in (self.dtypes[tensor.name], tensor.param.dtype))

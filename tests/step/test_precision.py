@@ -88,6 +88,26 @@ def test_small_float16_keeps_37_binary_places():
     assert float((join(weights, low) - theta).abs().max()) <= 2.0**-38
 
 
+@pytest.mark.parametrize("precision", ["compensated-16", "compensated-8"])
+def test_a_thread_that_flushes_is_refused_before_it_loses_weights(precision):
+    """At learning rate 0 a step made nearly all of them 0."""
+    layer = nn.Linear(16, 16).half()
+    layer.weight.data.mul_(1e-4)
+    optimizer = MeZO(layer.named_parameters(), lr=0.0, precision=precision)
+    before = layer.weight.detach().clone()
+    torch.set_flush_denormal(True)
+    try:
+        with pytest.raises(UserError, match=r"below 6.1e-5.*call torch.set_flush_denormal\(False\), or choose master"):
+            optimizer.step(lambda: layer.weight.float().sum())
+        for dtype, kind in ((torch.float16, "master"), (torch.bfloat16, precision)):
+            other = nn.Linear(16, 16).to(dtype)
+            MeZO(other.named_parameters(), precision=kind).step(lambda other=other: other.weight.float().sum())
+    finally:
+        torch.set_flush_denormal(False)
+    optimizer.step(lambda: layer.weight.float().sum())
+    assert torch.equal(layer.weight, before)
+
+
 @narrow
 def test_eight_bits_are_right_on_average(dtype):
     """Against the same split in float64 arithmetic: within one unit, exact if nothing is lost, unbiased."""
