@@ -12,6 +12,7 @@ from typing import Any
 
 from metazo.io.files import write_whole
 from metazo.io.lines import LineFile
+from metazo.io.lock import FolderLock
 from metazo.steplog.format import Scan, differences, encode, scan
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -113,8 +114,14 @@ def _flat_differences(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, A
 def repair(path: Path) -> tuple[int, int, Path | None]:
     """Keep the intact lines of a damaged or torn log; the rest is moved to a new file beside it.
 
-    Returns: number of intact steps, number of moved bytes, and the path of the file that holds them.
+    Returns: number of intact steps, number of moved bytes, and the path of the file that holds them. Raises UserError if a run
+    is using the folder of the log.
     """
+    with FolderLock(path.resolve().parent, "log"):
+        return _repair(path)
+
+
+def _repair(path: Path) -> tuple[int, int, Path | None]:
     found = scan(path)
     with path.open("rb") as file:
         file.seek(found.size)

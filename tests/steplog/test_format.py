@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metazo.errors import UserError
+from metazo.io.lock import FolderLock
 from metazo.io.terminal import Console
 from metazo.step.estimators import MOST_QUERIES
 from metazo.step.record import Step
@@ -133,6 +134,19 @@ def test_a_torn_tail_is_said(tmp_path):
     said: list[str] = []
     StepLog(path, HEADER, say=said.append).close()
     assert "19 steps are intact" in said[0] and len(read(path)) == 19
+
+
+def test_the_log_of_a_run_that_is_on_is_not_repaired(tmp_path):
+    """It cut what the run had appended since the log was read."""
+    (tmp_path / "run").mkdir()
+    path = written(tmp_path / "run")
+    path.write_bytes(data := path.read_bytes()[:-9])
+    (tmp_path / "link").symlink_to(path)
+    with FolderLock(tmp_path / "run"):
+        for name in (path, tmp_path / "link"):
+            with pytest.raises(UserError, match="`log` .*run is in use by .*; wait until it ends"):
+                repair(name)
+    assert path.read_bytes() == data and repair(path)[0] == 19
 
 
 def test_repair_keeps_what_is_whole_and_the_rest_beside(tmp_path):
