@@ -138,8 +138,14 @@ def help_of(config: type) -> dict[str, str]:
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """A YAML recipe: a mapping of field names to values. Raises UserError that names the file."""
-    return {key.replace("-", "_"): value for key, value in read_yaml(path, "recipe").items()}
+    """A YAML recipe: a mapping of field names, in which - is _, to values. Raises UserError that names the file."""
+    found: dict[str, Any] = {}
+    for key, value in read_yaml(path, "recipe").items():
+        name = key.replace("-", "_")
+        if name in found:
+            raise UserError(f"recipe {path} has {shown(name)} twice, with - and with _; leave one of them out.")
+        found[name] = value
+    return found
 
 
 @cache

@@ -2,14 +2,16 @@
 
 It refuses content that readers interpret differently or that grows when it is read: keys given twice, more than MAX_DEPTH
 levels of nesting, whole numbers beyond 256 bits, and in YAML anchors (a few lines of which can expand to billions of
-values) and tags that name Python objects. Files are regular files of limited size: a pipe or a device is refused at once.
-A document within these limits takes at most 6 s and 250 MB.
+values), tags that name Python objects, and numbers with a leading 0 (0100 is 64 in YAML 1.1 and 100 in YAML 1.2). What YAML 1.1
+reads as a number to the base of 60 (1:30) is text. Files are regular files of limited size: a pipe or a device is refused at
+once. A document within these limits takes at most 6 s and 250 MB.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +79,17 @@ def _check(value: Any, finite: bool) -> None:
     raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
 
 
+_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+_NUMBERS = {
+    _INT: re.compile(r"[-+]?(0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]*|[1-9][0-9_]*)$"),
+    _FLOAT: re.compile(r"([-+]?[0-9][0-9_]*\.[0-9_]*([eE][-+][0-9]+)?|\.[0-9][0-9_]*([eE][-+][0-9]+)?"
+                       r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"),
+}  # fmt: skip
+"""What is a number: as in PyYAML, without the forms to the base of 60."""
+
+
 class Loader(yaml.SafeLoader):
-    """Plain YAML: no tags of Python, no anchors, no key twice."""
+    """Plain YAML: no tags of Python, no anchors, no key twice, no number that some readers take for octal."""
 
     def fetch_flow_collection_start(self, TokenClass: Any) -> None:
         """Refuse deep lists here: PyYAML looks a thousand characters ahead, and at each of them goes through all open ones."""
@@ -102,6 +113,16 @@ class Loader(yaml.SafeLoader):
             raise yaml.MarkedYAMLError(problem="it has half of a character", problem_mark=node.start_mark)
         return found
 
+    def construct_yaml_int(self, node: Any) -> int:
+        digits = self.construct_scalar(node).replace("_", "")
+        if re.fullmatch("[-+]?0[0-7]+", digits) and int(digits, 8) != int(digits):
+            raise yaml.MarkedYAMLError(
+                problem=f"{shown(node.value)} is octal to some readers of YAML and decimal to others: leave out the leading 0, "
+                "or put it in quotes if it is text",
+                problem_mark=node.start_mark,
+            )
+        return super().construct_yaml_int(node)
+
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         found = super().construct_mapping(node, deep)
         if len(found) < len(node.value):
@@ -111,6 +132,13 @@ class Loader(yaml.SafeLoader):
                 problem=f"the key {shown(keys[place])} is given twice", problem_mark=node.value[place][0].start_mark
             )
         return found
+
+
+Loader.yaml_implicit_resolvers = {
+    first: [(tag, _NUMBERS.get(tag, pattern)) for tag, pattern in resolvers]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+Loader.add_constructor(_INT, Loader.construct_yaml_int)
 
 
 def read_yaml(path: Path, what: str, loader: type[Loader] = Loader) -> dict[str, Any]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from datetime import date
 from pathlib import Path
 
 import pytest
+import yaml
 
 from metazo.errors import UserError
 from metazo.io.files import read_capped
@@ -54,12 +56,25 @@ def test_json_within_them(tmp_path: Path) -> None:
         ("a: 1\nb: {c: 1}\na: 2", "line 3 is not valid YAML: the key 'a' is given twice"),
         ("a: 1" + "0" * 400, "more than 256 bits"),
         ("a: " + "x" * 200_000, "larger than the 131,072 bytes"),
+        ("a: 0100", "line 1 is not valid YAML: '0100' is octal to some readers.*leave out the leading 0"),
+        ("a: [1, -0_10]", "'-0_10' is octal"),
+        ("a: !!int 010", "'010' is octal"),
     ],
 )
 def test_yaml_beyond_the_limits(text: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text(text)
     with pytest.raises(UserError, match=words):
         read_yaml(tmp_path / "x.yaml", "recipe")
+
+
+def test_numbers_of_yaml(tmp_path: Path) -> None:
+    numbers = "0, -0, 07, 00, 100, 1_000, -12, +5, 0x1F, 0b101, 1.5, -1_0.5e-3, .5, 5., 6.8523015e+5, .inf, -.inf, 0.1"
+    texts = "1:30, 1:30.5, -1:59, 08, 1e5, 0o17, 1e-3, 0100.x, '0100'"
+    (tmp_path / "x.yaml").write_text(f"numbers: [{numbers}]\ntexts: [{texts}]\nday: 2001-01-01\n1:30: x\n")
+    found = read_yaml(tmp_path / "x.yaml", "recipe")
+    assert found.pop("numbers") == yaml.safe_load(f"[{numbers}]")
+    assert found.pop("texts") == [text.strip("'") for text in texts.split(", ")]
+    assert found == {"day": date(2001, 1, 1), "1:30": "x"}
 
 
 def test_pipes_devices_and_folders_are_refused_without_waiting(tmp_path: Path) -> None:

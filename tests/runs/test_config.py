@@ -108,6 +108,22 @@ def test_what_is_required():
         build(FinetuneConfig, {"model": "pico", "out": "x"})
 
 
+def test_a_setting_is_given_once(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("batch-size: 4\nlr: 1\nbatch_size: 8\n")
+    with pytest.raises(UserError, match="has 'batch_size' twice, with - and with _; leave one of them out"):
+        read_recipe(path)
+
+
+@pytest.mark.parametrize("text", ["steps: 1:30", "lr: 1:30.5", "method: {rank: 1:30}"])
+def test_base_60_is_no_number(tmp_path, text):
+    """YAML 1.1 reads it as 90."""
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match="is '1:30.*': Input should be a valid"):
+        arguments(build(FinetuneConfig, BASE, {"optimizer": "lozo"}, read_recipe(path)), torch.nn.Linear(2, 2))
+
+
 @pytest.mark.parametrize(
     ("text", "words"), [("a: [", "is not valid YAML"), ("- 1", "must be a mapping"), (None, "is not a file")]
 )
