@@ -86,7 +86,8 @@ def run_demo(
 
     Args: model: "MiniLM", "pico", or "auto" for the first of them that is here; texts: unlabelled passages to fit feedback
     on; examples: of dev and of test each; overwrite: replace a former demo in `out`, after everything else was checked.
-    Raises UserError if the folder holds something or is in use, the model is not here, or a number is out of its bounds.
+    Raises UserError if the folder is a file, holds something or is in use, the model is not here, or a number is out of its
+    bounds.
     """
     refuse_ranks("demo")
     if model not in ("auto", *RATES):
@@ -98,6 +99,8 @@ def run_demo(
     source = path or "pico"
     fitting = FeedbackConfig(source, out / "feedback", texts=texts, max_length=LENGTH, rank=16, seed=seed)
     runs = _configs(out, demo.model, source, forwards, seed, examples)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"`out` {out} is a file; name a folder.")
     FolderLock(out).check()
     if overwrite:
         clear(out)

@@ -44,10 +44,8 @@ def blocks(
 
     metazo blocks pico --hessian --task pico_sentiment --plot hessian.png
     """
-    if plot is not None and plot.suffix not in (".png", ".svg"):
-        raise UserError(f"`plot` {str(plot)!r} must end in .png or .svg.")
-    if plot is not None and (plot.is_dir() or not plot.parent.is_dir()):
-        raise UserError(f"`plot` {str(plot)!r} is no file in a folder that exists; name another, or make the folder.")
+    if plot is not None:
+        options.check_plot(plot)
     if hessian and values["task"] is None:
         raise UserError("--hessian is that of a loss, so it needs `task`.")
     settings = options.settings(FinetuneConfig, None, {"model": model, **values, "task": values["task"] or "sst2"})

@@ -28,12 +28,16 @@ def _file(log: Path) -> Path:
 def show(
     log: LogArgument,
     last: Annotated[int, typer.Option(help="Number of last steps to list.", min=0)] = 5,
-    plot: Annotated[Path | None, typer.Option(help="PNG file for a plot of loss and learning rate.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG or SVG file for a plot of loss and learning rate.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show the header of a log, its steps, and the course of the loss."""
     from metazo.steplog.inspect import summary
 
+    from . import options
+
+    if plot is not None:
+        options.check_plot(plot)
     found = scan(_file(log))
     if plot is not None:
         draw(plot, found)

@@ -16,6 +16,7 @@ import typer
 from metazo import __version__
 from metazo.errors import UserError
 from metazo.io.terminal import print_line
+from metazo.runs.interrupt import Interrupted
 
 from . import messages
 
@@ -99,13 +100,11 @@ def main() -> None:
     gc.set_threshold(50_000)  # collections while torch and transformers are imported take a second and find nothing
     _yield_to_others()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch's profiler warns of memory from before it began
-    from metazo.runs.interrupt import Interrupted
-
     errors = messages.Terminal(stderr=True)
-    command = command_line(sys.argv[1:])
-    messages.know(command, sys.argv[1:])
-    messages.plain_warnings()
-    try:
+    try:  # from here on, because the imports of a command take most of the time before it runs
+        command = command_line(sys.argv[1:])
+        messages.know(command, sys.argv[1:])
+        messages.plain_warnings()
         code = command(prog_name="metazo", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except UserError as error:
@@ -127,10 +126,11 @@ def main() -> None:
         if error.errno == errno.ENAMETOOLONG:
             errors.say("error:", f"{str(error.filename)[:80]!r}... is longer than a file's name may be.", "bold red")
             sys.exit(2)
-        if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EFBIG):
             raise
+        remedy = "raise the limit (ulimit -f)" if error.errno == errno.EFBIG else "make room"
         errors.say("error:", f"{error.filename or 'the output folder'}: {error.strerror}; nothing that was finished is "
-                   "lost: make room and continue with --resume.", "bold red")  # fmt: skip
+                   f"lost: {remedy} and continue with --resume.", "bold red")  # fmt: skip
         sys.exit(2)
     except Exception as error:
         message = getattr(error, "format_message", None)

@@ -92,6 +92,14 @@ def with_flags(function: Callable[..., None], made: list[inspect.Parameter]) -> 
     return command
 
 
+def check_plot(plot: Path) -> None:
+    """Raises UserError for a picture that could not be written: of another kind, or not in a folder that exists."""
+    if plot.suffix not in (".png", ".svg"):
+        raise UserError(f"`plot` {str(plot)!r} must end in .png or .svg.")
+    if plot.is_dir() or not plot.parent.is_dir():
+        raise UserError(f"`plot` {str(plot)!r} is no file in a folder that exists; name another, or make the folder.")
+
+
 def settings(
     config: type[Config], recipe: Path | None, values: Mapping[str, Any], began: Mapping[str, Any] | None = None
 ) -> Config:

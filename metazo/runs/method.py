@@ -173,7 +173,7 @@ def resolve_device(name: str) -> torch.device:
         name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()  # the meta device makes tensors that have no numbers
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"`device` {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
     return device

@@ -95,3 +95,10 @@ def test_an_estimate_has_its_error_and_a_table(metazo) -> None:
 )
 def test_what_is_refused(words: tuple[str, ...], sentence: str) -> None:
     assert sentence in refused("blocks", *words)
+
+
+def test_a_plot_of_a_log_is_refused_in_the_same_way(tmp_path: Path) -> None:
+    (tmp_path / "folder.png").mkdir()
+    for plot in ("no/such/folder/a.png", str(tmp_path / "folder.png")):
+        assert f"--plot '{plot}' is no file in a folder that exists" in refused("log", "show", "x", "--plot", plot)
+    assert "--plot 'a.xyz' must end in .png or .svg" in refused("log", "show", "x", "--plot", "a.xyz")

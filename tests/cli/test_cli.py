@@ -192,6 +192,7 @@ def test_help_names_every_method_and_its_hyperparameters():
         (("--train=*nothing*",), "names no tensor"),
         (("--freeze=*",), "leave no tensor"),
         (("--device=cuda:9",), "--device 'cuda:9' cannot be used"),
+        (("--device=meta",), "--device 'meta' cannot be used"),
         (("--optimizer=zo-finetuner",), "needs --tuner"),
         (("--tuner=random:x",), "followed by a whole number"),
         (("--tuner=random:-1",), "'random:-1': random: is followed by a whole number, its seed, from 0 to 2**64 - 1"),
@@ -272,6 +273,7 @@ def test_demo(tmp_path):
         assert (tmp_path / "demo" / "demo.png").is_file()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "x").write_text("x")
+    assert "is a file; name a folder" in refused("demo", "--out", str(tmp_path / "mine" / "x"))
     assert "left alone" in refused("demo", "--out", str(tmp_path / "mine"), "--overwrite")
 
 

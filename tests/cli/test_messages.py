@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import warnings
 
@@ -46,3 +47,30 @@ def test_what_metazo_warns_of_is_a_sentence_and_other_warnings_name_their_place(
     text = "warning: --anneal 50 changes nothing without --epoch-steps.\n"
     assert warnings.formatwarning(given, UserWarning, setup.__file__, 205) == text
     assert warnings.formatwarning(given, UserWarning, "other.py", 7).startswith("other.py:7: UserWarning: `anneal` 50")
+
+
+def ended(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> object:
+    """The exit code of a command whose import raises this."""
+
+    def stop(words: object) -> None:
+        raise error
+
+    monkeypatch.setattr(main, "command_line", stop)
+    try:
+        main.main()
+    except SystemExit as end:
+        return end.code
+    except KeyboardInterrupt:  # which would end pytest
+        pytest.fail("a traceback")
+
+
+def test_an_interrupted_import_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """The imports of metazo finetune take half a second, in which Ctrl-C showed where they were."""
+    assert ended(monkeypatch, KeyboardInterrupt()) == 130
+    assert capsys.readouterr().err == "stopped.\n"
+
+
+def test_a_file_beyond_the_limit_of_the_shell_is_said(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    assert ended(monkeypatch, OSError(errno.EFBIG, "File too large")) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.startswith("error: the output folder: File too large") and "raise the limit (ulimit -f)" in said
