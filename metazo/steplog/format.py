@@ -61,6 +61,8 @@ def decode(record: dict[str, Any]) -> Step:
     lists = [record[key] for key in ("seeds", "losses", "c", "lr")]
     if not all(isinstance(part, list) for part in lists):
         raise ValueError("its seeds, losses, c or lr are not a list")
+    if max(map(len, lists)) > 2 * MOST_QUERIES:
+        raise ValueError(f"it has more numbers than a step of {MOST_QUERIES:,} queries")
     step, *seeds = (_whole(value) for value in [record["step"], *lists[0]])
     losses, c, lr = (tuple(_number(value) for value in part) for part in lists[1:])
     return Step(step, tuple(seeds), losses, c, lr)

@@ -224,6 +224,7 @@ def test_a_diff_names_the_first_step_and_field(tmp_path):
         {"step": 0, "seeds": 1, "losses": [0.1], "c": [1.0], "lr": [1.0]},
         {"step": 0, "seeds": [1], "losses": [0.1], "c": [1.0]},
         {"step": 0, "seeds": [1], "losses": [0.1], "c": [1.0], "lr": [1.0], "more": 1},
+        {"step": 0, "seeds": [1], "losses": [1] * (2 * MOST_QUERIES + 1), "c": [1.0], "lr": [1.0]},
         {"kept": 5, "weights": "x"},
         [1],
         7,
