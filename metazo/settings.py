@@ -187,7 +187,7 @@ def _refusal(error: ValidationError) -> UserError:
 
 
 @cache
-def _types(config: type) -> TypeAdapter[Any]:
+def _bare_checker(config: type) -> TypeAdapter[Any]:
     """pydantic's validator of the types of a dataclass's fields, without the checks of its `__post_init__`."""
     bare = dataclass(type(config.__name__, (config,), {"__post_init__": lambda self: None}))
     return TypeAdapter(with_config(ConfigDict(arbitrary_types_allowed=True))(bare))
@@ -203,8 +203,10 @@ def check_types(config: Any) -> None:
         for item in fields(config)
         if (value := getattr(config, item.name)) is not item.default and not isinstance(value, Unset)
     }
+    for name, value in given.items():
+        check_flag(name, value, _types(type(config))[name])
     try:
-        made = _types(type(config)).validate_python(given)
+        made = _bare_checker(type(config)).validate_python(given)
     except ValidationError as error:
         raise _refusal(error) from error
     for name in given:

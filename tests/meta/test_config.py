@@ -23,6 +23,7 @@ from metazo.settings import Unset
         (MetaConfig, {"teacher": "adam"}, "`teacher` is 'adam'"),
         (MetaConfig, {"meta_optimizer": "adamw"}, "`meta_optimizer` is 'adamw'"),
         (MetaConfig, {"steps": "many"}, "`steps` is 'many'"),
+        (MetaConfig, {"hidden": True}, "`hidden` must be a number, not True"),
         (HorizonConfig, {"objective": "ratio"}, "`objective` is 'ratio': Input should be 'horizon'"),
         (HorizonConfig, {"start": "RMS"}, "`start` is 'RMS': Input should be 'rms' or 'flat'"),
         (HorizonConfig, {"shaping": "ranks"}, "`shaping` is 'ranks'"),
