@@ -24,10 +24,8 @@ def facts() -> dict[str, str]:
 
     found = {"python": platform.python_version(), "system": system()}
     found["cores"], found["torch threads"] = str(os.cpu_count()), str(torch.get_num_threads())
-    briefly = (
-        f"actively for {os.environ['GOMP_SPINCOUNT']} turns" if "GOMP_SPINCOUNT" in os.environ else "as OpenMP does"
-    )
-    found["waiting threads"] = os.environ.get("OMP_WAIT_POLICY", "").lower() or briefly
+    turns, policy = os.environ.get("GOMP_SPINCOUNT"), os.environ.get("OMP_WAIT_POLICY", "").lower()
+    found["waiting threads"] = f"actively for {turns} turns" if turns else policy or "as OpenMP does"
     found["cuda"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     found |= {f"noise on {device}": how for device, how in backends().items()}
     if found["noise on cpu"] == "numba":

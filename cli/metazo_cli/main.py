@@ -86,14 +86,13 @@ def _yield_to_others() -> None:
 
     OpenMP's threads wait actively by default, and so take time from the threads that they wait for if other processes run.
     GNU's OpenMP, which torch has on Linux, is told to sleep after a short while, which takes no longer if nothing else runs.
-    If the machine is busy already, threads do not wait actively at all (benchmarks/waiting.py). What the user set is kept.
+    Any other is told not to wait actively if the machine is busy (benchmarks/waiting.py). What the user set is kept.
     """
     if "OMP_WAIT_POLICY" in os.environ or "GOMP_SPINCOUNT" in os.environ:
         return
+    os.environ["GOMP_SPINCOUNT"] = "2000"
     if hasattr(os, "getloadavg") and 2 * os.getloadavg()[0] > (os.cpu_count() or 1):
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-    else:
-        os.environ["GOMP_SPINCOUNT"] = "2000"
 
 
 def main() -> None:

@@ -53,7 +53,8 @@ class ScaleConfig:
     """Continue the run in `out`: give the whole command of its start again, with this"""
 
     def __post_init__(self) -> None:
-        self.task = [self.task] if isinstance(self.task, str | Path) else self.task
+        named: Any = self.task
+        self.task = [named] if isinstance(named, str | Path) else named  # type: ignore[list-item]
         self.device = str(self.device)
         check_types(self)
         check_values(self)

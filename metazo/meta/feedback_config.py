@@ -50,7 +50,8 @@ class FeedbackConfig:
     """Seed of cotangents and of the choice of texts"""
 
     def __post_init__(self) -> None:
-        self.task = [self.task] if isinstance(self.task, str | Path) else self.task
+        named: Any = self.task
+        self.task = [named] if isinstance(named, str | Path) else named  # type: ignore[list-item]
         self.device = str(self.device)
         check_types(self)
         check_values(self)

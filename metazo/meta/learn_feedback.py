@@ -103,8 +103,9 @@ def _fit(config: FeedbackConfig, console: Console | None) -> FeedbackTuner:
 def _check_file(config: FeedbackConfig, info: FeedbackInfo, width: int) -> None:
     """Raises UserError if the tuner's file would be refused by its reader."""
     if below := range(len(info.blocks) - 1):  # a single block is refused by the fit
-        down, up, trust = (dict.fromkeys(below, value) for value in (torch.zeros(width, 0), torch.zeros(0, width), 0.0))
-        check_file(FeedbackTuner(MeanJacobian(down, up, trust), info), "rank", config.rank, 0, 8 * width * len(below))
+        down, up = dict.fromkeys(below, torch.zeros(width, 0)), dict.fromkeys(below, torch.zeros(0, width))
+        empty = FeedbackTuner(MeanJacobian(down, up, dict.fromkeys(below, 0.0)), info)
+        check_file(empty, "rank", config.rank, 0, 8 * width * len(below))
 
 
 def _losses(

@@ -228,7 +228,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} holds no recording of a teacher ({_MANIFEST}: {error}).") from error
     if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
         raise UserError(f"{folder / _MANIFEST} is not a recording that this version of metazo reads.")
-    steps, kept, tasks = (manifest.get(key) for key in ("steps", "snapshots", "tasks"))
+    steps: Any = manifest.get("steps")
+    kept, tasks = manifest.get("snapshots"), manifest.get("tasks")
     sound = (
         all(_is_count(number) for number in (steps, manifest.get("every")))
         and isinstance(manifest.get("complete"), bool)

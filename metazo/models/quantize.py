@@ -190,8 +190,8 @@ def keep_unpacked(model: nn.Module) -> None:
     passes it. Warns about layers that are packed already.
     """
     packed = []
-    modules: Iterator[tuple[str, Any]] = model.named_modules()
-    for name, module in modules:
+    module: Any
+    for name, module in model.named_modules():
         if getattr(module, "support_avx512bf16_for_cpu", None) is not None:
             module.support_avx512bf16_for_cpu = False
             if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
