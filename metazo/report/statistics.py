@@ -16,7 +16,10 @@ with needs("report"):
 
 ENOUGH = 6  # pairs from which a two-sided Wilcoxon test can fall below 0.05: its least p is 2 ** (1 - pairs)
 ENUMERATED = 13  # pairs whose signs are all tried
-ROUNDING = 1e-9  # differences that are closer than this fraction of the largest one differ by rounding alone
+ROUNDING, SMALLEST = (
+    1e-9,
+    1e-15,
+)  # sizes that are closer than this fraction of them, or than this, differ by rounding alone
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,7 @@ def level(differences: np.ndarray) -> np.ndarray:
     """The differences, with one size for all sizes that are equal but for rounding (ROUNDING), so that they tie in ranks."""
     sizes = np.abs(differences)
     known = np.unique(np.append(sizes[np.isfinite(sizes)], 0.0))
-    begins = np.append(True, np.diff(known) > ROUNDING * known[-1])  # where the next size is another one
+    begins = np.append(True, np.diff(known) > np.maximum(ROUNDING * known[1:], SMALLEST))  # where another size begins
     levels = known[begins][np.cumsum(begins) - 1]
     places = np.searchsorted(known, np.where(np.isfinite(sizes), sizes, 0.0))
     return np.where(np.isfinite(sizes), np.sign(differences) * levels[places], differences)

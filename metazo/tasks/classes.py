@@ -68,7 +68,7 @@ def fit_head(
     if isinstance(model.head, Phrases):
         if not model.head.fitted:
             phrases = [prepared.task.phrase.format(word) for word in prepared.task.labels.values()]
-            same = record is not None and record["phrases"] == phrases
-            model.set_phrases(loaded.tokenizer, phrases, record["offset"] if same else None)  # type: ignore[index]
+            kept = record if record is not None and record["phrases"] == phrases else {}
+            model.set_phrases(loaded.tokenizer, phrases, kept.get("offset"))
         examples = sorted(examples, key=len, reverse=True)  # less padding; the mean does not depend on the order
     model.fit_prototypes(prepared.batches(examples, batch_size))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from metazo.report.statistics import average, holm, paired, sign_flips, signed_rank
+from metazo.report.statistics import average, holm, level, paired, sign_flips, signed_rank
 
 
 def test_average_counts_each_task_once_and_has_students_interval():
@@ -82,6 +82,13 @@ def gains_of(counts: list[tuple[int, int]], examples: int) -> list[float]:
     return [ours / examples - theirs / examples for theirs, ours in counts]
 
 
+def test_a_diverged_run_does_not_make_small_differences_ties():
+    """A loss that is large and finite: the sizes of the others are told apart, and so are their signs."""
+    gains = [0.01, -0.02, 0.03, 0.04, -0.05, 0.06, 0.07, 0.08]
+    ordered, outlier = level(np.array(gains)), level(np.array([*gains, -1e12]))
+    assert np.array_equal(ordered, gains) and np.array_equal(outlier, [*gains, -1e12])
+
+
 def test_equal_differences_of_accuracies_tie_though_they_were_rounded():
     before, after = [136, 163, 166, 167, 139, 139, 153, 175], [139, 165, 170, 170, 141, 137, 155, 174]
     counts = [ours - theirs for theirs, ours in zip(before, after)]
@@ -93,7 +100,7 @@ def test_equal_differences_of_accuracies_tie_though_they_were_rounded():
         found = paired({"task": gains_of(few, examples)})
         assert (found.p, found.tasks_won) == (1.0, 0), examples
         assert paired({"task": gains_of([*few, (71, 74)], examples)}).p == flips(np.array([1.0, 1, -2, 3]), np.sum)
-    tiny = [1e-14, -2e-14, 3e-14, 5e-14, 7e-14, 9e-14]  # the size of the whole decides what is rounding
+    tiny = [1e-14, -2e-14, 3e-14, 5e-14, 7e-14, 9e-14]  # larger than the rounding of a loss
     assert (paired({"task": tiny}).losses, paired({"task": tiny}).p) == (1, paired({"task": [1, -2, 3, 5, 7, 9]}).p)
     assert paired({"task": [0.5, 1e-17, -1e-17]}).ties == 2
 
