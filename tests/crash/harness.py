@@ -50,7 +50,7 @@ from metazo.runs.finetune import run_settings
 from metazo.settings import build
 from metazo.steplog.format import scan
 from tests.crash.deaths import at_line, at_write
-from tests.crash.table import MODES, lost, render, table
+from tests.crash.table import MODES, lost, method_of, render, table
 
 STEPS = 12
 COMMON: dict[str, Any] = {
@@ -64,6 +64,8 @@ OWN: dict[str, dict[str, Any]] = {
     "mezo": {"dtype": "bfloat16"},
     "curvzo": {"keep": "last"},
     "mezo-svrg": {"method": {"interval": 3}},
+    "mezo, compensated-8": {"dtype": "bfloat16", "precision": "compensated-8"},
+    "mezo-adam, compensated-16": {"dtype": "float16", "precision": "compensated-16"},
 }
 SNAPSHOTS = ("mezo-adam", "lozo-m", "hizoo", "es")
 """Replayable methods whose runs have snapshots; by default their logs are replayed from the base model."""
@@ -72,7 +74,7 @@ PICTURED = ("mezo", "fzoo")
 META: dict[str, Any] = {
     "model": "pico", "task": ["pico_topic"], "steps": 6, "batch_size": 2, "train_examples": 8, "save_every": 2,
 }  # fmt: skip
-CASES = [*METHODS, "meta-train", "meta-train, recorded"]
+CASES = [*METHODS, *(case for case in OWN if "," in case), "meta-train", "meta-train, recorded"]
 
 
 def run(case: str, out: Path, resume: bool, console: Console) -> None:
@@ -81,9 +83,10 @@ def run(case: str, out: Path, resume: bool, console: Console) -> None:
         recorded = {"record": out.with_name(out.name + "-path"), "record_every": 2} if "recorded" in case else {}
         meta_train(build(MetaConfig, META, recorded, {"out": out, "resume": resume}), console=console)
         return
-    every = 5 if case in SNAPSHOTS or not METHODS[case].replayable else None
-    settings = {**COMMON, "optimizer": case, "snapshot_every": every, **OWN.get(case, {})}
-    if METHODS[case].needs_tuner and "tuner" not in settings:
+    method = method_of(case)
+    every = 5 if method in SNAPSHOTS or not METHODS[method].replayable else None
+    settings = {**COMMON, "optimizer": method, "snapshot_every": every, **OWN.get(case, {})}
+    if METHODS[method].needs_tuner and "tuner" not in settings:
         settings["tuner"] = str(random_maps(out.with_name("maps.safetensors")))
     run_settings(build(FinetuneConfig, settings, {"out": out, "resume": resume}), console, plot=case in PICTURED)
 

@@ -11,12 +11,17 @@ from metazo.optimizers import METHODS
 MODES = ("moment", "line", "write")
 
 
+def method_of(case: str) -> str:
+    """The method of a case, which may have another precision: "mezo, compensated-8"."""
+    return case.partition(",")[0]
+
+
 def lost(row: dict[str, Any]) -> int:
     """Steps that were complete and not in the log when the process died, or complete in the log and not used by the resume.
 
     In first-order runs and meta-training the steps since the last snapshot are computed again.
     """
-    if row["case"].startswith("meta-train") or not METHODS[row["case"]].replayable:
+    if row["case"].startswith("meta-train") or not METHODS[method_of(row["case"])].replayable:
         return 0
     missing = max(0, row["steps completed"] - row["steps in the log"])
     return missing + row["steps in the log"] - row.get("resumed after step", row["steps in the log"])
@@ -35,7 +40,8 @@ def table(rows: list[dict[str, Any]], cases: Sequence[str]) -> str:
     for case in cases:
         mine = [row for row in rows if row["case"] == case]
         if mine:
-            lines.append(line(case if case.startswith("meta") else f"`{case}`", mine))
+            method = method_of(case)
+            lines.append(line(case if case.startswith("meta") else case.replace(method, f"`{method}`", 1), mine))
     return "\n".join([*lines, line("all", rows)])
 
 
