@@ -45,12 +45,21 @@ def _stack(encoder: nn.Module) -> tuple[str, nn.ModuleList] | None:
 
 
 def frozen_layers(encoder: nn.Module) -> int:
-    """The number of leading layers without trained weights; 0 if the embeddings are trained."""
-    found, embeddings = _stack(encoder), getattr(encoder, "embeddings", None)
-    if found is None or embeddings is None or any(p.requires_grad for p in embeddings.parameters()):
+    """The number of leading layers without trained weights; 0 if a weight outside of the layers is trained, because a layer
+    may read it, such as the embeddings or a bias of positions.
+    """
+    found = _stack(encoder)
+    if found is None or getattr(encoder, "embeddings", None) is None:
+        return 0
+    within = {id(param) for param in found[1].parameters()}
+    if any(param.requires_grad and id(param) not in within for param in encoder.parameters()):
         return 0
     trained = [any(p.requires_grad for p in layer.parameters()) for layer in found[1]]
     return trained.index(True) if True in trained else len(trained)
+
+
+class NotSplit(Exception):
+    """The encoder is not its layers one after the other."""
 
 
 class _Given(nn.Module):
@@ -71,7 +80,11 @@ def _with_layers(encoder: nn.Module, path: str, layers: nn.ModuleList) -> nn.Mod
 
 class Split:
     """An encoder whose first layers are computed once for each input, without padding: alone, or in a group of inputs of the
-    same length (`learn`). The result depends on the group in its last bits, and not on the batch in which an input comes."""
+    same length (`learn`). The result depends on the group in its last bits, and not on the batch in which an input comes.
+
+    Raises NotSplit if the two halves are not the encoder: one with a norm behind its layers (ModernBERT, ESM) or with other
+    work between them (DeBERTa's convolution) would do it in each half.
+    """
 
     def __init__(self, encoder: nn.Module, count: int):
         found = _stack(encoder)
@@ -80,9 +93,39 @@ class Split:
         self.lower = _with_layers(encoder, path, layers[:count])
         self.upper = _with_layers(encoder, path, layers[count:])
         self.upper._modules["embeddings"] = _Given()
+        self._compare(encoder)
         self.known: dict[bytes, Tensor] = {}
         self.outputs = _Outputs() if _shared is None else _shared.setdefault(self._mark(count), _Outputs())
         self.last: tuple[Tensor, Tensor] | None = None  # a batch, and the output of the lower layers for it
+
+    def _compare(self, encoder: nn.Module) -> None:
+        """Raises NotSplit if the halves differ from the encoder on two short inputs; nothing is compared without numbers."""
+        first = next(encoder.parameters())
+        if first.is_meta:
+            return
+        ids = torch.arange(14, device=first.device).view(2, 7) % encoder.config.vocab_size  # type: ignore[union-attr]
+        mask = torch.ones_like(ids)
+        mask[1, 4:] = 0
+        modes = [(module, module.training) for module in encoder.modules()]
+        encoder.eval()  # dropout draws other numbers in each
+        try:
+            with torch.no_grad():
+                whole = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+                below = torch.zeros_like(whole)
+                for row, real in enumerate(mask.bool()):
+                    alone = ids[row : row + 1, real]
+                    below[row, real] = self.lower(
+                        input_ids=alone, attention_mask=torch.ones_like(alone)
+                    ).last_hidden_state
+                split = self.upper(inputs_embeds=below, attention_mask=mask).last_hidden_state
+        except Exception as error:  # of foreign code that needs more than the hidden states
+            raise NotSplit from error
+        finally:
+            for module, training in modes:
+                module.training = training
+        apart = (split - whole)[mask.bool()].float().abs().max()
+        if not apart <= (1e-4 if first.dtype == torch.float32 else 0.05) * whole[mask.bool()].float().abs().max():
+            raise NotSplit
 
     def _mark(self, count: int) -> str:
         """Everything that the output of the lower layers depends on, besides the input."""

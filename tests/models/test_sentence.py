@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import constants
+from torch import nn
 from torch.nn.functional import cosine_similarity
-from transformers import AutoModel
+from transformers import AutoConfig, AutoModel
 
 from metazo.errors import UserError
 from metazo.models import frozen
 from metazo.models.heads import Prototypes
 from metazo.models.load import LoadedModel, load_model
+from metazo.models.select import select_trainable
 from metazo.models.sentence import SentenceClassifier
 from metazo.tasks.encode import Encoded
 from metazo.tasks.prepared import Prepared
@@ -206,6 +208,53 @@ def test_training_goes_on_above_the_cache(checkpoint: Path) -> None:
         before = model(**batch).logits
         model._split = None
         torch.testing.assert_close(model(**batch).logits, before, rtol=1e-5, atol=1e-6)
+
+
+SMALL = {
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+}
+FAMILIES = {  # model type, settings, trained, layers that can be computed once
+    "bert": ("bert", SMALL, "*layer.3.*", 3),
+    "roberta": ("roberta", SMALL | {"pad_token_id": 1}, "*layer.2.*", 2),
+    "mpnet": ("mpnet", SMALL | {"pad_token_id": 1}, "*layer.3.*", 3),
+    "mpnet, its bias": ("mpnet", SMALL | {"pad_token_id": 1}, "*relative_attention_bias*", 0),
+    "a norm behind the layers": ("esm", SMALL | {"pad_token_id": 1}, "*layer.3.*", 0),
+    "a norm behind them, other names": ("modernbert", SMALL | dict.fromkeys(("cls_token_id", "sep_token_id"), 2) | {
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}, "*layers.3.*", 0),
+    "a convolution between them": ("deberta-v2", SMALL | {"conv_kernel_size": 3, "conv_act": "gelu"}, "*layer.3.*", 0),
+    "another call of the embeddings": ("distilbert", {
+        "vocab_size": 100, "dim": 32, "n_layers": 4, "n_heads": 4, "hidden_dim": 64}, "*layer.3.*", 0),
+    "a projection behind the embeddings": ("electra", SMALL | {"embedding_size": 16}, "*layer.3.*", 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_encoder_with_frozen_layers_is_the_same_function_with_and_without_the_cache(family: str) -> None:
+    kind, settings, trained, expected = FAMILIES[family]
+    torch.manual_seed(0)
+    model = SentenceClassifier(AutoModel.from_config(AutoConfig.for_model(kind, **settings)), nn.Linear(32, 2), "mean")
+    for param in model.eval().parameters():
+        param.data.add_(0.2 * torch.randn_like(param))
+    select_trainable(model, [trained], [])
+    ids, mask = torch.randint(5, 100, (3, 9)), torch.ones(3, 9, dtype=torch.int64)
+    mask[1, 6:] = mask[2, 4:] = 0
+    ids = ids.where(mask == 1, model.config.pad_token_id or 0)
+    state = torch.get_rng_state()
+    before = model(input_ids=ids, attention_mask=mask).logits
+    assert model.cache_frozen() == expected
+    torch.testing.assert_close(model(input_ids=ids, attention_mask=mask).logits, before, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        for param in model.parameters():
+            if param.requires_grad:
+                param.mul_(1.5)
+        after = model(input_ids=ids, attention_mask=mask).logits
+        model._split = None
+        torch.testing.assert_close(model(input_ids=ids, attention_mask=mask).logits, after, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(after, before, atol=1e-4) and torch.equal(torch.get_rng_state(), state)
 
 
 def test_trained_embeddings_leave_nothing_to_cache(checkpoint: Path) -> None:
