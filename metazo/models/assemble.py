@@ -208,7 +208,7 @@ def _named_in(folder: Path) -> tuple[str, str | None]:
         kind, base, revision = found["peft_type"], found["base_model_name_or_path"], found.get("revision")
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} does not name adapters and their base model ({error})") from error
-    if kind not in PEFT_TYPES or not isinstance(base, str):
+    if kind not in list(PEFT_TYPES) or not isinstance(base, str):
         raise UserError(
             f"{path} has adapters of the kind {shown(kind)} on {shown(base)}; metazo loads lora, dora, ia3, prefix and prompt"
         )

@@ -86,11 +86,27 @@ def set_pad(tokenizer: Any, model: PreTrainedModel | SentenceClassifier) -> None
         config.pad_token_id = tokenizer.pad_token_id
 
 
+_ROBERTAS = (
+    "roberta",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "camembert",
+    "xmod",
+    "ibert",
+    "data2vec-text",
+)
+_AFTER_PADDING = frozenset((*_ROBERTAS, "longformer", "esm", "luke", "markuplm"))
+"""Models whose positions start after the padding index."""
+
+
 def context_length(model: PreTrainedModel | SentenceClassifier, tokenizer: PreTrainedTokenizerBase) -> int:
     config = model.config.get_text_config()
     limits = [tokenizer.model_max_length]
     for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
         limits.append(getattr(config, name, None) or limits[0])
-    if config.model_type in ("roberta", "xlm-roberta", "camembert", "longformer", "roberta-prelayernorm"):
-        limits[1] -= (getattr(config, "pad_token_id", 0) or 0) + 1  # their positions start after the padding index
+    if config.model_type in _AFTER_PADDING:
+        limits[1] -= (getattr(config, "pad_token_id", 0) or 0) + 1
+    elif config.model_type == "mpnet":
+        limits[1] -= 2  # whose padding index is 1, whatever the config says
     return int(min(limits))

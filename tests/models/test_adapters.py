@@ -169,6 +169,7 @@ def test_adapters_without_their_base_or_of_another_kind(adapters, tmp_path):
     for change, said in (
         ({"base_model_name_or_path": str(tmp_path / "gone")}, r"their base model cannot be loaded: .*gone"),
         ({"peft_type": "POLY"}, "metazo loads lora, dora, ia3, prefix and prompt"),
+        ({"peft_type": ["LORA"]}, "metazo loads lora, dora, ia3, prefix and prompt"),
         ({"r": 3}, "do not fit"),
     ):
         folder = tmp_path / "changed"

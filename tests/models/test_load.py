@@ -10,13 +10,14 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from transformers import Gemma2Config, Gemma2ForCausalLM
+from transformers import AutoConfig, AutoModel, Gemma2Config, Gemma2ForCausalLM
 
 from metazo.errors import UserError
 from metazo.models import load
 from metazo.models.assemble import as_loaded
 from metazo.models.describe import describe
 from metazo.models.load import load_model
+from metazo.models.tokenizer import context_length
 
 
 @pytest.mark.parametrize(
@@ -347,3 +348,24 @@ def test_four_bit_layers_that_have_run_before_are_warned_about(tiny):
         loaded.model(torch.arange(3, 9)[None])
     with pytest.warns(UserWarning, match="1 4-bit layers, such as lm_head, have run in eval mode on this CPU"):
         as_loaded(loaded.model, loaded.tokenizer)
+
+
+@pytest.mark.parametrize(
+    "kind", ["mpnet", "roberta", "xlm-roberta-xl", "xmod", "ibert", "data2vec-text", "esm", "luke", "markuplm"]
+)
+def test_an_input_of_the_context_length_has_positions_and_one_more_token_has_none(kind: str) -> None:
+    size = {
+        "vocab_size": 20,
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 8,
+    }
+    extra = {"default_language": "en_XX", "languages": ["en_XX"]} if kind == "xmod" else {}
+    config = AutoConfig.for_model(kind, **size, **extra, max_position_embeddings=34, pad_token_id=1)
+    model = AutoModel.from_config(config).eval()
+    length = context_length(model, SimpleNamespace(model_max_length=10**30))  # type: ignore[arg-type]
+    assert length == 32
+    model(input_ids=torch.full((1, length), 5))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=torch.full((1, length + 1), 5))
