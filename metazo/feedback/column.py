@@ -54,8 +54,18 @@ def cache_argument(block: nn.Module) -> str | None:
 def last_position(block: nn.Module, call: Call, hidden: Tensor) -> Tensor | None:
     """The block's output at the last position, (B, 1, d), with a graph to `hidden` (B, T, d).
 
-    Returns None for a block that does not pass keys and values through a cache.
+    Returns None for a block that does not pass keys and values through a cache, or keeps more in it, as blocks with a
+    convolution or a recurrent state do.
     """
+    try:
+        return _at_last(block, call, hidden)
+    except AttributeError as error:
+        if isinstance(error.obj, _Cache):
+            return None
+        raise
+
+
+def _at_last(block: nn.Module, call: Call, hidden: Tensor) -> Tensor | None:
     name = cache_argument(block)
     if name is None:
         return None

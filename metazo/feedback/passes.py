@@ -46,8 +46,9 @@ class Watched:
         ]
 
     def _hook(self, entry: LinearMap, name: str):
-        def watch(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            if torch.is_grad_enabled() and output.requires_grad:
+        def watch(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
+            # A router of experts may be a Linear that returns several tensors: its weight gets a whole gradient.
+            if torch.is_grad_enabled() and isinstance(output, Tensor) and output.requires_grad:
                 # The edge refers to the present output, even if later code changes it in place. If the output is a view of a
                 # matrix, that change makes another view of it, and only the matrix stays in the graph.
                 base = output._base
