@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from metazo.errors import UserError
+from metazo.io.plain import shown
 from metazo.io.terminal import Console
 from metazo.models.assemble import as_loaded
 from metazo.models.load import DTYPES, LoadedModel
@@ -151,7 +152,10 @@ def _split(settings: dict[str, Any]) -> dict[str, Any]:
     known = {item.name for item in fields(FinetuneConfig)}
     values = {name: value for name, value in settings.items() if name in known}
     own = {name: value for name, value in settings.items() if name not in known}
-    return values | {"method": {**values.get("method", {}), **own}}
+    method = values.get("method") or {}
+    if not isinstance(method, Mapping):
+        raise UserError(f"`method` holds hyperparameters by name, not {shown(method)}: name the method as `optimizer`.")
+    return values | {"method": {**method, **own}}
 
 
 def _own(given, values, model, task, data, tokenizer, loss, dev, test) -> None:

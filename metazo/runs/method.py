@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import typing
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -132,6 +133,13 @@ def arguments(config: FinetuneConfig, model: nn.Module) -> dict[str, Any]:
     return settings | {key: value for key, value in shared.items() if key in cls.common} | chosen
 
 
+def _unversioned(model: str) -> tuple[bool, str]:
+    """Whether a model has no revisions, and why, in words."""
+    if model in EMBEDDED:
+        return True, f"for the embedded model {model}"
+    return Path(model).expanduser().is_dir(), f"for the folder {model}"
+
+
 def unused(config: FinetuneConfig) -> list[str]:
     """A sentence about each setting that was given and changes nothing with the others."""
     cls, usual = method(config.optimizer), FinetuneConfig.__dataclass_fields__
@@ -143,7 +151,7 @@ def unused(config: FinetuneConfig) -> list[str]:
         "merge": (not config.adapters, "without adapters"),
         "probe_ranks": (launched() == 1, "in one process"),
         "device_map": (not torch.accelerator.is_available(), "without a GPU"),
-        "revision": (config.model in EMBEDDED, f"for the embedded model {config.model}"),
+        "revision": _unversioned(config.model),
     }
     reasons = dict.fromkeys(common, f"with `optimizer` {config.optimizer}")
     reasons |= {name: why for name, (idle, why) in alone.items() if idle}

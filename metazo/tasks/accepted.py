@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from string import ascii_uppercase
 
 from metazo.errors import UserError
@@ -15,6 +16,7 @@ def choices_of(task: Task, row: Row, where: str) -> tuple[list[str], list[int]]:
     """
     names = task.choices
     texts = row[names[0]] if len(names) == 1 else [row[name] for name in names]
+    _refuse_nan(texts, names[0], where)
     right = row[task.label]
     targets = right if isinstance(right, list) else [right]
     texts = ["" if text is None else str(text) for text in texts] if isinstance(texts, list) else texts
@@ -43,6 +45,14 @@ def references_of(task: Task, row: Row, where: str) -> list[str]:
     if inner:
         value = value.get(inner) if isinstance(value, dict) else None
     answers = [value] if isinstance(value, str | int | float) else value
+    _refuse_nan(answers, task.answer, where)
     if not isinstance(answers, list) or not answers or not all(isinstance(a, str | int | float) for a in answers):
         raise UserError(f"{where}: {task.answer!r} must hold an answer or a list of them, found {shown(value)}")
     return [str(answer) for answer in answers]
+
+
+def _refuse_nan(values: object, name: str, where: str) -> None:
+    """Raises UserError for a number that is not finite, which would become a text."""
+    for value in values if isinstance(values, list) else ():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{where}: {name!r} has {value}, which is how some programs write an empty cell")

@@ -205,7 +205,11 @@ class Encoder:
         encoded = encode(row)
         if len(encoded["input_ids"]) <= limit:
             return encoded, False
-        name = "" if self.chat else self.task.context or max(self.columns, key=lambda column: len(str(row[column])))
+        # Of choices with letters the listing may not be cut: a letter would stay that names nothing.
+        columns = [name for name in self.columns if not (self.task.letters and name == "choices")]
+        name = (
+            "" if self.chat else self.task.context or max(columns, key=lambda column: len(str(row[column])), default="")
+        )
         text = str(row.get(name, ""))
         while text:
             excess = len(encoded["input_ids"]) - limit

@@ -17,7 +17,8 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 # Digits with all that joins them to other digits, so that no part of 3:30 is taken; the 5 of 12-5 is not negative.
 _DIGITS = re.compile(r"(?:(?<!\d)-)?(?:\d+|(?<!\.)\.\d+)(?:[.,:/]\d+|[eE][+-]?\d+)*")
 # Three digits of an exponent at most, because a number is written out in full.
-_NUMBER = re.compile(r"-?(?:\d+(?:,\d+)*(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,3})?")
+# Commas between thousands, or between groups of two before the last three; in 1,2 the comma may mean anything.
+_NUMBER = re.compile(r"-?(?:(?:\d{1,3}(?:,\d{2,3})*,\d{3}|\d+)(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,3})?")
 _ANSWER = re.compile(r"answer is:?", re.IGNORECASE)
 
 
@@ -67,8 +68,9 @@ def number(text: str) -> str:
     text.
 
     5, -5, .5, 1,234.50 and 1e3 are numbers, and equal ones give the same text. Digits in any other form (3:30, 1/2,
-    1.000.000) are given as they are written, so that they agree with the same writing alone.
+    1.000.000, 1,2) are given as they are written, so that they agree with the same writing alone.
     """
+    text = text.replace("\N{MINUS SIGN}", "-")
     _, mark, answer = text.partition("####")
     if not mark:
         _, mark, answer = _ANSWER.sub("####", text).partition("####")

@@ -50,6 +50,11 @@ def prepare(
         task, data, train=train, dev=dev, test=test, seed=seed, k_per_class=k_per_class, record=record, recorded=recorded
     )  # fmt: skip
     notes = [*loaded.notes, *drawn.notes]
+    if task.kind == "generation" and encoder.room < task.max_new_tokens:
+        notes.append(
+            f"{task.name}: answers have at most {encoder.room} tokens instead of {task.max_new_tokens} (max_new_tokens), "
+            f"because inputs and answers together have at most {encoder.limit} (`max_length`)"
+        )
     order = None
     if loaded.kind == "classifier" and not loaded.new_head:
         order, note = head_order(loaded.model.config, task)

@@ -411,6 +411,20 @@ def test_settings_that_change_nothing_are_named(settings, words):
     assert unused(FinetuneConfig("pico", "pico_sentiment", **settings)) == ([words] if words else [])
 
 
+def test_a_revision_of_a_folder_changes_nothing(tmp_path):
+    said = [f"`revision` changes nothing for the folder {tmp_path}."]
+    assert unused(FinetuneConfig(str(tmp_path), "pico_sentiment", revision="v2")) == said
+    assert not unused(FinetuneConfig("owner/name", "pico_sentiment", revision="v2"))
+
+
+@pytest.mark.parametrize("named", ["lozo", [1]])
+def test_a_method_that_is_no_mapping_is_refused(named):
+    with pytest.raises(
+        UserError, match="`method` holds hyperparameters by name, not .*: name the method as `optimizer`"
+    ):
+        metazo.finetune("pico", "pico_sentiment", lr=1e-3, steps=1, method=named)
+
+
 def test_batches_keep_their_type_and_losses_are_numbers():
     def run(loss, **extra):
         data = [BatchEncoding({"x": torch.ones(2, 3), "y": torch.zeros(2, dtype=torch.long)})] * 2

@@ -465,3 +465,11 @@ def test_rows_in_memory_with_values_that_are_not_json():
         in_memory(task, Dataset.from_list([{"text": "a", "label": 0}]).to_pandas())
     with pytest.raises(UserError, match="`task` is missing: with rows as `data`, name a task"):
         metazo.finetune("pico", data=rows)
+
+
+def test_answers_that_are_cut_by_the_longest_input_are_noted():
+    task = Task(name="g", kind="generation", prompt="{text}", max_new_tokens=50)
+    resolved, given = in_memory(task, [{"text": f"the cat {i}", "answer": "home"} for i in range(9)])
+    said = "g: answers have at most 32 tokens instead of 50 (max_new_tokens), because inputs and answers together"
+    assert any(said in note for note in prepare(resolved, load_model("pico"), data=given, max_length=64).notes)
+    assert not any("answers" in note for note in prepare(resolved, load_model("pico"), data=given).notes)

@@ -265,6 +265,16 @@ def test_a_blank_choice_has_no_tokens_and_is_never_the_right_one(gpt2, prompt):
         Encoder(task, gpt2)(row | {"a": "", "c": ""}, "row 1")
 
 
+def test_an_empty_cell_of_a_data_frame_is_no_choice_and_no_answer(gpt2):
+    nan = float("nan")
+    choice = Task(name="c", kind="choice", prompt="{text}: {}", choices=("options",))
+    with pytest.raises(UserError, match="row 1: 'options' has nan, which is how some programs write an empty cell"):
+        Encoder(choice, gpt2)({"text": "t", "options": ["a", "b", nan], "label": 0}, "row 1")
+    for answer in (nan, ["the cat", nan]):
+        with pytest.raises(UserError, match="row 1: 'answer' has nan"):
+            Encoder(Task(name="g", kind="generation", prompt="{text}"), gpt2)({"text": "t", "answer": answer}, "row 1")
+
+
 def test_letters_answer_for_the_choices(gpt2):
     task = Task(
         name="c", kind="choice", prompt="{q}\n{choices}\nAnswer: {}", choices=("x", "y"), letters=True, label="right"
@@ -272,6 +282,16 @@ def test_letters_answer_for_the_choices(gpt2):
     example = Encoder(task, gpt2)({"q": "who?", "x": "a cat", "y": "a dog", "right": 1}, "row 1")
     assert text(gpt2, example.ids) == "<s>who?\nA. a cat\nB. a dog\nAnswer:"
     assert [text(gpt2, option) for option in example.options] == [" A", " B"] and example.targets == [1]
+    long = {
+        "q": "who? " * 9,
+        "x": ("a cat " * 30).strip(),
+        "y": "a dog",
+        "right": 1,
+    }  # the question is cut, not the choices
+    room = len(Encoder(task, gpt2)(long | {"q": "who?"}, "row 1").ids) + 2
+    example = Encoder(task, gpt2, room)(long, "row 1")
+    assert example.shortened and "\nA. " + "a cat " * 29 + "a cat" in text(gpt2, example.ids)
+    assert Encoder(task, gpt2, room // 2)(long, "row 1") is None
     with pytest.raises(ValueError, match=r"letters is for choice tasks whose prompt has the place \{choices\}"):
         Task(name="c", kind="choice", prompt="{q}", choices=("x", "y"), letters=True)
 

@@ -70,6 +70,8 @@ def test_numbers_of_many_digits_and_other_forms_agree_with_themselves_alone():
     assert metrics.exact_number(["12345678901234567"], [["#### 12345678901234568"]]) == 0
     assert metrics.exact_number(["0.1e1", "at 3:30"], [["#### 1"], ["#### 3:30"]]) == 1
     assert metrics.exact_number(["1.000.000", "3:30", "1/2"], [["#### 0"], ["#### 30"], ["#### 2"]]) == 0
+    assert metrics.exact_number(["12", "35", "5"], [["1,2"], ["3,5"], ["\N{MINUS SIGN}5"]]) == 0
+    assert metrics.exact_number(["1234", "123456", "-5"], [["1,234"], ["1,23,456"], ["\N{MINUS SIGN}5"]]) == 1
 
 
 def test_class_metrics_by_hand():
