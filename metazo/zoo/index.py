@@ -149,7 +149,7 @@ def _entry(item: Any, origin: str) -> Entry:
             continue
         if not isinstance(value, str) or not value.isprintable() or not 0 < len(value) <= 2048:
             raise UserError(f"{origin}: {name} is not a line of text")
-    if item.get("kind", "tuner") not in FILES:
+    if item.get("kind", "tuner") not in list(FILES):  # a kind that is a list has no hash
         raise UserError(f"{origin}: kind is none of {', '.join(FILES)}")
     for name, least in (("size", 1), ("blocks", 0)):
         if type(item[name]) is not int or not least <= item[name] <= MAX_BYTES:
