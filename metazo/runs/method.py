@@ -79,7 +79,7 @@ def auto_tuner(config: FinetuneConfig, model: nn.Module) -> zoo.Found:
         shapes = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
         found = [tuner for tuner in zoo.find(shapes, zoo=config.zoo) if tuner.why != "base model"]
         found.sort(key=lambda tuner: tuner.where != "zoo")  # a match by shapes elsewhere is no reason to leave it
-        what = "tuner for this model's tensors; metazo zoo list shows all tuners."
+        what = "tuner for this model's tensors; metazo zoo list shows all tuners, and metazo zoo verify those that are damaged."
     if not found:
         raise UserError(f"`tuner='auto'` found no {what}")
 

@@ -54,7 +54,8 @@ def find(
     zoo: str | Path | None = None,
 ) -> list[Found]:
     """Tuners for a model, best match first: same fingerprint; same names, if a tuner knows no shapes; same name of the base
-    model. A tuner of a base model is therefore found for the models derived from it, whatever their names.
+    model. A tuner of a base model is therefore found for the models derived from it, whatever their names. The names are in
+    the tuner's file; a file that is damaged matches none, and `verify` reports it.
     """
     wanted = None if named_shapes is None else fingerprint(named_shapes)
     groups: dict[str, list[Found]] = {"fingerprint": [], "names": [], "base model": []}
@@ -72,7 +73,10 @@ def find(
 
 
 def _fits(tuner: Found, named_shapes: Sequence[tuple[str, Sequence[int]]]) -> bool:
-    return tuner.path.is_file() and Tuner.load(tuner.path).fits(named_shapes).ok
+    try:
+        return tuner.path.is_file() and Tuner.load(tuner.path).fits(named_shapes).ok
+    except UserError:  # a damaged tuner, perhaps of another model, must not hide those that fit
+        return False
 
 
 def parsed(data: bytes, origin: str) -> Item:

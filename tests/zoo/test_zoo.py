@@ -15,7 +15,8 @@ import torch
 from metazo import zoo
 from metazo.errors import UserError
 from metazo.io.files import safe_name
-from metazo.tuner.file import Tuner
+from metazo.tuner.file import BlockSpec, Tuner, TunerInfo
+from metazo.tuner.networks import PertNN
 from metazo.zoo.index import read_index, write_index
 from tests import warm
 from tests.io.test_lock import named
@@ -42,9 +43,6 @@ def test_push_then_find_load_verify(tmp_path: Path, home: Path) -> None:
 
 
 def test_find_by_fingerprint_comes_before_the_name(tmp_path: Path) -> None:
-    from metazo.tuner.file import BlockSpec, TunerInfo
-    from metazo.tuner.networks import PertNN
-
     unknown = [BlockSpec(name, [(name, None)]) for name, _ in SHAPES]
     other = [BlockSpec("w", [("w", (3,))])]
     zoo.push(Tuner(PertNN(1), TunerInfo("derivative", other)))
@@ -57,6 +55,17 @@ def test_find_by_fingerprint_comes_before_the_name(tmp_path: Path) -> None:
         ("derivative/v1", "base model"),
     ]
     assert zoo.find([("x", (1,))]) == []
+
+
+def test_a_damaged_tuner_does_not_hide_the_others(tmp_path: Path) -> None:
+    names = Tuner(PertNN(1), TunerInfo("other/model", [BlockSpec("a.weight", [("a.weight", None)])]))
+    zoo.push(names, tmp_path / "z")
+    zoo.push(make_tuner("org/base"), tmp_path / "z")
+    damaged = tmp_path / "z" / "other/model/v1/tuner.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-20])
+    assert [one.entry.name for one in zoo.find(SHAPES, zoo=tmp_path / "z")] == ["org/base/v1"]
+    assert zoo.find([("a.weight", (3,))], zoo=tmp_path / "z") == []
+    assert [check.name for check in zoo.verify(tmp_path / "z") if check.problem] == ["other/model/v1"]
 
 
 def test_path_of_a_base_model_is_not_published(tmp_path: Path) -> None:
@@ -267,6 +276,8 @@ def test_a_push_that_waits_too_long_names_the_other(tmp_path: Path, monkeypatch:
     assert not (tmp_path / "z/.lock").exists()
 
 
+LISTED = {"name": "tiny/v1", "base_model": "tiny", "sha256": "0" * 64, "size": 1, "fingerprint": None, "blocks": 1}
+LISTED |= {"licence": None}
 INDEXES: dict[str, tuple[Any, str]] = {
     "a list": ([], "format_version"),
     "version": ({"format_version": 9, "tuners": []}, "format_version"),
@@ -274,6 +285,7 @@ INDEXES: dict[str, tuple[Any, str]] = {
     "climbing name": ("../../x", "refused"),
     "absolute name": ("/etc/x", "refused"),
     "number": (7, "not a line of text"),
+    "kind": ({"format_version": 1, "tuners": [LISTED | {"kind": []}]}, "kind is none of tuner, feedback, log"),
     "a name twice": ("tiny/v2", "entry 1: tiny/v2 is listed twice"),
 }
 
