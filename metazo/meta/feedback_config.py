@@ -24,7 +24,7 @@ class FeedbackConfig:
     out: Path
     """Folder for the tuner and settings"""
     task: list[str] = field(default_factory=list)
-    """Task whose training texts are read, by name or a YAML file; several are mixed; labels are not read"""
+    """Task whose training texts are read, by name or a YAML file; several are mixed; labels and answers are not used"""
     data: Path | None = None
     """File of unlabelled prompts (.txt with one per line; .jsonl, .csv, ... with a column `text`), or a folder with
     <task>/<split>.jsonl; a folder without `task` stands for those of the text tasks for meta-training that it holds"""

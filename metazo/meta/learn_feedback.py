@@ -1,8 +1,10 @@
 """Fit a feedback tuner from text alone: `metazo meta-train --learn feedback`, or `meta_train(FeedbackConfig(...))`.
 
-The texts are the passages that metazo carries (task books), a file of unlabelled prompts, or the training texts of tasks,
-whose labels are never read. Each text goes through the model as an input of the task does, which decides the positions
-that contribute to the loss; what is fitted is described in metazo/feedback/jacobian.py. One seed gives one file.
+The texts are the passages that metazo carries (task books), a file of unlabelled prompts, or the training texts of tasks.
+Each text goes through the model as an input of the task does, which decides the positions that contribute to the loss; what
+is fitted is described in metazo/feedback/jacobian.py. The file does not depend on labels or answers: a row of a choice task
+gives its first choice that is not blank, and a row of a generation task its prompt alone, with the loss at its end. One seed
+gives one file.
 
 Where not to use: to gain over `skip-feedback` without a measurement of your own; see docs/feedback.md.
 """
@@ -176,13 +178,18 @@ def _prompts(path: Path) -> list[str]:
 
 
 def _prepared(task: Task, config: FeedbackConfig, data: Any, loaded: LoadedModel, number: int) -> Prepared:
-    """Up to `number` training texts, encoded. Every row of a classification task gets the same label."""
+    """Up to `number` training texts, encoded. Every row of a classification task gets the same label, as does a prompt of a
+    generation task, and every row of a choice task its first choice."""
     rows = _rows(task, data, number, config.seed)
-    if task.kind == "classification":
+    changes: dict[str, Any] = {"label": "_label", "adapt": None, "unlabelled": ()}
+    if task.kind == "classification" or (task.kind == "generation" and loaded.kind == "causal"):  # others are refused
         task = task.model_copy(
-            update={"labels": {0: "yes", 1: "no"}, "label": "_label", "adapt": None, "unlabelled": ()}
+            update=changes | {"kind": "classification", "labels": {0: "yes", 1: "no"}, "metric": ("accuracy",)}
         )
         rows = [{**row, "_label": 0} for row in rows]
+    elif task.kind == "choice":
+        rows = [{**row, "_label": _first(task, row)} for row in rows]
+        task = task.model_copy(update=changes)
     task, held = in_memory(task, rows)
     limit = min(config.max_length or loaded.context_length, loaded.context_length)
     found = prepare(task, loaded, data=held, train=len(rows), dev=0, test=0, seed=config.seed, max_length=limit)
@@ -190,6 +197,14 @@ def _prepared(task: Task, config: FeedbackConfig, data: Any, loaded: LoadedModel
         note for note in found.notes if "no train row has the class" not in note
     ]  # the label is not theirs
     return found
+
+
+def _first(task: Task, row: Row) -> int:
+    """The number of the row's first choice that is not blank."""
+    texts = row[task.choices[0]] if len(task.choices) == 1 else [row[name] for name in task.choices]
+    if not isinstance(texts, list):
+        return 0  # refused when the row is encoded
+    return next((place for place, text in enumerate(texts) if text is not None and str(text).strip()), 0)
 
 
 def _rows(task: Task, data: Any, number: int, seed: int) -> list[Row]:

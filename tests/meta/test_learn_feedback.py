@@ -53,6 +53,29 @@ def test_one_seed_gives_one_file_whatever_the_labels(kind: str, tiny, tmp_path: 
     assert other.maps.trust != one.maps.trust
 
 
+CHOICE = "kind: choice\nprompt: '{text} so'\nchoices: [one, two, three]\nlabel: right\n"
+GENERATION = "kind: generation\nprompt: '{text}'\nanswer: right\n"
+
+
+@pytest.mark.parametrize("task, right", [(CHOICE, (0, 1)), (GENERATION, ("a cat", "no dogs at all"))])
+def test_neither_the_right_choice_nor_the_answer_is_used(task: str, right: tuple, tiny, tmp_path: Path) -> None:
+    found = []
+    for turn in range(2):
+        folder = tmp_path / str(turn)
+        folder.mkdir()
+        texts = [
+            {"text": f"it is item {n}", "one": "it works" if n else "", "two": f"{n} fail", "three": "x"}
+            for n in range(16)
+        ]
+        rows = [row | {"right": right[(n + turn) % 2] if n else right[1]} for n, row in enumerate(texts)]
+        (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / "task.yaml").write_text(f"name: own\n{task}files: {{train: rows.jsonl}}\n")
+        found.append(learn(tiny("llama"), folder / "fit", task=[str(folder / "task.yaml")]))
+    files = [(tmp_path / str(turn) / "fit" / "tuner.safetensors").read_bytes() for turn in range(2)]
+    assert found[0].maps.trust == found[1].maps.trust and files[0] == files[1]
+    assert found[0].info.recipe["texts"] == 16
+
+
 def test_text_of_the_user_and_text_of_metazo(tiny, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("\n".join(f"prompt number {n}" for n in range(20)) + "\n\n")
     mine = learn(tiny("llama"), tmp_path / "1", data=tmp_path / "mine.txt")
