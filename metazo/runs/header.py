@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import platform
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +25,8 @@ from metazo.tasks.data import VERSION
 if TYPE_CHECKING:
     from metazo.runs.setup import Setup
 
+USE = ("by", "features", "parametrisation", "bound", "normalise")
+"""How a tuner's networks are used: attributes of a TunerScale, and of a TunerInfo."""
 PACKAGES = ("torch", "transformers", "numpy", "numba")
 
 
@@ -47,6 +51,7 @@ def header(settings: dict[str, Any], setup: Setup) -> dict[str, Any]:
         "noise": optimizer.noise.name if optimizer.noise else None,
         "tuner": tuner_hash(optimizer),
         "trust": trust_hash(optimizer),
+        "networks": networks_record(optimizer),
         "precision": settings["precision"],
         "counting": COUNTING,
         "settings": settings,
@@ -77,6 +82,20 @@ def trust_hash(optimizer: Method) -> str | None:
         return None
     trust = {str(index): torch.tensor(float(value)) for index, value in sorted(maps.trust.items())}
     return weights_hash(trust.items())
+
+
+def networks_record(optimizer: Method) -> dict[str, Any] | None:
+    """How the networks that choose the block scales are used, and a hash of the blocks that they belong to, if there are any.
+    As the trust, it is apart from the hash of the networks."""
+    scale: Any = optimizer.scale
+    if getattr(scale, "pertnn", None) is None:
+        return None
+    names = json.dumps(None if scale.networks is None else list(scale.networks))
+    blocks = f"sha256:{sha256(names.encode()).hexdigest()}"
+    return {name: getattr(scale, name) for name in USE} | {
+        "embedding_rows": scale.embedding_rows,
+        "list of blocks": blocks,
+    }
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from metazo.models.load import LoadedModel
 from metazo.models.sentence import SentenceClassifier
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.folder import save_parts
-from metazo.runs.header import tuner_hash
+from metazo.runs.header import USE, networks_record, tuner_hash
 from metazo.runs.inputs import architecture, tokenizer_hash
 from metazo.runs.method import build_optimizer, resolve_device
 from metazo.runs.own import StateFile
@@ -222,6 +223,12 @@ def _rebuilt(
         raise UserError(
             f"`tuner` {tuner or settings['tuner']} is not the tuner of this log: its networks have another hash."
         )
+    then = header.get("networks")
+    if isinstance(then, dict) and (what := change(then, networks_record(optimizer) or {})) is not None:
+        raise UserError(
+            f"`tuner` {tuner or settings['tuner']} is not the tuner of this log, although its networks are the same: {what}; "
+            "give the one that the run had."
+        )
     return loaded, optimizer
 
 
@@ -243,9 +250,16 @@ def _tuner(header: dict[str, Any], zoo_folder: Path | None) -> str | None:
     if wanted is None or str(name).startswith("random:"):
         return name if wanted else None
     for known in zoo.tuners(zoo_folder):
-        if known.path.is_file() and weights_hash(Tuner.load(known.path).pertnn.named_parameters()) == wanted:
-            return str(known.path)
+        with suppress(UserError):  # a damaged tuner, perhaps of another model
+            if known.path.is_file() and _is(Tuner.load(known.path), wanted, header.get("networks")):
+                return str(known.path)
     raise UserError(f"The log's tuner (called {name!r} there) is not in the zoo folders; give its location as `tuner`.")
+
+
+def _is(tuner: Tuner, wanted: str, use: Any) -> bool:
+    """Whether the tuner's networks have that hash and are used in that way, as far as the log has it."""
+    same = not isinstance(use, dict) or all(use.get(name) in (None, getattr(tuner.info, name)) for name in USE)
+    return same and weights_hash(tuner.pertnn.named_parameters()) == wanted
 
 
 def _save(loaded: LoadedModel, out: Path, record: dict[str, Any]) -> None:

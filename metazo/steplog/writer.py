@@ -17,7 +17,7 @@ from metazo.steplog.format import VERSION, Scan, change, differences, encode, li
 ENVIRONMENTS = "environment.json"
 LATER = ("architecture", "definition", "own")  # fields of the header that logs of earlier versions lack
 
-ADDED = ("split", "trained", "head", "tokenizer", "counting", "trust")
+ADDED = ("split", "trained", "head", "tokenizer", "counting", "trust", "networks")
 """Keys that logs of older versions lack; if the data are the same, a missing key is not a difference."""
 
 
@@ -163,6 +163,7 @@ def compare(found: Scan, wanted: dict[str, Any], say: Callable[[str], None]) -> 
             if not changed:
                 continue  # a setting that is newer than the log, and has its default None
             name, old, new = changed[0]
+            name = f"tuner's {name}" if key == "networks" else name
         raise UserError(
             f"{found.path.name} belongs to another run: its {name} is {old!r}, now {new!r}; "
             "choose another `out`, or resume with the same settings."

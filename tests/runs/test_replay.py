@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from metazo import zoo
+from metazo.blocks import named_tensors, partition
 from metazo.errors import UserError
 from metazo.models.load import load_model
 from metazo.optimizers import OPTIMIZERS
@@ -16,6 +18,8 @@ from metazo.runs.finetune import run_settings
 from metazo.runs.replay import replay
 from metazo.settings import build
 from metazo.steplog.format import header, line, scan
+from metazo.tuner.file import BlockSpec, Tuner, TunerInfo
+from metazo.tuner.networks import PertNN
 
 SMALL = {
     "model": "pico", "task": "pico_sentiment", "lr": 1e-4, "steps": 5, "batch_size": 2, "train_examples": 8,
@@ -113,6 +117,24 @@ def test_the_tuner_is_found_by_its_hash_and_another_refused(tmp_path):
     assert replay(out / "steps.jsonl", "pico").identical
     with pytest.raises(UserError, match="random:2 is not the tuner of this log"):
         replay(out / "steps.jsonl", "pico", tuner="random:2")
+
+
+def test_the_tuner_is_found_by_the_use_of_its_networks_too(tiny, tmp_path):
+    blocks = [BlockSpec.of(block) for block in partition(named_tensors(load_model(tiny("llama")).model))]
+    networks, kept = PertNN(len(blocks), hidden=2, seed=3), tmp_path / "zoo"
+    uses = [{"bound": bound, "features": "log", "parametrisation": "rms_exp"} for bound in (3.0, 1.0)]
+    for use in uses:
+        zoo.push(Tuner(networks, TunerInfo("base", blocks, **use)), kept)
+    zoo.push(Tuner(PertNN(1), TunerInfo("other/model", [BlockSpec("a", [("a", None)])])), kept)
+    damaged = kept / "other/model/v1/tuner.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-20])
+    index = json.loads((kept / "index.json").read_text())
+    index["tuners"].insert(0, index["tuners"].pop())
+    (kept / "index.json").write_text(json.dumps(index))
+    out = tuned(tmp_path / "run", optimizer="mezo", tuner=str(kept / "base/v2"), model=str(tiny("llama")))
+    assert replay(out / "steps.jsonl", str(tiny("llama")), zoo_folder=kept).identical
+    with pytest.raises(UserError, match="although its networks are the same: bound was 1.0 and is 3.0 now"):
+        replay(out / "steps.jsonl", str(tiny("llama")), tuner=str(kept / "base/v1"))
 
 
 def test_first_order_is_refused(tmp_path):

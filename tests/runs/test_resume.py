@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from metazo.blocks import named_tensors, partition
 from metazo.errors import UserError
 from metazo.feedback.surrogates import MeanJacobian
 from metazo.feedback.tuner import FeedbackTuner, describe
@@ -31,6 +32,8 @@ from metazo.settings import build
 from metazo.steplog.format import line, scan
 from metazo.steplog.inspect import repair
 from metazo.steplog.writer import StepLog
+from metazo.tuner.file import BlockSpec, Tuner, TunerInfo
+from metazo.tuner.networks import PertNN
 
 SETTINGS: dict[str, Any] = {
     "task": "pico_sentiment", "lr": 1e-3, "seed": 3, "steps": 14, "batch_size": 2, "train_examples": 8,
@@ -191,6 +194,37 @@ def test_feedback_with_another_trust_is_another_tuner(tmp_path, monkeypatch):
     begun = scan(out / "steps.jsonl").header
     begun.pop("trust")  # as an earlier version wrote it
     (out / "steps.jsonl").write_bytes(line(begun, 0)[0])
+    tuned(out, **settings, resume=True)
+    assert len(scan(out / "steps.jsonl").steps) == 3
+
+
+def test_networks_that_are_used_in_another_way_are_another_tuner(tmp_path, monkeypatch):
+    blocks = [BlockSpec.of(block) for block in partition(named_tensors(load_model(SETTINGS["model"]).model))]
+    networks, log = PertNN(len(blocks), hidden=2, seed=3), {"features": "log", "parametrisation": "rms_exp"}
+    settings = {"optimizer": "mezo", "scale": "none", "tuner": str(tmp_path / "t.safetensors"), "steps": 3}
+    out = tmp_path / "run"
+
+    def given(bound: float, blocks: list[BlockSpec]) -> None:
+        Tuner(networks, TunerInfo("base", blocks, bound=bound, **log)).save(tmp_path / "t.safetensors")
+
+    def dies(log: StepLog, step) -> None:
+        raise Death
+
+    given(1.0, blocks)
+    monkeypatch.setattr(StepLog, "append", dies)
+    with pytest.raises(Death):
+        tuned(out, **settings)
+    monkeypatch.undo()
+    given(3.0, blocks)
+    with pytest.raises(UserError, match="belongs to another run: its tuner's bound is 1.0, now 3.0"):
+        tuned(out, **settings, resume=True)
+    given(1.0, blocks[::-1])  # each block has another's network
+    with pytest.raises(UserError, match="belongs to another run: its tuner's list of blocks is "):
+        tuned(out, **settings, resume=True)
+    begun = scan(out / "steps.jsonl").header
+    begun.pop("networks")  # as an earlier version wrote it
+    (out / "steps.jsonl").write_bytes(line(begun, 0)[0])
+    given(3.0, blocks)
     tuned(out, **settings, resume=True)
     assert len(scan(out / "steps.jsonl").steps) == 3
 
