@@ -77,6 +77,18 @@ def split(theta: Tensor, weights: Tensor, low: Tensor, start: int, seed: int) ->
     share(_split, [(*cut, start + first, *fixed) for first, cut in _cuts(*arrays)])  # type: ignore[misc]
 
 
+def with_bits(low: Tensor, weights: torch.dtype, dtype: torch.dtype) -> Tensor:
+    """The bits below weights of a narrow type as int16 or int8 (`dtype`), whichever of the two they are: theta stays as it
+    is, or is rounded to nearest if an int8 has fewer of them.
+    """
+    if low.dtype == dtype:
+        return low
+    dropped = LAYOUTS[weights].below - 8
+    if dtype == torch.int16:
+        return low.to(dtype) << dropped
+    return (low.to(torch.int32) + (1 << (dropped - 1)) >> dropped).clamp(max=127).to(dtype)
+
+
 def flushes() -> bool:
     """Whether this thread takes float32 numbers below 2^-126 for 0, as after torch.set_flush_denormal(True)."""
     return float(torch.tensor(1e-40, dtype=torch.float32, device="cpu") * 1) == 0

@@ -10,10 +10,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from metazo.blocks import NamedTensor, uncompiled
 from metazo.errors import UserError
+from metazo.kernels.splitfloat import with_bits
 from metazo.noise import Noise
 from metazo.optimizers.verbs import State
 from metazo.step.estimators import Estimator
@@ -56,8 +58,17 @@ class Saving(Optimizer):
     def tensors_state(self) -> State:
         """All state as tensors by name, masters and compensation included, ready to be stored as safetensors.
 
-        Of a sharded model it is the state of this process's shards, with a checksum of their places.
+        Of a sharded model it is the state of this process's shards, with a checksum of their places. Raises UserError after an
+        exception in the recorder, because the state is then that of a step which is neither recorded nor counted.
         """
+        if self._unrecorded is not None:
+            raise UserError(
+                "The last step is not recorded yet, because the recorder failed: call step() again, which records it, before "
+                "you save the state."
+            )
+        return self._tensors()
+
+    def _tensors(self) -> State:
         self._prepare()
         self.settle()
         counters = torch.tensor([self.steps, self.forwards], dtype=torch.int64)
@@ -69,8 +80,7 @@ class Saving(Optimizer):
 
     def load_tensors_state(self, state: State) -> None:
         """Load a `tensors_state`. Raises UserError if names, shapes or the places of shards are not those of this optimizer."""
-        self._prepare()
-        present = self.tensors_state()
+        present = self._tensors()
         if "shards" in present and present["shards"] != state.get("shards", present["shards"]):
             raise UserError(
                 "The saved state is of other shards of the weights: load on each process the state that it saved itself, with "
@@ -83,10 +93,15 @@ class Saving(Optimizer):
                 "that saved it."
             )
         for name, value in present.items():
-            value.copy_(state[name])
+            value.copy_(self._converted(name, state[name], value.dtype))
         self.weights.take_up()
         self.steps, self.forwards = (int(n) for n in state["counters"])
         self._unrecorded = None
+
+    def _converted(self, name: str, saved: Tensor, dtype: torch.dtype) -> Tensor:
+        """A saved tensor for one of this dtype; bits below a weight count from its last bit on, so they have to be shifted."""
+        kind, _, weight = name.partition("/")
+        return with_bits(saved, self.weights.dtypes[weight], dtype) if kind == "compensation" else saved
 
     def state_dict(self) -> dict[str, Any]:
         """State in torch's form, with the settings that the noise follows from under "run". The method's tensors are under

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load, save
 
+from metazo.errors import UserError
 from metazo.step.record import Step
 from tests import warm
 from tests.optimizers.contract import NAMES, Toy, case, make, quadratic, take
@@ -61,6 +62,9 @@ def test_a_record_that_could_not_be_written_is_written_by_the_next_call(name, dt
     assert (
         all(torch.allclose(a, b, atol=1e-5) for a, b in zip(problem.parameters(), before)) and optimizer.steps == MIDDLE
     )
+    for save_state in (optimizer.state_dict, optimizer.tensors_state):  # which would count the step twice
+        with pytest.raises(UserError, match="The last step is not recorded yet"):
+            save_state()
     evaluated = optimizer.forwards
     take(optimizer, problem)
     assert optimizer.forwards == evaluated and written[-1] == records[MIDDLE] and optimizer.steps == MIDDLE + 1

@@ -382,3 +382,25 @@ def test_weights_that_are_loaded_beside_a_state_keep_its_compensation(before):
     with pytest.warns(UserWarning, match="begin anew"):
         take(again, other)
     assert bool(again.isfinite().all())
+
+
+@narrow
+@pytest.mark.parametrize("run,other", [COMPENSATED, COMPENSATED[::-1]])
+def test_a_state_with_other_bits_below_the_weights_is_converted(run, other, dtype):
+    """They were copied as numbers, by which theta was worse than without them."""
+
+    def theta(optimizer):
+        return torch.cat([part.clone() for tensor in optimizer.tensors for _, part in optimizer.weights.read(tensor)])
+
+    weight = nn.Parameter(torch.randn(5000, generator=torch.Generator().manual_seed(0)).to(dtype))
+    made = MeZO([("w", weight)], lr=1e-3, precision=run)
+    made.step(lambda: weight.float().square().mean())
+    expected, loaded = theta(made), MeZO([("w", weight)], lr=1e-3, precision=other)
+    with pytest.warns(UserWarning, match=f"precision {run}, and this optimizer has {other}"):
+        loaded.load_state_dict(made.state_dict())
+    if other == "compensated-16":
+        assert torch.equal(theta(loaded), expected)
+        return
+    unit = torch.finfo(dtype).eps * 2.0 ** expected.abs().log2().floor() / 2**8
+    apart = (theta(loaded) - expected).abs() / unit
+    assert 0 < float(apart.max()) <= 1 and float((apart > 0.5).float().mean()) < 0.01  # a remainder of 128 becomes 127
