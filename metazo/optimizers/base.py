@@ -192,11 +192,12 @@ class ZOOptimizer(Verbs, Saving):
         Returns: the loss at theta if the method evaluates it, else the mean over its probes. If a loss is not finite, the
         weights are put back, the step is recorded without coefficients, and the loss returned is not finite either; of a step
         that `max_loss` refuses it is the loss. After an exception in the recorder the next call records and takes the same step
-        again, without evaluating it. An exception in the closure puts the weights back too. Masters and compensated
-        weights are put back bit for bit; weights in place keep the rounding of adding and removing the probe, in float32 up to
-        6e-8 (2^-24) of the larger of weight and probe. Raises UserError for a replay of a method whose steps do not follow from
-        their records, for a closure that returns no number, for weights without numbers on this device, for shards that were
-        moved, and if processes differ in seed, settings or weights.
+        again, without evaluating it, and the state cannot be saved before. An exception in the closure, in `update` or in the
+        rule's `begin` puts the weights back too. Masters and compensated weights are put back bit for bit; weights in place
+        keep the rounding of adding and removing the probe, in float32 up to 6e-8 (2^-24) of the larger of weight and probe.
+        Raises UserError for a replay of a method whose steps do not follow from their records, for a closure that returns no
+        number, for losses so large that their squares overflow, for weights without numbers on this device, for shards
+        that were moved, and if processes differ in seed, settings or weights.
         """
         if replay is not None and not self.replayable:
             raise UserError(f"A step of {self.name} does not follow from its record: it cannot be replayed.")
@@ -238,6 +239,13 @@ class ZOOptimizer(Verbs, Saving):
             sigma = tuple(state["scale/sigma"].tolist()) if self.scale is not None else ()
             self.last_step = Step(step, tuple(seeds), tuple(losses), tuple(update.coefficients), learning_rates, sigma)
             terms = self._terms(update, seeds, direction, scales) if finite else None
+            terms = None if terms is None else self._begun(terms, self.last_step.coefficients)
+        except OverflowError as error:
+            self.weights.leave()
+            raise UserError(
+                f"The losses of step {step} are {min(losses):.3g} to {max(losses):.3g}, too far apart for the squares that "
+                f"{self.name} takes of them: divide the loss, or set the optimizer's `max_loss`, above which a step is skipped."
+            ) from error
         except BaseException:  # a warning that is an error, a rate that is no number
             self.weights.leave()
             raise
@@ -253,7 +261,7 @@ class ZOOptimizer(Verbs, Saving):
         if terms is None:
             self.weights.leave()
         else:
-            self._apply(terms, record.coefficients, record.lr)
+            self._apply(terms, record.lr)
             if self.scale is not None:
                 self.scale.observe(self.zo_state, *estimator.plus_minus(record.losses))
         self.steps += 1
@@ -319,9 +327,12 @@ class ZOOptimizer(Verbs, Saving):
             self.weights.leave()
             raise
 
-    def _apply(self, terms: list[Term], coefficients: Sequence[float], learning_rates: Sequence[float]) -> None:
+    def _begun(self, terms: list[Term], coefficients: Sequence[float]) -> list[Term]:
+        """The terms times the factor of the rule; before the record, so that no step is recorded whose rule fails."""
         factor = self.rule.begin(self.zo_state, coefficients)
-        terms = [Term(term.direction, term.seed, factor * term.amount) for term in terms] if factor != 1.0 else terms
+        return [Term(term.direction, term.seed, factor * term.amount) for term in terms] if factor != 1.0 else terms
+
+    def _apply(self, terms: list[Term], learning_rates: Sequence[float]) -> None:
         decays = {
             tensor.name: learning_rates[tensor.group] * float(self.param_groups[tensor.group]["weight_decay"])
             for tensor in self.tensors

@@ -37,6 +37,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -71,6 +72,16 @@ def row_length(tensor: NamedTensor) -> int:
     """Entries of a row: n of an (m, n) matrix; all of a tensor of one dimension. Those of the whole tensor, of a shard too."""
     shape = shape_of(tensor.param)
     return max(shape[1 if len(shape) > 1 else 0 :].numel(), 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Vectors:
+    """Gives a of a tensor from a state. It is pickled and copied with an optimizer whose last step waits for its record."""
+
+    state: State
+
+    def __call__(self, tensor: NamedTensor) -> Tensor:
+        return self.state[f"a/{tensor.name}"]
 
 
 @register
@@ -132,8 +143,8 @@ class LOREN(ZOOptimizer):
         return state
 
     def propose(self, state: State, step: int, seeds: Sequence[int]) -> Direction:
-        probed = {tensor.name: state[f"a/{tensor.name}"].clone() for tensor in self.tensors}
-        return Reflected(Isotropic(), lambda tensor: probed[tensor.name], self.damping)
+        probed = {name: state[name].clone() for name in (f"a/{tensor.name}" for tensor in self.tensors)}
+        return Reflected(Isotropic(), Vectors(probed), self.damping)
 
     def update(self, state: State, step: int, seeds: Sequence[int], losses: Sequence[float]) -> Update:
         coefficients = self.estimator.coefficients(losses, self.eps)

@@ -34,7 +34,7 @@ class Rule(ABC):
         return {}
 
     def begin(self, state: State, coefficients: Sequence[float]) -> float:
-        """Once per step, with the coefficients of its estimate. Returns: the number that the update is multiplied by."""
+        """Once per step, before its record, with the coefficients of its estimate. Returns: the factor of the update."""
         return 1.0
 
     @abstractmethod
@@ -150,8 +150,8 @@ class ScalarMoment(Rule):
 
     def begin(self, state: State, coefficients: Sequence[float]) -> float:
         moment, steps = state["meazo/moment"], state["meazo/steps"]
-        steps += 1
         moment.fill_(self.beta * float(moment) + (1 - self.beta) * math.fsum(coefficients) ** 2)
+        steps += 1
         return 1 / (math.sqrt(float(moment) / (1 - self.beta ** int(steps))) + self.stability)
 
     def apply(self, tensor, start, theta, add, lr, decay, state) -> None:

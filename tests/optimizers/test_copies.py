@@ -16,7 +16,7 @@ from metazo.optimizers import METHODS, OPTIMIZERS, MeZO
 from metazo.optimizers.answer_column import AnswerColumn
 from metazo.optimizers.registry import load
 from metazo.optimizers.skip_feedback import SkipFeedback
-from tests.optimizers.contract import case, make, quadratic, take
+from tests.optimizers.contract import NAMES, case, make, quadratic, take
 
 load()
 LOSSES = sorted(name for name, cls in METHODS.items() if not cls.needs_model)
@@ -61,6 +61,29 @@ def test_a_copy_goes_on_bit_identically(name, precision, by):
         take(other, twin)
     assert equal(problem, twin)
     assert (other.last_step, other.steps, other.forwards) == (optimizer.last_step, optimizer.steps, optimizer.forwards)
+
+
+@by
+@pytest.mark.parametrize("name,own", [*((name, {}) for name in NAMES), ("loren", {"compat": "official"})])
+def test_a_copy_records_the_step_whose_record_failed(name, own, by):
+    """It has what the step waits with, of its own: not the state of the original, which goes on."""
+
+    def full(step):
+        raise OSError("no space left on device")
+
+    problem = quadratic(torch.bfloat16)
+    optimizer = make(name, problem.named(), case(name).quadratic, seed=3, **own)
+    take(optimizer, problem)
+    optimizer.recorder = full
+    with pytest.raises(OSError):
+        take(optimizer, problem)
+    optimizer.recorder = None
+    twin, other = COPIES[by]((problem, optimizer))
+    for _ in range(3):
+        take(optimizer, problem)
+    for _ in range(3):
+        take(other, twin)
+    assert equal(problem, twin) and other.last_step == optimizer.last_step
 
 
 @by

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from metazo.blocks import NamedTensor
 from metazo.optimizers.base import State, Update
-from metazo.optimizers.loren import LOREN, row_length, score
+from metazo.optimizers.loren import LOREN, Vectors, row_length, score
 from metazo.optimizers.registry import official
 from metazo.step.directions import Direction, Isotropic, Reflected
 from metazo.step.estimators import mean
@@ -31,6 +31,11 @@ class MatrixMomentum(Momentum):
         rule.apply(tensor, start, theta, add, lr, decay, state)
 
 
+class Tiled(Vectors):
+    def __call__(self, tensor: NamedTensor) -> Tensor:
+        return super().__call__(tensor).repeat(tensor.param.numel() // row_length(tensor))
+
+
 @official(LOREN)
 class OfficialLOREN(LOREN):
     shardable = False  # one direction per tensor, and a that is read and changed between queries
@@ -40,11 +45,7 @@ class OfficialLOREN(LOREN):
 
     def propose(self, state: State, step: int, seeds: Sequence[int]) -> Direction:
         """a is tiled over the rows, and read when the direction is drawn, so that a query uses the a of the ones before."""
-
-        def tiled(tensor: NamedTensor) -> Tensor:
-            return state[f"a/{tensor.name}"].repeat(tensor.param.numel() // row_length(tensor))
-
-        return Reflected(Isotropic(), tiled, self.damping)
+        return Reflected(Isotropic(), Tiled(state), self.damping)
 
     def update(self, state: State, step: int, seeds: Sequence[int], losses: Sequence[float]) -> Update:
         rounded = torch.tensor([*losses, mean(losses)], dtype=torch.float32)
@@ -53,11 +54,14 @@ class OfficialLOREN(LOREN):
     def decays(self, tensor: NamedTensor) -> bool:
         return True
 
-    def _apply(self, terms: list[Term], coefficients: Sequence[float], learning_rates: Sequence[float]) -> None:
+    def _begun(self, terms: list[Term], coefficients: Sequence[float]) -> list[Term]:
+        return terms  # the rule begins with each query
+
+    def _apply(self, terms: list[Term], learning_rates: Sequence[float]) -> None:
         """Apply each query, then its step of a."""
         self.weights.leave()
         for term in terms:
-            super()._apply([term], [term.amount], learning_rates)
+            super()._apply(super()._begun([term], [term.amount]), learning_rates)
             stream, direction = self.noise.stream(term.seed), self.propose(self.zo_state, self.steps, [term.seed])
             for tensor in self.tensors:
                 a = self.zo_state[f"a/{tensor.name}"]
