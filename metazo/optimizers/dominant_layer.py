@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -72,8 +73,10 @@ def first_outlier_layer(model: nn.Module, forward: Callable[[], object]) -> str:
 
 def choose_layer(names: list[str], layer: str | int) -> str:
     """One of the block names, found by its index among numbered layers, by name, or by a part of the name between dots."""
+    if not isinstance(layer, Integral | str) or isinstance(layer, bool):
+        raise UserError(f"`layer` must be a whole number or a name, not {layer!r}.")
     numbered = [name for name in names if _LAYER_NAME.match(name)] or names
-    if isinstance(layer, int) or re.fullmatch(r"-?\d+", layer):
+    if isinstance(layer, Integral) or re.fullmatch(r"-?\d+", layer):
         if not -len(numbered) <= int(layer) < len(numbered):
             raise UserError(f"`layer` {layer} does not exist: the trainable layers are 0 to {len(numbered) - 1}.")
         return numbered[int(layer)]

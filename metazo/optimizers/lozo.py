@@ -99,7 +99,7 @@ class LOZO(ZOOptimizer):
         for key, value in (("rank", rank), ("interval", interval)):
             if not isinstance(value, int) or value < 1:
                 raise UserError(f"`{key}` must be a whole number of at least 1, not {value}.")
-        if form not in FORMS:
+        if form not in list(FORMS):  # a value that cannot be a key, too
             raise UserError(f"`form` {form!r} is unknown: choose weights, activations or auto.")
         self.estimator = TwoPoint(queries)
         self.rank, self.interval, self.energy = rank, interval, float(rank)

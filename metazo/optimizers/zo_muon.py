@@ -116,7 +116,7 @@ class ZOMuon(ZOOptimizer):
         for key, value in (("rank", rank), ("interval", interval)):
             if not isinstance(value, int) or value < 1:
                 raise UserError(f"`{key}` must be a whole number of at least 1, not {value}.")
-        if msign not in SIGNS:
+        if msign not in list(SIGNS):  # a value that cannot be a key, too
             raise UserError(f"`msign` {msign!r} is unknown: choose {' or '.join(SIGNS)}.")
         if not (math.isfinite(vector_rate) and vector_rate >= 0):
             raise UserError(f"`vector_rate` must be a finite number of at least 0, not {vector_rate}.")

@@ -214,7 +214,7 @@ class Population:
             raise UserError(f"`population` must be {even} of at least {least}, not {self.members}.")
         if self.members > MOST_QUERIES:
             raise UserError(f"`population` must be at most {MOST_QUERIES:,}, not {self.members}.")
-        if self.shaping not in SHAPINGS:
+        if self.shaping not in list(SHAPINGS):  # a value that cannot be a key, too
             raise UserError(f"`shaping` {self.shaping!r} is unknown: choose {' or '.join(SHAPINGS)}.")
 
     @property

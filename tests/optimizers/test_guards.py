@@ -20,7 +20,7 @@ from metazo.optimizers import FZOO, LOZO, METHODS, OPTIMIZERS, MeZO
 from metazo.optimizers.guards import as_loss, check_weights
 from metazo.optimizers.loss_watch import FIRST_STEPS
 from metazo.step.estimators import TwoPoint
-from metazo.step.rules import Adam
+from metazo.step.rules import SGD, Adam
 from metazo.step.scales import RMSScale
 from metazo.tuner.networks import PertNN
 from metazo.tuner.scale import TunerScale
@@ -579,6 +579,68 @@ def test_a_rule_may_be_given_by_its_name():
     assert MeZO(layer.named_parameters(), rule="adam").rule == Adam()
     with pytest.raises(UserError, match="`rule` 'adamw' is unknown: choose sgd, momentum, adam, meazo"):
         MeZO(layer.named_parameters(), rule="adamw")
+
+
+def test_a_rule_that_fails_leaves_no_probe_and_no_record():
+    """The probe remained on the weights, and the step was recorded by the next call again."""
+
+    class Failing(SGD):
+        fails = True
+
+        def begin(self, state, coefficients):
+            if self.fails:
+                raise ValueError("of the rule")
+            return super().begin(state, coefficients)
+
+    problem, plain = quadratic(torch.bfloat16), quadratic(torch.bfloat16)
+    rule, records = Failing(), []
+    optimizer, before = make("mezo", problem.named(), 0.05, rule=rule), problem.copies()
+    optimizer.recorder = records.append
+    with pytest.raises(ValueError, match="of the rule"):
+        optimizer.step(problem)
+    assert all(map(torch.equal, problem.parameters(), before)) and not records
+    Failing.fails = False
+    optimizer.step(problem)
+    make("mezo", plain.named(), 0.05).step(plain)
+    assert all(map(torch.equal, problem.parameters(), plain.parameters())) and [r.step for r in records] == [0]
+
+
+@pytest.mark.parametrize("name,options", [("meazo", {}), ("es", {"population": 4}), ("curvzo", {})])
+def test_losses_whose_squares_are_beyond_float64_are_refused(name, options):
+    """By an OverflowError of Python's, and of meazo after the step was recorded and with the probe on the weights."""
+    problem, records = quadratic(), []
+    optimizer, before = make(name, problem.named(), 0.05, check_loss=False, **options), problem.copies()
+    state = {key: value.clone() for key, value in optimizer.tensors_state().items()}
+    optimizer.recorder, given = records.append, iter([1e200, -3e200, 2e200, 7e200])
+    with pytest.raises(
+        UserError, match=r"The losses of step 0 are -3e\+200 to \S+, too far apart .* set the optimizer's `max_loss`"
+    ):
+        optimizer.step(lambda: next(given))
+    for now, then in zip(problem.parameters(), before):
+        torch.testing.assert_close(now.data, then, rtol=1e-12, atol=1e-12)
+    assert not records and optimizer.steps == 0
+    optimizer.max_loss = 1e100
+    optimizer.step(lambda: 1e200)
+    assert optimizer.steps == 1 and not records[0].coefficients
+    if name == "meazo":
+        kept = optimizer.tensors_state()
+        assert all(torch.equal(kept[key], value) for key, value in state.items() if key != "counters")
+
+
+@pytest.mark.parametrize(
+    "name,key,value",
+    [
+        ("zo-muon", "msign", ["svd"]),
+        ("es", "shaping", ["rank"]),
+        ("lozo", "form", ["weights"]),
+        ("dominant-layer", "layer", 1.5),
+    ],
+)
+def test_a_value_that_is_no_text_is_named(name, key, value):
+    """It was a TypeError without the name of the setting."""
+    problem = quadratic()
+    with pytest.raises(UserError, match=rf"`{key}` .*{re.escape(repr(value))}"):
+        METHODS[name](problem.named(), **{key: value})
 
 
 @pytest.mark.parametrize("name", ["mezo-adam", "mezo-momentum"])
