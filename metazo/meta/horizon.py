@@ -69,7 +69,7 @@ class HorizonTask(PreparedTask):
 
     def held_out(self) -> float:
         """The mean loss on the held-out examples."""
-        return evaluate(self.model, self.prepared, "dev", batch_size=EVAL_BATCH)["loss"]
+        return evaluate(self.model, self.prepared, "dev", batch_size=EVAL_BATCH, loss_only=True)["loss"]
 
 
 class HorizonRun:

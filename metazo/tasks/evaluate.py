@@ -38,6 +38,7 @@ def evaluate(
     limit: int | None = None,
     metrics: Sequence[str] = (),
     divided: bool = False,
+    loss_only: bool = False,
 ) -> dict[str, float]:
     """Loss and metrics of ``model`` on a split, or on its first ``limit`` examples.
 
@@ -46,7 +47,7 @@ def evaluate(
     inputs of similar length and at most ``batch_size`` rows (unless one example has more); their order does not matter.
     ``metrics`` names others of the task's kind that are computed as well. ``divided``: the processes of torch.distributed,
     all of which must call this, divide the batches, and all return the result of a single process. A model that is itself
-    divided is evaluated by all of them on all batches.
+    divided is evaluated by all of them on all batches. ``loss_only``: return "loss" and "examples" alone, and generate nothing.
     Runs in eval and inference mode; the mode of every module is restored. A loss that is not finite is returned as it is, and
     such an example counts as answered wrongly. Raises UserError for an empty split, and for a head of prototypes or label
     phrases that is not made yet (`metazo.tasks.classes.fit_head`).
@@ -69,7 +70,7 @@ def evaluate(
             own: list[tuple[int, float, Any]] = []
             for places in islice(batches(examples, batch_size, prepared), first, None, ranks):
                 chosen = [examples[place] for place in places]
-                loss, predicted = _batch(model, prepared, chosen, device)
+                loss, predicted = _batch(model, prepared, chosen, device, loss_only)
                 own += zip(places, loss.tolist(), predicted, strict=True)
         for found in gathered(own) if divided else [own]:
             for place, value, prediction in found:
@@ -78,6 +79,8 @@ def evaluate(
         for module, training in modes:  # which may differ: a frozen part is often in evaluation mode
             module.training = training
     result = {"loss": sum(losses) / len(losses)}
+    if loss_only:
+        return result | {"examples": float(len(examples))}
     generation = prepared.task.kind == "generation"
     accepted = [example.references if generation else example.targets for example in examples]
     for metric in dict.fromkeys((*prepared.task.metric, *metrics)):
@@ -113,12 +116,14 @@ def _rows(example: Encoded, prepared: Prepared) -> int:
 
 
 def _batch(
-    model: nn.Module, prepared: Prepared, examples: list[Encoded], device: torch.device
+    model: nn.Module, prepared: Prepared, examples: list[Encoded], device: torch.device, loss_only: bool
 ) -> tuple[Tensor, list[Any]]:
-    """Loss (B,) and prediction of each example: a class, a choice, or a text."""
+    """Loss (B,) and prediction of each example: a class, a choice, or a text, which is None if only the loss is needed."""
     batch = prepared.collate(examples, every_option=True).to(device)
     scores = prepared.scores(model, batch)
     if prepared.task.kind == "generation":
+        if loss_only:
+            return -scores[:, 0], [None] * len(examples)
         texts: list[Any] = generate(model, prepared, examples, device)
         return -scores[:, 0], [t if s else None for t, s in zip(texts, scores[:, 0].isfinite().tolist(), strict=True)]
     if prepared.task.kind == "choice":

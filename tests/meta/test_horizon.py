@@ -270,9 +270,10 @@ def test_losses_that_are_not_finite_are_counted(settings, monkeypatch) -> None:
     assert not settings("rates").out.exists()
 
 
-@pytest.mark.parametrize("changes", [{}, {"horizon": 20}])
+@pytest.mark.parametrize("changes", [{}, {"horizon": 20}, {"task": ["pico_span"]}])
 def test_the_plan_counts_forward_passes(settings, monkeypatch, changes) -> None:
-    """Of a long horizon too, in which each of the pairs begins one run and tries the rates of its task."""
+    """Of a long horizon too, in which each of the pairs begins one run and tries the rates of its task. No answer is
+    generated."""
     config = settings(truncation=2, rates=[1e-4, 1e-3], **changes)
     plan = dry(config)
     loaded, _ = load(config)

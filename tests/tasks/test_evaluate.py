@@ -46,6 +46,14 @@ def test_order_and_batch_size_do_not_matter(tiny):
     assert first == pytest.approx(second, abs=1e-5)
 
 
+@pytest.mark.parametrize("task", ["pico_topic", "pico_cause", "pico_span"])
+def test_the_loss_alone_is_that_of_a_whole_evaluation_and_generates_nothing(tiny, monkeypatch, task):
+    network, prepared = ready(tiny, task=task)
+    whole = evaluate(network, prepared, limit=4)
+    monkeypatch.setattr(network, "generate", None)
+    assert evaluate(network, prepared, limit=4, loss_only=True) == {"loss": whole["loss"], "examples": 4}
+
+
 def test_limit_takes_the_first_examples_and_their_majority(tiny):
     network, prepared = ready(tiny)
     some = evaluate(network, prepared, limit=5)
