@@ -235,6 +235,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         and isinstance(manifest.get("complete"), bool)
         and isinstance(tasks, dict)
         and all(map(_is_count, tasks.values()))
+        and isinstance(manifest.get(ORIGIN, {}), dict)
         and isinstance(kept, list)
         and all(type(step) is int and 0 <= step < steps for step in kept)
         and kept == sorted(set(kept))

@@ -72,6 +72,7 @@ DAMAGE = [
     (edit_manifest(snapshots=[0, 99]), "manifest.json is not that of a recording"),
     (edit_manifest(steps=None), "manifest.json is not that of a recording"),
     (edit_manifest(tasks=["pico_topic"]), "manifest.json is not that of a recording"),
+    (edit_manifest(origin=["x"]), "manifest.json is not that of a recording"),
     (edit_row([1]), "line 2 of log.jsonl is not a batch of that step"),
     (edit_row({"examples": [10**6]}), "line 2 of log.jsonl is not a batch of that step"),
     (edit_row({"examples": []}), "line 2 of log.jsonl is not a batch of that step"),
