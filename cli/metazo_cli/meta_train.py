@@ -81,8 +81,7 @@ def _settings(
     given = {key: value for key, value in values.items() if value is not None and value != []}
     if learn == "scale" and given.get("objective", recipe.get("objective")) == "horizon":
         learn = "horizon"
-    if "steps" in given:
-        recipe.pop("epochs", None)  # the recipe's length of the run gives way
+    recipe = options.without_length(recipe, given)
     known = {item.name for item in options.fields(CONFIGS[learn])}
     for key in (*recipe, *given):
         if key not in known and any(key in other.__dataclass_fields__ for other in CONFIGS.values()):

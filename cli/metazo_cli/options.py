@@ -18,6 +18,7 @@ from metazo.recipes import locate
 from metazo.settings import build, help_of, read_recipe
 
 Config = TypeVar("Config")
+_LENGTHS = ("steps", "forwards", "epochs")  # settings of which one gives the length of a run
 
 
 def flags(
@@ -100,13 +101,19 @@ def check_plot(plot: Path) -> None:
         raise UserError(f"`plot` {str(plot)!r} is no file in a folder that exists; name another, or make the folder.")
 
 
+def without_length(recipe: Mapping[str, Any], flagged: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe without its length of the run if a flag gives the length, perhaps as another setting."""
+    dropped = _LENGTHS if any(name in flagged for name in _LENGTHS) else ()
+    return {key: value for key, value in recipe.items() if key not in dropped}
+
+
 def settings(
     config: type[Config], recipe: Path | None, values: Mapping[str, Any], began: Mapping[str, Any] | None = None
 ) -> Config:
     """The config from a recipe and flags. A flag overrides the recipe, and both override the settings of a resumed run."""
     flagged = {key: value for key, value in values.items() if value is not None and value != []}
     path = locate(str(recipe)) if recipe else None
-    return build_from(config, path, read_recipe(path) if path else {}, flagged, began or {})
+    return build_from(config, path, without_length(read_recipe(path) if path else {}, flagged), flagged, began or {})
 
 
 def build_from(

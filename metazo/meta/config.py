@@ -185,6 +185,8 @@ class MetaConfig(ScaleConfig):
             found |= dict.fromkeys(restarts, "`restart_every` 0, without which there is no restart")
         if self.record is not None or self.trajectory is not None:
             found["restart_model"] = "a recording, which is of one path from the base model and repeats"
+        if self.record is None:
+            found["record_every"] = "no `record`, without which no weights are recorded"
         if self.trajectory is not None:
             found |= dict.fromkeys(("restart_every", "record_every"), "`trajectory`, which has that of the recording")
         return found

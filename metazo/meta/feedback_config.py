@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from metazo.errors import UserError
 from metazo.settings import check_number, check_types, check_values
 
 BOUNDS: dict[str, dict[str, Any]] = {
@@ -39,7 +40,7 @@ class FeedbackConfig:
     rank: int = 16
     """Rank of the part beside the identity; 0 fits the trust alone"""
     ridge: float = 0.02
-    """Ridge of the regression, in units of the variance of a cotangent"""
+    """Ridge of the regression, in units of the variance of a cotangent; needs a rank above 0"""
     draws: int = 4
     """Random cotangents per text"""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
@@ -58,6 +59,8 @@ class FeedbackConfig:
         for name, bounds in BOUNDS.items():
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), **bounds)
+        if self.rank == 0 and self.ridge != type(self).ridge:
+            raise UserError(f"`ridge` {self.ridge:g} changes nothing with `rank` 0, which fits no map; leave it out.")
 
     def recipe(self) -> dict[str, Any]:
         """The settings that made the tuner, without local paths, as a plain table; the fit adds the names of the tasks."""

@@ -16,7 +16,7 @@ from metazo.io.terminal import Console
 from metazo.meta.dryrun import Plan
 from metazo.meta.horizon import EVAL_BATCH, HorizonRun, HorizonTask
 from metazo.meta.horizon_config import HorizonConfig
-from metazo.meta.loading import load_base, prepare_task
+from metazo.meta.loading import load_base, prepare_task, resolve_tasks
 from metazo.meta.trial import check_file
 from metazo.models.heads import Prototypes
 from metazo.models.load import LoadedModel
@@ -25,7 +25,6 @@ from metazo.models.sentence import SentenceClassifier
 from metazo.runs.method import resolve_device
 from metazo.runs.monitor import Diverged
 from metazo.runs.resources import size
-from metazo.tasks import resolve
 from metazo.tasks.classes import fit_head
 from metazo.tasks.evaluate import batches
 from metazo.tuner.file import Tuner, TunerInfo
@@ -35,7 +34,7 @@ from metazo.tuner.networks import NUMBERS_PER_UNIT, PertNN
 
 def load(config: HorizonConfig) -> tuple[LoadedModel, list[HorizonTask]]:
     """The model with its trained tensors selected, and the tasks on it. Raises UserError."""
-    device, resolved = resolve_device(config.device), [resolve(name) for name in config.task]
+    device, resolved = resolve_device(config.device), resolve_tasks(config.task)
     loaded = load_base(config, resolved, device, config.head)
     select_trainable(loaded.model, config.train, config.freeze)
     blocks = _blocks(loaded, config)

@@ -142,6 +142,11 @@ def _losses(
 def _sources(config: FeedbackConfig) -> tuple[list[Task], Path | list[Row] | None, list[str]]:
     """The tasks whose texts are read, the `data` to read them from, and what each is called."""
     if config.task:
+        if config.data is not None and is_file(config.data):
+            raise UserError(
+                f"`data` {config.data} is a file of prompts, which goes without `task`; leave one of them out, or give the "
+                "folder with <task>/<split>.jsonl."
+            )
         tasks = [resolve(name) for name in config.task]
         return tasks, config.data, [task.name for task in tasks]  # not the place of a task's file
     if config.data is None:

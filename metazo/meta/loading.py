@@ -10,7 +10,7 @@ from metazo.errors import UserError
 from metazo.meta.config import ScaleConfig
 from metazo.meta.trial import check_name
 from metazo.models.load import MADE, LoadedModel, load_model
-from metazo.tasks import Prepared, Task, prepare
+from metazo.tasks import Prepared, Task, prepare, resolve
 
 
 def load_base(config: ScaleConfig, tasks: Sequence[Task], device: torch.device, head: str = "auto") -> LoadedModel:
@@ -21,6 +21,16 @@ def load_base(config: ScaleConfig, tasks: Sequence[Task], device: torch.device, 
     loaded = load_model(config.model, dtype=config.dtype, device=device, seed=config.seed, num_labels=count, head=head)
     check_name(loaded.name)
     return loaded
+
+
+def resolve_tasks(names: Sequence[str]) -> list[Task]:
+    """The tasks that `task` names. Raises UserError for two of one name, by which recordings, hashes and records tell them
+    apart."""
+    resolved = [resolve(name) for name in names]
+    for place, task in enumerate(resolved):
+        if task.name in [other.name for other in resolved[:place]]:
+            raise UserError(f"`task` has two tasks of the name {task.name!r}; rename one of them, or leave it out.")
+    return resolved
 
 
 def prepare_task(config: ScaleConfig, task: Task, loaded: LoadedModel, held_out: int = 1) -> Prepared:

@@ -12,7 +12,7 @@ from metazo.io.terminal import Console
 from metazo.meta.config import MetaConfig
 from metazo.meta.dryrun import make_plan as make_plan
 from metazo.meta.journal import say
-from metazo.meta.loading import load_base, prepare_task
+from metazo.meta.loading import load_base, prepare_task, resolve_tasks
 from metazo.meta.loop import MetaRun, make_teacher, order_of, restarts
 from metazo.meta.order import PreparedTask
 from metazo.meta.path import Online
@@ -24,7 +24,6 @@ from metazo.runs.inputs import belongs
 from metazo.runs.interrupt import Interrupted
 from metazo.runs.method import resolve_device
 from metazo.runs.monitor import Diverged
-from metazo.tasks import resolve
 from metazo.tuner.file import Tuner, TunerInfo
 from metazo.tuner.match import BlockSpec
 from metazo.tuner.networks import NUMBERS_PER_UNIT, PertNN
@@ -34,7 +33,7 @@ START = "start.safetensors"
 
 def load(config: MetaConfig) -> tuple[LoadedModel, list[PreparedTask]]:
     """The model and the training sets. Raises UserError."""
-    resolved = [resolve(name) for name in config.task]
+    resolved = resolve_tasks(config.task)
     device = resolve_device(config.device)
     loaded = load_base(config, resolved, device)
     blocks = [BlockSpec.of(block) for block in partition(named_tensors(loaded.model), config.blocks)]

@@ -167,6 +167,20 @@ def test_a_flag_wins_over_the_recipe(tmp_path):
     assert (config["task"], config["lr"], config["method"]) == ("pico_sentiment", 1e-4, {"rank": 3})
 
 
+@pytest.mark.parametrize("length", [("steps", 4), ("forwards", 8), ("epochs", 0.5)])
+def test_a_length_as_a_flag_wins_over_another_kind_of_length_in_the_recipe(tmp_path, length):
+    from metazo.runs.config import FinetuneConfig
+    from metazo_cli.options import settings
+
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("model: pico\ntask: pico_topic\nsteps: 40\n")
+    found = settings(FinetuneConfig, recipe, {length[0]: length[1]})
+    lengths = {name: getattr(found, name) for name in ("steps", "forwards", "epochs")}
+    assert {name: value for name, value in lengths.items() if value is not None} == {length[0]: length[1]}
+    with pytest.raises(UserError, match="`steps` and `epochs` set the length of the run; give one of them"):
+        settings(FinetuneConfig, recipe, {"steps": 4, "epochs": 0.5})
+
+
 def test_help_names_every_method_and_its_hyperparameters():
     from metazo.optimizers import OPTIMIZERS
 

@@ -154,6 +154,10 @@ def test_bad_settings(tiny, tmp_path: Path) -> None:
         learn(model, tmp_path / "x", data=tmp_path / "few.txt")
     with pytest.raises(UserError, match="neither a file of prompts nor a folder"):
         learn(model, tmp_path / "x", data=tmp_path / "none.txt")
+    with pytest.raises(UserError, match="`data` .*few.txt is a file of prompts, which goes without `task`"):
+        learn(model, tmp_path / "x", data=tmp_path / "few.txt", task=["pico_topic"])
+    with pytest.raises(UserError, match="`ridge` 0.5 changes nothing with `rank` 0, which fits no map; leave it out"):
+        learn(model, tmp_path / "x", rank=0, ridge=0.5)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no text task for meta-training"):
         learn(model, tmp_path / "x", data=tmp_path / "empty")

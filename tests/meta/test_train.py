@@ -345,6 +345,7 @@ def test_the_plan_counts_forward_passes(settings, monkeypatch, tmp_path: Path, p
     [
         ({"restart_every": 2.0, "trajectory": "x"}, "`restart_every` 2.0 changes nothing with `trajectory`"),
         ({"record_every": 5, "trajectory": "x"}, "`record_every` 5 changes nothing with `trajectory`"),
+        ({"record_every": 7}, "`record_every` 7 changes nothing with no `record`"),
         ({"restart_model": False, "record": "x"}, "`restart_model` False changes nothing with a recording"),
         ({"objective": "ratio", "lr_update": 1e-3}, "`lr_update` 0.001 changes nothing with `objective` ratio"),
         ({"objective": "ratio", "queries": 2}, "`queries` 2 changes nothing"),
@@ -372,6 +373,33 @@ def test_the_published_recipe_is_a_config():
     assert isinstance(shorter, MetaConfig) and shorter.steps == 10 and "epochs" not in shorter.recipe()
 
 
+@pytest.mark.parametrize("epochs", [2, 3])  # 3 is the default
+def test_epochs_as_a_flag_win_over_the_steps_of_a_recipe(tmp_path: Path, epochs: int):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("model: pico\ntask: [pico_topic]\nsteps: 40\n")
+    found = of_flags(None, recipe, {"out": tmp_path / "x", "epochs": epochs})
+    assert isinstance(found, MetaConfig) and (found.steps, found.epochs) == (None, epochs)
+
+
+def test_two_tasks_of_one_name_are_refused(settings, tmp_path: Path):
+    """A recording and the hashes of the data name their tasks."""
+    files = []
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        rows = [{"text": f"{folder} number {n}", "label": n % 2} for n in range(20)]
+        (tmp_path / folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        files.append(str(tmp_path / folder / "task.yaml"))
+        Path(files[-1]).write_text(
+            "name: reviews\nkind: classification\nprompt: '{text} It was {}.'\nlabel: label\n"
+            "labels: {0: terrible, 1: great}\nfiles: {train: train.jsonl}\n"
+        )
+    horizon = HorizonConfig(model="pico", task=files, out=tmp_path / "out")
+    for config in (settings(task=files, record=tmp_path / "path"), horizon):
+        with pytest.raises(UserError, match="`task` has two tasks of the name 'reviews'; rename one of them"):
+            meta_train(config)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "path").exists()
+
+
 def test_only_0_epochs_mean_that_there_is_no_restart():
     assert [restart_steps(*each) for each in ((0, 1), (0.5, 1), (0.1, 4), (0.5, 4), (3, 4))] == [0, 1, 1, 2, 12]
 
@@ -395,7 +423,7 @@ def test_the_recipe_is_every_setting_that_makes_the_tuner(tmp_path):
         MetaConfig, {"model": "pico", "task": ["pico_topic"], "out": tmp_path, "device": "cpu", "steps": 3}
     )
     left_out = {"model", "task", "out", "data", "device", "record", "trajectory", "save_every", "resume"}
-    left_out |= {"lr_update", "queries", "eps", "detach_kappa", "separate_batch", "epochs"}
+    left_out |= {"lr_update", "queries", "eps", "detach_kappa", "separate_batch", "epochs", "record_every"}
     unset = {item.name for item in fields(MetaConfig) if getattr(config, item.name) is None}
     assert config.recipe().keys() == {item.name for item in fields(MetaConfig)} - left_out - unset
     assert config.recipe()["steps"] == 3 and "statistics_every" in unset
