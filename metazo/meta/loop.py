@@ -26,6 +26,9 @@ from metazo.tuner.scale import PUBLISHED_EMBEDDING_ROWS, TunerScale
 
 MOST_SKIPPED = 50  # skipped steps in a row after which the run stops
 _LABELS = 1 << 31  # query number of the seed for sampling labels
+_TOKENS = (
+    "ratio/tokens"  # in the state of runs that weigh sampled answers by the root of their tokens; earlier ones lack it
+)
 _WEIGHTS = ("w1", "b1", "w2", "b2")
 
 
@@ -233,15 +236,23 @@ class MetaRun:
         for number, state in enumerate(self.states):
             out |= {f"task{number}/{name}": value for name, value in state.items()}
         counters = torch.tensor([self.steps, self.skipped, self.in_a_row])
+        if self.config.objective == "ratio":
+            out[_TOKENS] = torch.tensor([getattr(task, "tokens", 1) for task in self.tasks])
         return out | self.path.state() | {"counters": counters}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Load a `state`. Raises UserError if it does not belong to this run."""
         mine = self.state()
         odd = [name for name in mine if name in tensors and mine[name].shape != tensors[name].shape]
-        odd += [name for name in mine if name not in tensors and not name.startswith(("meta/", "teacher/"))]
+        odd += [name for name in mine if name not in tensors and not name.startswith(("meta/", "teacher/", _TOKENS))]
         if odd:
             raise UserError(f"The snapshot is not of this run: {odd[0]} differs; start in another `out`.")
+        long = [task.name for task in self.tasks if getattr(task, "tokens", 1) > 1]
+        if self.config.objective == "ratio" and _TOKENS not in tensors and long:
+            raise UserError(
+                f"The run in {self.config.out} was begun by an earlier version of metazo, which measured too little curvature "
+                f"on answers of several tokens, which task {long[0]!r} has; start again in another `out`."
+            )
         assert self.pertnn is not None
         self.pertnn.load_state_dict({name: tensors[f"pertnn/{name}"] for name in _WEIGHTS})
         meta = {key.removeprefix("meta/"): value for key, value in tensors.items() if key.startswith("meta/")}

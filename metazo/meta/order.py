@@ -27,7 +27,8 @@ class MetaTask(Protocol):
         ...
 
     def sampled_loss(self, model: nn.Module, indices: Sequence[int], generator: torch.Generator) -> SampledLoss:
-        """Draw labels from the model's predictions on these examples; returns the loss on them."""
+        """Draw labels from the model's predictions on these examples; returns a loss on them, of whose gradient the squared
+        norm times the number of examples is in the mean the trace of the Fisher information."""
         ...
 
 
@@ -42,6 +43,13 @@ class PreparedTask:
         self.prepared, self.device = prepared, device
         self.name = prepared.task.name
 
+    @property
+    def tokens(self) -> int:
+        """Labels that are sampled for the longest answer: its tokens, or one class."""
+        if self.prepared.task.kind == "classification":
+            return 1
+        return max(len(example.options[example.targets[0]]) for example in self.prepared.train)
+
     def __len__(self) -> int:
         return len(self.prepared.train)
 
@@ -53,15 +61,15 @@ class PreparedTask:
 
     def sampled_loss(self, model: nn.Module, indices: Sequence[int], generator: torch.Generator) -> SampledLoss:
         batch = with_sampled_labels(self.prepared, model, self.batch(indices), generator)
-        return lambda: self.prepared.loss(model, batch)
+        return lambda: self.prepared.sampled_loss(model, batch)
 
 
 @torch.no_grad()
 def with_sampled_labels(prepared: Prepared, model: nn.Module, batch: Batch, generator: torch.Generator) -> Batch:
     """The batch with labels sampled from the model itself: classes, or, for choice and generation, answer tokens.
 
-    Each token is drawn given the true tokens before it, so that squared gradients estimate the Fisher information of
-    the loss as it is trained.
+    Each token is drawn given the true tokens before it, so that squared gradients of `Prepared.sampled_loss` estimate the
+    Fisher information of the loss as it is trained.
     """
     if prepared.task.kind == "classification":
         scores = prepared.scores(model, batch).float().cpu()

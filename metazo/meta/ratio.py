@@ -6,8 +6,10 @@ S = sum p_b |g_b|^2, of the gradient that batches agree on, and T = sum p_b tr H
     log sum p_b T_b - log sum p_b G_b - entropy * H(q),      q_b = p_b T_b / sum p_b T_b
 
 with G_b = <g_b(batch 1), g_b(batch 2)>, and T_b the trace of the Fisher information from one backward pass with labels
-sampled from the model's own predictions, batch size * |g_b|^2. It needs no direction and no inner step size, and does
-not change with kappa. The entropy of the fractions q keeps one block from taking the whole perturbation.
+sampled from the model's own predictions, batch size * |g_b|^2. For answers of n tokens, each sampled given the true ones
+before it, g_b is the gradient of the mean over examples of sqrt(n) times the loss per token, because the n samples are
+independent. The objective needs no direction and no inner step size, and does not change with kappa. The entropy of the
+fractions q keeps one block from taking the whole perturbation.
 
 Memory beyond the weights: one gradient, as for the teacher's own step. Cost: three backward passes. Where not to use: it
 looks at one step only and does not predict the ranking of scales over hundreds of steps; compare with the RMS rule first.

@@ -151,6 +151,18 @@ class Prepared:
             return cross_entropy(self.scores(model, batch), batch["targets"])
         return -self._likelihoods(model, batch).mean()
 
+    def sampled_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """As `loss`, for labels that were sampled from the model: B times the squared norm of its gradient is in the mean
+        the trace of the Fisher information of `loss`.
+
+        The n tokens of an answer are sampled one by one, so that the gradient of their mean has 1 / n of the mean of their
+        traces; the answer's likelihood is therefore multiplied by sqrt(n).
+        """
+        if self.task.kind == "classification":
+            return self.loss(model, batch)
+        tokens = (batch["answer"] != -100).sum(-1)
+        return -(self._likelihoods(model, batch) * tokens.sqrt()).mean()
+
     def _likelihoods(self, model: nn.Module, batch: Batch) -> Tensor:
         """Log-likelihood (R,) of each row's answer tokens: summed for label words, the mean for everything else."""
         answer = batch["answer"]

@@ -137,7 +137,31 @@ def test_labels_are_sampled_from_the_model(tiny, name: str, model: str):
         assert torch.equal(drawn["input_ids"], batch["input_ids"])
         assert torch.isfinite(prepared.loss(loaded.model, drawn))
     loss = PreparedTask(prepared).sampled_loss(loaded.model, list(range(8)), torch.Generator().manual_seed(0))
-    assert float(loss().detach()) == pytest.approx(float(prepared.loss(loaded.model, again).detach()), rel=1e-5)
+    assert float(loss().detach()) == pytest.approx(float(prepared.sampled_loss(loaded.model, again).detach()), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["pico_cause", "pico_span"])
+def test_the_trace_of_answers_of_several_tokens_is_that_of_the_loss(tiny, name: str):
+    """Of the last matrix alone, whose gradient for a sampled token y is (p - e_y) h^T: its trace is (1 - |p|^2) |h|^2."""
+    loaded = load_model(tiny("llama"))
+    prepared = prepare(resolve(name), loaded, train=4, dev=1, test=1, max_length=128)
+    task, model, head = PreparedTask(prepared), loaded.model, loaded.model.lm_head
+    head.register_forward_pre_hook(lambda module, inputs: (inputs[0].detach(),))  # the embedding may be the same tensor
+    traces, lengths = [], []
+    for example in prepared.train:
+        answer = example.options[example.targets[0]]
+        found = model(torch.tensor([example.ids + answer]), output_hidden_states=True)
+        places = slice(len(example.ids) - 1, -1)
+        p, h = found.logits[0, places].double().softmax(-1), found.hidden_states[-1][0, places].double()
+        traces.append(float(((1 - p.square().sum(-1)) * h.square().sum(-1)).mean().detach()))
+        lengths.append(len(answer))
+    generator, draws = torch.Generator().manual_seed(0), []
+    for _ in range(60):
+        (gradient,) = torch.autograd.grad(task.sampled_loss(model, range(4), generator)(), [head.weight])
+        draws.append(4 * float(gradient.double().square().sum()))
+    assert task.tokens == max(lengths) > 1
+    error = float(np.std(draws)) / len(draws) ** 0.5
+    assert float(np.mean(draws)) == pytest.approx(float(np.mean(traces)), abs=4 * error)
 
 
 @pytest.mark.parametrize("name", ["llama", "bart", "t5"])

@@ -400,6 +400,26 @@ def test_two_tasks_of_one_name_are_refused(settings, tmp_path: Path):
     assert not (tmp_path / "out").exists() and not (tmp_path / "path").exists()
 
 
+@pytest.mark.parametrize("task", ["pico_topic", "pico_span"])
+def test_a_run_with_too_little_curvature_of_long_answers_does_not_go_on(settings, monkeypatch, task: str):
+    """A snapshot of earlier versions, which differ in nothing if every answer is a class."""
+    changes = {"objective": "ratio", "task": [task]}
+    state = MetaRun.state
+    with monkeypatch.context() as patched:
+        StopsAt(patched, 3)
+        patched.setattr(MetaRun, "state", lambda run: {k: v for k, v in state(run).items() if k != "ratio/tokens"})
+        with pytest.raises(Interrupted):
+            meta_train(settings("old", **changes))
+    if task == "pico_topic":
+        resumed, whole = meta_train(settings("old", resume=True, **changes)), meta_train(settings("whole", **changes))
+        assert all(torch.equal(a, b) for a, b in zip(weights(resumed), weights(whole), strict=True))
+        return
+    with pytest.raises(
+        UserError, match="measured too little curvature .* which task 'pico_span' has; start again in another"
+    ):
+        meta_train(settings("old", resume=True, **changes))
+
+
 def test_only_0_epochs_mean_that_there_is_no_restart():
     assert [restart_steps(*each) for each in ((0, 1), (0.5, 1), (0.1, 4), (0.5, 4), (3, 4))] == [0, 1, 1, 2, 12]
 
