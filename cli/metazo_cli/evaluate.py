@@ -43,7 +43,9 @@ def evaluate(
         str | None, typer.Option(help="float32 (default), bfloat16, float16 or float64; by default the run's.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; by default a GPU if there is one.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the split (default 0, or the run's).")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the split (default 0); a tuned model has that of its training.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Evaluate a model on tasks: loss, metric, and the score of the majority class.

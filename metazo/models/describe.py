@@ -13,6 +13,8 @@ from metazo.io.plain import is_name, is_plain
 with needs("llm"):
     from transformers import GenerationConfig
 
+EARLIER = "earlier"
+"""In the record in a config: the records of the trainings before the last one, the latest first."""
 RECORD = "metazo.json"
 """File beside LoRA adapters, whose own files have no place for the record."""
 
@@ -49,7 +51,8 @@ def parts_of(model: Any, tokenizer: Any, base: str, record: dict[str, Any], revi
 
 def describe(model: Any, record: dict[str, Any]) -> None:
     """Write a record of the training (`Prepared.record`) into the model's config, with which it is saved: the names of a
-    classifier's classes (``id2label``), the end-of-text token (generation config), and the split (``metazo``).
+    classifier's classes (``id2label``), the end-of-text token (generation config), and the split (``metazo``), with those of
+    earlier trainings.
 
     Raises UserError for a record that was not written by a run.
     """
@@ -67,7 +70,17 @@ def describe(model: Any, record: dict[str, Any]) -> None:
         inner.generation_config.eos_token_id = ends if eos in ends else [*ends, eos]
         if len(inner.generation_config.eos_token_id) == 1:
             inner.generation_config.eos_token_id = inner.generation_config.eos_token_id[0]
-    config.metazo = {key: value for key, value in record.items() if key not in ("labels", "eos")}
+    own = {key: value for key, value in record.items() if key not in ("labels", "eos")}
+    before = _before(getattr(config, "metazo", None), own)
+    config.metazo = own | ({EARLIER: before} if before else {})
+
+
+def _before(known: Any, own: dict[str, Any]) -> list[Any]:
+    """The records of other trainings than this one that a config has."""
+    if not isinstance(known, dict):
+        return []
+    latest, earlier = {key: value for key, value in known.items() if key != EARLIER}, known.get(EARLIER)
+    return [record for record in (latest, *(earlier if isinstance(earlier, list) else ())) if record != own]
 
 
 def plain_generation(model: Any, tokenizer: Any, max_new_tokens: int, start: int | None = None) -> GenerationConfig:

@@ -88,7 +88,8 @@ class FinetuneConfig:
     test_examples: int = setting(default=Unset(1000), least=0, role="data")
     """Number of examples for the final test"""
     k_per_class: int | None = setting(default=None, least=1, role="data")
-    """Few-shot: number of training examples per class, and of dev examples per class unless their number is given"""
+    """Few-shot: number of training examples per class, in place of `train_examples`; unless the number of dev examples is
+    given, or the task has its own dev rows, there are as many of them, drawn without regard to the class"""
     max_length: int | None = setting(default=None, least=1, role="data")
     """Longest input in tokens; by default the model's context"""
     kind: Literal["auto", "causal", "masked", "classifier", "seq2seq"] = setting(default="auto", role="model")

@@ -89,6 +89,8 @@ def evaluate(
         model = run / MODEL
         settings_then = located(read_config(run), run)
         left = OF_A_RUN - {"out", "resume"} - unset_in(settings_then).keys()
+        if task is not None and (task if isinstance(task, str | Path) else task.name) != settings_then.get("task"):
+            left -= {"k_per_class"}  # of the rows of the run's own task
         began = {name: value for name, value in settings_then.items() if name in left}
     called = model.name if isinstance(model, LoadedModel) else str(model)
     if task is None and run is None:
@@ -108,13 +110,13 @@ def evaluate(
         chosen, rows = in_memory(chosen, data)
     loaded = model if isinstance(model, LoadedModel) else _load(model, config, chosen)
     trained = _trained(run) if run is not None else None
-    if trained and not getattr(loaded.model.config, "metazo", None):  # adapters have no config of their own
+    if trained:  # adapters have no config of their own, and that of their base knows its own training alone
         describe(loaded.model, trained)
     recorded = [split for split in SPLITS if run is not None and given.get(f"{split}_examples") is None]
     prepared = prepared_task(config, chosen, loaded, rows, recorded)
     if config.head in MADE and loaded.new_head:
         fit_head(loaded, prepared, config.eval_batch_size)
-    for note in [*prepared.notes, *(_doubts(trained, prepared.record) if run is not None else ())]:
+    for note in [*prepared.notes, *(_doubts(trained) if run is not None else ())]:
         say(note)
     found = scoring.evaluate(loaded.model, prepared, split, batch_size=config.eval_batch_size)
     if not math.isfinite(found["loss"]):
@@ -175,15 +177,10 @@ def _trained(run: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _doubts(trained: dict[str, Any] | None, scored: dict[str, Any]) -> list[str]:
-    """A note if the model may have been trained on scored rows; rows are identified by their task and their number."""
+def _doubts(trained: dict[str, Any] | None) -> list[str]:
+    """A note if it cannot be known on which rows the model was trained."""
     if trained is None or trained.get("version") != VERSION:
         return [
             "The run was made by a version of metazo that split rows in another way: some of these rows may be training rows."
-        ]
-    if trained.get("task") == scored["task"] and trained.get("rows") != scored["rows"]:
-        return [
-            f"The run was split from {trained.get('rows')} rows and there are {scored['rows']} now: some of these rows may be "
-            "training rows."
         ]
     return []

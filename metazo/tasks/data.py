@@ -22,11 +22,10 @@ from metazo.errors import UserError
 from metazo.settings import Unset
 from metazo.tasks.rows import Rows, Source, checked, load
 from metazo.tasks.task import Row, Task
+from metazo.tasks.trainings import SPLITS, VERSION, doubt, same_rows, trainings
 
-SPLITS = ("train", "dev", "test")
 DEFAULTS = {"train": Unset(1000), "dev": Unset(500), "test": Unset(1000)}
 """The papers' sizes. A size that the user sets is kept; sizes that are `Unset` are reduced to fit."""
-VERSION = 2
 MOST_DRAWN = 2**20  # rows of a generator among which those of a rare class are looked for
 
 
@@ -54,8 +53,9 @@ def draw(
     record: Mapping[str, Any] | None = None,
     recorded: Collection[str] = (),
 ) -> Drawn:
-    """Draw the splits. ``record`` is the record of a model that was trained on the same rows (`Drawn.record`), or None; if it
-    is of the same rows, unset sizes and those of the splits ``recorded`` are taken from it.
+    """Draw the splits. ``record`` is the record in a tuned model's config, or None: if its last training was on the same rows,
+    its seed is taken from it, and unset sizes and those of the splits ``recorded``. Rows that the model was ever trained on are
+    neither dev nor test rows; a note says so if they cannot be known.
     """
     wanted = {"train": train, "dev": dev, "test": test}
     if min(wanted.values()) < 0:
@@ -71,13 +71,20 @@ def draw(
     names = _sources(task)
     sources = {name: load(task, name, data) for name in dict.fromkeys(names.values())}
     source, notes = sources[names["train"]], list[str]()
-    record = _same_rows(task, source, record)
-    if record:
-        seed, k_per_class = record["seed"], k_per_class or record["k_per_class"]
-        wanted |= {split: record[split] for split in SPLITS if split in unset or split in recorded}
-    order = _order(len(source.usable), seed, "train")
     own = [split for split in SPLITS if split != "train" and names[split] == names["train"]]
+    former = trainings(record)
+    notes += [note for note in (doubt(task, source, one) for one in former) if note and own]
+    known = [same for one in former if (same := same_rows(task, source, one))]
+    record = same_rows(task, source, record)
+    if record:
+        seed = record["seed"]
+        wanted |= {split: record[split] for split in SPLITS if split in unset or split in recorded}
+        if "train" in unset or "train" in recorded:
+            k_per_class = k_per_class or record["k_per_class"]
+    order = _order(len(source.usable), seed, "train")
     few = _few(task, source, order, k_per_class) if k_per_class else None
+    if few is not None and not {"train"} & {*unset, *recorded} and wanted["train"] not in (len(few), DEFAULTS["train"]):
+        notes.append(f"{task.name}: `k_per_class` {k_per_class} gives {len(few)} train rows, not {wanted['train']}")
     if few is not None:
         wanted["train"] = len(few)
         if "dev" in unset and wanted["dev"] == DEFAULTS["dev"]:
@@ -86,7 +93,7 @@ def draw(
     shared = {s: wanted[s] for s in ("train", *own)}
     sizes = _fit(len(source.usable), shared, asked, task, record, few is not None, notes)
     parts = {"train": few if few is not None else order[: sizes["train"]]}
-    taken = {*parts["train"], *(_trained(task, source, record) if record else ())}
+    taken = {*parts["train"], *(row for one in known for row in _trained(task, source, one))}
     parts |= _from_the_end([i for i in order if i not in taken], {s: sizes[s] for s in own})
     others = [split for split in ("dev", "test") if split not in own]
     there: list[int] = []
@@ -193,19 +200,6 @@ def _label_of(task: Task, source: Source) -> Callable[[int], int]:
         return cache[i]
 
     return label
-
-
-def _same_rows(task: Task, source: Source, record: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The record, if it is of these rows, else None. It comes from a file, which anybody may have written."""
-    numbers = ("seed", "rows", *SPLITS)
-    if not record or record.get("version") != VERSION or record.get("task") != task.name:
-        return None
-    if not all(type(record.get(name)) is int and record[name] >= 0 for name in numbers):
-        return None
-    k = record.get("k_per_class")
-    if record["rows"] != len(source.usable) or not (k is None or (type(k) is int and k > 0 and task.labels)):
-        return None
-    return dict(record)
 
 
 def _trained(task: Task, source: Source, record: dict[str, Any]) -> list[int]:

@@ -259,6 +259,12 @@ def test_a_saved_model_says_what_it_was_trained_on(tiny, tmp_path):
     again = load_model(save(loaded, tmp_path), num_labels=2)
     assert again.model.config.id2label == {0: "bad", 1: "good"} and again.model.config.label2id == {"bad": 0, "good": 1}
     assert again.model.config.metazo == {"task": "t", "seed": 3}
+    for _ in range(2):  # written twice by one training
+        describe(again.model, {"task": "u", "seed": 1})
+    describe(again.model, {"task": "v", "seed": 1})
+    assert again.model.config.metazo == {
+        "task": "v", "seed": 1, "earlier": [{"task": "u", "seed": 1}, {"task": "t", "seed": 3}]
+    }  # fmt: skip
     causal = load_model(tiny("gpt2"))
     causal.model.generation_config.eos_token_id = 5
     describe(causal.model, {"task": "t", "eos": 2})

@@ -102,6 +102,11 @@ def test_a_run_whose_sizes_did_not_fit_is_scored_on_its_own_rows(coin, tmp_path)
     assert evaluate(tmp_path / "run", split="dev") == summary["dev"]
 
 
+def test_a_few_shot_run_is_scored_on_a_task_of_another_kind(coin, tmp_path):
+    run(coin, tmp_path / "run", k_per_class=2)
+    assert evaluate(tmp_path / "run", "pico_cause", examples=8)["examples"] == 8
+
+
 def test_other_settings_win_and_notes_are_said(learned, coin, tmp_path):
     out, _ = learned
     assert evaluate(out, examples=10)["examples"] == 10
@@ -112,7 +117,7 @@ def test_other_settings_win_and_notes_are_said(learned, coin, tmp_path):
     rows = tmp_path / "data" / "coin.jsonl"
     rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:-1]))
     evaluate(copy, str(tmp_path / "data" / "coin.yaml"), say=said.append)
-    assert any("split from 300 rows and there are 299 now" in note for note in said)
+    assert any("trained on some of 300 rows and there are 299 now" in note for note in said)
     old = scan(copy / "steps.jsonl").header
     del old["trained"], old["split"]
     (copy / "steps.jsonl").write_bytes(line(old, 0)[0])

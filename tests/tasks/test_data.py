@@ -473,3 +473,34 @@ def test_answers_that_are_cut_by_the_longest_input_are_noted():
     said = "g: answers have at most 32 tokens instead of 50 (max_new_tokens), because inputs and answers together"
     assert any(said in note for note in prepare(resolved, load_model("pico"), data=given, max_length=64).notes)
     assert not any("answers" in note for note in prepare(resolved, load_model("pico"), data=given).notes)
+
+
+def test_rows_of_every_training_are_left_out():
+    """A model that is trained twice, by other sizes, another task or another seed, is not tested on rows of the first time."""
+    task, given = in_memory(TASK, rows(100))
+    first = data.draw(task, given, train=60, dev=10, test=10, seed=3)
+    trained = {place for place, _ in first.rows["train"]}
+    for later in ({"task": "other", "rows": 7}, {"task": "toy", "version": 2, "seed": 3, "rows": 100, "k_per_class": None,
+                  "train": 10, "dev": 10, "test": 10}):  # fmt: skip
+        record = {**later, "earlier": [{"task": "toy", **first.record}]}
+        drawn = data.draw(task, given, train=10, dev=10, test=90, seed=0, record=record)
+        held = {place for split in ("dev", "test") for place, _ in drawn.rows[split]}
+        assert len(held) in range(20, 41) and not held & trained
+    fewer = data.draw(task, in_memory(TASK, rows(99))[1], train=10, dev=10, test=10, seed=0, record=record)
+    assert sum("trained on some of 100 rows and there are 99 now" in note for note in fewer.notes) == 2
+    for odd in (None, "x", [None, 3], [{"task": "toy", "rows": [1]}]):
+        data.draw(task, given, train=10, dev=10, test=10, seed=0, record=later | {"earlier": odd})
+
+
+def test_a_given_size_wins_over_the_few_shot_of_the_record():
+    task, given = in_memory(TASK, rows(100))
+    few = data.draw(task, given, train=data.DEFAULTS["train"], dev=10, test=10, seed=3, k_per_class=4)
+    record = {"task": "toy", **few.record}
+    assert len(few.rows["train"]) == 8 and not few.notes
+    assert len(data.draw(task, given, train=64, dev=10, test=10, seed=3, record=record).rows["train"]) == 64
+    assert (
+        len(data.draw(task, given, train=data.DEFAULTS["train"], dev=10, test=10, seed=3, record=record).rows["train"])
+        == 8
+    )
+    both = data.draw(task, given, train=64, dev=10, test=10, seed=3, k_per_class=4)
+    assert both.notes == ["toy: `k_per_class` 4 gives 8 train rows, not 64"]
