@@ -14,6 +14,7 @@ from metazo.io.tensorfile import weights_hash
 MOST_SHARED = 500_000  # tokens per model whose outputs are kept from one run to the next
 GROUP = 1024  # tokens of the inputs that are computed together
 MOST_LEARNED = 1 << 16  # tokens that are computed ahead of a run
+LENGTHS = 9, 5  # tokens of the rows by which a split is checked; odd, so that no window of attention divides them
 Row = dict[str, Tensor]  # of one input, (L,) each, without padding
 
 
@@ -45,25 +46,71 @@ def _stack(encoder: nn.Module) -> tuple[str, nn.ModuleList] | None:
 
 
 def frozen_layers(encoder: nn.Module) -> int:
-    """The number of leading layers without trained weights; 0 if a weight outside of the layers is trained, because a layer
-    may read it, such as the embeddings or a bias of positions.
+    """The number of leading layers without trained weights; 0 if a weight outside the layers is trained.
+
+    Such a weight may feed every layer, as the embeddings do, and the bias of relative positions that MPNet's layers share.
     """
     found = _stack(encoder)
     if found is None or getattr(encoder, "embeddings", None) is None:
         return 0
-    if (
-        getattr(encoder.config, "attention_type", None) == "block_sparse"
-    ):  # what BigBird does depends on the longest row
-        return 0
-    within = {id(param) for param in found[1].parameters()}
-    if any(param.requires_grad and id(param) not in within for param in encoder.parameters()):
+    within = {id(parameter) for parameter in found[1].parameters()}
+    if any(p.requires_grad and id(p) not in within for p in encoder.parameters()):
         return 0
     trained = [any(p.requires_grad for p in layer.parameters()) for layer in found[1]]
     return trained.index(True) if True in trained else len(trained)
 
 
-class NotSplit(Exception):
-    """The encoder is not its layers one after the other."""
+def split(encoder: nn.Module) -> tuple[Split | None, int]:
+    """A `Split` at the frozen layers, and their number; None and 0 if no layer is frozen, or if the split would compute
+    another function, as for an encoder that has a norm or a convolution behind its list of layers."""
+    count = frozen_layers(encoder)
+    made = Split(encoder, count) if count and _agrees(encoder, count) else None
+    return made, count if made is not None else 0
+
+
+def _agrees(encoder: nn.Module, count: int) -> bool:
+    """Whether the encoder split after ``count`` layers gives its own hidden states for two small inputs.
+
+    A row alone goes through the same kernels both times, so that it differs by rounding at most. A padded batch, which the
+    lower layers see row by row, may differ by more. What the forward passes set in the encoder is restored.
+    """
+    config: Any = encoder.config
+    if (
+        getattr(config, "attention_type", None) == "block_sparse"
+    ):  # what it computes depends on the longest row of a batch
+        return False
+    kept = [(module, dict(vars(module)), dict(module._modules)) for module in encoder.modules()]
+    device = next(encoder.parameters()).device
+    if device.type == "meta":  # a dry run of a model without numbers
+        return True
+    try:
+        # eval mode: an encoder that is split is compared without dropout, which would be another one in each pass
+        encoder.eval()
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+            made = Split(encoder, count, shared=False)
+            words: int = encoder.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+            last = range(max(0, words - LENGTHS[0] - 1), words)
+            ids = [number for number in last if number != config.pad_token_id][-LENGTHS[0] :]
+            row = torch.tensor([ids], device=device)
+            real = torch.ones_like(row)
+            batch, padded = row.repeat(2, 1), real.repeat(2, 1)
+            padded[1, LENGTHS[1] :] = 0
+            batch[1, LENGTHS[1] :] = config.pad_token_id or 0
+            for inputs, mask, power in ((row, real, 1.0), (batch, padded, 0.5)):
+                own = encoder(input_ids=inputs, attention_mask=mask).last_hidden_state[mask.bool()]
+                other = made(input_ids=inputs, attention_mask=mask).last_hidden_state[mask.bool()]
+                most = torch.finfo(own.dtype).eps ** power * own.double().norm()
+                if not (own.double() - other.double()).norm() <= most:  # NaN does not agree either
+                    return False
+    except Exception:  # whatever the code of a model raises that is made for its own layers and embeddings alone
+        return False
+    finally:
+        for module, attributes, children in kept:
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._modules.clear()
+            module._modules.update(children)
+    return True
 
 
 class _Given(nn.Module):
@@ -84,52 +131,20 @@ def _with_layers(encoder: nn.Module, path: str, layers: nn.ModuleList) -> nn.Mod
 
 class Split:
     """An encoder whose first layers are computed once for each input, without padding: alone, or in a group of inputs of the
-    same length (`learn`). The result depends on the group in its last bits, and not on the batch in which an input comes.
+    same length (`learn`). The result depends on the group in its last bits, and not on the batch in which an input comes."""
 
-    Raises NotSplit if the two halves are not the encoder: one with a norm behind its layers (ModernBERT, ESM) or with other
-    work between them (DeBERTa's convolution) would do it in each half.
-    """
-
-    def __init__(self, encoder: nn.Module, count: int):
+    def __init__(self, encoder: nn.Module, count: int, shared: bool = True):
         found = _stack(encoder)
         assert found is not None
         path, layers = found
         self.lower = _with_layers(encoder, path, layers[:count])
         self.upper = _with_layers(encoder, path, layers[count:])
         self.upper._modules["embeddings"] = _Given()
-        self._compare(encoder)
         self.known: dict[bytes, Tensor] = {}
-        self.outputs = _Outputs() if _shared is None else _shared.setdefault(self._mark(count), _Outputs())
+        self.outputs = (
+            _Outputs() if _shared is None or not shared else _shared.setdefault(self._mark(count), _Outputs())
+        )
         self.last: tuple[Tensor, Tensor] | None = None  # a batch, and the output of the lower layers for it
-
-    def _compare(self, encoder: nn.Module) -> None:
-        """Raises NotSplit if the halves differ from the encoder on two short inputs; nothing is compared without numbers."""
-        first = next(encoder.parameters())
-        if first.is_meta:
-            return
-        ids = torch.arange(14, device=first.device).view(2, 7) % encoder.config.vocab_size  # type: ignore[union-attr]
-        mask = torch.ones_like(ids)
-        mask[1, 4:] = 0
-        modes = [(module, module.training) for module in encoder.modules()]
-        encoder.eval()  # dropout draws other numbers in each
-        try:
-            with torch.no_grad():
-                whole = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
-                below = torch.zeros_like(whole)
-                for row, real in enumerate(mask.bool()):
-                    alone = ids[row : row + 1, real]
-                    below[row, real] = self.lower(
-                        input_ids=alone, attention_mask=torch.ones_like(alone)
-                    ).last_hidden_state
-                split = self.upper(inputs_embeds=below, attention_mask=mask).last_hidden_state
-        except Exception as error:  # of foreign code that needs more than the hidden states
-            raise NotSplit from error
-        finally:
-            for module, training in modes:
-                module.training = training
-        apart = (split - whole)[mask.bool()].float().abs().max()
-        if not apart <= (1e-4 if first.dtype == torch.float32 else 0.05) * whole[mask.bool()].float().abs().max():
-            raise NotSplit
 
     def _mark(self, count: int) -> str:
         """Everything that the output of the lower layers depends on, besides the input."""

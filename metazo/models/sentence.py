@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from metazo.errors import UserError
 from metazo.io.extras import needs
-from metazo.models.frozen import NotSplit, Split, frozen_layers
+from metazo.models.frozen import Split, split
 from metazo.models.heads import HEADS, Phrases, Prototypes, new_head
 
 with needs("llm"):
@@ -95,14 +95,10 @@ class SentenceClassifier(nn.Module):
         """Cache the output of the frozen lower layers for each input. Returns the number of these layers.
 
         Call it after requires_grad is set. With no frozen layer, or an encoder that is not embeddings and a stack of
-        layers and nothing else (`Split` compares), nothing changes. Memory: one hidden state per token of every example seen.
+        layers and nothing else, nothing changes: two small inputs are compared with and without the cache. Memory: one
+        hidden state per token of every example seen.
         """
-        count, self._split = frozen_layers(self.encoder), None
-        if count:
-            try:
-                self._split = Split(self.encoder, count)
-            except NotSplit:
-                return 0
+        self._split, count = split(self.encoder)
         return count
 
     def learn_frozen(self, batches: Iterable[Mapping[str, Tensor]]) -> None:

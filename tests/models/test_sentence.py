@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import constants
-from torch import nn
 from torch.nn.functional import cosine_similarity
 from transformers import AutoConfig, AutoModel
 
@@ -18,7 +17,6 @@ from metazo.errors import UserError
 from metazo.models import frozen
 from metazo.models.heads import Prototypes
 from metazo.models.load import LoadedModel, load_model
-from metazo.models.select import select_trainable
 from metazo.models.sentence import SentenceClassifier
 from metazo.tasks.encode import Encoded
 from metazo.tasks.prepared import Prepared
@@ -210,54 +208,6 @@ def test_training_goes_on_above_the_cache(checkpoint: Path) -> None:
         torch.testing.assert_close(model(**batch).logits, before, rtol=1e-5, atol=1e-6)
 
 
-SMALL = {
-    "vocab_size": 100,
-    "hidden_size": 32,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-}
-FAMILIES = {  # model type, settings, trained, layers that can be computed once
-    "bert": ("bert", SMALL, "*layer.3.*", 3),
-    "roberta": ("roberta", SMALL | {"pad_token_id": 1}, "*layer.2.*", 2),
-    "mpnet": ("mpnet", SMALL | {"pad_token_id": 1}, "*layer.3.*", 3),
-    "mpnet, its bias": ("mpnet", SMALL | {"pad_token_id": 1}, "*relative_attention_bias*", 0),
-    "a norm behind the layers": ("esm", SMALL | {"pad_token_id": 1}, "*layer.3.*", 0),
-    "a norm behind them, other names": ("modernbert", SMALL | dict.fromkeys(("cls_token_id", "sep_token_id"), 2) | {
-        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}, "*layers.3.*", 0),
-    "a convolution between them": ("deberta-v2", SMALL | {"conv_kernel_size": 3, "conv_act": "gelu"}, "*layer.3.*", 0),
-    "another attention for long rows": ("big_bird", SMALL | {"attention_type": "block_sparse"}, "*layer.3.*", 0),
-    "another call of the embeddings": ("distilbert", {
-        "vocab_size": 100, "dim": 32, "n_layers": 4, "n_heads": 4, "hidden_dim": 64}, "*layer.3.*", 0),
-    "a projection behind the embeddings": ("electra", SMALL | {"embedding_size": 16}, "*layer.3.*", 0),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_an_encoder_with_frozen_layers_is_the_same_function_with_and_without_the_cache(family: str) -> None:
-    kind, settings, trained, expected = FAMILIES[family]
-    torch.manual_seed(0)
-    model = SentenceClassifier(AutoModel.from_config(AutoConfig.for_model(kind, **settings)), nn.Linear(32, 2), "mean")
-    for param in model.eval().parameters():
-        param.data.add_(0.2 * torch.randn_like(param))
-    select_trainable(model, [trained], [])
-    ids, mask = torch.randint(5, 100, (3, 9)), torch.ones(3, 9, dtype=torch.int64)
-    mask[1, 6:] = mask[2, 4:] = 0
-    ids = ids.where(mask == 1, model.config.pad_token_id or 0)
-    before = model(input_ids=ids, attention_mask=mask).logits
-    state = torch.get_rng_state()
-    assert model.cache_frozen() == expected and torch.equal(torch.get_rng_state(), state)
-    torch.testing.assert_close(model(input_ids=ids, attention_mask=mask).logits, before, rtol=1e-5, atol=1e-5)
-    with torch.no_grad():
-        for param in model.parameters():
-            if param.requires_grad:
-                param.mul_(1.5)
-        after = model(input_ids=ids, attention_mask=mask).logits
-        model._split = None
-        torch.testing.assert_close(model(input_ids=ids, attention_mask=mask).logits, after, rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(after, before, atol=1e-4)
-
-
 def test_trained_embeddings_leave_nothing_to_cache(checkpoint: Path) -> None:
     assert classifier(load_model(checkpoint, num_labels=2)).cache_frozen() == 0
 
@@ -320,3 +270,75 @@ def test_options_that_a_saved_classifier_does_not_have_are_refused(checkpoint: P
     loaded.tokenizer.save_pretrained(tmp_path / "saved")
     with pytest.raises(UserError, match="`attn_implementation`.* cannot be used with a head on pooled hidden states"):
         load_model(tmp_path / "saved", kind="classifier", attn_implementation="eager")
+
+
+SIZES = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "max_position_embeddings": 32,
+    "pad_token_id": 0,
+}
+DISTIL = {"vocab_size": 40, "dim": 16, "n_layers": 3, "n_heads": 2, "hidden_dim": 24, "max_position_embeddings": 32}
+
+
+def encoder(family: str, trained: str, **more) -> SentenceClassifier:
+    """A classifier on an encoder with random weights, one name of whose tensors is trained."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **((DISTIL if family == "distilbert" else SIZES) | more))
+    model = SentenceClassifier(AutoModel.from_config(config), torch.nn.Linear(16, 2), "mean").eval()
+    for name, parameter in model.encoder.named_parameters():
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.2)
+        parameter.requires_grad_(any(part in name for part in trained.split()))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("family", "cached", "more"),
+    [
+        ("bert", 2, {}),
+        ("roberta", 2, {}),
+        ("mpnet", 2, {}),
+        ("deberta-v2", 2, {"relative_attention": True, "position_buckets": 8, "pos_att_type": ["p2c", "c2p"]}),
+        ("deberta-v2", 0, {"conv_kernel_size": 3, "conv_act": "gelu"}),
+        ("modernbert", 0, {"global_attn_every_n_layers": 2, "local_attention": 4}),
+        ("megatron-bert", 0, {}),
+        ("roberta-prelayernorm", 0, {}),
+        ("esm", 0, {"position_embedding_type": "rotary"}),
+        ("fnet", 0, {}),
+        ("big_bird", 0, {"attention_type": "block_sparse"}),
+        ("distilbert", 0, {}),
+        ("electra", 0, {"embedding_size": 8}),
+        ("longformer", 0, {"attention_window": [8] * 3}),
+    ],
+)
+def test_a_cache_computes_the_function_of_the_saved_model_or_is_not_used(family, cached, more) -> None:
+    model = encoder(family, "layer.2. layers.2.", **more)
+    ids, mask = torch.randint(5, 40, (2, 11)), torch.ones(2, 11, dtype=torch.long)
+    mask[1, 6:], ids[1, 6:] = 0, 0
+    with torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=mask).logits
+        assert model.cache_frozen() == cached and (model._split is not None) == bool(cached)
+        torch.testing.assert_close(model(input_ids=ids, attention_mask=mask).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [("mpnet", {}), ("deberta-v2", {"relative_attention": True, "position_buckets": 8, "pos_att_type": ["p2c"]})],
+)
+def test_a_trained_tensor_that_every_layer_reads_leaves_nothing_to_cache(family, more) -> None:
+    assert encoder(family, "layer.2. relative_attention_bias rel_embeddings", **more).cache_frozen() == 0
+
+
+def test_the_check_of_a_cache_draws_nothing_and_leaves_the_encoder_as_it_was(checkpoint: Path) -> None:
+    model, calls = encoder("bert", "layer.2."), []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    model.encoder.encoder.layer[0].train()  # its dropout would draw
+    state, modes = torch.get_rng_state(), [module.training for module in model.modules()]
+    kept = [(dict(vars(module)), dict(module._modules)) for module in model.encoder.modules()]
+    assert model.cache_frozen() == 2
+    assert torch.equal(torch.get_rng_state(), state) and modes == [module.training for module in model.modules()]
+    assert kept == [(dict(vars(module)), dict(module._modules)) for module in model.encoder.modules()]
+    assert not calls and model._split is not None and not model._split.known
