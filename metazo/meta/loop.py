@@ -26,9 +26,8 @@ from metazo.tuner.scale import PUBLISHED_EMBEDDING_ROWS, TunerScale
 
 MOST_SKIPPED = 50  # skipped steps in a row after which the run stops
 _LABELS = 1 << 31  # query number of the seed for sampling labels
-_TOKENS = (
-    "ratio/tokens"  # in the state of runs that weigh sampled answers by the root of their tokens; earlier ones lack it
-)
+_TOKENS = "ratio/tokens"
+"""In the state of runs that weigh sampled answers by the root of their tokens; earlier runs lack it."""
 _WEIGHTS = ("w1", "b1", "w2", "b2")
 
 
