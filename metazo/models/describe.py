@@ -46,6 +46,9 @@ def parts_of(model: Any, tokenizer: Any, base: str, record: dict[str, Any], revi
     """What is saved of a tuned model, in order: each has a save_pretrained. base, revision: of the base model."""
     adapters = hasattr(model, "get_base_model")
     known = None if base.startswith("memory:") else base
+    there = getattr(model.config, "metazo", None)
+    if isinstance(there, dict) and EARLIER in there:  # of adapters that are continued, and of their base
+        record = record | {EARLIER: there[EARLIER]}
     return [model, tokenizer, *([AdapterFiles(record, known, revision)] if adapters else [])]
 
 
@@ -70,17 +73,19 @@ def describe(model: Any, record: dict[str, Any]) -> None:
         inner.generation_config.eos_token_id = ends if eos in ends else [*ends, eos]
         if len(inner.generation_config.eos_token_id) == 1:
             inner.generation_config.eos_token_id = inner.generation_config.eos_token_id[0]
-    own = {key: value for key, value in record.items() if key not in ("labels", "eos")}
-    before = _before(getattr(config, "metazo", None), own)
+    own = {key: value for key, value in record.items() if key not in ("labels", "eos", EARLIER)}
+    before = _before(own, record.get(EARLIER), getattr(config, "metazo", None))
     config.metazo = own | ({EARLIER: before} if before else {})
 
 
-def _before(known: Any, own: dict[str, Any]) -> list[Any]:
-    """The records of other trainings than this one that a config has."""
-    if not isinstance(known, dict):
-        return []
-    latest, earlier = {key: value for key, value in known.items() if key != EARLIER}, known.get(EARLIER)
-    return [record for record in (latest, *(earlier if isinstance(earlier, list) else ())) if record != own]
+def _before(own: dict[str, Any], earlier: Any, known: Any) -> list[Any]:
+    """The records of other trainings than this one: those that its own record has, and those that a config has."""
+    found = list(earlier) if isinstance(earlier, list) else []
+    if isinstance(known, dict):
+        there = known.get(EARLIER)
+        found.append({key: value for key, value in known.items() if key != EARLIER})
+        found += there if isinstance(there, list) else []
+    return [record for place, record in enumerate(found) if record != own and record not in found[:place]]
 
 
 def plain_generation(model: Any, tokenizer: Any, max_new_tokens: int, start: int | None = None) -> GenerationConfig:

@@ -259,6 +259,17 @@ def test_adapters_that_are_moved_keep_the_record_of_their_rows(adapters, tmp_pat
         load(tmp_path / "moved")
 
 
+def test_adapters_that_are_continued_keep_the_records_of_all_their_trainings(adapters, tmp_path):
+    """So that rows of the first training are left out, also if the folder is moved or made again from the log."""
+    first, extra = adapters[0] / "model", {"keep": "last", "steps": 1, "dev_examples": 8, "test_examples": 8}
+    run_settings(config(tmp_path / "on", model=str(first), lora=0, adapter="continue", train_examples=9, **extra))
+    replay(tmp_path / "on/steps.jsonl", str(first), tmp_path / "again")
+    shutil.copytree(tmp_path / "on/model", tmp_path / "moved")
+    for folder in ("on/model", "moved", "again"):
+        found = load(tmp_path / folder).model.config.metazo
+        assert found["train"] == 9 and found["earlier"] == [load(first).model.config.metazo], folder
+
+
 def test_labels_of_moved_adapters_are_matched_by_name(tmp_path):
     """A classifier's classes have the names of the labels, so that a task that lists them the other way scores the same."""
     rows = [{"text": f"it was {word} {n}", "label": word} for n in range(20) for word in ("good", "bad")]
