@@ -72,44 +72,36 @@ def _agrees(encoder: nn.Module, count: int) -> bool:
     """Whether the encoder split after ``count`` layers gives its own hidden states for two small inputs.
 
     A row alone goes through the same kernels both times, so that it differs by rounding at most. A padded batch, which the
-    lower layers see row by row, may differ by more. What the forward passes set in the encoder is restored.
+    lower layers see row by row, may differ by more. Dropout, which would be another one in each pass, is off meanwhile.
     """
     config: Any = encoder.config
-    if (
-        getattr(config, "attention_type", None) == "block_sparse"
-    ):  # what it computes depends on the longest row of a batch
+    embeddings: Tensor = encoder.get_input_embeddings().weight  # type: ignore[operator]
+    if getattr(config, "attention_type", None) == "block_sparse":  # BigBird's depends on the longest row of a batch
         return False
-    kept = [(module, dict(vars(module)), dict(module._modules)) for module in encoder.modules()]
-    device = next(encoder.parameters()).device
-    if device.type == "meta":  # a dry run of a model without numbers
+    if embeddings.is_meta:  # a dry run: there are no numbers to compare
         return True
+    words = range(max(0, len(embeddings) - LENGTHS[0] - 1), len(embeddings))
+    ids = [number for number in words if number != config.pad_token_id][-LENGTHS[0] :]
+    row = torch.tensor([ids], device=embeddings.device)
+    batch = row.repeat(2, 1)
+    batch[1, LENGTHS[1] :] = config.pad_token_id or 0
+    padded = torch.ones_like(batch)
+    padded[1, LENGTHS[1] :] = 0
+    modes = [(module, module.training) for module in encoder.modules()]
     try:
-        # eval mode: an encoder that is split is compared without dropout, which would be another one in each pass
-        encoder.eval()
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
-            made = Split(encoder, count, shared=False)
-            words: int = encoder.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-            last = range(max(0, words - LENGTHS[0] - 1), words)
-            ids = [number for number in last if number != config.pad_token_id][-LENGTHS[0] :]
-            row = torch.tensor([ids], device=device)
-            real = torch.ones_like(row)
-            batch, padded = row.repeat(2, 1), real.repeat(2, 1)
-            padded[1, LENGTHS[1] :] = 0
-            batch[1, LENGTHS[1] :] = config.pad_token_id or 0
-            for inputs, mask, power in ((row, real, 1.0), (batch, padded, 0.5)):
-                own = encoder(input_ids=inputs, attention_mask=mask).last_hidden_state[mask.bool()]
-                other = made(input_ids=inputs, attention_mask=mask).last_hidden_state[mask.bool()]
-                most = torch.finfo(own.dtype).eps ** power * own.double().norm()
-                if not (own.double() - other.double()).norm() <= most:  # NaN does not agree either
+        made = Split(encoder.eval(), count, shared=False)
+        with torch.no_grad():
+            for inputs, mask, power in ((row, padded[:1], 1.0), (batch, padded, 0.5)):
+                own = encoder(input_ids=inputs, attention_mask=mask).last_hidden_state[mask.bool()].double()
+                other = made(input_ids=inputs, attention_mask=mask).last_hidden_state[mask.bool()].double()
+                most = torch.finfo(embeddings.dtype).eps ** power * own.norm()
+                if not (own - other).norm() <= most:  # NaN does not agree either
                     return False
     except Exception:  # whatever the code of a model raises that is made for its own layers and embeddings alone
         return False
     finally:
-        for module, attributes, children in kept:
-            vars(module).clear()
-            vars(module).update(attributes)
-            module._modules.clear()
-            module._modules.update(children)
+        for module, training in modes:
+            module.training = training
     return True
 
 
@@ -141,9 +133,8 @@ class Split:
         self.upper = _with_layers(encoder, path, layers[count:])
         self.upper._modules["embeddings"] = _Given()
         self.known: dict[bytes, Tensor] = {}
-        self.outputs = (
-            _Outputs() if _shared is None or not shared else _shared.setdefault(self._mark(count), _Outputs())
-        )
+        store = _shared if shared else None
+        self.outputs = _Outputs() if store is None else store.setdefault(self._mark(count), _Outputs())
         self.last: tuple[Tensor, Tensor] | None = None  # a batch, and the output of the lower layers for it
 
     def _mark(self, count: int) -> str:

@@ -16,10 +16,8 @@ with needs("report"):
 
 ENOUGH = 6  # pairs from which a two-sided Wilcoxon test can fall below 0.05: its least p is 2 ** (1 - pairs)
 ENUMERATED = 13  # pairs whose signs are all tried
-ROUNDING, SMALLEST = (
-    1e-9,
-    1e-15,
-)  # sizes that are closer than this fraction of them, or than this, differ by rounding alone
+ROUNDING = 1e-9  # sizes that are closer than this fraction of them differ by rounding alone,
+SMALLEST = 1e-15  # and so do those that are closer than this
 
 
 @dataclass(frozen=True)

@@ -56,8 +56,8 @@ def evaluate(
 
     Args:
         model: a folder or Hub id of transformers, pico, LoRA adapters, a `LoadedModel`, or a transformers model with its
-            `tokenizer`; or the folder of a run, whose kept model is scored on the run's own rows: task, data, sizes, seed and
-            lengths are those of the run unless given.
+            `tokenizer`; or the folder of a run, whose kept model is scored on the run's own rows: task, data, sizes and
+            lengths are those of the run unless given. A model that metazo trained on these rows keeps the seed of their split.
         task: by name, as a YAML file, or a Task; by default the run's.
         data: a folder with <task>/<split>.jsonl, or rows in memory as for `metazo.finetune`; by default the task's own.
         split: dev or test. Rows that the model was trained on are in neither, if metazo trained it and its data are the

@@ -83,7 +83,7 @@ def draw(
             k_per_class = k_per_class or record["k_per_class"]
     order = _order(len(source.usable), seed, "train")
     few = _few(task, source, order, k_per_class) if k_per_class else None
-    if few is not None and not {"train"} & {*unset, *recorded} and wanted["train"] not in (len(few), DEFAULTS["train"]):
+    if few is not None and "train" not in {*unset, *recorded} and wanted["train"] not in (len(few), DEFAULTS["train"]):
         notes.append(f"{task.name}: `k_per_class` {k_per_class} gives {len(few)} train rows, not {wanted['train']}")
     if few is not None:
         wanted["train"] = len(few)

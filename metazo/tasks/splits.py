@@ -37,10 +37,11 @@ def prepare(
     ``data`` is a folder with <task>/<split>.jsonl, or rows in memory (`in_memory`); without it rows come from the
     task's own files, the grammar, or the Hub. Sizes default to the papers' 1,000 / 500 / 1,000. If there are fewer
     rows, sizes left at these defaults are reduced and sizes that the caller sets are kept, and ``notes`` says so.
-    ``k_per_class`` draws that many train rows of every class, and as many dev rows if ``dev`` is not given (as LM-BFF, arXiv
-    2012.15723). ``max_length`` limits an input, in tokens; the model's context is the default. A model that was fine-
-    tuned on the task by metazo gets the split of that run, and no row that it was trained on is a dev or test row;
-    ``recorded`` names splits that have the size of that run although one is set.
+    ``k_per_class`` draws that many train rows of every class (as LM-BFF, arXiv 2012.15723), and, if ``dev`` is not given and
+    the task has no dev rows of its own, as many dev rows without regard to the class. ``max_length`` limits an input, in
+    tokens; the model's context is the default. A model that was fine-tuned on the task by metazo gets the split of that run,
+    and no row that it was trained on is a dev or test row; ``recorded`` names splits that have the size of that run although
+    one is set.
     Raises UserError for data that is missing, malformed or does not fit, and for a task that the model cannot do.
     """
     encoder = Encoder(task, loaded, max_length)
