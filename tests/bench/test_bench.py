@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from metazo.bench import measurements, memory, picture, render, suites
+from metazo.bench import measurements, memory, picture, render, steps, suites
 from metazo.bench.models import SIZES, build, lm_loss
 from metazo.bench.processors import labels
 from metazo.bench.published import PublishedLoop
@@ -23,6 +23,8 @@ from metazo.bench.timing import interleaved, ratios, spread
 from metazo.errors import UserError
 from metazo.noise import TorchOrderNoise
 from metazo.optimizers import MeZO
+from metazo.step import pending
+from metazo.step.pending import Pending
 from metazo_cli.main import main
 
 ROOT = Path(__file__).parents[2]
@@ -100,14 +102,24 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_quick_run_has_every_suite(quick: Path):
     (result,) = measurements.read(quick / "speed.json")["processors"]
     assert set(result["suites"]) == set(suites.SUITES)
-    (steps,) = result["suites"]["steps"].values()
-    rows = {row["case"]: row for row in steps["rows"]}
+    (part,) = result["suites"]["steps"].values()
+    rows = {row["case"]: row for row in part["rows"]}
     assert {*METHODS, FORWARDS} <= set(rows) and set(CORE) <= set(METHODS)
     assert all(row["ratio"]["rounds"] >= 2 for row in rows.values())
     assert rows[FORWARDS]["ratio"]["median"] == 1 and rows[PUBLISHED]["ratio"]["median"] > 1
     assert (quick / "speed.png").stat().st_size > 10_000
     shown = (quick / "speed.md").read_text()
     assert "| MeZO, Rademacher |" in shown and "of at least 2 interleaved rounds." in shown
+
+
+def test_steps_join_their_updates_with_the_next_probes_as_in_a_run(monkeypatch: pytest.MonkeyPatch):
+    """The methods are measured by turns on the same weights; a published loop that replaced them parted the two."""
+    alone, joined = [], []
+    apply, two = Pending.apply, pending.add_two_all_
+    monkeypatch.setattr(Pending, "apply", lambda waiting: [alone.extend(waiting.moves), apply(waiting)])
+    monkeypatch.setattr(pending, "add_two_all_", lambda *given: [joined.append(len(given[2])), two(*given)])
+    steps.measure("1M", (1, 4), [PUBLISHED, "MeZO"], rounds=2, seconds=0)
+    assert not alone and joined == [len(list(build("1M").parameters()))] * 2
 
 
 def test_memory_sees_the_moments_of_adam(quick: Path):
