@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 try:
-    from metazo.kernels.parallel import kernel, share
+    from metazo.kernels.compiled import kernel
+    from metazo.kernels.parallel import share
     from metazo.kernels.pieces import JOB_ENTRIES, groups, matrix
     from metazo.kernels.vectors import widest
 except ImportError:  # numba is not installed; `metazo env` reports it

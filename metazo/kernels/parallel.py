@@ -1,4 +1,4 @@
-"""Loops over weights on the CPU: compiled by numba, shared by as many threads as torch uses.
+"""Compiled loops over weights, shared by as many threads as torch uses.
 
 numba's own threads are not used: they may spin between two calls, as torch's do, and take cores from the forward pass.
 Python's threads sleep between calls, and compiled loops do not hold the interpreter lock.
@@ -7,35 +7,13 @@ Python's threads sleep between calls, and compiled loops do not hold the interpr
 from __future__ import annotations
 
 import os
-import zlib
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
-from pathlib import Path
-from threading import Lock
-from types import ModuleType
+from threading import Lock, local
 
 import torch
-from numba import njit
-
-from metazo.kernels import casts, pieces, vectors
-from metazo.kernels.vectors import PREFERENCE
-
-
-def kernel(function: Callable, *sources: ModuleType) -> Callable:
-    """Compile a loop at its first call for a type, and keep it on disk if there is a writable folder.
-
-    Args: sources: the other modules from which the loop takes functions and constants. numba notices changes in the loop's
-        own file alone, so the name of its cache has a checksum of these modules and the width of vectors.
-    """
-    checksum = zlib.crc32(PREFERENCE.encode())
-    for source in (casts, pieces, vectors, *sources):
-        checksum = zlib.crc32(Path(str(source.__file__)).read_bytes(), checksum)
-    function.__qualname__ += f"-{checksum:08x}"
-    try:
-        return njit(nogil=True, cache=True, error_model="numpy")(function)
-    except RuntimeError:  # numba found no such folder
-        return njit(nogil=True, error_model="numpy")(function)
 
 
 @cache
@@ -51,9 +29,13 @@ def share(run: Callable[..., object], jobs: Iterable[tuple]) -> None:
     """run(*job) for each job, on as many threads as torch uses. The calling thread is one of them, and a slower core takes
     fewer jobs. run: a compiled function, which does not hold the interpreter lock. Raises the exception of a failed job.
 
-    Waking a thread takes as long as adding noise to a small matrix, so pass all jobs that can run together in one call.
+    Waking a thread takes as long as adding noise to a small matrix, so pass all jobs that can run together in one call, or
+    make the calls within `together`.
     The jobs of an iterator are made while others run.
     """
+    if _waiting.jobs is not None:
+        _waiting.jobs += [(run, *job) for job in jobs]
+        return
     threads = torch.get_num_threads()
     most = min(threads, len(jobs)) if isinstance(jobs, Sized) else threads
     if most <= 1:
@@ -77,3 +59,28 @@ def share(run: Callable[..., object], jobs: Iterable[tuple]) -> None:
         for helper in helpers:
             if not helper.cancel():  # it has started
                 helper.result()
+
+
+class _Waiting(local):
+    jobs: list[tuple] | None = None  # (run, *job)
+
+
+_waiting = _Waiting()
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Jobs that this thread gives to `share` in the block are run at its end, all at once.
+
+    Nothing in the block may read what they write. After an exception in the block none of them is run. Blocks are not nested.
+    """
+    _waiting.jobs = jobs = []
+    try:
+        yield
+    finally:
+        _waiting.jobs = None
+    share(_call, jobs)
+
+
+def _call(run: Callable[..., object], *job: object) -> None:
+    run(*job)

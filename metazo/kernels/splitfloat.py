@@ -23,7 +23,8 @@ try:
     from numba import njit
 
     from metazo.kernels.casts import as_bits, as_float, shift_left, shift_right
-    from metazo.kernels.parallel import kernel, share
+    from metazo.kernels.compiled import kernel
+    from metazo.kernels.parallel import share
     from metazo.kernels.pieces import JOB_ENTRIES
     from metazo.kernels.vectors import widest
 except ImportError:  # numba is not installed; `metazo env` reports it

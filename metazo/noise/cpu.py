@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from llvmlite import binding
 
-from metazo.kernels.parallel import kernel, share
+from metazo.kernels.compiled import kernel
+from metazo.kernels.parallel import share
 from metazo.kernels.pieces import at, groups, pieces
 from metazo.kernels.vectors import widest
 from metazo.noise import lanes, wide

@@ -15,7 +15,8 @@ import numpy as np
 from torch import Tensor
 
 from metazo.blocks import Spans
-from metazo.kernels.parallel import kernel, share
+from metazo.kernels.compiled import kernel
+from metazo.kernels.parallel import share
 from metazo.kernels.pieces import pieces
 from metazo.kernels.vectors import widest
 from metazo.noise import cpu, lanes, philox, wide

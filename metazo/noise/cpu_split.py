@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from metazo.kernels import splitfloat
-from metazo.kernels.parallel import kernel, share
+from metazo.kernels.compiled import kernel
+from metazo.kernels.parallel import share
 from metazo.kernels.pieces import pieces
 from metazo.kernels.splitfloat import LAYOUTS, joined, parted
 from metazo.kernels.vectors import widest

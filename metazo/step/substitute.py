@@ -1,7 +1,8 @@
 """Temporarily substitute other tensors for parameters, in every call of a torch function that uses one.
 
 While a `Scratch` is active, every call of a torch function that has a trained parameter among its arguments gets a tensor
-made for that call, and freed after it: one tensor of extra memory, and the weights themselves are never written. It needs
+made for that call, and freed after it: one large tensor of extra memory, or several small ones, and the weights themselves
+are never written. It needs
 no access to modules; linear, embedding, norms, tied weights and plain arithmetic are all calls of torch functions.
 
 A use that is not a call of a torch function is not replaced: scripted code, and extensions that read the memory. `unmet`
@@ -15,8 +16,10 @@ until it gives up.
 from __future__ import annotations
 
 import math
+import mmap
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any, Self
 
 import torch
@@ -32,6 +35,11 @@ _TELLING = ("size", "dim", "ndimension", "numel", "nelement", "stride", "element
 _TELLING += ("is_floating_point", "is_complex", "is_signed", "storage_offset", "requires_grad_", "get_device")
 _METADATA = frozenset(getattr(Tensor, name) for name in (*_TELLING, "__hash__", "__len__"))
 _VIEWS = frozenset(getattr(Tensor, name).__get__ for name in ("data", "T", "mT", "H", "mH", "real"))
+
+AHEAD = 8 << 20
+"""Bytes of substitutes that are made before they are used, at most."""
+HUGE = 32 << 20
+"""Bytes from which malloc returns freed memory to the system (M_MMAP_THRESHOLD at its largest)."""
 
 # The errors of making a tensor within a transform of torch.func, which has no public way to ask for one.
 _IN_TRANSFORM = ("functorch transform", "Tensor that doesn't have storage")
@@ -114,32 +122,93 @@ def _show(cls: Any, func: Any, types: Any, args: tuple = (), kwargs: Any = None)
 
 
 class Scratch(Shown):
-    """Args: tensors: the tensors to replace. make: returns the substitute for one, made anew at each call; its second
-    argument is the numbers of the rows that are read, or None for all of them.
+    """Args: tensors: the tensors to replace. make: returns substitutes for several, made anew at each call; its second
+    argument is the numbers of the rows that are read, or None for all of them. order: the uses of the evaluation before, by
+    id of the parameter, replaced by those of this one at the end.
+
+    Small substitutes are made several at a time, in the order of the last evaluation, because to wake the threads for each
+    takes as long as to fill it. They take no more memory than the largest tensor, or AHEAD.
     """
 
-    def __init__(self, tensors: Sequence[NamedTensor], make: Callable[[NamedTensor, Tensor | None], Tensor]):
+    def __init__(
+        self,
+        tensors: Sequence[NamedTensor],
+        make: Callable[[Sequence[NamedTensor], Tensor | None], list[Tensor]],
+        order: list[int],
+    ):
         super().__init__(tensors)
-        self._make, self._rows = make, None
+        self._make, self._rows, self.order = make, None, order
+        self._uses: list[int] = []
+        self._ahead: dict[int, Tensor] = {}
+        self._room = min(max((_bytes(tensor) for tensor in tensors), default=0), AHEAD)
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        self.order[:] = self._uses
+        self._ahead.clear()
 
     def make(self, tensor: NamedTensor) -> Tensor:
+        key = id(tensor.param)
+        if key not in self._ahead:
+            group = [tensor] if self._rows is not None else self._following(tensor)
+            self._ahead = dict(zip((id(member.param) for member in group), self._made(group)))
+        if self._rows is None:
+            self._uses.append(key)
+        return self._ahead.pop(key)
+
+    def _following(self, tensor: NamedTensor) -> list[NamedTensor]:
+        """The tensor, and those that were used after it in the last evaluation, while there is room for them."""
+        group, place, room = [tensor], len(self._uses), self._room - _bytes(tensor)
+        if self.order[place : place + 1] != [id(tensor.param)]:  # the model takes another way
+            return group
+        for key in self.order[place + 1 :]:
+            following = self.tensors.get(key)  # None in a copy of the optimizer, whose parameters have other ids
+            if following is None or any(following is member for member in group):
+                break
+            room -= _bytes(following)
+            if room < 0:
+                break
+            group.append(following)
+        return group
+
+    def _made(self, group: Sequence[NamedTensor]) -> list[Tensor]:
         # The substitute requires a gradient as the parameter does, although none is computed: for an input that is not
         # contiguous, matmul would otherwise copy a weight once for each row of the batch. Tensors that are made in
         # inference mode cannot require one.
         with DisableTorchFunctionSubclass(), torch.inference_mode(False), torch.no_grad():
             try:
-                return self._make(tensor, self._rows).requires_grad_(tensor.param.requires_grad)
+                made = self._make(group, self._rows)
+                return [out.requires_grad_(tensor.param.requires_grad) for tensor, out in zip(group, made)]
             except RuntimeError as error:
                 if not any(words in str(error) for words in _IN_TRANSFORM):
                     raise
                 raise UserError(
-                    f"`precision` compensated replaces {tensor.name} within the forward pass, which torch.func (vmap, grad, "
+                    f"`precision` compensated replaces {group[0].name} within the forward pass, which torch.func (vmap, grad, "
                     "jvp) in the model does not allow: choose master."
                 ) from error
 
     def use(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         self._rows = _looked_up(*args, **kwargs) if func is embedding else None
         return super().use(func, args, kwargs)
+
+
+def fresh(like: Tensor) -> Tensor:
+    """A contiguous tensor of this shape and dtype in new memory, not yet written.
+
+    The system clears each page when it is first written, which for pages of 4 KiB takes longer than to fill them with noise.
+    Malloc keeps the pages of small tensors. A large one, whose memory goes back to the system each time, gets huge pages.
+    """
+    size = like.numel() * like.element_size()
+    if size < HUGE or like.device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty_like(like, memory_format=torch.contiguous_format)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # unmapped with its last tensor
+    with suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=like.dtype).view(like.shape)
+
+
+def _bytes(tensor: NamedTensor) -> int:
+    return tensor.param.numel() * tensor.param.element_size()
 
 
 def _looked_up(

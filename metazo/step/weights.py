@@ -19,11 +19,12 @@ from torch import Tensor
 
 from metazo.blocks import LocalShard, NamedTensor, chunk_of, chunks
 from metazo.errors import UserError
+from metazo.kernels.parallel import together
 from metazo.noise import Move, Noise, PhiloxStream, Place, Stream
 from metazo.step.directions import in_chunks
 from metazo.step.pending import Pending
 from metazo.step.precision import Compensated, InPlace, Master, Storage, check_flushing, storage
-from metazo.step.substitute import Scratch, of_compiler
+from metazo.step.substitute import Scratch, fresh, of_compiler
 from metazo.step.terms import Estimate, Term, add_sum_
 
 
@@ -50,6 +51,7 @@ class Weights:
         self.at_snapshot = False  # theta and the snapshot have changed places
         self.defer = False  # whether an update may wait for the next probe; see metazo/step/pending.py
         self.pending: Pending | None = None
+        self.uses: list[int] = []  # of compensated weights, in the last evaluation of a probe
 
     def follow(self) -> None:
         """Before a step: what is kept of weights that were changed since the last one, as by load_state_dict, begins anew.
@@ -104,17 +106,17 @@ class Weights:
         ]
         self._shift([change for change in changes if change.amount != 0])
         streams = [self.noise.stream(term.seed) for term in wanted]
-        together: list[list[Place]] = [[] for _ in wanted]
+        placed: list[list[Place]] = [[] for _ in wanted]
         for tensor in self.masters:
             touching = [k for k, term in enumerate(wanted) if term.touches(tensor)]
             if len(touching) == 1:
                 (k,) = touching
-                together[k].append(Place(tensor, tensor.param.data, self._theta(tensor), wanted[k].amount))
+                placed[k].append(Place(tensor, tensor.param.data, self._theta(tensor), wanted[k].amount))
             elif touching:
                 self._place_sum(tensor, [(wanted[k], streams[k]) for k in touching])
             elif self.probe:
                 self.storage[tensor.name].settle()
-        for term, stream, places in zip(wanted, streams, together):
+        for term, stream, places in zip(wanted, streams, placed):
             term.along.place_all_(stream, places)
         self.probe = wanted
 
@@ -181,7 +183,7 @@ class Weights:
                 yield None
         elif self.compensated and (self.probe or self.at_snapshot):
             try:
-                with Scratch(self.compensated, self._moved) as scratch:
+                with Scratch(self.compensated, self._moved, self.uses) as scratch:
                     yield scratch
             except Exception as error:
                 if not of_compiler(error):
@@ -193,20 +195,25 @@ class Weights:
         else:
             yield None
 
-    def _moved(self, tensor: NamedTensor, rows: Tensor | None = None) -> Tensor:
-        """round(theta + probe) of a compensated tensor, in new memory; if `rows` are given, perhaps of these rows alone."""
-        out, place = torch.empty_like(tensor.param.data), self.storage[tensor.name]
-        terms = [(term, self.noise.stream(term.seed)) for term in self.probe if term.touches(tensor)]
-        if len(terms) == 1 and not self.at_snapshot and self._placed(tensor, *terms[0], out, rows):
-            return out
-        for start, stop in chunks(tensor.param):
-            theta = place.read(start, stop, self.room)
-            if self.at_snapshot:
-                theta.copy_(self.snapshot[tensor.name].view(-1)[start:stop])
-            for term, stream in terms:
-                term.add_(stream, tensor, theta, 1.0, start)
-            out.view(-1)[start:stop].copy_(theta)
-        return out
+    def _moved(self, tensors: Sequence[NamedTensor], rows: Tensor | None = None) -> list[Tensor]:
+        """round(theta + probe) of compensated tensors, in new memory; if `rows` are given, perhaps of these rows alone."""
+        outs = [fresh(t.param.data) if rows is None else torch.empty_like(t.param.data) for t in tensors]
+        rest = []
+        with together():
+            for tensor, out in zip(tensors, outs):
+                terms = [(term, self.noise.stream(term.seed)) for term in self.probe if term.touches(tensor)]
+                if len(terms) != 1 or self.at_snapshot or not self._placed(tensor, *terms[0], out, rows):
+                    rest.append((tensor, out, terms))
+        for tensor, out, terms in rest:
+            place = self.storage[tensor.name]
+            for start, stop in chunks(tensor.param):
+                theta = place.read(start, stop, self.room)
+                if self.at_snapshot:
+                    theta.copy_(self.snapshot[tensor.name].view(-1)[start:stop])
+                for term, stream in terms:
+                    term.add_(stream, tensor, theta, 1.0, start)
+                out.view(-1)[start:stop].copy_(theta)
+        return outs
 
     def _placed(self, tensor: NamedTensor, term: Term, stream: Stream, out: Tensor, rows: Tensor | None) -> bool:
         """As `_moved`, in one pass over the weights. Returns: False, with nothing done, if there is no kernel for this term."""
@@ -307,31 +314,33 @@ class Weights:
         self.probe = ()
         streams = [self.noise.stream(term.seed) for term in terms]
         moves: list[list[Move]] = [[] for _ in terms]  # for theta that is one tensor, all at once
-        changed = []
-        for tensor in self.tensors:
-            factor, place = decay.get(tensor.name, 1.0), self.storage[tensor.name]
-            amounts = [-rate(tensor) * term.amount for term in terms]
-            touching = [k for k, term in enumerate(terms) if term.touches(tensor)]
-            if place.theta is not None and touching:
-                removed = folded if isinstance(place, InPlace) else [0.0] * len(terms)
-                for k in touching:
-                    amount = amounts[k] - factor * removed[k]
-                    moves[k].append(Move(tensor, place.theta, amount, factor if k == touching[0] else 1.0))
-                changed.append(place)
-            elif factor != 1.0 or touching:
-                rounding = terms[0].seed if terms else 0
-                if len(touching) == 1 and isinstance(place, Compensated):
-                    (k,) = touching
-                    if self._added(place, tensor, terms[k], streams[k], amounts[k], factor, rounding):
-                        continue
-                for start, theta in self.edit_whole(tensor, rounding):
-                    add_sum_(tensor, theta, terms, streams, amounts, factor, start)
+        changed, rest, rounding = [], [], terms[0].seed if terms else 0
+        with together():
+            for tensor in self.tensors:
+                factor, place = decay.get(tensor.name, 1.0), self.storage[tensor.name]
+                amounts = [-rate(tensor) * term.amount for term in terms]
+                touching = [k for k, term in enumerate(terms) if term.touches(tensor)]
+                if place.theta is not None and touching:
+                    removed = folded if isinstance(place, InPlace) else [0.0] * len(terms)
+                    for k in touching:
+                        amount = amounts[k] - factor * removed[k]
+                        moves[k].append(Move(tensor, place.theta, amount, factor if k == touching[0] else 1.0))
+                    changed.append(place)
+                elif factor != 1.0 or touching:
+                    if len(touching) == 1 and isinstance(place, Compensated):
+                        (k,) = touching
+                        if self._added(place, tensor, terms[k], streams[k], amounts[k], factor, rounding):
+                            continue
+                    rest.append((tensor, amounts, factor))
+        for tensor, amounts, factor in rest:
+            for start, theta in self.edit_whole(tensor, rounding):
+                add_sum_(tensor, theta, terms, streams, amounts, factor, start)
         if self.defer and len(terms) == 1 and moves[0] and not self.masters:
             self.pending = Pending.of(terms[0].along, streams[0], moves[0])
             if self.pending:
                 return
-        for term, stream, together in zip(terms, streams, moves):
-            term.along.add_all_(stream, together)
+        for term, stream, moved in zip(terms, streams, moves):
+            term.along.add_all_(stream, moved)
         for place in changed:
             place.settle()
 

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from metazo.kernels.parallel import share
+from metazo.kernels.parallel import share, together
 
 
 @pytest.mark.parametrize("form", [list, iter, lambda jobs: (job for job in jobs)])
@@ -47,3 +47,26 @@ def test_an_error_in_making_jobs_is_raised(threads):
 
     with pytest.raises(ValueError, match="no such tensor"):
         share(lambda k: time.sleep(0.001), jobs())
+
+
+def test_jobs_of_several_calls_run_together_at_the_end(threads):
+    first: list[int] = []
+    second: list[int] = []
+    with together():
+        share(first.append, [(k,) for k in range(5)])
+        share(second.append, ((k,) for k in range(3)))
+        assert not first and not second
+    assert sorted(first) == list(range(5)) and sorted(second) == list(range(3))
+    share(first.append, [(5,)])
+    assert 5 in first
+
+
+def test_no_job_runs_after_an_error_between_the_calls(threads):
+    done: list[int] = []
+    with pytest.raises(KeyError), together():
+        share(done.append, [(1,)])
+        raise KeyError
+    share(done.append, [(2,)])
+    assert done == [2]
+    with pytest.raises(ZeroDivisionError), together():
+        share(lambda: 1 / 0, [()])

@@ -7,8 +7,8 @@ import pytest
 from llvmlite import binding
 from numba import njit
 
-from metazo.kernels import parallel, vectors
-from metazo.kernels.parallel import kernel
+from metazo.kernels import vectors
+from metazo.kernels.compiled import kernel
 from metazo.kernels.vectors import PREFERENCE, WIDTH, prefetch, widest
 
 
@@ -87,7 +87,7 @@ def test_code_of_another_width_or_of_other_sources_is_kept_under_another_name(mo
     sources: list = []
     first, again = name(), name()
     assert first == again
-    monkeypatch.setattr(parallel, "PREFERENCE", '"prefer-vector-width"="64"')
+    monkeypatch.setattr("metazo.kernels.compiled.PREFERENCE", '"prefer-vector-width"="64"')
     assert name() != first
     monkeypatch.undo()
     sources.append(type(vectors)("other"))

@@ -13,10 +13,14 @@ from torch.nn import functional as F
 from metazo.blocks import named_tensors
 from metazo.errors import UserError
 from metazo.optimizers import MeZO
-from metazo.step.substitute import Scratch
+from metazo.step.substitute import AHEAD, HUGE, Scratch, fresh
 from tests.optimizers.contract import IDS, llama
 
 B16 = torch.bfloat16
+
+
+def twos(group, rows):
+    return [torch.full_like(tensor.param.data, 2.0) for tensor in group]
 
 
 def gpt2() -> nn.Module:
@@ -108,13 +112,52 @@ def test_one_copy_a_call_and_none_for_what_tells():
     weight = nn.Parameter(torch.ones(4, 4))
     calls: list[str] = []
     (tensor,) = named_tensors([("w", weight)])
-    with Scratch([tensor], lambda t, rows: [calls.append(t.name), torch.full((4, 4), 2.0)][1]) as scratch:
+    with Scratch(
+        [tensor], lambda group, rows: [calls.append(group[0].name), [torch.full((4, 4), 2.0)]][1], []
+    ) as scratch:
         assert weight.shape == (4, 4) and weight.dim() == 2 and weight.dtype == torch.float32 and weight.requires_grad
         assert weight.is_contiguous() and len(weight) == 4 and not calls and scratch.unmet() == [tensor]
         assert float(torch.stack([weight, weight]).sum()) == 64.0
         assert len(calls) == 1 and not scratch.unmet()
         assert float(weight.data.sum()) == float(weight.T.sum()) == 32.0
     assert float(weight.detach().sum()) == 16.0
+
+
+def test_small_substitutes_are_made_together_in_the_order_of_the_last_evaluation():
+    layers = nn.ModuleList(nn.Linear(4, 4, bias=False) for _ in range(4))
+    big = nn.Linear(4, AHEAD // 16, bias=False)
+    tensors = named_tensors([*((f"{k}", layer.weight) for k, layer in enumerate(layers)), ("big", big.weight)])
+    names, groups = [tensor.name for tensor in tensors], []
+    order: list[int] = []
+
+    def make(group, rows):
+        groups.append(" ".join(tensor.name for tensor in group))
+        return [torch.full_like(tensor.param.data, 1.0 + names.index(tensor.name)) for tensor in group]
+
+    def evaluated(*way: int) -> list[str]:
+        groups.clear()
+        with Scratch(tensors, make, order):
+            for k in way:
+                assert (([*layers, big][k])(torch.eye(4)) == 1 + k).all()
+        return groups.copy()
+
+    assert evaluated(0, 1, 2, 4, 3) == ["0", "1", "2", "big", "3"]
+    assert evaluated(0, 1, 2, 4, 3) == ["0 1 2", "big", "3"]
+    assert evaluated(0, 2, 1, 1, 4) == ["0 1 2", "1", "big"]  # another way; what was made ahead is used once
+    assert evaluated(3, 0, 2, 1, 1) == ["3", "0", "2", "1", "1"]
+    assert evaluated(3) == ["3 0 2 1"] and evaluated(3, 3) == ["3", "3"] and evaluated(3, 3) == ["3", "3"]
+
+
+def test_memory_for_large_substitutes_is_new_each_time():
+    like = torch.zeros(HUGE // 256, 64, dtype=B16).T  # not contiguous
+    for shape in (like, like[:3]):
+        one, two = fresh(shape).fill_(1), fresh(shape).fill_(2)
+        assert one.shape == shape.shape and one.dtype == B16 and one.is_contiguous() and two.is_contiguous()
+        assert float(one.float().mean()) == 1 and float(two.float().mean()) == 2
+        part = one[1:, 5:]
+        del one
+        fresh(shape).fill_(3)
+        assert float(part.float().mean()) == 1
 
 
 def test_what_cannot_be_seen_is_told():
@@ -177,7 +220,7 @@ def test_other_classes_of_tensors_are_seen_and_put_back():
     model.weight = Named(model.weight.detach())
     free = torch.ones(4, requires_grad=True)
     tensors = named_tensors([("w", model.weight), ("b", model.bias), ("free", free)])
-    with Scratch(tensors, lambda tensor, rows: torch.full_like(tensor.param.data, 2.0)) as scratch:
+    with Scratch(tensors, twos, []) as scratch:
         assert float((model(torch.ones(4)) + free).sum()) == 4 * 8 + 8 + 8
         assert isinstance(model.weight, Named) and not scratch.unmet()
     assert [type(tensor.param) for tensor in tensors] == [Named, nn.Parameter, torch.Tensor]
@@ -189,6 +232,6 @@ def test_a_compiled_model_sees_the_probe():
     compiled = torch.compile(model, backend="eager")
     (weight,) = named_tensors([("weight", model.weight)])
     plain = compiled(torch.ones(4))
-    with Scratch([weight], lambda tensor, rows: torch.full_like(tensor.param.data, 2.0)):
+    with Scratch([weight], twos, []):
         assert torch.equal(compiled(torch.ones(4)), 8 + model.bias)
     assert torch.equal(compiled(torch.ones(4)), plain)

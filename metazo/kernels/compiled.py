@@ -1,0 +1,29 @@
+"""Loops over weights on the CPU, compiled by numba. metazo/kernels/parallel.py runs them in several threads."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+from numba import njit
+
+from metazo.kernels import casts, pieces, vectors
+from metazo.kernels.vectors import PREFERENCE
+
+
+def kernel(function: Callable, *sources: ModuleType) -> Callable:
+    """Compile a loop at its first call for a type, and keep it on disk if there is a writable folder.
+
+    Args: sources: the other modules from which the loop takes functions and constants. numba notices changes in the loop's
+        own file alone, so the name of its cache has a checksum of these modules and the width of vectors.
+    """
+    checksum = zlib.crc32(PREFERENCE.encode())
+    for source in (casts, pieces, vectors, *sources):
+        checksum = zlib.crc32(Path(str(source.__file__)).read_bytes(), checksum)
+    function.__qualname__ += f"-{checksum:08x}"
+    try:
+        return njit(nogil=True, cache=True, error_model="numpy")(function)
+    except RuntimeError:  # numba found no such folder
+        return njit(nogil=True, error_model="numpy")(function)
