@@ -2,15 +2,14 @@
 
 While a `Scratch` is active, every call of a torch function that has a trained parameter among its arguments gets a tensor
 made for that call, and freed after it: one large tensor of extra memory, or several small ones, and the weights themselves
-are never written. It needs
-no access to modules; linear, embedding, norms, tied weights and plain arithmetic are all calls of torch functions.
+are never written. It needs no access to modules; linear, embedding, norms, tied weights and plain arithmetic are all calls of
+torch functions.
 
 A use that is not a call of a torch function is not replaced: scripted code, and extensions that read the memory. `unmet`
 lists the tensors that were never replaced, and `used_unseen` finds out whether they are used. Not found is a second use out
 of sight of a tensor that is seen in another, as of an embedding tied to a scripted head: the probe is in the first alone.
-torch.compile cannot trace
-the substitution: it fails, which `of_compiler` tells from a failure of the model, or it compiles again for each `Scratch`
-until it gives up.
+torch.compile cannot trace the substitution: it fails, which `of_compiler` tells from a failure of the model, or it compiles
+again for each `Scratch` until it gives up.
 """
 
 from __future__ import annotations
@@ -199,12 +198,12 @@ def fresh(like: Tensor) -> Tensor:
     Malloc keeps the pages of small tensors. A large one, whose memory goes back to the system each time, gets huge pages.
     """
     size = like.numel() * like.element_size()
-    if size < HUGE or like.device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty_like(like, memory_format=torch.contiguous_format)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # unmapped with its last tensor
-    with suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=like.dtype).view(like.shape)
+    if size >= HUGE and like.device.type == "cpu" and hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # no such pages here, or no memory, which torch says
+            memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # unmapped with its last tensor
+            memory.madvise(mmap.MADV_HUGEPAGE)
+            return torch.frombuffer(memory, dtype=like.dtype).view(like.shape)
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
 def _bytes(tensor: NamedTensor) -> int:
