@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -191,19 +192,36 @@ class Scratch(Shown):
         return super().use(func, args, kwargs)
 
 
-def fresh(like: Tensor) -> Tensor:
-    """A contiguous tensor of this shape and dtype in new memory, not yet written.
+class Room:
+    """Memory for large substitutes, kept from one to the next as long as no tensor is in it.
 
-    The system clears each page when it is first written, which for pages of 4 KiB takes longer than to fill them with noise.
-    Malloc keeps the pages of small tensors. A large one, whose memory goes back to the system each time, gets huge pages.
+    The system clears each page when it is first written, which takes longer than to fill it with noise. Malloc keeps the pages
+    of small tensors; those of large ones, which would go back to the system each time, are kept here, in huge pages if Linux
+    has them. At most one is kept. Copies of an optimizer begin without it.
     """
-    size = like.numel() * like.element_size()
-    if size >= HUGE and like.device.type == "cpu" and hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # no such pages here, or no memory, which torch says
-            memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # unmapped with its last tensor
-            memory.madvise(mmap.MADV_HUGEPAGE)
-            return torch.frombuffer(memory, dtype=like.dtype).view(like.shape)
-    return torch.empty_like(like, memory_format=torch.contiguous_format)
+
+    def __init__(self) -> None:
+        self.kept: mmap.mmap | None = None
+        self.idle = 0  # references to it if no tensor is in it
+
+    def __reduce__(self) -> tuple:
+        return Room, ()
+
+    def fresh(self, like: Tensor) -> Tensor:
+        """A contiguous tensor of this shape and dtype, not yet written, in memory that no other tensor has."""
+        size = like.numel() * like.element_size()
+        if size < HUGE or like.device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
+            return torch.empty_like(like, memory_format=torch.contiguous_format)
+        # Each tensor in this memory, and each view of one, holds a reference to it.
+        if self.kept is None or len(self.kept) < size or sys.getrefcount(self.kept) > self.idle:
+            self.kept = None  # before the next one is made
+            with suppress(OSError):  # a kernel without huge pages, or no memory, which torch says below
+                self.kept = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+                self.idle = sys.getrefcount(self.kept)
+                self.kept.madvise(mmap.MADV_HUGEPAGE)
+        if self.kept is None:
+            return torch.empty_like(like, memory_format=torch.contiguous_format)
+        return torch.frombuffer(self.kept, dtype=like.dtype, count=like.numel()).view(like.shape)
 
 
 def _bytes(tensor: NamedTensor) -> int:

@@ -24,7 +24,7 @@ from metazo.noise import Move, Noise, PhiloxStream, Place, Stream
 from metazo.step.directions import in_chunks
 from metazo.step.pending import Pending
 from metazo.step.precision import Compensated, InPlace, Master, Storage, check_flushing, storage
-from metazo.step.substitute import Scratch, fresh, of_compiler
+from metazo.step.substitute import Room, Scratch, of_compiler
 from metazo.step.terms import Estimate, Term, add_sum_
 
 
@@ -51,6 +51,7 @@ class Weights:
         self.at_snapshot = False  # theta and the snapshot have changed places
         self.defer = False  # whether an update may wait for the next probe; see metazo/step/pending.py
         self.pending: Pending | None = None
+        self.large = Room()
         self.uses: list[int] = []  # of compensated weights, in the last evaluation of a probe
 
     def follow(self) -> None:
@@ -197,7 +198,7 @@ class Weights:
 
     def _moved(self, tensors: Sequence[NamedTensor], rows: Tensor | None = None) -> list[Tensor]:
         """round(theta + probe) of compensated tensors, in new memory; if `rows` are given, perhaps of these rows alone."""
-        outs = [fresh(t.param.data) if rows is None else torch.empty_like(t.param.data) for t in tensors]
+        outs = [self.large.fresh(t.param.data) if rows is None else torch.empty_like(t.param.data) for t in tensors]
         rest = []
         with together():
             for tensor, out in zip(tensors, outs):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import mmap
+import pickle
 import sys
 from collections.abc import Callable
 
@@ -13,7 +16,7 @@ from torch.nn import functional as F
 from metazo.blocks import named_tensors
 from metazo.errors import UserError
 from metazo.optimizers import MeZO
-from metazo.step.substitute import AHEAD, HUGE, Scratch, fresh
+from metazo.step.substitute import AHEAD, HUGE, Room, Scratch
 from tests.optimizers.contract import IDS, llama
 
 B16 = torch.bfloat16
@@ -148,16 +151,40 @@ def test_small_substitutes_are_made_together_in_the_order_of_the_last_evaluation
     assert evaluated(3) == ["3 0 2 1"] and evaluated(3, 3) == ["3", "3"] and evaluated(3, 3) == ["3", "3"]
 
 
-def test_memory_for_large_substitutes_is_new_each_time():
-    like = torch.zeros(HUGE // 256, 64, dtype=B16).T  # not contiguous
-    for shape in (like, like[:3]):
-        one, two = fresh(shape).fill_(1), fresh(shape).fill_(2)
+def test_no_two_large_substitutes_have_the_same_memory_while_both_are_in_use():
+    room = Room()
+    like = torch.zeros(HUGE // 256, 64, dtype=B16).T.clone(memory_format=torch.preserve_format)  # not contiguous
+    for shape in (torch.cat([like, like]), like, like[:3]):  # of three sizes, the last of which is small
+        one, two = room.fresh(shape).fill_(1), room.fresh(shape).fill_(2)
         assert one.shape == shape.shape and one.dtype == B16 and one.is_contiguous() and two.is_contiguous()
-        assert float(one.float().mean()) == 1 and float(two.float().mean()) == 2
-        part = one[1:, 5:]
-        del one
-        fresh(shape).fill_(3)
-        assert float(part.float().mean()) == 1
+        assert bool((one == 1).all()) and bool((two == 2).all())
+        part = one[1:, 5:]  # a view keeps the memory
+        del one, two
+        third = room.fresh(shape).fill_(3)
+        fourth = room.fresh(shape).fill_(4)
+        assert bool((part == 1).all()) and bool((third == 3).all()) and bool((fourth == 4).all())
+        del part, third, fourth
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="this system has no huge pages")
+def test_memory_of_large_substitutes_is_kept_and_not_copied():
+    room, like = Room(), torch.zeros(HUGE // 2, dtype=B16)
+    places = [room.fresh(shape).data_ptr() for shape in (like, like, like.view(2, -1))]
+    assert len(set(places)) == 1
+    assert copy.deepcopy(room).kept is pickle.loads(pickle.dumps(room)).kept is None
+
+
+def test_steps_with_large_tensors_are_those_with_small_ones(monkeypatch: pytest.MonkeyPatch):
+    """The same weights, with every substitute in kept memory and with none there."""
+    found = []
+    for least in (0, 1 << 60):
+        monkeypatch.setattr("metazo.step.substitute.HUGE", least)
+        model = llama().to(B16)
+        optimizer = MeZO(model.named_parameters(), lr=1e-2, precision="compensated-8", check_loss=False)
+        losses = [optimizer.step(lambda model=model: model(input_ids=IDS, labels=IDS).loss) for _ in range(4)]
+        found.append((losses, [parameter.detach().clone() for parameter in model.parameters()]))
+        copy.deepcopy(optimizer)
+    assert found[0][0] == found[1][0] and all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1]))
 
 
 def test_what_cannot_be_seen_is_told():
