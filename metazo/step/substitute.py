@@ -140,7 +140,7 @@ class Scratch(Shown):
         self._make, self._rows, self.order = make, None, order
         self._uses: list[int] = []
         self._ahead: dict[int, Tensor] = {}
-        self._room = min(max((_bytes(tensor) for tensor in tensors), default=0), AHEAD)
+        self._room = min(max((_bytes(tensor.param) for tensor in tensors), default=0), AHEAD)
 
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
@@ -158,14 +158,14 @@ class Scratch(Shown):
 
     def _following(self, tensor: NamedTensor) -> list[NamedTensor]:
         """The tensor, and those that were used after it in the last evaluation, while there is room for them."""
-        group, place, room = [tensor], len(self._uses), self._room - _bytes(tensor)
+        group, place, room = [tensor], len(self._uses), self._room - _bytes(tensor.param)
         if self.order[place : place + 1] != [id(tensor.param)]:  # the model takes another way
             return group
         for key in self.order[place + 1 :]:
             following = self.tensors.get(key)  # None in a copy of the optimizer, whose parameters have other ids
             if following is None or any(following is member for member in group):
                 break
-            room -= _bytes(following)
+            room -= _bytes(following.param)
             if room < 0:
                 break
             group.append(following)
@@ -209,7 +209,7 @@ class Room:
 
     def fresh(self, like: Tensor) -> Tensor:
         """A contiguous tensor of this shape and dtype, not yet written, in memory that no other tensor has."""
-        size = like.numel() * like.element_size()
+        size = _bytes(like)
         if size < HUGE or like.device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
             return torch.empty_like(like, memory_format=torch.contiguous_format)
         # Each tensor in this memory, and each view of one, holds a reference to it.
@@ -224,8 +224,8 @@ class Room:
         return torch.frombuffer(self.kept, dtype=like.dtype, count=like.numel()).view(like.shape)
 
 
-def _bytes(tensor: NamedTensor) -> int:
-    return tensor.param.numel() * tensor.param.element_size()
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()  # torch.compile fails at nbytes if a size is symbolic
 
 
 def _looked_up(

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -199,13 +200,16 @@ class Weights:
     def _moved(self, tensors: Sequence[NamedTensor], rows: Tensor | None = None) -> list[Tensor]:
         """round(theta + probe) of compensated tensors, in new memory; if `rows` are given, perhaps of these rows alone."""
         outs = [self.large.fresh(t.param.data) if rows is None else torch.empty_like(t.param.data) for t in tensors]
-        rest = []
-        with together():
-            for tensor, out in zip(tensors, outs):
-                terms = [(term, self.noise.stream(term.seed)) for term in self.probe if term.touches(tensor)]
-                if len(terms) != 1 or self.at_snapshot or not self._placed(tensor, *terms[0], out, rows):
-                    rest.append((tensor, out, terms))
-        for tensor, out, terms in rest:
+        passes = []
+        for tensor, out in zip(tensors, outs):
+            terms = [(term, self.noise.stream(term.seed)) for term in self.probe if term.touches(tensor)]
+            fits = len(terms) == 1 and not self.at_snapshot
+            passes.append((self._placing(tensor, *terms[0], out, rows) if fits else None, terms))
+        with together():  # kernels alone: nothing that reads numbers
+            done = [run is not None and run() for run, _ in passes]
+        for tensor, out, (_, terms), written in zip(tensors, outs, passes, done):
+            if written:
+                continue
             place = self.storage[tensor.name]
             for start, stop in chunks(tensor.param):
                 theta = place.read(start, stop, self.room)
@@ -216,15 +220,18 @@ class Weights:
                 out.view(-1)[start:stop].copy_(theta)
         return outs
 
-    def _placed(self, tensor: NamedTensor, term: Term, stream: Stream, out: Tensor, rows: Tensor | None) -> bool:
-        """As `_moved`, in one pass over the weights. Returns: False, with nothing done, if there is no kernel for this term."""
-        if not isinstance(stream, PhiloxStream):
-            return False
-        amount = term.along.dense(tensor, term.amount)
+    def _placing(
+        self, tensor: NamedTensor, term: Term, stream: Stream, out: Tensor, rows: Tensor | None
+    ) -> Callable[[], bool] | None:
+        """A call that does as `_moved` in one pass over the weights, and returns False, with nothing done, if there is no
+        kernel for these tensors; None if there is none for this term.
+        """
+        if not isinstance(stream, PhiloxStream) or (amount := term.along.dense(tensor, term.amount)) is None:
+            return None
         low = self.storage[tensor.name].buffers["compensation"]
-        return amount is not None and stream.place_split_(tensor, out, tensor.param.data, low, amount, rows)
+        return partial(stream.place_split_, tensor, out, tensor.param.data, low, amount, rows)
 
-    def _added(
+    def _adding(
         self,
         place: Compensated,
         tensor: NamedTensor,
@@ -233,12 +240,12 @@ class Weights:
         amount: float,
         factor: float,
         seed: int,
-    ) -> bool:
-        """theta = factor * theta + amount * d of a compensated tensor in one pass; returns as `_placed`."""
+    ) -> Callable[[], bool] | None:
+        """A call for theta = factor * theta + amount * d of a compensated tensor in one pass; as `_placing`."""
         if not isinstance(stream, PhiloxStream) or (multiple := term.along.dense(tensor, amount)) is None:
-            return False
+            return None
         low = place.buffers["compensation"]
-        return stream.add_split_(tensor, tensor.param.data, low, multiple, factor, seed ^ place.salt)
+        return partial(stream.add_split_, tensor, tensor.param.data, low, multiple, factor, seed ^ place.salt)
 
     # -- reading and changing theta -------------------------------------------------------------------------------
 
@@ -315,26 +322,27 @@ class Weights:
         self.probe = ()
         streams = [self.noise.stream(term.seed) for term in terms]
         moves: list[list[Move]] = [[] for _ in terms]  # for theta that is one tensor, all at once
-        changed, rest, rounding = [], [], terms[0].seed if terms else 0
-        with together():
-            for tensor in self.tensors:
-                factor, place = decay.get(tensor.name, 1.0), self.storage[tensor.name]
-                amounts = [-rate(tensor) * term.amount for term in terms]
-                touching = [k for k, term in enumerate(terms) if term.touches(tensor)]
-                if place.theta is not None and touching:
-                    removed = folded if isinstance(place, InPlace) else [0.0] * len(terms)
-                    for k in touching:
-                        amount = amounts[k] - factor * removed[k]
-                        moves[k].append(Move(tensor, place.theta, amount, factor if k == touching[0] else 1.0))
-                    changed.append(place)
-                elif factor != 1.0 or touching:
-                    if len(touching) == 1 and isinstance(place, Compensated):
-                        (k,) = touching
-                        if self._added(place, tensor, terms[k], streams[k], amounts[k], factor, rounding):
-                            continue
-                    rest.append((tensor, amounts, factor))
-        for tensor, amounts, factor in rest:
-            for start, theta in self.edit_whole(tensor, rounding):
+        changed, others, rounding = [], [], terms[0].seed if terms else 0
+        for tensor in self.tensors:
+            factor, place = decay.get(tensor.name, 1.0), self.storage[tensor.name]
+            amounts = [-rate(tensor) * term.amount for term in terms]
+            touching = [k for k, term in enumerate(terms) if term.touches(tensor)]
+            if place.theta is not None and touching:
+                removed = folded if isinstance(place, InPlace) else [0.0] * len(terms)
+                for k in touching:
+                    amount = amounts[k] - factor * removed[k]
+                    moves[k].append(Move(tensor, place.theta, amount, factor if k == touching[0] else 1.0))
+                changed.append(place)
+            elif factor != 1.0 or touching:
+                run = None
+                if len(touching) == 1 and isinstance(place, Compensated):
+                    (k,) = touching
+                    run = self._adding(place, tensor, terms[k], streams[k], amounts[k], factor, rounding)
+                others.append((run, tensor, amounts, factor))
+        with together():  # kernels alone, as in _moved
+            done = [run is not None and run() for run, *_ in others]
+        for (_, tensor, amounts, factor), written in zip(others, done):
+            for start, theta in () if written else self.edit_whole(tensor, rounding):
                 add_sum_(tensor, theta, terms, streams, amounts, factor, start)
         if self.defer and len(terms) == 1 and moves[0] and not self.masters:
             self.pending = Pending.of(terms[0].along, streams[0], moves[0])
