@@ -6,6 +6,7 @@ import difflib
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -173,29 +174,34 @@ def _variant(entry: Any) -> Column:
     if not isinstance(options, dict):
         raise UserError(f"Column {entry['name']!r}: options is a mapping of settings, not {options!r}.")
     lrs = entry.get("lrs")
-    if lrs is not None:
-        check_rates(f"Column {entry['name']!r}: lrs", lrs)
+    rates = None if lrs is None else sorted(read_rates(f"Column {entry['name']!r}: lrs", lrs))
     budget = entry.get("budget")
     if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or budget < 1):
         raise UserError(f"Column {entry['name']!r}: budget is a whole number of at least 1, not {shown(budget)}.")
-    rates = sorted(map(float, lrs)) if lrs else None
     return Column(str(entry["name"]), optimizer, {**base.options, **options}, rates, budget)
 
 
-def check_rates(where: str, lrs: Any) -> None:
-    """Raises UserError for what is no list of learning rates, and for a rate that is there twice.
+def read_rates(where: str, lrs: Any) -> list[float]:
+    """Learning rates, in the order given; a text that is a number, which YAML makes of 1e-3, is taken as the number.
 
-    Rates are compared as they are written in the names of files, with six digits. where: what holds them, for the message.
+    Raises UserError for what is no list of learning rates, and for a rate that is there twice: rates are compared as they are
+    written in the names of files, with six digits. where: what holds them, for the message.
     """
-    if not (isinstance(lrs, list) and lrs and all(_is_rate(lr) for lr in lrs)):
+    rates = [_rate(lr) for lr in lrs] if isinstance(lrs, list) else []
+    if not rates or None in rates:
         raise UserError(f"{where} is a list of finite numbers above 0, not {shown(lrs)}.")
-    name, count = Counter(f"{lr:g}" for lr in lrs).most_common(1)[0]
+    name, count = Counter(f"{rate:g}" for rate in rates).most_common(1)[0]
     if count > 1:
         raise UserError(f"{where} has the rate {name} {count} times (six digits count); give each rate once.")
+    return [rate for rate in rates if rate is not None]
 
 
-def _is_rate(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
+def _rate(value: Any) -> float | None:
+    if isinstance(value, str):
+        with suppress(ValueError):
+            value = float(value)
+    number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
+    return float(value) if number else None
 
 
 def _nearest(name: Any, known: Iterable[str]) -> str:

@@ -24,7 +24,7 @@ from metazo.optimizers.registry import Method
 from metazo.runs.batches import order_of, reader
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.cost import measure
-from metazo.runs.header import tuner_hash
+from metazo.runs.header import networks_record, trust_hash, tuner_hash
 from metazo.runs.inputs import data_hash, inputs
 from metazo.runs.plan import tokenizer_bytes, written
 from metazo.runs.setup import Setup, make_optimizer, set_up
@@ -145,6 +145,7 @@ def _facts(grid: Grid, column: Column, config: FinetuneConfig, loaded: dict[str,
         hashes={"model": base.model, "data": base.data, "tuner": tuner}
         | _objective(setup)
         | of_order(setup)
+        | of_tuner(optimizer)
         | of_method(type(optimizer)),
         inputs=base.inputs,
         metric=metric[0] if metric else None,
@@ -153,6 +154,12 @@ def _facts(grid: Grid, column: Column, config: FinetuneConfig, loaded: dict[str,
         bytes_kept=disk["model"] + tokenizer_bytes(setup.loaded.tokenizer) if keeps else 0,
         cost=measure(setup.loaded.model, optimizer, base.loss, config.accumulate).to_dict() if column.trains else None,
     )
+
+
+def of_tuner(optimizer: Method) -> dict[str, str | None]:
+    """How a tuner is used, which the hash of its networks or maps does not tell; of a method without one there is nothing."""
+    use = {"trust": trust_hash(optimizer), "networks": networks_record(optimizer)}
+    return {name: json.dumps(value, sort_keys=True) for name, value in use.items() if value is not None}
 
 
 def of_order(setup: Setup) -> dict[str, str | None]:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
-from metazo.comparisons.columns import Column, check_rates, check_settings, resolve
+from metazo.comparisons.columns import Column, check_settings, read_rates, resolve
 from metazo.errors import UserError
 from metazo.io.files import write_whole
 from metazo.io.plain import shown
@@ -97,7 +97,7 @@ class Grid:
             raise UserError("`tasks` is empty, and a comparison needs at least one; metazo tasks lists them.")
         self.tasks = [_task(entry) for entry in self.tasks]
         if self.lrs is not None:
-            check_rates("`lrs`", self.lrs)
+            self.lrs = read_rates("`lrs`", self.lrs)
         for name in ("config", "search_config"):
             settings = {key.replace("-", "_"): value for key, value in getattr(self, name).items()}
             check_settings(name, settings)

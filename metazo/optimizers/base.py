@@ -202,7 +202,11 @@ class ZOOptimizer(Verbs, Saving):
         if replay is not None and not self.replayable:
             raise UserError(f"A step of {self.name} does not follow from its record: it cannot be replayed.")
         self._prepare(stepping=True)
-        if self._unrecorded is not None and replay is None:
+        if self._unrecorded is not None:
+            if replay is not None:
+                raise UserError(
+                    "The last step is not recorded yet, because the recorder failed: call step() without `replay`."
+                )
             return self._finish(self._unrecorded)
         self.weights.follow()
         check_rates(self.param_groups)

@@ -39,7 +39,7 @@ def check_rates(groups: Iterable[Mapping[str, Any]]) -> None:
     for index, group in enumerate(groups):
         for name in ("lr", "weight_decay"):
             try:
-                fits = math.isfinite(group[name]) and group[name] > -ROUNDING
+                fits = math.isfinite(group[name]) and group[name] > -ROUNDING and not isinstance(group[name], bool)
             except TypeError:
                 fits = False
             if not fits:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from metazo.blocks import NamedTensor, uncompiled
 from metazo.errors import UserError
-from metazo.kernels.splitfloat import with_bits
+from metazo.kernels.splitfloat import LAYOUTS, with_bits
 from metazo.noise import Noise
 from metazo.optimizers.verbs import State
 from metazo.step.estimators import Estimator
@@ -131,7 +131,11 @@ class Saving(Optimizer):
 
     def _run(self) -> dict[str, Any]:
         seed = getattr(self.noise, "run_seed", None)
-        return {"method": self.name, "noise": self.noise.name, "seed": seed, "eps": self.eps}
+        run = {"method": self.name, "noise": self.noise.name, "seed": seed, "eps": self.eps}
+        if self.precision.startswith("compensated"):  # bits count from the last one of a weight on
+            dtypes = {param.dtype for group in self.param_groups for param in group["params"]}
+            run["bits below weights of"] = ", ".join(sorted(str(dtype) for dtype in dtypes & LAYOUTS.keys()))
+        return run
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a `state_dict`; lr, weight_decay and the names of tensors are the saved ones, as torch does it, and the method's

@@ -100,8 +100,10 @@ def finetune(
         config = _described(given, model, task, optimizer, data, tokenizer, loss, dev, test, out, objective, settings)
         if race is None and race_steps is not None:
             raise UserError("`race_steps` is the length of a round of `race`, which is not given; leave it out.")
-        if race_steps is not None and race_steps < 1:
-            raise UserError(f"`race_steps` is {race_steps} and a round of `race` has steps; choose 1 or more.")
+        if race_steps is not None and not (type(race_steps) is int and race_steps >= 1):
+            raise UserError(
+                f"`race_steps` is {shown(race_steps)} and must be the whole number of steps of a round; choose 1 or more."
+            )
         if race is None:
             return tune(config, given, console, on_step=on_step, on_evaluation=on_evaluation)
         return run_race(
@@ -124,6 +126,8 @@ def _described(
 ) -> FinetuneConfig:
     """The settings of a call of `finetune`; its objects in memory are put into `given`."""
     values = _split(settings)
+    if not isinstance(out, str | Path | None):
+        raise UserError(f"`out` is a folder's name or path, not {shown(out)}.")
     values["out"] = None if out is None else Path(out)
     if callable(objective):
         given.objective, values["objective"] = (
@@ -194,6 +198,10 @@ def _model(given: Given, values: dict[str, Any], model: Any, tokenizer: Any) -> 
         return
     if isinstance(model, LoadedModel):
         given.loaded = replace(model)  # LoRA adapters are put on this copy
+    elif not isinstance(model, nn.Module):
+        raise UserError(
+            f"`model` is a folder, a Hub id, pico, a transformers model or a LoadedModel, not {shown(model)}."
+        )
     elif tokenizer is None:
         raise UserError(
             "`tokenizer` is missing: give the one with which the model in memory was trained, or give a `loss`."

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from torch import nn
 
 from metazo.errors import UserError
+from metazo.io.plain import shown
 from metazo.models.assemble import as_loaded, load
 from metazo.models.checks import not_finite
 from metazo.models.describe import describe
@@ -78,6 +79,10 @@ def evaluate(
     """
     if split not in ("dev", "test"):
         raise UserError(f"`split` {split!r}: choose dev or test.")
+    if not isinstance(model, str | Path | LoadedModel | nn.Module):
+        raise UserError(f"`model` is a name, a folder, a transformers model or a LoadedModel, not {shown(model)}.")
+    if not isinstance(task, str | Path | Task | None):
+        raise UserError(f"`task` is a name, a YAML file or a Task, not {shown(task)}.")
     if isinstance(model, nn.Module):
         model = as_loaded(model, tokenizer)
     _check(settings, isinstance(model, LoadedModel))

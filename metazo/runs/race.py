@@ -22,6 +22,7 @@ from statistics import fmean
 from typing import Any
 
 from metazo.errors import UserError
+from metazo.io.plain import shown
 from metazo.io.processes import launched
 from metazo.io.terminal import Console
 from metazo.optimizers import METHODS
@@ -99,10 +100,11 @@ def _check(config: FinetuneConfig, rates: Sequence[float], given: Given) -> None
         raise UserError(
             "A race loads the model for every rate: give model and optimizer by name, or `lr` for objects in memory."
         )
-    if len(set(rates)) < 2 or len(set(rates)) < len(rates) or not all(0 < rate < math.inf for rate in rates):
-        raise UserError(
-            f"A race needs at least two different learning rates above 0, not {', '.join(map(str, rates))}."
-        )
+    numbers = isinstance(rates, Sequence) and all(
+        isinstance(rate, int | float) and 0 < rate < math.inf for rate in rates
+    )
+    if not numbers or len(set(rates)) < max(len(rates), 2):
+        raise UserError(f"A race needs a list of at least two different learning rates above 0, not {shown(rates)}.")
     if config.lr is not None:
         raise UserError("`lr` is what the race finds; leave it out.")
     if config.resume:

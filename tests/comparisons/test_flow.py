@@ -94,7 +94,7 @@ def rates(out: Path, kind: str = "seed") -> dict[int, float]:
 
 def test_a_column_that_waits_for_a_result_that_no_run_gives_is_an_error(run, monkeypatch):
     """Two runs of one path give one result, and the column must not vanish."""
-    monkeypatch.setattr("metazo.comparisons.grid.check_rates", lambda where, lrs: None)
+    monkeypatch.setattr("metazo.comparisons.grid.read_rates", lambda where, lrs: lrs)
     with pytest.raises(RuntimeError, match="wait for a result that no run gives: 1"):
         run(lrs=[1e-3, 1e-3, 3e-3])
 

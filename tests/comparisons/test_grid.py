@@ -10,20 +10,24 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from torch import nn
 
 from metazo import recipes
 from metazo.comparisons import columns
 from metazo.comparisons.columns import resolve
-from metazo.comparisons.examine import of_method, of_order
+from metazo.comparisons.examine import of_method, of_order, of_tuner
 from metazo.comparisons.grid import Grid, Run
 from metazo.comparisons.key import key
 from metazo.comparisons.packed import read_results
 from metazo.comparisons.results import Result, cell_path
 from metazo.errors import UserError
-from metazo.optimizers import OPTIMIZERS, registry
+from metazo.feedback.surrogates import MeanJacobian
+from metazo.optimizers import OPTIMIZERS, MeZO, registry
 from metazo.runs.batches import ORDER
 from metazo.runs.config import FinetuneConfig
 from metazo.settings import build, read_recipe
+from metazo.tuner.networks import PertNN
+from metazo.tuner.scale import TunerScale
 
 
 def grid(tmp_path, **extra) -> Grid:
@@ -45,7 +49,9 @@ def test_columns_that_need_a_tuner_get_the_grids():
 
 def test_a_variant_takes_settings_and_hyperparameters(tmp_path):
     (column,) = resolve(
-        [{"name": "narrow", "optimizer": "lozo", "options": {"rank": 3, "scale": "rms"}, "lrs": [1e-3]}]
+        [
+            {"name": "narrow", "optimizer": "lozo", "options": {"rank": 3, "scale": "rms"}, "lrs": ["1e-3"]}
+        ]  # a text to YAML
     )
     config = Run("pico_sentiment", column, "seed", 2, 1e-3, 40).config(grid(tmp_path), tmp_path)
     assert (config.optimizer, config.method, config.scale, config.seed) == ("lozo", {"rank": 3}, "rms", 2)
@@ -211,3 +217,18 @@ def test_results_of_another_version_of_the_users_method_are_not_used_again(tmp_p
     assert before["method"] != of_method(own)["method"]
     supplied = [cls for cls in registry.METHODS.values() if cls.__module__.startswith("metazo.")]
     assert len(supplied) > 20 and not any(map(of_method, supplied))  # the keys of results that are there
+
+
+def test_results_of_the_same_networks_in_another_use_are_not_used_again():
+    """One hash of the networks, and other scales; of a method without a tuner, earlier results are used again."""
+
+    def use(**settings) -> dict[str, str | None]:
+        return of_tuner(MeZO(nn.Linear(2, 2).named_parameters(), scale=TunerScale(pertnn=PertNN(2), **settings)))
+
+    assert (
+        use() == use()
+        and len({json.dumps(use(**own)) for own in ({}, {"bound": 2.0}, {"networks": ["weight", "bias"]})}) == 3
+    )
+    trusts = [SimpleNamespace(scale=None, jacobian=MeanJacobian({}, {}, {0: trust})) for trust in (0.5, 0.25)]
+    assert of_tuner(trusts[0]) != of_tuner(trusts[1])
+    assert of_tuner(MeZO(nn.Linear(2, 2).named_parameters())) == {}

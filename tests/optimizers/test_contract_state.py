@@ -65,6 +65,9 @@ def test_a_record_that_could_not_be_written_is_written_by_the_next_call(name, dt
     for save_state in (optimizer.state_dict, optimizer.tensors_state):  # which would count the step twice
         with pytest.raises(UserError, match="The last step is not recorded yet"):
             save_state()
+    if optimizer.replayable:
+        with pytest.raises(UserError, match="The last step is not recorded yet.*without `replay`"):
+            optimizer.step(lambda: 1.0, replay=records[MIDDLE])
     evaluated = optimizer.forwards
     take(optimizer, problem)
     assert optimizer.forwards == evaluated and written[-1] == records[MIDDLE] and optimizer.steps == MIDDLE + 1

@@ -747,6 +747,18 @@ def test_a_state_of_other_scales_or_precision_is_named():
             make(**other).load_state_dict(state)
 
 
+def test_bits_below_weights_of_another_type_are_refused():
+    """They count from the last bit of a weight on, and have the same shape and type."""
+
+    def make(dtype: torch.dtype) -> MeZO:
+        return MeZO(nn.Linear(4, 2).to(dtype).named_parameters(), precision="compensated-16", check_loss=False)
+
+    state = make(torch.float16).state_dict()
+    make(torch.float16).load_state_dict(state)
+    with pytest.raises(UserError, match="bits below weights of torch.float16, and this optimizer has .*torch.bfloat16"):
+        make(torch.bfloat16).load_state_dict(state)
+
+
 def test_masters_follow_weights_in_other_memory():
     model = nn.Linear(4, 2).bfloat16()
     optimizer = MeZO(model.named_parameters(), lr=0.0, check_loss=False)
@@ -758,7 +770,7 @@ def test_masters_follow_weights_in_other_memory():
 
 
 @pytest.mark.parametrize("setting", ["lr", "weight_decay"])
-@pytest.mark.parametrize("value", [math.nan, math.inf, -1e-2, "0.1"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1e-2, "0.1", True])
 @pytest.mark.parametrize("name", ["mezo", "first-order-sgd", "first-order-fused"])
 def test_a_rate_that_a_schedule_made_no_number_is_refused(name, setting, value):
     p = nn.Parameter(torch.ones(3))

@@ -342,11 +342,26 @@ def test_the_command_line_refuses_to_resume_what_it_cannot_name(tmp_path):
         (("pico", "pico_sentiment", torch.optim.AdamW), "not a method of metazo"),
         (("pico",), "`task` is required"),
         ((nn.Linear(2, 2), "pico_sentiment"), "`tokenizer` is missing"),
+        ((5, "pico_sentiment"), "`model` is a folder, a Hub id.*, not 5"),
     ],
 )
 def test_arguments_that_are_wrong(arguments, said):
     with pytest.raises(UserError, match=said):
         metazo.finetune(*arguments, steps=1)
+
+
+@pytest.mark.parametrize(
+    ("named", "said"),
+    [
+        ({"out": 5}, "`out` is a folder's name or path, not 5"),
+        ({"race": 5}, "A race needs a list of .* not 5"),
+        ({"race": [1e-4, "x"]}, r"A race needs a list of .* not \[0.0001, 'x'\]"),
+        ({"race": [1e-4, 1e-3], "race_steps": 1.5}, "`race_steps` is 1.5 .*choose 1 or more"),
+    ],
+)
+def test_named_arguments_that_are_wrong(named, said):
+    with pytest.raises(UserError, match=said):
+        metazo.finetune("pico", "pico_sentiment", steps=1, **named)
 
 
 @pytest.mark.parametrize(

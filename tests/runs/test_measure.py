@@ -181,6 +181,10 @@ def test_what_cannot_be_evaluated(tmp_path, coin):
         evaluate("pico", "pico_sentiment", split="train")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="pico is not the folder of a run, whose task could be taken"):
         evaluate("pico")
+    with pytest.raises(UserError, match="`model` is a name, .*not None"):
+        evaluate(None)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="`task` is a name, .*not 5"):
+        evaluate("pico", 5)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("head", ["prototype", "phrases"])

@@ -131,7 +131,7 @@ def test_a_race_that_is_stopped_writes_nothing(settings, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("rates", "length", "given", "words"),
     [
-        ((1e-3,), 3, {}, "at least two different learning rates above 0, not 0.001"),
+        ((1e-3,), 3, {}, "at least two different learning rates above 0, not \\(0.001,\\)"),
         ((1e-3, 1e-3), 3, {}, "different"),
         ((1e-3, 0.0), 3, {}, "above 0"),
         ((1e-3, float("nan")), 3, {}, "above 0"),
