@@ -178,7 +178,11 @@ class Weights:
 
     @contextmanager
     def evaluating(self) -> Iterator[Scratch | None]:
-        """The context of every evaluation: autocast if chosen, and perturbed copies in place of compensated weights."""
+        """The context of every evaluation: autocast if chosen, and perturbed copies in place of compensated weights.
+
+        Probes that are evaluated together do not move the weights, so an update that waits is applied here.
+        """
+        self.settle()
         if self.autocast:
             kind = self.tensors[0].param.device.type
             with torch.autocast(kind, torch.bfloat16, cache_enabled=False):  # the cache would be a copy of the weights

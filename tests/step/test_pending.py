@@ -12,7 +12,8 @@ from torch import nn
 from metazo.errors import UserError
 from metazo.kernels import outer
 from metazo.noise import cpu
-from metazo.optimizers import LOZO, MeZO
+from metazo.optimizers import LOZO, METHODS, MeZO
+from metazo.optimizers.probing import TOGETHER
 
 STEPS = 6
 
@@ -117,3 +118,29 @@ def test_decay_and_block_scales_wait_too_and_several_queries_do_not():
             assert (waiting.weights.pending is not None) == waits
         waiting.settle()
         assert torch.equal(nets[0].weight, nets[1].weight)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("lozo", {"form": "activations"}),
+        ("lozo", {"form": "auto", "scale": "rms"}),
+        ("lozo", {"form": "activations", "queries": 2}),
+        ("lozo-m", {"form": "activations"}),
+        ("fzoo", {"rank": 1, "probing": "together"}),
+        ("eggroll", {"population": 4}),
+        ("zo-muon", {"probing": "together"}),
+    ],
+)
+def test_probes_that_are_evaluated_together_see_the_update_that_waited(name, options):
+    """They do not move the weights, and so do not apply it."""
+    nets = layer(), layer()
+    waiting, plain = (METHODS[name](net.named_parameters(), lr=1e-2, **options) for net in nets)
+    waiting.defer = True
+    for _ in range(4):
+        for net, optimizer in zip(nets, (waiting, plain)):
+            optimizer.step(lambda net=net: loss(net))
+        assert waiting.last_step == plain.last_step
+    assert waiting.zo_state["probing"] == TOGETHER
+    waiting.settle()
+    assert torch.equal(nets[0].weight, nets[1].weight)
