@@ -69,7 +69,7 @@ def test_by_names_it_is_the_run_of_the_command_line(tmp_path):
 def test_what_is_looked_at_changes_no_weight(name, options):
     """Updates wait for the next probe, unless somebody reads the weights."""
     looks = ({"eval_every": 100}, {"eval_every": 1}, {"eval_every": 100, "on_step": lambda step: None})
-    runs = [metazo.finetune(MODEL[0], "pico_sentiment", name, **SIZES | options | {"lr": 1e-2} | look) for look in looks]
+    runs = [metazo.finetune(MODEL[0], "pico_sentiment", name, **SIZES | options | look) for look in looks]
     assert len({weights(run.model) for run in runs}) == 1 and runs[0].steps == runs[1].steps == runs[2].steps
 
 
