@@ -88,9 +88,11 @@ class Saving(Optimizer):
             )
         if {k: v.shape for k, v in present.items()} != {k: v.shape for k, v in state.items()}:
             odd = sorted(set(present) ^ set(state)) or ["a shape"]
+            stored = odd[0].startswith(("master/", "compensation/"))
+            what = "the method, model, dtype and `precision`" if stored else "the method and model"
             raise UserError(
-                f"The saved state is not of this optimizer ({self.name}): {odd[0]} differs. Load it into the method and model "
-                "that saved it."
+                f"The saved state is not of this optimizer ({self.name}, precision {self.precision}): {odd[0]} differs. Load "
+                f"it into {what} that saved it."
             )
         for name, value in present.items():
             value.copy_(self._converted(name, state[name], value.dtype))

@@ -2,7 +2,7 @@
 
 The rules, in this order; docs/choose.md has them in words, with the figures they rest on:
 
-    the loss has no gradient (or no graph)        mezo, scale rms
+    the loss has no gradient (or no graph)        mezo, scale rms (adapters: no scale)
     float32, and first-order training fits        first-order-adamw
     the model is one residual stream              answer-column, which keeps one block's graph at a time
     anything else                                 mezo, scale rms
@@ -72,7 +72,7 @@ def choose(
 
 
 def _rule(config: FinetuneConfig, model: nn.Module, loss: Loss, free: int) -> tuple[dict[str, Any], str]:
-    mezo = {"optimizer": "mezo", "scale": "rms"}
+    mezo = {"optimizer": "mezo"} | ({"scale": "rms"} if config.adapters is None else {})  # LoRA begins with zeros
     differentiable, kept = saved_bytes(loss, model)
     if not differentiable:
         return mezo, "the loss has no gradient, so it is probed"

@@ -8,6 +8,7 @@ b, so that the expected squared length of the perturbation is that of plain nois
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -24,6 +25,7 @@ Theta = Callable[[NamedTensor], Iterable[tuple[int, Tensor]]]
 STATISTICS_EVERY = 50  # steps; sigma moves by 0.07% (RMS), 0.8% (tuner) in the mean: benchmarks/statistics_every.py
 _RUN = 1 << 18  # entries
 RMS_FLOOR = 0.01  # times the rms over all weights: a block of zeros (a new bias) must be able to move
+ZEROS = 0.1  # share of the entries from which blocks of zeros are more than new biases
 
 
 def block_statistics(blocks: Sequence[Block], theta: Theta) -> Tensor:
@@ -127,6 +129,8 @@ class BlockScale:
         """kappa sigma_b by tensor name for this step; updates the state. Raises UserError if one is not finite."""
         if step % self.every == 0:
             state["scale/statistics"].copy_(block_statistics(self.blocks, theta))
+        if step == 0 and self.of_rms:
+            self._warn_of_zeros(state["scale/statistics"][:, 2])
         sigma = self.sigma(state)
         state["scale/sigma"].copy_(sigma)
         scaled = (sigma * normalisation(sigma, self.counts) if self.normalise else sigma).tolist()
@@ -139,6 +143,23 @@ class BlockScale:
                     "choose another tuner or `scale`."
                 )
         return {tensor.name: value for block, value in zip(self.blocks, scaled) for tensor in block.tensors}
+
+    @property
+    def of_rms(self) -> bool:
+        """Whether the scale of a block follows the size of its weights."""
+        return False
+
+    def _warn_of_zeros(self, rms: Tensor) -> None:
+        """Say that much of what is trained is zero, as half of LoRA's factors is: a step along a block goes with sigma_b^2."""
+        zeros = [block for block, size in zip(self.blocks, rms.tolist()) if size == 0]
+        share = float(self.counts[rms == 0].sum() / self.counts.sum())
+        if ZEROS < share < 1:
+            warnings.warn(
+                f"{len(zeros)} of the {len(self.blocks)} trained blocks are zeros, the first is {zeros[0].name}, and hold "
+                f"{share:.0%} of the entries. The scale follows the size of weights and probes these by {RMS_FLOOR:.0%} of the "
+                "rms of all, so that they hardly learn. LoRA's factors begin in this way: leave `scale` out for them.",
+                stacklevel=5,
+            )
 
     def identity(self) -> str:
         """The settings in one line; scales with another line differ."""
@@ -154,8 +175,13 @@ class BlockScale:
 class RMSScale(BlockScale):
     """sigma_b = RMS(theta_b): each block moves in proportion to the size of its weights. It needs no training.
 
-    Source: none published; measured here (docs/results.md). Blocks below RMS_FLOOR of the whole are raised to it.
+    Source: none published; measured here (docs/results.md). Blocks below RMS_FLOOR of the whole are raised to it. Do not use it
+    for LoRA: half of its factors are zeros at first and hardly learn.
     """
+
+    @property
+    def of_rms(self) -> bool:
+        return True
 
     def sigma(self, state: State) -> Tensor:
         return floored_rms(state["scale/statistics"][:, 2], self.counts)

@@ -211,10 +211,12 @@ class Weights:
             passes.append((self._placing(tensor, *terms[0], out, rows) if fits else None, terms))
         with together():  # kernels alone: nothing that reads numbers
             done = [run is not None and run() for run, _ in passes]
-        for tensor, out, (_, terms), written in zip(tensors, outs, passes, done):
+        for index, (tensor, (_, terms), written) in enumerate(zip(tensors, passes, done)):
             if written:
                 continue
-            place = self.storage[tensor.name]
+            if rows is not None:  # all rows are written here
+                outs[index] = self.large.fresh(tensor.param.data)
+            out, place = outs[index], self.storage[tensor.name]
             for start, stop in chunks(tensor.param):
                 theta = place.read(start, stop, self.room)
                 if self.at_snapshot:

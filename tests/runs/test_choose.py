@@ -89,6 +89,8 @@ def test_a_loss_without_a_gradient_is_probed(pico) -> None:
     assert (config.optimizer, config.scale) == ("mezo", "rms") and "the loss has no gradient" in why
     assert config.lr == pytest.approx(500 / sum(p.numel() for p in model.parameters()), rel=0.5)
     assert chosen(model, lambda: loss().detach(), PLENTY)[0].optimizer == "mezo"
+    config, _ = chosen(model, lambda: float(loss().detach()), PLENTY, lora=4)
+    assert (config.optimizer, config.scale) == ("mezo", "none"), "half of LoRA's factors are zeros"
 
 
 def test_a_model_without_blocks_is_probed_if_first_order_does_not_fit() -> None:

@@ -404,3 +404,10 @@ def test_a_state_with_other_bits_below_the_weights_is_converted(run, other, dtyp
     unit = torch.finfo(dtype).eps * 2.0 ** expected.abs().log2().floor() / 2**8
     apart = (theta(loaded) - expected).abs() / unit
     assert 0 < float(apart.max()) <= 1 and float((apart > 0.5).float().mean()) < 0.01  # a remainder of 128 becomes 127
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_weights_in_place_are_warned_of(dtype):
+    layer = nn.Linear(3, 2).to(dtype)
+    with pytest.warns(UserWarning, match="`precision` in-place rounds weights narrower than float32 at every probe"):
+        MeZO(layer.named_parameters(), precision="in-place", check_loss=False).step(lambda: layer.weight.float().sum())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -213,3 +214,23 @@ def test_a_scale_that_is_not_finite_is_refused_before_the_weights_move(half, zer
         for _ in range(2):
             optimizer.step(lambda: torch.tensor(loss))
     assert bool(p.isfinite().all())
+
+
+def test_weights_of_which_many_are_zeros_are_named():
+    """LoRA's second factors are zeros at first, and new biases are few."""
+
+    def step(net: nn.Module) -> None:
+        MeZO(net.named_parameters(), lr=1e-3, scale="rms", check_loss=False).step(lambda: net(torch.ones(8)).sum())
+
+    adapters = nn.Sequential(nn.Linear(8, 2, bias=False), nn.Linear(2, 8, bias=False))
+    nn.init.zeros_(adapters[1].weight)
+    with pytest.warns(
+        UserWarning,
+        match=r"1 of the 2 trained blocks are zeros, the first is 1.weight, and hold 50% .*leave `scale` out",
+    ):
+        step(adapters)
+    layer = nn.Sequential(nn.Linear(8, 32, bias=False), nn.Linear(32, 8))
+    nn.init.zeros_(layer[1].bias)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(layer)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from metazo.blocks import named_tensors
 from metazo.errors import UserError
-from metazo.optimizers import MeZO
+from metazo.optimizers import LOZO, MeZO
 from metazo.step.substitute import AHEAD, HUGE, Room, Scratch
 from tests.optimizers.contract import IDS, llama
 
@@ -172,6 +172,17 @@ def test_memory_of_large_substitutes_is_kept_and_not_copied():
     places = [room.fresh(shape).data_ptr() for shape in (like, like, like.view(2, -1))]
     assert len(set(places)) == 1
     assert copy.deepcopy(room).kept is pickle.loads(pickle.dumps(room)).kept is None
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="this system has no huge pages")
+@pytest.mark.parametrize(("cls", "whole"), [(MeZO, False), (LOZO, True)])
+def test_an_embedding_of_which_all_rows_are_written_is_in_the_kept_memory(monkeypatch, cls, whole):
+    """The memory of the largest substitute is taken again, and no second one is beside it."""
+    monkeypatch.setattr("metazo.step.substitute.HUGE", 0)
+    model = nn.Embedding(64, 8).to(B16)
+    optimizer = cls(model.named_parameters(), precision="compensated-8", check_loss=False)
+    optimizer.step(lambda: model(torch.tensor([3, 5])).float().sum())
+    assert (optimizer.weights.large.kept is not None) == whole
 
 
 def test_steps_with_large_tensors_are_those_with_small_ones(monkeypatch: pytest.MonkeyPatch):
