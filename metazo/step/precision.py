@@ -83,7 +83,7 @@ def check_used(precision: str, params: Iterable[Tensor]) -> None:
         warnings.warn(
             "`precision` in-place rounds weights narrower than float32 at every probe: they drift by 12 % of their size in "
             "1,000 steps, and small updates are lost. Leave it out, unless this is what you study.",
-            stacklevel=4,
+            stacklevel=5,  # the caller of `step`
         )
 
 

@@ -409,5 +409,6 @@ def test_a_state_with_other_bits_below_the_weights_is_converted(run, other, dtyp
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_weights_in_place_are_warned_of(dtype):
     layer = nn.Linear(3, 2).to(dtype)
-    with pytest.warns(UserWarning, match="`precision` in-place rounds weights narrower than float32 at every probe"):
+    with pytest.warns(UserWarning, match="`precision` in-place rounds weights narrower than float32 at every") as found:
         MeZO(layer.named_parameters(), precision="in-place", check_loss=False).step(lambda: layer.weight.float().sum())
+    assert found[0].filename == __file__
