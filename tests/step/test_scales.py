@@ -227,8 +227,9 @@ def test_weights_of_which_many_are_zeros_are_named():
     with pytest.warns(
         UserWarning,
         match=r"1 of the 2 trained blocks are zeros, the first is 1.weight, and hold 50% .*leave `scale` out",
-    ):
+    ) as found:
         step(adapters)
+    assert found[0].filename == __file__
     layer = nn.Sequential(nn.Linear(8, 32, bias=False), nn.Linear(32, 8))
     nn.init.zeros_(layer[1].bias)
     with warnings.catch_warnings():
