@@ -24,10 +24,10 @@ from metazo.optimizers.registry import Method
 from metazo.runs.batches import order_of, reader
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.cost import measure
-from metazo.runs.header import networks_record, trust_hash, tuner_hash
 from metazo.runs.inputs import data_hash, inputs
 from metazo.runs.plan import tokenizer_bytes, written
 from metazo.runs.setup import Setup, make_optimizer, set_up
+from metazo.runs.tuner_record import networks_record, trust_hash, tuner_hash
 from metazo.settings import with_role
 from metazo.tasks import resolve
 from metazo.tasks.closures import BatchLoss

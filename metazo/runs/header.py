@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import platform
-from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 import metazo
 from metazo.io.processes import world
-from metazo.io.tensorfile import weights_hash
 from metazo.models.parts import hash_of
 from metazo.models.sentence import SentenceClassifier
-from metazo.optimizers.registry import Method
 from metazo.runs.batches import order_of
 from metazo.runs.inputs import data_hash, inputs, own_inputs, tokenizer_hash
 from metazo.runs.machine import processor, versions
 from metazo.runs.schedule import COUNTING
+from metazo.runs.tuner_record import networks_record, trust_hash, tuner_hash
 from metazo.tasks import Prepared, Task
 from metazo.tasks.data import VERSION
 
 if TYPE_CHECKING:
     from metazo.runs.setup import Setup
 
-USE = ("by", "features", "parametrisation", "bound", "normalise")
-"""How a tuner's networks are used: attributes of a TunerScale, and of a TunerInfo."""
 PACKAGES = ("torch", "transformers", "numpy", "numba")
 
 
@@ -63,39 +58,6 @@ def _inputs(setup: Setup) -> dict[str, Any]:
     if isinstance(setup.prepared, Prepared):
         return inputs(setup.prepared, setup.loaded.model)
     return own_inputs(setup.prepared, setup.loaded.model, setup.device)
-
-
-def tuner_hash(optimizer: Method) -> str | None:
-    """The hash of the networks that choose the block scales, or of the feedback maps, if there are any. That of the maps' trust
-    is apart, so that runs and comparisons of earlier versions, which do not have it, go on."""
-    networks, maps = getattr(optimizer.scale, "pertnn", None), getattr(optimizer, "jacobian", None)
-    if maps is not None:
-        kinds = (("down", maps.down), ("up", maps.up))
-        return weights_hash((f"{kind}/{index}", value) for kind, held in kinds for index, value in sorted(held.items()))
-    return None if networks is None else weights_hash(networks.named_parameters())
-
-
-def trust_hash(optimizer: Method) -> str | None:
-    """The hash of the trust in each of the feedback maps, if there are any."""
-    maps = getattr(optimizer, "jacobian", None)
-    if maps is None:
-        return None
-    trust = {str(index): torch.tensor(float(value)) for index, value in sorted(maps.trust.items())}
-    return weights_hash(trust.items())
-
-
-def networks_record(optimizer: Method) -> dict[str, Any] | None:
-    """How the networks that choose the block scales are used, and a hash of the blocks that they belong to, if there are any.
-    As the trust, it is apart from the hash of the networks."""
-    scale: Any = optimizer.scale
-    if getattr(scale, "pertnn", None) is None:
-        return None
-    names = json.dumps(None if scale.networks is None else list(scale.networks))
-    blocks = f"sha256:{sha256(names.encode()).hexdigest()}"
-    return {name: getattr(scale, name) for name in USE} | {
-        "embedding_rows": scale.embedding_rows,
-        "list of blocks": blocks,
-    }
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -31,6 +31,12 @@ def run_of(path: Path) -> Path | None:
     return None
 
 
+def log_to_continue(config: FinetuneConfig) -> Path | None:
+    """The step log of the run that goes on, if one does."""
+    log = config.out / STEPS if config.resume and config.out is not None else None
+    return log if log is not None and log.exists() else None
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """The settings of the run in a folder. Raises UserError if the folder holds no run."""
     if not is_file(path / CONFIG):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,19 @@ from torch import nn
 from metazo import zoo
 from metazo.blocks import NamedTensor, partition, tensor_id
 from metazo.errors import UserError
-from metazo.feedback.tuner import describe
+from metazo.feedback.tuner import FeedbackTuner, describe
 from metazo.io.plain import shown
 from metazo.io.processes import launched
 from metazo.models.embedded import EMBEDDED
 from metazo.optimizers import METHODS
 from metazo.optimizers.registry import method, require_own
 from metazo.runs.config import FinetuneConfig
+from metazo.runs.locate import log_to_continue
+from metazo.runs.tuner_record import began_with
 from metazo.settings import MOST, check_flag, check_number
 from metazo.step.rules import named_rule
 from metazo.step.scales import STATISTICS_EVERY, BlockScale, RMSScale
+from metazo.steplog.format import scan
 from metazo.tuner.networks import PertNN
 from metazo.tuner.scale import TunerScale, tuner_scale
 
@@ -62,15 +66,24 @@ def block_scale(config: FinetuneConfig, model: nn.Module) -> BlockScale | None:
 
 
 def tuner_of(config: FinetuneConfig, model: nn.Module, load: Callable[..., Any]) -> Any:
-    """What `tuner` names, read by `load`, or what `auto_tuner` finds: a Tuner, or feedback, whichever the method takes."""
-    if config.tuner != "auto":
-        return load(str(config.tuner), config.zoo, report=lambda text: None)
-    return zoo.opened(auto_tuner(config, model), report=lambda text: None)
+    """What `tuner` names, read by `load`, or what `auto_tuner` finds: a Tuner, or feedback, whichever the method takes. A run
+    that goes on keeps its tuner if a later one has been published under the name of its base model."""
+    if config.tuner == "auto":
+        return _opened(auto_tuner(config, model))
+    name, log = str(config.tuner), log_to_continue(config)
+    tuner = load(name, config.zoo, report=lambda text: None)
+    if log is None or began_with(header := scan(log).header, tuner):
+        return tuner
+    known = zoo.tuners(config.zoo, "feedback" if isinstance(tuner, FeedbackTuner) else "tuner")
+    known = [each for each in known if name in (each.entry.name.rpartition("/")[0], each.entry.base_model)]
+    then = _of_log(header, known)
+    return tuner if then is None else _opened(then)
 
 
 def auto_tuner(config: FinetuneConfig, model: nn.Module) -> zoo.Found:
     """What `tuner='auto'` takes: the first tuner that fits, of the kind of the method, in its last version. The zoo that `zoo`
-    names comes first, then the user's own, the bundled one and the cache. Raises UserError if none fits."""
+    names comes first, then the user's own, the bundled one and the cache. A run that goes on takes the tuner with which it
+    began, by its hash in the log. Raises UserError if none fits, or if that one is gone."""
     if "tuner" in method(config.optimizer).common:
         blocks = describe(model, "").fingerprint
         found = [tuner for tuner in zoo.tuners(config.zoo, "feedback") if tuner.entry.fingerprint == blocks]
@@ -80,6 +93,13 @@ def auto_tuner(config: FinetuneConfig, model: nn.Module) -> zoo.Found:
         found = [tuner for tuner in zoo.find(shapes, zoo=config.zoo) if tuner.why != "base model"]
         found.sort(key=lambda tuner: tuner.where != "zoo")  # a match by shapes elsewhere is no reason to leave it
         what = "tuner for this model's tensors; metazo zoo list shows all tuners, and metazo zoo verify those that are damaged."
+    if (log := log_to_continue(config)) is not None:
+        if (then := _of_log(header := scan(log).header, found)) is None:
+            raise UserError(
+                f"The tuner that `tuner='auto'` took when the run in {config.out} began, with the hash {header.get('tuner')}, "
+                "was not found in the zoo folders; publish it there again, or name the folder that has it as `zoo`."
+            )
+        return then
     if not found:
         raise UserError(f"`tuner='auto'` found no {what}")
 
@@ -87,6 +107,19 @@ def auto_tuner(config: FinetuneConfig, model: nn.Module) -> zoo.Found:
         return tuner.why, tuner.folder, tuner.entry.name.rpartition("/")[0]
 
     return [tuner for tuner in found if series(tuner) == series(found[0])][-1]
+
+
+def _of_log(header: dict[str, Any], known: Iterable[zoo.Found]) -> zoo.Found | None:
+    """Which of these tuners is the one of the run with this header."""
+    for found in known:
+        with suppress(UserError):  # a damaged one, perhaps
+            if began_with(header, _opened(found)):
+                return found
+    return None
+
+
+def _opened(found: zoo.Found) -> Any:
+    return zoo.opened(found, report=lambda text: None)
 
 
 def _every_tensor(model: nn.Module) -> list[NamedTensor]:

@@ -38,13 +38,13 @@ from metazo.models.load import LoadedModel
 from metazo.models.sentence import SentenceClassifier
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.folder import save_parts
-from metazo.runs.header import USE, networks_record, tuner_hash
 from metazo.runs.inputs import architecture, tokenizer_hash
 from metazo.runs.method import build_optimizer, resolve_device
 from metazo.runs.own import StateFile
 from metazo.runs.preconditions import check_merge, check_named
 from metazo.runs.resources import refuse_ranks
 from metazo.runs.tuned import Given
+from metazo.runs.tuner_record import began_with, networks_record, tuner_hash
 from metazo.runs.verify import check_same, distance, end_of, environment_changes, replayable_header
 from metazo.settings import build, check_path
 from metazo.steplog.format import Scan, change, scan
@@ -251,15 +251,9 @@ def _tuner(header: dict[str, Any], zoo_folder: Path | None) -> str | None:
         return name if wanted else None
     for known in zoo.tuners(zoo_folder):
         with suppress(UserError):  # a damaged tuner, perhaps of another model
-            if known.path.is_file() and _is(Tuner.load(known.path), wanted, header.get("networks")):
+            if known.path.is_file() and began_with(header, Tuner.load(known.path)):
                 return str(known.path)
     raise UserError(f"The log's tuner (called {name!r} there) is not in the zoo folders; give its location as `tuner`.")
-
-
-def _is(tuner: Tuner, wanted: str, use: Any) -> bool:
-    """Whether the tuner's networks have that hash and are used in that way, as far as the log has it."""
-    same = not isinstance(use, dict) or all(use.get(name) in (None, getattr(tuner.info, name)) for name in USE)
-    return same and weights_hash(tuner.pertnn.named_parameters()) == wanted
 
 
 def _save(loaded: LoadedModel, out: Path, record: dict[str, Any]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -24,6 +23,7 @@ from metazo.runs.choose import choose
 from metazo.runs.config import AUTO, FinetuneConfig
 from metazo.runs.examples import longest_batch, longest_input, prepared_task
 from metazo.runs.fit_precision import fit_precision
+from metazo.runs.locate import log_to_continue
 from metazo.runs.method import arguments, resolve_device
 from metazo.runs.own import OwnLoss, StateFile
 from metazo.runs.plan import plan, rows_of
@@ -31,7 +31,7 @@ from metazo.runs.preconditions import check_saved, check_settings
 from metazo.runs.resources import free_memory
 from metazo.runs.schedule import number_of_steps
 from metazo.runs.tuned import MEMORY, Given
-from metazo.steplog.format import STEPS, scan
+from metazo.steplog.format import scan
 from metazo.tasks import Prepared, resolve
 from metazo.tasks.classes import fit_head
 from metazo.tasks.closures import BatchLoss, Data, FullLoss
@@ -149,18 +149,12 @@ def _chosen(
     config: FinetuneConfig, loaded: LoadedModel, prepared: Any, device: torch.device
 ) -> tuple[FinetuneConfig, str]:
     """The settings with a method in the place of auto: that of the log if the run goes on, and why."""
-    if log := _log_to_continue(config):
+    if log := log_to_continue(config):
         began = scan(log).header["settings"]
         taken = {name: began[name] for name in ("optimizer", "scale", "lr", "schedule")}
         return replace(config, **taken), f"auto took {taken['optimizer']} when the run began."
     loss = BatchLoss(loaded.model, prepared, longest_batch(config, prepared.train), device)
     return choose(config, loaded.model, loss, device)
-
-
-def _log_to_continue(config: FinetuneConfig) -> Path | None:
-    """The step log of the run that goes on, if one does."""
-    log = config.out / STEPS if config.resume and config.out is not None else None
-    return log if log is not None and log.exists() else None
 
 
 def _given_optimizer(
@@ -192,7 +186,7 @@ def _task(config: FinetuneConfig, given: Given, device: torch.device) -> tuple[L
         loaded.model.cache_frozen()
         examples = [*prepared.dev, *prepared.test, *prepared.train]
         loaded.model.learn_frozen(prepared.batches(examples, config.eval_batch_size))
-        log = _log_to_continue(config)
+        log = log_to_continue(config)
         fit_head(loaded, prepared, config.eval_batch_size, scan(log).header.get("head") if log else None)
     return loaded, trained, prepared
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from metazo import zoo
 from metazo.blocks import named_tensors, partition
 from metazo.errors import UserError
 from metazo.feedback.surrogates import MeanJacobian
@@ -196,6 +197,50 @@ def test_feedback_with_another_trust_is_another_tuner(tmp_path, monkeypatch):
     (out / "steps.jsonl").write_bytes(line(begun, 0)[0])
     tuned(out, **settings, resume=True)
     assert len(scan(out / "steps.jsonl").steps) == 3
+
+
+@pytest.mark.parametrize("tuner", ["auto", "base"])
+@pytest.mark.parametrize("kind", ["scale", "feedback"])
+def test_a_run_goes_on_with_its_tuner_after_another_is_published(kind, tuner, tmp_path, monkeypatch):
+    """Both `auto` and the name of a base model take the last version when a run begins."""
+    model, kept = load_model(SETTINGS["model"]).model, tmp_path / "zoo"
+
+    def publish(seed: int) -> None:
+        if kind == "feedback":
+            info = describe(model, "base")
+            below, width = range(len(info.blocks) - 1), model.config.hidden_size
+            ones = [{k: torch.ones(*shape) for k in below} for shape in ((width, 1), (1, width))]
+            zoo.push(FeedbackTuner(MeanJacobian(*ones, {k: 1 / seed for k in below}), info), kept)
+        else:
+            blocks = [BlockSpec.of(block) for block in partition(named_tensors(model))]
+            use = {"features": "log", "parametrisation": "rms_exp"}
+            zoo.push(Tuner(PertNN(len(blocks), hidden=2, seed=seed), TunerInfo("base", blocks, **use)), kept)
+
+    def dies(log: StepLog, step) -> None:
+        if step.step == 2:
+            raise Death
+        append(log, step)
+
+    append, method = StepLog.append, "feedback" if kind == "feedback" else "mezo"
+    settings = {"optimizer": method, "scale": "none", "tuner": tuner, "zoo": kept, "steps": 3, "eval_every": 2}
+    publish(2)
+    tuned(tmp_path / "whole", **settings)
+    with monkeypatch.context() as patch, pytest.raises(Death):
+        patch.setattr(StepLog, "append", dies)
+        tuned(tmp_path / "dead", **settings)
+    assert len(scan(tmp_path / "dead/steps.jsonl").steps) == 2
+    publish(3)
+    if tuner == "auto":
+        shutil.copytree(kept, tmp_path / "later")
+        index = json.loads((tmp_path / "later/index.json").read_text())
+        index["tuners"].pop(0)  # the tuner of the run
+        (tmp_path / "later/index.json").write_text(json.dumps(index))
+        begun = scan(tmp_path / "dead/steps.jsonl").header["tuner"]
+        with pytest.raises(UserError, match=f"with the hash {begun}, was not found in the zoo folders"):
+            tuned(tmp_path / "dead", **settings | {"zoo": tmp_path / "later"}, resume=True)
+    said = tuned(tmp_path / "dead", **settings, resume=True)
+    assert tuner != "auto" or "v1 in " in said.partition("tuner:")[2]
+    assert results(tmp_path / "dead") == results(tmp_path / "whole")
 
 
 def test_networks_that_are_used_in_another_way_are_another_tuner(tmp_path, monkeypatch):
