@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from metazo.blocks import named_tensors, partition
 from metazo.errors import UserError
 from metazo.meta.evolution import Pairs
+from metazo.meta.explosion import exploded, norm
 from metazo.meta.horizon_config import HorizonConfig
 from metazo.meta.loop import MOST_SKIPPED, MetaStep
 from metazo.meta.order import PreparedTask
@@ -40,6 +41,7 @@ from metazo.meta.reset import Start
 from metazo.meta.teacher import load_optimizer_tensors, optimizer_tensors
 from metazo.optimizers.mezo import MeZO
 from metazo.runs.batches import ORDER, batch_indices_by_length
+from metazo.runs.monitor import risen
 from metazo.runs.schedule import share
 from metazo.step.scales import block_statistics, floored_rms, normalisation
 from metazo.tasks.evaluate import evaluate
@@ -77,13 +79,15 @@ class HorizonRun:
 
     Args: tasks: their models share the trained tensors, which are at the base weights; caught: the names of signals that
     ask the run to stop.
-    Attributes: steps: meta-steps taken; skipped: those of which a loss was not finite.
+    Attributes: steps: meta-steps taken; skipped: those with a loss that was not finite, or whose runs both exploded (or one,
+    without ranks).
     """
 
     def __init__(self, tasks: Sequence[HorizonTask], config: HorizonConfig, caught: Sequence[str] = ()):
         self.tasks, self.config, self.caught = list(tasks), config, caught
         self.tensors = named_tensors(tasks[0].model)
-        self.base = Start(self.tensors)
+        self.base, self.norm = Start(self.tensors), norm(self.tensors) or 1.0
+        self.first: dict[int, float] = {}  # the held-out loss at the base weights, by task
         blocks = partition(self.tensors, config.blocks)
         self.pertnn = PertNN(len(blocks), hidden=max(config.networks, 1), seed=config.seed, zero_init=True)
         self.scale = self._scale(self.pertnn)
@@ -176,8 +180,10 @@ class HorizonRun:
         )
 
     def _rate(self, index: int) -> float | None:
-        """The learning rate of a task; None if a signal was caught while the rates were compared."""
+        """The learning rate of a task, before its runs; None if a signal was caught while the rates were compared."""
         rates, start = self.config.rates, torch.zeros_like(self.centre)
+        if (first := self.first.get(index)) is None:
+            self.first[index] = first = self.tasks[index].held_out()
         if not math.isnan(self.rates[index]):
             return float(self.rates[index])
         start[: self.pertnn.blocks] = self.pertnn.b2.data
@@ -187,11 +193,12 @@ class HorizonRun:
             found = self.run(self.tasks[index], start, rate, self._seed(2**40 + index), 0, self.config.horizon)
             if found is None:
                 return None
-            losses.append(found[0] if math.isfinite(found[0]) else math.inf)
+            worse = exploded(found[0], first, self.tensors, self.norm) or risen(first, found[0])
+            losses.append(math.inf if worse else found[0])
         if losses and min(losses) == math.inf:
             raise UserError(
                 f"No learning rate of `rates` {', '.join(f'{rate:g}' for rate in rates)} ends with a finite loss on task "
-                f"{self.tasks[index].name!r}; give lower ones."
+                f"{self.tasks[index].name!r} without divergence from the {first:.4g} at the start; give lower ones."
             )
         self.rates[index] = rates[losses.index(min(losses))] if losses else rates[0]
         return float(self.rates[index])
@@ -202,13 +209,13 @@ class HorizonRun:
         """Run one pair; after the last pair of an update, move the scales.
 
         Returns: None if a signal was caught; nothing has changed then. Raises UserError if no rate works on a task, or if
-        losses were not finite for MOST_SKIPPED pairs in a row. The weights are the base weights afterwards.
+        MOST_SKIPPED pairs in a row were skipped. The weights are the base weights afterwards.
         """
         c, pair = self.config, self.steps % self.config.pairs
         age = int(self.age[pair])
         number = self.begun if age == 0 else int(self.number[pair])
         index = self._task(number)
-        task, rate, move, ends = self.tasks[index], self._rate(index), self.pairs.move(self.steps), []
+        task, rate, move, ends, bad = self.tasks[index], self._rate(index), self.pairs.move(self.steps), [], []
         for member, sign in enumerate((1.0, -1.0)):
             state = self._put(pair, member) if age else self.base.restore()
             point, last = self.centre + sign * move, age + c.window
@@ -216,6 +223,7 @@ class HorizonRun:
             if found is None:
                 self.base.restore()
                 return None
+            bad.append(exploded(found[0], self.first[index], self.tensors, self.norm))
             kept = found[1] | weights_of(self.tensors) if last < c.horizon else {}
             ends.append((found[0], {name: value.clone() for name, value in kept.items()}))
         self.base.restore()
@@ -229,9 +237,9 @@ class HorizonRun:
         for member, (_, kept) in enumerate(ends):
             self.members |= {f"member{pair}.{member}/{name}": value for name, value in kept.items()}
         plus, minus = ends[0][0], ends[1][0]
-        self.pairs.tell(self.steps, pair, plus, minus)
+        self.pairs.tell(self.steps, pair, *(math.inf if lost else end[0] for lost, end in zip(bad, ends)))
         self.steps += 1
-        skipped = not math.isfinite(plus + minus)
+        skipped = not math.isfinite(plus + minus) or (all(bad) if c.shaping == "rank" else any(bad))
         self._count(skipped)
         if pair == c.pairs - 1:
             self._update()
@@ -259,8 +267,8 @@ class HorizonRun:
         self.in_a_row = self.in_a_row + 1 if skipped else 0
         if self.in_a_row >= MOST_SKIPPED:
             raise UserError(
-                f"The loss was not finite in {MOST_SKIPPED} pairs of runs in a row up to meta-step {self.steps}: lower `rates` "
-                "or `spread`."
+                f"{MOST_SKIPPED} pairs of runs in a row up to meta-step {self.steps} exploded, or had a loss that was not "
+                "finite: lower `rates` or `spread`."
             )
 
     # -- saving -----------------------------------------------------------------------------------------------------------

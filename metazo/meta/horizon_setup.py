@@ -77,8 +77,9 @@ def make_plan(config: HorizonConfig, model: nn.Module, tasks: Sequence[HorizonTa
     weights = sum(tensor.param.numel() for tensor in tensors)
     held = sum(len([*batches(task.prepared.dev, EVAL_BATCH, task.prepared)]) for task in tasks) / len(tasks)
     runs = config.pairs * -(-config.updates * config.window // config.horizon)  # each of the pairs begins its own
-    tried = min(runs, len(tasks)) * len(config.rates) if len(config.rates) > 1 else 0
-    forwards = 2 * config.steps * (2 * config.window + held) + tried * (2 * config.horizon + held)
+    begun = min(runs, len(tasks))  # tasks whose loss at the start is computed, and whose rates are compared
+    tried = begun * len(config.rates) if len(config.rates) > 1 else 0
+    forwards = 2 * config.steps * (2 * config.window + held) + tried * (2 * config.horizon + held) + begun * held
     members = 2 * config.pairs if config.window < config.horizon else 0
     every = sum(parameter.numel() for parameter in model.parameters())
     item = tensors[0].param.itemsize
@@ -112,9 +113,15 @@ def judge(run: HorizonRun) -> None:
     """Raises Diverged if the scales mean nothing."""
     if 2 * run.skipped > run.steps or not bool(run.centre.isfinite().all()):
         raise Diverged(
-            f"Meta-training diverged: the loss was not finite in {run.skipped} of {run.steps} pairs of runs; lower `rates`, "
-            f"`spread` or `lr_sigma`; the log and the last snapshot in {run.config.out} are kept; choose another `out`."
+            f"Meta-training diverged: the loss was not finite, or the weights exploded, in {run.skipped} of {run.steps} pairs "
+            f"of runs; lower `rates`, `spread` or `lr_sigma`; the log and the last snapshot in {run.config.out} are kept; "
+            "choose another `out`."
         )
+
+
+def notes(run: HorizonRun) -> list[str]:
+    """What is to be said of the run at its end."""
+    return [f"{run.skipped} pairs of runs exploded, or had a loss that was not finite."] if run.skipped else []
 
 
 def make_tuner(run: HorizonRun, loaded: LoadedModel) -> Tuner:

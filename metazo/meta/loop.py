@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from metazo.blocks import NamedTensor, partition
 from metazo.errors import UserError
 from metazo.meta.config import MetaConfig
+from metazo.meta.explosion import TeacherWatch
 from metazo.meta.objective import Objective, OneStepLoss, Situation
 from metazo.meta.order import MetaTask, Order
 from metazo.meta.path import Online, Path
@@ -28,6 +29,8 @@ MOST_SKIPPED = 50  # skipped steps in a row after which the run stops
 _LABELS = 1 << 31  # query number of the seed for sampling labels
 _TOKENS = "ratio/tokens"
 """In the state of runs that weigh sampled answers by the root of their tokens; earlier runs lack it."""
+_WATCH = "watch"
+"""In the state of runs that watch their teacher; earlier runs lack it."""
 _WEIGHTS = ("w1", "b1", "w2", "b2")
 
 
@@ -79,7 +82,8 @@ class MetaRun:
         tasks, order: training sets and their batches; order is made from the settings if it is not given.
         noise, pertnn, path: made from the settings if they are not given.
 
-    Attributes: steps: number of meta-steps taken; skipped: number of those without an update because a loss was not finite.
+    Attributes: steps: number of meta-steps taken; skipped: number of those without an update because a loss was not finite;
+    watch: counts those at which the teacher's weights had exploded.
     """
 
     def __init__(
@@ -124,7 +128,7 @@ class MetaRun:
         if path is None:
             teacher = make_teacher(config, tensors, self.order)
             path = Online(Start(tensors), teacher, self.order, restarts(config, self.order), config.restart_model)
-        self.path = path
+        self.path, self.watch = path, TeacherWatch(tensors, len(tasks))
         self.steps = self.skipped = self.in_a_row = 0
 
     def _objective(self) -> Objective:
@@ -149,10 +153,12 @@ class MetaRun:
     def step(self) -> MetaStep:
         """One update of the networks and one step of the teacher.
 
-        Raises UserError if the loss is not finite at the first step, or for MOST_SKIPPED steps in a row.
+        Raises UserError if the loss is not finite at the first step, or for MOST_SKIPPED steps in a row, or if the teacher's
+        weights have exploded for as many.
         """
         step, config = self.steps, self.config
         moved = self.path.begin(step)
+        self.watch.begin()
         number, indices = self.path.batch(step)
         if self.path.restarts(step):
             self._restart()
@@ -191,7 +197,13 @@ class MetaRun:
             state["scale/sigma"].copy_(sigma.detach())
             self.scale.observe(state, outcome.plus, outcome.minus)
         teacher_loss = self.path.advance(lambda: task.loss(self.model, indices))
+        self.watch.see(number, teacher_loss)
         self.steps += 1
+        if self.watch.in_a_row >= MOST_SKIPPED:
+            raise UserError(
+                f"The teacher's weights have exploded for {MOST_SKIPPED} meta-steps in a row up to step {step}: lower "
+                f"`teacher_lr` (now {config.teacher_lr:g})."
+            )
         fixed = sigma.detach()
         scales = fixed * normalisation(fixed, self.scale.counts, self.root) if config.normalise else fixed
         energy = self.scale.counts * fixed**2
@@ -237,13 +249,15 @@ class MetaRun:
         counters = torch.tensor([self.steps, self.skipped, self.in_a_row])
         if self.config.objective == "ratio":
             out[_TOKENS] = torch.tensor([getattr(task, "tokens", 1) for task in self.tasks])
-        return out | self.path.state() | {"counters": counters}
+        return out | self.path.state() | {"counters": counters, _WATCH: self.watch.state}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Load a `state`. Raises UserError if it does not belong to this run."""
         mine = self.state()
         odd = [name for name in mine if name in tensors and mine[name].shape != tensors[name].shape]
-        odd += [name for name in mine if name not in tensors and not name.startswith(("meta/", "teacher/", _TOKENS))]
+        odd += [
+            name for name in mine if name not in tensors and not name.startswith(("meta/", "teacher/", _TOKENS, _WATCH))
+        ]
         if odd:
             raise UserError(f"The snapshot is not of this run: {odd[0]} differs; start in another `out`.")
         long = [task.name for task in self.tasks if getattr(task, "tokens", 1) > 1]
@@ -260,4 +274,5 @@ class MetaRun:
             for name, value in state.items():
                 value.copy_(tensors[f"task{number}/{name}"])
         self.path.load(tensors)
+        self.watch.state.copy_(tensors.get(_WATCH, self.watch.state))
         self.steps, self.skipped, self.in_a_row = tensors["counters"].tolist()

@@ -11,6 +11,7 @@ from metazo.io.lock import FolderLock
 from metazo.io.terminal import Console
 from metazo.meta.config import MetaConfig
 from metazo.meta.dryrun import make_plan as make_plan
+from metazo.meta.explosion import exploded_rows
 from metazo.meta.journal import say
 from metazo.meta.loading import load_base, prepare_task, resolve_tasks
 from metazo.meta.loop import MetaRun, make_teacher, order_of, restarts
@@ -84,7 +85,14 @@ def build(
                 folder, loaded.model, tensors, tasks, teacher, order, identity, steps=steps, every=every, report=report
             )
     assert folder is not None
-    path = Recorded(Trajectory.open(folder, identity, say=partial(say, console)), tensors, tasks)
+    trajectory = Trajectory.open(folder, identity, say=partial(say, console))
+    bad, steps = exploded_rows(trajectory.log), len(trajectory.log)
+    if 2 * bad > steps:
+        raise Diverged(
+            f"The teacher in {folder} diverged: in {bad} of {steps} steps its loss was not finite or far above the first one; "
+            f"lower `teacher_lr` (now {config.teacher_lr:g}), and record again in another folder."
+        )
+    path = Recorded(trajectory, tensors, tasks)
     return MetaRun(loaded.model, tensors, tasks, config, order=order, path=path)
 
 
@@ -97,11 +105,22 @@ def judge(run: MetaRun) -> None:
             f"Meta-training diverged: the networks are not finite after {run.steps} meta-steps; lower `lr_meta` (now "
             f"{run.config.lr_meta:g}); {kept}"
         )
-    if 2 * run.skipped > run.steps:
+    if 2 * (run.skipped + run.watch.count) > run.steps:
         raise Diverged(
-            f"Meta-training diverged: the loss was not finite in {run.skipped} of {run.steps} meta-steps; lower `teacher_lr` "
-            f"(now {run.config.teacher_lr:g}) or, with the published objective, `lr_update` and `eps`; {kept}"
+            f"Meta-training diverged: the loss was not finite in {run.skipped} of {run.steps} meta-steps, and the teacher's "
+            f"weights had exploded in {run.watch.count} (its loss was far above the first one, or their norm above 100 times "
+            f"that at the start); lower `teacher_lr` (now {run.config.teacher_lr:g}) or, with the published objective, "
+            f"`lr_update` and `eps`; {kept}"
         )
+
+
+def notes(run: MetaRun) -> list[str]:
+    """What is to be said of the run at its end."""
+    about = {
+        "had a loss that was not finite": run.skipped,
+        "were at weights of a teacher that exploded": run.watch.count,
+    }
+    return [f"{count} meta-steps {what}." for what, count in about.items() if count]
 
 
 def make_tuner(run: MetaRun, loaded: LoadedModel) -> Tuner:

@@ -85,7 +85,7 @@ def meta_train(
 
 
 def _setup(config: MetaConfig | HorizonConfig) -> ModuleType:
-    """The module with the beginning and the end of such a run: load, make_plan, build, judge, make_tuner."""
+    """The module with the beginning and the end of such a run: load, make_plan, build, judge, notes, make_tuner."""
     return horizon_setup if isinstance(config, HorizonConfig) else path_setup
 
 
@@ -144,7 +144,7 @@ def finish(run: MetaRun | HorizonRun, folder: RunFolder, loaded: LoadedModel, co
     tuner = setup.make_tuner(run, loaded)
     tuner.save(folder.path / TUNER)
     _take_away(folder.path)
-    if run.skipped:
-        say(console, f"{run.skipped} meta-steps had a loss that was not finite.")
+    for note in setup.notes(run):
+        say(console, note)
     say(console, f"Wrote {folder.path / TUNER}, {folder.metrics} and {picture}.")
     return tuner

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -73,7 +73,7 @@ class Scores(Records):
             "dev": self.on("dev") if self.config.dev_examples else {},
             **self._sigma(),
         }
-        norm = _norm(self.setup.loaded.model)
+        norm = norm_of(_trained(self.setup.loaded.model))
         if not (math.isfinite(norm) or _all_finite(self.setup.loaded.model)):
             record["weights_finite"] = False
         elif norm > self.most:
@@ -118,10 +118,10 @@ def _trained(model: nn.Module) -> Iterator[Tensor]:
             yield from (flat[start:stop] for start, stop in chunks(values))
 
 
-def _norm(model: nn.Module) -> float:
-    """Euclidean norm of all trained weights."""
+def norm_of(parts: Iterable[Tensor]) -> float:
+    """Euclidean norm of weights that are given in parts."""
     norms = []
-    for weights in _trained(model):
+    for weights in parts:
         norm = torch.linalg.vector_norm(weights, dtype=torch.promote_types(weights.dtype, torch.float32))
         if norm.isinf():  # weights above 1e19, whose squares overflow float32
             norm = torch.linalg.vector_norm(weights, dtype=torch.float64)
@@ -132,7 +132,7 @@ def _norm(model: nn.Module) -> float:
 def _start(loaded: LoadedModel) -> float:
     """The norm relative to which growth is measured: that of the trained weights before the first step. The weights of the
     user's own module may be 0 at first and have any unit, so that they count as at least 1e4 each."""
-    norm = _norm(loaded.model)
+    norm = norm_of(_trained(loaded.model))
     if loaded.kind != "own":
         return norm or 1.0
     return max(norm, 1e4 * math.sqrt(sum(p.numel() for p in loaded.model.parameters() if p.requires_grad)))

@@ -28,6 +28,11 @@ EXPLODED = 3.0  # a loss of this multiple of the start's, and at least half a na
 WIDE_ERROR, NARROW_ERROR = 8, 1
 
 
+def risen(first: float, now: float) -> bool:
+    """Whether a loss has risen by so much that its run diverges."""
+    return now > max(EXPLODED * first, first + 0.5)
+
+
 class Diverged(UserError):
     """A run whose losses or weights are no longer finite. Its step log is intact.
 
@@ -110,7 +115,7 @@ class Watch:
         if self.config.objective is not None:  # it may have any unit
             return None
         start, now = fmean(self.first), fmean(islice(reversed(self.losses), WINDOW // 2))
-        if len(self.losses) < FIRST + WINDOW // 2 or now <= max(EXPLODED * start, start + 0.5):
+        if len(self.losses) < FIRST + WINDOW // 2 or not risen(start, now):
             return None
         return "divergence", (
             f"the loss diverges, from {start:.4g} (mean of the first {FIRST} steps) to {now:.4g} (of the last "

@@ -16,6 +16,11 @@ WORSE, NATS = 10.0, 5.0
 Overfitting does not reach such a loss."""
 
 
+def far_above(loss: float, first: float) -> bool:
+    """Whether a loss is so far above the first one that the run has diverged."""
+    return loss > max(WORSE * abs(first), first + NATS)
+
+
 class Records:
     """What the evaluations of a run say: which were taken, which was the best, and whether the run has stalled or diverged.
 
@@ -93,7 +98,7 @@ class Records:
         if self.minimised != "loss":  # an objective may have any unit
             return False
         loss, first = (each["dev"].get("loss", 0.0) for each in (record, (self.records or [record])[0]))
-        return loss > max(WORSE * abs(first), first + NATS)
+        return far_above(loss, first)
 
     def stalled(self) -> bool:
         """Whether `patience` evaluations in a row had no lower loss on dev. It depends on the records alone."""

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -268,6 +269,27 @@ def test_losses_that_are_not_finite_are_counted(settings, monkeypatch) -> None:
     with pytest.raises(UserError, match="No learning rate of `rates` 0.1, 1 ends with a finite loss on task 'pico_"):
         meta_train(settings("rates", rates=[0.1, 1.0]))
     assert not settings("rates").out.exists()
+
+
+def test_runs_that_explode_are_no_result_though_their_loss_is_finite(settings) -> None:
+    """The normalisation layers hide weights of any size: the scores are uniform, and no scale is better than another."""
+    config = replace(settings(rates=[10.0], steps=2), model="pico")
+    with pytest.raises(metazo.runs.monitor.Diverged, match="in 2 of 2 pairs of runs; lower `rates`"):
+        meta_train(config)
+    rows = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
+    assert {round(row["loss"], 4) for row in rows} <= {round(math.log(classes), 4) for classes in (2, 4)}
+    with pytest.raises(UserError, match="`rates` 5, 10 ends with a finite loss on task 'pico_.* without divergence"):
+        meta_train(replace(config, rates=[5.0, 10.0], out=config.out / "rates"))
+
+
+@pytest.mark.parametrize("shaping", ["rank", "none"])
+def test_a_run_that_explodes_is_worse_than_one_that_does_not(settings, monkeypatch, shaping) -> None:
+    """By its rank; a difference without ranks would have no meaning."""
+    losses = iter([1.0, 1e6, 1e6, 1e7])
+    monkeypatch.setattr(HorizonRun, "run", lambda *args, **kwargs: (next(losses), {}))
+    run = HorizonRun(load(config := settings(shaping=shaping))[1], config)
+    assert [run.step().skipped, run.step().skipped] == [shaping == "none", True]
+    assert run.pairs.losses.tolist() == [[1.0, math.inf], [math.inf, math.inf]]
 
 
 @pytest.mark.parametrize("changes", [{}, {"horizon": 20}, {"task": ["pico_span"]}])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -12,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from metazo.blocks import named_tensors
+from metazo.blocks import NamedTensor, named_tensors
 from metazo.errors import UserError
 from metazo.io.terminal import Console
 from metazo.meta.config import MetaConfig
+from metazo.meta.explosion import TeacherWatch
 from metazo.meta.horizon_config import HorizonConfig
 from metazo.meta.journal import row_of, warning
 from metazo.meta.loop import MetaRun
@@ -27,6 +29,7 @@ from metazo.meta.train import dry, meta_train
 from metazo.meta.trajectory import Trajectory
 from metazo.recipes import locate
 from metazo.runs.interrupt import Interrupted
+from metazo.runs.monitor import Diverged
 from metazo.settings import build as build_config
 from metazo.settings import read_recipe
 from metazo.tuner.file import Tuner
@@ -230,6 +233,40 @@ def test_nan_later_is_skipped_and_counted(settings, monkeypatch):
     rows = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
     assert [row["skipped"] for row in rows].count(True) == 1
     assert all(torch.isfinite(value).all() for value in weights(tuner))
+
+
+RATIO = {"objective": "ratio", "features": "log", "parametrisation": "rms_exp"}
+
+
+@pytest.mark.parametrize("how", [RATIO, {}])
+def test_a_teacher_that_explodes_is_no_result(settings, tmp_path: Path, how):
+    """Its losses are finite, so that no step is skipped."""
+    config = settings(**how, teacher_lr=3000.0)
+    with pytest.raises(Diverged, match=r"not finite in 0 of 6 .* had exploded in 4 .*; lower `teacher_lr` \(now 3000\)"):
+        meta_train(config)
+    rows = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
+    assert not (config.out / "tuner.safetensors").exists() and not any(row["skipped"] for row in rows)
+    with pytest.raises(Diverged, match="The teacher in .* diverged: in 2 of 3 steps its loss was"):
+        meta_train(settings("recorded", **how, teacher_lr=3000.0, record=tmp_path / "path"))
+    assert not settings("recorded").out.exists()
+
+
+def test_explosions_of_a_teacher_are_counted_by_task():
+    weight = torch.nn.Parameter(torch.ones(4))
+    watch = TeacherWatch([NamedTensor("w", weight, 0)], 3)
+
+    def count(*seen: tuple[int, float | None]) -> list[int]:
+        watch.begin()
+        return [(watch.see(*each), watch.count)[1] for each in seen]
+
+    assert count((0, 0.5), (1, 8.0), (0, 5.4), (1, 79.0), (0, None), (1, math.nan)) == [0] * 6  # of a sound teacher
+    assert count((0, 5.6), (2, 900.0), (0, 7.0), (1, 79.0), (2, 0.1), (2, 5.2)) == [1, 2, 3, 3, 3, 4]
+    resumed = TeacherWatch(watch.tensors, 3)
+    resumed.state.copy_(watch.state)
+    with torch.no_grad():
+        weight.fill_(101)  # a normalisation layer may hide it
+    resumed.see(0, 0.5), resumed.see(1, None)
+    assert (resumed.count, resumed.in_a_row) == (6, 3)
 
 
 def test_bad_input_is_refused_in_one_sentence(settings, tmp_path: Path):
