@@ -109,7 +109,9 @@ class Order:
         return self._epoch[1][place]
 
     def other(self, step: int, task: int, first: Sequence[int]) -> list[int]:
-        """A second batch for the step: examples of the same task that are not in the first batch, if there are enough."""
+        """A second batch for the step: examples of the same task that are not in the first batch. If the task has fewer
+        examples than two batches, it is drawn from all of them and overlaps the first (metazo/meta/path_setup.py says so).
+        """
         taken = sorted(set(first))
         if self.sizes[task] - len(taken) < self.batch_size:
             taken = []

@@ -40,7 +40,14 @@ def load(config: MetaConfig) -> tuple[LoadedModel, list[PreparedTask]]:
     blocks = [BlockSpec.of(block) for block in partition(named_tensors(loaded.model), config.blocks)]
     smallest = Tuner(PertNN(len(blocks), hidden=1), _info(config, loaded, blocks, config.recipe()))
     check_file(smallest, "hidden", config.hidden, 1, 4 * len(blocks) * NUMBERS_PER_UNIT)
-    return loaded, [PreparedTask(prepare_task(config, task, loaded), device) for task in resolved]
+    tasks = [PreparedTask(prepare_task(config, task, loaded), device) for task in resolved]
+    for task in tasks if config.objective == "ratio" or config.separate_batch else ():
+        if len(task) < 2 * config.batch_size:
+            task.prepared.notes.append(
+                f"Task {task.name!r} has {len(task)} training rows, fewer than two batches of {config.batch_size}: the second "
+                "batch of a step shares rows with the first, so that they agree more than independent ones would; lower `batch_size`."
+            )
+    return loaded, tasks
 
 
 def build(

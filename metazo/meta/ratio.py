@@ -9,7 +9,8 @@ with G_b = <g_b(batch 1), g_b(batch 2)>, and T_b the trace of the Fisher informa
 sampled from the model's own predictions, batch size * |g_b|^2. For answers of n tokens, each sampled given the true ones
 before it, g_b is the gradient of the mean over examples of sqrt(n) times the loss per token, because the n samples are
 independent. The objective needs no direction and no inner step size, and does not change with kappa. The entropy of the
-fractions q keeps one block from taking the whole perturbation.
+fractions q keeps one block from taking the whole perturbation. On a task with fewer than two batches of examples the batches
+share some, so that G is too large; the run says so.
 
 Memory beyond the weights: one gradient, as for the teacher's own step. Cost: three backward passes. Where not to use: it
 looks at one step only and does not predict the ranking of scales over hundreds of steps; compare with the RMS rule first.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -217,6 +218,15 @@ def test_a_second_batch_is_drawn_if_it_is_read(settings, monkeypatch, changes, b
     assert len(drawn) == batches
 
 
+@pytest.mark.parametrize("changes", [{"objective": "ratio"}, {"separate_batch": True}, {}])
+def test_batches_that_must_overlap_are_said(settings, changes):
+    said = "Task 'pico_topic' has 7 training rows, fewer than two batches of 4: the second batch of a step shares rows"
+    for rows, expected in ((7, bool(changes)), (8, False)):
+        console = Console(file=io.StringIO(), width=400)
+        meta_train(settings(f"of {rows}", **changes, train_examples=rows, steps=1), console=console)
+        assert (said in console.file.getvalue()) == expected
+
+
 def test_nan_later_is_skipped_and_counted(settings, monkeypatch):
     from metazo.meta.order import PreparedTask
 
@@ -242,7 +252,9 @@ RATIO = {"objective": "ratio", "features": "log", "parametrisation": "rms_exp"}
 def test_a_teacher_that_explodes_is_no_result(settings, tmp_path: Path, how):
     """Its losses are finite, so that no step is skipped."""
     config = settings(**how, teacher_lr=3000.0)
-    with pytest.raises(Diverged, match=r"not finite in 0 of 6 .* had exploded in 4 .*; lower `teacher_lr` \(now 3000\)"):
+    with pytest.raises(
+        Diverged, match=r"not finite in 0 of 6 .* had exploded in 4 .*; lower `teacher_lr` \(now 3000\)"
+    ):
         meta_train(config)
     rows = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
     assert not (config.out / "tuner.safetensors").exists() and not any(row["skipped"] for row in rows)
