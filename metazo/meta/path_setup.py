@@ -45,7 +45,7 @@ def load(config: MetaConfig) -> tuple[LoadedModel, list[PreparedTask]]:
         if len(task) < 2 * config.batch_size:
             task.prepared.notes.append(
                 f"Task {task.name!r} has {len(task)} training rows, fewer than two batches of {config.batch_size}: the second "
-                "batch of a step shares rows with the first, so that they agree more than independent ones would; lower `batch_size`."
+                "batch of a step shares rows with the first, so that they agree more than independent ones; lower `batch_size`."
             )
     return loaded, tasks
 

@@ -28,12 +28,16 @@ from metazo.meta.loop import MetaRun
 from metazo.meta.path_setup import START
 from metazo.models.load import LoadedModel
 from metazo.runs.folder import METRICS, RunFolder
+from metazo.runs.header import environment
 from metazo.runs.inputs import belongs
 from metazo.runs.interrupt import Interrupted, interruptible
-from metazo.runs.locate import CONFIG
+from metazo.runs.locate import CONFIG, read_config
 from metazo.runs.resources import refuse_ranks, require_space
+from metazo.steplog.writer import report_environment
 from metazo.tuner.file import Tuner
 from metazo.tuner.limits import TUNER
+
+ENVIRONMENT = "environment"  # key of versions, threads and device in config.json
 
 
 def meta_train(
@@ -53,7 +57,9 @@ def meta_train(
         return learn_feedback(config, console=console)
     settings = {key: value for key, value in asdict(config).items() if key not in ("out", "resume", "device")}
     if config.resume and (config.out / TUNER).exists():
-        RunFolder(config.out, settings, resume=True, look=True)  # raises UserError if the settings are others
+        RunFolder(
+            config.out, settings, resume=True, incidental=(ENVIRONMENT,), look=True
+        )  # raises UserError if the settings are others
         say(console, f"The run in {config.out} is complete; this is its tuner.")
         with suppress(UserError, OSError), FolderLock(config.out):  # a disk that may only be read; another at work
             _take_away(config.out)
@@ -62,7 +68,11 @@ def meta_train(
     loaded, tasks = setup.load(config)
     plan = setup.make_plan(config, loaded.model, tasks)
     origin = belongs(loaded.model, [task.prepared for task in tasks])
-    with RunFolder(config.out, settings, config.resume, belongs=origin, say=partial(say, console)) as folder:
+    now, tell = environment(next(loaded.model.parameters()).device), partial(say, console)
+    settings |= {ENVIRONMENT: now}
+    with RunFolder(config.out, settings, config.resume, incidental=(ENVIRONMENT,), belongs=origin, say=tell) as folder:
+        if config.resume:
+            report_environment(read_config(config.out).get(ENVIRONMENT), now, tell)
         require_space(config.out, plan.disk_bytes - folder.used(), "This run")
         folder.begin()
         say(console, plan.sentence())

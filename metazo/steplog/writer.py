@@ -113,6 +113,13 @@ def environment_changes(then: Any, now: dict[str, Any]) -> list[tuple[str, Any, 
     return [change for change in differences(then, now) if change[0] in then] if isinstance(then, dict) else []
 
 
+def report_environment(then: Any, now: dict[str, Any], say: Callable[[str], None]) -> None:
+    """Say in what the environment of a run that goes on differs from that in which it began."""
+    what = ", ".join(f"{name} {old} then and {new} now" for name, old, new in environment_changes(then, now))
+    if what:
+        say(f"The run began with other versions ({what}): later steps may differ in their last bits.")
+
+
 def compare(found: Scan, wanted: dict[str, Any], say: Callable[[str], None]) -> None:
     """Raises UserError if a log is of another run than `wanted`, the header of a run that is resumed."""
     there = found.header
@@ -132,11 +139,7 @@ def compare(found: Scan, wanted: dict[str, Any], say: Callable[[str], None]) -> 
                 )
             continue
         if key == "environment":
-            changes = environment_changes(there.get(key), wanted[key])
-            if not changes:
-                continue
-            what = ", ".join(f"{name} {old} then and {new} now" for name, old, new in changes)
-            say(f"The run began with other versions ({what}): later steps may differ in their last bits.")
+            report_environment(there.get(key), wanted[key], say)
             continue
         if (key == "trained" or (key in ADDED and key not in there)) and there.get("data") == wanted.get("data"):
             continue  # the examples are the same; older logs lack the key, or record the sizes that were asked for

@@ -117,6 +117,24 @@ def test_interrupted_and_resumed_is_bit_identical(settings, monkeypatch, tmp_pat
     assert first.read_text() == second.read_text()
 
 
+@pytest.mark.parametrize("changed", [True, False, None])
+def test_another_environment_is_said(settings, monkeypatch, changed: bool | None):
+    config, console = settings(), Console(file=io.StringIO(), width=400)
+    with monkeypatch.context() as patched, pytest.raises(Interrupted):
+        StopsAt(patched, 3)
+        meta_train(config)
+    kept = json.loads((config.out / "config.json").read_text())
+    threads = kept["environment"]["threads"]
+    kept["environment"]["threads"] += bool(changed)
+    if changed is None:  # as an earlier version wrote it
+        del kept["environment"]
+    (config.out / "config.json").write_text(json.dumps(kept))
+    meta_train(settings(resume=True), console=console)
+    said = f"The run began with other versions (threads {threads + 1} then and {threads} now): later steps may differ"
+    assert ("began with" in console.file.getvalue()) == (said in console.file.getvalue()) == bool(changed)
+    meta_train(settings(resume=True))  # complete
+
+
 def test_killed_between_snapshots_is_bit_identical_too(settings, tmp_path: Path, monkeypatch):
     whole = meta_train(settings("whole"))
     step = MetaRun.step
