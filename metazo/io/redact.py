@@ -14,7 +14,7 @@ def shown_address(address: str) -> str:
         return _LOGIN.sub("***", address)
     try:
         parts = urlsplit(address)
-        return f"{parts.scheme}://{parts.hostname}{f':{parts.port}' if parts.port else ''}{parts.path}"
+        return f"{parts.scheme}://{parts.hostname or ''}{f':{parts.port}' if parts.port else ''}{parts.path}"
     except ValueError:
         return "the address"
 

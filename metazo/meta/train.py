@@ -57,9 +57,8 @@ def meta_train(
         return learn_feedback(config, console=console)
     settings = {key: value for key, value in asdict(config).items() if key not in ("out", "resume", "device")}
     if config.resume and (config.out / TUNER).exists():
-        RunFolder(
-            config.out, settings, resume=True, incidental=(ENVIRONMENT,), look=True
-        )  # raises UserError if the settings are others
+        # raises UserError if the settings are others
+        RunFolder(config.out, settings, resume=True, incidental=(ENVIRONMENT,), look=True)
         say(console, f"The run in {config.out} is complete; this is its tuner.")
         with suppress(UserError, OSError), FolderLock(config.out):  # a disk that may only be read; another at work
             _take_away(config.out)

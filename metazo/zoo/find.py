@@ -144,7 +144,7 @@ def _check(tuner: Found) -> Check:
     if tuner.entry.url is not None and not tuner.path.exists():
         return Check(*about, None, "not here, not checked", seen=False)
     try:
-        item = checked(read_capped(tuner.path, MAX_BYTES, "tuner"), tuner.entry, str(tuner.path))
+        item = checked(tuner.read(), tuner.entry, str(tuner.path))
     except UserError as error:
         return Check(*about, str(error))
     return Check(*about, None, _about_card(tuner, item))

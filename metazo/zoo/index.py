@@ -75,6 +75,17 @@ class Found:
         """Path of the file."""
         return self.folder / self.entry.name / FILES[self.entry.kind]
 
+    def read(self) -> bytes:
+        """The content of the file. Raises UserError if it cannot be read, or if a link leads to it out of the zoo."""
+        return read_capped(_inside(self.path, self.folder), MAX_BYTES, "tuner")
+
+
+def _inside(path: Path, folder: Path) -> Path:
+    """The path. Raises UserError if a link in it leads out of the zoo's folder."""
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+        raise UserError(f"{path} leads out of the zoo through a link; remove the link")
+    return path
+
 
 def home() -> Path:
     """Folder of metazo beside the Hub's cache: `$HF_HOME/metazo`."""
@@ -181,9 +192,7 @@ def add(
         with FolderLock(folder, "zoo", PATIENCE):
             entries = read_index(folder)
             name = safe_name(f"{base}/{version or _next_version(base, entries, item)}", "zoo name")
-            target = folder / name
-            if not target.resolve().is_relative_to(folder.resolve()):
-                raise UserError(f"{target} leads out of the zoo through a link; remove the link")
+            target = _inside(folder / name, folder)
             if there := signed(folder / INDEX):
                 if sign is None:
                     raise UserError(f"the zoo {folder} is signed; give `sign` KEY, or remove its {' and '.join(there)}")

@@ -33,7 +33,7 @@ def load(source: str | Path, zoo: str | Path | None = None, report: Report = pri
     https address, optionally ending in `#sha256=...`; a Hub repository `org/name`, `org/name@revision`, also with
     `#sha256=...`.
     """
-    item = read(source, zoo, report)
+    item = _fetch(str(source), zoo, report, None, called="tuner")[1]
     if isinstance(item, FeedbackTuner):
         raise UserError(
             f"`tuner` {shown_address(str(source))} is feedback, which goes with `optimizer='feedback'` alone."
@@ -45,7 +45,7 @@ def load(source: str | Path, zoo: str | Path | None = None, report: Report = pri
 
 def load_feedback(source: str | Path, zoo: str | Path | None = None, report: Report = print_line) -> FeedbackTuner:
     """The feedback tuner that `source` names, as for `load`; the name of a base model is that of its last one."""
-    item = _fetch(str(source), zoo, report, None, "feedback")[1]
+    item = _fetch(str(source), zoo, report, None, "feedback", "tuner")[1]
     if isinstance(item, Log):
         raise UserError(_A_LOG.format(shown_address(str(source))))
     if not isinstance(item, FeedbackTuner):
@@ -95,13 +95,18 @@ def zoo_base(base_model: str) -> str:
 
 
 def _fetch(
-    source: str, zoo: str | Path | None, report: Report, key: str | None, kind: str = "tuner"
+    source: str,
+    zoo: str | Path | None,
+    report: Report,
+    key: str | None,
+    kind: str = "tuner",
+    called: str = "source",
 ) -> tuple[bytes, Item, Entry | None]:
-    """The bytes that `source` names, what they are, and their index entry if they have one."""
+    """The bytes that `source` names, what they are, and their index entry if they have one. called: the caller's argument."""
     address, _, wanted = source.partition("#sha256=")
     wanted = wanted.lower()
     if wanted and not re.fullmatch("[0-9a-f]{64}", wanted):
-        raise UserError(f"`tuner` {shown_address(source)}: sha256 is not 64 hexadecimal digits")
+        raise UserError(f"`{called}` {shown_address(source)}: sha256 is not 64 hexadecimal digits")
     if key is not None:
         signed = named(address, zoo, key)
         if signed is None:
@@ -110,7 +115,7 @@ def _fetch(
     else:
         data, entry = (_cached(wanted) if wanted else None), None
         if data is None:
-            data, entry = _read(address, zoo, report, kind)
+            data, entry = _read(address, zoo, report, kind, called)
     found = sha256(data).hexdigest()
     if wanted and found != wanted:
         raise UserError(f"{shown_address(address)} has sha256 {found} and not the {wanted} asked for; it is refused")
@@ -119,13 +124,13 @@ def _fetch(
     return data, parsed(data, shown_address(address)), None
 
 
-def _read(source: str, zoo: str | Path | None, report: Report, kind: str) -> tuple[bytes, Entry | None]:
+def _read(source: str, zoo: str | Path | None, report: Report, kind: str, called: str) -> tuple[bytes, Entry | None]:
     """The bytes of a tuner or log, and its index entry if it has one."""
     if re.match(r"https?://", source):
         return download(source, report=report), None
     path = Path(source).expanduser()
     if _exists(path):
-        return _local(path, report)
+        return _local(path, report, called)
     tuner = named(source, zoo, kind=kind)
     if tuner is not None:
         return _from_zoo(tuner, report)
@@ -136,12 +141,12 @@ def _read(source: str, zoo: str | Path | None, report: Report, kind: str) -> tup
         return read_capped(hub_file(repository, revision or None, report), MAX_BYTES, "tuner"), None
     known = ", ".join(sorted({found.entry.name for found in tuners(zoo, kind)})) or "none yet"
     raise UserError(
-        f"`tuner` {shown_address(source)[:200]!r} is not a file, a folder, an https address, a Hub repository "
+        f"`{called}` {shown_address(source)[:200]!r} is not a file, a folder, an https address, a Hub repository "
         f"org/name, or a name in the zoos (which hold: {known})"
     )
 
 
-def _local(path: Path, report: Report) -> tuple[bytes, Entry | None]:
+def _local(path: Path, report: Report, called: str) -> tuple[bytes, Entry | None]:
     """A tuner file, a folder with tuner.safetensors, or a zoo folder that holds one tuner."""
     if not path.is_dir():
         return read_capped(path, MAX_BYTES, "tuner"), None
@@ -152,14 +157,14 @@ def _local(path: Path, report: Report) -> tuple[bytes, Entry | None]:
         return _from_zoo(Found(entries[0], path, "zoo"), report)
     names = ", ".join(entry.name for entry in entries)
     hint = f"it is a zoo of {names}: name one and pass `zoo` {path}" if names else f"it has no {TUNER}"
-    raise UserError(f"`tuner` {path} is a folder that holds no single tuner; {hint}")
+    raise UserError(f"`{called}` {path} is a folder that holds no single tuner; {hint}")
 
 
 def _from_zoo(tuner: Found, report: Report) -> tuple[bytes, Entry]:
     """The file of a zoo folder, or from the address in its index."""
     entry = tuner.entry
     if entry.url is None or tuner.path.exists():
-        return read_capped(tuner.path, MAX_BYTES, "tuner"), entry
+        return tuner.read(), entry
     return _cached(entry.sha256) or download(entry.url, entry.size, report), entry
 
 

@@ -138,7 +138,7 @@ def files(home: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("path", "words"),
     [
-        ("to-a-file", "is not an https address"),
+        ("to-a-file", "^file:///etc/passwd is not an https address"),
         ("to-ftp", "is not an https address"),
         ("to-data", "is not an https address"),
         ("with-a-password", "user name or password"),

@@ -102,6 +102,28 @@ def test_a_taken_name_and_a_link_out_of_the_zoo_are_refused(tmp_path: Path) -> N
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
+@pytest.mark.parametrize("linked", ["tiny", "tiny/v1/tuner.safetensors"])
+def test_what_a_link_out_of_the_zoo_leads_to_is_not_read(tmp_path: Path, linked: str) -> None:
+    zoo.push(make_tuner(), tmp_path / "z")
+    (tmp_path / "z").rename(tmp_path / "whole")
+    (tmp_path / "moved").symlink_to(tmp_path / "whole")  # a link to the zoo itself is none out of it
+    assert zoo.verify(tmp_path / "moved")[0].problem is None and zoo.load("tiny", tmp_path / "moved")
+    (tmp_path / "whole" / linked).rename(tmp_path / "elsewhere")
+    (tmp_path / "whole" / linked).symlink_to(tmp_path / "elsewhere")
+    assert "leads out of the zoo through a link" in str(zoo.verify(tmp_path / "whole")[0].problem)
+    for get in (zoo.load, zoo.pull):
+        with pytest.raises(UserError, match="leads out of the zoo through a link; remove the link"):
+            get("tiny", tmp_path / "whole")
+
+
+def test_a_source_is_called_as_the_caller_calls_it(tmp_path: Path) -> None:
+    address = "https://example.org/t#sha256=00"
+    for get, called in ((zoo.read, "source"), (zoo.pull, "source"), (zoo.load, "tuner"), (zoo.load_feedback, "tuner")):
+        for what, fault in (("nosuch", "'nosuch' is not a file"), (tmp_path, f"{tmp_path} is a folder"), (address, "")):
+            with pytest.raises(UserError, match=f"`{called}` {fault}"):
+                get(what, report=lambda text: None)
+
+
 def test_unfit_tuner_leaves_the_zoo_alone(tmp_path: Path) -> None:
     broken = make_tuner()
     torch.nn.init.constant_(broken.pertnn.b2, float("nan"))
