@@ -119,6 +119,14 @@ def check_path(name: str, value: str | Path) -> None:
         )
 
 
+def as_path(name: str, value: Any, what: str = "folder") -> Path:
+    """The name or path of a file or folder as a path. Raises UserError for another type, and as `check_path` does."""
+    if not isinstance(value, str | Path):
+        raise UserError(f"`{name}` is a {what}'s name or path, not {shown(value)}.")
+    check_path(name, value)
+    return Path(value)
+
+
 def with_role(config: type, *roles: str) -> tuple[str, ...]:
     """Names of the fields with these roles."""
     return tuple(item.name for item in fields(config) if item.metadata["role"] in roles)

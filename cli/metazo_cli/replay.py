@@ -32,13 +32,11 @@ def replay(
     """
     from metazo.models.embedded import ADAPTERS
     from metazo.runs.replay import replay as run
-    from metazo.steplog.format import STEPS
 
-    path = log / STEPS if log.is_dir() else log
     with Progress(console=Console(), disable=as_json) as bar:
         task = bar.add_task("replay", total=None)
         done = run(
-            path, base, out, to, tuner=tuner, zoo_folder=zoo, merge=merge, device=device,
+            log, base, out, to, tuner=tuner, zoo_folder=zoo, merge=merge, device=device,
             tick=lambda step, total: bar.update(task, completed=step, total=total),
         )  # fmt: skip
     result = {

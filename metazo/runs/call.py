@@ -23,7 +23,7 @@ from metazo.runs.own import Loss, OwnLoss, own_batches, training_batches
 from metazo.runs.race import ROUND
 from metazo.runs.race import race as run_race
 from metazo.runs.tuned import MEMORY, AsGiven, Finetuned, Given
-from metazo.settings import build, with_role
+from metazo.settings import as_path, build, with_role
 from metazo.step.record import Step
 from metazo.tasks import TASKS, Task, in_memory, resolve
 from metazo.tasks.objectives import AnswerBatch
@@ -126,9 +126,7 @@ def _described(
 ) -> FinetuneConfig:
     """The settings of a call of `finetune`; its objects in memory are put into `given`."""
     values = _split(settings)
-    if not isinstance(out, str | Path | None):
-        raise UserError(f"`out` is a folder's name or path, not {shown(out)}.")
-    values["out"] = None if out is None else Path(out)
+    values["out"] = None if out is None else as_path("out", out)
     if callable(objective):
         given.objective, values["objective"] = (
             objective,

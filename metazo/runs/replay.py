@@ -28,7 +28,7 @@ from metazo.errors import UserError
 from metazo.io.extras import needs
 from metazo.io.lock import NAME as LOCK
 from metazo.io.lock import FolderLock
-from metazo.io.plain import is_name
+from metazo.io.plain import is_name, shown
 from metazo.io.tensorfile import weights_hash
 from metazo.models.adapters import merge_adapters
 from metazo.models.assemble import as_loaded, assemble
@@ -46,8 +46,8 @@ from metazo.runs.resources import refuse_ranks
 from metazo.runs.tuned import Given
 from metazo.runs.tuner_record import began_with, networks_record, tuner_hash
 from metazo.runs.verify import check_same, distance, end_of, environment_changes, replayable_header
-from metazo.settings import build, check_path
-from metazo.steplog.format import Scan, change, scan
+from metazo.settings import as_path, build, check_path
+from metazo.steplog.format import STEPS, Scan, change, scan
 from metazo.tuner.file import Tuner
 
 with needs("llm"):
@@ -77,35 +77,38 @@ class Replayed:
 
 
 def replay(
-    log: Path,
-    base: str | LoadedModel | nn.Module,
-    out: Path | None = None,
+    log: str | Path,
+    base: str | Path | LoadedModel | nn.Module,
+    out: str | Path | None = None,
     to: int | None = None,
     *,
     tokenizer: Any = None,
     optimizer: Any = None,
     tuner: str | None = None,
-    zoo_folder: Path | None = None,
+    zoo_folder: str | Path | None = None,
     merge: bool = False,
     device: str = "auto",
     tick: Callable[[int, int], None] = lambda done, total: None,
 ) -> Replayed:
     """Take the steps of a log again from its base model.
 
-    Args: base: folder or Hub id of the base model, or pico; or the model in memory as it was before the run's first
-    step (a transformers model with `tokenizer`, a `LoadedModel`, or the module of a run on a loss of its own), whose
-    weights are changed; optimizer: a new one over its tensors, if the run's was an object in memory; out: folder for
-    the model, which is written completely or not at all (None: the model is only in memory); to: number of steps to take
-    (default: up to the weights that the run kept, or all); tuner: location of the run's tuner, if it is not in the zoo
-    folders; merge: add LoRA adapters to the weights at the end, so that a plain model is saved; tick: called with the
+    Args: log: a step log, or the folder of a run; base: folder or Hub id of the base model, or pico; or the model in memory
+    as it was before the run's first step (a transformers model with `tokenizer`, a `LoadedModel`, or the module of a run on a
+    loss of its own), whose weights are changed; optimizer: a new one over its tensors, if the run's was an object in memory;
+    out: folder for the model, which is written completely or not at all (None: the model is only in memory); to: number of
+    steps to take (default: up to the weights that the run kept, or all); tuner: location of the run's tuner, if it is not in
+    the zoo folders; merge: add LoRA adapters to the weights at the end, so that a plain model is saved; tick: called with the
     number of steps done and their total.
     Raises UserError if the log is damaged, if base model or tuner are not the run's, or if the method cannot be replayed.
     """
     transformers_logging.disable_progress_bar()
     refuse_ranks("replay")
-    for name, path in (("log", log), ("base", base if isinstance(base, str) else ""), ("out", out or "")):
-        check_path(name, path)
-    found = scan(log).sound()
+    log, out = as_path("log", log, "file"), None if out is None else as_path("out", out)
+    if not isinstance(base, str | Path | LoadedModel | nn.Module):
+        raise UserError(f"`base` is a folder, a Hub id, pico, or the model in memory, not {shown(base)}.")
+    if isinstance(base, str | Path):
+        check_path("base", base)
+    found = scan(log / STEPS if log.is_dir() else log).sound()
     header = replayable_header(found, optimizer)
     given, base = _in_memory(base, tokenizer, optimizer)
     if out is None:
@@ -126,7 +129,7 @@ def _replay(
     out: Path | None,
     to: int | None,
     tuner: str | None,
-    zoo_folder: Path | None,
+    zoo_folder: str | Path | None,
     device: str,
     merge: bool,
     tick: Callable[[int, int], None],
@@ -134,8 +137,8 @@ def _replay(
     log, notes = found.path, end_of(found, to)
     kept = found.end["kept"] if found.end else len(found.steps)
     count = kept if to is None else to
-    if not 0 <= count <= len(found.steps):
-        raise UserError(f"`to` is {count} and the log has {len(found.steps)} steps; give 0 to {len(found.steps)}.")
+    if type(count) is not int or not 0 <= count <= len(found.steps):
+        raise UserError(f"`to` is {shown(count)} and the log has {len(found.steps)} steps; give 0 to {len(found.steps)}.")
     loaded, optimizer = _rebuilt(header, base, given, tuner, zoo_folder, device, merge, saved=out is not None)
     started = time.monotonic()
     for step in found.steps[:count]:
@@ -172,13 +175,13 @@ def _replay(
     return Replayed(count, seconds, weights, identical, differences, apart, loaded, notes)
 
 
-def _in_memory(base: str | LoadedModel | nn.Module, tokenizer: Any, optimizer: Any) -> tuple[Given, str]:
+def _in_memory(base: str | Path | LoadedModel | nn.Module, tokenizer: Any, optimizer: Any) -> tuple[Given, str]:
     """The objects from which a replay starts, and the name of the base model."""
     if isinstance(base, nn.Module):
         base = as_loaded(base, tokenizer)
     if isinstance(base, LoadedModel):
         return Given(loaded=base, optimizer=optimizer), base.name
-    return Given(optimizer=optimizer), base
+    return Given(optimizer=optimizer), str(base)
 
 
 def _rebuilt(
@@ -186,7 +189,7 @@ def _rebuilt(
     base: str,
     given: Given,
     tuner: str | None,
-    zoo_folder: Path | None,
+    zoo_folder: str | Path | None,
     device: str,
     merge: bool,
     saved: bool,
@@ -244,7 +247,7 @@ def _make_head(loaded: LoadedModel, record: Any) -> None:
     loaded.model.set_phrases(loaded.tokenizer, phrases, offset)
 
 
-def _tuner(header: dict[str, Any], zoo_folder: Path | None) -> str | None:
+def _tuner(header: dict[str, Any], zoo_folder: str | Path | None) -> str | None:
     """The tuner of the log if none is named: the one in the zoo folders with the log's hash."""
     name, wanted = header["settings"].get("tuner"), header.get("tuner")
     if wanted is None or str(name).startswith("random:"):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import metazo
 from metazo import zoo
 from metazo.blocks import named_tensors, partition
 from metazo.errors import UserError
@@ -65,6 +66,25 @@ def test_no_forward_pass(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(type(load_model("pico").model), "forward", forward)
     assert replay(run / "steps.jsonl", "pico", None).identical
+
+
+def test_paths_are_text_too_and_a_folder_of_a_run_is_its_log(run, tmp_path):
+    done = metazo.replay(str(run), "pico", out=str(tmp_path / "again"))
+    assert done.identical and weights(tmp_path / "again") == weights(run / "model")
+
+
+@pytest.mark.parametrize(
+    "named, said",
+    [
+        ({"log": 5}, "`log` is a file's name or path, not 5"),
+        ({"base": 5}, "`base` is a folder, a Hub id, pico, or the model in memory, not 5"),
+        ({"out": 5}, "`out` is a folder's name or path, not 5"),
+        ({"to": "3"}, "`to` is '3' and the log has 8 steps; give 0 to 8"),
+    ],
+)
+def test_arguments_of_other_types_are_one_sentence(run, named, said):
+    with pytest.raises(UserError, match=said):
+        metazo.replay(**{"log": run, "base": "pico"} | named)
 
 
 def test_any_earlier_point(run, tmp_path):
