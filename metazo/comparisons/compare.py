@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, median
 
+from metazo import recipes
 from metazo.comparisons.cluster import RayPool, ray_module
 from metazo.comparisons.columns import Column
 from metazo.comparisons.examine import Facts, examine
@@ -24,10 +25,12 @@ from metazo.comparisons.results import Result, Search, read_search, write_search
 from metazo.comparisons.store import Store
 from metazo.errors import UserError
 from metazo.io.lock import FolderLock
+from metazo.io.plain import shown
 from metazo.io.terminal import Console
 from metazo.runs.interrupt import Interrupted, interruptible
 from metazo.runs.method import resolve_device
 from metazo.runs.resources import refuse_ranks
+from metazo.settings import build, read_recipe
 
 FASTER = 0.95  # a run that takes less than this fraction of the time budget is continued
 
@@ -44,10 +47,11 @@ class _Batch:
 
 
 def compare(
-    grid: Grid, console: Console | None = None, *, retry_failed: bool = False, part: str | None = None
+    grid: Grid | str | Path, console: Console | None = None, *, retry_failed: bool = False, part: str | None = None
 ) -> dict[str, int]:
     """Do the runs of the grid that are not finished. Returns numbers of runs: done, of them kept, failed and diverged.
 
+    grid: a Grid, its YAML file, or the name of one that metazo recipes lists; it writes into `out` of the grid.
     part: "INDEX/COUNT", such as 0/16: only every COUNT-th pair of a task and a column, from INDEX on. Several processes, on
     any machines that share the folder, may do different parts at the same time; a call without `part` afterwards does what
     is left, and what needs all of them: search.json and the time budget.
@@ -58,6 +62,10 @@ def compare(
     """
     console = Console.of(console)
     refuse_ranks("compare")
+    if isinstance(grid, str | Path):
+        grid = build(Grid, read_recipe(recipes.locate(str(grid))))
+    if not isinstance(grid, Grid):
+        raise UserError(f"`grid` is a metazo.Grid, its YAML file or the name of one, not {shown(grid)}.")
     if grid.engine == "ray":
         ray_module()
     chosen, own = pairs_of(grid, part)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from metazo.errors import UserError
 from metazo.io.files import is_file
@@ -94,6 +95,8 @@ def load(name_or_path: str | Path, *, merge: bool = False, train: bool = False, 
     Raises UserError as `load_model` does, for adapters of a kind that metazo does not load, and if their base model cannot
     be loaded.
     """
+    if not isinstance(name_or_path, str | Path):
+        raise UserError(f"`name_or_path` is a folder, a Hub id or pico, not {shown(name_or_path)}.")
     name_or_path = _of_run(name_or_path)
     folder = Path(name_or_path).expanduser()
     if not is_file(folder / ADAPTERS):
@@ -152,12 +155,20 @@ ENDINGS = {
 def as_loaded(model: Any, tokenizer: Any = None) -> LoadedModel:
     """A model in memory as `load` gives one; it is put into eval mode. Without a tokenizer it may be any module, of kind "own".
 
-    Raises UserError for weights of a type that metazo does not train, and with a tokenizer for a class that is not a causal,
-    masked, classification or sequence-to-sequence model of transformers.
+    Raises UserError for a module without weights, for weights without a shape or of a type that metazo does not train, and with
+    a tokenizer for a class that is not a causal, masked, classification or sequence-to-sequence model of transformers.
     """
+    if tokenizer is not None and not hasattr(tokenizer, "pad_token_id"):
+        raise UserError(
+            f"`tokenizer` is {shown(tokenizer)}; give a tokenizer of transformers, as AutoTokenizer.from_pretrained loads it."
+        )
     inner = getattr(model, "get_base_model", lambda: model)()  # the model inside a peft wrapper
     name = type(inner).__name__
+    if (lazy := next((name for name, parameter in model.named_parameters() if is_lazy(parameter)), None)) is not None:
+        raise UserError(f"`model` has weights without a shape ({lazy}): call it on a batch once, which gives them one.")
     dtype = next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()), None)
+    if dtype is None:
+        raise UserError(f"`model` is a {name} without weights, so that there is nothing to train.")
     if dtype not in DTYPES.values():
         raise UserError(f"`model` has weights of type {dtype}; metazo trains {', '.join(DTYPES)}.")
     kind = next((kind for kind, endings in ENDINGS.items() if name.endswith(endings)), None) if tokenizer else "own"

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import rich.console
 from torch import nn
 
 from metazo.errors import UserError
@@ -94,6 +97,11 @@ def finetune(
 
     Do not use it for a loss that is random; use an optimizer in your own loop instead.
     """
+    for name, function in (("on_step", on_step), ("on_evaluation", on_evaluation)):
+        if function is not None and not callable(function):
+            raise UserError(f"`{name}` is {shown(function)}, and must be a function of one record.")
+    if not isinstance(console, rich.console.Console | None):
+        raise UserError(f"`console` is {shown(console)}, and must be a rich.console.Console.")
     held = model.model if isinstance(model, LoadedModel) else model
     before, given = AsGiven(held) if isinstance(held, nn.Module) else None, Given()
     try:
@@ -164,6 +172,7 @@ def _own(given, values, model, task, data, tokenizer, loss, dev, test) -> None:
     """The objects of a run on a module with a loss and batches."""
     if not isinstance(model, nn.Module):
         raise UserError(f"`model` is {type(model).__name__} {str(model)[:80]!r}; with `loss` it must be an nn.Module.")
+    _check_loss(loss)
     if task is not None or tokenizer is not None:
         raise UserError("`task` and `tokenizer` cannot be combined with `loss`, which replaces both; leave them out.")
     if name := next((name for name in ("lora", "adapter") if values.get(name)), None):
@@ -183,6 +192,17 @@ def _own(given, values, model, task, data, tokenizer, loss, dev, test) -> None:
     values |= sizes | {"batch_size": 1, "eval_batch_size": 1, "task": given.own.task.name}
     values.setdefault("keep", "best" if dev else "last")
     _describe_model(values, given.loaded)
+
+
+def _check_loss(loss: Any) -> None:
+    """Raises UserError for what is no function of a model and a batch."""
+    if not callable(loss):
+        raise UserError(f"`loss` is {shown(loss)}, and must be a function: (model, batch) -> scalar tensor.")
+    with suppress(ValueError):  # a function without a signature, such as one of C
+        try:
+            signature(loss).bind("model", "batch")
+        except TypeError as error:
+            raise UserError(f"`loss` is called as loss(model, batch), which it does not take: {error}.") from error
 
 
 def _model(given: Given, values: dict[str, Any], model: Any, tokenizer: Any) -> None:

@@ -154,9 +154,10 @@ def _first_loss(setup: Setup, config: FinetuneConfig) -> None:
     if config.objective is not None and not math.isfinite(loss):
         raise UserError(f"`objective` {config.objective} is {loss} before the first step; it must be a finite number.")
     if not math.isfinite(loss):
+        advice = "try float32 (or bfloat16 instead of float16), and " if "16" in config.dtype else ""
         raise UserError(
-            f"The loss of {config.model} on {config.task} is {loss} before the first step in `dtype` {config.dtype}; "
-            "try `dtype` float32 (or bfloat16 instead of float16), and check the model."
+            f"The loss of {config.model} on {config.task} is {loss} before the first step in {config.dtype}; "
+            f"{advice}check the model."
         )
 
 
@@ -200,7 +201,6 @@ class _Run(Ending):
         log: StepLog | MemoryLog = MemoryLog()
         if self.config.out is None:
             return log
-
         decisive = {key: value for key, value in asdict(self.config).items() if key not in INCIDENTAL}
         first = header(decisive, self.setup)
 

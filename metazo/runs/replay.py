@@ -138,7 +138,9 @@ def _replay(
     kept = found.end["kept"] if found.end else len(found.steps)
     count = kept if to is None else to
     if type(count) is not int or not 0 <= count <= len(found.steps):
-        raise UserError(f"`to` is {shown(count)} and the log has {len(found.steps)} steps; give 0 to {len(found.steps)}.")
+        raise UserError(
+            f"`to` is {shown(count)} and the log has {len(found.steps)} steps; give 0 to {len(found.steps)}."
+        )
     loaded, optimizer = _rebuilt(header, base, given, tuner, zoo_folder, device, merge, saved=out is not None)
     started = time.monotonic()
     for step in found.steps[:count]:

@@ -75,7 +75,8 @@ class AsGiven:
             module._modules.update(parts)
             module.training = training
         for parameter, wanted in self.trained:
-            parameter.requires_grad_(wanted)
+            if parameter.requires_grad != wanted:  # a parameter without a shape refuses the call
+                parameter.requires_grad_(wanted)
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metazo.errors import UserError
+from metazo.io.plain import shown
 from metazo.tasks.classes import class_names, head_order
 from metazo.tasks.data import DEFAULTS, SPLITS, draw
 from metazo.tasks.encode import Encoder
+from metazo.tasks.known import resolve
 from metazo.tasks.prepared import Prepared
 from metazo.tasks.rows import Rows
 from metazo.tasks.task import Row, Task
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def prepare(
-    task: Task,
+    task: str | Path | Task,
     loaded: LoadedModel,
     *,
     data: Path | Rows | None = None,
@@ -32,7 +34,7 @@ def prepare(
     k_per_class: int | None = None,
     recorded: Collection[str] = (),
 ) -> Prepared:
-    """Draw and encode the splits of ``task`` for ``loaded``.
+    """Draw and encode the splits of ``task``, a Task, a name or a YAML file, for ``loaded``, which `load_model` gives.
 
     ``data`` is a folder with <task>/<split>.jsonl, or rows in memory (`in_memory`); without it rows come from the
     task's own files, the grammar, or the Hub. Sizes default to the papers' 1,000 / 500 / 1,000. If there are fewer
@@ -44,6 +46,11 @@ def prepare(
     one is set.
     Raises UserError for data that is missing, malformed or does not fit, and for a task that the model cannot do.
     """
+    task = task if isinstance(task, Task) else resolve(task)
+    if not hasattr(loaded, "tokenizer"):
+        raise UserError(f"`loaded` is a model as metazo.load_model gives it, not {shown(loaded)}.")
+    if loaded.tokenizer is None:
+        raise UserError("`tokenizer` is missing: give the one with which the model in memory was trained.")
     encoder = Encoder(task, loaded, max_length)
     known = getattr(loaded.model.config, "metazo", None)
     record = known if isinstance(known, dict) else None

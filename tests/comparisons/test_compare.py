@@ -343,6 +343,17 @@ def test_what_cannot_run_is_said_before_anything_is_written(tmp_path, extra, wor
     assert words in str(error.value) and not (tmp_path / "results").exists()
 
 
+def test_a_grid_is_taken_by_its_name_or_file(tmp_path):
+    (tmp_path / "tiny.yaml").write_text(json.dumps(TINY))
+    for given in ("grid-pico", tmp_path / "tiny.yaml"):
+        with pytest.raises(UserError, match="`part` is 'x'"):  # of a grid that was read
+            compare(given, part="x")
+    with pytest.raises(UserError, match="recipe grid-pic is not a file"):
+        compare("grid-pic")
+    with pytest.raises(UserError, match="`grid` is a metazo.Grid, its YAML file or the name of one, not 5"):
+        compare(5)  # type: ignore[arg-type]
+
+
 def test_parts_of_a_grid_divide_it_and_a_call_without_part_does_the_rest(copy):
     """Every second pair of task and column; the third missing run is left to the whole call."""
     gone = [copy / "cells" / name for name in ("pico_sentiment/zero-shot", "pico_sentiment/mezo", "pico_topic/mezo")]

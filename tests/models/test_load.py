@@ -12,6 +12,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModel, Gemma2Config, Gemma2ForCausalLM
 
+import metazo
 from metazo.errors import UserError
 from metazo.models import load
 from metazo.models.assemble import as_loaded
@@ -95,6 +96,11 @@ def test_bad_requests_are_one_clear_sentence(tiny, tmp_path):
     ]:
         with pytest.raises(UserError, match=words):
             load_model(**arguments)
+
+
+def test_what_is_no_name_is_one_clear_sentence():
+    with pytest.raises(UserError, match="`name_or_path` is a folder, a Hub id or pico, not 5"):
+        metazo.load_model(5)  # type: ignore[arg-type]
 
 
 def test_a_folder_without_a_tokenizer_says_so(tiny, tmp_path):

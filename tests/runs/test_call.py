@@ -360,6 +360,30 @@ def test_arguments_that_are_wrong(arguments, said):
         metazo.finetune(*arguments, steps=1)
 
 
+def test_the_name_of_a_tokenizer_is_no_tokenizer():
+    with pytest.raises(UserError, match="`tokenizer` is 'pico'; give a tokenizer of transformers"):
+        metazo.finetune(in_memory()[0], "pico_sentiment", tokenizer="pico", steps=1)
+
+
+@pytest.mark.parametrize(
+    ("model", "function", "said"),
+    [
+        (nn.Linear(2, 2), "x", r"`loss` is 'x', and must be a function: \(model, batch\) -> scalar tensor"),
+        (
+            nn.Linear(2, 2),
+            lambda model: 1.0,
+            r"`loss` is called as loss\(model, batch\), which it does not take: too many",
+        ),
+        (nn.LazyLinear(2), lambda model, batch: model(batch).sum(), r"`model` has weights without a shape \(weight\)"),
+        (nn.ReLU(), lambda model, batch: model(batch).sum(), "`model` is a ReLU without weights"),
+        (nn.Linear(2, 2), lambda model, batch: model(batch).sum() * torch.nan, "in float32; check the model"),
+    ],
+)
+def test_modules_and_losses_that_are_wrong(model, function, said):
+    with pytest.raises(UserError, match=said):
+        metazo.finetune(model, loss=function, data=[torch.ones(2, 2)], steps=1)
+
+
 @pytest.mark.parametrize(
     ("named", "said"),
     [
@@ -367,11 +391,15 @@ def test_arguments_that_are_wrong(arguments, said):
         ({"race": 5}, "A race needs a list of .* not 5"),
         ({"race": [1e-4, "x"]}, r"A race needs a list of .* not \[0.0001, 'x'\]"),
         ({"race": [1e-4, 1e-3], "race_steps": 1.5}, "`race_steps` is 1.5 .*choose 1 or more"),
+        ({"on_step": 5}, "`on_step` is 5, and must be a function of one record"),
+        ({"on_evaluation": "x"}, "`on_evaluation` is 'x', and must be a function of one record"),
+        ({"console": 5}, "`console` is 5, and must be a rich.console.Console"),
     ],
 )
-def test_named_arguments_that_are_wrong(named, said):
+def test_named_arguments_that_are_wrong(tmp_path, named, said):
     with pytest.raises(UserError, match=said):
-        metazo.finetune("pico", "pico_sentiment", steps=1, **named)
+        metazo.finetune("pico", "pico_sentiment", steps=1, **{"out": tmp_path / "run"} | named)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

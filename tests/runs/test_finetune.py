@@ -145,8 +145,12 @@ def test_nan_before_the_first_step_leaves_nothing(tmp_path):
         next(loaded.model.parameters()).fill_(torch.nan)
     loaded.model.save_pretrained(tmp_path / "broken")
     loaded.tokenizer.save_pretrained(tmp_path / "broken")
-    with pytest.raises(UserError, match="loss of .* is nan before the first step"):
-        run_settings(config(tmp_path / "run", model=str(tmp_path / "broken")))
+    for dtype, advice in (
+        ("float32", "check"),
+        ("float16", r"try float32 \(or bfloat16 instead of float16\), and check"),
+    ):
+        with pytest.raises(UserError, match=f"loss of .* is nan before the first step in {dtype}; {advice} the model"):
+            run_settings(config(tmp_path / "run", model=str(tmp_path / "broken"), dtype=dtype))
     assert not (tmp_path / "run").exists()
 
 

@@ -181,10 +181,16 @@ def test_what_cannot_be_evaluated(tmp_path, coin):
         evaluate("pico", "pico_sentiment", split="train")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="pico is not the folder of a run, whose task could be taken"):
         evaluate("pico")
+    with pytest.raises(
+        UserError, match="`tokenizer` is missing: give the one with which the model in memory was trained"
+    ):
+        evaluate(load_model("pico").model, "pico_sentiment")
     with pytest.raises(UserError, match="`model` is a name, .*not None"):
         evaluate(None)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="`task` is a name, .*not 5"):
         evaluate("pico", 5)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"`task` is a name, .*not \['pico_sentiment', 'pico_topic'\]"):
+        evaluate("pico", ["pico_sentiment", "pico_topic"])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("head", ["prototype", "phrases"])

@@ -33,6 +33,16 @@ def test_a_name_may_be_written_as_in_the_papers(written):
     assert resolve(written) is TASKS["sst2"]
 
 
+def test_prepare_takes_a_name_as_well():
+    loaded, sizes = load_model("pico"), {"train": 4, "dev": 2, "test": 2}
+    named, same = (prepare(task, loaded, **sizes) for task in ("pico_sentiment", TASKS["pico_sentiment"]))
+    assert named.train == same.train
+    with pytest.raises(UserError, match="`task` is a name, a YAML file or a Task, not 5"):
+        prepare(5, loaded)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="`loaded` is a model as metazo.load_model gives it, not 'pico'"):
+        prepare("pico_sentiment", "pico")  # type: ignore[arg-type]
+
+
 def test_an_unknown_task_names_the_nearest():
     with pytest.raises(UserError, match="unknown task 'sst3'; did you mean sst5 or sst2"):
         get("sst3")
