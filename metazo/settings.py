@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import inspect
 import math
+import sys
 import textwrap
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -76,6 +78,15 @@ def check_number(
         wanted = f"at most {most:,}" if isinstance(most, int) else f"at most {most:g}"
     if wanted is not None:
         raise UserError(f"`{name}` must be {wanted}, not {shown(value)}.")
+
+
+def as_rate(value: Any) -> float | None:
+    """A learning rate, also in text (YAML makes one of 1e-3); None for what is no finite number above 0."""
+    if isinstance(value, str):
+        with suppress(ValueError):
+            value = float(value)
+    number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
+    return float(value) if number else None
 
 
 def check_flag(name: str, value: Any, wanted: Any) -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +14,7 @@ from metazo.io.plain import shown
 from metazo.optimizers.outline import methods
 from metazo.optimizers.registry import method
 from metazo.runs.config import FinetuneConfig
+from metazo.settings import as_rate
 
 ZERO_SHOT = "zero-shot"
 RANDOM_TUNERS = (
@@ -187,21 +186,13 @@ def read_rates(where: str, lrs: Any) -> list[float]:
     Raises UserError for what is no list of learning rates, and for a rate that is there twice: rates are compared as they are
     written in the names of files, with six digits. where: what holds them, for the message.
     """
-    rates = [_rate(lr) for lr in lrs] if isinstance(lrs, list) else []
+    rates = [as_rate(lr) for lr in lrs] if isinstance(lrs, list) else []
     if not rates or None in rates:
         raise UserError(f"{where} is a list of finite numbers above 0, not {shown(lrs)}.")
     name, count = Counter(f"{rate:g}" for rate in rates).most_common(1)[0]
     if count > 1:
         raise UserError(f"{where} has the rate {name} {count} times (six digits count); give each rate once.")
     return [rate for rate in rates if rate is not None]
-
-
-def _rate(value: Any) -> float | None:
-    if isinstance(value, str):
-        with suppress(ValueError):
-            value = float(value)
-    number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
-    return float(value) if number else None
 
 
 def _nearest(name: Any, known: Iterable[str]) -> str:

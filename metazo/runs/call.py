@@ -49,7 +49,7 @@ def finetune(
     test: Iterable[Any] | None = None,
     out: str | Path | None = None,
     objective: str | Callable[[nn.Module, AnswerBatch], float] | None = None,
-    race: Sequence[float] | None = None,
+    race: Sequence[float | str] | None = None,
     race_steps: int | None = None,
     on_step: Callable[[Step], None] | None = None,
     on_evaluation: Callable[[dict[str, Any]], None] | None = None,

@@ -20,10 +20,11 @@ def prepared_task(
 ) -> Prepared:
     """The task's splits for a model. rows: in memory, in place of `config.data`; recorded: splits whose sizes are those of the
     model's record, if that is of the same rows. Raises UserError as `prepare` does."""
+    folder = None if config.resume and task.generate else config.data  # not read, and it may be gone
     return prepare(
         task,
         loaded,
-        data=config.data if rows is None else rows,
+        data=folder if rows is None else rows,
         train=config.train_examples,
         dev=config.dev_examples,
         test=config.test_examples,

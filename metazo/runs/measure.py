@@ -20,7 +20,7 @@ from metazo.runs.config import FinetuneConfig
 from metazo.runs.examples import prepared_task
 from metazo.runs.folder import SUMMARY
 from metazo.runs.locate import MODEL, located, read_config, run_of, unset_in
-from metazo.runs.method import resolve_device
+from metazo.runs.method import resolve_device, unversioned
 from metazo.settings import build, with_role
 from metazo.steplog.format import STEPS, scan
 from metazo.tasks import Task, in_memory, resolve
@@ -110,6 +110,10 @@ def evaluate(
     fixed = {"model": called, "out": Path(), "keep": "last", "resume": False}
     config = build(FinetuneConfig, began, given, fixed)
     chosen = task if isinstance(task, Task) else resolve(config.task)
+    if folder is None and chosen.generate is not None:
+        config.data = None  # the run's, which was not read, and may be gone
+    if settings.get("revision") is not None and (why := unversioned(str(model))):
+        say(f"`revision` changes nothing {why}.")
     rows = None
     if data is not None and folder is None:
         chosen, rows = in_memory(chosen, data)

@@ -166,11 +166,11 @@ def arguments(config: FinetuneConfig, model: nn.Module) -> dict[str, Any]:
     return settings | {key: value for key, value in shared.items() if key in cls.common} | chosen
 
 
-def _unversioned(model: str) -> tuple[bool, str]:
-    """Whether a model has no revisions, and why, in words."""
+def unversioned(model: str) -> str:
+    """Why a model has no revisions, in words; empty if it has."""
     if model in EMBEDDED:
-        return True, f"for the embedded model {model}"
-    return Path(model).expanduser().is_dir(), f"for the folder {model}"
+        return f"for the embedded model {model}"
+    return f"for the folder {model}" if Path(model).expanduser().is_dir() else ""
 
 
 def unused(config: FinetuneConfig) -> list[str]:
@@ -184,7 +184,7 @@ def unused(config: FinetuneConfig) -> list[str]:
         "merge": (not config.adapters, "without adapters"),
         "probe_ranks": (launched() == 1, "in one process"),
         "device_map": (not torch.accelerator.is_available(), "without a GPU"),
-        "revision": _unversioned(config.model),
+        "revision": (bool(why := unversioned(config.model)), why),
     }
     reasons = dict.fromkeys(common, f"with `optimizer` {config.optimizer}")
     reasons |= {name: why for name, (idle, why) in alone.items() if idle}

@@ -32,6 +32,7 @@ from metazo.runs.interrupt import Interrupted
 from metazo.runs.monitor import Diverged
 from metazo.runs.shared import run_folder
 from metazo.runs.tuned import Finetuned, Given, Part
+from metazo.settings import as_rate
 from metazo.step.record import Step
 
 ROUND = 12
@@ -61,7 +62,7 @@ def lengths(arms: int, length: int) -> tuple[int, int]:
 
 def race(
     config: FinetuneConfig,
-    rates: Sequence[float],
+    rates: Sequence[float | str],
     length: int = ROUND,
     console: Console | None = None,
     given: Given | None = None,
@@ -69,15 +70,15 @@ def race(
 ) -> Finetuned:
     """Run the fine-tuning that `config` describes at the rate that wins.
 
-    rates: at least two; length: steps of a round; console, given, callbacks: as for `tune`. The callbacks get the steps that
-    come after the race.
+    rates: at least two, as numbers or text; length: steps of a round; console, given, callbacks: as for `tune`. The callbacks
+    get the steps that come after the race.
     Raises UserError for bad input, or if no rate has finite losses, with nothing written; Interrupted if a signal stops it: in
     the race nothing is written, later the run is saved and is continued with `resume`.
     """
     given = given or Given()
-    _check(config, rates, given)
+    rates = _check(config, rates, given)
     say = Console.of(console).say
-    arms, (least, spent), total = [Arm(float(rate)) for rate in rates], lengths(len(rates), length), 0
+    arms, (least, spent), total = [Arm(rate) for rate in rates], lengths(len(rates), length), 0
     while len(arms) > 1:
         for arm in arms:
             part = Part(arm.steps, len(arm.steps) + length, spent, least)
@@ -95,15 +96,14 @@ def race(
     return tune(run, given, console, part=Part(won.steps), **callbacks)
 
 
-def _check(config: FinetuneConfig, rates: Sequence[float], given: Given) -> None:
+def _check(config: FinetuneConfig, rates: Sequence[float | str], given: Given) -> list[float]:
+    """The rates as numbers. Raises UserError for what is no race."""
     if given.loaded is not None or given.optimizer is not None:
         raise UserError(
             "A race loads the model for every rate: give model and optimizer by name, or `lr` for objects in memory."
         )
-    numbers = isinstance(rates, Sequence) and all(
-        isinstance(rate, int | float) and 0 < rate < math.inf for rate in rates
-    )
-    if not numbers or len(set(rates)) < max(len(rates), 2):
+    found = [as_rate(rate) for rate in rates] if isinstance(rates, Sequence) and not isinstance(rates, str) else []
+    if None in found or len(set(found)) < max(len(found), 2):
         raise UserError(f"A race needs a list of at least two different learning rates above 0, not {shown(rates)}.")
     if config.lr is not None:
         raise UserError("`lr` is what the race finds; leave it out.")
@@ -118,6 +118,7 @@ def _check(config: FinetuneConfig, rates: Sequence[float], given: Given) -> None
         raise UserError("A race runs in one process; under torchrun give `lr`.")
     with run_folder(config, lambda text: None):  # raises UserError for a folder that is in use, before the race
         pass
+    return [rate for rate in found if rate is not None]
 
 
 def _go_on(config: FinetuneConfig, arm: Arm, part: Part, given: Given) -> int:

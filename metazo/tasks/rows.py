@@ -100,6 +100,22 @@ def find(task: Task, split: str, data: Path) -> Path:
     raise UserError(f"task {task.name!r} needs {' or '.join(f'{n}.jsonl' for n in names)} in {folder}")
 
 
+def generated(task: Task, data: Path) -> str:
+    """A note that a task which generates its rows reads none from ``data``, which may be there for other tasks.
+
+    Raises UserError if there is no such folder, and if it has rows under the task's name.
+    """
+    if not data.is_dir():
+        found = "is a file" if data.is_file() else "does not exist"
+        raise UserError(f"data folder {data} {found}; task {task.name!r} generates its rows: leave `data` out")
+    if (data / task.name).exists():
+        raise UserError(
+            f"task {task.name!r} generates its rows and does not read {data / task.name}; describe these rows as a task of "
+            "your own, or give another folder as `data`"
+        )
+    return f"{task.name}: its rows are generated, and none are read from {data}"
+
+
 def _read(task: Task, path: Path) -> Source:
     if not is_file(path):
         raise UserError(f"data file {path} is not a file; task {task.name!r} needs one JSON object per line")

@@ -13,7 +13,7 @@ from metazo.tasks.data import DEFAULTS, SPLITS, draw
 from metazo.tasks.encode import Encoder
 from metazo.tasks.known import resolve
 from metazo.tasks.prepared import Prepared
-from metazo.tasks.rows import Rows
+from metazo.tasks.rows import Rows, generated
 from metazo.tasks.task import Row, Task
 from metazo.tasks.words import beginnings
 
@@ -37,8 +37,9 @@ def prepare(
     """Draw and encode the splits of ``task``, a Task, a name or a YAML file, for ``loaded``, which `load_model` gives.
 
     ``data`` is a folder with <task>/<split>.jsonl, or rows in memory (`in_memory`); without it rows come from the
-    task's own files, the grammar, or the Hub. Sizes default to the papers' 1,000 / 500 / 1,000. If there are fewer
-    rows, sizes left at these defaults are reduced and sizes that the caller sets are kept, and ``notes`` says so.
+    task's own files, the grammar, or the Hub; a task of the grammar reads no folder, and a note says so. Sizes default to the
+    papers' 1,000 / 500 / 1,000. If there are fewer rows, sizes left at these defaults are reduced and sizes that the caller
+    sets are kept, and ``notes`` says so.
     ``k_per_class`` draws that many train rows of every class (as LM-BFF, arXiv 2012.15723), and, if ``dev`` is not given and
     the task has no dev rows of its own, as many dev rows without regard to the class. ``max_length`` limits an input, in
     tokens; the model's context is the default. A model that was fine-tuned on the task by metazo gets the split of that run,
@@ -51,13 +52,14 @@ def prepare(
         raise UserError(f"`loaded` is a model as metazo.load_model gives it, not {shown(loaded)}.")
     if loaded.tokenizer is None:
         raise UserError("`tokenizer` is missing: give the one with which the model in memory was trained.")
+    unread = generated(task, Path(data)) if task.generate is not None and isinstance(data, str | Path) else None
     encoder = Encoder(task, loaded, max_length)
     known = getattr(loaded.model.config, "metazo", None)
     record = known if isinstance(known, dict) else None
     drawn = draw(
         task, data, train=train, dev=dev, test=test, seed=seed, k_per_class=k_per_class, record=record, recorded=recorded
     )  # fmt: skip
-    notes = [*loaded.notes, *drawn.notes]
+    notes = [*loaded.notes, *([unread] if unread else []), *drawn.notes]
     if task.kind == "generation" and encoder.room < task.max_new_tokens:
         notes.append(
             f"{task.name}: answers have at most {encoder.room} tokens instead of {task.max_new_tokens} (max_new_tokens), "

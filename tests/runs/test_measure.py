@@ -157,6 +157,31 @@ def test_settings_of_loading_are_refused_for_a_model_in_memory(name, value):
         evaluate(load_model("pico"), "pico_sentiment", examples=4, **{name: value})
 
 
+def test_settings_without_effect_are_said_and_a_folder_of_a_run_may_be_gone(tmp_path):
+    said: list[str] = []
+    evaluate("pico", "pico_sentiment", examples=4, revision="v2", data=tmp_path, say=said.append)
+    assert said == [
+        "`revision` changes nothing for the embedded model pico.",
+        f"pico_sentiment: its rows are generated, and none are read from {tmp_path}",
+    ]
+    (tmp_path / "data").mkdir()
+    settings = {
+        "model": "pico",
+        "task": "pico_sentiment",
+        "data": tmp_path / "data",
+        "out": tmp_path / "run",
+        "steps": 1,
+    }
+    settings |= {"dev_examples": 4, "test_examples": 4, "train_examples": 4}
+    summary = run_settings(build(FinetuneConfig, settings))
+    (tmp_path / "data").rmdir()
+    assert evaluate(tmp_path / "run") == summary["test"]
+    (tmp_path / "run" / "summary.json").unlink()
+    assert run_settings(build(FinetuneConfig, settings, {"resume": True}))["test"] == summary["test"]
+    with pytest.raises(UserError, match="nope does not exist; task 'pico_sentiment' generates its rows"):
+        evaluate(tmp_path / "run", data=tmp_path / "nope")
+
+
 def test_the_size_of_the_split_may_be_given_as_a_setting():
     assert evaluate("pico", "pico_sentiment", test_examples=6)["examples"] == 6
 

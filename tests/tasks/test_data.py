@@ -136,6 +136,23 @@ def test_generated_rows_need_no_folder(task, tmp_path):
     assert splits == draw(None, get(task))[0] != draw(None, get(task), seed=1)[0]
 
 
+def test_a_folder_that_a_generated_task_does_not_read_is_said_or_refused(tmp_path):
+    """One folder may be for several tasks, some of which generate their rows."""
+    loaded, task, sizes = load_model("pico"), get("pico_sentiment"), {"train": 4, "dev": 2, "test": 2}
+    found = prepare(task, loaded, data=tmp_path, **sizes)
+    assert found.notes == [f"pico_sentiment: its rows are generated, and none are read from {tmp_path}"]
+    assert found.train == prepare(task, loaded, **sizes).train
+    with pytest.raises(
+        UserError, match="none does not exist; task 'pico_sentiment' generates its rows: leave `data` out"
+    ):
+        prepare(task, loaded, data=tmp_path / "none", **sizes)
+    write(tmp_path, "pico_sentiment", train=rows(4))
+    with pytest.raises(
+        UserError, match="generates its rows and does not read .*pico_sentiment; describe these rows as a task"
+    ):
+        prepare(task, loaded, data=tmp_path, **sizes)
+
+
 GOOD = [{"text": "a", "label": 0}] * 20
 
 
