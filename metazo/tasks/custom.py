@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from metazo.errors import UserError
 from metazo.io.plain import Loader, read_yaml, shown
 from metazo.tasks.task import Task
@@ -33,26 +31,12 @@ def from_yaml(path: str | Path) -> Task:
         raise UserError(f"task file {path}: {shown(content['name'])} is not a name of letters, digits and '._+-'")
     try:
         task = Task(**content)
-    except (ValidationError, TypeError) as error:
-        raise UserError(f"task file {path}: {_first(error)}") from error
+    except UserError as error:
+        raise UserError(f"task file {path}: {error}") from error
+    except TypeError as error:
+        raise UserError(f"task file {path}: every key must be a text ({error})") from error
     if task.files:
         if "train" not in task.files:
             raise UserError(f"task file {path}: files must name the train file")
         return task.model_copy(update={"files": {k: str(path.parent / name) for k, name in task.files.items()}})
     return task
-
-
-def _first(error: Exception) -> str:
-    if not isinstance(error, ValidationError):
-        return f"every key must be a text ({error})"
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        known = ", ".join(name for name in Task.model_fields if name not in ("adapt", "generate"))
-        return f"unknown key {key!r}; the keys are {known}"
-    if first["type"] == "string_type" and isinstance(first["input"], bool | int | float | None):
-        kind = "boolean" if isinstance(first["input"], bool) else "null" if first["input"] is None else "number"
-        value = "" if first["input"] is None else f" {first['input']!r}"
-        return f"{key} is the {kind}{value}; put it in quotes" if value else f"{key} is null; write a text"
-    message = first["msg"].removeprefix("Value error, ")
-    return f"{key!r}: {message}" if key else message

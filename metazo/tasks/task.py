@@ -15,7 +15,7 @@ from collections.abc import Callable
 from string import Formatter
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from metazo.errors import UserError
 from metazo.io.plain import shown
@@ -32,7 +32,7 @@ METRICS_OF: dict[str, tuple[Metric, ...]] = {
 
 
 class Task(BaseModel):
-    """One task, immutable. Its fields, except the last two, are the keys of a task in YAML."""
+    """One task, immutable. Its fields, except the last two, are the keys of a task in YAML. Raises UserError for wrong ones."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -138,6 +138,14 @@ class Task(BaseModel):
                 raise ValueError(f"context is {self.context!r}, which is not a column of {' '.join(texts)!r}")
         return self
 
+    @model_validator(mode="wrap")
+    @classmethod
+    def _refused(cls, value: Any, handler: Callable[[Any], Task]) -> Task:
+        try:
+            return handler(value)
+        except ValidationError as error:
+            raise UserError(_first(error)) from error
+
     def _check_answers(self) -> None:
         """Labels, choices and letters. Raises ValueError."""
         if self.kind == "classification":
@@ -187,6 +195,21 @@ class Task(BaseModel):
         raise UserError(
             f"{where}: {self.label!r} is {shown(value)}, which is none of the labels of task {self.name!r} ({known}){hint}"
         )
+
+
+def _first(error: ValidationError) -> str:
+    """What pydantic found first, as a sentence."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = ", ".join(name for name in Task.model_fields if name not in ("adapt", "generate"))
+        return f"unknown key {key!r}; the keys are {known}"
+    if first["type"] == "string_type" and isinstance(first["input"], bool | int | float | None):
+        kind = "boolean" if isinstance(first["input"], bool) else "null" if first["input"] is None else "number"
+        value = "" if first["input"] is None else f" {first['input']!r}"
+        return f"{key} is the {kind}{value}; put it in quotes" if value else f"{key} is null; write a text"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{key!r}: {message}" if key else message
 
 
 def same_value(value: Any, known: Any) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import metazo
 from metazo.errors import UserError
 from metazo.models.load import load_model
 from metazo.tasks import data, from_yaml, prepare, resolve
@@ -86,6 +87,25 @@ def test_mistakes_are_one_clear_sentence(tmp_path, text, words):
     with pytest.raises(UserError, match=words) as raised:
         from_yaml(save(tmp_path, text))
     assert "mine.yaml" in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"kind": "x"}, "^'kind': Input should be 'classification', 'choice' or 'generation'$"),
+        ({}, "^'kind': Field required$"),
+        ({"kind": "choice", "prompt": "{text}"}, "^a choice task needs choices: the columns that hold them$"),
+        ({"kind": "choice", "promt": "x"}, "^unknown key 'promt'; the keys are name, kind, prompt"),
+    ],
+)
+def test_mistakes_in_python_are_the_same_sentences(tmp_path, fields, words):
+    with pytest.raises(UserError, match=words) as refused:
+        metazo.Task(name="m", **fields)
+    path = tmp_path / "m.yaml"
+    path.write_text(json.dumps({"name": "m", **fields}))
+    with pytest.raises(UserError) as read:
+        from_yaml(path)
+    assert str(read.value) == f"task file {path}: {refused.value}"
 
 
 def test_a_missing_file(tmp_path):
