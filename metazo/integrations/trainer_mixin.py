@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from metazo import zoo
 from metazo.errors import UserError
+from metazo.integrations.trainer_method import build, chosen, is_given, moments
 from metazo.io.extras import needs
 from metazo.io.files import is_file
 from metazo.models.quantize import keep_unpacked
-from metazo.optimizers import METHODS
 from metazo.optimizers.base import ZOOptimizer
-from metazo.optimizers.registry import method
-from metazo.tuner.scale import tuner_scale
 
 with needs("llm"):
     from transformers import PreTrainedModel
@@ -35,7 +32,7 @@ class ZOMixin:
         optimizer_cls_and_kwargs: (method, settings), as Trainer's own argument; the method is a name (`"lozo"`) or a class of
             metazo.optimizers. Without it the method is MeZO. The learning rate, the weight decay, the seed, and for
             mezo-adam the betas and epsilon, are those of TrainingArguments unless the settings have them. `"tuner"` among
-            the settings is a tuner by file, zoo name or Hub id. A finished optimizer is given as
+            the settings is a tuner by file, zoo name or Hub id; None means no settings. A finished optimizer is given as
             `optimizers=(optimizer, scheduler)`.
         All other arguments are the Trainer's.
 
@@ -68,11 +65,7 @@ class ZOMixin:
         if optimizer_cls_and_kwargs is not None:
             if getattr(self, "optimizer", None) is not None:
                 raise UserError("`optimizers` and `optimizer_cls_and_kwargs` both give an optimizer: leave one out.")
-            if not isinstance(optimizer_cls_and_kwargs, tuple | list) or len(optimizer_cls_and_kwargs) != 2:
-                raise UserError(
-                    f"`optimizer_cls_and_kwargs` is {optimizer_cls_and_kwargs!r}: give a method and its settings, such as "
-                    '("mezo", {"eps": 1e-3}).'
-                )
+            chosen(optimizer_cls_and_kwargs)  # refused at once, not at the first step
             self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs
         settings: Any = self.args  # type: ignore[attr-defined]
         for name in ("fp16", "deepspeed", "fsdp", "neftune_noise_alpha"):
@@ -97,18 +90,18 @@ class ZOMixin:
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         if self.optimizer is None:
-            chosen, options = getattr(self, "optimizer_cls_and_kwargs", None) or ("mezo", {})
+            cls, options = chosen(getattr(self, "optimizer_cls_and_kwargs", None) or ("mezo", None))
             module = self.model if model is None else model  # type: ignore[attr-defined]
             keep_unpacked(module)  # `model_init` makes one for each run
             args: Any = self.args  # type: ignore[attr-defined]
             common = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "seed": args.seed}
-            common |= _moments(chosen, args)
+            common |= moments(cls, args)
             decayed = set(self.get_decay_parameter_names(module))  # type: ignore[attr-defined]
             own: dict[str, nn.Parameter] = {}
             for prefix, loss in _losses(getattr(self, "loss", None)):
                 own |= {prefix + name: parameter for name, parameter in _own_parameters(loss, module)}
                 decayed |= {prefix + name for name in self.get_decay_parameter_names(loss)}  # type: ignore[attr-defined]
-            self.optimizer = TakenSteps(_build(chosen, module, own, common | dict(options), decayed), own)
+            self.optimizer = TakenSteps(build(cls, module, own, common | options, decayed), own)
         return self.optimizer
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -192,32 +185,14 @@ class ZOMixin:
         """There is no gradient, so none is measured."""
 
 
-def _given(settings: Any, name: str) -> bool:
-    """Whether a field of TrainingArguments has another value than its default."""
-    value, default = getattr(settings, name, None), type(settings).__dataclass_fields__[name].default
-    return str(getattr(value, "value", value)) != str(getattr(default, "value", default))
-
-
 def _say_unused(settings: Any) -> None:
     for name in ("optim", "optim_args", "optim_target_modules", "max_grad_norm"):
-        if name in type(settings).__dataclass_fields__ and _given(settings, name):
+        if name in type(settings).__dataclass_fields__ and is_given(settings, name):
             warnings.warn(
                 f"TrainingArguments has `{name}`, which changes nothing here: there is no gradient, and the method is that of "
                 "`optimizer_cls_and_kwargs`.",
                 stacklevel=3,
             )
-
-
-def _moments(chosen: Any, settings: Any) -> dict[str, Any]:
-    """The settings of Adam's moments that were given, for a method that has such moments."""
-    cls = method(chosen) if isinstance(chosen, str) else chosen
-    known = cls.hyperparameters() if isinstance(cls, type) and issubclass(cls, ZOOptimizer) else ()
-    found: dict[str, Any] = {}
-    if "betas" in known and (_given(settings, "adam_beta1") or _given(settings, "adam_beta2")):
-        found["betas"] = (settings.adam_beta1, settings.adam_beta2)
-    if "betas" in known and _given(settings, "adam_epsilon"):
-        found["stability"] = settings.adam_epsilon
-    return found
 
 
 def _losses(loss: Any) -> Iterator[tuple[str, nn.Module]]:
@@ -276,49 +251,3 @@ class TakenSteps(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         self.optimizer.add_param_group(param_group)
-
-
-def _build(
-    chosen: Any, module: nn.Module, own: Mapping[str, nn.Parameter], options: dict[str, Any], decayed: set[str]
-) -> ZOOptimizer:
-    """The method with its settings. own: parameters beside the model's; weight decay is for those named `decayed`, as in the
-    Trainer.
-    """
-    parameters: Iterable = [*module.named_parameters(), *own.items()]
-    cls = method(chosen) if isinstance(chosen, str) else chosen
-    if not (isinstance(cls, type) and issubclass(cls, ZOOptimizer)):
-        zeroth = (name for name, each in METHODS.items() if issubclass(each, ZOOptimizer) and not each.needs_gradient)
-        names = ", ".join(zeroth)
-        raise UserError(
-            f"`optimizer_cls_and_kwargs` names {chosen!r}, which is not a zeroth-order method: choose {names}."
-        )
-    if (name := options.pop("tuner", None)) is not None:
-        options["scale"] = tuner_scale(zoo.load(name, report=lambda text: None), parameters)
-    if cls.needs_tuner and "scale" not in options:
-        raise UserError(
-            f"{cls.name} needs a tuner: add `tuner`, a file, a name of the zoo or a Hub id, to its settings."
-        )
-    if cls.wants_full_closure:
-        raise UserError(
-            f"{cls.name} needs the loss over all training examples, which a Trainer does not give: make the optimizer, set its "
-            "`full_closure`, and give it as `optimizers=(optimizer, scheduler)`."
-        )
-    if cls.needs_model:
-        if own:
-            raise UserError(
-                f"{cls.name} trains a model alone, and the loss has parameters of its own, such as {next(iter(own))}: freeze "
-                "them (requires_grad_(False)), or choose another method."
-            )
-        options["model"] = module
-    known: Iterable[str] = {"lr", "weight_decay", "model", *cls.common, *cls.hyperparameters()}
-    for name in options:
-        if name not in known:
-            raise UserError(f"`{name}` is not a setting of {cls.name}, which has {', '.join(sorted(known))}.")
-    if options["weight_decay"]:
-        named = parameters
-        groups: list[dict[str, Any]] = [
-            {"params": [pair for pair in named if pair[0] in decayed]},
-            {"params": [pair for pair in named if pair[0] not in decayed], "weight_decay": 0.0},
-        ]
-        parameters = [group for group in groups if group["params"]]
-    return cls(parameters, **options)

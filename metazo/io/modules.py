@@ -7,6 +7,7 @@ import importlib.util
 import sys
 import zlib
 from pathlib import Path
+from traceback import extract_tb
 from types import ModuleType
 
 _FILES: set[str] = set()
@@ -29,6 +30,13 @@ def import_from(entry: str) -> ModuleType:
     _FILES.add(name)
     spec.loader.exec_module(module)
     return module
+
+
+def place(error: Exception) -> str:
+    """Where a user's code that was called or imported failed, as " in line 12 of reward.py"; empty if no frame is known."""
+    frames = extract_tb(error.__traceback__)[1:]  # without that of the caller
+    own = [frame for frame in frames if frame.filename != __file__ and not frame.filename.startswith("<frozen")]
+    return f" in line {own[0].lineno} of {Path(own[0].filename).name}" if own else ""
 
 
 def _name(path: Path) -> str:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 from metazo.errors import UserError
-from metazo.io.modules import import_from
+from metazo.io.modules import import_from, place
 from metazo.step.record import Step
 
 if TYPE_CHECKING:  # the command line shows its flags without torch
@@ -250,8 +250,13 @@ def load_entry(entry: str) -> None:
     """Import a module by name, or a file. Raises UserError if there is none, or it fails."""
     try:
         import_from(entry)
-    except (ImportError, OSError) as error:
-        raise UserError(f"{VARIABLE} names {entry!r}, which cannot be imported: {error}.") from error
+    except UserError:
+        raise
+    except Exception as error:  # the module's own code may raise anything
+        kind = "" if isinstance(error, ImportError | OSError) else f"{type(error).__name__}: "
+        raise UserError(
+            f"{VARIABLE} names {entry!r}, which cannot be imported: {kind}{error}{place(error)}."
+        ) from error
 
 
 def method(name: str) -> type[Method]:

@@ -142,6 +142,18 @@ def arguments(config: FinetuneConfig, model: nn.Module) -> dict[str, Any]:
     chosen = cls.translate(config.method)
     require_own(name, chosen, METHODS)
     chosen = {key: _option(name, key, value) for key, value in chosen.items()}
+    for key, parameter in cls.hyperparameters().items():
+        if (
+            key not in chosen
+            and parameter.default is parameter.empty
+            and parameter.kind is not parameter.VAR_POSITIONAL
+        ):
+            code = cls.__init__.__code__
+            where = f"in line {code.co_firstlineno} of {Path(code.co_filename).name}"
+            raise UserError(
+                f"`{key}` is missing: the constructor of {name}, {where}, has no default for it; give the setting, or add "
+                "a default there."
+            )
     settings: dict[str, Any] = {"weight_decay": config.weight_decay}
     if config.lr is not None:
         settings["lr"] = config.lr

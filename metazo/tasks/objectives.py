@@ -17,14 +17,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from traceback import extract_tb
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from metazo.errors import UserError
-from metazo.io.modules import import_from
+from metazo.io.modules import import_from, place
 from metazo.models.parts import forward_only
 from metazo.optimizers.guards import as_loss
 from metazo.tasks.encode import Encoded
@@ -109,7 +108,7 @@ class Objective:
             raise ObjectiveFailed(text) from error
         except Exception as error:
             raise ObjectiveFailed(
-                f"`objective` {self.name} failed{_place(error)}: {type(error).__name__}: {error}."
+                f"`objective` {self.name} failed{place(error)}: {type(error).__name__}: {error}."
             ) from error
 
     def over(self, model: nn.Module, prepared: Prepared, split: str, found: dict[str, float], batch_size: int) -> float:
@@ -183,9 +182,3 @@ def _imported(name: str, module: str, attribute: str) -> Objective:
         raise UserError(f"`objective` {name!r}: {module} has no function {attribute!r}; its functions are {defined}.")
     path = there.__file__
     return Objective(name, function, source=sha256(Path(path).read_bytes()).hexdigest() if path else None)
-
-
-def _place(error: Exception) -> str:
-    """Where the user's code failed, as " in line 12 of reward.py"; empty if no frame is known."""
-    frames = extract_tb(error.__traceback__)[1:]
-    return f" in line {frames[0].lineno} of {Path(frames[0].filename).name}" if frames else ""

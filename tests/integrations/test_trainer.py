@@ -358,6 +358,7 @@ def test_adapters_alone_move_in_a_peft_model(tmp_path: Path) -> None:
         ({"optimizer_cls_and_kwargs": ("adamw", {})}, "adamw"),
         ({"optimizer_cls_and_kwargs": (torch.optim.SGD, {})}, "not a zeroth-order method"),
         ({"optimizer_cls_and_kwargs": "mezo"}, "is 'mezo': give a method and its settings"),
+        ({"optimizer_cls_and_kwargs": ("mezo", [1])}, r"has the settings \[1\]: give a mapping"),
         ({"optimizer_cls_and_kwargs": ("mezo", {"rank": 3})}, "`rank` is not a setting of mezo"),
         ({"optimizer_cls_and_kwargs": ("zo-finetuner", {})}, "zo-finetuner needs a tuner: add `tuner`"),
         ({"optimizer_cls_and_kwargs": ("mezo", {"eps": 0.0})}, "eps.? must be above 0"),
@@ -458,6 +459,21 @@ def test_a_checkpoint_without_the_optimizer_is_refused(tmp_path: Path) -> None:
     trainer(tmp_path, model(), **options).train()
     with pytest.raises(UserError, match="has no state of the optimizer \\(`save_only_model`\\)"):
         trainer(tmp_path, model(), **options).train(resume_from_checkpoint=True)
+
+
+def test_an_unknown_method_is_answered_with_all_that_are_taken(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match="`optimizer_cls_and_kwargs` names 'foo', which is not a method: choose"
+    ) as refused:
+        trainer(tmp_path, model(), optimizer_cls_and_kwargs=("foo", {}))
+    named = set(str(refused.value).rpartition("choose ")[2].rstrip(".").split(", "))
+    assert {"mezo", "answer-column", "skip-feedback", "first-order-fused"} <= named
+    assert not named & {"first-order-adamw", "first-order-sgd", "mezo-svrg"}, "they are refused"
+
+
+def test_none_means_no_settings(tmp_path: Path) -> None:
+    made = trainer(tmp_path, model(), optimizer_cls_and_kwargs=("lozo", None)).create_optimizer()
+    assert made.optimizer.name == "lozo" and made.optimizer.rank == 2
 
 
 def test_the_methods_that_are_named_need_no_gradients(tmp_path: Path) -> None:

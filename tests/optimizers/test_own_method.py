@@ -159,6 +159,36 @@ def test_it_is_a_row_of_the_capability_table(monkeypatch):
     assert "| `toy-clipped` | 2 |" in capabilities.table({"toy-clipped": cells})
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("x = 1\ndef f(:\n    pass\n", r"SyntaxError: invalid syntax \(wrong.py, line 2\)\.$"),
+        ("x = 1\n\nx = {}['key']\n", r"KeyError: 'key' in line 3 of wrong.py\.$"),
+        ("import no_such_module\n", r"No module named 'no_such_module' in line 1 of wrong.py\.$"),
+    ],
+)
+def test_a_file_that_fails_is_one_sentence(tmp_path, text, said):
+    (tmp_path / "wrong.py").write_text(text)
+    with pytest.raises(UserError, match=f"METAZO_METHODS names .*wrong.py', which cannot be imported: {said}"):
+        registry.load_entry(str(tmp_path / "wrong.py"))
+
+
+def test_a_hyperparameter_without_a_default_is_asked_for(tmp_path):
+    text = TOY.replace("headroom: float = 3.0", "headroom: float").replace("toy-clipped", "toy-strict")
+    (tmp_path / "toy_strict.py").write_text(text)
+    registry.load_entry(str(tmp_path / "toy_strict.py"))
+    try:
+        with pytest.raises(
+            UserError, match="`headroom` is missing: the constructor of toy-strict, in line 24 of toy_strict.py,"
+        ):
+            run_settings(
+                build(FinetuneConfig, RUN | {"optimizer": "toy-strict", "method": {}, "out": tmp_path / "run"})
+            )
+    finally:
+        for table in (METHODS, OPTIMIZERS):
+            table.pop("toy-strict")
+
+
 def test_names_are_taken_once_and_entries_must_import(tmp_path):
     with pytest.raises(UserError, match="'mezo' is taken"):
         registry.register(type("Other", (MeZO,), {"name": "mezo"}))

@@ -1,0 +1,101 @@
+"""The method of a Trainer: from `optimizer_cls_and_kwargs` and TrainingArguments to the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from metazo import zoo
+from metazo.errors import UserError
+from metazo.io.plain import shown
+from metazo.optimizers.base import ZOOptimizer
+from metazo.optimizers.registry import METHODS, load
+from metazo.tuner.scale import tuner_scale
+
+
+def chosen(given: Any) -> tuple[type[ZOOptimizer], dict[str, Any]]:
+    """The class and the settings that `optimizer_cls_and_kwargs` names; None for no settings. Raises UserError for others."""
+    if not isinstance(given, tuple | list) or len(given) != 2:
+        raise UserError(
+            f"`optimizer_cls_and_kwargs` is {shown(given)}: give a method and its settings, such as "
+            '("mezo", {"eps": 1e-3}).'
+        )
+    name, settings = given
+    load()
+    cls = METHODS.get(name) if isinstance(name, str) else name
+    if not (isinstance(cls, type) and issubclass(cls, ZOOptimizer)):
+        taken = {
+            key: each for key, each in METHODS.items() if issubclass(each, ZOOptimizer) and not each.wants_full_closure
+        }
+        zeroth = [key for key, each in taken.items() if not each.needs_gradient]
+        what, names = ("method", taken) if cls is None else ("zeroth-order method", zeroth)
+        raise UserError(
+            f"`optimizer_cls_and_kwargs` names {shown(name)}, which is not a {what}: choose {', '.join(names)}."
+        )
+    if not isinstance(settings, Mapping | None):
+        raise UserError(
+            f'`optimizer_cls_and_kwargs` has the settings {shown(settings)}: give a mapping, such as {{"eps": 1e-3}}.'
+        )
+    return cls, dict(settings or {})
+
+
+def is_given(settings: Any, name: str) -> bool:
+    """Whether a field of TrainingArguments has another value than its default."""
+    value, default = getattr(settings, name, None), type(settings).__dataclass_fields__[name].default
+    return str(getattr(value, "value", value)) != str(getattr(default, "value", default))
+
+
+def moments(cls: type[ZOOptimizer], settings: Any) -> dict[str, Any]:
+    """The settings of Adam's moments that were given, for a method that has such moments."""
+    known = cls.hyperparameters()
+    found: dict[str, Any] = {}
+    if "betas" in known and (is_given(settings, "adam_beta1") or is_given(settings, "adam_beta2")):
+        found["betas"] = (settings.adam_beta1, settings.adam_beta2)
+    if "betas" in known and is_given(settings, "adam_epsilon"):
+        found["stability"] = settings.adam_epsilon
+    return found
+
+
+def build(
+    cls: type[ZOOptimizer],
+    module: nn.Module,
+    own: Mapping[str, nn.Parameter],
+    options: dict[str, Any],
+    decayed: set[str],
+) -> ZOOptimizer:
+    """The method with its settings. own: parameters beside the model's; weight decay is for those named `decayed`, as in the
+    Trainer.
+    """
+    parameters: Iterable = [*module.named_parameters(), *own.items()]
+    if (name := options.pop("tuner", None)) is not None:
+        options["scale"] = tuner_scale(zoo.load(name, report=lambda text: None), parameters)
+    if cls.needs_tuner and "scale" not in options:
+        raise UserError(
+            f"{cls.name} needs a tuner: add `tuner`, a file, a name of the zoo or a Hub id, to its settings."
+        )
+    if cls.wants_full_closure:
+        raise UserError(
+            f"{cls.name} needs the loss over all training examples, which a Trainer does not give: make the optimizer, set its "
+            "`full_closure`, and give it as `optimizers=(optimizer, scheduler)`."
+        )
+    if cls.needs_model:
+        if own:
+            raise UserError(
+                f"{cls.name} trains a model alone, and the loss has parameters of its own, such as {next(iter(own))}: freeze "
+                "them (requires_grad_(False)), or choose another method."
+            )
+        options["model"] = module
+    known: Iterable[str] = {"lr", "weight_decay", "model", *cls.common, *cls.hyperparameters()}
+    for name in options:
+        if name not in known:
+            raise UserError(f"`{name}` is not a setting of {cls.name}, which has {', '.join(sorted(known))}.")
+    if options["weight_decay"]:
+        named = parameters
+        groups: list[dict[str, Any]] = [
+            {"params": [pair for pair in named if pair[0] in decayed]},
+            {"params": [pair for pair in named if pair[0] not in decayed], "weight_decay": 0.0},
+        ]
+        parameters = [group for group in groups if group["params"]]
+    return cls(parameters, **options)
