@@ -105,6 +105,8 @@ def evaluate(
     name = str(task) if isinstance(task, str | Path) else task.name if task else None
     folder = data if isinstance(data, str | Path) else None
     given = settings | {"task": name, "data": folder}
+    if isinstance(examples, int) and examples < 1:
+        raise UserError(f"`examples` must be at least 1, not {examples}.")
     if examples is not None:
         given[f"{split}_examples"] = examples
     fixed = {"model": called, "out": Path(), "keep": "last", "resume": False}
@@ -123,6 +125,8 @@ def evaluate(
         describe(loaded.model, trained)
     recorded = [split for split in SPLITS if run is not None and given.get(f"{split}_examples") is None]
     prepared = prepared_task(config, chosen, loaded, rows, recorded)
+    if not getattr(prepared, split):
+        raise UserError(f"The {split} split of task {chosen.name!r} has no rows here: give their number as `examples`.")
     if config.head in MADE and loaded.new_head:
         fit_head(loaded, prepared, config.eval_batch_size)
     for note in [*prepared.notes, *(_doubts(trained) if run is not None else ())]:

@@ -24,6 +24,8 @@ MAX_ROW = 2**20
 MAX_CHOICES = 256
 """Choices of one row."""
 ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+FORMS = dict.fromkeys((".csv", ".tsv"), "one line per row after that of the columns")
+FORMS |= {".jsonl": "one JSON object per line", ".json": "a list of JSON objects", ".parquet": "at least one row"}
 _SIMPLE = str | int | float
 
 
@@ -118,7 +120,8 @@ def generated(task: Task, data: Path) -> str:
 
 def _read(task: Task, path: Path) -> Source:
     if not is_file(path):
-        raise UserError(f"data file {path} is not a file; task {task.name!r} needs one JSON object per line")
+        found = "is not a file" if path.exists() else "does not exist"
+        raise UserError(f"data file {path} {found}; task {task.name!r} needs it: correct the path, or add the file")
     try:
         rows = list(_parquet(path) if path.suffix == ".parquet" else _text_rows(task, path))
     except OSError as error:
@@ -126,7 +129,8 @@ def _read(task: Task, path: Path) -> Source:
     except UnicodeDecodeError as error:
         raise UserError(f"data file {path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
     if not rows:
-        raise UserError(f"data file {path} is empty; task {task.name!r} needs one JSON object per line")
+        found = "is empty" if path.suffix == ".jsonl" else "has no rows"
+        raise UserError(f"data file {path} {found}; task {task.name!r} needs {FORMS.get(path.suffix, FORMS['.jsonl'])}")
     return _whole(task, str(path), rows)
 
 

@@ -182,6 +182,13 @@ def test_settings_without_effect_are_said_and_a_folder_of_a_run_may_be_gone(tmp_
         evaluate(tmp_path / "run", data=tmp_path / "nope")
 
 
+def test_no_examples_are_refused_by_name():
+    with pytest.raises(UserError, match="`examples` must be at least 1, not 0"):
+        evaluate("pico", "pico_sentiment", examples=0)
+    with pytest.raises(UserError, match="The dev split of task 'pico_sentiment' has no rows here: .* `examples`"):
+        evaluate("pico", "pico_sentiment", split="dev", dev_examples=0)
+
+
 def test_the_size_of_the_split_may_be_given_as_a_setting():
     assert evaluate("pico", "pico_sentiment", test_examples=6)["examples"] == 6
 

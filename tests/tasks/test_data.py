@@ -405,6 +405,12 @@ def test_the_form_of_a_file_changes_no_row(tmp_path, ending):
         ("train.json", '[{"text": "a"', "not a JSON list"),
         ("train.csv", "text,label\na,0,more\n", "row 1 has another number of cells than the header has columns"),
         ("train.csv", "text,label\na,2\n", "row 1: 'label' is '2', which is none of the labels"),
+        (
+            "train.csv",
+            "text,label\n",
+            "train.csv has no rows; task 'toy' needs one line per row after that of the columns",
+        ),
+        ("train.json", "[]", "train.json has no rows; task 'toy' needs a list of JSON objects"),
         ("train.parquet", "no", "cannot be read as Parquet"),
         (
             "train.jsonl",
@@ -423,6 +429,17 @@ def test_bad_files_of_every_form_are_one_sentence(tmp_path, name, text, words):
         draw(tmp_path)
 
 
+def test_a_file_of_the_task_that_does_not_exist(tmp_path):
+    task = TASK.model_copy(update={"files": {"train": tmp_path / "none.csv"}})
+    with pytest.raises(
+        UserError, match="none.csv does not exist; task 'toy' needs it: correct the path, or add the file$"
+    ):
+        draw(None, task)
+    task = TASK.model_copy(update={"files": {"train": tmp_path}})
+    with pytest.raises(UserError, match="is not a file; task 'toy' needs it"):
+        draw(None, task)
+
+
 def test_null_and_empty_labels_can_be_left_out(tmp_path):
     task = TASK.model_copy(update={"unlabelled": (None, "")})
     write(tmp_path, train=[{"text": "x", "label": None}, {"text": "y", "label": ""}, *rows(20)], validation=rows(9, 50))
@@ -434,7 +451,7 @@ def test_too_many_choices_and_labels_are_refused(tmp_path):
     write(tmp_path, train=[{"text": "a", "options": ["b"] * 3000, "label": 0}])
     with pytest.raises(UserError, match="holds 3,000 choices; at most 256 are compared"):
         draw(tmp_path, task)
-    with pytest.raises(ValueError, match="3,000 labels were given; at most 1,000"):
+    with pytest.raises(UserError, match="3,000 labels were given; at most 1,000"):
         Task(name="toy", kind="classification", prompt="{text}", labels=[f"w{i}" for i in range(3000)])  # type: ignore[arg-type]
 
 

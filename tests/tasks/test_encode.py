@@ -292,7 +292,7 @@ def test_letters_answer_for_the_choices(gpt2):
     example = Encoder(task, gpt2, room)(long, "row 1")
     assert example.shortened and "\nA. " + "a cat " * 29 + "a cat" in text(gpt2, example.ids)
     assert Encoder(task, gpt2, room // 2)(long, "row 1") is None
-    with pytest.raises(ValueError, match=r"letters is for choice tasks whose prompt has the place \{choices\}"):
+    with pytest.raises(UserError, match=r"letters is for choice tasks whose prompt has the place \{choices\}"):
         Task(name="c", kind="choice", prompt="{q}", choices=("x", "y"), letters=True)
 
 
