@@ -64,9 +64,10 @@ def finetune(
         task: by name, as a YAML file, or a `metazo.Task`.
         optimizer: a method by name, a class of metazo.optimizers or your own class (built from the settings), or an
             optimizer over the model's named parameters, which has its own hyperparameters.
-        data: a folder with `<task>/<split>.jsonl` (not read for tasks that generate their rows); rows in memory: a list of dicts, a datasets.Dataset, or a mapping
-            (DatasetDict) of train and, if there are any, validation and test; by default the task's own rows. With
-            `loss`, the training batches: a list, a DataLoader (read once), or an endless iterable.
+        data: a folder with `<task>/<split>.jsonl` (not read for tasks that generate their rows); rows in memory: a list of
+            dicts, a datasets.Dataset, or a mapping (DatasetDict) of train and, if there are any, validation and test; by
+            default the task's own rows. With `loss`, the training batches: a list, a DataLoader (read once), or an endless
+            iterable.
         loss: (model, batch) -> scalar tensor, the mean loss of a batch, computed without dropout or other randomness.
         dev, test: with `loss`, the batches that choose the kept weights, and the batches of the final test; iterables are read
             to their end.
