@@ -60,13 +60,20 @@ def compare(
     count = run(settings, console, retry_failed=retry_failed, part=part)
     if as_json:
         print_json(count)
-        return
+        raise typer.Exit(1 if count["unsettled"] else 0)
     kept = f", {count['kept']} of them finished before" if count["kept"] else ""
     failed = (
         f"; {count['failed']} failed (their files say why; --retry-failed runs them again)" if count["failed"] else ""
     )
     if count["diverged"]:
         failed += f"; {count['diverged']} diverged"
+    if count["not_run"]:
+        failed += f"; {count['not_run']} not run: no learning rate of the search gave a finite loss"
+    if count["unsettled"]:
+        incomplete = f"{count['unsettled']} incomplete search{'es' * (count['unsettled'] > 1)}, because runs failed"
+        then = "put right what their reasons say; the same command tries again"
+        console.print(f"{count['runs']} runs{kept}{failed}. Not finished: {incomplete}. Now: {then}", soft_wrap=True)
+        raise typer.Exit(1)
     then = f"metazo report {settings.out}" if part is None else "the same command without --part, after all parts"
     console.print(f"{count['runs']} runs{kept}{failed}. Now: {then}", soft_wrap=True)
 

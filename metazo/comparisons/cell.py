@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import math
+import os
 import shutil
 import time
 from dataclasses import asdict, dataclass, replace
@@ -22,10 +24,13 @@ from metazo.runs.folder import RunFolder
 from metazo.runs.header import environment
 from metazo.runs.interrupt import Interrupted
 from metazo.runs.monitor import Diverged
-from metazo.runs.resources import PeakMemory
+from metazo.runs.resources import NoSpace, PeakMemory
 from metazo.runs.setup import set_up
 from metazo.settings import with_role
 from metazo.tasks.evaluate import evaluate
+
+NO_SPACE = "no space"
+"""Status of a run that a full disk has ended. It says nothing about the run, so such a result is not written."""
 
 
 @dataclass
@@ -58,9 +63,9 @@ def run(job: Job) -> Result:
     except Diverged as error:
         status, reason = "diverged", f"Diverged: {error.what}"
     except UserError as error:
-        reason = str(error)
-    except Exception as error:  # a method, a driver or a full disk may raise anything, and the other runs must continue
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        status, reason = status_of(error), str(error)
+    except Exception as error:  # a method or a driver may raise anything, and the other runs must continue
+        status, reason = status_of(error), f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     taken = meter.bytes()
     result = failed(job, reason, status=status) if parts is None else Result(job.info | _of_worker(), *parts)
     result.run_info |= _of_worker()
@@ -75,6 +80,18 @@ def run(job: Job) -> Result:
     shutil.rmtree(out, ignore_errors=True)
     gc.collect()
     return result
+
+
+def status_of(error: BaseException | None) -> str:
+    """NO_SPACE if a disk with too little space is the cause of an error, else failed."""
+    while error is not None:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if (
+            full or isinstance(error, NoSpace) or os.strerror(errno.ENOSPC) in str(error)
+        ):  # libraries in Rust have no errno
+            return NO_SPACE
+        error = error.__cause__ or error.__context__
+    return "failed"
 
 
 def warm_up(job: Job) -> None:

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 from collections import deque
 from collections.abc import Generator
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean, median
+from statistics import median
 
 from metazo import recipes
+from metazo.comparisons.cell import NO_SPACE
 from metazo.comparisons.cluster import RayPool, ray_module
 from metazo.comparisons.columns import Column
 from metazo.comparisons.examine import Facts, examine
-from metazo.comparisons.grid import PARTS, SEARCH_SEED, Grid, Run, longer, pairs_of, parts_in, runs_of, search_run
+from metazo.comparisons.grid import PARTS, Grid, Run, longer, pairs_of, parts_in, runs_of
 from metazo.comparisons.key import cores
 from metazo.comparisons.live import Progress
 from metazo.comparisons.packed import is_packed, unpack
 from metazo.comparisons.pool import Pool
-from metazo.comparisons.rates import walk
+from metazo.comparisons.rates import look
 from metazo.comparisons.results import Result, Search, read_search, write_search
 from metazo.comparisons.store import Store
 from metazo.errors import UserError
@@ -49,16 +49,19 @@ class _Batch:
 def compare(
     grid: Grid | str | Path, console: Console | None = None, *, retry_failed: bool = False, part: str | None = None
 ) -> dict[str, int]:
-    """Do the runs of the grid that are not finished. Returns numbers of runs: done, of them kept, failed and diverged.
+    """Do the runs of the grid that are not finished. Returns numbers of runs: done, of them kept, failed and diverged, and
+    not_run; and the number of searches that are unsettled.
 
     grid: a Grid, its YAML file, or the name of one that metazo recipes lists; it writes into `out` of the grid.
     part: "INDEX/COUNT", such as 0/16: only every COUNT-th pair of a task and a column, from INDEX on. Several processes, on
     any machines that share the folder, may do different parts at the same time; a call without `part` afterwards does what
     is left, and what needs all of them: search.json and the time budget.
 
-    kept: runs that an earlier call had finished. Raises UserError for bad input, before anything is written, and if a
-    result cannot be written; Interrupted if a signal asked it to stop. In both cases finished runs are kept, and the same
-    call continues.
+    kept: runs that an earlier call had finished; not_run: reported runs of columns whose search gave no finite loss at any
+    rate. unsettled: a run has failed, not diverged, so that the search may not choose a rate, and the reported runs of its
+    column are not done; the next call repeats the run. Raises UserError for bad input, before anything is written, and if a
+    disk has no space for a run or a result; Interrupted if a signal asked it to stop. In both cases finished runs are kept,
+    and the same call continues.
     """
     console = Console.of(console)
     refuse_ranks("compare")
@@ -121,11 +124,12 @@ class _Comparison:
         self.searches: dict[str, dict[str, Search]] = {name: {} for name in self.names.values()}
         self.results: dict[Path, Result] = {}
         self.waiting = 0  # flows whose runs are not all done
+        self.unsettled = 0  # searches
 
     def run(self) -> dict[str, int]:
         grid = self.grid
-        grid.write()
         self.store.clear()
+        grid.write()
         if self.part is None:
             unpack(grid.out)
             self._remember(self.store.supersede())
@@ -142,7 +146,8 @@ class _Comparison:
         self.store.clear()
         if self.part is None:
             shutil.rmtree(grid.out / PARTS, ignore_errors=True)
-        return {"runs": shown.done, "kept": shown.kept, "failed": shown.failed, "diverged": shown.diverged}
+        count = {"runs": shown.done, "kept": shown.kept, "failed": shown.failed, "diverged": shown.diverged}
+        return count | {"not_run": shown.not_run, "unsettled": self.unsettled}
 
     def _remember(self, superseded: set[tuple[str, str]]) -> None:
         """Searches of an earlier call that are still valid, so that search.json is complete after a stop."""
@@ -166,33 +171,31 @@ class _Comparison:
 
     def _flow(self, task: str, column: Column) -> Flow:
         """Yields the runs of a column on a task in batches; each batch depends on the results of the batches before."""
-        lr = (yield from self._search(task, column)) if column.trains else None
+        lr = None
+        if column.trains:
+            search, used = yield from look(self.grid, task, column, self.facts[task, column.name].lrs)
+            self._note(task, column, search, used)
+            if search is None:
+                return
+            lr = search.lr
         yield runs_of(self.grid, task, column, lr)
 
-    def _search(self, task: str, column: Column) -> Generator[list[Run], list[Result], float | None]:
-        grid, start = self.grid, self.facts[task, column.name].lrs
-        seeds = [SEARCH_SEED + number for number in range(grid.search_seeds)]
-        search = Search(start[0], {}, False, [], 0, 0, 0)
-        if len(start) > 1:
-            search = Search(None, {}, False, seeds, 0, 0, search_run(grid, task, column, start[0], 0).forwards)
-            walker = walk(start, grid.extensions)
-            wanted = next(walker)
-            while True:
-                results = yield [search_run(grid, task, column, lr, seed) for lr in wanted for seed in seeds]
-                losses = {lr: fmean(r.minimised for r in results if r.run_info["lr"] == lr) for lr in wanted}
-                search.losses |= {f"{lr:g}": loss if math.isfinite(loss) else None for lr, loss in losses.items()}
-                search.runs += len(results)
-                search.forwards += sum(result.train_info.get("forwards") or 0 for result in results)
-                try:
-                    wanted = walker.send(losses)
-                except StopIteration as stop:
-                    search.lr, search.at_boundary = stop.value
-                    break
-        self.store.settle(task, column, search.lr)
-        self.searches[self.names[task]][column.name] = search
+    def _note(self, task: str, column: Column, search: Search | None, used: list[Run]) -> None:
+        """Keep the result of a search, and put aside what is not of it."""
+        name = self.names[task]
+        if search is None:
+            self.unsettled += 1
+            self.searches[name].pop(column.name, None)
+            text = "a run of the search failed, so no rate is chosen and no reported run is done; the same command tries again"
+            self.console.say("incomplete:", f"{name}, {column.name}: {text}.", "yellow")
+        else:
+            self.searches[name][column.name] = search
+            if search.lr is None:
+                text = f"{self.grid.seeds} not run: no learning rate of the search gave a finite loss"
+                self.console.say("not run:", f"{name}, {column.name}: {text}.", "yellow")
+        self.store.settle(task, column, search, used)
         if self.part is None:
             write_search(self.grid.out, self.searches)
-        return search.lr
 
     def _extra(self, task: str) -> list[list[Run]]:
         """The longer runs of methods that finish before the time budget of a task is used up.
@@ -264,6 +267,12 @@ class _Comparison:
                 if result is None:  # unfinished: no search may use it, and the next call repeats it
                     caught = caught or ["SIGTERM to a worker"]
                     continue
+                if result.run_info["status"] == NO_SPACE:
+                    what = str(result.run_info["reason"]).partition(";")[0]
+                    raise UserError(
+                        f"`out` {self.grid.out}: a disk has too little space for a run ({run}: {what}); make room, and the "
+                        "same command continues with the rest."
+                    )
                 self.store.save(run, result)
                 self._done(run, batch, result, True, queue, shown)
 

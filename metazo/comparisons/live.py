@@ -22,7 +22,7 @@ class Progress:
     def __init__(self, console: Console, runs: int, forwards: float):
         self.console = console
         self.runs, self.forwards = runs, forwards  # totals, as far as known
-        self.done = self.kept = self.failed = self.diverged = 0
+        self.done = self.kept = self.failed = self.diverged = self.not_run = 0
         self.done_forwards = self.ran_forwards = 0.0
         self.started = time.monotonic()
         self.live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
@@ -42,10 +42,13 @@ class Progress:
         self.forwards += forwards
 
     def add(self, result: Result, ran: bool) -> None:
-        """Count a run that was done now or (ran=False) by an earlier call."""
+        """Count a run that was done now or (ran=False) by an earlier call, or that has no learning rate."""
         info = result.run_info
-        self.done += 1
         self.done_forwards += info["budget"]
+        if info["lr"] is None and info["budget"]:  # zero-shot has no budget
+            self.not_run += 1
+            return
+        self.done += 1
         self.failed += info["status"] == "failed"
         self.diverged += info["status"] == "diverged"
         if not ran:

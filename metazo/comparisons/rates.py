@@ -10,7 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator
+from statistics import fmean
 
+from metazo.comparisons.columns import Column
+from metazo.comparisons.grid import SEARCH_SEED, Grid, Run, search_run
+from metazo.comparisons.results import Result, Search
 from metazo.optimizers import METHODS
 
 # A method's class gives the start of its search (`expected_rate`), chosen by hand: a search that starts far from the best
@@ -76,3 +80,34 @@ def _gap_above(lr: float, losses: dict[float, float]) -> bool:
 def best(losses: dict[float, float]) -> float | None:
     finite = [lr for lr in sorted(losses) if math.isfinite(losses[lr])]
     return min(finite, key=lambda lr: losses[lr]) if finite else None
+
+
+def look(
+    grid: Grid, task: str, column: Column, start: list[float]
+) -> Generator[list[Run], list[Result], tuple[Search | None, list[Run]]]:
+    """Search a column's learning rate: yields runs, and is sent their results. Returns the search and all its runs.
+
+    start: the first rates; a single one is taken without a run. The search is None if a run has failed and not diverged, as
+    on a full disk: that tells nothing about its rate, so that no rate may be chosen.
+    """
+    if len(start) == 1:
+        return Search(start[0], {}, False, [], 0, 0, 0), []
+    seeds = [SEARCH_SEED + number for number in range(grid.search_seeds)]
+    search = Search(None, {}, False, seeds, 0, 0, search_run(grid, task, column, start[0], 0).forwards)
+    used, walker = list[Run](), walk(start, grid.extensions)
+    wanted = next(walker)
+    while True:
+        runs = [search_run(grid, task, column, lr, seed) for lr in wanted for seed in seeds]
+        results = yield runs
+        used += runs
+        if not all(result.finished or result.diverged for result in results):
+            return None, used
+        losses = {lr: fmean(r.minimised for r in results if r.run_info["lr"] == lr) for lr in wanted}
+        search.losses |= {f"{lr:g}": loss if math.isfinite(loss) else None for lr, loss in losses.items()}
+        search.runs += len(results)
+        search.forwards += sum(result.train_info.get("forwards") or 0 for result in results)
+        try:
+            wanted = walker.send(losses)
+        except StopIteration as stop:
+            search.lr, search.at_boundary = stop.value
+            return search, used

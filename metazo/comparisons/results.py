@@ -64,11 +64,18 @@ class Result:
 
     @property
     def minimised(self) -> float:
-        """The objective on dev at the end, or the loss if the run has no objective; inf if it did not finish."""
+        """The objective on dev at the end, or the loss if the run has no objective; inf if it diverged."""
         if not self.finished:
             return math.inf
         dev = self.metrics["dev"]
         return dev["objective"] if "objective" in dev else dev["loss"]
+
+    @property
+    def diverged(self) -> bool:
+        """Whether losses or weights were not finite. Earlier versions wrote failed, and a reason that begins in one way."""
+        info = self.run_info
+        early = info["status"] == "failed" and str(info.get("reason")).startswith("The run stopped at step ")
+        return early or info["status"] == "diverged"
 
     def to_bytes(self) -> bytes:
         return (json.dumps(_plain(asdict(self)), indent=1, allow_nan=False) + "\n").encode()

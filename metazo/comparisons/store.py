@@ -15,7 +15,7 @@ from metazo.comparisons.columns import Column
 from metazo.comparisons.examine import Facts
 from metazo.comparisons.grid import SEARCH_SEED, Grid, Run, search_run
 from metazo.comparisons.key import key
-from metazo.comparisons.results import Result, cell_path
+from metazo.comparisons.results import Result, Search, cell_path
 from metazo.tasks import resolve
 
 
@@ -36,8 +36,7 @@ class Store:
 
     def job(self, run: Run) -> Job:
         path = self.path(run)
-        name = "-".join(path.relative_to(self.grid.out / "cells").with_suffix("").parts)
-        config = run.config(self.grid, self.running / name)
+        config = run.config(self.grid, self.running / path.relative_to(self.grid.out / "cells").with_suffix(""))
         fact = self.facts[run.task, run.column.name]
         info: dict[str, Any] = {
             "task": self.names[run.task],
@@ -65,7 +64,7 @@ class Store:
         return Job(config, info, run.column.trains, self._model(path) if kept else None)
 
     def known(self, run: Run, job: Job) -> Result | None:
-        """The result of an earlier call, or a failure without a run if the search left no learning rate.
+        """The result of an earlier call, or a failure without a run if no rate of the search gave a finite loss.
 
         A result without the model that the grid wants to keep does not count. A result of another grid that is in the run's
         place is put aside.
@@ -76,7 +75,8 @@ class Store:
         for place in (path, *self._aside(path)):  # a column that is asked for again gets its results back
             if place.exists():
                 found = Result.load(place)
-                again = self.retry_failed and found.run_info["status"] == "failed"
+                failed_before = not (found.finished or found.diverged)
+                again = failed_before and (self.retry_failed or run.kind == "search")  # a search needs all its runs
                 lacks = job.keep is not None and found.finished and not self._model(place).is_dir()
                 if same(found.run_info, job.info) and not again and not lacks:
                     if place != path:
@@ -110,16 +110,20 @@ class Store:
                 moved.add(place)
         return moved
 
-    def settle(self, task: str, column: Column, lr: float | None) -> None:
-        """Put aside a column's reported results that are not of the learning rate that its search chose.
+    def settle(self, task: str, column: Column, search: Search | None, used: list[Run]) -> None:
+        """Put aside a column's runs that its search did not use, and the reported ones that are not of the rate it chose.
 
-        They go before the column's runs start, so that no mean is over two rates if the comparison is stopped.
+        They go before the column's runs start, so that no mean is over two rates if the comparison is stopped. search: None
+        if it is not settled: then no reported run is of its rate, and it may still use every run of a search.
         """
-        folder = self.grid.out / "cells" / self.names[task] / column.name
+        folder, paths = self.grid.out / "cells" / self.names[task] / column.name, {self.path(run) for run in used}
         for path in sorted([*folder.glob("seed-*.json"), *folder.glob("time-*.json")]):
             info = Result.load(path).run_info
-            if info["lr"] != lr or not self._belongs(info, task, column):
+            if search is None or info["lr"] != search.lr or not self._belongs(info, task, column):
                 self._put_aside(path, info)
+        for path in sorted(folder.glob("search-*.json")) if search else ():
+            if path not in paths:
+                self._put_aside(path, Result.load(path).run_info)
 
     def settle_longer(self, task: str, asked: list[Run]) -> None:
         """Put aside a task's runs to a time budget that are not among those asked for."""

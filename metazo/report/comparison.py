@@ -61,7 +61,7 @@ class Comparison:
             seed = str(info.get("seed", seed))
             self.infos.append(info)
             readable = True
-            status = "diverged" if info.get("status") == "diverged" else "failed"
+            status = "diverged" if result.diverged else "failed"
             run = run_of(result)
         except (UserError, ValueError, TypeError, AttributeError) as error:
             text = str(error).replace(f"{file} ", "The file ").replace(str(file), file.name)

@@ -175,7 +175,8 @@ def failures(data: Comparison) -> Table:
     table = Table(
         "failures",
         "Runs that failed, and files that cannot be read",
-        "No mean includes them. A failed run loses its pair in the tests; an unreadable file is left out of the tests.",
+        "No mean includes them. A failed run loses its pair in the tests; an unreadable file is left out of the tests. A run "
+        "of a search that diverged is a bad rate; one that failed tells nothing about its rate, and its search is incomplete.",
         ["task", "column", "run", "seed", "reason"],
         heads=5,
     )

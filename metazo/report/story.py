@@ -191,7 +191,9 @@ def _gradients(analysis: Analysis) -> list[tuple[str, str]]:
 
 
 def _cautions(analysis: Analysis, other: Analysis) -> list[tuple[str, str]]:
-    """Cautions: the other measure ranks another method first, tasks left out, learning rates at the edge, failed runs."""
+    """Cautions: the other measure ranks another method first, tasks left out, learning rates at the edge, failed runs.
+    A run of a search may diverge: that is a result of the search.
+    """
     data, parts = analysis.data, []
     firsts = [ranked[0][0] for ranked in map(forward_only, (analysis, other)) if ranked]
     if len(set(firsts)) > 1:
@@ -237,7 +239,14 @@ def _cautions(analysis: Analysis, other: Analysis) -> list[tuple[str, str]]:
         parts.append(
             f"The machine was busy: runs took {busy:.1f} times their processor time, so times are not reliable."
         )
-    failed = sum(not failure.kind.startswith("search") for failure in data.failures)
+    broken = [f for f in data.failures if f.kind.startswith("search") and f.readable and f.status == "failed"]
+    if broken:
+        parts.append(
+            f"{listed(list(dict.fromkeys(f.column for f in broken)))}: the learning-rate search is incomplete, because "
+            f"{some(len(broken), 'run')} of it failed ({broken[0].reason.rstrip('.')}); the same metazo compare command "
+            "repeats what failed."
+        )
+    failed = sum(f.status != "diverged" or not f.kind.startswith("search") for f in data.failures)
     if failed or data.missing:
         parts.append(
             f"{some(failed, 'run')} failed or cannot be read, {some(len(data.missing), 'run')} missing: listed below."

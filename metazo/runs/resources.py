@@ -24,14 +24,18 @@ def refuse_ranks(what: str) -> None:
         )
 
 
+class NoSpace(UserError):
+    """Less space on a disk than what is to be written needs."""
+
+
 def require_space(folder: Path, needed: int, what: str) -> None:
-    """Raises UserError if the disk of `folder` has less than `needed` bytes free."""
+    """Raises NoSpace if the disk of `folder` has less than `needed` bytes free."""
     place = folder
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
     if free < needed:
-        raise UserError(
+        raise NoSpace(
             f"{what} needs {size(needed)} on the disk of {folder} and {size(free)} are free; choose another place."
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import os
@@ -18,7 +19,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from metazo.comparisons.cell import Job, configuration
+from metazo.comparisons.cell import NO_SPACE, Job, configuration, status_of
 from metazo.comparisons.compare import compare
 from metazo.comparisons.examine import examine, plan
 from metazo.comparisons.grid import Grid, Run
@@ -28,6 +29,7 @@ from metazo.comparisons.results import Result, read_search
 from metazo.errors import UserError
 from metazo.io.lock import FolderLock
 from metazo.runs.folder import RunFolder
+from metazo.runs.resources import require_space
 from metazo.settings import build
 from metazo_cli.compare import command
 from tests import warm
@@ -140,7 +142,7 @@ def test_a_changed_grid_runs_what_changed_and_puts_the_rest_aside(copy):
     before = cells(copy)
     diverging = {"name": "mezo", "lrs": [1e38]}
     counts = compare(grid(copy, columns=["zero-shot", diverging], tasks=["pico_topic"], time_budget="reference"))
-    assert counts == {"runs": 4, "kept": 2, "failed": 0, "diverged": 2}
+    assert counts == {"runs": 4, "kept": 2, "failed": 0, "diverged": 2, "not_run": 0, "unsettled": 0}
     aside = {str(path.relative_to(copy / "superseded")) for path in (copy / "superseded").rglob("*.json")}
     assert {f"{name.rpartition('-')[0]}.json" for name in aside} == {name.removeprefix("cells/") for name in before} - {
         f"pico_topic/zero-shot/seed-{seed}.json" for seed in (0, 1)
@@ -191,9 +193,8 @@ def test_killed_stopped_and_continued(tmp_path):
     second = cells(out)
     assert first.items() <= second.items() and 3 <= len(second) < 6
     counts = compare(settings)
-    assert (
-        counts == {"runs": 6, "kept": len(second), "failed": 0, "diverged": 0} and second.items() <= cells(out).items()
-    )
+    assert (counts["runs"], counts["kept"], counts["failed"], counts["diverged"]) == (6, len(second), 0, 0)
+    assert second.items() <= cells(out).items()
 
 
 def wait_for(process: warm.Process, what: Callable[[], object]) -> None:
@@ -256,7 +257,18 @@ def _job(settings: Grid, seed: int, forwards: int) -> Job:
     return Job(config, info, trains=True)
 
 
-def test_a_full_disk_leaves_results_that_say_so(tmp_path):
+def test_a_disk_without_space_is_told_from_other_failures(tmp_path):
+    """The refusal before a run, and what libraries make of a full disk: its name in a text, or a cause."""
+    with pytest.raises(UserError) as refused:
+        require_space(tmp_path, 1 << 62, "The run")
+    full, wrapped = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), UserError("The model cannot be written.")
+    wrapped.__cause__ = full
+    for error in (refused.value, full, wrapped, OSError("I/O error: No space left on device (os error 28)")):
+        assert status_of(error) == NO_SPACE
+    assert status_of(OSError(errno.EIO, "gone")) == status_of(UserError("bad")) == "failed"
+
+
+def test_a_full_disk_stops_the_comparison_and_the_same_call_continues(tmp_path):
     """A real small file system; skipped if none can be mounted."""
     small = tmp_path / "small"
     small.mkdir()
@@ -273,13 +285,13 @@ def test_a_full_disk_leaves_results_that_say_so(tmp_path):
             workers=1,
             keep_models=True,
         )
-        counts = compare(settings)
-        assert counts["failed"] == 2 and counts["runs"] == 4
-        failed = [result for result in read_results(small / "results") if not result.finished]
-        assert all("free" in r.run_info["reason"] or "space" in r.run_info["reason"] for r in failed)
+        for _ in range(2):
+            with pytest.raises(UserError, match=r"mezo, lr 0.001, seed 0: .*free\); make room"):
+                compare(settings)
+        assert {result.run_info["column"] for result in read_results(small / "results")} == {"zero-shot"}
         (small / "ballast").unlink()
-        assert compare(settings)["failed"] == 2  # kept until the user asks for it
-        assert compare(settings, retry_failed=True)["failed"] == 0
+        counts = compare(settings)
+        assert (counts["runs"], counts["kept"], counts["failed"]) == (4, 2, 0)
         assert (small / "results/models/pico_topic/mezo/seed-1/config.json").is_file()
     finally:
         gc.collect()  # errors keep files open

@@ -4,33 +4,40 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
 from metazo.comparisons import compare as module
-from metazo.comparisons.cell import Job
+from metazo.comparisons.cell import NO_SPACE, Job
 from metazo.comparisons.compare import compare
 from metazo.comparisons.examine import Facts
 from metazo.comparisons.grid import Grid
 from metazo.comparisons.packed import read_results
 from metazo.comparisons.results import Result, read_search
+from metazo.errors import UserError
+from metazo.io.terminal import Console
 from metazo.runs.interrupt import Interrupted
 from metazo.settings import build
+from metazo_cli.compare import command
 
 GRID: dict[str, Any] = {"model": "pico", "tasks": ["pico_sentiment"], "columns": ["mezo"], "budget": 40, "seeds": 3}
 Dev = Callable[[float], dict[str, float]]
+Ends = Callable[[dict[str, Any]], str]
 
 
 class Instant:
     """A pool whose runs end at once, with the scores that `dev` gives their learning rate.
 
-    left: number of runs after which a worker is asked to stop.
+    left: number of runs after which a worker is asked to stop; ends: the status of a run.
     """
 
-    def __init__(self, dev: Dev, left: float):
-        self.dev, self.left, self.jobs = dev, left, []
+    def __init__(self, dev: Dev, left: float, ends: Ends):
+        self.dev, self.left, self.ends, self.jobs = dev, left, ends, []
 
     def __enter__(self) -> Instant:
         return self
@@ -56,6 +63,8 @@ class Instant:
         if job.keep is not None:
             job.keep.mkdir(parents=True, exist_ok=True)
             (job.keep / "rate").write_text(str(job.info["lr"]))
+        job.info["status"] = self.ends(job.info)
+        job.info["reason"] = None if job.info["status"] == "finished" else f"It has {job.info['status']}; do something."
         train = {"forwards": 40, "seconds": 1.0, "wall_seconds": 1.0, "curve": []}
         return [(job, Result(job.info, train, {"dev": self.dev(job.info["lr"])}))]
 
@@ -79,10 +88,17 @@ def run(tmp_path, monkeypatch) -> Callable[..., dict[str, int]]:
             for name, lrs in rates.items()
         }
 
-    def call(dev: Dev = SMALL, left: float = math.inf, part: str | None = None, **extra) -> dict[str, int]:
+    def call(
+        dev: Dev = SMALL,
+        left: float = math.inf,
+        part: str | None = None,
+        ends: Ends = lambda info: "finished",
+        console: Console | None = None,
+        **extra,
+    ) -> dict[str, int]:
         monkeypatch.setattr(module, "examine", examine)
-        monkeypatch.setattr(module, "_pool", lambda grid, console: Instant(dev, left))
-        return compare(build(Grid, GRID, {"out": tmp_path}, extra), part=part)
+        monkeypatch.setattr(module, "_pool", lambda grid, console: Instant(dev, left, ends))
+        return compare(build(Grid, GRID, {"out": tmp_path}, extra), console, part=part)
 
     return call
 
@@ -97,6 +113,16 @@ def test_a_column_that_waits_for_a_result_that_no_run_gives_is_an_error(run, mon
     monkeypatch.setattr("metazo.comparisons.grid.read_rates", lambda where, lrs: lrs)
     with pytest.raises(RuntimeError, match="wait for a result that no run gives: 1"):
         run(lrs=[1e-3, 1e-3, 3e-3])
+
+
+def test_every_run_has_a_folder_of_its_own(run, tmp_path, monkeypatch):
+    """Also if names have hyphens: the first parts of a task and the last of a column may be exchanged."""
+    tasks = [str(tmp_path / f"{name}.yaml") for name in ("t", "t-a")]
+    for path in map(Path, tasks):
+        path.write_text(f'name: {path.stem}\nkind: classification\nprompt: "{{text}}?"\nlabels: {{0: No, 1: Yes}}\n')
+    monkeypatch.setattr(Instant, "idle", property(lambda pool: len(pool.jobs) < 4))
+    columns = [{"name": name, "optimizer": "mezo"} for name in ("a-b", "b")]
+    assert run(tasks=tasks, columns=columns, seeds=1)["runs"] == 4
 
 
 def test_grids_that_alternate_get_their_results_back(run, tmp_path):
@@ -177,3 +203,97 @@ def test_models_are_put_aside_and_come_back_with_their_results(run, tmp_path):
     assert kept() == {"0.0001"}
     assert run(lrs=[1e-3], keep_models=True)["kept"] == 3 and kept() == {"0.001"}
     assert run(lrs=[1e-4])["kept"] == 3 and kept() == {"0.0001"}
+
+
+RATES = {"lrs": [1e-4, 1e-3, 1e-2]}
+
+
+def at(rate: float, status: str) -> Ends:
+    """Runs of the search at one rate do not finish."""
+    return lambda info: status if (info["kind"], info["lr"]) == ("search", rate) else "finished"
+
+
+@pytest.mark.parametrize("part", [None, "0/1"])
+def test_a_search_with_a_failed_run_chooses_no_rate_and_the_next_call_repeats_the_run(run, tmp_path, part):
+    """The rate of the failed run is the best. Each call tries it once; a column with a search that is whole is done."""
+    columns = ["mezo", {"name": "fixed", "lrs": [1e-3]}]
+    console = Console(record=True, file=StringIO(), width=500)
+    for _ in range(2):
+        count = run(ends=at(1e-3, "failed"), part=part, console=console, columns=columns, **RATES)
+        assert (count["unsettled"], count["failed"], count["runs"]) == (1, 1, 3 + 3)
+        assert {result.run_info["column"] for result in read_results(tmp_path, "seed")} == {"fixed"}
+    assert count["kept"] == 5
+    assert "incomplete: pico_sentiment, mezo: a run of the search failed" in console.export_text()
+    assert not part or not (tmp_path / "search.json").exists()
+    count = run(part=part, columns=columns, **RATES)
+    assert (count["unsettled"], count["failed"], count["kept"], count["runs"]) == (0, 0, 5, 3 + 6)
+    assert set(rates(tmp_path).values()) == {1e-3}
+    if part is None:
+        assert read_search(tmp_path)["pico_sentiment"]["mezo"].lr == 1e-3
+
+
+@pytest.mark.parametrize("json", [[], ["--json"]])
+def test_the_command_does_not_end_with_success_if_a_search_is_incomplete(run, tmp_path, json):
+    app = typer.Typer()
+    app.command()(command)
+    for status, code, words in (("failed", 1, "Not finished: 1 incomplete search,"), ("finished", 0, "metazo report")):
+        run(ends=at(1e-3, status), **RATES)
+        done = CliRunner().invoke(app, [str(tmp_path / "grid.yaml"), *json])
+        assert done.exit_code == code and (words in done.output or json), done.output
+        assert ("metazo report" in done.output) is (not json and not code)
+
+
+def test_results_are_put_aside_while_their_search_is_incomplete(run, tmp_path):
+    run(lrs=[1e-3, 1e-4, 1e-5])
+    assert run(best_at(1e-2), ends=at(1e-2, "failed"), lrs=[1e-3, 1e-2, 1e-1])["unsettled"] == 1
+    assert read_search(tmp_path) == {"pico_sentiment": {}} and rates(tmp_path) == {}
+    assert run(lrs=[1e-3, 1e-4, 1e-5])["kept"] == 4 + 3
+
+
+def test_a_diverged_run_of_a_search_is_a_bad_rate_also_if_an_earlier_version_called_it_failed(run, tmp_path):
+    count = run(best_at(1e-2), ends=at(1e-2, "diverged"), **RATES)
+    assert count["unsettled"] == 0 and rates(tmp_path) == dict.fromkeys(range(3), 3e-3)
+    path = next((tmp_path / "cells").rglob("search-0.01-*.json"))
+    result = Result.load(path)
+    result.run_info |= {
+        "status": "failed",
+        "reason": "The run stopped at step 118: the losses of 10 steps in a row were not",
+    }
+    result.save(path)
+    assert run(best_at(1e-2), **RATES)["kept"] == count["runs"]
+
+
+@pytest.mark.parametrize("part", [None, "0/1"])
+def test_a_disk_without_space_stops_the_comparison_and_nothing_is_kept_of_the_run(run, tmp_path, part):
+    with pytest.raises(UserError, match=r"search 1000: It has no space\); make room, and the same command continues"):
+        run(ends=at(1e-3, NO_SPACE), part=part, **RATES)
+    assert [result.run_info["lr"] for result in read_results(tmp_path)] == [1e-4]
+    assert run(part=part, **RATES)["kept"] == 1
+
+
+def test_runs_without_a_rate_are_not_run_and_not_said_to_be_finished_before(run, tmp_path):
+    console = Console(record=True, file=StringIO(), width=500)
+    for kept in (0, 2):
+        count = run(ends=lambda info: "diverged", console=console, lrs=[1e-3, 1e-2], extensions=0)
+        assert count == {"runs": 2, "kept": kept, "failed": 0, "diverged": 2, "not_run": 3, "unsettled": 0}
+    assert "mezo: 3 not run: no learning rate of the search gave a finite loss" in console.export_text()
+    (reason,) = {result.run_info["reason"] for result in read_results(tmp_path, "seed")}
+    assert reason == "No learning rate of the search gave a finite loss on dev."
+
+
+@pytest.mark.parametrize("part", [None, "0/1"])
+def test_runs_of_a_search_that_it_no_longer_uses_are_put_aside(run, tmp_path, part):
+    """Extensions choose rates that are in no list, and remain."""
+    first = {"lrs": [1e-3, 1e-1], "ends": at(1e-1, "diverged")}
+    run(**first)
+    assert rates_tried(tmp_path) == {3e-4, 1e-3, 3e-3, 1e-1}
+    run(part=part, **RATES)
+    assert rates_tried(tmp_path) == {1e-4, 1e-3, 1e-2}
+    assert run(part=part, lrs=[3e-3, 1e-2])["kept"] == 4 + 3 and rates_tried(tmp_path) == {3e-4, 1e-3, 3e-3, 1e-2}
+    run(part=part, lrs=[1e-3])
+    assert rates_tried(tmp_path) == set()
+    assert run(part=part, **first)["kept"] == 4 + 3
+
+
+def rates_tried(out: Path) -> set[float]:
+    return {result.run_info["lr"] for result in read_results(out, "search")}

@@ -124,6 +124,25 @@ def test_everything_failed(tmp_path: Path):
     assert "No room on the disk." in html(report)
 
 
+def test_a_failed_run_of_a_search_is_counted_and_said_and_a_diverged_one_is_not(tmp_path: Path):
+    """Earlier versions called both failed, with a reason that tells."""
+    folder = synthetic.write(tmp_path, [COLUMN["mezo"], COLUMN["lozo"]], ["sst2"], 2, search=False)
+    early = "The run stopped at step 118: the losses of 10 steps in a row were not finite."
+    for lr, status, reason in ((1e-2, "diverged", "It is so."), (1e-3, "failed", early)):
+        run = synthetic.result(COLUMN["mezo"], "sst2", 1000, "search", lr=lr, status=status, reason=reason)
+        run.save(cell_path(folder, "sst2", "mezo", "search", 1000, lr))
+    assert "What to know before trusting it" not in dict(made(folder).story.facts)
+    run = synthetic.result(COLUMN["lozo"], "sst2", 1000, "search", lr=1e-3, status="failed", reason="No room.")
+    run.save(cell_path(folder, "sst2", "lozo", "search", 1000, 1e-3))
+    for seed in range(2):
+        cell_path(folder, "sst2", "lozo", "seed", seed).unlink()
+    told = made(folder).story
+    assert told.won.startswith("Not finished: 2 of 4 runs are missing.")
+    known = dict(told.facts)["What to know before trusting it"]
+    assert "lozo: the learning-rate search is incomplete, because 1 run of it failed (No room); the same" in known
+    assert "1 run failed or cannot be read, 2 runs missing" in known
+
+
 def test_the_csv_tells_failed_diverged_and_unreadable_runs_apart(tmp_path: Path):
     folder = synthetic.write(tmp_path, [COLUMN["mezo"]], ["sst2"], 3)
     for seed, status in enumerate(("failed", "diverged")):
