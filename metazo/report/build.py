@@ -14,7 +14,7 @@ from metazo.plots.style import svg
 from . import costs, figures, rivals, sigma, tables
 from .analysis import Analysis
 from .comparison import CONTROL, Comparison
-from .numbers import Run, part
+from .numbers import Run
 from .story import Story, story
 from .table import Table, score
 
@@ -210,8 +210,7 @@ def _blocks(data: Comparison) -> Section:
     )
     section = Section("blocks", "Block scales", text)
     caption = "σ as a multiple of its geometric mean over all blocks at that step. Grey: there is no such block."
-    tuned = {column: bool(part(data.first_info.get(column), "configuration").get("tuner")) for column in data.columns}
-    shown = sorted((c for c in data.columns if data.family(c) != CONTROL), key=lambda column: not tuned[column])
+    shown = sorted((c for c in data.columns if data.family(c) != CONTROL), key=lambda column: not data.tuner(column))
     runs = [(c, task, run) for c in shown for task in data.tasks if (run := _with_scales(data.of(task, c)))]
     for number, (column, task, (seed, scales)) in enumerate(runs[:SIGMA_PICTURES], start=1):
         title = f"{column} on {task}, seed {seed}"

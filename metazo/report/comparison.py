@@ -8,17 +8,19 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from metazo.comparisons.columns import ZERO_SHOT
 from metazo.comparisons.grid import GRID, SEARCH_SEED
 from metazo.comparisons.packed import packed_grid, read_runs
 from metazo.comparisons.results import KINDS, SEARCH, Result, Search, read_search
 from metazo.errors import UserError
 from metazo.io.files import is_file
 from metazo.io.plain import read_yaml
+from metazo.optimizers.outline import methods
+from metazo.optimizers.registry import Method
 
 from .numbers import Failure, Run, part, run_of
 
 MAX_RUNS = 100_000
-WITHIN_BLOCKS = ("skip-feedback", "feedback", "answer-column")  # methods with gradients within one block at a time
 CONTROL, ZEROTH, FIRST, UNTRAINED = "control", "forward passes only", "gradients", "no training"
 
 
@@ -42,8 +44,9 @@ class Comparison:
         self.grid = self._grid()
         self.searches = self._searches()
         self.tasks = self._order([_task_name(task) for task in _items(self.grid.get("tasks"))], 0)
-        columns = [c.get("name") if isinstance(c, Mapping) else c for c in _items(self.grid.get("columns"))]
-        self.columns = self._order([str(name) for name in columns if name], 1)
+        entries = [c if isinstance(c, Mapping) else {"name": c} for c in _items(self.grid.get("columns"))]
+        self._entries = {str(entry["name"]): entry for entry in entries if entry.get("name")}
+        self.columns = self._order([*self._entries], 1)
         wanted = str(self.grid.get("reference") or "mezo")
         self.reference = wanted if any(column == wanted for _, column in self.runs) else None
         self.missing = list(self._missing())
@@ -175,17 +178,29 @@ class Comparison:
         found = {c: part(self.first_info.get(c), "configuration").get("objective") for c in self.columns}
         return {column: str(objective) for column, objective in found.items() if objective}
 
+    def tuner(self, column: str) -> str:
+        """The tuner of a column; empty if it has none."""
+        info = self.first_info.get(column)
+        settings = part(self._entries.get(column), "options") if info is None else part(info, "configuration")
+        return str(settings.get("tuner") or "")
+
     def family(self, column: str) -> str:
-        """How a column trains: by forward passes only, as a control for these, by gradients, or not at all."""
-        info = self.first_info.get(column, {})
-        optimizer = str(info.get("optimizer") or column)
-        tuner = str(part(info, "configuration").get("tuner") or "")
-        if column == "zero-shot" or optimizer == "zero-shot":
+        """How a column trains: by forward passes only, as a control for these, by gradients, or not at all.
+
+        That follows from its method and tuner, and not from its name, which is the user's.
+        """
+        known = self.first_info.get(column) or self._entries.get(column) or {}
+        optimizer = str(known.get("optimizer") or column)
+        if optimizer == ZERO_SHOT:
             return UNTRAINED
-        named = column.startswith(("first-order", "lora-adam", "lora-first"))
-        if named or optimizer.startswith("first-order") or optimizer in WITHIN_BLOCKS:
+        method = self._methods.get(optimizer)
+        if optimizer.startswith("first-order-") if method is None else method.needs_gradient:
             return FIRST
-        return CONTROL if tuner.startswith("random") or column.startswith("random") else ZEROTH
+        return CONTROL if self.tuner(column).startswith("random:") else ZEROTH
+
+    @cached_property
+    def _methods(self) -> dict[str, type[Method]]:
+        return methods()
 
     def metric_of(self, task: str) -> str | None:
         """The task's main metric."""

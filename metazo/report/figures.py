@@ -84,7 +84,7 @@ def highlighted(analysis: Analysis) -> list[str]:
     ranked = [column for column, _ in analysis.ranking] or by_family(data)
     chosen = [data.reference] if data.reference else []
     chosen += [column for column in ranked if data.family(column) == FIRST][:1]
-    chosen += [c for c in ranked if data.family(c) == ZEROTH and "tuner" in c and "random" not in c][:1]
+    chosen += [c for c in ranked if data.family(c) == ZEROTH and data.tuner(c)][:1]
     chosen += [column for column in ranked if data.family(column) == ZEROTH]
     chosen += [column for column in ranked if data.family(column) != UNTRAINED]
     return list(dict.fromkeys(chosen))[:HIGHLIGHTED]

@@ -6,12 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from metazo.comparisons.results import Result, Search, cell_path, write_search
 from metazo.report import costs, tables
 from metazo.report.analysis import Analysis, band
 from metazo.report.build import build
-from metazo.report.comparison import Comparison
+from metazo.report.comparison import CONTROL, FIRST, UNTRAINED, ZEROTH, Comparison
 from metazo.report.story import story
 from metazo.report.table import Table, loss
 from tests.report import synthetic
@@ -178,3 +179,28 @@ def test_accuracy_is_checked_beside_another_metric_or_said_to_be_unchecked(tmp_p
 )
 def test_losses_as_text(value: float, beside: float | None, text: str):
     assert loss(value, beside) == text
+
+
+def test_the_family_of_a_column_follows_from_its_method_and_tuner_and_not_from_its_name(tmp_path: Path):
+    columns = [
+        (Column("first-order-free", 0.5), ZEROTH),
+        (Column("random-mask", 0.4), ZEROTH),
+        (Column("zero-shot", 0.6), ZEROTH),
+        (Column("lora-adam-like", 0.6, optimizer="lozo"), ZEROTH),
+        (Column("mezo", 0.2, optimizer="first-order-sgd"), FIRST),
+        (Column("plain", 0.2, optimizer="skip-feedback"), FIRST),
+        (Column("early", 0.2, optimizer="first-order-of-another"), FIRST),
+        (Column("before", 1.0, optimizer="zero-shot"), UNTRAINED),
+        (Column("dice", 0.1, configuration={"tuner": "random:3"}), CONTROL),
+        (Column("found", 0.5, configuration={"tuner": "random-start/tuner.safetensors"}), ZEROTH),
+    ]
+    data = Comparison(synthetic.write(tmp_path, [column for column, _ in columns], ["sst2"], 1))
+    assert {name: data.family(name) for name in data.columns} == {column.name: family for column, family in columns}
+    grid = [
+        {"name": "zero-shot", "optimizer": "lozo"},
+        {"name": "a", "options": {"tuner": "random:0"}, "optimizer": "mezo"},
+    ]
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump({"columns": grid}))
+    (tmp_path / "cells/sst2/zero-shot/seed-0.json").unlink()
+    data = Comparison(tmp_path)
+    assert [data.family(name) for name in ("zero-shot", "a")] == [ZEROTH, CONTROL]  # no run yet
