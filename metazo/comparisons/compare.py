@@ -15,7 +15,7 @@ from metazo.comparisons.cell import NO_SPACE
 from metazo.comparisons.cluster import RayPool, ray_module
 from metazo.comparisons.columns import Column
 from metazo.comparisons.examine import Facts, examine
-from metazo.comparisons.grid import PARTS, Grid, Run, longer, pairs_of, parts_in, runs_of
+from metazo.comparisons.grid import FASTER, PARTS, Grid, Run, longer, pairs_of, parts_in, runs_of
 from metazo.comparisons.key import cores
 from metazo.comparisons.live import Progress
 from metazo.comparisons.packed import is_packed, unpack
@@ -31,8 +31,6 @@ from metazo.runs.interrupt import Interrupted, interruptible
 from metazo.runs.method import resolve_device
 from metazo.runs.resources import refuse_ranks
 from metazo.settings import build, read_recipe
-
-FASTER = 0.95  # a run that takes less than this fraction of the time budget is continued
 
 Flow = Generator[list[Run], list[Result], None]
 

@@ -23,6 +23,7 @@ SEARCH_SEED = 1000  # searches count from here, reported runs from 0
 REFERENCE = "mezo"
 GRID = "grid.yaml"
 PARTS = "parts"  # folder with the locks and the unfinished runs of parts of a grid
+FASTER = 0.95  # a column whose runs take less than this fraction of the time budget is continued
 # The grid sets the budgets; a run's result is the only thing that is kept of it.
 OF_A_RUN: dict[str, Any] = {"keep": "none", "snapshot_every": 0}
 

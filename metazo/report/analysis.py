@@ -44,7 +44,7 @@ class Reached:
 @dataclass(frozen=True)
 class AtTime:
     """Losses at a time budget, of the runs that have one. kind: `exact`, `read off` a slower run's curve, `ended` before the
-    time was up; runs: the number of all, failed ones included.
+    time was up; runs: the number of all, failed and missing ones included.
     """
 
     losses: tuple[float, ...]
@@ -189,23 +189,20 @@ class Analysis:
 
     def time_budget(self, task: str) -> float | None:
         """The grid's time budget, else the median time of the reference's runs."""
-        given = self.data.grid.get("time_budget")
-        if isinstance(given, int | float) and given > 0:
-            return float(given)
-        seconds = [run.seconds for run in self.data.of(task, self.data.reference or "")]
-        return median(seconds) if seconds else None
+        return self.data.time_budget(task)
 
     def at_time(self, task: str, column: str) -> AtTime | None:
         """Loss on dev of a column's runs at the time budget: the last evaluation within it. None without any run.
 
-        The runs are those continued to the time budget if there are any, be it failed ones.
+        The runs are those continued to the time budget if there are any, be it failed ones; then every seed needs one.
         """
         budget = self.time_budget(task)
         timed = self.data.timed.get((task, column), {})
         failed = self.data.failed(task, column, "time")
-        runs = list(timed.values())
+        runs, wanted = list(timed.values()), len({*self.data.seeds, *timed, *failed})
         if not timed and not failed:
             runs, failed = self.data.of(task, column), self.data.failed(task, column)
+            wanted = len(runs) + len(failed)
         curves = [run.curve for run in runs if run.curve]
         if budget is None or not (curves or failed):
             return None
@@ -213,7 +210,7 @@ class Analysis:
         losses = tuple(points[-1] for points in within if points)
         last = median(curve[-1].seconds for curve in curves) if curves else budget
         kind = "read off" if last > budget else "ended" if last < 0.9 * budget else "exact"
-        return AtTime(losses, kind, len(curves) + len(failed))
+        return AtTime(losses, kind, wanted)
 
 
 def learns(data: Comparison, task: str, column: str) -> bool:

@@ -9,7 +9,7 @@ from statistics import fmean, median
 from typing import Any
 
 from metazo.comparisons.columns import ZERO_SHOT
-from metazo.comparisons.grid import GRID, SEARCH_SEED
+from metazo.comparisons.grid import FASTER, GRID, SEARCH_SEED
 from metazo.comparisons.packed import packed_grid, read_runs
 from metazo.comparisons.results import KINDS, SEARCH, Result, Search, read_search
 from metazo.errors import UserError
@@ -18,7 +18,7 @@ from metazo.io.plain import read_yaml
 from metazo.optimizers.outline import methods
 from metazo.optimizers.registry import Method
 
-from .numbers import Failure, Run, part, run_of
+from .numbers import Failure, Run, number, part, run_of
 
 MAX_RUNS = 100_000
 CONTROL, ZEROTH, FIRST, UNTRAINED = "control", "forward passes only", "gradients", "no training"
@@ -28,7 +28,8 @@ class Comparison:
     """Everything in a results folder that can be read, and a list of the files that cannot.
 
     runs, timed: task, column -> seed -> Run, at the budget of forward passes and continued to the time budget; failures:
-    failed and unreadable files; missing: cells of the grid that have no file; searches: task -> column -> Search.
+    failed and unreadable files; missing: reported cells of the grid that have no file; untimed: cells to the time budget that
+    have none; searches: task -> column -> Search.
     Raises UserError if the folder holds no results at all.
     """
 
@@ -50,6 +51,7 @@ class Comparison:
         wanted = str(self.grid.get("reference") or "mezo")
         self.reference = wanted if any(column == wanted for _, column in self.runs) else None
         self.missing = list(self._missing())
+        self.untimed = list(self._untimed())
 
     def _read(self, file: Path, result: Result | UserError) -> None:
         task, column, (kind, _, rest) = file.parts[-3], file.parts[-2], file.stem.partition("-")
@@ -120,11 +122,33 @@ class Comparison:
                     if (task, column, "seed", str(seed)) not in self._seen:
                         yield task, column, seed
 
+    def _untimed(self) -> Iterator[tuple[str, str, int]]:
+        """Runs to the time budget of the columns that need them, which is known once their reported runs are there."""
+        lacking = {(task, column) for task, column, _ in self.missing}
+        for task in self.tasks if self.grid.get("time_budget") is not None else ():
+            limit = self.time_budget(task)
+            for column in self.columns:
+                taken = self.seconds(task, column)
+                if (task, column) not in lacking and limit and taken and taken < FASTER * limit:
+                    for seed in self.seeds:
+                        if (task, column, "time", str(seed)) not in self._seen:
+                            yield task, column, seed
+
     # -- questions ---------------------------------------------------------------------------------------------------
 
     def of(self, task: str, column: str) -> list[Run]:
         """The finished runs of a cell, by seed."""
         return [run for _, run in sorted(self.runs.get((task, column), {}).items())]
+
+    def seconds(self, task: str, column: str) -> float | None:
+        """Median training time of a cell's finished runs."""
+        found = [run.seconds for run in self.of(task, column)]
+        return median(found) if found else None
+
+    def time_budget(self, task: str) -> float | None:
+        """The grid's time budget, else the median time of the reference's runs."""
+        given = number(self.grid.get("time_budget"))
+        return given if given is not None and given > 0 else self.seconds(task, self.reference or "")
 
     def values(self, task: str, column: str, measure: str) -> list[float]:
         """`loss` or `metric` of each finished run of a cell that has it on the task's split."""

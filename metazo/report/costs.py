@@ -189,15 +189,16 @@ def missing(data: Comparison) -> Table:
     table = Table(
         "missing",
         "Missing runs of the grid",
-        "The same metazo compare command continues and does these runs.",
-        ["task", "column", "seeds"],
-        heads=3,
+        "The same metazo compare command continues and does these runs (time: a reported run, continued to the time budget).",
+        ["task", "column", "run", "seeds"],
+        heads=4,
     )
-    cells: dict[tuple[str, str], list[int]] = {}
-    for task, column, seed in data.missing:
-        cells.setdefault((task, column), []).append(seed)
-    for (task, column), seeds in cells.items():
-        table.add(task, column, ", ".join(map(str, seeds)))
+    cells: dict[tuple[str, str, str], list[int]] = {}
+    for kind, lacking in (("seed", data.missing), ("time", data.untimed)):
+        for task, column, seed in lacking:
+            cells.setdefault((task, column, kind), []).append(seed)
+    for cell, seeds in cells.items():
+        table.add(*cell, ", ".join(map(str, seeds)))
     return table
 
 

@@ -93,7 +93,10 @@ def amount(analysis: Analysis, value: float) -> str:
 def _unfinished(analysis: Analysis) -> str:
     data = analysis.data
     every = len(data.tasks) * len(data.columns) * len(data.seeds)
-    return f"Not finished: {len(data.missing)} of {some(every, 'run')} are missing. " if data.missing else ""
+    missing = [f"{len(data.missing)} of {some(every, 'run')}"] if data.missing else []
+    missing += [f"{some(len(data.untimed), 'run')} to the time budget"] if data.untimed else []
+    one = not data.missing and len(data.untimed) == 1
+    return f"Not finished: {' and '.join(missing)} {'is' if one else 'are'} missing. " if missing else ""
 
 
 def _won(analysis: Analysis) -> str:
@@ -247,10 +250,9 @@ def _cautions(analysis: Analysis, other: Analysis) -> list[tuple[str, str]]:
             "repeats what failed."
         )
     failed = sum(f.status != "diverged" or not f.kind.startswith("search") for f in data.failures)
-    if failed or data.missing:
-        parts.append(
-            f"{some(failed, 'run')} failed or cannot be read, {some(len(data.missing), 'run')} missing: listed below."
-        )
+    missing = len(data.missing) + len(data.untimed)
+    if failed or missing:
+        parts.append(f"{some(failed, 'run')} failed or cannot be read, {some(missing, 'run')} missing: listed below.")
     return [("What to know before trusting it", " ".join(parts))] if parts else []
 
 

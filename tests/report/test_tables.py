@@ -92,17 +92,38 @@ def test_equal_time_reads_slow_runs_off_their_curves(folder: Path):
     set_curve(longer, (0.69, 0.3), step_seconds=4.0)
     longer.save(cell_path(folder, "sst2", "lozo", "time", 0))
     at = Analysis(Comparison(folder), "loss").at_time("sst2", "lozo")
-    assert at is not None and at.losses == (0.3,) and at.kind == "ended" and at.runs == 1
+    assert at is not None and at.losses == (0.3,) and at.kind == "ended" and at.runs == 3
     failed = synthetic.result(mezo, "sst2", 1, "time", status="failed", reason="It stopped.")
     failed.save(cell_path(folder, "sst2", "lozo", "time", 1))
     stopped = synthetic.result(mezo, "sst2", 0, status="failed", reason="It stopped.")
     stopped.save(cell_path(folder, "sst2", "lozo", "seed", 0))  # of another kind: does not count
     analysis = Analysis(Comparison(folder), "loss")
-    assert row(costs.equal_time(analysis), "lozo")[1].endswith("(1 of 2)")
+    assert row(costs.equal_time(analysis), "lozo")[1].endswith("(1 of 3)")
     failed = synthetic.result(mezo, "sst2", 0, "time", status="diverged", reason="It diverged.")
     failed.save(cell_path(folder, "sst2", "lozo", "time", 0))
     table = costs.equal_time(Analysis(Comparison(folder), "loss"))
-    assert row(table, "lozo")[1] == "– (0 of 2)"  # not the loss of the runs that were not continued
+    assert row(table, "lozo")[1] == "– (0 of 3)"  # not the loss of the runs that were not continued
+
+
+@pytest.mark.parametrize("budget", ["reference", 6.0])
+def test_runs_to_a_time_budget_that_were_not_done_are_missing(folder: Path, budget):
+    """A column that is faster than mezo needs a longer run of every seed; one of three is done."""
+    grid = {"columns": [*LOSSES, "fzoo"], "seeds": 3, "time_budget": budget, "tasks": ["sst2"]}
+    (folder / "grid.yaml").write_text(yaml.safe_dump(grid))
+    fast = Column("fzoo", 0.5, optimizer="fzoo")
+    for seed, kind in ((0, "seed"), (1, "seed"), (2, "seed"), (0, "time")):
+        due = seed == 0 and kind == "time"  # that a column is faster is known when its reported runs are done
+        assert len(Comparison(folder).untimed) == (3 if due else 0)
+        result = synthetic.result(fast, "sst2", seed, kind, loss=0.5)
+        set_curve(result, (0.69, 0.4) if kind == "time" else (0.69, 0.5), step_seconds=6.0 if kind == "time" else 2.0)
+        result.save(cell_path(folder, "sst2", "fzoo", kind, seed))
+    data = Comparison(folder)
+    assert data.missing == [] and data.untimed == [("sst2", "fzoo", 1), ("sst2", "fzoo", 2)]
+    assert row(costs.equal_time(Analysis(data, "loss")), "fzoo")[1] == "0.400 (1 of 3)"
+    assert [cell.text for cell in costs.missing(data).rows[0]] == ["sst2", "fzoo", "time", "1, 2"]
+    told = build(data).story
+    assert told.won.startswith("Not finished: 2 runs to the time budget are missing.")
+    assert "0 runs failed or cannot be read, 2 runs missing" in told.facts[-1][1]
 
 
 def test_time_of_a_run_and_of_everything(folder: Path):
