@@ -172,6 +172,9 @@ def _variant(entry: Any) -> Column:
     options = entry.get("options") or {}
     if not isinstance(options, dict):
         raise UserError(f"Column {entry['name']!r}: options is a mapping of settings, not {options!r}.")
+    for key in options:
+        if not isinstance(key, str):
+            raise UserError(f"Column {entry['name']!r}: options has the key {shown(key)}; give names of settings.")
     lrs = entry.get("lrs")
     rates = None if lrs is None else sorted(read_rates(f"Column {entry['name']!r}: lrs", lrs))
     budget = entry.get("budget")

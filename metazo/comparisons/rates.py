@@ -49,10 +49,11 @@ def beyond(lr: float, up: bool) -> float:
 
 
 def walk(lrs: list[float], extensions: int) -> Generator[list[float], dict[float, float], tuple[float | None, bool]]:
-    """Yields rates to try and is sent their losses (inf if a run failed); returns the best rate and whether it is at a
-    boundary: whether all `extensions` were used up before there was a tried rate on both sides of it.
+    """Yields rates to try and is sent their losses (inf if a run diverged); returns the best rate and whether it is at a
+    boundary: whether all `extensions` were used up before there was a tried rate on both sides of it, and none far above it
+    that diverged. Without any finite loss there is no best rate, and no boundary.
 
-    Of equal losses the smaller rate is taken. If every rate failed, the next one is smaller by a factor of ten, and the rate
+    Of equal losses the smaller rate is taken. If every rate diverged, the next one is smaller by a factor of ten, and the rate
     between is tried before the search ends.
     """
     losses: dict[float, float] = {}
@@ -68,11 +69,12 @@ def walk(lrs: list[float], extensions: int) -> Generator[list[float], dict[float
             wanted = [beyond(lr, up=True)]
         else:
             return lr, False
-    return best(losses), True
+    lr = best(losses)
+    return lr, lr is not None
 
 
 def _gap_above(lr: float, losses: dict[float, float]) -> bool:
-    """Whether the next rate that was tried failed and is further away than a rung, as after a division by ten."""
+    """Whether the next rate that was tried diverged and is further away than a rung, as after a division by ten."""
     above = min(other for other in losses if other > lr)
     return math.isinf(losses[above]) and above > RUNG * lr
 

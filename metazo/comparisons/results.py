@@ -18,7 +18,7 @@ import json
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from metazo.errors import UserError
 from metazo.io.files import write_whole
@@ -133,9 +133,10 @@ LARGEST_LOSS = 1e39  # above float32's largest number; pictures cannot have axes
 class Search:
     """The result of the search for a column's learning rate on a task.
 
-    lr: the chosen rate, None if every rate failed; losses: mean dev loss by learning rate ("%g"), or mean objective on dev
-    if the runs have one, None if a run failed; at_boundary: the chosen rate is the smallest or largest tried, so that a
-    better one may be outside; seeds: of the search; runs, forwards: its cost; budget: forward passes of each of its runs.
+    lr: the chosen rate, None if every rate diverged; losses: mean dev loss by learning rate ("%g"), or mean objective on dev
+    if the runs have one, None if a run diverged (in results of earlier versions, or failed); at_boundary: the search ended
+    before the chosen rate had neighbours, so that a better one may have been missed (see doubt); seeds: of the search; runs,
+    forwards: its cost; budget: forward passes of each of its runs.
     """
 
     lr: float | None
@@ -145,6 +146,16 @@ class Search:
     runs: int
     forwards: int
     budget: int
+
+    @property
+    def doubt(self) -> Literal["edge", "gap"] | None:
+        """Where a better rate may have been missed. edge: the chosen rate is the smallest or largest tried; gap: the next
+        larger one diverged and is far away. None if there is no chosen rate.
+        """
+        if self.lr is None or not self.at_boundary:
+            return None
+        tried = sorted(map(float, self.losses))
+        return "gap" if tried and tried[0] < float(f"{self.lr:g}") < tried[-1] else "edge"
 
 
 def cell_path(results: Path, task: str, column: str, kind: str, seed: int, lr: float | None = None) -> Path:

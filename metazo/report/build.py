@@ -118,10 +118,10 @@ def _tests(main: Analysis, other: Analysis) -> Section:
     text = (
         "Runs with the same task and seed are compared in pairs, so that shared effects of the seed cancel; n is tasks "
         "× seeds, of the tasks that count. Gain: mean over tasks of the difference to the reference (positive is better), "
-        "with its 95 % interval over seeds. p: two-sided, by Wilcoxon’s signed-rank test over all pairs, or by all sign flips "
-        "if there are fewer than 6 pairs; n pairs cannot give less than “least p” (0.0625 for 5 seeds of one task). Holm: "
-        "corrected for all rows. A failed run loses its pair against a finished one and is not in the gain. The "
-        "pairs tell what other seeds on these tasks would give; only “tasks won” says something about other tasks."
+        "with its 95 % interval over seeds. p: two-sided, of the pairs that differ: by Wilcoxon’s signed-rank test, or by all "
+        "sign flips if fewer than 6 pairs differ; so many cannot give less than “least p” (0.0625 for 5). Holm: corrected for "
+        "all rows. A failed run loses its pair against a finished one and is not in the gain. The pairs tell what other seeds "
+        "on these tasks would give; only “tasks won” says something about other tasks."
     )
     return Section("tests", "Significance", text).add(*(tables.tests(a) for a in (main, other) if a.data.reference))
 
@@ -191,7 +191,8 @@ def _rates(data: Comparison) -> Section:
         picture = Picture(
             "sensitivity",
             "Loss against learning rate",
-            "Ring: the chosen rate; square: chosen at the edge of the tried rates. Cross: a run at this rate failed. "
+            "Ring: the chosen rate; square: chosen at the edge of the tried rates; diamond: the next larger one, far from it, "
+            "diverged. Cross: a run at this rate diverged. "
             "The vertical axis ends a third above the loss before training.",
             "What the search compares on dev against learning rate, one panel per column, one line per task.",
             partial(figures.sensitivity, data),

@@ -138,7 +138,8 @@ def search(data: Comparison) -> Table:
         "Learning rates: the search’s choices and costs",
         "Chosen by the mean loss on dev (or objective, if there is one) over the search’s own seeds. ⚠ edge: "
         "the best rate is the smallest or largest tried, so a better one may be outside, and the column may be underrated. "
-        "No runs: the rate was given.",
+        "⚠ gap: the next larger rate that was tried diverged and is far from the best, so a better one may be between. “none”: "
+        "no rate gave a finite loss. No runs: the rate was given.",
         ["column", *data.tasks, "runs of the search", "forward passes of the search"],
     )
     for column in by_family(data):
@@ -147,8 +148,8 @@ def search(data: Comparison) -> Table:
             continue
         cells = []
         for item in found:
-            rate = NONE if item is None else "all failed" if item.lr is None else f"{item.lr:g}"
-            cells.append(rate + (" ⚠ edge" if item and item.at_boundary else ""))
+            rate = NONE if item is None else "none" if item.lr is None else f"{item.lr:g}"
+            cells.append(rate + (f" ⚠ {item.doubt}" if item and item.doubt else ""))
         runs, forwards = (sum(getattr(item, name) for item in found if item) for name in ("runs", "forwards"))
         table.add(column, *cells, count(runs), count(forwards))
     return table
@@ -160,13 +161,16 @@ def by_rate(data: Comparison) -> Table:
     table = Table(
         "by-rate",
         "Loss by learning rate",
-        "Mean loss on dev (nats) at the end of the search's runs; “failed”: a run at this rate failed." + named,
+        "Mean loss on dev (nats) at the end of the search's runs; “diverged”: a run at this rate did (in results of earlier "
+        "versions, it may have failed)." + named,
         ["task", "column", *(f"{rate:g}" for rate in rates)],
     )
     for task in data.tasks:
         for column in by_family(data):
             if (item := data.searches.get(task, {}).get(column)) is not None and len(item.losses) > 1:
-                found = {float(rate): "failed" if value is None else loss(value) for rate, value in item.losses.items()}
+                found = {
+                    float(rate): "diverged" if value is None else loss(value) for rate, value in item.losses.items()
+                }
                 table.add(task, column, *(found.get(rate, NONE) for rate in rates))
     return table
 

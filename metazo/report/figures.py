@@ -30,7 +30,8 @@ FAMILIES = {
 Box = tuple[float, float, float, float]
 HIGHLIGHTED = 6
 GREY = "#bbbbbb"
-LAST = (*(label for *_, label in FAMILIES.values()), "others", "chosen", "chosen, at the edge", "failed")
+CHOSEN = {None: "chosen", "edge": "chosen, at the edge", "gap": "chosen, below a gap"}
+LAST = (*(label for *_, label in FAMILIES.values()), "others", *CHOSEN.values(), "diverged")
 
 
 def headline(analysis: Analysis) -> Figure:
@@ -226,21 +227,22 @@ def sensitivity(data: Comparison) -> Figure:
                 axes.plot(*zip(*sorted(known.items())) if known else ([], []), label=clipped(task), **style)
                 if found.lr in known:
                     ring = {"markersize": 11, "markerfacecolor": "none", "linestyle": ""}
-                    shape = "s" if found.at_boundary else "o"
-                    label = "chosen, at the edge" if found.at_boundary else "chosen"
-                    axes.plot(found.lr, known[found.lr], marker=shape, color="#000000", label=label, **ring)
+                    shape = {None: "o", "edge": "s", "gap": "D"}[found.doubt]
+                    axes.plot(
+                        found.lr, known[found.lr], marker=shape, color="#000000", label=CHOSEN[found.doubt], **ring
+                    )
                     least = min(least, *known.values())
                     start = None if column in objectives else data.before(task)
                     highest = max(highest, 1.3 * (start or 3 * known[found.lr]))
-                failed = [float(rate) for rate, value in found.losses.items() if value is None]
+                diverged = [float(rate) for rate, value in found.losses.items() if value is None]
                 transform = axes.get_xaxis_transform()
                 axes.plot(
-                    failed,
-                    [0.97] * len(failed),
+                    diverged,
+                    [0.97] * len(diverged),
                     "x",
                     color="#000000",
                     transform=transform,
-                    label="failed",
+                    label="diverged",
                     markersize=6,
                 )
             cut(axes, least, highest)

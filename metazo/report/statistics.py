@@ -14,7 +14,9 @@ from metazo.io.extras import needs
 with needs("report"):
     from scipy import stats
 
-ENOUGH = 6  # pairs from which a two-sided Wilcoxon test can fall below 0.05: its least p is 2 ** (1 - pairs)
+ENOUGH = (
+    6  # pairs that differ, from which on a two-sided Wilcoxon test can fall below 0.05: its least p is 2 ** (1 - pairs)
+)
 ENUMERATED = 13  # pairs whose signs are all tried
 ROUNDING = 1e-9  # sizes that are closer than this fraction of them differ by rounding alone,
 SMALLEST = 1e-15  # and so do those that are closer than this
@@ -79,8 +81,8 @@ class Paired:
 def paired(gains: Mapping[str, Sequence[float]]) -> Paired:
     """Test gains by task; inf: the reference failed and the method finished, -inf: the other way round.
 
-    From ENOUGH pairs on, Wilcoxon's signed-rank test over all pairs of task and seed (a failure ranks as the largest
-    difference, pairs without difference are left out); with fewer, the exact sign-flip permutation test of the mean. Gains
+    From ENOUGH pairs that differ on, Wilcoxon's signed-rank test over all of them (a failure ranks as the largest
+    difference); with fewer, the exact sign-flip permutation test of the mean. Gains
     of one size but for rounding, such as 0.76 - 0.75 and 0.51 - 0.50, tie. A task on which a run of the method failed is not
     won.
     """

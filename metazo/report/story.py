@@ -226,11 +226,18 @@ def _cautions(analysis: Analysis, other: Analysis) -> list[tuple[str, str]]:
             "grid.yaml is missing or cannot be read, so it is not known which runs were asked for, which column is the "
             f"reference ({data.reference or 'none'} was taken) and what the time budget is."
         )
-    edges = {c for found in data.searches.values() for c, search in found.items() if search.at_boundary}
-    if edges:
+    searches = [(column, search) for found in data.searches.values() for column, search in found.items()]
+    if edges := {column for column, search in searches if search.doubt == "edge"}:
         parts.append(
             f"{listed(sorted(edges))}: the learning rate is at the edge of the tried rates, so a better one may exist."
         )
+    if gaps := {column for column, search in searches if search.doubt == "gap"}:
+        parts.append(
+            f"{listed(sorted(gaps))}: the next larger learning rate that was tried diverged and is far from the chosen one, so "
+            "a better one may be between."
+        )
+    if lost := {column for column, search in searches if search.lr is None}:
+        parts.append(f"{listed(sorted(lost))}: no learning rate of a search gave a finite loss.")
     if others := data.objectives():
         named = listed(list(dict.fromkeys(others.values())))
         parts.append(

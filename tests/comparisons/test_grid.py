@@ -75,6 +75,7 @@ def test_a_variant_takes_settings_and_hyperparameters(tmp_path):
         ({"name": "../a"}, "'../a' is refused"),
         ({"name": "a/b"}, "has a slash"),
         ({"name": "a", "options": [1]}, "options is a mapping"),
+        ({"name": "a", "options": {1: 2}}, "Column 'a': options has the key 1; give names of settings"),
     ],
 )
 def test_columns_that_are_wrong(entry, words):

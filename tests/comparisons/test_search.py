@@ -47,7 +47,7 @@ def test_a_rate_that_diverges_is_a_boundary_like_any_other():
 def test_where_all_diverge_it_goes_down_by_tens():
     (best, at_boundary), tried = search([1e-1, 1.0], lambda lr: math.inf if lr > 2e-3 else valley(1e-3)(lr))
     assert tried[2:4] == [1e-2, 1e-3] and best == 1e-3 and not at_boundary
-    assert search([1e-1, 1.0], lambda lr: math.inf, extensions=2)[0] == (None, True)
+    assert search([1e-1, 1.0], lambda lr: math.inf, extensions=2)[0] == (None, False)
 
 
 def test_of_equal_losses_the_smaller_rate():

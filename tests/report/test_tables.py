@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
+from metazo.comparisons.rates import walk
 from metazo.comparisons.results import Result, Search, cell_path, write_search
-from metazo.report import costs, tables
+from metazo.report import costs, figures, tables
 from metazo.report.analysis import Analysis, band
 from metazo.report.build import build
 from metazo.report.comparison import CONTROL, FIRST, UNTRAINED, ZEROTH, Comparison
@@ -61,6 +63,22 @@ def test_pairs_are_counted_by_seed(folder: Path):
     assert (test.pairs, test.wins, test.losses, test.p) == (3, 2, 1, 1.0)
     assert test.gain == pytest.approx(0.0, abs=1e-12)  # 0.1 + 0.1 - 0.2
     assert set(Analysis(Comparison(folder), "loss").tests) == {"lozo", "first-order-adamw"}
+
+
+def test_the_words_and_the_choice_of_a_test_count_the_pairs_that_differ(tmp_path: Path):
+    """Six pairs of which one ties are five."""
+    for seed in range(6):
+        for name, final in (("mezo", 0.5), ("lozo", 0.5 if seed == 5 else 0.4 + 0.01 * seed)):
+            result = synthetic.result(Column(name, 0.5, optimizer=name), "sst2", seed, loss=final)
+            result.save(cell_path(tmp_path, "sst2", name, "seed", seed))
+    report = build(Comparison(tmp_path), "loss")
+    section = next(section for section in report.sections if section.name == "tests")
+    found = row(section.parts[0], "lozo")
+    assert (found[1], found[2], found[5], found[7]) == ("6", "5, 0, 1", "sign flips", "0.0625")
+    assert (
+        "sign flips if fewer than 6 pairs differ; so many cannot give less than “least p” (0.0625 for 5)"
+        in section.text
+    )
 
 
 def test_forward_passes_until_the_final_loss_of_the_reference(folder: Path):
@@ -145,8 +163,35 @@ def test_a_learning_rate_at_the_edge_is_said_so(folder: Path):
     report = build(Comparison(folder))
     table = next(table for table in report.tables if table.name == "search")
     assert row(table, "mezo") == ["mezo", "0.001 ⚠ edge", "2", "800"]
-    assert row(table, "lozo")[1] == "all failed"
+    assert row(table, "lozo")[1] == "none"
     assert "mezo: the learning rate is at the edge" in report.story.facts[-1][1]
+
+
+def test_the_report_tells_an_edge_from_a_gap_and_from_rates_that_all_diverged(folder: Path):
+    """What a search that has used up its extensions gives. The gap is between the best rate and one ten times larger."""
+    for finite, doubt, shown, words in (
+        (lambda lr: lr < 1, "edge", "0.1 ⚠ edge", "is at the edge"),
+        (lambda lr: lr < 0.05, "gap", "0.01 ⚠ gap", "tried diverged and is far from the chosen one"),
+        (lambda lr: False, None, "none", "no learning rate of a search gave a finite loss"),
+    ):
+        walker, losses = walk([0.1, 1.0], 0 if doubt == "edge" else 2), {}
+        wanted = next(walker)
+        try:
+            while True:
+                losses |= {lr: abs(math.log10(lr / 0.01)) if finite(lr) else math.inf for lr in wanted}
+                wanted = walker.send({lr: losses[lr] for lr in wanted})
+        except StopIteration as stop:
+            best, at_boundary = stop.value
+        kept = {f"{lr:g}": loss if math.isfinite(loss) else None for lr, loss in losses.items()}
+        found = Search(best, kept, at_boundary, [1000], len(kept), 800, 400)
+        assert found.doubt == doubt
+        write_search(folder, {"sst2": {"mezo": found}})
+        report = build(Comparison(folder))
+        labels = [line.get_label() for line in figures.sensitivity(report.data).axes[0].lines]
+        assert (figures.CHOSEN[doubt] in labels) is (best is not None)
+        table = next(table for table in report.tables if table.name == "search")
+        assert row(table, "mezo")[1] == shown and words in report.story.facts[-1][1]
+        assert doubt == "edge" or "at the edge" not in report.story.facts[-1][1]
 
 
 def test_tasks_that_show_nothing_do_not_count(tmp_path: Path):
