@@ -21,7 +21,7 @@ from metazo.comparisons.live import Progress
 from metazo.comparisons.packed import is_packed, unpack
 from metazo.comparisons.pool import Pool
 from metazo.comparisons.rates import look
-from metazo.comparisons.results import Result, Search, read_search, write_search
+from metazo.comparisons.results import SEARCH, Result, Search, read_search, write_search
 from metazo.comparisons.store import Store
 from metazo.errors import UserError
 from metazo.io.lock import FolderLock
@@ -131,6 +131,9 @@ class _Comparison:
         if self.part is None:
             unpack(grid.out)
             self._remember(self.store.supersede())
+        else:  # search.json may be of another grid; the call that does the rest writes it again
+            self.store.supersede(self.pairs)
+            (grid.out / SEARCH).unlink(missing_ok=True)
         with (
             _pool(grid, self.console) as pool,
             interruptible() as caught,

@@ -94,17 +94,22 @@ class Store:
 
     # -- results of another grid -----------------------------------------------------------------------------------
 
-    def supersede(self) -> set[tuple[str, str]]:
+    def supersede(self, pairs: list[tuple[str, Column]] | None = None) -> set[tuple[str, str]]:
         """Move results that the grid does not ask for to RESULTS/superseded, so that no report mixes two grids.
 
+        pairs: the tasks and columns of a part of the grid, which leaves the others alone, because other parts may be running.
         A result that the grid asks for again is moved back by `known`. Returns task and column of each moved result.
         """
         moved = set()
+        every = [(task, column) for task in self.grid.tasks for column in self.grid.resolved]
         wanted = {
-            (name, column.name): (task, column) for task, name in self.names.items() for column in self.grid.resolved
+            (self.names[task], column.name): (task, column) for task, column in (every if pairs is None else pairs)
         }
         for path in sorted((self.grid.out / "cells").glob("*/*/*.json")):
-            place, info = (path.parts[-3], path.parts[-2]), Result.load(path).run_info
+            place = path.parts[-3], path.parts[-2]
+            if pairs is not None and place not in wanted:
+                continue
+            info = Result.load(path).run_info
             if place not in wanted or not self._belongs(info, *wanted[place]):
                 self._put_aside(path, info)
                 moved.add(place)

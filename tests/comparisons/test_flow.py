@@ -297,3 +297,18 @@ def test_runs_of_a_search_that_it_no_longer_uses_are_put_aside(run, tmp_path, pa
 
 def rates_tried(out: Path) -> set[float]:
     return {result.run_info["lr"] for result in read_results(out, "search")}
+
+
+def test_a_part_of_a_changed_grid_puts_aside_what_is_not_of_it_in_its_own_pairs(run, tmp_path):
+    """Of two columns the first is the part's; what is of the other is left to its own part, which may be running."""
+    columns = [{"name": "mezo", "lrs": [1e-4, 1e-3]}, {"name": "lozo", "lrs": [1e-4, 1e-3]}]
+    run(columns=columns)
+    with pytest.raises(Interrupted):  # in its search
+        run(left=0, part="0/2", columns=columns, budget=80)
+    left = {result.run_info["column"] for result in read_results(tmp_path)}
+    assert left == {"lozo"} and not (tmp_path / "search.json").exists()
+    run(part="0/2", columns=columns, budget=80)
+    run(part="1/2", columns=columns, budget=80, seeds=2)
+    assert {result.run_info["budget"] for result in read_results(tmp_path)} == {80}
+    assert set(rates(tmp_path)) == {0, 1, 2}
+    assert run(columns=columns)["kept"] == 2 * (3 + 3) and len(read_search(tmp_path)["pico_sentiment"]) == 2
