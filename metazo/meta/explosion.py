@@ -33,8 +33,10 @@ def exploded_rows(rows: Iterable[dict[str, Any]]) -> int:
     count = 0
     for row in rows:
         loss = row.get("loss")
-        known = isinstance(loss, int | float) and math.isfinite(loss)
-        count += not known or far_above(loss, first.setdefault(row["task"], loss))
+        if isinstance(loss, int | float) and math.isfinite(loss):
+            count += far_above(loss, first.setdefault(row["task"], loss))
+        else:
+            count += 1
     return count
 
 

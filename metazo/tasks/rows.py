@@ -24,8 +24,13 @@ MAX_ROW = 2**20
 MAX_CHOICES = 256
 """Choices of one row."""
 ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
-FORMS = dict.fromkeys((".csv", ".tsv"), "one line per row after that of the columns")
-FORMS |= {".jsonl": "one JSON object per line", ".json": "a list of JSON objects", ".parquet": "at least one row"}
+FORMS = {
+    ".jsonl": "one JSON object per line",
+    ".json": "a list of JSON objects",
+    ".csv": "one line per row after that of the columns",
+    ".tsv": "one line per row after that of the columns",
+    ".parquet": "at least one row",
+}
 _SIMPLE = str | int | float
 
 
