@@ -81,7 +81,7 @@ def _rule(config: FinetuneConfig, model: nn.Module, loss: Loss, free: int) -> tu
     fits = needed <= SHARE * free
     amounts = f"first-order training takes {size(needed)} beside the weights and {size(free)} are free"
     if fits and config.dtype in ("float32", "float64"):
-        return {"optimizer": "first-order-adamw"}, f"{amounts}, and first-order training had the best results at equal cost"
+        return {"optimizer": "first-order-adamw"}, f"{amounts}, and first-order training was best at equal cost"
     reason = amounts if not fits else f"first-order steps are lost in {config.dtype} weights"
     if (problem := _no_feedback(model, loss)) is None:
         return {"optimizer": "answer-column"}, f"{reason}; it keeps one block's graph at a time"
