@@ -17,7 +17,6 @@ from rich.text import Text
 from metazo.errors import UserError
 from metazo.io.terminal import Console, print_json
 from metazo.optimizers.outline import methods
-from metazo.optimizers.registry import Method
 from metazo.runs.config import FinetuneConfig
 
 from . import options
@@ -25,17 +24,18 @@ from .messages import Terminal
 
 
 def _method_flags() -> list[inspect.Parameter]:
-    """A flag for every hyperparameter of every method; its help names the methods and their defaults."""
-    defaults: dict[str, dict[type[Method], Any]] = {}
+    """A flag for every hyperparameter of every method; its help has each meaning, with its methods and their defaults."""
+    hints: dict[str, Any] = {}
+    meanings: dict[str, dict[str, list[str]]] = {}
     for cls in methods().values():
         for key, parameter in cls.hyperparameters().items():
-            defaults.setdefault(key, {})[cls] = parameter.default
+            hints.setdefault(key, cls.hint(key))
+            named = meanings.setdefault(key, {}).setdefault(_argument_help(cls, key), [])
+            named.append(f"{cls.name}: {_shown(parameter.default)}")
     made = []
-    for key, by_method in defaults.items():
-        first = next(iter(by_method))
-        shown = "; ".join(f"{cls.name}: {_shown(default)}" for cls, default in by_method.items())
-        text = f"{_argument_help(first, key)} ({shown})"
-        made.append(options.parameter(key, first.hint(key), text, panel="Hyperparameters of methods"))
+    for key, by_meaning in meanings.items():
+        text = ". ".join(f"{meaning} ({'; '.join(named)})".lstrip() for meaning, named in by_meaning.items())
+        made.append(options.parameter(key, hints[key], text, panel="Hyperparameters of methods"))
     return made
 
 
@@ -44,9 +44,10 @@ def _shown(value: Any) -> str:
 
 
 def _argument_help(cls: type, key: str) -> str:
-    """What a class docstring's Args say of a hyperparameter: `key: text` up to the next one."""
+    """What a class docstring's Args say of a hyperparameter: `key: text` up to the next one, or to the section Raises."""
     for owner in cls.__mro__:
-        found = re.search(rf"\b{key}:\s+(.+?)(?=[.;]\s+\w+:\s|\n\s*\n|\n\s+\w+:\s|$)", owner.__doc__ or "", re.DOTALL)
+        end = r"[.;]\s+\w+:\s|\n\s*\n|\n\s+\w+:\s|\n\s+Raises\b|$"
+        found = re.search(rf"\b{key}:\s+(.+?)(?={end})", owner.__doc__ or "", re.DOTALL)
         if found:
             text = " ".join(found[1].split()).rstrip(".;")
             return text[0].upper() + text[1:]

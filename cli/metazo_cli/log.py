@@ -143,7 +143,10 @@ def tell_differences(found: dict[str, Any], a: Path, b: Path, console: Console) 
 
 @app.command()
 def repair(log: LogArgument) -> None:
-    """Keep the intact lines of a damaged log and move the rest to a file; --resume computes it again, to the same bits."""
+    """Keep the intact lines of a damaged log and move the rest to a file.
+
+    metazo finetune --resume computes the rest again, to the same bits.
+    """
     from metazo.steplog.inspect import repair as run
 
     path = _file(log)

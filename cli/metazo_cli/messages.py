@@ -22,7 +22,7 @@ _flags: dict[str, tuple[str, str | None]] = {}
 
 
 def know(command: Any, words: Sequence[str]) -> None:
-    """Set the flags of the command that these words of a command line call."""
+    """Set the flags of the command that these words of a command line call, and name them in its help."""
     for word in words:
         if word not in getattr(command, "commands", {}):
             break
@@ -31,6 +31,9 @@ def know(command: Any, words: Sequence[str]) -> None:
     for parameter in command.params:
         if parameter.param_type_name == "option":
             _flags[parameter.name] = (parameter.opts[0], next(iter(parameter.secondary_opts), None))
+    for parameter in command.params:
+        if getattr(parameter, "help", None):  # an argument of click has none
+            parameter.help = in_flags(parameter.help)
 
 
 def plain_warnings() -> None:

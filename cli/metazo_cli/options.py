@@ -26,15 +26,16 @@ def flags(
 ) -> list[inspect.Parameter]:
     """A keyword parameter with a typer option for each field; an unset flag is None, so that the recipe's value is used.
 
-    extra: additional help by field name. Help has no square brackets, because they are markup to rich.
+    extra: additional help by field name. Choices are listed if the help does not explain each by its name. Help has no square
+    brackets, because they are markup to rich, and settings in backticks (`messages.know` makes flags of them).
     """
     hints, helps = typing.get_type_hints(config), help_of(config)
     made = []
     for item in fields(config):
         if item.name not in skip:
             name, hint = item.name, hints[item.name]
-            text = helps.get(name, "") + (extra or {}).get(name, "") + _choices(hint) + _default(item)
-            made.append(parameter(name, hint, text, panel))
+            text = helps.get(name, "") + (extra or {}).get(name, "")
+            made.append(parameter(name, hint, text + _choices(hint, text) + _default(item), panel))
     return made
 
 
@@ -42,7 +43,6 @@ def parameter(name: str, hint: Any, text: str, panel: str | None = None) -> insp
     kind, repeated = _plain(hint)
     flag = "--" + name.replace("_", "-")
     names = (f"{flag}/--no-{name.replace('_', '-')}",) if kind is bool else (flag,)
-    text = re.sub(r"`(\w+)`", lambda found: "--" + found[1].replace("_", "-"), text)
     option = typer.Option(*names, help=text, show_default=False, rich_help_panel=panel)
     return inspect.Parameter(
         name,
@@ -60,8 +60,10 @@ def _default(item: Field) -> str:
     return f" (default {item.default})"
 
 
-def _choices(hint: Any) -> str:
-    return f": {', '.join(typing.get_args(hint))}" if typing.get_origin(hint) is Literal else ""
+def _choices(hint: Any, text: str) -> str:
+    choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+    explained = all(f"{choice}: " in text for choice in choices)
+    return "" if explained else f": {', '.join(choices)}"
 
 
 def _plain(hint: Any) -> tuple[Any, bool]:

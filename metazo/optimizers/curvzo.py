@@ -99,7 +99,7 @@ class CurvZO(ZOOptimizer):
         beta: weight of a new score in its moving average, in (0, 1].
         magnitude_beta: weight of a new c^2 in the moving average by which scores are divided, in (0, 1].
         adapt_every: steps between changes of the budget; 0 keeps it fixed.
-        compat: "paper", or "official" for the released code with its faults.
+        compat: "paper", or "official" for the published code with its faults.
     """
 
     name, paper = "curvzo", "arXiv 2603.21725"

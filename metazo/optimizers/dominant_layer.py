@@ -92,9 +92,8 @@ class DominantLayer(MeZO):
     """MeZO restricted to one layer. Forwards per step: 2 queries. Extra memory: none (masters, if any, for that layer alone).
 
     Args:
-        layer: number among the trainable layers, or a name such as model.layers.3; `first_outlier_layer` finds the
-            paper's (`layer='outlier'`). Everything outside it is left untouched.
-        queries: directions averaged per step.
+        layer: number among the trainable layers, or a name such as model.layers.3; `layer='outlier'` is the
+            paper's, which `first_outlier_layer` finds. Everything outside it is left untouched.
     """
 
     name, paper = "dominant-layer", "arXiv 2606.05516"

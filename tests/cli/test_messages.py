@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import re
 import sys
 import warnings
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -29,6 +32,61 @@ def test_another_command_has_other_flags() -> None:
     assert shown("`sign` or `log`", "zoo", "push") == "--sign or --log"
     assert shown("`sign` or `log`", "zoo", "log") == "`sign` or `log`"  # a group without a command
     assert shown("`dev_examples`") == "`dev_examples`"
+
+
+def commands(command: Any, words: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    yield words, command
+    for name, inner in getattr(command, "commands", {}).items():
+        yield from commands(inner, (*words, name))
+
+
+def helps(*words: str) -> dict[str, str]:
+    """The help of each flag of a command as it is shown."""
+    command = main.command_line()
+    messages.know(command, words)
+    return {each.name: each.help or "" for each in dict(commands(command))[words].params}
+
+
+def test_every_flag_that_a_help_names_exists() -> None:
+    """Either for the command itself, or for the one that the line calls, as in `metazo finetune --resume`."""
+    known = {
+        words: {"--help", *(flag for each in command.params for flag in (*each.opts, *each.secondary_opts))}
+        for words, command in commands(main.command_line())
+    }
+    assert len(known) > 20 and "--rank" in known["finetune",]
+    for words, command in commands(main.command_line()):
+        for line in "\n".join((command.help or "", *helps(*words).values())).splitlines():
+            called = max((each for each in known if " ".join(("metazo", *each)) in line), key=len, default=words)
+            for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]*", line):
+                assert flag in known[words] | known[called], (words, line)
+
+
+def test_a_name_in_backticks_that_is_no_flag_stays_in_a_help() -> None:
+    assert "unrolls them on `higher`, for small models" in helps("meta-train")["unroll"]
+    assert "--layer outlier is the paper's, which `first_outlier_layer` finds" in helps("finetune")["layer"]
+
+
+def test_the_choices_of_a_flag_are_all_named_once() -> None:
+    said = helps("meta-train")["objective"]
+    assert all(said.count(f"{name}: ") == 1 for name in ("ratio", "published", "horizon")) and "ratio, pub" not in said
+    assert helps("finetune")["keep"].endswith(": best, last, none (default best)")
+
+
+def test_a_hyperparameter_has_the_meaning_of_each_method() -> None:
+    said = helps("finetune")
+    assert said["beta"] == (
+        "Weight of a new score in its moving average, in (0, 1] (curvzo: 0.1). "
+        "Weight of the previous second moment, at least 0 and below 1; 0.999 as in Adam (meazo: 0.999)"
+    )
+    assert "draws of V; 50 in the published code, 50 or 100 in its tables (lozo: 50; lozo-m: 50). " in said["interval"]
+    assert "from one pass over all examples to the next; 2 as published (mezo-svrg: 2). " in said["interval"]
+    assert said["interval"].endswith("Steps between draws of P; 100 in the published command (zo-muon: 100)")
+    assert (
+        "uses that side as its rank (eggroll: 1). " in said["rank"]
+        and "smaller side (lozo: 2; lozo-m: 2)" in said["rank"]
+    )
+    assert said["population"].count("(eggroll: 32). ") == 1 and "30 in 2509.24372" in said["population"]
+    assert said["clip"] == "Largest gradient norm (first-order-adamw: 1.0; first-order-sgd: 1.0)"
 
 
 def test_notes_are_translated_as_errors_are(capsys) -> None:
