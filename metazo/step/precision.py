@@ -1,10 +1,10 @@
 """How theta is stored while it is probed and updated: the policies of `precision`.
 
 In place, a probe is added to the weights and removed again. In float32 the weights drift by 2e-6 of their rms in 1,000
-steps; in bfloat16 they drift by 12 % of it (at learning rate 0), which replaces the model by noise. Weights narrower than
-float32 are therefore not perturbed in place, unless one asks for it by name. Either theta is a float32 master and the weights
-are its rounding, or theta is the weights together with the bits lost in rounding, and a probe is applied to a scratch copy
-(metazo/step/substitute.py). benchmarks/precision.py measures each.
+steps; in bfloat16 they drift by 12 % of it (at learning rate 0), which replaces the model by noise, and in float16 by 1.5 %.
+Weights narrower than float32 are therefore not perturbed in place, unless one asks for it by name. Either theta is a float32
+master and the weights are its rounding, or theta is the weights together with the bits lost in rounding, and a probe is applied
+to a scratch copy (metazo/step/substitute.py). benchmarks/precision.py measures each.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ DEFAULTS = {
     torch.float16: "master",
 }
 PRECISIONS = ("auto", *POLICIES)
+DRIFTS = {torch.bfloat16: "12 %", torch.float16: "1.5 %"}
+"""Drift of weights in place over 1,000 steps as a share of their rms (benchmarks/precision.json)."""
 
 
 def policy(precision: str, dtype: torch.dtype) -> str:
@@ -79,10 +81,11 @@ def check_used(precision: str, params: Iterable[Tensor]) -> None:
         )
     if precision == "master" and torch.float64 in types:
         raise UserError("`precision` master keeps float32, which is less than the float64 weights have: leave it out.")
-    if precision == "in-place" and types & LAYOUTS.keys():
+    drifts = [f"{str(kind).removeprefix('torch.')} weights drift by {DRIFTS[kind]}" for kind in DRIFTS if kind in types]
+    if precision == "in-place" and drifts:
         warnings.warn(
-            "`precision` in-place rounds weights narrower than float32 at every probe: they drift by 12 % of their size in "
-            "1,000 steps, and small updates are lost. Leave it out, unless this is what you study.",
+            f"`precision` in-place rounds weights narrower than float32 at every probe: {' and '.join(drifts)} of their size "
+            "in 1,000 steps, and small updates are lost. Leave it out, unless this is what you study.",
             stacklevel=5,  # the caller of `step`
         )
 
