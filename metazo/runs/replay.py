@@ -201,6 +201,12 @@ def _rebuilt(
     settings["tuner"] = tuner or _tuner(header, zoo_folder)
     config = build(FinetuneConfig, settings | {"merge": merge})
     check_merge(config)
+    attention = config.attn_implementation
+    if given.loaded is None and attention and "/" in attention:  # transformers would load and run it
+        raise UserError(
+            f"The log's `attn_implementation` {shown(attention)} names code of the Hub, which a replay does not load; give the "
+            "base model in memory, with this attention, as `base`."
+        )
     loaded, _ = assemble(config, labels=header.get("labels"), device=resolve_device(device), given=given.loaded)
     if saved and not merge:
         check_named(config, loaded)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -192,6 +195,105 @@ def test_a_log_whose_settings_were_changed_is_refused(run, tmp_path):
 
     with pytest.raises(UserError, match="its header has no"):
         replay(rewritten(run, tmp_path / "log", bare), "pico")
+
+
+def with_header(run: Path, path: Path, entries: dict, settings: dict | None = None) -> Path:
+    """The log with other entries of its header, and other settings in it."""
+
+    def change(record):
+        if "settings" not in record:
+            return record
+        return record | {"settings": record["settings"] | (settings or {})} | entries
+
+    return rewritten(run, path, change)
+
+
+def test_another_version_of_the_noise_is_refused(run, tmp_path):
+    now = header(run / "steps.jsonl")["noise"]
+    log = with_header(run, tmp_path / "log", {"noise": now + "0"})
+    with pytest.raises(UserError) as refusal:
+        replay(log, "pico", tmp_path / "again")
+    assert str(refusal.value) == f"The log's noise is '{now}0', and this version of metazo makes '{now}'."
+    assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize("factor, same", [(1.00005, True), (1 / 1.00005, True), (1.0002, False), (1 / 1.0002, False)])
+def test_coefficients_are_those_of_the_log_to_a_relative_1e_4(run, tmp_path, factor, same):
+    def scaled(record):  # one coefficient, so that no other step changes
+        if record.get("step") != 3:
+            return record
+        return record | {"c": [factor * record["c"][0]]}
+
+    log = rewritten(run, tmp_path / "log", scaled)
+    if same:
+        assert replay(log, "pico").identical
+    else:
+        with pytest.raises(UserError, match="Step 3 of .* cannot be reproduced: its coefficients are"):
+            replay(log, "pico")
+
+
+class Watch:
+    """What the interpreter reports (PEP 578) of a name, such as that it was opened, and of connections."""
+
+    def __init__(self):
+        self.name, self.seen = "", []
+        sys.addaudithook(self.note)  # stays until the process ends
+
+    def note(self, event, arguments):
+        if not self.name:
+            return
+        names = [str(each) for each in arguments if isinstance(each, str | Path)]
+        if event in ("socket.connect", "socket.getaddrinfo") or any(self.name in name for name in names):
+            self.seen.append(event)
+
+    def __call__(self, name, *arguments, **options):
+        self.name, self.seen = str(name), []
+        try:
+            return replay(*arguments, **options)
+        finally:
+            self.name = ""
+
+
+TEXTS = ("model", "task", "objective", "optimizer", "tuner", "revision", "data", "zoo", "push", "out", "device")
+"""Settings of any text; `attn_implementation` has a test of its own."""
+
+
+def test_paths_and_addresses_in_a_log_are_not_opened(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    run = tuned(tmp_path / "run", optimizer="mezo", tuner="pico", steps=2, keep="last")
+    known, watch, path = header(run / "steps.jsonl"), Watch(), tmp_path / "kept" / "tuner.safetensors"
+    path.parent.mkdir()
+    shutil.copyfile(next(each.path for each in zoo.tuners() if each.entry.base_model == "pico"), path)
+    assert watch(path, run, "pico", tuner=str(path)).identical and "open" in watch.seen, "its opening is noticed"
+    needed = ("metazo_steps", "settings", "weights", "tokenizer", "method", "noise", "tuner")
+    for name in (str(path), "http://127.0.0.1:9/tuner.safetensors", "somebody/model"):
+        entries = {key: name for key in known if key not in needed}
+        log = with_header(run, tmp_path / "log", entries, dict.fromkeys(TEXTS, name))
+        assert watch(name, log, "pico").identical and not watch.seen
+        for key in ("weights", "tokenizer", "method", "noise", "tuner"):
+            with pytest.raises(UserError):
+                watch(name, with_header(run, tmp_path / "log", {key: name}), "pico")
+            assert not watch.seen, key
+
+
+def test_every_setting_of_any_text_is_tried_with_a_path():
+    def takes(name: str) -> bool:
+        try:
+            build(FinetuneConfig, SMALL | {"out": "x", name: "somebody/model"})
+        except UserError as refusal:
+            return f"`{name}` is 'somebody/model'" not in str(refusal)
+        return True
+
+    assert {item.name for item in fields(FinetuneConfig) if takes(item.name)} - {*TEXTS} == {"attn_implementation"}
+
+
+def test_code_of_the_hub_that_a_log_names_as_attention_is_not_loaded(run, tmp_path):
+    log = with_header(run, tmp_path / "log", {}, {"attn_implementation": "somebody/kernel"})
+    with pytest.raises(
+        UserError, match="`attn_implementation` 'somebody/kernel' names code of the Hub, which a replay"
+    ):
+        replay(log, "pico")
+    assert replay(log, load_model("pico")).identical, "the caller has made this model"
 
 
 def test_a_torn_log_is_replayed_and_a_damaged_one_is_not(run, tmp_path):
