@@ -177,35 +177,26 @@ def rewritten(run: Path, path: Path, change) -> Path:
     return path
 
 
+def with_header(run: Path, path: Path, entries: dict, **settings) -> Path:
+    """The log with other entries of its header, and other settings in it."""
+
+    def change(record):
+        return record | {"settings": record["settings"] | settings} | entries if "settings" in record else record
+
+    return rewritten(run, path, change)
+
+
 def test_a_log_whose_settings_were_changed_is_refused(run, tmp_path):
-    def eps(record):
-        return record | ({"settings": record["settings"] | {"eps": 2e-3}} if "settings" in record else {})
-
     with pytest.raises(UserError, match="cannot be reproduced"):
-        replay(rewritten(run, tmp_path / "log", eps), "pico")
-
-    def more(record):
-        return record | ({"settings": record["settings"] | {"shell": "rm"}} if "settings" in record else {})
-
+        replay(with_header(run, tmp_path / "log", {}, eps=2e-3), "pico")
     with pytest.raises(UserError, match="shell.* is not a setting"):
-        replay(rewritten(run, tmp_path / "log", more), "pico")
+        replay(with_header(run, tmp_path / "log", {}, shell="rm"), "pico")
 
     def bare(record):
         return {"metazo_steps": 1} if "settings" in record else record
 
     with pytest.raises(UserError, match="its header has no"):
         replay(rewritten(run, tmp_path / "log", bare), "pico")
-
-
-def with_header(run: Path, path: Path, entries: dict, settings: dict | None = None) -> Path:
-    """The log with other entries of its header, and other settings in it."""
-
-    def change(record):
-        if "settings" not in record:
-            return record
-        return record | {"settings": record["settings"] | (settings or {})} | entries
-
-    return rewritten(run, path, change)
 
 
 def test_another_version_of_the_noise_is_refused(run, tmp_path):
@@ -219,10 +210,8 @@ def test_another_version_of_the_noise_is_refused(run, tmp_path):
 
 @pytest.mark.parametrize("factor, same", [(1.00005, True), (1 / 1.00005, True), (1.0002, False), (1 / 1.0002, False)])
 def test_coefficients_are_those_of_the_log_to_a_relative_1e_4(run, tmp_path, factor, same):
-    def scaled(record):  # one coefficient, so that no other step changes
-        if record.get("step") != 3:
-            return record
-        return record | {"c": [factor * record["c"][0]]}
+    def scaled(record):
+        return record | {"c": [factor * record["c"][0]]} if record.get("step") == 3 else record
 
     log = rewritten(run, tmp_path / "log", scaled)
     if same:
@@ -265,12 +254,12 @@ def test_paths_and_addresses_in_a_log_are_not_opened(tmp_path, monkeypatch):
     path.parent.mkdir()
     shutil.copyfile(next(each.path for each in zoo.tuners() if each.entry.base_model == "pico"), path)
     assert watch(path, run, "pico", tuner=str(path)).identical and "open" in watch.seen, "its opening is noticed"
-    needed = ("metazo_steps", "settings", "weights", "tokenizer", "method", "noise", "tuner")
+    needed = ("weights", "tokenizer", "method", "noise", "tuner")
     for name in (str(path), "http://127.0.0.1:9/tuner.safetensors", "somebody/model"):
-        entries = {key: name for key in known if key not in needed}
-        log = with_header(run, tmp_path / "log", entries, dict.fromkeys(TEXTS, name))
+        entries = {key: name for key in known if key not in ("metazo_steps", "settings", *needed)}
+        log = with_header(run, tmp_path / "log", entries, **dict.fromkeys(TEXTS, name))
         assert watch(name, log, "pico").identical and not watch.seen
-        for key in ("weights", "tokenizer", "method", "noise", "tuner"):
+        for key in needed:
             with pytest.raises(UserError):
                 watch(name, with_header(run, tmp_path / "log", {key: name}), "pico")
             assert not watch.seen, key
@@ -288,10 +277,8 @@ def test_every_setting_of_any_text_is_tried_with_a_path():
 
 
 def test_code_of_the_hub_that_a_log_names_as_attention_is_not_loaded(run, tmp_path):
-    log = with_header(run, tmp_path / "log", {}, {"attn_implementation": "somebody/kernel"})
-    with pytest.raises(
-        UserError, match="`attn_implementation` 'somebody/kernel' names code of the Hub, which a replay"
-    ):
+    log = with_header(run, tmp_path / "log", {}, attn_implementation="somebody/kernel")
+    with pytest.raises(UserError, match="`attn_implementation` 'somebody/kernel' names code of the Hub, which"):
         replay(log, "pico")
     assert replay(log, load_model("pico")).identical, "the caller has made this model"
 
