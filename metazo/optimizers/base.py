@@ -50,7 +50,7 @@ from metazo.optimizers.saving import Saving
 from metazo.optimizers.verbs import DECAY_EXEMPT, State, Verbs
 from metazo.step.directions import Direction, Scaled
 from metazo.step.estimators import Estimator, balanced
-from metazo.step.precision import check_used
+from metazo.step.precision import check_used, warn_of_drift
 from metazo.step.record import Step, Update
 from metazo.step.rules import Rule, named_rule
 from metazo.step.scales import BlockScale, RMSScale
@@ -213,6 +213,7 @@ class ZOOptimizer(Verbs, Saving):
         state, step = self.zo_state, self.steps
         if replay is None and step == 0:
             check_used(self.precision, [tensor.param for tensor in self.tensors])
+            warn_of_drift(self.precision, [tensor.param for tensor in self.tensors])
         if step < 2 or step % 100 == 0:  # torch may move shards in the first forward pass
             check_moved(self.tensors)
         if replay is None and processes.together():

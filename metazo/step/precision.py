@@ -66,8 +66,7 @@ def policy(precision: str, dtype: torch.dtype) -> str:
 
 
 def check_used(precision: str, params: Iterable[Tensor]) -> None:
-    """Refuse a precision that would change nothing, or lose bits, and warn of narrow weights in place. Not for a replay: logs
-    of such runs exist.
+    """Refuse a precision that would change nothing, or lose bits. Not for a replay: logs of such runs exist.
 
     Raises UserError if the precision is compensated and none of the trained weights is narrower than float32, and for
     masters of float64 weights.
@@ -81,6 +80,11 @@ def check_used(precision: str, params: Iterable[Tensor]) -> None:
         )
     if precision == "master" and torch.float64 in types:
         raise UserError("`precision` master keeps float32, which is less than the float64 weights have: leave it out.")
+
+
+def warn_of_drift(precision: str, params: Iterable[Tensor]) -> None:
+    """Warn of probes that are added to narrow weights in place."""
+    types = {param.dtype for param in params}
     drifts = [f"{str(kind).removeprefix('torch.')} weights drift by {DRIFTS[kind]}" for kind in DRIFTS if kind in types]
     if precision == "in-place" and drifts:
         warnings.warn(
