@@ -41,7 +41,7 @@ def exploded_rows(rows: Iterable[dict[str, Any]]) -> int:
 
 
 class TeacherWatch:
-    """Counts the meta-steps at which a teacher's weights had exploded; it changes nothing.
+    """Counts the meta-steps at which a teacher's weights had exploded, except skipped ones; it changes nothing.
 
     A single loss above the bound may be an odd batch of a sound teacher, so such steps are not skipped.
     Attributes: state, float64: count, count in a row, norm at the start, and the first loss of each task; NaN: not known yet.
@@ -65,13 +65,15 @@ class TeacherWatch:
         if math.isnan(self.state[2]):
             self.state[2] = norm(self.tensors) or 1.0
 
-    def see(self, task: int, loss: float | None) -> None:
-        """The teacher has taken a step. loss: before it, on this task, if it is known."""
+    def see(self, task: int, loss: float | None, skipped: bool = False) -> None:
+        """The teacher has taken a step. loss: before it, on this task, if it is known; skipped: whether the run has counted
+        this meta-step already, as one without an update."""
         first = float(self.state[3 + task])
         if loss is None or not math.isfinite(loss):  # such a step moves no weights
             loss = first = 0.0
         elif math.isnan(first) and not self.in_a_row:
             self.state[3 + task] = first = loss
-        found = math.isnan(first) or exploded(loss, first, self.tensors, float(self.state[2]))
-        self.state[0] += found
-        self.state[1] = self.state[1] + 1 if found else 0
+        found = exploded(loss, first, self.tensors, float(self.state[2]))  # no loss is far above NaN: by the norm alone
+        self.state[0] += found and not skipped
+        if found or not math.isnan(first):  # else the step does not tell whether the weights are sound again
+            self.state[1] = self.state[1] + 1 if found else 0

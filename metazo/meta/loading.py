@@ -35,10 +35,11 @@ def resolve_tasks(names: Sequence[str]) -> list[Task]:
 
 def prepare_task(config: ScaleConfig, task: Task, loaded: LoadedModel, held_out: int = 1) -> Prepared:
     """The examples of a task, `held_out` of them in its split dev. Raises UserError if they do not fill a batch."""
+    folder = None if config.resume and task.generate else config.data  # not read, and it may be gone
     prepared = prepare(
         task,
         loaded,
-        data=config.data,
+        data=folder,
         train=config.train_examples,
         dev=held_out,
         test=1,

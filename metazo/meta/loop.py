@@ -83,7 +83,7 @@ class MetaRun:
         noise, pertnn, path: made from the settings if they are not given.
 
     Attributes: steps: number of meta-steps taken; skipped: number of those without an update because a loss was not finite;
-    watch: counts those at which the teacher's weights had exploded.
+    watch: counts the others at which the teacher's weights had exploded.
     """
 
     def __init__(
@@ -197,7 +197,7 @@ class MetaRun:
             state["scale/sigma"].copy_(sigma.detach())
             self.scale.observe(state, outcome.plus, outcome.minus)
         teacher_loss = self.path.advance(lambda: task.loss(self.model, indices))
-        self.watch.see(number, teacher_loss)
+        self.watch.see(number, teacher_loss, skipped)
         self.steps += 1
         if self.watch.in_a_row >= MOST_SKIPPED:
             raise UserError(

@@ -115,8 +115,8 @@ def judge(run: MetaRun) -> None:
     if 2 * (run.skipped + run.watch.count) > run.steps:
         raise Diverged(
             f"Meta-training diverged: the loss was not finite in {run.skipped} of {run.steps} meta-steps, and the teacher's "
-            f"weights had exploded in {run.watch.count} (its loss was far above the first one, or their norm above 100 times "
-            f"that at the start); lower `teacher_lr` (now {run.config.teacher_lr:g}) or, with the published objective, "
+            f"weights had exploded in {run.watch.count} others (its loss was far above the first one, or their norm above 100 "
+            f"times that at the start); lower `teacher_lr` (now {run.config.teacher_lr:g}) or, with the published objective, "
             f"`lr_update` and `eps`; {kept}"
         )
 
@@ -124,10 +124,10 @@ def judge(run: MetaRun) -> None:
 def notes(run: MetaRun) -> list[str]:
     """What is to be said of the run at its end."""
     about = {
-        "had a loss that was not finite": run.skipped,
-        "were at weights of a teacher that exploded": run.watch.count,
+        "meta-steps had a loss that was not finite": run.skipped,
+        "meta-steps with a finite loss were at weights of a teacher that exploded": run.watch.count,
     }
-    return [f"{count} meta-steps {what}." for what, count in about.items() if count]
+    return [f"{count} {what}." for what, count in about.items() if count]
 
 
 def make_tuner(run: MetaRun, loaded: LoadedModel) -> Tuner:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import typing
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +75,7 @@ def tuner_of(config: FinetuneConfig, model: nn.Module, load: Callable[..., Any])
         return tuner
     known = zoo.tuners(config.zoo, "feedback" if isinstance(tuner, FeedbackTuner) else "tuner")
     known = [each for each in known if name in (each.entry.name.rpartition("/")[0], each.entry.base_model)]
-    then = _of_log(header, known)
+    then, _ = of_log(header, known)
     return tuner if then is None else _opened(then)
 
 
@@ -94,10 +93,11 @@ def auto_tuner(config: FinetuneConfig, model: nn.Module) -> zoo.Found:
         found.sort(key=lambda tuner: tuner.where != "zoo")  # a match by shapes elsewhere is no reason to leave it
         what = "tuner for this model's tensors; metazo zoo list shows all tuners, and metazo zoo verify those that are damaged."
     if (log := log_to_continue(config)) is not None:
-        if (then := _of_log(header := scan(log).header, found)) is None:
+        then, refused = of_log(header := scan(log).header, found)
+        if then is None:
             raise UserError(
                 f"The tuner that `tuner='auto'` took when the run in {config.out} began, with the hash {header.get('tuner')}, "
-                "was not found in the zoo folders; publish it there again, or name the folder that has it as `zoo`."
+                f"was not found in the zoo folders{refused}; publish it there again, or name the folder that has it as `zoo`."
             )
         return then
     if not found:
@@ -109,13 +109,16 @@ def auto_tuner(config: FinetuneConfig, model: nn.Module) -> zoo.Found:
     return [tuner for tuner in found if series(tuner) == series(found[0])][-1]
 
 
-def _of_log(header: dict[str, Any], known: Iterable[zoo.Found]) -> zoo.Found | None:
-    """Which of these tuners is the one of the run with this header."""
+def of_log(header: dict[str, Any], known: Iterable[zoo.Found]) -> tuple[zoo.Found | None, str]:
+    """Which of these tuners is the one of the run with this header; if none is, why one of them was refused, in brackets."""
+    refused = ""
     for found in known:
-        with suppress(UserError):  # a damaged one, perhaps
+        try:
             if began_with(header, _opened(found)):
-                return found
-    return None
+                return found, ""
+        except UserError as error:  # a damaged one, perhaps of another model
+            refused = f" (one there was refused: {error})"
+    return None, refused
 
 
 def _opened(found: zoo.Found) -> Any:

@@ -16,7 +16,6 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,16 +38,15 @@ from metazo.models.sentence import SentenceClassifier
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.folder import save_parts
 from metazo.runs.inputs import architecture, tokenizer_hash
-from metazo.runs.method import build_optimizer, resolve_device
+from metazo.runs.method import build_optimizer, of_log, resolve_device
 from metazo.runs.own import StateFile
 from metazo.runs.preconditions import check_merge, check_named
 from metazo.runs.resources import refuse_ranks
 from metazo.runs.tuned import Given
-from metazo.runs.tuner_record import began_with, networks_record, tuner_hash
+from metazo.runs.tuner_record import networks_record, tuner_hash
 from metazo.runs.verify import check_same, distance, end_of, environment_changes, replayable_header
 from metazo.settings import as_path, build, check_path
 from metazo.steplog.format import STEPS, Scan, change, scan
-from metazo.tuner.file import Tuner
 
 with needs("llm"):
     from transformers.utils import logging as transformers_logging
@@ -260,11 +258,12 @@ def _tuner(header: dict[str, Any], zoo_folder: str | Path | None) -> str | None:
     name, wanted = header["settings"].get("tuner"), header.get("tuner")
     if wanted is None or str(name).startswith("random:"):
         return name if wanted else None
-    for known in zoo.tuners(zoo_folder):
-        with suppress(UserError):  # a damaged tuner, perhaps of another model
-            if known.path.is_file() and began_with(header, Tuner.load(known.path)):
-                return str(known.path)
-    raise UserError(f"The log's tuner (called {name!r} there) is not in the zoo folders; give its location as `tuner`.")
+    found, refused = of_log(header, [known for known in zoo.tuners(zoo_folder) if known.path.is_file()])  # no downloads
+    if found is None:
+        raise UserError(
+            f"The log's tuner (called {name!r} there) is not in the zoo folders{refused}; give its location as `tuner`."
+        )
+    return str(found.path)
 
 
 def _save(loaded: LoadedModel, out: Path, record: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ def prepare(
     task: str | Path | Task,
     loaded: LoadedModel,
     *,
-    data: Path | Rows | None = None,
+    data: str | Path | Rows | None = None,
     train: int = DEFAULTS["train"],
     dev: int = DEFAULTS["dev"],
     test: int = DEFAULTS["test"],
@@ -36,10 +36,10 @@ def prepare(
 ) -> Prepared:
     """Draw and encode the splits of ``task``, a Task, a name or a YAML file, for ``loaded``, which `load_model` gives.
 
-    ``data`` is a folder with <task>/<split>.jsonl, or rows in memory (`in_memory`); without it rows come from the
-    task's own files, the grammar, or the Hub; a task of the grammar reads no folder, and a note says so. Sizes default to the
-    papers' 1,000 / 500 / 1,000. If there are fewer rows, sizes left at these defaults are reduced and sizes that the caller
-    sets are kept, and ``notes`` says so.
+    ``data`` is a folder with <task>/<split>.jsonl, or rows in memory, with the task that reads them (`in_memory`); without it
+    rows come from the task's own files, the grammar, or the Hub; a task of the grammar reads no folder, and a note says so.
+    Sizes default to the papers' 1,000 / 500 / 1,000. If there are fewer rows, sizes left at these defaults are reduced and
+    sizes that the caller sets are kept, and ``notes`` says so.
     ``k_per_class`` draws that many train rows of every class (as LM-BFF, arXiv 2012.15723), and, if ``dev`` is not given and
     the task has no dev rows of its own, as many dev rows without regard to the class. ``max_length`` limits an input, in
     tokens; the model's context is the default. A model that was fine-tuned on the task by metazo gets the split of that run,
@@ -52,7 +52,14 @@ def prepare(
         raise UserError(f"`loaded` is a model as metazo.load_model gives it, not {shown(loaded)}.")
     if loaded.tokenizer is None:
         raise UserError("`tokenizer` is missing: give the one with which the model in memory was trained.")
-    unread = generated(task, Path(data)) if task.generate is not None and isinstance(data, str | Path) else None
+    unread = None
+    if isinstance(data, str | Path):
+        unread = generated(task, Path(data)) if task.generate is not None else None
+    elif data is not None and (task.generate is not None or not isinstance(data, Mapping)):
+        raise UserError(
+            f"`data` is of the type {type(data).__name__}, and task {task.name!r} reads no rows from it; give a folder's name "
+            "or path, or what metazo.tasks.in_memory(TASK, ROWS) returns: a Task, for `task`, and its rows."
+        )
     encoder = Encoder(task, loaded, max_length)
     known = getattr(loaded.model.config, "metazo", None)
     record = known if isinstance(known, dict) else None

@@ -24,7 +24,7 @@ from metazo.meta.journal import row_of, warning
 from metazo.meta.loop import MetaRun
 from metazo.meta.order import Order
 from metazo.meta.path import Online
-from metazo.meta.path_setup import build, load
+from metazo.meta.path_setup import build, judge, load, notes
 from metazo.meta.reset import restart_steps
 from metazo.meta.train import dry, meta_train
 from metazo.meta.trajectory import Trajectory
@@ -290,13 +290,76 @@ def test_explosions_of_a_teacher_are_counted_by_task():
         return [(watch.see(*each), watch.count)[1] for each in seen]
 
     assert count((0, 0.5), (1, 8.0), (0, 5.4), (1, 79.0), (0, None), (1, math.nan)) == [0] * 6  # of a sound teacher
-    assert count((0, 5.6), (2, 900.0), (0, 7.0), (1, 79.0), (2, 0.1), (2, 5.2)) == [1, 2, 3, 3, 3, 4]
+    assert count((0, 5.6), (2, 900.0), (0, 7.0), (1, 79.0), (2, 0.1), (2, 5.2)) == [1, 1, 2, 2, 2, 3]
     resumed = TeacherWatch(watch.tensors, 3)
     resumed.state.copy_(watch.state)
     with torch.no_grad():
         weight.fill_(101)  # a normalisation layer may hide it
     resumed.see(0, 0.5), resumed.see(1, None)
-    assert (resumed.count, resumed.in_a_row) == (6, 3)
+    assert (resumed.count, resumed.in_a_row) == (5, 3)
+    resumed.see(2, math.nan, skipped=True)
+    assert (resumed.count, resumed.in_a_row) == (5, 4)
+
+
+def test_an_odd_batch_tells_nothing_of_the_tasks_after_it():
+    weight = torch.nn.Parameter(torch.ones(4))
+    watch = TeacherWatch([NamedTensor("w", weight, 0)], 100)
+    watch.begin()
+    watch.see(0, 0.5), watch.see(0, 6.0)
+    for task in range(1, 100):
+        watch.see(task, 900.0)  # it may be such a task
+    assert (watch.count, watch.in_a_row) == (1, 1)
+    watch.see(0, 0.5), watch.see(1, 1.0), watch.see(1, 10.1)  # a first loss is that of sound weights
+    assert (watch.count, watch.in_a_row) == (2, 1)
+    with torch.no_grad():
+        weight.fill_(101)
+    watch.see(2, 0.5)
+    assert (watch.count, watch.in_a_row) == (3, 2)
+
+
+@pytest.mark.parametrize("how", [RATIO, {}])
+def test_a_step_without_a_loss_at_exploded_weights_is_one_bad_step(settings, how):
+    config = settings(**how, restart_every=100)
+    config.out.mkdir()
+    run = build(config, *load(config))
+    for _ in range(4):
+        run.step()
+    sound = [tensor.param.detach().clone() for tensor in run.tensors]
+    with torch.no_grad():
+        for tensor in run.tensors:
+            tensor.param.mul_(1e30)
+    for _ in range(3):
+        run.step()
+    with torch.no_grad():
+        for tensor, value in zip(run.tensors, sound):
+            tensor.param.copy_(value)
+    assert (run.steps, run.skipped, run.watch.count, run.watch.in_a_row) == (7, 3, 0, 3)
+    judge(run)
+    assert notes(run) == ["3 meta-steps had a loss that was not finite."]
+    run.skipped = 4
+    with pytest.raises(Diverged, match="not finite in 4 of 7 meta-steps, and .* had exploded in 0 others"):
+        judge(run)
+
+
+def test_a_stopped_run_goes_on_without_a_folder_that_it_does_not_read(settings, tmp_path: Path):
+    config = settings(data=tmp_path / "data")
+    config.data.mkdir()
+
+    class Stop(Exception):
+        pass
+
+    def stops(run: MetaRun):
+        if run.steps == 3:
+            raise Stop
+        return step(run)
+
+    step = MetaRun.step
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(MetaRun, "step", stops)
+        meta_train(config)
+    config.data.rmdir()
+    whole = meta_train(settings("whole"))
+    assert all(map(torch.equal, weights(meta_train(replace(config, resume=True))), weights(whole)))
 
 
 def test_bad_input_is_refused_in_one_sentence(settings, tmp_path: Path):

@@ -158,6 +158,14 @@ def test_the_tuner_is_found_by_the_use_of_its_networks_too(tiny, tmp_path):
     assert replay(out / "steps.jsonl", str(tiny("llama")), zoo_folder=kept).identical
     with pytest.raises(UserError, match="although its networks are the same: bound was 1.0 and is 3.0 now"):
         replay(out / "steps.jsonl", str(tiny("llama")), tuner=str(kept / "base/v1"))
+    file = kept / "base/v2/tuner.safetensors"
+    file.rename(tmp_path / "elsewhere")
+    file.symlink_to(tmp_path / "elsewhere")
+    refused = (
+        "is not in the zoo folders .one there was refused: .*/base/v2/.* leads out of the zoo through a link; remove"
+    )
+    with pytest.raises(UserError, match=refused):
+        replay(out / "steps.jsonl", str(tiny("llama")), zoo_folder=kept)
 
 
 def test_first_order_is_refused(tmp_path):

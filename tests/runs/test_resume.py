@@ -34,6 +34,7 @@ from metazo.steplog.format import line, scan
 from metazo.steplog.inspect import repair
 from metazo.steplog.writer import StepLog
 from metazo.tuner.file import BlockSpec, Tuner, TunerInfo
+from metazo.tuner.limits import TUNER
 from metazo.tuner.networks import PertNN
 
 SETTINGS: dict[str, Any] = {
@@ -238,6 +239,14 @@ def test_a_run_goes_on_with_its_tuner_after_another_is_published(kind, tuner, tm
         begun = scan(tmp_path / "dead/steps.jsonl").header["tuner"]
         with pytest.raises(UserError, match=f"with the hash {begun}, was not found in the zoo folders"):
             tuned(tmp_path / "dead", **settings | {"zoo": tmp_path / "later"}, resume=True)
+        file, elsewhere = kept / "base" / ("v1" if kind == "scale" else "feedback-v1") / TUNER, tmp_path / "elsewhere"
+        file.rename(elsewhere)
+        file.symlink_to(elsewhere)
+        with pytest.raises(
+            UserError, match="not found .* .one there was refused: .* leads out of the zoo through a link"
+        ):
+            tuned(tmp_path / "dead", **settings, resume=True)
+        elsewhere.replace(file)
     said = tuned(tmp_path / "dead", **settings, resume=True)
     assert tuner != "auto" or "v1 in " in said.partition("tuner:")[2]
     assert results(tmp_path / "dead") == results(tmp_path / "whole")

@@ -136,7 +136,7 @@ def test_generated_rows_need_no_folder(task, tmp_path):
     assert splits == draw(None, get(task))[0] != draw(None, get(task), seed=1)[0]
 
 
-def test_a_folder_that_a_generated_task_does_not_read_is_said_or_refused(tmp_path):
+def test_a_folder_that_a_generated_task_does_not_read_is_said_or_refused(tmp_path, monkeypatch):
     """One folder may be for several tasks, some of which generate their rows."""
     loaded, task, sizes = load_model("pico"), get("pico_sentiment"), {"train": 4, "dev": 2, "test": 2}
     found = prepare(task, loaded, data=tmp_path, **sizes)
@@ -151,6 +151,27 @@ def test_a_folder_that_a_generated_task_does_not_read_is_said_or_refused(tmp_pat
         UserError, match="generates its rows and does not read .*pico_sentiment; describe these rows as a task"
     ):
         prepare(task, loaded, data=tmp_path, **sizes)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "dir").mkdir()
+    assert prepare(task, loaded, data="~/dir", **sizes).notes == [
+        f"pico_sentiment: its rows are generated, and none are read from {tmp_path}/dir"
+    ]
+    write(tmp_path / "dir", train=rows(20), validation=rows(5, 20))
+    assert texts(draw("~/dir")[0]) == texts(draw(tmp_path / "dir")[0])
+
+
+@pytest.mark.parametrize("given", [[{"text": "a"}], {"train": [{"text": "a"}]}, Dataset.from_dict({"text": ["a"]}), 3])
+def test_data_that_would_not_be_read_is_refused(given):
+    """A task that generates its rows reads those in memory as finetune does: with the task that `in_memory` makes."""
+    loaded, sizes = load_model("pico"), {"train": 4, "dev": 0, "test": 0}
+    asked = [get("pico_sentiment")] if isinstance(given, dict) else [get("pico_sentiment"), TASK]
+    for task in asked:
+        with pytest.raises(
+            UserError, match=rf"`data` is of the type {type(given).__name__}, and task '{task.name}' .*in_memory\(TASK"
+        ):
+            prepare(task, loaded, data=given, **sizes)
+    held = in_memory(get("pico_sentiment"), get("pico_sentiment").generate("train", 4, 7))
+    assert len(prepare(held[0], loaded, data=held[1], **sizes).train) == 4
 
 
 GOOD = [{"text": "a", "label": 0}] * 20
