@@ -423,5 +423,5 @@ def test_weights_of_two_narrow_types_in_place_are_warned_of_once():
     with pytest.warns(
         UserWarning, match="bfloat16 weights drift by 12 % and float16 weights drift by 1.5 % of"
     ) as found:
-        check_used("in-place", params)
+        warn_of_drift("in-place", params)
     assert len(found) == 1
