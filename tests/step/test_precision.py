@@ -17,7 +17,7 @@ from metazo.errors import UserError
 from metazo.kernels.splitfloat import dither, join, plain_join, plain_split, split
 from metazo.noise import TorchOrderNoise
 from metazo.optimizers import MeZO
-from metazo.step.precision import POLICIES, check_used, cost, policy
+from metazo.step.precision import POLICIES, cost, policy, warn_of_drift
 from tests.optimizers.contract import IDS, NAMES, case, llama, make, quadratic, take
 
 NARROW = [torch.bfloat16, torch.float16]
