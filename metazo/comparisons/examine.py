@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,8 @@ class Facts:
     lrs: learning rates from which its search starts (empty for zero-shot); forward passes per step; number of trained
     weights; hashes of model, data, tuner and the user's own files; inputs: hash of the model's configuration and the task's
     definition; metric of the task; seconds per forward pass over a training batch; bytes_on_disk: of a run while it is in
-    progress; bytes_kept: of the model that stays of a reported run; cost: see metazo.runs.cost, None for zero-shot.
+    progress; bytes_kept: of the model that stays of a reported run; cost: see metazo.runs.cost, None for zero-shot; use: how
+    the tuner is used (`of_tuner`).
     """
 
     lrs: list[float]
@@ -56,6 +57,7 @@ class Facts:
     bytes_on_disk: int
     bytes_kept: int
     cost: dict[str, int] | None
+    use: dict[str, str] = field(default_factory=dict)
 
 
 def examine(grid: Grid) -> dict[tuple[str, str], Facts]:
@@ -145,7 +147,6 @@ def _facts(grid: Grid, column: Column, config: FinetuneConfig, loaded: dict[str,
         hashes={"model": base.model, "data": base.data, "tuner": tuner}
         | _objective(setup)
         | of_order(setup)
-        | of_tuner(optimizer)
         | of_method(type(optimizer)),
         inputs=base.inputs,
         metric=metric[0] if metric else None,
@@ -153,11 +154,15 @@ def _facts(grid: Grid, column: Column, config: FinetuneConfig, loaded: dict[str,
         bytes_on_disk=disk["most"],
         bytes_kept=disk["model"] + tokenizer_bytes(setup.loaded.tokenizer) if keeps else 0,
         cost=measure(setup.loaded.model, optimizer, base.loss, config.accumulate).to_dict() if column.trains else None,
+        use=of_tuner(optimizer),
     )
 
 
-def of_tuner(optimizer: Method) -> dict[str, str | None]:
-    """How a tuner is used, which the hash of its networks or maps does not tell; of a method without one there is nothing."""
+def of_tuner(optimizer: Method) -> dict[str, str]:
+    """How a tuner is used, which the hash of its networks or maps does not tell; of a method without one there is nothing.
+
+    It is no part of the key, so that results of earlier versions, which do not have it, are still found.
+    """
     use = {"trust": trust_hash(optimizer), "networks": networks_record(optimizer)}
     return {name: json.dumps(value, sort_keys=True) for name, value in use.items() if value is not None}
 

@@ -18,6 +18,9 @@ from metazo.comparisons.key import key
 from metazo.comparisons.results import Result, Search, cell_path
 from metazo.tasks import resolve
 
+BESIDE = ("inputs", "use")
+"""What identifies a run beside its key."""
+
 
 class Store:
     """The results folder of a grid. running: the folder of unfinished runs."""
@@ -55,6 +58,7 @@ class Store:
             "hashes": fact.hashes,
             "key": key(config, fact.hashes),
             "inputs": fact.inputs,
+            "use": fact.use,
             "workers": self.grid.workers,
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "status": "finished",
@@ -157,7 +161,7 @@ class Store:
 
     def _put_aside(self, path: Path, info: dict[str, Any]) -> None:
         """Move a result and its model aside. Its identity is a part of its new name, so that those of several grids remain."""
-        identity = sha256(ascii((info.get("key"), info.get("inputs"))).encode()).hexdigest()
+        identity = sha256(ascii([info.get(name) for name in ("key", *BESIDE)]).encode()).hexdigest()
         self._move(path, self._superseded(path) / f"{path.stem}-{identity[:16]}.json")
 
     def _move(self, path: Path, target: Path) -> None:
@@ -180,9 +184,8 @@ class Store:
 
 
 def same(found: dict[str, Any], wanted: dict[str, Any]) -> bool:
-    """Whether a result belongs to the given run. Results of earlier versions have no `inputs`, which are then not checked."""
-    inputs = wanted.get("inputs")
-    return found.get("key") == wanted["key"] and found.get("inputs", inputs) == inputs
+    """Whether a result belongs to the given run. What results of earlier versions do not have beside the key is not checked."""
+    return found.get("key") == wanted["key"] and all(found.get(name, wanted[name]) == wanted[name] for name in BESIDE)
 
 
 def _last_part(name: str) -> str:

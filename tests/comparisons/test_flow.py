@@ -17,7 +17,7 @@ from metazo.comparisons.cell import NO_SPACE, Job
 from metazo.comparisons.compare import compare
 from metazo.comparisons.examine import Facts
 from metazo.comparisons.grid import Grid
-from metazo.comparisons.packed import read_results
+from metazo.comparisons.packed import pack, read_results
 from metazo.comparisons.results import Result, read_search
 from metazo.errors import UserError
 from metazo.io.terminal import Console
@@ -79,11 +79,12 @@ SMALL = best_at(1e-3)
 @pytest.fixture
 def run(tmp_path, monkeypatch) -> Callable[..., dict[str, int]]:
     """Compare with runs that end at once, in one folder."""
+    tuner: dict[str, str] = {}
 
     def examine(grid: Grid) -> dict[tuple[str, str], Facts]:
         rates = {column.name: column.lrs or grid.lrs or [1e-3] for column in grid.resolved}
         return {
-            (task, name): Facts(lrs, 2, 1, {}, "", None, 1.0, 0, 0, None)
+            (task, name): Facts(lrs, 2, 1, {}, "", None, 1.0, 0, 0, None, dict(tuner))
             for task in grid.tasks
             for name, lrs in rates.items()
         }
@@ -94,8 +95,10 @@ def run(tmp_path, monkeypatch) -> Callable[..., dict[str, int]]:
         part: str | None = None,
         ends: Ends = lambda info: "finished",
         console: Console | None = None,
+        use: dict[str, str] | None = None,
         **extra,
     ) -> dict[str, int]:
+        tuner.update(use or {})
         monkeypatch.setattr(module, "examine", examine)
         monkeypatch.setattr(module, "_pool", lambda grid, console: Instant(dev, left, ends))
         return compare(build(Grid, GRID, {"out": tmp_path}, extra), console, part=part)
@@ -140,6 +143,18 @@ def test_a_result_that_an_earlier_version_put_aside_is_found(run, tmp_path):
     (aside,) = (tmp_path / "superseded").rglob("seed-2-*.json")
     aside.rename(aside.with_name("seed-2.json"))
     assert run(lrs=[1e-3])["kept"] == 3
+
+
+def test_results_of_another_use_of_the_tuner_are_put_aside_and_those_that_record_none_are_kept(run, tmp_path):
+    first, second = {"trust": "a"}, {"trust": "b"}
+    for use, kept in ((first, 0), (second, 0), (first, 3)):
+        assert run(use=use)["kept"] == kept
+    for path in (tmp_path / "cells").rglob("seed-*.json"):
+        result = Result.load(path)
+        assert result.run_info.pop("use") == first
+        result.save(path)  # as an earlier version wrote it
+    pack(tmp_path)
+    assert run(use={"trust": "c"})["kept"] == 3
 
 
 @pytest.mark.parametrize("part", [None, "0/1"])

@@ -15,7 +15,7 @@ from torch import nn
 from metazo import recipes
 from metazo.comparisons import columns
 from metazo.comparisons.columns import resolve
-from metazo.comparisons.examine import of_method, of_order, of_tuner
+from metazo.comparisons.examine import examine, of_method, of_order, of_tuner
 from metazo.comparisons.grid import Grid, Run
 from metazo.comparisons.key import key
 from metazo.comparisons.packed import read_results
@@ -223,7 +223,7 @@ def test_results_of_another_version_of_the_users_method_are_not_used_again(tmp_p
 def test_results_of_the_same_networks_in_another_use_are_not_used_again():
     """One hash of the networks, and other scales; of a method without a tuner, earlier results are used again."""
 
-    def use(**settings) -> dict[str, str | None]:
+    def use(**settings) -> dict[str, str]:
         return of_tuner(MeZO(nn.Linear(2, 2).named_parameters(), scale=TunerScale(pertnn=PertNN(2), **settings)))
 
     assert (
@@ -233,3 +233,9 @@ def test_results_of_the_same_networks_in_another_use_are_not_used_again():
     trusts = [SimpleNamespace(scale=None, jacobian=MeanJacobian({}, {}, {0: trust})) for trust in (0.5, 0.25)]
     assert of_tuner(trusts[0]) != of_tuner(trusts[1])
     assert of_tuner(MeZO(nn.Linear(2, 2).named_parameters())) == {}
+
+
+def test_the_use_of_a_tuner_is_beside_the_key_of_results_that_are_there(tmp_path):
+    column = {"name": "random", "optimizer": "zo-finetuner", "options": {"tuner": "random:0"}}
+    (fact,) = examine(grid(tmp_path, columns=[column])).values()
+    assert set(fact.hashes) == {"model", "data", "tuner"} and set(fact.use) == {"networks"}
