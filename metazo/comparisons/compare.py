@@ -21,7 +21,7 @@ from metazo.comparisons.live import Progress
 from metazo.comparisons.packed import is_packed, unpack
 from metazo.comparisons.pool import Pool
 from metazo.comparisons.rates import look
-from metazo.comparisons.results import SEARCH, Result, Search, read_search, write_search
+from metazo.comparisons.results import SEARCH, Result, Search, write_search
 from metazo.comparisons.store import Store
 from metazo.errors import UserError
 from metazo.io.lock import FolderLock
@@ -127,12 +127,12 @@ class _Comparison:
     def run(self) -> dict[str, int]:
         grid = self.grid
         self.store.clear()
-        grid.write()
+        changed = grid.write()
         if self.part is None:
             unpack(grid.out)
-            self._remember(self.store.supersede())
-        else:  # search.json may be of another grid; the call that does the rest writes it again
-            self.store.supersede(self.pairs)
+        moved = self.store.supersede(None if self.part is None else self.pairs)
+        self.searches |= self.store.remembered(moved)
+        if self.part is not None and (changed or moved):  # of another grid; the call that does the rest writes it again
             (grid.out / SEARCH).unlink(missing_ok=True)
         with (
             _pool(grid, self.console) as pool,
@@ -150,14 +150,6 @@ class _Comparison:
         count = {"runs": shown.done, "kept": shown.kept, "failed": shown.failed, "diverged": shown.diverged}
         return count | {"not_run": shown.not_run, "unsettled": self.unsettled}
 
-    def _remember(self, superseded: set[tuple[str, str]]) -> None:
-        """Searches of an earlier call that are still valid, so that search.json is complete after a stop."""
-        known = {column.name for column in self.grid.resolved}
-        for task, columns in read_search(self.grid.out).items():
-            for name in known & set(columns):
-                if task in self.searches and (task, name) not in superseded:
-                    self.searches[task][name] = columns[name]
-
     def _size(self) -> tuple[int, float]:
         """Runs and forward passes, without extensions of the searches."""
         runs, forwards = 0, 0.0
@@ -172,31 +164,39 @@ class _Comparison:
 
     def _flow(self, task: str, column: Column) -> Flow:
         """Yields the runs of a column on a task in batches; each batch depends on the results of the batches before."""
-        lr = None
-        if column.trains:
-            search, used = yield from look(self.grid, task, column, self.facts[task, column.name].lrs)
-            self._note(task, column, search, used)
-            if search is None:
-                return
-            lr = search.lr
-        yield runs_of(self.grid, task, column, lr)
+        if not column.trains:
+            yield runs_of(self.grid, task, column, None)
+            return
+        found, used = yield from look(self.grid, task, column, self.facts[task, column.name].lrs)
+        search = found or self.store.earlier(task, column)
+        self._note(task, column, search, used, found is not None)
+        runs = runs_of(self.grid, task, column, search.lr) if search else []
+        runs = runs if found else [run for run in runs if self.store.path(run).exists()]
+        if runs:
+            yield runs
 
-    def _note(self, task: str, column: Column, search: Search | None, used: list[Run]) -> None:
+    def _note(self, task: str, column: Column, search: Search | None, used: list[Run], settled: bool) -> None:
         """Keep the result of a search, and put aside what is not of it."""
-        name = self.names[task]
-        if search is None:
+        name, text = self.names[task], ""
+        if not settled:
             self.unsettled += 1
-            self.searches[name].pop(column.name, None)
             text = "a run of the search failed, so no rate is chosen and no reported run is done; the same command tries again"
-            self.console.say("incomplete:", f"{name}, {column.name}: {text}.", "yellow")
-        else:
+            if search is not None:
+                text += f". Reported runs of earlier calls, at rate {search.lr:g}, stay"
+            if again := self.store.failed_again(used):
+                text += f". At rate {again} it failed as before, for the same reason; if it always does, give `lrs` without it"
+        elif search is not None and search.lr is None:
+            text = f"{self.grid.seeds} not run: no learning rate of the search gave a finite loss"
+        if text:
+            self.console.say("not run:" if settled else "incomplete:", f"{name}, {column.name}: {text}.", "yellow")
+        self.store.settle(task, column, search, used if settled else None)
+        before = self.searches[name].pop(column.name, None)
+        if search is not None:
             self.searches[name][column.name] = search
-            if search.lr is None:
-                text = f"{self.grid.seeds} not run: no learning rate of the search gave a finite loss"
-                self.console.say("not run:", f"{name}, {column.name}: {text}.", "yellow")
-        self.store.settle(task, column, search, used)
         if self.part is None:
             write_search(self.grid.out, self.searches)
+        elif search != before:
+            (self.grid.out / SEARCH).unlink(missing_ok=True)
 
     def _extra(self, task: str) -> list[list[Run]]:
         """The longer runs of methods that finish before the time budget of a task is used up.

@@ -133,8 +133,9 @@ class Grid:
         """Forward passes per run of a column."""
         return column.budget or self.budget
 
-    def write(self) -> None:
-        """grid.yaml: the grid with every column written out; a comparison can be run from it again.
+    def write(self) -> bool:
+        """grid.yaml: the grid with every column written out; a comparison can be run from it again. Returns: whether it was
+        another one, or none.
 
         A task of a file is written with its name, so that the report needs no file that may be elsewhere by then.
         """
@@ -144,8 +145,11 @@ class Grid:
         named = [(task_of(task).name, task) for task in self.tasks]
         plain["tasks"] = [task if name == task else {"name": name, "file": task} for name, task in named]
         plain |= {name: str(plain[name]) for name in ("out", "data") if plain[name] is not None}
-        text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=110)
-        write_whole(self.out / GRID, text.encode())
+        text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=110).encode()
+        path = self.out / GRID
+        changed = not path.exists() or path.read_bytes() != text
+        write_whole(path, text)
+        return changed
 
 
 def _task(entry: Any) -> str:

@@ -85,12 +85,13 @@ def best(losses: dict[float, float]) -> float | None:
 
 
 def look(
-    grid: Grid, task: str, column: Column, start: list[float]
+    grid: Grid, task: str, column: Column, start: list[float], failed_too: bool = False
 ) -> Generator[list[Run], list[Result], tuple[Search | None, list[Run]]]:
     """Search a column's learning rate: yields runs, and is sent their results. Returns the search and all its runs.
 
     start: the first rates; a single one is taken without a run. The search is None if a run has failed and not diverged, as
-    on a full disk: that tells nothing about its rate, so that no rate may be chosen.
+    for lack of memory: that tells nothing about its rate, so that no rate may be chosen. failed_too: it is a bad rate, as to
+    earlier versions.
     """
     if len(start) == 1:
         return Search(start[0], {}, False, [], 0, 0, 0), []
@@ -102,7 +103,7 @@ def look(
         runs = [search_run(grid, task, column, lr, seed) for lr in wanted for seed in seeds]
         results = yield runs
         used += runs
-        if not all(result.finished or result.diverged for result in results):
+        if not failed_too and not all(result.finished or result.diverged for result in results):
             return None, used
         losses = {lr: fmean(r.minimised for r in results if r.run_info["lr"] == lr) for lr in wanted}
         search.losses |= {f"{lr:g}": loss if math.isfinite(loss) else None for lr, loss in losses.items()}

@@ -40,8 +40,9 @@ class Result:
         their files are the user's own} (sha256, or what the Hub calls the version), key (hash of configuration and hashes:
         the run is not repeated while it, `inputs` and `use` are the same), inputs (hash of the model's configuration and the
         task's definition; absent in older results), use (how the tuner is used: JSON texts of its networks' settings, or the
-        hash of the trust in feedback maps; absent in older results, empty without a tuner), versions, machine {cores, threads, system, cpu, gpu},
-        workers, started (UTC), status ("finished", "failed" or "diverged": losses or weights that are not finite at the end),
+        hash of the trust in feedback maps; absent in older results, empty without a tuner), versions,
+        machine {cores, threads, system, cpu, gpu}, workers, started (UTC),
+        status ("finished", "failed" or "diverged": losses or weights that are not finite at the end),
         reason (a sentence if it did not finish).
     train_info: curve, a list of {step, forwards, seconds, train_loss, lr, dev {loss, metric..., majority, examples}}
         from step 0 (before training) on; `seconds` is the time of training without evaluation; steps, forwards, seconds

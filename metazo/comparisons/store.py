@@ -13,9 +13,10 @@ from typing import Any
 from metazo.comparisons.cell import Job, configuration, failed
 from metazo.comparisons.columns import Column
 from metazo.comparisons.examine import Facts
-from metazo.comparisons.grid import SEARCH_SEED, Grid, Run, search_run
+from metazo.comparisons.grid import SEARCH_SEED, Grid, Run, runs_of, search_run
 from metazo.comparisons.key import key
-from metazo.comparisons.results import Result, Search, cell_path
+from metazo.comparisons.rates import look
+from metazo.comparisons.results import Result, Search, cell_path, read_search
 from metazo.tasks import resolve
 
 BESIDE = ("inputs", "use")
@@ -29,6 +30,7 @@ class Store:
         self.grid, self.facts, self.retry_failed = grid, facts, retry_failed
         self.names = {task: resolve(task).name for task in grid.tasks}
         self.running = running
+        self.failed: dict[Path, str] = {}  # why a run of a search that is done again had failed
 
     def clear(self) -> None:
         """Remove the files of runs that were stopped."""
@@ -81,6 +83,8 @@ class Store:
                 found = Result.load(place)
                 failed_before = not (found.finished or found.diverged)
                 again = failed_before and (self.retry_failed or run.kind == "search")  # a search needs all its runs
+                if again and place == path and same(found.run_info, job.info):
+                    self.failed[path] = str(found.run_info.get("reason"))
                 lacks = job.keep is not None and found.finished and not self._model(place).is_dir()
                 if same(found.run_info, job.info) and not again and not lacks:
                     if place != path:
@@ -95,6 +99,38 @@ class Store:
 
     def save(self, run: Run, result: Result) -> None:
         result.save(self.path(run))
+
+    def remembered(self, superseded: set[tuple[str, str]]) -> dict[str, dict[str, Search]]:
+        """Searches of an earlier call that are still valid, so that search.json is complete after a stop."""
+        names, found = {column.name for column in self.grid.resolved}, read_search(self.grid.out)
+        return {
+            task: {
+                name: found[task][name] for name in names & set(found.get(task, {})) if (task, name) not in superseded
+            }
+            for task in self.names.values()
+        }
+
+    def earlier(self, task: str, column: Column) -> Search | None:
+        """A search with failed runs as earlier versions ended it, if there are reported runs of the rate that it chose."""
+        flow = look(self.grid, task, column, self.facts[task, column.name].lrs, failed_too=True)
+        paths = [self.path(run) for run in next(flow)]
+        while all(path.exists() for path in paths):
+            try:
+                paths = [self.path(run) for run in flow.send([Result.load(path) for path in paths])]
+            except StopIteration as stop:
+                search, _ = stop.value
+                reported = [self.path(run) for run in runs_of(self.grid, task, column, search.lr)]
+                rates = [Result.load(path).run_info["lr"] for path in reported if path.exists()]
+                return search if search.lr is not None and search.lr in rates else None
+        return None
+
+    def failed_again(self, used: list[Run]) -> str:
+        """The rates of a search's runs that failed in an earlier call, and in this one for the same reason."""
+        paths = {path: run.lr for run in used if (path := self.path(run)) in self.failed}
+        same_reason = [
+            lr for path, lr in paths.items() if Result.load(path).run_info.get("reason") == self.failed[path]
+        ]
+        return ", ".join(dict.fromkeys(f"{lr:g}" for lr in same_reason))
 
     # -- results of another grid -----------------------------------------------------------------------------------
 
@@ -119,18 +155,18 @@ class Store:
                 moved.add(place)
         return moved
 
-    def settle(self, task: str, column: Column, search: Search | None, used: list[Run]) -> None:
+    def settle(self, task: str, column: Column, search: Search | None, used: list[Run] | None) -> None:
         """Put aside a column's runs that its search did not use, and the reported ones that are not of the rate it chose.
 
         They go before the column's runs start, so that no mean is over two rates if the comparison is stopped. search: None
-        if it is not settled: then no reported run is of its rate, and it may still use every run of a search.
+        if there is none, so that no reported run is of its rate. used: None if it is not settled, and may still use every run.
         """
-        folder, paths = self.grid.out / "cells" / self.names[task] / column.name, {self.path(run) for run in used}
+        folder, paths = self.grid.out / "cells" / self.names[task] / column.name, {self.path(run) for run in used or ()}
         for path in sorted([*folder.glob("seed-*.json"), *folder.glob("time-*.json")]):
             info = Result.load(path).run_info
             if search is None or info["lr"] != search.lr or not self._belongs(info, task, column):
                 self._put_aside(path, info)
-        for path in sorted(folder.glob("search-*.json")) if search else ():
+        for path in sorted(folder.glob("search-*.json")) if used is not None else ():
             if path not in paths:
                 self._put_aside(path, Result.load(path).run_info)
 
