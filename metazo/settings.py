@@ -5,12 +5,12 @@ from __future__ import annotations
 import ast
 import inspect
 import math
-import sys
 import textwrap
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -81,12 +81,12 @@ def check_number(
 
 
 def as_rate(value: Any) -> float | None:
-    """A learning rate, also in text (YAML makes one of 1e-3); None for what is no finite number above 0."""
-    if isinstance(value, str):
-        with suppress(ValueError):
-            value = float(value)
-    number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
-    return float(value) if number else None
+    """A learning rate, also of numpy or in text (YAML makes one of 1e-3); None for what is no finite number above 0."""
+    if isinstance(value, Real | str) and not isinstance(value, bool):
+        with suppress(ValueError, OverflowError):
+            number = float(value)
+            return number if 0 < number < math.inf else None
+    return None
 
 
 def check_flag(name: str, value: Any, wanted: Any) -> None:

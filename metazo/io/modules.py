@@ -35,7 +35,8 @@ def import_from(entry: str) -> ModuleType:
 def place(error: Exception) -> str:
     """Where a user's code that was called or imported failed, as " in line 12 of reward.py"; empty if no frame is known."""
     frames = extract_tb(error.__traceback__)[1:]  # without that of the caller
-    own = [frame for frame in frames if frame.filename != __file__ and not frame.filename.startswith("<frozen")]
+    importing = (__file__, importlib.__file__, importlib.util.__file__)
+    own = [frame for frame in frames if frame.filename not in importing and not frame.filename.startswith("<frozen")]
     return f" in line {own[0].lineno} of {Path(own[0].filename).name}" if own else ""
 
 

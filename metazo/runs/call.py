@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields, replace
 from inspect import signature
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def finetune(
     test: Iterable[Any] | None = None,
     out: str | Path | None = None,
     objective: str | Callable[[nn.Module, AnswerBatch], float] | None = None,
-    race: Sequence[float | str] | None = None,
+    race: Iterable[float | str] | None = None,
     race_steps: int | None = None,
     on_step: Callable[[Step], None] | None = None,
     on_evaluation: Callable[[dict[str, Any]], None] | None = None,
@@ -109,7 +110,8 @@ def finetune(
         config = _described(given, model, task, optimizer, data, tokenizer, loss, dev, test, out, objective, settings)
         if race is None and race_steps is not None:
             raise UserError("`race_steps` is the length of a round of `race`, which is not given; leave it out.")
-        if race_steps is not None and not (type(race_steps) is int and race_steps >= 1):
+        whole = isinstance(race_steps, Integral) and not isinstance(race_steps, bool)
+        if race_steps is not None and not (whole and race_steps >= 1):
             raise UserError(
                 f"`race_steps` is {shown(race_steps)} and must be the whole number of steps of a round; choose 1 or more."
             )
@@ -118,7 +120,7 @@ def finetune(
         return run_race(
             config,
             race,
-            ROUND if race_steps is None else race_steps,
+            ROUND if race_steps is None else int(race_steps),
             console=console,
             given=given,
             on_step=on_step,

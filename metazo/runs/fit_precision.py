@@ -24,10 +24,11 @@ from torch import nn
 from metazo.optimizers.registry import method
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.estimate import Followed, scratch_bytes, state_bytes
+from metazo.runs.locate import log_to_continue
 from metazo.runs.method import build_optimizer
 from metazo.runs.resources import size
 from metazo.step.precision import DEFAULTS, POLICIES, check_used
-from metazo.steplog.format import STEPS, scan
+from metazo.steplog.format import scan
 
 ORDER = ("master", "compensated-16", "compensated-8")
 SHARE = 0.95  # of the free memory
@@ -42,8 +43,7 @@ def fit_precision(
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     narrow = [p for p in trained if DEFAULTS.get(p.dtype) == "master"]
-    log = config.out / STEPS if config.resume and config.out is not None else None
-    log = log if log and log.exists() else None  # of a run that has begun
+    log = log_to_continue(config)
     if "precision" not in method(config.optimizer).common:
         return config, None
     if log is None:

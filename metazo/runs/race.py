@@ -16,7 +16,7 @@ apart. docs/meta-learning.md has what it found on 14 tasks.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
@@ -62,7 +62,7 @@ def lengths(arms: int, length: int) -> tuple[int, int]:
 
 def race(
     config: FinetuneConfig,
-    rates: Sequence[float | str],
+    rates: Iterable[float | str],
     length: int = ROUND,
     console: Console | None = None,
     given: Given | None = None,
@@ -96,13 +96,18 @@ def race(
     return tune(run, given, console, part=Part(won.steps), **callbacks)
 
 
-def _check(config: FinetuneConfig, rates: Sequence[float | str], given: Given) -> list[float]:
+def _check(config: FinetuneConfig, rates: Iterable[float | str], given: Given) -> list[float]:
     """The rates as numbers. Raises UserError for what is no race."""
     if given.loaded is not None or given.optimizer is not None:
         raise UserError(
             "A race loads the model for every rate: give model and optimizer by name, or `lr` for objects in memory."
         )
-    found = [as_rate(rate) for rate in rates] if isinstance(rates, Sequence) and not isinstance(rates, str) else []
+    values = rates.tolist() if hasattr(rates, "tolist") else rates  # an array or a tensor
+    found = (
+        [as_rate(rate) for rate in values]
+        if isinstance(values, Iterable) and not isinstance(values, str | bytes)
+        else []
+    )
     if None in found or len(set(found)) < max(len(found), 2):
         raise UserError(f"A race needs a list of at least two different learning rates above 0, not {shown(rates)}.")
     if config.lr is not None:

@@ -173,6 +173,16 @@ def test_a_file_that_fails_is_one_sentence(tmp_path, text, said):
         registry.load_entry(str(tmp_path / "wrong.py"))
 
 
+def test_a_module_that_fails_is_said_to_fail_in_its_own_line(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "bad_by_name.py").write_text("x = 1\n\n1 / 0\n")
+    with pytest.raises(UserError, match=r"ZeroDivisionError: division by zero in line 3 of bad_by_name.py\.$"):
+        registry.load_entry("bad_by_name")
+    for name in ("no_such_module", "no_such_package.module"):
+        with pytest.raises(UserError, match=rf"which cannot be imported: No module named '{name.split('.')[0]}'\.$"):
+            registry.load_entry(name)
+
+
 def test_a_hyperparameter_without_a_default_is_asked_for(tmp_path):
     text = TOY.replace("headroom: float = 3.0", "headroom: float").replace("toy-clipped", "toy-strict")
     (tmp_path / "toy_strict.py").write_text(text)

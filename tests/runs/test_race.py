@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -137,6 +138,9 @@ def test_a_race_that_is_stopped_writes_nothing(settings, tmp_path, monkeypatch):
         ((1e-3, float("nan")), 3, {}, "above 0"),
         (("1e-3", 0.001), 3, {}, "different"),
         (("1e-3", "fast"), 3, {}, "above 0"),
+        ((True, 1e-3), 3, {}, "above 0"),
+        (np.array(1e-3), 3, {}, "a list of at least two"),
+        (b"ab", 3, {}, "a list of at least two"),
         ("1e-4,1e-3", 3, {}, "a list of at least two .* not '1e-4,1e-3'"),
         (RATES, 3, {"lr": 1e-3}, "`lr` is what the race finds"),
         (RATES, 3, {"resume": True}, "has its learning rate already"),
@@ -151,6 +155,23 @@ def test_what_is_no_race_is_one_sentence(settings, tmp_path, rates, length, give
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "rates",
+    [
+        np.logspace(-4, -3, 2),
+        torch.tensor([1e-4, 1e-3]),
+        [np.float32(1e-4), np.float32(1e-3)],
+        {1e-4: 1, 1e-3: 2}.keys(),
+        (10.0**power for power in (-4, -3)),
+        [1, 2],
+    ],
+    ids=["array", "tensor", "float32", "keys", "generator", "integers"],
+)
+def test_rates_are_any_iterable_of_numbers(settings, rates):
+    with pytest.raises(UserError, match="`lr` is what the race finds"):  # which is looked at after the rates
+        race(settings(lr=1e-3), rates)
+
+
 def test_from_python_with_rows_in_memory(tiny):
     rows = [{"sentence": f"it was {word} .", "label": label} for word, label in (("great", 1), ("terrible", 0))] * 8
     sizes = {"train_examples": 8, "dev_examples": 4, "test_examples": 4, "batch_size": 2, "steps": 30}
@@ -163,7 +184,7 @@ def test_from_python_with_rows_in_memory(tiny):
         finetune(load_model(str(tiny("llama"))), "sst2", data=rows, race=(1e-4, 1e-3), **sizes)
     with pytest.raises(UserError, match="`race_steps` is the length of a round of `race`"):
         finetune(str(tiny("llama")), "sst2", data=rows, race_steps=2, **sizes)
-    for number in (0, -3):
+    for number in (0, -3, True):
         with pytest.raises(UserError, match=f"`race_steps` is {number} and .*choose 1 or more"):
             finetune(str(tiny("llama")), "sst2", data=rows, race=(1e-4, 1e-3), race_steps=number, **sizes)
     seen.clear()
@@ -172,7 +193,7 @@ def test_from_python_with_rows_in_memory(tiny):
         "sst2",
         data=rows,
         race=["1e-4", "1e-3"],
-        race_steps=1,
+        race_steps=np.int64(1),
         on_step=lambda step: seen.append(step.step),
         **sizes,
     )
