@@ -13,6 +13,7 @@ as query heads and an MLP of four times the width, this is 0.25 + 0.17 of the bl
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -72,13 +73,13 @@ def _at_last(block: nn.Module, call: Call, hidden: Tensor) -> Tensor | None:
     args, others = call.args[:1], dict(zip(list(inspect.signature(block.forward).parameters)[1:], call.args[1:]))
     others |= call.kwargs
     try:
-        Call(call.hidden, args, others | {name: _Cache()}).run(block, hidden)
+        replace(call, args=args, kwargs=others | {name: _Cache()}).run(block, hidden)
         return None
     except _Reached as reached:
         given = reached.keys, reached.values
     length = hidden.shape[1]
     kwargs = {key: _last(value, length) for key, value in others.items()} | {name: _Cache(given)}
-    return Call(call.hidden, args, kwargs).run(block, hidden[:, -1:])
+    return replace(call, args=args, kwargs=kwargs).run(block, hidden[:, -1:])
 
 
 def _last(value: Any, length: int) -> Any:

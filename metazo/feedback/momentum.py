@@ -57,7 +57,7 @@ class FactoredMomentum:
             out.add_product(name, kept, right)
         for name, value in gradient.whole.items():
             if name in self.matrices and min(value.shape) <= DIRECT:
-                u, values, vt = torch.linalg.svd(value, full_matrices=False)
+                u, values, vt = torch.linalg.svd(value.to(state[f"momentum/left/{name}"].dtype), full_matrices=False)
                 out.add(self.update(state, Gradient({name: u * values}, {name: vt.t()})))
             elif name in self.matrices:
                 left, right = state[f"momentum/left/{name}"], state[f"momentum/right/{name}"]
@@ -72,7 +72,8 @@ class FactoredMomentum:
 
 def approximated(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Nearly the best factors of a rank for a matrix, (m, n) -> (m, rank) and (n, rank); always the same for one matrix."""
-    start = torch.randn(matrix.shape[1], rank + MORE, generator=torch.Generator().manual_seed(0))
+    shape, generator = (matrix.shape[1], rank + MORE), torch.Generator().manual_seed(0)
+    start = torch.randn(shape, generator=generator, dtype=torch.float32)
     q, _ = torch.linalg.qr(matrix @ start.to(matrix))
     for _ in range(POWERS):
         p, _ = torch.linalg.qr(matrix.t() @ q)

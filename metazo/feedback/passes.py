@@ -24,6 +24,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from metazo.errors import UserError
 from metazo.feedback.factors import Gradient
 from metazo.feedback.residual import LinearMap, Residual, hidden_of, linear_maps, with_hidden
+from metazo.step.autocast import Autocast, present, under
 
 Closure = Callable[[], Tensor | float]
 Names = Mapping[int, str]
@@ -102,23 +103,25 @@ def _factors(entry: LinearMap, error: Tensor, entered: Tensor) -> tuple[Tensor, 
 
 @dataclass
 class Call:
-    """One call of a block: its hidden input and the other arguments; the output and the recorded maps if the graph is
-    kept; `seen`, the output's value, if it is to be compared with that of a second run.
+    """One call of a block: its hidden input, the other arguments and its autocast; the output and the recorded maps if the
+    graph is kept; `seen`, the output's value, if it is to be compared with that of a second run.
     """
 
     hidden: Tensor
     args: tuple
     kwargs: dict[str, Any]
+    autocast: Autocast
     output: Tensor | None = None
     watched: Watched | None = None
     seen: Tensor | None = None
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """The block's output at another hidden input."""
+        """The block's output at another hidden input, under the same autocast."""
         kwargs = dict(self.kwargs)
-        if self.args:
-            return hidden_of(block(hidden, *self.args[1:], **kwargs))
-        return hidden_of(block(**kwargs | {_HIDDEN: hidden}))
+        with under(self.autocast):
+            if self.args:
+                return hidden_of(block(hidden, *self.args[1:], **kwargs))
+            return hidden_of(block(**kwargs | {_HIDDEN: hidden}))
 
 
 _HIDDEN = "hidden_states"
@@ -239,7 +242,7 @@ class Recorder:
             hidden = args[0] if args else kwargs[_HIDDEN]
             kwargs = {name: _without_cache(value, index) for name, value in kwargs.items()}
             args = tuple(_without_cache(value, index) for value in args)
-            self.passes[-1].calls[index] = call = Call(hidden.detach(), args, kwargs)
+            self.passes[-1].calls[index] = call = Call(hidden.detach(), args, kwargs, present())
             self._check_chain(index, call.hidden)
             if self.recompute:
                 return args, kwargs

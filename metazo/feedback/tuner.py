@@ -70,7 +70,7 @@ class FeedbackTuner(TunerFile):
         tensors = {
             "down": torch.stack([self.maps.down[index] for index in order]),
             "up": torch.stack([self.maps.up[index] for index in order]),
-            "trust": torch.tensor([float(self.maps.trust[index]) for index in order]),
+            "trust": torch.tensor([float(self.maps.trust[index]) for index in order], dtype=torch.float32),
         }
         plain = {name: value.detach().float().cpu().contiguous() for name, value in tensors.items()}
         return packed(plain, asdict(self.info), FORMAT_VERSION)

@@ -48,6 +48,7 @@ from metazo.optimizers.guards import check_moved, check_reach, check_shards, che
 from metazo.optimizers.loss_watch import LossWatch
 from metazo.optimizers.saving import Saving
 from metazo.optimizers.verbs import DECAY_EXEMPT, State, Verbs
+from metazo.step.autocast import own_arithmetic
 from metazo.step.directions import Direction, Scaled
 from metazo.step.estimators import Estimator, balanced
 from metazo.step.precision import check_used, warn_of_drift
@@ -177,7 +178,7 @@ class ZOOptimizer(Verbs, Saving):
 
     # -- the step -------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @own_arithmetic()
     def step(  # type: ignore[override]
         self, closure: Closure | Sequence[Closure] | None = None, *, replay: Step | None = None
     ) -> float:
@@ -185,7 +186,8 @@ class ZOOptimizer(Verbs, Saving):
 
         Args:
             closure: evaluates the loss at the present weights; called once per probe, under inference mode. A sequence of
-                closures is averaged under one seed, which replaces gradient accumulation.
+                closures is averaged under one seed, which replaces gradient accumulation. `torch.autocast` around `step`
+                acts on closures alone.
             replay: a recorded step, taken again from its recorded losses; a closure given as well is counted in
                 `forwards` and not called.
 
@@ -356,6 +358,7 @@ class ZOOptimizer(Verbs, Saving):
                 add = partial(gradient.add_, tensor, start)
                 self.rule.apply(tensor, start, theta, add, lr, decay, self.zo_state)
 
+    @own_arithmetic()
     def settle(self) -> None:
         """Apply the update that waits for the next step, if there is one (see `defer`)."""
         if self._ready:

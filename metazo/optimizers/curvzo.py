@@ -195,7 +195,7 @@ class CurvZO(ZOOptimizer):
     def learn(self, state: State, seed: int, c: float) -> None:
         """Scores of the tensors that took part."""
         magnitude, stream = state["magnitude"], self.noise.stream(seed)
-        new = torch.as_tensor(self.size(c)).to(magnitude)
+        new = torch.as_tensor(self.size(c), dtype=torch.float32).to(magnitude)
         magnitude.lerp_(new, self.magnitude_beta if magnitude > 0 else 1.0)
         squares = torch.tensor([stream.square(tensor) for tensor in self.selected(state)], dtype=torch.float64)
         taken, observed = state["selected"], self.observed(state, squares, c)

@@ -22,6 +22,7 @@ from metazo.optimizers.base import DECAY_EXEMPT
 from metazo.optimizers.groups import Closure, check_rates, listed
 from metazo.optimizers.guards import NO_GRADIENT, as_loss
 from metazo.optimizers.registry import Method, register
+from metazo.step.autocast import as_called, own_arithmetic
 from metazo.step.record import Step
 
 FORWARDS_PER_STEP = 3
@@ -70,6 +71,7 @@ class FirstOrder(Method):
     def param_groups(self) -> list[dict[str, Any]]:
         return self.inner.param_groups
 
+    @own_arithmetic()
     def step(self, closure: Closure | Sequence[Closure], *, replay: Step | None = None) -> float:
         """One update; closures are averaged. A loss or gradient that is not finite changes nothing; NaN is returned then.
 
@@ -93,7 +95,8 @@ class FirstOrder(Method):
         total = 0.0
         with torch.enable_grad():
             for evaluate in closures:
-                loss: Any = evaluate()
+                with as_called():
+                    loss: Any = evaluate()
                 number = as_loss(loss)
                 if not isinstance(loss, Tensor) or not loss.requires_grad:
                     raise UserError(

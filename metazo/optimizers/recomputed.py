@@ -24,6 +24,7 @@ from metazo.errors import UserError
 from metazo.io import processes
 from metazo.optimizers.base import State, ZOOptimizer
 from metazo.optimizers.groups import Closure, check_rates, listed
+from metazo.step.autocast import own_arithmetic
 from metazo.step.precision import check_used
 from metazo.step.record import Step
 
@@ -60,6 +61,7 @@ class Recomputed(ZOOptimizer):
         left_out = f"{self.vanished} updates of single tensors were left out: their estimate was not finite."
         return [left_out] if self.vanished else []
 
+    @own_arithmetic()
     def step(  # type: ignore[override]
         self, closure: Closure | Sequence[Closure] | None = None, *, replay: Step | None = None
     ) -> float:

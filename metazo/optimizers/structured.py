@@ -200,7 +200,7 @@ class Structured(Recomputed):
 
     def _next(self, gradients: Iterator[tuple[int | None, Gradient]], rates: Sequence[float]) -> bool:
         """Take the next block's gradient, computed in the type of the forward pass, and drop it. False if there is none."""
-        with self.weights.evaluating():
+        with self.weights.substituting():
             gradient = next(gradients, (None, None))[1]
         if gradient is not None:
             self._descend(gradient, rates)

@@ -22,6 +22,7 @@ from metazo.blocks import LocalShard, NamedTensor, chunk_of, chunks
 from metazo.errors import UserError
 from metazo.kernels.parallel import together
 from metazo.noise import Move, Noise, PhiloxStream, Place, Stream
+from metazo.step.autocast import OFF, as_called, under
 from metazo.step.directions import in_chunks
 from metazo.step.pending import Pending
 from metazo.step.precision import Compensated, InPlace, Master, Storage, check_flushing, storage
@@ -46,7 +47,8 @@ class Weights:
             for kind in (InPlace, Master, Compensated)
         )
         longest = max((stop - start for tensor in self.compensated for start, stop in chunks(tensor.param)), default=0)
-        self.room = torch.empty(longest)  # for one chunk of theta at a time, on the CPU, if that saves time
+        # for one chunk of theta at a time, on the CPU, if that saves time
+        self.room = torch.empty(longest, dtype=torch.float32)
         self.probe: tuple[Term, ...] = ()
         self.snapshot: dict[str, Tensor] = {}  # other weights by name, set by a method that evaluates the loss there
         self.at_snapshot = False  # theta and the snapshot have changed places
@@ -178,11 +180,18 @@ class Weights:
 
     @contextmanager
     def evaluating(self) -> Iterator[Scratch | None]:
-        """The context of every evaluation: autocast if chosen, and perturbed copies in place of compensated weights.
+        """The context of every evaluation: autocast, if chosen or else the caller's, and perturbed copies in place of
+        compensated weights.
 
         Probes that are evaluated together do not move the weights, so an update that waits is applied here.
         """
         self.settle()
+        with as_called(), self.substituting() as scratch:
+            yield scratch
+
+    @contextmanager
+    def substituting(self) -> Iterator[Scratch | None]:
+        """The part of `evaluating` that is of the precision."""
         if self.autocast:
             kind = self.tensors[0].param.device.type
             with torch.autocast(kind, torch.bfloat16, cache_enabled=False):  # the cache would be a copy of the weights
@@ -221,8 +230,9 @@ class Weights:
                 theta = place.read(start, stop, self.room)
                 if self.at_snapshot:
                     theta.copy_(self.snapshot[tensor.name].view(-1)[start:stop])
-                for term, stream in terms:
-                    term.add_(stream, tensor, theta, 1.0, start)
+                with under(OFF):  # this is within the forward pass
+                    for term, stream in terms:
+                        term.add_(stream, tensor, theta, 1.0, start)
                 out.view(-1)[start:stop].copy_(theta)
         return outs
 

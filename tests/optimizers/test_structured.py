@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from metazo.errors import UserError
 from metazo.feedback.factors import Gradient
 from metazo.feedback.momentum import FactoredMomentum
 from metazo.models.load import load_model
-from metazo.optimizers import FirstOrderFused
+from metazo.optimizers import METHODS, FirstOrderFused
 from metazo.optimizers.answer_column import AnswerColumn
 from metazo.optimizers.recomputed import FLOOR
 from metazo.optimizers.skip_feedback import SkipFeedback
@@ -92,6 +93,44 @@ def test_autocast_updates_in_float32() -> None:
     optimizer.step(tiny.answer)
     step = tiny.model.get_parameter(name).detach() - before
     assert float(step.norm() / before.norm()) == pytest.approx(1e-5, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("skip-feedback", {}),
+        ("skip-feedback", {"recompute": False}),
+        ("skip-feedback", {"momentum": 0.9}),
+        ("answer-column", {}),
+        ("first-order-fused", {}),
+        ("first-order-sgd", {}),
+    ],
+)
+def test_autocast_around_the_loop_takes_the_steps_of_autocast_in_the_closure(name: str, options: dict) -> None:
+    """Narrow copies of weights that autocast keeps are not evaluated again, and blocks run twice under the same autocast."""
+
+    def run(around: bool) -> tuple[list[float], dict[str, torch.Tensor]]:
+        tiny = build("Llama", dtype=torch.float32)
+        own = {"model": tiny.model} if METHODS[name].needs_model else {}
+        optimizer = METHODS[name](tiny.model.named_parameters(), 1e-2, **own, **options)
+
+        def within() -> torch.Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return tiny.answer()
+
+        with torch.autocast("cpu", torch.bfloat16) if around else nullcontext():
+            return [optimizer.step(tiny.answer if around else within) for _ in range(3)], weights(tiny.model)
+
+    losses, found = run(True)
+    wanted, others = run(False)
+    assert losses == wanted and len(set(losses)) == 3
+    assert all(torch.equal(found[key], others[key]) for key in found)
+
+
+def test_momentum_takes_products_of_autocast() -> None:
+    tiny = build("Llama", dtype=torch.float32)
+    optimizer = SkipFeedback(tiny.model.named_parameters(), 1e-2, model=tiny.model, precision="autocast", momentum=0.9)
+    assert optimizer.step(tiny.every) > optimizer.step(tiny.every)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import math
@@ -16,7 +17,7 @@ from torch import nn
 from metazo.errors import UserError
 from metazo.kernels.splitfloat import dither, join, plain_join, plain_split, split
 from metazo.noise import TorchOrderNoise
-from metazo.optimizers import MeZO
+from metazo.optimizers import METHODS, MeZO
 from metazo.step.precision import POLICIES, cost, policy, warn_of_drift
 from tests.optimizers.contract import IDS, NAMES, case, llama, make, quadratic, take
 
@@ -286,6 +287,68 @@ def test_autocast_is_for_the_forward_alone():
     assert seen == [torch.bfloat16] * 2 and model.weight.dtype == torch.float32
     with pytest.raises(UserError, match="autocast"):
         MeZO(nn.Linear(2, 2, dtype=torch.bfloat16).named_parameters(), precision="autocast").tensors_state()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("lozo-m", {"interval": 2}),
+        ("loren", {}),
+        ("loren", {"compat": "official"}),
+        ("zo-muon", {"rank": 2, "interval": 2}),
+    ],
+)
+def test_autocast_of_the_caller_is_for_closures_alone(name, options):
+    """The steps are those of autocast within the closure, and so are their replays."""
+    x = torch.randn(4, 24, generator=torch.Generator().manual_seed(0))
+
+    def model_and_optimizer():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 24))
+        return model, METHODS[name](model.named_parameters(), lr=1e-3, **options)
+
+    def weights(around, within, replays=()):
+        model, optimizer = model_and_optimizer()
+        optimizer.recorder, records, seen = lambda record: records.append(record), [], set()
+
+        def closure():
+            with torch.autocast("cpu", torch.bfloat16, enabled=True) if within else nullcontext():
+                out = model(x)
+            seen.add((out.dtype, torch.is_inference_mode_enabled()))
+            return out.float().square().mean()
+
+        with torch.autocast("cpu", torch.bfloat16) if around else nullcontext():
+            for number in range(4):
+                optimizer.step(replay=replays[number]) if replays else optimizer.step(closure)
+            assert torch.is_autocast_enabled("cpu") == around
+        assert seen == (set() if replays else {(torch.bfloat16, True)})
+        return torch.cat([p.detach().flatten() for p in model.parameters()]), records
+
+    wanted, _ = weights(False, True)
+    found, records = weights(True, False)
+    assert torch.equal(found, wanted) and torch.equal(weights(True, False, records)[0], wanted)
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("precision", COMPENSATED)
+@pytest.mark.parametrize("name", ["mezo", "curvzo"])
+def test_the_default_dtype_changes_no_bit(name, precision, kind):
+    x = torch.randn(4, 24).bfloat16()
+
+    def stepped(model):
+        optimizer = METHODS[name](model.named_parameters(), lr=1e-3, precision=precision)
+        for _ in range(3):
+            optimizer.step(lambda: model(x).float().square().mean())
+        return torch.cat([theta.clone().flatten() for t in optimizer.tensors for _, theta in optimizer.weights.read(t)])
+
+    model, before = nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 24)).bfloat16(), torch.get_default_dtype()
+    wanted = stepped(copy.deepcopy(model))
+    torch.set_default_dtype(kind)
+    try:
+        found = stepped(model)
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize("precision", ["master", "compensated-16"])
