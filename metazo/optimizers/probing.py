@@ -2,8 +2,8 @@
 
 "in-turn" moves the weights for each probe and needs no extra memory. "together" applies low-rank directions to the
 activations, of which there is one copy per probe, and does not move the weights; it is faster on small batches. "auto"
-chooses "together" if probes x batch x length of the first step is at most ROWS. Losses, update and record are the same
-except for rounding.
+chooses "together" if probes x batch x length of the first step is at most ROWS. All processes evaluate in turn if one of
+them has to. Losses, update and record are the same except for rounding.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from metazo.blocks import NamedTensor
 from metazo.errors import UserError
+from metazo.io import processes
 from metazo.optimizers.groups import Closure
 from metazo.step.batched import Branch, TooLarge
 from metazo.step.batched import losses as losses_at
@@ -80,20 +81,28 @@ def losses_together(
         return in_turn()
     if given is None and not closures:
         return in_turn()  # it says what is missing
-    try:
-        losses = list(given) if given is not None else _own_losses(optimizer, probes, closures)
-    except UserError:
-        raise
-    except Exception as error:
-        if form != UNDECIDED:
+    losses, error = list(given or ()), None
+    if given is None:
+        try:
+            losses = _own_losses(optimizer, probes, closures)
+        except Exception as raised:
+            error = raised
+        choice = None if form != UNDECIDED else _agreed(error)
+        if error is not None and (choice is None or isinstance(error, UserError)):
             _check_alone(optimizer, closures, error)
-            raise
-        form.fill_(IN_TURN)
-        _say(optimizer, error, 7)
-        return in_turn()
+            raise error
+        if choice == IN_TURN:
+            form.fill_(IN_TURN)
+            _say(optimizer, error, 7)
+            return in_turn()
     form.fill_(TOGETHER)
     optimizer.forwards += len(losses) * sum(getattr(evaluate, "batches", 1) for evaluate in closures)
     return losses
+
+
+def _agreed(error: Exception | None) -> int:
+    """The choice of all processes: in turn if one of them has failed. One that cannot go on says so too, before it ends."""
+    return IN_TURN if any(processes.total([float(error is not None)])) else TOGETHER
 
 
 def _check_alone(optimizer: Any, closures: Sequence[Closure], error: Exception) -> None:
@@ -113,9 +122,9 @@ def _reason(error: Exception) -> str:
     return str(error).split("\n")[0].split(". ")[0].rstrip(" .")  # vmap goes on with advice for its own callers
 
 
-def _say(optimizer: Any, error: Exception, level: int) -> None:
-    """Warn about the reason for evaluating in turn, except for a batch that is too large for "auto"."""
-    if not isinstance(error, TooLarge):
+def _say(optimizer: Any, error: Exception | None, level: int) -> None:
+    """Warn about the reason for evaluating in turn, unless it is another process's, or a batch that is too large for "auto"."""
+    if error is not None and not isinstance(error, TooLarge):
         warnings.warn(
             f"{optimizer.name} falls back to evaluating its probes in turn: the closure cannot be vectorised "
             f"({_reason(error)}).",
@@ -160,10 +169,11 @@ def first_pass(optimizer: Any, closure: Closure) -> None:
 
 
 def settle(optimizer: Any, closure: Closure) -> str:
-    """The probing that the optimizer settles on for this closure, found by evaluating it once; no weights are moved."""
+    """The probing that all processes settle on for this closure, found by evaluating it once; no weights are moved."""
+    error = None
     try:
         first_pass(optimizer, closure)
-    except Exception as error:
-        _say(optimizer, error, 4)
-        return "in-turn"
-    return "together"
+    except Exception as raised:
+        error = raised
+    _say(optimizer, error, 4)
+    return "in-turn" if _agreed(error) == IN_TURN else "together"

@@ -111,10 +111,14 @@ class Verbs(Method):
 
     @classmethod
     def resolve(cls, options, model, closure) -> dict[str, Any]:
-        """As Method.resolve; it settles `probing` by evaluating the closure once."""
+        """As Method.resolve; it settles `probing` by evaluating the closure once. A sharded model is not evaluated: its probes
+        are in turn, unless `probing` together was asked for, which the optimizer then refuses.
+        """
         options = super().resolve(options, model, closure)
         if cls.low_rank and (options.get("probing") or cls.default_probing) != "in-turn":
             optimizer = cls(model.named_parameters(), **options)
-            if optimizer.probing != "in-turn":
+            if any(hasattr(param, "placements") for param in model.parameters()):
+                options["probing"] = "together" if options.get("probing") == "together" else "in-turn"
+            elif optimizer.probing != "in-turn":
                 options["probing"] = probings.settle(optimizer, closure)
         return options

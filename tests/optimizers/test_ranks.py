@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 
 from metazo.errors import UserError
 from metazo.io import processes
-from metazo.optimizers import EGGROLL, ES, FZOO, LOREN, LOZO, HiZOO, MeZO, MeZOAdam, MeZOSVRG, ZOMuon
+from metazo.optimizers import EGGROLL, ES, FZOO, LOREN, LOZO, HiZOO, MeZO, MeZOAdam, MeZOSVRG, ZOMuon, probing
 from metazo.optimizers.ranks import Exchange, check_exchange, checksum
 from metazo.step.estimators import AtTheta
 from metazo.step.scales import RMSScale
@@ -115,6 +116,21 @@ def _process(rank: int, folder: str) -> None:
             optimizer.estimator = AtTheta()
             optimizer.step(lambda: 1.0)
         said[name] = str(raised.value)
+    for name, uneven in (("rows", True), ("numbers", False)):
+        torch.manual_seed(0)
+        model, x = nn.Linear(8, 8), torch.randn(300 if uneven and rank else 4, 8)
+
+        def loss() -> torch.Tensor:
+            value = model(x).square().mean()
+            return value + float(value > 1) if rank and not uneven else value  # no number can be read under vmap
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            settled = LOZO.resolve({"probing": "auto"}, model, loss)["probing"]
+            optimizer = LOZO(model.named_parameters(), lr=1e-3, probing="auto", check_every=0)
+            optimizer.step(loss)
+        choice = int(optimizer.zo_state["probing"])
+        said[name] = [settled, choice, float(model.weight.detach().double().square().sum())]
     exchange = Exchange()
     exchange.stop = rank == 1
     said["exchange"] = exchange.combined([1.0 + rank, 3.0 * rank]), exchange.stopped
@@ -150,6 +166,12 @@ def test_ranks_that_differ_are_refused_on_both(ranks):
 
 def test_the_losses_are_averaged_and_a_stop_is_heard_by_all(ranks):
     assert [said["exchange"] for said in ranks] == [([1.5, 1.5], True)] * 2
+
+
+@pytest.mark.parametrize("name", ["rows", "numbers"])
+def test_all_evaluate_in_turn_if_one_cannot_evaluate_together(ranks, name):
+    first, second = ranks
+    assert first[name] == second[name] and first[name][:2] == ["in-turn", probing.IN_TURN]
 
 
 def test_probe_ranks_that_do_not_fit_are_refused(ranks):

@@ -38,6 +38,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "sharded": {"fsdp": 4, "optimizer": "lozo", "method": {"interval": 3}, "scale": "rms"},
     "svrg": {"fsdp": 4, "optimizer": "mezo-svrg", "method": {"interval": 3}, "batch_size": 4},
     "bfloat16": {"tensor_parallel": 2, "fsdp": 2, "dtype": "bfloat16"},
+    "eggroll": {"fsdp": 4, "optimizer": "eggroll", "method": {"population": 4}},
+    "fzoo": {"fsdp": 4, "optimizer": "fzoo", "method": {"rank": 1, "queries": 2}, "lr": 1e-6},
 }
 """Settings by the name of the run; those of one process are the same without the division."""
 LOSSES = 2e-5  # the order of the sums within matrix products differs; in bfloat16 the logits do
@@ -50,6 +52,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "method": (
         {"fsdp": 4, "optimizer": "loren", "method": {"compat": "official"}},
         "loren computes with whole tensors",
+    ),
+    "together": (
+        {"fsdp": 4, "optimizer": "eggroll", "method": {"probing": "together"}},
+        "`probing` together replaces calls of torch functions",
     ),
     "heads": ({"model": "pico", "tensor_parallel": 4}, "`tensor_parallel` is 4 and pico has num_attention_heads 5"),
 }
@@ -110,7 +116,7 @@ def model(tiny: Callable[[str], Path]) -> Path:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
     folder = tmp_path_factory.mktemp("divided")
-    with warm.meetings(14) as ports:
+    with warm.meetings(17) as ports:
         warm.ranks(_process, folder, model, ports, count=COUNT, killed=3)
     return folder
 
