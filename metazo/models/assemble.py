@@ -12,7 +12,7 @@ from metazo.errors import UserError
 from metazo.io.files import is_file
 from metazo.io.plain import read_json, shown
 from metazo.models.adapters import PEFT_TYPES, WEIGHTS, add_adapters, merge_adapters, trained_adapters, with_adapters
-from metazo.models.checks import check_config, check_float64
+from metazo.models.checks import check_config, check_float64, check_padding
 from metazo.models.describe import RECORD, describe
 from metazo.models.embedded import ADAPTERS, EMBEDDED
 from metazo.models.load import DTYPES, NEW_HEAD, LoadedModel, load_model
@@ -184,6 +184,7 @@ def as_loaded(model: Any, tokenizer: Any = None) -> LoadedModel:
         context = context_length(inner, tokenizer)
         set_pad(tokenizer, inner)
         check_float64(inner.eval(), str(kind), name)
+        check_padding(inner, tokenizer, str(kind), name, context)
     remember_stored(model)
     _, quantize = repeated(inner, dtype)  # type: ignore[arg-type]
     return LoadedModel(model.eval(), tokenizer, kind, f"memory:{name}", dtype, context, quantize=quantize)  # type: ignore[arg-type]

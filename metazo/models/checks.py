@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from metazo.errors import UserError
 from metazo.io.extras import needs
 from metazo.models.parts import whole
+from metazo.models.sentence import SentenceClassifier
 
 with needs("llm"):
     from transformers import (
@@ -17,6 +22,7 @@ with needs("llm"):
         MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
         MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
         PreTrainedConfig,
+        PreTrainedTokenizerBase,
     )
 
 DECODERS_OR_ENCODERS = (
@@ -37,10 +43,16 @@ _WIDTHS = (
 )
 _OTHER_INPUTS = ("vision_config", "audio_config", "image_size", "num_mel_bins", "feat_extract_norm")
 _PADDED = {
-    *("bart", "camembert", "data2vec-text", "recurrent_gemma", "roberta", "roberta-prelayernorm", "roformer", "rwkv"),
+    *("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus", "plbart"),
+    *("trocr", "camembert", "data2vec-text", "recurrent_gemma", "roberta", "roberta-prelayernorm", "roformer", "rwkv"),
     *("xlm", "xlm-roberta", "xlm-roberta-xl"),
 }
+_DECODERS = ("gpt_neox", "gpt_neox_japanese")
+"""Models that read no later token although their config says that they are no decoders."""
 _REFUSED = {
+    **dict.fromkeys(
+        ("convbert", "fnet", "nystromformer", "yoso"), "a model whose scores depend on the padding of a batch"
+    ),
     "encoder-decoder": "two models put together",
     "prophetnet": "an encoder-decoder whose losses depend on the padding of a batch",
     "t5gemma2": "a model of images or sound",
@@ -105,6 +117,11 @@ def kind_of(config: PreTrainedConfig, kind: str, name: str) -> str:
         raise UserError(
             f"`kind` {kind}: {name!r} is a {config.model_type} model, which is {what}; leave `kind` out or name another."
         )
+    if kind == "causal" and getattr(config, "is_decoder", None) is False and config.model_type not in _DECODERS:
+        raise UserError(
+            f"`kind` causal: {name!r} is a {config.model_type} model that reads the tokens after a position too (is_decoder is "
+            "false in its config.json), so it would see the answers; take it as masked or a classifier."
+        )
     return kind
 
 
@@ -123,6 +140,68 @@ def check_float64(model: nn.Module, kind: str, name: str) -> None:
             f"`dtype` float64: the attention of {name!r} is NaN for inputs with padding, because its softmax is in float32; "
             "choose float32, or another `attn_implementation` if the model has one."
         )
+
+
+@torch.no_grad()
+def check_padding(model: nn.Module, tokenizer: PreTrainedTokenizerBase, kind: str, name: str, context: int) -> None:
+    """Raises UserError for a model whose scores of a short row change if a longer row pads it, and for a causal model whose
+    scores change with the tokens after them. Two short passes find out, so that no list of models is needed.
+
+    Only weights in full precision are checked: the rounding of others may send a token to another expert, and some quantised
+    layers change at their first pass.
+    """
+    for parameter in model.parameters():
+        other = is_traceable_wrapper_subclass(parameter) or hasattr(parameter, "quant_state") or parameter.is_meta
+        if other or parameter.dtype not in (torch.float32, torch.float64):
+            return
+    encoder: Any = model.encoder if isinstance(model, SentenceClassifier) else model
+    known = min(encoder.get_input_embeddings().weight.shape[0], len(tokenizer), 999)
+    tokens = [token for token in range(known) if token not in tokenizer.all_special_ids]
+    if not tokens or context < 2:
+        return
+    long = [tokens[at % len(tokens)] for at in range(min(context, 12))]
+    short = long[: len(long) // 4 + 1]
+    if kind == "classifier" and model.config.is_encoder_decoder:  # it scores the text at its end
+        short[-1] = long[-1] = model.config.eos_token_id
+    try:
+        alone = _scores(model, tokenizer, kind, [short])[0]
+        padded, whole = _scores(model, tokenizer, kind, [short, long])
+    except Exception:  # a model that needs other inputs says so when it gets a batch
+        return
+    count = len(short) if kind in ("causal", "masked") else len(alone)
+    what = None
+    if _differ(alone, padded[-count:] if kind == "causal" else padded[:count]):
+        what = "depend on the padding of a batch"
+    elif kind == "causal" and _differ(alone, whole[:count]):
+        what = "depend on the tokens that come after"
+    if what:
+        raise UserError(
+            f"{name!r} is a {model.config.model_type} model, whose scores as a {kind} model {what}; choose another model."
+        )
+
+
+def _scores(model: Any, tokenizer: Any, kind: str, rows: list[list[int]]) -> Tensor:
+    """The scores (R, ...) of R rows, padded as `metazo.tasks.prepared` pads them."""
+    side = "left" if kind == "causal" else "right"
+    device = next(model.parameters()).device
+    ids, mask = (
+        pad_sequence([torch.tensor(row, device=device) for row in each], True, value, side)
+        for each, value in ((rows, tokenizer.pad_token_id), ([[1] * len(row) for row in rows], 0))
+    )
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if kind == "causal":
+        inputs |= {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0), "use_cache": False}
+    if kind == "seq2seq":
+        inputs |= {"decoder_input_ids": ids[:, :1], "use_cache": False}
+    if isinstance(model, SentenceClassifier):
+        return model.embed(**inputs)
+    accepted = inspect.signature(model.forward).parameters
+    return model(**{key: value for key, value in inputs.items() if key in accepted}).logits
+
+
+def _differ(scores: Tensor, others: Tensor) -> bool:
+    """Whether scores differ by far more than the rounding of float32."""
+    return bool((scores - others).norm() > 0.003 * scores.norm())
 
 
 def not_finite(model: nn.Module) -> list[str]:

@@ -18,7 +18,7 @@ from torch import nn
 from metazo.errors import UserError
 from metazo.io.allocator import give_back
 from metazo.io.extras import needs
-from metazo.models.checks import check_config, check_float64, kind_of, not_finite
+from metazo.models.checks import check_config, check_float64, check_padding, kind_of, not_finite
 from metazo.models.embedded import EMBEDDED, check_folder
 from metazo.models.parts import divided, loading
 from metazo.models.quantize import (
@@ -175,6 +175,7 @@ def load_model(
     notes += broken
     if not broken and not divided(model):
         check_float64(model.eval(), chosen, name)
+        check_padding(model, tokenizer, chosen, name, context)
     if quantize:
         give_back()
     return LoadedModel(model.eval(), tokenizer, chosen, name, torch_dtype, context, new, notes, quantize)  # type: ignore[arg-type]

@@ -3,7 +3,8 @@
 Only the logits that are needed are computed: the base model runs, and the (large) output layer is applied to the label
 position alone, or to the answer's positions. Batches of causal models are padded on the left, so that these are the
 last positions and ``logits_to_keep`` (transformers) selects them; position ids follow the attention mask, so padding
-changes no result. The decoder of a sequence-to-sequence model has a batch of its own (metazo/tasks/seq2seq.py).
+changes no result: models whose scores it changes are refused (metazo/models/checks.py). The decoder of a
+sequence-to-sequence model has a batch of its own (metazo/tasks/seq2seq.py).
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel, Gemma2Config, Gemma2ForCausalLM
 
 import metazo
 from metazo.errors import UserError
-from metazo.models import load
+from metazo.models import checks, load
 from metazo.models.assemble import as_loaded
 from metazo.models.describe import describe
 from metazo.models.load import load_model
@@ -123,9 +123,12 @@ def test_a_truncated_file_is_a_user_error(tiny, tmp_path, broken):
 
 
 @pytest.mark.parametrize("kind", ["causal", "masked"])
-def test_a_model_without_a_language_model_head_is_not_given_a_random_one(tiny, kind):
+def test_a_model_without_a_language_model_head_is_not_given_a_random_one(tiny, tmp_path, kind):
+    folder = shutil.copytree(tiny("bert"), tmp_path / "bert")
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"is_decoder": kind == "causal"}))
     with pytest.raises(UserError, match=f"no trained {kind} language model"):
-        load_model(tiny("bert"), kind=kind)
+        load_model(folder, kind=kind)
 
 
 @pytest.mark.parametrize("missing", ["model.safetensors", "tokenizer.json"])
@@ -287,6 +290,59 @@ def test_causal_models_whose_scores_depend_on_padding_are_refused(tmp_path):
     for kind in ("auto", "causal"):
         with pytest.raises(UserError, match="roberta model, whose scores as a causal model depend on the padding"):
             load_model(tmp_path, kind=kind)
+
+
+def test_models_whose_scores_depend_on_padding_are_refused_by_name_and_by_their_scores(tiny, tmp_path, monkeypatch):
+    """The decoder of MBart counts positions through the padding; Nystroemformer's convolution reads it."""
+    sizes = {"vocab_size": 440, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
+    decoder = {
+        "d_model": 16,
+        "decoder_layers": 1,
+        "decoder_attention_heads": 2,
+        "decoder_ffn_dim": 16,
+        "encoder_layers": 1,
+    }
+    encoder = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "initializer_range": 0.3,
+    }
+    models = [
+        ("causal", transformers.MBartForCausalLM(transformers.MBartConfig(**sizes, **decoder))),
+        ("masked", transformers.NystromformerForMaskedLM(transformers.NystromformerConfig(**sizes, **encoder))),
+        ("classifier", transformers.FNetForSequenceClassification(transformers.FNetConfig(**sizes, **encoder))),
+    ]
+    tokenizer = load_model(tiny("bert")).tokenizer
+    for kind, model in models:
+        for dtype in ("float32", "bfloat16"):
+            with pytest.raises(UserError, match=r"scores .*depend on the padding of a batch"):
+                load_model(save(SimpleNamespace(model=model, tokenizer=tokenizer), tmp_path / kind), dtype=dtype)
+    monkeypatch.setattr(checks, "_PADDED", ())
+    monkeypatch.setattr(checks, "_REFUSED", {})
+    for kind, model in models:
+        said = f"model, whose scores as a {kind} model depend on the padding of a batch; choose another model"
+        with pytest.raises(UserError, match=said):
+            load_model(tmp_path / kind)
+        with pytest.raises(UserError, match=said):
+            as_loaded(model, tokenizer)
+
+
+def test_a_causal_model_that_reads_later_tokens_is_refused(tiny, tmp_path):
+    loaded = load_model(tiny("bert_mlm"))
+    with pytest.raises(UserError, match="`kind` causal: .* is a bert model that reads the tokens after a position too"):
+        load_model(tiny("bert_mlm"), kind="causal")
+    config = loaded.model.config
+    for decoder in (True, False):
+        config.is_decoder = decoder
+        model = transformers.BertLMHeadModel(config)
+        if decoder:
+            assert load_model(save(SimpleNamespace(model=model, tokenizer=loaded.tokenizer), tmp_path)).kind == "causal"
+            assert as_loaded(model, loaded.tokenizer).kind == "causal"
+            continue
+        with pytest.raises(UserError, match="whose scores as a causal model depend on the tokens that come after"):
+            as_loaded(model, loaded.tokenizer)
 
 
 def test_float64_is_refused_for_attention_whose_padded_rows_are_nan(tmp_path):
