@@ -159,7 +159,7 @@ def check_padding(model: nn.Module, tokenizer: PreTrainedTokenizerBase, kind: st
     tokens = [token for token in range(known) if token not in tokenizer.all_special_ids]
     if not tokens or context < 2:
         return
-    long = [tokens[at % len(tokens)] for at in range(min(context, 12))]
+    long = [tokens[at % len(tokens)] for at in range(min(context, 8))]
     short = long[: len(long) // 4 + 1]
     if kind == "classifier" and model.config.is_encoder_decoder:  # it scores the text at its end
         short[-1] = long[-1] = model.config.eos_token_id

@@ -35,7 +35,11 @@ with needs("llm"):
 
 HEAD_FILE = "head.safetensors"
 POOLING_FILE = "1_Pooling/config.json"
+MODULES_FILE = "modules.json"
 _POOLINGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+_MODULES = ("Transformer", "Pooling", "Normalize")
+"""Parts of sentence-transformers: a head of prototypes or phrases scales its embeddings to length 1 itself, and a linear one
+is trained on the pooled states as they are."""
 
 
 class SentenceClassifier(nn.Module):
@@ -230,19 +234,36 @@ def find(source: str, name: str, revision: str = "main") -> Path | None:
 def pooling_of(source: str, revision: str = "main") -> str | None:
     """The pooling that a sentence-transformers checkpoint names; None if it names none.
 
-    Raises UserError for a pooling that metazo does not know.
+    Raises UserError for a pooling and for a module that metazo does not have.
     """
-    path = find(source, POOLING_FILE, revision)
-    if path is None:
+    if find(source, POOLING_FILE, revision) is None:
         return None
-    try:
-        modes = [
-            key for key, on in json.loads(path.read_text()).items() if key.startswith("pooling_mode_") and on is True
-        ]
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{POOLING_FILE} of {source!r} cannot be read: {error}.") from error
+    settings = _read(source, POOLING_FILE, dict, revision)
+    modes = [key for key, on in settings.items() if key.startswith("pooling_mode_") and on is True]
+    if named := settings.get("pooling_mode"):  # as sentence-transformers 6 writes it
+        keys = {pooling: key for key, pooling in _POOLINGS.items()}
+        modes = [keys.get(mode, mode) for mode in map(str, named if isinstance(named, list) else [named])]
     if len(modes) != 1 or modes[0] not in _POOLINGS:
         raise UserError(
             f"{POOLING_FILE} of {source!r} asks for {', '.join(modes) or 'no pooling'}; metazo knows mean and cls."
         )
+    for module in _read(source, MODULES_FILE, list, revision) if find(source, MODULES_FILE, revision) else ():
+        kind = str(module.get("type") if isinstance(module, dict) else module).rpartition(".")[2]
+        if kind not in _MODULES:
+            raise UserError(
+                f"{MODULES_FILE} of {source!r} has a {kind!r} module, which metazo would leave out; it knows "
+                f"{', '.join(_MODULES)}. Choose another checkpoint, or `head='checkpoint'`, which pools nothing."
+            )
     return _POOLINGS[modes[0]]
+
+
+def _read(source: str, name: str, form: type, revision: str) -> Any:
+    """The JSON of a file of a checkpoint. Raises UserError if it is not of the form."""
+    path = find(source, name, revision)
+    try:
+        found = json.loads(path.read_text()) if path else None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name} of {source!r} cannot be read: {error}.") from error
+    if not isinstance(found, form):
+        raise UserError(f"{name} of {source!r} cannot be read: it holds no {form.__name__}.")
+    return found

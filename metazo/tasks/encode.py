@@ -56,8 +56,9 @@ class Encoder:
     """Encodes rows of one task for one loaded model. Raises UserError if the model cannot do the task."""
 
     def __init__(self, task: Task, loaded: LoadedModel, max_length: int | None = None):
-        self.task, self.kind = task, loaded.kind
         self.tokenizer: Any = loaded.tokenizer
+        self.task, self.kind = task, loaded.kind
+        self.stop = None if task.stop == self.tokenizer.eos_token else task.stop
         self.limit = max_length or loaded.context_length
         if self.limit > loaded.context_length:
             raise UserError(
@@ -83,7 +84,9 @@ class Encoder:
             template = f"{{{_CHAT}}}{{}}"
         before, self.after, mark = halves(template)
         self.columns = [name for name in columns(template) if name]
+        self.left_out = ""  # from the texts of a classifier that finds a text's end by this token
         if self.kind == "classifier":
+            self.left_out = self.tokenizer.eos_token or "" if loaded.model.config.is_encoder_decoder else ""
             self.templates = (f"{{{_CHAT}}}",) if self.chat else task.classifier
             self.columns = [name for text in self.templates for name in columns(text) if name]
         if self.answers and columns(self.after):
@@ -116,9 +119,8 @@ class Encoder:
 
     def __call__(self, row: Row, where: str) -> Encoded | None:
         """Encode one row; None if it does not fit even with an empty context. ``where`` names the row in errors."""
-        example = self._encoded(
-            {**row, _CHAT: write(self.task, self.tokenizer, row, where)} if self.chat else row, where
-        )
+        written = {_CHAT: write(self.task, self.tokenizer, row, where)} if self.chat else {}
+        example = self._encoded({**row, **written}, where)
         if example is not None:
             example.ids = example.ids or [self._start(where)]
             largest = max(max(ids, default=0) for ids in (example.ids, *example.options))
@@ -131,8 +133,7 @@ class Encoder:
 
     def _encoded(self, row: Row, where: str) -> Encoded | None:
         if self.task.kind == "classification":
-            target = [self.task.label_index(row[self.task.label], where)]
-            return self._classified(row, target)
+            return self._classified(row, [self.task.label_index(row[self.task.label], where)])
         if self.task.kind == "choice":
             choices, targets = choices_of(self.task, row, where)
             if self.task.letters:
@@ -145,7 +146,7 @@ class Encoder:
                 self.alike += len(set(tokens)) < len(tokens)
             return example
         references = references_of(self.task, row, where)
-        stop = "" if self.decoder else self.task.stop or ""
+        stop = "" if self.decoder else self.stop or ""
         example = self._continued(row, [references[0] + stop], [0])
         if example is not None:
             if not example.options[0]:
@@ -183,9 +184,7 @@ class Encoder:
         whole = self._prompt(row)
         start = [] if self.decoder else self._ids(whole)
         options = [self._continuation(whole, start, text) for text in texts]
-        longest = max(len(option) for option in options)
-        if self.task.kind == "generation":
-            longest = max(longest, self.room)
+        longest = max(self.room if self.task.kind == "generation" else 0, *(len(option) for option in options))
         return self._answered(row, targets, options, longest)
 
     def _answered(self, row: Row, targets: list[int], options: list[list[int]], longest: int) -> Encoded | None:
@@ -233,9 +232,10 @@ class Encoder:
         return self.before.format(**clean) + self.joint + mask + self.after.format(**clean)
 
     def _texts(self, row: Row) -> dict[str, Any]:
-        return dict(
-            self.tokenizer(*(template.format(**row) for template in self.templates), **self._own, verbose=False)
-        )
+        if self.left_out:
+            row = {n: v.replace(self.left_out, "") if isinstance(v, str) else v for n, v in row.items()}
+        texts = (template.format(**row) for template in self.templates)
+        return dict(self.tokenizer(*texts, **self._own, verbose=False))
 
     # -- tokens -------------------------------------------------------------------------------------------------------
 
@@ -258,7 +258,7 @@ class Encoder:
         if self.decoder:
             return self.decoder.tokens(text)
         end = self.tokenizer.eos_token_id
-        ends = [end] if self.task.kind == "generation" and self.task.stop is None and end is not None else []
+        ends = [end] if self.task.kind == "generation" and self.stop is None and end is not None else []
         if not text or (self.task.kind == "choice" and not text.strip()):
             return ends
         whole = self._ids(prompt + self.joint + text)

@@ -19,6 +19,7 @@ _DIGITS = re.compile(r"(?:(?<!\d)-)?(?:\d+|(?<!\.)\.\d+)(?:[.,:/]\d+|[eE][+-]?\d
 # Three digits of an exponent at most, because a number is written out in full.
 # Commas between thousands, or between groups of two before the last three; in 1,2 the comma may mean anything.
 _NUMBER = re.compile(r"-?(?:(?:\d{1,3}(?:,\d{2,3})*,\d{3}|\d+)(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,3})?")
+_SIGNED = re.compile(r"-[$€£¥₹](?=\.?\d)")
 _ANSWER = re.compile(r"answer is:?", re.IGNORECASE)
 
 
@@ -67,10 +68,10 @@ def number(text: str) -> str:
     """The number a worked answer gives: the first after the first "####", or else "answer is"; else the last one; else the
     text.
 
-    5, -5, .5, 1,234.50 and 1e3 are numbers, and equal ones give the same text. Digits in any other form (3:30, 1/2,
+    5, -5, -$5, .5, 1,234.50 and 1e3 are numbers, and equal ones give the same text. Digits in any other form (3:30, 1/2,
     1.000.000, 1,2) are given as they are written, so that they agree with the same writing alone.
     """
-    text = text.replace("\N{MINUS SIGN}", "-")
+    text = _SIGNED.sub("-", text.replace("\N{MINUS SIGN}", "-"))
     _, mark, answer = text.partition("####")
     if not mark:
         _, mark, answer = _ANSWER.sub("####", text).partition("####")

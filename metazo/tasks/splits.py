@@ -106,7 +106,7 @@ def prepare(
     out.record = {"task": task.name, **drawn.record}
     if loaded.kind == "classifier":
         out.record["labels"] = class_names(task, order)
-    end, to_end = loaded.tokenizer.eos_token_id, task.stop is None or loaded.kind == "seq2seq"
+    end, to_end = loaded.tokenizer.eos_token_id, encoder.stop is None or loaded.kind == "seq2seq"
     if task.kind == "generation" and to_end and end is not None:
         out.record["eos"] = end
     return out

@@ -76,6 +76,30 @@ def test_an_unknown_pooling_is_refused(checkpoint: Path) -> None:
         load_model(checkpoint, num_labels=2)
 
 
+@pytest.mark.parametrize("mode", ["mean", "cls", "max"])
+def test_the_pooling_as_sentence_transformers_6_writes_it(checkpoint: Path, mode: str) -> None:
+    settings = {"embedding_dimension": 32, "pooling_mode": mode, "include_prompt": True}
+    (checkpoint / "1_Pooling" / "config.json").write_text(json.dumps(settings))
+    if mode == "max":
+        with pytest.raises(UserError, match="asks for max; metazo knows mean and cls"):
+            load_model(checkpoint, num_labels=2)
+    else:
+        assert classifier(load_model(checkpoint, num_labels=2)).pooling == mode
+
+
+def test_a_module_that_would_be_left_out_is_refused_by_name(checkpoint: Path) -> None:
+    names = ["Transformer", "Pooling", "Normalize", "Dense"]
+    modules = [{"idx": idx, "type": f"sentence_transformers.models.{name}"} for idx, name in enumerate(names)]
+    (checkpoint / "modules.json").write_text(json.dumps(modules[:3]))
+    assert classifier(load_model(checkpoint, num_labels=2)).pooling == "mean"
+    (checkpoint / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(UserError, match="modules.json of .* has a 'Dense' module, which metazo would leave out"):
+        load_model(checkpoint, num_labels=2)
+    (checkpoint / "modules.json").write_text("{}")
+    with pytest.raises(UserError, match="modules.json of .* cannot be read: it holds no list"):
+        load_model(checkpoint, num_labels=2)
+
+
 def test_auto_takes_the_checkpoints_own_class_where_it_is_no_sentence_encoder(tiny: Callable[[str], Path]) -> None:
     assert not isinstance(load_model(tiny("bert"), kind="classifier", num_labels=2).model, SentenceClassifier)
 

@@ -106,6 +106,17 @@ def test_a_masked_model_gets_its_mask_where_the_answer_goes(tiny):
     assert example.ids[example.mask_at] == loaded.tokenizer.mask_token_id
 
 
+def test_a_stop_text_that_is_the_end_of_text_ends_the_answer(gpt2):
+    row = {"text": "the cat", "answer": "sat"}
+    for stop in (None, "</s>"):
+        task = Task(name="t", kind="generation", prompt="{text} So:", stop=stop)
+        example = Encoder(task, gpt2)(row, "row 1")
+        assert example is not None and text(gpt2, example.options[0]) == " sat</s>"
+        splits = {split: [row | {"text": split + more} for more in "abc"] for split in ("train", "validation", "test")}
+        ready = prepare(task, gpt2, data=splits, train=1, dev=1, test=1)
+        assert ready.record["eos"] == gpt2.tokenizer.eos_token_id
+
+
 def test_choices_follow_the_prompt(gpt2):
     row = get("copa").adapt(  # type: ignore[misc]
         {

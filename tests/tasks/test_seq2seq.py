@@ -231,6 +231,16 @@ def test_a_classifier_on_an_encoder_decoder_does_not_depend_on_the_padding(tiny,
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_an_end_of_text_in_a_classified_text_is_left_out(tiny, name):
+    """These models score the text at its end, and refuse a batch of rows with other numbers of ends."""
+    loaded = load_model(tiny(name), kind="classifier", num_labels=2)
+    encoder = Encoder(task("classification", classifier=("{text}", "{more}")), loaded)
+    rows = [{"text": f"the {end}cat", "more": f"sat{end}", "label": 0} for end in ("", "</s>")]
+    examples = [encoder(row, "row 0") for row in rows]
+    assert examples[0].ids == examples[1].ids
+
+
 IDS = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 T5 = IDS | {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
 BART = IDS | {
