@@ -69,7 +69,7 @@ class Task(BaseModel):
     """Metrics, with the main one first; by default accuracy or F1."""
     stop: str | None = None
     """Text that ends a generated answer; by default the model's end-of-text token, which a sequence-to-sequence model always
-    ends with."""
+    ends with. That token as a text is the default, too."""
     max_new_tokens: int = Field(default=50, ge=1)
     """Upper limit on a generated answer, in tokens."""
     hub: str | None = None
