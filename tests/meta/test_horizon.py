@@ -308,8 +308,10 @@ def test_the_plan_counts_forward_passes(settings, monkeypatch, changes) -> None:
 
     counted.__signature__ = inspect.signature(forward)
     monkeypatch.setattr(type(loaded.model), "forward", counted)
+    load(config)  # which looks at the model with short rows
+    loading = len(calls)
     meta_train(config)
-    assert plan.forwards == len(calls)
+    assert plan.forwards == len(calls) - 2 * loading
 
 
 def test_a_truncation_as_long_as_the_run_keeps_no_member(settings) -> None:
