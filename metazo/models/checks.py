@@ -143,7 +143,7 @@ def check_float64(model: nn.Module, kind: str, name: str) -> None:
 
 
 @torch.no_grad()
-def check_padding(model: nn.Module, tokenizer: PreTrainedTokenizerBase, kind: str, name: str, context: int) -> None:
+def check_padding(model: Any, tokenizer: PreTrainedTokenizerBase, kind: str, name: str, context: int) -> None:
     """Raises UserError for a model whose scores of a short row change if a longer row pads it, and for a causal model whose
     scores change with the tokens after them. Two short passes find out, so that no list of models is needed.
 
@@ -151,8 +151,13 @@ def check_padding(model: nn.Module, tokenizer: PreTrainedTokenizerBase, kind: st
     layers change at their first pass.
     """
     for parameter in model.parameters():
-        other = is_traceable_wrapper_subclass(parameter) or hasattr(parameter, "quant_state") or parameter.is_meta
-        if other or parameter.dtype not in (torch.float32, torch.float64):
+        if (
+            parameter.dtype not in (torch.float32, torch.float64)
+            or parameter.is_meta
+            or hasattr(parameter, "quant_state")
+        ):
+            return
+        if is_traceable_wrapper_subclass(parameter):
             return
     encoder: Any = model.encoder if isinstance(model, SentenceClassifier) else model
     known = min(encoder.get_input_embeddings().weight.shape[0], len(tokenizer), 999)
@@ -188,7 +193,7 @@ def _scores(model: Any, tokenizer: Any, kind: str, rows: list[list[int]]) -> Ten
         pad_sequence([torch.tensor(row, device=device) for row in each], True, value, side)
         for each, value in ((rows, tokenizer.pad_token_id), ([[1] * len(row) for row in rows], 0))
     )
-    inputs = {"input_ids": ids, "attention_mask": mask}
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
     if kind == "causal":
         inputs |= {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0), "use_cache": False}
     if kind == "seq2seq":

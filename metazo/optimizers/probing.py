@@ -81,7 +81,8 @@ def losses_together(
         return in_turn()
     if given is None and not closures:
         return in_turn()  # it says what is missing
-    losses, error = list(given or ()), None
+    losses: list[float] = list(given or ())
+    error = None
     if given is None:
         try:
             losses = _own_losses(optimizer, probes, closures)

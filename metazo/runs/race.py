@@ -102,7 +102,7 @@ def _check(config: FinetuneConfig, rates: Iterable[float | str], given: Given) -
         raise UserError(
             "A race loads the model for every rate: give model and optimizer by name, or `lr` for objects in memory."
         )
-    values = rates.tolist() if hasattr(rates, "tolist") else rates  # an array or a tensor
+    values: Any = getattr(rates, "tolist", lambda: rates)()  # of an array or a tensor
     found = (
         [as_rate(rate) for rate in values]
         if isinstance(values, Iterable) and not isinstance(values, str | bytes)

@@ -54,7 +54,8 @@ def prepare(
         raise UserError("`tokenizer` is missing: give the one with which the model in memory was trained.")
     unread = None
     if isinstance(data, str | Path):
-        unread = generated(task, Path(data)) if task.generate is not None else None
+        data = Path(data)
+        unread = generated(task, data) if task.generate is not None else None
     elif data is not None and (task.generate is not None or not isinstance(data, Mapping)):
         raise UserError(
             f"`data` is of the type {type(data).__name__}, and task {task.name!r} reads no rows from it; give a folder's name "
