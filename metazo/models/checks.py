@@ -117,7 +117,10 @@ def kind_of(config: PreTrainedConfig, kind: str, name: str) -> str:
         raise UserError(
             f"`kind` {kind}: {name!r} is a {config.model_type} model, which is {what}; leave `kind` out or name another."
         )
-    if kind == "causal" and getattr(config, "is_decoder", None) is False and config.model_type not in _DECODERS:
+    chooses = hasattr(
+        type(config), "is_decoder"
+    )  # files of other types may have the field too, which then changes nothing
+    if kind == "causal" and chooses and not config.is_decoder and config.model_type not in _DECODERS:
         raise UserError(
             f"`kind` causal: {name!r} is a {config.model_type} model that reads the tokens after a position too (is_decoder is "
             "false in its config.json), so it would see the answers; take it as masked or a classifier."

@@ -44,8 +44,8 @@ def evaluate(
 
     Returns "loss", the task's metrics (0 to 1; mcc -1 to 1), "examples", and for classification and choice "majority":
     the accuracy of always giving the commonest answer of these examples. Generated answers are greedy. Batches hold
-    inputs of similar length and at most ``batch_size`` rows (unless one example has more). Neither their order nor their
-    padding matters, because models whose scores depend on it are refused (metazo/models/checks.py).
+    inputs of similar length and at most ``batch_size`` rows (unless one example has more). Their order does not
+    matter. Nor does their padding: models whose scores depend on it are refused, as far as `metazo.models.checks` knows them.
     ``metrics`` names others of the task's kind that are computed as well. ``divided``: the processes of torch.distributed,
     all of which must call this, divide the batches, and all return the result of a single process. A model that is itself
     divided is evaluated by all of them on all batches. ``loss_only``: return "loss" and "examples" alone, and generate nothing.

@@ -437,3 +437,12 @@ def test_an_input_of_the_context_length_has_positions_and_one_more_token_has_non
     model(input_ids=torch.full((1, length), 5))
     with pytest.raises((IndexError, RuntimeError)):
         model(input_ids=torch.full((1, length + 1), 5))
+
+
+def test_a_field_that_a_type_does_not_have_refuses_no_causal_model(tiny, tmp_path):
+    """Configurations that the first versions of transformers wrote name every field, such as is_decoder of a GPT-2."""
+    folder = tmp_path / "gpt2"
+    shutil.copytree(tiny("gpt2"), folder)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"is_decoder": False}))
+    assert load_model(str(folder)).kind == "causal"
