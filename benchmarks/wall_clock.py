@@ -10,9 +10,12 @@ python benchmarks/wall_clock.py --data DATA/text --out benchmarks/wall_clock.jso
 from __future__ import annotations
 
 import argparse
+import atexit
+import gc
 import importlib
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -75,9 +78,10 @@ class Clock:
         return call
 
 
-def run(options: list[str]) -> dict[str, float]:
-    """Run the command in this process. Returns: seconds by part."""
+def run(options: list[str]) -> None:
+    """Run the command in this process, and print the seconds of its parts as the last thing before it ends."""
     clock = Clock()
+    gc.set_threshold(50_000)  # as the command does, before it imports anything
     for name in LIBRARIES:
         importlib.import_module(name)
     for (module, name), part in PARTS.items():
@@ -87,15 +91,22 @@ def run(options: list[str]) -> dict[str, float]:
             owner = getattr(owner, step)
         setattr(owner, last, clock.timed(getattr(owner, last), part))
     clock.turn("everything else")
-    with tempfile.TemporaryDirectory() as folder:
-        out = ["--out", str(Path(folder, "run")), "--optimizer", "mezo", "--forwards", str(FORWARDS)]
-        sys.argv = ["metazo", "finetune", *options, *out]
-        try:
-            importlib.import_module("metazo_cli.main").main()
-        except SystemExit as end:
-            assert not end.code, end.code
-    clock.turn("")
-    return clock.seconds
+
+    def finish() -> None:
+        clock.turn("")
+        print("\n" + json.dumps(clock.seconds))
+
+    atexit.register(finish)
+    folder = tempfile.TemporaryDirectory()
+    out = ["--out", str(Path(folder.name, "run")), "--optimizer", "mezo", "--forwards", str(FORWARDS)]
+    sys.argv = ["metazo", "finetune", *options, *out]
+    importlib.import_module("metazo_cli.main").entry_point()
+
+
+def processor_seconds() -> float:
+    """What the processes that this one has started, and that have ended, took of the processor."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def main() -> None:
@@ -107,8 +118,7 @@ def main() -> None:
     given = parser.parse_args()
     options = cases(given.data)
     if given.case:
-        print("\n" + json.dumps(run(options[given.case])))
-        return
+        run(options[given.case])
     from metazo.bench.measurements import environment
 
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in options}
@@ -117,9 +127,11 @@ def main() -> None:
     for number in range(given.rounds + 1):
         for name, done in rounds.items():
             command = [sys.executable, __file__, *data, "--case", name]
+            before = processor_seconds()
             text = subprocess.run(command, env=alone, check=True, capture_output=True, text=True).stdout
+            whole, seconds = processor_seconds() - before, json.loads(text.splitlines()[-1])
             if number:  # the first round compiles the kernels
-                done.append(json.loads(text.splitlines()[-1]))
+                done.append({**seconds, "end of the interpreter": whole - sum(seconds.values())})
     found = {name: summary(done) for name, done in rounds.items()}
     for name, result in found.items():
         print(f"{name}: {result['seconds']} s, {result['ratio']} of its forward passes\n{result['parts']}")

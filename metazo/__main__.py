@@ -1,6 +1,6 @@
 """`python -m metazo` is the command `metazo`."""
 
-from metazo_cli.main import main
+from metazo_cli.main import entry_point
 
 if __name__ == "__main__":
-    main()
+    entry_point()

@@ -90,6 +90,24 @@ def test_python_m_metazo() -> None:
     assert done.stdout == f"metazo {metazo.__version__}\n"
 
 
+def test_a_command_ends_when_its_work_has() -> None:
+    """Threads and what was registered for the end come first; no object is taken apart, and the exit code is the command's."""
+    code = (
+        "import atexit, os, sys, threading, time\n"
+        "from metazo_cli.main import entry_point\n"
+        "class Object:\n"
+        "    def __del__(self): os.write(1, b'taken apart')\n"
+        "kept = Object()\n"
+        "atexit.register(print, 'registered')\n"
+        "threading.Thread(target=lambda: (time.sleep(0.1), print('thread'))).start()\n"
+        "sys.argv = ['metazo', *sys.argv[1:]]\n"
+        "entry_point()"
+    )
+    for words, ended, shown in (["--version"], 0, f"metazo {metazo.__version__}\n"), (["finetun"], 2, ""):
+        done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stdout) == (ended, f"{shown}thread\nregistered\n")
+
+
 def test_mistyped_names_are_reported_without_torch() -> None:
     """And with exit code 2; the list of tasks needs no torch either."""
     code = (

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import gc
 import os
 import sys
+import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -141,5 +144,22 @@ def main() -> None:
         sys.exit(2)
 
 
+def entry_point() -> None:
+    """`main` in a process of its own, which ends when its work has: taking torch and transformers apart, object by object,
+    takes another second. Threads and what others registered for the end (atexit) come first, as in multiprocessing.
+    """
+    try:
+        main()
+    except SystemExit as end:
+        if isinstance(end.code, int):
+            threading._shutdown()  # type: ignore[attr-defined]
+            atexit._run_exitfuncs()
+            with suppress(OSError):  # if nobody reads the output any more, the interpreter ends as ever
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(end.code)
+        raise
+
+
 if __name__ == "__main__":
-    main()
+    entry_point()
