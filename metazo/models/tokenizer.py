@@ -73,11 +73,17 @@ def _growth(part: Any) -> int:
 
 def set_pad(tokenizer: Any, model: PreTrainedModel | SentenceClassifier) -> None:
     """Set the padding token. Padding is masked out, so any token serves: the tokenizer's own, end of text, unknown, or 0.
+    Raises UserError for a model without an embedding of tokens (Canine).
 
     The config follows the tokenizer: classifiers find the last token of a row by the config's padding token.
     """
     encoder = model.encoder if isinstance(model, SentenceClassifier) else model
-    embeddings: Any = encoder.get_input_embeddings()
+    try:
+        embeddings: Any = encoder.get_input_embeddings()
+    except NotImplementedError as error:
+        raise UserError(
+            f"Models of type {model.config.model_type} have no embedding of tokens, which metazo needs: choose another model."
+        ) from error
     rows = embeddings.weight.shape[0]
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:  # a token that was added without an embedding
         tokens = (tokenizer.eos_token, tokenizer.unk_token, tokenizer.convert_ids_to_tokens(0))

@@ -210,11 +210,9 @@ def _check_loss(loss: Any) -> None:
 
 def _model(given: Given, values: dict[str, Any], model: Any, tokenizer: Any) -> None:
     """The model of a run on a task, by name or in memory."""
+    if tokenizer is not None and isinstance(model, str | Path | LoadedModel):
+        raise UserError("`tokenizer` needs a transformers model in memory; any other has its own. Leave it out.")
     if isinstance(model, str | Path):
-        if tokenizer is not None:
-            raise UserError(
-                "`tokenizer` needs a model in memory; a model that is given by name has its own. Leave it out."
-            )
         values["model"] = str(model)
         return
     if isinstance(model, LoadedModel):

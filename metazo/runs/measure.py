@@ -85,6 +85,8 @@ def evaluate(
         raise UserError(f"`task` is a name, a YAML file or a Task, not {shown(task)}.")
     if isinstance(model, nn.Module):
         model = as_loaded(model, tokenizer)
+    elif tokenizer is not None:
+        raise UserError("`tokenizer` needs a transformers model in memory; any other has its own. Leave it out.")
     _check(settings, isinstance(model, LoadedModel))
     run = None if isinstance(model, LoadedModel) else run_of(Path(model))
     began: dict[str, Any] = {}

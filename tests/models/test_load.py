@@ -113,6 +113,14 @@ def test_a_folder_without_a_tokenizer_says_so(tiny, tmp_path):
         load_model(folder)
 
 
+def test_a_model_without_an_embedding_of_tokens_is_refused(tmp_path):
+    config = transformers.CanineConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    transformers.CanineForSequenceClassification(config).save_pretrained(tmp_path)
+    load_model("pico").tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="Models of type canine have no embedding of tokens"):
+        load_model(tmp_path, kind="classifier")
+
+
 @pytest.mark.parametrize("broken", ["model.safetensors", "config.json", "tokenizer.json"])
 def test_a_truncated_file_is_a_user_error(tiny, tmp_path, broken):
     folder = shutil.copytree(tiny("gpt2"), tmp_path / "model")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import metazo
 from metazo.errors import UserError
 from metazo.models.load import load_model
 from metazo.runs.config import FinetuneConfig
@@ -180,6 +181,14 @@ def test_settings_without_effect_are_said_and_a_folder_of_a_run_may_be_gone(tmp_
     assert run_settings(build(FinetuneConfig, settings, {"resume": True}))["test"] == summary["test"]
     with pytest.raises(UserError, match="nope does not exist; task 'pico_sentiment' generates its rows"):
         evaluate(tmp_path / "run", data=tmp_path / "nope")
+
+
+@pytest.mark.parametrize("call", [evaluate, metazo.finetune])
+def test_a_tokenizer_beside_a_model_that_has_its_own_is_refused(call):
+    loaded = load_model("pico")
+    for model in ("pico", loaded):
+        with pytest.raises(UserError, match="`tokenizer` needs a transformers model in memory; any other has its own"):
+            call(model, "pico_sentiment", tokenizer=loaded.tokenizer)
 
 
 def test_no_examples_are_refused_by_name():
