@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 import tomllib
@@ -106,6 +107,29 @@ def test_a_command_ends_when_its_work_has() -> None:
     for words, ended, shown in (["--version"], 0, f"metazo {metazo.__version__}\n"), (["finetun"], 2, ""):
         done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=60)
         assert (done.returncode, done.stdout) == (ended, f"{shown}thread\nregistered\n")
+
+
+def test_output_that_nobody_reads_ends_a_run_which_can_be_continued(tmp_path: Path) -> None:
+    words = ["finetune", "--model", "pico", "--task", "pico_sentiment", "--steps", "2", "--dev-examples", "4"]
+    for given, said in (
+        (["tasks"], ""),
+        ([*words, "--out", str(tmp_path)], "stopped: Nobody reads the output any more. Continue with --resume.\n"),
+    ):
+        reads, writes = os.pipe()
+        os.close(reads)
+        done = subprocess.run(
+            [sys.executable, "-m", "metazo", *given], stdout=writes, stderr=subprocess.PIPE, text=True
+        )
+        os.close(writes)
+        assert (done.returncode, done.stderr) == (141, said)
+
+
+def test_characters_that_a_terminal_has_not_are_escaped(tmp_path: Path) -> None:
+    given = {**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": "40"}
+    done = subprocess.run(
+        [sys.executable, "-m", "metazo", "tasks"], env=given, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0 and "\\u2026" in done.stdout, done.stderr
 
 
 def test_mistyped_names_are_reported_without_torch() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import errno
 import gc
+import io
 import os
 import sys
 import threading
@@ -18,7 +19,7 @@ import typer
 
 from metazo import __version__
 from metazo.errors import UserError
-from metazo.io.terminal import print_line
+from metazo.io.terminal import UNREAD, print_line
 from metazo.runs.interrupt import Interrupted
 
 from . import messages
@@ -98,10 +99,17 @@ def _yield_to_others() -> None:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
+def _encode_all() -> None:
+    """Have characters that the terminal does not have escaped, as Python does on standard error."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def main() -> None:
     gc.set_threshold(50_000)  # collections while torch and transformers are imported take a second and find nothing
     _yield_to_others()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch's profiler warns of memory from before it began
+    _encode_all()
     errors = messages.Terminal(stderr=True)
     try:  # from here on, because the imports of a command take most of the time before it runs
         command = command_line(sys.argv[1:])
@@ -122,8 +130,12 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         errors.print("stopped.")
         sys.exit(130)
-    except BrokenPipeError:
-        os._exit(141)
+    except SystemExit as end:
+        if end.code != UNREAD and type(sys.stdout).__name__ != "PacifyFlushWrapper":  # which click puts there then
+            raise
+        if sys.argv[1:2] in (["finetune"], ["compare"], ["meta-train"]):
+            errors.say("stopped:", "Nobody reads the output any more. Continue with --resume.", "bold yellow")
+        os._exit(UNREAD)
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             errors.say("error:", f"{str(error.filename)[:80]!r}... is longer than a file's name may be.", "bold red")
@@ -131,7 +143,7 @@ def main() -> None:
         if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EFBIG):
             raise
         remedy = "raise the limit (ulimit -f)" if error.errno == errno.EFBIG else "make room"
-        errors.say("error:", f"{error.filename or 'the output folder'}: {error.strerror}; nothing that was finished is "
+        errors.say("error:", f"{error.filename or 'the output'}: {error.strerror}; nothing that was finished is "
                    f"lost: {remedy} and continue with --resume.", "bold red")  # fmt: skip
         sys.exit(2)
     except Exception as error:

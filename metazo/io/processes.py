@@ -7,7 +7,7 @@ communicates. Objects are sent by pickle, so that the processes must trust each 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, distributed
 
 from metazo.errors import UserError
+from metazo.io.plain import shown
 
 T = TypeVar("T")
 Tensors = tuple[int, dict[str, Tensor]]
@@ -203,6 +204,20 @@ def require_same(what: str, value: Any) -> None:
     """Raises UserError on all processes if the value is not the same on all of them. what: its name, as a plural."""
     if any(other != value for other in gathered(value)):  # true on all processes if on one
         raise _shared(UserError(f"The {what} differ between the processes of this run; give all of them the same."))
+
+
+def require_same_settings(settings: Mapping[str, Any]) -> None:
+    """As `require_same`, for settings by name."""
+    first, *others = gathered(dict(settings))
+    for name, value in first.items():
+        for number, other in enumerate(others, 1):
+            if other[name] != value:
+                raise _shared(
+                    UserError(
+                        f"`{name}` is {shown(value)} on rank 0 and {shown(other[name])} on rank {number}: give all processes "
+                        "of this run the same settings."
+                    )
+                )
 
 
 def _shared(error: UserError) -> UserError:

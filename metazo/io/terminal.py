@@ -12,12 +12,16 @@ import math
 import sys
 import unicodedata
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import rich.console
 from rich.console import ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.text import Text
+
+UNREAD = 141
+"""The exit code if nobody reads the output any more: 128 + SIGPIPE, as a shell reports it."""
 
 
 def escaped(text: str) -> str:
@@ -68,6 +72,11 @@ class Console(rich.console.Console):
         self._said.add((label, str(text)))
         shown = Text.assemble((escaped(label), style), " ", escaped(self.worded(str(text))))
         super().print(shown, soft_wrap=True)
+
+    def on_broken_pipe(self) -> None:
+        with suppress(SystemExit):
+            super().on_broken_pipe()
+        raise SystemExit(UNREAD)
 
     def render_str(self, text: str, **settings: Any) -> Text:
         return super().render_str(escaped(text), **settings)

@@ -269,6 +269,7 @@ class ZOOptimizer(Verbs, Saving):
             self.weights.leave()
         else:
             self._apply(terms, record.lr)
+            self.weights.changed()
             if self.scale is not None:
                 self.scale.observe(self.zo_state, *estimator.plus_minus(record.losses))
         self.steps += 1
@@ -385,15 +386,16 @@ class ZOOptimizer(Verbs, Saving):
             if stepping:
                 check_trained(self.tensors)
             return
-        self.weights = Weights(self.tensors, self.noise, self.precision)
-        check_shards(self)
-        if self.scale is not None:
-            self.scale.bind(self.tensors)
-        self.zo_state = self.init(self.tensors) | self.rule.init(self.tensors)
-        if self.scale is not None:
-            self.zo_state |= self.scale.init()
-        if self.probing != "in-turn":
-            self.zo_state["probing"] = torch.tensor(probings.UNDECIDED)
+        with torch.inference_mode(False), torch.no_grad():  # later steps change what is made here
+            self.weights = Weights(self.tensors, self.noise, self.precision)
+            check_shards(self)
+            if self.scale is not None:
+                self.scale.bind(self.tensors)
+            self.zo_state = self.init(self.tensors) | self.rule.init(self.tensors)
+            if self.scale is not None:
+                self.zo_state |= self.scale.init()
+            if self.probing != "in-turn":
+                self.zo_state["probing"] = torch.tensor(probings.UNDECIDED)
         self._ready = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

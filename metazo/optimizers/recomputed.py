@@ -94,6 +94,7 @@ class Recomputed(ZOOptimizer):
         self._record(self.last_step, replay)
         if usable:
             self.descend(found, rates)
+            self.weights.changed()
         self.steps += 1
         return loss if usable or not fits else math.nan
 

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from metazo.blocks import NamedTensor, uncompiled
 from metazo.errors import UserError
 from metazo.kernels.splitfloat import LAYOUTS, with_bits
-from metazo.noise import Noise
+from metazo.noise import Noise, TorchOrderNoise
 from metazo.optimizers.verbs import State
 from metazo.step.estimators import Estimator
 from metazo.step.precision import policy
@@ -157,6 +157,11 @@ class Saving(Optimizer):
                     f"The saved state is of a run with {name} {saved[name]}, and this optimizer has {name} {value}: make the "
                     "optimizer with what the run had, or begin anew."
                 )
+        if self.noise.name == TorchOrderNoise.name and state_dict["zo"]["counters"][0] > 0:
+            raise UserError(
+                "The noise torch-order goes on from where its generator is, which no state holds: use PhiloxNoise, or take the "
+                "steps of the saved run again."
+            )
         self._check_order(state_dict["param_groups"])
         self.settle()
         before = {**vars(self), "scale": copy.copy(vars(self).get("scale"))}  # which is bound to the tensors

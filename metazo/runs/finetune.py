@@ -35,7 +35,7 @@ from metazo.runs.progress import progress
 from metazo.runs.resources import require_space
 from metazo.runs.schedule import share, snapshot_steps, warmup_steps
 from metazo.runs.setup import Setup, set_up
-from metazo.runs.shared import SharedFolder, losses_explained, run_folder, written
+from metazo.runs.shared import SharedFolder, losses_explained, require_same_run, run_folder, written
 from metazo.runs.track import Trackers
 from metazo.runs.tuned import WHOLE, Finetuned, Given, Part
 from metazo.runs.unwritten import MemoryFolder, MemoryLog
@@ -90,6 +90,7 @@ def _tune(
     def say(text: str) -> None:
         console.print(text, style="yellow", soft_wrap=True)
 
+    require_same_run(config)
     with run_folder(config, say) as folder, ExitStack() as stack:
         if (summary := folder.summary()) is not None:
             say(f"The run in {config.out} is complete; this is its result.")

@@ -12,9 +12,19 @@ from typing import Any
 from torch import Tensor
 
 from metazo.errors import UserError
-from metazo.io.processes import LostRank, Tensors, from_first, lost, rank, tensors_from_first, together
+from metazo.io.processes import (
+    LostRank,
+    Tensors,
+    from_first,
+    lost,
+    rank,
+    require_same_settings,
+    tensors_from_first,
+    together,
+)
 from metazo.runs.config import INCIDENTAL, FinetuneConfig
 from metazo.runs.folder import RunFolder
+from metazo.runs.locate import PATHS
 from metazo.runs.unwritten import MemoryFolder
 from metazo.steplog.format import STEPS
 from metazo.tasks.objectives import ObjectiveFailed
@@ -98,6 +108,17 @@ class SharedFolder:
 
     def complete(self, summary: dict[str, Any]) -> None:
         self.own.complete(summary)
+
+
+OWN = {*PATHS, "out", "zoo", "device", "rank_timeout", "track"}
+"""Settings that each process may have for itself: paths, of which it compares what they hold, and what belongs to a machine."""
+
+
+def require_same_run(config: FinetuneConfig) -> None:
+    """Raises UserError on every process if they were not started with the same settings."""
+    if together():
+        settings = {name: value for name, value in asdict(config).items() if name not in OWN}
+        require_same_settings(settings | {"out": None if config.out is None else "a folder"})
 
 
 def written(folder: RunFolder | SharedFolder | MemoryFolder) -> RunFolder | None:

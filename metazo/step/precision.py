@@ -161,7 +161,7 @@ class Master:
     """Theta in float32; the weights are its rounding."""
 
     def __init__(self, tensor: NamedTensor):
-        self.param, self.version = tensor.param, _version(tensor.param)
+        self.param, self.version = tensor.param, version_of(tensor.param)
         self.buffers = {"master": tensor.param.detach().to(torch.float32, copy=True)}
 
     @property
@@ -180,32 +180,35 @@ class Master:
     def follow(self) -> bool:
         """Between steps: take up weights that somebody else has changed. Returns: whether they were.
 
-        torch counts changes of a parameter, but not those through `param.data`, by which metazo makes its own: other memory
-        is noticed (`param.data = ...`, vector_to_parameters), and numbers written to `param.data` are not, and are
-        undone by the next step.
+        torch counts changes of a parameter, among them the steps of another optimizer, but not those through `param.data`:
+        other memory is noticed (`param.data = ...`, vector_to_parameters), and numbers written to `param.data` are not, and
+        are undone by the next step.
         """
-        before, self.version = self.version, _version(self.param)
+        before, self.version = self.version, version_of(self.param)
         if self.version == before or torch.equal(self.param.data, self.theta.to(self.param.dtype)):
             return False
         self.theta.copy_(self.param.data)
         return True
 
 
-def _version(param: Tensor) -> tuple[int, int]:
+def version_of(param: Tensor) -> tuple[int, int]:
     return 0 if param.is_inference() else param._version, param.data_ptr()
+
+
+def count_change(params: Iterable[Tensor]) -> None:
+    """Have torch count a step, whose changes are made through `param.data`, as it counts those of its own optimizers."""
+    torch.autograd.graph.increment_version([param for param in params if not param.is_inference()])
 
 
 class Compensated:
     """Theta is the weights and the bits below them; it exists one chunk at a time."""
 
     theta = None
-    version: tuple[int, int] | None = None
-    """Of the weights that the bits belong to; None of a copy, whose weights are those that it was made with."""
     loaded = False
     """Whether a state was loaded since the last step, to which weights may belong that are loaded after it."""
 
     def __init__(self, tensor: NamedTensor, dtype: torch.dtype):
-        self.param, self.salt, self.version = tensor.param, tensor.id, _version(tensor.param)
+        self.param, self.salt, self.version = tensor.param, tensor.id, version_of(tensor.param)
         self.buffers = {"compensation": torch.zeros_like(tensor.param, dtype=dtype)}
 
     def read(self, start: int, stop: int, room: Tensor | None = None) -> Tensor:
@@ -220,17 +223,19 @@ class Compensated:
     def settle(self) -> None:
         pass
 
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"version": None}
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy, whose weights are those that the bits belong to, in other memory."""
+        vars(self).update(state)
+        self.version = version_of(self.param)
 
     def follow(self) -> bool:
         """As `Master.follow`; what is kept of weights that were changed is nothing. Weights that are loaded after a state and
         before a step are taken for those of the state, if they can be.
         """
-        before, self.version = self.version, _version(self.param)
+        before, self.version = self.version, version_of(self.param)
         loaded, self.loaded = self.loaded, False
         low = self.buffers["compensation"]
-        if before in (None, self.version) or (loaded and not bool(((self.param.data == 0) & (low < 0)).any())):
+        if before == self.version or (loaded and not bool(((self.param.data == 0) & (low < 0)).any())):
             return False
         low.zero_()
         return True

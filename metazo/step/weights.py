@@ -25,7 +25,16 @@ from metazo.noise import Move, Noise, PhiloxStream, Place, Stream
 from metazo.step.autocast import OFF, as_called, under
 from metazo.step.directions import in_chunks
 from metazo.step.pending import Pending
-from metazo.step.precision import Compensated, InPlace, Master, Storage, check_flushing, storage
+from metazo.step.precision import (
+    Compensated,
+    InPlace,
+    Master,
+    Storage,
+    check_flushing,
+    count_change,
+    storage,
+    version_of,
+)
 from metazo.step.substitute import Room, Scratch, of_compiler
 from metazo.step.terms import Estimate, Term, add_sum_
 
@@ -79,6 +88,13 @@ class Weights:
                 "masters, or the bits that are kept below them, begin anew from them.",
                 stacklevel=5,
             )
+
+    def changed(self) -> None:
+        """After a step: others that keep something of these weights notice it, and what is kept here belongs to them."""
+        count_change(tensor.param for tensor in self.tensors)
+        for place in self.storage.values():
+            if isinstance(place, Master | Compensated):
+                place.version = version_of(place.param)
 
     def take_up(self) -> None:
         """After a state was loaded: weights that are loaded next belong to it."""

@@ -50,8 +50,8 @@ def evaluate(
     all of which must call this, divide the batches, and all return the result of a single process. A model that is itself
     divided is evaluated by all of them on all batches. ``loss_only``: return "loss" and "examples" alone, and generate nothing.
     Runs in eval and inference mode; the mode of every module is restored. A loss that is not finite is returned as it is, and
-    such an example counts as answered wrongly. Raises UserError for an empty split, and for a head of prototypes or label
-    phrases that is not made yet (`metazo.tasks.classes.fit_head`).
+    such an example counts as answered wrongly. Raises UserError for an empty split, for a head of prototypes or label
+    phrases that is not made yet (`metazo.tasks.classes.fit_head`), and if processes divide the examples in different ways.
     """
     examples = getattr(prepared, split)[:limit]
     if not examples:
@@ -73,9 +73,13 @@ def evaluate(
                 chosen = [examples[place] for place in places]
                 loss, predicted = _batch(model, prepared, chosen, device, loss_only)
                 own += zip(places, loss.tolist(), predicted, strict=True)
-        for found in gathered(own) if divided else [own]:
-            for place, value, prediction in found:
-                losses[place], predictions[place] = value, prediction
+        evaluated = [one for found in (gathered(own) if divided else [own]) for one in found]
+        if sorted(place for place, *_ in evaluated) != list(range(len(examples))):
+            raise UserError(
+                "The processes divided the examples in different ways: give all of them the same `batch_size`."
+            )
+        for place, value, prediction in evaluated:
+            losses[place], predictions[place] = value, prediction
     finally:
         for module, training in modes:  # which may differ: a frozen part is often in evaluation mode
             module.training = training

@@ -93,7 +93,9 @@ def read(data: bytes) -> Any:
                 return machine.pop()
             machine.run(opcode.name, argument)
     except ValueError as error:
-        where = f"opcode {last[0].name} at byte {last[2]}" if last else "at its start"
+        if last is None:
+            raise Refused("is empty or damaged at its start") from error
+        where = f"opcode {last[0].name} at byte {last[2]}"
         raise Refused(f"{error} ({where})" if isinstance(error, Refused) else f"is damaged after {where}") from error
     raise Refused("ends without STOP")
 

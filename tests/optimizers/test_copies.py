@@ -116,6 +116,24 @@ def test_a_copy_keeps_the_bits_below_the_weights(precision, by):
     assert equal(problem, twin) and all(torch.equal(state[key], kept[key]) for key in state)
 
 
+@by
+@pytest.mark.parametrize("precision", ["master", "compensated-16", "compensated-8"])
+def test_a_copy_notices_weights_that_were_changed_since(precision, by):
+    """Bits below zeros that are not theirs would be no numbers."""
+    problem = quadratic(torch.bfloat16)
+    optimizer = MeZO(problem.named(), lr=0.01, precision=precision)
+    optimizer.step(problem)
+    twin, other = COPIES[by]((problem, optimizer))
+    for model in (problem, twin):
+        with torch.no_grad():
+            for weights in model.parameters():
+                weights.zero_()
+    for one, model in ((optimizer, problem), (other, twin)):
+        with pytest.warns(UserWarning, match="were changed since the last step"):
+            one.step(model)
+    assert equal(problem, twin) and other.last_step == optimizer.last_step and other.last_step.coefficients
+
+
 def test_before_the_first_step_and_under_a_schedule():
     problem = quadratic(torch.float32)
     optimizer = MeZO(problem.named(), lr=0.05)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from metazo.errors import UserError
+from metazo.noise import TorchOrderNoise
 from metazo.optimizers import METHODS, MeZO
 
 
@@ -179,3 +180,25 @@ def test_a_state_may_be_loaded_after_a_record_that_failed():
         made.step(loss)
         ends.append((made.state_dict()["zo"], weights(model)))
     torch.testing.assert_close(*ends, rtol=0, atol=0)
+
+
+def test_a_state_of_noise_that_goes_on_elsewhere_is_refused():
+    model = net()
+    made = MeZO(model.named_parameters(), noise=TorchOrderNoise(0))
+    steps(model, made, 1)
+    with pytest.raises(UserError, match="torch-order goes on from where its generator is"):
+        MeZO(model.named_parameters(), noise=TorchOrderNoise(0)).load_state_dict(made.state_dict())
+
+
+@pytest.mark.parametrize("name", ["mezo-adam", "hizoo", "curvzo", "lozo-m", "loren"])
+def test_what_is_begun_under_inference_mode_goes_on_without_it(name):
+    results = []
+    for inference in (False, True):
+        model = net()
+        made = METHODS[name](model.named_parameters(), lr=0.01)
+        with torch.inference_mode(inference):
+            made.state_dict()
+            steps(model, made, 1)
+        steps(model, made, 2)
+        results.append(weights(model))
+    assert all(map(torch.equal, *results))

@@ -79,7 +79,8 @@ def _process(rank: int, folder: Path, ports: list[int]) -> None:
         "small": {"batch_size": 1},
         "one process": {"optimizer": "first-order-sgd"},
         "in use": {},
-        "other rows": {"train_examples": 8 + rank},
+        "other rows": {"task": str(_task(folder, rank))},
+        "other settings": {"eval_batch_size": 2 + rank},
         "objective": {"objective": "accuracy"},
     }.items():
         meet()
@@ -94,6 +95,18 @@ def _process(rank: int, folder: Path, ports: list[int]) -> None:
     except LostRank as lost:
         said["killed"] = str(lost), time.monotonic() - began
     torch.save(said, folder / f"{rank}.pt")
+
+
+def _task(folder: Path, rank: int) -> Path:
+    """A task of 40 rows, which are others on each rank."""
+    rows = [{"text": f"note {number} of {rank}", "label": number % 2} for number in range(40)]
+    (folder / f"rows{rank}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = folder / f"notes{rank}.yaml"
+    task.write_text(
+        "name: notes\nkind: classification\nprompt: '{text}. It was {}.'\nlabels: [terrible, great]\n"
+        f"files: {{train: rows{rank}.jsonl}}\n"
+    )
+    return task
 
 
 def _kept(said: dict[str, Any]) -> Any:
@@ -117,7 +130,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("several")
     with pytest.raises(Interrupted):
         tune(_config(folder / "resumed"), on_step=_stopped_at(3, signal.SIGTERM))
-    with warm.meetings(12) as ports:
+    with warm.meetings(13) as ports:
         warm.ranks(_process, folder, ports, killed=1)
     return folder
 
@@ -189,6 +202,7 @@ def test_two_processes_continue_the_run_of_one(folder, said, serial):
         "one process": "`optimizer` first-order-sgd runs in one process",
         "in use": "already holds a run",
         "other rows": "The rows of the task differ between the processes",
+        "other settings": "`eval_batch_size` is 2 on rank 0 and 3 on rank 1: give all processes of this run the same",
         "objective": "choose a `probe_ranks` of 2",
     }.items(),
 )

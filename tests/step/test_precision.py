@@ -390,6 +390,24 @@ def test_the_measurement():
     assert found["drift"] == 0 and found["cosine"] > 0.999 and found["weights_cosine"] < 0.9
 
 
+@pytest.mark.parametrize("first", ["mezo", "first-order-fused"])
+@pytest.mark.parametrize("precision", ["master", *COMPENSATED])
+def test_the_steps_of_another_optimizer_are_noticed(precision, first):
+    """A step at learning rate 0 then leaves the weights as the other optimizer left them."""
+    model, x = nn.Linear(24, 24).bfloat16(), torch.randn(4, 24).bfloat16()
+    one, other = (METHODS[name](model.named_parameters(), lr=0.1, precision=precision) for name in ("mezo", first))
+
+    def loss():
+        return model(x).float().square().mean()
+
+    one.step(loss), other.step(loss)
+    left = [weights.detach().clone() for weights in model.parameters()]
+    one.param_groups[0]["lr"] = 0.0
+    with pytest.warns(UserWarning, match="2 trained tensors were changed since the last step"):
+        one.step(loss)
+    assert all(map(torch.equal, model.parameters(), left))
+
+
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("precision", COMPENSATED)
 def test_compensation_of_weights_that_were_changed_begins_anew(precision, dtype):
