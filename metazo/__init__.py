@@ -31,7 +31,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # type checkers take `X as X` for exported, and other names in the place of X for private
+    from metazo import zoo
     from metazo.comparisons.compare import compare as compare
     from metazo.comparisons.grid import Grid as Grid
     from metazo.errors import UserError as UserError
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from metazo.meta.feedback_config import FeedbackConfig as FeedbackConfig
     from metazo.meta.horizon_config import HorizonConfig as HorizonConfig
     from metazo.meta.train import meta_train as meta_train
-    from metazo.models.assemble import load as load_model  # noqa: F401
+    from metazo.models import assemble
     from metazo.optimizers.curvzo import CurvZO as CurvZO
     from metazo.optimizers.dominant_layer import DominantLayer as DominantLayer
     from metazo.optimizers.eggroll import EGGROLL as EGGROLL
@@ -62,8 +63,9 @@ if TYPE_CHECKING:
     from metazo.runs.replay import replay as replay
     from metazo.tasks import Task as Task
     from metazo.tasks import prepare as prepare
-    from metazo.zoo import load as load_tuner  # noqa: F401
     from metazo.zoo import load_feedback as load_feedback
+
+    load_model, load_tuner = assemble.load, zoo.load
 
 __version__ = "0.1.0"
 

@@ -7,7 +7,7 @@ from metazo.io.extras import needs
 
 with needs("trainer"):
     import accelerate  # noqa: F401  (before Trainer, which cannot be imported without it and does not name it)
-with needs("llm"):
+with needs("trainer"):
     from transformers import Trainer
 
 

@@ -21,7 +21,7 @@ from metazo.io.files import is_file
 from metazo.models.quantize import keep_unpacked
 from metazo.optimizers.base import ZOOptimizer
 
-with needs("llm"):
+with needs("trainer"):
     from transformers import PreTrainedModel
 
 

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-from numba import njit
+from numba import config, njit
 
+from metazo.errors import UserError
 from metazo.kernels import casts, pieces, vectors
 from metazo.kernels.vectors import PREFERENCE
 
@@ -18,7 +19,10 @@ def kernel(function: Callable, *sources: ModuleType) -> Callable:
 
     Args: sources: the other modules from which the loop takes functions and constants. numba notices changes in the loop's
         own file alone, so the name of its cache has a checksum of these modules and the width of vectors.
+    Raises UserError if numba is told not to compile, because such loops would take a million times as long.
     """
+    if config.DISABLE_JIT:
+        raise UserError("NUMBA_DISABLE_JIT is set, and metazo's loops over weights must be compiled: unset it.")
     checksum = zlib.crc32(PREFERENCE.encode())
     for source in (casts, pieces, vectors, *sources):
         checksum = zlib.crc32(Path(str(source.__file__)).read_bytes(), checksum)

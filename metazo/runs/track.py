@@ -44,6 +44,7 @@ class Trackers:
         plain |= {key: int(value) for key, value in plain.items() if isinstance(value, Unset)}  # for files of YAML
         self.settings = {key: value for key, value in plain.items() if value is not None}
         self.started: dict[str, Any] = {}
+        self.own: dict[str, str] = {}  # variables of the environment that a run sets, and its end takes back
         self.notes: list[str] = []
 
     def __enter__(self) -> Trackers:
@@ -62,9 +63,10 @@ class Trackers:
         with needs("track"):
             from accelerate import PartialState
         PartialState()  # accelerate's trackers ask it which process is the first
-        os.environ.setdefault("WANDB_DIR", str(self.folder))
-        os.environ.setdefault("TRACKIO_DIR", str(self.folder))
-        os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{self.folder / 'mlflow.db'}")
+        folder = str(self.folder)
+        wanted = {"WANDB_DIR": folder, "TRACKIO_DIR": folder, "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
+        self.own = {name: value for name, value in wanted.items() if name not in os.environ}
+        os.environ.update(self.own)
         new, made = not self.folder.exists(), not self.folder.parent.exists()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -132,7 +134,10 @@ class Trackers:
                 tracker.finish()
             except Exception as error:  # the run's own files are whole
                 self.say(f"`track` {name} was not closed ({_short(error)}); it may lack the last steps.")
-        self.started = {}
+        for name, value in self.own.items():
+            if os.environ.get(name) == value:
+                del os.environ[name]
+        self.started, self.own = {}, {}
 
     def _log(self, values: dict[str, float], step: int) -> None:
         for name, tracker in list(self.started.items()) if values else ():

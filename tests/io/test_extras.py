@@ -57,6 +57,7 @@ CORE = packages(PROJECT["dependencies"])
 EXTRAS = {
     extra: packages(PROJECT["optional-dependencies"][extra]) | BROUGHT_ALONG.get(extra, set()) for extra in PURPOSES
 }
+EXTRAS["trainer"] |= EXTRAS["llm"]  # its packages are installed with it
 
 
 def without(missing: set[str], folder: Path, *lines: list[str]) -> list[tuple[int, str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -91,7 +92,7 @@ def test_the_settings_of_a_tracker_are_plain_yaml() -> None:
 def tracker(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     """A tracker of accelerate's kind in the place of W&B's, whose package tests do not need: what it was given and sent."""
     tracking = pytest.importorskip("accelerate.tracking")
-    seen: dict[str, Any] = {"starts": [], "sent": [], "refuses": None, "fails at": None, "begins": None}
+    seen: dict[str, Any] = {"starts": [], "folders": [], "sent": [], "refuses": None, "fails at": None, "begins": None}
 
     class Plain(tracking.GeneralTracker):
         name, requires_logging_directory, main_process_only = "wandb", False, False
@@ -100,6 +101,7 @@ def tracker(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
         def __init__(self, run_name: str, **given: Any):
             super().__init__()
             seen["starts"].append(given)
+            seen["folders"].append(os.environ.get("WANDB_DIR"))
 
         def start(self) -> None:
             if seen["begins"]:
@@ -164,6 +166,18 @@ def test_a_resumed_run_goes_on_in_the_same_run_of_the_tracker(
     assert tracker["sent"] == [1, 2, 3, 4] if replayed else [1, 2, 1, 2, 3, 4]  # W&B keeps one value for each step
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert ("Trackers go on after step 2; steps that a kill kept them from sending" in shown) == replayed
+
+
+def test_each_run_has_its_own_folder_and_leaves_none_in_the_environment(tmp_path: Path, tracker, monkeypatch) -> None:
+    """W&B, Trackio and MLflow read it; what the user set stays."""
+    names = "WANDB_DIR", "TRACKIO_DIR", "MLFLOW_TRACKING_URI"
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TRACKIO_DIR", "mine")
+    for out in tmp_path / "one", tmp_path / "two":
+        run_settings(FinetuneConfig(**SMALL, out=out, track=["wandb"]))
+        assert tracker["folders"].pop() == str(out / "trackers")
+        assert [os.environ.get(name) for name in names] == [None, "mine", None]
 
 
 def test_a_folder_of_its_name_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
