@@ -87,6 +87,8 @@ def finetune(
     Returns: Finetuned: model, tokenizer, summary, steps, losses, evaluations, out. The model is in eval mode and has the
     weights that `keep` selects: the best on dev (default), or the last.
 
+    It needs the extra llm, with `loss` as well; the optimizers of metazo by themselves do not.
+
     Raises UserError for bad input, before anything is written or trained, and with a model in memory as it was given;
     Interrupted if a signal stops the run, with the run saved in `out`. A callback may raise anything: the steps so far are
     in the log.

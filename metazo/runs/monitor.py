@@ -55,7 +55,7 @@ class Watch:
         self.losses: deque[float] = deque(maxlen=2 * self.stretch)
         self.hidden: deque[bool] = deque(maxlen=WINDOW)  # whether rounding hides the difference of losses
         self.first: list[float] = []
-        self.bad = 0
+        self.bad = self.skipped = 0
         self.probed = self.still = 0  # steps with several losses, and those of them whose losses were exactly equal
         self.said: set[str] = set()
 
@@ -81,13 +81,19 @@ class Watch:
 
     @property
     def notes(self) -> list[str]:
-        """A sentence for the summary if most steps did not move the weights."""
-        if 2 * self.still <= self.probed:
-            return []
-        return [
-            f"In {self.still} of {self.probed} steps the losses of all probes were exactly equal, so that the weights did not "
-            "move: `eps` is too small, or what is minimised changes in leaps."
-        ]
+        """Sentences for the summary if steps were skipped, and if most steps did not move the weights."""
+        notes = []
+        if self.skipped:
+            notes.append(
+                f"Steps that were skipped because a loss was not finite or above `max_loss` {self.config.max_loss:g}: "
+                f"{self.skipped}."
+            )
+        if 2 * self.still > self.probed:
+            notes.append(
+                f"In {self.still} of {self.probed} steps the losses of all probes were exactly equal, so that the weights did "
+                "not move: `eps` is too small, or what is minimised changes in leaps."
+            )
+        return notes
 
     def rounding(self, loss: float) -> float:
         """The error that rounding in the forward pass may cause in a difference between two losses of this size."""
@@ -95,6 +101,7 @@ class Watch:
 
     def _bad(self, step: Step, explain: Callable[[], str] | None) -> None:
         self.bad += 1
+        self.skipped += 1
         if explain is None:
             return
         found = ", ".join(f"{loss:.4g}" for loss in step.losses if not abs(loss) <= self.config.max_loss)

@@ -62,7 +62,9 @@ def test_a_step_that_is_skipped_leaves_the_weights_and_a_record(tmp_path, optimi
         run_settings(config(out=tmp_path / "run", optimizer=optimizer, max_loss=1e-3, max_bad_steps=4))
     steps = read(tmp_path / "run" / "steps.jsonl")
     assert [step.coefficients for step in steps] == [()] * 4 and all(max(step.losses) > 1e-3 for step in steps)
-    run_settings(config(out=tmp_path / "all", optimizer=optimizer, max_loss=1e-3, max_bad_steps=9, keep="last"))
+    all_of_them = {"max_loss": 1e-3, "max_bad_steps": 9, "keep": "last"}
+    summary = run_settings(config(out=tmp_path / "all", optimizer=optimizer, **all_of_them))
+    assert "Steps that were skipped because a loss was not finite or above `max_loss` 0.001: 6." in summary["notes"]
     kept = load_model(tmp_path / "all" / "model").model
     for a, b in zip(kept.parameters(), load_model("pico").model.parameters()):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6 if optimizer == "mezo" else 0)
