@@ -31,6 +31,7 @@ from metazo.runs.tuner_record import networks_record, trust_hash, tuner_hash
 from metazo.settings import with_role
 from metazo.tasks import resolve
 from metazo.tasks.closures import BatchLoss
+from metazo.tasks.origins import rows_hash
 
 # Settings of the optimizer alone; if any other setting differs, model and data are loaded anew.
 OPTIMIZING = with_role(FinetuneConfig, "method", "loop", "service", "limit")
@@ -44,7 +45,8 @@ class Facts:
     weights; hashes of model, data, tuner and the user's own files; inputs: hash of the model's configuration and the task's
     definition; metric of the task; seconds per forward pass over a training batch; bytes_on_disk: of a run while it is in
     progress; bytes_kept: of the model that stays of a reported run; cost: see metazo.runs.cost, None for zero-shot; use: how
-    the tuner is used (`of_tuner`).
+    the tuner is used (`of_tuner`); rows: hash of all rows from which the task's splits are drawn
+    (`metazo.tasks.origins.rows_hash`).
     """
 
     lrs: list[float]
@@ -58,6 +60,7 @@ class Facts:
     bytes_kept: int
     cost: dict[str, int] | None
     use: dict[str, str] = field(default_factory=dict)
+    rows: str | None = None
 
 
 def examine(grid: Grid) -> dict[tuple[str, str], Facts]:
@@ -103,6 +106,7 @@ class _Loaded:
     model: str
     data: str
     inputs: str
+    rows: str | None
     seconds: float
     loss: BatchLoss
 
@@ -155,6 +159,7 @@ def _facts(grid: Grid, column: Column, config: FinetuneConfig, loaded: dict[str,
         bytes_kept=disk["model"] + tokenizer_bytes(setup.loaded.tokenizer) if keeps else 0,
         cost=measure(setup.loaded.model, optimizer, base.loss, config.accumulate).to_dict() if column.trains else None,
         use=of_tuner(optimizer),
+        rows=base.rows,
     )
 
 
@@ -202,8 +207,12 @@ def _load(config: FinetuneConfig) -> _Loaded:
             started = time.perf_counter()
             float(loss())
             taken.append(time.perf_counter() - started)
-    weights, text = weights_hash(model.named_parameters()), json.dumps(inputs(prepared, model), sort_keys=True)
-    return _Loaded(setup, weights, data_hash(prepared), sha256(text.encode()).hexdigest(), min(taken), loss)
+    found = inputs(prepared, model)
+    if found["architecture"].get("pooling") == "mean":  # as results of earlier versions had it
+        del found["architecture"]["pooling"]
+    text = sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+    rows = rows_hash(prepared.task, config.data)
+    return _Loaded(setup, weights_hash(model.named_parameters()), data_hash(prepared), text, rows, min(taken), loss)
 
 
 def plan(grid: Grid, facts: dict[tuple[str, str], Facts], part: str | None = None) -> dict[str, Any]:

@@ -180,7 +180,14 @@ class Run:
     forwards: int
 
     def config(self, grid: Grid, out: Path) -> FinetuneConfig:
-        """The settings of the run. Raises UserError for settings that contradict each other."""
+        """The settings of the run. Raises UserError for settings that contradict each other.
+
+        If test rows are taken from the train or dev file, all runs have one split, so that the rows on which the search
+        chooses are no test rows.
+        """
+        from metazo.tasks import resolve as task_of  # the command line shows its flags without numpy
+        from metazo.tasks.origins import shares_test_rows
+
         own: dict[str, Any] = {
             "lr": self.lr,
             "seed": self.seed,
@@ -190,11 +197,13 @@ class Run:
         }
         if self.column.trains:
             own["optimizer"] = self.column.optimizer
-        if self.kind == "search":
+        shared = shares_test_rows(task_of(self.task))
+        if self.kind == "search" and not shared:  # else its rows must not be those of the test
             own["test_examples"] = 0
         elif grid.keep_models:
             own["keep"] = "last"
-        layers: list[Mapping[str, Any]] = [{"model": grid.model, "data": grid.data}, OF_A_RUN, grid.config]
+        given = {"model": grid.model, "data": grid.data, "split_seed": 0 if shared else None}
+        layers: list[Mapping[str, Any]] = [given, OF_A_RUN, grid.config]
         last = [grid.search_config] if self.kind == "search" else []
         try:
             return build(FinetuneConfig, *layers, self.column.settings(), *last, own)

@@ -37,9 +37,11 @@ class Result:
         metric (name of the task's first metric, None for a pure language-model loss), budget (forward passes asked for),
         cost (of a step on a batch, see metazo.runs.cost; absent in older results, None without training),
         configuration (the FinetuneConfig of the run), hashes {model, data, tuner; objective and method if
-        their files are the user's own} (sha256, or what the Hub calls the version), key (hash of configuration and hashes:
-        the run is not repeated while it, `inputs` and `use` are the same), inputs (hash of the model's configuration and the
-        task's definition; absent in older results), use (how the tuner is used: JSON texts of its networks' settings, or the
+        their files are the user's own} (sha256, or what the Hub calls the version; data: of the encoded rows that seed 0
+        draws), key (hash of configuration and hashes: the run is not repeated while it, `inputs`, `use` and `rows` are the
+        same), inputs (hash of the model's configuration and the task's definition; absent in older results), rows (hash of
+        all rows from which the splits are drawn; absent in older results, None if they are generated or of the Hub), use
+        (how the tuner is used: JSON texts of its networks' settings, or the
         hash of the trust in feedback maps; absent in older results, empty without a tuner), versions,
         machine {cores, threads, system, cpu, gpu}, workers, started (UTC),
         status ("finished", "failed" or "diverged": losses or weights that are not finite at the end),

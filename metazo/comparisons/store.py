@@ -19,7 +19,7 @@ from metazo.comparisons.rates import look
 from metazo.comparisons.results import Result, Search, cell_path, read_search
 from metazo.tasks import resolve
 
-BESIDE = ("inputs", "use")
+BESIDE = ("inputs", "use", "rows")
 """What identifies a run beside its key."""
 
 
@@ -61,6 +61,7 @@ class Store:
             "key": key(config, fact.hashes),
             "inputs": fact.inputs,
             "use": fact.use,
+            "rows": fact.rows,
             "workers": self.grid.workers,
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "status": "finished",

@@ -165,6 +165,8 @@ class FinetuneConfig:
     """Number of skipped steps in a row after which the run stops"""
     seed: int = setting(default=0, least=0, most=2**63 - 1, role="data")
     """Seed of noise, data order, split and a new head"""
+    split_seed: int | None = setting(default=None, least=0, most=2**63 - 1, role="data")
+    """Seed of the split into train, dev and test rows; by default `seed`"""
     resume: bool = setting(default=False, role="place")
     """Continue the run in `out`, whose settings are read from there"""
 

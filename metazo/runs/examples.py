@@ -28,7 +28,7 @@ def prepared_task(
         train=config.train_examples,
         dev=config.dev_examples,
         test=config.test_examples,
-        seed=config.seed,
+        seed=config.seed if config.split_seed is None else config.split_seed,
         max_length=config.max_length,
         k_per_class=config.k_per_class,
         recorded=recorded,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from metazo.io.tensorfile import weights_hash
 from metazo.models.parts import forward_only
+from metazo.models.sentence import SentenceClassifier
 from metazo.optimizers.guards import as_loss
 from metazo.runs.own import OwnBatch, OwnLoss
 from metazo.tasks import Prepared
@@ -50,8 +51,11 @@ _SOURCES = {"name", "hub", "config", "revision", "train_split", "test_split", "f
 
 
 def architecture(model: nn.Module) -> dict[str, Any]:
-    """The fields of the model's configuration that may change what it computes, nested names joined by dots."""
-    return dict(sorted(_flat(model.config.to_dict(), _INCIDENTAL)))  # type: ignore[operator,union-attr]
+    """The fields of the model's configuration that may change what it computes, nested names joined by dots, and the pooling
+    of a sentence encoder, which is in a file of its own.
+    """
+    found = dict(sorted(_flat(model.config.to_dict(), _INCIDENTAL)))  # type: ignore[operator,union-attr]
+    return found | ({"pooling": model.pooling} if isinstance(model, SentenceClassifier) else {})
 
 
 def definition(task: Task, model: nn.Module) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import numpy as np
 
 from metazo.errors import UserError
 from metazo.settings import Unset
+from metazo.tasks.origins import sources_of
 from metazo.tasks.rows import Rows, Source, checked, load
 from metazo.tasks.task import Row, Task
 from metazo.tasks.trainings import SPLITS, VERSION, doubt, same_rows, trainings
@@ -68,7 +69,7 @@ def draw(
                         "rows of each class of a classification task")  # fmt: skip
     if task.generate is not None:
         return _generated(task, wanted, unset, seed, k_per_class)
-    names = _sources(task)
+    names = sources_of(task)
     sources = {name: load(task, name, data) for name in dict.fromkeys(names.values())}
     source, notes = sources[names["train"]], list[str]()
     own = [split for split in SPLITS if split != "train" and names[split] == names["train"]]
@@ -112,15 +113,6 @@ def draw(
     drawn = Drawn(rows, found | {split: len(parts[split]) for split in SPLITS}, notes)
     drawn.notes += _remarks(task, drawn)
     return drawn
-
-
-def _sources(task: Task) -> dict[str, str]:
-    """The source of each split. If there is a test source, the user's validation rows are dev."""
-    if not task.files:
-        return {"train": task.train_split, "dev": task.dev_split or task.train_split, "test": task.test_split}
-    files = task.files
-    dev = "validation" if {"validation", "test"} <= files.keys() else "train"
-    return {"train": "train", "dev": dev, "test": next((n for n in ("test", "validation") if n in files), "train")}
 
 
 def _generated(task: Task, wanted: dict[str, int], unset: set[str], seed: int, k_per_class: int | None) -> Drawn:

@@ -131,4 +131,4 @@ def test_an_interrupted_import_is_no_traceback(monkeypatch: pytest.MonkeyPatch, 
 def test_a_file_beyond_the_limit_of_the_shell_is_said(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     assert ended(monkeypatch, OSError(errno.EFBIG, "File too large")) == 2
     said = " ".join(capsys.readouterr().err.split())
-    assert said.startswith("error: the output folder: File too large") and "raise the limit (ulimit -f)" in said
+    assert said.startswith("error: the output: File too large") and "raise the limit (ulimit -f)" in said

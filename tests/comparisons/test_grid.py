@@ -7,6 +7,7 @@ import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
@@ -16,16 +17,20 @@ from metazo import recipes
 from metazo.comparisons import columns
 from metazo.comparisons.columns import resolve
 from metazo.comparisons.examine import examine, of_method, of_order, of_tuner
-from metazo.comparisons.grid import Grid, Run
+from metazo.comparisons.grid import Grid, Run, search_run
 from metazo.comparisons.key import key
 from metazo.comparisons.packed import read_results
 from metazo.comparisons.results import Result, cell_path
+from metazo.comparisons.store import Store, same
 from metazo.errors import UserError
 from metazo.feedback.surrogates import MeanJacobian
+from metazo.models.load import load_model
 from metazo.optimizers import OPTIMIZERS, MeZO, registry
 from metazo.runs.batches import ORDER
 from metazo.runs.config import FinetuneConfig
+from metazo.runs.examples import prepared_task
 from metazo.settings import build, read_recipe
+from metazo.tasks import resolve as task_of
 from metazo.tuner.networks import PertNN
 from metazo.tuner.scale import TunerScale
 
@@ -239,3 +244,53 @@ def test_the_use_of_a_tuner_is_beside_the_key_of_results_that_are_there(tmp_path
     column = {"name": "random", "optimizer": "zo-finetuner", "options": {"tuner": "random:0"}}
     (fact,) = examine(grid(tmp_path, columns=[column])).values()
     assert set(fact.hashes) == {"model", "data", "tuner"} and set(fact.use) == {"networks"}
+
+
+def own_task(folder: Path, texts: range, **files: str) -> str:
+    """A task of the given rows, in one file or in the same file under several names."""
+    rows = [json.dumps({"text": f"note {number}", "label": number % 2}) for number in texts]
+    (folder / "rows.jsonl").write_text("\n".join(rows))
+    task = {"name": "notes", "kind": "classification", "prompt": "{text}. It was {}.", "labels": ["terrible", "great"]}
+    (folder / "notes.yaml").write_text(yaml.safe_dump(task | {"files": {"train": "rows.jsonl"} | files}))
+    return str(folder / "notes.yaml")
+
+
+@pytest.mark.parametrize("size", [4, 40])
+def test_rows_on_which_a_search_chooses_are_no_test_rows(tmp_path, size):
+    """If the test rows are taken from the train file, all runs have one split, in which they are reserved."""
+    task = own_task(tmp_path, range(100))
+    config = {"train_examples": size, "dev_examples": size, "test_examples": 20}
+    settings = grid(tmp_path / "out", model="pico", tasks=[task], config=config)
+    (column,) = (column for column in settings.resolved if column.name == "mezo")
+    loaded = load_model("pico")
+
+    def split(run: Run) -> list[set[str]]:
+        prepared = prepared_task(run.config(settings, tmp_path), task_of(task), loaded)
+        return [{str(example.ids) for example in getattr(prepared, name)} for name in ("train", "dev", "test")]
+
+    search = split(search_run(settings, task, column, 1e-4, 1000))
+    for seed in range(3):
+        reported = split(Run(task, column, "seed", seed, 1e-4, 10))
+        assert search == reported and not (reported[0] | reported[1]) & reported[2] and len(reported[2]) == 20
+    settings.config["split_seed"] = 5
+    assert split(Run(task, column, "seed", 0, 1e-4, 10)) != search
+    rows = {"validation": "rows.jsonl", "test": "rows.jsonl"}  # a test file of its own, as far as metazo knows
+    settings = grid(tmp_path / "out", model="pico", tasks=[own_task(tmp_path, range(100), **rows)], config=config)
+    assert search_run(settings, task, column, 1e-4, 1000).config(settings, tmp_path).test_examples == 0
+
+
+def test_a_result_knows_all_rows_from_which_seeds_draw(tmp_path):
+    """The hash of the encoded data is of the rows of seed 0 alone; results of earlier versions, without `rows`, are found."""
+
+    def facts(texts: range) -> dict[str, Any]:
+        config = {"train_examples": 4, "dev_examples": 2, "test_examples": 2}
+        settings = grid(
+            tmp_path / "out", model="pico", tasks=[own_task(tmp_path, texts)], columns=["mezo"], config=config
+        )
+        store = Store(settings, examine(settings), False, tmp_path)
+        return store.job(Run(settings.tasks[0], settings.resolved[0], "seed", 1, 1e-4, 10)).info
+
+    first, again, fewer = facts(range(50)), facts(range(50)), facts(range(60))
+    assert same(first, again) and first["hashes"] == again["hashes"] and first["rows"] != fewer["rows"]
+    assert not same(first | {"rows": fewer["rows"]}, again)
+    assert same({name: value for name, value in first.items() if name != "rows"}, again)

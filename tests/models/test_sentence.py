@@ -18,6 +18,8 @@ from metazo.models import frozen
 from metazo.models.heads import Prototypes
 from metazo.models.load import LoadedModel, load_model
 from metazo.models.sentence import SentenceClassifier
+from metazo.runs.inputs import architecture
+from metazo.steplog.format import change
 from metazo.tasks.encode import Encoded
 from metazo.tasks.prepared import Prepared
 from metazo.tasks.task import Task
@@ -68,6 +70,14 @@ def test_pooling_by_the_first_token(checkpoint: Path) -> None:
     batch = inputs(loaded)
     expected = classifier(loaded).encoder(**batch).last_hidden_state[:, 0]
     torch.testing.assert_close(classifier(loaded).embed(**batch), expected)
+
+
+def test_the_pooling_is_among_the_inputs_of_a_run(checkpoint: Path) -> None:
+    """It is in a file of its own: a run that is resumed, and a comparison, notice that it has changed."""
+    before = architecture(load_model(checkpoint, num_labels=2).model)
+    pooling(checkpoint, "cls_token")
+    after = architecture(load_model(checkpoint, num_labels=2).model)
+    assert change(before, after) == "pooling was 'mean' and is 'cls' now"
 
 
 def test_an_unknown_pooling_is_refused(checkpoint: Path) -> None:
