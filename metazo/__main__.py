@@ -1,6 +1,6 @@
 """`python -m metazo` is the command `metazo`."""
 
-from metazo_cli.main import entry_point
+from metazo_cli.main import main
 
 if __name__ == "__main__":
-    entry_point()
+    main()

@@ -94,35 +94,51 @@ def test_python_m_metazo() -> None:
     assert done.stdout == f"metazo {metazo.__version__}\n"
 
 
-def test_a_command_ends_when_its_work_has() -> None:
-    """Threads and what was registered for the end come first; no object is taken apart, and the exit code is the command's."""
-    code = (
-        "import atexit, os, sys, threading, time\n"
-        "from metazo_cli.main import entry_point\n"
-        "class Object:\n"
-        "    def __del__(self): os.write(1, b'taken apart')\n"
-        "kept = Object()\n"
-        "atexit.register(print, 'registered')\n"
-        "threading.Thread(target=lambda: (time.sleep(0.1), print('thread'))).start()\n"
-        "sys.argv = ['metazo', *sys.argv[1:]]\n"
-        "entry_point()"
-    )
+ENDING = """
+import atexit, os, sys, threading, time
+from metazo_cli.main import entry_point
+class Object:
+    def __del__(self, write=os.write): write(1, b'taken apart')
+kept = Object()
+left_open = open(sys.argv.pop(1), "w")
+left_open.write("written")
+atexit.register(print, 'registered')
+threading.Thread(target=lambda: (time.sleep(0.1), print('thread'))).start()
+entry_point()
+"""
+
+
+def test_a_command_ends_when_its_work_has(tmp_path: Path) -> None:
+    """Threads, what was registered for the end and open files come first; no object is taken apart."""
     for words, ended, shown in (["--version"], 0, f"metazo {metazo.__version__}\n"), (["finetun"], 2, ""):
-        done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=60)
+        command = [sys.executable, "-c", ENDING, str(tmp_path / "open"), *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
         assert (done.returncode, done.stdout) == (ended, f"{shown}thread\nregistered\n")
+        assert (tmp_path / "open").read_text() == "written"
+
+
+def test_a_command_ends_as_ever_for_profilers_and_without_output(tmp_path: Path) -> None:
+    profiled = f"import sys; sys.setprofile(lambda *event: None)\n{ENDING}"
+    command = [sys.executable, "-c", profiled, str(tmp_path / "open"), "--version"]
+    assert "taken apart" in subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+    entry = "from metazo_cli.main import entry_point; entry_point()"
+    command = ["sh", "-c", '"$0" -c "$1" --version >&-', sys.executable, entry]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_output_that_nobody_reads_ends_a_run_which_can_be_continued(tmp_path: Path) -> None:
     words = ["finetune", "--model", "pico", "--task", "pico_sentiment", "--steps", "2", "--dev-examples", "4"]
+    entry = "from metazo_cli.main import entry_point; entry_point()"
     for given, said in (
         (["tasks"], ""),
+        (["tasks", "--json"], ""),
         ([*words, "--out", str(tmp_path)], "stopped: Nobody reads the output any more. Continue with --resume.\n"),
     ):
         reads, writes = os.pipe()
         os.close(reads)
-        done = subprocess.run(
-            [sys.executable, "-m", "metazo", *given], stdout=writes, stderr=subprocess.PIPE, text=True
-        )
+        command = [sys.executable, "-c", entry, *given]
+        done = subprocess.run(command, stdout=writes, stderr=subprocess.PIPE, text=True, timeout=120)
         os.close(writes)
         assert (done.returncode, done.stderr) == (141, said)
 

@@ -7,6 +7,7 @@ import errno
 import gc
 import io
 import os
+import select
 import sys
 import threading
 from collections.abc import Sequence
@@ -105,6 +106,23 @@ def _encode_all() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
+_CONTINUES = {
+    "finetune": "Continue with --resume.",
+    "meta-train": "Continue with --resume.",
+    "compare": "The same command continues.",
+}
+
+
+def _unread() -> bool:
+    """Whether nobody reads standard output any more: it is a pipe without another end."""
+    try:
+        look = select.poll()
+        look.register(1, 0)
+        return any(event & select.POLLERR for _, event in look.poll(0))
+    except (AttributeError, OSError):  # this system has no such call
+        return True
+
+
 def main() -> None:
     gc.set_threshold(50_000)  # collections while torch and transformers are imported take a second and find nothing
     _yield_to_others()
@@ -131,11 +149,16 @@ def main() -> None:
         errors.print("stopped.")
         sys.exit(130)
     except SystemExit as end:
-        if end.code != UNREAD and type(sys.stdout).__name__ != "PacifyFlushWrapper":  # which click puts there then
+        if end.code != UNREAD and not isinstance(end.__context__, BrokenPipeError):
             raise
-        if sys.argv[1:2] in (["finetune"], ["compare"], ["meta-train"]):
-            errors.say("stopped:", "Nobody reads the output any more. Continue with --resume.", "bold yellow")
-        os._exit(UNREAD)
+        if end.code != UNREAD:  # click ends so after any broken pipe, and has replaced both streams
+            sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+            if not _unread():
+                raise end.__context__ from None
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if (again := _CONTINUES.get("".join(sys.argv[1:2]))) and os.environ.get("RANK", "0") == "0":
+            errors.say("stopped:", f"Nobody reads the output any more. {again}", "bold yellow")
+        sys.exit(UNREAD)
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             errors.say("error:", f"{str(error.filename)[:80]!r}... is longer than a file's name may be.", "bold red")
@@ -158,20 +181,39 @@ def main() -> None:
 
 def entry_point() -> None:
     """`main` in a process of its own, which ends when its work has: taking torch and transformers apart, object by object,
-    takes another second. Threads and what others registered for the end (atexit) come first, as in multiprocessing.
+    takes another second. Threads, what others registered for the end (atexit), and files that are still open come first.
+    Where not to use it: where something waits for the interpreter to end, as profilers do, for which there is `main`.
     """
+    watched = sys.gettrace() or sys.getprofile()
+    if tools := getattr(sys, "monitoring", None):
+        watched = watched or any(map(tools.get_tool, range(6)))
     try:
         main()
     except SystemExit as end:
-        if isinstance(end.code, int):
-            threading._shutdown()  # type: ignore[attr-defined]
+        if isinstance(end.code, int) and not watched:
+            with suppress(KeyboardInterrupt):
+                threading._shutdown()  # type: ignore[attr-defined]
             atexit._run_exitfuncs()
-            with suppress(OSError):  # if nobody reads the output any more, the interpreter ends as ever
-                sys.stdout.flush()
-                sys.stderr.flush()
+            if _flushed(*filter(None, (sys.stdout, sys.stderr)), *_open_files()):
                 os._exit(end.code)
         raise
 
 
+def _open_files() -> list[Any]:
+    kinds = (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)
+    return [one for kind in kinds for one in gc.get_objects() if type(one) is kind]
+
+
+def _flushed(*streams: Any) -> bool:
+    """Write out what these hold. Returns: whether that was possible; if not, the interpreter ends as ever, and reports it."""
+    try:
+        for stream in streams:
+            if not stream.closed and stream.writable():
+                stream.flush()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 if __name__ == "__main__":
-    entry_point()
+    main()

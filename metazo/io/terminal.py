@@ -92,6 +92,8 @@ class Console(rich.console.Console):
 def print_line(text: object = "", *, stderr: bool = False) -> None:
     """Print lines as they are, however long, without styles."""
     stream = sys.stderr if stderr else sys.stdout
+    if stream is None:  # Python has none for a closed descriptor
+        return
     shown = escaped(str(text))
     try:
         stream.write(shown + "\n")
@@ -104,8 +106,9 @@ def print_line(text: object = "", *, stderr: bool = False) -> None:
 def print_json(value: object, *, indent: int | None = None) -> None:
     """Print a value as one JSON document. Numbers that are not finite, which JSON does not have, are null."""
     text = json.dumps(_finite(value), indent=indent, default=str, allow_nan=False)
-    sys.stdout.write(text.replace("\x7f", "\\u007f") + "\n")
-    sys.stdout.flush()
+    if sys.stdout is not None:
+        sys.stdout.write(text.replace("\x7f", "\\u007f") + "\n")
+        sys.stdout.flush()
 
 
 def _finite(value: Any) -> Any:

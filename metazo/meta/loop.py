@@ -20,7 +20,7 @@ from metazo.meta.ratio import RatioObjective
 from metazo.meta.reset import Start, restart_steps
 from metazo.meta.teacher import Teacher, load_optimizer_tensors, optimizer_tensors
 from metazo.noise import Noise, PhiloxNoise
-from metazo.step.scales import State, block_statistics, normalisation, published_root
+from metazo.step.scales import NO_LOSSES, State, block_statistics, normalisation, published_root
 from metazo.step.weights import Weights
 from metazo.tuner.networks import PertNN
 from metazo.tuner.scale import PUBLISHED_EMBEDDING_ROWS, TunerScale
@@ -223,7 +223,7 @@ class MetaRun:
             if self.config.restart_sigma:
                 state["scale/sigma"].fill_(1)
             if self.config.restart_losses:
-                state["scale/losses"].zero_()
+                state["scale/losses"].copy_(torch.tensor(NO_LOSSES))
 
     def _skip(self, step: int, task: str) -> None:
         if step == 0:

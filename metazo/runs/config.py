@@ -68,7 +68,8 @@ class FinetuneConfig:
     scale: Literal["none", "rms"] = setting(default="none", role="method")
     """Block scale; rms perturbs each tensor in proportion to the root mean square of its weights"""
     statistics_every: int | None = setting(default=None, least=1, role="method")
-    """Steps between readings of the weights' statistics for a block scale; by default 50, with the published features 1"""
+    """Steps between readings of the weights' statistics for a block scale; by default 50, or 1 for a trained tuner
+    of the published features"""
     rule: Literal["method", "sgd", "momentum", "adam", "meazo"] = setting(default="method", role="method")
     """Update rule for the estimate; method takes the method's own"""
     tuner: str | None = setting(default=None, role="method", hashed=True)

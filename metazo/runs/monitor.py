@@ -55,7 +55,9 @@ class Watch:
         self.losses: deque[float] = deque(maxlen=2 * self.stretch)
         self.hidden: deque[bool] = deque(maxlen=WINDOW)  # whether rounding hides the difference of losses
         self.first: list[float] = []
-        self.bad = self.skipped = 0
+        self.bad = self.skipped = self.vanished = (
+            0  # in a row; and of all, by a loss or by a gradient that is not finite
+        )
         self.probed = self.still = 0  # steps with several losses, and those of them whose losses were exactly equal
         self.said: set[str] = set()
 
@@ -88,6 +90,8 @@ class Watch:
                 f"Steps that were skipped because a loss was not finite or above `max_loss` {self.config.max_loss:g}: "
                 f"{self.skipped}."
             )
+        if self.vanished:
+            notes.append(f"Steps that were skipped because the gradient was not finite: {self.vanished}.")
         if 2 * self.still > self.probed:
             notes.append(
                 f"In {self.still} of {self.probed} steps the losses of all probes were exactly equal, so that the weights did "
@@ -101,16 +105,19 @@ class Watch:
 
     def _bad(self, step: Step, explain: Callable[[], str] | None) -> None:
         self.bad += 1
-        self.skipped += 1
+        found = ", ".join(f"{loss:.4g}" for loss in step.losses if not abs(loss) <= self.config.max_loss)
+        self.skipped += bool(found)
+        self.vanished += not found
         if explain is None:
             return
-        found = ", ".join(f"{loss:.4g}" for loss in step.losses if not abs(loss) <= self.config.max_loss)
         if self.bad == 1:
-            self.say(f"Step {step.step + 1} was skipped because a loss was {found}: {explain()}")
+            why = f"a loss was {found}" if found else "the gradient was not finite"
+            self.say(f"Step {step.step + 1} was skipped because {why}: {explain()}")
         if self.bad >= self.config.max_bad_steps:
+            last = f"the last {found}" if found else "or their gradients were not finite"
             what = (
                 f"The run stopped at step {step.step + 1}: the losses of {self.bad} steps in a row were not finite or above "
-                f"`max_loss` {self.config.max_loss:g}, the last {found}; {explain()}"
+                f"`max_loss` {self.config.max_loss:g}, {last}; {explain()}"
             )
             raise Diverged(
                 f"{what} The weights are those before these steps, and the log is intact: metazo replay --to STEP gives the "

@@ -24,6 +24,7 @@ Theta = Callable[[NamedTensor], Iterable[tuple[int, Tensor]]]
 
 STATISTICS_EVERY = 50  # steps; sigma moves by 0.07% (RMS), 0.8% (tuner) in the mean: benchmarks/statistics_every.py
 _RUN = 1 << 18  # entries
+NO_LOSSES = (0.0, 0.0, -math.inf)  # of the steps before the first
 RMS_FLOOR = 0.01  # times the rms over all weights: a block of zeros (a new bias) must be able to move
 ZEROS = 0.1  # share of the entries from which blocks of zeros are more than new biases
 
@@ -115,9 +116,9 @@ class BlockScale:
         self.counts = entry_counts(self.blocks, self.embedding_rows)
 
     def init(self) -> State:
-        """The last step's losses (L+, L-, and their mean the step before) and scales."""
+        """The last step's losses (L+, L-, and their mean the step before, -inf if there was none) and scales."""
         return {
-            "scale/losses": torch.zeros(3, dtype=torch.float64),
+            "scale/losses": torch.tensor(NO_LOSSES, dtype=torch.float64),
             "scale/sigma": torch.ones(len(self.blocks), dtype=torch.float64),
             "scale/statistics": torch.zeros(len(self.blocks), 3, dtype=torch.float64),
         }
@@ -167,8 +168,9 @@ class BlockScale:
 
     def observe(self, state: State, plus: float, minus: float) -> None:
         """Store the losses of this step for the next."""
-        before = state["scale/losses"].tolist()
-        state["scale/losses"].copy_(torch.tensor([plus, minus, (before[0] + before[1]) / 2], dtype=torch.float64))
+        before = tuple(state["scale/losses"].tolist())
+        mean = NO_LOSSES[2] if before == NO_LOSSES else (before[0] + before[1]) / 2
+        state["scale/losses"].copy_(torch.tensor([plus, minus, mean], dtype=torch.float64))
 
 
 @dataclass

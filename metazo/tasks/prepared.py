@@ -124,25 +124,26 @@ class Prepared:
         return Batch(**self._left_padded([example.ids for example in examples]))
 
     def scores(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Float32 scores (B, C) of classes or choices: logits, or log-likelihoods (-inf if there is no such choice).
+        """Scores (B, C) of classes or choices, in float32 (float64 of such a model): logits, or log-likelihoods, -inf if there
+        is no such choice.
 
         The log-likelihood of a label word is summed over its tokens; that of a choice is the mean, as in MeZO, and -inf
         for a blank one.
         """
         if self.kind == "classifier":
-            logits = _forward(model, _inputs(batch)).logits.float()
+            logits = wide(_forward(model, _inputs(batch)).logits)
             return logits if self.order is None else logits[:, self.order]
         if self.at_position:
             words = torch.tensor([word[0] for word in self.words], device=batch["input_ids"].device)
             logits = _mask_logits(model, batch) if self.kind == "masked" else last_logits(model, batch, 1)[:, -1]
-            return logits[:, words].float()
+            return wide(logits[:, words])
         likelihoods, rows = self._likelihoods(model, batch), batch["rows"].tolist()
         if len(set(rows)) == 1:  # vmap has no rule for padding
             return likelihoods.unflatten(0, (-1, rows[0]))
         return pad_sequence(list(likelihoods.split(rows)), batch_first=True, padding_value=-torch.inf)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Mean loss over the batch's examples, a float32 scalar, differentiable while grad is on.
+        """Mean loss over the batch's examples, a scalar in float32 (float64 of such a model), differentiable while grad is on.
 
         Classification: cross entropy over the label words (or the head's classes). Choice and generation: minus the
         log-likelihood per token of the right choice or the answer. Differences from MeZO's code: there the mean is over
@@ -178,11 +179,11 @@ class Prepared:
         return (total / count.clamp(min=1)).masked_fill(count == 0, -torch.inf)
 
     def answer_logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Float32 logits (R, A, V) of each token of a batch's answers, given those before it."""
+        """Logits (R, A, V) of each token of a batch's answers, given those before it, in float32 (float64 of such a model)."""
         length = batch["answer"].shape[1]
         if self.kind == "seq2seq":  # the decoder reads its start and the answer without the last token
-            return last_logits(model, batch, length).float()
-        return last_logits(model, batch, length + 1)[:, :-1].float()
+            return wide(last_logits(model, batch, length))
+        return wide(last_logits(model, batch, length + 1)[:, :-1])
 
     def _decoder(self, options: list[list[int]]) -> dict[str, Tensor]:
         """What the decoder reads; {} for a causal model."""
@@ -239,11 +240,16 @@ def last_logits(model: nn.Module, batch: Batch, keep: int) -> Tensor:
     return _forward(model, _inputs(batch) | {"logits_to_keep": keep, "use_cache": False}).logits[:, -keep:]
 
 
+def wide(logits: Tensor) -> Tensor:
+    """In float32, or in float64 if the model is."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
 def option_likelihoods(model: nn.Module, batch: Batch) -> Tensor:
     """Log-likelihood (R, A) of each token of the options in a batch with trees; 0 where an option has none."""
     answer = batch["answer"]
     inputs, keep, rows, read_at = arranged(model, batch)
-    logits = last_logits(model, Batch(inputs), keep).float()
+    logits = wide(last_logits(model, Batch(inputs), keep))
     return logits.log_softmax(-1)[rows, read_at, answer.clamp(min=0)].masked_fill(answer == -100, 0.0)
 
 

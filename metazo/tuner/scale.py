@@ -35,7 +35,7 @@ def features(kind: str, state: State) -> Tensor:
         return torch.stack([mean, variance, losses[0].expand(n), losses[1].expand(n), sigma], dim=1)
     deviation = variance.sqrt().clamp(min=1e-8)
     loss = (losses[0] + losses[1]) / 2
-    change = torch.where(losses[2] > 0, loss - losses[2], 0.0)
+    change = torch.where(losses[2].isinf(), 0.0, loss - losses[2])
     ratio = (mean / deviation).clamp(-10, 10)
     return torch.stack([deviation.log(), ratio, loss.expand(n), change.expand(n), sigma.clamp(min=1e-8).log()], dim=1)
 
@@ -59,11 +59,15 @@ class TunerScale(BlockScale):
         pertnn: the networks, stacked; evaluated in their own dtype, on the CPU.
         networks: name of the block of each network; None: the trained blocks, in order. Networks of blocks that are not
             trained are not used; trained blocks without a network take the RMS scale, at the average level of the others.
+        tensors: names of the tensors of each network's block, if a block has several; a block of others is not its own.
+        partial: whether trained blocks without a network are accepted.
         features, parametrisation, bound: as in `features` and `parametrise`.
     """
 
     pertnn: PertNN | None = None
     networks: Sequence[str] | None = None
+    tensors: Sequence[frozenset[str]] | None = None
+    partial: bool = True
     features: str = "published"
     parametrisation: str = "abs"
     bound: float = math.log(3)
@@ -80,6 +84,15 @@ class TunerScale(BlockScale):
         if len(row_of) != self.pertnn.blocks:
             raise UserError(f"The tuner has {self.pertnn.blocks} networks for {len(row_of)} blocks.")
         known = [i for i, name in enumerate(names) if name in row_of]
+        if self.tensors is not None:
+            own = [frozenset(plain_name(tensor.name) for tensor in block.tensors) for block in self.blocks]
+            others = [i for i in known if own[i] != self.tensors[row_of[names[i]]]]
+            if others and not self.partial:
+                raise UserError(
+                    f"The tuner's network of {names[others[0]]} is for all tensors of this block together, and others are "
+                    "trained here: train just these, or accept the RMS scale for the block (`allow_partial`)."
+                )
+            known = [i for i in known if i not in others]
         if not known:
             raise UserError(f"The tuner has no network for any trained block, such as {names[0]!r}.")
         self.known = torch.tensor(known)
@@ -137,9 +150,12 @@ def tuner_scale(
     matched = set(match.matched)
     # a name that no block can have, so that the other rows keep their indices
     networks = [block.name if index in matched else f"/unmatched/{index}" for index, block in enumerate(info.blocks)]
+    tensors = [frozenset(plain_name(name) for name, _ in block.tensors) for block in info.blocks]
     return TunerScale(
         pertnn=tuner.pertnn,
         networks=networks,
+        tensors=None if info.by == "tensor" else tensors,
+        partial=allow_partial,
         by=info.by,
         features=info.features,
         parametrisation=info.parametrisation,

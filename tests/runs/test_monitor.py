@@ -70,6 +70,19 @@ def test_a_step_that_is_skipped_leaves_the_weights_and_a_record(tmp_path, optimi
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6 if optimizer == "mezo" else 0)
 
 
+def test_a_gradient_that_is_not_finite_is_no_loss_above_its_limit():
+    said: list[str] = []
+    watch = Watch(config(max_bad_steps=3), 100, said.append)
+    lost = Step(0, (), (0.5,), (), (1e-4,))
+    watch.see(lost, lambda: "why.")
+    assert said == ["Step 1 was skipped because the gradient was not finite: why."]
+    watch.see(step(1, math.nan))
+    assert watch.notes == [
+        "Steps that were skipped because a loss was not finite or above `max_loss` 10000: 1.",
+        "Steps that were skipped because the gradient was not finite: 1.",
+    ]
+
+
 def test_a_run_that_explodes_stops_with_advice_and_a_whole_log(tmp_path):
     said = console()
     with pytest.raises(UserError, match=r"10 steps in a row .* lower `lr`.* metazo replay --to"):

@@ -174,6 +174,39 @@ def test_losses_reach_the_networks_a_step_later():
     assert state["scale/losses"].tolist() == [4.0, 3.0, 1.5]
 
 
+@pytest.mark.parametrize("offset", [0.0, -5.0, -1.5])
+def test_the_change_of_loss_does_not_depend_on_an_offset(offset):
+    """Rewards are minimised with a minus sign; a mean of 0 is a loss like any other. The first two steps have no change."""
+    scale, changes = RMSScale(), []
+    scale.bind(named_tensors(Net()))
+    state = scale.init()
+    for plus, minus in ((2.0, 1.0), (1.0, 2.0), (0.5, 0.0)):
+        changes.append(float(features("log", state)[0, 3]))
+        scale.observe(state, plus + offset, minus + offset)
+    changes.append(float(features("log", state)[0, 3]))
+    assert changes == [0.0, 0.0, 0.0, -1.25]
+
+
+@pytest.mark.parametrize("partial", [False, True])
+def test_a_network_of_a_layer_is_for_all_of_its_tensors(partial):
+    tensors = named_tensors(Net())
+    blocks = partition(tensors, "layer")
+    own = [frozenset(tensor.name for tensor in block.tensors) for block in blocks]
+    scale = TunerScale(
+        pertnn=PertNN(len(blocks), seed=3), networks=[b.name for b in blocks], tensors=own, by="layer", partial=partial
+    )
+    scale.bind(tensors)
+    assert scale.known.tolist() == list(range(len(blocks)))
+    frozen = next(block for block in blocks if len(block.tensors) > 1).tensors[0].name
+    rest = [tensor for tensor in tensors if tensor.name != frozen]
+    if partial:
+        scale.bind(rest)
+        assert len(scale.known) == len(scale.blocks) - 1
+    else:
+        with pytest.raises(UserError, match="is for all tensors of this block together, and others are trained here"):
+            scale.bind(rest)
+
+
 def test_a_tuner_for_nothing_here_is_refused():
     scale = TunerScale(pertnn=PertNN(1), networks=["elsewhere"])
     with pytest.raises(UserError, match=r"no network for any trained block, such as 'embed.weight'"):
