@@ -14,7 +14,7 @@ import yaml
 from metazo.comparisons.columns import Column, check_settings, read_rates, resolve
 from metazo.errors import UserError
 from metazo.io.files import write_whole
-from metazo.io.plain import shown
+from metazo.io.plain import read_yaml, shown
 from metazo.runs.config import FinetuneConfig
 from metazo.settings import build, check_number, check_values
 
@@ -159,6 +159,19 @@ def _task(entry: Any) -> str:
     if not isinstance(entry, str | Path):
         raise UserError(f"`tasks`: {shown(entry)} is neither a name or a file nor a mapping with name and file.")
     return str(entry)
+
+
+def task_name(entry: Any) -> str:
+    """The name of a task in a grid, whose entry has it, or may be a YAML file in grids of earlier versions."""
+    if isinstance(entry, Mapping) and "name" in entry:
+        return str(entry["name"])
+    entry = str(entry)
+    if not entry.endswith((".yaml", ".yml")):
+        return entry
+    try:
+        return str(read_yaml(Path(entry), "task file")["name"])
+    except (UserError, KeyError):
+        return Path(entry).stem
 
 
 def _seconds(text: Any) -> float:

@@ -10,16 +10,17 @@ from statistics import fmean, median
 
 import numpy as np
 
-from .comparison import FIRST, UNTRAINED, Comparison
+from .comparison import FIRST, FORWARD_ONLY, UNTRAINED, Comparison
 from .numbers import Run
-from .statistics import Average, Paired, average, holm, paired
+from .statistics import Average, Paired, average, equal, holm, paired
 
 RULE = (
     "A task counts in averages and tests if two columns learn it: the best one trained with gradients, and the reference. "
     "Learning means that the mean loss on dev (or objective, if the runs minimise one) at the end is below that before "
     "training and, if the task has classes, "
     "that the accuracy on test (on dev, if no run was tested) is above the share of the commonest class by more than two "
-    "standard errors for that many examples, sqrt(p (1 - p) / n)."
+    "standard errors for that many examples, sqrt(p (1 - p) / n). If no column has gradients, or the reference has "
+    "no finished run on any task, the other decides."
 )
 
 
@@ -97,7 +98,11 @@ class Analysis:
     def _unchecked(self, task: str, gradients: Sequence[str]) -> str:
         """What is not known of a task that counts."""
         data, reference, notes = self.data, self.data.reference, []
-        if reference and not gradients:
+        if reference is None:
+            notes.append(
+                f"{data.wanted}, the reference, has no finished run, so it is not known whether it learns the task."
+            )
+        if not gradients:
             notes.append("No column trained with gradients, so it is not known whether the model can learn the task.")
         judged: list[str] = list(gradients)
         if reference and self.needs_reference and reference not in judged:
@@ -113,7 +118,11 @@ class Analysis:
     # -- who is better -----------------------------------------------------------------------------------------------
 
     def average(self, column: str) -> Average | None:
-        """The average over the tasks that count; None if the column has no finished run on one of them."""
+        """The average over the tasks that count; None if the column has no finished run on one of them, or runs that were not
+        tested, although others were.
+        """
+        if column in self._untested:
+            return None
         groups = [self.data.values(task, column, self.measure) for task in self.tasks]
         return average(groups) if groups and all(groups) else None
 
@@ -122,6 +131,27 @@ class Analysis:
         """Columns with an average, best first."""
         known = [(column, value) for column in self.data.columns if (value := self.average(column)) is not None]
         return sorted(known, key=lambda pair: -self.sign * pair[1].mean)
+
+    @cached_property
+    def _untested(self) -> list[str]:
+        return self.data.untested(self.tasks)
+
+    @cached_property
+    def contest(self) -> list[tuple[str, Average]]:
+        """The ranking of the columns that can come first: those with forward passes only that are steady."""
+        data = self.data
+        return [(c, v) for c, v in self.ranking if data.family(c) in FORWARD_ONLY and data.steady(c, self.tasks)]
+
+    @cached_property
+    def first(self) -> list[str]:
+        """The columns that come first; several if their averages tie."""
+        return [column for column, value in self.contest if equal(value.mean, self.contest[0][1].mean)]
+
+    def finished(self, column: str) -> tuple[int, int]:
+        """The number of a column's scores on the tasks that count, and of those that were asked for."""
+        every = [len(self.data.values(task, column, self.measure)) for task in self.tasks]
+        wanted = 1 if self.data.family(column) == UNTRAINED else len(self.data.seeds)
+        return sum(every), sum(max(wanted, number) for number in every)
 
     def gains(self, column: str, other: str) -> dict[str, list[float]]:
         """By task, how much better each run of a column is than the other column's run with the same seed.

@@ -99,7 +99,7 @@ def _headline(main: Analysis) -> Picture | None:
         "headline",
         f"Average {what} on {main.data.split(main.tasks)} of every column",
         "Dot: average over the tasks that count. Bar: 95 % interval over seeds; no bar means one seed. "
-        + ("" if steady else "Hollow dot: some of the column’s runs failed. ")
+        + ("" if steady else "Hollow dot: some of the column’s runs failed, cannot be read or are missing. ")
         + (f"Dashed line: {main.data.reference}." if main.data.reference else ""),
         f"Columns by average {what}, best first: {best}.",
         partial(figures.headline, main),

@@ -9,7 +9,7 @@ from statistics import fmean, median
 from typing import Any
 
 from metazo.comparisons.columns import ZERO_SHOT
-from metazo.comparisons.grid import FASTER, GRID, SEARCH_SEED
+from metazo.comparisons.grid import FASTER, GRID, REFERENCE, SEARCH_SEED, task_name
 from metazo.comparisons.packed import packed_grid, read_runs
 from metazo.comparisons.results import KINDS, SEARCH, Result, Search, read_search
 from metazo.errors import UserError
@@ -22,6 +22,7 @@ from .numbers import Failure, Run, number, part, run_of
 
 MAX_RUNS = 100_000
 CONTROL, ZEROTH, FIRST, UNTRAINED = "control", "forward passes only", "gradients", "no training"
+FORWARD_ONLY = (ZEROTH, CONTROL)
 
 
 class Comparison:
@@ -29,7 +30,8 @@ class Comparison:
 
     runs, timed: task, column -> seed -> Run, at the budget of forward passes and continued to the time budget; failures:
     failed and unreadable files; missing: reported cells of the grid that have no file; untimed: cells to the time budget that
-    have none; searches: task -> column -> Search.
+    have none; searches: task -> column -> Search; surplus: the number of runs of seeds that the grid does not ask for; these
+    are left out.
     Raises UserError if the folder holds no results at all.
     """
 
@@ -44,12 +46,12 @@ class Comparison:
             self._read(path, result)
         self.grid = self._grid()
         self.searches = self._searches()
-        self.tasks = self._order([_task_name(task) for task in _items(self.grid.get("tasks"))], 0)
+        self.tasks = self._order([task_name(task) for task in _items(self.grid.get("tasks"))], 0)
         entries = [c if isinstance(c, Mapping) else {"name": c} for c in _items(self.grid.get("columns"))]
         self._entries = {str(entry["name"]): entry for entry in entries if entry.get("name")}
         self.columns = self._order([*self._entries], 1)
-        wanted = str(self.grid.get("reference") or "mezo")
-        self.reference = wanted if any(column == wanted for _, column in self.runs) else None
+        self.surplus = self._leave_out_surplus()
+        self.reference = self.wanted if any(column == self.wanted for _, column in self.runs) else None
         self.missing = list(self._missing())
         self.untimed = list(self._untimed())
 
@@ -105,12 +107,33 @@ class Comparison:
         return [name for name in dict.fromkeys([*first, *sorted(held)]) if name in held or name in first]
 
     @property
+    def wanted(self) -> str:
+        """The name of the reference, whether or not it has a finished run."""
+        return str(self.grid.get("reference") or REFERENCE)
+
+    @property
     def seeds(self) -> list[int]:
+        return self._asked or sorted({seed for runs in self.runs.values() for seed in runs})
+
+    @property
+    def _asked(self) -> list[int]:
+        """The grid's seeds; empty if it names none."""
         given = self.grid.get("seeds")
         if isinstance(given, int):
             return list(range(min(given, SEARCH_SEED)))
-        named = [seed for seed in _items(given) if isinstance(seed, int)]
-        return named or sorted({seed for runs in self.runs.values() for seed in runs})
+        return [seed for seed in _items(given) if isinstance(seed, int)]
+
+    def _leave_out_surplus(self) -> int:
+        """metazo compare puts runs of other seeds than the grid's aside, but a folder may hold them for other reasons."""
+        if not (asked := set(self._asked)):
+            return 0
+        surplus = [(runs, s) for runs in (*self.runs.values(), *self.timed.values()) for s in runs.keys() - asked]
+        for runs, seed in surplus:
+            del runs[seed]
+        self.runs = {cell: runs for cell, runs in self.runs.items() if runs}
+        failures, kinds = self.failures, ("seed", "time")
+        self.failures = [f for f in failures if f.kind not in kinds or not f.seed.isdigit() or int(f.seed) in asked]
+        return len(surplus) + len(failures) - len(self.failures)
 
     def _missing(self) -> Iterator[tuple[str, str, int]]:
         wanted = len(self.tasks) * len(self.columns) * len(self.seeds)
@@ -186,8 +209,25 @@ class Comparison:
         return {int(failure.seed): failure.reason for failure in mine if failure.seed.isdigit()}
 
     def steady(self, column: str, tasks: Iterable[str]) -> bool:
-        """Whether no run of a column on these tasks failed. A mean over only the successful runs would be biased."""
-        return not any(self.failed(task, column) for task in tasks)
+        """Whether no run of a column on these tasks failed and it lacks none. A mean over only the others is biased."""
+        return not any(self.failed(task, column) or self.lacks(task, column) for task in tasks)
+
+    def lacks(self, task: str, column: str) -> bool:
+        """Whether a run of a cell cannot be read, or is missing although another column that trains alike has the run."""
+        held = {*self.runs.get((task, column), ()), *self.failed(task, column)}
+        unreadable = any((f.task, f.column, f.kind) == (task, column, "seed") and not f.readable for f in self.failures)
+        return unreadable or bool(self._held.get((task, self._way(column)), set()) - held)
+
+    @cached_property
+    def _held(self) -> dict[tuple[str, str], set[int]]:
+        """The seeds of any finished run on a task, by the way in which its column trains."""
+        found: dict[tuple[str, str], set[int]] = {}
+        for (task, column), runs in self.runs.items():
+            found.setdefault((task, self._way(column)), set()).update(runs)
+        return found
+
+    def _way(self, column: str) -> str:
+        return ZEROTH if (family := self.family(column)) == CONTROL else family
 
     @cached_property
     def first_info(self) -> dict[str, dict[str, Any]]:
@@ -250,19 +290,6 @@ class Comparison:
         runs = [r for column in self.columns for r in self.of(task, column) if r.split == self.split_of(task)]
         known = [run.majority for run in runs if run.majority is not None]
         return fmean(known) if known else None
-
-
-def _task_name(entry: Any) -> str:
-    """The name of a task in a grid, whose entry has it, or may be a YAML file in grids of earlier versions."""
-    if isinstance(entry, Mapping) and "name" in entry:
-        return str(entry["name"])
-    entry = str(entry)
-    if not entry.endswith((".yaml", ".yml")):
-        return entry
-    try:
-        return str(read_yaml(Path(entry), "task file")["name"])
-    except (UserError, KeyError):
-        return Path(entry).stem
 
 
 def _items(value: Any) -> list[Any]:

@@ -43,7 +43,7 @@ def reach(analysis: Analysis) -> Table:
             text = count(reached.forwards) if math.isfinite(reached.forwards) else "not reached"
             if reached.reached < reached.runs:
                 text += f" ({reached.reached} of {reached.runs})"
-            cells.append(Cell(text, best[task] == column and math.isfinite(reached.forwards)))
+            cells.append(Cell(text, column in best[task] and math.isfinite(reached.forwards)))
         table.add(column, *cells)
     return table
 
@@ -80,7 +80,7 @@ def equal_time(analysis: Analysis) -> Table:
             text = loss(fmean(at.losses)) + marks[at.kind] if at and at.losses else NONE
             if at is not None and len(at.losses) < at.runs:
                 text += f" ({len(at.losses)} of {at.runs})"
-            cells.append(Cell(text, best[task] == column))
+            cells.append(Cell(text, column in best[task]))
         table.add(column, *cells)
     return table
 

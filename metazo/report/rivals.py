@@ -16,8 +16,7 @@ from .analysis import Analysis
 from .comparison import FIRST, UNTRAINED, Comparison
 from .figures import clipped, highlighted, name_points, shared_legend
 from .numbers import Run, number, part
-from .story import listed
-from .table import NONE, Cell, Table, count, loss, p_value
+from .table import NONE, Cell, Table, count, listed, loss, p_value
 from .tables import best_of, by_family, metric_name, split_note
 
 with needs("report"):
@@ -47,7 +46,7 @@ class Rival:
 
 
 def rivals(analysis: Analysis) -> list[Rival]:
-    """Every column that trains, the best average rank first."""
+    """Every column that trains, the best average rank first; last those that lack runs, whose ranks are of few pairs."""
     data, ranked = analysis.data, ranks(analysis)
     found = []
     for column in by_family(data):
@@ -67,7 +66,8 @@ def rivals(analysis: Analysis) -> list[Rival]:
                 median(above) if above else None,
             )
         )
-    return sorted(found, key=lambda rival: math.inf if rival.rank is None else rival.rank)
+    lacking = {c for c in data.columns if any(data.lacks(task, c) for task in analysis.tasks)}
+    return sorted(found, key=lambda r: (r.column in lacking, math.inf if r.rank is None else r.rank))
 
 
 def ranks(analysis: Analysis) -> dict[str, float]:
@@ -138,11 +138,9 @@ def table(analysis: Analysis) -> Table:
     none = "is trained with gradients" if not gradients else "with gradients has finished"
     if not any(data.of(task, column) for task in data.tasks for column in gradients):
         over = f"all tasks with runs ({len(analysis.tasks)} of {len(data.tasks)}; no column {none})"
-    shaky = [
-        rival.column
-        for rival in found
-        if not data.steady(rival.column, analysis.tasks) and analysis.average(rival.column) is not None
-    ]
+    averaged = [rival.column for rival in found if analysis.average(rival.column) is not None]
+    shaky = [c for c in averaged if any(data.failed(task, c) for task in analysis.tasks)]
+    lacking = [c for c in averaged if any(data.lacks(task, c) for task in analysis.tasks)]
     split, ranked = data.split(analysis.tasks), sum(rival.rank is not None for rival in found) or len(found)
     every = sum(len(data.of(task, data.reference or "")) for task in analysis.tasks)
     lower = sum(len(_descents(data, task)) for task in analysis.tasks)
@@ -158,6 +156,7 @@ def table(analysis: Analysis) -> Table:
         "fine as the spacing of evaluations), and the share of them that need at most a tenth. Memory: most bytes of "
         "tensors in a step by most in inference, weights included."
         + (f" {listed(shaky)}: some runs failed, so that averages are over the others only." if shaky else "")
+        + (f" {listed(lacking)}: some runs are missing or cannot be read; last, because of few pairs." if lacking else "")
         + split_note(data, analysis.tasks),
         ["column", "rank", "p (Holm)", "loss (nats)", metric_name(data, analysis.tasks), "forward-equivalents",
          f"until {data.reference}’s final loss", "pairs within 1/10 (%)", "memory (× inference)"],
@@ -174,7 +173,7 @@ def table(analysis: Analysis) -> Table:
             rival.column,
             NONE if rival.rank is None else f"{rival.rank:.1f}",
             p_value(test.holm) if test else NONE,
-            Cell(NONE if average is None else loss(average.mean), rival.column == best),
+            Cell(NONE if average is None else loss(average.mean), rival.column in best),
             NONE if score is None else f"{100 * score.mean:.1f}",
             NONE if rival.equivalents is None else count(rival.equivalents),
             NONE if rival.ratio is None else f"{rival.ratio:.2f}" if math.isfinite(rival.ratio) else "not reached",

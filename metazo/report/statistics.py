@@ -33,6 +33,11 @@ class Average:
     """Standard deviation over seeds, root mean square over tasks"""
 
 
+def equal(one: float, other: float) -> bool:
+    """Whether two averages tie: they differ by rounding at most."""
+    return math.isclose(one, other, rel_tol=ROUNDING, abs_tol=SMALLEST)
+
+
 def average(groups: Sequence[Sequence[float]]) -> Average:
     """The average of one group of values per task. Tasks have equal weight and are fixed; seeds are a random sample.
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 
 from .analysis import Analysis
-from .comparison import CONTROL, FIRST, UNTRAINED, Comparison
-from .statistics import Average, Paired
-from .table import count, loss, p_value, share
-from .tables import FORWARD_ONLY, metric_name
+from .chance import against_chance, sure
+from .comparison import CONTROL, FIRST, FORWARD_ONLY, UNTRAINED, Comparison
+from .table import count, listed, loss, share, some
+from .tables import metric_name
 
-SURE = 0.05
 BUSY = 1.5  # clock time over processor time
 
 
@@ -31,19 +29,9 @@ def story(analysis: Analysis, other: Analysis) -> Story:
     """analysis: by the measure that ranks; other: by the other measure, mentioned if it ranks another method first."""
     models = sorted({str(info["model"]) for info in analysis.data.infos if info.get("model")})
     model = listed([name.rstrip("/").rpartition("/")[2] for name in models]) if models else "a model"
-    facts = [("How sure is that?", _sure(analysis)), *_gradients(analysis), *_cautions(analysis, other)]
+    facts = [("How sure is that?", sure(analysis)), *_gradients(analysis), *_cautions(analysis, other)]
     title = f"Fine-tuning {model}: which method is best?"
     return Story(title, _unfinished(analysis) + _won(analysis), _compared(analysis, model), facts, _terms(analysis))
-
-
-def listed(names: Sequence[str], most: int = 6) -> str:
-    """a, b and c."""
-    names = [*names[: most - 1], f"{len(names) - most + 1} more"] if len(names) > most else list(names)
-    return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]
-
-
-def some(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def _compared(analysis: Analysis, model: str) -> str:
@@ -73,12 +61,6 @@ def _budgets(data: Comparison) -> str:
     return f"They had different budgets of forward passes per run, {listed(each)}"
 
 
-def forward_only(analysis: Analysis) -> list[tuple[str, Average]]:
-    """The ranking of the columns that train with forward passes only and have no failed run."""
-    data, tasks = analysis.data, analysis.tasks
-    return [(c, found) for c, found in analysis.ranking if data.family(c) in FORWARD_ONLY and data.steady(c, tasks)]
-
-
 def amount(analysis: Analysis, value: float) -> str:
     """An average in words."""
     if analysis.measure == "loss":
@@ -100,7 +82,7 @@ def _unfinished(analysis: Analysis) -> str:
 
 
 def _won(analysis: Analysis) -> str:
-    data, ranked = analysis.data, forward_only(analysis)
+    data, ranked, first = analysis.data, analysis.contest, analysis.first
     if not analysis.tasks:
         return "No task counts in the averages (see “Which tasks count”), so no method won; the tables show each task."
     if not any(data.family(column) in FORWARD_ONLY for column in data.columns):
@@ -108,66 +90,39 @@ def _won(analysis: Analysis) -> str:
     finished = "finished and tested" if data.untested(analysis.tasks) else "finished"
     if not ranked:
         return f"No method that learns from forward passes alone {finished} all its runs, so no method won."
-    (best, found), others = ranked[0], ranked[1:]
+    (best, found), others = ranked[0], ranked[len(first) :]
     counted, every = len(analysis.tasks), len(data.tasks)
     on = f" on the {counted} of {every} tasks that count ({listed(analysis.tasks)})" if counted < every else ""
-    if not others:
+    if len(ranked) == 1:
+        if any(len(data.of(task, best)) < len(data.seeds) for task in analysis.tasks):
+            alone = f"So far, only {best} learns from forward passes alone and lacks no run that another method has"
+            return f"{alone}{on}: {amount(analysis, found.mean)}."
         return f"Only {best} learns from forward passes alone and {finished} every run{on}: {amount(analysis, found.mean)}."
     among = "Of the methods that learn from forward passes alone, " if _has_gradients(analysis) else ""
-    plain = ", the reference method," if best == data.reference else ""
-    random = ", whose scales are random numbers," if data.family(best) == CONTROL else ""
-    text = f"{among}{best}{plain}{random} came first{on}: {amount(analysis, found.mean)}, against "
-    shown = loss if analysis.measure == "loss" else share
-    base = next((value for column, value in others if column == data.reference), None)
-    if base is None:
-        text += f"{shown(others[0][1].mean)} for {others[0][0]}, the second."
+    now = " so far" if data.missing else ""
+    if len(first) > 1:
+        what = dict.fromkeys((c for c in first if data.family(c) == CONTROL), " (random scales)")
+        what |= {data.reference: " (the reference method)"}
+        names = [column + what.get(column, "") for column in first]
+        text = f"{among}{listed(names)} share first place{now}{on}, each with {amount(analysis, found.mean)}"
     else:
-        text += f"{shown(base.mean)} for {data.reference}, the reference method"
-        if analysis.measure == "loss" and base.mean > 0:
-            text += f" ({100 * (1 - found.mean / base.mean):.0f} % less)"
+        plain = ", the reference method," if best == data.reference else ""
+        random = ", whose scales are random numbers," if data.family(best) == CONTROL else ""
+        came = "is first so far" if now else "came first"
+        text = f"{among}{best}{plain}{random} {came}{on}: {amount(analysis, found.mean)}"
+    if not others:
+        return f"{text}."
+    shown = loss if analysis.measure == "loss" else share
+    other, value = next((pair for pair in others if pair[0] == data.reference), others[0])
+    text += f", against {shown(value.mean)} for {other}, "
+    if other != data.reference:
+        text += "the second." if len(first) == 1 else "the next."
+    else:
+        text += "the reference method"
+        if analysis.measure == "loss" and value.mean > 0:
+            text += f" ({100 * (1 - found.mean / value.mean):.0f} % less)"
         text += "."
-        test = analysis.tests.get(best)
-        if test is None or test.holm is None or test.holm >= SURE:
-            text += " The difference may be due to chance."
-        elif not test.better:
-            text += f" But most pairs of runs go the other way: {best} was worse in {test.losses} of {test.pairs}."
-    return text
-
-
-def _sure(analysis: Analysis) -> str:
-    data, ranked = analysis.data, forward_only(analysis)
-    if not analysis.tasks or len(ranked) < 2:
-        return "There are no two methods to compare, so nothing can be said about which is better."
-    if data.reference is None:
-        wanted = data.grid.get("reference") or "mezo"
-        return f"There is no finished column {wanted} to test against, so the difference may be due to chance."
-    column = next(column for column, _ in ranked if column != data.reference)
-    test = analysis.tests.get(column)
-    return _tested(analysis, column, test) if test else "There are no pairs of runs to test."
-
-
-def _tested(analysis: Analysis, column: str, test: Paired) -> str:
-    """A paired test in words."""
-    text = f"In {some(test.pairs, 'pair')} of runs with the same task and seed, {column} was better than "
-    text += f"{analysis.data.reference} in {test.wins} and worse in {test.losses}. "
-    if test.holm is None or test.least is None or test.least_holm is None or test.least_holm > SURE:
-        differ, least = some(test.wins + test.losses, "pair"), ""
-        if test.least:
-            least = f": {differ} that differ cannot give p below {p_value(test.least)}"
-            if test.least <= SURE:
-                least += f", which correction for {len(analysis.tests)} comparisons makes {p_value(test.least_holm)}"
-        return f"{text}These are too few pairs to rule out chance, whatever the result{least}."
-    others = f"After correction for {len(analysis.tests)} comparisons, " if len(analysis.tests) > 1 else ""
-    p = p_value(test.holm)
-    text += f"{others}p {p if p.startswith('<') else f'= {p}'}: "
-    if test.holm < SURE and test.gain is not None and test.better != (test.gain > 0):
-        return text + (
-            "the pairs differ beyond chance on these tasks and this model, but in the other direction than the averages, which "
-            "a few large differences decide."
-        )
-    if test.holm < SURE:
-        return text + "the difference is unlikely to be chance on these tasks and this model; others were not tried."
-    return text + f"no evidence that either is better (the usual limit is {SURE:g})."
+    return text + against_chance(analysis, first, other)
 
 
 def _has_gradients(analysis: Analysis) -> bool:
@@ -176,8 +131,9 @@ def _has_gradients(analysis: Analysis) -> bool:
 
 def _gradients(analysis: Analysis) -> list[tuple[str, str]]:
     """The result of training with gradients, and its cost in memory."""
-    data, ours = analysis.data, forward_only(analysis)
+    data, ours = analysis.data, analysis.contest
     ranked = [(column, value) for column, value in analysis.ranking if data.family(column) == FIRST]
+    ranked.sort(key=lambda pair: not data.steady(pair[0], analysis.tasks))
     if not ranked:
         return []
     column, found = ranked[0]
@@ -198,21 +154,20 @@ def _cautions(analysis: Analysis, other: Analysis) -> list[tuple[str, str]]:
     A run of a search may diverge: that is a result of the search.
     """
     data, parts = analysis.data, []
-    firsts = [ranked[0][0] for ranked in map(forward_only, (analysis, other)) if ranked]
-    if len(set(firsts)) > 1:
-        parts.append(
-            f"By {'loss' if other.measure == 'loss' else metric_name(data, other.tasks)}, {firsts[1]} is first."
-        )
+    if analysis.first and other.first and set(other.first) != set(analysis.first):
+        by = "loss" if other.measure == "loss" else metric_name(data, other.tasks)
+        parts.append(f"By {by}, {listed(other.first)} {'share first place' if len(other.first) > 1 else 'is first'}.")
     out = [verdict.task for verdict in analysis.verdicts if not verdict.counts]
     if out:
         parts.append(f"{listed(out)}: not in the averages (“Which tasks count” says why).")
-    shaky = [column for column in data.columns if not data.steady(column, analysis.tasks)]
-    without = [column for column in shaky if analysis.average(column) is None]
-    if shaky := [column for column in shaky if column not in without]:
-        parts.append(
-            f"{listed(shaky)}: some runs failed, so the average is over the others only and is not ranked first."
-        )
-    if without:
+    shaky = [c for c in data.columns if not data.steady(c, analysis.tasks) and c not in data.untested(analysis.tasks)]
+    failed = [c for c in shaky if any(data.failed(task, c) for task in analysis.tasks)]
+    for columns, what in ((failed, "failed"), ([c for c in shaky if c not in failed], "are missing or cannot be read")):
+        if known := [column for column in columns if analysis.average(column) is not None]:
+            parts.append(
+                f"{listed(known)}: some runs {what}, so the average is over the others only and cannot come first."
+            )
+    if without := [column for column in shaky if analysis.average(column) is None]:
         parts.append(f"{listed(without)}: no run finished on one of the tasks, so there is no average.")
     if untested := data.untested(data.tasks):
         parts.append(f"{listed(untested)}: scored on dev, not on test as the others, and so not compared with them.")
@@ -256,10 +211,14 @@ def _cautions(analysis: Analysis, other: Analysis) -> list[tuple[str, str]]:
             f"{some(len(broken), 'run')} of it failed ({broken[0].reason.rstrip('.')}); the same metazo compare command "
             "repeats what failed."
         )
-    failed = sum(f.status != "diverged" or not f.kind.startswith("search") for f in data.failures)
+    unfinished = sum(f.status != "diverged" or not f.kind.startswith("search") for f in data.failures)
     missing = len(data.missing) + len(data.untimed)
-    if failed or missing:
-        parts.append(f"{some(failed, 'run')} failed or cannot be read, {some(missing, 'run')} missing: listed below.")
+    if data.surplus:
+        parts.append(f"{some(data.surplus, 'run')} of seeds that the grid does not ask for: left out.")
+    if unfinished or missing:
+        parts.append(
+            f"{some(unfinished, 'run')} failed or cannot be read, {some(missing, 'run')} missing: listed below."
+        )
     return [("What to know before trusting it", " ".join(parts))] if parts else []
 
 
@@ -269,7 +228,7 @@ def _terms(analysis: Analysis) -> list[tuple[str, str]]:
     guess = f" Always giving the commonest answer would score {share(fmean(shares))}." if shares else ""
     reference = data.reference or "mezo"
     mezo = "MeZO (Malladi et al., 2023), which perturbs all weights alike." if reference == "mezo" else "the reference."
-    first = [column for column, _ in forward_only(analysis)[:1] if column not in (reference, data.label(column))]
+    first = [column for column in analysis.first if column not in (reference, data.label(column))]
     terms = {
         "Forward pass": "A forward pass computes the model’s loss on one batch of examples. It takes no more memory than "
         "using the model. The methods compared here learn from forward passes alone: they perturb the model’s weights at "
@@ -281,7 +240,10 @@ def _terms(analysis: Analysis) -> list[tuple[str, str]]:
         "Seed": "The seed fixes the random choices of a run. Repeating a run with other seeds shows how much of a "
         "difference is due to chance. The bars in the picture are 95 % intervals of the average over seeds.",
         reference: f"The method with which the others are compared: {mezo}",
-        **{column: f"The column that came first: {data.label(column)}." for column in first},
+        **{
+            column: f"{'The' if len(analysis.first) == 1 else 'A'} column that came first: {data.label(column)}."
+            for column in first
+        },
     }
     if not any(data.metric_of(task) == "accuracy" for task in data.tasks):
         del terms["Accuracy"]

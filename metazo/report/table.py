@@ -1,4 +1,4 @@
-"""A table with a caption, as Markdown, CSV and (in page.html) HTML; and numbers as text."""
+"""A table with a caption, as Markdown, CSV and (in page.html) HTML; numbers and lists as text."""
 
 from __future__ import annotations
 
@@ -111,3 +111,13 @@ def over_seeds(values: Sequence[float], measure: str, seeds: int) -> str:
         return NONE
     text = score(fmean(values), measure, stdev(values) if len(values) > 1 else None)
     return text if len(values) == seeds else f"{text} ({len(values)} of {seeds})"
+
+
+def listed(names: Sequence[str], most: int = 6) -> str:
+    """a, b and c."""
+    names = [*names[: most - 1], f"{len(names) - most + 1} more"] if len(names) > most else list(names)
+    return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]
+
+
+def some(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"

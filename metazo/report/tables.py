@@ -6,11 +6,14 @@ from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean, median
 
 from .analysis import RULE, Analysis
-from .comparison import CONTROL, FIRST, UNTRAINED, ZEROTH, Comparison
+from .comparison import CONTROL, FIRST, FORWARD_ONLY, UNTRAINED, ZEROTH, Comparison
+from .statistics import equal
 from .table import NONE, Cell, Table, loss, megabytes, over_seeds, p_value, score, seconds, share
 
-FORWARD_ONLY = (ZEROTH, CONTROL)
-BOLD = "Bold: the best column with forward passes only and without a failed run."
+BOLD = (
+    "Bold: the best column with forward passes only, without a failed or unreadable run, and without a missing one that others "
+    "have; several if they tie."
+)
 METRICS = {
     "accuracy": "accuracy (%)",
     "macro_f1": "macro F1 (× 100)",
@@ -50,11 +53,12 @@ def by_family(data: Comparison) -> list[str]:
     return sorted(data.columns, key=lambda column: order.index(data.family(column)))
 
 
-def best_of(data: Comparison, tasks: Iterable[str], value: Callable[[str], float | None], lower: bool) -> str | None:
-    """The column with the best value among those that use forward passes only and have no failed run on `tasks`."""
+def best_of(data: Comparison, tasks: Iterable[str], value: Callable[[str], float | None], lower: bool) -> list[str]:
+    """The columns with the best value, which may tie, of those that use forward passes only and are steady on `tasks`."""
     fit = [c for c in data.columns if data.family(c) in FORWARD_ONLY and data.steady(c, tasks)]
     known = {c: v for c in fit if (v := value(c)) is not None}
-    return (min if lower else max)(known, key=known.__getitem__) if known else None
+    best = (min if lower else max)(known.values(), default=0.0)
+    return [column for column, found in known.items() if equal(found, best)]
 
 
 def summary(main: Analysis, other: Analysis) -> Table:
@@ -72,14 +76,15 @@ def summary(main: Analysis, other: Analysis) -> Table:
         "summary",
         "All columns, best first",
         f"Averages over the tasks that count ({len(main.tasks)} of {len(data.tasks)}), on {data.split(main.tasks)}, ± the "
-        f"standard deviation over seeds; ordered by {'loss' if main.measure == 'loss' else named}. {BOLD} {paired_note}"
+        f"standard deviation over seeds; ordered by {'loss' if main.measure == 'loss' else named}, "
+        f"columns with failed, unreadable or missing runs last; (n of m): over n of m runs. {BOLD} {paired_note}"
         f"Time without evaluations and memory above the idle process: medians over runs.{split_note(data, data.tasks)}",
         ["column", "what it is", "trains with", f"{named}", "loss (nats)",
          *([f"better than {data.reference}", "p (Holm)"] if data.reference else []), "time of a run (s)",
          "peak memory (MB)"],
         heads=3,
     )  # fmt: skip
-    ranked = [column for column, _ in main.ranking]
+    ranked = sorted((column for column, _ in main.ranking), key=lambda column: not data.steady(column, main.tasks))
     best = {
         m: best_of(data, a.tasks, lambda c, a=a: v.mean if (v := a.average(c)) else None, m == "loss")
         for m, a in analyses.items()
@@ -99,11 +104,13 @@ def summary(main: Analysis, other: Analysis) -> Table:
     return table
 
 
-def _average(analysis: Analysis, column: str, best: str | None) -> Cell:
+def _average(analysis: Analysis, column: str, best: Sequence[str]) -> Cell:
     found = analysis.average(column)
     if found is None:
         return Cell(NONE)
-    return Cell(score(found.mean, analysis.measure, found.spread), column == best)
+    known, wanted = analysis.finished(column)
+    mark = f" ({known} of {wanted})" if known < wanted else ""
+    return Cell(score(found.mean, analysis.measure, found.spread) + mark, column in best)
 
 
 def scores(analysis: Analysis) -> Table:
@@ -138,7 +145,7 @@ def scores(analysis: Analysis) -> Table:
             if not known and column in data.untested([t]):
                 on_dev = (run.value(measure) for run in data.of(t, column))
                 known, mark = [value for value in on_dev if value is not None], " (dev)"
-            cells.append(Cell(over_seeds(known, measure, max(wanted, len(known))) + mark, best[t] == column))
+            cells.append(Cell(over_seeds(known, measure, max(wanted, len(known))) + mark, column in best[t]))
         table.add(column, *cells, _average(analysis, column, overall))
     if measure == "metric":
         shares = {task: data.majority(task) for task in tasks}

@@ -13,24 +13,36 @@ from metazo.io.extras import needs
 from metazo.io.files import write_whole
 from metazo.plots.style import data_uri
 
-from .build import Report
+from .build import SIGMA_PICTURES, Report
 from .comparison import Comparison
 from .table import Table, escape_markdown, write_csv
 
 with needs("report"):
     from jinja2 import Environment, FileSystemLoader
 
+FIGURES = ("headline", "curves-forwards", "curves-seconds", "plane", "pareto", "sensitivity",
+           *(f"sigma-{number + 1}" for number in range(SIGMA_PICTURES)))  # fmt: skip
+TABLES = ("summary", "loss", "metric", "tests-loss", "tests-metric", "tests-best", "reach", "time", "rivals", "pairs", "cost",
+          "cells", "search", "by-rate", "tasks", "failures", "missing", "configuration")  # fmt: skip
 BLOCK = re.compile(r"(<!-- results:(?P<name>[\w./-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 
 
 def write(report: Report, out: Path) -> list[Path]:
-    """Write report.html, report.md, figures/*.svg, tables/*.csv, runs.csv and curves.csv. Returns the written paths."""
+    """Write report.html, report.md, figures/*.svg, tables/*.csv, runs.csv and curves.csv. Returns the written paths.
+
+    Figures and tables that an earlier report wrote there, and this one has not, are removed.
+    """
     content = {"report.html": html(report), "report.md": markdown(report)}
     content |= {f"figures/{picture.name}.svg": picture.svg for picture in report.pictures}
     content |= {f"tables/{table.name}.csv": table.csv() for table in report.tables}
     content |= {"runs.csv": runs_csv(report.data), "curves.csv": curves_csv(report.data)}
     if out.exists() and not out.is_dir():
         raise UserError(f"`out` {out} is a file; name a folder.")
+    if (out / "report.html").is_file() and (out / "report.md").is_file():
+        known = {*(f"figures/{name}.svg" for name in FIGURES), *(f"tables/{name}.csv" for name in TABLES)}
+        for stale in (out / name for name in known - content.keys()):
+            if stale.is_file():
+                stale.unlink()
     for name, text in content.items():
         write_whole(out / name, text.encode(errors="replace"))
     return [out / name for name in content]
