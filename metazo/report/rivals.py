@@ -46,7 +46,7 @@ class Rival:
 
 
 def rivals(analysis: Analysis) -> list[Rival]:
-    """Every column that trains, the best average rank first; last those that lack runs, whose ranks are of few pairs."""
+    """Every column that trains, the best average rank first and those that lack runs last."""
     data, ranked = analysis.data, ranks(analysis)
     found = []
     for column in by_family(data):
@@ -148,7 +148,7 @@ def table(analysis: Analysis) -> Table:
         "rivals",
         "Columns at their measured cost",
         f"Over {over}, whether or not {data.reference} does; best average rank first. Rank: of the loss on {split}, mean over "
-        f"pairs of task and seed, 1 is the best of {ranked}; p: paired with {data.reference}, Holm. "
+        f"pairs of task and seed that all have, 1 is the best of {ranked}; p: paired with {data.reference}, Holm. "
         f"Forward-equivalents: operations of a run by those of a forward pass of {data.reference} on the same batch; frozen "
         "layers are computed once and cost nothing. "
         f"“Until {data.reference}’s final loss”: the share of {data.reference}’s own run that a column needs to come to the "
@@ -156,7 +156,8 @@ def table(analysis: Analysis) -> Table:
         "fine as the spacing of evaluations), and the share of them that need at most a tenth. Memory: most bytes of "
         "tensors in a step by most in inference, weights included."
         + (f" {listed(shaky)}: some runs failed, so that averages are over the others only." if shaky else "")
-        + (f" {listed(lacking)}: some runs are missing or cannot be read; last, because of few pairs." if lacking else "")
+        + (f" {listed(lacking)}: some runs are missing or cannot be read. They are last, and all ranks are of the other "
+            "pairs only." if lacking else "")
         + split_note(data, analysis.tasks),
         ["column", "rank", "p (Holm)", "loss (nats)", metric_name(data, analysis.tasks), "forward-equivalents",
          f"until {data.reference}’s final loss", "pairs within 1/10 (%)", "memory (× inference)"],

@@ -249,3 +249,79 @@ def test_budgets_that_differ_are_said(tmp_path: Path):
     assert "same budget" not in told
     cell_path(tmp_path, "sst2", "mezo", "seed", 1).unlink()
     assert "All had the same budget of 2,000 forward passes per run (" in made(tmp_path).story.compared
+
+
+@pytest.mark.parametrize("how", ["unreadable", "missing", "diverged"])
+def test_a_column_that_lacks_runs_does_not_come_first(tmp_path: Path, how: str):
+    """tuner has the lower average, of 1 of 3 runs."""
+    folder = synthetic.write(tmp_path, [COLUMN["mezo"], COLUMN["tuner"]], ["sst2"], 3, search=False)
+    assert build(Comparison(folder), "loss").story.won.startswith("tuner came first")
+    for path in [cell_path(folder, "sst2", "tuner", "seed", seed) for seed in (1, 2)]:
+        if how == "missing":
+            path.unlink()
+        elif how == "unreadable":
+            path.write_text("{broken")
+        else:
+            synthetic.result(COLUMN["tuner"], "sst2", int(path.stem[-1]), status="diverged", reason="So.").save(path)
+    report = build(Comparison(folder), "loss")
+    only = "Only mezo learns from forward passes alone and finished every run: "
+    assert report.story.won.removeprefix("Not finished: 2 of 6 runs are missing. ").startswith(only)
+    told = report.story.facts[-1][1]
+    assert f"tuner: some runs {'failed' if how == 'diverged' else 'are missing or cannot be read'}, so" in told
+    assert report.headline and "Hollow dot" in report.headline.caption
+    by_name = {table.name: table for table in report.tables}
+    assert [row[0].text for row in by_name["summary"].rows] == ["mezo", "tuner"]  # the best first
+    for name, place in (("summary", 4), ("loss", 1), ("loss", 2)):
+        mezo, tuner = (next(row[place] for row in by_name[name].rows if row[0].text == c) for c in ("mezo", "tuner"))
+        assert mezo.best and not tuner.best and tuner.text.endswith("(1 of 3)") and "(" not in mezo.text
+
+
+def test_nothing_finished_every_run_though_it_is_alone(tmp_path: Path):
+    folder = synthetic.write(tmp_path, [COLUMN["mezo"]], ["sst2"], 3)
+    path = cell_path(folder, "sst2", "mezo", "seed", 2)
+    path.unlink()
+    told = made(folder).story.won
+    assert told.startswith(
+        "Not finished: 1 of 3 runs are missing. So far, only mezo learns from forward passes alone and"
+    )
+    assert "every run" not in told and "of 100 test questions right" in told
+    path.write_text("{broken")
+    assert made(folder).story.won == (
+        "No method that learns from forward passes alone finished all its runs, so no method won."
+    )
+
+
+def test_columns_with_as_many_runs_are_ranked_while_a_comparison_runs(tmp_path: Path):
+    """A column with gradients may be further."""
+    folder = synthetic.write(tmp_path, [COLUMN[c] for c in ("mezo", "tuner", "lozo", "lora-adamw")], ["sst2"], 3)
+    for name in ("mezo", "tuner", "lozo"):
+        cell_path(folder, "sst2", name, "seed", 2).unlink()
+    told = build(Comparison(folder), "loss").story
+    assert told.won.startswith(
+        "Not finished: 3 of 12 runs are missing. Of the methods that learn from forward passes alone, "
+    )
+    assert "tuner is first so far: an average loss of" in told.won and "the reference method" in told.won
+    assert "In 2 pairs of runs" in told.facts[0][1]
+
+
+def test_runs_of_seeds_that_the_grid_does_not_ask_for_are_left_out(tmp_path: Path):
+    folder = synthetic.write(tmp_path, [COLUMN["mezo"], COLUMN["lozo"]], ["sst2"], 4, search=False)
+    failed = synthetic.result(COLUMN["lozo"], "sst2", 3, status="failed", reason="No room.")
+    failed.save(cell_path(folder, "sst2", "lozo", "seed", 3))
+    grid = yaml.safe_load((folder / "grid.yaml").read_text()) | {"seeds": 2}
+    (folder / "grid.yaml").write_text(yaml.safe_dump(grid))
+    report = made(folder)
+    assert {run.seed for run in report.data.of("sst2", "mezo")} == {0, 1} and report.data.failures == []
+    assert Analysis(report.data, "loss").tests["lozo"].pairs == 2 and report.story.won.startswith("lozo came first")
+    assert "6 runs of seeds that the grid does not ask for: left out." in report.story.facts[-1][1]  # 2 of kind time
+
+
+def test_a_reference_without_a_finished_run_is_said_beside_the_tasks(tmp_path: Path):
+    folder = synthetic.write(tmp_path, [COLUMN["mezo"], COLUMN["lozo"]], ["sst2"], 2, search=False)
+    for seed in range(2):
+        failed = synthetic.result(COLUMN["mezo"], "sst2", seed, status="diverged", reason="It diverged.")
+        failed.save(cell_path(folder, "sst2", "mezo", "seed", seed))
+    (verdict,) = Analysis(made(folder).data, "loss").verdicts
+    assert (
+        verdict.counts and "mezo, the reference, has no finished run, so it is not known whether it" in verdict.reason
+    )

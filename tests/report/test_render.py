@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 import typer
+import yaml
 from typer.testing import CliRunner
 
+from metazo.comparisons.results import cell_path
 from metazo.errors import UserError
 from metazo.report.build import build
 from metazo.report.comparison import Comparison
-from metazo.report.write import BLOCK, blocks, fill, render
+from metazo.report.write import BLOCK, FIGURES, TABLES, blocks, fill, render, write
 from metazo_cli.report import report as report_command
 from tests.report import synthetic
 
@@ -73,3 +77,37 @@ def test_tables_of_the_pages_are_not_stale(page: Path):
     for name in sorted(folders):
         report = build(Comparison(ROOT / "results" / name))
         assert fill(text, blocks(report), name) == text, name
+
+
+def test_files_of_an_earlier_report_are_removed_and_others_are_left(tmp_path: Path):
+    columns = [column for column in synthetic.COLUMNS if column.name in ("mezo", "lozo")]
+    folder, out = synthetic.write(tmp_path / "mine", columns, ["sst2"], 2), tmp_path / "out"
+    mine = out / "tables" / "search.csv"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("of another program")
+    (folder / "search.json").rename(tmp_path / "search.json")
+    write(build(Comparison(folder)), out)
+    assert mine.read_text() == "of another program"  # no report was there before
+    (tmp_path / "search.json").rename(folder / "search.json")
+    cell_path(folder, "sst2", "lozo", "seed", 0).unlink()
+    first = set(write(build(Comparison(folder)), out))
+    known = {f"{name}.csv" for name in TABLES} | {f"{name}.svg" for name in FIGURES}
+    assert {path.name for path in first if path.parent != out} <= known
+    kept = [out / "tables" / "mine.csv", out / "figures" / "mine.svg", out / "search.csv"]
+    for path in kept:
+        path.write_text("mine")
+    (folder / "search.json").unlink()
+    shutil.rmtree(folder / "cells" / "sst2" / "lozo")
+    grid = yaml.safe_load((folder / "grid.yaml").read_text())
+    grid["columns"] = [column for column in grid["columns"] if column["name"] != "lozo"]
+    (folder / "grid.yaml").write_text(yaml.safe_dump(grid))
+    second = set(write(build(Comparison(folder)), out))
+    gone = {path.name for path in first - second}
+    assert {"search.csv", "by-rate.csv", "missing.csv", "sensitivity.svg"} <= gone
+    assert {path for path in out.rglob("*") if path.is_file()} == second | set(kept)
+
+
+def test_every_table_and_picture_has_a_name_that_a_later_report_removes():
+    source = "".join(path.read_text() for path in (ROOT / "metazo" / "report").glob("*.py"))
+    names = set(re.findall(r"(?:Table|Picture)\(\s*\"([\w-]+)\"", source))
+    assert len(names) > 15 and names <= {*TABLES, *FIGURES}

@@ -248,3 +248,15 @@ def test_names_of_a_stack_of_points_are_within_the_axes_and_apart(height: float)
         bounds.x0 <= box.x0 and box.x1 <= bounds.x1 and bounds.y0 <= box.y0 and box.y1 <= bounds.y1 for box in boxes
     )
     assert not any(a.overlaps(b) for k, a in enumerate(boxes) for b in boxes[:k])
+
+
+def test_columns_that_lack_runs_are_last_and_named(folder: Path) -> None:
+    assert found(folder)["first-order-adamw"].rank == 1.0
+    cell_path(folder, "sst2", "first-order-adamw", "seed", 2).write_text("{broken")
+    assert [*found(folder)][-1] == "first-order-adamw"
+    note = rivals.table(Analysis(Comparison(folder), "loss")).note
+    assert "first-order-adamw: some runs are missing or cannot be read. They are last, and all ranks" in note
+    cell_path(folder, "sst2", "first-order-adamw", "seed", 2).unlink()
+    assert [*found(folder)][-1] == "first-order-adamw"
+    cell_path(folder, "sst2", "skip-feedback", "seed", 2).unlink()
+    assert next(iter(found(folder))) == "first-order-adamw"  # no other column with gradients has the run any more

@@ -270,3 +270,36 @@ def test_the_family_of_a_column_follows_from_its_method_and_tuner_and_not_from_i
     (tmp_path / "cells/sst2/zero-shot/seed-0.json").unlink()
     data = Comparison(tmp_path)
     assert [data.family(name) for name in ("zero-shot", "a")] == [ZEROTH, CONTROL]  # no run yet
+
+
+def test_columns_whose_averages_tie_share_the_first_place(tmp_path: Path):
+    """By loss, mezo and lozo tie but for rounding; by accuracy all do."""
+    for name, finals in {"fzoo": (0.6, 0.7), "mezo": (0.1 + 0.2, 0.3), "lozo": (0.3, 0.3)}.items():
+        for seed, final in enumerate(finals):
+            result = synthetic.result(Column(name, 0.5, optimizer=name), "sst2", seed, loss=final)
+            result.metrics["test"]["accuracy"] = 0.8
+            result.save(cell_path(tmp_path, "sst2", name, "seed", seed))
+    data = Comparison(tmp_path)
+    by_loss, by_accuracy = Analysis(data, "loss"), Analysis(data, "metric")
+    told = story(by_loss, by_accuracy)
+    assert told.won == (
+        "lozo and mezo (the reference method) share first place, each with an average loss of 0.300, against 0.650 for fzoo, "
+        "the next. The difference may be due to chance."
+    )
+    assert "By accuracy (%), fzoo, lozo and mezo share first place." in told.facts[-1][1]
+    told = story(by_accuracy, by_loss)
+    assert told.won.endswith(" share first place, each with 80.0 of 100 test questions right.")
+    assert "By loss, lozo and mezo share first place." in told.facts[-1][1]
+    assert [cells[4].best for cells in tables.summary(by_loss, by_accuracy).rows] == [True, True, False]
+    assert [cells[1].best for cells in tables.scores(by_accuracy).rows] == [True] * 3 + [False]  # the commonest class
+
+
+def test_a_lead_of_the_reference_may_be_chance(tmp_path: Path):
+    for pairs, sure in ((2, False), (6, True)):
+        for seed in range(pairs):
+            for name, final in (("mezo", 0.3), ("lozo", 0.4 + 0.01 * seed)):
+                result = synthetic.result(Column(name, 0.5, optimizer=name), "sst2", seed, loss=final)
+                result.save(cell_path(tmp_path, "sst2", name, "seed", seed))
+        told = build(Comparison(tmp_path), "loss").story.won
+        assert told.startswith("mezo, the reference method, came first: an average loss of 0.300, against 0.4")
+        assert told.endswith("for lozo, the second." if sure else " The difference may be due to chance.")
