@@ -156,8 +156,8 @@ def table(analysis: Analysis) -> Table:
         "fine as the spacing of evaluations), and the share of them that need at most a tenth. Memory: most bytes of "
         "tensors in a step by most in inference, weights included."
         + (f" {listed(shaky)}: some runs failed, so that averages are over the others only." if shaky else "")
-        + (f" {listed(lacking)}: some runs are missing or cannot be read. They are last, and all ranks are of the other "
-            "pairs only." if lacking else "")
+        + (f" {listed(lacking)}: some runs are missing or cannot be read, so that averages are over the others only. "
+            "They are last, and all ranks are of the pairs that are left." if lacking else "")
         + split_note(data, analysis.tasks),
         ["column", "rank", "p (Holm)", "loss (nats)", metric_name(data, analysis.tasks), "forward-equivalents",
          f"until {data.reference}’s final loss", "pairs within 1/10 (%)", "memory (× inference)"],
