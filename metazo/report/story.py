@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from statistics import fmean, median
 
 from .analysis import Analysis
 from .chance import against_chance, sure
 from .comparison import CONTROL, FIRST, FORWARD_ONLY, UNTRAINED, Comparison
+from .numbers import part
 from .table import count, listed, loss, share, some
 from .tables import metric_name
 
@@ -215,11 +217,37 @@ def _cautions(analysis: Analysis, other: Analysis) -> list[tuple[str, str]]:
     missing = len(data.missing) + len(data.untimed)
     if data.surplus:
         parts.append(f"{some(data.surplus, 'run')} of seeds that the grid does not ask for: left out.")
+    if others := _other_settings(data):
+        parts.append(
+            f"Runs of {listed(others)} have other settings than the grid's, so the columns cannot be compared."
+        )
     if unfinished or missing:
         parts.append(
             f"{some(unfinished, 'run')} failed or cannot be read, {some(missing, 'run')} missing: listed below."
         )
     return [("What to know before trusting it", " ".join(parts))] if parts else []
+
+
+def _other_settings(data: Comparison) -> list[str]:
+    """Columns with reported runs of another grid, which a part of a changed grid leaves in place: "name (setting)"."""
+    entries = {
+        entry.get("name"): part(entry, "options") for entry in data.grid.get("columns") or () if isinstance(entry, dict)
+    }
+    found: dict[str, str] = {}
+    for info in (run.info for runs in data.runs.values() for run in runs.values()):
+        column, had = str(info.get("column")), part(info, "configuration")
+        for name, value in part(data.grid, "config").items():
+            if name in entries.get(column, {}) or name not in had or str(had[name]) == str(value):
+                continue
+            if (there := _as_number(had[name])) is None or there != _as_number(value):
+                found.setdefault(column, f"{column} ({name} {had[name]}, not {value})")
+    return list(found.values())
+
+
+def _as_number(value: object) -> float | None:
+    with suppress(TypeError, ValueError):
+        return float(value)  # type: ignore[arg-type]
+    return None
 
 
 def _terms(analysis: Analysis) -> list[tuple[str, str]]:

@@ -325,3 +325,21 @@ def test_a_reference_without_a_finished_run_is_said_beside_the_tasks(tmp_path: P
     assert (
         verdict.counts and "mezo, the reference, has no finished run, so it is not known whether it" in verdict.reason
     )
+
+
+def test_runs_of_other_settings_than_the_grids_are_named(tmp_path: Path):
+    """A part of a changed grid leaves the pairs of other parts in place. Numbers are the same however they are written."""
+    folder = synthetic.write(tmp_path, [COLUMN["mezo"], COLUMN["lozo"]], ["sst2"])
+    grid = yaml.safe_load((folder / "grid.yaml").read_text())
+    grid["config"] = {"batch_size": 16, "eps": "1e-3", "schedule": "linear"}
+    (folder / "grid.yaml").write_text(yaml.safe_dump(grid))
+    for column, schedule in (("mezo", "linear"), ("lozo", "constant")):
+        path = cell_path(folder, "sst2", column, "seed", 0)
+        content = json.loads(path.read_text())
+        content["run_info"]["configuration"] = {"batch_size": 16, "eps": 0.001, "schedule": schedule}
+        path.write_text(json.dumps(content))
+    said = made(folder).story.facts[-1][1]
+    assert (
+        "Runs of lozo (schedule constant, not linear) have other settings than the grid's" in said
+        and "mezo (" not in said
+    )
