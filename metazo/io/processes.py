@@ -161,7 +161,7 @@ def from_first(compute: Callable[[], T]) -> T:
     with _answered():
         distributed.broadcast_object_list(outcome, 0)
     if outcome[1] is not None:
-        raise _shared(outcome[1])
+        raise of_all(outcome[1])
     return outcome[0]
 
 
@@ -196,30 +196,27 @@ def agreed(compute: Callable[[], T]) -> T:
     failed = [(number, other) for number, other in enumerate(gathered(error)) if other is not None]
     if failed:
         number, other = failed[0]
-        raise _shared(other if len(failed) == world() else UserError(f"On rank {number}: {other}"))
+        raise of_all(other if len(failed) == world() else UserError(f"On rank {number}: {other}"))
     return value  # type: ignore[return-value]
 
 
 def require_same(what: str, value: Any) -> None:
     """Raises UserError on all processes if the value is not the same on all of them. what: its name, as a plural."""
     if any(other != value for other in gathered(value)):  # true on all processes if on one
-        raise _shared(UserError(f"The {what} differ between the processes of this run; give all of them the same."))
+        raise of_all(UserError(f"The {what} differ between the processes of this run; give all of them the same."))
 
 
-def require_same_settings(settings: Mapping[str, Any]) -> None:
-    """As `require_same`, for settings by name."""
-    first, *others = gathered(dict(settings))
-    for name, value in first.items():
-        for number, other in enumerate(others, 1):
-            if other[name] != value:
-                raise _shared(
-                    UserError(
-                        f"`{name}` is {shown(value)} on rank 0 and {shown(other[name])} on rank {number}: give all processes "
-                        "of this run the same settings."
-                    )
-                )
+def require_same_values(values: Mapping[str, Any], advice: str) -> None:
+    """As `require_same`, for single values by what they are called in a message; a value that a process lacks is None."""
+    first, *others = gathered(dict(values))
+    for number, other in enumerate(others, 1):
+        for name in first | other:
+            if other.get(name) != first.get(name):
+                one, two = shown(first.get(name)), shown(other.get(name))
+                raise of_all(UserError(f"{name} is {one} on rank 0 and {two} on rank {number}: {advice}."))
 
 
-def _shared(error: UserError) -> UserError:
+def of_all(error: UserError) -> UserError:
+    """An error that every process raises, so that only rank 0 shows it."""
     error.shared = True
     return error

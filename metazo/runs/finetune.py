@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from metazo.errors import UserError
 from metazo.integrations.resident import local_parameters
-from metazo.io.processes import agreed, from_first, joined, rank, require_same, together
+from metazo.io.processes import agreed, from_first, joined, rank, together
 from metazo.io.terminal import Console
 from metazo.models.parts import divided, forward_only
 from metazo.optimizers.guards import as_loss
@@ -26,7 +26,6 @@ from metazo.runs.ending import Ending, push
 from metazo.runs.evaluations import Scores
 from metazo.runs.folder import BEST, SNAPSHOTS, RunFolder
 from metazo.runs.header import header
-from metazo.runs.inputs import data_hash
 from metazo.runs.interrupt import Interrupted, interruptible
 from metazo.runs.locate import PATHS, from_anywhere
 from metazo.runs.method import auto_tuner, unused
@@ -35,7 +34,7 @@ from metazo.runs.progress import progress
 from metazo.runs.resources import require_space
 from metazo.runs.schedule import share, snapshot_steps, warmup_steps
 from metazo.runs.setup import Setup, set_up
-from metazo.runs.shared import SharedFolder, losses_explained, require_same_run, run_folder, written
+from metazo.runs.shared import SharedFolder, losses_explained, require_same_run, require_same_setup, run_folder, written
 from metazo.runs.track import Trackers
 from metazo.runs.tuned import WHOLE, Finetuned, Given, Part
 from metazo.runs.unwritten import MemoryFolder, MemoryLog
@@ -105,8 +104,7 @@ def _tune(
         config = setup.config
         part.apply(setup)
         plan = setup.plan(config)
-        if isinstance(setup.prepared, Prepared) and together():
-            require_same("rows of the task", data_hash(setup.prepared))
+        require_same_setup(setup)
         if (out := config.out) is not None:
             needed = plan["bytes on disk"] - folder.used()
             from_first(lambda: require_space(out, needed, "The run"))

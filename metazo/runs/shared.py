@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -16,18 +16,28 @@ from metazo.io.processes import (
     LostRank,
     Tensors,
     from_first,
+    gathered,
     lost,
+    of_all,
     rank,
-    require_same_settings,
+    require_same,
+    require_same_values,
     tensors_from_first,
     together,
 )
+from metazo.io.tensorfile import weights_hash
+from metazo.models.parts import divided
 from metazo.runs.config import INCIDENTAL, FinetuneConfig
 from metazo.runs.folder import RunFolder
+from metazo.runs.inputs import data_hash, inputs
 from metazo.runs.locate import PATHS
 from metazo.runs.unwritten import MemoryFolder
 from metazo.steplog.format import STEPS
+from metazo.tasks import Prepared
 from metazo.tasks.objectives import ObjectiveFailed
+
+if TYPE_CHECKING:
+    from metazo.runs.setup import Setup
 
 
 class SharedFolder:
@@ -110,15 +120,43 @@ class SharedFolder:
         self.own.complete(summary)
 
 
-OWN = {*PATHS, "out", "zoo", "device", "rank_timeout", "track"}
-"""Settings that each process may have for itself: paths, of which it compares what they hold, and what belongs to a machine."""
+OWN = {*PATHS, "out", "device", "rank_timeout", "track", "push", "flush_every", "fsync_every"}
+"""Settings that each process may have for itself: paths (`require_same_setup` and the optimizer compare what they hold), what
+belongs to a machine, and what rank 0 alone writes and sends."""
 
 
 def require_same_run(config: FinetuneConfig) -> None:
     """Raises UserError on every process if they were not started with the same settings."""
     if together():
-        settings = {name: value for name, value in asdict(config).items() if name not in OWN}
-        require_same_settings(settings | {"out": None if config.out is None else "a folder"})
+        settings = {f"`{name}`": value for name, value in asdict(config).items() if name not in OWN}
+        require_same_values(settings, "give all processes of this run the same settings")
+        if len({*gathered(config.out is None)}) > 1:
+            raise of_all(
+                UserError("Some processes of this run have an `out` and others have none: give it to all or none.")
+            )
+
+
+def require_same_setup(setup: Setup) -> None:
+    """Raises UserError on every process if their objective, task or model is not the same. The first step compares the trained
+    weights; the frozen ones are hashed here, unless the model is divided (0.2 seconds for 1e8 float32 weights on 2 cores).
+    """
+    if not together():
+        return
+    model, objective, what = setup.loaded.model, setup.objective, {}
+    found = None if objective is None else objective.name
+    if objective is not None and objective.source is not None:  # a file, which may lie elsewhere on each machine
+        found = f"{objective.name.rpartition(':')[2]} of a file with sha256 {objective.source[:16]}"
+    what["`objective`"] = found
+    if isinstance(setup.prepared, Prepared):
+        described = inputs(setup.prepared, model)
+        what |= {f"The task's `{name}`": value for name, value in described["definition"].items()}
+        what |= {f"The model's `{name}`": value for name, value in described["architecture"].items()}
+    require_same_values(what, "give all processes of this run the same")
+    if isinstance(setup.prepared, Prepared):
+        require_same("rows of the task", data_hash(setup.prepared))
+    if not divided(model):
+        frozen = ((name, weights) for name, weights in model.named_parameters() if not weights.requires_grad)
+        require_same("frozen weights of the model", weights_hash(frozen))
 
 
 def written(folder: RunFolder | SharedFolder | MemoryFolder) -> RunFolder | None:

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from metazo.errors import UserError
 from metazo.io.extras import needs
-from metazo.io.processes import gathered, rank, world
+from metazo.io.processes import gathered, of_all, rank, world
 from metazo.models import parts
 from metazo.models.describe import plain_generation
 from metazo.models.heads import Prototypes
@@ -75,9 +75,8 @@ def evaluate(
                 own += zip(places, loss.tolist(), predicted, strict=True)
         evaluated = [one for found in (gathered(own) if divided else [own]) for one in found]
         if sorted(place for place, *_ in evaluated) != list(range(len(examples))):
-            raise UserError(
-                "The processes divided the examples in different ways: give all of them the same `batch_size`."
-            )
+            how = "The processes divided the examples in different ways: give all of them the same `batch_size`."
+            raise of_all(UserError(how))
         for place, value, prediction in evaluated:
             losses[place], predictions[place] = value, prediction
     finally:

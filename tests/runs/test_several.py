@@ -22,11 +22,14 @@ from safetensors.torch import load_file
 
 from metazo.errors import UserError
 from metazo.io.processes import LostRank, joined
+from metazo.models.load import load_model
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import run_settings, tune
 from metazo.runs.interrupt import Interrupted
 from metazo.settings import build
 from metazo.steplog.format import scan
+from metazo.tasks import prepare
+from metazo.tasks.evaluate import evaluate
 from metazo_cli.main import main
 from tests import warm
 
@@ -66,7 +69,7 @@ def _process(rank: int, folder: Path, ports: list[int]) -> None:
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in SETTINGS.items()]
     said["examples"] = _main(["finetune", *flags, "--out", str(folder / "examples")])
     meet()
-    found = tune(_config(folder / "probes", **PROBES), plot=False)
+    found = tune(_config(folder / "probes", **PROBES, flush_every=1 + rank), plot=False)
     said["probes"] = {key: value.clone() for key, value in found.model.state_dict().items()}
     meet()
     try:
@@ -82,12 +85,23 @@ def _process(rank: int, folder: Path, ports: list[int]) -> None:
         "other rows": {"task": str(_task(folder, rank))},
         "other settings": {"eval_batch_size": 2 + rank},
         "objective": {"objective": "accuracy"},
+        "other objective": {"objective": ("accuracy", None)[rank], "probe_ranks": 2},
+        "other file": {"objective": f"{_file(folder, rank)}:loss", "probe_ranks": 2},
+        "other metric": {"task": str(_task(folder, rank, 0, f"metric: [{('accuracy', 'mcc')[rank]}]\n"))},
+        "other base": {"model": str(_base(folder, rank)), "train": ["*norm*"]},
+        "one folder": {"out": None} if rank else {},
     }.items():
         meet()
+        out = {"out": folder / ("examples" if name == "in use" else name)}
         try:
-            tune(_config(folder / ("examples" if name == "in use" else name), **settings), plot=False)
+            tune(build(FinetuneConfig, SETTINGS | out | settings), plot=False)
         except UserError as error:
             said[name] = str(error), error.shared
+    meet()
+    prepared = prepare("pico_sentiment", found.loaded, train=8, dev=8, test=4)
+    with joined(250), pytest.raises(UserError) as otherwise:
+        evaluate(found.model, prepared, "dev", batch_size=2 + rank, divided=True)
+    said["other batches"] = str(otherwise.value), otherwise.value.shared
     meet()
     began = time.monotonic()
     try:
@@ -97,16 +111,36 @@ def _process(rank: int, folder: Path, ports: list[int]) -> None:
     torch.save(said, folder / f"{rank}.pt")
 
 
-def _task(folder: Path, rank: int) -> Path:
-    """A task of 40 rows, which are others on each rank."""
-    rows = [{"text": f"note {number} of {rank}", "label": number % 2} for number in range(40)]
-    (folder / f"rows{rank}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = folder / f"notes{rank}.yaml"
+def _task(folder: Path, rank: int, whose: int | None = None, more: str = "") -> Path:
+    """A task of 40 rows, which are others on each rank, unless they are those of `whose`."""
+    whose = rank if whose is None else whose
+    folder = folder / f"task{rank}{more[:6]}"
+    folder.mkdir()
+    rows = [{"text": f"note {number} of {whose}", "label": number % 2} for number in range(40)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = folder / "notes.yaml"
     task.write_text(
         "name: notes\nkind: classification\nprompt: '{text}. It was {}.'\nlabels: [terrible, great]\n"
-        f"files: {{train: rows{rank}.jsonl}}\n"
+        f"files: {{train: rows.jsonl}}\n{more}"
     )
     return task
+
+
+def _file(folder: Path, rank: int) -> Path:
+    """An objective that is another on each rank."""
+    file = folder / f"objective{rank}.py"
+    file.write_text(f"def loss(model, batch):\n    return {1 + rank} * batch.loss(model)\n")
+    return file
+
+
+def _base(folder: Path, rank: int) -> Path:
+    """A model whose frozen weights are others on each rank."""
+    loaded = load_model("pico")
+    with torch.no_grad():
+        loaded.model.get_input_embeddings().weight.mul_(1 + rank)
+    for part in (loaded.model, loaded.tokenizer):
+        part.save_pretrained(folder / f"base{rank}")
+    return folder / f"base{rank}"
 
 
 def _kept(said: dict[str, Any]) -> Any:
@@ -130,7 +164,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("several")
     with pytest.raises(Interrupted):
         tune(_config(folder / "resumed"), on_step=_stopped_at(3, signal.SIGTERM))
-    with warm.meetings(13) as ports:
+    with warm.meetings(19) as ports:
         warm.ranks(_process, folder, ports, killed=1)
     return folder
 
@@ -204,6 +238,12 @@ def test_two_processes_continue_the_run_of_one(folder, said, serial):
         "other rows": "The rows of the task differ between the processes",
         "other settings": "`eval_batch_size` is 2 on rank 0 and 3 on rank 1: give all processes of this run the same",
         "objective": "choose a `probe_ranks` of 2",
+        "other objective": "`objective` is 'accuracy' on rank 0 and None on rank 1: give all processes of this run the same.",
+        "other file": "`objective` is 'loss of a file with sha256 ",
+        "other metric": """The task's `metric` is '["accuracy"]' on rank 0 and '["mcc"]' on rank 1""",
+        "other base": "The frozen weights of the model differ between the processes",
+        "other batches": "The processes divided the examples in different ways: give all of them the same `batch_size`.",
+        "one folder": "Some processes of this run have an `out` and others have none: give it to all or none.",
     }.items(),
 )
 def test_a_run_that_processes_cannot_share_is_refused_on_all_of_them(folder, said, name, words):
