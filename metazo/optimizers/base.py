@@ -232,7 +232,8 @@ class ZOOptimizer(Verbs, Saving):
                 f"step {step} of the log has {len(replay.seeds)} seeds and {len(replay.losses)} losses, and a step of "
                 f"{self.name} takes {estimator.queries} and {probes}: it cannot be replayed."
             )
-        seeds = list(replay.seeds) if replay else self.draw_seeds(step, estimator.queries)
+        drawn = self.draw_seeds(step, estimator.queries)  # of a recorded step too, after which some noises go on
+        seeds = list(replay.seeds) if replay else drawn
         direction, scales = self._scaled(self.propose(state, step, seeds), state, step)
         for seed in seeds:
             self.noise.expect(seed, (draw for tensor in self.tensors for draw in direction.draws(tensor)))

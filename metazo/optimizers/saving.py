@@ -79,7 +79,9 @@ class Saving(Optimizer):
         return self.zo_state | kept | {"counters": counters}
 
     def load_tensors_state(self, state: State) -> None:
-        """Load a `tensors_state`. Raises UserError if names, shapes or the places of shards are not those of this optimizer."""
+        """Load a `tensors_state`. Raises UserError if names, shapes or the places of shards are not those of this
+        optimizer, and for steps that were taken with TorchOrderNoise.
+        """
         present = self._tensors()
         if "shards" in present and present["shards"] != state.get("shards", present["shards"]):
             raise UserError(
@@ -93,6 +95,11 @@ class Saving(Optimizer):
             raise UserError(
                 f"The saved state is not of this optimizer ({self.name}, precision {self.precision}): {odd[0]} differs. Load "
                 f"it into {what} that saved it."
+            )
+        if self.noise.name == TorchOrderNoise.name and state["counters"][0] > 0:
+            raise UserError(
+                "The noise torch-order goes on from where its generator is, which no state holds: use PhiloxNoise, or take the "
+                "steps of the saved run again (a run whose snapshots are deleted replays them from its log)."
             )
         for name, value in present.items():
             value.copy_(self._converted(name, state[name], value.dtype))
@@ -157,11 +164,6 @@ class Saving(Optimizer):
                     f"The saved state is of a run with {name} {saved[name]}, and this optimizer has {name} {value}: make the "
                     "optimizer with what the run had, or begin anew."
                 )
-        if self.noise.name == TorchOrderNoise.name and state_dict["zo"]["counters"][0] > 0:
-            raise UserError(
-                "The noise torch-order goes on from where its generator is, which no state holds: use PhiloxNoise, or take the "
-                "steps of the saved run again."
-            )
         self._check_order(state_dict["param_groups"])
         self.settle()
         before = {**vars(self), "scale": copy.copy(vars(self).get("scale"))}  # which is bound to the tensors

@@ -188,6 +188,25 @@ def test_a_state_of_noise_that_goes_on_elsewhere_is_refused():
     steps(model, made, 1)
     with pytest.raises(UserError, match="torch-order goes on from where its generator is"):
         MeZO(model.named_parameters(), noise=TorchOrderNoise(0)).load_state_dict(made.state_dict())
+    with pytest.raises(UserError, match="torch-order goes on from where its generator is"):
+        MeZO(model.named_parameters(), noise=TorchOrderNoise(0)).load_tensors_state(made.tensors_state())
+    MeZO(model.named_parameters(), noise=TorchOrderNoise(0)).load_tensors_state(
+        MeZO(model.named_parameters()).tensors_state()  # of no step
+    )
+
+
+def test_noise_of_a_generator_goes_on_after_replayed_steps():
+    """Its seeds began anew."""
+    whole, again = net(), net()
+    made = MeZO(whole.named_parameters(), lr=0.01, noise=TorchOrderNoise(0))
+    records = []
+    made.recorder = records.append
+    steps(whole, made, 4)
+    other = MeZO(again.named_parameters(), lr=0.01, noise=TorchOrderNoise(0))
+    for record in records[:2]:
+        other.step(replay=record)
+    steps(again, other, 2)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("name", ["mezo-adam", "hizoo", "curvzo", "lozo-m", "loren"])
