@@ -241,6 +241,7 @@ def places_of(blocks: Sequence[str]) -> list[tuple[int, str]]:
 
 CHUNK = 1 << 20  # entries of a chunk, about: the largest temporary that a step makes
 _CHUNK_ON_GPU = 16 * CHUNK  # a GPU takes less time for a chunk of 2^20 than the processor for its launch
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 ALIGN = 2048  # noise can begin at multiples of this (noise.TILE)
 
 
@@ -256,6 +257,16 @@ def chunks(param: Tensor) -> Iterator[tuple[int, int]]:
     step = max(size // unit, 1) * unit
     for start in range(0, param.numel(), step):
         yield start, min(start + step, param.numel())
+
+
+def checksum(parts: Iterable[tuple[int, Tensor]]) -> int:
+    """The sum of the bits of all entries, each times an odd number that depends on its position, modulo 2^64."""
+    total = 0
+    for start, chunk in parts:
+        bits = chunk.contiguous().view(-1).view(_BITS[chunk.element_size()]).to(torch.int64)
+        place = torch.arange(start, start + len(bits), device=bits.device).mul_(2).add_(1)
+        total += int((bits * place).sum())
+    return total % 2**64
 
 
 def chunk_of(whole: Tensor, start: int, like: Tensor) -> Tensor:

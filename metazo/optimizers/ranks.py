@@ -21,17 +21,15 @@ from collections.abc import Callable, Iterable, Sequence
 from hashlib import blake2b
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from metazo.blocks import LocalShard, NamedTensor
+from metazo.blocks import LocalShard, NamedTensor, checksum
 from metazo.errors import UserError
 from metazo.io import processes
 
 Chunks = Callable[[NamedTensor], Iterable[tuple[int, Tensor]]]
 UNEQUAL = ("forwards", "defer")
 """Attributes of an optimizer that may differ between processes, because no bit of a step depends on them."""
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def share(probe_ranks: int) -> tuple[int, int]:
@@ -80,16 +78,6 @@ class Exchange:
         *sums, stops = processes.total([*losses, float(self.stop)])
         self.stopped = stops > 0
         return [value / shares for value in sums]
-
-
-def checksum(chunks: Iterable[tuple[int, Tensor]]) -> int:
-    """The sum of the bits of all entries, each times an odd number that depends on its position, modulo 2^64."""
-    total = 0
-    for start, chunk in chunks:
-        bits = chunk.contiguous().view(-1).view(_BITS[chunk.element_size()]).to(torch.int64)
-        place = torch.arange(start, start + len(bits), device=bits.device).mul_(2).add_(1)
-        total += int((bits * place).sum())
-    return total % 2**64
 
 
 def check_exchange(optimizer: Any) -> None:

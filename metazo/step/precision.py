@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from metazo.blocks import NamedTensor
+from metazo.blocks import NamedTensor, checksum, chunks
 from metazo.errors import UserError
 from metazo.kernels.splitfloat import LAYOUTS, flushes, join, split
 
@@ -206,9 +206,12 @@ class Compensated:
     theta = None
     loaded = False
     """Whether a state was loaded since the last step, to which weights may belong that are loaded after it."""
+    checksum: int | None = None
+    """Of a copy until its first step: of the weights that the bits belong to."""
 
     def __init__(self, tensor: NamedTensor, dtype: torch.dtype):
-        self.param, self.salt, self.version = tensor.param, tensor.id, version_of(tensor.param)
+        self.param, self.salt = tensor.param, tensor.id
+        self.version: tuple[int, int] | None = version_of(tensor.param)
         self.buffers = {"compensation": torch.zeros_like(tensor.param, dtype=dtype)}
 
     def read(self, start: int, stop: int, room: Tensor | None = None) -> Tensor:
@@ -223,19 +226,32 @@ class Compensated:
     def settle(self) -> None:
         pass
 
+    def _checksum(self) -> int:
+        flat = self.param.data.view(-1)
+        return checksum((start, flat[start:stop]) for start, stop in chunks(self.param))
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.version == version_of(self.param):
+            return vars(self) | {"checksum": self._checksum()}
+        return vars(self) | {"checksum": self.checksum, "version": None}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Of a copy, whose weights are those that the bits belong to, in other memory."""
+        """Of a copy, whose weights are in other memory: those of the original, unless that has no version."""
         vars(self).update(state)
-        self.version = version_of(self.param)
+        if self.version is not None or "checksum" not in state:
+            self.version = version_of(self.param)
 
     def follow(self) -> bool:
         """As `Master.follow`; what is kept of weights that were changed is nothing. Weights that are loaded after a state and
-        before a step are taken for those of the state, if they can be.
+        before a step are taken for those of the state, if they can be. A copy keeps its bits if the same weights are loaded.
         """
         before, self.version = self.version, version_of(self.param)
         loaded, self.loaded = self.loaded, False
+        known, self.checksum = self.checksum, None
         low = self.buffers["compensation"]
-        if before == self.version or (loaded and not bool(((self.param.data == 0) & (low < 0)).any())):
+        if before == self.version or (known is not None and known == self._checksum()):
+            return False
+        if loaded and not bool(((self.param.data == 0) & (low < 0)).any()):
             return False
         low.zero_()
         return True

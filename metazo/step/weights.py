@@ -90,10 +90,14 @@ class Weights:
             )
 
     def changed(self) -> None:
-        """After a step: others that keep something of these weights notice it, and what is kept here belongs to them."""
+        """After a step: others that keep something of these weights notice it, and what is kept here belongs to them, unless
+        somebody else changed them during the step.
+        """
+        kept = [place for place in self.storage.values() if isinstance(place, Master | Compensated)]
+        before = [version_of(place.param) for place in kept]
         count_change(tensor.param for tensor in self.tensors)
-        for place in self.storage.values():
-            if isinstance(place, Master | Compensated):
+        for place, found in zip(kept, before):
+            if place.version == found:
                 place.version = version_of(place.param)
 
     def take_up(self) -> None:

@@ -134,6 +134,38 @@ def test_a_copy_notices_weights_that_were_changed_since(precision, by):
     assert equal(problem, twin) and other.last_step == optimizer.last_step and other.last_step.coefficients
 
 
+@by
+@pytest.mark.parametrize("precision", ["compensated-16", "compensated-8"])
+def test_a_copy_keeps_the_bits_if_the_same_weights_are_loaded_or_moved(precision, by):
+    problem = quadratic(torch.bfloat16)
+    optimizer = MeZO(problem.named(), lr=0.01, precision=precision)
+    optimizer.step(problem)
+    for move in (lambda twin: twin.load_state_dict(problem.state_dict()), lambda twin: twin.share_memory()):
+        twin, other = COPIES[by]((problem, optimizer))
+        move(twin)
+        twin, other = COPIES[by]((twin, other))  # a copy of the copy
+        move(twin)
+        assert not any(place.follow() for place in other.weights.storage.values())
+    optimizer.step(problem), other.step(twin)
+    state, kept = optimizer.tensors_state(), other.tensors_state()
+    assert equal(problem, twin) and all(torch.equal(state[key], kept[key]) for key in state)
+
+
+@by
+def test_a_copy_of_weights_that_were_changed_before_it_notices_it(by):
+    problem = quadratic(torch.bfloat16)
+    optimizer = MeZO(problem.named(), lr=0.01, precision="compensated-16")
+    optimizer.step(problem)
+    with torch.no_grad():
+        for weights in problem.parameters():
+            weights.zero_()
+    twin, other = COPIES[by]((problem, optimizer))
+    for one, model in ((optimizer, problem), (other, twin)):
+        with pytest.warns(UserWarning, match="were changed since the last step"):
+            one.step(model)
+    assert equal(problem, twin) and other.last_step == optimizer.last_step and other.last_step.coefficients
+
+
 def test_before_the_first_step_and_under_a_schedule():
     problem = quadratic(torch.float32)
     optimizer = MeZO(problem.named(), lr=0.05)

@@ -408,6 +408,28 @@ def test_the_steps_of_another_optimizer_are_noticed(precision, first):
     assert all(map(torch.equal, model.parameters(), left))
 
 
+@pytest.mark.parametrize("precision", COMPENSATED)
+def test_changes_during_a_step_are_noticed(precision):
+    model, x = nn.Linear(24, 24).bfloat16(), torch.randn(4, 24).bfloat16()
+    optimizer = MeZO(model.named_parameters(), lr=0.1, precision=precision)
+
+    def filled(step):
+        with torch.no_grad():
+            model.bias.fill_(1.0)
+
+    def loss():
+        return model(x).float().square().mean()
+
+    optimizer.recorder = filled
+    optimizer.step(loss)
+    optimizer.recorder = None
+    with pytest.warns(UserWarning, match="1 trained tensors were changed since the last step, the first is bias"):
+        optimizer.step(loss)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step(loss)
+
+
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("precision", COMPENSATED)
 def test_compensation_of_weights_that_were_changed_begins_anew(precision, dtype):
