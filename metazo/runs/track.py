@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
@@ -33,7 +34,7 @@ class Trackers:
 
     Args: names: of `track`; out: the run's folder, in which local files are written; settings: of the run, kept by the
     trackers; say: shows a sentence. Raises MissingPackage for a tracker that is not installed.
-    Attributes: notes: what failed, one sentence each.
+    Attributes: notes: what failed, and files that are elsewhere, one sentence each.
     """
 
     def __init__(self, names: Sequence[str], out: Path | None, settings: Mapping[str, Any], say: Callable[[str], None]):
@@ -105,9 +106,10 @@ class Trackers:
         with needs("track"):
             from accelerate.tracking import LOGGER_TYPE_TO_CLASS
         same: dict[str, Any] = {"resume": "allow"}
+        here = {"dir": own} if (own := self.own.get("WANDB_DIR")) else {}  # which W&B reads once per process
         where: dict[str, dict[str, Any]] = {
             "tensorboard": {"logging_dir": self.folder, "purge_step": after + 1 if after else None},
-            "wandb": {"id": known["id"], **same},
+            "wandb": {"id": known["id"], **same, **here},
             "trackio": {"name": f"{self.run}-{known['id']}", **same},
             # its experiment has no name by default, and artifacts would be in the working folder
             "mlflow": {"experiment_name": "metazo", "logging_dir": str(self.folder), "run_id": known.get("mlflow")},
@@ -115,6 +117,8 @@ class Trackers:
         tracker = LOGGER_TYPE_TO_CLASS[name](run_name=self.run, **where[name])
         if hasattr(tracker, "start"):
             tracker.start()
+        if name == "trackio" and (used := _trackio_folder(self.folder)) != self.folder and "TRACKIO_DIR" in self.own:
+            self._note(f"`track` trackio keeps this run's files in {used}: it takes a folder once per process.")
         if name == "mlflow":
             known["mlflow"] = tracker.tracker.info.run_id
         if not after:
@@ -145,10 +149,16 @@ class Trackers:
                 tracker.log(values, step=step)
             except Exception as error:
                 del self.started[name]
-                self.notes.append(
-                    f"`track` {name} failed at step {step} ({_short(error)}); the run goes on without it."
-                )
-                self.say(self.notes[-1])
+                self._note(f"`track` {name} failed at step {step} ({_short(error)}); the run goes on without it.")
+
+    def _note(self, sentence: str) -> None:
+        self.notes.append(sentence)
+        self.say(sentence)
+
+
+def _trackio_folder(default: Path) -> Path:
+    """The folder that trackio writes into, a constant of its modules since it was imported."""
+    return Path(getattr(sys.modules.get("trackio.utils"), "TRACKIO_DIR", default))
 
 
 def _short(error: Exception) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -176,8 +177,24 @@ def test_each_run_has_its_own_folder_and_leaves_none_in_the_environment(tmp_path
     monkeypatch.setenv("TRACKIO_DIR", "mine")
     for out in tmp_path / "one", tmp_path / "two":
         run_settings(FinetuneConfig(**SMALL, out=out, track=["wandb"]))
-        assert tracker["folders"].pop() == str(out / "trackers")
+        assert tracker["folders"].pop() == tracker["starts"].pop()["dir"] == str(out / "trackers")  # W&B reads both
         assert [os.environ.get(name) for name in names] == [None, "mine", None]
+    monkeypatch.setenv("WANDB_DIR", "mine")
+    run_settings(FinetuneConfig(**SMALL, out=tmp_path / "three", track=["wandb"]))
+    assert tracker["folders"].pop() == "mine" and "dir" not in tracker["starts"].pop()
+
+
+def test_a_run_says_if_trackio_has_the_folder_of_another(tmp_path: Path, tracker, monkeypatch) -> None:
+    """Trackio reads TRACKIO_DIR when it is imported."""
+    monkeypatch.delenv("TRACKIO_DIR", raising=False)
+    tracking = pytest.importorskip("accelerate.tracking")
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "trackio", tracking.LOGGER_TYPE_TO_CLASS["wandb"])
+    first = tmp_path / "one" / "trackers"
+    monkeypatch.setitem(sys.modules, "trackio.utils", SimpleNamespace(TRACKIO_DIR=first))
+    notes = [
+        run_settings(FinetuneConfig(**SMALL, out=tmp_path / n, track=["trackio"]))["notes"] for n in ("one", "two")
+    ]
+    assert notes == [[], [f"`track` trackio keeps this run's files in {first}: it takes a folder once per process."]]
 
 
 def test_a_folder_of_its_name_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
