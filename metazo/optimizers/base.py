@@ -110,6 +110,7 @@ class ZOOptimizer(Verbs, Saving):
     Raises UserError for hyperparameters out of range. Weights of bfloat16 and float16 have float32 masters, or bits below them:
     change them between steps under torch.no_grad() (or by load_state_dict), because what is written to `param.data` is not
     noticed, and is undone by the next step if there are masters.
+    A graph that you made before a step cannot be differentiated after it, as with torch's own optimizers.
     Do not use it with dropout or with a loss that is random in another
     way: the evaluations of a step must differ by the probe alone.
     """

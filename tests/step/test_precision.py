@@ -408,6 +408,18 @@ def test_the_steps_of_another_optimizer_are_noticed(precision, first):
     assert all(map(torch.equal, model.parameters(), left))
 
 
+def test_a_graph_that_is_kept_across_a_step_is_refused_by_torch():
+    model, x = nn.Linear(24, 24), torch.randn(4, 24)
+
+    def loss():
+        return (x + model(x)).square().matmul(model.weight).mean()
+
+    kept = loss()
+    MeZO(model.named_parameters(), lr=0.1).step(loss)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        kept.backward()
+
+
 @pytest.mark.parametrize("precision", COMPENSATED)
 def test_changes_during_a_step_are_noticed(precision):
     model, x = nn.Linear(24, 24).bfloat16(), torch.randn(4, 24).bfloat16()
