@@ -149,13 +149,14 @@ def main() -> None:
         errors.print("stopped.")
         sys.exit(130)
     except SystemExit as end:
-        if end.code != UNREAD and not isinstance(end.__context__, BrokenPipeError):
-            raise
-        if end.code != UNREAD:  # click ends so after any broken pipe, and has replaced both streams
+        if isinstance(broken := end.__context__, BrokenPipeError) and end.code != UNREAD:
+            # click ends so after any broken pipe, and has replaced both streams
             sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
             if not _unread():
-                raise end.__context__ from None
+                raise broken from None
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        elif end.code != UNREAD:
+            raise
         if (again := _CONTINUES.get("".join(sys.argv[1:2]))) and os.environ.get("RANK", "0") == "0":
             errors.say("stopped:", f"Nobody reads the output any more. {again}", "bold yellow")
         sys.exit(UNREAD)

@@ -21,7 +21,7 @@ def kernel(function: Callable, *sources: ModuleType) -> Callable:
         own file alone, so the name of its cache has a checksum of these modules and the width of vectors.
     Raises UserError if numba is told not to compile, because such loops would take a million times as long.
     """
-    if config.DISABLE_JIT:
+    if getattr(config, "DISABLE_JIT", False):
         raise UserError("NUMBA_DISABLE_JIT is set, and metazo's loops over weights must be compiled: unset it.")
     checksum = zlib.crc32(PREFERENCE.encode())
     for source in (casts, pieces, vectors, *sources):
