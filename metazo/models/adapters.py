@@ -203,12 +203,30 @@ def _sentence(error: Exception) -> str:
     return " ".join(str(error).split()).split(". ")[0].rstrip(".")[:300]
 
 
+def check_merge(model: nn.Module) -> None:
+    """Raises UserError for adapters on a matrix that another layer uses as well, which would get the sum without having had
+    the adapters.
+    """
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for name, layer in model.named_modules():
+        if isinstance(layer, _peft().tuners.tuners_utils.BaseTunerLayer):
+            own = getattr(layer.get_base_layer(), "weight", None)
+            if others := [other for other in names.get(id(own), []) if not other.startswith(f"{name}.")]:
+                raise UserError(
+                    f"Adapters on {name} cannot be merged, because its matrix is also {others[0]}, which is used without them: "
+                    "continue them with `adapter='continue'`, or train adapters of other layers (`adapter_targets`)."
+                )
+
+
 def merge_adapters(model: nn.Module) -> Any:
     """The plain model with its adapters added to the weights, rounded to their dtype; changes the given model.
 
-    Raises UserError for virtual tokens, which are in no weight.
+    Raises UserError for virtual tokens, which are in no weight, and for adapters on a tied matrix.
     """
     peft = _peft()
+    check_merge(model)
     whole: Any = model
     if isinstance(model, peft.PeftModel):
         if whole.active_peft_config.is_prompt_learning:

@@ -11,7 +11,15 @@ from torch.nn.parameter import is_lazy
 from metazo.errors import UserError
 from metazo.io.files import is_file
 from metazo.io.plain import read_json, shown
-from metazo.models.adapters import PEFT_TYPES, WEIGHTS, add_adapters, merge_adapters, trained_adapters, with_adapters
+from metazo.models.adapters import (
+    PEFT_TYPES,
+    WEIGHTS,
+    add_adapters,
+    check_merge,
+    merge_adapters,
+    trained_adapters,
+    with_adapters,
+)
 from metazo.models.checks import check_config, check_float64, check_padding
 from metazo.models.describe import RECORD, describe
 from metazo.models.embedded import ADAPTERS, EMBEDDED
@@ -64,6 +72,13 @@ def assemble(
     if going_on and not hasattr(loaded.model, "get_base_model"):
         raise UserError(f"`adapter='continue'` needs a folder of adapters as the model, and {loaded.name} is none.")
     names = trained_adapters(loaded.model) if going_on else add_adapters(loaded, adapter, wanted.seed)
+    if not names:
+        raise UserError(
+            f"The adapters of {loaded.name} were loaded for use: load them with metazo.load_model(..., train=True), or give "
+            "the folder's name as `model`."
+        )
+    if wanted.merge:
+        check_merge(loaded.model)
     return loaded, select_trainable(loaded.model, wanted.train, wanted.freeze, names)
 
 

@@ -242,10 +242,13 @@ def _rebuilt(
 
 
 def _make_head(loaded: LoadedModel, record: Any) -> None:
-    """Make a head of label phrases again, from the phrases and offsets in the log, before the weights change."""
+    """Make a head of label phrases again, from the phrases and offsets in the log, before the weights change; the head of a
+    base that was trained with one is made."""
     if not isinstance(loaded.model, SentenceClassifier) or not isinstance(loaded.model.head, Phrases):
         return
     phrases, offset = (record.get(key) for key in ("phrases", "offset")) if isinstance(record, dict) else (None, None)
+    if phrases is None and not loaded.new_head:  # the base has the head, made by an earlier run
+        return
     if not isinstance(phrases, list) or not isinstance(offset, list) or not all(map(is_name, phrases)):
         raise UserError("the log cannot be replayed: its header lacks the label phrases of the head")
     if not all(isinstance(number, float) and math.isfinite(number) for number in offset):

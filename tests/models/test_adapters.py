@@ -243,7 +243,26 @@ def test_an_evaluation_notes_a_loss_that_is_not_finite_and_no_new_head(tmp_path)
 def test_warnings_of_peft_that_are_no_use_are_not_shown(adapters, tmp_path):
     extra = {"keep": "last", "steps": 1, "dev_examples": 8, "test_examples": 8}
     run_settings(config(tmp_path / "on", model=str(adapters[0]), lora=0, adapter="continue", **extra))
-    run_settings(config(tmp_path / "tied", adapter_targets=["embed_tokens"], merge=True, **extra))
+    run_settings(config(tmp_path / "tied", adapter_targets=["embed_tokens"], **extra))
+
+
+def test_adapters_on_a_tied_matrix_are_not_merged(tmp_path):
+    """The other layer that uses the matrix would get the sum: another model than the one that was trained."""
+    said = "cannot be merged, because its matrix is also base_model.model.lm_head.weight"
+    with pytest.raises(UserError, match=said):
+        run_settings(config(tmp_path / "run", adapter_targets=["embed_tokens"], merge=True))
+    assert not (tmp_path / "run" / "config.json").exists()
+    run_settings(config(tmp_path / "on", adapter_targets=["embed_tokens"], keep="last", steps=1))
+    with pytest.raises(UserError, match=said):
+        run_settings(config(tmp_path / "new", model=str(tmp_path / "on"), lora=0))
+    run_settings(config(tmp_path / "more", model=str(tmp_path / "on"), lora=0, adapter="continue", steps=1))
+
+
+def test_adapters_that_were_loaded_for_use_are_not_continued(adapters):
+    with pytest.raises(UserError, match=r"were loaded for use: load them with metazo.load_model\(..., train=True\)"):
+        metazo.finetune(metazo.load_model(adapters[0]), "pico_sentiment", adapter="continue", steps=1)
+    loaded = metazo.load_model(adapters[0], train=True)
+    metazo.finetune(loaded, "pico_sentiment", adapter="continue", steps=1, dev_examples=4, test_examples=4)
 
 
 def test_adapters_that_are_moved_keep_the_record_of_their_rows(adapters, tmp_path):

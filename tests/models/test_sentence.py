@@ -18,7 +18,11 @@ from metazo.models import frozen
 from metazo.models.heads import Prototypes
 from metazo.models.load import LoadedModel, load_model
 from metazo.models.sentence import SentenceClassifier
+from metazo.runs.config import FinetuneConfig
+from metazo.runs.finetune import run_settings
 from metazo.runs.inputs import architecture
+from metazo.runs.replay import replay
+from metazo.settings import build
 from metazo.steplog.format import change
 from metazo.tasks.encode import Encoded
 from metazo.tasks.prepared import Prepared
@@ -376,3 +380,21 @@ def test_the_check_of_a_cache_draws_nothing_and_leaves_the_encoder_as_it_was(che
     assert torch.equal(torch.get_rng_state(), state) and modes == [module.training for module in model.modules()]
     assert kept == [(dict(vars(module)), dict(module._modules)) for module in model.encoder.modules()]
     assert not calls and model._split is not None and not model._split.known
+
+
+@pytest.mark.parametrize("head", ["phrases", "prototype"])
+def test_a_log_on_a_model_whose_head_is_made_is_replayed(checkpoint: Path, tmp_path: Path, head: str) -> None:
+    """Only a head that the run made itself is in its log; that of a chain's second log is in the base."""
+    settings = {
+        "task": "pico_sentiment",
+        "steps": 2,
+        "train_examples": 16,
+        "dev_examples": 4,
+        "test_examples": 4,
+        "lr": 1e-3,
+    }
+    first = {"model": str(checkpoint), "head": head, "out": tmp_path / "first", "keep": "last"}
+    run_settings(build(FinetuneConfig, settings, first))
+    second = {"model": str(tmp_path / "first" / "model"), "out": tmp_path / "second", "keep": "last"}
+    run_settings(build(FinetuneConfig, settings, second))
+    assert replay(tmp_path / "second" / "steps.jsonl", tmp_path / "first" / "model", tmp_path / "again").identical
