@@ -36,6 +36,8 @@ with needs("llm"):
 HEAD_FILE = "head.safetensors"
 POOLING_FILE = "1_Pooling/config.json"
 MODULES_FILE = "modules.json"
+BESIDE = (MODULES_FILE, "sentence_bert_config.json", "config_sentence_transformers.json")
+"""Files of a checkpoint that sentence-transformers reads and metazo does not need: they are saved with the encoder again."""
 _POOLINGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
 _MODULES = ("Transformer", "Pooling", "Normalize")
 """Parts of sentence-transformers: a head of prototypes or phrases scales its embeddings to length 1 itself, and a linear one
@@ -55,6 +57,8 @@ class SentenceClassifier(nn.Module):
             encoder._modules["pooler"] = None  # nothing reads its output, so training it would only add noise
         self.encoder, self.head, self.pooling = encoder, head, pooling
         self._split: Split | None = None
+        self.beside: dict[str, bytes] = {}
+        """Contents of the files BESIDE, by name."""
         self.phrases: list[str] = []
         """Texts of a head of label phrases that was made here; [] for any other head, and for one from a file."""
 
@@ -93,6 +97,7 @@ class SentenceClassifier(nn.Module):
         encoder.config.num_labels = classes
         encoder.config.id2label = {index: f"LABEL_{index}" for index in range(classes)}
         made = SentenceClassifier(encoder, type(self.head)(classes, encoder.config.hidden_size), self.pooling)
+        made.beside = self.beside
         return made.train(self.training)
 
     def cache_frozen(self) -> int:
@@ -163,7 +168,11 @@ class SentenceClassifier(nn.Module):
         save_file(head, folder / HEAD_FILE, {"head": kind})
         (folder / POOLING_FILE).parent.mkdir(exist_ok=True)
         mode = next(key for key, pooling in _POOLINGS.items() if pooling == self.pooling)
-        (folder / POOLING_FILE).write_text(json.dumps({mode: True}))
+        (folder / POOLING_FILE).write_text(
+            json.dumps({"word_embedding_dimension": self.config.hidden_size, mode: True})
+        )
+        for name, content in self.beside.items():
+            (folder / name).write_bytes(content)
 
     @classmethod
     def from_pretrained(
@@ -187,6 +196,7 @@ class SentenceClassifier(nn.Module):
             _encoder(str(folder), dtype, revision), new_head(kind, len(matrix), matrix.shape[1], dtype), pooling
         )
         model.head.load_state_dict(tensors)
+        model.beside = _beside(str(folder), revision)
         return model
 
     @classmethod
@@ -197,7 +207,14 @@ class SentenceClassifier(nn.Module):
         encoder = _encoder(source, dtype, revision)
         encoder.config.num_labels = classes
         top = new_head(head, classes, encoder.config.hidden_size, dtype)
-        return cls(encoder, top, pooling_of(source, revision) or "mean")
+        model = cls(encoder, top, pooling_of(source, revision) or "mean")
+        model.beside = _beside(source, revision)
+        return model
+
+
+def _beside(source: str, revision: str) -> dict[str, bytes]:
+    paths = {name: find(source, name, revision) for name in BESIDE}
+    return {name: path.read_bytes() for name, path in paths.items() if path and path.stat().st_size < 2**20}
 
 
 def _encoder(source: str, dtype: torch.dtype, revision: str) -> PreTrainedModel:

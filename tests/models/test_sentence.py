@@ -398,3 +398,23 @@ def test_a_log_on_a_model_whose_head_is_made_is_replayed(checkpoint: Path, tmp_p
     second = {"model": str(tmp_path / "first" / "model"), "out": tmp_path / "second", "keep": "last"}
     run_settings(build(FinetuneConfig, settings, second))
     assert replay(tmp_path / "second" / "steps.jsonl", tmp_path / "first" / "model", tmp_path / "again").identical
+
+
+def test_sentence_transformers_reads_a_tuned_encoder_as_its_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
+    """Its own files say which parts there are, such as the scaling to length 1, and how long an input may be."""
+    library = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+    kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
+    modules = [
+        {"idx": n, "name": str(n), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for n, (path, kind) in enumerate(kinds.items())
+    ]
+    (checkpoint / "modules.json").write_text(json.dumps(modules))
+    (checkpoint / "sentence_bert_config.json").write_text('{"max_seq_length": 7, "do_lower_case": false}')
+    loaded = load_model(checkpoint, num_labels=2)
+    for folder in (tmp_path / "one", tmp_path / "two"):  # and a model that was read from such a folder
+        loaded.model.save_pretrained(folder)
+        loaded.tokenizer.save_pretrained(folder)
+        loaded = load_model(folder)
+    first, again = (library.SentenceTransformer(str(folder)) for folder in (checkpoint, tmp_path / "two"))
+    assert again.max_seq_length == 7
+    assert (first.encode(SENTENCES) == again.encode(SENTENCES)).all()
