@@ -133,6 +133,8 @@ def test_output_that_nobody_reads_ends_a_run_which_can_be_continued(tmp_path: Pa
     for given, said in (
         (["tasks"], ""),
         (["tasks", "--json"], ""),
+        (["--help"], ""),
+        (["finetune", "--help"], ""),
         ([*words, "--out", str(tmp_path)], "stopped: Nobody reads the output any more. Continue with --resume.\n"),
     ):
         reads, writes = os.pipe()

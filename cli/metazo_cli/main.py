@@ -123,6 +123,14 @@ def _unread() -> bool:
         return True
 
 
+def _says_rich(end: SystemExit) -> bool:
+    """Whether rich ended the process, because nobody reads what its console prints, as the help of typer does."""
+    trace = end.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_code.co_name == "on_broken_pipe"
+
+
 def main() -> None:
     gc.set_threshold(50_000)  # collections while torch and transformers are imported take a second and find nothing
     _yield_to_others()
@@ -149,15 +157,20 @@ def main() -> None:
         errors.print("stopped.")
         sys.exit(130)
     except SystemExit as end:
-        if isinstance(broken := end.__context__, BrokenPipeError) and end.code != UNREAD:
+        broken = end.__context__
+        if not isinstance(broken, BrokenPipeError):
+            raise
+        if end.code != UNREAD and not _says_rich(end):
             # click ends so after any broken pipe, and has replaced both streams
             sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
             if not _unread():
                 raise broken from None
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        elif end.code != UNREAD:
-            raise
-        if (again := _CONTINUES.get("".join(sys.argv[1:2]))) and os.environ.get("RANK", "0") == "0":
+        if (
+            not {"--help", "-h"} & set(sys.argv)
+            and (again := _CONTINUES.get("".join(sys.argv[1:2])))
+            and os.environ.get("RANK", "0") == "0"
+        ):
             errors.say("stopped:", f"Nobody reads the output any more. {again}", "bold yellow")
         sys.exit(UNREAD)
     except OSError as error:
@@ -201,8 +214,8 @@ def entry_point() -> None:
 
 
 def _open_files() -> list[Any]:
-    kinds = (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)
-    return [one for kind in kinds for one in gc.get_objects() if type(one) is kind]
+    kinds = (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)  # texts first: they hold what the others write
+    return sorted((one for one in gc.get_objects() if type(one) in kinds), key=lambda one: kinds.index(type(one)))
 
 
 def _flushed(*streams: Any) -> bool:

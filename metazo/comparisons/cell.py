@@ -26,6 +26,7 @@ from metazo.runs.interrupt import Interrupted
 from metazo.runs.monitor import Diverged
 from metazo.runs.resources import NoSpace, PeakMemory
 from metazo.runs.setup import set_up
+from metazo.runs.tuned import Part
 from metazo.settings import with_role
 from metazo.tasks.evaluate import evaluate
 
@@ -119,7 +120,7 @@ def failed(job: Job, reason: str | None, so_far: Result | None = None, *, status
 
 def _train(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
     began, computed = time.monotonic(), time.process_time()
-    summary = run_settings(job.config)
+    summary = run_settings(job.config, part=Part(tested=job.info.get("kind") != "search"))
     wall, computed = time.monotonic() - began, time.process_time() - computed
     records = RunFolder.read_records(job.out)
     last = records[-1]
@@ -134,8 +135,6 @@ def _train(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
         "sigma": _sigma(records),
     }
     metrics = {name: summary[name] for name in ("before", "dev", "test")}
-    if job.info.get("kind") == "search":
-        metrics["test"] = {}  # no choice sees it
     return train, metrics | {"majority": _majority(metrics)}
 
 

@@ -21,7 +21,8 @@ RANDOM_TUNERS = (
     3  # several, because one may be good by chance (the published tuners hardly differ from their random starts)
 )
 # Settings that the grid itself sets, equally for all columns.
-RESERVED = ("task", "out", "lr", "steps", "forwards", "seed", "resume", "optimizer", "data", "keep", "snapshot_every")
+RESERVED = ("task", "out", "lr", "steps", "forwards", "seed", "split_seed", "resume", "optimizer", "data", "keep",
+            "snapshot_every")  # fmt: skip
 # Settings that make no sense in a comparison, and why.
 OUTSIDE = {
     "track": "keeps its files in the folder of each run, which a comparison removes, and metazo report has the curves",

@@ -118,7 +118,8 @@ def _made(config: FinetuneConfig, loaded: dict[str, _Loaded]) -> tuple[_Loaded, 
     loading = {name: value for name, value in asdict(config).items() if name not in OPTIMIZING}
     mark = json.dumps(loading, default=str)
     if mark not in loaded:
-        loaded[mark] = _load(config)
+        first = next(iter(loaded.values()), None)  # of the same task, whose rows are read once
+        loaded[mark] = _load(config, first.rows if first else rows_hash(resolve(config.task), config.data))
     base = loaded[mark]
     setup = base.setup
     if not setup.prepared.dev:
@@ -196,7 +197,7 @@ def of_method(method: type[Method]) -> dict[str, str | None]:
     return {"method": sha256(b"".join(own.values())).hexdigest()} if own else {}
 
 
-def _load(config: FinetuneConfig) -> _Loaded:
+def _load(config: FinetuneConfig, rows: str | None) -> _Loaded:
     setup = set_up(config)
     prepared, model = setup.rows, setup.loaded.model
     loss = BatchLoss(model, setup.data, reader(config, prepared.train)(0), setup.device)
@@ -211,7 +212,6 @@ def _load(config: FinetuneConfig) -> _Loaded:
     if found["architecture"].get("pooling") == "mean":  # as results of earlier versions had it
         del found["architecture"]["pooling"]
     text = sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
-    rows = rows_hash(prepared.task, config.data)
     return _Loaded(setup, weights_hash(model.named_parameters()), data_hash(prepared), text, rows, min(taken), loss)
 
 

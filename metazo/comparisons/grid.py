@@ -215,8 +215,8 @@ class Run:
             own["test_examples"] = 0
         elif grid.keep_models:
             own["keep"] = "last"
-        given = {"model": grid.model, "data": grid.data, "split_seed": 0 if shared else None}
-        layers: list[Mapping[str, Any]] = [given, OF_A_RUN, grid.config]
+        own["split_seed"] = 0 if shared else None
+        layers: list[Mapping[str, Any]] = [{"model": grid.model, "data": grid.data}, OF_A_RUN, grid.config]
         last = [grid.search_config] if self.kind == "search" else []
         try:
             return build(FinetuneConfig, *layers, self.column.settings(), *last, own)

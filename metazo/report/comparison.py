@@ -245,8 +245,12 @@ class Comparison:
     def tuner(self, column: str) -> str:
         """The tuner of a column; empty if it has none."""
         info = self.first_info.get(column)
-        settings = part(self._entries.get(column), "options") if info is None else part(info, "configuration")
+        settings = self.options(column) if info is None else part(info, "configuration")
         return str(settings.get("tuner") or "")
+
+    def options(self, column: str) -> dict[str, Any]:
+        """A column's own settings in the grid."""
+        return part(self._entries.get(column), "options")
 
     def family(self, column: str) -> str:
         """How a column trains: by forward passes only, as a control for these, by gradients, or not at all.

@@ -230,24 +230,28 @@ def _cautions(analysis: Analysis, other: Analysis) -> list[tuple[str, str]]:
 
 def _other_settings(data: Comparison) -> list[str]:
     """Columns with reported runs of another grid, which a part of a changed grid leaves in place: "name (setting)"."""
-    entries = {
-        entry.get("name"): part(entry, "options") for entry in data.grid.get("columns") or () if isinstance(entry, dict)
-    }
+    own = {column: {str(name).replace("-", "_") for name in data.options(column)} for column in data.columns}
+    config = {name: value for name, value in part(data.grid, "config").items() if not isinstance(value, dict)}
     found: dict[str, str] = {}
     for info in (run.info for runs in data.runs.values() for run in runs.values()):
         column, had = str(info.get("column")), part(info, "configuration")
-        for name, value in part(data.grid, "config").items():
-            if name in entries.get(column, {}) or name not in had or str(had[name]) == str(value):
-                continue
-            if (there := _as_number(had[name])) is None or there != _as_number(value):
+        for name, value in config.items():
+            if name not in own.get(column, ()) and name in had and not _equal(had[name], value):
                 found.setdefault(column, f"{column} ({name} {had[name]}, not {value})")
     return list(found.values())
 
 
-def _as_number(value: object) -> float | None:
+def _equal(had: object, given: object) -> bool:
+    """Whether a setting of a run is that of a grid, where numbers and words such as `no` may be texts."""
+    if str(had) == str(given) or (isinstance(had, list) and had == [given]):
+        return True
+    if isinstance(had, bool):
+        return isinstance(given, str) and given.lower() in (
+            ("yes", "true", "on", "1") if had else ("no", "false", "off", "0")
+        )
     with suppress(TypeError, ValueError):
-        return float(value)  # type: ignore[arg-type]
-    return None
+        return float(had) == float(given)  # type: ignore[arg-type]
+    return False
 
 
 def _terms(analysis: Analysis) -> list[tuple[str, str]]:

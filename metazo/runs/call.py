@@ -189,7 +189,16 @@ def _own(given, values, model, task, data, tokenizer, loss, dev, test) -> None:
     given.own = OwnLoss(loss, train, dev, test)
     given.loaded = as_loaded(model)
     sizes = dict(zip(("train_examples", "dev_examples", "test_examples"), map(len, (train, dev, test))))
-    for name in ("batch_size", "batches", "eval_batch_size", "max_length", "k_per_class", *sizes, *OF_LOADING):
+    for name in (
+        "batch_size",
+        "batches",
+        "eval_batch_size",
+        "max_length",
+        "k_per_class",
+        "split_seed",
+        *sizes,
+        *OF_LOADING,
+    ):
         if values.get(name) is not None:
             raise UserError(
                 f"`{name}` cannot be combined with `loss`, which uses batches and model unchanged; leave it out."

@@ -49,7 +49,7 @@ class Ending(ABC):
     def _load_weights(self, tensors: dict[str, Tensor]) -> None:
         """Take up saved weights."""
 
-    def finish(self, plot: bool) -> dict[str, Any]:
+    def finish(self, plot: bool, tested: bool = True) -> dict[str, Any]:
         """Test, save the model, and write the summary; it is written last, so that a run with a summary is complete."""
         config, loaded, records = self.config, self.setup.loaded, self.scores.records
         self.optimizer.settle()
@@ -68,7 +68,7 @@ class Ending(ABC):
         weights = hash_of(self.model)
         if config.merge:  # before the test, which is of the model that is saved: the sums are rounded to its dtype
             loaded.model = merge_adapters(loaded.model)
-        test = self.scores.on("test") if config.test_examples else {}
+        test = self.scores.on("test") if config.test_examples and tested else {}
         summary = {
             "task": config.task,
             "optimizer": config.optimizer,

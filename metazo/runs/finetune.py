@@ -45,11 +45,13 @@ from metazo.tasks import Prepared
 from metazo.tasks.closures import BatchLoss
 
 
-def run_settings(config: FinetuneConfig, console: Console | None = None, *, plot: bool = False) -> dict[str, Any]:
+def run_settings(
+    config: FinetuneConfig, console: Console | None = None, *, plot: bool = False, part: Part = WHOLE
+) -> dict[str, Any]:
     """`tune` for a run that is described by its settings alone, without objects in memory; by default it draws no picture,
     which costs as much as a tiny run. Returns its summary.
     """
-    return tune(config, console=console, plot=plot).summary
+    return tune(config, console=console, plot=plot, part=part).summary
 
 
 def tune(
@@ -137,7 +139,7 @@ def _tune(
                     run.scores.due.clear()
                 run.catch_up(part.start)
                 run.go_on(part.stop)
-                summary = run.finish(plot) if part.stop is None else {"steps": setup.steps}
+                summary = run.finish(plot, part.tested) if part.stop is None else {"steps": setup.steps}
             finally:
                 setup.optimizer.settle()
                 run.log.close()

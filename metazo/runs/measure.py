@@ -39,7 +39,7 @@ OF_A_RUN = set(with_role(FinetuneConfig, "data", "evaluation", "place", "machine
 # The settings that an evaluation reads: of loading, and of the rows.
 OF_LOADING = ("kind", "dtype", "quantize", "revision", "attn_implementation", "device")
 OF_ROWS = ("train_examples", "dev_examples", "test_examples", "k_per_class", "max_length", "eval_batch_size")
-READ = (*OF_LOADING, *OF_ROWS, "head", "seed")
+READ = (*OF_LOADING, *OF_ROWS, "head", "seed", "split_seed")
 
 
 def evaluate(
@@ -112,6 +112,8 @@ def evaluate(
     if examples is not None:
         given[f"{split}_examples"] = examples
     fixed = {"model": called, "out": Path(), "keep": "last", "resume": False}
+    if given.get("seed") is not None and given.get("split_seed") is None:
+        began.pop("split_seed", None)  # of the run's rows, and others are asked for
     config = build(FinetuneConfig, began, given, fixed)
     chosen = task if isinstance(task, Task) else resolve(config.task)
     if folder is None and chosen.generate is not None:

@@ -82,13 +82,15 @@ class AsGiven:
 @dataclass(frozen=True)
 class Part:
     """Part of a run. start: the steps that were taken, which are replayed; stop: the step to stop at, without evaluations and
-    an end; spent: how many steps fewer than its settings say the run has; least: how many it must have.
+    an end; spent: how many steps fewer than its settings say the run has; least: how many it must have; tested: whether the
+    end has a test (a run that only serves to choose has none, though its test rows are set apart).
     """
 
     start: Sequence[Step] = ()
     stop: int | None = None
     spent: int = 0
     least: int = 0
+    tested: bool = True
 
     def apply(self, setup: Any) -> None:
         """Raises UserError if no step is left, or if steps of the method cannot be replayed."""

@@ -93,6 +93,11 @@ class TunerScale(BlockScale):
                     "trained here: train just these, or accept the RMS scale for the block (`allow_partial`)."
                 )
             known = [i for i in known if i not in others]
+            if others and not known:
+                raise UserError(
+                    "The tuner's networks are for all tensors of a block together, and in every block others are trained, as "
+                    f"in {names[others[0]]}: choose another tuner or `scale`."
+                )
         if not known:
             raise UserError(f"The tuner has no network for any trained block, such as {names[0]!r}.")
         self.known = torch.tensor(known)
@@ -102,7 +107,8 @@ class TunerScale(BlockScale):
         assert self.pertnn is not None
         values = torch.cat([weight.detach().double().flatten().cpu() for weight in self.pertnn.parameters()])
         digest = hashlib.blake2b(values.numpy().tobytes(), digest_size=4).hexdigest()
-        rest = (self.by, self.normalise, self.every, self.features, self.parametrisation, round(self.bound, 6))
+        known = () if self.tensors is None else (len(self.known),)
+        rest = (self.by, self.normalise, self.every, self.features, self.parametrisation, round(self.bound, 6), *known)
         return f"TunerScale{rest} of networks {digest}"
 
     def raw(self, state: State) -> Tensor:

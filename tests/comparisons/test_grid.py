@@ -272,8 +272,9 @@ def test_rows_on_which_a_search_chooses_are_no_test_rows(tmp_path, size):
     for seed in range(3):
         reported = split(Run(task, column, "seed", seed, 1e-4, 10))
         assert search == reported and not (reported[0] | reported[1]) & reported[2] and len(reported[2]) == 20
-    settings.config["split_seed"] = 5
-    assert split(Run(task, column, "seed", 0, 1e-4, 10)) != search
+    for settings_of in ({"config": {"split_seed": 5}}, {"search_config": {"split_seed": 5}}):
+        with pytest.raises(UserError, match="'split_seed' is set by the grid for all columns"):
+            grid(tmp_path / "out", **settings_of)
     rows = {"validation": "rows.jsonl", "test": "rows.jsonl"}  # a test file of its own, as far as metazo knows
     settings = grid(tmp_path / "out", model="pico", tasks=[own_task(tmp_path, range(100), **rows)], config=config)
     assert search_run(settings, task, column, 1e-4, 1000).config(settings, tmp_path).test_examples == 0

@@ -331,12 +331,16 @@ def test_runs_of_other_settings_than_the_grids_are_named(tmp_path: Path):
     """A part of a changed grid leaves the pairs of other parts in place. Numbers are the same however they are written."""
     folder = synthetic.write(tmp_path, [COLUMN["mezo"], COLUMN["lozo"]], ["sst2"])
     grid = yaml.safe_load((folder / "grid.yaml").read_text())
-    grid["config"] = {"batch_size": 16, "eps": "1e-3", "schedule": "linear"}
+    grid["config"] = {"batch_size": 16, "eps": "1e-3", "merge": "no", "schedule": "linear", "method": {"rank": 2}}
+    grid["columns"][0]["options"] = {"batch-size": 4}
     (folder / "grid.yaml").write_text(yaml.safe_dump(grid))
     for column, schedule in (("mezo", "linear"), ("lozo", "constant")):
         path = cell_path(folder, "sst2", column, "seed", 0)
         content = json.loads(path.read_text())
-        content["run_info"]["configuration"] = {"batch_size": 16, "eps": 0.001, "schedule": schedule}
+        content["run_info"]["configuration"] = {
+            "batch_size": 4 if column == "mezo" else 16, "eps": 0.001, "merge": False, "schedule": schedule,
+            "method": {"rank": 2, "interval": 3},
+        }  # fmt: skip
         path.write_text(json.dumps(content))
     said = made(folder).story.facts[-1][1]
     assert (
