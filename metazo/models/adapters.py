@@ -212,7 +212,8 @@ def check_merge(model: nn.Module) -> None:
         names.setdefault(id(parameter), []).append(name)
     for name, layer in model.named_modules():
         if isinstance(layer, _peft().tuners.tuners_utils.BaseTunerLayer):
-            own = getattr(layer.get_base_layer(), "weight", None)
+            base: Any = layer
+            own = getattr(base.get_base_layer(), "weight", None)
             if others := [other for other in names.get(id(own), []) if not other.startswith(f"{name}.")]:
                 raise UserError(
                     f"Adapters on {name} cannot be merged, because its matrix is also {others[0]}, which is used without them: "

@@ -21,8 +21,9 @@ from metazo.models.adapters import (
     with_adapters,
 )
 from metazo.models.checks import check_config, check_float64, check_padding
-from metazo.models.describe import RECORD, describe
+from metazo.models.describe import BASE, RECORD, describe
 from metazo.models.embedded import ADAPTERS, EMBEDDED
+from metazo.models.identity import base_weights, check_base
 from metazo.models.load import DTYPES, NEW_HEAD, LoadedModel, load_model
 from metazo.models.quantize import QUANTISED, keep_unpacked, quantised, remember_stored, repeated
 from metazo.models.select import select_trainable
@@ -71,7 +72,11 @@ def assemble(
         return loaded, select_trainable(loaded.model, wanted.train, wanted.freeze, None)
     if going_on and not hasattr(loaded.model, "get_base_model"):
         raise UserError(f"`adapter='continue'` needs a folder of adapters as the model, and {loaded.name} is none.")
-    names = trained_adapters(loaded.model) if going_on else add_adapters(loaded, adapter, wanted.seed)
+    if going_on:
+        names = trained_adapters(loaded.model)
+    else:
+        loaded.base_weights = None if wanted.merge else base_weights(loaded)
+        names = add_adapters(loaded, adapter, wanted.seed)
     if not names:
         raise UserError(
             f"The adapters of {loaded.name} were loaded for use: load them with metazo.load_model(..., train=True), or give "
@@ -117,13 +122,15 @@ def load(name_or_path: str | Path, *, merge: bool = False, train: bool = False, 
     if not is_file(folder / ADAPTERS):
         return load_model(name_or_path, **options)
     base, revision = _named_in(folder)
-    if read_json(folder / ADAPTERS, "settings of adapters").get("task_type") == "SEQ_CLS":  # they have a head
+    settings = read_json(folder / ADAPTERS, "settings of adapters")
+    if settings.get("task_type") == "SEQ_CLS":  # they have a head
         options["kind"] = "classifier" if options.get("kind", "auto") == "auto" else options["kind"]
     if options.get("tensor_parallel", 1) * options.get("fsdp", 1) > 1:
         raise UserError(
             f"{folder} has adapters, which cannot be used together with `tensor_parallel` or `fsdp`: merge them first."
         )
     record = read_json(folder / RECORD, "record of the training") if is_file(folder / RECORD) else None
+    known = record.pop(BASE, None) if isinstance(record, dict) else None
     if isinstance(record, dict) and record.get("quantize") is not None:
         if record["quantize"] not in QUANTISED:
             raise UserError(
@@ -142,18 +149,26 @@ def load(name_or_path: str | Path, *, merge: bool = False, train: bool = False, 
             )
         options |= {"quantize": record["quantize"]}
     if isinstance(record, dict) and isinstance(record.get("labels"), list) and options.get("kind") == "classifier":
-        options["num_labels"] = options.get("num_labels") or len(record["labels"])
+        classes = len(record["labels"])
+        if options.get("num_labels") not in (None, classes):
+            raise UserError(
+                f"{folder} has adapters with a head of {classes} classes, and {options['num_labels']} are wanted; take a "
+                f"task of {classes} classes, or train new adapters on their base model, {base}."
+            )
+        options["num_labels"] = classes
     try:
         loaded = load(base, merge=True, **dict[str, Any](options, trained_head=False, revision=revision))
     except UserError as error:
         raise UserError(f"{folder} has adapters, and their base model cannot be loaded: {error}") from error
+    found = base_weights(loaded) if (known or train) and not has_adapters(base) else None
+    check_base(known, found, folder, base, settings["base_model_name_or_path"])
     with_adapters(loaded, folder, train=train)
     if record is not None:
         describe(loaded.model, record)
     if any(".modules_to_save." in name for name, _ in loaded.model.named_parameters()):  # the head is in the file
         loaded.notes = [note for note in loaded.notes if NEW_HEAD not in note]
     loaded.name, loaded.new_head = str(name_or_path), False
-    loaded.adapted = None if merge else (base, revision)
+    loaded.adapted, loaded.base_weights = (None, None) if merge else ((base, revision), found)
     if merge:
         loaded.model = merge_adapters(loaded.model)
     return loaded
@@ -241,8 +256,10 @@ def _named_in(folder: Path) -> tuple[str, str | None]:
         )
     if not is_file(folder / WEIGHTS):
         raise UserError(f"{folder} has no {WEIGHTS}; save the adapters again with save_pretrained")
-    if base in EMBEDDED or Path(base).is_absolute() or is_file(Path(base) / "config.json"):
-        return base, revision if isinstance(revision, str) else None
-    above = [parent / base for parent in folder.absolute().parents]  # the project in which the run was started
-    near = next((str(path) for path in above if is_file(path / "config.json")), None)
-    return near or base, revision if near is None and isinstance(revision, str) else None
+    if base not in EMBEDDED and not Path(base).is_absolute():
+        above = [parent / base for parent in folder.absolute().parents]  # the project in which the run was started
+        # not the run of these adapters, which "." names from its own folder
+        there = [path for path in above if is_file(path / "config.json") and _of_run(path) != folder.absolute()]
+        if there and not (Path(base).exists() and there[0].samefile(base)):
+            return str(there[0]), None
+    return base, revision if isinstance(revision, str) else None

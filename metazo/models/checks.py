@@ -225,3 +225,13 @@ def not_finite(model: nn.Module) -> list[str]:
     return [
         f"{len(bad)} of {len(list(model.parameters()))} tensors of the model hold NaN or infinite weights, such as {bad[0]}"
     ]
+
+
+def check_places(model: nn.Module, name: str) -> None:
+    """Raises UserError for weights that a device map has put on the disk or offloaded."""
+    away = [key for key, parameter in model.named_parameters() if parameter.device.type == "meta"]
+    if away:
+        raise UserError(
+            f"`device_map` offloads {len(away)} tensors of {name!r}, such as {away[0]}, and metazo needs all of them on "
+            "devices; take a smaller model, `quantize`, or a larger device."
+        )

@@ -9,29 +9,37 @@ from typing import Any
 from metazo.errors import UserError
 from metazo.io.extras import needs
 from metazo.io.plain import is_name, is_plain
+from metazo.models.load import LoadedModel
 
 with needs("llm"):
+    from safetensors.torch import load_file, save_file
     from transformers import GenerationConfig
 
 EARLIER = "earlier"
 """In the record in a config: the records of the trainings before the last one, the latest first."""
 RECORD = "metazo.json"
 """File beside LoRA adapters, whose own files have no place for the record."""
+BASE = "base_weights"
+"""In this file: what identifies the base model (metazo/models/identity.py)."""
 
 
 class AdapterFiles:
-    """What peft does not write beside the adapters: the record, and the base model's name as it was given.
+    """What peft does not write beside the adapters: the record, what identifies the base model, its name as it was given, and
+    the weights that its checkpoint does not have and that are not trained (BERT's pooler, beside a head).
 
     peft names the folder of this machine that the base model was loaded from. It looks for a name on the Hub while it
-    saves, so the name is put into its files afterwards. base: None for a model in memory, of which peft's name is all there is.
+    saves, so the name is put into its files afterwards. For a model in memory peft's name is all there is.
     """
 
-    def __init__(self, record: dict[str, Any], base: str | None, revision: str | None = None):
-        self.record, self.base, self.revision = record, base, revision
+    def __init__(self, loaded: LoadedModel, record: dict[str, Any], base: str, revision: str | None):
+        self.loaded, self.record, self.base, self.revision = loaded, record, base, revision
 
     def save_pretrained(self, folder: str | Path) -> None:
-        (Path(folder) / RECORD).write_text(json.dumps(self.record, indent=1) + "\n")
-        if self.base is None:
+        known = self.loaded.base_weights
+        record = self.record | ({BASE: known} if known else {})
+        (Path(folder) / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+        self._save_new(Path(folder) / "adapter_model.safetensors")
+        if self.base.startswith("memory:"):
             return
         path, card = Path(folder) / "adapter_config.json", Path(folder) / "README.md"
         settings = json.loads(path.read_text())
@@ -41,15 +49,25 @@ class AdapterFiles:
         if there and card.is_file():
             card.write_text(card.read_text().replace(there, self.base))
 
+    def _save_new(self, path: Path) -> None:
+        """Add the weights that were drawn from the seed, by their names in peft's model, which loads them by these."""
+        model: Any = self.loaded.model
+        named, unsaved = model.get_base_model().named_parameters(), set(self.loaded.unsaved)
+        new = {f"base_model.model.{name}": p for name, p in named if name.replace(".base_layer.", ".") in unsaved}
+        if new:
+            new = {name: parameter.detach().cpu().contiguous() for name, parameter in new.items()}
+            save_file(load_file(path) | new, path, {"format": "pt"})
 
-def parts_of(model: Any, tokenizer: Any, base: str, record: dict[str, Any], revision: str | None = None) -> list[Any]:
-    """What is saved of a tuned model, in order: each has a save_pretrained. base, revision: of the base model."""
-    adapters = hasattr(model, "get_base_model")
-    known = None if base.startswith("memory:") else base
+
+def parts_of(loaded: LoadedModel, record: dict[str, Any], revision: str | None = None) -> list[Any]:
+    """What is saved of a tuned model, in order: each has a save_pretrained. revision: of the model as it was loaded."""
+    model: Any = loaded.model
     there = getattr(model.config, "metazo", None)
     if isinstance(there, dict) and EARLIER in there:  # of adapters that are continued, and of their base
         record = record | {EARLIER: there[EARLIER]}
-    return [model, tokenizer, *([AdapterFiles(record, known, revision)] if adapters else [])]
+    base, revision = loaded.adapted or (loaded.name, revision)
+    adapters = [AdapterFiles(loaded, record, base, revision)] if hasattr(model, "get_base_model") else []
+    return [model, loaded.tokenizer, *adapters]
 
 
 def describe(model: Any, record: dict[str, Any]) -> None:

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from metazo.errors import UserError
 from metazo.io.allocator import give_back
 from metazo.io.extras import needs
-from metazo.models.checks import check_config, check_float64, check_padding, kind_of, not_finite
+from metazo.models.checks import check_config, check_float64, check_padding, check_places, kind_of, not_finite
 from metazo.models.embedded import EMBEDDED, check_folder
 from metazo.models.parts import divided, loading
 from metazo.models.quantize import (
@@ -87,8 +86,12 @@ class LoadedModel:
     """Sentences for the user: a new head, weights that are not finite."""
     quantize: str | None = None
     """How the weights of a full-precision checkpoint were quantised when it was loaded."""
+    unsaved: list[str] = field(default_factory=list)
+    """Names of the parameters that the checkpoint does not have: drawn from the seed, a new head's and a new pooler's."""
     adapted: tuple[str, str | None] | None = None
     """Name and revision of the base model, if the model is saved adapters on it: what they name when they are saved again."""
+    base_weights: dict[str, str] | None = None
+    """What identifies the weights under the adapters (metazo/models/identity.py)."""
 
 
 def load_model(
@@ -151,8 +154,9 @@ def load_model(
         tokenizer = read_tokenizer(source, name, more["revision"])
         with quiet(), torch.random.fork_rng(devices=[]):  # a new head follows the seed, not the global generator
             torch.default_generator.manual_seed(seed)
+            unsaved: list[str] = []
             if chosen == "classifier":
-                model, new = _classifier(source, config, torch_dtype, num_labels, head, name, notes, more)
+                model, new = _classifier(source, config, torch_dtype, num_labels, head, name, notes, unsaved, more)
             else:
                 model, new = _language_model(source, config, torch_dtype, chosen, name, more), False
     if new and trained_head:
@@ -160,7 +164,8 @@ def load_model(
             f"there is no trained head of {model.config.num_labels} classes in {name!r}, so its answers would be random; "
             "fine-tune it first, or use the model as a language model with `kind` causal or masked"
         )
-    _check_places(model, name)
+    check_places(model, name)
+    check_shapes(model)
     notes += left_over(model, quantize, name) if quantize else []
     remember_stored(model)
     keep_unpacked(model)
@@ -178,7 +183,7 @@ def load_model(
         check_padding(model, tokenizer, chosen, name, context)
     if quantize:
         give_back()
-    return LoadedModel(model.eval(), tokenizer, chosen, name, torch_dtype, context, new, notes, quantize)  # type: ignore[arg-type]
+    return LoadedModel(model.eval(), tokenizer, chosen, name, torch_dtype, context, new, notes, quantize, unsaved)  # type: ignore[arg-type]
 
 
 def configuration(
@@ -210,17 +215,6 @@ def explained(name: str) -> Iterator[None]:
         raise UserError(f"model {name!r} cannot be loaded: {_first_sentence(error)}") from None
 
 
-def _check_places(model: nn.Module, name: str) -> None:
-    """Raises UserError for weights that a device map has put on the disk or offloaded, and for layers nf4 cannot run."""
-    away = [key for key, parameter in model.named_parameters() if parameter.device.type == "meta"]
-    if away:
-        raise UserError(
-            f"`device_map` offloads {len(away)} tensors of {name!r}, such as {away[0]}, and metazo needs all of them on "
-            "devices; take a smaller model, `quantize`, or a larger device."
-        )
-    check_shapes(model)
-
-
 def _kept_whole(config: PreTrainedConfig) -> list[str] | None:
     with quiet(), torch.device("meta"):
         return kept_whole(KINDS["classifier"].from_config(config))
@@ -246,6 +240,7 @@ def _classifier(
     head: str,
     name: str,
     notes: list[str],
+    unsaved: list[str],
     more: dict[str, Any],
 ) -> tuple[PreTrainedModel | SentenceClassifier, bool]:
     """The model, and whether its head is new."""
@@ -268,7 +263,8 @@ def _classifier(
             source, config=config, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True, **more
         )
         lost = [str(key if isinstance(key, str) else key[0]) for key in info["mismatched_keys"]]
-        new = bool(lost or info["missing_keys"])
+        unsaved += [*lost, *info["missing_keys"]]
+        new = bool(unsaved)
     else:
         _check_pooled(more)
         model = SentenceClassifier.new(source, head=head, classes=wanted, dtype=dtype, revision=revision)

@@ -272,8 +272,7 @@ def _tuner(header: dict[str, Any], zoo_folder: str | Path | None) -> str | None:
 def _save(loaded: LoadedModel, out: Path, record: dict[str, Any]) -> None:
     temporary = out.with_name(f".{out.name[:60]}.{os.getpid()}.tmp")
     try:
-        own, (base, revision) = loaded.kind == "own", loaded.adapted or (loaded.name, None)
-        parts = [StateFile(loaded.model)] if own else parts_of(loaded.model, loaded.tokenizer, base, record, revision)
+        parts = [StateFile(loaded.model)] if loaded.kind == "own" else parts_of(loaded, record)
         save_parts(temporary, *parts)
         (out / LOCK).unlink(missing_ok=True)
         os.replace(temporary, out)  # an empty folder is replaced; a folder with files is not

@@ -30,7 +30,7 @@ from metazo.runs.plan import plan, rows_of
 from metazo.runs.preconditions import check_saved, check_settings
 from metazo.runs.resources import free_memory
 from metazo.runs.schedule import number_of_steps
-from metazo.runs.tuned import MEMORY, Given
+from metazo.runs.tuned import Given
 from metazo.steplog.format import scan
 from metazo.tasks import Prepared, resolve
 from metazo.tasks.classes import fit_head
@@ -90,10 +90,7 @@ class Setup:
             return [StateFile(self.loaded.model)]
         record = self.prepared.record | ({"quantize": self.loaded.quantize} if self.loaded.quantize else {})
         describe(self.loaded.model, record)
-        in_memory = self.config.model.startswith(MEMORY)  # a `LoadedModel` has the name by which it was loaded
-        name = self.loaded.name if in_memory else self.config.model
-        base, revision = self.loaded.adapted or (name, self.config.revision)
-        return parts_of(self.loaded.model, self.loaded.tokenizer, base, record, revision)
+        return parts_of(self.loaded, record, self.config.revision)
 
     def plan(self, config: FinetuneConfig) -> dict[str, Any]:
         """A description of the run and estimates of its memory and disk space, before it starts."""
