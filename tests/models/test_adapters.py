@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel, PrefixTuningConfig, PromptEncoderConfig, get_peft_model
+from peft import AutoPeftModelForCausalLM, PeftModel, PrefixTuningConfig, PromptEncoderConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import metazo
 from metazo.errors import UserError
@@ -546,3 +546,112 @@ def test_a_new_head_of_any_name_is_trained_and_saved(name: str, tiny, tmp_path: 
         wanted = tuned.model(input_ids=ids).logits
         for seed in (0, 9):  # of the head that the file's replaces
             assert metazo.load_model(tmp_path / "run", seed=seed).model(input_ids=ids).logits.equal(wanted)
+
+
+@pytest.mark.parametrize("targets", [[], ["query", "dense"]], ids=["theirs", "pooler"])
+def test_a_pooler_that_the_checkpoint_lacks_is_saved_with_the_adapters(
+    targets: list[str], tiny, tmp_path: Path
+) -> None:
+    """It is drawn from the seed and stays fixed, so that the adapters and the head are of no use on another."""
+    more = {"train_examples": 16, "dev_examples": 4, "test_examples": 8, "batch_size": 4, "steps": 3, "lr": 1e-2}
+    first = {"kind": "classifier", "adapter": "lora", "adapter_targets": targets, "seed": 3, "out": tmp_path / "run"}
+    tuned = metazo.finetune(str(tiny("bert_mlm")), "pico_sentiment", "mezo", **more, **first)
+    ids = torch.tensor([[0, 7, 9, 8, 2]])
+    with torch.inference_mode():
+        wanted = tuned.model(input_ids=ids).logits
+        for seed in (0, 9):
+            assert metazo.load_model(tmp_path / "run", seed=seed).model(input_ids=ids).logits.equal(wanted)
+        plain = AutoModelForSequenceClassification.from_pretrained(tiny("bert_mlm"), num_labels=2)
+        assert PeftModel.from_pretrained(plain, tmp_path / "run/model").eval()(input_ids=ids).logits.equal(wanted)
+    more |= {"adapter": "continue", "seed": 5, "steps": 2, "lr": 1e-9, "out": tmp_path / "on"}
+    on = metazo.finetune(str(tmp_path / "run"), "pico_sentiment", **more)
+    pooler = "base_model.model.bert.pooler.dense." + ("base_layer." if targets else "") + "weight"
+    saved = [load_file(tmp_path / run / "model/adapter_model.safetensors") for run in ("run", "on")]
+    assert saved[0][pooler].equal(saved[1][pooler]) and pooler not in {
+        name for name, parameter in on.model.named_parameters() if parameter.requires_grad
+    }
+    assert replay(tmp_path / "run/steps.jsonl", str(tiny("bert_mlm")), tmp_path / "again").identical
+    assert load_file(tmp_path / "again/adapter_model.safetensors")[pooler].equal(saved[0][pooler])
+
+
+def test_adapters_with_a_head_of_other_classes_are_refused(tmp_path: Path) -> None:
+    run_settings(config(tmp_path / "run", kind="classifier", keep="last", steps=1))
+    with pytest.raises(UserError, match="a head of 2 classes, and 3 are wanted; take a task of 2 classes"):
+        load(tmp_path / "run", num_labels=3)
+
+
+def test_new_adapters_on_a_run_name_its_model_as_peft_reads_it(tmp_path: Path) -> None:
+    run_settings(config(tmp_path / "run", lora=0, lr=1e-6, keep="last", steps=1))
+    run_settings(config(tmp_path / "on", model=str(tmp_path / "run"), keep="last", steps=1))
+    named = json.loads((tmp_path / "on/model/adapter_config.json").read_text())["base_model_name_or_path"]
+    assert named == str(tmp_path / "run/model")
+    AutoPeftModelForCausalLM.from_pretrained(tmp_path / "on/model")
+    assert load(tmp_path / "on").name
+
+
+def changed(folder: Path) -> None:
+    """Another base model of the same shape in a folder."""
+    file = folder / "model.safetensors"
+    tensors = copied(file)
+    name = next(iter(tensors))
+    save_file(tensors | {name: tensors[name] + 1}, file, {"format": "pt"})
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a base model and a LoRA run on it that names it by a relative path, the working directory."""
+    folder = tmp_path / "project"
+    shutil.copytree(PICO, folder / "models/base")
+    monkeypatch.chdir(folder)
+    run_settings(config("runs/a", model="models/base", keep="last", steps=2))
+    return folder
+
+
+def test_the_base_is_looked_for_beside_the_adapters_first(project, tmp_path, monkeypatch):
+    wanted = on_test("runs/a")
+    shutil.copytree(project / "models", tmp_path / "other/models")
+    changed(tmp_path / "other/models/base")
+    monkeypatch.chdir(tmp_path / "other")
+    assert on_test(str(project / "runs/a")) == wanted
+    run_settings(config("runs/on", model=str(project / "runs/a"), lora=0, adapter="continue", keep="last", steps=1))
+    assert load("runs/on", train=True).adapted == (str(project / "models/base"), None)
+    monkeypatch.chdir(project)
+    assert load("runs/a", train=True).adapted == ("models/base", None), "a project can be moved"
+
+
+def test_the_base_is_not_the_run_itself(tmp_path, monkeypatch):
+    shutil.copytree(PICO, tmp_path / "base")
+    monkeypatch.chdir(tmp_path / "base")
+    run_settings(config("runs/a", model=".", keep="last", steps=1))
+    assert load("runs/a", train=True).adapted == (".", None)
+    monkeypatch.chdir(tmp_path)
+    assert load("base/runs/a", train=True).adapted == (str(tmp_path / "base"), None)
+
+
+def test_another_base_is_refused(project, tmp_path):
+    record = project / "runs/a/model" / RECORD
+    assert "base_weights" not in load("runs/a").model.config.metazo
+    run_settings(config("runs/on", model="runs/a", lora=0, adapter="continue", keep="last", steps=1))
+    assert json.loads((project / "runs/on/model" / RECORD).read_text())["base_weights"]["loaded_as"] == "causal float32"
+    replay("runs/a/steps.jsonl", "models/base", tmp_path / "again")
+    assert (tmp_path / "again" / RECORD).read_bytes() == record.read_bytes()
+    weights = load_file("models/base/model.safetensors")
+    AutoModelForCausalLM.from_pretrained("models/base", dtype=torch.float32).save_pretrained(
+        "models/base", max_shard_size="20KB"
+    )
+    load("runs/a")  # the same weights in other files
+    (project / "models/base/model.safetensors.index.json").unlink()
+    for shard in Path("models/base").glob("model-*"):
+        shard.unlink()
+    save_file(weights, "models/base/model.safetensors", {"format": "pt"})
+    changed(project / "models/base")
+    for refused in ("runs/a", "runs/on/model"):
+        with pytest.raises(
+            UserError, match="another base model than models/base: .*called 'models/base' there.*; name the folder"
+        ):
+            load(refused)
+    load("runs/a", dtype="bfloat16")  # other values, of which nothing is known
+    known = json.loads(record.read_text())
+    del known["base_weights"]
+    record.write_text(json.dumps(known))
+    load("runs/a")  # as an earlier version wrote it
