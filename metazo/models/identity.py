@@ -25,6 +25,7 @@ def base_weights(loaded: LoadedModel) -> dict[str, str] | None:
     """
     model = loaded.model
     apart = isinstance(model, SentenceClassifier) or divided(model) or hasattr(model, "hf_device_map")
+    apart = apart or any(parameter.is_meta for parameter in model.parameters())
     if apart or quantised(model) or loaded.name.startswith("memory:"):
         return None
     heads, unsaved = heads_of(model), set(loaded.unsaved)
