@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from metazo.errors import UserError
+from metazo.io.plain import cut
 from metazo.io.terminal import Console, print_json, print_line
 from metazo.steplog.format import STEPS, Scan, scan
 
@@ -54,7 +55,9 @@ def tell(found: Scan, last: int, console: Console) -> None:
     about = Table("header", "")
     for key, value in found.header.items():
         if isinstance(value, dict):
-            value = ", ".join(f"{name} {item}" for name, item in value.items() if item not in (None, [], {}, False))
+            value = ", ".join(
+                f"{name} {item}" for name, item in cut(value).items() if item not in (None, [], {}, False)
+            )
         about.add_row(key, str(value))
     console.print(about)
     table = Table("log", "")
@@ -132,7 +135,7 @@ def tell_differences(found: dict[str, Any], a: Path, b: Path, console: Console) 
         console.print(f"the same, {found['steps'][0]} steps")
         return
     table = Table("", "field", str(a), str(b))
-    for row in found["headers"]:
+    for row in map(cut, found["headers"]):
         table.add_row("header", row["field"], _shown(row["a"]), _shown(row["b"]))
     for row in (found["first"] or {"fields": []})["fields"]:
         table.add_row(f"step {found['first']['step']}", row["field"], _shown(row["a"]), _shown(row["b"]))

@@ -12,6 +12,7 @@ import typer
 from rich.table import Table
 
 from metazo.errors import UserError
+from metazo.io.plain import cut
 from metazo.io.terminal import Console, print_json, print_line
 
 from .messages import in_flags
@@ -72,7 +73,7 @@ def show(source: SourceArgument, zoo: ZooOption = None, as_json: JsonOption = Fa
         )
         print_json({**about, **blocks})
         return
-    rows = [(key, json.dumps(value) if isinstance(value, dict) else str(value)) for key, value in about.items()]
+    rows = [(key, json.dumps(cut(value)) if isinstance(value, dict) else str(value)) for key, value in about.items()]
     _print_table(("", source), rows)
 
 

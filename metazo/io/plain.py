@@ -173,6 +173,14 @@ def shown(value: object, longest: int = 80) -> str:
     return text if len(text) <= longest else f"{text[: longest - 5]} [...]"
 
 
+def cut(table: dict[str, Any], longest: int = 80) -> dict[str, Any]:
+    """A table for the terminal, whose long texts are shortened."""
+    return {
+        key: f"{value[: longest - 5]} [...]" if isinstance(value, str) and len(value) > longest else value
+        for key, value in table.items()
+    }
+
+
 def is_name(value: object) -> bool:
     """Whether this is a line of text of at most 512 characters that can be shown."""
     return isinstance(value, str) and 0 < len(value) <= 512 and value.isprintable()

@@ -16,14 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from metazo.errors import UserError
 from metazo.settings import Unset
 from metazo.tasks.origins import sources_of
 from metazo.tasks.rows import Rows, Source, checked, load
 from metazo.tasks.task import Row, Task
-from metazo.tasks.trainings import SPLITS, VERSION, doubt, same_rows, trainings
+from metazo.tasks.trainings import SPLITS, VERSION, Recall, contents, order_of, trainings
 
 DEFAULTS = {"train": Unset(1000), "dev": Unset(500), "test": Unset(1000)}
 """The papers' sizes. A size that the user sets is kept; sizes that are `Unset` are reduced to fit."""
@@ -73,16 +71,19 @@ def draw(
     sources = {name: load(task, name, data) for name in dict.fromkeys(names.values())}
     source, notes = sources[names["train"]], list[str]()
     own = [split for split in SPLITS if split != "train" and names[split] == names["train"]]
-    former = trainings(record)
-    notes += [note for note in (doubt(task, source, one) for one in former) if note and own]
-    known = [same for one in former if (same := same_rows(task, source, one))]
-    record = same_rows(task, source, record)
+    recall = Recall(task, source, lambda order, k: _few(task, source, order, k), bool(own))
+    former = [recall(one) for one in trainings(record)]
+    notes += [one.note for one in former if one.note and own]
+    record = former[0].record if former else None
     if record:
         seed = record["seed"]
         wanted |= {split: record[split] for split in SPLITS if split in unset or split in recorded}
         if "train" in unset or "train" in recorded:
-            k_per_class = k_per_class or record["k_per_class"]
-    order = _order(len(source.usable), seed, "train")
+            k_per_class = k_per_class or (record["k_per_class"] if record.get("task") == task.name else None)
+    order = order_of(len(source.usable), seed, "train")
+    if record and former[0].moved:
+        trained = set(former[0].places)
+        order.sort(key=lambda row: row not in trained)
     few = _few(task, source, order, k_per_class) if k_per_class else None
     if few is not None and "train" not in {*unset, *recorded} and wanted["train"] not in (len(few), DEFAULTS["train"]):
         notes.append(f"{task.name}: `k_per_class` {k_per_class} gives {len(few)} train rows, not {wanted['train']}")
@@ -94,12 +95,12 @@ def draw(
     shared = {s: wanted[s] for s in ("train", *own)}
     sizes = _fit(len(source.usable), shared, asked, task, record, few is not None, notes)
     parts = {"train": few if few is not None else order[: sizes["train"]]}
-    taken = {*parts["train"], *(row for one in known for row in _trained(task, source, one))}
+    taken = {*parts["train"], *(row for one in former for row in one.places)}
     parts |= _from_the_end([i for i in order if i not in taken], {s: sizes[s] for s in own})
     others = [split for split in ("dev", "test") if split not in own]
     there: list[int] = []
     for split in others:
-        there = _order(len(sources[names[split]].usable), seed, split)
+        there = order_of(len(sources[names[split]].usable), seed, split)
         parts[split] = there[: wanted[split]]
     if len(others) == 2 and names["dev"] == names["test"]:
         parts |= _from_the_end(there, {split: wanted[split] for split in others})
@@ -110,7 +111,8 @@ def draw(
             notes.append(f"{task.name}: {split} has {len(parts[split])} rows instead of {size}, all {rest}")
     rows = {split: _rows(task, sources[names[split]], parts[split]) for split in SPLITS}
     found = {"version": VERSION, "seed": seed, "rows": len(source.usable), "k_per_class": k_per_class}
-    drawn = Drawn(rows, found | {split: len(parts[split]) for split in SPLITS}, notes)
+    found |= {split: len(parts[split]) for split in SPLITS} | contents(task, [row for _, row in rows["train"]])
+    drawn = Drawn(rows, found, notes)
     drawn.notes += _remarks(task, drawn)
     return drawn
 
@@ -159,11 +161,6 @@ def _rows(task: Task, source: Source, places: list[int]) -> list[tuple[str, Row]
     return [(where, checked(task, row, where)) for where, row in found]
 
 
-def _order(number: int, seed: int, purpose: str) -> list[int]:
-    """A permutation that depends only on the seed, the purpose and the number of rows."""
-    return np.random.default_rng([seed, *purpose.encode()]).permutation(number).tolist()
-
-
 def _few(task: Task, source: Source, order: list[int], k: int) -> list[int]:
     """The first k rows of every class, in the given order."""
     left, chosen = dict.fromkeys(range(len(task.labels)), k), []
@@ -192,11 +189,6 @@ def _label_of(task: Task, source: Source) -> Callable[[int], int]:
         return cache[i]
 
     return label
-
-
-def _trained(task: Task, source: Source, record: dict[str, Any]) -> list[int]:
-    order = _order(record["rows"], record["seed"], "train")
-    return _few(task, source, order, record["k_per_class"]) if record["k_per_class"] else order[: record["train"]]
 
 
 def _from_the_end(free: list[int], sizes: dict[str, int]) -> dict[str, list[int]]:

@@ -1,17 +1,47 @@
-"""The records of the trainings that a model went through, which identify rows that are neither dev nor test rows for it."""
+"""The records of the trainings that a model went through, which identify rows that are neither dev nor test rows for it.
+
+A row is known by its content: a hash of the columns that the prompt reads (and of the choices), without label and answer.
+A record has the hashes of its training rows, so that they are found under another task's name, in another order, among
+more rows, and with other labels. Of more than `MOST` rows it has one hash of all, which tells only whether the rows of the
+same seed are the same; records of earlier versions have none, and identify rows by the task's name and their number.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from json import JSONEncoder
 from typing import Any
+
+import numpy as np
 
 from metazo.io.plain import shown
 from metazo.models.describe import EARLIER
-from metazo.tasks.rows import Source
-from metazo.tasks.task import Task
+from metazo.tasks.rows import Source, checked
+from metazo.tasks.task import Row, Task
 
 SPLITS = ("train", "dev", "test")
 VERSION = 2
+MOST = 5000
+"""Most training rows of which a record has a hash each, so that a model's config stays below 50 kB."""
+DIGITS = 8  # of such a hash; of 300,000 rows, 0.35 are expected to be like one of 5,000 by chance, and are left out
+
+_text = JSONEncoder(sort_keys=True, default=str).encode
+
+
+@dataclass
+class Former:
+    """What a record says about the rows that are there now."""
+
+    record: dict[str, Any] | None = None
+    """The record, if all rows that it is about are there."""
+    places: list[int] = field(default_factory=list)
+    """The rows that the model was trained on, as places among the usable rows."""
+    moved: bool = False
+    """Whether the rows are in another order than then."""
+    note: str | None = None
+    """A sentence, if the model may have been trained on other rows as well."""
 
 
 def trainings(record: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
@@ -20,24 +50,125 @@ def trainings(record: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
     return [one for one in (record, *(earlier if isinstance(earlier, list) else ())) if isinstance(one, Mapping)]
 
 
-def doubt(task: Task, source: Source, record: Mapping[str, Any]) -> str | None:
-    """A note if the model may have been trained on dev or test rows; rows are identified by their task and their number."""
-    if record.get("task") != task.name or record.get("rows") in (None, len(source.usable)):
-        return None
+def order_of(number: int, seed: int, purpose: str) -> list[int]:
+    """A permutation that depends only on the seed, the purpose and the number of rows."""
+    return np.random.default_rng([seed, *purpose.encode()]).permutation(number).tolist()
+
+
+def contents(task: Task, rows: Sequence[Row]) -> dict[str, Any]:
+    """The part of a record that identifies its training rows by their content."""
+    columns = sorted({*task.read(), *task.choices, *([task.messages] if task.messages else [])})
+    found = [_print(row, columns) for row in rows]
+    return {"columns": columns, "contents": "".join(found) if len(found) <= MOST else _digest(found)}
+
+
+class Recall:
+    """Finds the rows of trainings among those of a source.
+
+    few: the first rows of an order, so many of each class; shared: whether dev or test rows are taken from this source, else
+    rows that are in another order now are not looked for.
+    """
+
+    def __init__(self, task: Task, source: Source, few: Callable[[list[int], int], list[int]], shared: bool):
+        self.task, self.source, self.few, self.shared = task, source, few, shared
+        self.number = len(source.usable)
+        self.scans: dict[tuple[str, ...], list[str]] = {}
+
+    def __call__(self, record: Mapping[str, Any]) -> Former:
+        """What a record says about the rows, also if somebody has changed it."""
+        named, hashed = record.get("task") == self.task.name, _hashed(record)
+        if not _whole(record) or not (named or hashed):
+            return Former(note=self._doubt(record) if named else None)
+        if hashed and record["train"] <= MOST:
+            return self._by_content(record)
+        k = record.get("k_per_class")
+        if record["rows"] == self.number and (k is None or (named and self.task.labels)):
+            order = order_of(self.number, record["seed"], "train")
+            places = self.few(order, k) if k else order[: record["train"]]
+            if not hashed or _digest([self._at(i, record["columns"]) for i in places]) == record["contents"]:
+                return Former(dict(record), places)
+        return Former(note=self._doubt(record) if named or record["rows"] == self.number else None)
+
+    def _by_content(self, record: Mapping[str, Any]) -> Former:
+        columns, text = record["columns"], record["contents"]
+        prints = [text[i : i + DIGITS] for i in range(0, len(text), DIGITS)]
+        places = list[int]()
+        if record["rows"] == self.number:  # the order is the same, if the rows are: no copy of a row is mistaken for it
+            for i in order_of(self.number, record["seed"], "train"):
+                if len(places) == len(prints):
+                    break
+                if self._at(i, columns) == prints[len(places)]:
+                    places.append(i)
+                elif not record.get("k_per_class"):
+                    break
+        if len(places) == len(prints):
+            return Former(dict(record), places)
+        if not self.shared:
+            return Former()
+        every, wanted = self._scan(columns), set(prints)
+        places = [i for i, found in enumerate(every) if found in wanted]
+        absent = len(wanted.difference(every))
+        if not absent and record["rows"] == self.number:
+            return Former(dict(record), places, moved=True)
+        note = (
+            f"{self.task.name}: {absent} of {len(wanted)} rows that the model was trained on are not there now: if they are "
+            "there in other words, some dev or test rows may be training rows"
+        )
+        return Former(places=places, note=note if absent and (places or record.get("task") == self.task.name) else None)
+
+    def _at(self, place: int, columns: list[str]) -> str:
+        index = self.source.usable[place]
+        return self._of(self.source.rows[index], index, columns)
+
+    def _of(self, row: Row, index: int, columns: list[str]) -> str:
+        return _print(checked(self.task, row, self.source.where(index)) if self.task.adapt else row, columns)
+
+    def _scan(self, columns: list[str]) -> list[str]:
+        """The hashes of all usable rows; rows of the Hub are read one after another, which is faster."""
+        if (key := tuple(columns)) not in self.scans:
+            rows, usable = self.source.rows, set(self.source.usable)
+            if hasattr(rows, "select_columns") and not self.task.adapt:
+                rows = rows.select_columns([name for name in columns if name in rows.column_names])  # type: ignore[attr-defined]
+            found = (self._of(row, i, columns) for i, row in enumerate(rows) if i in usable)
+            self.scans[key] = list(found)
+        return self.scans[key]
+
+    def _doubt(self, record: Mapping[str, Any]) -> str | None:
+        """A note if the rows of the training cannot be known."""
+        if (rows := record.get("rows")) in (None, self.number) and not _hashed(record):
+            return None
+        now = (
+            f" and there are {self.number} now" if rows != self.number else ", and these are others or in another order"
+        )
+        return (
+            f"{self.task.name}: the model was trained on some of {shown(rows)} rows{now}: "
+            "some dev or test rows may be training rows"
+        )
+
+
+def _whole(record: Mapping[str, Any]) -> bool:
+    """Whether a record has all numbers of this version of the split."""
+    numbers, k = (record.get(name) for name in ("seed", "rows", *SPLITS)), record.get("k_per_class")
     return (
-        f"{task.name}: the model was trained on some of {shown(record['rows'])} rows and there are {len(source.usable)} now: "
-        "some dev or test rows may be training rows"
+        record.get("version") == VERSION
+        and all(type(value) is int and value >= 0 for value in numbers)
+        and (k is None or (type(k) is int and k > 0))
     )
 
 
-def same_rows(task: Task, source: Source, record: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The record, if it is of these rows, else None."""
-    numbers = ("seed", "rows", *SPLITS)
-    if not record or record.get("version") != VERSION or record.get("task") != task.name:
-        return None
-    if not all(type(record.get(name)) is int and record[name] >= 0 for name in numbers):
-        return None
-    k = record.get("k_per_class")
-    if record["rows"] != len(source.usable) or not (k is None or (type(k) is int and k > 0 and task.labels)):
-        return None
-    return dict(record)
+def _hashed(record: Mapping[str, Any]) -> bool:
+    """Whether a record identifies its rows by their content."""
+    columns, text, train = record.get("columns"), record.get("contents"), record.get("train")
+    if not isinstance(columns, list) or not all(isinstance(name, str) for name in columns) or type(train) is not int:
+        return False
+    return isinstance(text, str) and train > 0 and len(text) == (DIGITS * train if train <= MOST else 64)
+
+
+def _print(row: Row, columns: Sequence[str]) -> str:
+    values = (row.get(name) for name in columns)
+    text = "\0".join(value if type(value) is str else _text(value) for value in values)  # 3 of JSON is "3" of CSV
+    return sha256(text.encode()).hexdigest()[:DIGITS]
+
+
+def _digest(prints: Sequence[str]) -> str:
+    return sha256("".join(prints).encode()).hexdigest()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import datetime
 import json
+import random
 import tempfile
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 import metazo
 from metazo.errors import UserError
 from metazo.models.load import load_model
-from metazo.tasks import data, get
+from metazo.tasks import data, get, trainings
 from metazo.tasks.rows import in_memory, load
 from metazo.tasks.splits import prepare
 from metazo.tasks.task import Task
@@ -541,10 +542,65 @@ def test_rows_of_every_training_are_left_out():
         drawn = data.draw(task, given, train=10, dev=10, test=90, seed=0, record=record)
         held = {place for split in ("dev", "test") for place, _ in drawn.rows[split]}
         assert len(held) in range(20, 41) and not held & trained
-    fewer = data.draw(task, in_memory(TASK, rows(99))[1], train=10, dev=10, test=10, seed=0, record=record)
+    before = {key: value for key, value in record["earlier"][0].items() if key not in ("columns", "contents")}
+    fewer = data.draw(
+        task, in_memory(TASK, rows(99))[1], train=10, dev=10, test=10, seed=0, record=record | {"earlier": [before]}
+    )
     assert sum("trained on some of 100 rows and there are 99 now" in note for note in fewer.notes) == 2
     for odd in (None, "x", [None, 3], [{"task": "toy", "rows": [1]}]):
         data.draw(task, given, train=10, dev=10, test=10, seed=0, record=later | {"earlier": odd})
+
+
+def _changed(given):
+    """Rows of a task that a model was trained on, as they are found later."""
+    mixed = random.Random(5).sample(given, len(given))
+    named = TASK.model_copy(update={"name": "other", "prompt": "I read {text} and felt", "label": "mood"})
+    return {
+        "in another order": (TASK, mixed),
+        "among more rows": (TASK, mixed + rows(80, 1000)),
+        "less some of them": (TASK, [row for row in given if int(row["text"].split()[1]) % 3]),
+        "of another name and label": (named, [row | {"mood": row["label"]} for row in given]),
+        "of another name in another order": (named, [{"mood": row["label"], "text": row["text"]} for row in mixed]),
+        "with other labels": (TASK, [row | {"label": (i // 7) % 2} for i, row in enumerate(given)]),
+    }
+
+
+@pytest.mark.parametrize("how", _changed(rows(150)))
+@pytest.mark.parametrize("sizes", [{}, {"k_per_class": 12}, {"train": 70}])
+@pytest.mark.parametrize("most", [5000, 20])
+def test_training_rows_are_known_by_their_content(how, sizes, most, monkeypatch):
+    """Whatever the task's name, the order and the labels are; a note says so if they are too many for a hash each."""
+    monkeypatch.setattr(trainings, "MOST", most)
+    (task, given), (other, changed) = (TASK, rows(150)), _changed(rows(150))[how]
+    task, other = (one.model_copy(update={"test_split": "train"}) for one in (task, other))
+    run = data.draw(*in_memory(task, given), **{**data.DEFAULTS, "seed": 3, **sizes})
+    record = json.loads(json.dumps({"task": "toy", **run.record}))
+    assert data.draw(*in_memory(task, given), **data.DEFAULTS, seed=8, record=record).rows == run.rows
+    later = data.draw(*in_memory(other, changed), **data.DEFAULTS, seed=8, record=record)
+    doubts = [note for note in later.notes if "may be training rows" in note]
+    found = texts(later.rows)
+    leaked = {*texts(run.rows)["train"]} & {*found["dev"], *found["test"]}
+    if most == 20:
+        same = how == "with other labels" or (how == "of another name and label" and "k_per_class" not in sizes)
+        assert bool(doubts) == (not same or "k_per_class" in sizes) and (doubts or not leaked)
+        return
+    assert not leaked and len(doubts) == (how == "less some of them")
+    if how not in ("among more rows", "less some of them"):  # as many as then, but for few-shot rows of other labels
+        assert all(len(found[split]) >= run.record[split] - 2 for split in data.SPLITS)
+
+
+def test_records_of_earlier_versions_identify_rows_by_name_and_number():
+    """A copy of a training row is no training row, so that a run is scored on its own rows."""
+    own = TASK.model_copy(update={"test_split": "train"})
+    task, given = in_memory(own, rows(50) + rows(50))
+    for sizes in ({"train": 40}, {"k_per_class": 12}):
+        run = data.draw(task, given, **{**data.DEFAULTS, "seed": 3, **sizes})
+        record = {"task": "toy", **run.record}
+        before = {key: value for key, value in record.items() if key not in ("columns", "contents")}
+        for one in (record, before, record | {"contents": "x"}, record | {"columns": [3]}):
+            assert data.draw(task, given, **data.DEFAULTS, seed=8, record=one).rows == run.rows
+        other = in_memory(own.model_copy(update={"name": "other"}), rows(50) + rows(50))
+        assert data.draw(*other, **data.DEFAULTS, seed=8, record=before).record["seed"] == 8
 
 
 def test_a_given_size_wins_over_the_few_shot_of_the_record():
