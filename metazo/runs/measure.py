@@ -61,8 +61,9 @@ def evaluate(
             lengths are those of the run unless given. A model that metazo trained on these rows keeps the seed of their split.
         task: by name, as a YAML file, or a Task; by default the run's.
         data: a folder with <task>/<split>.jsonl, or rows in memory as for `metazo.finetune`; by default the task's own.
-        split: dev or test. Rows that the model was trained on are in neither, if metazo trained it and its data are the
-            same; a note says so if it cannot be known.
+        split: dev or test. Rows that metazo trained the model on are in neither, if they are taken from the train rows: a row
+            is known by its text, whatever its order, its label and the task's name are. Notes say so if it cannot be known,
+            and how many rows of a dev or test file of its own the model was trained on.
         examples: largest number of rows of the split; by default the run's number, or 500 on dev and 1,000 on test.
         say: takes each note, a sentence; one if the loss is not finite.
         settings: of FinetuneConfig: train_examples, dev_examples, test_examples, k_per_class, max_length, eval_batch_size,

@@ -3,8 +3,9 @@
 The labelled rows of the train source are put into an order that depends on the seed and on their number alone. Train rows
 are taken from its front; dev rows, and test rows if they have no source of their own, from its end. None of the three
 therefore depends on the sizes of the others, and an evaluation with other sizes does not score a row that a run trained
-on: the rows that a tuned model was trained on are recorded in its config (`Prepared.record`) and left out of dev and
-test. Version 1 took dev rows after the train rows; `VERSION` is part of a step log's header.
+on: the rows that a tuned model was trained on are recorded in its config (`Prepared.record`), found again by their content
+(`metazo.tasks.trainings`) and left out of dev and test. Version 1 took dev rows after the train rows; `VERSION` is part of a
+step log's header.
 """
 
 from __future__ import annotations
@@ -52,9 +53,9 @@ def draw(
     record: Mapping[str, Any] | None = None,
     recorded: Collection[str] = (),
 ) -> Drawn:
-    """Draw the splits. ``record`` is the record in a tuned model's config, or None: if its last training was on the same rows,
-    its seed is taken from it, and unset sizes and those of the splits ``recorded``. Rows that the model was ever trained on are
-    neither dev nor test rows; a note says so if they cannot be known.
+    """Draw the splits. ``record`` is the record in a tuned model's config, or None: if its last training was on the same
+    rows, in any order and under any name, its seed is taken from it, and unset sizes and those of the splits ``recorded``.
+    Rows of the train source that the model was ever trained on are neither dev nor test rows; a note says so if they cannot be known.
     """
     wanted = {"train": train, "dev": dev, "test": test}
     if min(wanted.values()) < 0:
@@ -112,6 +113,9 @@ def draw(
     rows = {split: _rows(task, sources[names[split]], parts[split]) for split in SPLITS}
     found = {"version": VERSION, "seed": seed, "rows": len(source.usable), "k_per_class": k_per_class}
     found |= {split: len(parts[split]) for split in SPLITS} | contents(task, [row for _, row in rows["train"]])
+    for split in others:
+        if again := recall.again(*([row for _, row in rows[s]] for s in (split, "train"))):
+            notes.append(f"{task.name}: the model was trained on {again} of {len(rows[split])} {split} rows")
     drawn = Drawn(rows, found, notes)
     drawn.notes += _remarks(task, drawn)
     return drawn

@@ -42,9 +42,9 @@ def prepare(
     sizes that the caller sets are kept, and ``notes`` says so.
     ``k_per_class`` draws that many train rows of every class (as LM-BFF, arXiv 2012.15723), and, if ``dev`` is not given and
     the task has no dev rows of its own, as many dev rows without regard to the class. ``max_length`` limits an input, in
-    tokens; the model's context is the default. A model that was fine-tuned on the task by metazo gets the split of that run,
-    and no row that it was trained on is a dev or test row; ``recorded`` names splits that have the size of that run although
-    one is set.
+    tokens; the model's context is the default. A model that was fine-tuned on the same rows by metazo gets the split of that
+    run, and no row that it was trained on is a dev or test row; ``recorded`` names splits that have the size of that run
+    although one is set.
     Raises UserError for data that is missing, malformed or does not fit, and for a task that the model cannot do.
     """
     task = task if isinstance(task, Task) else resolve(task)

@@ -73,6 +73,7 @@ class Recall:
         self.task, self.source, self.few, self.shared = task, source, few, shared
         self.number = len(source.usable)
         self.scans: dict[tuple[str, ...], list[str]] = {}
+        self.trained: list[tuple[list[str], set[str]]] = []
 
     def __call__(self, record: Mapping[str, Any]) -> Former:
         """What a record says about the rows, also if somebody has changed it."""
@@ -89,9 +90,15 @@ class Recall:
                 return Former(dict(record), places)
         return Former(note=self._doubt(record) if named or record["rows"] == self.number else None)
 
+    def again(self, rows: Sequence[Row], train: Sequence[Row]) -> int:
+        """How many of these rows were trained on, apart from those that are train rows now as well."""
+        known = [(columns, prints - {_print(row, columns) for row in train}) for columns, prints in self.trained]
+        return sum(any(_print(row, columns) in prints for columns, prints in known) for row in rows)
+
     def _by_content(self, record: Mapping[str, Any]) -> Former:
         columns, text = record["columns"], record["contents"]
         prints = [text[i : i + DIGITS] for i in range(0, len(text), DIGITS)]
+        self.trained.append((columns, set(prints)))
         places = list[int]()
         if record["rows"] == self.number:  # the order is the same, if the rows are: no copy of a row is mistaken for it
             for i in order_of(self.number, record["seed"], "train"):

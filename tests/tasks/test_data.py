@@ -589,6 +589,29 @@ def test_training_rows_are_known_by_their_content(how, sizes, most, monkeypatch)
         assert all(len(found[split]) >= run.record[split] - 2 for split in data.SPLITS)
 
 
+def test_training_rows_in_a_test_file_are_counted():
+    run = data.draw(*in_memory(TASK, rows(50)), train=20, dev=5, test=5, seed=3)
+    record = {"task": "toy", **run.record}
+    later = {"train": rows(30, 100), "validation": rows(60)}
+    drawn = data.draw(*in_memory(TASK, later), **data.DEFAULTS, seed=0, record=record)
+    assert "toy: the model was trained on 20 of 60 test rows" in drawn.notes
+    again = {"train": rows(50), "validation": rows(60)}  # a note about the train rows says it
+    notes = data.draw(*in_memory(TASK, again), **data.DEFAULTS, seed=0, record=record).notes
+    assert any("are train rows as well" in note for note in notes) and not any("was trained on 2" in n for n in notes)
+
+
+def test_hub_rows_are_found_in_another_order(tmp_path):
+    """Rows of the Hub are read column by column."""
+    task = TASK.model_copy(update={"hub": str(tmp_path / "toy"), "test_split": "train", "unlabelled": (7,)})
+    content = [row if i % 3 else row | {"label": 7} for i, row in enumerate(rows(100))]
+    write(tmp_path, train=content)
+    run = data.draw(task, None, **data.DEFAULTS, seed=3)
+    write(tmp_path, train=content[::-1])
+    later = data.draw(task, None, **data.DEFAULTS, seed=8, record={"task": "toy", **run.record})
+    trained, found = {*texts(run.rows)["train"]}, texts(later.rows)
+    assert {*found["train"]} == trained and not trained & {*found["dev"], *found["test"]} and not later.notes
+
+
 def test_records_of_earlier_versions_identify_rows_by_name_and_number():
     """A copy of a training row is no training row, so that a run is scored on its own rows."""
     own = TASK.model_copy(update={"test_split": "train"})
