@@ -55,7 +55,8 @@ def draw(
 ) -> Drawn:
     """Draw the splits. ``record`` is the record in a tuned model's config, or None: if its last training was on the same
     rows, in any order and under any name, its seed is taken from it, and unset sizes and those of the splits ``recorded``.
-    Rows of the train source that the model was ever trained on are neither dev nor test rows; a note says so if they cannot be known.
+    Rows of the train source that the model was ever trained on are neither dev nor test rows; a note says so if they cannot
+    be known.
     """
     wanted = {"train": train, "dev": dev, "test": test}
     if min(wanted.values()) < 0:
