@@ -133,11 +133,10 @@ class Recall:
     def _scan(self, columns: list[str]) -> list[str]:
         """The hashes of all usable rows."""
         if (key := tuple(columns)) not in self.scans:
-            rows, usable = self.source.rows, set(self.source.usable)
-            if (
-                hasattr(rows, "select_columns") and not self.task.adapt
-            ):  # of the Hub; one after another would take seconds
-                table: Any = rows.select_columns([name for name in columns if name in rows.column_names])  # type: ignore[attr-defined]
+            rows: Any = self.source.rows
+            usable = set(self.source.usable)
+            if hasattr(rows, "select_columns") and not self.task.adapt:  # of the Hub, slow one after another
+                table = rows.select_columns([name for name in columns if name in rows.column_names])
                 rows = (dict(zip(part, row)) for part in table.iter(1000) for row in zip(*part.values()))
             self.scans[key] = [self._of(row, i, columns) for i, row in enumerate(rows) if i in usable]
         return self.scans[key]

@@ -11,7 +11,7 @@ import yaml
 
 from metazo.errors import UserError
 from metazo.io.files import read_capped
-from metazo.io.plain import MAX_DEPTH, MAX_JSON_BYTES, parse_json, read_json, read_yaml
+from metazo.io.plain import MAX_DEPTH, MAX_JSON_BYTES, cut, parse_json, read_json, read_yaml
 
 
 def deep(levels: int) -> str:
@@ -84,3 +84,10 @@ def test_pipes_devices_and_folders_are_refused_without_waiting(tmp_path: Path) -
     for path in (tmp_path / "pipe", tmp_path / "link", tmp_path, Path("/dev/null"), tmp_path / "none", Path("a\0b")):
         with pytest.raises(UserError, match="is not a file|cannot be read"):
             read_capped(path, 100, "test")
+
+
+def test_long_texts_of_a_table_are_cut():
+    """A header's hashes of 5,000 training rows are 40,000 characters."""
+    assert cut({"contents": "a" * 40000, "rows": 3, "columns": ["b" * 99]}) == {
+        "contents": "a" * 75 + " [...]", "rows": 3, "columns": ["b" * 99],
+    }  # fmt: skip
