@@ -57,7 +57,7 @@ def order_of(number: int, seed: int, purpose: str) -> list[int]:
 
 def contents(task: Task, rows: Sequence[Row]) -> dict[str, Any]:
     """The part of a record that identifies its training rows by their content."""
-    columns = sorted({*task.read(), *task.choices, *([task.messages] if task.messages else [])})
+    columns = sorted(map(str, {*task.read(), *task.choices, *([task.messages] if task.messages else [])}))
     found = [_print(row, columns) for row in rows]
     return {"columns": columns, "contents": "".join(found) if len(found) <= MOST else _digest(found)}
 
