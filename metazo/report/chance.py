@@ -27,9 +27,10 @@ def _tested(analysis: Analysis, column: str, test: Paired) -> str:
     text = f"In {some(test.pairs, 'pair')} of runs with the same task and seed, {column} was better than "
     text += f"{analysis.data.reference} in {test.wins} and worse in {test.losses}. "
     if test.holm is None or test.least is None or test.least_holm is None or test.least_holm > SURE:
-        differ, least = some(test.wins + test.losses, "pair"), ""
+        number, least = test.wins + test.losses, ""
         if test.least:
-            least = f": {differ} that differ cannot give p below {p_value(test.least)}"
+            differ = f"{some(number, 'pair')} that {'differs' if number == 1 else 'differ'}"
+            least = f": {differ} cannot give p below {p_value(test.least)}"
             if test.least <= SURE:
                 least += f", which correction for {len(analysis.tests)} comparisons makes {p_value(test.least_holm)}"
         return f"{text}These are too few pairs to rule out chance, whatever the result{least}."
