@@ -48,5 +48,6 @@ def check_base(known: Any, found: dict[str, str] | None, folder: object, base: s
         raise UserError(
             f"the adapters in {folder} were trained on another base model than {base}: its weights have the hash {now}..., and "
             f"those of the training (called {called!r} there) had {then}...; name the folder of the right one as "
-            f"base_model_name_or_path in {folder}/{ADAPTERS}."
+            f"base_model_name_or_path in {folder}/{ADAPTERS}, or delete base_weights in its metazo.json, if this is the right "
+            "one."
         )

@@ -207,8 +207,10 @@ class SentenceClassifier(nn.Module):
         encoder = _encoder(source, dtype, revision)
         encoder.config.num_labels = classes
         top = new_head(head, classes, encoder.config.hidden_size, dtype)
-        model = cls(encoder, top, pooling_of(source, revision) or "mean")
-        model.beside = _beside(source, revision)
+        pooling = pooling_of(source, revision)
+        model = cls(encoder, top, pooling or "mean")
+        if pooling is not None:  # else its parts are others than those here
+            model.beside = _beside(source, revision)
         return model
 
 

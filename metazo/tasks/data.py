@@ -75,7 +75,7 @@ def draw(
     own = [split for split in SPLITS if split != "train" and names[split] == names["train"]]
     recall = Recall(task, source, lambda order, k: _few(task, source, order, k), bool(own))
     former = [recall(one) for one in trainings(record)]
-    notes += [one.note for one in former if one.note and own]
+    notes += dict.fromkeys(one.note for one in former if one.note and own)
     record = former[0].record if former else None
     if record:
         seed = record["seed"]

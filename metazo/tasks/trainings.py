@@ -8,10 +8,10 @@ same seed are the same; records of earlier versions have none, and identify rows
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
-from json import JSONEncoder
 from typing import Any
 
 import numpy as np
@@ -24,10 +24,10 @@ from metazo.tasks.task import Row, Task
 SPLITS = ("train", "dev", "test")
 VERSION = 2
 MOST = 5000
-"""Most training rows of which a record has a hash each, so that a model's config stays below 50 kB."""
+"""Most training rows of which a record has a hash each, so that it stays below 50 kB."""
 DIGITS = 8  # of such a hash; of 300,000 rows, 0.35 are expected to be like one of 5,000 by chance, and are left out
 
-_text = JSONEncoder(sort_keys=True, default=str).encode
+_text = json.JSONEncoder(sort_keys=True, default=str).encode
 
 
 @dataclass
@@ -59,7 +59,7 @@ def contents(task: Task, rows: Sequence[Row]) -> dict[str, Any]:
     """The part of a record that identifies its training rows by their content."""
     columns = sorted(map(str, {*task.read(), *task.choices, *([task.messages] if task.messages else [])}))
     found = [_print(row, columns) for row in rows]
-    return {"columns": columns, "contents": "".join(found) if len(found) <= MOST else _digest(found)}
+    return {"columns": json.dumps(columns), "contents": "".join(found) if len(found) <= MOST else _digest(found)}
 
 
 class Recall:
@@ -86,7 +86,7 @@ class Recall:
         if record["rows"] == self.number and (k is None or (named and self.task.labels)):
             order = order_of(self.number, record["seed"], "train")
             places = self.few(order, k) if k else order[: record["train"]]
-            if not hashed or _digest([self._at(i, record["columns"]) for i in places]) == record["contents"]:
+            if not hashed or _digest([self._at(i, _columns(record)) for i in places]) == record["contents"]:
                 return Former(dict(record), places)
         return Former(note=self._doubt(record) if named or record["rows"] == self.number else None)
 
@@ -96,7 +96,7 @@ class Recall:
         return sum(any(_print(row, columns) in prints for columns, prints in known) for row in rows)
 
     def _by_content(self, record: Mapping[str, Any]) -> Former:
-        columns, text = record["columns"], record["contents"]
+        columns, text = _columns(record), record["contents"]
         prints = [text[i : i + DIGITS] for i in range(0, len(text), DIGITS)]
         self.trained.append((columns, set(prints)))
         places = list[int]()
@@ -110,8 +110,9 @@ class Recall:
                     break
         if len(places) == len(prints):
             return Former(dict(record), places)
-        if not self.shared:
-            return Former()
+        if not self.shared:  # no row is taken out, and the split is that of the training
+            named = record.get("task") == self.task.name and record["rows"] == self.number
+            return Former(dict(record) if named else None)
         every, wanted = self._scan(columns), set(prints)
         places = [i for i, found in enumerate(every) if found in wanted]
         absent = len(wanted.difference(every))
@@ -166,10 +167,19 @@ def _whole(record: Mapping[str, Any]) -> bool:
 
 def _hashed(record: Mapping[str, Any]) -> bool:
     """Whether a record identifies its rows by their content."""
-    columns, text, train = record.get("columns"), record.get("contents"), record.get("train")
-    if not isinstance(columns, list) or not all(isinstance(name, str) for name in columns) or type(train) is not int:
+    text, train = record.get("contents"), record.get("train")
+    if not _columns(record) or type(train) is not int:
         return False
     return isinstance(text, str) and train > 0 and len(text) == (DIGITS * train if train <= MOST else 64)
+
+
+def _columns(record: Mapping[str, Any]) -> list[str]:
+    """The columns by which a record knows its rows; they are kept as JSON, which is plain text whatever their names are."""
+    try:
+        found = json.loads(record.get("columns", ""))
+    except (TypeError, ValueError):
+        return []
+    return found if isinstance(found, list) and all(isinstance(name, str) for name in found) else []
 
 
 def _print(row: Row, columns: Sequence[str]) -> str:
