@@ -586,7 +586,7 @@ def test_new_adapters_on_a_run_name_its_model_as_peft_reads_it(tmp_path: Path) -
     named = json.loads((tmp_path / "on/model/adapter_config.json").read_text())["base_model_name_or_path"]
     assert named == str(tmp_path / "run/model")
     AutoPeftModelForCausalLM.from_pretrained(tmp_path / "on/model")
-    assert load(tmp_path / "on").name == str(tmp_path / "on")
+    assert load(tmp_path / "on").name == str(tmp_path / "on/model")
 
 
 def changed(folder: Path) -> None:

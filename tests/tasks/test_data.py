@@ -602,8 +602,9 @@ def test_training_rows_in_a_test_file_are_counted():
 
 
 def test_a_test_file_keeps_its_rows_if_the_train_file_is_in_another_order():
-    run = data.draw(*in_memory(TASK, {"train": rows(50), "test": rows(90, 100)}), train=20, dev=5, test=30, seed=3)
-    later = {"train": rows(50)[::-1], "test": rows(90, 100)}
+    others = {"validation": rows(20, 200), "test": rows(90, 100)}
+    run = data.draw(*in_memory(TASK, {"train": rows(50), **others}), train=20, dev=5, test=30, seed=3)
+    later = {"train": rows(50)[::-1], **others}
     drawn = data.draw(*in_memory(TASK, later), train=20, dev=5, test=30, seed=0, record={"task": "toy", **run.record})
     assert drawn.rows["test"] == run.rows["test"]
 
