@@ -5,9 +5,7 @@ from __future__ import annotations
 import atexit
 import errno
 import gc
-import io
 import os
-import select
 import sys
 import threading
 from collections.abc import Sequence
@@ -24,6 +22,7 @@ from metazo.io.terminal import UNREAD, print_line
 from metazo.runs.interrupt import Interrupted
 
 from . import messages
+from .streams import encode_all, flushed, open_files, says_rich, unread
 
 
 def _version(wanted: bool) -> None:
@@ -100,12 +99,6 @@ def _yield_to_others() -> None:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
-def _encode_all() -> None:
-    """Have characters that the terminal does not have escaped, as Python does on standard error."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
-
-
 _CONTINUES = {
     "finetune": "Continue with --resume.",
     "meta-train": "Continue with --resume.",
@@ -113,29 +106,11 @@ _CONTINUES = {
 }
 
 
-def _unread() -> bool:
-    """Whether nobody reads standard output any more: it is a pipe without another end."""
-    try:
-        look = select.poll()
-        look.register(1, 0)
-        return any(event & select.POLLERR for _, event in look.poll(0))
-    except (AttributeError, OSError):  # this system has no such call
-        return True
-
-
-def _says_rich(end: SystemExit) -> bool:
-    """Whether rich ended the process, because nobody reads what its console prints, as the help of typer does."""
-    trace = end.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and trace.tb_frame.f_code.co_name == "on_broken_pipe"
-
-
 def main() -> None:
     gc.set_threshold(50_000)  # collections while torch and transformers are imported take a second and find nothing
     _yield_to_others()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch's profiler warns of memory from before it began
-    _encode_all()
+    encode_all()
     errors = messages.Terminal(stderr=True)
     try:  # from here on, because the imports of a command take most of the time before it runs
         command = command_line(sys.argv[1:])
@@ -160,10 +135,10 @@ def main() -> None:
         broken = end.__context__
         if not isinstance(broken, BrokenPipeError):
             raise
-        if end.code != UNREAD and not _says_rich(end):
+        if end.code != UNREAD and not says_rich(end):
             # click ends so after any broken pipe, and has replaced both streams
             sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
-            if not _unread():
+            if not unread():
                 raise broken from None
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         if (
@@ -208,25 +183,9 @@ def entry_point() -> None:
             with suppress(KeyboardInterrupt):
                 threading._shutdown()  # type: ignore[attr-defined]
             atexit._run_exitfuncs()
-            if _flushed(*filter(None, (sys.stdout, sys.stderr)), *_open_files()):
+            if flushed(*filter(None, (sys.stdout, sys.stderr)), *open_files()):
                 os._exit(end.code)
         raise
-
-
-def _open_files() -> list[Any]:
-    kinds = (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)  # texts first: they hold what the others write
-    return sorted((one for one in gc.get_objects() if type(one) in kinds), key=lambda one: kinds.index(type(one)))
-
-
-def _flushed(*streams: Any) -> bool:
-    """Write out what these hold. Returns: whether that was possible; if not, the interpreter ends as ever, and reports it."""
-    try:
-        for stream in streams:
-            if not stream.closed and stream.writable():
-                stream.flush()
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 if __name__ == "__main__":
