@@ -38,11 +38,11 @@ BATCH, LENGTH = 16, 48
 SIZES: dict[str, Any] = {"vocab_size": 4096, "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 2}
 GPUS = (1, 8, 64, 256, 1024)
 # Assumptions about a cluster: a forward pass of 8 billion weights over a sequence of 512 tokens (2 x 8e9 x 512 operations at
-# 40 % of 990e12 per second), three passes per step over 16 GB of weights, read and written at 3 TB/s; the time of
-# a message.
+# 40 % of 990e12 per second); the passes of a step over bfloat16 weights with float32 masters, the default, which move 26 bytes
+# per weight (docs/speed-gpu.md) at 3 TB/s; the time of a message.
 CLUSTER = {
     "forward per sequence": 2 * 8e9 * 512 / (0.4 * 990e12),
-    "passes": 3 * 2 * 16e9 / 3e12,
+    "passes": 26 * 8e9 / 3e12,
     "message": 50e-6,
 }
 

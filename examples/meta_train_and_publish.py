@@ -2,7 +2,8 @@
 
 python examples/meta_train_and_publish.py FOLDER          # needs metazo[llm] and metazo[report]
 
-Ten meta-steps show how the parts fit together. A useful tuner takes more: `metazo demo` takes 200 of them.
+Ten meta-steps show how the parts fit together. The published tuner pico/v2 took 200; docs/meta-learning.md
+says what tuners were worth.
 """
 
 from __future__ import annotations

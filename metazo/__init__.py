@@ -20,7 +20,7 @@ load_model    a transformers model with its tokenizer, or a run's kept model
 load_tuner    a tuner by file, zoo name, Hub id or address; load_feedback, the same for a feedback tuner
 prepare       a task's rows, encoded for a model
 UserError     raised for input that metazo cannot work with
-MeZO, LOZO, HiZOO, ...    the optimizers: every class of metazo.optimizers
+MeZO, LOZO, HiZOO, ...    the methods: every class of metazo.optimizers
 
 Names are imported when they are first used: `import metazo` by itself loads neither torch nor numpy.
 """
@@ -41,10 +41,15 @@ if TYPE_CHECKING:  # type checkers take `X as X` for exported, and other names i
     from metazo.meta.horizon_config import HorizonConfig as HorizonConfig
     from metazo.meta.train import meta_train as meta_train
     from metazo.models import assemble
+    from metazo.optimizers.answer_column import AnswerColumn as AnswerColumn
     from metazo.optimizers.curvzo import CurvZO as CurvZO
     from metazo.optimizers.dominant_layer import DominantLayer as DominantLayer
     from metazo.optimizers.eggroll import EGGROLL as EGGROLL
     from metazo.optimizers.es import ES as ES
+    from metazo.optimizers.feedback import Feedback as Feedback
+    from metazo.optimizers.first_order import FirstOrderAdamW as FirstOrderAdamW
+    from metazo.optimizers.first_order import FirstOrderSGD as FirstOrderSGD
+    from metazo.optimizers.first_order_fused import FirstOrderFused as FirstOrderFused
     from metazo.optimizers.fzoo import FZOO as FZOO
     from metazo.optimizers.hizoo import HiZOO as HiZOO
     from metazo.optimizers.hizoo_l import HiZOOL as HiZOOL
@@ -55,6 +60,7 @@ if TYPE_CHECKING:  # type checkers take `X as X` for exported, and other names i
     from metazo.optimizers.mezo import MeZO as MeZO
     from metazo.optimizers.mezo import MeZOAdam as MeZOAdam
     from metazo.optimizers.mezo import MeZOMomentum as MeZOMomentum
+    from metazo.optimizers.skip_feedback import SkipFeedback as SkipFeedback
     from metazo.optimizers.svrg import MeZOSVRG as MeZOSVRG
     from metazo.optimizers.zo_finetuner import ZOFinetuner as ZOFinetuner
     from metazo.optimizers.zo_muon import ZOMuon as ZOMuon
@@ -90,19 +96,19 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     if name == "__all__":
-        return [*_HOMES, "__version__", *_optimizers()]
+        return [*_HOMES, "__version__", *_methods()]
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), "load" if name in ("load_model", "load_tuner") else name)
-    if name[:1].isupper() and name in _optimizers():
+    if name[:1].isupper() and name in _methods():
         return getattr(import_module("metazo.optimizers"), name)
     if not name.startswith("_") and find_spec(f"metazo.{name}"):
         return import_module(f"metazo.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def _optimizers() -> list[str]:
-    """The names of the optimizer classes."""
-    return sorted(cls.__name__ for cls in import_module("metazo.optimizers").OPTIMIZERS.values())
+def _methods() -> list[str]:
+    """The names of the classes of the methods."""
+    return sorted(cls.__name__ for cls in import_module("metazo.optimizers").METHODS.values())
 
 
 def __dir__() -> list[str]:

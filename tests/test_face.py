@@ -30,11 +30,11 @@ def test_the_bare_import_is_light() -> None:
 
 
 def test_every_public_name_is_there_and_listed() -> None:
-    from metazo.optimizers import OPTIMIZERS
+    from metazo.optimizers import METHODS
 
     names = metazo.__all__
     assert len(names) == len(set(names)) and set(names) <= set(dir(metazo))
-    assert {cls.__name__ for cls in OPTIMIZERS.values()} <= set(names)
+    assert {cls.__name__ for cls in METHODS.values()} <= set(names)
     for name in names:
         thing = getattr(metazo, name)
         assert thing is not None and (name == "__version__" or thing.__doc__), name
@@ -54,7 +54,7 @@ def test_type_checkers_see_the_same_names() -> None:
     exec(compile(ast.Module(block.body, []), "names", "exec"), names)
     seen = {name: names[name] for name in listed}
     public = {name: getattr(metazo, name) for name in metazo.__all__ if name != "__version__"}
-    methods = {cls.__name__ for cls in metazo.optimizers.OPTIMIZERS.values()}  # a new one need not be listed
+    methods = {cls.__name__ for cls in metazo.optimizers.METHODS.values()}  # a new one need not be listed
     assert seen.items() <= public.items() and set(public) - set(seen) <= methods
 
 

@@ -94,6 +94,7 @@ _every = [*_scale, *(item.name for item in options.fields(HorizonConfig))]
 _more = {
     "objective": "; horizon: the loss at the end of whole runs, by evolution strategies",
     "max_length": "; with --learn feedback 64",
+    "task": "; --learn feedback needs none",
     "steps": "; with --objective horizon the pairs of runs, by default 120",
 }
 command = options.with_flags(

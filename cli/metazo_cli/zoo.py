@@ -95,7 +95,12 @@ def push(
     log: Annotated[
         Path | None, typer.Option(help="A run's steps.jsonl, to publish its model as a step log instead of a tuner.")
     ] = None,
-    to: Annotated[str | None, typer.Option(help="A zoo folder (default: METAZO_ZOO), or hub:org/name.")] = None,
+    to: Annotated[
+        str | None,
+        typer.Option(
+            help="A zoo folder (default: METAZO_ZOO, or else metazo/zoo in the cache of Hugging Face), or hub:org/name."
+        ),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the base model (or, with --log, of the model).")] = None,
     version: Annotated[str | None, typer.Option(help="Version (default: the next of v1, v2, ...).")] = None,
     licence: Annotated[str | None, typer.Option(help="Licence of the tuner, such as Apache-2.0.")] = None,

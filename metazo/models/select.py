@@ -12,10 +12,10 @@ from metazo.errors import UserError
 
 def select_trainable(model: nn.Module, train: list[str], freeze: list[str], among: Iterable[str] | None = None) -> int:
     """Set requires_grad by name patterns (`*` and `?`): a tensor is trained if a `train` pattern matches its name (or there
-    is no such pattern), no `freeze` pattern does, and it is in `among` if that is given. Returns the number of trained
-    weights. Raises UserError for a pattern that matches nothing.
+    is no such pattern), no `freeze` pattern does, it is in `among` if that is given, and `save_pretrained` writes it.
+    Returns the number of trained weights. Raises UserError for a pattern that matches nothing.
     """
-    allowed = None if among is None else set(among)
+    allowed, unsaved = None if among is None else set(among), _unsaved(model)
     named = list(model.named_parameters())
     for flag, patterns in (("`train`", train), ("`freeze`", freeze)):
         for pattern in patterns:
@@ -28,12 +28,23 @@ def select_trainable(model: nn.Module, train: list[str], freeze: list[str], amon
                 raise UserError(f"{flag} {pattern!r} names no tensor of the model; its tensors are {examples}, ...")
     for name, parameter in named:
         wanted = not train or any(fnmatchcase(name, pattern) for pattern in train)
-        wanted = wanted and (allowed is None or name in allowed)
+        wanted = wanted and (allowed is None or name in allowed) and name not in unsaved
         parameter.requires_grad_(wanted and not any(fnmatchcase(name, pattern) for pattern in freeze))
     count = sum(parameter.numel() for _, parameter in named if parameter.requires_grad)
     if not count:
         raise UserError("`train` and `freeze` leave no tensor to train.")
     return count
+
+
+def _unsaved(model: nn.Module) -> set[str]:
+    """Names of tensors that transformers does not save, because every model of the kind has the same, as Marian's positions. It
+    loads them as ones to be trained; the tuned model would then be another when it is read again.
+    """
+    return {
+        f"{prefix}.{key}".lstrip(".")
+        for prefix, module in model.named_modules()
+        for key in getattr(module, "_keys_to_ignore_on_save", None) or ()
+    }
 
 
 def _tied(model: nn.Module, pattern: str) -> tuple[str, str] | None:

@@ -12,6 +12,9 @@ from metazo.errors import UserError
 from metazo.io.plain import shown
 from metazo.tasks.task import Row, Task
 
+MAX_ROW = 2**20
+"""Characters of one row, and of one cell."""
+
 
 def _dialect(file: TextIO, path: Path) -> dict[str, Any]:
     """How a table is written. The cells of a TSV file are often not quoted, so that a mark at the start of one means nothing;
@@ -45,6 +48,7 @@ def table(task: Task, path: Path, file: TextIO) -> Iterator[Row]:
 
     Raises UserError for a file that is not CSV.
     """
+    csv.field_size_limit(max(csv.field_size_limit(), MAX_ROW))  # 131,072 by default: less than a long document
     reader = csv.DictReader(file, strict=True, **_dialect(file, path))
     try:
         twice = next((name for name, count in Counter(reader.fieldnames or ()).items() if count > 1), None)
@@ -56,6 +60,11 @@ def table(task: Task, path: Path, file: TextIO) -> Iterator[Row]:
                 raise UserError(f"{where} has another number of cells than the header has columns")
             yield _with_label(task, dict(row))
     except csv.Error as error:
+        if "field limit" in str(error):
+            raise UserError(
+                f"data file {path}, row {reader.line_num} has a cell of more than {MAX_ROW:,} characters; shorten it, or "
+                "divide it into rows"
+            ) from error
         raise UserError(f"data file {path}, row {reader.line_num}: not CSV ({error})") from error
 
 

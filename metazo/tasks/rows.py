@@ -17,11 +17,9 @@ from metazo.errors import UserError
 from metazo.io.extras import needs
 from metazo.io.files import is_file
 from metazo.io.plain import parse_json, shown
-from metazo.tasks.delimited import table
+from metazo.tasks.delimited import MAX_ROW, table
 from metazo.tasks.task import Row, Task, same_value
 
-MAX_ROW = 2**20
-"""Characters of one row."""
 MAX_CHOICES = 256
 """Choices of one row."""
 ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
@@ -178,7 +176,9 @@ def _json_list(path: Path, text: str) -> Iterator[Row]:
 
 def _parse(line: str, where: str) -> Row:
     if len(line) == MAX_ROW:
-        raise UserError(f"{where} is longer than {MAX_ROW:,} characters; is this a file of one JSON object per line?")
+        raise UserError(
+            f"{where} is longer than {MAX_ROW:,} characters; write one JSON object per line, and shorter ones"
+        )
     try:
         return _object(parse_json(line), where)
     except json.JSONDecodeError as error:

@@ -254,3 +254,18 @@ def test_a_comparison_examines_and_runs_it(tiny, tmp_path):
     for column in grid.resolved:
         result = run_cell(store.job(Run("pico_sentiment", column, "seed", 0, 1e-3 if column.trains else None, 8)))
         assert result.finished and result.metrics["test"]["loss"] > 0
+
+
+def test_what_the_library_does_not_save_is_not_trained(tiny, tmp_path):
+    """Marian's positions, which transformers leaves out of its files and loads as weights to be trained."""
+    tokenizer = hf.AutoTokenizer.from_pretrained(tiny("bart"))
+    bart = hf.AutoConfig.from_pretrained(tiny("bart")).to_dict()
+    own = {key: value for key, value in bart.items() if key in hf.MarianConfig().to_dict() and "type" not in key}
+    hf.MarianMTModel(hf.MarianConfig(**own)).save_pretrained(tmp_path / "marian")
+    tokenizer.save_pretrained(tmp_path / "marian")
+    summary = run(tmp_path / "run", tmp_path / "marian", keep="last")
+    assert evaluate(tmp_path / "run")["loss"] == summary["test"]["loss"]
+    trained = {
+        name for name, p in load(tmp_path / "marian", train=True).model.named_parameters() if "positions" in name
+    }
+    assert len(trained) == 2 and not trained & set(load_file(tmp_path / "run/model/model.safetensors"))

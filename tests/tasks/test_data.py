@@ -443,6 +443,11 @@ def test_the_form_of_a_file_changes_no_row(tmp_path, ending):
         ("train.jsonl", '{"text": "a", "label": null}\n', "row 1: 'label' is null, .*list null under `unlabelled`"),
         ("train.jsonl", '{"text": "a", "label": -1}\n', "'label' is -1, .*list it under `unlabelled`"),
         ("train.jsonl", json.dumps({"text": "a" * 2**20, "label": 0}), "is longer than 1,048,576 characters"),
+        (
+            "train.csv",
+            "text,label\n" + "a" * (2**20 + 1) + ",0\n",
+            "row 1 has a cell of more than 1,048,576 characters",
+        ),
     ],
 )
 def test_bad_files_of_every_form_are_one_sentence(tmp_path, name, text, words):
@@ -450,6 +455,19 @@ def test_bad_files_of_every_form_are_one_sentence(tmp_path, name, text, words):
     (tmp_path / "toy" / name).write_text(text)
     with pytest.raises(UserError, match=words):
         draw(tmp_path)
+
+
+@pytest.mark.parametrize("ending", [".csv", ".tsv"])
+def test_a_cell_may_be_a_long_document(tmp_path, ending):
+    before = csv.field_size_limit(2**17)  # Python's own, which was raised if a table was read in this process
+    try:
+        (tmp_path / "toy").mkdir()
+        mark = "\t" if ending == ".tsv" else ","
+        lines = [f"{'a' * 200_000}{index}{mark}{index % 2}" for index in range(20)]
+        (tmp_path / "toy" / f"train{ending}").write_text("\n".join([f"text{mark}label", *lines]) + "\n")
+        assert all(len(row["text"]) > 200_000 for _, row in draw(tmp_path)[0]["train"])
+    finally:
+        csv.field_size_limit(before)
 
 
 def test_a_file_of_the_task_that_does_not_exist(tmp_path):
