@@ -41,7 +41,8 @@ class Watched:
         self.names = names
         self.calls: list[tuple[str, LinearMap, GradientEdge, Tensor]] = []
         self.handles = [
-            entry.module.register_forward_hook(self._hook(entry, names[id(entry.weight)]))
+            # before the hooks of others, which may give another output
+            entry.module.register_forward_hook(self._hook(entry, names[id(entry.weight)]), prepend=True)
             for entry in maps
             if id(entry.weight) in names
         ]

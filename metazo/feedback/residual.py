@@ -35,14 +35,21 @@ class LinearMap:
 
 
 def linear_maps(module: nn.Module, prefix: str = "") -> list[LinearMap]:
-    """The linear maps within a module, in the order of its submodules."""
+    """The linear maps within a module, in the order of its submodules. A Linear with a forward of its own (DeepSeek's grouped
+    ones, routers) may compute something else: its weight is none of them.
+    """
     found = []
     for name, inner in module.named_modules(prefix=prefix):
-        if isinstance(inner, nn.Linear):
+        own = getattr(inner.forward, "__func__", None) is not nn.Linear.forward
+        if not own or type(inner).__name__ == "FalconLinear":  # Falcon's writes out the same product
             found.append(LinearMap(name, inner, False))
-        elif type(inner).__name__ == "Conv1D" and hasattr(inner, "nf"):  # transformers.pytorch_utils
+        elif _is_conv1d(inner):
             found.append(LinearMap(name, inner, True))
     return found
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")  # transformers.pytorch_utils
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,7 @@ class Residual:
 def find_residual(model: nn.Module) -> Residual:
     """The residual stream of a model.
 
-    The candidates are the outermost `nn.ModuleList`s whose members are all of one class and have at least two linear maps
+    The candidates are the outermost `nn.ModuleList`s whose members are all of one class and have at least two linear layers
     each. Exactly one must have most of the parameters of all candidates.
 
     Raises UserError if there is no candidate, if there are two stacks of comparable size, and for an encoder-decoder, whatever
@@ -86,7 +93,7 @@ def find_residual(model: nn.Module) -> Residual:
         inside = any(name.startswith(f"{path}.") for _, path, _ in candidates)
         if inside or not isinstance(module, nn.ModuleList) or len({type(member) for member in module}) != 1:
             continue
-        if all(len(linear_maps(member)) >= 2 for member in module):
+        if all(sum(isinstance(m, nn.Linear) or _is_conv1d(m) for m in member.modules()) >= 2 for member in module):
             candidates.append((sum(p.numel() for p in module.parameters()), name, module))
     if not candidates:
         raise UserError(

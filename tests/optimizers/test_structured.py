@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -385,6 +386,27 @@ def test_a_number_without_dimensions_is_trained() -> None:
     model.blocks[0].register_parameter("gain", torch.nn.Parameter(torch.tensor(0.5, dtype=torch.float64)))
     model.blocks[0].register_forward_hook(lambda block, args, out: args[0] + block.gain * (out - args[0]))
     exact(model, lambda: model(hidden).square().mean())
+
+
+class Turned(torch.nn.Linear):
+    """Multiplies another vector than it is given."""
+
+    def forward(self, given):
+        return super().forward(given.flip(-1))
+
+
+def test_layers_that_are_more_than_a_product_have_their_gradient() -> None:
+    """A subclass of Linear with a forward of its own, one replaced on the object, and a hook that gives another output."""
+    for place, change in enumerate(("class", "object", "hook")):
+        model, hidden = stack()
+        block: Any = model.blocks[place]
+        if change == "class":
+            block.up.__class__ = Turned
+        elif change == "object":
+            block.up.forward = lambda given, layer=block.up: torch.nn.Linear.forward(layer, given.flip(-1))
+        else:
+            block.up.register_forward_hook(lambda layer, given, out: 2 * out)
+        exact(model, lambda model=model, hidden=hidden: model(hidden).square().mean())
 
 
 def test_two_forward_passes_in_one_closure_add_up() -> None:
