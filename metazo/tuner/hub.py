@@ -5,19 +5,34 @@ Errors get metazo's own messages, so that neither a token nor a server's text ca
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 from metazo.errors import UserError
 from metazo.io.extras import needs
-from metazo.io.files import safe_name, write_whole
+from metazo.io.files import is_file, safe_name, write_whole
+from metazo.io.plain import read_json
 from metazo.io.terminal import print_line
 from metazo.tuner.limits import MAX_BYTES, TUNER
 
 with needs("llm"):
     import huggingface_hub
     from huggingface_hub import errors
+    from huggingface_hub.repocard import metadata_load
+
+README, BESIDE = "README.md", "tuner.md"
+"""The card of a repository, and that of a tuner in a repository whose own card another program or person wrote."""
+SAVED = re.compile(
+    r"adapter_(config\.json|model\.(safetensors|bin))|metazo\.json|head\.safetensors|(generation_)?config\.json"
+    r"|(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)|(model\.safetensors|pytorch_model\.bin)\.index\.json"
+    r"|modules\.json|\d+_(Pooling|Dense|Normalize)/[\w.-]+|config_sentence_transformers\.json|sentence_\w+_config\.json"
+    r"|tokenizer(_config)?\.json|(special_tokens_map|added_tokens|vocab)\.json|(vocab|merges)\.txt"
+    r"|(tokenizer|spiece|sentencepiece\.bpe)\.model|(source|target)\.spm|chat_template\.(jinja|json)"
+    r"|additional_chat_templates/[\w.-]+\.jinja"
+)
+"""Files of a saved model: one that another model left in a repository would be read with the files of the new one."""
 
 
 def hub_file(repository: str, revision: str | None, report: Callable[[str], None] = print_line) -> Path:
@@ -46,24 +61,31 @@ def hub_file(repository: str, revision: str | None, report: Callable[[str], None
 
 
 def hub_push(repository: str, data: bytes, text: str, *, private: bool | None = None, branch: str | None = None) -> str:
-    """Upload a tuner and its card to a Hub repository, which is made if missing; returns the address of the commit."""
-    operations = [
-        huggingface_hub.CommitOperationAdd(TUNER, data),
-        huggingface_hub.CommitOperationAdd("README.md", text.encode()),
-    ]
+    """Upload a tuner and its card to a Hub repository, which is made if missing; returns the address of the commit.
+
+    The card is README.md, or tuner.md if the repository has a README.md that metazo did not write.
+    """
+    check_repository(repository, "repository")
     try:
         hub = huggingface_hub.HfApi()
         hub.create_repo(repository, exist_ok=True, private=private)
         if branch is not None:
             hub.create_branch(repository, branch=branch, exist_ok=True)
+        own = _card_is_own(hub, repository, hub.list_repo_files(repository, revision=branch), branch)
+        operations = [
+            huggingface_hub.CommitOperationAdd(TUNER, data),
+            huggingface_hub.CommitOperationAdd(README if own else BESIDE, text.encode()),
+        ]
         done = hub.create_commit(repository, operations, commit_message="Publish tuner", revision=branch)
-        return str(done.commit_url)
     except Exception as error:  # as above
         _refuse(repository, "pushed to", error)
+    if not own:
+        print_line(f"The README.md of {repository} is kept; the tuner's card is {BESIDE}.", stderr=True)
+    return str(done.commit_url)
 
 
-def check_repository(repository: str) -> None:
-    """Raises UserError for a text that is not OWNER/NAME."""
+def check_repository(repository: str, called: str = "push") -> None:
+    """Raises UserError for a text that is not OWNER/NAME. called: the caller's argument."""
     try:
         huggingface_hub.utils.validate_repo_id(repository)
     except errors.HFValidationError:
@@ -71,18 +93,51 @@ def check_repository(repository: str) -> None:
     else:
         repository_is_valid = repository.count("/") == 1
     if not repository_is_valid:
-        raise UserError(f"`push` {repository!r} is not the name of a repository of the Hub: give OWNER/NAME.")
+        raise UserError(f"`{called}` {repository!r} is not the name of a repository of the Hub: give OWNER/NAME.")
 
 
 def push_folder(repository: str, folder: Path) -> str:
-    """Upload the files of a saved model to a Hub repository, which is made if missing; returns the address of the commit."""
+    """Upload the files of a saved model to a Hub repository, which is made if missing; returns the address of the commit.
+
+    The files of a model that was there before are deleted, and all others are left. Raises UserError also for a repository with
+    a README.md that metazo did not write, and for one that is the base model of the adapters in the folder.
+    """
+    settings = folder / "adapter_config.json"
+    base = read_json(settings, "settings of adapters").get("base_model_name_or_path") if is_file(settings) else None
+    if base == repository:
+        raise UserError(
+            f"{repository} cannot be pushed to: it holds the base model of these adapters, which they would replace; name "
+            "another repository"
+        )
     try:
         hub = huggingface_hub.HfApi()
         hub.create_repo(repository, exist_ok=True)
-        done = hub.upload_folder(repo_id=repository, folder_path=folder, commit_message="Publish tuned model")
+        there = hub.list_repo_files(repository)
+        if not _card_is_own(hub, repository, there):
+            raise UserError(
+                f"{repository} cannot be pushed to: it has a README.md that metazo did not write; name another repository, or "
+                "delete that file on the Hub"
+            )
+        old = [name for name in there if SAVED.fullmatch(name)]  # upload_folder keeps those that the folder has
+        done = hub.upload_folder(
+            repo_id=repository, folder_path=folder, commit_message="Publish tuned model", delete_patterns=old
+        )
         return str(done.commit_url)
+    except UserError:
+        raise
     except Exception as error:  # as above
         _refuse(repository, "pushed to", error)
+
+
+def _card_is_own(hub: huggingface_hub.HfApi, repository: str, files: list[str], branch: str | None = None) -> bool:
+    """Whether metazo may write the README.md of a repository: there is none, or it has metazo's tag."""
+    if README not in files:
+        return True
+    path = hub.hf_hub_download(repository, README, revision=branch)
+    try:
+        return "metazo" in (metadata_load(path) or {})["tags"]
+    except Exception:  # no text, no YAML, no tags: yaml's own errors have no common kind with the others
+        return False
 
 
 def _is_commit(revision: str | None) -> bool:
@@ -90,15 +145,26 @@ def _is_commit(revision: str | None) -> bool:
 
 
 def _refuse(name: str, done: str, error: Exception) -> NoReturn:
+    login = "log in with `hf auth login`"
+    broken = "the connection was cut, or the file is not as it was announced; try again"
     reasons: list[tuple[type[Exception], str]] = [
         (errors.OfflineModeIsEnabled, "HF_HUB_OFFLINE is set and it is not in the cache"),
-        (errors.GatedRepoError, "the repository is gated; accept its terms on the Hub and log in with `hf auth login`"),
-        (errors.RepositoryNotFoundError, "there is no such repository, or it is private: log in with `hf auth login`"),
+        (errors.GatedRepoError, f"the repository is gated; accept its terms on the Hub and {login}"),
+        (errors.RepositoryNotFoundError, f"there is no such repository, or it is private: {login}"),
         (errors.RevisionNotFoundError, "the repository has no such revision"),
+        (errors.LocalEntryNotFoundError, broken),
         (errors.EntryNotFoundError, f"the repository holds no {TUNER}"),
         (errors.HFValidationError, "this is not a valid repository name"),
     ]
     status = getattr(getattr(error, "response", None), "status_code", None)
-    fallback = f"the Hub answers {status}" if status else f"the Hub cannot be used ({type(error).__name__})"
+    answers = {
+        401: f"; {login}",
+        403: f"; you may not {'read' if done == 'pulled' else 'write'} there: {login} as who may",
+    }
+    fallback = f"the Hub cannot be used ({type(error).__name__})"
+    if status:
+        fallback = f"the Hub answers {status}{answers.get(status, '')}"
+    elif type(error).__module__.startswith("http") or (isinstance(error, OSError) and error.errno is None):
+        fallback += f": {broken}"
     reason = next((words for kind, words in reasons if isinstance(error, kind)), fallback)
     raise UserError(f"{name} cannot be {done}: {reason}") from None

@@ -18,6 +18,7 @@ from metazo.models.embedded import PICO
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import run_settings
 from metazo.tuner.file import Tuner
+from metazo.tuner.hub import push_folder
 from tests.zoo.conftest import make_tuner
 from tests.zoo.server import Handler, Server, serving
 
@@ -32,14 +33,15 @@ class Hub(Handler):
     """Repositories in memory: create, preupload, commit, HEAD and GET of files, and a repository's list of files."""
 
     files: dict[str, dict[str, bytes]]
-    refuse = False
+    refuse = 0
+    cut = False
 
     def do_POST(self) -> None:
         body = self.given()
         parts = self.path.split("?")[0].strip("/").split("/")
         base = self.server.address  # type: ignore[attr-defined]
         if self.refuse:
-            self.answer(403, {"error": "forbidden"})
+            self.answer(self.refuse, {"error": "forbidden"})
         elif parts[:3] == ["api", "repos", "create"]:
             name = json.loads(body)
             repository = f"{name['organization']}/{name['name']}"
@@ -53,6 +55,8 @@ class Hub(Handler):
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     self.files[repository][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                elif line["key"] == "deletedFile":
+                    del self.files[repository][line["value"]["path"]]
             self.answer(200, {"commitUrl": f"{base}/{repository}/commit/{COMMIT}", "commitOid": COMMIT})
         else:
             self.answer(200, {})
@@ -60,9 +64,14 @@ class Hub(Handler):
     def do_GET(self) -> None:
         parts = self.path.split("?")[0].strip("/").split("/")
         content = self.files.get("/".join(parts[:2]), {}).get("/".join(parts[4:]))
-        if parts[2:3] != ["resolve"] or content is None or parts[3] not in ("main", "v2", COMMIT):
+        if parts[0] == "api" and parts[4:5] == ["tree"]:
+            there = self.files["/".join(parts[2:4])]
+            self.answer(200, [{"type": "file", "path": n, "size": len(d), "oid": COMMIT} for n, d in there.items()])
+        elif parts[2:3] != ["resolve"] or content is None or parts[3] not in ("main", "v2", COMMIT):
             self.reply(404, X_Error_Code="EntryNotFound", X_Repo_Commit=COMMIT)
         else:
+            if self.cut and self.command == "GET":
+                content = content[:-7]
             self.reply(200, content, ETag=f'"{sha256(content).hexdigest()}"', X_Repo_Commit=COMMIT)
 
     do_HEAD = do_GET
@@ -124,8 +133,70 @@ def test_a_tuned_model_is_pushed_with_its_card(hub, tmp_path: Path) -> None:
     assert "| task | pico_sentiment" in card and "| method | mezo |" in card and str(tmp_path) not in card
 
 
+def test_a_pushed_model_leaves_no_file_of_the_one_before(hub, tmp_path: Path) -> None:
+    """Old adapters beside a full model, or an old whole model beside shards, would be loaded; a user's own files stay."""
+    own = {
+        "notes.txt",
+        "data/config.json",
+        "model_notes.json",
+        ".gitattributes",
+        "images/model.safetensors",
+        "train.json",
+    }
+    old = {
+        "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "metazo.json", "config.json", "vocab.txt",
+        "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
+        "generation_config.json", "head.safetensors", "modules.json", "1_Pooling/config.json", "chat_template.jinja",
+        "sentence_bert_config.json", "tokenizer_config.json", "spiece.model",
+    }  # fmt: skip
+    hub.files["org/model"] = dict.fromkeys(own | old, b"old") | {"README.md": b"---\ntags:\n- metazo\n---\nof mine"}
+    (folder := tmp_path / "model").mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "README.md").write_text("new")
+    push_folder("org/model", folder)
+    assert hub.files["org/model"] == dict.fromkeys(own, b"old") | {"config.json": b"{}", "README.md": b"new"}
+
+
+@pytest.mark.parametrize("card", [b"# A base model", b"---\ntags: [text]\n---\nmetazo", b"---\n: [\n---\n", b"\xff"])
+def test_a_card_of_others_is_kept(hub, tmp_path: Path, card: bytes, capsys) -> None:
+    hub.files["org/base"] = {"README.md": card, "config.json": b"base"}
+    (folder := tmp_path / "model").mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "README.md").write_text("new")
+    with pytest.raises(
+        UserError, match="^org/base cannot be pushed to: it has a README.md that metazo did not write; name"
+    ):
+        push_folder("org/base", folder)
+    tuner = make_tuner("org/base")
+    for _ in range(2):
+        tuner.push_to_hub("org/base")
+        assert "The README.md of org/base is kept; the tuner's card is tuner.md." in capsys.readouterr().err
+    files = hub.files["org/base"]
+    assert set(files) == {"README.md", "config.json", "tuner.safetensors", "tuner.md"} and files["README.md"] == card
+    assert b"## Scores" in files["tuner.md"]
+
+
+def test_adapters_do_not_replace_their_base(hub, tmp_path: Path) -> None:
+    hub.files["org/base"] = {"config.json": b"base"}
+    (folder := tmp_path / "model").mkdir()
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    with pytest.raises(UserError, match="org/base cannot be pushed to: it holds the base model of these adapters"):
+        push_folder("org/base", folder)
+    assert hub.files == {"org/base": {"config.json": b"base"}}
+
+
+def test_messages_of_the_hub_say_what_to_do(hub) -> None:
+    make_tuner("org/base").push_to_hub("org/tuner")
+    hub.cut = True
+    with pytest.raises(UserError, match="org/tuner@main cannot be pulled: .*the connection was cut, .*; try again"):
+        Tuner.from_pretrained("org/tuner")
+    for hub.refuse, words in ((401, "; log in with `hf auth login`$"), (403, "; you may not write there: log in")):
+        with pytest.raises(UserError, match=f"org/tuner cannot be pushed to: .*{hub.refuse}{words}"):
+            make_tuner("org/base").push_to_hub("org/tuner")
+
+
 def test_a_refused_push_keeps_the_run_and_is_tried_again(hub, tmp_path: Path) -> None:
-    hub.refuse = True
+    hub.refuse = 403
     settings = FinetuneConfig(**SMALL, out=tmp_path / "run", push="org/model")
     with pytest.raises(
         UserError, match=r"org/model cannot be pushed to: .*403.* The run is complete \(.*\); continue with `resume=Tr"
@@ -133,7 +204,7 @@ def test_a_refused_push_keeps_the_run_and_is_tried_again(hub, tmp_path: Path) ->
         run_settings(settings)
     assert (tmp_path / "run" / "model" / "adapter_model.safetensors").is_file()
     assert "pushed" not in json.loads((tmp_path / "run" / "summary.json").read_text())
-    hub.refuse = False
+    hub.refuse = 0
     run_settings(FinetuneConfig(**SMALL, out=tmp_path / "run", push="org/model", resume=True))
     assert "adapter_model.safetensors" in hub.files["org/model"]
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["pushed"] == ["org/model"]
@@ -167,5 +238,10 @@ def test_what_is_no_repository_is_refused_before_the_run(tmp_path: Path) -> None
     with pytest.raises(UserError, match="`push` 'model' is not the name of a repository of the Hub: give OWNER/NAME"):
         run_settings(FinetuneConfig(**SMALL, out=tmp_path / "run", push="model"))
     assert not (tmp_path / "run").exists()
+    for name in ("", "model", "a/b/c"):
+        with pytest.raises(
+            UserError, match=f"^`repository` '{name}' is not the name of a repository of the Hub: give OWNER/N"
+        ):
+            make_tuner("base").push_to_hub(name)
     with pytest.raises(UserError, match="`push` uploads the saved model"):
         FinetuneConfig(**{**SMALL, "keep": "none"}, out=tmp_path / "run", push="a/b")

@@ -40,6 +40,8 @@ class Answering(Handler):
                 self.reply(200, DATA, ETag=f'"{DIGEST}"', X_Repo_Commit=COMMIT)
             else:
                 self.reply(404, X_Error_Code="RevisionNotFound")
+        elif path == "/api/models/org/tuner/tree/main":
+            self.reply(200, b"[]", Content_Type="application/json")
         elif path == "/elsewhere":
             self.reply(302, Location="https://192.0.2.1/tuner.safetensors")
         elif path == "/huge":
