@@ -1,11 +1,14 @@
-"""Removes possible secrets from addresses in messages, logs and settings."""
+"""Removes possible secrets from addresses in messages, logs and settings, and the folders of this machine from names."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from urllib.parse import urlsplit
 
 _LOGIN = re.compile(r"[^/\s@:]+:[^/\s@]+(?=@)")
+
+_FILES = (".py", ".yaml", ".yml", ".safetensors")
 
 
 def shown_address(address: str) -> str:
@@ -17,6 +20,20 @@ def shown_address(address: str) -> str:
         return f"{parts.scheme}://{parts.hostname or ''}{f':{parts.port}' if parts.port else ''}{parts.path}"
     except ValueError:
         return "the address"
+
+
+def shortened(name: str) -> str:
+    """A name without the folders of this machine: the last name of a path, and a Hub id as it is."""
+    path, mark, function = name.rpartition(":") if ".py:" in name else (name, "", "")
+    local = Path(path).is_absolute() or path.count("/") > 1 or path.startswith((".", "~")) or _is_path(path)
+    return (Path(path).name if local else path) + mark + function
+
+
+def _is_path(name: str) -> bool:
+    try:
+        return Path(name.partition("#")[0]).suffix in _FILES or Path(name).exists()
+    except (OSError, ValueError):  # a text that is too long for a name
+        return False
 
 
 def has_secret(address: str) -> bool:

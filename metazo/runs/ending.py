@@ -16,8 +16,8 @@ from metazo.models.adapters import merge_adapters
 from metazo.models.parts import hash_of
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.evaluations import Scores
-from metazo.runs.folder import BEST, SNAPSHOTS, SUMMARY, RunFolder
-from metazo.runs.locate import MODEL
+from metazo.runs.folder import BEST, SNAPSHOTS, RunFolder
+from metazo.runs.locate import MODEL, SUMMARY
 from metazo.runs.model_card import ModelCard
 from metazo.runs.monitor import Diverged, Watch
 from metazo.runs.resources import peak_memory
@@ -156,13 +156,14 @@ class Ending(ABC):
 
 
 def push(config: FinetuneConfig, summary: dict[str, Any], console: Console) -> bool:
-    """Upload the saved model to the repository of the settings, unless the summary says that it is there already, and say so
-    in the summary. Returns whether the summary has changed.
+    """Upload the saved model to the repository of the settings, and say so in the summary. Returns whether the summary has
+    changed. A model that was uploaded there before is uploaded again, which mends what happened to it since; the Hub makes no
+    commit for equal files.
 
     Raises UserError, with everything saved, if that fails: a resumed run tries it again.
     """
     there = summary.get("pushed", [])
-    if config.push is None or config.out is None or config.push in there:
+    if config.push is None or config.out is None:
         return False
     if rank() == 0:
         if not (config.out / MODEL).is_dir():
@@ -174,5 +175,5 @@ def push(config: FinetuneConfig, summary: dict[str, Any], console: Console) -> b
                 f"{error}. The run is complete ({config.out / SUMMARY}); continue with `resume=True` to push it again."
             ) from error
         console.say("pushed:", address)
-    summary["pushed"] = [*there, config.push]
-    return True
+    summary["pushed"] = list(dict.fromkeys([*there, config.push]))
+    return summary["pushed"] != there

@@ -21,11 +21,11 @@ from metazo.io.lock import NAME as LOCK
 from metazo.io.lock import FolderLock
 from metazo.io.plain import MAX_JSON_BYTES, parse_json, shown
 from metazo.io.tensorfile import read_tensors, write_tensors
-from metazo.runs.locate import CONFIG, MODEL, STARTED, UNSET, read_config
+from metazo.runs.locate import CONFIG, MODEL, STARTED, SUMMARY, UNSET, read_config
 from metazo.settings import Unset
 from metazo.steplog.format import STEPS, change, scan
 
-METRICS, SUMMARY = "metrics.jsonl", "summary.json"
+METRICS = "metrics.jsonl"
 BEST = "best.safetensors"
 SNAPSHOTS = "snapshot-*.safetensors"
 BELONGS = "belongs"  # key of the hashes in config.json

@@ -18,8 +18,7 @@ from metazo.models.load import MADE, LoadedModel
 from metazo.optimizers import METHODS
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.examples import prepared_task
-from metazo.runs.folder import SUMMARY
-from metazo.runs.locate import MODEL, located, read_config, run_of, unset_in
+from metazo.runs.locate import MODEL, SUMMARY, located, read_config, run_of, unset_in
 from metazo.runs.method import resolve_device, unversioned
 from metazo.settings import build, with_role
 from metazo.steplog.format import STEPS, scan

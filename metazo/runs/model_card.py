@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import metazo
+from metazo.io.redact import shortened
 from metazo.optimizers.registry import method
 from metazo.runs.config import FinetuneConfig
 
@@ -71,13 +72,6 @@ class ModelCard:
             base = f", on a base that is quantised to {self.quantize}" if self.quantize else ""
             return load + f"# or with peft{base}: PeftModel.from_pretrained(base, FOLDER_OR_HUB_ID)\n"
         return load + "# or with transformers: AutoModel and its kin, .from_pretrained(FOLDER_OR_HUB_ID)\n"
-
-
-def shortened(name: str) -> str:
-    """A name without the folders of this machine: the last name of a path, and a Hub id as it is."""
-    path, mark, function = name.rpartition(":") if ".py:" in name else (name, "", "")
-    local = Path(path).is_absolute() or path.count("/") > 1 or path.startswith((".", "~")) or Path(path).exists()
-    return (Path(path).name if local else path) + mark + function
 
 
 def _cell(text: str) -> str:

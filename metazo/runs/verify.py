@@ -15,8 +15,8 @@ from metazo.errors import UserError
 from metazo.io.files import is_file
 from metazo.models.load import LoadedModel
 from metazo.optimizers import METHODS
-from metazo.runs.folder import SUMMARY
 from metazo.runs.header import environment
+from metazo.runs.locate import SUMMARY
 from metazo.runs.tuned import MEMORY
 from metazo.step.record import Step
 from metazo.steplog.format import Scan

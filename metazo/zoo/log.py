@@ -10,9 +10,12 @@ from typing import Any
 
 from metazo.errors import UserError
 from metazo.io.plain import is_plain
-from metazo.io.redact import shown_address
+from metazo.io.redact import shortened, shown_address
 from metazo.step.record import Step
 from metazo.steplog.format import encode, line, scan
+
+_PATHS = ("data", "objective", "task", "tuner", "zoo")
+"""Settings that may be paths, also relative ones: texts in other settings, such as label phrases, may only look like them."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +61,14 @@ class Log:
         return Log(b"".join(parts), json.loads(json.dumps(header)), self.steps, self.end)
 
 
-def _portable(value: Any) -> Any:
-    """The last name of a path, an address without secrets, or any other value as it is."""
+def _portable(value: Any, key: str = "") -> Any:
+    """The last name of a path, an address without secrets, or any other value as it is. key: the value's name in the header."""
     if isinstance(value, dict):
-        return {key: _portable(part) for key, part in value.items()}
+        return {key: _portable(part, key) for key, part in value.items()}
     if isinstance(value, list):
         return [_portable(part) for part in value]
     if isinstance(value, str) and "://" in value:
         return shown_address(value)
     if isinstance(value, str) and re.match(r"[/~\\]|\.\.?[/\\]|[A-Za-z]:[/\\]|.*[/\\].*\.ya?ml$", value):
         return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
-    return value
+    return shortened(value) if isinstance(value, str) and key in _PATHS else value

@@ -78,6 +78,28 @@ def test_paths_and_secrets_are_not_published(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "kept"),
+    [
+        ("objective", "secret/project/rw.py:brevity", "rw.py:brevity"),
+        ("objective", "secret/rw.py:brevity", "rw.py:brevity"),
+        ("objective", "/secret/rw.py:brevity", "rw.py:brevity"),
+        ("objective", "accuracy", "accuracy"),
+        ("tuner", "secret/sub/t.safetensors", "t.safetensors"),
+        ("tuner", "secret/t.safetensors", "t.safetensors"),
+        ("tuner", "secret/t.safetensors#sha256=ab", "t.safetensors#sha256=ab"),
+        ("tuner", "org/name@v1", "org/name@v1"),
+        ("task", "secret/mine.yaml", "mine.yaml"),
+        ("data", "secret/of/mine", "mine"),
+        ("wording", "good/bad/neither", "good/bad/neither"),
+        ("task", "x" * 5000, "x" * 5000),
+    ],
+)
+def test_relative_paths_are_not_published(name: str, value: str, kept: str) -> None:
+    log = Log.from_bytes(log_bytes(HEADER | {"settings": {"model": "tiny", name: value}}), "log")
+    assert log.published("tiny").header["settings"] == {"model": "tiny", name: kept}
+
+
 def test_a_log_is_no_tuner_and_is_found_by_its_name_alone(tmp_path: Path) -> None:
     path = tmp_path / "steps.jsonl"
     path.write_bytes(log_bytes())

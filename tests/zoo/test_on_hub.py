@@ -19,6 +19,7 @@ from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import run_settings
 from metazo.tuner.file import Tuner
 from metazo.tuner.hub import push_folder
+from metazo_cli.main import command_line
 from tests.zoo.conftest import make_tuner
 from tests.zoo.server import Handler, Server, serving
 
@@ -210,18 +211,28 @@ def test_a_refused_push_keeps_the_run_and_is_tried_again(hub, tmp_path: Path) ->
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["pushed"] == ["org/model"]
 
 
-def test_a_complete_run_is_pushed_once_to_a_repository(hub, tmp_path: Path) -> None:
+def test_a_complete_run_is_pushed_whenever_a_repository_is_named(hub, tmp_path: Path) -> None:
     run_settings(FinetuneConfig(**SMALL, out=tmp_path / "run"))
     assert not hub.files
     for name in ("org/late", "org/second"):
         again = FinetuneConfig(**SMALL, out=tmp_path / "run", push=name, resume=True)
         assert run_settings(again)["pushed"][-1] == name and "README.md" in hub.files.pop(name)
-        assert run_settings(again)["pushed"][-1] == name and not hub.files
+        for _ in range(2):
+            assert run_settings(again)["pushed"][-1] == name and hub.files[name]["README.md"]
+        hub.files.pop(name)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["pushed"] == ["org/late", "org/second"]
     shutil.rmtree(tmp_path / "run" / "model")
-    for name in (None, "org/late"):  # nothing is to be done
-        run_settings(FinetuneConfig(**SMALL, out=tmp_path / "run", push=name, resume=True))
+    run_settings(FinetuneConfig(**SMALL, out=tmp_path / "run", resume=True))
     with pytest.raises(UserError, match="has kept no model"):
         run_settings(FinetuneConfig(**SMALL, out=tmp_path / "run", push="org/third", resume=True))
+
+
+def test_a_command_uploads_again_only_if_it_names_the_repository(hub, tmp_path: Path) -> None:
+    run_settings(FinetuneConfig(**SMALL, out=tmp_path / "run", push="org/model"))
+    for arguments, uploaded in (([], False), (["--push", "org/model"], True)):
+        hub.files.clear()
+        command_line()(["finetune", "--resume", str(tmp_path / "run"), *arguments], standalone_mode=False)
+        assert ("org/model" in hub.files) == uploaded
 
 
 def test_a_model_of_a_revision(hub, tmp_path: Path) -> None:
