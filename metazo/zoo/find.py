@@ -19,6 +19,9 @@ from metazo.zoo.index import CARD, INDEX, Entry, Found, Item, folders, read_inde
 from metazo.zoo.log import Log
 from metazo.zoo.signature import NEW, SUFFIX
 
+REPOSITORY = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
+"""The form of a Hub repository's name."""
+
 
 def entries(zoo: str | Path | None = None, key: str | None = None) -> list[Found]:
     """All entries of the zoo folders, in search order.
@@ -38,10 +41,14 @@ def tuners(zoo: str | Path | None = None, kind: str = "tuner") -> list[Found]:
 def named(name: str, zoo: str | Path | None = None, key: str | None = None, kind: str = "tuner") -> Found | None:
     """The entry called `name` (`<base model>/<version>`), or the last of this kind published for that base model, or the last
     of any other kind if there is none. `key` as for `entries`.
+
+    A pulled file says itself which its base model is, so that the cache is not asked for a base model that may be another's
+    Hub repository, `org/name`.
     """
     found = entries(zoo, key)
     exact = [tuner for tuner in found if tuner.entry.name == name]
     bases = [tuner for tuner in found if name in (tuner.entry.name.rpartition("/")[0], tuner.entry.base_model)]
+    bases = [tuner for tuner in bases if tuner.where != "cache" or not REPOSITORY.fullmatch(name)]
     bases = [tuner for tuner in bases if tuner.entry.kind == kind] or bases
     if exact or not bases:
         return exact[0] if exact else None

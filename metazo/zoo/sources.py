@@ -19,7 +19,7 @@ from metazo.io.terminal import print_line
 from metazo.tuner.file import Tuner
 from metazo.tuner.limits import MAX_BYTES, TUNER
 from metazo.zoo.download import download
-from metazo.zoo.find import checked, named, parsed, tuners
+from metazo.zoo.find import REPOSITORY, checked, named, parsed, tuners
 from metazo.zoo.index import Entry, Found, Item, add, cache_folder, read_index
 from metazo.zoo.log import Log
 
@@ -29,9 +29,9 @@ Report = Callable[[str], None]
 def load(source: str | Path, zoo: str | Path | None = None, report: Report = print_line) -> Tuner:
     """The tuner that `source` names, checked; `report` is called for downloads. Raises UserError.
 
-    `source` is tried in this order: a tuner file or a folder with one; a name in the zoo folders (`pico`, `pico/v1`); an
-    https address, optionally ending in `#sha256=...`; a Hub repository `org/name`, `org/name@revision`, also with
-    `#sha256=...`.
+    `source` is tried in this order: a tuner file or a folder with one; a name in the zoo folders (`pico`, `pico/v1`; the cache
+    is not searched for a base model called `org/name`); an https address, optionally ending in `#sha256=...`; a Hub
+    repository `org/name`, `org/name@revision`, also with `#sha256=...`.
     """
     item = _fetch(str(source), zoo, report, None, called="tuner")[1]
     if isinstance(item, FeedbackTuner):
@@ -135,7 +135,7 @@ def _read(source: str, zoo: str | Path | None, report: Report, kind: str, called
     if tuner is not None:
         return _from_zoo(tuner, report)
     repository, _, revision = source.removeprefix("hub:").partition("@")
-    if re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", repository) and ".." not in source:
+    if REPOSITORY.fullmatch(repository) and ".." not in source:
         from metazo.tuner.hub import hub_file
 
         return read_capped(hub_file(repository, revision or None, report), MAX_BYTES, "tuner"), None

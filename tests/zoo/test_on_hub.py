@@ -6,6 +6,7 @@ import base64
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import huggingface_hub
 import pytest
 import transformers
 
+from metazo import zoo
 from metazo.errors import UserError
 from metazo.models.embedded import PICO
 from metazo.runs.config import FinetuneConfig
@@ -36,6 +38,7 @@ class Hub(Handler):
     files: dict[str, dict[str, bytes]]
     refuse = 0
     cut = False
+    commit = COMMIT
 
     def do_POST(self) -> None:
         body = self.given()
@@ -68,12 +71,12 @@ class Hub(Handler):
         if parts[0] == "api" and parts[4:5] == ["tree"]:
             there = self.files["/".join(parts[2:4])]
             self.answer(200, [{"type": "file", "path": n, "size": len(d), "oid": COMMIT} for n, d in there.items()])
-        elif parts[2:3] != ["resolve"] or content is None or parts[3] not in ("main", "v2", COMMIT):
-            self.reply(404, X_Error_Code="EntryNotFound", X_Repo_Commit=COMMIT)
+        elif parts[2:3] != ["resolve"] or content is None or parts[3] not in ("main", "v2", self.commit):
+            self.reply(404, X_Error_Code="EntryNotFound", X_Repo_Commit=self.commit)
         else:
             if self.cut and self.command == "GET":
                 content = content[:-7]
-            self.reply(200, content, ETag=f'"{sha256(content).hexdigest()}"', X_Repo_Commit=COMMIT)
+            self.reply(200, content, ETag=f'"{sha256(content).hexdigest()}"', X_Repo_Commit=self.commit)
 
     do_HEAD = do_GET
 
@@ -117,6 +120,30 @@ def test_a_tuner_is_pushed_with_a_card_and_loaded_again(hub) -> None:
         assert Tuner.from_pretrained("org/tuner", revision=revision).to_bytes() == tuner.to_bytes()
     with pytest.raises(UserError, match="org/other@main cannot be pulled"):
         Tuner.from_pretrained("org/other")
+
+
+def test_a_pulled_tuner_takes_no_other_repositorys_name(hub, tmp_path: Path) -> None:
+    ours, theirs = make_tuner("org/base", seed=1), make_tuner("org/base", seed=2)
+    theirs.push_to_hub("stranger/tuner")
+    ours.push_to_hub("org/base")
+    pulled = zoo.pull("stranger/tuner", report=lambda line: None)
+    assert pulled.entry.base_model == "org/base" and zoo.named(pulled.entry.name) == replace(pulled, where="cache")
+    assert (
+        zoo.named("org/base") is None and zoo.load("org/base", report=lambda line: None).to_bytes() == ours.to_bytes()
+    )
+    zoo.push(theirs, tmp_path / "z")
+    assert zoo.load("org/base", tmp_path / "z").to_bytes() == theirs.to_bytes()  # a zoo that the user names or keeps
+
+
+def test_a_tuner_in_its_base_models_repository_is_fetched_anew(hub, monkeypatch) -> None:
+    for seed in range(2):
+        hub.commit = str(seed) * 40
+        tuner = make_tuner("org/base", seed=seed)
+        tuner.push_to_hub("org/base")
+        assert zoo.pull("org/base", report=lambda line: None).path.read_bytes() == tuner.to_bytes()
+        assert zoo.load("org/base", report=lambda line: None).to_bytes() == tuner.to_bytes()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert zoo.load("org/base").to_bytes() == tuner.to_bytes()
 
 
 def test_a_tuner_from_a_folder(tmp_path: Path) -> None:
