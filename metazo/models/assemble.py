@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from metazo.models.identity import base_weights, check_base
 from metazo.models.load import DTYPES, NEW_HEAD, LoadedModel, load_model
 from metazo.models.quantize import QUANTISED, keep_unpacked, quantised, remember_stored, repeated
 from metazo.models.select import select_trainable
+from metazo.models.sentence import find
 from metazo.models.tokenizer import context_length, set_pad
 from metazo.models.wanted import Wanted
 
@@ -108,9 +111,9 @@ def _check_merge(loaded: LoadedModel, wanted: Wanted) -> None:
 def load(name_or_path: str | Path, *, merge: bool = False, train: bool = False, **options: Any) -> LoadedModel:
     """Load a model with its tokenizer, as `metazo.models.load.load_model`, or the model of a run.
 
-    name_or_path: a folder or Hub id of transformers, pico, the folder of a run (its kept model is loaded), or a folder of
-    adapters of peft (their base model, which adapter_config.json names, is loaded with the adapters on it). merge: add
-    the adapters to the weights, so that the model is a plain one; the sums are rounded to its dtype. train: leave the adapters
+    name_or_path: a folder or Hub id of transformers, pico, the folder of a run (its kept model is loaded), or a folder or
+    Hub id of adapters of peft (their base model, which adapter_config.json names, is loaded with the adapters on it). merge:
+    add the adapters to the weights, so that the model is a plain one; the sums are rounded to its dtype. train: leave the adapters
     trainable. options: kind, dtype, device, num_labels, head, seed, trained_head, quantize, ... of `load_model`.
     Raises UserError as `load_model` does, for adapters of a kind that metazo does not load, if their base model cannot be
     loaded, has other weights than in their training, or if their head has another number of classes than `num_labels`.
@@ -118,8 +121,8 @@ def load(name_or_path: str | Path, *, merge: bool = False, train: bool = False, 
     if not isinstance(name_or_path, str | Path):
         raise UserError(f"`name_or_path` is a folder, a Hub id or pico, not {shown(name_or_path)}.")
     name_or_path = _of_run(name_or_path)
-    folder = Path(name_or_path).expanduser()
-    if not is_file(folder / ADAPTERS):
+    folder = _of_adapters(name_or_path, options.get("revision"))
+    if folder is None:
         return load_model(name_or_path, **options)
     base, revision = _named_in(folder)
     settings = read_json(folder / ADAPTERS, "settings of adapters")
@@ -160,7 +163,7 @@ def load(name_or_path: str | Path, *, merge: bool = False, train: bool = False, 
         loaded = load(base, merge=True, **dict[str, Any](options, trained_head=False, revision=revision))
     except UserError as error:
         raise UserError(f"{folder} has adapters, and their base model cannot be loaded: {error}") from error
-    found = base_weights(loaded) if (known or train) and not has_adapters(base) else None
+    found = base_weights(loaded) if (known or train) and not has_adapters(base, revision) else None
     check_base(known, found, folder, base, settings["base_model_name_or_path"])
     with_adapters(loaded, folder, train=train)
     if record is not None:
@@ -225,13 +228,41 @@ def base_of(name_or_path: str | Path, revision: str | None = None) -> tuple[str,
     LoRA adapters.
     """
     name = _of_run(name_or_path)
+    folder = _of_adapters(name, revision)
+    return (str(name), revision) if folder is None else base_of(*_named_in(folder))
+
+
+def has_adapters(name_or_path: str | Path, revision: str | None = None) -> bool:
+    """Whether this is a folder or Hub id of adapters, or the folder of a run that kept adapters."""
+    return _of_adapters(_of_run(name_or_path), revision) is not None
+
+
+def _of_adapters(name: str | Path, revision: str | None) -> Path | None:
+    """The folder of the adapters that this names, which is in the Hub's cache for a Hub id; None for another model.
+
+    The Hub is asked for Hub ids alone, and its cache without a network.
+    """
     folder = Path(name).expanduser()
-    return base_of(*_named_in(folder)) if is_file(folder / ADAPTERS) else (str(name), revision)
-
-
-def has_adapters(name_or_path: str | Path) -> bool:
-    """Whether this is a folder of adapters, or of a run that kept adapters."""
-    return is_file(Path(_of_run(name_or_path)).expanduser() / ADAPTERS)
+    if is_file(folder / ADAPTERS):
+        return folder
+    if name in EMBEDDED or folder.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(name)):
+        return None
+    try:
+        settings = find(str(name), ADAPTERS, revision or "main")
+    except Exception:  # no such repository or revision, no access, no network: the loading of a plain model says which
+        return None
+    if settings is None:
+        return None
+    commit, weights = settings.parent.name, None
+    with suppress(Exception):  # as above
+        find(str(name), RECORD, commit)
+        weights = find(str(name), WEIGHTS, commit)
+    if weights is None:
+        raise UserError(
+            f"{name} has adapters, and their {WEIGHTS} cannot be had from the Hub: try again, or save them again with "
+            "save_pretrained if the repository has no such file"
+        )
+    return settings.parent
 
 
 def _of_run(name_or_path: str | Path) -> str | Path:

@@ -65,7 +65,7 @@ def check_named(config: FinetuneConfig, loaded: LoadedModel) -> None:
     name, and on either part alone peft would read another model.
     """
     new = config.adapters is not None and config.adapters.kind != "continue"
-    if new and has_adapters(loaded.name):
+    if new and has_adapters(loaded.name, config.revision):
         raise UserError(
             f"`model` {loaded.name} has adapters, and new ones on it could not name their base model: continue these with "
             "`adapter='continue'`, or add `merge=True` to save a plain model."

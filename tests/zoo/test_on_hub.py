@@ -12,6 +12,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import torch
 import transformers
 
 from metazo import zoo
@@ -270,6 +271,42 @@ def test_a_model_of_a_revision(hub, tmp_path: Path) -> None:
     assert load_model("org/pico", revision="v2").model.config.model_type == "llama"
     with pytest.raises(UserError, match="model 'org/pico' cannot be loaded"):
         load_model("org/pico", revision="gone")
+
+
+def test_pushed_adapters_are_a_model_for_all_that_takes_one(hub, tmp_path: Path, monkeypatch) -> None:
+    from metazo.models.assemble import base_of, has_adapters, load
+
+    run_settings(FinetuneConfig(**SMALL, out=tmp_path / "run", push="org/model"))
+    hub.files["org/pico"] = {path.name: path.read_bytes() for path in PICO.iterdir() if path.is_file()}
+    hub.files["org/half"] = {"adapter_config.json": hub.files["org/model"]["adapter_config.json"]}
+    ids = torch.arange(12)[None]
+    for merge in (True, False):
+        loaded, here = (load(name, merge=merge) for name in ("org/model", tmp_path / "run" / "model"))
+        assert torch.equal(loaded.model(ids).logits, here.model(ids).logits) and loaded.name == "org/model"
+    assert loaded.model.config.metazo == here.model.config.metazo
+    assert has_adapters("org/model", "v2") and base_of("org/model") == ("pico", None)
+    assert not has_adapters("org/pico") and base_of("org/pico", "v2") == ("org/pico", "v2")
+    with pytest.raises(UserError, match="org/half has adapters, and their adapter_model.safetensors cannot be had"):
+        load("org/half")
+    command = ["finetune", "--model", "org/model", "--task", "pico_sentiment", "--steps", "1", "--train-examples", "8",
+               "--dev-examples", "0", "--test-examples", "4", "--batch-size", "4", "--lr", "1e-3",
+               "--keep", "none"]  # fmt: skip
+    command_line()([*command, "--adapter", "continue", "--out", str(tmp_path / "more")], standalone_mode=False)
+    with pytest.raises(UserError, match="`model` org/model has adapters, and new ones on it could not name their base"):
+        run_settings(FinetuneConfig(**SMALL | {"model": "org/model"}, out=tmp_path / "new"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    hub.files.clear()
+    assert torch.equal(load("org/model").model(ids).logits, here.model(ids).logits)
+
+
+def test_nothing_is_asked_for_models_that_are_here(hub, tmp_path: Path, monkeypatch) -> None:
+    from metazo.models import assemble
+
+    monkeypatch.setattr(assemble, "find", lambda *asked: pytest.fail(f"the Hub was asked for {asked}"))
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for name in ("pico", PICO, "org/name", "a/b/c", "./a", "~/a", "/a/b", "memory:Own", "runs\\a"):
+        assert not assemble.has_adapters(name)
 
 
 def test_what_is_no_repository_is_refused_before_the_run(tmp_path: Path) -> None:
