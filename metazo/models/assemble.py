@@ -113,8 +113,8 @@ def load(name_or_path: str | Path, *, merge: bool = False, train: bool = False, 
 
     name_or_path: a folder or Hub id of transformers, pico, the folder of a run (its kept model is loaded), or a folder or
     Hub id of adapters of peft (their base model, which adapter_config.json names, is loaded with the adapters on it). merge:
-    add the adapters to the weights, so that the model is a plain one; the sums are rounded to its dtype. train: leave the adapters
-    trainable. options: kind, dtype, device, num_labels, head, seed, trained_head, quantize, ... of `load_model`.
+    add the adapters to the weights, so that the model is a plain one; the sums are rounded to its dtype. train: leave the
+    adapters trainable. options: kind, dtype, device, num_labels, head, seed, trained_head, quantize, ... of `load_model`.
     Raises UserError as `load_model` does, for adapters of a kind that metazo does not load, if their base model cannot be
     loaded, has other weights than in their training, or if their head has another number of classes than `num_labels`.
     """
