@@ -159,7 +159,7 @@ def _refuse(name: str, done: str, error: Exception) -> NoReturn:
     status = getattr(getattr(error, "response", None), "status_code", None)
     answers = {
         401: f"; {login}",
-        403: f"; you may not {'read' if done == 'pulled' else 'write'} there: {login} as who may",
+        403: f"; you may not {'read' if done == 'pulled' else 'write'} there: {login} as someone who may",
     }
     fallback = f"the Hub cannot be used ({type(error).__name__})"
     if status:
