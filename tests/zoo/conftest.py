@@ -6,11 +6,14 @@ import ipaddress
 from collections.abc import Iterator
 from pathlib import Path
 
+import huggingface_hub
 import pytest
+import transformers
 
 from metazo.tuner.file import BlockSpec, Tuner, TunerInfo
 from metazo.tuner.networks import PertNN
 from metazo.zoo import address
+from tests.zoo.server import Hub, Server, serving
 
 SHAPES = [("embed.weight", (10, 4)), ("norm.weight", (4,))]
 
@@ -37,3 +40,24 @@ def loopback() -> Iterator[None]:
     address.ALLOWED.append(HERE)
     yield
     address.ALLOWED.remove(HERE)
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path: Path) -> Iterator[type[Hub]]:
+    """The server as the Hub of this process, with an empty cache."""
+    handler = type("OwnHub", (Hub,), {"files": {}})
+    server = Server(handler)
+    constants = huggingface_hub.constants
+    for name, value in {
+        "ENDPOINT": server.address,
+        "HUGGINGFACE_CO_URL_TEMPLATE": server.address + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_CACHE": str(tmp_path / "cache"),
+        "HF_HUB_DISABLE_XET": True,
+    }.items():
+        monkeypatch.setattr(constants, name, value)
+    # transformers keeps one client, whose address is that of its first use in this process
+    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    with serving(server):
+        yield handler

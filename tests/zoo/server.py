@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+COMMIT = "b" * 40
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -30,6 +35,58 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def log_message(self, format: str, *args: Any) -> None: ...
+
+
+class Hub(Handler):
+    """Repositories in memory: create, preupload, commit, HEAD and GET of files, and a repository's list of files."""
+
+    files: dict[str, dict[str, bytes]]
+    refuse = 0
+    cut = False
+    commit = COMMIT
+
+    def do_POST(self) -> None:
+        body = self.given()
+        parts = self.path.split("?")[0].strip("/").split("/")
+        base = self.server.address  # type: ignore[attr-defined]
+        if self.refuse:
+            self.answer(self.refuse, {"error": "forbidden"})
+        elif parts[:3] == ["api", "repos", "create"]:
+            name = json.loads(body)
+            repository = f"{name['organization']}/{name['name']}"
+            self.files.setdefault(repository, {})
+            self.answer(200, {"url": f"{base}/{repository}"})
+        elif parts[-2:] == ["preupload", "main"]:
+            names = [each["path"] for each in json.loads(body)["files"]]
+            self.answer(200, {"files": [{"path": n, "uploadMode": "regular", "shouldIgnore": False} for n in names]})
+        elif parts[-2:] == ["commit", "main"]:
+            repository = "/".join(parts[2:4])
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    self.files[repository][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                elif line["key"] == "deletedFile":
+                    del self.files[repository][line["value"]["path"]]
+            self.answer(200, {"commitUrl": f"{base}/{repository}/commit/{COMMIT}", "commitOid": COMMIT})
+        else:
+            self.answer(200, {})
+
+    def do_GET(self) -> None:
+        parts = self.path.split("?")[0].strip("/").split("/")
+        content = self.files.get("/".join(parts[:2]), {}).get("/".join(parts[4:]))
+        if parts[0] == "api" and parts[4:5] == ["tree"]:
+            there = self.files["/".join(parts[2:4])]
+            self.answer(200, [{"type": "file", "path": n, "size": len(d), "oid": COMMIT} for n, d in there.items()])
+        elif parts[2:3] != ["resolve"] or content is None or parts[3] not in ("main", "v2", self.commit):
+            self.reply(404, X_Error_Code="EntryNotFound", X_Repo_Commit=self.commit)
+        else:
+            if self.cut and self.command == "GET":
+                content = content[:-7]
+            self.reply(200, content, ETag=f'"{sha256(content).hexdigest()}"', X_Repo_Commit=self.commit)
+
+    do_HEAD = do_GET
+
+    def answer(self, code: int, value: object) -> None:
+        self.reply(code, json.dumps(value).encode(), Content_Type="application/json")
 
 
 class Server(ThreadingHTTPServer):

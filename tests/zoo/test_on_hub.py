@@ -1,109 +1,19 @@
-"""Tuners and tuned models on the Hub's own methods, against a real local server that speaks its endpoints."""
+"""Tuners on the Hub's own methods, against a real local server that speaks its endpoints."""
 
 from __future__ import annotations
 
-import base64
-import json
-import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
 import huggingface_hub
 import pytest
-import torch
-import transformers
 
 from metazo import zoo
 from metazo.errors import UserError
-from metazo.models.embedded import PICO
-from metazo.runs.config import FinetuneConfig
-from metazo.runs.finetune import run_settings
 from metazo.tuner.file import Tuner
-from metazo.tuner.hub import push_folder
-from metazo_cli.main import command_line
 from tests.zoo.conftest import make_tuner
-from tests.zoo.server import Handler, Server, serving
-
-COMMIT = "b" * 40
-SMALL = {
-    "model": "pico", "task": "pico_sentiment", "lr": 1e-2, "lora": 2, "steps": 2, "batch_size": 4, "train_examples": 16,
-    "dev_examples": 4, "test_examples": 4, "eval_every": 2, "snapshot_every": 0, "keep": "last",
-}  # fmt: skip
-
-
-class Hub(Handler):
-    """Repositories in memory: create, preupload, commit, HEAD and GET of files, and a repository's list of files."""
-
-    files: dict[str, dict[str, bytes]]
-    refuse = 0
-    cut = False
-    commit = COMMIT
-
-    def do_POST(self) -> None:
-        body = self.given()
-        parts = self.path.split("?")[0].strip("/").split("/")
-        base = self.server.address  # type: ignore[attr-defined]
-        if self.refuse:
-            self.answer(self.refuse, {"error": "forbidden"})
-        elif parts[:3] == ["api", "repos", "create"]:
-            name = json.loads(body)
-            repository = f"{name['organization']}/{name['name']}"
-            self.files.setdefault(repository, {})
-            self.answer(200, {"url": f"{base}/{repository}"})
-        elif parts[-2:] == ["preupload", "main"]:
-            names = [each["path"] for each in json.loads(body)["files"]]
-            self.answer(200, {"files": [{"path": n, "uploadMode": "regular", "shouldIgnore": False} for n in names]})
-        elif parts[-2:] == ["commit", "main"]:
-            repository = "/".join(parts[2:4])
-            for line in map(json.loads, body.splitlines()):
-                if line["key"] == "file":
-                    self.files[repository][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-                elif line["key"] == "deletedFile":
-                    del self.files[repository][line["value"]["path"]]
-            self.answer(200, {"commitUrl": f"{base}/{repository}/commit/{COMMIT}", "commitOid": COMMIT})
-        else:
-            self.answer(200, {})
-
-    def do_GET(self) -> None:
-        parts = self.path.split("?")[0].strip("/").split("/")
-        content = self.files.get("/".join(parts[:2]), {}).get("/".join(parts[4:]))
-        if parts[0] == "api" and parts[4:5] == ["tree"]:
-            there = self.files["/".join(parts[2:4])]
-            self.answer(200, [{"type": "file", "path": n, "size": len(d), "oid": COMMIT} for n, d in there.items()])
-        elif parts[2:3] != ["resolve"] or content is None or parts[3] not in ("main", "v2", self.commit):
-            self.reply(404, X_Error_Code="EntryNotFound", X_Repo_Commit=self.commit)
-        else:
-            if self.cut and self.command == "GET":
-                content = content[:-7]
-            self.reply(200, content, ETag=f'"{sha256(content).hexdigest()}"', X_Repo_Commit=self.commit)
-
-    do_HEAD = do_GET
-
-    def answer(self, code: int, value: object) -> None:
-        self.reply(code, json.dumps(value).encode(), Content_Type="application/json")
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path: Path) -> Iterator[type[Hub]]:
-    """The server as the Hub of this process, with an empty cache."""
-    handler = type("OwnHub", (Hub,), {"files": {}})
-    server = Server(handler)
-    constants = huggingface_hub.constants
-    for name, value in {
-        "ENDPOINT": server.address,
-        "HUGGINGFACE_CO_URL_TEMPLATE": server.address + "/{repo_id}/resolve/{revision}/{filename}",
-        "HF_HUB_OFFLINE": False,
-        "HF_HUB_CACHE": str(tmp_path / "cache"),
-        "HF_HUB_DISABLE_XET": True,
-    }.items():
-        monkeypatch.setattr(constants, name, value)
-    # transformers keeps one client, whose address is that of its first use in this process
-    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    with serving(server):
-        yield handler
+from tests.zoo.server import COMMIT
 
 
 def test_a_tuner_is_pushed_with_a_card_and_loaded_again(hub) -> None:
@@ -153,67 +63,6 @@ def test_a_tuner_from_a_folder(tmp_path: Path) -> None:
     assert Tuner.from_pretrained(tmp_path).to_bytes() == tuner.to_bytes()
 
 
-def test_a_tuned_model_is_pushed_with_its_card(hub, tmp_path: Path) -> None:
-    run_settings(FinetuneConfig(**SMALL, out=tmp_path / "run", push="org/model"))
-    files = hub.files["org/model"]
-    saved = {path.name: path.read_bytes() for path in (tmp_path / "run" / "model").iterdir()}
-    assert {name: files[name] for name in saved} == saved and "adapter_model.safetensors" in files
-    card = files["README.md"].decode()
-    assert "| task | pico_sentiment" in card and "| method | mezo |" in card and str(tmp_path) not in card
-
-
-def test_a_pushed_model_leaves_no_file_of_the_one_before(hub, tmp_path: Path) -> None:
-    """Old adapters beside a full model, or an old whole model beside shards, would be loaded; a user's own files stay."""
-    own = {
-        "notes.txt",
-        "data/config.json",
-        "model_notes.json",
-        ".gitattributes",
-        "images/model.safetensors",
-        "train.json",
-    }
-    old = {
-        "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "metazo.json", "config.json", "vocab.txt",
-        "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
-        "generation_config.json", "head.safetensors", "modules.json", "1_Pooling/config.json", "chat_template.jinja",
-        "sentence_bert_config.json", "tokenizer_config.json", "spiece.model",
-    }  # fmt: skip
-    hub.files["org/model"] = dict.fromkeys(own | old, b"old") | {"README.md": b"---\ntags:\n- metazo\n---\nof mine"}
-    (folder := tmp_path / "model").mkdir()
-    (folder / "config.json").write_text("{}")
-    (folder / "README.md").write_text("new")
-    push_folder("org/model", folder)
-    assert hub.files["org/model"] == dict.fromkeys(own, b"old") | {"config.json": b"{}", "README.md": b"new"}
-
-
-@pytest.mark.parametrize("card", [b"# A base model", b"---\ntags: [text]\n---\nmetazo", b"---\n: [\n---\n", b"\xff"])
-def test_a_card_of_others_is_kept(hub, tmp_path: Path, card: bytes, capsys) -> None:
-    hub.files["org/base"] = {"README.md": card, "config.json": b"base"}
-    (folder := tmp_path / "model").mkdir()
-    (folder / "config.json").write_text("{}")
-    (folder / "README.md").write_text("new")
-    with pytest.raises(
-        UserError, match="^org/base cannot be pushed to: it has a README.md that metazo did not write; name"
-    ):
-        push_folder("org/base", folder)
-    tuner = make_tuner("org/base")
-    for _ in range(2):
-        tuner.push_to_hub("org/base")
-        assert "The README.md of org/base is kept; the tuner's card is tuner.md." in capsys.readouterr().err
-    files = hub.files["org/base"]
-    assert set(files) == {"README.md", "config.json", "tuner.safetensors", "tuner.md"} and files["README.md"] == card
-    assert b"## Scores" in files["tuner.md"]
-
-
-def test_adapters_do_not_replace_their_base(hub, tmp_path: Path) -> None:
-    hub.files["org/base"] = {"config.json": b"base"}
-    (folder := tmp_path / "model").mkdir()
-    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
-    with pytest.raises(UserError, match="org/base cannot be pushed to: it holds the base model of these adapters"):
-        push_folder("org/base", folder)
-    assert hub.files == {"org/base": {"config.json": b"base"}}
-
-
 def test_messages_of_the_hub_say_what_to_do(hub) -> None:
     make_tuner("org/base").push_to_hub("org/tuner")
     hub.cut = True
@@ -225,101 +74,3 @@ def test_messages_of_the_hub_say_what_to_do(hub) -> None:
     ):
         with pytest.raises(UserError, match=f"org/tuner cannot be pushed to: .*{hub.refuse}{words}"):
             make_tuner("org/base").push_to_hub("org/tuner")
-
-
-def test_a_refused_push_keeps_the_run_and_is_tried_again(hub, tmp_path: Path) -> None:
-    hub.refuse = 403
-    settings = FinetuneConfig(**SMALL, out=tmp_path / "run", push="org/model")
-    with pytest.raises(
-        UserError, match=r"org/model cannot be pushed to: .*403.* The run is complete \(.*\); continue with `resume=Tr"
-    ):
-        run_settings(settings)
-    assert (tmp_path / "run" / "model" / "adapter_model.safetensors").is_file()
-    assert "pushed" not in json.loads((tmp_path / "run" / "summary.json").read_text())
-    hub.refuse = 0
-    run_settings(FinetuneConfig(**SMALL, out=tmp_path / "run", push="org/model", resume=True))
-    assert "adapter_model.safetensors" in hub.files["org/model"]
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["pushed"] == ["org/model"]
-
-
-def test_a_complete_run_is_pushed_whenever_a_repository_is_named(hub, tmp_path: Path) -> None:
-    run_settings(FinetuneConfig(**SMALL, out=tmp_path / "run"))
-    assert not hub.files
-    for name in ("org/late", "org/second"):
-        again = FinetuneConfig(**SMALL, out=tmp_path / "run", push=name, resume=True)
-        assert run_settings(again)["pushed"][-1] == name and "README.md" in hub.files.pop(name)
-        for _ in range(2):
-            assert run_settings(again)["pushed"][-1] == name and hub.files[name]["README.md"]
-        hub.files.pop(name)
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["pushed"] == ["org/late", "org/second"]
-    shutil.rmtree(tmp_path / "run" / "model")
-    run_settings(FinetuneConfig(**SMALL, out=tmp_path / "run", resume=True))
-    with pytest.raises(UserError, match="has kept no model"):
-        run_settings(FinetuneConfig(**SMALL, out=tmp_path / "run", push="org/third", resume=True))
-
-
-def test_a_command_uploads_again_only_if_it_names_the_repository(hub, tmp_path: Path) -> None:
-    run_settings(FinetuneConfig(**SMALL, out=tmp_path / "run", push="org/model"))
-    for arguments, uploaded in (([], False), (["--push", "org/model"], True)):
-        hub.files.clear()
-        command_line()(["finetune", "--resume", str(tmp_path / "run"), *arguments], standalone_mode=False)
-        assert ("org/model" in hub.files) == uploaded
-
-
-def test_a_model_of_a_revision(hub, tmp_path: Path) -> None:
-    """The files of another revision are asked for by that name; one that is not there is one sentence."""
-    from metazo.models.load import load_model
-
-    hub.files["org/pico"] = {path.name: path.read_bytes() for path in PICO.iterdir() if path.is_file()}
-    assert load_model("org/pico", revision="v2").model.config.model_type == "llama"
-    with pytest.raises(UserError, match="model 'org/pico' cannot be loaded"):
-        load_model("org/pico", revision="gone")
-
-
-def test_pushed_adapters_are_a_model_for_all_that_takes_one(hub, tmp_path: Path, monkeypatch) -> None:
-    from metazo.models.assemble import base_of, has_adapters, load
-
-    run_settings(FinetuneConfig(**SMALL, out=tmp_path / "run", push="org/model"))
-    hub.files["org/pico"] = {path.name: path.read_bytes() for path in PICO.iterdir() if path.is_file()}
-    hub.files["org/half"] = {"adapter_config.json": hub.files["org/model"]["adapter_config.json"]}
-    ids = torch.arange(12)[None]
-    for merge in (True, False):
-        loaded, here = (load(name, merge=merge) for name in ("org/model", tmp_path / "run" / "model"))
-        assert torch.equal(loaded.model(ids).logits, here.model(ids).logits) and loaded.name == "org/model"
-    assert loaded.model.config.metazo == here.model.config.metazo
-    assert has_adapters("org/model", "v2") and base_of("org/model") == ("pico", None)
-    assert not has_adapters("org/pico") and base_of("org/pico", "v2") == ("org/pico", "v2")
-    with pytest.raises(UserError, match="org/half has adapters, and their adapter_model.safetensors cannot be had"):
-        load("org/half")
-    command = ["finetune", "--model", "org/model", "--task", "pico_sentiment", "--steps", "1", "--train-examples", "8",
-               "--dev-examples", "0", "--test-examples", "4", "--batch-size", "4", "--lr", "1e-3",
-               "--keep", "none"]  # fmt: skip
-    command_line()([*command, "--adapter", "continue", "--out", str(tmp_path / "more")], standalone_mode=False)
-    with pytest.raises(UserError, match="`model` org/model has adapters, and new ones on it could not name their base"):
-        run_settings(FinetuneConfig(**SMALL | {"model": "org/model"}, out=tmp_path / "new"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    hub.files.clear()
-    assert torch.equal(load("org/model").model(ids).logits, here.model(ids).logits)
-
-
-def test_nothing_is_asked_for_models_that_are_here(hub, tmp_path: Path, monkeypatch) -> None:
-    from metazo.models import assemble
-
-    monkeypatch.setattr(assemble, "find", lambda *asked: pytest.fail(f"the Hub was asked for {asked}"))
-    (tmp_path / "org" / "name").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
-    for name in ("pico", PICO, "org/name", "a/b/c", "./a", "~/a", "/a/b", "memory:Own", "runs\\a"):
-        assert not assemble.has_adapters(name)
-
-
-def test_what_is_no_repository_is_refused_before_the_run(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="`push` 'model' is not the name of a repository of the Hub: give OWNER/NAME"):
-        run_settings(FinetuneConfig(**SMALL, out=tmp_path / "run", push="model"))
-    assert not (tmp_path / "run").exists()
-    for name in ("", "model", "a/b/c"):
-        with pytest.raises(
-            UserError, match=f"^`repository` '{name}' is not the name of a repository of the Hub: give OWNER/N"
-        ):
-            make_tuner("base").push_to_hub(name)
-    with pytest.raises(UserError, match="`push` uploads the saved model"):
-        FinetuneConfig(**{**SMALL, "keep": "none"}, out=tmp_path / "run", push="a/b")
