@@ -24,6 +24,8 @@ from metazo.optimizers.base import ZOOptimizer
 with needs("trainer"):
     from transformers import PreTrainedModel
 
+METRICS = ("_metrics", "accum_loss_components")  # what TRL's trainers and those of sentence-transformers add up
+
 
 class ZOMixin:
     """Makes a Trainer take zeroth-order steps: `class ZOSFTTrainer(ZOMixin, SFTTrainer)`.
@@ -46,7 +48,8 @@ class ZOMixin:
       over all their tokens if the model divides by `num_items_in_batch`, as causal language models do, and else the mean of
       the k losses, in which the examples of a smaller last micro-batch weigh more. (The Trainer adds up the k losses of a
       model that takes `num_items_in_batch` and ignores it, as BERT's classifiers do; here that would be k times the rate.)
-    * The logged loss is the mean over the step's probes, and so are the metrics of TRL's trainers.
+    * The logged loss is the mean over the step's probes, and so are the metrics of TRL's trainers and the components of a
+      loss of sentence-transformers (SpladeLoss, CSRLoss).
     * The parameters of a loss that the trainer has (`loss`, a module or a dict, as in sentence-transformers) are trained
       as well, under names that begin with `loss.`; those of a second model in it, such as a guide, are not.
 
@@ -116,8 +119,8 @@ class ZOMixin:
         batches, self._micro_batches = self._micro_batches, []
         module = model if trainer.args.n_gpu > 1 else trainer.accelerator.unwrap_model(model)
         module.eval()
-        # TRL's trainers ask this flag of the whole model whether they train, and sort their metrics by it
-        module.training = hasattr(self, "_metrics")
+        # TRL's trainers and those of sentence-transformers ask this flag of the whole model, and sort their metrics by it
+        module.training = any(hasattr(self, name) for name in METRICS)
         count = num_items_in_batch
         tokens = getattr(self, "_total_train_tokens", None)  # of TRL's trainers, which add a batch's at each evaluation
         if count is not None and (len(batches) > 1 or trainer.accelerator.num_processes > 1):
@@ -151,13 +154,20 @@ class ZOMixin:
 
     @contextmanager
     def _metrics_kept(self) -> Iterator[None]:
-        """Leave the metrics of TRL's trainers as they are: what is evaluated meanwhile is not one of the step's probes."""
-        kept = copy.deepcopy(getattr(self, "_metrics", None))
+        """Leave the metrics of such trainers as they are: what is evaluated meanwhile is not one of the step's probes."""
+        with torch.inference_mode(False):  # tensors that are made under it can't be changed outside of it
+            kept = {name: copy.deepcopy(getattr(self, name, None)) for name in METRICS}
         try:
             yield
         finally:
-            if kept is not None:
-                self._metrics = kept
+            for name, value in kept.items():
+                if value is not None:
+                    setattr(self, name, value)
+
+    def track_loss_components(self, loss: dict[str, Tensor]) -> None:
+        """Called by the trainers of sentence-transformers, which change the sums that they begin here after the step."""
+        with torch.inference_mode(False):
+            super().track_loss_components({name: value.clone() for name, value in loss.items()})  # type: ignore[misc]
 
     def _loss(self, module: nn.Module, batch: dict[str, Any], num_items_in_batch: Any) -> Tensor:
         """A micro-batch's share of the loss of a step, scaled as the Trainer scales it before its backward pass."""

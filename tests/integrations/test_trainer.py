@@ -215,6 +215,44 @@ def test_the_metrics_of_a_step_are_those_of_its_probes_alone(tmp_path: Path, pre
     assert len(run._metrics["train"]["loss"]) == 5
 
 
+@pytest.mark.parametrize("at_start", [False, True])
+def test_the_components_of_a_loss_add_up_to_it(tmp_path: Path, tiny, at_start: bool) -> None:
+    """sentence-transformers sorts them by the mode of the model, and changes their sums between the steps."""
+    library = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+    losses = pytest.importorskip("sentence_transformers.sparse_encoder.losses")
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    counts = []
+
+    class Sparse(ZOMixin, library.SparseEncoderTrainer):
+        def log(self, logs, *args, **kwargs):
+            counts.append({mode: int(sums.get("steps", 0)) for mode, sums in self.accum_loss_components.items()})
+            super().log(logs, *args, **kwargs)
+
+    net = library.SparseEncoder(str(tiny("bert_mlm")), device="cpu")
+    inner = losses.SparseMultipleNegativesRankingLoss(net)
+    texts = {"a": ["the film", "a dog", "terrible", "a cat"] * 2, "b": ["a movie", "the hound", "bad", "kitten"] * 2}
+    run = Sparse(
+        model=net,
+        args=library.SparseEncoderTrainingArguments(
+            str(tmp_path), max_steps=4, per_device_train_batch_size=4, per_device_eval_batch_size=4, logging_steps=2,
+            eval_steps=2, eval_strategy="steps", eval_on_start=at_start, save_strategy="no", report_to=[], use_cpu=True,
+            disable_tqdm=True,
+        ),
+        train_dataset=datasets.Dataset.from_dict(texts),
+        eval_dataset=datasets.Dataset.from_dict(texts),
+        loss=losses.SpladeLoss(net, inner, document_regularizer_weight=0.1, query_regularizer_weight=0.2),
+    )  # fmt: skip
+    run.train()
+    logged = [(mode, e) for e in run.state.log_history for mode in ("", "eval_") if f"{mode}loss" in e]
+    assert [mode for mode, _ in logged] == ["eval_"] * at_start + ["", "eval_"] * 2
+    for mode, entry in logged:
+        parts = [entry[f"{mode}{part}_loss"] for part in ("base", "document_regularizer", "query_regularizer")]
+        assert sum(parts) == pytest.approx(entry[f"{mode}loss"], abs=3e-4)
+        assert min(parts) > 0 or (at_start and entry["step"] == 0), "the weights begin at 0"
+    steps = [{"train": 4, "eval": 0}, {"train": 0, "eval": 2}] * 2  # two probes of two steps, two batches
+    assert counts[at_start:-1] == steps, "the check of the loss is none of the probes"
+
+
 class Classes(nn.Module):
     """A loss with a layer of its own, which holds the model, and a guide that is not trained, as in sentence-transformers."""
 
