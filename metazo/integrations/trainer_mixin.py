@@ -57,10 +57,16 @@ class ZOMixin:
     for bit.
 
     Raises UserError for a checkpoint without it (`save_only_model`), whose steps would repeat the noise of the first ones; for
-    float16 with a gradient scaler (`fp16`), DeepSpeed, FSDP and NEFTune's noise, which this class does not support; and for
-    settings that the method does not have. Do not use it with a loss that is random, such as a sampled one: the probes of a
-    step must differ by the perturbation alone. Nor with a surrogate whose gradient is meant and whose value is not, such as
-    GRPO's or PPO's: it is the same at every probe, so that nothing moves, and a warning says so after 20 steps.
+    float16 with a gradient scaler (`fp16`), DeepSpeed, FSDP and NEFTune's noise, which this class does not support; for
+    settings that the method does not have; and for TRL's `loss_type="dft"` and `use_weighting` (WPO), whose value can fall if
+    right answers become less likely.
+
+    Do not use it with a loss that is random, such as a sampled one: the probes of a step must differ by the perturbation alone.
+    Nor with a surrogate whose gradient is meant and whose value is not. If it is the same at every probe, as GRPO's can be,
+    nothing moves, and a warning says so after 20 steps. If a part that the loss takes for a constant (`detach`) differs between
+    the probes, the steps follow that part too, and nothing says so: the reference point of KTO's `loss_type="kto"` is one
+    (`"apo_zero_unpaired"` has none). Nor with a trainer whose own `training_step` generates or counts, such as those of GRPO,
+    RLOO, GKD and online DPO, because this class replaces it.
     """
 
     def __init__(self, *args: Any, optimizer_cls_and_kwargs: Any = None, **kwargs: Any):
@@ -71,11 +77,16 @@ class ZOMixin:
             chosen(optimizer_cls_and_kwargs)  # refused at once, not at the first step
             self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs
         settings: Any = self.args  # type: ignore[attr-defined]
-        for name in ("fp16", "deepspeed", "fsdp", "neftune_noise_alpha"):
+        for name in ("fp16", "deepspeed", "fsdp", "neftune_noise_alpha", "use_weighting"):
             if getattr(settings, name, None):
                 raise UserError(
                     f"TrainingArguments has `{name}`, which {type(self).__name__} does not support: remove it."
                 )
+        if getattr(settings, "loss_type", None) == "dft":  # -p log p, with p taken for a constant
+            raise UserError(
+                "TrainingArguments has `loss_type` 'dft', whose gradient is meant and not its value, which can fall if "
+                "right tokens become less likely: take 'nll'."
+            )
         _say_unused(settings)
         settings.max_grad_norm = 0.0
         keep_unpacked(self.model)  # type: ignore[attr-defined]

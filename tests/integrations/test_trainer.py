@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -437,6 +438,32 @@ def test_first_order_optimizers_and_scalers_are_refused(tmp_path: Path) -> None:
     for name, value in (("fp16", True), ("neftune_noise_alpha", 5.0)):
         with pytest.raises(UserError, match=f"`{name}`"):
             trainer(tmp_path, net, **{name: value})
+
+
+@dataclass
+class Detached(TrainingArguments):
+    """The settings of TRL's configurations that take a factor of the loss for a constant."""
+
+    loss_type: Any = "nll"
+    use_weighting: bool = False
+
+
+@pytest.mark.parametrize("with_trl", [False, True])
+@pytest.mark.parametrize(("name", "value", "config"), [("loss_type", "dft", "SFT"), ("use_weighting", True, "DPO")])
+def test_losses_whose_value_can_fall_as_the_model_gets_worse_are_refused(
+    tmp_path: Path, with_trl: bool, name: str, value: Any, config: str
+) -> None:
+    kind: Any = Detached
+    if with_trl:
+        kind = getattr(pytest.importorskip("trl", reason="trl is not installed"), f"{config}Config")
+
+    def made(**settings: Any) -> ZOTrainer:
+        args = kind(output_dir=str(tmp_path), report_to=[], use_cpu=True, bf16=False, **settings)
+        return ZOTrainer(model=model(), args=args, train_dataset=rows())
+
+    made()
+    with pytest.raises(UserError, match=f"`{name}`.*(take 'nll'|remove it)"):
+        made(**{name: value})
 
 
 class Stop(TrainerCallback):
