@@ -18,7 +18,8 @@ class Accumulated:
 
     An optimizer that `accelerator.prepare` has wrapped skips the closures of all micro-batches but the last one of an
     accumulation, without a word; this one keeps them. Do not give it to `accelerator.prepare`. The closure is called after
-    later micro-batches were drawn: bind the batch, as above.
+    later micro-batches were drawn: bind the batch, as above. If a loop is left within an accumulation, accelerate goes on
+    counting in the next one, and what was kept is part of its first step, as gradients would be; loading a state drops it.
 
     Args: accelerator, whose `sync_gradients` says which micro-batch is the last one; optimizer.
     """
@@ -47,3 +48,4 @@ class Accumulated:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state_dict)
+        self._closures = []  # as in a new process

@@ -32,3 +32,24 @@ def test_no_micro_batch_is_dropped() -> None:
     fresh = Accumulated(accelerator, MeZO(nn.Linear(4, 1).named_parameters(), lr=1e-3))
     fresh.load_state_dict(optimizer.state_dict())
     assert fresh.optimizer.steps == 3
+
+
+def test_what_a_loop_that_was_left_has_kept_is_part_of_the_next_step_until_a_state_is_loaded() -> None:
+    """accelerate counts on, and would add their gradients."""
+    for loaded in (False, True):
+        accelerator, net, called = Accelerator(cpu=True, gradient_accumulation_steps=3), nn.Linear(4, 1), set()
+        optimizer = Accumulated(accelerator, MeZO(net.named_parameters(), lr=1e-3, check_loss=False))
+        batches = torch.randn(6, 5, 4).unbind()
+
+        def closure(number: int, net=net, batches=batches, called=called) -> torch.Tensor:
+            called.add(number)
+            return net(batches[number]).square().mean()
+
+        for number in range(2):  # and out
+            with accelerator.accumulate(net):
+                assert optimizer.step(lambda number=number: closure(number)) is None
+        if loaded:
+            optimizer.load_state_dict(optimizer.state_dict())
+        with accelerator.accumulate(net):
+            assert optimizer.step(lambda: closure(2)) is not None
+        assert called == ({2} if loaded else {0, 1, 2})
