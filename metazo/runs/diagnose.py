@@ -1,11 +1,13 @@
-"""Explains in a sentence why a loss is not finite, or why memory ran out."""
+"""Explains in a sentence why a loss is not finite, why memory ran out, or that a model cannot compute in a dtype."""
 
 from __future__ import annotations
 
 import copy
 import math
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -126,4 +128,20 @@ def memory_explained(config: FinetuneConfig) -> Iterator[None]:
             f"Out of memory: lower `batch_size` (now {config.batch_size}; more `accumulate` keeps the examples per step), "
             f"`max_length` (now {length}) or `eval_batch_size` (now {config.eval_batch_size}), or take `dtype` bfloat16 "
             f"(now {config.dtype}), in another `out`; or free memory and continue with `resume=True`: the step log is intact."
+        ) from error
+
+
+@contextmanager
+def dtype_explained(config: FinetuneConfig) -> Iterator[None]:
+    """Turn the failure of a model's own code at narrow numbers, as of DeBERTa's, into a UserError that names the dtype."""
+    try:
+        yield
+    except RuntimeError as error:
+        places = (frame.filename for frame in traceback.extract_tb(error.__traceback__))
+        own = any({"transformers", "models"} <= set(Path(place).parts) for place in places)
+        if config.dtype == "float32" or not own or "dtype" not in str(error):
+            raise
+        raise UserError(
+            f"{config.model} cannot compute in `dtype` {config.dtype} (its code in transformers: "
+            f"{str(error).splitlines()[0]:.100}); choose float32."
         ) from error

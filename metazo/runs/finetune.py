@@ -21,7 +21,7 @@ from metazo.optimizers.guards import as_loss
 from metazo.optimizers.ranks import share as share_of_rank
 from metazo.runs.batches import padding, reader, step_losses
 from metazo.runs.config import INCIDENTAL, FinetuneConfig
-from metazo.runs.diagnose import diagnose, memory_explained
+from metazo.runs.diagnose import diagnose, dtype_explained, memory_explained
 from metazo.runs.ending import Ending, push
 from metazo.runs.evaluations import Scores
 from metazo.runs.folder import BEST, SNAPSHOTS, RunFolder
@@ -75,7 +75,12 @@ def tune(
     given = given or Given()
     given.check(config)
     parts = config.tensor_parallel * config.fsdp > 1
-    with joined(config.rank_timeout, tensors=parts), losses_explained(config), memory_explained(config):
+    with (
+        joined(config.rank_timeout, tensors=parts),
+        losses_explained(config),
+        memory_explained(config),
+        dtype_explained(config),
+    ):
         return _tune(config, given, Console.of(None if rank() else console), on_step, on_evaluation, plot, part)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from metazo.errors import UserError
 from metazo.io.terminal import Console
@@ -228,6 +229,19 @@ def test_an_allocation_that_fails_ends_with_what_to_change():
         torch.empty(1 << 50)
     with pytest.raises(RuntimeError, match="size"), memory_explained(config()):
         torch.zeros(2) @ torch.zeros(3)
+
+
+def test_a_model_whose_code_mixes_dtypes_is_named_with_its_dtype(tiny, tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny("bert_mlm"))
+    tokenizer.save_pretrained(tmp_path / "deberta")
+    own = transformers.DebertaConfig(
+        **sizes, vocab_size=len(tokenizer), relative_attention=True, pos_att_type=["c2p", "p2c"]
+    )
+    transformers.DebertaForMaskedLM(own).save_pretrained(tmp_path / "deberta")
+    run_settings(config(model=str(tmp_path / "deberta"), steps=1, out=None))
+    with pytest.raises(UserError, match="deberta cannot compute in `dtype` bfloat16 .*; choose float32"):
+        run_settings(config(model=str(tmp_path / "deberta"), steps=1, out=None, dtype="bfloat16"))
 
 
 OUT_OF_MEMORY = """
