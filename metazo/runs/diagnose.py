@@ -8,7 +8,6 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from metazo.errors import UserError
 from metazo.io.processes import world
 from metazo.models.parts import divided, forward_only, whole
 from metazo.runs.config import FinetuneConfig
+from metazo.steplog.inspect import mean
 
 
 def diagnose(
@@ -42,21 +42,21 @@ def diagnose(
     ]
     try:
         with forward_only(model):
-            losses = [float(closure()) for closure in closures]
+            loss = mean([float(closure()) for closure in closures])
     finally:
         for hook in hooks:
             hook.remove()
     of = " on the examples of this process" if world() > 1 else ""
-    if not found and not math.isfinite(fmean(losses)):
+    if not found and not math.isfinite(loss):
         return "every module of the model gives finite values, so it comes from the loss, or the objective, itself."
-    if not found and fmean(losses) > max_loss:
+    if not found and loss > max_loss:
         return (
-            f"without a probe the loss{of} is {fmean(losses):.4g}, above `max_loss` ({max_loss:g}): raise it if they are "
+            f"without a probe the loss{of} is {loss:.4g}, above `max_loss` ({max_loss:g}): raise it if they are "
             "right, or lower `lr` if the loss has grown."
         )
     if not found:
         return (
-            f"without the probe the loss{of} is {fmean(losses):.4g}, so the probe is too long: lower `eps`, and `lr` if the "
+            f"without the probe the loss{of} is {loss:.4g}, so the probe is too long: lower `eps`, and `lr` if the "
             "loss has grown."
         )
     where, module, args, kwargs = found[0]

@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 from uuid import uuid4
 
@@ -25,6 +24,7 @@ from metazo.io.extras import MissingPackage, needs
 from metazo.runs.locate import CONFIG
 from metazo.settings import Unset
 from metazo.step.record import Step
+from metazo.steplog.inspect import mean
 
 FOLDER, RUNS = "trackers", "runs.json"
 
@@ -127,7 +127,7 @@ class Trackers:
 
     def step(self, step: Step) -> None:
         if self.started:
-            self._log({"train/loss": fmean(step.losses), "train/lr": step.lr[0]}, step.step + 1)
+            self._log({"train/loss": mean(step.losses), "train/lr": step.lr[0]}, step.step + 1)
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
         self._log({f"dev/{name}": value for name, value in record["dev"].items()}, record["step"])

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from torch import nn
@@ -19,6 +18,7 @@ from metazo.runs.folder import RunFolder
 from metazo.runs.own import OwnLoss
 from metazo.step.record import Step
 from metazo.steplog.format import STEPS, scan
+from metazo.steplog.inspect import mean
 from metazo.tasks import Task
 
 MEMORY = "memory:"
@@ -142,7 +142,7 @@ class Finetuned:
     @property
     def losses(self) -> list[float]:
         """The mean of the losses of each step's probes, nats; not finite for a step that was skipped because of it."""
-        return [fmean(step.losses) for step in self.steps]
+        return [mean(step.losses) for step in self.steps]
 
     @cached_property
     def evaluations(self) -> list[dict[str, Any]]:

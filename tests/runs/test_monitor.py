@@ -287,3 +287,8 @@ def test_a_loss_above_max_loss_without_a_probe_is_not_put_on_the_probe():
     text = diagnose(torch.nn.Linear(1, 1), [lambda: 3.0], torch.float32, 2.5)
     assert "without a probe the loss is 3, above `max_loss` (2.5)" in text and "eps" not in text
     assert "lower `eps`" in diagnose(torch.nn.Linear(1, 1), [lambda: 3.0], torch.float32, 3.5)
+
+
+def test_losses_that_have_no_mean_come_from_the_loss():
+    text = diagnose(torch.nn.Linear(1, 1), [lambda: math.inf, lambda: -math.inf], torch.float32)
+    assert "it comes from the loss, or the objective, itself" in text

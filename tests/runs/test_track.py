@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 import metazo
@@ -130,6 +132,17 @@ def test_a_tracker_that_does_not_start_leaves_nothing_behind(tmp_path: Path, tra
     with pytest.raises(UserError, match="does not start"):
         run_settings(FinetuneConfig(**SMALL, out=tmp_path / "run", track=["wandb"]))
     assert (tmp_path / "run" / "config.json").exists() and (tmp_path / "run" / "trackers").exists()
+
+
+def test_a_skipped_step_whose_losses_have_no_mean_is_sent_too(tmp_path: Path, tracker: dict[str, Any]) -> None:
+    """inf and -inf, whose sum statistics.fmean refuses, as it does one beyond the largest float."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(model.weight)
+    settings = {"data": [1], "steps": 2, "lr": 1e-3, "keep": "last", "out": tmp_path / "run", "track": ["wandb"]}
+    tuned = metazo.finetune(model, loss=lambda m, batch: m.weight.double().sum() * 1e200 * 1e200, **settings)
+    assert tracker["sent"] == [1, 2] and all(map(math.isnan, tuned.losses))
+    tuned.steps[0] = replace(tuned.steps[0], losses=(1e308, 1e308))
+    assert tuned.losses[0] == 1e308
 
 
 def test_a_tracker_that_fails_on_the_way_is_left_out(tmp_path: Path, tracker: dict[str, Any]) -> None:
