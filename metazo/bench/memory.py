@@ -14,7 +14,6 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,11 +21,10 @@ import torch
 from metazo.bench.models import Shape, build, lm_loss, weight_bytes
 from metazo.bench.steps import METHODS, make
 from metazo.io import forked
-from metazo.io.allocator import give_back
+from metazo.runs.resources import peak_resident, reset_resident
 
 FIRST_ORDER = "AdamW, first-order"
 MEASURED = [*METHODS, FIRST_ORDER]
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def measure(
@@ -81,21 +79,12 @@ def _make(method: str, model: Any) -> Any:
 def _reset(device: str) -> None:
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
-        return
-    give_back()  # steps could use freed memory again, unseen
-    with suppress(OSError):
-        _CLEAR.write_text("5")
+    else:
+        reset_resident()
 
 
 def _peak(device: str) -> int:
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated(device)
-    if _STATUS.exists():
-        line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else peak_resident()
 
 
 def child(method: str, size: str, shape: Shape, dtype: str, device: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,14 +13,14 @@ import torch
 
 from metazo.errors import UserError
 from metazo.io.allocator import give_back
+from metazo.io.processes import launched
 
 
 def refuse_ranks(what: str) -> None:
     """Raises UserError if torchrun started several processes: each would write the whole run into the same folder."""
-    world = os.environ.get("WORLD_SIZE", "1")
-    if "RANK" in os.environ and world.isdigit() and int(world) > 1:
+    if launched() > 1:
         raise UserError(
-            f"metazo {what} runs in one process, and torchrun started {world}; start it without torchrun, or with "
+            f"metazo {what} runs in one process, and torchrun started {launched()}; start it without torchrun, or with "
             "--nproc-per-node 1 (metazo finetune and the optimizers themselves run on several)."
         )
 
@@ -41,10 +42,13 @@ def require_space(folder: Path, needed: int, what: str) -> None:
 
 
 def free_memory(device: torch.device) -> int:
-    """Free bytes of the GPU, or of the machine within the limit of its control group (cgroup v2), if there is one."""
+    """Free bytes of the GPU, or of the machine within the limit of its control group (cgroup v2), if there is one; all of the
+    machine's memory if the system does not say what is free (macOS).
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    free = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
+    free = [os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")]
     with suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = [next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))]
@@ -65,42 +69,53 @@ def size(count: float) -> str:
 
 def peak_memory() -> int:
     """Peak memory in bytes: the process's largest resident set, or the GPU allocator's peak if a GPU is in use."""
-    import resource
-
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_resident()
 
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-class PeakMemory:
-    """Peak memory of this process above its memory when this object was made; on a GPU the peak of torch's allocator.
+def peak_resident() -> int:
+    """The process's largest resident set in bytes, since the last `reset_resident` that returned true."""
+    if _STATUS.exists():
+        return _read("VmHWM")
+    import resource
 
-    On Linux the recorded peak is reset (proc(5), clear_refs), and glibc returns freed memory to the system, because later
-    allocations from it would not be counted. On other systems only a new maximum is counted.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def reset_resident() -> bool:
+    """Reset the recorded peak of resident memory (proc(5), clear_refs), and return whether the system can: only Linux does.
+
+    glibc returns freed memory to the system, because later allocations from it would not be counted.
     """
-
-    def __init__(self):
-        gc.collect()
-        give_back()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        try:
-            _CLEAR.write_text("5")
-            self.before = _read("VmRSS")
-        except OSError:
-            self.before = peak_memory()
-
-    def bytes(self) -> int:
-        if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-            return torch.cuda.max_memory_allocated()
-        high = _read("VmHWM") if _STATUS.exists() else peak_memory()
-        return max(0, high - self.before)
+    give_back()
+    with suppress(OSError):
+        return bool(_CLEAR.write_text("5"))
+    return False
 
 
 def _read(name: str) -> int:
     line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) * 1024
+
+
+class PeakMemory:
+    """Peak memory of this process above its memory when this object was made; on a GPU the peak of torch's allocator.
+
+    On Linux the recorded peak is reset; on other systems only a new maximum is counted.
+    """
+
+    def __init__(self):
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        self.before = _read("VmRSS") if reset_resident() else peak_resident()
+
+    def bytes(self) -> int:
+        if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+            return torch.cuda.max_memory_allocated()
+        return max(0, peak_resident() - self.before)

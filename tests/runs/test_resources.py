@@ -1,0 +1,49 @@
+"""Memory of the machine and of the process, as Linux and macOS report them."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from metazo.runs import resources
+
+
+def test_a_system_that_does_not_say_what_is_free_gives_all_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.sysconf
+    names = {name: number for name, number in os.sysconf_names.items() if name != "SC_AVPHYS_PAGES"}
+
+    def sysconf(name: str) -> int:
+        if name not in names:
+            raise ValueError("unrecognized configuration name")
+        return real(name)
+
+    monkeypatch.setattr(os, "sysconf_names", names)
+    monkeypatch.setattr(os, "sysconf", sysconf)
+    monkeypatch.setattr(
+        resources, "Path", lambda name: Path("/absent", name.lstrip("/"))
+    )  # macOS has no /proc and /sys
+    assert resources.free_memory(torch.device("cpu")) == real("SC_PHYS_PAGES") * real("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the peak is the GPU allocator's")
+@pytest.mark.parametrize(("platform", "unit"), [("darwin", 1), ("linux", 1024)])
+def test_the_peak_of_getrusage_is_in_the_units_of_the_system(monkeypatch, platform: str, unit: int) -> None:
+    monkeypatch.setattr(resources, "_STATUS", Path("/absent"))
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=500_000))
+    assert resources.peak_memory() == 500_000 * unit
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+def test_a_peak_is_reset() -> None:
+    block = torch.ones(2**24)  # 64 MB
+    assert resources.reset_resident()
+    high = resources.peak_resident()
+    del block
+    assert resources.reset_resident() and resources.peak_resident() < high - 2**25
