@@ -171,9 +171,14 @@ class Method:
             own = cls.hyperparameters().get(key)
             if own is not None and own.annotation in (float, int, "float", "int"):  # texts under postponed annotations
                 raise UserError(f"`{key}` must be a number, not {options[key]!r}.")
-        if compat == "official" and "compat" in cls.hyperparameters():
-            importlib.import_module(f"metazo.optimizers.official.{cls.__module__.rpartition('.')[2]}")
-            return super().__new__(OFFICIAL.get(cls, cls))  # type: ignore[arg-type]
+        if compat == "official" != cls.compat and "compat" in cls.hyperparameters():
+            if cls.__module__.startswith(f"{__package__}."):
+                importlib.import_module(f"{__package__}.official.{cls.__module__.rpartition('.')[2]}")
+            if cls not in OFFICIAL:
+                raise UserError(
+                    f"`compat` is official, and {cls.__name__} has no form with the faults of published code; leave it out."
+                )
+            return super().__new__(OFFICIAL[cls])  # type: ignore[arg-type]
         return super().__new__(cls)
 
     def __getstate__(self) -> dict[str, Any]:

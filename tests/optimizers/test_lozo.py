@@ -12,6 +12,7 @@ from torch import nn
 from metazo.errors import UserError
 from metazo.noise import LEFT, RIGHT, PhiloxNoise, TorchOrderNoise
 from metazo.optimizers import LOZO, LOZOM
+from metazo.optimizers.registry import OFFICIAL, official
 from metazo.step.rules import Adam, Momentum
 from tests.optimizers.montecarlo import Linear, assert_mean, linear_estimates
 
@@ -266,6 +267,17 @@ def test_memory_is_a_few_numbers_a_side():
 def test_bad_hyperparameters(cls, settings, words):
     with pytest.raises(UserError, match=words):
         cls(Linear().named_parameters(), **settings)
+
+
+@pytest.mark.parametrize("module", ["mine", "lozo"])  # the second has the name of one of metazo's files
+def test_a_subclass_has_no_form_of_published_code_unless_it_gives_one(module):
+    own = type("Own", (LOZO,), {"__module__": module})
+    with pytest.raises(UserError, match="`compat` is official, and Own has no form with the faults of published code"):
+        own(Linear().named_parameters(), compat="official")
+    official(own)(faulty := type("Faulty", (own,), {}))
+    for cls in (own, faulty):
+        assert type(cls(Linear().named_parameters(), compat="official")) is faulty
+    del OFFICIAL[own]
 
 
 @pytest.mark.parametrize("momentum", [1.0, -0.1, float("nan")])
