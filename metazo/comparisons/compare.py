@@ -154,7 +154,7 @@ class _Comparison:
         """Runs and forward passes, without extensions of the searches."""
         runs, forwards = 0, 0.0
         for task, column in self.pairs:
-            fact, budget = self.facts[task, column.name], self.grid.budget_of(column)
+            fact, budget = self.facts[task, column.name], self.grid.budget_of(column) if column.trains else 0
             searches = len(fact.lrs) * self.grid.search_seeds if len(fact.lrs) > 1 else 0
             runs += searches + self.grid.seeds
             forwards += (searches * self.grid.search_budget + self.grid.seeds) * budget

@@ -20,14 +20,15 @@ import typer
 from typer.testing import CliRunner
 
 from metazo.comparisons.cell import NO_SPACE, Job, configuration, status_of
-from metazo.comparisons.compare import compare
+from metazo.comparisons.compare import _Comparison, compare
 from metazo.comparisons.examine import examine, plan
-from metazo.comparisons.grid import Grid, Run
+from metazo.comparisons.grid import Grid, Run, pairs_of
 from metazo.comparisons.packed import read_results
 from metazo.comparisons.pool import Pool
 from metazo.comparisons.results import Result, read_search
 from metazo.errors import UserError
 from metazo.io.lock import FolderLock
+from metazo.io.terminal import Console
 from metazo.runs.folder import RunFolder
 from metazo.runs.resources import require_space
 from metazo.settings import build
@@ -315,6 +316,13 @@ def test_dry_run_writes_nothing(tmp_path):
     assert "give INDEX/COUNT" in str(CliRunner().invoke(app, [*arguments, "--part=99/3"]).exception)
     part = json.loads(CliRunner().invoke(app, [*arguments, "--part=6/7"]).stdout)  # there are six pairs
     assert (part["columns"], part["seconds"]) == ("", 0)
+
+
+def test_the_time_left_is_that_of_columns_that_train(tmp_path):
+    """Work that a column without training never does would be left at the end."""
+    found = grid(tmp_path, tasks=["pico_topic"], columns=["zero-shot", {"name": "mezo", "lrs": [1e-3]}])
+    comparison = _Comparison(found, examine(found), Console(), False, pairs_of(found, None)[0], None)
+    assert comparison._size() == (4, 2 * 12)
 
 
 def test_the_planned_disk_has_the_models_that_are_kept(tmp_path):
