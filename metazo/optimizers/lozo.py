@@ -103,15 +103,16 @@ class LOZO(ZOOptimizer):
             raise UserError(f"`form` {form!r} is unknown: choose weights, activations or auto.")
         self.estimator = TwoPoint(queries)
         self.rank, self.interval, self.energy = rank, interval, float(rank)
-        if form != "weights" and common.get("probing", FORMS[form]) != FORMS[form]:
+        if common.get("probing") is None:
+            common["probing"] = FORMS[form]
+        elif form != "weights" and common["probing"] != FORMS[form]:
             warnings.warn(f"`form` {form} changes nothing: `probing` {common['probing']} decides.", stacklevel=2)
-        common.setdefault("probing", FORMS[form])
         super().__init__(params, lr, eps, **common)
 
     @classmethod
     def resolve(cls, options, model, closure) -> dict[str, Any]:
         """As in the base class, with the settled probing under the name `form`."""
-        if "probing" in options or FORMS.get(options.get("form", "weights")) == "in-turn":
+        if options.get("probing") is not None or FORMS.get(options.get("form", "weights")) == "in-turn":
             return super().resolve(options, model, closure)
         found = super().resolve({**options, "probing": FORMS[options["form"]]}, model, closure)["probing"]
         return {**options, "form": next(form for form, probing in FORMS.items() if probing == found)}

@@ -126,6 +126,16 @@ def test_the_closure_runs_once_and_the_weights_rest():
     assert len(calls) == 3 and optimizer.forwards == 6
 
 
+def test_probing_none_is_that_of_the_form():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer = LOZO(llama().named_parameters(), form="activations", probing=None)
+    assert optimizer.probing == "together"
+    model, options = llama(), {"form": "auto", "probing": None}
+    settled = LOZO.resolve(options, model, lambda: model(input_ids=IDS, labels=IDS).loss)
+    assert settled["form"] == "activations" and LOZO(model.named_parameters(), **settled).probing == "together"
+
+
 def test_auto_goes_by_the_size_of_the_batch():
     for rows, form in ((1, 2), (40, 1)):
         model = llama()
