@@ -66,7 +66,7 @@ def first_outlier_layer(model: nn.Module, forward: Callable[[], object]) -> str:
     for name, (largest, ratio) in ratios.items():
         if largest >= OUTLIER and ratio >= OUTLIER_RATIO:
             return name
-    values = [ratio for _, ratio in ratios.values()]
+    values = [max(1.0, ratio) for _, ratio in ratios.values()]  # an output of zeros raises nothing, as another constant
     rises = [value / before for before, value in zip([values[0], *values], values)]
     return list(ratios)[rises.index(max(rises))]
 

@@ -60,6 +60,17 @@ def test_outlier_layer_is_found(model):
         first_outlier_layer(linear, lambda: linear(torch.ones(1, 2)))
 
 
+def test_a_layer_whose_output_is_zeros_is_no_outlier():
+    """An adapter or a head begins with weights of zeros."""
+    layers = torch.nn.ModuleDict({"layers": torch.nn.Sequential(*(torch.nn.Linear(5, 5) for _ in range(3)))})
+    silent, flat, spread = layers["layers"]
+    for parameter in (*silent.parameters(), flat.weight):
+        torch.nn.init.zeros_(parameter)
+    torch.nn.init.ones_(flat.bias)
+    spread.load_state_dict({"weight": torch.zeros(5, 5), "bias": torch.tensor([1.0, 1, 1, 1, 9])})
+    assert first_outlier_layer(layers, lambda: layers["layers"](torch.ones(2, 5))) == "layers.2"
+
+
 def test_a_run_finds_its_layer_and_the_log_names_it(tmp_path):
     """--layer outlier is settled before the first step: the log has the layer's name, so that a replay needs no data."""
 
