@@ -83,11 +83,12 @@ def cut(axes: Axes, low: float, high: float) -> None:
 
 
 def short(value: float) -> str:
-    """A number in at most five characters: 850, 1.2k, 3M, 2e-05."""
+    """A number in three significant digits: 850, 1.2k, 3M, 2e-05."""
+    value = float(f"{value:.3g}")
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(value) >= size:
-            return f"{value / size:.3g}{unit}"
-    return f"{value:.3g}"
+            return f"{value / size:g}{unit}"
+    return f"{value:g}"
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import pytest
 
 from metazo.blocks import OUTSIDE, place_of, places_of
 from metazo.plots.curves import plot_curves, plot_run
-from metazo.plots.style import look, svg
+from metazo.plots.style import look, short, svg
 from metazo.report.sigma import picture, read
 from tests.report.synthetic import BLOCKS
 
@@ -83,3 +83,20 @@ def test_sigma_by_kind_and_depth():
     ):
         with pytest.raises(ValueError, match="sigma"):
             read(damaged)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"),
+        (850, "850"),
+        (999.6, "1k"),
+        (1234, "1.23k"),
+        (999_600, "1M"),
+        (-3e6, "-3M"),
+        (9.999e11, "1000G"),
+        (2e-5, "2e-05"),
+    ],
+)
+def test_numbers_of_an_axis_are_short(value, text):
+    assert short(value) == text
