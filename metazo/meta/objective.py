@@ -82,7 +82,7 @@ class OneStepLoss:
         eps, lr_update: of the inner step. The meta-gradient is proportional to lr_update.
         detach_kappa: treat the normalisation as a constant, as published; otherwise its derivative is kept, which removes
             the component of the meta-gradient that only makes the step longer or shorter.
-            separate: measure the loss on another batch than that of the step.
+        separate: measure the loss on another batch than that of the step.
     """
 
     eps: float = 1e-3

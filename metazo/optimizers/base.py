@@ -21,8 +21,8 @@ and, if it needs them, in these hooks (verbs.py has all of them with their defau
     resolve(options, model, closure)             hyperparameters that depend on model and data, set before the first step
 
 A method that needs the modules as well as their weights sets `needs_model` and takes `model`. A method whose update does not
-follow from the losses (a gradient, feedback from forward hooks) sets `replayable = False`: it gives its estimate as
-`Held` factors in the update's terms (estimator AtTheta), and a resumed run computes its steps again.
+follow from the losses (a gradient, feedback from forward hooks) derives from `Recomputed` (recomputed.py), whose verbs are
+`look` and `descend`: it is not `replayable`, and a resumed run computes its steps again.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ def escape_markdown(text: str) -> str:
 def loss(value: float, beside: float | None = None) -> str:
     """A loss in nats: three decimals, or two significant digits below a hundredth.
 
-    beside: a number whose number of decimals is used.
+    beside: a number that decides between the two in place of the value.
     """
     size = abs(value if beside is None else beside)
     return f"{value:.3f}" if size >= 0.01 or size == 0 else f"{value:.2g}"
@@ -83,7 +83,7 @@ def share(value: float) -> str:
 
 
 def score(value: float, measure: str, spread: float | None = None) -> str:
-    """A mean, and its standard deviation to the same number of decimals."""
+    """A mean and its standard deviation; both have two significant digits if the mean is a loss below a hundredth."""
     if measure == "loss":
         return loss(value) + (f" ± {loss(spread, value)}" if spread is not None else "")
     return share(value) + (f" ± {share(spread)}" if spread is not None else "")

@@ -32,7 +32,7 @@ _CHOICES = {
 
 @dataclass
 class TunerInfo:
-    """The model for which a tuner was trained, and how its networks are used (metazo/step/scales.py)."""
+    """The model for which a tuner was trained, and how its networks are used (metazo/tuner/scale.py)."""
 
     base_model: str
     """Path or Hub id of the base model, as given when it was trained."""

@@ -4,7 +4,7 @@ Source: "ZO Fine-tuner" (arXiv 2510.00419). Each block b has its own Linear(feat
 that maps statistics of the block and the last losses to the scale of its perturbation.
 
 Differences from the published code: the networks are stacked, so that 291 of them cost one call and not a Python loop
-of 291; the absolute value that the paper puts on the output is left to the parametrisation (metazo/step/scales.py), because
+of 291; the absolute value that the paper puts on the output is left to the parametrisation (metazo/tuner/scale.py), because
 other parametrisations, such as RMS * exp(.), need the sign.
 """
 
