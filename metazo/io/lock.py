@@ -61,6 +61,11 @@ class FolderLock:
             except Timeout:
                 raise self._refused() from None
 
+    def check_empty(self) -> None:
+        """Raise UserError if this is a file, or a folder that has anything but the lock."""
+        if self.folder.exists() and (not self.folder.is_dir() or set(os.listdir(self.folder)) - {NAME}):
+            raise UserError(f"`{self.setting}` {self.folder} is not an empty folder; choose another.")
+
     def release(self) -> None:
         lock, self._lock = self._lock, None
         if lock is None:

@@ -27,7 +27,6 @@ from metazo.feedback.jacobian import HELD_OUT, fit_jacobian, stream_width
 from metazo.feedback.surrogates import MeanJacobian
 from metazo.feedback.tuner import FeedbackInfo, FeedbackTuner, describe
 from metazo.io.files import is_file, opened, write_whole
-from metazo.io.lock import NAME as LOCK
 from metazo.io.lock import FolderLock
 from metazo.io.terminal import Console
 from metazo.meta.feedback_config import FeedbackConfig
@@ -57,19 +56,15 @@ def learn_feedback(config: FeedbackConfig, *, console: Console | None = None) ->
             f"`texts` {config.texts} makes fewer than {HELD_OUT} batches of `batch_size` {config.batch_size}; give more texts, "
             f"at least {(HELD_OUT - 1) * config.batch_size + 1}."
         )
-    FolderLock(config.out).check()
-    _check_empty(config.out)
-    with FolderLock(config.out):
-        _check_empty(config.out)  # another process may have filled it in between
+    lock = FolderLock(config.out)
+    lock.check()
+    lock.check_empty()
+    with lock:
+        lock.check_empty()  # another process may have filled it in between
         try:
             return _fit(config, console)
         except KeyboardInterrupt:
             raise Interrupted("SIGINT in the middle of the fit, of which nothing is written; start it again.") from None
-
-
-def _check_empty(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(path.name != LOCK for path in out.iterdir())):
-        raise UserError(f"`out` {out} is not an empty folder; choose another.")
 
 
 def _fit(config: FeedbackConfig, console: Console | None) -> FeedbackTuner:

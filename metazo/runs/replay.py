@@ -113,8 +113,7 @@ def replay(
         return _replay(found, header, base, given, None, to, tuner, zoo_folder, device, merge, tick)
     lock = FolderLock(out)
     lock.check()
-    if out.exists() and (not out.is_dir() or any(path.name != LOCK for path in out.iterdir())):
-        raise UserError(f"`out` {out} is not an empty folder; choose another.")
+    lock.check_empty()
     with lock:
         return _replay(found, header, base, given, out, to, tuner, zoo_folder, device, merge, tick)
 

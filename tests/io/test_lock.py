@@ -58,6 +58,16 @@ def test_whatever_the_lock_says_the_message_is_one_line(tmp_path: Path, content:
     assert str(error.value).isprintable()
 
 
+def test_a_folder_with_a_lock_alone_is_empty(tmp_path: Path) -> None:
+    FolderLock(tmp_path / "absent").check_empty()
+    with FolderLock(tmp_path) as lock:
+        lock.check_empty()
+        (tmp_path / "file").touch()
+        for path in (tmp_path, tmp_path / "file"):
+            with pytest.raises(UserError, match=f"`out` {path} is not an empty folder; choose another"):
+                FolderLock(path).check_empty()
+
+
 def test_a_place_that_cannot_be_a_folder_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / ("n" * 300)):
