@@ -179,6 +179,11 @@ def trained(named: torch.nn.Module | Iterable[tuple[str, Tensor]], group: int = 
     return tensors
 
 
+def every_tensor(model: torch.nn.Module) -> list[NamedTensor]:
+    """All tensors of a model, whether they are trained or not."""
+    return [NamedTensor(name, param, tensor_id(name)) for name, param in model.named_parameters()]
+
+
 def check_names(tensors: Sequence[NamedTensor]) -> None:
     if not tensors:
         raise UserError(

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 import metazo
-from metazo.blocks import Block, NamedTensor, named_tensors, partition, tensor_id
+from metazo.blocks import Block, every_tensor, named_tensors, partition
 from metazo.errors import UserError
 from metazo.io.terminal import Console
 from metazo.meta.dryrun import Plan
@@ -145,8 +145,7 @@ def make_tuner(run: HorizonRun, loaded: LoadedModel) -> Tuner:
 
 def _blocks(loaded: LoadedModel, config: HorizonConfig) -> list[Block]:
     """The blocks of the whole model."""
-    every = [NamedTensor(name, parameter, tensor_id(name)) for name, parameter in loaded.model.named_parameters()]
-    return partition(every, config.blocks)
+    return partition(every_tensor(loaded.model), config.blocks)
 
 
 def _info(config: HorizonConfig, loaded: LoadedModel, blocks: list[Block], recipe: dict[str, Any]) -> TunerInfo:

@@ -22,7 +22,7 @@ from metazo.models.adapters import (
     trained_adapters,
     with_adapters,
 )
-from metazo.models.checks import check_config, check_float64, check_padding
+from metazo.models.checks import ENDINGS, check_config, check_float64, check_padding
 from metazo.models.describe import BASE, RECORD, describe
 from metazo.models.embedded import ADAPTERS, EMBEDDED
 from metazo.models.identity import base_weights, check_base
@@ -175,14 +175,6 @@ def load(name_or_path: str | Path, *, merge: bool = False, train: bool = False, 
     if merge:
         loaded.model = merge_adapters(loaded.model)
     return loaded
-
-
-ENDINGS = {
-    "causal": ("ForCausalLM", "LMHeadModel"),
-    "masked": ("ForMaskedLM",),
-    "classifier": ("ForSequenceClassification", "SentenceClassifier"),
-    "seq2seq": ("ForConditionalGeneration", "MTModel"),
-}
 
 
 def as_loaded(model: Any, tokenizer: Any = None) -> LoadedModel:

@@ -30,6 +30,13 @@ DECODERS_OR_ENCODERS = (
     MODEL_FOR_MASKED_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
 )
+ENDINGS = {
+    "causal": ("ForCausalLM", "LMHeadModel"),
+    "masked": ("ForMaskedLM",),
+    "classifier": ("ForSequenceClassification", "SentenceClassifier"),
+    "seq2seq": ("ForConditionalGeneration", "MTModel"),
+}
+"""How the names of the classes of each kind end."""
 MAX_LAYERS, MAX_WIDTH, MAX_TOKENS = 2000, 2**17, 2**22
 """Limits on a config: a larger number is a mistake or an attack, and would take hours or all memory before the weights are
 read."""
@@ -98,12 +105,8 @@ def kind_of(config: PreTrainedConfig, kind: str, name: str) -> str:
     encoder-decoder is seq2seq and any other model a classifier. Raises UserError for a kind that it cannot be.
     """
     if kind == "auto":
-        endings = {
-            "causal": ("ForCausalLM", "LMHeadModel"),
-            "masked": "ForMaskedLM",
-            "classifier": "ForSequenceClassification",
-        }
-        saved_as = (kind for cls in config.architectures or () for kind, end in endings.items() if cls.endswith(end))
+        heads = [item for item in ENDINGS.items() if item[0] != "seq2seq"]  # for that the config is asked
+        saved_as = (kind for cls in config.architectures or () for kind, ends in heads if cls.endswith(ends))
         kind = next(saved_as, "seq2seq" if config.is_encoder_decoder else "classifier")
         if kind != "causal":
             return kind

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from metazo import zoo
-from metazo.blocks import NamedTensor, partition, tensor_id
+from metazo.blocks import every_tensor, partition
 from metazo.errors import UserError
 from metazo.feedback.tuner import FeedbackTuner, describe
 from metazo.io.plain import shown
@@ -55,7 +55,7 @@ def block_scale(config: FinetuneConfig, model: nn.Module) -> BlockScale | None:
     if config.tuner is None:
         return None
     if config.tuner.startswith("random:"):
-        blocks = partition(_every_tensor(model))
+        blocks = partition(every_tensor(model))
         networks = PertNN(len(blocks), seed=_seed(config.tuner))
         return TunerScale(pertnn=networks, networks=[b.name for b in blocks], every=every or STATISTICS_EVERY)
     tuner = tuner_of(config, model, zoo.load)
@@ -123,10 +123,6 @@ def of_log(header: dict[str, Any], known: Iterable[zoo.Found]) -> tuple[zoo.Foun
 
 def _opened(found: zoo.Found) -> Any:
     return zoo.opened(found, report=lambda text: None)
-
-
-def _every_tensor(model: nn.Module) -> list[NamedTensor]:
-    return [NamedTensor(name, parameter, tensor_id(name)) for name, parameter in model.named_parameters()]
 
 
 def _seed(spec: str) -> int:

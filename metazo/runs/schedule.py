@@ -8,7 +8,8 @@ from typing import Any
 
 from metazo.errors import UserError
 from metazo.runs.config import FinetuneConfig
-from metazo.steplog.format import STEPS, scan
+from metazo.runs.locate import log_to_continue
+from metazo.steplog.format import scan
 
 # The fraction of `lr` as a function of progress after warmup, 0 to 1.
 SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -64,8 +65,8 @@ def number_of_steps(config: FinetuneConfig, optimizer: Any, examples: int) -> in
     elif config.forwards:
         steps = _paid(config, optimizer)
     now, before = (steps, warmup_steps(config.warmup, steps)), _counted_before(config, optimizer, examples)
-    log = config.out / STEPS if config.resume and config.out is not None else None
-    if now != before and log is not None and log.exists() and "counting" not in scan(log).header:
+    log = log_to_continue(config)
+    if now != before and log is not None and "counting" not in scan(log).header:
         raise UserError(
             f"The run in {config.out} was begun by an earlier version of metazo, which counted {before[0]} steps, {before[1]} "
             f"of them warmup, in place of {now[0]} and {now[1]}; resume it with that version, or start again."
