@@ -47,8 +47,11 @@ def free_memory(device: torch.device) -> int:
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
-    free = [os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")]
+    try:
+        pages = os.sysconf("SC_AVPHYS_PAGES")
+    except (OSError, ValueError):  # macOS has no such name
+        pages = os.sysconf("SC_PHYS_PAGES")
+    free = [pages * os.sysconf("SC_PAGE_SIZE")]
     with suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = [next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))]
