@@ -7,11 +7,9 @@ block and returns that of the next: its input plus the outputs of its attention 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from metazo.errors import UserError
@@ -122,60 +120,3 @@ def hidden_of(output: Any) -> Tensor:
 def with_hidden(output: Any, hidden: Tensor) -> Any:
     """The output of a block with another hidden state."""
     return type(output)((hidden, *output[1:])) if isinstance(output, tuple | list) else hidden
-
-
-@dataclass(frozen=True)
-class Roles:
-    """The linear maps of a block by their role: `entering` the attention (queries, keys, values), `leaving` it (the
-    output projection), and those of the `mlp`."""
-
-    entering: tuple[str, ...]
-    leaving: str
-    mlp: tuple[str, ...]
-
-
-def roles(run: Callable[[Tensor], Tensor], hidden: Tensor, maps: list[LinearMap]) -> Roles:
-    """The linear maps of a block divided into the attention's and the MLP's, by their behaviour.
-
-    Only attention moves information between positions. The output projection is therefore the first map whose input at
-    the last position changes if the hidden states at other positions change; the maps on which its input depends enter
-    the attention; all others are the MLP's.
-
-    Args:
-        run: the block as a function of the hidden state alone.
-        hidden: (B, T, d), T >= 2, without padding in the first row.
-
-    Raises UserError if no map mixes positions.
-    """
-    moved = hidden.detach().clone()
-    moved[:, :-1] += hidden.std()
-    with torch.enable_grad():
-        leaf = hidden.detach().requires_grad_()
-        plain, changed = _inputs(run, leaf, maps), _inputs(run, moved, maps)
-        order = list(plain)
-        mixed = [name for name in order if not torch.equal(plain[name][0][0, -1], changed[name][0][0, -1])]
-        if not mixed:
-            raise UserError(
-                "The block has no attention: no linear map's input depends on other positions. Pass a transformer block."
-            )
-        leaving = mixed[0]
-        outputs = [plain[name][1] for name in order]
-        reached = torch.autograd.grad(plain[leaving][0].sum(), outputs, allow_unused=True)
-    entering = tuple(name for name, grad in zip(order, reached) if grad is not None and name != leaving)
-    mlp = tuple(name for name in order if name != leaving and name not in entering)
-    return Roles(entering, leaving, mlp)
-
-
-def _inputs(run: Callable[[Tensor], Tensor], hidden: Tensor, maps: list[LinearMap]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Input and output of each map by name, in the order of the calls."""
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
-    handles = [
-        m.module.register_forward_hook(lambda _, args, output, name=m.name: seen.update({name: (args[0], output)}))
-        for m in maps
-    ]
-    try:
-        run(hidden)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen

@@ -1,7 +1,7 @@
 """Noise on weights that are split in two, on the CPU with numba: join, add noise, and split or round in one pass.
 
 The result is bit-identical to `join` of metazo.kernels.splitfloat, cpu.add_ on the joined float32 weights, and `split`
-(or rounding to nearest even). `plain_place_` and `plain_add_` do these passes one by one, with torch alone.
+(or rounding to nearest even).
 """
 
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
@@ -118,37 +118,3 @@ def add_(
     scalars = np.float32(alpha), np.float32(beta), *bits, np.int32(splitfloat._folded(rounding))
     fixed = (*scalars, distribution == "gaussian", *cpu._counter(seed, tensor_id, purpose))
     share(_add, [(*(array[here : here + cut.step] for array in arrays), start + here, *fixed) for here in cut])
-
-
-def plain_place_(
-    distribution: str,
-    out: Tensor,
-    weights: Tensor,
-    low: Tensor,
-    alpha: float,
-    seed: int,
-    tensor_id: int,
-    purpose: int,
-    start: int,
-) -> None:
-    """place_ with torch alone."""
-    z = philox.DISTRIBUTIONS[distribution](seed, tensor_id, purpose, start, start + len(weights), weights.device)
-    out.copy_(splitfloat.plain_join(weights, low) + z * alpha)
-
-
-def plain_add_(
-    distribution: str,
-    weights: Tensor,
-    low: Tensor,
-    alpha: float,
-    beta: float,
-    seed: int,
-    tensor_id: int,
-    purpose: int,
-    start: int,
-    rounding: int,
-) -> None:
-    """add_ with torch alone."""
-    z = philox.DISTRIBUTIONS[distribution](seed, tensor_id, purpose, start, start + len(weights), weights.device)
-    theta = splitfloat.plain_join(weights, low) * beta + z * alpha
-    splitfloat.plain_split(theta, weights, low, start, rounding)

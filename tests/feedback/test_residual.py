@@ -9,27 +9,18 @@ from torch import nn
 from metazo.bench.architectures import NAMES, build
 from metazo.errors import UserError
 from metazo.feedback.passes import Recorder
-from metazo.feedback.residual import find_residual, roles
+from metazo.feedback.residual import find_residual
 
-OUTPUT = {  # the name of the attention's output projection in each implementation
-    "o_proj", "dense", "out_proj", "out_lin", "o", "Wo", "c_proj",
-}  # fmt: skip
 MLP = ("mlp", "fc1", "fc2", "ffn", "intermediate", "output.dense", "dense_h_to_4h", "dense_4h_to_h", "c_fc")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_blocks_and_roles(name: str) -> None:
+def test_blocks_and_their_linear_maps(name: str) -> None:
     tiny = build(name)
     residual = find_residual(tiny.model)
     assert len(residual.blocks) == tiny.model.config.num_hidden_layers
-    names = {id(p): key for key, p in tiny.model.named_parameters()}
-    call = Recorder(residual, names, 0).capture([tiny.every]).passes[0].calls[1]
-    found = roles(lambda hidden: call.run(residual.blocks[1], hidden), call.hidden, residual.maps(1))
-    assert found.leaving.rsplit(".", 1)[-1] in OUTPUT and not any(".mlp" in n for n in (found.leaving, *found.entering))
-    assert found.entering and all("att" in entry for entry in found.entering)
-    assert found.mlp and all(any(part in entry for part in MLP) for entry in found.mlp), found
-    every = {entry.name for entry in residual.maps(1)}
-    assert {found.leaving, *found.entering, *found.mlp} == every
+    names = [entry.name for entry in residual.maps(1)]
+    assert any("att" in name for name in names) and any(part in name for part in MLP for name in names)
 
 
 def test_a_model_without_blocks_is_refused() -> None:

@@ -7,9 +7,9 @@ import torch
 
 from metazo.blocks import LocalShard, NamedTensor, tensor_id
 from metazo.kernels.outer import add_products_, place_products_
-from metazo.noise import Move, PhiloxNoise, Place, add_two_all_, cpu_split, philox
+from metazo.noise import Move, PhiloxNoise, Place, add_two_all_, philox
 from tests.noise.interpreted import DTYPES, PURPOSE, SEED, TENSOR, piece, shards
-from tests.noise.test_split import weights
+from tests.noise.test_split import plain_add_, plain_place_, weights
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 KINDS = tuple(philox.DISTRIBUTIONS)
@@ -102,10 +102,10 @@ def test_noise_on_split_weights(kind, start, high, low):
     here = weights(100_003, high, low)
     there, noise = tuple(part.cuda() for part in here), (SEED, TENSOR, PURPOSE, start)
     outs = torch.zeros(100_003, dtype=high), torch.zeros(100_003, dtype=high, device="cuda")
-    cpu_split.plain_place_(kind, outs[0], *here, 0.3, *noise)
+    plain_place_(kind, outs[0], *here, 0.3, *noise)
     cuda_split.place_(kind, outs[1], *there, 0.3, *noise)
     assert torch.equal(outs[0].view(torch.int16), outs[1].cpu().view(torch.int16))
-    cpu_split.plain_add_(kind, *here, 0.3, 1.7, *noise, SEED + 5)
+    plain_add_(kind, *here, 0.3, 1.7, *noise, SEED + 5)
     cuda_split.add_(kind, *there, 0.3, 1.7, *noise, SEED + 5)
     assert all(torch.equal(a.view(b.dtype), b) for a, b in zip((part.cpu() for part in there), here))
 

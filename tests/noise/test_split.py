@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from metazo.kernels.splitfloat import join, split
-from metazo.noise import TILE, cpu, cpu_split
+from metazo.kernels.splitfloat import join, plain_join, plain_split, split
+from metazo.noise import TILE, cpu, cpu_split, philox
 
 SEED, ID, ROUNDING = 0x7EDCBA9876543210, 0x123456789ABCDEF0, 0x13579BDF2468ACE0
 each = pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
@@ -23,6 +23,40 @@ def weights(size: int, high: torch.dtype, low: torch.dtype) -> tuple[torch.Tenso
     narrow, rest = torch.empty(size, dtype=high), torch.empty(size, dtype=low)
     split(theta, narrow, rest, 0, 1)
     return narrow, rest
+
+
+def plain_place_(
+    distribution: str,
+    out: torch.Tensor,
+    weights: torch.Tensor,
+    low: torch.Tensor,
+    alpha: float,
+    seed: int,
+    tensor_id: int,
+    purpose: int,
+    start: int,
+) -> None:
+    """cpu_split.place_ with torch alone, pass by pass."""
+    z = philox.DISTRIBUTIONS[distribution](seed, tensor_id, purpose, start, start + len(weights), weights.device)
+    out.copy_(plain_join(weights, low) + z * alpha)
+
+
+def plain_add_(
+    distribution: str,
+    weights: torch.Tensor,
+    low: torch.Tensor,
+    alpha: float,
+    beta: float,
+    seed: int,
+    tensor_id: int,
+    purpose: int,
+    start: int,
+    rounding: int,
+) -> None:
+    """cpu_split.add_ with torch alone, pass by pass."""
+    z = philox.DISTRIBUTIONS[distribution](seed, tensor_id, purpose, start, start + len(weights), weights.device)
+    theta = plain_join(weights, low) * beta + z * alpha
+    plain_split(theta, weights, low, start, rounding)
 
 
 @pytest.fixture(params=[1, 3])
@@ -42,7 +76,7 @@ def test_a_probe_is_placed_as_by_join_and_add(distribution, high, low, size, sta
     outs = [torch.full((size,), 7.0, dtype=high) for _ in range(3)]
     counter = (0.37, SEED, ID, 2, start)
     cpu_split.place_(distribution, outs[0], w, rest, *counter)
-    cpu_split.plain_place_(distribution, outs[1], w, rest, *counter)
+    plain_place_(distribution, outs[1], w, rest, *counter)
     theta = join(w, rest)
     cpu.add_(distribution, theta, 0.37, 1.0, SEED, ID, 2, start)
     outs[2].copy_(theta)
@@ -60,7 +94,7 @@ def test_an_update_is_added_as_by_join_add_and_split(distribution, high, low, si
     before = join(*states[0])
     counter = (alpha, beta, SEED, ID, 1, start, ROUNDING)
     cpu_split.add_(distribution, *states[0], *counter)
-    cpu_split.plain_add_(distribution, *states[1], *counter)
+    plain_add_(distribution, *states[1], *counter)
     theta = join(*states[2])
     cpu.add_(distribution, theta, alpha, beta, SEED, ID, 1, start)
     split(theta, *states[2], start, ROUNDING)

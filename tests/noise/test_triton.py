@@ -13,9 +13,9 @@ import torch
 
 from metazo.kernels.outer import add_product_
 from metazo.kernels.splitfloat import plain_join
-from metazo.noise import cpu_split, philox
+from metazo.noise import philox
 from tests.noise.interpreted import DTYPES, MATRICES, PLACES, PURPOSE, SEED, TENSOR, matrix, piece, shards
-from tests.noise.test_split import weights
+from tests.noise.test_split import plain_add_, weights
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -115,7 +115,7 @@ def test_noise_on_split_weights(results):
         wide, other = weights(2051, high, low)
         moved = plain_join(wide, other) + noise(kind, 2051, start) * 0.3
         assert torch.equal(out[:-1].view(torch.int16), narrowed(moved, high).view(torch.int16)) and out[-1] == 0
-        cpu_split.plain_add_(kind, wide, other, 0.3, 1.7, SEED, TENSOR, PURPOSE, start, SEED + 5)
+        plain_add_(kind, wide, other, 0.3, 1.7, SEED, TENSOR, PURPOSE, start, SEED + 5)
         assert torch.equal(w.view(torch.int16), wide.view(torch.int16)) and torch.equal(rest, other)
 
 
