@@ -41,7 +41,7 @@ OPTIMIZING = with_role(FinetuneConfig, "method", "loop", "service", "limit")
 class Facts:
     """Facts about a column on a task before it runs.
 
-    lrs: learning rates from which its search starts (empty for zero-shot); forward passes per step; number of trained
+    lrs: learning rates from which its search starts (empty for zero-shot); number of trained
     weights; hashes of model, data, tuner and the user's own files; inputs: hash of the model's configuration and the task's
     definition; metric of the task; seconds per forward pass over a training batch; bytes_on_disk: of a run while it is in
     progress; bytes_kept: of the model that stays of a reported run; cost: see metazo.runs.cost, None for zero-shot; use: how
@@ -50,7 +50,6 @@ class Facts:
     """
 
     lrs: list[float]
-    a_step: float
     trained: int
     hashes: dict[str, str | None]
     inputs: str
@@ -147,7 +146,6 @@ def _facts(grid: Grid, column: Column, config: FinetuneConfig, loaded: dict[str,
     keeps = column.trains and grid.keep_models
     return Facts(
         lrs=lrs,
-        a_step=a_step,
         trained=setup.trained if column.trains else 0,
         hashes={"model": base.model, "data": base.data, "tuner": tuner}
         | _objective(setup)

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from metazo.errors import UserError
 from metazo.io.files import write_whole
-from metazo.io.plain import read_json, shown
+from metazo.io.plain import finite, read_json, shown
 
 PARTS = ("run_info", "train_info", "metrics")
 SEARCH, COMPARISON = "search.json", "comparison.json"
@@ -82,7 +82,7 @@ class Result:
         return early or info["status"] == "diverged"
 
     def to_bytes(self) -> bytes:
-        return (json.dumps(_plain(asdict(self)), indent=1, allow_nan=False) + "\n").encode()
+        return (json.dumps(finite(asdict(self)), indent=1, allow_nan=False, default=str) + "\n").encode()
 
     def save(self, path: Path) -> None:
         write_whole(path, self.to_bytes())
@@ -170,7 +170,7 @@ def cell_path(results: Path, task: str, column: str, kind: str, seed: int, lr: f
 
 def write_search(results: Path, found: dict[str, dict[str, Search]]) -> None:
     plain = {task: {column: asdict(search) for column, search in columns.items()} for task, columns in found.items()}
-    write_whole(results / SEARCH, (json.dumps(_plain(plain), indent=1) + "\n").encode())
+    write_whole(results / SEARCH, (json.dumps(finite(plain), indent=1) + "\n").encode())
 
 
 def read_search(results: Path) -> dict[str, dict[str, Search]]:
@@ -202,14 +202,3 @@ def _search(content: Any) -> Search:
     if None in (found.runs, found.forwards, found.budget) or (found.lr is not None and not 0 < found.lr < math.inf):
         raise ValueError(f"the learning rate, runs or forwards of a search are not valid ({shown(content)})")
     return found
-
-
-def _plain(value: Any) -> Any:
-    """JSON values: paths as text, numbers that are not finite as None."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return str(value) if isinstance(value, Path) else value

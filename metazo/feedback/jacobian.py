@@ -41,10 +41,9 @@ def fit_jacobian(
     draws: int = 4,
     orthogonal: bool = True,
     seed: int = 0,
-    lowest: int = 0,
     cosines: dict[int, tuple[float, float]] | None = None,
 ) -> MeanJacobian:
-    """Fit B_l for the output of every block from `lowest` to the last but one.
+    """Fit B_l for the output of every block but the last.
 
     Args:
         model: in evaluation mode.
@@ -68,9 +67,9 @@ def fit_jacobian(
             f"Fitting feedback needs at least {HELD_OUT} batches, and {len(closures)} were given; give more."
         )
     residual = find_residual(model)
-    if lowest > len(residual.blocks) - 2:
-        raise UserError("The last block needs no feedback and there is no other; choose an earlier `lowest` block.")
-    recorder = Recorder(residual, {}, lowest)
+    if len(residual.blocks) < 2:
+        raise UserError("The last block needs no feedback and there is no other; choose a model of at least 2 blocks.")
+    recorder = Recorder(residual, {}, 0)
     generator = torch.Generator().manual_seed(seed)
     fits: dict[int, _Fit] = {}
     for number, closure in enumerate(closures):
@@ -82,7 +81,7 @@ def fit_jacobian(
             vectors = [_draw(one, pooled, generator) for _ in range(draws)]
             cotangents = [v[:, None] * carrying[..., None] for v in vectors]
             for index, errors in exact_errors(residual, one, cotangents):
-                if index < lowest:
+                if index < 0:
                     break
                 fit = fits.setdefault(index, _Fit(errors[0].shape[-1]))
                 sums = fit.held_out if number % HELD_OUT == HELD_OUT - 1 else fit.fitted

@@ -16,7 +16,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from metazo.errors import UserError
@@ -82,9 +81,3 @@ class MeanJacobian:
                 f"The feedback matrices have width {down.shape[0]}, the model has {delta.shape[-1]}: fit them for this model."
             )
         return self.trust[index] * (delta + (delta @ down.to(delta)) @ self.up[index].to(delta))
-
-
-def matrix(surrogate: MeanJacobian, index: int) -> Tensor:
-    """B_l (d, d) of a block, which multiplies rows from the right: e_l = delta B_l."""
-    down, up = surrogate.down[index], surrogate.up[index]
-    return surrogate.trust[index] * (torch.eye(len(down), dtype=down.dtype) + down @ up)

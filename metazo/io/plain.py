@@ -40,11 +40,11 @@ def parse_json(text: str | bytes, finite: bool = False) -> Any:
     return found
 
 
-def read_json(path: Path, what: str, limit: int = MAX_JSON_BYTES, finite: bool = True) -> Any:
-    """The value of a JSON file. Raises UserError, which calls the file `what`; `finite` as for `parse_json`."""
+def read_json(path: Path, what: str, limit: int = MAX_JSON_BYTES) -> Any:
+    """The value of a JSON file whose numbers are all finite. Raises UserError, which calls the file `what`."""
     data = read_capped(path, limit, what)
     try:
-        return parse_json(data, finite)
+        return parse_json(data, finite=True)
     except ValueError as error:
         raise UserError(f"{what} {path} cannot be read as JSON: {error}") from error
 
@@ -179,6 +179,15 @@ def cut(table: dict[str, Any], longest: int = 80) -> dict[str, Any]:
         key: f"{value[: longest - 5]} [...]" if isinstance(value, str) and len(value) > longest else value
         for key, value in table.items()
     }
+
+
+def finite(value: Any) -> Any:
+    """JSON values with null for numbers that are NaN or infinite."""
+    if isinstance(value, dict):
+        return {str(key): finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def is_name(value: object) -> bool:

@@ -8,7 +8,6 @@ come from the caller (`style=`, `rich.text.Text`), because a string is never rea
 from __future__ import annotations
 
 import json
-import math
 import sys
 import unicodedata
 from collections.abc import Iterable
@@ -19,6 +18,8 @@ import rich.console
 from rich.console import ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.text import Text
+
+from metazo.io.plain import finite
 
 UNREAD = 141
 """The exit code if nobody reads the output any more: 128 + SIGPIPE, as a shell reports it."""
@@ -103,17 +104,9 @@ def print_line(text: object = "", *, stderr: bool = False) -> None:
     stream.flush()
 
 
-def print_json(value: object, *, indent: int | None = None) -> None:
+def print_json(value: object) -> None:
     """Print a value as one JSON document. Numbers that are not finite, which JSON does not have, are null."""
-    text = json.dumps(_finite(value), indent=indent, default=str, allow_nan=False)
+    text = json.dumps(finite(value), default=str, allow_nan=False)
     if sys.stdout is not None:
         sys.stdout.write(text.replace("\x7f", "\\u007f") + "\n")
         sys.stdout.flush()
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _finite(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

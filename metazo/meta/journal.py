@@ -17,6 +17,7 @@ from rich.text import Text
 from metazo.blocks import Block
 from metazo.io.extras import needs
 from metazo.io.files import whole_file
+from metazo.io.plain import finite
 from metazo.io.terminal import Console
 from metazo.meta.config import MetaConfig
 from metazo.meta.horizon_config import HorizonConfig
@@ -53,18 +54,14 @@ def row_of(step: MetaStep, blocks: Sequence[Block]) -> dict[str, Any]:
     return {
         "step": step.step,
         "task": step.task,
-        "meta_loss": _finite(step.meta_loss),
-        "loss": _finite(step.loss),
-        "teacher_loss": _finite(step.teacher_loss),
+        "meta_loss": finite(step.meta_loss),
+        "loss": finite(step.loss),
+        "teacher_loss": finite(step.teacher_loss),
         "largest_share": float(step.shares[top]),
         "largest_block": blocks[top].name,
         "sigma": {name: round(value, 6) for name, value in by_type(blocks, step.scales.tolist()).items()},
         "skipped": step.skipped,
     }
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
 
 
 class Progress:

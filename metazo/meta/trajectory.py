@@ -25,7 +25,7 @@ from metazo.errors import UserError
 from metazo.io.files import write_whole
 from metazo.io.lock import NAME as LOCK
 from metazo.io.lock import FolderLock
-from metazo.io.plain import parse_json
+from metazo.io.plain import finite, parse_json
 from metazo.io.tensorfile import check_tensors, read_tensors, write_tensors
 from metazo.meta.gradient import Loss
 from metazo.meta.order import MetaTask, Order
@@ -132,7 +132,7 @@ def record(
             loss = teacher.step(lambda task=tasks[number], chosen=indices: task.loss(model, chosen))
             if step == 0 and loss != loss:
                 raise UserError("The teacher's loss is not finite at the first step: lower `teacher_lr`.")
-            row = {"step": step, "task": tasks[number].name, "examples": indices, "loss": _plain(loss), "lr": rate}
+            row = {"step": step, "task": tasks[number].name, "examples": indices, "loss": finite(loss), "lr": rate}
             log.write(json.dumps(row) + "\n")
             if report is not None:
                 report(step, loss)
@@ -215,10 +215,6 @@ class Recorded:
     def load(self, state: dict[str, Tensor]) -> None:
         load_weights(self.tensors, state)
         self.lies = int(state["snapshot"])
-
-
-def _plain(loss: float) -> float | None:
-    return loss if loss == loss and abs(loss) != float("inf") else None
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

@@ -110,9 +110,7 @@ def _built(
     if kind != "classifier":
         return _with_head(config, kind, dtype, attention)
     config.num_labels = classes or config.num_labels or 2
-    pooling = (
-        pooling_of(source) if head in ("auto", "linear", "prototype", "phrases") and Path(source).is_dir() else None
-    )
+    pooling = pooling_of(source) if head != "checkpoint" and Path(source).is_dir() else None
     trained = any(a.endswith("ForSequenceClassification") for a in config.architectures or ())
     if head == "checkpoint" or (head == "auto" and (trained or not pooling)):
         return _with_head(config, kind, dtype, attention)

@@ -264,9 +264,7 @@ def _tiles(rows: Tensor, shape: torch.Size) -> list[tuple[int, int]] | None:
     return [(tile * TILE, (tile + 1) * TILE) for tile in np.unique(entries // TILE).tolist()]
 
 
-def add_two_all_(
-    first: Stream, second: Stream, moves: Sequence[Move], again: Sequence[float], purpose: int = DENSE
-) -> None:
+def add_two_all_(first: Stream, second: Stream, moves: Sequence[Move], again: Sequence[float]) -> None:
     """out = beta * out + alpha * z(first) + again * z(second) on whole tensors, in one pass if there are kernels for them.
 
     One pass removes a probe and applies the next. The result is bit-identical to `first.add_all_(moves)` followed by
@@ -283,10 +281,10 @@ def add_two_all_(
                 for move, amount, kernels in zip(moves, again, found)
                 if kernels is batch
             ]
-            batch.add_two_all_(first.distribution, fit, (first.seed, second.seed), purpose)
+            batch.add_two_all_(first.distribution, fit, (first.seed, second.seed), DENSE)
             rest = [k for k in rest if found[k] is not batch]
-    first.add_all_([moves[k] for k in rest], purpose)
-    second.add_all_([Move(moves[k].tensor, moves[k].out, again[k]) for k in rest], purpose)
+    first.add_all_([moves[k] for k in rest])
+    second.add_all_([Move(moves[k].tensor, moves[k].out, again[k]) for k in rest])
 
 
 def _check(start: int) -> None:

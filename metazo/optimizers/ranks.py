@@ -17,17 +17,14 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from hashlib import blake2b
 from typing import Any
 
-from torch import Tensor
-
-from metazo.blocks import LocalShard, NamedTensor, checksum
+from metazo.blocks import LocalShard, checksum
 from metazo.errors import UserError
 from metazo.io import processes
 
-Chunks = Callable[[NamedTensor], Iterable[tuple[int, Tensor]]]
 UNEQUAL = ("forwards", "defer")
 """Attributes of an optimizer that may differ between processes, because no bit of a step depends on them."""
 

@@ -6,8 +6,6 @@ splits. Templates are divided by hand into the same three parts.
 
 from __future__ import annotations
 
-PARTS = ("train", "validation", "test")
-
 
 def part(pool: tuple, name: str) -> tuple:
     """The entries of ``pool`` in part ``name`` ("train", "validation" or "test"; "all" is the whole pool)."""

@@ -217,16 +217,12 @@ class Analysis:
             return None
         return Reached(median(firsts), sum(map(math.isfinite, firsts)), len(firsts))
 
-    def time_budget(self, task: str) -> float | None:
-        """The grid's time budget, else the median time of the reference's runs."""
-        return self.data.time_budget(task)
-
     def at_time(self, task: str, column: str) -> AtTime | None:
         """Loss on dev of a column's runs at the time budget: the last evaluation within it. None without any run.
 
         The runs are those continued to the time budget if there are any, be it failed ones; then every seed needs one.
         """
-        budget = self.time_budget(task)
+        budget = self.data.time_budget(task)
         timed = self.data.timed.get((task, column), {})
         failed = self.data.failed(task, column, "time")
         runs, wanted = list(timed.values()), len({*self.data.seeds, *timed, *failed})

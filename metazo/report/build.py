@@ -144,7 +144,7 @@ def _way(by_loss: Analysis) -> Section:
             )
     if data.reference:
         section.add(costs.reach(by_loss))
-    if any(by_loss.time_budget(task) for task in data.tasks):
+    if any(data.time_budget(task) for task in data.tasks):
         section.add(costs.equal_time(by_loss))
     return section
 

@@ -60,7 +60,7 @@ def equal_time(analysis: Analysis) -> Table:
         "† The runs ended before nine tenths of the time were used, so more time might have helped. (n of m): of n of m runs.",
         ["column", *data.tasks],
     )
-    budgets = {task: analysis.time_budget(task) for task in data.tasks}
+    budgets = {task: data.time_budget(task) for task in data.tasks}
     table.add("time (s)", *(NONE if value is None else seconds(value) for value in budgets.values()))
     columns = [column for column in by_family(data) if data.family(column) != UNTRAINED]
     found = {task: {c: analysis.at_time(task, c) for c in columns} for task in data.tasks}

@@ -75,8 +75,8 @@ def headline(analysis: Analysis) -> Figure:
     return figure
 
 
-def clipped(name: str, most: int = 28) -> str:
-    return name if len(name) <= most else name[: most - 1] + "…"
+def clipped(name: str) -> str:
+    return name if len(name) <= 28 else name[:27] + "…"
 
 
 def highlighted(analysis: Analysis) -> list[str]:

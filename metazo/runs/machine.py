@@ -31,9 +31,9 @@ def system() -> str:
     return f"{platform.system()} {platform.machine()}"
 
 
-def gpu(device: torch.device | str | None = None) -> str | None:
+def gpu() -> str | None:
     """The name of the GPU, or None if there is none."""
-    return torch.cuda.get_device_name(device) if torch.cuda.is_available() else None
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
 def versions(packages: Iterable[str]) -> dict[str, str | None]:

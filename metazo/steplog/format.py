@@ -184,16 +184,6 @@ def _take(found: Scan, data: bytes) -> None:
     found.size, found.chain = found.size + len(data), chain
 
 
-def read(path: Path) -> list[Step]:
-    """The steps of a log without a torn tail. Raises UserError if the log is damaged."""
-    return scan(path).sound().steps
-
-
-def header(path: Path) -> dict[str, Any]:
-    """The header of a log, which identifies its run. Raises UserError if the log is damaged."""
-    return scan(path).sound().header
-
-
 def differences(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """(key, value in a, value in b) for each difference of two mappings; None means that the key is missing."""
     return [(key, a.get(key), b.get(key)) for key in {**a, **b} if a.get(key) != b.get(key)]

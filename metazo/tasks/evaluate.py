@@ -35,12 +35,11 @@ def evaluate(
     split: Literal["train", "dev", "test"] = "dev",
     *,
     batch_size: int = 32,
-    limit: int | None = None,
     metrics: Sequence[str] = (),
     divided: bool = False,
     loss_only: bool = False,
 ) -> dict[str, float]:
-    """Loss and metrics of ``model`` on a split, or on its first ``limit`` examples.
+    """Loss and metrics of ``model`` on a split.
 
     Returns "loss", the task's metrics (0 to 1; mcc -1 to 1), "examples", and for classification and choice "majority":
     the accuracy of always giving the commonest answer of these examples. Generated answers are greedy. Batches hold
@@ -53,7 +52,7 @@ def evaluate(
     such an example counts as answered wrongly. Raises UserError for an empty split, for a head of prototypes or label
     phrases that is not made yet (`metazo.tasks.classes.fit_head`), and if processes divide the examples in different ways.
     """
-    examples = getattr(prepared, split)[:limit]
+    examples = getattr(prepared, split)
     if not examples:
         raise UserError(f"the {split} split of task {prepared.task.name!r} holds no examples to evaluate on")
     head = getattr(model, "head", None)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from metazo.errors import UserError
 from metazo.io.files import read_capped, write_whole
-from metazo.io.plain import is_name, is_plain, parse_json, shown
+from metazo.io.plain import finite, is_name, is_plain, parse_json, shown
 from metazo.io.tensorfile import SEAL, seal, to_bytes
 from metazo.tuner.limits import MAX_BYTES, MAX_HEADER_BYTES, TUNER
 from metazo.tuner.markdown import front_matter
@@ -193,15 +193,6 @@ def blocks(entries: Any) -> list[BlockSpec]:
     if not found or len({block.name for block in found}) < len(found):
         raise BadFile("it lists no blocks, or two of one name")
     return found
-
-
-def finite(value: Any) -> Any:
-    """JSON values with null for figures that are NaN or infinite."""
-    if isinstance(value, dict):
-        return {str(key): finite(member) for key, member in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(member) for member in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def is_shape(value: Any) -> bool:

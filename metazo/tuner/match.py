@@ -35,9 +35,8 @@ class Match:
     """The result of comparing a tuner with a model."""
 
     matched: list[int]
-    """Indices of the tuner's blocks whose tensors the model has, all with the same shape."""
-    unmatched: list[str]
-    """Names of the model's tensors in no matched block; they get the RMS scale under `allow_partial=True`."""
+    """Indices of the tuner's blocks whose tensors the model has, all with the same shape; all other tensors of the model get
+    the RMS scale under `allow_partial=True`."""
     differences: list[str]
     """The first three differences, in words."""
     different: int
@@ -82,11 +81,9 @@ def plain_name(name: str) -> str:
 
 def fit(blocks: Sequence[BlockSpec], named_shapes: NamedShapes) -> Match:
     """Compare a tuner's blocks with all parameters of a model, including frozen ones, by `plain_name`."""
-    named_shapes = list(named_shapes)
-    real = {plain_name(name): name for name, _ in named_shapes}
     model = {plain_name(name): tuple(int(n) for n in shape) for name, shape in named_shapes}
     blocks = [BlockSpec(b.name, [(plain_name(name), shape) for name, shape in b.tensors]) for b in blocks]
-    matched, covered, listed, differences = [], set(), set(), []
+    matched, listed, differences = [], set(), []
     for index, block in enumerate(blocks):
         listed.update(name for name, _ in block.tensors)
         found = [_difference(name, shape, model) for name, shape in block.tensors]
@@ -94,12 +91,10 @@ def fit(blocks: Sequence[BlockSpec], named_shapes: NamedShapes) -> Match:
             differences.append(next(filter(None, found)))
         else:
             matched.append(index)
-            covered.update(name for name, _ in block.tensors)
     unlisted = (f"{name} {shape} is not in the tuner" for name, shape in model.items() if name not in listed)
     differences.extend(unlisted)
     return Match(
         matched=matched,
-        unmatched=[real[name] for name in model if name not in covered],
         differences=differences[:3],
         different=len(differences),
         names_only=any(shape is None for block in blocks for _, shape in block.tensors),

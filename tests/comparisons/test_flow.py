@@ -84,7 +84,7 @@ def run(tmp_path, monkeypatch) -> Callable[..., dict[str, int]]:
     def examine(grid: Grid) -> dict[tuple[str, str], Facts]:
         rates = {column.name: column.lrs or grid.lrs or [1e-3] for column in grid.resolved}
         return {
-            (task, name): Facts(lrs, 2, 1, {}, "", None, 1.0, 0, 0, None, dict(tuner))
+            (task, name): Facts(lrs, 1, {}, "", None, 1.0, 0, 0, None, dict(tuner))
             for task in grid.tasks
             for name, lrs in rates.items()
         }

@@ -22,7 +22,7 @@ from metazo.runs.finetune import run_settings
 from metazo.runs.folder import RunFolder
 from metazo.runs.replay import _save
 from metazo.settings import build
-from metazo.steplog.format import read, scan
+from metazo.steplog.format import scan
 
 SETTINGS = {
     "model": "pico", "task": "pico_sentiment", "optimizer": "mezo", "lr": 1e-4, "steps": 40, "batch_size": 2,
@@ -96,7 +96,7 @@ def test_a_disk_that_fills_up_in_mid_run_loses_no_step(disk, tmp_path, snapshot_
     tuned(out, snapshot_every=snapshot_every, resume=True)
     tuned(tmp_path / "whole")
     assert results(out) == results(tmp_path / "whole")
-    assert read(log)[: len(found.steps)] == found.steps
+    assert scan(log).sound().steps[: len(found.steps)] == found.steps
 
 
 def remount(disk: Path, how: str) -> None:

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from metazo.bench.architectures import build
 from metazo.feedback.factors import Gradient, product_square_norm
 from metazo.feedback.residual import find_residual, hidden_of, with_hidden
-from metazo.feedback.surrogates import Column, Exact, MeanJacobian, Skip, matrix
+from metazo.feedback.surrogates import Column, Exact, MeanJacobian, Skip
 from tests.feedback.test_architectures import estimate, relative
 
 
@@ -65,6 +65,12 @@ def test_skip_is_autograd_with_the_stream_above_taken_as_the_identity(name: str)
     for key in inside:
         if not (key.endswith("k_proj.bias") or "key.bias" in key):  # softmax cancels these: zero up to rounding
             assert relative(found[key], tiny.model.get_parameter(key).grad) < 1e-10, key
+
+
+def matrix(surrogate: MeanJacobian, index: int) -> torch.Tensor:
+    """B_l (d, d) of a block, which multiplies rows from the right: e_l = delta B_l."""
+    down, up = surrogate.down[index], surrogate.up[index]
+    return surrogate.trust[index] * (torch.eye(len(down), dtype=down.dtype) + down @ up)
 
 
 def test_feedback_multiplies_delta_by_its_matrix() -> None:

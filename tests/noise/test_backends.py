@@ -233,9 +233,9 @@ def test_two_seeds_in_one_pass_are_as_one_after_the_other(distribution, dtype, b
         outs = [[random(w.param.numel(), dtype) for w in tensors] for _ in range(2)]
         moves = [[Move(w, out, 0.3 + k, 0.7) for k, (w, out) in enumerate(zip(tensors, each))] for each in outs]
         again = [-0.2 - k for k in range(len(tensors))]
-        noise.stream(SEED).add_all_(moves[0], 1)
-        noise.stream(9).add_all_([Move(m.tensor, m.out, amount) for m, amount in zip(moves[0], again)], 1)
-        add_two_all_(noise.stream(SEED), noise.stream(9), moves[1], again, 1)
+        noise.stream(SEED).add_all_(moves[0])
+        noise.stream(9).add_all_([Move(m.tensor, m.out, amount) for m, amount in zip(moves[0], again)])
+        add_two_all_(noise.stream(SEED), noise.stream(9), moves[1], again)
         assert all(torch.equal(a, b) for a, b in zip(*outs))
         assert not torch.equal(outs[0][3], random(300_000, dtype))
 

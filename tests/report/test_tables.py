@@ -97,7 +97,7 @@ def test_forward_passes_until_the_final_loss_of_the_reference(folder: Path):
 
 def test_equal_time_reads_slow_runs_off_their_curves(folder: Path):
     analysis = Analysis(Comparison(folder), "loss")
-    assert analysis.time_budget("sst2") == 6.0
+    assert analysis.data.time_budget("sst2") == 6.0
     at = analysis.at_time("sst2", "lozo")  # an evaluation every 3 s: the last one in time is at 6 s
     assert at is not None and at.losses == (0.5, 0.5, 0.5) and at.kind == "read off"
     assert row(costs.equal_time(analysis), "mezo")[1] == "0.600"

@@ -19,7 +19,7 @@ from metazo.runs.config import FinetuneConfig
 from metazo.runs.dryrun import dry_run
 from metazo.runs.finetune import run_settings
 from metazo.runs.replay import replay
-from metazo.steplog.format import header, read
+from metazo.steplog.format import scan
 
 SIZE, EXAMPLES = 4, 50
 LENGTHS = np.random.default_rng(0).integers(3, 40, EXAMPLES).tolist()
@@ -95,9 +95,9 @@ def test_a_run_records_the_choice_and_is_replayed(tmp_path: Path) -> None:
     for batches in (None, "by-length"):
         out = tmp_path / str(batches)
         run_settings(FinetuneConfig(**common, out=out, batches=batches), Console(quiet=True))
-        assert header(out / "steps.jsonl")["settings"]["batches"] == batches
-        assert header(out / "steps.jsonl").get("order") == (ORDER if batches else None)
-        losses[batches] = [step.losses for step in read(out / "steps.jsonl")]
+        assert scan(out / "steps.jsonl").sound().header["settings"]["batches"] == batches
+        assert scan(out / "steps.jsonl").sound().header.get("order") == (ORDER if batches else None)
+        losses[batches] = [step.losses for step in scan(out / "steps.jsonl").sound().steps]
         replay(out / "steps.jsonl", base="pico", out=tmp_path / f"{batches} again")
         again, first = (path / "model.safetensors" for path in (tmp_path / f"{batches} again", out / "model"))
         assert again.read_bytes() == first.read_bytes()

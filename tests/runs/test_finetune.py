@@ -17,7 +17,7 @@ from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import run_settings
 from metazo.runs.setup import set_up
 from metazo.settings import build
-from metazo.steplog.format import read
+from metazo.steplog.format import scan
 from tests import warm
 
 LONG = 150  # steps of a small model: a second or two, enough for a signal to arrive in mid-run
@@ -92,7 +92,7 @@ def test_accumulation_takes_other_examples_and_as_many_more_forwards(tmp_path):
 
 def test_schedule(tmp_path):
     run_settings(config(tmp_path / "run", schedule="linear"))
-    rates = [step.lr[0] for step in read(tmp_path / "run" / "steps.jsonl")]
+    rates = [step.lr[0] for step in scan(tmp_path / "run" / "steps.jsonl").sound().steps]
     assert rates == pytest.approx([1e-4 * (1 - step / 24) for step in range(24)])
 
 

@@ -24,7 +24,7 @@ from metazo.runs.finetune import run_settings
 from metazo.runs.monitor import Watch
 from metazo.settings import build
 from metazo.step.record import Step
-from metazo.steplog.format import read, scan
+from metazo.steplog.format import scan
 
 SMALL = {
     "model": "pico", "task": "pico_sentiment", "optimizer": "mezo", "lr": 1e-4, "steps": 6, "batch_size": 2,
@@ -61,7 +61,7 @@ def test_a_step_that_is_skipped_leaves_the_weights_and_a_record(tmp_path, optimi
     """max_loss is so low that every step is skipped: the tuned model is the base model, up to the probe's rounding."""
     with pytest.raises(UserError, match="run stopped at step 4: the losses of 4 steps in a row"):
         run_settings(config(out=tmp_path / "run", optimizer=optimizer, max_loss=1e-3, max_bad_steps=4))
-    steps = read(tmp_path / "run" / "steps.jsonl")
+    steps = scan(tmp_path / "run" / "steps.jsonl").sound().steps
     assert [step.coefficients for step in steps] == [()] * 4 and all(max(step.losses) > 1e-3 for step in steps)
     all_of_them = {"max_loss": 1e-3, "max_bad_steps": 9, "keep": "last"}
     summary = run_settings(config(out=tmp_path / "all", optimizer=optimizer, **all_of_them))

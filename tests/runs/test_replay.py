@@ -21,7 +21,7 @@ from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import run_settings
 from metazo.runs.replay import replay
 from metazo.settings import build
-from metazo.steplog.format import header, line, scan
+from metazo.steplog.format import line, scan
 from metazo.tuner.file import BlockSpec, Tuner, TunerInfo
 from metazo.tuner.networks import PertNN
 
@@ -208,7 +208,7 @@ def test_a_log_whose_settings_were_changed_is_refused(run, tmp_path):
 
 
 def test_another_version_of_the_noise_is_refused(run, tmp_path):
-    now = header(run / "steps.jsonl")["noise"]
+    now = scan(run / "steps.jsonl").sound().header["noise"]
     log = with_header(run, tmp_path / "log", {"noise": now + "0"})
     with pytest.raises(UserError) as refusal:
         replay(log, "pico", tmp_path / "again")
@@ -258,7 +258,7 @@ TEXTS = ("model", "task", "objective", "optimizer", "tuner", "revision", "data",
 def test_paths_and_addresses_in_a_log_are_not_opened(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     run = tuned(tmp_path / "run", optimizer="mezo", tuner="pico", steps=2, keep="last")
-    known, watch, path = header(run / "steps.jsonl"), Watch(), tmp_path / "kept" / "tuner.safetensors"
+    known, watch, path = scan(run / "steps.jsonl").sound().header, Watch(), tmp_path / "kept" / "tuner.safetensors"
     path.parent.mkdir()
     shutil.copyfile(next(each.path for each in zoo.tuners() if each.entry.base_model == "pico"), path)
     assert watch(path, run, "pico", tuner=str(path)).identical and "open" in watch.seen, "its opening is noticed"
@@ -301,6 +301,6 @@ def test_a_torn_log_is_replayed_and_a_damaged_one_is_not(run, tmp_path):
 
 
 def test_the_header_names_what_the_steps_belong_to(run):
-    found = header(run / "steps.jsonl")
+    found = scan(run / "steps.jsonl").sound().header
     assert found["method"] == "mezo" and found["noise"].startswith("philox4x32-10/") and len(found["weights"]) == 64
     assert found["settings"]["lr"] == 1e-4 and "data" not in found["settings"] and found["environment"]["torch"]

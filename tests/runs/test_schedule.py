@@ -20,7 +20,7 @@ from metazo.runs.finetune import _Run, run_settings
 from metazo.runs.interrupt import Interrupted
 from metazo.runs.schedule import SCHEDULES, number_of_steps, share, warmup_steps
 from metazo.settings import build
-from metazo.steplog.format import line, read, scan
+from metazo.steplog.format import line, scan
 from metazo_cli.main import main
 
 SETTINGS = {
@@ -170,7 +170,7 @@ def test_stopped_and_resumed_is_bit_identical(tmp_path, settings, monkeypatch):
     for name in ("steps.jsonl", "model/model.safetensors"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     if "warmup" in settings:
-        rates = [step.lr[0] / 1e-4 for step in read(tmp_path / "cut/steps.jsonl")]
+        rates = [step.lr[0] / 1e-4 for step in scan(tmp_path / "cut/steps.jsonl").sound().steps]
         assert rates == pytest.approx([*(n / 7 for n in range(1, 7)), *(1 - n / 6 for n in range(6))])
 
 

@@ -18,7 +18,7 @@ from metazo.io.lock import FolderLock
 from metazo.io.terminal import Console
 from metazo.step.estimators import MOST_QUERIES
 from metazo.step.record import Step
-from metazo.steplog.format import MAX_LINE, MAX_NESTED, line, read, scan
+from metazo.steplog.format import MAX_LINE, MAX_NESTED, line, scan
 from metazo.steplog.inspect import diff, repair
 from metazo.steplog.writer import StepLog
 from metazo_cli.log import tell
@@ -36,7 +36,7 @@ def written(tmp_path, steps=STEPS):
 
 
 def test_reads_back_bit_for_bit(tmp_path):
-    assert read(written(tmp_path)) == STEPS
+    assert scan(written(tmp_path)).sound().steps == STEPS
 
 
 def test_a_step_of_the_most_queries_reads_back(tmp_path):
@@ -46,7 +46,7 @@ def test_a_step_of_the_most_queries_reads_back(tmp_path):
     step = Step(0, (2**64 - 1,) * n, (longest,) * (2 * n), (longest,) * n, (longest,) * 9)
     log = StepLog(tmp_path / "log", HEADER)
     log.append(step)
-    assert read(log.path) == [step]
+    assert scan(log.path).sound().steps == [step]
     with pytest.raises(UserError, match=f"bytes, and at most {MAX_LINE:,} are read.*choose fewer queries"):
         log.finish(0, "0" * MAX_LINE)
 
@@ -73,7 +73,7 @@ def test_a_long_line_that_would_take_many_times_its_bytes_is_damage(tmp_path, in
 
 def test_losses_that_are_not_finite(tmp_path):
     step = Step(0, (1,), (math.nan, math.inf), (), (1e-6,))
-    (found,) = read(written(tmp_path, [step]))
+    (found,) = scan(written(tmp_path, [step])).sound().steps
     assert math.isnan(found.losses[0]) and found.losses[1] == math.inf and found.coefficients == ()
 
 
@@ -110,7 +110,7 @@ def test_a_changed_bit_is_damage_named_by_its_line(tmp_path_factory, place, bit)
         assert found.torn and not found.damage
     else:
         assert found.damage and f"line {line} is bad" in found.damage
-        for use in (read, lambda path: StepLog(path, HEADER)):
+        for use in (lambda path: scan(path).sound(), lambda path: StepLog(path, HEADER)):
             with pytest.raises(UserError, match=f"line {line} .* metazo log repair"):
                 use(path)
         assert path.read_bytes() == data, "a damaged log is left as it is"
@@ -133,7 +133,7 @@ def test_a_torn_tail_is_said(tmp_path):
     path.write_bytes(path.read_bytes()[:-9])
     said: list[str] = []
     StepLog(path, HEADER, say=said.append).close()
-    assert "19 steps are intact" in said[0] and len(read(path)) == 19
+    assert "19 steps are intact" in said[0] and len(scan(path).sound().steps) == 19
 
 
 def test_the_log_of_a_run_that_is_on_is_not_repaired(tmp_path):
@@ -155,7 +155,7 @@ def test_repair_keeps_what_is_whole_and_the_rest_beside(tmp_path):
     lines = data.splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:6]) + b"garbage\n" + b"".join(lines[6:]))
     count, rest, aside = repair(path)
-    assert (count, read(path)) == (5, STEPS[:5]) and aside is not None and len(aside.read_bytes()) == rest
+    assert (count, scan(path).sound().steps) == (5, STEPS[:5]) and aside is not None and len(aside.read_bytes()) == rest
     path.write_bytes(path.read_bytes() + b"more")
     again = repair(path)[2]
     assert again is not None and again != aside and again.read_bytes() == b"more"
@@ -175,7 +175,7 @@ def test_lines_are_handed_over_on_schedule(tmp_path, every):
         there = scan(log.path).steps
         assert len(there) >= max(number - number % every, number - number % 7)
     log.close()
-    assert read(log.path) == STEPS
+    assert scan(log.path).sound().steps == STEPS
 
 
 def test_the_end_says_what_was_kept(tmp_path):
@@ -242,7 +242,7 @@ def test_cut_keeps_the_first(tmp_path):
     log.cut(5)
     log.append(STEPS[5])
     log.close()
-    assert read(tmp_path / "steps.jsonl") == STEPS[:6]
+    assert scan(tmp_path / "steps.jsonl").sound().steps == STEPS[:6]
 
 
 def test_another_runs_log_is_refused(tmp_path):
