@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from metazo.comparisons.grid import GRID, parts_in
-from metazo.comparisons.results import COMPARISON, PARTS, SEARCH, Result, read_search, result_of, write_search
+from metazo.comparisons.results import COMPARISON, SEARCH, SECTIONS, Result, read_search, result_of, write_search
 from metazo.errors import UserError
 from metazo.io.files import read_capped, write_whole
 from metazo.io.lock import FolderLock
@@ -60,15 +60,6 @@ def read_runs(results: Path) -> Iterator[tuple[Path, Result | UserError]]:
             yield path, error
 
 
-def read_results(results: Path, *kinds: str) -> Iterator[Result]:
-    """`read_runs` of some kinds (by default all) without their paths. Raises UserError for a damaged run, too."""
-    for path, result in read_runs(results):
-        if isinstance(result, UserError):
-            raise result
-        if not kinds or path.name.split("-")[0] in kinds:
-            yield result
-
-
 def pack(results: Path) -> tuple[int, int]:
     """Pack the runs of a comparison and remove their own files; returns bytes before and after.
 
@@ -94,7 +85,7 @@ def _pack(results: Path) -> tuple[int, int]:
             )
         before += path.stat().st_size
         file = path.relative_to(results / "cells").as_posix()
-        content = {"file": file} | {part: getattr(result, part) for part in PARTS}
+        content = {"file": file} | {part: getattr(result, part) for part in SECTIONS}
         lines.append(json.dumps(content, separators=(",", ":"), allow_nan=False).encode() + b"\n")
     data = b"".join(lines)
     if len(data) > MAX_BYTES:

@@ -24,7 +24,7 @@ from metazo.errors import UserError
 from metazo.io.files import write_whole
 from metazo.io.plain import finite, read_json, shown
 
-PARTS = ("run_info", "train_info", "metrics")
+SECTIONS = ("run_info", "train_info", "metrics")
 SEARCH, COMPARISON = "search.json", "comparison.json"
 KINDS = ("search", "seed", "time")
 
@@ -107,10 +107,10 @@ _INFO: dict[str, Any] = {
 
 def result_of(content: Any, path: Path) -> Result | UserError:
     """The result in a JSON value, or an error that says what is wrong with it; fields that nothing shows are not checked."""
-    if not isinstance(content, dict) or tuple(sorted(content)) != tuple(sorted(PARTS)):
-        return UserError(f"{path} is no result of a comparison: it must hold exactly {', '.join(PARTS)}.")
-    if not all(isinstance(content[name], dict) for name in PARTS):
-        return UserError(f"{path} is no result of a comparison: {', '.join(PARTS)} must be objects.")
+    if not isinstance(content, dict) or tuple(sorted(content)) != tuple(sorted(SECTIONS)):
+        return UserError(f"{path} is no result of a comparison: it must hold exactly {', '.join(SECTIONS)}.")
+    if not all(isinstance(content[name], dict) for name in SECTIONS):
+        return UserError(f"{path} is no result of a comparison: {', '.join(SECTIONS)} must be objects.")
     info, metrics = content["run_info"], content["metrics"]
     if "status" not in info:
         return UserError(f"{path} is no result of a comparison: its run_info has no status.")

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from metazo.blocks import NamedTensor
 from metazo.feedback.factors import Gradient
+from metazo.step.rules import State
 
-State = dict[str, Tensor]
 DIRECT = 256  # the shorter side of a matrix up to which it is decomposed
 MORE, POWERS = 8, 2  # columns beyond the rank, and repetitions, of the range finder
 

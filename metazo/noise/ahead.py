@@ -20,7 +20,7 @@ from metazo.noise.reference import Draw
 AddAll = Callable[[Sequence[Move], int], None]
 ENTRIES = 1 << 18
 """Numbers of a group, at most: a temporary that a step makes. A tensor with more is drawn alone."""
-ALIGN = 64
+ALIGN_BYTES = 64
 """Bytes at a multiple of which torch's own memory begins; the order of the sums in a product can depend on that."""
 
 
@@ -44,7 +44,7 @@ class Ahead:
 
     def _make(self, first: tuple[int, int], dtype: torch.dtype, add_all_: AddAll) -> None:
         """The group that begins with this draw; what is left of the group before is given up."""
-        device, width = self.coming[first][0].param.device, ALIGN // dtype.itemsize
+        device, width = self.coming[first][0].param.device, ALIGN_BYTES // dtype.itemsize
         group: dict[tuple[int, int], slice] = {}
         end = 0
         for key in dropwhile(lambda key: key != first, self.coming):

@@ -46,7 +46,8 @@ from metazo.step.estimators import ThreeLosses
 
 
 class CurvatureScaled(ZOOptimizer):
-    """Base of HiZOO and HiZOO-L. Subclasses store H: `inverse_root` gives H^-1/2, and `absorb` updates H after a step.
+    """Base of HiZOO and HiZOO-L. Subclasses make H, whole as the state H/<tensor> or in a form for which they have an
+    `inverse_root` of their own; `absorb` updates H after a step.
 
     Args:
         smoothing: a in [0, 1), weight of a step in H; 1e-8 in the published README, 1e-6 to 1e-2 to see an effect; 0 is
@@ -60,9 +61,10 @@ class CurvatureScaled(ZOOptimizer):
         self.estimator = ThreeLosses()
         super().__init__(params, lr, eps, **common)
 
-    @abstractmethod
     def inverse_root(self, tensor: NamedTensor, start: int = 0, count: int | None = None) -> Tensor:
         """H^-1/2 in the tensor's shape, or count entries of it from start."""
+        whole = self.zo_state[f"H/{tensor.name}"]
+        return (whole if count is None else whole.view(-1)[start : start + count]).rsqrt()
 
     @abstractmethod
     def absorb(self, tensor: NamedTensor, stream: Stream, second: float) -> None:
@@ -111,10 +113,6 @@ class HiZOO(CurvatureScaled):
     def _dtype(self, tensor: NamedTensor) -> torch.dtype | None:
         """The dtype of H; None: the tensor's, at least float32."""
         return None
-
-    def inverse_root(self, tensor: NamedTensor, start: int = 0, count: int | None = None) -> Tensor:
-        whole = self.zo_state[f"H/{tensor.name}"]
-        return (whole if count is None else whole.view(-1)[start : start + count]).rsqrt()
 
     def absorb(self, tensor: NamedTensor, stream: Stream, second: float) -> None:
         a, eps = self.smoothing, self.eps

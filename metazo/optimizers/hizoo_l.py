@@ -56,9 +56,8 @@ class HiZOOL(CurvatureScaled):
         return state
 
     def inverse_root(self, tensor: NamedTensor, start: int = 0, count: int | None = None) -> Tensor:
-        whole = self.zo_state.get(f"H/{tensor.name}")
-        if whole is not None:
-            return (whole if count is None else whole.view(-1)[start : start + count]).rsqrt()
+        if f"H/{tensor.name}" in self.zo_state:
+            return super().inverse_root(tensor, start, count)
         rows, columns = self.zo_state[f"R/{tensor.name}"], self.zo_state[f"C/{tensor.name}"]
         scaled = (rows / rows.mean()).rsqrt_()
         left, right = cut(tensor, scaled, columns.rsqrt())

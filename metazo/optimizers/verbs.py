@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from metazo.blocks import LocalShard, NamedTensor
 from metazo.errors import UserError
@@ -19,10 +18,8 @@ from metazo.optimizers.registry import Method
 from metazo.step.directions import Direction, Isotropic
 from metazo.step.estimators import Estimator, TwoPoint
 from metazo.step.record import Update
-from metazo.step.rules import SGD, Rule
+from metazo.step.rules import SGD, Rule, State
 from metazo.step.terms import Term
-
-State = dict[str, Tensor]
 
 # MeZO's name rule: these are exempt from weight decay. RoBERTa's LayerNorm.weight and Llama's norm.weight are decayed
 # under it, as they are in the published code.

@@ -101,7 +101,7 @@ class Direction(ABC):
             chunk_of(out, start, moved).copy_(moved)
 
     def place_all_(self, stream: Stream, places: Sequence[Place]) -> None:
-        """place_ on several tensors. Subclasses may do all of them at once if that is faster."""
+        """place_ on several tensors that d touches. Subclasses may do all of them at once if that is faster."""
         stream.prepare(draw for place in places for draw in self.draws(place.tensor))
         for place in places:
             self.place_(stream, *place)
@@ -124,9 +124,6 @@ class Isotropic(Direction):
 
     def parts(self, stream, moves) -> tuple[list[Move], list[Product]] | None:
         return list(moves), []
-
-    def place_(self, stream, tensor, out, base, alpha) -> None:
-        stream.place_(tensor, out, base, alpha)
 
     def place_all_(self, stream, places) -> None:
         stream.place_all_(places)
@@ -161,9 +158,6 @@ class Scaled(Direction):
 
     def parts(self, stream, moves) -> tuple[list[Move], list[Product]] | None:
         return self.inner.parts(stream, self._scaled(moves))
-
-    def place_(self, stream, tensor, out, base, alpha) -> None:
-        self.inner.place_(stream, tensor, out, base, alpha * self.scales[tensor.name])
 
     def place_all_(self, stream, places) -> None:
         self.inner.place_all_(stream, [p._replace(alpha=p.alpha * self.scales[p.tensor.name]) for p in places])
@@ -282,17 +276,8 @@ class Sparse(Direction):
     def parts(self, stream, moves) -> tuple[list[Move], list[Product]] | None:
         return self.inner.parts(stream, moves)
 
-    def place_(self, stream, tensor, out, base, alpha) -> None:
-        if self.touches(tensor):
-            self.inner.place_(stream, tensor, out, base, alpha)
-        else:
-            out.copy_(base)
-
     def place_all_(self, stream, places) -> None:
-        self.inner.place_all_(stream, [place for place in places if self.touches(place.tensor)])
-        for place in places:
-            if not self.touches(place.tensor):
-                place.out.copy_(place.base)
+        self.inner.place_all_(stream, places)
 
     def draw(self, stream, tensor, dtype=None, start=0, count=None) -> Tensor:
         if self.touches(tensor):

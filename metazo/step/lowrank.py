@@ -63,9 +63,6 @@ class Factors(Direction):
         stream.prepare(draw for move in matrices for draw in self.draws(move.tensor))
         return [cut(move.tensor, *self.pair(stream, move.tensor, move.out.dtype)) for move in matrices]
 
-    def place_(self, stream, tensor, out, base, alpha) -> None:
-        (super() if self.is_matrix(tensor) else self.inner).place_(stream, tensor, out, base, alpha)
-
     def place_all_(self, stream, places) -> None:
         self.inner.place_all_(stream, [place for place in places if not self.is_matrix(place.tensor)])
         matrices = [place for place in places if self.is_matrix(place.tensor)]

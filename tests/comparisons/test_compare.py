@@ -23,7 +23,6 @@ from metazo.comparisons.cell import NO_SPACE, Job, configuration, status_of
 from metazo.comparisons.compare import _Comparison, compare
 from metazo.comparisons.examine import examine, plan
 from metazo.comparisons.grid import Grid, Run, pairs_of
-from metazo.comparisons.packed import read_results
 from metazo.comparisons.pool import Pool
 from metazo.comparisons.results import Result, read_search
 from metazo.errors import UserError
@@ -34,6 +33,7 @@ from metazo.runs.resources import require_space
 from metazo.settings import build
 from metazo_cli.compare import command
 from tests import warm
+from tests.comparisons.finished import read_results
 from tests.io.test_lock import named
 
 CONFIG = {

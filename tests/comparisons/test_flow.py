@@ -17,13 +17,14 @@ from metazo.comparisons.cell import NO_SPACE, Job
 from metazo.comparisons.compare import compare
 from metazo.comparisons.examine import Facts
 from metazo.comparisons.grid import Grid
-from metazo.comparisons.packed import pack, read_results
+from metazo.comparisons.packed import pack
 from metazo.comparisons.results import Result, read_search
 from metazo.errors import UserError
 from metazo.io.terminal import Console
 from metazo.runs.interrupt import Interrupted
 from metazo.settings import build
 from metazo_cli.compare import command
+from tests.comparisons.finished import read_results
 
 GRID: dict[str, Any] = {"model": "pico", "tasks": ["pico_sentiment"], "columns": ["mezo"], "budget": 40, "seeds": 3}
 Dev = Callable[[float], dict[str, float]]

@@ -19,7 +19,6 @@ from metazo.comparisons.columns import resolve
 from metazo.comparisons.examine import examine, of_method, of_order, of_tuner
 from metazo.comparisons.grid import Grid, Run, search_run
 from metazo.comparisons.key import key
-from metazo.comparisons.packed import read_results
 from metazo.comparisons.results import Result, cell_path
 from metazo.comparisons.store import Store, same
 from metazo.errors import UserError
@@ -33,6 +32,7 @@ from metazo.settings import build, read_recipe
 from metazo.tasks import resolve as task_of
 from metazo.tuner.networks import PertNN
 from metazo.tuner.scale import TunerScale
+from tests.comparisons.finished import read_results
 
 
 def grid(tmp_path, **extra) -> Grid:

@@ -21,10 +21,10 @@ from metazo.comparisons.cell import Job, configuration
 from metazo.comparisons.cluster import RayPool
 from metazo.comparisons.compare import compare
 from metazo.comparisons.grid import Grid, Run
-from metazo.comparisons.packed import read_results
 from metazo.comparisons.results import Result
 from metazo.errors import UserError
 from metazo.settings import build
+from tests.comparisons.finished import read_results
 
 GRID = {
     "model": "pico", "tasks": ["pico_sentiment"], "budget": 60, "seeds": 2, "workers": 2, "lrs": [1e-4],

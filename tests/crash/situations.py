@@ -28,7 +28,7 @@ import torch
 
 from metazo.comparisons.compare import compare
 from metazo.comparisons.grid import Grid
-from metazo.comparisons.packed import read_results, read_search
+from metazo.comparisons.packed import read_search
 from metazo.errors import UserError
 from metazo.io.lock import NAME as LOCK
 from metazo.meta.config import MetaConfig
@@ -39,6 +39,7 @@ from metazo.runs.finetune import run_settings
 from metazo.runs.replay import replay
 from metazo.settings import build
 from metazo.steplog.format import encode, line, scan
+from tests.comparisons.finished import read_results
 from tests.crash.harness import COMMON, META, evidence
 
 TASK = """

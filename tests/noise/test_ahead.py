@@ -44,7 +44,7 @@ def test_the_numbers_are_those_of_draws_alone(distribution, dtype, calls):
     for tensor, shape, purpose in draws:
         wanted, found = (stream.draw(tensor, shape, purpose, dtype) for stream in (alone, together))
         assert found.dtype == wanted.dtype and found.shape == wanted.shape and torch.equal(found, wanted)
-        assert found.data_ptr() % ahead.ALIGN == 0 or not found.numel()
+        assert found.data_ptr() % ahead.ALIGN_BYTES == 0 or not found.numel()
         found.fill_(math.nan)  # it belongs to the caller: no other draw sees that
     assert sorted(calls) == [2, len(SHAPES)]  # the two purposes; no draw was made alone
     # drawn again, it is not what was given away
