@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -81,7 +82,7 @@ def test_no_sizes_bring_training_rows_into_a_split(learned, coin, tmp_path, monk
 
     def spy(model, prepared, split, **options):
         scored.append(ids(getattr(prepared, split)))
-        return real(model, prepared, split, **options, limit=4)
+        return real(model, replace(prepared, **{split: getattr(prepared, split)[:4]}), split, **options)
 
     monkeypatch.setattr(scoring, "evaluate", spy)
     for folder in (out, adapters, out / "model"):
