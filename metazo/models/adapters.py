@@ -139,14 +139,19 @@ def _config(peft: Any, loaded: LoadedModel, adapter: Adapter, task_type: str | N
         if targets is None and model_type not in constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING:
             raise UserError(f"peft names no layers of a {model_type} model for ia3; name them with `adapter_targets`.")
         return peft.IA3Config(target_modules=targets, feedforward_modules=[] if targets else None, task_type=task_type)
-    if targets is None and model_type not in constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
-        targets = "all-linear"  # type: ignore[assignment]
+    if targets is None:  # named, because peft does not find its own for Mixtral
+        targets = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type, "all-linear")
+    model = loaded.model.encoder if isinstance(loaded.model, SentenceClassifier) else loaded.model
+    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+    own = [name for name, layer in layers if not quantised(layer) and type(layer).forward is not nn.Linear.forward]
     return peft.LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,
         target_modules=targets,
         task_type=task_type,
         use_dora=adapter.kind == "dora",
+        # routers and grouped layers, which are more than a product
+        exclude_modules=own if own and targets == "all-linear" else None,
     )
 
 

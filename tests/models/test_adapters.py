@@ -655,3 +655,33 @@ def test_another_base_is_refused(project, tmp_path):
     del known["base_weights"]
     record.write_text(json.dumps(known))
     load("runs/a")  # as an earlier version wrote it
+
+
+@pytest.mark.parametrize("name", ["mixtral", "llama4"])
+def test_lora_without_targets_is_put_on_models_with_experts(name: str, tiny, tmp_path: Path) -> None:
+    """peft finds no layers of its own for Mixtral, and would wrap the routers of Llama 4, whose output is no tensor."""
+    import transformers as hf
+
+    tokenizer = hf.AutoTokenizer.from_pretrained(tiny("llama"))
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_local_experts": 4,
+    }
+    sizes |= {"intermediate_size": 32, "vocab_size": len(tokenizer), "pad_token_id": None}
+    if name == "mixtral":
+        model = hf.MixtralForCausalLM(hf.MixtralConfig(**sizes))
+    else:
+        own = hf.Llama4TextConfig(**sizes, head_dim=8, intermediate_size_mlp=32, interleave_moe_layer_step=1)
+        model = hf.Llama4ForCausalLM(own)
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    settings = {"train_examples": 16, "dev_examples": 4, "test_examples": 8, "batch_size": 4, "steps": 3, "lr": 1e-2}
+    tuned = metazo.finetune(
+        str(tmp_path / "base"), "pico_sentiment", lora=4, keep="last", out=tmp_path / "run", **settings
+    )
+    trained = [name for name, parameter in tuned.model.named_parameters() if parameter.requires_grad]
+    assert any("q_proj" in each for each in trained) and not any("router" in each for each in trained)
+    assert metazo.evaluate(tmp_path / "run")["loss"] == tuned.summary["test"]["loss"]
