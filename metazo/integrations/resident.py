@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import combinations
 from pathlib import Path
@@ -67,11 +68,56 @@ def _reshard(model: nn.Module) -> None:
         return
     from torch.distributed.fsdp import FSDPModule
 
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_reshard_after_forward(True, recurse=False)
-            module.unshard()
-            module.reshard()
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in sharded:
+        module.set_reshard_after_forward(True, recurse=False)
+        module.unshard()
+        module.reshard()
+    if sharded:
+        _join_ties(model, sharded)
+
+
+def _join_ties(model: nn.Module, sharded: Iterable[Any]) -> None:
+    """Have weights that were tied after `fully_shard`, as transformers ties them, be gathered from the same memory.
+
+    torch has a record of such a weight for each module that uses it. If the processes have unequal parts, each record copies the
+    part into padded memory of its own, and the forward pass of one module would not see changes of the weight.
+    Raises UserError if this version of torch does not show its records.
+    """
+    records: dict[int, list[Any]] = {}
+    for module in sharded:
+        state = module._get_fsdp_state()
+        groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+        for record in (record for group in groups for record in getattr(group, "fsdp_params", ())):
+            if hasattr(record, "sharded_param") and hasattr(record, "_sharded_param_data"):
+                records.setdefault(id(record.sharded_param), []).append(record)
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    for name, parameter in model.named_parameters():
+        if uses[id(parameter)] > 1 and _unequal(parameter):
+            found = records.get(id(parameter), [])
+            memory = parameter.to_local().untyped_storage().data_ptr()  # type: ignore[operator]
+            held = [
+                r._sharded_param_data for r in found if r._sharded_param_data.untyped_storage().data_ptr() == memory
+            ]
+            if not held:
+                raise UserError(
+                    f"{name} is tied, its {parameter.shape[0]} rows are divided into unequal parts, and torch {torch.__version__} "
+                    "does not show where it gathers them: use a number of processes that divides the rows, or torch 2.13."
+                )
+            for record in found:
+                record._sharded_param_data = held[0]
+
+
+def _unequal(parameter: Any) -> bool:
+    """Whether processes have unequal parts of a DTensor."""
+    if not hasattr(parameter, "placements"):
+        return False
+    cuts = [
+        (parameter.shape[cut.dim], n)
+        for cut, n in zip(parameter.placements, parameter.device_mesh.shape)
+        if cut.is_shard()
+    ]
+    return any(size % count for size, count in cuts)
 
 
 def _check_plan(model: nn.Module) -> None:
