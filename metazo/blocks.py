@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -56,20 +56,32 @@ def spans_of(places: Sequence[np.ndarray], whole: Sequence[int]) -> Spans:
     return Spans(np.concatenate([[0], np.cumsum(np.tile(lengths, len(rows)))]), there)
 
 
-class LocalShard(torch.nn.Parameter):
+class Local(torch.nn.Parameter):
+    """The numbers of a model's parameter, in the memory where they are on this process.
+
+    Attributes: source: the parameter if it is a DTensor; home: gives the parameter that the model has at present if accelerate
+    offloads it. Both are None in a copy.
+    """
+
+    source: Tensor | None = None
+    home: Callable[[], Tensor] | None = None
+
+    def __reduce_ex__(self, protocol):
+        return Local, (self.data, self.requires_grad)
+
+
+class LocalShard(Local):
     """The entries of a parameter that this process has, in the memory of the sharded parameter.
 
     Attributes: places: for each dimension of the whole parameter, the positions that this process has, increasing, int64;
     whole: the shape of the whole parameter; spans: its entries as spans of the flat whole parameter; sides: the rows of the
-    whole matrix (`sides_of`) that this process has, and the places within a row, by device; source: the sharded parameter,
-    None in a copy.
+    whole matrix (`sides_of`) that this process has, and the places within a row, by device.
     """
 
     places: tuple[np.ndarray, ...]
     whole: torch.Size
     spans: Spans
     sides: dict[torch.device, tuple[Tensor, Tensor]]
-    source: Tensor | None = None
 
     def __new__(cls, local: Tensor, requires_grad: bool, places: Sequence[np.ndarray], whole: torch.Size):
         made = super().__new__(cls, local, requires_grad)
@@ -100,6 +112,13 @@ class LocalShard(torch.nn.Parameter):
 
     def __reduce_ex__(self, protocol):
         return LocalShard, (self.data, self.requires_grad, self.places, self.whole)
+
+
+def in_training(param: Tensor) -> bool:
+    """Whether neither a parameter nor the model's parameter whose numbers it has is frozen."""
+    home = getattr(param, "home", None)
+    source = getattr(param, "source", None) if home is None else home()
+    return param.requires_grad and (source is None or source.requires_grad)
 
 
 def shape_of(param: Tensor) -> torch.Size:
@@ -172,7 +191,7 @@ def trained(named: torch.nn.Module | Iterable[tuple[str, Tensor]], group: int = 
     seen: set[int] = set()
     tensors: list[NamedTensor] = []
     for name, param in pairs:
-        if param.requires_grad and id(param) not in seen:
+        if in_training(param) and id(param) not in seen:
             seen.add(id(param))
             if isinstance(param, LocalShard) or is_lazy(param) or param.numel():
                 tensors.append(NamedTensor(name, param, tensor_id(name), group))  # type: ignore[arg-type]

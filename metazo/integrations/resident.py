@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from metazo.blocks import LocalShard
+from metazo.blocks import Local, LocalShard
 from metazo.errors import UserError
 
 
@@ -80,8 +81,8 @@ def _reshard(model: nn.Module) -> None:
 def _join_ties(model: nn.Module, sharded: Iterable[Any]) -> None:
     """Have weights that were tied after `fully_shard`, as transformers ties them, be gathered from the same memory.
 
-    torch has a record of such a weight for each module that uses it. If the processes have unequal parts, each record copies the
-    part into padded memory of its own, and the forward pass of one module would not see changes of the weight.
+    torch has a record of such a weight for each module that uses it. If the processes have unequal parts, each record copies
+    its part into padded memory of its own, and the forward pass of one module would not see changes of the weight.
     Raises UserError if this version of torch does not show its records.
     """
     records: dict[int, list[Any]] = {}
@@ -101,8 +102,8 @@ def _join_ties(model: nn.Module, sharded: Iterable[Any]) -> None:
             ]
             if not held:
                 raise UserError(
-                    f"{name} is tied, its {parameter.shape[0]} rows are divided into unequal parts, and torch {torch.__version__} "
-                    "does not show where it gathers them: use a number of processes that divides the rows, or torch 2.13."
+                    f"{name} is tied, its {parameter.shape[0]} rows are divided into unequal parts, and torch "
+                    f"{torch.__version__} does not show where it gathers them: use a number of processes that divides the rows, or torch 2.13."
                 )
             for record in found:
                 record._sharded_param_data = held[0]
@@ -162,10 +163,11 @@ def _shard(name: str, parameter: Any) -> nn.Parameter:
             f"{placements} says: distribute it with torch's distribute_tensor, or freeze it."
         )
     if all(type(placement) is Replicate for placement in placements):
-        return nn.Parameter(local, parameter.requires_grad)
-    shard = LocalShard(local, parameter.requires_grad, places, parameter.shape)  # type: ignore[call-arg]
-    shard.source = parameter
-    return shard
+        held = Local(local, parameter.requires_grad)
+    else:
+        held = LocalShard(local, parameter.requires_grad, places, parameter.shape)  # type: ignore[call-arg]
+    held.source = parameter
+    return held
 
 
 def _pieces(places: np.ndarray, count: int) -> list[np.ndarray]:
@@ -184,7 +186,9 @@ def _offloaded(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
                 whole = f"{prefix}.{name}" if prefix else name
                 if parameter.device.type == "meta":
                     stored = _stored(hook.weights_map, name, whole) if parameter.requires_grad else parameter
-                    yield whole, nn.Parameter(stored.detach(), parameter.requires_grad)
+                    held = Local(stored.detach(), parameter.requires_grad)
+                    held.home = partial(module.get_parameter, name)  # accelerate makes a new one in each forward pass
+                    yield whole, held
 
 
 def _check_ties(offloaded: Mapping[str, nn.Parameter]) -> None:

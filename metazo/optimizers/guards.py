@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from metazo.blocks import LocalShard, NamedTensor
+from metazo.blocks import LocalShard, NamedTensor, in_training
 from metazo.errors import UserError
 from metazo.noise import PhiloxNoise
 
@@ -124,7 +124,7 @@ def check_reach(eps: float, named: Sequence[tuple[str, Tensor]]) -> None:
 
 def check_trained(tensors: Sequence[NamedTensor]) -> None:
     """Raises UserError for a tensor that was frozen after the first step, whose probes and updates would go on."""
-    frozen = next((tensor.name for tensor in tensors if not tensor.param.requires_grad), None)
+    frozen = next((tensor.name for tensor in tensors if not in_training(tensor.param)), None)
     if frozen is not None:
         raise UserError(
             f"{frozen} was frozen after the first step, when an optimizer takes up its tensors: make a new one."

@@ -192,12 +192,19 @@ class Master:
 
 
 def version_of(param: Tensor) -> tuple[int, int]:
-    return 0 if param.is_inference() else param._version, param.data_ptr()
+    """The number of changes that torch has counted, and the memory. A shard does not count changes of its DTensor."""
+    return sum(one._version for one in _counting(param)), param.data_ptr()
+
+
+def _counting(param: Tensor) -> list[Tensor]:
+    """The tensors whose counters count changes of a parameter."""
+    found = (param, getattr(param, "source", None))
+    return [one for one in found if one is not None and not one.is_inference()]
 
 
 def count_change(params: Iterable[Tensor]) -> None:
     """Have torch count a step, whose changes are made through `param.data`, as it counts those of its own optimizers."""
-    torch.autograd.graph.increment_version([param for param in params if not param.is_inference()])
+    torch.autograd.graph.increment_version([one for param in params for one in _counting(param)])
 
 
 class Compensated:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ COUNT = 3
 IDS = (torch.arange(20) * 53 % 131).view(2, 10)  # on all processes
 ROWS = (131, 132)
 """Of the vocabulary; the processes divide the second into equal parts."""
+KINDS = ("sharded", "replicated")
 
 
 def _llama(rows: int) -> nn.Module:
@@ -56,6 +58,62 @@ def _refused(call: Any) -> str:
         return str(error)
 
 
+def _small(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Replicate, distribute_module, distribute_tensor, init_device_mesh
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2)).to(dtype)
+    if kind == "sharded":
+        return fully_shard(model)
+
+    def replicate(name: str, module: nn.Module, mesh: Any) -> None:
+        for key, parameter in module.named_parameters(recurse=False):
+            setattr(module, key, nn.Parameter(distribute_tensor(parameter, mesh, [Replicate()])))
+
+    return distribute_module(model, init_device_mesh("cpu", (COUNT,)), replicate)
+
+
+def _whole(parameter: Any) -> torch.Tensor:
+    return parameter.detach().full_tensor().clone()
+
+
+def _loaded(kind: str) -> dict[str, Any]:
+    """Steps with masters of bfloat16, weights that are loaded, and a step that moves nothing."""
+    model = _small(kind, torch.bfloat16)
+    optimizer = MeZO(local_parameters(model), lr=0.1)
+
+    def loss() -> torch.Tensor | float:
+        x = torch.ones(1, 6, dtype=torch.bfloat16)
+        return model(x).float().square().mean() if kind == "sharded" else 1.0 + optimizer.forwards % 3
+
+    wanted = {name: _whole(parameter) for name, parameter in model.named_parameters()}
+    loaded = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    with warnings.catch_warnings(record=True) as before:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            optimizer.step(loss)
+    moved = not any(_whole(parameter).equal(wanted[name]) for name, parameter in model.named_parameters())
+    model.load_state_dict(loaded)
+    optimizer.param_groups[0]["lr"] = 0.0
+    with warnings.catch_warnings(record=True) as after:
+        warnings.simplefilter("always")
+        optimizer.step(loss)
+    kept = all(_whole(parameter).equal(wanted[name]) for name, parameter in model.named_parameters())
+    count = ["changed since the last step" in "".join(str(w.message) for w in found) for found in (before, after)]
+    return {"moved": moved, "kept": kept, "said": count}
+
+
+def _frozen(kind: str) -> tuple[list[str], str]:
+    """The tensors of an optimizer of whose weights one is frozen before the first step, and what is said of one after it."""
+    model = _small(kind)
+    optimizer = MeZO(local_parameters(model), check_loss=False)
+    model[2].weight.requires_grad_(False)
+    optimizer.step(lambda: 1.0)
+    model[0].weight.requires_grad_(False)
+    return [tensor.name for tensor in optimizer.tensors], _refused(lambda: optimizer.step(lambda: 1.0))
+
+
 def _process(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -64,6 +122,8 @@ def _process(rank: int, folder: str) -> None:
         model = _tied(rows)
         said[f"tied {rows}"] = _losses(model, local_parameters(model))
         said[f"unknown {rows}"] = _refused(lambda model=model: resident._join_ties(model, []))
+    for kind in KINDS:
+        said[f"loaded {kind}"], said[f"frozen {kind}"] = _loaded(kind), _frozen(kind)
     torch.save(said, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -88,3 +148,17 @@ def test_a_tied_weight_is_refused_if_torch_does_not_show_where_it_gathers_unequa
             "model.embed_tokens.weight is tied, its 131 rows are divided into unequal parts"
         )
         assert said["unknown 132"] == "accepted"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_that_are_loaded_between_steps_replace_the_masters(ranks, kind):
+    """Nothing is said of the optimizer's own changes."""
+    assert all(said[f"loaded {kind}"] == {"moved": True, "kept": True, "said": [False, True]} for said in ranks)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_weight_that_is_frozen_in_the_model_is_left_out_or_refused(ranks, kind):
+    for said in ranks:
+        names, refused = said[f"frozen {kind}"]
+        assert names == ["0.weight", "0.bias", "2.bias"]
+        assert refused.startswith("0.weight was frozen after the first step")

@@ -238,6 +238,18 @@ def test_tied_weights_come_once_in_main_memory_and_are_refused_on_disk(tmp_path)
         local_parameters(_offloaded("disk", LlamaForCausalLM(config), tmp_path))
 
 
+def test_a_weight_that_is_frozen_in_an_offloaded_model_is_left_out_or_refused(tmp_path):
+    model = _offloaded("main memory", nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1)), tmp_path)
+    optimizer = MeZO(local_parameters(model), lr=0.1)
+    model[1].weight.requires_grad_(False)
+    for _ in range(2):
+        optimizer.step(lambda: model(torch.ones(1, 3)).square().mean())
+    assert [tensor.name for tensor in optimizer.tensors] == ["0.weight", "0.bias", "1.bias"]
+    model[0].weight.requires_grad_(False)
+    with pytest.raises(UserError, match="0.weight was frozen after the first step"):
+        optimizer.step(lambda: model(torch.ones(1, 3)).square().mean())
+
+
 def test_a_checkpoint_is_not_changed(tmp_path):
     from accelerate.utils import OffloadedWeightsLoader
 
