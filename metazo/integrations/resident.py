@@ -37,10 +37,12 @@ def local_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
     A tied parameter comes once. The optimizer's state is that of this process's shards: each process saves and loads its own.
     Raises UserError for partial sums, for shards whose places are not known, for weights that accelerate reads from a
-    checkpoint, which must not change, and for tied weights on disk, which are several files. A process that is killed leaves
-    a probe in the offload folder: do not use the folder again.
+    checkpoint, which must not change, for tied weights on disk, which are several files, and for a tie that was cut when the
+    model was divided. A process that is killed leaves a probe in the offload folder: do not use the folder again.
     """
+    _check_cut(model)
     _reshard(model)
+    _check_cut(model)  # a tie that came too late for torch is cut again
     _check_plan(model)
     offloaded = dict(_offloaded(model))
     _check_ties(offloaded)
@@ -95,30 +97,45 @@ def _join_ties(model: nn.Module, sharded: Iterable[Any]) -> None:
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     for name, parameter in model.named_parameters():
         if uses[id(parameter)] > 1 and _unequal(parameter):
-            found = records.get(id(parameter), [])
-            memory = parameter.to_local().untyped_storage().data_ptr()  # type: ignore[operator]
-            held = [
-                r._sharded_param_data for r in found if r._sharded_param_data.untyped_storage().data_ptr() == memory
-            ]
+            found, local = records.get(id(parameter), []), parameter.to_local()  # type: ignore[operator]
+            held = [record._sharded_param_data for record in found if _together(record._sharded_param_data, local)]
             if not held:
                 raise UserError(
                     f"{name} is tied, its {parameter.shape[0]} rows are divided into unequal parts, and torch "
-                    f"{torch.__version__} does not show where it gathers them: use a number of processes that divides the rows, or torch 2.13."
+                    f"{torch.__version__} does not show where it gathers them: take a number of processes that divides them, "
+                    "or torch 2.13."
                 )
             for record in found:
                 record._sharded_param_data = held[0]
+
+
+def _together(one: Tensor, other: Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 def _unequal(parameter: Any) -> bool:
     """Whether processes have unequal parts of a DTensor."""
     if not hasattr(parameter, "placements"):
         return False
-    cuts = [
-        (parameter.shape[cut.dim], n)
-        for cut, n in zip(parameter.placements, parameter.device_mesh.shape)
-        if cut.is_shard()
-    ]
-    return any(size % count for size, count in cuts)
+    divided = zip(parameter.placements, parameter.device_mesh.shape)
+    return any(placement.is_shard() and parameter.shape[placement.dim] % count for placement, count in divided)
+
+
+def _check_cut(model: Any) -> None:
+    """Raises UserError if the embeddings and the head are tied by the model's config, and were divided into two matrices."""
+    find = [getattr(model, f"get_{end}_embeddings", None) for end in ("input", "output")]
+    if None in find or not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        return
+    first, head = (getattr(found(), "weight", None) for found in find)
+    if first is None or head is None or first is head or first.shape != head.shape:
+        return
+    divided = hasattr(first, "placements") or hasattr(head, "placements")
+    if divided and first.requires_grad and head.requires_grad:
+        raise UserError(
+            "The embeddings and the head of this model are tied, and dividing it has made two matrices of them, which would be "
+            "trained apart: call model.tie_weights() right after parallelize_module, with both in its plan, or after "
+            "fully_shard, before the first forward pass."
+        )
 
 
 def _check_plan(model: nn.Module) -> None:

@@ -58,6 +58,19 @@ def _refused(call: Any) -> str:
         return str(error)
 
 
+def _cut() -> tuple[str, list[float]]:
+    """What is said of a model whose tie parallelize_module has cut, and its losses if the tie is made again."""
+    from torch.distributed.tensor import Replicate, init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    rows, columns = RowwiseParallel(input_layouts=Replicate()), ColwiseParallel(output_layouts=Replicate())
+    model = _llama(ROWS[0])
+    parallelize_module(model, init_device_mesh("cpu", (COUNT,)), {"model.embed_tokens": rows, "lm_head": columns})
+    refused = _refused(lambda: local_parameters(model))
+    model.tie_weights()
+    return refused, _losses(model, local_parameters(model))
+
+
 def _small(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import Replicate, distribute_module, distribute_tensor, init_device_mesh
@@ -122,6 +135,7 @@ def _process(rank: int, folder: str) -> None:
         model = _tied(rows)
         said[f"tied {rows}"] = _losses(model, local_parameters(model))
         said[f"unknown {rows}"] = _refused(lambda model=model: resident._join_ties(model, []))
+    said["cut"] = _cut()
     for kind in KINDS:
         said[f"loaded {kind}"], said[f"frozen {kind}"] = _loaded(kind), _frozen(kind)
     torch.save(said, f"{folder}/{rank}.pt")
@@ -162,3 +176,14 @@ def test_a_weight_that_is_frozen_in_the_model_is_left_out_or_refused(ranks, kind
         names, refused = said[f"frozen {kind}"]
         assert names == ["0.weight", "0.bias", "2.bias"]
         assert refused.startswith("0.weight was frozen after the first step")
+
+
+def test_a_tie_that_was_cut_is_refused_and_can_be_made_again(ranks):
+    model = _llama(ROWS[0])
+    wanted = _losses(model, model.named_parameters())
+    for said in ranks:
+        refused, losses = said["cut"]
+        assert refused.startswith(
+            "The embeddings and the head of this model are tied, and dividing it has made two matrices"
+        )
+        assert losses == pytest.approx(wanted, rel=0, abs=2e-6)
