@@ -44,7 +44,7 @@ from metazo.noise import Noise, PhiloxNoise
 from metazo.optimizers import probing as probings
 from metazo.optimizers import ranks
 from metazo.optimizers.groups import Closure, check_group, check_rates, listed, named_groups, named_members
-from metazo.optimizers.guards import check_moved, check_reach, check_shards, check_trained, check_weights
+from metazo.optimizers.guards import check_graph, check_moved, check_reach, check_shards, check_trained, check_weights
 from metazo.optimizers.loss_watch import LossWatch
 from metazo.optimizers.saving import Saving
 from metazo.optimizers.verbs import DECAY_EXEMPT, State, Verbs
@@ -391,6 +391,8 @@ class ZOOptimizer(Verbs, Saving):
         with torch.inference_mode(False), torch.no_grad():  # later steps change what is made here
             self.weights = Weights(self.tensors, self.noise, self.precision)
             check_shards(self)
+            if self.needs_gradient:
+                check_graph(self.name, ((tensor.name, tensor.param) for tensor in self.tensors))
             if self.scale is not None:
                 self.scale.bind(self.tensors)
             self.zo_state = self.init(self.tensors) | self.rule.init(self.tensors)

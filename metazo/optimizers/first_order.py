@@ -20,7 +20,7 @@ from metazo.errors import UserError
 from metazo.io import processes
 from metazo.optimizers.base import DECAY_EXEMPT
 from metazo.optimizers.groups import Closure, check_rates, listed
-from metazo.optimizers.guards import NO_GRADIENT, as_loss
+from metazo.optimizers.guards import NO_GRADIENT, as_loss, check_graph
 from metazo.optimizers.registry import Method, register
 from metazo.step.autocast import as_called, own_arithmetic
 from metazo.step.record import Step
@@ -50,6 +50,7 @@ class FirstOrder(Method):
         named = [(key, param) for key, param in params if param.requires_grad]
         if not named:
             raise UserError("No tensor is trainable: every parameter is frozen.")
+        check_graph(self.name, named)
         exempt = [param for key, param in named if any(part in key for part in DECAY_EXEMPT)]
         decayed = [param for key, param in named if not any(part in key for part in DECAY_EXEMPT)]
         groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from metazo.blocks import LocalShard, NamedTensor, in_training
+from metazo.blocks import Local, LocalShard, NamedTensor, in_training
 from metazo.errors import UserError
 from metazo.noise import PhiloxNoise
 
@@ -128,6 +128,18 @@ def check_trained(tensors: Sequence[NamedTensor]) -> None:
     if frozen is not None:
         raise UserError(
             f"{frozen} was frozen after the first step, when an optimizer takes up its tensors: make a new one."
+        )
+
+
+def check_graph(method: str, named: Iterable[tuple[str, Tensor]]) -> None:
+    """Raises UserError for parameters of `local_parameters` whose numbers are those of a model's parameter: a gradient does not
+    reach them, because the forward pass uses the model's own.
+    """
+    apart = [name for name, param in named if isinstance(param, Local)]
+    if apart:
+        raise UserError(
+            f"{method} needs gradients of the model's own parameters, and {len(apart)} of them are offloaded or sharded, the "
+            f"first is {apart[0]}: load the model whole on one device, or choose a method that needs no gradient, such as mezo."
         )
 
 

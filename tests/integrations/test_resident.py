@@ -238,6 +238,17 @@ def test_tied_weights_come_once_in_main_memory_and_are_refused_on_disk(tmp_path)
         local_parameters(_offloaded("disk", LlamaForCausalLM(config), tmp_path))
 
 
+@pytest.mark.parametrize("name", ["first-order-fused", "first-order-sgd", "answer-column", "skip-feedback"])
+def test_methods_of_gradients_are_refused_for_an_offloaded_model(name, tmp_path):
+    model = _offloaded("device_map", _llama(), tmp_path)
+    method = METHODS[name]
+    options = {"model": model} if method.needs_model else {}
+    with pytest.raises(
+        UserError, match=f"{name} needs gradients of the model's own parameters, and 11 of them are offl"
+    ):
+        method(local_parameters(model), **options).step(lambda: model(input_ids=IDS, labels=IDS).loss)
+
+
 def test_a_weight_that_is_frozen_in_an_offloaded_model_is_left_out_or_refused(tmp_path):
     model = _offloaded("main memory", nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1)), tmp_path)
     optimizer = MeZO(local_parameters(model), lr=0.1)
