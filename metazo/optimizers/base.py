@@ -190,7 +190,7 @@ class ZOOptimizer(Verbs, Saving):
                 closures is averaged under one seed, which replaces gradient accumulation. `torch.autocast` around `step`
                 acts on closures alone.
             replay: a recorded step, taken again from its recorded losses; a closure given as well is counted in
-                `forwards` and not called.
+                `forwards` and not called. Of several processes all must replay it if there are block scales.
 
         Returns: the loss at theta if the method evaluates it, else the mean over its probes. If a loss is not finite, the
         weights are put back, the step is recorded without coefficients, and the loss returned is not finite either; of a step

@@ -131,6 +131,8 @@ def described(optimizer: Any) -> dict[str, Any]:
     parts = {"method": type(optimizer).__qualname__, "seed": optimizer.noise.run_seed, "noise": optimizer.noise.name}
     parts |= {"estimator": shown(optimizer.estimator), "rule": shown(optimizer.rule), "parameter groups": str(groups)}
     parts |= {"scale": "none" if optimizer.scale is None else optimizer.scale.identity()}
+    if optimizer.scale is not None:  # they follow from shards too
+        parts |= {"the hash of the block scales": checksum([(0, optimizer.zo_state["scale/sigma"])])}
     whole = [tensor for tensor in optimizer.tensors if not isinstance(tensor.param, LocalShard)]
     weights = {tensor.name: checksum(optimizer.weights.read(tensor)) for tensor in whole}
     parts |= {"probe_ranks": optimizer.exchange.probe_ranks}

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from metazo.blocks import Block, NamedTensor, partition, shape_of
 from metazo.errors import UserError
+from metazo.io.processes import from_first
 
 State = dict[str, Tensor]
 Theta = Callable[[NamedTensor], Iterable[tuple[int, Tensor]]]
@@ -127,9 +128,12 @@ class BlockScale:
         raise TypeError("BlockScale itself has no scales: use RMSScale or TunerScale.")
 
     def scales(self, state: State, step: int, theta: Theta) -> dict[str, float]:
-        """kappa sigma_b by tensor name for this step; updates the state. Raises UserError if one is not finite."""
+        """kappa sigma_b by tensor name for this step; updates the state. Processes take the statistics of rank 0, and all of them
+        must call it. Raises UserError if one is not finite.
+        """
         if step % self.every == 0:
-            state["scale/statistics"].copy_(block_statistics(self.blocks, theta))
+            found = block_statistics(self.blocks, theta)  # on all processes, because theta may be gathered from them
+            state["scale/statistics"].copy_(from_first(lambda: found))  # sums follow the number of threads
         if step == 0 and self.of_rms:
             self._warn_of_zeros(state["scale/statistics"][:, 2])
         sigma = self.sigma(state)

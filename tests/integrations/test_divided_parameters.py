@@ -13,6 +13,7 @@ from torch import nn
 from metazo.errors import UserError
 from metazo.integrations import local_parameters, resident
 from metazo.optimizers import MeZO
+from metazo.step.scales import RMSScale
 from tests import warm
 
 COUNT = 3
@@ -127,6 +128,22 @@ def _frozen(kind: str) -> tuple[list[str], str]:
     return [tensor.name for tensor in optimizer.tensors], _refused(lambda: optimizer.step(lambda: 1.0))
 
 
+def _scaled(kind: str) -> dict[str, torch.Tensor]:
+    """Statistics of block scales after steps with losses that do not depend on the weights, and the weights."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    model = nn.Linear(600, 500)
+    parameters: Any = model.named_parameters()
+    if kind == "sharded":
+        parameters = local_parameters(fully_shard(model))
+    optimizer = MeZO(parameters, lr=1e-3, scale=RMSScale(every=1), check_every=1, check_loss=False)
+    for _ in range(3):
+        optimizer.step(lambda: 1.0 + 0.1 * (optimizer.forwards * 7 % 5))
+    whole = {name: _whole(p) if kind == "sharded" else p.detach() for name, p in model.named_parameters()}
+    return whole | {"statistics": optimizer.zo_state["scale/statistics"]}
+
+
 def _process(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -138,6 +155,9 @@ def _process(rank: int, folder: str) -> None:
     said["cut"] = _cut()
     for kind in KINDS:
         said[f"loaded {kind}"], said[f"frozen {kind}"] = _loaded(kind), _frozen(kind)
+    torch.set_num_threads(1 + 2 * (rank == 1))
+    for kind in ("plain", "sharded"):
+        said[f"scaled {kind}"] = _scaled(kind)
     torch.save(said, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -187,3 +207,13 @@ def test_a_tie_that_was_cut_is_refused_and_can_be_made_again(ranks):
             "The embeddings and the head of this model are tied, and dividing it has made two matrices"
         )
         assert losses == pytest.approx(wanted, rel=0, abs=2e-6)
+
+
+@pytest.mark.parametrize("kind", ["plain", "sharded"])
+def test_processes_with_other_numbers_of_threads_take_the_block_scales_of_the_first(ranks, kind):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    wanted = _scaled("plain")
+    torch.set_num_threads(threads)
+    for said in ranks:
+        assert all(value.equal(said[f"scaled {kind}"][name]) for name, value in wanted.items())
