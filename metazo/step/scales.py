@@ -128,8 +128,8 @@ class BlockScale:
         raise TypeError("BlockScale itself has no scales: use RMSScale or TunerScale.")
 
     def scales(self, state: State, step: int, theta: Theta) -> dict[str, float]:
-        """kappa sigma_b by tensor name for this step; updates the state. Processes take the statistics of rank 0, and all of them
-        must call it. Raises UserError if one is not finite.
+        """kappa sigma_b by tensor name for this step; updates the state. Processes take the statistics of rank 0; all must
+        call it. Raises UserError if one is not finite.
         """
         if step % self.every == 0:
             found = block_statistics(self.blocks, theta)  # on all processes, because theta may be gathered from them
