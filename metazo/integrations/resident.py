@@ -133,8 +133,8 @@ def _check_cut(model: Any) -> None:
     if divided and first.requires_grad and head.requires_grad:
         raise UserError(
             "The embeddings and the head of this model are tied, and dividing it has made two matrices of them, which would be "
-            "trained apart: call model.tie_weights() right after parallelize_module, with both in its plan, or after "
-            "fully_shard, before the first forward pass."
+            "trained apart: call model.tie_weights() after parallelize_module, with both in its plan, or give both modules "
+            "to one call, fully_shard([embeddings, head])."
         )
 
 
