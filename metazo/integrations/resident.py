@@ -121,21 +121,19 @@ def _unequal(parameter: Any) -> bool:
     return any(placement.is_shard() and parameter.shape[placement.dim] % count for placement, count in divided)
 
 
-def _check_cut(model: Any) -> None:
-    """Raises UserError if the embeddings and the head are tied by the model's config, and were divided into two matrices."""
-    find = [getattr(model, f"get_{end}_embeddings", None) for end in ("input", "output")]
-    if None in find or not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
-        return
-    first, head = (getattr(found(), "weight", None) for found in find)
-    if first is None or head is None or first is head or first.shape != head.shape:
-        return
-    divided = hasattr(first, "placements") or hasattr(head, "placements")
-    if divided and first.requires_grad and head.requires_grad:
-        raise UserError(
-            "The embeddings and the head of this model are tied, and dividing it has made two matrices of them, which would be "
-            "trained apart: call model.tie_weights() after parallelize_module, with both in its plan, or give both modules "
-            "to one call, fully_shard([embeddings, head])."
-        )
+def _check_cut(model: nn.Module) -> None:
+    """Raises UserError if two trained matrices are tied according to transformers, and were divided each by itself."""
+    held: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
+    ties: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    for one, other in ((first, name) for name, first in ties.items() if {first, name} <= held.keys()):
+        pair = (held[one], held[other])
+        apart = pair[0] is not pair[1] and any(hasattr(parameter, "placements") for parameter in pair)
+        if apart and all(parameter.requires_grad for parameter in pair):
+            raise UserError(
+                f"{one} and {other} are tied, and dividing the model has made two matrices of them, to be trained apart: "
+                "call model.tie_weights() after parallelize_module, with both modules in its plan, or give both to one call of "
+                "fully_shard, as a list."
+            )
 
 
 def _check_plan(model: nn.Module) -> None:

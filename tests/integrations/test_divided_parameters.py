@@ -204,7 +204,7 @@ def test_a_tie_that_was_cut_is_refused_and_can_be_made_again(ranks):
     for said in ranks:
         refused, losses = said["cut"]
         assert refused.startswith(
-            "The embeddings and the head of this model are tied, and dividing it has made two matrices"
+            "model.embed_tokens.weight and lm_head.weight are tied, and dividing the model has made two matrices"
         )
         assert losses == pytest.approx(wanted, rel=0, abs=2e-6)
 
