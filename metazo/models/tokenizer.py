@@ -116,3 +116,13 @@ def context_length(model: PreTrainedModel | SentenceClassifier, tokenizer: PreTr
     elif config.model_type == "mpnet":
         limits[1] -= 2  # whose padding index is 1, whatever the config says
     return int(min(limits))
+
+
+def end_token(tokenizer: PreTrainedTokenizerBase, name: str) -> str:
+    """The end token, which the classifier of an encoder-decoder scores. Raises UserError if the tokenizer puts none at the end."""
+    if tokenizer.eos_token is None or tokenizer.eos_token_id not in tokenizer("a").input_ids:
+        raise UserError(
+            f"as a classifier {name} scores the end token of a text, and its tokenizer adds none: use a tokenizer that does, or "
+            "leave `kind` out"
+        )
+    return tokenizer.eos_token

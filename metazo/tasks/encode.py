@@ -16,6 +16,7 @@ from string import ascii_uppercase
 from typing import TYPE_CHECKING, Any
 
 from metazo.errors import UserError
+from metazo.models.tokenizer import end_token
 from metazo.tasks.accepted import choices_of, references_of
 from metazo.tasks.chat import check_chat, render, write
 from metazo.tasks.seq2seq import Decoder
@@ -86,7 +87,8 @@ class Encoder:
         self.columns = [name for name in columns(template) if name]
         self.left_out = ""  # from the texts of a classifier that finds a text's end by this token
         if self.kind == "classifier":
-            self.left_out = self.tokenizer.eos_token or "" if loaded.model.config.is_encoder_decoder else ""
+            if loaded.model.config.is_encoder_decoder:
+                self.left_out = end_token(self.tokenizer, loaded.name)
             self.templates = (f"{{{_CHAT}}}",) if self.chat else task.classifier
             self.columns = [name for text in self.templates for name in columns(text) if name]
         if self.answers and columns(self.after):

@@ -85,6 +85,14 @@ def test_the_kind_follows_the_checkpoint(tiny):
     assert type(classifier.model).__name__ == "BartForSequenceClassification" and classifier.new_head
 
 
+def test_a_classifier_needs_the_end_token_that_it_scores(tiny):
+    loaded = load_model(tiny("bart"), kind="classifier", num_labels=2)
+    assert Encoder(task("classification"), loaded)(ROWS[0], "row 0").ids[-1] == loaded.tokenizer.eos_token_id
+    loaded.tokenizer = load_model(tiny("llama")).tokenizer
+    with pytest.raises(UserError, match="scores the end token of a text, and its tokenizer adds none"):
+        Encoder(task("classification"), loaded)
+
+
 def test_the_encoder_reads_the_prompt_and_the_decoder_the_answer(tiny):
     t5, bart = (load_model(tiny(name)) for name in NAMES)
     for loaded, whole, start, answer in (
