@@ -119,10 +119,10 @@ def context_length(model: PreTrainedModel | SentenceClassifier, tokenizer: PreTr
 
 
 def end_token(tokenizer: PreTrainedTokenizerBase, name: str) -> str:
-    """The end token, which the classifier of an encoder-decoder scores. Raises UserError if the tokenizer puts none at the end."""
+    """The end token, which the classifier of an encoder-decoder scores. Raises UserError if the tokenizer adds none."""
     if tokenizer.eos_token is None or tokenizer.eos_token_id not in tokenizer("a").input_ids:
         raise UserError(
-            f"as a classifier {name} scores the end token of a text, and its tokenizer adds none: use a tokenizer that does, or "
-            "leave `kind` out"
+            f"as a classifier {name} scores the end token of a text, and its tokenizer adds none: use a tokenizer that does, "
+            "or leave `kind` out"
         )
     return tokenizer.eos_token

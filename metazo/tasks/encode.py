@@ -87,8 +87,7 @@ class Encoder:
         self.columns = [name for name in columns(template) if name]
         self.left_out = ""  # from the texts of a classifier that finds a text's end by this token
         if self.kind == "classifier":
-            if loaded.model.config.is_encoder_decoder:
-                self.left_out = end_token(self.tokenizer, loaded.name)
+            self.left_out = end_token(self.tokenizer, loaded.name) if loaded.model.config.is_encoder_decoder else ""
             self.templates = (f"{{{_CHAT}}}",) if self.chat else task.classifier
             self.columns = [name for text in self.templates for name in columns(text) if name]
         if self.answers and columns(self.after):
