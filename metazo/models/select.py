@@ -15,7 +15,7 @@ def select_trainable(model: nn.Module, train: list[str], freeze: list[str], amon
     is no such pattern), no `freeze` pattern does, it is in `among` if that is given, and `save_pretrained` writes it.
     Returns the number of trained weights. Raises UserError for a pattern that matches nothing.
     """
-    allowed, unsaved = None if among is None else set(among), _unsaved(model)
+    allowed, left_out = None if among is None else set(among), unsaved(model)
     named = list(model.named_parameters())
     for flag, patterns in (("`train`", train), ("`freeze`", freeze)):
         for pattern in patterns:
@@ -28,15 +28,16 @@ def select_trainable(model: nn.Module, train: list[str], freeze: list[str], amon
                 raise UserError(f"{flag} {pattern!r} names no tensor of the model; its tensors are {examples}, ...")
     for name, parameter in named:
         wanted = not train or any(fnmatchcase(name, pattern) for pattern in train)
-        wanted = wanted and (allowed is None or name in allowed) and name not in unsaved
+        wanted = wanted and (allowed is None or name in allowed) and name not in left_out
         parameter.requires_grad_(wanted and not any(fnmatchcase(name, pattern) for pattern in freeze))
     count = sum(parameter.numel() for _, parameter in named if parameter.requires_grad)
     if not count:
-        raise UserError("`train` and `freeze` leave no tensor to train.")
+        why = f" ({', '.join(sorted(left_out))}: transformers does not save these)" if left_out else ""
+        raise UserError(f"`train` and `freeze` leave no tensor to train{why}.")
     return count
 
 
-def _unsaved(model: nn.Module) -> set[str]:
+def unsaved(model: nn.Module) -> set[str]:
     """Names of tensors that transformers does not save, because every model of the kind has the same, as Marian's positions. It
     loads them as ones to be trained; the tuned model would then be another when it is read again.
     """

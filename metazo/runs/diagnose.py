@@ -133,12 +133,17 @@ def memory_explained(config: FinetuneConfig) -> Iterator[None]:
 
 @contextmanager
 def dtype_explained(config: FinetuneConfig) -> Iterator[None]:
-    """Turn the failure of a model's own code at narrow numbers, as of DeBERTa's, into a UserError that names the dtype."""
+    """Turn the failure of a model's own code at narrow numbers, as of DeBERTa's, into a UserError that names the dtype. A
+    failure of code of the caller's, such as a loss or a hook, is raised as it is.
+    """
     try:
         yield
     except RuntimeError as error:
-        places = (frame.filename for frame in traceback.extract_tb(error.__traceback__))
-        own = any({"transformers", "models"} <= set(Path(place).parts) for place in places)
+        places = [set(Path(frame.filename).parts) for frame in traceback.extract_tb(error.__traceback__)]
+        while places and not {"metazo", "runs"} <= places.pop(0):  # who called
+            pass
+        own = any({"transformers", "models"} <= place for place in places)
+        own = own and all(place & {"metazo", "torch", "transformers"} for place in places)
         if config.dtype == "float32" or not own or "dtype" not in str(error):
             raise
         raise UserError(

@@ -10,6 +10,7 @@ import torch
 import metazo
 from metazo.io.processes import world
 from metazo.models.parts import hash_of
+from metazo.models.select import unsaved
 from metazo.models.sentence import SentenceClassifier
 from metazo.runs.batches import order_of
 from metazo.runs.inputs import data_hash, inputs, own_inputs, tokenizer_hash
@@ -48,6 +49,7 @@ def header(settings: dict[str, Any], setup: Setup) -> dict[str, Any]:
         "trust": trust_hash(optimizer),
         "networks": networks_record(optimizer),
         "precision": settings["precision"],
+        **({"unsaved": "frozen"} if unsaved(loaded.model) else {}),
         "counting": COUNTING,
         "settings": settings,
         "environment": environment(setup.device),

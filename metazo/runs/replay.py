@@ -34,6 +34,7 @@ from metazo.models.assemble import as_loaded, assemble
 from metazo.models.describe import describe, parts_of
 from metazo.models.heads import Phrases
 from metazo.models.load import LoadedModel
+from metazo.models.select import unsaved
 from metazo.models.sentence import SentenceClassifier
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.folder import save_parts
@@ -210,6 +211,11 @@ def _rebuilt(
     if loaded.tokenizer is not None and header.get("tokenizer") not in (None, tokenizer_hash(loaded.tokenizer)):
         raise UserError(
             f"`base` {base} is not the base model of this log: its tokenizer has other tokens or splits text in another way."
+        )
+    if unsaved(loaded.model) and "unsaved" not in header:
+        raise UserError(
+            f"the log was made by an earlier version of metazo, which trained weights of {base} that transformers does not "
+            "save: replay it with that version"
         )
     _make_head(loaded, header.get("head"))
     weights = weights_hash(loaded.model.named_parameters())

@@ -82,7 +82,7 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 def peak_resident() -> int:
     """The process's largest resident set in bytes, since the last `reset_resident` that returned true."""
-    if _STATUS.exists():
+    with suppress(OSError, StopIteration):  # not all systems with such a file have the line
         return _read("VmHWM")
     import resource
 
@@ -95,8 +95,8 @@ def reset_resident() -> bool:
     glibc returns freed memory to the system, because later allocations from it would not be counted.
     """
     give_back()
-    with suppress(OSError):
-        return bool(_CLEAR.write_text("5"))
+    with suppress(OSError, StopIteration):
+        return bool(_read("VmHWM") and _CLEAR.write_text("5"))
     return False
 
 

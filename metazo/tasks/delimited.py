@@ -63,7 +63,7 @@ def table(task: Task, path: Path, file: TextIO) -> Iterator[Row]:
         if "field limit" in str(error):
             raise UserError(
                 f"data file {path}, row {reader.line_num} has a cell of more than {MAX_ROW:,} characters; shorten it, or "
-                "divide it into rows"
+                "divide it into rows (or close its quotation mark)"
             ) from error
         raise UserError(f"data file {path}, row {reader.line_num}: not CSV ({error})") from error
 

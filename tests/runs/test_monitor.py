@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 
+import metazo
 from metazo.errors import UserError
 from metazo.io.terminal import Console
 from metazo.models.load import load_model
@@ -242,6 +243,16 @@ def test_a_model_whose_code_mixes_dtypes_is_named_with_its_dtype(tiny, tmp_path)
     run_settings(config(model=str(tmp_path / "deberta"), steps=1, out=None))
     with pytest.raises(UserError, match="deberta cannot compute in `dtype` bfloat16 .*; choose float32"):
         run_settings(config(model=str(tmp_path / "deberta"), steps=1, out=None, dtype="bfloat16"))
+
+
+def test_a_loss_of_the_callers_that_mixes_dtypes_keeps_its_traceback():
+    model = load_model("pico", dtype="bfloat16").model
+
+    def loss(model, batch):
+        return model(inputs_embeds=torch.ones(1, 3, model.config.hidden_size), labels=batch).loss
+
+    with pytest.raises(RuntimeError, match="dtype"):
+        metazo.finetune(model, loss=loss, data=[torch.zeros(1, 3, dtype=torch.long)] * 4, lr=1e-4, steps=1)
 
 
 OUT_OF_MEMORY = """

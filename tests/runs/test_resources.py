@@ -31,11 +31,16 @@ def test_a_system_that_does_not_say_what_is_free_gives_all_its_memory(monkeypatc
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the peak is the GPU allocator's")
 @pytest.mark.parametrize(("platform", "unit"), [("darwin", 1), ("linux", 1024)])
-def test_the_peak_of_getrusage_is_in_the_units_of_the_system(monkeypatch, platform: str, unit: int) -> None:
-    monkeypatch.setattr(resources, "_STATUS", Path("/absent"))
+@pytest.mark.parametrize("status", [None, "Name:\tpython\nVmRSS:\t100 kB\n"], ids=["absent", "without a peak"])
+def test_the_peak_of_getrusage_is_in_the_units_of_the_system(
+    monkeypatch, tmp_path: Path, status: str | None, platform: str, unit: int
+) -> None:
+    if status is not None:
+        (tmp_path / "status").write_text(status)
+    monkeypatch.setattr(resources, "_STATUS", tmp_path / "status")
     monkeypatch.setattr(sys, "platform", platform)
     monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=500_000))
-    assert resources.peak_memory() == 500_000 * unit
+    assert resources.peak_memory() == 500_000 * unit and not resources.reset_resident()
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")

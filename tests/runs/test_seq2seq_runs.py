@@ -256,7 +256,7 @@ def test_a_comparison_examines_and_runs_it(tiny, tmp_path):
         assert result.finished and result.metrics["test"]["loss"] > 0
 
 
-def test_what_the_library_does_not_save_is_not_trained(tiny, tmp_path):
+def test_what_the_library_does_not_save_is_not_trained(tiny, tmp_path, monkeypatch):
     """Marian's positions, which transformers leaves out of its files and loads as weights to be trained."""
     tokenizer = hf.AutoTokenizer.from_pretrained(tiny("bart"))
     bart = hf.AutoConfig.from_pretrained(tiny("bart")).to_dict()
@@ -269,3 +269,15 @@ def test_what_the_library_does_not_save_is_not_trained(tiny, tmp_path):
         name for name, p in load(tmp_path / "marian", train=True).model.named_parameters() if "positions" in name
     }
     assert len(trained) == 2 and not trained & set(load_file(tmp_path / "run/model/model.safetensors"))
+    with pytest.raises(UserError, match="leave no tensor to train .*transformers does not save these"):
+        run(tmp_path / "none", tmp_path / "marian", train=["*embed_positions*"])
+    with monkeypatch.context() as patched:  # as an earlier version, which trained them, wrote a log
+        patched.setattr("metazo.runs.header.unsaved", lambda model: set())
+        run(tmp_path / "old", tmp_path / "marian")
+    with pytest.raises(UserError, match="trained weights of .*marian that transformers does not save: replay"):
+        replay(tmp_path / "old/steps.jsonl", str(tmp_path / "marian"), out=tmp_path / "again")
+    (tmp_path / "old/summary.json").unlink()
+    log = tmp_path / "old/steps.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(UserError, match="begun by an earlier version of metazo, which trained weights of this model"):
+        run(tmp_path / "old", tmp_path / "marian", resume=True)
