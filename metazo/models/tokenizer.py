@@ -75,7 +75,8 @@ def set_pad(tokenizer: Any, model: PreTrainedModel | SentenceClassifier) -> None
     """Set the padding token. Padding is masked out, so any token serves: the tokenizer's own, end of text, unknown, or 0.
     Raises UserError for a model without an embedding of tokens (Canine).
 
-    The config follows the tokenizer: classifiers find the last token of a row by the config's padding token.
+    The config follows the tokenizer: classifiers find the last token of a row by the config's padding token. Theirs is a
+    special token in which no text ends; raises UserError if the tokenizer has none.
     """
     encoder = model.encoder if isinstance(model, SentenceClassifier) else model
     try:
@@ -87,9 +88,35 @@ def set_pad(tokenizer: Any, model: PreTrainedModel | SentenceClassifier) -> None
     rows = embeddings.weight.shape[0]
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:  # a token that was added without an embedding
         tokens = (tokenizer.eos_token, tokenizer.unk_token, tokenizer.convert_ids_to_tokens(0))
-        tokenizer.pad_token = next(t for t in tokens if t and tokenizer.convert_tokens_to_ids(t) < rows)
+        if type(model).__name__.endswith("ForSequenceClassification") and not model.config.is_encoder_decoder:
+            tokens = _never_last(tokenizer)
+        found = [t for t in tokens if t and tokenizer.convert_tokens_to_ids(t) < rows]
+        if not found:
+            raise UserError(
+                f"{type(model).__name__} finds the end of a text by the padding token, and the tokenizer has neither that nor "
+                "another special token in which no text ends: set tokenizer.pad_token, and save it with the model"
+            )
+        tokenizer.pad_token = found[0]
     for config in (model.config, model.config.get_text_config()):
         config.pad_token_id = tokenizer.pad_token_id
+
+
+def marks(tokenizer: Any, name: str = "text") -> tuple[list[int], list[int]]:
+    """The special tokens that the tokenizer puts before and after a text; ``name`` is text, or text_target for a decoder's."""
+    plain, whole = (
+        list(tokenizer(**{name: "a"}, add_special_tokens=own, verbose=False)["input_ids"]) for own in (False, True)
+    )
+    places = [at for at in range(len(whole)) if whole[at : at + len(plain)] == plain]
+    return (whole[: places[0]], whole[places[0] + len(plain) :]) if places and plain else ([], [])
+
+
+def _never_last(tokenizer: Any) -> list[str]:
+    """Special tokens in which no text ends, the end of text first, as for other models; a text may end in an unknown word
+    if the tokenizer puts no token after it."""
+    last = tokenizer.convert_ids_to_tokens(marks(tokenizer)[1][-1:])
+    first, unknown = tokenizer.eos_token, tokenizer.unk_token
+    own = sorted(tokenizer.all_special_tokens, key=lambda token: token != first)
+    return [token for token in own if token not in last and (last or token == first or token != unknown)]
 
 
 _ROBERTAS = (

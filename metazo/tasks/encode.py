@@ -16,7 +16,7 @@ from string import ascii_uppercase
 from typing import TYPE_CHECKING, Any
 
 from metazo.errors import UserError
-from metazo.models.tokenizer import end_token
+from metazo.models.tokenizer import end_token, marks
 from metazo.tasks.accepted import choices_of, references_of
 from metazo.tasks.chat import check_chat, render, write
 from metazo.tasks.seq2seq import Decoder
@@ -76,6 +76,7 @@ class Encoder:
             Decoder(task, loaded.model, self.tokenizer, loaded.name, self.limit) if self.kind == "seq2seq" else None
         )
         self.start = self.decoder.start if self.decoder else []
+        self.end = marks(self.tokenizer)[1] or [self.tokenizer.eos_token_id]
         self.room = self.decoder.room if self.decoder else min(task.max_new_tokens, self.limit // 2)
         """Most tokens of a generated answer; the prompts of a causal model leave room for them."""
         self.chat = task.messages is not None
@@ -241,11 +242,10 @@ class Encoder:
     # -- tokens -------------------------------------------------------------------------------------------------------
 
     def _ids(self, text: str) -> list[int]:
-        """Token ids with special tokens, but without the end-of-text token that some causal tokenizers append."""
-        ids = self.tokenizer(text, **self._own, verbose=False)["input_ids"]
-        if self.kind == "causal" and not self.chat and len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
-            ids = ids[:-1]
-        return list(ids)
+        """Token ids with special tokens; for a causal model without those that its tokenizer puts after a text."""
+        ids = list(self.tokenizer(text, **self._own, verbose=False)["input_ids"])
+        ended = len(ids) > len(self.end) and ids[-len(self.end) :] == self.end
+        return ids[: -len(self.end)] if self.kind == "causal" and not self.chat and ended else ids
 
     def _plain(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from metazo.errors import UserError
+from metazo.models.tokenizer import marks
 from metazo.tasks.task import Task
 
 
@@ -54,17 +55,10 @@ class Decoder:
     def __init__(self, task: Task, model: Any, tokenizer: Any, name: str, limit: int):
         self.tokenizer, self.generated = tokenizer, task.kind == "generation"
         self.stop = task.stop or ""
-        self.before, self.after = self._marks()
+        self.before, after = marks(tokenizer, "text_target")
+        self.after = after or ([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])
         self.start = [decoder_start(model, name), *([] if self.generated else self.before)]
         self.room = min(task.max_new_tokens, limit - 1)
-
-    def _marks(self) -> tuple[list[int], list[int]]:
-        """The special tokens before and after a target text."""
-        plain, whole = self._plain("a"), list(self.tokenizer(text_target="a", verbose=False)["input_ids"])
-        places = [at for at in range(len(whole)) if whole[at : at + len(plain)] == plain]
-        before, after = (whole[: places[0]], whole[places[0] + len(plain) :]) if places and plain else ([], [])
-        end = self.tokenizer.eos_token_id
-        return before, after or ([] if end is None else [end])
 
     def _plain(self, text: str) -> list[int]:
         return list(self.tokenizer(text_target=text, add_special_tokens=False, verbose=False)["input_ids"])

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import AutoConfig, AutoModel, Gemma2Config, Gemma2ForCausalLM
 
@@ -18,7 +19,7 @@ from metazo.models import checks, load
 from metazo.models.assemble import as_loaded
 from metazo.models.describe import describe
 from metazo.models.load import load_model
-from metazo.models.tokenizer import context_length
+from metazo.models.tokenizer import context_length, set_pad
 
 
 @pytest.mark.parametrize(
@@ -196,6 +197,25 @@ def test_a_padding_token_without_an_embedding_is_not_used(tiny, tmp_path):
     loaded.tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     again = load_model(save(loaded, tmp_path))
     assert again.tokenizer.pad_token == "</s>"
+
+
+def test_a_decoder_scores_the_end_token_that_its_tokenizer_appends(tiny, tmp_path):
+    loaded = load_model(tiny("llama"), kind="classifier", num_labels=2)
+    loaded.tokenizer._tokenizer.post_processor = TemplateProcessing(
+        "<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    loaded.tokenizer.pad_token = loaded.model.config.pad_token_id = None
+    again = load_model(save(loaded, tmp_path))
+    texts = ["the film was great", "a warm and funny story it was great . the cat sat"]
+    ids = [again.tokenizer(text).input_ids for text in texts]
+    last = [again.model.model(torch.tensor([own])).last_hidden_state[0, -1] for own in ids]
+    batch = again.tokenizer(texts, padding=True, return_tensors="pt")
+    assert ids[0][-1] == again.tokenizer.eos_token_id != again.tokenizer.pad_token_id
+    torch.testing.assert_close(again.model(**batch).logits, again.model.score(torch.stack(last)), atol=1e-5, rtol=1e-5)
+    for name in ("bos_token", "unk_token", "pad_token"):
+        setattr(again.tokenizer, name, None)
+    with pytest.raises(UserError, match="LlamaForSequenceClassification finds the end of a text by the padding token"):
+        set_pad(again.tokenizer, again.model)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import transformers
 from tokenizers import models, trainers
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import Phi3Config, Phi3ForCausalLM
 
 from metazo.errors import UserError
@@ -216,6 +217,16 @@ def words_model(tmp_path):
     config = transformers.GPT2Config(vocab_size=len(fast), n_embd=16, n_layer=1, n_head=2, n_positions=64)
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
     return load_model(tmp_path)
+
+
+def test_a_causal_model_reads_no_separator_between_prompt_and_answer(tmp_path):
+    loaded = words_model(tmp_path)
+    template = TemplateProcessing(single="[UNK] $A [UNK] [END]", special_tokens=[("[UNK]", 0), ("[END]", 1)])
+    loaded.tokenizer._tokenizer.post_processor = template  # as BERT's [CLS] $A [SEP]
+    encoder = Encoder(labelled("great", "terrible", prompt="{text} it was {}."), loaded)
+    example = encoder({"text": "the film", "label": 0}, "row 1")
+    assert text(loaded, example.ids) == "[UNK] the film it was"
+    assert [text(loaded, word) for word in encoder.words] == ["great", "terrible"]
 
 
 def labelled(*words, prompt="{text}. It was {}."):
