@@ -89,15 +89,15 @@ class Encoder:
         self.left_out = ""  # from the texts of a classifier that finds a text's end by this token
         if self.kind == "classifier":
             self.left_out = end_token(self.tokenizer, loaded.name) if loaded.model.config.is_encoder_decoder else ""
-            self.templates = (f"{{{_CHAT}}}",) if self.chat else task.classifier
+            self.templates = (f"{{{_CHAT}}}",) if self.chat else task.inputs()
             self.columns = [name for text in self.templates for name in columns(text) if name]
         if self.answers and columns(self.after):
             raise UserError(
                 f"the prompt of task {task.name!r} has {{{columns(self.after)[0]}}} after {{}}, and a {self.kind} model reads "
                 "only what is before its answer; move {} to the end of the prompt"
             )
-        self.joint = before[len(before.rstrip(" ")) :] if mark else "" if before[-1:].isspace() else " "
-        self.before = before.rstrip(" ") if mark else before
+        self.before = before.rstrip(" ")
+        self.joint = before[len(self.before) :] or ("" if mark or before[-1:].isspace() else " ")
         self.words: list[list[int]] = []
         self.cut: Counter[str] = Counter()
         """How often each column was shortened."""

@@ -21,6 +21,10 @@ _DIGITS = re.compile(r"(?:(?<!\d)-)?(?:\d+|(?<!\.)\.\d+)(?:[.,:/]\d+|[eE][+-]?\d
 _NUMBER = re.compile(r"-?(?:(?:\d{1,3}(?:,\d{2,3})*,\d{3}|\d+)(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,3})?")
 _SIGNED = re.compile(r"-[$€£¥₹](?=\.?\d)")
 _ANSWER = re.compile(r"answer is:?", re.IGNORECASE)
+# LaTeX that changes no number: words, boxes, \$ and \%, degrees, brackets of formulas, and spaces.
+_TYPESET = re.compile(r"\\(?:text|mbox|mathrm|boxed)\s*\{([^{}]*)\}|\\([$%])|\^\{?\\circ\}?|\\[()\[\]!,;:]")
+# Around a number, what makes it a part of an expression: an operator, a command of LaTeX, or one letter (2x, not 2 km).
+_EXPRESSION = re.compile(r"[\\^_{}+*/<>|]|\s-\s|\d[^\W\d_](?![^\W_])|(?<![^\W_])[^\W\d_]\d")
 
 
 def accuracy(predicted: Sequence[int], accepted: Sequence[Sequence[int]]) -> float:
@@ -64,6 +68,36 @@ def token_f1(predicted: str, answer: str) -> float:
     return 2 * common / (len(words) + len(right))
 
 
+def _marked(text: str) -> tuple[str, bool]:
+    """What is after the mark of a worked answer, and whether there is one; else the whole text."""
+    text = _SIGNED.sub("-", text.replace("\N{MINUS SIGN}", "-"))
+    _, mark, answer = text.partition("####")
+    if not mark:
+        _, mark, answer = _ANSWER.sub("####", text).partition("####")
+    return answer if mark else text, bool(mark)
+
+
+def _line(text: str) -> tuple[str, bool]:
+    """The line of a worked answer after its mark, or else the last one, and whether there is a mark."""
+    answer, mark = _marked(text)
+    lines = answer.strip().splitlines() or [""]
+    return lines[0 if mark else -1].rstrip(" .").strip("$ "), mark
+
+
+def _same_number(predicted: str, answer: str) -> bool:
+    """Whether the predicted number is that of an accepted answer.
+
+    After its mark an answer may be an expression, more than one number with a currency, %, words or a full stop: \\frac{1}{2},
+    2x + 7, 1 000. The predicted line is then the same but for spaces. A predicted expression of LaTeX is no number.
+    """
+    predicted, answer = (_TYPESET.sub(r"\1\2", text) for text in (predicted, answer))
+    (wanted, marked), (given, ended) = _line(answer), _line(predicted)
+    whole = _DIGITS.sub("0", wanted)
+    if marked and (whole.count("0") > 1 or _EXPRESSION.search(whole)):
+        return "".join(given.split()) == "".join(wanted.split())
+    return not (ended and re.search(r"[\\^]", given)) and number(predicted) == number(answer)
+
+
 def number(text: str) -> str:
     """The number a worked answer gives: the first after the first "####", or else "answer is"; else the last one; else the
     text.
@@ -71,11 +105,7 @@ def number(text: str) -> str:
     5, -5, -$5, .5, 1,234.50 and 1e3 are numbers, and equal ones give the same text. Digits in any other form (3:30, 1/2,
     1.000.000, 1,2) are given as they are written, so that they agree with the same writing alone.
     """
-    text = _SIGNED.sub("-", text.replace("\N{MINUS SIGN}", "-"))
-    _, mark, answer = text.partition("####")
-    if not mark:
-        _, mark, answer = _ANSWER.sub("####", text).partition("####")
-    answer = answer if mark else text
+    answer, mark = _marked(text)
     found = _DIGITS.findall(answer)
     if not found:
         return normalise(answer)
@@ -102,7 +132,7 @@ def _best(score: Callable[[str, str], float]) -> Callable[[Sequence[str | None],
 
 f1 = _best(token_f1)
 exact_match = _best(lambda predicted, answer: float(normalise(predicted) == normalise(answer)))
-exact_number = _best(lambda predicted, answer: float(number(predicted) == number(answer)))
+exact_number = _best(lambda predicted, answer: float(_same_number(predicted, answer)))
 
 METRICS: dict[str, Callable[..., float]] = {
     "accuracy": accuracy,

@@ -48,7 +48,8 @@ class Task(BaseModel):
     masked: str | None = None
     """Another prompt for masked models; ``prompt`` when absent."""
     classifier: tuple[str, ...] = ()
-    """One or two templates given to a sequence classifier; the prompt's first and second column when absent."""
+    """One or two templates given to a sequence classifier; the prompt's one or two columns when absent. A prompt with more
+    columns needs it for a classifier."""
     labels: dict[Any, str] = {}
     """Value in the label column -> label word. A list of words gives the labels 0, 1, 2, ..."""
     label: str = "label"
@@ -172,6 +173,15 @@ class Task(BaseModel):
     def num_labels(self) -> int | None:
         """Classes of a classification task; None for the other kinds."""
         return len(self.labels) if self.kind == "classification" else None
+
+    def inputs(self) -> tuple[str, ...]:
+        """The templates of a sequence classifier. Raises UserError if the prompt has columns that it would not read."""
+        if len(self.columns) > 2 and "classifier" not in self.model_fields_set:
+            raise UserError(
+                f"the prompt of task {self.name!r} has {len(self.columns)} columns, and a classifier reads two unless they are "
+                "named: name all of them in `classifier`, in one or two templates"
+            )
+        return self.classifier
 
     def read(self) -> set[str]:
         """Columns that the prompt and the other templates read."""

@@ -55,6 +55,24 @@ def test_the_answer_is_joined_as_the_prompt_says(gpt2, prompt, said):
     assert text(gpt2, Encoder(task, gpt2).words[1]) == said
 
 
+def test_the_place_of_the_answer_is_the_end_if_left_out_also_after_a_space(gpt2):
+    row = {"text": "the film", "label": 1}
+    ends = [labelled("terrible", "great", prompt="{text} It was" + end) for end in (" {}", " ", "")]
+    encoders = [Encoder(task, gpt2) for task in ends]
+    assert [text(gpt2, encoder(row, "row 1").ids) for encoder in encoders] == ["<s>the film It was"] * 3
+    assert [text(gpt2, encoder.words[1]) for encoder in encoders] == [" great"] * 3
+
+
+def test_a_classifier_of_a_prompt_with_three_columns_needs_templates(tiny):
+    loaded = load_model(tiny("bert"), num_labels=2)
+    task = labelled("no", "yes", prompt="{a} {b} {c} {}")
+    with pytest.raises(UserError, match="prompt of task 't' has 3 columns, and .* name all of them in `classifier`"):
+        Encoder(task, loaded)
+    named = Task(**task.model_dump(exclude={"classifier"}), classifier=("{a}", "{b} {c}"))  # type: ignore[arg-type]
+    row = {"a": "the", "b": "cat", "c": "sat", "label": 0}
+    assert text(loaded, Encoder(named, loaded)(row, "row 1").ids) == "<s>the</s>cat sat</s>"
+
+
 @pytest.mark.parametrize("length", [256, 60])
 def test_too_long_a_context_loses_its_front_and_nothing_else(gpt2, length):
     encoder = Encoder(NLI, gpt2, length)

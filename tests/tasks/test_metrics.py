@@ -78,6 +78,44 @@ def test_numbers_of_many_digits_and_other_forms_agree_with_themselves_alone():
     assert metrics.exact_number(["1234", "123456", "-5"], [["1,234"], ["1,23,456"], ["\N{MINUS SIGN}5"]]) == 1
 
 
+@pytest.mark.parametrize(
+    ("predicted", "answer", "right"),
+    [
+        ("The answer is: 1", r"The answer is: \frac{1}{2}", 0),
+        ("1", r"The answer is: \frac{1}{2}", 0),
+        ("The answer is: 3", r"The answer is: 3\sqrt{5}", 0),
+        ("The answer is: 2", "The answer is: 2x + 7", 0),
+        ("The answer is: 10", r"The answer is: \frac{10}{3}", 0),
+        ("The answer is: 5", "The answer is: 5^{10}", 0),
+        ("The answer is: 2", "The answer is: 2x", 0),
+        ("The answer is: 2", "The answer is: x2", 0),
+        ("The answer is: 7", "The answer is: x - 7", 0),
+        ("#### 1", "#### 1 000", 0),
+        (r"The answer is: \frac{3}{4}", "The answer is: 3", 0),
+        (r"The answer is: \pi", r"The answer is: -\pi", 0),
+        (r"So the answer is \frac{1}{2}.", "x = 3\nThe answer is: \\frac{1}{2}", 1),
+        (r"The answer is: 3 \sqrt{5}", r"The answer is: $3\sqrt{5}$", 1),
+        ("so\n2x+7", "The answer is: 2x + 7", 1),
+        ("#### 1000", "#### 1 000", 1),
+        ("The answer is: 50", r"The answer is: 50\%", 1),
+        (r"The answer is: \boxed{5}", r"The answer is: $5$.", 1),
+        ("5", r"The answer is: 5\text{ cm}", 1),
+        ("The answer is: 30", r"The answer is: 30^\circ", 1),
+        ("The answer is: 10", r"The answer is: 10,\!000", 0),
+        (r"\$12.50", "#### $12.50", 1),
+        ("#### 1000", "#### 1,000", 1),
+        ("#### 12", "#### 12 apples", 1),
+        ("12 apples in 3 bags: #### 12 apples in 3 bags", "#### 12", 1),
+        ("She has 12.", "She has 12 apples.\n#### 12.", 1),
+        ("The answer is: x = 5", "The answer is: 5", 1),
+        ("#### 5km", "#### 5", 1),
+        ("no", "The answer is: No", 1),
+    ],
+)
+def test_an_accepted_expression_is_compared_whole(predicted, answer, right):
+    assert metrics.exact_number([predicted], [[answer]]) == right
+
+
 def test_class_metrics_by_hand():
     predicted, right = [0, 0, 1, 1, 2, 2], [[0], [0], [1], [0], [2], [1]]
     assert metrics.accuracy(predicted, right) == pytest.approx(4 / 6)
