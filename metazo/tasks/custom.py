@@ -29,6 +29,10 @@ def from_yaml(path: str | Path) -> Task:
     content.setdefault("name", path.stem)
     if not re.fullmatch(r"\w[\w .+-]{0,95}", str(content["name"])):  # folders are named after it
         raise UserError(f"task file {path}: {shown(content['name'])} is not a name of letters, digits and '._+-'")
+    if re.fullmatch(r"(\\[nrt])+", str(content.get("stop"))):
+        raise UserError(
+            f"task file {path}: stop is the text {content['stop']}, a backslash and a letter; write it in double quotes"
+        )
     try:
         task = Task(**content)
     except UserError as error:

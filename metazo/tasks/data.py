@@ -10,7 +10,6 @@ step log's header.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from metazo.settings import Unset
 from metazo.tasks.origins import sources_of
 from metazo.tasks.rows import Rows, Source, checked, load
 from metazo.tasks.task import Row, Task
-from metazo.tasks.trainings import SPLITS, VERSION, Recall, contents, order_of, trainings
+from metazo.tasks.trainings import SPLITS, VERSION, Recall, content, contents, order_of, read_columns, trainings
 
 DEFAULTS = {"train": Unset(1000), "dev": Unset(500), "test": Unset(1000)}
 """The papers' sizes. A size that the user sets is kept; sizes that are `Unset` are reduced to fit."""
@@ -220,17 +219,24 @@ def _fit(
     few: bool,
     notes: list[str],
 ) -> dict[str, int]:
-    """Sizes that fit into ``available`` rows. Sizes left at their defaults are reduced, in proportion; those of the splits
-    that are ``asked`` for are reduced only if they do not fit by themselves.
+    """Sizes that fit into ``available`` rows. Sizes left at their defaults are reduced, in proportion, to a row each at the
+    least; those of the splits that are ``asked`` for are reduced only if they do not fit by themselves, and the largest of
+    them gives way to the others' rows.
     """
     total = sum(wanted.values())
     if total <= available:
         return wanted
     fixed = {"train"} if few or record else set()
     asked = {s for s in wanted if s in asked or s in fixed}
-    if sum(wanted[s] for s in asked) + len([s for s in wanted if s not in asked and wanted[s]]) > available:
-        asked = fixed
     sizes = {s: wanted[s] for s in asked}
+    others = len([s for s in wanted if s not in asked and wanted[s]])
+    if (over := sum(sizes.values()) + others - available) > 0:
+        largest = max(asked - fixed, key=wanted.__getitem__, default="")
+        if over <= others and sizes.get(largest, 0) > over:
+            sizes[largest] -= over
+        else:
+            asked = fixed
+            sizes = {s: wanted[s] for s in asked}
     shared, room = {s: wanted[s] for s in wanted if s not in asked}, available - sum(sizes.values())
     whole = sum(shared.values())
     for split in [s for s in shared if s != "train"]:
@@ -260,9 +266,10 @@ def _numbers(sizes: dict[str, int]) -> str:
 
 
 def _remarks(task: Task, drawn: Drawn) -> list[str]:
-    """Train rows that are dev or test rows as well, and classes without a train row."""
+    """Train rows that are dev or test rows as well, by the columns that the prompt reads, and classes without a train row."""
     notes = []
-    keys = {s: [json.dumps(row, sort_keys=True, default=str) for _, row in drawn.rows[s]] for s in SPLITS}
+    columns = read_columns(task)
+    keys = {s: [content(row, columns) for _, row in drawn.rows[s]] for s in SPLITS}
     train = set(keys["train"])
     for split in ("dev", "test"):
         again = sum(key in train for key in keys[split])

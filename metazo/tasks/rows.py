@@ -142,7 +142,7 @@ def _read(task: Task, path: Path) -> Source:
 
 def _whole(task: Task, name: str, rows: list[Row]) -> Source:
     """A source whose rows are all checked."""
-    source = Source(name, rows, _labelled(task, rows))
+    source = Source(name, rows, _labelled(task, rows, name))
     for index in source.usable:
         checked(task, rows[index], source.where(index))
     return source
@@ -204,16 +204,14 @@ def _object(row: Any, where: str) -> Row:
     return row
 
 
-def _plain(row: Any) -> Any:
-    """Numbers and arrays of numpy and torch in a row as Python's. Dates and the like stay, and are refused where a prompt needs
-    them."""
-
-    def item(value: Any) -> Any:
-        return value.tolist() if hasattr(value, "tolist") and hasattr(value, "dtype") else value
-
-    if not isinstance(row, Mapping):
-        return row
-    return {str(name): [item(each) for each in v] if isinstance(v, list) else item(v) for name, v in row.items()}
+def _plain(row: Any, deep: int = 8) -> Any:
+    """Numbers and arrays of numpy and torch in a row as Python's, ``deep`` levels of it. Dates and the like stay, and are
+    refused where a prompt needs them."""
+    if isinstance(row, Mapping) and deep:
+        return {str(name): _plain(value, deep - 1) for name, value in row.items()}
+    if isinstance(row, list) and deep:
+        return [_plain(value, deep - 1) for value in row]
+    return row.tolist() if hasattr(row, "tolist") and hasattr(row, "dtype") else row
 
 
 def _parquet(path: Path) -> list[Row]:
@@ -242,13 +240,19 @@ def _from_hub(task: Task, split: str) -> Source:
         ) from None  # a server's answer may repeat the token
     if len(rows) == 0:
         raise UserError(f"data set {name!r}, split {split!r}, is empty")
-    return Source(f"{name} {split}", rows, _labelled(task, rows))
+    return Source(f"{name} {split}", rows, _labelled(task, rows, f"{name} {split}"))
 
 
-def _labelled(task: Task, rows: Any) -> list[int]:
+def _labelled(task: Task, rows: Any, where: str) -> list[int]:
+    """Positions of the rows whose label, or answer of a generation task, is not among the `unlabelled` ones."""
     if not task.unlabelled:
         return list(range(len(rows)))
-    values = rows[task.label] if hasattr(rows, "column_names") else [row.get(task.label) for row in rows]
+    answered = task.kind == "generation" and "label" not in task.model_fields_set
+    name, _, inner = task.answer.partition(".") if answered else (task.label, "", "")
+    if hasattr(rows, "column_names") and name not in rows.column_names:
+        raise _missing(task, {name}, dict.fromkeys(rows.column_names), where)
+    values = rows[name] if hasattr(rows, "column_names") else [row.get(name) for row in rows]
+    values = [value.get(inner) if inner and isinstance(value, dict) else value for value in values]
     return [i for i, value in enumerate(values) if not any(same_value(value, known) for known in task.unlabelled)]
 
 

@@ -91,7 +91,7 @@ class Task(BaseModel):
     dev_rows: int | None = Field(default=None, ge=1)
     """The papers' own dev size, if it is smaller than the usual one (CB, COPA: 100); a size that the user sets is kept."""
     unlabelled: tuple[Any, ...] = ()
-    """Label values that mean "no label" (-1, null, ""); such rows are left out (SNLI: -1)."""
+    """Label values that mean "no label" (-1, null, ""), or answers of a generation task; such rows are left out (SNLI: -1)."""
     adapt: Callable[[Row], Row] | None = Field(default=None, exclude=True)
     """Python only: turns a row into one that has the columns named above."""
     generate: Callable[[str, int, int], list[Row]] | None = Field(default=None, exclude=True)

@@ -55,9 +55,14 @@ def order_of(number: int, seed: int, purpose: str) -> list[int]:
     return np.random.default_rng([seed, *purpose.encode()]).permutation(number).tolist()
 
 
+def read_columns(task: Task) -> list[str]:
+    """The columns by which a row is known: those that the prompt reads, and the choices."""
+    return sorted(map(str, {*task.read(), *task.choices, *([task.messages] if task.messages else [])}))
+
+
 def contents(task: Task, rows: Sequence[Row]) -> dict[str, Any]:
     """The part of a record that identifies its training rows by their content."""
-    columns = sorted(map(str, {*task.read(), *task.choices, *([task.messages] if task.messages else [])}))
+    columns = read_columns(task)
     found = [_print(row, columns) for row in rows]
     return {"columns": json.dumps(columns), "contents": "".join(found) if len(found) <= MOST else _digest(found)}
 
@@ -182,10 +187,14 @@ def _columns(record: Mapping[str, Any]) -> list[str]:
     return found if isinstance(found, list) and all(isinstance(name, str) for name in found) else []
 
 
-def _print(row: Row, columns: Sequence[str]) -> str:
+def content(row: Row, columns: Sequence[str]) -> str:
+    """The text of these columns of a row."""
     values = (row.get(name) for name in columns)
-    text = "\0".join(value if type(value) is str else _text(value) for value in values)  # 3 of JSON is "3" of CSV
-    return sha256(text.encode()).hexdigest()[:DIGITS]
+    return "\0".join(value if type(value) is str else _text(value) for value in values)  # 3 of JSON is "3" of CSV
+
+
+def _print(row: Row, columns: Sequence[str]) -> str:
+    return sha256(content(row, columns).encode()).hexdigest()[:DIGITS]
 
 
 def _digest(prints: Sequence[str]) -> str:

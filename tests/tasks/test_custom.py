@@ -74,6 +74,7 @@ def test_the_name_defaults_to_the_file_name(tmp_path):
         (MINIMAL.replace("{text}?", "text?"), r"names no \{column\}"),
         (MINIMAL.replace("{text}?", "{text} {label}?"), r"reads \{label\}, which holds the answer"),
         (MINIMAL + "metric: f1\n", "metric f1 is not one of accuracy, macro_f1, mcc"),
+        (MINIMAL + "stop: '\\n'\n", r"stop is the text \\n, a backslash and a letter; write it in double quotes"),
         (MINIMAL + "files: {validation: x.jsonl}\n", "files must name the train file"),
         (MINIMAL + "files: {dev: x.jsonl}\n", "files.dev"),
         ("kind: choice\nprompt: x\n", "a choice task needs choices"),

@@ -114,6 +114,24 @@ def test_unlabelled_rows_are_left_out(tmp_path):
         draw(tmp_path, get("mnli"))
 
 
+def test_unlabelled_rows_of_a_generation_task_are_those_without_its_answer(tmp_path):
+    answered = [{"text": f"text {i}", "answer": {"text": None if i % 4 == 0 else "x"}} for i in range(60)]
+    write(tmp_path, train=answered, validation=answered)
+    task = Task(name="toy", kind="generation", prompt="{text}", answer="answer.text", unlabelled=(None,))
+    for source in (task, task.model_copy(update={"hub": str(tmp_path / "toy")})):
+        found = draw(None if source.hub else tmp_path, source, train=30)[0]
+        assert len(found["train"]) == 30 and all(row["answer"]["text"] for each in found.values() for _, row in each)
+    with pytest.raises(UserError, match="train: task 'toy' needs the column 'label'; columns found: 'text', 'answer'"):
+        draw(None, TASK.model_copy(update={"hub": str(tmp_path / "toy"), "unlabelled": (-1,)}))
+
+
+def test_arrays_within_a_column_are_lists():
+    squad = [{"text": f"text {i}", "answers": {"text": np.array(["a", "b"], dtype=object)}} for i in range(12)]
+    task = Task(name="toy", kind="generation", prompt="{text}", answer="answers.text")
+    drawn = data.draw(*in_memory(task, squad), train=4, dev=2, test=2, seed=0)
+    assert drawn.rows["train"][0][1]["answers"] == {"text": ["a", "b"]}
+
+
 def test_hub_rows_come_through_datasets(tmp_path):
     """The same call that asks the Hub reads a local folder: the real library, no network."""
     write(tmp_path, train=rows(60), validation=rows(20, 100))
@@ -338,6 +356,15 @@ def test_a_size_that_is_asked_for_is_kept(tmp_path, train, dev, found):
     assert notes[0] == f"toy: 80 rows give {found[0]} train and {found[1]} dev rows instead of {train} and {dev}"
 
 
+@pytest.mark.parametrize(
+    ("train", "dev", "found"), [(180, 20, [179, 20, 1]), (150, 50, [149, 50, 1]), (150, 49, [150, 49, 1])]
+)
+def test_sizes_that_take_every_row_leave_one_for_the_others(train, dev, found):
+    drawn = data.draw(*in_memory(TASK, rows(200)), train=train, dev=dev, test=data.DEFAULTS["test"], seed=0)
+    assert [len(drawn.rows[split]) for split in data.SPLITS] == found
+    assert f"toy: 200 rows give {found[0]} train and {dev} dev and 1 test rows instead of" in drawn.notes[0]
+
+
 def test_the_papers_dev_size_gives_way_to_one_that_is_asked_for(tmp_path):
     write(tmp_path, train=rows(100), validation=rows(9, 100))
     task = TASK.model_copy(update={"dev_rows": 10})
@@ -376,6 +403,13 @@ def test_a_class_without_train_rows_and_rows_in_two_splits_are_said(tmp_path):
     _, notes = draw(tmp_path, train=30, dev=10)
     assert "toy: no train row has the class 1" in notes
     assert any(note.startswith("toy: ") and "of 10 dev rows are train rows as well" in note for note in notes)
+
+
+def test_rows_in_two_splits_are_known_by_what_the_prompt_reads():
+    numbered = [{"id": i, "text": f"text {i % 5}", "label": 0} for i in range(20)]
+    drawn = data.draw(*in_memory(TASK, {"train": numbered, "validation": numbered}), train=10, dev=5, test=8, seed=0)
+    assert any("of 5 dev rows are train rows as well" in note for note in drawn.notes)
+    assert "toy: 6 of 8 test rows are train rows as well, word for word" in drawn.notes
 
 
 def test_own_train_validation_and_test_files(tmp_path):
@@ -464,7 +498,8 @@ def test_a_cell_may_be_a_long_document(tmp_path, ending):
         (tmp_path / "toy").mkdir()
         mark = "\t" if ending == ".tsv" else ","
         lines = [f"{'a' * 200_000}{index}{mark}{index % 2}" for index in range(20)]
-        (tmp_path / "toy" / f"train{ending}").write_text("\n".join([f"text{mark}label", *lines]) + "\n")
+        for split in ("train", "validation"):
+            (tmp_path / "toy" / f"{split}{ending}").write_text("\n".join([f"text{mark}label", *lines]) + "\n")
         assert all(len(row["text"]) > 200_000 for _, row in draw(tmp_path)[0]["train"])
     finally:
         csv.field_size_limit(before)
