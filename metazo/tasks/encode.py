@@ -21,7 +21,7 @@ from metazo.tasks.accepted import choices_of, references_of
 from metazo.tasks.chat import check_chat, render, write
 from metazo.tasks.seq2seq import Decoder
 from metazo.tasks.task import Row, Task, columns, halves
-from metazo.tasks.words import check_words, filled_words
+from metazo.tasks.words import check_words, filled_words, spoken_words
 
 if TYPE_CHECKING:
     from metazo.models.load import LoadedModel
@@ -275,12 +275,12 @@ class Encoder:
         example = render(self.tokenizer, [{"role": "user", "content": "x"}], "a chat") if self.chat else "x"
         probe = self.before.format(**dict.fromkeys(self.columns, example))
         start = [] if self.decoder else self._ids(probe)
-        self.words = [self._continuation(probe, start, word) for word in self.task.labels.values()]
+        words = spoken_words(self.task, "" if self.decoder else self.joint)
+        self.words = [self._continuation(probe, start, word) for word in words]
         for word, ids in zip(self.task.labels.values(), self.words, strict=True):
             if not ids:
                 raise UserError(f"label word {word!r} of task {self.task.name!r} makes no tokens with this tokenizer")
-        firsts = {word[0] for word in self.words}
-        self.at_position = all(len(word) == 1 for word in self.words) and len(firsts) == len(self.words)
+        self.at_position = len({word[0] for word in self.words if len(word) == 1}) == len(self.words)
 
     @property
     def _own(self) -> dict[str, bool]:

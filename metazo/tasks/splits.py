@@ -15,7 +15,7 @@ from metazo.tasks.known import resolve
 from metazo.tasks.prepared import Prepared
 from metazo.tasks.rows import Rows, generated
 from metazo.tasks.task import Row, Task
-from metazo.tasks.words import beginnings
+from metazo.tasks.words import beginnings, spoken_words
 
 if TYPE_CHECKING:
     from metazo.models.load import LoadedModel
@@ -90,6 +90,12 @@ def prepare(
     )
     for split in SPLITS:
         _encode(out, split, encoder, drawn.rows[split])
+    if loaded.kind == "causal" and spoken_words(task, encoder.joint) != list(task.labels.values()):
+        notes.append(
+            f"{task.name}: label words lose the space that they begin with, because the prompt has one before its answer"
+        )
+    if task.kind == "generation":
+        notes += _ends(out, encoder)
     for short, long in beginnings(task, encoder.words):
         notes.append(
             f"{task.name}: label word {short!r} begins {long!r} for {loaded.name}, which can never be the likelier one; "
@@ -111,6 +117,31 @@ def prepare(
     if task.kind == "generation" and to_end and end is not None:
         out.record["eos"] = end
     return out
+
+
+def _ends(out: Prepared, encoder: Encoder) -> list[str]:
+    """Notes on answers that cannot be generated whole, and on answers whose end nothing teaches."""
+    task, tokenizer, stop, notes = out.task, encoder.tokenizer, encoder.stop or "", list[str]()
+    examples = [example for split in SPLITS for example in getattr(out, split)]
+    after = encoder.decoder.after if encoder.decoder else []
+    ended = bool(after) or (not stop and tokenizer.eos_token_id is not None)  # by a token
+    last = len(after) or int(ended) or len(tokenizer(stop, add_special_tokens=False)["input_ids"])
+    if held := sum(bool(stop) and stop in example.references[0].strip() for example in examples):
+        notes.append(
+            f"{task.name}: {held} of {len(examples)} answers hold the stop text {stop!r}, which ends what is generated"
+        )
+    if long := sum(len(example.options[0]) - last > encoder.room for example in examples):
+        notes.append(
+            f"{task.name}: {long} of {len(examples)} answers have more than {encoder.room} tokens, the most that are generated "
+            "(max_new_tokens)"
+        )
+    if not ended and not (stop and any(stop in tokenizer.decode(example.options[0]) for example in examples[:8])):
+        found = f"leaves out the stop text {stop!r}" if stop else "has no end-of-text token, and the task no `stop`"
+        notes.append(
+            f"{task.name}: the tokenizer of {encoder.name} {found}: the model does not learn to end an answer; give a "
+            "`stop` that the tokenizer keeps"
+        )
+    return notes
 
 
 def _longrope(config: Any) -> int | None:

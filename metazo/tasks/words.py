@@ -9,6 +9,11 @@ from metazo.errors import UserError
 from metazo.tasks.task import Task
 
 
+def spoken_words(task: Task, joint: str) -> list[str]:
+    """The label words after a prompt and the spaces ``joint``, without those that they begin with, as in other harnesses."""
+    return [word.lstrip(" ") if joint else word for word in task.labels.values()]
+
+
 def filled_words(task: Task, tokenizer: Any, name: str) -> list[list[int]]:
     """The one token of each label word in the place of a mask. Raises UserError for a word of several or unknown tokens."""
     if tokenizer.mask_token_id is None:

@@ -63,6 +63,40 @@ def test_the_place_of_the_answer_is_the_end_if_left_out_also_after_a_space(gpt2)
     assert [text(gpt2, encoder.words[1]) for encoder in encoders] == [" great"] * 3
 
 
+def test_label_words_that_begin_with_a_space_have_one(gpt2):
+    words = [labelled("terrible", "great", prompt="{text} It was {}")]
+    words += [
+        words[0].model_copy(update={"prompt": p, "labels": {0: " terrible", 1: " great"}})
+        for p in ("{text} It was {}", "{text} It was{}")
+    ]
+    data = {split: [{"text": split + more, "label": 1} for more in "abc"] for split in ("train", "validation", "test")}
+    ready = [prepare(task, gpt2, data=data, train=1, dev=1, test=1) for task in words]
+    assert ready[0].words == ready[1].words == ready[2].words and ready[0].train == ready[1].train
+    assert [any("lose the space" in note for note in each.notes) for each in ready] == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"stop": "."}, "6 of 9 answers hold the stop text '.', which ends what is generated"),
+        ({"max_new_tokens": 2}, "6 of 9 answers have more than 2 tokens, the most that are generated"),
+        ({"stop": "\n"}, "leaves out the stop text '\\n': the model does not learn to end an answer"),
+        ({}, "has no end-of-text token, and the task no `stop`: the model does not learn"),
+        ({"stop": "!"}, ""),
+    ],
+)
+def test_answers_that_are_not_generated_whole_or_have_no_end_are_said(gpt2, tmp_path, changes, words):
+    loaded = words_model(tmp_path) if "learn" in words else gpt2
+    if not changes:
+        loaded.tokenizer.eos_token = None
+    task = Task(**{"name": "t", "kind": "generation", "prompt": "{text} it was {}", "max_new_tokens": 20} | changes)
+    rows = [{"text": "the film", "answer": answer} for answer in ("the film", "it. the", ".it")]
+    data = {"train": rows * 2, "validation": rows}
+    ready = prepare(task, loaded, data=data, train=3, dev=3, test=3)
+    found = [note for note in ready.notes if "answer" in note]
+    assert len(found) == bool(words) and all(words in note for note in found), found
+
+
 def test_a_classifier_of_a_prompt_with_three_columns_needs_templates(tiny):
     loaded = load_model(tiny("bert"), num_labels=2)
     task = labelled("no", "yes", prompt="{a} {b} {c} {}")
