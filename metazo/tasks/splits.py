@@ -135,7 +135,11 @@ def _ends(out: Prepared, encoder: Encoder) -> list[str]:
             f"{task.name}: {long} of {len(examples)} answers have more than {encoder.room} tokens, the most that are generated "
             "(max_new_tokens)"
         )
-    if not ended and not (stop and any(stop in tokenizer.decode(example.options[0]) for example in examples[:8])):
+    if (
+        examples
+        and not ended
+        and not (stop and any(stop in tokenizer.decode(example.options[0]) for example in examples[:8]))
+    ):
         found = f"leaves out the stop text {stop!r}" if stop else "has no end-of-text token, and the task no `stop`"
         notes.append(
             f"{task.name}: the tokenizer of {encoder.name} {found}: the model does not learn to end an answer; give a "
