@@ -44,7 +44,16 @@ from metazo.noise import Noise, PhiloxNoise
 from metazo.optimizers import probing as probings
 from metazo.optimizers import ranks
 from metazo.optimizers.groups import Closure, check_group, check_rates, listed, named_groups, named_members
-from metazo.optimizers.guards import check_graph, check_moved, check_reach, check_shards, check_trained, check_weights
+from metazo.optimizers.guards import (
+    check_coefficients,
+    check_graph,
+    check_moved,
+    check_reach,
+    check_record,
+    check_shards,
+    check_trained,
+    check_weights,
+)
 from metazo.optimizers.loss_watch import LossWatch
 from metazo.optimizers.saving import Saving
 from metazo.optimizers.verbs import DECAY_EXEMPT, State, Verbs
@@ -58,6 +67,7 @@ from metazo.step.scales import BlockScale, RMSScale
 from metazo.step.terms import Term
 from metazo.step.weights import Weights
 
+LARGEST = torch.finfo(torch.float32).max
 __all__ = ["DECAY_EXEMPT", "State", "Step", "Update", "ZOOptimizer"]
 
 
@@ -228,11 +238,8 @@ class ZOOptimizer(Verbs, Saving):
         estimator, closures = self.estimator_for(state, step), listed(self.closure_for(state, step, closure))
         probes = len(estimator.probes())
         self.exchange.check(probes)
-        if replay is not None and (len(replay.seeds) < estimator.queries or len(replay.losses) < probes):
-            raise UserError(
-                f"step {step} of the log has {len(replay.seeds)} seeds and {len(replay.losses)} losses, and a step of "
-                f"{self.name} takes {estimator.queries} and {probes}: it cannot be replayed."
-            )
+        if replay is not None:
+            check_record(self, replay, estimator.queries, probes)
         drawn = self.draw_seeds(step, estimator.queries)  # of a recorded step too, after which some noises go on
         seeds = list(replay.seeds) if replay else drawn
         direction, scales = self._scaled(self.propose(state, step, seeds), state, step)
@@ -243,12 +250,15 @@ class ZOOptimizer(Verbs, Saving):
             if replay is None:
                 self.loss_watch.stepped(losses, closures)
             learning_rates = replay.lr if replay else self.learning_rates(step)
-            finite = all(abs(loss) <= self.max_loss for loss in losses)  # False for NaN as well
+            finite = all(math.isfinite(loss) and abs(loss) <= self.max_loss for loss in losses)
             update = self.update(state, step, seeds, losses) if finite else Update(())
+            if replay is not None:
+                check_coefficients(replay, update.coefficients)
             sigma = tuple(state["scale/sigma"].tolist()) if self.scale is not None else ()
             self.last_step = Step(step, tuple(seeds), tuple(losses), tuple(update.coefficients), learning_rates, sigma)
             terms = self._terms(update, seeds, direction, scales) if finite else None
-            terms = None if terms is None else self._begun(terms, self.last_step.coefficients)
+            if terms is not None:
+                terms = self._ordered(self._begun(terms, self.last_step.coefficients), max(learning_rates))
         except OverflowError as error:
             self.weights.leave()
             raise UserError(
@@ -341,6 +351,14 @@ class ZOOptimizer(Verbs, Saving):
         """The terms times the factor of the rule; before the record, so that no step is recorded whose rule fails."""
         factor = self.rule.begin(self.zo_state, coefficients)
         return [Term(term.direction, term.seed, factor * term.amount) for term in terms] if factor != 1.0 else terms
+
+    def _ordered(self, terms: list[Term], lr: float) -> list[Term]:
+        """The terms in the order in which they are applied now, which is kept if the recorder fails and the probe is removed.
+        Raises OverflowError for a change beyond float32.
+        """
+        if not all(abs(term.amount) * max(lr, 1.0) < LARGEST for term in terms):
+            raise OverflowError
+        return self.weights.ordered(terms) if self.rule.fused else terms
 
     def _apply(self, terms: list[Term], learning_rates: Sequence[float]) -> None:
         decays = {

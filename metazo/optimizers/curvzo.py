@@ -196,6 +196,8 @@ class CurvZO(ZOOptimizer):
         """Scores of the tensors that took part."""
         magnitude, stream = state["magnitude"], self.noise.stream(seed)
         new = torch.as_tensor(self.size(c), dtype=torch.float32).to(magnitude)
+        if not new.isfinite():
+            raise OverflowError
         magnitude.lerp_(new, self.magnitude_beta if magnitude > 0 else 1.0)
         squares = torch.tensor([stream.square(tensor) for tensor in self.selected(state)], dtype=torch.float64)
         taken, observed = state["selected"], self.observed(state, squares, c)

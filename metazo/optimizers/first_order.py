@@ -111,7 +111,7 @@ class FirstOrder(Method):
         self.forwards += FORWARDS_PER_STEP * len(closures)
         length = torch.nn.utils.clip_grad_norm_([param for _, param in self.named], self.clip)
         solid = math.isfinite(length)
-        finite = abs(total) <= self.max_loss and solid  # False for NaN as well
+        finite = math.isfinite(total) and abs(total) <= self.max_loss and solid
         rates = tuple(float(group["lr"]) for group in self.param_groups)
         self.last_step = Step(self.steps, (), (total,), (1.0,) if finite else (), rates)
         if self.recorder is not None:

@@ -17,12 +17,14 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from metazo.blocks import Local, LocalShard, NamedTensor, in_training
 from metazo.errors import UserError
 from metazo.noise import PhiloxNoise
+from metazo.step.record import Step
 
 NO_GRADIENT = (
     "No trained tensor gets a gradient from the loss, so that {} would train nothing: remove what cuts the graph (.detach(), "
     "or a layer without a backward pass, such as bitsandbytes' 4-bit layers that have run in eval mode on a CPU), or choose a "
     "method that needs no gradient, such as mezo."
 )
+DRIFT = 1e-4  # largest relative difference of coefficients from a log's that can be due to rounding on another device
 
 
 def as_loss(value: Any) -> float:
@@ -193,6 +195,33 @@ def check_shards(optimizer: Any) -> None:
             raise UserError(
                 f"{reason}, and {count} tensors are sharded over processes, the first is {shards[0]}: {remedy}."
             )
+
+
+def check_record(optimizer: Any, record: Step, queries: int, probes: int) -> None:
+    """Raises UserError for a record that cannot be of the optimizer's next step."""
+    if record.step != optimizer.steps:
+        raise UserError(
+            f"Step {record.step} of the log cannot be replayed as step {optimizer.steps}: replay all, in order."
+        )
+    if len(record.seeds) != queries or len(record.losses) != probes:
+        raise UserError(
+            f"Step {record.step} of the log has {len(record.seeds)} seeds and {len(record.losses)} losses, and a step of "
+            f"{optimizer.name} takes {queries} and {probes}: it cannot be replayed."
+        )
+    if len(record.lr) != len(optimizer.param_groups):
+        raise UserError(
+            f"Step {record.step} of the log cannot be replayed: it is of another number of parameter groups."
+        )
+
+
+def check_coefficients(record: Step, found: Sequence[float]) -> None:
+    """Raises UserError if coefficients differ from the record's by more than the rounding of another device."""
+    near = all(math.isfinite(a) and abs(a - b) <= DRIFT * abs(a) for a, b in zip(record.coefficients, found))
+    if len(record.coefficients) != len(found) or not near:
+        raise UserError(
+            f"Step {record.step} of the log cannot be reproduced: its coefficients are {list(record.coefficients)[:3]}, and "
+            f"{list(found)[:3]} in the replay; the log was made by another method, setting or version than this one."
+        )
 
 
 def check_moved(tensors: Sequence[NamedTensor]) -> None:

@@ -74,11 +74,14 @@ class CurvatureScaled(ZOOptimizer):
         return Diagonal(Isotropic(), self.inverse_root)
 
     def update(self, state: State, step: int, seeds: Sequence[int], losses: Sequence[float]) -> Update:
+        second = ThreeLosses().second_difference(losses)
+        if abs(second) > 2 * self.eps**2 * 1e30:  # H is float32
+            raise OverflowError
         self.weights.leave()  # the probe must be removed with the old H
         stream = self.noise.stream(seeds[0])
         stream.prepare((tensor, None, DENSE) for tensor in self.tensors)
         for tensor in self.tensors:
-            self.absorb(tensor, stream, ThreeLosses().second_difference(losses))
+            self.absorb(tensor, stream, second)
         return Update(self.estimator.coefficients(losses, self.eps))
 
 

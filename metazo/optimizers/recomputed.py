@@ -87,7 +87,7 @@ class Recomputed(ZOOptimizer):
         self.forwards += round((self.steps + 1) * cost) - round(self.steps * cost)  # whole numbers that add up
         if replay and replay.losses != (loss,):
             raise UserError(f"Step {self.steps} was recorded with loss {replay.losses[0]} and gives {loss} now.")
-        fits = abs(loss) <= self.max_loss  # false for nan
+        fits = math.isfinite(loss) and abs(loss) <= self.max_loss
         usable = found is not None and fits
         rates = replay.lr if replay else self.learning_rates(self.steps)
         self.last_step = Step(self.steps, (), (loss,), (1.0,) if usable else (), rates)

@@ -18,11 +18,9 @@ from metazo.optimizers import METHODS
 from metazo.runs.header import environment
 from metazo.runs.locate import SUMMARY
 from metazo.runs.tuned import MEMORY
-from metazo.step.record import Step
 from metazo.steplog.format import Scan
 from metazo.steplog.format import differences as log_differences
 
-DRIFT = 1e-4  # largest relative difference of coefficients from the log's that can be due to rounding on another device
 _NEEDED = {"weights": str, "method": str, "settings": dict}
 
 
@@ -98,15 +96,3 @@ def distance(model: nn.Module, log: Path) -> float | None:
                     apart += float((again.reshape(-1)[start:stop].double() - part).square().sum())
                     size += float(part.square().sum())
     return math.sqrt(apart / size) if size else None
-
-
-def check_same(step: Step, again: Step | None, log: Path) -> None:
-    """Raises UserError if coefficients differ from the log's by more than the rounding of another device."""
-    assert again is not None
-    pairs = list(zip(step.coefficients, again.coefficients))
-    near = all(math.isfinite(a) and abs(a - b) <= DRIFT * abs(a) for a, b in pairs)
-    if len(step.coefficients) != len(again.coefficients) or not near:
-        raise UserError(
-            f"Step {step.step} of {log} cannot be reproduced: its coefficients are {list(step.coefficients)[:3]}, and "
-            f"{list(again.coefficients)[:3]} in the replay; the log was made by another method or version than its header says."
-        )

@@ -341,6 +341,11 @@ class Weights:
         """The dtype of theta."""
         return tensor.param.dtype if isinstance(self.storage[tensor.name], InPlace) else torch.float32
 
+    def ordered(self, terms: Sequence[Term]) -> list[Term]:
+        """The terms as `apply` takes them: those into which the present probe is folded come first."""
+        applied = {} if self.at_snapshot else {term.key for term in self.probe}
+        return sorted(terms, key=lambda term: term.key not in applied)
+
     def apply(self, terms: Sequence[Term], rate: Callable[[NamedTensor], float], decay: Mapping[str, float]) -> None:
         """theta = decay * theta - rate * sum of terms, one pass over the weights per term.
 
@@ -349,8 +354,7 @@ class Weights:
         """
         self.settle()
         applied = {} if self.at_snapshot else {term.key: term.amount for term in self.probe}
-        # Terms into which the probe is folded come first.
-        terms = sorted(terms, key=lambda term: term.key not in applied)
+        terms = self.ordered(terms)
         folded = [applied.pop(term.key, 0.0) for term in terms]
         if applied or self.at_snapshot:
             self.leave()
