@@ -20,9 +20,10 @@ from torch import Tensor
 from metazo.errors import UserError
 from metazo.feedback.column import last_position
 from metazo.feedback.factors import Gradient
-from metazo.feedback.passes import Call, Captured, Closure, Names, Recorder, Watched
+from metazo.feedback.passes import Call, Captured, Closure, Recorder
 from metazo.feedback.residual import Residual
 from metazo.feedback.surrogates import Surrogate
+from metazo.feedback.watched import Names, Watched
 
 
 class LocalGradient:

@@ -1,106 +1,32 @@
 """One forward pass that records what feedback needs: delta, the tail's exact gradients, and the inputs of blocks.
 
-The closure runs with grad mode off. At the end of the last block the hidden state is replaced by a detached leaf and grad
+The model runs with grad mode off. At the end of the last block the hidden state is replaced by a detached leaf and grad
 mode is turned on, so that
 
     delta = dL/d(output of the last block)
 
 follows from a backward pass through the tail alone: any final norm, pooling, head and loss. The same code therefore works
-for pooled encoders, classification heads, and masked and causal language models, with a loss at one position or at all.
+for pooled encoders, classification heads, and masked and causal language models, with a loss at one position or at all. A call of
+the model that the closure itself makes under `torch.no_grad()`, as for targets, is not recorded.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from metazo.errors import UserError
 from metazo.feedback.factors import Gradient
-from metazo.feedback.residual import LinearMap, Residual, hidden_of, linear_maps, with_hidden
+from metazo.feedback.residual import Residual, hidden_of, linear_maps, with_hidden
+from metazo.feedback.watched import Names, Watched
 from metazo.step.autocast import Autocast, present, under
 
 Closure = Callable[[], Tensor | float]
-Names = Mapping[int, str]
-"""Name of each trained tensor by the id of its parameter."""
-
-
-class Watched:
-    """Records linear maps while a graph is built, so that their gradients can be computed as factors.
-
-    Args: maps: those with trained weights; names: of trained tensors by the id of the parameter.
-    """
-
-    def __init__(self, maps: Sequence[LinearMap], names: Names):
-        self.names = names
-        self.calls: list[tuple[str, LinearMap, GradientEdge, Tensor]] = []
-        self.handles = [
-            # before the hooks of others, which may give another output
-            entry.module.register_forward_hook(self._hook(entry, names[id(entry.weight)]), prepend=True)
-            for entry in maps
-            if id(entry.weight) in names
-        ]
-
-    def _hook(self, entry: LinearMap, name: str):
-        def watch(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
-            # A router of experts may be a Linear that returns several tensors: its weight gets a whole gradient.
-            if torch.is_grad_enabled() and isinstance(output, Tensor) and output.requires_grad:
-                # The edge refers to the present output, even if later code changes it in place. If the output is a view of a
-                # matrix, that change makes another view of it, and only the matrix stays in the graph.
-                base = output._base
-                if base is None or base.numel() != output.numel() or base.shape[-1] != output.shape[-1]:
-                    base = output
-                self.calls.append((name, entry, get_gradient_edge(base), args[0].detach()))
-
-        return watch
-
-    def close(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-    def pull(
-        self, outputs: Sequence[Tensor], errors: Sequence[Tensor | None], leaves: Sequence[Tensor], params: Sequence
-    ) -> tuple[list[Tensor], Gradient]:
-        """Propagate errors back through the graph.
-
-        Args: outputs and the errors (cotangents) at them; leaves: the tensors whose errors are returned; params: trained
-            parameters of this part of the graph (weights of recorded maps get factors, all others whole gradients).
-
-        Returns: the errors at the leaves, zeros for a leaf that is not reached; the gradient.
-        """
-        factored = {name for name, *_ in self.calls}
-        rest = [p for p in params if self.names[id(p)] not in factored]
-        inputs = [*leaves, *(edge for _, _, edge, _ in self.calls), *rest]
-        found = deque(torch.autograd.grad(outputs, inputs, errors, allow_unused=True))
-        inputs.clear()
-        below = [torch.zeros_like(leaf) if (e := found.popleft()) is None else e for leaf in leaves]
-        gradient, calls = Gradient(), deque(self.calls)
-        self.calls.clear()
-        while calls:  # each is dropped before the next: its factors may be copies
-            name, entry, _, entered = calls.popleft()
-            error = found.popleft()
-            if error is not None:
-                gradient.add_product(name, *_factors(entry, error, entered))
-        for param in rest:
-            if (value := found.popleft()) is not None:
-                gradient.add_whole(self.names[id(param)], value)
-        return below, gradient
-
-
-def _factors(entry: LinearMap, error: Tensor, entered: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors over the positions whose error is not zero."""
-    error, entered = error.reshape(-1, error.shape[-1]), entered.reshape(-1, entered.shape[-1])
-    carrying = error.ne(0).any(1)
-    if not bool(carrying.all()):
-        error, entered = error[carrying], entered[carrying]
-    return entry.factors(error, entered)
-
 
 @dataclass
 class Call:
@@ -167,6 +93,7 @@ class Recorder:
         self.passes: list[Pass] = []
         self.compared = False  # whether the last block was run twice and compared, which is done once
         self.depth = self.begun = 0  # calls of ancestors that are going on; passes begun in the outermost of them
+        self.wanted, self.unwanted = True, False  # whether the closure wants a gradient of this call; whether of any it did not
 
     def capture(self, closures: Sequence[Closure]) -> Captured:
         """Run the closures; the loss is their mean.
@@ -176,12 +103,13 @@ class Recorder:
         """
         loss, tail, passes = 0.0, Gradient(), []
         for closure in closures:
-            self.passes, self.depth, self.begun = [], 0, 0
+            self.passes, self.depth, self.begun, self.unwanted = [], 0, 0, False
             watched = Watched(self.maps, self.names)
             try:
-                with torch.no_grad(), self._hooks():
+                with torch.enable_grad(), self._hooks():
                     value = closure()
-                if not isinstance(value, Tensor) or value.grad_fn is None or not self.passes:
+                    value = value.reshape(()) if isinstance(value, Tensor) and value.numel() == 1 else value
+                if not isinstance(value, Tensor) or value.ndim or value.grad_fn is None or not self.passes:
                     raise UserError(self._no_graph(value))
                 leaves = [one.above for one in self.passes]
                 share = value.new_tensor(1 / len(closures))
@@ -196,8 +124,12 @@ class Recorder:
         return Captured(loss, passes, tail)
 
     def _no_graph(self, value: Any) -> str:
-        if not self.passes:
+        if not self.passes and not self.unwanted:
             return f"The closure never ran the blocks at {self.residual.path}: feedback needs the model's own forward pass."
+        if isinstance(value, Tensor) and value.numel() != 1:
+            return (
+                f"The closure returned a tensor of shape {tuple(value.shape)}; return the loss as one number, such as its mean."
+            )
         return (
             "Feedback needs a loss that can be differentiated after the last block, and the closure returned "
             f"{type(value).__name__} without a graph: return the loss as a tensor, without .item() and without "
@@ -222,16 +154,21 @@ class Recorder:
                     call.watched.close()
 
     def _enter(self, module: nn.Module, args: tuple) -> None:
-        torch.set_grad_enabled(False)
         if not self.depth:
-            self.begun = 0
+            self.begun, self.wanted = 0, torch.is_grad_enabled()
+        torch.set_grad_enabled(False)
         self.depth += 1
 
     def _leave(self, module: nn.Module, args: tuple, output: Any) -> None:
         self.depth -= 1
 
     def _before(self, index: int):
-        def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+            if index == self.lowest and not self.depth:  # the closure calls the blocks itself
+                self.wanted = torch.is_grad_enabled()
+            if not self.wanted:
+                self.unwanted = True
+                return None
             if index == self.lowest and not (self.depth and self.begun):
                 self.passes.append(Pass())
                 self.begun += 1
@@ -245,9 +182,9 @@ class Recorder:
             args = tuple(_without_cache(value, index) for value in args)
             self.passes[-1].calls[index] = call = Call(hidden.detach(), args, kwargs, present())
             self._check_chain(index, call.hidden)
+            torch.set_grad_enabled(not self.recompute)
             if self.recompute:
                 return args, kwargs
-            torch.set_grad_enabled(True)
             call.hidden = call.hidden.requires_grad_()
             call.watched = Watched(self.residual.maps(index), self.names)
             return ((call.hidden, *args[1:]), kwargs) if args else (args, kwargs | {_HIDDEN: call.hidden})
@@ -258,6 +195,8 @@ class Recorder:
         last = index == len(self.residual.blocks) - 1
 
         def after(module: nn.Module, args: tuple, output: Any) -> Any:
+            if not self.wanted:
+                return None
             one, hidden = self.passes[-1], hidden_of(output)
             call = one.calls[index]
             if call.watched is not None:

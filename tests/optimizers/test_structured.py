@@ -346,14 +346,14 @@ def stack(**options) -> tuple[Stack, torch.Tensor]:
         return Stack(**options).double(), torch.randn(2, 3, 6, dtype=torch.float64)
 
 
-def exact(model, loss) -> None:
+def exact(model, loss, atol: float = 1e-12, **options) -> None:
     """A plain step of answer-column over all positions is one along the gradient of autograd."""
     before = weights(model)
     true = torch.autograd.grad(loss(), list(model.parameters()))
-    optimizer = AnswerColumn(model.named_parameters(), 1.0, model=model, positions="all", normalise=False)
+    optimizer = AnswerColumn(model.named_parameters(), 1.0, model=model, positions="all", normalise=False, **options)
     optimizer.step(loss)
     for (name, p), gradient in zip(model.named_parameters(), true, strict=True):
-        assert torch.allclose(p.detach(), before[name] - gradient, atol=1e-12) and gradient.any(), name
+        assert torch.allclose(p.detach(), before[name] - gradient, atol=atol) and gradient.any(), name
     assert optimizer.untouched == []
 
 
