@@ -6,8 +6,8 @@ mode is turned on, so that
     delta = dL/d(output of the last block)
 
 follows from a backward pass through the tail alone: any final norm, pooling, head and loss. The same code therefore works
-for pooled encoders, classification heads, and masked and causal language models, with a loss at one position or at all. A call of
-the model that the closure itself makes under `torch.no_grad()`, as for targets, is not recorded.
+for pooled encoders, classification heads, and masked and causal language models, with a loss at one position or at all. Calls
+of the model that the closure makes under `torch.no_grad()`, as for targets, are not recorded.
 """
 
 from __future__ import annotations
@@ -22,21 +22,23 @@ from torch import Tensor, nn
 
 from metazo.errors import UserError
 from metazo.feedback.factors import Gradient
-from metazo.feedback.residual import Residual, hidden_of, linear_maps, with_hidden
+from metazo.feedback.residual import Residual, hidden_name, hidden_of, linear_maps, with_hidden
 from metazo.feedback.watched import Names, Watched
 from metazo.step.autocast import Autocast, present, under
 
 Closure = Callable[[], Tensor | float]
 
+
 @dataclass
 class Call:
-    """One call of a block: its hidden input, the other arguments and its autocast; the output and the recorded maps if the
-    graph is kept; `seen`, the output's value, if it is to be compared with that of a second run.
+    """One call of a block: its hidden input, all arguments, the keyword of the hidden one if it has any, and the autocast; the
+    output and the recorded maps if the graph is kept; `seen`, the output's value, if a second run is to be compared with it.
     """
 
     hidden: Tensor
     args: tuple
     kwargs: dict[str, Any]
+    key: str | None
     autocast: Autocast
     output: Tensor | None = None
     watched: Watched | None = None
@@ -46,12 +48,9 @@ class Call:
         """The block's output at another hidden input, under the same autocast."""
         kwargs = dict(self.kwargs)
         with under(self.autocast):
-            if self.args:
+            if self.key is None:
                 return hidden_of(block(hidden, *self.args[1:], **kwargs))
-            return hidden_of(block(**kwargs | {_HIDDEN: hidden}))
-
-
-_HIDDEN = "hidden_states"
+            return hidden_of(block(*self.args, **kwargs | {self.key: hidden}))
 
 
 @dataclass
@@ -60,6 +59,7 @@ class Pass:
 
     calls: dict[int, Call] = field(default_factory=dict)
     above: Tensor | None = None
+    version: int = 0  # changes of `above` in place when the block returned it
     delta: Tensor | None = None
 
 
@@ -90,16 +90,20 @@ class Recorder:
         self.maps = [m for m in linear_maps(residual.ancestors[0]) if id(m.module) not in blocks]
         params = {id(p): p for p in residual.ancestors[0].parameters()}
         self.outside = [params[key] for key in names if key in params and key not in inside]
+        self.inside = {key: names[key] for key in names if key in inside}
         self.passes: list[Pass] = []
-        self.compared = False  # whether the last block was run twice and compared, which is done once
+        self.compared: list[bool] | None = None  # train mode of the blocks if the last was compared with its second run
         self.depth = self.begun = 0  # calls of ancestors that are going on; passes begun in the outermost of them
-        self.wanted, self.unwanted = True, False  # whether the closure wants a gradient of this call; whether of any it did not
+        self.wanted, self.unwanted = (
+            True,
+            False,
+        )  # whether the closure wants a gradient of this call; whether of any it did not
 
     def capture(self, closures: Sequence[Closure]) -> Captured:
         """Run the closures; the loss is their mean.
 
-        Raises UserError if the stream does not run, does not run as a chain, or runs twice in one call of the model, and if the
-        loss does not depend on it.
+        Raises UserError if the stream does not run, does not run as a chain, or runs twice in one call of the model, if the
+        loss does not depend on it or uses a trained weight of a block, and for dropout in blocks that are to run again.
         """
         loss, tail, passes = 0.0, Gradient(), []
         for closure in closures:
@@ -109,11 +113,13 @@ class Recorder:
                 with torch.enable_grad(), self._hooks():
                     value = closure()
                     value = value.reshape(()) if isinstance(value, Tensor) and value.numel() == 1 else value
+                self._check_whole()
                 if not isinstance(value, Tensor) or value.ndim or value.grad_fn is None or not self.passes:
                     raise UserError(self._no_graph(value))
                 leaves = [one.above for one in self.passes]
                 share = value.new_tensor(1 / len(closures))
                 deltas, gradient = watched.pull([value], [share], leaves, self.outside)  # type: ignore[arg-type]
+                self._check_tail(watched)
             finally:
                 watched.close()
             for one, delta in zip(self.passes, deltas):
@@ -127,9 +133,7 @@ class Recorder:
         if not self.passes and not self.unwanted:
             return f"The closure never ran the blocks at {self.residual.path}: feedback needs the model's own forward pass."
         if isinstance(value, Tensor) and value.numel() != 1:
-            return (
-                f"The closure returned a tensor of shape {tuple(value.shape)}; return the loss as one number, such as its mean."
-            )
+            return f"The closure returned a tensor of shape {tuple(value.shape)}; return one number, such as its mean."
         return (
             "Feedback needs a loss that can be differentiated after the last block, and the closure returned "
             f"{type(value).__name__} without a graph: return the loss as a tensor, without .item() and without "
@@ -177,17 +181,20 @@ class Recorder:
                     f"Block {index} of {self.residual.path} runs more than once in a forward pass, and feedback gives a block "
                     "one error: choose a first-order method, or one that perturbs weights, such as mezo."
                 )
-            hidden = args[0] if args else kwargs[_HIDDEN]
+            if self.recompute:  # graphs that are kept have the masks of this forward pass
+                _check_dropout(f"{self.residual.path}.{index}", module)
+            key = None if args else hidden_name(module, kwargs)
+            hidden = args[0] if key is None else kwargs[key]
             kwargs = {name: _without_cache(value, index) for name, value in kwargs.items()}
             args = tuple(_without_cache(value, index) for value in args)
-            self.passes[-1].calls[index] = call = Call(hidden.detach(), args, kwargs, present())
+            self.passes[-1].calls[index] = call = Call(hidden.detach(), args, kwargs, key, present())
             self._check_chain(index, call.hidden)
             torch.set_grad_enabled(not self.recompute)
             if self.recompute:
                 return args, kwargs
             call.hidden = call.hidden.requires_grad_()
             call.watched = Watched(self.residual.maps(index), self.names)
-            return ((call.hidden, *args[1:]), kwargs) if args else (args, kwargs | {_HIDDEN: call.hidden})
+            return ((call.hidden, *args[1:]), kwargs) if key is None else (args, kwargs | {key: call.hidden})
 
         return before
 
@@ -198,13 +205,19 @@ class Recorder:
             if not self.wanted:
                 return None
             one, hidden = self.passes[-1], hidden_of(output)
+            if not isinstance(hidden, Tensor):
+                raise UserError(
+                    f"Block {index} of {self.residual.path} returns a {type(output).__name__}; feedback needs a tensor, or a "
+                    "tuple that begins with it: choose a method that perturbs weights, such as mezo."
+                )
             call = one.calls[index]
             if call.watched is not None:
                 call.watched.close()
                 call.output = hidden
             one.above = hidden = hidden.detach().requires_grad_(last)
-            if last and not self.compared:
-                self.compared, call.seen = True, hidden.detach()
+            one.version = _version(hidden)
+            if last and self.compared != (modes := [block.training for block in self.residual.blocks]):
+                self.compared, call.seen = modes, hidden.detach()
             torch.set_grad_enabled(last)
             return with_hidden(output, hidden)
 
@@ -212,13 +225,44 @@ class Recorder:
 
     def _check_chain(self, index: int, hidden: Tensor) -> None:
         above = self.passes[-1].above
-        if index == self.lowest or (above is not None and above.data_ptr() == hidden.data_ptr()):
-            return
-        if above is None or above.shape != hidden.shape or not torch.equal(above, hidden):
+        same = above is not None and _version(above) == self.passes[-1].version and above.shape == hidden.shape
+        if index != self.lowest and not (
+            same and (above.data_ptr() == hidden.data_ptr() or torch.equal(above, hidden))  # type: ignore[union-attr]
+        ):
             raise UserError(
                 f"The input of block {index} of {self.residual.path} is not the output of block {index - 1} alone: the model "
                 "is not one residual stream; choose a method that perturbs weights, such as mezo."
             )
+
+    def _check_whole(self) -> None:
+        for one in self.passes:
+            for index in range(self.lowest, len(self.residual.blocks)):
+                if index not in one.calls:
+                    raise UserError(
+                        f"Block {index} of {self.residual.path} did not run in a forward pass, and feedback follows the stream "
+                        "through all blocks: switch off what leaves blocks out, or choose a first-order method."
+                    )
+
+    def _check_tail(self, tail: Watched) -> None:
+        for key in self.inside.keys() & tail.uses.keys():
+            raise UserError(
+                f"{self.inside[key]} belongs to a block of {self.residual.path}, and the part after the last block uses it, "
+                "too; feedback updates block by block: freeze it, or choose a first-order method."
+            )
+
+
+def _check_dropout(path: str, block: nn.Module) -> None:
+    for name, module in block.named_modules(prefix=path):
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
+            raise UserError(
+                f"{name} ({type(module).__name__}) is in train mode, and its block gives a different output when it runs "
+                "again: switch dropout off (model.eval())."
+            )
+
+
+def _version(tensor: Tensor) -> int:
+    """The number of its changes in place; tensors of inference mode have none."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _without_cache(value: Any, index: int) -> Any:

@@ -7,6 +7,8 @@ block and returns that of the next: its input plus the outputs of its attention 
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,6 +114,20 @@ def find_residual(model: nn.Module) -> Residual:
     return Residual(path, tuple(blocks), tuple(ancestors))
 
 
+def hidden_name(block: nn.Module, kwargs: Mapping[str, Any]) -> str:
+    """The keyword of the hidden state in a call of a block without positional arguments.
+
+    Raises UserError if the block's first argument is not among them.
+    """
+    name = "hidden_states" if "hidden_states" in kwargs else next(iter(inspect.signature(block.forward).parameters), "")
+    if name not in kwargs:
+        raise UserError(
+            f"{type(block).__name__} is called with {', '.join(kwargs) or 'no arguments'}, and feedback cannot tell which is the "
+            "hidden state: make it the first argument."
+        )
+    return name
+
+
 def hidden_of(output: Any) -> Tensor:
     """The hidden state in a block's output: the output itself or the first member of a tuple."""
     return output[0] if isinstance(output, tuple | list) else output
@@ -119,4 +135,6 @@ def hidden_of(output: Any) -> Tensor:
 
 def with_hidden(output: Any, hidden: Tensor) -> Any:
     """The output of a block with another hidden state."""
+    if hasattr(output, "_replace"):  # a named tuple
+        return output._replace(**{output._fields[0]: hidden})
     return type(output)((hidden, *output[1:])) if isinstance(output, tuple | list) else hidden

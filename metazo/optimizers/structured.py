@@ -9,7 +9,7 @@ weights, the blocks' inputs, and the graph and factors of one block at a time.
 
 Where not to use: with losses that are not differentiable in the last block's output, or have a term that does not pass
 through it (a router's own loss, which is left out); with models that are a black box, have no single residual stream or run a
-block twice; with dropout; in several processes. Methods that perturb weights work in these cases.
+block twice; with dropout in the blocks, unless `recompute=False`; in several processes. Methods that perturb weights work in these cases.
 """
 
 from __future__ import annotations
