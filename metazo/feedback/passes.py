@@ -46,11 +46,13 @@ class Call:
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """The block's output at another hidden input, under the same autocast."""
-        kwargs = dict(self.kwargs)
+        args, kwargs = self.placed(hidden, self.args, dict(self.kwargs))
         with under(self.autocast):
-            if self.key is None:
-                return hidden_of(block(hidden, *self.args[1:], **kwargs))
-            return hidden_of(block(*self.args, **kwargs | {self.key: hidden}))
+            return hidden_of(block(*args, **kwargs))
+
+    def placed(self, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Arguments with this hidden input."""
+        return ((hidden, *args[1:]), kwargs) if self.key is None else (args, kwargs | {self.key: hidden})
 
 
 @dataclass
@@ -107,12 +109,9 @@ class Recorder:
         """
         loss, tail, passes = 0.0, Gradient(), []
         for closure in closures:
-            self.passes, self.depth, self.begun, self.unwanted = [], 0, 0, False
             watched = Watched(self.maps, self.names)
             try:
-                with torch.enable_grad(), self._hooks():
-                    value = closure()
-                    value = value.reshape(()) if isinstance(value, Tensor) and value.numel() == 1 else value
+                value = self.run(closure)
                 self._check_whole()
                 if not isinstance(value, Tensor) or value.ndim or value.grad_fn is None or not self.passes:
                     raise UserError(self._no_graph(value))
@@ -128,6 +127,13 @@ class Recorder:
             passes += self.passes
             loss += float(value.detach()) / len(closures)
         return Captured(loss, passes, tail)
+
+    def run(self, closure: Closure) -> Any:
+        """What the closure returns, with the blocks' calls in `passes`; a tensor of one entry has no dimensions then."""
+        self.passes, self.depth, self.begun, self.unwanted = [], 0, 0, False
+        with torch.enable_grad(), self._hooks():
+            value = closure()
+            return value.reshape(()) if isinstance(value, Tensor) and value.numel() == 1 else value
 
     def _no_graph(self, value: Any) -> str:
         if not self.passes and not self.unwanted:
@@ -166,27 +172,37 @@ class Recorder:
     def _leave(self, module: nn.Module, args: tuple, output: Any) -> None:
         self.depth -= 1
 
+    def begins(self, index: int) -> bool:
+        """Whether this call of a block is one of a pass to be recorded, which is begun if the block is the lowest."""
+        if index == self.lowest and not self.depth:  # the closure calls the blocks itself
+            self.wanted = torch.is_grad_enabled()
+        if not self.wanted:
+            self.unwanted = True
+            return False
+        if index == self.lowest and not (self.depth and self.begun):
+            self.passes.append(Pass())
+            self.begun += 1
+        elif index == self.lowest or index in self.passes[-1].calls:
+            raise UserError(
+                f"Block {index} of {self.residual.path} runs more than once in a forward pass, and feedback gives a block "
+                "one error: choose a first-order method, or one that perturbs weights, such as mezo."
+            )
+        return True
+
+    @staticmethod
+    def without_caches(index: int, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        named = {name: _without_cache(value, index) for name, value in kwargs.items()}
+        return tuple(_without_cache(value, index) for value in args), named
+
     def _before(self, index: int):
         def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-            if index == self.lowest and not self.depth:  # the closure calls the blocks itself
-                self.wanted = torch.is_grad_enabled()
-            if not self.wanted:
-                self.unwanted = True
+            if not self.begins(index):
                 return None
-            if index == self.lowest and not (self.depth and self.begun):
-                self.passes.append(Pass())
-                self.begun += 1
-            elif index == self.lowest or index in self.passes[-1].calls:
-                raise UserError(
-                    f"Block {index} of {self.residual.path} runs more than once in a forward pass, and feedback gives a block "
-                    "one error: choose a first-order method, or one that perturbs weights, such as mezo."
-                )
             if self.recompute:  # graphs that are kept have the masks of this forward pass
                 _check_dropout(f"{self.residual.path}.{index}", module)
             key = None if args else hidden_name(module, kwargs)
             hidden = args[0] if key is None else kwargs[key]
-            kwargs = {name: _without_cache(value, index) for name, value in kwargs.items()}
-            args = tuple(_without_cache(value, index) for value in args)
+            args, kwargs = self.without_caches(index, args, kwargs)
             self.passes[-1].calls[index] = call = Call(hidden.detach(), args, kwargs, key, present())
             self._check_chain(index, call.hidden)
             torch.set_grad_enabled(not self.recompute)
@@ -194,7 +210,7 @@ class Recorder:
                 return args, kwargs
             call.hidden = call.hidden.requires_grad_()
             call.watched = Watched(self.residual.maps(index), self.names)
-            return ((call.hidden, *args[1:]), kwargs) if key is None else (args, kwargs | {key: call.hidden})
+            return call.placed(call.hidden, args, kwargs)
 
         return before
 

@@ -122,8 +122,8 @@ def hidden_name(block: nn.Module, kwargs: Mapping[str, Any]) -> str:
     name = "hidden_states" if "hidden_states" in kwargs else next(iter(inspect.signature(block.forward).parameters), "")
     if name not in kwargs:
         raise UserError(
-            f"{type(block).__name__} is called with {', '.join(kwargs) or 'no arguments'}, and feedback cannot tell which is the "
-            "hidden state: make it the first argument."
+            f"{type(block).__name__} is called with {', '.join(kwargs) or 'no arguments'}, and feedback cannot tell which is "
+            "the hidden state: make it the first argument."
         )
     return name
 

@@ -7,17 +7,21 @@ computed from products of factors, so no gradient of a matrix is formed unless i
 The blocks are updated from the last to the first, each as soon as its estimate is computed, so that memory is needed for the
 weights, the blocks' inputs, and the graph and factors of one block at a time.
 
-Where not to use: with losses that are not differentiable in the last block's output, or have a term that does not pass
-through it (a router's own loss, which is left out); with models that are a black box, have no single residual stream or run a
-block twice; with dropout in the blocks, unless `recompute=False`; in several processes. Methods that perturb weights work in these cases.
+Where not to use: with losses that are not differentiable in the last block's output, or depend on lower blocks by another way
+(a router's own loss, hidden states of lower blocks, keys and values that blocks share; that part is left out, and the first
+step looks for it: metazo/feedback/bypass.py); with models that are a black box, have no single residual stream or run a block
+twice; with dropout in the blocks, unless `recompute=False`; in several processes. Methods that perturb weights work in these
+cases.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -25,6 +29,7 @@ from torch import Tensor, nn
 
 from metazo.blocks import NamedTensor, chunk_of
 from metazo.errors import UserError
+from metazo.feedback.bypass import bypassed
 from metazo.feedback.factors import Gradient
 from metazo.feedback.local import LocalGradient
 from metazo.feedback.momentum import FactoredMomentum
@@ -36,6 +41,7 @@ from metazo.kernels.outer import plain_
 from metazo.optimizers.base import State
 from metazo.optimizers.groups import Closure
 from metazo.optimizers.guards import NO_GRADIENT
+from metazo.optimizers.loss_watch import generators_kept
 from metazo.optimizers.recomputed import Recomputed
 from metazo.step.directions import Sparse
 from metazo.step.lowrank import Held
@@ -114,6 +120,9 @@ class Structured(Recomputed):
         self.model, self.normalise, self.recompute = model, normalise, recompute
         self.momentum, self.momentum_rank = momentum, momentum_rank
         self.measured: float | None = None
+        self.bypassed: bool | None = (
+            None  # whether the loss depends on lower blocks by another way, after the first step
+        )
         super().__init__(params, lr, weight_decay=weight_decay, seed=seed, precision=precision)
 
     @abstractmethod
@@ -155,6 +164,11 @@ class Structured(Recomputed):
         found = super().notes
         if getattr(getattr(self.model, "config", None), "output_router_logits", False):
             found.append(f"{self.name} leaves out the router's own loss, which is not in the last block's output.")
+        elif self.bypassed:
+            found.append(
+                "The loss depends on lower blocks by another way than the last block's input (such as hidden states of several "
+                f"layers, or keys and values that blocks share); {self.name} leaves out that part of the gradient."
+            )
         if self.untouched:
             names, count = ", ".join(self.untouched[:3]), len(self.untouched)
             found.append(
@@ -186,7 +200,11 @@ class Structured(Recomputed):
         return (self.measured or (4 if self.recompute else 3)) * closures
 
     def look(self, closures: Sequence[Closure]) -> tuple[float, Captured | None]:
-        captured = self.local.capture(closures)
+        first = self.bypassed is None
+        with generators_kept(self.tensors[0].param.device) if first else nullcontext():
+            captured = self.local.capture(closures)
+        if first:  # draws the same random numbers, after which the generators are where they were
+            self.bypassed = bypassed(self.local.recorder, closures, captured) and math.isfinite(captured.loss)
         deltas = [one.delta for one in captured.passes]
         finite = all(bool(delta.isfinite().all()) for delta in deltas)  # type: ignore[union-attr]
         return captured.loss, captured if finite else None
