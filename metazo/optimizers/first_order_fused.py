@@ -31,6 +31,12 @@ from metazo.optimizers.registry import register
 from metazo.step.lowrank import Held
 from metazo.step.terms import Term
 
+TOO_EARLY = (
+    "{} moves a weight as soon as its gradient is there, and the backward pass still needed the earlier value of {}, which is "
+    "used by .detach() too, or in several runs under checkpoints with `use_reentrant=True`: set that to False, or choose "
+    "first-order-sgd. Part of the weights have moved in this step."
+)
+
 
 @register
 class FirstOrderFused(Recomputed):
@@ -43,7 +49,8 @@ class FirstOrderFused(Recomputed):
 
     Several closures are averaged as one loss, whose graphs exist at the same time: the activations of all of them are kept.
     Attribute vanished: the number of tensor updates left out because their gradient was not finite.
-    Raises UserError for a closure whose loss has no graph, if no trained tensor gets a gradient, and in several processes.
+    Raises UserError for a closure whose loss has no graph, if no trained tensor gets a gradient, in several processes, and if
+    the backward pass needs a weight after its update, when part of the weights have moved.
     """
 
     name, paper = "first-order-fused", "arXiv 2306.09782"
@@ -74,7 +81,12 @@ class FirstOrderFused(Recomputed):
 
     def descend(self, found: Tensor, rates: Sequence[float]) -> None:
         with torch.enable_grad(), self._updating(rates) as reached:
-            found.backward()
+            try:
+                found.backward()
+            except RuntimeError as error:
+                if "modified by an inplace operation" not in str(error):
+                    raise
+                raise UserError(TOO_EARLY.format(self.name, "one of these weights")) from error
         if not reached:
             raise UserError(NO_GRADIENT.format(self.name))
 
@@ -95,10 +107,14 @@ class FirstOrderFused(Recomputed):
         def update(param: Tensor) -> None:
             gradient, param.grad = param.grad, None
             if (
-                gradient is not None
+                gradient is None
             ):  # a layer without a backward pass passes on none, and torch calls the hook all the same
-                reached.add(of[id(param)].name)
-                self._descend(of[id(param)], gradient, rates)
+                return
+            if (name := of[id(param)].name) in reached:
+                raise UserError(TOO_EARLY.format(self.name, name))
+            reached.add(name)
+            self._descend(of[id(param)], gradient, rates)
+            self.weights.changed([of[id(param)]])  # torch refuses to go on with a value that was saved before
 
         for tensor in self.tensors:
             tensor.param.grad = None  # of a backward pass that was not ours

@@ -89,13 +89,14 @@ class Weights:
                 stacklevel=5,
             )
 
-    def changed(self) -> None:
-        """After a step: others that keep something of these weights notice it, and what is kept here belongs to them, unless
+    def changed(self, tensors: Sequence[NamedTensor] | None = None) -> None:
+        """After a step, or after an update of these tensors: others that keep something of these weights notice it, and what is kept here belongs to them, unless
         somebody else changed them during the step.
         """
-        kept = [place for place in self.storage.values() if isinstance(place, Master | Compensated)]
+        tensors = self.tensors if tensors is None else tensors
+        kept = [p for t in tensors if isinstance(p := self.storage.get(t.name), Master | Compensated)]
         before = [version_of(place.param) for place in kept]
-        count_change(tensor.param for tensor in self.tensors)
+        count_change(tensor.param for tensor in tensors)
         for place, found in zip(kept, before):
             if place.version == found:
                 place.version = version_of(place.param)

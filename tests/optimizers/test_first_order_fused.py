@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from metazo.bench.architectures import build
 from metazo.errors import UserError
@@ -194,3 +195,45 @@ def test_a_tensor_that_gets_no_gradient_is_left_as_it_is_and_a_step_of_none_is_r
     with pytest.raises(UserError, match="No trained tensor gets a gradient .* first-order-fused would train nothing"):
         FirstOrderFused(model.named_parameters(), 0.1).step(lambda: cut().sum())
     assert torch.equal(model.weight, before) and torch.equal(model.bias, bias)
+
+
+class Used(nn.Module):
+    """A weight that is used in a lower layer as well, without a gradient there."""
+
+    def __init__(self):
+        super().__init__()
+        self.low, self.high = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.high(nn.functional.linear(self.low(x), self.high.weight.detach()).tanh())
+
+
+class Shared(nn.Module):
+    """A layer that runs three times under checkpoints."""
+
+    def __init__(self, reentrant: bool):
+        super().__init__()
+        self.first, self.layer, self.reentrant = nn.Linear(4, 4), nn.Linear(4, 4), reentrant
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        for _ in range(3):
+            x = x + checkpoint(lambda given: self.layer(given).tanh(), x, use_reentrant=self.reentrant)
+        return x
+
+
+@pytest.mark.parametrize("make, fine", [(Used, False), (lambda: Shared(True), False), (lambda: Shared(False), True)])
+def test_a_weight_that_backward_needs_after_its_update_is_refused(make, fine: bool) -> None:
+    model, x = make().double(), torch.linspace(-1, 1, 8, dtype=torch.float64).view(2, 4)
+    true = torch.autograd.grad(model(x).square().mean(), list(model.parameters())) if fine else ()
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = FirstOrderFused(model.named_parameters(), lr=0.1)
+    if fine:
+        optimizer.step(lambda: model(x).square().mean())
+        moved = [old - p for p, old in zip(model.parameters(), before)]
+        assert all(torch.allclose(m, 0.1 * g, atol=1e-12) for m, g in zip(moved, true, strict=True))
+    else:
+        with pytest.raises(
+            UserError, match="the backward pass still needed the earlier value of .* Part of the weights"
+        ):
+            optimizer.step(lambda: model(x).square().mean())
