@@ -29,10 +29,12 @@ FORWARDS_PER_STEP = 3
 
 
 class FirstOrder(Method):
-    """One of torch's optimizers on gradients clipped to norm 1, with the interface that the loop needs.
+    """One of torch's optimizers on gradients clipped to norm 1, with the interface that metazo's own loop needs. It is no
+    `torch.optim.Optimizer`: it takes no parameter groups and none of torch's schedulers; in a loop of your own use torch's.
 
     Args: params: named parameters; lr; weight_decay: under MeZO's name rule; clip: largest gradient norm.
-    Raises UserError if nothing is trainable, or for a replay: a gradient does not follow from a step's record.
+    Raises UserError for parameter groups and tensors without names, if nothing is trainable, and for a replay: a gradient does
+    not follow from a step's record.
     """
 
     own_rule = "is a first-order method with a rule of its own"
@@ -47,7 +49,7 @@ class FirstOrder(Method):
         weight_decay: float = 0.0,
         clip: float = 1.0,
     ):
-        named = [(key, param) for key, param in params if param.requires_grad]
+        named = [(key, param) for key, param in _pairs(self.name, params) if param.requires_grad]
         if not named:
             raise UserError("No tensor is trainable: every parameter is frozen.")
         check_graph(self.name, named)
@@ -136,6 +138,19 @@ class FirstOrder(Method):
             kind, _, name = key.partition("/")
             if name in params:
                 self.inner.state[params[name]][kind] = value.clone()
+
+
+def _pairs(name: str, params: Iterable) -> list[tuple[str, Tensor]]:
+    """The members of `params`, if all are pairs of a name and a tensor."""
+    entries = [params] if isinstance(params, Tensor | torch.nn.Module) else list(params)
+    for entry in entries:
+        if not (isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[1], Tensor)):
+            found = "parameter groups" if isinstance(entry, dict) else f"a {type(entry).__name__} without a name"
+            raise UserError(
+                f"`params` of {name} has {found}; it takes pairs of a name and a tensor, as model.named_parameters() gives. "
+                "For parameter groups use first-order-fused, or torch's own optimizers."
+            )
+    return entries
 
 
 @register

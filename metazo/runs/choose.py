@@ -3,7 +3,7 @@
 The rules, in this order; docs/choose.md has them in words, with the figures they rest on:
 
     the loss has no gradient (or no graph)        mezo, scale rms (adapters: no scale)
-    float32, and first-order training fits        first-order-adamw
+    trained in float32, and first-order fits      first-order-adamw
     the model is one residual stream              answer-column, which keeps one block's graph at a time
     anything else                                 mezo, scale rms
 
@@ -28,6 +28,7 @@ from metazo.errors import UserError
 from metazo.feedback.local import LocalGradient
 from metazo.feedback.residual import find_residual
 from metazo.feedback.surrogates import Column
+from metazo.optimizers.loss_watch import NARROW
 from metazo.optimizers.registry import method
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.resources import free_memory, size
@@ -80,9 +81,10 @@ def _rule(config: FinetuneConfig, model: nn.Module, loss: Loss, free: int) -> tu
     needed = kept + 3 * sum(parameter.numel() * parameter.element_size() for parameter in trained)
     fits = needed <= SHARE * free
     amounts = f"first-order training takes {size(needed)} beside the weights and {size(free)} are free"
-    if fits and config.dtype in ("float32", "float64"):
+    narrow = next((str(p.dtype).removeprefix("torch.") for p in trained if p.dtype in NARROW), None)
+    if fits and narrow is None:
         return {"optimizer": "first-order-adamw"}, f"{amounts}, and first-order training was best at equal cost"
-    reason = amounts if not fits else f"first-order steps are lost in {config.dtype} weights"
+    reason = amounts if not fits else f"first-order steps are lost in {narrow} weights"
     if (problem := _no_feedback(model, loss)) is None:
         return {"optimizer": "answer-column"}, f"{reason}; it keeps one block's graph at a time"
     return mezo, f"{reason}, and feedback cannot be had ({problem})"

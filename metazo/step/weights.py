@@ -90,8 +90,8 @@ class Weights:
             )
 
     def changed(self, tensors: Sequence[NamedTensor] | None = None) -> None:
-        """After a step, or after an update of these tensors: others that keep something of these weights notice it, and what is kept here belongs to them, unless
-        somebody else changed them during the step.
+        """After a step, or the update of these tensors: others that keep something of their weights notice it, and what is kept
+        here belongs to them, unless somebody else changed them during the step.
         """
         tensors = self.tensors if tensors is None else tensors
         kept = [p for t in tensors if isinstance(p := self.storage.get(t.name), Master | Compensated)]

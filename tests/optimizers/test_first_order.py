@@ -65,3 +65,18 @@ def test_a_loss_that_gives_no_trained_tensor_a_gradient_is_refused(cls) -> None:
     optimizer = cls([("p", p), ("bias", bias)], lr=0.1)  # one of two is enough
     optimizer.step(lambda: (Cut.apply(p) + bias).sum())
     assert torch.equal(p, pair(1.0)) and not torch.equal(bias, pair(1.0))
+
+
+@each
+def test_groups_and_tensors_without_names_are_refused(cls) -> None:
+    model = nn.Linear(2, 1)
+    groups = [{"params": list(model.named_parameters()), "lr": 0.1}]
+    for params, found in (
+        (groups, "parameter groups"),
+        (model.parameters(), "a Parameter without a name"),
+        (model, "a Linear"),
+    ):
+        with pytest.raises(
+            UserError, match=rf"`params` of {cls.name} has {found}.*; it takes pairs of a name and a tensor"
+        ):
+            cls(params, lr=0.1)

@@ -78,9 +78,17 @@ def test_the_border_is_that_of_the_sentence(pico) -> None:
     assert chosen(model, loss, int(needed / choose.SHARE) - 8)[0].optimizer == "answer-column"
 
 
-def test_narrow_weights_give_the_answer_column(pico) -> None:
-    config, why = chosen(*pico, PLENTY, dtype="bfloat16")
+def test_narrow_weights_give_the_answer_column_and_adapters_beside_them_do_not() -> None:
+    loaded = load_model("pico", dtype="bfloat16")
+    prepared = prepare(get("pico_topic"), loaded, train=8, dev=0, test=0, max_length=64)
+    loss = BatchLoss(loaded.model, prepared, prepared.train, CPU)
+    config, why = chosen(loaded.model, loss, PLENTY, dtype="bfloat16")
     assert config.optimizer == "answer-column" and "first-order steps are lost in bfloat16 weights" in why
+    loaded.model.requires_grad_(False)
+    adapter = nn.Parameter(torch.zeros(()))  # in float32, as peft makes them
+    loaded.model.register_parameter("adapter", adapter)
+    config, why = chosen(loaded.model, lambda: loss() * adapter.exp(), PLENTY, dtype="bfloat16")
+    assert config.optimizer == "first-order-adamw" and "lost" not in why
 
 
 def test_a_loss_without_a_gradient_is_probed(pico) -> None:
