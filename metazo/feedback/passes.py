@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from metazo.errors import UserError
 from metazo.feedback.factors import Gradient
-from metazo.feedback.residual import Residual, hidden_name, hidden_of, linear_maps, with_hidden
+from metazo.feedback.residual import Residual, check_dropout, hidden_name, hidden_of, linear_maps, with_hidden
 from metazo.feedback.watched import Names, Watched
 from metazo.step.autocast import Autocast, present, under
 
@@ -96,10 +96,8 @@ class Recorder:
         self.passes: list[Pass] = []
         self.compared: list[bool] | None = None  # train mode of the blocks if the last was compared with its second run
         self.depth = self.begun = 0  # calls of ancestors that are going on; passes begun in the outermost of them
-        self.wanted, self.unwanted = (
-            True,
-            False,
-        )  # whether the closure wants a gradient of this call; whether of any it did not
+        self.wanted = True  # whether this call is to have a gradient; the closure may have switched it off
+        self.unwanted = False  # whether one was not
 
     def capture(self, closures: Sequence[Closure]) -> Captured:
         """Run the closures; the loss is their mean.
@@ -182,6 +180,8 @@ class Recorder:
         if index == self.lowest and not (self.depth and self.begun):
             self.passes.append(Pass())
             self.begun += 1
+        elif not self.passes:
+            raise self._left_out(self.lowest)
         elif index == self.lowest or index in self.passes[-1].calls:
             raise UserError(
                 f"Block {index} of {self.residual.path} runs more than once in a forward pass, and feedback gives a block "
@@ -199,7 +199,7 @@ class Recorder:
             if not self.begins(index):
                 return None
             if self.recompute:  # graphs that are kept have the masks of this forward pass
-                _check_dropout(f"{self.residual.path}.{index}", module)
+                check_dropout(f"{self.residual.path}.{index}", module)
             key = None if args else hidden_name(module, kwargs)
             hidden = args[0] if key is None else kwargs[key]
             args, kwargs = self.without_caches(index, args, kwargs)
@@ -254,25 +254,19 @@ class Recorder:
         for one in self.passes:
             for index in range(self.lowest, len(self.residual.blocks)):
                 if index not in one.calls:
-                    raise UserError(
-                        f"Block {index} of {self.residual.path} did not run in a forward pass, and feedback follows the stream "
-                        "through all blocks: switch off what leaves blocks out, or choose a first-order method."
-                    )
+                    raise self._left_out(index)
+
+    def _left_out(self, index: int) -> UserError:
+        return UserError(
+            f"Block {index} of {self.residual.path} did not run in a forward pass, and feedback follows the stream through all "
+            "blocks: switch off what leaves blocks out, or choose a first-order method."
+        )
 
     def _check_tail(self, tail: Watched) -> None:
         for key in self.inside.keys() & tail.uses.keys():
             raise UserError(
                 f"{self.inside[key]} belongs to a block of {self.residual.path}, and the part after the last block uses it, "
                 "too; feedback updates block by block: freeze it, or choose a first-order method."
-            )
-
-
-def _check_dropout(path: str, block: nn.Module) -> None:
-    for name, module in block.named_modules(prefix=path):
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
-            raise UserError(
-                f"{name} ({type(module).__name__}) is in train mode, and its block gives a different output when it runs "
-                "again: switch dropout off (model.eval())."
             )
 
 

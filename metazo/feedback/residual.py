@@ -114,6 +114,16 @@ def find_residual(model: nn.Module) -> Residual:
     return Residual(path, tuple(blocks), tuple(ancestors))
 
 
+def check_dropout(path: str, block: nn.Module) -> None:
+    """Raises UserError for dropout in train mode within a block that is to run again."""
+    for name, module in block.named_modules(prefix=path):
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
+            raise UserError(
+                f"{name} ({type(module).__name__}) is in train mode, and its block gives a different output when it runs "
+                "again: switch dropout off (model.eval())."
+            )
+
+
 def hidden_name(block: nn.Module, kwargs: Mapping[str, Any]) -> str:
     """The keyword of the hidden state in a call of a block without positional arguments.
 

@@ -209,8 +209,8 @@ def test_what_happens_between_blocks_is_refused() -> None:
     refused(model, hidden, "The input of block 1 of blocks is not the output of block 0 alone")
     model.__class__ = Some
     refused(model, hidden, "Block 1 of blocks did not run in a forward pass")
-    model.ran = (0, 1)
-    refused(model, hidden, "Block 2 of blocks did not run in a forward pass")
+    for model.ran, missing in (((0, 1), 2), ((1, 2), 0)):
+        refused(model, hidden, f"Block {missing} of blocks did not run in a forward pass")
 
 
 def test_a_weight_of_a_block_in_the_tail_is_refused() -> None:
