@@ -15,7 +15,7 @@ from torch import nn
 from metazo import zoo
 from metazo.blocks import every_tensor, partition
 from metazo.errors import UserError
-from metazo.feedback.tuner import FeedbackTuner, describe
+from metazo.feedback.tuner import describe
 from metazo.io.plain import shown
 from metazo.io.processes import launched
 from metazo.models.embedded import EMBEDDED
@@ -66,17 +66,21 @@ def block_scale(config: FinetuneConfig, model: nn.Module) -> BlockScale | None:
 
 def tuner_of(config: FinetuneConfig, model: nn.Module, load: Callable[..., Any]) -> Any:
     """What `tuner` names, read by `load`, or what `auto_tuner` finds: a Tuner, or feedback, whichever the method takes. A run
-    that goes on keeps its tuner if a later one has been published under the name of its base model."""
+    that goes on keeps its tuner, by the hash in its log, if it is in a zoo folder or the cache under that name, whatever the
+    name means now."""
     if config.tuner == "auto":
         return _opened(auto_tuner(config, model))
     name, log = str(config.tuner), log_to_continue(config)
-    tuner = load(name, config.zoo, report=lambda text: None)
-    if log is None or began_with(header := scan(log).header, tuner):
-        return tuner
-    known = zoo.tuners(config.zoo, "feedback" if isinstance(tuner, FeedbackTuner) else "tuner")
-    known = [each for each in known if name in (each.entry.name.rpartition("/")[0], each.entry.base_model)]
-    then, _ = of_log(header, known)
-    return tuner if then is None else _opened(then)
+    if log is not None:
+        known = zoo.tuners(config.zoo, "feedback" if "tuner" in method(config.optimizer).common else "tuner")
+        named = [
+            each
+            for each in known
+            if name in (each.entry.name, each.entry.name.rpartition("/")[0], each.entry.base_model)
+        ]
+        if (then := of_log(scan(log).header, named)[0]) is not None:
+            return _opened(then)
+    return load(name, config.zoo, report=lambda text: None)
 
 
 def auto_tuner(config: FinetuneConfig, model: nn.Module) -> zoo.Found:

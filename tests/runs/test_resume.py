@@ -252,6 +252,24 @@ def test_a_run_goes_on_with_its_tuner_after_another_is_published(kind, tuner, tm
     assert results(tmp_path / "dead") == results(tmp_path / "whole")
 
 
+def test_a_run_goes_on_with_a_tuner_that_was_pulled_under_a_name_of_the_hub(tmp_path, monkeypatch):
+    """A name org/base is asked of the Hub, never of the cache, when a run begins; the hash in a log is enough to go on."""
+    blocks = [BlockSpec.of(block) for block in partition(named_tensors(load_model(SETTINGS["model"]).model))]
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    zoo.push(Tuner(PertNN(len(blocks), hidden=2, seed=3), TunerInfo("org/base", blocks)), tmp_path / "zoo")
+    zoo.pull("org/base", tmp_path / "zoo", report=lambda text: None)
+    settings = {"optimizer": "mezo", "scale": "none", "tuner": "org/base", "steps": 3}
+
+    def dies(log: StepLog, step) -> None:
+        raise Death
+
+    with monkeypatch.context() as patch, pytest.raises(Death):
+        patch.setattr(StepLog, "append", dies)
+        tuned(tmp_path / "run", **settings, zoo=tmp_path / "zoo")
+    tuned(tmp_path / "run", **settings, resume=True)
+    assert len(scan(tmp_path / "run/steps.jsonl").steps) == 3
+
+
 def test_networks_that_are_used_in_another_way_are_another_tuner(tmp_path, monkeypatch):
     blocks = [BlockSpec.of(block) for block in partition(named_tensors(load_model(SETTINGS["model"]).model))]
     networks, log = PertNN(len(blocks), hidden=2, seed=3), {"features": "log", "parametrisation": "rms_exp"}
