@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -35,6 +36,8 @@ from metazo.models.wanted import VIRTUAL, Adapter
 TASK_TYPES = {"causal": "CAUSAL_LM", "classifier": "SEQ_CLS", "masked": None, "seq2seq": "SEQ_2_SEQ_LM"}
 PEFT_TYPES = {"LORA", "IA3", "PREFIX_TUNING", "PROMPT_TUNING"}
 WEIGHTS = "adapter_model.safetensors"
+OLD_WEIGHTS = "adapter_model.bin"
+"""As peft wrote it in 2023; torch reads it without running code."""
 AGAIN = "copy the adapters again, or save them again with save_pretrained"
 _OF_DEVELOPERS = (
     "Model has `tie_word_embeddings=True` and a tied layer is part of the adapter",
@@ -170,7 +173,7 @@ def with_adapters(loaded: LoadedModel, folder: Path, *, train: bool = False) -> 
             found: Any = loaded.model.load_adapter(str(folder), "default", is_trainable=trainable)  # type: ignore[operator]
     except KeyError as error:  # a head, or virtual tokens
         raise UserError(f"{folder / WEIGHTS} has no tensor {error.args[0]!r}; {AGAIN}.") from error
-    except (ValueError, RuntimeError, TypeError, OSError) as error:
+    except (ValueError, RuntimeError, TypeError, OSError, EOFError, UnpicklingError) as error:
         raise UserError(f"the adapters in {folder} do not fit {loaded.name!r}: {_sentence(error)}") from error
     missing, unknown = (
         ([], sorted(names - {"prompt_embeddings"})) if virtual else (found.missing_keys, found.unexpected_keys)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from metazo.errors import UserError
 from metazo.io.files import is_file
 from metazo.io.plain import read_json, shown
 from metazo.models.adapters import (
+    OLD_WEIGHTS,
     PEFT_TYPES,
     WEIGHTS,
     add_adapters,
@@ -25,6 +25,7 @@ from metazo.models.adapters import (
 from metazo.models.checks import ENDINGS, check_config, check_float64, check_padding
 from metazo.models.describe import BASE, RECORD, describe
 from metazo.models.embedded import ADAPTERS, EMBEDDED
+from metazo.models.fetch import of_commit
 from metazo.models.identity import base_weights, check_base
 from metazo.models.load import DTYPES, NEW_HEAD, LoadedModel, load_model
 from metazo.models.quantize import QUANTISED, keep_unpacked, quantised, remember_stored, repeated
@@ -118,13 +119,18 @@ def load(name_or_path: str | Path, *, merge: bool = False, train: bool = False, 
     Raises UserError as `load_model` does, for adapters of a kind that metazo does not load, if their base model cannot be
     loaded, has other weights than in their training, or if their head has another number of classes than `num_labels`.
     """
+    return _load(name_or_path, merge, train, options, [])
+
+
+def _load(name_or_path: Any, merge: bool, train: bool, options: dict[str, Any], above: list[Path]) -> LoadedModel:
+    """As `load`. above: the folders of adapters whose base model this is."""
     if not isinstance(name_or_path, str | Path):
         raise UserError(f"`name_or_path` is a folder, a Hub id or pico, not {shown(name_or_path)}.")
     name_or_path = _of_run(name_or_path)
     folder = _of_adapters(name_or_path, options.get("revision"))
     if folder is None:
         return load_model(name_or_path, **options)
-    base, revision = _named_in(folder)
+    base, revision = _named_in(folder, above)
     settings = read_json(folder / ADAPTERS, "settings of adapters")
     if settings.get("task_type") == "SEQ_CLS":  # they have a head
         options["kind"] = "classifier" if options.get("kind", "auto") == "auto" else options["kind"]
@@ -160,7 +166,7 @@ def load(name_or_path: str | Path, *, merge: bool = False, train: bool = False, 
             )
         options["num_labels"] = classes
     try:
-        loaded = load(base, merge=True, **dict[str, Any](options, trained_head=False, revision=revision))
+        loaded = _load(base, True, False, options | {"trained_head": False, "revision": revision}, [*above, folder])
     except UserError as error:
         raise UserError(f"{folder} has adapters, and their base model cannot be loaded: {error}") from error
     found = base_weights(loaded) if (known or train) and not has_adapters(base, revision) else None
@@ -219,9 +225,11 @@ def base_of(name_or_path: str | Path, revision: str | None = None) -> tuple[str,
     """The folder or Hub id, and the revision, whose configuration and weights a model has: its own, or those of the base of
     LoRA adapters.
     """
-    name = _of_run(name_or_path)
-    folder = _of_adapters(name, revision)
-    return (str(name), revision) if folder is None else base_of(*_named_in(folder))
+    name, above = _of_run(name_or_path), []
+    while (folder := _of_adapters(name, revision)) is not None:
+        base, revision = _named_in(folder, above)
+        name, above = _of_run(base), [*above, folder]
+    return str(name), revision
 
 
 def has_adapters(name_or_path: str | Path, revision: str | None = None) -> bool:
@@ -245,14 +253,11 @@ def _of_adapters(name: str | Path, revision: str | None) -> Path | None:
         return None
     if settings is None:
         return None
-    commit, weights = settings.parent.name, None
-    with suppress(Exception):  # as above
-        find(str(name), RECORD, commit)
-        weights = find(str(name), WEIGHTS, commit)
-    if weights is None:
+    of_commit(str(name), RECORD, commit := settings.parent.name)
+    if not any(of_commit(str(name), file, commit) for file in (WEIGHTS, OLD_WEIGHTS)):
         raise UserError(
-            f"{name} has adapters, and their {WEIGHTS} cannot be had from the Hub: try again, or save them again with "
-            "save_pretrained if the repository has no such file"
+            f"{name} has adapters, and their {WEIGHTS} cannot be had from the Hub (or, offline, its cache); save them again "
+            "with save_pretrained if the repository has no such file"
         )
     return settings.parent
 
@@ -265,9 +270,14 @@ def _of_run(name_or_path: str | Path) -> str | Path:
     return name_or_path
 
 
-def _named_in(folder: Path) -> tuple[str, str | None]:
-    """The base model that the adapters in a folder name, and its revision on the Hub."""
+def _named_in(folder: Path, above: list[Path]) -> tuple[str, str | None]:
+    """The base model that the adapters in a folder name, and its revision on the Hub. above: the folders of adapters on it,
+    none of which it may be."""
     path = folder / ADAPTERS
+    if any(folder.samefile(other) for other in above):
+        raise UserError(
+            f"{path} names a base model that is these adapters again; name the plain model as base_model_name_or_path there"
+        )
     try:
         found = read_json(path, "settings of adapters")
         kind, base, revision = found["peft_type"], found["base_model_name_or_path"], found.get("revision")
@@ -277,7 +287,7 @@ def _named_in(folder: Path) -> tuple[str, str | None]:
         raise UserError(
             f"{path} has adapters of the kind {shown(kind)} on {shown(base)}; metazo loads lora, dora, ia3, prefix and prompt"
         )
-    if not is_file(folder / WEIGHTS):
+    if not any(is_file(folder / file) for file in (WEIGHTS, OLD_WEIGHTS)):
         raise UserError(f"{folder} has no {WEIGHTS}; save the adapters again with save_pretrained")
     if base not in EMBEDDED and not Path(base).is_absolute():
         above = [parent / base for parent in folder.absolute().parents]  # the project in which the run was started

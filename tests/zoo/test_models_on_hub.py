@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from metazo.errors import UserError
 from metazo.models.embedded import PICO
@@ -158,6 +160,74 @@ def test_pushed_adapters_are_a_model_for_all_that_takes_one(hub, tmp_path: Path,
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     hub.files.clear()
     assert torch.equal(load("org/model").model(ids).logits, here.model(ids).logits)
+
+
+def test_old_adapters_are_read(hub, tmp_path: Path) -> None:
+    from metazo.models.assemble import load
+
+    run_settings(FinetuneConfig(**SMALL, out=tmp_path / "run", push="org/model"))
+    kept, files, ids = tmp_path / "run" / "model", hub.files["org/model"], torch.arange(12)[None]
+    expected = load(kept).model(ids).logits
+    torch.save(load_file(kept / "adapter_model.safetensors"), kept / "adapter_model.bin")
+    (kept / "adapter_model.safetensors").unlink()
+    files.pop("adapter_model.safetensors")
+    files["adapter_model.bin"] = (kept / "adapter_model.bin").read_bytes()
+    for name in ("org/model", kept):
+        assert torch.equal(load(name).model(ids).logits, expected)
+    for data in (b"", b"x", pickle.dumps(print)):
+        (kept / "adapter_model.bin").write_bytes(data)
+        with pytest.raises(UserError, match="^the adapters in .* do not fit"):
+            load(kept)
+
+
+@pytest.mark.parametrize("status", [403, 429, 500])
+def test_a_record_that_the_hub_does_not_give_is_not_left_out(hub, tmp_path: Path, monkeypatch, status) -> None:
+    from metazo.models.assemble import load
+
+    def get(self) -> None:
+        if self.path.endswith("metazo.json"):
+            return self.answer(status, {"error": "busy"})
+        return usual(self)
+
+    run_settings(FinetuneConfig(**SMALL, out=tmp_path / "run", push="org/model"))
+    usual = hub.do_GET
+    with monkeypatch.context() as patch:
+        patch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+        patch.setattr(hub, "do_GET", get)
+        patch.setattr(hub, "do_HEAD", get)
+        with pytest.raises(
+            UserError, match=f"^metazo.json of org/model cannot be had from the Hub .it answers {status}"
+        ):
+            load("org/model")
+    assert load("org/model").model.config.metazo
+    hub.files["org/plain"] = {name: data for name, data in hub.files["org/model"].items() if name != "metazo.json"}
+    assert not hasattr(load("org/plain").model.config, "metazo")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert not hasattr(load("org/plain").model.config, "metazo")
+
+
+def test_adapters_that_are_their_own_base_are_refused(hub, tmp_path: Path) -> None:
+    from metazo.models.assemble import base_of, load
+
+    run_settings(FinetuneConfig(**SMALL, out=tmp_path / "run", push="org/a"))
+    kept = tmp_path / "run" / "model"
+    hub.files["org/b"] = dict(hub.files["org/a"])
+
+    def name(base: str) -> bytes:
+        settings = json.loads((kept / "adapter_config.json").read_text()) | {"base_model_name_or_path": base}
+        (kept / "adapter_config.json").write_text(json.dumps(settings))
+        return json.dumps(settings).encode()
+
+    hub.files["org/a"]["adapter_config.json"], hub.files["org/b"]["adapter_config.json"] = name("org/b"), name("org/a")
+    hub.files["org/self"] = hub.files["org/a"] | {"adapter_config.json": name("org/self")}
+    name(str(kept))
+    for read in (load, base_of):
+        for ring in ("org/a", "org/self", kept):
+            with pytest.raises(
+                UserError, match="names a base model that is these adapters again; name the plain model"
+            ) as error:
+                read(ring)
+            assert len(str(error.value)) < 1000
 
 
 def test_nothing_is_asked_for_models_that_are_here(hub, tmp_path: Path, monkeypatch) -> None:
