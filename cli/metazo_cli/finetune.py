@@ -114,7 +114,7 @@ def finetune(
     console.say("metazo finetune", f"{settings.model} on {settings.task} with {settings.optimizer}", "bold")
     with redirect_stdout(sys.stderr) if as_json else nullcontext():  # an objective may print
         if race is None:
-            summary = tune(settings, console=console).summary
+            summary = tune(settings, console=console, push_again=values["push"] is not None).summary
         else:
             from metazo.runs.race import ROUND
             from metazo.runs.race import race as raced
@@ -140,7 +140,7 @@ def _rates(text: str) -> list[float]:
 
 def _began(folder: Path | None, values: dict[str, Any]) -> dict[str, Any]:
     """The settings with which a resumed run began; its folder is added to `values`."""
-    from metazo.runs.locate import located, pushed_to, read_config
+    from metazo.runs.locate import located, read_config
 
     if not values["resume"]:
         if folder is not None:
@@ -155,8 +155,6 @@ def _began(folder: Path | None, values: dict[str, Any]) -> dict[str, Any]:
         raise UserError("--resume needs the folder of the run: metazo finetune --resume FOLDER.")
     known = {item.name for item in options.fields(FinetuneConfig)} - {"out", "resume"}
     began = located(read_config(values["out"]), values["out"], ("data", "zoo"))
-    if began.get("push") in pushed_to(values["out"]):  # done: only --push uploads again
-        known.discard("push")
     return {key: value for key, value in began.items() if key in known}
 
 

@@ -155,15 +155,15 @@ class Ending(ABC):
         self._load_weights(found[1])
 
 
-def push(config: FinetuneConfig, summary: dict[str, Any], console: Console) -> bool:
+def push(config: FinetuneConfig, summary: dict[str, Any], console: Console, again: bool = False) -> bool:
     """Upload the saved model to the repository of the settings, and say so in the summary. Returns whether the summary has
-    changed. A model that was uploaded there before is uploaded again, which mends what happened to it since; the Hub makes no
-    commit for equal files.
+    changed. again: also if it was uploaded there before, which replaces what was changed there since; the Hub makes no commit
+    for equal files.
 
     Raises UserError, with everything saved, if that fails: a resumed run tries it again.
     """
     there = summary.get("pushed", [])
-    if config.push is None or config.out is None:
+    if config.push is None or config.out is None or (config.push in there and not again):
         return False
     if rank() == 0:
         if not (config.out / MODEL).is_dir():

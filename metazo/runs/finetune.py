@@ -63,13 +63,14 @@ def tune(
     on_evaluation: Callable[[dict[str, Any]], None] | None = None,
     plot: bool = True,
     part: Part = WHOLE,
+    push_again: bool = False,
 ) -> Finetuned:
     """Run or resume the fine-tuning that `config` describes (see FinetuneConfig), or a part of it; `given` objects replace
     those that it names. `metazo.finetune` and the command line both call it.
 
     The callbacks get the record of each step and of each evaluation. Without `config.out` nothing is written; without `plot`
-    there is no curve.png. Every process that torchrun started calls it: they divide the work, all return the result, and rank
-    0 alone writes and shows anything.
+    there is no curve.png. push_again: upload the model of a complete run even if it was uploaded before. Every process that
+    torchrun started calls it: they divide the work, all return the result, and rank 0 alone writes and shows anything.
     Raises UserError for bad input before anything is written, and Interrupted, with the run saved, if a signal stops it.
     """
     given = given or Given()
@@ -81,7 +82,9 @@ def tune(
         memory_explained(config),
         dtype_explained(config),
     ):
-        return _tune(config, given, Console.of(None if rank() else console), on_step, on_evaluation, plot, part)
+        return _tune(
+            config, given, Console.of(None if rank() else console), on_step, on_evaluation, plot, part, push_again
+        )
 
 
 def _tune(
@@ -92,6 +95,7 @@ def _tune(
     on_evaluation: Callable[[dict[str, Any]], None] | None,
     plot: bool,
     part: Part,
+    push_again: bool,
 ) -> Finetuned:
     def say(text: str) -> None:
         console.print(text, style="yellow", soft_wrap=True)
@@ -100,7 +104,7 @@ def _tune(
     with run_folder(config, say) as folder, ExitStack() as stack:
         if (summary := folder.summary()) is not None:
             say(f"The run in {config.out} is complete; this is its result.")
-            if push(config, summary, console):
+            if push(config, summary, console, push_again):
                 folder.complete(summary)
             return Finetuned(summary, config.out)
         here = from_anywhere(config)

@@ -10,7 +10,7 @@ from typing import Any
 
 from metazo.errors import UserError
 from metazo.io.files import is_file, read_capped
-from metazo.io.plain import parse_json, read_json
+from metazo.io.plain import parse_json
 from metazo.models.embedded import EMBEDDED
 from metazo.runs.config import FinetuneConfig
 from metazo.settings import Unset
@@ -48,16 +48,6 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"{path / CONFIG} is damaged, so the run cannot continue: it is not a mapping of settings.")
     return found
-
-
-def pushed_to(path: Path) -> list[Any]:
-    """The repositories to which the model of the run in a folder was uploaded; none if it is not complete."""
-    try:
-        found = read_json(path / SUMMARY, "summary")
-    except UserError:
-        return []
-    there = found.get("pushed") if isinstance(found, dict) else None
-    return there if isinstance(there, list) else []
 
 
 def unset_in(found: Mapping[str, Any]) -> dict[str, Unset]:

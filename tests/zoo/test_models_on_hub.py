@@ -108,14 +108,20 @@ def test_a_complete_run_is_pushed_whenever_a_repository_is_named(hub, tmp_path: 
     for name in ("org/late", "org/second"):
         again = FinetuneConfig(**SMALL, out=tmp_path / "run", push=name, resume=True)
         assert run_settings(again)["pushed"][-1] == name and "README.md" in hub.files.pop(name)
-        for _ in range(2):
-            assert run_settings(again)["pushed"][-1] == name and hub.files[name]["README.md"]
-        hub.files.pop(name)
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["pushed"] == ["org/late", "org/second"]
     shutil.rmtree(tmp_path / "run" / "model")
     run_settings(FinetuneConfig(**SMALL, out=tmp_path / "run", resume=True))
     with pytest.raises(UserError, match="has kept no model"):
         run_settings(FinetuneConfig(**SMALL, out=tmp_path / "run", push="org/third", resume=True))
+
+
+def test_a_script_that_runs_again_leaves_what_it_has_pushed(hub, tmp_path: Path) -> None:
+    settings = {**SMALL, "out": tmp_path / "run", "push": "org/model"}
+    first = run_settings(FinetuneConfig(**settings))
+    hub.files["org/model"]["README.md"] += b"\na chapter of mine"
+    there, hub.refuse = dict(hub.files["org/model"]), 500
+    shutil.rmtree(tmp_path / "run" / "model")
+    assert run_settings(FinetuneConfig(**settings, resume=True)) == first and hub.files["org/model"] == there
 
 
 def test_a_command_uploads_again_only_if_it_names_the_repository(hub, tmp_path: Path) -> None:
