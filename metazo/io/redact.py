@@ -22,16 +22,17 @@ def shown_address(address: str) -> str:
         return "the address"
 
 
-def shortened(name: str) -> str:
-    """A name without the folders of this machine: the last name of a path, and a Hub id as it is."""
+def shortened(name: str, start: Path | None = Path()) -> str:
+    """A name without the folders of this machine: the last name of a path, and a Hub id as it is. start: where relative paths
+    start, by which they are told from Hub ids; if None, the form of the name alone decides."""
     path, mark, function = name.rpartition(":") if ".py:" in name else (name, "", "")
-    local = Path(path).is_absolute() or path.count("/") > 1 or path.startswith((".", "~")) or _is_path(path)
+    local = Path(path).is_absolute() or path.count("/") > 1 or path.startswith((".", "~")) or _is_path(path, start)
     return (Path(path).name if local else path) + mark + function
 
 
-def _is_path(name: str) -> bool:
+def _is_path(name: str, start: Path | None) -> bool:
     try:
-        return Path(name.partition("#")[0]).suffix in _FILES or Path(name).exists()
+        return Path(name.partition("#")[0]).suffix in _FILES or (start is not None and (start / name).exists())
     except (OSError, ValueError):  # a text that is too long for a name
         return False
 

@@ -14,8 +14,9 @@ from metazo.io.redact import shortened, shown_address
 from metazo.step.record import Step
 from metazo.steplog.format import encode, line, scan
 
-_PATHS = ("data", "objective", "task", "tuner", "zoo")
-"""Settings that may be paths, also relative ones: texts in other settings, such as label phrases, may only look like them."""
+_PATHS, _NAMES = ("data", "objective", "zoo"), ("task", "tuner")
+"""Settings that are paths, also relative ones, and those that may be: texts in others, such as label phrases, may only look
+like them."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,10 @@ class Log:
                 raise UserError(f"{origin} is a step log whose header has no {name} that can be used")
         return cls(data, found.header, found.steps, found.end)
 
-    def published(self, base_model: str) -> Log:
-        """The same log for publication: with this name of the base model, and without local paths."""
-        header: dict[str, Any] = {key: _portable(value) for key, value in self.header.items()} | {"model": base_model}
+    def published(self, base_model: str, start: Path | None = None) -> Log:
+        """The same log for publication: with this name of the base model, and without local paths. start: the directory in
+        which the run was started, if it is known; a relative path there is told from a Hub id."""
+        header: dict[str, Any] = _portable(self.header, start) | {"model": base_model}
         if isinstance(header.get("settings"), dict):
             header["settings"] |= {"model": base_model}
         records = [header, *map(encode, self.steps), *([self.end] if self.end else [])]
@@ -61,14 +63,16 @@ class Log:
         return Log(b"".join(parts), json.loads(json.dumps(header)), self.steps, self.end)
 
 
-def _portable(value: Any, key: str = "") -> Any:
+def _portable(value: Any, start: Path | None, key: str = "") -> Any:
     """The last name of a path, an address without secrets, or any other value as it is. key: the value's name in the header."""
     if isinstance(value, dict):
-        return {key: _portable(part, key) for key, part in value.items()}
+        return {key: _portable(part, start, key) for key, part in value.items()}
     if isinstance(value, list):
-        return [_portable(part) for part in value]
+        return [_portable(part, start) for part in value]
     if isinstance(value, str) and "://" in value:
         return shown_address(value)
-    if isinstance(value, str) and re.match(r"[/~\\]|\.\.?[/\\]|[A-Za-z]:[/\\]|.*[/\\].*\.ya?ml$", value):
+    if isinstance(value, str) and (
+        key in _PATHS or re.match(r"[/~\\]|\.\.?[/\\]|[A-Za-z]:[/\\]|.*[/\\].*\.ya?ml$", value)
+    ):
         return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
-    return shortened(value) if isinstance(value, str) and key in _PATHS else value
+    return shortened(value, start) if isinstance(value, str) and key in _NAMES else value

@@ -10,7 +10,7 @@ from typing import Any
 from metazo.errors import UserError
 from metazo.feedback.tuner import FeedbackTuner
 from metazo.io.files import read_capped, safe_name
-from metazo.io.plain import is_name, shown
+from metazo.io.plain import is_name, read_json, shown
 from metazo.optimizers.registry import METHODS, load
 from metazo.tuner.file import Tuner
 from metazo.tuner.limits import MAX_BYTES
@@ -79,11 +79,21 @@ def push_log(
         raise UserError(f"{log} cannot be published, because its model cannot be rebuilt from it: {why}. "
                         "Publish the model itself.")  # fmt: skip
     base = zoo_base(read.base_model)
-    read = read.published(base)
+    read = read.published(base, _started_in(path if path.is_dir() else path.parent))
     task = re.sub(r"[^A-Za-z0-9._+-]+", "-", str(read.header.get("task", "model")))[:40]
     return add(
         read, read.data, _folder(to), safe_name(name or f"{base}-{task}", "`name`"), version, licence, sign
     ).entry.name
+
+
+def _started_in(run: Path) -> Path | None:
+    """The directory in which the run in a folder was started, as its settings say; None if they do not."""
+    try:
+        found = read_json(run / "config.json", "settings of the run")
+    except UserError:
+        return None
+    start = found.get("started_in") if isinstance(found, dict) else None
+    return Path(start) if isinstance(start, str) and Path(start).is_absolute() else None
 
 
 def _not_replayable(header: dict[str, Any]) -> str | None:

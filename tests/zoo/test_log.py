@@ -100,6 +100,23 @@ def test_relative_paths_are_not_published(name: str, value: str, kept: str) -> N
     assert log.published("tiny").header["settings"] == {"model": "tiny", name: kept}
 
 
+def test_what_is_published_does_not_depend_on_the_working_directory(tmp_path: Path, monkeypatch) -> None:
+    settings = {"model": "tiny", "task": "sst2", "tuner": "org/tuner", "data": "data/mine", "objective": "own/good"}
+    kept = settings | {"data": "mine", "objective": "good"}
+    (run := tmp_path / "run").mkdir()
+    (run / "steps.jsonl").write_bytes(log_bytes(HEADER | {"settings": settings}))
+    for name in ("here/org/tuner", "here/sst2", "elsewhere", "began/org/tuner"):
+        (tmp_path / name).mkdir(parents=True)
+
+    def published(where: str, to: str) -> object:
+        monkeypatch.chdir(tmp_path / where)
+        return zoo.read(zoo.push_log(run, tmp_path / to, name="n"), tmp_path / to).header["settings"]  # type: ignore
+
+    assert published("here", "a") == published("elsewhere", "b") == kept
+    (run / "config.json").write_text(json.dumps({"started_in": str(tmp_path / "began")}))
+    assert published("here", "c") == published("elsewhere", "d") == kept | {"tuner": "tuner"}
+
+
 def test_a_log_is_no_tuner_and_is_found_by_its_name_alone(tmp_path: Path) -> None:
     path = tmp_path / "steps.jsonl"
     path.write_bytes(log_bytes())
