@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from metazo.errors import UserError
-from metazo.io.processes import world
+from metazo.io.processes import rank, world
 from metazo.models.adapters import PEFT_TYPES
 from metazo.models.assemble import has_adapters
 from metazo.models.load import DTYPES, LoadedModel
@@ -21,7 +21,7 @@ from metazo.runs.track import check as check_trackers
 from metazo.runs.tuned import Given
 from metazo.tasks import resolve
 from metazo.tasks.objectives import Objective, find
-from metazo.tuner.hub import check_repository
+from metazo.tuner.hub import check_card, check_repository
 
 
 def check_settings(config: FinetuneConfig, given: Given | None = None) -> Objective | None:
@@ -41,6 +41,8 @@ def check_settings(config: FinetuneConfig, given: Given | None = None) -> Object
         check_trackers(config.track)
     if config.push is not None:
         check_repository(config.push)
+        if rank() == 0:
+            check_card(config.push)
     return _objective(config, given)
 
 

@@ -5,10 +5,11 @@ Errors get metazo's own messages, so that neither a token nor a server's text ca
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from metazo.errors import UserError
 from metazo.io.extras import needs
@@ -20,7 +21,7 @@ from metazo.tuner.limits import MAX_BYTES, TUNER
 with needs("llm"):
     import huggingface_hub
     from huggingface_hub import errors
-    from huggingface_hub.repocard import metadata_load
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK, metadata_load
 
 README, BESIDE = "README.md", "tuner.md"
 """The card of a repository, and that of a tuner in a repository whose own card another program or person wrote."""
@@ -63,7 +64,8 @@ def hub_file(repository: str, revision: str | None, report: Callable[[str], None
 def hub_push(repository: str, data: bytes, text: str, *, private: bool | None = None, branch: str | None = None) -> str:
     """Upload a tuner and its card to a Hub repository, which is made if missing; returns the address of the commit.
 
-    The card is README.md, or tuner.md if the repository has a README.md that metazo did not write.
+    The card is README.md, or tuner.md if the repository has a README.md that metazo did not write. A licence that the card
+    there states is kept if the tuner has none.
     """
     check_repository(repository, "repository")
     try:
@@ -71,15 +73,17 @@ def hub_push(repository: str, data: bytes, text: str, *, private: bool | None = 
         hub.create_repo(repository, exist_ok=True, private=private)
         if branch is not None:
             hub.create_branch(repository, branch=branch, exist_ok=True)
-        own = _card_is_own(hub, repository, hub.list_repo_files(repository, revision=branch), branch)
+        card = _own_card(hub, repository, hub.list_repo_files(repository, revision=branch), branch)
         operations = [
             huggingface_hub.CommitOperationAdd(TUNER, data),
-            huggingface_hub.CommitOperationAdd(README if own else BESIDE, text.encode()),
+            huggingface_hub.CommitOperationAdd(
+                BESIDE if card is None else README, _licensed(text, card or {}).encode()
+            ),
         ]
         done = hub.create_commit(repository, operations, commit_message="Publish tuner", revision=branch)
     except Exception as error:  # as above
         _refuse(repository, "pushed to", error)
-    if not own:
+    if card is None:
         print_line(f"The README.md of {repository} is kept; the tuner's card is {BESIDE}.", stderr=True)
     return str(done.commit_url)
 
@@ -99,8 +103,9 @@ def check_repository(repository: str, called: str = "push") -> None:
 def push_folder(repository: str, folder: Path) -> str:
     """Upload the files of a saved model to a Hub repository, which is made if missing; returns the address of the commit.
 
-    The files of a model that was there before are deleted, and all others are left. Raises UserError also for a repository with
-    a README.md that metazo did not write, and for one that is the base model of the adapters in the folder.
+    The files of a model that was there before are deleted, and all others are left. A licence that the README.md there states
+    is kept. Raises UserError also for a repository with a README.md that metazo did not write, and for one that is the base
+    model of the adapters in the folder.
     """
     settings = folder / "adapter_config.json"
     base = read_json(settings, "settings of adapters").get("base_model_name_or_path") if is_file(settings) else None
@@ -113,15 +118,15 @@ def push_folder(repository: str, folder: Path) -> str:
         hub = huggingface_hub.HfApi()
         hub.create_repo(repository, exist_ok=True)
         there = hub.list_repo_files(repository)
-        if not _card_is_own(hub, repository, there):
-            raise UserError(
-                f"{repository} cannot be pushed to: it has a README.md that metazo did not write; name another repository, or "
-                "delete that file on the Hub"
-            )
-        old = [name for name in there if SAVED.fullmatch(name)]  # upload_folder keeps those that the folder has
-        done = hub.upload_folder(
-            repo_id=repository, folder_path=folder, commit_message="Publish tuned model", delete_patterns=old
-        )
+        if (card := _own_card(hub, repository, there)) is None:
+            _refuse_card(repository)
+        files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+        texts = {name: _licensed(files[name].read_text(), card).encode() for name in files if name == README}
+        operations = [
+            *(huggingface_hub.CommitOperationAdd(name, texts.get(name, path)) for name, path in files.items()),
+            *(huggingface_hub.CommitOperationDelete(n) for n in there if SAVED.fullmatch(n) and n not in files),
+        ]
+        done = hub.create_commit(repository, operations, commit_message="Publish tuned model")
         return str(done.commit_url)
     except UserError:
         raise
@@ -129,15 +134,53 @@ def push_folder(repository: str, folder: Path) -> str:
         _refuse(repository, "pushed to", error)
 
 
-def _card_is_own(hub: huggingface_hub.HfApi, repository: str, files: list[str], branch: str | None = None) -> bool:
-    """Whether metazo may write the README.md of a repository: there is none, or it has metazo's tag."""
+def check_card(repository: str) -> None:
+    """Raises UserError for a repository with a README.md that `push_folder` would refuse; a Hub that cannot be asked refuses
+    nothing.
+    """
+    try:
+        hub = huggingface_hub.HfApi()
+        hub.get_hf_file_metadata(
+            url=huggingface_hub.hf_hub_url(repository, README)
+        )  # asked once, the list again and again
+        card = _own_card(hub, repository, hub.list_repo_files(repository))
+    except Exception:  # as above; also for a repository or README.md that is not there yet
+        return
+    if card is None:
+        _refuse_card(repository)
+
+
+def _refuse_card(repository: str) -> NoReturn:
+    raise UserError(
+        f"{repository} cannot be pushed to: it has a README.md that metazo did not write; name another repository, or delete "
+        "that file on the Hub"
+    )
+
+
+def _own_card(
+    hub: huggingface_hub.HfApi, repository: str, files: list[str], branch: str | None = None
+) -> dict[str, Any] | None:
+    """The front matter of a repository's README.md, empty if there is none; None if metazo may not write that file. It may if
+    the file has metazo's tag, or is front matter alone in a repository without a model, as the Hub's site makes it.
+    """
     if README not in files:
-        return True
+        return {}
     path = hub.hf_hub_download(repository, README, revision=branch)
     try:
-        return "metazo" in (metadata_load(path) or {})["tags"]
+        found = metadata_load(path) or {}
+        text = REGEX_YAML_BLOCK.sub("", Path(path).read_text(encoding="utf-8-sig"), count=1)
+        new = not text.strip() and not any(map(SAVED.fullmatch, files))
+        return found if new or "metazo" in found["tags"] else None
     except Exception:  # no text, no YAML, no tags: yaml's own errors have no common kind with the others
-        return False
+        return None
+
+
+def _licensed(text: str, card: dict[str, Any]) -> str:
+    """A card with the licence of the one that it replaces, if it has none itself."""
+    licence, start = card.get("license"), "---\n"
+    if not isinstance(licence, str) or not text.startswith(start) or "\nlicense:" in text.partition("\n---\n")[0]:
+        return text
+    return f"{start}license: {json.dumps(licence)}\n{text.removeprefix(start)}"
 
 
 def _is_commit(revision: str | None) -> bool:

@@ -74,7 +74,9 @@ class Hub(Handler):
         parts = self.path.split("?")[0].strip("/").split("/")
         content = self.files.get("/".join(parts[:2]), {}).get("/".join(parts[4:]))
         if parts[0] == "api" and parts[4:5] == ["tree"]:
-            there = self.files["/".join(parts[2:4])]
+            there = self.files.get("/".join(parts[2:4]))
+            if there is None:
+                return self.reply(404, X_Error_Code="RepoNotFound")
             self.answer(200, [{"type": "file", "path": n, "size": len(d), "oid": COMMIT} for n, d in there.items()])
         elif parts[2:3] != ["resolve"] or content is None or parts[3] not in ("main", "v2", self.commit):
             self.reply(404, X_Error_Code="EntryNotFound", X_Repo_Commit=self.commit)

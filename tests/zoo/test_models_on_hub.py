@@ -78,6 +78,36 @@ def test_a_card_of_others_is_kept(hub, tmp_path: Path, card: bytes, capsys) -> N
     assert b"## Scores" in files["tuner.md"]
 
 
+def test_a_new_repository_with_a_licence_keeps_it(hub, tmp_path: Path) -> None:
+    """The Hub's site makes a README.md of front matter alone."""
+    new = {"README.md": b"---\nlicense: mit\n---\n", ".gitattributes": b""}
+    hub.files |= {name: dict(new) for name in ("org/model", "org/tuner", "org/full")}
+    hub.files["org/full"]["config.json"] = b"{}"
+    (folder := tmp_path / "model").mkdir()
+    (folder / "README.md").write_text("---\ntags: [metazo]\n---\n# Tuned\n")
+    for _ in range(2):
+        push_folder("org/model", folder)
+        assert hub.files["org/model"]["README.md"] == b'---\nlicense: "mit"\ntags: [metazo]\n---\n# Tuned\n'
+        make_tuner("org/base").push_to_hub("org/tuner")
+        card = hub.files["org/tuner"]["README.md"]
+        assert b'license: "mit"' in card and b"## Scores" in card and "tuner.md" not in hub.files["org/tuner"]
+    make_tuner("org/base", licence="Apache-2.0").push_to_hub("org/tuner")
+    assert hub.files["org/tuner"]["README.md"].count(b"\nlicense: 'apache-2.0'\n") == 1
+    with pytest.raises(UserError, match="org/full cannot be pushed to: it has a README.md that metazo did not write"):
+        push_folder("org/full", folder)
+
+
+def test_a_card_of_others_is_seen_before_the_run(hub, tmp_path: Path, monkeypatch) -> None:
+    hub.files["org/base"] = {"README.md": b"# A base model"}
+    settings = FinetuneConfig(**SMALL, out=tmp_path / "run", push="org/base")
+    with pytest.raises(UserError, match="^org/base cannot be pushed to: it has a README.md that metazo did not write"):
+        run_settings(settings)
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set .* The run is complete"):
+        run_settings(settings)
+
+
 def test_adapters_do_not_replace_their_base(hub, tmp_path: Path) -> None:
     hub.files["org/base"] = {"config.json": b"base"}
     (folder := tmp_path / "model").mkdir()
