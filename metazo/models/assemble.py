@@ -290,9 +290,9 @@ def _named_in(folder: Path, above: list[Path]) -> tuple[str, str | None]:
     if not any(is_file(folder / file) for file in (WEIGHTS, OLD_WEIGHTS)):
         raise UserError(f"{folder} has no {WEIGHTS}; save the adapters again with save_pretrained")
     if base not in EMBEDDED and not Path(base).is_absolute():
-        above = [parent / base for parent in folder.absolute().parents]  # the project in which the run was started
+        parents = [parent / base for parent in folder.absolute().parents]  # the project in which the run was started
         # not the run of these adapters, which "." names from its own folder
-        there = [path for path in above if is_file(path / "config.json") and _of_run(path) != folder.absolute()]
+        there = [path for path in parents if is_file(path / "config.json") and _of_run(path) != folder.absolute()]
         if there and not (Path(base).exists() and there[0].samefile(base)):
             return str(there[0]), None
     return base, revision if isinstance(revision, str) else None

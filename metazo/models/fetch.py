@@ -23,9 +23,7 @@ def of_commit(repository: str, name: str, commit: str) -> Path | None:
         return None
     try:
         return Path(huggingface_hub.hf_hub_download(repository, name, revision=commit))
-    except (
-        Exception
-    ) as error:  # the client's network library has its own exception types, which differ between versions
+    except Exception as error:  # the kinds of the client's network library differ between versions
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             return None
         status = getattr(getattr(error.__cause__ or error, "response", None), "status_code", None)

@@ -258,7 +258,7 @@ class ZOOptimizer(Verbs, Saving):
             self.last_step = Step(step, tuple(seeds), tuple(losses), tuple(update.coefficients), learning_rates, sigma)
             terms = self._terms(update, seeds, direction, scales) if finite else None
             if terms is not None:
-                terms = self._ordered(self._begun(terms, self.last_step.coefficients), max(learning_rates))
+                terms = self._ordered(self._begun(terms, self.last_step.coefficients))
         except OverflowError as error:
             self.weights.leave()
             raise UserError(
@@ -352,11 +352,11 @@ class ZOOptimizer(Verbs, Saving):
         factor = self.rule.begin(self.zo_state, coefficients)
         return [Term(term.direction, term.seed, factor * term.amount) for term in terms] if factor != 1.0 else terms
 
-    def _ordered(self, terms: list[Term], lr: float) -> list[Term]:
+    def _ordered(self, terms: list[Term]) -> list[Term]:
         """The terms in the order in which they are applied now, which is kept if the recorder fails and the probe is removed.
-        Raises OverflowError for a change beyond float32.
+        Raises OverflowError for an estimate beyond float32.
         """
-        if not all(abs(term.amount) * max(lr, 1.0) < LARGEST for term in terms):
+        if not all(abs(term.amount) < LARGEST for term in terms):
             raise OverflowError
         return self.weights.ordered(terms) if self.rule.fused else terms
 

@@ -120,9 +120,8 @@ class Structured(Recomputed):
         self.model, self.normalise, self.recompute = model, normalise, recompute
         self.momentum, self.momentum_rank = momentum, momentum_rank
         self.measured: float | None = None
-        self.bypassed: bool | None = (
-            None  # whether the loss depends on lower blocks by another way, after the first step
-        )
+        # whether the loss depends on lower blocks by another way; known after the first step
+        self.bypassed: bool | None = None
         super().__init__(params, lr, weight_decay=weight_decay, seed=seed, precision=precision)
 
     @abstractmethod

@@ -140,9 +140,8 @@ def check_card(repository: str) -> None:
     """
     try:
         hub = huggingface_hub.HfApi()
-        hub.get_hf_file_metadata(
-            url=huggingface_hub.hf_hub_url(repository, README)
-        )  # asked once, the list again and again
+        # asked once; without a network the list would be asked for again and again
+        hub.get_hf_file_metadata(url=huggingface_hub.hf_hub_url(repository, README))
         card = _own_card(hub, repository, hub.list_repo_files(repository))
     except Exception:  # as above; also for a repository or README.md that is not there yet
         return

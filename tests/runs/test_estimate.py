@@ -141,6 +141,8 @@ def test_memory_of_a_structured_estimate_is_that_of_a_step(name: str, keep: int)
     loss = assumed_loss(bare, *SHAPE, keep)
     look_ahead(steps[0][1], loss, at_last=keep == 1)
     steps[1][1].measure_cost(on_cpu(whole, keep))
+    for _, optimizer in steps:  # the first step's look for other ways than the stream is no part of the others
+        optimizer.bypassed = False
     estimated, measured = estimate(*steps[0], loss), measure(*steps[1], on_cpu(whole, keep))
     costs = [optimizer.forwards_per_step() for _, optimizer in steps]
     assert costs[0] == pytest.approx(costs[1], rel=0.02) and (costs[1] == 4) == (keep == 8)
