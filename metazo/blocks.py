@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,7 +67,7 @@ class Local(torch.nn.Parameter):
     source: Tensor | None = None
     home: Callable[[], Tensor] | None = None
 
-    def __reduce_ex__(self, protocol):
+    def __reduce_ex__(self, protocol) -> tuple[Any, ...]:
         return Local, (self.data, self.requires_grad)
 
 

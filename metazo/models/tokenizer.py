@@ -145,7 +145,7 @@ def context_length(model: PreTrainedModel | SentenceClassifier, tokenizer: PreTr
     return int(min(limits))
 
 
-def end_token(tokenizer: PreTrainedTokenizerBase, name: str) -> str:
+def end_token(tokenizer: Any, name: str) -> str:
     """The end token, which the classifier of an encoder-decoder scores. Raises UserError if the tokenizer adds none."""
     if tokenizer.eos_token is None or tokenizer.eos_token_id not in tokenizer("a").input_ids:
         raise UserError(

@@ -142,7 +142,7 @@ class FirstOrder(Method):
 
 def _pairs(name: str, params: Iterable) -> list[tuple[str, Tensor]]:
     """The members of `params`, if all are pairs of a name and a tensor."""
-    entries = [params] if isinstance(params, Tensor | torch.nn.Module) else list(params)
+    entries: list[Any] = [params] if isinstance(params, Tensor | torch.nn.Module) else list(params)
     for entry in entries:
         if not (isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[1], Tensor)):
             found = "parameter groups" if isinstance(entry, dict) else f"a {type(entry).__name__} without a name"

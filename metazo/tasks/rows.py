@@ -211,7 +211,7 @@ def _plain(row: Any, deep: int = 8) -> Any:
         return {str(name): _plain(value, deep - 1) for name, value in row.items()}
     if isinstance(row, list) and deep:
         return [_plain(value, deep - 1) for value in row]
-    return row.tolist() if hasattr(row, "tolist") and hasattr(row, "dtype") else row
+    return row.tolist() if hasattr(row, "tolist") and hasattr(row, "dtype") else row  # type: ignore[union-attr]
 
 
 def _parquet(path: Path) -> list[Row]:
