@@ -67,7 +67,6 @@ from metazo.step.scales import BlockScale, RMSScale
 from metazo.step.terms import Term
 from metazo.step.weights import Weights
 
-LARGEST = torch.finfo(torch.float32).max
 __all__ = ["DECAY_EXEMPT", "State", "Step", "Update", "ZOOptimizer"]
 
 
@@ -356,7 +355,7 @@ class ZOOptimizer(Verbs, Saving):
         """The terms in the order in which they are applied now, which is kept if the recorder fails and the probe is removed.
         Raises OverflowError for an estimate beyond float32.
         """
-        if not all(abs(term.amount) < LARGEST for term in terms):
+        if not all(abs(term.amount) < torch.finfo(torch.float32).max for term in terms):
             raise OverflowError
         return self.weights.ordered(terms) if self.rule.fused else terms
 
