@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import warnings
 from collections.abc import Iterator, Mapping
@@ -22,8 +23,12 @@ from metazo.models.quantize import keep_unpacked
 from metazo.optimizers.base import ZOOptimizer
 
 with needs("trainer"):
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, Trainer
 
+SURROGATES = {  # losses of TRL with a factor or a part that their gradient takes for a constant, which it is not at the probes
+    "dft": "whose gradient is meant and not its value, which can fall if right tokens become less likely: take 'nll'",
+    "kto": "whose reference point moves with the probes and is not meant to be followed: take 'apo_zero_unpaired'",
+}
 METRICS = ("_metrics", "accum_loss_components")  # what TRL's trainers and those of sentence-transformers add up
 
 
@@ -58,15 +63,14 @@ class ZOMixin:
 
     Raises UserError for a checkpoint without it (`save_only_model`), whose steps would repeat the noise of the first ones; for
     float16 with a gradient scaler (`fp16`), DeepSpeed, FSDP and NEFTune's noise, which this class does not support; for
-    settings that the method does not have; and for TRL's `loss_type="dft"` and `use_weighting` (WPO), whose value can fall if
-    right answers become less likely.
+    settings that the method does not have; for TRL's `loss_type="dft"` and `use_weighting` (WPO), whose value can fall if
+    right answers become less likely; and for KTO's `loss_type="kto"`, whose reference point moves with the probes.
 
     Do not use it with a loss that is random, such as a sampled one: the probes of a step must differ by the perturbation alone.
     Nor with a surrogate whose gradient is meant and whose value is not. If it is the same at every probe, as GRPO's can be,
     nothing moves, and a warning says so after 20 steps. If a part that the loss takes for a constant (`detach`) differs between
-    the probes, the steps follow that part too, and nothing says so: the reference point of KTO's `loss_type="kto"` is one
-    (`"apo_zero_unpaired"` has none). Nor with a trainer whose own `training_step` generates or counts, such as those of GRPO,
-    RLOO, GKD and online DPO, because this class replaces it.
+    the probes, the steps follow that part too, and nothing says so. Nor with a trainer whose own `training_step` generates or
+    counts, such as those of GRPO, RLOO, GKD and online DPO, because this class replaces it; a warning names such a trainer.
     """
 
     def __init__(self, *args: Any, optimizer_cls_and_kwargs: Any = None, **kwargs: Any):
@@ -82,12 +86,11 @@ class ZOMixin:
                 raise UserError(
                     f"TrainingArguments has `{name}`, which {type(self).__name__} does not support: remove it."
                 )
-        if getattr(settings, "loss_type", None) == "dft":  # -p log p, with p taken for a constant
-            raise UserError(
-                "TrainingArguments has `loss_type` 'dft', whose gradient is meant and not its value, which can fall if "
-                "right tokens become less likely: take 'nll'."
-            )
+        loss = getattr(settings, "loss_type", None)
+        if isinstance(loss, str) and loss in SURROGATES:
+            raise UserError(f"TrainingArguments has `loss_type` {loss!r}, {SURROGATES[loss]}.")
         _say_unused(settings)
+        _say_replaced(type(self))
         settings.max_grad_norm = 0.0
         keep_unpacked(self.model)  # type: ignore[attr-defined]
         self._micro_batches: list[dict[str, Any]] = []
@@ -214,6 +217,19 @@ def _say_unused(settings: Any) -> None:
                 "`optimizer_cls_and_kwargs`.",
                 stacklevel=3,
             )
+
+
+def _say_replaced(cls: type) -> None:
+    """Name a trainer whose own training_step is replaced; one that takes any arguments passes them on."""
+    after = cls.__mro__[cls.__mro__.index(ZOMixin) + 1 :]
+    owner = next((base for base in after if "training_step" in vars(base)), Trainer)
+    given = inspect.signature(owner.training_step).parameters.values()  # type: ignore[attr-defined]
+    if owner is not Trainer and any(each.kind is each.POSITIONAL_OR_KEYWORD for each in given if each.name != "self"):
+        warnings.warn(
+            f"{owner.__name__} has a training_step of its own, which ZOMixin replaces: what it does beside computing the loss "
+            "of its inputs (generating answers, counting) is left out. Do not use it if the loss needs this.",
+            stacklevel=3,
+        )
 
 
 def _losses(loss: Any) -> Iterator[tuple[str, nn.Module]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -449,8 +450,11 @@ class Detached(TrainingArguments):
 
 
 @pytest.mark.parametrize("with_trl", [False, True])
-@pytest.mark.parametrize(("name", "value", "config"), [("loss_type", "dft", "SFT"), ("use_weighting", True, "DPO")])
-def test_losses_whose_value_can_fall_as_the_model_gets_worse_are_refused(
+@pytest.mark.parametrize(
+    ("name", "value", "config"),
+    [("loss_type", "dft", "SFT"), ("use_weighting", True, "DPO"), ("loss_type", "kto", "KTO")],
+)
+def test_losses_with_a_part_that_is_taken_for_a_constant_are_refused(
     tmp_path: Path, with_trl: bool, name: str, value: Any, config: str
 ) -> None:
     kind: Any = Detached
@@ -461,9 +465,31 @@ def test_losses_whose_value_can_fall_as_the_model_gets_worse_are_refused(
         args = kind(output_dir=str(tmp_path), report_to=[], use_cpu=True, bf16=False, **settings)
         return ZOTrainer(model=model(), args=args, train_dataset=rows())
 
-    made()
-    with pytest.raises(UserError, match=f"`{name}`.*(take 'nll'|remove it)"):
+    made(**({"loss_type": "apo_zero_unpaired"} if config == "KTO" else {}))
+    with pytest.raises(UserError, match=f"`{name}`.*(take '(nll|apo_zero_unpaired)'|remove it)"):
         made(**{name: value})
+
+
+class Generates(Trainer):
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        return super().training_step(model, inputs, num_items_in_batch)
+
+
+class PassesOn(Trainer):
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        return super().training_step(*args, **kwargs)
+
+
+@pytest.mark.parametrize(("base", "named"), [(Generates, True), (PassesOn, False), (Trainer, False)])
+def test_a_training_step_that_is_replaced_is_named(tmp_path: Path, base: type[Trainer], named: bool) -> None:
+    class Mixed(ZOMixin, base):
+        pass
+
+    args = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        Mixed(model=model(), args=args, train_dataset=rows())
+    assert any("Generates has a training_step" in str(w.message) for w in caught) == named
 
 
 class Stop(TrainerCallback):
