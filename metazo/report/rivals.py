@@ -17,7 +17,7 @@ from .comparison import FIRST, UNTRAINED, Comparison
 from .figures import clipped, highlighted, name_points, shared_legend
 from .numbers import Run, number, part
 from .table import NONE, Cell, Table, count, listed, loss, p_value
-from .tables import best_of, by_family, metric_name, split_note
+from .tables import best_of, by_family, metric_name, metric_note, split_note
 
 with needs("report"):
     from matplotlib.figure import Figure
@@ -158,6 +158,7 @@ def table(analysis: Analysis) -> Table:
         + (f" {listed(shaky)}: some runs failed, so that averages are over the others only." if shaky else "")
         + (f" {listed(lacking)}: some runs are missing or cannot be read, so that averages are over the others only. "
             "They are last, and all ranks are of the pairs that are left." if lacking else "")
+        + metric_note(data, analysis.tasks)
         + split_note(data, analysis.tasks),
         ["column", "rank", "p (Holm)", "loss (nats)", metric_name(data, analysis.tasks), "forward-equivalents",
          f"until {data.reference}’s final loss", "pairs within 1/10 (%)", "memory (× inference)"],

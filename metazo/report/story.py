@@ -85,6 +85,9 @@ def _unfinished(analysis: Analysis) -> str:
 
 def _won(analysis: Analysis) -> str:
     data, ranked, first = analysis.data, analysis.contest, analysis.first
+    unscored = sum(verdict.counts for verdict in analysis.verdicts) > len(analysis.tasks)
+    if not analysis.tasks and unscored:
+        return "No task that counts has a metric, so no method won by it; the tables show the loss."
     if not analysis.tasks:
         return "No task counts in the averages (see “Which tasks count”), so no method won; the tables show each task."
     if not any(data.family(column) in FORWARD_ONLY for column in data.columns):
@@ -94,7 +97,8 @@ def _won(analysis: Analysis) -> str:
         return f"No method that learns from forward passes alone {finished} all its runs, so no method won."
     (best, found), others = ranked[0], ranked[len(first) :]
     counted, every = len(analysis.tasks), len(data.tasks)
-    on = f" on the {counted} of {every} tasks that count ({listed(analysis.tasks)})" if counted < every else ""
+    which = "that count and have a metric" if unscored else "that count"
+    on = f" on the {counted} of {every} tasks {which} ({listed(analysis.tasks)})" if counted < every else ""
     if len(ranked) == 1:
         if any(len(data.of(task, best)) < len(data.seeds) for task in analysis.tasks):
             alone = f"So far, only {best} learns from forward passes alone and lacks no run that another method has"
@@ -256,7 +260,8 @@ def _equal(had: object, given: object) -> bool:
 
 def _terms(analysis: Analysis) -> list[tuple[str, str]]:
     data = analysis.data
-    shares = [value for task in analysis.tasks if (value := data.majority(task)) is not None]
+    counted = [task for task in analysis.tasks if data.metric_of(task) == "accuracy"]
+    shares = [value for task in counted if (value := data.majority(task)) is not None]
     guess = f" Always giving the commonest answer would score {share(fmean(shares))}." if shares else ""
     reference = data.reference or "mezo"
     mezo = "MeZO (Malladi et al., 2023), which perturbs all weights alike." if reference == "mezo" else "the reference."

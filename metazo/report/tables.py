@@ -8,7 +8,7 @@ from statistics import fmean, median
 from .analysis import RULE, Analysis
 from .comparison import CONTROL, FIRST, FORWARD_ONLY, UNTRAINED, ZEROTH, Comparison
 from .statistics import equal
-from .table import NONE, Cell, Table, loss, megabytes, over_seeds, p_value, score, seconds, share
+from .table import NONE, Cell, Table, listed, loss, megabytes, over_seeds, p_value, score, seconds, share
 
 BOLD = (
     "Bold: the best column with forward passes only, without a failed or unreadable run, and without a missing one that others "
@@ -42,6 +42,24 @@ def split_note(data: Comparison, tasks: Sequence[str]) -> str:
     return note
 
 
+def metric_note(data: Comparison, tasks: Sequence[str]) -> str:
+    """Which of the tasks that count have a metric, if only some do: averages of the loss are over more tasks."""
+    scored = [task for task in tasks if data.metric_of(task)]
+    if not 0 < len(scored) < len(tasks):
+        return ""
+    return (
+        f" Averages of {metric_name(data, scored)} are over {len(scored)} of these tasks ({listed(scored)}), because the "
+        "others have no metric."
+    )
+
+
+def commonest(data: Comparison, task: str) -> float | None:
+    """The score by the task's metric of always giving the commonest answer; None if its share does not decide it."""
+    if (metric := data.metric_of(task)) == "mcc":
+        return 0.0
+    return data.majority(task) if metric == "accuracy" else None
+
+
 def worst(data: Comparison, tasks: Iterable[str]) -> float:
     """The least that an average score over tasks can be: a Matthews correlation may be negative."""
     return -1.0 if any(data.metric_of(task) == "mcc" for task in tasks) else 0.0
@@ -65,7 +83,7 @@ def summary(main: Analysis, other: Analysis) -> Table:
     """One row per column, best first. main: by the measure that ranks; other: by the other one."""
     data = main.data
     analyses = {analysis.measure: analysis for analysis in (main, other)}
-    named = metric_name(data, main.tasks)
+    named, counted = metric_name(data, main.tasks), analyses["loss"].tasks
     paired_note = (
         f"“Better than {data.reference}”: pairs of runs with the same task and seed. p: the probability of a difference as "
         "large by chance, corrected for all columns tested. "
@@ -75,10 +93,11 @@ def summary(main: Analysis, other: Analysis) -> Table:
     table = Table(
         "summary",
         "All columns, best first",
-        f"Averages over the tasks that count ({len(main.tasks)} of {len(data.tasks)}), on {data.split(main.tasks)}, ± the "
+        f"Averages over the tasks that count ({len(counted)} of {len(data.tasks)}), on {data.split(counted)}, ± the "
         f"standard deviation over seeds; ordered by {'loss' if main.measure == 'loss' else named}, "
         f"columns with failed, unreadable or missing runs last; (n of m): over n of m runs. {BOLD} {paired_note}"
-        f"Time without evaluations and memory above the idle process: medians over runs.{split_note(data, data.tasks)}",
+        "Time without evaluations and memory above the idle process: medians over runs."
+        f"{metric_note(data, counted)}{split_note(data, data.tasks)}",
         ["column", "what it is", "trains with", f"{named}", "loss (nats)",
          *([f"better than {data.reference}", "p (Holm)"] if data.reference else []), "time of a run (s)",
          "peak memory (MB)"],
@@ -148,7 +167,7 @@ def scores(analysis: Analysis) -> Table:
             cells.append(Cell(over_seeds(known, measure, max(wanted, len(known))) + mark, column in best[t]))
         table.add(column, *cells, _average(analysis, column, overall))
     if measure == "metric":
-        shares = {task: data.majority(task) for task in tasks}
+        shares = {task: commonest(data, task) for task in tasks}
         known = [shares[task] for task in analysis.tasks]
         mean = share(fmean(s for s in known if s is not None)) if known and None not in known else NONE
         table.add("commonest class", *(NONE if s is None else share(s) for s in shares.values()), mean)
