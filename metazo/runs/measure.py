@@ -168,7 +168,8 @@ def _no_model(run: Path) -> UserError:
     if (run / SUMMARY).exists():
         return UserError(f"{run} has ended and its folder {MODEL} is gone; {where}.")
     return UserError(
-        f"{run} has not ended, and a run has a model when it ends; continue it with metazo finetune --resume {run}."
+        f"{run} has not ended, or it diverged, so it has no model; metazo finetune --resume {run} continues it, or says "
+        "that it diverged."
     )
 
 
