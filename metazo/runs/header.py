@@ -15,7 +15,9 @@ from metazo.models.sentence import SentenceClassifier
 from metazo.runs.batches import order_of
 from metazo.runs.inputs import data_hash, inputs, own_inputs, tokenizer_hash
 from metazo.runs.machine import processor, versions
+from metazo.runs.optimizer_record import optimizer_record
 from metazo.runs.schedule import COUNTING
+from metazo.runs.tuned import MEMORY
 from metazo.runs.tuner_record import networks_record, trust_hash, tuner_hash
 from metazo.tasks import Prepared, Task
 from metazo.tasks.data import VERSION
@@ -48,6 +50,7 @@ def header(settings: dict[str, Any], setup: Setup) -> dict[str, Any]:
         "tuner": tuner_hash(optimizer),
         "trust": trust_hash(optimizer),
         "networks": networks_record(optimizer),
+        **({"optimizer": optimizer_record(optimizer)} if settings["optimizer"].startswith(MEMORY) else {}),
         "precision": settings["precision"],
         **({"unsaved": "frozen"} if unsaved(loaded.model) else {}),
         "counting": COUNTING,

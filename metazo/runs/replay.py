@@ -40,6 +40,7 @@ from metazo.runs.config import FinetuneConfig
 from metazo.runs.folder import save_parts
 from metazo.runs.inputs import architecture, tokenizer_hash
 from metazo.runs.method import build_optimizer, of_log, resolve_device
+from metazo.runs.optimizer_record import RATES, optimizer_record
 from metazo.runs.own import StateFile
 from metazo.runs.preconditions import check_merge, check_named
 from metazo.runs.resources import refuse_ranks
@@ -226,6 +227,12 @@ def _rebuilt(
         raise UserError(f"`base` {base} is not the base model of this log: in its configuration {what}.")
     optimizer = given.optimizer or build_optimizer(config, loaded.model)
     optimizer.max_loss = config.max_loss
+    then = header.get("optimizer") if given.optimizer is not None else None
+    now = (
+        optimizer_record(optimizer) | {RATES: then.get(RATES)} if isinstance(then, dict) else {}
+    )  # each step has its own
+    if (what := change(then if now else {}, now)) is not None:
+        raise UserError(f"`optimizer` is not the one of this log: {what}; make it as the run had it.")
     if optimizer.noise.name != header["noise"]:
         raise UserError(
             f"The log's noise is {header['noise']!r}, and this version of metazo makes {optimizer.noise.name!r}."

@@ -15,7 +15,7 @@ from metazo.steplog.format import VERSION, Scan, change, differences, encode, li
 
 # this file is beside the log until the run is complete, if the run continued in another environment
 ENVIRONMENTS = "environment.json"
-LATER = ("architecture", "definition", "own")  # fields of the header that logs of earlier versions lack
+LATER = ("architecture", "definition", "own", "optimizer")  # fields of the header that logs of earlier versions lack
 
 ADDED = ("split", "trained", "head", "tokenizer", "counting", "trust", "networks")
 """Keys that logs of older versions lack; if the data are the same, a missing key is not a difference."""

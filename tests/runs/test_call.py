@@ -28,7 +28,10 @@ from metazo.runs.folder import RunFolder
 from metazo.runs.method import unused
 from metazo.runs.replay import replay
 from metazo.settings import build
-from metazo.steplog.format import scan
+from metazo.step.record import Step
+from metazo.step.rules import Rule
+from metazo.step.scales import BlockScale
+from metazo.steplog.format import encode, line, scan
 
 SIZES = {"train_examples": 32, "dev_examples": 8, "test_examples": 8, "lr": 1e-4, "steps": 6, "eval_every": 3}
 SIZES |= {"keep": "last"}  # the best weights of a model that knows nothing may be those before the first step
@@ -208,6 +211,102 @@ def test_an_optimizer_in_memory(tmp_path):
     base, _ = in_memory()
     fresh = metazo.LOZO([(n, p) for n, p in base.named_parameters() if "mlp" in n], lr=1.0, rank=2, seed=5)
     assert replay(log, base, tokenizer=tokenizer, optimizer=fresh).identical
+
+
+class Signs(Rule):
+    """A rule of one's own, which is no dataclass."""
+
+    fused = True
+
+    def __init__(self, factor: float):
+        self.factor, self._private = factor, object()
+
+    def begin(self, state, coefficients):
+        return self.factor
+
+    def apply(self, tensor, start, theta, add, lr, decay, state):
+        add(theta, -lr, 1 - decay)
+
+
+class Rising(BlockScale):
+    """A scale of one's own, whose representation is that of its base."""
+
+    def __init__(self, top: torch.Tensor):
+        super().__init__()
+        self.top = top
+
+    def sigma(self, state):
+        return self.top.double().expand(len(self.blocks))
+
+
+GIVEN = {"seed": 5, "rule": Signs(0.5), "scale": Rising(torch.tensor(2.0))}
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"seed": 6}, "seed was 5 and is 6 now"),
+        ({"rule": "momentum"}, "rule was 'Signs' and is 'Momentum' now"),
+        ({"rule": Signs(0.25)}, "rule's factor was 0.5 and is 0.25 now"),
+        ({"scale": Rising(torch.tensor(3.0))}, "the scale's top changed"),
+        ({"weight_decay": 0.5}, "weight decay was '0.0' and is '0.5' now"),
+        ({"rank": 3}, "rank was 2 and is 3 now"),
+        ({"half": True}, "the names of the trained tensors changed"),
+    ],
+)
+def test_an_optimizer_in_memory_must_be_the_same_to_go_on_and_to_replay(tmp_path, change, what):
+    def made(change: dict) -> tuple[nn.Module, object, object]:
+        change, (model, tokenizer) = dict(change), in_memory()
+        named = [*model.named_parameters()][:: 2 if change.pop("half", None) else 1]
+        return model, tokenizer, metazo.LOZO(named, lr=1e-4, **{"rank": 2, **GIVEN, **change})
+
+    def run(change: dict, **more) -> metazo.Finetuned:
+        model, tokenizer, optimizer = made(change)
+        return metazo.finetune(model, "pico_sentiment", optimizer, tokenizer=tokenizer, **sizes, **more)
+
+    def stop(step: Step) -> None:
+        if step.step == 3:
+            raise KeyError
+
+    sizes = {name: value for name, value in SIZES.items() if name != "lr"}
+    with pytest.raises(KeyError):
+        run({}, out=tmp_path / "run", on_step=stop)
+    before = (tmp_path / "run" / "steps.jsonl").read_bytes()
+    with pytest.raises(UserError, match=what):
+        run(change, out=tmp_path / "run", resume=True)
+    model, tokenizer, optimizer = made(change)
+    with pytest.raises(UserError, match=f"`optimizer` is not the one of this log: {what}"):
+        replay(tmp_path / "run", model, tokenizer=tokenizer, optimizer=optimizer)
+    assert (tmp_path / "run" / "steps.jsonl").read_bytes() == before
+    again = run({}, out=tmp_path / "run", resume=True)
+    assert weights(again.model) == weights(run({}).model)
+    model, tokenizer, optimizer = made({})
+    assert replay(tmp_path / "run", model, tokenizer=tokenizer, optimizer=optimizer).identical
+
+
+def test_a_log_of_an_optimizer_in_memory_by_an_earlier_version_goes_on(tmp_path):
+    def run(**more) -> metazo.Finetuned:
+        model, tokenizer = in_memory()
+        sizes = {name: value for name, value in SIZES.items() if name != "lr"}
+        optimizer = metazo.MeZO(model.named_parameters(), lr=1e-4, seed=5)
+        return metazo.finetune(model, "pico_sentiment", optimizer, tokenizer=tokenizer, **sizes, **more)
+
+    def stop(step: Step) -> None:
+        if step.step == 3:
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        run(out=tmp_path / "run", on_step=stop)
+    found = scan(log := tmp_path / "run" / "steps.jsonl")
+    data, chain = line({key: value for key, value in found.header.items() if key != "optimizer"}, 0)
+    for step in found.steps:
+        more, chain = line(encode(step), chain)
+        data += more
+    log.write_bytes(data)
+    assert weights(run(out=tmp_path / "run", resume=True).model) == weights(run().model)
+    model, tokenizer = in_memory()
+    optimizer = metazo.MeZO(model.named_parameters(), seed=5)
+    assert replay(log, model, tokenizer=tokenizer, optimizer=optimizer).identical
 
 
 def test_a_class_of_ones_own(monkeypatch):
