@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from statistics import fmean, variance
 
 import numpy as np
@@ -92,8 +93,9 @@ def paired(gains: Mapping[str, Sequence[float]]) -> Paired:
     won.
     """
     everything = level(np.array([gain for group in gains.values() for gain in group], dtype=float))
-    finite = [[gain for gain in group if math.isfinite(gain)] for group in gains.values()]
-    finite = [group for group in finite if group]
+    rest = iter(everything.tolist())
+    groups = [[*islice(rest, len(group))] for group in gains.values()]
+    finite = [known for group in groups if (known := [gain for gain in group if math.isfinite(gain)])]
     mean = average(finite) if finite else Average(math.nan, None, None, None)
     moved = everything[everything != 0]
     p, test = None, "no pairs"
@@ -111,13 +113,13 @@ def paired(gains: Mapping[str, Sequence[float]]) -> Paired:
         p=p,
         least=2.0 ** (1 - len(moved)) if len(moved) else None,
         tasks=len(gains),
-        tasks_won=sum(_won(group) for group in gains.values()),
+        tasks_won=sum(map(_won, groups)),
         better=bool((stats.rankdata(np.abs(moved)) * np.sign(moved)).sum() > 0),
     )
 
 
 def _won(gains: Sequence[float]) -> bool:
-    """Whether a task is won: no run of the method failed, and the mean gain over pairs without a failure is above 0."""
+    """Whether a task is won, by levelled gains: no run of the method failed, and the mean of the finite ones is above 0."""
     finite = [gain for gain in gains if math.isfinite(gain)]
     if not finite:
         return -math.inf not in gains and bool(gains)

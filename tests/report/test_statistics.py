@@ -105,6 +105,15 @@ def test_equal_differences_of_accuracies_tie_though_they_were_rounded():
     assert paired({"task": [0.5, 1e-17, -1e-17]}).ties == 2
 
 
+def test_a_task_is_won_and_the_gain_is_shown_by_the_gains_that_the_pairs_count():
+    """Losses that differ in their last bit tie, so that they win no task and gain nothing."""
+    found = paired({"a": [0.3 - (0.1 + 0.2) + 1.2e-16, 0.0, 5.5e-17], "b": [0.0, 5.5e-17, 5.5e-17]})
+    assert (found.wins, found.ties, found.tasks_won, found.gain, found.low) == (0, 6, 0, 0.0, 0.0)
+    assert paired({"a": [1e-14, 2e-14], "b": [-1e-14, 2e-14]}).tasks_won == 2  # larger than rounding
+    mixed = paired({"a": [1.0, 1e-16, 3.0], "b": [2.0, 0.0]})
+    assert (mixed.gain, mixed.tasks_won) == ((4 / 3 + 1) / 2, 2)
+
+
 def test_a_failure_is_a_lost_pair_and_is_not_in_the_gain():
     found = paired({"a": [0.5, -math.inf, 0.0], "b": [math.inf, 0.1, 0.3]})
     assert (found.pairs, found.wins, found.losses, found.ties) == (6, 4, 1, 1)
