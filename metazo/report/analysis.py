@@ -35,7 +35,9 @@ class TaskVerdict:
 
 @dataclass(frozen=True)
 class Reached:
-    """Forward passes until a loss was reached: median over runs (inf: most did not reach it), runs that did, all runs."""
+    """Forward passes until a loss was reached: median over runs (inf: half of them or more did not reach it), the number of
+    runs that did, and of all, failed and missing ones included. A missing run is not in the median.
+    """
 
     forwards: float
     reached: int
@@ -215,21 +217,19 @@ class Analysis:
         firsts += [math.inf] * len(self.data.failed(task, column))
         if not firsts:
             return None
-        return Reached(median(firsts), sum(map(math.isfinite, firsts)), len(firsts))
+        return Reached(median(firsts), sum(map(math.isfinite, firsts)), max(len(self.data.seeds), len(firsts)))
 
     def at_time(self, task: str, column: str) -> AtTime | None:
         """Loss on dev of a column's runs at the time budget: the last evaluation within it. None without any run.
 
-        The runs are those continued to the time budget if there are any, be it failed ones; then every seed needs one.
+        The runs are those continued to the time budget if there are any, be it failed ones. Every seed needs one.
         """
         budget = self.data.time_budget(task)
-        timed = self.data.timed.get((task, column), {})
-        failed = self.data.failed(task, column, "time")
-        runs, wanted = list(timed.values()), len({*self.data.seeds, *timed, *failed})
-        if not timed and not failed:
-            runs, failed = self.data.of(task, column), self.data.failed(task, column)
-            wanted = len(runs) + len(failed)
-        curves = [run.curve for run in runs if run.curve]
+        runs, failed = self.data.timed.get((task, column), {}), self.data.failed(task, column, "time")
+        if not runs and not failed:
+            runs, failed = self.data.runs.get((task, column), {}), self.data.failed(task, column)
+        wanted = len({*self.data.seeds, *runs, *failed})
+        curves = [run.curve for run in runs.values() if run.curve]
         if budget is None or not (curves or failed):
             return None
         within = [[point.loss for point in curve if point.seconds <= budget] for curve in curves]

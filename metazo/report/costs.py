@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from statistics import fmean, median
 from typing import Any
 
 from .analysis import Analysis
 from .comparison import UNTRAINED, Comparison
-from .numbers import part
+from .numbers import number, part
 from .table import NONE, Cell, Table, count, loss, megabytes, seconds
 from .tables import best_of, by_family
+
+SPACING = "The figures are as fine as the spacing of evaluations."
 
 
 def reach(analysis: Analysis) -> Table:
@@ -21,13 +24,13 @@ def reach(analysis: Analysis) -> Table:
         "reach",
         f"Forward passes until {data.reference}’s final loss",
         f"Median over seeds of the first evaluation whose loss on dev was at or below {data.reference}’s mean at the end "
-        "(second row). In brackets: the number of runs that reached it, if not all did; failed runs did not; “not reached”: "
-        "more than half did not. The figures are as fine as the spacing of evaluations. There are none if that loss is no "
-        "lower than before training.",
+        "(second row, of its finished runs). (n of m): n of m runs reached it; failed ones did not, and missing ones are in no "
+        f"median; “not reached”: half of the runs or more did not. {SPACING} There are none if that loss is no lower than "
+        "before training.",
         ["column", *data.tasks],
     )
     targets = {task: analysis.target(task) for task in data.tasks}
-    table.add("that loss (nats)", *(NONE if value is None else loss(value) for value in targets.values()))
+    table.add("that loss (nats)", *(_of_reference(data, t, loss, v) for t, v in targets.items()))
     found = {task: {c: analysis.reached(task, c) for c in trained} for task in data.tasks}
     best = {
         t: best_of(data, [t], lambda c, t=t: r.forwards if (r := found[t].get(c)) and r.reached else None, lower=True)
@@ -41,8 +44,7 @@ def reach(analysis: Analysis) -> Table:
                 cells.append(Cell(NONE))
                 continue
             text = count(reached.forwards) if math.isfinite(reached.forwards) else "not reached"
-            if reached.reached < reached.runs:
-                text += f" ({reached.reached} of {reached.runs})"
+            text += _fewer(reached.reached, reached.runs)
             cells.append(Cell(text, column in best[task] and math.isfinite(reached.forwards)))
         table.add(column, *cells)
     return table
@@ -57,18 +59,24 @@ def equal_time(analysis: Analysis) -> Table:
         "Loss at equal time (nats, lower is better)",
         "Mean over seeds of the last loss on dev within the time of the second row, which counts training without "
         f"evaluation. Values of slower columns are read off their curves{longer}. "
-        "† The runs ended before nine tenths of the time were used, so more time might have helped. (n of m): of n of m runs.",
+        "† The runs ended before nine tenths of the time were used, so more time might have helped. (n of m): of n of m runs. "
+        + SPACING,
         ["column", *data.tasks],
     )
     budgets = {task: data.time_budget(task) for task in data.tasks}
-    table.add("time (s)", *(NONE if value is None else seconds(value) for value in budgets.values()))
+    given = number(data.grid.get("time_budget"))
+    table.add(
+        "time (s)", *(_of_reference(data, t, seconds, v) if v != given else seconds(v) for t, v in budgets.items())
+    )
     columns = [column for column in by_family(data) if data.family(column) != UNTRAINED]
     found = {task: {c: analysis.at_time(task, c) for c in columns} for task in data.tasks}
     best = {
         t: best_of(
             data,
             [t],
-            lambda c, t=t: fmean(f.losses) if (f := found[t].get(c)) and len(f.losses) == f.runs else None,
+            lambda c, t=t: (
+                fmean(f.losses) if (f := found[t].get(c)) and len(f.losses) >= len(data.of(t, c)) > 0 else None
+            ),
             lower=True,
         )
         for t in data.tasks
@@ -78,11 +86,21 @@ def equal_time(analysis: Analysis) -> Table:
         for task in data.tasks:
             at = found[task][column]
             text = loss(fmean(at.losses)) + marks[at.kind] if at and at.losses else NONE
-            if at is not None and len(at.losses) < at.runs:
-                text += f" ({len(at.losses)} of {at.runs})"
+            text += _fewer(len(at.losses), at.runs) if at else ""
             cells.append(Cell(text, column in best[task]))
         table.add(column, *cells)
     return table
+
+
+def _of_reference(data: Comparison, task: str, text: Callable[[float], str], value: float | None) -> str:
+    """A number of the reference's finished runs, with how many these are."""
+    if value is None:
+        return NONE
+    return text(value) + _fewer(len(data.of(task, data.reference or "")), len(data.seeds))
+
+
+def _fewer(known: int, wanted: int) -> str:
+    return f" ({known} of {wanted})" if known < wanted else ""
 
 
 def cost(data: Comparison) -> Table:

@@ -33,8 +33,8 @@ class Rival:
 
     rank: mean over the cells (task, seed) that all columns have, 1 is best; equivalents: of a run, in forward passes of the
     reference on the same batch, by operations; ratio: median over cells of the equivalents until the reference's final loss
-    on dev, by those of the reference's run (inf: more than half did not reach it); tenth: share of cells at or below 1/10;
-    memory: peak of a step by that of inference. None if the results hold no measured cost.
+    on dev, by those of the reference's run (inf: half of them or more did not reach it); tenth: share of cells at or below
+    1/10; memory: peak of a step by that of inference. None if the results hold no measured cost.
     """
 
     column: str
