@@ -110,11 +110,13 @@ def finetune(
     if settings.out is None:
         raise UserError("`out` is required: name the folder for everything that the run writes.")
     from metazo.runs.finetune import tune
+    from metazo.runs.tuned import Given
 
     console.say("metazo finetune", f"{settings.model} on {settings.task} with {settings.optimizer}", "bold")
     with redirect_stdout(sys.stderr) if as_json else nullcontext():  # an objective may print
         if race is None:
-            summary = tune(settings, console=console, push_again=values["push"] is not None).summary
+            given = Given(unnamed=bool(began) and values["objective"] is None)
+            summary = tune(settings, given, console=console, push_again=values["push"] is not None).summary
         else:
             from metazo.runs.race import ROUND
             from metazo.runs.race import race as raced

@@ -30,7 +30,7 @@ from metazo.runs.estimate import Estimate, Followed, estimate, look_ahead, measu
 from metazo.runs.examples import longest_batch, longest_input, prepared_task
 from metazo.runs.fit_precision import fit_precision
 from metazo.runs.left import Begun
-from metazo.runs.locate import from_anywhere
+from metazo.runs.locate import as_begun, from_anywhere
 from metazo.runs.method import build_optimizer, resolve_device, unused
 from metazo.runs.plan import plan, rows_of
 from metazo.runs.preconditions import check_saved, check_settings
@@ -57,9 +57,9 @@ def dry_run(config: FinetuneConfig) -> dict[str, Any]:
     finished or interrupted run may be in `out`; with `resume`, if that run cannot be resumed.
     """
     more: list[str] = []
-    begun = Begun(config, more.append) if config.resume else None
+    begun = Begun(config := as_begun(config), more.append) if config.resume else None
     config = from_anywhere(config)
-    objective = check_settings(config)
+    check_settings(config, execute=False)
     device, task = resolve_device(config.device), resolve(config.task)
     labels = task.num_labels
     folder, revision = base_of(config.model, config.revision)
@@ -86,7 +86,7 @@ def dry_run(config: FinetuneConfig) -> dict[str, Any]:
     prepared, problem = _rows(config, task, loaded)
     limit = longest_input(config, loaded)
     loss, length, at_last = _loss(config, loaded, prepared, limit)
-    if objective is not None:
+    if config.objective is not None:
         loss = _without_gradient(loss)
     if prepared is None:
         notes.append(f"The rows were not read ({problem}); inputs of {length} tokens are assumed.")

@@ -27,7 +27,7 @@ from metazo.runs.evaluations import Scores
 from metazo.runs.folder import BEST, SNAPSHOTS, RunFolder
 from metazo.runs.header import header
 from metazo.runs.interrupt import Interrupted, interruptible
-from metazo.runs.locate import PATHS, from_anywhere
+from metazo.runs.locate import PATHS, as_begun, from_anywhere
 from metazo.runs.method import auto_tuner, unused
 from metazo.runs.monitor import Watch
 from metazo.runs.progress import progress
@@ -100,6 +100,7 @@ def _tune(
     def say(text: str) -> None:
         console.print(text, style="yellow", soft_wrap=True)
 
+    named, config = config, as_begun(config)
     require_same_run(config)
     with run_folder(config, say) as folder, ExitStack() as stack:
         if (summary := folder.summary()) is not None:
@@ -107,7 +108,7 @@ def _tune(
             if push(config, summary, console, push_again):
                 folder.complete(summary)
             return Finetuned(summary, config.out)
-        here = from_anywhere(config)
+        here = replace(from_anywhere(config), objective=named.objective)
         setup = agreed(lambda: set_up(here, given))
         if here != config:  # the names in the log stay those of the start
             setup.config = replace(setup.config, **{name: getattr(config, name) for name in PATHS})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, fields, replace
@@ -73,11 +74,10 @@ def located(settings: Mapping[str, Any], run: Path, names: Iterable[str] = PATHS
         value = settings.get(name)
         if not isinstance(value, str | Path) or str(value) in EMBEDDED or Path(value).is_absolute():
             continue
-        path, mark, function = str(value).rpartition(":") if name == "objective" else (str(value), "", "")
         for start in _starts(config, run):
             with suppress(OSError, ValueError):  # a name that no file can have
-                if start != Path.cwd() and path and (start / path).exists():
-                    found[name] = type(value)(f"{start / path}{mark}{function}")
+                if start != Path.cwd() and str(value) and (start / value).exists():
+                    found[name] = type(value)(start / value)
                     break
     return found
 
@@ -93,10 +93,22 @@ def _starts(config: Mapping[str, Any], run: Path) -> list[Path]:
 
 def from_anywhere(config: FinetuneConfig) -> FinetuneConfig:
     """A run that is resumed from another working directory finds its model, task and tuner (`located`), and the sizes that
-    nobody set when it began are those that nobody set."""
+    nobody set when it began are those that nobody set. Its folder, which a stranger may have sent, never leads to the code of
+    an objective."""
     if not config.resume or config.out is None:
         return config
     settings = asdict(config)
     settings |= {name: int(value) for name, value in settings.items() if isinstance(value, Unset)}
     settings |= unset_in(read_config(config.out))
-    return replace(config, **located(settings, config.out, ("model", "task", "tuner", "objective")))
+    return replace(config, **located(settings, config.out, ("model", "task", "tuner")))
+
+
+def as_begun(config: FinetuneConfig) -> FinetuneConfig:
+    """A resumed run whose objective is the same function of a file of the same name, which may be elsewhere now, has it by the
+    name with which it began; whether it is the same file is decided by the hash in the step log."""
+    name = config.objective
+    if not config.resume or config.out is None or name is None or ":" not in name:
+        return config
+    began = read_config(config.out).get("objective")
+    same = isinstance(began, str) and re.split(r"[/\\]", began)[-1] == re.split(r"[/\\]", name)[-1]
+    return replace(config, objective=began) if same else config

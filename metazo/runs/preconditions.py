@@ -20,12 +20,13 @@ from metazo.runs.method import resolve_device
 from metazo.runs.track import check as check_trackers
 from metazo.runs.tuned import Given
 from metazo.tasks import resolve
-from metazo.tasks.objectives import Objective, find
+from metazo.tasks.objectives import Objective, find, look
 from metazo.tuner.hub import check_card, check_repository
 
 
-def check_settings(config: FinetuneConfig, given: Given | None = None) -> Objective | None:
-    """Raises UserError for settings that no run can have. Returns what is minimised in place of the task's loss.
+def check_settings(config: FinetuneConfig, given: Given | None = None, execute: bool = True) -> Objective | None:
+    """Raises UserError for settings that no run can have. Returns what is minimised in place of the task's loss, or None
+    without `execute`, which imports no code.
 
     given: objects in memory, which replace those that the settings name.
     """
@@ -43,7 +44,7 @@ def check_settings(config: FinetuneConfig, given: Given | None = None) -> Object
         check_repository(config.push)
         if rank() == 0:
             check_card(config.push)
-    return _objective(config, given)
+    return _objective(config, given, execute)
 
 
 def check_saved(config: FinetuneConfig, loaded: LoadedModel) -> None:
@@ -137,7 +138,7 @@ def _check_divided(config: FinetuneConfig, given: Given) -> None:
             raise UserError(f"`{name}` cannot be used together with {named}; leave one of them out.")
 
 
-def _objective(config: FinetuneConfig, given: Given) -> Objective | None:
+def _objective(config: FinetuneConfig, given: Given, execute: bool) -> Objective | None:
     """What is minimised in place of the task's loss. Raises UserError if there is none of this name, or if the method needs
     a gradient.
     """
@@ -149,4 +150,17 @@ def _objective(config: FinetuneConfig, given: Given) -> Objective | None:
             f"`optimizer` {config.optimizer} needs the gradient of the loss, and `objective` {config.objective} is only "
             "evaluated; choose a method that probes, such as mezo."
         )
-    return find(given.objective or config.objective, (given.task or resolve(config.task)).kind)
+    name, kind = given.objective or config.objective, (given.task or resolve(config.task)).kind
+    if not isinstance(name, str) or ":" not in name:
+        return find(name, kind)
+    if given.unnamed:
+        raise UserError(
+            f"The run in {config.out} minimises the function {name}, and metazo executes code only if you name it yourself, "
+            "because the folder of a run may come from anybody: look at the file, and add `objective` PATH:FUNCTION, where "
+            "PATH is the file's place from here."
+        )
+    if execute:
+        return find(name, kind)
+    if not config.resume:  # of a resumed run the file may be elsewhere
+        look(name)
+    return None

@@ -35,6 +35,8 @@ class Given:
     own: OwnLoss | None = None
     optimizer: Any = None
     objective: Callable[..., Any] | None = None
+    unnamed: bool = False
+    """Whether the settings of a resumed run are from its folder, so that nobody named the code of an objective."""
     begun: bool = False
     """Whether the run has come to its steps: before, a refusal leaves the model as it was given."""
 

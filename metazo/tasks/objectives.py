@@ -11,6 +11,7 @@ equal at both probes, and the weights then do not move: take larger batches, a l
 
 from __future__ import annotations
 
+import ast
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from metazo.errors import UserError
+from metazo.io.files import read_capped
 from metazo.io.modules import import_from, place
 from metazo.models.parts import forward_only
 from metazo.optimizers.guards import as_loss
@@ -31,6 +33,9 @@ from metazo.tasks.evaluate import batches, generate, highest
 from metazo.tasks.metrics import METRICS
 from metazo.tasks.prepared import Batch, Prepared
 from metazo.tasks.task import METRICS_OF
+
+MAX_CODE_BYTES = 2**22
+"""A file of code that a dry run looks at."""
 
 
 class AnswerBatch:
@@ -167,6 +172,29 @@ def find(name: str | Function, kind: str) -> Objective:
         return 1.0 - METRICS[metric](batch.answers(model), batch.accepted)
 
     return Objective(name, value, metric)
+
+
+def look(name: str) -> None:
+    """Raises UserError for a module:function whose file does not define it; nothing is executed, and a module without a path
+    is not looked for."""
+    module, _, attribute = name.rpartition(":")
+    path = Path(module).expanduser()
+    if path.suffix != ".py":
+        return
+    code = read_capped(path, MAX_CODE_BYTES, f"`objective` {name!r}: the file")
+    try:
+        tree = ast.parse(code)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise UserError(f"`objective` {name!r}: {module} is no Python ({error}).") from error
+    names = {_name_of(part) for part in ast.walk(tree)}
+    if not names & {attribute, "*"}:
+        defined = ", ".join(part.name for part in tree.body if isinstance(part, ast.FunctionDef)) or "none"
+        raise UserError(f"`objective` {name!r}: {module} has no function {attribute!r}; its functions are {defined}.")
+
+
+def _name_of(part: ast.AST) -> str | None:
+    """The name that a part of a module defines, assigns or imports."""
+    return getattr(part, "asname", None) or getattr(part, "name", None) or getattr(part, "id", None)
 
 
 def _imported(name: str, module: str, attribute: str) -> Objective:

@@ -16,13 +16,16 @@ from metazo.models.load import load_model
 from metazo.optimizers import METHODS
 from metazo.runs.choose import choose
 from metazo.runs.config import FinetuneConfig
+from metazo.runs.dryrun import dry_run
 from metazo.runs.finetune import run_settings
 from metazo.runs.replay import replay
 from metazo.runs.setup import set_up
+from metazo.settings import build
 from metazo.tasks import get, prepare
 from metazo.tasks.closures import BatchLoss
 from metazo.tasks.evaluate import evaluate, generate
 from metazo.tasks.objectives import AnswerBatch, Minimised, find
+from metazo_cli.main import main
 
 CPU = torch.device("cpu")
 SIZES = {
@@ -145,9 +148,63 @@ def test_a_relative_module_is_found_from_another_directory(tmp_path: Path, modul
     monkeypatch.chdir(tmp_path)
     with pytest.raises(KeyboardInterrupt):
         metazo.finetune("pico", "pico_span", on_step=stop, **settings)
+    (tmp_path / "moved").mkdir()
+    monkeypatch.chdir(module.rename(tmp_path / "moved/rewards.py").parent)
     (tmp_path / "other").mkdir()
     monkeypatch.chdir(tmp_path / "other")
-    assert metazo.finetune("pico", "pico_span", resume=True, **settings).summary["steps"] == 4
+    again = settings | {"resume": True, "objective": "../moved/rewards.py:length"}
+    with pytest.raises(UserError, match="`objective` was 'rewards.py:length' when"):
+        metazo.finetune("pico", "pico_span", **again | {"objective": "../moved/rewards.py:broken"})
+    assert dry_run(build(FinetuneConfig, {"model": "pico", "task": "pico_span"}, again))["steps left"] == 3
+    assert metazo.finetune("pico", "pico_span", **again).summary["objective"] == "rewards.py:length"
+
+
+@pytest.mark.parametrize("where", ["absolute", "moved"])
+def test_code_that_the_folder_of_a_run_names_is_executed_only_if_the_user_names_it(
+    where: str, tmp_path: Path, module: Path, monkeypatch, capsys
+) -> None:
+    """A stranger's folder brings a file: no dry run and no resumed run imports it, until it is named."""
+
+    def stop(step) -> None:
+        raise KeyboardInterrupt
+
+    run, code = tmp_path / "run", tmp_path / "run/evil.py"
+    named = f"{code}:length" if where == "absolute" else "run/evil.py:length"
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        metazo.finetune("pico", "pico_span", objective=f"{module}:length", out="run", on_step=stop, **SIZES)
+    code.write_text(module.read_text() + "open('executed', 'w')\n")
+    config = json.loads((run / "config.json").read_text())
+    config |= {"objective": named, "out": "run", "started_in": "/nowhere" if where == "moved" else str(tmp_path)}
+    (run / "config.json").write_text(json.dumps(config))
+    (run / "steps.jsonl").unlink()  # as if the run had been stopped before its first step
+    (run / "metrics.jsonl").unlink(missing_ok=True)
+    monkeypatch.chdir(tmp_path.parent)
+    resume = ["--resume", str(run)]
+    for words in (["--dry-run", *resume], resume, [*resume, "--objective", f"{code}:length"]):
+        monkeypatch.setattr("sys.argv", ["metazo", "finetune", *words])
+        with pytest.raises(SystemExit) as end, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            main()
+        refused = words == resume
+        assert end.value.code == (2 if refused else 0) and Path("executed").exists() == ("--objective" in words)
+        said = " ".join(capsys.readouterr().err.split())
+        assert ("executes code only if you name it yourself" in said and "add --objective" in said) == refused
+    Path("executed").unlink()
+
+
+def test_a_dry_run_looks_at_the_code_and_does_not_execute_it(tmp_path: Path) -> None:
+    path, sizes = tmp_path / "own.py", {"steps": 2, "train_examples": 8, "dev_examples": 4, "test_examples": 4}
+    path.write_text("def plain(m, b):\n    return 0.0\n\n\nother = plain\nraise SystemExit('executed')\n")
+    for name in ("plain", "other"):
+        assert "memory" in dry_run(FinetuneConfig("pico", "pico_topic", objective=f"{path}:{name}", **sizes))
+    with pytest.raises(UserError, match=r"own\.py has no function 'missing'; its functions are plain\."):
+        dry_run(FinetuneConfig("pico", "pico_topic", objective=f"{path}:missing", **sizes))
+    path.write_text("def plain(:")
+    with pytest.raises(UserError, match=r"own\.py is no Python \(invalid syntax"):
+        dry_run(FinetuneConfig("pico", "pico_topic", objective=f"{path}:plain", **sizes))
+    with pytest.raises(UserError, match="`objective` 'gone.py:f': the file gone.py is not a file"):
+        dry_run(FinetuneConfig("pico", "pico_topic", objective="gone.py:f", **sizes))
 
 
 @pytest.mark.parametrize("optimizer", [name for name, cls in METHODS.items() if cls.needs_gradient])
@@ -253,8 +310,6 @@ def test_a_function_that_fails_in_mid_run_leaves_the_steps_and_says_how_to_conti
 
 
 def test_what_a_function_prints_is_not_in_the_json(tmp_path: Path, capsys, monkeypatch) -> None:
-    from metazo_cli.main import main
-
     (tmp_path / "loud.py").write_text("def loud(model, batch):\n    print('HEARD')\n    return len(batch) + 0.0\n")
     flags = [part for key, value in SIZES.items() for part in (f"--{key.replace('_', '-')}", str(value))]
     words = ["--model", "pico", "--task", "pico_span", "--objective", f"{tmp_path}/loud.py:loud", "--json", *flags]
