@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from metazo.errors import UserError
-from metazo.io.extras import needs
+from metazo.io.bounded import bounded
+from metazo.models.tokenizer import MAX_GROWTH
 from metazo.tasks.task import Row, Task
 
 if TYPE_CHECKING:
     from metazo.models.load import LoadedModel
+
+MAX_FRAME = 2**18
+"""Characters that a template may write around the turns."""
 
 
 def check_chat(task: Task, loaded: LoadedModel) -> None:
@@ -24,26 +29,36 @@ def check_chat(task: Task, loaded: LoadedModel) -> None:
         )
 
 
-def write(task: Task, tokenizer: Any, row: Row, where: str) -> str:
-    """The chat of a row without its last assistant turn, followed by the beginning of the answering turn."""
-    turns = row[task.messages]  # type: ignore[index]
-    good = isinstance(turns, list) and all(
-        isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
-        for turn in turns
-    )
-    if not good or not turns:
-        raise UserError(f"{where}: {task.messages!r} must be a list of turns with the texts 'role' and 'content'")
-    answered = turns[-1]["role"] == "assistant"
-    if task.kind == "generation" and not answered:
-        raise UserError(f"{where}: the last turn of {task.messages!r} is not the assistant's, so the row has no answer")
-    return render(tokenizer, turns[:-1] if answered else turns, where)
+def write(task: Task, tokenizer: Any, rows: Sequence[tuple[str, Row]]) -> list[str]:
+    """The chat of each (name, row) without its last assistant turn, followed by the beginning of the answering turn."""
+    chats = []
+    for where, row in rows:
+        turns = row[task.messages]  # type: ignore[index]
+        good = isinstance(turns, list) and all(
+            isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+            for turn in turns
+        )
+        if not good or not turns:
+            raise UserError(f"{where}: {task.messages!r} must be a list of turns with the texts 'role' and 'content'")
+        answered = turns[-1]["role"] == "assistant"
+        if task.kind == "generation" and not answered:
+            raise UserError(
+                f"{where}: the last turn of {task.messages!r} is not the assistant's, so the row has no answer"
+            )
+        chats.append((where, turns[:-1] if answered else turns))
+    return render(tokenizer, chats)
 
 
-def render(tokenizer: Any, turns: list[dict[str, str]], where: str) -> str:
-    """The turns as text. Raises UserError if the template refuses them (many want user and assistant in turn)."""
-    with needs("llm"):
-        from jinja2 import TemplateError  # chat templates are written in it
-    try:
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    except (TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
-        raise UserError(f"{where}: the chat template does not take these turns ({error})") from error
+def render(tokenizer: Any, chats: Sequence[tuple[str, list[dict[str, str]]]]) -> list[str]:
+    """The turns of each named chat as text. Raises UserError if the template refuses them (many want user and assistant in
+    turn), or does not end: it is a program, which anybody may have written.
+    """
+
+    def written(turns: list[dict[str, str]]) -> str:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        most = MAX_GROWTH * sum(len(turn["content"]) for turn in turns) + MAX_FRAME
+        if not isinstance(text, str) or len(text) > most:
+            raise UserError(f"it makes more than {most:,} characters of these turns")
+        return text
+
+    return list(bounded(written, [(f"{where}: the chat template", turns) for where, turns in chats]))

@@ -9,7 +9,7 @@ counted.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import ceil
 from string import ascii_uppercase
@@ -21,7 +21,7 @@ from metazo.tasks.accepted import choices_of, references_of
 from metazo.tasks.chat import check_chat, render, write
 from metazo.tasks.seq2seq import Decoder
 from metazo.tasks.task import Row, Task, columns, halves
-from metazo.tasks.words import check_words, filled_words, spoken_words
+from metazo.tasks.words import check_words, drop_words, filled_words, spoken_words
 
 if TYPE_CHECKING:
     from metazo.models.load import LoadedModel
@@ -121,8 +121,15 @@ class Encoder:
 
     def __call__(self, row: Row, where: str) -> Encoded | None:
         """Encode one row; None if it does not fit even with an empty context. ``where`` names the row in errors."""
-        written = {_CHAT: write(self.task, self.tokenizer, row, where)} if self.chat else {}
-        example = self._encoded({**row, **written}, where)
+        return self.all([(where, row)])[0]
+
+    def all(self, rows: Sequence[tuple[str, Row]]) -> list[Encoded | None]:
+        """Encode rows, each with its name."""
+        chats = write(self.task, self.tokenizer, rows) if self.chat else [""] * len(rows)
+        return [self._one({**row, _CHAT: chat}, where) for (where, row), chat in zip(rows, chats, strict=True)]
+
+    def _one(self, row: Row, where: str) -> Encoded | None:
+        example = self._encoded(row, where)
         if example is not None:
             example.ids = example.ids or [self._start(where)]
             largest = max(max(ids, default=0) for ids in (example.ids, *example.options))
@@ -216,7 +223,7 @@ class Encoder:
             excess = len(encoded["input_ids"]) - limit
             share = excess / max(len(self._plain(text)), 1)
             cut = min(max(ceil(len(text) * share), 1), len(text))
-            text = _drop_words(text, cut) if keep == "end" else _drop_words(text[::-1], cut)[::-1]
+            text = drop_words(text, cut) if keep == "end" else drop_words(text[::-1], cut)[::-1]
             encoded = encode({**row, name: text})
             if len(encoded["input_ids"]) <= limit:
                 self.cut[name] += 1
@@ -272,7 +279,7 @@ class Encoder:
     def _answer_words(self) -> None:
         if self.task.kind != "classification":
             return
-        example = render(self.tokenizer, [{"role": "user", "content": "x"}], "a chat") if self.chat else "x"
+        example = render(self.tokenizer, [("a chat", [{"role": "user", "content": "x"}])])[0] if self.chat else "x"
         probe = self.before.format(**dict.fromkeys(self.columns, example))
         start = [] if self.decoder else self._ids(probe)
         words = spoken_words(self.task, "" if self.decoder else self.joint)
@@ -292,9 +299,3 @@ def _embedding_rows(loaded: LoadedModel) -> int:
     inner: Any = getattr(loaded.model, "encoder", loaded.model) if loaded.kind == "classifier" else loaded.model
     embeddings: Any = inner.get_input_embeddings() if hasattr(inner, "get_input_embeddings") else None
     return embeddings.weight.shape[0] if hasattr(embeddings, "weight") else 2**62
-
-
-def _drop_words(text: str, cut: int) -> str:
-    """``text`` without its first ``cut`` characters and without the rest of the word they end in."""
-    rest = text[cut:]
-    return rest if text[cut - 1].isspace() or " " not in rest else rest.partition(" ")[2]

@@ -161,7 +161,7 @@ def _encode(out: Prepared, split: str, encoder: Encoder, rows: list[tuple[str, R
     """Encode the rows of a split, and add notes on shortened and omitted rows."""
     task, limit = out.task, encoder.limit
     encoder.cut.clear()
-    encoded = [encoder(row, where) for where, row in rows]
+    encoded = encoder.all(rows)
     kept = [example for example in encoded if example is not None]
     setattr(out, split, kept)
     for name in dict.fromkeys(encoder.columns):

@@ -54,3 +54,9 @@ def beginnings(task: Task, words: Sequence[list[int]]) -> list[tuple[str, str]]:
     """Pairs of label words of which the first begins the second, as tokens: their likelihoods are not comparable."""
     named = list(zip(task.labels.values(), words))
     return [(a, b) for a, one in named for b, other in named if len(one) < len(other) and other[: len(one)] == one]
+
+
+def drop_words(text: str, cut: int) -> str:
+    """``text`` without its first ``cut`` characters and without the rest of the word they end in."""
+    rest = text[cut:]
+    return rest if text[cut - 1].isspace() or " " not in rest else rest.partition(" ")[2]

@@ -13,6 +13,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import Phi3Config, Phi3ForCausalLM
 
 from metazo.errors import UserError
+from metazo.io import bounded
 from metazo.models.assemble import as_loaded
 from metazo.models.load import load_model
 from metazo.tasks import get, prepare, resolve
@@ -433,3 +434,30 @@ def test_a_model_whose_longest_row_changes_the_others_says_so(tiny):
             last = ready.loss(loaded.model, ready.collate([rows[-1]]))
         apart = abs(float(together) - float(alone + last) / 2)
         assert len(said) == (turn == 60) and (apart > 1e-7) == (turn == 60), (turn, apart, said, list(map(len, rows)))
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ 1/0 }}", "division by zero"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+        ("{{ 'a'*999999999999 }}", "MemoryError"),
+        ("{{ 'ab'|center(9999999) }}", "more than 262,.* characters of these turns"),
+        ("{{ 'ab'|center(999999999) }}", "MemoryError"),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "takes more than 1 s or 256 MiB"),
+        ("{{ (messages|length + 8)**99999999 }}", "takes more than 1 s or 256 MiB"),
+        ("{{ raise_exception('user and assistant in turn') }}", "user and assistant in turn"),
+    ],
+)  # fmt: skip
+def test_a_template_that_fails_or_does_not_end_is_one_sentence(template: str, said: str, tiny, monkeypatch) -> None:
+    """Also one that only fails at some rows."""
+    monkeypatch.setattr(bounded, "SECONDS", 1)
+    loaded = load_model(tiny("gpt2"))
+    loaded.tokenizer.chat_template = "{% if 'x' in messages[0].content %}" + template + "{% endif %}" + CHATML
+    encoder = Encoder(Task(name="chat", kind="generation", messages="turns"), loaded)
+    other = [CHAT[0] | {"content": "x"}, CHAT[1]]
+    assert [text(loaded, row.ids) for row in encoder.all([("row 1", {"turns": CHAT})] * 2)] == [
+        "<user>who?\n<assistant>"
+    ] * 2
+    with pytest.raises(UserError, match=f"row 2: the chat template .*{said}"):
+        encoder.all([("row 1", {"turns": CHAT}), ("row 2", {"turns": other})])
