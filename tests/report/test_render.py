@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 
 from metazo.comparisons.results import cell_path
 from metazo.errors import UserError
+from metazo.report.analysis import Analysis
 from metazo.report.build import build
-from metazo.report.comparison import Comparison
+from metazo.report.comparison import FORWARD_ONLY, Comparison
 from metazo.report.write import BLOCK, FIGURES, TABLES, blocks, fill, render, write
 from metazo_cli.report import report as report_command
 from tests.report import synthetic
@@ -77,6 +78,39 @@ def test_tables_of_the_pages_are_not_stale(page: Path):
     for name in sorted(folders):
         report = build(Comparison(ROOT / "results" / name))
         assert fill(text, blocks(report), name) == text, name
+
+
+def test_the_cost_of_searches_and_the_lower_losses_in_the_text_are_those_of_the_runs():
+    page = " ".join((ROOT / "docs" / "results.md").read_text().split())
+    shares = {}
+    for name in ("pico", "minilm-head", "minilm", "stories", "real"):
+        data = Comparison(ROOT / "results" / name)
+        runs = sum(run.forwards for runs in data.runs.values() for run in runs.values())
+        shares[name] = f"{sum(s.forwards for found in data.searches.values() for s in found.values()) / runs:.2g}"
+    assert (
+        f"took {shares['pico']} times the forward passes of the reported runs for pico, {shares['minilm-head']} and "
+        f"{shares['minilm']} for all-MiniLM-L6-v2 (head, prototypes) and {shares['stories']} for stories3m; "
+        f"{shares['real']} for the real tasks." in page
+    )
+    names = {"mezo-rms": "the RMS scale", "tuner": "the tuner", "curvzo": "CurvZO", "loren": "LOREN"}
+    pico = Analysis(Comparison(ROOT / "results" / "pico"), "loss")
+    means = {column: value.mean for column, value in pico.ranking if pico.data.family(column) in FORWARD_ONLY}
+    lower = [column for column in means if means[column] < means["mezo"]]
+    said = re.search(r"beyond luck\.\*\* ([^;]*) have a lower mean loss", page)
+    assert said is not None
+    told = re.sub("lower loss in | of 10 pairs", "", said[1]).replace(" and ", ", ").split(", ")
+    assert sorted(told) == sorted(f"{names.get(c, c.upper())} ({pico.tests[c].wins})" for c in lower)
+    assert min(pico.tests[c].holm or 0 for c in lower) > 0.15
+
+
+def test_what_two_seeds_of_the_real_tasks_would_have_said():
+    page, data = " ".join((ROOT / "docs" / "results.md").read_text().split()), Comparison(ROOT / "results" / "real")
+    data.runs = {cell: {seed: run for seed, run in runs.items() if seed < 2} for cell, runs in data.runs.items()}
+    tests = Analysis(data, "loss", needs_reference=False).tests
+    assert {tests[c].pairs for c in ("meazo", "fzoo")} == {12}
+    first, second = (f"{tests[c].holm:.2g}" for c in ("meazo", "fzoo"))
+    told = f"MEAZO seems better beyond luck (p = {first} after Holm over {len(tests)} columns) and FZOO does not (p = {second})"
+    assert told in page
 
 
 def test_files_of_an_earlier_report_are_removed_and_others_are_left(tmp_path: Path):
