@@ -19,7 +19,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 
 from metazo.errors import UserError
 from metazo.io.extras import needs
+from metazo.models.adapter_settings import check_adapter_settings
 from metazo.models.load import LoadedModel
 from metazo.models.quantize import heads_of, quantised
 from metazo.models.sentence import SentenceClassifier
@@ -164,6 +164,7 @@ def with_adapters(loaded: LoadedModel, folder: Path, *, train: bool = False) -> 
     train: whether the adapters are left trainable. Raises UserError for adapters that do not fit.
     """
     peft, names = _peft(), _tensors_of(folder / WEIGHTS)
+    check_adapter_settings(folder, dict(loaded.model.named_modules()))
     try:
         with quiet_peft():
             virtual = peft.PeftConfig.from_pretrained(str(folder)).is_prompt_learning
@@ -173,7 +174,7 @@ def with_adapters(loaded: LoadedModel, folder: Path, *, train: bool = False) -> 
             found: Any = loaded.model.load_adapter(str(folder), "default", is_trainable=trainable)  # type: ignore[operator]
     except KeyError as error:  # a head, or virtual tokens
         raise UserError(f"{folder / WEIGHTS} has no tensor {error.args[0]!r}; {AGAIN}.") from error
-    except (ValueError, RuntimeError, TypeError, OSError, EOFError, UnpicklingError) as error:
+    except Exception as error:  # a file that anybody may have written
         raise UserError(f"the adapters in {folder} do not fit {loaded.name!r}: {_sentence(error)}") from error
     missing, unknown = (
         ([], sorted(names - {"prompt_embeddings"})) if virtual else (found.missing_keys, found.unexpected_keys)
@@ -208,7 +209,7 @@ def _tensors_of(path: Path) -> set[str]:
 
 
 def _sentence(error: Exception) -> str:
-    return " ".join(str(error).split()).split(". ")[0].rstrip(".")[:300]
+    return (" ".join(str(error).split()) or type(error).__name__).split(". ")[0].rstrip(".")[:300]
 
 
 def check_merge(model: nn.Module) -> None:

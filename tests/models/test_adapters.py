@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import metazo
 from metazo.errors import UserError
+from metazo.io import bounded
 from metazo.models.adapters import add_adapters
 from metazo.models.assemble import load
 from metazo.models.describe import RECORD
@@ -181,6 +182,45 @@ def test_adapters_without_their_base_or_of_another_kind(adapters, tmp_path):
     (folder / "adapter_config.json").write_text("{")
     with pytest.raises(UserError, match=r"adapter_config\.json"):
         load(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"target_modules": "("}, "missing \\)"),
+        ({"target_modules": [5]}, "has target_modules .5., and it must be a regular expression or a list of names"),
+        ({"exclude_modules": "("}, "missing \\)"),
+        ({"exclude_modules": "(([a-z_]+)+[.]?)+!"}, "exclude_modules .* takes more than 1 s"),
+        ({"rank_pattern": {"(": 3}}, "missing \\)"),
+        ({"rank_pattern": {"(([a-z_0-9]+)+[.]?)+!": 3}}, "rank_pattern .* takes more than 1 s"),
+        ({"rank_pattern": 5}, "has rank_pattern 5, and it must be ranks of at most"),
+        ({"r": 10**9}, "has r 1000000000, and it must be a whole number of at most 131,072"),
+        ({"init_lora_weights": 5}, "has init_lora_weights 5, and it must be true, false or a name"),
+        ({"megatron_config": {"a": 1}, "megatron_core": "antigravity"}, "megatron_config .* must be null"),
+        ({"layer_replication": [[0, 10**4]]}, "layer_replication .* of at most 2,000 layers"),
+        ({"trainable_token_indices": [10**9]}, "do not fit"),
+        ({"arrow_config": {"a": 1}}, "do not fit"),
+    ],
+)
+def test_settings_of_adapters_from_a_stranger_are_one_sentence(adapters, change, said, tmp_path, monkeypatch):
+    monkeypatch.setattr(bounded, "SECONDS", 1)
+    folder = shutil.copytree(adapters[0] / "model", tmp_path / "m")
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=said):
+        load(folder)
+
+
+def test_an_ordinary_regular_expression_names_targets(adapters, tmp_path):
+    """With repetitions that end."""
+    folder = shutil.copytree(adapters[0] / "model", tmp_path / "m")
+    path = folder / "adapter_config.json"
+    settings = json.loads(path.read_text())
+    before = load(adapters[0] / "model").model.state_dict()
+    names = "|".join(settings["target_modules"])
+    path.write_text(json.dumps(settings | {"target_modules": rf".*\.({names})$", "rank_pattern": {".*none": 3}}))
+    after = load(folder).model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_a_file_of_adapters_that_is_damaged_or_of_other_tensors_is_named(adapters, tuned, tmp_path):
