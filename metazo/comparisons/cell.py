@@ -33,6 +33,9 @@ from metazo.tasks.evaluate import evaluate
 NO_SPACE = "no space"
 """Status of a run that a full disk has ended. It says nothing about the run, so such a result is not written."""
 
+OVER = 1.1
+"""Part of its budget that a run may take. MeZO-SVRG takes a full step again if the losses of the first were not finite."""
+
 
 @dataclass
 class Job:
@@ -122,6 +125,11 @@ def _train(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
     began, computed = time.monotonic(), time.process_time()
     summary = run_settings(job.config, part=Part(tested=job.info.get("kind") != "search"))
     wall, computed = time.monotonic() - began, time.process_time() - computed
+    if summary["forwards"] > OVER * (job.config.forwards or math.inf):
+        raise UserError(
+            f"It took {summary['forwards']:,} forward passes, and every run has {job.config.forwards:,}: let the method's "
+            "`forwards_per_step` return what its steps take."
+        )
     records = RunFolder.read_records(job.out)
     last = records[-1]
     train = {

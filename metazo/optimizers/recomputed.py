@@ -52,6 +52,10 @@ class Recomputed(ZOOptimizer):
     def init(self, tensors: Sequence[NamedTensor]) -> State:
         return {"vanished": torch.zeros((), dtype=torch.int64)}
 
+    def forwards_per_step(self, closures: int = 1) -> float:
+        """`look` evaluates each closure once; override it if a step costs more."""
+        return closures
+
     @property
     def vanished(self) -> int:
         return int(self.zo_state["vanished"]) if self.steps else 0

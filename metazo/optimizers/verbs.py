@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -48,6 +48,8 @@ class Verbs(Method):
     loss_watch: LossWatch
     probing: str
     param_groups: list[dict[str, Any]]
+    zo_state: State
+    _prepare: Callable[[], None]
 
     def init(self, tensors: Sequence[NamedTensor]) -> State:
         return {}
@@ -99,8 +101,15 @@ class Verbs(Method):
         return own or not any(part in tensor.name for part in DECAY_EXEMPT)
 
     def forwards_per_step(self, closures: int = 1) -> float:
-        """Mean number of closure evaluations per step, if each probe evaluates `closures`."""
-        return len(self.estimator.probes()) * closures
+        """Mean number of closure evaluations per step, if each probe evaluates `closures`.
+
+        It is that of the probes of `estimator_for` over the first 100 steps, as the state is before them; override it if the
+        probes depend on the state, or if `evaluate` calls a closure more than once.
+        """
+        if type(self).estimator_for is Verbs.estimator_for:
+            return len(self.estimator.probes()) * closures
+        self._prepare()
+        return sum(len(self.estimator_for(self.zo_state, step).probes()) for step in range(100)) * closures / 100
 
     def learning_rates(self, step: int) -> tuple[float, ...]:
         """The learning rate of each parameter group at this step."""

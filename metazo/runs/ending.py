@@ -62,6 +62,7 @@ class Ending(ABC):
             *self.trackers.notes,
             *self._divergence(kept),
             *self._stopped_early(),
+            *self._over_budget(),
         ]
         if kept != self.optimizer.steps:
             self._load_best(kept)
@@ -140,6 +141,18 @@ class Ending(ABC):
         note = (
             f"Stopped early after step {taken} of {total}: {self.config.patience} evaluations without a lower "
             f"{self.scores.minimised} on dev."
+        )
+        self.folder.say(note)
+        return [note]
+
+    def _over_budget(self) -> list[str]:
+        """A note if the steps took more than `forwards`, by which their number was chosen."""
+        taken, most = self.optimizer.forwards, self.config.forwards
+        if most is None or taken <= most:
+            return []
+        note = (
+            f"The run took {taken:,} forward passes, and `forwards` is {most:,}: the steps of {self.optimizer.name} took more "
+            "than its forwards_per_step gave before the first one; let it return the mean of a step, or give `steps`."
         )
         self.folder.say(note)
         return [note]

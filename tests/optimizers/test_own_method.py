@@ -7,22 +7,30 @@ import importlib.util
 import os
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+import metazo
 from metazo.comparisons import cell
 from metazo.comparisons.cell import configuration
 from metazo.comparisons.examine import examine
 from metazo.comparisons.grid import Grid, Run
 from metazo.errors import UserError
 from metazo.optimizers import METHODS, OPTIMIZERS, registry
+from metazo.optimizers.base import ZOOptimizer
 from metazo.optimizers.mezo import MeZO
+from metazo.optimizers.recomputed import Recomputed
+from metazo.optimizers.registry import Case
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import run_settings
 from metazo.runs.replay import replay
 from metazo.settings import build
+from metazo.step.estimators import OneSided
 from tests import warm
+from tests.optimizers import test_contract
 from tests.optimizers.killed import killed_at
 
 ROOT = Path(__file__).parents[2]
@@ -89,6 +97,18 @@ def run(out: Path, **extra) -> Path:
     return out
 
 
+def test_the_contract_suite_does_as_a_class_declares(table):
+    for cls in (Free, OfModules):
+        registry.register(cls)
+    for check in (
+        test_contract.test_update_lies_along_the_probes,
+        test_contract.test_a_block_scale_multiplies_probe_and_update,
+    ):
+        check(Free.name)
+        with pytest.raises(pytest.skip.Exception, match="give the method a test of its own"):
+            check(OfModules.name)
+
+
 def test_its_hyperparameter_is_a_flag():
     shown = warm.run("metazo", "finetune", "--help", environment={"COLUMNS": "200"})
     text = " ".join(shown.stdout.replace("│", " ").split())
@@ -146,6 +166,95 @@ def test_it_is_a_cell_of_a_comparison(tmp_path):
     result = cell.run(cell.Job(settings, info, trains=True))
     assert result.run_info["status"] == "finished" and result.train_info["forwards"] == 6, result.run_info["reason"]
     assert result.run_info["configuration"]["method"] == {"headroom": 2.0}
+
+
+class Several(ZOOptimizer):
+    """Three queries and theta, which are in the hook alone."""
+
+    name = "toy-several"
+
+    def estimator_for(self, state, step):
+        return OneSided(3)
+
+
+class Growing(ZOOptimizer):
+    """A query more per step, by its state, which nobody knows before."""
+
+    name = "toy-growing"
+
+    def init(self, tensors):
+        return {"queries": torch.ones((), dtype=torch.int64)}
+
+    def estimator_for(self, state, step):
+        return OneSided(int(state["queries"]))
+
+    def update(self, state, step, seeds, losses):
+        found = super().update(state, step, seeds, losses)
+        state["queries"] += 1
+        return found
+
+
+class Looked(Recomputed):
+    """One evaluation per step."""
+
+    name = "toy-looked"
+
+    def __init__(self, params, lr: float = 1e-3, **common):
+        super().__init__(params, lr, **common)
+
+    def look(self, closures):
+        return sum(float(closure()) for closure in closures) / len(closures), True
+
+    def descend(self, found, rates): ...
+
+
+class Free(ZOOptimizer):
+    """MeZO."""
+
+    name = "toy-free"
+    contract_case = Case(along="free")
+
+
+class OfModules(ZOOptimizer):
+    """MeZO that asks for the model."""
+
+    name, needs_model = "toy-modules", True
+
+
+@pytest.fixture
+def table():
+    yield
+    for cls in (Several, Growing, Looked, Free, OfModules):
+        METHODS.pop(cls.name, None), OPTIMIZERS.pop(cls.name, None)
+
+
+@pytest.mark.parametrize(("cls", "forwards", "steps", "taken"), [(Several, 22, 5, 20), (Looked, 5, 5, 5)])
+def test_a_budget_pays_for_the_probes_that_a_step_has(table, cls, forwards, steps, taken):
+    settings = {
+        key: value for key, value in RUN.items() if key not in ("model", "task", "optimizer", "method", "steps")
+    }
+    run = metazo.finetune("pico", "pico_sentiment", cls, forwards=forwards, **settings)
+    assert (run.summary["steps"], run.summary["forwards"], run.summary["notes"]) == (steps, taken, [])
+
+
+def test_a_run_over_its_budget_says_so_and_is_no_result_of_a_comparison(table, tmp_path):
+    settings = {
+        key: value for key, value in RUN.items() if key not in ("model", "task", "optimizer", "method", "steps")
+    }
+    run = metazo.finetune("pico", "pico_sentiment", Growing, forwards=8, **settings)
+    assert (run.summary["steps"], run.summary["forwards"]) == (4, 2 + 3 + 4 + 5)
+    assert (
+        "took 14 forward passes, and `forwards` is 8: the steps of toy-growing took more than its"
+        in (run.summary["notes"][-1])
+    )
+    own = {key: value for key, value in RUN.items() if key not in ("method", "steps")}
+    config = build(FinetuneConfig, own, {"optimizer": "toy-growing", "forwards": 8})
+    info = {"trained_weights": 1, "configuration": configuration(config), "status": "finished", "reason": None}
+    result = cell.run(cell.Job(replace(config, out=tmp_path / "run"), info, trains=True))
+    assert (
+        result.run_info["status"] == "failed"
+        and "took 14 forward passes, and every run has 8" in (result.run_info["reason"])
+    )
 
 
 def test_it_is_a_row_of_the_capability_table(monkeypatch):
