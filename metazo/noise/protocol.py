@@ -85,7 +85,13 @@ class Stream(Protocol):
 
 
 class Noise(Protocol):
-    """Seeds for steps and queries, uniforms for masks, and the stream of a seed."""
+    """Seeds for steps and queries, uniforms for masks, and the stream of a seed.
+
+    `seed` and `uniform` are functions of their arguments and of the run's seed alone, and a stream of its seed, tensor and
+    entry: whoever asks, how often, and in which order. A state of the optimizer holds nothing of the noise, so that one whose
+    `seed` or `uniform` goes on from call to call, as TorchOrderNoise does, is refused when the state of steps is loaded. A
+    replay of all steps asks for all of them again.
+    """
 
     name: str
     run_seed: int

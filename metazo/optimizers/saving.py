@@ -80,7 +80,7 @@ class Saving(Optimizer):
 
     def load_tensors_state(self, state: State) -> None:
         """Load a `tensors_state`. Raises UserError if names, shapes or the places of shards are not those of this
-        optimizer, and for steps that were taken with TorchOrderNoise.
+        optimizer, and for steps that were taken with TorchOrderNoise or another noise that goes on from draw to draw.
         """
         present = self._tensors()
         if "shards" in present and present["shards"] != state.get("shards", present["shards"]):
@@ -96,16 +96,26 @@ class Saving(Optimizer):
                 f"The saved state is not of this optimizer ({self.name}, precision {self.precision}): {odd[0]} differs. Load "
                 f"it into {what} that saved it."
             )
-        if self.noise.name == TorchOrderNoise.name and state["counters"][0] > 0:
+        if state["counters"][0] > 0 and not self._repeats():
             raise UserError(
-                "The noise torch-order goes on from where its generator is, which no state holds: use PhiloxNoise, or take the "
-                "steps of the saved run again (a run whose snapshots are deleted replays them from its log)."
+                f"The noise {self.noise.name} goes on from where its generator is, which no state holds: use PhiloxNoise, or "
+                "take the steps of the saved run again (a run whose snapshots are deleted replays them from its log)."
             )
         for name, value in present.items():
             value.copy_(self._converted(name, state[name], value.dtype))
         self.weights.take_up()
         self.steps, self.forwards = (int(n) for n in state["counters"])
         self._unrecorded = None
+
+    def _repeats(self) -> bool:
+        """Whether the noise gives a step the same numbers whenever it is asked. Of one that does not, the question moves the
+        generator, and the optimizer is refused.
+        """
+        if isinstance(self.noise, TorchOrderNoise):
+            return False
+        uniform = getattr(self.noise, "uniform", lambda step, count: ())  # which few methods ask for
+        first, again = ((self.noise.seed(0, 0), *uniform(0, 2)) for _ in range(2))
+        return first == again
 
     def _converted(self, name: str, saved: Tensor, dtype: torch.dtype) -> Tensor:
         """A saved tensor for one of this dtype; bits below a weight count from its last bit on, so they have to be shifted."""

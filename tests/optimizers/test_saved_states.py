@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from metazo.errors import UserError
-from metazo.noise import TorchOrderNoise
+from metazo.noise import PhiloxNoise, TorchOrderNoise
 from metazo.optimizers import METHODS, MeZO
 
 
@@ -192,6 +192,42 @@ def test_a_state_of_noise_that_goes_on_elsewhere_is_refused():
         MeZO(model.named_parameters(), noise=TorchOrderNoise(0)).load_tensors_state(made.tensors_state())
     MeZO(model.named_parameters(), noise=TorchOrderNoise(0)).load_tensors_state(
         MeZO(model.named_parameters()).tensors_state()  # of no step
+    )
+
+
+class OwnSeeds(PhiloxNoise):
+    """Seeds from a generator that goes on."""
+
+    def __init__(self):
+        super().__init__(3)
+        self.generator = np.random.RandomState(3)
+
+    def seed(self, step, query=0):
+        return int(self.generator.randint(1 << 30))
+
+
+class OwnUniforms(PhiloxNoise):
+    """Uniforms from a generator that goes on."""
+
+    def __init__(self):
+        super().__init__(3)
+        self.generator = np.random.RandomState(3)
+
+    def uniform(self, step, count):
+        return self.generator.rand(count)
+
+
+@pytest.mark.parametrize("source", [OwnSeeds, OwnUniforms])
+def test_noise_of_ones_own_that_goes_on_is_refused_too(source):
+    model = net()
+    made = MeZO(model.named_parameters(), noise=source())
+    steps(model, made, 2)
+    fresh = MeZO(model.named_parameters(), noise=source())
+    with pytest.raises(UserError, match=r"The noise \S+ goes on from where its generator is, which no state holds"):
+        fresh.load_state_dict(made.state_dict())
+    assert fresh.steps == 0
+    MeZO(model.named_parameters(), noise=source()).load_state_dict(
+        MeZO(model.named_parameters(), noise=source()).state_dict()
     )
 
 
