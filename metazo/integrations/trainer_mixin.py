@@ -38,9 +38,9 @@ class ZOMixin:
     Args:
         optimizer_cls_and_kwargs: (method, settings), as Trainer's own argument; the method is a name (`"lozo"`) or a class of
             metazo.optimizers. Without it the method is MeZO. The learning rate, the weight decay, the seed, and for
-            mezo-adam the betas and epsilon, are those of TrainingArguments unless the settings have them. `"tuner"` among
-            the settings is a tuner by file, zoo name or Hub id; None means no settings. A finished optimizer is given as
-            `optimizers=(optimizer, scheduler)`.
+            mezo-adam the betas and epsilon, are those of TrainingArguments unless the settings have them; a noise source among
+            them has its own seed. `"tuner"` among the settings is a tuner by file, zoo name or Hub id; None means no settings.
+            A finished optimizer is given as `optimizers=(optimizer, scheduler)`.
         All other arguments are the Trainer's.
 
     What differs from the Trainer:
@@ -112,6 +112,8 @@ class ZOMixin:
             keep_unpacked(module)  # `model_init` makes one for each run
             args: Any = self.args  # type: ignore[attr-defined]
             common = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "seed": args.seed}
+            if not isinstance(options.get("noise", ""), str):
+                del common["seed"]  # a noise source has a seed of its own
             common |= moments(cls, args)
             decayed = set(self.get_decay_parameter_names(module))  # type: ignore[attr-defined]
             own: dict[str, nn.Parameter] = {}

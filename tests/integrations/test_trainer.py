@@ -24,6 +24,7 @@ from transformers import (
 
 from metazo.errors import UserError
 from metazo.integrations import ZOMixin, ZOTrainer
+from metazo.noise import PhiloxNoise
 from metazo.optimizers import LOZO, MeZO
 from tests import warm
 
@@ -215,6 +216,14 @@ def test_the_metrics_of_a_step_are_those_of_its_probes_alone(tmp_path: Path, pre
     assert sum(probes) / 2 == pytest.approx(logged, rel=1e-2)
     run._metrics["train"]["loss"].append(0.0)  # new ones of the next steps are added
     assert len(run._metrics["train"]["loss"]) == 5
+
+
+def test_a_noise_source_keeps_its_seed(tmp_path):
+    """The Trainer's seed is 3 here, and 42 by default."""
+    run = trainer(tmp_path, model(), max_steps=1, optimizer_cls_and_kwargs=("mezo", {"noise": PhiloxNoise(5)}))
+    run.train()
+    found = run.optimizer.optimizer
+    assert found.steps == 1 and found.last_step.seeds == (PhiloxNoise(5).seed(0),)
 
 
 @pytest.mark.parametrize("at_start", [False, True])
