@@ -99,9 +99,10 @@ def _yield_to_others() -> None:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
+_RESUMES = "Continue with --resume."
 _CONTINUES = {
-    "finetune": "Continue with --resume.",
-    "meta-train": "Continue with --resume.",
+    "finetune": _RESUMES,
+    "meta-train": _RESUMES,
     "compare": "The same command continues.",
 }
 
@@ -155,8 +156,10 @@ def main() -> None:
         if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EFBIG):
             raise
         remedy = "raise the limit (ulimit -f)" if error.errno == errno.EFBIG else "make room"
-        errors.say("error:", f"{error.filename or 'the output'}: {error.strerror}; nothing that was finished is "
-                   f"lost: {remedy} and continue with --resume.", "bold red")  # fmt: skip
+        again = "start the command again"
+        if _CONTINUES.get("".join(sys.argv[1:2])) == _RESUMES:  # it may not have come to its folder
+            again += ", with --resume if its folder (--out) is there"
+        errors.say("error:", f"{error.filename or 'the output'}: {error.strerror}; {remedy} and {again}.", "bold red")
         sys.exit(2)
     except Exception as error:
         message = getattr(error, "format_message", None)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import re
+import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -132,3 +134,22 @@ def test_a_file_beyond_the_limit_of_the_shell_is_said(monkeypatch: pytest.Monkey
     assert ended(monkeypatch, OSError(errno.EFBIG, "File too large")) == 2
     said = " ".join(capsys.readouterr().err.split())
     assert said.startswith("error: the output: File too large") and "raise the limit (ulimit -f)" in said
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full device")
+@pytest.mark.parametrize(
+    ("words", "again"),
+    [
+        ("finetune --model pico --task pico_sentiment --steps 1 --out run", ", with --resume if its folder (--out) is there"),
+        ("tasks", ""),
+    ],
+)  # fmt: skip
+def test_a_full_output_gives_advice_that_can_be_followed(words: str, again: str, tmp_path: Path) -> None:
+    """A run whose first line cannot be printed has no folder yet."""
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "metazo_cli.main", *words.split()]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, cwd=tmp_path, text=True)
+    assert not (tmp_path / "run").exists() and done.returncode == 2
+    assert " ".join(done.stderr.split()) == (
+        f"error: the output: No space left on device; make room and start the command again{again}."
+    )
