@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,8 +13,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from metazo.errors import UserError
 from metazo.io.extras import needs
+from metazo.io.files import read_capped
+from metazo.io.plain import MAX_JSON_BYTES, parse_json
 from metazo.models.parts import whole
-from metazo.models.sentence import SentenceClassifier
+from metazo.models.sentence import SentenceClassifier, find
 
 with needs("llm"):
     from transformers import (
@@ -48,6 +51,12 @@ _WIDTHS = (
     *("hidden_size", "n_embd", "d_model", "intermediate_size", "num_attention_heads"),
     *("d_ff", "encoder_ffn_dim", "decoder_ffn_dim", "encoder_attention_heads", "decoder_attention_heads"),
 )
+_LIMITS = {
+    **dict.fromkeys(_LAYERS, (MAX_LAYERS, "layers")),
+    **dict.fromkeys(_WIDTHS, (MAX_WIDTH, "units")),
+    **dict.fromkeys(("vocab_size", "max_position_embeddings", "n_positions"), (MAX_TOKENS, "rows")),
+    "num_labels": (MAX_WIDTH, "classes"),
+}
 _OTHER_INPUTS = ("vision_config", "audio_config", "image_size", "num_mel_bins", "feat_extract_norm")
 _PADDED = {
     *("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus", "plbart"),
@@ -86,18 +95,30 @@ def check_config(config: PreTrainedConfig, name: str) -> None:
             f"{name!r} is a {config.model_type} model, which is {what}; metazo takes causal, masked, classification and "
             "sequence-to-sequence models of text"
         )
-    text = config.get_text_config()
-    for names, limit, unit in (
-        (_LAYERS, MAX_LAYERS, "layers"),
-        (_WIDTHS, MAX_WIDTH, "units"),
-        (("vocab_size", "max_position_embeddings", "n_positions"), MAX_TOKENS, "rows"),
-    ):
-        for key in names:
-            value = getattr(text, key, None)
-            if isinstance(value, int) and not isinstance(value, bool) and not 0 <= value <= limit:
-                raise UserError(
-                    f"the config of {name!r} has {key} {value:,}, and metazo builds at most {limit:,} {unit}; check config.json"
-                )
+    check_sizes(config.to_dict(), name)
+
+
+def check_sizes(settings: Mapping[str, Any], name: str) -> None:
+    """Refuse sizes that no real model has, in a config or a config within it."""
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            check_sizes(value, name)
+        limit, unit = _LIMITS.get(key, (0, None))
+        if unit is not None and type(value) is int and not 0 <= value <= limit:
+            raise UserError(
+                f"the config of {name!r} has {key} {value:,}, and metazo builds at most {limit:,} {unit}; check config.json"
+            )
+
+
+def check_file(source: str, name: str, revision: str) -> None:
+    """`check_sizes` of config.json as it was written: transformers makes lists of some of its numbers when it reads them.
+    Raises ValueError for what is no JSON."""
+    path = find(source, "config.json", revision)
+    if path is None:  # which transformers reports
+        return
+    settings = parse_json(read_capped(path, MAX_JSON_BYTES, "settings of a model"))
+    if isinstance(settings, dict):
+        check_sizes(settings, name)
 
 
 def kind_of(config: PreTrainedConfig, kind: str, name: str) -> str:
@@ -177,8 +198,11 @@ def check_padding(model: Any, tokenizer: PreTrainedTokenizerBase, kind: str, nam
     try:
         alone = _scores(model, tokenizer, kind, [short])[0]
         padded, whole = _scores(model, tokenizer, kind, [short, long])
-    except Exception:  # a model that needs other inputs says so when it gets a batch
-        return
+    except Exception as error:
+        raise UserError(
+            f"{name!r} is a {model.config.model_type} model that fails on a plain batch of two texts ({type(error).__name__}: "
+            f"{error}); check its config.json, or choose another model."
+        ) from error
     count = len(short) if kind in ("causal", "masked") else len(alone)
     what = None
     if _differ(alone, padded[-count:] if kind == "causal" else padded[:count]):

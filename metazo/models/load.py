@@ -17,7 +17,15 @@ import torch
 from metazo.errors import UserError
 from metazo.io.allocator import give_back
 from metazo.io.extras import needs
-from metazo.models.checks import check_config, check_float64, check_padding, check_places, kind_of, not_finite
+from metazo.models.checks import (
+    check_config,
+    check_file,
+    check_float64,
+    check_padding,
+    check_places,
+    kind_of,
+    not_finite,
+)
 from metazo.models.embedded import EMBEDDED, check_folder
 from metazo.models.parts import divided, loading
 from metazo.models.quantize import (
@@ -191,8 +199,11 @@ def configuration(
 ) -> tuple[PreTrainedConfig, str]:
     """The configuration of a checkpoint and the kind of its model. Raises UserError for settings that it does not allow."""
     # without trust_remote_code a terminal is asked
+    check_file(source, name, revision or "main")
     config = AutoConfig.from_pretrained(source, revision=revision or "main", trust_remote_code=False)
     check_config(config, name)
+    for each in (config, *(getattr(config, key, None) or config for key in config.sub_configs)):
+        each.return_dict = True  # outputs are read by their names
     if quantize is not None and getattr(config, "quantization_config", None):
         raise UserError(f"`quantize` {quantize}: {name!r} is quantised already; leave it out.")
     chosen = kind_of(config, kind, name)

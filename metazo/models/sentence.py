@@ -221,7 +221,7 @@ def _beside(source: str, revision: str) -> dict[str, bytes]:
 
 def _encoder(source: str, dtype: torch.dtype, revision: str) -> PreTrainedModel:
     with quiet():  # of a pooler that is missing or left out
-        return AutoModel.from_pretrained(source, dtype=dtype, revision=revision)
+        return AutoModel.from_pretrained(source, dtype=dtype, revision=revision, return_dict=True)
 
 
 @contextmanager

@@ -61,4 +61,5 @@ def render(tokenizer: Any, chats: Sequence[tuple[str, list[dict[str, str]]]]) ->
             raise UserError(f"it makes more than {most:,} characters of these turns")
         return text
 
-    return list(bounded(written, [(f"{where}: the chat template", turns) for where, turns in chats]))
+    called = f"the chat template of {tokenizer.name_or_path or 'the tokenizer'}"
+    return list(bounded(written, [(f"{where}: {called}", turns) for where, turns in chats]))

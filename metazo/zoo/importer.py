@@ -19,7 +19,7 @@ from metazo.zoo.layout import layout, unwrapped
 from metazo.zoo.torchfile import read_networks
 
 MAX_CONFIG_BYTES = 2**20
-MOST_LAYERS = 1000
+MOST_LAYERS, MOST_LABELS = 1000, 2**17
 
 
 def import_pth(path: str | Path, base_model: str, model: str | Path | None = None, licence: str | None = None) -> Tuner:
@@ -87,8 +87,9 @@ def _check_size(path: Path) -> None:
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON") from error
     for name, value in _numbers(settings):
-        if "layer" in name and value > MOST_LAYERS:
-            raise UserError(f"{path}: {name} is more than {MOST_LAYERS:,}")
+        most = MOST_LAYERS if "layer" in name else MOST_LABELS if name == "num_labels" else value
+        if value > most:
+            raise UserError(f"{path}: {name} is more than {most:,}")
 
 
 def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:

@@ -187,11 +187,11 @@ def test_adapters_without_their_base_or_of_another_kind(adapters, tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"target_modules": "("}, "missing \\)"),
+        ({"target_modules": "("}, r"adapter_config.json: target_modules .* fails \(missing \)"),
         ({"target_modules": [5]}, "has target_modules .5., and it must be a regular expression or a list of names"),
-        ({"exclude_modules": "("}, "missing \\)"),
+        ({"exclude_modules": "("}, r"exclude_modules .* fails \(missing \)"),
         ({"exclude_modules": "(([a-z_]+)+[.]?)+!"}, "exclude_modules .* takes more than 1 s"),
-        ({"rank_pattern": {"(": 3}}, "missing \\)"),
+        ({"rank_pattern": {"(": 3}}, r"rank_pattern .* fails \(missing \)"),
         ({"rank_pattern": {"(([a-z_0-9]+)+[.]?)+!": 3}}, "rank_pattern .* takes more than 1 s"),
         ({"rank_pattern": 5}, "has rank_pattern 5, and it must be ranks of at most"),
         ({"r": 10**9}, "has r 1000000000, and it must be a whole number of at most 131,072"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +20,11 @@ from metazo.models import checks, load
 from metazo.models.assemble import as_loaded
 from metazo.models.describe import describe
 from metazo.models.load import load_model
+from metazo.models.skeleton import skeleton
 from metazo.models.tokenizer import context_length, set_pad
+from metazo.tasks import prepare, resolve
+from metazo.tasks.evaluate import evaluate
+from metazo.zoo.importer import model_shapes
 
 
 @pytest.mark.parametrize(
@@ -474,3 +479,46 @@ def test_a_field_that_a_type_does_not_have_refuses_no_causal_model(tiny, tmp_pat
     settings = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(settings | {"is_decoder": False}))
     assert load_model(str(folder)).kind == "causal"
+
+
+def changed(tiny, name: str, folder: Path, **settings: object) -> Path:
+    path = shutil.copytree(tiny(name), folder / name)
+    content = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(content | settings))
+    return path
+
+
+def test_a_number_of_classes_that_no_model_has_is_refused_before_a_list_is_made_of_it(tiny, tmp_path, monkeypatch):
+    folder = changed(tiny, "gpt2", tmp_path, num_labels=10**6)
+    monkeypatch.setattr(load.AutoConfig, "from_pretrained", None)
+    for read in (load_model, skeleton):
+        with pytest.raises(UserError, match="has num_labels 1,000,000, and metazo builds at most 131,072 classes"):
+            read(folder)
+    with pytest.raises(UserError, match="num_labels is more than 131,072"):
+        model_shapes(folder)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert", "bert_mlm", "t5"])
+def test_outputs_have_names_whatever_the_config_says(name: str, tiny, tmp_path):
+    loaded = load_model(changed(tiny, name, tmp_path, return_dict=False))
+    task = resolve("pico_span" if loaded.kind in ("causal", "seq2seq") else "pico_sentiment")
+    if loaded.kind != "masked":
+        ready = prepare(task, loaded, train=4, dev=4, test=4)
+        assert evaluate(loaded.model, ready, "dev")["examples"] == 4
+
+
+def test_a_sentence_encoder_has_names_too(minilm, tmp_path):
+    folder = shutil.copytree(minilm, tmp_path / "m")
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"return_dict": False}))
+    loaded = load_model(folder, kind="classifier", num_labels=2)
+    assert evaluate(loaded.model, prepare(resolve("pico_sentiment"), loaded, train=4, dev=4, test=4), "dev")
+
+
+def test_a_model_that_fails_on_a_plain_batch_says_so(tiny):
+    loaded = load_model(tiny("gpt2"))
+    loaded.model.config.return_dict = False
+    with pytest.raises(
+        UserError, match="is a gpt2 model that fails on a plain batch of two texts .AttributeError: 'tuple'"
+    ):
+        as_loaded(loaded.model, loaded.tokenizer)
