@@ -16,8 +16,8 @@ def bench(
     suite: Annotated[
         list[str] | None,
         typer.Option(
-            help="steps, kernels, memory, precision, meta, scaling, threads, or one part as SUITE/PART; may be repeated. "
-            "feedback, by itself: cosines of feedback estimates with the true gradient."
+            help="steps, kernels, memory, precision, meta, scaling, threads, queries, or one part as SUITE/PART; may be "
+            "repeated. feedback, by itself: cosines of feedback estimates with the true gradient."
         ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Measure small models and one shape, as a check.")] = False,
@@ -44,8 +44,12 @@ def bench(
     _check(device)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a folder.")
-    if suite == ["feedback"]:
+    if suite == ["feedback"] and rounds is None:
         return _feedback(out, quick, as_json)
+    if "feedback" in (suite or []):
+        raise UserError(
+            "--suite feedback is measured by itself, and in one round: leave other suites and --rounds out."
+        )
     settings = suites.Settings(quick, device, rounds or (2 if quick else 5))
     chosen = suites.selected(suites.parts(settings), suite or [])
     console = Terminal(stderr=as_json)

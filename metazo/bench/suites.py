@@ -174,7 +174,9 @@ def selected(made: Sequence[Part], wanted: Sequence[str]) -> list[Part]:
         if name not in names:
             suite = name.split("/")[0]
             near = sorted(f"{part.suite}/{part.name}" for part in made if part.suite == suite)
-            raise UserError(f"`suite` {name!r} is not measured here: choose {', '.join(near or SUITES)}.")
+            raise UserError(
+                f"`suite` {name!r} is not measured here: choose {', '.join(near or (*SUITES, 'feedback'))}."
+            )
     return [p for p in made if not wanted or p.suite in wanted or f"{p.suite}/{p.name}" in wanted]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from statistics import median
 from typing import Any
 
@@ -13,6 +12,7 @@ from metazo.plots.style import COLOURS, cut, log_axis, look, short, styled
 
 from .analysis import Analysis, band
 from .comparison import CONTROL, FIRST, UNTRAINED, ZEROTH, Comparison
+from .point_names import clipped, name_points
 from .tables import by_family, metric_name, worst
 
 with needs("report"):
@@ -27,7 +27,6 @@ FAMILIES = {
     FIRST: (COLOURS[1], "s", "gradients"),
     UNTRAINED: ("#000000", "X", "no training"),
 }
-Box = tuple[float, float, float, float]
 HIGHLIGHTED = 6
 GREY = "#bbbbbb"
 CHOSEN = {None: "chosen", "edge": "chosen, at the edge", "gap": "chosen, below a gap"}
@@ -73,10 +72,6 @@ def headline(analysis: Analysis) -> Figure:
             [handles[label] for label in legend], legend, loc="outside upper left", ncols=len(legend), fontsize=9
         )
     return figure
-
-
-def clipped(name: str) -> str:
-    return name if len(name) <= 28 else name[:27] + "…"
 
 
 def highlighted(analysis: Analysis) -> list[str]:
@@ -163,45 +158,6 @@ def frontier(points: Sequence[tuple[float, float, str]], higher: bool) -> list[t
         if not kept or (point[1] > kept[-1][1] if higher else point[1] < kept[-1][1]):
             kept.append(point)
     return kept
-
-
-def name_points(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
-    """Write a name beside each point within the axes, where it covers no other name or point; in a crowded place, further off
-    with a line.
-    """
-    size = 8.5
-    axes.figure.draw_without_rendering()  # type: ignore[union-attr]
-    scale = 72 / axes.figure.dpi  # points of type in a pixel
-    places = [axes.transData.transform((memory, value)) * scale for memory, value, _ in points]
-    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in places]
-    left, low, right, high = (edge * scale for edge in axes.get_window_extent().extents)
-    middle = (low + high) / 2
-    # From the edge of the figure to its middle, so that the lines of a stack do not cross.
-    outermost = sorted(zip(points, places), key=lambda pair: (-pair[0][0], -abs(pair[1][1] - middle)))
-    for (memory, value, column), (x, y) in outermost:
-        width, height = 0.58 * size * len(clipped(column)), 1.15 * size
-        near = [(dx, dy) for dy in (5, -5, 0) for dx in (7, -7 - width)]
-        inward = 1 if y < middle else -1
-        far = [(dx, sign * dy) for dy in range(12, 120, 4) for sign in (inward, -inward) for dx in (14, -14 - width)]
-        boxes = [(x + dx, y + dy - height / 2, x + dx + width, y + dy + height / 2) for dx, dy in (*near, *far)]
-        inside = [box for box in boxes if left < box[0] and low < box[1] and box[2] < right and box[3] < high]
-        box = next((box for box in inside if not any(map(partial(overlap, box), taken))), (inside or boxes)[0])
-        taken.append(box)
-        dx, dy = box[0] - x, box[1] - y + height / 2
-        line = (
-            {"arrowstyle": "-", "color": "#aaaaaa", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4}
-            if abs(dy) > 9
-            else None
-        )
-        axes.annotate(
-            clipped(column), (memory, value), (dx if dx > 0 else dx + width, dy), textcoords="offset points", fontsize=size,
-            va="center", ha="left" if dx > 0 else "right", arrowprops=line, annotation_clip=False, zorder=4,
-        )  # fmt: skip
-
-
-def overlap(one: Box, other: Box) -> bool:
-    """Whether two boxes (left, low, right, high) overlap."""
-    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
 def searched(data: Comparison) -> list[str]:

@@ -14,8 +14,9 @@ from metazo.plots.style import log_axis, look, styled
 
 from .analysis import Analysis
 from .comparison import FIRST, UNTRAINED, Comparison
-from .figures import clipped, highlighted, name_points, shared_legend
+from .figures import highlighted, shared_legend
 from .numbers import Run, number, part
+from .point_names import clipped, name_points
 from .table import NONE, Cell, Table, count, listed, loss, p_value
 from .tables import best_of, by_family, metric_name, metric_note, split_note
 

@@ -152,6 +152,8 @@ def test_figures_name_the_machine_by_kind_alone(quick: Path):
     ("flags", "sentence"),
     [
         (("--suite", "speed"), "--suite 'speed' is not measured here: choose steps, kernels, memory, precision, meta"),
+        (("--suite", "steps", "--suite", "feedback"), "--suite feedback is measured by itself"),
+        (("--suite", "feedback", "--rounds", "9"), "leave other suites and --rounds out"),
         (("--suite", "steps/2x2"), "choose steps/134M-16x128"),
         (("--device", "tpu"), "--device 'tpu' is not measured: choose cpu or cuda."),
         (("--rounds", "2"), "5"),

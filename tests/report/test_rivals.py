@@ -15,7 +15,7 @@ from metazo.report import costs, rivals
 from metazo.report.analysis import Analysis
 from metazo.report.build import build
 from metazo.report.comparison import Comparison
-from metazo.report.figures import name_points
+from metazo.report.point_names import name_points
 from tests.report import synthetic
 from tests.report.synthetic import Column
 from tests.report.test_tables import row, set_curve
@@ -248,6 +248,33 @@ def test_names_of_a_stack_of_points_are_within_the_axes_and_apart(height: float)
         bounds.x0 <= box.x0 and box.x1 <= bounds.x1 and bounds.y0 <= box.y0 and box.y1 <= bounds.y1 for box in boxes
     )
     assert not any(a.overlaps(b) for k, a in enumerate(boxes) for b in boxes[:k])
+
+
+def test_a_name_without_a_line_is_nearer_to_its_point_than_to_any_other() -> None:
+    """Two methods with nearly the memory and the loss of each other, above and below two more."""
+    points = [
+        (1.05, 0.626, "skip-feedback"),
+        (1.06, 0.634, "feedback"),
+        (1.06, 0.641, "exact-blocks"),
+        (1.14, 0.65, "sgd"),
+    ]
+    figure = Figure(figsize=(6, 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.set(xlim=(0.8, 1.6), ylim=(0.6, 1))
+    name_points(axes, points)
+    figure.draw_without_rendering()
+    at = {name: axes.transData.transform((x, y)) for x, y, name in points}
+    assert len(axes.texts) == len(points)
+    for name in axes.texts:
+        box, line = Text.get_window_extent(name), getattr(name, "arrow_patch", None)
+        gaps = {
+            other: math.hypot(max(box.x0 - x, x - box.x1, 0), max(box.y0 - y, y - box.y1, 0))
+            for other, (x, y) in at.items()
+        }
+        own = gaps.pop(name.get_text())
+        assert line is not None or min(gaps.values()) > own + 4
+    assert any(getattr(name, "arrow_patch", None) is not None for name in axes.texts)
 
 
 def test_columns_that_lack_runs_are_last_and_named(folder: Path) -> None:
