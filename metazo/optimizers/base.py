@@ -55,6 +55,7 @@ from metazo.optimizers.guards import (
     check_weights,
 )
 from metazo.optimizers.loss_watch import LossWatch
+from metazo.optimizers.returned import check_reached, check_whole, checked_update, put_back, versions
 from metazo.optimizers.saving import Saving
 from metazo.optimizers.verbs import DECAY_EXEMPT, State, Verbs
 from metazo.step.autocast import own_arithmetic
@@ -184,6 +185,7 @@ class ZOOptimizer(Verbs, Saving):
         self.exchange = ranks.Exchange(probe_ranks)
         self.loss_watch = LossWatch(check_loss and self.replayable)
         self.zo_state: State = {}
+        self._of_scale: tuple[str, ...] = ()
         super().__init__(named_groups(params), {"lr": lr, "weight_decay": weight_decay})
 
     # -- the step -------------------------------------------------------------------------------------------------
@@ -205,7 +207,8 @@ class ZOOptimizer(Verbs, Saving):
         weights are put back, the step is recorded without coefficients, and the loss returned is not finite either; of a step
         that `max_loss` refuses it is the loss. After an exception in the recorder the next call records and takes the same step
         again, without evaluating it, and the state cannot be saved before. An exception in the closure, in `update` or in the
-        rule's `begin` puts the weights back too. Masters and compensated weights are put back bit for bit; weights in place
+        rule's `begin` puts the weights back too, and the step may be taken again, unless `update` or `begin` had changed the
+        state: a saved one must then be loaded. Masters and compensated weights are put back bit for bit; weights in place
         keep the rounding of adding and removing the probe, in float32 up to 6e-8 (2^-24) of the larger of weight and probe.
         Raises UserError for a replay of a method whose steps do not follow from their records, for a closure that returns no
         number, for losses so large that their squares overflow, for weights without numbers on this device, for shards
@@ -214,6 +217,7 @@ class ZOOptimizer(Verbs, Saving):
         if replay is not None and not self.replayable:
             raise UserError(f"A step of {self.name} does not follow from its record: it cannot be replayed.")
         self._prepare(stepping=True)
+        check_whole(self)
         if self._unrecorded is not None:
             if replay is not None:
                 raise UserError(
@@ -241,16 +245,28 @@ class ZOOptimizer(Verbs, Saving):
             check_record(self, replay, estimator.queries, probes)
         drawn = self.draw_seeds(step, estimator.queries)  # of a recorded step too, after which some noises go on
         seeds = list(replay.seeds) if replay else drawn
+        with put_back(state, self._of_scale):
+            taken = self._taken(estimator, seeds, closures, replay)
+        return self._finish(taken, replay)
+
+    def _taken(
+        self, estimator: Estimator, seeds: Sequence[int], closures: Sequence[Closure], replay: Step | None
+    ) -> tuple[Step, list[Term] | None, Estimator]:
+        """The record of the present step and the terms of its update, None if a loss is not finite."""
+        state, step = self.zo_state, self.steps
         direction, scales = self._scaled(self.propose(state, step, seeds), state, step)
         for seed in seeds:
             self.noise.expect(seed, (draw for tensor in self.tensors for draw in direction.draws(tensor)))
         losses = self._probe(estimator, direction, seeds, closures, replay)
+        before = versions(state)
         try:
             if replay is None:
                 self.loss_watch.stepped(losses, closures)
             learning_rates = replay.lr if replay else self.learning_rates(step)
             finite = all(math.isfinite(loss) and abs(loss) <= self.max_loss for loss in losses)
-            update = self.update(state, step, seeds, losses) if finite else Update(())
+            update = Update(())
+            if finite:
+                update = checked_update(self.name, losses, estimator.queries, self.update(state, step, seeds, losses))
             if replay is not None:
                 check_coefficients(replay, update.coefficients)
             sigma = tuple(state["scale/sigma"].tolist()) if self.scale is not None else ()
@@ -258,16 +274,16 @@ class ZOOptimizer(Verbs, Saving):
             terms = self._terms(update, seeds, direction, scales) if finite else None
             if terms is not None:
                 terms = self._ordered(self._begun(terms, self.last_step.coefficients))
-        except OverflowError as error:
+        except BaseException as error:  # a warning that is an error, a rate that is no number
+            self._torn = versions(state) != before  # before a snapshot is exchanged again
             self.weights.leave()
+            if not isinstance(error, OverflowError):
+                raise
             raise UserError(
                 f"The losses of step {step} are {min(losses):.3g} to {max(losses):.3g}, too far apart for the squares that "
                 f"{self.name} takes of them: divide the loss, or set the optimizer's `max_loss`, above which a step is skipped."
             ) from error
-        except BaseException:  # a warning that is an error, a rate that is no number
-            self.weights.leave()
-            raise
-        return self._finish((self.last_step, terms, estimator), replay)
+        return self.last_step, terms, estimator
 
     def _finish(self, taken: tuple[Step, list[Term] | None, Estimator], replay: Step | None = None) -> float:
         """Record a step, and move the weights along its terms, if its losses are finite. Its state is new already, so if the
@@ -355,8 +371,7 @@ class ZOOptimizer(Verbs, Saving):
         """The terms in the order in which they are applied now, which is kept if the recorder fails and the probe is removed.
         Raises OverflowError for an estimate beyond float32.
         """
-        if not all(abs(term.amount) < torch.finfo(torch.float32).max for term in terms):
-            raise OverflowError
+        check_reached(term.amount for term in terms)
         return self.weights.ordered(terms) if self.rule.fused else terms
 
     def _apply(self, terms: list[Term], learning_rates: Sequence[float]) -> None:
@@ -414,7 +429,8 @@ class ZOOptimizer(Verbs, Saving):
                 self.scale.bind(self.tensors)
             self.zo_state = self.init(self.tensors) | self.rule.init(self.tensors)
             if self.scale is not None:
-                self.zo_state |= self.scale.init()
+                self.zo_state |= (added := self.scale.init())
+                self._of_scale = tuple(added)
             if self.probing != "in-turn":
                 self.zo_state["probing"] = torch.tensor(probings.UNDECIDED)
         self._ready = True

@@ -41,6 +41,7 @@ from metazo.errors import UserError
 from metazo.noise import DENSE, Stream
 from metazo.optimizers.base import State, Update, ZOOptimizer
 from metazo.optimizers.registry import Case, register
+from metazo.optimizers.returned import check_reached
 from metazo.step.directions import Diagonal, Direction, Isotropic, drawn
 from metazo.step.estimators import ThreeLosses
 
@@ -77,12 +78,14 @@ class CurvatureScaled(ZOOptimizer):
         second = ThreeLosses().second_difference(losses)
         if abs(second) > 2 * self.eps**2 * 1e30:  # H is float32
             raise OverflowError
+        coefficients = self.estimator.coefficients(losses, self.eps)
+        check_reached(coefficients)
         self.weights.leave()  # the probe must be removed with the old H
         stream = self.noise.stream(seeds[0])
         stream.prepare((tensor, None, DENSE) for tensor in self.tensors)
         for tensor in self.tensors:
             self.absorb(tensor, stream, second)
-        return Update(self.estimator.coefficients(losses, self.eps))
+        return Update(coefficients)
 
 
 @register

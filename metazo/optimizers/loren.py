@@ -48,6 +48,7 @@ from metazo.errors import UserError
 from metazo.noise import INITIAL, Stream
 from metazo.optimizers.base import State, Update, ZOOptimizer
 from metazo.optimizers.registry import Case, register
+from metazo.optimizers.returned import check_reached
 from metazo.step.directions import Direction, Isotropic, Reflected
 from metazo.step.estimators import LeaveOneOut
 from metazo.step.rules import SGD, Momentum, Rule
@@ -148,6 +149,7 @@ class LOREN(ZOOptimizer):
 
     def update(self, state: State, step: int, seeds: Sequence[int], losses: Sequence[float]) -> Update:
         coefficients = self.estimator.coefficients(losses, self.eps)
+        check_reached(coefficients)
         direction, streams = self.propose(state, step, seeds), [self.noise.stream(seed) for seed in seeds]
         for stream in streams if self.lr_cov else ():
             stream.prepare(draw for tensor in self.tensors for draw in direction.draws(tensor))

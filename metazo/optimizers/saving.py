@@ -17,6 +17,7 @@ from metazo.blocks import NamedTensor, uncompiled
 from metazo.errors import UserError
 from metazo.kernels.splitfloat import LAYOUTS, with_bits
 from metazo.noise import Noise, TorchOrderNoise
+from metazo.optimizers.returned import check_whole
 from metazo.optimizers.verbs import State
 from metazo.step.estimators import Estimator
 from metazo.step.precision import policy
@@ -52,6 +53,8 @@ class Saving(Optimizer):
     estimator: Estimator
     _ready: bool
     _unrecorded: Any
+    _torn = False
+    """Whether a step has failed after it had changed the state, which then belongs to no step."""
     settle: Callable[[], None]
     _prepare: Callable[[], None]
 
@@ -59,8 +62,10 @@ class Saving(Optimizer):
         """All state as tensors by name, masters and compensation included, ready to be stored as safetensors.
 
         Of a sharded model it is the state of this process's shards, with a checksum of their places. Raises UserError after an
-        exception in the recorder, because the state is then that of a step which is neither recorded nor counted.
+        exception in the recorder, because the state is then that of a step which is neither recorded nor counted, and
+        after a step that failed when it had changed the state.
         """
+        check_whole(self)
         if self._unrecorded is not None:
             raise UserError(
                 "The last step is not recorded yet, because the recorder failed: call step() again, which records it, before "
@@ -105,7 +110,7 @@ class Saving(Optimizer):
             value.copy_(self._converted(name, state[name], value.dtype))
         self.weights.take_up()
         self.steps, self.forwards = (int(n) for n in state["counters"])
-        self._unrecorded = None
+        self._unrecorded, self._torn = None, False
 
     def _repeats(self) -> bool:
         """Whether the noise gives a step the same numbers whenever it is asked. Of one that does not, the question moves the

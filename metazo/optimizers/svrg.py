@@ -44,6 +44,7 @@ from metazo.errors import UserError
 from metazo.optimizers.base import State, ZOOptimizer
 from metazo.optimizers.groups import Closure, listed
 from metazo.optimizers.registry import Case, register
+from metazo.optimizers.returned import check_reached
 from metazo.step.estimators import ControlVariate, Estimator, TwoPoint
 from metazo.step.record import Update
 from metazo.step.terms import Term
@@ -193,6 +194,7 @@ class MeZOSVRG(ZOOptimizer):
     def update(self, state: State, step: int, seeds: Sequence[int], losses: Sequence[float]) -> Update:
         estimator = self.estimator_for(state, step)
         (c,) = estimator.coefficients(losses, self.eps)
+        check_reached([c])
         self._watch(state, step, estimator.loss(losses))
         if not self.is_full():
             gbar = Term(None, int(state["svrg/seed"]), float(state["svrg/full"]))

@@ -1,0 +1,163 @@
+"""What methods and rules of one's own return, and what a step that fails leaves of their state."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from metazo.errors import UserError
+from metazo.optimizers.base import ZOOptimizer
+from metazo.optimizers.registry import OPTIMIZERS
+from metazo.step.estimators import OneSided
+from metazo.step.record import Step, Update
+from tests.optimizers.contract import make, quadratic, take
+
+
+@pytest.mark.parametrize("size", [1e37, 1e160])
+@pytest.mark.parametrize("rule", ["sgd", "adam"])
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+def test_a_step_that_is_refused_leaves_no_trace(name: str, rule: str, size: float) -> None:
+    """The count of adam, the vector of loren and the snapshot of svrg were of a step that is not in the log."""
+    if OPTIMIZERS[name].needs_model:
+        pytest.skip("the contract's problems are no language models")
+    options = {} if OPTIMIZERS[name].own_rule else {"rule": rule}
+    ends = []
+    for spike in (True, False):
+        problem, records = quadratic(), list[Step]()
+        optimizer = make(name, problem.named(), 1e-4, **options)
+        optimizer.recorder, calls = records.append, [0]
+
+        def high(problem=problem, calls=calls) -> torch.Tensor:
+            calls[0] += 1
+            return problem() + size * calls[0] ** 2
+
+        for step in range(4):
+            if spike and step in (2, 3):
+                try:
+                    take(optimizer, high)
+                except UserError:
+                    assert optimizer.steps == step and len(records) == step
+                else:
+                    return  # the method takes such losses
+            take(optimizer, problem)
+        ends.append([*problem.copies(), *optimizer.zo_state.values()])
+    for one, other in zip(*ends):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)  # rounding, by way of networks of float32
+
+
+class Returns(ZOOptimizer):
+    """Four one-sided directions, and an update made of their coefficients by `form`."""
+
+    name, estimator = "returns", OneSided(4)
+    form: Callable[[Any], Any] = Update
+
+    def update(self, state, step: int, seeds: Sequence[int], losses: Sequence[float]) -> Any:
+        return self.form(self.estimator.coefficients(losses, self.eps))
+
+
+def test_coefficients_of_any_kind_of_number_are_recorded_and_applied_as_floats() -> None:
+    """A generator was recorded and not applied; tensors and float32 of numpy ended in a TypeError at the log."""
+    ends = []
+    forms = (
+        list,
+        tuple,
+        iter,
+        np.array,
+        lambda c: torch.tensor(c, dtype=torch.float64),
+        lambda c: [torch.tensor(c[0]), *c[1:]],
+    )
+    for form in (*forms, lambda c: np.array(c, np.float32)):
+        problem = quadratic()
+        optimizer = Returns(problem.named(), lr=1e-2)
+        optimizer.form = lambda found, form=form: Update(form(found))
+        optimizer.step(problem)
+        assert optimizer.last_step is not None
+        assert len(json.loads(json.dumps(optimizer.last_step.to_dict()))["coefficients"]) == 4
+        ends.append(problem.flat())
+    for other in ends[1:]:
+        torch.testing.assert_close(other, ends[0], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("form", "words"),
+    [
+        (lambda c: Update(c[:2]), "`update` of returns returned 2 coefficients, and a step has 4 directions"),
+        (lambda c: Update([9.0, *c]), "`update` of returns returned 5 coefficients, and a step has 4 directions"),
+        (lambda c: Update([math.nan] * 4), "returned the coefficient nan, from losses of .* it must be finite"),
+        (lambda c: Update([math.inf] * 4), "returned the coefficient inf, from losses of .* it must be finite"),
+        (lambda c: Update(["a"] * 4), "`update` of returns must return an Update of numbers"),
+        (lambda c: Update(0.5), "`update` of returns must return an Update of numbers"),  # type: ignore[arg-type]
+        (lambda c: c, "`update` of returns must return an Update of numbers, not a list of 4"),
+        (lambda c: None, "`update` of returns must return an Update of numbers, not None"),
+    ],
+)
+def test_an_update_that_cannot_be_applied_is_refused(form, words: str) -> None:
+    problem = quadratic()
+    optimizer, before = Returns(problem.named(), lr=1e-2), problem.copies()
+    optimizer.form = form
+    with pytest.raises(UserError, match=words):
+        optimizer.step(problem)
+    assert all(torch.allclose(p, old, rtol=0, atol=1e-12) for p, old in zip(problem.parameters(), before))
+    optimizer.form = Update
+    optimizer.step(problem)
+    assert optimizer.steps == 1
+
+
+class Counts(ZOOptimizer):
+    name, fails = "counts", False
+
+    def init(self, tensors):
+        return {"n": torch.zeros(())}
+
+    def update(self, state, step: int, seeds: Sequence[int], losses: Sequence[float]) -> Update:
+        state["n"] += 1
+        if self.fails:
+            raise ArithmeticError("of the method")
+        return Update(self.estimator.coefficients(losses, self.eps))
+
+
+def test_after_a_failure_that_changed_the_state_a_saved_one_must_be_loaded() -> None:
+    """The step was taken again on the state of the one that failed, and that state was saved."""
+    problem = quadratic()
+    optimizer = Counts(problem.named(), lr=1e-2)
+    optimizer.step(problem)
+    saved = optimizer.state_dict()
+    optimizer.fails = True
+    with pytest.raises(ArithmeticError, match="of the method"):
+        optimizer.step(problem)
+    optimizer.fails = False
+    for call in (lambda: optimizer.step(problem), optimizer.state_dict):
+        with pytest.raises(
+            UserError, match=r"Step 1 of counts failed after it had changed the state, .* load a saved state"
+        ):
+            call()
+    optimizer.load_state_dict(saved)
+    optimizer.step(problem)
+    assert optimizer.steps == 2 and optimizer.zo_state["n"] == 2
+
+
+@pytest.mark.parametrize("fails", [KeyboardInterrupt, UserError])
+def test_a_closure_that_fails_leaves_the_scales_as_they_were(fails: type[BaseException]) -> None:
+    """A tuner's networks read their own scales of the step before, which were those of the step that failed."""
+    ends = []
+    for error in (None, fails):
+        problem = quadratic()
+        optimizer = make("zo-finetuner", problem.named(), 1e-3)
+        for step in range(4):
+            if error is not None and step == 2:
+
+                def closure(error=error) -> float:
+                    raise error
+
+                with pytest.raises(error):
+                    optimizer.step(closure)
+            optimizer.step(problem)
+        ends.append([problem.flat(), optimizer.zo_state["scale/sigma"]])
+    for one, other in zip(*ends):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
