@@ -14,7 +14,8 @@ and, if it needs them, in these hooks (verbs.py has all of them with their defau
 
     estimator_for(state, step)                   the probes of this step (default: the attribute `estimator`)
     closure_for(state, step, closure)            the loss of this step (default: the given closure)
-    displacements(estimator, direction, seeds)   each probe as a sum of terms (default: multiple * eps * d(seed))
+    displacements(estimator, direction, seeds)   each probe as a sum of terms (default: multiple * eps * d(seed));
+                                                 directions of one's own are put under the block scales
     evaluation(), evaluate(closures)             the context around evaluations (default: inference mode), and the mean loss:
                                                  override them for gradients, or for hooks during one evaluation at theta
     learning_rates(step), decays(tensor)         rates of the parameter groups, and what weight decay acts on
@@ -48,6 +49,7 @@ from metazo.optimizers.guards import (
     check_coefficients,
     check_graph,
     check_moved,
+    check_numbers,
     check_reach,
     check_record,
     check_shards,
@@ -59,26 +61,15 @@ from metazo.optimizers.returned import check_reached, check_whole, checked_updat
 from metazo.optimizers.saving import Saving
 from metazo.optimizers.verbs import DECAY_EXEMPT, State, Verbs
 from metazo.step.autocast import own_arithmetic
-from metazo.step.directions import Direction, Scaled
 from metazo.step.estimators import Estimator, balanced
 from metazo.step.precision import check_used, warn_of_drift
 from metazo.step.record import Step, Update
 from metazo.step.rules import Rule, named_rule
 from metazo.step.scales import BlockScale, RMSScale
-from metazo.step.terms import Term
+from metazo.step.terms import Along, Term
 from metazo.step.weights import Weights
 
 __all__ = ["DECAY_EXEMPT", "State", "Step", "Update", "ZOOptimizer"]
-
-
-def _numbers(**values: float) -> None:
-    for name, value in values.items():
-        try:
-            fits = math.isfinite(value) and value >= 0 and not isinstance(value, bool)
-        except TypeError:
-            fits = False
-        if not fits:
-            raise UserError(f"`{name}` must be a finite number of at least 0, not {value!r}.")
 
 
 class ZOOptimizer(Verbs, Saving):
@@ -147,7 +138,7 @@ class ZOOptimizer(Verbs, Saving):
         check_every: int = 100,
         probe_ranks: int = 1,
     ):
-        _numbers(lr=lr, eps=eps, weight_decay=weight_decay)
+        check_numbers(lr=lr, eps=eps, weight_decay=weight_decay)
         if not isinstance(seed, Integral) or isinstance(seed, bool) or not 0 <= seed < 2**64:
             raise UserError(f"`seed` must be a whole number of 0 to 2^64 - 1, not {seed!r}.")
         if eps == 0:
@@ -254,10 +245,11 @@ class ZOOptimizer(Verbs, Saving):
     ) -> tuple[Step, list[Term] | None, Estimator]:
         """The record of the present step and the terms of its update, None if a loss is not finite."""
         state, step = self.zo_state, self.steps
-        direction, scales = self._scaled(self.propose(state, step, seeds), state, step)
+        direction = self.propose(state, step, seeds)
+        along = Along(direction, self.scale and self.scale.scales(state, step, self.weights.whole))
         for seed in seeds:
-            self.noise.expect(seed, (draw for tensor in self.tensors for draw in direction.draws(tensor)))
-        losses = self._probe(estimator, direction, seeds, closures, replay)
+            self.noise.expect(seed, (draw for tensor in self.tensors for draw in along.probed.draws(tensor)))
+        losses = self._probe(estimator, along, seeds, closures, replay)
         before = versions(state)
         try:
             if replay is None:
@@ -271,7 +263,7 @@ class ZOOptimizer(Verbs, Saving):
                 check_coefficients(replay, update.coefficients)
             sigma = tuple(state["scale/sigma"].tolist()) if self.scale is not None else ()
             self.last_step = Step(step, tuple(seeds), tuple(losses), tuple(update.coefficients), learning_rates, sigma)
-            terms = self._terms(update, seeds, direction, scales) if finite else None
+            terms = along.estimate(seeds, update.coefficients, update.terms) if finite else None
             if terms is not None:
                 terms = self._ordered(self._begun(terms, self.last_step.coefficients))
         except BaseException as error:  # a warning that is an error, a rate that is no number
@@ -302,27 +294,10 @@ class ZOOptimizer(Verbs, Saving):
         self.steps += 1
         return estimator.loss(record.losses) if all(map(math.isfinite, record.losses)) else sum(record.losses)
 
-    def _scaled(self, direction: Direction, state: State, step: int) -> tuple[Direction, dict[str, float] | None]:
-        if self.scale is None:
-            return direction, None
-        scales = self.scale.scales(state, step, self.weights.whole)
-        return Scaled(direction, scales), scales
-
-    @staticmethod
-    def _terms(update: Update, seeds: Sequence[int], along: Direction, scales: dict[str, float] | None) -> list[Term]:
-        """The sum of terms that is the estimate, under the block scales."""
-        if update.terms is None:
-            return [Term(along, seed, c) for seed, c in zip(seeds, update.coefficients)]
-        scaled: dict[Direction | None, Direction] = {None: along}
-        for term in update.terms:
-            if term.direction is not None:
-                scaled[term.direction] = term.direction if scales is None else Scaled(term.direction, scales)
-        return [Term(scaled[term.direction], term.seed, term.amount) for term in update.terms]
-
     def _probe(
         self,
         estimator: Estimator,
-        direction: Direction,
+        along: Along,
         seeds: Sequence[int],
         closures: Sequence[Closure],
         replay: Step | None,
@@ -332,7 +307,8 @@ class ZOOptimizer(Verbs, Saving):
         Weights in place keep the rounding of every move, so every process makes all of them, whether it owns the probe or
         not; of other weights all processes make the last, because an update depends on the probe that it removes.
         """
-        probes, given = self.displacements(estimator, direction, seeds), replay.losses if replay else None
+        probes = [tuple(map(along.scaled, terms)) for terms in self.displacements(estimator, along.probed, seeds)]
+        given = replay.losses if replay else None
 
         def in_turn() -> list[float]:
             losses: list[float] = []
@@ -441,7 +417,7 @@ class ZOOptimizer(Verbs, Saving):
         check_group(param_group)
         before = sum(len(group["params"]) for group in self.param_groups)
         param_group["params"] = named_members(param_group["params"], before)
-        _numbers(**{name: param_group[name] for name in ("lr", "weight_decay") if name in param_group})
+        check_numbers(**{name: param_group[name] for name in ("lr", "weight_decay") if name in param_group})
         check_reach(self.eps, param_group["params"])
         param_group.setdefault("own_decay", "weight_decay" in param_group)  # in the group, with which it is saved
         super().add_param_group(param_group)

@@ -109,6 +109,17 @@ def _check_entries(cluster: Sequence[tuple[int, str, Tensor]]) -> None:
             raise UserError(f"{name} has entries that share memory (a view that overlaps itself): pass a copy.")
 
 
+def check_numbers(**values: float) -> None:
+    """Raises UserError for a value that is not a finite number of at least 0."""
+    for name, value in values.items():
+        try:
+            fits = math.isfinite(value) and value >= 0 and not isinstance(value, bool)
+        except TypeError:
+            fits = False
+        if not fits:
+            raise UserError(f"`{name}` must be a finite number of at least 0, not {value!r}.")
+
+
 REACH = 10  # the largest of a billion normal numbers is 6
 
 

@@ -72,7 +72,10 @@ class Verbs(Method):
         return [self.noise.seed(step, query) for query in range(queries)]
 
     def displacements(self, estimator: Estimator, direction: Direction, seeds: Sequence[int]) -> probings.Probes:
-        """The displacement of each of the estimator's probes; empty for theta itself."""
+        """The displacement of each of the estimator's probes; empty for theta itself.
+
+        direction: the proposed one, under the block scales if there are any. Other directions are put under them afterwards.
+        """
         return [
             () if probe.query is None else (Term(direction, seeds[probe.query], probe.multiple * self.eps),)
             for probe in estimator.probes()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from metazo.blocks import NamedTensor
 from metazo.noise import Stream
-from metazo.step.directions import Direction
+from metazo.step.directions import Direction, Scaled
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,38 @@ class Term:
     def add_(self, stream: Stream, tensor: NamedTensor, out: Tensor, beta: float = 1.0, start: int = 0) -> None:
         """out = beta * out + amount * d, in place."""
         self.along.add_(stream, tensor, out, self.amount, beta, start)
+
+
+class Along:
+    """The directions of one step under its block scales: the proposed one, and those that a method brings in its terms.
+
+    Attribute probed: the proposed direction as it is probed.
+    """
+
+    def __init__(self, proposed: Direction, scales: Mapping[str, float] | None):
+        self.scales, self.own = scales, dict[Direction, Direction]()
+        self.probed = proposed if scales is None else Scaled(proposed, scales)
+
+    def scaled(self, term: Term) -> Term:
+        """The same multiple of the term's direction under the scales, or of the proposed one if the term has none."""
+        direction = term.direction
+        if direction is None:
+            return replace(term, direction=self.probed)
+        if self.scales is None or self._is_scaled(direction):
+            return term
+        return replace(term, direction=self.own.setdefault(direction, Scaled(direction, self.scales)))
+
+    def _is_scaled(self, direction: Direction | None) -> bool:
+        """Whether this is the probed direction, or one around it (`inner`)."""
+        while direction is not None and direction is not self.probed:
+            direction = getattr(direction, "inner", None)
+        return direction is not None
+
+    def estimate(self, seeds: Sequence[int], coefficients: Sequence[float], terms: Sequence[Term] | None) -> list[Term]:
+        """The sum of terms that is the estimate of a method's Update."""
+        if terms is None:
+            terms = [Term(None, seed, c) for seed, c in zip(seeds, coefficients)]
+        return [self.scaled(term) for term in terms]
 
 
 @dataclass(frozen=True)

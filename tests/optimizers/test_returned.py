@@ -14,8 +14,10 @@ import torch
 from metazo.errors import UserError
 from metazo.optimizers.base import ZOOptimizer
 from metazo.optimizers.registry import OPTIMIZERS
+from metazo.step.directions import Isotropic, Sparse
 from metazo.step.estimators import OneSided
 from metazo.step.record import Step, Update
+from metazo.step.terms import Term
 from tests.optimizers.contract import make, quadratic, take
 
 
@@ -161,3 +163,38 @@ def test_a_closure_that_fails_leaves_the_scales_as_they_were(fails: type[BaseExc
         ends.append([problem.flat(), optimizer.zo_state["scale/sigma"]])
     for one, other in zip(*ends):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
+
+
+class Probes(ZOOptimizer):
+    """Probes and updates along a direction of its own, or along one around the given direction."""
+
+    name, own, wraps = "probes", Isotropic(), False
+
+    def displacements(self, estimator, direction, seeds):
+        along = Sparse(direction, [tensor.name for tensor in self.tensors]) if self.wraps else self.own
+        return [(Term(along, seeds[0], probe.multiple * self.eps),) for probe in estimator.probes()]
+
+    def update(self, state, step: int, seeds: Sequence[int], losses: Sequence[float]) -> Update:
+        (c,) = self.estimator.coefficients(losses, self.eps)
+        return Update([c], None if self.wraps else [Term(self.own, seeds[0], c)])
+
+
+@pytest.mark.parametrize("wraps", [False, True])
+def test_a_probe_of_ones_own_is_under_the_block_scale_once(wraps: bool) -> None:
+    """The update was scaled and the probe was not."""
+    ends = []
+    for cls in (Probes, ZOOptimizer):
+        problem, seen = quadratic(), []
+
+        def closure(problem=problem, seen=seen) -> torch.Tensor:
+            seen.append(problem.flat().detach())
+            return problem()
+
+        optimizer = cls(problem.named(), lr=1e-2, scale="rms", check_loss=False)
+        if isinstance(optimizer, Probes):
+            optimizer.wraps = wraps
+        for _ in range(2):
+            optimizer.step(closure)
+        ends.append([*seen, problem.flat()])
+    for one, other in zip(*ends):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
