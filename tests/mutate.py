@@ -90,7 +90,7 @@ MUTANTS = [
            "lambda tensor: learning_rates[0]"),
     Mutant("decay of biases", "optimizers/verbs.py", "or not any(part in tensor.name", "or True or not any(part in tensor.name"),
     Mutant("a failure after the probes leaves one on", "optimizers/base.py",
-           "exchanged again\n            self.weights.leave()", "exchanged again\n            pass"),
+           "exchanged again\n                self.weights.leave()", "exchanged again\n                pass"),
     Mutant("slices that overlap are not seen", "optimizers/guards.py", "        own.fill_(number)\n", "        own.fill_(0)\n"),
     Mutant("a group's own decay is ignored", "optimizers/verbs.py", "return own or not", "return not",
            room="tests/optimizers/test_guards.py"),

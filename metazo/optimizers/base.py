@@ -237,45 +237,42 @@ class ZOOptimizer(Verbs, Saving):
         drawn = self.draw_seeds(step, estimator.queries)  # of a recorded step too, after which some noises go on
         seeds = list(replay.seeds) if replay else drawn
         with put_back(state, self._of_scale):
-            taken = self._taken(estimator, seeds, closures, replay)
-        return self._finish(taken, replay)
-
-    def _taken(
-        self, estimator: Estimator, seeds: Sequence[int], closures: Sequence[Closure], replay: Step | None
-    ) -> tuple[Step, list[Term] | None, Estimator]:
-        """The record of the present step and the terms of its update, None if a loss is not finite."""
-        state, step = self.zo_state, self.steps
-        direction = self.propose(state, step, seeds)
-        along = Along(direction, self.scale and self.scale.scales(state, step, self.weights.whole))
-        for seed in seeds:
-            self.noise.expect(seed, (draw for tensor in self.tensors for draw in along.probed.draws(tensor)))
-        losses = self._probe(estimator, along, seeds, closures, replay)
-        before = versions(state)
-        try:
-            if replay is None:
-                self.loss_watch.stepped(losses, closures)
-            learning_rates = replay.lr if replay else self.learning_rates(step)
-            finite = all(math.isfinite(loss) and abs(loss) <= self.max_loss for loss in losses)
-            update = Update(())
-            if finite:
-                update = checked_update(self.name, losses, estimator.queries, self.update(state, step, seeds, losses))
-            if replay is not None:
-                check_coefficients(replay, update.coefficients)
-            sigma = tuple(state["scale/sigma"].tolist()) if self.scale is not None else ()
-            self.last_step = Step(step, tuple(seeds), tuple(losses), tuple(update.coefficients), learning_rates, sigma)
-            terms = along.estimate(seeds, update.coefficients, update.terms) if finite else None
-            if terms is not None:
-                terms = self._ordered(self._begun(terms, self.last_step.coefficients))
-        except BaseException as error:  # a warning that is an error, a rate that is no number
-            self._torn = versions(state) != before  # before a snapshot is exchanged again
-            self.weights.leave()
-            if not isinstance(error, OverflowError):
-                raise
-            raise UserError(
-                f"The losses of step {step} are {min(losses):.3g} to {max(losses):.3g}, too far apart for the squares that "
-                f"{self.name} takes of them: divide the loss, or set the optimizer's `max_loss`, above which a step is skipped."
-            ) from error
-        return self.last_step, terms, estimator
+            direction = self.propose(state, step, seeds)
+            along = Along(direction, self.scale and self.scale.scales(state, step, self.weights.whole))
+            for seed in seeds:
+                self.noise.expect(seed, (draw for tensor in self.tensors for draw in along.probed.draws(tensor)))
+            losses = self._probe(estimator, along, seeds, closures, replay)
+            before = versions(state)
+            try:
+                if replay is None:
+                    self.loss_watch.stepped(losses, closures)
+                learning_rates = replay.lr if replay else self.learning_rates(step)
+                finite = all(math.isfinite(loss) and abs(loss) <= self.max_loss for loss in losses)
+                update = Update(())
+                if finite:
+                    update = checked_update(
+                        self.name, losses, estimator.queries, self.update(state, step, seeds, losses)
+                    )
+                if replay is not None:
+                    check_coefficients(replay, update.coefficients)
+                sigma = tuple(state["scale/sigma"].tolist()) if self.scale is not None else ()
+                self.last_step = Step(
+                    step, tuple(seeds), tuple(losses), tuple(update.coefficients), learning_rates, sigma
+                )
+                terms = along.estimate(seeds, update.coefficients, update.terms) if finite else None
+                if terms is not None:
+                    terms = self._ordered(self._begun(terms, self.last_step.coefficients))
+            except BaseException as error:  # a warning that is an error, a rate that is no number
+                self._torn = versions(state) != before  # before a snapshot is exchanged again
+                self.weights.leave()
+                if not isinstance(error, OverflowError):
+                    raise
+                raise UserError(
+                    f"The losses of step {step} are {min(losses):.3g} to {max(losses):.3g}, too far apart for the squares that "
+                    f"{self.name} takes of them: divide the loss, or set the optimizer's `max_loss`, above which a step is "
+                    "skipped."
+                ) from error
+        return self._finish((self.last_step, terms, estimator), replay)
 
     def _finish(self, taken: tuple[Step, list[Term] | None, Estimator], replay: Step | None = None) -> float:
         """Record a step, and move the weights along its terms, if its losses are finite. Its state is new already, so if the

@@ -163,7 +163,7 @@ class BlockScale:
                 f"{len(zeros)} of the {len(self.blocks)} trained blocks are zeros, the first is {zeros[0].name}, and hold "
                 f"{share:.0%} of the entries. The scale follows the size of weights and probes these by {RMS_FLOOR:.0%} of the "
                 "rms of all, so that they hardly learn. LoRA's factors begin in this way: leave `scale` out for them.",
-                stacklevel=7,  # the caller of `step`
+                stacklevel=6,  # the caller of `step`
             )
 
     def identity(self) -> str:
