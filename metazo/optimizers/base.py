@@ -6,7 +6,7 @@
 The base owns seeds, probing, the update in place, block scales, the reduction of losses over processes and the step record;
 saving.py is how its state is stored. A method file holds the paper's mathematics in three verbs:
 
-    init(tensors) -> State                       all state as tensors by name, saved as they are
+    init(tensors) -> State                       all state as tensors by name, which keep their shapes and dtypes
     propose(state, step, seeds) -> Direction     the direction to probe; drawing it later writes no state
     update(state, step, seeds, losses) -> Update coefficients, and the terms of the update if they are not c_k d_k
 
@@ -57,7 +57,15 @@ from metazo.optimizers.guards import (
     check_weights,
 )
 from metazo.optimizers.loss_watch import LossWatch
-from metazo.optimizers.returned import check_reached, check_whole, checked_update, put_back, versions
+from metazo.optimizers.returned import (
+    check_form,
+    check_reached,
+    check_whole,
+    checked_update,
+    joined,
+    put_back,
+    versions,
+)
 from metazo.optimizers.saving import Saving
 from metazo.optimizers.verbs import DECAY_EXEMPT, State, Verbs
 from metazo.step.autocast import own_arithmetic
@@ -262,6 +270,8 @@ class ZOOptimizer(Verbs, Saving):
                 terms = along.estimate(seeds, update.coefficients, update.terms) if finite else None
                 if terms is not None:
                     terms = self._ordered(self._begun(terms, self.last_step.coefficients))
+                if step == 0:
+                    check_form(state, self._form)
             except BaseException as error:  # a warning that is an error, a rate that is no number
                 self._torn = versions(state) != before  # before a snapshot is exchanged again
                 self.weights.leave()
@@ -400,12 +410,13 @@ class ZOOptimizer(Verbs, Saving):
                 check_graph(self.name, ((tensor.name, tensor.param) for tensor in self.tensors))
             if self.scale is not None:
                 self.scale.bind(self.tensors)
-            self.zo_state = self.init(self.tensors) | self.rule.init(self.tensors)
+            parts = {self.name: self.init(self.tensors), "the rule": self.rule.init(self.tensors)}
             if self.scale is not None:
-                self.zo_state |= (added := self.scale.init())
-                self._of_scale = tuple(added)
+                parts["the scale"] = self.scale.init()
+            self.zo_state, self._of_scale = joined(parts), tuple(parts.get("the scale", ()))
             if self.probing != "in-turn":
                 self.zo_state["probing"] = torch.tensor(probings.UNDECIDED)
+            self._form = {name: value.to("meta") for name, value in self.zo_state.items()}
         self._ready = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

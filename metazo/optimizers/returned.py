@@ -14,6 +14,43 @@ from torch import Tensor
 from metazo.errors import UserError
 from metazo.optimizers.guards import described
 from metazo.step.record import Update
+from metazo.step.rules import State
+
+RESERVED = {"counters", "probing", "shards"}
+"""Names of the optimizer's own among the tensors of its saved state, beside those that begin with master/ or compensation/."""
+
+
+def joined(parts: Mapping[str, State]) -> State:
+    """The state of these parts of an optimizer. Raises UserError for a name of two parts, or of the optimizer's own."""
+    owners: dict[str, str] = {}
+    for part, state in parts.items():
+        for name, value in state.items():
+            other = owners.setdefault(name, part)
+            if name in RESERVED or name.startswith(("master/", "compensation/")):
+                other = "the optimizer itself"
+            if other != part:
+                raise UserError(
+                    f"`init` of {part} names a tensor {name}, and {other} has one of that name: choose another."
+                )
+            if not isinstance(value, Tensor):
+                raise UserError(f"`init` of {part} gives {name} as {described(value)}: all state must be tensors.")
+    return {name: value for state in parts.values() for name, value in state.items()}
+
+
+def check_form(state: Mapping[str, Any], form: Mapping[str, Tensor]) -> None:
+    """Raises UserError if the state has other names, shapes or dtypes than `init` gave it, with which it is loaded.
+
+    form: tensors of the device meta.
+    """
+    for name in sorted({*state, *form}):
+        now, then = state.get(name), form.get(name)
+        if isinstance(now, Tensor) and then is not None and (now.shape, now.dtype) == (then.shape, then.dtype):
+            continue
+        found = described(now) if name in state else "gone"
+        raise UserError(
+            f"The state {name} is {found} after a step, and `init` gave {described(then) if then is not None else 'none'}: "
+            "names, shapes and dtypes must remain, so that a saved state can be loaded; change tensors in place."
+        )
 
 
 def versions(state: Mapping[str, Any]) -> dict[str, tuple[int, int]]:

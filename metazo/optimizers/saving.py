@@ -17,7 +17,7 @@ from metazo.blocks import NamedTensor, uncompiled
 from metazo.errors import UserError
 from metazo.kernels.splitfloat import LAYOUTS, with_bits
 from metazo.noise import Noise, TorchOrderNoise
-from metazo.optimizers.returned import check_whole
+from metazo.optimizers.returned import check_form, check_whole
 from metazo.optimizers.verbs import State
 from metazo.step.estimators import Estimator
 from metazo.step.precision import policy
@@ -48,6 +48,7 @@ class Saving(Optimizer):
     precision: str
     weights: Weights
     zo_state: State
+    _form: State
     common: frozenset[str]
     rule: Rule
     estimator: Estimator
@@ -71,7 +72,9 @@ class Saving(Optimizer):
                 "The last step is not recorded yet, because the recorder failed: call step() again, which records it, before "
                 "you save the state."
             )
-        return self._tensors()
+        tensors = self._tensors()
+        check_form(self.zo_state, self._form)
+        return tensors
 
     def _tensors(self) -> State:
         self._prepare()

@@ -198,3 +198,63 @@ def test_a_probe_of_ones_own_is_under_the_block_scale_once(wraps: bool) -> None:
         ends.append([*seen, problem.flat()])
     for one, other in zip(*ends):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+class Holds(ZOOptimizer):
+    name, first, changed = "holds", {"h": torch.zeros(2)}, None
+
+    def init(self, tensors):
+        return dict(self.first)
+
+    def update(self, state, step: int, seeds: Sequence[int], losses: Sequence[float]) -> Update:
+        if self.changed is not None:
+            self.changed(state)
+        return Update(self.estimator.coefficients(losses, self.eps))
+
+
+@pytest.mark.parametrize(
+    "name", ["counters", "probing", "shards", "master/w", "compensation/w", "adam_steps", "scale/sigma"]
+)
+def test_names_of_state_that_another_part_has_are_refused(name: str) -> None:
+    """The one was overwritten with the other, and a resumed run went on from another state."""
+    problem = quadratic()
+    optimizer = Holds(problem.named(), lr=1e-2, rule="adam", scale="rms")
+    optimizer.first = {name: torch.zeros(2)}
+    with pytest.raises(UserError, match=f"`init` of (holds|the rule|the scale) names a tensor {name}, and"):
+        optimizer.step(problem)
+
+
+def test_state_that_is_no_tensor_is_refused() -> None:
+    problem = quadratic()
+    optimizer = Holds(problem.named(), lr=1e-2)
+    optimizer.first = {"h": 0.5}  # type: ignore[dict-item]
+    with pytest.raises(UserError, match="`init` of holds gives h as 0.5, a float: all state must be tensors"):
+        optimizer.step(problem)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        (
+            lambda state: state.update(h=torch.zeros(3)),
+            r"h is a tensor of shape \(3,\) .* gave a tensor of shape \(2,\)",
+        ),
+        (lambda state: state.update(h=torch.zeros(2).double()), "h is a tensor of shape .*float64 after .*float32"),
+        (lambda state: state.update(h=0.5), "h is 0.5, a float after a step"),
+        (lambda state: state.update(new=torch.zeros(())), "new is a tensor .* and `init` gave none"),
+        (lambda state: state.pop("h"), "h is gone after a step"),
+    ],
+)
+def test_state_that_loses_the_form_of_init_is_refused(changed, words: str) -> None:
+    """It was noticed when the saved state was loaded."""
+    problem = quadratic()
+    optimizer = Holds(problem.named(), lr=1e-2)
+    optimizer.changed = changed
+    with pytest.raises(UserError, match=f"The state {words}"):
+        optimizer.step(problem)
+    later = Holds(problem.named(), lr=1e-2)
+    later.step(problem)
+    later.changed = changed
+    later.step(problem)
+    with pytest.raises(UserError, match=f"The state {words}"):
+        later.state_dict()
