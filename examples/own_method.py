@@ -29,7 +29,7 @@ class ScalarSecondMoment(Rule):
 
     beta: float = 0.999
     stability: float = 1e-8
-    fused = True  # no buffer of the weights' size: the update regenerates its noise in place
+    fused = True  # plain descent by the factor of `begin`: the update regenerates its noise in place
 
     def __post_init__(self):
         if not 0 <= self.beta < 1:
@@ -44,9 +44,6 @@ class ScalarSecondMoment(Rule):
         moment[1] += 1
         v, count = moment.tolist()
         return 1 / ((v / (1 - self.beta**count)) ** 0.5 + self.stability)
-
-    def apply(self, tensor, start, theta, add, lr, decay, state):
-        add(theta, -lr, 1 - decay)
 
 
 @register

@@ -72,7 +72,7 @@ from metazo.step.autocast import own_arithmetic
 from metazo.step.estimators import Estimator, balanced
 from metazo.step.precision import check_used, warn_of_drift
 from metazo.step.record import Step, Update
-from metazo.step.rules import Rule, named_rule
+from metazo.step.rules import Rule, check_rule, named_rule
 from metazo.step.scales import BlockScale, RMSScale
 from metazo.step.terms import Along, Term
 from metazo.step.weights import Weights
@@ -164,8 +164,7 @@ class ZOOptimizer(Verbs, Saving):
         if rule is not None and self.own_rule:
             raise UserError(f"`rule` cannot be set for {self.name}, which {self.own_rule}.")
         self.rule = named_rule(rule) if isinstance(rule, str) else self.default_rule if rule is None else rule
-        if not isinstance(self.rule, Rule):
-            raise UserError(f"`rule` {rule!r} is no rule: name one, or pass an instance of one of metazo.step.rules.")
+        check_rule(self.rule)
         if self.rule.divides and (balanced(self.estimator) or not self.proportional):
             why = "which is 0" if self.proportional else "and they do not set the length of a step"
             raise UserError(

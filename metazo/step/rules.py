@@ -9,9 +9,9 @@ rule without buffers can choose the length of the step (MEAZO) and the update is
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,9 +24,10 @@ Add = Callable[[Tensor, float, float], None]
 """add(out, alpha, beta): out = beta * out + alpha * g, in place, on the current chunk; to be called once."""
 
 
-class Rule(ABC):
+class Rule:
     fused = False
-    """True: the rule keeps no buffer of the weights' size, so the update regenerates g in place."""
+    """True: the rule is theta <- (1 - decay) theta - lr f g with the factor f of `begin`, and has no `apply`. The update regenerates
+    g in place."""
     divides = False
     """True: the rule divides by the sum of the coefficients, so that it must not be 0 by construction."""
 
@@ -37,14 +38,15 @@ class Rule(ABC):
         """Once per step, before its record, with the coefficients of its estimate. Returns: the factor of the update."""
         return 1.0
 
-    @abstractmethod
     def apply(
         self, tensor: NamedTensor, start: int, theta: Tensor, add: Add, lr: float, decay: float, state: State
     ) -> None:
-        """One step of theta, in place, on a chunk of a tensor (from entry `start`) or on the whole tensor in its shape.
+        """One step of theta, in place, on a chunk of a tensor (from entry `start`) or on the whole tensor in its shape. Rules that
+        are not fused have their own.
 
         add: adds the estimate to a tensor; decay: lr * weight_decay for this tensor, 0 if it is exempt.
         """
+        raise NotImplementedError
 
 
 def _buffers(tensors: Sequence[NamedTensor], *names: str) -> State:
@@ -64,9 +66,6 @@ class SGD(Rule):
     """theta <- theta - lr (g + weight_decay theta)."""
 
     fused = True
-
-    def apply(self, tensor, start, theta, add, lr, decay, state) -> None:
-        add(theta, -lr, 1 - decay)
 
 
 @dataclass(frozen=True)
@@ -154,11 +153,21 @@ class ScalarMoment(Rule):
         steps += 1
         return 1 / (math.sqrt(float(moment) / (1 - self.beta ** int(steps))) + self.stability)
 
-    def apply(self, tensor, start, theta, add, lr, decay, state) -> None:
-        add(theta, -lr, 1 - decay)
-
 
 RULES = {"sgd": SGD, "momentum": Momentum, "adam": Adam, "meazo": ScalarMoment}
+
+
+def check_rule(rule: Any) -> None:
+    """Raises UserError for what is no rule, for a fused one whose `apply` would not be called, and for one that has neither."""
+    if not isinstance(rule, Rule):
+        raise UserError(f"`rule` {rule!r} is no rule: name one, or pass an instance of one of metazo.step.rules.")
+    own = type(rule).apply is not Rule.apply
+    if rule.fused == own:
+        found = "is fused and has an `apply`, which would not be called" if own else "is not fused and has no `apply`"
+        raise UserError(
+            f"`rule` {type(rule).__name__} {found}: set `fused` for plain descent by the factor of `begin`, and write `apply` "
+            "for any other."
+        )
 
 
 def named_rule(name: str) -> Rule:

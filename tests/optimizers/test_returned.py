@@ -17,6 +17,7 @@ from metazo.optimizers.registry import OPTIMIZERS
 from metazo.step.directions import Isotropic, Sparse
 from metazo.step.estimators import OneSided
 from metazo.step.record import Step, Update
+from metazo.step.rules import Rule
 from metazo.step.terms import Term
 from tests.optimizers.contract import make, quadratic, take
 
@@ -258,3 +259,27 @@ def test_state_that_loses_the_form_of_init_is_refused(changed, words: str) -> No
     later.step(problem)
     with pytest.raises(UserError, match=f"The state {words}"):
         later.state_dict()
+
+
+class Sign(Rule):
+    fused = False
+
+    def apply(self, tensor, start, theta, add, lr, decay, state) -> None:
+        gradient = torch.zeros_like(theta)
+        add(gradient, 1.0, 0.0)
+        theta.sub_(gradient.sign(), alpha=lr)
+
+
+def test_a_fused_rule_with_an_apply_is_refused() -> None:
+    """Its `apply` was never called, and the step was plain descent."""
+    problem = quadratic()
+    before = problem.flat().detach()
+    OPTIMIZERS["mezo"](problem.named(), lr=1e-2, rule=Sign()).step(problem)
+    torch.testing.assert_close((problem.flat() - before).abs(), torch.full((15,), 1e-2).double())
+    for attributes, words in (
+        ({"fused": True}, "is fused and has an `apply`"),
+        ({"apply": Rule.apply}, "has no `apply`"),
+    ):
+        rule = type("Own", (Sign,), attributes)()
+        with pytest.raises(UserError, match=f"`rule` Own .*{words}.*: set `fused` for plain descent"):
+            OPTIMIZERS["mezo"](problem.named(), rule=rule)
