@@ -17,7 +17,8 @@ and, if it needs them, in these hooks (verbs.py has all of them with their defau
     displacements(estimator, direction, seeds)   each probe as a sum of terms (default: multiple * eps * d(seed));
                                                  directions of one's own are put under the block scales
     evaluation(), evaluate(closures)             the context around evaluations (default: inference mode), and the mean loss:
-                                                 override them for gradients, or for hooks during one evaluation at theta
+                                                 override them for gradients, or for hooks during one evaluation at theta;
+                                                 `evaluate` is not called for probes that are evaluated together
     learning_rates(step), decays(tensor)         rates of the parameter groups, and what weight decay acts on
     resolve(options, model, closure)             hyperparameters that depend on model and data, set before the first step
 

@@ -207,10 +207,19 @@ M = TypeVar("M", bound=type[Method])
 
 
 def register(cls: M) -> M:
-    """Class decorator: make the method available by its name. Raises UserError for a name that is taken."""
+    """Class decorator: make the method available by its name. Raises UserError for a name that is missing or taken, and for a
+    constructor that does not take the settings of every run.
+    """
     other = METHODS.get(cls.name)
-    if not cls.name:
+    if cls.name in ("", "base"):
         raise UserError(f"{cls.__name__} has no name; give the class an attribute `name`.")
+    takes = inspect.signature(cls.__init__).parameters.values()
+    missing = sorted(cls.common - {parameter.name for parameter in takes})
+    if missing and all(parameter.kind is not parameter.VAR_KEYWORD for parameter in takes):
+        raise UserError(
+            f"The constructor of {cls.__name__} does not take {', '.join(missing)}: let it take **common, and pass it on to "
+            "the constructor of its base."
+        )
     if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
         raise UserError(f"The method name {cls.name!r} is taken by {other.__module__}; give {cls.__name__} another.")
     METHODS[cls.name] = cls

@@ -166,7 +166,8 @@ class Saving(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a `state_dict`; lr, weight_decay and the names of tensors are the saved ones, as torch does it, and the method's
-        own hyperparameters those of this optimizer, with a warning for each that the saved run had otherwise.
+        own hyperparameters those of this optimizer, with a warning for each that the saved run had otherwise (not if method,
+        rule or estimator are from elsewhere than metazo).
 
         Raises UserError for the state of another optimizer, of one with other settings of noise, and of one whose tensors have
         the same names in another order. What is refused changes nothing.

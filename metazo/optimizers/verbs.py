@@ -87,7 +87,7 @@ class Verbs(Method):
         return torch.no_grad() if sharded else torch.inference_mode()
 
     def evaluate(self, closures: Sequence[Closure]) -> float:
-        """The mean loss of the closures at the present weights, within `evaluation`."""
+        """The mean loss of the closures at the present weights, within `evaluation`; not for probes that are together."""
         try:
             return sum(self.loss_watch.loss(evaluate()) for evaluate in closures) / len(closures)
         except RuntimeError as error:

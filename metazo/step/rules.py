@@ -26,8 +26,8 @@ Add = Callable[[Tensor, float, float], None]
 
 class Rule:
     fused = False
-    """True: the rule is theta <- (1 - decay) theta - lr f g with the factor f of `begin`, and has no `apply`. The update regenerates
-    g in place."""
+    """True: the rule is theta <- (1 - decay) theta - lr f g with the factor f of `begin`, regenerates g in place, and has no
+    `apply`."""
     divides = False
     """True: the rule divides by the sum of the coefficients, so that it must not be 0 by construction."""
 
@@ -41,8 +41,8 @@ class Rule:
     def apply(
         self, tensor: NamedTensor, start: int, theta: Tensor, add: Add, lr: float, decay: float, state: State
     ) -> None:
-        """One step of theta, in place, on a chunk of a tensor (from entry `start`) or on the whole tensor in its shape. Rules that
-        are not fused have their own.
+        """One step of theta, in place, on a chunk of a tensor (from entry `start`) or on the whole tensor in its shape. A
+        fused rule has none.
 
         add: adds the estimate to a tensor; decay: lr * weight_decay for this tensor, 0 if it is exempt.
         """

@@ -129,7 +129,7 @@ class BlockScale:
 
     def scales(self, state: State, step: int, theta: Theta) -> dict[str, float]:
         """kappa sigma_b by tensor name for this step; updates the state. Processes take the statistics of rank 0; all must
-        call it. Raises UserError if one is not finite.
+        call it. Raises UserError if one is not finite, or if `sigma` is not one per block.
         """
         if step % self.every == 0:
             found = block_statistics(self.blocks, theta)  # on all processes, because theta may be gathered from them
@@ -137,6 +137,11 @@ class BlockScale:
         if step == 0 and self.of_rms:
             self._warn_of_zeros(state["scale/statistics"][:, 2])
         sigma = self.sigma(state)
+        if sigma.shape != self.counts.shape:
+            raise UserError(
+                f"`sigma` of {type(self).__name__} has the shape {tuple(sigma.shape)}, and there are {len(self.blocks)} "
+                "blocks: return a scale for each."
+            )
         state["scale/sigma"].copy_(sigma)
         scaled = (sigma * normalisation(sigma, self.counts) if self.normalise else sigma).tolist()
         for block, value in zip(self.blocks, scaled):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from metazo.blocks import NamedTensor
+from metazo.errors import UserError
 from metazo.noise import Stream
 from metazo.step.directions import Direction, Scaled
 
@@ -22,6 +23,13 @@ class Term:
     direction: Direction | None
     seed: int
     amount: float
+
+    def __post_init__(self):
+        if type(self.direction).__hash__ is None:
+            raise UserError(
+                f"The direction {type(self.direction).__name__} cannot be hashed, by which equal terms are found: declare it "
+                "with @dataclass(frozen=True), or with eq=False."
+            )
 
     @property
     def key(self) -> tuple[int, Direction | None]:

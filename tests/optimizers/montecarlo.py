@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from metazo.step.terms import Along
+
 
 def assert_mean(samples: Tensor, expected: Tensor, sigmas: float = 5.0) -> None:
     """Every entry of the mean over the first dimension is within that many standard errors of the expected value."""
@@ -57,20 +59,23 @@ def linear_estimates(optimizer, model: Linear, steps: int, taken: int = 10) -> d
     for step in range(first, first + steps):
         estimator = optimizer.estimator_for(optimizer.zo_state, step)
         state, seeds = optimizer.zo_state, optimizer.draw_seeds(step, estimator.queries)
-        along, scales = optimizer._scaled(optimizer.propose(state, step, seeds), state, step)
+        proposed = optimizer.propose(state, step, seeds)
+        scale = optimizer.scale
+        along = Along(proposed, scale and scale.scales(state, step, optimizer.weights.whole))
         streams = {seed: optimizer.noise.stream(seed) for seed in seeds}
 
         def draw(direction, seed):
             return torch.cat([direction.draw(streams[seed], tensor).flatten() for tensor in optimizer.tensors])
 
         slopes = torch.cat([model.slopes[tensor.name].flatten() for tensor in optimizer.tensors])
-        drawn = {seed: draw(along, seed) for seed in seeds}
+        drawn = {seed: draw(along.probed, seed) for seed in seeds}
         rises = {seed: float(d @ slopes) for seed, d in drawn.items()}
-        probes = optimizer.displacements(estimator, along, seeds)
+        probes = optimizer.displacements(estimator, along.probed, seeds)
         losses = [base + sum(term.amount * rises[term.seed] for term in probe) for probe in probes]
-        terms = optimizer._terms(optimizer.update(state, step, seeds, losses), seeds, along, scales)
+        update = optimizer.update(state, step, seeds, losses)
+        terms = along.estimate(seeds, update.coefficients, update.terms)
         found.append(
-            sum(t.amount * (drawn[t.seed] if t.direction is along else draw(t.direction, t.seed)) for t in terms)
+            sum(t.amount * (drawn[t.seed] if t.direction is along.probed else draw(t.direction, t.seed)) for t in terms)
         )
     parts = torch.stack(found).split([tensor.param.numel() for tensor in optimizer.tensors], 1)
     whole = {t.name: part.view(-1, *t.param.shape) for t, part in zip(optimizer.tensors, parts, strict=True)}

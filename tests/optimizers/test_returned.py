@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,12 @@ import torch
 
 from metazo.errors import UserError
 from metazo.optimizers.base import ZOOptimizer
-from metazo.optimizers.registry import OPTIMIZERS
+from metazo.optimizers.registry import OPTIMIZERS, register
 from metazo.step.directions import Isotropic, Sparse
 from metazo.step.estimators import OneSided
 from metazo.step.record import Step, Update
 from metazo.step.rules import Rule
+from metazo.step.scales import BlockScale
 from metazo.step.terms import Term
 from tests.optimizers.contract import make, quadratic, take
 
@@ -283,3 +285,51 @@ def test_a_fused_rule_with_an_apply_is_refused() -> None:
         rule = type("Own", (Sign,), attributes)()
         with pytest.raises(UserError, match=f"`rule` Own .*{words}.*: set `fused` for plain descent"):
             OPTIMIZERS["mezo"](problem.named(), rule=rule)
+
+
+def test_classes_that_cannot_be_registered_are_refused() -> None:
+    """One without a name took that of the base, and one without **common ended in a TypeError at the first run."""
+
+    class Bare(ZOOptimizer):
+        name = "bare"
+
+        def __init__(self, params, lr: float = 1e-4, eps: float = 1e-3):
+            super().__init__(params, lr, eps)
+
+    with pytest.raises(UserError, match="Nameless has no name; give the class an attribute `name`"):
+        register(type("Nameless", (ZOOptimizer,), {}))
+    with pytest.raises(
+        UserError, match=r"The constructor of Bare does not take .*seed.*: let it take \*\*common, and pass it"
+    ):
+        register(Bare)
+
+
+def test_a_direction_that_cannot_be_hashed_is_named() -> None:
+    """It was a TypeError: unhashable type."""
+
+    class Half(Isotropic):
+        pass
+
+    for hashed in (False, True):
+        problem = quadratic()
+        optimizer = Returns(problem.named(), lr=1e-2)
+        direction = dataclass(frozen=hashed)(Half)()
+        optimizer.propose = lambda state, step, seeds, direction=direction: direction
+        if hashed:
+            optimizer.step(problem)
+        else:
+            with pytest.raises(UserError, match=r"The direction Half cannot be hashed, .* @dataclass\(frozen=True"):
+                optimizer.step(problem)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_scale_with_another_number_of_blocks_is_refused(count: int) -> None:
+    """One number for all blocks was a KeyError of a tensor's name."""
+
+    class Same(BlockScale):
+        def sigma(self, state):
+            return torch.ones(count)
+
+    problem = quadratic()
+    with pytest.raises(UserError, match=rf"`sigma` of Same has the shape \({count},\), and there are 2 blocks"):
+        OPTIMIZERS["mezo"](problem.named(), scale=Same()).step(problem)
