@@ -27,7 +27,7 @@ Add = Callable[[Tensor, float, float], None]
 class Rule:
     fused = False
     """True: the rule is theta <- (1 - decay) theta - lr f g with the factor f of `begin`, regenerates g in place, and has no
-    `apply`."""
+    `apply` of its own."""
     divides = False
     """True: the rule divides by the sum of the coefficients, so that it must not be 0 by construction."""
 
@@ -41,12 +41,12 @@ class Rule:
     def apply(
         self, tensor: NamedTensor, start: int, theta: Tensor, add: Add, lr: float, decay: float, state: State
     ) -> None:
-        """One step of theta, in place, on a chunk of a tensor (from entry `start`) or on the whole tensor in its shape. A
-        fused rule has none.
+        """One step of theta, in place, on a chunk of a tensor (from entry `start`) or on the whole tensor in its shape: plain
+        descent, which a fused rule keeps.
 
         add: adds the estimate to a tensor; decay: lr * weight_decay for this tensor, 0 if it is exempt.
         """
-        raise NotImplementedError
+        add(theta, -lr, 1 - decay)
 
 
 def _buffers(tensors: Sequence[NamedTensor], *names: str) -> State:
