@@ -66,7 +66,11 @@ def equal_time(analysis: Analysis) -> Table:
     budgets = {task: data.time_budget(task) for task in data.tasks}
     given = number(data.grid.get("time_budget"))
     table.add(
-        "time (s)", *(_of_reference(data, t, seconds, v) if v != given else seconds(v) for t, v in budgets.items())
+        "time (s)",
+        *(
+            seconds(v) if v is not None and v == given else _of_reference(data, t, seconds, v)
+            for t, v in budgets.items()
+        ),
     )
     columns = [column for column in by_family(data) if data.family(column) != UNTRAINED]
     found = {task: {c: analysis.at_time(task, c) for c in columns} for task in data.tasks}

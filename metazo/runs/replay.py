@@ -228,11 +228,10 @@ def _rebuilt(
     optimizer = given.optimizer or build_optimizer(config, loaded.model)
     optimizer.max_loss = config.max_loss
     then = header.get("optimizer") if given.optimizer is not None else None
-    now = (
-        optimizer_record(optimizer) | {RATES: then.get(RATES)} if isinstance(then, dict) else {}
-    )  # each step has its own
-    if (what := change(then if now else {}, now)) is not None:
-        raise UserError(f"`optimizer` is not the one of this log: {what}; make it as the run had it.")
+    if isinstance(then, dict):
+        now = optimizer_record(optimizer) | {RATES: then.get(RATES)}  # each step has its own
+        if (what := change(then, now)) is not None:
+            raise UserError(f"`optimizer` is not the one of this log: {what}; make it as the run had it.")
     if optimizer.noise.name != header["noise"]:
         raise UserError(
             f"The log's noise is {header['noise']!r}, and this version of metazo makes {optimizer.noise.name!r}."

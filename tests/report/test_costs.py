@@ -82,3 +82,12 @@ def test_both_tables_say_how_fine_they_are(tmp_path: Path):
     notes = {table.name: table.note for table in report.tables}
     for name in ("reach", "time"):
         assert "The figures are as fine as the spacing of evaluations." in notes[name], name
+
+
+def test_a_task_without_a_run_of_the_reference_has_no_time(tmp_path: Path):
+    for seed in range(2):
+        save(tmp_path, "mezo", seed)
+        result = synthetic.result(Column("lozo", 0.5, optimizer="lozo"), "cb", seed, loss=0.4)
+        result.save(cell_path(tmp_path, "cb", "lozo", "seed", seed))
+    _, time = tables(ask(tmp_path, 2, tasks=["sst2", "cb"]))
+    assert row(time, "time (s)")[1:] == ["6", "–"]
