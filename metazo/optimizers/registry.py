@@ -95,9 +95,11 @@ class Method:
     before the optimizer is copied."""
     noise: Any = None
     scale: Any = None
+    measured_cost: float | None = None
+    """Forward passes of a step with one closure as `measure_cost` found them; a resumed run keeps those of its log."""
 
     def measure_cost(self, closure: Callable[[], Any]) -> None:
-        """Measure the cost of a step, if `forwards_per_step` depends on the model and the loss.
+        """Measure the cost of a step and set `measured_cost`, if `forwards_per_step` depends on the model and the loss.
 
         Called once before the first step of a run. closure: the loss of one batch. The weights must not change.
         """

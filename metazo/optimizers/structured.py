@@ -119,7 +119,6 @@ class Structured(Recomputed):
             warnings.warn(f"`momentum_rank` {momentum_rank} changes nothing without `momentum`.", stacklevel=2)
         self.model, self.normalise, self.recompute = model, normalise, recompute
         self.momentum, self.momentum_rank = momentum, momentum_rank
-        self.measured: float | None = None
         # whether the loss depends on lower blocks by another way; known after the first step
         self.bypassed: bool | None = None
         super().__init__(params, lr, weight_decay=weight_decay, seed=seed, precision=precision)
@@ -183,8 +182,7 @@ class Structured(Recomputed):
         with self.weights.evaluating():
             forward = count_operations(lambda: self._forward(closure))
             step = count_operations(lambda: deque(self.local.gradients(self.local.capture([closure])), maxlen=0))
-        if self.local.at_last and forward:
-            self.measured = round(step / forward, 2)
+        self.measured_cost = round(step / forward, 2) if self.local.at_last and forward else 4
 
     @staticmethod
     @torch.no_grad()
@@ -196,7 +194,7 @@ class Structured(Recomputed):
         again, propagating errors, and gradients. If only the last position does, the operations of a step by those of a
         forward pass, after `measure_cost`.
         """
-        return (self.measured or (4 if self.recompute else 3)) * closures
+        return (self.measured_cost or (4 if self.recompute else 3)) * closures
 
     def look(self, closures: Sequence[Closure]) -> tuple[float, Captured | None]:
         first = self.bypassed is None

@@ -35,7 +35,7 @@ from metazo.runs.method import build_optimizer, resolve_device, unused
 from metazo.runs.plan import plan, rows_of
 from metazo.runs.preconditions import check_saved, check_settings
 from metazo.runs.resources import free_memory, require_space, size
-from metazo.runs.schedule import number_of_steps
+from metazo.runs.schedule import keep_cost, number_of_steps
 from metazo.tasks import Prepared, Task, resolve
 from metazo.tasks.closures import BatchLoss
 from metazo.tasks.encode import Encoder
@@ -109,6 +109,8 @@ def dry_run(config: FinetuneConfig) -> dict[str, Any]:
         over_all: Any = partial(loss)
         optimizer.full_closure, over_all.batches = over_all, math.ceil(examples / config.batch_size)
     look_ahead(optimizer, loss, at_last)
+    if begun is not None and begun.log is not None:
+        keep_cost(optimizer, begun.log.header)
     steps = number_of_steps(config, optimizer, examples)
     a_step = optimizer.forwards_in(steps, config.accumulate) / steps
     rows = rows_of(config, prepared, limit) if prepared else f"{config.task}: rows not read"

@@ -131,6 +131,8 @@ def _tune(
             console.say("method:", setup.chosen)
         if setup.storage:
             console.say("precision:", setup.storage)
+        if setup.cost:
+            say(setup.cost)
         if config.tuner == "auto" and given.optimizer is None:
             found = auto_tuner(replace(here, optimizer=config.optimizer), setup.loaded.model)
             console.say("tuner:", f"{found.entry.name} in {found.folder}")

@@ -54,6 +54,7 @@ def header(settings: dict[str, Any], setup: Setup) -> dict[str, Any]:
         "precision": settings["precision"],
         **({"unsaved": "frozen"} if unsaved(loaded.model) else {}),
         "counting": COUNTING,
+        **({"cost": optimizer.measured_cost} if getattr(optimizer, "measured_cost", None) else {}),
         "settings": settings,
         "environment": environment(setup.device),
     }

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 from metazo.errors import UserError
+from metazo.io.plain import shown
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.locate import log_to_continue
-from metazo.steplog.format import scan
+from metazo.steplog.format import STEPS, scan
 
 # The fraction of `lr` as a function of progress after warmup, 0 to 1.
 SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -51,6 +52,29 @@ def snapshot_steps(config: FinetuneConfig, replayable: bool) -> int:
 COUNTING = 2
 """Version of how steps are counted, in the header of a step log. Logs without it were begun by a version that counted as
 `_counted_before`."""
+
+
+def keep_cost(optimizer: Any, header: dict[str, Any]) -> str | None:
+    """Give the optimizer the cost of a step that the header of a log has, on which the number of steps, the schedule and the
+    count of forward passes depend. Returns a sentence if it differs by over 5% from what was measured now.
+
+    Raises UserError if the header's cost cannot be one.
+    """
+    if "cost" not in header:
+        return None
+    now, then = optimizer.measured_cost, header["cost"]
+    if type(then) not in (int, float) or not 0.01 <= then <= 1e6:
+        raise UserError(
+            f"The header of {STEPS} says that a step costs {shown(then)} forward passes (`cost`), which is no number from "
+            "0.01 to 1,000,000; start the run again."
+        )
+    optimizer.measured_cost = then
+    if now is None or abs(now - then) <= 0.05 * then:
+        return None
+    return (
+        f"A step costs {now:g} forward passes here and cost {then:g} when the run began: steps, schedule and forward passes "
+        f"are still counted at {then:g}."
+    )
 
 
 def number_of_steps(config: FinetuneConfig, optimizer: Any, examples: int) -> int:

@@ -29,7 +29,7 @@ from metazo.runs.own import OwnLoss, StateFile
 from metazo.runs.plan import plan, rows_of
 from metazo.runs.preconditions import check_saved, check_settings
 from metazo.runs.resources import free_memory
-from metazo.runs.schedule import number_of_steps
+from metazo.runs.schedule import keep_cost, number_of_steps
 from metazo.runs.tuned import Given
 from metazo.steplog.format import scan
 from metazo.tasks import Prepared, resolve
@@ -61,6 +61,8 @@ class Setup:
     """What `optimizer='auto'` took, and why, in a sentence."""
     storage: str | None = None
     """What `precision='auto'` took for weights narrower than float32, and why, in a sentence."""
+    cost: str | None = None
+    """That a step costs another number of forward passes here than where the run began, in a sentence."""
 
     @property
     def rows(self) -> Prepared:
@@ -120,6 +122,8 @@ def set_up(config: FinetuneConfig, given: Given | None = None) -> Setup:
         config, optimizer = make_optimizer(config, loaded, minimised, device)
     else:
         optimizer, trained = _given_optimizer(given.optimizer, loaded, minimised, config, device)
+    log = log_to_continue(config) if getattr(optimizer, "measured_cost", None) else None
+    cost = keep_cost(optimizer, scan(log).header) if log else None
     steps = number_of_steps(config, optimizer, len(prepared.train))
     return Setup(
         config,
@@ -134,6 +138,7 @@ def set_up(config: FinetuneConfig, given: Given | None = None) -> Setup:
         objective,
         chosen,
         storage,
+        cost,
     )
 
 
