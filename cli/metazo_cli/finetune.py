@@ -46,7 +46,7 @@ def _shown(value: Any) -> str:
 def _argument_help(cls: type, key: str) -> str:
     """What a class docstring's Args say of a hyperparameter: `key: text` up to the next one, or to the section Raises."""
     for owner in cls.__mro__:
-        end = r"[.;]\s+\w+:\s|\n\s*\n|\n\s+\w+:\s|\n\s+Raises\b|$"
+        end = r"[.;]\s+\w+:\s|\n\s*\n|\n\s*\w+:\s|\n\s*Raises\b|$"
         found = re.search(rf"\b{key}:\s+(.+?)(?={end})", owner.__doc__ or "", re.DOTALL)
         if found:
             text = " ".join(found[1].split()).rstrip(".;")

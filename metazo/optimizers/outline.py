@@ -83,15 +83,14 @@ def _read(stem: str, files: dict[str, dict[str, Any]], found: dict[str, type[Met
 
 
 def _outline(node: ast.ClassDef) -> Iterator[ast.stmt]:
-    """The statements of a class that are kept in its outline."""
+    """The statements of a class that are kept in its outline; from Python 3.13 on its compiler removes a docstring's margin."""
+    yield ast.Expr(ast.Constant(ast.get_docstring(node, clean=False)))
     for statement in node.body:
         if isinstance(statement, ast.FunctionDef) and statement.name == "__init__":
             statement.body = [ast.Expr(ast.Constant(...))]
             yield statement
         elif isinstance(statement, ast.Assign) and _literal(statement.value):
             yield statement
-    documented = ast.get_docstring(node, clean=False)
-    yield ast.Assign([ast.Name("__doc__", ast.Store())], ast.Constant(documented))
 
 
 def _literal(value: ast.expr) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import re
 import subprocess
 import sys
@@ -13,8 +14,10 @@ from typing import Any
 
 import pytest
 
+from metazo.optimizers.outline import methods
 from metazo.runs import setup
 from metazo_cli import main, messages
+from metazo_cli.finetune import _argument_help
 
 
 def shown(text: str, *words: str) -> str:
@@ -89,6 +92,17 @@ def test_a_hyperparameter_has_the_meaning_of_each_method() -> None:
     )
     assert said["population"].count("(eggroll: 32). ") == 1 and "30 in 2509.24372" in said["population"]
     assert said["clip"] == "Largest gradient norm (first-order-adamw: 1.0; first-order-sgd: 1.0)"
+
+
+def test_a_meaning_does_not_depend_on_the_margin_of_its_docstring() -> None:
+    """Which Python's compiler removes from version 3.13 on."""
+    documented = {(owner, key) for cls in methods().values() for owner in cls.__mro__ for key in cls.hyperparameters()}
+    for cls, key in documented:
+        bare = inspect.cleandoc(cls.__doc__ or "")
+        first, *rest = bare.split("\n")
+        margin = "\n".join([first, *("    " + line if line else "" for line in rest)])
+        one, two = (_argument_help(type("Documented", (), {"__doc__": doc}), key) for doc in (bare, margin))
+        assert one == two, (cls, key)
 
 
 def test_notes_are_translated_as_errors_are(capsys) -> None:
