@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from metazo.feedback.passes import Call
 
-_CACHES = ("past_key_values", "past_key_value", "layer_past")
+_CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")
 
 
 class _Reached(Exception):

@@ -287,5 +287,5 @@ def _without_cache(value: Any, index: int) -> Any:
     except ValueError as error:  # transformers' caches of states without positions, as Mamba's
         raise UserError("Feedback runs blocks twice: call the model with `use_cache=False`.") from error
     if before:
-        raise UserError("Feedback needs the whole input in one forward pass: call the model without `past_key_values`.")
+        raise UserError("Feedback needs the whole input in one forward pass: call the model without earlier positions.")
     return None

@@ -96,6 +96,17 @@ def test_blocks_with_states_and_routers_of_several_outputs(kind: str) -> None:
         assert true is not None and (relative(whole[key], true) < bound or true.norm() < 1e-7), key
 
 
+class Named(torch.nn.Module):
+    """A block as those of transformers 5.24, which renamed `past_key_values`."""
+
+    def forward(self, hidden: torch.Tensor, position_ids: torch.Tensor, cache: object = None) -> torch.Tensor:
+        return hidden
+
+
+def test_the_cache_is_found_by_its_newer_name_too() -> None:
+    assert column.cache_argument(Named()) == "cache"
+
+
 def test_a_cut_that_is_wrong_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """If the last position alone gives a different output, the block runs on all positions, and the gradient is right."""
     tiny = build("OPT")
