@@ -17,7 +17,7 @@ from metazo.io.processes import gathered, of_all, rank, world
 from metazo.models import parts
 from metazo.models.describe import plain_generation
 from metazo.models.heads import Prototypes
-from metazo.models.virtual import virtual_tokens
+from metazo.models.virtual import generate_after_virtual_tokens, virtual_tokens
 from metazo.tasks.encode import Encoded
 from metazo.tasks.metrics import METRICS
 from metazo.tasks.prepared import Prepared
@@ -148,9 +148,10 @@ def generate(
     """Greedy answers to the examples' prompts, up to the task's stop text, the end of text or the length limit.
 
     Only the end of text is taken from the checkpoint's generation config (`plain_generation`). With virtual tokens only
-    prompts of equal length are continued together, because peft counts positions from the padding on.
+    prompts of equal length are continued together, because a sliding window would count the padding between the two.
     """
-    if virtual_tokens(model) and len({len(example.ids) for example in examples}) > 1:
+    count = virtual_tokens(model)
+    if count and len({len(example.ids) for example in examples}) > 1:
         answers = {}
         for length in {len(example.ids) for example in examples}:
             places = [place for place, example in enumerate(examples) if len(example.ids) == length]
@@ -160,7 +161,7 @@ def generate(
         return [answers[place] for place in range(len(examples))]
     task, tokenizer = prepared.task, prepared.tokenizer
     batch = prepared.prompts(examples).to(device)
-    start = len(prepared.start) or batch["input_ids"].shape[1]
+    start = len(prepared.start) or count + batch["input_ids"].shape[1]
     stopping = StoppingCriteriaList([_StopText(tokenizer, task.stop, start)] if task.stop else [])
     inner: Any = getattr(model, "get_base_model", lambda: model)()
     own = inner.generation_config
@@ -169,9 +170,11 @@ def generate(
         inner, tokenizer, prepared.room, prepared.start[0] if prepared.start else None
     )
     try:
-        tokens = model.generate(  # type: ignore[operator]
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], stopping_criteria=stopping
-        )
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        if count:
+            tokens = generate_after_virtual_tokens(model, ids, mask, stopping_criteria=stopping)
+        else:
+            tokens = model.generate(input_ids=ids, attention_mask=mask, stopping_criteria=stopping)  # type: ignore[operator]
     finally:
         inner.generation_config = own
     texts = tokenizer.batch_decode(tokens[:, start:], skip_special_tokens=True)

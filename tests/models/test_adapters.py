@@ -498,7 +498,7 @@ def test_padding_changes_nothing_after_virtual_tokens(tiny, kind, name):
         )
         assert torch.allclose(theirs, ours.logits[:, -1], atol=2e-5)
         greedy = []
-        for each in prepared.dev[:2]:
+        for each in prepared.dev:
             ids = list(each.ids)
             for _ in range(prepared.room):
                 tokens = torch.tensor([ids])
@@ -510,7 +510,7 @@ def test_padding_changes_nothing_after_virtual_tokens(tiny, kind, name):
                 ids.append(token)
             text = loaded.tokenizer.decode(ids[len(each.ids) :], skip_special_tokens=True)
             greedy.append(text.partition(".")[0].strip())
-        assert generate(loaded.model, prepared, prepared.dev)[:2] == greedy
+        assert generate(loaded.model, prepared, prepared.dev) == greedy
 
 
 def test_settings_of_adapters_that_do_not_go_together(tmp_path, tiny):
