@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,14 +15,18 @@ def killed_at(step: int, run: Callable[[Path], object], out: Path) -> None:
     """Take the run in `out` until the record of `step` is written, and kill it there."""
     pid = os.fork()
     if pid == 0:
-        append = StepLog.append
+        try:
+            append = StepLog.append
 
-        def killing(self, record):
-            append(self, record)
-            if record.step == step:
-                os.kill(os.getpid(), signal.SIGKILL)
+            def killing(self, record):
+                append(self, record)
+                if record.step == step:
+                    os.kill(os.getpid(), signal.SIGKILL)
 
-        StepLog.append = killing  # type: ignore[method-assign]
-        run(out)
-        os._exit(0)
+            StepLog.append = killing  # type: ignore[method-assign]
+            run(out)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)  # whatever happens: the child must not go on with the other tests
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
