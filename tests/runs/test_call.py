@@ -224,9 +224,6 @@ class Signs(Rule):
     def begin(self, state, coefficients):
         return self.factor
 
-    def apply(self, tensor, start, theta, add, lr, decay, state):
-        add(theta, -lr, 1 - decay)
-
 
 class Rising(BlockScale):
     """A scale of one's own, whose representation is that of its base."""
