@@ -50,21 +50,26 @@ def bounded(function: Callable[[Any], Any], calls: Sequence[tuple[str, Any]]) ->
                     print(json.dumps(answer), file=out, flush=True)
         finally:
             os._exit(0)
+    process = os.pidfd_open(child)  # its number may be another's once somebody else has waited for it
     os.close(writes)
     try:
         with open(reads) as answers:
             for name, _ in calls:
                 line = answers.readline()
                 if not line:
-                    raise UserError(f"{name} takes more than {SECONDS} s or {ROOM >> 20} MiB, and cannot be used.")
+                    raise UserError(
+                        f"{name} ends its process, or takes more than {SECONDS} s or {ROOM >> 20} MiB, and cannot be used."
+                    )
                 found, error = json.loads(line)
                 if error is not None:
                     raise UserError(error)
                 yield found
     finally:
         with suppress(ProcessLookupError):
-            os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+            signal.pidfd_send_signal(process, signal.SIGKILL)
+        os.close(process)
+        with suppress(ChildProcessError):  # somebody else waits for all children, or they are ignored
+            os.waitpid(child, 0)
 
 
 def _answer(function: Callable[[Any], Any], name: str, value: Any) -> Any:

@@ -226,8 +226,8 @@ def _scores(model: Any, tokenizer: Any, kind: str, rows: list[list[int]]) -> Ten
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
     if kind == "causal":
         inputs |= {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0), "use_cache": False}
-    if kind == "seq2seq":
-        inputs |= {"decoder_input_ids": ids[:, :1], "use_cache": False}
+    if kind == "seq2seq":  # not all of them name use_cache in their signature
+        return model(**inputs, decoder_input_ids=ids[:, :1], use_cache=False).logits
     if isinstance(model, SentenceClassifier):
         return model.embed(**inputs)
     accepted = inspect.signature(model.forward).parameters

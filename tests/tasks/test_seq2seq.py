@@ -79,6 +79,17 @@ def before_of(loaded) -> list[int]:
     return [loaded.tokenizer.bos_token_id] if loaded.model.config.model_type == "bart" else []
 
 
+def test_a_model_whose_signature_does_not_name_the_cache_is_taken(tiny, tmp_path):
+    """Switch Transformers fail with a cache if they have few layers."""
+    tokenizer = load_model(tiny("t5")).tokenizer
+    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 16, "num_heads": 4, "num_layers": 2, "num_decoder_layers": 2}
+    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "decoder_start_token_id": 0}
+    config = transformers.SwitchTransformersConfig(vocab_size=len(tokenizer), num_experts=2, **sizes, **ids)
+    transformers.SwitchTransformersForConditionalGeneration(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert load_model(tmp_path).kind == "seq2seq"
+
+
 def test_the_kind_follows_the_checkpoint(tiny):
     assert [load_model(tiny(name)).kind for name in NAMES] == ["seq2seq", "seq2seq"]
     classifier = load_model(tiny("bart"), kind="classifier", num_labels=3)
