@@ -80,9 +80,9 @@ def before_of(loaded) -> list[int]:
 
 
 def test_a_model_whose_signature_does_not_name_the_cache_is_taken(tiny, tmp_path):
-    """Switch Transformers fail with a cache if they have few layers."""
+    """A cache would have as many layers as the field `decoder_layers` says, which Switch Transformers do not have."""
     tokenizer = load_model(tiny("t5")).tokenizer
-    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 16, "num_heads": 4, "num_layers": 2, "num_decoder_layers": 2}
+    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 16, "num_heads": 4, "num_layers": 2, "decoder_layers": 1}
     ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "decoder_start_token_id": 0}
     config = transformers.SwitchTransformersConfig(vocab_size=len(tokenizer), num_experts=2, **sizes, **ids)
     transformers.SwitchTransformersForConditionalGeneration(config).save_pretrained(tmp_path)
