@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,9 @@ from metazo.feedback.jacobian import HELD_OUT, fit_jacobian, stream_width
 from metazo.feedback.surrogates import MeanJacobian
 from metazo.feedback.tuner import FeedbackInfo, FeedbackTuner, describe
 from metazo.io.files import is_file, opened, write_whole
+from metazo.io.lock import NAME as LOCK
 from metazo.io.lock import FolderLock
+from metazo.io.plain import read_json
 from metazo.io.terminal import Console
 from metazo.meta.feedback_config import FeedbackConfig
 from metazo.meta.trial import check_file, check_name
@@ -58,13 +61,31 @@ def learn_feedback(config: FeedbackConfig, *, console: Console | None = None) ->
         )
     lock = FolderLock(config.out)
     lock.check()
-    lock.check_empty()
     with lock:
-        lock.check_empty()  # another process may have filled it in between
+        _clear(config.out)
+        lock.check_empty()
         try:
             return _fit(config, console)
         except KeyboardInterrupt:
             raise Interrupted("SIGINT in the middle of the fit, of which nothing is written; start it again.") from None
+        finally:
+            _clear(config.out)
+
+
+def _clear(out: Path) -> None:
+    """Remove what a fit leaves that ended before its tuner was written, if there is nothing else in the folder."""
+    with suppress(OSError):  # what stays is refused at the next start
+        left = [path for path in out.iterdir() if path.name != LOCK]
+        if all(path.is_file() and (path.match(".*.tmp") or _settings_of_a_fit(path)) for path in left):
+            for path in left:
+                path.unlink()
+
+
+def _settings_of_a_fit(path: Path) -> bool:
+    with suppress(UserError):  # a file of others that is not JSON
+        content = read_json(path, "settings") if path.name == CONFIG else None
+        return isinstance(content, dict) and content.get("learn") == "feedback"
+    return False
 
 
 def _fit(config: FeedbackConfig, console: Console | None) -> FeedbackTuner:
@@ -89,9 +110,9 @@ def _fit(config: FeedbackConfig, console: Console | None) -> FeedbackTuner:
         for place, kind in enumerate(kinds)
     }
     tuner = FeedbackTuner(maps, info)
-    tuner.save(config.out / TUNER)
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}
     write_whole(config.out / CONFIG, (json.dumps({"learn": "feedback", **settings}, indent=1) + "\n").encode())
+    tuner.save(config.out / TUNER)  # last, so that a folder with a tuner is complete
     if console is not None:
         console.print(f"Wrote {config.out / TUNER}.", soft_wrap=True)
     return FeedbackTuner.load(config.out / TUNER)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import random
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -238,3 +241,38 @@ def test_a_second_fit_in_the_folder_is_refused_and_an_interrupted_one_leaves_not
             learn(tiny("llama"), tmp_path / "x")
     assert said == ["refused"] and not (tmp_path / "x").exists()
     learn(tiny("llama"), tmp_path / "x")
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import metazo
+from metazo.meta.feedback_config import FeedbackConfig
+def hook(event, args):
+    if event == "os.rename" and Path(args[1]).name == sys.argv[3]:
+        os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(hook)
+metazo.meta_train(FeedbackConfig(model=sys.argv[1], out=Path(sys.argv[2]), texts=16, batch_size=4, rank=2, max_length=24))
+"""
+
+
+@pytest.mark.parametrize("name", ["config.json", "tuner.safetensors"])
+def test_a_fit_that_was_killed_as_it_wrote_a_file_begins_again_in_its_folder(name: str, tiny, tmp_path: Path) -> None:
+    model, out = tiny("llama"), tmp_path / "x"
+    done = subprocess.run([sys.executable, "-c", KILLED, str(model), str(out), name], capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert [path for path in out.glob(".*.tmp")] and not (out / "tuner.safetensors").exists()
+    assert learn(model, out).info.recipe == learn(model, tmp_path / "whole").info.recipe
+    assert (out / "tuner.safetensors").read_bytes() == (tmp_path / "whole" / "tuner.safetensors").read_bytes()
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "tuner.safetensors"]
+
+
+def test_files_of_others_and_a_whole_fit_stay(tiny, tmp_path: Path) -> None:
+    for name, content in (("config.json", '{"learn": "scale"}'), ("config.json", "no JSON"), ("tuner.safetensors", "")):
+        folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        (folder / name).write_text(content)
+        (folder / ".half.tmp").touch()
+        with pytest.raises(UserError, match="is not an empty folder; choose another"):
+            learn(tiny("llama"), folder)
+        assert sorted(path.name for path in folder.iterdir()) == [".half.tmp", name]
