@@ -19,21 +19,26 @@ from pathlib import Path
 from typing import Any
 
 from metazo.comparisons.grid import GRID, parts_in
-from metazo.comparisons.results import COMPARISON, SEARCH, SECTIONS, Result, read_search, result_of, write_search
+from metazo.comparisons.results import (
+    COMPARISON,
+    RUNS,
+    SEARCH,
+    SECTIONS,
+    Result,
+    is_packed,
+    read_search,
+    result_of,
+    write_search,
+)
 from metazo.errors import UserError
 from metazo.io.files import read_capped, write_whole
 from metazo.io.lock import FolderLock
 from metazo.io.plain import MAX_JSON_BYTES, parse_json, read_json, read_yaml
 
-RUNS = "runs.jsonl.xz"
 FORMAT_VERSION = 1
 MAX_BYTES = 2**26
 """Most bytes of all lines together, before compression: 15 times the largest comparison in results/."""
 _MEMORY = 2**27  # bytes that the decompressor may take; it needs 65 MiB for the highest level
-
-
-def is_packed(results: Path) -> bool:
-    return (results / RUNS).exists()
 
 
 def read_runs(results: Path) -> Iterator[tuple[Path, Result | UserError]]:
@@ -110,16 +115,15 @@ def packed_grid(results: Path) -> dict[str, Any]:
 
 
 def unpack(results: Path) -> None:
-    """Write each run of a packed comparison into its own file again, byte for byte. Does nothing if it is not packed."""
-    if not is_packed(results):
-        return
-    for path, result in list(read_runs(results)):
-        if isinstance(result, UserError):
-            raise result
-        result.save(path)
-    write_search(results, read_search(results))
-    (results / RUNS).unlink()
-    (results / COMPARISON).unlink()
+    """Write each run of a packed comparison into its own file again, byte for byte; nothing if it is not packed."""
+    if is_packed(results):
+        for path, result in list(read_runs(results)):
+            if isinstance(result, UserError):
+                raise result
+            result.save(path)
+        write_search(results, read_search(results))
+        (results / RUNS).unlink()
+    (results / COMPARISON).unlink(missing_ok=True)  # also one that a killed process left alone
 
 
 def _parsed(line: bytes, results: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from metazo.io.files import write_whole
 from metazo.io.plain import finite, read_json, shown
 
 SECTIONS = ("run_info", "train_info", "metrics")
-SEARCH, COMPARISON = "search.json", "comparison.json"
+SEARCH, COMPARISON, RUNS = "search.json", "comparison.json", "runs.jsonl.xz"
 KINDS = ("search", "seed", "time")
 
 
@@ -168,6 +168,11 @@ def cell_path(results: Path, task: str, column: str, kind: str, seed: int, lr: f
     return results / "cells" / task / column / f"{name}.json"
 
 
+def is_packed(results: Path) -> bool:
+    """Whether the runs are there in one file. comparison.json alone is left by a process that was killed as it packed."""
+    return (results / RUNS).exists()
+
+
 def write_search(results: Path, found: dict[str, dict[str, Search]]) -> None:
     plain = {task: {column: asdict(search) for column, search in columns.items()} for task, columns in found.items()}
     write_whole(results / SEARCH, (json.dumps(finite(plain), indent=1) + "\n").encode())
@@ -175,11 +180,12 @@ def write_search(results: Path, found: dict[str, dict[str, Search]]) -> None:
 
 def read_search(results: Path) -> dict[str, dict[str, Search]]:
     """The results of the searches; empty if there are none yet. Raises UserError if the file holds anything else."""
-    path, packed = results / SEARCH, results / COMPARISON
+    path = results / SEARCH
     if path.exists():
         content = read_json(path, "search results")
-    elif packed.exists():
-        path, about = packed, read_json(packed, "comparison")
+    elif is_packed(results):
+        path = results / COMPARISON
+        about = read_json(path, "comparison")
         content: Any = about.get("search") if isinstance(about, dict) else None
     else:
         return {}

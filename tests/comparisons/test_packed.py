@@ -50,6 +50,22 @@ def test_the_report_is_the_same_to_the_byte_and_unpacking_gives_the_files_back(t
     assert files(folder) == before
 
 
+def test_what_a_process_leaves_that_is_killed_as_it_packs_is_of_no_effect(tmp_path: Path) -> None:
+    """Its searches were read as those of a later grid."""
+    folder = comparison(tmp_path)
+    before, cells = files(folder), tmp_path / "cells"
+    pack(folder)
+    about = (folder / COMPARISON).read_bytes()
+    unpack(folder)
+    (folder / COMPARISON).write_bytes(about)  # it is written before the runs, and removed after them
+    assert read_search(folder)["sst2"] and not is_packed(folder)
+    (folder / "search.json").rename(cells)
+    assert read_search(folder) == {}
+    cells.rename(folder / "search.json")
+    unpack(folder)
+    assert files(folder) == before
+
+
 def test_the_lines_can_be_read_without_metazo(tmp_path: Path) -> None:
     folder = comparison(tmp_path)
     one = json.loads(cell_path(folder, "sst2", "mezo", "seed", 1).read_text())
