@@ -23,6 +23,7 @@ from typing import Any, Literal
 from metazo.errors import UserError
 from metazo.io.files import write_whole
 from metazo.io.plain import finite, read_json, shown
+from metazo.tasks.metrics import METRICS
 
 SECTIONS = ("run_info", "train_info", "metrics")
 SEARCH, COMPARISON, RUNS = "search.json", "comparison.json", "runs.jsonl.xz"
@@ -103,6 +104,7 @@ _INFO: dict[str, Any] = {
     "reason": _TEXT,
 }  # fmt: skip
 """Types of the fields of run_info that tables and messages show."""
+_ROUNDING = 1e-9  # of a Matthews correlation
 
 
 def result_of(content: Any, path: Path) -> Result | UserError:
@@ -127,6 +129,12 @@ def result_of(content: Any, path: Path) -> Result | UserError:
             for value in (scores or {}).values()
         ):
             return UserError(f"{path} is no result of a comparison: its {shown(name)} is {shown(scores)}.")
+        for metric, value in (scores or {}).items():
+            low = -1 if metric == "mcc" else 0
+            if metric in METRICS and value is not None and not low - _ROUNDING <= value <= 1 + _ROUNDING:
+                return UserError(
+                    f"{path} is no result of a comparison: its {metric} on {shown(name)} is {shown(value)}, not {low} to 1."
+                )
     return Result(**content)
 
 

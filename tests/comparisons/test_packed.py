@@ -171,6 +171,25 @@ def test_a_result_that_says_odd_things_is_no_result(tmp_path: Path) -> None:
             Result.load(path)
 
 
+def test_a_metric_that_no_run_can_have_is_no_result(tmp_path: Path) -> None:
+    """An accuracy of 7.5 was 750.0 of 100 in the report, and won."""
+    content = json.loads(synthetic.result(COLUMNS[0], "rte", 0).to_bytes())
+    path = tmp_path / "x.json"
+    for name, value, sound in (
+        ("accuracy", 7.5, False), ("accuracy", -0.1, False), ("macro_f1", 1.01, False), ("mcc", -1.01, False),
+        ("exact_match", 10**60, False), ("accuracy", 1, True), ("f1", None, True), ("mcc", -1, True),
+        ("mcc", 1 + 2**-52, True), ("loss", 7.5, True), ("objective", -7.5, True),
+    ):  # fmt: skip
+        path.write_text(json.dumps({**content, "metrics": {**content["metrics"], "test": {name: value}}}))
+        if sound:
+            assert Result.load(path).metrics["test"] == {name: value}
+            continue
+        with pytest.raises(
+            UserError, match=f"is no result of a comparison: its {name} on 'test' is .*, not -?[01] to 1"
+        ):
+            Result.load(path)
+
+
 def test_a_search_with_losses_that_no_run_has_is_refused(tmp_path: Path) -> None:
     """A picture whose axis is that long cannot be drawn."""
     search = {
