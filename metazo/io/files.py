@@ -46,6 +46,20 @@ def write_whole(path: Path, data: bytes) -> None:
         file.write(data)
 
 
+def replaceable(out: Path) -> Path:
+    """The folder `out`, or the one that a link leads to. Raises UserError if another cannot take its place later."""
+    try:
+        out = Path(os.path.realpath(out))
+    except OSError as error:  # the working directory was removed
+        raise UserError(
+            f"`out` {out} cannot be used ({error.strerror or error}); give a path from the root."
+        ) from error
+    if out.is_dir() and (os.path.samefile(out, os.curdir) or os.path.ismount(out)):
+        what = f"`out` {out} is the working directory or a mount point, which the model's folder cannot replace"
+        raise UserError(f"{what}; name a new folder, such as {out / 'model'}.")
+    return out
+
+
 def is_file(path: Path) -> bool:
     """Whether this is a regular file, and not a folder, a device or a pipe, or a name that no file can have."""
     try:

@@ -25,6 +25,7 @@ from torch import nn
 from metazo import zoo
 from metazo.errors import UserError
 from metazo.io.extras import needs
+from metazo.io.files import replaceable
 from metazo.io.lock import NAME as LOCK
 from metazo.io.lock import FolderLock
 from metazo.io.plain import is_name, shown
@@ -113,7 +114,7 @@ def replay(
     given, base = _in_memory(base, tokenizer, optimizer)
     if out is None:
         return _replay(found, header, base, given, None, to, tuner, zoo_folder, device, merge, tick)
-    lock = FolderLock(out)
+    lock = FolderLock(out := replaceable(out))
     lock.check()
     lock.check_empty()
     with lock:

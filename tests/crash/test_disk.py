@@ -20,7 +20,7 @@ from metazo.models.load import load_model
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import run_settings
 from metazo.runs.folder import RunFolder
-from metazo.runs.replay import _save
+from metazo.runs.replay import _save, replay
 from metazo.settings import build
 from metazo.steplog.format import scan
 
@@ -116,6 +116,14 @@ def test_a_read_only_disk_is_said(disk):
     assert tuned(disk / "done", steps=2, eval_every=1, resume=True)["steps"] == 2, "a complete run needs no writing"
     assert before == {path: path.read_bytes() for path in (disk / "run").rglob("*") if path.is_file()}
     remount(disk, "rw")
+
+
+def test_a_replay_to_a_mount_point_is_refused_before_its_first_step(disk, tmp_path):
+    tuned(tmp_path / "run", steps=2)
+    ticks = []
+    with pytest.raises(UserError, match="disk is the working directory or a mount point"):
+        replay(tmp_path / "run", "pico", disk, tick=lambda *step: ticks.append(step))
+    assert not ticks and not list(disk.iterdir())
 
 
 def test_a_disk_that_fills_up_while_the_model_is_saved_leaves_nothing_behind(disk, tmp_path):

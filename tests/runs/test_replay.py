@@ -85,6 +85,25 @@ def test_paths_are_text_too_and_a_folder_of_a_run_is_its_log(run, tmp_path):
     assert done.identical and weights(tmp_path / "again") == weights(run / "model")
 
 
+def test_a_link_leads_to_its_folder_and_the_working_directory_is_refused_at_once(run, tmp_path, monkeypatch):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    assert replay(run, "pico", tmp_path / "link", to=1).steps == 1
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "model.safetensors").is_file()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    ticks = []
+    for out in (".", tmp_path / "here", "../here"):
+        with pytest.raises(UserError, match="here is the working directory or a mount point, which the model's folder"):
+            replay(run, "pico", out, tick=lambda *step: ticks.append(step))
+    assert not ticks and not list((tmp_path / "here").iterdir())
+    (tmp_path / "here").rmdir()
+    with pytest.raises(
+        UserError, match="`out` again cannot be used .No such file or directory.; give a path from the root"
+    ):
+        replay(run, "pico", "again")
+
+
 @pytest.mark.parametrize(
     "named, said",
     [
