@@ -27,12 +27,14 @@ class FolderLock:
 
     Args: folder; setting: the argument that names it, for messages; patience: seconds to wait for another holder.
     Raises UserError if another process, or another call in this one, holds the lock: with a new filelock (4.2.11) the message
-    names its id and host. A release removes the file, and the folder too if the lock made it and it is still empty.
+    names its id and host. A release removes the file, unless it is another's by now, and the folder too if the lock made it and
+    it is still empty.
     """
 
     def __init__(self, folder: Path, setting: str = "out", patience: float = _PATIENCE):
         self.folder, self.setting, self.patience, self.made = folder, setting, patience, False
         self._lock: FileLock | None = None
+        self._file: os.stat_result | None = None
 
     def acquire(self) -> FolderLock:
         try:
@@ -40,6 +42,7 @@ class FolderLock:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self.folder / NAME, timeout=self.patience)
             lock.acquire()
+            self._file = (self.folder / NAME).stat()
         except Timeout:
             raise self._refused() from None
         except (OSError, ValueError) as error:
@@ -61,6 +64,24 @@ class FolderLock:
             except Timeout:
                 raise self._refused() from None
 
+    def check_held(self) -> None:
+        """Raise UserError if this lock was acquired and its file is gone from the folder: another process could lock it too."""
+        if self._lock is not None and not self._is_there():
+            raise UserError(
+                f"The folder {self.folder} was removed, moved or replaced while this process wrote into it, or its {NAME} was; "
+                "nothing more is written there. Start again in a folder that stays until the end; if the files still exist, "
+                "continue where they are with `resume=True`."
+            )
+
+    def _is_there(self) -> bool:
+        """Whether the path still leads to the file that this lock locked."""
+        try:
+            return self._file is not None and os.path.samestat(self._file, (self.folder / NAME).stat())
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError:  # a disk that fails: writing says so
+            return True
+
     def check_empty(self) -> None:
         """Raise UserError if this is a file, or a folder that has anything but the lock."""
         if self.folder.exists() and (not self.folder.is_dir() or set(os.listdir(self.folder)) - {NAME}):
@@ -71,7 +92,8 @@ class FolderLock:
         if lock is None:
             return
         with suppress(OSError):
-            (self.folder / NAME).unlink(missing_ok=True)
+            if self._is_there():
+                (self.folder / NAME).unlink()
             if self.made:
                 self.folder.rmdir()  # fails if something is in it
         lock.release()

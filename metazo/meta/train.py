@@ -146,6 +146,7 @@ def finish(run: MetaRun | HorizonRun, folder: RunFolder, loaded: LoadedModel, co
     """Write tuner and plot, and remove files that only a resumed run needs. Raises Diverged if the tuner is unusable."""
     setup = _setup(run.config)
     setup.judge(run)
+    folder.lock.check_held()
     try:
         picture = str(plot(folder.path))
     except MissingPackage as missing:  # the tuner is complete without its picture

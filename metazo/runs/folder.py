@@ -65,7 +65,8 @@ class RunFolder:
     that the run can be resumed, and change nothing.
     One process at a time writes into the folder: it is locked from `begin` (or from here, if an unfinished run is
     resumed) to `close`; use it as a context manager.
-    Raises UserError if the folder holds a run and resume is off, holds another run, or is in use.
+    Raises UserError if the folder holds a run and resume is off, holds another run, or is in use; what writes or removes files
+    raises it if the folder was removed or replaced meanwhile, so that two runs never mix in one.
     """
 
     def __init__(
@@ -178,12 +179,14 @@ class RunFolder:
 
     def keep_records(self, records: list[dict[str, Any]]) -> None:
         """Replace the metrics by these. A file that already holds them is left as it is."""
+        self.lock.check_held()
         data = "".join(json.dumps(record) + "\n" for record in records).encode()
         if not self.metrics.exists() or self.metrics.read_bytes() != data:
             write_whole(self.metrics, data)
 
     def record(self, **values: Any) -> None:
         """Append a line and sync it to the disk."""
+        self.lock.check_held()
         lines = LineFile(self.metrics)
         try:
             lines.append(json.dumps(values).encode() + b"\n")
@@ -195,6 +198,7 @@ class RunFolder:
 
     def save_tensors(self, name: str, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Write the tensors of a step, completely or not at all."""
+        self.lock.check_held()
         write_tensors(self.path / name, tensors, {"step": str(step)})
 
     def load_tensors(self, name: str) -> tuple[int, dict[str, Tensor]] | None:
@@ -216,6 +220,7 @@ class RunFolder:
 
     def remove(self, *patterns: str) -> None:
         """Remove files that match, before others take their place."""
+        self.lock.check_held()
         for pattern in patterns:
             self._clear(pattern)
 
@@ -241,6 +246,7 @@ class RunFolder:
 
     def save_model(self, *parts: Any) -> None:
         """Write `model/` by save_pretrained of each object, completely or not at all."""
+        self.lock.check_held()
         target, temporary = self.path / MODEL, self.path / f".model.{os.getpid()}.tmp"
         try:
             save_parts(temporary, *parts)
@@ -273,6 +279,7 @@ class RunFolder:
 
     def complete(self, summary: dict[str, Any]) -> None:
         """Write the result, and remove the files that only a resumed run needs."""
+        self.lock.check_held()
         write_whole(self.path / SUMMARY, json.dumps(summary, indent=2).encode())
         self._clear_unneeded()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -66,6 +67,22 @@ def test_a_folder_with_a_lock_alone_is_empty(tmp_path: Path) -> None:
         for path in (tmp_path, tmp_path / "file"):
             with pytest.raises(UserError, match=f"`out` {path} is not an empty folder; choose another"):
                 FolderLock(path).check_empty()
+
+
+def test_a_folder_that_is_replaced_is_no_longer_held_and_its_new_lock_stays(tmp_path: Path) -> None:
+    first, second = FolderLock(tmp_path / "run"), FolderLock(tmp_path / "run")
+    first.check_held()  # it holds none
+    first.acquire().check_held()
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(UserError, match="run was removed, moved or replaced while"):
+        first.check_held()
+    second.acquire()
+    with pytest.raises(UserError, match="run was removed, moved or replaced while"):
+        first.check_held()
+    first.release()
+    second.check_held()
+    second.release()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_place_that_cannot_be_a_folder_is_said(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import inspect
 import json
 import math
 import os
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from metazo.optimizers.mezo import MeZO
 from metazo.runs.batches import batch_indices_by_length
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import run_settings
+from metazo.runs.folder import RunFolder
 from metazo.runs.interrupt import Interrupted
 from metazo.step.scales import RMSScale, normalisation
 from metazo.tuner.file import Tuner
@@ -66,6 +68,21 @@ def test_the_result_is_an_ordinary_tuner_that_runs_use(settings, tmp_path: Path)
     assert losses["tuner"] != losses["rms"]
     rows = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(4)) and {row["task"] for row in rows[:2]} == set(config.task)
+
+
+@pytest.mark.parametrize("last", [2, 4])
+def test_a_folder_that_is_removed_in_between_ends_the_training(settings, monkeypatch, last: int) -> None:
+    config, record = settings(), RunFolder.record
+
+    def removed(folder, **values):
+        record(folder, **values)
+        if values["step"] + 1 == last:
+            shutil.rmtree(config.out)
+
+    monkeypatch.setattr(RunFolder, "record", removed)
+    with pytest.raises(UserError, match="out was removed, moved or replaced while"):
+        meta_train(config)
+    assert not config.out.exists()
 
 
 def test_the_search_starts_at_the_rms_rule_or_flat(settings) -> None:

@@ -74,6 +74,21 @@ def whole(tmp_path_factory) -> tuple:
     return results(out)
 
 
+@pytest.mark.parametrize("last", [4, 13])
+def test_a_run_whose_folder_is_removed_ends_and_writes_nothing_into_the_run_that_took_its_place(tmp_path, last):
+    out, files = tmp_path / "run", {}
+
+    def replaced(step):
+        if step.step == last:
+            shutil.rmtree(out)
+            tuned(out, steps=4, lr=3e-3)
+            files.update({path: path.read_bytes() for path in out.rglob("*") if path.is_file()})
+
+    with pytest.raises(UserError, match="run was removed, moved or replaced while this process wrote into it"):
+        tune(build(FinetuneConfig, SETTINGS, {"out": out}), console=Console(quiet=True), on_step=replaced)
+    assert files and files == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
 class Death(BaseException):
     """Ends a run immediately, as a kill does: nothing is caught, saved or flushed."""
 
