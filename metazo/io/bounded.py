@@ -47,7 +47,8 @@ def bounded(function: Callable[[Any], Any], calls: Sequence[tuple[str, Any]]) ->
                         answer = [_answer(function, *call), None]
                     except UserError as error:
                         answer = [None, str(error)]
-                    print(json.dumps(answer), file=out, flush=True)
+                    out.write(json.dumps(answer) + "\n")
+                    out.flush()
         finally:
             os._exit(0)
     process = os.pidfd_open(child)  # its number may be another's once somebody else has waited for it
