@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from metazo.errors import UserError
 from metazo.io.extras import needs
+from metazo.models.complete import check_body
 from metazo.models.frozen import Split, split
 from metazo.models.heads import HEADS, Phrases, Prototypes, new_head
 
@@ -221,7 +222,11 @@ def _beside(source: str, revision: str) -> dict[str, bytes]:
 
 def _encoder(source: str, dtype: torch.dtype, revision: str) -> PreTrainedModel:
     with quiet():  # of a pooler that is missing or left out
-        return AutoModel.from_pretrained(source, dtype=dtype, revision=revision, return_dict=True)
+        model, info = AutoModel.from_pretrained(
+            source, dtype=dtype, revision=revision, return_dict=True, output_loading_info=True
+        )
+    check_body(info["missing_keys"], [], source)
+    return model
 
 
 @contextmanager
