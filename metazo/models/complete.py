@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from metazo.errors import UserError
 
 
-def check_body(missing: Iterable[str], heads: Iterable[str], name: str) -> None:
+def check_body(missing: Iterable[str], heads: Iterable[str], name: str, what: str = "weights") -> None:
     """Raises UserError for missing tensors outside the layers `heads` and the pooler, which may be new.
 
     A pooler is left out of models that were saved without a classifier's head, and of those whose hidden states are pooled.
@@ -18,5 +18,5 @@ def check_body(missing: Iterable[str], heads: Iterable[str], name: str) -> None:
     if body:
         more = f" and {len(body) - 1} more" if len(body) > 1 else ""
         raise UserError(
-            f"model {name!r} has no weights for {body[0]!r}{more}, so that these would be random; name a complete checkpoint"
+            f"model {name!r} has no {what} for {body[0]!r}{more}, so that these would be random; name a complete checkpoint"
         )

@@ -26,11 +26,13 @@ from metazo.models.checks import (
     kind_of,
     not_finite,
 )
+from metazo.models.complete import check_body
 from metazo.models.embedded import EMBEDDED, check_folder
 from metazo.models.parts import divided, loading
 from metazo.models.quantize import (
     check_package,
     check_shapes,
+    heads_of,
     keep_unpacked,
     kept_whole,
     left_over,
@@ -275,6 +277,9 @@ def _classifier(
         )
         lost = [str(key if isinstance(key, str) else key[0]) for key in info["mismatched_keys"]]
         unsaved += [*lost, *info["missing_keys"]]
+        if heads := heads_of(model):  # every class but Perceiver's names its base model
+            check_body(info["missing_keys"], heads, name)
+            check_body(lost, heads, name, "weights of the shape that its config.json gives")
         new = bool(unsaved)
     else:
         _check_pooled(more)
