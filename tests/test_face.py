@@ -95,7 +95,7 @@ def test_python_m_metazo() -> None:
 
 
 ENDING = """
-import atexit, os, sys, threading, time
+import atexit, os, signal, sys, threading, time
 from metazo_cli.main import entry_point
 class Object:
     def __del__(self, write=os.write): write(1, b'taken apart')
@@ -103,17 +103,21 @@ kept = Object()
 left_open = open(sys.argv.pop(1), "w")
 left_open.write("written")
 atexit.register(print, 'registered')
+atexit.register(os.kill, os.getpid(), signal.SIGINT)
 threading.Thread(target=lambda: (time.sleep(0.1), print('thread'))).start()
 entry_point()
 """
 
 
 def test_a_command_ends_when_its_work_has(tmp_path: Path) -> None:
-    """Threads, what was registered for the end and open files come first; no object is taken apart."""
+    """Threads, what was registered for the end and open files come first, whatever Ctrl-C; no object is taken apart."""
     for words, ended, shown in (["--version"], 0, f"metazo {metazo.__version__}\n"), (["finetun"], 2, ""):
         command = [sys.executable, "-c", ENDING, str(tmp_path / "open"), *words]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-        assert (done.returncode, done.stdout) == (ended, f"{shown}thread\nregistered\n")
+        assert (done.returncode, done.stdout) == (
+            ended,
+            f"{shown}thread\nregistered\n",
+        ) and "Traceback" not in done.stderr
         assert (tmp_path / "open").read_text() == "written"
 
 

@@ -6,6 +6,7 @@ import atexit
 import errno
 import gc
 import os
+import signal
 import sys
 import threading
 from collections.abc import Sequence
@@ -185,6 +186,7 @@ def entry_point() -> None:
         if isinstance(end.code, int) and not watched:
             with suppress(KeyboardInterrupt):
                 threading._shutdown()  # type: ignore[attr-defined]
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # the work is done, and Ctrl-C would show where the end is
             atexit._run_exitfuncs()
             if flushed(*filter(None, (sys.stdout, sys.stderr)), *open_files()):
                 os._exit(end.code)

@@ -19,7 +19,7 @@ def replay(
         int | None, typer.Option(help="Steps to take; by default up to the weights that the run kept.", min=0)
     ] = None,
     tuner: Annotated[str | None, typer.Option(help="Tuner of the run, if the zoo folders do not have it.")] = None,
-    zoo: Annotated[Path | None, typer.Option(help="Zoo folder to search first.")] = None,
+    zoo_folder: Annotated[Path | None, typer.Option("--zoo", help="Zoo folder to search first.")] = None,
     merge: Annotated[
         bool, typer.Option("--merge", help="Save LoRA adapters added to the weights, as a plain model.")
     ] = False,
@@ -36,7 +36,7 @@ def replay(
     with Progress(console=Console(), disable=as_json) as bar:
         task = bar.add_task("replay", total=None)
         done = run(
-            log, base, out, to, tuner=tuner, zoo_folder=zoo, merge=merge, device=device,
+            log, base, out, to, tuner=tuner, zoo_folder=zoo_folder, merge=merge, device=device,
             tick=lambda step, total: bar.update(task, completed=step, total=total),
         )  # fmt: skip
     result = {

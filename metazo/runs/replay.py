@@ -273,7 +273,8 @@ def _tuner(header: dict[str, Any], zoo_folder: str | Path | None) -> str | None:
     found, refused = of_log(header, [known for known in zoo.tuners(zoo_folder) if known.path.is_file()])  # no downloads
     if found is None:
         raise UserError(
-            f"The log's tuner (called {name!r} there) is not in the zoo folders{refused}; give its location as `tuner`."
+            f"The log's tuner (called {name!r} there) is not in the zoo folders{refused}; "
+            "give its location as `tuner`, or its zoo as `zoo_folder`."
         )
     return str(found.path)
 

@@ -148,9 +148,22 @@ def test_meta_train_push_finetune_evaluate(published, tmp_path):
     assert json.loads(shown.stdout)["pico_sentiment"]["examples"] == 16
     own = metazo("evaluate", str(tmp_path / "run"), "--json")
     assert json.loads(own.stdout) == {"pico_sentiment": summary["test"]}
+    again = ("replay", str(tmp_path / "run"), "--base=pico", f"--out={tmp_path / 'again'}")
+    assert "give its location as --tuner, or its zoo as --zoo." in " ".join(metazo(*again, ok=False).stderr.split())
+    assert metazo(*again, f"--zoo={published}").returncode == 0
     listed = json.loads(metazo("zoo", "list", "--zoo", str(published), "--json").stdout)
     assert any(entry["base_model"] == "pico" for entry in listed)
     assert metazo("zoo", "verify", "--zoo", str(published)).returncode == 0
+
+
+@pytest.mark.parametrize(("metric", "there"), [("accuracy", True), ("mcc", False)])
+def test_the_accuracy_of_the_commonest_answer_is_beside_accuracy_alone(metric, there, tmp_path):
+    rows = [{"text": f"a story {i}", "label": int(i % 4 == 0)} for i in range(60)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = {"kind": "classification", "prompt": "{text} It was {}", "labels": ["bad", "good"], "metric": metric}
+    (tmp_path / "own.yaml").write_text(json.dumps(own | {"files": {"train": "rows.jsonl"}}))
+    shown = metazo("evaluate", "--model=pico", f"--task={tmp_path / 'own.yaml'}", "--examples=4").stdout
+    assert metric in shown and ("majority" in shown) == there
 
 
 def test_dry_run_writes_nothing(tmp_path):
