@@ -123,7 +123,7 @@ def _take_away(out: Path) -> None:
 
 def train(run: MetaRun | HorizonRun, folder: RunFolder, steps: int, caught: list[str], console: Console | None) -> None:
     """The loop, with metrics, progress and snapshots."""
-    folder.keep_records(folder.records()[: run.steps])
+    folder.keep_records(folder.read_records(folder.path)[: run.steps])
     with Progress(console, run.config, steps, run.steps) as progress:
         while run.steps < steps:
             step = run.step()

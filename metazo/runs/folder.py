@@ -21,6 +21,7 @@ from metazo.io.lock import NAME as LOCK
 from metazo.io.lock import FolderLock
 from metazo.io.plain import MAX_JSON_BYTES, parse_json, shown
 from metazo.io.tensorfile import read_tensors, write_tensors
+from metazo.runs import metrics_file
 from metazo.runs.locate import CONFIG, MODEL, STARTED, SUMMARY, UNSET, read_config
 from metazo.settings import Unset
 from metazo.steplog.format import STEPS, change, scan
@@ -81,7 +82,7 @@ class RunFolder:
         look: bool = False,
     ):
         self.path, self.metrics, self.say = path, path / METRICS, say
-        self.resume, self.lock = resume, FolderLock(path)
+        self.resume, self.lock, self.chain = resume, FolderLock(path), 0
         self.config: dict[str, Any] = json.loads(json.dumps(config, default=str))
         self.config[UNSET] = [name for name, value in config.items() if isinstance(value, Unset)]
         if belongs is not None:
@@ -164,32 +165,32 @@ class RunFolder:
     # -- metrics ---------------------------------------------------------------------------------------------------
 
     def records(self) -> list[dict[str, Any]]:
-        return self.read_records(self.path)
+        """The lines of metrics.jsonl, up to the first that is torn or damaged, which is reported with `say`."""
+        found, fault = metrics_file.read(self.metrics)
+        if fault:
+            self.say(f"{METRICS} {fault}.")
+        return found
 
     @staticmethod
     def read_records(path: Path) -> list[dict[str, Any]]:
-        """The whole lines of the metrics.jsonl in a run's folder, up to the first that is torn or damaged."""
-        found = []
-        with suppress(OSError, ValueError, TypeError):
-            for line in (path / METRICS).read_bytes().splitlines(keepends=True):
-                if not line.endswith(b"\n"):
-                    break
-                found.append(dict(parse_json(line)))
-        return found
+        """The lines of the metrics.jsonl in a run's folder, up to the first that is torn or damaged."""
+        return metrics_file.read(path / METRICS)[0]
 
     def keep_records(self, records: list[dict[str, Any]]) -> None:
         """Replace the metrics by these. A file that already holds them is left as it is."""
         self.lock.check_held()
-        data = "".join(json.dumps(record) + "\n" for record in records).encode()
+        data, self.chain = metrics_file.pack(records)
         if not self.metrics.exists() or self.metrics.read_bytes() != data:
             write_whole(self.metrics, data)
 
     def record(self, **values: Any) -> None:
-        """Append a line and sync it to the disk."""
+        """Append a line to those of `keep_records`, and sync it to the disk."""
         self.lock.check_held()
+        data, chain = metrics_file.pack([values], self.chain)
         lines = LineFile(self.metrics)
         try:
-            lines.append(json.dumps(values).encode() + b"\n")
+            lines.append(data)
+            self.chain = chain
             lines.sync()
         finally:
             lines.close()

@@ -14,6 +14,7 @@ import torch
 from metazo import zoo
 from metazo.runs.folder import RunFolder
 from metazo.runs.locate import unset_in
+from metazo.runs.metrics_file import pack
 from metazo.runs.records import _sound
 from metazo.step.record import Step
 from metazo.steplog.format import encode, line, scan
@@ -185,7 +186,7 @@ KINDS: dict[str, Kind] = {
     ),
     "metrics": Kind(
         "metrics.jsonl",
-        [b"".join(to_json(record) + b"\n" for record in METRICS)],
+        [pack(METRICS)[0], b"".join(to_json(record) + b"\n" for record in METRICS)],
         altered([METRICS]).map(lambda records: b"".join(to_json(record) + b"\n" for record in records)),
         read_metrics,
     ),

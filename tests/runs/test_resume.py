@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -143,6 +144,12 @@ def no_line(path: Path, number: int) -> None:
     path.write_bytes(b"".join(lines[:number] + lines[number + 1 :]))
 
 
+def changed(path: Path, pattern: bytes, by: bytes) -> None:
+    data, count = re.subn(pattern, by, path.read_bytes())
+    assert count
+    path.write_bytes(data)
+
+
 LEFT: dict[str, tuple[Callable[[Path], object], str]] = {
     "as it died": (lambda out: None, "snapshot of step 12, 0 steps replayed"),
     "snapshot damaged": (lambda out: flip(out / "snapshot-00000012.safetensors"), "step 0, 12 steps replayed"),
@@ -155,6 +162,14 @@ LEFT: dict[str, tuple[Callable[[Path], object], str]] = {
     "metrics torn": (lambda out: cut(out / "metrics.jsonl"), "snapshot of step 0, 12 steps replayed"),
     "an evaluation lost": (lambda out: no_line(out / "metrics.jsonl", 2), "snapshot of step 0, 12 steps replayed"),
     "metrics lost": (lambda out: (out / "metrics.jsonl").unlink(), "snapshot of step 0, 12 steps replayed"),
+    "a digit of the metrics changed": (
+        lambda out: changed(out / "metrics.jsonl", rb'(?<=\n\{"step": 4, )(.*?"accuracy": )0\.', rb"\g<1>0.9"),
+        "metrics.jsonl is damaged at line 2 (its checksum does not follow",
+    ),
+    "metrics of an earlier version": (
+        lambda out: changed(out / "metrics.jsonl", rb', "crc": \d+', b""),
+        "snapshot of step 12, 0 steps replayed",
+    ),
     "half a file left behind": (lambda out: (out / ".model.123.tmp").mkdir(), "snapshot of step 12, 0 steps replayed"),
     "best weights lost": (lambda out: (out / "best.safetensors").unlink(), "steps replayed"),
     "best weights lost with the metrics": (
