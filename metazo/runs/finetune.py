@@ -238,15 +238,17 @@ class _Run(Ending):
         latest = self.scores.take_up(self.folder.records(), len(steps), self.folder.step_of(BEST))
         snapshot = self.folder.load_snapshot(latest)
         done = self._load(*snapshot) if snapshot else 0
+        written = len(steps)
         if not self.optimizer.replayable:  # steps that need a gradient, for example, are computed again
             self.log.cut(done)
             steps = steps[:done]
         self.scores.settle(len(steps))
         agreed(partial(self.trackers.start, len(steps)))
-        if steps:
-            what = "Going on" if start else "Resuming"
+        if written:
+            what, again = "Going on" if start else "Resuming", written - len(steps)
             self.folder.say(
-                f"{what} after step {len(steps)}: snapshot of step {done}, {len(steps) - done} steps replayed."
+                f"{what} after step {len(steps)}: snapshot of step {done}, {len(steps) - done} steps replayed"
+                f"{f', {again} computed again' if again else ''}."
             )
         for record in steps[:done]:
             self.watch.see(record)

@@ -191,6 +191,24 @@ def test_whatever_is_left_the_run_ends_the_same(dead, whole, what):
         assert "snapshot-00000012.safetensors is damaged and is not used" in said
 
 
+def test_damaged_metrics_of_steps_that_cannot_be_replayed_are_said_with_what_is_computed_again(tmp_path, monkeypatch):
+    settings, append = {"optimizer": "first-order-adamw", "scale": "none", "steps": 6, "eval_every": 2}, StepLog.append
+    tuned(tmp_path / "whole", **settings)
+
+    def dies(log: StepLog, step) -> None:
+        if step.step == 5:
+            raise Death
+        append(log, step)
+
+    with monkeypatch.context() as patched, pytest.raises(Death):
+        patched.setattr(StepLog, "append", dies)
+        tuned(tmp_path / "dead", **settings)
+    changed(tmp_path / "dead/metrics.jsonl", b"^.", b"\0")
+    said = tuned(tmp_path / "dead", **settings, resume=True)
+    assert "metrics.jsonl is damaged at line 1" in said and "0 steps replayed, 5 computed again." in said
+    assert results(tmp_path / "dead") == results(tmp_path / "whole")
+
+
 def test_a_damaged_log_is_refused_repaired_and_gone_on_with(dead, whole):
     log = dead / "steps.jsonl"
     lines = log.read_bytes().splitlines(keepends=True)
