@@ -39,6 +39,7 @@ def bench(
     from metazo.bench import picture, render, suites
     from metazo.errors import UserError
     from metazo.io.files import write_whole
+    from metazo.io.lock import FolderLock
     from metazo.runs.interrupt import Interrupted
 
     _check(device)
@@ -60,29 +61,30 @@ def bench(
         TextColumn("{task.fields[case]}"),
     )
     done: list[suites.Part] = []
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("bench", total=len(chosen), case="")
-        measured = 0
-
-        def start(part: suites.Part) -> None:
-            nonlocal measured
+    with FolderLock(out):
+        with Progress(*columns, console=console, transient=True) as progress:
+            task = progress.add_task("bench", total=len(chosen), case="")
             measured = 0
-            progress.update(task, description=f"{part.suite}/{part.name}", completed=len(done), case="")
-            done.append(part)
 
-        def tick() -> None:
-            nonlocal measured
-            measured += 1
-            progress.update(task, case=f"{measured} timings")
+            def start(part: suites.Part) -> None:
+                nonlocal measured
+                measured = 0
+                progress.update(task, description=f"{part.suite}/{part.name}", completed=len(done), case="")
+                done.append(part)
 
-        try:
-            result = suites.run(chosen, out, settings, start=start, tick=tick)
-        except KeyboardInterrupt:
-            raise Interrupted(
-                f"{len(done) - 1} of {len(chosen)} parts are in {out}; name the rest with --suite."
-            ) from None
-    write_whole(out / "speed.md", (render.markdown(result) + "\n").encode())
-    picture.plot(result, out / "speed.png")
+            def tick() -> None:
+                nonlocal measured
+                measured += 1
+                progress.update(task, case=f"{measured} timings")
+
+            try:
+                result = suites.run(chosen, out, settings, start=start, tick=tick)
+            except KeyboardInterrupt:
+                raise Interrupted(
+                    f"{len(done) - 1} of {len(chosen)} parts are in {out}; name the rest with --suite."
+                ) from None
+        write_whole(out / "speed.md", (render.markdown(result) + "\n").encode())
+        picture.plot(result, out / "speed.png")
     if as_json:
         print_json(result)
         return
@@ -99,8 +101,10 @@ def _feedback(out: Path, quick: bool, as_json: bool) -> None:
     from rich.table import Table
 
     from metazo.bench import along_training
+    from metazo.io.lock import FolderLock
 
-    rows = along_training.run(out, quick=quick)
+    with FolderLock(out):
+        rows = along_training.run(out, quick=quick)
     if as_json:
         print_json(rows)
         return

@@ -22,6 +22,7 @@ from metazo.bench.published import PublishedLoop
 from metazo.bench.steps import CORE, FORWARDS, METHODS, PASSES, PUBLISHED
 from metazo.bench.timing import interleaved, ratios, spread
 from metazo.errors import UserError
+from metazo.io.lock import FolderLock
 from metazo.noise import TorchOrderNoise
 from metazo.optimizers import MeZO
 from metazo.step import pending
@@ -189,6 +190,15 @@ def test_an_interrupted_run_keeps_what_it_has(tmp_path: Path):
     (result,) = suites.run([suites.Part("steps", "two", row(2))], tmp_path, settings)["processors"]
     both = result["suites"]["steps"]
     assert [both[name]["rows"][0]["ratio"]["median"] for name in both] == [1, 2]
+
+
+@pytest.mark.parametrize("suite", ["kernels", "feedback"])
+def test_one_bench_at_a_time_writes_into_a_folder(suite: str, tmp_path: Path):
+    """The one that ended last wrote its own figures alone."""
+    with FolderLock(tmp_path):
+        done = metazo("bench", "--quick", "--suite", suite, "--out", str(tmp_path))
+    assert done.code == 2 and f"--out {tmp_path} is in use by process" in done.error
+    assert not list(tmp_path.iterdir())
 
 
 def test_figures_of_other_versions_or_of_no_bench_are_not_mixed_in(tmp_path: Path):
