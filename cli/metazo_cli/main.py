@@ -105,6 +105,7 @@ _CONTINUES = {
     "finetune": _RESUMES,
     "meta-train": _RESUMES,
     "compare": "The same command continues.",
+    "demo": "The same command continues.",
 }
 
 

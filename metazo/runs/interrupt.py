@@ -13,6 +13,7 @@ class Interrupted(Exception):
 
     def __init__(self, message: str, by: str = "SIGINT"):
         super().__init__(message)
+        self.by = by
         self.exit_code = 128 + signal.Signals[by].value  # as a shell reports it: 130, 143
 
 
