@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import typer
@@ -74,7 +75,11 @@ def compare(
         then = "put right what their reasons say; the same command tries again"
         console.print(f"{count['runs']} runs{kept}{failed}. Not finished: {incomplete}. Now: {then}", soft_wrap=True)
         raise typer.Exit(1)
-    then = f"metazo report {settings.out}" if part is None else "the same command without --part, after all parts"
+    then = (
+        f"metazo report {quote(str(settings.out))}"
+        if part is None
+        else "the same command without --part, after all parts"
+    )
     console.print(f"{count['runs']} runs{kept}{failed}. Now: {then}", soft_wrap=True)
 
 

@@ -8,6 +8,7 @@ import re
 import sys
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import typer
@@ -147,7 +148,8 @@ def _began(folder: Path | None, values: dict[str, Any]) -> dict[str, Any]:
     if not values["resume"]:
         if folder is not None:
             raise UserError(
-                f"{folder} has no flag: name a new run's folder with --out, or continue a run with --resume {folder}."
+                f"{folder} has no flag: name a new run's folder with --out, or continue a run with "
+                f"--resume {quote(str(folder))}."
             )
         return {}
     if folder is not None and values["out"] not in (None, folder):

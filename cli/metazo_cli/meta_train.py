@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import typer
@@ -65,7 +66,7 @@ def meta_train(
     if as_json:
         print_json({"tuner": path, "base_model": tuner.info.base_model, "recipe": tuner.info.recipe})
         return
-    console.print(f"Publish it: metazo zoo push {path}", soft_wrap=True)
+    console.print(f"Publish it: metazo zoo push {quote(path)}", soft_wrap=True)
 
 
 def _settings(

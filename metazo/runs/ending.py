@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from shlex import quote
 from typing import Any
 
 from torch import Tensor, nn
@@ -126,11 +127,11 @@ class Ending(ABC):
         self.log.sync()
         sound = [record["step"] for record in self.scores.records if self.scores.usable(record)]
         where = f"the last sound evaluation is that of step {sound[-1]}" if sound else "no evaluation is sound"
-        how = f": metazo replay {self.log.path} --base {config.model} --to STEP --out FOLDER gives the weights of any step"
+        replay = f"metazo replay {quote(str(self.log.path))} --base {quote(config.model)} --to STEP --out FOLDER"
         what = f"The run diverged: after step {last} {wrong}"
         raise Diverged(
             f"{what}; {advice} and choose another `out`. The step log is complete and {where}"
-            f"{how if self.optimizer.replayable and config.out else ''}.",
+            f"{f': {replay} gives the weights of any step' if self.optimizer.replayable and config.out else ''}.",
             f"{what}; {advice}.",
         )
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
+from shlex import quote
 from typing import Any
 
 import torch
@@ -356,7 +357,7 @@ class _Run(Ending):
         if self.optimizer.exchange.stopped if together() else self.caught:
             if step == self.optimizer.steps == self.log.count and self.snapshot_every:
                 self._snapshot(step)
-            saved = f"which is saved; continue with metazo finetune --resume {self.config.out}"
+            saved = f"which is saved; continue with metazo finetune --resume {quote(str(self.config.out))}"
             if self.config.out is None:
                 saved = "whose weights are in the model in memory; nothing is written, because the run has no `out`"
             name = self.caught[0] if self.caught else "SIGTERM"

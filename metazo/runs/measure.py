@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from shlex import quote
 from typing import Any, Literal
 
 from torch import nn
@@ -159,7 +160,7 @@ def _check(settings: dict[str, Any], given: bool) -> None:
 def _no_model(run: Path) -> UserError:
     """Why a run has no kept model, and how to get one."""
     config, log = read_config(run), run / STEPS
-    replay = f"metazo replay {log} --base {config.get('model')} --out FOLDER"
+    replay = f"metazo replay {quote(str(log))} --base {quote(str(config.get('model')))} --out FOLDER"
     where = f"{replay} makes it again from the log"
     if (name := config.get("optimizer")) in METHODS and not METHODS[str(name)].replayable:
         where = f"the steps of {name} cannot be replayed, so repeat the run in another folder"
@@ -168,8 +169,8 @@ def _no_model(run: Path) -> UserError:
     if (run / SUMMARY).exists():
         return UserError(f"{run} has ended and its folder {MODEL} is gone; {where}.")
     return UserError(
-        f"{run} has not ended, or it diverged, so it has no model; metazo finetune --resume {run} continues it, or says "
-        "that it diverged."
+        f"{run} has not ended, or it diverged, so it has no model; metazo finetune --resume {quote(str(run))} continues it, or "
+        "says that it diverged."
     )
 
 

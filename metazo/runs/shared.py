@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from shlex import quote
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
@@ -205,7 +206,7 @@ def _with_advice(error: LostRank, config: FinetuneConfig) -> LostRank:
     """The report of a lost process, with how the run can continue."""
     advice = "look at its message"
     if config.out is not None:
-        advice += f", and continue with metazo finetune --resume {config.out}, with any number of processes"
+        advice += f", and continue with metazo finetune --resume {quote(str(config.out))}, with any number of processes"
     told = LostRank(f"{error} The steps so far are in the log: {advice}.")
     told.shared = True
     return told

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from metazo.runs.config import FinetuneConfig
 from metazo.runs.evaluations import Scores
 from metazo.runs.finetune import run_settings, tune
 from metazo.runs.interrupt import Interrupted
+from metazo.runs.measure import evaluate
 from metazo.runs.replay import replay
 from metazo.settings import build
 from metazo.steplog.format import line, scan
@@ -88,6 +90,24 @@ def test_a_run_whose_folder_is_removed_ends_and_writes_nothing_into_the_run_that
     with pytest.raises(UserError, match="run was removed, moved or replaced while this process wrote into it"):
         tune(build(FinetuneConfig, SETTINGS, {"out": out}), console=Console(quiet=True), on_step=replaced)
     assert files and files == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+def test_shown_commands_can_be_pasted_into_a_shell(tmp_path):
+    out = tmp_path / "it's my run"
+    with pytest.raises(Interrupted) as stopped:
+        tune(
+            build(FinetuneConfig, SETTINGS, {"out": out}),
+            console=Console(quiet=True),
+            on_step=lambda step: os.kill(os.getpid(), signal.SIGTERM),
+        )
+    assert shlex.split(str(stopped.value))[-4:] == ["metazo", "finetune", "--resume", str(out)]
+    with pytest.raises(UserError) as told:
+        evaluate(out)
+    assert f"--resume {shlex.quote(str(out))} continues it" in str(told.value)
+    with pytest.raises(UserError) as diverged:
+        tuned(tmp_path / "it's wild", lr=1e9, keep="last", max_bad_steps=14, steps=4)
+    shown = re.search("metazo replay .* --to STEP", str(diverged.value))
+    assert shown and str(tmp_path / "it's wild" / "steps.jsonl") in shlex.split(shown[0])
 
 
 class Death(BaseException):
