@@ -26,7 +26,7 @@ from metazo.models.checks import (
     kind_of,
     not_finite,
 )
-from metazo.models.complete import check_body
+from metazo.models.complete import check_body, unused
 from metazo.models.embedded import EMBEDDED, check_folder
 from metazo.models.parts import divided, loading
 from metazo.models.quantize import (
@@ -168,7 +168,7 @@ def load_model(
             if chosen == "classifier":
                 model, new = _classifier(source, config, torch_dtype, num_labels, head, name, notes, unsaved, more)
             else:
-                model, new = _language_model(source, config, torch_dtype, chosen, name, more), False
+                model, new = _language_model(source, config, torch_dtype, chosen, name, notes, more), False
     if new and trained_head:
         raise UserError(
             f"there is no trained head of {model.config.num_labels} classes in {name!r}, so its answers would be random; "
@@ -234,7 +234,13 @@ def _kept_whole(config: PreTrainedConfig) -> list[str] | None:
 
 
 def _language_model(
-    source: str, config: PreTrainedConfig, dtype: torch.dtype, kind: str, name: str, more: dict[str, Any]
+    source: str,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    kind: str,
+    name: str,
+    notes: list[str],
+    more: dict[str, Any],
 ) -> PreTrainedModel:
     model, info = KINDS[kind].from_pretrained(source, config=config, dtype=dtype, output_loading_info=True, **more)
     if info["missing_keys"]:
@@ -242,6 +248,7 @@ def _language_model(
             f"model {name!r} has no weights for {sorted(info['missing_keys'])[0]!r}, so it is no trained {kind} language "
             "model; load it as a classifier, or name a complete checkpoint"
         )
+    notes += unused(model, info["unexpected_keys"], name)
     return model
 
 
@@ -265,6 +272,7 @@ def _classifier(
             _check_pooled(more)
             model = SentenceClassifier.from_pretrained(source, dtype=dtype, revision=revision)
             if classes in (None, model.classes):
+                notes += model.notes
                 return model, False
             trained = model.classes
         head = "linear" if (not trained or saved) and pooling_of(source, revision) else "checkpoint"
@@ -275,6 +283,7 @@ def _classifier(
         model, info = KINDS["classifier"].from_pretrained(
             source, config=config, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True, **more
         )
+        notes += unused(model, info["unexpected_keys"], name)
         lost = [str(key if isinstance(key, str) else key[0]) for key in info["mismatched_keys"]]
         unsaved += [*lost, *info["missing_keys"]]
         if heads := heads_of(model):  # every class but Perceiver's names its base model
@@ -285,6 +294,7 @@ def _classifier(
         _check_pooled(more)
         model = SentenceClassifier.new(source, head=head, classes=wanted, dtype=dtype, revision=revision)
         lost, new = [], True
+        notes += model.notes
         model.config.id2label = {index: f"LABEL_{index}" for index in range(wanted)}
     if new and head not in MADE:
         old = f" in place of the trained one of {trained} classes" if trained and (lost or head == "linear") else ""

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from metazo.errors import UserError
 from metazo.io.extras import needs
-from metazo.models.complete import check_body
+from metazo.models.complete import check_body, unused
 from metazo.models.frozen import Split, split
 from metazo.models.heads import HEADS, Phrases, Prototypes, new_head
 
@@ -60,6 +60,8 @@ class SentenceClassifier(nn.Module):
         self._split: Split | None = None
         self.beside: dict[str, bytes] = {}
         """Contents of the files BESIDE, by name."""
+        self.notes: list[str] = []
+        """Sentences for the user about the files that were read."""
         self.phrases: list[str] = []
         """Texts of a head of label phrases that was made here; [] for any other head, and for one from a file."""
 
@@ -193,10 +195,10 @@ class SentenceClassifier(nn.Module):
             raise UserError(
                 f"{HEAD_FILE} of {str(folder)!r} was not written by metazo: it has no matrix of weights or prototypes."
             )
-        model = cls(
-            _encoder(str(folder), dtype, revision), new_head(kind, len(matrix), matrix.shape[1], dtype), pooling
-        )
+        encoder, notes = _encoder(str(folder), dtype, revision)
+        model = cls(encoder, new_head(kind, len(matrix), matrix.shape[1], dtype), pooling)
         model.head.load_state_dict(tensors)
+        model.notes = notes
         model.beside = _beside(str(folder), revision)
         return model
 
@@ -205,11 +207,12 @@ class SentenceClassifier(nn.Module):
         cls, source: str, *, head: str, classes: int, dtype: torch.dtype, revision: str = "main"
     ) -> SentenceClassifier:
         """The encoder of a checkpoint with a new head; torch's global generator draws a linear one."""
-        encoder = _encoder(source, dtype, revision)
+        encoder, notes = _encoder(source, dtype, revision)
         encoder.config.num_labels = classes
         top = new_head(head, classes, encoder.config.hidden_size, dtype)
         pooling = pooling_of(source, revision)
         model = cls(encoder, top, pooling or "mean")
+        model.notes = notes
         if pooling is not None:  # else its parts are others than those here
             model.beside = _beside(source, revision)
         return model
@@ -220,13 +223,14 @@ def _beside(source: str, revision: str) -> dict[str, bytes]:
     return {name: path.read_bytes() for name, path in paths.items() if path and path.stat().st_size < 2**20}
 
 
-def _encoder(source: str, dtype: torch.dtype, revision: str) -> PreTrainedModel:
+def _encoder(source: str, dtype: torch.dtype, revision: str) -> tuple[PreTrainedModel, list[str]]:
+    """The encoder of a checkpoint, and notes about its files."""
     with quiet():  # of a pooler that is missing or left out
         model, info = AutoModel.from_pretrained(
             source, dtype=dtype, revision=revision, return_dict=True, output_loading_info=True
         )
     check_body(info["missing_keys"], [], source)
-    return model
+    return model, unused(model, info["unexpected_keys"], source)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from metazo.errors import UserError
 from metazo.models.assemble import load
+from metazo.models.complete import unused
 from metazo.models.load import load_model
 from metazo.models.sentence import POOLING_FILE
 
@@ -88,3 +90,58 @@ def test_a_missing_pooler_or_head_is_new(tiny, tmp_path: Path) -> None:
         cut = rewritten(tmp_path / "whole", tmp_path / part, without(f"{part}."))
         found = load_model(cut, num_labels=2)
         assert found.new_head and all(part in name for name in found.unsaved) and "a new head" in found.notes[0]
+
+
+def configured(source: Path, out: Path, **settings: object) -> Path:
+    """A copy of a model with other settings."""
+    shutil.copytree(source, out)
+    found = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(found | settings))
+    return out
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "count", "first"),
+    [
+        ("llama", {}, 9, "model.layers.1.input_layernorm.weight"),
+        ("bert", {"kind": "classifier"}, 16, "encoder.layer.1.attention.output.LayerNorm.bias"),
+        ("bert", {"kind": "classifier", "head": "linear"}, 16, "encoder.layer.1.attention.output.LayerNorm.bias"),
+    ],
+)
+def test_layers_that_the_config_leaves_out_are_noted(tiny, tmp_path: Path, name: str, options, count, first) -> None:
+    assert not any("not used" in note for note in load_model(tiny(name), **options).notes)
+    loaded = load_model(configured(tiny(name), tmp_path / "m", num_hidden_layers=1), **options)
+    said = f"{count} tensors in the files of {tmp_path / 'm'}, such as {first}, are not used, because the model"
+    assert loaded.notes[0].startswith(said)
+    if options.get("head"):
+        loaded.model.save_pretrained(tmp_path / "m")
+        assert not any("not used" in note for note in load_model(tmp_path / "m").notes)
+
+
+def test_tensors_that_belong_to_other_models_are_not_noted(tiny, tmp_path: Path) -> None:
+    """Heads, poolers and models of images, what a model computes by itself, and layers that predict further tokens."""
+    others = (
+        *("score.weight", "model.visual.blocks.0.norm.weight", "mtp.layers.0.norm.weight", "model.pooler.dense.weight"),
+        *("model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.1.attn.masked_bias"),
+    )
+    folder = rewritten(tiny("llama"), tmp_path / "m", lambda t: t.update({name: torch.zeros(2) for name in others}))
+    assert load_model(folder).notes == []
+    assert load_model(tiny("bert_mlm"), kind="classifier").notes[0].count("not used") == 0
+    cut = configured(folder, tmp_path / "further", num_hidden_layers=1, num_nextn_predict_layers=1)
+    assert load_model(cut).notes == []
+    unknown = rewritten(
+        tiny("llama"), tmp_path / "bias", lambda t: t.update({"model.layers.0.mlp.up_proj.bias": torch.ones(64)})
+    )
+    assert (
+        load_model(unknown)
+        .notes[0]
+        .startswith(f"A tensor in the files of {unknown}, model.layers.0.mlp.up_proj.bias, is not used, because")
+    )
+
+
+def test_the_scales_of_a_quantised_checkpoint_are_not_noted(tiny) -> None:
+    model = load_model(tiny("llama")).model
+    names = ["model.layers.0.mlp.up_proj.weight_scale", "model.layers.0.mlp.up_proj.input_scale"]
+    assert unused(model, names, "m")
+    model.config.quantization_config = {"quant_method": "fp8"}
+    assert unused(model, names, "m") == [] and unused(model, ["model.layers.3.mlp.up_proj.weight"], "m")
