@@ -17,6 +17,7 @@ from metazo.comparisons.grid import SEARCH_SEED, Grid, Run, runs_of, search_run
 from metazo.comparisons.key import key
 from metazo.comparisons.rates import look
 from metazo.comparisons.results import Result, Search, cell_path, read_search
+from metazo.io.files import expanded
 from metazo.tasks import resolve
 
 BESIDE = ("inputs", "use", "rows")
@@ -227,7 +228,7 @@ def same(found: dict[str, Any], wanted: dict[str, Any]) -> bool:
 
 def _last_part(name: str) -> str:
     """A model's name without local folders; for a folder called `model`, the name of its parent folder."""
-    path = Path(name).expanduser()
+    path = expanded(name)
     if not path.is_dir():
         return name
     whole = Path(os.path.abspath(path))  # symbolic links keep their own name

@@ -60,6 +60,11 @@ def replaceable(out: Path) -> Path:
     return out
 
 
+def expanded(path: str | Path) -> Path:
+    """The path with the home folder in place of a ~ at its start; unchanged if there is no such user, or no home folder."""
+    return Path(os.path.expanduser(path))
+
+
 def is_file(path: Path) -> bool:
     """Whether this is a regular file, and not a folder, a device or a pipe, or a name that no file can have."""
     try:

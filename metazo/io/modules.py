@@ -10,6 +10,8 @@ from pathlib import Path
 from traceback import extract_tb
 from types import ModuleType
 
+from metazo.io.files import expanded
+
 _FILES: set[str] = set()
 """Names in `sys.modules` of files that were imported here, and that another file of the same stem may replace."""
 
@@ -20,7 +22,7 @@ def import_from(entry: str) -> ModuleType:
 
     Raises ImportError or OSError if there is none, and whatever its own code raises.
     """
-    path = Path(entry).expanduser()
+    path = expanded(entry)
     if path.suffix != ".py":
         return importlib.import_module(entry)
     name = _name(path)

@@ -10,7 +10,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from metazo.errors import UserError
-from metazo.io.files import is_file
+from metazo.io.files import expanded, is_file
 from metazo.io.plain import read_json, shown
 from metazo.models.adapters import (
     OLD_WEIGHTS,
@@ -242,7 +242,7 @@ def _of_adapters(name: str | Path, revision: str | None) -> Path | None:
 
     The Hub is asked for Hub ids alone, and its cache without a network.
     """
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     if is_file(folder / ADAPTERS):
         return folder
     if name in EMBEDDED or folder.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(name)):
@@ -264,7 +264,7 @@ def _of_adapters(name: str | Path, revision: str | None) -> Path | None:
 
 def _of_run(name_or_path: str | Path) -> str | Path:
     """The kept model, if this is the folder of a run; else the same."""
-    folder = Path(name_or_path).expanduser()
+    folder = expanded(name_or_path)
     if not is_file(folder / ADAPTERS) and any(is_file(folder / MODEL / name) for name in (ADAPTERS, "config.json")):
         return folder / MODEL
     return name_or_path

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from metazo.errors import UserError
+from metazo.io.files import expanded
 
 _HERE = Path(__file__).parents[1]
 PICO = _HERE / "pico" / "model"
@@ -16,7 +17,7 @@ ADAPTERS = "adapter_config.json"
 
 def check_folder(source: str, name: str) -> None:
     """Distinguish a path from a Hub id ("name" or "owner/name") before the network is asked for it."""
-    folder = Path(source).expanduser()
+    folder = expanded(source)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UserError(f"model folder {name!r} has no config.json; name a folder written by save_pretrained")

@@ -8,7 +8,7 @@ from typing import Any
 
 from metazo.errors import UserError
 from metazo.io.extras import needs
-from metazo.io.files import read_capped
+from metazo.io.files import expanded, read_capped
 from metazo.io.plain import parse_json
 from metazo.models.checks import MAX_TOKENS
 from metazo.models.sentence import SentenceClassifier
@@ -24,7 +24,7 @@ _EVERY = "a Z 0 é 語 \U0001f642 \x00 \n"
 
 def read_tokenizer(source: str, name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or Hub id. Raises UserError for one that has no vocabulary or could exhaust the memory."""
-    _check_size(Path(source).expanduser(), name)
+    _check_size(expanded(source), name)
     tokenizer = AutoTokenizer.from_pretrained(source, revision=revision or "main", trust_remote_code=False)
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes such a one if there are no files
         raise UserError(f"{name!r} has no tokenizer; write it there with tokenizer.save_pretrained")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import nn
 from metazo import zoo
 from metazo.errors import UserError
 from metazo.feedback.tuner import describe as describe_blocks
+from metazo.io.files import expanded
 from metazo.io.processes import launched
 from metazo.models.assemble import assemble, base_of
 from metazo.models.embedded import EMBEDDED
@@ -237,7 +237,7 @@ def assumed_loss(
 
 def _about_files(folder: str, model: nn.Module) -> list[str]:
     """A sentence about the weights on disk, from the headers of their files."""
-    path = EMBEDDED.get(str(folder)) or Path(folder).expanduser()
+    path = EMBEDDED.get(str(folder)) or expanded(folder)
     if not path.is_dir():
         return []
     files = stored(path)

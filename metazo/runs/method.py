@@ -16,6 +16,7 @@ from metazo import zoo
 from metazo.blocks import every_tensor, partition
 from metazo.errors import UserError
 from metazo.feedback.tuner import describe
+from metazo.io.files import expanded
 from metazo.io.plain import shown
 from metazo.io.processes import launched
 from metazo.models.embedded import EMBEDDED
@@ -185,7 +186,7 @@ def unversioned(model: str) -> str:
     """Why a model has no revisions, in words; empty if it has."""
     if model in EMBEDDED:
         return f"for the embedded model {model}"
-    return f"for the folder {model}" if Path(model).expanduser().is_dir() else ""
+    return f"for the folder {model}" if expanded(model).is_dir() else ""
 
 
 def unused(config: FinetuneConfig) -> list[str]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
+from metazo.io.files import expanded
 from metazo.models.embedded import ADAPTERS, EMBEDDED, check_folder
 from metazo.optimizers.outline import methods
 from metazo.optimizers.registry import require, require_own
@@ -31,5 +31,5 @@ def check_names(config: FinetuneConfig, data: bool = True) -> None:
     task = resolve(config.task)
     if data and config.data is not None and not task.files and task.generate is None:
         find(task, "train", config.data)
-    if not (Path(config.model).expanduser() / ADAPTERS).is_file():
+    if not (expanded(config.model) / ADAPTERS).is_file():
         check_folder(str(EMBEDDED.get(config.model, config.model)), config.model)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from metazo.errors import UserError
-from metazo.io.files import read_capped
+from metazo.io.files import expanded, read_capped
 from metazo.io.modules import import_from, place
 from metazo.models.parts import forward_only
 from metazo.optimizers.guards import as_loss
@@ -178,7 +178,7 @@ def look(name: str) -> None:
     """Raises UserError for a module:function whose file does not define it; nothing is executed, and a module without a path
     is not looked for."""
     module, _, attribute = name.rpartition(":")
-    path = Path(module).expanduser()
+    path = expanded(module)
     if path.suffix != ".py":
         return
     code = read_capped(path, MAX_CODE_BYTES, f"`objective` {name!r}: the file")

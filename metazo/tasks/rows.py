@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 from metazo.errors import UserError
 from metazo.io.extras import needs
-from metazo.io.files import is_file
+from metazo.io.files import expanded, is_file
 from metazo.io.plain import parse_json, shown
 from metazo.tasks.delimited import MAX_ROW, table
 from metazo.tasks.task import Row, Task, same_value
@@ -91,7 +90,7 @@ def load(task: Task, split: str, data: Path | Rows | None) -> Source:
 
 def find(task: Task, split: str, data: Path) -> Path:
     """``DIR/<task>/<split>.jsonl``; a split with a longer Hub name (validation_matched) may be called validation."""
-    data = Path(os.path.expanduser(data))
+    data = expanded(data)
     if not data.is_dir():
         found = "is a file" if data.is_file() else "does not exist"
         raise UserError(f"data folder {data} {found}; `data` names a folder that holds {task.name}/train.jsonl")
@@ -112,7 +111,7 @@ def generated(task: Task, data: Path) -> str:
 
     Raises UserError if there is no such folder, and if it has rows under the task's name.
     """
-    data = Path(os.path.expanduser(data))
+    data = expanded(data)
     if not data.is_dir():
         found = "is a file" if data.is_file() else "does not exist"
         raise UserError(f"data folder {data} {found}; task {task.name!r} generates its rows: leave `data` out")

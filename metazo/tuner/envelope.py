@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from metazo.errors import UserError
-from metazo.io.files import read_capped, write_whole
+from metazo.io.files import expanded, read_capped, write_whole
 from metazo.io.plain import finite, is_name, is_plain, parse_json, shown
 from metazo.io.tensorfile import SEAL, seal, to_bytes
 from metazo.tuner.limits import MAX_BYTES, MAX_HEADER_BYTES, TUNER
@@ -81,7 +81,7 @@ class TunerFile(ABC):
 
         Raises UserError if it cannot be had or used.
         """
-        path = Path(name).expanduser()
+        path = expanded(name)
         if path.exists():
             return cls.load(path)
         from metazo.tuner.hub import hub_file

@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from hashlib import sha256
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 import pertnn_zoo
 from metazo.errors import UserError
 from metazo.feedback.tuner import FeedbackTuner
-from metazo.io.files import read_capped, safe_name, write_whole
+from metazo.io.files import expanded, read_capped, safe_name, write_whole
 from metazo.io.lock import FolderLock
 from metazo.io.plain import parse_json
 from metazo.steplog.format import STEPS
@@ -88,9 +89,16 @@ def _inside(path: Path, folder: Path) -> Path:
 
 
 def home() -> Path:
-    """Folder of metazo beside the Hub's cache: `$HF_HOME/metazo`."""
+    """Folder of metazo beside the Hub's cache: `$HF_HOME/metazo`. Raises UserError if this user has no home folder and
+    needs one."""
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get("HF_HOME") or Path(cache, "huggingface")).expanduser() / "metazo"
+    found = expanded(os.environ.get("HF_HOME") or Path(cache, "huggingface")) / "metazo"
+    if found.parts[0].startswith("~"):
+        raise UserError(
+            f"the zoo's folder would be {found}, and this user has no home folder (HOME is not set, and the system "
+            "names none); set HOME or HF_HOME to a folder"
+        )
+    return found
 
 
 def cache_folder() -> Path:
@@ -103,10 +111,17 @@ def own_folder() -> Path:
     return Path(os.environ.get("METAZO_ZOO") or home() / "zoo")
 
 
+def _bundled() -> Path:
+    return Path(next(iter(pertnn_zoo.__path__)))
+
+
 def folders(zoo: str | Path | None = None) -> list[tuple[str, Path]]:
-    """The zoo folders in search order: the given one, the user's own, the bundled one, the cache."""
-    bundled = Path(next(iter(pertnn_zoo.__path__)))
-    found = [("own", own_folder()), ("bundled", bundled), ("cache", cache_folder())]
+    """The zoo folders in search order: the given one, the user's own, the bundled one, the cache. Those that would be in a home
+    folder are left out if there is none."""
+    found = []
+    for where, folder in (("own", own_folder), ("bundled", _bundled), ("cache", cache_folder)):
+        with suppress(UserError):
+            found.append((where, folder()))
     if zoo is not None:
         if not Path(zoo).is_dir():
             raise UserError(f"`zoo` {zoo} is not a folder; give the folder that holds index.json")

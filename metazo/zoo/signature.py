@@ -19,7 +19,7 @@ from typing import Any
 
 from metazo.errors import UserError
 from metazo.io.extras import needs
-from metazo.io.files import is_file, read_capped
+from metazo.io.files import expanded, is_file, read_capped
 
 SUFFIX = ".minisig"
 NEW = f"{SUFFIX}.new"
@@ -114,7 +114,7 @@ def _fault(data: bytes, signature: Path, public: Any) -> str | None:
 
 def _parsed(flag: str, key: str, kind: Any) -> Any:
     """A key from its file, or a public key from its text. Messages do not repeat the input, because it may be a secret."""
-    path = Path(key).expanduser()
+    path = expanded(key)
     try:
         if is_file(path):
             return kind.from_bytes(read_capped(path, MAX_BYTES, "key"))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from metazo.errors import UserError
 from metazo.feedback.tuner import FeedbackTuner
-from metazo.io.files import read_capped, safe_name
+from metazo.io.files import expanded, read_capped, safe_name
 from metazo.io.redact import shown_address
 from metazo.io.terminal import print_line
 from metazo.tuner.file import Tuner
@@ -128,7 +128,7 @@ def _read(source: str, zoo: str | Path | None, report: Report, kind: str, called
     """The bytes of a tuner or log, and its index entry if it has one."""
     if re.match(r"https?://", source):
         return download(source, report=report), None
-    path = Path(source).expanduser()
+    path = expanded(source)
     if _exists(path):
         return _local(path, report, called)
     tuner = named(source, zoo, kind=kind)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from metazo.errors import UserError
-from metazo.io.files import read_capped, whole_file, write_whole
+from metazo.io.files import expanded, read_capped, whole_file, write_whole
+from metazo.runs.measure import evaluate
 
 
 def test_written_whole_over_an_older_file(tmp_path: Path) -> None:
@@ -48,3 +49,11 @@ def test_read_is_capped(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "none", Path("/dev/zero"), Path("a\0b")):
         with pytest.raises(UserError):
             read_capped(path, 10, "test")
+
+
+def test_a_path_of_an_unknown_user_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell hands ~nosuch/model on as it is, and so it is a path that does not exist."""
+    monkeypatch.setenv("HOME", "/home/me")
+    assert expanded("~/model") == Path("/home/me/model") and expanded("~nosuch/model") == Path("~nosuch/model")
+    with pytest.raises(UserError, match="'~nosuch/model'"):
+        evaluate("~nosuch/model", "pico_sentiment")

@@ -42,6 +42,20 @@ def test_push_then_find_load_verify(tmp_path: Path, home: Path) -> None:
     assert [check.problem for check in zoo.verify()] == [None] * len(zoo.entries())  # the bundled ones as well
 
 
+def test_without_a_home_folder_there_are_the_bundled_and_the_named_zoos(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container that is started with a user id of its own (docker run --user 12345)."""
+    for name in ("HOME", "HF_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    assert {found.where for found in zoo.tuners()} == {"bundled"}
+    with pytest.raises(UserError, match=r"this user has no home folder .*; set HOME or HF_HOME to a folder"):
+        zoo.push(make_tuner())
+    monkeypatch.setenv("METAZO_ZOO", str(tmp_path / "z"))
+    assert zoo.push(make_tuner()) == "tiny/v1" and zoo.load("tiny/v1")
+
+
 def test_find_by_fingerprint_comes_before_the_name(tmp_path: Path) -> None:
     unknown = [BlockSpec(name, [(name, None)]) for name, _ in SHAPES]
     other = [BlockSpec("w", [("w", (3,))])]
