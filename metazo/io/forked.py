@@ -5,9 +5,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import tempfile
 from collections.abc import Mapping
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext
+
+from metazo.errors import UserError
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -17,7 +20,7 @@ def context(*modules: str, environment: Mapping[str, str] | None = None) -> Fork
 
     The server blocks the signals in STOPPING, and so do the processes until they have decided what to do with them: Ctrl-C
     reaches all of a group, and would show the traceback of an import. environment: variables that libraries read when they are
-    imported.
+    imported. Raises UserError if the folder of temporary files cannot hold the server's socket.
     """
     made = multiprocessing.get_context("forkserver")
     made.set_forkserver_preload([*modules])
@@ -27,6 +30,14 @@ def context(*modules: str, environment: Mapping[str, str] | None = None) -> Fork
     os.environ.update(environment or {})
     try:
         forkserver.ensure_running()
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        where = tempfile.gettempdir()  # Python refuses a path of more than 107 bytes, of which 32 are names of its own
+        raise UserError(
+            f"The folder of temporary files, {where}, has a path of {len(os.fsencode(where))} characters, which is too long "
+            "for a socket in it; set TMPDIR to a shorter one, such as /tmp."
+        ) from error
     finally:
         for name in environment or {}:
             os.environ.pop(name) if name not in before else os.environ.update({name: before[name]})

@@ -60,3 +60,13 @@ def test_the_server_imports_once_with_signals_blocked_and_its_parent_is_as_befor
     for server, parent, kept, at_import, in_process in (first, second):
         assert server == parent == first[0] and kept == "server's"
         assert stopping <= set(at_import) and stopping <= set(in_process)
+
+
+def test_a_folder_of_temporary_files_that_is_too_long_for_a_socket_is_named(tmp_path: Path):
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    program = "from metazo.io import forked; forked.context()"
+    environment = {"TMPDIR": str(long), "PYTHONPATH": str(Path(forked.__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
+    last = done.stderr.strip().splitlines()[-1]
+    assert f"{long}, has a path of {len(str(long))} characters" in last and "set TMPDIR to a shorter one" in last
