@@ -41,6 +41,7 @@ from metazo.models.quantize import (
     remember_stored,
 )
 from metazo.models.sentence import HEAD_FILE, SentenceClassifier, find, pooling_of, quiet
+from metazo.models.shards import check_stored, weight_files
 from metazo.models.tokenizer import context_length, read_tokenizer, set_pad
 
 with needs("llm"):
@@ -162,6 +163,7 @@ def load_model(
             more["device_map"] = device_map
         more |= loading(tensor_parallel, fsdp, config, name)
         tokenizer = read_tokenizer(source, name, more["revision"])
+        files = weight_files(source, name, config, more["revision"])
         with quiet(), torch.random.fork_rng(devices=[]):  # a new head follows the seed, not the global generator
             torch.default_generator.manual_seed(seed)
             unsaved: list[str] = []
@@ -169,6 +171,7 @@ def load_model(
                 model, new = _classifier(source, config, torch_dtype, num_labels, head, name, notes, unsaved, more)
             else:
                 model, new = _language_model(source, config, torch_dtype, chosen, name, notes, more), False
+        check_stored(files, model.encoder if isinstance(model, SentenceClassifier) else model, name)
     if new and trained_head:
         raise UserError(
             f"there is no trained head of {model.config.num_labels} classes in {name!r}, so its answers would be random; "

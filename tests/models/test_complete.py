@@ -145,3 +145,40 @@ def test_the_scales_of_a_quantised_checkpoint_are_not_noted(tiny) -> None:
     assert unused(model, names, "m")
     model.config.quantization_config = {"quant_method": "fp8"}
     assert unused(model, names, "m") == [] and unused(model, ["model.layers.3.mlp.up_proj.weight"], "m")
+
+
+@pytest.mark.parametrize("kind", [torch.int32, torch.bool, torch.int8])
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_whole_numbers_in_the_place_of_weights_are_refused(tiny, tmp_path: Path, name: str, kind: torch.dtype) -> None:
+    part = "0.mlp.up_proj.weight" if name == "llama" else "0.output.dense.weight"
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        key = next(key for key in tensors if key.endswith(part))
+        tensors[key] = (100 * tensors[key]).to(kind)
+        tensors["model.layers.0.attn.bias"] = torch.ones(3, dtype=torch.bool)  # a mask, which is no parameter
+
+    folder = rewritten(tiny(name), tmp_path / "m", change)
+    for options in [{}] if name == "llama" else [{"kind": "classifier"}, {"kind": "classifier", "head": "prototype"}]:
+        with pytest.raises(
+            UserError, match=rf"model\.safetensors of .* holds \S+{part} as (BOOL|I\d+), and weights have"
+        ):
+            load_model(folder, **options)
+
+
+@pytest.fixture
+def sharded(tiny, tmp_path: Path) -> Path:
+    loaded = load_model(tiny("llama"))
+    loaded.model.save_pretrained(tmp_path / "s", max_shard_size="30KB")
+    loaded.tokenizer.save_pretrained(tmp_path / "s")
+    assert load_model(tmp_path / "s").notes == []
+    return tmp_path / "s"
+
+
+def test_a_tensor_with_different_values_in_two_shards_is_refused(sharded: Path) -> None:
+    first, *_, last = sorted(sharded.glob("*.safetensors"))
+    name, value = next(iter(load_file(first).items()))
+    save_file(load_file(last) | {name: value}, last, {"format": "pt"})
+    load_model(sharded)  # twice the same
+    save_file(load_file(last) | {name: value + 1}, last, {"format": "pt"})
+    with pytest.raises(UserError, match=f"{first.name} and {last.name} of .* both hold {name}, with different values"):
+        load_model(sharded)
