@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from metazo.errors import UserError
 from metazo.io.files import read_capped
-from metazo.io.plain import parse_json
+from metazo.io.plain import parse_json, shown
 from metazo.models.sentence import find
 
 WEIGHTS, INDEX, OLD_INDEX = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin.index.json"
@@ -23,10 +23,11 @@ _WHOLE = {"BOOL", *(f"{sign}{bits}" for sign in "IU" for bits in (8, 16, 32, 64)
 def weight_files(source: str, name: str, config: Any, revision: str) -> list[Path]:
     """The files of safetensors that transformers loads; none for a checkpoint that has others.
 
-    Raises ValueError for an index that is no JSON.
+    Raises UserError for the name of a file that leads out of the model's folder, and ValueError for an index that is no JSON.
     """
     named = getattr(config, "transformers_weights", None)
     for file in [named] if named else [WEIGHTS, INDEX, OLD_INDEX]:
+        _check_name(file, "config.json", name)
         path = find(source, file, revision)
         if path is None:
             continue
@@ -35,8 +36,21 @@ def weight_files(source: str, name: str, config: Any, revision: str) -> list[Pat
         index = parse_json(read_capped(path, MAX_INDEX_BYTES, "index of weights"))
         parts = index.get("weight_map") if isinstance(index, dict) else None
         names = list(parts.values()) if isinstance(parts, dict) else []  # transformers reports another form
-        return [path.parent / part for part in sorted(set(map(str, names))) if part.endswith(".safetensors")]
+        for part in names:
+            _check_name(part, file, name)
+        return [path.parent / part for part in sorted(set(names)) if part.endswith(".safetensors")]
     return []
+
+
+def _check_name(file: Any, where: str, name: str) -> None:
+    path = (
+        PureWindowsPath(file) if isinstance(file, str) else None
+    )  # it knows the separators and drives of every system
+    if path is None or path.anchor or ".." in path.parts:
+        raise UserError(
+            f"{where} of {name!r} names {shown(file)} as a file of weights, which is not in the model's folder; get the model "
+            "from its source again"
+        )
 
 
 def check_stored(files: list[Path], model: Any, name: str) -> None:

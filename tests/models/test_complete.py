@@ -182,3 +182,35 @@ def test_a_tensor_with_different_values_in_two_shards_is_refused(sharded: Path) 
     save_file(load_file(last) | {name: value + 1}, last, {"format": "pt"})
     with pytest.raises(UserError, match=f"{first.name} and {last.name} of .* both hold {name}, with different values"):
         load_model(sharded)
+
+
+@pytest.mark.parametrize("lead", ["../{}", "/tmp/{}", "sub/../../{}", "..\\{}", "C:{}"])
+@pytest.mark.parametrize("index", ["model.safetensors.index.json", "pytorch_model.bin.index.json"])
+def test_an_index_that_leads_elsewhere_is_refused(sharded: Path, index: str, lead: str) -> None:
+    table = json.loads((sharded / "model.safetensors.index.json").read_text())
+    name, file = next(iter(table["weight_map"].items()))
+    table["weight_map"][name] = away = lead.format(file)
+    (sharded / file).rename(sharded.parent / file)
+    (sharded / "model.safetensors.index.json").unlink()
+    (sharded / index).write_text(json.dumps(table))
+    with pytest.raises(
+        UserError, match=rf"{index} of .* names \S*{file}' as a file of weights, which is not in the model"
+    ) as told:
+        load_model(sharded)
+    assert repr(away)[1:-1] in str(told.value)
+
+
+def test_shards_in_a_folder_below_are_read(sharded: Path) -> None:
+    table = json.loads((sharded / "model.safetensors.index.json").read_text())
+    (sharded / "below").mkdir()
+    for file in set(table["weight_map"].values()):
+        (sharded / file).rename(sharded / "below" / file)
+    table["weight_map"] = {name: f"below/{file}" for name, file in table["weight_map"].items()}
+    (sharded / "model.safetensors.index.json").write_text(json.dumps(table))
+    assert load_model(sharded).notes == []
+
+
+def test_a_config_that_names_weights_elsewhere_is_refused(tiny, tmp_path: Path) -> None:
+    folder = configured(tiny("llama"), tmp_path / "m", transformers_weights="../model.safetensors")
+    with pytest.raises(UserError, match=r"config\.json of .* names '\.\./model\.safetensors' as a file of weights"):
+        load_model(folder)
