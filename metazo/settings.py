@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import math
+import sys
 import textwrap
 from collections.abc import Mapping
 from contextlib import suppress
@@ -123,6 +124,11 @@ def check_path(name: str, value: str | Path) -> None:
     try:
         parts = [len(part.encode()) for part in str(value).split("/")]
     except UnicodeEncodeError:
+        if (locale := sys.getfilesystemencoding()) != "utf-8":
+            raise UserError(
+                f"`{name}` {str(value)!a} has characters that the encoding of this locale, {locale}, does not have; set LC_ALL "
+                "to C.UTF-8 or another locale of UTF-8, or rename the folder or file."
+            ) from None
         raise UserError(f"`{name}` {str(value)!a} is not UTF-8 text; rename the folder or file.") from None
     if max(parts) > LONGEST_NAME or sum(parts) > LONGEST_PATH:
         raise UserError(

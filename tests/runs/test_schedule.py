@@ -196,6 +196,13 @@ def test_a_setting_out_of_range_is_said(tmp_path, settings, words):
         config(**{"out": tmp_path / "run", **settings})
 
 
+def test_a_name_that_the_locale_cannot_say_is_not_blamed_for_it(monkeypatch):
+    """In the locale C, Python (with PYTHONUTF8=0) hands the bytes of ü on as two halves of characters."""
+    monkeypatch.setattr("sys.getfilesystemencoding", lambda: "ascii")
+    with pytest.raises(UserError, match="of this locale, ascii, does not have; set LC_ALL to C.UTF-8"):
+        config(Path("runs/\udcc3\udcbc"))
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
