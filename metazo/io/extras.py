@@ -31,6 +31,11 @@ class MissingPackage(UserError):
     """A package of an extra is not installed."""
 
 
+NO_PICTURE = (MissingPackage, ImportError, MemoryError)
+"""Why a picture may be left out of a result that is complete without it: the package for it is not installed, does not suit the
+other packages, or does not fit into the memory that is left."""
+
+
 @contextmanager
 def needs(extra: str) -> Iterator[None]:
     """Turn the failed import of an optional package into a MissingPackage (a UserError) that names the extra to install.

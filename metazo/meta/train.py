@@ -13,7 +13,7 @@ from types import ModuleType
 
 from metazo.errors import UserError
 from metazo.feedback.tuner import FeedbackTuner
-from metazo.io.extras import MissingPackage
+from metazo.io.extras import NO_PICTURE
 from metazo.io.lock import FolderLock
 from metazo.io.terminal import Console
 from metazo.meta import horizon_setup, path_setup
@@ -149,8 +149,8 @@ def finish(run: MetaRun | HorizonRun, folder: RunFolder, loaded: LoadedModel, co
     folder.lock.check_held()
     try:
         picture = str(plot(folder.path))
-    except MissingPackage as missing:  # the tuner is complete without its picture
-        picture = f"no picture of sigma ({missing})"
+    except NO_PICTURE as missing:  # the tuner is complete without its picture
+        picture = f"no picture of sigma ({str(missing) or 'no memory is left'})"
     tuner = setup.make_tuner(run, loaded)
     tuner.save(folder.path / TUNER)
     _take_away(folder.path)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from metazo.errors import UserError
-from metazo.io.extras import MissingPackage
+from metazo.io.extras import NO_PICTURE
 from metazo.io.processes import rank
 from metazo.io.terminal import Console
 from metazo.models.adapters import merge_adapters
@@ -110,8 +110,8 @@ class Ending(ABC):
             from metazo.plots.curves import plot_run
 
             plot_run(records, folder.path / "curve.png", title, self.prepared.task.metric)
-        except MissingPackage as missing:  # the run is complete without its picture
-            self.console.print(f"No curve.png: {missing}", style="yellow", soft_wrap=True)
+        except NO_PICTURE as missing:  # the run is complete without its picture
+            self.console.print(f"No curve.png: {str(missing) or 'no memory is left'}", style="yellow", soft_wrap=True)
 
     def _divergence(self, kept: int) -> list[str]:
         """A note if the run diverged after the evaluation that is kept. Raises Diverged if no evaluation can be kept."""

@@ -41,6 +41,18 @@ def weights(tuner: Tuner) -> list[torch.Tensor]:
     return [parameter.detach() for parameter in tuner.pertnn.parameters()]
 
 
+def test_a_tuner_is_complete_without_a_picture_that_cannot_be_drawn(settings, monkeypatch):
+    def no_room(folder):
+        raise ImportError("ft2font.so: failed to map segment")
+
+    monkeypatch.setattr("metazo.meta.train.plot", no_room)
+    console = Console(file=io.StringIO(), width=400)
+    config = settings()
+    tuner = meta_train(config, console=console)
+    assert torch.equal(weights(tuner)[0], weights(Tuner.load(config.out))[0])
+    assert "and no picture of sigma (ft2font.so: failed to map segment)." in console.file.getvalue()
+
+
 @pytest.mark.parametrize("how", ["published", "ratio", "unrolled"])
 def test_the_folder_holds_the_tuner_and_what_happened(settings, how: str):
     changes = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 import time
@@ -12,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from metazo.errors import UserError
+from metazo.io.terminal import Console
 from metazo.runs.batches import batch_indices
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import run_settings
@@ -70,6 +72,20 @@ def test_output_folder(tmp_path):
     moved = [not torch.equal(a, b) for a, b in zip(base.float().parameters(), tuned.parameters())]
     assert all(moved)
     assert "majority" in summary["test"] and (tmp_path / "run" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("error", [ImportError("ft2font.so: failed to map segment"), MemoryError()])
+def test_a_run_is_complete_without_a_picture_that_cannot_be_drawn(tiny, tmp_path, monkeypatch, error):
+    """As in a job whose memory is limited (ulimit -v), which ended in a traceback after all steps."""
+
+    def no_room(*arguments):
+        raise error
+
+    monkeypatch.setattr("metazo.plots.curves.plot_run", no_room)
+    console = Console(file=io.StringIO(), width=200)
+    summary = run_settings(config(tmp_path / "run", model=str(tiny("llama")), steps=2), console, plot=True)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == summary
+    assert f"No curve.png: {str(error) or 'no memory is left'}\n" in console.file.getvalue()
 
 
 def test_first_order_learns_and_beats_the_majority(tmp_path):
