@@ -31,6 +31,7 @@ from metazo.models.adapter_settings import check_adapter_settings
 from metazo.models.load import LoadedModel
 from metazo.models.quantize import heads_of, quantised
 from metazo.models.sentence import SentenceClassifier
+from metazo.models.shards import whole_numbers
 from metazo.models.wanted import VIRTUAL, Adapter
 
 TASK_TYPES = {"causal": "CAUSAL_LM", "classifier": "SEQ_CLS", "masked": None, "seq2seq": "SEQ_2_SEQ_LM"}
@@ -197,12 +198,14 @@ def with_adapters(loaded: LoadedModel, folder: Path, *, train: bool = False) -> 
 
 def _tensors_of(path: Path) -> set[str]:
     """Names of the tensors in a file of adapters; none if there is no such file, as beside an old `adapter_model.bin`, which
-    peft reads. Raises UserError for a file that is damaged.
+    peft reads. Raises UserError for a file that is damaged, and for whole numbers, which peft would take for weights.
     """
     if not path.exists():
         return set()
     try:
         with safe_open(path, "pt") as file:
+            if whole := next(whole_numbers(file), None):
+                raise UserError(f"{path} holds {whole[0]} as {whole[1]}, and adapters have a fraction; {AGAIN}.")
             return set(file.keys())
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged ({_sentence(error)}); {AGAIN}.") from error

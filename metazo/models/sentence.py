@@ -191,7 +191,7 @@ class SentenceClassifier(nn.Module):
             kind = (file.metadata() or {}).get("head", "linear")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
         matrix = tensors.get("weight", tensors.get("prototypes"))
-        if matrix is None or matrix.ndim != 2 or kind not in HEADS:
+        if matrix is None or matrix.ndim != 2 or not matrix.is_floating_point() or kind not in HEADS:
             raise UserError(
                 f"{HEAD_FILE} of {str(folder)!r} was not written by metazo: it has no matrix of weights or prototypes."
             )

@@ -12,10 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from metazo.errors import UserError
+from metazo.models.adapters import add_adapters
 from metazo.models.assemble import load
 from metazo.models.complete import unused
 from metazo.models.load import load_model
 from metazo.models.sentence import POOLING_FILE
+from metazo.models.wanted import Adapter
 
 
 def rewritten(source: Path, out: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
@@ -163,6 +165,25 @@ def test_whole_numbers_in_the_place_of_weights_are_refused(tiny, tmp_path: Path,
             UserError, match=rf"model\.safetensors of .* holds \S+{part} as (BOOL|I\d+), and weights have"
         ):
             load_model(folder, **options)
+
+
+def test_whole_numbers_in_adapters_and_heads_are_refused(tiny, tmp_path: Path) -> None:
+    loaded = load_model("pico")
+    add_adapters(loaded, Adapter("lora"), 0)
+    loaded.model.save_pretrained(tmp_path / "lora")
+    encoder = load_model(tiny("bert"), kind="classifier", head="linear", num_labels=2)
+    encoder.model.save_pretrained(tmp_path / "head")
+    encoder.tokenizer.save_pretrained(tmp_path / "head")
+    for file, said in (
+        ("lora/adapter_model.safetensors", "holds {} as I32, and adapters have a fraction"),
+        ("head/head.safetensors", "has no matrix of weights"),
+    ):
+        load(tmp_path / file.partition("/")[0])
+        tensors = load_file(tmp_path / file)
+        name = max(tensors, key=lambda name: tensors[name].dim())
+        save_file(tensors | {name: tensors[name].int()}, tmp_path / file, {"format": "pt", "head": "linear"})
+        with pytest.raises(UserError, match=said.format(name)):
+            load(tmp_path / file.partition("/")[0])
 
 
 @pytest.fixture
