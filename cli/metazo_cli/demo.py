@@ -24,7 +24,10 @@ def demo(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier demo in --out.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Fit feedback from text, publish it, and fine-tune on a real task with forward passes and with gradients."""
+    """Fit feedback from text, publish it, and fine-tune on a real task with forward passes and with gradients.
+
+    The same command continues a demo that was interrupted.
+    """
     from metazo.demo import run_demo
 
     started = time.monotonic()
