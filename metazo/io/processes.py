@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
+from itertools import count
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +22,11 @@ from metazo.io.plain import shown
 T = TypeVar("T")
 Tensors = tuple[int, dict[str, Tensor]]
 """A step, and tensors by name."""
+
+
+_MET: dict[tuple[str | None, ...], tuple[Any, Iterator[int]]] = {}
+"""By address: the store of the processes, with rank and world size, and the numbers of further meetings there. Each meeting has
+keys of its own in the store, because a process could find those of a meeting that is over, and wait for it forever."""
 
 
 class LostRank(UserError):
@@ -77,8 +83,15 @@ def joined(timeout: float, *, tensors: bool = False) -> Iterator[None]:
 
 def _meet(backend: str, timeout: float) -> None:
     """Raises UserError, with the rank of this process, if the processes cannot meet."""
+    limit = timedelta(seconds=timeout)
+    where = tuple(map(os.environ.get, ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")))
     try:
-        distributed.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        if where not in _MET:
+            _MET[where] = next(distributed.rendezvous("env://", timeout=limit)), count()
+        (store, own, size), times = _MET[where]
+        store.set_timeout(limit)
+        store = distributed.PrefixStore(f"metazo/{next(times)}", store)
+        distributed.init_process_group(backend, store=store, rank=own, world_size=size, timeout=limit)
     except (RuntimeError, ValueError) as error:  # ValueError: the environment lacks something
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         why = f"{error}; start them with torchrun or accelerate launch"
@@ -87,7 +100,7 @@ def _meet(backend: str, timeout: float) -> None:
         elif _late(error):
             why = f"there was no answer within {timeout:g} seconds: look at the messages of the others"
         found = UserError(f"The processes of this run cannot meet at {address} (MASTER_ADDR, MASTER_PORT): {why}.")
-        found.of_rank = int(own) if (own := os.environ["RANK"]).isdigit() else 0
+        found.of_rank = int(named) if (named := os.environ["RANK"]).isdigit() else 0
         raise found from error
 
 

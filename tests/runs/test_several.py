@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 from metazo.errors import UserError
-from metazo.io.processes import LostRank, joined
+from metazo.io.processes import LostRank, joined, total
 from metazo.models.load import load_model
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import run_settings, tune
@@ -268,6 +268,17 @@ def _refused(*, rank: str, port: str | None, timeout: float = 60.0) -> UserError
     with mock.patch.dict(os.environ, environment), pytest.raises(UserError) as caught, joined(timeout):
         pass
     return caught.value
+
+
+def _meet_often(rank: int) -> None:
+    for _ in range(20):
+        with joined(20.0):
+            assert total([1.0]) == [2.0]
+
+
+def test_processes_meet_again_for_each_run_of_a_script():
+    """A process found the address that another had in the meeting before, and waited there."""
+    warm.ranks(_meet_often)
 
 
 def test_processes_that_cannot_meet_say_why():
