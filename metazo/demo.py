@@ -109,7 +109,8 @@ def run_demo(
         if overwrite:
             clear(out)
         _check_folder(out, what)
-        write_whole(out / MARKER, json.dumps(what).encode())
+        if not (out / MARKER).exists():
+            write_whole(out / MARKER, json.dumps(what).encode())
         try:
             return _run(demo, out, console, fitting, runs)
         except Interrupted as stopped:

@@ -33,9 +33,16 @@ def test_an_interrupted_demo_continues_by_the_same_call(tmp_path: Path, monkeypa
         demo.run_demo(out, Console(quiet=True), **SMALL)
     with pytest.raises(UserError, match="holds a demo that has not ended, with other settings .*'seed': 0"):
         demo.run_demo(out, Console(quiet=True), **SMALL, seed=1)
+    begun = out / demo.MARKER
+    begun.write_text(
+        json.dumps({name: value for name, value in json.loads(begun.read_text()).items() if name != "examples"})
+    )
+    with pytest.raises(UserError, match="`dev_examples` was 4 when"):  # an earlier version did not write them there
+        demo.run_demo(out, Console(quiet=True), **SMALL | {"examples": 8})
+    calls.clear()
     fitted, kept = (out / "feedback" / "tuner.safetensors").stat(), (out / "books/mezo/summary.json").read_bytes()
     found = demo.run_demo(out, Console(quiet=True), **SMALL)
-    assert calls[2:4] == [("mezo", True), ("rms", False)] and [*found.runs] == [*demo.SHOWN.values()]
+    assert calls[:2] == [("mezo", True), ("rms", False)] and [*found.runs] == [*demo.SHOWN.values()]
     assert found.runs["MeZO"] == json.loads(kept)
     assert (out / "feedback" / "tuner.safetensors").stat() == fitted
     assert [path.name for path in (out / "zoo/pico").iterdir()] == ["feedback-v1"]
