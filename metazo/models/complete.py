@@ -13,8 +13,14 @@ _COMPUTED = re.compile(
     r"(^|\.)(rotary_emb\.\w+|inv_freq|masked_bias|attn\.bias|attention\.bias|causal_mask|position_ids|version|_float_tensor"
     r"|embed_positions\.weights)$"
 )
-"""Tensors that older versions of transformers and fairseq wrote, and that a model computes by itself."""
+"""Tensors that some versions of transformers and fairseq wrote, and that a model computes by itself."""
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
+
+
+def absent(model: Any, missing: Iterable[str]) -> list[str]:
+    """The missing tensors of a transformers model, sorted, without buffers that it computes by itself."""
+    weights = {key for key, _ in model.named_parameters(remove_duplicate=False)}
+    return sorted(key for key in missing if key in weights or not _COMPUTED.search(key))
 
 
 def check_body(missing: Iterable[str], heads: Iterable[str], name: str, what: str = "weights") -> None:

@@ -26,7 +26,7 @@ from metazo.models.checks import (
     kind_of,
     not_finite,
 )
-from metazo.models.complete import check_body, unused
+from metazo.models.complete import absent, check_body, unused
 from metazo.models.embedded import EMBEDDED, check_folder
 from metazo.models.parts import divided, loading
 from metazo.models.quantize import (
@@ -246,9 +246,9 @@ def _language_model(
     more: dict[str, Any],
 ) -> PreTrainedModel:
     model, info = KINDS[kind].from_pretrained(source, config=config, dtype=dtype, output_loading_info=True, **more)
-    if info["missing_keys"]:
+    if missing := absent(model, info["missing_keys"]):
         raise UserError(
-            f"model {name!r} has no weights for {sorted(info['missing_keys'])[0]!r}, so it is no trained {kind} language "
+            f"model {name!r} has no weights for {missing[0]!r}, so it is no trained {kind} language "
             "model; load it as a classifier, or name a complete checkpoint"
         )
     notes += unused(model, info["unexpected_keys"], name)
@@ -288,9 +288,10 @@ def _classifier(
         )
         notes += unused(model, info["unexpected_keys"], name)
         lost = [str(key if isinstance(key, str) else key[0]) for key in info["mismatched_keys"]]
-        unsaved += [*lost, *info["missing_keys"]]
+        missing = absent(model, info["missing_keys"])
+        unsaved += [*lost, *missing]
         if heads := heads_of(model):  # every class but Perceiver's names its base model
-            check_body(info["missing_keys"], heads, name)
+            check_body(missing, heads, name)
             check_body(lost, heads, name, "weights of the shape that its config.json gives")
         new = bool(unsaved)
     else:

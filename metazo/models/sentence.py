@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from metazo.errors import UserError
 from metazo.io.extras import needs
-from metazo.models.complete import check_body, unused
+from metazo.models.complete import absent, check_body, unused
 from metazo.models.frozen import Split, split
 from metazo.models.heads import HEADS, Phrases, Prototypes, new_head
 
@@ -229,7 +229,7 @@ def _encoder(source: str, dtype: torch.dtype, revision: str) -> tuple[PreTrained
         model, info = AutoModel.from_pretrained(
             source, dtype=dtype, revision=revision, return_dict=True, output_loading_info=True
         )
-    check_body(info["missing_keys"], [], source)
+    check_body(absent(model, info["missing_keys"]), [], source)
     return model, unused(model, info["unexpected_keys"], source)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, EsmConfig, EsmForMaskedLM, EsmForSequenceClassification
 
 from metazo.errors import UserError
 from metazo.models.adapters import add_adapters
@@ -92,6 +93,20 @@ def test_a_missing_pooler_or_head_is_new(tiny, tmp_path: Path) -> None:
         cut = rewritten(tmp_path / "whole", tmp_path / part, without(f"{part}."))
         found = load_model(cut, num_labels=2)
         assert found.new_head and all(part in name for name in found.unsaved) and "a new head" in found.notes[0]
+
+
+def test_a_buffer_that_the_model_computes_is_not_missed(tmp_path: Path, tiny) -> None:
+    """Rotary frequencies, which the versions of transformers keep in different places, or leave out."""
+    wide = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    config = EsmConfig(vocab_size=440, pad_token_id=1, mask_token_id=4, position_embedding_type="rotary", **wide)
+    for name, kind in (("masked", EsmForMaskedLM), ("classifier", EsmForSequenceClassification)):
+        kind(config).save_pretrained(tmp_path / name)
+        AutoTokenizer.from_pretrained(tiny("bert")).save_pretrained(tmp_path / name)
+        cut = rewritten(tmp_path / name, tmp_path / f"{name}-cut", without("inv_freq"))
+        whole, found = (load_model(folder, num_labels=2).model.state_dict() for folder in (tmp_path / name, cut))
+        assert all(torch.equal(value, found[key]) for key, value in whole.items())
+    assert not load_model(cut, trained_head=True).unsaved
+    assert load_model(cut, kind="classifier", head="prototype", num_labels=2)
 
 
 def configured(source: Path, out: Path, **settings: object) -> Path:
