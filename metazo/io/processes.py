@@ -83,14 +83,17 @@ def joined(timeout: float, *, tensors: bool = False) -> Iterator[None]:
 
 def _meet(backend: str, timeout: float) -> None:
     """Raises UserError, with the rank of this process, if the processes cannot meet."""
+    from torch.distributed.distributed_c10d import PrefixStore  # not in every build of torch
+    from torch.distributed.rendezvous import rendezvous
+
     limit = timedelta(seconds=timeout)
     where = tuple(map(os.environ.get, ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")))
     try:
         if where not in _MET:
-            _MET[where] = next(distributed.rendezvous("env://", timeout=limit)), count()
+            _MET[where] = next(rendezvous("env://", timeout=limit)), count()
         (store, own, size), times = _MET[where]
         store.set_timeout(limit)
-        store = distributed.PrefixStore(f"metazo/{next(times)}", store)
+        store = PrefixStore(f"metazo/{next(times)}", store)
         distributed.init_process_group(backend, store=store, rank=own, world_size=size, timeout=limit)
     except (RuntimeError, ValueError) as error:  # ValueError: the environment lacks something
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
