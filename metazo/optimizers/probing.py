@@ -55,8 +55,8 @@ def evaluated(optimizer: Any, closures: Sequence[Closure]) -> float:
             names = ", ".join(tensor.name for tensor in unmet[:3])
             raise UserError(
                 f"`precision` {optimizer.precision} replaces weights in calls of torch functions, and the model uses "
-                f"{len(unmet)} tensors outside of such calls (in compiled, scripted or foreign code), such as {names}: "
-                "choose master."
+                f"{len(unmet)} tensors outside of such calls (in compiled, scripted or foreign code, or offloaded), such as "
+                f"{names}: choose master."
             )
     optimizer.loss_watch.evaluated(loss, lambda: _again(optimizer, closures), optimizer.tensors[0].param.device)
     return loss
