@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from metazo.errors import UserError
 from metazo.io.files import whole_file
 
 _NAMES = {
@@ -43,7 +44,7 @@ def weights_hash(tensors: Iterable[tuple[str, Tensor]], *, at_once: bool = True)
 
     def row(item: tuple[str, Tensor]) -> str:
         name, tensor = item
-        kept = getattr(getattr(tensor, "quant_state", None), "stored_sha256", None)
+        kept = getattr(getattr(tensor, "quant_state", tensor), "stored_sha256", None)
         if kept is not None:  # its form in memory has no fixed bytes
             return json.dumps([name, kept])
         return json.dumps([name, list(tensor.shape), str(tensor.dtype), sha256(_bytes(tensor)).hexdigest()])
@@ -74,8 +75,19 @@ def to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> byte
     return b"".join([_header(tensors, metadata), *map(_bytes, tensors.values())])
 
 
+def check_plain(tensors: Mapping[str, Tensor], remedy: str) -> None:
+    """Raises UserError for a tensor that is made of others, such as a quantised weight, of which the file has no type."""
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor) and is_traceable_wrapper_subclass(tensor):
+            kind = type(tensor).__name__
+            raise UserError(
+                f"{name} is a {kind}, such as a quantised weight, which no safetensors file can hold: {remedy}."
+            )
+
+
 def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     metadata = {**metadata, SEAL: seal(tensors, metadata)}
+    check_plain(tensors, "convert it to a plain tensor")
     header: dict[str, object] = {"__metadata__": metadata}
     end = 0
     for name, tensor in tensors.items():

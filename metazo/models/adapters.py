@@ -89,6 +89,11 @@ def add_adapters(loaded: LoadedModel, adapter: Adapter, seed: int) -> list[str]:
             f"the head of {loaded.name} is quantised ({name}) and would be trained beside the adapters; take the checkpoint in "
             "full precision, of which `quantize` leaves the head as it is."
         )
+    if adapter.kind == "ia3" and loaded.dtype != torch.float32 and _in_four_bits(loaded.model):
+        raise UserError(  # peft's layer multiplies in float32 and leaves its result there
+            f"`adapter` ia3 computes in float32 on 4-bit weights, and {loaded.name} in {str(loaded.dtype)[6:]}; take "
+            "`dtype='float32'`, or lora."
+        )
     if adapter.kind in VIRTUAL and adapter.rank >= loaded.context_length:
         raise UserError(
             f"`adapter_rank` is {adapter.rank} tokens, which leave no room for an input: the context of {loaded.name} has "
@@ -112,6 +117,10 @@ def add_adapters(loaded: LoadedModel, adapter: Adapter, seed: int) -> list[str]:
     if adapter.kind in VIRTUAL:
         loaded.context_length -= adapter.rank
     return trained_adapters(loaded.model)
+
+
+def _in_four_bits(model: nn.Module) -> bool:
+    return any(hasattr(parameter, "quant_state") for parameter in model.parameters())
 
 
 def _check_targets(loaded: LoadedModel, adapter: Adapter) -> None:

@@ -90,11 +90,14 @@ def kept_whole(model: nn.Module) -> list[str] | None:
 
 
 def repeated(model: nn.Module, dtype: torch.dtype) -> tuple[bool, str | None]:
-    """Whether a transformers model in memory was quantised when it was loaded, from a checkpoint that is not, and the kind with
-    which `load_model` would do the same again, if there is one.
+    """Whether a transformers model in memory was quantised when it was loaded or later, from a checkpoint that is not, and the
+    kind with which `load_model` would do the same again, if there is one.
     """
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is None or quantizer.pre_quantized:
+    parts = (model, getattr(model, "encoder", None))  # the model of transformers, or a classifier's own
+    quantizer: Any = next(filter(None, (getattr(part, "hf_quantizer", None) for part in parts)), None)
+    if quantizer is None:  # by a package's own function, such as torchao's `quantize_`
+        return bool(quantised(model)), None
+    if quantizer.pre_quantized:
         return False, None
     found = quantizer.quantization_config.to_dict()
     kept = next((found[name] for name in ("llm_int8_skip_modules", "modules_to_not_convert") if found.get(name)), None)
@@ -206,13 +209,16 @@ def keep_unpacked(model: nn.Module) -> None:
 
 def remember_stored(model: nn.Module) -> None:
     """Keep the hash of every bitsandbytes parameter as it was loaded, for `metazo.io.tensorfile.weights_hash`: the kernels of
-    a CPU rearrange the stored numbers at the first use. A hash that is kept already stays.
+    a CPU rearrange the stored numbers at the first use, and 8-bit layers take the scales away. A hash that is kept stays.
     """
-    for _, parameter in model.named_parameters():
-        state = getattr(parameter, "quant_state", None)
-        if state is not None and not hasattr(state, "stored_sha256"):
+    for module in model.modules():
+        taken = getattr(getattr(module, "state", None), "SCB", None)  # the scales of an 8-bit layer that has run
+        for parameter in module.parameters(recurse=False):
             # on the state, which copies of the parameter share: peft replaces the weights under DoRA by copies
-            state.stored_sha256 = weights_hash((str(place), part) for place, part in enumerate(stored(parameter)))
+            holder: Any = getattr(parameter, "quant_state", None) or (parameter if hasattr(parameter, "SCB") else None)
+            if holder is not None and not hasattr(holder, "stored_sha256"):
+                parts = [*stored(parameter), *([taken] if taken is not None and parameter.dtype == torch.int8 else [])]
+                holder.stored_sha256 = weights_hash((str(place), part) for place, part in enumerate(parts))
 
 
 def expect_bytes(model: nn.Module, kind: str) -> None:
@@ -261,5 +267,11 @@ def stored(tensor: Tensor) -> Iterator[Tensor]:
             yield from stored(getattr(tensor, name))
         return
     yield tensor
-    if (scales := getattr(getattr(tensor, "quant_state", None), "absmax", None)) is not None:
+    if (scales := getattr(tensor, "SCB", None)) is not None:  # bitsandbytes, 8 bits
         yield scales
+    state = getattr(tensor, "quant_state", None)  # bitsandbytes, 4 bits
+    while state is not None:
+        yield state.absmax
+        if state.nested:  # the scales are quantised too
+            yield state.offset
+        state = state.state2

@@ -260,8 +260,9 @@ def _unfit(param: Tensor) -> tuple[str, str] | None:
     if param.device.type == "meta":
         return (
             "are offloaded or were never loaded (device meta)",
-            "pass metazo.integrations.local_parameters(model) to the optimizer if accelerate offloads them, load the model "
-            "without `device_map`, or freeze them with requires_grad_(False)",
+            "if accelerate offloads them, pass metazo.integrations.local_parameters(model) to the optimizer, and add adapters "
+            "before the model is offloaded, because they have no numbers otherwise; or load the model without `device_map`, or "
+            "freeze them with requires_grad_(False)",
         )
     if is_traceable_wrapper_subclass(param):
         return (

@@ -250,6 +250,13 @@ def _describe_model(values: dict[str, Any], loaded: LoadedModel) -> None:
     """The settings that follow from a model in memory."""
     name = loaded.name if loaded.name.startswith(MEMORY) else MEMORY + type(loaded.model).__name__
     dtype = next(name for name, dtype in DTYPES.items() if dtype == loaded.dtype)
+    away = [name for name, parameter in loaded.model.named_parameters() if parameter.device.type == "meta"]
+    if away:
+        raise UserError(
+            f"`model` has {len(away)} tensors without numbers in memory, such as {away[0]} (device meta): accelerate offloads "
+            "them, or they were never loaded. Give a model that is in memory as a whole, or train this one in your own loop, "
+            "with metazo.integrations.local_parameters(model)."
+        )
     device = values.get("device") or str(next(loaded.model.parameters()).device)
     values |= {"model": name, "dtype": dtype, "device": device}
     loaded.model.to(resolve_device(device))  # type: ignore[call-arg]

@@ -6,6 +6,7 @@ from typing import Any
 
 from metazo.errors import UserError
 from metazo.io.processes import rank, world
+from metazo.io.tensorfile import check_plain
 from metazo.models.adapters import PEFT_TYPES
 from metazo.models.assemble import has_adapters
 from metazo.models.load import DTYPES, LoadedModel
@@ -86,12 +87,16 @@ def _check_quantised(config: FinetuneConfig) -> None:
 
 
 def _check_repeated(config: FinetuneConfig, loaded: LoadedModel) -> None:
-    """Raises UserError for a base in memory on which saved adapters could not be loaded again."""
+    """Raises UserError for a base in memory on which its adapters could not be loaded, and for what no file can hold."""
+    if loaded.kind == "own":
+        return check_plain(
+            loaded.model.state_dict(), "leave out `out`, or add `keep='none'`, and save the model yourself"
+        )
     base: Any = getattr(loaded.model, "get_base_model", lambda: loaded.model)()
     adapted = config.adapters is not None or base is not loaded.model
     if adapted and loaded.quantize is None and repeated(base, loaded.dtype)[0]:
         raise UserError(
-            "`model` was quantised with settings that metazo does not have, so it could not load the adapters on this base: "
+            "`model` was quantised in a way that metazo does not repeat, so it could not load the adapters on this base: "
             "save the quantised model by save_pretrained and give its folder, or load it with metazo.load_model(quantize=...)."
         )
 

@@ -14,6 +14,7 @@ pytest.importorskip("torchao", reason="torchao is not installed")
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 
 from bitsandbytes.functional import dequantize_4bit
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -32,7 +33,7 @@ from metazo.models.assemble import load
 from metazo.models.embedded import PICO
 from metazo.models.load import load_model
 from metazo.models.parts import hash_of
-from metazo.models.quantize import bytes_of, quantised, quantization
+from metazo.models.quantize import bytes_of, quantised, quantization, remember_stored
 from metazo.models.skeleton import skeleton
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.dryrun import dry_run
@@ -266,9 +267,12 @@ def test_a_model_in_memory_that_cannot_be_quantised_again_is_refused(wide: Path,
     how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     model = LlamaForCausalLM.from_pretrained(wide, quantization_config=how, dtype=torch.float32)
     given = {"tokenizer": load_model(wide).tokenizer, "lora": 2, "steps": 1, "lr": 1e-3, "train_examples": 32}
-    with pytest.raises(UserError, match="`model` was quantised with settings that metazo does not have"):
-        metazo.finetune(model, "pico_sentiment", out=tmp_path / "run", **given)
-    assert not (tmp_path / "run").exists()
+    later = load_model(wide).model
+    quantize_(later, Int8WeightOnlyConfig())  # torchao's own function, which leaves no record
+    for unlike in (model, later):
+        with pytest.raises(UserError, match="`model` was quantised in a way that metazo does not repeat"):
+            metazo.finetune(unlike, "pico_sentiment", out=tmp_path / "run", **given)
+        assert not (tmp_path / "run").exists()
     model = model.requires_grad_(False)
     model.model.norm.requires_grad_(True)  # saved whole, with its configuration, and not as adapters
     metazo.finetune(
@@ -295,6 +299,48 @@ def test_a_saved_quantised_folder_is_a_model(wide: Path, tmp_path: Path, kind: s
     ):
         with pytest.raises(UserError, match=said):
             set_up(config(tmp_path / "x", model=str(tmp_path / "q"), **extra))
+
+
+@pytest.mark.parametrize("how", [{"load_in_8bit": True}, {"load_in_4bit": True, "bnb_4bit_use_double_quant": True}])
+def test_the_hash_of_a_quantised_base_has_its_scales(wide: Path, tmp_path: Path, how: dict[str, bool]) -> None:
+    """Twice the weights have the same whole numbers, and twice the scales."""
+    doubled = load_model(wide).model
+    for name, parameter in doubled.named_parameters():
+        if name.endswith("proj.weight"):
+            parameter.data *= 2
+    doubled.save_pretrained(tmp_path / "doubled")
+    hashes, tokenizer = [], load_model(wide).tokenizer
+    for name, source in (("plain", wide), ("twice", tmp_path / "doubled")):
+        model = LlamaForCausalLM.from_pretrained(
+            source, quantization_config=BitsAndBytesConfig(**how), dtype=torch.float32
+        )
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        again = load_model(tmp_path / name).model
+        before = hash_of(again)
+        with torch.inference_mode():
+            again(torch.arange(3, 20)[None])
+        assert before == hash_of(again)
+        remember_stored(again.model.layers[0].mlp.down_proj)  # nothing changes for what is known
+        assert before == hash_of(again)
+        hashes.append(before)
+    assert hashes[0] != hashes[1]
+    run_settings(config(tmp_path / "run", model=str(tmp_path / "plain")))
+    assert replay(tmp_path / "run/steps.jsonl", str(tmp_path / "plain")).identical
+    with pytest.raises(UserError, match="is not the base model of this log"):
+        replay(tmp_path / "run/steps.jsonl", str(tmp_path / "twice"))
+
+
+def test_an_8_bit_layer_that_has_run_has_the_hash_of_one_that_has_not(wide: Path) -> None:
+    how = BitsAndBytesConfig(load_in_8bit=True)
+    fresh, used = (
+        LlamaForCausalLM.from_pretrained(wide, quantization_config=how, dtype=torch.float32) for _ in range(2)
+    )
+    with torch.inference_mode():
+        used(torch.arange(3, 20)[None])
+    for model in (fresh, used):
+        remember_stored(model)
+    assert hash_of(fresh) == hash_of(used)
 
 
 @pytest.mark.parametrize("adapter", ["lora", "ia3"])
@@ -353,7 +399,7 @@ def test_a_head_that_was_saved_quantised_is_refused(classifier: Path, tmp_path: 
     assert not (tmp_path / "run").exists()
 
 
-def test_what_a_cpu_cannot_do_is_one_sentence(tmp_path: Path, tiny) -> None:
+def test_what_a_cpu_cannot_do_is_one_sentence(tmp_path: Path, tiny, wide: Path) -> None:
     for kind in ("int8", "nf4"):
         wanted = config(tmp_path / "x", quantize=kind, dtype="float64")
         for run in (
@@ -367,6 +413,8 @@ def test_what_a_cpu_cannot_do_is_one_sentence(tmp_path: Path, tiny) -> None:
         set_up(config(tmp_path / "x", quantize="int4"))
     with pytest.raises(UserError, match="`quantize='int4'` computes in bfloat16, and `dtype` is float32"):
         quantization("int4", torch.float32, "cuda")
+    with pytest.raises(UserError, match="`adapter` ia3 computes in float32 on 4-bit weights, and .* in bfloat16"):
+        set_up(config(tmp_path / "x", model=str(wide), quantize="nf4", lora=0, adapter="ia3", dtype="bfloat16"))
     with pytest.raises(UserError, match="multiple of 64, and model.layers.0.self_attn.q_proj has"):
         set_up(config(tmp_path / "x", quantize="nf4"))
     with pytest.raises(UserError, match="add `head='checkpoint'`"):

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from datasets import ClassLabel, Dataset, DatasetDict
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.testing._internal.two_tensor import TwoTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding
 
 import metazo
@@ -191,6 +193,30 @@ def test_a_run_on_a_loss_of_its_own_is_resumed_and_replayed(tmp_path):
         other[0].weight[0, 0] += 1
     with pytest.raises(UserError, match="is not the base model of this log"):
         replay(tmp_path / "cut" / "steps.jsonl", other)
+
+
+def test_a_module_that_no_file_can_hold_is_trained_if_nothing_is_saved(tmp_path):
+    made = net()
+    made[0].weight = nn.Parameter(TwoTensor(*(made[0].weight.detach().clone() for _ in "ab")), requires_grad=False)
+    given = {"loss": loss, "data": batches(), "dev": batches(2), "lr": 1e-2, "steps": 4}
+    with pytest.raises(UserError, match=r"0\.weight is a TwoTensor, .* leave out `out`, or add `keep='none'`"):
+        metazo.finetune(made, out=tmp_path / "run", **given)
+    assert not (tmp_path / "run").exists()
+    metazo.finetune(made, out=tmp_path / "run", keep="none", **given)
+    fresh = net()
+    fresh[0].weight = made[0].weight
+    with pytest.raises(UserError, match=r"0\.weight is a TwoTensor"):
+        replay(tmp_path / "run" / "steps.jsonl", fresh, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+def test_an_offloaded_model_is_refused(tmp_path):
+    model, tokenizer = in_memory()
+    cpu_offload(model, torch.device("cpu"))
+    with pytest.raises(
+        UserError, match=r"tensors without numbers in memory, such as model\.embed_tokens.* offloads them"
+    ):
+        metazo.finetune(model, "pico_sentiment", tokenizer=tokenizer, **SIZES)
 
 
 def test_an_optimizer_in_memory(tmp_path):
