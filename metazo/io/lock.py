@@ -20,6 +20,7 @@ from metazo.errors import UserError
 
 NAME = ".lock"
 _PATIENCE = 0.3  # seconds: long enough for a holder to remove the file, or to write its name into it
+_POLL = 0.01  # seconds between the tries of a check
 
 
 class FolderLock:
@@ -55,12 +56,15 @@ class FolderLock:
         return self
 
     def check(self) -> None:
-        """Raise UserError if another process holds the lock; nothing is written or locked."""
+        """Raise UserError if another process holds the lock; it is held here for a moment alone.
+
+        Another check may hold it for such a moment too, so that this one has the same patience as `acquire`.
+        """
         if self._lock is not None or not (self.folder / NAME).is_file():
             return
         with suppress(OSError):  # this process may only read the folder
             try:
-                FileLock(self.folder / NAME, timeout=0).acquire().lock.release()
+                FileLock(self.folder / NAME, timeout=self.patience).acquire(poll_interval=_POLL).lock.release()
             except Timeout:
                 raise self._refused() from None
 

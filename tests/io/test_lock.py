@@ -42,6 +42,14 @@ def test_a_second_holder_is_refused_by_process_and_host(tmp_path: Path) -> None:
     assert not (tmp_path / "a" / NAME).exists() and (tmp_path / "a").is_dir(), "a folder that was there stays"
 
 
+def test_a_check_waits_for_another_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A check holds the lock for a moment, if a killed process left its file."""
+    (tmp_path / NAME).write_text('{"pid": 1, "host": "gone"}')
+    other = filelock.FileLock(tmp_path / NAME).acquire().lock
+    monkeypatch.setattr("time.sleep", lambda seconds: other.release())
+    FolderLock(tmp_path).check()
+
+
 def test_a_folder_that_the_lock_made_goes_if_it_is_empty(tmp_path: Path) -> None:
     with FolderLock(tmp_path / "empty"):
         pass
