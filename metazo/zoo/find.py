@@ -11,13 +11,14 @@ from pathlib import Path
 from metazo.errors import UserError
 from metazo.feedback.tuner import FeedbackTuner, is_feedback
 from metazo.io.files import read_capped
+from metazo.io.lock import FolderLock
 from metazo.tuner.file import Tuner
 from metazo.tuner.limits import MAX_BYTES, TUNER
 from metazo.tuner.match import fingerprint
 from metazo.zoo.card import card_of
-from metazo.zoo.index import CARD, INDEX, Entry, Found, Item, folders, read_index
+from metazo.zoo.index import CARD, INDEX, PATIENCE, Entry, Found, Item, folders, read_index
 from metazo.zoo.log import Log
-from metazo.zoo.signature import NEW, SUFFIX
+from metazo.zoo.signature import INDEX_BYTES, NEW, SUFFIX
 
 REPOSITORY = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
 """The form of a Hub repository's name."""
@@ -138,12 +139,33 @@ def verify(zoo: str | Path | None = None, key: str | None = None) -> list[Check]
     zoo folder, such as .git, are left out. `key` as for `entries`. Raises UserError if an index cannot be read, names a
     tuner twice, or has no signature that matches.
     """
-    checks = []
-    for where, folder in folders(zoo)[:1] if key is not None else folders(zoo):
-        held = [Found(entry, folder, where) for entry in read_index(folder, key)]
-        checks.extend(map(_check, held))
-        checks.extend(_unlisted(folder, where, held))
-    return checks
+    searched = folders(zoo)[:1] if key is not None else folders(zoo)
+    return [check for where, folder in searched for check in _settled(folder, where, key)]
+
+
+def _settled(folder: Path, where: str, key: str | None) -> list[Check]:
+    """The checks of a folder. A push writes the file first, then the index, then its signature: what is wrong is looked at
+    again after a push that has ended meanwhile."""
+    while True:
+        before, checks, refused = _index_of(folder), [], None
+        try:
+            held = [Found(entry, folder, where) for entry in read_index(folder, key)]
+            checks = [*map(_check, held), *_unlisted(folder, where, held)]
+        except UserError as error:
+            refused = error
+        if refused is not None or any(check.problem for check in checks):
+            FolderLock(folder, "zoo", PATIENCE).check()
+            if _index_of(folder) != before:
+                continue
+        if refused is not None:
+            raise refused
+        return checks
+
+
+def _index_of(folder: Path) -> list[bytes | None]:
+    """The index of a folder and its signature, as they are."""
+    paths = folder / INDEX, folder / f"{INDEX}{SUFFIX}"
+    return [read_capped(path, INDEX_BYTES, "zoo index") if path.is_file() else None for path in paths]
 
 
 def _check(tuner: Found) -> Check:

@@ -198,15 +198,16 @@ def add(
     """Write a tuner's bytes (or a log's), its card and its index entry into a zoo folder; the entry last.
 
     `version` None takes the next of v1, v2, ... (feedback-v1, ...). Several processes may add at once. Adding the same
-    bytes under the same name again changes nothing, except that a log gets the licence, if one is stated. `sign` makes a
-    signature of the new index; a zoo that has one is left alone without it, or if the one that it has is not by the same key.
+    bytes under the same name again changes nothing, except that a log gets the licence, if one is stated. Another file is
+    never replaced, even if the index does not list it. `sign` makes a signature of the new index; a zoo that has one is left
+    alone without it, or if the one that it has is not by the same key.
     Raises UserError if the folder cannot be written or a link in it leads out of it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FolderLock(folder, "zoo", PATIENCE):
             entries = read_index(folder)
-            name = safe_name(f"{base}/{version or _next_version(base, entries, item)}", "zoo name")
+            name = safe_name(f"{base}/{version or _next_version(folder, base, entries, item, data)}", "zoo name")
             target = _inside(folder / name, folder)
             if there := signed(folder / INDEX):
                 if sign is None:
@@ -216,6 +217,10 @@ def add(
             held = next((other for other in entries if other.name == name), None)
             if held is not None and held.sha256 != entry.sha256:
                 raise UserError(f"{name} is already in the zoo {folder}; publish under another `version`")
+            if held is None and (other := _other_file(target, entry.kind, data)) is not None:
+                raise UserError(
+                    f"{other} is another file, which {INDEX} does not list; publish under another `version`, or move it away"
+                )
             if held is not None:  # the licence of a log is in the index alone
                 entry = replace(entry, url=held.url, licence=entry.licence or held.licence)
             after = [entry if other is held else other for other in entries] + ([entry] if held is None else [])
@@ -235,8 +240,11 @@ def _entry_of(item: Item, name: str, data: bytes, licence: str | None) -> Entry:
         return Entry(base_model=item.base_model, fingerprint=None, blocks=0, licence=licence, kind="log", **common)
     info = item.info
     known = {"base_model": info.base_model, "fingerprint": info.fingerprint, "licence": info.licence}
-    kind = "feedback" if isinstance(item, FeedbackTuner) else "tuner"
-    return Entry(blocks=len(info.blocks), kind=kind, **known, **common)
+    return Entry(blocks=len(info.blocks), kind=_kind(item), **known, **common)
+
+
+def _kind(item: Item) -> str:
+    return {Log: "log", FeedbackTuner: "feedback", Tuner: "tuner"}[type(item)]
 
 
 def index_bytes(folder: Path, entries: Sequence[Entry]) -> bytes:
@@ -275,7 +283,21 @@ def write_index(folder: Path, entries: Sequence[Entry], sign: Signer | None = No
         raise
 
 
-def _next_version(base: str, entries: Sequence[Entry], item: Item) -> str:
+def _next_version(folder: Path, base: str, entries: Sequence[Entry], item: Item, data: bytes) -> str:
+    """The first version after those that are listed whose place is free: an index that was made again may not list them all."""
     start = "feedback-v" if isinstance(item, FeedbackTuner) else "v"
     taken = (re.fullmatch(re.escape(f"{base}/{start}") + r"(\d{1,9})", entry.name) for entry in entries)
-    return f"{start}{max((int(match[1]) for match in taken if match), default=0) + 1}"
+    number = max((int(match[1]) for match in taken if match), default=0) + 1
+    while _other_file(folder / base / f"{start}{number}", _kind(item), data) is not None:
+        number += 1
+    return f"{start}{number}"
+
+
+def _other_file(target: Path, kind: str, data: bytes) -> Path | None:
+    """A tuner or log in a version's folder that is not this one; a push that was killed may have left this one."""
+    for name in sorted(set(FILES.values())):
+        path = target / name
+        same = name == FILES[kind] and path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data
+        if path.exists() and not same:
+            return path
+    return None

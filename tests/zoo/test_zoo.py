@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,11 @@ import torch
 from metazo import zoo
 from metazo.errors import UserError
 from metazo.io.files import safe_name
+from metazo.io.lock import FolderLock
 from metazo.tuner.file import BlockSpec, Tuner, TunerInfo
 from metazo.tuner.networks import PertNN
-from metazo.zoo.index import read_index, write_index
+from metazo.zoo.index import add, read_index, write_index
+from metazo.zoo.log import Log
 from tests import warm
 from tests.io.test_lock import named
 from tests.zoo.conftest import SHAPES, make_tuner
@@ -250,6 +254,36 @@ def test_a_damaged_index_is_made_again_as_its_message_says(tmp_path: Path) -> No
     for version in ("v1", "v2"):
         zoo.push(tmp_path / "z/tiny" / version, tmp_path / "z", version=version)
     assert (tmp_path / "z/index.json").read_bytes() == before
+
+
+def test_a_file_that_the_index_does_not_list_is_not_replaced(tmp_path: Path) -> None:
+    """An index that is made again does not list all files at first, and a push that was killed leaves one."""
+    for seed in range(2):
+        zoo.push(make_tuner(seed=seed), tmp_path / "z")
+    files = [tmp_path / f"z/tiny/v{number}/tuner.safetensors" for number in (1, 2)]
+    before = [file.read_bytes() for file in files]
+    (tmp_path / "z/index.json").unlink()
+    with pytest.raises(UserError, match="tiny/v1/tuner.safetensors is another file, which index.json does not list"):
+        zoo.push(make_tuner(seed=2), tmp_path / "z", version="v1")
+    assert zoo.push(make_tuner(seed=2), tmp_path / "z") == "tiny/v3"
+    assert [file.read_bytes() for file in files] == before
+    (tmp_path / "z/index.json").unlink()
+    assert zoo.push(make_tuner(seed=1), tmp_path / "z") == "tiny/v2", "the same file takes its own place"
+    with pytest.raises(UserError, match="tiny/v1/tuner.safetensors is another file"):
+        add(Log.from_bytes(log_bytes(), "log"), log_bytes(), tmp_path / "z", "tiny", "v1")
+
+
+def test_verify_waits_for_a_push_that_has_not_written_its_index(tmp_path: Path) -> None:
+    zoo.push(make_tuner(), tmp_path / "z")
+    index = (tmp_path / "z/index.json").read_bytes()
+    with ThreadPoolExecutor() as threads:
+        with FolderLock(tmp_path / "z"):
+            (tmp_path / "z/index.json").unlink()
+            checks = threads.submit(zoo.verify, tmp_path / "z")
+            with suppress(TimeoutError):
+                checks.exception(0.1)
+            (tmp_path / "z/index.json").write_bytes(index)
+        assert [check.problem for check in checks.result() if check.where == "zoo"] == [None]
 
 
 def test_a_tuner_that_is_pushed_again_keeps_its_place(tmp_path: Path) -> None:
