@@ -10,6 +10,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from metazo.errors import UserError
 from metazo.feedback.tuner import FeedbackTuner
@@ -26,13 +27,14 @@ from metazo.meta.journal import Progress, plot, row_of, say
 from metazo.meta.learn_feedback import learn_feedback
 from metazo.meta.loop import MetaRun
 from metazo.meta.path_setup import START
+from metazo.meta.trajectory import content_hash
 from metazo.models.load import LoadedModel
 from metazo.runs.folder import METRICS, RunFolder
 from metazo.runs.header import environment
 from metazo.runs.inputs import belongs
 from metazo.runs.interrupt import Interrupted, interruptible
 from metazo.runs.locate import CONFIG, read_config
-from metazo.runs.resources import refuse_ranks, require_space
+from metazo.runs.resources import refuse_ranks, require_space, used
 from metazo.steplog.writer import report_environment
 from metazo.tuner.file import Tuner
 from metazo.tuner.limits import TUNER
@@ -56,9 +58,11 @@ def meta_train(
     if isinstance(config, FeedbackConfig):
         return learn_feedback(config, console=console)
     settings = {key: value for key, value in asdict(config).items() if key not in ("out", "resume", "device")}
+    # the content of data and recording is compared, wherever they are by now
+    may_change: dict[str, Any] = {"incidental": (ENVIRONMENT, "data"), "places": ("record", "trajectory")}
     if config.resume and (config.out / TUNER).exists():
         # raises UserError if the settings are others
-        RunFolder(config.out, settings, resume=True, incidental=(ENVIRONMENT,), look=True)
+        RunFolder(config.out, settings, resume=True, look=True, **may_change)
         say(console, f"The run in {config.out} is complete; this is its tuner.")
         with suppress(UserError, OSError), FolderLock(config.out):  # a disk that may only be read; another at work
             _take_away(config.out)
@@ -69,10 +73,12 @@ def meta_train(
     origin = belongs(loaded.model, [task.prepared for task in tasks])
     now, tell = environment(next(loaded.model.parameters()).device), partial(say, console)
     settings |= {ENVIRONMENT: now}
-    with RunFolder(config.out, settings, config.resume, incidental=(ENVIRONMENT,), belongs=origin, say=tell) as folder:
+    record, trajectory = (getattr(config, name, None) for name in may_change["places"])
+    content = origin if trajectory is None else origin | {"recording": content_hash(trajectory)}
+    with RunFolder(config.out, settings, config.resume, belongs=content, say=tell, **may_change) as folder:
         if config.resume:
             report_environment(read_config(config.out).get(ENVIRONMENT), now, tell)
-        require_space(config.out, plan.disk_bytes - folder.used(), "This run")
+        require_space(config.out, plan.disk_bytes - used(*filter(None, (config.out, record))), "This run")
         folder.begin()
         say(console, plan.sentence())
         for task in tasks:

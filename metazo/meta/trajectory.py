@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from metazo.meta.order import MetaTask, Order
 from metazo.meta.path import load_weights, weights_of
 from metazo.meta.reset import put
 from metazo.meta.teacher import Teacher
-from metazo.runs.resources import require_space
+from metazo.runs.resources import require_space, used
 from metazo.steplog.format import change
 from metazo.tuner.match import fingerprint
 
@@ -98,8 +99,7 @@ def record(
         raise UserError(f"`record` {folder} holds something else than a recording; choose an empty folder.")
     if manifest["complete"]:
         return
-    left = steps - (manifest["snapshots"][-1] if manifest["snapshots"] else 0)
-    require_space(folder, disk_use(tensors, teacher.kind, left, every), "Recording the teacher")
+    require_space(folder, disk_use(tensors, teacher.kind, steps, every) - used(folder), "Recording the teacher")
     folder.mkdir(parents=True, exist_ok=True)
     for left_behind in folder.glob(".*.tmp"):
         left_behind.unlink()
@@ -215,6 +215,16 @@ class Recorded:
     def load(self, state: dict[str, Tensor]) -> None:
         load_weights(self.tensors, state)
         self.lies = int(state["snapshot"])
+
+
+def content_hash(folder: Path) -> str:
+    """Hash of a complete recording's manifest and log, which tell it from every other. Raises UserError if there is none."""
+    _read_manifest(folder)
+    try:
+        content = b"".join((folder / name).read_bytes() for name in (_MANIFEST, _LOG))
+    except OSError as error:
+        raise _damaged(folder, f"{_LOG} cannot be read ({error})") from error
+    return f"sha256:{sha256(content).hexdigest()}"
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from metazo.io.plain import MAX_JSON_BYTES, parse_json, shown
 from metazo.io.tensorfile import read_tensors, write_tensors
 from metazo.runs import metrics_file
 from metazo.runs.locate import CONFIG, MODEL, STARTED, SUMMARY, UNSET, read_config
+from metazo.runs.resources import used
 from metazo.settings import Unset
 from metazo.steplog.format import STEPS, change, scan
 
@@ -60,10 +61,10 @@ def save_parts(folder: Path, *parts: Any) -> None:
 class RunFolder:
     """The output folder of a run.
 
-    Args: path; config: the run's settings, as JSON values; resume: continue the run in the folder; incidental: settings
-    that may change on resuming; belongs: hashes of everything that the run's numbers depend on, by name, kept beside the
-    settings and compared when the run is resumed; say: called with each sentence for the user; look: with resume, only check
-    that the run can be resumed, and change nothing.
+    Args: path; config: the run's settings, as JSON values; resume: continue the run in the folder; incidental: settings that
+    may change on resuming; places: paths that may change to another, but not to none or from none; belongs: hashes of
+    everything that the run's numbers depend on, by name, kept beside the settings and compared when the run is resumed; say:
+    called with each sentence for the user; look: with resume, only check that the run can be resumed, and change nothing.
     One process at a time writes into the folder: it is locked from `begin` (or from here, if an unfinished run is
     resumed) to `close`; use it as a context manager.
     Raises UserError if the folder holds a run and resume is off, holds another run, or is in use; what writes or removes files
@@ -77,6 +78,7 @@ class RunFolder:
         resume: bool = False,
         *,
         incidental: Iterable[str] = (),
+        places: Iterable[str] = (),
         belongs: Mapping[str, Any] | None = None,
         say: Callable[[str], None] = lambda text: None,
         look: bool = False,
@@ -90,7 +92,7 @@ class RunFolder:
         if path.exists() and not path.is_dir():
             raise UserError(f"`out` {path} is a file; name a folder.")
         if resume:
-            self._compare(read_config(path), set(incidental))
+            self._compare(read_config(path), set(incidental), set(places))
             if look:
                 self.lock.check()
                 return
@@ -131,7 +133,7 @@ class RunFolder:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _compare(self, found: dict[str, Any], incidental: set[str]) -> None:
+    def _compare(self, found: dict[str, Any], incidental: set[str], places: set[str]) -> None:
         then, now = found.get(BELONGS), self.config.get(BELONGS)
         if now is not None and not isinstance(then, dict):
             self.say(
@@ -145,7 +147,7 @@ class RunFolder:
         incidental = incidental | {BELONGS, STARTED, UNSET}
         for key in sorted({*found, *self.config} - incidental):
             old, new = found.get(key), self.config.get(key)
-            if old != new:
+            if old != new and not (key in places and old is not None and new is not None):
                 raise UserError(
                     f"`{key}` was {shown(old)} when the run in {self.path} began and is "
                     f"{shown(new)} now; resume with the same settings."
@@ -160,7 +162,7 @@ class RunFolder:
 
     def used(self) -> int:
         """Size of the files in the folder, in bytes."""
-        return sum(path.stat().st_size for path in self.path.rglob("*") if path.is_file())
+        return used(self.path)
 
     # -- metrics ---------------------------------------------------------------------------------------------------
 

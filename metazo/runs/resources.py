@@ -41,6 +41,12 @@ def require_space(folder: Path, needed: int, what: str) -> None:
         )
 
 
+def used(*folders: Path) -> int:
+    """Size of the files in these folders, in bytes; one folder may be in another, or missing."""
+    files = {path for folder in folders for path in folder.rglob("*") if path.is_file()}
+    return sum(path.stat().st_size for path in files)
+
+
 def free_memory(device: torch.device) -> int:
     """Free bytes of the GPU, or of the machine within the limit of its control group (cgroup v2), if there is one; all of the
     machine's memory if the system does not say what is free (macOS).
