@@ -132,7 +132,11 @@ def test_a_command_ends_as_ever_for_profilers_and_without_output(tmp_path: Path)
 
 
 def test_output_that_nobody_reads_ends_a_run_which_can_be_continued(tmp_path: Path) -> None:
+    from tests import warm
+
     words = ["finetune", "--model", "pico", "--task", "pico_sentiment", "--steps", "2", "--dev-examples", "4"]
+    unread = "import os, sys; reads, writes = os.pipe(); os.close(reads); os.dup2(writes, 1)\n"
+    unread += "sys.stdout = open(1, 'w', closefd=False)\n"
     entry = "from metazo_cli.main import entry_point; entry_point()"
     for given, said in (
         (["tasks"], ""),
@@ -141,11 +145,7 @@ def test_output_that_nobody_reads_ends_a_run_which_can_be_continued(tmp_path: Pa
         (["finetune", "--help"], ""),
         ([*words, "--out", str(tmp_path)], "stopped: Nobody reads the output any more. Continue with --resume.\n"),
     ):
-        reads, writes = os.pipe()
-        os.close(reads)
-        command = [sys.executable, "-c", entry, *given]
-        done = subprocess.run(command, stdout=writes, stderr=subprocess.PIPE, text=True, timeout=120)
-        os.close(writes)
+        done = warm.run("-c", unread + entry, *given)
         assert (done.returncode, done.stderr) == (141, said)
 
 

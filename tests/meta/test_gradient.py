@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 
 import pytest
@@ -20,6 +18,7 @@ from metazo.meta.unrolled import unrolled_steps
 from metazo.noise import PhiloxNoise, TorchOrderNoise
 from metazo.step.scales import normalisation
 from metazo.step.weights import Weights
+from tests import warm
 from tests.feedback.test_memory import most
 
 EPS, LR_UPDATE = 1e-3, 2e-3
@@ -158,6 +157,7 @@ def test_a_loss_that_is_not_finite_leaves_the_weights():
 
 
 MEASURE = """
+import ctypes
 import torch
 from torch import nn
 from metazo.blocks import named_tensors, partition
@@ -167,6 +167,7 @@ from metazo.noise import PhiloxNoise
 from metazo.step.weights import Weights
 from tests.feedback.test_memory import most
 
+ctypes.CDLL(None).mallopt(-3, 1_000_000)  # M_MMAP_THRESHOLD: freed memory is returned
 torch.set_num_threads(1)
 model = nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(24)))  # 96 MiB in tensors of 4 MiB
 tensors = named_tensors(model)
@@ -200,10 +201,9 @@ print(growth(lambda: Teacher(tensors, lr=1e-3, steps=2).step(loss)))
 def test_memory_of_a_meta_step():
     """Beyond the weights (96 MiB): a few tensors of 4 MiB, while the teacher's step needs gradients and momentum."""
 
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000", "OMP_NUM_THREADS": "1"}  # freed memory is returned
-    command = [sys.executable, "-c", MEASURE]
-    run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    meta, teacher = map(float, run.stdout.split())
+    done = warm.run("-c", MEASURE)
+    assert done.returncode == 0, done.stderr
+    meta, teacher = map(float, done.stdout.split())
     assert teacher > 150, "the teacher holds a gradient and a momentum for every weight"
     assert meta < 30, f"{meta:.0f} MiB: more than the gradient and noise of a few tensors"
 

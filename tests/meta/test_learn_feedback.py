@@ -6,8 +6,6 @@ import json
 import random
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +23,7 @@ from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import run_settings
 from metazo.runs.interrupt import Interrupted
 from metazo.tasks import resolve
+from tests import warm
 
 SMALL = {"texts": 16, "batch_size": 4, "rank": 2, "max_length": 24}
 
@@ -256,15 +255,17 @@ metazo.meta_train(FeedbackConfig(model=sys.argv[1], out=Path(sys.argv[2]), texts
 """
 
 
-@pytest.mark.parametrize("name", ["config.json", "tuner.safetensors"])
-def test_a_fit_that_was_killed_as_it_wrote_a_file_begins_again_in_its_folder(name: str, tiny, tmp_path: Path) -> None:
-    model, out = tiny("llama"), tmp_path / "x"
-    done = subprocess.run([sys.executable, "-c", KILLED, str(model), str(out), name], capture_output=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert [path for path in out.glob(".*.tmp")] and not (out / "tuner.safetensors").exists()
-    assert learn(model, out).info.recipe == learn(model, tmp_path / "whole").info.recipe
-    assert (out / "tuner.safetensors").read_bytes() == (tmp_path / "whole" / "tuner.safetensors").read_bytes()
-    assert sorted(path.name for path in out.iterdir()) == ["config.json", "tuner.safetensors"]
+def test_a_fit_that_was_killed_as_it_wrote_a_file_begins_again_in_its_folder(tiny, tmp_path: Path) -> None:
+    model, whole = tiny("llama"), tmp_path / "whole"
+    recipe = learn(model, whole).info.recipe
+    for name in ("config.json", "tuner.safetensors"):
+        out = tmp_path / name
+        done = warm.run("-c", KILLED, model, out, name)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert [path for path in out.glob(".*.tmp")] and not (out / "tuner.safetensors").exists()
+        assert learn(model, out).info.recipe == recipe
+        assert (out / "tuner.safetensors").read_bytes() == (whole / "tuner.safetensors").read_bytes()
+        assert sorted(path.name for path in out.iterdir()) == ["config.json", "tuner.safetensors"]
 
 
 def test_files_of_others_and_a_whole_fit_stay(tiny, tmp_path: Path) -> None:
