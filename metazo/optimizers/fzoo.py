@@ -58,7 +58,7 @@ class FZOO(ZOOptimizer):
     low_rank = True  # if `rank` says so
     shardable = True  # if rank is 0
     default_probing = "auto"
-    contract_case = Case(quadratic=1e-4, stiff=5e-5, llama=4e-6, saddle=1e-4, options={"queries": 4})
+    contract_case = Case(quadratic=1e-4, stiff=5e-5, llama=4e-6, saddle=4e-4, options={"queries": 4})
 
     def __init__(
         self,

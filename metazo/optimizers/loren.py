@@ -102,7 +102,7 @@ class LOREN(ZOOptimizer):
 
     name, paper = "loren", "arXiv 2511.07971"
     shardable = True
-    contract_case = Case(quadratic=0.02, stiff=4e-4, llama=2e-4, options={"queries": 4})
+    contract_case = Case(quadratic=0.02, stiff=4e-4, llama=2e-4, saddle=0.2, options={"queries": 4})
 
     def __init__(
         self,

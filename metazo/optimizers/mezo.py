@@ -50,7 +50,7 @@ class MeZOMomentum(MeZO):
     name = "mezo-momentum"
     own_rule = "is MeZO with a rule already; use `optimizer='mezo'` with `rule`"
     search_factor = 0.1
-    contract_case = Case(quadratic=0.005, stiff=2e-4, llama=3e-4, saddle=0.005)
+    contract_case = Case(quadratic=0.005, stiff=2e-4, llama=3e-4, saddle=0.01)
 
     def __init__(self, params: Iterable, lr: float = 1e-6, eps: float = 1e-3, *, momentum: float = 0.9, **common):
         self.default_rule = Momentum(momentum)

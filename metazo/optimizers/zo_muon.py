@@ -96,7 +96,7 @@ class ZOMuon(ZOOptimizer):
     proportional = False  # msign makes a step as long for any coefficients
     search_rate = 1e-2
     contract_case = Case(
-        quadratic=0.05, stiff=0.03, llama=0.02, saddle=0.5, along="free",
+        quadratic=0.05, stiff=0.03, llama=0.02, saddle=2.0, along="free",
         options={"rank": 2, "interval": 5, "vector_rate": 0.1},
     )  # fmt: skip
 
