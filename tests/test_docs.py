@@ -16,14 +16,14 @@ BLOCK = re.compile(r"```(\w+)\n(.*?)```", re.DOTALL)
 RUN = ("index", "one-gpu", "provider", "researcher")
 """Pages for newcomers: their commands run, one after the other in one folder."""
 SHORTER = {
-    "--forwards 1000": "--forwards 20", "--forwards 200": "--forwards 20", "--steps 1000": "--steps 10",
-    "--steps 200": "--steps 10", "--texts 200": "--texts 64", "--steps 20 ": "--steps 4 ", "--batch-size 64": "--batch-size 8",
+    "--forwards 1000": "--forwards 8", "--forwards 200": "--forwards 8", "--steps 1000": "--steps 4",
+    "--steps 200": "--steps 4", "--texts 200": "--texts 64", "--steps 20 ": "--steps 2 ", "--batch-size 64": "--batch-size 8",
     "--optimizers mezo,mezo-rms --budget 200 --seeds 2": "--optimizers mezo --budget 4 --seeds 1 --lrs 3e-4 --extensions 0",
     "compare --model pico --tasks pico_sentiment": "compare --dry-run --model pico --tasks pico_sentiment",
     "report runs/compare": "report runs/rates",
 }  # fmt: skip
 """What makes the commands of a page last seconds; nothing else in them is changed."""
-SMALL = "--train-examples 64 --dev-examples 16 --test-examples 16"
+SMALL = "--train-examples 32 --dev-examples 8 --test-examples 8"
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -69,13 +69,13 @@ def test_the_commands_for_newcomers_run(tmp_path, monkeypatch, capsys):
             for long, short in SHORTER.items():
                 command = command.replace(long, short)
             if command.startswith(("metazo finetune", "metazo meta-train --model")) and "--resume" not in command:
-                command += f" {SMALL}" if "finetune" in command else " --train-examples 64"
+                command += f" {SMALL}" if "finetune" in command else " --train-examples 32"
                 command += " --batch-size 4" * ("--batch-size" not in command)
             monkeypatch.setattr(sys, "argv", shlex.split(command))
             with pytest.raises(SystemExit) as ended:
                 main.main()
             assert not ended.value.code, (command, capsys.readouterr().err)
-    assert json.loads((tmp_path / "runs/first/summary.json").read_text())["steps"] == 10
+    assert json.loads((tmp_path / "runs/first/summary.json").read_text())["steps"] == 4
     assert (tmp_path / "my_zoo/index.json").is_file() and list(tmp_path.glob("runs/rates/report/*.html"))
 
 

@@ -181,7 +181,7 @@ def test_mean_increments_of_rows_and_columns():
     optimizer._prepare()
     state, found = optimizer.zo_state, []
     rows, columns = torch.tensor([1.0, 3]).double(), torch.tensor([0.5, 1.5, 4]).double()
-    for _ in range(1500):
+    for _ in range(800):
         state["R/theta"].copy_(rows)
         state["C/theta"].copy_(columns)
         optimizer.step(model)

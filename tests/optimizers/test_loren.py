@@ -13,6 +13,7 @@ from metazo.noise import PhiloxNoise
 from metazo.optimizers.loren import LOREN, score
 from metazo.step.directions import Isotropic, Reflected
 from metazo.step.estimators import LeaveOneOut
+from tests.optimizers.montecarlo import Linear, linear_estimates
 
 RHO = 0.3
 
@@ -65,15 +66,18 @@ def test_score_is_the_gradient_of_the_log_density():
 def test_leave_one_out_is_unbiased():
     """On a linear loss E g = rho H^-1 grad: 1,000 steps of K = 6, within five (small) standard errors."""
     gradient = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)
-    p = parameter(4)
-    optimizer = LOREN([("w", p)], lr=1.0, eps=1e-2, queries=6, damping=RHO, lr_cov=0, momentum=0, seed=1)
-    estimates = []
-    for _ in range(1000):
-        p.data.zero_()
-        optimizer.step(lambda: p @ gradient + 7.0)
-        estimates.append(-p.data.clone())
-    found = torch.stack(estimates)
-    a = optimizer.zo_state["a/w"]
+
+    class Above(Linear):
+        def forward(self):
+            return super().forward() + 7.0
+
+    model = Above()
+    model.slopes, model.weight, model.bias = {"weight": gradient}, parameter(4), None  # type: ignore[assignment]
+    optimizer = LOREN(
+        [("weight", model.weight)], lr=1.0, eps=1e-2, queries=6, damping=RHO, lr_cov=0, momentum=0, seed=1
+    )
+    found = linear_estimates(optimizer, model, 1000)["weight"]
+    a = optimizer.zo_state["a/weight"]
     expected = RHO * torch.linalg.inv(RHO * torch.eye(4, dtype=torch.float64) + torch.outer(a, a)) @ gradient
     error = found.std(0) / math.sqrt(len(found))
     assert ((found.mean(0) - expected).abs() < 5 * error).all()
@@ -107,8 +111,8 @@ def aligned(steps: int, lr_cov: float, seed: int) -> tuple[float, float]:
 
 
 def test_a_learns_the_stiff_direction():
-    for seed in (0, 5):  # measured: 0.36 to 1.00 and 0.16 to 0.99
-        before, after = aligned(300, 0.2, seed)
+    for seed in (0, 5):  # measured: 0.36 to 0.985 and 0.16 to 0.974
+        before, after = aligned(200, 0.2, seed)
         assert before < 0.4 and after > 0.95, (before, after)
     assert aligned(5, 0.0, 5)[1] == before  # at learning rate 0 of a nothing changes
 

@@ -520,7 +520,7 @@ def test_examples_that_are_solved_do_not_make_weights_infinite(cls) -> None:
     optimizer = cls(model.named_parameters(), lr=1e-2, **more)
     losses = [
         optimizer.step(lambda: cross_entropy(model(input_ids=ids).logits[:, -1, [100, 200]].float(), target))
-        for _ in range(100)
+        for _ in range(30)
     ]
     assert losses[-1] == 0.0 and all(parameter.isfinite().all() for parameter in model.parameters())
     before = weights(model)

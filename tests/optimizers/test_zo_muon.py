@@ -91,7 +91,7 @@ def test_the_subspace_estimate_is_the_projected_gradient_in_the_mean(monkeypatch
     optimizer.sign = lambda g: g
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     moves: dict[str, list[torch.Tensor]] = {name: [] for name in start}
-    for _ in range(1500):
+    for _ in range(800):
         optimizer.step(model)
         for name, p in model.named_parameters():
             moves[name].append(start[name] - p.data)
