@@ -73,6 +73,13 @@ def is_file(path: Path) -> bool:
         return False
 
 
+def require_files(folder: Path, *names: str) -> None:
+    """Raises UserError if one of these files is not in the folder."""
+    for name in names:
+        if not is_file(folder / name):
+            raise UserError(f"{folder / name} is not a file; give a folder that has it.")
+
+
 def opened(path: Path, what: str) -> BinaryIO:
     """A regular file, open for reading. Raises UserError for anything else: a missing file, a folder, a pipe, a device.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -19,6 +19,7 @@ from rich.console import ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.text import Text
 
+from metazo.errors import UserError
 from metazo.io.plain import finite
 
 UNREAD = 141
@@ -102,6 +103,15 @@ def print_line(text: object = "", *, stderr: bool = False) -> None:
         stream.write(shown.encode(stream.encoding or "ascii", "backslashreplace").decode(stream.encoding or "ascii"))
         stream.write("\n")
     stream.flush()
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run the main function of a script. Bad input ends it with one sentence and exit code 2, as the commands do."""
+    try:
+        main()
+    except (UserError, OSError) as error:
+        print_line(f"error: {error}", stderr=True)
+        sys.exit(2)
 
 
 def print_json(value: object) -> None:

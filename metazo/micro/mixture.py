@@ -1,6 +1,6 @@
 """Makes micro: trains its tokenizer and pretrains the model on English and on real classification tasks as text.
 
-    python -m metazo.micro.mixture --corpus DIR --tasks DIR --out metazo/micro/model
+    python -m metazo.micro.mixture --corpus DIR --tasks DIR --out NEW_DIR
 
 The corpus has gutenberg/*.txt, wikitext2/{valid,test}.txt and tinystories_sample.txt; the folder of tasks has
 <task>/{train.jsonl,validation.jsonl,labels.json}. A row of a task becomes `<text>\n<prompt>` with the label phrase as its
@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 
 from metazo.io.extras import needs
+from metazo.io.files import require_files
+from metazo.io.terminal import run_script
 from metazo.models.load import load_model
 from metazo.pico.pretrain import (
     CONTEXT,
@@ -41,7 +43,11 @@ ENGLISH_ROWS, TASK_ROWS = 4, 5  # of a batch
 
 
 def instructions(folder: Path, task: str, split: str = "train") -> list[tuple[str, str]]:
-    """(prompt, answer) of every row of a task, as metazo puts the task to a language model."""
+    """(prompt, answer) of every row of a task, as metazo puts the task to a language model.
+
+    Raises UserError if the file is missing.
+    """
+    require_files(folder, f"{task}/{split}.jsonl")
     told = next(each for each in text.TASKS if each.name == task)
     names = list(told.labels.values())
     rows = [json.loads(line) for line in (folder / task / f"{split}.jsonl").read_text().splitlines()]
@@ -86,6 +92,7 @@ def report(base: Path, held_out: dict[str, str], data: Path, rows: int = 300) ->
 def main() -> None:
     args = arguments(__doc__, ("corpus", "tasks", "out"), steps=1500)
     texts, held_out = read_corpus(args.corpus)
+    require_files(args.corpus, "tinystories_sample.txt")
     texts.append(clean((args.corpus / "tinystories_sample.txt").read_text(encoding="utf-8")))
     rows = [row for task in TASKS for row in instructions(args.tasks, task)]
     rows = [rows[place] for place in torch.randperm(len(rows)).tolist()]
@@ -97,4 +104,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -1,15 +1,17 @@
 """Makes pico: trains its tokenizer and pretrains the model on English and on text of the grammar.
 
-python -m metazo.pico.pretrain --corpus DIR --out metazo/pico/model
+python -m metazo.pico.pretrain --corpus DIR --out NEW_DIR
 
 DIR has gutenberg/*.txt (public-domain books) and wikitext2/{valid,test}.txt. One book and
 WikiText-2 test are held out for perplexity. Needs the package `tokenizers` (comes with transformers). The same
 seed, number of threads, kind of processor and library versions give the same weights, bit for bit.
+Nothing is saved before the end, so a run that is stopped starts again; metazo/pico/model/card.md says how long one took.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import re
 import shutil
@@ -23,6 +25,10 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
 from metazo.io.extras import needs
+from metazo.io.files import replaceable, require_files
+from metazo.io.lock import NAME as LOCK
+from metazo.io.lock import FolderLock
+from metazo.io.terminal import run_script
 from metazo.pico import grammar, lexicon, pretext
 from metazo.pico.score import perplexity, score
 
@@ -55,7 +61,8 @@ def clean(text: str) -> str:
 
 
 def read_corpus(folder: Path) -> tuple[list[str], dict[str, str]]:
-    """Training texts, and held-out texts by name."""
+    """Training texts, and held-out texts by name. Raises UserError if a file is missing."""
+    require_files(folder, f"gutenberg/{HELD_OUT_BOOK}", "wikitext2/valid.txt", "wikitext2/test.txt")
     books = {path.name: clean(path.read_text(encoding="utf-8", errors="replace")) for path in
              sorted((folder / "gutenberg").glob("*.txt"))}  # fmt: skip
     wiki = {
@@ -210,13 +217,15 @@ def report(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held_out:
 
 
 def arguments(description: str | None, folders: Sequence[str], steps: int) -> argparse.Namespace:
-    """The arguments of a program that makes a model; its threads and torch's seed are set by them."""
+    """The arguments of a program that makes a model; its threads and torch's seed are set by them. Raises UserError if the
+    model's folder is not empty."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in folders:
         parser.add_argument(f"--{name}", type=Path, required=True)
     for name, default in {"steps": steps, "threads": 1, "seed": 0}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     given = parser.parse_args()
+    FolderLock(given.out).check_empty()
     torch.set_num_threads(given.threads)
     torch.manual_seed(given.seed)
     return given
@@ -229,20 +238,26 @@ def make(
     steps: int,
     out: Path,
 ) -> None:
-    """Train the model on rows of English and of tasks, and replace ``out`` by it in float16; a card there is kept."""
-    began, (english, tasks) = time.monotonic(), (rows for rows, _ in parts)
-    print(f"{english[0].numel():,} English tokens, {tasks[0].numel():,} of tasks, "
-          f"{model.num_parameters():,} parameters", flush=True)  # fmt: skip
-    train(model, parts, steps)
-    print(f"trained; {time.monotonic() - began:.0f} s", flush=True)
-    new = out.with_name(out.name + ".tmp")
-    shutil.rmtree(new, ignore_errors=True)
-    model.half().save_pretrained(new)
-    tokenizer.save_pretrained(new)
-    if (out / "card.md").exists():
-        shutil.copy(out / "card.md", new)
-    shutil.rmtree(out, ignore_errors=True)
-    new.rename(out)
+    """Train the model on rows of English and of tasks, and write it to ``out``, a new or empty folder, in float16.
+
+    The folder is written completely or not at all. Raises UserError if it is not empty or in use.
+    """
+    lock = FolderLock(out := replaceable(out))
+    lock.check_empty()
+    new = out.with_name(f".{out.name[:60]}.{os.getpid()}.tmp")
+    with lock:
+        began, (english, tasks) = time.monotonic(), (rows for rows, _ in parts)
+        print(f"{english[0].numel():,} English tokens, {tasks[0].numel():,} of tasks, "
+              f"{model.num_parameters():,} parameters", flush=True)  # fmt: skip
+        train(model, parts, steps)
+        print(f"trained; {time.monotonic() - began:.0f} s", flush=True)
+        try:
+            model.half().save_pretrained(new)
+            tokenizer.save_pretrained(new)
+            (out / LOCK).unlink(missing_ok=True)
+            os.replace(new, out)  # an empty folder is replaced; a folder with files is not
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
 
 
 def main() -> None:
@@ -257,4 +272,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

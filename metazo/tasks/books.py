@@ -21,6 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
+from metazo.io.files import require_files
+from metazo.io.terminal import run_script
 from metazo.tasks.task import Row, Task
 
 FILE = Path(__file__).with_suffix(".jsonl")
@@ -58,6 +60,7 @@ def passages(text: str, play: bool) -> list[str]:
 
 def make(corpus: Path) -> list[Row]:
     """All rows, from the folder that holds gutenberg/*.txt; the same rows each time."""
+    require_files(corpus, *(f"gutenberg/{book}.txt" for books in BOOKS.values() for book in books))
     rng, rows = random.Random(0), []
     for label, (kind, books) in enumerate(BOOKS.items()):
         pool: list[str] = []
@@ -104,4 +107,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -6,6 +6,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from metazo.errors import UserError
+from metazo.io.lock import NAME, FolderLock
+from metazo.io.terminal import run_script
 from metazo.pico import pretrain
 from tests.pico.test_model import MODEL
 
@@ -66,3 +69,35 @@ def test_one_seed_one_result(tokenizer):
         results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     torch.set_num_threads(threads)
     assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
+
+
+def test_a_model_is_written_into_a_new_folder_and_what_is_in_a_folder_stays(tokenizer, tmp_path, monkeypatch):
+    rows = pretrain.rows_of(TEXTS * 40, tokenizer)
+    monkeypatch.setattr(pretrain, "train", lambda model, parts, steps: None)
+
+    def make(out):
+        pretrain.make(pretrain.new_model(), tokenizer, [(rows, 1), (rows, 1)], 1, out)
+
+    make(tmp_path / "new")
+    assert {"model.safetensors", "tokenizer.json"} <= {path.name for path in (tmp_path / "new").iterdir()}
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("precious")
+    with pytest.raises(UserError, match="mine is not an empty folder; choose another"):
+        make(tmp_path / "mine")
+    with FolderLock(tmp_path / "used"), pytest.raises(UserError, match="used is in use by"):
+        make(tmp_path / "used")
+    files = {path.name for path in tmp_path.rglob("*")}
+    assert "notes.txt" in files and not [name for name in files if name.endswith((".tmp", NAME))]
+
+
+@pytest.mark.parametrize("missing", ["corpus", "out"])
+def test_bad_arguments_are_one_sentence_and_exit_code_2(missing, tmp_path, monkeypatch, capsys):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    out = tmp_path / ("new" if missing == "corpus" else "full")
+    monkeypatch.setattr("sys.argv", ["pretrain", "--corpus", "/nonexistent", "--out", str(out)])
+    with pytest.raises(SystemExit) as end:
+        run_script(pretrain.main)
+    said = {"corpus": "carroll-alice.txt is not a file; give a folder", "out": "full is not an empty folder; choose"}
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.startswith("error: ") and said[missing] in error and error.count("\n") == 1
