@@ -49,10 +49,10 @@ class Result:
         reason (a sentence if it did not finish).
     train_info: curve, a list of {step, forwards, seconds, train_loss, lr, dev {loss, metric..., majority, examples}}
         from step 0 (before training) on; `seconds` is the time of training without evaluation; steps, forwards, seconds
-        (of the whole run, without evaluation), evaluation_seconds (and loading), cpu_seconds (of all of it, over all
-        threads: seconds far above it tell of a machine that was busy with other things), wall_seconds, trained_weights,
-        peak_memory_bytes (most that was resident above what the worker held before it loaded the model; on a GPU the
-        peak of its allocator),
+        (of the whole run, without evaluation and without the time for which the process was suspended), evaluation_seconds (of
+        all else), cpu_seconds (of all of it, over all threads: seconds far above it tell of a machine that was busy with other
+        things), wall_seconds, trained_weights, peak_memory_bytes (most that was resident above what the worker held before it
+        loaded the model; on a GPU the peak of its allocator),
         sigma: None, or {"blocks": [name...], "steps": [...], "values": [[sigma of each block] for each step]}.
         A run that failed or diverged keeps what it has; values it has not reached are None and the curve ends early.
     metrics: before, dev, test: {loss, metric..., examples}, and objective if the run has one; before is dev before

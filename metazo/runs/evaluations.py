@@ -15,6 +15,7 @@ from metazo.models.load import LoadedModel
 from metazo.models.parts import whole
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.folder import RunFolder
+from metazo.runs.interrupt import times_continued
 from metazo.runs.records import GROWN, Records
 from metazo.runs.setup import Setup
 from metazo.runs.shared import SharedFolder
@@ -38,7 +39,8 @@ class Scores(Records):
         self.losses: list[float] = []
         self.most = GROWN * _start(setup.loaded)
         self.evaluating = 0.0  # seconds, in this process
-        self.started = time.monotonic()
+        self.started = self.since = time.monotonic()
+        self.usual, self.continued = 0.0, times_continued()
 
     def settle(self, steps: int) -> None:
         """Continue from that step: drop the records of later steps, which are made again."""
@@ -46,6 +48,22 @@ class Scores(Records):
         self.folder.keep_records(self.records)
         if self.records:
             self.started -= self.records[-1]["seconds"]
+
+    def stepped(self) -> None:
+        """Note the end of a step. One in which the process was suspended counts as long as the one before, because a process
+        learns that it goes on, but not since when it had been suspended. A frozen control group gives no signal, and counts.
+        """
+        now = time.monotonic()
+        taken, again = now - self.since, times_continued()
+        if again == self.continued:
+            self.usual = taken
+        elif (lost := taken - self.usual) > 0:
+            self.started += lost
+            if lost >= 1:
+                self.folder.say(
+                    f"The process was suspended for about {lost:.1f} s, which do not count as time of training."
+                )
+        self.since, self.continued = now, again
 
     def evaluate_if_due(
         self, step: int, keep_best: Callable[[int], None], on_record: Callable[[dict[str, Any]], None]
@@ -84,7 +102,8 @@ class Scores(Records):
         self.folder.record(**record)
         self.records.append(record)
         on_record(record)
-        self.evaluating += time.monotonic() - paused
+        self.since, self.continued = time.monotonic(), times_continued()
+        self.evaluating += self.since - paused
 
     def on(self, split: Literal["dev", "test"]) -> dict[str, float]:
         return self.setup.evaluate(split)

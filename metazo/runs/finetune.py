@@ -346,6 +346,7 @@ class _Run(Ending):
         if step.coefficients:
             self.scores.losses.append(loss)
         self.watch.see(step, partial(self._diagnosis, closures) if closures else None)
+        self.scores.stepped()
         self._evaluate_if_due(step.step + 1)
 
     def _diagnosis(self, closures: list[BatchLoss]) -> str:

@@ -1,4 +1,4 @@
-"""Ends a run in an orderly way if a signal asks it to stop."""
+"""Ends a run in an orderly way if a signal asks it to stop, and notices that it was suspended (Ctrl-Z, SIGSTOP)."""
 
 from __future__ import annotations
 
@@ -17,12 +17,20 @@ class Interrupted(Exception):
         self.exit_code = 128 + signal.Signals[by].value  # as a shell reports it: 130, 143
 
 
+_continued = 0
+
+
+def times_continued() -> int:
+    """How often this process was continued within `interruptible` after it had been suspended (SIGCONT)."""
+    return _continued
+
+
 @contextmanager
 def interruptible() -> Iterator[list[str]]:
     """A context in which SIGINT and SIGTERM are appended to the given list; a second one ends the process as usual.
 
     Check the list after each step; if it is not empty, save and stop. A signal that the process ignores stays ignored
-    (nohup, a worker whose parent decides), and outside the main thread signals are left alone.
+    (nohup, a worker whose parent decides), and outside the main thread signals are left alone. SIGCONT is counted.
     """
     caught: list[str] = []
 
@@ -31,10 +39,21 @@ def interruptible() -> Iterator[list[str]]:
             raise KeyboardInterrupt
         caught.append(signal.Signals(number).name)
 
-    heard = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
-    before = {}
+    def count(number: int, frame: Any) -> None:
+        global _continued
+        _continued += 1
+        if callable(handler := before.get(number)):
+            handler(number, frame)
+
+    handlers = {signal.SIGINT: note, signal.SIGTERM: note}
+    if hasattr(signal, "SIGCONT"):  # not on Windows
+        handlers[signal.SIGCONT] = count
+    left_alone = signal.SIG_IGN, None  # None: the handler of a library in C, which could not be put back
+    heard = [number for number in handlers if signal.getsignal(number) not in left_alone]
+    before: dict[signal.Signals, Any] = {}
     with suppress(ValueError):  # not the main thread
-        before = {number: signal.signal(number, note) for number in heard}
+        for number in heard:
+            before[number] = signal.signal(number, handlers[number])
     try:
         yield caught
     finally:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
+import time
+from typing import Any
 
 import pytest
 
-from metazo.runs.interrupt import interruptible
+import metazo
+from metazo.io.terminal import Console
+from metazo.runs.interrupt import interruptible, times_continued
+from metazo.step.record import Step
 
 
 def test_the_first_signal_is_noted_and_the_second_ends() -> None:
@@ -29,3 +35,37 @@ def test_an_ignored_signal_stays_ignored() -> None:
             assert caught == []
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_a_process_that_is_continued_counts_it_and_calls_who_listened_before() -> None:
+    heard: list[int] = []
+    before, count = signal.signal(signal.SIGCONT, lambda number, frame: heard.append(number)), times_continued()
+    try:
+        with interruptible() as caught:
+            os.kill(os.getpid(), signal.SIGCONT)
+            assert (caught, heard, times_continued()) == ([], [signal.SIGCONT], count + 1)
+    finally:
+        signal.signal(signal.SIGCONT, before)
+
+
+@pytest.mark.parametrize("at", ["step", "evaluation"])
+def test_the_time_of_a_suspended_process_is_no_time_of_training(tiny, at: str) -> None:
+    """Runs at equal time are as long as it says. Here the process sleeps instead, and gets the signal of its waking."""
+
+    moments: list[float] = []
+
+    def suspended(record: Step | dict[str, Any]) -> None:
+        step = record.step if isinstance(record, Step) else record["step"]
+        if isinstance(record, Step) == (at == "step") and step == 2:
+            time.sleep(1.3)
+            os.kill(os.getpid(), signal.SIGCONT)
+        if isinstance(record, dict):
+            moments.append(time.monotonic())
+
+    console, steps = Console(file=io.StringIO(), width=400), {"steps": 4, "eval_every": 2, "keep": "none"}
+    sizes = {"train_examples": 8, "dev_examples": 4, "test_examples": 0, **steps}
+    calls = {"on_step": suspended, "on_evaluation": suspended, "console": console}
+    tuned = metazo.finetune(str(tiny("llama")), "pico_topic", "mezo", lr=1e-4, **calls, **sizes)
+    first, middle, last = (record["seconds"] for record in tuned.evaluations)
+    assert first < middle < last < first + moments[-1] - moments[0] - 1.3
+    assert ("The process was suspended for about " in console.file.getvalue()) == (at == "step")
