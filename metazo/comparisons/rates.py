@@ -53,7 +53,8 @@ def walk(lrs: list[float], extensions: int) -> Generator[list[float], dict[float
     boundary: whether all `extensions` were used up before there was a tried rate on both sides of it, and none far above it
     that diverged. Without any finite loss there is no best rate, and no boundary.
 
-    Of equal losses the smaller rate is taken. If every rate diverged, the next one is smaller by a factor of ten, and the rate
+    Of equal losses the smaller rate is taken, and one inside the range before one at its edge: nothing says that the best is
+    beyond. If every rate diverged, the next one is smaller by a factor of ten, and the rate
     between is tried before the search ends.
     """
     losses: dict[float, float] = {}
@@ -81,7 +82,7 @@ def _gap_above(lr: float, losses: dict[float, float]) -> bool:
 
 def best(losses: dict[float, float]) -> float | None:
     finite = [lr for lr in sorted(losses) if math.isfinite(losses[lr])]
-    return min(finite, key=lambda lr: losses[lr]) if finite else None
+    return min(finite, key=lambda lr: (losses[lr], lr in (min(losses), max(losses)))) if finite else None
 
 
 def look(

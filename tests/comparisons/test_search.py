@@ -54,6 +54,14 @@ def test_of_equal_losses_the_smaller_rate():
     assert search([1e-4, 3e-4, 1e-3, 3e-3], lambda lr: 1.0 if lr in (1e-4, 3e-3) else 0.0)[0] == (3e-4, False)
 
 
+@pytest.mark.parametrize(("edge", "middle"), [(1e-4, 3e-4), (1e-3, 3e-4)])
+def test_a_plateau_is_no_reason_to_search_beyond_it(edge, middle):
+    """Runs that do not move have equal losses at any smaller rate: each extension would find another."""
+    assert search([1e-4, 3e-4, 1e-3], lambda lr: 0.5) == ((3e-4, False), [1e-4, 3e-4, 1e-3])
+    assert search([1e-4, 3e-4, 1e-3], lambda lr: 0.5 if lr in (edge, middle) else 0.6)[0] == (middle, False)
+    assert search([1e-4, 3e-4], lambda lr: 0.5) == ((1e-4, False), [1e-4, 3e-4, 3e-5])
+
+
 def test_the_ladder_and_rates_off_it():
     assert [beyond(3e-4, True), beyond(1e-3, True), beyond(1e-3, False)] == [1e-3, 3e-3, 3e-4]
     assert beyond(2e-4, True) == 6e-4 and beyond(6e-4, False) == 2e-4
