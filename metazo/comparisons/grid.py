@@ -125,6 +125,12 @@ class Grid:
             raise UserError(
                 f"`reference` is {shown(self.reference)}, which is no column{taken}; name one of {', '.join(named)}."
             )
+        trained = [column.name for column in self.resolved if column.trains]
+        if self.reference in named and self.reference not in trained:
+            raise UserError(
+                f"`reference` is {shown(self.reference)}, which does not train, so that no task would count; "
+                f"name {'one of ' + ', '.join(trained) if trained else 'a column that trains'}."
+            )
 
     def column(self, name: str) -> Column:
         return next(column for column in self.resolved if column.name == name)

@@ -109,6 +109,10 @@ def test_a_name_stands_once():
         ({"tasks": [{"name": "a"}]}, "`tasks`: {'name': 'a'} is neither a name"),
         ({"reference": "mezoo"}, "`reference` is 'mezoo', which is no column; name one of mezo."),
         (
+            {"columns": ["mezo", "zero-shot"], "reference": "zero-shot"},
+            "`reference` is 'zero-shot', which does not train, so that no task would count; name one of mezo.",
+        ),
+        (
             {"columns": ["lozo", "fzoo"], "time_budget": "reference"},
             "`reference` is 'mezo', which is no column, and `time_budget` takes its time; name one of lozo, fzoo.",
         ),
