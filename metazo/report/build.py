@@ -165,8 +165,10 @@ def _rivals(data: Comparison) -> Section:
             partial(rivals.plane, by_loss),
         )
     )
-    best = rivals.rivals(by_loss)[0].column
-    return section.add(rivals.table(by_loss), tables.tests(by_loss, best, "tests-best"), rivals.pairs(by_loss))
+    section.add(rivals.table(by_loss))
+    if (best := rivals.rivals(by_loss)[0]).rank is not None:
+        section.add(tables.tests(by_loss, best.column, "tests-best"))
+    return section.add(rivals.pairs(by_loss))
 
 
 def _memory(main: Analysis) -> Section:

@@ -32,8 +32,8 @@ TENTH = 0.1
 class Rival:
     """A column at its measured cost, over the tasks that count.
 
-    rank: mean over the cells (task, seed) that all columns have, 1 is best; equivalents: of a run, in forward passes of the
-    reference on the same batch, by operations; ratio: median over cells of the equivalents until the reference's final loss
+    rank: mean over the cells (task, seed) that all ranked columns have, 1 is best; equivalents: of a run, in forward passes of
+    the reference on the same batch, by operations; ratio: median over cells of the equivalents until the reference's final loss
     on dev, by those of the reference's run (inf: half of them or more did not reach it); tenth: share of cells at or below
     1/10; memory: peak of a step by that of inference. None if the results hold no measured cost.
     """
@@ -72,18 +72,22 @@ def rivals(analysis: Analysis) -> list[Rival]:
 
 
 def ranks(analysis: Analysis) -> dict[str, float]:
-    """Average rank by column over the cells (task, seed) in which every column has a run; a run that failed is last. Columns
-    with runs that were not tested, although others were, have none.
+    """Average rank by column over the cells (task, seed) in which every ranked column has a run; a run that failed is last.
+    Columns without a run on one of the tasks have no rank, and neither have those with runs that were not tested, although
+    others were. Empty if no cell has a run of all the others.
     """
     data, untested = analysis.data, analysis.data.untested(analysis.tasks)
-    columns = [column for column in data.columns if data.family(column) != UNTRAINED and column not in untested]
+
+    def known(task: str, column: str) -> dict[int, float]:
+        failed = dict.fromkeys(data.failed(task, column), -analysis.sign * math.inf)
+        return data.by_seed(task, column, analysis.measure) | failed
+
+    trained = [column for column in data.columns if data.family(column) != UNTRAINED and column not in untested]
+    columns = [column for column in trained if all(known(task, column) for task in analysis.tasks)]
     rows = []
     for task in analysis.tasks:
-        sides = []
-        for column in columns:
-            values = data.by_seed(task, column, analysis.measure)
-            sides.append(values | dict.fromkeys(data.failed(task, column), -analysis.sign * math.inf))
-        shared = set.intersection(*(set(side) for side in sides)) if sides else set()
+        sides = [known(task, column) for column in columns]
+        shared = set.intersection(*map(set, sides)) if sides else set()
         rows += [[side[seed] for side in sides] for seed in sorted(shared)]
     if not rows:
         return {}
@@ -142,14 +146,22 @@ def table(analysis: Analysis) -> Table:
     averaged = [rival.column for rival in found if analysis.average(rival.column) is not None]
     shaky = [c for c in averaged if any(data.failed(task, c) for task in analysis.tasks)]
     lacking = [c for c in averaged if any(data.lacks(task, c) for task in analysis.tasks)]
-    split, ranked = data.split(analysis.tasks), sum(rival.rank is not None for rival in found) or len(found)
+    split, ranked = data.split(analysis.tasks), sum(rival.rank is not None for rival in found)
+    without = [r.column for r in found if r.rank is None and r.column not in data.untested(analysis.tasks)]
+    ranking = "there are no ranks, because no pair of task and seed has a run of each column"
+    if ranked:
+        ranking = (
+            f"best average rank first. Rank: of the loss on {split}, mean over pairs of task and seed that all have, 1 "
+        )
+        ranking += f"is the best of {ranked}"
+        if without:
+            ranking += f" (without {listed(without)}, for want of a run on one of the tasks)"
     every = sum(len(data.of(task, data.reference or "")) for task in analysis.tasks)
     lower = sum(len(_descents(data, task)) for task in analysis.tasks)
     made = Table(
         "rivals",
         "Columns at their measured cost",
-        f"Over {over}, whether or not {data.reference} does; best average rank first. Rank: of the loss on {split}, mean over "
-        f"pairs of task and seed that all have, 1 is the best of {ranked}; p: paired with {data.reference}, Holm. "
+        f"Over {over}, whether or not {data.reference} does; {ranking}; p: paired with {data.reference}, Holm. "
         f"Forward-equivalents: operations of a run by those of a forward pass of {data.reference} on the same batch; frozen "
         "layers are computed once and cost nothing. "
         f"“Until {data.reference}’s final loss”: the share of {data.reference}’s own run that a column needs to come to the "

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
+import yaml
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
@@ -287,3 +288,25 @@ def test_columns_that_lack_runs_are_last_and_named(folder: Path) -> None:
     assert [*found(folder)][-1] == "first-order-adamw"
     cell_path(folder, "sst2", "skip-feedback", "seed", 2).unlink()
     assert next(iter(found(folder))) == "first-order-adamw"  # no other column with gradients has the run any more
+
+
+def test_a_column_without_runs_takes_no_rank_from_the_others(folder: Path) -> None:
+    """An unfinished comparison: fzoo is asked for and has none yet. mezo, the first of the grid, is the worst."""
+    columns = [{"name": name, "optimizer": name} for name in (*FINALS, "fzoo")]
+    (folder / "grid.yaml").write_text(yaml.safe_dump({"tasks": ["sst2"], "columns": columns, "seeds": 3}))
+    by_name = found(folder)
+    assert [by_name[name].rank for name in FINALS] == pytest.approx([(3 + 2.5 + 2) / 3, (2 + 2.5 + 3) / 3, 1])
+    assert by_name["fzoo"].rank is None
+    report = build(Comparison(folder))
+    made = {table.name: table for table in report.tables}
+    assert "the best of 3 (without fzoo, for want of a run" in made["rivals"].note
+    assert made["tests-best"].title == "Paired with first-order-adamw, by loss"
+
+
+def test_without_a_pair_that_all_have_there_is_no_order_and_no_best(folder: Path) -> None:
+    cell_path(folder, "sst2", "mezo", "seed", 0).unlink()
+    for seed in (1, 2):
+        cell_path(folder, "sst2", "skip-feedback", "seed", seed).unlink()
+    assert {rival.rank for rival in found(folder).values()} == {None}
+    made = {table.name: table for table in build(Comparison(folder)).tables}
+    assert "there are no ranks" in made["rivals"].note and "tests-best" not in made
