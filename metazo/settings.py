@@ -99,13 +99,14 @@ def check_flag(name: str, value: Any, wanted: Any) -> None:
         raise UserError(f"`{name}` must be a number, not {flag}; YAML reads yes, on, no and off as True and False too.")
 
 
-def _kinds(wanted: Any) -> set[Any]:
+@cache
+def _kinds(wanted: Any) -> frozenset[Any]:
     """The types that a type is made of."""
     parts = get_args(wanted)
     if get_origin(wanted) is Literal or not parts:
-        return set(map(type, parts)) or {wanted}
+        return frozenset(map(type, parts)) or frozenset({wanted})
     parts = [part for part in parts if not isinstance(part, list)]  # of a function's arguments
-    return set[Any]().union(*map(_kinds, parts))
+    return frozenset[Any]().union(*map(_kinds, parts))
 
 
 def _flag(value: Any) -> bool | None:

@@ -33,6 +33,7 @@ _NAMES = {
 }
 SEAL = "sha256"  # key of the metadata
 THREADS = 8  # tensors that are hashed at once; each is copied to memory if its device is not the CPU
+FEW = 1 << 20  # bytes that are hashed sooner than threads start
 
 
 def weights_hash(tensors: Iterable[tuple[str, Tensor]], *, at_once: bool = True) -> str:
@@ -49,6 +50,9 @@ def weights_hash(tensors: Iterable[tuple[str, Tensor]], *, at_once: bool = True)
             return json.dumps([name, kept])
         return json.dumps([name, list(tensor.shape), str(tensor.dtype), sha256(_bytes(tensor)).hexdigest()])
 
+    if at_once:
+        tensors = list(tensors)
+        at_once = sum(tensor.nbytes for _, tensor in tensors) > FEW
     if not at_once:
         return sha256("\n".join(map(row, tensors)).encode()).hexdigest()
     with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:

@@ -188,7 +188,8 @@ def check_padding(model: Any, tokenizer: PreTrainedTokenizerBase, kind: str, nam
             return
     encoder: Any = model.encoder if isinstance(model, SentenceClassifier) else model
     known = min(encoder.get_input_embeddings().weight.shape[0], len(tokenizer), 999)
-    tokens = [token for token in range(known) if token not in tokenizer.all_special_ids]
+    special = set(tokenizer.all_special_ids)  # which the tokenizer makes again each time
+    tokens = [token for token in range(known) if token not in special]
     if not tokens or context < 2:
         return
     long = [tokens[at % len(tokens)] for at in range(min(context, 8))]

@@ -38,10 +38,12 @@ def gpu() -> str | None:
 
 def versions(packages: Iterable[str]) -> dict[str, str | None]:
     """The installed version of each package; None for one that is not installed."""
-    found: dict[str, str | None] = {}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found
+    return {package: _version(package) for package in packages}
+
+
+@cache
+def _version(package: str) -> str | None:
+    try:
+        return version(package)  # parses the package's whole METADATA
+    except PackageNotFoundError:
+        return None
