@@ -36,11 +36,9 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         formula = _FORMULAS.get(func._overloadpacket)
-        if formula is None:
+        if formula is None and func._can_decompose():
             with self:  # under inference mode a product comes as a composite operation
-                parts = func.decompose(*args, **kwargs)
-            if parts is not NotImplemented:
-                return parts
+                return func.decompose(*args, **kwargs)
         out = func(*args, **kwargs)
         if formula and not (args and args[0] is None):  # a backward pass that no gradient enters
             self.count += formula(*args, **kwargs, out_val=out)
