@@ -15,7 +15,8 @@ from metazo.errors import UserError
 from metazo.io.extras import needs
 from metazo.io.files import read_capped
 from metazo.io.plain import MAX_JSON_BYTES, parse_json
-from metazo.models.parts import whole
+from metazo.io.processes import total
+from metazo.models.parts import divided, held
 from metazo.models.sentence import SentenceClassifier, find
 
 with needs("llm"):
@@ -242,17 +243,20 @@ def _differ(scores: Tensor, others: Tensor) -> bool:
 
 def not_finite(model: nn.Module) -> list[str]:
     """A sentence about NaN or infinite weights, if there are any."""
-    plain = (
-        (n, p.detach())
-        for n, p in whole(model)
-        if p.numel() and p.is_floating_point() and not is_traceable_wrapper_subclass(p)
-    )
-    bad = [n for n, values in plain if not torch.stack(torch.aminmax(values)).isfinite().all()]
+    parts = list(held(model))
+    wrong = [_holds_not_finite(values) for _, values, _ in parts]
+    if divided(model):
+        wrong = total(wrong)
+    bad = [name for (name, *_), count in zip(parts, wrong, strict=True) if count]
     if not bad:
         return []
-    return [
-        f"{len(bad)} of {len(list(model.parameters()))} tensors of the model hold NaN or infinite weights, such as {bad[0]}"
-    ]
+    return [f"{len(bad)} of {len(parts)} tensors of the model hold NaN or infinite weights, such as {bad[0]}"]
+
+
+def _holds_not_finite(values: Tensor) -> bool:
+    if not values.numel() or not values.is_floating_point() or is_traceable_wrapper_subclass(values):
+        return False
+    return not torch.stack(torch.aminmax(values)).isfinite().all()
 
 
 def check_places(model: nn.Module, name: str) -> None:

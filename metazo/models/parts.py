@@ -8,6 +8,7 @@ of such a model are DTensors.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -69,6 +70,20 @@ def whole(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """
     for name, parameter in model.named_parameters():
         yield name, parameter.detach().full_tensor() if hasattr(parameter, "placements") else parameter  # type: ignore[operator]
+
+
+def held(model: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
+    """Name, values that this process holds, and number of processes that hold the same ones, of every parameter; nothing is
+    gathered."""
+    everywhere = world() if divided(model) else 1
+    for name, parameter in model.named_parameters():
+        values, parts = parameter.detach(), 1
+        if hasattr(parameter, "placements"):
+            mesh, values = parameter.device_mesh, values.to_local()  # type: ignore[attr-defined, operator]
+            parts = math.prod(
+                mesh.size(axis) for axis, how in enumerate(parameter.placements) if not how.is_replicate()
+            )
+        yield name, values, everywhere // parts
 
 
 def held_bytes(model: nn.Module) -> int:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from metazo.blocks import chunks
+from metazo.io.processes import total
 from metazo.models.load import LoadedModel
-from metazo.models.parts import whole
+from metazo.models.parts import divided, held, whole
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.folder import RunFolder
 from metazo.runs.interrupt import times_continued
@@ -91,7 +92,7 @@ class Scores(Records):
             "dev": self.on("dev") if self.config.dev_examples else {},
             **self._sigma(),
         }
-        norm = norm_of(_trained(self.setup.loaded.model))
+        norm = _norm(self.setup.loaded.model)
         if not (math.isfinite(norm) or _all_finite(self.setup.loaded.model)):
             record["weights_finite"] = False
         elif norm > self.most:
@@ -133,8 +134,21 @@ def _trained(model: nn.Module) -> Iterator[Tensor]:
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     for name, values in whole(model):
         if name in trained:
-            flat = values.detach().reshape(-1)
-            yield from (flat[start:stop] for start, stop in chunks(values))
+            yield from _flat(values.detach())
+
+
+def _flat(values: Tensor) -> Iterator[Tensor]:
+    flat = values.reshape(-1)
+    return (flat[start:stop] for start, stop in chunks(values))
+
+
+def _norm(model: nn.Module) -> float:
+    """Euclidean norm of the trained weights; of a divided model from the norms of its parts, without gathering them."""
+    if not divided(model):
+        return norm_of(_trained(model))
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    norms = [(norm_of(_flat(part)), copies) for name, part, copies in held(model) if name in trained]
+    return math.sqrt(total([sum(norm * norm / copies for norm, copies in norms)])[0])
 
 
 def norm_of(parts: Iterable[Tensor]) -> float:
@@ -151,7 +165,7 @@ def norm_of(parts: Iterable[Tensor]) -> float:
 def _start(loaded: LoadedModel) -> float:
     """The norm relative to which growth is measured: that of the trained weights before the first step. The weights of the
     user's own module may be 0 at first and have any unit, so that they count as at least 1e4 each."""
-    norm = norm_of(_trained(loaded.model))
+    norm = _norm(loaded.model)
     if loaded.kind != "own":
         return norm or 1.0
     return max(norm, 1e4 * math.sqrt(sum(p.numel() for p in loaded.model.parameters() if p.requires_grad)))

@@ -15,8 +15,11 @@ import transformers
 from safetensors.torch import load_file
 
 from metazo.errors import UserError
-from metazo.io.processes import LostRank
+from metazo.io.processes import LostRank, joined
+from metazo.models.checks import not_finite
+from metazo.models.load import load_model
 from metazo.runs.config import FinetuneConfig
+from metazo.runs.evaluations import _norm, _trained, norm_of
 from metazo.runs.finetune import run_settings, tune
 from metazo.runs.interrupt import Interrupted
 from metazo.runs.replay import replay
@@ -30,13 +33,13 @@ if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23):
 
 COUNT = 4
 SETTINGS: dict[str, Any] = {
-    "task": "pico_sentiment", "steps": 4, "batch_size": 6, "train_examples": 8, "dev_examples": 5,
-    "test_examples": 2, "eval_batch_size": 8, "eval_every": 2, "lr": 1e-4, "rank_timeout": 250.0,
+    "task": "pico_sentiment", "steps": 3, "batch_size": 6, "train_examples": 8, "dev_examples": 5,
+    "test_examples": 2, "eval_batch_size": 8, "eval_every": 3, "lr": 1e-4, "rank_timeout": 250.0,
 }  # fmt: skip
 RUNS: dict[str, dict[str, Any]] = {
-    "both": {"tensor_parallel": 2, "fsdp": 2},
-    "sharded": {"fsdp": 4, "optimizer": "lozo", "method": {"interval": 3}, "scale": "rms"},
-    "svrg": {"fsdp": 4, "optimizer": "mezo-svrg", "method": {"interval": 3}, "batch_size": 4},
+    "both": {"tensor_parallel": 2, "fsdp": 2, "steps": 4, "eval_every": 2},
+    "sharded": {"fsdp": 4, "optimizer": "lozo", "method": {"interval": 2}, "scale": "rms"},
+    "svrg": {"fsdp": 4, "optimizer": "mezo-svrg", "method": {"interval": 2}, "batch_size": 4},
     "bfloat16": {"tensor_parallel": 2, "fsdp": 2, "dtype": "bfloat16"},
     "eggroll": {"fsdp": 4, "optimizer": "eggroll", "method": {"population": 4}},
     "fzoo": {"fsdp": 4, "optimizer": "fzoo", "method": {"rank": 1, "queries": 2}, "lr": 1e-8},
@@ -73,6 +76,18 @@ def _waiting() -> set[float]:
     return {backend.options._timeout.total_seconds() for backend in backends}
 
 
+def _looked_at(rank: int, model: Path) -> tuple[float, float, list[str]]:
+    """The norm of the weights of a divided model from its parts, that from whole tensors, and what is said of it when the part
+    of one process holds NaN."""
+    with joined(250, tensors=True):
+        found = load_model(model, tensor_parallel=2, fsdp=2).model
+        norms = _norm(found), norm_of(_trained(found))
+        if rank == 2:
+            with torch.no_grad():
+                found.model.layers[1].mlp.up_proj.weight.to_local().fill_(torch.nan)
+        return *norms, not_finite(found)
+
+
 def _process(rank: int, folder: Path, model: Path, ports: list[int]) -> None:
     torch.set_num_threads(1)
     said: dict[str, Any] = {}
@@ -97,6 +112,8 @@ def _process(rank: int, folder: Path, model: Path, ports: list[int]) -> None:
             tune(_config(folder / name, model, **settings), plot=False)
         except UserError as error:
             said[name] = str(error)
+    os.environ["MASTER_PORT"] = str(ports.pop())
+    said["looked at"] = _looked_at(rank, model)
     torch.save(said, folder / f"{rank}.pt")
     os.environ["MASTER_PORT"] = str(ports.pop())
     try:
@@ -116,7 +133,7 @@ def model(tiny: Callable[[str], Path]) -> Path:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
     folder = tmp_path_factory.mktemp("divided")
-    with warm.meetings(17) as ports:
+    with warm.meetings(18) as ports:
         warm.ranks(_process, folder, model, ports, count=COUNT, killed=3)
     return folder
 
@@ -155,6 +172,13 @@ def test_one_process_replays_the_log_of_a_divided_run_bit_for_bit(folder, model,
 
 def test_every_exchange_of_a_divided_run_waits_as_long_as_the_run_says(said):
     assert all(each["waiting"] == {SETTINGS["rank_timeout"]} for each in said)
+
+
+def test_a_divided_model_is_looked_at_in_its_parts(said):
+    for norm, whole, notes in (each["looked at"] for each in said):
+        assert norm == pytest.approx(whole, rel=1e-6)
+        assert [note.split(" hold")[0] for note in notes] == ["1 of 21 tensors of the model"] and "up_proj" in notes[0]
+    assert len({each["looked at"][0] for each in said}) == 1
 
 
 def test_a_divided_run_that_was_stopped_goes_on_bit_for_bit(folder, said):
