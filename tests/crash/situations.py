@@ -40,6 +40,7 @@ from metazo.runs.replay import replay
 from metazo.settings import build
 from metazo.steplog.format import encode, line, scan
 from tests.comparisons.finished import read_results
+from tests.crash import harness
 from tests.crash.harness import COMMON, META, evidence
 
 TASK = """
@@ -222,7 +223,7 @@ def a_rate_far_too_high(folder: Path, dice: random.Random) -> bool:
         named = "lower `lr`" in str(error) or "diverged" in str(error) or "lower `eps`" in str(error)
         return named and not (folder / "run/model").exists() and not scan(folder / "run/steps.jsonl").damage
     weights = torch.cat([p.detach().flatten() for p in load_model(str(folder / "run/model")).model.parameters()])
-    first = torch.cat([p.detach().flatten() for p in load_model("pico").model.parameters()])
+    first = torch.cat([p.detach().flatten() for p in load_model(COMMON["model"]).model.parameters()])
     return summary["dev"]["loss"] <= max(6, 10 * summary["before"]["loss"]) and weights.norm() <= 101 * first.norm()
 
 
@@ -241,7 +242,7 @@ def a_meta_rate_far_too_high(folder: Path, dice: random.Random) -> bool:
 
 
 def _base(folder: Path) -> Path:
-    found = load_model("pico")
+    found = load_model(COMMON["model"])
     found.model.save_pretrained(folder)
     found.tokenizer.save_pretrained(folder)
     return folder
@@ -324,7 +325,7 @@ def another_header(folder: Path, dice: random.Random) -> bool:
         data += text
     (folder / "forged.jsonl").write_bytes(data)
     return (
-        bool(refused(lambda: replay(folder / "forged.jsonl", "pico", folder / "again")))
+        bool(refused(lambda: replay(folder / "forged.jsonl", COMMON["model"], folder / "again")))
         and not (folder / "again").exists()
     )
 
@@ -376,9 +377,11 @@ def main() -> None:
     parser.add_argument("--tries", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", action="append", choices=list(SITUATIONS), help="may be repeated; by default all")
+    parser.add_argument("--model", default="pico", help="folder of another model")
     parser.add_argument("--results", type=Path, required=True, help="JSON; tries are added to it")
     parser.add_argument("--render", type=Path, help="a page whose table is made anew")
     options = parser.parse_args()
+    harness.use(options.model)
     rows = json.loads(options.results.read_text()) if options.results.exists() else []
     if options.tries:
         rows += tries(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from tests import warm
@@ -15,9 +16,9 @@ NAMES = (
 )
 
 
-def test_situations_end_as_promised(tmp_path: Path) -> None:
+def test_situations_end_as_promised(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     seed = time.time_ns() % 2**32
-    command = ["-m", "tests.crash.situations", "--tries=1", f"--seed={seed}"]
+    command = ["-m", "tests.crash.situations", "--tries=1", f"--seed={seed}", f"--model={tiny('llama')}"]
     command += [*(f"--only={name}" for name in NAMES), "--results", str(tmp_path / "found.json")]
     done = warm.run(*command, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, f"seed {seed}: {done.stderr[-2000:]}"
