@@ -6,6 +6,7 @@ import copy
 import gc
 import itertools
 import json
+import shutil
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -265,6 +266,32 @@ class Rising(BlockScale):
 GIVEN = {"seed": 5, "rule": Signs(0.5), "scale": Rising(torch.tensor(2.0))}
 
 
+def made(change: dict) -> tuple[nn.Module, object, object]:
+    change, (model, tokenizer) = dict(change), in_memory()
+    named = [*model.named_parameters()][:: 2 if change.pop("half", None) else 1]
+    return model, tokenizer, metazo.LOZO(named, lr=1e-4, **{"rank": 2, **GIVEN, **change})
+
+
+def with_optimizer(change: dict, **more) -> metazo.Finetuned:
+    model, tokenizer, optimizer = made(change)
+    sizes = {name: value for name, value in SIZES.items() if name != "lr"}
+    return metazo.finetune(model, "pico_sentiment", optimizer, tokenizer=tokenizer, **sizes, **more)
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory, small) -> Path:
+    """A run with an optimizer in memory that was stopped."""
+
+    def stop(step: Step) -> None:
+        if step.step == 3:
+            raise KeyError
+
+    out = tmp_path_factory.mktemp("begun") / "run"
+    with pytest.raises(KeyError):
+        with_optimizer({}, out=out, on_step=stop)
+    return out
+
+
 @pytest.mark.parametrize(
     ("change", "what"),
     [
@@ -277,34 +304,24 @@ GIVEN = {"seed": 5, "rule": Signs(0.5), "scale": Rising(torch.tensor(2.0))}
         ({"half": True}, "the names of the trained tensors changed"),
     ],
 )
-def test_an_optimizer_in_memory_must_be_the_same_to_go_on_and_to_replay(tmp_path, change, what):
-    def made(change: dict) -> tuple[nn.Module, object, object]:
-        change, (model, tokenizer) = dict(change), in_memory()
-        named = [*model.named_parameters()][:: 2 if change.pop("half", None) else 1]
-        return model, tokenizer, metazo.LOZO(named, lr=1e-4, **{"rank": 2, **GIVEN, **change})
-
-    def run(change: dict, **more) -> metazo.Finetuned:
-        model, tokenizer, optimizer = made(change)
-        return metazo.finetune(model, "pico_sentiment", optimizer, tokenizer=tokenizer, **sizes, **more)
-
-    def stop(step: Step) -> None:
-        if step.step == 3:
-            raise KeyError
-
-    sizes = {name: value for name, value in SIZES.items() if name != "lr"}
-    with pytest.raises(KeyError):
-        run({}, out=tmp_path / "run", on_step=stop)
-    before = (tmp_path / "run" / "steps.jsonl").read_bytes()
+def test_an_optimizer_in_memory_must_be_the_same_to_go_on_and_to_replay(begun, change, what):
+    before = (begun / "steps.jsonl").read_bytes()
     with pytest.raises(UserError, match=what):
-        run(change, out=tmp_path / "run", resume=True)
+        with_optimizer(change, out=begun, resume=True)
     model, tokenizer, optimizer = made(change)
     with pytest.raises(UserError, match=f"`optimizer` is not the one of this log: {what}"):
-        replay(tmp_path / "run", model, tokenizer=tokenizer, optimizer=optimizer)
-    assert (tmp_path / "run" / "steps.jsonl").read_bytes() == before
-    again = run({}, out=tmp_path / "run", resume=True)
-    assert weights(again.model) == weights(run({}).model)
+        replay(begun, model, tokenizer=tokenizer, optimizer=optimizer)
+    assert (begun / "steps.jsonl").read_bytes() == before
+
+
+def test_a_run_that_was_refused_another_optimizer_goes_on_and_is_replayed_with_its_own(begun, tmp_path):
+    out = shutil.copytree(begun, tmp_path / "run")
+    with pytest.raises(UserError, match="seed was 5"):
+        with_optimizer({"seed": 6}, out=out, resume=True)
+    again = with_optimizer({}, out=out, resume=True)
+    assert weights(again.model) == weights(with_optimizer({}).model)
     model, tokenizer, optimizer = made({})
-    assert replay(tmp_path / "run", model, tokenizer=tokenizer, optimizer=optimizer).identical
+    assert replay(out, model, tokenizer=tokenizer, optimizer=optimizer).identical
 
 
 def test_a_log_of_an_optimizer_in_memory_by_an_earlier_version_goes_on(tmp_path):

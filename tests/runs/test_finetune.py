@@ -6,6 +6,7 @@ import io
 import json
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,9 +23,8 @@ from metazo.settings import build
 from metazo.steplog.format import scan
 from tests import warm
 
-LONG = 150  # steps of a small model: a second or two, enough for a signal to arrive in mid-run
+LONG = 80  # steps of a small model: half a second, enough for a signal to arrive in mid-run
 SMALL = {
-    "model": "pico",
     "task": "pico_sentiment",
     "optimizer": "mezo",
     "lr": 1e-4,
@@ -36,6 +36,12 @@ SMALL = {
     "eval_every": 8,
     "snapshot_every": 10,
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def base(tiny: Callable[[str], Path]) -> None:
+    """The runs are of a model of two layers."""
+    SMALL["model"] = str(tiny("llama"))
 
 
 def config(out: Path, **extra) -> FinetuneConfig:
@@ -90,7 +96,7 @@ def test_a_run_is_complete_without_a_picture_that_cannot_be_drawn(tiny, tmp_path
 
 def test_first_order_learns_and_beats_the_majority(tmp_path):
     sizes = {"steps": 30, "batch_size": 16, "train_examples": 400, "dev_examples": 16, "test_examples": 64}
-    summary = run_settings(config(tmp_path / "fo", optimizer="first-order-adamw", lr=1e-3, **sizes))
+    summary = run_settings(config(tmp_path / "fo", model="pico", optimizer="first-order-adamw", lr=1e-3, **sizes))
     assert summary["test"]["accuracy"] > summary["test"]["majority"] + 0.2
     assert summary["dev"]["loss"] < 0.7 * summary["before"]["loss"]
 
@@ -156,7 +162,7 @@ def test_sigterm_finishes_the_step_and_says_how_to_go_on(tiny, tmp_path):
 def test_nan_before_the_first_step_leaves_nothing(tmp_path):
     from metazo.models.load import load_model
 
-    loaded = load_model("pico")
+    loaded = load_model(SMALL["model"])
     with torch.no_grad():
         next(loaded.model.parameters()).fill_(torch.nan)
     loaded.model.save_pretrained(tmp_path / "broken")

@@ -9,6 +9,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,9 +29,15 @@ from metazo.step.record import Step
 from metazo.steplog.format import scan
 
 SMALL = {
-    "model": "pico", "task": "pico_sentiment", "optimizer": "mezo", "lr": 1e-4, "steps": 6, "batch_size": 2,
+    "task": "pico_sentiment", "optimizer": "mezo", "lr": 1e-4, "steps": 6, "batch_size": 2,
     "train_examples": 8, "dev_examples": 4, "test_examples": 0, "snapshot_every": 0, "eval_every": 200,
 }  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def base(tiny: Callable[[str], Path]) -> None:
+    """The runs are of a model of two layers."""
+    SMALL["model"] = str(tiny("llama"))
 
 
 def config(**settings) -> FinetuneConfig:
@@ -68,7 +75,7 @@ def test_a_step_that_is_skipped_leaves_the_weights_and_a_record(tmp_path, optimi
     summary = run_settings(config(out=tmp_path / "all", optimizer=optimizer, **all_of_them))
     assert "Steps that were skipped because a loss was not finite or above `max_loss` 0.001: 6." in summary["notes"]
     kept = load_model(tmp_path / "all" / "model").model
-    for a, b in zip(kept.parameters(), load_model("pico").model.parameters()):
+    for a, b in zip(kept.parameters(), load_model(SMALL["model"]).model.parameters()):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6 if optimizer == "mezo" else 0)
 
 
@@ -126,7 +133,7 @@ def closure(model):
 
 
 def scaled(dtype: str, factor: float, part: str = "down_proj"):
-    model = load_model("pico", dtype=dtype).model
+    model = load_model(SMALL["model"], dtype=dtype).model
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if part in name:
@@ -158,7 +165,7 @@ def test_weights_out_of_range_are_named():
 
 
 def test_a_probe_that_leads_too_far_is_told():
-    model = load_model("pico").model
+    model = load_model(SMALL["model"]).model
     assert "lower `eps`" in diagnose(model, [closure(model)], torch.float32)
 
 
@@ -246,7 +253,7 @@ def test_a_model_whose_code_mixes_dtypes_is_named_with_its_dtype(tiny, tmp_path)
 
 
 def test_a_loss_of_the_callers_that_mixes_dtypes_keeps_its_traceback():
-    model = load_model("pico", dtype="bfloat16").model
+    model = load_model(SMALL["model"], dtype="bfloat16").model
 
     def loss(model, batch):
         return model(inputs_embeds=torch.ones(1, 3, model.config.hidden_size), labels=batch).loss

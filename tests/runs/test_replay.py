@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 from functools import wraps
 from pathlib import Path
@@ -27,7 +28,7 @@ from metazo.tuner.file import BlockSpec, Tuner, TunerInfo
 from metazo.tuner.networks import PertNN
 
 SMALL = {
-    "model": "pico", "task": "pico_sentiment", "lr": 1e-4, "steps": 5, "batch_size": 2, "train_examples": 8,
+    "task": "pico_sentiment", "lr": 1e-4, "steps": 5, "batch_size": 2, "train_examples": 8,
     "dev_examples": 4, "test_examples": 0, "snapshot_every": 0, "eval_every": 2,
 }  # fmt: skip
 OWN = {
@@ -39,6 +40,12 @@ OWN = {
     "curvzo": {"accumulate": 2, "schedule": "linear"},
     "zo-finetuner": {"tuner": "random:1"},
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def base(tiny: Callable[[str], Path]) -> None:
+    """The runs are of a model of two layers."""
+    SMALL["model"] = str(tiny("llama"))
 
 
 def tuned(out: Path, **settings) -> Path:
@@ -65,7 +72,7 @@ def test_every_method_is_rebuilt_to_the_bit(tiny, tmp_path, method):
 
 
 def test_no_forward_pass_but_those_of_loading(run, tmp_path, monkeypatch):
-    kind, passes = type(load_model("pico").model), []
+    kind, passes = type(load_model(SMALL["model"]).model), []
     forward = kind.forward
 
     @wraps(forward)
@@ -74,34 +81,34 @@ def test_no_forward_pass_but_those_of_loading(run, tmp_path, monkeypatch):
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(kind, "forward", counted)
-    load_model("pico")
+    load_model(SMALL["model"])
     loading = len(passes)
-    assert replay(run / "steps.jsonl", "pico", None).identical
+    assert replay(run / "steps.jsonl", SMALL["model"], None).identical
     assert len(passes) == 2 * loading
 
 
 def test_paths_are_text_too_and_a_folder_of_a_run_is_its_log(run, tmp_path):
-    done = metazo.replay(str(run), "pico", out=str(tmp_path / "again"))
+    done = metazo.replay(str(run), SMALL["model"], out=str(tmp_path / "again"))
     assert done.identical and weights(tmp_path / "again") == weights(run / "model")
 
 
 def test_a_link_leads_to_its_folder_and_the_working_directory_is_refused_at_once(run, tmp_path, monkeypatch):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
-    assert replay(run, "pico", tmp_path / "link", to=1).steps == 1
+    assert replay(run, SMALL["model"], tmp_path / "link", to=1).steps == 1
     assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "model.safetensors").is_file()
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     ticks = []
     for out in (".", tmp_path / "here", "../here"):
         with pytest.raises(UserError, match="here is the working directory or a mount point, which the model's folder"):
-            replay(run, "pico", out, tick=lambda *step: ticks.append(step))
+            replay(run, SMALL["model"], out, tick=lambda *step: ticks.append(step))
     assert not ticks and not list((tmp_path / "here").iterdir())
     (tmp_path / "here").rmdir()
     with pytest.raises(
         UserError, match="`out` again cannot be used .No such file or directory.; give a path from the root"
     ):
-        replay(run, "pico", "again")
+        replay(run, SMALL["model"], "again")
 
 
 @pytest.mark.parametrize(
@@ -115,18 +122,18 @@ def test_a_link_leads_to_its_folder_and_the_working_directory_is_refused_at_once
 )
 def test_arguments_of_other_types_are_one_sentence(run, named, said):
     with pytest.raises(UserError, match=said):
-        metazo.replay(**{"log": run, "base": "pico"} | named)
+        metazo.replay(**{"log": run, "base": SMALL["model"]} | named)
 
 
 def test_any_earlier_point(run, tmp_path):
     early = tuned(tmp_path / "early", optimizer="mezo", keep="last", steps=3)
-    done = replay(run / "steps.jsonl", "pico", tmp_path / "again", to=3)
+    done = replay(run / "steps.jsonl", SMALL["model"], tmp_path / "again", to=3)
     assert done.steps == 3 and done.identical is None
     assert weights(tmp_path / "again") == weights(early / "model")
-    base = replay(run / "steps.jsonl", "pico", to=0).loaded.model
-    assert all(torch.equal(a, b) for a, b in zip(base.parameters(), load_model("pico").model.parameters()))
+    base = replay(run / "steps.jsonl", SMALL["model"], to=0).loaded.model
+    assert all(torch.equal(a, b) for a, b in zip(base.parameters(), load_model(SMALL["model"]).model.parameters()))
     with pytest.raises(UserError, match="the log has 8 steps"):
-        replay(run / "steps.jsonl", "pico", to=9)
+        replay(run / "steps.jsonl", SMALL["model"], to=9)
 
 
 def test_skipped_steps_are_skipped_again(tmp_path):
@@ -134,13 +141,13 @@ def test_skipped_steps_are_skipped_again(tmp_path):
     steps = scan(out / "steps.jsonl").steps
     skipped = [step for step in steps if not step.coefficients]
     assert skipped and len(skipped) < len(steps) and all(max(step.losses) > 0.5 for step in skipped)
-    assert replay(out / "steps.jsonl", "pico").identical
+    assert replay(out / "steps.jsonl", SMALL["model"]).identical
 
 
-def test_another_base_model_is_refused(run, tiny, tmp_path):
+def test_another_base_model_is_refused(run, tmp_path):
     with pytest.raises(UserError, match="is not the base model of this log"):
-        replay(run / "steps.jsonl", str(tiny("llama")), tmp_path / "again")
-    loaded = load_model("pico")
+        replay(run / "steps.jsonl", "pico", tmp_path / "again")
+    loaded = load_model(SMALL["model"])
     with torch.no_grad():
         next(loaded.model.parameters())[0, 0] += 1e-3
     loaded.model.save_pretrained(tmp_path / "near")
@@ -151,7 +158,7 @@ def test_another_base_model_is_refused(run, tiny, tmp_path):
 
 
 def test_a_base_with_another_tokenizer_is_refused(run, tmp_path):
-    loaded, base = load_model("pico"), tmp_path / "base"
+    loaded, base = load_model(SMALL["model"]), tmp_path / "base"
     loaded.model.save_pretrained(base)
     loaded.tokenizer.save_pretrained(base)
     assert replay(run / "steps.jsonl", str(base)).identical, "the same in another folder"
@@ -164,7 +171,7 @@ def test_a_base_with_another_tokenizer_is_refused(run, tmp_path):
 
 
 def test_the_tuner_is_found_by_its_hash_and_another_refused(tmp_path):
-    out = tuned(tmp_path / "run", optimizer="mezo", tuner="pico")
+    out = tuned(tmp_path / "run", model="pico", optimizer="mezo", tuner="pico")
     assert replay(out / "steps.jsonl", "pico").identical
     with pytest.raises(UserError, match="random:2 is not the tuner of this log"):
         replay(out / "steps.jsonl", "pico", tuner="random:2")
@@ -199,7 +206,7 @@ def test_the_tuner_is_found_by_the_use_of_its_networks_too(tiny, tmp_path):
 def test_first_order_is_refused(tmp_path):
     out = tuned(tmp_path / "run", optimizer="first-order-sgd", steps=2, eval_every=1)
     with pytest.raises(UserError, match="the methods whose steps follow from their record"):
-        replay(out / "steps.jsonl", "pico")
+        replay(out / "steps.jsonl", SMALL["model"])
 
 
 def rewritten(run: Path, path: Path, change) -> Path:
@@ -224,22 +231,22 @@ def with_header(run: Path, path: Path, entries: dict, **settings) -> Path:
 
 def test_a_log_whose_settings_were_changed_is_refused(run, tmp_path):
     with pytest.raises(UserError, match="cannot be reproduced"):
-        replay(with_header(run, tmp_path / "log", {}, eps=2e-3), "pico")
+        replay(with_header(run, tmp_path / "log", {}, eps=2e-3), SMALL["model"])
     with pytest.raises(UserError, match="shell.* is not a setting"):
-        replay(with_header(run, tmp_path / "log", {}, shell="rm"), "pico")
+        replay(with_header(run, tmp_path / "log", {}, shell="rm"), SMALL["model"])
 
     def bare(record):
         return {"metazo_steps": 1} if "settings" in record else record
 
     with pytest.raises(UserError, match="its header has no"):
-        replay(rewritten(run, tmp_path / "log", bare), "pico")
+        replay(rewritten(run, tmp_path / "log", bare), SMALL["model"])
 
 
 def test_another_version_of_the_noise_is_refused(run, tmp_path):
     now = scan(run / "steps.jsonl").sound().header["noise"]
     log = with_header(run, tmp_path / "log", {"noise": now + "0"})
     with pytest.raises(UserError) as refusal:
-        replay(log, "pico", tmp_path / "again")
+        replay(log, SMALL["model"], tmp_path / "again")
     assert str(refusal.value) == f"The log's noise is '{now}0', and this version of metazo makes '{now}'."
     assert not (tmp_path / "again").exists()
 
@@ -251,10 +258,10 @@ def test_coefficients_are_those_of_the_log_to_a_relative_1e_4(run, tmp_path, fac
 
     log = rewritten(run, tmp_path / "log", scaled)
     if same:
-        assert replay(log, "pico").identical
+        assert replay(log, SMALL["model"]).identical
     else:
         with pytest.raises(UserError, match="Step 3 of .* cannot be reproduced: its coefficients are"):
-            replay(log, "pico")
+            replay(log, SMALL["model"])
 
 
 class Watch:
@@ -285,7 +292,7 @@ TEXTS = ("model", "task", "objective", "optimizer", "tuner", "revision", "data",
 
 def test_paths_and_addresses_in_a_log_are_not_opened(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    run = tuned(tmp_path / "run", optimizer="mezo", tuner="pico", steps=2, keep="last")
+    run = tuned(tmp_path / "run", model="pico", optimizer="mezo", tuner="pico", steps=2, keep="last")
     known, watch, path = scan(run / "steps.jsonl").sound().header, Watch(), tmp_path / "kept" / "tuner.safetensors"
     path.parent.mkdir()
     shutil.copyfile(next(each.path for each in zoo.tuners() if each.entry.base_model == "pico"), path)
@@ -315,17 +322,17 @@ def test_every_setting_of_any_text_is_tried_with_a_path():
 def test_code_of_the_hub_that_a_log_names_as_attention_is_not_loaded(run, tmp_path):
     log = with_header(run, tmp_path / "log", {}, attn_implementation="somebody/kernel")
     with pytest.raises(UserError, match="`attn_implementation` 'somebody/kernel' names code of the Hub, which"):
-        replay(log, "pico")
-    assert replay(log, load_model("pico")).identical, "the caller has made this model"
+        replay(log, SMALL["model"])
+    assert replay(log, load_model(SMALL["model"])).identical, "the caller has made this model"
 
 
 def test_a_torn_log_is_replayed_and_a_damaged_one_is_not(run, tmp_path):
     data = (run / "steps.jsonl").read_bytes()
     (tmp_path / "torn").write_bytes(data[: data.rindex(b'{"kept"') + 9])
-    assert replay(tmp_path / "torn", "pico").steps == 8
+    assert replay(tmp_path / "torn", SMALL["model"]).steps == 8
     (tmp_path / "damaged").write_bytes(data.replace(b'{"step":3', b'{"step":4'))
     with pytest.raises(UserError, match="line 5 is bad"):
-        replay(tmp_path / "damaged", "pico")
+        replay(tmp_path / "damaged", SMALL["model"])
 
 
 def test_the_header_names_what_the_steps_belong_to(run):

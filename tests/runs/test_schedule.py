@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,9 +25,15 @@ from metazo.steplog.format import line, scan
 from metazo_cli.main import main
 
 SETTINGS = {
-    "model": "pico", "task": "pico_sentiment", "steps": 12, "batch_size": 2, "train_examples": 8, "dev_examples": 4,
+    "task": "pico_sentiment", "steps": 12, "batch_size": 2, "train_examples": 8, "dev_examples": 4,
     "test_examples": 4, "eval_every": 2, "snapshot_every": 5, "lr": 1e-4,
 }  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def base(tiny: Callable[[str], Path]) -> None:
+    """The runs are of a model of two layers."""
+    SETTINGS["model"] = str(tiny("llama"))
 
 
 def config(out: Path, **settings) -> FinetuneConfig:
@@ -63,7 +70,7 @@ def test_warmup_is_a_share_below_1_and_a_number_of_steps_from_1_on():
 def test_a_share_of_100_is_a_whole_number_whatever_rounding_does():
     """0.07 * 100 is 7.000000000000001."""
     for number in range(1, 120):
-        once = FinetuneConfig("pico", "pico_sentiment", epochs=number / 100, batch_size=1)
+        once = FinetuneConfig(SETTINGS["model"], "pico_sentiment", epochs=number / 100, batch_size=1)
         assert number_of_steps(once, None, 100) == number
         assert number >= 100 or warmup_steps(number / 100, 100) == number
     assert warmup_steps(0.0701, 100) == 8
@@ -80,7 +87,7 @@ def test_a_budget_holds_if_steps_cost_different_numbers_of_forwards(evaluated):
         "test_examples": 4,
     }
     run = finetune(
-        "pico", "pico_sentiment", optimizer="mezo-svrg", forwards=21, eval_every=9, max_length=40, **settings
+        SETTINGS["model"], "pico_sentiment", optimizer="mezo-svrg", forwards=21, eval_every=9, max_length=40, **settings
     )
     assert (run.summary["steps"], run.summary["forwards"]) == (3, 8 + 4 + 8)
 
@@ -92,9 +99,11 @@ def test_a_first_step_that_takes_less_than_others_is_paid_for(forwards, steps):
     optimizer.full_closure = lambda: 0.0
     assert [optimizer.forwards_in(number) for number in (1, 2, 3, 4, 5)] == [2, 6, 8, 12, 14]
     settings = {"optimizer": "mezo-svrg", "forwards": forwards}
-    assert number_of_steps(FinetuneConfig("pico", "pico_sentiment", **settings), optimizer, 16) == steps
+    assert number_of_steps(FinetuneConfig(SETTINGS["model"], "pico_sentiment", **settings), optimizer, 16) == steps
     with pytest.raises(UserError, match="`forwards` is 1 and a step of mezo-svrg takes 2; give more"):
-        number_of_steps(FinetuneConfig("pico", "pico_sentiment", **settings | {"forwards": 1}), optimizer, 16)
+        number_of_steps(
+            FinetuneConfig(SETTINGS["model"], "pico_sentiment", **settings | {"forwards": 1}), optimizer, 16
+        )
 
 
 @pytest.mark.parametrize(
@@ -219,7 +228,7 @@ def test_a_name_that_the_locale_cannot_say_is_not_blamed_for_it(monkeypatch):
 )
 def test_a_setting_of_meta_training_out_of_range_is_said(tmp_path, settings, words):
     with pytest.raises(UserError, match=words):
-        build(MetaConfig, {"model": "pico", "task": ["pico_topic"], "out": tmp_path, **settings})
+        build(MetaConfig, {"model": SETTINGS["model"], "task": ["pico_topic"], "out": tmp_path, **settings})
 
 
 def test_several_ranks_are_refused_before_anything_is_written_and_said_once(tmp_path, monkeypatch, capsys):

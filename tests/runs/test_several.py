@@ -11,6 +11,7 @@ import socket
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,17 @@ from metazo_cli.main import main
 from tests import warm
 
 SETTINGS: dict[str, Any] = {
-    "model": "pico", "task": "pico_sentiment", "steps": 6, "batch_size": 5, "train_examples": 8, "dev_examples": 8,
+    "task": "pico_sentiment", "steps": 6, "batch_size": 5, "train_examples": 8, "dev_examples": 8,
     "test_examples": 4, "eval_batch_size": 2, "eval_every": 3, "snapshot_every": 2, "lr": 1e-4, "rank_timeout": 250.0,
 }  # fmt: skip
 PROBES: dict[str, Any] = {"optimizer": "es", "method": {"population": 4}, "probe_ranks": 2}
 ATOL = 1e-5  # of weights and losses after 6 steps, for another number of processes at the same batch
+
+
+@pytest.fixture(scope="module", autouse=True)
+def base(tiny: Callable[[str], Path]) -> None:
+    """The runs are of a model of two layers."""
+    SETTINGS["model"] = str(tiny("llama"))
 
 
 def _config(out: Path, **settings: Any) -> FinetuneConfig:
@@ -57,7 +64,8 @@ def _main(arguments: list[str]) -> tuple[int, str]:
     return int(ended.value.code or 0), told.getvalue()
 
 
-def _process(rank: int, folder: Path, ports: list[int]) -> None:
+def _process(rank: int, folder: Path, model: str, ports: list[int]) -> None:
+    SETTINGS["model"] = model
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     said: dict[str, Any] = {}
@@ -135,7 +143,7 @@ def _file(folder: Path, rank: int) -> Path:
 
 def _base(folder: Path, rank: int) -> Path:
     """A model whose frozen weights are others on each rank."""
-    loaded = load_model("pico")
+    loaded = load_model(SETTINGS["model"])
     with torch.no_grad():
         loaded.model.get_input_embeddings().weight.mul_(1 + rank)
     for part in (loaded.model, loaded.tokenizer):
@@ -165,7 +173,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.raises(Interrupted):
         tune(_config(folder / "resumed"), on_step=_stopped_at(3, signal.SIGTERM))
     with warm.meetings(19) as ports:
-        warm.ranks(_process, folder, ports, killed=1)
+        warm.ranks(_process, folder, SETTINGS["model"], ports, killed=1)
     return folder
 
 
