@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -95,16 +97,19 @@ def begun_with(log: Path, cost: object) -> None:
 @pytest.mark.parametrize("snapshots", [0, 4])
 def test_a_resumed_run_keeps_the_measured_cost_with_which_it_began(snapshots: int, tmp_path: Path, capsys) -> None:
     """Library versions count other operations: the length, the rates and the count of passes stay those of the start."""
-    settings = {"optimizer": "skip-feedback", "forwards": 24, "snapshot_every": snapshots}
+    few = {"dev_examples": 4, "test_examples": 4}
+    settings = {"optimizer": "skip-feedback", "forwards": 24, "snapshot_every": snapshots, **few}
     whole = run(tmp_path / "whole", **settings)
     log = (tmp_path / "whole/steps.jsonl").read_bytes()
     measured = scan(tmp_path / "whole/steps.jsonl").header["cost"]
     steps = int(24 / measured)
     assert 1 < measured < 2 and (whole["steps"], whole["forwards"]) == (steps, round(steps * measured))
 
-    run_settings(stopped(tmp_path / "same", **settings), Console(width=400))
+    same = stopped(tmp_path / "same", **settings)
+    shutil.copytree(tmp_path / "same", tmp_path / "other")
+    run_settings(same, Console(width=400))
     assert (tmp_path / "same/steps.jsonl").read_bytes() == log and "A step costs" not in capsys.readouterr().out
-    other = stopped(tmp_path / "other", **settings)
+    other = replace(same, out=tmp_path / "other")
     begun_with(tmp_path / "other/steps.jsonl", 3)
     assert dry_run(other)["steps left"] == (4 if snapshots else 8)
     summary = run_settings(other, Console(width=400))
