@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,6 @@ from metazo.io import bounded
 from metazo.models.adapters import add_adapters
 from metazo.models.assemble import load
 from metazo.models.describe import RECORD
-from metazo.models.embedded import PICO
 from metazo.models.load import load_model
 from metazo.models.virtual import with_virtual_tokens
 from metazo.models.wanted import Adapter
@@ -37,9 +37,15 @@ from metazo.tasks.evaluate import evaluate, generate
 from tests.cli.test_cli import metazo as command
 
 SMALL = {
-    "model": "pico", "task": "pico_sentiment", "lora": 4, "lr": 1e-3, "steps": 8, "train_examples": 64,
+    "task": "pico_sentiment", "lora": 4, "lr": 1e-3, "steps": 8, "train_examples": 64,
     "dev_examples": 8, "test_examples": 8, "batch_size": 4, "eval_every": 4, "snapshot_every": 0,
 }  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def base(tiny: Callable[[str], Path]) -> None:
+    """The runs are of a model of two layers."""
+    SMALL["model"] = str(tiny("llama"))
 
 
 def config(out, **extra) -> FinetuneConfig:
@@ -58,7 +64,7 @@ def test_only_the_adapters_are_trained_and_saved(tmp_path, optimizer):
     assert trained and all("lora_" in name for name in trained)
     summary = run_settings(config(tmp_path / "run", optimizer=optimizer, keep="best"))
     assert summary["dev"]["loss"] <= summary["before"]["loss"]
-    base = AutoModelForCausalLM.from_pretrained(PICO)
+    base = AutoModelForCausalLM.from_pretrained(SMALL["model"])
     loaded = PeftModel.from_pretrained(base, str(tmp_path / "run" / "model"))
     moved = [p for name, p in loaded.named_parameters() if "lora_B" in name]
     assert moved and (summary["kept_step"] == 0 or any(bool(p.abs().max() > 0) for p in moved))
@@ -116,7 +122,7 @@ PARTS = {"whole": {}, "train": {"train": ["*layers.0*"]}, "freeze": {"freeze": [
 @pytest.mark.parametrize("extra", PARTS.values(), ids=PARTS)
 def test_a_replay_trains_the_tensors_that_the_run_trained(tmp_path, extra):
     run_settings(config(tmp_path / "run", keep="last", **extra))
-    done = replay(tmp_path / "run" / "steps.jsonl", "pico", tmp_path / "again")
+    done = replay(tmp_path / "run" / "steps.jsonl", SMALL["model"], tmp_path / "again")
     assert done.identical
     trained = {name for name, p in done.loaded.model.named_parameters() if p.requires_grad}
     setup = set_up(config(tmp_path / "x", **extra))
@@ -144,7 +150,7 @@ def on_test(model: str, merge: bool = False) -> dict[str, float]:
 
 def test_the_folder_of_a_lora_run_is_a_model(adapters, tmp_path):
     out, summary = adapters
-    assert on_test(str(out)) == on_test(str(out / "model")) == summary["test"] != on_test("pico")
+    assert on_test(str(out)) == on_test(str(out / "model")) == summary["test"] != on_test(SMALL["model"])
     assert on_test(str(out), merge=True)["loss"] == pytest.approx(summary["test"]["loss"], rel=1e-4)
     again = run_settings(config(tmp_path / "on", model=str(out), lora=0, lr=1e-4, steps=2))
     assert again["before"]["loss"] == pytest.approx(summary["dev"]["loss"], rel=1e-4)
@@ -158,9 +164,9 @@ def test_merged_saving(adapters, tmp_path):
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", dtype=torch.float32)
     assert not any("lora_" in name for name, _ in merged.named_parameters())
     assert on_test(str(tmp_path / "run"))["loss"] == pytest.approx(summary["test"]["loss"], rel=1e-4)
-    shown = command("replay", str(tmp_path / "run"), "--base", "pico", "--out", str(tmp_path / "apart")).stdout
+    shown = command("replay", str(tmp_path / "run"), "--base", SMALL["model"], "--out", str(tmp_path / "apart")).stdout
     assert "the adapters, not merged into their base, are in" in shown
-    done = replay(tmp_path / "run" / "steps.jsonl", "pico", tmp_path / "again", merge=True)
+    done = replay(tmp_path / "run" / "steps.jsonl", SMALL["model"], tmp_path / "again", merge=True)
     same = [(folder / "model.safetensors").read_bytes() for folder in (tmp_path / "run" / "model", tmp_path / "again")]
     assert done.identical and same[0] == same[1]
 
@@ -290,9 +296,9 @@ def test_adapters_on_a_tied_matrix_are_not_merged(tmp_path):
     """The other layer that uses the matrix would get the sum: another model than the one that was trained."""
     said = "cannot be merged, because its matrix is also base_model.model.lm_head.weight"
     with pytest.raises(UserError, match=said):
-        run_settings(config(tmp_path / "run", adapter_targets=["embed_tokens"], merge=True))
+        run_settings(config(tmp_path / "run", model="pico", adapter_targets=["embed_tokens"], merge=True))
     assert not (tmp_path / "run" / "config.json").exists()
-    run_settings(config(tmp_path / "on", adapter_targets=["embed_tokens"], keep="last", steps=1))
+    run_settings(config(tmp_path / "on", model="pico", adapter_targets=["embed_tokens"], keep="last", steps=1))
     with pytest.raises(UserError, match=said):
         run_settings(config(tmp_path / "new", model=str(tmp_path / "on"), lora=0))
     run_settings(config(tmp_path / "more", model=str(tmp_path / "on"), lora=0, adapter="continue", steps=1))
@@ -311,7 +317,7 @@ def test_adapters_that_are_moved_keep_the_record_of_their_rows(adapters, tmp_pat
     shutil.copytree(out / "model", tmp_path / "moved")
     record = load(tmp_path / "moved").model.config.metazo
     assert record == scan(out / "steps.jsonl").header["trained"] | {} and record["task"] == "pico_sentiment"
-    again = replay(out / "steps.jsonl", "pico", tmp_path / "again")
+    again = replay(out / "steps.jsonl", SMALL["model"], tmp_path / "again")
     assert again.identical and load(tmp_path / "again").model.config.metazo == record
     (tmp_path / "moved" / RECORD).write_text('{"labels": 3}')
     with pytest.raises(UserError, match="not written by metazo"):
@@ -345,8 +351,9 @@ def test_labels_of_moved_adapters_are_matched_by_name(tmp_path):
     assert found[0] == found[1]
 
 
-def test_adapters_name_no_folder_of_this_machine(adapters):
-    out, _ = adapters
+def test_adapters_name_no_folder_of_this_machine(tmp_path):
+    out = tmp_path / "run"
+    run_settings(config(out, model="pico", keep="last", steps=1))
     assert json.loads((out / "model/adapter_config.json").read_text())["base_model_name_or_path"] == "pico"
     for path in (out / "model").iterdir():
         assert str(Path(metazo.__file__).parent).encode() not in path.read_bytes()
@@ -413,7 +420,7 @@ def tuned(request, tmp_path_factory):
 
 def test_every_kind_trains_its_tensors_alone_saves_and_loads(tuned, tmp_path):
     kind, out, summary = tuned
-    base = {name: p.clone() for name, p in AutoModelForCausalLM.from_pretrained(PICO).named_parameters()}
+    base = {name: p.clone() for name, p in AutoModelForCausalLM.from_pretrained(SMALL["model"]).named_parameters()}
     loaded = load(out)
     names = dict(loaded.model.named_parameters())
     assert any(KINDS[kind] in name for name in names)
@@ -422,8 +429,8 @@ def test_every_kind_trains_its_tensors_alone_saves_and_loads(tuned, tmp_path):
     assert base and all(torch.equal(base[name], inner[name]) for name in base), (
         "the base model is untouched bit for bit"
     )
-    assert on_test(str(out)) == summary["test"] != on_test("pico")
-    again = replay(out / "steps.jsonl", "pico", tmp_path / "again")
+    assert on_test(str(out)) == summary["test"] != on_test(SMALL["model"])
+    again = replay(out / "steps.jsonl", SMALL["model"], tmp_path / "again")
     assert again.identical and on_test(str(tmp_path / "again")) == summary["test"]
 
 
@@ -451,11 +458,11 @@ def test_every_kind_is_continued_and_merged_if_it_can_be(tuned, tmp_path):
 
 def test_a_prefix_that_was_saved_projected_is_continued_without_the_projection(tmp_path):
     """peft saves the projected tokens and not the network that made them; they are what is trained on."""
-    base = AutoModelForCausalLM.from_pretrained(PICO, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(SMALL["model"], dtype=torch.float32)
     torch.manual_seed(0)
     made = get_peft_model(base, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, prefix_projection=True))
     made.save_pretrained(tmp_path / "made")
-    load_model("pico").tokenizer.save_pretrained(tmp_path / "made")
+    load_model(SMALL["model"]).tokenizer.save_pretrained(tmp_path / "made")
     ids = torch.arange(5, 12)[None]
     with torch.inference_mode():
         wanted = made.eval()(ids).logits
@@ -467,10 +474,10 @@ def test_a_prefix_that_was_saved_projected_is_continued_without_the_projection(t
 
 
 def test_adapters_that_could_not_be_loaded_again_are_refused_before_they_are_trained(tmp_path):
-    base = AutoModelForCausalLM.from_pretrained(PICO, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(SMALL["model"], dtype=torch.float32)
     made = get_peft_model(base, PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
     with pytest.raises(UserError, match="adapters of the kind P_TUNING, which metazo trains and cannot load again"):
-        tokenizer = load_model("pico").tokenizer
+        tokenizer = load_model(SMALL["model"]).tokenizer
         metazo.finetune(made, "pico_topic", tokenizer=tokenizer, steps=1, lr=1e-3, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -543,7 +550,7 @@ def test_settings_of_adapters_that_do_not_go_together(tmp_path, tiny):
         ({"adapter": "continue"}, "needs a folder of adapters as the model, and pico is none"),
     ):
         with pytest.raises(UserError, match=said):
-            set_up(config(tmp_path / "x", lora=0, **extra))
+            set_up(config(tmp_path / "x", **{"model": "pico", "lora": 0, **extra}))
 
 
 def test_targets_and_alpha_reach_peft(tmp_path):
@@ -556,9 +563,10 @@ def test_targets_and_alpha_reach_peft(tmp_path):
 
 def test_the_card_says_what_was_done(tuned):
     kind, out, summary = tuned
-    card = (out / "model" / "README.md").read_text()
-    assert f"weights of {kind} adapters" in card and "| base model | pico |" in card and "library_name: peft" in card
-    assert f"| test, tuned | {summary['test']['loss']:.4g} |" in card and str(out) not in card
+    card, base = (out / "model" / "README.md").read_text(), Path(SMALL["model"]).name
+    assert f"weights of {kind} adapters" in card and f"| base model | {base} |" in card
+    assert "library_name: peft" in card and str(out) not in card
+    assert f"| test, tuned | {summary['test']['loss']:.4g} |" in card
 
 
 @pytest.mark.parametrize("name", ["bart", "distilbert", "roberta"])
@@ -641,7 +649,7 @@ def changed(folder: Path) -> None:
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a base model and a LoRA run on it that names it by a relative path, the working directory."""
     folder = tmp_path / "project"
-    shutil.copytree(PICO, folder / "models/base")
+    shutil.copytree(SMALL["model"], folder / "models/base")
     monkeypatch.chdir(folder)
     run_settings(config("runs/a", model="models/base", keep="last", steps=2))
     return folder
@@ -660,7 +668,7 @@ def test_the_base_is_looked_for_beside_the_adapters_first(project, tmp_path, mon
 
 
 def test_the_base_is_not_the_run_itself(tmp_path, monkeypatch):
-    shutil.copytree(PICO, tmp_path / "base")
+    shutil.copytree(SMALL["model"], tmp_path / "base")
     monkeypatch.chdir(tmp_path / "base")
     run_settings(config("runs/a", model=".", keep="last", steps=1))
     assert load("runs/a", train=True).adapted == (".", None)

@@ -21,6 +21,14 @@ from metazo.steplog.format import line, scan
 from metazo.tasks import evaluate as scoring
 from metazo.tasks import prepare, resolve
 
+BASE = ["pico"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def base(tiny) -> None:
+    """The runs are of a model of two layers."""
+    BASE[0] = str(tiny("llama"))
+
 
 @pytest.fixture(scope="module")
 def coin(tmp_path_factory) -> Path:
@@ -39,9 +47,9 @@ def coin(tmp_path_factory) -> Path:
 
 def run(task: Path, out: Path, **extra) -> dict:
     settings = {
-        "model": "pico", "task": str(task), "out": out, "optimizer": "first-order-adamw", "lr": 1e-3, "steps": 4,
+        "model": BASE[0], "task": str(task), "out": out, "optimizer": "first-order-adamw", "lr": 1e-3, "steps": 4,
         "eval_every": 4, "train_examples": 200, "dev_examples": 40, "test_examples": 40, "keep": "last",
-        "max_length": 40, "eval_batch_size": 16, "snapshot_every": 0,
+        "max_length": 64, "eval_batch_size": 16, "snapshot_every": 0,
     }  # fmt: skip
     return run_settings(build(FinetuneConfig, settings, extra))
 
@@ -76,7 +84,7 @@ def test_no_sizes_bring_training_rows_into_a_split(learned, coin, tmp_path, monk
     out, _ = learned
     adapters = tmp_path / "lora"
     run(coin, adapters, lora=2)
-    trained = ids(prepare(resolve(str(coin)), load_model("pico"), train=200, dev=40, test=40, max_length=40).train)
+    trained = ids(prepare(resolve(str(coin)), load_model(BASE[0]), train=200, dev=40, test=40, max_length=64).train)
     assert len(trained) == 200
     scored, real = [], scoring.evaluate
 
@@ -206,7 +214,7 @@ def test_the_size_of_the_split_may_be_given_as_a_setting():
 def test_what_cannot_be_evaluated(tmp_path, coin):
     out, gradient = tmp_path / "none", tmp_path / "gradient"
     run(coin, out, keep="none", steps=1, optimizer="mezo")
-    again = "metazo replay .*steps.jsonl --base pico --out FOLDER makes it again"
+    again = f"metazo replay .*steps.jsonl --base {BASE[0]} --out FOLDER makes it again"
     with pytest.raises(UserError, match=f"was run with --keep none, so it has no model; {again}"):
         evaluate(out)
     run(coin, gradient, keep="none", steps=1)

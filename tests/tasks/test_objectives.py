@@ -29,7 +29,7 @@ from metazo_cli.main import main
 
 CPU = torch.device("cpu")
 SIZES = {
-    "steps": 4, "batch_size": 4, "train_examples": 16, "dev_examples": 6, "test_examples": 6, "max_length": 64,
+    "steps": 4, "batch_size": 4, "train_examples": 16, "dev_examples": 2, "test_examples": 2, "max_length": 64,
     "eval_every": 2, "snapshot_every": 2, "lr": 1e-3, "eps": 1e-2,
 }  # fmt: skip
 CODE = """
@@ -236,7 +236,7 @@ def test_the_best_weights_are_those_of_the_objective(monkeypatch) -> None:
     def closeness(model, batch: AnswerBatch) -> float:
         return -fmean(len(text) for text in batch.answers(model))
 
-    settings = {**SIZES, "lr": 0.03, "eps": 0.1, "steps": 6, "eval_every": 1, "scale": "rms"}
+    settings = {**SIZES, "lr": 0.03, "eps": 0.1, "steps": 6, "eval_every": 1, "dev_examples": 6, "scale": "rms"}
     tuned = metazo.finetune("pico", "pico_span", objective=closeness, **settings)
     lowest = min(record["dev"]["objective"] for record in tuned.evaluations)
     assert tuned.summary["dev"]["objective"] == lowest and len({r["dev"]["objective"] for r in tuned.evaluations}) > 1
