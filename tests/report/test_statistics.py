@@ -34,12 +34,12 @@ def test_holm_by_hand():
 def test_a_column_that_was_chosen_by_its_runs_needs_a_larger_family():
     """24 columns without any difference: the best of them seems better than another too often, unless all pairs count."""
     generator, seen = np.random.default_rng(0), [0, 0]
-    for _ in range(200):
+    for _ in range(100):
         values = generator.normal(size=(24, 24))
         best = int(stats.rankdata(values, axis=1).mean(0).argmin())
         p = [signed_rank(values[:, best] - values[:, other])[0] for other in range(24) if other != best]
         seen = [count + (min(holm(p, family)) < 0.05) for count, family in zip(seen, (None, 276))]
-    assert seen[0] > 30 and seen[1] < 20
+    assert seen[0] > 15 and seen[1] < 10  # 27 and 5
 
 
 def flips(differences: np.ndarray, statistic) -> float:

@@ -6,7 +6,7 @@ import io
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,22 +26,28 @@ from metazo.runs.track import Trackers
 from metazo.steplog.writer import StepLog
 
 SMALL = {
-    "model": "pico", "task": "pico_sentiment", "lr": 1e-4, "steps": 4, "batch_size": 4, "train_examples": 16,
+    "task": "pico_sentiment", "lr": 1e-4, "steps": 4, "batch_size": 4, "train_examples": 16,
     "dev_examples": 4, "test_examples": 4, "eval_every": 2, "snapshot_every": 0, "keep": "last",
 }  # fmt: skip
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def base(tiny: Callable[[str], Path]) -> None:
+    """The runs are of a model of two layers."""
+    SMALL["model"] = str(tiny("llama"))
+
+
 def test_tensorboard_has_the_figures_of_the_log_and_the_evaluations(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     settings = {key: value for key, value in SMALL.items() if key not in ("model", "task")}
-    tuned = metazo.finetune("pico", "pico_sentiment", out=tmp_path / "run", track=["tensorboard"], **settings)
+    tuned = metazo.finetune(SMALL["model"], "pico_sentiment", out=tmp_path / "run", track=["tensorboard"], **settings)
     found = accumulator.EventAccumulator(str(tmp_path / "run" / "trackers" / "run")).Reload()
     losses = [(event.step, event.value) for event in found.Scalars("train/loss")]
     assert losses == [(n + 1, pytest.approx(loss, rel=1e-6)) for n, loss in enumerate(tuned.losses)]
     dev = [(event.step, event.value) for event in found.Scalars("dev/loss")]
     assert dev == [(r["step"], pytest.approx(r["dev"]["loss"], rel=1e-6)) for r in tuned.evaluations]
-    plain = metazo.finetune("pico", "pico_sentiment", **settings)
+    plain = metazo.finetune(SMALL["model"], "pico_sentiment", **settings)
     assert plain.summary["test"] == tuned.summary["test"], "a tracker changes no number"
 
 
@@ -58,7 +64,7 @@ def test_mlflow_in_the_folder_of_the_run(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(tmp_path)
     settings = {key: value for key, value in SMALL.items() if key not in ("model", "task")}
-    tuned = metazo.finetune("pico", "pico_sentiment", out=tmp_path / "run", track=["mlflow"], **settings)
+    tuned = metazo.finetune(SMALL["model"], "pico_sentiment", out=tmp_path / "run", track=["mlflow"], **settings)
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/run/trackers/mlflow.db")
     (experiment,) = (found for found in client.search_experiments() if found.name == "metazo")
     (run,) = client.search_runs([experiment.experiment_id])
@@ -87,7 +93,7 @@ def test_an_absent_tracker_is_one_sentence_before_anything_is_written(tmp_path: 
 
 
 def test_the_settings_of_a_tracker_are_plain_yaml() -> None:
-    trackers = Trackers((), None, asdict(FinetuneConfig("pico", "pico_sentiment")), print)
+    trackers = Trackers((), None, asdict(FinetuneConfig(SMALL["model"], "pico_sentiment")), print)
     assert yaml.safe_load(yaml.safe_dump(trackers.settings))["train_examples"] == 1000
 
 
