@@ -11,7 +11,6 @@ import pytest
 
 import metazo
 from metazo.errors import UserError
-from metazo.models.embedded import PICO
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import run_settings
 from metazo.runs.locate import STARTED, UNSET, located, read_config
@@ -28,11 +27,11 @@ SETTINGS: dict[str, Any] = {
 
 
 @pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def project(tmp_path: Path, tiny, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a model, a task and a run that is complete, the working directory."""
     folder = tmp_path / "project"
     (folder / "tasks").mkdir(parents=True)
-    shutil.copytree(PICO, folder / "models/base")
+    shutil.copytree(tiny("llama"), folder / "models/base")
     (folder / "tasks/own.yaml").write_text(TASK)
     rows = [{"text": f"the soup {n} was {n % 2}", "label": n % 2} for n in range(24)]
     (folder / "tasks/rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
