@@ -64,14 +64,17 @@ def walk(lrs: list[float], extensions: int) -> Generator[list[float], dict[float
         lr = best(losses)
         if lr is None:
             wanted = [float(f"{min(losses) / 10:.2g}")]
-        elif lr in (min(losses), max(losses)):
-            wanted = [beyond(lr, lr == max(losses) and len(losses) > 1)]
-        elif _gap_above(lr, losses):
-            wanted = [beyond(lr, up=True)]
+        elif doubtful(lr, losses):
+            wanted = [beyond(lr, up=lr > min(losses))]
         else:
             return lr, False
     lr = best(losses)
     return lr, lr is not None
+
+
+def doubtful(lr: float, losses: dict[float, float]) -> bool:
+    """Whether a better rate than the best one may have been missed: it is the smallest or largest tried, or below a gap."""
+    return lr in (min(losses), max(losses)) or _gap_above(lr, losses)
 
 
 def _gap_above(lr: float, losses: dict[float, float]) -> bool:

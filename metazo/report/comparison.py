@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,7 @@ from metazo.optimizers.outline import methods
 from metazo.optimizers.registry import Method
 
 from .numbers import Failure, Run, number, part, run_of
+from .searched import searches_of
 
 MAX_RUNS = 100_000
 CONTROL, ZEROTH, FIRST, UNTRAINED = "control", "forward passes only", "gradients", "no training"
@@ -28,7 +30,7 @@ FORWARD_ONLY = (ZEROTH, CONTROL)
 class Comparison:
     """Everything in a results folder that can be read, and a list of the files that cannot.
 
-    runs, timed: task, column -> seed -> Run, at the budget of forward passes and continued to the time budget; failures:
+    runs, timed: task, column -> seed -> Run, at the budget of forward passes and as long as the time budget; failures:
     failed and unreadable files; missing: reported cells of the grid that have no file; untimed: cells to the time budget that
     have none; searches: task -> column -> Search; surplus: the number of runs of seeds that the grid does not ask for; these
     are left out.
@@ -42,14 +44,15 @@ class Comparison:
         self.failures: list[Failure] = []
         self.infos: list[dict[str, Any]] = []
         self._seen: set[tuple[str, str, str, str]] = set()
+        self._searched: dict[tuple[str, str], list[Result]] = {}
         for path, result in read_runs(folder):
             self._read(path, result)
         self.grid = self._grid()
         self.searches = self._searches()
         self.tasks = self._order([task_name(task) for task in _items(self.grid.get("tasks"))], 0)
         entries = [c if isinstance(c, Mapping) else {"name": c} for c in _items(self.grid.get("columns"))]
-        self._entries = {str(entry["name"]): entry for entry in entries if entry.get("name")}
-        self.columns = self._order([*self._entries], 1)
+        self.entries = {str(entry["name"]): entry for entry in entries if entry.get("name")}
+        self.columns = self._order([*self.entries], 1)
         self.surplus = self._leave_out_surplus()
         self.reference = self.wanted if any(column == self.wanted for _, column in self.runs) else None
         self.missing = list(self._missing())
@@ -69,6 +72,8 @@ class Comparison:
             self.infos.append(info)
             readable = True
             status = "diverged" if result.diverged else "failed"
+            if kind == "search":
+                self._searched.setdefault((task, column), []).append(result)
             run = run_of(result)
         except (UserError, ValueError, TypeError, AttributeError) as error:
             text = str(error).replace(f"{file} ", "The file ").replace(str(file), file.name)
@@ -91,11 +96,14 @@ class Comparison:
             return {}
 
     def _searches(self) -> dict[str, dict[str, Search]]:
+        """Those of search.json, and those of which only the runs tell."""
+        found = searches_of(self._searched, self.infos)
         try:
-            return read_search(self.folder)
+            for task, columns in read_search(self.folder).items():
+                found[task] = found.get(task, {}) | columns
         except UserError as error:
             self._unreadable(SEARCH, error)
-            return {}
+        return found
 
     def _unreadable(self, name: str, error: UserError) -> None:
         text = str(error).replace(f"{self.folder}/", "")
@@ -235,7 +243,9 @@ class Comparison:
         return {str(info.get("column")): info for info in reversed(self.infos)}
 
     def label(self, column: str) -> str:
-        return str(self.first_info.get(column, {}).get("label") or column)
+        """A column in words; those of all its reported runs, if they differ."""
+        infos = [run.info for task in self.tasks for run in self.of(task, column)] or [self.first_info.get(column, {})]
+        return " or ".join(dict.fromkeys(str(info.get("label") or column) for info in infos))
 
     def objectives(self) -> dict[str, str]:
         """The objective, by column, of columns that minimise one in place of the loss."""
@@ -250,14 +260,14 @@ class Comparison:
 
     def options(self, column: str) -> dict[str, Any]:
         """A column's own settings in the grid."""
-        return part(self._entries.get(column), "options")
+        return part(self.entries.get(column), "options")
 
     def family(self, column: str) -> str:
         """How a column trains: by forward passes only, as a control for these, by gradients, or not at all.
 
         That follows from its method and tuner, and not from its name, which is the user's.
         """
-        known = self.first_info.get(column) or self._entries.get(column) or {}
+        known = self.first_info.get(column) or self.entries.get(column) or {}
         optimizer = str(known.get("optimizer") or column)
         if optimizer == ZERO_SHOT:
             return UNTRAINED
@@ -275,16 +285,20 @@ class Comparison:
         named = [info.get("metric") for info in self.infos if info.get("task") == task]
         return next((str(name) for name in named if name), None)
 
-    def busy(self) -> float | None:
-        """Median over runs of clock time over processor time; well above 1 means that the machine had other work."""
-        every = [run for runs in self.runs.values() for run in runs.values()]
-        ratios = [run.wall / run.cpu for run in every if run.wall is not None and run.cpu]
-        return median(ratios) if ratios else None
+    def before(self, task: str, *columns: str) -> float | None:
+        """Mean loss on dev before training of the first of these columns that has one; by default of the reference, or the
+        first column that does.
+        """
+        for column in columns or (self.reference or "", *self.columns):
+            if known := [run.before for run in self.of(task, column) if run.before is not None]:
+                return fmean(known)
+        return None
 
-    def before(self, task: str) -> float | None:
-        """Mean loss on dev before training."""
-        known = [r.before for column in self.columns for r in self.of(task, column) if r.before is not None]
-        return fmean(known) if known else None
+    def elsewhere(self, task: str) -> dict[str, float]:
+        """The loss on dev before training of columns for which it is another than `before` by more than a hundredth."""
+        usual = self.before(task)
+        starts = {column: self.before(task, column) for column in self.columns}
+        return {c: s for c, s in starts.items() if s is not None and usual and not math.isclose(s, usual, rel_tol=0.01)}
 
     def has_classes(self, task: str) -> bool:
         return any(r.majority is not None or r.accuracy is not None for c in self.columns for r in self.of(task, c))

@@ -188,7 +188,7 @@ def sensitivity(data: Comparison) -> Figure:
                         found.lr, known[found.lr], marker=shape, color="#000000", label=CHOSEN[found.doubt], **ring
                     )
                     least = min(least, *known.values())
-                    start = None if column in objectives else data.before(task)
+                    start = None if column in objectives else data.before(task, column) or data.before(task)
                     highest = max(highest, 1.3 * (start or 3 * known[found.lr]))
                 diverged = [float(rate) for rate, value in found.losses.items() if value is None]
                 transform = axes.get_xaxis_transform()

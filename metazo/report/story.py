@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass
 from statistics import fmean, median
 
 from .analysis import Analysis
+from .cautions import cautions
 from .chance import against_chance, sure
 from .comparison import CONTROL, FIRST, FORWARD_ONLY, UNTRAINED, Comparison
-from .numbers import part
 from .table import count, listed, loss, share, some
 from .tables import metric_name
-
-BUSY = 1.5  # clock time over processor time
 
 
 @dataclass
@@ -31,7 +28,7 @@ def story(analysis: Analysis, other: Analysis) -> Story:
     """analysis: by the measure that ranks; other: by the other measure, mentioned if it ranks another method first."""
     models = sorted({str(info["model"]) for info in analysis.data.infos if info.get("model")})
     model = listed([name.rstrip("/").rpartition("/")[2] for name in models]) if models else "a model"
-    facts = [("How sure is that?", sure(analysis)), *_gradients(analysis), *_cautions(analysis, other)]
+    facts = [("How sure is that?", sure(analysis)), *_gradients(analysis), *cautions(analysis, other)]
     title = f"Fine-tuning {model}: which method is best?"
     return Story(title, _unfinished(analysis) + _won(analysis), _compared(analysis, model), facts, _terms(analysis))
 
@@ -153,109 +150,6 @@ def _gradients(analysis: Analysis) -> list[tuple[str, str]]:
             f" and takes {theirs / mine:.2g} times the memory: {theirs:.3g} MB against {mine:.3g} MB for {ours[0][0]}"
         )
     return [("And with gradients?", f"{text}.")]
-
-
-def _cautions(analysis: Analysis, other: Analysis) -> list[tuple[str, str]]:
-    """Cautions: the other measure ranks another method first, tasks left out, learning rates at the edge, failed runs.
-    A run of a search may diverge: that is a result of the search.
-    """
-    data, parts = analysis.data, []
-    if analysis.first and other.first and set(other.first) != set(analysis.first):
-        by = "loss" if other.measure == "loss" else metric_name(data, other.tasks)
-        parts.append(f"By {by}, {listed(other.first)} {'share first place' if len(other.first) > 1 else 'is first'}.")
-    out = [verdict.task for verdict in analysis.verdicts if not verdict.counts]
-    if out:
-        parts.append(f"{listed(out)}: not in the averages (“Which tasks count” says why).")
-    shaky = [c for c in data.columns if not data.steady(c, analysis.tasks) and c not in data.untested(analysis.tasks)]
-    failed = [c for c in shaky if any(data.failed(task, c) for task in analysis.tasks)]
-    for columns, what in ((failed, "failed"), ([c for c in shaky if c not in failed], "are missing or cannot be read")):
-        if known := [column for column in columns if analysis.average(column) is not None]:
-            parts.append(
-                f"{listed(known)}: some runs {what}, so the average is over the others only and cannot come first."
-            )
-    if without := [column for column in shaky if analysis.average(column) is None]:
-        parts.append(f"{listed(without)}: no run finished on one of the tasks, so there is no average.")
-    if untested := data.untested(data.tasks):
-        parts.append(f"{listed(untested)}: scored on dev, not on test as the others, and so not compared with them.")
-    if on_dev := [task for task in data.tasks if data.split_of(task) == "dev"]:
-        parts.append(
-            f"No run on {listed(on_dev)} was tested, so its scores are on dev. They may be too good, because dev also "
-            "chooses learning rates and the weights that are kept."
-        )
-    if not data.grid:
-        parts.append(
-            "grid.yaml is missing or cannot be read, so it is not known which runs were asked for, which column is the "
-            f"reference ({data.reference or 'none'} was taken) and what the time budget is."
-        )
-    searches = [(column, search) for found in data.searches.values() for column, search in found.items()]
-    if edges := {column for column, search in searches if search.doubt == "edge"}:
-        parts.append(
-            f"{listed(sorted(edges))}: the learning rate is at the edge of the tried rates, so a better one may exist."
-        )
-    if gaps := {column for column, search in searches if search.doubt == "gap"}:
-        parts.append(
-            f"{listed(sorted(gaps))}: the next larger learning rate that was tried diverged and is far from the chosen one, so "
-            "a better one may be between."
-        )
-    if lost := {column for column, search in searches if search.lr is None}:
-        parts.append(f"{listed(sorted(lost))}: no learning rate of a search gave a finite loss.")
-    if others := data.objectives():
-        named = listed(list(dict.fromkeys(others.values())))
-        parts.append(
-            f"{listed(list(others))}: training minimised an objective ({named}) and not the loss, so that losses, and the "
-            "work and time until a loss, say little about it."
-        )
-    busy = data.busy()
-    if busy and busy > BUSY:
-        parts.append(
-            f"The machine was busy: runs took {busy:.1f} times their processor time, so times are not reliable."
-        )
-    broken = [f for f in data.failures if f.kind.startswith("search") and f.readable and f.status == "failed"]
-    if broken:
-        parts.append(
-            f"{listed(list(dict.fromkeys(f.column for f in broken)))}: the learning-rate search is incomplete, because "
-            f"{some(len(broken), 'run')} of it failed ({broken[0].reason.rstrip('.')}); the same metazo compare command "
-            "repeats what failed."
-        )
-    unfinished = sum(f.status != "diverged" or not f.kind.startswith("search") for f in data.failures)
-    missing = len(data.missing) + len(data.untimed)
-    if data.surplus:
-        parts.append(f"{some(data.surplus, 'run')} of seeds that the grid does not ask for: left out.")
-    if others := _other_settings(data):
-        parts.append(
-            f"Runs of {listed(others)} have other settings than the grid's, so the columns cannot be compared."
-        )
-    if unfinished or missing:
-        parts.append(
-            f"{some(unfinished, 'run')} failed or cannot be read, {some(missing, 'run')} missing: listed below."
-        )
-    return [("What to know before trusting it", " ".join(parts))] if parts else []
-
-
-def _other_settings(data: Comparison) -> list[str]:
-    """Columns with reported runs of another grid, which a part of a changed grid leaves in place: "name (setting)"."""
-    own = {column: {str(name).replace("-", "_") for name in data.options(column)} for column in data.columns}
-    config = {name: value for name, value in part(data.grid, "config").items() if not isinstance(value, dict)}
-    found: dict[str, str] = {}
-    for info in (run.info for runs in data.runs.values() for run in runs.values()):
-        column, had = str(info.get("column")), part(info, "configuration")
-        for name, value in config.items():
-            if name not in own.get(column, ()) and name in had and not _equal(had[name], value):
-                found.setdefault(column, f"{column} ({name} {had[name]}, not {value})")
-    return list(found.values())
-
-
-def _equal(had: object, given: object) -> bool:
-    """Whether a setting of a run is that of a grid, where numbers and words such as `no` may be texts."""
-    if str(had) == str(given) or (isinstance(had, list) and had == [given]):
-        return True
-    if isinstance(had, bool):
-        return isinstance(given, str) and given.lower() in (
-            ("yes", "true", "on", "1") if had else ("no", "false", "off", "0")
-        )
-    with suppress(TypeError, ValueError):
-        return float(had) == float(given)  # type: ignore[arg-type]
-    return False
 
 
 def _terms(analysis: Analysis) -> list[tuple[str, str]]:

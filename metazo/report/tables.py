@@ -206,10 +206,13 @@ def tests(analysis: Analysis, other: str | None = None, name: str = "") -> Table
 def tasks(analysis: Analysis) -> Table:
     """Which tasks count in the averages, and why not."""
     data = analysis.data
+    others = [f"{c} {loss(start)} on {task}" for task in data.tasks for c, start in data.elsewhere(task).items()]
+    starts = f" Columns with another model or head start elsewhere: {listed(others)}." if others else ""
+    whose = f" with which {data.reference} starts" if data.reference else ""
     table = Table(
         "tasks",
         "Which tasks count",
-        RULE + " Before: loss on dev of the untrained model.",
+        f"{RULE} Before: loss on dev of the untrained model{whose}.{starts}",
         ["task", "metric", "commonest class (%)", "loss before (nats)", "counts", "why not, or what was not checked"],
         heads=6,
     )  # fmt: skip

@@ -329,7 +329,7 @@ def test_a_reference_without_a_finished_run_is_said_beside_the_tasks(tmp_path: P
 
 def test_runs_of_other_settings_than_the_grids_are_named(tmp_path: Path):
     """A part of a changed grid leaves the pairs of other parts in place. Numbers are the same however they are written."""
-    folder = synthetic.write(tmp_path, [COLUMN["mezo"], COLUMN["lozo"]], ["sst2"])
+    folder = synthetic.write(tmp_path, [COLUMN["mezo"], COLUMN["lozo"]], ["sst2"], 1)
     grid = yaml.safe_load((folder / "grid.yaml").read_text())
     grid["config"] = {"batch_size": 16, "eps": "1e-3", "merge": "no", "schedule": "linear", "method": {"rank": 2}}
     grid["columns"][0]["options"] = {"batch-size": 4}
