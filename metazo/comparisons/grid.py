@@ -23,7 +23,7 @@ SEARCH_SEED = 1000  # searches count from here, reported runs from 0
 REFERENCE = "mezo"
 GRID = "grid.yaml"
 PARTS = "parts"  # folder with the locks and the unfinished runs of parts of a grid
-FASTER = 0.95  # a column whose runs take less than this fraction of the time budget is continued
+FASTER = 0.95  # a column whose runs take less than this fraction of the time budget gets longer ones
 # The grid sets the budgets; a run's result is the only thing that is kept of it.
 OF_A_RUN: dict[str, Any] = {"keep": "none", "snapshot_every": 0}
 
@@ -57,7 +57,7 @@ class Grid:
     extensions: int = 5
     """Most additional rates if the best rate of a search is its smallest or largest"""
     time_budget: float | str | None = None
-    """Seconds of training up to which fast methods continue; or the word reference: the time of the reference"""
+    """Seconds of training that fast methods get in additional, longer runs; or the word reference: the time of the reference"""
     reference: str = REFERENCE
     """Column with which the others are compared"""
     tuner: str | None = None
@@ -264,5 +264,5 @@ def search_run(grid: Grid, task: str, column: Column, lr: float, seed: int) -> R
 
 
 def longer(run: Run, forwards: int) -> Run:
-    """The same run, continued to more forward passes."""
+    """The same run with more forward passes, over which the schedule of the learning rate is stretched."""
     return replace(run, kind="time", forwards=forwards)

@@ -4,8 +4,9 @@
     RESULTS/search.json                                 results of the learning-rate searches: {task: {column: Search}}
     RESULTS/cells/<task>/<column>/search-<lr>-<seed>.json    a run of the search
     RESULTS/cells/<task>/<column>/seed-<seed>.json           a run that is reported, at the budget of forward passes
-    RESULTS/cells/<task>/<column>/time-<seed>.json           the same run continued to the time budget (methods that are
-                                                             faster than the reference; others are read off seed-*)
+    RESULTS/cells/<task>/<column>/time-<seed>.json           a run of the same seed that is as long as the time budget, with a
+                                                             schedule of that length (methods that are faster than the
+                                                             reference; others are read off seed-*)
 
 A finished comparison may be packed into two files (metazo/comparisons/packed.py). Each run's file holds exactly three
 objects, `run_info`, `train_info` and `metrics`; see `Result`. It is written completely or not at all. Numbers that are

@@ -10,8 +10,10 @@ from statistics import fmean, median
 
 import numpy as np
 
+from metazo.comparisons.grid import FASTER
+
 from .comparison import FIRST, FORWARD_ONLY, UNTRAINED, Comparison
-from .numbers import Run
+from .numbers import Run, part
 from .statistics import Average, Paired, average, equal, holm, paired
 
 RULE = (
@@ -22,6 +24,7 @@ RULE = (
     "standard errors for that many examples, sqrt(p (1 - p) / n). If no column has gradients, or the reference has "
     "no finished run on any task, the other decides."
 )
+CONSTANT = "constant"  # the schedule of the learning rate that does not lower it
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,9 @@ class Reached:
 
 @dataclass(frozen=True)
 class AtTime:
-    """Losses at a time budget, of the runs that have one. kind: `exact`, `read off` a slower run's curve, `ended` before the
-    time was up; runs: the number of all, failed and missing ones included.
+    """Losses at a time budget, of the runs that have one. kind: `exact`, `read off` a slower run's curve, `early`: the same,
+    before the learning rate had come to the end of its schedule, `ended` before the time was up; runs: the number of all,
+    failed and missing ones included.
     """
 
     losses: tuple[float, ...]
@@ -222,7 +226,7 @@ class Analysis:
     def at_time(self, task: str, column: str) -> AtTime | None:
         """Loss on dev of a column's runs at the time budget: the last evaluation within it. None without any run.
 
-        The runs are those continued to the time budget if there are any, be it failed ones. Every seed needs one.
+        The runs are those as long as the time budget if there are any, be it failed ones. Every seed needs one.
         """
         budget = self.data.time_budget(task)
         runs, failed = self.data.timed.get((task, column), {}), self.data.failed(task, column, "time")
@@ -236,6 +240,9 @@ class Analysis:
         losses = tuple(points[-1] for points in within if points)
         last = median(curve[-1].seconds for curve in curves) if curves else budget
         kind = "read off" if last > budget else "ended" if last < 0.9 * budget else "exact"
+        schedules = {part(run.info, "configuration").get("schedule") or CONSTANT for run in runs.values()}
+        if budget < FASTER * last and schedules - {CONSTANT}:
+            kind = "early"
         return AtTime(losses, kind, wanted)
 
 

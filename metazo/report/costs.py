@@ -52,18 +52,30 @@ def reach(analysis: Analysis) -> Table:
 
 def equal_time(analysis: Analysis) -> Table:
     data = analysis.data
-    marks = {"exact": "", "read off": "", "ended": " †"}
-    longer = "; faster columns continued until the time was used" if data.grid.get("time_budget") else ""
+    marks = {"exact": "", "read off": "", "early": " ‡", "ended": " †"}
+    longer = (
+        "; faster columns were run again, with as many forward passes as the time allows"
+        if data.grid.get("time_budget")
+        else ""
+    )
+    budgets = {task: data.time_budget(task) for task in data.tasks}
+    columns = [column for column in by_family(data) if data.family(column) != UNTRAINED]
+    found = {task: {c: analysis.at_time(task, c) for c in columns} for task in data.tasks}
+    early = ""
+    if any(at and at.kind == "early" for of_task in found.values() for at in of_task.values()):
+        early = (
+            "‡ Read off before the learning rate had come to the end of its schedule, unlike in runs of faster columns: runs "
+            "that are planned for this time might end lower. "
+        )
     table = Table(
         "time",
         "Loss at equal time (nats, lower is better)",
         "Mean over seeds of the last loss on dev within the time of the second row, which counts training without "
         f"evaluation. Values of slower columns are read off their curves{longer}. "
-        "† The runs ended before nine tenths of the time were used, so more time might have helped. (n of m): of n of m runs. "
-        + SPACING,
+        f"† The runs ended before nine tenths of the time were used, so more time might have helped. "
+        f"{early}(n of m): of n of m runs. " + SPACING,
         ["column", *data.tasks],
     )
-    budgets = {task: data.time_budget(task) for task in data.tasks}
     given = number(data.grid.get("time_budget"))
     table.add(
         "time (s)",
@@ -72,8 +84,6 @@ def equal_time(analysis: Analysis) -> Table:
             for t, v in budgets.items()
         ),
     )
-    columns = [column for column in by_family(data) if data.family(column) != UNTRAINED]
-    found = {task: {c: analysis.at_time(task, c) for c in columns} for task in data.tasks}
     best = {
         t: best_of(
             data,
@@ -215,7 +225,7 @@ def missing(data: Comparison) -> Table:
     table = Table(
         "missing",
         "Missing runs of the grid",
-        "The same metazo compare command continues and does these runs (time: a reported run, continued to the time budget).",
+        "The same metazo compare command continues and does these runs (time: a run as long as the time budget).",
         ["task", "column", "run", "seeds"],
         heads=4,
     )

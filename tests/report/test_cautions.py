@@ -8,12 +8,12 @@ import pytest
 import yaml
 
 from metazo.comparisons.results import cell_path
-from metazo.report import figures, tables
+from metazo.report import costs, figures, tables
 from metazo.report.analysis import Analysis
 from metazo.report.build import build
 from metazo.report.comparison import Comparison
 from tests.report import synthetic
-from tests.report.test_tables import row
+from tests.report.test_tables import row, set_curve
 
 COLUMN = {column.name: column for column in synthetic.COLUMNS}
 TWO = [COLUMN["mezo"], COLUMN["lozo"]]
@@ -93,6 +93,19 @@ def test_columns_that_ran_on_different_machines_are_named(tmp_path: Path):
     assert told in said(folder)
     change(folder, "sst2", "mezo", machine=gpu)  # one task here and one there
     assert "different machines" not in said(folder)
+
+
+def test_a_value_read_off_while_the_rate_falls_is_marked(tmp_path: Path):
+    """lozo takes 9 s and mezo 6."""
+    for name, seconds in (("mezo", 2.0), ("lozo", 3.0)):
+        result = synthetic.result(COLUMN[name], "sst2", 0)
+        set_curve(result, (0.69, 0.6, 0.5, 0.4), step_seconds=seconds)
+        for schedule, mark in (("constant", ""), ("linear", " ‡" if name == "lozo" else "")):
+            result.run_info["configuration"]["schedule"] = schedule
+            result.save(cell_path(tmp_path, "sst2", name, "seed", 0))
+            table = costs.equal_time(Analysis(Comparison(tmp_path), "loss"))
+            assert row(table, name)[1] == ("0.500" if name == "lozo" else "0.400") + mark
+            assert ("‡ Read off before the learning rate" in table.note) == bool(mark)
 
 
 def test_the_loss_before_training_is_that_with_which_the_reference_starts(tmp_path: Path):
