@@ -16,7 +16,7 @@ from .analysis import Analysis
 from .comparison import CONTROL, Comparison
 from .numbers import Run
 from .story import Story, story
-from .table import Table, score
+from .table import Table, listed, score
 
 with needs("report"):
     from matplotlib.figure import Figure
@@ -94,16 +94,22 @@ def _headline(main: Analysis) -> Picture | None:
         return None
     best = ", ".join(f"{column} {score(found.mean, main.measure)}" for column, found in main.ranking[:5])
     what = "loss" if main.measure == "loss" else tables.metric_name(main.data, main.tasks)
-    steady = all(main.data.steady(column, main.tasks) for column, _ in main.ranking)
     return Picture(
         "headline",
         f"Average {what} on {main.data.split(main.tasks)} of every column",
         "Dot: average over the tasks that count. Bar: 95 % interval over seeds; no bar means one seed. "
-        + ("" if steady else "Hollow dot: some of the column’s runs failed, cannot be read or are missing. ")
+        + _hollow(main, "dot")
         + (f"Dashed line: {main.data.reference}." if main.data.reference else ""),
         f"Columns by average {what}, best first: {best}.",
         partial(figures.headline, main),
     )
+
+
+def _hollow(analysis: Analysis, mark: str) -> str:
+    """What a hollow mark means, if there is one."""
+    if all(analysis.data.steady(column, analysis.tasks) for column, _ in analysis.ranking):
+        return ""
+    return f"Hollow {mark}: some of the column’s runs failed, cannot be read or are missing. "
 
 
 def _results(main: Analysis, other: Analysis) -> Section:
@@ -130,6 +136,12 @@ def _way(by_loss: Analysis) -> Section:
     data = by_loss.data
     section = Section("way", "Loss during training: forward passes and time", "")
     named = ", ".join(figures.highlighted(by_loss))
+    shaky = [column for column in data.columns if not data.steady(column, data.tasks)]
+    left = (
+        f" Lines of {listed(shaky)} are of the runs that are left: some failed, cannot be read or are missing."
+        if shaky
+        else ""
+    )
     for axis, what in (("forwards", "forward passes"), ("seconds", "seconds of training")):
         if any(len(run.curve) > 1 for runs in data.runs.values() for run in runs.values()):
             section.add(
@@ -137,7 +149,8 @@ def _way(by_loss: Analysis) -> Section:
                     f"curves-{axis}",
                     f"Loss against {what}",
                     "Line: median over seeds; shade: middle half of the seeds. Named: the reference, the best with gradients, "
-                    "the best tuner and the best others; grey: all other columns. Lower and further left is better.",
+                    "the best tuner and the best others; grey: all other columns. Lower and further left is better."
+                    + left,
                     f"Loss on dev against {what}, one panel per task, for {named}.",
                     partial(figures.curves, by_loss, axis),
                 )
@@ -160,7 +173,7 @@ def _rivals(data: Comparison) -> Section:
             "Loss against work and memory",
             "Left: mean loss on dev over seeds and tasks, of columns with a finished run on each task; a forward-equivalent "
             f"is the work of one forward pass of {data.reference}. Right: loss on {data.split(by_loss.tasks)} at the end "
-            "against the peak memory of a step.",
+            "against the peak memory of a step. " + _hollow(by_loss, "point"),
             "Average loss of every column against its work and its peak memory; the numbers are in the table below.",
             partial(rivals.plane, by_loss),
         )
@@ -178,7 +191,8 @@ def _memory(main: Analysis) -> Section:
             Picture(
                 "pareto",
                 "Result against memory",
-                "Line: columns that no other column beats in both. Medians over runs; the scale of memory is logarithmic.",
+                "Line: columns that no other column beats in both, of those that lack no run. Result: mean over tasks and "
+                "seeds. Memory: median over runs; its scale is logarithmic. " + _hollow(main, "point"),
                 "Average result of every column against its peak memory; the numbers are in the table below.",
                 partial(figures.pareto, main),
             )
@@ -195,7 +209,7 @@ def _rates(data: Comparison) -> Section:
             "Loss against learning rate",
             "Ring: the chosen rate; square: chosen at the edge of the tried rates; diamond: the next larger one, far from it, "
             "diverged. Cross: a run at this rate diverged. "
-            "The vertical axis ends a third above the loss before training.",
+            "The vertical axis ends a third above the column’s loss before training.",
             "What the search compares on dev against learning rate, one panel per column, one line per task.",
             partial(figures.sensitivity, data),
         )

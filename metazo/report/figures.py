@@ -50,12 +50,11 @@ def headline(analysis: Analysis) -> Figure:
             if found.low is not None and found.high is not None:
                 low, high = max(found.low, least), min(found.high, 1.0) if percent else found.high
                 axes.plot([factor * low, factor * high], [place] * 2, color=colour, linewidth=2.2)
-            steady = data.steady(column, analysis.tasks)
-            hollow: dict[str, Any] = {} if steady else {"markerfacecolor": "white", "markeredgewidth": 1.5}
+            hollow = unsteady(analysis, column)
             (dot,) = axes.plot(
                 factor * found.mean, place, marker=marker, color=colour, markersize=7.5, linestyle="", **hollow
             )
-            if steady or label not in handles:
+            if not hollow or label not in handles:
                 handles[label] = dot
             if column == data.reference:
                 axes.axvline(factor * found.mean, color="#444444", linewidth=1, linestyle="--", zorder=0)
@@ -72,6 +71,12 @@ def headline(analysis: Analysis) -> Figure:
             [handles[label] for label in legend], legend, loc="outside upper left", ncols=len(legend), fontsize=9
         )
     return figure
+
+
+def unsteady(analysis: Analysis, column: str) -> dict[str, Any]:
+    """The look of a point of a column whose mean is over the runs that are left: hollow. Empty if it lacks none."""
+    steady = analysis.data.steady(column, analysis.tasks)
+    return {} if steady else {"markerfacecolor": "white", "markeredgewidth": 1.5}
 
 
 def highlighted(analysis: Analysis) -> list[str]:
@@ -117,7 +122,9 @@ def curves(analysis: Analysis, axis: str) -> Figure:
 
 
 def pareto(analysis: Analysis) -> Figure:
-    """Average score, or loss, against peak memory, one point per column; a line joins columns that none beats in both."""
+    """Average score, or loss, against peak memory, one point per column; a line joins columns that none beats in both,
+    of those that lack no run.
+    """
     data, percent = analysis.data, analysis.measure != "loss"
     points = []
     for column, found in analysis.ranking:
@@ -127,9 +134,16 @@ def pareto(analysis: Analysis) -> Figure:
     with styled():
         figure = Figure(figsize=(9.6, 4.8), layout="constrained")
         axes = figure.subplots()
-        for memory, value, column in points:
+        whole = [point for point in points if data.steady(point[2], analysis.tasks)]
+        for memory, value, column in [
+            *whole,
+            *(point for point in points if point not in whole),
+        ]:  # whose look the legend has
             colour, marker, label = FAMILIES[data.family(column)]
-            axes.plot(memory, value, marker=marker, color=colour, markersize=8, linestyle="", label=label, zorder=3)
+            hollow = unsteady(analysis, column)
+            axes.plot(
+                memory, value, marker=marker, color=colour, markersize=8, linestyle="", label=label, zorder=3, **hollow
+            )
         axes.set_xlabel("peak memory of a run (MB, logarithmic)   ← better")
         split = data.split(analysis.tasks)
         what = (
@@ -142,10 +156,11 @@ def pareto(analysis: Analysis) -> Figure:
         axes.margins(x=0.12, y=0.1)
         if points:
             log_axis(axes, "x")
-            front = frontier(points, higher=percent)
+            front = frontier(whole, higher=percent)
             axes.plot(
-                *zip(*[(m, v) for m, v, _ in front]), color="#999999", linewidth=1.1, drawstyle="steps-post", zorder=1
-            )
+                [m for m, _, _ in front], [v for _, v, _ in front], color="#999999", linewidth=1.1, drawstyle="steps-post",
+                zorder=1,
+            )  # fmt: skip
             name_points(axes, points)
         shared_legend(figure, [axes])
     return figure

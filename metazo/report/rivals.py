@@ -14,7 +14,7 @@ from metazo.plots.style import log_axis, look, styled
 
 from .analysis import Analysis
 from .comparison import FIRST, UNTRAINED, Comparison
-from .figures import highlighted, shared_legend
+from .figures import highlighted, shared_legend, unsteady
 from .numbers import Run, number, part
 from .point_names import clipped, name_points
 from .table import NONE, Cell, Table, count, listed, loss, p_value
@@ -253,7 +253,7 @@ def plane(analysis: Analysis) -> Figure:
         ]
         for place, value, column in points:
             style = look(chosen.index(column)) if column in chosen else {"color": "#888888", "marker": "o"}
-            right.plot(place, value, markersize=7, **style | {"linestyle": ""}, zorder=3)
+            right.plot(place, value, markersize=7, **style | {"linestyle": ""} | unsteady(analysis, column), zorder=3)
         right.set(
             xlabel="peak memory by that of inference   ← better",
             ylabel=f"loss on {data.split(analysis.tasks)}, average (nats)   ← better",

@@ -8,11 +8,12 @@ import pytest
 import yaml
 
 from metazo.comparisons.results import cell_path
-from metazo.report import costs, figures, tables
+from metazo.report import costs, figures, rivals, tables
 from metazo.report.analysis import Analysis
-from metazo.report.build import build
+from metazo.report.build import Report, build
 from metazo.report.comparison import Comparison
 from tests.report import synthetic
+from tests.report.test_rivals import COSTS
 from tests.report.test_tables import row, set_curve
 
 COLUMN = {column.name: column for column in synthetic.COLUMNS}
@@ -129,6 +130,35 @@ def test_the_loss_before_training_is_that_with_which_the_reference_starts(tmp_pa
         "elsewhere"
         not in tables.tasks(Analysis(Comparison(synthetic.write(tmp_path / "b", TWO, ["sst2"], 2)), "loss")).note
     )
+
+
+def lucky(folder: Path) -> Report:
+    """tuner has the best mean and the least memory, of the only run of three that did not diverge."""
+    for column in (COLUMN[name] for name in ("mezo", "tuner", "lozo")):
+        for seed in range(3):
+            diverged = {"status": "diverged", "reason": "So."} if column.name == "tuner" and seed else {}
+            result = synthetic.result(column, "sst2", seed, **diverged)
+            names = ("forward_flops", "step_flops", "inference_bytes", "step_bytes")
+            result.run_info["cost"] = dict(zip(names, COSTS["mezo"]))
+            result.train_info["peak_memory_bytes"] = {"mezo": 10e6, "tuner": 9e6, "lozo": 12e6}[column.name]
+            result.save(cell_path(folder, "sst2", column.name, "seed", seed))
+    return build(Comparison(folder), "loss")
+
+
+def test_means_of_the_runs_that_are_left_are_hollow_and_not_in_the_front(tmp_path: Path):
+    report = lucky(tmp_path)
+    analysis = Analysis(report.data, "loss")
+    assert analysis.ranking[0][0] == "tuner"
+    *dots, front = figures.pareto(analysis).axes[0].lines
+    assert [dot.get_markerfacecolor() == "white" for dot in dots] == [False, False, True]
+    assert [*front.get_xdata()] == [10, 12]  # mezo and lozo, without tuner's 9 MB
+    right = rivals.plane(analysis).axes[1]
+    assert [dot.get_markerfacecolor() == "white" for dot in right.lines].count(True) == 1
+    captions = {picture.name: picture.caption for picture in report.pictures}
+    assert all("Hollow point: some of the column’s runs failed" in captions[name] for name in ("pareto", "plane"))
+    assert "Lines of tuner are of the runs that are left" in captions["curves-forwards"]
+    whole = build(Comparison(synthetic.write(tmp_path / "whole", TWO, ["sst2"], 2)))
+    assert not any("Hollow" in picture.caption or "are left" in picture.caption for picture in whole.pictures)
 
 
 def test_searches_are_told_by_their_runs_if_only_parts_were_run(tmp_path: Path):
