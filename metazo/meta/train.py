@@ -58,8 +58,9 @@ def meta_train(
     if isinstance(config, FeedbackConfig):
         return learn_feedback(config, console=console)
     settings = {key: value for key, value in asdict(config).items() if key not in ("out", "resume", "device")}
-    # the content of data and recording is compared, wherever they are by now
-    may_change: dict[str, Any] = {"incidental": (ENVIRONMENT, "data"), "places": ("record", "trajectory")}
+    # the content of data and recording is compared, wherever they are by now; that of `record` by the recording itself
+    places = {"record": None, "trajectory": "recording"}
+    may_change: dict[str, Any] = {"incidental": (ENVIRONMENT, "data"), "places": places}
     if config.resume and (config.out / TUNER).exists():
         # raises UserError if the settings are others
         RunFolder(config.out, settings, resume=True, look=True, **may_change)
@@ -73,8 +74,8 @@ def meta_train(
     origin = belongs(loaded.model, [task.prepared for task in tasks])
     now, tell = environment(next(loaded.model.parameters()).device), partial(say, console)
     settings |= {ENVIRONMENT: now}
-    record, trajectory = (getattr(config, name, None) for name in may_change["places"])
-    content = origin if trajectory is None else origin | {"recording": content_hash(trajectory)}
+    record, trajectory = (getattr(config, name, None) for name in places)
+    content = origin if trajectory is None else origin | {places["trajectory"]: content_hash(trajectory)}
     with RunFolder(config.out, settings, config.resume, belongs=content, say=tell, **may_change) as folder:
         if config.resume:
             report_environment(read_config(config.out).get(ENVIRONMENT), now, tell)

@@ -41,7 +41,7 @@ class Scores(Records):
         self.most = GROWN * _start(setup.loaded)
         self.evaluating = 0.0  # seconds, in this process
         self.started = self.since = time.monotonic()
-        self.usual, self.continued = 0.0, times_continued()
+        self.usual, self.continued, self.computed = 0.0, times_continued(), time.thread_time()
 
     def settle(self, steps: int) -> None:
         """Continue from that step: drop the records of later steps, which are made again."""
@@ -52,19 +52,20 @@ class Scores(Records):
 
     def stepped(self) -> None:
         """Note the end of a step. One in which the process was suspended counts as long as the one before, because a process
-        learns that it goes on, but not since when it had been suspended. A frozen control group gives no signal, and counts.
+        learns that it goes on, but not since when it had been suspended; and at least as long as its thread computed: cpulimit
+        suspends a process many times per second, in every step. A frozen control group gives no signal, and counts.
         """
-        now = time.monotonic()
+        now, computed = time.monotonic(), time.thread_time()
         taken, again = now - self.since, times_continued()
         if again == self.continued:
             self.usual = taken
-        elif (lost := taken - self.usual) > 0:
+        elif (lost := taken - max(self.usual, computed - self.computed)) > 0:
             self.started += lost
             if lost >= 1:
                 self.folder.say(
                     f"The process was suspended for about {lost:.1f} s, which do not count as time of training."
                 )
-        self.since, self.continued = now, again
+        self.since, self.continued, self.computed = now, again, computed
 
     def evaluate_if_due(
         self, step: int, keep_best: Callable[[int], None], on_record: Callable[[dict[str, Any]], None]
@@ -103,7 +104,7 @@ class Scores(Records):
         self.folder.record(**record)
         self.records.append(record)
         on_record(record)
-        self.since, self.continued = time.monotonic(), times_continued()
+        self.since, self.continued, self.computed = time.monotonic(), times_continued(), time.thread_time()
         self.evaluating += self.since - paused
 
     def on(self, split: Literal["dev", "test"]) -> dict[str, float]:
@@ -125,8 +126,11 @@ class Scores(Records):
 
 
 def _all_finite(model: nn.Module) -> bool:
-    """Whether every trained weight is finite."""
-    return all(bool(values.isfinite().all()) for values in _trained(model))
+    """Whether every trained weight is finite; of a divided model in all processes, none of which waits for another."""
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    parts = (part for name, values, _ in held(model) if name in trained for part in _flat(values))
+    wrong = sum(not bool(part.isfinite().all()) for part in parts)
+    return not (total([wrong])[0] if divided(model) else wrong)
 
 
 def _trained(model: nn.Module) -> Iterator[Tensor]:

@@ -62,7 +62,8 @@ class RunFolder:
     """The output folder of a run.
 
     Args: path; config: the run's settings, as JSON values; resume: continue the run in the folder; incidental: settings that
-    may change on resuming; places: paths that may change to another, but not to none or from none; belongs: hashes of
+    may change on resuming; places: paths that may change to another, but not to none or from none, each with the name of its
+    content in `belongs`, without which it may not change (None: the content is compared elsewhere); belongs: hashes of
     everything that the run's numbers depend on, by name, kept beside the settings and compared when the run is resumed; say:
     called with each sentence for the user; look: with resume, only check that the run can be resumed, and change nothing.
     One process at a time writes into the folder: it is locked from `begin` (or from here, if an unfinished run is
@@ -78,7 +79,7 @@ class RunFolder:
         resume: bool = False,
         *,
         incidental: Iterable[str] = (),
-        places: Iterable[str] = (),
+        places: Mapping[str, str | None] | None = None,
         belongs: Mapping[str, Any] | None = None,
         say: Callable[[str], None] = lambda text: None,
         look: bool = False,
@@ -92,7 +93,7 @@ class RunFolder:
         if path.exists() and not path.is_dir():
             raise UserError(f"`out` {path} is a file; name a folder.")
         if resume:
-            self._compare(read_config(path), set(incidental), set(places))
+            self._compare(read_config(path), set(incidental), places or {})
             if look:
                 self.lock.check()
                 return
@@ -133,7 +134,7 @@ class RunFolder:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _compare(self, found: dict[str, Any], incidental: set[str], places: set[str]) -> None:
+    def _compare(self, found: dict[str, Any], incidental: set[str], places: Mapping[str, str | None]) -> None:
         then, now = found.get(BELONGS), self.config.get(BELONGS)
         if now is not None and not isinstance(then, dict):
             self.say(
@@ -147,7 +148,8 @@ class RunFolder:
         incidental = incidental | {BELONGS, STARTED, UNSET}
         for key in sorted({*found, *self.config} - incidental):
             old, new = found.get(key), self.config.get(key)
-            if old != new and not (key in places and old is not None and new is not None):
+            moved = key in places and None not in (old, new) and places[key] in {None, *(then or ())}
+            if old != new and not moved:
                 raise UserError(
                     f"`{key}` was {shown(old)} when the run in {self.path} began and is "
                     f"{shown(new)} now; resume with the same settings."

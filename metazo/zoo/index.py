@@ -207,6 +207,7 @@ def add(
         folder.mkdir(parents=True, exist_ok=True)
         with FolderLock(folder, "zoo", PATIENCE):
             entries = read_index(folder)
+            safe_name(base, "zoo name")  # before its folder is looked into
             name = safe_name(f"{base}/{version or _next_version(folder, base, entries, item, data)}", "zoo name")
             target = _inside(folder / name, folder)
             if there := signed(folder / INDEX):

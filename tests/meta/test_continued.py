@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -99,5 +100,13 @@ def test_a_run_is_not_continued_along_another_recording(
         meta_train(config)
     with pytest.raises(UserError, match="cannot continue: the recording changed since it began"):
         meta_train(replace(config, resume=True, trajectory=tmp_path / "path-two"))
+    begun = config.out / "config.json"
+    text = begun.read_bytes()
+    kept = json.loads(text)
+    kept["belongs"].pop("recording")
+    begun.write_text(json.dumps(kept))
+    with pytest.raises(UserError, match="`trajectory` was .* when the run in .* began and is .* now"):
+        meta_train(replace(config, resume=True, trajectory=tmp_path / "path-two"))
+    begun.write_bytes(text)
     (tmp_path / "path-one").rename(tmp_path / "moved")
     meta_train(replace(config, resume=True, trajectory=tmp_path / "moved"))

@@ -19,7 +19,7 @@ from metazo.io.processes import LostRank, joined
 from metazo.models.checks import not_finite
 from metazo.models.load import load_model
 from metazo.runs.config import FinetuneConfig
-from metazo.runs.evaluations import _norm, _trained, norm_of
+from metazo.runs.evaluations import _all_finite, _norm, _trained, norm_of
 from metazo.runs.finetune import run_settings, tune
 from metazo.runs.interrupt import Interrupted
 from metazo.runs.replay import replay
@@ -76,16 +76,17 @@ def _waiting() -> set[float]:
     return {backend.options._timeout.total_seconds() for backend in backends}
 
 
-def _looked_at(rank: int, model: Path) -> tuple[float, float, list[str]]:
-    """The norm of the weights of a divided model from its parts, that from whole tensors, and what is said of it when the part
-    of one process holds NaN."""
+def _looked_at(rank: int, model: Path) -> tuple[float, float, list[bool], list[str]]:
+    """The norm of the weights of a divided model from its parts, that from whole tensors, whether all are finite before and
+    after the part of one process holds NaN, which other processes have too, and what is said of it then."""
     with joined(250, tensors=True):
         found = load_model(model, tensor_parallel=2, fsdp=2).model
         norms = _norm(found), norm_of(_trained(found))
+        finite = [_all_finite(found)]
         if rank == 2:
             with torch.no_grad():
-                found.model.layers[1].mlp.up_proj.weight.to_local().fill_(torch.nan)
-        return *norms, not_finite(found)
+                found.model.layers[1].input_layernorm.weight.to_local().fill_(torch.nan)
+        return *norms, [*finite, _all_finite(found)], not_finite(found)
 
 
 def _process(rank: int, folder: Path, model: Path, ports: list[int]) -> None:
@@ -175,9 +176,11 @@ def test_every_exchange_of_a_divided_run_waits_as_long_as_the_run_says(said):
 
 
 def test_a_divided_model_is_looked_at_in_its_parts(said):
-    for norm, whole, notes in (each["looked at"] for each in said):
-        assert norm == pytest.approx(whole, rel=1e-6)
-        assert [note.split(" hold")[0] for note in notes] == ["1 of 21 tensors of the model"] and "up_proj" in notes[0]
+    for norm, whole, finite, notes in (each["looked at"] for each in said):
+        assert norm == pytest.approx(whole, rel=1e-6) and finite == [True, False]
+        assert [note.split(" hold")[0] for note in notes] == [
+            "1 of 21 tensors of the model"
+        ] and "input_layernorm" in notes[0]
     assert len({each["looked at"][0] for each in said}) == 1
 
 

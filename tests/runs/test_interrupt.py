@@ -69,3 +69,15 @@ def test_the_time_of_a_suspended_process_is_no_time_of_training(tiny, at: str) -
     first, middle, last = (record["seconds"] for record in tuned.evaluations)
     assert first < middle < last < first + moments[-1] - moments[0] - 1.3
     assert ("The process was suspended for about " in console.file.getvalue()) == (at == "step")
+
+
+def test_a_process_that_is_suspended_in_every_step_has_a_time_of_training(tiny) -> None:
+    """cpulimit suspends a process many times per second: no step tells how long one takes undisturbed."""
+    computed: list[float] = []
+    loaded = metazo.load_model(str(tiny("llama")))
+    loaded.model.register_forward_hook(lambda *given: os.kill(os.getpid(), signal.SIGCONT))
+    sizes = {"steps": 4, "eval_every": 4, "keep": "none", "train_examples": 8, "dev_examples": 4, "test_examples": 0}
+    note = {"on_step": lambda step: computed.append(time.thread_time())}
+    tuned = metazo.finetune(loaded, "pico_topic", "mezo", lr=1e-4, **note, **sizes)
+    first, last = (record["seconds"] for record in tuned.evaluations)
+    assert last - first > computed[-1] - computed[0] - 0.001 > 0  # seconds are rounded to thousandths
