@@ -43,6 +43,9 @@ def exploded_rows(rows: Iterable[dict[str, Any]]) -> int:
 class TeacherWatch:
     """Counts the meta-steps at which a teacher's weights had exploded, except skipped ones; it changes nothing.
 
+    Weights and loss are those of the meta-step, before the teacher moves them: what it reaches by the last step before it
+    restarts is read by no meta-step.
+
     A single loss above the bound may be an odd batch of a sound teacher, so such steps are not skipped.
     Attributes: state, float64: count, count in a row, norm at the start, and the first loss of each task; NaN: not known yet.
     """
@@ -51,6 +54,7 @@ class TeacherWatch:
         self.tensors = tensors
         self.state = torch.full((3 + tasks,), math.nan, dtype=torch.float64)
         self.state[:2] = 0
+        self.norm = math.nan  # of the weights of this step
 
     @property
     def count(self) -> int:
@@ -62,18 +66,19 @@ class TeacherWatch:
 
     def begin(self) -> None:
         """The weights of a step are in place, before the teacher moves them."""
+        self.norm = norm(self.tensors)
         if math.isnan(self.state[2]):
-            self.state[2] = norm(self.tensors) or 1.0
+            self.state[2] = self.norm or 1.0
 
     def see(self, task: int, loss: float | None, skipped: bool = False) -> None:
         """The teacher has taken a step. loss: before it, on this task, if it is known; skipped: whether the run has counted
         this meta-step already, as one without an update."""
         first = float(self.state[3 + task])
-        if loss is None or not math.isfinite(loss):  # such a step moves no weights
+        if loss is None or not math.isfinite(loss):
             loss = first = 0.0
         elif math.isnan(first) and not self.in_a_row:
             self.state[3 + task] = first = loss
-        found = exploded(loss, first, self.tensors, float(self.state[2]))  # no loss is far above NaN: by the norm alone
+        found = far_above(loss, first) or self.norm > GROWN * float(self.state[2])  # no loss is far above NaN
         self.state[0] += found and not skipped
         if found or not math.isnan(first):  # else the step does not tell whether the weights are sound again
             self.state[1] = self.state[1] + 1 if found else 0

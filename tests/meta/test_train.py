@@ -293,6 +293,13 @@ def test_a_teacher_that_explodes_is_no_result(settings, tmp_path: Path, how):
     assert not settings("recorded").out.exists()
 
 
+def test_weights_that_no_meta_step_is_at_are_no_explosion(settings):
+    """Every epoch of a teacher is one step long, so that all meta-steps are at the start weights, whatever its rate is."""
+    slow, fast = (settings(str(lr), **RATIO, teacher_lr=lr, restart_every=0.25, steps=2) for lr in (0.01, 1e6))
+    for a, b in zip(weights(meta_train(slow)), weights(meta_train(fast))):
+        assert torch.equal(a, b)
+
+
 def test_explosions_of_a_teacher_are_counted_by_task():
     weight = torch.nn.Parameter(torch.ones(4))
     watch = TeacherWatch([NamedTensor("w", weight, 0)], 3)
@@ -307,7 +314,7 @@ def test_explosions_of_a_teacher_are_counted_by_task():
     resumed.state.copy_(watch.state)
     with torch.no_grad():
         weight.fill_(101)  # a normalisation layer may hide it
-    resumed.see(0, 0.5), resumed.see(1, None)
+    resumed.begin(), resumed.see(0, 0.5), resumed.see(1, None)
     assert (resumed.count, resumed.in_a_row) == (5, 3)
     resumed.see(2, math.nan, skipped=True)
     assert (resumed.count, resumed.in_a_row) == (5, 4)
@@ -325,7 +332,7 @@ def test_an_odd_batch_tells_nothing_of_the_tasks_after_it():
     assert (watch.count, watch.in_a_row) == (2, 1)
     with torch.no_grad():
         weight.fill_(101)
-    watch.see(2, 0.5)
+    watch.begin(), watch.see(2, 0.5)
     assert (watch.count, watch.in_a_row) == (3, 2)
 
 
