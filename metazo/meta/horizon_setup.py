@@ -144,8 +144,19 @@ def make_tuner(run: HorizonRun, loaded: LoadedModel) -> Tuner:
 
 
 def _blocks(loaded: LoadedModel, config: HorizonConfig) -> list[Block]:
-    """The blocks of the whole model."""
-    return partition(every_tensor(loaded.model), config.blocks)
+    """The blocks of the whole model. The frozen tensors of a layer that is trained in part are a block of their own, because
+    a network is used only if all tensors of its block are trained, and no others.
+    """
+    trained = {tensor.name for tensor in named_tensors(loaded.model)}
+    blocks = []
+    for block in partition(every_tensor(loaded.model), config.blocks):
+        frozen = tuple(tensor for tensor in block.tensors if tensor.name not in trained)
+        if 0 < len(frozen) < len(block.tensors):
+            own = tuple(tensor for tensor in block.tensors if tensor.name in trained)
+            blocks += [Block(block.name, own), Block(f"{block.name}.frozen", frozen)]
+        else:
+            blocks.append(block)
+    return blocks
 
 
 def _info(config: HorizonConfig, loaded: LoadedModel, blocks: list[Block], recipe: dict[str, Any]) -> TunerInfo:

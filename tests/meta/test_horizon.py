@@ -15,14 +15,16 @@ import pytest
 import torch
 
 import metazo
+from metazo.blocks import named_tensors
 from metazo.errors import UserError
 from metazo.meta import horizon as module
 from metazo.meta.config import MetaConfig
 from metazo.meta.evolution import Pairs
 from metazo.meta.horizon import HorizonRun
 from metazo.meta.horizon_config import HorizonConfig
-from metazo.meta.horizon_setup import load
+from metazo.meta.horizon_setup import load, make_tuner
 from metazo.meta.train import dry, meta_train
+from metazo.models.select import select_trainable
 from metazo.optimizers.mezo import MeZO
 from metazo.runs.batches import batch_indices_by_length
 from metazo.runs.config import FinetuneConfig
@@ -31,7 +33,7 @@ from metazo.runs.folder import RunFolder
 from metazo.runs.interrupt import Interrupted
 from metazo.step.scales import RMSScale, normalisation
 from metazo.tuner.file import Tuner
-from metazo.tuner.scale import TunerScale
+from metazo.tuner.scale import TunerScale, tuner_scale
 from metazo_cli.meta_train import _settings
 
 
@@ -268,6 +270,20 @@ def test_several_heads_on_one_encoder_and_frozen_layers(settings) -> None:
     moved = {block.name for block, value in zip(tuner.info.blocks, tuner.pertnn.b2) if value != 0}
     assert moved == {name for name, p in loaded.model.named_parameters() if p.requires_grad}
     assert tuner.fits((name, tuple(p.shape)) for name, p in loaded.model.named_parameters()).ok
+
+
+def test_a_tuner_by_layer_is_used_with_the_tensors_that_it_was_trained_on(settings) -> None:
+    """The frozen tensors of a layer belong to no network that runs use."""
+    config = settings(blocks="layer", freeze=["*norm*"])
+    loaded, tasks = load(config)
+    tuner = make_tuner(HorizonRun(tasks, config), loaded)
+    scale = tuner_scale(tuner, loaded.model.named_parameters())
+    scale.bind(named_tensors(loaded.model))
+    assert len(scale.known) == len(scale.blocks)
+    select_trainable(loaded.model, [], [])
+    scale = tuner_scale(tuner, loaded.model.named_parameters())
+    with pytest.raises(UserError, match="is for all tensors of this block together, and others are trained here"):
+        scale.bind(named_tensors(loaded.model))
 
 
 def test_losses_that_are_not_finite_are_counted(settings, monkeypatch) -> None:
