@@ -14,11 +14,18 @@ from metazo.tasks import Prepared, Task, prepare, resolve
 
 
 def load_base(config: ScaleConfig, tasks: Sequence[Task], device: torch.device, head: str = "auto") -> LoadedModel:
-    """The base model; a classifier has a head for the tasks' classes if all have the same number, or if the head is made anew
-    for each task. Raises UserError."""
-    classes = {task.num_labels for task in tasks if task.kind == "classification"}
+    """The base model; a classifier has a head for the tasks' classes, which must be as many for all, unless the head is made
+    anew for each task. Raises UserError."""
+    classes = {task.num_labels: task.name for task in tasks if task.kind == "classification"}
     count = next(iter(classes)) if len(classes) == 1 or (classes and head in MADE) else None
     loaded = load_model(config.model, dtype=config.dtype, device=device, seed=config.seed, num_labels=count, head=head)
+    if loaded.kind == "classifier" and len(classes) > 1 and head not in MADE:
+        listed = " and ".join(f"{name!r} has {number}" for number, name in classes.items())
+        raise UserError(
+            f"`task` has tasks of different numbers of classes ({listed}), and {loaded.name} has one head for all of them: "
+            "choose tasks of the same number, or train over whole runs with a head that has no weights "
+            "(`objective='horizon'` with `head='phrases'`)."
+        )
     check_name(loaded.name)
     return loaded
 

@@ -549,6 +549,13 @@ def test_two_tasks_of_one_name_are_refused(settings, tmp_path: Path):
     assert not (tmp_path / "out").exists() and not (tmp_path / "path").exists()
 
 
+def test_tasks_of_different_numbers_of_classes_are_refused_by_their_cause(settings, tiny):
+    """A classifier has one head."""
+    config = replace(settings(task=["pico_topic", "pico_sentiment"]), model=str(tiny("bert")))
+    with pytest.raises(UserError, match="different numbers of classes .'pico_topic' has 4 and 'pico_sentiment' has 2"):
+        meta_train(config)
+
+
 @pytest.mark.parametrize("task", ["pico_topic", "pico_span"])
 def test_a_run_with_too_little_curvature_of_long_answers_does_not_go_on(settings, monkeypatch, task: str):
     """A snapshot of earlier versions, which differ in nothing if every answer is a class."""
