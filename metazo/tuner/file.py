@@ -8,6 +8,7 @@ tensor is made: sizes, shapes, names, types, and that the fingerprint matches th
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -18,7 +19,7 @@ from metazo.errors import UserError
 from metazo.io.plain import shown
 from metazo.tuner.envelope import BadFile, TunerFile, blocks, check_facts, opened, packed, shapes
 from metazo.tuner.markdown import licence, table, text, word
-from metazo.tuner.match import BlockSpec, Match, NamedShapes, fingerprint, fit
+from metazo.tuner.match import BlockSpec, Match, NamedShapes, fingerprint, fit, plain_name
 from metazo.tuner.networks import PertNN
 
 FORMAT_VERSION = 1
@@ -126,11 +127,27 @@ It fits {text(info.base_model)} and every model with the same tensor names and s
         """Compare with the parameters of a model, tied ones once; see `metazo.tuner.match.fit`."""
         return fit(self.info.blocks, named_shapes)
 
-    def check_fit(self, named_shapes: NamedShapes, allow_partial: bool = False) -> Match:
-        """As `fits`, but raises UserError if the tuner does not fit; the message names three differences."""
+    def check_fit(
+        self, named_shapes: NamedShapes, allow_partial: bool = False, trained: Collection[str] | None = None
+    ) -> Match:
+        """As `fits`, but raises UserError if the tuner does not fit; the message names three differences.
+
+        trained: names of the tensors that are trained, without which no network is used; None: all.
+        """
         match = self.fits(named_shapes)
-        if not match.ok and not (allow_partial and match.matched):
-            partial = "pass `allow_partial=True` to run the others at RMS scale, or " if match.matched else ""
+        if match.ok:
+            return match
+        own = None if trained is None else {plain_name(name) for name in trained}
+        used = [
+            i for i in match.matched if own is None or any(plain_name(n) in own for n, _ in self.info.blocks[i].tensors)
+        ]
+        if not used and match.matched:
+            raise UserError(
+                f"The tuner for {self.info.base_model} has no network for any tensor that is trained here, such as "
+                f"{next(iter(trained or ()))}: train the model's own weights, or use `scale='rms'` in place of `tuner`"
+            )
+        if not (allow_partial and used):
+            partial = "pass `allow_partial=True` to run the others at RMS scale, or " if used else ""
             raise UserError(
                 f"The tuner for {self.info.base_model} does not fit this model ({match.sentence()}); "
                 f"{partial}take a tuner made for this model"

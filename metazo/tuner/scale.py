@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from metazo.blocks import NamedTensor
+from metazo.blocks import NamedTensor, trained
 from metazo.errors import UserError
 from metazo.step.scales import STATISTICS_EVERY, BlockScale, State, floored_rms
 from metazo.tuner.file import Tuner
@@ -152,7 +152,9 @@ def tuner_scale(
     Raises UserError that names the first blocks that differ.
     """
     info = tuner.info
-    match = tuner.check_fit([(name, tuple(p.shape)) for name, p in named_parameters], allow_partial)
+    named = list(named_parameters)
+    used = [tensor.name for tensor in trained(named)] or None
+    match = tuner.check_fit([(name, tuple(p.shape)) for name, p in named], allow_partial, used)
     matched = set(match.matched)
     # a name that no block can have, so that the other rows keep their indices
     networks = [block.name if index in matched else f"/unmatched/{index}" for index, block in enumerate(info.blocks)]

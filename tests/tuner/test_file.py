@@ -13,6 +13,7 @@ import torch
 from metazo.errors import UserError
 from metazo.tuner.file import BlockSpec, Tuner, TunerInfo, fingerprint
 from metazo.tuner.networks import PertNN
+from metazo.tuner.scale import tuner_scale
 from tests.tuner.changed import changed
 
 SHAPES = [("embed.weight", (10, 4)), ("layers.0.w", (4, 4)), ("layers.0.b", (4,)), ("norm", (4,))]
@@ -79,6 +80,19 @@ def test_allow_partial_needs_something_to_match() -> None:
     assert match.matched == [3]
     with pytest.raises(UserError, match="does not fit"):
         make().check_fit([("head", (2, 4))], allow_partial=True)
+
+
+def test_matches_among_frozen_tensors_are_no_reason_to_allow_a_partial_fit() -> None:
+    """Of an adapter's tensors no tuner knows one."""
+    named = [(name, torch.nn.Parameter(torch.zeros(shape), requires_grad=False)) for name, shape in SHAPES]
+    named.append(("layers.0.lora_A.weight", torch.nn.Parameter(torch.zeros(2, 4))))
+    for partial in (False, True):
+        with pytest.raises(UserError, match="no network for any tensor that is trained here, such as layers.0.lora_A"):
+            tuner_scale(make(), named, allow_partial=partial)
+    named[1][1].requires_grad_()
+    with pytest.raises(UserError, match="allow_partial=True"):
+        tuner_scale(make(), named)
+    assert tuner_scale(make(), named, allow_partial=True).partial
 
 
 def test_blocks_by_layer_match_whole() -> None:
