@@ -55,10 +55,11 @@ def fit_jacobian(
         orthogonal: whether v is orthogonal to the mean hidden state over the positions that contribute to the loss.
         seed: of the cotangents.
         cosines: if given, takes by block index the cosine of the exact errors with delta (the skip rule) and with the fitted
-            map's, over all held-out pairs.
+            map's, over all held-out pairs; with the loss's own delta in place of v if it differs from position to position, as
+            under next-token loss, because what is true of errors that share v need not be true of these.
 
     Returns: float32 factors (d, r) and (r, d), and the trust, by block index.
-    Cost: per batch one forward pass, and per block one run and `draws` backward passes. Memory: four (d, d) matrices in
+    Cost: per batch one forward pass, and per block one run and `draws` backward passes. Memory: six (d, d) matrices in
     float64 per block. Raises UserError for fewer than 4 batches, a rank above the width, or without a ridge too few pairs.
     """
     closures = list(closures)
@@ -80,13 +81,17 @@ def fit_jacobian(
             pooled = _pooled(residual.blocks, one, carrying) if orthogonal else None
             vectors = [_draw(one, pooled, generator) for _ in range(draws)]
             cotangents = [v[:, None] * carrying[..., None] for v in vectors]
-            for index, errors in exact_errors(residual, one, cotangents):
+            held_out = number % HELD_OUT == HELD_OUT - 1
+            own = [one.delta] if held_out and cosines is not None and not _parallel(one.delta) else []  # type: ignore[arg-type]
+            for index, errors in exact_errors(residual, one, [*cotangents, *own]):
                 if index < 0:
                     break
                 fit = fits.setdefault(index, _Fit(errors[0].shape[-1]))
-                sums = fit.held_out if number % HELD_OUT == HELD_OUT - 1 else fit.fitted
+                sums = fit.held_out if held_out else fit.fitted
                 for v, error in zip(vectors, errors):
                     sums.add(v, error, carrying)
+                for delta, error in zip(own, errors[len(vectors) :]):
+                    fit.own.add(delta, error, carrying)
     solved = {index: fit.solve(rank, ridge) for index, fit in sorted(fits.items())}
     if cosines is not None:
         cosines |= {index: fit.cosines(*solved[index][:2]) for index, fit in sorted(fits.items())}
@@ -102,6 +107,13 @@ def stream_width(model: nn.Module, closure: Closure) -> int:
     delta = Recorder(find_residual(model), {}, 0).capture([closure]).passes[0].delta
     assert delta is not None
     return delta.shape[-1]
+
+
+def _parallel(delta: Tensor) -> bool:
+    """Whether the positions of an example have nearly the same delta: the square of their sum by its largest value, which is 1
+    for equal ones and 1/T for T that are independent, over all examples."""
+    delta, carrying = delta.double(), delta.ne(0).any(-1).sum(1)
+    return bool(delta.sum(1).square().sum() > 0.5 * (carrying * delta.square().sum((1, 2))).sum())
 
 
 def _draw(one: Pass, pooled: Tensor | None, generator: torch.Generator) -> Tensor:
@@ -128,8 +140,19 @@ class _Moments:
         self.ee, self.count = 0.0, 0
 
     def add(self, v: Tensor, errors: Tensor, carrying: Tensor) -> None:
-        """Args: v (B, d), one per example; errors (B, T, d), each paired with its example's v if `carrying` (B, T)."""
-        v, summed, times = v.double().cpu(), (errors * carrying[..., None]).sum(1).double().cpu(), carrying.sum(1).cpu()
+        """Args: v (B, T, d), or (B, d), one per example; errors (B, T, d), each paired with its v if `carrying` (B, T)."""
+        if v.ndim == errors.ndim:
+            v, summed, times = (
+                v[carrying].double().cpu(),
+                errors[carrying].double().cpu(),
+                torch.ones(int(carrying.sum())),
+            )
+        else:
+            v, summed, times = (
+                v.double().cpu(),
+                (errors * carrying[..., None]).sum(1).double().cpu(),
+                carrying.sum(1).cpu(),
+            )
         self.vv += (v * times[:, None]).t() @ v
         self.ve += v.t() @ summed
         self.ee += float(errors[carrying].double().square().sum())
@@ -151,7 +174,7 @@ class _Fit:
     width: int
 
     def __post_init__(self) -> None:
-        self.fitted, self.held_out = _Moments(self.width), _Moments(self.width)
+        self.fitted, self.held_out, self.own = (_Moments(self.width) for _ in range(3))
 
     def solve(self, rank: int, ridge: float) -> tuple[Tensor, Tensor, float]:
         """(V, U, t): B_l as the identity plus V U of that rank, and the trust t on the pairs that are held out."""
@@ -166,6 +189,6 @@ class _Fit:
         return down, up, self.held_out.trust(eye + down @ up)
 
     def cosines(self, down: Tensor, up: Tensor) -> tuple[float, float]:
-        """Of the held-out errors with v, and with v (I + V U)."""
-        eye = torch.eye(self.width, dtype=torch.float64)
-        return self.held_out.cosine(eye), self.held_out.cosine(eye + down @ up)
+        """Of the held-out errors with v, and with v (I + V U); of the loss's own, if there are any."""
+        eye, sums = torch.eye(self.width, dtype=torch.float64), self.own if self.own.count else self.held_out
+        return sums.cosine(eye), sums.cosine(eye + down @ up)

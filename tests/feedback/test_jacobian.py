@@ -143,6 +143,7 @@ def test_exact_errors_are_autograds(name: str) -> None:
 def test_cosines_are_those_of_the_pairs_held_out() -> None:
     model, inputs, closures = stack(True, 8, 20)
     found: dict[int, tuple[float, float]] = {}
+    closures = [lambda x=x: model(x).mean(1).square().mean() for x in inputs]  # the same delta at both positions
     fitted = fit_jacobian(model, closures, rank=WIDTH, ridge=0.0, orthogonal=False, draws=1, cosines=found)
     generator, pairs = torch.Generator().manual_seed(0), []
     for number, x in enumerate(inputs):
@@ -157,6 +158,21 @@ def test_cosines_are_those_of_the_pairs_held_out() -> None:
         assert found[1][place] == pytest.approx(float(cosine), abs=1e-6)
     trust = float((e * (v @ matrix(fitted, 1).double())).sum() / (v @ matrix(fitted, 1).double()).square().sum())
     assert trust == pytest.approx(1, abs=1e-5)  # the trust is in the matrix already
+
+
+def test_cosines_of_a_loss_with_a_target_at_each_position_are_those_of_its_own_errors() -> None:
+    """Every map is fitted to errors that share a cotangent, which other positions add to; the true errors do not."""
+    tiny = build("Llama")
+    found: dict[int, tuple[float, float]] = {}
+    fitted = fit_jacobian(tiny.model, [tiny.every] * 4, rank=4, seed=1, cosines=found)
+    residual = find_residual(tiny.model)
+    (one,) = Recorder(residual, {}, 0).capture([tiny.every]).passes
+    assert found and one.delta is not None
+    for index, (error,) in exact_errors(residual, one, [one.delta]):
+        for place, mapped in enumerate((one.delta, one.delta @ matrix(fitted, index).double()) if index >= 0 else ()):
+            carrying = one.delta.ne(0).any(-1)
+            cosine = torch.cosine_similarity(mapped[carrying].flatten(), error[carrying].flatten(), dim=0)
+            assert found[index][place] == pytest.approx(float(cosine), abs=1e-6)
 
 
 def test_settings_that_cannot_be_fitted() -> None:
