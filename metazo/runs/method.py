@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import typing
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from metazo.feedback.tuner import describe
 from metazo.io.files import expanded
 from metazo.io.plain import shown
 from metazo.io.processes import launched
+from metazo.models.assemble import base_of
 from metazo.models.embedded import EMBEDDED
 from metazo.optimizers import METHODS
 from metazo.optimizers.registry import method, require_own
@@ -86,8 +88,9 @@ def tuner_of(config: FinetuneConfig, model: nn.Module, load: Callable[..., Any])
 
 def auto_tuner(config: FinetuneConfig, model: nn.Module) -> zoo.Found:
     """What `tuner='auto'` takes: the first tuner that fits, of the kind of the method, in its last version. The zoo that `zoo`
-    names comes first, then the user's own, the bundled one and the cache. A run that goes on takes the tuner with which it
-    began, by its hash in the log. Raises UserError if none fits, or if that one is gone."""
+    names comes first, then the user's own, the bundled one and the cache; in each, a tuner of this very model or of the base
+    of its adapters comes before those of others with the same names and shapes. A run that goes on takes the tuner with which
+    it began, by its hash in the log. Raises UserError if none fits, or if that one is gone."""
     if "tuner" in method(config.optimizer).common:
         blocks = describe(model, "").fingerprint
         found = [tuner for tuner in zoo.tuners(config.zoo, "feedback") if tuner.entry.fingerprint == blocks]
@@ -108,10 +111,26 @@ def auto_tuner(config: FinetuneConfig, model: nn.Module) -> zoo.Found:
     if not found:
         raise UserError(f"`tuner='auto'` found no {what}")
 
-    def series(tuner: zoo.Found) -> tuple:
-        return tuner.why, tuner.folder, tuner.entry.name.rpartition("/")[0]
+    found = [tuner for tuner in found if (tuner.why, tuner.folder) == (found[0].why, found[0].folder)]
+    own = [tuner for tuner in found if tuner.entry.base_model in _names(config, model)]
+    bases = {(own or found)[0].entry.base_model: None} | {tuner.entry.base_model: None for tuner in found}
+    taken = next(iter(bases))
+    if not own and len(bases) > 1:
+        warnings.warn(
+            f"`tuner='auto'` takes the one for {taken}, and those for {', '.join(list(bases)[1:])} fit as well: "
+            "name the tuner of the model from which this one was derived.",
+            stacklevel=2,
+        )
+    return zoo.latest([tuner for tuner in found if tuner.entry.base_model == taken])
 
-    return [tuner for tuner in found if series(tuner) == series(found[0])][-1]
+
+def _names(config: FinetuneConfig, model: nn.Module) -> set[str]:
+    """What a zoo may call a model: the name or folder that was given, or the base of its adapters."""
+    name = config.model
+    if name.startswith("memory:"):
+        source = getattr(getattr(model, "config", None), "_name_or_path", "")
+        name = next((name for name, folder in EMBEDDED.items() if str(folder) == source), source)
+    return {name := base_of(name, config.revision)[0], zoo.zoo_base(name)} if name else set()
 
 
 def of_log(header: dict[str, Any], known: Iterable[zoo.Found]) -> tuple[zoo.Found | None, str]:

@@ -53,7 +53,17 @@ def named(name: str, zoo: str | Path | None = None, key: str | None = None, kind
     bases = [tuner for tuner in bases if tuner.entry.kind == kind] or bases
     if exact or not bases:
         return exact[0] if exact else None
-    return [tuner for tuner in bases if tuner.folder == bases[0].folder][-1]
+    return latest([tuner for tuner in bases if tuner.folder == bases[0].folder])
+
+
+def latest(found: Sequence[Found]) -> Found:
+    """The one published last, or of those that are numbered as it is, such as v2 and v10, the one of the highest number."""
+
+    def version(tuner: Found) -> tuple[str, int]:
+        start, number = re.fullmatch(r"(.*?)(\d{0,9})", tuner.entry.name).groups()  # type: ignore[union-attr]
+        return start, int(number or 0)
+
+    return max((tuner for tuner in found if version(tuner)[0] == version(found[-1])[0]), key=version)
 
 
 def find(

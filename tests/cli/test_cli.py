@@ -105,6 +105,32 @@ def test_auto_takes_the_last_feedback_of_the_first_folder(tmp_path, monkeypatch)
         assert tuner_of(replace(config, zoo=folder), model, zoo.load_feedback).maps.trust[0] == pytest.approx(trust)
 
 
+@pytest.mark.parametrize("optimizer", ["zo-finetuner", "feedback"])
+def test_auto_takes_the_tuner_of_this_very_model(published, tmp_path, optimizer):
+    model, folder = load_model("pico").model, tmp_path / "zoo"
+    tuner = Tuner.load(next(published.rglob("tuner.safetensors")))
+    for base in ("stranger", "pico", "another"):
+        zoo.push(replace(tuner, info=replace(tuner.info, base_model=base)), folder)
+        pushed_feedback(model, base, folder, 0.1)
+    config = FinetuneConfig("pico", "pico_topic", out=tmp_path / "run", tuner="auto", zoo=folder, optimizer=optimizer)
+    assert auto_tuner(config, model).entry.base_model == "pico"
+    given = replace(config, model="memory:LlamaForCausalLM")
+    assert auto_tuner(given, load_model("pico").model).entry.base_model == "pico"
+    with pytest.warns(UserWarning, match="takes the one for stranger, and those for pico, another fit as well"):
+        assert auto_tuner(replace(config, model=str(tmp_path)), model).entry.base_model == "stranger"
+
+
+def test_the_last_version_is_the_one_of_the_highest_number(published, tmp_path):
+    tuner, folder = Tuner.load(next(published.rglob("tuner.safetensors"))), tmp_path / "zoo"
+    for version in ("v9", "v10", "v2"):
+        zoo.push(tuner, folder, version=version)
+    config = FinetuneConfig("pico", "pico_topic", out=tmp_path / "run", tuner="auto", zoo=folder)
+    assert auto_tuner(config, load_model("pico").model).entry.name == "pico/v10"
+    assert zoo.named("pico", folder).entry.name == "pico/v10"
+    zoo.push(tuner, folder, version="draft")
+    assert zoo.named("pico", folder).entry.name == "pico/draft"  # published last, and not numbered as the others
+
+
 def test_auto_takes_a_match_by_names_in_the_zoo_that_is_named(published, tmp_path):
     tuner = Tuner.load(next(published.rglob("tuner.safetensors")))
     unknown = [BlockSpec(block.name, [(name, None) for name, _ in block.tensors]) for block in tuner.info.blocks]
