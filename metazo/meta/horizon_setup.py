@@ -16,7 +16,7 @@ from metazo.io.terminal import Console
 from metazo.meta.dryrun import Plan
 from metazo.meta.horizon import EVAL_BATCH, HorizonRun, HorizonTask
 from metazo.meta.horizon_config import HorizonConfig
-from metazo.meta.loading import load_base, prepare_task, resolve_tasks
+from metazo.meta.loading import load_base, prepare_task, resolve_tasks, rows_of
 from metazo.meta.trial import check_file
 from metazo.models.heads import Prototypes
 from metazo.models.load import LoadedModel
@@ -134,12 +134,16 @@ def make_tuner(run: HorizonRun, loaded: LoadedModel) -> Tuner:
     for name, value in trained.named_parameters():
         getattr(whole, name).data[rows] = value.detach().float()
     rates = {task.name: float(rate) for task, rate in zip(run.tasks, run.rates) if not math.isnan(rate)}
-    recipe = config.recipe() | {
-        "tasks": [task.name for task in run.tasks],
-        "skipped": run.skipped,
-        "rates of the tasks": rates,
-        "factor of the rates": math.exp(float(run.centre[-1])),
-    }
+    recipe = (
+        config.recipe()
+        | {
+            "tasks": [task.name for task in run.tasks],
+            "skipped": run.skipped,
+            "rates of the tasks": rates,
+            "factor of the rates": math.exp(float(run.centre[-1])),
+        }
+        | rows_of(run.tasks, ["train", "dev"])
+    )
     return Tuner(whole, _info(config, loaded, blocks, recipe))
 
 

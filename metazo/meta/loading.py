@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -11,6 +12,9 @@ from metazo.meta.config import ScaleConfig
 from metazo.meta.trial import check_name
 from metazo.models.load import MADE, LoadedModel, load_model
 from metazo.tasks import Prepared, Task, prepare, resolve
+from metazo.tasks.data import DEFAULTS
+from metazo.tasks.origins import sources_of
+from metazo.tasks.trainings import TUNER_ROWS, tuner_rows
 
 
 def load_base(config: ScaleConfig, tasks: Sequence[Task], device: torch.device, head: str = "auto") -> LoadedModel:
@@ -53,8 +57,32 @@ def prepare_task(config: ScaleConfig, task: Task, loaded: LoadedModel, held_out:
         seed=config.seed,
         max_length=config.max_length,
     )
+    prepared.notes += _leaves_none(prepared, task)
     if len(prepared.train) < config.batch_size:
         raise UserError(
             f"`batch_size` {config.batch_size} is more than the {len(prepared.train)} training examples of {task.name!r}."
         )
     return prepared
+
+
+def _leaves_none(prepared: Prepared, task: Task) -> list[str]:
+    """A note if a run on the same rows, with the same seed and the default sizes, has dev or test rows that train the tuner."""
+    names, rows = sources_of(task), prepared.record["rows"]
+    splits = [split for split in ("dev", "test") if names[split] == names["train"]]
+    if task.generate is not None or not splits:
+        return []
+    total = sum(DEFAULTS[split] for split in ("train", *splits))
+    others = sum(max(1, DEFAULTS[split] * min(rows, total) // total) for split in splits)
+    used, most = prepared.record["train"], rows - others
+    if used <= most:
+        return []
+    return [
+        f"{task.name}: the tuner is trained on {used} of the {rows} rows from which a run takes {' and '.join(splits)} rows as "
+        f"well; `train_examples` of at most {most} leaves those of the default sizes and the same seed apart"
+    ]
+
+
+def rows_of(tasks: Sequence[Any], splits: Sequence[str]) -> dict[str, Any]:
+    """The part of a recipe that tells which rows made the tuner; empty if all were generated."""
+    found = tuner_rows([task.prepared for task in tasks if hasattr(task, "prepared")], splits)
+    return {TUNER_ROWS: found} if found else {}

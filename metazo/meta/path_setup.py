@@ -13,7 +13,7 @@ from metazo.meta.config import MetaConfig
 from metazo.meta.dryrun import make_plan as make_plan
 from metazo.meta.explosion import exploded_rows
 from metazo.meta.journal import say
-from metazo.meta.loading import load_base, prepare_task, resolve_tasks
+from metazo.meta.loading import load_base, prepare_task, resolve_tasks, rows_of
 from metazo.meta.loop import MetaRun, make_teacher, order_of, restarts
 from metazo.meta.order import PreparedTask
 from metazo.meta.path import Online
@@ -141,6 +141,7 @@ def make_tuner(run: MetaRun, loaded: LoadedModel) -> Tuner:
         "skipped": run.skipped,
         "teacher_path": "online" if isinstance(run.path, Online) else "recorded",
     }
+    recipe |= rows_of(run.tasks, ["train"])
     if isinstance(run.path, Recorded):
         recipe["teacher_steps"] = len(run.path.trajectory.log)
     info = _info(config, loaded, [BlockSpec.of(block) for block in run.scale.blocks], recipe)

@@ -37,6 +37,8 @@ from metazo.tasks.classes import fit_head
 from metazo.tasks.closures import BatchLoss, Data, FullLoss
 from metazo.tasks.evaluate import evaluate
 from metazo.tasks.objectives import Minimised, Objective
+from metazo.tasks.trainings import tuner_note
+from metazo.tuner.scale import TunerScale
 
 with needs("llm"):
     from transformers.utils import logging as transformers_logging
@@ -122,6 +124,9 @@ def set_up(config: FinetuneConfig, given: Given | None = None) -> Setup:
         config, optimizer = make_optimizer(config, loaded, minimised, device)
     else:
         optimizer, trained = _given_optimizer(given.optimizer, loaded, minimised, config, device)
+    scale = getattr(optimizer, "scale", None)
+    if isinstance(scale, TunerScale) and isinstance(prepared, Prepared):
+        prepared.notes += filter(None, [tuner_note(scale.recipe, prepared)])
     log = log_to_continue(config) if getattr(optimizer, "measured_cost", None) else None
     cost = keep_cost(optimizer, scan(log).header) if log else None
     steps = number_of_steps(config, optimizer, len(prepared.train))

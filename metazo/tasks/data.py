@@ -21,7 +21,7 @@ from metazo.settings import Unset
 from metazo.tasks.origins import sources_of
 from metazo.tasks.rows import Rows, Source, checked, load
 from metazo.tasks.task import Row, Task
-from metazo.tasks.trainings import SPLITS, VERSION, Recall, content, contents, order_of, read_columns, trainings
+from metazo.tasks.trainings import SPLITS, VERSION, Recall, content, contents, order_of, prints, read_columns, trainings
 
 DEFAULTS = {"train": Unset(1000), "dev": Unset(500), "test": Unset(1000)}
 """The papers' sizes. A size that the user sets is kept; sizes that are `Unset` are reduced to fit."""
@@ -38,6 +38,8 @@ class Drawn:
     """The record that identifies the train rows, as JSON values."""
     notes: list[str] = field(default_factory=list)
     """Sentences about sizes that differ from the requested ones, and about rows in two splits."""
+    prints: dict[str, list[str]] = field(default_factory=dict)
+    """split -> hashes of the rows' contents; none of generated rows."""
 
 
 def draw(
@@ -112,11 +114,12 @@ def draw(
             notes.append(f"{task.name}: {split} has {len(parts[split])} rows instead of {size}, all {rest}")
     rows = {split: _rows(task, sources[names[split]], parts[split]) for split in SPLITS}
     found = {"version": VERSION, "seed": seed, "rows": len(source.usable), "k_per_class": k_per_class}
-    found |= {split: len(parts[split]) for split in SPLITS} | contents(task, [row for _, row in rows["train"]])
+    plain = {split: [row for _, row in rows[split]] for split in SPLITS}
+    found |= {split: len(parts[split]) for split in SPLITS} | contents(task, plain["train"])
     for split in others:
-        if again := recall.again(*([row for _, row in rows[s]] for s in (split, "train"))):
+        if again := recall.again(plain[split], plain["train"]):
             notes.append(f"{task.name}: the model was trained on {again} of {len(rows[split])} {split} rows")
-    drawn = Drawn(rows, found, notes)
+    drawn = Drawn(rows, found, notes, {split: prints(task, plain[split]) for split in SPLITS})
     drawn.notes += _remarks(task, drawn)
     return drawn
 

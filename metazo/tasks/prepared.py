@@ -71,6 +71,8 @@ class Prepared:
     """Tokens that the decoder of a sequence-to-sequence model reads before an answer."""
     record: dict[str, Any] = field(default_factory=dict)
     """The record in the config of a model trained on this (`metazo.models.describe.describe`), as JSON values."""
+    prints: dict[str, list[str]] = field(default_factory=dict)
+    """Hashes of the contents of the drawn rows, by split; none of generated rows."""
 
     def batches(self, examples: Sequence[Encoded], size: int) -> Iterator[Batch]:
         """The examples in order, in batches of `size`."""

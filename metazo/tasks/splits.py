@@ -110,7 +110,7 @@ def prepare(
         )
     if encoder.alike:
         notes.append(f"{task.name}: {encoder.alike} rows have two choices that are the same tokens for {loaded.name}")
-    out.record = {"task": task.name, **drawn.record}
+    out.record, out.prints = {"task": task.name, **drawn.record}, drawn.prints
     if loaded.kind == "classifier":
         out.record["labels"] = class_names(task, order)
     end, to_end = loaded.tokenizer.eos_token_id, encoder.stop is None or loaded.kind == "seq2seq"

@@ -9,10 +9,10 @@ same seed are the same; records of earlier versions have none, and identify rows
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,10 +21,15 @@ from metazo.models.describe import EARLIER
 from metazo.tasks.rows import Source, checked
 from metazo.tasks.task import Row, Task
 
+if TYPE_CHECKING:
+    from metazo.tasks.prepared import Prepared
+
 SPLITS = ("train", "dev", "test")
 VERSION = 2
 MOST = 5000
 """Most training rows of which a record has a hash each, so that it stays below 50 kB."""
+TUNER_ROWS = "training rows"
+"""Key of `tuner_rows` in the recipe of a tuner."""
 DIGITS = 8  # of such a hash; of 300,000 rows, 0.35 are expected to be like one of 5,000 by chance, and are left out
 
 _text = json.JSONEncoder(sort_keys=True, default=str).encode
@@ -62,9 +67,17 @@ def read_columns(task: Task) -> list[str]:
 
 def contents(task: Task, rows: Sequence[Row]) -> dict[str, Any]:
     """The part of a record that identifies its training rows by their content."""
+    return _packed(json.dumps(read_columns(task)), prints(task, rows))
+
+
+def prints(task: Task, rows: Sequence[Row]) -> list[str]:
+    """The hash of each row's content."""
     columns = read_columns(task)
-    found = [_print(row, columns) for row in rows]
-    return {"columns": json.dumps(columns), "contents": "".join(found) if len(found) <= MOST else _digest(found)}
+    return [_print(row, columns) for row in rows]
+
+
+def _packed(columns: str, found: Sequence[str]) -> dict[str, Any]:
+    return {"columns": columns, "contents": "".join(found) if len(found) <= MOST else _digest(found)}
 
 
 class Recall:
@@ -199,3 +212,37 @@ def _print(row: Row, columns: Sequence[str]) -> str:
 
 def _digest(prints: Sequence[str]) -> str:
     return sha256("".join(prints).encode()).hexdigest()
+
+
+def tuner_rows(tasks: Iterable[Prepared], splits: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """For a tuner's recipe: the rows of these splits of each task, by their content; without tasks of generated rows."""
+    found = {}
+    for prepared in tasks:
+        if "columns" in prepared.record:
+            own = [one for split in splits for one in prepared.prints[split]]
+            found[prepared.task.name] = {"train": len(own), **_packed(prepared.record["columns"], own)}
+    return found
+
+
+def tuner_note(recipe: Mapping[str, Any], prepared: Prepared) -> str | None:
+    """A sentence if dev or test rows are among those of `tuner_rows` in a recipe, which may be a stranger's, or may be."""
+    known, name, seen = recipe.get(TUNER_ROWS), prepared.task.name, set[str]()
+    for task, record in known.items() if isinstance(known, dict) and "columns" in prepared.record else ():
+        if not isinstance(record, dict) or not _hashed(record) or record["columns"] != prepared.record["columns"]:
+            continue
+        if record["train"] <= MOST:
+            seen |= {record["contents"][i : i + DIGITS] for i in range(0, DIGITS * record["train"], DIGITS)}
+        elif task == name:
+            return (
+                f"{name}: the tuner was trained with {record['train']} rows, more than its file lists: some dev or test rows "
+                "may be among them"
+            )
+    rows = {split: prepared.prints[split] for split in ("dev", "test")} if seen else {}
+    counts = {split: sum(one in seen for one in found) for split, found in rows.items()}
+    if not any(counts.values()):
+        return None
+    listed = " and ".join(f"{count} of {len(rows[split])} {split} rows" for split, count in counts.items() if count)
+    return (
+        f"{name}: the tuner was trained with {listed}, whose scores may be too good: take other rows, or meta-train with a "
+        "smaller `train_examples`"
+    )

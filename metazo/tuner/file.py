@@ -119,7 +119,7 @@ model is fine-tuned with forward passes only (zeroth-order).
 It fits {text(info.base_model)} and every model with the same tensor names and shapes.
 
 ## Recipe
-{table(info.recipe)}
+{table({key: _counts(value) for key, value in info.recipe.items()})}
 ## Scores
 {table(info.scores)}"""
 
@@ -153,6 +153,13 @@ It fits {text(info.base_model)} and every model with the same tensor names and s
                 f"{partial}take a tuner made for this model"
             )
         return match
+
+
+def _counts(value: Any) -> Any:
+    """Of training rows by task, which are lists of hashes, how many there are; any other value of a recipe as it is."""
+    if isinstance(value, dict) and all(isinstance(one, dict) and "contents" in one for one in value.values()):
+        return {name: one.get("train") for name, one in value.items()}
+    return value
 
 
 def _checked(data: bytes) -> TunerInfo:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,6 +63,7 @@ class TunerScale(BlockScale):
         tensors: names of the tensors of each network's block, if a block has several; a block of others is not its own.
         partial: whether trained blocks without a network are accepted.
         features, parametrisation, bound: as in `features` and `parametrise`.
+        recipe: of the tuner, for notes on the rows that it was trained on.
     """
 
     pertnn: PertNN | None = None
@@ -71,6 +73,7 @@ class TunerScale(BlockScale):
     features: str = "published"
     parametrisation: str = "abs"
     bound: float = math.log(3)
+    recipe: Mapping[str, Any] = field(default_factory=dict)
 
     def bind(self, tensors: Sequence[NamedTensor]) -> None:
         super().bind(tensors)
@@ -168,6 +171,7 @@ def tuner_scale(
         features=info.features,
         parametrisation=info.parametrisation,
         bound=info.bound,
+        recipe=info.recipe,
         normalise=info.normalise,
         embedding_rows=PUBLISHED_EMBEDDING_ROWS * batch_size if info.embedding_count == "published" else None,
         every=every or (1 if info.features == "published" else STATISTICS_EVERY),
