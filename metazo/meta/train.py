@@ -62,8 +62,9 @@ def meta_train(
     places = {"record": None, "trajectory": "recording"}
     may_change: dict[str, Any] = {"incidental": (ENVIRONMENT, "data"), "places": places}
     if config.resume and (config.out / TUNER).exists():
-        # raises UserError if the settings are others
-        RunFolder(config.out, settings, resume=True, look=True, **may_change)
+        recording = _recording(config)
+        # raises UserError if the settings or the recording are others; the model and the rows are not loaded
+        RunFolder(config.out, settings, resume=True, look=True, belongs=recording, **may_change)
         say(console, f"The run in {config.out} is complete; this is its tuner.")
         with suppress(UserError, OSError), FolderLock(config.out):  # a disk that may only be read; another at work
             _take_away(config.out)
@@ -98,6 +99,15 @@ def meta_train(
                     _clear(config.out)
                 raise
         return finish(run, folder, loaded, console)
+
+
+def _recording(config: MetaConfig | HorizonConfig) -> dict[str, str] | None:
+    """The hash of the recording that a complete run is given, as in `belongs`; None if it has none, or if the one with which
+    it began is gone from its place. Raises UserError for another one that is not there."""
+    trajectory = getattr(config, "trajectory", None)
+    if trajectory is None or (str(trajectory) == read_config(config.out).get("trajectory") and not trajectory.exists()):
+        return None
+    return {"recording": content_hash(trajectory)}
 
 
 def _setup(config: MetaConfig | HorizonConfig) -> ModuleType:

@@ -110,3 +110,9 @@ def test_a_run_is_not_continued_along_another_recording(
     begun.write_bytes(text)
     (tmp_path / "path-one").rename(tmp_path / "moved")
     meta_train(replace(config, resume=True, trajectory=tmp_path / "moved"))
+    with pytest.raises(UserError, match="cannot continue: the recording changed since it began"):  # complete
+        meta_train(replace(config, resume=True, trajectory=tmp_path / "path-two"))
+    with pytest.raises(UserError, match="path-three holds no recording of a teacher"):
+        meta_train(replace(config, resume=True, trajectory=tmp_path / "path-three"))
+    for there in ("moved", "path-one"):  # a recording may be deleted when it has served
+        meta_train(replace(config, resume=True, trajectory=tmp_path / there))
