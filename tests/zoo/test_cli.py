@@ -46,6 +46,11 @@ def test_import_push_list_show_pull_verify(tmp_path: Path, home: Path) -> None:
     assert f"{count - 1} of {count} in order" in run("verify", code=1)
 
 
+def test_bundled_tuners_are_published_with_their_measurements() -> None:
+    cards = list(Path(pertnn_zoo.__file__).parent.rglob("card.md"))
+    assert cards and not [card for card in cards if "Not recorded." in card.read_text()]
+
+
 def test_what_a_file_says_is_shown_and_not_obeyed(tmp_path: Path) -> None:
     make_tuner("tiny", recipe={"note": "[red]hot[/red] [/] [link=x]"}).save(tmp_path / "t.safetensors")
     assert "[red]hot[/red] [/] [link=x]" in run("show", tmp_path / "t.safetensors")
