@@ -75,14 +75,16 @@ def fit_jacobian(
     fits: dict[int, _Fit] = {}
     for number, closure in enumerate(closures):
         for one in recorder.capture([closure]).passes:
-            if rank > (width := one.delta.shape[-1]):  # type: ignore[union-attr]
+            delta = one.delta
+            assert delta is not None
+            if rank > (width := delta.shape[-1]):
                 raise UserError(f"`rank` is {rank} and the model's width is {width}; choose at most that.")
-            carrying = one.delta.ne(0).any(-1)  # type: ignore[union-attr]
+            carrying = delta.ne(0).any(-1)
             pooled = _pooled(residual.blocks, one, carrying) if orthogonal else None
             vectors = [_draw(one, pooled, generator) for _ in range(draws)]
             cotangents = [v[:, None] * carrying[..., None] for v in vectors]
             held_out = number % HELD_OUT == HELD_OUT - 1
-            own = [one.delta] if held_out and cosines is not None and not _parallel(one.delta) else []  # type: ignore[arg-type]
+            own = [delta] if held_out and cosines is not None and not _parallel(delta) else []
             for index, errors in exact_errors(residual, one, [*cotangents, *own]):
                 if index < 0:
                     break
@@ -90,7 +92,7 @@ def fit_jacobian(
                 sums = fit.held_out if held_out else fit.fitted
                 for v, error in zip(vectors, errors):
                     sums.add(v, error, carrying)
-                for delta, error in zip(own, errors[len(vectors) :]):
+                for error in errors[len(vectors) :]:
                     fit.own.add(delta, error, carrying)
     solved = {index: fit.solve(rank, ridge) for index, fit in sorted(fits.items())}
     if cosines is not None:

@@ -80,9 +80,8 @@ def held(model: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
         values, parts = parameter.detach(), 1
         if hasattr(parameter, "placements"):
             mesh, values = parameter.device_mesh, values.to_local()  # type: ignore[attr-defined, operator]
-            parts = math.prod(
-                mesh.size(axis) for axis, how in enumerate(parameter.placements) if not how.is_replicate()
-            )
+            placements = enumerate(parameter.placements)  # type: ignore[attr-defined]
+            parts = math.prod(mesh.size(axis) for axis, how in placements if not how.is_replicate())
         yield name, values, everywhere // parts
 
 

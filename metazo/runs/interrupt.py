@@ -50,7 +50,7 @@ def interruptible() -> Iterator[list[str]]:
         handlers[signal.SIGCONT] = count
     left_alone = signal.SIG_IGN, None  # None: the handler of a library in C, which could not be put back
     heard = [number for number in handlers if signal.getsignal(number) not in left_alone]
-    before: dict[signal.Signals, Any] = {}
+    before: dict[int, Any] = {}
     with suppress(ValueError):  # not the main thread
         for number in heard:
             before[number] = signal.signal(number, handlers[number])

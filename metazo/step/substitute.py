@@ -160,7 +160,8 @@ class Scratch(Shown):
             self._uses.append(key)
         return self._ahead.pop(key)
 
-    _apart = torch._disable_dynamo(_next)  # torch.compiler.disable would import torch's compiler here
+    # torch.compiler.disable would import torch's compiler here
+    _apart = torch._disable_dynamo(_next)  # pyright: ignore[reportPrivateImportUsage]
 
     def _following(self, tensor: NamedTensor) -> list[NamedTensor]:
         """The tensor, and those that were used after it in the last evaluation, while there is room for them."""
