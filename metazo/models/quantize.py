@@ -271,7 +271,6 @@ def stored(tensor: Tensor) -> Iterator[Tensor]:
         yield scales
     state = getattr(tensor, "quant_state", None)  # bitsandbytes, 4 bits
     while state is not None:
-        yield state.absmax
-        if state.nested:  # the scales are quantised too
-            yield state.offset
-        state = state.state2
+        parts = (getattr(state, name, None) for name in ("absmax", "offset"))
+        yield from (part for part in parts if part is not None)
+        state = getattr(state, "state2", None)  # of scales that are quantised too

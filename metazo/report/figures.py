@@ -135,10 +135,9 @@ def pareto(analysis: Analysis) -> Figure:
         figure = Figure(figsize=(9.6, 4.8), layout="constrained")
         axes = figure.subplots()
         whole = [point for point in points if data.steady(point[2], analysis.tasks)]
-        for memory, value, column in [
-            *whole,
-            *(point for point in points if point not in whole),
-        ]:  # whose look the legend has
+        for memory, value, column in sorted(
+            points, key=lambda point: point not in whole
+        ):  # the legend has the first look
             colour, marker, label = FAMILIES[data.family(column)]
             hollow = unsteady(analysis, column)
             axes.plot(
