@@ -174,10 +174,9 @@ def test_if_the_signature_cannot_be_replaced_the_index_is_put_back(
             raise OSError(28, "No space left on device")
         replace(source, target)
 
-    monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(UserError, match="No space left"):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left"):
+        patch.setattr(os, "replace", full)
         signed(folder, secret, seed=5)
-    monkeypatch.undo()
     assert not (folder / "index.json.minisig.new").exists() and (folder / "index.json").exists() == bool(number)
     if number:
         zoo.pull("tiny/v1", folder, key=str(public))
