@@ -24,6 +24,7 @@ os.environ.setdefault(
 _MEMORY, _ours = Path("/dev/shm"), None
 if "TMPDIR" not in os.environ and os.access(_MEMORY, os.W_OK) and shutil.disk_usage(_MEMORY).free > 4 << 30:
     _ours = os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="metazo-tests-", dir=_MEMORY)
+    os.environ.setdefault("HF_DATASETS_CACHE", str(Path(_ours) / "datasets"))  # the user's own is left alone
     tempfile.tempdir = None
 
 
