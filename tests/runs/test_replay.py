@@ -157,6 +157,16 @@ def test_another_base_model_is_refused(run, tmp_path):
     assert not (tmp_path / "again").exists()
 
 
+def test_a_base_whose_configuration_gives_the_same_weights_another_meaning_is_refused(run, tmp_path):
+    shutil.copytree(SMALL["model"], tmp_path / "base")
+    path = tmp_path / "base" / "config.json"
+    path.write_text(path.read_text().replace('"silu"', '"gelu"'))
+    with pytest.raises(
+        UserError, match="is not the base model of this log: in its configuration hidden_act was 'silu'"
+    ):
+        replay(run / "steps.jsonl", tmp_path / "base")
+
+
 def test_a_base_with_another_tokenizer_is_refused(run, tmp_path):
     loaded, base = load_model(SMALL["model"]), tmp_path / "base"
     loaded.model.save_pretrained(base)
@@ -240,6 +250,14 @@ def test_a_log_whose_settings_were_changed_is_refused(run, tmp_path):
 
     with pytest.raises(UserError, match="its header has no"):
         replay(rewritten(run, tmp_path / "log", bare), SMALL["model"])
+
+
+@pytest.mark.parametrize("rate", [-1e-4, "inf"])
+def test_a_step_with_an_impossible_rate_is_not_replayed(run, tmp_path, rate):
+    log = rewritten(run, tmp_path / "log.jsonl", lambda row: row | {"lr": [rate]} if row.get("step") == 3 else row)
+    with pytest.raises(UserError, match="cannot be replayed: the learning rate of step 3 is"):
+        replay(log, SMALL["model"], tmp_path / "again")
+    assert not (tmp_path / "again").exists()
 
 
 def test_another_version_of_the_noise_is_refused(run, tmp_path):

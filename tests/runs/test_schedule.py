@@ -92,6 +92,17 @@ def test_a_budget_holds_if_steps_cost_different_numbers_of_forwards(evaluated):
     assert (run.summary["steps"], run.summary["forwards"]) == (3, 8 + 4 + 8)
 
 
+@pytest.mark.parametrize(
+    "forwards, steps", [(20, 1), (23, 1), (24, 2), (31, 3), (415, 99), (416, 100), (435, 100), (436, 101)]
+)
+def test_a_first_step_that_takes_more_than_others_is_paid_for(forwards, steps):
+    """Ten batches in a full step, which is one in a hundred: 20 forward passes, and 4 in each step after it."""
+    optimizer = metazo.MeZOSVRG(torch.nn.Linear(2, 2).named_parameters(), interval=100)
+    optimizer.full_closure = [lambda: 0.0] * 10
+    config = FinetuneConfig(SETTINGS["model"], "pico_sentiment", optimizer="mezo-svrg", forwards=forwards)
+    assert number_of_steps(config, optimizer, 16) == steps
+
+
 @pytest.mark.parametrize("forwards, steps", [(2, 1), (5, 1), (6, 2), (7, 2), (8, 3), (12, 4), (13, 4), (14, 5)])
 def test_a_first_step_that_takes_less_than_others_is_paid_for(forwards, steps):
     """With one batch a full step of SVRG takes 2 passes, and the step after it 4."""
