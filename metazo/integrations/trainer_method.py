@@ -64,13 +64,15 @@ def build(
     own: Mapping[str, nn.Parameter],
     options: dict[str, Any],
     decayed: set[str],
+    examples: int,
 ) -> ZOOptimizer:
     """The method with its settings. own: parameters beside the model's; weight decay is for those named `decayed`, as in the
-    Trainer.
+    Trainer. examples: of a step, over all micro-batches and processes.
     """
     parameters: Iterable = [*module.named_parameters(), *own.items()]
     if (name := options.pop("tuner", None)) is not None:
-        options["scale"] = tuner_scale(zoo.load(name, report=lambda text: None), parameters)
+        tuner = zoo.load(name, report=lambda text: None)
+        options["scale"] = tuner_scale(tuner, parameters, batch_size=examples)
     if cls.needs_tuner and "scale" not in options:
         raise UserError(
             f"{cls.name} needs a tuner: add `tuner`, a file, a name of the zoo or a Hub id, to its settings."

@@ -120,7 +120,8 @@ class ZOMixin:
             for prefix, loss in _losses(getattr(self, "loss", None)):
                 own |= {prefix + name: parameter for name, parameter in _own_parameters(loss, module)}
                 decayed |= {prefix + name for name in self.get_decay_parameter_names(loss)}  # type: ignore[attr-defined]
-            self.optimizer = TakenSteps(build(cls, module, own, common | options, decayed), own)
+            examples = self.get_total_train_batch_size(args)  # type: ignore[attr-defined]
+            self.optimizer = TakenSteps(build(cls, module, own, common | options, decayed, examples), own)
         return self.optimizer
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:

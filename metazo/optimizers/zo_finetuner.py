@@ -26,7 +26,8 @@ from metazo.step.scales import BlockScale
 class ZOFinetuner(ZOOptimizer):
     """MeZO under a tuner's block scales. Forwards per step: 2. Extra memory: about 450 numbers per block.
 
-    Args: as ZOOptimizer; scale is required: `tuner_scale(tuner, model.named_parameters())`.
+    Args: as ZOOptimizer; scale is required: `tuner_scale(tuner, model.named_parameters(), batch_size=16)` for steps of 16
+    examples.
     Where not to use: on a model whose blocks are not the tuner's; the RMS scale (MeZO, `scale="rms"`) needs no tuner.
     """
 

@@ -151,7 +151,10 @@ def tuner_scale(
 
     Args: named_parameters: all of the model, including frozen ones. allow_partial: accept a model that differs; its other
     blocks take the RMS scale. every: steps between readings of the block statistics (default 50; 1 for the published
-    features, as published). batch_size: used only if the tuner asks for the published count of embedding entries.
+    features, as published). batch_size: number of examples of one step, over all micro-batches and processes; used only if the
+    tuner has the published count of embedding entries (`tuner.info.embedding_count`, as imported tuners have), which follows
+    it. An optimizer does not see the batches of a loop: give the loop's own number, because the default 16 is the published
+    one and the sizes of the probes differ with it.
     Raises UserError that names the first blocks that differ.
     """
     info = tuner.info

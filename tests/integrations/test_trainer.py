@@ -22,10 +22,14 @@ from transformers import (
     TrainingArguments,
 )
 
+from metazo.blocks import named_tensors, partition
 from metazo.errors import UserError
 from metazo.integrations import ZOMixin, ZOTrainer
 from metazo.noise import PhiloxNoise
 from metazo.optimizers import LOZO, MeZO
+from metazo.tuner.file import Tuner, TunerInfo
+from metazo.tuner.match import BlockSpec
+from metazo.tuner.networks import PertNN
 from tests import warm
 
 MODEL = [""]
@@ -399,6 +403,24 @@ def test_adapters_alone_move_in_a_peft_model(tmp_path: Path) -> None:
     trainer(tmp_path, net, max_steps=2).train()
     moved = {name for name, parameter in net.named_parameters() if not torch.equal(parameter, before[name])}
     assert moved and all("lora_" in name for name in moved)
+
+
+@pytest.mark.parametrize(("each", "micro_batches"), [(2, 1), (3, 2)])
+def test_a_tuner_of_the_published_count_is_told_the_examples_of_a_step(
+    tmp_path: Path, each: int, micro_batches: int
+) -> None:
+    net = model()
+    blocks = [BlockSpec.of(block) for block in partition(named_tensors(net), "tensor")]
+    file = tmp_path / "tuner.safetensors"
+    Tuner(PertNN(len(blocks), hidden=4), TunerInfo("llama", blocks, embedding_count="published")).save(file)
+    sizes = {"per_device_train_batch_size": each, "gradient_accumulation_steps": micro_batches}
+    method: Any = ("zo-finetuner", {"tuner": str(file)})
+    run = trainer(tmp_path, net, optimizer_cls_and_kwargs=method, max_steps=1, **sizes)
+    optimizer = run.create_optimizer().optimizer
+    run.train()
+    scale = optimizer.scale
+    embedding = next(i for i, block in enumerate(scale.blocks) if "embed" in block.name)
+    assert scale.counts[embedding] == 15 * each * micro_batches * net.config.hidden_size
 
 
 @pytest.mark.parametrize(
