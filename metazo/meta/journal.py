@@ -35,9 +35,18 @@ def say(console: Console | None, text: str) -> None:
         console.print(text, soft_wrap=True)
 
 
-def short_type(name: str) -> str:
-    """A short name of a block type: its last module and parameter, such as `q_proj.weight`."""
-    return ".".join(block_type(name).split(".")[-2:])
+def short_types(names: Sequence[str]) -> list[str]:
+    """Short names of block types: of each the last module and parameter, such as `q_proj.weight`, with as many of the modules
+    before them as set it apart from the other types.
+    """
+    parts = [name.split(".") for name in names]
+
+    def short(own: list[str]) -> str:
+        ends = (own[-length:] for length in range(2, len(own)))
+        alone = (end for end in ends if sum(other[-len(end) :] == end for other in parts) == 1)
+        return ".".join(next(alone, own))
+
+    return [short(own) for own in parts]
 
 
 def by_type(blocks: Sequence[Block], scales: Sequence[float]) -> dict[str, float]:
@@ -110,9 +119,9 @@ class Progress:
 
     def _panel(self, row: dict[str, Any], skipped: int) -> Group:
         table = Table("block type", "sigma", title=None, box=None, padding=(0, 2))
-        for name, value in list(row["sigma"].items())[:16]:
+        for name, value in list(zip(short_types(list(row["sigma"])), row["sigma"].values()))[:16]:
             bar = "#" * max(1, min(30, round(10 + 8 * math.log10(max(value, 1e-6)))))
-            table.add_row(short_type(name), f"{value:8.3f}  {bar}")
+            table.add_row(name, f"{value:8.3f}  {bar}")
         done = row["step"] + 1
         width = round(40 * done / self.total)
         lines = [Text(f"[{'=' * width}{' ' * (40 - width)}] {self._headline(row, skipped)}")]
@@ -135,8 +144,10 @@ def warning(row: dict[str, Any], config: MetaConfig | HorizonConfig) -> str:
     )
 
 
-def plot(folder: Path) -> Path:
-    """Sigma by block type over meta-steps, from the metrics, as PNG."""
+def plot(folder: Path, normalised: bool) -> Path:
+    """Sigma by block type over meta-steps, from the metrics, as PNG. normalised: whether its mean square over
+    the weights is 1.
+    """
     with needs("report"):
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
@@ -149,13 +160,15 @@ def plot(folder: Path) -> Path:
     with styled(), unprintable(), whole_file(path) as file:
         figure = Figure(figsize=(9, 5), layout="constrained")
         axes = figure.subplots()
-        for index, name in enumerate(names):
-            sigma, label = [row["sigma"][name] for row in rows], short_type(name)
+        for index, (name, label) in enumerate(zip(names, short_types(names))):
+            sigma = [row["sigma"][name] for row in rows]
             axes.plot(steps, sigma, label=label, markevery=max(len(rows) // 8, 1), **look(index))
-        axes.set(xlabel="meta-step", ylabel="normalised sigma (geometric mean by block type)")
+        kind = "normalised sigma" if normalised else "sigma, not normalised"
+        axes.set(xlabel="meta-step", ylabel=f"{kind} (geometric mean by block type)")
         log_axis(axes, "y")
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-        axes.axhline(1, color="#666666", linewidth=0.8, zorder=0)
+        if normalised:
+            axes.axhline(1, color="#666666", linewidth=0.8, zorder=0)
         if len(names) <= 40:
             axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
         png(figure, file, 120)

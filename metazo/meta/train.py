@@ -165,7 +165,7 @@ def finish(run: MetaRun | HorizonRun, folder: RunFolder, loaded: LoadedModel, co
     setup.judge(run)
     folder.lock.check_held()
     try:
-        picture = str(plot(folder.path))
+        picture = str(plot(folder.path, run.config.normalise))
     except NO_PICTURE as missing:  # the tuner is complete without its picture
         picture = f"no picture of sigma ({str(missing) or 'no memory is left'})"
     tuner = setup.make_tuner(run, loaded)

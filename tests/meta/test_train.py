@@ -42,7 +42,7 @@ def weights(tuner: Tuner) -> list[torch.Tensor]:
 
 
 def test_a_tuner_is_complete_without_a_picture_that_cannot_be_drawn(settings, monkeypatch):
-    def no_room(folder):
+    def no_room(folder, normalised):
         raise ImportError("ft2font.so: failed to map segment")
 
     monkeypatch.setattr("metazo.meta.train.plot", no_room)
