@@ -33,12 +33,13 @@ from metazo.io.lock import FolderLock
 from metazo.io.plain import read_json
 from metazo.io.terminal import Console
 from metazo.meta.feedback_config import FeedbackConfig
+from metazo.meta.loading import resolve_tasks
 from metazo.meta.trial import check_file, check_name
 from metazo.models.load import LoadedModel, load_model
 from metazo.runs.interrupt import Interrupted
 from metazo.runs.locate import CONFIG
 from metazo.runs.method import resolve_device
-from metazo.tasks import Prepared, Task, books, in_memory, prepare, resolve
+from metazo.tasks import Prepared, Task, books, in_memory, prepare
 from metazo.tasks.prepared import last_logits
 from metazo.tasks.rows import checked, load
 from metazo.tasks.task import Row
@@ -163,7 +164,7 @@ def _sources(config: FeedbackConfig) -> tuple[list[Task], Path | list[Row] | Non
                 f"`data` {config.data} is a file of prompts, which goes without `task`; leave one of them out, or give the "
                 "folder with <task>/<split>.jsonl."
             )
-        tasks = [resolve(name) for name in config.task]
+        tasks = resolve_tasks(config.task)
         return tasks, config.data, [task.name for task in tasks]  # not the place of a task's file
     if config.data is None:
         return [books.TASK], None, ["books"]
@@ -173,11 +174,15 @@ def _sources(config: FeedbackConfig) -> tuple[list[Task], Path | list[Row] | Non
             raise UserError(
                 f"`data` {config.data} holds no text task for meta-training, such as {of_families(META_TRAIN)[0]}; name `task`."
             )
-        return [resolve(name) for name in found], config.data, found
+        return resolve_tasks(found), config.data, found
     if not is_file(config.data):
         raise UserError(f"`data` {config.data} is neither a file of prompts nor a folder.")
     task = Task(name="prompts", kind="classification", prompt="{text} {}", labels={0: "yes", 1: "no"})
-    return [task], [{"text": text} for text in _prompts(config.data)], ["prompts of the user"]
+    found = _prompts(config.data)
+    texts = list(dict.fromkeys(found))  # a repeated one would be fitted and held out
+    left = len(found) - len(texts)
+    name = f"prompts of the user ({left:,} repeated ones left out)" if left else "prompts of the user"
+    return [task], [{"text": text} for text in texts], [name]
 
 
 def _prompts(path: Path) -> list[str]:

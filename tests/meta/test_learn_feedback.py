@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import re
@@ -91,6 +92,23 @@ def test_text_of_the_user_and_text_of_metazo(tiny, tmp_path: Path) -> None:
     assert len(mine.info.scores[names[0]]) == len(mine.maps.down) == len(mine.info.blocks) - 1
 
 
+@pytest.mark.parametrize("ending", ["txt", "jsonl"])
+def test_a_repeated_prompt_counts_once(ending: str, tiny, tmp_path: Path) -> None:
+    """It would be fitted and held out. How many were left out is said, and is in the recipe."""
+    for name, repeats in (("once", 1), ("often", 3)):
+        prompts = [f"prompt number {n}" for n in range(20)] * repeats
+        lines = [json.dumps({"text": prompt}) for prompt in prompts] if ending == "jsonl" else prompts
+        (tmp_path / f"{name}.{ending}").write_text("".join(f"{line}\n" for line in lines))
+    given = {"model": str(tiny("llama"))} | SMALL
+    once = metazo.meta_train(FeedbackConfig(out=tmp_path / "1", data=tmp_path / f"once.{ending}", **given))
+    console = Console(file=io.StringIO(), width=200)
+    config = FeedbackConfig(out=tmp_path / "2", data=tmp_path / f"often.{ending}", **given)
+    often = metazo.meta_train(config, console=console)
+    assert often.maps.trust == once.maps.trust and often.info.recipe["texts"] == once.info.recipe["texts"]
+    assert often.info.recipe["source"] == "prompts of the user (40 repeated ones left out)"
+    assert "on 16 texts of prompts of the user (40 repeated ones left out)." in console.file.getvalue()
+
+
 GENERATED = ["pico_sentiment", "pico_topic", "pico_entail", "pico_span", "pico_cause", "pico_sentiment", "pico_topic"]
 
 
@@ -98,6 +116,8 @@ GENERATED = ["pico_sentiment", "pico_topic", "pico_entail", "pico_span", "pico_c
 def test_texts_are_divided_among_the_tasks(number: int, used: list[int], tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """As evenly as possible, of every length, and tasks without a text are not named."""
     given, tasks = [], (GENERATED * 3)[:number]
+    named = [resolve(name).model_copy(update={"name": f"{name}_{place}"}) for place, name in enumerate(tasks)]
+    monkeypatch.setattr(learn_feedback, "resolve_tasks", lambda names: named)
     monkeypatch.setattr(
         learn_feedback, "_loss", lambda config, prepared, loaded, examples, device: given.append(examples)
     )
@@ -105,7 +125,7 @@ def test_texts_are_divided_among_the_tasks(number: int, used: list[int], tiny, m
     monkeypatch.setattr(learn_feedback, "HELD_OUT", 1)
     _, source, count = learn_feedback._losses(config, load_model(tiny("llama")), torch.device("cpu"), None)
     assert [len(examples) for examples in given] == used and count == 16
-    assert source == ", ".join(tasks[: len(used)])
+    assert source == ", ".join(task.name for task in named[: len(used)])
     drawn = learn_feedback._prepared(resolve(tasks[1]), config, None, load_model(tiny("llama")), used[1]).train
     assert given[1] == sorted(drawn, key=len), "none is left out because it is long"
 
@@ -158,6 +178,10 @@ def test_bad_settings(tiny, tmp_path: Path) -> None:
         learn(model, tmp_path / "x", data=tmp_path / "none.txt")
     with pytest.raises(UserError, match="`data` .*few.txt is a file of prompts, which goes without `task`"):
         learn(model, tmp_path / "x", data=tmp_path / "few.txt", task=["pico_topic"])
+    with pytest.raises(
+        UserError, match="`task` has two tasks of the name 'pico_topic'; rename one of them, or leave it"
+    ):
+        learn(model, tmp_path / "x", task=["pico_topic", "pico_topic"])
     with pytest.raises(UserError, match="`ridge` 0.5 changes nothing with `rank` 0, which fits no map; leave it out"):
         learn(model, tmp_path / "x", rank=0, ridge=0.5)
     (tmp_path / "empty").mkdir()
