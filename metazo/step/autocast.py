@@ -1,7 +1,7 @@
 """The caller's `torch.autocast` is for closures: the optimizer's own arithmetic is done without it.
 
-Autocast keeps narrow copies of weights until its outermost context ends, which would be evaluated again after the weights have
-changed. They are not used here.
+Autocast keeps narrow copies of weights until its outermost context ends, and so does `parametrize.cached()` with parametrized
+weights. They would be evaluated again after the weights have changed, and are not used here.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 
 import torch
+from torch.nn.utils import parametrize
 
 KINDS = "cpu", "cuda", "mps", "xpu"
 
@@ -38,13 +39,17 @@ def under(wanted: Autocast) -> Iterator[None]:
 
 @contextmanager
 def own_arithmetic() -> Iterator[None]:
-    """A step: without gradients and without autocast, except for what is evaluated `as_called`."""
+    """A step: without gradients, without autocast, except for what is evaluated `as_called`, and outside of the caller's
+    `parametrize.cached()`. A closure may open one of its own, which ends with the evaluation."""
     found = present()
     token = _caller.set(found)
+    cached, parametrize._cache_enabled = parametrize._cache_enabled, 0
+    parametrize._cache.clear()
     try:
         with torch.no_grad(), under(OFF):
             yield
     finally:
+        parametrize._cache_enabled = cached
         _caller.reset(token)
         if found != OFF:
             torch.clear_autocast_cache()  # of evaluations by the caller, who has other weights now

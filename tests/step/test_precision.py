@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize
 
 from metazo.errors import UserError
 from metazo.kernels.splitfloat import dither, join, plain_join, plain_split, split
@@ -327,6 +328,43 @@ def test_autocast_of_the_caller_is_for_closures_alone(name, options):
     wanted, _ = weights(False, True)
     found, records = weights(True, False)
     assert torch.equal(found, wanted) and torch.equal(weights(True, False, records)[0], wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "options"),
+    [
+        ("mezo", torch.float32, {}),
+        ("mezo", torch.bfloat16, {"precision": "master"}),
+        ("mezo", torch.bfloat16, {"precision": "compensated-16"}),
+        ("lozo", torch.float32, {"rank": 2, "probing": "together"}),
+        ("first-order-fused", torch.float32, {}),
+        ("first-order-sgd", torch.float32, {}),
+    ],
+)
+def test_parametrized_weights_that_the_caller_keeps_are_not_evaluated_again(name, dtype, options):
+    """A forward pass of the caller before a step fills the cache. within: the closure opens one of its own."""
+    x = torch.randn(4, 24, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+    def run(around, within):
+        torch.manual_seed(0)
+        model = nn.Sequential(parametrizations.weight_norm(nn.Linear(24, 24)), nn.Tanh(), nn.Linear(24, 2)).to(dtype)
+        optimizer = METHODS[name](model.named_parameters(), lr=1e-2, **options)
+
+        def closure():
+            with parametrize.cached() if within else nullcontext():
+                return (model(x).float() + model(-x).float().exp()).square().mean()
+
+        losses = []
+        with parametrize.cached() if around else nullcontext():
+            for _ in range(3):
+                losses += [closure().item(), optimizer.step([closure, closure])]
+            assert bool(parametrize._cache_enabled) == around
+        return losses, torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    for within in (False, True):
+        losses, wanted = run(False, within)
+        found, weights = run(True, within)
+        assert found == losses and torch.equal(weights, wanted) and len(set(losses[::2])) == 3
 
 
 @pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
