@@ -66,7 +66,8 @@ def meta_train(
     if as_json:
         print_json({"tuner": path, "base_model": tuner.info.base_model, "recipe": tuner.info.recipe})
         return
-    console.print(f"Publish it: metazo zoo push {quote(path)}", soft_wrap=True)
+    if "result" not in tuner.info.recipe:  # else it has learned nothing, as a note has said
+        console.print(f"Publish it: metazo zoo push {quote(path)}", soft_wrap=True)
 
 
 def _settings(

@@ -144,6 +144,12 @@ class HorizonRun:
         sigma = scale.sigma(state)
         return sigma * normalisation(sigma, scale.counts) if self.config.normalise else sigma
 
+    @property
+    def moved(self) -> bool:
+        """Whether the centre of the search is another than at the start of the run."""
+        n = self.pertnn.blocks
+        return not torch.equal(self.centre[:n], self.pertnn.b2.detach().double()) or bool(self.centre[n:].any())
+
     # -- runs ---------------------------------------------------------------------------------------------------------
 
     def run(

@@ -16,6 +16,7 @@ from metazo.io.terminal import Console
 from metazo.meta.dryrun import Plan
 from metazo.meta.horizon import EVAL_BATCH, HorizonRun, HorizonTask
 from metazo.meta.horizon_config import HorizonConfig
+from metazo.meta.journal import STILL, still
 from metazo.meta.loading import load_base, prepare_task, resolve_tasks, rows_of
 from metazo.meta.trial import check_file
 from metazo.models.heads import Prototypes
@@ -121,7 +122,8 @@ def judge(run: HorizonRun) -> None:
 
 def notes(run: HorizonRun) -> list[str]:
     """What is to be said of the run at its end."""
-    return [f"{run.skipped} pairs of runs exploded, or had a loss that was not finite."] if run.skipped else []
+    found = [f"{run.skipped} pairs of runs exploded, or had a loss that was not finite."] if run.skipped else []
+    return found if run.moved else [*found, still(run.steps, "the scales", run.config)]
 
 
 def make_tuner(run: HorizonRun, loaded: LoadedModel) -> Tuner:
@@ -143,6 +145,7 @@ def make_tuner(run: HorizonRun, loaded: LoadedModel) -> Tuner:
             "factor of the rates": math.exp(float(run.centre[-1])),
         }
         | rows_of(run.tasks, ["train", "dev"])
+        | ({} if run.moved else STILL)
     )
     return Tuner(whole, _info(config, loaded, blocks, recipe))
 

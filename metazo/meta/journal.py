@@ -130,6 +130,22 @@ class Progress:
         return Group(*lines, table)
 
 
+STILL = {"result": "that of the start, which no meta-step moved"}  # in the recipe of a tuner that learned nothing
+
+
+def still(steps: int, what: str, config: MetaConfig | HorizonConfig) -> str:
+    """The note of a run whose `what` is exactly that of the start, with the settings that may be too small."""
+    names = ["eps", "spread", "lr_sigma"] if isinstance(config, HorizonConfig) else ["lr_meta"]
+    if isinstance(config, MetaConfig) and config.objective == "published":
+        names = ["eps", "lr_update", *names]
+    listed = [f"`{name}` (now {getattr(config, name):g})" for name in names]
+    raised = listed[0] if len(listed) == 1 else f"{', '.join(listed[:-1])} or {listed[-1]}"
+    return (
+        f"None of the {steps} meta-steps moved {what}: the meta-gradient was exactly 0, or too small for their numbers. The "
+        f"tuner has learned nothing, so do not publish it: raise {raised}, and train again in another `out`."
+    )
+
+
 def warning(row: dict[str, Any], config: MetaConfig | HorizonConfig) -> str:
     """The collapse warning, with those remedies that the run's settings allow."""
     if isinstance(config, HorizonConfig):

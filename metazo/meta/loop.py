@@ -121,6 +121,7 @@ class MetaRun:
         self.root = published_root(self.scale.counts) if published else None
         self.pertnn = self.scale.pertnn
         assert self.pertnn is not None
+        self.start = [weight.detach().clone() for weight in self.pertnn.parameters()]
         rule = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[config.meta_optimizer]
         self.optimizer: torch.optim.Optimizer = rule([getattr(self.pertnn, k) for k in _WEIGHTS], lr=config.lr_meta)
         self.objective = self._objective()
@@ -238,6 +239,12 @@ class MetaRun:
                 f"The loss was not finite for {MOST_SKIPPED} meta-steps in a row up to step {step}: "
                 "lower `teacher_lr` or `lr_update`."
             )
+
+    @property
+    def moved(self) -> bool:
+        """Whether the networks are others than at the start of the run."""
+        assert self.pertnn is not None
+        return not all(map(torch.equal, self.start, self.pertnn.parameters()))
 
     def state(self) -> dict[str, Tensor]:
         """The whole state on which later steps depend, as tensors by name, not copied."""

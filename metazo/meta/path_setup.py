@@ -12,7 +12,7 @@ from metazo.io.terminal import Console
 from metazo.meta.config import MetaConfig
 from metazo.meta.dryrun import make_plan as make_plan
 from metazo.meta.explosion import exploded_rows
-from metazo.meta.journal import say
+from metazo.meta.journal import STILL, say, still
 from metazo.meta.loading import load_base, prepare_task, resolve_tasks, rows_of
 from metazo.meta.loop import MetaRun, make_teacher, order_of, restarts
 from metazo.meta.order import PreparedTask
@@ -127,7 +127,8 @@ def notes(run: MetaRun) -> list[str]:
         "meta-steps had a loss that was not finite": run.skipped,
         "meta-steps with a finite loss were at weights of a teacher that exploded": run.watch.count,
     }
-    return [f"{count} {what}." for what, count in about.items() if count]
+    found = [f"{count} {what}." for what, count in about.items() if count]
+    return found if run.moved else [*found, still(run.steps, "the networks", run.config)]
 
 
 def make_tuner(run: MetaRun, loaded: LoadedModel) -> Tuner:
@@ -141,7 +142,7 @@ def make_tuner(run: MetaRun, loaded: LoadedModel) -> Tuner:
         "skipped": run.skipped,
         "teacher_path": "online" if isinstance(run.path, Online) else "recorded",
     }
-    recipe |= rows_of(run.tasks, ["train"])
+    recipe |= rows_of(run.tasks, ["train"]) | ({} if run.moved else STILL)
     if isinstance(run.path, Recorded):
         recipe["teacher_steps"] = len(run.path.trajectory.log)
     info = _info(config, loaded, [BlockSpec.of(block) for block in run.scale.blocks], recipe)

@@ -56,6 +56,16 @@ def refused(*arguments: str) -> str:
     return message
 
 
+def test_a_tuner_that_has_learned_nothing_is_not_offered_for_publishing(tmp_path: Path) -> None:
+    how = ("--task=pico_topic", "--objective=published", "--steps=2", "--batch-size=4", "--train-examples=16")
+    said = [
+        metazo("meta-train", "--model=pico", *how, f"--eps={eps}", f"--out={tmp_path / eps}").stdout
+        for eps in ("1e-300", "1e-3")
+    ]
+    assert "None of the 2 meta-steps moved the networks" in said[0] and "raise --eps (now 1e-300)" in said[0]
+    assert ["Publish it" in each for each in said] == [False, True]
+
+
 @pytest.fixture(scope="module")
 def published(tmp_path_factory) -> Path:
     """A zoo with a tuner for pico, made by the commands themselves."""

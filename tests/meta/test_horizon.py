@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 import json
 import math
 import os
@@ -17,6 +18,7 @@ import torch
 import metazo
 from metazo.blocks import named_tensors
 from metazo.errors import UserError
+from metazo.io.terminal import Console
 from metazo.meta import horizon as module
 from metazo.meta.config import MetaConfig
 from metazo.meta.evolution import Pairs
@@ -284,6 +286,17 @@ def test_a_tuner_by_layer_is_used_with_the_tensors_that_it_was_trained_on(settin
     scale = tuner_scale(tuner, loaded.model.named_parameters())
     with pytest.raises(UserError, match="is for all tensors of this block together, and others are trained here"):
         scale.bind(named_tensors(loaded.model))
+
+
+def test_a_run_whose_scales_never_moved_says_so(settings) -> None:
+    """Such an eps changes no number of float32: the runs of a pair end with one loss."""
+    said = []
+    for eps in (1e-300, 1e-3):
+        console = Console(file=io.StringIO(), width=400)
+        tuner = meta_train(settings(f"out{eps}", steps=2, eps=eps, task=["pico_topic"]), console=console)
+        said.append("None of the 2 meta-steps moved the scales" in console.file.getvalue())
+        assert ("result" in tuner.info.recipe) == said[-1]
+    assert said == [True, False]
 
 
 def test_losses_that_are_not_finite_are_counted(settings, monkeypatch) -> None:

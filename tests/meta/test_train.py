@@ -472,6 +472,18 @@ def test_the_remedies_of_a_collapse_are_settings_of_the_run(kind, values: dict, 
         kind(**given | {name: value})  # and each of them is accepted
 
 
+def test_a_run_whose_networks_never_moved_says_so(settings):
+    """Such an eps changes no number of float32, so that the losses of the probes are equal and every meta-gradient is 0."""
+    console = Console(file=io.StringIO(), width=400)
+    tuner = meta_train(settings(eps=1e-300), console=console)
+    assert "None of the 6 meta-steps moved the networks: the meta-gradient was exactly 0" in console.file.getvalue()
+    assert "raise `eps` (now 1e-300), `lr_update` (now 0.001) or `lr_meta` (now 0.1)" in console.file.getvalue()
+    assert tuner.info.recipe["result"] == "that of the start, which no meta-step moved"
+    console = Console(file=io.StringIO(), width=400)
+    tuner = meta_train(settings("other"), console=console)
+    assert "moved" not in console.file.getvalue() and "result" not in tuner.info.recipe
+
+
 @pytest.mark.parametrize("path", [[], ["record"]])
 def test_the_plan_counts_forward_passes(settings, monkeypatch, tmp_path: Path, path):
     from metazo.meta.order import PreparedTask
