@@ -23,17 +23,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C import DisableTorchFunctionSubclass
+from torch._C import DisableTorchFunctionSubclass, _functorch
 from torch.func import vmap
 from torch.nn import functional as F
 
 from metazo.blocks import NamedTensor
-from metazo.kernels.outer import add_product_
 from metazo.noise import Stream
 from metazo.step.directions import Direction
 from metazo.step.substitute import Shown
-
-_WIDE = 10_000  # from this many outputs of a matrix on, a separate product and sum cost more than calling _Product
 
 
 class TooLarge(Exception):
@@ -113,11 +110,11 @@ class Branches(Shown):
 
     def added(self, x: Tensor, weight: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """x W^T + the sum of amount * (x first) second^T over (first, second), rounded to x's type once."""
-        if len(pairs[0][1]) >= _WIDE and self.query is None:
-            return _Product.apply(x, weight, *pairs[0], self.amount[0])
         out = added = F.linear(x, weight)
         for (first, second), amount in zip(pairs, self.amount):
-            added = added + (_narrow(x, first) * amount) @ second.t()
+            low = _narrow(x, first) * amount
+            if not _add_in_place(added, low, second):
+                added = added + low @ second.t()
         return added.to(out.dtype)
 
     def bias(self, bias: Any) -> Any:
@@ -172,29 +169,37 @@ def _addmm(mode: Branches, bias: Tensor, input: Tensor, weight: Tensor, *, beta:
 _SHORT: dict[Any, Callable[..., Tensor | None]] = {F.linear: _linear, F.embedding: _embedding, torch.addmm: _addmm}
 
 
-class _Product(torch.autograd.Function):
-    """x W^T + a (x first) second^T, rounded to x's type once. Under vmap W is multiplied once for all a, and the small
-    product is added in place."""
+def _add_in_place(out: Tensor, low: Tensor, second: Tensor) -> bool:
+    """out += low second^T in one product, which reads and writes `out` once; vmap would make the product and then a sum.
 
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor, first: Tensor, second: Tensor, amount: Tensor) -> Tensor:
-        return _Product.vmap(None, (None, None, None, None, 0), x, weight, first, second, amount[None])[0][0]
+    Returns: whether it was done. It is not if `out` has no number of its own for each branch, or another type.
+    """
+    if out.dtype != low.dtype or torch.compiler.is_compiling():
+        return False
+    opened = [_opened(tensor) for tensor in (out, low, second)]
+    if None in opened:
+        return False
+    (whole, by_branch), (left, low_by_branch), (right, right_by_branch) = opened
+    if not (by_branch and low_by_branch and whole.is_contiguous()):
+        return False
+    if right_by_branch:
+        rows = len(whole), -1
+        whole.view(*rows, whole.shape[-1]).baddbmm_(left.reshape(*rows, left.shape[-1]), right.mT)
+    else:
+        whole.view(-1, whole.shape[-1]).addmm_(left.reshape(-1, left.shape[-1]), right.t())
+    return True
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
 
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *inputs: Any) -> tuple[Tensor, int]:
-        x, weight, first, second, amount = inputs
-        x = x[None] if in_dims[0] is None else x.movedim(in_dims[0], 0)  # one input for all branches, or one per branch
-        out, low = F.linear(x, weight), _narrow(x, first)
-        low = low * amount.view(-1, *[1] * (x.ndim - 1))
-        out = out.expand(len(amount), *out.shape[1:]).contiguous()
-        if out.dtype == low.dtype:
-            add_product_(out.flatten(0, -2), low.flatten(0, -2), second, 1.0, 1.0)
-            return out, 0
-        return (out + low @ second.t()).to(out.dtype), 0
+def _opened(tensor: Tensor) -> tuple[Tensor, bool] | None:
+    """What vmap's tensor holds, and whether its first dimension are the branches; None within another transform."""
+    level = _functorch.maybe_get_level(tensor)
+    if level == -1:
+        return tensor, False
+    value = _functorch.get_unwrapped(tensor)
+    if level != _functorch.maybe_current_level() or _functorch.is_functorch_wrapped_tensor(value):
+        return None
+    dim = _functorch.maybe_get_bdim(tensor)
+    return None if dim == -1 else (value.movedim(dim, 0), True)
 
 
 def losses(

@@ -94,13 +94,50 @@ def test_queries_in_one_pass_are_those_of_the_weight_form(name, cls):
     assert forwards == count == 24
 
 
-@pytest.mark.parametrize("name", models())
-def test_wide_matrices_are_multiplied_without_vmap(name, monkeypatch):
-    monkeypatch.setattr(branches, "_WIDE", 1)
-    _, weights = run(models()[name].double(), "weights")
-    _, activations = run(models()[name].double(), "activations")
-    for a, b in zip(weights, activations):
-        assert b.losses == pytest.approx(a.losses, rel=1e-9)
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+def test_products_are_added_in_place_or_apart(name, queries, monkeypatch):
+    found, in_place, done = [], branches._add_in_place, []
+
+    def spied(*tensors):
+        done.append(in_place(*tensors))
+        return done[-1]
+
+    for way in (spied, lambda *tensors: False):
+        monkeypatch.setattr(branches, "_add_in_place", way)
+        _, records = run(models()[name].double(), "activations", 2, queries=queries)
+        found.append([loss for record in records for loss in record.losses])
+    assert sum(done) >= len(done) - 2  # but for a layer whose input is the same for all branches
+    assert found[0] == pytest.approx(found[1], rel=1e-7 if name == "llama" else 1e-12)
+
+
+class Rows(nn.Module):
+    """Linear layers of single rows, and within a vmap of the model's own."""
+
+    def __init__(self, own_vmap: bool):
+        super().__init__()
+        self.first, self.second, self.own_vmap = nn.Linear(6, 5), nn.Linear(5, 4, bias=False), own_vmap
+
+    def forward(self, x):
+        def rows(row):
+            return self.second(torch.tanh(self.first(row))).square().sum()
+
+        return torch.func.vmap(rows)(x).sum() if self.own_vmap else rows(x[0]) + rows(x[1])
+
+
+@pytest.mark.parametrize("queries", [1, 2])
+@pytest.mark.parametrize("own_vmap", [False, True])
+def test_single_rows_and_a_vmap_of_the_model(own_vmap, queries):
+    found, x = [], torch.randn(2, 6, dtype=torch.float64)
+    for form in ("weights", "activations"):
+        torch.manual_seed(0)
+        model = Rows(own_vmap).double()
+        optimizer = LOZO(model.named_parameters(), eps=1e-2, form=form, queries=queries)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            optimizer.step(lambda model=model: model(x))
+        found.append(optimizer.last_step.losses)
+    assert found[0] == pytest.approx(found[1], rel=1e-12)
 
 
 def test_float32_and_bfloat16():
