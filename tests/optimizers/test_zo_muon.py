@@ -42,6 +42,10 @@ def test_msign(shape):
     u, _, v = torch.linalg.svd(g, full_matrices=False)
     inside = u.t() @ about @ v.t()  # the same singular vectors
     torch.testing.assert_close(inside, torch.diag(inside.diagonal()), rtol=0, atol=1e-9)
+    values = np.linalg.svd(g.numpy(), compute_uv=False) / np.linalg.norm(g.numpy())
+    for _ in range(5):  # the quintic of Muon, on each singular value alone
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    np.testing.assert_allclose(inside.diagonal().numpy(), values, rtol=1e-9)
     assert not newton_schulz(torch.zeros(shape)).any() and not exact_sign(torch.zeros(shape)).any()
 
 

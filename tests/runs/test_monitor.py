@@ -124,6 +124,17 @@ def test_a_run_whose_weights_did_not_move_says_so_in_its_summary(tmp_path):
     assert any(note.startswith("In 6 of 6 steps") for note in summary["notes"])
 
 
+def test_the_losses_and_rates_shown_are_those_of_the_log(tmp_path):
+    said = console()
+    run_settings(config(out=tmp_path / "run", schedule="linear", lr=1e-3), said)
+    steps = scan(tmp_path / "run" / "steps.jsonl").steps
+    shown = [line.split() for line in said.export_text().splitlines() if line.startswith("step ")]
+    assert [line[1] for line in shown] == [f"{count}/6" for count in range(1, 7)]
+    assert [line[2:6] for line in shown] == [
+        ["loss", f"{sum(taken.losses) / len(taken.losses):.4f}", "lr", f"{taken.lr[0]:.2g}"] for taken in steps
+    ]
+
+
 # -- causes --------------------------------------------------------------------------------------------------------------
 
 
@@ -167,6 +178,23 @@ def test_weights_out_of_range_are_named():
 def test_a_probe_that_leads_too_far_is_told():
     model = load_model(SMALL["model"]).model
     assert "lower `eps`" in diagnose(model, [closure(model)], torch.float32)
+
+
+class BetweenModules(torch.nn.Module):
+    """exp overflows between two linear layers, of which the second is not the cause."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.second(torch.exp(1e4 * torch.ones_like(self.first(x))))
+
+
+def test_a_module_whose_input_is_not_finite_is_not_the_cause():
+    model = torch.nn.Sequential(BetweenModules())
+    text = diagnose(model, [lambda: model(torch.ones(2, 3)).sum()], torch.float32)
+    assert text.startswith("0 gives values that are not finite from finite ones")
 
 
 # -- warnings ------------------------------------------------------------------------------------------------------------
