@@ -63,7 +63,7 @@ class Branches(Shown):
         for stream, direction in vectors:
             stream.prepare(draw for tensor in tensors for draw in direction.draws(tensor))
         self.vectors, self.positions = vectors, positions
-        self.query, self.amount = query, amount
+        self.query, self.amounts = query, amount.unbind()  # once: under vmap it takes as long as a small product
 
     def use(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         short = _SHORT.get(func)
@@ -79,7 +79,7 @@ class Branches(Shown):
             theta = tensor.param.detach()
             each = [direction.draw(stream, tensor) for stream, direction in self.vectors]
             moved = theta
-            for slot, amount in enumerate(self.amount):
+            for slot, amount in enumerate(self.amounts):
                 moved = moved + amount * self._own(each, slot)
             return moved.to(theta.dtype)
 
@@ -101,7 +101,7 @@ class Branches(Shown):
         shared = all(right is rights[0] for right in rights)
         return [
             (self._own(lefts, slot), rights[0] if shared else self._own(rights, slot))
-            for slot in range(len(self.amount))
+            for slot in range(len(self.amounts))
         ]
 
     def check(self, positions: int) -> None:
@@ -111,7 +111,7 @@ class Branches(Shown):
     def added(self, x: Tensor, weight: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """x W^T + the sum of amount * (x first) second^T over (first, second), rounded to x's type once."""
         out = added = F.linear(x, weight)
-        for (first, second), amount in zip(pairs, self.amount):
+        for (first, second), amount in zip(pairs, self.amounts):
             low = _narrow(x, first) * amount
             if not _add_in_place(added, low, second):
                 added = added + low @ second.t()
@@ -153,7 +153,7 @@ def _embedding(mode: Branches, input: Tensor, weight: Tensor, *args: Any, **kwar
         return None
     mode.check(input.numel())
     out = added = F.embedding(input, weight)
-    for (left, right), amount in zip(factors, mode.amount):
+    for (left, right), amount in zip(factors, mode.amounts):
         added = added + (F.embedding(input, left) * amount) @ right.t()
     return added.to(out.dtype)
 
