@@ -1,12 +1,13 @@
 """Fit a feedback tuner from text alone: `metazo meta-train --learn feedback`, or `meta_train(FeedbackConfig(...))`.
 
 The texts are the passages that metazo carries (task books), a file of unlabelled prompts, or the training texts of tasks.
-Each text goes through the model as an input of the task does, which decides the positions that contribute to the loss; what
-is fitted is described in metazo/feedback/jacobian.py. The file does not depend on labels or answers: a row of a choice task
-gives its first choice that is not blank, and a row of a generation task its prompt alone, with the loss at its end. One seed
-gives one file.
+What is fitted, at the positions that contribute to the loss, is described in metazo/feedback/jacobian.py. For a causal model
+this is the end of the prompt, where a label word of one token is scored and an answer begins; a row of a choice task gives
+its first choice that is not blank. An encoder has its own positions (the mask, or those that its head reads). The file does not
+depend on labels or answers. One seed gives one file.
 
-Where not to use: to gain over `skip-feedback` without a measurement of your own; see docs/feedback.md.
+Where not to use: to gain over `skip-feedback` without a measurement of your own; see docs/feedback.md. For label phrases of
+several tokens the later positions are not fitted.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from metazo.runs.interrupt import Interrupted
 from metazo.runs.locate import CONFIG
 from metazo.runs.method import resolve_device
 from metazo.tasks import Prepared, Task, books, in_memory, prepare
-from metazo.tasks.prepared import last_logits
+from metazo.tasks.prepared import last_logits, wide
 from metazo.tasks.rows import checked, load
 from metazo.tasks.task import Row
 from metazo.tasks.text import META_TRAIN, of_families
@@ -249,7 +250,14 @@ def _loss(
     config: FeedbackConfig, prepared: Prepared, loaded: LoadedModel, examples: list, device: torch.device
 ) -> Callable[[], Tensor]:
     model: Any = loaded.model
+
+    def at_end() -> Tensor:
+        logits = last_logits(model, prepared.prompts(examples).to(device), 1)[:, -1]
+        return cross_entropy(wide(logits), logits.new_zeros(len(logits), dtype=torch.long))  # any token is a target
+
     if config.positions == "answer":
+        if loaded.kind == "causal" and prepared.task.kind == "classification":
+            return at_end
         return lambda: prepared.loss(model, prepared.collate(examples).to(device))
     if loaded.kind != "causal":
         raise UserError(f"`positions` all is next-token loss, which a {loaded.kind} model does not have; use answer.")

@@ -16,14 +16,16 @@ from rich.console import Console
 import metazo
 from metazo import zoo
 from metazo.errors import UserError
+from metazo.feedback.passes import Recorder
+from metazo.feedback.residual import find_residual
 from metazo.feedback.tuner import FeedbackTuner
 from metazo.meta import learn_feedback
 from metazo.meta.feedback_config import FeedbackConfig
-from metazo.models.load import load_model
+from metazo.models.load import LoadedModel, load_model
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import run_settings
 from metazo.runs.interrupt import Interrupted
-from metazo.tasks import resolve
+from metazo.tasks import prepare, resolve
 from tests import warm
 
 SMALL = {"texts": 16, "batch_size": 4, "rank": 2, "max_length": 24}
@@ -54,6 +56,26 @@ def test_one_seed_gives_one_file_whatever_the_labels(kind: str, tiny, tmp_path: 
     assert (tmp_path / "3" / "tuner.safetensors").read_bytes() == files[0]
     other = learn(tiny(kind), tmp_path / "4", data=tmp_path / "a", seed=1)
     assert other.maps.trust != one.maps.trust
+
+
+def errors(loaded: LoadedModel, loss) -> torch.Tensor:
+    """The loss's gradient at the outputs of the last block, (batch, length, width)."""
+    delta = Recorder(find_residual(loaded.model), {}, 0).capture([loss]).passes[0].delta
+    assert delta is not None
+    return delta
+
+
+@pytest.mark.parametrize("task", [["pico_topic"], ["pico_span"], []])
+def test_the_loss_is_at_the_end_of_the_prompt_whatever_words_the_tokenizer_has(task, tmp_path: Path) -> None:
+    """pico's tokenizer splits "yes"; the labels of pico_topic are one token each."""
+    loaded, config = load_model("pico"), FeedbackConfig("pico", tmp_path / "x", task=task, texts=16, batch_size=4)
+    for loss in learn_feedback._losses(config, loaded, torch.device("cpu"), None)[0]:
+        carrying = errors(loaded, loss).ne(0).any(-1)
+        assert carrying[:, -1].all() and not carrying[:, :-1].any()
+    if task == ["pico_topic"]:  # as the task's own loss
+        own = prepare(resolve("pico_topic"), loaded, train=4, dev=0, test=0)
+        carrying = errors(loaded, lambda: own.loss(loaded.model, own.collate(own.train))).ne(0).any(-1)
+        assert carrying[:, -1].all() and not carrying[:, :-1].any()
 
 
 CHOICE = "kind: choice\nprompt: '{text} so'\nchoices: [one, two, three]\nlabel: right\n"
