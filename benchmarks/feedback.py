@@ -2,6 +2,7 @@
 
     python benchmarks/feedback.py minilm --data FOLDER --out benchmarks/feedback.json       # about 15 minutes on one core
     python benchmarks/feedback.py cosines --model pico --tasks pico_topic --out benchmarks/feedback_cosines.json
+    python benchmarks/feedback.py cosines --model micro --data FOLDER --tasks subj --tuner TUNER --out ...       # its maps
     python benchmarks/feedback.py architectures                                             # the table of docs/feedback.md
 
 FOLDER/<task>/{labels.json,train.jsonl,validation.jsonl}: rows {"text", "label"}, labels.json with "names" and "prompt".
@@ -214,13 +215,16 @@ def settings() -> dict[str, Any]:
     }
 
 
-def cosines(model: str, tasks: list[str], data: Path | None, corpus: Path | None, out: Path) -> None:
-    """Add one model's rows to a results file."""
+def cosines(
+    model: str, tasks: list[str], data: Path | None, corpus: Path | None, tuner: Path | None, out: Path
+) -> None:
+    """Add one model's rows to a results file; those of a tuner are the model's with ", tuner"."""
     from metazo.bench.surrogate_cosines import measure
 
     torch.set_num_threads(1)
     found = json.loads(out.read_text()) if out.exists() else {}
-    found[Path(model).name] = measure(model, tasks, data=data, corpus=corpus, log=print)
+    name = Path(model).name + (", tuner" if tuner else "")
+    found[name] = measure(model, tasks, data=data, corpus=corpus, tuner=tuner, log=print)
     out.write_text(json.dumps(found).replace('{"task"', '\n{"task"') + "\n")
 
 
@@ -257,11 +261,12 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
     parser.add_argument("--model", default="pico")
     parser.add_argument("--corpus", type=Path)
+    parser.add_argument("--tuner", type=Path)
     arguments = parser.parse_args()
     if arguments.what == "minilm":
         minilm(arguments.data, arguments.out, arguments.tasks)
     elif arguments.what == "cosines":
-        cosines(arguments.model, arguments.tasks, arguments.data, arguments.corpus, arguments.out)
+        cosines(arguments.model, arguments.tasks, arguments.data, arguments.corpus, arguments.tuner, arguments.out)
     else:
         architectures()
 
