@@ -9,6 +9,7 @@ import typing
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Annotated, Any, Literal, TypeVar
 
 import typer
@@ -101,6 +102,12 @@ def check_plot(plot: Path) -> None:
         raise UserError(f"`plot` {str(plot)!r} must end in .png or .svg.")
     if plot.is_dir() or not plot.parent.is_dir():
         raise UserError(f"`plot` {str(plot)!r} is no file in a folder that exists; name another, or make the folder.")
+    try:
+        TemporaryFile(dir=plot.parent).close()  # /proc exists, and permission there means nothing
+    except OSError as error:
+        raise UserError(
+            f"`plot` {str(plot)!r} cannot be written ({error.strerror or error}); name a file in another folder."
+        ) from error
 
 
 def without_length(recipe: Mapping[str, Any], flagged: Mapping[str, Any]) -> dict[str, Any]:

@@ -87,6 +87,7 @@ def test_an_estimate_has_its_error_and_a_table(metazo) -> None:
             ("pico", "--plot", "no/such/folder/a.png"),
             "--plot 'no/such/folder/a.png' is no file in a folder that exists",
         ),
+        (("pico", "--plot", "/proc/a.svg"), "--plot '/proc/a.svg'"),  # a folder that takes no file
         (("pico", "--by", "head"), "by 'head' are unknown"),
         (("pico", "--train", "nosuch"), "nosuch"),
         (("pico", "--hessian", "--task", "pico_topic", "--dtype", "bfloat16"), "use --dtype float32 or float64"),
@@ -101,4 +102,5 @@ def test_a_plot_of_a_log_is_refused_in_the_same_way(tmp_path: Path) -> None:
     (tmp_path / "folder.png").mkdir()
     for plot in ("no/such/folder/a.png", str(tmp_path / "folder.png")):
         assert f"--plot '{plot}' is no file in a folder that exists" in refused("log", "show", "x", "--plot", plot)
+    assert "--plot '/proc/a.png'" in refused("log", "show", "x", "--plot", "/proc/a.png")
     assert "--plot 'a.xyz' must end in .png or .svg" in refused("log", "show", "x", "--plot", "a.xyz")
