@@ -122,7 +122,8 @@ class ZOOptimizer(Verbs, Saving):
     noticed, and is undone by the next step if there are masters.
     A graph that you made before a step cannot be differentiated after it, as with torch's own optimizers.
     Do not use it with dropout or with a loss that is random in another
-    way: the evaluations of a step must differ by the probe alone.
+    way: the evaluations of a step must differ by the probe alone. Unlike torch's optimizers, which get no gradient of it, a
+    zeroth-order step also moves the row of an nn.Embedding with padding_idx: mask padding in your model.
     """
 
     name = "base"
@@ -253,7 +254,7 @@ class ZOOptimizer(Verbs, Saving):
             before = versions(state)
             try:
                 if replay is None:
-                    self.loss_watch.stepped(losses, closures)
+                    self.loss_watch.stepped(losses, closures, self.tensors)
                 learning_rates = replay.lr if replay else self.learning_rates(step)
                 finite = all(math.isfinite(loss) and abs(loss) <= self.max_loss for loss in losses)
                 update = Update(())

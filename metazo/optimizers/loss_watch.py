@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.utils.parametrizations import _SpectralNorm
 
+from metazo.blocks import NamedTensor
 from metazo.optimizers.guards import as_loss
 
 NARROW = (torch.bfloat16, torch.float16)
@@ -38,20 +39,21 @@ def generators_kept(device: torch.device) -> Iterator[None]:
 
 
 class LossWatch:
-    """Watches the losses of an optimizer, and warns once about each of five faults.
+    """Watches the losses of an optimizer, and warns once about each of six faults.
 
     A loss that differs when it is evaluated twice at the same weights: this needs one more evaluation at the first step,
     which is not counted in `forwards`, and restores the global generators. BatchNorm and spectral_norm in train mode, whose
     statistics change with every probe, and embeddings with max_norm, whose weights do. Losses of all probes that are exactly
     equal in most of the first FIRST_STEPS steps, or later in as many steps in a row. Losses that are not finite in as many
-    steps in a row. Probes that are evaluated together need no look at the modules: max_norm then shortens copies of the rows,
-    and what is random or changes its statistics cannot be vectorised, so that the probes are evaluated in turn.
+    steps in a row. Embeddings that are trained with a row for padding. Probes that are evaluated together need a look at the
+    last alone, in the closures' variables: max_norm then shortens copies of the rows, and what is random or changes its
+    statistics cannot be vectorised, so that the probes are evaluated in turn.
 
-    Args: repeat: whether to evaluate once more.
+    Args: repeat: whether to evaluate once more, and to look at the modules.
     """
 
     def __init__(self, repeat: bool):
-        self.repeat = repeat
+        self.repeat = self.looks = repeat
         self.gap: float | None = None
         self.ran: list[nn.Module] = []  # the modules that ran, for the names in a warning
         self.narrow: torch.dtype | None = None
@@ -72,8 +74,10 @@ class LossWatch:
                 self.gap = abs(again() - loss)
             self.ran = outermost(ran.values())
 
-    def stepped(self, losses: Sequence[float], closures: Sequence[Callable[[], Any]]) -> None:
-        """Called after each step with the losses of its probes."""
+    def stepped(
+        self, losses: Sequence[float], closures: Sequence[Callable[[], Any]], tensors: Iterable[NamedTensor]
+    ) -> None:
+        """Called after each step with the losses of its probes. tensors: those that are trained."""
         self.lost = 0 if all(map(math.isfinite, losses)) else self.lost + 1
         if self.lost == FIRST_STEPS:
             warnings.warn(
@@ -82,9 +86,17 @@ class LossWatch:
                 stacklevel=5,
             )
         spread = max(losses) - min(losses)
-        if self.gap is not None:
-            self._judge(self.gap, spread, max(map(abs, losses)), [*_models(closures), *self.ran])
-            self.gap, self.ran = None, []
+        if self.looks:
+            models, self.looks, self.ran = [*_models(closures), *self.ran], False, []
+            if self.gap is not None:
+                self._judge(self.gap, spread, max(map(abs, losses)), models)
+            if rows := rows_for_padding(models, tensors):
+                warnings.warn(
+                    f"For padding (padding_idx) is {', '.join(_first(rows))}, which gets no gradient in a backward pass and is "
+                    "moved by these steps: mask padding in the model, as by multiplying the embeddings by (ids != "
+                    "padding_idx)[..., None], or, if the weights are float32, set the row back after each step.",
+                    stacklevel=5,
+                )
         alike = spread == 0 and len(losses) > 1
         later = self.steps == FIRST_STEPS and not self.said
         self.still = self.still + 1 if later and alike and losses[0] != 0 else 0  # 0 is where many losses end
@@ -187,6 +199,24 @@ def named_faults(models: Iterable[nn.Module]) -> tuple[list[str], list[str], lis
             if getattr(module, "max_norm", None) is not None and isinstance(module, nn.Embedding | nn.EmbeddingBag):
                 bounded.append(shown)
     return _first(dropout), _first(normed), _first(bounded)
+
+
+def rows_for_padding(models: Sequence[nn.Module], tensors: Iterable[NamedTensor]) -> list[str]:
+    """The rows of trained embeddings that are for padding, by name. Models of transformers mask padding and are left out."""
+    masked = {
+        id(part)
+        for model in models
+        for module in model.modules()
+        if any(kind.__name__ == "PreTrainedModel" for kind in type(module).__mro__)  # without an import of transformers
+        for part in module.modules()
+    }
+    rows = {
+        id(module._parameters.get("weight")): module.padding_idx
+        for model in models
+        for module in model.modules()
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None and id(module) not in masked
+    }
+    return [f"row {rows[id(t.param)]} of {t.name}" for t in tensors if id(t.param) in rows]
 
 
 def _first(names: list[str]) -> list[str]:

@@ -11,6 +11,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn.utils import vector_to_parameters
 
@@ -296,6 +297,69 @@ def test_embeddings_that_shorten_their_rows_are_named():
     model = nn.Sequential(nn.Embedding(8, 4, max_norm=1.0), nn.Flatten())
     with pytest.warns(UserWarning, match=r"0 \(Embedding\) has max_norm.*set max_norm to None"):
         MeZO(model.named_parameters()).step(lambda: model(torch.arange(8)).square().mean())
+
+
+@pytest.mark.parametrize(("name", "options"), [("mezo", {}), ("lozo", {"rank": 2, "probing": "together"})])
+def test_a_trained_row_for_padding_is_named(name, options):
+    """torch's optimizers leave it as it is; masked as the warning says, it changes no loss."""
+    ids = torch.tensor([[5, 2, 0, 0], [7, 1, 4, 0]])
+
+    def found(train, masked=False):
+        torch.manual_seed(0)
+        table, head = nn.Embedding(8, 6, padding_idx=0), nn.Linear(6, 2)
+        table.requires_grad_(train)
+        model = nn.ModuleDict({"table": table, "head": head})
+
+        def loss(ids=ids):
+            mask = (ids != 0)[..., None] if masked else 1.0
+            return model["head"]((model["table"](ids) * mask).sum(1)).square().mean()
+
+        optimizer = METHODS[name](model.named_parameters(), lr=1e-3, **options)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                optimizer.step(loss)
+        more = loss(nn.functional.pad(ids, (0, 3))) - loss()
+        assert (abs(more) < 1e-7) == (masked or not train) and bool(table.weight[0].any()) == train
+        return [str(one.message) for one in said]
+
+    assert found(train=False) == []
+    for masked in (False, True):
+        (sentence,) = found(train=True, masked=masked)
+        assert "For padding (padding_idx) is row 0 of table.weight" in sentence and "mask padding" in sentence
+
+
+def test_a_row_for_padding_of_transformers_is_not_named():
+    """Its models mask padding, also as a part of another module, such as that of adapters."""
+    config = transformers.BertConfig(
+        vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
+    )
+    bert = transformers.BertModel(config).eval()
+    assert bert.embeddings.word_embeddings.padding_idx == 0
+    model, ids = nn.ModuleDict({"inner": bert}), torch.tensor([[5, 6, 0]])
+    for closure in (
+        lambda: model["inner"](ids).pooler_output.square().mean(),
+        lambda: bert(ids).pooler_output.square().mean(),
+    ):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            MeZO(model.named_parameters()).step(closure)
+
+
+@pytest.mark.parametrize("name", ["first-order-fused", "skip-feedback", "answer-column"])
+def test_methods_with_gradients_leave_the_row_for_padding(name):
+    config = transformers.LlamaConfig(
+        vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, pad_token_id=0
+    )
+    torch.manual_seed(0)
+    model, ids = transformers.LlamaForCausalLM(config).eval(), torch.tensor([[0, 5, 6], [0, 0, 7]])
+    table = model.model.embed_tokens.weight
+    before = table.detach().clone()
+    own = {"model": model} if METHODS[name].needs_model else {}
+    optimizer = METHODS[name](model.named_parameters(), 1e-2, **own)
+    optimizer.step(lambda: nn.functional.cross_entropy(model(ids).logits[:, -1], torch.tensor([3, 4])))
+    moved = (table != before).any(1)
+    assert not moved[0] and bool(moved.any()) == (name == "first-order-fused")  # the others train blocks and head
 
 
 def test_weights_that_no_longer_reach_the_loss_are_named_later_as_well():
