@@ -12,6 +12,8 @@ a new task, but no held-out template, and uses a task's own prompt with train wo
 from __future__ import annotations
 
 import random
+import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from string import Formatter
@@ -20,6 +22,7 @@ from metazo.errors import UserError
 from metazo.pico import lexicon
 
 SPLITS = ("train", "validation", "test")
+SLOW = 200_000  # draws, which take about ten seconds
 
 
 @dataclass(frozen=True)
@@ -165,8 +168,8 @@ MAKERS: dict[str, tuple[Callable[[Draw, int], dict], int]] = {
 def examples(task: str, split: str, n: int, seed: int = 0) -> list[dict]:
     """``n`` different rows of ``split`` ("train", "validation" or "test") of a generated task, classes balanced.
 
-    The same arguments give the same rows on every machine. Raises UserError for an unknown task or split, or
-    when the grammar cannot make ``n`` different rows.
+    The same arguments give the same rows on every machine. A warning tells how far it is after SLOW draws, and whenever there
+    are four times as many. Raises UserError for an unknown task or split, or when the grammar cannot make ``n`` different rows.
     """
     if task not in MAKERS:
         raise UserError(f"unknown generated task {task!r}; the generated tasks are {', '.join(TASKS)}")
@@ -175,13 +178,22 @@ def examples(task: str, split: str, n: int, seed: int = 0) -> list[dict]:
     make, classes = MAKERS[task]
     rng = random.Random(f"{task}/{split}/{seed}")
     rows: dict[str, dict] = {}
-    tries = 0
-    while len(rows) < n:
-        row = make(draw_of(rng, split), len(rows) % classes)
+    began, told, tries, last = time.monotonic(), SLOW, 0, 0
+    while (found := len(rows)) < n:
+        row = make(draw_of(rng, split), found % classes)
         rows.setdefault(repr(row), row)
         tries += 1
-        if tries > 50 * n + 1000:
-            raise UserError(f"{task} has no {n} different {split} rows; ask for fewer")
+        if len(rows) > found:
+            last = tries
+        elif tries - last > 10 * found + 1000:  # the last rows of sentiment, topic and cause took a third of that
+            raise UserError(f"{task} has no {n} different {split} rows: {found} were found; ask for fewer")
+        if tries == told:
+            told *= 4
+            warnings.warn(
+                f"{task}: {len(rows):,} of {n:,} {split} rows are made after {time.monotonic() - began:.0f} s; stop this and "
+                "ask for fewer examples if that is too slow.",
+                stacklevel=1,
+            )
     out = list(rows.values())
     rng.shuffle(out)
     return out

@@ -121,10 +121,21 @@ def test_articles():
 
 
 @pytest.mark.parametrize(
-    ("task", "split", "n"), [("x", "train", 1), ("pico_topic", "dev", 1), ("pico_topic", "test", 10**6)]
+    ("task", "split", "n"), [("x", "train", 1), ("pico_topic", "dev", 1), ("pico_topic", "test", 10**9)]
 )
 def test_bad_input_is_one_sentence(task, split, n, monkeypatch):
     monkeypatch.setattr(lexicon, "TEMPLATES", {"pico_topic": {"test": ("The {thing}.",), "train": ("The {thing}.",)}})
     with pytest.raises(UserError) as caught:
-        grammar.examples(task, split, min(n, 500))
+        grammar.examples(task, split, n)
     assert "\n" not in str(caught.value) and (task in str(caught.value))
+
+
+def test_many_rows_are_not_made_without_a_word(monkeypatch):
+    wanted = grammar.examples("pico_span", "train", 300)
+    monkeypatch.setattr(grammar, "SLOW", 50)
+    with pytest.warns(UserWarning) as told:
+        assert grammar.examples("pico_span", "train", 300) == wanted
+    assert [re.match(r"pico_span: \d+ of 300 train rows", str(one.message))[0] for one in told] == [
+        "pico_span: 50 of 300 train rows",
+        "pico_span: 200 of 300 train rows",
+    ]
