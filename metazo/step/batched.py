@@ -23,7 +23,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C import DisableTorchFunctionSubclass, _functorch
+from torch._C import DisableTorchFunctionSubclass
+from torch._C._functorch import (
+    get_unwrapped,
+    is_functorch_wrapped_tensor,
+    maybe_current_level,
+    maybe_get_bdim,
+    maybe_get_level,
+)
 from torch.func import vmap
 from torch.nn import functional as F
 
@@ -176,8 +183,8 @@ def _add_in_place(out: Tensor, low: Tensor, second: Tensor) -> bool:
     """
     if out.dtype != low.dtype or torch.compiler.is_compiling():
         return False
-    opened = [_opened(tensor) for tensor in (out, low, second)]
-    if None in opened:
+    opened = [found for tensor in (out, low, second) if (found := _opened(tensor)) is not None]
+    if len(opened) < 3:
         return False
     (whole, by_branch), (left, low_by_branch), (right, right_by_branch) = opened
     if not (by_branch and low_by_branch and whole.is_contiguous()):
@@ -192,13 +199,13 @@ def _add_in_place(out: Tensor, low: Tensor, second: Tensor) -> bool:
 
 def _opened(tensor: Tensor) -> tuple[Tensor, bool] | None:
     """What vmap's tensor holds, and whether its first dimension are the branches; None within another transform."""
-    level = _functorch.maybe_get_level(tensor)
+    level = maybe_get_level(tensor)
     if level == -1:
         return tensor, False
-    value = _functorch.get_unwrapped(tensor)
-    if level != _functorch.maybe_current_level() or _functorch.is_functorch_wrapped_tensor(value):
+    value = get_unwrapped(tensor)
+    if level != maybe_current_level() or is_functorch_wrapped_tensor(value):
         return None
-    dim = _functorch.maybe_get_bdim(tensor)
+    dim = maybe_get_bdim(tensor)
     return None if dim == -1 else (value.movedim(dim, 0), True)
 
 
