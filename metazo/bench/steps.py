@@ -50,6 +50,8 @@ CORE = list(METHODS)[:5]
 """Methods that have targets."""
 NARROW = {name: _ours("mezo", precision=name) for name in ("in-place", "master", "compensated-16", "compensated-8")}
 """MeZO under the policies for weights narrower than float32."""
+OWN = {PUBLISHED, *NARROW}
+"""Methods that take their steps on a copy of the model."""
 
 
 def make(method: str, model: nn.Module) -> Any:
@@ -73,7 +75,8 @@ def measure(
 
     Methods are interleaved with each other, or each with the forward passes alone if the size is in APART. The published loop
     puts new tensors in place of the weights, which would part the waiting updates of the other methods from their next
-    probes, so that it takes its steps on a copy of the model.
+    probes, so that it takes its steps on a copy of the model. So does each policy for narrow weights: masters, and bits kept
+    below the weights, would begin anew after the steps of the others. The second of two steps in a row is timed then.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
@@ -86,7 +89,7 @@ def measure(
             floor[DOUBLE] = lambda: _forward(twice)
 
         def case(name: str) -> Callable[[], object]:
-            if name != PUBLISHED or size in APART:
+            if name not in OWN or size in APART:
                 return _stepping(make(name, model), loss)
             own = copy.deepcopy(model)
             return _stepping(make(name, own), lm_loss(own, shape))
@@ -94,7 +97,8 @@ def measure(
         rows: dict[str, dict[str, Any]] = {}
         for group in [[name] for name in methods] if size in APART else [methods]:
             cases = floor | {name: case(name) for name in group}
-            samples = interleaved(cases, rounds, seconds=seconds, device=device, tick=tick)
+            in_a_row = size not in APART and not NARROW.keys().isdisjoint(group)
+            samples = interleaved(cases, rounds, seconds=seconds, device=device, twice=in_a_row, tick=tick)
             for name in cases:
                 row = {"case": name, "seconds": spread(samples[name]), "ratio": spread(ratios(samples, name, FORWARDS))}
                 rows.setdefault(name, row)

@@ -19,19 +19,21 @@ def interleaved(
     *,
     seconds: float = 0.0,
     device: str = "cpu",
+    twice: bool = False,
     tick: Callable[[], None] = lambda: None,
 ) -> Samples:
     """Run the cases in turn, after one uncounted round (compilation, first use of memory).
 
-    Args: rounds: least number of rounds; seconds: continue, up to 100 rounds, until this time is measured; tick: called
-    after each case.
+    Args: rounds: least number of rounds; seconds: continue, up to 100 rounds, until this time is measured; twice: run each
+    case twice in a row and count the second, for cases of which each has memory of its own; tick: called after each case.
     """
     samples: Samples = {name: [] for name in cases}
     order = list(cases)
     for count in range(101):
         random.Random(count).shuffle(order)
         for name in order:
-            taken = _seconds(cases[name], device)
+            for _ in range(2 if twice else 1):
+                taken = _seconds(cases[name], device)
             if count:
                 samples[name].append(taken)
             tick()

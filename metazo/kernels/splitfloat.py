@@ -43,7 +43,7 @@ LAYOUTS = {torch.bfloat16: Layout(16, 1.0), torch.float16: Layout(13, 2.0**112)}
 HALF_TOP = (127 - 96) << 23
 """Infinity of float16 as the bits of such a float32, 2^16 / scale. Larger numbers become it; their exponent has no room."""
 _SIGN, _MAGNITUDE = -(1 << 31), (1 << 31) - 1
-_MULTIPLIERS = (0x7FEB352D, -0x7B935975)  # Wellons' lowbias32, with arithmetic shifts
+MULTIPLIERS = (0x7FEB352D, -0x7B935975)  # Wellons' lowbias32, with arithmetic shifts
 
 
 def join(weights: Tensor, low: Tensor, room: Tensor | None = None) -> Tensor:
@@ -143,20 +143,20 @@ def dither(start: int, count: int, seed: int, bits: int, device: torch.device | 
     """Uniform integers of that many bits for elements start .. start + count - 1. Returns: (count,), int32."""
     x = torch.arange(start, start + count, dtype=torch.int64, device=device).to(torch.int32)
     x ^= _folded(seed)
-    for multiplier in _MULTIPLIERS:
+    for multiplier in MULTIPLIERS:
         x ^= x >> 16
         x *= multiplier
     return (x ^ x >> 15).bitwise_and_((1 << bits) - 1)
 
 
 _i16, _i32, _u32, _u64 = np.int16, np.int32, np.uint32, np.uint64
-_M0, _M1 = (_i32(m) for m in _MULTIPLIERS)
+_M0, _M1 = (_i32(m) for m in MULTIPLIERS)
 _HALF_TOP = _i32(HALF_TOP)
 _FIFTEEN, _SIXTEEN, _LOW, _TOP, _REST = _i32(15), _i32(16), _i32(0x7FFF), _i32(_SIGN), _i32(_MAGNITUDE)
 
 
 def _joined(high: Any, low: Any, below: int, dropped: int, scale: Any) -> Any:
-    wide = _i32(high)
+    wide = _i32(_i16(high))
     wide = _i32(shift_left(_i32(wide & _LOW), _i32(below)) | _i32(wide & _TOP))
     return as_float(_u32(wide + shift_left(_i32(low), _i32(dropped)))) * scale
 

@@ -14,13 +14,15 @@ import numpy as np
 import torch
 from llvmlite import binding
 
+from metazo.kernels import splitfloat
 from metazo.kernels.compiled import kernel
 from metazo.kernels.parallel import share
 from metazo.kernels.pieces import at, groups, pieces
 from metazo.kernels.vectors import widest
-from metazo.noise import lanes, wide
+from metazo.noise import lanes, wide, wide_weights
 from metazo.noise import philox as definition
-from metazo.noise.lanes import CHUNK, WORDS, added, fetch, narrow, numbers, widen
+from metazo.noise.lanes import CHUNK, WORDS, fetch, narrow, numbers, widen
+from metazo.noise.wide_weights import added, placed
 
 _u64, _ONE = np.uint64, np.float32(1)
 
@@ -31,7 +33,7 @@ _LIKE = {dtype: torch.empty(0, dtype=bits or dtype).numpy() for dtype, bits in _
 
 
 def _kernel(function):
-    return kernel(function, lanes, wide, definition)
+    return kernel(function, lanes, wide, wide_weights, splitfloat, definition)
 
 
 @_kernel
@@ -56,17 +58,16 @@ def _add_two_to(out, z, words, others, start, alpha, beta, again, gaussian, purp
     for here in range(0, out.size, CHUNK):
         fetch(out, here)
         chunk, count = (start + here) // CHUNK, min(CHUNK, out.size - here)
-        if added(out, here, alpha, beta, gaussian, chunk, purpose, id0, id1, k0, k1):
-            added(out, here, again, _ONE, gaussian, chunk, purpose, id0, id1, l0, l1)
-            continue
-        numbers(z, words, gaussian, chunk, purpose, id0, id1, k0, k1)
-        for i in range(count):
-            e = _u64(here + i)
-            out[e] = narrow(beta * widen(out[e]) + alpha * z[i], out[e])
-        numbers(z, others, gaussian, chunk, purpose, id0, id1, l0, l1)
-        for i in range(count):
-            e = _u64(here + i)
-            out[e] = narrow(widen(out[e]) + again * z[i], out[e])
+        if not added(out, here, alpha, beta, gaussian, chunk, purpose, id0, id1, k0, k1):
+            numbers(z, words, gaussian, chunk, purpose, id0, id1, k0, k1)
+            for i in range(count):
+                e = _u64(here + i)
+                out[e] = narrow(beta * widen(out[e]) + alpha * z[i], out[e])
+        if not added(out, here, again, _ONE, gaussian, chunk, purpose, id0, id1, l0, l1):
+            numbers(z, others, gaussian, chunk, purpose, id0, id1, l0, l1)
+            for i in range(count):
+                e = _u64(here + i)
+                out[e] = narrow(widen(out[e]) + again * z[i], out[e])
 
 
 # As functions of their own the loops above take a twentieth less time than written out in those below.
@@ -99,7 +100,10 @@ def _place(out, base, start, alpha, gaussian, purpose, id0, id1, k0, k1):
     for here in range(0, out.size, CHUNK):
         fetch(base, here)
         fetch(out, here)
-        numbers(z, words, gaussian, (start + here) // CHUNK, purpose, id0, id1, k0, k1)
+        chunk = (start + here) // CHUNK
+        if placed(out, base, here, alpha, gaussian, chunk, purpose, id0, id1, k0, k1):
+            continue
+        numbers(z, words, gaussian, chunk, purpose, id0, id1, k0, k1)
         for i in range(min(CHUNK, out.size - here)):
             e = _u64(here + i)
             out[e] = narrow(base[e] + alpha * z[i], out[e])

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from metazo.kernels import splitfloat
@@ -21,14 +20,15 @@ from metazo.kernels.parallel import share
 from metazo.kernels.pieces import pieces
 from metazo.kernels.splitfloat import LAYOUTS, joined, parted
 from metazo.kernels.vectors import widest
-from metazo.noise import cpu, lanes, philox, wide
+from metazo.noise import cpu, lanes, philox, wide, wide_weights
 from metazo.noise.lanes import CHUNK, WORDS, fetch, narrow, numbers
+from metazo.noise.wide_weights import added_split, placed_split
 
 _u64 = np.uint64
 
 
 def _kernel(function):
-    return kernel(function, lanes, wide, philox, splitfloat)
+    return kernel(function, lanes, wide, wide_weights, philox, splitfloat)
 
 
 @_kernel
@@ -40,7 +40,10 @@ def _place(out, high, low, start, alpha, below, dropped, scale, gaussian, purpos
         fetch(out, here)
         fetch(high, here)
         fetch(low, here)
-        numbers(z, words, gaussian, (start + here) // CHUNK, purpose, id0, id1, k0, k1)
+        chunk = (start + here) // CHUNK
+        if placed_split(out, high, low, here, alpha, gaussian, chunk, purpose, id0, id1, k0, k1):
+            continue
+        numbers(z, words, gaussian, chunk, purpose, id0, id1, k0, k1)
         for i in range(min(CHUNK, out.size - here)):
             e = _u64(here + i)
             out[e] = narrow(joined(high[e], low[e], below, dropped, scale) + alpha * z[i], out[e])
@@ -56,11 +59,13 @@ def _add(
     for here in range(0, high.size, CHUNK):
         fetch(high, here)
         fetch(low, here)
-        numbers(z, words, gaussian, (start + here) // CHUNK, purpose, id0, id1, k0, k1)
+        chunk, first = (start + here) // CHUNK, np.int32(start + here)
+        if added_split(high, low, here, first, alpha, beta, dither, gaussian, chunk, purpose, id0, id1, k0, k1):
+            continue
+        numbers(z, words, gaussian, chunk, purpose, id0, id1, k0, k1)
         for i in range(min(CHUNK, high.size - here)):
             e = _u64(here + i)
             z[i] = beta * joined(high[e], low[e], below, dropped, scale) + alpha * z[i]
-        first = np.int32(start + here)
         for i in range(min(CHUNK, high.size - here)):
             e = _u64(here + i)
             high[e], low[e] = parted(z[i], first + np.int32(i), below, dropped, inverse, dither)
@@ -90,7 +95,7 @@ def place_(
     """
     layout, cut = LAYOUTS[weights.dtype], pieces(len(weights))
     spans = [(here, here + cut.step) for here in cut] if spans is None else spans
-    arrays = cpu._array(out), weights.detach().view(torch.int16).numpy(), low.numpy()
+    arrays = cpu._array(out), cpu._array(weights), low.numpy()
     bits = layout.below, splitfloat._dropped(layout, low), np.float32(layout.scale)
     fixed = (np.float32(alpha), *bits, distribution == "gaussian", *cpu._counter(seed, tensor_id, purpose))
     share(_place, [(*(array[first:end] for array in arrays), start + first, *fixed) for first, end in spans])
@@ -113,7 +118,7 @@ def add_(
     Args: as place_; rounding: the seed of `split`.
     """
     layout, cut = LAYOUTS[weights.dtype], pieces(len(weights))
-    arrays = weights.detach().view(torch.int16).numpy(), low.numpy()
+    arrays = cpu._array(weights), low.numpy()
     bits = layout.below, splitfloat._dropped(layout, low), np.float32(layout.scale), np.float32(1 / layout.scale)
     scalars = np.float32(alpha), np.float32(beta), *bits, np.int32(splitfloat._folded(rounding))
     fixed = (*scalars, distribution == "gaussian", *cpu._counter(seed, tensor_id, purpose))

@@ -21,7 +21,7 @@ from metazo.kernels.splitfloat import LAYOUTS
 from metazo.noise import cuda
 from metazo.noise.cuda import normal_pair, normal_places, sign_places, sign_rows, words
 
-_M0, _M1 = (tl.constexpr(m) for m in splitfloat._MULTIPLIERS)
+_M0, _M1 = (tl.constexpr(m) for m in splitfloat.MULTIPLIERS)
 _HALF_TOP = tl.constexpr(splitfloat.HALF_TOP)
 
 

@@ -22,7 +22,7 @@ from numba.extending import overload
 from metazo.kernels.casts import as_bits, as_float, from_half, to_half
 from metazo.kernels.vectors import WIDTH, prefetch, widest
 from metazo.noise import philox as definition
-from metazo.noise.wide import wide_add, wide_normals
+from metazo.noise.wide import wide_normals
 
 CHUNK = 256  # numbers in the buffer
 WORDS = 128  # 32-bit words of 32 blocks
@@ -141,26 +141,6 @@ def numbers_from(z, words, fresh, gaussian, chunk, purpose, id0, id1, k0, k1):
         normals(z, words, chunk, c1, c2, c3, k0, k1)
     else:
         signs(z, words, fresh, chunk, c1, c2, c3, k0, k1)
-
-
-def added(out, here, alpha, beta, gaussian, chunk, purpose, id0, id1, k0, k1):
-    """out = beta * out + alpha * z for a whole chunk that begins at out[here]. Returns: False, with nothing done, if wide.py
-    has no such sum for these numbers, or the chunk is not whole."""
-
-
-@overload(added, jit_options={"forceinline": True})
-def _added_typed(out, here, alpha, beta, gaussian, chunk, purpose, id0, id1, k0, k1):
-    def by_vectors(out, here, alpha, beta, gaussian, chunk, purpose, id0, id1, k0, k1):
-        widest()
-        if not gaussian or out.size - here < CHUNK:
-            return False
-        c0, c1, c2, c3 = _u64(chunk), _u64(purpose), _u64(id0), _u64(id1)
-        wide_add(out, here, alpha, beta, c0, c1, c2, c3, _u64(k0), _u64(k1))
-        return True
-
-    if _WIDE and out.dtype == types.float32:
-        return by_vectors
-    return lambda out, here, alpha, beta, gaussian, chunk, purpose, id0, id1, k0, k1: False
 
 
 @njit(forceinline=True)

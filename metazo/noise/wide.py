@@ -5,7 +5,7 @@ instructions of which each needs the one before: the processor sees too few of t
 instruction is written for several registers (all 32 blocks of a chunk, then two of their four words), so that there is always
 another one to begin. The numbers are those of lanes.py and philox.py, bit for bit (tests/noise).
 
-The sum of float32 weights and their noise is here too: two seeds in one pass take a tenth less time without a buffer between.
+wide_weights.py adds them to weights.
 """
 
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
@@ -24,138 +24,143 @@ from numba.extending import intrinsic
 from metazo.noise import philox as definition
 
 _BLOCKS = 32  # of a chunk
-_INT, _LONG, _FLOAT = ir.IntType(32), ir.IntType(64), ir.FloatType()
+AT_ONCE = 2 * definition.LANES  # normals of a word in 16 blocks, which are neighbours
+INT, LONG, FLOAT = ir.IntType(32), ir.IntType(64), ir.FloatType()
 
 
-class _Vector:
+class Vector:
     """An LLVM vector with operators; a plain number stands for a vector of it."""
 
     def __init__(self, builder: ir.IRBuilder, value: Any):
         self.builder, self.value = builder, value
 
-    def number(self, value: float) -> _Vector:
+    def number(self, value: float) -> Vector:
         """A vector of this number, as long as this one."""
         kind = self.value.type
-        return _Vector(self.builder, ir.Constant(kind, [value] * kind.count))
+        return Vector(self.builder, ir.Constant(kind, [value] * kind.count))
 
-    def _with(self, instruction: str, other: _Vector | float) -> _Vector:
-        other = other if isinstance(other, _Vector) else self.number(other)
-        return _Vector(self.builder, getattr(self.builder, instruction)(self.value, other.value))
+    def _with(self, instruction: str, other: Vector | float) -> Vector:
+        other = other if isinstance(other, Vector) else self.number(other)
+        return Vector(self.builder, getattr(self.builder, instruction)(self.value, other.value))
 
-    def __add__(self, other: _Vector | float) -> _Vector:
-        return self._with("fadd" if self.value.type.element == _FLOAT else "add", other)
+    def __add__(self, other: Vector | float) -> Vector:
+        return self._with("fadd" if self.value.type.element == FLOAT else "add", other)
 
-    def __sub__(self, other: _Vector | float) -> _Vector:
-        return self._with("fsub" if self.value.type.element == _FLOAT else "sub", other)
+    def __sub__(self, other: Vector | float) -> Vector:
+        return self._with("fsub" if self.value.type.element == FLOAT else "sub", other)
 
-    def __mul__(self, other: _Vector | float) -> _Vector:
-        return self._with("fmul" if self.value.type.element == _FLOAT else "mul", other)
+    def __mul__(self, other: Vector | float) -> Vector:
+        return self._with("fmul" if self.value.type.element == FLOAT else "mul", other)
 
-    def __and__(self, other: _Vector | float) -> _Vector:
+    def __and__(self, other: Vector | float) -> Vector:
         return self._with("and_", other)
 
-    def __or__(self, other: _Vector | float) -> _Vector:
+    def __or__(self, other: Vector | float) -> Vector:
         return self._with("or_", other)
 
-    def __xor__(self, other: _Vector | float) -> _Vector:
+    def __xor__(self, other: Vector | float) -> Vector:
         return self._with("xor", other)
 
-    def __lshift__(self, count: int) -> _Vector:
+    def __lshift__(self, count: int) -> Vector:
         return self._with("shl", count)
 
-    def __rshift__(self, count: int) -> _Vector:
+    def __rshift__(self, count: int) -> Vector:
         return self._with("lshr", count)
 
-    def to(self, instruction: str, element: ir.Type) -> _Vector:
+    def signed_shift(self, count: int) -> Vector:
+        """Shifted to the right; the sign stays."""
+        return self._with("ashr", count)
+
+    def to(self, instruction: str, element: ir.Type) -> Vector:
         """Every number converted."""
         kind = ir.VectorType(element, self.value.type.count)
-        return _Vector(self.builder, getattr(self.builder, instruction)(self.value, kind))
+        return Vector(self.builder, getattr(self.builder, instruction)(self.value, kind))
 
-    def root(self) -> _Vector:
+    def root(self) -> Vector:
         kind = self.value.type
         name = f"llvm.sqrt.v{kind.count}f32"
         function = cgutils.get_or_insert_function(self.builder.module, ir.FunctionType(kind, [kind]), name)
-        return _Vector(self.builder, self.builder.call(function, [self.value]))
+        return Vector(self.builder, self.builder.call(function, [self.value]))
 
-    def chosen(self, places: Sequence[int], other: _Vector | None = None) -> _Vector:
+    def chosen(self, places: Sequence[int], other: Vector | None = None) -> Vector:
         """The numbers at these places, counted through this vector and then the other."""
-        mask = ir.Constant(ir.VectorType(_INT, len(places)), list(places))
-        return _Vector(self.builder, self.builder.shuffle_vector(self.value, (other or self).value, mask))
+        mask = ir.Constant(ir.VectorType(INT, len(places)), list(places))
+        return Vector(self.builder, self.builder.shuffle_vector(self.value, (other or self).value, mask))
 
-    def and_then(self, other: _Vector) -> _Vector:
+    def and_then(self, other: Vector) -> Vector:
         """The numbers of this vector and of the other, of equal length."""
         return self.chosen(range(2 * self.value.type.count), other)
 
 
-def _everywhere(builder: ir.IRBuilder, value: Any, count: int = _BLOCKS) -> _Vector:
+def everywhere(builder: ir.IRBuilder, value: Any, count: int = _BLOCKS) -> Vector:
     """A vector of a value that is known at run time."""
     kind = ir.VectorType(value.type, count)
-    nothing, first = ir.Constant(kind, ir.Undefined), ir.Constant(_INT, 0)
-    zeros = ir.Constant(ir.VectorType(_INT, count), [0] * count)
-    return _Vector(builder, builder.shuffle_vector(builder.insert_element(nothing, value, first), nothing, zeros))
+    nothing, first = ir.Constant(kind, ir.Undefined), ir.Constant(INT, 0)
+    zeros = ir.Constant(ir.VectorType(INT, count), [0] * count)
+    return Vector(builder, builder.shuffle_vector(builder.insert_element(nothing, value, first), nothing, zeros))
 
 
-def _philox(builder: ir.IRBuilder, counter: list[Any], keys: list[Any]) -> list[_Vector]:
+def _philox(builder: ir.IRBuilder, counter: list[Any], keys: list[Any]) -> list[Vector]:
     """The four words of a chunk's blocks, (32,) each, as `philox.philox`; the counter's first word is that of the chunk."""
-    order = _Vector(builder, ir.Constant(ir.VectorType(_LONG, _BLOCKS), list(range(_BLOCKS))))
-    c0 = _everywhere(builder, builder.mul(counter[0], ir.Constant(_LONG, _BLOCKS))) + order
-    c1, c2, c3 = (_everywhere(builder, value) for value in counter[1:])
+    order = Vector(builder, ir.Constant(ir.VectorType(LONG, _BLOCKS), list(range(_BLOCKS))))
+    c0 = everywhere(builder, builder.mul(counter[0], ir.Constant(LONG, _BLOCKS))) + order
+    c1, c2, c3 = (everywhere(builder, value) for value in counter[1:])
     k0, k1 = keys
     for _ in range(10):  # in 64-bit lanes, of which only the low halves count
         p0, p1 = (c0 & definition._LOW) * definition._M0, (c2 & definition._LOW) * definition._M1
-        c0, c2 = (p1 >> 32) ^ c1 ^ _everywhere(builder, k0), (p0 >> 32) ^ c3 ^ _everywhere(builder, k1)
+        c0, c2 = (p1 >> 32) ^ c1 ^ everywhere(builder, k0), (p0 >> 32) ^ c3 ^ everywhere(builder, k1)
         c1, c3 = p1, p0
-        k0, k1 = (builder.add(k, ir.Constant(_LONG, w)) for k, w in ((k0, definition._W0), (k1, definition._W1)))
+        k0, k1 = (builder.add(k, ir.Constant(LONG, w)) for k, w in ((k0, definition._W0), (k1, definition._W1)))
     return [_low_halves(word) for word in (c0, c1, c2, c3)]
 
 
-def _low_halves(word: _Vector) -> _Vector:
+def _low_halves(word: Vector) -> Vector:
     """The low 32 bits of each number, chosen from pairs of registers: a truncation takes three instructions in place of one."""
-    halves = _Vector(word.builder, word.builder.bitcast(word.value, ir.VectorType(_INT, 2 * _BLOCKS)))
+    halves = Vector(word.builder, word.builder.bitcast(word.value, ir.VectorType(INT, 2 * _BLOCKS)))
     registers = [halves.chosen(range(k, k + 16)) for k in range(0, 2 * _BLOCKS, 16)]
     even = [a.chosen(range(0, 32, 2), b) for a, b in zip(registers[::2], registers[1::2])]
     return even[0].and_then(even[1])
 
 
-def _normal_pair(word: _Vector) -> tuple[_Vector, _Vector]:
+def _normal_pair(word: Vector) -> tuple[Vector, Vector]:
     """`philox.normal_pair` in the order of its operations."""
     v = (word & 0x3FFFFFFE) | 1
-    bits = v.to("sitofp", _FLOAT).to("bitcast", _INT)
-    y = ((bits & 0x7FFFFF) | 0x3F800000).to("bitcast", _FLOAT)
+    bits = v.to("sitofp", FLOAT).to("bitcast", INT)
+    y = ((bits & 0x7FFFFF) | 0x3F800000).to("bitcast", FLOAT)
     y = y.number(2.0) - y
     radius = (
-        (bits.number(definition.TOP_BITS) - bits).to("sitofp", _FLOAT) * definition.UNIT
+        (bits.number(definition.TOP_BITS) - bits).to("sitofp", FLOAT) * definition.UNIT
         - y * _polynomial(definition.Q, y)
     ).root()
-    a = (v * definition.STRIDE).to("sitofp", _FLOAT) * definition.ANGLE
+    a = (v * definition.STRIDE).to("sitofp", FLOAT) * definition.ANGLE
     a2 = a * a
     c, s = _polynomial(definition.C, a2), _polynomial(definition.S, a2) * a
     signs = [(word << shift) & 0x80000000 for shift in (0, 1)]
-    first, second = ((radius * side).to("bitcast", _INT) ^ sign for side, sign in zip((c - s, c + s), signs))
-    return first.to("bitcast", _FLOAT), second.to("bitcast", _FLOAT)
+    first, second = ((radius * side).to("bitcast", INT) ^ sign for side, sign in zip((c - s, c + s), signs))
+    return first.to("bitcast", FLOAT), second.to("bitcast", FLOAT)
 
 
-def _polynomial(coefficients: tuple[float, ...], x: _Vector) -> _Vector:
+def _polynomial(coefficients: tuple[float, ...], x: Vector) -> Vector:
     value = x * coefficients[0] + coefficients[1]
     for coefficient in coefficients[2:]:
         value = value * x + coefficient
     return value
 
 
-def _normals(builder: ir.IRBuilder, counter: list[Any], keys: list[Any]) -> Iterator[tuple[int, _Vector]]:
-    """The 256 normals of a chunk, 16 at a time: (place of the first in the chunk, numbers)."""
+def normals_of(builder: ir.IRBuilder, counter: list[Any], keys: list[Any]) -> Iterator[tuple[int, Vector]]:
+    """The 256 normals of a chunk, 32 at a time: (place of the first in the chunk, numbers)."""
     words, lanes = _philox(builder, counter, keys), definition.LANES
     for word in (0, 2):
-        for odd, numbers in enumerate(_normal_pair(words[word].and_then(words[word + 1]))):
-            for k in range(4):  # of this word and the next, blocks 0 to 15 and 16 to 31
-                place = 128 * (k % 2) + 32 * (word + k // 2) + lanes * odd
-                yield place, numbers.chosen(range(lanes * k, lanes * (k + 1)))
+        pair = _normal_pair(words[word].and_then(words[word + 1]))
+        for k in range(4):  # of this word and the next, blocks 0 to 15 and 16 to 31
+            first, second = (numbers.chosen(range(lanes * k, lanes * (k + 1))) for numbers in pair)
+            yield 128 * (k % 2) + 32 * (word + k // 2), first.and_then(second)
 
 
-def _pointer(builder: ir.IRBuilder, begin: Any, place: int) -> Any:
-    """The address of the 16 numbers at this place."""
-    kind = ir.VectorType(_FLOAT, definition.LANES).as_pointer()
-    return builder.bitcast(builder.gep(begin, [ir.Constant(_LONG, place)]), kind)
+def pointer(builder: ir.IRBuilder, begin: Any, place: int) -> Any:
+    """The address of the 32 numbers at this place."""
+    kind = ir.VectorType(begin.type.pointee, AT_ONCE).as_pointer()
+    return builder.bitcast(builder.gep(begin, [ir.Constant(LONG, place)]), kind)
 
 
 @intrinsic
@@ -164,25 +169,8 @@ def wide_normals(typing_context, z, chunk, c1, c2, c3, k0, k1):
 
     def generate(context, builder, signature, arguments):
         begin = cgutils.create_struct_proxy(signature.args[0])(context, builder, arguments[0]).data
-        for place, numbers in _normals(builder, arguments[1:5], arguments[5:]):
-            builder.store(numbers.value, _pointer(builder, begin, place), align=4)
+        for place, numbers in normals_of(builder, arguments[1:5], arguments[5:]):
+            builder.store(numbers.value, pointer(builder, begin, place), align=4)
         return context.get_dummy_value()
 
     return types.none(z, *[types.uint64] * 6), generate
-
-
-@intrinsic
-def wide_add(typing_context, out, here, alpha, beta, chunk, c1, c2, c3, k0, k1):
-    """out = beta * out + alpha * z for the 256 elements of a chunk, which begins at out[here], float32, without a buffer."""
-
-    def generate(context, builder, signature, arguments):
-        data = cgutils.create_struct_proxy(signature.args[0])(context, builder, arguments[0]).data
-        begin = builder.gep(data, [arguments[1]])
-        alpha, beta = (_everywhere(builder, value, definition.LANES) for value in arguments[2:4])
-        for place, numbers in _normals(builder, arguments[4:8], arguments[8:]):
-            pointer = _pointer(builder, begin, place)
-            moved = beta * _Vector(builder, builder.load(pointer, align=4)) + alpha * numbers
-            builder.store(moved.value, pointer, align=4)
-        return context.get_dummy_value()
-
-    return types.none(out, types.int64, types.float32, types.float32, *[types.uint64] * 6), generate

@@ -7,6 +7,8 @@ import io
 import json
 import platform
 import sys
+import time
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +21,7 @@ from metazo.bench import measurements, memory, picture, render, steps, suites
 from metazo.bench.models import SIZES, build, lm_loss
 from metazo.bench.processors import labels
 from metazo.bench.published import PublishedLoop
-from metazo.bench.steps import CORE, FORWARDS, METHODS, PASSES, PUBLISHED
+from metazo.bench.steps import CORE, FORWARDS, METHODS, NARROW, PASSES, PUBLISHED
 from metazo.bench.timing import interleaved, ratios, spread
 from metazo.errors import UserError
 from metazo.io.lock import FolderLock
@@ -27,6 +29,7 @@ from metazo.noise import TorchOrderNoise
 from metazo.optimizers import MeZO
 from metazo.step import pending
 from metazo.step.pending import Pending
+from metazo.step.precision import Compensated, Master
 from metazo_cli.main import main
 
 ROOT = Path(__file__).parents[2]
@@ -77,6 +80,28 @@ def test_rounds_are_interleaved_and_the_first_is_not_counted():
     turns = ["".join(calls[i : i + 3]) for i in range(0, 18, 3)]
     assert all(sorted(turn) == ["a", "b", "c"] for turn in turns) and len(set(turns)) > 1
     assert len(interleaved({"a": lambda: None}, rounds=5, seconds=1e9)["a"]) == 100
+
+
+def test_of_a_case_that_runs_twice_in_a_row_the_second_is_counted():
+    calls: list[str] = []
+    cases = {name: lambda name=name: [calls.append(name), time.sleep(0.02 * (calls.count(name) % 2))] for name in "ab"}
+    samples = interleaved(cases, rounds=3, twice=True)
+    assert calls[::2] == calls[1::2] and len(calls) == 16
+    assert max(min(values) for values in samples.values()) < 0.02 and len(samples["a"]) == 3
+
+
+def test_what_is_kept_of_narrow_weights_is_not_begun_anew(monkeypatch: pytest.MonkeyPatch):
+    """The steps of one policy changed the weights of the others, whose masters were made again within the time measured."""
+    changed = []
+    for kind in (Master, Compensated):
+        follow = kind.follow
+        monkeypatch.setattr(
+            kind, "follow", lambda place, follow=follow: [changed.append(follow(place)), changed[-1]][1]
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of weights in place
+        steps.measure("1M", (1, 4), list(NARROW), rounds=2, seconds=0, dtype="bfloat16")
+    assert changed and not any(changed)
 
 
 def test_spread_and_ratios():
