@@ -218,12 +218,31 @@ def place_(
     start: int,
 ) -> None:
     """out = base + alpha * z, rounded once, if supports(out, base)."""
+    share(_place, _placings(out, base, alpha, distribution, seed, tensor_id, purpose, start))
+
+
+def place_all_(
+    distribution: str, places: Sequence[tuple[int, torch.Tensor, torch.Tensor, float]], seed: int, purpose: int
+) -> None:
+    """place_ on whole tensors, given as (tensor id, out, base, alpha)."""
+    jobs = [_placings(out, base, alpha, distribution, seed, tensor_id, purpose) for tensor_id, out, base, alpha in places]
+    share(_place, [job for pieces_of_one in jobs for job in pieces_of_one])
+
+
+def _placings(
+    out: torch.Tensor,
+    base: torch.Tensor,
+    alpha: float,
+    distribution: str,
+    seed: int,
+    tensor_id: int,
+    purpose: int,
+    start: int = 0,
+) -> list[tuple]:
+    """The arguments of calls of _place."""
     fixed = (_number(base)(alpha), distribution == "gaussian", *_counter(seed, tensor_id, purpose))
     to, origin, cut = _array(out), _array(base), pieces(out.numel())
-    share(
-        _place,
-        [(to[here : here + cut.step], origin[here : here + cut.step], start + here, *fixed) for here in cut],
-    )
+    return [(to[here : here + cut.step], origin[here : here + cut.step], start + here, *fixed) for here in cut]
 
 
 def dot(distribution: str, other: torch.Tensor, seed: int, tensor_id: int, purpose: int) -> float:

@@ -188,7 +188,7 @@ class Method:
 
         Raises UserError if an update waits, because it would change the weights of the original and not those of the copy.
         """
-        if getattr(vars(self).get("weights"), "pending", None) is not None:
+        if getattr(vars(self).get("weights"), "waits", False):
             raise UserError(
                 "The update of the last step waits (`defer`) and a copy would lose it: call optimizer.settle() before you copy "
                 "or pickle the model and the optimizer."

@@ -63,6 +63,9 @@ class Weights:
         self.at_snapshot = False  # theta and the snapshot have changed places
         self.defer = False  # whether an update may wait for the next probe; see metazo/step/pending.py
         self.pending: Pending | None = None
+        self.behind: set[str] = (
+            set()
+        )  # weights that are to be rounded from their masters, unless the next probe does so
         self.large = Room()
         self.uses: list[int] = []  # of compensated weights, in the last evaluation of a probe
 
@@ -139,10 +142,11 @@ class Weights:
                 placed[k].append(Place(tensor, tensor.param.data, self._theta(tensor), wanted[k].amount))
             elif touching:
                 self._place_sum(tensor, [(wanted[k], streams[k]) for k in touching])
-            elif self.probe:
+            elif self.probe or tensor.name in self.behind:
                 self.storage[tensor.name].settle()
         for term, stream, places in zip(wanted, streams, placed):
             term.along.place_all_(stream, places)
+        self.behind.clear()
         self.probe = wanted
 
     def _shift(self, changes: Sequence[Term]) -> None:
@@ -157,12 +161,23 @@ class Weights:
                 waiting, self.pending = self.pending, None
                 waiting.apply_with(following)
             else:
-                self.settle()
+                self._catch_up()
                 change.along.add_all_(stream, moves)
-        self.settle()
+        self._catch_up()
 
     def settle(self) -> None:
         """Apply the update that waits, if one does."""
+        self._catch_up()
+        for name in self.behind:
+            self.storage[name].settle()
+        self.behind.clear()
+
+    @property
+    def waits(self) -> bool:
+        """Whether the weights are without the last update."""
+        return self.pending is not None or bool(self.behind)
+
+    def _catch_up(self) -> None:
         if self.pending is not None:
             waiting, self.pending = self.pending, None
             waiting.apply()
@@ -373,7 +388,7 @@ class Weights:
                 for k in touching:
                     amount = amounts[k] - factor * removed[k]
                     moves[k].append(Move(tensor, place.theta, amount, factor if k == touching[0] else 1.0))
-                changed.append(place)
+                changed.append((tensor, place))
             elif factor != 1.0 or touching:
                 run = None
                 if len(touching) == 1 and isinstance(place, Compensated):
@@ -391,8 +406,12 @@ class Weights:
                 return
         for term, stream, moved in zip(terms, streams, moves):
             term.along.add_all_(stream, moved)
-        for place in changed:
-            place.settle()
+        masters = {tensor.name for tensor, place in changed if isinstance(place, Master)}
+        if self.defer:
+            self.behind = masters
+        else:
+            for name in masters:
+                self.storage[name].settle()
 
     def gradient(self, terms: Sequence[Term]) -> Estimate:
         """The estimate, a sum of terms, to be added to a buffer for every tensor, in order."""

@@ -14,6 +14,7 @@ from metazo.kernels import outer
 from metazo.noise import cpu
 from metazo.optimizers import LOZO, METHODS, MeZO
 from metazo.optimizers.probing import TOGETHER
+from metazo.step.precision import Master
 
 STEPS = 6
 
@@ -105,6 +106,49 @@ def test_a_closure_that_fails_leaves_the_weights_of_the_last_step():
         with pytest.raises(RuntimeError):
             optimizer.step(fails)
     assert waiting.weights.pending is None and torch.equal(nets[0].weight, nets[1].weight)
+
+
+@pytest.mark.parametrize("method", [MeZO, LOZO])
+def test_weights_with_a_master_are_rounded_from_it_by_the_next_probe_alone(method, monkeypatch):
+    """Rounding is a pass over the weights, and the next probe rounds all of them again."""
+    rounded: list[Master] = []
+    settle = Master.settle
+    monkeypatch.setattr(Master, "settle", lambda master: [rounded.append(master), settle(master)])
+    nets = layer().bfloat16(), layer().bfloat16()
+    waiting, plain = (method(net.named_parameters(), lr=1e-2) for net in nets)
+    waiting.defer = True
+    for _ in range(STEPS):
+        waiting.step(lambda: loss(nets[0]))
+    assert not rounded and waiting.weights.waits
+    with pytest.raises(UserError, match=r"waits \(`defer`\) .* call optimizer.settle\(\) before"):
+        copy.deepcopy((nets[0], waiting))
+    for _ in range(STEPS):
+        plain.step(lambda: loss(nets[1]))
+    assert len(rounded) == STEPS and not plain.weights.waits
+    assert waiting.last_step == plain.last_step and not torch.equal(nets[0].weight, nets[1].weight)
+    (tensor,) = waiting.tensors
+    assert all(torch.equal(theta.bfloat16(), nets[1].weight) for _, theta in waiting.weights.read(tensor))
+    assert torch.equal(nets[0].weight, nets[1].weight) and len(rounded) == STEPS + 1
+    copy.deepcopy(waiting)
+
+
+@pytest.mark.parametrize("when", ["closure", "probe"])
+def test_a_step_that_fails_leaves_weights_rounded_from_their_masters(when, monkeypatch):
+    nets = layer().bfloat16(), layer().bfloat16()
+    waiting, plain = (MeZO(net.named_parameters(), lr=1e-2) for net in nets)
+    waiting.defer = True
+    for net, optimizer in zip(nets, (waiting, plain)):
+        optimizer.step(lambda net=net: loss(net))
+
+    def fails(*given):
+        raise RuntimeError
+
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError):
+        if when == "probe":
+            patched.setattr(cpu, "place_all_", fails)
+        waiting.step(fails if when == "closure" else lambda: loss(nets[0]))
+    waiting.settle()
+    assert torch.equal(nets[0].weight, nets[1].weight)
 
 
 def test_decay_and_block_scales_wait_too_and_several_queries_do_not():
