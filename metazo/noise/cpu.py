@@ -225,7 +225,9 @@ def place_all_(
     distribution: str, places: Sequence[tuple[int, torch.Tensor, torch.Tensor, float]], seed: int, purpose: int
 ) -> None:
     """place_ on whole tensors, given as (tensor id, out, base, alpha)."""
-    jobs = [_placings(out, base, alpha, distribution, seed, tensor_id, purpose) for tensor_id, out, base, alpha in places]
+    jobs = [
+        _placings(out, base, alpha, distribution, seed, tensor_id, purpose) for tensor_id, out, base, alpha in places
+    ]
     share(_place, [job for pieces_of_one in jobs for job in pieces_of_one])
 
 
