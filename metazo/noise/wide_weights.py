@@ -1,6 +1,6 @@
 """Sums of weights and the normals of wide.py, 32 at a time without a buffer between: a chunk of 256 elements per call.
 
-They are those of the loops in cpu.py and cpu_split.py, bit for bit (tests/noise), and take a tenth to a quarter less time: what
+They are those of the loops in cpu.py and cpu_split.py, bit for bit (tests/noise), and take up to a sixth less time: what
 is stored in the buffer need not be loaded again, and the types of the weights are known where the instructions are written.
 """
 
