@@ -26,9 +26,8 @@ _SHORT, _HALF = ir.IntType(16), ir.HalfType()
 STORED = {types.float32: torch.float32, types.uint16: torch.bfloat16, types.int16: torch.float16}
 """The types of weights by those of the arrays that hold them."""
 WIDE = WIDTH == 512
-_CONVERTS = (
-    WIDE and binding.get_host_cpu_features().get("avx512bf16", False) and not (config.CPU_NAME or config.CPU_FEATURES)
-)
+_FOR_OTHERS = any(getattr(config, name, None) for name in ("CPU_NAME", "CPU_FEATURES"))
+_CONVERTS = WIDE and not _FOR_OTHERS and binding.get_host_cpu_features().get("avx512bf16", False)
 """Whether the processor's own conversion to bfloat16 is used: not if numba was told to compile for another processor."""
 _CHUNK = 256
 _FLOATS, _NOISE = [types.float32] * 2, [types.uint64] * 6
@@ -38,7 +37,8 @@ class _Array:
     """The elements of a numba array from one index on."""
 
     def __init__(self, context: Any, builder: ir.IRBuilder, kind: types.Array, array: Any, here: Any):
-        self.builder, self.kind = builder, kind.dtype
+        self.builder = builder
+        self.kind: Any = kind.dtype
         self.begin = builder.gep(cgutils.create_struct_proxy(kind)(context, builder, array).data, [here])
 
     def raw(self, place: int) -> Vector:
