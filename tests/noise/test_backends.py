@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from metazo.blocks import NamedTensor, tensor_id
-from metazo.noise import DENSE, TILE, Move, PhiloxNoise, TorchOrderNoise, add_two_all_, backends, cpu
+from metazo.noise import DENSE, TILE, Move, PhiloxNoise, Place, TorchOrderNoise, add_two_all_, backends, cpu
 
 DISTRIBUTIONS = ("gaussian", "rademacher")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -219,6 +219,24 @@ def test_many_tensors_at_once_are_as_one_by_one(distribution, dtype, threads):
             for w, out in zip(tensors, outs[0]):
                 stream.add_(w, out, 0.3, 0.7, 1)
             stream.add_all_([Move(w, out, 0.3, 0.7) for w, out in zip(tensors, outs[1])], 1)
+            assert all(torch.equal(a, b) for a, b in zip(*outs))
+
+
+@each_distribution
+@each_dtype
+def test_many_tensors_are_placed_at_once_as_one_by_one(distribution, dtype, threads):
+    tensors = [tensor(size, name=f"w{size}", dtype=dtype) for size in (0, 3, TILE, 150_001, 300_000)]
+    bases = [random(w.param.numel()) for w in tensors]
+    bases[1] = bases[1].double()  # which no kernel takes
+    for count in (1, 3):
+        threads(count)
+        for stream in streams(distribution):
+            outs = [[torch.full(w.param.shape, 7.0, dtype=dtype) for w in tensors] for _ in range(2)]
+            for k, (w, out, base) in enumerate(zip(tensors, outs[0], bases)):
+                stream.place_(w, out, base, 0.3 + k)
+            stream.place_all_(
+                [Place(w, out, base, 0.3 + k) for k, (w, out, base) in enumerate(zip(tensors, outs[1], bases))]
+            )
             assert all(torch.equal(a, b) for a, b in zip(*outs))
 
 

@@ -87,7 +87,9 @@ def test_a_probe_is_placed_as_by_join_and_add(distribution, high, low, size, sta
 
 @each
 @each_layout
-@pytest.mark.parametrize(("size", "start"), [(0, 0), (1, 0), (257, TILE), (5003, 37 * TILE), (300_001, 0)])
+@pytest.mark.parametrize(
+    ("size", "start"), [(0, 0), (1, 0), (257, TILE), (5003, 37 * TILE), (300_001, 0), (2 * TILE + 3, (1 << 31) - TILE)]
+)
 @pytest.mark.parametrize(("alpha", "beta"), [(-1e-3, 1.0), (0.3, 0.7)])
 def test_an_update_is_added_as_by_join_add_and_split(distribution, high, low, size, start, alpha, beta, threads):
     states = [weights(size, high, low) for _ in range(3)]

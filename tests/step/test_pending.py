@@ -14,6 +14,7 @@ from metazo.kernels import outer
 from metazo.noise import cpu
 from metazo.optimizers import LOZO, METHODS, MeZO
 from metazo.optimizers.probing import TOGETHER
+from metazo.step.directions import Isotropic, Sparse
 from metazo.step.precision import Master
 
 STEPS = 6
@@ -149,6 +150,59 @@ def test_a_step_that_fails_leaves_weights_rounded_from_their_masters(when, monke
         waiting.step(fails if when == "closure" else lambda: loss(nets[0]))
     waiting.settle()
     assert torch.equal(nets[0].weight, nets[1].weight)
+
+
+class Mixed(nn.Module):
+    """Weights in place beside masters, in two blocks."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(20, 20), nn.Linear(20, 20)) for _ in range(2))
+        for layer in self.layers:
+            layer[0].bfloat16()
+
+
+def loss_of_all(net: nn.Module) -> torch.Tensor:
+    return sum((p.float() * torch.linspace(-1, 1, p.shape[-1])).sum().sin() for p in net.parameters())
+
+
+class OneTensor(MeZO):
+    """Probes a tensor in each step, in turn."""
+
+    def propose(self, state, step, seeds):
+        return Sparse(Isotropic(), [self.tensors[step % len(self.tensors)].name])
+
+
+@pytest.mark.parametrize("narrow", [True, False], ids=["masters alone", "beside weights in place"])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        (MeZO, {"weight_decay": 0.1}),
+        (MeZO, {"queries": 2}),
+        (MeZO, {"scale": "rms"}),
+        (LOZO, {"interval": 2, "form": "weights"}),
+        (OneTensor, {"weight_decay": 0.1}),
+    ],
+)
+def test_masters_that_wait_give_the_losses_and_weights_of_those_that_do_not(method, options, narrow):
+    nets = Mixed(), Mixed()
+    for net in nets if narrow else ():
+        net.bfloat16()
+    waiting, plain = (method(net.named_parameters(), lr=1e-2, **options) for net in nets)
+    waiting.defer = True
+    for step in range(9):
+        for net, optimizer in zip(nets, (waiting, plain)):
+            optimizer.param_groups[0]["lr"] *= 0.9
+            if step == 6:
+                optimizer.step(lambda: torch.tensor(float("nan")))
+                assert not optimizer.weights.waits
+            optimizer.step(lambda net=net: loss_of_all(net))
+        assert waiting.last_step == plain.last_step
+        if method is not OneTensor:
+            assert waiting.weights.behind == {tensor.name for tensor in waiting.weights.masters}
+    waiting.settle()
+    assert all(map(torch.equal, *(net.parameters() for net in nets)))
 
 
 def test_decay_and_block_scales_wait_too_and_several_queries_do_not():
