@@ -114,8 +114,8 @@ class ZOOptimizer(Verbs, Saving):
     in a step (metazo.optimizers.ranks.Exchange); max_loss, above which a loss counts as not finite; defer (False):
     whether the update of a step may wait until the next step applies it together with its first probe. This saves a pass
     over the weights and changes no bit, but you must call `settle` before you read the weights between steps, before you
-    change them (the update that waits would be added to weights that were loaded), and before you copy or pickle the
-    optimizer, which raises UserError otherwise.
+    change them (the update that waits would be added to weights that were loaded, or lost if they have masters), and before
+    you copy or pickle the optimizer, which raises UserError otherwise.
 
     Raises UserError for hyperparameters out of range. Weights of bfloat16 and float16 have float32 masters, or bits below them:
     change them between steps under torch.no_grad() (or by load_state_dict), because what is written to `param.data` is not

@@ -63,9 +63,7 @@ class Weights:
         self.at_snapshot = False  # theta and the snapshot have changed places
         self.defer = False  # whether an update may wait for the next probe; see metazo/step/pending.py
         self.pending: Pending | None = None
-        self.behind: set[str] = (
-            set()
-        )  # weights that are to be rounded from their masters, unless the next probe does so
+        self.behind: set[str] = set()  # weights to be rounded from their masters, unless the next probe does so
         self.large = Room()
         self.uses: list[int] = []  # of compensated weights, in the last evaluation of a probe
 
@@ -133,6 +131,16 @@ class Weights:
             for term in wanted
         ]
         self._shift([change for change in changes if change.amount != 0])
+        behind = {tensor.name for tensor in self.masters} if self.probe or wanted else self.behind
+        self.probe, self.behind = wanted, set()
+        try:
+            self._place(wanted, behind)
+        except BaseException:  # Ctrl-C, after a pass that has changed the weights
+            self.behind = behind
+            raise
+
+    def _place(self, wanted: Sequence[Term], behind: set[str]) -> None:
+        """Weights = round(master + sum of terms) where a term touches them; of the others, those behind are rounded."""
         streams = [self.noise.stream(term.seed) for term in wanted]
         placed: list[list[Place]] = [[] for _ in wanted]
         for tensor in self.masters:
@@ -142,12 +150,10 @@ class Weights:
                 placed[k].append(Place(tensor, tensor.param.data, self._theta(tensor), wanted[k].amount))
             elif touching:
                 self._place_sum(tensor, [(wanted[k], streams[k]) for k in touching])
-            elif self.probe or tensor.name in self.behind:
+            elif tensor.name in behind:
                 self.storage[tensor.name].settle()
         for term, stream, places in zip(wanted, streams, placed):
             term.along.place_all_(stream, places)
-        self.behind.clear()
-        self.probe = wanted
 
     def _shift(self, changes: Sequence[Term]) -> None:
         """Add these terms to the weights that hold theta themselves; the first together with the update that waits."""
