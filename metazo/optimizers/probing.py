@@ -3,7 +3,8 @@
 "in-turn" moves the weights for each probe and needs no extra memory. "together" applies low-rank directions to the
 activations, of which there is one copy per probe, and does not move the weights; it is faster on small batches. "auto"
 chooses "together" if probes x batch x length of the first step is at most ROWS. All processes evaluate in turn if one of
-them has to. Losses, update and record are the same except for rounding.
+them has to. Losses, update and record are the same except for rounding, and
+for models that take another way if a parameter might be replaced (docs/how-it-works.md).
 """
 
 from __future__ import annotations

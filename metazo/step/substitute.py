@@ -18,8 +18,8 @@ import math
 import mmap
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, Self
 
 import torch
@@ -50,6 +50,19 @@ def reads_numbers(func: Any) -> bool:
     return func not in _METADATA and (getattr(func, "__name__", "") != "__get__" or func in _VIEWS)
 
 
+@contextmanager
+def no_fast_path() -> Iterator[None]:
+    """Evaluations as if every parameter might be replaced: torch's nn.TransformerEncoder takes another way in eval mode if none
+    is, which rounds differently and sets the outputs of padding to 0, so that losses of the two would not be comparable.
+    """
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
 class Shown(ABC):
     """While active, every torch function that is given one of the tensors calls `use` instead; no other function is
     slowed down. The tensors' classes are exchanged for ones that have `__torch_function__`, and put back at the end.
@@ -68,7 +81,11 @@ class Shown(ABC):
 
     def use(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         made: dict[int, Tensor] = {}  # one substitute per call, however often the tensor is an argument
-        return func(*self._seen(args, made), **self._seen(kwargs, made))
+        args, kwargs = self._seen(args, made), self._seen(kwargs, made)
+        if made:
+            return func(*args, **kwargs)
+        with DisableTorchFunctionSubclass():  # a copy that the closure has made of a tensor, which has its class
+            return func(*args, **kwargs)
 
     def __enter__(self) -> Self:
         watched: dict[type, type] = {}
@@ -115,7 +132,7 @@ class Shown(ABC):
 
 def _show(cls: Any, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
     """`__torch_function__` of the watched classes."""
-    if reads_numbers(func):
+    if cls.shown is not None and reads_numbers(func):
         return cls.shown.use(func, args, kwargs or {})
     with DisableTorchFunctionSubclass():
         return func(*args, **(kwargs or {}))

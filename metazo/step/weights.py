@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -35,7 +35,7 @@ from metazo.step.precision import (
     storage,
     version_of,
 )
-from metazo.step.substitute import Room, Scratch, of_compiler
+from metazo.step.substitute import Room, Scratch, no_fast_path, of_compiler
 from metazo.step.terms import Estimate, Term, add_sum_
 
 
@@ -228,7 +228,7 @@ class Weights:
         Probes that are evaluated together do not move the weights, so an update that waits is applied here.
         """
         self.settle()
-        with as_called(), self.substituting() as scratch:
+        with as_called(), no_fast_path() if self.compensated else nullcontext(), self.substituting() as scratch:
             yield scratch
 
     @contextmanager

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from metazo.blocks import named_tensors
 from metazo.errors import UserError
-from metazo.optimizers import LOZO, MeZO
+from metazo.optimizers import LOZO, HiZOO, MeZO
 from metazo.step.substitute import AHEAD, HUGE, Room, Scratch
 from tests.optimizers.contract import IDS, llama
 
@@ -273,3 +273,38 @@ def test_a_compiled_model_sees_the_probe():
     with Scratch([weight], twos, []):
         assert torch.equal(compiled(torch.ones(4)), 8 + model.bias)
     assert torch.equal(compiled(torch.ones(4)), plain)
+
+
+def test_all_losses_of_a_step_are_of_one_way_through_torchs_own_encoder():
+    """In eval mode it takes a fast path if no parameter might be replaced, and sets the outputs of padding to 0 there."""
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 1)
+    model = nn.ModuleDict({"encoder": encoder, "head": nn.Linear(16, 3)}).to(B16).eval()
+    x, padding = torch.randn(4, 6, 16).to(B16), torch.arange(6).expand(4, 6) >= 3
+
+    def loss() -> torch.Tensor:
+        return model["head"](model["encoder"](x, src_key_padding_mask=padding).mean(1)).float().square().sum()
+
+    optimizer = HiZOO(model.named_parameters(), lr=1e-12, eps=1e-9, precision="compensated-16")
+    optimizer.step(loss)
+    here, *probes = optimizer.last_step.losses
+    with torch.inference_mode():
+        fast = float(loss())
+    assert torch.backends.mha.get_fastpath_enabled() and abs(fast - here) > 1e-3, "the two ways differ"
+    assert probes == [here, here]
+
+
+def test_a_closure_may_copy_the_model():
+    nets = [nn.Linear(8, 8).to(B16) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    x, copies = torch.randn(4, 8).to(B16), []
+    copied, plain = (MeZO(net.named_parameters(), lr=1e-3, precision="compensated-16") for net in nets)
+
+    def loss() -> torch.Tensor:
+        copies.append(copy.deepcopy(nets[0]))
+        return copies[-1](x).float().sum()
+
+    copied.step(loss)
+    plain.step(lambda: nets[1](x).float().sum())
+    assert copied.last_step == plain.last_step
+    assert copies[-1](x).shape == (4, 8), "a copy is a module of its own after the step too"
