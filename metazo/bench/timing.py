@@ -22,20 +22,21 @@ def interleaved(
     twice: bool = False,
     tick: Callable[[], None] = lambda: None,
 ) -> Samples:
-    """Run the cases in turn, after one uncounted round (compilation, first use of memory).
+    """Run the cases in turn, after two uncounted rounds. The first compiles and uses memory for the first time; so does the
+    second, because a step whose update waits for the next probe makes the two together from its second call on.
 
     Args: rounds: least number of rounds; seconds: continue, up to 100 rounds, until this time is measured; twice: run each
     case twice in a row and count the second, for cases of which each has memory of its own; tick: called after each case.
     """
     samples: Samples = {name: [] for name in cases}
     order = list(cases)
-    for count in range(101):
+    for count in range(-1, 101):
         random.Random(count).shuffle(order)
         for name in order:
             if twice:
                 _seconds(cases[name], device)
             taken = _seconds(cases[name], device)
-            if count:
+            if count > 0:
                 samples[name].append(taken)
             tick()
         if count >= rounds and sum(map(sum, samples.values())) >= seconds:

@@ -73,20 +73,24 @@ def test_the_restated_loop_is_mezo_in_the_published_order():
     assert not torch.allclose(plain[0].weight, start, atol=1e-4)
 
 
-def test_rounds_are_interleaved_and_the_first_is_not_counted():
+def test_rounds_are_interleaved_and_the_first_two_are_not_counted():
     calls: list[str] = []
     samples = interleaved({name: lambda name=name: calls.append(name) for name in "abc"}, rounds=5)
-    assert len(calls) == 18 and all(len(values) == 5 for values in samples.values())
-    turns = ["".join(calls[i : i + 3]) for i in range(0, 18, 3)]
+    assert len(calls) == 21 and all(len(values) == 5 for values in samples.values())
+    turns = ["".join(calls[i : i + 3]) for i in range(0, 21, 3)]
     assert all(sorted(turn) == ["a", "b", "c"] for turn in turns) and len(set(turns)) > 1
     assert len(interleaved({"a": lambda: None}, rounds=5, seconds=1e9)["a"]) == 100
+    slow = iter(
+        [0.02, 0.02, 0.0, 0.0]
+    )  # the second call of a step compiles the kernel that also makes the update that waited
+    assert max(interleaved({"a": lambda: time.sleep(next(slow))}, rounds=2)["a"]) < 0.02
 
 
 def test_of_a_case_that_runs_twice_in_a_row_the_second_is_counted():
     calls: list[str] = []
     cases = {name: lambda name=name: [calls.append(name), time.sleep(0.02 * (calls.count(name) % 2))] for name in "ab"}
     samples = interleaved(cases, rounds=3, twice=True)
-    assert calls[::2] == calls[1::2] and len(calls) == 16
+    assert calls[::2] == calls[1::2] and len(calls) == 20
     assert max(min(values) for values in samples.values()) < 0.02 and len(samples["a"]) == 3
 
 
@@ -146,7 +150,7 @@ def test_steps_join_their_updates_with_the_next_probes_as_in_a_run(monkeypatch: 
     monkeypatch.setattr(Pending, "apply", lambda waiting: [alone.extend(waiting.moves), apply(waiting)])
     monkeypatch.setattr(pending, "add_two_all_", lambda *given: [joined.append(len(given[2])), two(*given)])
     steps.measure("1M", (1, 4), [PUBLISHED, "MeZO"], rounds=2, seconds=0)
-    assert not alone and joined == [len(list(build("1M").parameters()))] * 2
+    assert not alone and joined == [len(list(build("1M").parameters()))] * 3
 
 
 def test_memory_sees_the_moments_of_adam(quick: Path):
