@@ -13,6 +13,7 @@ does not fit. The new signature is then still beside it, so the messages can say
 from __future__ import annotations
 
 import os
+from base64 import b64decode
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,11 +50,19 @@ class Signer:
         return bytes(self.secret.sign(data, trusted_comment=f"file:{name}")) + b"\n"
 
     def check(self, path: Path) -> None:
-        """Raises UserError if the file `path`, which is about to be replaced, has a signature that is not by this key."""
+        """Raises UserError if the file `path`, which is about to be replaced, has a signature that is not by this key, or a new
+        one beside it that another key made."""
         data = read_capped(path, INDEX_BYTES, "zoo index") if path.exists() else b""
         public = _minisign().PublicKey.from_secret_key(self.secret)
-        if not signed(path, SUFFIX) and _fault(data, path.with_name(path.name + NEW), public) is not None:
-            return
+        new = path.with_name(path.name + NEW)
+        if not signed(path, SUFFIX) and _fault(data, new, public) is not None:
+            if _key_id(new) == _key_id(public):  # left by a push that was killed before it replaced an unsigned index
+                return
+            raise UserError(
+                f"{path} is refused: {new.name} beside it, which a push that was cut off has left, is not by the key given; "
+                f"push with the key that made it, or check the zoo by hand, remove {new.name} and push again, "
+                "which signs it anew"
+            )
         _check(
             data,
             path,
@@ -110,6 +119,22 @@ def _fault(data: bytes, signature: Path, public: Any) -> str | None:
     except ValueError as error:
         return str(error)
     return None
+
+
+def _key_id(of: Any) -> bytes | None:
+    """The key's number in a public key, or in the file of a signature; None if the file holds none.
+
+    Both begin with two bytes for the algorithm and eight for the number.
+    """
+    if not isinstance(of, Path):
+        return b64decode(of.to_base64())[2:10]
+    if not is_file(of):
+        return None
+    try:
+        found = _minisign().Signature.from_bytes(read_capped(of, MAX_BYTES, "signature"))
+    except ValueError:
+        return None
+    return b64decode(bytes(found).splitlines()[1])[2:10]
 
 
 def _parsed(flag: str, key: str, kind: Any) -> Any:

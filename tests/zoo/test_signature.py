@@ -160,6 +160,33 @@ def test_a_push_that_is_killed_between_index_and_signature_says_so(
     assert signed(folder, secret, seed=6) == f"tiny/v{number + 1}"
 
 
+@pytest.mark.parametrize("index", [True, False])
+def test_a_first_push_that_was_killed_leaves_the_zoo_to_its_key(
+    index: bool, tmp_path: Path, keys: tuple[Path, Path]
+) -> None:
+    folder, (secret, public) = tmp_path / "z", keys
+    signed(folder, secret)
+    new = (folder / "index.json.minisig").rename(folder / "index.json.minisig.new")
+    if not index:  # killed before it replaced an index that was not signed
+        changed_index(folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    other, other_public = write(tmp_path, "other")
+    for content in (new.read_bytes(), b"cut"):
+        new.write_bytes(content)
+        with pytest.raises(
+            UserError, match="index.json.minisig.new beside it, .* is not by the key given; push with the key"
+        ):
+            signed(folder, other, seed=1)
+    new.write_bytes(before[new])
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    if index:
+        new.rename(folder / "index.json.minisig")
+    assert signed(folder, secret, seed=1) == "tiny/v2"
+    assert zoo.verify(folder, str(public))
+    with pytest.raises(UserError, match="not by the key given"):
+        zoo.verify(folder, str(other_public))
+
+
 @pytest.mark.parametrize("number", [0, 1])
 def test_if_the_signature_cannot_be_replaced_the_index_is_put_back(
     number: int, tmp_path: Path, keys: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
