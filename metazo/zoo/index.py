@@ -37,6 +37,8 @@ PATIENCE = 60.0
 FILES = {"tuner": TUNER, "feedback": TUNER, "log": STEPS}
 Item = Tuner | FeedbackTuner | Log
 CARD = "card.md"
+TAKEN = {INDEX, f"{INDEX}{SUFFIX}", f"{INDEX}{NEW}", CARD, *FILES.values()}
+"""Names that a zoo writes itself, so that no folder in it may have them."""
 
 
 @dataclass(frozen=True)
@@ -203,12 +205,14 @@ def add(
     alone without it, or if the one that it has is not by the same key.
     Raises UserError if the folder cannot be written or a link in it leads out of it.
     """
+    _free_name(
+        f"{base}/{version}" if version else base
+    )  # before its folder is looked into, and before the zoo's is made
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FolderLock(folder, "zoo", PATIENCE):
             entries = read_index(folder)
-            safe_name(base, "zoo name")  # before its folder is looked into
-            name = safe_name(f"{base}/{version or _next_version(folder, base, entries, item, data)}", "zoo name")
+            name = _free_name(f"{base}/{version or _next_version(folder, base, entries, item, data)}")
             target = _inside(folder / name, folder)
             if there := signed(folder / INDEX):
                 if sign is None:
@@ -233,6 +237,18 @@ def add(
     except OSError as error:
         raise UserError(f"the zoo {folder} cannot be written ({error.strerror or error})") from error
     return found
+
+
+def _free_name(name: str) -> str:
+    """`name` itself. Raises UserError if it is unsafe, or if a part of it is a name that the zoo's own files have, in any
+    case of letters: some file systems do not tell them apart."""
+    for part in safe_name(name, "zoo name").split("/"):
+        if part.lower() in TAKEN:
+            raise UserError(
+                f"zoo name {name!r} is refused: a zoo has files of its own called {part.lower()}; choose another `name` or "
+                "`version`"
+            )
+    return name
 
 
 def _entry_of(item: Item, name: str, data: bytes, licence: str | None) -> Entry:

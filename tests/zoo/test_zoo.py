@@ -108,6 +108,17 @@ def test_names_that_lead_elsewhere_are_refused(name: str, tmp_path: Path) -> Non
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["index.json", "Index.JSON", "index.json.minisig", "index.json.minisig.new", "tiny/card.md", "tiny/Steps.jsonl"],
+)
+def test_names_of_the_zoo_s_own_files_are_refused_before_anything_is_written(name: str, tmp_path: Path) -> None:
+    for options in ({"base": name}, {"base": "tiny", "version": name}):
+        with pytest.raises(UserError, match="a zoo has files of its own called .*; choose another `name` or `version`"):
+            zoo.push(make_tuner(), tmp_path / "z", **options)
+        assert not (tmp_path / "z").exists()
+
+
 def test_a_taken_name_and_a_link_out_of_the_zoo_are_refused(tmp_path: Path) -> None:
     zoo.push(make_tuner(), tmp_path / "z", version="1.0")
     zoo.push(make_tuner(), tmp_path / "z", version="1.0")  # the same bytes are accepted
