@@ -14,6 +14,8 @@ BOLD = (
     "Bold: the best column with forward passes only, without a failed or unreadable run, and without a missing one that others "
     "have; several if they tie."
 )
+SPREAD = "the root mean square over its tasks of the standard deviation over seeds, which says how much one task varies"
+"""What ± is beside an average over tasks; the average of several varies less as a rule."""
 METRICS = {
     "accuracy": "accuracy (%)",
     "macro_f1": "macro F1 (× 100)",
@@ -93,8 +95,8 @@ def summary(main: Analysis, other: Analysis) -> Table:
     table = Table(
         "summary",
         "All columns, best first",
-        f"Averages over the tasks that count ({len(counted)} of {len(data.tasks)}), on {data.split(counted)}, ± the "
-        f"standard deviation over seeds; ordered by {'loss' if main.measure == 'loss' else named}, "
+        f"Averages over the tasks that count ({len(counted)} of {len(data.tasks)}), on {data.split(counted)}; ± of an "
+        f"average: {SPREAD}; ordered by {'loss' if main.measure == 'loss' else named}, "
         f"columns with failed, unreadable or missing runs last; (n of m): over n of m runs. {BOLD} {paired_note}"
         "Time without evaluations and memory above the idle process: medians over runs."
         f"{metric_note(data, counted)}{split_note(data, data.tasks)}",
@@ -133,7 +135,7 @@ def _average(analysis: Analysis, column: str, best: Sequence[str]) -> Cell:
 
 
 def scores(analysis: Analysis) -> Table:
-    """Mean and standard deviation over seeds, by column and task."""
+    """Mean and standard deviation over seeds by column and task, and the average over the tasks that count; see SPREAD."""
     data, measure = analysis.data, analysis.measure
     tasks = [task for task in data.tasks if measure == "loss" or data.metric_of(task)]
     named = {task: "nats" if measure == "loss" else metric_name(data, [task]) for task in tasks}
@@ -145,7 +147,8 @@ def scores(analysis: Analysis) -> Table:
     table = Table(
         "loss" if measure == "loss" else "metric",
         title[0].upper() + title[1:],
-        f"Mean ± standard deviation over {len(data.seeds)} seeds; (n of m): n of m runs finished. {BOLD}"
+        f"Mean ± standard deviation over {len(data.seeds)} seeds; ± of an average: {SPREAD}; "
+        f"(n of m): n of m runs finished. {BOLD}"
         + (f" Not in the average: {', '.join(left_out)}." if left_out else "")
         + split_note(data, tasks),
         ["column", *(t if shared else f"{t}, {named[t]}" for t in tasks), "average"],

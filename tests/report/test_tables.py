@@ -58,6 +58,22 @@ def test_scores_are_means_and_standard_deviations(folder: Path):
     assert row(score, "commonest class") == ["commonest class", "50.5", "50.5"]
 
 
+def test_the_spread_of_an_average_is_named_as_it_is_computed(tmp_path: Path):
+    """It is that of one task. It was called the standard deviation over seeds, which of these averages is 0."""
+    for task, finals in (("sst2", (0.4, 0.6)), ("rte", (0.6, 0.4))):
+        for seed, final in enumerate(finals):
+            result = synthetic.result(Column("mezo", 0.5, optimizer="mezo"), task, seed, loss=final)
+            set_curve(result, (0.69, 0.6, 0.5, final))
+            result.save(cell_path(tmp_path, task, "mezo", "seed", seed))
+    analysis = Analysis(Comparison(tmp_path), "loss")
+    found = [tables.scores(analysis), tables.summary(analysis, Analysis(analysis.data, "metric"))]
+    assert row(found[0], "mezo")[1:] == ["0.500 ± 0.141"] * 3 and "0.500 ± 0.141" in row(found[1], "mezo")
+    named = (
+        "± of an average: the root mean square over its tasks of the standard deviation over seeds, which says how much"
+    )
+    assert all(named in table.note for table in found)
+
+
 def test_pairs_are_counted_by_seed(folder: Path):
     test = Analysis(Comparison(folder), "loss").tests["lozo"]
     assert (test.pairs, test.wins, test.losses, test.p) == (3, 2, 1, 1.0)
