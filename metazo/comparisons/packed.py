@@ -69,7 +69,7 @@ def pack(results: Path) -> tuple[int, int]:
     """Pack the runs of a comparison and remove their own files; returns bytes before and after.
 
     Raises UserError if it is packed already, if a comparison is running in the folder, or if a file is not a result as metazo
-    wrote it, because it would be lost.
+    wrote it, or anything else is in `cells`, because it would be lost.
     """
     with FolderLock(results, "results"):
         for part in parts_in(results):
@@ -80,6 +80,7 @@ def pack(results: Path) -> tuple[int, int]:
 def _pack(results: Path) -> tuple[int, int]:
     if is_packed(results):
         raise UserError(f"{results} is packed already; there is nothing to do.")
+    _check_that_all_are_runs(results)
     lines, before = [], 0
     for path, result in read_runs(results):
         if isinstance(result, UserError):
@@ -105,6 +106,18 @@ def _pack(results: Path) -> tuple[int, int]:
     shutil.rmtree(results / "cells")
     (results / SEARCH).unlink(missing_ok=True)
     return before, len(packed) + len(index)
+
+
+def _check_that_all_are_runs(results: Path) -> None:
+    """Raises UserError for what packing removes and does not pack, other than what a killed process was writing."""
+    cells = results / "cells"
+    runs = set(cells.glob("*/*/*.json"))
+    for path in sorted(cells.rglob("*")):
+        if not (path.is_dir() or path in runs or path.match(".*.tmp")):
+            raise UserError(
+                f"{path} is not the file of a run (cells/<task>/<column>/*.json), and packing would remove it; "
+                f"move it out of {cells}. Nothing is changed."
+            )
 
 
 def packed_grid(results: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import yaml
 from metazo.comparisons.packed import RUNS, is_packed, pack, read_runs, unpack
 from metazo.comparisons.results import COMPARISON, Result, cell_path, read_search
 from metazo.errors import UserError
+from metazo.io.files import whole_file
 from metazo.io.lock import FolderLock
 from metazo.report.build import build
 from metazo.report.comparison import Comparison
@@ -91,6 +92,38 @@ def test_nothing_is_packed_that_would_not_come_back(tmp_path: Path) -> None:
     pack(folder)
     with pytest.raises(UserError, match="is packed already"):
         pack(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["sst2/mezo/notes.txt", "mine/a/b/x.json", "x.json", "sst2/link.json", "rte/mezo/link"]
+)
+def test_nothing_is_removed_that_is_not_packed(tmp_path: Path, name: str) -> None:
+    """All of `cells` was removed, with whatever else was in it."""
+    folder = comparison(tmp_path)
+    path = folder / "cells" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if "link" in name:
+        path.symlink_to(folder / "grid.yaml")
+    else:
+        path.write_text("{}")
+    before = files(folder)
+    with pytest.raises(UserError, match=rf"{path} is not the file of a run .*; move it out of {folder}/cells\."):
+        pack(folder)
+    assert files(folder) == before
+    path.unlink()
+    pack(folder)
+    assert is_packed(folder)
+
+
+def test_what_a_killed_process_had_not_finished_does_not_hinder(tmp_path: Path) -> None:
+    folder = comparison(tmp_path)
+    path = cell_path(folder, "sst2", "mezo", "seed", 7)
+    with whole_file(path):
+        (left,) = path.parent.glob(".*")
+    path.rename(left)
+    (folder / "cells" / "sst2" / "empty").mkdir()
+    pack(folder)
+    assert is_packed(folder) and not (folder / "cells").exists()
 
 
 def test_two_files_are_all_that_is_shared(tmp_path: Path) -> None:
