@@ -28,9 +28,10 @@ from metazo.plots.curves import plot_curves
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import run_settings
 from metazo.runs.folder import RunFolder
-from metazo.runs.interrupt import Interrupted
+from metazo.runs.interrupt import Interrupted, ends_at_once
 from metazo.runs.locate import CONFIG
 from metazo.runs.resources import refuse_ranks
+from metazo.tasks import books
 from metazo.tuner.limits import TUNER
 
 MARKER, PICTURE = "demo.json", "demo.png"  # written first and last
@@ -74,6 +75,7 @@ def find_minilm() -> str | None:
     return str(Path(found).parent) if found else None
 
 
+@ends_at_once("before the demo began; start it again.")
 def run_demo(
     out: Path,
     console: Console,
@@ -111,11 +113,13 @@ def run_demo(
         _check_folder(out, what)
         if not (out / MARKER).exists():
             write_whole(out / MARKER, json.dumps(what).encode())
+        again = "the same command, without `overwrite=True`," if overwrite else "the same command"
         try:
-            return _run(demo, out, console, fitting, runs)
+            with ends_at_once("in the middle of the demo"):
+                return _run(demo, out, console, fitting, runs)
         except Interrupted as stopped:
             raise Interrupted(
-                f"{stopped.by} in the middle of the demo; the runs so far are saved in {out}, and the same command continues.",
+                f"{stopped.by} in the middle of the demo; the runs so far are saved in {out}, and {again} continues.",
                 stopped.by,
             ) from None
 
@@ -158,7 +162,8 @@ def _configs(out: Path, model: str, source: str, forwards: int, seed: int, examp
 
 
 def _run(demo: Demo, out: Path, console: Console, fitting: FeedbackConfig, runs: dict[str, FinetuneConfig]) -> Demo:
-    console.rule(f"1  fit feedback for {demo.model} on {fitting.texts} passages, without their labels")
+    count = len(books.draw("train", fitting.texts, fitting.seed))  # all that the task has if more are asked for
+    console.rule(f"1  fit feedback for {demo.model} on {count:,} passages, without their labels")
     if (out / "feedback" / TUNER).exists():
         console.print(f"{out / 'feedback' / TUNER} is there already.")
     else:

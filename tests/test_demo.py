@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,24 @@ def test_an_interrupted_demo_continues_by_the_same_call(tmp_path: Path, monkeypa
     assert [path.name for path in (out / "zoo/pico").iterdir()] == ["feedback-v1"]
     with pytest.raises(UserError, match="is not empty; choose another folder, or replace an earlier demo"):
         demo.run_demo(out, Console(quiet=True), **SMALL)
+
+
+@pytest.mark.parametrize("step", ["learn_feedback", "draw"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_demo_that_is_stopped_outside_its_runs_says_how_it_continues(
+    step: str, overwrite: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    console = Console(file=io.StringIO(), width=200)
+    monkeypatch.setattr(demo, "learn_feedback", lambda config, console: None)
+    monkeypatch.setattr(demo.zoo, "push", lambda *given, **named: "pico/feedback-v1")
+    monkeypatch.setattr(demo, "run_settings", lambda *given, **named: {})
+    monkeypatch.setattr(demo, step, lambda *given, **named: signal.raise_signal(signal.SIGTERM))
+    words = "the same command, without `overwrite=True`, continues" if overwrite else "the same command continues"
+    with pytest.raises(Interrupted, match=f"^SIGTERM in the middle of the demo; .* and {words}") as stopped:
+        demo.run_demo(tmp_path / "demo", console, **SMALL | {"texts": 5000}, overwrite=overwrite)
+    assert stopped.value.exit_code == 143
+    assert "fit feedback for pico on 1,600 passages" in console.file.getvalue()  # as many as the task has
+    assert json.loads((tmp_path / "demo" / demo.MARKER).read_text())["texts"] == 5000  # what the same command asks for
 
 
 @pytest.mark.parametrize("link", [False, True])

@@ -37,7 +37,7 @@ from metazo.meta.feedback_config import FeedbackConfig
 from metazo.meta.loading import resolve_tasks
 from metazo.meta.trial import check_file, check_name
 from metazo.models.load import LoadedModel, load_model
-from metazo.runs.interrupt import Interrupted
+from metazo.runs.interrupt import ends_at_once
 from metazo.runs.locate import CONFIG
 from metazo.runs.method import resolve_device
 from metazo.tasks import Prepared, Task, books, in_memory, prepare
@@ -54,7 +54,7 @@ def learn_feedback(config: FeedbackConfig, *, console: Console | None = None) ->
     Returns: the tuner as written. Its scores have, per block from the lowest up, the cosine of the exact errors of held-out
     texts with the skip rule's and with the fitted map's.
     Raises UserError for bad settings, too few texts, a model without a residual stream, or a folder that is not empty or in
-    use; Interrupted after SIGINT, with nothing written.
+    use; Interrupted after SIGINT or SIGTERM, with nothing written.
     """
     if -(-config.texts // config.batch_size) < HELD_OUT:
         raise UserError(
@@ -67,9 +67,8 @@ def learn_feedback(config: FeedbackConfig, *, console: Console | None = None) ->
         _clear(config.out)
         lock.check_empty()
         try:
-            return _fit(config, console)
-        except KeyboardInterrupt:
-            raise Interrupted("SIGINT in the middle of the fit, of which nothing is written; start it again.") from None
+            with ends_at_once("in the middle of the fit, of which nothing is written; start it again."):
+                return _fit(config, console)
         finally:
             _clear(config.out)
 

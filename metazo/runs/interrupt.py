@@ -59,3 +59,32 @@ def interruptible() -> Iterator[list[str]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def ends_at_once(what: str) -> Iterator[None]:
+    """A context that SIGINT and SIGTERM end where they come, for work that has nothing to save: Interrupted, with the signal's
+    name and `what` as its message.
+
+    Also usable as a decorator. A signal that the process ignores stays ignored; outside the main thread signals are left alone.
+    """
+    by = "SIGINT"
+
+    def end(number: int, frame: Any) -> None:
+        nonlocal by
+        by = signal.Signals(number).name
+        raise KeyboardInterrupt  # which, unlike Interrupted, no library takes for an error of its own
+
+    before = signal.getsignal(signal.SIGTERM)
+    heard = before not in (signal.SIG_IGN, None)
+    try:
+        with suppress(ValueError):  # not the main thread
+            if heard:
+                signal.signal(signal.SIGTERM, end)
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(f"{by} {what}", by) from None
+    finally:
+        with suppress(ValueError):
+            if heard:
+                signal.signal(signal.SIGTERM, before)

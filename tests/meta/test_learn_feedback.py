@@ -269,8 +269,9 @@ def test_what_is_no_text_in_utf_8_is_refused_by_line(tiny, tmp_path: Path) -> No
     assert scores[0] == scores[1]
 
 
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_fit_in_the_folder_is_refused_and_an_interrupted_one_leaves_nothing(
-    tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stop: signal.Signals, tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said = []
 
@@ -278,11 +279,11 @@ def test_a_second_fit_in_the_folder_is_refused_and_an_interrupted_one_leaves_not
         with pytest.raises(UserError, match="is in use by (another )?process"):
             learn(tiny("llama"), tmp_path / "x", seed=1)
         said.append("refused")
-        raise KeyboardInterrupt
+        signal.raise_signal(stop)
 
     with monkeypatch.context() as patched:
         patched.setattr("metazo.meta.learn_feedback.fit_jacobian", in_the_middle)
-        with pytest.raises(Interrupted, match="of which nothing is written; start it again"):
+        with pytest.raises(Interrupted, match=f"^{stop.name} in .*, of which nothing is written; start it again"):
             learn(tiny("llama"), tmp_path / "x")
     assert said == ["refused"] and not (tmp_path / "x").exists()
     learn(tiny("llama"), tmp_path / "x")

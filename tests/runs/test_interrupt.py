@@ -12,7 +12,7 @@ import pytest
 
 import metazo
 from metazo.io.terminal import Console
-from metazo.runs.interrupt import interruptible, times_continued
+from metazo.runs.interrupt import Interrupted, ends_at_once, interruptible, times_continued
 from metazo.step.record import Step
 
 
@@ -23,6 +23,16 @@ def test_the_first_signal_is_noted_and_the_second_ends() -> None:
         assert caught == ["SIGTERM"]
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_work_that_saves_nothing_ends_at_once(name: str) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    told = pytest.raises(Interrupted, match=f"^{name} in the middle$")
+    with told as stopped, ends_at_once("around it"), ends_at_once("in the middle"):
+        signal.raise_signal(signal.Signals[name])
+    assert stopped.value.by == name and stopped.value.exit_code == 128 + signal.Signals[name]
     assert signal.getsignal(signal.SIGTERM) is before
 
 
