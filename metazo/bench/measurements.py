@@ -38,6 +38,9 @@ PROCESSOR = (
 )  # fields that tell two processors apart
 
 
+NEEDED = ("cpu", "device", "dtype", "python", "torch", "transformers", "numba")  # fields that the tables show
+
+
 def microarchitecture() -> str | None:
     """LLVM's name of this processor (emeraldrapids, znver4); None without numba. Virtual machines often hide the model."""
     try:
@@ -106,14 +109,40 @@ def read(path: Path) -> dict[str, Any]:
         if result["format"] == 1:
             found = {"environment": result["environment"], "suites": result["suites"]}
             result = {"format": FORMAT, "processors": [found]}
-        if result["format"] == FORMAT and all(
-            isinstance(there["environment"], dict) and isinstance(there["suites"], dict)
-            for there in result["processors"]
-        ):
+        if result["format"] == FORMAT:
+            for there in result["processors"]:
+                _check(there)
             return result
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read as figures of metazo bench: {error}.") from error
     raise UserError(f"{path} is not of format {FORMAT} of metazo bench; choose another `out`.")
+
+
+def _check(there: dict[str, Any]) -> None:
+    """Raises ValueError, KeyError or TypeError if the entry of a processor lacks what the tables show."""
+    environment = _of(there["environment"], dict, "`environment`")
+    for key in NEEDED:
+        _of(environment.get(key), str, f"`{key}` of `environment`")
+    if "cores" not in environment:
+        raise ValueError("`environment` has no `cores`")
+    for suite, parts in _of(there["suites"], dict, "`suites`").items():
+        for name, part in _of(parts, dict, f"suite {suite}").items():
+            where = f"{suite}/{name}"
+            _of(_of(part, dict, where).get("date"), str, f"`date` of {where}")
+            _of(part.get("load"), list, f"`load` of {where}")
+            for row in _of(part.get("rows"), list, f"`rows` of {where}"):
+                _of(_of(row, dict, f"a row of {where}").get("case"), str, f"`case` of a row of {where}")
+                for key in {"seconds", "ratio", "rate"} & row.keys():
+                    values = _of(row[key], dict, f"`{key}` of {row['case']} in {where}")
+                    for kind in ("median", "low", "high", "rounds"):
+                        _of(values.get(kind), (int, float), f"`{kind}` of `{key}` of {row['case']} in {where}")
+
+
+def _of(value: Any, kind: Any, name: str) -> Any:
+    """The value, if it is of this kind."""
+    if not isinstance(value, kind):
+        raise ValueError(f"{name} is {value!r:.40}")
+    return value
 
 
 def merged(result: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
