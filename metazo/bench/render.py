@@ -155,10 +155,25 @@ def _measured(there: dict[str, Any]) -> str:
     loads = [load for part in every for load in part["load"] if load is not None]
     kind = f" ({e['microarchitecture']})" if e.get("microarchitecture") and not e.get("gpu") else ""
     return (
-        f"{e.get('gpu', short_name(e['cpu']))}{kind}, {e['cores']} cores, {e['dtype']}; torch {e['torch']}, "
+        f"{e.get('gpu', short_name(e['cpu']))}{kind}, {e['cores']} cores{_threads(there)}, {e['dtype']}; torch {e['torch']}, "
         f"numba {e['numba']}, transformers {e['transformers']}, Python {e['python']}; {dates[0]} to {dates[-1]}; load average "
         f"{min(loads, default=0)} to {max(loads, default=0)}"
     )
+
+
+def _threads(there: dict[str, Any]) -> str:
+    """The threads of the parts that were not measured with one per core: " (1 thread in steps, meta/134M-1x32)"."""
+    cores, found = there["environment"]["cores"], {}
+    for suite, parts in there["suites"].items():
+        if suite in ("kernels", "threads"):  # their parts are named by their threads
+            continue
+        counts = {name: part.get("threads", cores) for name, part in parts.items()}
+        alike = len({*counts.values()}) == 1
+        for name, count in counts.items():
+            if count != cores:
+                found.setdefault(count, {})[suite if alike else f"{suite}/{name}"] = None
+    shown = [f"{count} thread{'s' * (count != 1)} in {', '.join(names)}" for count, names in found.items()]
+    return f" ({'; '.join(shown)})" if shown else ""
 
 
 PICTURE = """![Step over two forwards by shape and by model size]({picture})

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from metazo.bench import suites
+from metazo.bench import render, suites
 from metazo.errors import UserError
+from tests.bench.test_bench import processor
 
 
 def _one(environment: dict, suites: object) -> str:
@@ -41,3 +42,17 @@ def test_figures_that_no_table_can_show_are_refused_before_anything_is_measured(
     (tmp_path / "speed.json").write_text(text)
     with pytest.raises(UserError, match=f"cannot be read as figures of metazo bench: {found}"):
         suites.run([suites.Part("steps", "one", lambda tick: pytest.fail("measured"))], tmp_path, suites.Settings(True))
+
+
+def test_the_notes_name_threads_that_are_not_one_per_core():
+    there = processor("AMD EPYC", 1.5)
+    (part,) = there["suites"]["steps"].values()
+    result = {"format": 2, "processors": [there]}
+    assert "2 cores, float32" in render.sentence(result)
+    part["threads"] = 2
+    there["suites"]["kernels"] = {"1-thread": part | {"threads": 1}}  # its name says with how many it was measured
+    assert "2 cores, float32" in render.sentence(result)
+    there["suites"]["steps"]["134M-8x64"] = part | {"threads": 1}
+    there["suites"]["scaling"] = {name: part | {"threads": 1} for name in ("1M-1x32", "10M-1x32")}
+    there["suites"]["meta"] = {"134M-1x32": part | {"threads": 4}}
+    assert "2 cores (1 thread in steps/134M-8x64, scaling; 4 threads in meta), float32" in render.sentence(result)
