@@ -25,7 +25,9 @@ def bench(
     rounds: Annotated[
         int | None, typer.Option(help="Least number of rounds per median: 5 by default, and 2 with --quick.", min=5)
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for speed.json, speed.md and speed.png.")] = Path("runs/bench"),
+    out: Annotated[
+        Path, typer.Option(help="Folder for speed.json and speed.md, and for speed.png of steps and scaling.")
+    ] = Path("runs/bench"),
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Measure the cost of a step beyond its forward passes on this machine: time, memory, kernels, scaling.
@@ -40,7 +42,7 @@ def bench(
     from metazo.errors import UserError
     from metazo.io.files import write_whole
     from metazo.io.lock import FolderLock
-    from metazo.runs.interrupt import Interrupted
+    from metazo.runs.interrupt import Interrupted, stopped_by_sigterm
 
     _check(device)
     if out.exists() and not out.is_dir():
@@ -78,13 +80,15 @@ def bench(
                 progress.update(task, case=f"{measured} timings")
 
             try:
-                result = suites.run(chosen, out, settings, start=start, tick=tick)
-            except KeyboardInterrupt:
+                with stopped_by_sigterm():
+                    result = suites.run(chosen, out, settings, start=start, tick=tick)
+            except KeyboardInterrupt as stopped:
                 raise Interrupted(
-                    f"{len(done) - 1} of {len(chosen)} parts are in {out}; name the rest with --suite."
+                    f"{max(len(done) - 1, 0)} of {len(chosen)} parts are in {out}; name the rest with --suite.",
+                    str(stopped) or "SIGINT",
                 ) from None
         write_whole(out / "speed.md", (render.markdown(result) + "\n").encode())
-        picture.plot(result, out / "speed.png")
+        drawn = picture.plot(result, out / "speed.png")
     if as_json:
         print_json(result)
         return
@@ -94,7 +98,8 @@ def bench(
             table.add_row(*row)
         console.print(table)
     console.print(render.sentence(result))
-    console.print(f"speed.json, speed.md and speed.png are in {out}", soft_wrap=True)
+    written = "speed.json, speed.md and speed.png" if drawn else "speed.json and speed.md"
+    console.print(f"{written} are in {out}", soft_wrap=True)
 
 
 def _feedback(out: Path, quick: bool, as_json: bool) -> None:

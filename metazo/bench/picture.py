@@ -12,8 +12,11 @@ from metazo.io.extras import needs
 _MARKS = (("#000000", "s"), ("#0072B2", "o"), ("#56B4E9", "^"), ("#D55E00", "D"), ("#E69F00", "v"))  # Okabe, Ito (2008)
 
 
-def plot(result: dict[str, Any], path: Path) -> None:
-    """Plot steps by shape and by model size, as dots with quartiles above the bound set by memory; written as PNG."""
+def plot(result: dict[str, Any], path: Path) -> bool:
+    """Plot steps by shape and by model size, as dots with quartiles above the bound set by memory; written as PNG.
+
+    Returns whether there was anything to plot; if not, nothing is written.
+    """
     with needs("report"):
         from matplotlib.figure import Figure
 
@@ -25,7 +28,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     ]
     every = [(label, suites) for label, suites in every if suites]
     if not every:
-        return
+        return False
     across = max(len(suites) for _, suites in every)
     most = max(len(parts) for _, suites in every for parts in suites.values())
     size = (max(6.4, 1.4 * most) * across, 4.2 * len(every))
@@ -45,6 +48,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
             axis.grid(axis="y", alpha=0.25)
             axis.legend(frameon=False, fontsize=8)
     png(drawing, path)
+    return True
 
 
 def _dots(axis: Any, parts: dict[str, Any]) -> None:

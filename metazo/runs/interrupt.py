@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -17,12 +18,34 @@ class Interrupted(Exception):
         self.exit_code = 128 + signal.Signals[by].value  # as a shell reports it: 130, 143
 
 
+_LEFT_ALONE = signal.SIG_IGN, None  # None: the handler of a library in C, which could not be put back
 _continued = 0
 
 
 def times_continued() -> int:
     """How often this process was continued within `interruptible` after it had been suspended (SIGCONT)."""
     return _continued
+
+
+@contextmanager
+def stopped_by_sigterm() -> Iterator[None]:
+    """A context in which SIGTERM raises KeyboardInterrupt("SIGTERM") at once, for work that has nothing to finish first.
+
+    If the process ignores SIGTERM, and outside the main thread, nothing changes.
+    """
+    before = signal.getsignal(signal.SIGTERM)
+    heard = before not in _LEFT_ALONE and threading.current_thread() is threading.main_thread()
+
+    def end(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    if heard:
+        signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        if heard:
+            signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
@@ -48,8 +71,7 @@ def interruptible() -> Iterator[list[str]]:
     handlers = {signal.SIGINT: note, signal.SIGTERM: note}
     if hasattr(signal, "SIGCONT"):  # not on Windows
         handlers[signal.SIGCONT] = count
-    left_alone = signal.SIG_IGN, None  # None: the handler of a library in C, which could not be put back
-    heard = [number for number in handlers if signal.getsignal(number) not in left_alone]
+    heard = [number for number in handlers if signal.getsignal(number) not in _LEFT_ALONE]
     before: dict[int, Any] = {}
     with suppress(ValueError):  # not the main thread
         for number in heard:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
-from metazo.bench import render, suites
+from metazo.bench import measurements, render, suites
+from metazo.bench.timing import spread
 from metazo.errors import UserError
-from tests.bench.test_bench import processor
+from tests.bench.test_bench import metazo, processor
 
 
 def _one(environment: dict, suites: object) -> str:
@@ -42,6 +45,48 @@ def test_figures_that_no_table_can_show_are_refused_before_anything_is_measured(
     (tmp_path / "speed.json").write_text(text)
     with pytest.raises(UserError, match=f"cannot be read as figures of metazo bench: {found}"):
         suites.run([suites.Part("steps", "one", lambda tick: pytest.fail("measured"))], tmp_path, suites.Settings(True))
+
+
+@pytest.fixture
+def parts(monkeypatch: pytest.MonkeyPatch):
+    """Stands for the suites of the command line."""
+
+    def given(*made: suites.Part) -> None:
+        monkeypatch.setattr(suites, "parts", lambda settings: list(made))
+
+    return given
+
+
+def kernel(tick) -> suites.Rows:
+    return [{"case": "a", "dtype": "float32", "rate": spread([1.0])}]
+
+
+def test_the_end_names_the_files_that_were_written(parts, tmp_path: Path):
+    """It named speed.png, which is drawn of steps and scaling alone."""
+    (tmp_path / "speed.png").write_bytes(b"of an earlier bench")
+    parts(suites.Part("kernels", "1-thread", kernel))
+    done = metazo("bench", "--quick", "--out", str(tmp_path))
+    assert done.code == 0 and f"speed.json and speed.md are in {tmp_path}" in done.out and "png" not in done.out
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_it_with_a_sentence(number: signal.Signals, code: int, parts, tmp_path: Path):
+    def stop(tick) -> suites.Rows:
+        os.kill(os.getpid(), number)
+        return kernel(tick)
+
+    parts(*(suites.Part("kernels", name, run) for name, run in (("1-thread", kernel), ("2-threads", stop))))
+    before = signal.signal(
+        signal.SIGTERM, lambda *_: None
+    )  # by default it would end the tests if bench did not hear it
+    try:
+        done = metazo("bench", "--quick", "--out", str(tmp_path))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert done.code == code
+    assert f"stopped: 1 of 2 parts are in {tmp_path}; name the rest with --suite." in " ".join(done.error.split())
+    (result,) = measurements.read(tmp_path / "speed.json")["processors"]
+    assert list(result["suites"]["kernels"]) == ["1-thread"]
 
 
 def test_the_notes_name_threads_that_are_not_one_per_core():
