@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from metazo.errors import UserError
 from metazo.io.terminal import print_json, print_line
 
 
@@ -39,6 +40,13 @@ def report(
 
     metazo report results/pico
     """
+    without = [name for name, value in (("--out", out), ("--metric", metric), ("--render", render)) if value]
+    if pack and without:
+        raise UserError(f"--pack writes no report, so {without[0]} has no effect; leave one of them out.")
+    if render and out:
+        raise UserError(
+            "--render fills the given files and writes no report, so --out has no effect; leave one of them out."
+        )
     from metazo.comparisons.packed import pack as pack_runs
     from metazo.report.build import build
     from metazo.report.comparison import Comparison
@@ -54,7 +62,7 @@ def report(
         return
     made = build(Comparison(results), metric.value if metric else None)
     if render:
-        written = [path for path in render if fill(made, path)]
+        written = fill(made, *render)
         shown = "\n".join(f"{path}: {'filled anew' if path in written else 'as it was'}" for path in render)
     else:
         written = write(made, out or results / "report")

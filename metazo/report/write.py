@@ -145,15 +145,22 @@ def fill(text: str, blocks: Mapping[str, str], folder: str) -> str:
     return BLOCK.sub(replaced, text)
 
 
-def render(report: Report, path: Path) -> bool:
-    """Fill the blocks of a Markdown file. Returns whether it changed. Raises UserError if it has no block to fill."""
-    try:
-        before = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"`render` {path} cannot be read: {error}.") from error
-    if not BLOCK.search(before):
-        raise UserError(f"`render` {path} has no block <!-- results:NAME --> ... <!-- /results --> to fill.")
-    after = fill(before, blocks(report), report.data.folder.resolve().name)
-    if after != before:
+def render(report: Report, *paths: Path) -> list[Path]:
+    """Fill the blocks of Markdown files. Returns those that changed.
+
+    Raises UserError if one cannot be read or has no block to fill, or one that cannot be filled, before any is written.
+    """
+    content, folder = blocks(report), report.data.folder.resolve().name
+    changed: dict[Path, str] = {}
+    for path in paths:
+        try:
+            before = path.read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"`render` {path} cannot be read: {error}.") from error
+        if not BLOCK.search(before):
+            raise UserError(f"`render` {path} has no block <!-- results:NAME --> ... <!-- /results --> to fill.")
+        if (after := fill(before, content, folder)) != before:
+            changed[path] = after
+    for path, after in changed.items():
         write_whole(path, after.encode())
-    return after != before
+    return [*changed]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from metazo.report.analysis import Analysis
 from metazo.report.build import build
 from metazo.report.comparison import FORWARD_ONLY, Comparison
 from metazo.report.write import BLOCK, FIGURES, TABLES, blocks, fill, render, write
+from metazo_cli import main
 from metazo_cli.report import report as report_command
 from tests.report import synthetic
 
@@ -31,12 +33,12 @@ def test_blocks_are_filled_and_the_rest_is_left(tmp_path: Path):
     page = tmp_path / "page.md"
     mine, other = "<!-- results:mine/loss -->\nstale", "<!-- results:other/loss -->\nkept"
     page.write_text(f"# A\n{mine}\n<!-- /results -->\nB\n{other}\n<!-- /results -->\n")
-    assert render(report, page) is True
+    assert render(report, page) == [page]
     after = page.read_text()
     loss = next(table for table in report.tables if table.name == "loss")
     assert f"<!-- results:mine/loss -->\n{loss.markdown()}\n<!-- /results -->\nB\n" in after
     assert "stale" not in after and "kept" in after and after.startswith("# A\n")
-    assert render(report, page) is False  # no table is out of date now
+    assert render(report, page) == []  # no table is out of date now
 
 
 def test_what_cannot_be_filled_is_said(tmp_path: Path):
@@ -50,6 +52,41 @@ def test_what_cannot_be_filled_is_said(tmp_path: Path):
     page.write_text("<!-- results:mine/los -->\n<!-- /results -->")
     with pytest.raises(UserError, match="no table 'los'"):
         render(report, page)
+
+
+def test_no_page_is_filled_if_another_cannot_be(tmp_path: Path):
+    report = build(Comparison(synthetic.write(tmp_path / "mine", synthetic.COLUMNS[:1], ["sst2"], 1)))
+    pages = [tmp_path / "first.md", tmp_path / "second.md"]
+    pages[0].write_text("<!-- results:mine/loss -->\n<!-- /results -->")
+    for text in ("no blocks", "<!-- results:mine/los -->\n<!-- /results -->"):
+        pages[1].write_text(text)
+        before = pages[0].read_text()
+        with pytest.raises(UserError):
+            render(report, *pages)
+        assert pages[0].read_text() == before
+    pages[1].write_text(pages[0].read_text())
+    assert render(report, *pages, pages[0]) == pages
+    assert all("| column |" in page.read_text() for page in pages)
+
+
+@pytest.mark.parametrize(
+    ("flags", "without"),
+    [(["--pack", *more], more[0]) for more in (["--out", "new"], ["--metric", "loss"], ["--render", "page.md"])]
+    + [(["--render", "page.md", "--out", "new"], "--out")],
+)
+def test_flags_without_effect_are_refused(
+    flags: list[str], without: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    """They were ignored."""
+    monkeypatch.chdir(tmp_path)
+    synthetic.write(tmp_path / "mine", synthetic.COLUMNS[:1], ["sst2"], 1)
+    (tmp_path / "page.md").write_text("<!-- results:mine/loss -->\n<!-- /results -->")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    monkeypatch.setattr(sys, "argv", ["metazo", "report", "mine", *flags])
+    with pytest.raises(SystemExit) as end:
+        main.main()
+    assert end.value.code == 2 and f"so {without} has no effect; " in " ".join(capfd.readouterr().err.split())
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_command_line(tmp_path: Path):
