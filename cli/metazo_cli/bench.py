@@ -42,7 +42,7 @@ def bench(
     from metazo.errors import UserError
     from metazo.io.files import write_whole
     from metazo.io.lock import FolderLock
-    from metazo.runs.interrupt import Interrupted, stopped_by_sigterm
+    from metazo.runs.interrupt import Interrupted, ends_at_once
 
     _check(device)
     if out.exists() and not out.is_dir():
@@ -80,12 +80,12 @@ def bench(
                 progress.update(task, case=f"{measured} timings")
 
             try:
-                with stopped_by_sigterm():
+                with ends_at_once("in the middle of a part"):
                     result = suites.run(chosen, out, settings, start=start, tick=tick)
-            except KeyboardInterrupt as stopped:
+            except Interrupted as stopped:
                 raise Interrupted(
                     f"{max(len(done) - 1, 0)} of {len(chosen)} parts are in {out}; name the rest with --suite.",
-                    str(stopped) or "SIGINT",
+                    stopped.by,
                 ) from None
         write_whole(out / "speed.md", (render.markdown(result) + "\n").encode())
         drawn = picture.plot(result, out / "speed.png")
@@ -107,8 +107,9 @@ def _feedback(out: Path, quick: bool, as_json: bool) -> None:
 
     from metazo.bench import along_training
     from metazo.io.lock import FolderLock
+    from metazo.runs.interrupt import ends_at_once
 
-    with FolderLock(out):
+    with FolderLock(out), ends_at_once("before all cosines were measured; start it again."):
         rows = along_training.run(out, quick=quick)
     if as_json:
         print_json(rows)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -25,27 +24,6 @@ _continued = 0
 def times_continued() -> int:
     """How often this process was continued within `interruptible` after it had been suspended (SIGCONT)."""
     return _continued
-
-
-@contextmanager
-def stopped_by_sigterm() -> Iterator[None]:
-    """A context in which SIGTERM raises KeyboardInterrupt("SIGTERM") at once, for work that has nothing to finish first.
-
-    If the process ignores SIGTERM, and outside the main thread, nothing changes.
-    """
-    before = signal.getsignal(signal.SIGTERM)
-    heard = before not in _LEFT_ALONE and threading.current_thread() is threading.main_thread()
-
-    def end(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt(signal.Signals(number).name)
-
-    if heard:
-        signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        if heard:
-            signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
@@ -98,7 +76,7 @@ def ends_at_once(what: str) -> Iterator[None]:
         raise KeyboardInterrupt  # which, unlike Interrupted, no library takes for an error of its own
 
     before = signal.getsignal(signal.SIGTERM)
-    heard = before not in (signal.SIG_IGN, None)
+    heard = before not in _LEFT_ALONE
     try:
         with suppress(ValueError):  # not the main thread
             if heard:

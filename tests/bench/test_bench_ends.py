@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from metazo.bench import measurements, render, suites
+from metazo.bench import along_training, measurements, render, suites
 from metazo.bench.timing import spread
 from metazo.errors import UserError
 from tests.bench.test_bench import metazo, processor
@@ -87,6 +87,17 @@ def test_a_signal_ends_it_with_a_sentence(number: signal.Signals, code: int, par
     assert f"stopped: 1 of 2 parts are in {tmp_path}; name the rest with --suite." in " ".join(done.error.split())
     (result,) = measurements.read(tmp_path / "speed.json")["processors"]
     assert list(result["suites"]["kernels"]) == ["1-thread"]
+
+
+def test_a_signal_ends_a_measurement_of_cosines_with_a_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(along_training, "run", lambda out, quick: os.kill(os.getpid(), signal.SIGTERM) or [])
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        done = metazo("bench", "--quick", "--suite", "feedback", "--out", str(tmp_path))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    said = " ".join(done.error.split())
+    assert done.code == 143 and "stopped: SIGTERM before all cosines were measured; start it again." in said
 
 
 def test_the_notes_name_threads_that_are_not_one_per_core():
