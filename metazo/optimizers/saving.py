@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from metazo.blocks import NamedTensor, uncompiled
+from metazo.blocks import NamedTensor, shape_of, uncompiled
 from metazo.errors import UserError
 from metazo.kernels.splitfloat import LAYOUTS, with_bits
 from metazo.noise import Noise, TorchOrderNoise
@@ -26,6 +26,9 @@ from metazo.step.weights import Weights
 
 NEUTRAL = {"self", "args", "kwargs", "params", "defaults", "lr", "weight_decay", "model", "common"}
 """Parameters of a constructor that are no hyperparameters of the method's own."""
+
+OWN = {"zo", "run", "own", "shapes"}
+"""Keys of a `state_dict` that are not torch's."""
 
 
 def checksum_of_shards(tensors: Sequence[NamedTensor]) -> int:
@@ -135,7 +138,12 @@ class Saving(Optimizer):
         "zo", so that torch does not cast them to the weights' type.
         """
         tensors = {name: value.clone() for name, value in self.tensors_state().items()}
-        return super().state_dict() | {"zo": tensors, "run": self._run(), "own": self._own()}
+        own = {"zo": tensors, "run": self._run(), "own": self._own(), "shapes": self._shapes()}
+        return super().state_dict() | own
+
+    def _shapes(self) -> list[list[int]]:
+        """The shapes of the weights in the order of their groups: a method may keep nothing of a weight's shape."""
+        return [list(shape_of(param)) for group in self.param_groups for param in group["params"]]
 
     def _own(self) -> dict[str, Any]:
         """A method's own hyperparameters, those of its rule and its estimator included, as far as they are plain values. None
@@ -170,7 +178,7 @@ class Saving(Optimizer):
         rule or estimator are from elsewhere than metazo).
 
         Raises UserError for the state of another optimizer, of one with other settings of noise, and of one whose tensors have
-        the same names in another order. What is refused changes nothing.
+        other shapes, or the same names in another order. What is refused changes nothing.
         """
         if "zo" not in state_dict:
             raise UserError(
@@ -184,10 +192,11 @@ class Saving(Optimizer):
                     "optimizer with what the run had, or begin anew."
                 )
         self._check_order(state_dict["param_groups"])
+        self._check_shapes(state_dict.get("shapes", []))  # which states of earlier versions have not
         self.settle()
         before = {**vars(self), "scale": copy.copy(vars(self).get("scale"))}  # which is bound to the tensors
         groups = self.param_groups
-        super().load_state_dict({key: value for key, value in state_dict.items() if key not in ("zo", "run", "own")})
+        super().load_state_dict({key: value for key, value in state_dict.items() if key not in OWN})
         named = [[group["param_names"] for group in present] for present in (groups, self.param_groups)]
         self._ready = self._ready and named[0] == named[1]  # under other names, tensors and state are made anew
         try:
@@ -214,4 +223,14 @@ class Saving(Optimizer):
                 raise UserError(
                     f"The saved state has {other} where this optimizer has {name} (tensor {position + 1}): pass the tensors in "
                     "the order in which the run had them."
+                )
+
+    def _check_shapes(self, saved: Sequence[Sequence[int]]) -> None:
+        """Raises UserError if a tensor has another shape in the saved state."""
+        names = [name for group in self.param_groups for name in group["param_names"]]
+        for name, shape, other in zip(names, self._shapes(), saved):
+            if shape != list(other):
+                raise UserError(
+                    f"The saved state is of a model whose {name} has shape {tuple(other)}, and here it has {tuple(shape)}: "
+                    "load it for the model that the run had, or begin anew."
                 )

@@ -81,8 +81,13 @@ def test_a_refused_state_changes_nothing(stepped, scale):
     fresh = METHODS["mezo-adam"](pairs, lr=5.0, scale=scale)
     if stepped:
         fresh.step(lambda: other["b"].weight.square().sum())
-    with pytest.raises(UserError, match="differs"):
+    with pytest.raises(UserError, match=r"c.weight has shape \(4, 4\), and here it has \(3, 3\)"):
         fresh.load_state_dict(made.state_dict())
+    earlier = {
+        key: value for key, value in made.state_dict().items() if key != "shapes"
+    }  # refused by its tensors alone
+    with pytest.raises(UserError, match="differs"):
+        fresh.load_state_dict(earlier)
     assert fresh.param_groups[0]["lr"] == 5.0 and fresh.param_groups[0]["param_names"] == [name for name, _ in pairs]
     fresh.step(lambda: other["b"].weight.square().sum())
     assert fresh.steps == 1 + stepped and "first_moment/c.weight" in fresh.tensors_state()
@@ -257,3 +262,21 @@ def test_what_is_begun_under_inference_mode_goes_on_without_it(name):
         steps(model, made, 2)
         results.append(weights(model))
     assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("name", ["mezo", "fzoo", "eggroll", "curvzo", "mezo-momentum"])
+def test_the_state_of_a_model_with_other_shapes_is_refused(name):
+    model, wide = net(), nn.ModuleDict({"a": nn.Linear(4, 6, bias=False), "b": nn.Linear(6, 4, bias=False)})
+    made, other = (METHODS[name](one.named_parameters(), lr=0.01) for one in (model, wide))
+    steps(model, made)
+    file = io.BytesIO()
+    torch.save(made.state_dict(), file)
+    file.seek(0)
+    state, before = torch.load(file, weights_only=True), other.state_dict()
+    with pytest.raises(UserError, match=r"whose a.weight has shape \(4, 4\), and here it has \(6, 4\)"):
+        other.load_state_dict(state)
+    assert other.steps == 0 and other.state_dict()["param_groups"] == before["param_groups"]
+    for saved in (state, {key: value for key, value in state.items() if key != "shapes"}):  # as of earlier versions
+        again = METHODS[name](net().named_parameters(), lr=0.01)
+        again.load_state_dict(saved)
+        assert again.steps == 3
