@@ -59,7 +59,7 @@ MUTANTS = [
     Mutant("a waiting update is lost", "step/weights.py", "            waiting.apply()\n", "            pass\n"),
     Mutant("a waiting update is lost to the next probe", "step/weights.py", "waiting.apply_with(following)", "following.apply()"),
     Mutant("decay of a probe forgotten", "step/weights.py", "factor * removed[k]", "removed[k]"),
-    Mutant("masters: the update does not reach the weights", "step/weights.py", "for place in changed:", "for place in ():"),
+    Mutant("masters: the update does not reach the weights", "step/weights.py", "for name in masters:", "for name in ():"),
     Mutant("masters: the update takes off a probe that is not there", "step/weights.py", "removed = folded if isinstance", "removed = folded if not isinstance"),
     Mutant("masters not read", "step/precision.py", "return self.buffers[\"master\"]", "return self.param.data"),
     Mutant("no masters for narrow weights", "step/precision.py", 'bfloat16: "master"', 'bfloat16: "in-place"'),
