@@ -22,7 +22,7 @@ from metazo.kernels.vectors import widest
 from metazo.noise import lanes, wide, wide_weights
 from metazo.noise import philox as definition
 from metazo.noise.lanes import CHUNK, WORDS, fetch, narrow, numbers, widen
-from metazo.noise.wide_weights import added, placed
+from metazo.noise.wide_weights import whole, wide_add, wide_place
 
 _u64, _ONE = np.uint64, np.float32(1)
 
@@ -43,7 +43,7 @@ def _add_to(out, z, words, start, alpha, beta, gaussian, purpose, id0, id1, k0, 
     for here in range(0, out.size, CHUNK):
         fetch(out, here)
         chunk = (start + here) // CHUNK
-        if added(out, here, alpha, beta, gaussian, chunk, purpose, id0, id1, k0, k1):
+        if whole(out, here, gaussian) and wide_add(out, here, alpha, beta, chunk, purpose, id0, id1, k0, k1):
             continue
         numbers(z, words, gaussian, chunk, purpose, id0, id1, k0, k1)
         for i in range(min(CHUNK, out.size - here)):
@@ -58,12 +58,13 @@ def _add_two_to(out, z, words, others, start, alpha, beta, again, gaussian, purp
     for here in range(0, out.size, CHUNK):
         fetch(out, here)
         chunk, count = (start + here) // CHUNK, min(CHUNK, out.size - here)
-        if not added(out, here, alpha, beta, gaussian, chunk, purpose, id0, id1, k0, k1):
+        vectors = whole(out, here, gaussian)
+        if not (vectors and wide_add(out, here, alpha, beta, chunk, purpose, id0, id1, k0, k1)):
             numbers(z, words, gaussian, chunk, purpose, id0, id1, k0, k1)
             for i in range(count):
                 e = _u64(here + i)
                 out[e] = narrow(beta * widen(out[e]) + alpha * z[i], out[e])
-        if not added(out, here, again, _ONE, gaussian, chunk, purpose, id0, id1, l0, l1):
+        if not (vectors and wide_add(out, here, again, _ONE, chunk, purpose, id0, id1, l0, l1)):
             numbers(z, others, gaussian, chunk, purpose, id0, id1, l0, l1)
             for i in range(count):
                 e = _u64(here + i)
@@ -101,7 +102,7 @@ def _place(out, base, start, alpha, gaussian, purpose, id0, id1, k0, k1):
         fetch(base, here)
         fetch(out, here)
         chunk = (start + here) // CHUNK
-        if placed(out, base, here, alpha, gaussian, chunk, purpose, id0, id1, k0, k1):
+        if whole(out, here, gaussian) and wide_place(out, base, here, alpha, chunk, purpose, id0, id1, k0, k1):
             continue
         numbers(z, words, gaussian, chunk, purpose, id0, id1, k0, k1)
         for i in range(min(CHUNK, out.size - here)):

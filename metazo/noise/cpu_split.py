@@ -22,7 +22,7 @@ from metazo.kernels.splitfloat import LAYOUTS, joined, parted
 from metazo.kernels.vectors import widest
 from metazo.noise import cpu, lanes, philox, wide, wide_weights
 from metazo.noise.lanes import CHUNK, WORDS, fetch, narrow, numbers
-from metazo.noise.wide_weights import added_split, placed_split
+from metazo.noise.wide_weights import whole, wide_add_split, wide_place_split
 
 _u64 = np.uint64
 
@@ -41,7 +41,8 @@ def _place(out, high, low, start, alpha, below, dropped, scale, gaussian, purpos
         fetch(high, here)
         fetch(low, here)
         chunk = (start + here) // CHUNK
-        if placed_split(out, high, low, here, alpha, gaussian, chunk, purpose, id0, id1, k0, k1):
+        counter = chunk, purpose, id0, id1, k0, k1
+        if whole(out, here, gaussian) and wide_place_split(out, high, low, here, alpha, *counter):
             continue
         numbers(z, words, gaussian, chunk, purpose, id0, id1, k0, k1)
         for i in range(min(CHUNK, out.size - here)):
@@ -60,7 +61,8 @@ def _add(
         fetch(high, here)
         fetch(low, here)
         chunk, first = (start + here) // CHUNK, np.int32(start + here)
-        if added_split(high, low, here, first, alpha, beta, dither, gaussian, chunk, purpose, id0, id1, k0, k1):
+        counter = chunk, purpose, id0, id1, k0, k1
+        if whole(high, here, gaussian) and wide_add_split(high, low, here, first, alpha, beta, dither, *counter):
             continue
         numbers(z, words, gaussian, chunk, purpose, id0, id1, k0, k1)
         for i in range(min(CHUNK, high.size - here)):

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from llvmlite import binding, ir
-from numba import config, types
+from numba import config, njit, types
 from numba.core import cgutils
-from numba.extending import intrinsic, overload
+from numba.extending import intrinsic
 
 from metazo.kernels.splitfloat import HALF_TOP, LAYOUTS, MULTIPLIERS
-from metazo.kernels.vectors import WIDTH, widest
+from metazo.kernels.vectors import WIDTH
 from metazo.noise.wide import AT_ONCE, FLOAT, INT, Vector, everywhere, normals_of, pointer
 
 _SHORT, _HALF = ir.IntType(16), ir.HalfType()
@@ -169,10 +169,29 @@ def _scalars(builder: ir.IRBuilder, *values: Any) -> list[Vector]:
     return [everywhere(builder, value, AT_ONCE) for value in values]
 
 
+def _supported(*weights: types.Array) -> bool:
+    return WIDE and all(array.dtype in STORED for array in weights)
+
+
+_NOT_DONE = ir.Constant(ir.IntType(1), 0)
+
+
+@njit(inline="always")
+def whole(array, here, gaussian):
+    """Whether a sum of normals with the chunk that begins at array[here] can be made by the functions below."""
+    return gaussian and array.size - here >= _CHUNK
+
+
+# The functions below return whether they did it. They do nothing if the processor has no registers of 512 bits, there are no
+# vectors for the type of the weights, or a number is one that the processor would round in another way.
 @intrinsic
-def _add(typing_context, out, here, alpha, beta, chunk, c1, c2, c3, k0, k1):
+def wide_add(typing_context, out, here, alpha, beta, chunk, c1, c2, c3, k0, k1):
+    """out = beta * out + alpha * z for the 256 elements of a chunk, which begins at out[here]."""
+
     def generate(context, builder, signature, arguments):
-        weights = _Array(context, builder, signature.args[0], *arguments[:2])
+        if not _supported(out):
+            return _NOT_DONE
+        weights = _Array(context, builder, out, *arguments[:2])
         alpha, beta = _scalars(builder, *arguments[2:4])
         normals = normals_of(builder, arguments[4:8], arguments[8:])
         return weights.fill((place, beta * weights.widened(place) + alpha * numbers) for place, numbers in normals)
@@ -181,8 +200,12 @@ def _add(typing_context, out, here, alpha, beta, chunk, c1, c2, c3, k0, k1):
 
 
 @intrinsic
-def _place(typing_context, out, base, here, alpha, chunk, c1, c2, c3, k0, k1):
+def wide_place(typing_context, out, base, here, alpha, chunk, c1, c2, c3, k0, k1):
+    """out = base + alpha * z, as `wide_add`; base: float32."""
+
     def generate(context, builder, signature, arguments):
+        if not _supported(out) or base.dtype != types.float32:
+            return _NOT_DONE
         to, origin = (_Array(context, builder, signature.args[k], arguments[k], arguments[2]) for k in (0, 1))
         (alpha,) = _scalars(builder, arguments[3])
         normals = normals_of(builder, arguments[4:8], arguments[8:])
@@ -192,95 +215,32 @@ def _place(typing_context, out, base, here, alpha, chunk, c1, c2, c3, k0, k1):
 
 
 @intrinsic
-def _place_split(typing_context, out, high, low, here, alpha, chunk, c1, c2, c3, k0, k1):
+def wide_place_split(typing_context, out, high, low, here, alpha, chunk, c1, c2, c3, k0, k1):
+    """out = join(high, low) + alpha * z, as `wide_add`."""
+
     def generate(context, builder, signature, arguments):
-        to, high, low = (_Array(context, builder, signature.args[k], arguments[k], arguments[3]) for k in range(3))
+        if not _supported(out, high):
+            return _NOT_DONE
+        to, upper, lower = (_Array(context, builder, signature.args[k], arguments[k], arguments[3]) for k in range(3))
         (alpha,) = _scalars(builder, arguments[4])
         normals = normals_of(builder, arguments[5:9], arguments[9:])
-        return to.fill((place, _joined(high, low, place) + alpha * numbers) for place, numbers in normals)
+        return to.fill((place, _joined(upper, lower, place) + alpha * numbers) for place, numbers in normals)
 
     return types.boolean(out, high, low, types.int64, types.float32, *_NOISE), generate
 
 
 @intrinsic
-def _add_split(typing_context, high, low, here, first, alpha, beta, dither, chunk, c1, c2, c3, k0, k1):
+def wide_add_split(typing_context, high, low, here, first, alpha, beta, dither, chunk, c1, c2, c3, k0, k1):
+    """high, low = split(beta * join(high, low) + alpha * z), as `wide_add`. first: the element at `here` in its tensor."""
+
     def generate(context, builder, signature, arguments):
-        high, low = (_Array(context, builder, signature.args[k], arguments[k], arguments[2]) for k in (0, 1))
+        if not _supported(high):
+            return _NOT_DONE
+        upper, lower = (_Array(context, builder, signature.args[k], arguments[k], arguments[2]) for k in (0, 1))
         alpha, beta = _scalars(builder, *arguments[4:6])
         for place, numbers in normals_of(builder, arguments[7:11], arguments[11:]):
-            theta = beta * _joined(high, low, place) + alpha * numbers
-            _part(theta, high, low, place, arguments[3], arguments[6])
-        return context.get_dummy_value()
+            theta = beta * _joined(upper, lower, place) + alpha * numbers
+            _part(theta, upper, lower, place, arguments[3], arguments[6])
+        return ir.Constant(ir.IntType(1), 1)
 
-    return types.none(high, low, types.int64, types.int32, *_FLOATS, types.int32, *_NOISE), generate
-
-
-# The functions below do nothing and return False if the chunk is not whole, the noise is not Gaussian, or the processor or the
-# type of the weights is another one.
-def added(out, here, alpha, beta, gaussian, chunk, purpose, id0, id1, k0, k1):
-    """out = beta * out + alpha * z for a chunk that begins at out[here]. Returns: whether it was done."""
-
-
-@overload(added, jit_options={"forceinline": True})
-def _added(out, here, alpha, beta, gaussian, chunk, purpose, id0, id1, k0, k1):
-    def by_vectors(out, here, alpha, beta, gaussian, chunk, purpose, id0, id1, k0, k1):
-        widest()
-        if not gaussian or out.size - here < _CHUNK:
-            return False
-        return _add(out, here, alpha, beta, chunk, purpose, id0, id1, k0, k1)
-
-    if WIDE and out.dtype in STORED:
-        return by_vectors
-    return lambda out, here, alpha, beta, gaussian, chunk, purpose, id0, id1, k0, k1: False
-
-
-def placed(out, base, here, alpha, gaussian, chunk, purpose, id0, id1, k0, k1):
-    """out = base + alpha * z, as `added`."""
-
-
-@overload(placed, jit_options={"forceinline": True})
-def _placed(out, base, here, alpha, gaussian, chunk, purpose, id0, id1, k0, k1):
-    def by_vectors(out, base, here, alpha, gaussian, chunk, purpose, id0, id1, k0, k1):
-        widest()
-        if not gaussian or out.size - here < _CHUNK:
-            return False
-        return _place(out, base, here, alpha, chunk, purpose, id0, id1, k0, k1)
-
-    if WIDE and out.dtype in STORED and base.dtype == types.float32:
-        return by_vectors
-    return lambda out, base, here, alpha, gaussian, chunk, purpose, id0, id1, k0, k1: False
-
-
-def placed_split(out, high, low, here, alpha, gaussian, chunk, purpose, id0, id1, k0, k1):
-    """out = join(high, low) + alpha * z, as `added`."""
-
-
-@overload(placed_split, jit_options={"forceinline": True})
-def _placed_split(out, high, low, here, alpha, gaussian, chunk, purpose, id0, id1, k0, k1):
-    def by_vectors(out, high, low, here, alpha, gaussian, chunk, purpose, id0, id1, k0, k1):
-        widest()
-        if not gaussian or out.size - here < _CHUNK:
-            return False
-        return _place_split(out, high, low, here, alpha, chunk, purpose, id0, id1, k0, k1)
-
-    if WIDE:
-        return by_vectors
-    return lambda out, high, low, here, alpha, gaussian, chunk, purpose, id0, id1, k0, k1: False
-
-
-def added_split(high, low, here, first, alpha, beta, dither, gaussian, chunk, purpose, id0, id1, k0, k1):
-    """high, low = split(beta * join(high, low) + alpha * z), as `added`. first: the element at `here` in its tensor."""
-
-
-@overload(added_split, jit_options={"forceinline": True})
-def _added_split(high, low, here, first, alpha, beta, dither, gaussian, chunk, purpose, id0, id1, k0, k1):
-    def by_vectors(high, low, here, first, alpha, beta, dither, gaussian, chunk, purpose, id0, id1, k0, k1):
-        widest()
-        if not gaussian or high.size - here < _CHUNK:
-            return False
-        _add_split(high, low, here, first, alpha, beta, dither, chunk, purpose, id0, id1, k0, k1)
-        return True
-
-    if WIDE:
-        return by_vectors
-    return lambda high, low, here, first, alpha, beta, dither, gaussian, chunk, purpose, id0, id1, k0, k1: False
+    return types.boolean(high, low, types.int64, types.int32, *_FLOATS, types.int32, *_NOISE), generate

@@ -26,9 +26,10 @@ NARROW = pytest.mark.parametrize(
 @pytest.fixture
 def vectors(converts, monkeypatch):
     """The sums of wide_weights, compiled here, as functions of (*arrays, here, *others); any processor can run them."""
+    monkeypatch.setattr(wide_weights, "WIDE", True)
     monkeypatch.setattr(wide_weights, "_CONVERTS", converts)
     add, place, place_split, add_split = (
-        getattr(wide_weights, name) for name in ("_add", "_place", "_place_split", "_add_split")
+        getattr(wide_weights, name) for name in ("wide_add", "wide_place", "wide_place_split", "wide_add_split")
     )
     # New functions for each form, because an intrinsic writes its instructions when a caller is compiled.
     return {
