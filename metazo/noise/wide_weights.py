@@ -27,8 +27,14 @@ STORED = {types.float32: torch.float32, types.uint16: torch.bfloat16, types.int1
 """The types of weights by those of the arrays that hold them."""
 WIDE = WIDTH == 512
 _FOR_OTHERS = any(getattr(config, name, None) for name in ("CPU_NAME", "CPU_FEATURES"))
-_CONVERTS = WIDE and not _FOR_OTHERS and binding.get_host_cpu_features().get("avx512bf16", False)
-"""Whether the processor's own conversion to bfloat16 is used: not if numba was told to compile for another processor."""
+_CONVERTS = (
+    WIDE
+    and not _FOR_OTHERS
+    and binding.get_host_cpu_features().get("avx512bf16", False)
+    and binding.llvm_version_info >= (16,)
+)
+"""Whether the processor's own conversion to bfloat16 is used: not if numba was told to compile for another processor, and not
+with LLVM 14 and 15 (numba before 0.62), whose instruction has another type."""
 _CHUNK = 256
 _FLOATS, _NOISE = [types.float32] * 2, [types.uint64] * 6
 
