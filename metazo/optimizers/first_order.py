@@ -165,9 +165,22 @@ class FirstOrderAdamW(FirstOrder):
 
 @register
 class FirstOrderSGD(FirstOrder):
-    """torch's SGD with momentum 0.9, by backpropagation."""
+    """torch's SGD with momentum 0.9, by backpropagation. Its weight decay is decoupled, as that of AdamW."""
 
     name, search_rate, moments = "first-order-sgd", 1e-2, 1
 
     def wrapped(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
-        return torch.optim.SGD(groups, lr=lr, momentum=0.9)
+        # torch's SGD would add its `weight_decay` to the gradient, and so to the momentum
+        groups = [{"params": group["params"], "decay": group["weight_decay"]} for group in groups]
+        optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9)
+        optimizer.register_step_pre_hook(_decay)
+        return optimizer
+
+
+@torch.no_grad()
+def _decay(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """theta <- (1 - lr decay) theta, for the weights that have a gradient."""
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            if group["decay"] and param.grad is not None:
+                param.mul_(1 - group["lr"] * group["decay"])

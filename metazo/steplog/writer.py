@@ -160,6 +160,11 @@ def compare(found: Scan, wanted: dict[str, Any], say: Callable[[str], None]) -> 
                 f"{found.path.name} cannot be continued: it was begun by an earlier version of metazo, which trained weights "
                 "of this model that transformers does not save; resume it with that version, or start it again"
             )
+        if key == "decay" and key in wanted:
+            raise UserError(
+                f"{found.path.name} cannot be continued: it was begun by an earlier version of metazo, whose `weight_decay` "
+                "was part of the momentum; resume it with that version, or start it again"
+            )
         if key == "objective" and there.get(key) and wanted.get(key):  # hashes of its file
             raise UserError(
                 f"{found.path.name} belongs to another run: the file of its `objective` has changed; put it back, or rebuild "

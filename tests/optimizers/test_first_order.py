@@ -68,6 +68,41 @@ def test_a_loss_that_gives_no_trained_tensor_a_gradient_is_refused(cls) -> None:
 
 
 @each
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weight_decay_is_decoupled(cls, dtype) -> None:
+    """theta <- (1 - lr decay) theta before the update, with the step's learning rate, and not for exempt names, nor for weights
+    without a gradient."""
+    torch.manual_seed(0)
+    names, decay = ("weight", "layer_norm.weight", "idle"), 0.5
+    start = [torch.randn(6, dtype=dtype) for _ in names]
+    params = {name: nn.Parameter(value.clone()) for name, value in zip(names, start)}
+    target = torch.randn(6, dtype=dtype)
+    optimizer, theta = cls(params.items(), lr=0.1, weight_decay=decay, clip=1e9), [value.clone() for value in start]
+    first, second = ([torch.zeros_like(value) for value in start] for _ in range(2))
+    for step in range(1, 9):
+        lr = 0.1 / step
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step(lambda: sum((params[name] - target).square().sum() for name in names[:2]))
+        for place in range(2):
+            weights, gradient = theta[place], 2 * (theta[place] - target)
+            if place == 0:
+                weights.mul_(1 - lr * decay)
+            if cls is FirstOrderSGD:
+                first[place].mul_(0.9).add_(gradient)
+                weights.sub_(first[place], alpha=lr)
+            else:
+                first[place].lerp_(gradient, 0.1)
+                second[place].mul_(0.999).addcmul_(gradient, gradient, value=0.001)
+                root = (second[place].sqrt() / math.sqrt(1 - 0.999**step)).add_(1e-8)
+                weights.addcdiv_(first[place], root, value=-lr / (1 - 0.9**step))
+    bound = 1e-6 if dtype == torch.float32 else 0.02
+    for name, expected in zip(names, theta):
+        torch.testing.assert_close(params[name].data, expected, rtol=bound, atol=bound)
+    assert torch.equal(params["idle"], start[2])
+
+
+@each
 def test_groups_and_tensors_without_names_are_refused(cls) -> None:
     model = nn.Linear(2, 1)
     groups = [{"params": list(model.named_parameters()), "lr": 0.1}]

@@ -485,3 +485,17 @@ def test_a_run_with_batches_of_an_older_order_is_refused(tmp_path):
     StepLog(tmp_path / "steps.jsonl", header).close()
     with pytest.raises(UserError, match="similar length are in the order of version 1, and this metazo has version 2"):
         StepLog(tmp_path / "steps.jsonl", {**header, "order": ORDER})
+
+
+def test_a_run_whose_weight_decay_was_part_of_the_momentum_is_not_continued(tmp_path) -> None:
+    more = {"optimizer": "first-order-sgd", "scale": "none", "steps": 2, "weight_decay": 0.1}
+    tuned(tmp_path / "run", **more)
+    (tmp_path / "run/summary.json").unlink()
+    log = tmp_path / "run/steps.jsonl"
+    header = json.loads(log.read_text().splitlines()[0])
+    assert header.pop("decay") == "decoupled"
+    log.write_bytes(line({key: value for key, value in header.items() if key != "crc"}, 0)[0])
+    with pytest.raises(UserError, match="earlier version of metazo, whose `weight_decay` was part of the momentum"):
+        tuned(tmp_path / "run", **more, resume=True)
+    tuned(tmp_path / "without", **(more | {"weight_decay": 0.0}))
+    assert "decay" not in scan(tmp_path / "without/steps.jsonl").header
