@@ -27,6 +27,7 @@ from metazo.models.checks import (
     not_finite,
 )
 from metazo.models.complete import absent, check_body, unused
+from metazo.models.dtypes import give_dtype
 from metazo.models.embedded import EMBEDDED, check_folder
 from metazo.models.parts import divided, loading
 from metazo.models.quantize import (
@@ -103,6 +104,8 @@ class LoadedModel:
     """Name and revision of the base model, if the model is saved adapters on it: what they name when they are saved again."""
     base_weights: dict[str, str] | None = None
     """What identifies the weights under the adapters (metazo/models/identity.py)."""
+    cast: str | None = None
+    """The dtype in which a bitsandbytes checkpoint was saved, if `dtype` is another: earlier versions of metazo left it."""
 
 
 def load_model(
@@ -131,8 +134,9 @@ def load_model(
     (`SentenceClassifier`; the last two are made by `metazo.tasks.classes.fit_head`), and "auto" takes linear for a
     sentence-transformers checkpoint, whose pooler was never trained, and checkpoint for every other. trained_head: refuse a
     classifier whose head would be new, because its predictions are random. quantize: int8, int4 or nf4
-    (metazo/models/quantize.py); a quantised checkpoint stays as it is. revision: branch, tag or commit of a model on the
-    Hub. attn_implementation, device_map: as of `from_pretrained` of transformers; with a device map `device` is not used.
+    (metazo/models/quantize.py); a quantised checkpoint stays as it is, apart from its other weights, which get ``dtype``.
+    revision: branch, tag or commit of a model on the Hub. attn_implementation, device_map: as of `from_pretrained` of
+    transformers; with a device map `device` is not used.
     tensor_parallel, fsdp: number of processes that divide the model (metazo/models/parts.py), all of which load it.
     ``pico`` and ``micro`` are small models that metazo carries.
     Code from the Hub is never run. Raises UserError for a model, kind, dtype or device that is not there, and for a model
@@ -172,6 +176,7 @@ def load_model(
             else:
                 model, new = _language_model(source, config, torch_dtype, chosen, name, notes, more), False
         check_stored(files, model.encoder if isinstance(model, SentenceClassifier) else model, name)
+        cast = give_dtype(model, torch_dtype, name)
     if new and trained_head:
         raise UserError(
             f"there is no trained head of {model.config.num_labels} classes in {name!r}, so its answers would be random; "
@@ -196,7 +201,9 @@ def load_model(
         check_padding(model, tokenizer, chosen, name, context)
     if quantize:
         give_back()
-    return LoadedModel(model.eval(), tokenizer, chosen, name, torch_dtype, context, new, notes, quantize, unsaved)  # type: ignore[arg-type]
+    return LoadedModel(
+        model.eval(), tokenizer, chosen, name, torch_dtype, context, new, notes, quantize, unsaved, cast=cast
+    )  # type: ignore[arg-type]
 
 
 def configuration(

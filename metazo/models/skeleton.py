@@ -8,7 +8,6 @@ dtypes.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from metazo.errors import UserError
 from metazo.io.extras import needs
 from metazo.io.plain import read_json
 from metazo.models.checks import check_config, kind_of
+from metazo.models.dtypes import kept_wide
 from metazo.models.embedded import EMBEDDED, check_folder
 from metazo.models.heads import new_head
 from metazo.models.load import (
@@ -134,10 +134,9 @@ def _with_head(config: PreTrainedConfig, kind: str, dtype: torch.dtype, attentio
 def _keep_wide(model: Any, dtype: torch.dtype) -> None:
     """Give the weights that transformers keeps in float32 beside narrower ones that type (`wo` of T5 beside float16)."""
     base = model.encoder if isinstance(model, SentenceClassifier) else model
-    wide = base._get_dtype_plan(dtype)
-    for name, parameter in base.named_parameters():
-        if any(re.search(part.replace("*", ".*"), name) for part in wide):  # as transformers finds them
-            parameter.data = parameter.data.float()
+    for name in kept_wide(base, dtype):
+        parameter = base.get_parameter(name)
+        parameter.data = parameter.data.float()
 
 
 def _tokenizer(source: str, name: str, revision: str | None) -> tuple[Any, str | None]:

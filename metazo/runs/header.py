@@ -53,6 +53,7 @@ def header(settings: dict[str, Any], setup: Setup) -> dict[str, Any]:
         **({"optimizer": optimizer_record(optimizer)} if settings["optimizer"].startswith(MEMORY) else {}),
         "precision": settings["precision"],
         **({"unsaved": "frozen"} if unsaved(loaded.model) else {}),
+        **({"cast": loaded.cast} if loaded.cast else {}),
         **({"decay": "decoupled"} if settings["optimizer"] == "first-order-sgd" and settings["weight_decay"] else {}),
         "counting": COUNTING,
         **({"cost": optimizer.measured_cost} if getattr(optimizer, "measured_cost", None) else {}),

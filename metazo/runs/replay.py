@@ -219,6 +219,12 @@ def _rebuilt(
     _make_head(loaded, header.get("head"))
     weights = weights_hash(loaded.model.named_parameters())
     if weights != header["weights"]:
+        if loaded.cast and "cast" not in header:
+            raise UserError(
+                f"the log was made by an earlier version of metazo, which left the weights of {base}, a bitsandbytes "
+                f"checkpoint, in {loaded.cast}, in which they were saved, whatever `dtype` said: replay it with that version, "
+                f"or on the model in memory, as load_model(..., dtype={loaded.cast!r}) gives it"
+            )
         raise UserError(
             f"`base` {base} is not the base model of this log: its weights have the hash {weights[:16]}..., and the log began "
             f"from {header['weights'][:16]}... (called {header.get('model')!r} there, in {config.dtype})."

@@ -149,6 +149,14 @@ def compare(found: Scan, wanted: dict[str, Any], say: Callable[[str], None]) -> 
                 f"split into train, dev and test, and this metazo has version {wanted.get('split', 1)}; resume it with the "
                 "metazo that began it, or start it again"
             )
+        if key == "weights" and "cast" in wanted and "cast" not in there:
+            raise UserError(
+                f"{found.path.name} cannot be continued: it was begun by an earlier version of metazo, which left the weights "
+                f"of this bitsandbytes checkpoint in {wanted['cast']}, in which they were saved; resume it with that version, "
+                "or start it again"
+            )
+        if key == "cast":
+            continue  # weights and settings say the same
         if key == "order" and key in wanted:
             raise UserError(
                 f"{found.path.name} cannot be continued: its batches of similar length are in the order of version "

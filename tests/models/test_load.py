@@ -63,6 +63,28 @@ def test_float32_is_the_default_even_for_a_half_checkpoint(tiny, tmp_path):
     assert next(load_model(tmp_path).model.parameters()).dtype == torch.float32
 
 
+def test_a_loader_that_gives_another_dtype_is_refused(tiny, monkeypatch):
+    """As the kernels of some quantised checkpoints need one. A dtype that the model's own code gives to a weight is kept."""
+    made = load._language_model
+    monkeypatch.setattr(load, "_language_model", lambda *given: made(*given).half())
+    with pytest.raises(
+        UserError, match="`dtype` is float32, and transformers loads .* in float16; take `dtype` float16"
+    ):
+        load_model(tiny("llama"))
+    assert load_model(tiny("llama"), dtype="float16").cast is None
+    monkeypatch.setattr(load, "_language_model", made)
+    norm, init = transformers.models.llama.modeling_llama.LlamaRMSNorm, nn.Module.__init__
+
+    class Wide(norm):
+        def __init__(self, width: int, eps: float):
+            init(self)
+            self.weight, self.variance_epsilon = nn.Parameter(torch.ones(width, dtype=torch.float32)), eps
+
+    monkeypatch.setattr(transformers.models.llama.modeling_llama, "LlamaRMSNorm", Wide)
+    loaded = load_model(tiny("llama"), dtype="bfloat16")
+    assert loaded.model.model.norm.weight.dtype == torch.float32 and loaded.cast is None
+
+
 def test_new_head_follows_the_seed_and_leaves_the_global_generator_alone(tiny):
     before = torch.get_rng_state()
     first, same, other = (load_model(tiny("bert"), num_labels=3, seed=seed).model.classifier for seed in (5, 5, 6))

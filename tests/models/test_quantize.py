@@ -331,6 +331,64 @@ def test_the_hash_of_a_quantised_base_has_its_scales(wide: Path, tmp_path: Path,
         replay(tmp_path / "run/steps.jsonl", str(tmp_path / "twice"))
 
 
+@pytest.fixture(scope="module", params=["8bit", "nf4"])
+def narrow(request, wide: Path, tmp_path_factory) -> Path:
+    """A checkpoint that bitsandbytes quantised in bfloat16, with the weights of `wide`."""
+    four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+    how = BitsAndBytesConfig(**four if request.param == "nf4" else {"load_in_8bit": True})
+    folder = tmp_path_factory.mktemp(request.param)
+    LlamaForCausalLM.from_pretrained(wide, quantization_config=how, dtype=torch.bfloat16).save_pretrained(folder)
+    load_model(wide).tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_bitsandbytes_checkpoint_has_the_dtype_that_was_asked_for(narrow: Path, wide: Path, dtype: str) -> None:
+    """transformers would leave bfloat16. The outputs are those of the dequantised weights in this dtype."""
+    wanted, loaded = getattr(torch, dtype), load_model(narrow, dtype=dtype)
+    whole = {name: p for name, p in loaded.model.named_parameters() if name not in quantised(loaded.model)}
+    assert len(whole) == 7 and {p.dtype for p in whole.values()} == {wanted} and loaded.dtype == wanted
+    assert loaded.cast == (None if dtype == "bfloat16" else "bfloat16")
+    plain, ids = load_model(wide, dtype=dtype).model, torch.arange(3, 20)[None]
+    for name, parameter in loaded.model.named_parameters():
+        value = parameter
+        if state := getattr(parameter, "quant_state", None):
+            module = loaded.model.get_submodule(name.removesuffix(".weight"))
+            assert module.compute_dtype == state.dtype == wanted
+            value = dequantize_4bit(parameter.data, state)
+        elif parameter.dtype == torch.int8:
+            value = parameter.data * parameter.SCB[:, None] / 127
+        plain.get_parameter(name).data.copy_(value)
+    with torch.inference_mode():
+        found, expected = (model(ids).logits for model in (loaded.model, plain))
+    assert found.dtype == wanted
+    exact = dtype == "float32" and "nf4" in narrow.name
+    torch.testing.assert_close(found, expected, rtol=1e-4 if exact else 0.05, atol=1e-5 if exact else 0.05)
+    assert "nf4" not in narrow.name or loaded.model.config.quantization_config.bnb_4bit_compute_dtype == wanted
+    with pytest.raises(UserError, match="quantised by bitsandbytes, which computes in .* and `dtype` is float64"):
+        load_model(narrow, dtype="float64")
+
+
+def test_a_run_on_a_bitsandbytes_checkpoint_in_the_dtype_it_was_saved_in(narrow: Path, tmp_path: Path, monkeypatch):
+    """As earlier versions made it whatever `dtype` said: its log is refused by name, and replays on the model in that dtype."""
+    log, base = tmp_path / "old/steps.jsonl", {"model": str(narrow)}
+    with monkeypatch.context() as patched:
+        patched.setattr("metazo.models.load.give_dtype", lambda *_: None)
+        stopped(tmp_path / "stopped", **base)
+        run_settings(config(tmp_path / "old", **base))
+    with pytest.raises(UserError, match="was begun by an earlier version of metazo, which left .* in bfloat16"):
+        run_settings(config(tmp_path / "stopped", resume=True, **base))
+    with pytest.raises(
+        UserError, match=r"was made by an earlier version .* load_model\(..., dtype='bfloat16'\) gives it"
+    ):
+        replay(log, str(narrow))
+    assert replay(log, load_model(narrow, dtype="bfloat16")).identical
+    stopped(tmp_path / "new", **base)
+    run_settings(config(tmp_path / "new", resume=True, **base))
+    assert replay(tmp_path / "new/steps.jsonl", str(narrow)).identical
+    assert metazo.evaluate(tmp_path / "new") != metazo.evaluate(tmp_path / "new", dtype="bfloat16")
+
+
 def test_an_8_bit_layer_that_has_run_has_the_hash_of_one_that_has_not(wide: Path) -> None:
     how = BitsAndBytesConfig(load_in_8bit=True)
     fresh, used = (
