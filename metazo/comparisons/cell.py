@@ -141,6 +141,7 @@ def _train(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
         "cpu_seconds": round(computed, 3),
         "trained_weights": job.info["trained_weights"],
         "sigma": _sigma(records),
+        "notes": summary["notes"],
     }
     metrics = {name: summary[name] for name in ("before", "dev", "test")}
     return train, metrics | {"majority": _majority(metrics)}

@@ -54,7 +54,8 @@ class Result:
         all else), cpu_seconds (of all of it, over all threads: seconds far above it tell of a machine that was busy with other
         things), wall_seconds, trained_weights, peak_memory_bytes (most that was resident above what the worker held before it
         loaded the model; on a GPU the peak of its allocator),
-        sigma: None, or {"blocks": [name...], "steps": [...], "values": [[sigma of each block] for each step]}.
+        sigma: None, or {"blocks": [name...], "steps": [...], "values": [[sigma of each block] for each step]},
+        notes: the sentences of the run's summary; absent in older results and without training.
         A run that failed or diverged keeps what it has; values it has not reached are None and the curve ends early.
     metrics: before, dev, test: {loss, metric..., examples}, and objective if the run has one; before is dev before
         training; majority {dev, test}: accuracy of the commonest answer. All None for a run that failed or diverged.

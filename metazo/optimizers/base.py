@@ -32,6 +32,7 @@ from __future__ import annotations
 import copy
 import math
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from numbers import Integral
@@ -71,7 +72,7 @@ from metazo.optimizers.saving import Saving
 from metazo.optimizers.verbs import DECAY_EXEMPT, State, Verbs
 from metazo.step.autocast import own_arithmetic
 from metazo.step.estimators import Estimator, balanced
-from metazo.step.precision import check_used, warn_of_drift
+from metazo.step.precision import check_used, drift
 from metazo.step.record import Step, Update
 from metazo.step.rules import Rule, check_rule, named_rule
 from metazo.step.scales import BlockScale, RMSScale
@@ -188,6 +189,18 @@ class ZOOptimizer(Verbs, Saving):
         self._of_scale: tuple[str, ...] = ()
         super().__init__(named_groups(params), {"lr": lr, "weight_decay": weight_decay})
 
+    def rounding(self) -> str | None:
+        """What rounding does to the weights, if they are narrow and `precision` is in-place, in words."""
+        return drift(self.precision, self._held())
+
+    def _held(self) -> list[torch.Tensor]:
+        """The trained weights, also before the first step."""
+        return [param for group in self.param_groups for param in group["params"] if param.requires_grad]
+
+    @property
+    def notes(self) -> list[str]:
+        return [words] if (words := self.rounding()) else []
+
     # -- the step -------------------------------------------------------------------------------------------------
 
     @own_arithmetic()
@@ -229,7 +242,8 @@ class ZOOptimizer(Verbs, Saving):
         state, step = self.zo_state, self.steps
         if replay is None and step == 0:
             check_used(self.precision, [tensor.param for tensor in self.tensors])
-            warn_of_drift(self.precision, [tensor.param for tensor in self.tensors])
+            if words := self.rounding():
+                warnings.warn(words, stacklevel=4)  # the caller of `step`
         if step < 2 or step % 100 == 0:  # torch may move shards in the first forward pass
             check_moved(self.tensors)
         if replay is None and processes.together():

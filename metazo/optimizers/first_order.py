@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -23,6 +24,7 @@ from metazo.optimizers.groups import Closure, check_rates, listed
 from metazo.optimizers.guards import NO_GRADIENT, as_loss, check_graph
 from metazo.optimizers.registry import Method, register
 from metazo.step.autocast import as_called, own_arithmetic
+from metazo.step.precision import without_master
 from metazo.step.record import Step
 
 FORWARDS_PER_STEP = 3
@@ -74,6 +76,10 @@ class FirstOrder(Method):
     def param_groups(self) -> list[dict[str, Any]]:
         return self.inner.param_groups
 
+    @property
+    def notes(self) -> list[str]:
+        return [words] if (words := without_master(self.name, [param for _, param in self.named])) else []
+
     @own_arithmetic()
     def step(self, closure: Closure | Sequence[Closure], *, replay: Step | None = None) -> float:
         """One update; closures are averaged. A loss or gradient that is not finite changes nothing; NaN is returned then.
@@ -87,6 +93,9 @@ class FirstOrder(Method):
             raise UserError(
                 f"{self.name} runs in one process, because processes exchange losses alone: start it without torchrun."
             )
+        if self.steps == 0:
+            for words in self.notes:
+                warnings.warn(words, stacklevel=3)  # the caller of `step`
         check_rates(self.param_groups)
         self.inner.zero_grad(set_to_none=True)
         try:

@@ -13,6 +13,7 @@ A method evaluates its closures (`look`), and then updates tensors (`descend`), 
 from __future__ import annotations
 
 import math
+import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -25,7 +26,7 @@ from metazo.io import processes
 from metazo.optimizers.base import State, ZOOptimizer
 from metazo.optimizers.groups import Closure, check_rates, listed
 from metazo.step.autocast import own_arithmetic
-from metazo.step.precision import check_used
+from metazo.step.precision import check_used, without_master
 from metazo.step.record import Step
 
 REPLAY = "A step of {} cannot be replayed from its record: it is recomputed, which needs the model and the batches."
@@ -56,6 +57,9 @@ class Recomputed(ZOOptimizer):
         """`look` evaluates each closure once; override it if a step costs more."""
         return closures
 
+    def rounding(self) -> str | None:  # there are no probes that would let weights drift
+        return without_master(f"{self.name} in place", self._held()) if self.precision == "in-place" else None
+
     @property
     def vanished(self) -> int:
         return int(self.zo_state["vanished"]) if self.steps else 0
@@ -63,7 +67,7 @@ class Recomputed(ZOOptimizer):
     @property
     def notes(self) -> list[str]:
         left_out = f"{self.vanished} updates of single tensors were left out: their estimate was not finite."
-        return [left_out] if self.vanished else []
+        return [*super().notes, left_out] if self.vanished else super().notes
 
     @own_arithmetic()
     def step(  # type: ignore[override]
@@ -84,6 +88,8 @@ class Recomputed(ZOOptimizer):
         self.weights.follow()
         if self.steps == 0 and replay is None:
             check_used(self.precision, [tensor.param for tensor in self.tensors])
+            if words := self.rounding():
+                warnings.warn(words, stacklevel=4)  # the caller of `step`
         check_rates(self.param_groups)
         with self.weights.evaluating():
             loss, found = self.look(closures)

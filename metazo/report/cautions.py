@@ -11,7 +11,7 @@ from metazo.comparisons.key import INCIDENTAL
 from metazo.errors import UserError
 
 from .analysis import Analysis
-from .comparison import Comparison
+from .comparison import UNTRAINED, Comparison
 from .numbers import part
 from .table import listed, some
 from .tables import metric_name
@@ -95,6 +95,7 @@ def cautions(analysis: Analysis, other: Analysis) -> list[tuple[str, str]]:
         parts.append(
             f"Columns ran on different machines ({machines}), so time, memory and losses at equal time cannot be compared."
         )
+    parts += [f"{listed(columns)}: {note}" for note, columns in _notes(data).items()]
     if unfinished or missing:
         parts.append(
             f"{some(unfinished, 'run')} failed or cannot be read, {some(missing, 'run')} missing: listed below."
@@ -176,6 +177,21 @@ def _models(data: Comparison) -> str:
     if len(columns) < 2 or set.intersection(*hashes.values()) - {"None"}:
         return ""
     return "; ".join(f"{model} for {listed([*found])}" for model, found in columns.items())
+
+
+def _notes(data: Comparison) -> dict[str, list[str]]:
+    """The notes that all runs of a column have and those of another do not, with the columns."""
+    runs = {column: [run for task in data.tasks for run in data.of(task, column)] for column in data.columns}
+    common = {
+        column: [note for note in found[0].notes if all(note in run.notes for run in found)]
+        for column, found in runs.items()
+        if found and data.family(column) != UNTRAINED
+    }
+    columns: dict[str, list[str]] = {}
+    for column, notes in common.items():
+        for note in dict.fromkeys(notes):
+            columns.setdefault(note, []).append(column)
+    return {note: found for note, found in columns.items() if len(found) < len(common)}
 
 
 def _machines(data: Comparison) -> str:

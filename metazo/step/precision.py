@@ -9,7 +9,6 @@ to a scratch copy (metazo/step/substitute.py). benchmarks/precision.py measures 
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -82,16 +81,36 @@ def check_used(precision: str, params: Iterable[Tensor]) -> None:
         raise UserError("`precision` master keeps float32, which is less than the float64 weights have: leave it out.")
 
 
-def warn_of_drift(precision: str, params: Iterable[Tensor]) -> None:
-    """Warn of probes that are added to narrow weights in place."""
+def drift(precision: str, params: Iterable[Tensor]) -> str | None:
+    """What becomes of narrow weights to which probes are added in place, in words; None if there are none."""
     types = {param.dtype for param in params}
     drifts = [f"{str(kind).removeprefix('torch.')} weights drift by {DRIFTS[kind]}" for kind in DRIFTS if kind in types]
-    if precision == "in-place" and drifts:
-        warnings.warn(
-            f"`precision` in-place rounds weights narrower than float32 at every probe: {' and '.join(drifts)} of their size "
-            "in 1,000 steps, and small updates are lost. Leave it out, unless this is what you study.",
-            stacklevel=5,  # the caller of `step`
-        )
+    if precision != "in-place" or not drifts:
+        return None
+    return (
+        f"`precision` in-place rounds weights narrower than float32 at every probe: {' and '.join(drifts)} of their size "
+        "in 1,000 steps, and small updates are lost. Leave it out, unless this is what you study."
+    )
+
+
+def without_master(name: str, params: Iterable[Tensor]) -> str | None:
+    """What becomes of updates that a method adds to narrow weights themselves, in words; None if there are none.
+
+    An update is lost if it is below half of the distance of two numbers, which is between eps / 4 and eps / 2 of the weight.
+    """
+    types = {param.dtype for param in params}
+    lost = [
+        f"1/{4 / torch.finfo(kind).eps:.0f} of a {str(kind).removeprefix('torch.')} weight"
+        for kind in DRIFTS
+        if kind in types
+    ]
+    if not lost:
+        return None
+    return (
+        f"{name} has no float32 master of its weights: an update below {' or '.join(lost)} is lost by rounding, and so are "
+        "small changes of its momentum. Methods with a `precision` other than in-place keep them, so that a comparison with "
+        "those is not fair; take `dtype` float32, or adapters (`adapter='lora'`), which are float32."
+    )
 
 
 def check_flushing(compensated: Iterable[Tensor]) -> None:

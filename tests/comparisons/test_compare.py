@@ -247,7 +247,7 @@ def test_a_killed_worker_is_a_failed_run_and_the_next_goes_on(tmp_path):
         assert result.train_info["curve"][0]["step"] == 0 and not job.config.out.exists()
         pool.submit(jobs[1])
         ((job, result),) = pool.collect(120)
-        assert result.finished and result.train_info["forwards"] == 8
+        assert result.finished and result.train_info["forwards"] == 8 and result.train_info["notes"] == []
 
 
 def _job(settings: Grid, seed: int, forwards: int) -> Job:

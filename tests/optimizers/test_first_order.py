@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -100,6 +101,28 @@ def test_weight_decay_is_decoupled(cls, dtype) -> None:
     for name, expected in zip(names, theta):
         torch.testing.assert_close(params[name].data, expected, rtol=bound, atol=bound)
     assert torch.equal(params["idle"], start[2])
+
+
+@each
+@pytest.mark.parametrize(("dtype", "share"), [(torch.bfloat16, 512), (torch.float16, 4096)])
+def test_updates_that_narrow_weights_lose_are_said(cls, dtype, share) -> None:
+    """An update of the share of a weight that is named changes some weights, and a smaller one none."""
+    weights = nn.Parameter(torch.linspace(1, 2, 100).to(dtype))
+    assert torch.equal(weights - 0.999 * weights.double() / share, weights.double()) is False  # in float64 none is lost
+    assert torch.equal((weights.double() - 0.999 * weights.double() / share).to(dtype)[1:], weights[1:])
+    assert not torch.equal((weights.double() - 2.01 * weights.double() / share).to(dtype), weights)
+    optimizer = cls([("weights", weights)], lr=1e-6)
+    with pytest.warns(
+        UserWarning, match=f"{cls.name} has no float32 master .* below 1/{share} of a .* is lost"
+    ) as found:
+        optimizer.step(lambda: weights.sum())
+    assert found[0].filename == __file__ and optimizer.notes == [str(found[0].message)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step(lambda: weights.sum())  # said once
+        wide = cls([("weights", pair(1.0)), ("frozen", nn.Parameter(weights.data, requires_grad=False))], lr=1e-6)
+        wide.step(lambda: wide.named[0][1].sum())
+    assert wide.notes == []
 
 
 @each

@@ -46,6 +46,16 @@ def test_steps_are_plain_sgd(name: str) -> None:
         assert fused.model.get_parameter(key).grad is None
 
 
+def test_updates_in_place_that_narrow_weights_lose_are_said() -> None:
+    model = nn.Linear(3, 2).bfloat16()
+    in_place, master = (FirstOrderFused(model.named_parameters(), precision=name) for name in ("in-place", "auto"))
+    with pytest.warns(UserWarning, match="first-order-fused in place has no float32 master .* below 1/512 of") as found:
+        in_place.step(lambda: model.weight.sum())
+    assert found[0].filename == __file__ and in_place.notes == [str(found[0].message)]
+    master.step(lambda: model.weight.sum())
+    assert master.notes == []
+
+
 def test_closures_are_averaged() -> None:
     model, both = nn.Linear(3, 2).double(), nn.Linear(3, 2).double()
     both.load_state_dict(model.state_dict())

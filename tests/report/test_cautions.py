@@ -96,6 +96,17 @@ def test_columns_that_ran_on_different_machines_are_named(tmp_path: Path):
     assert "different machines" not in said(folder)
 
 
+def test_what_is_noted_of_all_runs_of_a_column_alone_is_said(tmp_path: Path):
+    folder = synthetic.write(tmp_path, TWO, ["sst2", "rte"], 1)
+    shared, own = "Inputs were cut.", "lozo has no float32 master of its weights."
+    for task in ("sst2", "rte"):
+        change(folder, task, "mezo", train={"notes": [shared]})
+        change(folder, task, "lozo", train={"notes": [shared, own, f"Steps that were skipped on {task}: 3."]})
+    assert f"lozo: {own}" in said(folder) and "cut" not in said(folder) and "skipped" not in said(folder)
+    change(folder, "rte", "lozo", train={"notes": [shared]})
+    assert own not in said(folder)
+
+
 def test_a_value_read_off_while_the_rate_falls_is_marked(tmp_path: Path):
     """lozo takes 9 s and mezo 6."""
     for name, seconds in (("mezo", 2.0), ("lozo", 3.0)):

@@ -19,7 +19,7 @@ from metazo.errors import UserError
 from metazo.kernels.splitfloat import dither, join, plain_join, plain_split, split
 from metazo.noise import TorchOrderNoise
 from metazo.optimizers import METHODS, MeZO
-from metazo.step.precision import POLICIES, cost, policy, warn_of_drift
+from metazo.step.precision import POLICIES, cost, drift, policy
 from tests.optimizers.contract import IDS, NAMES, case, llama, make, quadratic, take
 
 NARROW = [torch.bfloat16, torch.float16]
@@ -566,16 +566,17 @@ def test_narrow_weights_in_place_are_warned_of(dtype):
     with pytest.warns(UserWarning, match="`precision` in-place rounds weights narrower than float32 at every") as found:
         MeZO(layer.named_parameters(), precision="in-place", check_loss=False).step(lambda: layer.weight.float().sum())
     assert found[0].filename == __file__
+    optimizer = MeZO(layer.named_parameters(), precision="in-place", check_loss=False)
+    with pytest.warns(UserWarning, match="drift"):
+        optimizer.step(lambda: layer.weight.float().sum())
+    assert optimizer.notes == [str(found[0].message)] and not MeZO(layer.named_parameters()).notes
     rows = json.loads((Path(__file__).parents[2] / "benchmarks" / "precision.json").read_text())["rows"]
     name = str(dtype).removeprefix("torch.")
     drift = next(row["drift"] for row in rows if (row["dtype"], row["precision"]) == (name, "published loop"))
     assert f"probe: {name} weights drift by {100 * drift:.2g} % of their size in 1,000 steps" in str(found[0].message)
 
 
-def test_weights_of_two_narrow_types_in_place_are_warned_of_once():
+def test_weights_of_two_narrow_types_in_place_are_warned_of_together():
     params = [nn.Parameter(torch.zeros(2, dtype=dtype)) for dtype in (*NARROW, torch.float32)]
-    with pytest.warns(
-        UserWarning, match="bfloat16 weights drift by 12 % and float16 weights drift by 1.5 % of"
-    ) as found:
-        warn_of_drift("in-place", params)
-    assert len(found) == 1
+    assert "bfloat16 weights drift by 12 % and float16 weights drift by 1.5 % of" in str(drift("in-place", params))
+    assert drift("master", params) is None
