@@ -24,7 +24,7 @@ PURPOSES = {
     "ray": "comparisons on a cluster of ray",
 }
 """The purpose of each extra's packages."""
-_INSTALLED_AS = {"minisign": "py-minisign"}
+_INSTALLED_AS = {"compressed_tensors": "compressed-tensors", "minisign": "py-minisign"}
 
 
 class MissingPackage(UserError):

@@ -112,7 +112,7 @@ def add_adapters(loaded: LoadedModel, adapter: Adapter, seed: int) -> list[str]:
                 loaded.model.eval()
             else:
                 loaded.model = peft.get_peft_model(loaded.model, config).eval()
-    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+    except (AttributeError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise UserError(f"`adapter` {adapter.kind} cannot be put on {loaded.name}: {_sentence(error)}.") from error
     if adapter.kind in VIRTUAL:
         loaded.context_length -= adapter.rank

@@ -23,6 +23,7 @@ from metazo.models.adapters import (
     with_adapters,
 )
 from metazo.models.checks import ENDINGS, check_config, check_float64, check_padding
+from metazo.models.compressed import decompress, saved_quantised
 from metazo.models.describe import BASE, RECORD, describe
 from metazo.models.embedded import ADAPTERS, EMBEDDED
 from metazo.models.fetch import of_commit
@@ -71,7 +72,7 @@ def assemble(
         tensor_parallel=wanted.tensor_parallel,
         fsdp=wanted.fsdp,
     )
-    _check_trainable(loaded, wanted)
+    check_trainable(loaded, wanted)
     if adapter is None:
         return loaded, select_trainable(loaded.model, wanted.train, wanted.freeze, None)
     if going_on and not hasattr(loaded.model, "get_base_model"):
@@ -91,21 +92,22 @@ def assemble(
     return loaded, select_trainable(loaded.model, wanted.train, wanted.freeze, names)
 
 
-def _check_trainable(loaded: LoadedModel, wanted: Wanted) -> None:
+def check_trainable(loaded: LoadedModel, wanted: Wanted) -> None:
     """Raises UserError for a quantised model without adapters, or whose adapters are to be merged into it."""
     names = quantised(loaded.model)
-    if names and wanted.adapters is None:
+    if wanted.adapters is None and (names or saved_quantised(loaded.model)):  # a skeleton has no quantised tensors
+        what = f"{len(names)} of its tensors, such as {names[0]}," if names else "its weights"
         raise UserError(
-            f"{loaded.name} is quantised, and {len(names)} of its tensors, such as {names[0]}, cannot be trained; train "
-            "adapters in full precision with `adapter='lora'`."
+            f"{loaded.name} is quantised, and {what} cannot be trained; train adapters in full precision with "
+            "`adapter='lora'`."
         )
     _check_merge(loaded, wanted)
 
 
 def _check_merge(loaded: LoadedModel, wanted: Wanted) -> None:
-    if wanted.merge and quantised(loaded.model):
+    if wanted.merge and (quantised(loaded.model) or saved_quantised(loaded.model)):
         raise UserError(
-            f"`merge`: {loaded.name} is quantised, and the sum would be rounded to whole numbers; leave it out."
+            f"`merge`: {loaded.name} is quantised, and the sum would be rounded as its weights are; leave it out."
         )
 
 
@@ -210,6 +212,7 @@ def as_loaded(model: Any, tokenizer: Any = None) -> LoadedModel:
     if kind == "seq2seq":  # models of images and speech have such names too
         check_config(inner.config, name)
     keep_unpacked(model)
+    decompress(model)
     context = 0
     if tokenizer is not None:
         context = context_length(inner, tokenizer)

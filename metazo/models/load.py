@@ -27,6 +27,7 @@ from metazo.models.checks import (
     not_finite,
 )
 from metazo.models.complete import absent, check_body, unused
+from metazo.models.compressed import decompress
 from metazo.models.dtypes import give_dtype
 from metazo.models.embedded import EMBEDDED, check_folder
 from metazo.models.parts import divided, loading
@@ -176,6 +177,11 @@ def load_model(
             else:
                 model, new = _language_model(source, config, torch_dtype, chosen, name, notes, more), False
         check_stored(files, model.encoder if isinstance(model, SentenceClassifier) else model, name)
+        if count := decompress(model):
+            notes.append(
+                f"{count} layers of {name}, which compressed-tensors saved, are decompressed: they take the memory of whole "
+                "weights, with which that package computes"
+            )
         cast = give_dtype(model, torch_dtype, name)
     if new and trained_head:
         raise UserError(

@@ -122,6 +122,8 @@ def check_package(config: Any) -> None:
             import torchao  # noqa: F401  # pyright: ignore[reportMissingImports]
         elif method in ("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit"):
             import bitsandbytes  # noqa: F401  # pyright: ignore[reportMissingImports]
+        elif method == "compressed-tensors":
+            import compressed_tensors  # noqa: F401  # pyright: ignore[reportMissingImports]
 
 
 def is_quantised(tensor: Tensor) -> bool:
@@ -135,8 +137,10 @@ def _packed(tensor: Tensor) -> bool:
 
 
 def quantised(model: nn.Module) -> list[str]:
-    """Names of the quantised parameters."""
-    return [name for name, parameter in model.named_parameters() if is_quantised(parameter)]
+    """Names of the quantised parameters, and of all parameters of the layers of compressed-tensors."""
+    layers = {name for name, layer in model.named_modules() if getattr(layer, "quantization_scheme", None) is not None}
+    every = model.named_parameters()
+    return [name for name, parameter in every if is_quantised(parameter) or name.rpartition(".")[0] in layers]
 
 
 def left_over(model: nn.Module, kind: str, name: str) -> list[str]:

@@ -19,7 +19,8 @@ from metazo.errors import UserError
 from metazo.feedback.tuner import describe as describe_blocks
 from metazo.io.files import expanded
 from metazo.io.processes import launched
-from metazo.models.assemble import assemble, base_of
+from metazo.models.assemble import assemble, base_of, check_trainable
+from metazo.models.compressed import saved_quantised
 from metazo.models.embedded import EMBEDDED
 from metazo.models.load import LoadedModel
 from metazo.models.skeleton import skeleton, stored
@@ -33,7 +34,7 @@ from metazo.runs.left import Begun
 from metazo.runs.locate import as_begun, from_anywhere
 from metazo.runs.method import build_optimizer, resolve_device, unused
 from metazo.runs.plan import plan, rows_of
-from metazo.runs.preconditions import check_saved, check_settings
+from metazo.runs.preconditions import check_gradient, check_saved, check_settings
 from metazo.runs.resources import free_memory, require_space, size
 from metazo.runs.schedule import keep_cost, number_of_steps
 from metazo.tasks import Prepared, Task, resolve
@@ -81,8 +82,10 @@ def dry_run(config: FinetuneConfig) -> dict[str, Any]:
             "`adapter` continue has no dry run, because adapters that exist are not read: for their memory, name their kind as "
             "`adapter` and their rank as `adapter_rank`."
         )
+    check_trainable(loaded, config)
     loaded, _ = assemble(config, labels=labels, device=META, given=loaded)
     check_saved(config, loaded)
+    check_gradient(config, loaded)
     prepared, problem = _rows(config, task, loaded)
     limit = longest_input(config, loaded)
     loss, length, at_last = _loss(config, loaded, prepared, limit)
@@ -164,10 +167,8 @@ def _not_counted(config: FinetuneConfig, model: nn.Module) -> list[str]:
             f"The time is that of {config.dtype} weights; what `quantize` {config.quantize} adds is not known. Loading takes "
             f"up to the memory of {config.dtype} weights, until they are quantised."
         )
-    elif getattr(model.config, "quantization_config", None):
-        notes.append(
-            f"{whole}; the checkpoint is quantised, so that the memory is less, and adapters alone are trained."
-        )
+    elif saved_quantised(model).get("quant_method") not in (None, "compressed-tensors"):  # which is decompressed
+        notes.append(f"{whole}; the checkpoint is quantised, so that the memory is less.")
     if (processes := launched()) > 1:
         notes.append(f"Memory and time are those of one process that does the work of all {processes}.")
     if config.device_map is not None:

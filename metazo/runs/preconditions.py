@@ -9,6 +9,7 @@ from metazo.io.processes import rank, world
 from metazo.io.tensorfile import check_plain
 from metazo.models.adapters import PEFT_TYPES
 from metazo.models.assemble import has_adapters
+from metazo.models.compressed import rounds
 from metazo.models.load import DTYPES, LoadedModel
 from metazo.models.quantize import quantization, repeated
 from metazo.models.sentence import SentenceClassifier
@@ -62,6 +63,16 @@ def check_saved(config: FinetuneConfig, loaded: LoadedModel) -> None:
             )
     if isinstance(loaded.model, SentenceClassifier) and config.adapters and not plain:
         raise UserError("`adapter` on a sentence encoder can only be saved merged into its weights; add `merge=True`.")
+
+
+def check_gradient(config: FinetuneConfig, loaded: LoadedModel, optimizer: Any = None) -> None:
+    """Raises UserError for a method that needs a gradient on a model that passes none. optimizer: in memory."""
+    used = optimizer or (method(config.optimizer) if config.optimizer != AUTO else None)
+    if used is not None and used.needs_gradient and rounds(loaded.model):
+        raise UserError(
+            f"`optimizer` {config.optimizer} needs the gradient of the loss, and {loaded.name} was saved by compressed-tensors "
+            "with layers that round as they compute, which no gradient passes; choose a method that probes, such as mezo."
+        )
 
 
 def check_named(config: FinetuneConfig, loaded: LoadedModel) -> None:

@@ -27,7 +27,7 @@ from metazo.runs.locate import log_to_continue
 from metazo.runs.method import arguments, resolve_device
 from metazo.runs.own import OwnLoss, StateFile
 from metazo.runs.plan import plan, rows_of
-from metazo.runs.preconditions import check_saved, check_settings
+from metazo.runs.preconditions import check_gradient, check_saved, check_settings
 from metazo.runs.resources import free_memory
 from metazo.runs.schedule import keep_cost, number_of_steps
 from metazo.runs.tuned import Given
@@ -184,6 +184,7 @@ def _task(config: FinetuneConfig, given: Given, device: torch.device) -> tuple[L
     labels = task.num_labels
     loaded, trained = assemble(config, labels=labels, device=device, given=given.loaded)
     check_saved(config, loaded)
+    check_gradient(config, loaded, given.optimizer)
     if given.loaded and loaded.kind == "classifier" and labels != loaded.model.config.num_labels:
         raise UserError(
             f"`model` has a head of {loaded.model.config.num_labels} classes, and task {task.name!r} has {labels or 'none'}."

@@ -18,7 +18,7 @@ from metazo.io.extras import PURPOSES
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-IMPORTED_AS = {"py-minisign": "minisign", "pyyaml": "yaml"}
+IMPORTED_AS = {"compressed-tensors": "compressed_tensors", "py-minisign": "minisign", "pyyaml": "yaml"}
 BROUGHT_ALONG = {"llm": {"tokenizers"}}  # by transformers
 COME_ALONG = {"triton", "llvmlite"}  # with torch and numba
 OWN = {"metazo", "metazo_cli", "pertnn_zoo"}
