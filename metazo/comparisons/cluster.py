@@ -42,7 +42,7 @@ def _task(job: Job, threads: int, folder: str) -> Result:
     torch.set_num_threads(threads)
     share_between_runs()
     try:
-        if not _warm and job.trains:
+        if not _warm:
             warm_up(job)
             _warm = True
         return run(job)

@@ -32,6 +32,7 @@ from metazo.settings import with_role
 from metazo.tasks import resolve
 from metazo.tasks.closures import BatchLoss
 from metazo.tasks.origins import rows_hash
+from metazo.tasks.prepared import Prepared
 
 # Settings of the optimizer alone; if any other setting differs, model and data are loaded anew.
 OPTIMIZING = with_role(FinetuneConfig, "method", "loop", "service", "limit")
@@ -46,7 +47,7 @@ class Facts:
     definition; metric of the task; seconds per forward pass over a training batch; bytes_on_disk: of a run while it is in
     progress; bytes_kept: of the model that stays of a reported run; cost: see metazo.runs.cost, None for zero-shot; use: how
     the tuner is used (`of_tuner`); rows: hash of all rows from which the task's splits are drawn
-    (`metazo.tasks.origins.rows_hash`).
+    (`metazo.tasks.origins.rows_hash`); scored: hashes of the dev and of the test rows.
     """
 
     lrs: list[float]
@@ -60,6 +61,7 @@ class Facts:
     cost: dict[str, int] | None
     use: dict[str, str] = field(default_factory=dict)
     rows: str | None = None
+    scored: dict[str, list[str]] = field(default_factory=dict)
 
 
 def examine(grid: Grid) -> dict[tuple[str, str], Facts]:
@@ -77,6 +79,8 @@ def examine(grid: Grid) -> dict[tuple[str, str], Facts]:
             config = replace(config, steps=1, forwards=None)  # the length is checked below
             with _naming(where):
                 fact = found[task, column.name] = _facts(grid, column, config, loaded)
+                first = grid.resolved[0].name
+                _check_scored(fact.scored, found[task, first].scored, first)
             if grid.search_config and len(fact.lrs) > 1:
                 run = search_run(grid, task, column, fact.lrs[0], config.seed)
                 config = replace(
@@ -132,6 +136,22 @@ def _check_length(forwards: int, a_step: float) -> None:
         raise UserError(f"{forwards} forward passes do not pay for one step ({a_step:g}); raise the budget.")
 
 
+def _check_scored(own: dict[str, list[str]], first: dict[str, list[str]], of_first: str) -> None:
+    """Raises UserError for a column that is scored on other rows than the first one."""
+    for split, rows in own.items():
+        if rows != first[split]:
+            raise UserError(
+                f"its {len(rows)} {split} rows are not the {len(first[split])} of column {of_first!r}, and scores on different "
+                "rows are not compared: set what they depend on, such as dev_examples, test_examples and the model, in "
+                "`config` for all columns."
+            )
+
+
+def _scored(prepared: Prepared, split: str) -> list[str]:
+    """Hashes of the rows of a split. Generated rows have none; those of one seed differ by their number alone."""
+    return prepared.prints.get(split, [""] * len(getattr(prepared, split)))
+
+
 def _facts(grid: Grid, column: Column, config: FinetuneConfig, loaded: dict[str, _Loaded]) -> Facts:
     base, config, optimizer, a_step = _made(config, loaded)
     setup = base.setup
@@ -159,6 +179,7 @@ def _facts(grid: Grid, column: Column, config: FinetuneConfig, loaded: dict[str,
         cost=measure(setup.loaded.model, optimizer, base.loss, config.accumulate).to_dict() if column.trains else None,
         use=of_tuner(optimizer),
         rows=base.rows,
+        scored={split: _scored(setup.rows, split) for split in ("dev", "test")},
     )
 
 

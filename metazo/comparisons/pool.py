@@ -51,7 +51,7 @@ def _work(connection: Connection, threads: int, environment: dict[str, str]) -> 
     try:
         while True:
             job = connection.recv()
-            if not warm and job.trains:
+            if not warm:
                 warm_up(job)
                 warm = True
             connection.send(run(job))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from statistics import median
 from typing import Any
@@ -12,7 +13,7 @@ from metazo.errors import UserError
 
 from .analysis import Analysis
 from .comparison import UNTRAINED, Comparison
-from .numbers import part
+from .numbers import Run, part
 from .table import listed, some
 from .tables import metric_name
 
@@ -89,6 +90,10 @@ def cautions(analysis: Analysis, other: Analysis) -> list[tuple[str, str]]:
         parts.append(
             f"Runs of {listed(others)} have other settings than the grid's, so the columns cannot be compared."
         )
+    if scored := _by_column(data, lambda run: run.examples):
+        parts.append(f"Columns are scored on different numbers of examples ({scored}), so scores cannot be compared.")
+    if sizes := _by_column(data, lambda run: part(run.info, "configuration").get("batch_size")):
+        parts.append(f"Columns have batches of different sizes ({sizes}), so equal forward passes are not equal work.")
     if models := _models(data):
         parts.append(f"Runs are of different models ({models}), so the columns cannot be compared.")
     if machines := _machines(data):
@@ -164,6 +169,22 @@ def _equal(had: object, given: object) -> bool:
     with suppress(TypeError, ValueError):
         return float(had) == float(given)  # type: ignore[arg-type]
     return False
+
+
+def _by_column(data: Comparison, value: Callable[[Run], object]) -> str:
+    """The values of the runs, if columns have different ones on some task; empty if they are the same on each."""
+    columns, differ = dict[str, dict[str, int]](), False
+    for task in data.tasks:
+        found = {
+            (str(value(run)), column): 1
+            for column in data.columns
+            for run in data.of(task, column)
+            if run.split == data.split_of(task)
+        }
+        differ = differ or len({words for words, _ in found}) > 1
+        for words, column in found:
+            columns.setdefault(words, {})[column] = 1
+    return "; ".join(f"{words} for {listed([*found])}" for words, found in columns.items()) if differ else ""
 
 
 def _models(data: Comparison) -> str:

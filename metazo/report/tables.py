@@ -210,7 +210,7 @@ def tasks(analysis: Analysis) -> Table:
     """Which tasks count in the averages, and why not."""
     data = analysis.data
     others = [f"{c} {loss(start)} on {task}" for task in data.tasks for c, start in data.elsewhere(task).items()]
-    starts = f" Columns with another model or head start elsewhere: {listed(others)}." if others else ""
+    starts = f" Columns with another model, head or dev rows start elsewhere: {listed(others)}." if others else ""
     whose = f" with which {data.reference} starts" if data.reference else ""
     table = Table(
         "tasks",

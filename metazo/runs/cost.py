@@ -36,12 +36,13 @@ def measure(model: nn.Module, optimizer: Any, loss: Callable[[], Tensor], accumu
     """The cost of the optimizer's steps on a loss, evaluated `accumulate` times for each; the model's weights are put back.
 
     The operations of a method that only evaluates losses are those of its forward passes (`forwards_per_step`), because its
-    first steps need not be like the others. Memory is of the first two steps, so that state which the first one makes is
-    in it.
+    first steps need not be like the others. Memory is of the first two steps, with the state that the optimizer holds before
+    them or makes in them.
     """
     device = next(model.parameters()).device
     kept = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    own = sum(tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *model.buffers()])
+    own = sum(map(_bytes, [*model.parameters(), *model.buffers()]))
+    state = sum(map(_bytes, optimizer.tensors_state().values()))  # made here, if nobody has asked for it before
 
     def forward() -> None:
         with torch.inference_mode():
@@ -51,7 +52,7 @@ def measure(model: nn.Module, optimizer: Any, loss: Callable[[], Tensor], accumu
     one = count_operations(forward)
     inference = own + most_bytes(forward, device)
     losses = [loss] * accumulate
-    taken = own + most_bytes(lambda: [optimizer.step(losses) for _ in range(2)], device)
+    taken = own + state + most_bytes(lambda: [optimizer.step(losses) for _ in range(2)], device)
     if optimizer.replayable:
         flops = round(one * optimizer.forwards_per_step(accumulate))
     else:
@@ -61,6 +62,10 @@ def measure(model: nn.Module, optimizer: Any, loss: Callable[[], Tensor], accumu
             if name in kept:
                 p.copy_(kept[name])
     return Cost(one, flops, inference, max(taken, inference))
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def most_bytes(call: Callable[[], Any], device: torch.device = CPU) -> int:

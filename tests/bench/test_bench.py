@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import platform
 import sys
 import time
@@ -31,6 +32,7 @@ from metazo.step import pending
 from metazo.step.pending import Pending
 from metazo.step.precision import Compensated, Master
 from metazo_cli.main import main
+from tests.io.test_lock import named
 
 ROOT = Path(__file__).parents[2]
 
@@ -226,7 +228,7 @@ def test_one_bench_at_a_time_writes_into_a_folder(suite: str, tmp_path: Path):
     """The one that ended last wrote its own figures alone."""
     with FolderLock(tmp_path):
         done = metazo("bench", "--quick", "--suite", suite, "--out", str(tmp_path))
-    assert done.code == 2 and f"--out {tmp_path} is in use by process" in done.error
+    assert done.code == 2 and f"--out {tmp_path} is in use by {named(os.getpid())}" in done.error
     assert not list(tmp_path.iterdir())
 
 

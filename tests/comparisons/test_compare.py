@@ -355,6 +355,14 @@ def test_the_planned_disk_has_the_models_that_are_kept(tmp_path):
             "Column 'sgd', with `search_config`: `eval_every` must be at least 1, not 0",
         ),
         ({"columns": [{"name": "a", "options": {"dtype": "float8"}}]}, "Column 'a': `dtype` is 'float8'"),
+        (
+            {"columns": ["mezo", {"name": "a", "options": {"test_examples": 10}}]},
+            "Column 'a' on pico_sentiment: its 10 test rows are not the 16 of column 'mezo'",
+        ),
+        (
+            {"columns": ["mezo", {"name": "a", "options": {"dev_examples": 20}}]},
+            "Column 'a' on pico_sentiment: its 20 dev rows are not the 16 of column 'mezo'",
+        ),
     ],
 )
 def test_what_cannot_run_is_said_before_anything_is_written(tmp_path, extra, words):

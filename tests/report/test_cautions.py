@@ -130,8 +130,8 @@ def test_the_loss_before_training_is_that_with_which_the_reference_starts(tmp_pa
     table = tables.tasks(Analysis(data, "loss"))
     assert row(table, "sst2")[3] == "0.690"
     assert table.note.endswith(
-        "Before: loss on dev of the untrained model with which mezo starts. Columns with another model or head start "
-        "elsewhere: lozo 4.365 on sst2."
+        "Before: loss on dev of the untrained model with which mezo starts. Columns with another model, head or dev "
+        "rows start elsewhere: lozo 4.365 on sst2."
     )
     for search in data.searches["sst2"].values():
         search.losses["0.001"] = 9.0  # above the axis
@@ -195,3 +195,15 @@ def test_searches_are_told_by_their_runs_if_only_parts_were_run(tmp_path: Path):
         change(folder, "sst2", "mezo", lr=lr if status == "finished" else 1e-4)
         assert ("lozo" in Comparison(folder).searches["sst2"]) is (status == "finished")
     assert "mezo" not in Comparison(folder).searches["sst2"]
+
+
+def test_columns_with_other_test_rows_or_batches_are_named(tmp_path: Path):
+    folder = synthetic.write(tmp_path, TWO, ["sst2"], 1)
+    assert "different" not in said(folder)
+    result = synthetic.result(COLUMN["lozo"], "sst2", 0)
+    result.metrics["test"]["examples"] = 10
+    result.run_info["configuration"]["batch_size"] = 64
+    result.save(cell_path(folder, "sst2", "lozo", "seed", 0))
+    words = said(folder)
+    assert "scored on different numbers of examples (400 for mezo; 10 for lozo), so scores cannot be compared" in words
+    assert "batches of different sizes (16 for mezo; 64 for lozo), so equal forward passes are not equal work" in words

@@ -7,7 +7,7 @@ import gc
 import torch
 from torch import nn
 
-from metazo.optimizers import FirstOrderAdamW, FirstOrderSGD, MeZO
+from metazo.optimizers import FirstOrderAdamW, FirstOrderSGD, MeZO, MeZOAdam
 from metazo.runs.cost import measure, most_bytes
 
 WIDTH, ROWS = 32, 5
@@ -54,6 +54,19 @@ def test_memory_is_weights_gradients_and_moments() -> None:
         mezo.step_bytes < weights + 1.5 * 4 * WIDTH**2
     )  # the check that weights are finite looks at one tensor at a time
     assert 4 * weights <= adamw.step_bytes <= 5.5 * weights  # gradients, two moments, and what the update makes
+
+
+def test_memory_has_the_state_that_was_made_before() -> None:
+    """A plan of the disk asks for the tensors of the state, and makes them so."""
+    net, x = model(), torch.ones(1, WIDTH)
+    weights = sum(4 * p.numel() for p in net.parameters())
+    taken = []
+    for asked in (False, True):
+        adam = MeZOAdam(net.named_parameters(), lr=1e-3)
+        if asked:
+            adam.tensors_state()
+        taken.append(measure(net, adam, lambda: net(x).square().mean()).step_bytes)
+    assert taken[0] == taken[1] >= 3 * weights
 
 
 def test_garbage_of_earlier_measurements_is_no_memory_of_a_step() -> None:
