@@ -207,9 +207,9 @@ def load_model(
         check_padding(model, tokenizer, chosen, name, context)
     if quantize:
         give_back()
-    return LoadedModel(
-        model.eval(), tokenizer, chosen, name, torch_dtype, context, new, notes, quantize, unsaved, cast=cast
-    )  # type: ignore[arg-type]
+    loaded = LoadedModel(model.eval(), tokenizer, chosen, name, torch_dtype, context, new, notes, quantize, unsaved)  # type: ignore[arg-type]
+    loaded.cast = cast
+    return loaded
 
 
 def configuration(
