@@ -43,12 +43,12 @@ ENVIRONMENT = "environment"  # key of versions, threads and device in config.jso
 
 
 def meta_train(
-    config: MetaConfig | HorizonConfig | FeedbackConfig, *, console: Console | None = None
+    config: MetaConfig | HorizonConfig | FeedbackConfig, *, console: Console | None = None, plot: bool = True
 ) -> Tuner | FeedbackTuner:
     """Meta-train a tuner and write it to `config.out`.
 
     Args: config: of a tuner of block scales that is trained along a first-order path or over whole runs, or of feedback
-    (`learn_feedback`); console: shows progress; None: no output.
+    (`learn_feedback`); console: shows progress; None: no output; plot: whether block scales are drawn in sigma.png.
     Returns: the tuner, as written to tuner.safetensors.
     Raises UserError for bad settings, a folder that holds another run, a loss that is not finite at the first step, or
     a full disk; Interrupted after SIGINT or SIGTERM, once the state is saved.
@@ -98,7 +98,7 @@ def meta_train(
                 if not config.resume and (run is None or run.steps == 0):
                     _clear(config.out)
                 raise
-        return finish(run, folder, loaded, console)
+        return finish(run, folder, loaded, console, plot)
 
 
 def _recording(config: MetaConfig | HorizonConfig) -> dict[str, str] | None:
@@ -159,15 +159,19 @@ def train(run: MetaRun | HorizonRun, folder: RunFolder, steps: int, caught: list
                 folder.save_snapshot(run.steps, run.state())
 
 
-def finish(run: MetaRun | HorizonRun, folder: RunFolder, loaded: LoadedModel, console: Console | None) -> Tuner:
+def finish(
+    run: MetaRun | HorizonRun, folder: RunFolder, loaded: LoadedModel, console: Console | None, drawn: bool
+) -> Tuner:
     """Write tuner and plot, and remove files that only a resumed run needs. Raises Diverged if the tuner is unusable."""
     setup = _setup(run.config)
     setup.judge(run)
     folder.lock.check_held()
-    try:
-        picture = str(plot(folder.path, run.config.normalise))
-    except NO_PICTURE as missing:  # the tuner is complete without its picture
-        picture = f"no picture of sigma ({str(missing) or 'no memory is left'})"
+    picture = "no picture of sigma (`plot` is false)"
+    if drawn:
+        try:
+            picture = str(plot(folder.path, run.config.normalise))
+        except NO_PICTURE as missing:  # the tuner is complete without its picture
+            picture = f"no picture of sigma ({str(missing) or 'no memory is left'})"
     tuner = setup.make_tuner(run, loaded)
     tuner.save(folder.path / TUNER)
     _take_away(folder.path)

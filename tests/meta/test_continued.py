@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,14 +17,17 @@ import torch
 
 from metazo.blocks import named_tensors
 from metazo.errors import UserError
+from metazo.meta import train
 from metazo.meta.config import MetaConfig
 from metazo.meta.loop import MetaRun
 from metazo.meta.path_setup import build, load
 from metazo.meta.teacher import Teacher
-from metazo.meta.train import dry, meta_train
+from metazo.meta.train import dry
 from metazo.meta.trajectory import Trajectory, disk_use
 from metazo.runs.interrupt import Interrupted, interruptible
 from metazo.runs.resources import used
+
+meta_train = partial(train.meta_train, plot=False)
 
 
 def stops_in(method: str, cls: type, monkeypatch: pytest.MonkeyPatch, calls: int) -> None:

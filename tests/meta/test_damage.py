@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,15 @@ import torch
 
 from metazo.blocks import named_tensors
 from metazo.errors import UserError
+from metazo.meta import train
 from metazo.meta.path_setup import START, build, load
 from metazo.meta.reset import Start
-from metazo.meta.train import meta_train
 from metazo.meta.trajectory import Trajectory, snapshot_name
 from metazo.models.load import load_model
 from metazo.runs.interrupt import Interrupted
 from tests.meta.test_train import StopsAt, weights
+
+meta_train = partial(train.meta_train, plot=False)
 
 
 def flipped(path: Path) -> None:

@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,12 +21,13 @@ from metazo.blocks import named_tensors
 from metazo.errors import UserError
 from metazo.io.terminal import Console
 from metazo.meta import horizon as module
+from metazo.meta import train
 from metazo.meta.config import MetaConfig
 from metazo.meta.evolution import Pairs
 from metazo.meta.horizon import HorizonRun
 from metazo.meta.horizon_config import HorizonConfig
 from metazo.meta.horizon_setup import load, make_tuner
-from metazo.meta.train import dry, meta_train
+from metazo.meta.train import dry
 from metazo.models.select import select_trainable
 from metazo.optimizers.mezo import MeZO
 from metazo.runs.batches import batch_indices_by_length
@@ -37,6 +39,8 @@ from metazo.step.scales import RMSScale, normalisation
 from metazo.tuner.file import Tuner
 from metazo.tuner.scale import TunerScale, tuner_scale
 from metazo_cli.meta_train import _settings
+
+meta_train = partial(train.meta_train, plot=False)
 
 
 @pytest.fixture
@@ -55,7 +59,7 @@ def bytes_of(config: HorizonConfig) -> tuple[bytes, str]:
 
 def test_the_result_is_an_ordinary_tuner_that_runs_use(settings, tmp_path: Path) -> None:
     config = settings(rates=[1e-4, 1e-3])
-    tuner = meta_train(config)
+    tuner = meta_train(config, plot=True)
     assert isinstance(tuner, Tuner) and sorted(path.name for path in config.out.iterdir()) == [
         *("config.json", "metrics.jsonl", "sigma.png", "tuner.safetensors")
     ]

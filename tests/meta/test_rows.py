@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import io
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from metazo.io.terminal import Console
+from metazo.meta import train
 from metazo.meta.horizon_config import HorizonConfig
-from metazo.meta.train import meta_train
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.setup import set_up
 from metazo.tasks.trainings import MOST, TUNER_ROWS, tuner_note
 from metazo.tuner.file import Tuner
+
+meta_train = partial(train.meta_train, plot=False)
 
 
 @pytest.fixture

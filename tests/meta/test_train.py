@@ -9,6 +9,7 @@ import os
 import re
 import signal
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import torch
 from metazo.blocks import NamedTensor, named_tensors
 from metazo.errors import UserError
 from metazo.io.terminal import Console
+from metazo.meta import train
 from metazo.meta.config import MetaConfig
 from metazo.meta.explosion import TeacherWatch
 from metazo.meta.horizon_config import HorizonConfig
@@ -26,7 +28,7 @@ from metazo.meta.order import Order
 from metazo.meta.path import Online
 from metazo.meta.path_setup import build, judge, load, notes
 from metazo.meta.reset import restart_steps
-from metazo.meta.train import dry, meta_train
+from metazo.meta.train import dry
 from metazo.meta.trajectory import Trajectory
 from metazo.recipes import locate
 from metazo.runs.interrupt import Interrupted
@@ -35,6 +37,8 @@ from metazo.settings import build as build_config
 from metazo.settings import read_recipe
 from metazo.tuner.file import Tuner
 from metazo_cli.meta_train import _settings as of_flags
+
+meta_train = partial(train.meta_train, plot=False)
 
 
 def weights(tuner: Tuner) -> list[torch.Tensor]:
@@ -48,7 +52,7 @@ def test_a_tuner_is_complete_without_a_picture_that_cannot_be_drawn(settings, mo
     monkeypatch.setattr("metazo.meta.train.plot", no_room)
     console = Console(file=io.StringIO(), width=400)
     config = settings()
-    tuner = meta_train(config, console=console)
+    tuner = meta_train(config, console=console, plot=True)
     assert torch.equal(weights(tuner)[0], weights(Tuner.load(config.out))[0])
     assert "and no picture of sigma (ft2font.so: failed to map segment)." in console.file.getvalue()
 
@@ -72,7 +76,7 @@ def test_the_folder_holds_the_tuner_and_what_happened(settings, how: str):
         "unrolled": {"unroll": 2, "detach_kappa": False, "task": ["pico_span"], "teacher": "adamw"},
     }[how]
     config = settings(**changes)
-    tuner = meta_train(config)
+    tuner = meta_train(config, plot=True)
     out = config.out
     assert sorted(path.name for path in out.iterdir()) == [
         "config.json",
@@ -472,7 +476,7 @@ def test_the_remedies_of_a_collapse_are_settings_of_the_run(kind, values: dict, 
         kind(**given | {name: value})  # and each of them is accepted
 
 
-def test_a_run_whose_networks_never_moved_says_so(settings):
+def test_a_run_whose_networks_never_moved_says_so(settings, tmp_path: Path):
     """Such an eps changes no number of float32, so that the losses of the probes are equal and every meta-gradient is 0."""
     console = Console(file=io.StringIO(), width=400)
     tuner = meta_train(settings(eps=1e-300), console=console)
@@ -482,6 +486,8 @@ def test_a_run_whose_networks_never_moved_says_so(settings):
     console = Console(file=io.StringIO(), width=400)
     tuner = meta_train(settings("other"), console=console)
     assert "moved" not in console.file.getvalue() and "result" not in tuner.info.recipe
+    assert "and no picture of sigma (`plot` is false)." in console.file.getvalue()
+    assert not (tmp_path / "other" / "sigma.png").exists()
 
 
 @pytest.mark.parametrize("path", [[], ["record"]])
