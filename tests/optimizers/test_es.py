@@ -46,7 +46,7 @@ def test_mean_is_along_the_gradient_with_the_length_of_the_closed_form(populatio
     model = Linear()
     own = {"population": population, "antithetic": antithetic, "shaping": shaping}
     optimizer = ES(model.named_parameters(), lr=1.0, eps=1e-3, **own)
-    found = linear_estimates(optimizer, model, 700)
+    found = linear_estimates(optimizer, model, 400)
     norm = math.sqrt(sum(float((slope**2).sum()) for slope in model.slopes.values()))
     length = expected_length(population, antithetic, shaping)
     if antithetic and shaping == "rank":  # pairs are dependent: both sides of a direction have opposite ranks

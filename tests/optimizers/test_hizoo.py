@@ -45,7 +45,7 @@ def test_mean_increment_of_h(start):
     a, model, grown = 0.1, Quadratic(), []
     optimizer = HiZOO(model.named_parameters(), lr=0.0, smoothing=a)
     optimizer._prepare()
-    for _ in range(1500):
+    for _ in range(800):
         optimizer.zo_state["H/theta"].copy_(start)
         optimizer.step(model)
         grown.append((optimizer.zo_state["H/theta"] / start - (1 - a)) / a)
@@ -55,13 +55,13 @@ def test_mean_increment_of_h(start):
 
 
 def test_h_converges_to_the_true_diagonal_times_half_of_d_plus_two():
-    """From H = 1: time average of ln H, whose standard error is about 0.06 here; the diagonal spans a factor of 10."""
+    """From H = 1: time average of ln H, whose standard error is about 0.08 here; the diagonal spans a factor of 10."""
     model, a, total = Quadratic(), 0.03, torch.zeros(3, dtype=torch.float64)
     optimizer = HiZOO(model.named_parameters(), lr=0.0, smoothing=a)
-    for step in range(4000):
+    for step in range(2500):
         optimizer.step(model)
         if step >= 600:
-            total += optimizer.zo_state["H/theta"].log() / 3400
+            total += optimizer.zo_state["H/theta"].log() / 1900
     assert (total - REST.log()).abs().max() < 0.25
 
 

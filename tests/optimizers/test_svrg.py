@@ -104,7 +104,7 @@ def test_mean_is_the_gradient_of_the_whole_sum(noise):
     origin = model.theta.detach().clone()
     away = origin + torch.tensor([4.0, -3.0, 2.0], dtype=torch.float64)
     found = []
-    for _ in range(700):
+    for _ in range(350):
         model.theta.data.copy_(origin)
         optimizer.step(model)  # full: another gbar
         model.theta.data.copy_(away)
