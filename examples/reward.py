@@ -40,8 +40,8 @@ if __name__ == "__main__":
         eps=0.03,
         steps=10,
         batch_size=32,
-        dev_examples=32,
-        test_examples=64,
+        dev_examples=16,
+        test_examples=32,
         eval_every=5,
     )
     for name in ("before", "dev", "test"):

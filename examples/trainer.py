@@ -36,7 +36,7 @@ with TemporaryDirectory() as folder:
         output_dir=folder,
         per_device_train_batch_size=8,
         gradient_accumulation_steps=2,
-        max_steps=60,
+        max_steps=40,
         learning_rate=3e-4,
         logging_steps=20,
         report_to=[],
