@@ -50,7 +50,15 @@ def check_rates(groups: Iterable[Mapping[str, Any]]) -> None:
 
 
 def named_members(members: Tensor | Iterable, start: int) -> list[tuple[str, Tensor]]:
-    """The tensors of a group with their names; those without one are named by their position, counted from `start`."""
+    """The tensors of a group with their names; those without one are named by their position, counted from `start`.
+
+    Raises UserError for a set: noise and state belong to a tensor by its name.
+    """
+    if isinstance(members, set | frozenset):
+        raise UserError(
+            "The parameters are in a set, which has another order in every process, and noise depends on it: pass "
+            "`model.named_parameters()`, or a list."
+        )
     members = [members] if isinstance(members, Tensor) else members
     return [member if isinstance(member, tuple) else (f"param.{start + i}", member) for i, member in enumerate(members)]
 
@@ -61,10 +69,11 @@ def named_groups(params: Iterable) -> list[dict[str, Any]]:
     Raises UserError if there is no tensor, for one name in two groups, whose settings a tensor cannot both have, and for an
     empty group beside others.
     """
-    entries = [] if isinstance(params, nn.Module) else list(params)
+    entries = [] if isinstance(params, nn.Module) else params if isinstance(params, set | frozenset) else list(params)
     if not entries:
         raise UserError("`params` has no tensor: pass `model.named_parameters()`, or a part of it.")
-    groups = [dict(entry) for entry in entries] if entries and isinstance(entries[0], dict) else [{"params": entries}]
+    whole = isinstance(entries, set | frozenset) or not isinstance(entries[0], dict)
+    groups = [{"params": entries}] if whole else [dict(entry) for entry in entries]
     seen: dict[int, tuple[str, int]] = {}
     position = 0
     for index, group in enumerate(groups):

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -38,6 +39,15 @@ def checksum_of_shards(tensors: Sequence[NamedTensor]) -> int:
         if tensor.spans is not None:
             found.update(tensor.name.encode() + tensor.spans.here.tobytes() + tensor.spans.there.tobytes())
     return int.from_bytes(found.digest(), "little") >> 1
+
+
+def _plain(value: Any) -> Any:
+    """The same with Python's own numbers in place of numpy's, so that torch loads it with weights_only."""
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_plain, value))
+    return value.item() if isinstance(value, np.generic) else value
 
 
 class Saving(Optimizer):
@@ -139,7 +149,7 @@ class Saving(Optimizer):
         """
         tensors = {name: value.clone() for name, value in self.tensors_state().items()}
         own = {"zo": tensors, "run": self._run(), "own": self._own(), "shapes": self._shapes()}
-        return super().state_dict() | own
+        return _plain(super().state_dict() | own)
 
     def _shapes(self) -> list[list[int]]:
         """The shapes of the weights in the order of their groups: a method may keep nothing of a weight's shape."""

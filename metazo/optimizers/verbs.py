@@ -95,7 +95,8 @@ class Verbs(Method):
                 raise
             raise UserError(
                 "The closure computes a gradient, by backward() or torch.autograd, and a loss has none here: let it return the "
-                "loss alone, `step(lambda: model(**batch).loss)`."
+                "loss alone, `step(lambda: model(**batch).loss)`. Derivatives that are a part of the loss can be those "
+                "of torch.func, or within `with torch.inference_mode(False), torch.enable_grad():`."
             ) from error
 
     def decays(self, tensor: NamedTensor) -> bool:

@@ -283,13 +283,18 @@ class Compensated:
         return True
 
 
+def check_contiguous(tensor: NamedTensor) -> None:
+    """Raises UserError for weights that cannot be compensated."""
+    if not tensor.param.is_contiguous():
+        raise UserError(f"`precision` compensated needs contiguous weights, and {tensor.name} is not: choose master.")
+
+
 def storage(tensor: NamedTensor, precision: str) -> InPlace | Master | Compensated:
     """Theta's storage under a precision. Raises UserError if the two do not go together."""
     chosen = policy(precision, tensor.param.dtype)
     if chosen == "master":
         return Master(tensor)
     if chosen.startswith("compensated"):
-        if not tensor.param.is_contiguous():
-            raise UserError(f"`precision` {chosen} needs contiguous weights, and {tensor.name} is not: choose master.")
+        check_contiguous(tensor)
         return Compensated(tensor, torch.int16 if chosen == "compensated-16" else torch.int8)
     return InPlace(tensor)

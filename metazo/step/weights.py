@@ -30,6 +30,7 @@ from metazo.step.precision import (
     InPlace,
     Master,
     Storage,
+    check_contiguous,
     check_flushing,
     count_change,
     storage,
@@ -70,10 +71,12 @@ class Weights:
     def follow(self) -> None:
         """Before a step: what is kept of weights that were changed since the last one, as by load_state_dict, begins anew.
 
-        Raises UserError if a weight has another dtype now, for which its theta would be stored in another way, and if its
-        theta cannot be calculated in this thread.
+        Raises UserError if a weight has another dtype or layout now, for which its theta would be stored in another way, and if
+        its theta cannot be calculated in this thread.
         """
         check_flushing(tensor.param for tensor in self.compensated)
+        for tensor in self.compensated:
+            check_contiguous(tensor)
         for tensor in self.tensors:
             if tensor.param.dtype != self.dtypes[tensor.name]:
                 was, now = (str(kind).removeprefix("torch.") for kind in (self.dtypes[tensor.name], tensor.param.dtype))

@@ -882,3 +882,36 @@ def test_a_closure_that_calls_backward_is_refused():
     with pytest.raises(UserError, match=r"The closure computes a gradient, by backward\(\)"):
         MeZO([("p", p)], lr=1e-2).step(closure)
     assert torch.allclose(p, torch.ones(3))
+
+
+def test_a_loss_may_hold_derivatives():
+    """In both of the ways that the message names: d/dx (w x^2) at x = 2 is 4 w."""
+    p, losses = nn.Parameter(torch.ones(1)), []
+
+    def by_func():
+        return torch.func.grad(lambda x: (p * x.square()).sum())(torch.tensor(2.0))
+
+    def by_autograd():
+        with torch.inference_mode(False), torch.enable_grad():
+            x = torch.tensor(2.0, requires_grad=True)
+            return torch.autograd.grad((p * x.square()).sum(), x)[0]
+
+    for closure in (by_func, by_autograd):
+        optimizer = MeZO([("p", nn.Parameter(p.detach().clone()))], lr=0.0)
+        p = optimizer.param_groups[0]["params"][0]
+        optimizer.step(closure)
+        losses.append(optimizer.last_step.losses)
+    plain = MeZO([("p", nn.Parameter(torch.ones(1)))], lr=0.0)
+    plain.step(lambda: 4 * plain.param_groups[0]["params"][0].sum())
+    assert losses == [plain.last_step.losses] * 2 and losses[0][0] != losses[0][1]
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_set_of_parameters_is_refused(grouped):
+    """Its order is that of addresses in memory, and noise goes by it."""
+    held = set(nn.Linear(3, 2).parameters())
+    with pytest.raises(UserError, match="are in a set, .*pass `model.named_parameters\\(\\)`, or a list"):
+        MeZO([{"params": held}] if grouped else held, lr=1e-3)
+    optimizer = MeZO(nn.Linear(3, 2).named_parameters(), lr=1e-3)
+    with pytest.raises(UserError, match="are in a set"):
+        optimizer.add_param_group({"params": held})

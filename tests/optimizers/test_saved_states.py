@@ -132,8 +132,11 @@ def test_a_model_that_has_another_dtype_than_at_the_first_step_is_refused(name, 
 
 def test_a_state_is_read_with_weights_only_and_numbers_of_numpy_are_those_of_python():
     model, file = net(), io.BytesIO()
-    made = METHODS["lozo-m"](model.named_parameters(), lr=0.01, momentum=np.float64(0.5))
+    made = METHODS["lozo-m"](
+        model.named_parameters(), lr=np.float64(0.01), eps=np.float64(1e-3), momentum=np.float64(0.5)
+    )
     steps(model, made)
+    made.param_groups[0]["lr"] = np.float64(0.02)  # as a schedule may set it
     torch.save(made.state_dict(), file)
     file.seek(0)
     state = torch.load(file, weights_only=True)

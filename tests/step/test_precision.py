@@ -580,3 +580,14 @@ def test_weights_of_two_narrow_types_in_place_are_warned_of_together():
     params = [nn.Parameter(torch.zeros(2, dtype=dtype)) for dtype in (*NARROW, torch.float32)]
     assert "bfloat16 weights drift by 12 % and float16 weights drift by 1.5 % of" in str(drift("in-place", params))
     assert drift("master", params) is None
+
+
+def test_weights_whose_layout_changes_are_refused():
+    model, images = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2)).bfloat16(), torch.ones(2, 3, 4, 4)
+    optimizer = MeZO(model.named_parameters(), lr=1e-3, precision="compensated-16")
+    optimizer.step(lambda: model(images.bfloat16()).float().square().mean())
+    model.to(memory_format=torch.channels_last)
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(UserError, match="compensated needs contiguous weights, and 0.weight is not: choose master"):
+        optimizer.step(lambda: model(images.bfloat16()).float().square().mean())
+    assert all(torch.equal(one, two) for one, two in zip(before, model.parameters()))
