@@ -162,7 +162,8 @@ def _facts(grid: Grid, column: Column, config: FinetuneConfig, loaded: dict[str,
     if column.trains:
         lrs = column.lrs or grid.lrs or start(config.optimizer, setup.trained, optimizer.energy)
     metric = setup.prepared.task.metric
-    disk = written(config, setup.loaded, optimizer, config.steps or 1)
+    cost = measure(setup.loaded.model, optimizer, base.loss, config.accumulate).to_dict() if column.trains else None
+    disk = written(config, setup.loaded, optimizer, config.steps or 1)  # after the first step, which makes the state
     keeps = column.trains and grid.keep_models
     return Facts(
         lrs=lrs,
@@ -176,7 +177,7 @@ def _facts(grid: Grid, column: Column, config: FinetuneConfig, loaded: dict[str,
         forward_seconds=base.seconds,
         bytes_on_disk=disk["most"],
         bytes_kept=disk["model"] + tokenizer_bytes(setup.loaded.tokenizer) if keeps else 0,
-        cost=measure(setup.loaded.model, optimizer, base.loss, config.accumulate).to_dict() if column.trains else None,
+        cost=cost,
         use=of_tuner(optimizer),
         rows=base.rows,
         scored={split: _scored(setup.rows, split) for split in ("dev", "test")},

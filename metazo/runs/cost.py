@@ -42,7 +42,10 @@ def measure(model: nn.Module, optimizer: Any, loss: Callable[[], Tensor], accumu
     device = next(model.parameters()).device
     kept = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     own = sum(map(_bytes, [*model.parameters(), *model.buffers()]))
-    state = sum(map(_bytes, optimizer.tensors_state().values()))  # made here, if nobody has asked for it before
+    there = getattr(
+        optimizer, "_ready", True
+    )  # else the first step makes it, and what it takes beside it is counted too
+    state = sum(map(_bytes, optimizer.tensors_state().values())) if there else 0
 
     def forward() -> None:
         with torch.inference_mode():

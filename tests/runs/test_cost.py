@@ -66,7 +66,7 @@ def test_memory_has_the_state_that_was_made_before() -> None:
         if asked:
             adam.tensors_state()
         taken.append(measure(net, adam, lambda: net(x).square().mean()).step_bytes)
-    assert taken[0] == taken[1] >= 3 * weights
+    assert taken[0] >= 3 * weights and taken[1] - taken[0] <= 16  # a counter that steps make anew
 
 
 def test_garbage_of_earlier_measurements_is_no_memory_of_a_step() -> None:
