@@ -136,11 +136,21 @@ def _process(rank: int, folder: str) -> None:
     dist.init_process_group("gloo")
     mesh, said = init_device_mesh("cpu", (2,)), {}
 
+    made: dict[torch.dtype, tuple[nn.Module, dict[str, Tensor]]] = {}
+
     def sharded(name: str) -> nn.Module:
-        model = _llama(_dtype(name))
-        for layer in model.model.layers:
-            fully_shard(layer, mesh=mesh)
-        return fully_shard(model, mesh=mesh)
+        """One model for each dtype, with the weights of the start."""
+        dtype = _dtype(name)
+        if dtype not in made:
+            model = _llama(dtype)
+            for layer in model.model.layers:
+                fully_shard(layer, mesh=mesh)
+            made[dtype] = fully_shard(model, mesh=mesh), parts(model)
+        model, start = made[dtype]
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                parameter.to_local().copy_(start[key])
+        return model
 
     for name in SHARDED:
         model = sharded(name)
