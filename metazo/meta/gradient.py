@@ -37,7 +37,7 @@ def stream_gradients(tensors: Sequence[NamedTensor], loss: Loss, visit: Callable
         def hook(param: Tensor) -> None:
             gradient, param.grad = param.grad, None
             assert gradient is not None
-            visit(tensor, gradient)
+            visit(tensor, gradient.to_dense())  # an embedding may have a sparse one
 
         return hook
 

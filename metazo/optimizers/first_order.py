@@ -119,6 +119,11 @@ class FirstOrder(Method):
                 total += float(loss.detach())
         if all(param.grad is None for _, param in self.named):
             raise UserError(NO_GRADIENT.format(self.name))
+        for _, param in self.named:
+            if (
+                param.grad is not None and param.grad.is_sparse
+            ):  # an embedding's, which neither clipping nor AdamW takes
+                param.grad = param.grad.to_dense()
         self.forwards += FORWARDS_PER_STEP * len(closures)
         length = torch.nn.utils.clip_grad_norm_([param for _, param in self.named], self.clip)
         solid = math.isfinite(length)

@@ -113,7 +113,7 @@ class FirstOrderFused(Recomputed):
             if (name := of[id(param)].name) in reached:
                 raise UserError(TOO_EARLY.format(self.name, name))
             reached.add(name)
-            self._descend(of[id(param)], gradient, rates)
+            self._descend(of[id(param)], gradient.to_dense(), rates)  # an embedding's may be sparse
             self.weights.changed([of[id(param)]])  # torch refuses to go on with a value that was saved before
 
         for tensor in self.tensors:

@@ -12,6 +12,7 @@ from torch import nn
 from metazo.errors import UserError
 from metazo.io import processes
 from metazo.optimizers.first_order import FirstOrderAdamW, FirstOrderSGD
+from metazo.optimizers.first_order_fused import FirstOrderFused
 from tests.kernels.test_operations import Cut
 
 each = pytest.mark.parametrize("cls", [FirstOrderSGD, FirstOrderAdamW])
@@ -46,6 +47,21 @@ def test_a_gradient_that_is_not_finite_changes_nothing(cls) -> None:
     optimizer = cls([("p", p)], lr=0.1)
     assert math.isnan(optimizer.step(lambda: p.abs().sqrt().sum()))
     assert torch.equal(p, pair(0.0, 0.02)) and optimizer.last_step.coefficients == ()
+
+
+@pytest.mark.parametrize("cls", [FirstOrderSGD, FirstOrderAdamW, FirstOrderFused])
+def test_sparse_gradients_of_embeddings_are_taken(cls) -> None:
+    models, ids = [], torch.tensor([1, 2, 2])
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(10, 4, sparse=sparse), nn.Linear(4, 2))
+        optimizer = cls(model.named_parameters(), lr=0.1)
+        for _ in range(2):
+            optimizer.step([lambda rows=rows, model=model: model(rows).square().mean() for rows in (ids, ids + 1)])
+        models.append(model)
+    sparse, dense = models
+    for one, other in zip(sparse.parameters(), dense.parameters()):
+        assert torch.allclose(one, other, atol=1e-7)
 
 
 @each

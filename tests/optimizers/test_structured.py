@@ -349,7 +349,7 @@ def stack(**options) -> tuple[Stack, torch.Tensor]:
 def exact(model, loss, atol: float = 1e-12, **options) -> None:
     """A plain step of answer-column over all positions is one along the gradient of autograd."""
     before = weights(model)
-    true = torch.autograd.grad(loss(), list(model.parameters()))
+    true = [gradient.to_dense() for gradient in torch.autograd.grad(loss(), list(model.parameters()))]
     optimizer = AnswerColumn(model.named_parameters(), 1.0, model=model, positions="all", normalise=False, **options)
     optimizer.step(loss)
     for (name, p), gradient in zip(model.named_parameters(), true, strict=True):
@@ -386,6 +386,13 @@ def test_a_number_without_dimensions_is_trained() -> None:
     model.blocks[0].register_parameter("gain", torch.nn.Parameter(torch.tensor(0.5, dtype=torch.float64)))
     model.blocks[0].register_forward_hook(lambda block, args, out: args[0] + block.gain * (out - args[0]))
     exact(model, lambda: model(hidden).square().mean())
+
+
+def test_sparse_gradients_of_embeddings_are_taken() -> None:
+    model, hidden = stack()
+    model.blocks[1].add_module("table", torch.nn.Embedding(3, 6, sparse=True, dtype=torch.float64))
+    model.blocks[1].register_forward_hook(lambda block, args, out: out + block.table(torch.tensor([0, 2, 2])))
+    exact(model, lambda: model(hidden).square().mean() + model(hidden + 1).square().mean())
 
 
 class Turned(torch.nn.Linear):
