@@ -177,7 +177,8 @@ class ZOOptimizer(Verbs, Saving):
         self.last_step: Step | None = None
         self.recorder: Callable[[Step], None] | None = None
         self.max_loss = sys.float_info.max
-        self._ready = self._seen = False
+        self._ready = False
+        self.unseen = probings.Unseen()
         self._unrecorded: tuple[Step, list[Term] | None, Estimator] | None = None
         self.checks_weights = True  # at the first step
         if not isinstance(check_every, int) or isinstance(check_every, bool) or check_every < 0:

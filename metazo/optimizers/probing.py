@@ -21,6 +21,7 @@ from metazo.blocks import NamedTensor
 from metazo.errors import UserError
 from metazo.io import processes
 from metazo.optimizers.groups import Closure
+from metazo.optimizers.loss_watch import generators_kept
 from metazo.step.batched import Branch, TooLarge
 from metazo.step.batched import losses as losses_at
 from metazo.step.estimators import mean
@@ -44,21 +45,62 @@ def check(probing: str, low_rank: bool, name: str) -> str:
     return probing if low_rank else "in-turn"
 
 
+class Unseen:
+    """Looks for trained tensors that closures use where no torch function shows it, while there are some that no evaluation
+    of the optimizer was seen to use.
+
+    It looks at the first evaluation, at that of a step in which the closures use other tensors than before (up to WAYS such
+    sets), and at every EVERY-th step, each time by an evaluation that is not counted. Copies of an optimizer have other
+    tensors of the same names.
+    """
+
+    WAYS = 20
+    EVERY = 101  # odd, so that closures that take turns all have theirs
+
+    def __init__(self) -> None:
+        self.left: set[str] | None = None  # no evaluation was seen to use these; None before the first
+        self.ways: set[frozenset[str]] = set()
+        self.step = -1
+
+    def hidden(
+        self, optimizer: Any, unmet: Sequence[NamedTensor], again: Callable[[], float], loss: float
+    ) -> list[NamedTensor]:
+        """The tensors of `unmet`, those that an evaluation was not seen to use, that it uses nevertheless; or none of them.
+
+        again: evaluates the same loss at the same weights.
+        """
+        if self.left == set():
+            return []
+        way = frozenset(tensor.name for tensor in unmet)
+        self.left = set(way) if self.left is None else self.left & way
+        new = way not in self.ways and len(self.ways) < self.WAYS
+        if self.step == optimizer.steps or (not new and optimizer.steps % self.EVERY):
+            return []
+        looked_at = [tensor for tensor in unmet if tensor.name in self.left]
+        with generators_kept(optimizer.tensors[0].param.device):
+            if used_unseen(looked_at, again, loss):
+                return looked_at  # and look again: probes in turn take this step again
+        self.step = optimizer.steps
+        self.ways |= {way} if new else set()
+        return []
+
+
 def evaluated(optimizer: Any, closures: Sequence[Closure]) -> float:
     """The mean loss at the probe that is applied, under the checks of the first evaluations."""
     if not closures:
         raise UserError("step() needs a closure that returns the loss: step(lambda: model(**batch).loss).")
     with optimizer.evaluation(), optimizer.weights.evaluating() as scratch:
         loss = optimizer.evaluate(closures)
-    if scratch is not None and not optimizer._seen and math.isfinite(loss):
-        optimizer._seen, unmet = True, scratch.unmet()
-        if used_unseen(unmet, lambda: _again(optimizer, closures), loss):
-            names = ", ".join(tensor.name for tensor in unmet[:3])
-            raise UserError(
-                f"`precision` {optimizer.precision} replaces weights in calls of torch functions, and the model uses "
-                f"{len(unmet)} tensors outside of such calls (in compiled, scripted or foreign code, or offloaded), such as "
-                f"{names}: choose master."
-            )
+    hidden: list[NamedTensor] = []
+    if scratch is not None and math.isfinite(loss):
+        hidden = optimizer.unseen.hidden(optimizer, scratch.unmet(), lambda: _again(optimizer, closures), loss)
+    if hidden:
+        names = ", ".join(tensor.name for tensor in hidden[:3])
+        raise UserError(
+            f"`precision` {optimizer.precision} replaces weights in calls of torch functions, and the model uses "
+            f"{len(hidden)} tensors outside of such calls (in compiled, scripted or foreign code, or offloaded), such as "
+            f"{names}: choose master."
+        )
     optimizer.loss_watch.evaluated(loss, lambda: _again(optimizer, closures), optimizer.tensors[0].param.device)
     return loss
 
@@ -156,8 +198,8 @@ def _one_pass(optimizer: Any, probes: Probes, closures: Sequence[Closure]) -> li
         return [mean(values) for values in zip(*numbers)], found[0][1]
 
     losses, unmet = evaluate()
-    if undecided and used_unseen(unmet, lambda: evaluate()[0][0], losses[0]):
-        raise RuntimeError(f"{unmet[0].name} is used where torch functions do not show it")
+    if hidden := optimizer.unseen.hidden(optimizer, unmet, lambda: evaluate()[0][0], losses[0]):
+        raise RuntimeError(f"{hidden[0].name} is used where torch functions do not show it")
     return losses
 
 

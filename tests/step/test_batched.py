@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from metazo.errors import UserError
 from metazo.noise import RIGHT, TorchOrderNoise
 from metazo.optimizers import LOZO, LOZOM
 from metazo.runs.config import FinetuneConfig
@@ -19,7 +20,7 @@ from metazo.step import batched as branches
 from metazo.step.directions import Isotropic, Scaled
 from metazo.step.lowrank import LowRank
 from tests.optimizers.contract import IDS, llama
-from tests.step.test_substitute import bert, gpt2
+from tests.step.test_substitute import bert, gpt2, two_heads
 
 
 def models():
@@ -212,6 +213,25 @@ def test_a_tensor_that_hides_moves_the_weights():
         optimizer.step(lambda: (alias.sum() + model.bias.sum()) ** 2)
     assert optimizer.last_step.losses[0] != optimizer.last_step.losses[1]
     torch.testing.assert_close(model.weight.detach(), start, rtol=0, atol=1e-3)
+
+
+def test_a_tensor_that_a_later_loss_hides_is_told():
+    model, seen, hidden = two_heads(torch.float32)
+    optimizer = LOZO(model.named_parameters(), form="activations")
+    optimizer.step(seen)
+    with pytest.raises(
+        UserError, match=r'\(hidden.weight is used where .*\): make the optimizer with `probing="in-turn"`'
+    ):
+        optimizer.step(hidden)
+    assert optimizer.steps == 1
+    optimizer.step(seen)
+
+
+def test_a_tensor_that_hides_is_refused_by_compensated_weights_in_turn_too():
+    model, _, hidden = two_heads(torch.bfloat16)
+    optimizer = LOZO(model.named_parameters(), form="activations", precision="compensated-16")
+    with pytest.warns(UserWarning, match="is used where"), pytest.raises(UserError, match="choose master"):
+        optimizer.step(hidden)
 
 
 def test_an_error_of_the_closure_is_the_caller_s():

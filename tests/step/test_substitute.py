@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from metazo.blocks import named_tensors
 from metazo.errors import UserError
 from metazo.optimizers import LOZO, HiZOO, MeZO
+from metazo.optimizers.probing import Unseen
 from metazo.step.substitute import AHEAD, HUGE, Room, Scratch
 from tests.optimizers.contract import IDS, llama
 
@@ -217,6 +218,65 @@ def test_what_is_not_used_is_no_fault():
         assert bool(torch.isfinite(model[1].weight).all())
     assert len(calls) == 7 and optimizer.forwards == 6  # one check
     assert torch.allclose(model[1].weight.float(), start.float(), atol=0.5)
+
+
+def two_heads(dtype: torch.dtype) -> tuple[nn.ModuleDict, Callable, Callable]:
+    """A trunk with two heads, a loss of the first, and one of the second, which no function is seen to use."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({name: nn.Linear(6, 6, bias=False) for name in ("trunk", "seen", "hidden")}).to(dtype)
+    x, alias = torch.ones(1, 6, dtype=dtype), model["hidden"].weight.data.view(6, 6)
+    return (
+        model,
+        lambda: model["seen"](model["trunk"](x)).float().square().sum(),
+        lambda: (model["trunk"](x) @ alias).float().square().sum(),
+    )
+
+
+def test_what_a_later_loss_hides_is_told():
+    model, seen, hidden = two_heads(B16)
+    optimizer = MeZO(model.named_parameters(), lr=1e-3, precision="compensated-16")
+    optimizer.step(seen)
+    before = copy.deepcopy(model.state_dict())
+    for _ in range(2):  # as often as it is tried
+        with pytest.raises(UserError, match=r"uses 1 tensors .* such as hidden.weight: choose master"):
+            optimizer.step(hidden)
+    assert optimizer.steps == 1 and all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    optimizer.step(seen)
+
+
+def test_the_way_of_a_hidden_weight_may_look_as_before():
+    """Both losses are seen to use the trunk alone, so that only the looks at every EVERY-th step find the hidden weight."""
+    model, _, hidden = two_heads(B16)
+    optimizer, calls = MeZO(model.named_parameters(), precision="compensated-16", check_loss=False), []
+    for _ in range(Unseen.EVERY):
+        optimizer.step(lambda: [calls.append(0), model["trunk"](torch.ones(1, 6, dtype=B16)).float().sum()][1])
+    assert len(calls) == 2 * Unseen.EVERY + 1
+    with pytest.raises(UserError, match="such as seen.weight, hidden.weight"):
+        optimizer.step(hidden)
+
+
+def test_looks_for_hidden_weights_end_and_leave_the_generators():
+    """Losses that take turns over many heads, one of which nothing uses."""
+    heads = nn.ModuleList([nn.Linear(2, 2, bias=False) for _ in range(2 * Unseen.WAYS)]).to(B16)
+    optimizer, calls = MeZO(heads.named_parameters(), precision="compensated-16", check_loss=False), []
+    state = torch.get_rng_state()
+    for index in range(2 * Unseen.WAYS - 1):
+        optimizer.step(
+            lambda: [calls.append(torch.rand(())), heads[index](torch.ones(1, 2, dtype=B16)).float().sum()][1]
+        )
+    assert len(calls) == optimizer.forwards + Unseen.WAYS
+    after = torch.get_rng_state()
+    torch.set_rng_state(state)
+    for _ in range(optimizer.forwards):
+        torch.rand(())
+    assert torch.equal(after, torch.get_rng_state())
+
+
+def test_a_random_loss_is_no_sign_of_hidden_weights():
+    model, seen, _ = two_heads(B16)
+    optimizer = MeZO(model.named_parameters(), precision="compensated-16", check_loss=False)
+    optimizer.step(lambda: seen() + torch.rand(()))
+    assert optimizer.steps == 1
 
 
 def test_a_closure_that_fails_leaves_everything():
