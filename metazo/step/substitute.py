@@ -21,6 +21,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from threading import Lock
 from typing import Any, Self
 
 import torch
@@ -51,17 +52,33 @@ def reads_numbers(func: Any) -> bool:
     return func not in _METADATA and (getattr(func, "__name__", "") != "__get__" or func in _VIEWS)
 
 
+class _FastPath:
+    """Evaluations that are open, in all threads, and whether torch's fast path was on before the first of them."""
+
+    lock = Lock()
+    users = 0
+    before = True
+
+
 @contextmanager
 def no_fast_path() -> Iterator[None]:
     """Evaluations as if every parameter might be replaced: torch's nn.TransformerEncoder takes another way in eval mode if none
     is, which rounds differently and sets the outputs of padding to 0, so that losses of the two would not be comparable.
+
+    The switch is of the process: of several threads the last restores what the first found.
     """
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+    with _FastPath.lock:
+        if not _FastPath.users:
+            _FastPath.before = torch.backends.mha.get_fastpath_enabled()
+            torch.backends.mha.set_fastpath_enabled(False)
+        _FastPath.users += 1
     try:
         yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+        with _FastPath.lock:
+            _FastPath.users -= 1
+            if not _FastPath.users:
+                torch.backends.mha.set_fastpath_enabled(_FastPath.before)
 
 
 class Shown(ABC):

@@ -17,7 +17,7 @@ from metazo.blocks import named_tensors
 from metazo.errors import UserError
 from metazo.optimizers import LOZO, HiZOO, MeZO
 from metazo.optimizers.probing import Unseen
-from metazo.step.substitute import AHEAD, HUGE, Room, Scratch
+from metazo.step.substitute import AHEAD, HUGE, Room, Scratch, no_fast_path
 from tests.optimizers.contract import IDS, llama
 
 B16 = torch.bfloat16
@@ -352,6 +352,20 @@ def test_all_losses_of_a_step_are_of_one_way_through_torchs_own_encoder():
         fast = float(loss())
     assert torch.backends.mha.get_fastpath_enabled() and abs(fast - here) > 1e-3, "the two ways differ"
     assert probes == [here, here]
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_evaluations_that_overlap_leave_the_fast_path_as_it_was(on):
+    """As those of several threads do, in which the first to begin is not the last to end."""
+    mha, first, second = torch.backends.mha, no_fast_path(), no_fast_path()
+    try:
+        mha.set_fastpath_enabled(on)
+        first.__enter__(), second.__enter__(), first.__exit__(None, None, None)
+        assert not mha.get_fastpath_enabled()
+        second.__exit__(None, None, None)
+        assert mha.get_fastpath_enabled() is on
+    finally:
+        mha.set_fastpath_enabled(True)
 
 
 def test_a_closure_may_copy_the_model():
