@@ -195,7 +195,8 @@ def _one_pass(optimizer: Any, probes: Probes, closures: Sequence[Closure]) -> li
         with optimizer.evaluation(), optimizer.weights.evaluating():
             found = [losses_at(closure, optimizer.tensors, branches, limit) for closure in closures]
         numbers = [[optimizer.loss_watch.loss(value) for value in values] for values, _ in found]
-        return [mean(values) for values in zip(*numbers)], found[0][1]
+        seen_by_none = set.intersection(*({tensor.name for tensor in unmet} for _, unmet in found))
+        return [mean(values) for values in zip(*numbers)], [t for t in optimizer.tensors if t.name in seen_by_none]
 
     losses, unmet = evaluate()
     if hidden := optimizer.unseen.hidden(optimizer, unmet, lambda: evaluate()[0][0], losses[0]):

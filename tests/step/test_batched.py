@@ -12,7 +12,7 @@ from torch import nn
 
 from metazo.errors import UserError
 from metazo.noise import RIGHT, TorchOrderNoise
-from metazo.optimizers import LOZO, LOZOM
+from metazo.optimizers import LOZO, LOZOM, probing
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import run_settings
 from metazo.runs.replay import replay
@@ -225,6 +225,19 @@ def test_a_tensor_that_a_later_loss_hides_is_told():
         optimizer.step(hidden)
     assert optimizer.steps == 1
     optimizer.step(seen)
+
+
+def test_a_tensor_may_be_used_by_any_of_the_closures():
+    model, seen, _ = two_heads(torch.float32)
+    optimizer, calls = LOZO(model.named_parameters(), form="activations", check_loss=False), []
+    x = torch.ones(1, 6)
+    closures = [seen, lambda: [calls.append(0), model["hidden"](model["trunk"](x)).square().sum()][1]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step(closures)
+    assert (
+        optimizer.tensors_state()["probing"] == probing.TOGETHER and len(calls) == 1
+    )  # all tensors are seen to be used
 
 
 def test_a_tensor_that_hides_is_refused_by_compensated_weights_in_turn_too():
