@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from metazo.blocks import NamedTensor
 from metazo.optimizers.guards import as_loss
@@ -194,6 +195,8 @@ def named_faults(models: Iterable[nn.Module]) -> tuple[list[str], list[str], lis
             shown = f"{name or 'the model'} ({type(module).__name__})"
             if module.training and isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
                 dropout.append(shown)
+            if module.training and any(isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values()):
+                normed.append(f"spectral_norm of {shown}")
             if module.training and (isinstance(module, _SpectralNorm) or getattr(module, "track_running_stats", False)):
                 normed.append(shown)
             if getattr(module, "max_norm", None) is not None and isinstance(module, nn.Embedding | nn.EmbeddingBag):

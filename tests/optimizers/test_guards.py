@@ -281,10 +281,17 @@ def test_batch_norm_is_named_if_the_closure_reaches_the_model_by_others(how, tra
     assert not torch.nn.modules.module._global_forward_pre_hooks
 
 
-def test_spectral_norm_in_train_mode_is_named():
-    model = nn.Sequential(nn.Linear(8, 8), nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)))
+@pytest.mark.parametrize(
+    "spectral_norm, name",
+    [
+        (nn.utils.parametrizations.spectral_norm, r"1.parametrizations.weight.0 \(_SpectralNorm\)"),
+        (nn.utils.spectral_norm, r"spectral_norm of 1 \(Linear\)"),
+    ],
+)
+def test_spectral_norm_in_train_mode_is_named(spectral_norm, name):
+    model = nn.Sequential(nn.Linear(8, 8), spectral_norm(nn.Linear(8, 8)))
     x = torch.randn(16, 8)
-    with pytest.warns(UserWarning, match=r"1.parametrizations.weight.0 \(_SpectralNorm\) is in train mode"):
+    with pytest.warns(UserWarning, match=rf"{name} is in train mode"):
         MeZO(model.named_parameters()).step(lambda: model(x).square().mean())
     model.eval()
     with warnings.catch_warnings():
