@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import numbers
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,20 @@ def as_loss(value: Any) -> float:
     if isinstance(number, numbers.Real | np.bool_):  # numpy's real numbers are registered as such
         return float(number)
     raise UserError(f"The closure returned {described(value)}; {_remedy(value)}.")
+
+
+@contextmanager
+def gradient_refused(function: str, example: str = "") -> Iterator[None]:
+    """Raises UserError if a loss that is evaluated without gradients computes one. function: what computes it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "does not require grad" not in str(error):
+            raise
+        raise UserError(
+            f"{function} computes a gradient, by backward() or torch.autograd, and a loss has none here: let it return the "
+            f"loss alone{example}."
+        ) from error
 
 
 def described(value: Any) -> str:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from metazo.blocks import LocalShard, NamedTensor
-from metazo.errors import UserError
 from metazo.noise import Noise
 from metazo.optimizers import probing as probings
 from metazo.optimizers.groups import Closure
+from metazo.optimizers.guards import gradient_refused
 from metazo.optimizers.loss_watch import LossWatch
 from metazo.optimizers.registry import Method
 from metazo.step.directions import Direction, Isotropic
@@ -88,16 +88,8 @@ class Verbs(Method):
 
     def evaluate(self, closures: Sequence[Closure]) -> float:
         """The mean loss of the closures at the present weights, within `evaluation`; not for probes that are together."""
-        try:
+        with gradient_refused("The closure", ", `step(lambda: model(**batch).loss)`"):
             return sum(self.loss_watch.loss(evaluate()) for evaluate in closures) / len(closures)
-        except RuntimeError as error:
-            if "does not require grad" not in str(error):
-                raise
-            raise UserError(
-                "The closure computes a gradient, by backward() or torch.autograd, and a loss has none here: let it return the "
-                "loss alone, `step(lambda: model(**batch).loss)`. Derivatives that are a part of the loss can be those "
-                "of torch.func, or within `with torch.inference_mode(False), torch.enable_grad():`."
-            ) from error
 
     def decays(self, tensor: NamedTensor) -> bool:
         """Whether weight decay acts on a tensor: MeZO's name rule, unless a method or the tensor's group has its own."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from metazo.errors import UserError
 from metazo.io.processes import gathered, rank, world
 from metazo.io.tensorfile import write_tensors
-from metazo.optimizers.guards import as_loss
+from metazo.optimizers.guards import as_loss, gradient_refused
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -75,7 +75,8 @@ class OwnLoss:
         return batch
 
     def loss(self, model: nn.Module, batch: OwnBatch) -> Tensor:
-        return self.function(model, batch.content)
+        with gradient_refused("`loss`"):
+            return self.function(model, batch.content)
 
     @torch.inference_mode()
     def evaluate(self, model: nn.Module, split: str, device: torch.device) -> dict[str, float]:

@@ -523,6 +523,16 @@ def test_modules_and_losses_that_are_wrong(model, function, said):
         metazo.finetune(model, loss=function, data=[torch.ones(2, 2)], steps=1)
 
 
+@pytest.mark.parametrize("optimizer", ["mezo", "first-order-sgd"])
+def test_a_loss_that_calls_backward_is_refused(optimizer):
+    def backward(model, batch):
+        (value := loss(model, batch)).backward()
+        return value
+
+    with pytest.raises(UserError, match=r"`loss` computes a gradient, by backward\(\).*return the loss alone\."):
+        metazo.finetune(net(), loss=backward, data=batches(1), optimizer=optimizer, lr=1e-3, steps=1)
+
+
 @pytest.mark.parametrize(
     ("named", "said"),
     [
