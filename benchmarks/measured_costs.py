@@ -10,6 +10,7 @@ python benchmarks/measured_costs.py results/real --model $MINILM --data DATA/tex
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from rich.table import Table
@@ -18,6 +19,8 @@ from metazo.comparisons.examine import examine
 from metazo.comparisons.grid import GRID, Grid
 from metazo.comparisons.packed import pack, read_runs, unpack
 from metazo.comparisons.results import Result
+from metazo.errors import UserError
+from metazo.io.lock import FolderLock
 from metazo.io.plain import read_yaml
 from metazo.io.terminal import Console
 from metazo.settings import build
@@ -32,15 +35,23 @@ def main() -> None:
     given = parser.parse_args()
     named = {name: value for name, value in (("model", given.model), ("data", given.data)) if value}
     grid = build(Grid, read_yaml(given.results / GRID, "grid"), named, {"out": given.results})
-    costs = {(resolve(task).name, column): fact.cost for (task, column), fact in examine(grid).items()}
+    facts = {(resolve(task).name, column): fact for (task, column), fact in examine(grid).items()}
     table = Table("task", "column", "memory of a step / inference", "measured again", "operations of a step")
     seen = set[tuple[str, str]]()
-    unpack(given.results)
-    for path, result in list(read_runs(given.results)):
+    runs = list(read_runs(given.results))
+    for path, result in runs:
         if not isinstance(result, Result):
             raise result
+        info = result.run_info
+        fact = facts.get((info["task"], info["column"]))
+        if fact is not None and fact.hashes["model"] != info["hashes"]["model"]:
+            raise UserError(f"{path.name} of {info['column']} is of another model ({info['model']}) than {grid.model}.")
+    with FolderLock(given.results, "results"):
+        unpack(given.results)
+    for path, result in runs:
+        assert isinstance(result, Result)
         place = result.run_info["task"], result.run_info["column"]
-        old, new = result.run_info["cost"], costs.get(place)
+        old, new = result.run_info["cost"], facts[place].cost if place in facts else None
         if not old or not new:
             continue
         if place not in seen:
@@ -54,4 +65,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")

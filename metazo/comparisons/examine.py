@@ -37,6 +37,8 @@ from metazo.tasks.prepared import Prepared
 # Settings of the optimizer alone; if any other setting differs, model and data are loaded anew.
 OPTIMIZING = with_role(FinetuneConfig, "method", "loop", "service", "limit")
 
+Scored = dict[str, tuple[int, list[str]]]
+
 
 @dataclass
 class Facts:
@@ -47,7 +49,7 @@ class Facts:
     definition; metric of the task; seconds per forward pass over a training batch; bytes_on_disk: of a run while it is in
     progress; bytes_kept: of the model that stays of a reported run; cost: see metazo.runs.cost, None for zero-shot; use: how
     the tuner is used (`of_tuner`); rows: hash of all rows from which the task's splits are drawn
-    (`metazo.tasks.origins.rows_hash`); scored: hashes of the dev and of the test rows.
+    (`metazo.tasks.origins.rows_hash`); scored: by split, dev and test, what `_scored` tells of its rows.
     """
 
     lrs: list[float]
@@ -61,7 +63,7 @@ class Facts:
     cost: dict[str, int] | None
     use: dict[str, str] = field(default_factory=dict)
     rows: str | None = None
-    scored: dict[str, list[str]] = field(default_factory=dict)
+    scored: Scored = field(default_factory=dict)
 
 
 def examine(grid: Grid) -> dict[tuple[str, str], Facts]:
@@ -136,20 +138,22 @@ def _check_length(forwards: int, a_step: float) -> None:
         raise UserError(f"{forwards} forward passes do not pay for one step ({a_step:g}); raise the budget.")
 
 
-def _check_scored(own: dict[str, list[str]], first: dict[str, list[str]], of_first: str) -> None:
+def _check_scored(own: Scored, first: Scored, of_first: str) -> None:
     """Raises UserError for a column that is scored on other rows than the first one."""
     for split, rows in own.items():
         if rows != first[split]:
             raise UserError(
-                f"its {len(rows)} {split} rows are not the {len(first[split])} of column {of_first!r}, and scores on different "
-                "rows are not compared: set what they depend on, such as dev_examples, test_examples and the model, in "
-                "`config` for all columns."
+                f"its {rows[0]} {split} rows are not the {first[split][0]} of column {of_first!r}, and scores on different "
+                "rows are not compared: set what they depend on, such as dev_examples, test_examples, max_length and the "
+                "model, in `config` for all columns."
             )
 
 
-def _scored(prepared: Prepared, split: str) -> list[str]:
-    """Hashes of the rows of a split. Generated rows have none; those of one seed differ by their number alone."""
-    return prepared.prints.get(split, [""] * len(getattr(prepared, split)))
+def _scored(prepared: Prepared, split: str) -> tuple[int, list[str]]:
+    """The number of the rows of a split that are scored, and hashes of all that were drawn, of which some may be too long.
+    Generated rows have none; those of one seed differ by their number alone.
+    """
+    return len(getattr(prepared, split)), prepared.prints.get(split, [])
 
 
 def _facts(grid: Grid, column: Column, config: FinetuneConfig, loaded: dict[str, _Loaded]) -> Facts:
@@ -171,6 +175,7 @@ def _facts(grid: Grid, column: Column, config: FinetuneConfig, loaded: dict[str,
         hashes={"model": base.model, "data": base.data, "tuner": tuner}
         | _objective(setup)
         | of_order(setup)
+        | of_decay(config)
         | of_method(type(optimizer)),
         inputs=base.inputs,
         metric=metric[0] if metric else None,
@@ -196,6 +201,11 @@ def of_tuner(optimizer: Method) -> dict[str, str]:
 def of_order(setup: Setup) -> dict[str, str | None]:
     """So that runs with batches in another order are not continued."""
     return {name: str(version) for name, version in order_of(setup.config, len(setup.prepared.train)).items()}
+
+
+def of_decay(config: FinetuneConfig) -> dict[str, str | None]:
+    """So that runs of SGD whose weight decay was a part of the momentum, as in earlier versions, are not used again."""
+    return {"decay": "decoupled"} if config.optimizer == "first-order-sgd" and config.weight_decay else {}
 
 
 def _objective(setup: Setup) -> dict[str, str | None]:

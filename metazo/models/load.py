@@ -203,7 +203,8 @@ def load_model(
     broken = not_finite(model)
     notes += broken
     if not broken and not divided(model):
-        check_float64(model.eval(), chosen, name)
+        with explained(name):
+            check_float64(model.eval(), chosen, name)
         check_padding(model, tokenizer, chosen, name, context)
     if quantize:
         give_back()

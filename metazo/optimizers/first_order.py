@@ -184,17 +184,24 @@ class FirstOrderSGD(FirstOrder):
     name, search_rate, moments = "first-order-sgd", 1e-2, 1
 
     def wrapped(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
-        # torch's SGD would add its `weight_decay` to the gradient, and so to the momentum
-        groups = [{"params": group["params"], "decay": group["weight_decay"]} for group in groups]
-        optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9)
-        optimizer.register_step_pre_hook(_decay)
-        return optimizer
+        return _DecoupledSGD(groups, lr=lr, momentum=0.9)
 
 
-@torch.no_grad()
-def _decay(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """theta <- (1 - lr decay) theta, for the weights that have a gradient."""
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            if group["decay"] and param.grad is not None:
-                param.mul_(1 - group["lr"] * group["decay"])
+class _DecoupledSGD(torch.optim.SGD):
+    """theta <- (1 - lr decay) theta before a step, for the weights that have a gradient. torch's SGD would add the decay to the
+    gradient, and so to the momentum.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        decays = [group["weight_decay"] for group in self.param_groups]
+        try:
+            for group, decay in zip(self.param_groups, decays):
+                group["weight_decay"] = 0.0
+                for param in group["params"] if decay else ():
+                    if param.grad is not None:
+                        param.mul_(1 - group["lr"] * decay)
+            return super().step(closure)
+        finally:
+            for group, decay in zip(self.param_groups, decays):
+                group["weight_decay"] = decay

@@ -100,7 +100,7 @@ def cautions(analysis: Analysis, other: Analysis) -> list[tuple[str, str]]:
         parts.append(
             f"Columns ran on different machines ({machines}), so time, memory and losses at equal time cannot be compared."
         )
-    parts += [f"{listed(columns)}: {note}" for note, columns in _notes(data).items()]
+    parts += [f"{listed(columns)}: {note.rstrip('.')}." for note, columns in _notes(data).items()]
     if unfinished or missing:
         parts.append(
             f"{some(unfinished, 'run')} failed or cannot be read, {some(missing, 'run')} missing: listed below."
@@ -201,10 +201,14 @@ def _models(data: Comparison) -> str:
 
 
 def _notes(data: Comparison) -> dict[str, list[str]]:
-    """The notes that all runs of a column have and those of another do not, with the columns."""
+    """The notes that all runs of a column have and those of another do not, with the columns. Empty if results of an earlier
+    version are among the runs, which tell of no notes.
+    """
     runs = {column: [run for task in data.tasks for run in data.of(task, column)] for column in data.columns}
+    if any(run.notes is None for found in runs.values() for run in found):
+        return {}
     common = {
-        column: [note for note in found[0].notes if all(note in run.notes for run in found)]
+        column: [note for note in found[0].notes or () if all(note in (run.notes or ()) for run in found)]
         for column, found in runs.items()
         if found and data.family(column) != UNTRAINED
     }

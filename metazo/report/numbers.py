@@ -51,7 +51,7 @@ class Run:
     steps: float | None
     info: dict[str, Any] = field(repr=False)
     sigma: dict[str, Any] | None = field(default=None, repr=False)
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] | None = None
 
     def value(self, measure: str) -> float | None:
         return self.loss if measure == "loss" else self.metric
@@ -133,5 +133,5 @@ def run_of(result: Result) -> Run:
         steps=number(train.get("steps")),
         info=info,
         sigma=part(train, "sigma") or None,
-        notes=tuple(map(str, notes)) if isinstance(notes := train.get("notes"), list) else (),
+        notes=tuple(map(str, notes)) if isinstance(notes := train.get("notes"), list) else None,
     )

@@ -221,9 +221,9 @@ def _rebuilt(
     if weights != header["weights"]:
         if loaded.cast and "cast" not in header:
             raise UserError(
-                f"the log was made by an earlier version of metazo, which left the weights of {base}, a bitsandbytes "
-                f"checkpoint, in {loaded.cast}, in which they were saved, whatever `dtype` said: replay it with that version, "
-                f"or on the model in memory, as load_model(..., dtype={loaded.cast!r}) gives it"
+                f"the log was made by an earlier version of metazo, which left a part of {base}, a bitsandbytes checkpoint, or "
+                f"its arithmetic, in {loaded.cast} as it was saved, whatever `dtype` said: replay it with that version, or, "
+                f"if all of it was saved so, on the model in memory, as load_model(..., dtype={loaded.cast!r}) gives it"
             )
         raise UserError(
             f"`base` {base} is not the base model of this log: its weights have the hash {weights[:16]}..., and the log began "

@@ -151,9 +151,9 @@ def compare(found: Scan, wanted: dict[str, Any], say: Callable[[str], None]) -> 
             )
         if key == "weights" and "cast" in wanted and "cast" not in there:
             raise UserError(
-                f"{found.path.name} cannot be continued: it was begun by an earlier version of metazo, which left the weights "
-                f"of this bitsandbytes checkpoint in {wanted['cast']}, in which they were saved; resume it with that version, "
-                "or start it again"
+                f"{found.path.name} cannot be continued: it was begun by an earlier version of metazo, which left a part of "
+                f"this bitsandbytes checkpoint, or its arithmetic, in {wanted['cast']} as it was saved; resume it with that "
+                "version, or start it again"
             )
         if key == "cast":
             continue  # weights and settings say the same

@@ -371,6 +371,20 @@ def test_what_cannot_run_is_said_before_anything_is_written(tmp_path, extra, wor
     assert words in str(error.value) and not (tmp_path / "results").exists()
 
 
+def test_columns_that_leave_out_other_rows_are_refused(tmp_path):
+    """Rows with choices that are too long for one column are left out there alone."""
+    rows = [{"c": "x", "a": "good " * (30 if n % 2 else 3), "b": f"bad {n}", "label": n % 2} for n in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = "{name: long, kind: choice, prompt: 'Q {c}', choices: [a, b], files: {train: rows.jsonl}, context: c}"
+    (tmp_path / "task.yaml").write_text(text)
+    columns = ["mezo", {"name": "short", "optimizer": "mezo", "options": {"max_length": 24}}]
+    with pytest.raises(UserError, match=r"Column 'short' on .*: its \d+ dev rows are not the 8 of column 'mezo'"):
+        compare(
+            grid(tmp_path / "out", tasks=[str(tmp_path / "task.yaml")], columns=columns, lrs=[1e-3],
+                 config={**CONFIG, "max_length": 200, "train_examples": 16, "dev_examples": 8, "test_examples": 8})
+        )  # fmt: skip
+
+
 def test_a_grid_is_taken_by_its_name_or_file(tmp_path):
     (tmp_path / "tiny.yaml").write_text(json.dumps(TINY))
     for given in ("grid-pico", tmp_path / "tiny.yaml"):

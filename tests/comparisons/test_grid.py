@@ -16,7 +16,7 @@ from torch import nn
 from metazo import recipes
 from metazo.comparisons import columns
 from metazo.comparisons.columns import resolve
-from metazo.comparisons.examine import examine, of_method, of_order, of_tuner
+from metazo.comparisons.examine import examine, of_decay, of_method, of_order, of_tuner
 from metazo.comparisons.grid import Grid, Run, search_run
 from metazo.comparisons.key import key
 from metazo.comparisons.results import Result, cell_path
@@ -212,6 +212,16 @@ def test_runs_with_batches_in_another_order_are_not_continued(tmp_path):
 
     assert order(500, batches="by-length") == {"order": str(ORDER)}
     assert order(500) == order(640, batches="by-length") == {}  # the key of results that are there
+
+
+def test_runs_of_sgd_with_a_weight_decay_that_was_part_of_the_momentum_are_not_continued(tmp_path):
+    def decay(optimizer: str, weight_decay: float):
+        return of_decay(
+            FinetuneConfig("pico", "pico_sentiment", tmp_path, optimizer=optimizer, weight_decay=weight_decay)
+        )
+
+    assert decay("first-order-sgd", 0.5) == {"decay": "decoupled"}
+    assert decay("first-order-sgd", 0.0) == decay("first-order-adamw", 0.5) == {}  # the keys of results that are there
 
 
 def test_results_of_another_version_of_the_users_method_are_not_used_again(tmp_path, monkeypatch):

@@ -113,6 +113,7 @@ def test_weight_decay_is_decoupled(cls, dtype) -> None:
                 second[place].mul_(0.999).addcmul_(gradient, gradient, value=0.001)
                 root = (second[place].sqrt() / math.sqrt(1 - 0.999**step)).add_(1e-8)
                 weights.addcdiv_(first[place], root, value=-lr / (1 - 0.9**step))
+    assert sorted(group["weight_decay"] for group in optimizer.param_groups) == [0.0, decay]  # as logs record it
     bound = 1e-6 if dtype == torch.float32 else 0.02
     for name, expected in zip(names, theta):
         torch.testing.assert_close(params[name].data, expected, rtol=bound, atol=bound)
