@@ -73,7 +73,7 @@ class FactoredMomentum:
 def approximated(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Nearly the best factors of a rank for a matrix, (m, n) -> (m, rank) and (n, rank); always the same for one matrix."""
     shape, generator = (matrix.shape[1], rank + MORE), torch.Generator().manual_seed(0)
-    start = torch.randn(shape, generator=generator, dtype=torch.float32)
+    start = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
     q, _ = torch.linalg.qr(matrix @ start.to(matrix))
     for _ in range(POWERS):
         p, _ = torch.linalg.qr(matrix.t() @ q)

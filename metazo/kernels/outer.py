@@ -132,7 +132,7 @@ def _add(products: Sequence[Product], then: Sequence[Product] = ()) -> None:
             amounts.append((alpha, beta, second[3] if second else 0.0))
     jobs = []
     for dtype, (rows, amounts) in kinds.items():
-        like = torch.empty(0, dtype=dtype).numpy()
+        like = torch.empty(0, dtype=dtype, device="cpu").numpy()
         fixed = np.array(rows, np.int64), np.array(amounts, like.dtype), like, like.dtype.type(1)
         jobs += [(*fixed, first, last) for first, last in groups([row[1] * row[2] for row in rows])]
     share(_add_rows, jobs)

@@ -56,7 +56,7 @@ def join(weights: Tensor, low: Tensor, room: Tensor | None = None) -> Tensor:
     if not _compiled(weights, low):
         return plain_join(weights, low)
     layout = LAYOUTS[weights.dtype]
-    theta = torch.empty(len(weights), dtype=torch.float32) if room is None else room[: len(weights)]
+    theta = torch.empty(len(weights), dtype=torch.float32, device="cpu") if room is None else room[: len(weights)]
     arrays = weights.view(torch.int16).numpy(), low.numpy(), theta.numpy()
     fixed = (layout.below, _dropped(layout, low), np.float32(layout.scale))
     share(_join, [(*cut, *fixed) for _, cut in _cuts(*arrays)])  # type: ignore[misc]

@@ -29,7 +29,7 @@ _u64, _ONE = np.uint64, np.float32(1)
 _DTYPES = {torch.float32: None, torch.float64: None, torch.bfloat16: torch.uint16}
 if binding.get_host_cpu_features().get("f16c", binding.get_default_triple().startswith("aarch64")):
     _DTYPES[torch.float16] = torch.int16  # without the instruction LLVM would call a function that does not exist
-_LIKE = {dtype: torch.empty(0, dtype=bits or dtype).numpy() for dtype, bits in _DTYPES.items()}
+_LIKE = {dtype: torch.empty(0, dtype=bits or dtype, device="cpu").numpy() for dtype, bits in _DTYPES.items()}
 
 
 def _kernel(function):

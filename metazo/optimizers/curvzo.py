@@ -147,13 +147,13 @@ class CurvZO(ZOOptimizer):
 
     def init(self, tensors: Sequence[NamedTensor]) -> State:
         def numbers(value: float, *shape: int) -> torch.Tensor:
-            return torch.full(shape, value, dtype=torch.float64)
+            return torch.full(shape, value, dtype=torch.float64, device="cpu")
 
         count = len(tensors)
         return {
             "score": numbers(self.first_score, count),
             "pi": numbers(1.0, count),
-            "selected": torch.ones(count, dtype=torch.bool),
+            "selected": torch.ones(count, dtype=torch.bool, device="cpu"),
             "fraction": numbers(self.budget),
             "magnitude": numbers(self.first_magnitude),
         }
@@ -195,11 +195,13 @@ class CurvZO(ZOOptimizer):
     def learn(self, state: State, seed: int, c: float) -> None:
         """Scores of the tensors that took part."""
         magnitude, stream = state["magnitude"], self.noise.stream(seed)
-        new = torch.as_tensor(self.size(c), dtype=torch.float32).to(magnitude)
+        new = torch.as_tensor(self.size(c), dtype=torch.float32, device="cpu").to(magnitude)
         if not new.isfinite():
             raise OverflowError
         magnitude.lerp_(new, self.magnitude_beta if magnitude > 0 else 1.0)
-        squares = torch.tensor([stream.square(tensor) for tensor in self.selected(state)], dtype=torch.float64)
+        squares = torch.tensor(
+            [stream.square(tensor) for tensor in self.selected(state)], dtype=torch.float64, device="cpu"
+        )
         taken, observed = state["selected"], self.observed(state, squares, c)
         state["score"][taken] = (1 - self.beta) * state["score"][taken] + self.beta * observed
 
@@ -209,5 +211,5 @@ class CurvZO(ZOOptimizer):
 
     def observed(self, state: State, squares: torch.Tensor, c: float) -> torch.Tensor:
         """s_b of the tensors that took part, from their |z_b|^2."""
-        sizes = torch.tensor([shape_of(tensor.param).numel() for tensor in self.selected(state)])
+        sizes = torch.tensor([shape_of(tensor.param).numel() for tensor in self.selected(state)], device="cpu")
         return squares / sizes * (c**2 / max(float(state["magnitude"]), 1e-300))

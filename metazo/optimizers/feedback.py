@@ -64,7 +64,9 @@ class Feedback(Structured):
         device, given = tensors[0].param.device, self.jacobian
         down = {index: value.to(device, copy=True) for index, value in given.down.items()}
         up = {index: value.to(device, copy=True) for index, value in given.up.items()}
-        trust = {index: torch.tensor(float(value), dtype=torch.float64) for index, value in given.trust.items()}
+        trust = {
+            index: torch.tensor(float(value), dtype=torch.float64, device="cpu") for index, value in given.trust.items()
+        }
         self.jacobian = MeanJacobian(down, up, trust)  # type: ignore[arg-type]
         kinds = {"down": down, "up": up, "trust": trust}
         maps = {f"jacobian/{kind}/{index}": value for kind, found in kinds.items() for index, value in found.items()}

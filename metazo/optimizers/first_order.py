@@ -138,11 +138,13 @@ class FirstOrder(Method):
         return total if solid or not math.isfinite(total) else math.nan
 
     def tensors_state(self) -> dict[str, Tensor]:
-        state: dict[str, Tensor] = {"counters": torch.tensor([self.steps, self.forwards], dtype=torch.int64)}
+        state: dict[str, Tensor] = {
+            "counters": torch.tensor([self.steps, self.forwards], dtype=torch.int64, device="cpu")
+        }
         for name, param in self.named:
             for key, value in self.inner.state.get(param, {}).items():
                 if value is not None:
-                    state[f"{key}/{name}"] = value if isinstance(value, Tensor) else torch.tensor(value)
+                    state[f"{key}/{name}"] = value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
         return state
 
     def load_tensors_state(self, state: dict[str, Tensor]) -> None:

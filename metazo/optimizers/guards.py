@@ -91,7 +91,7 @@ def _check_apart(tensors: Sequence[NamedTensor]) -> None:
     )
     held = [item for item in held if item[0]]
     end, cluster = 0, list[tuple[int, str, Tensor]]()  # parameters whose spans of memory touch each other
-    for item in [*held, (sys.maxsize, "", torch.empty(0))]:
+    for item in [*held, (sys.maxsize, "", torch.empty(0, device="cpu"))]:
         if item[0] >= end:
             _check_entries(cluster)
             cluster = []
@@ -112,7 +112,7 @@ def _check_entries(cluster: Sequence[tuple[int, str, Tensor]]) -> None:
         return
     size, first = cluster[0][2].element_size(), cluster[0][0]
     length = max(place + _span(param) for place, _, param in cluster) - first
-    owner = torch.zeros(-(-length // size), dtype=torch.int32)
+    owner = torch.zeros(-(-length // size), dtype=torch.int32, device="cpu")
     for number, (place, name, param) in enumerate(cluster, 1):
         own = owner.as_strided(param.shape, param.stride(), (place - first) // size)
         other = int(own.max())

@@ -92,11 +92,11 @@ class Saving(Optimizer):
     def _tensors(self) -> State:
         self._prepare()
         self.settle()
-        counters = torch.tensor([self.steps, self.forwards], dtype=torch.int64)
+        counters = torch.tensor([self.steps, self.forwards], dtype=torch.int64, device="cpu")
         storage = self.weights.storage.items()
         kept = {f"{kind}/{name}": value for name, stored in storage for kind, value in stored.buffers.items()}
         if any(tensor.spans is not None for tensor in self.weights.tensors):
-            kept["shards"] = torch.tensor(checksum_of_shards(self.weights.tensors))
+            kept["shards"] = torch.tensor(checksum_of_shards(self.weights.tensors), device="cpu")
         return self.zo_state | kept | {"counters": counters}
 
     def load_tensors_state(self, state: State) -> None:

@@ -106,7 +106,9 @@ class Adam(Rule):
             raise UserError(f"`stability` must be a finite number above 0, not {self.stability}.")
 
     def init(self, tensors: Sequence[NamedTensor]) -> State:
-        return _buffers(tensors, "first_moment", "second_moment") | {"adam_steps": torch.zeros((), dtype=torch.float64)}
+        return _buffers(tensors, "first_moment", "second_moment") | {
+            "adam_steps": torch.zeros((), dtype=torch.float64, device="cpu")
+        }
 
     def begin(self, state: State, coefficients: Sequence[float]) -> float:
         state["adam_steps"] += 1
@@ -145,7 +147,10 @@ class ScalarMoment(Rule):
             raise UserError(f"`stability` must be a finite number above 0, not {self.stability}.")
 
     def init(self, tensors: Sequence[NamedTensor]) -> State:
-        return {"meazo/moment": torch.zeros((), dtype=torch.float64), "meazo/steps": torch.zeros((), dtype=torch.int64)}
+        return {
+            "meazo/moment": torch.zeros((), dtype=torch.float64, device="cpu"),
+            "meazo/steps": torch.zeros((), dtype=torch.int64, device="cpu"),
+        }
 
     def begin(self, state: State, coefficients: Sequence[float]) -> float:
         moment, steps = state["meazo/moment"], state["meazo/steps"]

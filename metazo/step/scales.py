@@ -39,7 +39,7 @@ def block_statistics(blocks: Sequence[Block], theta: Theta) -> Tensor:
         mean = sum(n * m for n, m, _ in parts) / count
         spread = sum(n * (v + (m - mean) ** 2) for n, m, v in parts)  # sum of squared deviations of the whole block
         rows.append((mean, spread / max(count - 1, 1), math.sqrt(mean**2 + spread / count)))
-    return torch.tensor(rows, dtype=torch.float64)
+    return torch.tensor(rows, dtype=torch.float64, device="cpu")
 
 
 def _moments(values: Tensor) -> Iterator[tuple[int, float, float]]:
@@ -72,7 +72,7 @@ def normalisation(sigma: Tensor, counts: Tensor, root: Tensor | None = None) -> 
 
 def published_root(counts: Tensor) -> Tensor:
     """sqrt(sum D_b) as in the published meta-training: D_b in millions, summed and rooted in float32."""
-    total = torch.zeros((), dtype=torch.float32)
+    total = torch.zeros((), dtype=torch.float32, device="cpu")
     for count in counts.tolist():
         total += count / 1e6
     return total.sqrt().double() * 1e3
@@ -90,7 +90,9 @@ def entry_counts(blocks: Sequence[Block], embedding_rows: int | None = None) -> 
             return embedding_rows * shape[1]
         return shape.numel()
 
-    return torch.tensor([sum(count(tensor) for tensor in block.tensors) for block in blocks], dtype=torch.float64)
+    return torch.tensor(
+        [sum(count(tensor) for tensor in block.tensors) for block in blocks], dtype=torch.float64, device="cpu"
+    )
 
 
 @dataclass
@@ -119,9 +121,9 @@ class BlockScale:
     def init(self) -> State:
         """The last step's losses (L+, L-, and their mean the step before, -inf if there was none) and scales."""
         return {
-            "scale/losses": torch.tensor(NO_LOSSES, dtype=torch.float64),
-            "scale/sigma": torch.ones(len(self.blocks), dtype=torch.float64),
-            "scale/statistics": torch.zeros(len(self.blocks), 3, dtype=torch.float64),
+            "scale/losses": torch.tensor(NO_LOSSES, dtype=torch.float64, device="cpu"),
+            "scale/sigma": torch.ones(len(self.blocks), dtype=torch.float64, device="cpu"),
+            "scale/statistics": torch.zeros(len(self.blocks), 3, dtype=torch.float64, device="cpu"),
         }
 
     def sigma(self, state: State) -> Tensor:
@@ -179,7 +181,7 @@ class BlockScale:
         """Store the losses of this step for the next."""
         before = tuple(state["scale/losses"].tolist())
         mean = NO_LOSSES[2] if before == NO_LOSSES else (before[0] + before[1]) / 2
-        state["scale/losses"].copy_(torch.tensor([plus, minus, mean], dtype=torch.float64))
+        state["scale/losses"].copy_(torch.tensor([plus, minus, mean], dtype=torch.float64, device="cpu"))
 
 
 @dataclass

@@ -37,7 +37,7 @@ class PertNN(nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         sizes = [hidden * features, hidden, hidden, 1]
-        drawn = torch.rand(blocks, sum(sizes), generator=generator, dtype=torch.float32)
+        drawn = torch.rand(blocks, sum(sizes), generator=generator, dtype=torch.float32, device="cpu")
         draws = drawn * 2 - 1  # (blocks, weights of one network)
         w1, b1, w2, b2 = draws.split(sizes, dim=1)
         self.w1 = nn.Parameter((w1 / sqrt(features)).reshape(blocks, hidden, features))

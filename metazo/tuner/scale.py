@@ -103,8 +103,8 @@ class TunerScale(BlockScale):
                 )
         if not known:
             raise UserError(f"The tuner has no network for any trained block, such as {names[0]!r}.")
-        self.known = torch.tensor(known)
-        self.rows = torch.tensor([row_of[names[i]] for i in known])
+        self.known = torch.tensor(known, device="cpu")
+        self.rows = torch.tensor([row_of[names[i]] for i in known], device="cpu")
 
     def identity(self) -> str:
         assert self.pertnn is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 from pathlib import Path
 
@@ -196,3 +197,30 @@ def test_two_processes_agree(name, ends):
     for key, value in alone.state_dict().items():
         assert torch.equal(one[key], two[key])
         torch.testing.assert_close(one[key], value, rtol=1e-6, atol=1e-8)
+
+
+@every_method
+@both_dtypes
+def test_the_default_device_changes_nothing(name, dtype):
+    """A caller's torch.set_default_device is not where a method keeps its state."""
+    expected, there = start(name, dtype)
+    for _ in range(STEPS):
+        take(there, expected)
+    problem = quadratic(dtype)
+    with torch.device("meta"):
+        optimizer = make(name, problem.named(), case(name).quadratic, seed=3)
+        for _ in range(MIDDLE):
+            take(optimizer, problem)
+        saved, optimizer = optimizer.state_dict(), make(name, problem.named(), case(name).quadratic, seed=3)
+        optimizer.load_state_dict(saved)
+        for _ in range(MIDDLE, STEPS):
+            take(optimizer, problem)
+    assert same(problem, expected)
+    places = [{key: value.device for key, value in each.zo_state.items()} for each in (optimizer, there)]
+    assert places[0] == places[1]
+
+
+def test_modules_that_are_imported_under_another_default_device_work():
+    found = importlib.util.find_spec("metazo.noise.cpu")
+    with torch.device("meta"):
+        found.loader.exec_module(importlib.util.module_from_spec(found))

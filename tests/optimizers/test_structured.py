@@ -183,6 +183,18 @@ def test_momentum_of_full_rank_is_torchs() -> None:
         assert torch.allclose(tiny.model.get_parameter(name), p, atol=1e-9), name
 
 
+@pytest.mark.parametrize("cls", [AnswerColumn, SkipFeedback])
+def test_the_default_device_changes_nothing(cls) -> None:
+    (model, hidden), (other, _) = stack(), stack()
+    for net, device in ((model, "cpu"), (other, "meta")):
+        with torch.device(device):
+            optimizer = cls(net.named_parameters(), 1e-2, model=net, momentum=0.9, momentum_rank=2)
+            for _ in range(2):
+                optimizer.step(lambda net=net: net(hidden).square().mean())
+        assert {value.device.type for value in optimizer.state_dict()["zo"].values()} == {"cpu"}
+    assert all(torch.equal(p, model.get_parameter(name)) for name, p in other.named_parameters())
+
+
 def test_several_closures_are_averaged() -> None:
     one, two = build("Llama"), build("Llama")
 

@@ -48,7 +48,7 @@ class OfficialLOREN(LOREN):
         return Reflected(Isotropic(), Tiled(state), self.damping)
 
     def update(self, state: State, step: int, seeds: Sequence[int], losses: Sequence[float]) -> Update:
-        rounded = torch.tensor([*losses, mean(losses)], dtype=torch.float32)
+        rounded = torch.tensor([*losses, mean(losses)], dtype=torch.float32, device="cpu")
         return Update(((rounded[:-1] - rounded[-1]).double() / (self.eps * (len(losses) - 1))).tolist())
 
     def decays(self, tensor: NamedTensor) -> bool:
