@@ -419,7 +419,8 @@ class ZOOptimizer(Verbs, Saving):
             if stepping:
                 check_trained(self.tensors)
             return
-        with torch.inference_mode(False), torch.no_grad():  # later steps change what is made here
+        # later steps change what is made here, and the caller's torch.set_default_device is no place for it
+        with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
             self.weights = Weights(self.tensors, self.noise, self.precision)
             check_shards(self)
             if self.needs_gradient:
