@@ -54,6 +54,18 @@ class Job:
         return self.config.out
 
 
+_warm = False
+
+
+def work(job: Job) -> Result:
+    """`run`, after steps that are not counted if it is the first job of this process, whatever that is."""
+    global _warm
+    if not _warm:
+        warm_up(job)
+        _warm = True
+    return run(job)
+
+
 def run(job: Job) -> Result:
     """Do the job. A failed run is a result too; only Interrupted is raised."""
     out = job.out

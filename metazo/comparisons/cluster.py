@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from metazo.comparisons.cell import Job, failed, run, warm_up
+from metazo.comparisons.cell import Job, failed, work
 from metazo.comparisons.pool import STOPPED, THREADS
 from metazo.comparisons.results import Result
 from metazo.errors import UserError
@@ -31,21 +31,15 @@ RETRIES = 3  # how often a run is done again after its worker has died
 PATIENCE = 10.0  # seconds for the head of a cluster to answer
 STORE = 100_000_000  # bytes of the object store of a local cluster: jobs and results are small
 
-_warm = False
-
 
 def _task(job: Job, threads: int, folder: str) -> Result:
     """One run in a worker of ray, which does several one after another."""
-    global _warm
     with suppress(OSError):  # settings may name files relative to it
         os.chdir(folder)
     torch.set_num_threads(threads)
     share_between_runs()
     try:
-        if not _warm:
-            warm_up(job)
-            _warm = True
-        return run(job)
+        return work(job)
     except (Interrupted, KeyboardInterrupt):  # the worker was asked to stop: ray does the run again elsewhere
         os._exit(STOPPED)
 

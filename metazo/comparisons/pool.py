@@ -19,7 +19,7 @@ from multiprocessing.process import BaseProcess
 
 import torch
 
-from metazo.comparisons.cell import Job, failed, run, warm_up
+from metazo.comparisons.cell import Job, failed, work
 from metazo.comparisons.results import Result
 from metazo.io import forked
 from metazo.models.frozen import share_between_runs
@@ -47,14 +47,9 @@ def _work(connection: Connection, threads: int, environment: dict[str, str]) -> 
         threads
     )  # before a thread uses torch: if two ask at once for a new pool after a fork, one may fail
     share_between_runs()
-    warm = False
     try:
         while True:
-            job = connection.recv()
-            if not warm:
-                warm_up(job)
-                warm = True
-            connection.send(run(job))
+            connection.send(work(connection.recv()))
     except (Interrupted, KeyboardInterrupt):  # asked to stop in the middle of a job
         os._exit(STOPPED)
     except (EOFError, OSError):  # the other end is gone

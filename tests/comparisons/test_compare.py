@@ -19,6 +19,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from metazo.comparisons import cell
 from metazo.comparisons.cell import NO_SPACE, Job, configuration, status_of
 from metazo.comparisons.compare import _Comparison, compare
 from metazo.comparisons.examine import examine, plan
@@ -28,6 +29,7 @@ from metazo.comparisons.results import Result, read_search
 from metazo.errors import UserError
 from metazo.io.lock import FolderLock
 from metazo.io.terminal import Console
+from metazo.runs.config import FinetuneConfig
 from metazo.runs.folder import RunFolder
 from metazo.runs.resources import require_space
 from metazo.settings import build
@@ -230,6 +232,16 @@ def test_a_worker_that_is_asked_to_stop_leaves_its_job_unfinished(tmp_path):
                 os.kill(process.pid or 0, signal.SIGTERM)
             ((found, result),) = pool.collect(60)
             assert found is job and result is None and not job.config.out.exists()
+
+
+def test_a_process_warms_up_before_its_first_job_also_if_that_does_not_train(tmp_path, monkeypatch):
+    """What the process takes once, such as kernels, is no memory or time of a column."""
+    told, warm_up = [], cell.warm_up
+    monkeypatch.setattr(cell, "_warm", False)
+    monkeypatch.setattr(cell, "warm_up", lambda job: (told.append(job), warm_up(job)))
+    config = build(FinetuneConfig, {"model": TINY["model"], "task": "pico_sentiment", "out": tmp_path / "run"}, CONFIG)
+    job = Job(config, {"trained_weights": 0, "status": "finished", "reason": None}, trains=False)
+    assert [cell.work(job).finished for _ in range(2)] == [True, True] and told == [job]
 
 
 def test_a_killed_worker_is_a_failed_run_and_the_next_goes_on(tmp_path):
