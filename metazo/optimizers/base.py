@@ -432,7 +432,7 @@ class ZOOptimizer(Verbs, Saving):
                 parts["the scale"] = self.scale.init()
             self.zo_state, self._of_scale = joined(parts), tuple(parts.get("the scale", ()))
             if self.probing != "in-turn":
-                self.zo_state["probing"] = torch.tensor(probings.UNDECIDED, device="cpu")
+                self.zo_state["probing"] = torch.tensor(probings.UNDECIDED)
             self._form = {name: value.to("meta") for name, value in self.zo_state.items()}
         self._ready = True
 

@@ -147,13 +147,13 @@ class CurvZO(ZOOptimizer):
 
     def init(self, tensors: Sequence[NamedTensor]) -> State:
         def numbers(value: float, *shape: int) -> torch.Tensor:
-            return torch.full(shape, value, dtype=torch.float64, device="cpu")
+            return torch.full(shape, value, dtype=torch.float64)
 
         count = len(tensors)
         return {
             "score": numbers(self.first_score, count),
             "pi": numbers(1.0, count),
-            "selected": torch.ones(count, dtype=torch.bool, device="cpu"),
+            "selected": torch.ones(count, dtype=torch.bool),
             "fraction": numbers(self.budget),
             "magnitude": numbers(self.first_magnitude),
         }

@@ -188,7 +188,7 @@ class LOZOM(LOZO):
                 state[f"N/{tensor.name}"] = zeros(tensor, (sides_of(tensor.param)[0], self.rank))
             else:
                 state[f"m/{tensor.name}"] = zeros(tensor, tuple(tensor.param.shape))
-        return state | {"updates": torch.zeros((), dtype=torch.int64, device="cpu")}
+        return state | {"updates": torch.zeros((), dtype=torch.int64)}
 
     def renew(self, state: State, tensor: NamedTensor, right: Tensor) -> None:
         """Project the momentum onto a new V, once."""

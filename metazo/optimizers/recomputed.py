@@ -51,7 +51,7 @@ class Recomputed(ZOOptimizer):
         """Update the weights. rates: the learning rate of each parameter group."""
 
     def init(self, tensors: Sequence[NamedTensor]) -> State:
-        return {"vanished": torch.zeros((), dtype=torch.int64, device="cpu")}
+        return {"vanished": torch.zeros((), dtype=torch.int64)}
 
     def forwards_per_step(self, closures: int = 1) -> float:
         """`look` evaluates each closure once; override it if a step costs more."""

@@ -144,7 +144,7 @@ class Structured(Recomputed):
         self.by_name = {tensor.name: tensor for tensor in tensors}
         self.place = {tensor.name: place for place, tensor in enumerate(tensors)}
         self._find_blocks()
-        state = super().init(tensors) | {"feedback/reached": torch.zeros(len(tensors), dtype=torch.bool, device="cpu")}
+        state = super().init(tensors) | {"feedback/reached": torch.zeros(len(tensors), dtype=torch.bool)}
         if not self.momentum:
             return state
         matrices = {names[id(m.weight)] for m in linear_maps(self.model) if id(m.weight) in names}

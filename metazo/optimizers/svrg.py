@@ -128,10 +128,10 @@ class MeZOSVRG(ZOOptimizer):
         self.weights.snapshot = {tensor.name: self._room(tensor) for tensor in tensors}
         self._keep()
         return {f"snapshot/{name}": value for name, value in self.weights.snapshot.items()} | {
-            "svrg/seed": torch.zeros((), dtype=torch.int64, device="cpu"),
-            "svrg/full": torch.full((), math.nan, dtype=torch.float64, device="cpu"),
-            "svrg/losses": torch.full((3 * self.epoch_steps,), math.nan, dtype=torch.float64, device="cpu"),
-            "svrg/annealed": torch.ones((), dtype=torch.float64, device="cpu"),
+            "svrg/seed": torch.zeros((), dtype=torch.int64),
+            "svrg/full": torch.full((), math.nan, dtype=torch.float64),
+            "svrg/losses": torch.full((3 * self.epoch_steps,), math.nan, dtype=torch.float64),
+            "svrg/annealed": torch.ones((), dtype=torch.float64),
         }
 
     def _room(self, tensor: NamedTensor) -> Tensor:

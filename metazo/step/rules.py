@@ -106,9 +106,7 @@ class Adam(Rule):
             raise UserError(f"`stability` must be a finite number above 0, not {self.stability}.")
 
     def init(self, tensors: Sequence[NamedTensor]) -> State:
-        return _buffers(tensors, "first_moment", "second_moment") | {
-            "adam_steps": torch.zeros((), dtype=torch.float64, device="cpu")
-        }
+        return _buffers(tensors, "first_moment", "second_moment") | {"adam_steps": torch.zeros((), dtype=torch.float64)}
 
     def begin(self, state: State, coefficients: Sequence[float]) -> float:
         state["adam_steps"] += 1
@@ -148,8 +146,8 @@ class ScalarMoment(Rule):
 
     def init(self, tensors: Sequence[NamedTensor]) -> State:
         return {
-            "meazo/moment": torch.zeros((), dtype=torch.float64, device="cpu"),
-            "meazo/steps": torch.zeros((), dtype=torch.int64, device="cpu"),
+            "meazo/moment": torch.zeros((), dtype=torch.float64),
+            "meazo/steps": torch.zeros((), dtype=torch.int64),
         }
 
     def begin(self, state: State, coefficients: Sequence[float]) -> float:

@@ -58,7 +58,7 @@ class Weights:
         )
         longest = max((stop - start for tensor in self.compensated for start, stop in chunks(tensor.param)), default=0)
         # for one chunk of theta at a time, on the CPU, if that saves time
-        self.room = torch.empty(longest, dtype=torch.float32, device="cpu")
+        self.room = torch.empty(longest, dtype=torch.float32)
         self.probe: tuple[Term, ...] = ()
         self.snapshot: dict[str, Tensor] = {}  # other weights by name, set by a method that evaluates the loss there
         self.at_snapshot = False  # theta and the snapshot have changed places
