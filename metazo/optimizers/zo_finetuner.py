@@ -32,7 +32,7 @@ class ZOFinetuner(ZOOptimizer):
     """
 
     name, paper = "zo-finetuner", "arXiv 2510.00419"
-    needs_tuner = shardable = True
+    needs_tuner = shardable = deferrable = True
     contract_case = Case(scaled=False)
 
     def __init__(self, params: Iterable, lr: float = 1e-6, eps: float = 1e-3, *, scale: BlockScale, **common):

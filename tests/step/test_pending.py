@@ -16,6 +16,7 @@ from metazo.optimizers import LOZO, METHODS, MeZO
 from metazo.optimizers.probing import TOGETHER
 from metazo.step.directions import Isotropic, Sparse
 from metazo.step.precision import Master
+from metazo.step.scales import RMSScale
 
 STEPS = 6
 
@@ -49,11 +50,15 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return made
 
 
-@pytest.mark.parametrize("noise", ["gaussian", "rademacher"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("mezo", {}), ("mezo", {"noise": "rademacher"}), ("zo-finetuner", {"scale": RMSScale()})],
+    ids=["gaussian", "rademacher", "zo-finetuner"],
+)
 @pytest.mark.parametrize(("defer", "expected"), [(False, 3 * STEPS), (True, 2 * STEPS + 1)])
-def test_mezo_goes_over_the_weights_twice_per_step(noise, defer, expected, passes):
+def test_mezo_goes_over_the_weights_twice_per_step(name, options, defer, expected, passes):
     net = layer()
-    optimizer = MeZO(net.named_parameters(), lr=1e-2, noise=noise)
+    optimizer = METHODS[name](net.named_parameters(), lr=1e-2, **options)
     optimizer.defer = defer
     for _ in range(STEPS):
         optimizer.step(lambda: loss(net))
