@@ -36,6 +36,12 @@ class UserError(Exception):
         super().__init__(text if len(text) <= LONGEST else f"{text[:700]} [...] {text[-200:]}")
 
 
+def first_sentence(error: BaseException) -> str:
+    """Of the message of another library's error, for a message of metazo's own; the error's class if it has none."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text.split(". ")[0].rstrip(".")[:300]
+
+
 def without_secrets(text: str) -> str:
     """The text with *** for the Hub's token of this user and for whatever looks like a secret."""
     tokens = {os.environ.get(name, "") for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")}

@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from metazo.errors import UserError
+from metazo.errors import UserError, first_sentence
 from metazo.io.extras import needs
 from metazo.models.adapter_settings import check_adapter_settings
 from metazo.models.load import LoadedModel
@@ -113,7 +113,7 @@ def add_adapters(loaded: LoadedModel, adapter: Adapter, seed: int) -> list[str]:
             else:
                 loaded.model = peft.get_peft_model(loaded.model, config).eval()
     except (AttributeError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise UserError(f"`adapter` {adapter.kind} cannot be put on {loaded.name}: {_sentence(error)}.") from error
+        raise UserError(f"`adapter` {adapter.kind} cannot be put on {loaded.name}: {first_sentence(error)}.") from error
     if adapter.kind in VIRTUAL:
         loaded.context_length -= adapter.rank
     return trained_adapters(loaded.model)
@@ -185,7 +185,7 @@ def with_adapters(loaded: LoadedModel, folder: Path, *, train: bool = False) -> 
     except KeyError as error:  # a head, or virtual tokens
         raise UserError(f"{folder / WEIGHTS} has no tensor {error.args[0]!r}; {AGAIN}.") from error
     except Exception as error:  # a file that anybody may have written
-        raise UserError(f"the adapters in {folder} do not fit {loaded.name!r}: {_sentence(error)}") from error
+        raise UserError(f"the adapters in {folder} do not fit {loaded.name!r}: {first_sentence(error)}") from error
     missing, unknown = (
         ([], sorted(names - {"prompt_embeddings"})) if virtual else (found.missing_keys, found.unexpected_keys)
     )
@@ -217,11 +217,7 @@ def _tensors_of(path: Path) -> set[str]:
                 raise UserError(f"{path} holds {whole[0]} as {whole[1]}, and adapters have a fraction; {AGAIN}.")
             return set(file.keys())
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged ({_sentence(error)}); {AGAIN}.") from error
-
-
-def _sentence(error: Exception) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__).split(". ")[0].rstrip(".")[:300]
+        raise UserError(f"{path} is damaged ({first_sentence(error)}); {AGAIN}.") from error
 
 
 def check_merge(model: nn.Module) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from metazo.errors import UserError
+from metazo.errors import UserError, first_sentence
 from metazo.io.extras import needs
 from metazo.io.files import read_capped
 from metazo.io.plain import MAX_JSON_BYTES, parse_json
@@ -155,15 +155,22 @@ def kind_of(config: PreTrainedConfig, kind: str, name: str) -> str:
 
 @torch.no_grad()
 def check_float64(model: nn.Module, kind: str, name: str) -> None:
-    """Raises UserError for a causal model in float64 whose padded rows are NaN: the eager attention of several models takes
-    the softmax in float32, in which the float64 number that hides padding is minus infinity.
+    """Raises UserError for a causal model that cannot compute in float64, as torch's products of experts cannot, and for one
+    whose padded rows are NaN: the eager attention of several models takes the softmax in float32, in which the float64
+    number that hides padding is minus infinity.
     """
     tensor = next(model.parameters(), None)
     if kind != "causal" or tensor is None or tensor.dtype != torch.float64 or tensor.device.type == "meta":
         return
     tokens = torch.zeros(1, 2, dtype=torch.long, device=tensor.device)
     padded = torch.tensor([[0, 1]], device=tensor.device)
-    if not bool(model(input_ids=tokens, attention_mask=padded).logits[0, -1].isfinite().all()):
+    try:
+        logits = model(input_ids=tokens, attention_mask=padded).logits
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise UserError(
+            f"`dtype` float64: {name!r} cannot compute in it ({first_sentence(error)}); choose float32."
+        ) from error
+    if not bool(logits[0, -1].isfinite().all()):
         raise UserError(
             f"`dtype` float64: the attention of {name!r} is NaN for inputs with padding, because its softmax is in float32; "
             "choose float32, or another `attn_implementation` if the model has one."

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from metazo.errors import UserError
+from metazo.errors import UserError, first_sentence
 from metazo.io.allocator import give_back
 from metazo.io.extras import needs
 from metazo.models.checks import (
@@ -197,14 +197,13 @@ def load_model(
         if "device_map" not in more and not divided(model) and not quantised(model):
             model.to(device=torch.device(device))  # type: ignore[call-arg]
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {str(device)!r} cannot be used: {_first_sentence(error)}") from error
+        raise UserError(f"device {str(device)!r} cannot be used: {first_sentence(error)}") from error
     context = context_length(model, tokenizer)
     set_pad(tokenizer, model)
     broken = not_finite(model)
     notes += broken
     if not broken and not divided(model):
-        with explained(name):
-            check_float64(model.eval(), chosen, name)
+        check_float64(model.eval(), chosen, name)
         check_padding(model, tokenizer, chosen, name, context)
     if quantize:
         give_back()
@@ -242,7 +241,7 @@ def explained(name: str) -> Iterator[None]:
         raise
     except BaseException as error:
         # from None: a server's answer may repeat the token that it was sent, and must not be in a traceback
-        raise UserError(f"model {name!r} cannot be loaded: {_first_sentence(error)}") from None
+        raise UserError(f"model {name!r} cannot be loaded: {first_sentence(error)}") from None
 
 
 def _kept_whole(config: PreTrainedConfig) -> list[str] | None:
@@ -332,8 +331,3 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
     if dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}; choose {', '.join(DTYPES)}")
     return DTYPES[dtype]
-
-
-def _first_sentence(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text.split(". ")[0].rstrip(".")[:300]

@@ -12,7 +12,7 @@ import torch
 import transformers
 from tokenizers.processors import TemplateProcessing
 from torch import nn
-from transformers import AutoConfig, AutoModel, Gemma2Config, Gemma2ForCausalLM
+from transformers import AutoConfig, AutoModel, Gemma2Config, Gemma2ForCausalLM, GraniteMoeConfig, GraniteMoeForCausalLM
 
 import metazo
 from metazo.errors import UserError
@@ -544,3 +544,17 @@ def test_a_model_that_fails_on_a_plain_batch_says_so(tiny):
         UserError, match="is a gpt2 model that fails on a plain batch of two texts .AttributeError: 'tuple'"
     ):
         as_loaded(loaded.model, loaded.tokenizer)
+
+
+def test_a_model_that_cannot_compute_in_float64_is_refused_in_a_sentence(tmp_path):
+    """torch multiplies the experts of a mixture in groups, and not in that type."""
+    tokenizer = load_model("pico").tokenizer
+    config = GraniteMoeConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=2, num_experts_per_tok=1, max_position_embeddings=64, pad_token_id=0,
+    )  # fmt: skip
+    GraniteMoeForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert load_model(tmp_path).dtype == torch.float32
+    with pytest.raises(UserError, match="`dtype` float64: .* cannot compute in it .*Double.*; choose float32"):
+        load_model(tmp_path, dtype="float64")
