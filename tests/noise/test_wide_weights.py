@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import numpy as np
 import pytest
 import torch
+from llvmlite import binding
 from numba import njit
 
 from metazo.kernels.splitfloat import plain_join, plain_split, split
@@ -164,3 +167,14 @@ def test_what_a_processor_converts_in_another_way_is_rounded_as_defined(size, fi
         out = torch.full_like(w, 7.0)
         place("gaussian", out, *origin, alpha, SEED, ID, 2, 0)
         assert rounded(out, once)
+
+
+@pytest.mark.skipif(not wide_weights._CONVERTS, reason="this processor has no conversion to bfloat16")
+def test_old_compilers_whose_instruction_has_another_type_are_not_asked_for_it(monkeypatch):
+    """numba 0.60 and 0.61, with LLVM 14 and 15, refuse a function that has it."""
+    spec = importlib.util.find_spec(wide_weights.__name__)
+    for version, converts in (((14, 0, 6), False), ((15, 0, 7), False), ((20, 1, 8), True)):
+        monkeypatch.setattr(binding, "llvm_version_info", version)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        assert bool(module._CONVERTS) is converts
