@@ -17,7 +17,7 @@ TITLES = {
 
 @dataclass
 class Column:
-    """A part of a suite as measured on one processor."""
+    """A part of a suite as measured on one processor. head: the processor, if there are several, or else the part."""
 
     part: str
     head: str
@@ -51,7 +51,7 @@ def columns(result: dict[str, Any], suite: str) -> list[Column]:
     return [
         Column(
             name,
-            f"{shown_part(name)}, {label}" if several else shown_part(name),
+            label if several else shown_part(name),
             there["environment"],
             parts[name]["rows"],
         )

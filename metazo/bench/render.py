@@ -1,4 +1,7 @@
-"""Tables and plot from speed.json, for the terminal and for documents; several processors are shown side by side.
+"""Tables and plot from speed.json, for the terminal and for documents.
+
+Of one processor a table has a column for each part of a suite; of several there is a table for each part, with a column for
+each processor.
 
     python -m metazo.bench.render benchmarks/speed.json docs/speed.md
 
@@ -10,13 +13,13 @@ from __future__ import annotations
 
 import argparse
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from metazo.bench import measurements, picture
 from metazo.bench.meta import META
-from metazo.bench.processors import TITLES, Column, columns, short_name
+from metazo.bench.processors import TITLES, Column, columns, short_name, shown_part
 from metazo.bench.steps import FORWARDS, NARROW, PUBLISHED
 
 # Upper bounds of step / (2 x forward), and lower bounds of published loop / our step. 134M Llama, float32, 2 cores.
@@ -58,18 +61,21 @@ def judged(text: str, value: float, target: float | None, least: bool = False) -
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """One table per measured suite, and one for its parts in bfloat16."""
-    made = []
+    """One table per measured suite, and one for its parts in bfloat16; of several processors one for each part."""
+    several, made = len(result["processors"]) > 1, []
     for suite, maker in _MAKERS.items():
         for narrow in (False, True):
             found = [column for column in columns(result, suite) if column.part.endswith("bfloat16") == narrow]
-            if found:
+            if found and not several:
                 made.append(maker(suite, found))
+            for part in dict.fromkeys(column.part for column in found) if several else ():
+                table = maker(suite, [column for column in found if column.part == part])
+                made.append(replace(table, title=f"{table.title}: {shown_part(part)}"))
     return made
 
 
 def _table(title: str, columns: list[Column], cell: Any, key: Any = lambda row: row["case"]) -> Table:
-    """A table with one row per case and one column per part and processor."""
+    """A table with one row per case and one column per part or processor."""
     names = list(dict.fromkeys(key(row) for column in columns for row in column.rows))
     body = []
     for name in names:

@@ -291,10 +291,13 @@ def test_a_file_of_the_first_format_is_read_and_processors_are_merged(tmp_path: 
 
 def test_processors_are_shown_side_by_side(tmp_path: Path):
     every = [processor("AMD EPYC", 1.5), processor("Intel(R) Xeon(R) Processor", 2.5)]
+    other = every[1]["suites"]["steps"]
+    other["134M-8x64"] = other["134M-1x32"]  # which the first processor lacks
     alone, result = ({"format": 2, "processors": found} for found in (every[:1], every))
-    (one,), (two,) = render.tables(alone), render.tables(result)
+    (one,), (two, more) = render.tables(alone), render.tables(result)
     assert one.heads == ["", "134M (1, 32)"]
-    assert two.heads == ["", "134M (1, 32), AMD EPYC", "134M (1, 32), Intel Xeon"]
+    assert two.heads == ["", "AMD EPYC", "Intel Xeon"] and two.title == f"{one.title}: 134M (1, 32)"
+    assert more.heads == ["", "Intel Xeon"] and more.title == f"{one.title}: 134M (8, 64)"
     assert two.rows[2] == ["MeZO", "1.50 (1.50–1.50); ≤ 1.5 met", "2.50 (2.50–2.50); ≤ 1.5 not met"]
     assert [row[:2] for row in two.rows] == one.rows
     assert "AMD EPYC, 2 cores" in render.sentence(result) and "Intel Xeon, 2 cores" in render.sentence(result)
