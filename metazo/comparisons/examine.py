@@ -176,6 +176,7 @@ def _facts(grid: Grid, column: Column, config: FinetuneConfig, loaded: dict[str,
         | _objective(setup)
         | of_order(setup)
         | of_decay(config)
+        | of_masters(optimizer)
         | of_method(type(optimizer)),
         inputs=base.inputs,
         metric=metric[0] if metric else None,
@@ -206,6 +207,11 @@ def of_order(setup: Setup) -> dict[str, str | None]:
 def of_decay(config: FinetuneConfig) -> dict[str, str | None]:
     """So that runs of SGD whose weight decay was a part of the momentum, as in earlier versions, are not used again."""
     return {"decay": "decoupled"} if config.optimizer == "first-order-sgd" and config.weight_decay else {}
+
+
+def of_masters(optimizer: Method) -> dict[str, str | None]:
+    """So that first-order runs on narrow weights without masters, as in earlier versions, are not used again."""
+    return {"masters": "float32"} if getattr(optimizer, "masters", None) else {}
 
 
 def _objective(setup: Setup) -> dict[str, str | None]:

@@ -192,11 +192,7 @@ class ZOOptimizer(Verbs, Saving):
 
     def rounding(self) -> str | None:
         """What rounding does to the weights, if they are narrow and `precision` is in-place, in words."""
-        return drift(self.precision, self._held())
-
-    def _held(self) -> list[torch.Tensor]:
-        """The trained weights, also before the first step."""
-        return [param for group in self.param_groups for param in group["params"] if param.requires_grad]
+        return drift(self.precision, self.trained())
 
     @property
     def notes(self) -> list[str]:

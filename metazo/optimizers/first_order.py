@@ -3,6 +3,9 @@
 A step is one forward and one backward pass, counted as three forward passes (a backward pass costs about two), so that
 curves over forward passes are comparable. They need the memory that zeroth-order methods avoid: gradients, moments and
 activations.
+
+Weights narrower than float32 have float32 masters, as those of the other methods: gradients are clipped and added to the master
+in float32, and the weights are its rounding. There is no loss scaling, which gradients of float16 weights may need.
 """
 
 from __future__ import annotations
@@ -12,11 +15,13 @@ import sys
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from metazo.blocks import NamedTensor, tensor_id
 from metazo.errors import UserError
 from metazo.io import processes
 from metazo.optimizers.base import DECAY_EXEMPT
@@ -24,7 +29,7 @@ from metazo.optimizers.groups import Closure, check_rates, listed
 from metazo.optimizers.guards import NO_GRADIENT, as_loss, check_graph
 from metazo.optimizers.registry import Method, register
 from metazo.step.autocast import as_called, own_arithmetic
-from metazo.step.precision import without_master
+from metazo.step.precision import Master, check_used, policy, version_of, without_master
 from metazo.step.record import Step
 
 FORWARDS_PER_STEP = 3
@@ -34,12 +39,15 @@ class FirstOrder(Method):
     """One of torch's optimizers on gradients clipped to norm 1, with the interface that metazo's own loop needs. It is no
     `torch.optim.Optimizer`: it takes no parameter groups and none of torch's schedulers; in a loop of your own use torch's.
 
-    Args: params: named parameters; lr; weight_decay: under MeZO's name rule; clip: largest gradient norm.
-    Raises UserError for parameter groups and tensors without names, if nothing is trainable, and for a replay: a gradient does
-    not follow from a step's record.
+    Args: params: named parameters, on their device and in their dtype; lr; weight_decay: under MeZO's name rule; clip: largest
+    gradient norm; precision: one of `precisions`, see metazo.step.precision.
+    Raises UserError for parameter groups and tensors without names, if nothing is trainable, for another precision, and for a
+    replay: a gradient does not follow from a step's record.
     """
 
     own_rule = "is a first-order method with a rule of its own"
+    common = frozenset({"precision"})
+    precisions = ("auto", "in-place", "master", "autocast")
     replayable = False
     needs_gradient = True
 
@@ -50,15 +58,30 @@ class FirstOrder(Method):
         *,
         weight_decay: float = 0.0,
         clip: float = 1.0,
+        precision: str = "auto",
     ):
         named = [(key, param) for key, param in _pairs(self.name, params) if param.requires_grad]
         if not named:
             raise UserError("No tensor is trainable: every parameter is frozen.")
         check_graph(self.name, named)
-        exempt = [param for key, param in named if any(part in key for part in DECAY_EXEMPT)]
-        decayed = [param for key, param in named if not any(part in key for part in DECAY_EXEMPT)]
+        if precision not in self.precisions:
+            choice = ", ".join(self.precisions)
+            raise UserError(
+                f"`precision` {precision!r} is none of {self.name}'s, which has no probes: choose {choice}."
+            )
+        check_used(precision, [param for _, param in named])
+        storages = {key: policy(precision, param.dtype) for key, param in named}
+        self.precision, self.named, self.clip = precision, named, clip
+        self.masters = {
+            key: Master(NamedTensor(key, param, tensor_id(key)))  # type: ignore[arg-type]
+            for key, param in named
+            if storages[key] == "master" and param.dtype != torch.float32
+        }
+        thetas = {key: master.theta.requires_grad_() for key, master in self.masters.items()}
+        self.thetas = {key: thetas.get(key, param) for key, param in named}
+        exempt = [theta for key, theta in self.thetas.items() if any(part in key for part in DECAY_EXEMPT)]
+        decayed = [theta for key, theta in self.thetas.items() if not any(part in key for part in DECAY_EXEMPT)]
         groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
-        self.named, self.clip = named, clip
         self.inner = self.wrapped([group for group in groups if group["params"]], lr)
         self.steps = self.forwards = 0
         self.last_step: Step | None = None
@@ -78,7 +101,11 @@ class FirstOrder(Method):
 
     @property
     def notes(self) -> list[str]:
-        return [words] if (words := without_master(self.name, [param for _, param in self.named])) else []
+        words = without_master(self.name, self.thetas.values())
+        return [words] if words else []
+
+    def trained(self) -> list[Tensor]:
+        return [param for _, param in self.named]
 
     @own_arithmetic()
     def step(self, closure: Closure | Sequence[Closure], *, replay: Step | None = None) -> float:
@@ -97,17 +124,27 @@ class FirstOrder(Method):
             for words in self.notes:
                 warnings.warn(words, stacklevel=3)  # the caller of `step`
         check_rates(self.param_groups)
-        self.inner.zero_grad(set_to_none=True)
+        for master in self.masters.values():
+            master.follow()
+        self._drop_gradients()
         try:
             return self._step(listed(closure))
         finally:
-            self.inner.zero_grad(set_to_none=True)
+            self._drop_gradients()
+
+    def _drop_gradients(self) -> None:
+        for tensor in (*self.trained(), *self.thetas.values()):
+            tensor.grad = None
+
+    def _autocast(self) -> AbstractContextManager:
+        kind = self.named[0][1].device.type
+        return torch.autocast(kind, torch.bfloat16) if self.precision == "autocast" else nullcontext()
 
     def _step(self, closures: Sequence[Closure]) -> float:
         total = 0.0
         with torch.enable_grad():
             for evaluate in closures:
-                with as_called():
+                with as_called(), self._autocast():
                     loss: Any = evaluate()
                 number = as_loss(loss)
                 if not isinstance(loss, Tensor) or not loss.requires_grad:
@@ -117,15 +154,14 @@ class FirstOrder(Method):
                 loss = loss.reshape(()) / len(closures)
                 loss.backward()
                 total += float(loss.detach())
-        if all(param.grad is None for _, param in self.named):
+        if all(param.grad is None for param in self.trained()):
             raise UserError(NO_GRADIENT.format(self.name))
-        for _, param in self.named:
-            if (
-                param.grad is not None and param.grad.is_sparse
-            ):  # an embedding's, which neither clipping nor AdamW takes
-                param.grad = param.grad.to_dense()
+        for key, param in self.named:
+            if param.grad is not None:
+                gradient, param.grad = param.grad.to_dense(), None  # an embedding's may be sparse
+                self.thetas[key].grad = gradient.to(self.thetas[key].dtype)
         self.forwards += FORWARDS_PER_STEP * len(closures)
-        length = torch.nn.utils.clip_grad_norm_([param for _, param in self.named], self.clip)
+        length = torch.nn.utils.clip_grad_norm_(self.thetas.values(), self.clip)
         solid = math.isfinite(length)
         finite = math.isfinite(total) and abs(total) <= self.max_loss and solid
         rates = tuple(float(group["lr"]) for group in self.param_groups)
@@ -134,6 +170,9 @@ class FirstOrder(Method):
             self.recorder(self.last_step)
         if finite:
             self.inner.step()
+            for master in self.masters.values():
+                master.param.copy_(master.theta)
+                master.version = version_of(master.param)
         self.steps += 1
         return total if solid or not math.isfinite(total) else math.nan
 
@@ -141,19 +180,29 @@ class FirstOrder(Method):
         state: dict[str, Tensor] = {
             "counters": torch.tensor([self.steps, self.forwards], dtype=torch.int64, device="cpu")
         }
-        for name, param in self.named:
-            for key, value in self.inner.state.get(param, {}).items():
+        state |= {f"master/{name}": master.theta.detach() for name, master in self.masters.items()}
+        for name, theta in self.thetas.items():
+            for key, value in self.inner.state.get(theta, {}).items():
                 if value is not None:
                     state[f"{key}/{name}"] = value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
         return state
 
+    @torch.no_grad()
     def load_tensors_state(self, state: dict[str, Tensor]) -> None:
+        """Raises UserError for a state with float32 masters of other tensors than this optimizer has."""
+        saved = {name for kind, _, name in (key.partition("/") for key in state) if kind == "master"}
+        if saved != self.masters.keys():
+            raise UserError(
+                f"The state of {self.name} has float32 masters of {len(saved)} tensors, and this optimizer of "
+                f"{len(self.masters)}: set `precision` to {'master' if saved else 'in-place'}."
+            )
         self.steps, self.forwards = (int(n) for n in state["counters"])
-        params = dict(self.named)
         for key, value in state.items():
             kind, _, name = key.partition("/")
-            if name in params:
-                self.inner.state[params[name]][kind] = value.clone()
+            if kind == "master":
+                self.masters[name].theta.copy_(value)
+            elif name in self.thetas:
+                self.inner.state[self.thetas[name]][kind] = value.clone()
 
 
 def _pairs(name: str, params: Iterable) -> list[tuple[str, Tensor]]:

@@ -58,7 +58,7 @@ class Recomputed(ZOOptimizer):
         return closures
 
     def rounding(self) -> str | None:  # there are no probes that would let weights drift
-        return without_master(f"{self.name} in place", self._held()) if self.precision == "in-place" else None
+        return without_master(self.name, self.trained()) if self.precision == "in-place" else None
 
     @property
     def vanished(self) -> int:

@@ -28,7 +28,7 @@ from metazo.io.modules import import_from, place
 from metazo.step.record import Step
 
 if TYPE_CHECKING:  # the command line shows its flags without torch
-    from torch import nn
+    from torch import Tensor, nn
 
 VARIABLE = "METAZO_METHODS"
 # MeZO's best rate is near 500 / D for D trained weights: 3e-4 on a model of 1.6 million (measured here), 1e-6 on
@@ -62,6 +62,8 @@ class Method:
     """The method's source, such as arXiv 2305.17333."""
     own_rule: str | None = None
     """The reason why `rule` cannot be set, as the end of a sentence; None if every rule can be used."""
+    precisions: tuple[str, ...] = ()
+    """The values of `precision` that can be chosen; empty for all of them."""
     common: frozenset[str] = frozenset()
     """Settings of a run that the constructor takes in addition to lr and weight_decay: eps, seed, noise, scale, ..."""
     search_rate: float | None = None
@@ -110,6 +112,11 @@ class Method:
 
     def settle(self) -> None:
         """Apply the update that waits for the next step, if there is one."""
+
+    def trained(self) -> list[Tensor]:
+        """The weights that are trained, also before the first step."""
+        groups: list[dict[str, Any]] = self.param_groups  # type: ignore[attr-defined]
+        return [param for group in groups for param in group["params"] if param.requires_grad]
 
     @property
     def notes(self) -> Sequence[str]:

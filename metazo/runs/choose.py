@@ -3,13 +3,13 @@
 The rules, in this order; docs/choose.md has them in words, with the figures they rest on:
 
     the loss has no gradient (or no graph)        mezo, scale rms (adapters: no scale)
-    trained in float32, and first-order fits      first-order-adamw
+    first-order training fits                     first-order-adamw
     the model is one residual stream              answer-column, which keeps one block's graph at a time
     anything else                                 mezo, scale rms
 
-First-order training fits if a gradient and two moments of each trained weight, and what a backward pass over the longest batch
-keeps, take at most `SHARE` of the free memory. What a backward pass keeps is counted without keeping it: hooks on saved
-tensors add up their bytes and drop them.
+First-order training fits if a gradient and two moments of each trained weight, with a float32 master if it is narrower, and
+what a backward pass over the longest batch keeps, take at most `SHARE` of the free memory. What a backward pass keeps is
+counted without keeping it: hooks on saved tensors add up their bytes and drop them.
 
 Where not to use it: for a method that is to be compared, or for a learning rate near the best: it takes the one that a
 search would start from.
@@ -78,16 +78,19 @@ def _rule(config: FinetuneConfig, model: nn.Module, loss: Loss, free: int) -> tu
     if not differentiable:
         return mezo, "the loss has no gradient, so it is probed"
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    needed = kept + 3 * sum(parameter.numel() * parameter.element_size() for parameter in trained)
+    needed = kept + sum(parameter.numel() * _held(parameter.dtype) for parameter in trained)
     fits = needed <= SHARE * free
     amounts = f"first-order training takes {size(needed)} beside the weights and {size(free)} are free"
-    narrow = next((str(p.dtype).removeprefix("torch.") for p in trained if p.dtype in NARROW), None)
-    if fits and narrow is None:
+    if fits:
         return {"optimizer": "first-order-adamw"}, f"{amounts}, and first-order training was best at equal cost"
-    reason = amounts if not fits else f"first-order steps are lost in {narrow} weights"
     if (problem := _no_feedback(model, loss)) is None:
-        return {"optimizer": "answer-column"}, f"{reason}; it keeps one block's graph at a time"
-    return mezo, f"{reason}, and feedback cannot be had ({problem})"
+        return {"optimizer": "answer-column"}, f"{amounts}; it keeps one block's graph at a time"
+    return mezo, f"{amounts}, and feedback cannot be had ({problem})"
+
+
+def _held(dtype: torch.dtype) -> int:
+    """Bytes of a weight's gradient and moments, and of its master if it has one."""
+    return 4 * 4 if dtype in NARROW else 3 * dtype.itemsize
 
 
 def saved_bytes(loss: Loss, model: nn.Module) -> tuple[bool, int]:

@@ -7,6 +7,7 @@
 What must fit is the policy's bytes, the state of the method, a copy of the largest tensor (compensated policies), and the
 activations of a forward pass over the longest batch, which is followed once (metazo/runs/estimate.py). If nothing fits,
 compensated-8 is taken, and the note says what needs no memory beside inference: adapters, whose own weights are few.
+first-order-adamw and first-order-sgd take masters, whatever is free.
 
 The choice is written into the step log, and a resumed run keeps it. Weights of float32 and float64 are perturbed in place, and
 nothing is chosen. Where not to use it: if runs on machines of different memory are to be bit-identical; name a policy then.
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from metazo.errors import UserError
 from metazo.optimizers.registry import method
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.estimate import Followed, scratch_bytes, state_bytes
@@ -43,8 +45,8 @@ def fit_precision(
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     narrow = [p for p in trained if DEFAULTS.get(p.dtype) == "master"]
-    log = log_to_continue(config)
-    if "precision" not in method(config.optimizer).common:
+    log, cls = log_to_continue(config), method(config.optimizer)
+    if "precision" not in cls.common:
         return config, None
     if log is None:
         check_used(config.precision, trained)
@@ -52,7 +54,14 @@ def fit_precision(
         return config, None
     if log is not None:
         began = scan(log).header["settings"]["precision"]
+        if began == "auto" and cls.precisions:
+            raise UserError(
+                f"{log} cannot be continued: it was begun by an earlier version of metazo, in which {config.optimizer} had no "
+                "float32 masters of narrower weights; resume it with that version, or start it again."
+            )
         return replace(config, precision=began), f"{began}, as when the run began."
+    if cls.precisions:
+        return replace(config, precision="master"), f"master ({POLICIES['master'].note})."
     with torch.inference_mode(), Followed() as forward:
         loss()
     needed = {name: _needed(replace(config, precision=name), model, forward.most) for name in ORDER}

@@ -169,13 +169,13 @@ def _given_optimizer(
 ) -> tuple[Any, int]:
     """An optimizer in memory and the number of weights that it trains. Raises UserError if they are not the model's."""
     own = {id(parameter) for parameter in loaded.model.parameters()}
-    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if not held or any(id(parameter) not in own for parameter in held):
+    trained = optimizer.trained()
+    if not trained or any(id(parameter) not in own for parameter in trained):
         raise UserError("`optimizer` has tensors that are not the model's; make it from model.named_parameters().")
     if optimizer.wants_full_closure and optimizer.full_closure is None:
         own = share(optimizer.exchange.probe_ranks)
         optimizer.full_closure = FullLoss(loaded.model, prepared, config.batch_size, device, own)
-    return optimizer, sum(parameter.numel() for parameter in held if parameter.requires_grad)
+    return optimizer, sum(parameter.numel() for parameter in trained)
 
 
 def _task(config: FinetuneConfig, given: Given, device: torch.device) -> tuple[LoadedModel, int, Prepared]:

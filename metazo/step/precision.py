@@ -107,9 +107,9 @@ def without_master(name: str, params: Iterable[Tensor]) -> str | None:
     if not lost:
         return None
     return (
-        f"{name} has no float32 master of its weights: an update below {' or '.join(lost)} is lost by rounding, and so are "
-        "small changes of its momentum. Methods with a `precision` other than in-place keep them, so that a comparison with "
-        "those is not fair; take `dtype` float32, or adapters (`adapter='lora'`), which are float32."
+        f"{name} in place has no float32 master of its weights: an update below {' or '.join(lost)} is lost by rounding, and "
+        "so are small changes of its momentum. A comparison with methods that have one is not fair. Leave `precision` out, "
+        "unless this is what you study."
     )
 
 

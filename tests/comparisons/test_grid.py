@@ -10,13 +10,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from torch import nn
 
 from metazo import recipes
 from metazo.comparisons import columns
 from metazo.comparisons.columns import resolve
-from metazo.comparisons.examine import examine, of_decay, of_method, of_order, of_tuner
+from metazo.comparisons.examine import examine, of_decay, of_masters, of_method, of_order, of_tuner
 from metazo.comparisons.grid import Grid, Run, search_run
 from metazo.comparisons.key import key
 from metazo.comparisons.results import Result, cell_path
@@ -25,6 +26,7 @@ from metazo.errors import UserError
 from metazo.feedback.surrogates import MeanJacobian
 from metazo.models.load import load_model
 from metazo.optimizers import OPTIMIZERS, MeZO, registry
+from metazo.optimizers.first_order import FirstOrderAdamW
 from metazo.runs.batches import ORDER
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.examples import prepared_task
@@ -222,6 +224,15 @@ def test_runs_of_sgd_with_a_weight_decay_that_was_part_of_the_momentum_are_not_c
 
     assert decay("first-order-sgd", 0.5) == {"decay": "decoupled"}
     assert decay("first-order-sgd", 0.0) == decay("first-order-adamw", 0.5) == {}  # the keys of results that are there
+
+
+def test_first_order_runs_on_narrow_weights_without_masters_are_not_continued():
+    made = {
+        dtype: FirstOrderAdamW(nn.Linear(2, 1, dtype=dtype).named_parameters())
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+    assert of_masters(made[torch.bfloat16]) == {"masters": "float32"}
+    assert of_masters(made[torch.float32]) == of_masters(MeZO(nn.Linear(2, 1).named_parameters())) == {}
 
 
 def test_results_of_another_version_of_the_users_method_are_not_used_again(tmp_path, monkeypatch):

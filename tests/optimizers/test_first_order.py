@@ -128,9 +128,9 @@ def test_updates_that_narrow_weights_lose_are_said(cls, dtype, share) -> None:
     assert torch.equal(weights - 0.999 * weights.double() / share, weights.double()) is False  # in float64 none is lost
     assert torch.equal((weights.double() - 0.999 * weights.double() / share).to(dtype)[1:], weights[1:])
     assert not torch.equal((weights.double() - 2.01 * weights.double() / share).to(dtype), weights)
-    optimizer = cls([("weights", weights)], lr=1e-6)
+    optimizer = cls([("weights", weights)], lr=1e-6, precision="in-place")
     with pytest.warns(
-        UserWarning, match=f"{cls.name} has no float32 master .* below 1/{share} of a .* is lost"
+        UserWarning, match=f"{cls.name} in place has no float32 master .* below 1/{share} of a .* is lost"
     ) as found:
         optimizer.step(lambda: weights.sum())
     assert found[0].filename == __file__ and optimizer.notes == [str(found[0].message)]
@@ -139,7 +139,75 @@ def test_updates_that_narrow_weights_lose_are_said(cls, dtype, share) -> None:
         optimizer.step(lambda: weights.sum())  # said once
         wide = cls([("weights", pair(1.0)), ("frozen", nn.Parameter(weights.data, requires_grad=False))], lr=1e-6)
         wide.step(lambda: wide.named[0][1].sum())
-    assert wide.notes == []
+        kept = cls([("weights", weights)], lr=1e-6)
+        kept.step(lambda: weights.sum())
+    assert wide.notes == kept.notes == []
+
+
+@each
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("precision", ["auto", "master"])
+def test_narrow_weights_are_the_rounding_of_masters_that_torchs_optimizer_moves(cls, dtype, precision) -> None:
+    """Beside torch's optimizer on float32 weights, with the gradient at their rounding; a third of the way with a loaded state,
+    and with weights that somebody else changed before the last steps. Float32 weights beside them have no master."""
+    torch.manual_seed(0)
+    weights, wide = nn.Parameter(torch.randn(50).to(dtype)), pair(1.0)
+    plain, other = nn.Parameter(weights.data.float()), pair(1.0)
+    named, target = [("weights", weights), ("wide", wide)], torch.randn(50)
+    made = {"lr": 1e-4, "clip": 0.5}
+    optimizer = cls(named, **made, precision=precision)
+    kinds = {
+        FirstOrderAdamW: (torch.optim.AdamW, {"weight_decay": 0.0}),
+        FirstOrderSGD: (torch.optim.SGD, {"momentum": 0.9}),
+    }
+    kind, options = kinds[cls]
+    torchs = kind([plain, other], lr=1e-4, **options)
+    for step in range(30):
+        if step == 10:
+            state = {name: value.clone() for name, value in optimizer.tensors_state().items()}
+            optimizer = cls(named, **made, precision=precision)
+            optimizer.load_tensors_state(state)
+        if step == 20:
+            with torch.no_grad():
+                weights.mul_(0.5)
+                plain.copy_(weights)
+        optimizer.step(lambda: (weights.float() - target).square().sum() + wide.square().sum())
+        rounded = nn.Parameter(plain.data.to(dtype))
+        ((rounded.float() - target).square().sum() + other.square().sum()).backward()
+        plain.grad, rounded.grad = rounded.grad.float(), None
+        torch.nn.utils.clip_grad_norm_([plain, other], 0.5)
+        torchs.step()
+        torchs.zero_grad()
+        assert torch.equal(weights.data, plain.data.to(dtype)) and torch.equal(wide, other)
+        assert weights.grad is wide.grad is None
+    assert torch.equal(optimizer.masters["weights"].theta, plain) and optimizer.masters.keys() == {"weights"}
+    assert not torch.equal(plain.data.to(dtype).float(), plain)  # there is something below the weights
+
+
+@each
+def test_a_state_with_other_masters_is_refused(cls) -> None:
+    weights = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    with_master, without = (cls([("w", weights)], lr=0.1, precision=name) for name in ("master", "in-place"))
+    for one, other, missing in ((with_master, without, "master"), (without, with_master, "in-place")):
+        with pytest.raises(UserError, match=f"float32 masters of .* set `precision` to {missing}"):
+            other.load_tensors_state(one.tensors_state())
+
+
+@each
+def test_precisions(cls) -> None:
+    with pytest.raises(
+        UserError, match=f"compensated-16' is none of {cls.name}'s, which has no probes: choose auto, in-p"
+    ):
+        cls([("p", pair(1.0))], lr=0.1, precision="compensated-16")
+    with pytest.raises(UserError, match="`precision` master keeps float32, which is less"):
+        cls([("p", nn.Parameter(torch.ones(2, dtype=torch.float64)))], lr=0.1, precision="master")
+    with pytest.raises(UserError, match="`precision` autocast is for float32 weights"):
+        cls([("p", nn.Parameter(torch.ones(2, dtype=torch.bfloat16)))], lr=0.1, precision="autocast")
+    net, seen = nn.Linear(2, 1), []
+    cls(net.named_parameters(), lr=0.1, precision="autocast").step(
+        lambda: seen.append(net(torch.ones(1, 2))) or seen[-1].float().sum()
+    )
+    assert seen[0].dtype == torch.bfloat16 and net.weight.dtype == torch.float32
 
 
 @each

@@ -78,17 +78,24 @@ def test_the_border_is_that_of_the_sentence(pico) -> None:
     assert chosen(model, loss, int(needed / choose.SHARE) - 8)[0].optimizer == "answer-column"
 
 
-def test_narrow_weights_give_the_answer_column_and_adapters_beside_them_do_not() -> None:
+def test_narrow_weights_take_masters_and_adapters_beside_them_do_not() -> None:
     loaded = load_model("pico", dtype="bfloat16")
     prepared = prepare(get("pico_topic"), loaded, train=8, dev=0, test=0, max_length=64)
     loss = BatchLoss(loaded.model, prepared, prepared.train, CPU)
-    config, why = chosen(loaded.model, loss, PLENTY, dtype="bfloat16")
-    assert config.optimizer == "answer-column" and "first-order steps are lost in bfloat16 weights" in why
-    loaded.model.requires_grad_(False)
-    adapter = nn.Parameter(torch.zeros(()))  # in float32, as peft makes them
-    loaded.model.register_parameter("adapter", adapter)
-    config, why = chosen(loaded.model, lambda: loss() * adapter.exp(), PLENTY, dtype="bfloat16")
-    assert config.optimizer == "first-order-adamw" and "lost" not in why
+    _, kept = choose.saved_bytes(loss, loaded.model)
+    for held in (
+        16,
+        8,
+    ):  # of a weight, a gradient and two moments in float32 beside its master; of an adapter three of these
+        needed = kept + held * sum(p.numel() for p in loaded.model.parameters() if p.requires_grad)
+        if held == 8:
+            loaded.model.requires_grad_(False)
+            adapter = nn.Parameter(torch.zeros(()))  # in float32, as peft makes them
+            loaded.model.register_parameter("adapter", adapter)
+            needed = choose.saved_bytes(scaled := lambda: loss() * adapter.exp(), loaded.model)[1] + 12
+        given = loaded.model, loss if held == 16 else scaled
+        assert chosen(*given, int(needed / choose.SHARE) + 8, dtype="bfloat16")[0].optimizer == "first-order-adamw"
+        assert chosen(*given, int(needed / choose.SHARE) - 8, dtype="bfloat16")[0].optimizer != "first-order-adamw"
 
 
 def test_a_loss_without_a_gradient_is_probed(pico) -> None:

@@ -65,7 +65,8 @@ CASES = [
     (WIDE, "mezo", "bfloat16", {"precision": "compensated-16"}, 0.1),
     (WIDE, "mezo", "bfloat16", {"precision": "compensated-8"}, 0.1),
     # kernels of the CPU keep other tensors for the backward pass than those of the meta device
-    (SMALL, "first-order-adamw", "float32", {}, 0.25), (SMALL, "first-order-sgd", "float32", {}, 0.25),
+    (SMALL, "first-order-adamw", "float32", {}, 0.25), (SMALL, "first-order-adamw", "bfloat16", {}, 0.25),
+    (SMALL, "first-order-sgd", "float32", {}, 0.25),
     (WIDE, "first-order-fused", "bfloat16", {"precision": "compensated-16"}, 0.05),
     (SMALL, "lozo", "float32", {"probing": "together", "queries": 2}, 0.05), (SMALL, "eggroll", "float32", {}, 0.05),
 ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -89,3 +90,18 @@ def test_a_log_from_before_the_choice_keeps_auto(tmp_path: Path, bare, monkeypat
     monkeypatch.setattr(module, "scan", lambda path: old)
     config = FinetuneConfig("pico", "pico_sentiment", dtype="bfloat16", out=tmp_path, resume=True)
     assert fit_precision(config, bare.model, lambda: None, 0)[0].precision == "auto"
+
+
+def test_first_order_methods_take_masters_and_runs_that_had_none_are_not_continued(
+    tmp_path: Path, bare, monkeypatch
+) -> None:
+    config = FinetuneConfig("pico", "pico_sentiment", dtype="bfloat16", optimizer="first-order-adamw", out=tmp_path)
+    found, why = fit_precision(config, bare.model, lambda: None, 0)
+    assert found.precision == "master" and why == "master (float32 master; the weights are its rounding)."
+    (tmp_path / "steps.jsonl").write_bytes(b"")
+    then = SimpleNamespace(header={"settings": {"precision": "auto"}})
+    monkeypatch.setattr(module, "scan", lambda path: then)
+    with pytest.raises(UserError, match="earlier version of metazo, in which first-order-adamw had no float32 masters"):
+        fit_precision(replace(config, resume=True), bare.model, lambda: None, 0)
+    then.header["settings"]["precision"] = "master"
+    assert fit_precision(replace(config, resume=True), bare.model, lambda: None, 0)[0].precision == "master"
