@@ -595,8 +595,8 @@ def test_rows_that_are_wrong():
     [
         ({"optimizer": "first-order-adamw", "eps": 0.1}, "`eps` changes nothing with `optimizer` first-order-adamw."),
         (
-            {"optimizer": "first-order-sgd", "precision": "autocast"},
-            "`precision` changes nothing with `optimizer` first-order-sgd.",
+            {"optimizer": "first-order-sgd", "noise": "rademacher"},
+            "`noise` changes nothing with `optimizer` first-order-sgd.",
         ),
         ({"statistics_every": 7}, "`statistics_every` changes nothing without `scale` or `tuner`."),
         ({"merge": True}, "`merge` changes nothing without adapters."),
