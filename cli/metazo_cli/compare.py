@@ -14,7 +14,7 @@ from metazo.comparisons.grid import Grid, pairs_of
 from metazo.io.terminal import Console, print_json
 
 from . import options
-from .messages import Terminal
+from .messages import Terminal, in_flags
 
 
 def _listed(text: str | None) -> list[str] | None:
@@ -92,7 +92,7 @@ def _show_plan(found: dict[str, Any], as_json: bool) -> None:
         if name == "learning rates":
             value = "\n".join(f"{cell}: {' '.join(f'{lr:g}' for lr in rates)}" for cell, rates in value.items())
         if name not in ("seconds", "bytes on disk"):
-            table.add_row(name, str(value))
+            table.add_row(name, in_flags(str(value)))
     table.add_row("disk", f"about {found['bytes on disk'] / 1e6:.1f} MB")
     Console().print(table)
 

@@ -21,7 +21,7 @@ from metazo.optimizers.outline import methods
 from metazo.runs.config import FinetuneConfig
 
 from . import options
-from .messages import Terminal
+from .messages import Terminal, in_flags
 
 
 def _method_flags() -> list[inspect.Parameter]:
@@ -169,9 +169,9 @@ def _show_plan(plan: dict[str, Any], as_json: bool) -> None:
     table = Table("plan", "", title="Nothing is loaded, run or written")
     for name, value in plan.items():
         if isinstance(value, str):
-            table.add_row(name, Text(str(value)))
+            table.add_row(name, Text(in_flags(value)))
     for note in plan["notes"]:
-        table.add_row("note", Text(note))
+        table.add_row("note", Text(in_flags(note)))
     Console().print(table)
 
 

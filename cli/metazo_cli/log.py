@@ -50,7 +50,7 @@ def show(
 
 def tell(found: Scan, last: int, console: Console) -> None:
     """Show a log: its header, its figures, and the last steps."""
-    from metazo.steplog.inspect import curve, sparkline, summary
+    from metazo.steplog.inspect import curve, minimised, sparkline, summary
 
     about = Table("header", "")
     for key, value in found.header.items():
@@ -66,7 +66,7 @@ def tell(found: Scan, last: int, console: Console) -> None:
     console.print(table)
     losses = [loss for _, loss in curve(found)]
     if losses:
-        console.print(f"loss {losses[0]:.4g} {sparkline(losses)} {losses[-1]:.4g}")
+        console.print(f"{minimised(found)} {losses[0]:.4g} {sparkline(losses)} {losses[-1]:.4g}")
     if last and found.steps:
         steps = Table("step", "losses", "c", "lr", title=f"the last {min(last, len(found.steps))} steps")
         for step in found.steps[-last:]:
@@ -86,10 +86,11 @@ def _shown(value: Any) -> str:
 def draw(path: Path, found: Scan) -> None:
     """Loss and learning rate against the step. Numbers beyond DRAWN, and those that are not finite, are left out."""
     from metazo.plots.curves import plot_curves
-    from metazo.steplog.inspect import curve
+    from metazo.steplog.inspect import curve, minimised
 
+    what = minimised(found)
     panels = {
-        "loss (mean over a step's probes)": {"loss": [point for point in curve(found) if abs(point[1]) < DRAWN]},
+        f"{what} (mean over a step's probes)": {what: [point for point in curve(found) if abs(point[1]) < DRAWN]},
         "learning rate": {"lr": [(s.step, s.lr[0]) for s in found.steps if s.lr and abs(s.lr[0]) < DRAWN]},
     }
     panels = {name: lines for name, lines in panels.items() if any(lines.values())}

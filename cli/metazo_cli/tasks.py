@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from metazo.io.terminal import Console, print_json
 
@@ -27,9 +27,11 @@ def tasks(
             if value not in (None, "", [], {}):
                 table.add_row(key, str(value))
     else:
-        table = Table("task", "family", "kind", "metric", "prompt")
+        table = Table(Column("task", no_wrap=True), "family", "kind", "metric", "prompt")
         for key, task in sorted(
             TASKS.items(), key=lambda item: item[1].family or ""
         ):  # the sort keeps the order within
-            table.add_row(key, task.family or "", task.kind, ", ".join(task.metric), " ".join(task.prompt.split())[:90])
+            prompt = " ".join(task.prompt.split())
+            prompt = prompt if len(prompt) <= 90 else f"{prompt[:90]} ..."
+            table.add_row(key, task.family or "", task.kind, ", ".join(task.metric), prompt)
     Console().print(table)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from textwrap import wrap
 from typing import Literal
 
 import numpy as np
@@ -59,7 +60,9 @@ def hessian_picture(found: BlockNorms, title: str) -> Figure:
     every = -(-len(labels) // LABELS)
     side = 1.4 + 0.06 * max(map(len, labels)) + 0.13 * len(labels) / every
     with styled():
-        figure = Figure(figsize=(2 * side + 1.6, side + 0.4), layout="compressed")
+        width = 2 * side + 1.6
+        lines = wrap(title, int(12.5 * width))  # of letters of 11 points, 12.5 to the inch at least
+        figure = Figure(figsize=(width, side + 0.2 + 0.2 * len(lines)), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True)
         for axes, values, name in (
             (left, shares, "share of the squared norm"),
@@ -69,7 +72,8 @@ def hessian_picture(found: BlockNorms, title: str) -> Figure:
             axes.set_xticks(range(0, len(labels), every), labels[::every], fontsize=6.5, rotation=90)
             axes.set_title(name)
         left.set_yticks(range(0, len(labels), every), labels[::every], fontsize=6.5)
-        figure.suptitle(title, fontsize=11)
+        figure.suptitle("\n".join(lines), fontsize=11)
+        figure.draw_without_rendering()  # with squares, the first layout has too little room for labels and title
     return figure
 
 

@@ -10,7 +10,7 @@ TITLES = {
     "steps": "Step / (2 × forward) by model and batch × length",
     "threads": "Step / (2 × forward) by threads and batch × length",
     "scaling": "Step / (2 × forward) by model size",
-    "queries": "LOZO with several queries: step / (2 × queries × forward)",
+    "queries": "Several queries: step / (2 × queries × forward) of LOZO, step / (9 × forward) of FZOO",
     "precision": "Step / (2 × forward) of MeZO in bfloat16 by precision policy",
 }
 

@@ -17,6 +17,7 @@ from typing import Any
 import rich.console
 from rich.console import ConsoleOptions, RenderableType
 from rich.segment import Segment
+from rich.table import Table
 from rich.text import Text
 
 from metazo.errors import UserError
@@ -45,7 +46,8 @@ class Console(rich.console.Console):
     """A console of rich that reads no string as markup and escapes what it is given.
 
     Strings are escaped before layout, so that tables keep their form; everything else, such as a `rich.text.Text` or the
-    output of rich's own components, is escaped on output.
+    output of rich's own components, is escaped on output. Columns of a table that are too narrow break their text and cut
+    nothing off: a number without its last characters would be another one.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -84,6 +86,8 @@ class Console(rich.console.Console):
         return super().render_str(escaped(text), **settings)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for column in renderable.columns if isinstance(renderable, Table) else ():
+            column.overflow = "fold"
         for segment in super().render(renderable, options):
             if segment.control or segment.text.isprintable():  # a segment with `control` is rich's own
                 yield segment

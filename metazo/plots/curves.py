@@ -16,6 +16,7 @@ with needs("report"):
 
 UNITS = {
     "loss": "mean loss per example (nats)",
+    "objective": "objective, which is minimised",
     "accuracy": "fraction of examples correct (0 to 1)",
     "macro_f1": "F1, mean over classes (0 to 1)",
     "mcc": "Matthews correlation (-1 to 1)",
@@ -59,20 +60,18 @@ def plot_curves(
     save(figure, path)
 
 
-def plot_run(records: Sequence[dict[str, Any]], path: Path, title: str, metrics: Sequence[str] = ()) -> None:
-    """The curves of one run from its metrics.jsonl: loss on train and dev, and the dev metric beside it."""
-    losses = {
-        "train (mean since the point before)": [
-            (r["forwards"], r["train_loss"]) for r in records if r["train_loss"] is not None
-        ],
-        "dev": [(r["forwards"], r["dev"]["loss"]) for r in records if "loss" in r["dev"]],
-    }
-    panels = {"loss": {label: points for label, points in losses.items() if points}}
+def plot_run(
+    records: Sequence[dict[str, Any]], path: Path, title: str, metrics: Sequence[str] = (), minimised: str = "loss"
+) -> None:
+    """The curves of one run from its metrics.jsonl: what it minimised (the loss, or its objective) on train and dev, and
+    the loss and the metric on dev beside it."""
+    train = [(r["forwards"], r["train_loss"]) for r in records if r["train_loss"] is not None]
+    lines = {minimised: {"train (mean since the point before)": train}}
+    for name in dict.fromkeys((minimised, "loss", *metrics[:1])):
+        lines.setdefault(name, {})["dev"] = [(r["forwards"], r["dev"][name]) for r in records if name in r["dev"]]
+    shown = {name: {label: points for label, points in each.items() if points} for name, each in lines.items()}
+    panels = {name: each for name, each in shown.items() if each}
     levels = {}
-    for metric in metrics[:1]:
-        points = [(r["forwards"], r["dev"][metric]) for r in records if metric in r["dev"]]
-        if points:
-            panels[metric] = {"dev": points}
-        if records and metric == "accuracy" and "majority" in records[0]["dev"]:
-            levels[metric] = ("majority class", records[0]["dev"]["majority"])
+    if records and "accuracy" in metrics[:1] and "majority" in records[0]["dev"]:
+        levels["accuracy"] = ("majority class", records[0]["dev"]["majority"])
     plot_curves(panels, path, x="forward passes over a batch", y=UNITS, title=title, levels=levels)

@@ -144,6 +144,7 @@ def scores(analysis: Analysis) -> Table:
     by_task = f"on {split} by task"
     title = f"Loss {by_task} (nats, lower is better)" if measure == "loss" else f"{shared or 'Score'} {by_task}"
     left_out = [task for task in tasks if task not in analysis.tasks]
+    average = f"average without {listed(left_out)}" if left_out else "average"  # where the table is without its note
     table = Table(
         "loss" if measure == "loss" else "metric",
         title[0].upper() + title[1:],
@@ -151,7 +152,7 @@ def scores(analysis: Analysis) -> Table:
         f"(n of m): n of m runs finished. {BOLD}"
         + (f" Not in the average: {', '.join(left_out)}." if left_out else "")
         + split_note(data, tasks),
-        ["column", *(t if shared else f"{t}, {named[t]}" for t in tasks), "average"],
+        ["column", *(t if shared else f"{t}, {named[t]}" for t in tasks), average],
     )
     values = {task: {c: data.values(task, c, measure) for c in data.columns} for task in tasks}
     best = {

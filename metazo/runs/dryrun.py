@@ -128,9 +128,10 @@ def dry_run(config: FinetuneConfig) -> dict[str, Any]:
     rates = measure_rates(device, loaded.dtype, width, config.batch_size * length)
     seconds = step_seconds(counted, optimizer, rates, config.accumulate)
     found["time"] = (
-        f"estimated {_time(seconds)} per step, {_time(seconds * steps)} for all, without evaluations, from speeds measured on "
-        f"this device: {rates.operations / 1e9:,.0f} billion operations, {size(rates.bytes)} and {rates.noise / 1e9:.2g} "
-        "billion weights with noise per second"
+        f"estimated at least {_time(seconds)} per step, {_time(seconds * steps)} for all, without evaluations: products of "
+        "matrices, passes over the weights and noise alone (steps of small models take two to three times as long), from "
+        f"speeds measured on this device: {rates.operations / 1e9:,.0f} billion operations, {size(rates.bytes)} and "
+        f"{rates.noise / 1e9:.2g} billion weights with noise per second"
     )
     found["tuners"] = _tuners(config, loaded.model)
     if begun is not None:

@@ -109,7 +109,7 @@ class Ending(ABC):
         try:
             from metazo.plots.curves import plot_run
 
-            plot_run(records, folder.path / "curve.png", title, self.prepared.task.metric)
+            plot_run(records, folder.path / "curve.png", title, self.prepared.task.metric, self.scores.minimised)
         except NO_PICTURE as missing:  # the run is complete without its picture
             self.console.print(f"No curve.png: {str(missing) or 'no memory is left'}", style="yellow", soft_wrap=True)
 

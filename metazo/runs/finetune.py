@@ -323,7 +323,8 @@ class _Run(Ending):
                     self.on_step(record)
                 if self.snapshot_every and (step + 1) % self.snapshot_every == 0:
                     self._snapshot(step + 1)
-                show(step + 1, f"loss {loss:.4f}  lr {optimizer.param_groups[0]['lr']:.2g}  {self.scores.latest()}")
+                what = f"{self.scores.minimised} {loss:.4f}"
+                show(step + 1, f"{what}  lr {optimizer.param_groups[0]['lr']:.2g}  {self.scores.latest()}")
                 self._stop_if_asked(step + 1)
 
     def _evaluate_if_due(self, step: int) -> None:

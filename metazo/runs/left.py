@@ -85,7 +85,9 @@ class Begun:
             )
         elif not left:
             words = f"no step of {steps:,}: the evaluation on test, and the model is saved"
-        time = f"estimated {shown(seconds * left)} for the steps that are left, at {shown(seconds)} per step on this device"
+        time = (
+            f"estimated at least {shown(seconds * left)} for the steps that are left, at {shown(seconds)} per step here"
+        )
         last = records.records[-1] if records.records else {"step": 0}
         if last["step"]:
             measured = last["seconds"] / last["step"]

@@ -29,15 +29,14 @@ class ModelCard:
     def text(self) -> str:
         config, summary = self.config, self.summary
         base, adapter = shortened(config.model), None if config.merge else config.adapters
-        how = "with metazo by forward passes alone"
-        if config.optimizer.startswith("memory:") or method(config.optimizer).needs_gradient:
-            how = "with metazo"
+        forward_only = not (config.optimizer.startswith("memory:") or method(config.optimizer).needs_gradient)
+        how = "with metazo by forward passes alone" if forward_only else "with metazo"
         rows = {
             "base model": base,
             "task": f"{shortened(config.task)}, {config.train_examples:,} training examples at most",
             "trained": f"{self.trained:,} weights" + (f" of {adapter.kind} adapters" if adapter else ""),
             "method": config.optimizer + (f", tuner {shortened(config.tuner)}" if config.tuner else ""),
-            "minimised": shortened(config.objective) if config.objective else "the task's loss",
+            "minimised": _minimised(config.objective),
             "learning rate": f"{summary['lr']:g}, {config.schedule}",
             "steps": f"{summary['steps']:,}; the weights are those of step {summary['kept_step']:,}",
             "forward passes": f"{summary['forwards']:,} over {config.batch_size} examples",
@@ -46,9 +45,10 @@ class ModelCard:
             "written by": f"metazo {metazo.__version__}",
         }
         library = "peft" if adapter else "transformers"
+        tags = "metazo, zeroth-order" if forward_only else "metazo"
         table = "| | |\n|---|---|\n" + "".join(f"| {name} | {_cell(value)} |\n" for name, value in rows.items())
         return (
-            f"---\nlibrary_name: {library}\nbase_model: {json.dumps(base)}\ntags: [metazo, zeroth-order]\n---\n"
+            f"---\nlibrary_name: {library}\nbase_model: {json.dumps(base)}\ntags: [{tags}]\n---\n"
             f"# {_cell(base)} on {_cell(shortened(config.task))}\n\n{_cell(base)}, fine-tuned {how}.\n\n{table}\n"
             f"## Result\n\n{self._result()}\n## Use\n\n```python\n{self._use(adapter is not None)}```\n"
         )
@@ -72,6 +72,12 @@ class ModelCard:
             base = f", on a base that is quantised to {self.quantize}" if self.quantize else ""
             return load + f"# or with peft{base}: PeftModel.from_pretrained(base, FOLDER_OR_HUB_ID)\n"
         return load + "# or with transformers: AutoModel and its kin, .from_pretrained(FOLDER_OR_HUB_ID)\n"
+
+
+def _minimised(objective: str | None) -> str:
+    if objective is None:
+        return "the task's loss"
+    return shortened(objective) if ":" in objective else f"1 - {objective}"
 
 
 def _cell(text: str) -> str:

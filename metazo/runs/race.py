@@ -93,7 +93,7 @@ def race(
         raise UserError("No rate of the race has finite losses; give lower ones.")
     say("learning rate:", f"{won.rate:g}, which won the race; steps of the others: {spent}")
     run = replace(config, lr=won.rate, steps=total, forwards=None, epochs=None)
-    return tune(run, given, console, part=Part(won.steps), **callbacks)
+    return tune(run, given, console, part=Part(won.steps, others=spent), **callbacks)
 
 
 def _check(config: FinetuneConfig, rates: Iterable[float | str], given: Given) -> list[float]:

@@ -84,14 +84,16 @@ class AsGiven:
 @dataclass(frozen=True)
 class Part:
     """Part of a run. start: the steps that were taken, which are replayed; stop: the step to stop at, without evaluations and
-    an end; spent: how many steps fewer than its settings say the run has; least: how many it must have; tested: whether the
-    end has a test (a run that only serves to choose has none, though its test rows are set apart).
+    an end; spent: how many steps fewer than its settings say the run has; least: how many it must have; others: the steps
+    that a race took at other rates, which the run does not count; tested: whether the end has a test (a run that only serves
+    to choose has none, though its test rows are set apart).
     """
 
     start: Sequence[Step] = ()
     stop: int | None = None
     spent: int = 0
     least: int = 0
+    others: int = 0
     tested: bool = True
 
     def apply(self, setup: Any) -> None:
@@ -106,6 +108,12 @@ class Part:
                 "more steps, fewer rates, or shorter rounds."
             )
         setup.steps -= self.spent
+        if self.others:
+            passes = round(self.others * setup.optimizer.forwards_per_step(setup.config.accumulate))
+            setup.prepared.notes += [
+                f"The race took {self.others:,} steps ({passes:,} forward passes) at other rates, which the steps and forward "
+                "passes of this run do not contain."
+            ]
 
 
 WHOLE = Part()

@@ -19,7 +19,8 @@ _BARS = "▁▂▃▄▅▆▇█"
 
 
 def summary(found: Scan) -> dict[str, Any]:
-    """The figures of a log, as JSON values. Losses are means over a step's probes."""
+    """The figures of a log, as JSON values. Losses, or values of the run's objective, are means over a step's probes."""
+    what = minimised(found)
     losses = [loss for _, loss in curve(found)]
     rates = [step.lr[0] for step in found.steps if step.lr]
     tenth = max(1, len(losses) // 10)
@@ -28,13 +29,18 @@ def summary(found: Scan) -> dict[str, Any]:
         "steps": len(found.steps),
         "skipped": sum(not step.coefficients for step in found.steps),
         "kept step": found.end["kept"] if found.end else None,
-        "loss, first tenth": mean(losses[:tenth]) if losses else None,
-        "loss, last tenth": mean(losses[-tenth:]) if losses else None,
-        "loss, lowest and highest": [min(losses), max(losses)] if losses else None,
+        f"{what}, first tenth": mean(losses[:tenth]) if losses else None,
+        f"{what}, last tenth": mean(losses[-tenth:]) if losses else None,
+        f"{what}, lowest and highest": [min(losses), max(losses)] if losses else None,
         "learning rate, first and last": [rates[0], rates[-1]] if rates else None,
         "bytes": found.size,
         "bytes a step": round((found.size - _header_bytes(found)) / len(found.steps), 1) if found.steps else None,
     }
+
+
+def minimised(found: Scan) -> str:
+    """What the losses of the steps are: "loss", or "objective"."""
+    return "objective" if (found.header.get("settings") or {}).get("objective") else "loss"
 
 
 def mean(values: Sequence[float]) -> float:

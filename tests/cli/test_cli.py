@@ -371,9 +371,18 @@ def test_an_entry_of_a_list_has_the_flags_name(tmp_path):
     assert "--track is 'nosuch': Input should be 'tensorboard'" in " ".join(said.split())
 
 
+def test_a_plan_names_flags(tmp_path):
+    (tmp_path / "grid.yaml").write_text(
+        "{model: pico, tasks: [pico_topic], columns: [{name: mezo, lrs: [1e-3]}], budget: 8, config: {batch_size: 4}}"
+    )
+    told = metazo("compare", str(tmp_path / "grid.yaml"), "--dry-run", "--out", str(tmp_path / "out")).stdout
+    assert "--workers" in told and "`workers`" not in told
+
+
 def test_env_tasks_recipes_version():
     found = json.loads(metazo("env", "--json").stdout)
     assert found["torch"].startswith("2.") and found["kernels' vectors"] in ("128 bits", "256 bits", "512 bits")
     assert {"sst2", "squad", "pico_cause"} <= set(json.loads(metazo("tasks", "--json").stdout))
+    assert all(f" {name} " in metazo("tasks").stdout for name in ("tweet_sentiment", "stackoverflow_sentiment"))
     assert "pico-mezo-rms" in metazo("recipes").stdout and "lr:" in metazo("recipes", "pico-mezo-rms").stdout
     assert metazo("--version").stdout.startswith("metazo ")

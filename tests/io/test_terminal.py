@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 
 import rich.console
+from rich.table import Table
 
 from metazo.io.terminal import Console
 
@@ -36,3 +37,13 @@ def test_a_console_of_rich_becomes_one_of_metazo() -> None:
     target = io.StringIO()
     Console.of(rich.console.Console(file=target)).say("note:", "[bold]", once=True)
     assert target.getvalue() == "note: [bold]\n"
+
+
+def test_a_narrow_table_breaks_its_cells_and_cuts_nothing_off() -> None:
+    """A number without its exponent would be another one."""
+    console = Console(file=io.StringIO(), width=20)
+    table = Table("loss", "accuracy")
+    table.add_row("1.23456e-07", "0.987654321")
+    console.print(table)
+    lines = [line.split("│")[1:3] for line in console.file.getvalue().splitlines() if line.startswith("│")]  # type: ignore
+    assert ["".join(line[column].strip() for line in lines) for column in range(2)] == ["1.23456e-07", "0.987654321"]

@@ -41,6 +41,20 @@ def test_a_train_loss_of_0_is_a_point(tmp_path: Path, monkeypatch: pytest.Monkey
     assert drawn["loss"]["train (mean since the point before)"] == [(1, 0.5), (2, 0.0), (3, 0.0)]
 
 
+def test_an_objective_has_a_panel_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its values on train are no losses in nats."""
+    drawn: dict = {}
+    monkeypatch.setattr("metazo.plots.curves.plot_curves", lambda panels, path, **how: drawn.update(panels))
+    dev = [{"objective": 0.5 - n / 10, "loss": 2.0 - n, "accuracy": 0.5 + n / 10} for n in range(2)]
+    records = [{"forwards": n, "train_loss": 0.7 if n else None, "dev": dev[n]} for n in range(2)]
+    plot_run(records, tmp_path / "x.svg", "", ("accuracy",), "objective")
+    assert drawn == {
+        "objective": {"train (mean since the point before)": [(1, 0.7)], "dev": [(0, 0.5), (1, 0.4)]},
+        "loss": {"dev": [(0, 2.0), (1, 1.0)]},
+        "accuracy": {"dev": [(0, 0.5), (1, 0.6)]},
+    }
+
+
 def test_no_two_lines_look_alike():
     assert len({tuple(map(str, look(index).values())) for index in range(35)}) == 35
 

@@ -74,6 +74,7 @@ def test_the_run_is_that_of_the_rate_that_wins_from_the_first_step(settings, tmp
         and f"rate {won:g}, loss {first[won]:.4f} in steps 1 to 3" in told
     )
     assert found.summary["lr"] == won and found.summary["steps"] == steps
+    assert any(note.startswith("The race took 9 steps (18 forward passes) at other") for note in found.summary["notes"])
     run_settings(settings(steps=steps, forwards=None, lr=won, out=tmp_path / "plain", **options))
     assert (log := scan(tmp_path / "race/steps.jsonl").steps) == scan(tmp_path / "plain/steps.jsonl").steps
     assert [step.losses for step in log] == [step.losses for step in arms[won]]
