@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from statistics import median
 from typing import Any
@@ -70,10 +70,15 @@ def cautions(analysis: Analysis, other: Analysis) -> list[tuple[str, str]]:
             f"{listed(list(others))}: training minimised an objective ({named}) and not the loss, so that losses, and the "
             "work and time until a loss, say little about it."
         )
-    busy = _busy(data)
-    if busy and busy > BUSY:
+    busy = _busy(run for runs in data.runs.values() for run in runs.values())
+    if busy > BUSY:
         parts.append(
             f"The machine was busy: runs took {busy:.1f} times their processor time, so times are not reliable."
+        )
+    elif slow := _slowed(data):
+        parts.append(
+            f"The machine was busy during runs of {listed(list(slow))}, which took up to {max(slow.values()):.1f} times their "
+            "processor time, so times, and losses at equal time, are not reliable."
         )
     broken = [f for f in data.failures if f.kind.startswith("search") and f.readable and f.status == "failed"]
     if broken:
@@ -108,11 +113,21 @@ def cautions(analysis: Analysis, other: Analysis) -> list[tuple[str, str]]:
     return [("What to know before trusting it", " ".join(parts))] if parts else []
 
 
-def _busy(data: Comparison) -> float | None:
+def _busy(runs: Iterable[Run]) -> float:
     """Median over runs of clock time over processor time; well above 1 means that the machine had other work."""
-    every = [run for runs in data.runs.values() for run in runs.values()]
-    ratios = [run.wall / run.cpu for run in every if run.wall is not None and run.cpu]
-    return median(ratios) if ratios else None
+    ratios = [run.wall / run.cpu for run in runs if run.wall is not None and run.cpu]
+    return median(ratios) if ratios else 0.0
+
+
+def _slowed(data: Comparison) -> dict[str, float]:
+    """The columns whose runs, or runs to the time budget, were slowed down by other work: clock time over processor time."""
+    found: dict[str, float] = {}
+    for column in data.columns:
+        for kinds in (data.runs, data.timed):
+            busy = _busy(run for task in data.tasks for run in kinds.get((task, column), {}).values())
+            if busy > max(BUSY, found.get(column, 0.0)):
+                found[column] = busy
+    return found
 
 
 def _other_settings(data: Comparison) -> list[str]:

@@ -19,11 +19,12 @@ from metazo.models.load import MADE, LoadedModel
 from metazo.optimizers import METHODS
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.examples import prepared_task
+from metazo.runs.inputs import data_hash, definition
 from metazo.runs.locate import MODEL, SUMMARY, located, read_config, run_of, unset_in
 from metazo.runs.method import resolve_device, unversioned
 from metazo.settings import build, with_role
-from metazo.steplog.format import STEPS, scan
-from metazo.tasks import Task, in_memory, resolve
+from metazo.steplog.format import STEPS, change, scan
+from metazo.tasks import Prepared, Task, in_memory, resolve
 from metazo.tasks import evaluate as scoring
 from metazo.tasks.classes import fit_head
 from metazo.tasks.data import SPLITS, VERSION
@@ -134,7 +135,11 @@ def evaluate(
         raise UserError(f"The {split} split of task {chosen.name!r} has no rows here: give their number as `examples`.")
     if config.head in MADE and loaded.new_head:
         fit_head(loaded, prepared, config.eval_batch_size)
-    for note in [*prepared.notes, *(_doubts(trained) if run is not None else ())]:
+    notes = [*prepared.notes, *(_doubts(trained) if run is not None else ())]
+    if run is not None and task is None:
+        own_rows = data is None and examples is None and not any(value is not None for value in settings.values())
+        notes += _changes(run, prepared, loaded.model, own_rows)
+    for note in notes:
         say(note)
     found = scoring.evaluate(loaded.model, prepared, split, batch_size=config.eval_batch_size)
     if not math.isfinite(found["loss"]):
@@ -194,6 +199,20 @@ def _trained(run: Path) -> dict[str, Any] | None:
     """The record of the rows that a run was trained on; None if the log has no such record."""
     found = scan(run / STEPS).header.get("trained")
     return found if isinstance(found, dict) else None
+
+
+def _changes(run: Path, prepared: Prepared, model: nn.Module, own_rows: bool) -> list[str]:
+    """A note if the task, or the rows that it has, are not those of the run. own_rows: whether the same rows are wanted."""
+    header = scan(run / STEPS).header if (run / STEPS).is_file() else {}
+    then = header.get("definition")
+    what = change(then, definition(prepared.task, model)) if then else None
+    if what is None and own_rows and then and header.get("data") != data_hash(prepared):
+        what = "its rows are others, or are encoded in another way"
+    if what is None:
+        return []
+    return [
+        f"The task {prepared.task.name} has changed since the run ({what}): figures are not those of the run's task."
+    ]
 
 
 def _doubts(trained: dict[str, Any] | None) -> list[str]:

@@ -269,16 +269,16 @@ def _numbers(sizes: dict[str, int]) -> str:
 
 
 def _remarks(task: Task, drawn: Drawn) -> list[str]:
-    """Train rows that are dev or test rows as well, by the columns that the prompt reads, and classes without a train row."""
+    """Rows that are in two splits, by the columns that the prompt reads, and classes without a train row."""
     notes = []
     columns = read_columns(task)
     keys = {s: [content(row, columns) for _, row in drawn.rows[s]] for s in SPLITS}
-    train = set(keys["train"])
-    for split in ("dev", "test"):
-        again = sum(key in train for key in keys[split])
+    for split, other in (("dev", "train"), ("test", "train"), ("test", "dev")):
+        there = set(keys[other])
+        again = sum(key in there for key in keys[split])
         if again:
             notes.append(
-                f"{task.name}: {again} of {len(keys[split])} {split} rows are train rows as well, word for word"
+                f"{task.name}: {again} of {len(keys[split])} {split} rows are {other} rows as well, word for word"
             )
     if task.kind == "classification" and keys["train"]:
         seen = Counter(task.label_index(row[task.label], where) for where, row in drawn.rows["train"])

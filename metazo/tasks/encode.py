@@ -76,7 +76,8 @@ class Encoder:
             Decoder(task, loaded.model, self.tokenizer, loaded.name, self.limit) if self.kind == "seq2seq" else None
         )
         self.start = self.decoder.start if self.decoder else []
-        self.end = marks(self.tokenizer)[1] or [self.tokenizer.eos_token_id]
+        self.end = marks(self.tokenizer)[1]
+        """What the tokenizer puts after a text."""
         self.room = self.decoder.room if self.decoder else min(task.max_new_tokens, self.limit // 2)
         """Most tokens of a generated answer; the prompts of a causal model leave room for them."""
         self.chat = task.messages is not None
@@ -251,7 +252,7 @@ class Encoder:
     def _ids(self, text: str) -> list[int]:
         """Token ids with special tokens; for a causal model without those that its tokenizer puts after a text."""
         ids = list(self.tokenizer(text, **self._own, verbose=False)["input_ids"])
-        ended = len(ids) > len(self.end) and ids[-len(self.end) :] == self.end
+        ended = 0 < len(self.end) < len(ids) and ids[-len(self.end) :] == self.end
         return ids[: -len(self.end)] if self.kind == "causal" and not self.chat and ended else ids
 
     def _plain(self, text: str) -> list[int]:

@@ -243,14 +243,20 @@ def _from_hub(task: Task, split: str) -> Source:
 
 
 def _labelled(task: Task, rows: Any, where: str) -> list[int]:
-    """Positions of the rows whose label, or answer of a generation task, is not among the `unlabelled` ones."""
+    """Positions of the rows whose label, or answer of a generation task (of a chat its last turn), is not among the
+    `unlabelled` ones.
+    """
     if not task.unlabelled:
         return list(range(len(rows)))
     answered = task.kind == "generation" and "label" not in task.model_fields_set
     name, _, inner = task.answer.partition(".") if answered else (task.label, "", "")
+    if answered and task.messages is not None:
+        name, inner = task.messages, "content"
     if hasattr(rows, "column_names") and name not in rows.column_names:
         raise _missing(task, {name}, dict.fromkeys(rows.column_names), where)
     values = rows[name] if hasattr(rows, "column_names") else [row.get(name) for row in rows]
+    if answered and task.messages is not None:
+        values = [turns[-1] if isinstance(turns, list) and turns else None for turns in values]
     values = [value.get(inner) if inner and isinstance(value, dict) else value for value in values]
     return [i for i, value in enumerate(values) if not any(same_value(value, known) for known in task.unlabelled)]
 

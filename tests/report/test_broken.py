@@ -238,6 +238,17 @@ def test_a_busy_machine_is_said(tmp_path: Path):
         assert ("runs took 2.5 times their processor time" in told) is (name == "busy")
 
 
+@pytest.mark.parametrize("kind", ["seed", "time"])
+def test_columns_that_a_busy_machine_slowed_down_are_said(tmp_path: Path, kind: str):
+    for column in ("mezo", "lozo", "hizoo"):
+        for which in ("seed", "time"):
+            result = synthetic.result(COLUMN[column], "sst2", 0, which)
+            slow = column == "lozo" and which == kind
+            result.train_info["cpu_seconds"] = result.train_info["wall_seconds"] / (2.5 if slow else 1.2)
+            result.save(cell_path(tmp_path, "sst2", column, which, 0))
+    assert "busy during runs of lozo, which took up to 2.5 times their processor" in str(made(tmp_path).story.facts)
+
+
 def test_budgets_that_differ_are_said(tmp_path: Path):
     """Columns may have their own, and parts of a grid may have been run before it was changed."""
     for name, seed, budget in (("mezo", 0, 2000), ("mezo", 1, 4000), ("lozo", 0, 2000), ("zero-shot", 0, 0)):

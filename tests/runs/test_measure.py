@@ -66,6 +66,23 @@ def test_a_run_is_scored_on_its_own_rows(learned):
     assert evaluate(out, split="dev") == summary["dev"]
 
 
+def test_a_task_that_has_changed_since_the_run_is_said(coin, tmp_path):
+    task, rows, said = tmp_path / "coin.yaml", tmp_path / "coin.jsonl", []
+    task.write_text(coin.read_text())
+    rows.write_text((coin.parent / "coin.jsonl").read_text())
+    run(task, tmp_path / "run", steps=1)
+    evaluate(tmp_path / "run", say=said.append)
+    assert said == []
+    rows.write_text(rows.read_text().replace("note 1", "page 1"))
+    evaluate(tmp_path / "run", say=said.append)
+    assert said.pop().startswith("The task coin has changed since the run (its rows are others")
+    evaluate(tmp_path / "run", examples=9, say=said.append)  # others are asked for
+    assert not any("changed" in note for note in said)
+    task.write_text(task.read_text().replace("It was", "It is"))
+    evaluate(tmp_path / "run", examples=9, say=said.append)
+    assert "(prompt was '{text}. It was {}.' and is '{text}. It is {}.' now)" in said[-1]
+
+
 def test_a_run_is_scored_with_its_own_attention(coin, tmp_path, monkeypatch):
     run(coin, tmp_path / "run", attn_implementation="eager", steps=1)
     seen, real = [], scoring.evaluate

@@ -125,6 +125,16 @@ def test_unlabelled_rows_of_a_generation_task_are_those_without_its_answer(tmp_p
         draw(None, TASK.model_copy(update={"hub": str(tmp_path / "toy"), "unlabelled": (-1,)}))
 
 
+def test_unlabelled_chats_are_those_whose_last_turn_is():
+    chats = [
+        {"turns": [{"role": "user", "content": f"{i}"}, {"role": "assistant", "content": "" if i % 4 == 0 else "x"}]}
+        for i in range(60)
+    ]
+    task = Task(name="toy", kind="generation", messages="turns", unlabelled=("", None))
+    drawn = data.draw(*in_memory(task, {"train": chats}), train=30, dev=5, test=5, seed=0)
+    assert all(row["turns"][-1]["content"] for each in drawn.rows.values() for _, row in each)
+
+
 def test_arrays_within_a_column_are_lists():
     squad = [{"text": f"text {i}", "answers": {"text": np.array(["a", "b"], dtype=object)}} for i in range(12)]
     task = Task(name="toy", kind="generation", prompt="{text}", answer="answers.text")
@@ -410,6 +420,12 @@ def test_rows_in_two_splits_are_known_by_what_the_prompt_reads():
     drawn = data.draw(*in_memory(TASK, {"train": numbered, "validation": numbered}), train=10, dev=5, test=8, seed=0)
     assert any("of 5 dev rows are train rows as well" in note for note in drawn.notes)
     assert "toy: 6 of 8 test rows are train rows as well, word for word" in drawn.notes
+    same = [{"text": f"text {i}", "label": 0} for i in range(20)]
+    train = [{"text": f"other {i}", "label": 0} for i in range(20)]
+    drawn = data.draw(
+        *in_memory(TASK, {"train": train, "validation": same, "test": same}), train=9, dev=20, test=8, seed=0
+    )
+    assert "toy: 8 of 8 test rows are dev rows as well, word for word" in drawn.notes
 
 
 def test_own_train_validation_and_test_files(tmp_path):

@@ -282,6 +282,19 @@ def test_a_causal_model_reads_no_separator_between_prompt_and_answer(tmp_path):
     assert [text(loaded, word) for word in encoder.words] == ["great", "terrible"]
 
 
+def test_the_end_of_a_text_that_the_prompt_names_stays_if_the_tokenizer_adds_none(tmp_path):
+    """As in DialoGPT's form, question<|endoftext|>answer; it was taken for one that the tokenizer had added."""
+    loaded = words_model(tmp_path)
+    assert loaded.tokenizer.eos_token == "[END]" and loaded.tokenizer("film")["input_ids"][-1] != 1
+    task = Task(name="t", kind="generation", prompt="{text}[END]{}", answer="label")
+    example = Encoder(task, loaded)({"text": "the film", "label": "great"}, "row 1")
+    assert text(loaded, example.ids) == "the film [END]" and text(loaded, example.options[0]) == "great [END]"
+    own = TemplateProcessing(single="$A [END]", special_tokens=[("[END]", 1)])
+    loaded.tokenizer._tokenizer.post_processor = own
+    example = Encoder(task, loaded)({"text": "the film", "label": "great"}, "row 1")
+    assert text(loaded, example.ids) == "the film [END]" and text(loaded, example.options[0]) == "great [END]"
+
+
 def labelled(*words, prompt="{text}. It was {}."):
     return Task(name="t", kind="classification", prompt=prompt, labels=list(words))  # type: ignore[arg-type]
 
