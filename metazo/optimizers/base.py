@@ -401,13 +401,17 @@ class ZOOptimizer(Verbs, Saving):
 
         stepping: whether to refuse tensors without numbers (`checks_weights`); the size of the state is known without them.
         """
-        if not self._ready:
-            self.tensors = [
+        if not self._ready or (stepping and self.steps == 0 and self._unrecorded is None):
+            found = [
                 tensor
                 for index, group in enumerate(self.param_groups)
                 for tensor in trained(zip(group["param_names"], group["params"]), index)
             ]
-            check_names(self.tensors)
+            # a state that was saved or loaded before the first step (accelerate does both) is of what was trained then
+            self._ready = self._ready and [tensor.name for tensor in found] == [each.name for each in self.tensors]
+            if not self._ready:
+                self.tensors = found
+                check_names(self.tensors)
         if stepping and self.checks_weights:
             check_weights(self.tensors)
             self.checks_weights = False

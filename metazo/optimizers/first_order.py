@@ -72,11 +72,12 @@ class FirstOrder(Method):
         check_used(precision, [param for _, param in named])
         storages = {key: policy(precision, param.dtype) for key, param in named}
         self.precision, self.named, self.clip = precision, named, clip
-        self.masters = {
-            key: Master(NamedTensor(key, param, tensor_id(key)))  # type: ignore[arg-type]
-            for key, param in named
-            if storages[key] == "master" and param.dtype != torch.float32
-        }
+        with torch.inference_mode(False):  # they are changed in steps, perhaps outside of it
+            self.masters = {
+                key: Master(NamedTensor(key, param, tensor_id(key)))  # type: ignore[arg-type]
+                for key, param in named
+                if storages[key] == "master" and param.dtype != torch.float32
+            }
         thetas = {key: master.theta.requires_grad_() for key, master in self.masters.items()}
         self.thetas = {key: thetas.get(key, param) for key, param in named}
         exempt = [theta for key, theta in self.thetas.items() if any(part in key for part in DECAY_EXEMPT)]

@@ -25,7 +25,7 @@ from torch import Tensor
 from metazo.blocks import NamedTensor, chunks
 from metazo.errors import UserError
 from metazo.optimizers.groups import Closure
-from metazo.optimizers.guards import NO_GRADIENT
+from metazo.optimizers.guards import NO_GRADIENT, as_loss
 from metazo.optimizers.recomputed import Recomputed
 from metazo.optimizers.registry import register
 from metazo.step.lowrank import Held
@@ -91,6 +91,7 @@ class FirstOrderFused(Recomputed):
             raise UserError(NO_GRADIENT.format(self.name))
 
     def _loss(self, value: Any) -> Tensor:
+        as_loss(value)
         if not isinstance(value, Tensor) or not value.requires_grad:
             raise UserError(
                 f"{self.name} needs the loss as a tensor with a graph, and the closure returned {type(value).__name__}: "

@@ -50,7 +50,8 @@ class FZOO(ZOOptimizer):
         queries: perturbed losses per step, at least 2; the paper's 8.
         noise: "rademacher" as published, or "gaussian".
         rank: 0 for dense directions as published; r >= 1 for matrices of rank r, ours, whose probes can be evaluated together
-            ("auto" and the default do so for small batches). A matrix with a side below r uses that side as its rank.
+            ("auto" and the default do so for small batches). A matrix with a side below r uses that side as its rank. A
+            replay without closures reads "auto" as "in-turn": for a bit-identical result name the `probing` of the run.
         compat: "paper", or "official" for the published code's normalisation (lr 1e-5).
     """
 

@@ -30,9 +30,18 @@ DRIFT = 1e-4  # largest relative difference of coefficients from a log's that ca
 
 def as_loss(value: Any) -> float:
     """The loss that a closure returned: a tensor of one entry, or a number. Raises UserError for anything else."""
-    number = value.item() if isinstance(value, Tensor | np.ndarray) and math.prod(value.shape) == 1 else value
-    if isinstance(number, numbers.Real | np.bool_):  # numpy's real numbers are registered as such
-        return float(number)
+    try:
+        number = value.item() if isinstance(value, Tensor | np.ndarray) and math.prod(value.shape) == 1 else value
+        if isinstance(number, numbers.Real | np.bool_):  # numpy's real numbers are registered as such
+            return float(number)
+    except OverflowError:  # a whole number beyond all floats
+        pass
+    except RuntimeError as error:
+        if not (isinstance(value, Tensor) and value.is_meta):
+            raise
+        raise UserError(
+            "The closure returned a tensor on the meta device, which has no numbers: compute the loss on another."
+        ) from error
     raise UserError(f"The closure returned {described(value)}; {_remedy(value)}.")
 
 
@@ -155,7 +164,7 @@ def check_trained(tensors: Sequence[NamedTensor]) -> None:
     frozen = next((tensor.name for tensor in tensors if not in_training(tensor.param)), None)
     if frozen is not None:
         raise UserError(
-            f"{frozen} was frozen after the first step, when an optimizer takes up its tensors: make a new one."
+            f"{frozen} was frozen after the first step, for which an optimizer takes up its tensors: make a new one."
         )
 
 

@@ -224,7 +224,8 @@ class Analysis:
         return Reached(median(firsts), sum(map(math.isfinite, firsts)), max(len(self.data.seeds), len(firsts)))
 
     def at_time(self, task: str, column: str) -> AtTime | None:
-        """Loss on dev of a column's runs at the time budget: the last evaluation within it. None without any run.
+        """Loss on dev of a column's runs at the time budget: the last evaluation within it, after a step at least. None without
+        any run.
 
         The runs are those as long as the time budget if there are any, be it failed ones. Every seed needs one.
         """
@@ -236,7 +237,7 @@ class Analysis:
         curves = [run.curve for run in runs.values() if run.curve]
         if budget is None or not (curves or failed):
             return None
-        within = [[point.loss for point in curve if point.seconds <= budget] for curve in curves]
+        within = [[point.loss for point in curve if point.forwards and point.seconds <= budget] for curve in curves]
         losses = tuple(points[-1] for points in within if points)
         last = median(curve[-1].seconds for curve in curves) if curves else budget
         kind = "read off" if last > budget else "ended" if last < 0.9 * budget else "exact"

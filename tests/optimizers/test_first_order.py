@@ -223,3 +223,12 @@ def test_groups_and_tensors_without_names_are_refused(cls) -> None:
             UserError, match=rf"`params` of {cls.name} has {found}.*; it takes pairs of a name and a tensor"
         ):
             cls(params, lr=0.1)
+
+
+@each
+def test_masters_that_are_made_in_inference_mode_are_changed_outside_of_it(cls) -> None:
+    weights = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    with torch.inference_mode():
+        optimizer = cls([("w", weights)], lr=0.1)
+    optimizer.step(lambda: weights.float().sum())
+    assert (weights < 1).all()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 
 import pytest
 import torch
@@ -247,3 +248,15 @@ def test_a_weight_that_backward_needs_after_its_update_is_refused(make, fine: bo
             UserError, match="the backward pass still needed the earlier value of .* Part of the weights"
         ):
             optimizer.step(lambda: model(x).square().mean())
+
+
+@pytest.mark.parametrize("found", ["shape (5,)", "type complex64"])
+def test_a_loss_that_is_no_number_is_refused_in_a_sentence(found: str) -> None:
+    model = nn.Linear(4, 3)
+
+    def loss() -> torch.Tensor:
+        each = model(torch.ones(5, 4)).mean(1)
+        return each if "5" in found else torch.complex(each.sum(), each.sum())
+
+    with pytest.raises(UserError, match=f"The closure returned a tensor of .*{re.escape(found)}"):
+        FirstOrderFused(model.named_parameters(), lr=1e-2).step(loss)

@@ -53,6 +53,8 @@ def test_numbers_are_losses(value):
         (np.ones(2), "an array of shape (2,)", "mean()"),
         ("0.5", "'0.5', a str", "one number"),
         (1j, "1j, a complex", "one number"),
+        (10**400, "1000", "one number"),
+        (torch.ones((), device="meta"), "a tensor on the meta device", "on another"),
     ],
 )
 def test_what_is_no_loss_is_said_with_what_to_return(value, found, remedy):
@@ -124,6 +126,27 @@ def test_a_group_may_be_frozen_whole():
     optimizer.step(problem), other.step(twin)
     assert kept.equal(torch.ones(3)) and all(map(torch.equal, problem.parameters(), twin.parameters()))
     assert not all(map(torch.equal, problem.parameters(), quadratic(torch.float32).parameters()))
+
+
+@pytest.mark.parametrize("precision", ["in-place", "master", "compensated-16"])
+def test_what_is_frozen_or_not_after_a_state_was_saved_but_before_the_first_step_is_taken_up(precision):
+    """accelerate saves and loads the state in `prepare`; the layers that were trained then were trained for good."""
+    dtype = torch.float32 if precision == "in-place" else torch.bfloat16
+    models = [nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)).to(dtype) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    for saved, model in zip((True, False), models):
+        model[1].requires_grad_(False)
+        optimizer = MeZO(model.named_parameters(), lr=0.05, seed=3, precision=precision, scale="rms")
+        if saved:
+            optimizer.load_state_dict(optimizer.state_dict())
+        model[0].requires_grad_(False)
+        model[1].requires_grad_(True)
+        start = [p.detach().clone() for p in model.parameters()]
+        for _ in range(3):
+            optimizer.step(lambda model=model: model(torch.ones(1, 4, dtype=dtype)).float().square().sum())
+        moved = [not torch.equal(a, b) for a, b in zip(start, model.parameters())]
+        assert moved == [False, False, True, True, True, True]
+    assert all(map(torch.equal, models[0].parameters(), models[1].parameters()))
 
 
 def test_nothing_to_train_is_refused():

@@ -117,6 +117,9 @@ def test_equal_time_reads_slow_runs_off_their_curves(folder: Path):
     at = analysis.at_time("sst2", "lozo")  # an evaluation every 3 s: the last one in time is at 6 s
     assert at is not None and at.losses == (0.5, 0.5, 0.5) and at.kind == "read off"
     assert row(costs.equal_time(analysis), "mezo")[1] == "0.600"
+    analysis.data.grid["time_budget"] = 2.0  # before the first evaluation after a step: not the loss before training
+    assert row(costs.equal_time(analysis), "lozo")[1] == "– (0 of 3)"
+    del analysis.data.grid["time_budget"]
     continued = "faster columns were run again"
     assert continued not in costs.equal_time(analysis).note
     analysis.data.grid["time_budget"] = 6.0
