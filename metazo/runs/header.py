@@ -13,7 +13,7 @@ from metazo.models.parts import hash_of
 from metazo.models.select import unsaved
 from metazo.models.sentence import SentenceClassifier
 from metazo.runs.batches import order_of
-from metazo.runs.inputs import data_hash, inputs, own_inputs, tokenizer_hash
+from metazo.runs.inputs import data_hash, inputs, own_inputs, tokenizer_hash, tokenizing
 from metazo.runs.machine import processor, versions
 from metazo.runs.optimizer_record import optimizer_record
 from metazo.runs.schedule import COUNTING
@@ -37,6 +37,7 @@ def header(settings: dict[str, Any], setup: Setup) -> dict[str, Any]:
         "weights": hash_of(loaded.model),
         **_inputs(setup),
         "tokenizer": tokenizer_hash(loaded.tokenizer) if loaded.tokenizer is not None else None,
+        "tokenizing": tokenizing(loaded.tokenizer) if loaded.tokenizer is not None else None,
         "labels": task.num_labels if isinstance(task, Task) else None,
         "task": task.name,
         "data": data_hash(setup.prepared) if isinstance(setup.prepared, Prepared) else None,

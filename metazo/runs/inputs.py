@@ -24,6 +24,7 @@ from metazo.runs.own import OwnBatch, OwnLoss
 from metazo.tasks import Prepared
 from metazo.tasks.task import Task
 
+WORDS = 20_000  # that are split to compare tokenizers
 LONGEST = 40  # characters of a value that is written out
 # Fields of a transformers configuration for the origin of a model, the names of its outputs and the extra results of a
 # call beside the logits. Everything else may change the numbers: activations, norms, rope, windows, scalings.
@@ -51,11 +52,21 @@ _SOURCES = {"name", "hub", "config", "revision", "train_split", "test_split", "f
 
 
 def architecture(model: nn.Module) -> dict[str, Any]:
-    """The fields of the model's configuration that may change what it computes, nested names joined by dots, and the pooling
-    of a sentence encoder, which is in a file of its own.
+    """The fields of the model's configuration that may change what it computes, nested names joined by dots, the pooling of a
+    sentence encoder, which is in a file of its own, and hashes of the buffers that are saved with the weights.
     """
     found = dict(sorted(_flat(model.config.to_dict(), _INCIDENTAL)))  # type: ignore[operator,union-attr]
-    return found | ({"pooling": model.pooling} if isinstance(model, SentenceClassifier) else {})
+    found |= {"pooling": model.pooling} if isinstance(model, SentenceClassifier) else {}
+    return found | {f"buffer {name}": f"sha256:{weights_hash([('', value)])}" for name, value in _buffers(model)}
+
+
+def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The buffers that are saved with the weights and are whole on this process."""
+    for prefix, module in model.named_modules():
+        for name, value in module._buffers.items():
+            saved = value is not None and name not in module._non_persistent_buffers_set
+            if saved and not value.is_meta and not hasattr(value, "placements"):
+                yield f"{prefix}.{name}".lstrip("."), value
 
 
 def definition(task: Task, model: nn.Module) -> dict[str, Any]:
@@ -128,6 +139,17 @@ def tokenizer_hash(tokenizer: Any) -> str:
     """sha256 over the vocabulary and the tokens of a text of many scripts, whatever files they came from."""
     found = [sorted(tokenizer.get_vocab().items()), tokenizer(_TEXT)["input_ids"]]
     return sha256(json.dumps(found).encode()).hexdigest()
+
+
+def tokenizing(tokenizer: Any) -> dict[str, str]:
+    """Hashes of how the tokenizer splits the entries of its vocabulary (WORDS of them, evenly spread), which depends on its
+    merges, and of its chat template.
+    """
+    entries = sorted(tokenizer.get_vocab())
+    words = [entry.replace("Ġ", " ").replace("▁", " ") for entry in entries[:: max(1, -(-len(entries) // WORDS))]]
+    split = tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"]
+    found = {"splitting of words": split, "chat template": getattr(tokenizer, "chat_template", None)}
+    return {name: f"sha256:{sha256(json.dumps(value).encode()).hexdigest()}" for name, value in found.items()}
 
 
 def data_hash(prepared: Prepared) -> str:

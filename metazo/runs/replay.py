@@ -39,7 +39,7 @@ from metazo.models.select import unsaved
 from metazo.models.sentence import SentenceClassifier
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.folder import save_parts
-from metazo.runs.inputs import architecture, tokenizer_hash
+from metazo.runs.inputs import architecture, tokenizer_hash, tokenizing
 from metazo.runs.method import build_optimizer, of_log, resolve_device
 from metazo.runs.optimizer_record import RATES, optimizer_record
 from metazo.runs.own import StateFile
@@ -211,6 +211,9 @@ def _rebuilt(
         raise UserError(
             f"`base` {base} is not the base model of this log: its tokenizer has other tokens or splits text in another way."
         )
+    then = header.get("tokenizing") if loaded.tokenizer is not None else None
+    if isinstance(then, dict) and (what := change(then, tokenizing(loaded.tokenizer))) is not None:
+        raise UserError(f"`base` {base} is not the base model of this log: of its tokenizer {what}.")
     if unsaved(loaded.model) and "unsaved" not in header:
         raise UserError(
             f"the log was made by an earlier version of metazo, which trained weights of {base} that transformers does not "
@@ -231,7 +234,8 @@ def _rebuilt(
         )
     then = header.get("architecture")
     if isinstance(then, dict) and (what := change(then, architecture(loaded.model))) is not None:
-        raise UserError(f"`base` {base} is not the base model of this log: in its configuration {what}.")
+        where = "" if what.startswith("the buffer ") else "in its configuration "
+        raise UserError(f"`base` {base} is not the base model of this log: {where}{what}.")
     optimizer = given.optimizer or build_optimizer(config, loaded.model)
     optimizer.max_loss = config.max_loss
     then = header.get("optimizer") if given.optimizer is not None else None

@@ -17,7 +17,7 @@ from metazo.steplog.format import VERSION, Scan, change, differences, encode, li
 ENVIRONMENTS = "environment.json"
 LATER = ("architecture", "definition", "own", "optimizer")  # fields of the header that logs of earlier versions lack
 
-ADDED = ("split", "trained", "head", "tokenizer", "counting", "trust", "networks", "cost")
+ADDED = ("split", "trained", "head", "tokenizer", "tokenizing", "counting", "trust", "networks", "cost")
 """Keys that logs of older versions lack; if the data are the same, a missing key is not a difference."""
 
 

@@ -11,6 +11,7 @@ from functools import wraps
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 
 import metazo
@@ -21,6 +22,7 @@ from metazo.models.load import load_model
 from metazo.optimizers import OPTIMIZERS
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import run_settings
+from metazo.runs.inputs import _TEXT
 from metazo.runs.replay import replay
 from metazo.settings import build
 from metazo.steplog.format import line, scan
@@ -165,6 +167,40 @@ def test_a_base_whose_configuration_gives_the_same_weights_another_meaning_is_re
         UserError, match="is not the base model of this log: in its configuration hidden_act was 'silu'"
     ):
         replay(run / "steps.jsonl", tmp_path / "base")
+
+
+def test_a_base_with_other_buffers_is_refused(tmp_path):
+    """Such as the correction by which a mixture chooses its experts; they are saved with the weights, and not among these."""
+
+    def base(shift: float):
+        loaded = load_model(SMALL["model"])
+        loaded.model.model.layers[0].mlp.register_buffer("shift", torch.full((2,), shift))
+        loaded.model.model.layers[0].mlp.register_buffer("made", torch.full((2,), shift), persistent=False)
+        return loaded
+
+    settings = {name: value for name, value in SMALL.items() if name not in ("model", "task", "out")}
+    metazo.finetune(base(0.0), SMALL["task"], out=tmp_path / "run", **settings)
+    assert replay(tmp_path / "run/steps.jsonl", base(0.0)).identical
+    with pytest.raises(UserError, match=r"base model of this log: the buffer model\.layers\.0\.mlp\.shift changed"):
+        replay(tmp_path / "run/steps.jsonl", base(1.0))
+
+
+@pytest.mark.parametrize("what", ["splitting of words", "chat template"])
+def test_a_base_whose_tokenizer_splits_other_words_or_writes_another_chat_is_refused(run, tmp_path, what):
+    """With the same vocabulary, and the same tokens of the one text that is compared."""
+    loaded = load_model(SMALL["model"])
+    if what == "chat template":
+        loaded.tokenizer.chat_template = "{{ messages }}"
+    else:
+        settings = json.loads(loaded.tokenizer.backend_tokenizer.to_str())
+        used, merges = set(loaded.tokenizer.tokenize(_TEXT)), settings["model"]["merges"]
+        made = ["".join(merge) if isinstance(merge, list) else merge.replace(" ", "") for merge in merges]
+        dropped = [place for place in range(len(merges)) if made[place] not in used][-9:]
+        assert dropped
+        settings["model"]["merges"] = [merge for place, merge in enumerate(merges) if place not in dropped]
+        loaded.tokenizer._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(settings))
+    with pytest.raises(UserError, match=f"base model of this log: of its tokenizer the {what} changed"):
+        replay(run / "steps.jsonl", loaded)
 
 
 def test_a_base_with_another_tokenizer_is_refused(run, tmp_path):
