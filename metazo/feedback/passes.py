@@ -113,6 +113,10 @@ class Recorder:
                 self._check_whole()
                 if not isinstance(value, Tensor) or value.ndim or value.grad_fn is None or not self.passes:
                     raise UserError(self._no_graph(value))
+                if value.is_complex():
+                    raise UserError(
+                        "The closure returned a complex loss: return one real number, such as its real part."
+                    )
                 leaves = [one.above for one in self.passes]
                 share = value.new_tensor(1 / len(closures))
                 deltas, gradient = watched.pull([value], [share], leaves, self.outside)  # type: ignore[arg-type]

@@ -50,6 +50,8 @@ class FirstOrder(Method):
     precisions = ("auto", "in-place", "master", "autocast")
     replayable = False
     needs_gradient = True
+    kept: tuple[str, ...]
+    """What torch's optimizer keeps for each tensor, by its names."""
 
     def __init__(
         self,
@@ -60,7 +62,10 @@ class FirstOrder(Method):
         clip: float = 1.0,
         precision: str = "auto",
     ):
-        named = [(key, param) for key, param in _pairs(self.name, params) if param.requires_grad]
+        once: dict[int, tuple[str, Tensor]] = {}  # tied weights count once, under their first name
+        for key, param in _pairs(self.name, params):
+            once.setdefault(id(param), (key, param))
+        named = [(key, param) for key, param in once.values() if param.requires_grad]
         if not named:
             raise UserError("No tensor is trainable: every parameter is frozen.")
         check_graph(self.name, named)
@@ -190,7 +195,16 @@ class FirstOrder(Method):
 
     @torch.no_grad()
     def load_tensors_state(self, state: dict[str, Tensor]) -> None:
-        """Raises UserError for a state with float32 masters of other tensors than this optimizer has."""
+        """Raises UserError for a state of another method or model, or with float32 masters of other tensors."""
+        for key, value in state.items():
+            kind, _, name = key.partition("/")
+            theta, known = self.thetas.get(name), ("master", *self.kept)
+            fits = theta is not None and kind in known and (not value.ndim or value.shape == theta.shape)
+            if key != "counters" and not fits:
+                raise UserError(
+                    f"The saved state is not of this optimizer ({self.name}): {key} differs. Load it into the method and model "
+                    "that saved it."
+                )
         saved = {name for kind, _, name in (key.partition("/") for key in state) if kind == "master"}
         if saved != self.masters.keys():
             raise UserError(
@@ -202,7 +216,7 @@ class FirstOrder(Method):
             kind, _, name = key.partition("/")
             if kind == "master":
                 self.masters[name].theta.copy_(value)
-            elif name in self.thetas:
+            elif name:
                 self.inner.state[self.thetas[name]][kind] = value.clone()
 
 
@@ -224,6 +238,7 @@ class FirstOrderAdamW(FirstOrder):
     """torch's AdamW, by backpropagation."""
 
     name, search_rate, moments = "first-order-adamw", 3e-4, 2
+    kept = "step", "exp_avg", "exp_avg_sq"
 
     def wrapped(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
         return torch.optim.AdamW(groups, lr=lr)
@@ -234,6 +249,7 @@ class FirstOrderSGD(FirstOrder):
     """torch's SGD with momentum 0.9, by backpropagation. Its weight decay is decoupled, as that of AdamW."""
 
     name, search_rate, moments = "first-order-sgd", 1e-2, 1
+    kept = ("momentum_buffer",)
 
     def wrapped(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
         return _DecoupledSGD(groups, lr=lr, momentum=0.9)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -37,13 +39,20 @@ def _moved(value: Any, device: torch.device | str) -> Any:
     move: Any = getattr(value, "to", None)
     if isinstance(value, Mapping) and not isinstance(value, dict) and callable(move):  # a BatchEncoding, a TensorDict
         return move(device)
+    return _with_tensors(value, lambda tensor: tensor.to(device))
+
+
+def _with_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    """A copy of nested dicts, lists and tuples with `change` of each tensor; other mappings are copied as they are."""
+    if isinstance(value, Mapping) and not isinstance(value, dict) and hasattr(value, "to"):
+        return copy(value)
     if isinstance(value, Mapping):
-        return {key: _moved(item, device) for key, item in value.items()}
+        return {key: _with_tensors(item, change) for key, item in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_moved(item, device) for item in value))
+        return type(value)(*(_with_tensors(item, change) for item in value))
     if isinstance(value, list | tuple):
-        return type(value)(_moved(item, device) for item in value)
-    return value.to(device) if isinstance(value, Tensor) else value
+        return type(value)(_with_tensors(item, change) for item in value)
+    return change(value) if isinstance(value, Tensor) else value
 
 
 @dataclass(frozen=True)
@@ -69,14 +78,29 @@ class OwnLoss:
     task: _Named = _Named()
     notes: list[str] = field(default_factory=list)
     record: dict[str, Any] = field(default_factory=dict)
+    changes: bool = False
+    """Whether the function was seen to change tensors of its batch."""
 
     def collate(self, examples: Sequence[OwnBatch]) -> OwnBatch:
         (batch,) = examples
         return batch
 
     def loss(self, model: nn.Module, batch: OwnBatch) -> Tensor:
+        """The loss of a batch, of whose dicts and lists the function gets new ones, because it may take their entries out."""
+        content = _with_tensors(batch.content, lambda tensor: tensor)
+        tensors: list[Tensor] = []
+        _with_tensors(content, lambda tensor: tensors.append(tensor) if not tensor.is_inference() else None)
+        before = [tensor._version for tensor in tensors]
         with gradient_refused("`loss`"):
-            return self.function(model, batch.content)
+            value = self.function(model, content)
+        if not self.changes and before != [tensor._version for tensor in tensors]:
+            self.changes = True
+            warnings.warn(
+                "`loss` changes tensors of its batch in place, so that later evaluations of the batch, on dev and test as well,"
+                " get what it left: let it change copies, unless a second change makes no difference.",
+                stacklevel=2,
+            )
+        return value
 
     @torch.inference_mode()
     def evaluate(self, model: nn.Module, split: str, device: torch.device) -> dict[str, float]:

@@ -232,3 +232,38 @@ def test_masters_that_are_made_in_inference_mode_are_changed_outside_of_it(cls) 
         optimizer = cls([("w", weights)], lr=0.1)
     optimizer.step(lambda: weights.float().sum())
     assert (weights < 1).all()
+
+
+@each
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tied_weights_that_are_named_twice_count_once(cls, dtype) -> None:
+    """As in state_dict(keep_vars=True); narrow ones would have two masters, of which one never moves."""
+    moved = []
+    for twice in (False, True):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).to(dtype)
+        net[1].weight = net[0].weight
+        named = net.state_dict(keep_vars=True).items() if twice else net.named_parameters()
+        optimizer = cls(named, lr=1e-2)
+        for _ in range(5):
+            optimizer.step(lambda net=net: net(torch.ones(3, 4, dtype=dtype)).float().square().mean())
+        moved.append(net[0].weight.detach())
+        assert len(optimizer.named) == 3
+    assert torch.equal(*moved)
+
+
+@each
+def test_a_state_of_another_method_or_model_is_refused(cls) -> None:
+    def taken(kind, size: int, name: str = "w"):
+        weights = nn.Parameter(torch.ones(size))
+        optimizer = kind([(name, weights)], lr=0.1)
+        optimizer.step(lambda: weights.sum())
+        return optimizer
+
+    other = FirstOrderSGD if cls is FirstOrderAdamW else FirstOrderAdamW
+    target = taken(cls, 4)
+    before = {name: value.clone() for name, value in target.tensors_state().items()}
+    for odd in (taken(other, 4), taken(cls, 8), taken(cls, 4, "v")):
+        with pytest.raises(UserError, match=f"The saved state is not of this optimizer .{cls.name}.: .* differs"):
+            target.load_tensors_state(odd.tensors_state())
+    assert all(torch.equal(value, before[name]) for name, value in target.tensors_state().items())

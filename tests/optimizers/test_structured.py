@@ -46,6 +46,13 @@ def test_a_plain_step_is_sgd_on_the_gradient() -> None:
         assert torch.allclose(tiny.model.get_parameter(name), decay * before[name] - 0.1 * gradient, atol=1e-12), name
 
 
+def test_a_complex_loss_is_refused_in_a_sentence() -> None:
+    tiny = build("Llama")
+    optimizer = SkipFeedback(tiny.model.named_parameters(), 0.1, model=tiny.model)
+    with pytest.raises(UserError, match="The closure returned a complex loss: return one real number"):
+        optimizer.step(lambda: torch.complex(loss := tiny.every(), loss))
+
+
 def test_a_normalised_step_has_the_length_of_the_tensor_times_lr() -> None:
     tiny = build("Llama")
     zero = "model.layers.1.self_attn.q_proj.weight"

@@ -7,6 +7,7 @@ import gc
 import itertools
 import json
 import shutil
+import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -636,6 +637,34 @@ def test_batches_keep_their_type_and_losses_are_numbers():
     for wrong in (lambda model, batch: None, lambda model, batch: model(batch.x)):
         with pytest.raises(UserError, match="The closure returned"):
             run(wrong)
+
+
+@pytest.mark.parametrize("optimizer", ["mezo", "first-order-sgd"])
+@pytest.mark.parametrize("kind", [dict, BatchEncoding])
+def test_a_loss_may_take_entries_out_of_its_batch(optimizer, kind):
+    def entries(model, batch):
+        labels = batch.pop("y")
+        return cross_entropy(model(**batch), labels)
+
+    class Net(nn.Linear):
+        def forward(self, x):
+            return super().forward(x)
+
+    data = [kind({"x": x, "y": y}) for x, y in batches(2)]
+    found = metazo.finetune(Net(4, 2), loss=entries, data=data, dev=data, optimizer=optimizer, lr=1e-3, steps=5)
+    assert found.summary["steps"] == 5 and all("y" in batch for batch in data)
+
+
+def test_a_loss_that_changes_its_batch_in_place_is_warned_of_once():
+    def scaled(model, batch):
+        return cross_entropy(model(batch[0].div_(2)), batch[1])
+
+    with pytest.warns(UserWarning, match="`loss` changes tensors of its batch in place") as found:
+        metazo.finetune(net(), loss=scaled, data=batches(2), optimizer="first-order-sgd", lr=1e-3, steps=3)
+    assert sum("in place" in str(each.message) for each in found) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        metazo.finetune(net(), loss=loss, data=batches(2), optimizer="first-order-sgd", lr=1e-3, steps=3)
 
 
 def test_an_optimizer_that_has_taken_steps_is_refused():
