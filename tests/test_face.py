@@ -151,8 +151,10 @@ def test_output_that_nobody_reads_ends_a_run_which_can_be_continued(tmp_path: Pa
 
 def test_characters_that_a_terminal_has_not_are_escaped(tmp_path: Path) -> None:
     given = {**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": "40"}
+    task = tmp_path / "task.yaml"
+    task.write_text("{name: t, kind: classification, prompt: '{text} … {}', labels: [no, yes]}", encoding="utf-8")
     done = subprocess.run(
-        [sys.executable, "-m", "metazo", "tasks"], env=given, capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "metazo", "tasks", str(task)], env=given, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0 and "\\u2026" in done.stdout, done.stderr
 

@@ -70,7 +70,7 @@ def plot_run(
     for name in dict.fromkeys((minimised, "loss", *metrics[:1])):
         lines.setdefault(name, {})["dev"] = [(r["forwards"], r["dev"][name]) for r in records if name in r["dev"]]
     shown = {name: {label: points for label, points in each.items() if points} for name, each in lines.items()}
-    panels = {name: each for name, each in shown.items() if each}
+    panels = {name: each for name, each in shown.items() if each} or {minimised: {}}
     levels = {}
     if records and "accuracy" in metrics[:1] and "majority" in records[0]["dev"]:
         levels["accuracy"] = ("majority class", records[0]["dev"]["majority"])

@@ -55,6 +55,11 @@ def test_an_objective_has_a_panel_of_its_own(tmp_path: Path, monkeypatch: pytest
     }
 
 
+def test_a_run_without_a_finite_number_has_an_empty_picture(tmp_path: Path):
+    plot_run([], tmp_path / "x.png", "")
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_no_two_lines_look_alike():
     assert len({tuple(map(str, look(index).values())) for index in range(35)}) == 35
 
