@@ -51,7 +51,7 @@ def plot_curves(
                 axis.axhline(height, color="#666666", linewidth=1, label=label)
             axis.set(title=name, xlabel=x, ylabel=y if isinstance(y, str) else y[name])
             axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-            if not below:
+            if lines and not below:
                 axis.legend()
         if below:
             figure.legend(*figure.axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=3)
