@@ -63,6 +63,17 @@ def _peft() -> Any:
     return peft
 
 
+@contextmanager
+def _float32() -> Iterator[None]:
+    """New tensors in float32, whatever torch.set_default_dtype says: a replay, perhaps elsewhere, draws the same numbers."""
+    kept = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(kept)
+
+
 def add_adapters(loaded: LoadedModel, adapter: Adapter, seed: int) -> list[str]:
     """Put adapters on a model, without targets on the layers that peft names for this architecture (lora and dora: on all
     linear layers if it names none).
@@ -104,7 +115,7 @@ def add_adapters(loaded: LoadedModel, adapter: Adapter, seed: int) -> list[str]:
     if heads:  # peft itself knows those named classifier and score
         config.modules_to_save = heads
     try:
-        with torch.random.fork_rng(devices=[]), quiet_peft():
+        with torch.random.fork_rng(devices=[]), quiet_peft(), _float32():
             torch.default_generator.manual_seed(seed)
             if isinstance(loaded.model, SentenceClassifier):
                 peft.inject_adapter_in_model(config, loaded.model.encoder)

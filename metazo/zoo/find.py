@@ -115,6 +115,8 @@ def checked(data: bytes, entry: Entry, origin: str) -> Item:
         log = Log.from_bytes(data, origin)
         if log.base_model != entry.base_model:
             raise UserError(f"{origin} is of another base model than the zoo index says; it is refused")
+        if (entry.fingerprint, entry.blocks) != (None, 0):
+            raise UserError(f"{origin} is a log, of which the zoo index names blocks; it is refused")
         return log
     tuner = {"tuner": Tuner, "feedback": FeedbackTuner}[entry.kind].from_bytes(data, origin)
     if (tuner.info.fingerprint, len(tuner.info.blocks)) != (entry.fingerprint, entry.blocks):

@@ -15,6 +15,7 @@ from metazo.step.record import Step
 from metazo.steplog.format import encode, line, scan
 
 _PATHS, _NAMES = ("data", "objective", "zoo"), ("task", "tuner")
+_TEXTS = "head", "definition", "trained"  # label phrases, prompts and names of classes, which may look like paths
 """Settings that are paths, also relative ones, and those that may be: texts in others, such as label phrases, may only look
 like them."""
 
@@ -52,7 +53,8 @@ class Log:
     def published(self, base_model: str, start: Path | None = None) -> Log:
         """The same log for publication: with this name of the base model, and without local paths. start: the directory in
         which the run was started, if it is known; a relative path there is told from a Hub id."""
-        header: dict[str, Any] = _portable(self.header, start) | {"model": base_model}
+        texts = {name: self.header[name] for name in _TEXTS if name in self.header}
+        header: dict[str, Any] = _portable(self.header, start) | texts | {"model": base_model}
         if isinstance(header.get("settings"), dict):
             header["settings"] |= {"model": base_model}
         records = [header, *map(encode, self.steps), *([self.end] if self.end else [])]

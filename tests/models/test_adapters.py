@@ -83,6 +83,23 @@ def test_the_start_is_the_base_model_and_follows_the_seed(tmp_path):
     assert torch.equal(runs["a"][1][0], runs["b"][1][0]) and not torch.equal(runs["a"][1][0], runs["c"][1][0])
 
 
+@pytest.mark.parametrize("kind", ["lora", "prefix"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_start_does_not_depend_on_the_default_dtype(kind, dtype):
+    """Under which a replay in another process did not find the weights with which the run began."""
+    starts = []
+    for default in (torch.float32, dtype):
+        torch.set_default_dtype(default)
+        try:
+            loaded = load_model(SMALL["model"])
+            names = add_adapters(loaded, Adapter(kind, rank=4), seed=3)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        starts.append({name: p for name, p in loaded.model.named_parameters() if name in names})
+    assert starts[0].keys() == starts[1].keys() and starts[0]
+    assert all(p.dtype == torch.float32 and torch.equal(p, starts[1][name]) for name, p in starts[0].items())
+
+
 def test_without_peft_there_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UserError, match=r"need peft, .* pip install 'metazo\[peft\]'"):

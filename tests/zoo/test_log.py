@@ -100,6 +100,17 @@ def test_relative_paths_are_not_published(name: str, value: str, kept: str) -> N
     assert log.published("tiny").header["settings"] == {"model": "tiny", name: kept}
 
 
+def test_texts_that_look_like_paths_are_published_as_they_are() -> None:
+    """Label phrases, prompts and names of classes, from which a replay makes the head and the model's labels again."""
+    texts = {
+        "head": {"phrases": ["/home/refunds", "~/delivery"]},
+        "definition": {"prompt": "/help {text}", "labels": "{}"},
+        "trained": {"task": "mine", "labels": ["/ok", "../no"]},
+    }
+    published = Log.from_bytes(log_bytes(HEADER | texts), "a log").published("tiny").header
+    assert {name: published[name] for name in texts} == texts and published["settings"]["task"] == "mine.yaml"
+
+
 def test_what_is_published_does_not_depend_on_the_working_directory(tmp_path: Path, monkeypatch) -> None:
     settings = {"model": "tiny", "task": "sst2", "tuner": "org/tuner", "data": "data/mine", "objective": "own/good"}
     kept = settings | {"data": "mine", "objective": "good"}
@@ -168,6 +179,17 @@ def test_a_changed_log_in_a_zoo_is_refused(tmp_path: Path) -> None:
     assert "bytes and the zoo index says" in (check.problem or "")
     with pytest.raises(UserError, match="it is refused"):
         zoo.pull("mine/v1", tmp_path / "z")
+
+
+def test_blocks_of_a_log_in_an_index_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "steps.jsonl").write_bytes(log_bytes())
+    run("push", "--log", tmp_path / "steps.jsonl", "--to", tmp_path / "zoo", "--name", "mine")
+    index = tmp_path / "zoo" / "index.json"
+    entries = json.loads(index.read_text())
+    assert '"blocks": 0' in index.read_text() and entries
+    index.write_text(index.read_text().replace('"blocks": 0', '"blocks": 7'))
+    with pytest.raises(UserError, match="is a log, of which the zoo index names blocks"):
+        zoo.pull("mine", zoo=tmp_path / "zoo")
 
 
 def test_the_licence_is_kept(tmp_path: Path) -> None:
