@@ -65,7 +65,13 @@ def header(settings: dict[str, Any], setup: Setup) -> dict[str, Any]:
 
 def _inputs(setup: Setup) -> dict[str, Any]:
     if isinstance(setup.prepared, Prepared):
-        return inputs(setup.prepared, setup.loaded.model)
+        found = inputs(setup.prepared, setup.loaded.model)
+        if (
+            setup.loaded.new_head
+        ):  # made by the run itself, on another machine or with other threads with other last bits
+            kept = {key: value for key, value in found["architecture"].items() if not key.startswith("buffer head.")}
+            return found | {"architecture": kept}
+        return found
     return own_inputs(setup.prepared, setup.loaded.model, setup.device)
 
 

@@ -23,7 +23,7 @@ from metazo.runs.finetune import run_settings
 from metazo.runs.inputs import architecture
 from metazo.runs.replay import replay
 from metazo.settings import build
-from metazo.steplog.format import change
+from metazo.steplog.format import change, scan
 from metazo.tasks.encode import Encoded
 from metazo.tasks.prepared import Prepared
 from metazo.tasks.task import Task
@@ -398,6 +398,15 @@ def test_a_log_on_a_model_whose_head_is_made_is_replayed(checkpoint: Path, tmp_p
     second = {"model": str(tmp_path / "first" / "model"), "out": tmp_path / "second", "keep": "last"}
     run_settings(build(FinetuneConfig, settings, second))
     assert replay(tmp_path / "second" / "steps.jsonl", tmp_path / "first" / "model", tmp_path / "again").identical
+    for name in ("first", "second"):  # a head that is made elsewhere has other last bits
+        hashed = [key for key in scan(tmp_path / name / "steps.jsonl").header["architecture"] if "buffer head." in key]
+        assert bool(hashed) == (name == "second")
+    other = load_model(tmp_path / "first" / "model")
+    other.model.head.prototypes.neg_()
+    other.model.save_pretrained(tmp_path / "other")
+    other.tokenizer.save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match="not the base model of this log: the buffer head.prototypes changed"):
+        replay(tmp_path / "second" / "steps.jsonl", tmp_path / "other")
 
 
 def test_sentence_transformers_reads_a_tuned_encoder_as_its_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
