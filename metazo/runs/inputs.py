@@ -64,8 +64,9 @@ def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The buffers that are saved with the weights and are whole on this process."""
     for prefix, module in model.named_modules():
         for name, value in module._buffers.items():
-            saved = value is not None and name not in module._non_persistent_buffers_set
-            if saved and not value.is_meta and not hasattr(value, "placements"):
+            if value is None or name in module._non_persistent_buffers_set:
+                continue
+            if not value.is_meta and not hasattr(value, "placements"):
                 yield f"{prefix}.{name}".lstrip("."), value
 
 
