@@ -64,13 +64,13 @@ def tables(result: dict[str, Any]) -> list[Table]:
     """One table per measured suite, and one for its parts in bfloat16; of several processors one for each part."""
     several, made = len(result["processors"]) > 1, []
     for suite, maker in _MAKERS.items():
-        for narrow in (False, True):
-            found = [column for column in columns(result, suite) if column.part.endswith("bfloat16") == narrow]
-            if found and not several:
-                made.append(maker(suite, found))
-            for part in dict.fromkeys(column.part for column in found) if several else ():
-                table = maker(suite, [column for column in found if column.part == part])
-                made.append(replace(table, title=f"{table.title}: {shown_part(part)}"))
+        groups: dict[tuple[bool, str], list[Column]] = {}  # the parts in float32 first
+        for column in sorted(columns(result, suite), key=lambda column: column.part.endswith("bfloat16")):
+            key = column.part.endswith("bfloat16"), column.part if several else ""
+            groups.setdefault(key, []).append(column)
+        for (_, part), found in groups.items():
+            table = maker(suite, found)
+            made.append(replace(table, title=f"{table.title}: {shown_part(part)}") if part else table)
     return made
 
 

@@ -87,9 +87,14 @@ class OwnLoss:
 
     def loss(self, model: nn.Module, batch: OwnBatch) -> Tensor:
         """The loss of a batch, of whose dicts and lists the function gets new ones, because it may take their entries out."""
-        content = _with_tensors(batch.content, lambda tensor: tensor)
         tensors: list[Tensor] = []
-        _with_tensors(content, lambda tensor: tensors.append(tensor) if not tensor.is_inference() else None)
+
+        def seen(tensor: Tensor) -> Tensor:
+            if not tensor.is_inference():  # these do not count their changes
+                tensors.append(tensor)
+            return tensor
+
+        content = _with_tensors(batch.content, seen)
         before = [tensor._version for tensor in tensors]
         with gradient_refused("`loss`"):
             value = self.function(model, content)

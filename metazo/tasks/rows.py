@@ -249,13 +249,13 @@ def _labelled(task: Task, rows: Any, where: str) -> list[int]:
     if not task.unlabelled:
         return list(range(len(rows)))
     answered = task.kind == "generation" and "label" not in task.model_fields_set
+    chat = task.messages if answered else None
     name, _, inner = task.answer.partition(".") if answered else (task.label, "", "")
-    if answered and task.messages is not None:
-        name, inner = task.messages, "content"
+    name, inner = (chat, "content") if chat else (name, inner)
     if hasattr(rows, "column_names") and name not in rows.column_names:
         raise _missing(task, {name}, dict.fromkeys(rows.column_names), where)
     values = rows[name] if hasattr(rows, "column_names") else [row.get(name) for row in rows]
-    if answered and task.messages is not None:
+    if chat:
         values = [turns[-1] if isinstance(turns, list) and turns else None for turns in values]
     values = [value.get(inner) if inner and isinstance(value, dict) else value for value in values]
     return [i for i, value in enumerate(values) if not any(same_value(value, known) for known in task.unlabelled)]

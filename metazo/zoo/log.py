@@ -15,9 +15,10 @@ from metazo.step.record import Step
 from metazo.steplog.format import encode, line, scan
 
 _PATHS, _NAMES = ("data", "objective", "zoo"), ("task", "tuner")
-_TEXTS = "head", "definition", "trained"  # label phrases, prompts and names of classes, which may look like paths
 """Settings that are paths, also relative ones, and those that may be: texts in others, such as label phrases, may only look
 like them."""
+_TEXTS = "head", "definition", "trained"
+"""Parts of a header with label phrases, prompts and names of classes, which may look like paths; published as they are."""
 
 
 @dataclass(frozen=True)
