@@ -27,7 +27,9 @@ def tasks(
             if value not in (None, "", [], {}):
                 table.add_row(key, str(value))
     else:
-        table = Table(Column("task", no_wrap=True), "family", "kind", "metric", "prompt")
+        table = Table(
+            *(Column(name, no_wrap=name in ("task", "kind")) for name in ("task", "family", "kind", "metric", "prompt"))
+        )
         for key, task in sorted(
             TASKS.items(), key=lambda item: item[1].family or ""
         ):  # the sort keeps the order within
