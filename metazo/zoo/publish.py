@@ -33,8 +33,8 @@ def push(
     """Publish a tuner of either kind, a tuner file or a folder that holds one; returns its published name or address.
 
     to: a zoo folder, made if missing, by default the user's own (`METAZO_ZOO`); or `hub:org/name`.
-    base: the name of the base model in the zoo; by default the name in the tuner, or only the last name if that is a
-    local path. version: by default the next of v1, v2, ... (feedback-v1, ...). licence: adds or replaces the tuner's licence.
+    base: the name of the base model in the zoo; by default the name in the tuner, or if that is a local
+    path, only its last name, or the one before `model`. version: by default the next of v1, v2, ... (feedback-v1, ...). licence: adds or replaces the tuner's licence.
     sign: signs the zoo's index (`metazo.zoo.signature.signer`).
     Raises UserError if the tuner is unfit, the name is taken by another tuner, or the zoo cannot be written.
     """

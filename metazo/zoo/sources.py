@@ -84,14 +84,16 @@ def pull(
 
 
 def zoo_base(base_model: str) -> str:
-    """The zoo's folder for tuners of this base model: its name, or the last name if it is a path."""
+    """The zoo's folder for tuners of this base model: its name, or the last name if it is a path. The models that runs of
+    metazo save all lie in a folder called `model`, so that of these it is the name of the run's folder."""
     try:
         if not Path(base_model).exists():
             return safe_name(base_model, "base model")
     except (UserError, OSError):
         pass
-    last = re.sub(r"[^A-Za-z0-9._+-]+", "-", re.split(r"[/\\]", base_model.rstrip("/\\"))[-1]).strip(".-_+")[:90]
-    return safe_name(last or "model", "base model")
+    names = [re.sub(r"[^A-Za-z0-9._+-]+", "-", part).strip(".-_+")[:90] for part in re.split(r"[/\\]", base_model)]
+    *runs, last = [name for name in names if name] or ["model"]
+    return safe_name(runs[-1] if runs and last == "model" else last, "base model")
 
 
 def _fetch(

@@ -92,6 +92,14 @@ def test_path_of_a_base_model_is_not_published(tmp_path: Path) -> None:
     assert zoo.load("My-model").info.base_model == "My-model"
 
 
+def test_models_of_two_runs_are_two_base_models(tmp_path: Path) -> None:
+    names = []
+    for run in ("sst2", "boolq"):
+        (tmp_path / run / "model").mkdir(parents=True)
+        names.append(zoo.zoo_base(str(tmp_path / run / "model")))
+    assert [*names, zoo.zoo_base("model")] == ["sst2", "boolq", "model"]
+
+
 @pytest.mark.parametrize(
     "name",
     ["..", "../x", "a/../b", "/etc/x", "a//b", "", ".hidden", "a\\b", "C:x", "nul", "COM1.txt", "a/con", "a ", "a.",
