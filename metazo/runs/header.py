@@ -57,6 +57,7 @@ def header(settings: dict[str, Any], setup: Setup) -> dict[str, Any]:
         **({"cast": loaded.cast} if loaded.cast else {}),
         **({"decay": "decoupled"} if settings["optimizer"] == "first-order-sgd" and settings["weight_decay"] else {}),
         "counting": COUNTING,
+        **({"race": setup.raced} if setup.raced else {}),
         **({"cost": optimizer.measured_cost} if getattr(optimizer, "measured_cost", None) else {}),
         "settings": settings,
         "environment": environment(setup.device),

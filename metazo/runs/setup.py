@@ -65,6 +65,8 @@ class Setup:
     """What `precision='auto'` took for weights narrower than float32, and why, in a sentence."""
     cost: str | None = None
     """That a step costs another number of forward passes here than where the run began, in a sentence."""
+    raced: int = 0
+    """Steps that the race with which the run began took at other rates."""
 
     @property
     def rows(self) -> Prepared:

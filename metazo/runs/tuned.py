@@ -15,6 +15,7 @@ from metazo.models.assemble import load
 from metazo.models.load import LoadedModel
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.folder import RunFolder
+from metazo.runs.locate import log_to_continue
 from metazo.runs.own import OwnLoss
 from metazo.step.record import Step
 from metazo.steplog.format import STEPS, scan
@@ -108,15 +109,23 @@ class Part:
                 "more steps, fewer rates, or shorter rounds."
             )
         setup.steps -= self.spent
-        if self.others:
-            passes = round(self.others * setup.optimizer.forwards_per_step(setup.config.accumulate))
+        setup.raced = self.others or _raced(setup.config)
+        if setup.raced:
+            passes = round(setup.raced * setup.optimizer.forwards_per_step(setup.config.accumulate))
             setup.prepared.notes += [
-                f"The race took {self.others:,} steps ({passes:,} forward passes) at other rates, which the steps and forward "
+                f"The race took {setup.raced:,} steps ({passes:,} forward passes) at other rates, which the steps and forward "
                 "passes of this run do not contain."
             ]
 
 
 WHOLE = Part()
+
+
+def _raced(config: FinetuneConfig) -> int:
+    """The steps at other rates in the race with which a run that goes on began, as its log says."""
+    log = log_to_continue(config)
+    found = scan(log).header.get("race") if log else None
+    return found if type(found) is int and found > 0 else 0
 
 
 @dataclass

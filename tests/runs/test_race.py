@@ -97,16 +97,17 @@ def test_rates_that_cannot_be_told_apart_are_named(settings):
 
 
 def test_a_run_that_is_killed_before_it_has_its_first_steps_ends_the_same(settings, tmp_path):
-    race(settings(out=tmp_path / "run"), RATES[:2], 3)
+    told = race(settings(out=tmp_path / "run"), RATES[:2], 3).summary["notes"]
     wanted = {name: value.clone() for name, value in weights(tmp_path / "run").items()}
     for name in ("summary.json", "metrics.jsonl"):
         (tmp_path / "run" / name).unlink()
     log = tmp_path / "run/steps.jsonl"
     log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:2]))  # header and one step
-    run_settings(
-        settings(steps=21, forwards=None, lr=scan(log).header["settings"]["lr"], out=tmp_path / "run", resume=True)
-    )
+    rate = scan(log).header["settings"]["lr"]
+    run_settings(settings(steps=21, forwards=None, lr=rate, out=tmp_path / "run", resume=True))
     assert all(value.equal(wanted[name]) for name, value in weights(tmp_path / "run").items())
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["notes"] == told and told[0].startswith("The race took 3 steps (6 forward passes) at other rates")
 
 
 def test_rates_that_diverge_lose(settings, tmp_path):
