@@ -34,7 +34,8 @@ def push(
 
     to: a zoo folder, made if missing, by default the user's own (`METAZO_ZOO`); or `hub:org/name`.
     base: the name of the base model in the zoo; by default the name in the tuner, or if that is a local
-    path, only its last name, or the one before `model`. version: by default the next of v1, v2, ... (feedback-v1, ...). licence: adds or replaces the tuner's licence.
+    path, only its last name, or the one before `model`. version: by default the next of v1, v2, ... (feedback-v1, ...).
+    licence: adds or replaces the tuner's licence.
     sign: signs the zoo's index (`metazo.zoo.signature.signer`).
     Raises UserError if the tuner is unfit, the name is taken by another tuner, or the zoo cannot be written.
     """

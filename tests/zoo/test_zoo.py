@@ -94,9 +94,9 @@ def test_path_of_a_base_model_is_not_published(tmp_path: Path) -> None:
 
 def test_models_of_two_runs_are_two_base_models(tmp_path: Path) -> None:
     names = []
-    for run in ("sst2", "boolq"):
-        (tmp_path / run / "model").mkdir(parents=True)
-        names.append(zoo.zoo_base(str(tmp_path / run / "model")))
+    for folder in (tmp_path / "sst2" / "model", tmp_path / "boolq" / "model"):
+        folder.mkdir(parents=True)
+        names.append(zoo.zoo_base(str(folder)))
     assert [*names, zoo.zoo_base("model")] == ["sst2", "boolq", "model"]
 
 
