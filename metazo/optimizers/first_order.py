@@ -4,8 +4,9 @@ A step is one forward and one backward pass, counted as three forward passes (a 
 curves over forward passes are comparable. They need the memory that zeroth-order methods avoid: gradients, moments and
 activations.
 
-Weights narrower than float32 have float32 masters, as those of the other methods: gradients are clipped and added to the master
-in float32, and the weights are its rounding. There is no loss scaling, which gradients of float16 weights may need.
+Weights narrower than float32 have float32 masters, as those of the other methods: the gradients of several closures are
+averaged, clipped and added to the master in float32, and the weights are its rounding. There is no loss scaling, which
+gradients of float16 weights may need.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -29,7 +31,7 @@ from metazo.optimizers.groups import Closure, check_rates, listed
 from metazo.optimizers.guards import NO_GRADIENT, as_loss, check_graph
 from metazo.optimizers.registry import Method, register
 from metazo.step.autocast import as_called, own_arithmetic
-from metazo.step.precision import Master, check_used, policy, version_of, without_master
+from metazo.step.precision import Master, check_dtype, check_used, policy, version_of, without_master
 from metazo.step.record import Step
 
 FORWARDS_PER_STEP = 3
@@ -89,6 +91,7 @@ class FirstOrder(Method):
         decayed = [theta for key, theta in self.thetas.items() if not any(part in key for part in DECAY_EXEMPT)]
         groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
         self.inner = self.wrapped([group for group in groups if group["params"]], lr)
+        self.dtypes = {key: param.dtype for key, param in named}
         self.steps = self.forwards = 0
         self.last_step: Step | None = None
         self.recorder: Callable[[Step], None] | None = None
@@ -126,6 +129,8 @@ class FirstOrder(Method):
             raise UserError(
                 f"{self.name} runs in one process, because processes exchange losses alone: start it without torchrun."
             )
+        for key, param in self.named:
+            check_dtype(key, self.dtypes[key], param.dtype, "the optimizer was made")
         if self.steps == 0:
             for words in self.notes:
                 warnings.warn(words, stacklevel=3)  # the caller of `step`
@@ -160,12 +165,13 @@ class FirstOrder(Method):
                 loss = loss.reshape(()) / len(closures)
                 loss.backward()
                 total += float(loss.detach())
-        if all(param.grad is None for param in self.trained()):
+                for master in self.masters.values():
+                    _pass_gradient(master)
+        for theta in self.thetas.values():
+            if theta.grad is not None:
+                theta.grad = theta.grad.to_dense()  # an embedding's may be sparse
+        if all(theta.grad is None for theta in self.thetas.values()):
             raise UserError(NO_GRADIENT.format(self.name))
-        for key, param in self.named:
-            if param.grad is not None:
-                gradient, param.grad = param.grad.to_dense(), None  # an embedding's may be sparse
-                self.thetas[key].grad = gradient.to(self.thetas[key].dtype)
         self.forwards += FORWARDS_PER_STEP * len(closures)
         length = torch.nn.utils.clip_grad_norm_(self.thetas.values(), self.clip)
         solid = math.isfinite(length)
@@ -183,9 +189,8 @@ class FirstOrder(Method):
         return total if solid or not math.isfinite(total) else math.nan
 
     def tensors_state(self) -> dict[str, Tensor]:
-        state: dict[str, Tensor] = {
-            "counters": torch.tensor([self.steps, self.forwards], dtype=torch.int64, device="cpu")
-        }
+        counters = [self.steps, self.forwards, self._names]
+        state: dict[str, Tensor] = {"counters": torch.tensor(counters, dtype=torch.int64, device="cpu")}
         state |= {f"master/{name}": master.theta.detach() for name, master in self.masters.items()}
         for name, theta in self.thetas.items():
             for key, value in self.inner.state.get(theta, {}).items():
@@ -193,31 +198,56 @@ class FirstOrder(Method):
                     state[f"{key}/{name}"] = value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
         return state
 
+    @property
+    def _names(self) -> int:
+        """A checksum of the trained tensors' names, of which only those that had a gradient have a state."""
+        return crc32("\n".join(key for key, _ in self.named).encode())
+
+    def _fits(self, key: str, value: Tensor) -> bool:
+        """Whether an entry of a saved state can be one of this optimizer's."""
+        kind, _, name = key.partition("/")
+        if kind == "counters":  # those of earlier versions have no checksum
+            return len(value) == 2 or (len(value) == 3 and int(value[2]) == self._names)
+        if (theta := self.thetas.get(name)) is None or kind not in ("master", *self.kept):
+            return False
+        return value.ndim == 0 if kind == "step" else (value.shape, value.dtype) == (theta.shape, theta.dtype)
+
+    @torch.inference_mode(False)
     @torch.no_grad()
     def load_tensors_state(self, state: dict[str, Tensor]) -> None:
         """Raises UserError for a state of another method or model, or with float32 masters of other tensors."""
-        for key, value in state.items():
-            kind, _, name = key.partition("/")
-            theta, known = self.thetas.get(name), ("master", *self.kept)
-            fits = theta is not None and kind in known and (not value.ndim or value.shape == theta.shape)
-            if key != "counters" and not fits:
-                raise UserError(
-                    f"The saved state is not of this optimizer ({self.name}): {key} differs. Load it into the method and model "
-                    "that saved it."
-                )
-        saved = {name for kind, _, name in (key.partition("/") for key in state) if kind == "master"}
+        parts = [key.partition("/")[::2] for key in state]
+        saved = {name for kind, name in parts if kind == "master"}
         if saved != self.masters.keys():
             raise UserError(
                 f"The state of {self.name} has float32 masters of {len(saved)} tensors, and this optimizer of "
                 f"{len(self.masters)}: set `precision` to {'master' if saved else 'in-place'}."
             )
-        self.steps, self.forwards = (int(n) for n in state["counters"])
+        whole = {f"{kind}/{name}" for other, name in parts if other in self.kept for kind in self.kept} | {"counters"}
+        odd = [key for key, value in state.items() if not self._fits(key, value)] + sorted(whole - state.keys())
+        if odd:
+            raise UserError(
+                f"The saved state is not of this optimizer ({self.name}): {odd[0]} differs or is missing. Load it into the "
+                "method and model that saved it."
+            )
+        self.steps, self.forwards = (int(n) for n in state["counters"][:2])
+        self.inner.state.clear()
         for key, value in state.items():
             kind, _, name = key.partition("/")
             if kind == "master":
                 self.masters[name].theta.copy_(value)
             elif name:
-                self.inner.state[self.thetas[name]][kind] = value.clone()
+                theta = self.thetas[name]
+                device = theta.device if value.ndim else value.device  # torch keeps the number of steps on the CPU
+                self.inner.state[theta][kind] = value.to(device, copy=True)
+
+
+def _pass_gradient(master: Master) -> None:
+    """Add the gradient of narrow weights to that of their master, in float32."""
+    gradient, master.param.grad = master.param.grad, None
+    if gradient is not None:
+        wide = gradient.to_dense().to(master.theta.dtype)  # an embedding's may be sparse
+        master.theta.grad = wide if master.theta.grad is None else master.theta.grad.add_(wide)
 
 
 def _pairs(name: str, params: Iterable) -> list[tuple[str, Tensor]]:

@@ -8,7 +8,8 @@ The rules, in this order; docs/choose.md has them in words, with the figures the
     anything else                                 mezo, scale rms
 
 First-order training fits if a gradient and two moments of each trained weight, with a float32 master if it is narrower, and
-what a backward pass over the longest batch keeps, take at most `SHARE` of the free memory. What a backward pass keeps is
+what a backward pass over the longest batch keeps, take at most `SHARE` of the free memory. It is not taken if `precision` is one
+that it has not (compensated), or in place on narrow weights, which would lose its small updates. What a backward pass keeps is
 counted without keeping it: hooks on saved tensors add up their bytes and drop them.
 
 Where not to use it: for a method that is to be compared, or for a learning rate near the best: it takes the one that a
@@ -28,6 +29,7 @@ from metazo.errors import UserError
 from metazo.feedback.local import LocalGradient
 from metazo.feedback.residual import find_residual
 from metazo.feedback.surrogates import Column
+from metazo.optimizers.first_order import FirstOrderAdamW
 from metazo.optimizers.loss_watch import NARROW
 from metazo.optimizers.registry import method
 from metazo.runs.config import FinetuneConfig
@@ -79,9 +81,12 @@ def _rule(config: FinetuneConfig, model: nn.Module, loss: Loss, free: int) -> tu
         return mezo, "the loss has no gradient, so it is probed"
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     needed = kept + sum(parameter.numel() * _held(parameter.dtype) for parameter in trained)
-    fits = needed <= SHARE * free
     amounts = f"first-order training takes {size(needed)} beside the weights and {size(free)} are free"
-    if fits:
+    loses = config.precision == "in-place" and any(parameter.dtype in NARROW for parameter in trained)
+    if loses or config.precision not in FirstOrderAdamW.precisions:
+        how = "loses small updates" if loses else "is not to be had"
+        amounts = f"first-order training with `precision` {config.precision} {how}"
+    elif needed <= SHARE * free:
         return {"optimizer": "first-order-adamw"}, f"{amounts}, and first-order training was best at equal cost"
     if (problem := _no_feedback(model, loss)) is None:
         return {"optimizer": "answer-column"}, f"{amounts}; it keeps one block's graph at a time"

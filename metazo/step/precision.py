@@ -113,6 +113,15 @@ def without_master(name: str, params: Iterable[Tensor]) -> str | None:
     )
 
 
+def check_dtype(name: str, was: torch.dtype, now: torch.dtype, when: str) -> None:
+    """Raises UserError if a tensor has another dtype than `when` it was looked at, by which its storage was chosen."""
+    if now != was:
+        then, found = (str(kind).removeprefix("torch.") for kind in (was, now))
+        raise UserError(
+            f"{name} was {then} when {when} and is {found} now: make the optimizer when the model has its dtype."
+        )
+
+
 def check_flushing(compensated: Iterable[Tensor]) -> None:
     """Raises UserError if this thread would make small ones of these weights 0. torch's switch for it is not that of a GPU."""
     if any(param.dtype == torch.float16 and param.device.type == "cpu" for param in compensated) and flushes():

@@ -31,6 +31,7 @@ from metazo.step.precision import (
     Master,
     Storage,
     check_contiguous,
+    check_dtype,
     check_flushing,
     count_change,
     storage,
@@ -78,12 +79,8 @@ class Weights:
         for tensor in self.compensated:
             check_contiguous(tensor)
         for tensor in self.tensors:
-            if tensor.param.dtype != self.dtypes[tensor.name]:
-                was, now = (str(kind).removeprefix("torch.") for kind in (self.dtypes[tensor.name], tensor.param.dtype))
-                raise UserError(
-                    f"{tensor.name} was {was} when the optimizer took up its tensors (at the first step, or when a state was "
-                    f"saved or loaded) and is {now} now: make the optimizer when the model has its dtype."
-                )
+            when = "the optimizer took up its tensors (at the first step, or when a state was saved or loaded)"
+            check_dtype(tensor.name, self.dtypes[tensor.name], tensor.param.dtype, when)
         kept = ((name, place) for name, place in self.storage.items() if isinstance(place, Master | Compensated))
         changed = [name for name, place in kept if place.follow()]
         if changed:

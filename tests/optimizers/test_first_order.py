@@ -263,7 +263,60 @@ def test_a_state_of_another_method_or_model_is_refused(cls) -> None:
     other = FirstOrderSGD if cls is FirstOrderAdamW else FirstOrderAdamW
     target = taken(cls, 4)
     before = {name: value.clone() for name, value in target.tensors_state().items()}
-    for odd in (taken(other, 4), taken(cls, 8), taken(cls, 4, "v")):
-        with pytest.raises(UserError, match=f"The saved state is not of this optimizer .{cls.name}.: .* differs"):
-            target.load_tensors_state(odd.tensors_state())
+    narrow = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    narrow = cls([("w", narrow)], lr=0.1, precision="in-place")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        narrow.step(lambda: narrow.trained()[0].float().sum())
+    pieces = [{key: value for key, value in before.items() if key != gone} for gone in before if len(before) > 2]
+    odd = [each.tensors_state() for each in (taken(other, 4), taken(cls, 8), taken(cls, 4, "v"), narrow)]
+    for state in (*odd, *pieces, {}, before | {"counters": torch.ones(1)}):
+        with pytest.raises(UserError, match=f"The saved state is not of this optimizer .{cls.name}.: .* differs or is"):
+            target.load_tensors_state(state)
+    second = nn.Parameter(torch.ones(4))
+    more = cls([("w", nn.Parameter(torch.ones(4))), ("v", second)], lr=0.1)
+    with pytest.raises(UserError, match="counters differs"):
+        more.load_tensors_state(before)
     assert all(torch.equal(value, before[name]) for name, value in target.tensors_state().items())
+
+
+@each
+def test_a_loaded_state_replaces_what_was_there(cls) -> None:
+    """One from before the first step too; earlier versions saved no checksum of the names. Loaded in inference mode, it can be
+    stepped on outside of it."""
+    weights = nn.Parameter(torch.ones(3))
+    optimizer = cls([("w", weights)], lr=0.1)
+    fresh = optimizer.tensors_state()
+    optimizer.step(lambda: weights.square().sum())
+    once = {
+        name: value[:2] if name == "counters" else value.clone() for name, value in optimizer.tensors_state().items()
+    }
+    optimizer.step(lambda: weights.square().sum())
+    optimizer.load_tensors_state(fresh)
+    assert optimizer.tensors_state().keys() == {"counters"} and optimizer.steps == 0
+    with torch.inference_mode():
+        optimizer.load_tensors_state(once)
+    optimizer.step(lambda: weights.square().sum())
+    assert optimizer.steps == 2 and optimizer.tensors_state().keys() == once.keys()
+
+
+@each
+def test_gradients_of_several_closures_are_added_in_float32(cls) -> None:
+    """As far from the sum in float64 as each gradient's own rounding, and not as a sum in bfloat16."""
+    torch.manual_seed(0)
+    weights, rows = nn.Parameter(torch.zeros(200, dtype=torch.bfloat16)), torch.rand(64, 200).bfloat16()
+    optimizer, seen = cls([("w", weights)], lr=0.1, clip=1e9), {}
+    inner = optimizer.inner.step
+    optimizer.inner.step = lambda: seen.update(it=optimizer.thetas["w"].grad.clone()) or inner()
+    optimizer.step([lambda row=row: (weights * row).float().sum() for row in rows])
+    assert seen["it"].dtype == torch.float32
+    torch.testing.assert_close(seen["it"].double(), rows.double().mean(0), rtol=1e-6, atol=0)
+
+
+@each
+def test_weights_of_another_dtype_than_at_the_start_are_refused(cls) -> None:
+    net = nn.Linear(2, 1)
+    optimizer = cls(net.named_parameters(), lr=0.1)
+    net.bfloat16()
+    with pytest.raises(UserError, match="weight was float32 when the optimizer was made and is bfloat16 now"):
+        optimizer.step(lambda: net(torch.ones(1, 2, dtype=torch.bfloat16)).sum())

@@ -98,6 +98,26 @@ def test_narrow_weights_take_masters_and_adapters_beside_them_do_not() -> None:
         assert chosen(*given, int(needed / choose.SHARE) - 8, dtype="bfloat16")[0].optimizer != "first-order-adamw"
 
 
+@pytest.mark.parametrize(
+    ("dtype", "precision", "wanted"),
+    [
+        ("float32", "autocast", "first-order-adamw"),
+        ("float32", "in-place", "first-order-adamw"),
+        ("bfloat16", "in-place", "answer-column"),
+        ("bfloat16", "compensated-16", "answer-column"),
+        ("bfloat16", "master", "first-order-adamw"),
+    ],
+)
+def test_a_precision_that_first_order_training_has_not_leads_on(dtype: str, precision: str, wanted: str) -> None:
+    loaded = load_model("pico", dtype=dtype)
+    prepared = prepare(get("pico_topic"), loaded, train=8, dev=0, test=0, max_length=64)
+    loss = BatchLoss(loaded.model, prepared, prepared.train, CPU)
+    config, why = chosen(loaded.model, loss, PLENTY, dtype=dtype, precision=precision)
+    assert config.optimizer == wanted and (f"`precision` {precision} " in why) == (wanted == "answer-column")
+    metazo.finetune("pico", "pico_topic", optimizer="auto", dtype=dtype, precision=precision, steps=1, keep="last",
+                    batch_size=4, train_examples=4, dev_examples=0, test_examples=0, max_length=64)  # fmt: skip
+
+
 def test_a_loss_without_a_gradient_is_probed(pico) -> None:
     model, loss = pico
     config, why = chosen(model, lambda: float(loss().detach()), PLENTY)
