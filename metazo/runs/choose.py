@@ -8,8 +8,8 @@ The rules, in this order; docs/choose.md has them in words, with the figures the
     anything else                                 mezo, scale rms
 
 First-order training fits if a gradient and two moments of each trained weight, with a float32 master if it is narrower, and
-what a backward pass over the longest batch keeps, take at most `SHARE` of the free memory. It is not taken if `precision` is one
-that it has not (compensated), or in place on narrow weights, which would lose its small updates. What a backward pass keeps is
+what a backward pass over the longest batch keeps, take at most `SHARE` of the free memory. It is not taken if `precision` is
+one that it has not (compensated), or in place on narrow weights, which would lose its updates. What a backward pass keeps is
 counted without keeping it: hooks on saved tensors add up their bytes and drop them.
 
 Where not to use it: for a method that is to be compared, or for a learning rate near the best: it takes the one that a

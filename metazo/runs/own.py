@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ class OwnBatch:
         return 1
 
     def to(self, device: torch.device | str) -> OwnBatch:
-        """The same batch with its tensors on the device, in dicts, lists and tuples as well."""
+        """The same batch with its tensors on the device, in mappings, lists, tuples and dataclasses as well."""
         return OwnBatch(_moved(self.content, device))
 
 
@@ -43,9 +43,18 @@ def _moved(value: Any, device: torch.device | str) -> Any:
 
 
 def _with_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
-    """A copy of nested dicts, lists and tuples with `change` of each tensor; other mappings are copied as they are."""
-    if isinstance(value, Mapping) and not isinstance(value, dict) and hasattr(value, "to"):
-        return copy(value)
+    """A copy of nested mappings, lists, tuples and dataclasses, of their own types, with `change` of each tensor."""
+    if isinstance(value, MutableMapping) or (is_dataclass(value) and not isinstance(value, type)):
+        mapping = isinstance(value, Mapping)
+        try:
+            copied: Any = copy(value)
+        except Exception:  # some dicts whose entries are attributes
+            copied = dict(value) if mapping else value
+        entries = value.items() if mapping else [(each.name, getattr(value, each.name)) for each in fields(value)]
+        for key, item in list(entries):
+            if (new := _with_tensors(item, change)) is not item:
+                copied.__setitem__(key, new) if mapping else object.__setattr__(copied, key, new)
+        return copied
     if isinstance(value, Mapping):
         return {key: _with_tensors(item, change) for key, item in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):

@@ -10,6 +10,7 @@ import shutil
 import warnings
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -655,16 +656,47 @@ def test_a_loss_may_take_entries_out_of_its_batch(optimizer, kind):
     assert found.summary["steps"] == 5 and all("y" in batch for batch in data)
 
 
-def test_a_loss_that_changes_its_batch_in_place_is_warned_of_once():
+class Named(dict):
+    """A dict whose entries are attributes, as transformers' ModelOutput."""
+
+    def __getattr__(self, name):
+        if name not in self:
+            raise AttributeError(name)
+        return self[name]
+
+
+@dataclass(frozen=True)
+class Pair:
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+@pytest.mark.parametrize("kind", [tuple, dict, Named, BatchEncoding, Pair])
+def test_a_loss_that_changes_its_batch_in_place_is_warned_of_once(kind):
+    def parts(batch):
+        assert type(batch) is kind
+        if kind in (tuple, Pair):
+            return batch if kind is tuple else (batch.x, batch.y)
+        return (batch.x["it"], batch.y) if kind is Named else (batch["x"]["it"], batch.pop("y"))
+
     def scaled(model, batch):
-        return cross_entropy(model(batch[0].div_(2)), batch[1])
+        x, y = parts(batch)
+        return cross_entropy(model(x.div_(2)), y)
+
+    def plain(model, batch):
+        x, y = parts(batch)
+        return cross_entropy(model(x), y)
+
+    def data():
+        wrap: Callable = {tuple: lambda x, y: (x, y), Pair: Pair}.get(kind, lambda x, y: kind({"x": {"it": x}, "y": y}))
+        return [wrap(x, y) for x, y in batches(2)]
 
     with pytest.warns(UserWarning, match="`loss` changes tensors of its batch in place") as found:
-        metazo.finetune(net(), loss=scaled, data=batches(2), optimizer="first-order-sgd", lr=1e-3, steps=3)
+        metazo.finetune(net(), loss=scaled, data=data(), optimizer="first-order-sgd", lr=1e-3, steps=3)
     assert sum("in place" in str(each.message) for each in found) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        metazo.finetune(net(), loss=loss, data=batches(2), optimizer="first-order-sgd", lr=1e-3, steps=3)
+        metazo.finetune(net(), loss=plain, data=data(), optimizer="first-order-sgd", lr=1e-3, steps=3)
 
 
 def test_an_optimizer_that_has_taken_steps_is_refused():
