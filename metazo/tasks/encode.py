@@ -155,7 +155,9 @@ class Encoder:
                 tokens = [tuple(option) for option in example.options if option]
                 self.alike += len(set(tokens)) < len(tokens)
             return example
-        references = references_of(self.task, row, where)
+        # the answers of some files end in an end of text, which is put after them here, and which no generated answer has
+        end = self.tokenizer.eos_token or ""
+        references = [answer.removesuffix(end) for answer in references_of(self.task, row, where)]
         stop = "" if self.decoder else self.stop or ""
         example = self._continued(row, [references[0] + stop], [0])
         if example is not None:

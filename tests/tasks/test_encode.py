@@ -98,6 +98,17 @@ def test_answers_that_are_not_generated_whole_or_have_no_end_are_said(gpt2, tmp_
     assert len(found) == bool(words) and all(words in note for note in found), found
 
 
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
+def test_an_answer_that_ends_in_an_end_of_text_has_one(tiny, name):
+    loaded = load_model(tiny(name))
+    encoder = Encoder(Task(name="t", kind="generation", prompt="{text} it was {}"), loaded)
+    rows = [{"text": "the film", "answer": answer} for answer in ("great", "great" + loaded.tokenizer.eos_token)]
+    plain, ended = (encoder(row, "row 1") for row in rows)
+    assert (
+        plain == ended and plain.references == ["great"] and plain.options[0].count(loaded.tokenizer.eos_token_id) == 1
+    )
+
+
 def test_a_classifier_of_a_prompt_with_three_columns_needs_templates(tiny):
     loaded = load_model(tiny("bert"), num_labels=2)
     task = labelled("no", "yes", prompt="{a} {b} {c} {}")
