@@ -210,8 +210,11 @@ def of_decay(config: FinetuneConfig) -> dict[str, str | None]:
 
 
 def of_masters(optimizer: Method) -> dict[str, str | None]:
-    """So that first-order runs on narrow weights without masters, as in earlier versions, are not used again."""
-    return {"masters": "float32"} if getattr(optimizer, "masters", None) else {}
+    """So that first-order runs of earlier versions, which had neither masters of narrow weights nor autocast, are not used
+    again."""
+    if getattr(optimizer, "masters", None):
+        return {"masters": "float32"}
+    return {"autocast": "bfloat16"} if optimizer.precisions and optimizer.precision == "autocast" else {}
 
 
 def _objective(setup: Setup) -> dict[str, str | None]:

@@ -223,12 +223,21 @@ class Run:
             own["keep"] = "last"
         own["split_seed"] = 0 if shared else None
         layers: list[Mapping[str, Any]] = [{"model": grid.model, "data": grid.data}, OF_A_RUN, grid.config]
+        layers.append(self._own_precision(grid))
         last = [grid.search_config] if self.kind == "search" else []
         try:
             return build(FinetuneConfig, *layers, self.column.settings(), *last, own)
         except UserError as error:
             where = ", with `search_config`" if last and grid.search_config else ""
             raise UserError(f"Column {self.column.name!r}{where}: {error}") from error
+
+    def _own_precision(self, grid: Grid) -> dict[str, str]:
+        """auto, if the column's method has not the precision that all columns share, as first-order methods have no compensated
+        weights. What the column itself says comes after it."""
+        from metazo.optimizers.registry import method
+
+        known = method(self.column.optimizer).precisions if self.column.trains else ()
+        return {"precision": "auto"} if known and grid.config.get("precision", "auto") not in known else {}
 
     def __str__(self) -> str:
         rate = "" if self.lr is None else f", lr {self.lr:g}"

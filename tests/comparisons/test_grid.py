@@ -36,6 +36,8 @@ from metazo.tuner.networks import PertNN
 from metazo.tuner.scale import TunerScale
 from tests.comparisons.finished import read_results
 
+SMALL = {"train_examples": 8, "dev_examples": 8, "test_examples": 8, "batch_size": 4}
+
 
 def grid(tmp_path, **extra) -> Grid:
     base = {"model": "pico", "tasks": ["pico_sentiment"], "columns": ["mezo"], "budget": 40, "out": tmp_path}
@@ -226,13 +228,38 @@ def test_runs_of_sgd_with_a_weight_decay_that_was_part_of_the_momentum_are_not_c
     assert decay("first-order-sgd", 0.0) == decay("first-order-adamw", 0.5) == {}  # the keys of results that are there
 
 
-def test_first_order_runs_on_narrow_weights_without_masters_are_not_continued():
+def test_first_order_runs_of_versions_without_a_precision_are_not_continued(tmp_path):
     made = {
         dtype: FirstOrderAdamW(nn.Linear(2, 1, dtype=dtype).named_parameters())
         for dtype in (torch.float32, torch.bfloat16)
     }
     assert of_masters(made[torch.bfloat16]) == {"masters": "float32"}
     assert of_masters(made[torch.float32]) == of_masters(MeZO(nn.Linear(2, 1).named_parameters())) == {}
+    wide = [cls(nn.Linear(2, 1).named_parameters(), precision="autocast") for cls in (FirstOrderAdamW, MeZO)]
+    assert [of_masters(each) for each in wide] == [{"autocast": "bfloat16"}, {}]
+
+    def hashes(**config):
+        (fact,) = examine(
+            grid(tmp_path, columns=["first-order-adamw"], config=SMALL | config, reference="mezo")
+        ).values()
+        return fact.hashes
+
+    assert hashes(dtype="bfloat16")["masters"] == "float32" and hashes(precision="autocast")["autocast"] == "bfloat16"
+    assert set(hashes()) == {"model", "data", "tuner"}
+
+
+def test_a_shared_precision_that_a_method_has_not_is_auto_for_it(tmp_path):
+    named = [{"name": "own", "optimizer": "first-order-adamw", "options": {"precision": "master"}}]
+    config = {"dtype": "bfloat16", "precision": "compensated-16"}
+    made = grid(tmp_path, columns=["mezo", "first-order-adamw", "zero-shot", *named], config=SMALL | config)
+    found = [
+        Run("pico_sentiment", each, "seed", 0, 1e-3, 40).config(made, tmp_path).precision for each in made.resolved
+    ]
+    assert found == ["compensated-16", "auto", "compensated-16", "master"]
+    examine(grid(tmp_path, columns=["first-order-adamw"], config=SMALL | config))
+    with pytest.raises(UserError, match="Column 'own' .*compensated-16' is none of first-order-adamw's"):
+        named[0]["options"] = {"precision": "compensated-16"}
+        examine(grid(tmp_path, columns=named, config=SMALL | {"dtype": "bfloat16"}, reference="mezo"))
 
 
 def test_results_of_another_version_of_the_users_method_are_not_used_again(tmp_path, monkeypatch):
