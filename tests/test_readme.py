@@ -48,6 +48,18 @@ def test_the_method_of_contributing_is_the_example():
     assert code is not None and code[1] in (ROOT / "examples" / "own_method.py").read_text()
 
 
+def test_the_memory_that_the_readme_names_was_measured():
+    """On all processors: AdamW's least and most at (1, 32) and (8, 64), in multiples of the weights, and MeZO's most."""
+    found = json.loads((ROOT / "benchmarks" / "speed.json").read_text())["processors"]
+    suites = [suite for each in found for suite in each["suites"].get("memory", {}).values()]
+    above: dict[str, list[float]] = {}
+    for row in (row for suite in suites for row in suite["rows"]):
+        above.setdefault(row["case"], []).append(row["above"] / row["weights"])
+    adam, mezo = above["AdamW, first-order"], above["MeZO"]
+    said = f"AdamW takes {min(adam):.1f} to {max(adam):.1f} times the memory of the weights beyond inference and MeZO "
+    assert f"{said}{max(mezo):.1%}".replace("%", " %") in " ".join(README.split())
+
+
 def test_the_readme_is_short():
     assert len(README.splitlines()) <= 140
 

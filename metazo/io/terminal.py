@@ -15,6 +15,7 @@ from contextlib import suppress
 from typing import Any
 
 import rich.console
+from rich.cells import cell_len
 from rich.console import ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.table import Table
@@ -86,8 +87,17 @@ class Console(rich.console.Console):
         return super().render_str(escaped(text), **settings)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        for column in renderable.columns if isinstance(renderable, Table) else ():
-            column.overflow = "fold"
+        if isinstance(renderable, Table):
+            whole = [
+                max(map(cell_len, [str(cell) for cell in (c.header, *c.cells)]))
+                for c in renderable.columns
+                if c.no_wrap
+            ]
+            others = len(renderable.columns) - len(whole)
+            least = sum(whole) + 2 * others + 3 * len(renderable.columns) + 1  # with the lines and spaces between
+            for column in renderable.columns:
+                column.overflow = "fold"
+                column.no_wrap &= least <= (options or self.options).max_width  # else a column would be cropped
         for segment in super().render(renderable, options):
             if segment.control or segment.text.isprintable():  # a segment with `control` is rich's own
                 yield segment

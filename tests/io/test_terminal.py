@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 
+import pytest
 import rich.console
-from rich.table import Table
+from rich.table import Column, Table
 
 from metazo.io.terminal import Console
 
@@ -39,11 +40,13 @@ def test_a_console_of_rich_becomes_one_of_metazo() -> None:
     assert target.getvalue() == "note: [bold]\n"
 
 
-def test_a_narrow_table_breaks_its_cells_and_cuts_nothing_off() -> None:
-    """A number without its exponent would be another one."""
-    console = Console(file=io.StringIO(), width=20)
-    table = Table("loss", "accuracy")
+@pytest.mark.parametrize(("width", "broken"), [(20, True), (32, False)])
+def test_a_narrow_table_breaks_its_cells_and_cuts_nothing_off(width: int, broken: bool) -> None:
+    """A number without its exponent would be another one. Columns that are to be whole are if there is room."""
+    console = Console(file=io.StringIO(), width=width)
+    table = Table(Column("loss", no_wrap=True), "accuracy")
     table.add_row("1.23456e-07", "0.987654321")
     console.print(table)
     lines = [line.split("│")[1:3] for line in console.file.getvalue().splitlines() if line.startswith("│")]  # type: ignore
     assert ["".join(line[column].strip() for line in lines) for column in range(2)] == ["1.23456e-07", "0.987654321"]
+    assert (len(lines) > 1) == broken
