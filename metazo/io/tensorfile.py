@@ -62,7 +62,7 @@ def weights_hash(tensors: Iterable[tuple[str, Tensor]], *, at_once: bool = True)
 def _bytes(tensor: Tensor) -> memoryview | bytes:
     if is_traceable_wrapper_subclass(tensor):  # quantised: whole numbers and scales
         return b"".join(_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
-    flat = tensor.detach().cpu().contiguous().flatten()
+    flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().flatten()
     return flat.view(torch.uint8).numpy().data if flat.numel() else b""
 
 
@@ -81,12 +81,20 @@ def to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> byte
 
 def check_plain(tensors: Mapping[str, Tensor], remedy: str) -> None:
     """Raises UserError for a tensor that is made of others, such as a quantised weight, of which the file has no type."""
+    check_dense(tensors, remedy)
     for name, tensor in tensors.items():
         if isinstance(tensor, Tensor) and is_traceable_wrapper_subclass(tensor):
             kind = type(tensor).__name__
             raise UserError(
                 f"{name} is a {kind}, such as a quantised weight, which no safetensors file can hold: {remedy}."
             )
+
+
+def check_dense(tensors: Mapping[str, Tensor], remedy: str) -> None:
+    """Raises UserError for a sparse tensor."""
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor) and tensor.layout != torch.strided:
+            raise UserError(f"{name} is a sparse tensor, which no safetensors file can hold: {remedy}.")
 
 
 def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:

@@ -61,12 +61,13 @@ def architecture(model: nn.Module) -> dict[str, Any]:
 
 
 def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The buffers that are saved with the weights and are whole on this process."""
+    """The buffers that are saved with the weights and are whole on this process; not sparse ones, which have no bytes of the
+    whole."""
     for prefix, module in model.named_modules():
         for name, value in module._buffers.items():
             if value is None or name in module._non_persistent_buffers_set:
                 continue
-            if not value.is_meta and not hasattr(value, "placements"):
+            if value.layout == torch.strided and not value.is_meta and not hasattr(value, "placements"):
                 yield f"{prefix}.{name}".lstrip("."), value
 
 

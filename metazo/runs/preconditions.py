@@ -6,7 +6,7 @@ from typing import Any
 
 from metazo.errors import UserError
 from metazo.io.processes import rank, world
-from metazo.io.tensorfile import check_plain
+from metazo.io.tensorfile import check_dense, check_plain
 from metazo.models.adapters import PEFT_TYPES
 from metazo.models.assemble import has_adapters
 from metazo.models.compressed import rounds
@@ -99,12 +99,13 @@ def _check_quantised(config: FinetuneConfig) -> None:
 
 def _check_repeated(config: FinetuneConfig, loaded: LoadedModel) -> None:
     """Raises UserError for a base in memory on which its adapters could not be loaded, and for what no file can hold."""
+    remedy = "leave out `out`, or add `keep='none'`, and save the model yourself"
     if loaded.kind == "own":
-        return check_plain(
-            loaded.model.state_dict(), "leave out `out`, or add `keep='none'`, and save the model yourself"
-        )
+        return check_plain(loaded.model.state_dict(), remedy)
     base: Any = getattr(loaded.model, "get_base_model", lambda: loaded.model)()
     adapted = config.adapters is not None or base is not loaded.model
+    if not adapted or config.merge:
+        check_dense(loaded.model.state_dict(), remedy)
     if adapted and loaded.quantize is None and repeated(base, loaded.dtype)[0]:
         raise UserError(
             "`model` was quantised in a way that metazo does not repeat, so it could not load the adapters on this base: "

@@ -176,6 +176,7 @@ def test_a_base_with_other_buffers_is_refused(tmp_path):
         loaded = load_model(SMALL["model"])
         loaded.model.model.layers[0].mlp.register_buffer("shift", torch.full((2,), shift))
         loaded.model.model.layers[0].mlp.register_buffer("made", torch.full((2,), shift), persistent=False)
+        loaded.model.model.layers[0].mlp.register_buffer("turned", torch.full((2,), 1j).conj())
         return loaded
 
     settings = {name: value for name, value in SMALL.items() if name not in ("model", "task", "out")}
@@ -183,6 +184,18 @@ def test_a_base_with_other_buffers_is_refused(tmp_path):
     assert replay(tmp_path / "run/steps.jsonl", base(0.0)).identical
     with pytest.raises(UserError, match=r"base model of this log: the buffer model\.layers\.0\.mlp\.shift changed"):
         replay(tmp_path / "run/steps.jsonl", base(1.0))
+
+
+def test_a_sparse_buffer_is_not_looked_at_and_not_saved(tmp_path):
+    loaded = load_model(SMALL["model"])
+    loaded.model.model.register_buffer("graph", torch.eye(2).to_sparse())
+    settings = {name: value for name, value in SMALL.items() if name not in ("model", "task", "out", "keep")}
+    with pytest.raises(
+        UserError, match="model.graph is a sparse tensor, which no .* file can hold: leave out `out`, or add"
+    ):
+        metazo.finetune(loaded, SMALL["task"], out=tmp_path / "run", **settings)
+    metazo.finetune(loaded, SMALL["task"], out=tmp_path / "run", keep="none", **settings)
+    assert "buffer" not in (tmp_path / "run/steps.jsonl").read_text()
 
 
 @pytest.mark.parametrize("what", ["splitting of words", "chat template"])
