@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +57,9 @@ def test_an_objective_has_a_panel_of_its_own(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_run_without_a_finite_number_has_an_empty_picture(tmp_path: Path):
-    plot_run([], tmp_path / "x.png", "")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # as matplotlib's for a legend of nothing
+        plot_run([], tmp_path / "x.png", "")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
