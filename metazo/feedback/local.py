@@ -24,6 +24,7 @@ from metazo.feedback.passes import Call, Captured, Closure, Recorder
 from metazo.feedback.residual import Residual
 from metazo.feedback.surrogates import Surrogate
 from metazo.feedback.watched import Names, Watched
+from metazo.step.buffers import buffers_kept
 
 
 class LocalGradient:
@@ -85,9 +86,10 @@ class LocalGradient:
         """The error at a block's input, and the block's gradient."""
         below, total = [], Gradient()
         for one, error in zip(captured.passes, errors):
-            leaf, output, watched = self._graph(index, one.calls.pop(index), error)
-            error = error[:, -output.shape[1] :].to(output.dtype)
-            (pulled,), gradient = watched.pull([output], [error], [leaf], self.trained[index])
+            with buffers_kept():  # the statistics of BatchNorm are those of the first run
+                leaf, output, watched = self._graph(index, one.calls.pop(index), error)
+                error = error[:, -output.shape[1] :].to(output.dtype)
+                (pulled,), gradient = watched.pull([output], [error], [leaf], self.trained[index])
             below.append(pulled)
             total.add(gradient)
             del leaf, output, gradient

@@ -24,6 +24,7 @@ from metazo.optimizers.groups import Closure
 from metazo.optimizers.loss_watch import generators_kept
 from metazo.step.batched import Branch, TooLarge
 from metazo.step.batched import losses as losses_at
+from metazo.step.buffers import buffers_kept
 from metazo.step.estimators import mean
 from metazo.step.substitute import used_unseen
 from metazo.step.terms import Term
@@ -77,7 +78,8 @@ class Unseen:
         if self.step == optimizer.steps or (not new and optimizer.steps % self.EVERY):
             return []
         looked_at = [tensor for tensor in unmet if tensor.name in self.left]
-        with generators_kept(optimizer.tensors[0].param.device):
+        with generators_kept(optimizer.tensors[0].param.device), warnings.catch_warnings(), buffers_kept():
+            warnings.filterwarnings("ignore", r"Using `torch.compile\(module\)` when there are global hooks")
             if used_unseen(looked_at, again, loss):
                 return looked_at  # and look again: probes in turn take this step again
         self.step = optimizer.steps

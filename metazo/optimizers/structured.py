@@ -43,6 +43,7 @@ from metazo.optimizers.groups import Closure
 from metazo.optimizers.guards import NO_GRADIENT
 from metazo.optimizers.loss_watch import generators_kept
 from metazo.optimizers.recomputed import Recomputed
+from metazo.step.buffers import buffers_kept
 from metazo.step.directions import Sparse
 from metazo.step.lowrank import Held
 from metazo.step.terms import Term
@@ -153,9 +154,10 @@ class Structured(Recomputed):
 
     @property
     def untouched(self) -> list[str]:
-        if not self.steps:
+        reached = self.zo_state.get("feedback/reached")
+        if reached is None or not bool(reached.any()):
             return []
-        return [tensor.name for tensor, there in zip(self.tensors, self.zo_state["feedback/reached"]) if not there]
+        return [tensor.name for tensor, there in zip(self.tensors, reached) if not there]
 
     @property
     def notes(self) -> list[str]:
@@ -168,18 +170,30 @@ class Structured(Recomputed):
                 f"layers, or keys and values that blocks share); {self.name} leaves out that part of the gradient."
             )
         if self.untouched:
-            names, count = ", ".join(self.untouched[:3]), len(self.untouched)
-            found.append(
-                f"{self.name} has no estimate for {count} trained tensors, which do not change, such as {names}."
-            )
+            found.append(self._without_estimate())
         return found
+
+    def _without_estimate(self) -> str:
+        left = self.untouched
+        share = sum(self.by_name[name].param.numel() for name in left) / sum(p.numel() for p in self.trained())
+        return (
+            f"{self.name} has no estimate for {len(left)} trained tensors ({100 * share:.2g} % of the trained weights), which do not "
+            f"change, such as {', '.join(left[:3])}: they are before the first block, or no loss reaches them."
+        )
+
+    def _warn_of_untouched(self) -> None:
+        """After the first step; not of embeddings, which is known (docs/feedback.md), and not of little beside them."""
+        tables = {id(each.weight) for each in self.model.modules() if isinstance(each, nn.Embedding)}
+        left = [param for name in self.untouched if id(param := self.by_name[name].param) not in tables]
+        if sum(param.numel() for param in left) > 0.01 * sum(param.numel() for param in self.trained()):
+            warnings.warn(self._without_estimate(), stacklevel=6)  # the caller of `step`
 
     def measure_cost(self, closure: Closure) -> None:
         """If only the last position contributes to the loss, blocks run there alone, and the cost is measured on the batch."""
         if not self.recompute:  # blocks run whole
             return
         self._prepare()
-        with self.weights.evaluating():
+        with self.weights.evaluating(), buffers_kept():
             forward = count_operations(lambda: self._forward(closure))
             step = count_operations(lambda: deque(self.local.gradients(self.local.capture([closure])), maxlen=0))
         self.measured_cost = round(step / forward, 2) if self.local.at_last and forward else 4
@@ -201,17 +215,21 @@ class Structured(Recomputed):
         with generators_kept(self.tensors[0].param.device) if first else nullcontext():
             captured = self.local.capture(closures)
         if first:  # draws the same random numbers, after which the generators are where they were
-            self.bypassed = bypassed(self.local.recorder, closures, captured) and math.isfinite(captured.loss)
+            with buffers_kept():
+                self.bypassed = bypassed(self.local.recorder, closures, captured) and math.isfinite(captured.loss)
         deltas = [one.delta for one in captured.passes]
         finite = all(bool(delta.isfinite().all()) for delta in deltas)  # type: ignore[union-attr]
         return captured.loss, captured if finite else None
 
     def descend(self, found: Captured, rates: Sequence[float]) -> None:
+        first = not bool(self.zo_state["feedback/reached"].any())
         gradients = self.local.gradients(found)
         while self._next(gradients, rates):
             pass
         if not bool(self.zo_state["feedback/reached"].any()):
             raise UserError(NO_GRADIENT.format(self.name))
+        if first:
+            self._warn_of_untouched()
 
     def _next(self, gradients: Iterator[tuple[int | None, Gradient]], rates: Sequence[float]) -> bool:
         """Take the next block's gradient, computed in the type of the forward pass, and drop it. False if there is none."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import warnings
 from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
 
 from metazo.bench.architectures import build
@@ -64,7 +67,7 @@ def test_a_normalised_step_has_the_length_of_the_tensor_times_lr() -> None:
     optimizer.step(tiny.every)
     assert optimizer.untouched == ["model.embed_tokens.weight"]
     (note,) = optimizer.notes
-    assert "no estimate for 1 trained tensors, which do not change, such as model.embed_tokens.weight." in note
+    assert "no estimate for 1 trained tensors (12 % of the trained weights), which do not change, such as model.emb" in note
     for name, p in tiny.model.named_parameters():
         step, gradient = p.detach() - before[name], p.grad
         if name == "model.embed_tokens.weight" or not gradient.norm():
@@ -572,3 +575,62 @@ def test_momentum_of_a_whole_matrix_is_nearly_its_best_approximation(shape: tupl
     assert float((found.dense("w") - wanted).norm() / lost) == pytest.approx(1, abs=1e-3)
     momentum.update(twin, Gradient({}, {}, {"w": gradient}))
     assert all(torch.equal(value, twin[name]) for name, value in state.items())
+
+
+class Residual(nn.Module):
+    """x + b(relu(norm(a(x)))), with BatchNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(8, 8), nn.BatchNorm1d(8, momentum=None), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return x + self.b(torch.relu(self.norm(self.a(x))))
+
+
+class Stemmed(nn.Module):
+    def __init__(self, stem: nn.Module) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.blocks, self.head = stem, nn.ModuleList(Residual() for _ in range(3)), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [
+        (SkipFeedback, {}),
+        (AnswerColumn, {"positions": "all"}),
+        (AnswerColumn, {"positions": "all", "recompute": False}),
+    ],
+)
+def test_the_statistics_of_batchnorm_are_those_of_one_forward_pass(cls, options) -> None:
+    """Blocks run again for the check of other ways and for their gradients."""
+    model, target = Stemmed(nn.Identity()).train(), torch.randint(3, (16,))
+    x, other = 3 * torch.randn(16, 8) + 2, copy.deepcopy(model)
+    optimizer = cls(model.named_parameters(), lr=1e-12, model=model, **options)
+    for _ in range(2):
+        optimizer.step(lambda: cross_entropy(model(x), target))
+        other(x)
+    for (name, one), two in zip(model.named_buffers(), other.buffers()):
+        torch.testing.assert_close(one, two, msg=name)
+
+
+def test_a_stem_that_is_not_trained_is_said_and_embeddings_are_not() -> None:
+    target = torch.randint(3, (16,))
+    for stem, x in ((nn.Linear(5, 8), torch.randn(16, 5)), (nn.Embedding(50, 8), torch.randint(50, (16,)))):
+        model = Stemmed(stem).eval()
+        optimizer = SkipFeedback(model.named_parameters(), lr=1e-3, model=model)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                optimizer.step(lambda model=model, x=x: cross_entropy(model(x), target))
+        names = ["stem.weight", "stem.bias"] if isinstance(stem, nn.Linear) else ["stem.weight"]
+        assert optimizer.untouched == names and any("no estimate for" in note for note in optimizer.notes)
+        assert [str(each.message) for each in said] == (optimizer.notes if isinstance(stem, nn.Linear) else [])
+        assert all(each.filename == __file__ for each in said)
