@@ -177,8 +177,8 @@ class Structured(Recomputed):
         left = self.untouched
         share = sum(self.by_name[name].param.numel() for name in left) / sum(p.numel() for p in self.trained())
         return (
-            f"{self.name} has no estimate for {len(left)} trained tensors ({100 * share:.2g} % of the trained weights), which do not "
-            f"change, such as {', '.join(left[:3])}: they are before the first block, or no loss reaches them."
+            f"{self.name} has no estimate for {len(left)} trained tensors ({100 * share:.2g} % of the trained weights), which "
+            f"do not change, such as {', '.join(left[:3])}: they are before the first block, or no loss reaches them."
         )
 
     def _warn_of_untouched(self) -> None:

@@ -67,7 +67,10 @@ def test_a_normalised_step_has_the_length_of_the_tensor_times_lr() -> None:
     optimizer.step(tiny.every)
     assert optimizer.untouched == ["model.embed_tokens.weight"]
     (note,) = optimizer.notes
-    assert "no estimate for 1 trained tensors (12 % of the trained weights), which do not change, such as model.emb" in note
+    assert (
+        "no estimate for 1 trained tensors (12 % of the trained weights), which do not change, such as model.emb"
+        in note
+    )
     for name, p in tiny.model.named_parameters():
         step, gradient = p.detach() - before[name], p.grad
         if name == "model.embed_tokens.weight" or not gradient.norm():
