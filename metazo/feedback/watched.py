@@ -127,9 +127,9 @@ def _leaf_alone(node: Node, known: dict[Node, int | None]) -> int | None:
 
 
 def _factors(entry: LinearMap, error: Tensor, entered: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors over the positions whose error is not zero."""
+    """Factors over the positions whose error is not zero; on the meta device, which knows none of them, over all."""
     error, entered = error.reshape(-1, error.shape[-1]), entered.reshape(-1, entered.shape[-1])
     carrying = error.ne(0).any(1)
-    if not bool(carrying.all()):
+    if not error.is_meta and not bool(carrying.all()):
         error, entered = error[carrying], entered[carrying]
     return entry.factors(error, entered)

@@ -24,7 +24,8 @@ def buffers_kept() -> Iterator[None]:
             if id(part) not in seen:
                 seen.add(id(part))
                 held = [(name, buffer) for name, buffer in part._buffers.items() if buffer is not None]
-                kept.extend((part, name, it, it.detach().clone()) for name, it in held if it.layout == torch.strided)
+                dense = [(name, it) for name, it in held if it.layout == torch.strided and not it.is_meta]
+                kept.extend((part, name, it, it.detach().clone()) for name, it in dense)
 
     hook = register_module_forward_pre_hook(keep)
     try:

@@ -14,7 +14,7 @@ from torch import nn
 import metazo
 from metazo.errors import UserError
 from metazo.models.load import load_model
-from metazo.runs import choose
+from metazo.runs import choose, dryrun
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import run_settings
 from metazo.tasks import get, prepare
@@ -195,3 +195,13 @@ def test_settings_of_a_method_need_a_method() -> None:
     for changes in ({"tuner": "auto"}, {"scale": "rms"}, {"rule": "adam"}, {"method": {"rank": 2}}):
         with pytest.raises(UserError, match="`optimizer` is auto, which chooses the method, so `\\w+` cannot be set"):
             choose.check_open(settings(**changes))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_dry_run_chooses_as_the_run_does_if_first_order_does_not_fit(dtype: str, monkeypatch) -> None:
+    """Without numbers: the positions with an error are not known."""
+    given = settings(**COMMON, dtype=dtype, out=Path("nowhere"))
+    for module in (choose, dryrun):
+        monkeypatch.setattr(module, "free_memory", lambda device: 8_000_000)
+    found = dryrun.dry_run(given)
+    assert "auto takes answer-column" in found["optimizer"] and not any("not known" in note for note in found["notes"])
