@@ -129,3 +129,38 @@ def test_the_name_of_a_file_is_defined_once():
             if isinstance(constant, str) and re.fullmatch(r"[\w-]+\.(safetensors|jsonl?|png)", constant):
                 found.setdefault(constant, set()).add(name)
     assert len(found) > 5 and {file: names for file, names in found.items() if len(names) > 1} == {}
+
+
+TEXT_CALLS = ("read_text", "write_text", "open", "fdopen", "NamedTemporaryFile")
+ASCII_ALONE = {"metazo/optimizers/outline.py"}  # reads the sources of methods
+
+
+def in_the_systems_encoding(source: str) -> list[int]:
+    """Lines that read or write text without naming an encoding. Python then takes that of the locale."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call) or any(word.arg == "encoding" for word in node.keywords):
+            continue
+        callee = ast.unparse(node.func)
+        values = [*node.args, *(word.value for word in node.keywords if word.arg == "mode")]
+        modes = [str(value.value) for value in values if isinstance(value, ast.Constant)]
+        binary = any(re.fullmatch("[rwxa+]*b[rwxa+]*", mode) for mode in modes)
+        of_a_class = re.fullmatch(r"[A-Z]\w*\.\w+", callee)  # a constructor of that name
+        if callee.rpartition(".")[2] in TEXT_CALLS and not (binary or of_a_class or callee == "os.open"):
+            found.append(node.lineno)
+    return found
+
+
+def test_text_is_utf_8_whatever_the_locale():
+    """A name or label in another script cannot be written in the encoding of some locales, or is read as other letters."""
+    paths = [path for folder in ("metazo", "cli", "pertnn_zoo") for path in (ROOT / folder).rglob("*.py")]
+    found = {str(path.relative_to(ROOT)) for path in paths if in_the_systems_encoding(path.read_text(encoding="utf-8"))}
+    assert found <= ASCII_ALONE
+    assert all(path.read_bytes().isascii() for path in (ROOT / "metazo" / "optimizers").glob("*.py"))
+
+
+def test_the_check_of_encodings_finds_each_kind():
+    bad = ["p.read_text()", "p.write_text(t)", "open(p)", "p.open('a')", "p.open(mode='w')", "os.fdopen(n)"]
+    good = ["p.read_bytes()", "p.open('rb')", "open(p, 'xb')", "os.open(p, os.O_RDONLY)", "Trajectory.open(folder)"]
+    good += ["p.read_text(encoding='utf-8')"]
+    assert [in_the_systems_encoding(line) for line in (*bad, *good)] == [[1]] * len(bad) + [[]] * len(good)

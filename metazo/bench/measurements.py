@@ -105,7 +105,7 @@ def opened(path: Path, environment: dict[str, Any]) -> tuple[dict[str, Any], dic
 def read(path: Path) -> dict[str, Any]:
     """The file's content, in format 2. Raises UserError if it is not a file of this kind."""
     try:
-        result = json.loads(path.read_text())
+        result = json.loads(path.read_text(encoding="utf-8"))
         if result["format"] == 1:
             found = {"environment": result["environment"], "suites": result["suites"]}
             result = {"format": FORMAT, "processors": [found]}

@@ -210,7 +210,9 @@ def main() -> None:
     result = measurements.read(given.figures)
     for document in given.documents:
         drawn = document.with_suffix(".png")
-        document.write_text(placed(document.read_text(), "speed", markdown(result, drawn.name)))
+        document.write_text(
+            placed(document.read_text(encoding="utf-8"), "speed", markdown(result, drawn.name)), encoding="utf-8"
+        )
         picture.plot(result, drawn)
 
 

@@ -48,7 +48,7 @@ def measure(
         test = [_loss(prepared, model, batch) for batch in prepared.batches(prepared.dev, BATCH)]
         rows += _rows(name, model, fit, test, maps, log)
     if corpus is not None:
-        ids = loaded.tokenizer(corpus.read_text()[:400_000], add_special_tokens=False)["input_ids"]
+        ids = loaded.tokenizer(corpus.read_text(encoding="utf-8")[:400_000], add_special_tokens=False)["input_ids"]
         count = BATCH * (FIT + TEST)
         passages = torch.tensor(ids[: count * PASSAGE]).view(count, PASSAGE).split(BATCH)
         closures = [_next_token(model, batch) for batch in passages]

@@ -41,7 +41,7 @@ def bounded(function: Callable[[Any], Any], calls: Sequence[tuple[str, Any]]) ->
         try:
             gc.disable()  # it could free tensors of a device
             _limit(SECONDS + int(EACH * len(calls)))
-            with open(writes, "w") as out:
+            with open(writes, "w", encoding="utf-8") as out:
                 for call in calls:
                     try:
                         answer = [_answer(function, *call), None]
@@ -54,7 +54,7 @@ def bounded(function: Callable[[Any], Any], calls: Sequence[tuple[str, Any]]) ->
     process = os.pidfd_open(child)  # its number may be another's once somebody else has waited for it
     os.close(writes)
     try:
-        with open(reads) as answers:
+        with open(reads, encoding="utf-8") as answers:
             for name, _ in calls:
                 line = answers.readline()
                 if not line:
@@ -83,7 +83,7 @@ def _answer(function: Callable[[Any], Any], name: str, value: Any) -> Any:
 def _limit(seconds: int) -> None:
     import resource  # not on Windows
 
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0])
     for kind, most in (
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_CPU, seconds),

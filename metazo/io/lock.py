@@ -52,7 +52,7 @@ class FolderLock:
         self._lock = lock
         holder = {"pid": os.getpid(), "host": socket.gethostname()}
         with suppress(OSError):  # a full disk: the lock is valid all the same
-            (self.folder / NAME).write_text(json.dumps(holder))
+            (self.folder / NAME).write_text(json.dumps(holder), encoding="utf-8")
         return self
 
     def check(self) -> None:
@@ -119,6 +119,6 @@ class FolderLock:
 def _holder(path: Path) -> dict[str, Any] | None:
     """The holder of the lock that the file names, if it names one."""
     with suppress(OSError, ValueError, TypeError, KeyError):
-        found = json.loads(path.read_text()[:1000])
+        found = json.loads(path.read_text(encoding="utf-8")[:1000])
         return {"pid": int(found["pid"]), "host": str(found["host"])[:100]}
     return None

@@ -170,7 +170,7 @@ def plot(folder: Path, normalised: bool) -> Path:
 
         from metazo.plots.style import log_axis, look, png, styled, unprintable
 
-    rows = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+    rows = [json.loads(line) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()]
     steps, names = [row["step"] for row in rows], list(rows[0]["sigma"])
     path = folder / PLOT
     with styled(), unprintable(), whole_file(path) as file:

@@ -117,7 +117,7 @@ def record(
         lines = [json.dumps(row) for row in _read_log(folder, manifest, first)]
         _drop_earlier(folder, manifest["snapshots"])
     write_whole(folder / _LOG, "".join(line + "\n" for line in lines).encode())
-    with (folder / _LOG).open("a") as log:
+    with (folder / _LOG).open("a", encoding="utf-8") as log:
         for step in range(first, steps):
             if step % every == 0 and step not in manifest["snapshots"]:
                 log.flush()

@@ -50,7 +50,7 @@ def instructions(folder: Path, task: str, split: str = "train") -> list[tuple[st
     require_files(folder, f"{task}/{split}.jsonl")
     told = next(each for each in text.TASKS if each.name == task)
     names = list(told.labels.values())
-    rows = [json.loads(line) for line in (folder / task / f"{split}.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (folder / task / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
     before, _, _ = str(told.prompt).partition("{}")
     return [(before.replace("{text}", row["text"]).rstrip(), f" {names[row['label']]}") for row in rows]
 

@@ -37,17 +37,17 @@ class AdapterFiles:
     def save_pretrained(self, folder: str | Path) -> None:
         known = self.loaded.base_weights
         record = self.record | ({BASE: known} if known else {})
-        (Path(folder) / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+        (Path(folder) / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         self._save_new(Path(folder) / "adapter_model.safetensors")
         if self.base.startswith("memory:"):
             return
         path, card = Path(folder) / "adapter_config.json", Path(folder) / "README.md"
-        settings = json.loads(path.read_text())
+        settings = json.loads(path.read_text(encoding="utf-8"))
         there = settings["base_model_name_or_path"]
         named = {"base_model_name_or_path": self.base, "revision": self.revision}
-        path.write_text(json.dumps(settings | named, indent=2) + "\n")
+        path.write_text(json.dumps(settings | named, indent=2) + "\n", encoding="utf-8")
         if there and card.is_file():
-            card.write_text(card.read_text().replace(there, self.base))
+            card.write_text(card.read_text(encoding="utf-8").replace(there, self.base), encoding="utf-8")
 
     def _save_new(self, path: Path) -> None:
         """Add the weights that were drawn from the seed, by their names in peft's model, which loads them by these."""

@@ -172,7 +172,7 @@ class SentenceClassifier(nn.Module):
         (folder / POOLING_FILE).parent.mkdir(exist_ok=True)
         mode = next(key for key, pooling in _POOLINGS.items() if pooling == self.pooling)
         (folder / POOLING_FILE).write_text(
-            json.dumps({"word_embedding_dimension": self.config.hidden_size, mode: True})
+            json.dumps({"word_embedding_dimension": self.config.hidden_size, mode: True}), encoding="utf-8"
         )
         for name, content in self.beside.items():
             (folder / name).write_bytes(content)
@@ -289,7 +289,7 @@ def _read(source: str, name: str, form: type, revision: str) -> Any:
     """The JSON of a file of a checkpoint. Raises UserError if it is not of the form."""
     path = find(source, name, revision)
     try:
-        found = json.loads(path.read_text()) if path else None
+        found = json.loads(path.read_text(encoding="utf-8")) if path else None
     except (OSError, ValueError) as error:
         raise UserError(f"{name} of {source!r} cannot be read: {error}.") from error
     if not isinstance(found, form):

@@ -115,7 +115,7 @@ def data_uri(svg: str) -> str:
 def save(figure: Figure, path: Path) -> None:
     """Write PNG or SVG, by the path's ending, without dates."""
     if path.suffix == ".svg":
-        path.write_text(svg(figure))
+        path.write_text(svg(figure), encoding="utf-8")
     else:
         with styled(), unprintable():
             png(figure, path)

@@ -16,7 +16,7 @@ def text(name: str) -> str:
     """A recipe's YAML. Raises UserError for an unknown name."""
     if name not in names():
         raise UserError(f"{name!r} is not a recipe; the recipes are {', '.join(names())}.")
-    return (files(__name__) / f"{name}.yaml").read_text()
+    return (files(__name__) / f"{name}.yaml").read_text(encoding="utf-8")
 
 
 def locate(name_or_path: str) -> Path:

@@ -154,7 +154,7 @@ def render(report: Report, *paths: Path) -> list[Path]:
     changed: dict[Path, str] = {}
     for path in paths:
         try:
-            before = path.read_text()
+            before = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"`render` {path} cannot be read: {error}.") from error
         if not BLOCK.search(before):

@@ -24,7 +24,7 @@ class ModelCard:
         self.config, self.summary, self.trained, self.quantize = config, summary, trained, quantize
 
     def save_pretrained(self, folder: str | Path) -> None:
-        (Path(folder) / "README.md").write_text(self.text())
+        (Path(folder) / "README.md").write_text(self.text(), encoding="utf-8")
 
     def text(self) -> str:
         config, summary = self.config, self.summary

@@ -59,10 +59,12 @@ def free_memory(device: torch.device) -> int:
         pages = os.sysconf("SC_PHYS_PAGES")
     free = [pages * os.sysconf("SC_PAGE_SIZE")]
     with suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
         free = [next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))]
     with suppress(OSError, ValueError):  # "max" is no number: no limit
-        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+        limit, used = (
+            int(Path(f"/sys/fs/cgroup/memory.{name}").read_text(encoding="utf-8")) for name in ("max", "current")
+        )
         free.append(max(0, limit - used))
     return min(free)
 
@@ -102,12 +104,12 @@ def reset_resident() -> bool:
     """
     give_back()
     with suppress(OSError, StopIteration):
-        return bool(_read("VmHWM") and _CLEAR.write_text("5"))
+        return bool(_read("VmHWM") and _CLEAR.write_text("5", encoding="utf-8"))
     return False
 
 
 def _read(name: str) -> int:
-    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(name))
+    line = next(line for line in _STATUS.read_text(encoding="utf-8").splitlines() if line.startswith(name))
     return int(line.split()[1]) * 1024
 
 

@@ -79,7 +79,7 @@ class Trackers:
                     raise UserError(
                         f"`track` {name} does not start ({_short(error)}): set it up, or leave it out."
                     ) from error
-            (self.folder / RUNS).write_text(json.dumps(known))
+            (self.folder / RUNS).write_text(json.dumps(known), encoding="utf-8")
         except BaseException:
             self.finish()
             if (
@@ -98,7 +98,7 @@ class Trackers:
     def _known(self) -> dict[str, str]:
         """The names under which the trackers know this run, of an earlier process if there was one."""
         with suppress(OSError, ValueError):
-            found = json.loads((self.folder / RUNS).read_text())
+            found = json.loads((self.folder / RUNS).read_text(encoding="utf-8"))
             return {str(key): str(value) for key, value in found.items()}
         return {"id": uuid4().hex[:8]}
 

@@ -121,7 +121,9 @@ def push_folder(repository: str, folder: Path) -> str:
         if (card := _own_card(hub, repository, there)) is None:
             _refuse_card(repository)
         files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-        texts = {name: _licensed(files[name].read_text(), card).encode() for name in files if name == README}
+        texts = {
+            name: _licensed(files[name].read_text(encoding="utf-8"), card).encode() for name in files if name == README
+        }
         operations = [
             *(huggingface_hub.CommitOperationAdd(name, texts.get(name, path)) for name, path in files.items()),
             *(huggingface_hub.CommitOperationDelete(n) for n in there if SAVED.fullmatch(n) and n not in files),
