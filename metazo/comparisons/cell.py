@@ -23,6 +23,7 @@ from metazo.runs.finetune import run_settings
 from metazo.runs.folder import RunFolder
 from metazo.runs.header import environment
 from metazo.runs.interrupt import Interrupted
+from metazo.runs.machine import instructions
 from metazo.runs.monitor import Diverged
 from metazo.runs.resources import NoSpace, PeakMemory
 from metazo.runs.setup import set_up
@@ -192,10 +193,10 @@ def _sigma(records: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def _of_worker() -> dict[str, Any]:
-    versions = environment(torch.device("cpu"))
-    threads = versions.pop("threads")
-    del versions["device"], versions["processor"], versions["processes"]  # the machine says them
-    return {"versions": versions, "machine": facts() | {"threads": threads}}
+    found = environment(torch.device("cpu"))
+    of_machine = {"threads", "device", "processor", "processes", *instructions()}
+    versions = {name: value for name, value in found.items() if name not in of_machine}
+    return {"versions": versions, "machine": facts() | {"threads": found["threads"]} | instructions()}
 
 
 def configuration(config: FinetuneConfig) -> dict[str, Any]:

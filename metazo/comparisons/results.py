@@ -45,7 +45,7 @@ class Result:
         all rows from which the splits are drawn; absent in older results, None if they are generated or of the Hub), use
         (how the tuner is used: JSON texts of its networks' settings, or the
         hash of the trust in feedback maps; absent in older results, empty without a tuner), versions,
-        machine {cores, threads, system, cpu, gpu}, workers, started (UTC),
+        machine {cores, threads, system, cpu, gpu, vectors, core; older results lack the last two}, workers, started (UTC),
         status ("finished", "failed" or "diverged": losses or weights that are not finite at the end),
         reason (a sentence if it did not finish).
     train_info: curve, a list of {step, forwards, seconds, train_loss, lr, dev {loss, metric..., majority, examples}}

@@ -14,7 +14,7 @@ from metazo.models.select import unsaved
 from metazo.models.sentence import SentenceClassifier
 from metazo.runs.batches import order_of
 from metazo.runs.inputs import data_hash, inputs, own_inputs, tokenizer_hash, tokenizing
-from metazo.runs.machine import processor, versions
+from metazo.runs.machine import instructions, processor, versions
 from metazo.runs.optimizer_record import optimizer_record
 from metazo.runs.schedule import COUNTING
 from metazo.runs.tuned import MEMORY
@@ -77,7 +77,7 @@ def _inputs(setup: Setup) -> dict[str, Any]:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Versions, threads, processes and kind of device, on which the last bits of a result may depend."""
+    """Versions, threads, processes, kind of device and processor, on which the last bits of a result may depend."""
     return {
         "metazo": metazo.__version__,
         "python": platform.python_version(),
@@ -86,4 +86,5 @@ def environment(device: torch.device) -> dict[str, Any]:
         "processes": world(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "processor": processor(),
+        **instructions(),
     }

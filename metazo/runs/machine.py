@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from llvmlite import binding
 
 
 @cache
@@ -20,6 +21,13 @@ def processor() -> str:
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def instructions() -> dict[str, str]:
+    """What the last bits of a result depend on beside the processor's name, which on ARM is its architecture, and in many
+    virtual machines the same for all: the vector instructions that torch uses, and LLVM's name of the core.
+    """
+    return {"vectors": torch.backends.cpu.get_cpu_capability(), "core": binding.get_host_cpu_name()}
 
 
 def cores() -> int:

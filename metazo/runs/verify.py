@@ -17,11 +17,13 @@ from metazo.models.load import LoadedModel
 from metazo.optimizers import METHODS
 from metazo.runs.header import environment
 from metazo.runs.locate import SUMMARY
+from metazo.runs.machine import instructions
 from metazo.runs.tuned import MEMORY
 from metazo.steplog.format import Scan
 from metazo.steplog.format import differences as log_differences
 
 _NEEDED = {"weights": str, "method": str, "settings": dict}
+_NEWER = instructions().keys()  # logs of earlier versions do not record them
 
 
 def replayable_header(found: Scan, optimizer: Any) -> dict[str, Any]:
@@ -67,12 +69,18 @@ def end_of(found: Scan, to: int | None) -> list[str]:
 
 
 def environment_changes(header: dict[str, Any], found: Scan, loaded: LoadedModel) -> list[str]:
-    """Differences from the recorded environment, which may change the last bits; empty only if all of it is equal."""
+    """Differences from the recorded environment, which may change the last bits; empty only if all of it is equal, as far
+    as the log's version recorded it.
+    """
     then = header.get("environment")
     now = environment(next(loaded.model.parameters()).device)
     if not isinstance(then, dict):
         return ["the log does not record its environment"]
-    words = [f"{name} {old} then and {new} now" for name, old, new in log_differences(then, now)]
+    words = [
+        f"{name} {old} then and {new} now"
+        for name, old, new in log_differences(then, now)
+        if name in then or name not in _NEWER
+    ]
     if found.end is not None and found.end.get("mixed"):
         words.append("the run was resumed in another environment")
     return words

@@ -117,7 +117,7 @@ def report_environment(then: Any, now: dict[str, Any], say: Callable[[str], None
     """Say in what the environment of a run that goes on differs from that in which it began."""
     what = ", ".join(f"{name} {old} then and {new} now" for name, old, new in environment_changes(then, now))
     if what:
-        say(f"The run began with other versions ({what}): later steps may differ in their last bits.")
+        say(f"The run began in another environment ({what}): later steps may differ in their last bits.")
 
 
 def compare(found: Scan, wanted: dict[str, Any], say: Callable[[str], None]) -> None:

@@ -146,8 +146,10 @@ def test_another_environment_is_said(settings, monkeypatch, changed: bool | None
         del kept["environment"]
     (config.out / "config.json").write_text(json.dumps(kept))
     meta_train(settings(resume=True), console=console)
-    said = f"The run began with other versions (threads {threads + 1} then and {threads} now): later steps may differ"
-    assert ("began with" in console.file.getvalue()) == (said in console.file.getvalue()) == bool(changed)
+    said = (
+        f"The run began in another environment (threads {threads + 1} then and {threads} now): later steps may differ"
+    )
+    assert ("began in" in console.file.getvalue()) == (said in console.file.getvalue()) == bool(changed)
     meta_train(settings(resume=True))  # complete
 
 

@@ -301,6 +301,29 @@ def test_a_log_whose_settings_were_changed_is_refused(run, tmp_path):
         replay(rewritten(run, tmp_path / "log", bare), SMALL["model"])
 
 
+def test_a_difference_of_the_vector_instructions_is_named(run, tmp_path, monkeypatch):
+    """Processors of the same name, as in many virtual machines, may give other last bits."""
+
+    def other_end(record):
+        return record | {"weights": "0" * 64} if "kept" in record else record
+
+    log = rewritten(run, tmp_path / "log", other_end)
+    with pytest.raises(UserError, match="in the same environment: the header does not say"):
+        replay(log, SMALL["model"])
+    then = torch.backends.cpu.get_cpu_capability()
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "OTHER")
+    again = replay(log, SMALL["model"])
+    assert not again.identical and again.differences == [f"vectors {then} then and OTHER now"]
+
+
+def test_a_log_that_does_not_record_the_vector_instructions_is_of_the_same_environment(run, tmp_path):
+    found = scan(run / "steps.jsonl").header["environment"]
+    older = {name: value for name, value in found.items() if name not in ("vectors", "core")}
+    assert len(older) == len(found) - 2
+    again = replay(with_header(run, tmp_path / "log", {"environment": older}), SMALL["model"])
+    assert again.identical and again.differences == []
+
+
 @pytest.mark.parametrize("rate", [-1e-4, "inf"])
 def test_a_step_with_an_impossible_rate_is_not_replayed(run, tmp_path, rate):
     log = rewritten(run, tmp_path / "log.jsonl", lambda row: row | {"lr": [rate]} if row.get("step") == 3 else row)
