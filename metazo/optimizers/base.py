@@ -46,7 +46,15 @@ from metazo.io import processes
 from metazo.noise import Noise, PhiloxNoise
 from metazo.optimizers import probing as probings
 from metazo.optimizers import ranks
-from metazo.optimizers.groups import Closure, check_group, check_rates, listed, named_groups, named_members
+from metazo.optimizers.groups import (
+    Closure,
+    check_group,
+    check_members,
+    check_rates,
+    listed,
+    named_groups,
+    named_members,
+)
 from metazo.optimizers.guards import (
     check_coefficients,
     check_graph,
@@ -93,7 +101,7 @@ class ZOOptimizer(Verbs, Saving):
             learning rate is two to four orders of magnitude below that of first-order training.
         eps: length of the probe in units of the direction.
         weight_decay: theta <- (1 - lr weight_decay) theta - ..., for names without bias, layer_norm, layernorm. The
-            weight_decay of a parameter group's own acts on all of its tensors.
+            weight_decay that a parameter group is made with acts on all of its tensors.
         seed: of the run; every step's noise follows from it.
         noise: "gaussian", "rademacher", or a noise source, which has a seed of its own.
         scale: block scales: None, "rms", or a BlockScale (a tuner's).
@@ -418,6 +426,7 @@ class ZOOptimizer(Verbs, Saving):
         if self._ready:
             if stepping:
                 check_trained(self.tensors)
+                check_members(self.param_groups, self._members, self.common)
             return
         # later steps change what is made here, and the caller's torch.set_default_device is no place for it
         with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
@@ -434,6 +443,7 @@ class ZOOptimizer(Verbs, Saving):
             if self.probing != "in-turn":
                 self.zo_state["probing"] = torch.tensor(probings.UNDECIDED)
             self._form = {name: value.to("meta") for name, value in self.zo_state.items()}
+        self._members = [list(group["params"]) for group in self.param_groups]
         self._ready = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import is_
 from typing import Any
 
 from torch import Tensor, nn
 
 from metazo.errors import UserError
+from metazo.optimizers.guards import described
 
 Closure = Callable[[], Tensor | float]
 ROUNDING = 1e-12
@@ -17,11 +19,21 @@ ROUNDING = 1e-12
 
 
 def listed(closure: Closure | Sequence[Closure] | None) -> Sequence[Closure]:
-    return [closure] if callable(closure) else list(closure or ())
+    """One or several closures as a list. Raises UserError for anything else, such as a loss."""
+    if closure is None or callable(closure):
+        return [] if closure is None else [closure]
+    if isinstance(closure, Sequence) and all(map(callable, closure)):
+        return list(closure)
+    raise UserError(
+        f"`step` takes a function that returns the loss, or a list of such functions, and was given {described(closure)}: call "
+        "step(lambda: model(**batch).loss)."
+    )
 
 
 OWN = ("params", "lr", "weight_decay")
 """What a parameter group may have of its own; torch and its schedulers add the others."""
+COMMON = ("momentum", "betas", "maximize")
+"""Settings of torch's optimizers that scripts write into groups."""
 ADDED = ("param_names", "initial_lr", "name", "own_lr", "own_decay")
 
 
@@ -32,6 +44,29 @@ def check_group(group: Mapping[str, Any]) -> None:
         raise UserError(
             f"A parameter group has {other!r}; of their own, groups have {', '.join(OWN)}, and all else is the optimizer's."
         )
+
+
+def check_members(
+    groups: Sequence[Mapping[str, Any]], before: Sequence[Sequence[Tensor]], common: Iterable[str]
+) -> None:
+    """Raises UserError for groups whose tensors are not those with which the optimizer took up its tensors, and for a setting
+    of the optimizer in a group. before: the tensors of each group then; common: settings of the optimizer.
+    """
+    now = [group["params"] for group in groups]
+    same = len(now) == len(before) and all(
+        len(one) == len(other) and all(map(is_, one, other)) for one, other in zip(now, before)
+    )
+    if not same:
+        raise UserError(
+            "`param_groups` has other tensors, or another order, than when the optimizer took up its tensors, and would be "
+            "ignored: make a new optimizer."
+        )
+    for group in groups:
+        if odd := next((key for key in (*common, *COMMON) if key in group), None):
+            raise UserError(
+                f"A parameter group has {odd!r} now, which changes nothing: of their own, groups have {', '.join(OWN)}; set an "
+                f"attribute of the optimizer, such as `optimizer.eps`, or make a new one."
+            )
 
 
 def check_rates(groups: Iterable[Mapping[str, Any]]) -> None:
@@ -69,6 +104,11 @@ def named_groups(params: Iterable) -> list[dict[str, Any]]:
     Raises UserError if there is no tensor, for one name in two groups, whose settings a tensor cannot both have, and for an
     empty group beside others.
     """
+    if isinstance(params, Tensor | Mapping):
+        kind = "one tensor" if isinstance(params, Tensor) else "a dict"
+        raise UserError(
+            f"`params` is {kind}: pass `model.named_parameters()`, or a list of pairs of a name and a tensor."
+        )
     entries = [] if isinstance(params, nn.Module) else params if isinstance(params, set | frozenset) else list(params)
     if not entries:
         raise UserError("`params` has no tensor: pass `model.named_parameters()`, or a part of it.")

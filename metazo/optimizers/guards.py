@@ -20,6 +20,7 @@ from metazo.errors import UserError
 from metazo.noise import PhiloxNoise
 from metazo.step.record import Step
 
+TRAINABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 NO_GRADIENT = (
     "No trained tensor gets a gradient from the loss, so that {} would train nothing: remove what cuts the graph (.detach(), "
     "or a layer without a backward pass, such as bitsandbytes' 4-bit layers that have run in eval mode on a CPU), or choose a "
@@ -55,7 +56,7 @@ def gradient_refused(function: str, example: str = "") -> Iterator[None]:
             raise
         raise UserError(
             f"{function} computes a gradient, by backward() or torch.autograd, and a loss has none here: let it return the "
-            f"loss alone{example}."
+            f"loss alone{example}. A loss that contains a derivative takes it by torch.func (grad, jvp)."
         ) from error
 
 
@@ -296,6 +297,9 @@ def _unfit(param: Tensor) -> tuple[str, str] | None:
     if param.is_complex() or param.layout != torch.strided:
         kind = str(param.dtype if param.is_complex() else param.layout).removeprefix("torch.")
         return f"are of the kind {kind}", "only dense tensors of real numbers can be trained; freeze the others"
+    if param.dtype not in TRAINABLE:
+        kind = str(param.dtype).removeprefix("torch.")
+        return f"are {kind}", "probes are lost in so few bits; train them in bfloat16 or float32, or freeze them"
     if any(step == 0 and size > 1 for step, size in zip(param.stride(), param.shape)):
         return "have entries that share memory (expanded tensors)", "pass a copy, such as weight.clone()"
     return None

@@ -40,26 +40,27 @@ def generators_kept(device: torch.device) -> Iterator[None]:
 
 
 class LossWatch:
-    """Watches the losses of an optimizer, and warns once about each of six faults.
+    """Watches the losses of an optimizer, and warns once about each of seven faults.
 
     A loss that differs when it is evaluated twice at the same weights: this needs one more evaluation at the first step,
     which is not counted in `forwards`, and restores the global generators. BatchNorm and spectral_norm in train mode, whose
-    statistics change with every probe, and embeddings with max_norm, whose weights do. Losses of all probes that are exactly
-    equal in most of the first FIRST_STEPS steps, or later in as many steps in a row. Losses that are not finite in as many
-    steps in a row. Embeddings that are trained with a row for padding. Probes that are evaluated together need a look at the
-    last alone, in the closures' variables: max_norm then shortens copies of the rows, and what is random or changes its
-    statistics cannot be vectorised, so that the probes are evaluated in turn.
+    statistics change with every probe, and embeddings with max_norm, whose weights do. Closures that change weights. Losses
+    of all probes that are exactly equal in most of the first FIRST_STEPS steps, or later in as many steps in a row. Losses
+    that are not finite in as many steps in a row. Embeddings that are trained with a row for padding. Probes that are
+    evaluated together need a look at the last alone, in the closures' variables: max_norm then shortens copies of the rows,
+    and what is random or changes its statistics cannot be vectorised, so that the probes are evaluated in turn.
 
     Args: repeat: whether to evaluate once more, and to look at the modules.
     """
 
     def __init__(self, repeat: bool):
-        self.repeat = self.looks = repeat
+        self.repeat = self.looks = self.watches = repeat
         self.gap: float | None = None
         self.ran: list[nn.Module] = []  # the modules that ran, for the names in a warning
         self.narrow: torch.dtype | None = None
         self.steps = self.equal = self.still = self.lost = 0
         self.said = False  # that the losses of the probes are equal
+        self.changed: list[str] = []  # names of tensors that a closure has changed
 
     def loss(self, value: Any) -> float:
         """The loss that a closure returned, as a number."""
@@ -74,6 +75,16 @@ class LossWatch:
             with generators_kept(device), modules_seen() as ran:
                 self.gap = abs(again() - loss)
             self.ran = outermost(ran.values())
+
+    @contextmanager
+    def weights_seen(self, tensors: Sequence[NamedTensor], step: int) -> Iterator[None]:
+        """Notes which of these tensors an evaluation changes; in a few steps."""
+        if not self.watches or (step > 1 and step % 100) or torch.compiler.is_compiling():
+            yield
+            return
+        counted = [(tensor, tensor.param._version) for tensor in tensors if not tensor.param.is_inference()]
+        yield
+        self.changed = [tensor.name for tensor, version in counted if tensor.param._version != version]
 
     def stepped(
         self, losses: Sequence[float], closures: Sequence[Callable[[], Any]], tensors: Iterable[NamedTensor]
@@ -91,6 +102,8 @@ class LossWatch:
             models, self.looks, self.ran = [*_models(closures), *self.ran], False, []
             if self.gap is not None:
                 self._judge(self.gap, spread, max(map(abs, losses)), models)
+            if named_faults(models)[2]:
+                self.watches = False  # max_norm is said
             if rows := rows_for_padding(models, tensors):
                 warnings.warn(
                     f"For padding (padding_idx) is {', '.join(_first(rows))}, which gets no gradient in a backward pass and is "
@@ -98,6 +111,14 @@ class LossWatch:
                     "padding_idx)[..., None], or, if the weights are float32, set the row back after each step.",
                     stacklevel=5,
                 )
+        if self.changed and self.watches:
+            self.watches = False
+            warnings.warn(
+                f"The closure changes {len(self.changed)} trained tensors in place, such as {self.changed[0]}: it changes "
+                "them at a probe, or copies of them, and not the weights that the step moves. Do this between steps, under "
+                "torch.no_grad().",
+                stacklevel=5,
+            )
         alike = spread == 0 and len(losses) > 1
         later = self.steps == FIRST_STEPS and not self.said
         self.still = self.still + 1 if later and alike and losses[0] != 0 else 0  # 0 is where many losses end

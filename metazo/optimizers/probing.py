@@ -91,8 +91,12 @@ def evaluated(optimizer: Any, closures: Sequence[Closure]) -> float:
     """The mean loss at the probe that is applied, under the checks of the first evaluations."""
     if not closures:
         raise UserError("step() needs a closure that returns the loss: step(lambda: model(**batch).loss).")
-    with optimizer.evaluation(), optimizer.weights.evaluating() as scratch:
+    watch = optimizer.loss_watch
+    weights, tensors, step = optimizer.weights, optimizer.tensors, optimizer.steps
+    weights.settle()  # which changes them
+    with watch.weights_seen(tensors, step), optimizer.evaluation(), weights.evaluating() as scratch:
         loss = optimizer.evaluate(closures)
+    watch.changed += scratch.changed if scratch is not None else []
     hidden: list[NamedTensor] = []
     if scratch is not None and math.isfinite(loss):
         hidden = optimizer.unseen.hidden(optimizer, scratch.unmet(), lambda: _again(optimizer, closures), loss)
@@ -103,7 +107,7 @@ def evaluated(optimizer: Any, closures: Sequence[Closure]) -> float:
             f"{len(hidden)} tensors outside of such calls (in compiled, scripted or foreign code, or offloaded), such as "
             f"{names}: choose master."
         )
-    optimizer.loss_watch.evaluated(loss, lambda: _again(optimizer, closures), optimizer.tensors[0].param.device)
+    watch.evaluated(loss, lambda: _again(optimizer, closures), optimizer.tensors[0].param.device)
     return loss
 
 

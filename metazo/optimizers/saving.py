@@ -28,7 +28,7 @@ from metazo.step.weights import Weights
 NEUTRAL = {"self", "args", "kwargs", "params", "defaults", "lr", "weight_decay", "model", "common"}
 """Parameters of a constructor that are no hyperparameters of the method's own."""
 
-OWN = {"zo", "run", "own", "shapes"}
+OWN = {"zo", "run", "own", "shapes", "trained"}
 """Keys of a `state_dict` that are not torch's."""
 
 
@@ -148,8 +148,19 @@ class Saving(Optimizer):
         "zo", so that torch does not cast them to the weights' type.
         """
         tensors = {name: value.clone() for name, value in self.tensors_state().items()}
-        own = {"zo": tensors, "run": self._run(), "own": self._own(), "shapes": self._shapes()}
+        own = {
+            "zo": tensors,
+            "run": self._run(),
+            "own": self._own(),
+            "shapes": self._shapes(),
+            "trained": self._trains(),
+        }
         return _plain(super().state_dict() | own)
+
+    def _trains(self) -> list[bool]:
+        """Which of the weights are trained, in the order of their groups: a method may keep nothing of those that are."""
+        trained = {tensor.name for tensor in self.weights.tensors}
+        return [name in trained for group in self.param_groups for name in group["param_names"]]
 
     def _shapes(self) -> list[list[int]]:
         """The shapes of the weights in the order of their groups: a method may keep nothing of a weight's shape."""
@@ -216,6 +227,7 @@ class Saving(Optimizer):
             raise
         for earlier, group in zip(groups, self.param_groups):
             group.setdefault("own_decay", earlier["own_decay"])  # which states of earlier versions have not
+        self._compare_trained(state_dict)
         for name, value in self._own().items():
             if (other := state_dict.get("own", {}).get(name, value)) != value:
                 warnings.warn(
@@ -223,6 +235,19 @@ class Saving(Optimizer):
                     "on.",
                     stacklevel=3,
                 )
+
+    def _compare_trained(self, saved: dict[str, Any]) -> None:
+        """Warns if other tensors were trained in the run whose state this is, unless it had not begun."""
+        names = [name for group in self.param_groups for name in group["param_names"]]
+        both = zip(names, self._trains(), saved.get("trained", ()))  # which states of earlier versions have not
+        odd = [(name, now) for name, now, then in both if now != then] if self.steps else []
+        if odd:
+            (name, now), count = odd[0], len(odd)
+            warnings.warn(
+                f"The saved state is of a run in which {count} other tensors were trained or frozen: {name} is "
+                f"{'trained' if now else 'frozen'} here and was not there. Freeze what the run had frozen before you load it.",
+                stacklevel=3,
+            )
 
     def _check_order(self, saved: Sequence[dict[str, Any]]) -> None:
         """Raises UserError if a tensor has another position in the saved state, by which torch would give it another's."""

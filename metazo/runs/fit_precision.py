@@ -64,10 +64,11 @@ def fit_precision(
         return replace(config, precision="master"), f"master ({POLICIES['master'].note})."
     with torch.inference_mode(), Followed() as forward:
         loss()
-    needed = {name: _needed(replace(config, precision=name), model, forward.most) for name in ORDER}
-    fits = [name for name in ORDER if needed[name] <= SHARE * free]
-    taken = fits[0] if fits else ORDER[-1]
-    amounts = ", ".join(f"{name} {size(needed[name])}" for name in ORDER[: ORDER.index(taken) + 1])
+    order = ORDER if all(p.is_contiguous() for p in narrow) else ORDER[:1]  # compensated weights are contiguous
+    needed = {name: _needed(replace(config, precision=name), model, forward.most) for name in order}
+    fits = [name for name in order if needed[name] <= SHARE * free]
+    taken = fits[0] if fits else order[-1]
+    amounts = ", ".join(f"{name} {size(needed[name])}" for name in order[: order.index(taken) + 1])
     why = f"{taken} ({POLICIES[taken].note}): beside the weights {amounts}; {size(free)} are free."
     if not fits:
         why += " None of them fits: train adapters (`adapter='lora'`), which need no memory beside inference."

@@ -101,9 +101,13 @@ class Shown(ABC):
         made: dict[int, Tensor] = {}  # one substitute per call, however often the tensor is an argument
         args, kwargs = self._seen(args, made), self._seen(kwargs, made)
         if made:
-            return func(*args, **kwargs)
+            return self.call(made, func, args, kwargs)
         with DisableTorchFunctionSubclass():  # a copy that the closure has made of a tensor, which has its class
             return func(*args, **kwargs)
+
+    def call(self, made: dict[int, Tensor], func: Any, args: Any, kwargs: Any) -> Any:
+        """The result of a function, whose arguments contain substitutes, by id of the parameter."""
+        return func(*args, **kwargs)
 
     def __enter__(self) -> Self:
         watched: dict[type, type] = {}
@@ -174,6 +178,8 @@ class Scratch(Shown):
         super().__init__(tensors)
         self._make, self._rows, self.order = make, None, order
         self._uses: list[int] = []
+        self.changed: list[str] = []
+        """Names of tensors whose substitute a function has changed in place."""
         self._ahead: dict[int, Tensor] = {}
         self._room = min(max((_bytes(tensor.param) for tensor in tensors), default=0), AHEAD)
 
@@ -232,6 +238,14 @@ class Scratch(Shown):
     def use(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         self._rows = _looked_up(*args, **kwargs) if func is embedding else None
         return super().use(func, args, kwargs)
+
+    def call(self, made: dict[int, Tensor], func: Any, args: Any, kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return super().call(made, func, args, kwargs)
+        versions = {key: substitute._version for key, substitute in made.items()}
+        found = super().call(made, func, args, kwargs)
+        self.changed += [self.tensors[key].name for key, version in versions.items() if made[key]._version != version]
+        return found
 
 
 class Room:

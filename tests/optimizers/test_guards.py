@@ -945,3 +945,102 @@ def test_a_set_of_parameters_is_refused(grouped):
     optimizer = MeZO(nn.Linear(3, 2).named_parameters(), lr=1e-3)
     with pytest.raises(UserError, match="are in a set"):
         optimizer.add_param_group({"params": held})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision"), [(torch.float32, "auto"), (torch.bfloat16, "master"), (torch.bfloat16, "compensated-8")]
+)
+def test_a_closure_that_changes_weights_is_told_once(dtype, precision):
+    """As the clipping of a critic: it would act on the probed weights, or on copies, and not on the weights."""
+    model = nn.Linear(4, 8, bias=False).to(dtype)
+    x = torch.randn(16, 4, dtype=dtype)
+
+    def loss(clip=True):
+        if clip:
+            with torch.no_grad():
+                model.weight.clamp_(-0.01, 0.01)
+        return model(x).float().square().mean()
+
+    optimizer = MeZO(model.named_parameters(), lr=0.0, eps=1e-2, precision=precision)
+    with pytest.warns(UserWarning, match="closure changes 1 trained tensors in place, such as weight") as found:
+        for _ in range(3):
+            optimizer.step(loss)
+    assert len(found) == 1 and found[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        other = MeZO(model.named_parameters(), lr=1e-4, precision=precision)
+        other.defer = True  # the update of a step is applied with the next probe
+        for _ in range(3):
+            other.step(lambda: loss(clip=False))
+
+
+def two_layers():
+    return nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
+
+
+@pytest.mark.parametrize("name", ["mezo", "first-order-fused"])
+def test_groups_that_were_changed_after_the_first_step_are_refused(name):
+    def begun():
+        model = two_layers()
+        groups = [{"params": list(model[at].named_parameters(prefix=str(at))), "lr": 0.01 * at} for at in (0, 1)]
+        optimizer = METHODS[name](groups)
+        loss = lambda: model(torch.ones(1, 4)).square().mean()  # noqa: E731
+        optimizer.step(loss)
+        return optimizer, loss
+
+    changes = (
+        lambda groups: groups.reverse(),
+        lambda groups: groups.pop(),
+        lambda groups: groups[0]["params"].append(nn.Parameter(torch.ones(2))),
+    )
+    for change in changes:
+        optimizer, loss = begun()
+        change(optimizer.param_groups)
+        with pytest.raises(UserError, match="`param_groups` has other tensors, or another order"):
+            optimizer.step(loss)
+    for key in ("seed", "momentum", "maximize"):
+        optimizer, loss = begun()
+        optimizer.param_groups[0][key] = 1
+        with pytest.raises(UserError, match=f"A parameter group has '{key}' now, which changes nothing"):
+            optimizer.step(loss)
+    optimizer, loss = begun()
+    optimizer.param_groups[1] |= {"lr": 0.5, "swa_lr": 0.1}  # as schedules do
+    optimizer.step(loss)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_weights_of_eight_bits_are_not_trained(dtype):
+    weight = nn.Parameter(torch.ones(4).to(dtype))
+    with pytest.raises(UserError, match="1 of 1 trained tensors are float8.*probes are lost"):
+        MeZO([("w", weight)]).step(lambda: weight.float().sum())
+
+
+@pytest.mark.parametrize("wrong", [torch.ones(()), torch.ones(3), 1.0, [1.0], "loss"])
+def test_a_loss_in_the_place_of_a_closure_is_one_sentence(wrong):
+    for name in ("mezo", "first-order-fused", "first-order-adamw"):
+        with pytest.raises(UserError, match="`step` takes a function that returns the loss, or a list"):
+            METHODS[name](two_layers().named_parameters()).step(wrong)
+
+
+def test_parameters_in_another_form_are_one_sentence():
+    model = two_layers()
+    for params, kind in ((dict(model.named_parameters()), "a dict"), (model[0].weight, "one tensor")):
+        with pytest.raises(UserError, match=f"`params` is {kind}: pass `model.named_parameters"):
+            MeZO(params)
+
+
+def test_a_loss_with_a_derivative_in_it_takes_it_as_the_message_says():
+    """The penalty of a physics-informed network."""
+    torch.manual_seed(0)
+    net, t = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1)), torch.linspace(0, 1, 5)[:, None]
+
+    def by_graph():
+        with torch.enable_grad():
+            at = t.clone().requires_grad_()
+            return (torch.autograd.grad(net(at).sum(), at)[0] - 1).square().mean()
+
+    with pytest.raises(UserError, match=r"contains a derivative takes it by torch\.func \(grad, jvp\)"):
+        MeZO(net.named_parameters()).step(by_graph)
+    derivative = lambda: (torch.func.jvp(net, (t,), (torch.ones_like(t),))[1] - 1).square().mean()  # noqa: E731
+    wanted = by_graph()
+    assert MeZO(net.named_parameters(), lr=0.0).step(derivative) == pytest.approx(float(wanted), rel=1e-4)

@@ -283,3 +283,25 @@ def test_the_state_of_a_model_with_other_shapes_is_refused(name):
         again = METHODS[name](net().named_parameters(), lr=0.01)
         again.load_state_dict(saved)
         assert again.steps == 3
+
+
+def test_a_state_of_other_frozen_tensors_is_told():
+    def begun(frozen: bool, steps: int):
+        model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+        model[0].requires_grad_(not frozen)
+        optimizer = MeZO(model.named_parameters())
+        for _ in range(steps):
+            optimizer.step(lambda: model(torch.ones(1, 4)).square().mean())
+        return optimizer
+
+    with pytest.warns(
+        UserWarning, match="2 other tensors were trained or frozen: 0.weight is trained here and was not"
+    ) as said:
+        begun(False, 0).load_state_dict(begun(True, 1).state_dict())
+    assert said[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        begun(True, 1).load_state_dict(begun(True, 2).state_dict())
+        begun(False, 0).load_state_dict(begun(True, 0).state_dict())  # nothing was trained yet
+        earlier = {key: value for key, value in begun(True, 1).state_dict().items() if key != "trained"}
+        begun(False, 0).load_state_dict(earlier)

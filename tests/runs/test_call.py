@@ -699,6 +699,19 @@ def test_a_loss_that_changes_its_batch_in_place_is_warned_of_once(kind):
         metazo.finetune(net(), loss=plain, data=data(), optimizer="first-order-sgd", lr=1e-3, steps=3)
 
 
+@pytest.mark.parametrize("optimizer", ["mezo", "lozo", "first-order-fused"])
+def test_narrow_weights_that_are_not_contiguous_have_masters(optimizer):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2)).to(torch.bfloat16)
+    model = model.to(memory_format=torch.channels_last)
+
+    def loss(network, batch):
+        return cross_entropy(network(batch[0]).float(), batch[1])
+
+    data = [(torch.randn(5, 3, 4, 4, dtype=torch.bfloat16), torch.randint(2, (5,)))]
+    found = metazo.finetune(model, loss=loss, data=data, optimizer=optimizer, lr=1e-3, steps=2)
+    assert found.summary["steps"] == 2
+
+
 def test_an_optimizer_that_has_taken_steps_is_refused():
     model = torch.nn.Linear(4, 2)
     optimizer = metazo.MeZO(model.named_parameters(), lr=0.1)

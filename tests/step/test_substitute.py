@@ -220,6 +220,20 @@ def test_what_is_not_used_is_no_fault():
     assert torch.allclose(model[1].weight.float(), start.float(), atol=0.5)
 
 
+def test_statistics_survive_the_look_for_unseen_uses():
+    """It runs the model with NaN in the weights that no function was seen to use."""
+    model = nn.ModuleDict(
+        {"trunk": nn.Linear(6, 6), "hidden": nn.Linear(6, 6, bias=False), "norm": nn.BatchNorm1d(6)}
+    ).to(B16)
+    alias, x = model["hidden"].weight.data.view(6, 6), torch.randn(8, 6, dtype=B16)
+    optimizer = MeZO(model.named_parameters(), precision="compensated-8", check_loss=False)
+    with pytest.raises(UserError, match="choose master"):
+        optimizer.step(lambda: model["norm"](model["trunk"](x) @ alias).float().square().mean())
+    assert (
+        all(bool(buffer.isfinite().all()) for buffer in model.buffers()) and int(model["norm"].num_batches_tracked) == 1
+    )
+
+
 def two_heads(dtype: torch.dtype) -> tuple[nn.ModuleDict, Callable, Callable]:
     """A trunk with two heads, a loss of the first, and one of the second, which no function is seen to use."""
     torch.manual_seed(0)
