@@ -19,6 +19,7 @@ import typer
 
 from metazo import __version__
 from metazo.errors import UserError
+from metazo.io.system import refuse_windows
 from metazo.io.terminal import UNREAD, print_line
 from metazo.runs.interrupt import Interrupted
 
@@ -96,7 +97,7 @@ def _yield_to_others() -> None:
     if "OMP_WAIT_POLICY" in os.environ or "GOMP_SPINCOUNT" in os.environ:
         return
     os.environ["GOMP_SPINCOUNT"] = "2000"
-    if hasattr(os, "getloadavg") and 2 * os.getloadavg()[0] > (os.cpu_count() or 1):
+    if 2 * os.getloadavg()[0] > (os.cpu_count() or 1):
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
@@ -111,11 +112,12 @@ _CONTINUES = {
 
 def main() -> None:
     gc.set_threshold(50_000)  # collections while torch and transformers are imported take a second and find nothing
-    _yield_to_others()
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch's profiler warns of memory from before it began
     encode_all()
     errors = messages.Terminal(stderr=True)
     try:  # from here on, because the imports of a command take most of the time before it runs
+        refuse_windows()
+        _yield_to_others()
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch's profiler warns of memory from before it began
         command = command_line(sys.argv[1:])
         messages.know(command, sys.argv[1:])
         messages.plain_warnings()

@@ -81,7 +81,7 @@ def _answer(function: Callable[[Any], Any], name: str, value: Any) -> Any:
 
 
 def _limit(seconds: int) -> None:
-    import resource  # not on Windows
+    import resource
 
     pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0])
     for kind, most in (

@@ -16,6 +16,9 @@ from metazo.errors import UserError
 _SAFE_PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,95}")
 _DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{digit}" for port in ("com", "lpt") for digit in range(10))}
 
+# Where a system has them: a pipe does not make the reader wait, and bytes are not taken for text (Windows).
+_AS_IT_IS = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
@@ -86,7 +89,7 @@ def opened(path: Path, what: str) -> BinaryIO:
     The file is opened without blocking, so that a pipe does not make it wait, and the open file is what is checked.
     """
     try:
-        number = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
+        number = os.open(path, os.O_RDONLY | _AS_IT_IS)
     except FileNotFoundError as error:
         raise UserError(f"{what} {path} is not a file; check the path") from error
     except (OSError, ValueError) as error:

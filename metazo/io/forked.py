@@ -8,10 +8,15 @@ import signal
 import tempfile
 from collections.abc import Mapping
 from multiprocessing import forkserver, resource_tracker
-from multiprocessing.context import ForkServerContext
+from typing import TYPE_CHECKING
 
 from metazo.errors import UserError
+from metazo.io.system import refuse_windows
 
+if TYPE_CHECKING:
+    from multiprocessing.context import ForkServerContext
+
+refuse_windows()  # which has neither this kind of context nor these signals
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 

@@ -20,7 +20,7 @@ class LineFile:
     def __init__(self, path: Path):
         self.path = path
         try:
-            self.file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            self.file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         except OSError as error:
             raise self._problem(error) from error
         self.size = os.fstat(self.file).st_size

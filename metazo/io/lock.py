@@ -17,6 +17,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from metazo.errors import UserError
+from metazo.io.system import refuse_windows
 
 NAME = ".lock"
 _PATIENCE = 0.3  # seconds: long enough for a holder to remove the file, or to write its name into it
@@ -27,12 +28,13 @@ class FolderLock:
     """The lock of a folder, which is made if it is missing; use as a context manager, or call `acquire` and `release`.
 
     Args: folder; setting: the argument that names it, for messages; patience: seconds to wait for another holder.
-    Raises UserError if another process, or another call in this one, holds the lock: with a new filelock (4.2.11) the message
-    names its id and host. A release removes the file, unless it is another's by now, and the folder too if the lock made it and
-    it is still empty.
+    Raises UserError on Windows, and if another process, or another call in this one, holds the lock: with a new filelock
+    (4.2.11) the message names its id and host. A release removes the file, unless it is another's by now, and the folder too if
+    the lock made it and it is still empty.
     """
 
     def __init__(self, folder: Path, setting: str = "out", patience: float = _PATIENCE):
+        refuse_windows()
         self.folder, self.setting, self.patience, self.made = folder, setting, patience, False
         self._lock: FileLock | None = None
         self._file: os.stat_result | None = None

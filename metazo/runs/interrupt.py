@@ -46,9 +46,7 @@ def interruptible() -> Iterator[list[str]]:
         if callable(handler := before.get(number)):
             handler(number, frame)
 
-    handlers = {signal.SIGINT: note, signal.SIGTERM: note}
-    if hasattr(signal, "SIGCONT"):  # not on Windows
-        handlers[signal.SIGCONT] = count
+    handlers = {signal.SIGINT: note, signal.SIGTERM: note, signal.SIGCONT: count}
     heard = [number for number in handlers if signal.getsignal(number) not in _LEFT_ALONE]
     before: dict[int, Any] = {}
     with suppress(ValueError):  # not the main thread

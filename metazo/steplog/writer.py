@@ -10,6 +10,7 @@ from typing import Any
 from metazo.errors import UserError
 from metazo.io.files import write_whole
 from metazo.io.lines import LineFile
+from metazo.io.system import refuse_windows
 from metazo.step.record import Step
 from metazo.steplog.format import VERSION, Scan, change, differences, encode, line, scan
 
@@ -27,7 +28,7 @@ class StepLog:
     Args: path; header: identifies the run; flush_every, fsync_every: see metazo/steplog/format.py (fsync_every 0: at `sync`
     alone); say: called with a sentence for the user if a torn tail is dropped or versions have changed.
     Attributes: steps: those in the log; end: the last line of a complete run.
-    Raises UserError if the log is damaged or belongs to another run. "environment" in the header may differ.
+    Raises UserError on Windows, and if the log is damaged or belongs to another run. "environment" in the header may differ.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class StepLog:
         fsync_every: int = 0,
         say: Callable[[str], None] = lambda text: None,
     ):
+        refuse_windows()
         header = {"metazo_steps": VERSION, **header}
         self.path, self.flush_every, self.fsync_every = path, flush_every, fsync_every
         if not path.exists():

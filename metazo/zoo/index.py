@@ -208,9 +208,10 @@ def add(
     _free_name(
         f"{base}/{version}" if version else base
     )  # before its folder is looked into, and before the zoo's is made
+    lock = FolderLock(folder, "zoo", PATIENCE)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FolderLock(folder, "zoo", PATIENCE):
+        with lock:
             entries = read_index(folder)
             name = _free_name(f"{base}/{version or _next_version(folder, base, entries, item, data)}")
             target = _inside(folder / name, folder)
