@@ -47,9 +47,17 @@ def used(*folders: Path) -> int:
     return sum(path.stat().st_size for path in files)
 
 
+_GROUPS = (
+    ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+"""Control groups, version 2 and 1: folder, files of the limit and of what is used, and the line of memory.stat that counts
+pages of files among it, which the kernel gives back when memory is needed."""
+
+
 def free_memory(device: torch.device) -> int:
-    """Free bytes of the GPU, or of the machine within the limit of its control group (cgroup v2), if there is one; all of the
-    machine's memory if the system does not say what is free (macOS).
+    """Free bytes of the GPU, or of the machine within the limit of its control group, if there is one; all of the machine's
+    memory if the system does not say what is free (macOS).
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
@@ -61,11 +69,11 @@ def free_memory(device: torch.device) -> int:
     with suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
         free = [next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))]
-    with suppress(OSError, ValueError):  # "max" is no number: no limit
-        limit, used = (
-            int(Path(f"/sys/fs/cgroup/memory.{name}").read_text(encoding="utf-8")) for name in ("max", "current")
-        )
-        free.append(max(0, limit - used))
+    for folder, most, taken, cache in _GROUPS:
+        with suppress(OSError, ValueError):  # "max" is no number: no limit
+            limit, used = (int(Path(folder, name).read_text(encoding="utf-8")) for name in (most, taken))
+            stat = dict(line.split() for line in Path(folder, "memory.stat").read_text(encoding="utf-8").splitlines())
+            free.append(max(0, limit - used + int(stat.get(cache, 0))))
     return min(free)
 
 

@@ -24,9 +24,39 @@ def test_a_system_that_does_not_say_what_is_free_gives_all_its_memory(monkeypatc
 
     monkeypatch.setattr(os, "sysconf", sysconf)
     monkeypatch.setattr(
-        resources, "Path", lambda name: Path("/absent", name.lstrip("/"))
+        resources, "Path", lambda *names: Path("/absent", Path(*names).relative_to("/"))
     )  # macOS has no /proc and /sys
     assert resources.free_memory(torch.device("cpu")) == real("SC_PHYS_PAGES") * real("SC_PAGE_SIZE")
+
+
+V2 = {"memory.max": "16000000", "memory.current": "15900000", "memory.stat": "anon 400000\ninactive_file 15000000\n"}
+V1 = {
+    "memory.limit_in_bytes": "8000000",
+    "memory.usage_in_bytes": "7000000",
+    "memory.stat": "inactive_file 5\ntotal_inactive_file 6000000\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("folder", "files", "free"),
+    [
+        ("sys/fs/cgroup", V2, 15_100_000),
+        ("sys/fs/cgroup", V2 | {"memory.max": "max"}, None),
+        ("sys/fs/cgroup", V2 | {"memory.stat": "anon 400000\n"}, 100_000),
+        ("sys/fs/cgroup/memory", V1, 7_000_000),
+        ("sys/fs/cgroup/memory", V1 | {"memory.limit_in_bytes": "9223372036854771712"}, None),
+    ],
+)
+def test_pages_of_files_are_free_within_the_limit_of_a_container(
+    monkeypatch, tmp_path: Path, folder: str, files: dict[str, str], free: int | None
+) -> None:
+    """Reading a model fills a container's memory with pages that the kernel gives back."""
+    (tmp_path / folder).mkdir(parents=True)
+    for name, text in files.items():
+        (tmp_path / folder / name).write_text(text)
+    monkeypatch.setattr(resources, "Path", lambda *names: tmp_path / Path(*names).relative_to("/"))
+    found = resources.free_memory(torch.device("cpu"))
+    assert found == free if free else found > 2**26  # the machine's
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the peak is the GPU allocator's")
