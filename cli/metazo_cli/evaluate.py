@@ -42,7 +42,12 @@ def evaluate(
     dtype: Annotated[
         str | None, typer.Option(help="float32 (default), bfloat16, float16 or float64; by default the run's.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; by default a GPU if there is one.")] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="cpu, cuda, cuda:1, or another of torch that has float64, unlike mps; by default a GPU if there is one."
+        ),
+    ] = None,
     seed: Annotated[
         int | None, typer.Option(help="Seed of the split (default 0); a tuned model has that of its training.")
     ] = None,

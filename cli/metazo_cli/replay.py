@@ -23,7 +23,12 @@ def replay(
     merge: Annotated[
         bool, typer.Option("--merge", help="Save LoRA adapters added to the weights, as a plain model.")
     ] = False,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto takes a GPU if there is one.")] = "auto",
+    device: Annotated[
+        str,
+        typer.Option(
+            help="cpu, cuda, cuda:1, or another of torch that has float64, unlike mps; auto takes a GPU if there is one."
+        ),
+    ] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Rebuild a tuned model from its base model and its step log: no data, no forward passes.

@@ -36,7 +36,7 @@ class ScaleConfig:
     dtype: Literal["float32", "float64"] = setting(default="float32", role="tuner")
     """Type of the weights; narrower ones cannot hold the teacher's steps"""
     device: str = setting(default="cpu", role="machine")
-    """cpu, cuda, cuda:1, ..."""
+    """cpu, cuda, cuda:1, or another of torch that has float64, unlike mps"""
     seed: int = setting(default=0, least=0, most=2**63 - 1, role="tuner")
     """Seed of networks, noise, data order and split"""
     blocks: Literal["tensor", "layer"] = setting(default="tensor", role="tuner")

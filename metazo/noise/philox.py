@@ -19,6 +19,8 @@ import math
 
 import torch
 
+from metazo.errors import UserError
+
 LANES = 16
 TILE = 2048  # elements: a chunk of a tensor may start at a multiple, because 16 blocks of normals or one of signs begin there
 
@@ -78,13 +80,19 @@ def normal_pair(word: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Two standard normals, float32, from a tensor of 32-bit words (Box-Muller).
 
     Bits 31 and 30 are their signs, independent of the rest: odd moments vanish exactly. Bits 29 to 1, with a set bit
-    after them, are v, of which the radius (at most 6.45) and the angle in the quadrant are made.
+    after them, are v, of which the radius (at most 6.45) and the angle in the quadrant are made. Raises UserError on a device
+    without float64.
     """
     v = (word & 0x3FFFFFFE) | 1
     bits = v.float().view(torch.int32)
     y = 2.0 - ((bits & 0x7FFFFF) | 0x3F800000).view(torch.float32)
     squared = (TOP_BITS - bits).float() * UNIT - y * _polynomial(Q, y)
-    radius = torch.sqrt(squared.double()).float()  # torch's float32 square root is not correctly rounded everywhere
+    try:
+        radius = torch.sqrt(squared.double()).float()  # torch's float32 square root is not correctly rounded everywhere
+    except TypeError as error:  # MPS
+        raise UserError(
+            f"The noise needs float64, which devices of the kind {word.device.type} do not have: move the model to cpu or cuda."
+        ) from error
     turn = (v * STRIDE) & _LOW
     a = torch.where(turn >= 2**31, turn - 2**32, turn).float() * ANGLE
     a2 = a * a

@@ -132,7 +132,7 @@ class FinetuneConfig:
     master (a float32 copy), compensated-16 and compensated-8 (16 or 8 bits beside each weight) that the free memory allows;
     autocast runs float32 weights in bfloat16"""
     device: str = setting(default="auto", role="machine")
-    """Device: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one"""
+    """Device: cpu, cuda, cuda:1, or another of torch that has float64, unlike mps; auto takes a GPU if there is one"""
     probe_ranks: int = setting(default=1, least=1, role="machine")
     """Under torchrun, the number of processes that divide the probes of a step; the others divide its examples"""
     tensor_parallel: int = setting(default=1, least=1, role="machine")

@@ -252,4 +252,10 @@ def resolve_device(name: str) -> torch.device:
         torch.zeros(1, device=device).item()  # the meta device makes tensors that have no numbers
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"`device` {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device)
+    except (RuntimeError, TypeError) as error:
+        raise UserError(
+            f"`device` {name!r} cannot be used: it has no float64, in which metazo computes noise and sums; choose cpu or cuda."
+        ) from error
     return device

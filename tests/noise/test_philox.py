@@ -181,3 +181,14 @@ def test_the_loops_and_the_explicit_vectors_make_the_numbers_of_the_definition(w
         first = chunk * lanes.CHUNK
         expected = philox.gaussian(seed, tensor, purpose, first, first + lanes.CHUNK)
         assert np.array_equal(z.view(np.uint32), expected.numpy().view(np.uint32)), (chunk, seed)
+
+
+def test_a_device_without_float64_is_refused(monkeypatch):
+    """Such as MPS, which is simulated."""
+
+    def double(tensor):
+        raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64.")
+
+    monkeypatch.setattr(torch.Tensor, "double", double)
+    with pytest.raises(UserError, match="needs float64, which devices of the kind cpu do not have: move the model"):
+        philox.gaussian(0, 1, 0, 0, 4)

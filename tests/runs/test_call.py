@@ -475,6 +475,22 @@ def test_the_device_of_a_model_in_memory_may_be_chosen_automatically():
         metazo.finetune(net(), loss=loss, data=batches(1), steps=1, lr=1e-3, device="nonsense")
 
 
+def test_a_device_without_float64_is_refused(monkeypatch):
+    """Such as MPS, which is simulated."""
+    real = torch.zeros
+
+    def zeros(*size, dtype=None, **settings):
+        if dtype == torch.float64:
+            raise TypeError(
+                "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64."
+            )
+        return real(*size, dtype=dtype, **settings)
+
+    monkeypatch.setattr(torch, "zeros", zeros)
+    with pytest.raises(UserError, match="`device` 'cpu' cannot be used: it has no float64"):
+        metazo.finetune(net(), loss=loss, data=batches(1), steps=1, lr=1e-3, device="cpu")
+
+
 def test_the_command_line_refuses_to_resume_what_it_cannot_name(tmp_path):
     model, tokenizer = in_memory()
     tuned = metazo.finetune(model, "pico_sentiment", tokenizer=tokenizer, out=tmp_path / "run", **SIZES)
