@@ -44,7 +44,7 @@ def measure(
     for method in methods:
         ours, theirs = context.Pipe(duplex=False)
         process = context.Process(target=_tell, args=(theirs, method, size, shape, dtype, device), daemon=True)
-        process.start()
+        forked.start(process)
         theirs.close()
         found = None
         with suppress(EOFError):  # it was killed

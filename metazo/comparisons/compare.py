@@ -22,6 +22,7 @@ from metazo.comparisons.packed import is_packed, unpack
 from metazo.comparisons.pool import Pool
 from metazo.comparisons.rates import look
 from metazo.comparisons.results import SEARCH, Result, Search, write_search
+from metazo.comparisons.script import needs_script
 from metazo.comparisons.store import Store
 from metazo.errors import UserError
 from metazo.io.lock import FolderLock
@@ -69,6 +70,8 @@ def compare(
         raise UserError(f"`grid` is a metazo.Grid, its YAML file or the name of one, not {shown(grid)}.")
     if grid.engine == "ray":
         ray_module()
+    else:
+        needs_script(grid)  # refused before anything is written
     chosen, own = pairs_of(grid, part)
     folder = grid.out / own
     for lock in (folder, *_others(grid.out, folder)):
@@ -89,7 +92,7 @@ def _pool(grid: Grid, console: Console) -> Pool | RayPool:
     """What does the runs. Both engines give a run the same number of threads, on which its last bits may depend."""
     threads = grid.cpus_per_run or int(os.environ.get("OMP_NUM_THREADS") or max(1, cores() // grid.workers))
     if grid.engine == "processes":
-        return Pool(grid.workers, threads)
+        return Pool(grid.workers, threads, needs_script(grid))
     gpus = grid.gpus_per_run
     if gpus is None:
         gpus = float(resolve_device(grid.config.get("device", "auto")).type == "cuda")

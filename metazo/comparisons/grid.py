@@ -77,6 +77,9 @@ class Grid:
 
     def __post_init__(self):
         check_values(self)
+        for name in ("out", "data"):
+            if isinstance(value := getattr(self, name), str):
+                setattr(self, name, Path(value))
         for name in ("budget", "seeds", "search_seeds", "workers"):
             if getattr(self, name) < 1:
                 raise UserError(f"`{name}` must be at least 1, not {getattr(self, name)}.")

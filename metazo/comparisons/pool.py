@@ -65,14 +65,15 @@ class _Worker:
 
 
 class Pool:
-    """`workers` processes with `threads` each, started when there is work; use as a context manager.
+    """`workers` processes with `threads` each, started when there is work; use as a context manager. script: whether they run
+    the main module of this process first.
 
     A process that dies affects no other: its job becomes a failed result, and the next job gets a new process. A job
     whose process was asked to stop (SIGTERM, SIGINT or SIGHUP, also while it starts) has no result.
     """
 
-    def __init__(self, workers: int, threads: int):
-        self.size, self.threads = workers, threads
+    def __init__(self, workers: int, threads: int, script: bool = False):
+        self.size, self.threads, self.script = workers, threads, script
         self.workers: list[_Worker] = []
 
     def __enter__(self) -> Pool:
@@ -117,7 +118,7 @@ class Pool:
         ours, theirs = context.Pipe()
         environment = os.environ | dict.fromkeys(THREADS, str(self.threads))
         process = context.Process(target=_work, args=(theirs, self.threads, environment), daemon=True)
-        process.start()
+        forked.start(process, self.script)
         theirs.close()
         self.workers.append(_Worker(process, ours))
         return self.workers[-1]

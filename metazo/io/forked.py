@@ -5,9 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import tempfile
 from collections.abc import Mapping
 from multiprocessing import forkserver, resource_tracker
+from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING
 
 from metazo.errors import UserError
@@ -48,3 +50,17 @@ def context(*modules: str, environment: Mapping[str, str] | None = None) -> Fork
             os.environ.pop(name) if name not in before else os.environ.update({name: before[name]})
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     return made
+
+
+def start(process: BaseProcess, script: bool = False) -> None:
+    """Start a process of the context. script: it runs the main module of this one first, as multiprocessing would have it, for
+    what that defines; without the usual guard, a script would start its whole work again.
+    """
+    main = vars(sys.modules["__main__"])
+    kept = {} if script else {name: main[name] for name in ("__file__", "__spec__") if name in main}
+    try:
+        for name in kept:  # by these alone multiprocessing finds the script
+            main[name] = None
+        process.start()
+    finally:
+        main.update(kept)

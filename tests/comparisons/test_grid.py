@@ -50,6 +50,11 @@ def test_all_has_every_method_and_control_once():
     assert set(OPTIMIZERS) - {"zo-finetuner"} <= set(names)  # which is called "tuner" there
 
 
+def test_folders_may_be_text():
+    grid = Grid("pico", ["pico_sentiment"], ["mezo"], 8, out="results", data="rows")
+    assert (grid.out, grid.data) == (Path("results"), Path("rows"))
+
+
 def test_columns_that_need_a_tuner_get_the_grids():
     found = {column.name: column.options.get("tuner") for column in resolve(["tuner", "random-tuner", "mezo"], "mine")}
     assert found == {"tuner": "mine", "random-tuner-0": "random:0", "random-tuner-1": "random:1",

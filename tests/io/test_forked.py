@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from metazo.io import forked
 
 IMPORTED = """
@@ -60,6 +62,32 @@ def test_the_server_imports_once_with_signals_blocked_and_its_parent_is_as_befor
     for server, parent, kept, at_import, in_process in (first, second):
         assert server == parent == first[0] and kept == "server's"
         assert stopping <= set(at_import) and stopping <= set(in_process)
+
+
+SCRIPT = """
+import sys
+from metazo.io import forked
+import imported
+
+print("begins", __name__, flush=True)
+if __name__ == "__main__":
+    context = forked.context("imported")
+    ours, theirs = context.Pipe(duplex=False)
+    forked.start(context.Process(target=imported.tell, args=(theirs,)), script=sys.argv[1] == "True")
+    theirs.close()
+    ours.recv()
+    print(__file__, __spec__)
+"""
+
+
+@pytest.mark.parametrize("script", [False, True])
+def test_a_process_runs_the_script_of_its_parent_only_if_it_is_told_to(tmp_path: Path, script: bool):
+    for name, text in (("imported", IMPORTED), ("script", SCRIPT)):
+        (tmp_path / f"{name}.py").write_text(text)
+    command = [sys.executable, "script.py", str(script)]
+    done = subprocess.run(command, cwd=tmp_path, env={"KEPT": ""}, capture_output=True, text=True, timeout=60)
+    again = ["begins __mp_main__"] * script
+    assert done.stdout.splitlines() == ["begins __main__", *again, f"{tmp_path / 'script.py'} None"], done.stderr
 
 
 def test_a_folder_of_temporary_files_that_is_too_long_for_a_socket_is_named(tmp_path: Path):
