@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -28,6 +30,22 @@ def kernel(function: Callable, *sources: ModuleType) -> Callable:
         checksum = zlib.crc32(Path(str(source.__file__)).read_bytes(), checksum)
     function.__qualname__ += f"-{checksum:08x}"
     try:
-        return njit(nogil=True, cache=True, error_model="numpy")(function)
+        with _home_if_unknown():
+            return njit(nogil=True, cache=True, error_model="numpy")(function)
     except RuntimeError:  # numba found no such folder
         return njit(nogil=True, error_model="numpy")(function)
+
+
+@contextmanager
+def _home_if_unknown() -> Iterator[None]:
+    """A context in which a user without a home folder has one that cannot be written (docker run --user 12345): numba's last
+    resort for its cache would be a folder of the name ~ in the working directory.
+    """
+    if "HOME" in os.environ or os.path.expanduser("~") != "~":
+        yield
+        return
+    os.environ["HOME"] = os.devnull
+    try:
+        yield
+    finally:
+        del os.environ["HOME"]

@@ -187,9 +187,9 @@ print(PhiloxNoise(0).stream(3).draw(w).double().sum().item().hex())
 """
 
 
-def drawn(setup: str = "", **environment: str) -> str:
+def drawn(setup: str = "", end: str = "", **environment: str) -> str:
     """Make the noise in a separate process; its numbers are compared with those of this process."""
-    command, environment = [sys.executable, "-c", setup + DRAW], os.environ | environment
+    command, environment = [sys.executable, "-c", setup + DRAW + end], os.environ | environment
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     how, total = done.stdout.splitlines()
@@ -201,6 +201,17 @@ def drawn(setup: str = "", **environment: str) -> str:
 def test_without_numba_the_numbers_are_the_same_and_the_reason_is_told():
     how = drawn('import sys; sys.modules["numba"] = None')
     assert how.startswith("plain torch") and "numba" in how
+
+
+def test_a_user_without_a_home_folder_gets_no_cache_in_the_working_directory(tmp_path, monkeypatch):
+    """As in a container that is started with a user id of its own (docker run --user 12345)."""
+    for name in ("HOME", "XDG_CACHE_HOME", "NUMBA_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    setup = "import os, pwd; pwd.getpwuid = {}.__getitem__"
+    end = "assert 'HOME' not in os.environ"
+    assert drawn(setup, end, NUMBA_CACHE_LOCATOR_CLASSES="UserWideCacheLocator") == "numba"
+    assert not any(tmp_path.iterdir())
 
 
 def test_works_where_no_cache_can_be_written():
