@@ -96,7 +96,7 @@ def build(
     if options["weight_decay"]:
         named = parameters
         groups: list[dict[str, Any]] = [
-            {"params": [pair for pair in named if pair[0] in decayed]},
+            {"params": [pair for pair in named if pair[0] in decayed], "weight_decay": options["weight_decay"]},
             {"params": [pair for pair in named if pair[0] not in decayed], "weight_decay": 0.0},
         ]
         parameters = [group for group in groups if group["params"]]

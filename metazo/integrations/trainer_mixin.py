@@ -206,6 +206,11 @@ class ZOMixin:
                 f"{checkpoint} has no state of the optimizer (`save_only_model`): the steps would repeat the noise of the "
                 "first ones. Load the model from it and start a new run with another `seed`."
             )
+        if checkpoint is not None and not is_file(Path(checkpoint) / "scheduler.pt"):
+            raise UserError(
+                f"{checkpoint} has no scheduler.pt, without which the Trainer does not load the optimizer's state either: the "
+                "steps would repeat the noise of the first ones. Put it back, or start a new run with another `seed`."
+            )
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
@@ -288,6 +293,7 @@ class TakenSteps(Optimizer):
             if name in self.own:  # of other tensors the method itself says so
                 self.own[name].data.copy_(value)
         self.optimizer.load_state_dict(state)
+        self.taken = self.optimizer.steps
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         self.optimizer.add_param_group(param_group)

@@ -25,6 +25,8 @@ from transformers import (
 from metazo.blocks import named_tensors, partition
 from metazo.errors import UserError
 from metazo.integrations import ZOMixin, ZOTrainer
+from metazo.integrations.trainer_method import build
+from metazo.integrations.trainer_mixin import TakenSteps
 from metazo.noise import PhiloxNoise
 from metazo.optimizers import LOZO, MeZO
 from metazo.tuner.file import Tuner, TunerInfo
@@ -581,6 +583,34 @@ def test_a_checkpoint_without_the_optimizer_is_refused(tmp_path: Path) -> None:
     trainer(tmp_path, model(), **options).train()
     with pytest.raises(UserError, match="has no state of the optimizer \\(`save_only_model`\\)"):
         trainer(tmp_path, model(), **options).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_without_the_schedule_is_refused(tmp_path: Path) -> None:
+    """Without it the Trainer does not load the optimizer's state."""
+    trainer(tmp_path, model(), save_strategy="steps", save_steps=2).train()
+    for path in tmp_path.rglob("scheduler.pt"):
+        path.unlink()
+    with pytest.raises(UserError, match="has no scheduler.pt, without which"):
+        trainer(tmp_path, model(), save_strategy="steps", save_steps=2).train(resume_from_checkpoint=True)
+
+
+def test_a_loaded_state_has_no_step_taken_yet() -> None:
+    """As if a run goes on in the same trainer from the checkpoint of one step before."""
+    net = nn.Linear(2, 1)
+    seen = TakenSteps(MeZO(net.named_parameters()))
+    state = seen.state_dict()
+    for _ in range(2):
+        seen.optimizer.step(lambda: net(torch.ones(1, 2)).sum())
+        seen.step()
+        seen.load_state_dict(state)
+
+
+def test_weight_decay_is_for_the_names_that_the_trainer_decays() -> None:
+    net = nn.ModuleDict({"layer_norm_in": nn.Linear(2, 2)})
+    made = build(MeZO, net, {}, {"lr": 0.1, "weight_decay": 0.5}, {"layer_norm_in.bias", "layer_norm_in.weight"}, 1)
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    made.step(lambda: 1.0)
+    assert all(torch.allclose(p, 0.95 * before[name], atol=1e-6) for name, p in net.named_parameters())
 
 
 def test_an_unknown_method_is_answered_with_all_that_are_taken(tmp_path: Path) -> None:
