@@ -1,10 +1,10 @@
-"""What it gains that noise is added to weights by explicit vectors (metazo/noise/wide_weights.py), and not through a buffer.
+"""What explicit vectors gain: noise made by them (metazo/noise/wide.py), and added without a buffer (wide_weights.py).
 
-The same passes over 1,048,576 weights in two processes, of which one has the loops alone, by turns on one core: nanoseconds
-per weight, the least of eight passes, and the ratio of the two, round by round. It says nothing on a processor without
-registers of 512 bits.
+The same passes over 1,048,576 weights in three processes, by turns on one core: by vectors; by vectors through a buffer; and
+by the loops of which LLVM makes vectors (lanes.py), through a buffer. Nanoseconds per weight, the least of eight passes, and
+the ratios of the first to the others, round by round. It says nothing on a processor without registers of 256 bits.
 
-python benchmarks/sums_by_vectors.py --out benchmarks/sums_by_vectors.json      # one minute
+python benchmarks/sums_by_vectors.py --out benchmarks/sums_by_vectors.json      # two minutes
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from time import perf_counter
 
 import torch
 
-from metazo.bench.measurements import environment
+from metazo.bench.measurements import environment, same_processor
 
 WEIGHTS, ROUNDS, REPEATS = 1 << 20, 31, 8
 COUNTER = 7, 3, 1  # seed, tensor, purpose
@@ -52,14 +52,19 @@ def passes() -> dict[str, Callable[[], None]]:
     return found
 
 
-def serve(asked: Connection, by_vectors: bool, core: int) -> None:
+FORMS = {"by vectors": (True, True), "through a buffer": (True, False), "by loops": (False, False)}
+"""Whether noise is made by explicit vectors, and whether it is added by them."""
+
+
+def serve(asked: Connection, form: str, core: int) -> None:
     """Answer the name of a pass with the nanoseconds per weight that it takes."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {core})
     torch.set_num_threads(1)
-    from metazo.noise import wide_weights
+    from metazo.noise import lanes, wide_weights
 
-    wide_weights.WIDE = wide_weights.WIDE and by_vectors
+    made, added = FORMS[form]
+    lanes.WIDE, wide_weights.WIDE = lanes.WIDE and made, wide_weights.WIDE and added
     known = passes()
     while (name := asked.recv()) is not None:
         taken = []
@@ -76,36 +81,32 @@ def main() -> None:
     out = parser.parse_args().out
     context, asked = multiprocessing.get_context("spawn"), {}
     core = max(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+    forms = list(FORMS)
     with tempfile.TemporaryDirectory() as caches:
-        for by_vectors in (True, False):  # each with compiled loops of its own
-            os.environ["NUMBA_CACHE_DIR"] = str(Path(caches, str(by_vectors)))
-            asked[by_vectors], answer = context.Pipe()
-            context.Process(target=serve, args=(answer, by_vectors, core), daemon=True).start()
+        for form in forms:  # each with compiled loops of its own
+            os.environ["NUMBA_CACHE_DIR"] = str(Path(caches, form))
+            asked[form], answer = context.Pipe()
+            context.Process(target=serve, args=(answer, form, core), daemon=True).start()
         rows = {}
         for name in passes():
-            taken: dict[bool, list[float]] = {True: [], False: []}
+            taken: dict[str, list[float]] = {form: [] for form in forms}
             for number in range(ROUNDS + 1):
-                for by_vectors in (True, False) if number % 2 else (False, True):
-                    asked[by_vectors].send(name)
-                    nanoseconds = asked[by_vectors].recv()
+                for form in forms if number % 2 else forms[::-1]:
+                    asked[form].send(name)
+                    nanoseconds = asked[form].recv()
                     if number:  # the first round compiles
-                        taken[by_vectors].append(nanoseconds)
-            ratios = [own / other for own, other in zip(taken[True], taken[False])]
-            rows[name] = {
-                "by vectors, ns": round(median(taken[True]), 3),
-                "through a buffer, ns": round(median(taken[False]), 3),
-                "ratio (quartiles)": [round(value, 3) for value in quantiles(ratios, n=4)],
-            }
+                        taken[form].append(nanoseconds)
+            rows[name] = {f"{form}, ns": round(median(taken[form]), 3) for form in forms}
+            for other in forms[1:]:
+                ratios = [one / two for one, two in zip(taken[forms[0]], taken[other])]
+                rows[name][f"ratio to {other} (quartiles)"] = [round(value, 3) for value in quantiles(ratios, n=4)]
             print(name, rows[name], flush=True)
         for pipe in asked.values():
             pipe.send(None)
-    found = {
-        "environment": environment("cpu", "float32", False),
-        "threads": 1,
-        "rounds": ROUNDS,
-        "repeats": REPEATS,
-        "rows": rows,
-    }
+    here = {"environment": environment("cpu", "float32", False), "rows": rows}
+    before = json.loads(out.read_text())["machines"] if out.exists() else []
+    others = [each for each in before if not same_processor(each["environment"], here["environment"])]
+    found = {"threads": 1, "rounds": ROUNDS, "repeats": REPEATS, "machines": [*others, here]}
     out.write_text(json.dumps(found, indent=1) + "\n")
 
 

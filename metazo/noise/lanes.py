@@ -3,7 +3,7 @@
 The numbers are those of philox.py, bit for bit (tests/noise). Every loop is written for LLVM's vectoriser. 32 Philox blocks
 are computed side by side in 64-bit lanes, of which only the low halves count, so that a product needs no shuffles and
 independent chains of ten rounds hide each other's latency. Their 256 numbers go to a buffer in the first-level cache. Normals
-of a processor with registers of 512 bits are made by wide.py.
+of a processor with registers of 256 or 512 bits are made by wide.py.
 
 What is called for each number is inlined by numba, because LLVM would not vectorise the call. What is called for each chunk is
 inlined by LLVM (`forceinline`): it is compiled once in a process, not again in every loop that uses it, and has the vectors
@@ -20,14 +20,13 @@ from numba import njit, types
 from numba.extending import overload
 
 from metazo.kernels.casts import as_bits, as_float, from_half, to_half
-from metazo.kernels.vectors import WIDTH, prefetch, widest
+from metazo.kernels.vectors import prefetch, widest
 from metazo.noise import philox as definition
-from metazo.noise.wide import wide_normals
+from metazo.noise.wide import WIDE, wide_normals
 
 CHUNK = 256  # numbers in the buffer
 WORDS = 128  # 32-bit words of 32 blocks
 _AHEAD = 1024  # elements between the one calculated and the one prefetched
-_WIDE = WIDTH == 512  # whether normals are made by wide.py
 _u16, _u32, _u64, _f32, _i32 = np.uint16, np.uint32, np.uint64, np.float32, np.int32
 
 _M0, _M1, _LOW, _HALF = _u64(definition._M0), _u64(definition._M1), _u64(definition._LOW), _u64(32)
@@ -100,7 +99,7 @@ def _normal_pair(word):
 def normals(z, words, chunk, c1, c2, c3, k0, k1):
     """The 256 normals of 32 blocks. Block 16 i + lane has the numbers at 128 i + lane, 16 apart."""
     widest()
-    if _WIDE:
+    if WIDE:
         wide_normals(z, _u64(chunk), c1, c2, c3, k0, k1)
         return
     for block in range(32):

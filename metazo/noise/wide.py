@@ -1,9 +1,11 @@
-"""The normals of a chunk as explicit vectors, for processors with vector registers of 512 bits.
+"""The normals of a chunk as explicit vectors, for processors with vector registers of 512 or 256 bits.
 
 LLVM makes vectors of the loops in lanes.py as well, but of one register, and a number passes through about 80 cycles of
 instructions of which each needs the one before: the processor sees too few of the next vectors to fill them. Here every
-instruction is written for several registers (all 32 blocks of a chunk, then two of their four words), so that there is always
-another one to begin. The numbers are those of lanes.py and philox.py, bit for bit (tests/noise).
+instruction is written for several registers, so that there is always another one to begin. With the 32 registers of AVX-512
+these are all 32 blocks of a chunk, then two of their four words. With 16 registers they are 8 blocks, then 16 words, in loops
+that are not unrolled, because a processor without AVX-512 may not hold more instructions after they are decoded.
+The numbers are those of lanes.py and philox.py, bit for bit (tests/noise).
 
 wide_weights.py adds them to weights.
 """
@@ -21,10 +23,12 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from metazo.kernels.vectors import WIDTH
 from metazo.noise import philox as definition
 
 _BLOCKS = 32  # of a chunk
 AT_ONCE = 2 * definition.LANES  # normals of a word in 16 blocks, which are neighbours
+WIDE = WIDTH >= 256  # whether normals are made here
 INT, LONG, FLOAT = ir.IntType(32), ir.IntType(64), ir.FloatType()
 
 
@@ -92,7 +96,7 @@ class Vector:
         return self.chosen(range(2 * self.value.type.count), other)
 
 
-def everywhere(builder: ir.IRBuilder, value: Any, count: int = _BLOCKS) -> Vector:
+def everywhere(builder: ir.IRBuilder, value: Any, count: int) -> Vector:
     """A vector of a value that is known at run time."""
     kind = ir.VectorType(value.type, count)
     nothing, first = ir.Constant(kind, ir.Undefined), ir.Constant(INT, 0)
@@ -100,18 +104,25 @@ def everywhere(builder: ir.IRBuilder, value: Any, count: int = _BLOCKS) -> Vecto
     return Vector(builder, builder.shuffle_vector(builder.insert_element(nothing, value, first), nothing, zeros))
 
 
-def _philox(builder: ir.IRBuilder, counter: list[Any], keys: list[Any]) -> list[Vector]:
-    """The four words of a chunk's blocks, (32,) each, as `philox.philox`; the counter's first word is that of the chunk."""
-    order = Vector(builder, ir.Constant(ir.VectorType(LONG, _BLOCKS), list(range(_BLOCKS))))
-    c0 = everywhere(builder, builder.mul(counter[0], ir.Constant(LONG, _BLOCKS))) + order
-    c1, c2, c3 = (everywhere(builder, value) for value in counter[1:])
+def long(value: int) -> ir.Constant:
+    return ir.Constant(LONG, value)
+
+
+def _philox(builder: ir.IRBuilder, first: Any, order: list[int], counter: list[Any], keys: list[Any]) -> list[Vector]:
+    """The four words of blocks first + order, in 64-bit lanes, of which only the low halves count, as `philox.philox`.
+
+    counter: the words of the counter after the first, which is the block's number.
+    """
+    count = len(order)
+    c0 = everywhere(builder, first, count) + Vector(builder, ir.Constant(ir.VectorType(LONG, count), order))
+    c1, c2, c3 = (everywhere(builder, value, count) for value in counter)
     k0, k1 = keys
-    for _ in range(10):  # in 64-bit lanes, of which only the low halves count
+    for _ in range(10):
         p0, p1 = (c0 & definition._LOW) * definition._M0, (c2 & definition._LOW) * definition._M1
-        c0, c2 = (p1 >> 32) ^ c1 ^ everywhere(builder, k0), (p0 >> 32) ^ c3 ^ everywhere(builder, k1)
+        c0, c2 = (p1 >> 32) ^ c1 ^ everywhere(builder, k0, count), (p0 >> 32) ^ c3 ^ everywhere(builder, k1, count)
         c1, c3 = p1, p0
-        k0, k1 = (builder.add(k, ir.Constant(LONG, w)) for k, w in ((k0, definition._W0), (k1, definition._W1)))
-    return [_low_halves(word) for word in (c0, c1, c2, c3)]
+        k0, k1 = (builder.add(k, long(w)) for k, w in ((k0, definition._W0), (k1, definition._W1)))
+    return [c0, c1, c2, c3]
 
 
 def _low_halves(word: Vector) -> Vector:
@@ -147,20 +158,53 @@ def _polynomial(coefficients: tuple[float, ...], x: Vector) -> Vector:
     return value
 
 
-def normals_of(builder: ir.IRBuilder, counter: list[Any], keys: list[Any]) -> Iterator[tuple[int, Vector]]:
-    """The 256 normals of a chunk, 32 at a time: (place of the first in the chunk, numbers)."""
-    words, lanes = _philox(builder, counter, keys), definition.LANES
+def normals_of(builder: ir.IRBuilder, counter: list[Any], keys: list[Any]) -> Iterator[tuple[Any, Vector]]:
+    """The 256 normals of a chunk, 32 at a time: (place of the first in the chunk, numbers). What is built for these numbers is
+    in a loop if registers have 256 bits. The counter's first word is that of the chunk.
+    """
+    first = builder.mul(counter[0], long(_BLOCKS))
+    return (_unrolled if WIDTH == 512 else _in_loops)(builder, first, counter[1:], keys)
+
+
+def _unrolled(builder: ir.IRBuilder, first: Any, counter: list[Any], keys: list[Any]) -> Iterator[tuple[Any, Vector]]:
+    """`normals_of` for 32 registers of 512 bits."""
+    words = [_low_halves(word) for word in _philox(builder, first, list(range(_BLOCKS)), counter, keys)]
+    lanes = definition.LANES
     for word in (0, 2):
         pair = _normal_pair(words[word].and_then(words[word + 1]))
         for k in range(4):  # of this word and the next, blocks 0 to 15 and 16 to 31
-            first, second = (numbers.chosen(range(lanes * k, lanes * (k + 1))) for numbers in pair)
-            yield 128 * (k % 2) + 32 * (word + k // 2), first.and_then(second)
+            one, other = (numbers.chosen(range(lanes * k, lanes * (k + 1))) for numbers in pair)
+            yield long(128 * (k % 2) + 32 * (word + k // 2)), one.and_then(other)
 
 
-def pointer(builder: ir.IRBuilder, begin: Any, place: int) -> Any:
-    """The address of the 32 numbers at this place."""
-    kind = ir.VectorType(begin.type.pointee, AT_ONCE).as_pointer()
-    return builder.bitcast(builder.gep(begin, [ir.Constant(LONG, place)]), kind)
+_TURN = [0, 1, 4, 5, 2, 3, 6, 7]
+"""Blocks of a turn in the lanes of two registers of 256 bits, so that one instruction puts their words in order."""
+
+
+def _in_loops(builder: ir.IRBuilder, first: Any, counter: list[Any], keys: list[Any]) -> Iterator[tuple[Any, Vector]]:
+    """`normals_of` for 16 registers of 256 bits. The words pass through memory."""
+    turn, lanes = len(_TURN), definition.LANES
+    words = cgutils.alloca_once(builder, ir.ArrayType(INT, 4 * _BLOCKS))
+    begin = builder.bitcast(words, INT.as_pointer())
+    with cgutils.for_range(builder, long(_BLOCKS // turn)) as loop:
+        block = builder.mul(loop.index, long(turn))
+        for k, word in enumerate(_philox(builder, builder.add(first, block), _TURN, counter, keys)):
+            halves = Vector(builder, builder.bitcast(word.value, ir.VectorType(INT, 2 * turn)))
+            low = halves.chosen([2 * _TURN.index(b) for b in range(turn)])
+            builder.store(low.value, pointer(builder, begin, builder.add(block, long(_BLOCKS * k)), turn), align=4)
+    with cgutils.for_range(builder, long(4 * _BLOCKS // lanes)) as loop:
+        address = pointer(builder, begin, builder.mul(loop.index, long(lanes)), lanes)
+        one, other = _normal_pair(Vector(builder, builder.load(address, align=4)))
+        # two turns for a word, blocks 0 to 15 and 16 to 31
+        half, word = builder.and_(loop.index, long(1)), builder.lshr(loop.index, long(1))
+        place = builder.add(builder.mul(half, long(128)), builder.mul(word, long(AT_ONCE)))
+        yield place, one.and_then(other)
+
+
+def pointer(builder: ir.IRBuilder, begin: Any, place: Any, count: int = AT_ONCE) -> Any:
+    """The address of the numbers, 32 or `count`, from this place on."""
+    kind = ir.VectorType(begin.type.pointee, count).as_pointer()
+    return builder.bitcast(builder.gep(begin, [place]), kind)
 
 
 @intrinsic

@@ -20,15 +20,14 @@ from numba.extending import intrinsic
 
 from metazo.kernels.splitfloat import HALF_TOP, LAYOUTS, MULTIPLIERS
 from metazo.kernels.vectors import WIDTH
-from metazo.noise.wide import AT_ONCE, FLOAT, INT, Vector, everywhere, normals_of, pointer
+from metazo.noise.wide import AT_ONCE, FLOAT, INT, WIDE, Vector, everywhere, normals_of, pointer
 
 _SHORT, _HALF = ir.IntType(16), ir.HalfType()
 STORED = {types.float32: torch.float32, types.uint16: torch.bfloat16, types.int16: torch.float16}
 """The types of weights by those of the arrays that hold them."""
-WIDE = WIDTH == 512
 _FOR_OTHERS = any(getattr(config, name, None) for name in ("CPU_NAME", "CPU_FEATURES"))
 _CONVERTS = (
-    WIDE
+    WIDTH == 512
     and not _FOR_OTHERS
     and binding.get_host_cpu_features().get("avx512bf16", False)
     and binding.llvm_version_info >= (16,)
@@ -47,15 +46,15 @@ class _Array:
         self.kind: Any = kind.dtype
         self.begin = builder.gep(cgutils.create_struct_proxy(kind)(context, builder, array).data, [here])
 
-    def raw(self, place: int) -> Vector:
+    def raw(self, place: Any) -> Vector:
         """The 32 numbers from this place on, as they are stored."""
         address = pointer(self.builder, self.begin, place)
         return Vector(self.builder, self.builder.load(address, align=self.kind.bitwidth // 8))
 
-    def store(self, place: int, numbers: Vector) -> None:
+    def store(self, place: Any, numbers: Vector) -> None:
         self.builder.store(numbers.value, pointer(self.builder, self.begin, place), align=self.kind.bitwidth // 8)
 
-    def widened(self, place: int) -> Vector:
+    def widened(self, place: Any) -> Vector:
         """32 weights as float32."""
         stored = self.raw(place)
         if self.kind == types.float32:
@@ -64,7 +63,7 @@ class _Array:
             return stored.to("bitcast", _HALF).to("fpext", FLOAT)
         return (stored.to("zext", INT) << 16).to("bitcast", FLOAT)
 
-    def store_narrowed(self, place: int, numbers: Vector) -> None:
+    def store_narrowed(self, place: Any, numbers: Vector) -> None:
         """Store float32 numbers as weights, rounded to nearest even."""
         if self.kind == types.float32:
             self.store(place, numbers)
@@ -77,7 +76,7 @@ class _Array:
             kept = Vector(self.builder, self.builder.select(number, rounded.value, rounded.number(0x7FC0).value))
             self.store(place, kept.to("trunc", _SHORT))
 
-    def fill(self, sums: Iterator[tuple[int, Vector]]) -> Any:
+    def fill(self, sums: Iterator[tuple[Any, Vector]]) -> Any:
         """Store the float32 numbers of a chunk as weights, rounded to nearest even. Returns: whether they are stored.
 
         A processor that converts to bfloat16 makes 0 of numbers below 2^-126, and another NaN of a NaN. Then none is stored.
@@ -137,7 +136,7 @@ def _converted(numbers: Vector) -> Vector:
     return narrowed.to("bitcast", _SHORT)
 
 
-def _joined(high: _Array, low: _Array, place: int) -> Vector:
+def _joined(high: _Array, low: _Array, place: Any) -> Vector:
     """`splitfloat.join` of 32 weights."""
     layout = LAYOUTS[STORED[high.kind]]
     wide = high.raw(place).to("sext", INT)
@@ -149,13 +148,13 @@ def _dropped(high: _Array, low: _Array) -> int:
     return LAYOUTS[STORED[high.kind]].below - low.kind.bitwidth if low.kind == types.int8 else 0
 
 
-def _part(theta: Vector, high: _Array, low: _Array, place: int, first: Any, seed: Any) -> None:
+def _part(theta: Vector, high: _Array, low: _Array, place: Any, first: Any, seed: Any) -> None:
     """`splitfloat.split` of 32 weights into the two arrays. first: the element at place 0, int32; seed: int32."""
     builder, layout, dropped = theta.builder, LAYOUTS[STORED[high.kind]], _dropped(high, low)
     bits = (theta * (1 / layout.scale)).to("bitcast", INT)
     if dropped:
-        elements = ir.Constant(ir.VectorType(INT, AT_ONCE), list(range(place, place + AT_ONCE)))
-        x = everywhere(builder, first, AT_ONCE) + Vector(builder, elements)
+        order = Vector(builder, ir.Constant(ir.VectorType(INT, AT_ONCE), list(range(AT_ONCE))))
+        x = everywhere(builder, first, AT_ONCE) + (everywhere(builder, builder.trunc(place, INT), AT_ONCE) + order)
         x = x ^ everywhere(builder, seed, AT_ONCE)
         for multiplier in MULTIPLIERS:
             x = (x ^ x.signed_shift(16)) * (multiplier & 0xFFFFFFFF)
@@ -188,7 +187,7 @@ def whole(array, here, gaussian):
     return gaussian and array.size - here >= _CHUNK
 
 
-# The functions below return whether they did it. They do nothing if the processor has no registers of 512 bits, there are no
+# The functions below return whether they did it. They do nothing if the processor has no registers of 256 bits, there are no
 # vectors for the type of the weights, or a number is one that the processor would round in another way.
 @intrinsic
 def wide_add(typing_context, out, here, alpha, beta, chunk, c1, c2, c3, k0, k1):

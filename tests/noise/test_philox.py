@@ -11,7 +11,7 @@ from numba import njit
 from scipy import stats
 
 from metazo.errors import UserError
-from metazo.noise import TILE, PhiloxNoise, lanes, philox
+from metazo.noise import TILE, PhiloxNoise, lanes, philox, wide
 
 # Random123's kat_vectors for philox4x32 with 10 rounds: counter, key, words.
 KNOWN = [
@@ -169,10 +169,11 @@ def test_the_name_tells_distribution_and_version():
     assert PhiloxNoise(0, "rademacher").name == "philox4x32-10/rademacher/2"
 
 
-@pytest.mark.parametrize("wide", [False, True])
-def test_the_loops_and_the_explicit_vectors_make_the_numbers_of_the_definition(wide, monkeypatch):
-    """A processor takes one of the two forms (`lanes._WIDE`); both can be compiled for every processor."""
-    monkeypatch.setattr(lanes, "_WIDE", wide)
+@pytest.mark.parametrize("width", [128, 256, 512])
+def test_the_loops_and_the_explicit_vectors_make_the_numbers_of_the_definition(width, monkeypatch):
+    """A processor takes one of the three forms; all can be compiled for every processor."""
+    monkeypatch.setattr(lanes, "WIDE", width > 128)
+    monkeypatch.setattr(wide, "WIDTH", width)
     normals = njit(error_model="numpy")(lanes.normals.py_func)
     z, words = np.empty(lanes.CHUNK, np.float32), np.empty(lanes.WORDS, np.uint32)
     for chunk, purpose, tensor, seed in ((0, 0, 0, 0), (1, 3, 7, 9), ((1 << 27) - 1, 15, (1 << 64) - 1, (1 << 64) - 1)):

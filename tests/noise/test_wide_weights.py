@@ -11,15 +11,15 @@ from llvmlite import binding
 from numba import njit
 
 from metazo.kernels.splitfloat import plain_join, plain_split, split
-from metazo.noise import cpu, cpu_split, philox, wide_weights
+from metazo.noise import cpu, cpu_split, philox, wide, wide_weights
 from metazo.noise.lanes import CHUNK
 
 SEED, OTHER, ID, ROUNDING = 0x7EDCBA9876543210, 5, 0x123456789ABCDEF0, 0x13579BDF2468ACE0
 ALPHA, BETA = 0.37, 0.7
 CHUNKS = 3
-EACH = pytest.mark.parametrize("converts", [False, pytest.param(True, marks=pytest.mark.skipif(
-    not wide_weights._CONVERTS, reason="this processor has no conversion to bfloat16"
-))])  # fmt: skip
+EACH = pytest.mark.parametrize(("width", "converts"), [(256, False), (512, False), pytest.param(
+    512, True, marks=pytest.mark.skipif(not wide_weights._CONVERTS, reason="this processor has no conversion to bfloat16")
+)])  # fmt: skip
 TYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 NARROW = pytest.mark.parametrize(
     ("dtype", "below"), [(h, w) for h in (torch.bfloat16, torch.float16) for w in (torch.int16, torch.int8)], ids=str
@@ -27,9 +27,10 @@ NARROW = pytest.mark.parametrize(
 
 
 @pytest.fixture
-def vectors(converts, monkeypatch):
+def vectors(width, converts, monkeypatch):
     """The sums of wide_weights, compiled here, as functions of (*arrays, here, *others); any processor can run them."""
     monkeypatch.setattr(wide_weights, "WIDE", True)
+    monkeypatch.setattr(wide, "WIDTH", width)
     monkeypatch.setattr(wide_weights, "_CONVERTS", converts)
     add, place, place_split, add_split = (
         getattr(wide_weights, name) for name in ("wide_add", "wide_place", "wide_place_split", "wide_add_split")
@@ -112,7 +113,7 @@ def test_a_probe_of_split_weights_is_placed(vectors, dtype, below):
     assert same(out, (plain_join(high, low) + z(FIRST) * ALPHA).to(dtype))
 
 
-@pytest.mark.parametrize("converts", [False])
+@pytest.mark.parametrize(("width", "converts"), [(256, False), (512, False)])
 @NARROW
 @pytest.mark.parametrize("start", [0, 1 << 31])
 def test_noise_is_added_to_split_weights(vectors, dtype, below, start):
