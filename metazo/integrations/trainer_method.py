@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -65,9 +66,10 @@ def build(
     options: dict[str, Any],
     decayed: set[str],
     examples: int,
+    rates: Mapping[str, float] | None = None,
 ) -> ZOOptimizer:
     """The method with its settings. own: parameters beside the model's; weight decay is for those named `decayed`, as in the
-    Trainer. examples: of a step, over all micro-batches and processes.
+    Trainer. examples: of a step, over all micro-batches and processes. rates: learning rates by name, where they differ.
     """
     parameters: Iterable = [*module.named_parameters(), *own.items()]
     if (name := options.pop("tuner", None)) is not None:
@@ -93,11 +95,35 @@ def build(
     for name in options:
         if name not in known:
             raise UserError(f"`{name}` is not a setting of {cls.name}, which has {', '.join(sorted(known))}.")
-    if options["weight_decay"]:
-        named = parameters
-        groups: list[dict[str, Any]] = [
-            {"params": [pair for pair in named if pair[0] in decayed], "weight_decay": options["weight_decay"]},
-            {"params": [pair for pair in named if pair[0] not in decayed], "weight_decay": 0.0},
+    if options["weight_decay"] or rates:
+        groups: dict[tuple[float, bool], list[tuple[str, nn.Parameter]]] = {}
+        for name, parameter in sorted(parameters, key=lambda pair: pair[0] not in decayed):
+            key = (rates or {}).get(name, options["lr"]), name in decayed
+            groups.setdefault(key, []).append((name, parameter))
+        parameters = [
+            {"params": pairs, "lr": lr, "weight_decay": options["weight_decay"] if decays else 0.0}
+            for (lr, decays), pairs in groups.items()
         ]
-        parameters = [group for group in groups if group["params"]]
     return cls(parameters, **options)
+
+
+def rates_by_name(patterns: Mapping[str, float], names: Mapping[str, str]) -> dict[str, float]:
+    """The learning rates of `learning_rate_mapping`, of sentence-transformers, by the method's names; a later pattern wins.
+
+    names: of each trained parameter, the name that a pattern is searched in. Raises UserError for a pattern without a match.
+    """
+    found: dict[str, float] = {}
+    for pattern, rate in patterns.items():
+        try:
+            matched = [name for name, seen in names.items() if re.search(pattern, seen)]
+        except re.error as error:
+            raise UserError(
+                f"`learning_rate_mapping` has {pattern!r}, which is no regular expression ({error})."
+            ) from None
+        if not matched:
+            raise UserError(
+                f"`learning_rate_mapping` has {pattern!r}, which no trained parameter's name matches; one is "
+                f"{next(iter(names.values()), None)}."
+            )
+        found |= dict.fromkeys(matched, float(rate))
+    return found

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from metazo.errors import UserError
-from metazo.integrations.trainer_method import build, chosen, is_given, moments
+from metazo.integrations.taken_steps import TakenSteps
+from metazo.integrations.trainer_method import build, chosen, is_given, moments, rates_by_name
 from metazo.io.extras import needs
 from metazo.io.files import is_file
 from metazo.models.quantize import keep_unpacked
@@ -28,6 +29,12 @@ with needs("trainer"):
 SURROGATES = {  # losses of TRL with a factor or a part that their gradient takes for a constant, which it is not at the probes
     "dft": "whose gradient is meant and not its value, which can fall if right tokens become less likely: take 'nll'",
     "kto": "whose reference point moves with the probes and is not meant to be followed: take 'apo_zero_unpaired'",
+}
+REPLACED = {  # methods of the Trainer, and what a subclass's own may do
+    "training_step": "what it does beside computing the loss of its inputs (generating answers, counting) is left out. Do not "
+    "use it if the loss needs this.",
+    "create_optimizer": "learning rates or weight decays that it gives to some parameters alone are left out. Give an "
+    "optimizer with these groups as `optimizers=(optimizer, None)`.",
 }
 METRICS = ("_metrics", "accum_loss_components")  # what TRL's trainers and those of sentence-transformers add up
 
@@ -55,11 +62,12 @@ class ZOMixin:
       model that takes `num_items_in_batch` and ignores it, as BERT's classifiers do; here that would be k times the rate.)
     * The logged loss is the mean over the step's probes, and so are the metrics of TRL's trainers and the components of a
       loss of sentence-transformers (SpladeLoss, CSRLoss).
+    * Micro-batches that are left at the end of a pass over an IterableDataset, fewer than a step's, are in no step.
     * The parameters of a loss that the trainer has (`loss`, a module or a dict, as in sentence-transformers) are trained
       as well, under names that begin with `loss.`; those of a second model in it, such as a guide, are not.
 
     Checkpoints hold the whole state of the method and the parameters of the loss, so that `resume_from_checkpoint` goes on bit
-    for bit.
+    for bit. One that is asked for between `training_step` and the end of its step is saved at this end.
 
     Raises UserError for a checkpoint without it (`save_only_model`), whose steps would repeat the noise of the first ones; for
     float16 with a gradient scaler (`fp16`), DeepSpeed, FSDP and NEFTune's noise, which this class does not support; for
@@ -121,7 +129,10 @@ class ZOMixin:
                 own |= {prefix + name: parameter for name, parameter in _own_parameters(loss, module)}
                 decayed |= {prefix + name for name in self.get_decay_parameter_names(loss)}  # type: ignore[attr-defined]
             examples = self.get_total_train_batch_size(args)  # type: ignore[attr-defined]
-            self.optimizer = TakenSteps(build(cls, module, own, common | options, decayed, examples), own)
+            rates: dict[str, float] = {}
+            if patterns := getattr(args, "learning_rate_mapping", None):
+                rates = rates_by_name(patterns, _names(getattr(self, "loss", None), module, own))
+            self.optimizer = TakenSteps(build(cls, module, own, common | options, decayed, examples, rates), own)
         return self.optimizer
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -133,7 +144,8 @@ class ZOMixin:
         device = trainer.args.device
         if not trainer.accelerator.sync_gradients:
             return torch.zeros((), device=device)
-        batches, self._micro_batches = self._micro_batches, []
+        # The Trainer counts micro-batches anew in every pass over an IterableDataset, and those left at its end are in no step.
+        batches, self._micro_batches = self._micro_batches[-trainer.current_gradient_accumulation_steps :], []
         module = model if trainer.args.n_gpu > 1 else trainer.accelerator.unwrap_model(model)
         module.eval()
         # TRL's trainers and those of sentence-transformers ask this flag of the whole model, and sort their metrics by it
@@ -157,9 +169,7 @@ class ZOMixin:
                 return total()
 
         total.again = again  # type: ignore[attr-defined]
-        inner = self.optimizer
-        while not isinstance(inner, ZOOptimizer):  # accelerate's wrapper, then ours
-            inner = inner.optimizer
+        inner = _unwrapped(self.optimizer, ZOOptimizer)
         return torch.tensor(inner.step(total), device=device)
 
     def _divided(self, module: nn.Module, batch: dict[str, Any], count: Any) -> bool | None:
@@ -213,6 +223,13 @@ class ZOMixin:
             )
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
 
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """If a step is taken that the Trainer has not counted yet (`enable_jit_checkpoint` saves there), save when it has."""
+        if _unwrapped(self.optimizer, TakenSteps).uncounted:
+            self.control.should_save = True  # type: ignore[attr-defined]
+        else:
+            super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
         """There is no gradient, so none is measured."""
 
@@ -228,16 +245,26 @@ def _say_unused(settings: Any) -> None:
 
 
 def _say_replaced(cls: type) -> None:
-    """Name a trainer whose own training_step is replaced; one that takes any arguments passes them on."""
+    """Name a trainer whose own training_step or create_optimizer is replaced; one that takes any arguments passes them on."""
     after = cls.__mro__[cls.__mro__.index(ZOMixin) + 1 :]
-    owner = next((base for base in after if "training_step" in vars(base)), Trainer)
-    given = inspect.signature(owner.training_step).parameters.values()  # type: ignore[attr-defined]
-    if owner is not Trainer and any(each.kind is each.POSITIONAL_OR_KEYWORD for each in given if each.name != "self"):
-        warnings.warn(
-            f"{owner.__name__} has a training_step of its own, which ZOMixin replaces: what it does beside computing the loss "
-            "of its inputs (generating answers, counting) is left out. Do not use it if the loss needs this.",
-            stacklevel=3,
-        )
+    for method, what in REPLACED.items():
+        owner: Any = next((base for base in after if method in vars(base)), Trainer)
+        given = inspect.signature(getattr(owner, method)).parameters.values()
+        takes_any = any(each.kind is each.VAR_POSITIONAL for each in given)
+        if owner is not Trainer and not takes_any:
+            warnings.warn(f"{owner.__name__} has a {method} of its own, which ZOMixin replaces: {what}", stacklevel=3)
+
+
+def _unwrapped(optimizer: Any, kind: type) -> Any:
+    """The optimizer of this kind within accelerate's wrapper and ours. Raises UserError if there is none."""
+    while not isinstance(optimizer, kind):
+        if not hasattr(optimizer, "optimizer"):
+            raise UserError(
+                f"The trainer has made the optimizer {type(optimizer).__name__}, which needs gradients: leave "
+                "`create_optimizer` and `create_optimizer_and_scheduler` as they are, or use transformers.Trainer."
+            )
+        optimizer = optimizer.optimizer
+    return optimizer
 
 
 def _losses(loss: Any) -> Iterator[tuple[str, nn.Module]]:
@@ -260,40 +287,9 @@ def _own_parameters(loss: nn.Module, model: nn.Module) -> list[tuple[str, nn.Par
     return [(name, p) for name, p in loss.named_parameters() if p.requires_grad and id(p) not in apart]
 
 
-class TakenSteps(Optimizer):
-    """The optimizer that the Trainer sees: its `step()` does nothing, because `training_step` has taken the step.
-
-    Args: optimizer; own: the parameters of a loss, which the Trainer's checkpoint of the model does not hold, by name.
-    """
-
-    def __init__(self, optimizer: ZOOptimizer, own: Mapping[str, nn.Parameter] | None = None):
-        self.optimizer, self.taken, self.own = optimizer, optimizer.steps, dict(own or {})
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "optimizer":  # not there before __init__, as in a copy
-            raise AttributeError(name)
-        return getattr(self.optimizer, name)
-
-    def step(self, closure: Any = None) -> Any:
-        if self.optimizer.steps == self.taken:
-            raise UserError(
-                "No step was taken: a subclass must not replace the `training_step` of ZOMixin, which takes it."
-            )
-        self.taken = self.optimizer.steps
-
-    def zero_grad(self, set_to_none: bool = True) -> None: ...
-
-    def state_dict(self) -> dict[str, Any]:
-        own = {name: parameter.detach() for name, parameter in self.own.items()}
-        return self.optimizer.state_dict() | ({"loss": own} if own else {})
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        state = dict(state_dict)
-        for name, value in state.pop("loss", {}).items():
-            if name in self.own:  # of other tensors the method itself says so
-                self.own[name].data.copy_(value)
-        self.optimizer.load_state_dict(state)
-        self.taken = self.optimizer.steps
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        self.optimizer.add_param_group(param_group)
+def _names(loss: Any, model: nn.Module, own: Mapping[str, nn.Parameter]) -> dict[str, str]:
+    """Of each trained parameter by the method's name, the name it has in the loss, which sentence-transformers asks for."""
+    whole = nn.ModuleDict(loss) if isinstance(loss, Mapping) else loss
+    inside = {id(p): name for name, p in whole.named_parameters()} if isinstance(whole, nn.Module) else {}
+    trained = {name: p for name, p in (*model.named_parameters(), *own.items()) if p.requires_grad}
+    return {name: inside.get(id(p), name) for name, p in trained.items()}

@@ -243,7 +243,7 @@ class ZOOptimizer(Verbs, Saving):
                 )
             return self._finish(self._unrecorded)
         self.weights.follow()
-        check_rates(self.param_groups)
+        check_rates(self.param_groups, self.eps)
         state, step = self.zo_state, self.steps
         if replay is None and step == 0:
             check_used(self.precision, [tensor.param for tensor in self.tensors])

@@ -69,19 +69,22 @@ def check_members(
             )
 
 
-def check_rates(groups: Iterable[Mapping[str, Any]]) -> None:
-    """Raises UserError for a learning rate or weight decay that a schedule or a script made no number, or negative."""
-    for index, group in enumerate(groups):
-        for name in ("lr", "weight_decay"):
-            try:
-                fits = math.isfinite(group[name]) and group[name] > -ROUNDING and not isinstance(group[name], bool)
-            except TypeError:
-                fits = False
-            if not fits:
-                raise UserError(
-                    f"`{name}` of parameter group {index + 1} is {group[name]!r} now; it must be a finite number of at least "
-                    "0. The weights were not moved."
-                )
+def check_rates(groups: Iterable[Mapping[str, Any]], eps: float = 1.0) -> None:
+    """Raises UserError for a learning rate or weight decay that a schedule or a script made no number, or negative, and for a
+    length of the probe, `eps`, that it made no number above 0.
+    """
+    settings = [
+        (f"`{name}` of parameter group {index + 1}", group[name], -ROUNDING, "of at least 0")
+        for index, group in enumerate(groups)
+        for name in ("lr", "weight_decay")
+    ]
+    for name, value, above, words in (*settings, ("`eps`", eps, 0.0, "above 0")):
+        try:
+            fits = math.isfinite(value) and value > above and not isinstance(value, bool)
+        except TypeError:
+            fits = False
+        if not fits:
+            raise UserError(f"{name} is {value!r} now; it must be a finite number {words}. The weights were not moved.")
 
 
 def named_members(members: Tensor | Iterable, start: int) -> list[tuple[str, Tensor]]:

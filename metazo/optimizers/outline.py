@@ -64,7 +64,7 @@ def _read(stem: str, files: dict[str, dict[str, Any]], found: dict[str, type[Met
         return files[stem]
     names: dict[str, Any] = {"__name__": PREFIX + stem}
     files[stem] = names
-    for node in ast.parse((Path(__file__).parent / f"{stem}.py").read_text()).body:
+    for node in ast.parse((Path(__file__).parent / f"{stem}.py").read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Import | ast.ImportFrom):
             module = node.module or "" if isinstance(node, ast.ImportFrom) else node.names[0].name
             here = _read(module.removeprefix(PREFIX), files, found) if module.startswith(PREFIX) else {}

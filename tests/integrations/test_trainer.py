@@ -25,8 +25,8 @@ from transformers import (
 from metazo.blocks import named_tensors, partition
 from metazo.errors import UserError
 from metazo.integrations import ZOMixin, ZOTrainer
-from metazo.integrations.trainer_method import build
-from metazo.integrations.trainer_mixin import TakenSteps
+from metazo.integrations.taken_steps import TakenSteps
+from metazo.integrations.trainer_method import build, rates_by_name
 from metazo.noise import PhiloxNoise
 from metazo.optimizers import LOZO, MeZO
 from metazo.tuner.file import Tuner, TunerInfo
@@ -632,3 +632,115 @@ def test_the_methods_that_are_named_need_no_gradients(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not a zeroth-order method: choose curvzo") as refused:
         trainer(tmp_path, model(), optimizer_cls_and_kwargs=("first-order-sgd", {})).create_optimizer()
     assert "feedback" not in str(refused.value) and "first-order-fused" not in str(refused.value)
+
+
+class AskBeforeTheStepIsCounted(TrainerCallback):
+    """As JITCheckpointCallback does if the signal comes within a step."""
+
+    run: Any = None
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            control.should_training_stop = True
+            self.run._save_checkpoint(self.run.model, trial=None)
+
+
+def test_a_checkpoint_within_a_step_is_saved_at_its_end(tmp_path: Path) -> None:
+    whole, half, rest = model(), model(), model()
+    trainer(tmp_path / "whole", whole).train()
+    ask = AskBeforeTheStepIsCounted()
+    ask.run = trainer(tmp_path / "parts", half, callbacks=[ask])
+    ask.run.train()
+    assert [path.name for path in (tmp_path / "parts").glob("checkpoint-*")] == ["checkpoint-3"]
+    trainer(tmp_path / "parts", rest).train(resume_from_checkpoint=True)
+    assert all(map(torch.equal, whole.parameters(), rest.parameters()))
+
+
+class Passes(torch.utils.data.IterableDataset):
+    """Five micro-batches of two rows a pass."""
+
+    def __iter__(self):
+        return iter(rows()[:10])
+
+
+def test_micro_batches_left_at_the_end_of_a_pass_are_in_no_step(tmp_path: Path) -> None:
+    net = model()
+    run = trainer(tmp_path, net, max_steps=3)  # of two micro-batches: two in the first pass
+    run.train_dataset = Passes()
+    seen = Batches(net).seen
+    run.train()
+    used = [int(batch[0, 0]) for batch in seen]
+    first = [int(row["input_ids"][0]) for row in rows()[:10:2]]
+    assert used == [*first[0:2] * 2, *first[2:4] * 2, *first[0:2] * 2]
+
+
+def test_learning_rates_by_name_are_those_of_sentence_transformers(tmp_path: Path) -> None:
+    library = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+    losses = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+
+    class ZO(ZOMixin, library.SentenceTransformerTrainer):
+        pass
+
+    words = library.SentenceTransformer(modules=[Words()], device="cpu")
+    texts = datasets.Dataset.from_dict({"text": ["a", "b"] * 2, "label": [0, 1] * 2})
+    found = []
+    for cls in (ZO, library.SentenceTransformerTrainer):
+        loss = losses.SoftmaxLoss(words, sentence_embedding_dimension=4, num_labels=2)
+        args = library.SentenceTransformerTrainingArguments(
+            str(tmp_path), report_to=[], use_cpu=True, weight_decay=0.1, learning_rate=1e-4,
+            learning_rate_mapping={"^classifier": 1e-2, r"^model\..*second": 1e-3, r"second\.bias$": 1e-5},
+        )  # fmt: skip
+        run = cls(model=words, args=args, train_dataset=texts, loss=loss)
+        made = run.create_optimizer()
+        names = {id(p): name for name, p in loss.named_parameters()}
+        groups = [g for g in made.param_groups if g["params"]]
+        found.append({names[id(p)]: (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]})
+    assert found[0] == found[1]
+    assert {lr for lr, _ in found[0].values()} == {1e-2, 1e-3, 1e-4, 1e-5}
+
+
+class Words(nn.Module):
+    """An encoder of sentences that needs no files."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def tokenize(self, texts, **kwargs):
+        return {"values": torch.ones(len(texts), 4)}
+
+    preprocess = tokenize
+
+    def forward(self, features):
+        return features | {"sentence_embedding": self.second(self.first(features["values"]))}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"), [("nothing", "no trained parameter's name matches"), ("(", "no regular exp")]
+)
+def test_bad_patterns_of_learning_rates_are_one_sentence(pattern: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        rates_by_name({pattern: 0.1}, {"loss.weight": "weight"})
+
+
+class Groups(Trainer):
+    def create_optimizer(self, model: Any = None) -> Any:
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+        return self.optimizer
+
+
+def test_a_create_optimizer_that_is_replaced_is_named(tmp_path: Path) -> None:
+    class Mixed(ZOMixin, Groups):
+        pass
+
+    with pytest.warns(UserWarning, match="Groups has a create_optimizer of its own, which ZOMixin replaces"):
+        trainer(tmp_path, model(), Mixed)
+
+
+def test_an_optimizer_that_needs_gradients_is_refused_at_the_first_step(tmp_path: Path) -> None:
+    class Mine(ZOTrainer):
+        create_optimizer = Groups.create_optimizer
+
+    with pytest.raises(UserError, match="has made the optimizer SGD, which needs gradients"):
+        trainer(tmp_path, model(), Mine).train()

@@ -875,6 +875,16 @@ def test_a_rate_that_a_schedule_made_no_number_is_refused(name, setting, value):
     assert torch.equal(p, torch.ones(3))
 
 
+@pytest.mark.parametrize("value", [0.0, math.nan, -1e-3, "0.1", True])
+def test_a_length_of_the_probe_that_a_script_made_no_number_is_refused(value):
+    p = nn.Parameter(torch.ones(3))
+    optimizer = MeZO([("p", p)], lr=1e-2)
+    optimizer.eps = value
+    with pytest.raises(UserError, match=re.escape(f"`eps` is {value!r} now; it must be a finite number above 0")):
+        optimizer.step(lambda: p.square().sum())
+    assert torch.equal(p, torch.ones(3))
+
+
 def test_a_schedule_may_end_a_rounding_below_0():
     p = nn.Parameter(torch.ones(3))
     optimizer = MeZO([("p", p)], lr=1e-2)
