@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -72,10 +73,13 @@ def build(
     Trainer. examples: of a step, over all micro-batches and processes. rates: learning rates by name, where they differ.
     """
     parameters: Iterable = [*module.named_parameters(), *own.items()]
-    if (name := options.pop("tuner", None)) is not None:
+    name = options.pop("tuner", None)
+    if "tuner" in cls.common and name is not None:  # feedback, which the method also takes as an object
+        options["tuner"] = zoo.load_feedback(name, report=lambda text: None) if isinstance(name, str | Path) else name
+    elif name is not None:
         tuner = zoo.load(name, report=lambda text: None)
         options["scale"] = tuner_scale(tuner, parameters, batch_size=examples)
-    if cls.needs_tuner and "scale" not in options:
+    if cls.needs_tuner and not options.keys() & {"scale", "tuner"}:
         raise UserError(
             f"{cls.name} needs a tuner: add `tuner`, a file, a name of the zoo or a Hub id, to its settings."
         )

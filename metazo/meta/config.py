@@ -162,6 +162,8 @@ class MetaConfig(ScaleConfig):
             raise UserError(f"`{name}` must be below 1, not {getattr(self, name)}.")
         if self.record is not None and self.trajectory is not None:
             raise UserError("`record` and `trajectory` both name the teacher's path; give one of them.")
+        if self.record is not None and Path(self.record).absolute() == Path(self.out).absolute():
+            raise UserError("`record` and `out` are the same folder: name another one for the recording.")
         if self.unroll > 1 and self.objective != "published":
             raise UserError("`unroll` goes with `objective='published'`; the ratio objective takes no inner step.")
         for name, why in self._unread().items():

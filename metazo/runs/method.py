@@ -112,6 +112,12 @@ def auto_tuner(config: FinetuneConfig, model: nn.Module) -> zoo.Found:
         raise UserError(f"`tuner='auto'` found no {what}")
 
     found = [tuner for tuner in found if (tuner.why, tuner.folder) == (found[0].why, found[0].folder)]
+    if found[0].why == "names":
+        warnings.warn(
+            "`tuner='auto'` takes a tuner whose file has no shapes: it is for a model with the same names of tensors, and may "
+            "be for one of another size. Name the tuner if it is of this model.",
+            stacklevel=2,
+        )
     own = [tuner for tuner in found if tuner.entry.base_model in _names(config, model)]
     bases = {(own or found)[0].entry.base_model: None} | {tuner.entry.base_model: None for tuner in found}
     taken = next(iter(bases))

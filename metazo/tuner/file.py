@@ -116,7 +116,7 @@ model is fine-tuned with forward passes only (zeroth-order).
     metazo zoo show {word(name, "NAME")}
     metazo finetune --model {word(info.base_model, "MODEL")} --task TASK --tuner {word(name, "NAME")}
 
-It fits {text(info.base_model)} and every model with the same tensor names and shapes.
+It fits {text(info.base_model)} and every model with the same tensor names{" and shapes" if info.fingerprint else ""}.
 
 ## Recipe
 {table({key: _counts(value) for key, value in info.recipe.items()})}

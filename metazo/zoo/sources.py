@@ -31,7 +31,8 @@ def load(source: str | Path, zoo: str | Path | None = None, report: Report = pri
 
     `source` is tried in this order: a tuner file or a folder with one; a name in the zoo folders (`pico`, `pico/v1`; the cache
     is not searched for a base model called `org/name`); an https address, optionally ending in `#sha256=...`; a Hub
-    repository `org/name`, `org/name@revision`, also with `#sha256=...`.
+    repository `org/name`, `org/name@revision`, also with `#sha256=...`. A repository with a name like that of a tuner,
+    `org/v1`, is read as `hub:org/v1` alone: the name of a tuner that is in no zoo must not become somebody's repository.
     """
     item = _fetch(str(source), zoo, report, None, called="tuner")[1]
     if isinstance(item, FeedbackTuner):
@@ -137,11 +138,17 @@ def _read(source: str, zoo: str | Path | None, report: Report, kind: str, called
     if tuner is not None:
         return _from_zoo(tuner, report)
     repository, _, revision = source.removeprefix("hub:").partition("@")
-    if REPOSITORY.fullmatch(repository) and ".." not in source:
+    versioned = re.fullmatch(r"[^/:]+/(feedback-)?v\d+", source)
+    if REPOSITORY.fullmatch(repository) and ".." not in source and not versioned:
         from metazo.tuner.hub import hub_file
 
         return read_capped(hub_file(repository, revision or None, report), MAX_BYTES, "tuner"), None
     known = ", ".join(sorted({found.entry.name for found in tuners(zoo, kind)})) or "none yet"
+    if versioned:
+        raise UserError(
+            f"`{called}` {source!r} is in no zoo folder (which hold: {known}): give the folder as `zoo`. A Hub repository of "
+            f"this name is hub:{source}"
+        )
     raise UserError(
         f"`{called}` {shown_address(source)[:200]!r} is not a file, a folder, an https address, a Hub repository "
         f"org/name, or a name in the zoos (which hold: {known})"

@@ -23,8 +23,9 @@ from metazo.models.load import load_model
 from metazo.runs.config import FinetuneConfig
 from metazo.runs.finetune import run_settings
 from metazo.runs.method import auto_tuner, tuner_of
-from metazo.tuner.file import Tuner
+from metazo.tuner.file import Tuner, TunerInfo
 from metazo.tuner.match import BlockSpec
+from metazo.tuner.networks import PertNN
 from metazo_cli.main import main
 from tests import warm
 
@@ -113,6 +114,17 @@ def test_auto_takes_the_last_feedback_of_the_first_folder(tmp_path, monkeypatch)
     config = FinetuneConfig("pico", "pico_topic", out=tmp_path / "run", tuner="auto", optimizer="feedback")
     for folder, trust in ((tmp_path / "zoo", 0.2), (None, 0.9)):
         assert tuner_of(replace(config, zoo=folder), model, zoo.load_feedback).maps.trust[0] == pytest.approx(trust)
+
+
+def test_auto_says_that_a_tuner_is_matched_by_names_alone(tmp_path):
+    model = load_model("pico").model
+    blocks = [BlockSpec(name, [(name, None)]) for name, _ in model.named_parameters()]
+    name = zoo.push(Tuner(PertNN(len(blocks)), TunerInfo("other", blocks)), tmp_path / "zoo")
+    card = (tmp_path / "zoo" / name / "card.md").read_text(encoding="utf-8")
+    assert "every model with the same tensor names." in card and "names and shapes" not in card
+    config = FinetuneConfig("pico", "pico_topic", out=tmp_path / "run", tuner="auto", zoo=tmp_path / "zoo")
+    with pytest.warns(UserWarning, match="takes a tuner whose file has no shapes: .* may be for one of another size"):
+        auto_tuner(config, model)
 
 
 @pytest.mark.parametrize("optimizer", ["zo-finetuner", "feedback"])

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from metazo import zoo
 from metazo.bench.architectures import build
 from metazo.errors import UserError
 from metazo.feedback.surrogates import MeanJacobian
 from metazo.feedback.tuner import FeedbackTuner, describe, is_feedback
+from metazo.integrations.trainer_method import build as from_settings
 from metazo.optimizers.feedback import Feedback
 from metazo.tuner.file import Tuner
 from tests.tuner.changed import changed
@@ -127,3 +129,18 @@ def test_a_method_without_its_tuner() -> None:
     tiny = build("Llama")
     with pytest.raises(UserError, match="feedback needs `tuner`: fit one with metazo meta-train --learn feedback"):
         Feedback(tiny.model.named_parameters(), 1e-3, model=tiny.model)
+
+
+@pytest.mark.parametrize("given", ["a folder", "an object", "a name of the zoo"])
+def test_a_trainer_takes_feedback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    """By all ways in which a tuner is named; `tuner` is no block scale for this method."""
+    tiny, tuner = build("Llama"), make()
+    tuner.save(tmp_path / "tuner.safetensors")
+    name = {"a folder": str(tmp_path), "an object": tuner, "a name of the zoo": "base"}[given]
+    if given == "a name of the zoo":
+        zoo.push(tuner, tmp_path / "zoo")
+        monkeypatch.setenv("METAZO_ZOO", str(tmp_path / "zoo"))
+    options = {"lr": 1e-2, "weight_decay": 0.0, "seed": 0, "tuner": name}
+    optimizer = from_settings(Feedback, tiny.model, {}, options, set(), 4)
+    losses = [optimizer.step(tiny.answer) for _ in range(8)]
+    assert losses[-1] < losses[0]

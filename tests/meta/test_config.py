@@ -49,3 +49,8 @@ def test_a_default_that_gives_way_is_still_told_from_the_same_number_set():
     given = {"model": "pico", "task": ["pico_topic"], "out": Path("x")}
     assert isinstance(MetaConfig(**given).train_examples, Unset)
     assert not isinstance(MetaConfig(**given, train_examples=1000).train_examples, Unset)
+
+
+def test_the_recording_has_a_folder_of_its_own(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="`record` and `out` are the same folder"):
+        MetaConfig(model="pico", task="pico_topic", record=tmp_path / "a", out=tmp_path / "a")

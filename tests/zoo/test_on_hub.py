@@ -74,3 +74,13 @@ def test_messages_of_the_hub_say_what_to_do(hub) -> None:
     ):
         with pytest.raises(UserError, match=f"org/tuner cannot be pushed to: .*{hub.refuse}{words}"):
             make_tuner("org/base").push_to_hub("org/tuner")
+
+
+@pytest.mark.parametrize("name", ["base/v1", "base/feedback-v2"])
+def test_the_name_of_a_tuner_that_is_in_no_zoo_is_no_repository(hub, name: str) -> None:
+    """A stranger may have one of this name; who wants it says so."""
+    tuner = make_tuner("org/base")
+    tuner.push_to_hub(name)
+    with pytest.raises(UserError, match=f"{name}' is in no zoo folder .*A Hub repository of this name is hub:{name}"):
+        zoo.load(name, report=lambda line: None)
+    assert zoo.load(f"hub:{name}", report=lambda line: None).to_bytes() == tuner.to_bytes()
