@@ -24,7 +24,7 @@ from metazo.feedback.passes import Call, Captured, Closure, Recorder
 from metazo.feedback.residual import Residual
 from metazo.feedback.surrogates import Surrogate
 from metazo.feedback.watched import Names, Watched
-from metazo.step.buffers import buffers_kept
+from metazo.step.buffers import Changed, buffers_kept
 
 
 class LocalGradient:
@@ -56,6 +56,9 @@ class LocalGradient:
         self.recorder = Recorder(residual, names, min(inside), recompute)
         self.narrow = recompute  # run blocks at the last position alone if error is only there
         self.at_last = False  # whether the block that ran last did so
+        self.changing: dict[
+            tuple[int, ...], Changed
+        ] = {}  # buffers that a run changes, by block and the modes of its modules
 
     def capture(self, closures: Sequence[Closure]) -> Captured:
         """Loss, delta and recorded blocks: one forward pass per closure and a backward pass through the tail."""
@@ -85,11 +88,15 @@ class LocalGradient:
     def _pull(self, index: int, captured: Captured, errors: Sequence[Tensor]) -> tuple[list[Tensor], Gradient]:
         """The error at a block's input, and the block's gradient."""
         below, total = [], Gradient()
+        block = self.residual.blocks[index]
+        modes = index, *(module.training for module in block.modules())
         for one, error in zip(captured.passes, errors):
-            with buffers_kept():  # the statistics of BatchNorm are those of the first run
+            # The statistics of BatchNorm are those of the first run. Which buffers change is known after the first time.
+            with buffers_kept(block.modules(), self.changing.get(modes)) as changed:
                 leaf, output, watched = self._graph(index, one.calls.pop(index), error)
                 error = error[:, -output.shape[1] :].to(output.dtype)
                 (pulled,), gradient = watched.pull([output], [error], [leaf], self.trained[index])
+            self.changing.setdefault(modes, changed)
             below.append(pulled)
             total.add(gradient)
             del leaf, output, gradient

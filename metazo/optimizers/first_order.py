@@ -238,7 +238,7 @@ class FirstOrder(Method):
                 self.masters[name].theta.copy_(value)
             elif name:
                 theta = self.thetas[name]
-                device = theta.device if value.ndim else value.device  # torch keeps the number of steps on the CPU
+                device = value.device if kind == "step" else theta.device  # torch keeps the number of steps on the CPU
                 self.inner.state[theta][kind] = value.to(device, copy=True)
 
 

@@ -60,7 +60,7 @@ class LossWatch:
         self.narrow: torch.dtype | None = None
         self.steps = self.equal = self.still = self.lost = 0
         self.said = False  # that the losses of the probes are equal
-        self.changed: list[str] = []  # names of tensors that a closure has changed
+        self.changed: dict[str, None] = {}  # names of tensors that a closure has changed, in this step
 
     def loss(self, value: Any) -> float:
         """The loss that a closure returned, as a number."""
@@ -84,7 +84,12 @@ class LossWatch:
             return
         counted = [(tensor, tensor.param._version) for tensor in tensors if not tensor.param.is_inference()]
         yield
-        self.changed = [tensor.name for tensor, version in counted if tensor.param._version != version]
+        self.note_changed(tensor.name for tensor, version in counted if tensor.param._version != version)
+
+    def note_changed(self, names: Iterable[str]) -> None:
+        """Called with the names of tensors that a closure has changed."""
+        if self.watches:
+            self.changed |= dict.fromkeys(names)
 
     def stepped(
         self, losses: Sequence[float], closures: Sequence[Callable[[], Any]], tensors: Iterable[NamedTensor]
@@ -113,9 +118,10 @@ class LossWatch:
                 )
         if self.changed and self.watches:
             self.watches = False
+            first = next(iter(self.changed))
             warnings.warn(
-                f"The closure changes {len(self.changed)} trained tensors in place, such as {self.changed[0]}: it changes "
-                "them at a probe, or copies of them, and not the weights that the step moves. Do this between steps, under "
+                f"The closure changes {len(self.changed)} trained tensors in place, such as {first}: it changes them "
+                "at a probe, or copies of them, and not the weights that the step moves. Do this between steps, under "
                 "torch.no_grad().",
                 stacklevel=5,
             )

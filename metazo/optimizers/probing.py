@@ -96,7 +96,7 @@ def evaluated(optimizer: Any, closures: Sequence[Closure]) -> float:
     weights.settle()  # which changes them
     with watch.weights_seen(tensors, step), optimizer.evaluation(), weights.evaluating() as scratch:
         loss = optimizer.evaluate(closures)
-    watch.changed += scratch.changed if scratch is not None else []
+    watch.note_changed(scratch.changed if scratch is not None else [])
     hidden: list[NamedTensor] = []
     if scratch is not None and math.isfinite(loss):
         hidden = optimizer.unseen.hidden(optimizer, scratch.unmet(), lambda: _again(optimizer, closures), loss)

@@ -106,7 +106,11 @@ class Recomputed(ZOOptimizer):
             self.descend(found, rates)
             self.weights.changed()
         self.steps += 1
+        self.counted()
         return loss if usable or not fits else math.nan
+
+    def counted(self) -> None:
+        """Called when a step is taken and counted: a warning there may be an error."""
 
     def factor(self, tensor: NamedTensor, square: float, normalise: bool) -> float:
         """The factor of an estimate g in the update of its tensor, before the learning rate; 0 if it is left out.

@@ -124,6 +124,8 @@ class Structured(Recomputed):
         self.bypassed: bool | None = None
         super().__init__(params, lr, weight_decay=weight_decay, seed=seed, precision=precision)
 
+    _just_reached = False  # whether the step that goes on was the first that a gradient reached
+
     @abstractmethod
     def surrogate(self) -> Surrogate:
         """The error that each block's output gets."""
@@ -154,10 +156,9 @@ class Structured(Recomputed):
 
     @property
     def untouched(self) -> list[str]:
-        reached = self.zo_state.get("feedback/reached")
-        if reached is None or not bool(reached.any()):
+        if not self._reached:
             return []
-        return [tensor.name for tensor, there in zip(self.tensors, reached) if not there]
+        return [tensor.name for tensor, there in zip(self.tensors, self.zo_state["feedback/reached"]) if not there]
 
     @property
     def notes(self) -> list[str]:
@@ -193,7 +194,7 @@ class Structured(Recomputed):
         if not self.recompute:  # blocks run whole
             return
         self._prepare()
-        with self.weights.evaluating(), buffers_kept():
+        with self.weights.evaluating(), buffers_kept(self.model.modules()):
             forward = count_operations(lambda: self._forward(closure))
             step = count_operations(lambda: deque(self.local.gradients(self.local.capture([closure])), maxlen=0))
         self.measured_cost = round(step / forward, 2) if self.local.at_last and forward else 4
@@ -215,20 +216,29 @@ class Structured(Recomputed):
         with generators_kept(self.tensors[0].param.device) if first else nullcontext():
             captured = self.local.capture(closures)
         if first:  # draws the same random numbers, after which the generators are where they were
-            with buffers_kept():
+            with buffers_kept(self.model.modules()):
                 self.bypassed = bypassed(self.local.recorder, closures, captured) and math.isfinite(captured.loss)
         deltas = [one.delta for one in captured.passes]
         finite = all(bool(delta.isfinite().all()) for delta in deltas)  # type: ignore[union-attr]
         return captured.loss, captured if finite else None
 
+    @property
+    def _reached(self) -> bool:
+        """Whether a gradient has reached a tensor."""
+        found = self.zo_state.get("feedback/reached")
+        return found is not None and bool(found.any())
+
     def descend(self, found: Captured, rates: Sequence[float]) -> None:
-        first = not bool(self.zo_state["feedback/reached"].any())
-        gradients = self.local.gradients(found)
+        first, gradients = not self._reached, self.local.gradients(found)
         while self._next(gradients, rates):
             pass
-        if not bool(self.zo_state["feedback/reached"].any()):
+        if not self._reached:
             raise UserError(NO_GRADIENT.format(self.name))
-        if first:
+        self._just_reached = first
+
+    def counted(self) -> None:
+        if self._just_reached:
+            self._just_reached = False
             self._warn_of_untouched()
 
     def _next(self, gradients: Iterator[tuple[int | None, Gradient]], rates: Sequence[float]) -> bool:
